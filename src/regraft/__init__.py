@@ -1,0 +1,64 @@
+"""regraft carries fine-tunes and adapters over to an upgraded base model.
+
+It implements and goes beyond Recyclable Tuning for Continual Pre-training (Qin et al., Findings of ACL 2023,
+arXiv:2305.08702).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_outcome
+    from regraft.diagnosis import Check, check
+    from regraft.errors import RegraftError
+    from regraft.methods import Comparison, compare, recycle, tune
+    from regraft.task import Task
+    from regraft.tuning import Corpus, Distillation, Recipe, pretrain
+    from regraft.upgrade import Base, Upgrade
+
+_ROOMS = {
+    "adaptation": ("Adaptation", "Outcome", "load_adaptation", "load_outcome"),
+    "diagnosis": ("Check", "check"),
+    "errors": ("RegraftError",),
+    "methods": ("Comparison", "compare", "recycle", "tune"),
+    "task": ("Task",),
+    "tuning": ("Corpus", "Distillation", "Recipe", "pretrain"),
+    "upgrade": ("Base", "Upgrade"),
+}
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adaptation",
+    "Base",
+    "Check",
+    "Comparison",
+    "Corpus",
+    "Distillation",
+    "Outcome",
+    "Recipe",
+    "RegraftError",
+    "Task",
+    "Upgrade",
+    "check",
+    "compare",
+    "load_adaptation",
+    "load_outcome",
+    "pretrain",
+    "recycle",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: importing regraft loads neither torch nor transformers."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"regraft.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

@@ -1,0 +1,22 @@
+"""Adaptations: what tuning left behind, on disk and as models, and the outcome folder that records one."""
+
+from regraft.adaptation.adaptation import Adaptation, load_adaptation
+from regraft.adaptation.graft import write_graft
+from regraft.adaptation.model import attach_lora, fresh_model, load_model, load_strictly, lora_config, save_model
+from regraft.adaptation.outcome import Outcome, find_outcome, load_outcome, write_outcome
+
+__all__ = [
+    "Adaptation",
+    "Outcome",
+    "attach_lora",
+    "find_outcome",
+    "fresh_model",
+    "load_adaptation",
+    "load_model",
+    "load_outcome",
+    "load_strictly",
+    "lora_config",
+    "save_model",
+    "write_graft",
+    "write_outcome",
+]

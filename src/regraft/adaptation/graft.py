@@ -1,0 +1,79 @@
+"""Old weights put onto the new base, without any tuning, straight from files to files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+from regraft.checkpoint import write_safetensors
+from regraft.errors import MismatchError
+from regraft.upgrade import body_names, is_optional
+from regraft.weights import graft
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from regraft.adaptation.adaptation import Adaptation
+    from regraft.progress import Progress
+    from regraft.upgrade import Upgrade
+
+
+def write_graft(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress) -> None:
+    """Write old tuned weights for the new base: new + (tuned − old), or the LoRA as it is; the head is copied.
+
+    Source: Qin et al., 2023 (arXiv:2305.08702), section 4.1.
+
+    Args:
+        adaptation: What was tuned on `upgrade.old`.
+        upgrade: The two bases.
+        into: The folder to fill, plain transformers or PEFT.
+        progress: Told of each tensor.
+
+    Raises:
+        MismatchError: A tensor of the body is not in the bases, or has another shape there.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    if adaptation.kind == "lora":
+        config = json.loads((adaptation.path / "adapter_config.json").read_text(encoding="utf-8"))
+        config |= {"base_model_name_or_path": upgrade.new.name, "revision": None}
+        (into / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        shutil.copyfile(adaptation.checkpoint.files[0], into / "adapter_model.safetensors")
+    else:
+        _graft_full(adaptation, upgrade, into, progress)
+        shutil.copyfile(adaptation.path / "config.json", into / "config.json")
+    upgrade.new.tokenizer.save_pretrained(into)
+
+
+def _graft_full(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress) -> None:
+    old, new, tuned = upgrade.old, upgrade.new, adaptation.checkpoint
+    inner_names = {name: inner for inner, name in body_names(tuned, old.prefix).items()}
+    for name, inner in inner_names.items():
+        in_both = inner in old.body and inner in new.body
+        if not in_both and not is_optional(inner) and name != inner:
+            raise MismatchError(
+                f"{adaptation.path}: tensor {name!r} has no counterpart in {old.path}. Was it tuned on that base?"
+            )
+        if in_both and old.checkpoint.tensors[old.body[inner]].shape != tuned.tensors[name].shape:
+            raise MismatchError(
+                f"{adaptation.path}: tensor {name!r} has shape {tuned.tensors[name].shape}, in {old.path} it has "
+                f"{old.checkpoint.tensors[old.body[inner]].shape}. Was it tuned on that base?"
+            )
+    tuned_inner = set(inner_names.values())
+    lost = sorted(inner for inner in old.body if inner not in tuned_inner and not is_optional(inner))
+    if lost:
+        raise MismatchError(f"{adaptation.path}: {len(lost)} tensors of its base are not in it: {', '.join(lost[:4])}.")
+    done = 0
+
+    def compute(name: str) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        progress("graft", done, len(tuned), {})
+        inner = inner_names.get(name)
+        if inner is None or inner not in old.body or inner not in new.body:
+            return tuned[name]  # the head, which is no difference between two bases but a thing of its own
+        return graft(new.checkpoint[new.body[inner]], tuned[name], old.checkpoint[old.body[inner]])
+
+    write_safetensors(into / "model.safetensors", tuned.tensors, compute)

@@ -1,0 +1,176 @@
+"""The outcome folder: an adaptation with its scores, cost and provenance; the only record there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from regraft.checkpoint import publish, write_atomic
+from regraft.errors import OutcomeError
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A finished outcome folder.
+
+    Args:
+        path: The folder.
+        record: The content of its `outcome.json`.
+    """
+
+    path: Path
+    record: dict[str, Any]
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """The scores by split, and before the first step: `dev`, `test`, `dev_at_start`, `test_majority`, …."""
+        scores: dict[str, float | None] = self.record["scores"]
+        return scores
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """The learning curve: one entry an evaluation, from step 0 on."""
+        lines = (self.path / "curve.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def predictions(self, split: str) -> list[int]:
+        """Give the predicted classes of a split.
+
+        Args:
+            split: `dev` or `test`.
+
+        Returns:
+            Indices into the record's `labels`, in the order of the data.
+        """
+        lines = (self.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [row["prediction"] for row in rows if row["split"] == split]
+
+
+def find_outcome(out: Path, inputs: dict[str, Any]) -> Outcome | None:
+    """Look whether the work was done before.
+
+    Args:
+        out: Where the outcome would be.
+        inputs: What it is made from.
+
+    Returns:
+        The outcome that is there, or None if nothing is.
+
+    Raises:
+        OutcomeError: Something else is in that place.
+    """
+    if not out.exists():
+        return None
+    outcome = load_outcome(out)
+    found = outcome.record.get("inputs")
+    if found != json.loads(json.dumps(inputs)):
+        differing = sorted(k for k in {*inputs, *(found or {})} if (found or {}).get(k) != inputs.get(k))
+        raise OutcomeError(
+            f"{out}: holds the outcome of another run (it differs in {', '.join(differing)}). Choose another --out or "
+            "remove it."
+        )
+    return outcome
+
+
+def load_outcome(path: str | Path) -> Outcome:
+    """Read an outcome folder.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        OutcomeError: It is none.
+    """
+    file = Path(path) / "outcome.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutcomeError(f"{path}: is no outcome folder: outcome.json cannot be read ({error}).") from error
+    if record.get("schema") != SCHEMA:
+        raise OutcomeError(f"{file}: has schema {record.get('schema')}, this regraft reads {SCHEMA}.")
+    return Outcome(Path(path), record)
+
+
+def write_outcome(
+    staging: Path,
+    out: Path,
+    record: dict[str, Any],
+    curve: list[dict[str, float]],
+    predictions: list[dict[str, Any]],
+) -> Outcome:
+    """Complete an outcome folder around the adaptation in it and move it into its place.
+
+    Args:
+        staging: A folder that holds `adaptation/`, on the same disk as `out`.
+        out: Where the outcome shall be.
+        record: What `outcome.json` shall say.
+        curve: The learning curve.
+        predictions: Row, label and prediction of each example of dev and test.
+
+    Returns:
+        The outcome in its place.
+    """
+    record = {"schema": SCHEMA, **record, "versions": _versions()}
+    write_atomic(staging / "outcome.json", json.dumps(record, indent=2) + "\n")
+    write_atomic(staging / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve))
+    write_atomic(staging / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
+    write_atomic(staging / "README.md", _card(record))
+    publish(staging, out)
+    return Outcome(out, json.loads(json.dumps(record)))
+
+
+def _versions() -> dict[str, str]:
+    packages = ("regraft", "torch", "transformers", "peft", "accelerate", "safetensors")
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+def _card(record: dict[str, Any]) -> str:
+    task, scores, cost = record["task"], record["scores"], record["cost"]
+    library = "peft" if record["kind"] == "lora" else "transformers"
+    lines = [
+        "---",
+        f"library_name: {library}",
+        "pipeline_tag: text-classification",
+        "tags: [regraft]",
+        "---",
+        f"# {task['name']} on {Path(record['base']['name']).name}",
+        "",
+        f"A {record['kind']} adaptation for `{task['name']}` ({', '.join(record['labels'])}), made by "
+        f"regraft with method `{record['method']}`.",
+        "",
+        f"- base model: `{record['base']['name']}` ({record['base']['fingerprint']})",
+    ]
+    if record.get("recycled_from"):
+        source = record["recycled_from"]
+        lines.append(f"- recycled from: `{source['adaptation']}` on `{source['old_base']}` ({source['fingerprint']})")
+    lines += [
+        f"- {task['metric']}: dev {_figure(scores['dev'])}, test {_figure(scores['test'])}"
+        f" (before the first step: dev {_figure(scores['dev_at_start'])})",
+        f"- cost: {cost['steps']} steps, {cost['seconds']:.0f} s, {cost['labels']} labelled examples",
+        f"- seed: {record['seed']}",
+        "",
+        "The weights are in `adaptation/`; `outcome.json` has the whole record, `curve.jsonl` the learning curve.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

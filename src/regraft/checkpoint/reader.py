@@ -1,0 +1,107 @@
+"""A checkpoint on disk as a lazy, read-only mapping from names to tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.checkpoint.header import TensorInfo, read_header
+from regraft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+NAMES = ("model.safetensors", "adapter_model.safetensors")
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint(Mapping[str, "torch.Tensor"]):
+    """Named tensors of a safetensors file or folder; shapes are known at once, data is read when asked for.
+
+    Args:
+        path: Where it was opened.
+        tensors: What it holds, by name.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo]):
+        self.path = path
+        self.tensors = tensors
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a checkpoint and check that every byte it promises is there.
+
+        Args:
+            path: A safetensors file, or a transformers or PEFT folder that holds one file or an index with shards.
+
+        Returns:
+            The checkpoint; no tensor data has been read.
+
+        Raises:
+            CheckpointError: A file or shard is missing, truncated, malformed, or outside the folder.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls(path, read_header(path))
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such file or folder.")
+        if (path / INDEX).is_file():
+            return cls(path, _read_sharded(path))
+        for name in NAMES:
+            if (path / name).is_file():
+                return cls(path, read_header(path / name))
+        pickles = sorted(file.name for file in path.glob("*.bin"))
+        hint = (
+            f" {pickles[0]} is a pickle, which is not read: load it with transformers and call save_pretrained."
+            if pickles
+            else " Is this the folder that save_pretrained wrote?"
+        )
+        raise CheckpointError(f"{path}: holds none of {', '.join((*NAMES, INDEX))}.{hint}")
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files that are read, sorted."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.tensors[name].file, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+
+def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
+    index_file = folder / INDEX
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        items = sorted((str(name), str(shard)) for name, shard in weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index_file}: not a safetensors index with a weight_map ({error!r}).") from error
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    for shard in sorted({shard for _, shard in items}):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{index_file}: names {shard!r}, which is not a file of its own folder: refused.")
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder}: shard {shard} named by {INDEX} is missing. Fetch it again.")
+        shards[shard] = read_header(folder / shard)
+    tensors = {}
+    for name, shard in items:
+        if name not in shards[shard]:
+            raise CheckpointError(f"{folder}: {INDEX} says tensor {name!r} is in {shard}, and it is not there.")
+        tensors[name] = shards[shard][name]
+    unlisted = [f"{name} ({shard})" for shard, found in shards.items() for name in found if name not in tensors]
+    if unlisted:
+        raise CheckpointError(f"{folder}: {len(unlisted)} tensors are not in {INDEX}: {', '.join(unlisted[:5])}.")
+    return tensors

@@ -1,0 +1,49 @@
+"""The command line: reads arguments, calls one function of the package, prints what it gives."""
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from regraft.cli import check, compare, demo, pretrain, recycle, task, tune
+from regraft.errors import RegraftError
+
+app = typer.Typer(
+    name="regraft",
+    help="Carry fine-tunes and adapters over to an upgraded base model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (check, compare, demo, pretrain, recycle, tune):
+    app.command()(getattr(command, command.__name__.rpartition(".")[2]))
+app.add_typer(task.app, name="task")
+_settings = {"debug": False}
+
+
+@app.callback()
+def settings(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Carry fine-tunes and adapters over to an upgraded base model."""
+    _settings["debug"] = debug
+
+
+def main() -> None:
+    """Run the command line; an error of regraft's own is printed and ends with status 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except RegraftError as error:
+        if _settings["debug"]:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,57 @@
+"""`regraft recycle`: weights for the new base out of weights tuned on the old one."""
+
+from typing import Annotated
+
+import typer
+
+from regraft.cli import options
+
+
+def recycle(
+    old_base: options.OldBase,
+    new_base: options.NewBase,
+    adaptation: options.AdaptationFolder,
+    task: options.TaskFile,
+    out: options.Out,
+    method: Annotated[str, typer.Option(help="scratch, direct, init, distill or init+distill.")] = "init+distill",
+    alpha: options.Alpha = None,
+    beta: options.Beta = None,
+    temperature: options.Temperature = None,
+    kl_reduction: options.KlReduction = None,
+    shots: options.Shots = None,
+    steps: options.Steps = None,
+    epochs: options.Epochs = 3.0,
+    batch_size: options.BatchSize = 16,
+    learning_rate: options.LearningRate = None,
+    warmup: options.Warmup = 0.06,
+    eval_every: options.EvalEvery = None,
+    save_every: options.SaveEvery = 200,
+    seed: options.Seed = 20,
+    precision: options.Precision = "auto",
+) -> None:
+    """Carry one adaptation over to the new base by one method."""
+    from regraft.cli import show
+    from regraft.methods import parse_options
+    from regraft.methods import recycle as run
+    from regraft.task import Task
+    from regraft.tuning import Recipe
+    from regraft.upgrade import Upgrade
+
+    given = {"alpha": alpha, "beta": beta, "temperature": temperature, "kl_reduction": kl_reduction}
+    chosen = parse_options(method, [(name, value) for name, value in given.items() if value is not None])
+    recipe = Recipe(
+        steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
+        eval_every=eval_every, save_every=save_every, seed=seed, precision=precision,
+    )  # fmt: skip
+    with show.progress() as progress:
+        result = run(
+            Upgrade(old_base, new_base),
+            adaptation,
+            Task.load(task).with_shots(shots),
+            method,
+            out,
+            recipe=recipe,
+            options=chosen,
+            progress=progress,
+        )
+    show.outcome(result)

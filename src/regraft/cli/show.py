@@ -1,0 +1,162 @@
+"""How the command line shows progress and figures."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from regraft.adaptation import Outcome
+    from regraft.diagnosis import Check
+    from regraft.methods import Comparison
+    from regraft.progress import Progress as Callback
+
+console = Console()
+SECONDS_BETWEEN_LINES = 10.0
+_LINEAGE = {"proven": "records this old base", "unproven": "does not record its base"}
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callback]:
+    """Show a live bar a stage on a terminal, and a line now and then elsewhere.
+
+    Yields:
+        The callback to hand down.
+    """
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        stages: dict[str, int] = {}
+
+        def show(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+            if stage not in stages:
+                for other in stages.values():
+                    bars.update(other, visible=False)  # type: ignore[arg-type]
+                stages[stage] = bars.add_task(escape(stage), total=total, figures="")
+            task = stages[stage]
+            bars.update(task, completed=done, total=total or done, figures=_figures(figures), visible=True)  # type: ignore[arg-type]
+
+        yield show
+
+
+class _Lines:
+    """Prints the state every few seconds, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
+            self.last = time.monotonic()
+            console.print(f"{escape(stage)} {done:,}/{total or '?'} {_figures(figures)}", highlight=False)
+
+
+def outcome(result: Outcome) -> None:
+    """Print what an outcome holds, in a few lines.
+
+    Args:
+        result: The outcome.
+    """
+    record = result.record
+    scores, cost, metric = record["scores"], record["cost"], record["task"]["metric"]
+    figures = [f"{name} {scores[name]:.4f}" for name in ("dev", "test") if scores[name] is not None]
+    console.print(
+        f"[bold]{escape(record['method'])}[/] ({record['kind']}): {metric} {', '.join(figures)} "
+        f"(dev before the first step {scores['dev_at_start']:.4f}, best at step {record['best_step']})",
+        highlight=False,
+    )
+    console.print(
+        f"{cost['steps']} steps, {cost['seconds']:.0f} s, {cost['labels']} labelled examples", highlight=False
+    )
+    console.print(f"outcome: {escape(str(result.path))}", highlight=False, soft_wrap=True)
+
+
+def comparison(result: Comparison) -> None:
+    """Print a comparison as one table.
+
+    Args:
+        result: The comparison.
+    """
+    seeds = result.rows[0].seeds
+    table = Table(
+        title=f"{escape(result.task)}: {result.metric} on {result.split}, seeds {', '.join(map(str, seeds))}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("method", no_wrap=True)
+    for name in (
+        "step 0\n(dev)", "best\n(dev)", f"{result.split}\nscore", "recovery\n%", "steps to\nscratch",
+        "seconds to\nscratch", "negative\nflips %", "labels", "steps", "seconds",
+    ):  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result.rows:
+        spread = "" if row.test_deviation is None else f"±{row.test_deviation:.3f}"
+        table.add_row(
+            escape(row.method),
+            f"{row.start:.3f}",
+            f"{row.dev:.3f}",
+            f"{row.test:.3f}{spread}",
+            _or_dash(row.recovery, ".0f"),
+            _or_dash(row.steps_to_scratch, ".0f"),
+            _or_dash(row.seconds_to_scratch, ".0f"),
+            f"{100 * row.negative_flips:.1f}",
+            f"{row.labels:.0f}",
+            f"{row.steps:.0f}",
+            f"{row.seconds:.0f}",
+        )
+    console.print(table)
+    console.print(
+        f"old deployment (old weights, old base) {result.old:.3f}, majority guess {result.majority:.3f}; "
+        "recovery: 0 % is the majority guess, 100 % is scratch; steps to scratch: until dev reaches scratch's last "
+        "score; negative flips: right in the old deployment, wrong here.",
+        highlight=False,
+    )
+
+
+def check(result: Check) -> None:
+    """Print what a check found, a line a figure, the verdict last.
+
+    Args:
+        result: The check.
+    """
+    lines = [
+        (f"{result.metric} on {result.split}", f"{result.examples:,} examples of {result.task}"),
+        ("  old weights, old base", f"{result.old:.4f}"),
+        ("  old weights, new base", f"{result.new:.4f}"),
+        ("  floor (majority guess)", f"{result.floor:.4f}"),
+        ("agreement of the two", f"{result.agreement:.1%}"),
+        ("negative / positive flips", f"{result.negative_flips:.1%} / {result.positive_flips:.1%}"),
+        ("distance of the bases", f"L2 {result.l2:.2f}, {result.relative:.2%} of the norm, cosine {result.cosine:.6f}"),
+        ("lineage", f"{result.lineage}: the adaptation {_LINEAGE[result.lineage]}"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        console.print(f"{name:<{width}}  {value}", highlight=False, markup=False)
+    console.print(result.verdict, style="bold", highlight=False, markup=False)
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    return "  ".join(
+        f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3g}" for name, value in figures.items()
+    )
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,49 @@
+"""`regraft task`: look at a task before anything is tuned on it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+CLASSES_SHOWN = 20
+
+
+@app.callback()
+def main() -> None:
+    """Look at tasks: labelled text, label names and a metric."""
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", metavar="FILE")]) -> None:
+    """Read a task and show its splits, or say which row of which file is wrong."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from regraft.task import Task, majority_score, read_task, summarise
+
+    data = read_task(Task.load(file))
+    scores = {split.name: f"{majority_score(data, split):.3f}" for split in (data.dev, data.test) if split is not None}
+    console = Console()
+    table = Table(title=escape(data.name), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("split and label", overflow="fold")
+    for name in ("examples", "share", "words:\nmedian", "\np95", "\nmax", f"majority\n{data.metric}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for split in summarise(data):
+        words = (f"{split.median_words:,.0f}", f"{split.p95_words:,.0f}", f"{split.max_words:,}")
+        table.add_row(f"[bold]{split.name}[/]", f"{split.examples:,}", "", *words, scores.get(split.name, ""))
+        for name, count in list(split.counts.items())[:CLASSES_SHOWN]:
+            table.add_row(f"  {escape(name)}", f"{count:,}", f"{count / split.examples:.1%}")
+        if len(split.counts) > CLASSES_SHOWN:
+            table.add_row(f"  … and {len(split.counts) - CLASSES_SHOWN} more")
+        table.add_section()
+    console.print(table)
+    console.print(f"metric {data.metric}, max_length {data.max_length} tokens, {len(data.labels)} labels")
+    if data.dev.source == data.train.source:
+        console.print("dev is held out of train; name a file of it under `dev` to choose it yourself")
+    if data.test is not None and data.duplicates:
+        share = f"{data.duplicates:,} of {len(data.test):,}"
+        console.print(f"[yellow]{share} examples of test are in train too; scores on them tell nothing of new texts[/]")

@@ -1,0 +1,1 @@
+"""The embedded demo: real models and texts, read in place out of published wheels."""

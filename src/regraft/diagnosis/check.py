@@ -1,0 +1,132 @@
+"""Will the old weights still work on the new base?"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from regraft.adaptation import Adaptation, load_adaptation, write_graft
+from regraft.progress import Progress, silent
+from regraft.task import flips, load_data, majority_score, score
+from regraft.tuning.deployment import match_labels, predictions
+from regraft.tuning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from regraft.task import Task, TaskData
+    from regraft.upgrade import Upgrade
+
+AS_IS, SHORT_TUNING = 0.95, 0.70
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What the upgrade did to old weights, without any tuning.
+
+    Args:
+        task: The task's name.
+        metric: Its metric.
+        split: What was measured on, `test` or `dev`.
+        examples: How many examples that has.
+        old: The score of the old weights on the old base.
+        new: Their score on the new base, as they are.
+        floor: The score of always guessing the most frequent class.
+        retained: (new − floor) / (old − floor) in %, None where old is no better than the floor.
+        agreement: The share of examples on which both predict the same.
+        negative_flips: The share that was right and is wrong.
+        positive_flips: The share that was wrong and is right.
+        l2: The Euclidean distance of the bases' bodies.
+        relative: The same over the norm of the old body.
+        cosine: The cosine between the bodies.
+        lineage: `proven` if the adaptation records the old base's fingerprint, else `unproven`.
+        verdict: What to do, in one line.
+    """
+
+    task: str
+    metric: str
+    split: str
+    examples: int
+    old: float
+    new: float
+    floor: float
+    retained: float | None
+    agreement: float
+    negative_flips: float
+    positive_flips: float
+    l2: float
+    relative: float
+    cosine: float
+    lineage: str
+    verdict: str
+
+
+def check(
+    upgrade: Upgrade,
+    adaptation: Adaptation | str | Path,
+    task: Task | TaskData | str | Path,
+    *,
+    recipe: Recipe | None = None,
+    progress: Progress = silent,
+) -> Check:
+    """Put old weights on the new base as they are, and compare with the old deployment.
+
+    Args:
+        upgrade: The old and the new base.
+        adaptation: What was tuned on the old base, or its folder.
+        task: A task file, a `Task` or its data.
+        recipe: Whose seed and precision to use.
+        progress: Told of each batch.
+
+    Returns:
+        The figures and a verdict; nothing is written.
+
+    Raises:
+        CheckpointError: A file of weights is not whole.
+        DataError: The task's data cannot be used.
+        MismatchError: Bases, adaptation and task do not belong together.
+    """
+    recipe = recipe or Recipe()
+    adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
+    adaptation.check_base(upgrade.old)
+    data = match_labels(adaptation, load_data(task, recipe.seed))
+    split = data.test or data.dev
+    before = predictions(adaptation, upgrade.old, data, recipe, progress)
+    with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
+        write_graft(adaptation, upgrade, Path(folder), progress)
+        after = predictions(load_adaptation(folder), upgrade.new, data, recipe, progress)
+    old, new = (score(data.metric, split.labels, found) for found in (before, after))
+    floor = majority_score(data, split)
+    flipped, moved = flips(split.labels.tolist(), before, after), upgrade.distance()
+    retained = (new - floor) / (old - floor) if old > floor else None
+    return Check(
+        task=data.name,
+        metric=data.metric,
+        split=split.name,
+        examples=len(split),
+        old=old,
+        new=new,
+        floor=floor,
+        retained=None if retained is None else 100 * retained,
+        agreement=float(np.mean(np.array(before) == np.array(after))),
+        negative_flips=flipped.negative_rate,
+        positive_flips=flipped.positive_rate,
+        l2=moved.l2,
+        relative=moved.relative,
+        cosine=moved.cosine,
+        lineage="proven" if adaptation.base else "unproven",
+        verdict=_verdict(retained),
+    )
+
+
+def _verdict(retained: float | None) -> str:
+    if retained is None:
+        return "The old weights are no better than guessing on their own base: there is nothing to carry over."
+    kept = f"{100 * retained:.0f} % of the old score above guessing survives"
+    if retained >= AS_IS:
+        return f"{kept}: use the old weights as they are (direct)."
+    if retained >= SHORT_TUNING:
+        return f"{kept}: a short tuning from the old weights (init) should close the gap."
+    return f"{kept}: the upgrade moved far; tune with the old model as teacher (init+distill), or from scratch."

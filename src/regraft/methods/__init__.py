@@ -1,0 +1,21 @@
+"""Recycling methods, one file each, and what runs them."""
+
+from regraft.methods.compare import Comparison, Row, compare
+from regraft.methods.method import Job, Method
+from regraft.methods.recycle import parse_options, recycle
+from regraft.methods.registry import find_method, methods
+from regraft.methods.tune import KINDS, tune
+
+__all__ = [
+    "KINDS",
+    "Comparison",
+    "Job",
+    "Method",
+    "Row",
+    "compare",
+    "find_method",
+    "methods",
+    "parse_options",
+    "recycle",
+    "tune",
+]

@@ -1,0 +1,190 @@
+"""Several methods on the same data, seeds and order, held against tuning from scratch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation import Adaptation, Outcome, load_adaptation
+from regraft.checkpoint import write_atomic
+from regraft.methods.recycle import recycle
+from regraft.methods.registry import find_method
+from regraft.progress import Progress, silent
+from regraft.task import flips, load_data, score
+from regraft.tuning.deployment import match_labels, predictions
+from regraft.tuning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from regraft.task import Task, TaskData
+    from regraft.upgrade import Upgrade
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method with one seed, or the mean over seeds.
+
+    Args:
+        method: Its name.
+        seeds: The seeds it stands for.
+        start: The score on dev before the first step.
+        dev: The best score on dev.
+        test: The score on test; on dev where there is no test. The figures below are of the same split.
+        test_deviation: Its standard deviation over seeds, None for one seed.
+        recovery: (score − majority) / (scratch's score − majority) in %, None where that gap is below 3 points.
+        steps_to_scratch: Steps until dev first reached scratch's last score, None if it never did.
+        seconds_to_scratch: The same in seconds of training.
+        negative_flips: The share of examples the old deployment had right and this has wrong.
+        labels: Labelled training examples that were seen.
+        steps: Steps of the whole training.
+        seconds: Seconds of it.
+    """
+
+    method: str
+    seeds: tuple[int, ...]
+    start: float
+    dev: float
+    test: float
+    test_deviation: float | None
+    recovery: float | None
+    steps_to_scratch: float | None
+    seconds_to_scratch: float | None
+    negative_flips: float
+    labels: float
+    steps: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What came of several methods.
+
+    Args:
+        task: The task's name.
+        metric: Its metric.
+        split: What the final scores are measured on, `test` or `dev`.
+        old: The old deployment's score there: the old weights on the old base.
+        majority: The score of always guessing the most frequent class.
+        rows: One a method, over all seeds.
+        outcomes: The outcome folders.
+    """
+
+    task: str
+    metric: str
+    split: str
+    old: float
+    majority: float
+    rows: tuple[Row, ...]
+    outcomes: tuple[str, ...]
+
+
+def compare(
+    upgrade: Upgrade,
+    adaptation: Adaptation | str | Path,
+    task: Task | TaskData | str | Path,
+    methods: Sequence[str],
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    seeds: Sequence[int] = (20,),
+    options: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Comparison:
+    """Run methods on the same data, seeds and order, and hold them against scratch and the old deployment.
+
+    Args:
+        upgrade: The old and the new base.
+        adaptation: What was tuned on the old base, or its folder.
+        task: A task file, a `Task` or its data.
+        methods: Their names; scratch is added if it is missing, as the reference.
+        out: The folder for the outcome folders and `comparison.json`; outcomes that are there are kept.
+        recipe: How to train, the same for all.
+        seeds: One run each; they take the place of the recipe's seed.
+        options: A method's options by its name.
+        progress: Told of each step.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        RegraftError: As `recycle`.
+    """
+    names = list(dict.fromkeys(["scratch", *methods]))
+    for name in names:
+        find_method(name)
+    recipe, out = recipe or Recipe(), Path(out)
+    adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
+    adaptation.check_base(upgrade.old)
+    rows: dict[str, list[Row]] = {name: [] for name in names}
+    outcomes = []
+    deployment: list[int] = []
+    for seed in seeds:
+        data = match_labels(adaptation, load_data(task, seed))
+        split = data.test or data.dev
+        deployment = predictions(adaptation, upgrade.old, data, recipe, progress)
+        runs: dict[str, Outcome] = {}
+        for name in names:
+            runs[name] = recycle(
+                upgrade,
+                adaptation,
+                data,
+                name,
+                out / f"{name.replace('+', '-')}-seed{seed}",
+                recipe=dataclasses.replace(recipe, seed=seed),
+                options=(options or {}).get(name),
+                progress=lambda stage, *rest, name=name: progress(f"{name}: {stage}", *rest),
+            )
+            rows[name].append(_row(runs[name], runs["scratch"], split.name, split.labels.tolist(), deployment))
+            outcomes.append(str(runs[name].path))
+    majority = runs["scratch"].scores[f"{split.name}_majority"] or 0.0
+    comparison = Comparison(
+        task=data.name,
+        metric=data.metric,
+        split=split.name,
+        old=score(data.metric, split.labels, deployment),
+        majority=majority,
+        rows=tuple(_mean(several) for several in rows.values()),
+        outcomes=tuple(outcomes),
+    )
+    write_atomic(out / "comparison.json", json.dumps(dataclasses.asdict(comparison), indent=2) + "\n")
+    return comparison
+
+
+def _row(outcome: Outcome, scratch: Outcome, split: str, labels: list[int], deployment: list[int]) -> Row:
+    scores, cost, curve = outcome.record["scores"], outcome.record["cost"], outcome.curve
+    reference, floor = scratch.record["scores"][split], scratch.record["scores"][f"{split}_majority"]
+    target = scratch.curve[-1]["score"]
+    reached = next((point for point in curve if point["score"] >= target), None)
+    return Row(
+        method=outcome.record["method"],
+        seeds=(outcome.record["seed"],),
+        start=scores["dev_at_start"],
+        dev=max(point["score"] for point in curve),
+        test=scores[split],
+        test_deviation=None,
+        recovery=100 * (scores[split] - floor) / (reference - floor) if reference - floor >= 0.03 else None,
+        steps_to_scratch=reached["step"] if reached else None,
+        seconds_to_scratch=reached["seconds"] if reached else None,
+        negative_flips=flips(labels, deployment, outcome.predictions(split)).negative_rate,
+        labels=cost["labels"],
+        steps=cost["steps"],
+        seconds=cost["seconds"],
+    )
+
+
+def _mean(rows: list[Row]) -> Row:
+    """Average over seeds; a figure that one seed lacks is lacking (a target not reached is not an average)."""
+
+    def mean(name: str) -> Any:
+        values = [getattr(row, name) for row in rows]
+        return None if None in values else statistics.fmean(values)
+
+    figures = [field.name for field in dataclasses.fields(Row) if field.name not in ("method", "seeds")]
+    averaged = {name: mean(name) for name in figures}
+    if len(rows) > 1:
+        averaged["test_deviation"] = statistics.stdev(row.test for row in rows)
+    return Row(method=rows[0].method, seeds=tuple(seed for row in rows for seed in row.seeds), **averaged)

@@ -1,0 +1,219 @@
+"""Runs one method on one adaptation, scores what came of it, and records it as an outcome."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation import Adaptation, Outcome, find_outcome, load_adaptation, write_outcome
+from regraft.checkpoint import resumable_folder
+from regraft.errors import RecipeError
+from regraft.methods.method import Job
+from regraft.methods.registry import find_method
+from regraft.progress import Progress, silent
+from regraft.task import load_data, majority_score, score
+from regraft.tuning.deployment import match_labels
+from regraft.tuning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from regraft.task import Task, TaskData
+    from regraft.upgrade import Base, Upgrade
+
+SPLITS = ("dev", "test")
+
+
+def recycle(
+    upgrade: Upgrade,
+    adaptation: Adaptation | str | Path,
+    task: Task | TaskData | str | Path,
+    method: str,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    options: Any = None,
+    progress: Progress = silent,
+) -> Outcome:
+    """Get weights for the new base out of weights tuned on the old one.
+
+    Args:
+        upgrade: The old and the new base.
+        adaptation: What was tuned on the old base, or its folder.
+        task: The task it was tuned for: a task file, a `Task` or its data.
+        method: `scratch`, `direct`, `init`, `distill` or `init+distill`.
+        out: Where the outcome folder shall be. If it is there, made from the same, nothing is done.
+        recipe: How to train.
+        options: The method's own options, as `Distillation`; None for its defaults.
+        progress: Told of each step.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        CheckpointError: A file of weights is not whole.
+        DataError: The task's data cannot be used.
+        MismatchError: Bases, adaptation and task do not belong together.
+        OutcomeError: Something else is at `out`.
+        RecipeError: There is no such method, or an option is out of its range.
+    """
+    chosen, recipe, out = find_method(method), recipe or Recipe(), Path(out)
+    if chosen.options and options is None:
+        options = chosen.options()
+    if type(options) is not (chosen.options or type(None)):
+        raise RecipeError(f"method {method} takes {chosen.options or 'no options'}, found {options!r}.")
+    if not isinstance(adaptation, Adaptation):
+        adaptation = load_adaptation(adaptation)
+    adaptation.check_base(upgrade.old)
+    data = match_labels(adaptation, load_data(task, recipe.seed))
+    inputs = {
+        "method": method,
+        "options": dataclasses.asdict(options) if options else None,
+        "recipe": dataclasses.asdict(recipe),
+        "task": data.digest(),
+        "old_base": upgrade.old.fingerprint,
+        "new_base": upgrade.new.fingerprint,
+        "adaptation": adaptation.fingerprint,
+    }
+    if done := find_outcome(out, inputs):
+        return done
+    resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
+    source = {
+        "adaptation": str(adaptation.path),
+        "fingerprint": adaptation.fingerprint,
+        "old_base": upgrade.old.name,
+        "old_base_fingerprint": upgrade.old.fingerprint,
+        "lineage": "proven" if adaptation.base else "unproven",
+    }
+    with resumable_folder(out, inputs) as work:
+        staging = new_folder(work / "whole")
+        job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress)
+        curve = chosen.run(job, options)
+        return record_outcome(
+            staging, out, upgrade.new, data, resolved, curve, inputs, kind=adaptation.kind, method=method,
+            recycled_from=source, progress=progress,
+        )  # fmt: skip
+
+
+def record_outcome(
+    staging: Path,
+    out: Path,
+    base: Base,
+    data: TaskData,
+    recipe: Recipe,
+    curve: list[dict[str, float]],
+    inputs: dict[str, Any],
+    *,
+    kind: str,
+    method: str,
+    recycled_from: dict[str, Any] | None,
+    progress: Progress,
+) -> Outcome:
+    """Load the adaptation that was just written, score it on dev and test, and publish the outcome.
+
+    Args:
+        staging: Holds `adaptation/`.
+        out: Where the outcome shall be.
+        base: The base the adaptation lives on.
+        data: The task's examples.
+        recipe: As it was resolved.
+        curve: The learning curve; empty if nothing was trained.
+        inputs: What the outcome is made from.
+        kind: The kind of the adaptation.
+        method: How it was made.
+        recycled_from: Where it comes from, if it was recycled.
+        progress: Told of each batch.
+
+    Returns:
+        The outcome.
+    """
+    import numpy as np
+
+    from regraft.adaptation import load_model
+    from regraft.tuning import device, encode, plan_order, predict
+
+    model = load_model(load_adaptation(staging / "adaptation"), base, data.labels).to(device())
+    rows: list[dict[str, Any]] = []
+    scores: dict[str, float | None] = {}
+    for name in SPLITS:
+        split = getattr(data, name)
+        if split is None:
+            scores |= {name: None, f"{name}_majority": None}
+            continue
+        examples = encode(base, split, data.max_length)
+        found = predict(model, examples, recipe.precision, progress).argmax(dim=1).tolist()
+        scores |= {name: score(data.metric, split.labels, found), f"{name}_majority": majority_score(data, split)}
+        numbered = zip(split.rows.tolist(), split.labels.tolist(), found, strict=True)
+        rows += [{"split": name, "row": row, "label": label, "prediction": guess} for row, label, guess in numbered]
+    dev = scores["dev"]
+    curve = curve or [{"step": 0, "seconds": 0.0, "score": float(dev or 0.0)}]
+    steps = int(curve[-1]["step"])
+    best = max(curve, key=lambda point: (point["score"], -point["step"]))
+    lengths = encode(base, data.train, data.max_length).lengths
+    seen = np.unique(plan_order(lengths, recipe.batch_size, steps, recipe.seed)) if steps else []
+    record = {
+        "method": method,
+        "kind": kind,
+        "inputs": inputs,
+        "task": {"name": data.name, "metric": data.metric, "digest": data.digest(), "train": len(data.train)},
+        "labels": list(data.labels),
+        "seed": recipe.seed,
+        "recipe": dataclasses.asdict(recipe),
+        "scores": {**scores, "dev_at_start": curve[0]["score"]},
+        "best_step": int(best["step"]),
+        "cost": {"steps": steps, "seconds": round(curve[-1]["seconds"], 2), "labels": len(seen)},
+        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "recycled_from": recycled_from,
+    }
+    return write_outcome(staging, out, record, curve, rows)
+
+
+def learning_rate(kind: str) -> float:
+    """Give the learning rate for a kind of adaptation where the recipe names none.
+
+    Args:
+        kind: `full` or `lora`.
+
+    Returns:
+        The rate.
+    """
+    from regraft.tuning import LEARNING_RATES
+
+    return LEARNING_RATES[kind]
+
+
+def new_folder(folder: Path) -> Path:
+    """Make an empty folder, clearing away what an interrupted run left in its place.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The folder.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def parse_options(method: str, given: Sequence[tuple[str, Any]]) -> Any:
+    """Make a method's options from names and values.
+
+    Args:
+        method: The method's name.
+        given: Options that were set.
+
+    Returns:
+        The options, or None if the method has none.
+
+    Raises:
+        RecipeError: The method has no such option.
+    """
+    options = find_method(method).options
+    known = {field.name for field in dataclasses.fields(options)} if options else set()
+    for name, _ in given:
+        if name not in known:
+            raise RecipeError(f"method {method} has no option {name}; it has {', '.join(sorted(known)) or 'none'}.")
+    return options(**dict(given)) if options else None

@@ -1,0 +1,22 @@
+"""Tasks: what users declare, its examples and labels, few-shot draws, scores."""
+
+from regraft.task.data import Split, TaskData
+from regraft.task.metrics import Flips, flips, majority_score, score
+from regraft.task.read import load_data, read_task
+from regraft.task.summary import SplitSummary, summarise
+from regraft.task.task import HubSplit, Task
+
+__all__ = [
+    "Flips",
+    "HubSplit",
+    "Split",
+    "SplitSummary",
+    "Task",
+    "TaskData",
+    "flips",
+    "load_data",
+    "majority_score",
+    "read_task",
+    "score",
+    "summarise",
+]

@@ -1,0 +1,188 @@
+"""The examples of a task, read and encoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import DataError, MismatchError, RecipeError
+from regraft.task.sample import draw
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """Some examples of a task.
+
+    Args:
+        name: `train`, `dev` or `test`.
+        source: The file or data set they were read from.
+        texts: One or two texts an example.
+        labels: The class of each example, as its place among the task's labels.
+        rows: Where each example stands in the source, from 1.
+    """
+
+    name: str
+    source: str
+    texts: list[tuple[str, ...]]
+    labels: Integers
+    rows: Integers
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int] | Integers) -> Split:
+        """Keep some of the examples.
+
+        Args:
+            indices: Which, from 0, in the order they shall have.
+
+        Returns:
+            A split of the same name and source.
+        """
+        import numpy as np
+
+        chosen = np.asarray(indices, dtype=np.int64)
+        texts = [self.texts[i] for i in chosen.tolist()]
+        return dataclasses.replace(self, texts=texts, labels=self.labels[chosen], rows=self.rows[chosen])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskData:
+    """A task with its examples.
+
+    Args:
+        name: The task's name.
+        metric: What is reported: `accuracy`, `macro_f1` or `mcc`.
+        max_length: How many tokens a text is cut to.
+        labels: The label names, in the order of the classes.
+        train: The examples to tune on.
+        dev: The examples to choose by.
+        test: The examples to report on, if there are any.
+        duplicates: How many examples of test have the very texts of one of train.
+    """
+
+    name: str
+    metric: str
+    max_length: int
+    labels: tuple[str, ...]
+    train: Split
+    dev: Split
+    test: Split | None
+    duplicates: int
+
+    def few_shot(self, shots: int, seed: int) -> TaskData:
+        """Keep a few examples a class of train and of dev, and all of test.
+
+        Which ones follows from the seed and the texts alone: neither the order of the rows nor any other use of
+        random numbers changes it, and a smaller number of shots is a part of a larger one.
+
+        Args:
+            shots: Examples a class; dev gives what it has where that is less.
+            seed: What the examples are drawn from.
+
+        Returns:
+            The smaller task.
+
+        Raises:
+            DataError: Train has fewer examples of a class.
+            RecipeError: `shots` is less than 1.
+        """
+        import numpy as np
+
+        if shots < 1:
+            raise RecipeError(f"shots = {shots}: at least 1 example a class is needed.")
+        counts = np.bincount(self.train.labels, minlength=len(self.labels))
+        if short := [
+            f"{label!r} {count:,}" for label, count in zip(self.labels, counts.tolist(), strict=True) if count < shots
+        ]:
+            held_out = " once dev is held out of it" if self.dev.source == self.train.source else ""
+            raise DataError(
+                f"{self.train.source}: {shots} shots a class are wanted, but train has fewer{held_out} of: "
+                f"{', '.join(short)}. Add examples or lower `shots`."
+            )
+        wanted = [shots] * len(self.labels)
+        train = self.train.take(draw(self.train, self.labels, wanted, seed))
+        dev = self.dev.take(draw(self.dev, self.labels, wanted, seed))
+        return dataclasses.replace(self, train=train, dev=dev, duplicates=len(duplicates(train, self.test)))
+
+    def relabel(self, order: Sequence[str]) -> TaskData:
+        """Put the classes into another order, as a model's head has them.
+
+        Args:
+            order: The same label names, in the order wanted.
+
+        Returns:
+            The task with its labels encoded anew.
+
+        Raises:
+            MismatchError: The names are not the same, or one is given twice.
+        """
+        import numpy as np
+
+        only_here = [name for name in self.labels if name not in order]
+        only_there = [name for name in order if name not in self.labels]
+        if only_here or only_there or len(order) != len(self.labels):
+            raise MismatchError(
+                f"{self.train.source}: the labels of task {self.name!r} are not those it is to be used with. "
+                f"Only in the task: {', '.join(map(repr, only_here)) or 'none'}. "
+                f"Only there: {', '.join(map(repr, only_there)) or 'none'}. "
+                f"Expected {len(self.labels)} labels, found {len(order)}. Name them alike, in `labels` or in the data."
+            )
+        places = np.array([list(order).index(name) for name in self.labels], dtype=np.int64)
+
+        def encoded(split: Split) -> Split:
+            return dataclasses.replace(split, labels=places[split.labels])
+
+        test = None if self.test is None else encoded(self.test)
+        return dataclasses.replace(
+            self, labels=tuple(order), train=encoded(self.train), dev=encoded(self.dev), test=test
+        )
+
+    def digest(self) -> str:
+        """Hash what the task consists of, whatever it is called and wherever it is stored.
+
+        Returns:
+            SHA-256 over label names, metric, max_length, and the texts and labels of every split, in hexadecimal.
+        """
+        digest = hashlib.sha256(json.dumps([self.labels, self.metric, self.max_length]).encode())
+        for split in (self.train, self.dev, self.test):
+            digest.update(b"\nno split\n" if split is None else b"\nsplit\n")
+            if split is not None:
+                for texts, label in zip(split.texts, split.labels.tolist(), strict=True):
+                    digest.update(json.dumps([texts, label]).encode() + b"\n")
+        return digest.hexdigest()
+
+    def majority(self) -> int:
+        """Tell the class that most examples of train have.
+
+        Returns:
+            The class; the first of them where several are as frequent.
+        """
+        import numpy as np
+
+        return int(np.bincount(self.train.labels, minlength=len(self.labels)).argmax())
+
+
+def duplicates(train: Split, test: Split | None) -> list[tuple[int, int]]:
+    """Find the examples of test whose texts are in train, letter by letter.
+
+    Args:
+        train: The examples tuned on.
+        test: The examples reported on, if any.
+
+    Returns:
+        Row of train, row of test; one pair for each such example of test.
+    """
+    if test is None:
+        return []
+    seen = {texts: row for texts, row in zip(reversed(train.texts), reversed(train.rows.tolist()), strict=True)}
+    return [(seen[texts], row) for texts, row in zip(test.texts, test.rows.tolist(), strict=True) if texts in seen]

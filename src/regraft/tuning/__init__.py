@@ -1,0 +1,26 @@
+"""Training: tuning on a task, distillation, and continual pre-training, all on transformers' Trainer."""
+
+from regraft.tuning.corpus import Corpus
+from regraft.tuning.distill import Distillation, distillation_loss
+from regraft.tuning.examples import Examples, encode, plan_order
+from regraft.tuning.predict import device, predict
+from regraft.tuning.pretrain import pretrain
+from regraft.tuning.recipe import Recipe
+from regraft.tuning.tune import LEARNING_RATES, Teacher, evaluate, tune_model
+
+__all__ = [
+    "LEARNING_RATES",
+    "Corpus",
+    "Distillation",
+    "Examples",
+    "Recipe",
+    "Teacher",
+    "device",
+    "distillation_loss",
+    "encode",
+    "evaluate",
+    "plan_order",
+    "predict",
+    "pretrain",
+    "tune_model",
+]

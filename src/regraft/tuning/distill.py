@@ -1,0 +1,192 @@
+"""The old tuned model as a teacher: the distillation loss, and the teacher's outputs computed once.
+
+Source: Qin et al., Recyclable Tuning for Continual Pre-training, 2023 (arXiv:2305.08702), section 4.2, and the
+authors' reference implementation; the hidden-state term is Sun et al.'s patient knowledge distillation
+(arXiv:1908.09355).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import RecipeError
+from regraft.tuning.predict import for_each_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+
+    from regraft.progress import Progress
+    from regraft.tuning.examples import Examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """The weights of the distillation loss.
+
+    Args:
+        alpha: The share of the teacher's soft labels; 1 − alpha is left for the true labels.
+        beta: The weight of the hidden states' mean squared error, 0 for none.
+        temperature: Softens both models' outputs.
+        kl_reduction: `batchmean` sums the divergence over classes and averages it over the batch (the textbook's);
+            `mean` averages over both, as the paper's reference does.
+
+    Raises:
+        RecipeError: A number is out of its range.
+    """
+
+    alpha: float = 0.7
+    beta: float = 1.0
+    temperature: float = 5.0
+    kl_reduction: str = "batchmean"
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"alpha must be from 0 to 1, found {self.alpha}.")
+        if self.beta < 0 or self.temperature <= 0:
+            raise RecipeError(
+                f"beta must not be negative (found {self.beta}), temperature above 0 ({self.temperature})."
+            )
+        if self.kl_reduction not in ("batchmean", "mean"):
+            raise RecipeError(f"kl_reduction is batchmean or mean, found {self.kl_reduction!r}.")
+
+
+def distillation_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    options: Distillation,
+) -> torch.Tensor:
+    """(1 − α)·CE(z_s, y) + α·T²·KL(softmax(z_t/T) ‖ softmax(z_s/T)) + β·½·MSE(h_s, h_t).
+
+    Args:
+        logits: The student's z_s, batch × classes.
+        labels: The true classes y, batch.
+        teacher_logits: The teacher's z_t, batch × classes.
+        hidden: The student's h_s, batch × layers × width; unused where beta is 0.
+        teacher_hidden: The teacher's h_t, likewise.
+        options: α, β, T and the reduction of the KL.
+
+    Returns:
+        The loss, a scalar.
+    """
+    from torch.nn import functional
+
+    hot = options.temperature
+    divergence = functional.kl_div(
+        functional.log_softmax(logits / hot, dim=-1),
+        functional.log_softmax(teacher_logits / hot, dim=-1),
+        reduction=options.kl_reduction,
+        log_target=True,
+    )
+    loss = options.alpha * hot**2 * divergence
+    if options.alpha < 1:
+        loss = loss + (1 - options.alpha) * functional.cross_entropy(logits, labels)
+    if options.beta:
+        loss = loss + options.beta * 0.5 * functional.mse_loss(hidden, teacher_hidden)
+    return loss
+
+
+def read_hidden(hidden_states: tuple[torch.Tensor, ...], mask: torch.Tensor, last_token: bool) -> torch.Tensor:
+    """Take the hidden state the head's token has after the embeddings and after every layer but the last.
+
+    Args:
+        hidden_states: One tensor a layer, batch × tokens × width, the embeddings' first.
+        mask: The attention mask, batch × tokens, padded on the right.
+        last_token: Whether the head reads the last token (decoders) rather than the first.
+
+    Returns:
+        batch × layers × width.
+    """
+    import torch
+
+    if not last_token:
+        return torch.stack([layer[:, 0] for layer in hidden_states[:-1]], dim=1)
+    rows, last = torch.arange(len(mask), device=mask.device), mask.sum(dim=1) - 1
+    return torch.stack([layer[rows, last] for layer in hidden_states[:-1]], dim=1)
+
+
+def teach(
+    teacher: Any, examples: Examples, wanted: Any, options: Distillation, precision: str, last_token: bool, work: Path,
+    progress: Progress,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Compute the teacher's logits and hidden states once; a later call finds them in the working folder.
+
+    Args:
+        teacher: The old tuned model on the old base; frozen, in evaluation mode.
+        examples: What the student is trained on, in the teacher's tokens.
+        wanted: Indices of the examples that the training will see.
+        options: Hidden states are kept only if its beta needs them.
+        precision: `bf16` or `fp32`.
+        last_token: Whether the head reads the last token.
+        work: The folder for the cache.
+        progress: Told of each batch.
+
+    Returns:
+        Logits (examples × classes, float32) and hidden states (examples × layers × width, bfloat16; of width 0
+        without beta); rows of examples that are not wanted are 0.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = work / "teacher.safetensors"
+    if not file.is_file():
+        import numpy as np
+
+        from regraft.tuning.examples import Examples
+
+        seen = np.unique(wanted)
+        part = Examples(
+            {name: [column[i] for i in seen] for name, column in examples.columns.items()}, examples.labels[seen],
+            examples.pad,
+        )  # fmt: skip
+        kept: dict[str, torch.Tensor] = {}
+
+        def keep(output: Any, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+            found = {"logits": output.logits.float()}
+            if options.beta:
+                found["hidden"] = read_hidden(output.hidden_states, batch["attention_mask"], last_token).bfloat16()
+            for name, rows in found.items():
+                if name not in kept:
+                    kept[name] = torch.zeros(len(examples), *rows.shape[1:], dtype=rows.dtype)
+                kept[name][torch.as_tensor(seen[indices])] = rows.cpu()
+
+        for_each_batch(teacher, part, precision, keep, progress, "teacher", output_hidden_states=bool(options.beta))
+        kept.setdefault("hidden", torch.zeros(len(examples), 0, dtype=torch.bfloat16))
+        beside = work / "teacher.writing"
+        save_file(kept, beside)
+        beside.replace(file)
+    stored = load_file(file)
+    return stored["logits"], stored["hidden"]
+
+
+def distillation_objective(
+    taught: tuple[torch.Tensor, torch.Tensor], options: Distillation, last_token: bool
+) -> Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]:
+    """Make the loss of a batch from the teacher's cached outputs.
+
+    Args:
+        taught: From `teach`.
+        options: The loss's weights.
+        last_token: Whether the head reads the last token.
+
+    Returns:
+        A function of the student and a batch that carries `labels` and `index`.
+    """
+
+    def objective(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        labels, index = batch.pop("labels"), batch.pop("index").cpu()
+        output = model(**batch, output_hidden_states=bool(options.beta))
+        teacher_logits, teacher_hidden = (rows[index].to(output.logits.device).float() for rows in taught)
+        hidden = teacher_hidden
+        if options.beta:
+            hidden = read_hidden(output.hidden_states, batch["attention_mask"], last_token).float()
+        return distillation_loss(output.logits.float(), labels, teacher_logits, hidden, teacher_hidden, options)
+
+    return objective

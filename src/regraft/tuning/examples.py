@@ -1,0 +1,118 @@
+"""Texts as token ids, and the order in which training sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import torch
+
+    from regraft.task import Split
+    from regraft.upgrade import Base
+
+GROUPED_BATCHES = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokenised texts with their labels.
+
+    Args:
+        columns: For each of the model's inputs (`input_ids`, `token_type_ids`), a list of ids an example.
+        labels: The class of each example.
+        pad: The id that fills up a batch, for each column.
+    """
+
+    columns: dict[str, list[list[int]]]
+    labels: np.ndarray[Any, np.dtype[np.int64]]
+    pad: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The number of tokens of each example."""
+        import numpy as np
+
+        return np.array([len(ids) for ids in self.columns["input_ids"]], dtype=np.int64)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Pad some examples to the longest of them, on the right.
+
+        Args:
+            indices: Which examples.
+
+        Returns:
+            The model's inputs (each examples × tokens), `attention_mask`, `labels` and `index`.
+        """
+        import torch
+
+        lengths = [len(self.columns["input_ids"][i]) for i in indices]
+        shape = (len(indices), max(lengths))
+        mask = torch.arange(shape[1])[None, :] < torch.tensor(lengths)[:, None]
+        batch = {"attention_mask": mask.long()}
+        for name, column in self.columns.items():
+            padded = torch.full(shape, self.pad[name], dtype=torch.long)
+            padded[mask] = torch.tensor([token for i in indices for token in column[i]])
+            batch[name] = padded
+        batch["labels"] = torch.as_tensor(self.labels[list(indices)])
+        batch["index"] = torch.tensor(list(indices))
+        return batch
+
+
+def encode(base: Base, split: Split, max_length: int) -> Examples:
+    """Tokenise a split with a base's tokenizer.
+
+    Args:
+        base: Whose tokenizer.
+        split: Texts, single or in pairs.
+        max_length: Longer inputs are cut to so many tokens, or to what the base takes.
+
+    Returns:
+        The examples, in the order of the split.
+    """
+    tokenizer = base.tokenizer
+    first = [texts[0] for texts in split.texts]
+    second = [texts[1] for texts in split.texts] if len(split.texts[0]) == 2 else None
+    encoded = tokenizer(
+        first, second, truncation=True, max_length=min(max_length, base.longest), return_attention_mask=False
+    )
+    pad = {name: 0 for name in encoded}
+    pad["input_ids"] = tokenizer.pad_token_id
+    return Examples({name: list(encoded[name]) for name in encoded}, split.labels, pad)
+
+
+def plan_order(
+    lengths: np.ndarray[Any, np.dtype[np.int64]], batch_size: int, steps: int, seed: int
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Fix which examples each step of a training sees, batches being of similar length.
+
+    The order depends on nothing but its arguments, so methods can be compared on it and an interrupted run finds
+    its place in it.
+
+    Args:
+        lengths: The length of each example, in tokens.
+        batch_size: Examples a step.
+        steps: How many steps.
+        seed: What the order is drawn from.
+
+    Returns:
+        Example indices, steps × batch_size in one row: as many whole passes over the data as that takes.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    total, examples = steps * batch_size, len(lengths)
+    order = np.concatenate([random.permutation(examples) for _ in range(-(-total // examples))])[:total]
+    window = batch_size * min(GROUPED_BATCHES, max(1, examples // batch_size))
+    for start in range(0, total, window):
+        part = order[start : start + window]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        batches = part.reshape(-1, batch_size)
+        order[start : start + window] = batches[random.permutation(len(batches))].reshape(-1)
+    return order

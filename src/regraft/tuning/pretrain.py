@@ -1,0 +1,259 @@
+"""Continual pre-training: a base becomes its own upgrade on new text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from regraft.checkpoint import Checkpoint, publish, resumable_folder, write_atomic, write_safetensors
+from regraft.errors import OutcomeError, RecipeError
+from regraft.progress import Progress, silent
+from regraft.tuning.corpus import Corpus, pack
+from regraft.tuning.predict import autocast, device
+from regraft.upgrade import Base
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+
+    from regraft.tuning.recipe import Recipe
+
+RECORD = "pretraining.json"
+LEARNING_RATE = 1e-4
+MASKED = 0.15
+HELD_OUT_BLOCKS = 64
+
+
+def pretrain(
+    base: Base, corpus: Corpus, out: Path, recipe: Recipe, block: int = 128, progress: Progress = silent
+) -> Base:
+    """Pre-train a base further, and write the upgraded base as a plain transformers folder.
+
+    Masked language modelling for encoders (15 % of the tokens; of these 80 % become the mask, 10 % a random token,
+    10 % stay), causal for decoders. An encoder without a language-modelling head gets a fresh one, which is first
+    trained alone for a tenth of the steps so that its noise does not reach the body. Tensors that pre-training does
+    not use, such as a pooler, are carried over unchanged.
+
+    Args:
+        base: The base.
+        corpus: The text.
+        out: Where the upgraded base shall be. If it is there, made from the same, nothing is done.
+        recipe: Steps, batch size (in blocks), learning rate, ….
+        block: Tokens a block.
+        progress: Told of each step.
+
+    Returns:
+        The upgraded base.
+
+    Raises:
+        DataError: The text cannot be read or is too little.
+        OutcomeError: Something else is at `out`.
+        RecipeError: The block is longer than the base takes.
+    """
+    from regraft.adaptation import load_strictly
+
+    if block > base.longest:
+        raise RecipeError(f"--block {block} is more than the {base.longest} tokens that {base.path} takes.")
+    inputs = {
+        "base": base.fingerprint,
+        "corpus": corpus.digest(),
+        "block": block,
+        "recipe": dataclasses.asdict(recipe),
+    }
+    if _is_done(out, inputs):
+        return Base.open(out)
+    with resumable_folder(out, inputs) as work:
+        blocks = pack(corpus, base, block, work / "tokens.bin", progress)
+        held_out = min(HELD_OUT_BLOCKS, max(1, len(blocks) // 20))
+        shuffled = _shuffle(len(blocks), recipe.seed)
+        resolved = recipe.resolve(len(blocks) - held_out, LEARNING_RATE)
+        model, fresh = load_strictly(_architecture(base), base.path, base.prefix, dtype="float32")
+        model.to(device())
+        run = _Pretraining(base, blocks, shuffled[held_out:], shuffled[:held_out], resolved)
+        if any(not name.startswith(base.prefix + ".") for name in fresh) and (resolved.steps or 0) >= 10:
+            head_steps = (resolved.steps or 0) // 10
+            model.base_model.requires_grad_(False)
+            head_recipe = dataclasses.replace(
+                resolved, steps=head_steps, eval_every=head_steps, learning_rate=1e-3, seed=recipe.seed + 1
+            )
+            _Pretraining(base, blocks, shuffled[held_out:], shuffled[:held_out], head_recipe).run(
+                model, work / "head", progress, "pretrain head"
+            )
+            model.base_model.requires_grad_(True)
+        curve = run.run(model, work / "body", progress, "pretrain")
+        staging = work / "whole"
+        shutil.rmtree(staging, ignore_errors=True)
+        model.to("cpu").save_pretrained(staging)
+        _carry_over(base, staging)
+        base.tokenizer.save_pretrained(staging)
+        record = {
+            "base": {"name": base.name, "fingerprint": base.fingerprint},
+            "inputs": inputs,
+            "corpus": list(corpus.sources),
+            "tokens": (resolved.steps or 0) * resolved.batch_size * block,
+            "curve": curve,
+        }
+        write_atomic(staging / RECORD, json.dumps(record, indent=2) + "\n")
+        publish(staging, out)
+    return Base.open(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pretraining:
+    """One run over blocks: which of them at which step, and which tokens are masked there."""
+
+    base: Base
+    blocks: np.ndarray[Any, np.dtype[np.uint32]]
+    training: np.ndarray[Any, np.dtype[np.int64]]
+    held_out: np.ndarray[Any, np.dtype[np.int64]]
+    recipe: Recipe
+
+    def run(self, model: Any, work: Path, progress: Progress, stage: str) -> list[dict[str, float]]:
+        import numpy as np
+
+        from regraft.tuning.trainer import train
+
+        recipe, random = self.recipe, np.random.default_rng(self.recipe.seed)
+        total = (recipe.steps or 1) * recipe.batch_size
+        passes = [random.permutation(self.training) for _ in range(-(-total // len(self.training)))]
+        order = np.concatenate(passes)[:total]
+        tokens = recipe.batch_size * self.blocks.shape[1]
+
+        def report(stage: str, done: int, total: int, figures: Any) -> None:
+            shown = {"loss": figures["loss"]} if "loss" in figures else {}
+            if "steps/s" in figures:
+                shown["tokens/s"] = figures["steps/s"] * tokens
+            progress(stage, done, total, shown)
+
+        return train(
+            model,
+            _Numbered(order),
+            lambda items: self.batch(items, recipe.seed),
+            self.loss,
+            self.evaluate,
+            recipe,
+            work,
+            report,
+            stage=stage,
+        )
+
+    def batch(self, items: list[tuple[int, int]], seed: int) -> dict[str, torch.Tensor]:
+        """Make a batch of (block, its number in the training); the number fixes its mask."""
+        import numpy as np
+        import torch
+
+        ids = torch.from_numpy(self.blocks[[block for block, _ in items]].astype(np.int64))
+        if self.base.is_decoder:
+            return {"input_ids": ids, "labels": ids}
+        masked = [self._mask(row, seed, number) for row, (_, number) in zip(ids, items, strict=True)]
+        return {"input_ids": torch.stack([m[0] for m in masked]), "labels": torch.stack([m[1] for m in masked])}
+
+    def _mask(self, row: torch.Tensor, seed: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        import numpy as np
+        import torch
+
+        tokenizer, random = self.base.tokenizer, np.random.default_rng((seed, number))
+        special = torch.isin(row, torch.tensor(tokenizer.all_special_ids))
+        draws = torch.from_numpy(random.random((2, len(row))))
+        chosen = (draws[0] < MASKED) & ~special
+        if not chosen.any():
+            chosen[random.integers(len(row))] = True
+        labels = torch.where(chosen, row, -100)
+        replaced = row.clone()
+        replaced[chosen & (draws[1] < 0.8)] = tokenizer.mask_token_id
+        anything = chosen & (draws[1] >= 0.9)
+        replaced[anything] = torch.from_numpy(random.integers(len(tokenizer), size=int(anything.sum())))
+        return replaced, labels
+
+    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Give the mean cross-entropy; for masked models, logits are computed at the masked positions only."""
+        from torch.nn import functional
+
+        if self.base.is_decoder:
+            loss: torch.Tensor = model(**batch).loss
+            return loss
+        chosen = batch["labels"] != -100
+
+        def keep_masked(module: Any, arguments: Any, output: Any) -> Any:
+            output["last_hidden_state"] = output["last_hidden_state"][chosen][None]
+            return output
+
+        inner = getattr(model, "module", model)  # the model itself where it is wrapped for many devices
+        hook = inner.base_model.register_forward_hook(keep_masked)
+        try:
+            logits = model(input_ids=batch["input_ids"]).logits[0]
+        finally:
+            hook.remove()
+        return functional.cross_entropy(logits.float(), batch["labels"][chosen])
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Give the loss on the held-out blocks, their masks being always the same."""
+        import torch
+
+        was_training, on = model.training, next(model.parameters()).device
+        model.eval()
+        losses = []
+        with torch.inference_mode(), autocast(self.recipe.precision, on):
+            for start in range(0, len(self.held_out), self.recipe.batch_size):
+                part = self.held_out[start : start + self.recipe.batch_size]
+                batch = self.batch([(int(block), start + i) for i, block in enumerate(part)], seed=0)
+                batch = {name: tensor.to(on) for name, tensor in batch.items()}
+                losses += [float(self.loss(model, batch))] * len(part)
+        model.train(was_training)
+        loss = sum(losses) / len(losses)
+        return {"score": -loss, "loss": loss}
+
+
+class _Numbered:
+    """Blocks in the order of training, each with its number there."""
+
+    def __init__(self, order: Any):
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        return int(self.order[n]), n
+
+
+def _shuffle(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    import numpy as np
+
+    return np.random.default_rng((seed, count)).permutation(count)
+
+
+def _architecture(base: Base) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    if not base.is_decoder and base.tokenizer.mask_token_id is None:
+        raise RecipeError(f"{base.path}: its tokenizer has no mask token, so it cannot be pre-trained as an encoder.")
+    return AutoModelForCausalLM if base.is_decoder else AutoModelForMaskedLM
+
+
+def _carry_over(base: Base, folder: Path) -> None:
+    """Add to a saved model what its base has and pre-training left out."""
+    saved = Checkpoint.open(folder)
+    prefix = base.prefix + "."
+    unused = {prefix + inner: name for inner, name in base.body.items() if prefix + inner not in saved}
+    if not unused:
+        return
+    if len(saved.files) > 1:
+        raise OutcomeError(f"{folder}: {', '.join(unused)} cannot be carried over into a sharded checkpoint.")
+    tensors = saved.tensors | {name: base.checkpoint.tensors[source] for name, source in unused.items()}
+    write_safetensors(
+        saved.files[0], tensors, lambda name: base.checkpoint[unused[name]] if name in unused else saved[name]
+    )
+
+
+def _is_done(out: Path, inputs: dict[str, Any]) -> bool:
+    if not out.exists():
+        return False
+    record = out / RECORD
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["inputs"] == inputs:
+        return True
+    raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")

@@ -1,0 +1,98 @@
+"""How something is trained: the few numbers that decide it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from regraft.errors import RecipeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; the same for every method that is compared.
+
+    Args:
+        steps: Optimiser steps; None for `epochs` times the data.
+        epochs: Passes over the data where `steps` is not given.
+        batch_size: Examples (or packed blocks) a step.
+        learning_rate: The peak of the linear schedule; None for 5e-5 (full), 5e-4 (LoRA), 1e-4 (pre-training).
+        warmup: The fraction of steps over which the rate rises to its peak.
+        weight_decay: AdamW's, on matrices only.
+        eval_every: Steps between evaluations; None for about ten in all.
+        save_every: Steps between the checkpoints an interrupted run goes on from.
+        seed: Fixes fresh heads, the order of the data, dropout and masking.
+        precision: `bf16` (autocast), `fp32`, or `auto`: bf16 where the device computes in it.
+
+    Raises:
+        RecipeError: A number is out of its range.
+    """
+
+    steps: int | None = None
+    epochs: float = 3.0
+    batch_size: int = 16
+    learning_rate: float | None = None
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    eval_every: int | None = None
+    save_every: int = 200
+    seed: int = 20
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        for name in ("steps", "epochs", "batch_size", "learning_rate", "eval_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RecipeError(f"{name} must be above 0, found {value}.")
+        if not 0 <= self.warmup < 1:
+            raise RecipeError(f"warmup is a fraction of the steps, from 0 to below 1, found {self.warmup}.")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise RecipeError(f"precision is auto, bf16 or fp32, found {self.precision!r}.")
+
+    def resolve(self, examples: int, learning_rate: float) -> Recipe:
+        """Fill in what depends on the data and the kind of training.
+
+        Args:
+            examples: How many examples there are.
+            learning_rate: What to take where none is given.
+
+        Returns:
+            The recipe with `steps`, `learning_rate`, `eval_every` and `precision` set.
+        """
+        steps = self.steps or max(1, round(self.epochs * examples / self.batch_size))
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            learning_rate=self.learning_rate or learning_rate,
+            eval_every=min(steps, self.eval_every or _round_interval(steps)),
+            precision=precision() if self.precision == "auto" else self.precision,
+        )
+
+
+def precision() -> str:
+    """Tell which precision the device computes fast in.
+
+    Returns:
+        `bf16` where the accelerator or the processor has bfloat16 arithmetic, else `fp32`.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if torch.accelerator.is_available():
+        return "fp32"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    if not capabilities and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+        native = torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
+
+
+def _round_interval(steps: int) -> int:
+    """Give a round number of steps that comes to between five and twelve evaluations."""
+    scale = 1
+    while True:
+        for digit in (1, 2, 5):
+            if steps <= 12 * digit * scale:
+                return digit * scale
+        scale *= 10

@@ -1,0 +1,230 @@
+"""transformers' Trainer with a fixed order of data, any objective, and an exact continuation after an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from regraft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from regraft.progress import Progress
+    from regraft.tuning.recipe import Recipe
+
+
+def train(
+    model: Any,
+    data: torch.utils.data.Dataset[Any],
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    objective: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
+    evaluate: Callable[[Any], dict[str, float]],
+    recipe: Recipe,
+    work: Path,
+    progress: Progress,
+    *,
+    stage: str,
+) -> list[dict[str, float]]:
+    """Train a model in place, leave it with its best weights, and return its learning curve.
+
+    What a killed run left in `work` is gone on from; the result is that of an uninterrupted run.
+
+    Args:
+        model: What to train.
+        data: Its item n is what the training sees n-th: steps × batch_size items.
+        collate: Makes a batch of such items.
+        objective: Gives the loss of a batch.
+        evaluate: Gives figures of the model, among them `score`, of which more is better.
+        recipe: Resolved.
+        work: A folder for checkpoints.
+        progress: Told of each step.
+        stage: What to call this there.
+
+    Returns:
+        One entry an evaluation, from step 0 on: `step`, `seconds` of training so far, and the figures.
+
+    Raises:
+        RecipeError: The loss became infinite or not a number.
+    """
+    checkpoints = work / "checkpoints"
+    last = _last_whole(checkpoints)
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=recipe.steps or 1,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate or 0.0,
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        bf16=recipe.precision == "bf16",
+        eval_strategy="steps",
+        eval_steps=recipe.eval_every,
+        eval_on_start=last is None,
+        save_steps=recipe.save_every,
+        save_total_limit=1,
+        logging_steps=min(10, recipe.eval_every or 10),
+        logging_nan_inf_filter=False,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        seed=recipe.seed,
+    )
+    best = _Best(work / "best")
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=collate,
+        objective=objective,
+        figures=evaluate,
+        best=best,
+    )
+    trainer.add_callback(_Watch(trainer, progress, stage))
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    curve = trainer.curve
+    best.restore(model, curve)
+    return curve
+
+
+class _Trainer(Trainer):
+    """A Trainer whose loss, evaluation and learning rates are given from outside."""
+
+    def __init__(self, *, objective: Any, figures: Any, best: _Best, **given: Any):
+        super().__init__(**given)
+        self.objective, self.figures, self.best = objective, figures, best
+        self.model_accepts_loss_kwargs = False  # the objective's loss is a mean over the batch
+        self.seconds = 0.0
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        names = ("step", "seconds")
+        return [
+            {name: entry[name] for name in names} | {k[5:]: v for k, v in entry.items() if k.startswith("eval_")}
+            for entry in self.state.log_history
+            if "eval_score" in entry
+        ]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return self.objective(model, inputs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Take the figures and keep the weights if they are the best so far."""
+        metrics = {f"eval_{name}": value for name, value in self.figures(self.model).items()}
+        self.log(metrics)
+        self.best.offer(self.model, self.curve)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, "seconds": self.seconds}, start_time)
+        if "loss" in logs and not torch.isfinite(torch.tensor(logs["loss"])):
+            raise RecipeError(
+                f"the loss became {logs['loss']} at step {self.state.global_step}. Lower the learning rate "
+                f"({self.args.learning_rate}), or train in fp32."
+            )
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Times the steps, tells how far the training is, and ties the best weights to the checkpoints."""
+
+    def __init__(self, trainer: _Trainer, progress: Progress, stage: str):
+        self.trainer, self.progress, self.stage = trainer, progress, stage
+        self.started, self.figures = 0.0, dict[str, float]()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.curve:
+            self.trainer.seconds = state.log_history[-1]["seconds"]
+            self.trainer.best.secure(self.trainer.curve)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.best.secure(self.trainer.curve)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.seconds += time.perf_counter() - self.started
+        self.figures["steps/s"] = state.global_step / self.trainer.seconds
+        self.progress(self.stage, state.global_step, state.max_steps, self.figures)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        shown = {"loss": "loss", "eval_score": "score"}
+        self.figures |= {shown[name]: value for name, value in (logs or {}).items() if name in shown}
+
+
+class _Best:
+    """The trained parameters at the best evaluation so far, in a file.
+
+    The best as of the last checkpoint is kept beside it: from there an interrupted run goes on.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.secured = folder, -1
+
+    def offer(self, model: Any, curve: list[dict[str, float]]) -> None:
+        """Write the weights if the last point of the curve is the best."""
+        from safetensors.torch import save_file
+
+        step = _best_step(curve)
+        if step == int(curve[-1]["step"]):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = self.folder / "writing"
+            save_file({name: p.detach().contiguous() for name, p in _trained(model)}, beside)
+            beside.replace(self._file(step))
+            self._clear(step)
+
+    def secure(self, curve: list[dict[str, float]]) -> None:
+        """Keep what is the best now until this is called again."""
+        self.secured = _best_step(curve)
+        self._clear(self.secured)
+
+    def restore(self, model: Any, curve: list[dict[str, float]]) -> None:
+        """Put the best weights back into the model."""
+        from safetensors.torch import load_file
+
+        stored = load_file(self._file(_best_step(curve)))
+        with torch.no_grad():
+            for name, parameter in _trained(model):
+                parameter.copy_(stored[name])
+
+    def _clear(self, best: int) -> None:
+        for file in self.folder.glob("step-*"):
+            if file not in (self._file(best), self._file(self.secured)):
+                file.unlink()
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step-{step}.safetensors"
+
+
+def _trained(model: Any) -> list[tuple[str, Any]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _best_step(curve: list[dict[str, float]]) -> int:
+    return int(max(curve, key=lambda point: (point["score"], -point["step"]))["step"])
+
+
+def _last_whole(checkpoints: Path) -> Path | None:
+    """Find the newest checkpoint that was written to its end, and clear away what was not."""
+    whole: dict[int, Path] = {}
+    for folder in checkpoints.glob("checkpoint-*"):
+        try:
+            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            whole[int(step)] = folder
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(folder)
+    return whole[max(whole)] if whole else None

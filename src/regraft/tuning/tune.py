@@ -1,0 +1,136 @@
+"""Tuning a classifier on a task."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from regraft.task import score
+from regraft.tuning.distill import Distillation, distillation_objective, teach
+from regraft.tuning.examples import Examples, encode, plan_order
+from regraft.tuning.predict import device, predict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from regraft.progress import Progress
+    from regraft.task import TaskData
+    from regraft.tuning.recipe import Recipe
+    from regraft.upgrade import Base
+
+LEARNING_RATES = {"full": 5e-5, "lora": 5e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """Whom a student is distilled from.
+
+    Args:
+        model: The old tuned model.
+        base: The base it lives on, for its tokenizer.
+        options: The loss's weights.
+    """
+
+    model: Any
+    base: Base
+    options: Distillation
+
+
+def tune_model(
+    model: Any,
+    base: Base,
+    data: TaskData,
+    recipe: Recipe,
+    work: Path,
+    progress: Progress,
+    teacher: Teacher | None = None,
+) -> list[dict[str, float]]:
+    """Tune a classifier in place and leave it with its best weights on dev.
+
+    Args:
+        model: The classifier, full or with an adapter; what requires gradients is tuned.
+        base: The base it lives on, for its tokenizer.
+        data: The task's examples; classes in the order of the model's outputs.
+        recipe: Resolved for this data.
+        work: A folder in which an interrupted tuning is gone on from.
+        progress: Told of each step.
+        teacher: The old tuned model to distil from, if any.
+
+    Returns:
+        The learning curve on dev, from step 0 on: `step`, `seconds`, `score`, `loss`.
+    """
+    from regraft.tuning.trainer import train
+
+    examples, dev = encode(base, data.train, data.max_length), encode(base, data.dev, data.max_length)
+    order = plan_order(examples.lengths, recipe.batch_size, recipe.steps or 1, recipe.seed)
+    model.to(device())
+    objective = plain_objective
+    if teacher:
+        teacher.model.to(device())
+        shown = encode(teacher.base, data.train, data.max_length)
+        taught = teach(teacher.model, shown, order, teacher.options, recipe.precision, base.is_decoder, work, progress)
+        teacher.model.to("cpu")
+        objective = distillation_objective(taught, teacher.options, base.is_decoder)
+    return train(
+        model,
+        _Indices(order),
+        examples.batch,
+        objective,
+        lambda current: evaluate(current, dev, data.metric, recipe.precision),
+        recipe,
+        work,
+        progress,
+        stage="tune",
+    )
+
+
+def plain_objective(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Give the mean cross-entropy of a batch.
+
+    Args:
+        model: A classifier.
+        batch: Its inputs, `labels` and `index`.
+
+    Returns:
+        The loss, a scalar.
+    """
+    from torch.nn import functional
+
+    labels = batch.pop("labels")
+    batch.pop("index")
+    return functional.cross_entropy(model(**batch).logits.float(), labels)
+
+
+def evaluate(model: Any, examples: Examples, metric: str, precision: str) -> dict[str, float]:
+    """Score a classifier.
+
+    Args:
+        model: The classifier.
+        examples: What on.
+        metric: One of the task's metrics.
+        precision: `bf16` or `fp32`.
+
+    Returns:
+        `score` (the metric) and `loss` (mean cross-entropy).
+    """
+    import torch
+    from torch.nn import functional
+
+    logits = predict(model, examples, precision)
+    loss = functional.cross_entropy(logits, torch.as_tensor(examples.labels))
+    return {"score": score(metric, examples.labels, logits.argmax(dim=1).numpy()), "loss": float(loss)}
+
+
+class _Indices:
+    """The order of training as a data set: its n-th item is the index of the n-th example."""
+
+    def __init__(self, order: Any):
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, n: int) -> int:
+        return int(self.order[n])

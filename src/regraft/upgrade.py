@@ -1,0 +1,236 @@
+"""A base model, and the upgrade from one to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.checkpoint import Checkpoint, fingerprint
+from regraft.errors import CheckpointError, MismatchError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from regraft.weights import Distance
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model: a plain transformers folder that tasks are tuned from.
+
+    Args:
+        name: What the user called it, a folder or a hub id (`id@revision` pins it).
+        path: The folder on this disk.
+        checkpoint: Its tensors, unread.
+    """
+
+    name: str
+    path: Path
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(cls, name: str | Path) -> Base:
+        """Find a base model and check that its files are whole.
+
+        Args:
+            name: A folder, or a hub id with an optional `@revision`.
+
+        Returns:
+            The base; no weights have been read.
+
+        Raises:
+            CheckpointError: There is no such base, or a file of it is missing, truncated or malformed.
+        """
+        path = Path(name)
+        if not path.exists():
+            path = _from_hub(str(name))
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path}: holds no config.json, so it is no transformers folder.")
+        base = cls(str(name), path, Checkpoint.open(path))
+        if not base.body:
+            raise CheckpointError(f"{path}: holds no weights of a {base.config.model_type} model.")
+        return base
+
+    @functools.cached_property
+    def config(self) -> PretrainedConfig:
+        """The transformers config."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(f"{self.path}/config.json: transformers cannot read it ({error}).") from error
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a padding token whatever it came with."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(f"{self.path}: transformers cannot read its tokenizer ({error}).") from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @functools.cached_property
+    def prefix(self) -> str:
+        """The name of the body inside a model with a head, as `bert` in `bert.encoder.layer.0…`."""
+        from transformers import MODEL_MAPPING
+
+        return str(MODEL_MAPPING[type(self.config)].base_model_prefix)
+
+    @functools.cached_property
+    def is_decoder(self) -> bool:
+        """Whether it is a causal language model, whose head reads the last token rather than the first."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+        kind = type(self.config)
+        return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """The longest input the base takes, in tokens."""
+        positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
+        if "roberta" in self.config.model_type or self.config.model_type in ("camembert", "mpnet", "longformer"):
+            positions -= 2  # these count positions from the padding token's on
+        return min(positions, self.tokenizer.model_max_length)
+
+    @functools.cached_property
+    def body(self) -> dict[str, str]:
+        """The stored name of each floating-point tensor of the body, by its name inside the body."""
+        return body_names(self.checkpoint, self.prefix)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Which weights these are: heads, naming and sharding play no part."""
+        stored = {name: inner for inner, name in self.body.items()}
+        return fingerprint(self.checkpoint, keep=stored.get)
+
+
+@dataclasses.dataclass(frozen=True)
+class Upgrade:
+    """The step from an old base model to the new one that came from it.
+
+    Args:
+        old: The base that was tuned on, a folder, a hub id or an opened `Base`.
+        new: The base to carry over to.
+
+    Raises:
+        CheckpointError: One of the two is missing or not whole.
+        MismatchError: They differ in architecture, sizes or vocabulary.
+    """
+
+    old: Base
+    new: Base
+
+    def __init__(self, old: Base | str | Path, new: Base | str | Path):
+        object.__setattr__(self, "old", old if isinstance(old, Base) else Base.open(old))
+        object.__setattr__(self, "new", new if isinstance(new, Base) else Base.open(new))
+        self._check_architecture()
+        self._check_tensors()
+        self._check_vocabulary()
+
+    def distance(self) -> Distance:
+        """Measure how far continual pre-training moved the body.
+
+        Returns:
+            L2, cosine and relative distance of all body tensors.
+        """
+        from regraft.weights import distance
+
+        shared = sorted(self.old.body.keys() & self.new.body.keys())
+        return distance(
+            (self.old.checkpoint[self.old.body[name]], self.new.checkpoint[self.new.body[name]]) for name in shared
+        )
+
+    def _check_architecture(self) -> None:
+        old, new = self.old.config, self.new.config
+        if old.model_type != new.model_type:
+            raise MismatchError(
+                f"the bases are of different kinds: {self.old.path} is a {old.model_type}, {self.new.path} a "
+                f"{new.model_type}. An upgrade keeps the architecture."
+            )
+
+    def _check_tensors(self) -> None:
+        old, new = _shapes(self.old), _shapes(self.new)
+        differing = [f"{n}: {old[n]} and {new[n]}" for n in sorted(old.keys() & new.keys()) if old[n] != new[n]]
+        only_old = sorted(n for n in old.keys() - new.keys() if not is_optional(n))
+        only_new = sorted(n for n in new.keys() - old.keys() if not is_optional(n))
+        if differing or only_old or only_new:
+            lines = [f"{self.old.path} and {self.new.path} are not an upgrade of one another:"]
+            for what, names in (
+                ("of another shape", differing),
+                ("only in the old base", only_old),
+                ("only in the new base", only_new),
+            ):
+                if names:
+                    lines.append(f"  {len(names)} tensors {what}: {_some(names)}")
+            lines.append("Give the base that the weights were tuned on and the one pre-trained further from it.")
+            raise MismatchError("\n".join(lines))
+
+    def _check_vocabulary(self) -> None:
+        old, new = self.old.tokenizer.get_vocab(), self.new.tokenizer.get_vocab()
+        if old != new:
+            differing = sorted(token for token in old.keys() | new.keys() if old.get(token) != new.get(token))
+            raise MismatchError(
+                f"the vocabularies of {self.old.path} and {self.new.path} differ in {len(differing):,} of "
+                f"{len(old.keys() | new.keys()):,} tokens ({_some([repr(t) for t in differing])}). The rows of the "
+                "embeddings would not stand for the same tokens: give bases with one tokenizer."
+            )
+
+
+def body_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
+    """Tell the body's tensors from those of heads, whether or not their names carry the prefix.
+
+    Args:
+        checkpoint: The tensors.
+        prefix: The name of the body inside a model with a head.
+
+    Returns:
+        The stored name of each floating-point body tensor, by its name inside the body.
+    """
+    start = prefix + "."
+    floating = [name for name, info in checkpoint.tensors.items() if info.dtype in ("F64", "F32", "F16", "BF16")]
+    if prefix and any(name.startswith(start) for name in floating):
+        return {name.removeprefix(start): name for name in floating if name.startswith(start)}
+    return {name: name for name in floating}
+
+
+def is_optional(name: str) -> bool:
+    """Tell whether a body tensor may be absent from a base, because pre-training does not use it.
+
+    Args:
+        name: A name inside the body.
+
+    Returns:
+        True for the pooler, which models with a language-modelling head leave out.
+    """
+    return name.split(".")[0] == "pooler"
+
+
+def _shapes(base: Base) -> dict[str, tuple[int, ...]]:
+    return {inner: base.checkpoint.tensors[name].shape for inner, name in base.body.items()}
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    repository, _, revision = name.partition("@")
+    arguments: dict[str, Any] = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model"]}
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, **arguments))
+    except HFValidationError:
+        raise CheckpointError(f"{name}: no such folder, and no hub id either.") from None
+    except Exception as error:  # the hub's client raises many kinds: offline, no such repository, no access
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name}: no such folder, and the hub does not give it ({reason})") from error
