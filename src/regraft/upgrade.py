@@ -60,9 +60,10 @@ class Base:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.path)
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.path)
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"{self.path}/config.json: transformers cannot read it ({error}).") from error
+        return config
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -82,7 +83,8 @@ class Base:
         """The name of the body inside a model with a head, as `bert` in `bert.encoder.layer.0…`."""
         from transformers import MODEL_MAPPING
 
-        return str(MODEL_MAPPING[type(self.config)].base_model_prefix)
+        architecture: Any = MODEL_MAPPING[type(self.config)]
+        return str(architecture.base_model_prefix)
 
     @functools.cached_property
     def is_decoder(self) -> bool:

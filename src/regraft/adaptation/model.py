@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import CheckpointError, MismatchError
+from regraft.progress import quiet
 from regraft.upgrade import is_optional
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from peft import LoraConfig
-    from transformers import PreTrainedModel
 
     from regraft.adaptation.adaptation import Adaptation
     from regraft.upgrade import Base
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 
 
-def fresh_model(base: Base, labels: Sequence[str], seed: int) -> PreTrainedModel:
+def fresh_model(base: Base, labels: Sequence[str], seed: int) -> Any:
     """Load a base with an untrained classification head.
 
     Args:
@@ -43,9 +42,7 @@ def fresh_model(base: Base, labels: Sequence[str], seed: int) -> PreTrainedModel
     return model
 
 
-def load_model(
-    adaptation: Adaptation, base: Base, labels: Sequence[str], *, trainable: bool = False
-) -> PreTrainedModel:
+def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, trainable: bool = False) -> Any:
     """Load an adaptation as a model, a LoRA on the base that is given.
 
     Args:
@@ -71,7 +68,7 @@ def load_model(
     return _load_lora(adaptation, fresh_model(base, labels, seed=0), labels, trainable)
 
 
-def attach_lora(model: PreTrainedModel, base: Base, config: LoraConfig, seed: int) -> PreTrainedModel:
+def attach_lora(model: Any, base: Base, config: LoraConfig, seed: int) -> Any:
     """Put a fresh LoRA on a model that has a fresh head.
 
     Args:
@@ -91,8 +88,8 @@ def attach_lora(model: PreTrainedModel, base: Base, config: LoraConfig, seed: in
     config.inference_mode = False
     config.base_model_name_or_path = base.name
     set_seed(seed)
-    adapted: Any = get_peft_model(model, config)
-    return adapted  # type: ignore[no-any-return]
+    with quiet():
+        return get_peft_model(model, config)
 
 
 def lora_config(adaptation: Adaptation) -> LoraConfig:
@@ -110,7 +107,7 @@ def lora_config(adaptation: Adaptation) -> LoraConfig:
     return config
 
 
-def save_model(model: PreTrainedModel, base: Base, into: Path) -> None:
+def save_model(model: Any, base: Base, into: Path) -> None:
     """Write a tuned model as a plain transformers or PEFT folder.
 
     Args:
@@ -120,18 +117,17 @@ def save_model(model: PreTrainedModel, base: Base, into: Path) -> None:
     """
     from peft import PeftModel
 
-    if isinstance(model, PeftModel):
-        model.peft_config[ADAPTER].base_model_name_or_path = base.name
-        model.save_pretrained(into, save_embedding_layers=False)
-        (into / "README.md").unlink(missing_ok=True)  # the outcome has a model card with figures in it
-    else:
-        model.save_pretrained(into)
+    with quiet():
+        if isinstance(model, PeftModel):
+            model.peft_config[ADAPTER].base_model_name_or_path = base.name
+            model.save_pretrained(str(into), save_embedding_layers=False)
+            (into / "README.md").unlink(missing_ok=True)  # the outcome has a model card with figures in it
+        else:
+            model.save_pretrained(into)
     base.tokenizer.save_pretrained(into)
 
 
-def load_strictly(
-    architecture: Any, path: Path, prefix: str | None, **options: Any
-) -> tuple[PreTrainedModel, list[str]]:
+def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: Any) -> tuple[Any, list[str]]:
     """Load a model so that every stored tensor of its body lands and every one it has is filled.
 
     Args:
@@ -146,7 +142,7 @@ def load_strictly(
     Raises:
         CheckpointError: Something is missing, left over or misshapen; the message lists it.
     """
-    with _quiet():
+    with quiet():
         try:
             model, report = architecture.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options
@@ -172,14 +168,12 @@ def load_strictly(
     return model, sorted(report["missing_keys"])
 
 
-def _load_lora(
-    adaptation: Adaptation, model: PreTrainedModel, labels: Sequence[str], trainable: bool
-) -> PreTrainedModel:
+def _load_lora(adaptation: Adaptation, model: Any, labels: Sequence[str], trainable: bool) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
-    with _quiet():
+    with quiet():
         try:
-            adapted: Any = PeftModel.from_pretrained(
+            adapted = PeftModel.from_pretrained(
                 model, str(adaptation.path), adapter_name=ADAPTER, is_trainable=trainable
             )
         except (RuntimeError, ValueError, KeyError) as error:
@@ -197,7 +191,7 @@ def _load_lora(
             f"{adaptation.path}: {len(missing)} tensors missing ({', '.join(missing[:4])}), {len(left_over)} without a "
             f"place on {model.config.name_or_path} ({', '.join(left_over[:4])})."
         )
-    return adapted  # type: ignore[no-any-return]
+    return adapted
 
 
 def _head_config(labels: Sequence[str]) -> dict[str, Any]:
@@ -217,8 +211,9 @@ def _has_pooler(base: Base) -> bool:
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    auto: Any = AutoModelForSequenceClassification
     with torch.device("meta"):
-        body = AutoModelForSequenceClassification.from_config(base.config).base_model
+        body = auto.from_config(base.config).base_model
     return getattr(body, "pooler", None) is not None
 
 
@@ -228,18 +223,3 @@ def _wrong_labels(adaptation: Adaptation, found: int, labels: Sequence[str]) -> 
         f"{' (' + ', '.join(adaptation.labels) + ')' if adaptation.labels else ''}, the task has {len(labels)} "
         f"({', '.join(labels)}). Give the task it was tuned on."
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

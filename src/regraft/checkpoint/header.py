@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import CheckpointError
 
@@ -96,7 +96,9 @@ def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> Tenso
     malformed = CheckpointError(f"{file}: tensor {name!r} has a malformed header entry {str(entry)[:120]}.")
     if not isinstance(entry, dict):
         raise malformed
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise malformed

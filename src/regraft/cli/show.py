@@ -99,33 +99,33 @@ def comparison(result: Comparison) -> None:
         title=f"{escape(result.task)}: {result.metric} on {result.split}, seeds {', '.join(map(str, seeds))}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("method", no_wrap=True)
     for name in (
-        "step 0\n(dev)", "best\n(dev)", f"{result.split}\nscore", "recovery\n%", "steps to\nscratch",
-        "seconds to\nscratch", "negative\nflips %", "labels", "steps", "seconds",
+        "dev at\nstep 0", "dev\nbest", result.split, "reco-\nvery", "steps to\nscratch", "the same\nin s",
+        "negative\nflips", "labels",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
-        spread = "" if row.test_deviation is None else f"±{row.test_deviation:.3f}"
+        spread = "" if row.test_deviation is None else f" ±{row.test_deviation:.3f}"
         table.add_row(
             escape(row.method),
             f"{row.start:.3f}",
             f"{row.dev:.3f}",
             f"{row.test:.3f}{spread}",
-            _or_dash(row.recovery, ".0f"),
+            _or_dash(row.recovery, ".0f", " %"),
             _or_dash(row.steps_to_scratch, ".0f"),
             _or_dash(row.seconds_to_scratch, ".0f"),
-            f"{100 * row.negative_flips:.1f}",
+            f"{100 * row.negative_flips:.1f} %",
             f"{row.labels:.0f}",
-            f"{row.steps:.0f}",
-            f"{row.seconds:.0f}",
         )
     console.print(table)
     console.print(
         f"old deployment (old weights, old base) {result.old:.3f}, majority guess {result.majority:.3f}; "
-        "recovery: 0 % is the majority guess, 100 % is scratch; steps to scratch: until dev reaches scratch's last "
-        "score; negative flips: right in the old deployment, wrong here.",
+        f"scratch: {result.rows[0].steps:.0f} steps, {result.rows[0].seconds:.0f} s of training. Recovery: 0 % is the "
+        "majority guess, 100 % scratch. Steps to scratch: until dev reaches scratch's last score. Negative flips: "
+        "right in the old deployment, wrong here.",
         highlight=False,
     )
 
@@ -158,5 +158,5 @@ def _figures(figures: Mapping[str, float]) -> str:
     )
 
 
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def _or_dash(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else format(value, form) + unit

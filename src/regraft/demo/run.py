@@ -46,9 +46,9 @@ class Size:
 SHORT = Size(
     tasks=("section-role",),
     corpus=2_000_000,
-    pretraining=Recipe(steps=100, batch_size=16, eval_every=50),
-    tuning=Recipe(steps=200, batch_size=16, learning_rate=2e-4, eval_every=25),
-    examples=(4000, 400, 1000),
+    pretraining=Recipe(steps=80, batch_size=16, eval_every=40),
+    tuning=Recipe(steps=120, batch_size=16, learning_rate=3e-4, eval_every=20),
+    examples=(4000, 300, 800),
     seeds=(20,),
 )
 FULL = Size(

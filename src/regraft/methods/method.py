@@ -99,4 +99,4 @@ class Method:
     summary: str
     needs: tuple[str, ...]
     run: Callable[[Job, Any], list[dict[str, float]]]
-    options: type | None = None
+    options: Any = None

@@ -70,7 +70,7 @@ def recycle(
     data = match_labels(adaptation, load_data(task, recipe.seed))
     inputs = {
         "method": method,
-        "options": dataclasses.asdict(options) if options else None,
+        "options": dataclasses.asdict(options) if options is not None else None,
         "recipe": dataclasses.asdict(recipe),
         "task": data.digest(),
         "old_base": upgrade.old.fingerprint,
@@ -152,7 +152,7 @@ def record_outcome(
     steps = int(curve[-1]["step"])
     best = max(curve, key=lambda point: (point["score"], -point["step"]))
     lengths = encode(base, data.train, data.max_length).lengths
-    seen = np.unique(plan_order(lengths, recipe.batch_size, steps, recipe.seed)) if steps else []
+    seen = len(np.unique(plan_order(lengths, recipe.batch_size, steps, recipe.seed))) if steps else 0
     record = {
         "method": method,
         "kind": kind,
@@ -163,7 +163,7 @@ def record_outcome(
         "recipe": dataclasses.asdict(recipe),
         "scores": {**scores, "dev_at_start": curve[0]["score"]},
         "best_step": int(best["step"]),
-        "cost": {"steps": steps, "seconds": round(curve[-1]["seconds"], 2), "labels": len(seen)},
+        "cost": {"steps": steps, "seconds": round(curve[-1]["seconds"], 2), "labels": seen},
         "base": {"name": base.name, "fingerprint": base.fingerprint},
         "recycled_from": recycled_from,
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import Checkpoint, publish, resumable_folder, write_atomic, write_safetensors
 from regraft.errors import OutcomeError, RecipeError
-from regraft.progress import Progress, silent
+from regraft.progress import Progress, quiet, silent
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.predict import autocast, device
 from regraft.upgrade import Base
@@ -87,7 +87,8 @@ def pretrain(
         curve = run.run(model, work / "body", progress, "pretrain")
         staging = work / "whole"
         shutil.rmtree(staging, ignore_errors=True)
-        model.to("cpu").save_pretrained(staging)
+        with quiet():
+            model.to("cpu").save_pretrained(staging)
         _carry_over(base, staging)
         base.tokenizer.save_pretrained(staging)
         record = {
@@ -131,7 +132,7 @@ class _Pretraining:
 
         return train(
             model,
-            _Numbered(order),
+            list(zip(order.tolist(), range(total), strict=True)),
             lambda items: self.batch(items, recipe.seed),
             self.loss,
             self.evaluate,
@@ -206,19 +207,6 @@ class _Pretraining:
         model.train(was_training)
         loss = sum(losses) / len(losses)
         return {"score": -loss, "loss": loss}
-
-
-class _Numbered:
-    """Blocks in the order of training, each with its number there."""
-
-    def __init__(self, order: Any):
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, n: int) -> tuple[int, int]:
-        return int(self.order[n]), n
 
 
 def _shuffle(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:

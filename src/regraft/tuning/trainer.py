@@ -12,9 +12,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from regraft.errors import RecipeError
+from regraft.progress import quiet
+from regraft.tuning.predict import device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from regraft.progress import Progress
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 def train(
     model: Any,
-    data: torch.utils.data.Dataset[Any],
+    data: Sequence[Any],
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     objective: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
     evaluate: Callable[[Any], dict[str, float]],
@@ -64,6 +66,7 @@ def train(
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         bf16=recipe.precision == "bf16",
+        use_cpu=device().type == "cpu",
         eval_strategy="steps",
         eval_steps=recipe.eval_every,
         eval_on_start=last is None,
@@ -92,7 +95,8 @@ def train(
     trainer.add_callback(_Watch(trainer, progress, stage))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with quiet():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     curve = trainer.curve
     best.restore(model, curve)
     return curve
@@ -103,7 +107,9 @@ class _Trainer(Trainer):
 
     def __init__(self, *, objective: Any, figures: Any, best: _Best, **given: Any):
         super().__init__(**given)
-        self.objective, self.figures, self.best = objective, figures, best
+        self.objective: Any = objective
+        self.figures: Any = figures
+        self.best = best
         self.model_accepts_loss_kwargs = False  # the objective's loss is a mean over the batch
         self.seconds = 0.0
 
@@ -138,7 +144,7 @@ class _Trainer(Trainer):
             )
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class _Watch(TrainerCallback):
     """Times the steps, tells how far the training is, and ties the best weights to the checkpoints."""
 
     def __init__(self, trainer: _Trainer, progress: Progress, stage: str):

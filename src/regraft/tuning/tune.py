@@ -11,6 +11,7 @@ from regraft.tuning.examples import Examples, encode, plan_order
 from regraft.tuning.predict import device, predict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -66,7 +67,7 @@ def tune_model(
     examples, dev = encode(base, data.train, data.max_length), encode(base, data.dev, data.max_length)
     order = plan_order(examples.lengths, recipe.batch_size, recipe.steps or 1, recipe.seed)
     model.to(device())
-    objective = plain_objective
+    objective: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] = plain_objective
     if teacher:
         teacher.model.to(device())
         shown = encode(teacher.base, data.train, data.max_length)
@@ -75,7 +76,7 @@ def tune_model(
         objective = distillation_objective(taught, teacher.options, base.is_decoder)
     return train(
         model,
-        _Indices(order),
+        order.tolist(),
         examples.batch,
         objective,
         lambda current: evaluate(current, dev, data.metric, recipe.precision),
@@ -121,16 +122,3 @@ def evaluate(model: Any, examples: Examples, metric: str, precision: str) -> dic
     logits = predict(model, examples, precision)
     loss = functional.cross_entropy(logits, torch.as_tensor(examples.labels))
     return {"score": score(metric, examples.labels, logits.argmax(dim=1).numpy()), "loss": float(loss)}
-
-
-class _Indices:
-    """The order of training as a data set: its n-th item is the index of the n-th example."""
-
-    def __init__(self, order: Any):
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, n: int) -> int:
-        return int(self.order[n])
