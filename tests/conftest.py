@@ -16,7 +16,26 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 GOOD = ["good", "fine", "great", "lovely", "bright", "warm", "sweet", "clear", "happy", "rich"]
 BAD = ["bad", "poor", "awful", "bleak", "dull", "cold", "bitter", "muddy", "sad", "thin"]
-NEUTRAL = ["the", "film", "book", "meal", "song", "day", "was", "and", "a", "very", "with", "of", "that", "it", "this", "scene", "part", "end"]
+NEUTRAL = [
+    "the",
+    "film",
+    "book",
+    "meal",
+    "song",
+    "day",
+    "was",
+    "and",
+    "a",
+    "very",
+    "with",
+    "of",
+    "that",
+    "it",
+    "this",
+    "scene",
+    "part",
+    "end",
+]
 WORDS = [*GOOD, *BAD, *NEUTRAL]
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 

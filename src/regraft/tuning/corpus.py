@@ -147,8 +147,8 @@ def pack(
     if blocks < 2:
         tokens = file.stat().st_size // 4
         raise DataError(
-            f"{', '.join(corpus.sources)}: {tokens:,} tokens of text make {blocks} blocks of {block}, and 2 or more are "
-            "needed. Give more text or a smaller --block."
+            f"{', '.join(corpus.sources)}: {tokens:,} tokens of text make {blocks} blocks of {block}, and at least 2 "
+            "are needed. Give more text or a smaller --block."
         )
     return np.memmap(file, dtype=np.uint32, mode="r")[: blocks * block].reshape(blocks, block)
 

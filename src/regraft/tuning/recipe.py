@@ -6,13 +6,16 @@ import dataclasses
 
 from regraft.errors import RecipeError
 
+FEWEST_STEPS = 100
+"""Where the steps follow from the data: a few examples a class are seen many times over."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a model is trained; the same for every method that is compared.
 
     Args:
-        steps: Optimiser steps; None for `epochs` times the data.
+        steps: Optimiser steps; None for `epochs` times the data, and at least 100.
         epochs: Passes over the data where `steps` is not given.
         batch_size: Examples (or packed blocks) a step.
         learning_rate: The peak of the linear schedule; None for 5e-5 (full), 5e-4 (LoRA), 1e-4 (pre-training).
@@ -59,7 +62,7 @@ class Recipe:
         Returns:
             The recipe with `steps`, `learning_rate`, `eval_every` and `precision` set.
         """
-        steps = self.steps or max(1, round(self.epochs * examples / self.batch_size))
+        steps = self.steps or max(FEWEST_STEPS, round(self.epochs * examples / self.batch_size))
         return dataclasses.replace(
             self,
             steps=steps,

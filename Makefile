@@ -1,0 +1,32 @@
+# Each command does all set-up itself: Python 3.11 or newer and pip are all it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast check bench clean
+
+demo: .venv/ready
+	$(BIN)/regraft demo
+
+test: .venv/ready
+	$(BIN)/pytest
+
+test-fast: .venv/ready
+	$(BIN)/pytest -m "not slow"
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/tune.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'regraft needs Python 3.11 or newer: make PYTHON=python3.11 …')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch .venv/ready
+
+clean:
+	rm -rf .venv runs
