@@ -36,7 +36,7 @@ class Corpus:
     column: str = "text"
 
     def digest(self) -> str:
-        """Hash the content of the files and the names of the rest.
+        """Hash the content of files and folders, and the names of the rest.
 
         Returns:
             A hexadecimal digest.
@@ -47,9 +47,10 @@ class Corpus:
         digest = hashlib.sha256(self.column.encode())
         for source in self.sources:
             path = Path(source)
-            if path.is_file():
-                with path.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            if files := [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+                for file in files:
+                    with file.open("rb") as stream:
+                        digest.update(hashlib.file_digest(stream, "sha256").digest())
             elif path.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet"):
                 raise DataError(f"{source}: no such file.")
             else:
@@ -75,30 +76,31 @@ class Corpus:
         if path.suffix == ".txt":
             with path.open(encoding="utf-8") as stream:
                 try:
-                    yield from stream
+                    for line in stream:
+                        yield line.removesuffix("\n")  # a tokenizer may make a token of it
                 except UnicodeDecodeError as error:
                     raise DataError(f"{source}: is not UTF-8 text ({error}).") from error
         elif path.suffix in (".jsonl", ".json"):
-            with path.open(encoding="utf-8") as stream:
-                for row, line in enumerate(stream, start=1):
-                    try:
-                        yield self._text(json.loads(line), f"{source}, row {row}")
-                    except ValueError as error:
-                        raise DataError(f"{source}, row {row}: not a JSON object on one line ({error}).") from error
+            with path.open("rb") as stream:
+                for row, raw in enumerate(stream, start=1):
+                    if raw.strip():
+                        yield self._text(_parse(raw, f"{source}, row {row}"), f"{source}, row {row}")
         else:
             for row, entry in enumerate(self._load(source), start=1):
                 yield self._text(entry, f"{source}, row {row}")
 
-    def _load(self, source: str) -> Any:
+    def _load(self, source: str) -> Iterator[Any]:
         from datasets import load_dataset
 
         kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(source).suffix)
         try:
             if kind:
-                return load_dataset(kind, data_files=source, split="train", streaming=True)
-            name, _, config = source.partition(":")
-            return load_dataset(name, config or None, split="train", streaming=True)
-        except Exception as error:  # datasets and its readers raise many kinds
+                as_text = {"keep_default_na": False} if kind == "csv" else {}
+                yield from load_dataset(kind, data_files=source, split="train", streaming=True, **as_text)
+            else:
+                name, _, config = source.partition(":")
+                yield from load_dataset(name, config or None, split="train", streaming=True)
+        except Exception as error:  # datasets and its readers raise many kinds, some only once rows are read
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"{source}: neither a file nor a data set that `datasets` can load ({reason}).") from error
 
@@ -107,6 +109,13 @@ class Corpus:
             found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
             raise DataError(f"{where}: no text in column {self.column!r} (found: {found}). Name it by --text-column.")
         return str(entry[self.column])
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not a JSON object on one line ({error}).") from error
 
 
 def pack(

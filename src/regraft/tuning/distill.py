@@ -82,9 +82,9 @@ def distillation_loss(
     divergence = functional.kl_div(
         functional.log_softmax(logits / hot, dim=-1),
         functional.log_softmax(teacher_logits / hot, dim=-1),
-        reduction=options.kl_reduction,
+        reduction="sum",  # torch is about to make its "mean" another one
         log_target=True,
-    )
+    ) / (len(logits) if options.kl_reduction == "batchmean" else logits.numel())
     loss = options.alpha * hot**2 * divergence
     if options.alpha < 1:
         loss = loss + (1 - options.alpha) * functional.cross_entropy(logits, labels)

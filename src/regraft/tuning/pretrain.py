@@ -54,6 +54,8 @@ def pretrain(
         OutcomeError: Something else is at `out`.
         RecipeError: The block is longer than the base takes.
     """
+    from transformers import set_seed
+
     from regraft.adaptation import load_strictly
 
     if block > base.longest:
@@ -71,6 +73,7 @@ def pretrain(
         held_out = min(HELD_OUT_BLOCKS, max(1, len(blocks) // 20))
         shuffled = _shuffle(len(blocks), recipe.seed)
         resolved = recipe.resolve(len(blocks) - held_out, LEARNING_RATE)
+        set_seed(recipe.seed)  # a fresh head is drawn from it
         model, fresh = load_strictly(_architecture(base), base.path, base.prefix, dtype="float32")
         model.to(device())
         run = _Pretraining(base, blocks, shuffled[held_out:], shuffled[:held_out], resolved)
@@ -162,7 +165,8 @@ class _Pretraining:
         draws = torch.from_numpy(random.random((2, len(row))))
         chosen = (draws[0] < MASKED) & ~special
         if not chosen.any():
-            chosen[random.integers(len(row))] = True
+            places = torch.arange(len(row))[~special if not special.all() else special]
+            chosen[places[random.integers(len(places))]] = True
         labels = torch.where(chosen, row, -100)
         replaced = row.clone()
         replaced[chosen & (draws[1] < 0.8)] = tokenizer.mask_token_id

@@ -1,0 +1,328 @@
+"""Continual pre-training: the corpus in blocks, the masks, the loss, and the upgraded base as others load it."""
+
+import csv
+import gc
+import json
+import random
+import re
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_config, make_tokenizer, sentence
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from regraft import Base, Corpus, Recipe, Upgrade, pretrain
+from regraft.errors import DataError, OutcomeError, RecipeError
+from regraft.progress import silent
+from regraft.tuning.corpus import pack
+from regraft.tuning.pretrain import _architecture, _Pretraining
+
+ENCODERS = ("bert", "roberta", "distilbert")
+RECIPE = Recipe(steps=40, batch_size=16, learning_rate=3e-3, eval_every=20, precision="fp32")
+LONG = "the film was good and " * 40
+
+
+def sentences(count=1200, seed=5):
+    chance = random.Random(seed)
+    return [sentence(chance, i % 2 == 0) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("corpus") / "text.txt"
+    file.write_text("\n".join([*sentences(), "", LONG]) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def upgraded(tmp_path_factory, bases, text_file):
+    folder = tmp_path_factory.mktemp("upgraded")
+    return {
+        name: pretrain(Base.open(bases[name][0]), Corpus((str(text_file),)), folder / name, RECIPE, block=32)
+        for name in ARCHITECTURES
+    }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_learns_and_leaves_a_plain_folder(upgraded, bases, architecture):
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    path = upgraded[architecture].path
+    record = json.loads((path / "pretraining.json").read_text())
+    assert [point["step"] for point in record["curve"]] == [0, 20, 40]
+    assert record["curve"][-1]["loss"] < record["curve"][0]["loss"] - 0.2
+    assert record["tokens"] == 40 * 16 * 32
+    auto = AutoModelForCausalLM if architecture == "llama" else AutoModelForMaskedLM
+    _, report = auto.from_pretrained(path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert (
+        AutoTokenizer.from_pretrained(path)("good film").input_ids
+        == make_tokenizer(architecture)("good film").input_ids
+    )
+    old = load_file(bases[architecture][0] / "model.safetensors")
+    new = load_file(path / "model.safetensors")
+    assert {n: t.shape for n, t in new.items()} == {n: t.shape for n, t in old.items()}
+    assert sum(not torch.equal(old[name], new[name]) for name in old) > len(old) / 2
+    assert record["base"]["fingerprint"] == Base.open(bases[architecture][0]).fingerprint
+    assert Upgrade(bases[architecture][0], path).new.fingerprint == upgraded[architecture].fingerprint
+    assert [entry.name for entry in path.parent.iterdir() if entry.name.startswith(".")] == []
+
+
+def a_run(base, blocks, recipe=RECIPE):
+    numbers = np.arange(len(blocks))
+    return _Pretraining(base, np.asarray(blocks, dtype=np.uint32), numbers, numbers, recipe)
+
+
+def some_blocks(base, count, block=32, seed=3):
+    chance = np.random.default_rng(seed)
+    blocks = chance.integers(5, len(base.tokenizer), size=(count, block))
+    blocks[:, 0], blocks[:, 9], blocks[:, 10] = 1, 2, 1
+    return blocks
+
+
+@pytest.mark.parametrize("architecture", ENCODERS)
+def test_logits_at_masked_places_only_give_the_whole_loss(bases, architecture):
+    base = Base.open(bases[architecture][0])
+    model = _architecture(base).from_pretrained(base.path).eval()
+    run = a_run(base, some_blocks(base, 8))
+    batch = run.batch([(i, i) for i in range(8)], seed=1)
+    loss = run.loss(model, dict(batch))
+    chosen = batch["labels"] != -100
+    logits = model(input_ids=batch["input_ids"]).logits
+    assert logits.shape == (8, 32, len(base.tokenizer))  # the model is itself again
+    torch.testing.assert_close(loss, functional.cross_entropy(logits[chosen], batch["labels"][chosen]))
+    whole = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+    ours, theirs = (torch.autograd.grad(value, list(model.parameters()), allow_unused=True) for value in (loss, whole))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_causal_loss_is_that_of_the_next_token(bases):
+    base = Base.open(bases["llama"][0])
+    model = _architecture(base).from_pretrained(base.path).eval()
+    run = a_run(base, some_blocks(base, 4))
+    batch = run.batch([(i, i) for i in range(4)], seed=1)
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    expected = functional.cross_entropy(logits, batch["input_ids"][:, 1:].flatten())
+    torch.testing.assert_close(run.loss(model, batch), expected)
+
+
+def test_masking(bases):
+    base = Base.open(bases["bert"][0])
+    blocks = some_blocks(base, 2000)
+    run = a_run(base, blocks)
+    items = [(i, i) for i in range(2000)]
+    batch = run.batch(items, seed=1)
+    ids, labels, original = batch["input_ids"], batch["labels"], torch.from_numpy(blocks)
+    chosen = labels != -100
+    special = original < 5
+    assert not (chosen & special).any()
+    assert torch.equal(labels[chosen], original[chosen])
+    assert torch.equal(ids[~chosen], original[~chosen])
+    assert chosen.any(dim=1).all()
+    assert chosen.sum() / (~special).sum() == pytest.approx(0.15, abs=0.01)
+    masked = ids[chosen] == base.tokenizer.mask_token_id
+    kept = ids[chosen] == original[chosen]
+    chance = 1 / len(base.tokenizer)  # a random token may be the mask or the token itself
+    assert masked.float().mean() == pytest.approx(0.8 + 0.1 * chance, abs=0.015)
+    assert kept.float().mean() == pytest.approx(0.1 + 0.1 * chance, abs=0.015)
+    again = run.batch(items[:5], seed=1)["input_ids"]
+    assert torch.equal(again, ids[:5])
+    assert not torch.equal(run.batch([(i, i + 5000) for i in range(5)], seed=1)["input_ids"], again)
+    assert not torch.equal(run.batch(items[:5], seed=2)["input_ids"], again)
+
+
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory):
+    """A body as some hubs have it: without a prefix, without a head, with a pooler."""
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("headless") / "base"
+    BertModel(make_config("bert")).save_pretrained(folder)
+    make_tokenizer("bert").save_pretrained(folder)
+    assert "pooler.dense.weight" in load_file(folder / "model.safetensors")
+    return folder
+
+
+def test_a_body_without_head_gets_one(tmp_path, headless, text_file, monkeypatch):
+    from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+    from regraft.tuning import trainer
+
+    stages, train = {}, trainer.train
+
+    def watch(model, *given, stage, **named):
+        before = {name: tensor.clone() for name, tensor in model.base_model.state_dict().items()}
+        curve = train(model, *given, stage=stage, **named)
+        after = model.base_model.state_dict()
+        stages[stage] = (sum(not torch.equal(before[name], after[name]) for name in before), curve)
+        return curve
+
+    monkeypatch.setattr(trainer, "train", watch)
+    base = Base.open(headless)
+    new = pretrain(base, Corpus((str(text_file),)), tmp_path / "new", RECIPE, block=32)
+    assert list(stages) == ["pretrain head", "pretrain"]
+    assert stages["pretrain head"][0] == 0
+    assert stages["pretrain"][0] > 10
+    assert stages["pretrain head"][1][-1]["step"] == 4
+    assert stages["pretrain head"][1][-1]["loss"] < stages["pretrain head"][1][0]["loss"]
+    assert new.body.keys() == base.body.keys()
+    old_pooler, new_pooler = (
+        {n: b.checkpoint[b.body[n]] for n in b.body if n.startswith("pooler")} for b in (base, new)
+    )
+    assert len(old_pooler) == 2
+    assert all(torch.equal(old_pooler[name], new_pooler[name]) for name in old_pooler)
+    _, report = AutoModelForMaskedLM.from_pretrained(new.path, output_loading_info=True)
+    assert not report["missing_keys"]
+    model, report = AutoModelForSequenceClassification.from_pretrained(new.path, output_loading_info=True)
+    assert set(report["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert torch.equal(model.bert.pooler.dense.weight, old_pooler["pooler.dense.weight"])
+    Upgrade(headless, new.path)
+
+
+def test_a_fresh_head_follows_from_the_seed(tmp_path, headless, text_file):
+    recipe = Recipe(steps=2, batch_size=4, precision="fp32")
+    corpus = Corpus((str(text_file),))
+    for name, steps_before in (("one", 0), ("other", 3)):
+        torch.rand(steps_before)
+        pretrain(Base.open(headless), corpus, tmp_path / name, recipe, block=32)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_blocks_are_what_the_tokenizer_gives(tmp_path, bases):
+    texts = [*sentences(600), LONG]
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(texts), encoding="utf-8")
+    for name in ARCHITECTURES:
+        base = Base.open(bases[name][0])
+        blocks = pack(Corpus((str(file),)), base, 16, tmp_path / f"{name}.bin", silent)
+        plain = make_tokenizer(name)
+        expected = [
+            token for text in texts for token in [*plain(text, verbose=False).input_ids, *[2] * (name == "llama")]
+        ]
+        assert len(blocks) == len(expected) // 16
+        assert blocks.reshape(-1).tolist() == expected[: len(blocks) * 16]
+
+
+ODD = ["good film", "NA", "null", "1.5", 'a "quoted" word, and more', "größe é 漢字", " padded "]
+
+
+def write_corpus(folder, texts):
+    """The same documents in every form there is."""
+    import pandas as pd
+
+    (folder / "text.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts)]
+    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with (folder / "text.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([["id", "text"], *([i, text] for i, text in enumerate(texts))])
+    frame = pd.DataFrame({"id": range(len(texts)), "text": texts})
+    frame.to_parquet(folder / "text.parquet")
+    (folder / "data").mkdir()
+    frame.to_parquet(folder / "data" / "train.parquet")
+    return [folder / name for name in ("text.txt", "text.jsonl", "text.csv", "text.parquet", "data")]
+
+
+def test_every_form_gives_the_same_documents_and_blocks(tmp_path, bases):
+    texts = [*ODD, *sentences(100)]
+    base = Base.open(bases["bert"][0])
+    sources = write_corpus(tmp_path, texts)
+    found = []
+    for source in sources:
+        assert list(Corpus((str(source),)).documents()) == texts, source.name
+        found.append(pack(Corpus((str(source),)), base, 32, tmp_path / f"{source.name}.bin", silent))
+    for blocks in found[1:]:
+        assert np.array_equal(blocks, found[0])
+    several = list(Corpus((str(sources[1]), str(sources[0]))).documents())
+    assert several == [*texts, *texts]
+
+
+def test_another_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "one", "text": "no"}\n', encoding="utf-8")
+    assert list(Corpus((str(tmp_path / "a.jsonl"),), column="body").documents()) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n{"text": 5}\n', r"a\.jsonl, row 2: no text in column 'text'"),
+        ("a.jsonl", b'{"text": "one"}\n{"words": "two"}\n', r"row 2: no text in column 'text' \(found: words\)"),
+        ("a.jsonl", b'{"text": "one"}\n\n{"text": \n', r"row [23]: not a JSON object"),
+        ("a.jsonl", b'{"text": "one"}\n["two"]\n', r"row 2: no text .*\(found: list\)"),
+        ("a.jsonl", b'{"text": "\xff\xfe"}\n', r"a\.jsonl"),
+        ("a.txt", b"one\n\xff\xfe\n", r"a\.txt: is not UTF-8"),
+        ("a.csv", b"words\none\n", r"a\.csv, row 1: no text in column 'text' \(found: words\)"),
+        ("a.csv", b"", r"a\.csv"),
+        ("a.parquet", b"no parquet", r"a\.parquet"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+
+    def read():
+        try:
+            return list(Corpus((str(tmp_path / name),)).documents())
+        except DataError as error:
+            return str(error)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # pandas leaves a file it cannot read open
+        message = read()
+        gc.collect()
+    assert re.search(says, str(message))
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.csv", "none.parquet"])
+def test_a_missing_file_is_named(tmp_path, bases, name):
+    with pytest.raises(DataError, match=rf"{name}: no such file"):
+        pretrain(Base.open(bases["bert"][0]), Corpus((str(tmp_path / name),)), tmp_path / "out", RECIPE, block=32)
+
+
+def test_too_little_text_and_too_long_a_block(tmp_path, bases):
+    base, file = Base.open(bases["roberta"][0]), tmp_path / "a.txt"
+    file.write_text("good film\n", encoding="utf-8")
+    with pytest.raises(DataError, match="4 tokens of text make 0 blocks of 32, and at least 2 are needed"):
+        pretrain(base, Corpus((str(file),)), tmp_path / "out", RECIPE, block=32)
+    with pytest.raises(RecipeError, match="--block 65 is more than the 64 tokens"):
+        pretrain(base, Corpus((str(file),)), tmp_path / "out", RECIPE, block=65)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_call_does_nothing(tmp_path, upgraded, bases, text_file, monkeypatch):
+    out = tmp_path / "new"
+    shutil.copytree(upgraded["bert"].path, out)
+    base, corpus = Base.open(bases["bert"][0]), Corpus((str(text_file),))
+    files = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+    monkeypatch.setattr("regraft.tuning.trainer.train", lambda *_, **__: pytest.fail("trained again"))
+    moved = tmp_path / "moved.txt"  # the same text in another place is the same corpus
+    shutil.copy(text_file, moved)
+    for same in (corpus, Corpus((str(moved),))):
+        assert pretrain(base, same, out, RECIPE, block=32).fingerprint == upgraded["bert"].fingerprint
+    more = tmp_path / "more.txt"
+    more.write_text(text_file.read_text(encoding="utf-8") + "good\n", encoding="utf-8")
+    with pytest.raises(OutcomeError, match="made from something else"):
+        pretrain(base, Corpus((str(more),)), out, RECIPE, block=32)
+    with pytest.raises(OutcomeError, match="made from something else"):
+        pretrain(base, corpus, out, RECIPE, block=16)
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == files
+
+
+def test_a_folder_of_data_is_known_by_its_content(tmp_path):
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "train.jsonl"
+    file.write_text('{"text": "one"}\n', encoding="utf-8")
+    corpus = Corpus((str(tmp_path / "data"),))
+    before = corpus.digest()
+    assert corpus.digest() == before
+    file.write_text('{"text": "two"}\n', encoding="utf-8")
+    assert corpus.digest() != before

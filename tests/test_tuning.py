@@ -1,0 +1,324 @@
+"""Tuning and distillation: what is seen when, and whether the numbers are those of the formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regraft import Base, Distillation, Recipe, load_adaptation
+from regraft.adaptation import fresh_model, load_model
+from regraft.errors import RecipeError
+from regraft.progress import silent
+from regraft.task import Split, load_data
+from regraft.tuning import LEARNING_RATES, distillation_loss, encode, plan_order, predict, tune_model
+from regraft.tuning.distill import read_hidden, teach
+
+ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
+
+orders = st.tuples(
+    st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    st.integers(1, 8),
+    st.integers(1, 40),
+    st.integers(0, 2**31),
+)
+
+
+@given(orders)
+def test_order_is_whole_passes_over_the_examples(case):
+    lengths, batch_size, steps, seed = case
+    order = plan_order(np.array(lengths), batch_size, steps, seed)
+    assert len(order) == batch_size * steps
+    times = np.bincount(order, minlength=len(lengths))
+    total = batch_size * steps
+    assert times.min() >= total // len(lengths)
+    assert times.max() <= math.ceil(total / len(lengths))
+    assert (order == plan_order(np.array(lengths), batch_size, steps, seed)).all()
+
+
+def test_another_seed_gives_another_order():
+    lengths = np.arange(1, 101)
+    first, second = (plan_order(lengths, 10, 20, seed) for seed in (20, 30))
+    assert (first != second).any()
+
+
+def test_passes_do_not_run_into_each_other_where_batches_fill_them():
+    order = plan_order(np.arange(1, 101), 10, 30, seed=20)
+    for start in (0, 100, 200):
+        assert sorted(order[start : start + 100]) == list(range(100))
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**31), st.integers(4, 32))
+def test_batches_are_of_similar_length(seed, batch_size):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 129, size=1000)
+
+    def padding(order):
+        batches = lengths[order].reshape(-1, batch_size)
+        return int((batches.max(axis=1, keepdims=True) - batches).sum())
+
+    steps = 1000 // batch_size
+    planned = plan_order(lengths, batch_size, steps, seed)
+    assert padding(planned) < 0.5 * padding(random.permutation(1000)[: steps * batch_size])
+
+
+def test_batch_order_does_not_fall_from_long_to_short():
+    lengths = np.arange(1, 201)
+    means = lengths[plan_order(lengths, 10, 20, seed=20)].reshape(-1, 10).mean(axis=1)
+    assert (np.diff(means) > 0).any()
+    assert (np.diff(means) < 0).any()
+
+
+def some_split(texts):
+    count = len(texts)
+    return Split("train", "memory", texts, np.arange(count) % 2, np.arange(count) + 1)
+
+
+@pytest.fixture
+def opened(bases):
+    return {name: Base.open(old) for name, (old, _) in bases.items()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [("good film",), ("the very bad meal was cold and bitter",), ("song",)],
+        [("good film", "the book"), ("a", "this scene was very dull and muddy"), ("it was the end", "fine")],
+    ],
+    ids=["single", "pairs"],
+)
+def test_batch_is_what_the_tokenizer_pads(opened, architecture, texts):
+    base = opened[architecture]
+    examples = encode(base, some_split(texts), 64)
+    chosen = [2, 0, 1]
+    batch = examples.batch(chosen)
+    base.tokenizer.padding_side = "right"
+    expected = base.tokenizer(
+        [texts[i][0] for i in chosen],
+        [texts[i][1] for i in chosen] if len(texts[0]) == 2 else None,
+        padding=True,
+        return_tensors="pt",
+    )
+    assert batch.keys() - {"labels", "index"} == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(batch[name], tensor), name
+    assert batch["index"].tolist() == chosen
+    assert batch["labels"].tolist() == [0, 0, 1]
+
+
+def test_pairs_have_token_types_where_the_tokenizer_gives_them(tmp_path, bases):
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    base = Base.open(bases["bert"][0])
+    inner = Tokenizer.from_str(base.tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s>:0 $A:0 </s>:0 $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    base.__dict__["tokenizer"] = PreTrainedTokenizerFast(
+        tokenizer_object=inner, model_max_length=64, pad_token="<pad>", model_input_names=names
+    )
+    batch = encode(base, some_split([("good film", "the book was fine"), ("a", "it")]), 64).batch([0, 1])
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0, 0]]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [9, 5]
+
+
+def test_long_texts_are_cut(opened):
+    examples = encode(opened["bert"], some_split([("good " * 200,), ("film",)]), 32)
+    assert examples.lengths.tolist() == [32, 3]
+    assert encode(opened["roberta"], some_split([("good " * 200,)]), 512).lengths.tolist() == [64]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_predict_is_the_plain_forward_in_the_examples_order(opened, task_file, architecture):
+    base = opened[architecture]
+    data = load_data(task_file, 20)
+    model = fresh_model(base, data.labels, seed=1).train()
+    split = data.test.take(range(70))
+    logits = predict(model, encode(base, split, 32), "fp32")
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        for row, (text,) in enumerate(split.texts):
+            plain = model(**base.tokenizer(text, truncation=True, max_length=32, return_tensors="pt")).logits[0]
+            torch.testing.assert_close(logits[row], plain, atol=1e-5, rtol=0)
+
+
+def literal_loss(z_s, y, z_t, h_s, h_t, alpha, beta, hot, reduction):
+    """The formula, number by number, for arrays; the gradient comes from autograd on these plain operations."""
+
+    def softmax(z):
+        e = torch.exp(z - z.max(dim=1, keepdim=True).values)
+        return e / e.sum(dim=1, keepdim=True)
+
+    batch, classes = z_s.shape
+    ce = -sum(torch.log(softmax(z_s))[i, y[i]] for i in range(batch)) / batch
+    p_t, p_s = softmax(z_t / hot), softmax(z_s / hot)
+    kl = sum(p_t[i, c] * torch.log(p_t[i, c] / p_s[i, c]) for i in range(batch) for c in range(classes))
+    kl = kl / (batch if reduction == "batchmean" else batch * classes)
+    mse = ((h_s - h_t) ** 2).sum() / h_s.numel()
+    return (1 - alpha) * ce + alpha * hot**2 * kl + beta * 0.5 * mse
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 5), st.integers(2, 6), st.integers(1, 3), st.integers(1, 7), st.sampled_from([0.0, 0.7, 1.0]),
+    st.sampled_from([0.0, 2.0]), st.sampled_from([1.0, 5.0, 20.0]), st.sampled_from(["batchmean", "mean"]),
+    st.integers(0, 1000),
+)  # fmt: skip
+def test_distillation_loss_is_the_formula(batch, classes, layers, width, alpha, beta, hot, reduction, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * 3
+
+    z_t, h_t = draw(batch, classes), draw(batch, layers, width)
+    start_z, start_h = draw(batch, classes), draw(batch, layers, width)
+    y = torch.randint(classes, (batch,), generator=generator)
+    found = []
+    for formula in (distillation_loss, None):
+        z, h = start_z.clone().requires_grad_(), start_h.clone().requires_grad_()
+        if formula:
+            loss = formula(z, y, z_t, h, h_t, Distillation(alpha, beta, hot, reduction))
+        else:
+            loss = literal_loss(z, y, z_t, h, h_t, alpha, beta, hot, reduction)
+        gradients = torch.autograd.grad(loss, (z, h), allow_unused=True, materialize_grads=True)
+        found.append((loss.detach(), *gradients))
+    for ours, literal in zip(*found, strict=True):
+        torch.testing.assert_close(ours, literal, rtol=1e-9, atol=1e-9)
+
+
+def test_distillation_loss_known_values():
+    hidden = torch.zeros(1, 1, 1)
+    student, teacher, label = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3), 0.0]]), torch.tensor([0])
+
+    def loss(**options):
+        given = Distillation(**{"alpha": 1.0, "beta": 0.0, "temperature": 1.0, **options})
+        return distillation_loss(student, label, teacher, hidden + 3, hidden + 1, given).item()
+
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert loss() == pytest.approx(divergence)
+    assert loss(kl_reduction="mean") == pytest.approx(divergence / 2)
+    assert loss(alpha=0.0) == pytest.approx(math.log(2))
+    assert loss(alpha=0.25) == pytest.approx(0.75 * math.log(2) + 0.25 * divergence)
+    assert loss(beta=2.0) == pytest.approx(divergence + 4.0)  # 2 · ½ · 2²
+
+
+def test_no_gradient_where_the_student_is_the_teacher():
+    logits = torch.randn(4, 3, requires_grad=True)
+    hidden = torch.randn(4, 2, 5, requires_grad=True)
+    options = Distillation(alpha=1.0, beta=5.0, temperature=5.0)
+    loss = distillation_loss(
+        logits, torch.zeros(4, dtype=torch.long), logits.detach(), hidden, hidden.detach(), options
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert logits.grad.abs().max() < 1e-6
+    assert hidden.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"alpha": 1.1}, {"alpha": -0.1}, {"beta": -1}, {"temperature": 0}, {"kl_reduction": "sum"}]
+)
+def test_distillation_options_out_of_range_are_refused(options):
+    with pytest.raises(RecipeError, match=next(iter(options))):
+        Distillation(**options)
+
+
+def test_hidden_states_are_those_of_the_heads_token():
+    layers = tuple(torch.randn(3, 5, 4) for _ in range(4))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    first = read_hidden(layers, mask, last_token=False)
+    last = read_hidden(layers, mask, last_token=True)
+    assert first.shape == last.shape == (3, 3, 4)  # embeddings and all layers but the last
+    for layer in range(3):
+        assert torch.equal(first[:, layer], layers[layer][:, 0])
+        assert torch.equal(last[:, layer], torch.stack([layers[layer][0, 2], layers[layer][1, 4], layers[layer][2, 0]]))
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "llama"])
+def test_the_teacher_computes_each_wanted_example_once(opened, tuned, task_file, tmp_path, architecture):
+    base = opened[architecture]
+    data = load_data(task_file, 20)
+    teacher = load_model(load_adaptation(tuned[architecture, "full"]), base, data.labels)
+    examples = encode(base, data.train, 32)
+    wanted = np.array([5, 3, 5, 200, 3, 77])
+    seen = []
+    teacher.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+
+    def call():
+        return teach(teacher, examples, wanted, Distillation(), "fp32", base.is_decoder, tmp_path, silent)
+
+    logits, hidden = call()
+    assert sum(seen) == 4
+    again = call()
+    assert sum(seen) == 4
+    assert torch.equal(again[0], logits)
+    assert torch.equal(again[1], hidden)
+    with torch.no_grad():
+        for i in set(wanted.tolist()):
+            ids = torch.tensor([examples.columns["input_ids"][i]])
+            plain = teacher(input_ids=ids, output_hidden_states=True)
+            position = -1 if base.is_decoder else 0
+            states = torch.stack([layer[0, position] for layer in plain.hidden_states[:-1]])
+            torch.testing.assert_close(logits[i], plain.logits[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(hidden[i].float(), states, atol=1e-2, rtol=1e-2)  # kept in bfloat16
+    unseen = sorted(set(range(len(examples))) - set(wanted.tolist()))
+    assert logits[unseen].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"steps": 0}, {"epochs": 0}, {"epochs": -1}, {"batch_size": 0}, {"learning_rate": 0}, {"eval_every": 0},
+        {"save_every": 0}, {"warmup": 1.0}, {"warmup": -0.1}, {"precision": "fp16"}, {"learning_rate": math.nan},
+    ],
+)  # fmt: skip
+def test_recipe_numbers_out_of_range_are_refused(given):
+    with pytest.raises(RecipeError, match=next(iter(given))):
+        Recipe(**given)
+
+
+@given(st.integers(5, 10**6))
+def test_five_to_twelve_evaluations(steps):
+    resolved = Recipe(steps=steps).resolve(1000, 1e-3)
+    assert 5 <= math.ceil(steps / resolved.eval_every) <= 12  # the last step is always among them
+    assert resolved.eval_every == Recipe(steps=steps, seed=7).resolve(5, 1e-5).eval_every
+
+
+def test_recipe_fills_in_what_is_not_given():
+    resolved = Recipe(epochs=3, batch_size=16).resolve(3200, LEARNING_RATES["lora"])
+    assert (resolved.steps, resolved.learning_rate) == (600, 5e-4)
+    assert resolved.precision in ("bf16", "fp32")
+    assert Recipe(epochs=0.5).resolve(32000, LEARNING_RATES["full"]).steps == 1000
+    given = Recipe(steps=7, learning_rate=0.25, eval_every=100, precision="bf16").resolve(320, 1.0)
+    assert (given.steps, given.learning_rate, given.eval_every, given.precision) == (7, 0.25, 7, "bf16")
+    assert Recipe(epochs=0.001).resolve(3, 1.0).steps >= 1
+    assert LEARNING_RATES == {"full": 5e-5, "lora": 5e-4}
+
+
+def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(opened, task_file, tmp_path):
+    base, data = opened["bert"], load_data(task_file, 20)
+    model = fresh_model(base, data.labels, seed=1)
+    recipe = Recipe(steps=30, eval_every=10, learning_rate=1e-3, precision="fp32").resolve(len(data.train), 1.0)
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = math.nan
+    with pytest.raises(RecipeError, match=r"loss became nan at step 10\. Lower the learning rate \(0\.001\)"):
+        tune_model(model, base, data, recipe, tmp_path, silent)
+
+
+def test_the_model_is_left_with_its_best_weights(opened, task_file, tmp_path):
+    base, data = opened["bert"], load_data(task_file, 20)
+    recipe = Recipe(steps=30, eval_every=3, learning_rate=0.02, precision="fp32").resolve(len(data.train), 1.0)
+    model = fresh_model(base, data.labels, seed=1)
+    curve = tune_model(model, base, data, recipe, tmp_path, silent)
+    found = predict(model, encode(base, data.dev, 32), "fp32").argmax(dim=1).numpy()
+    assert (found == data.dev.labels).mean() == pytest.approx(max(point["score"] for point in curve))
+    assert [point["step"] for point in curve] == list(range(0, 31, 3))
