@@ -8,7 +8,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import OutcomeError
+from regraft.errors import OutcomeError, RegraftError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,8 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     """Give a hidden working folder beside `out` that survives an interruption, and lock it.
 
     What a killed run left there is kept if that run had the same inputs, and cleared otherwise. The caller ends by
-    `publish`; whatever remains in the working folder is then removed.
+    `publish`; whatever remains in the working folder is then removed. So it is after an error of regraft's own, unless
+    there are `checkpoints` in it to go on from.
 
     Args:
         out: The folder that will exist when the work is whole.
@@ -47,7 +48,12 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
                 if entry.name != "lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             write_atomic(record, wanted)
-        yield work
+        try:
+            yield work
+        except RegraftError:
+            if not any(work.rglob("checkpoints")):
+                shutil.rmtree(work)
+            raise
         if out.exists():
             shutil.rmtree(work)
     finally:

@@ -11,7 +11,7 @@ AdaptationFolder = Annotated[Path, typer.Option("--adaptation", help="What was t
 TaskFile = Annotated[Path, typer.Option("--task", help="The task file (YAML).")]
 Out = Annotated[Path, typer.Option(help="The folder to make. If it is there, made from the same, nothing is done.")]
 Shots = Annotated[int | None, typer.Option(help="Take so many training examples a class.", min=1)]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps; by default --epochs times the data, at least 100.", min=1)]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps; by default --epochs, and at least 100.", min=1)]
 Epochs = Annotated[float, typer.Option(help="Passes over the data where --steps is not given.")]
 BatchSize = Annotated[int, typer.Option(help="Examples a step (blocks, for pretrain).", min=1)]
 LearningRate = Annotated[

@@ -100,11 +100,11 @@ def comparison(result: Comparison) -> None:
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("method", no_wrap=True)
     for name in (
-        "dev at\nstep 0", "dev\nbest", result.split, "reco-\nvery", "steps to\nscratch", "the same\nin s",
-        "negative\nflips", "labels",
+        "dev at\nstep 0", "dev\nbest", result.split, "reco-\nvery", "to reach\nscratch", "negative\nflips", "labels",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
@@ -115,8 +115,7 @@ def comparison(result: Comparison) -> None:
             f"{row.dev:.3f}",
             f"{row.test:.3f}{spread}",
             _or_dash(row.recovery, ".0f", " %"),
-            _or_dash(row.steps_to_scratch, ".0f"),
-            _or_dash(row.seconds_to_scratch, ".0f"),
+            _or_dash(row.steps_to_scratch, ".0f", f" ({row.seconds_to_scratch or 0:.0f} s)"),
             f"{100 * row.negative_flips:.1f} %",
             f"{row.labels:.0f}",
         )
@@ -124,8 +123,8 @@ def comparison(result: Comparison) -> None:
     console.print(
         f"old deployment (old weights, old base) {result.old:.3f}, majority guess {result.majority:.3f}; "
         f"scratch: {result.rows[0].steps:.0f} steps, {result.rows[0].seconds:.0f} s of training. Recovery: 0 % is the "
-        "majority guess, 100 % scratch. Steps to scratch: until dev reaches scratch's last score. Negative flips: "
-        "right in the old deployment, wrong here.",
+        "majority guess, 100 % scratch. To reach scratch: steps (seconds) until dev is where scratch ends. Negative "
+        "flips: right in the old deployment, wrong here.",
         highlight=False,
     )
 

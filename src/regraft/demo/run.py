@@ -46,9 +46,9 @@ class Size:
 SHORT = Size(
     tasks=("section-role",),
     corpus=2_000_000,
-    pretraining=Recipe(steps=80, batch_size=16, eval_every=40),
-    tuning=Recipe(steps=120, batch_size=16, learning_rate=3e-4, eval_every=20),
-    examples=(4000, 300, 800),
+    pretraining=Recipe(steps=60, batch_size=16, eval_every=30),
+    tuning=Recipe(steps=100, batch_size=16, learning_rate=3e-4, eval_every=20),
+    examples=(4000, 250, 700),
     seeds=(20,),
 )
 FULL = Size(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -245,7 +246,7 @@ def _carry_over(base: Base, folder: Path) -> None:
 def _is_done(out: Path, inputs: dict[str, Any]) -> bool:
     if not out.exists():
         return False
-    record = out / RECORD
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["inputs"] == inputs:
-        return True
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads((out / RECORD).read_text(encoding="utf-8"))["inputs"] == inputs:
+            return True
     raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
