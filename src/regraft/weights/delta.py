@@ -29,7 +29,8 @@ def graft(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, scale: floa
     """
     import torch
 
-    wide = torch.float64 if torch.float32 in (new.dtype, tuned.dtype, old.dtype) else torch.float32
+    half = all(tensor.dtype.itemsize <= 2 for tensor in (new, tuned, old))
+    wide = torch.float32 if half else torch.float64
     result = torch.sub(tuned.to(wide), old.to(wide)).mul_(scale).add_(new.to(wide)).to(tuned.dtype)
     if scale == 1.0:
         result = torch.where(new == old, tuned, result)

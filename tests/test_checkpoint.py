@@ -1,0 +1,284 @@
+"""Safetensors on disk against the safetensors library, broken files, fingerprints, and folders that appear whole."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from regraft.checkpoint import Checkpoint, fingerprint, publish, read_header, resumable_folder, write_safetensors
+from regraft.errors import CheckpointError, OutcomeError, RecipeError
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool]
+on_disk = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+state_dicts = st.dictionaries(
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
+    st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3), st.integers(0, 2**31)),
+    max_size=8,
+)
+
+
+def make(spec):
+    tensors = {}
+    for name, (dtype, shape, seed) in spec.items():
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10
+        tensors[name] = values.to(dtype)
+    return tensors
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        first[n].dtype == second[n].dtype and torch.equal(first[n], second[n]) for n in first
+    )
+
+
+@on_disk
+@given(spec=state_dicts)
+def test_reads_what_safetensors_writes_and_writes_what_it_reads(tmp_path, spec):
+    tensors = make(spec)
+    save_file(tensors, tmp_path / "one.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(tmp_path / "one.safetensors")
+    assert same(dict(checkpoint), tensors)
+    for name, tensor in tensors.items():
+        assert checkpoint.tensors[name].shape == tuple(tensor.shape)
+    write_safetensors(tmp_path / "two.safetensors", checkpoint.tensors, checkpoint.__getitem__)
+    assert same(load_file(tmp_path / "two.safetensors"), tensors)
+    assert sorted(os.listdir(tmp_path)) == ["one.safetensors", "two.safetensors"]
+
+
+def test_shapes_are_known_without_reading_the_data(tmp_path):
+    file = tmp_path / "big.safetensors"
+    header = json.dumps({"big": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
+    with file.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + 2**40)  # a terabyte, all of it a hole
+    checkpoint = Checkpoint.open(file)
+    assert checkpoint.tensors["big"].shape == (2**38,)
+    assert fingerprint(checkpoint).startswith("sample:")
+
+
+SOME = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(2, 2)}
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(SOME, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+def rewrite(file, change):
+    """Write a file's header anew, its data untouched."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    encoded = change(header)
+    encoded = encoded if isinstance(encoded, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 40, -1])
+def test_a_file_cut_short_at_any_place_is_named(file, kept):
+    content = file.read_bytes()
+    file.write_bytes(content[:kept])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*(not a whole safetensors file|ends early)"):
+        read_header(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda h: h["b"].update(dtype="F12"), "'b' has dtype 'F12'"),
+        (lambda h: h["a"].update(shape=[2, 4]), r"'a' of shape \[2, 4\] and dtype F32 cannot lie in bytes"),
+        (lambda h: h["a"].update(shape=[-2, -3]), "'a' has a malformed header entry"),
+        (lambda h: h["a"].update(shape=[2.0, 3]), "'a' has a malformed header entry"),
+        (lambda h: h["a"].update(data_offsets=[True, 24]), "'a' has a malformed header entry"),
+        (lambda h: h["a"].pop("data_offsets"), "'a' has a malformed header entry"),
+        (lambda h: h.update(a=None), "'a' has a malformed header entry"),
+        (lambda h: h.pop("a"), "a gap or an overlap|after the last tensor"),
+        (lambda h: h.update(d=h["a"]), "a gap or an overlap"),
+        (lambda _: b"[]", "not a JSON object"),
+        (lambda _: b"{", "not valid JSON"),
+        (lambda _: b"\xff\xff", "not valid JSON"),
+        (lambda _: b"[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_malformed_header_is_named(file, change, says):
+    rewrite(file, change)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        read_header(file)
+    assert str(file) in str(caught.value)
+
+
+def test_bytes_after_the_data_are_refused(file):
+    file.write_bytes(file.read_bytes() + b"more")
+    with pytest.raises(CheckpointError, match="4 bytes after the last tensor"):
+        read_header(file)
+
+
+@settings(on_disk, max_examples=500)
+@given(data=st.data())
+def test_a_mutated_file_is_read_or_refused(tmp_path, data):
+    save_file(SOME, tmp_path / "m.safetensors", metadata={"format": "pt"})
+    content = bytearray((tmp_path / "m.safetensors").read_bytes())
+    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)))):
+        content[place] = value
+    (tmp_path / "m.safetensors").write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        checkpoint = Checkpoint.open(tmp_path / "m.safetensors")
+    except CheckpointError as error:
+        assert "m.safetensors" in str(error)
+    else:
+        assert all(checkpoint.tensors[name].shape == tuple(tensor.shape) for name, tensor in checkpoint.items())
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    save_file({"a": SOME["a"]}, folder / "model-1.safetensors")
+    save_file({"b": SOME["b"], "c": SOME["c"]}, folder / "model-2.safetensors")
+    write_index(folder, {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"})
+    return folder
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_a_sharded_folder_reads_like_a_file(sharded, file):
+    assert same(dict(Checkpoint.open(sharded)), SOME)
+    assert [f.name for f in Checkpoint.open(sharded).files] == ["model-1.safetensors", "model-2.safetensors"]
+
+
+def test_broken_indexes_are_named(sharded, tmp_path):
+    whole = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
+    save_file({"x": SOME["a"]}, tmp_path / "outside.safetensors")
+    for weight_map, says in [
+        ({**whole, "b": "model-3.safetensors"}, r"shard model-3\.safetensors .* is missing"),
+        ({**whole, "d": "model-1.safetensors"}, r"tensor 'd' is in model-1\.safetensors, and it is not there"),
+        ({k: v for k, v in whole.items() if k != "c"}, r"1 tensors are not in .*: c \(model-2\.safetensors\)"),
+        ({**whole, "x": "../outside.safetensors"}, r"not a file of its own folder"),
+        ({**whole, "x": str(tmp_path / "outside.safetensors")}, r"not a file of its own folder"),
+        (["a"], "not a safetensors index"),
+    ]:
+        write_index(sharded, weight_map)
+        with pytest.raises(CheckpointError, match=says):
+            Checkpoint.open(sharded)
+    (sharded / "model.safetensors.index.json").write_text('{"weight_map": ')
+    with pytest.raises(CheckpointError, match="not a safetensors index"):
+        Checkpoint.open(sharded)
+
+
+def test_what_is_no_checkpoint_is_told_apart(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        Checkpoint.open(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="Is this the folder that save_pretrained wrote"):
+        Checkpoint.open(tmp_path)
+    torch.save(SOME, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is a pickle, which is not read"):
+        Checkpoint.open(tmp_path)
+
+
+def test_the_writer_leaves_nothing_half_written(tmp_path, file):
+    checkpoint = Checkpoint.open(file)
+    out = tmp_path / "out" / "model.safetensors"
+    out.parent.mkdir()
+    with pytest.raises(CheckpointError, match=r"tensor 'a' has 4 bytes, expected 24"):
+        write_safetensors(out, checkpoint.tensors, lambda _: torch.zeros(1))
+    assert not list(out.parent.iterdir())
+    with pytest.raises(CheckpointError, match=r"cannot be written"):
+        write_safetensors(tmp_path / "none" / "model.safetensors", checkpoint.tensors, checkpoint.__getitem__)
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_their_files(file, sharded):
+    assert fingerprint(Checkpoint.open(file)) == fingerprint(Checkpoint.open(sharded))
+    expected = fingerprint(Checkpoint.open(file))
+    renamed = fingerprint(Checkpoint.open(file), keep=lambda name: {"a": "z"}.get(name, name))
+    without = fingerprint(Checkpoint.open(file), keep=lambda name: None if name == "c" else name)
+    assert len({expected, renamed, without}) == 3
+
+
+@on_disk
+@given(name=st.sampled_from(sorted(SOME)), place=st.integers(0, 100))
+def test_the_fingerprint_changes_with_any_number(tmp_path, name, place):
+    save_file(SOME, tmp_path / "one.safetensors")
+    changed = {n: t.clone() for n, t in SOME.items()}
+    flat = changed[name].view(-1)
+    flat[place % len(flat)] += 0.5
+    save_file(changed, tmp_path / "two.safetensors")
+    one, two = (fingerprint(Checkpoint.open(tmp_path / f"{which}.safetensors")) for which in ("one", "two"))
+    assert one != two
+
+
+def test_the_fingerprint_sees_a_training_step_in_large_tensors(tmp_path):
+    large = torch.randn(1000, 1000)
+    save_file({"w": large}, tmp_path / "one.safetensors")
+    save_file({"w": large + 1e-4 * torch.randn(1000, 1000)}, tmp_path / "two.safetensors")
+    one, two = (fingerprint(Checkpoint.open(tmp_path / f"{which}.safetensors")) for which in ("one", "two"))
+    assert one != two
+
+
+def test_a_folder_appears_whole(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with resumable_folder(out, {"a": 1}) as work:
+        (work / "whole").mkdir()
+        (work / "whole" / "file").write_text("x")
+        assert not out.exists()
+        publish(work / "whole", out)
+    assert sorted(p.name for p in out.parent.iterdir()) == ["out"]
+    assert (out / "file").read_text() == "x"
+
+
+def test_what_an_interruption_left_is_kept_for_the_same_work_only(tmp_path):
+    out = tmp_path / "out"
+
+    def run(inputs):
+        with resumable_folder(out, inputs) as work:
+            found = (work / "half").exists()
+            (work / "half").mkdir(exist_ok=True)
+            raise KeyboardInterrupt(found)
+
+    found = []
+    for inputs in ({"a": 1}, {"a": 1}, {"a": 2}):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            run(inputs)
+        found.append(caught.value.args[0])
+    assert found == [False, True, False]
+    assert not out.exists()
+
+
+def test_a_refusal_leaves_nothing_unless_there_is_work_to_go_on_from(tmp_path):
+    for name, left in (("whole", []), ("checkpoints", [".out.partial"])):
+        with pytest.raises(RecipeError), resumable_folder(tmp_path / "out", {}) as work:
+            (work / "body" / name).mkdir(parents=True)
+            raise RecipeError("no")
+        assert os.listdir(tmp_path) == left
+
+
+def test_two_runs_at_once_on_one_folder_are_refused(tmp_path):
+    code = "import sys, pathlib; from regraft.checkpoint import resumable_folder\n"
+    code += "with resumable_folder(pathlib.Path(sys.argv[1]), {}): pass"
+    with resumable_folder(tmp_path / "out", {}):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "another regraft is writing it" in done.stderr
+
+
+def test_nothing_that_is_there_is_replaced(tmp_path):
+    for name in ("whole", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(OutcomeError, match="exists already"):
+        publish(tmp_path / "whole", tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutcomeError, match="cannot be created"), resumable_folder(tmp_path / "file" / "out", {}):
+        pass
