@@ -1,7 +1,7 @@
 """Adaptations: what tuning left behind, on disk and as models, and the outcome folder that records one."""
 
 from regraft.adaptation.adaptation import Adaptation, load_adaptation
-from regraft.adaptation.graft import write_graft
+from regraft.adaptation.graft import check_fit, write_graft
 from regraft.adaptation.model import attach_lora, fresh_model, load_model, load_strictly, lora_config, save_model
 from regraft.adaptation.outcome import Outcome, find_outcome, load_outcome, write_outcome
 
@@ -9,6 +9,7 @@ __all__ = [
     "Adaptation",
     "Outcome",
     "attach_lora",
+    "check_fit",
     "find_outcome",
     "fresh_model",
     "load_adaptation",

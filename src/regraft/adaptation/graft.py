@@ -6,12 +6,14 @@ import json
 import shutil
 from typing import TYPE_CHECKING
 
+from regraft.adaptation.model import load_model
 from regraft.checkpoint import write_safetensors
 from regraft.errors import MismatchError
 from regraft.upgrade import body_names, is_optional
 from regraft.weights import graft
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
@@ -35,6 +37,8 @@ def write_graft(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: 
     Raises:
         MismatchError: A tensor of the body is not in the bases, or has another shape there.
     """
+    if adaptation.kind == "full":
+        _check_body(adaptation, upgrade)
     into.mkdir(parents=True, exist_ok=True)
     if adaptation.kind == "lora":
         config = json.loads((adaptation.path / "adapter_config.json").read_text(encoding="utf-8"))
@@ -47,10 +51,27 @@ def write_graft(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: 
     upgrade.new.tokenizer.save_pretrained(into)
 
 
-def _graft_full(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress) -> None:
+def check_fit(adaptation: Adaptation, upgrade: Upgrade, labels: Sequence[str]) -> None:
+    """Refuse an adaptation that does not fit its base or its task, before anything is written.
+
+    Args:
+        adaptation: What was tuned on `upgrade.old`.
+        upgrade: The two bases.
+        labels: The label names, in the order of the head's outputs.
+
+    Raises:
+        CheckpointError: A tensor of the adaptation is missing or has no place in the model.
+        MismatchError: The adaptation has other sizes than its base, or another number of labels.
+    """
+    if adaptation.kind == "full":
+        _check_body(adaptation, upgrade)
+    load_model(adaptation, upgrade.old, labels)
+
+
+def _check_body(adaptation: Adaptation, upgrade: Upgrade) -> None:
     old, new, tuned = upgrade.old, upgrade.new, adaptation.checkpoint
-    inner_names = {name: inner for inner, name in body_names(tuned, old.prefix).items()}
-    for name, inner in inner_names.items():
+    inner_names = body_names(tuned, old.prefix)
+    for inner, name in inner_names.items():
         in_both = inner in old.body and inner in new.body
         if not in_both and not is_optional(inner) and name != inner:
             raise MismatchError(
@@ -61,10 +82,14 @@ def _graft_full(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: 
                 f"{adaptation.path}: tensor {name!r} has shape {tuned.tensors[name].shape}, in {old.path} it has "
                 f"{old.checkpoint.tensors[old.body[inner]].shape}. Was it tuned on that base?"
             )
-    tuned_inner = set(inner_names.values())
-    lost = sorted(inner for inner in old.body if inner not in tuned_inner and not is_optional(inner))
+    lost = sorted(inner for inner in old.body if inner not in inner_names and not is_optional(inner))
     if lost:
         raise MismatchError(f"{adaptation.path}: {len(lost)} tensors of its base are not in it: {', '.join(lost[:4])}.")
+
+
+def _graft_full(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress) -> None:
+    old, new, tuned = upgrade.old, upgrade.new, adaptation.checkpoint
+    inner_names = {name: inner for inner, name in body_names(tuned, old.prefix).items()}
     done = 0
 
     def compute(name: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from regraft.adaptation import Adaptation, load_adaptation, write_graft
+from regraft.adaptation import Adaptation, check_fit, load_adaptation, write_graft
 from regraft.progress import Progress, silent
 from regraft.task import flips, load_data, majority_score, score
 from regraft.tuning.deployment import match_labels, predictions
@@ -92,6 +92,7 @@ def check(
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     adaptation.check_base(upgrade.old)
     data = match_labels(adaptation, load_data(task, recipe.seed))
+    check_fit(adaptation, upgrade, data.labels)
     split = data.test or data.dev
     before = predictions(adaptation, upgrade.old, data, recipe, progress)
     with tempfile.TemporaryDirectory(prefix="regraft-") as folder:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import Adaptation, Outcome, find_outcome, load_adaptation, write_outcome
+from regraft.adaptation import Adaptation, Outcome, check_fit, find_outcome, load_adaptation, write_outcome
 from regraft.checkpoint import resumable_folder
 from regraft.errors import RecipeError
 from regraft.methods.method import Job
@@ -79,6 +79,7 @@ def recycle(
     }
     if done := find_outcome(out, inputs):
         return done
+    check_fit(adaptation, upgrade, data.labels)
     resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
     source = {
         "adaptation": str(adaptation.path),
