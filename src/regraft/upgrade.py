@@ -74,6 +74,8 @@ class Base:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"{self.path}: transformers cannot read its tokenizer ({error}).") from error
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers made one out of nothing
+            raise CheckpointError(f"{self.path}: holds no tokenizer. Copy the base's tokenizer files into it.")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -99,7 +101,7 @@ class Base:
         """The longest input the base takes, in tokens."""
         positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         if "roberta" in self.config.model_type or self.config.model_type in ("camembert", "mpnet", "longformer"):
-            positions -= 2  # these count positions from the padding token's on
+            positions -= (self.config.pad_token_id or 0) + 1  # these count positions from past the padding token's id
         return min(positions, self.tokenizer.model_max_length)
 
     @functools.cached_property
