@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from regraft.adaptation.model import load_model
-from regraft.checkpoint import write_safetensors
+from regraft.checkpoint import Derived, Entry, write_checkpoint
 from regraft.errors import MismatchError
 from regraft.upgrade import body_names, is_optional
 from regraft.weights import graft
@@ -15,8 +15,6 @@ from regraft.weights import graft
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    import torch
 
     from regraft.adaptation.adaptation import Adaptation
     from regraft.progress import Progress
@@ -90,15 +88,12 @@ def _check_body(adaptation: Adaptation, upgrade: Upgrade) -> None:
 def _graft_full(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress) -> None:
     old, new, tuned = upgrade.old, upgrade.new, adaptation.checkpoint
     inner_names = {name: inner for inner, name in body_names(tuned, old.prefix).items()}
-    done = 0
-
-    def compute(name: str) -> torch.Tensor:
-        nonlocal done
-        done += 1
-        progress("graft", done, len(tuned), {})
+    entries = {}
+    for name, info in tuned.tensors.items():
         inner = inner_names.get(name)
-        if inner is None or inner not in old.body or inner not in new.body:
-            return tuned[name]  # the head, which is no difference between two bases but a thing of its own
-        return graft(new.checkpoint[new.body[inner]], tuned[name], old.checkpoint[old.body[inner]])
-
-    write_safetensors(into / "model.safetensors", tuned.tensors, compute)
+        if inner in old.body and inner in new.body:
+            operands = ((new.checkpoint, new.body[inner]), (tuned, name), (old.checkpoint, old.body[inner]))
+            entries[name] = Entry(info.dtype, info.shape, operands, graft)
+        else:  # the head, which is no difference between two bases but a thing of its own
+            entries[name] = Entry(info.dtype, info.shape, ((tuned, name),), lambda tensor: tensor)
+    write_checkpoint(into, Derived(entries), progress=lambda _, *rest: progress("graft", *rest))

@@ -1,18 +1,27 @@
 """Tensors on disk: a lazy reader, fingerprints, and folders that are whole or not there."""
 
+from regraft.checkpoint.derived import Derived, Entry, dtype_of, piece, shape_of
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
 from regraft.checkpoint.header import TensorInfo, read_header
 from regraft.checkpoint.reader import Checkpoint
-from regraft.checkpoint.writer import write_safetensors
+from regraft.checkpoint.writer import plan_shards, size_of, write_checkpoint, write_safetensors
 
 __all__ = [
     "Checkpoint",
+    "Derived",
+    "Entry",
     "TensorInfo",
+    "dtype_of",
     "fingerprint",
+    "piece",
+    "plan_shards",
     "publish",
     "read_header",
     "resumable_folder",
+    "shape_of",
+    "size_of",
     "write_atomic",
+    "write_checkpoint",
     "write_safetensors",
 ]

@@ -15,11 +15,55 @@ from regraft.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
 MAX_HEADER_BYTES = 100_000_000
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+
+
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Give torch's dtype for one of safetensors.
+
+    Args:
+        name: As in `F32` or `BF16`.
+
+    Returns:
+        The dtype.
+    """
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Give safetensors' name of a torch dtype.
+
+    Args:
+        dtype: The dtype.
+
+    Returns:
+        As in `F32` or `BF16`.
+
+    Raises:
+        CheckpointError: safetensors has no such dtype.
+    """
+    wanted = str(dtype).removeprefix("torch.")
+    for name, known in TORCH_NAMES.items():
+        if known == wanted:
+            return name
+    raise CheckpointError(f"a tensor of dtype {dtype} cannot be stored as safetensors.")
 
 
 @dataclass(frozen=True)

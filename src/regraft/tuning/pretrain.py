@@ -8,7 +8,17 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import Checkpoint, publish, resumable_folder, write_atomic, write_safetensors
+from regraft.checkpoint import (
+    Checkpoint,
+    Derived,
+    Entry,
+    dtype_of,
+    publish,
+    resumable_folder,
+    shape_of,
+    write_atomic,
+    write_safetensors,
+)
 from regraft.errors import OutcomeError, RecipeError
 from regraft.progress import Progress, quiet, silent
 from regraft.tuning.corpus import Corpus, pack
@@ -237,9 +247,15 @@ def _carry_over(base: Base, folder: Path) -> None:
         return
     if len(saved.files) > 1:
         raise OutcomeError(f"{folder}: {', '.join(unused)} cannot be carried over into a sharded checkpoint.")
-    tensors = saved.tensors | {name: base.checkpoint.tensors[source] for name, source in unused.items()}
+    sources = {name: (saved, name) for name in saved} | {name: (base.checkpoint, old) for name, old in unused.items()}
     write_safetensors(
-        saved.files[0], tensors, lambda name: base.checkpoint[unused[name]] if name in unused else saved[name]
+        saved.files[0],
+        Derived(
+            {
+                name: Entry(dtype_of(*source), shape_of(*source), (source,), lambda tensor: tensor)
+                for name, source in sources.items()
+            }
+        ),
     )
 
 

@@ -1,0 +1,115 @@
+"""Named tensors made from others when they are asked for, whole or a piece at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from regraft.checkpoint.header import dtype_name, torch_dtype
+from regraft.checkpoint.reader import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE = 1 << 18
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one tensor is made.
+
+    Args:
+        dtype: Its safetensors dtype, as in `F32` or `BF16`.
+        shape: Its size along each dimension.
+        operands: What it is made from: a mapping, and a name in it.
+        rule: Makes it from these, as tensors.
+        elementwise: Whether the rule gives the same on flat pieces of the operands as on the whole.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    operands: tuple[tuple[Mapping[str, torch.Tensor], str], ...]
+    rule: Callable[..., torch.Tensor]
+    elementwise: bool = True
+
+
+class Derived(Mapping[str, "torch.Tensor"]):
+    """A read-only mapping whose tensors are computed; it holds none of them.
+
+    Args:
+        entries: How each is made, by name.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry]):
+        self.entries = dict(entries)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
+        if not entry.elementwise:
+            result = entry.rule(*(tensors[operand] for tensors, operand in entry.operands))
+            return result.to(torch_dtype(entry.dtype)).reshape(entry.shape)
+        import torch
+
+        whole = torch.empty(math.prod(entry.shape), dtype=torch_dtype(entry.dtype))
+        for start in range(0, len(whole), PIECE):
+            whole[start : start + PIECE] = piece(self, name, start, min(PIECE, len(whole) - start))
+        return whole.reshape(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
+    """Give the shape of a tensor without reading it, where that is possible.
+
+    Args:
+        tensors: A checkpoint, derived tensors or a state dict.
+        name: A name in it.
+
+    Returns:
+        The shape.
+    """
+    if isinstance(tensors, Checkpoint):
+        return tensors.tensors[name].shape
+    return tensors.entries[name].shape if isinstance(tensors, Derived) else tuple(tensors[name].shape)
+
+
+def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
+    """Give the safetensors dtype of a tensor without reading it, where that is possible.
+
+    Args:
+        tensors: A checkpoint, derived tensors or a state dict.
+        name: A name in it.
+
+    Returns:
+        The dtype, as in `F32` or `BF16`.
+    """
+    if isinstance(tensors, Checkpoint):
+        return tensors.tensors[name].dtype
+    return tensors.entries[name].dtype if isinstance(tensors, Derived) else dtype_name(tensors[name].dtype)
+
+
+def piece(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int) -> torch.Tensor:
+    """Give some numbers of a tensor, laid out flat, reading and computing no more than these where that is possible.
+
+    Args:
+        tensors: A checkpoint, derived tensors or a state dict.
+        name: A name in it.
+        start: The first number.
+        count: How many.
+
+    Returns:
+        A tensor of shape [count].
+    """
+    if isinstance(tensors, Checkpoint):
+        return tensors.piece(name, start, count)
+    if isinstance(tensors, Derived) and tensors.entries[name].elementwise:
+        entry = tensors.entries[name]
+        result = entry.rule(*(piece(source, operand, start, count) for source, operand in entry.operands))
+        return result.to(torch_dtype(entry.dtype))
+    return tensors[name].reshape(-1)[start : start + count]

@@ -1,0 +1,147 @@
+"""The arithmetic on whole checkpoints: every tensor by its name, computed when it is written."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from typing import TYPE_CHECKING
+
+from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
+from regraft.errors import MismatchError
+from regraft.weights.delta import delta, graft, interpolate
+from regraft.weights.names import align
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    Tensors = Mapping[str, torch.Tensor]
+
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+def graft_all(new: Tensors, tuned: Tensors, old: Tensors, scale: float | Mapping[str, float] = 1.0) -> Derived:
+    """Graft the delta of every tuned tensor: new + λ·(tuned − old).
+
+    Tensors of `tuned` that no base has, as heads, are copied; so are those that are not floating-point.
+
+    Args:
+        new: The upgraded base.
+        tuned: What was tuned on the old base.
+        old: The old base.
+        scale: λ, or λ by name pattern (as in `*.attention.*`; the first that fits counts, else 1).
+
+    Returns:
+        The grafted tensors, under the names of `tuned` and in its dtypes.
+
+    Raises:
+        MismatchError: A tensor has different shapes, or is in one base only.
+    """
+    in_new, in_old = align(new, tuned), align(old, tuned)
+    one_sided = sorted(in_new.keys() ^ in_old.keys())
+    if one_sided:
+        raise MismatchError(f"{len(one_sided)} tuned tensors are in one base only: {', '.join(one_sided[:4])}.")
+    _same_shapes(tuned, (new, in_new), (old, in_old))
+    _something(in_new)
+    entries = {}
+    for name in tuned:
+        factor = _scale(scale, name)
+        if name in in_new and dtype_of(tuned, name) in FLOATING:
+            operands = ((new, in_new[name]), (tuned, name), (old, in_old[name]))
+            entries[name] = _entry(tuned, name, operands, functools.partial(graft, scale=factor))
+        else:
+            entries[name] = _entry(tuned, name, ((tuned, name),), _same)
+    return Derived(entries)
+
+
+def delta_all(tuned: Tensors, old: Tensors) -> Derived:
+    """Give the delta of every tuned tensor: tuned − old, in float32 so that nothing of it is rounded away.
+
+    Args:
+        tuned: What was tuned.
+        old: The base it was tuned on.
+
+    Returns:
+        The deltas, under the names of `tuned`; what the base has not, as a head, is left out.
+
+    Raises:
+        MismatchError: A tensor has different shapes, or nothing corresponds.
+    """
+    in_old = align(old, tuned)
+    _same_shapes(tuned, (old, in_old))
+    _something(in_old)
+    return Derived(
+        {
+            name: Entry(
+                "F64" if "F64" in (dtype_of(tuned, name), dtype_of(old, other)) else "F32",
+                shape_of(tuned, name),
+                ((tuned, name), (old, other)),
+                delta,
+            )
+            for name, other in in_old.items()
+            if dtype_of(tuned, name) in FLOATING
+        }
+    )
+
+
+def interpolate_all(first: Tensors, second: Tensors, t: float) -> Derived:
+    """Walk the straight line between two checkpoints: (1 − t)·first + t·second.
+
+    Args:
+        first: Where t is 0.
+        second: Where t is 1.
+        t: The place on the line; outside of 0 to 1 the line goes on.
+
+    Returns:
+        The tensors under the names of `first` and in its dtypes; what is in one only, or not floating-point, must be
+        in `first` and is copied.
+
+    Raises:
+        MismatchError: A tensor has different shapes, or is in the second only.
+    """
+    in_second = align(second, first)
+    left_over = sorted(set(second) - set(in_second.values()))
+    if left_over or len(in_second) < len(first):
+        lost = sorted(set(first) - set(in_second)) + left_over
+        raise MismatchError(f"{len(lost)} tensors are in one of the two only: {', '.join(lost[:4])}.")
+    _same_shapes(first, (second, in_second))
+    rule = functools.partial(interpolate, t=t)
+    return Derived(
+        {
+            name: _entry(first, name, ((first, name), (second, in_second[name])), rule)
+            if dtype_of(first, name) in FLOATING
+            else _entry(first, name, ((first, name),), _same)
+            for name in first
+        }
+    )
+
+
+def _entry(like: Tensors, name: str, operands: tuple[tuple[Tensors, str], ...], rule: Callable[..., torch.Tensor]) -> Entry:
+    return Entry(dtype_of(like, name), shape_of(like, name), operands, rule)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _scale(scale: float | Mapping[str, float], name: str) -> float:
+    if isinstance(scale, int | float):
+        return scale
+    return next((factor for pattern, factor in scale.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
+
+
+def _same_shapes(like: Tensors, *sides: tuple[Tensors, Mapping[str, str]]) -> None:
+    differing = [
+        f"{name}: {shape_of(like, name)} and {shape_of(side, other)}"
+        for side, names in sides
+        for name, other in names.items()
+        if shape_of(like, name) != shape_of(side, other)
+    ]
+    if differing:
+        raise MismatchError(f"{len(differing)} tensors are of another shape: {'; '.join(differing[:4])}.")
+
+
+def _something(names: Mapping[str, str]) -> None:
+    if not names:
+        raise MismatchError("no tensor has the same name in both: these checkpoints are not of one architecture.")
