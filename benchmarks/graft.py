@@ -1,0 +1,117 @@
+"""Speed and memory of a graft on disk against mergekit on the same job and against `cp`.
+
+    python -m venv .venv-mergekit && .venv-mergekit/bin/pip install -c benchmarks/mergekit.txt torch mergekit
+    python benchmarks/graft.py --mergekit .venv-mergekit/bin/mergekit-yaml
+
+Makes a synthetic bf16 checkpoint in shards three times over (old, tuned, new), and runs each command as a whole process,
+in turn, disk to disk: `regraft weights graft`, mergekit's `task_arithmetic` (old + (tuned − old) + (new − old), which is
+the same sum), `cp` of the three inputs (as many bytes read, three times as many written) and `cp` of one (a third of the
+bytes read, as many written). The ratio of each round is what counts. Both results are then held against each other.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from regraft.checkpoint import Checkpoint
+
+SIDES = ("old", "tuned", "new")
+CONFIG = """\
+merge_method: task_arithmetic
+base_model: {folder}/old
+models:
+  - {{model: {folder}/tuned, parameters: {{weight: 1.0}}}}
+  - {{model: {folder}/new, parameters: {{weight: 1.0}}}}
+parameters: {{normalize: false}}
+dtype: bfloat16
+"""
+
+
+def make(folder, gigabytes):
+    """Write the three checkpoints: about so many gigabytes each, in shards of an eighth of that."""
+    width, layers = 2048, max(1, round(gigabytes * 1e9 / 2 / (4 * 2048**2 + 3 * 2048 * 5632)))
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=16, vocab_size=8192,
+        dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(20)
+    for side in SIDES:
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.bfloat16)
+                tensor.copy_(noise if side == "old" else tensor + 0.01 * noise)
+        model.save_pretrained(folder / side, max_shard_size=f"{int(gigabytes * 125)}MB")
+
+
+def run(command):
+    """Run a command; give its seconds and its peak memory in MB."""
+    start = time.perf_counter()
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{command} failed:\n{said.decode()[-2000:]}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1000
+
+
+def main():
+    """Run the rounds and print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mergekit", required=True, help="the command mergekit-yaml of an environment of its own")
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        make(folder, given.gigabytes)
+        (folder / "merge.yml").write_text(CONFIG.format(folder=folder))
+        inputs = [folder / side for side in SIDES]
+        graft = ["-m", "regraft", "weights", "graft", "--new", inputs[2], "--tuned", inputs[1], "--old", inputs[0]]
+        commands = {
+            "regraft": [sys.executable, *graft, "--out", folder / "regraft"],
+            "mergekit": [given.mergekit, folder / "merge.yml", folder / "mergekit"],
+            "cp of the three inputs": ["sh", "-c", f"mkdir {folder}/three && cp -r {folder}/old {folder}/tuned {folder}/new {folder}/three"],
+            "cp of one": ["cp", "-r", inputs[0], folder / "one"],
+        }  # fmt: skip
+        outs = {name: folder / Path(str(command[-1])).name for name, command in commands.items()}
+        outs["cp of the three inputs"] = folder / "three"
+        rounds = []
+        for _ in range(given.rounds + 1):
+            times = {}
+            for name, command in commands.items():
+                shutil.rmtree(outs[name], ignore_errors=True)
+                os.sync()
+                times[name] = run(command)
+            rounds.append(times)
+        rounds = rounds[1:]  # the first one warms the disk's cache
+        print(f"{given.gigabytes:g} GB a checkpoint, {given.rounds} rounds")
+        print("| command | seconds | peak MB | its time over regraft's | its memory over regraft's |")
+        print("|---|---|---|---|---|")
+        for name in commands:
+            figures = [
+                statistics.median(times[name][0] for times in rounds),
+                statistics.median(times[name][1] for times in rounds),
+                statistics.median(times[name][0] / times["regraft"][0] for times in rounds),
+                statistics.median(times[name][1] / times["regraft"][1] for times in rounds),
+            ]
+            print("| {} | {:.1f} | {:.0f} | {:.2f}× | {:.2f}× |".format(name, *figures))
+        ours, theirs = Checkpoint.open(outs["regraft"]), Checkpoint.open(outs["mergekit"])
+        assert set(ours) == set(theirs)
+        worst = max(float(((ours[n].float() - theirs[n].float()).abs() / ours[n].float().abs().clamp(min=1e-3)).max()) for n in ours)
+        print(f"largest relative difference of a number in the two results: {worst:.2e} (bf16 rounds to 3.9e-03)")
+
+
+if __name__ == "__main__":
+    main()
