@@ -5,16 +5,19 @@ from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
 from regraft.checkpoint.header import TensorInfo, read_header
 from regraft.checkpoint.reader import Checkpoint
+from regraft.checkpoint.whole import Plan, plan_checkpoint, write_folder
 from regraft.checkpoint.writer import plan_shards, size_of, write_checkpoint, write_safetensors
 
 __all__ = [
     "Checkpoint",
     "Derived",
     "Entry",
+    "Plan",
     "TensorInfo",
     "dtype_of",
     "fingerprint",
     "piece",
+    "plan_checkpoint",
     "plan_shards",
     "publish",
     "read_header",
@@ -23,5 +26,6 @@ __all__ = [
     "size_of",
     "write_atomic",
     "write_checkpoint",
+    "write_folder",
     "write_safetensors",
 ]

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5 * 10**9
 
 
+def cores() -> int:
+    """Tell how many cores this process may use.
+
+    Returns:
+        Their number.
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def size_of(tensors: Mapping[str, torch.Tensor], name: str) -> int:
     """Give the bytes a tensor takes on disk.
 
@@ -187,9 +196,8 @@ def _write_pieces(
                 done += size
                 progress("write", done, total, {})
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with _one_thread_each(), ThreadPoolExecutor(cores) as pool:
-        for worker in [pool.submit(work) for _ in range(cores)]:
+    with _one_thread_each(), ThreadPoolExecutor(cores()) as pool:
+        for worker in [pool.submit(work) for _ in range(cores())]:
             worker.result()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from regraft.adaptation import Outcome
+    from regraft.checkpoint import Checkpoint, Plan
     from regraft.diagnosis import Check
     from regraft.methods import Comparison
     from regraft.progress import Progress as Callback
+    from regraft.weights import Distance
 
 console = Console()
 SECONDS_BETWEEN_LINES = 10.0
@@ -159,3 +162,77 @@ def _figures(figures: Mapping[str, float]) -> str:
 
 def _or_dash(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else format(value, form) + unit
+
+
+def distances(found: Mapping[str, Mapping[str, Distance]]) -> None:
+    """Print distances as one table.
+
+    Args:
+        found: By `whole`, `layer` and `kind`, and by the name in each.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("L2", "of the norm", "cosine", "L2 a parameter", "parameters"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for by, several in found.items():
+        for name, one in several.items():
+            table.add_row(
+                name if by != "whole" else "[bold]all[/]", f"{one.l2:.4g}", f"{one.relative:.2%}", f"{one.cosine:.6f}",
+                f"{one.per_parameter:.2e}", f"{one.parameters:,}", end_section=name == list(several)[-1],
+            )  # fmt: skip
+    console.print(table)
+
+
+def checkpoint(opened: Checkpoint, fingerprint: str) -> None:
+    """Print what a checkpoint holds.
+
+    Args:
+        opened: The checkpoint.
+        fingerprint: Its fingerprint.
+    """
+    from regraft.weights import kind_of
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("dtype")
+    for name in ("tensors", "parameters", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for name, info in opened.tensors.items():
+        groups.setdefault((kind_of(name), info.dtype), []).append((math.prod(info.shape), info.end - info.start))
+    for (kind, dtype), sizes in [*sorted(groups.items()), (("all", ""), [s for g in groups.values() for s in g])]:
+        table.add_row(kind, dtype, f"{len(sizes):,}", *(f"{sum(column):,}" for column in zip(*sizes, strict=True)))
+    console.print(f"{opened.path}: {len(opened.files)} files, {fingerprint}", highlight=False, soft_wrap=True)
+    console.print(table)
+
+
+def plan(found: Plan, out: object) -> None:
+    """Print what writing a checkpoint takes.
+
+    Args:
+        found: The plan.
+        out: Where it would be written.
+    """
+    console.print(
+        f"{out}: {found.tensors:,} tensors in {found.files} files\n"
+        f"reads {_bytes(found.read)}, writes {_bytes(found.disk)} (the disk has {_bytes(found.free)} left), "
+        f"takes {_bytes(found.memory)} of memory for tensors\nnothing was written (--dry-run)",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def written(out: object) -> None:
+    """Print where a checkpoint is.
+
+    Args:
+        out: The folder.
+    """
+    console.print(f"checkpoint: {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

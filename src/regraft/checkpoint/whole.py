@@ -1,0 +1,131 @@
+"""A checkpoint folder made from others: tensors, and the small files that belong to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from regraft.checkpoint.derived import PIECE, Derived
+from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
+from regraft.checkpoint.writer import SHARD_BYTES, cores, plan_shards, size_of, write_checkpoint
+from regraft.errors import CheckpointError, OutcomeError
+from regraft.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+RECORD = "regraft.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What writing a checkpoint takes.
+
+    Args:
+        tensors: How many tensors.
+        files: How many files of tensors.
+        disk: Bytes on disk.
+        read: Bytes that are read.
+        memory: Bytes in memory for tensors, beside what Python and torch take.
+        free: Bytes the disk has left.
+    """
+
+    tensors: int
+    files: int
+    disk: int
+    read: int
+    memory: int
+    free: int
+
+
+def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes: int = SHARD_BYTES) -> Plan:
+    """Foresee what writing takes, and refuse if the disk has not enough room.
+
+    Args:
+        tensors: What is to be written.
+        out: Where to.
+        shard_bytes: The largest size of a file.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CheckpointError: The disk has not enough room.
+    """
+    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
+    disk = sum(size_of(tensors, name) for name in tensors)
+    free = shutil.disk_usage(parent).free
+    plan = Plan(
+        tensors=len(tensors),
+        files=len(plan_shards(tensors, shard_bytes)),
+        disk=disk,
+        read=sum(_read(tensors, name) for name in tensors),
+        memory=max((_memory(tensors, name) for name in tensors), default=0),
+        free=free,
+    )
+    if disk > free:
+        raise CheckpointError(f"{out}: {disk:,} bytes are to be written, the disk has {free:,} left: make room.")
+    return plan
+
+
+def write_folder(
+    tensors: Mapping[str, torch.Tensor],
+    out: Path,
+    like: Path,
+    made_from: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = silent,
+) -> None:
+    """Write a checkpoint folder: whole or not at all, and going on from the shard at which it was interrupted.
+
+    Args:
+        tensors: What is to be written.
+        out: Where to.
+        like: The folder whose config and tokenizer files are copied.
+        made_from: What the tensors are made from, as JSON. If `out` is there, made from the same, nothing is done.
+        shard_bytes: The largest size of a file.
+        progress: Told of each piece, in bytes.
+
+    Raises:
+        CheckpointError: The disk has not enough room, or cannot be written.
+        OutcomeError: Something else is at `out`.
+    """
+    record = out / RECORD
+    wanted = json.dumps({**made_from, "shard_bytes": shard_bytes}, sort_keys=True, indent=2) + "\n"
+    if out.exists():
+        if record.is_file() and record.read_text(encoding="utf-8") == wanted:
+            return
+        raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
+    plan_checkpoint(tensors, out, shard_bytes)
+    with resumable_folder(out, dict(made_from, shard_bytes=shard_bytes)) as work:
+        whole = work / "checkpoints" / "whole"
+        whole.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(whole, tensors, shard_bytes, progress)
+        for pattern in COMPANIONS:
+            for file in like.glob(pattern) if like.is_dir() else ():
+                if not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, whole / file.name)
+        write_atomic(whole / RECORD, wanted)
+        publish(whole, out)
+
+
+def _read(tensors: Mapping[str, torch.Tensor], name: str) -> int:
+    if not isinstance(tensors, Derived):
+        return size_of(tensors, name)
+    return sum(_read(source, operand) for source, operand in tensors.entries[name].operands)
+
+
+def _memory(tensors: Mapping[str, torch.Tensor], name: str) -> int:
+    """Estimate what computing takes: the operands, each also in float64, and the result, per core."""
+    if not isinstance(tensors, Derived):
+        return size_of(tensors, name)
+    entry = tensors.entries[name]
+    if entry.elementwise:
+        return PIECE * 8 * (2 * len(entry.operands) + 2) * cores()
+    return 3 * (size_of(tensors, name) + sum(size_of(source, operand) for source, operand in entry.operands))

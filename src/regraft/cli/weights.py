@@ -1,0 +1,159 @@
+"""`regraft weights`: arithmetic on checkpoints of any size, from disk to disk."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from regraft.checkpoint import Checkpoint, Derived
+
+app = typer.Typer(help="Arithmetic on checkpoints of any size, from disk to disk.", no_args_is_help=True)
+
+New = Annotated[str, typer.Option(help="The upgraded base: a folder, a safetensors file or a hub id[@revision].")]
+Tuned = Annotated[str, typer.Option(help="What was tuned on the old base.")]
+Old = Annotated[str, typer.Option(help="The old base.")]
+Out = Annotated[Path, typer.Option(help="The folder to make. If it is there, made from the same, nothing is done.")]
+ShardSize = Annotated[float, typer.Option(help="The largest size of a file, in GB.", min=0.001)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it takes, and do nothing.")]
+Finite = Annotated[bool, typer.Option("--check-finite", help="Refuse inputs with infinite or not-a-number values.")]
+
+
+@app.command()
+def graft(
+    new: New,
+    tuned: Tuned,
+    old: Old,
+    out: Out,
+    scale: Annotated[float, typer.Option(help="The factor λ on the delta.")] = 1.0,
+    scale_for: Annotated[
+        list[str] | None, typer.Option(help="λ for names that fit a pattern, as '*.attention.*=0.5'; repeatable.")
+    ] = None,
+    shard_size: ShardSize = 5.0,
+    check_finite: Finite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Add what tuning changed in the old base to the new one: new + λ·(tuned − old); heads are copied."""
+    from regraft.weights import graft_all
+
+    factors = {**_factors(scale_for or []), "*": scale}
+    sides = _open(check_finite, new=new, tuned=tuned, old=old)
+    grafted = graft_all(sides["new"], sides["tuned"], sides["old"], factors)
+    _write(grafted, out, sides, "tuned", {"operation": "graft", "scale": factors}, shard_size, dry_run)
+
+
+@app.command()
+def delta(
+    tuned: Tuned,
+    old: Old,
+    out: Out,
+    shard_size: ShardSize = 5.0,
+    check_finite: Finite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write what tuning changed: tuned − old, in float32."""
+    from regraft.weights import delta_all
+
+    sides = _open(check_finite, tuned=tuned, old=old)
+    _write(
+        delta_all(sides["tuned"], sides["old"]), out, sides, "tuned", {"operation": "delta"}, shard_size, dry_run
+    )
+
+
+@app.command()
+def interpolate(
+    first: Annotated[str, typer.Option(help="The checkpoint where t is 0.")],
+    second: Annotated[str, typer.Option(help="The checkpoint where t is 1.")],
+    t: Annotated[float, typer.Option("--t", help="The place on the line between them.")],
+    out: Out,
+    shard_size: ShardSize = 5.0,
+    check_finite: Finite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Walk the straight line between two checkpoints: (1 − t)·first + t·second."""
+    from regraft.weights import interpolate_all
+
+    sides = _open(check_finite, first=first, second=second)
+    walked = interpolate_all(sides["first"], sides["second"], t)
+    _write(walked, out, sides, "first", {"operation": "interpolate", "t": t}, shard_size, dry_run)
+
+
+@app.command()
+def distance(
+    first: Annotated[str, typer.Argument(help="A checkpoint.")],
+    second: Annotated[str, typer.Argument(help="The one it is held against.")],
+    check_finite: Finite = False,
+) -> None:
+    """Measure how far apart two checkpoints are: as wholes, by layer and by kind of tensor."""
+    from regraft.cli import show
+    from regraft.weights import distances
+
+    sides = _open(check_finite, first=first, second=second)
+    with show.progress() as progress:
+        found = distances(sides["first"], sides["second"], progress)
+    show.distances(found)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a safetensors file or a hub id[@revision].")],
+    full: Annotated[bool, typer.Option("--full", help="Hash every byte, rather than a sample of each tensor.")] = False,
+    check_finite: Finite = False,
+) -> None:
+    """Show what a checkpoint holds: files, tensors by kind and dtype, bytes, and its fingerprint."""
+    from regraft.checkpoint import fingerprint
+    from regraft.cli import show
+
+    opened = _open(check_finite, checkpoint=checkpoint)["checkpoint"]
+    show.checkpoint(opened, fingerprint(opened, full=full))
+
+
+def _open(check_finite: bool, **names: str) -> dict[str, "Checkpoint"]:
+    from regraft.checkpoint import Checkpoint
+    from regraft.checkpoint import check_finite as check
+    from regraft.cli import show
+
+    sides = {side: Checkpoint.open(name) for side, name in names.items()}
+    if check_finite:
+        with show.progress() as progress:
+            for side in sides.values():
+                check(side, progress)
+    return sides
+
+
+def _write(
+    tensors: "Derived",
+    out: Path,
+    sides: dict[str, "Checkpoint"],
+    like: str,
+    options: dict[str, Any],
+    shard_size: float,
+    dry_run: bool,
+) -> None:
+    from regraft.checkpoint import fingerprint, plan_checkpoint, write_folder
+    from regraft.cli import show
+
+    shard_bytes = int(shard_size * 1e9)
+    if dry_run:
+        show.plan(plan_checkpoint(tensors, out, shard_bytes), out)
+        return
+    made_from = {**options, **{side: fingerprint(opened) for side, opened in sides.items()}}
+    path = sides[like].path
+    with show.progress() as progress:
+        write_folder(tensors, out, path if path.is_dir() else path.parent, made_from, shard_bytes, progress)
+    show.written(out)
+
+
+def _factors(given: list[str]) -> dict[str, float]:
+    from regraft.errors import RecipeError
+
+    factors = {}
+    for entry in given:
+        pattern, _, number = entry.rpartition("=")
+        try:
+            factors[pattern] = float(number)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise RecipeError(f"--scale-for takes PATTERN=NUMBER, found {entry!r}.")
+    return factors
