@@ -1,0 +1,203 @@
+"""A LoRA as a change of weights: merged into its base, or drawn out of a full fine-tune. PEFT's format, no model."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
+from regraft.errors import CheckpointError, MismatchError, RecipeError
+from regraft.weights import align, delta_all, dora_weight, kind_of, lora_delta, low_rank, scaling
+from regraft.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    Tensors = Mapping[str, torch.Tensor]
+
+START = "base_model.model."
+PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+
+
+def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors) -> Derived:
+    """Merge a LoRA into its base: W + scaling·B·A, or DoRA's renormalised weight; whole modules take their place.
+
+    Args:
+        adapter: The tensors of `adapter_model.safetensors`.
+        config: The content of `adapter_config.json`.
+        base: The base's tensors; their names may carry the prefix of a model with a head, or not.
+
+    Returns:
+        The merged tensors under the names of the model that was tuned, in the base's dtypes.
+
+    Raises:
+        CheckpointError: A tensor of the adapter is of no kind that is known here.
+        MismatchError: A module that was tuned is not in the base, or has another shape there.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    for stored in adapter:
+        name = stored.removeprefix(START)
+        part = next((part for part in PARTS if name.endswith(part)), None)
+        if part:
+            modules.setdefault(name.removesuffix(part), {})[part] = stored
+        elif "lora_" in name:
+            raise CheckpointError(f"tensor {stored!r} of the LoRA is of a kind that cannot be merged.")
+        else:
+            whole[name] = stored
+    for module, parts in modules.items():
+        if not {PARTS[0], PARTS[1]} <= parts.keys():
+            raise CheckpointError(f"module {module!r} of the LoRA lacks one of {PARTS[0][1:]} and {PARTS[1][1:]}.")
+    names = _base_names(base, [f"{module}.weight" for module in modules])
+    entries = {
+        name: Entry(dtype_of(base, stored), shape_of(base, stored), ((base, stored),), _same)
+        for name, stored in names.items()
+    }
+    for name, stored in whole.items():
+        entries[name] = Entry(dtype_of(adapter, stored), shape_of(adapter, stored), ((adapter, stored),), _same)
+    for module, parts in modules.items():
+        name = f"{module}.weight"
+        rank = shape_of(adapter, parts[PARTS[0]])[0]
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+        factor = scaling(rank, alpha, bool(config.get("use_rslora")))
+        operands = ((base, names[name]), *((adapter, parts[part]) for part in PARTS if part in parts))
+        rule = functools.partial(_merged, scaling=factor, transposed=bool(config.get("fan_in_fan_out")))
+        entries[name] = Entry(dtype_of(base, names[name]), shape_of(base, names[name]), operands, rule, False)
+    return Derived(entries)
+
+
+def extract_lora(
+    tuned: Tensors, old: Tensors, rank: int | None = None, energy: float | None = None, progress: Progress = silent
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, float]]:
+    """Draw a LoRA out of a full fine-tune: the best low-rank approximation of each linear layer's delta.
+
+    Heads are kept whole; changes of embeddings, norms and biases have no place in a LoRA and are left out.
+
+    Args:
+        tuned: The full fine-tune.
+        old: The base it was tuned on.
+        rank: The rank of every layer; or
+        energy: the share of each delta's squared norm to keep, which fixes its rank.
+        progress: Told of each layer.
+
+    Returns:
+        The adapter's tensors, its config, and the share of the squared norm of all deltas that is kept (`kept`) and
+        that of what is left out because a LoRA has no place for it (`left_out`).
+
+    Raises:
+        RecipeError: Not one of rank and energy is given.
+        MismatchError: The two have nothing in common, or differ in shapes.
+    """
+    if (rank is None) == (energy is None):
+        raise RecipeError("give either a rank or the energy to keep.")
+    deltas = delta_all(tuned, old)
+    known = align(old, tuned)
+    heads = sorted({_module(name, known) for name in tuned if name not in known})
+    linear = [n for n in deltas if len(shape_of(deltas, n)) == 2 and n.endswith(".weight") and kind_of(n) != "embedding"]
+    found: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    total = kept = left_out = 0.0
+    for done, name in enumerate(deltas, 1):
+        change = deltas[name].double()
+        norm = float(change.square().sum())
+        total += norm
+        if name not in linear:
+            left_out += norm
+        elif norm:
+            b, a = low_rank(change, rank, energy)
+            module = name.removesuffix(".weight")
+            ranks[module] = len(a)
+            kept += norm - float((change - b.double() @ a.double()).square().sum())
+            found |= {f"{START}{module}{PARTS[0]}": a.float(), f"{START}{module}{PARTS[1]}": b.float()}
+        progress("extract", done, len(deltas), {})
+    if not ranks:
+        raise MismatchError("the fine-tune has changed no linear layer: there is nothing to draw a LoRA from.")
+    for name in tuned:
+        if name not in known:
+            found[START + name] = tuned[name]
+    largest = max(ranks.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if {"classifier", "score"} & set(heads) else None,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": {module: r for module, r in ranks.items() if r != largest},
+        "alpha_pattern": {module: r for module, r in ranks.items() if r != largest},
+        "target_modules": sorted(ranks),
+        "modules_to_save": heads or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    shares = {"kept": kept / total, "left_out": left_out / total}
+    return {name: tensor.contiguous() for name, tensor in found.items()}, config, shares
+
+
+def _merged(
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    magnitude: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    transposed: bool,
+) -> torch.Tensor:
+    plain = weight.T if transposed else weight  # Conv1D keeps its weight as [in, out]
+    if plain.shape != (len(b), a.shape[1]):
+        raise MismatchError(f"the LoRA's factors {tuple(b.shape)} and {tuple(a.shape)} do not fit {tuple(weight.shape)}.")
+    if magnitude is not None:
+        merged = dora_weight(plain, a, b, scaling, magnitude)
+    else:
+        merged = plain.double() + lora_delta(a.double(), b.double(), scaling)
+    return merged.T if transposed else merged
+
+
+def _base_names(base: Tensors, wanted: list[str]) -> dict[str, str]:
+    """Name the base's tensors as the tuned model does, which may wrap the body under a prefix."""
+    for prefix in ("", *sorted({name.split(".")[0] + "." for name in wanted})):
+        names = {prefix + name: name for name in base}
+        if all(name in names for name in wanted):
+            return names
+    missing = [name for name in wanted if name not in base]
+    raise MismatchError(f"{len(missing)} modules that the LoRA tunes are not in the base: {', '.join(missing[:4])}.")
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches them
+            return value
+    return default
+
+
+def _module(name: str, known: Mapping[str, str]) -> str:
+    return name.split(".")[0]
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def read_config(text: str, where: str) -> dict[str, Any]:
+    """Read an adapter's config.
+
+    Args:
+        text: The content of `adapter_config.json`.
+        where: Its path, for messages.
+
+    Returns:
+        The config.
+
+    Raises:
+        CheckpointError: It is no config of a LoRA.
+    """
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: not valid JSON ({error}).") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{where}: is no config of a LoRA.")
+    return config
