@@ -16,7 +16,7 @@ def graft(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, scale: floa
     """Add what tuning changed in an old tensor to the new one: new + scale · (tuned − old).
 
     Computed in float64 (float32 for 16-bit tensors) and rounded once, to the dtype of `tuned`. Where new and old
-    are equal and scale is 1 the result is `tuned` to the bit.
+    are equal tensors and scale is 1 the result is `tuned` to the bit.
 
     Args:
         new: The upgraded base's tensor, of any shape.
@@ -31,7 +31,7 @@ def graft(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, scale: floa
 
     half = all(tensor.dtype.itemsize <= 2 for tensor in (new, tuned, old))
     wide = torch.float32 if half else torch.float64
-    result = torch.sub(tuned.to(wide), old.to(wide)).mul_(scale).add_(new.to(wide)).to(tuned.dtype)
-    if scale == 1.0:
-        result = torch.where(new == old, tuned, result)
-    return result
+    if scale == 1.0 and torch.equal(new, old):
+        return tuned.clone()
+    change = tuned.to(wide).sub_(old.to(wide)) if tuned.dtype != wide else torch.sub(tuned, old.to(wide))
+    return (change if scale == 1.0 else change.mul_(scale)).add_(new.to(wide)).to(tuned.dtype)

@@ -1,0 +1,239 @@
+"""Arithmetic on whole checkpoints, written shard by shard, against transformers and plain state dicts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import move_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from regraft.checkpoint import Checkpoint, Derived, Entry, piece, plan_checkpoint, write_checkpoint, write_folder
+from regraft.checkpoint import derived as derived_module
+from regraft.errors import CheckpointError, MismatchError, OutcomeError
+from regraft.weights import align, delta_all, distance, distances, graft, graft_all, interpolate_all, kind_of, layer_of
+
+ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
+
+
+def same(first, second):
+    return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr("regraft.checkpoint.writer.PIECE", 100)
+    monkeypatch.setattr("regraft.checkpoint.derived.PIECE", 100)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("shard_bytes", [10_000, 10**9])
+def test_transformers_loads_what_is_written(tmp_path, bases, small_pieces, architecture, shard_bytes):
+    old, new = (Checkpoint.open(path) for path in bases[architecture])
+    write_folder(graft_all(new, new, old), tmp_path / "out", bases[architecture][1], {}, shard_bytes)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (shard_bytes == 10_000)
+    model, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert {n for n in report["missing_keys"] if "pooler" not in n} == set()
+    state = model.state_dict()
+    for name, other in align(new, state).items():
+        wanted = new[other].double() + (new[other].double() - old[other].double())
+        torch.testing.assert_close(state[name].double(), wanted, rtol=1e-6, atol=1e-7)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_identities(tmp_path, bases, small_pieces, dtype):
+    paths = [bases["bert"][0], move_base(bases["bert"][0], tmp_path / "tuned", 0.1, seed=5), bases["bert"][1]]
+    old, tuned, new = ({n: t.to(dtype) for n, t in load_file(path / "model.safetensors").items()} for path in paths)
+    assert same(graft_all(old, tuned, old), tuned)
+    assert same(graft_all(new, old, old), new)
+    assert same(interpolate_all(old, tuned, 0.0), old)
+    assert same(interpolate_all(old, tuned, 1.0), tuned)
+    half = interpolate_all(old, tuned, 0.5)
+    for name, tensor in delta_all(tuned, old).items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, tuned[name].float() - old[name].float())
+        wanted = ((old[name].double() + tuned[name].double()) / 2).to(dtype)
+        torch.testing.assert_close(half[name], wanted, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_scale_by_pattern(bases):
+    old, new = (Checkpoint.open(path) for path in bases["bert"])
+    found = graft_all(new, new, old, {"*.attention.*": 0.0, "*": 2.0})
+    for name in new:
+        wanted = new[name] if ".attention." in name else graft(new[name], new[name], old[name], 2.0)
+        assert torch.equal(found[name], wanted)
+
+
+def test_heads_are_copied_and_names_aligned(bases, tuned, tmp_path):
+    old, new = bases["bert"]
+    for which in ("old", "new"):
+        model = AutoModel.from_pretrained(old if which == "old" else new, add_pooling_layer=False, dtype="float32")
+        model.save_pretrained(tmp_path / which)  # without the prefix that the fine-tune's names carry
+    fine_tune = Checkpoint.open(tuned["bert", "full"] / "adaptation")
+    bare = graft_all(Checkpoint.open(tmp_path / "new"), fine_tune, Checkpoint.open(tmp_path / "old"))
+    whole = graft_all(Checkpoint.open(new), fine_tune, Checkpoint.open(old))
+    assert same(bare, whole)
+    assert torch.equal(bare["classifier.weight"], fine_tune["classifier.weight"])
+    assert not torch.equal(bare["bert.encoder.layer.0.output.dense.weight"], fine_tune["bert.encoder.layer.0.output.dense.weight"])
+
+
+def test_what_does_not_fit_is_refused(bases):
+    old, new = (dict(Checkpoint.open(path)) for path in bases["bert"])
+    name = "bert.encoder.layer.0.output.dense.weight"
+    with pytest.raises(MismatchError, match=rf"1 tuned tensors are in one base only: {name}"):
+        graft_all({n: t for n, t in new.items() if n != name}, new, old)
+    with pytest.raises(MismatchError, match=rf"1 tensors are of another shape: {name}"):
+        graft_all(new, new, old | {name: old[name][1:]})
+    with pytest.raises(MismatchError, match="not of one architecture"):
+        delta_all({"a": old[name]}, {"b": old[name]})
+    with pytest.raises(MismatchError, match=rf"1 tensors are in one of the two only: {name}"):
+        interpolate_all(old, {n: t for n, t in new.items() if n != name}, 0.5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_pieces_are_parts_of_the_whole(data):
+    count = data.draw(st.integers(1, 700))
+    one, two = torch.randn(count), torch.randn(count).to(torch.bfloat16)
+    entries = {"x": Entry("F16", (count,), (({"a": one}, "a"), ({"b": two}, "b")), lambda a, b: a * b)}
+    inner = Derived(entries)
+    outer = Derived({"y": Entry("F32", (count,), ((inner, "x"), ({"a": one}, "a")), lambda x, a: x + a)})
+    start = data.draw(st.integers(0, count - 1))
+    size = data.draw(st.integers(0, count - start))
+    wanted = (one * two).to(torch.float16) + one
+    assert torch.equal(piece(outer, "y", start, size), wanted[start : start + size])
+    assert torch.equal(outer["y"], wanted)
+
+
+def test_an_interrupted_write_goes_on_from_its_shard(tmp_path, bases):
+    old, new = (Checkpoint.open(path) for path in bases["bert"])
+    grafted = graft_all(new, new, old)
+    write_folder(grafted, tmp_path / "whole", bases["bert"][1], {"a": 1}, 20_000)
+    written = 0
+
+    def interrupt(stage, done, total, figures):
+        nonlocal written
+        written = done
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 1}, 20_000, interrupt)
+    assert not (tmp_path / "out").exists()
+    kept = {f.name: f.stat().st_mtime_ns for f in (tmp_path / ".out.partial").rglob("model-*.safetensors")}
+    assert len(kept) >= 2
+    seen = []
+    write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 1}, 20_000, lambda *given: seen.append(given[1]))
+    assert min(seen) > sum((tmp_path / "out" / name).stat().st_size for name in kept) * 0.8
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 1}, 20_000, lambda *_: pytest.fail("written again"))
+    with pytest.raises(OutcomeError, match="made from something else"):
+        write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 2}, 20_000)
+
+
+def test_a_full_disk_is_foreseen(tmp_path, bases, monkeypatch):
+    old = Checkpoint.open(bases["bert"][0])
+    plan = plan_checkpoint(old, tmp_path / "deep" / "out")
+    assert plan.disk == plan.read == sum(t.numel() * t.element_size() for t in old.values())
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(CheckpointError, match=r"bytes are to be written, the disk has 1,000 left"):
+        write_folder(old, tmp_path / "deep" / "out", bases["bert"][0], {})
+    with pytest.raises(CheckpointError, match=r"bytes are to be written, the disk has 1,000 left"):
+        write_checkpoint(tmp_path, old)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_in_a_rule_leaves_no_file(tmp_path):
+    def fail(_):
+        raise MismatchError("no")
+
+    tensors = {"a": torch.zeros(10)}
+    for rule in (fail, lambda t: t[1:]):
+        broken = Derived({"a": Entry("F32", (10,), ((tensors, "a"),), rule)})
+        with pytest.raises((MismatchError, CheckpointError)):
+            write_checkpoint(tmp_path, broken)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_distances_add_up(bases, architecture):
+    old, new = (Checkpoint.open(path) for path in bases[architecture])
+    found = distances(old, new)
+    whole = found["whole"]["all"]
+    expected = distance((old[name], new[name]) for name in old)
+    assert whole.l2 == pytest.approx(expected.l2, rel=1e-12)
+    assert whole.cosine == pytest.approx(expected.cosine, rel=1e-12)
+    assert whole.parameters == expected.parameters
+    assert whole.per_parameter == pytest.approx(expected.l2 / expected.parameters)
+    for by in ("layer", "kind"):
+        assert sum(part.parameters for part in found[by].values()) == whole.parameters
+        assert sum(part.l2**2 for part in found[by].values()) == pytest.approx(whole.l2**2)
+    assert {"layer 0", "layer 1", "embeddings"} <= found["layer"].keys()
+    assert {"attention", "feed-forward", "norm", "embedding"} <= found["kind"].keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "kind"),
+    [
+        ("bert.encoder.layer.11.attention.self.query.weight", "layer 11", "attention"),
+        ("bert.encoder.layer.11.attention.output.LayerNorm.weight", "layer 11", "norm"),
+        ("roberta.encoder.layer.3.intermediate.dense.bias", "layer 3", "feed-forward"),
+        ("distilbert.transformer.layer.2.ffn.lin1.weight", "layer 2", "feed-forward"),
+        ("model.layers.30.self_attn.q_proj.weight", "layer 30", "attention"),
+        ("model.layers.30.mlp.down_proj.weight", "layer 30", "feed-forward"),
+        ("model.layers.30.input_layernorm.weight", "layer 30", "norm"),
+        ("transformer.h.5.attn.c_attn.weight", "layer 5", "attention"),
+        ("transformer.h.5.ln_1.weight", "layer 5", "norm"),
+        ("model.embed_tokens.weight", "embeddings", "embedding"),
+        ("transformer.wte.weight", "embeddings", "embedding"),
+        ("bert.embeddings.LayerNorm.weight", "embeddings", "norm"),
+        ("classifier.weight", "outside the layers", "head"),
+        ("lm_head.weight", "outside the layers", "head"),
+    ],
+)
+def test_what_names_tell(name, layer, kind):
+    assert (layer_of(name), kind_of(name)) == (layer, kind)
+
+
+def test_tied_weights_are_stored_once(tmp_path, bases):
+    """A base whose LM head is its embedding stores one of the two; the graft is of that one."""
+    old, new = bases["bert"]
+    write_folder(graft_all(Checkpoint.open(new), Checkpoint.open(new), Checkpoint.open(old)), tmp_path / "out", new, {})
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_names_on_the_command_line(tmp_path, bases, monkeypatch, capsys):
+    import sys
+
+    from regraft import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["regraft", "weights", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            assert not ended.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    old, new = bases["bert"]
+    sides = ["--new", new, "--tuned", new, "--old", old]
+    assert "nothing was written" in run("graft", *sides, "--out", tmp_path / "out", "--dry-run")
+    assert not list(tmp_path.iterdir())
+    run("graft", *sides, "--scale-for", "*.attention.*=0", "--check-finite", "--out", tmp_path / "out")
+    found, source = Checkpoint.open(tmp_path / "out"), Checkpoint.open(new)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(found[name], source[name])
+    assert json.loads((tmp_path / "out" / "regraft.json").read_text())["operation"] == "graft"
+    run("delta", "--tuned", new, "--old", old, "--out", tmp_path / "delta")
+    run("interpolate", "--first", old, "--second", new, "--t", 0.5, "--out", tmp_path / "half")
+    assert "layer 1" in run("distance", old, tmp_path / "half")
+    assert "feed-forward" in run("inspect", tmp_path / "delta", "--full")
+    assert derived_module.PIECE == 1 << 18
