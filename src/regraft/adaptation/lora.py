@@ -150,9 +150,9 @@ def _merged(
     if plain.shape != (len(b), a.shape[1]):
         raise MismatchError(f"the LoRA's factors {tuple(b.shape)} and {tuple(a.shape)} do not fit {tuple(weight.shape)}.")
     if magnitude is not None:
-        merged = dora_weight(plain, a, b, scaling, magnitude)
+        merged = dora_weight(plain, b, a, scaling, magnitude)
     else:
-        merged = plain.double() + lora_delta(a.double(), b.double(), scaling)
+        merged = plain.double() + lora_delta(b, a, scaling)
     return merged.T if transposed else merged
 
 
