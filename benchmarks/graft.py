@@ -3,10 +3,10 @@
     python -m venv .venv-mergekit && .venv-mergekit/bin/pip install -c benchmarks/mergekit.txt torch mergekit
     python benchmarks/graft.py --mergekit .venv-mergekit/bin/mergekit-yaml
 
-Makes a synthetic bf16 checkpoint in shards three times over (old, tuned, new), and runs each command as a whole process,
-in turn, disk to disk: `regraft weights graft`, mergekit's `task_arithmetic` (old + (tuned − old) + (new − old), which is
-the same sum), `cp` of the three inputs (as many bytes read, three times as many written) and `cp` of one (a third of the
-bytes read, as many written). The ratio of each round is what counts. Both results are then held against each other.
+Makes a synthetic bf16 checkpoint in shards three times over (old, tuned, new), and runs each command as a whole
+process, in turn, disk to disk: `regraft weights graft`, mergekit's `task_arithmetic` (old + (tuned − old) +
+(new − old), the same sum), `cp` of two checkpoints (as many bytes read and written together) and `cp` of one (as many
+written). The ratio of each round is what counts. Both results are then held against each other.
 """
 
 import argparse
@@ -82,16 +82,17 @@ def main():
         commands = {
             "regraft": [sys.executable, *graft, "--out", folder / "regraft"],
             "mergekit": [given.mergekit, folder / "merge.yml", folder / "mergekit"],
-            "cp of the three inputs": ["sh", "-c", f"mkdir {folder}/three && cp -r {folder}/old {folder}/tuned {folder}/new {folder}/three"],
+            "cp of the bytes touched": ["cp", "-r", *inputs[:2], folder / "two"],
             "cp of one": ["cp", "-r", inputs[0], folder / "one"],
         }  # fmt: skip
         outs = {name: folder / Path(str(command[-1])).name for name, command in commands.items()}
-        outs["cp of the three inputs"] = folder / "three"
         rounds = []
         for _ in range(given.rounds + 1):
             times = {}
             for name, command in commands.items():
                 shutil.rmtree(outs[name], ignore_errors=True)
+                if name == "cp of the bytes touched":
+                    outs[name].mkdir()
                 os.sync()
                 times[name] = run(command)
             rounds.append(times)
@@ -109,7 +110,10 @@ def main():
             print("| {} | {:.1f} | {:.0f} | {:.2f}× | {:.2f}× |".format(name, *figures))
         ours, theirs = Checkpoint.open(outs["regraft"]), Checkpoint.open(outs["mergekit"])
         assert set(ours) == set(theirs)
-        worst = max(float(((ours[n].float() - theirs[n].float()).abs() / ours[n].float().abs().clamp(min=1e-3)).max()) for n in ours)
+        worst = max(
+            float(((ours[n].float() - theirs[n].float()).abs() / ours[n].float().abs().clamp(min=1e-2)).max())
+            for n in ours
+        )
         print(f"largest relative difference of a number in the two results: {worst:.2e} (bf16 rounds to 3.9e-03)")
 
 

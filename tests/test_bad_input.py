@@ -228,7 +228,7 @@ def test_bad_rows_are_named_and_nothing_is_written(run, place):
 def test_tune_and_pretrain_refuse_before_they_write(run, place):
     task, out = place / "task" / "task.yaml", place / "out" / "o"
     for arguments, says in [
-        (("tune", place / "none", "--task", task), f"{place / 'none'}: no such folder"),
+        (("tune", place / "none", "--task", task), f"{place / 'none'}: no such file or folder"),
         (("tune", place / "task", "--task", task), "holds no config.json"),
         (("tune", place / "old", "--task", task, "--kind", "lore"), "there is no kind 'lore'"),
         (("tune", place / "old", "--task", place / "none.yaml"), "none.yaml"),

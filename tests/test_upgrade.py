@@ -62,9 +62,9 @@ def test_the_longest_input_runs(tmp_path, architecture):
 
 
 def test_what_is_no_base_is_told_apart(tmp_path, bases):
-    with pytest.raises(CheckpointError, match="no such folder, and the hub does not give it"):
+    with pytest.raises(CheckpointError, match="no such file or folder, and the hub does not give it"):
         Base.open("nobody/nothing-of-the-kind@v1")
-    with pytest.raises(CheckpointError, match="no such folder, and no hub id either"):
+    with pytest.raises(CheckpointError, match="no such file or folder, and no hub id either"):
         Base.open("not a name/at/all")
     shutil.copytree(bases["bert"][0], tmp_path / "base")
     config = tmp_path / "base" / "config.json"

@@ -8,7 +8,7 @@ import torch
 from conftest import move_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from regraft.checkpoint import Checkpoint, Derived, Entry, piece, plan_checkpoint, write_checkpoint, write_folder
@@ -78,7 +78,9 @@ def test_heads_are_copied_and_names_aligned(bases, tuned, tmp_path):
     whole = graft_all(Checkpoint.open(new), fine_tune, Checkpoint.open(old))
     assert same(bare, whole)
     assert torch.equal(bare["classifier.weight"], fine_tune["classifier.weight"])
-    assert not torch.equal(bare["bert.encoder.layer.0.output.dense.weight"], fine_tune["bert.encoder.layer.0.output.dense.weight"])
+    assert not torch.equal(
+        bare["bert.encoder.layer.0.output.dense.weight"], fine_tune["bert.encoder.layer.0.output.dense.weight"]
+    )
 
 
 def test_what_does_not_fit_is_refused(bases):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import Checkpoint, fingerprint
+from regraft.checkpoint import Checkpoint, find_path, fingerprint
 from regraft.errors import CheckpointError, MismatchError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from regraft.weights import Distance
@@ -44,9 +45,7 @@ class Base:
         Raises:
             CheckpointError: There is no such base, or a file of it is missing, truncated or malformed.
         """
-        path = Path(name)
-        if not path.exists():
-            path = _from_hub(str(name))
+        path = find_path(name)
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path}: holds no config.json, so it is no transformers folder.")
         base = cls(str(name), path, Checkpoint.open(path))
@@ -223,18 +222,3 @@ def _shapes(base: Base) -> dict[str, tuple[int, ...]]:
 
 def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    repository, _, revision = name.partition("@")
-    arguments: dict[str, Any] = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model"]}
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, **arguments))
-    except HFValidationError:
-        raise CheckpointError(f"{name}: no such folder, and no hub id either.") from None
-    except Exception as error:  # the hub's client raises many kinds: offline, no such repository, no access
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name}: no such folder, and the hub does not give it ({reason})") from error

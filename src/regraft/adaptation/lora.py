@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
 from regraft.errors import CheckpointError, MismatchError, RecipeError
-from regraft.weights import align, delta_all, dora_weight, kind_of, lora_delta, low_rank, scaling
 from regraft.progress import Progress, silent
+from regraft.weights import align, delta_all, dora_weight, kind_of, lora_delta, low_rank, scaling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -97,7 +97,9 @@ def extract_lora(
     deltas = delta_all(tuned, old)
     known = align(old, tuned)
     heads = sorted({_module(name, known) for name in tuned if name not in known})
-    linear = [n for n in deltas if len(shape_of(deltas, n)) == 2 and n.endswith(".weight") and kind_of(n) != "embedding"]
+    linear = [
+        n for n in deltas if len(shape_of(deltas, n)) == 2 and n.endswith(".weight") and kind_of(n) != "embedding"
+    ]
     found: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     total = kept = left_out = 0.0
@@ -148,7 +150,9 @@ def _merged(
 ) -> torch.Tensor:
     plain = weight.T if transposed else weight  # Conv1D keeps its weight as [in, out]
     if plain.shape != (len(b), a.shape[1]):
-        raise MismatchError(f"the LoRA's factors {tuple(b.shape)} and {tuple(a.shape)} do not fit {tuple(weight.shape)}.")
+        raise MismatchError(
+            f"the LoRA's factors {tuple(b.shape)} and {tuple(a.shape)} do not fit {tuple(weight.shape)}."
+        )
     if magnitude is not None:
         merged = dora_weight(plain, b, a, scaling, magnitude)
     else:

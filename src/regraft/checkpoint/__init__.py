@@ -2,8 +2,10 @@
 
 from regraft.checkpoint.derived import Derived, Entry, dtype_of, piece, shape_of
 from regraft.checkpoint.fingerprint import fingerprint
+from regraft.checkpoint.finite import check_finite
 from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
 from regraft.checkpoint.header import TensorInfo, read_header
+from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.reader import Checkpoint
 from regraft.checkpoint.whole import Plan, plan_checkpoint, write_folder
 from regraft.checkpoint.writer import plan_shards, size_of, write_checkpoint, write_safetensors
@@ -14,7 +16,9 @@ __all__ = [
     "Entry",
     "Plan",
     "TensorInfo",
+    "check_finite",
     "dtype_of",
+    "find_path",
     "fingerprint",
     "piece",
     "plan_checkpoint",

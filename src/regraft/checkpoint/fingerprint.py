@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 SAMPLES = 32
 SAMPLE_BYTES = 256
+PIECE_BYTES = 1 << 22
 
 
-def fingerprint(checkpoint: Checkpoint, keep: Callable[[str], str | None] | None = None) -> str:
+def fingerprint(checkpoint: Checkpoint, keep: Callable[[str], str | None] | None = None, *, full: bool = False) -> str:
     """Hash each tensor's name, dtype, shape and a fixed sample of its bytes.
 
     Tensors up to 8 KiB are hashed whole, larger ones at 32 evenly spaced places, their ends among them: any
@@ -24,9 +25,10 @@ def fingerprint(checkpoint: Checkpoint, keep: Callable[[str], str | None] | None
     Args:
         checkpoint: The weights.
         keep: Gives the name a tensor is hashed under, or None to leave it out. By default all, as they are named.
+        full: Whether every byte is hashed.
 
     Returns:
-        `sample:` and 32 hexadecimal digits; independent of the order of tensors and files.
+        `sample:` or `full:` and 32 hexadecimal digits; independent of the order of tensors and files.
     """
     streams = {file: file.open("rb") for file in checkpoint.files}
     try:
@@ -36,14 +38,14 @@ def fingerprint(checkpoint: Checkpoint, keep: Callable[[str], str | None] | None
             if key is not None:
                 stream = streams[info.file]
                 digest = hashlib.sha256()
-                for start, size in _places(info):
+                for start, size in _pieces(info) if full else _places(info):
                     stream.seek(start)
                     digest.update(stream.read(size))
                 lines.append(f"{key}\0{info.dtype}\0{info.shape}\0{digest.hexdigest()}")
     finally:
         for stream in streams.values():
             stream.close()
-    return "sample:" + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:32]
+    return ("full:" if full else "sample:") + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:32]
 
 
 def _places(info: TensorInfo) -> list[tuple[int, int]]:
@@ -52,3 +54,7 @@ def _places(info: TensorInfo) -> list[tuple[int, int]]:
         return [(info.start, size)]
     last = info.end - SAMPLE_BYTES
     return [(info.start + (last - info.start) * i // (SAMPLES - 1), SAMPLE_BYTES) for i in range(SAMPLES)]
+
+
+def _pieces(info: TensorInfo) -> list[tuple[int, int]]:
+    return [(start, min(PIECE_BYTES, info.end - start)) for start in range(info.start, info.end, PIECE_BYTES)]

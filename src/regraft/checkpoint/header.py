@@ -108,7 +108,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                     f"{file}: not a whole safetensors file: its header claims {length:,} bytes and the file has "
                     f"{size:,}. It was probably cut off while it was copied: fetch it again."
                 )
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}).") from error
     except (ValueError, RecursionError) as error:
@@ -134,6 +134,29 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if position != size:
         raise CheckpointError(f"{file}: {size - position:,} bytes after the last tensor. Fetch the file again.")
     return {info.name: info for info in tensors}
+
+
+def parse_json(text: bytes) -> Any:
+    """Parse JSON that must not name a thing twice.
+
+    Args:
+        text: UTF-8.
+
+    Returns:
+        What it says.
+
+    Raises:
+        ValueError: It is no JSON, or an object in it has a name twice.
+    """
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r:.200} is there twice")
+    return found
 
 
 def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import weakref
@@ -11,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint.header import ITEM_BYTES, TensorInfo, read_header, torch_dtype
+from regraft.checkpoint.header import ITEM_BYTES, TensorInfo, parse_json, read_header, torch_dtype
+from regraft.checkpoint.hub import find_path
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Open a checkpoint and check that every byte it promises is there.
 
         Args:
-            path: A safetensors file, or a transformers or PEFT folder that holds one file or an index with shards.
+            path: A safetensors file, a transformers or PEFT folder that holds one file or an index with shards, or a
+                hub id with an optional `@revision`.
 
         Returns:
             The checkpoint; no tensor data has been read.
@@ -46,11 +47,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         Raises:
             CheckpointError: A file or shard is missing, truncated, malformed, or outside the folder.
         """
-        path = Path(path)
+        path = find_path(path)
         if path.is_file():
             return cls(path, read_header(path))
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: no such file or folder.")
         if (path / INDEX).is_file():
             return cls(path, _read_sharded(path))
         for name in NAMES:
@@ -121,23 +120,38 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
     index_file = folder / INDEX
     try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        items = sorted((str(name), str(shard)) for name, shard in weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index_file}: not a safetensors index with a weight_map ({error!r}).") from error
+        weight_map = parse_json(index_file.read_bytes())["weight_map"]
+        items = sorted((name, shard) for name, shard in weight_map.items() if isinstance(shard, str))
+        if not items or len(items) != len(weight_map):
+            raise ValueError("no tensors, or files that are not names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index_file}: not a safetensors index with a weight_map ({error!r:.200}).") from error
     shards: dict[str, dict[str, TensorInfo]] = {}
     for shard in sorted({shard for _, shard in items}):
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{index_file}: names {shard!r}, which is not a file of its own folder: refused.")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder}: shard {shard} named by {INDEX} is missing. Fetch it again.")
+        if "\0" in shard or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{index_file}: names {shard!r:.200}, not a file of its own folder: refused.")
+        if not _is_file(folder / shard):
+            raise CheckpointError(f"{folder}: shard {shard!r:.200} named by {INDEX} is missing. Fetch it again.")
         shards[shard] = read_header(folder / shard)
     tensors = {}
     for name, shard in items:
         if name not in shards[shard]:
-            raise CheckpointError(f"{folder}: {INDEX} says tensor {name!r} is in {shard}, and it is not there.")
+            raise CheckpointError(f"{folder}: {INDEX} says tensor {name!r:.200} is in {shard}, and it is not there.")
         tensors[name] = shards[shard][name]
     unlisted = [f"{name} ({shard})" for shard, found in shards.items() for name in found if name not in tensors]
     if unlisted:
         raise CheckpointError(f"{folder}: {len(unlisted)} tensors are not in {INDEX}: {', '.join(unlisted[:5])}.")
+    strangers = sorted(file.name for file in folder.glob("model-*-of-*.safetensors") if file.name not in shards)
+    if strangers:
+        raise CheckpointError(
+            f"{folder}: {INDEX} does not name {', '.join(strangers[:4])}: shards of two checkpoints are mixed. Remove "
+            "those that do not belong here."
+        )
     return tensors
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False

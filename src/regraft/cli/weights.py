@@ -55,9 +55,7 @@ def delta(
     from regraft.weights import delta_all
 
     sides = _open(check_finite, tuned=tuned, old=old)
-    _write(
-        delta_all(sides["tuned"], sides["old"]), out, sides, "tuned", {"operation": "delta"}, shard_size, dry_run
-    )
+    _write(delta_all(sides["tuned"], sides["old"]), out, sides, "tuned", {"operation": "delta"}, shard_size, dry_run)
 
 
 @app.command()

@@ -2,20 +2,35 @@
 
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.distance import Distance, distance, distances
+from regraft.weights.lora import add, compress, dora_weight, fold, inner, lora_delta, scaling
+from regraft.weights.low_rank import low_rank
 from regraft.weights.names import align, kind_of, layer_of
+from regraft.weights.shrink import drop, mask_agreement, orthogonal_shift, trim
 from regraft.weights.whole import delta_all, graft_all, interpolate_all
 
 __all__ = [
     "Distance",
+    "add",
     "align",
+    "compress",
     "delta",
     "delta_all",
     "distance",
     "distances",
+    "dora_weight",
+    "drop",
+    "fold",
     "graft",
     "graft_all",
+    "inner",
     "interpolate",
     "interpolate_all",
     "kind_of",
     "layer_of",
+    "lora_delta",
+    "low_rank",
+    "mask_agreement",
+    "orthogonal_shift",
+    "scaling",
+    "trim",
 ]

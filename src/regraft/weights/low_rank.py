@@ -55,9 +55,7 @@ def low_rank(
     return b.to(wide), (a @ back if second_moment is not None else a).to(wide)
 
 
-def _roots(
-    width: int, second_moment: torch.Tensor | None, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _roots(width: int, second_moment: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the square root of the second moments and its inverse; directions that no input has are left as they are.
 
     Only what no input has is lost in a low rank that way, and a full rank gives the delta back.

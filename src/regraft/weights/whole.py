@@ -117,7 +117,9 @@ def interpolate_all(first: Tensors, second: Tensors, t: float) -> Derived:
     )
 
 
-def _entry(like: Tensors, name: str, operands: tuple[tuple[Tensors, str], ...], rule: Callable[..., torch.Tensor]) -> Entry:
+def _entry(
+    like: Tensors, name: str, operands: tuple[tuple[Tensors, str], ...], rule: Callable[..., torch.Tensor]
+) -> Entry:
     return Entry(dtype_of(like, name), shape_of(like, name), operands, rule)
 
 

@@ -1,0 +1,46 @@
+"""Numbers that are none: a check of every value of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from regraft.errors import CheckpointError
+from regraft.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from regraft.checkpoint.reader import Checkpoint
+
+PIECE = 1 << 22
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+def check_finite(checkpoint: Checkpoint, progress: Progress = silent) -> None:
+    """Refuse a checkpoint with values that are infinite or not a number.
+
+    Args:
+        checkpoint: The weights, read in pieces of a few megabytes.
+        progress: Told of each piece, in numbers.
+
+    Raises:
+        CheckpointError: There are some; the message counts them by tensor.
+    """
+    import torch
+
+    sizes = {n: math.prod(info.shape) for n, info in checkpoint.tensors.items() if info.dtype in FLOATING}
+    total, done = sum(sizes.values()), 0
+    found: dict[str, int] = {}
+    for name, count in sizes.items():
+        for start in range(0, count, PIECE):
+            size = min(PIECE, count - start)
+            wrong = size - int(torch.isfinite(checkpoint.piece(name, start, size)).sum())
+            if wrong:
+                found[name] = found.get(name, 0) + wrong
+            done += size
+            progress("check", done, total, {})
+    if found:
+        named = ", ".join(f"{name} ({count:,} of {sizes[name]:,})" for name, count in list(found.items())[:4])
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(found)} tensors hold values that are infinite or not a number: {named}"
+            f"{' …' if len(found) > 4 else ''}. The training that wrote it diverged: take an earlier checkpoint."
+        )
