@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64  # torch's own
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -122,13 +123,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     for info in tensors:
         if info.start != position:
             raise CheckpointError(
-                f"{file}: tensor {info.name!r} starts at byte {info.start:,}, expected {position:,}: the header has "
-                "a gap or an overlap. Fetch the file again."
+                f"{file}: tensor {info.name!r:.200} starts at byte {info.start:,}, expected {position:,}: the header "
+                "has a gap or an overlap. Fetch the file again."
             )
         if info.end > size:
             raise CheckpointError(
-                f"{file}: the file ends early: tensor {info.name!r} needs bytes up to {info.end:,} and the file has "
-                f"{size:,}. It was probably cut off while it was copied: fetch it again."
+                f"{file}: the file ends early: tensor {info.name!r:.200} needs bytes up to {info.end:,} and the file "
+                f"has {size:,}. It was probably cut off while it was copied: fetch it again."
             )
         position = info.end
     if position != size:
@@ -160,7 +161,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    malformed = CheckpointError(f"{file}: tensor {name!r} has a malformed header entry {str(entry)[:120]}.")
+    malformed = CheckpointError(f"{file}: tensor {name!r:.200} has a malformed header entry {str(entry)[:120]}.")
     if not isinstance(entry, dict):
         raise malformed
     dtype: Any = entry.get("dtype")
@@ -169,12 +170,14 @@ def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> Tenso
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise malformed
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {dtype!r}, which is not one of {', '.join(ITEM_BYTES)}."
+            f"{file}: tensor {name!r:.200} has dtype {dtype!r:.200}, which is not one of {', '.join(ITEM_BYTES)}."
         )
+    if len(shape) > MAX_DIMENSIONS:
+        raise malformed
     if len(offsets) != 2 or offsets[1] - offsets[0] != ITEM_BYTES[dtype] * math.prod(shape):
         raise CheckpointError(
-            f"{file}: tensor {name!r} of shape {shape} and dtype {dtype} cannot lie in bytes {offsets}."
+            f"{file}: tensor {name!r:.200} of shape {shape} and dtype {dtype} cannot lie in bytes {offsets!s:.100}."
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])

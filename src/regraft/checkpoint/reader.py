@@ -131,14 +131,16 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
         if "\0" in shard or Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{index_file}: names {shard!r:.200}, not a file of its own folder: refused.")
         if not _is_file(folder / shard):
-            raise CheckpointError(f"{folder}: shard {shard!r:.200} named by {INDEX} is missing. Fetch it again.")
+            raise CheckpointError(f"{folder}: shard {shard:.200} named by {INDEX} is missing. Fetch it again.")
         shards[shard] = read_header(folder / shard)
     tensors = {}
     for name, shard in items:
         if name not in shards[shard]:
             raise CheckpointError(f"{folder}: {INDEX} says tensor {name!r:.200} is in {shard}, and it is not there.")
         tensors[name] = shards[shard][name]
-    unlisted = [f"{name} ({shard})" for shard, found in shards.items() for name in found if name not in tensors]
+    unlisted = [
+        f"{name:.200} ({shard:.200})" for shard, found in shards.items() for name in found if name not in tensors
+    ]
     if unlisted:
         raise CheckpointError(f"{folder}: {len(unlisted)} tensors are not in {INDEX}: {', '.join(unlisted[:5])}.")
     strangers = sorted(file.name for file in folder.glob("model-*-of-*.safetensors") if file.name not in shards)

@@ -94,9 +94,7 @@ def write_checkpoint(
     missing = sum(size_of(tensors, name) for names in todo.values() for name in names)
     free = shutil.disk_usage(folder).free
     if missing > free:
-        raise CheckpointError(
-            f"{folder}: {missing:,} bytes are to be written and the disk has {free:,} left: make room."
-        )
+        raise CheckpointError(f"{folder}: {missing:,} bytes are to be written, the disk has {free:,} left: make room.")
     done = total - missing
     for file, names in todo.items():
         before = done
