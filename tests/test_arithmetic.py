@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regraft.errors import RecipeError
+from regraft.progress import quiet
 from regraft.weights import (
     add,
     compress,
@@ -63,7 +64,7 @@ def test_the_error_is_that_of_eckart_and_young(seed, rows, columns, rank):
 @given(seeds, sides, sides, st.floats(0.01, 1))
 def test_energy_takes_the_smallest_rank_that_has_it(seed, rows, columns, energy):
     change = normal(seed, rows, columns)
-    b, a = low_rank(change, energy=energy)
+    a = low_rank(change, energy=energy)[1]
     values = np.linalg.svd(change.numpy(), compute_uv=False) ** 2
     assert (values[: len(a)]).sum() >= energy * values.sum() * (1 - 1e-9)
     assert values[: len(a) - 1].sum() < energy * values.sum()
@@ -187,7 +188,8 @@ def plain():
 def test_scalings_and_dora_are_those_of_peft(plain, given):
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(plain, LoraConfig(r=4, lora_alpha=6, target_modules=["query", "output.dense"], **given))
+    with quiet():
+        model = get_peft_model(plain, LoraConfig(r=4, lora_alpha=6, target_modules=["query", "output.dense"], **given))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

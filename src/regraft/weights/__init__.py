@@ -6,10 +6,12 @@ from regraft.weights.lora import add, compress, dora_weight, fold, inner, lora_d
 from regraft.weights.low_rank import low_rank
 from regraft.weights.names import align, kind_of, layer_of
 from regraft.weights.shrink import drop, mask_agreement, orthogonal_shift, trim
+from regraft.weights.vocabulary import RowMatch, graft_rows, match_rows
 from regraft.weights.whole import delta_all, graft_all, interpolate_all
 
 __all__ = [
     "Distance",
+    "RowMatch",
     "add",
     "align",
     "compress",
@@ -22,6 +24,7 @@ __all__ = [
     "fold",
     "graft",
     "graft_all",
+    "graft_rows",
     "inner",
     "interpolate",
     "interpolate_all",
@@ -30,6 +33,7 @@ __all__ = [
     "lora_delta",
     "low_rank",
     "mask_agreement",
+    "match_rows",
     "orthogonal_shift",
     "scaling",
     "trim",
