@@ -4,6 +4,7 @@ from regraft.adaptation.adaptation import Adaptation, load_adaptation
 from regraft.adaptation.graft import check_fit, write_graft
 from regraft.adaptation.model import attach_lora, fresh_model, load_model, load_strictly, lora_config, save_model
 from regraft.adaptation.outcome import Outcome, find_outcome, load_outcome, write_outcome
+from regraft.adaptation.vocabulary import match_vocabularies
 
 __all__ = [
     "Adaptation",
@@ -17,6 +18,7 @@ __all__ = [
     "load_outcome",
     "load_strictly",
     "lora_config",
+    "match_vocabularies",
     "save_model",
     "write_graft",
     "write_outcome",

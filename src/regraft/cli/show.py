@@ -221,13 +221,13 @@ def plan(found: Plan, out: object) -> None:
     )  # fmt: skip
 
 
-def written(out: object) -> None:
-    """Print where a checkpoint is.
+def line(text: str) -> None:
+    """Print a line as it is.
 
     Args:
-        out: The folder.
+        text: The line.
     """
-    console.print(f"checkpoint: {out}", highlight=False, markup=False, soft_wrap=True)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _bytes(count: float) -> str:

@@ -34,11 +34,16 @@ def graft(
     dry_run: DryRun = False,
 ) -> None:
     """Add what tuning changed in the old base to the new one: new + λ·(tuned − old); heads are copied."""
+    from regraft.adaptation import match_vocabularies
+    from regraft.cli import show
     from regraft.weights import graft_all
 
     factors = {**_factors(scale_for or []), "*": scale}
     sides = _open(check_finite, new=new, tuned=tuned, old=old)
-    grafted = graft_all(sides["new"], sides["tuned"], sides["old"], factors)
+    rows = match_vocabularies(sides["old"], sides["new"])
+    if rows:
+        show.line(rows.summary())
+    grafted = graft_all(sides["new"], sides["tuned"], sides["old"], factors, rows)
     _write(grafted, out, sides, "tuned", {"operation": "graft", "scale": factors}, shard_size, dry_run)
 
 
@@ -139,7 +144,7 @@ def _write(
     path = sides[like].path
     with show.progress() as progress:
         write_folder(tensors, out, path if path.is_dir() else path.parent, made_from, shard_bytes, progress)
-    show.written(out)
+    show.line(f"checkpoint: {out}")
 
 
 def _factors(given: list[str]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from regraft.weights.lora import add, compress, dora_weight, fold, inner, lora_d
 from regraft.weights.low_rank import low_rank
 from regraft.weights.names import align, kind_of, layer_of
 from regraft.weights.shrink import drop, mask_agreement, orthogonal_shift, trim
-from regraft.weights.vocabulary import RowMatch, graft_rows, match_rows
+from regraft.weights.vocabulary import RowMatch, graft_rows, has_row_for_each_token, match_rows
 from regraft.weights.whole import delta_all, graft_all, interpolate_all
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "graft",
     "graft_all",
     "graft_rows",
+    "has_row_for_each_token",
     "inner",
     "interpolate",
     "interpolate_all",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,24 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+
+
+_BY_TOKEN = re.compile(
+    r"(?:^|\.)(?:word_embeddings|embed_tokens|tok_embeddings|wte|shared|lm_head|embed_out|decoder)\.(?:weight|bias)$"
+    r"|predictions\.bias$|lm_head\.bias$|vocab_projector\.(?:weight|bias)$"
+)
+
+
+def has_row_for_each_token(name: str) -> bool:
+    """Tell whether a tensor's first dimension is the vocabulary.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        True for token embeddings and for the output layer of a language-modelling head.
+    """
+    return bool(_BY_TOKEN.search(name))
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,27 @@ from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
 from regraft.errors import MismatchError
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.names import align
+from regraft.weights.vocabulary import graft_rows, has_row_for_each_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import torch
 
+    from regraft.weights.vocabulary import RowMatch
+
     Tensors = Mapping[str, torch.Tensor]
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 
 
-def graft_all(new: Tensors, tuned: Tensors, old: Tensors, scale: float | Mapping[str, float] = 1.0) -> Derived:
+def graft_all(
+    new: Tensors,
+    tuned: Tensors,
+    old: Tensors,
+    scale: float | Mapping[str, float] = 1.0,
+    rows: RowMatch | None = None,
+) -> Derived:
     """Graft the delta of every tuned tensor: new + λ·(tuned − old).
 
     Tensors of `tuned` that no base has, as heads, are copied; so are those that are not floating-point.
@@ -31,6 +40,7 @@ def graft_all(new: Tensors, tuned: Tensors, old: Tensors, scale: float | Mapping
         tuned: What was tuned on the old base.
         old: The old base.
         scale: λ, or λ by name pattern (as in `*.attention.*`; the first that fits counts, else 1).
+        rows: How the rows of the vocabularies match, if they are not the same.
 
     Returns:
         The grafted tensors, under the names of `tuned` and in its dtypes.
@@ -42,12 +52,19 @@ def graft_all(new: Tensors, tuned: Tensors, old: Tensors, scale: float | Mapping
     one_sided = sorted(in_new.keys() ^ in_old.keys())
     if one_sided:
         raise MismatchError(f"{len(one_sided)} tuned tensors are in one base only: {', '.join(one_sided[:4])}.")
-    _same_shapes(tuned, (new, in_new), (old, in_old))
+    by_token = {name for name in in_new if rows is not None and has_row_for_each_token(name)}
+    plain = {name: other for name, other in in_new.items() if name not in by_token}
+    _same_shapes(tuned, (new, plain), (old, in_old))
     _something(in_new)
     entries = {}
     for name in tuned:
         factor = _scale(scale, name)
-        if name in in_new and dtype_of(tuned, name) in FLOATING:
+        if name in by_token:
+            shape = (len(rows.old_row) if rows else 0, *shape_of(tuned, name)[1:])
+            operands = ((new, in_new[name]), (tuned, name), (old, in_old[name]))
+            rule = functools.partial(graft_rows, match=rows, scale=factor)
+            entries[name] = Entry(dtype_of(tuned, name), shape, operands, rule, elementwise=False)
+        elif name in in_new and dtype_of(tuned, name) in FLOATING:
             operands = ((new, in_new[name]), (tuned, name), (old, in_old[name]))
             entries[name] = _entry(tuned, name, operands, functools.partial(graft, scale=factor))
         else:

@@ -1,0 +1,64 @@
+"""The vocabularies of two checkpoint folders, held against each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from regraft.errors import CheckpointError
+from regraft.weights import RowMatch, has_row_for_each_token, match_rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from regraft.checkpoint import Checkpoint
+
+FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "added_tokens.json")
+
+
+def match_vocabularies(old: Checkpoint, new: Checkpoint) -> RowMatch | None:
+    """Match the rows of two checkpoints' embeddings by the tokens of their tokenizers.
+
+    Args:
+        old: The old base.
+        new: The upgraded base.
+
+    Returns:
+        The match; None where the vocabularies are the same, or a checkpoint has no tokenizer and equally many rows.
+
+    Raises:
+        CheckpointError: The embeddings differ in size and there is no tokenizer to match them by.
+        MismatchError: A tokenizer has more tokens than its embeddings have rows.
+    """
+    rows = [_rows(side) for side in (old, new)]
+    texts = [_files(side.path) for side in (old, new)]
+    if not all(texts):
+        if rows[0] != rows[1]:
+            bare = old if not texts[0] else new
+            raise CheckpointError(
+                f"{old.path} and {new.path} have {rows[0]:,} and {rows[1]:,} embeddings, and {bare.path} holds no "
+                "tokenizer to match them by. Copy the base's tokenizer files into it."
+            )
+        return None
+    if texts[0] == texts[1] and rows[0] == rows[1]:
+        return None
+    match = match_rows(_vocabulary(old.path), _vocabulary(new.path), *rows)
+    return None if match.is_same else match
+
+
+def _rows(side: Checkpoint) -> int:
+    sizes = [info.shape[0] for name, info in side.tensors.items() if has_row_for_each_token(name)]
+    return max(sizes, default=0)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    try:
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot read its tokenizer ({error}).") from error
+    return vocabulary
