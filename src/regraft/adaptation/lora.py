@@ -5,15 +5,29 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
-from regraft.errors import CheckpointError, MismatchError, RecipeError
+from regraft.adaptation.adaptation import load_adaptation
+from regraft.checkpoint import (
+    TOKENIZER,
+    Derived,
+    Entry,
+    copy_companions,
+    dtype_of,
+    publish,
+    resumable_folder,
+    shape_of,
+    write_atomic,
+    write_safetensors,
+)
+from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeError
 from regraft.progress import Progress, silent
 from regraft.weights import align, delta_all, dora_weight, kind_of, lora_delta, low_rank, scaling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import torch
 
@@ -21,6 +35,23 @@ if TYPE_CHECKING:
 
 START = "base_model.model."
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractedLora:
+    """A LoRA drawn out of a full fine-tune.
+
+    Args:
+        tensors: Those of `adapter_model.safetensors`.
+        config: The content of `adapter_config.json`.
+        kept: The share of the squared norm of all deltas that is in it.
+        left_out: The share that is in tensors for which a LoRA has no place.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    kept: float
+    left_out: float
 
 
 def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors) -> Derived:
@@ -53,6 +84,9 @@ def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors) -> De
         if not {PARTS[0], PARTS[1]} <= parts.keys():
             raise CheckpointError(f"module {module!r} of the LoRA lacks one of {PARTS[0][1:]} and {PARTS[1][1:]}.")
     names = _base_names(base, [f"{module}.weight" for module in modules])
+    if whole:  # the adapter brings a head of its own, which takes the place of the base's
+        body = next(iter(modules)).split(".")[0] + "."
+        names = {name: stored for name, stored in names.items() if name.startswith(body)}
     entries = {
         name: Entry(dtype_of(base, stored), shape_of(base, stored), ((base, stored),), _same)
         for name, stored in names.items()
@@ -72,7 +106,7 @@ def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors) -> De
 
 def extract_lora(
     tuned: Tensors, old: Tensors, rank: int | None = None, energy: float | None = None, progress: Progress = silent
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, float]]:
+) -> ExtractedLora:
     """Draw a LoRA out of a full fine-tune: the best low-rank approximation of each linear layer's delta.
 
     Heads are kept whole; changes of embeddings, norms and biases have no place in a LoRA and are left out.
@@ -85,8 +119,7 @@ def extract_lora(
         progress: Told of each layer.
 
     Returns:
-        The adapter's tensors, its config, and the share of the squared norm of all deltas that is kept (`kept`) and
-        that of what is left out because a LoRA has no place for it (`left_out`).
+        The LoRA.
 
     Raises:
         RecipeError: Not one of rank and energy is given.
@@ -135,8 +168,77 @@ def extract_lora(
         "bias": "none",
         "inference_mode": True,
     }
-    shares = {"kept": kept / total, "left_out": left_out / total}
-    return {name: tensor.contiguous() for name, tensor in found.items()}, config, shares
+    tensors = {name: tensor.contiguous() for name, tensor in found.items()}
+    return ExtractedLora(tensors, config, kept / total, left_out / total)
+
+
+def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path) -> None:
+    """Write a LoRA as PEFT does.
+
+    Args:
+        lora: From `extract_lora`.
+        out: The folder to be; seen whole or not at all.
+        base: What its base is called.
+        tokenizer_of: Whose tokenizer files are copied.
+
+    Raises:
+        OutcomeError: Something is at `out`.
+    """
+    if out.exists():
+        raise OutcomeError(f"{out}: exists already. Choose another --out or remove it.")
+    with resumable_folder(out, {}) as work:
+        whole = work / "whole"
+        shutil.rmtree(whole, ignore_errors=True)
+        whole.mkdir()
+        write_safetensors(whole / "adapter_model.safetensors", lora.tensors)
+        config = {**lora.config, "base_model_name_or_path": base}
+        write_atomic(whole / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        copy_companions(tokenizer_of, whole, TOKENIZER)
+        publish(whole, out)
+
+
+def lora_settings(folder: Path) -> dict[str, Any]:
+    """Read how a LoRA was set up.
+
+    Args:
+        folder: A PEFT folder.
+
+    Returns:
+        The content of its `adapter_config.json`.
+
+    Raises:
+        CheckpointError: It is no LoRA, or one that changed its base's weights at its start.
+    """
+    adaptation = load_adaptation(folder)
+    if adaptation.kind != "lora":
+        raise CheckpointError(f"{folder}: is a full fine-tune, not a LoRA.")
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def merged_config(merged: Derived, folder: Path, base: Path) -> dict[str, Any]:
+    """Tell what a base's `config.json` must say once a LoRA with a head is merged into it.
+
+    Args:
+        merged: From `merge_lora`.
+        folder: The LoRA's folder.
+        base: The base's folder.
+
+    Returns:
+        What to change: the architecture and the labels; nothing if the LoRA has no classification head.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    kind = json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type")
+    sizes = [shape_of(merged, n)[0] for n in merged if re.search(r"^(?:classifier|score)\.(?:.*\.)?weight$", n)]
+    if not sizes or kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        return {}
+    labels = load_adaptation(folder).labels or tuple(f"LABEL_{i}" for i in range(min(sizes)))
+    return {
+        "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[kind]],
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
 
 
 def _merged(

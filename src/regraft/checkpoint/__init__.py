@@ -7,16 +7,18 @@ from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
 from regraft.checkpoint.header import TensorInfo, read_header
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.reader import Checkpoint
-from regraft.checkpoint.whole import Plan, plan_checkpoint, write_folder
+from regraft.checkpoint.whole import TOKENIZER, Plan, copy_companions, plan_checkpoint, write_folder
 from regraft.checkpoint.writer import plan_shards, size_of, write_checkpoint, write_safetensors
 
 __all__ = [
+    "TOKENIZER",
     "Checkpoint",
     "Derived",
     "Entry",
     "Plan",
     "TensorInfo",
     "check_finite",
+    "copy_companions",
     "dtype_of",
     "find_path",
     "fingerprint",

@@ -64,6 +64,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         raise CheckpointError(f"{path}: holds none of {', '.join((*NAMES, INDEX))}.{hint}")
 
     @property
+    def folder(self) -> Path:
+        """The folder that it is in."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
     def files(self) -> list[Path]:
         """The safetensors files that are read, sorted."""
         return sorted({info.file for info in self.tensors.values()})

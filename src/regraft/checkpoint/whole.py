@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja")
 RECORD = "regraft.json"
+NOT_COPIED = (RECORD, "pretraining.json", "outcome.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ def write_folder(
     made_from: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
+    *,
+    tokenizer_of: Path | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder: whole or not at all, and going on from the shard at which it was interrupted.
 
@@ -91,6 +96,8 @@ def write_folder(
         made_from: What the tensors are made from, as JSON. If `out` is there, made from the same, nothing is done.
         shard_bytes: The largest size of a file.
         progress: Told of each piece, in bytes.
+        tokenizer_of: Whose tokenizer files take the place of those of `like`.
+        config: What to change in its `config.json`.
 
     Raises:
         CheckpointError: The disk has not enough room, or cannot be written.
@@ -107,12 +114,28 @@ def write_folder(
         whole = work / "checkpoints" / "whole"
         whole.mkdir(parents=True, exist_ok=True)
         write_checkpoint(whole, tensors, shard_bytes, progress)
-        for pattern in COMPANIONS:
-            for file in like.glob(pattern) if like.is_dir() else ():
-                if not file.name.endswith(".index.json"):
-                    shutil.copyfile(file, whole / file.name)
+        copy_companions(like, whole, COMPANIONS)
+        if tokenizer_of:
+            copy_companions(tokenizer_of, whole, TOKENIZER)
+        if config and (whole / "config.json").is_file():
+            changed = json.loads((whole / "config.json").read_text(encoding="utf-8")) | dict(config)
+            write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")
         write_atomic(whole / RECORD, wanted)
         publish(whole, out)
+
+
+def copy_companions(source: Path, into: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the small files that belong to a checkpoint.
+
+    Args:
+        source: The folder they are in.
+        into: Where to.
+        patterns: Which, as `*.json`; indexes of shards and records of how a folder was made are left out.
+    """
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            if not file.name.endswith(".index.json") and file.name not in NOT_COPIED:
+                shutil.copyfile(file, into / file.name)
 
 
 def _read(tensors: Mapping[str, torch.Tensor], name: str) -> int:

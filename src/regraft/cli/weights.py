@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from regraft.checkpoint import Checkpoint, Derived
+    from regraft.weights import RowMatch
 
 app = typer.Typer(help="Arithmetic on checkpoints of any size, from disk to disk.", no_args_is_help=True)
 
@@ -44,7 +45,7 @@ def graft(
     if rows:
         show.line(rows.summary())
     grafted = graft_all(sides["new"], sides["tuned"], sides["old"], factors, rows)
-    _write(grafted, out, sides, "tuned", {"operation": "graft", "scale": factors}, shard_size, dry_run)
+    _write(grafted, out, sides, "tuned", {"operation": "graft", "scale": factors}, shard_size, dry_run, rows)
 
 
 @app.command()
@@ -79,6 +80,52 @@ def interpolate(
     sides = _open(check_finite, first=first, second=second)
     walked = interpolate_all(sides["first"], sides["second"], t)
     _write(walked, out, sides, "first", {"operation": "interpolate", "t": t}, shard_size, dry_run)
+
+
+@app.command("extract-lora")
+def extract_lora(
+    tuned: Annotated[str, typer.Option(help="The full fine-tune.")],
+    old: Old,
+    out: Out,
+    rank: Annotated[int | None, typer.Option(help="The rank of every layer; or --energy.", min=1)] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="The share of each delta's squared norm to keep, 0 to 1.")
+    ] = None,
+    check_finite: Finite = False,
+) -> None:
+    """Draw a LoRA out of a full fine-tune: the best low-rank approximation of what it changed."""
+    from regraft.adaptation import extract_lora as extract
+    from regraft.adaptation import write_lora
+    from regraft.cli import show
+
+    sides = _open(check_finite, tuned=tuned, old=old)
+    with show.progress() as progress:
+        found = extract(sides["tuned"], sides["old"], rank, energy, progress)
+    write_lora(found, out, base=old, tokenizer_of=sides["tuned"].folder)
+    show.line(
+        f"kept {found.kept:.1%} of the squared norm of what tuning changed; {found.left_out:.1%} is in embeddings, "
+        f"norms and biases, where a LoRA has no place\nadapter: {out}"
+    )
+
+
+@app.command("merge-lora")
+def merge_lora(
+    adapter: Annotated[str, typer.Option(help="The PEFT folder of a LoRA, rsLoRA or DoRA.")],
+    base: Annotated[str, typer.Option(help="The base to merge it into.")],
+    out: Out,
+    shard_size: ShardSize = 5.0,
+    check_finite: Finite = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Merge a LoRA into a base: a plain transformers folder comes of it, with the adapter's head."""
+    from regraft.adaptation import lora_settings, merged_config
+    from regraft.adaptation import merge_lora as merge
+
+    sides = _open(check_finite, adapter=adapter, base=base)
+    settings = lora_settings(sides["adapter"].folder)
+    merged = merge(sides["adapter"], settings, sides["base"])
+    config = merged_config(merged, sides["adapter"].folder, sides["base"].folder)
+    _write(merged, out, sides, "base", {"operation": "merge-lora"}, shard_size, dry_run, config=config)
 
 
 @app.command()
@@ -132,6 +179,8 @@ def _write(
     options: dict[str, Any],
     shard_size: float,
     dry_run: bool,
+    rows: "RowMatch | None" = None,
+    config: dict[str, Any] | None = None,
 ) -> None:
     from regraft.checkpoint import fingerprint, plan_checkpoint, write_folder
     from regraft.cli import show
@@ -141,9 +190,12 @@ def _write(
         show.plan(plan_checkpoint(tensors, out, shard_bytes), out)
         return
     made_from = {**options, **{side: fingerprint(opened) for side, opened in sides.items()}}
-    path = sides[like].path
     with show.progress() as progress:
-        write_folder(tensors, out, path if path.is_dir() else path.parent, made_from, shard_bytes, progress)
+        write_folder(
+            tensors, out, sides[like].folder, made_from, shard_bytes, progress,
+            tokenizer_of=sides["new"].folder if rows else None,
+            config={"vocab_size": len(rows.old_row)} if rows else config,
+        )  # fmt: skip
     show.line(f"checkpoint: {out}")
 
 

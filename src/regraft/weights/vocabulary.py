@@ -136,8 +136,8 @@ def graft_rows(
 
     if len(new) != len(match.old_row) or not len(tuned) == len(old) == match.old_rows:
         raise MismatchError(
-            f"the vocabularies have {match.old_rows:,} and {len(match.old_row):,} rows, the tensors {len(old):,} (old), "
-            f"{len(tuned):,} (tuned) and {len(new):,} (new)."
+            f"the vocabularies have {match.old_rows:,} and {len(match.old_row):,} rows, the tensors {len(old):,} "
+            f"(old), {len(tuned):,} (tuned) and {len(new):,} (new)."
         )
     if match.is_same:
         return graft(new, tuned, old, scale)
