@@ -88,9 +88,7 @@ def extract_lora(
     old: Old,
     out: Out,
     rank: Annotated[int | None, typer.Option(help="The rank of every layer; or --energy.", min=1)] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="The share of each delta's squared norm to keep, 0 to 1.")
-    ] = None,
+    energy: Annotated[float | None, typer.Option(help="The share of each squared norm to keep.")] = None,
     check_finite: Finite = False,
 ) -> None:
     """Draw a LoRA out of a full fine-tune: the best low-rank approximation of what it changed."""

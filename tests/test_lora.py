@@ -1,0 +1,157 @@
+"""LoRAs merged into a base and drawn out of a fine-tune, as PEFT and transformers see them."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from regraft import Base, load_adaptation
+from regraft.adaptation import extract_lora, load_model, lora_settings, merge_lora, write_lora
+from regraft.checkpoint import Checkpoint
+from regraft.cli import app
+from regraft.errors import CheckpointError, MismatchError, RecipeError
+from regraft.progress import quiet
+
+ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
+LABELS = ("negative", "positive")
+IDS = torch.tensor([[7, 9, 12, 20, 8], [11, 30, 6, 15, 22]])
+
+
+def invoke(*arguments):
+    from typer.testing import CliRunner
+
+    done = CliRunner().invoke(app, ["weights", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def logits(model):
+    model.config.pad_token_id = 0
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_merged_lora_is_the_model_it_was(tmp_path, bases, tuned, architecture):
+    base, adaptation = Base.open(bases[architecture][0]), load_adaptation(tuned[architecture, "lora"])
+    invoke("merge-lora", "--adapter", adaptation.path, "--base", base.path, "--out", tmp_path / "out")
+    model, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert tuple(model.config.id2label[i] for i in range(2)) == LABELS
+    torch.testing.assert_close(logits(model), logits(load_model(adaptation, base, LABELS)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"query": 2}, "alpha_pattern": {"query": 5, "layer.1.output.dense": 1}},
+    ],
+    ids=["rslora", "dora", "patterns"],
+)
+def test_relatives_are_merged_as_peft_does(tmp_path, bases, given):
+    base = bases["bert"][0]
+    torch.manual_seed(0)
+    with quiet():
+        plain = AutoModelForSequenceClassification.from_pretrained(base, dtype="float32")
+        config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=["query", "output.dense"], **given)
+        model = get_peft_model(plain, config)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / "adapter")
+    adapter, source = Checkpoint.open(tmp_path / "adapter"), Checkpoint.open(base)
+    merged = merge_lora(adapter, lora_settings(tmp_path / "adapter"), source)
+    wanted = model.merge_and_unload().state_dict()
+    compared = 0
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=1e-5)
+        compared += not torch.equal(tensor, source[name]) if name in source else 0
+    assert compared == 6
+
+
+def test_a_layer_that_keeps_its_weight_turned(tmp_path):
+    """GPT-2's Conv1D holds [in, out]."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(0)
+    plain = GPT2ForSequenceClassification(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, pad_token_id=0))
+    plain.save_pretrained(tmp_path / "base")
+    with quiet():
+        config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        model = get_peft_model(plain, config)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data += torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / "adapter")
+    merged = merge_lora(
+        Checkpoint.open(tmp_path / "adapter"), lora_settings(tmp_path / "adapter"), Checkpoint.open(tmp_path / "base")
+    )
+    wanted = model.merge_and_unload().state_dict()
+    name = "transformer.h.0.attn.c_attn.weight"
+    torch.testing.assert_close(merged[name], wanted[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_lora_of_full_rank_is_the_fine_tune_in_its_linear_layers(tmp_path, bases, tuned, architecture):
+    old, source = bases[architecture][0], tuned[architecture, "full"] / "adaptation"
+    found = extract_lora(Checkpoint.open(source), Checkpoint.open(old), energy=1.0)
+    assert found.kept + found.left_out == pytest.approx(1)
+    write_lora(found, tmp_path / "lora", str(old), source)
+    with quiet():
+        plain = AutoModelForSequenceClassification.from_pretrained(old, num_labels=2, dtype="float32")
+        model = PeftModel.from_pretrained(plain, tmp_path / "lora").merge_and_unload()
+    fine_tune, state = Checkpoint.open(source), model.state_dict()
+    linear = [
+        name for name in fine_tune if f"base_model.model.{name.removesuffix('weight')}lora_A.weight" in found.tensors
+    ]
+    assert len(linear) >= 12
+    for name in linear:
+        torch.testing.assert_close(state[name], fine_tune[name], atol=1e-5, rtol=1e-4)
+    for name in ("classifier.weight", "score.weight", "pre_classifier.weight"):
+        if name in fine_tune:
+            assert torch.equal(state[name], fine_tune[name])
+
+
+def test_the_rank_bounds_the_error(tmp_path, bases, tuned):
+    old, source = (Checkpoint.open(p) for p in (bases["bert"][0], tuned["bert", "full"] / "adaptation"))
+    kept = [extract_lora(source, old, rank=rank).kept for rank in (1, 4, 16)]
+    assert kept == sorted(kept)
+    assert kept[0] < kept[-1] < 1
+    some = extract_lora(source, old, energy=0.8)
+    assert {len(t) for n, t in some.tensors.items() if "lora_A" in n} > {some.config["r"]}
+    write_lora(some, tmp_path / "some", "base", tmp_path)
+    merged = merge_lora(Checkpoint.open(tmp_path / "some"), some.config, old)
+    for name in (n for n in merged if n in old and "dense.weight" in n):
+        change, wanted = merged[name].double() - old[name].double(), source[name].double() - old[name].double()
+        assert (change - wanted).square().sum() <= 0.2 * wanted.square().sum() + 1e-9
+
+
+def test_extract_on_the_command_line(tmp_path, bases, tuned):
+    old, source = bases["bert"][0], tuned["bert", "full"] / "adaptation"
+    said = invoke("extract-lora", "--tuned", source, "--old", old, "--rank", 4, "--out", tmp_path / "lora")
+    assert "of the squared norm of what tuning changed" in said
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(old)
+    load_model(load_adaptation(tmp_path / "lora"), Base.open(old), LABELS)
+    for given in ({}, {"rank": 1, "energy": 0.5}):
+        with pytest.raises(RecipeError, match="either a rank or the energy"):
+            extract_lora(Checkpoint.open(source), Checkpoint.open(old), **given)
+
+
+def test_what_cannot_be_merged_is_refused(bases, tuned):
+    adapter = dict(Checkpoint.open(tuned["bert", "lora"] / "adaptation"))
+    config, base = {"lora_alpha": 16}, Checkpoint.open(bases["bert"][0])
+    name = "base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"
+    with pytest.raises(CheckpointError, match=r"layer\.1\.output\.dense' of the LoRA lacks one of"):
+        merge_lora({n: t for n, t in adapter.items() if n != name}, config, base)
+    with pytest.raises(CheckpointError, match="of a kind that cannot be merged"):
+        merge_lora(adapter | {name.replace("lora_B.weight", "lora_embedding_A"): adapter[name]}, config, base)
+    with pytest.raises(MismatchError, match="modules that the LoRA tunes are not in the base"):
+        merge_lora(adapter, config, {n: t for n, t in base.items() if "layer.1" not in n})
+    with pytest.raises(MismatchError, match="do not fit a weight of"):
+        merge_lora(adapter | {name: adapter[name][:-1]}, config, base)[
+            name.removeprefix("base_model.model.").replace("lora_B.", "")
+        ]
