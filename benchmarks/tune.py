@@ -41,15 +41,9 @@ def with_trainer(base, data, examples, batch_size):
     model = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=len(data.labels))
     tokenizer = base.tokenizer
     start = time.perf_counter()
-    texts = [text for (text,) in data.train.texts]
-    rows = [
-        {**row, "labels": int(label)}
-        for row, label in zip(
-            (tokenizer(text, truncation=True, max_length=data.max_length) for text in texts),
-            data.train.labels,
-            strict=True,
-        )
-    ]
+    tokens = tokenizer([text for (text,) in data.train.texts], truncation=True, max_length=data.max_length)
+    labels = data.train.labels.tolist()
+    rows = [{**{name: tokens[name][i] for name in tokens}, "labels": label} for i, label in enumerate(labels)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, per_device_train_batch_size=batch_size, max_steps=examples // batch_size, save_strategy="no",
