@@ -33,7 +33,7 @@ from regraft.tuning import Distillation, Recipe, Teacher, encode, tune_model
 from regraft.upgrade import Base
 
 PAIRS = 3
-TASKS = {"section-role": 1280, "imdb": 256}
+TASKS = {"section-role": 640, "imdb": 128}
 
 
 def with_trainer(base, data, examples, batch_size):
