@@ -20,6 +20,7 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/tune.py
+	$(BIN)/python benchmarks/recycle.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'regraft needs Python 3.11 or newer: make PYTHON=python3.11 …')"
