@@ -239,3 +239,60 @@ def test_names_on_the_command_line(tmp_path, bases, monkeypatch, capsys):
     assert "layer 1" in run("distance", old, tmp_path / "half")
     assert "feed-forward" in run("inspect", tmp_path / "delta", "--full")
     assert derived_module.PIECE == 1 << 18
+
+
+def test_a_base_with_new_tokens(tmp_path, bases, tuned):
+    """The upgraded base has learned tokens: their rows are its own, those of the others get their deltas."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    old, fine_tune = bases["bert"][0], tuned["bert", "full"] / "adaptation"
+    tokenizer = AutoTokenizer.from_pretrained(old)
+    tokenizer.add_tokens(["zebra", "yak"])
+    model = AutoModelForMaskedLM.from_pretrained(bases["bert"][1], dtype="float32")
+    model.resize_token_embeddings(64, mean_resizing=False)
+    model.save_pretrained(tmp_path / "new")
+    tokenizer.save_pretrained(tmp_path / "new")
+    sides = ["--new", tmp_path / "new", "--tuned", fine_tune, "--old", old]
+    from typer.testing import CliRunner
+
+    from regraft.cli import app
+
+    said = CliRunner().invoke(app, ["weights", "graft", *map(str, sides), "--out", str(tmp_path / "out")])
+    assert said.exit_code == 0, said.output
+    assert "2 only in the new vocabulary, 0 only in the old" in said.output
+    found, new, before, base = (Checkpoint.open(p) for p in (tmp_path / "out", tmp_path / "new", fine_tune, old))
+    name = "bert.embeddings.word_embeddings.weight"
+    count = before.tensors[name].shape[0]
+    assert torch.equal(found[name][count:], new[name][count:])
+    wanted = new[name][:count].double() + (before[name].double() - base[name].double())
+    torch.testing.assert_close(found[name][:count].double(), wanted, rtol=1e-6, atol=1e-7)
+    model, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("a zebra was good", return_tensors="pt")
+    assert torch.isfinite(model(**ids).logits).all()
+    assert int(ids["input_ids"].max()) >= count
+
+
+def test_values_that_are_none(tmp_path):
+    from regraft.checkpoint import check_finite
+
+    tensors = {"a": torch.ones(10), "b": torch.tensor([1.0, float("nan"), float("inf")]), "n": torch.tensor([1])}
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 tensors hold values .*: b \(2 of 3\)\."):
+        check_finite(Checkpoint.open(tmp_path / "m.safetensors"))
+    save_file({"a": torch.ones(10, dtype=torch.bfloat16)}, tmp_path / "m.safetensors")
+    check_finite(Checkpoint.open(tmp_path / "m.safetensors"))
+
+
+def test_the_full_fingerprint_sees_every_byte(tmp_path):
+    from regraft.checkpoint import fingerprint
+
+    large = torch.zeros(100_000)
+    save_file({"w": large}, tmp_path / "one.safetensors")
+    large[12_345] = 1.0  # between the places that are sampled
+    save_file({"w": large}, tmp_path / "two.safetensors")
+    one, two = (Checkpoint.open(tmp_path / f"{which}.safetensors") for which in ("one", "two"))
+    assert fingerprint(one) == fingerprint(two)
+    assert fingerprint(one, full=True) != fingerprint(two, full=True)
+    write_checkpoint(tmp_path, {"w": large}, 10)
+    assert fingerprint(Checkpoint.open(tmp_path), full=True) == fingerprint(two, full=True)

@@ -130,7 +130,9 @@ def extract_lora(
         raise RecipeError("give either a rank or the energy to keep.")
     deltas = delta_all(tuned, old)
     known = align(old, tuned)
-    heads = sorted({_module(name, known) for name in tuned if name not in known})
+    tops = {name.split(".")[0] for name in known}
+    fresh = [name for name in tuned if name not in known]
+    heads = sorted({n.rpartition(".")[0] if n.split(".")[0] in tops else n.split(".")[0] for n in fresh})
     linear = [
         n for n in deltas if len(shape_of(deltas, n)) == 2 and n.endswith(".weight") and kind_of(n) != "embedding"
     ]
@@ -152,9 +154,7 @@ def extract_lora(
         progress("extract", done, len(deltas), {})
     if not ranks:
         raise MismatchError("the fine-tune has changed no linear layer: there is nothing to draw a LoRA from.")
-    for name in tuned:
-        if name not in known:
-            found[START + name] = tuned[name]
+    found |= {START + name: tuned[name] for name in fresh}
     largest = max(ranks.values())
     config = {
         "peft_type": "LORA",
@@ -278,10 +278,6 @@ def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> f
         if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches them
             return value
     return default
-
-
-def _module(name: str, known: Mapping[str, str]) -> str:
-    return name.split(".")[0]
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

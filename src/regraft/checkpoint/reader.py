@@ -96,7 +96,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         info = self.tensors[name]
         size = ITEM_BYTES[info.dtype]
         buffer = torch.empty(count * size, dtype=torch.uint8)
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = buffer.numpy().data, 0
         while done < len(view):
             read = os.preadv(self._descriptors[info.file], [view[done:]], info.start + start * size + done)
             if not read:

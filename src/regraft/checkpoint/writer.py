@@ -185,7 +185,7 @@ def _write_pieces(
             data = piece(tensors, name, start, count).to(torch_dtype(dtype_of(tensors, name))).contiguous()
             if len(data) != count:
                 raise CheckpointError(f"{file}: tensor {name!r} has {len(data):,} numbers, expected {count:,}.")
-            view = memoryview(data.cpu().view(torch.uint8).numpy())
+            view = data.cpu().view(torch.uint8).numpy().data
             place, size = first + starts[name] + start * data.element_size(), len(view)
             while view:
                 written = os.pwrite(descriptor, view, place)

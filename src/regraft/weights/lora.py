@@ -129,7 +129,8 @@ def dora_weight(
     """
     moved = weight.double() + lora_delta(b, a, scale)
     lengths = moved.norm(dim=1, keepdim=True)
-    return magnitude.double().reshape(-1, 1) * moved / lengths
+    merged: torch.Tensor = magnitude.double().reshape(-1, 1) * moved / lengths
+    return merged
 
 
 def _qr(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,8 +59,8 @@ def graft_all(
     entries = {}
     for name in tuned:
         factor = _scale(scale, name)
-        if name in by_token:
-            shape = (len(rows.old_row) if rows else 0, *shape_of(tuned, name)[1:])
+        if rows is not None and name in by_token:
+            shape = (len(rows.old_row), *shape_of(tuned, name)[1:])
             operands = ((new, in_new[name]), (tuned, name), (old, in_old[name]))
             rule = functools.partial(graft_rows, match=rows, scale=factor)
             entries[name] = Entry(dtype_of(tuned, name), shape, operands, rule, elementwise=False)
