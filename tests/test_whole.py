@@ -8,13 +8,27 @@ import torch
 from conftest import move_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from regraft.checkpoint import Checkpoint, Derived, Entry, piece, plan_checkpoint, write_checkpoint, write_folder
 from regraft.checkpoint import derived as derived_module
 from regraft.errors import CheckpointError, MismatchError, OutcomeError
-from regraft.weights import align, delta_all, distance, distances, graft, graft_all, interpolate_all, kind_of, layer_of
+from regraft.weights import (
+    align,
+    apply_all,
+    delta_all,
+    distance,
+    distances,
+    graft,
+    graft_all,
+    interpolate_all,
+    kind_of,
+    layer_of,
+    mask_agreement,
+    orthogonal_shift,
+    trim,
+)
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 
@@ -271,6 +285,20 @@ def test_a_base_with_new_tokens(tmp_path, bases, tuned):
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("a zebra was good", return_tensors="pt")
     assert torch.isfinite(model(**ids).logits).all()
     assert int(ids["input_ids"].max()) >= count
+
+
+def test_any_rule_goes_over_whole_checkpoints(bases):
+    old, new = (Checkpoint.open(path) for path in bases["bert"])
+    change = delta_all(new, old)
+    trimmed = apply_all(lambda tensor: trim(tensor, 0.2), change, elementwise=False)
+    turned = apply_all(orthogonal_shift, trimmed, change, elementwise=False)
+    masked = apply_all(mask_agreement, turned, change)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    wanted = new[name] - old[name]
+    assert torch.equal(trimmed[name], trim(wanted, 0.2))
+    assert torch.equal(masked[name], mask_agreement(orthogonal_shift(trim(wanted, 0.2), wanted), wanted))
+    with pytest.raises(MismatchError, match="are not in all"):
+        apply_all(mask_agreement, change, {n: t for n, t in change.items() if n != name})
 
 
 def test_values_that_are_none(tmp_path):

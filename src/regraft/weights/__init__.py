@@ -7,13 +7,14 @@ from regraft.weights.low_rank import low_rank
 from regraft.weights.names import align, kind_of, layer_of
 from regraft.weights.shrink import drop, mask_agreement, orthogonal_shift, trim
 from regraft.weights.vocabulary import RowMatch, graft_rows, has_row_for_each_token, match_rows
-from regraft.weights.whole import delta_all, graft_all, interpolate_all
+from regraft.weights.whole import apply_all, delta_all, graft_all, interpolate_all
 
 __all__ = [
     "Distance",
     "RowMatch",
     "add",
     "align",
+    "apply_all",
     "compress",
     "delta",
     "delta_all",

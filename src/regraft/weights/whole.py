@@ -134,6 +134,33 @@ def interpolate_all(first: Tensors, second: Tensors, t: float) -> Derived:
     )
 
 
+def apply_all(rule: Callable[..., torch.Tensor], first: Tensors, *others: Tensors, elementwise: bool = True) -> Derived:
+    """Apply a rule to the tensors of the same name of any number of checkpoints, as `trim` to the deltas of one.
+
+    Args:
+        rule: Makes a tensor from one of each, of the shape of the first.
+        first: The side whose names, shapes and dtypes count.
+        others: What else the rule takes.
+        elementwise: Whether the rule gives the same on flat pieces as on whole tensors.
+
+    Returns:
+        What the rule makes.
+
+    Raises:
+        MismatchError: A tensor is not in all, or has different shapes.
+    """
+    sides = [(other, align(other, first)) for other in others]
+    lost = sorted(name for name in first if any(name not in names for _, names in sides))
+    if lost:
+        raise MismatchError(f"{len(lost)} tensors are not in all checkpoints: {', '.join(lost[:4])}.")
+    _same_shapes(first, *sides)
+    entries = {}
+    for name in first:
+        operands = ((first, name), *((other, names[name]) for other, names in sides))
+        entries[name] = Entry(dtype_of(first, name), shape_of(first, name), operands, rule, elementwise)
+    return Derived(entries)
+
+
 def _entry(
     like: Tensors, name: str, operands: tuple[tuple[Tensors, str], ...], rule: Callable[..., torch.Tensor]
 ) -> Entry:
