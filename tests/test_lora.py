@@ -151,7 +151,36 @@ def test_what_cannot_be_merged_is_refused(bases, tuned):
         merge_lora(adapter | {name.replace("lora_B.weight", "lora_embedding_A"): adapter[name]}, config, base)
     with pytest.raises(MismatchError, match="modules that the LoRA tunes are not in the base"):
         merge_lora(adapter, config, {n: t for n, t in base.items() if "layer.1" not in n})
-    with pytest.raises(MismatchError, match="do not fit"):
+    with pytest.raises(MismatchError, match="the LoRA changes module"):
         merge_lora(adapter | {name: adapter[name][:-1]}, config, base)[
             name.removeprefix("base_model.model.").replace("lora_B.", "")
         ]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_took_its_start_out_of_its_base(tmp_path, bases, init):
+    """Its true change is against the original base: folded, it gives what PEFT's model computes."""
+    base = bases["bert"][0]
+    torch.manual_seed(0)
+    with quiet():
+        plain = AutoModelForSequenceClassification.from_pretrained(base, dtype="float32")
+        config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query"], init_lora_weights=init)
+        model = get_peft_model(plain, config)
+        model.save_pretrained(tmp_path / "start")
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.peft_config["default"].init_lora_weights = init
+        model.save_pretrained(tmp_path / "adapter")
+    wanted = model.merge_and_unload().state_dict()
+    invoke(
+        "merge-lora", "--adapter", tmp_path / "adapter", "--start", tmp_path / "start", "--base", base,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    merged = Checkpoint.open(tmp_path / "out")
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    torch.testing.assert_close(merged[name], wanted[name], atol=1e-5, rtol=1e-5)
+    settings = lora_settings(tmp_path / "adapter")
+    assert str(settings["init_lora_weights"]) == init
+    with pytest.raises(CheckpointError, match="took its start out of its base"):
+        merge_lora(Checkpoint.open(tmp_path / "adapter"), settings, Checkpoint.open(base))

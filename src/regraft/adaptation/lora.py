@@ -9,7 +9,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adaptation import load_adaptation
+from regraft.adaptation.adaptation import BASE_CHANGING_INITS, load_adaptation
 from regraft.checkpoint import (
     TOKENIZER,
     Derived,
@@ -24,7 +24,7 @@ from regraft.checkpoint import (
 )
 from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeError
 from regraft.progress import Progress, silent
-from regraft.weights import align, delta_all, dora_weight, kind_of, lora_delta, low_rank, scaling
+from regraft.weights import align, delta_all, dora_weight, fold, kind_of, lora_delta, low_rank, scaling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,21 +55,28 @@ class ExtractedLora:
     left_out: float
 
 
-def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors) -> Derived:
+def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors, start: Tensors | None = None) -> Derived:
     """Merge a LoRA into its base: W + scaling·B·A, or DoRA's renormalised weight; whole modules take their place.
 
     Args:
         adapter: The tensors of `adapter_model.safetensors`.
         config: The content of `adapter_config.json`.
         base: The base's tensors; their names may carry the prefix of a model with a head, or not.
+        start: The adapter as it was initialised, for kinds that take their start out of the base (PiSSA, OLoRA).
 
     Returns:
         The merged tensors under the names of the model that was tuned, in the base's dtypes.
 
     Raises:
-        CheckpointError: A tensor of the adapter is of no kind that is known here.
+        CheckpointError: A tensor of the adapter is of no kind that is known here, or its start is needed and missing.
         MismatchError: A module that was tuned is not in the base, or has another shape there.
     """
+    init = str(config.get("init_lora_weights", True)).lower()
+    if start is None and init.startswith(BASE_CHANGING_INITS):
+        raise CheckpointError(
+            f"the LoRA was initialised by {init!r}, which took its start out of its base: give the adapter as it was "
+            "before the first step (--start)."
+        )
     modules: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     for stored in adapter:
@@ -80,7 +87,7 @@ def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors) -> De
         elif "lora_" in name:
             raise CheckpointError(f"tensor {stored!r} of the LoRA is of a kind that cannot be merged.")
         else:
-            whole[name] = stored
+            whole[name.replace(".base_layer.", ".")] = stored  # a bias that was tuned beside the LoRA
     for module, parts in modules.items():
         if not {PARTS[0], PARTS[1]} <= parts.keys():
             raise CheckpointError(f"module {module!r} of the LoRA lacks one of {PARTS[0][1:]} and {PARTS[1][1:]}.")
@@ -97,10 +104,21 @@ def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors) -> De
     for module, parts in modules.items():
         name = f"{module}.weight"
         rank = shape_of(adapter, parts[PARTS[0]])[0]
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
         factor = scaling(rank, alpha, bool(config.get("use_rslora")))
         operands = ((base, names[name]), *((adapter, parts[part]) for part in PARTS if part in parts))
-        rule = functools.partial(_merged, scaling=factor, transposed=bool(config.get("fan_in_fan_out")))
+        weight = shape_of(base, names[name])
+        transposed = bool(config.get("fan_in_fan_out"))  # Conv1D keeps its weight as [in, out]
+        fits = (shape_of(adapter, parts[PARTS[1]])[0], shape_of(adapter, parts[PARTS[0]])[1])
+        if weight != (fits[::-1] if transposed else fits):
+            raise MismatchError(
+                f"the LoRA changes module {module!r} by {fits}, and its weight in the base is {weight}."
+            )
+        if start is not None:
+            if any(parts[part] not in start for part in PARTS[:2]) or PARTS[2] in parts:
+                raise CheckpointError(f"the LoRA's start does not go with it: module {module!r} differs.")
+            operands += tuple((start, parts[part]) for part in PARTS[:2])
+        rule = functools.partial(_merged, scaling=factor, transposed=transposed, folded=start is not None)
         entries[name] = Entry(dtype_of(base, names[name]), shape_of(base, names[name]), operands, rule, False)
     return Derived(entries)
 
@@ -208,12 +226,16 @@ def lora_settings(folder: Path) -> dict[str, Any]:
         The content of its `adapter_config.json`.
 
     Raises:
-        CheckpointError: It is no LoRA, or one that changed its base's weights at its start.
+        CheckpointError: It is no LoRA.
     """
-    adaptation = load_adaptation(folder)
-    if adaptation.kind != "lora":
-        raise CheckpointError(f"{folder}: is a full fine-tune, not a LoRA.")
-    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    file = folder / "adapter_config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}). Give a folder that PEFT wrote.") from error
+    if kind != "LORA":
+        raise CheckpointError(f"{file}: is of type {kind}; only LORA can be merged.")
     return config
 
 
@@ -234,7 +256,9 @@ def merged_config(merged: Derived, folder: Path, base: Path) -> dict[str, Any]:
     sizes = [shape_of(merged, n)[0] for n in merged if re.search(r"^(?:classifier|score)\.(?:.*\.)?weight$", n)]
     if not sizes or kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         return {}
-    labels = load_adaptation(folder).labels or tuple(f"LABEL_{i}" for i in range(min(sizes)))
+    record = folder.parent / "outcome.json"
+    names = load_adaptation(folder).labels if record.is_file() else None
+    labels = names or tuple(f"LABEL_{i}" for i in range(min(sizes)))
     return {
         "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[kind]],
         "id2label": {str(i): label for i, label in enumerate(labels)},
@@ -246,18 +270,16 @@ def _merged(
     weight: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
-    magnitude: torch.Tensor | None = None,
-    *,
+    *more: torch.Tensor,
     scaling: float,
     transposed: bool,
+    folded: bool,
 ) -> torch.Tensor:
-    plain = weight.T if transposed else weight  # Conv1D keeps its weight as [in, out]
-    if plain.shape != (len(b), a.shape[1]):
-        raise MismatchError(
-            f"the LoRA's factors {tuple(b.shape)} and {tuple(a.shape)} do not fit {tuple(weight.shape)}."
-        )
-    if magnitude is not None:
-        merged = dora_weight(plain, b, a, scaling, magnitude)
+    plain = weight.T if transposed else weight
+    if folded:
+        b, a = fold((b.double(), a.double()), (more[1].double(), more[0].double()))
+    if more and not folded:
+        merged = dora_weight(plain, b, a, scaling, more[0])
     else:
         merged = plain.double() + lora_delta(b, a, scaling)
     return merged.T if transposed else merged

@@ -111,6 +111,9 @@ def merge_lora(
     adapter: Annotated[str, typer.Option(help="The PEFT folder of a LoRA, rsLoRA or DoRA.")],
     base: Annotated[str, typer.Option(help="The base to merge it into.")],
     out: Out,
+    start: Annotated[
+        str | None, typer.Option(help="The adapter as it was initialised; PiSSA and OLoRA need it.")
+    ] = None,
     shard_size: ShardSize = 5.0,
     check_finite: Finite = False,
     dry_run: DryRun = False,
@@ -119,9 +122,9 @@ def merge_lora(
     from regraft.adaptation import lora_settings, merged_config
     from regraft.adaptation import merge_lora as merge
 
-    sides = _open(check_finite, adapter=adapter, base=base)
+    sides = _open(check_finite, adapter=adapter, base=base, **({"start": start} if start else {}))
     settings = lora_settings(sides["adapter"].folder)
-    merged = merge(sides["adapter"], settings, sides["base"])
+    merged = merge(sides["adapter"], settings, sides["base"], sides.get("start"))
     config = merged_config(merged, sides["adapter"].folder, sides["base"].folder)
     _write(merged, out, sides, "base", {"operation": "merge-lora"}, shard_size, dry_run, config=config)
 
