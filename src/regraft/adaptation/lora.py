@@ -304,25 +304,3 @@ def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> f
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-def read_config(text: str, where: str) -> dict[str, Any]:
-    """Read an adapter's config.
-
-    Args:
-        text: The content of `adapter_config.json`.
-        where: Its path, for messages.
-
-    Returns:
-        The config.
-
-    Raises:
-        CheckpointError: It is no config of a LoRA.
-    """
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: not valid JSON ({error}).") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{where}: is no config of a LoRA.")
-    return config
