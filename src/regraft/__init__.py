@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_outcome
+    from regraft.adaptation.bottleneck import BottleneckConfig
     from regraft.diagnosis import Check, check
     from regraft.errors import RegraftError
-    from regraft.methods import Comparison, compare, recycle, tune
+    from regraft.methods import Comparison, Conversion, compare, convert, recycle, tune
     from regraft.task import Task
     from regraft.tuning import Corpus, Distillation, Recipe, pretrain
     from regraft.upgrade import Base, Upgrade
 
 _ROOMS = {
     "adaptation": ("Adaptation", "Outcome", "load_adaptation", "load_outcome"),
+    "adaptation.bottleneck": ("BottleneckConfig",),
     "diagnosis": ("Check", "check"),
     "errors": ("RegraftError",),
-    "methods": ("Comparison", "compare", "recycle", "tune"),
+    "methods": ("Comparison", "Conversion", "compare", "convert", "recycle", "tune"),
     "task": ("Task",),
     "tuning": ("Corpus", "Distillation", "Recipe", "pretrain"),
     "upgrade": ("Base", "Upgrade"),
@@ -33,8 +35,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Adaptation",
     "Base",
+    "BottleneckConfig",
     "Check",
     "Comparison",
+    "Conversion",
     "Corpus",
     "Distillation",
     "Outcome",
@@ -44,6 +48,7 @@ __all__ = [
     "Upgrade",
     "check",
     "compare",
+    "convert",
     "load_adaptation",
     "load_outcome",
     "pretrain",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from regraft.weights import Distance
+
+PRETRAINING = "pretraining.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,21 @@ class Base:
         return str(architecture.base_model_prefix)
 
     @functools.cached_property
+    def has_pooler(self) -> bool:
+        """Whether a classifier on it has a pooler, which the base itself may lack."""
+        return getattr(self.bare, "pooler", None) is not None
+
+    @functools.cached_property
+    def bare(self) -> Any:
+        """The body of a classifier on it, without any weights."""
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        auto: Any = AutoModelForSequenceClassification
+        with torch.device("meta"):
+            return auto.from_config(self.config).base_model
+
+    @functools.cached_property
     def is_decoder(self) -> bool:
         """Whether it is a causal language model, whose head reads the last token rather than the first."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -113,6 +131,15 @@ class Base:
         """Which weights these are: heads, naming and sharding play no part."""
         stored = {name: inner for inner, name in self.body.items()}
         return fingerprint(self.checkpoint, keep=stored.get)
+
+    @functools.cached_property
+    def made_from(self) -> str | None:
+        """The fingerprint of the base that this one was pre-trained from, if regraft did it."""
+        try:
+            record = json.loads((self.path / PRETRAINING).read_text(encoding="utf-8"))
+            return str(record["base"]["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 @dataclasses.dataclass(frozen=True)

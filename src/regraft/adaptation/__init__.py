@@ -1,7 +1,9 @@
 """Adaptations: what tuning left behind, on disk and as models, and the outcome folder that records one."""
 
-from regraft.adaptation.adaptation import Adaptation, load_adaptation
-from regraft.adaptation.graft import check_fit, write_graft
+from regraft.adaptation.adaptation import Adaptation, load_adaptation, write_lineage
+from regraft.adaptation.graft import check_fit, plain_adapter, write_graft
+from regraft.adaptation.head import HEADS, Head, change_head, stored_labels
+from regraft.adaptation.kinds import KINDS, Config, kind_of, new_config, read_config, settings
 from regraft.adaptation.lora import (
     ExtractedLora,
     extract_lora,
@@ -10,30 +12,49 @@ from regraft.adaptation.lora import (
     merged_config,
     write_lora,
 )
-from regraft.adaptation.model import attach_lora, fresh_model, load_model, load_strictly, lora_config, save_model
+from regraft.adaptation.model import (
+    attach,
+    fresh_model,
+    load_model,
+    load_strictly,
+    save_model,
+    write_adapter,
+)
 from regraft.adaptation.outcome import Outcome, find_outcome, load_outcome, write_outcome
 from regraft.adaptation.vocabulary import match_vocabularies
 
 __all__ = [
+    "HEADS",
+    "KINDS",
     "Adaptation",
+    "Config",
     "ExtractedLora",
+    "Head",
     "Outcome",
-    "attach_lora",
+    "attach",
+    "change_head",
     "check_fit",
     "extract_lora",
     "find_outcome",
     "fresh_model",
+    "kind_of",
     "load_adaptation",
     "load_model",
     "load_outcome",
     "load_strictly",
-    "lora_config",
     "lora_settings",
     "match_vocabularies",
     "merge_lora",
     "merged_config",
+    "new_config",
+    "plain_adapter",
+    "read_config",
     "save_model",
+    "settings",
+    "stored_labels",
+    "write_adapter",
     "write_graft",
+    "write_lineage",
     "write_lora",
     "write_outcome",
 ]

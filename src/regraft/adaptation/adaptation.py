@@ -1,4 +1,4 @@
-"""What tuning left behind: a full fine-tune or a LoRA, with its head."""
+"""What tuning left behind, whatever its kind: a full fine-tune, a PEFT module or bottleneck adapters, with a head."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from regraft.checkpoint import Checkpoint, fingerprint
+from regraft.checkpoint import Checkpoint, fingerprint, write_atomic
 from regraft.errors import CheckpointError, MismatchError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from regraft.upgrade import Base
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["full", "lora"]
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga")
+RECORD = "regraft.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+SHORT_NAMES = {"prefix_tuning": "prefix", "prompt_tuning": "prompt", "p_tuning": "p-tuning", "ln_tuning": "layernorm"}
+Lineage = Literal["proven", "unproven", "forced"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,40 +32,73 @@ class Adaptation:
     """Weights tuned for a task on some base, on disk.
 
     Args:
-        path: A plain transformers folder (full fine-tune) or PEFT folder (LoRA).
-        kind: `full` or `lora`.
+        path: A plain transformers folder (full fine-tune) or PEFT folder (all other kinds).
+        kind: `full`, `lora`, `ia3`, `prefix`, `prompt`, `layernorm`, `bottleneck`, or PEFT's name of another type.
         labels: The label names in the order of the head's outputs; None if the folder does not tell.
         base: The fingerprint of the base it was tuned on; None if it was made elsewhere.
         checkpoint: Its tensors, unread.
+        config: The content of its `config.json` or `adapter_config.json`.
     """
 
     path: Path
-    kind: Kind
+    kind: str
     labels: tuple[str, ...] | None
     base: str | None
     checkpoint: Checkpoint
+    config: dict[str, Any] = dataclasses.field(repr=False)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Which weights these are."""
         return fingerprint(self.checkpoint)
 
-    def check_base(self, base: Base) -> None:
+    @property
+    def changed_base(self) -> bool:
+        """Whether its start was taken out of its base, as PiSSA's: it means nothing without that base."""
+        init = str(self.config.get("init_lora_weights", True)).lower()
+        return self.kind == "lora" and init.startswith(BASE_CHANGING_INITS)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many tokens it puts before every input."""
+        return int(self.config.get("num_virtual_tokens") or 0) if self.kind != "full" else 0
+
+    def check_base(self, base: Base, *, force: bool = False) -> Lineage:
         """Refuse a base that is not the one this was tuned on.
 
         Args:
             base: The base in hand.
+            force: Take it in spite of that.
+
+        Returns:
+            `proven` if the recorded fingerprint is the base's, `unproven` if none is recorded, `forced` if it is
+            another one and that was wanted.
 
         Raises:
-            MismatchError: The recorded fingerprint is another one.
+            MismatchError: The recorded fingerprint is another one, or the revision is.
         """
-        if self.base is None:
-            logger.warning("%s does not record its base: that it was tuned on %s is unproven.", self.path, base.path)
-        elif self.base != base.fingerprint:
-            raise MismatchError(
-                f"{self.path} was not tuned on {base.path}: it records the base {self.base}, and this one is "
-                f"{base.fingerprint}. Give the base it was tuned on."
+        if self.base == base.fingerprint:
+            return "proven"
+        problem = None
+        name, _, revision = base.name.partition("@")
+        recorded = str(self.config.get("revision") or "")
+        if self.base and base.made_from == self.base:
+            problem = (
+                f"it was tuned on the base that {base.path} was pre-trained from: give {base.path} as the new base"
             )
+        elif self.base:
+            problem = f"it records the base {self.base}, and this one is {base.fingerprint}"
+        elif recorded and revision and recorded != revision and self.config.get("base_model_name_or_path") == name:
+            problem = f"it records revision {recorded} of {name}, and this is {revision}"
+        if problem and not force:
+            raise MismatchError(
+                f"{self.path} was not tuned on {base.path}: {problem}. Give the base it was tuned on (or --force)."
+            )
+        if problem:
+            logger.warning("%s was not tuned on %s: %s. Used by force.", self.path, base.path, problem)
+            return "forced"
+        logger.warning("%s does not record its base: that it was tuned on %s is unproven.", self.path, base.path)
+        return "unproven"
 
 
 def load_adaptation(path: str | Path) -> Adaptation:
@@ -79,22 +118,55 @@ def load_adaptation(path: str | Path) -> Adaptation:
         folder = folder / "adaptation"
     if not folder.is_dir():
         raise CheckpointError(f"{path}: no such folder.")
-    record = _read_json(folder.parent / "outcome.json") if (folder.parent / "outcome.json").is_file() else {}
-    checkpoint = Checkpoint.open(folder)
-    labels = tuple(record["labels"]) if "labels" in record else None
-    base = record.get("base", {}).get("fingerprint")
-    if (folder / "adapter_config.json").is_file():
-        _check_adapter_config(folder)
-        return Adaptation(folder, "lora", labels, base, checkpoint)
-    config = _read_json(folder / "config.json")
+    record = {}
+    for file in (folder / RECORD, folder.parent / "outcome.json"):
+        if file.is_file():
+            record = _read_json(file)
+            break
+    labels = tuple(record["labels"]) if record.get("labels") else None
+    base = (record.get("base") or {}).get("fingerprint")
+    if (folder / ADAPTER_CONFIG).is_file():
+        config = _read_json(folder / ADAPTER_CONFIG)
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise CheckpointError(
+                f"{folder}: has no {ADAPTER_WEIGHTS} beside its {ADAPTER_CONFIG}. If it was saved as a pickle, load it "
+                "with PEFT and call save_pretrained."
+            )
+        checkpoint = Checkpoint.open(folder / ADAPTER_WEIGHTS)
+        return Adaptation(folder, _kind_of(config, folder), labels, base, checkpoint, config)
+    checkpoint, config = Checkpoint.open(folder), _read_json(folder / "config.json")
     if not any("SequenceClassification" in name for name in config.get("architectures") or ()):
         raise CheckpointError(
             f"{folder}: is no sequence classifier (its config.json names {config.get('architectures')}). Give the "
             "folder of a tuned model."
         )
-    if labels is None:
-        labels = _labels_of(config)
-    return Adaptation(folder, "full", labels, base, checkpoint)
+    return Adaptation(folder, "full", labels or _labels_of(config), base, checkpoint, config)
+
+
+def write_lineage(folder: Path, base: Base, labels: Sequence[str] | None) -> None:
+    """Write beside an adaptation's tensors what neither transformers nor PEFT records: its base and its labels.
+
+    Args:
+        folder: The adaptation's folder.
+        base: The base it lives on.
+        labels: The label names, in the order of the head's outputs; None if unknown.
+    """
+    record = {
+        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "labels": list(labels) if labels is not None else None,
+    }
+    write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def _kind_of(config: dict[str, Any], folder: Path) -> str:
+    from peft.utils import PeftType
+
+    kind = str(config.get("peft_type"))
+    if kind != "BOTTLENECK" and kind not in {member.value for member in PeftType}:
+        raise CheckpointError(
+            f"{folder}/{ADAPTER_CONFIG}: is of type {kind}, which the installed PEFT does not know. Is PEFT too old?"
+        )
+    return SHORT_NAMES.get(kind.lower(), kind.lower())
 
 
 def _labels_of(config: dict[str, Any]) -> tuple[str, ...] | None:
@@ -102,18 +174,6 @@ def _labels_of(config: dict[str, Any]) -> tuple[str, ...] | None:
     labels = tuple(str(names[key]) for key in sorted(names, key=int))
     placeholders = tuple(f"LABEL_{i}" for i in range(len(labels)))
     return labels if labels and labels != placeholders else None
-
-
-def _check_adapter_config(folder: Path) -> None:
-    config = _read_json(folder / "adapter_config.json")
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder}: a PEFT module of type {config.get('peft_type')}; only LORA is supported.")
-    init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(BASE_CHANGING_INITS):
-        raise CheckpointError(
-            f"{folder}: a LoRA initialised by {init!r}, which changed its base's weights. Convert it to a plain LoRA "
-            "first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)."
-        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

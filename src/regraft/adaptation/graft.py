@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.model import load_model
+from regraft.adaptation.adaptation import write_lineage
+from regraft.adaptation.head import stored_labels
+from regraft.adaptation.kinds import DETERMINED_INITS, read_config
+from regraft.adaptation.lora import fold_start
+from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter
 from regraft.checkpoint import Derived, Entry, write_checkpoint
-from regraft.errors import MismatchError
+from regraft.errors import CheckpointError, MismatchError
 from regraft.upgrade import body_names, is_optional
 from regraft.weights import graft
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    import torch
 
     from regraft.adaptation.adaptation import Adaptation
     from regraft.progress import Progress
-    from regraft.upgrade import Upgrade
+    from regraft.upgrade import Base, Upgrade
 
 
 def write_graft(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress) -> None:
-    """Write old tuned weights for the new base: new + (tuned − old), or the LoRA as it is; the head is copied.
+    """Write old tuned weights for the new base: new + (tuned − old), or the adapter as it is; the head is copied.
+
+    A LoRA that took its start out of the old base is written as the plain LoRA that it amounts to there.
 
     Source: Qin et al., 2023 (arXiv:2305.08702), section 4.1.
 
@@ -38,18 +45,42 @@ def write_graft(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: 
     if adaptation.kind == "full":
         _check_body(adaptation, upgrade)
     into.mkdir(parents=True, exist_ok=True)
-    if adaptation.kind == "lora":
-        config = json.loads((adaptation.path / "adapter_config.json").read_text(encoding="utf-8"))
-        config |= {"base_model_name_or_path": upgrade.new.name, "revision": None}
-        (into / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        shutil.copyfile(adaptation.checkpoint.files[0], into / "adapter_model.safetensors")
-    else:
+    if adaptation.kind == "full":
         _graft_full(adaptation, upgrade, into, progress)
         shutil.copyfile(adaptation.path / "config.json", into / "config.json")
+    else:
+        tensors, config = plain_adapter(adaptation, upgrade.old)
+        write_adapter(into, tensors, {**config, "base_model_name_or_path": upgrade.new.name, "revision": None})
     upgrade.new.tokenizer.save_pretrained(into)
+    write_lineage(into, upgrade.new, adaptation.labels)
 
 
-def check_fit(adaptation: Adaptation, upgrade: Upgrade, labels: Sequence[str]) -> None:
+def plain_adapter(adaptation: Adaptation, old: Base) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
+    """Give an adapter's tensors and config such that they mean the same change on any base.
+
+    Args:
+        adaptation: Any but a full fine-tune.
+        old: The base it was tuned on.
+
+    Returns:
+        Both as they are stored; of a LoRA that took its start out of its base, those of the plain LoRA.
+
+    Raises:
+        CheckpointError: Its start cannot be found again from the base alone.
+    """
+    if not adaptation.changed_base:
+        return adaptation.checkpoint, adaptation.config
+    init = adaptation.config["init_lora_weights"]
+    if str(init).lower() not in DETERMINED_INITS:
+        raise CheckpointError(
+            f"{adaptation.path}: the LoRA was initialised by {init!r}, which took a start out of its base that cannot "
+            "be found again. Merge it with its start: regraft weights merge-lora --start."
+        )
+    model = attach(fresh_model(old, stored_labels(adaptation, old), 0), old, read_config(adaptation), 0)
+    return fold_start(adaptation.checkpoint, model.regraft_start, adaptation.config)
+
+
+def check_fit(adaptation: Adaptation, upgrade: Upgrade, labels: Sequence[str]) -> Any:
     """Refuse an adaptation that does not fit its base or its task, before anything is written.
 
     Args:
@@ -57,13 +88,16 @@ def check_fit(adaptation: Adaptation, upgrade: Upgrade, labels: Sequence[str]) -
         upgrade: The two bases.
         labels: The label names, in the order of the head's outputs.
 
+    Returns:
+        The old deployment: the adaptation on the old base, as a model.
+
     Raises:
         CheckpointError: A tensor of the adaptation is missing or has no place in the model.
         MismatchError: The adaptation has other sizes than its base, or another number of labels.
     """
     if adaptation.kind == "full":
         _check_body(adaptation, upgrade)
-    load_model(adaptation, upgrade.old, labels)
+    return load_model(adaptation, upgrade.old, labels)
 
 
 def _check_body(adaptation: Adaptation, upgrade: Upgrade) -> None:

@@ -123,8 +123,49 @@ def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors, start
     return Derived(entries)
 
 
+def fold_start(
+    adapter: Tensors, start: Tensors, config: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Make a plain LoRA of one that took its start B0·A0 out of its base: B·A − B0·A0, of twice the rank.
+
+    Args:
+        adapter: The tensors of `adapter_model.safetensors`.
+        start: Those of the adapter as it was initialised.
+        config: The content of `adapter_config.json`.
+
+    Returns:
+        The tensors and the config of the plain LoRA; the scaling of each module is what it was.
+
+    Raises:
+        CheckpointError: It is a DoRA too, or the two do not go together.
+    """
+    if config.get("use_dora"):
+        raise CheckpointError("a DoRA that took its start out of its base cannot be made a plain LoRA.")
+    folded = {name: adapter[name] for name in adapter if ".lora_" not in name}
+    for a_name in (name for name in adapter if name.endswith(PARTS[0])):
+        b_name = a_name.removesuffix(PARTS[0]) + PARTS[1]
+        if any(n not in side for n in (a_name, b_name) for side in (adapter, start)):
+            raise CheckpointError(f"the LoRA's start does not go with it: {a_name!r} differs.")
+        b, a = fold((adapter[b_name], adapter[a_name]), (start[b_name], start[a_name]))
+        folded |= {a_name: a, b_name: b}
+    wider = 2**0.5 if config.get("use_rslora") else 2
+    changed = {
+        "init_lora_weights": True,
+        "r": 2 * config["r"],
+        "lora_alpha": wider * config["lora_alpha"],
+        "rank_pattern": {pattern: 2 * rank for pattern, rank in (config.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {pattern: wider * alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()},
+    }
+    return folded, {**config, **changed}
+
+
 def extract_lora(
-    tuned: Tensors, old: Tensors, rank: int | None = None, energy: float | None = None, progress: Progress = silent
+    tuned: Tensors,
+    old: Tensors,
+    rank: int | None = None,
+    energy: float | None = None,
+    progress: Progress = silent,
+    moments: Mapping[str, torch.Tensor] | None = None,
 ) -> ExtractedLora:
     """Draw a LoRA out of a full fine-tune: the best low-rank approximation of each linear layer's delta.
 
@@ -136,6 +177,7 @@ def extract_lora(
         rank: The rank of every layer; or
         energy: the share of each delta's squared norm to keep, which fixes its rank.
         progress: Told of each layer.
+        moments: By layer, the second moments of its inputs, that weigh its delta; None to weigh all alike.
 
     Returns:
         The LoRA.
@@ -164,8 +206,8 @@ def extract_lora(
         if name not in linear:
             left_out += norm
         elif norm:
-            b, a = low_rank(change, rank, energy)
             module = name.removesuffix(".weight")
+            b, a = low_rank(change, rank, energy, (moments or {}).get(module))
             ranks[module] = len(a)
             kept += norm - float((change - b.double() @ a.double()).square().sum())
             found |= {f"{START}{module}{PARTS[0]}": a.float(), f"{START}{module}{PARTS[1]}": b.float()}
@@ -256,8 +298,7 @@ def merged_config(merged: Derived, folder: Path, base: Path) -> dict[str, Any]:
     sizes = [shape_of(merged, n)[0] for n in merged if re.search(r"^(?:classifier|score)\.(?:.*\.)?weight$", n)]
     if not sizes or kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         return {}
-    record = folder.parent / "outcome.json"
-    names = load_adaptation(folder).labels if record.is_file() else None
+    names = load_adaptation(folder).labels
     labels = names or tuple(f"LABEL_{i}" for i in range(min(sizes)))
     return {
         "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[kind]],

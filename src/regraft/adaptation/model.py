@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import CheckpointError, MismatchError
+from regraft.adaptation.adaptation import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CHANGING_INITS, write_lineage
+from regraft.adaptation.kinds import read_config
+from regraft.adaptation.lora import START, fold_start
+from regraft.checkpoint import write_atomic, write_safetensors
+from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.progress import quiet
 from regraft.upgrade import is_optional
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from peft import LoraConfig
+    import torch
 
     from regraft.adaptation.adaptation import Adaptation
+    from regraft.adaptation.kinds import Config
+    from regraft.errors import RegraftError
     from regraft.upgrade import Base
 
 ADAPTER = "default"
@@ -34,25 +43,20 @@ def fresh_model(base: Base, labels: Sequence[str], seed: int) -> Any:
     Raises:
         CheckpointError: A tensor of the body is missing, has another shape, or has no place in the model.
     """
-    from transformers import AutoModelForSequenceClassification, set_seed
-
-    set_seed(seed)
-    model, _ = load_strictly(AutoModelForSequenceClassification, base.path, base.prefix, **_head_config(labels))
-    model.config.pad_token_id = base.tokenizer.pad_token_id
-    return model
+    return _fresh(base, labels, seed)[0]
 
 
 def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, trainable: bool = False) -> Any:
-    """Load an adaptation as a model, a LoRA on the base that is given.
+    """Load an adaptation as a model: wholly, or not at all.
 
     Args:
         adaptation: The tuned weights.
-        base: The base a LoRA is put on; a full fine-tune takes its tokenizer only.
+        base: The base an adapter is put on; a full fine-tune takes its tokenizer only.
         labels: The label names, in the order of the head's outputs.
-        trainable: Whether a LoRA shall be tuned further, rather than be frozen.
+        trainable: Whether an adapter shall be tuned further, rather than be frozen.
 
     Returns:
-        The model in float32 on the CPU.
+        The model in float32 on the CPU. Every stored tensor is in it, and nothing in it is left as it was drawn.
 
     Raises:
         CheckpointError: A tensor of the adaptation is missing or has no place in the model.
@@ -65,66 +69,116 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
         if model.config.num_labels != len(labels):
             raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, labels))
         return model
-    return _load_lora(adaptation, fresh_model(base, labels, seed=0), labels, trainable)
+    model, fresh = _fresh(base, labels, seed=0)
+    if adaptation.kind == "bottleneck":
+        adapted, landed = _load_bottleneck(adaptation, model)
+    else:
+        adapted, landed = _load_peft(adaptation, model, labels, trainable)
+    _account(adaptation, base, labels, fresh, landed)
+    if adaptation.kind == "bottleneck" and not trainable:
+        adapted.requires_grad_(False)
+    return adapted
 
 
-def attach_lora(model: Any, base: Base, config: LoraConfig, seed: int) -> Any:
-    """Put a fresh LoRA on a model that has a fresh head.
+def attach(model: Any, base: Base, config: Config, seed: int) -> Any:
+    """Put a fresh adapter on a model that has a fresh head.
 
     Args:
         model: From `fresh_model`.
         base: The base it came from.
-        config: Rank, targets and so on; the heads, and a pooler that the base lacks, are added to what it tunes.
-        seed: What the LoRA is drawn from.
+        config: What kind of adapter; the heads, and a pooler that the base lacks, are added to what it tunes.
+        seed: What the adapter is drawn from.
 
     Returns:
-        The PEFT model: its LoRA and head are trained, its body is frozen.
+        The model with the adapter: that and the head are trained, its body is frozen.
+
+    Raises:
+        RecipeError: The architecture cannot take that kind.
     """
     from peft import get_peft_model
     from transformers import set_seed
 
+    from regraft.adaptation.bottleneck import BottleneckConfig, attach_bottlenecks
+
     heads = [name for name, _ in model.named_children() if name != model.base_model_prefix and name != "dropout"]
-    config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads, *_fresh_poolers(base)})
-    config.inference_mode = False
-    config.base_model_name_or_path = base.name
+    whole = sorted({*(config.modules_to_save or ()), *heads, *_fresh_poolers(base)})
     set_seed(seed)
+    if isinstance(config, BottleneckConfig):
+        present = tuple(name for name in whole if name in heads or name == "pooler")
+        return attach_bottlenecks(model, dataclasses.replace(config, modules_to_save=present))
+    untyped: Any = copy.deepcopy(config)
+    untyped.task_type, untyped.inference_mode = "SEQ_CLS", False
+    untyped.modules_to_save, untyped.base_model_name_or_path = whole, base.name
     with quiet():
-        return get_peft_model(model, config)
+        try:
+            adapted: Any = get_peft_model(model, untyped, adapter_name=ADAPTER)
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecipeError(f"{base.path}: PEFT cannot put {config.peft_type} on it ({error}).") from error
+        if str(getattr(config, "init_lora_weights", True)).lower().startswith(BASE_CHANGING_INITS):
+            adapted.regraft_start = {name: t.clone() for name, t in peft_state(adapted).items() if ".lora_" in name}
+    return adapted
 
 
-def lora_config(adaptation: Adaptation) -> LoraConfig:
-    """Read how a LoRA was set up, to make a fresh one like it.
+def peft_state(model: Any) -> dict[str, torch.Tensor]:
+    """Give the tensors of a PEFT model as they are stored.
 
     Args:
-        adaptation: A LoRA.
+        model: A PEFT model.
 
     Returns:
-        Its PEFT config.
+        The tensors by stored name.
     """
-    from peft import LoraConfig
+    from peft import get_peft_model_state_dict
 
-    config: LoraConfig = LoraConfig.from_pretrained(str(adaptation.path))
-    return config
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return state
 
 
-def save_model(model: Any, base: Base, into: Path) -> None:
+def save_model(model: Any, base: Base, labels: Sequence[str], into: Path) -> None:
     """Write a tuned model as a plain transformers or PEFT folder.
 
+    A LoRA that took its start out of its base is written as the plain LoRA of twice the rank that it amounts to.
+
     Args:
-        model: From `fresh_model`, `attach_lora` or `load_model`.
+        model: From `fresh_model`, `attach` or `load_model`.
         base: The base it lives on.
+        labels: The label names, in the order of the head's outputs.
         into: The folder to fill.
     """
     from peft import PeftModel
 
+    from regraft.adaptation.bottleneck import bottleneck_state
+
     with quiet():
         if isinstance(model, PeftModel):
-            model.peft_config[ADAPTER].base_model_name_or_path = base.name
+            config: Any = model.peft_config[ADAPTER]
+            config.base_model_name_or_path = base.name
+            config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
             model.save_pretrained(str(into), save_embedding_layers=False)
             (into / "README.md").unlink(missing_ok=True)  # the outcome has a model card with figures in it
+            if hasattr(model, "regraft_start"):
+                stored = json.loads((into / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+                write_adapter(into, *fold_start(peft_state(model), model.regraft_start, stored))
+        elif hasattr(model, "bottleneck_config"):
+            settings = {**model.bottleneck_config.to_dict(), "base_model_name_or_path": base.name}
+            write_adapter(into, {START + name: t for name, t in bottleneck_state(model).items()}, settings)
         else:
             model.save_pretrained(into)
     base.tokenizer.save_pretrained(into)
+    write_lineage(into, base, labels)
+
+
+def write_adapter(into: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """Write an adapter in PEFT's layout.
+
+    Args:
+        into: The folder to fill.
+        tensors: By stored name.
+        config: The content of `adapter_config.json`.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    write_safetensors(into / ADAPTER_WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    write_atomic(into / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: Any) -> tuple[Any, list[str]]:
@@ -168,30 +222,76 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
     return model, sorted(report["missing_keys"])
 
 
-def _load_lora(adaptation: Adaptation, model: Any, labels: Sequence[str], trainable: bool) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict
+def _fresh(base: Base, labels: Sequence[str], seed: int) -> tuple[Any, list[str]]:
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    set_seed(seed)
+    model, fresh = load_strictly(AutoModelForSequenceClassification, base.path, base.prefix, **_head_config(labels))
+    model.config.pad_token_id = base.tokenizer.pad_token_id
+    return model, fresh
+
+
+def _load_peft(
+    adaptation: Adaptation, model: Any, labels: Sequence[str], trainable: bool
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    from peft import PeftModel
 
     with quiet():
         try:
             adapted = PeftModel.from_pretrained(
-                model, str(adaptation.path), adapter_name=ADAPTER, is_trainable=trainable
+                model, str(adaptation.path), adapter_name=ADAPTER, is_trainable=trainable, ignore_mismatched_sizes=True
             )
-        except (RuntimeError, ValueError, KeyError) as error:
-            stored = adaptation.checkpoint.tensors
-            heads = {n: i.shape for n, i in stored.items() if "lora_" not in n and n.endswith("weight")}
+            return adapted, peft_state(adapted)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
             raise MismatchError(
-                f"{adaptation.path}: does not fit its base {model.config.name_or_path} with {len(labels)} labels "
-                f"({', '.join(labels[:8])}). Its own head has the shapes {heads}. ({str(error).strip()[:400]})"
+                f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {len(labels)} labels "
+                f"({', '.join(labels[:8])}): {str(error).strip()[:400]}"
             ) from error
-        expected = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False)
-    missing = sorted(expected.keys() - adaptation.checkpoint.keys())
-    left_over = sorted(adaptation.checkpoint.keys() - expected.keys())
-    if missing or left_over:
-        raise CheckpointError(
-            f"{adaptation.path}: {len(missing)} tensors missing ({', '.join(missing[:4])}), {len(left_over)} without a "
-            f"place on {model.config.name_or_path} ({', '.join(left_over[:4])})."
+
+
+def _load_bottleneck(adaptation: Adaptation, model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    from regraft.adaptation.bottleneck import attach_bottlenecks, bottleneck_state, set_bottleneck_state
+
+    config: Any = read_config(adaptation)
+    attach_bottlenecks(model, config)
+    expected = bottleneck_state(model)
+    stored = {name.removeprefix(START): name for name in adaptation.checkpoint}
+    infos = adaptation.checkpoint.tensors
+    if {name: tuple(t.shape) for name, t in expected.items()} == {n: infos[s].shape for n, s in stored.items()}:
+        set_bottleneck_state(model, {name: adaptation.checkpoint[stored[name]] for name in expected})
+    return model, {START + name: tensor for name, tensor in bottleneck_state(model).items()}
+
+
+def _account(
+    adaptation: Adaptation, base: Base, labels: Sequence[str], fresh: Sequence[str], landed: dict[str, torch.Tensor]
+) -> None:
+    """Hold what is in the model against what is stored: the same names, shapes and values, and no fresh head left."""
+    import torch
+
+    stored = adaptation.checkpoint.tensors
+    unfilled = [name for name in fresh if not {START + name, START.replace("model.", "", 1) + name} & landed.keys()]
+    shared = sorted(landed.keys() & stored.keys())
+    misshapen = [name for name in shared if tuple(landed[name].shape) != stored[name].shape]
+    lists = {
+        "missing": sorted(landed.keys() - stored.keys()),
+        "without a place": sorted(stored.keys() - landed.keys()),
+        "of another shape": [f"{n} {stored[n].shape}, expected {tuple(landed[n].shape)}" for n in misshapen],
+        "in the model that neither the base nor the adaptation fills": unfilled,
+    }
+    if any(lists.values()):
+        told = "; ".join(f"{len(names)} {what}: {', '.join(names[:4])}" for what, names in lists.items() if names)
+        refusal: type[RegraftError] = MismatchError if misshapen else CheckpointError
+        raise refusal(
+            f"{adaptation.path}: does not fit {base.path} with {len(labels)} labels ({', '.join(labels[:8])}). "
+            f"Tensors {told}."
         )
-    return adapted
+    for name in shared:
+        value = landed[name].cpu()
+        if not torch.equal(value, adaptation.checkpoint[name].to(value.dtype)):
+            raise CheckpointError(
+                f"{adaptation.path}: tensor {name!r} did not land in the model as it is stored: a {adaptation.kind} "
+                "set up like this cannot be loaded exactly (or not be tuned further)."
+            )
 
 
 def _head_config(labels: Sequence[str]) -> dict[str, Any]:
@@ -204,17 +304,7 @@ def _head_config(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _fresh_poolers(base: Base) -> list[str]:
-    return [] if any(is_optional(name) for name in base.body) else ["pooler"] * _has_pooler(base)
-
-
-def _has_pooler(base: Base) -> bool:
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    auto: Any = AutoModelForSequenceClassification
-    with torch.device("meta"):
-        body = auto.from_config(base.config).base_model
-    return getattr(body, "pooler", None) is not None
+    return [] if any(is_optional(name) for name in base.body) else ["pooler"] * base.has_pooler
 
 
 def _wrong_labels(adaptation: Adaptation, found: int, labels: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from regraft.checkpoint.derived import Derived, Entry, dtype_of, piece, shape_of
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
 from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
-from regraft.checkpoint.header import TensorInfo, read_header
+from regraft.checkpoint.header import TensorInfo, dtype_name, read_header
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.reader import Checkpoint
 from regraft.checkpoint.whole import TOKENIZER, Plan, copy_companions, plan_checkpoint, write_folder
@@ -19,6 +19,7 @@ __all__ = [
     "TensorInfo",
     "check_finite",
     "copy_companions",
+    "dtype_name",
     "dtype_of",
     "find_path",
     "fingerprint",

@@ -14,6 +14,7 @@ def check(
     task: options.TaskFile,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     precision: options.Precision = "auto",
+    force: options.Force = False,
 ) -> None:
     """Put old weights on the new base as they are, and say what the upgrade did to them."""
     import dataclasses
@@ -26,7 +27,12 @@ def check(
 
     with show.progress() as progress:
         result = run(
-            Upgrade(old_base, new_base), adaptation, task, recipe=Recipe(precision=precision), progress=progress
+            Upgrade(old_base, new_base),
+            adaptation,
+            task,
+            recipe=Recipe(precision=precision),
+            force=force,
+            progress=progress,
         )
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=2))

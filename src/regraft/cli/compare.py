@@ -30,6 +30,7 @@ def compare(
     eval_every: options.EvalEvery = None,
     save_every: options.SaveEvery = 200,
     precision: options.Precision = "auto",
+    force: options.Force = False,
 ) -> None:
     """Run several methods on the same data, seeds and order, and hold them against scratch."""
     from regraft.cli import show
@@ -58,6 +59,7 @@ def compare(
             out,
             recipe=recipe,
             seeds=[int(seed) for seed in seeds.split(",") if seed.strip()],
+            force=force,
             options={name: parse_options(name, chosen) for name in names if find_method(name).options},
             progress=progress,
         )

@@ -15,13 +15,14 @@ Steps = Annotated[int | None, typer.Option(help="Optimiser steps; by default --e
 Epochs = Annotated[float, typer.Option(help="Passes over the data where --steps is not given.")]
 BatchSize = Annotated[int, typer.Option(help="Examples a step (blocks, for pretrain).", min=1)]
 LearningRate = Annotated[
-    float | None, typer.Option(help="Peak rate; by default 5e-5 (full), 5e-4 (LoRA), 1e-4 (pretrain).")
+    float | None, typer.Option(help="Peak rate; by default 5e-5 (full), 5e-4 (LoRA, bottleneck), 1e-4 (pretrain).")
 ]
 Warmup = Annotated[float, typer.Option(help="The fraction of the steps over which the rate rises.")]
 EvalEvery = Annotated[int | None, typer.Option(help="Steps between evaluations; by default about ten in all.", min=1)]
 SaveEvery = Annotated[int, typer.Option(help="Steps between the checkpoints an interrupted run goes on from.", min=1)]
 Seed = Annotated[int, typer.Option(help="Fixes fresh heads, few-shot draws, the order of the data and dropout.")]
 Precision = Annotated[str, typer.Option(help="bf16, fp32, or auto: bf16 where the device computes in it.")]
+Force = Annotated[bool, typer.Option("--force", help="Take the old base though the weights record another one.")]
 Alpha = Annotated[float | None, typer.Option(help="Distillation: the share of the teacher's soft labels.")]
 Beta = Annotated[float | None, typer.Option(help="Distillation: the weight of the hidden states' error.")]
 Temperature = Annotated[float | None, typer.Option(help="Distillation: softens both models' outputs.")]

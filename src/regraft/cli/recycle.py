@@ -14,6 +14,9 @@ def recycle(
     task: options.TaskFile,
     out: options.Out,
     method: Annotated[str, typer.Option(help="scratch, direct, init, distill or init+distill.")] = "init+distill",
+    head: Annotated[
+        str, typer.Option(help="copy the old head; resize it to the task's labels, by name; or a fresh one.")
+    ] = "copy",
     alpha: options.Alpha = None,
     beta: options.Beta = None,
     temperature: options.Temperature = None,
@@ -28,6 +31,7 @@ def recycle(
     save_every: options.SaveEvery = 200,
     seed: options.Seed = 20,
     precision: options.Precision = "auto",
+    force: options.Force = False,
 ) -> None:
     """Carry one adaptation over to the new base by one method."""
     from regraft.cli import show
@@ -52,6 +56,8 @@ def recycle(
             out,
             recipe=recipe,
             options=chosen,
+            head=head,  # type: ignore[arg-type]
+            force=force,
             progress=progress,
         )
     show.outcome(result)

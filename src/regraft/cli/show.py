@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from regraft.adaptation import Outcome
+    from regraft.adaptation import Adaptation, Outcome
     from regraft.checkpoint import Checkpoint, Plan
     from regraft.diagnosis import Check
     from regraft.methods import Comparison
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 console = Console()
 SECONDS_BETWEEN_LINES = 10.0
-_LINEAGE = {"proven": "records this old base", "unproven": "does not record its base"}
+_LINEAGE = {"proven": "records this old base", "unproven": "does not record its base", "forced": "records another base"}
 
 
 @contextlib.contextmanager
@@ -146,6 +147,7 @@ def check(result: Check) -> None:
         ("agreement of the two", f"{result.agreement:.1%}"),
         ("negative / positive flips", f"{result.negative_flips:.1%} / {result.positive_flips:.1%}"),
         ("distance of the bases", f"L2 {result.l2:.2f}, {result.relative:.2%} of the norm, cosine {result.cosine:.6f}"),
+        ("effect on the old base", f"changes what the head reads by {result.effect:.1%}"),
         ("lineage", f"{result.lineage}: the adaptation {_LINEAGE[result.lineage]}"),
     ]
     width = max(len(name) for name, _ in lines)
@@ -180,6 +182,35 @@ def distances(found: Mapping[str, Mapping[str, Distance]]) -> None:
                 name if by != "whole" else "[bold]all[/]", f"{one.l2:.4g}", f"{one.relative:.2%}", f"{one.cosine:.6f}",
                 f"{one.per_parameter:.2e}", f"{one.parameters:,}", end_section=name == list(several)[-1],
             )  # fmt: skip
+    console.print(table)
+
+
+def adaptation(found: Adaptation, base: str | None, lineage: str | None) -> None:
+    """Print what an adaptation holds.
+
+    Args:
+        found: The adaptation.
+        base: The base it was held against, if it was.
+        lineage: What came of that.
+    """
+    infos = found.checkpoint.tensors.values()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    shown = ("r", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights", "num_virtual_tokens", "inner_size",
+             "placement", "activation", "tune_norms")  # fmt: skip
+    rows = {
+        "kind": found.kind,
+        "tensors": f"{len(found.checkpoint):,}",
+        "parameters": f"{sum(math.prod(info.shape) for info in infos):,}",
+        "size": _bytes(sum(info.end - info.start for info in infos)),
+        "set up": ", ".join(f"{name} {found.config[name]}" for name in shown if found.config.get(name)) or None,
+        "labels": ", ".join(found.labels) if found.labels else "not named",
+        "tuned on": found.base or "not recorded: its lineage is unproven",
+        "fingerprint": found.fingerprint,
+        "on the base": f"{base}: loads wholly, lineage {lineage}" if base else None,
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, Text(value))
     console.print(table)
 
 

@@ -11,8 +11,15 @@ def tune(
     base: Annotated[str, typer.Argument(help="The base to tune: a folder or a hub id[@revision].")],
     task: options.TaskFile,
     out: options.Out,
-    kind: Annotated[str, typer.Option(help="full, or lora.")] = "full",
-    rank: Annotated[int, typer.Option(help="The LoRA's rank; its alpha is twice that.", min=1)] = 8,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="full, lora, rslora, dora, pissa, olora, ia3, prefix, prompt, layernorm, bottleneck or pfeiffer."
+        ),
+    ] = "full",
+    rank: Annotated[int, typer.Option(help="A LoRA's rank; its alpha is twice that.", min=1)] = 8,
+    inner_size: Annotated[int, typer.Option(help="The width of bottleneck adapters.", min=1)] = 24,
+    virtual_tokens: Annotated[int, typer.Option(help="How many a prefix or a prompt has.", min=1)] = 20,
     shots: options.Shots = None,
     steps: options.Steps = None,
     epochs: options.Epochs = 3.0,
@@ -36,6 +43,14 @@ def tune(
     )  # fmt: skip
     with show.progress() as progress:
         result = run(
-            base, Task.load(task).with_shots(shots), out, kind=kind, rank=rank, recipe=recipe, progress=progress
+            base,
+            Task.load(task).with_shots(shots),
+            out,
+            kind=kind,
+            rank=rank,
+            inner_size=inner_size,
+            virtual_tokens=virtual_tokens,
+            recipe=recipe,
+            progress=progress,
         )
     show.outcome(result)

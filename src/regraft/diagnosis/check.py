@@ -12,7 +12,7 @@ import numpy as np
 from regraft.adaptation import Adaptation, check_fit, load_adaptation, write_graft
 from regraft.progress import Progress, silent
 from regraft.task import flips, load_data, majority_score, score
-from regraft.tuning.deployment import match_labels, predictions
+from regraft.tuning.deployment import check_effect, match_labels, predictions
 from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class Check:
         l2: The Euclidean distance of the bases' bodies.
         relative: The same over the norm of the old body.
         cosine: The cosine between the bodies.
-        lineage: `proven` if the adaptation records the old base's fingerprint, else `unproven`.
+        effect: How much the adaptation changes what the head reads on the old base, relative to its norm.
+        lineage: `proven` if the adaptation records the old base's fingerprint, `forced` if another one, else
+            `unproven`.
         verdict: What to do, in one line.
     """
 
@@ -59,6 +61,7 @@ class Check:
     l2: float
     relative: float
     cosine: float
+    effect: float
     lineage: str
     verdict: str
 
@@ -69,6 +72,7 @@ def check(
     task: Task | TaskData | str | Path,
     *,
     recipe: Recipe | None = None,
+    force: bool = False,
     progress: Progress = silent,
 ) -> Check:
     """Put old weights on the new base as they are, and compare with the old deployment.
@@ -78,6 +82,7 @@ def check(
         adaptation: What was tuned on the old base, or its folder.
         task: A task file, a `Task` or its data.
         recipe: Whose seed and precision to use.
+        force: Take the old base in spite of another fingerprint.
         progress: Told of each batch.
 
     Returns:
@@ -90,9 +95,10 @@ def check(
     """
     recipe = recipe or Recipe()
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
-    adaptation.check_base(upgrade.old)
-    data = match_labels(adaptation, load_data(task, recipe.seed))
-    check_fit(adaptation, upgrade, data.labels)
+    lineage = adaptation.check_base(upgrade.old, force=force)
+    data = load_data(task, recipe.seed).with_room(adaptation.virtual_tokens, upgrade.new.longest)
+    data = match_labels(adaptation, data)
+    effect = check_effect(check_fit(adaptation, upgrade, data.labels), adaptation, upgrade.old, data)
     split = data.test or data.dev
     before = predictions(adaptation, upgrade.old, data, recipe, progress)
     with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
@@ -117,7 +123,8 @@ def check(
         l2=moved.l2,
         relative=moved.relative,
         cosine=moved.cosine,
-        lineage="proven" if adaptation.base else "unproven",
+        effect=effect,
+        lineage=lineage,
         verdict=_verdict(retained),
     )
 

@@ -1,18 +1,20 @@
 """Recycling methods, one file each, and what runs them."""
 
 from regraft.methods.compare import Comparison, Row, compare
+from regraft.methods.convert import Conversion, convert
 from regraft.methods.method import Job, Method
 from regraft.methods.recycle import parse_options, recycle
 from regraft.methods.registry import find_method, methods
-from regraft.methods.tune import KINDS, tune
+from regraft.methods.tune import tune
 
 __all__ = [
-    "KINDS",
     "Comparison",
+    "Conversion",
     "Job",
     "Method",
     "Row",
     "compare",
+    "convert",
     "find_method",
     "methods",
     "parse_options",

@@ -92,6 +92,7 @@ def compare(
     recipe: Recipe | None = None,
     seeds: Sequence[int] = (20,),
     options: Mapping[str, Any] | None = None,
+    force: bool = False,
     progress: Progress = silent,
 ) -> Comparison:
     """Run methods on the same data, seeds and order, and hold them against scratch and the old deployment.
@@ -105,6 +106,7 @@ def compare(
         recipe: How to train, the same for all.
         seeds: One run each; they take the place of the recipe's seed.
         options: A method's options by its name.
+        force: Take the old base in spite of another fingerprint.
         progress: Told of each step.
 
     Returns:
@@ -118,12 +120,13 @@ def compare(
         find_method(name)
     recipe, out = recipe or Recipe(), Path(out)
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
-    adaptation.check_base(upgrade.old)
+    adaptation.check_base(upgrade.old, force=force)
     rows: dict[str, list[Row]] = {name: [] for name in names}
     outcomes = []
     deployment: list[int] = []
     for seed in seeds:
-        data = match_labels(adaptation, load_data(task, seed))
+        data = load_data(task, seed).with_room(adaptation.virtual_tokens, upgrade.new.longest)
+        data = match_labels(adaptation, data)
         split = data.test or data.dev
         deployment = predictions(adaptation, upgrade.old, data, recipe, progress)
         runs: dict[str, Outcome] = {}
@@ -136,6 +139,7 @@ def compare(
                 out / f"{name.replace('+', '-')}-seed{seed}",
                 recipe=dataclasses.replace(recipe, seed=seed),
                 options=(options or {}).get(name),
+                force=force,
                 progress=lambda stage, *rest, name=name: progress(f"{name}: {stage}", *rest),
             )
             rows[name].append(_row(runs[name], runs["scratch"], split.name, split.labels.tolist(), deployment))

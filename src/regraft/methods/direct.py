@@ -20,10 +20,8 @@ def run(job: Job, options: Any) -> list[dict[str, float]]:
     Returns:
         No learning curve: nothing is trained.
     """
-    from regraft.adaptation import write_graft
-
-    write_graft(job.adaptation, job.upgrade, job.into, job.progress)
+    job.graft(job.into)
     return []
 
 
-METHOD = Method("direct", "put the old delta or LoRA on the new base, no tuning", (), run)
+METHOD = Method("direct", "put the old delta or adapter on the new base, no tuning", (), run)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from regraft.adaptation import Adaptation
+    from regraft.adaptation import Adaptation, Head
     from regraft.progress import Progress
     from regraft.task import TaskData
     from regraft.tuning import Distillation, Recipe
@@ -23,11 +23,12 @@ class Job:
     Args:
         upgrade: The old and the new base.
         adaptation: What was tuned on the old one.
-        data: The task's examples, classes in the order of the adaptation's head.
+        data: The task's examples, classes in the order of the new head.
         recipe: Resolved for this data.
         work: A folder in which an interrupted job is gone on from.
         into: The folder to fill with the new adaptation.
         progress: Told of each step.
+        head: What becomes of the old head where the old weights are put onto the new base.
     """
 
     upgrade: Upgrade
@@ -37,19 +38,35 @@ class Job:
     work: Path
     into: Path
     progress: Progress
+    head: Head = "copy"
 
     def fresh(self) -> Any:
-        """Give the new base as scratch tunes it: with a fresh head, and a fresh LoRA if the old weights are one.
+        """Give the new base as scratch tunes it: with a fresh head, and a fresh adapter if the old weights are one.
 
         Returns:
             The model.
         """
-        from regraft.adaptation import attach_lora, fresh_model, lora_config
+        from regraft.adaptation import attach, fresh_model, read_config
 
         model = fresh_model(self.upgrade.new, self.data.labels, self.recipe.seed)
-        if self.adaptation.kind == "lora":
-            model = attach_lora(model, self.upgrade.new, lora_config(self.adaptation), self.recipe.seed)
+        if self.adaptation.kind != "full":
+            model = attach(model, self.upgrade.new, read_config(self.adaptation, afresh=True), self.recipe.seed)
         return model
+
+    def graft(self, into: Path) -> None:
+        """Write the old weights put onto the new base, with the head that is wanted.
+
+        Args:
+            into: The folder to fill.
+        """
+        from regraft.adaptation import change_head, write_graft
+
+        if self.head == "copy":
+            write_graft(self.adaptation, self.upgrade, into, self.progress)
+            return
+        kept = self.work / "graft" / "kept"
+        write_graft(self.adaptation, self.upgrade, kept, self.progress)
+        change_head(kept, self.upgrade.new, self.data.labels, self.head, self.recipe.seed, into)
 
     def grafted(self) -> Any:
         """Give the new base with the old weights put onto it, ready to be tuned further.
@@ -57,10 +74,10 @@ class Job:
         Returns:
             The model.
         """
-        from regraft.adaptation import load_adaptation, load_model, write_graft
+        from regraft.adaptation import load_adaptation, load_model
 
         folder = self.work / "graft" / "weights"
-        write_graft(self.adaptation, self.upgrade, folder, self.progress)
+        self.graft(folder)
         return load_model(load_adaptation(folder), self.upgrade.new, self.data.labels, trainable=True)
 
     def tune(self, model: Any, options: Distillation | None = None) -> list[dict[str, float]]:
@@ -79,7 +96,7 @@ class Job:
         old = self.upgrade.old
         teacher = Teacher(load_model(self.adaptation, old, self.data.labels), old, options) if options else None
         curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher)
-        save_model(model, self.upgrade.new, self.into)
+        save_model(model, self.upgrade.new, self.data.labels, self.into)
         return curve
 
 

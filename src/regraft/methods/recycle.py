@@ -7,14 +7,25 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import Adaptation, Outcome, check_fit, find_outcome, load_adaptation, write_outcome
+from regraft.adaptation import (
+    HEADS,
+    Adaptation,
+    Head,
+    Outcome,
+    check_fit,
+    find_outcome,
+    load_adaptation,
+    stored_labels,
+    write_outcome,
+)
 from regraft.checkpoint import resumable_folder
 from regraft.errors import RecipeError
 from regraft.methods.method import Job
 from regraft.methods.registry import find_method
 from regraft.progress import Progress, silent
 from regraft.task import load_data, majority_score, score
-from regraft.tuning.deployment import match_labels
+from regraft.tuning.deployment import check_effect, match_labels
+from regraft.tuning.distill import Distillation
 from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,6 +46,8 @@ def recycle(
     *,
     recipe: Recipe | None = None,
     options: Any = None,
+    head: Head = "copy",
+    force: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
     """Get weights for the new base out of weights tuned on the old one.
@@ -47,6 +60,9 @@ def recycle(
         out: Where the outcome folder shall be. If it is there, made from the same, nothing is done.
         recipe: How to train.
         options: The method's own options, as `Distillation`; None for its defaults.
+        head: `copy` the old head, whose labels must be the task's; `resize` it to the task's labels, matched by name;
+            or put a `fresh` one on the old weights.
+        force: Take the old base in spite of another fingerprint.
         progress: Told of each step.
 
     Returns:
@@ -66,12 +82,20 @@ def recycle(
         raise RecipeError(f"method {method} takes {chosen.options or 'no options'}, found {options!r}.")
     if not isinstance(adaptation, Adaptation):
         adaptation = load_adaptation(adaptation)
-    adaptation.check_base(upgrade.old)
-    data = match_labels(adaptation, load_data(task, recipe.seed))
+    if head not in HEADS:
+        raise RecipeError(f"head is one of {', '.join(HEADS)}, found {head!r}.")
+    if head != "copy" and isinstance(options, Distillation):
+        raise RecipeError(f"method {method} learns the old head's outputs: it takes head copy only, found {head}.")
+    lineage = adaptation.check_base(upgrade.old, force=force)
+    data = load_data(task, recipe.seed)
+    data = data.with_room(adaptation.virtual_tokens, upgrade.new.longest)
+    if head == "copy":
+        data = match_labels(adaptation, data)
     inputs = {
         "method": method,
         "options": dataclasses.asdict(options) if options is not None else None,
         "recipe": dataclasses.asdict(recipe),
+        "head": head,
         "task": data.digest(),
         "old_base": upgrade.old.fingerprint,
         "new_base": upgrade.new.fingerprint,
@@ -79,21 +103,22 @@ def recycle(
     }
     if done := find_outcome(out, inputs):
         return done
-    check_fit(adaptation, upgrade, data.labels)
+    labels = data.labels if head == "copy" else stored_labels(adaptation, upgrade.old)
+    check_effect(check_fit(adaptation, upgrade, labels), adaptation, upgrade.old, data)
     resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
     source = {
         "adaptation": str(adaptation.path),
         "fingerprint": adaptation.fingerprint,
         "old_base": upgrade.old.name,
         "old_base_fingerprint": upgrade.old.fingerprint,
-        "lineage": "proven" if adaptation.base else "unproven",
+        "lineage": lineage,
     }
     with resumable_folder(out, inputs) as work:
         staging = new_folder(work / "whole")
-        job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress)
+        job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress, head)
         curve = chosen.run(job, options)
         return record_outcome(
-            staging, out, upgrade.new, data, resolved, curve, inputs, kind=adaptation.kind, method=method,
+            staging, out, upgrade.new, data, resolved, curve, inputs, method=method,
             recycled_from=source, progress=progress,
         )  # fmt: skip
 
@@ -107,7 +132,6 @@ def record_outcome(
     curve: list[dict[str, float]],
     inputs: dict[str, Any],
     *,
-    kind: str,
     method: str,
     recycled_from: dict[str, Any] | None,
     progress: Progress,
@@ -122,7 +146,6 @@ def record_outcome(
         recipe: As it was resolved.
         curve: The learning curve; empty if nothing was trained.
         inputs: What the outcome is made from.
-        kind: The kind of the adaptation.
         method: How it was made.
         recycled_from: Where it comes from, if it was recycled.
         progress: Told of each batch.
@@ -135,7 +158,8 @@ def record_outcome(
     from regraft.adaptation import load_model
     from regraft.tuning import device, encode, plan_order, predict
 
-    model = load_model(load_adaptation(staging / "adaptation"), base, data.labels).to(device())
+    adaptation = load_adaptation(staging / "adaptation")
+    model = load_model(adaptation, base, data.labels).to(device())
     rows: list[dict[str, Any]] = []
     scores: dict[str, float | None] = {}
     for name in SPLITS:
@@ -156,7 +180,7 @@ def record_outcome(
     seen = len(np.unique(plan_order(lengths, recipe.batch_size, steps, recipe.seed))) if steps else 0
     record = {
         "method": method,
-        "kind": kind,
+        "kind": adaptation.kind,
         "inputs": inputs,
         "task": {"name": data.name, "metric": data.metric, "digest": data.digest(), "train": len(data.train)},
         "labels": list(data.labels),
@@ -175,14 +199,14 @@ def learning_rate(kind: str) -> float:
     """Give the learning rate for a kind of adaptation where the recipe names none.
 
     Args:
-        kind: `full` or `lora`.
+        kind: As in `Adaptation`.
 
     Returns:
         The rate.
     """
-    from regraft.tuning import LEARNING_RATES
+    from regraft.tuning import ADAPTER_RATE, LEARNING_RATES
 
-    return LEARNING_RATES[kind]
+    return LEARNING_RATES.get(kind, ADAPTER_RATE)
 
 
 def new_folder(folder: Path) -> Path:

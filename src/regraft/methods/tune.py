@@ -6,9 +6,18 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.adaptation import Outcome, attach_lora, find_outcome, fresh_model, save_model
+from regraft.adaptation import (
+    Config,
+    Outcome,
+    attach,
+    find_outcome,
+    fresh_model,
+    kind_of,
+    new_config,
+    save_model,
+    settings,
+)
 from regraft.checkpoint import resumable_folder
-from regraft.errors import RecipeError
 from regraft.methods.recycle import learning_rate, new_folder, record_outcome
 from regraft.progress import Progress, silent
 from regraft.task import load_data
@@ -18,16 +27,16 @@ from regraft.upgrade import Base
 if TYPE_CHECKING:
     from regraft.task import Task, TaskData
 
-KINDS = ("full", "lora")
-
 
 def tune(
     base: Base | str | Path,
     task: Task | TaskData | str | Path,
     out: str | Path,
     *,
-    kind: str = "full",
+    kind: str | Config = "full",
     rank: int = 8,
+    inner_size: int = 24,
+    virtual_tokens: int = 20,
     recipe: Recipe | None = None,
     progress: Progress = silent,
 ) -> Outcome:
@@ -37,8 +46,11 @@ def tune(
         base: A folder, a hub id or an opened base.
         task: A task file, a `Task` or its data.
         out: Where the outcome folder shall be. If it is there, made from the same, nothing is done.
-        kind: `full`, or `lora` on every linear layer of the body.
-        rank: The LoRA's rank; its alpha is twice that.
+        kind: `full`; `lora`, `rslora`, `dora`, `pissa` or `olora` on every linear layer of the body; `ia3`, `prefix`,
+            `prompt`, `layernorm`; `bottleneck` or `pfeiffer`; or a config of PEFT's or a `BottleneckConfig`.
+        rank: A LoRA's rank; its alpha is twice that.
+        inner_size: The width of bottleneck adapters.
+        virtual_tokens: How many a prefix or a prompt has.
         recipe: How to train.
         progress: Told of each step.
 
@@ -51,37 +63,30 @@ def tune(
         OutcomeError: Something else is at `out`.
         RecipeError: An option is out of its range.
     """
-    if kind not in KINDS:
-        raise RecipeError(f"there is no kind {kind!r}; there are {', '.join(KINDS)}.")
-    if rank < 1:
-        raise RecipeError(f"a LoRA's rank is at least 1, found {rank}.")
     recipe, out = recipe or Recipe(), Path(out)
     base = base if isinstance(base, Base) else Base.open(base)
-    data = load_data(task, recipe.seed)
+    sizes = {"rank": rank, "inner_size": inner_size, "virtual_tokens": virtual_tokens}
+    config = new_config(kind, base, **sizes) if isinstance(kind, str) else kind
+    data = load_data(task, recipe.seed).with_room(getattr(config, "num_virtual_tokens", None) or 0, base.longest)
     inputs = {
         "method": "tune",
-        "kind": kind,
-        "rank": rank if kind == "lora" else None,
+        "adapter": settings(config),
         "recipe": dataclasses.asdict(recipe),
         "task": data.digest(),
         "base": base.fingerprint,
     }
     if done := find_outcome(out, inputs):
         return done
-    from peft import LoraConfig
-
     from regraft.tuning import tune_model
 
-    resolved = recipe.resolve(len(data.train), learning_rate(kind))
+    resolved = recipe.resolve(len(data.train), learning_rate(kind_of(config)))
     with resumable_folder(out, inputs) as work:
         staging = new_folder(work / "whole")
         model = fresh_model(base, data.labels, resolved.seed)
-        if kind == "lora":
-            config = LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-            model = attach_lora(model, base, config, resolved.seed)
+        if config is not None:
+            model = attach(model, base, config, resolved.seed)
         curve = tune_model(model, base, data, resolved, work, progress)
-        save_model(model, base, staging / "adaptation")
+        save_model(model, base, data.labels, staging / "adaptation")
         return record_outcome(
-            staging, out, base, data, resolved, curve, inputs, kind=kind, method="tune", recycled_from=None,
-            progress=progress,
+            staging, out, base, data, resolved, curve, inputs, method="tune", recycled_from=None, progress=progress,
         )  # fmt: skip

@@ -79,6 +79,18 @@ class TaskData:
     test: Split | None
     duplicates: int
 
+    def with_room(self, tokens: int, longest: int) -> TaskData:
+        """Cut texts so that virtual tokens fit in front of them.
+
+        Args:
+            tokens: How many there are.
+            longest: The longest input the base takes.
+
+        Returns:
+            The task, with a smaller `max_length` where that is needed.
+        """
+        return dataclasses.replace(self, max_length=min(self.max_length, longest - tokens)) if tokens else self
+
     def few_shot(self, shots: int, seed: int) -> TaskData:
         """Keep a few examples a class of train and of dev, and all of test.
 

@@ -3,12 +3,14 @@
 from regraft.tuning.corpus import Corpus
 from regraft.tuning.distill import Distillation, distillation_loss
 from regraft.tuning.examples import Examples, encode, plan_order
+from regraft.tuning.moments import input_moments
 from regraft.tuning.predict import device, predict
 from regraft.tuning.pretrain import pretrain
 from regraft.tuning.recipe import Recipe
-from regraft.tuning.tune import LEARNING_RATES, Teacher, evaluate, tune_model
+from regraft.tuning.tune import ADAPTER_RATE, LEARNING_RATES, Teacher, evaluate, tune_model
 
 __all__ = [
+    "ADAPTER_RATE",
     "LEARNING_RATES",
     "Corpus",
     "Distillation",
@@ -19,6 +21,7 @@ __all__ = [
     "distillation_loss",
     "encode",
     "evaluate",
+    "input_moments",
     "plan_order",
     "predict",
     "pretrain",

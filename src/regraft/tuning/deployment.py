@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import load_model
+from regraft.adaptation import fresh_model, load_model
 from regraft.errors import MismatchError
 from regraft.progress import Progress, silent
 from regraft.tuning.examples import encode
-from regraft.tuning.predict import device, predict
+from regraft.tuning.predict import Output, device, for_each_batch, last_tokens, predict
 
 if TYPE_CHECKING:
+    import torch
+
     from regraft.adaptation import Adaptation
     from regraft.task import TaskData
     from regraft.tuning.recipe import Recipe
     from regraft.upgrade import Base
+
+logger = logging.getLogger(__name__)
+
+PROBED = 32
 
 
 def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
@@ -36,6 +44,53 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
         return data.relabel(adaptation.labels)
     except MismatchError as error:
         raise MismatchError(f"{adaptation.path} was not tuned for the labels of task {data.name}: {error}") from error
+
+
+def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData) -> float:
+    """Prove on real text that an adaptation that was loaded does something.
+
+    Args:
+        model: The adaptation on its base.
+        adaptation: What was loaded.
+        base: The base it was tuned on.
+        data: The texts.
+
+    Returns:
+        The change of what the head reads, relative to its norm on the base alone.
+
+    Raises:
+        MismatchError: An adapter changes nothing.
+    """
+    import torch
+
+    split = dataclasses.replace(data.train, texts=data.train.texts[:PROBED], labels=data.train.labels[:PROBED])
+    examples = encode(base, split, data.max_length)
+
+    def read(classifier: Any) -> torch.Tensor:
+        rows: list[torch.Tensor] = []
+
+        def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+            last = output.hidden[-1]
+            if base.is_decoder:
+                at, place = last_tokens(last, batch["attention_mask"])
+                rows.append(last[at, place].float().cpu())
+            else:
+                rows.append(last[:, 0].float().cpu())
+
+        for_each_batch(classifier.to(device()), examples, "fp32", keep, hidden=True)
+        return torch.cat(rows)
+
+    bare = fresh_model(base, ("a", "b"), 0)
+    plain, adapted = read(bare), read(model)
+    effect = float((adapted - plain).norm() / plain.norm())
+    if not effect and adaptation.kind == "full":
+        logger.warning("%s has the body of its base unchanged: only its head was tuned.", adaptation.path)
+    elif not effect:
+        raise MismatchError(
+            f"{adaptation.path}: loaded wholly, and it changes nothing in the output of {base.path} on {len(split)} "
+            "texts. Was it ever tuned?"
+        )
+    return effect
 
 
 def predictions(

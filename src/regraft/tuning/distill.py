@@ -11,7 +11,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.tuning.predict import for_each_batch
+from regraft.tuning.predict import Output, for_each_batch, forward, last_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +97,7 @@ def read_hidden(hidden_states: tuple[torch.Tensor, ...], mask: torch.Tensor, las
     """Take the hidden state the head's token has after the embeddings and after every layer but the last.
 
     Args:
-        hidden_states: One tensor a layer, batch × tokens × width, the embeddings' first.
+        hidden_states: One tensor a layer, batch × tokens × width, the embeddings' first; a prompt's tokens in front.
         mask: The attention mask, batch × tokens, padded on the right.
         last_token: Whether the head reads the last token (decoders) rather than the first.
 
@@ -108,7 +108,7 @@ def read_hidden(hidden_states: tuple[torch.Tensor, ...], mask: torch.Tensor, las
 
     if not last_token:
         return torch.stack([layer[:, 0] for layer in hidden_states[:-1]], dim=1)
-    rows, last = torch.arange(len(mask), device=mask.device), mask.sum(dim=1) - 1
+    rows, last = last_tokens(hidden_states[0], mask)
     return torch.stack([layer[rows, last] for layer in hidden_states[:-1]], dim=1)
 
 
@@ -148,16 +148,16 @@ def teach(
         )  # fmt: skip
         kept: dict[str, torch.Tensor] = {}
 
-        def keep(output: Any, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+        def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
             found = {"logits": output.logits.float()}
             if options.beta:
-                found["hidden"] = read_hidden(output.hidden_states, batch["attention_mask"], last_token).bfloat16()
+                found["hidden"] = read_hidden(output.hidden, batch["attention_mask"], last_token).bfloat16()
             for name, rows in found.items():
                 if name not in kept:
                     kept[name] = torch.zeros(len(examples), *rows.shape[1:], dtype=rows.dtype)
                 kept[name][torch.as_tensor(seen[indices])] = rows.cpu()
 
-        for_each_batch(teacher, part, precision, keep, progress, "teacher", output_hidden_states=bool(options.beta))
+        for_each_batch(teacher, part, precision, keep, progress, "teacher", hidden=bool(options.beta))
         kept.setdefault("hidden", torch.zeros(len(examples), 0, dtype=torch.bfloat16))
         beside = work / "teacher.writing"
         save_file(kept, beside)
@@ -182,11 +182,11 @@ def distillation_objective(
 
     def objective(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         labels, index = batch.pop("labels"), batch.pop("index").cpu()
-        output = model(**batch, output_hidden_states=bool(options.beta))
+        output = forward(model, batch, hidden=bool(options.beta))
         teacher_logits, teacher_hidden = (rows[index].to(output.logits.device).float() for rows in taught)
         hidden = teacher_hidden
         if options.beta:
-            hidden = read_hidden(output.hidden_states, batch["attention_mask"], last_token).float()
+            hidden = read_hidden(output.hidden, batch["attention_mask"], last_token).float()
         return distillation_loss(output.logits.float(), labels, teacher_logits, hidden, teacher_hidden, options)
 
     return objective

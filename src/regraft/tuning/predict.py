@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
     from torch import nn
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from regraft.tuning.examples import Examples
 
 BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a classifier gives for a batch.
+
+    Args:
+        logits: batch × classes.
+        hidden: Of the embeddings and each layer, batch × tokens × width; virtual tokens come first.
+    """
+
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, ...] = ()
 
 
 def device() -> torch.device:
@@ -46,14 +60,83 @@ def autocast(precision: str, on: torch.device) -> contextlib.AbstractContextMana
     return torch.autocast(on.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
+def forward(model: Any, batch: Mapping[str, torch.Tensor], *, hidden: bool = False) -> Output:
+    """Run a classifier of any kind on a batch that is padded on the right.
+
+    Two things PEFT leaves undone are done here: hidden states under a prefix, and, for a prompt before a decoder, that
+    the head reads the last token rather than padding.
+
+    Args:
+        model: A classifier, with or without an adapter.
+        batch: Its inputs, `attention_mask` among them.
+        hidden: Whether hidden states are wanted.
+
+    Returns:
+        Its output.
+    """
+    classifier = getattr(model, "module", model)
+    if hasattr(classifier, "get_base_model"):
+        classifier = classifier.get_base_model()
+    kept: dict[str, Any] = {}
+    mask = batch["attention_mask"]
+
+    def ask(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "output_hidden_states": True}
+
+    def keep(_: Any, args: Any, output: Any) -> Any:
+        kept["hidden"] = output.hidden_states
+        return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
+
+    def append_last(_: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        rows, last = last_tokens(logits, mask)
+        return torch.cat([logits, logits[rows, last][:, None]], dim=1)
+
+    handles = []
+    if hidden:
+        body = classifier.base_model
+        handles = [body.register_forward_pre_hook(ask, with_kwargs=True), body.register_forward_hook(keep)]
+    if hasattr(classifier, "score") and _is_prompted(model):  # it reads the last place where it is given embeddings
+        handles.append(classifier.score.register_forward_hook(append_last))
+    try:
+        logits = model(**batch).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Output(logits, kept.get("hidden", ()))
+
+
+def last_tokens(states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the last token of each text.
+
+    Args:
+        states: batch × tokens × width; virtual tokens come first.
+        mask: The attention mask without virtual tokens, batch × tokens, padded on the right.
+
+    Returns:
+        Two indices of `states`: the rows and the places.
+    """
+    import torch
+
+    virtual = states.shape[1] - mask.shape[1]
+    return torch.arange(len(mask), device=mask.device), virtual + mask.sum(dim=1) - 1
+
+
+def _is_prompted(model: Any) -> bool:
+    config = getattr(getattr(model, "module", model), "active_peft_config", None)
+    return bool(config and config.is_prompt_learning and config.peft_type.value != "PREFIX_TUNING")
+
+
 def for_each_batch(
     model: nn.Module,
     examples: Examples,
     precision: str,
-    use: Callable[[Any, dict[str, torch.Tensor], list[int]], None],
+    use: Callable[[Output, dict[str, torch.Tensor], list[int]], None],
     progress: Progress = silent,
     stage: str = "predict",
-    **arguments: Any,
+    *,
+    hidden: bool = False,
 ) -> None:
     """Run a model over examples in evaluation mode, without gradients.
 
@@ -64,7 +147,7 @@ def for_each_batch(
         use: Called with the output, the batch and the indices of its examples.
         progress: Told of each batch.
         stage: What to call this there.
-        arguments: Passed to the model, as `output_hidden_states`.
+        hidden: Whether the output shall have hidden states.
     """
     import torch
 
@@ -78,7 +161,7 @@ def for_each_batch(
                 indices = order[start : start + BATCH]
                 batch = {name: tensor.to(on) for name, tensor in examples.batch(indices).items()}
                 inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
-                use(model(**inputs, **arguments), batch, indices)
+                use(forward(model, inputs, hidden=hidden), batch, indices)
                 progress(stage, start + len(indices), len(order), {})
     finally:
         model.train(was_training)
@@ -100,7 +183,7 @@ def predict(model: nn.Module, examples: Examples, precision: str, progress: Prog
 
     rows: list[tuple[list[int], torch.Tensor]] = []
 
-    def keep(output: Any, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+    def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
         rows.append((indices, output.logits.float().cpu()))
 
     for_each_batch(model, examples, precision, keep, progress)

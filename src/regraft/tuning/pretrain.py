@@ -23,7 +23,7 @@ from regraft.errors import OutcomeError, RecipeError
 from regraft.progress import Progress, quiet, silent
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.predict import autocast, device
-from regraft.upgrade import Base
+from regraft.upgrade import PRETRAINING, Base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from regraft.tuning.recipe import Recipe
 
-RECORD = "pretraining.json"
 LEARNING_RATE = 1e-4
 MASKED = 0.15
 HELD_OUT_BLOCKS = 64
@@ -112,7 +111,7 @@ def pretrain(
             "tokens": (resolved.steps or 0) * resolved.batch_size * block,
             "curve": curve,
         }
-        write_atomic(staging / RECORD, json.dumps(record, indent=2) + "\n")
+        write_atomic(staging / PRETRAINING, json.dumps(record, indent=2) + "\n")
         publish(staging, out)
     return Base.open(out)
 
@@ -263,6 +262,6 @@ def _is_done(out: Path, inputs: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads((out / RECORD).read_text(encoding="utf-8"))["inputs"] == inputs:
+        if json.loads((out / PRETRAINING).read_text(encoding="utf-8"))["inputs"] == inputs:
             return True
     raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.task import score
 from regraft.tuning.distill import Distillation, distillation_objective, teach
 from regraft.tuning.examples import Examples, encode, plan_order
-from regraft.tuning.predict import device, predict
+from regraft.tuning.predict import device, forward, predict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from regraft.tuning.recipe import Recipe
     from regraft.upgrade import Base
 
-LEARNING_RATES = {"full": 5e-5, "lora": 5e-4}
+LEARNING_RATES = {"full": 5e-5, "bottleneck": 5e-4, "layernorm": 1e-3, "ia3": 5e-3, "prefix": 1e-2, "prompt": 1e-2}
+ADAPTER_RATE = 5e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def plain_objective(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
     labels = batch.pop("labels")
     batch.pop("index")
-    return functional.cross_entropy(model(**batch).logits.float(), labels)
+    return functional.cross_entropy(forward(model, batch).logits.float(), labels)
 
 
 def evaluate(model: Any, examples: Examples, metric: str, precision: str) -> dict[str, float]:

@@ -1,0 +1,158 @@
+"""Turns one kind of adaptation into another: a full fine-tune into a LoRA, an adapter into a full fine-tune."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation import (
+    Adaptation,
+    extract_lora,
+    load_adaptation,
+    load_model,
+    plain_adapter,
+    stored_labels,
+    write_adapter,
+    write_graft,
+    write_lineage,
+)
+from regraft.checkpoint import publish, resumable_folder
+from regraft.errors import OutcomeError, RecipeError
+from regraft.methods.recycle import new_folder
+from regraft.progress import Progress, quiet, silent
+from regraft.task import load_data
+from regraft.upgrade import Base, Upgrade
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from regraft.task import Task, TaskData
+
+MEASURED = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What came of a conversion.
+
+    Args:
+        path: The new adaptation's folder.
+        kind: Its kind.
+        kept: The share of the squared norm of the delta that is in it; 1 where nothing is left out.
+        left_out: The share that is in tensors for which the new kind has no place.
+    """
+
+    path: Path
+    kind: str
+    kept: float
+    left_out: float
+
+
+def convert(
+    adaptation: Adaptation | str | Path,
+    old: Base | str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    new: Base | str | Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    task: Task | TaskData | str | Path | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Conversion:
+    """Write an adaptation as another kind, on the base it was tuned on or on the upgraded one.
+
+    An adapter that multiplies or renormalises weights is worked out against the old base: on a new base it is the
+    change that it made to the old one.
+
+    Args:
+        adaptation: What was tuned, or its folder.
+        old: The base it was tuned on.
+        out: Where the new adaptation shall be.
+        to: `full` or `lora`.
+        new: The base it shall be for; None for the old one.
+        rank: To a LoRA: the rank of every layer; or
+        energy: the share of each delta's squared norm to keep.
+        task: To a LoRA: texts that layers' inputs are measured on, so that outputs rather than weights are kept.
+        force: Take the old base in spite of another fingerprint.
+        progress: Told of each layer.
+
+    Returns:
+        Where it is and what was lost.
+
+    Raises:
+        MismatchError: The adaptation does not belong to the old base.
+        OutcomeError: Something is at `out`.
+        RecipeError: There is no such conversion.
+    """
+    adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
+    old = old if isinstance(old, Base) else Base.open(old)
+    upgrade = Upgrade(old, new) if new is not None else None
+    target, out = upgrade.new if upgrade else old, Path(out)
+    refold = to == adaptation.kind == "lora" and rank is None and energy is None
+    if to not in ("full", "lora"):
+        raise RecipeError(f"an adaptation is converted to full or lora, found {to!r}.")
+    if to == adaptation.kind == "full" or (refold and not adaptation.changed_base):
+        raise RecipeError(f"{adaptation.path} is of kind {to} already. To put it on a new base, recycle it (direct).")
+    if to == "full" and (rank is not None or energy is not None or task is not None):
+        raise RecipeError("rank, energy and texts are for a LoRA.")
+    if out.exists():
+        raise OutcomeError(f"{out}: exists already. Choose another --out or remove it.")
+    adaptation.check_base(old, force=force)
+    labels = stored_labels(adaptation, old)
+    kept, left_out = 1.0, 0.0
+    with resumable_folder(out, {}) as work:
+        staging = new_folder(work / "whole")
+        if refold:
+            write_adapter(staging, *_on(target, plain_adapter(adaptation, old)))
+        else:
+            source, model = _materialise(adaptation, old, labels, new_folder(work / "full"))
+            if to == "lora":
+                moments = _moments(model, old, task, progress) if task is not None else None
+                lora = extract_lora(source.checkpoint, old.checkpoint, rank, energy, progress, moments)
+                kept, left_out = lora.kept, lora.left_out
+                write_adapter(staging, *_on(target, (lora.tensors, lora.config)))
+            elif upgrade:
+                write_graft(source, upgrade, staging, progress)
+            else:
+                staging = source.path
+        target.tokenizer.save_pretrained(staging)
+        write_lineage(staging, target, adaptation.labels)
+        publish(staging, out)
+    return Conversion(out, to, kept, left_out)
+
+
+def _on(base: Base, adapter: tuple[Any, Any]) -> tuple[Any, dict[str, Any]]:
+    tensors, config = adapter
+    return tensors, {**config, "base_model_name_or_path": base.name, "revision": None}
+
+
+def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folder: Path) -> tuple[Adaptation, Any]:
+    """Give an adaptation as a full fine-tune of its base, with its model."""
+    model = load_model(adaptation, old, labels)
+    if adaptation.kind == "full":
+        return adaptation, model
+    if not hasattr(model, "merge_and_unload") or adaptation.virtual_tokens:
+        raise RecipeError(
+            f"{adaptation.path}: a {adaptation.kind} works beside the weights of its base, not as a change of them: it "
+            "can be recycled, but not converted."
+        )
+    with quiet():
+        try:
+            merged = model.merge_and_unload(safe_merge=True)
+        except (ValueError, AttributeError, NotImplementedError) as error:
+            raise RecipeError(f"{adaptation.path}: PEFT cannot merge a {adaptation.kind} ({error}).") from error
+        merged.save_pretrained(folder)
+    return dataclasses.replace(load_adaptation(folder), base=adaptation.base, labels=adaptation.labels), merged
+
+
+def _moments(model: Any, base: Base, task: Task | TaskData | str | Path, progress: Progress) -> dict[str, torch.Tensor]:
+    from regraft.tuning import device, encode, input_moments
+
+    data = load_data(task, 0)
+    texts = encode(base, data.train.take(range(min(MEASURED, len(data.train)))), data.max_length)
+    return input_moments(model.to(device()), texts, progress)
