@@ -112,6 +112,7 @@ def test_an_old_base_that_is_not_the_one(run, place, kind):
 def test_made_elsewhere_on_a_base_of_another_size(run, place, kind):
     """Without a record of the base, the tensors themselves do not fit."""
     (place / kind / "outcome.json").unlink()
+    (place / kind / "adaptation" / "lineage.json").unlink()
     for which in ("old", "new"):
         replace_base(place, which, hidden_size=48)
     for said in check_and_recycle(run, place, kind, methods=("direct", "init", "init+distill")):
@@ -167,6 +168,7 @@ def test_a_label_map_of_another_size(run, place, kind):
 def test_a_head_of_another_size_where_no_labels_are_recorded(run, place, kind):
     add_a_label(place)
     (place / kind / "outcome.json").unlink()
+    (place / kind / "adaptation" / "lineage.json").unlink()
     config_file = place / kind / "adaptation" / "config.json"
     if kind == "full":
         config = json.loads(config_file.read_text())
@@ -206,8 +208,12 @@ def test_a_tensor_without_a_place(run, place):
 def test_adaptations_of_other_kinds(run, place):
     config = place / "lora" / "adaptation" / "adapter_config.json"
     given = json.loads(config.read_text())
-    for change, says in (({"peft_type": "IA3"}, "only LORA is supported"), ({"init_lora_weights": "pissa"}, "pissa")):
-        config.write_text(json.dumps(given | change))
+    for changed, says in (
+        (given | {"peft_type": "LORE"}, "type LORE, which the installed PEFT does not know"),
+        ({"peft_type": "IA3", "task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}, "without a place"),
+        (given | {"init_lora_weights": "pissa_niter_4"}, "cannot be found again"),
+    ):
+        config.write_text(json.dumps(changed))
         assert says in check_and_recycle(run, place, "lora")[0]
     for said in check_and_recycle(run, place, "old"):
         assert "is no sequence classifier" in said

@@ -29,7 +29,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT asks for a property that transformers 5.23 renamed
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error of ours names them
+            for refused in ("Found missing adapter keys", "Some weights of .* were not initialized"):
+                warnings.filterwarnings("ignore", refused)  # an error of ours names them
             yield
     finally:
         logging.set_verbosity(level)

@@ -3,7 +3,7 @@
 from regraft.adaptation.adaptation import Adaptation, load_adaptation, write_lineage
 from regraft.adaptation.graft import check_fit, plain_adapter, write_graft
 from regraft.adaptation.head import HEADS, Head, change_head, stored_labels
-from regraft.adaptation.kinds import KINDS, Config, kind_of, new_config, read_config, settings
+from regraft.adaptation.kinds import KINDS, kind_of, new_config, read_config, settings
 from regraft.adaptation.lora import (
     ExtractedLora,
     extract_lora,
@@ -27,7 +27,6 @@ __all__ = [
     "HEADS",
     "KINDS",
     "Adaptation",
-    "Config",
     "ExtractedLora",
     "Head",
     "Outcome",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORD = "regraft.json"
+RECORD = "lineage.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")

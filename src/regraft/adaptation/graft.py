@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import write_lineage
 from regraft.adaptation.head import stored_labels
-from regraft.adaptation.kinds import DETERMINED_INITS, read_config
+from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import fold_start
 from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter
 from regraft.checkpoint import Derived, Entry, write_checkpoint
-from regraft.errors import CheckpointError, MismatchError
+from regraft.errors import MismatchError
 from regraft.upgrade import body_names, is_optional
 from regraft.weights import graft
 
@@ -70,12 +70,7 @@ def plain_adapter(adaptation: Adaptation, old: Base) -> tuple[Mapping[str, torch
     """
     if not adaptation.changed_base:
         return adaptation.checkpoint, adaptation.config
-    init = adaptation.config["init_lora_weights"]
-    if str(init).lower() not in DETERMINED_INITS:
-        raise CheckpointError(
-            f"{adaptation.path}: the LoRA was initialised by {init!r}, which took a start out of its base that cannot "
-            "be found again. Merge it with its start: regraft weights merge-lora --start."
-        )
+    check_start(adaptation)
     model = attach(fresh_model(old, stored_labels(adaptation, old), 0), old, read_config(adaptation), 0)
     return fold_start(adaptation.checkpoint, model.regraft_start, adaptation.config)
 

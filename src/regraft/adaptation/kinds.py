@@ -104,6 +104,23 @@ def read_config(adaptation: Adaptation, *, afresh: bool = False) -> Config:
     return config  # type: ignore[no-any-return]
 
 
+def check_start(adaptation: Adaptation) -> None:
+    """Refuse a LoRA that took its start out of its base in a way that cannot be repeated.
+
+    Args:
+        adaptation: The tuned weights.
+
+    Raises:
+        CheckpointError: Its start cannot be found again from the base alone, so neither can what it changed.
+    """
+    init = adaptation.config.get("init_lora_weights")
+    if adaptation.changed_base and str(init).lower() not in DETERMINED_INITS:
+        raise CheckpointError(
+            f"{adaptation.path}: the LoRA was initialised by {init!r}, which took a start out of its base that cannot "
+            "be found again. Merge it with its start: regraft weights merge-lora --start."
+        )
+
+
 def kind_of(config: Config | None) -> str:
     """Name the kind of adaptation that a config sets up, as `Adaptation.kind` does.
 
@@ -146,18 +163,18 @@ def _prompt_config(kind: str, base: Base, virtual_tokens: int) -> Config:
         raise RecipeError(
             f"{virtual_tokens} virtual tokens leave no room in the {base.longest} that {base.path} takes."
         )
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     if "hidden_size" not in base.config.to_dict():  # PEFT looks for BERT's names only
         sizes = {
             "token_dim": base.config.hidden_size,
             "num_layers": base.config.num_hidden_layers,
             "num_attention_heads": base.config.num_attention_heads,
         }
-    make = PrefixTuningConfig if kind == "prefix" else PromptTuningConfig
-    return make(task_type="SEQ_CLS", num_virtual_tokens=virtual_tokens, **sizes)
+    make: Any = PrefixTuningConfig if kind == "prefix" else PromptTuningConfig
+    return make(task_type="SEQ_CLS", num_virtual_tokens=virtual_tokens, **sizes)  # type: ignore[no-any-return]
 
 
-def _ia3_targets(base: Base) -> dict[str, str]:
+def _ia3_targets(base: Base) -> dict[str, Any]:
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
     from regraft.adaptation.bottleneck import AFTER_FEED_FORWARD

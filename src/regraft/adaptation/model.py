@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CHANGING_INITS, write_lineage
-from regraft.adaptation.kinds import read_config
+from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import START, fold_start
 from regraft.checkpoint import write_atomic, write_safetensors
 from regraft.errors import CheckpointError, MismatchError, RecipeError
@@ -69,6 +69,7 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
         if model.config.num_labels != len(labels):
             raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, labels))
         return model
+    check_start(adaptation)
     model, fresh = _fresh(base, labels, seed=0)
     if adaptation.kind == "bottleneck":
         adapted, landed = _load_bottleneck(adaptation, model)
@@ -101,7 +102,7 @@ def attach(model: Any, base: Base, config: Config, seed: int) -> Any:
     from regraft.adaptation.bottleneck import BottleneckConfig, attach_bottlenecks
 
     heads = [name for name, _ in model.named_children() if name != model.base_model_prefix and name != "dropout"]
-    whole = sorted({*(config.modules_to_save or ()), *heads, *_fresh_poolers(base)})
+    whole = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads, *_fresh_poolers(base)})
     set_seed(seed)
     if isinstance(config, BottleneckConfig):
         present = tuple(name for name in whole if name in heads or name == "pooler")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja")
 RECORD = "regraft.json"
-NOT_COPIED = (RECORD, "pretraining.json", "outcome.json", "adapter_config.json")
+NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ app = typer.Typer(help="What an adaptation is, and other kinds made of it.", no_
 @app.command()
 def show(
     path: Annotated[Path, typer.Argument(help="An outcome, or a folder of save_pretrained of transformers or PEFT.")],
-    base: Annotated[
-        str | None, typer.Option(help="Its base: shows whether it belongs to it, and loads wholly.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Its base: show whether it belongs to it and loads wholly.")] = None,
 ) -> None:
     """Say what an adaptation holds, and with its base whether it loads wholly."""
     from regraft.adaptation import load_adaptation, load_model, stored_labels

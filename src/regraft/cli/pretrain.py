@@ -32,8 +32,7 @@ def pretrain(
     from regraft.cli import show
     from regraft.tuning import Corpus, Recipe
     from regraft.tuning import pretrain as run
-    from regraft.tuning.pretrain import RECORD
-    from regraft.upgrade import Base
+    from regraft.upgrade import PRETRAINING, Base
 
     recipe = Recipe(
         steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
@@ -41,7 +40,7 @@ def pretrain(
     )  # fmt: skip
     with show.progress() as progress:
         upgraded = run(Base.open(base), Corpus(tuple(corpus), text_column), out, recipe, block, progress)
-    record = json.loads((upgraded.path / RECORD).read_text(encoding="utf-8"))
+    record = json.loads((upgraded.path / PRETRAINING).read_text(encoding="utf-8"))
     first, last = record["curve"][0], record["curve"][-1]
     show.console.print(
         f"held-out loss {first['loss']:.3f} → {last['loss']:.3f} in {last['step']:.0f} steps, "

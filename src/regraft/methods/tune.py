@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.adaptation import (
-    Config,
     Outcome,
     attach,
     find_outcome,
@@ -25,6 +24,7 @@ from regraft.tuning.recipe import Recipe
 from regraft.upgrade import Base
 
 if TYPE_CHECKING:
+    from regraft.adaptation.kinds import Config
     from regraft.task import Task, TaskData
 
 
