@@ -29,6 +29,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT asks for a property that transformers 5.23 renamed
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            # PEFT says so of the very layers that its layer-norm tuning is for
+            warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
             for refused in ("Found missing adapter keys", "Some weights of .* were not initialized"):
                 warnings.filterwarnings("ignore", refused)  # an error of ours names them
             yield

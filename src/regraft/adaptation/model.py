@@ -237,11 +237,27 @@ def _load_peft(
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     from peft import PeftModel
 
+    layers = adaptation.config.get("num_layers") if adaptation.virtual_tokens else None
+    if layers not in (None, model.config.num_hidden_layers):  # PEFT would drop what is for the others
+        raise MismatchError(
+            f"{adaptation.path}: was made for a model of {layers} layers, {model.config.name_or_path} has "
+            f"{model.config.num_hidden_layers}: tensors would be left without a place."
+        )
+    can_be_tuned = trainable and not adaptation.virtual_tokens
     with quiet():
         try:
             adapted = PeftModel.from_pretrained(
-                model, str(adaptation.path), adapter_name=ADAPTER, is_trainable=trainable, ignore_mismatched_sizes=True
+                model,
+                str(adaptation.path),
+                adapter_name=ADAPTER,
+                is_trainable=can_be_tuned,
+                ignore_mismatched_sizes=True,
             )
+            if trainable and not can_be_tuned:  # PEFT tunes stored virtual tokens no further of its own accord
+                config: Any = adapted.peft_config[ADAPTER]
+                config.inference_mode = False
+                for name, parameter in adapted.named_parameters():
+                    parameter.requires_grad_("prompt_encoder." in name or ".modules_to_save." in name)
             return adapted, peft_state(adapted)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
             raise MismatchError(

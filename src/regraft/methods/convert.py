@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation import (
     Adaptation,
     extract_lora,
+    fresh_model,
     load_adaptation,
     load_model,
     plain_adapter,
@@ -17,6 +18,8 @@ from regraft.adaptation import (
     write_graft,
     write_lineage,
 )
+from regraft.adaptation.lora import START
+from regraft.adaptation.model import ADAPTER
 from regraft.checkpoint import publish, resumable_folder
 from regraft.errors import OutcomeError, RecipeError
 from regraft.methods.recycle import new_folder
@@ -136,18 +139,32 @@ def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folde
     model = load_model(adaptation, old, labels)
     if adaptation.kind == "full":
         return adaptation, model
-    if not hasattr(model, "merge_and_unload") or adaptation.virtual_tokens:
+    if not hasattr(model, "merge_adapter") or adaptation.virtual_tokens:
         raise RecipeError(
             f"{adaptation.path}: a {adaptation.kind} works beside the weights of its base, not as a change of them: it "
             "can be recycled, but not converted."
         )
     with quiet():
         try:
-            merged = model.merge_and_unload(safe_merge=True)
+            model.merge_adapter(safe_merge=True)
         except (ValueError, AttributeError, NotImplementedError) as error:
             raise RecipeError(f"{adaptation.path}: PEFT cannot merge a {adaptation.kind} ({error}).") from error
+        merged = fresh_model(old, labels, 0)
+        merged.load_state_dict(_merged_state(model))  # strictly: every tensor has its place, every place its tensor
         merged.save_pretrained(folder)
     return dataclasses.replace(load_adaptation(folder), base=adaptation.base, labels=adaptation.labels), merged
+
+
+def _merged_state(model: Any) -> dict[str, torch.Tensor]:
+    """Give the tensors of a merged PEFT model without what PEFT put around them; its own unloading loses heads."""
+    wrapped = {name.removeprefix(START): tensor for name, tensor in model.state_dict().items()}
+    layers = {name.partition(".base_layer.")[0] + "." for name in wrapped if ".base_layer." in name}
+    found = {}
+    for name, tensor in wrapped.items():
+        is_own = any(name.startswith(layer) for layer in layers) and ".base_layer." not in name
+        if not is_own and ".original_module." not in name:
+            found[name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")] = tensor
+    return found
 
 
 def _moments(model: Any, base: Base, task: Task | TaskData | str | Path, progress: Progress) -> dict[str, torch.Tensor]:

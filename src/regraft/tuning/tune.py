@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from regraft.tuning.recipe import Recipe
     from regraft.upgrade import Base
 
-LEARNING_RATES = {"full": 5e-5, "lora": 5e-4, "bottleneck": 5e-4, "layernorm": 1e-3, "ia3": 5e-3, "prefix": 1e-2, "prompt": 1e-2}
+LEARNING_RATES = {
+    "full": 5e-5,
+    "lora": 5e-4,
+    "bottleneck": 5e-4,
+    "layernorm": 1e-3,
+    "ia3": 5e-3,
+    "prefix": 1e-2,
+    "prompt": 1e-2,
+}
 ADAPTER_RATE = 5e-4
 
 

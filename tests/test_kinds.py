@@ -1,0 +1,451 @@
+"""The same contract for every kind of adaptation on every architecture: wholly loaded, or not at all."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from regraft import Base, BottleneckConfig, Recipe, Upgrade, check, compare, convert, load_adaptation, recycle, tune
+from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, save_model, write_graft
+from regraft.errors import CheckpointError, MismatchError, RecipeError, RegraftError
+from regraft.progress import quiet, silent
+from regraft.task import load_data
+from regraft.tuning import encode, predict
+
+ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
+CELLS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")]
+LABELS = ("negative", "positive")
+FOLDED = ("pissa", "olora")  # saved as the plain LoRA that they amount to
+LORAS = ("rslora", "dora", *FOLDED)
+UNMERGEABLE = ("prefix", "prompt", "bottleneck", "pfeiffer")
+FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def opened(bases):
+    return {name: tuple(Base.open(path) for path in pair) for name, pair in bases.items()}
+
+
+@pytest.fixture(scope="module")
+def texts(opened, task_file):
+    data = load_data(task_file, 20)
+    return {name: encode(pair[0], data.dev, data.max_length) for name, pair in opened.items()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, opened, texts):
+    """Every kind on every old base, with every tuned number moved; and the logits it gave before it was saved."""
+    folder, found = tmp_path_factory.mktemp("made"), {}
+    for architecture, kind in CELLS:
+        base = opened[architecture][0]
+        model = fresh_model(base, LABELS, 1)
+        if kind != "full":
+            model = attach(model, base, new_config(kind, base, rank=3, inner_size=5, virtual_tokens=4), 1)
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        into = folder / f"{architecture}-{kind}" / "adaptation"
+        into.mkdir(parents=True)
+        save_model(model, base, LABELS, into)
+        found[architecture, kind] = into, predict(model, texts[architecture], "fp32")
+    return found
+
+
+def logits_of(path, base, texts):
+    return predict(load_model(load_adaptation(path), base, LABELS), texts, "fp32")
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CELLS)
+def test_what_is_saved_is_what_is_loaded(made, opened, texts, architecture, kind):
+    path, expected = made[architecture, kind]
+    adaptation = load_adaptation(path)
+    assert adaptation.kind == {"pfeiffer": "bottleneck", **dict.fromkeys(LORAS, "lora")}.get(kind, kind)
+    assert adaptation.labels == LABELS
+    assert adaptation.check_base(opened[architecture][0]) == "proven"
+    found = logits_of(path, opened[architecture][0], texts[architecture])
+    torch.testing.assert_close(found, expected, atol=1e-4 if kind in FOLDED else 0, rtol=0)
+    bare = predict(fresh_model(opened[architecture][0], LABELS, 1), texts[architecture], "fp32")
+    assert (found - bare).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [cell for cell in CELLS if cell[1] not in ("bottleneck", "pfeiffer")]
+)
+def test_transformers_and_peft_load_it_without_regraft(made, opened, texts, architecture, kind):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    path, _ = made[architecture, kind]
+    base = opened[architecture][0]
+    with quiet():
+        if kind == "full":
+            model = AutoModelForSequenceClassification.from_pretrained(path)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=2, pad_token_id=0)
+            model = PeftModel.from_pretrained(model, path)
+    model.eval()
+    expected = logits_of(path, base, texts[architecture])
+    for i in range(4):
+        batch = texts[architecture].batch([i])
+        found = model(**{name: batch[name] for name in batch if name not in ("labels", "index")}).logits
+        torch.testing.assert_close(found, expected[i : i + 1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CELLS)
+def test_direct_onto_the_same_base_gives_the_same_outputs(tmp_path, made, opened, texts, architecture, kind):
+    path, _ = made[architecture, kind]
+    old = opened[architecture][0]
+    write_graft(load_adaptation(path), Upgrade(old, old), tmp_path / "out", silent)
+    found = logits_of(tmp_path / "out", old, texts[architecture])
+    torch.testing.assert_close(found, logits_of(path, old, texts[architecture]), atol=1e-6, rtol=0)
+
+
+def break_(path, into, how):
+    """Copy an adaptation with one tensor renamed, lost, added or cut."""
+    shutil.copytree(path, into)
+    file = into / ("adapter_model.safetensors" if (into / "adapter_config.json").exists() else "model.safetensors")
+    tensors = load_file(file)
+    name = max(tensors, key=lambda n: (tensors[n].dim(), n))  # a matrix
+    if how == "renamed":
+        tensors[name[:-1]] = tensors.pop(name)
+    elif how == "missing":
+        del tensors[name]
+    elif how == "extra":
+        tensors[f"more.{name}"] = torch.ones(3)
+    else:
+        tensors[name] = tensors[name][..., :-1].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("how", ["renamed", "missing", "extra", "cut"])
+@pytest.mark.parametrize(("architecture", "kind"), CELLS)
+def test_a_tensor_that_does_not_belong_is_named_and_refused(tmp_path, made, opened, architecture, kind, how):
+    path, _ = made[architecture, kind]
+    name = break_(path, tmp_path / "broken", how)
+    with pytest.raises(RegraftError) as refused:
+        load_model(load_adaptation(tmp_path / "broken"), opened[architecture][0], LABELS)
+    assert str(tmp_path / "broken") in str(refused.value)
+    said = str(refused.value)
+    assert name in said or name.removeprefix("base_model.model.") in said or "PEFT cannot load it" in said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_base_is_refused_unless_forced(made, opened, kind):
+    old, new = opened["bert"]
+    adaptation = load_adaptation(made["bert", kind][0])
+    with pytest.raises(MismatchError, match="was not tuned on"):
+        adaptation.check_base(new)
+    assert adaptation.check_base(new, force=True) == "forced"
+    assert adaptation.check_base(old) == "proven"
+
+
+def test_the_upgraded_base_is_recognised_as_such(tmp_path, made, opened):
+    shutil.copytree(opened["bert"][1].path, tmp_path / "new")
+    (tmp_path / "new" / "pretraining.json").write_text(
+        json.dumps({"base": {"fingerprint": opened["bert"][0].fingerprint}})
+    )
+    with pytest.raises(MismatchError, match="as the new base"):
+        load_adaptation(made["bert", "lora"][0]).check_base(Base.open(tmp_path / "new"))
+
+
+def test_without_a_record_lineage_is_unproven_and_another_revision_is_refused(tmp_path, made, opened, bases):
+    shutil.copytree(made["bert", "lora"][0], tmp_path / "made")
+    (tmp_path / "made" / "lineage.json").unlink()
+    file = tmp_path / "made" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": "v1", "base_model_name_or_path": "us/base"}))
+    adaptation, base = load_adaptation(tmp_path / "made"), opened["bert"][0]
+    assert adaptation.check_base(base) == "unproven"
+    assert adaptation.check_base(Base("us/base@v1", base.path, base.checkpoint)) == "unproven"
+    with pytest.raises(MismatchError, match="revision v1"):
+        adaptation.check_base(Base("us/base@v2", base.path, base.checkpoint))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "full"])
+def test_a_base_of_fewer_layers_is_refused(tmp_path, made, kind):
+    """PEFT alone drops the tensors of the layers that are not there, and says nothing."""
+    from conftest import write_base
+
+    small = Base.open(write_base(tmp_path / "small", "bert", num_hidden_layers=1))
+    with pytest.raises(RegraftError, match=r"without a place|another shape|missing|PEFT cannot"):
+        load_model(load_adaptation(made["bert", kind][0]), small, LABELS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_head_that_was_not_saved_is_no_silent_fresh_one(tmp_path, opened, architecture):
+    """PEFT without a task type neither tunes nor saves the head: what loads then has a random one."""
+    from peft import LoraConfig, get_peft_model
+
+    base = opened[architecture][0]
+    with quiet():
+        model = get_peft_model(
+            fresh_model(base, LABELS, 0), LoraConfig(target_modules="all-linear", init_lora_weights=False)
+        )
+        model.save_pretrained(tmp_path / "made", save_embedding_layers=False)
+    with pytest.raises(CheckpointError, match="neither the base nor the adaptation fills"):
+        load_model(load_adaptation(tmp_path / "made"), base, LABELS)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CELLS)
+def test_conversion_to_full_gives_the_same_outputs(tmp_path, made, opened, texts, architecture, kind):
+    path, _ = made[architecture, kind]
+    base = opened[architecture][0]
+    if kind in UNMERGEABLE or kind == "full":
+        with pytest.raises(RecipeError, match="beside the weights" if kind != "full" else "already"):
+            convert(path, base, tmp_path / "full", "full")
+        assert not list(tmp_path.iterdir())
+        return
+    convert(path, base, tmp_path / "full", "full")
+    adaptation = load_adaptation(tmp_path / "full")
+    assert (adaptation.kind, adaptation.labels, adaptation.base) == ("full", LABELS, base.fingerprint)
+    expected = logits_of(path, base, texts[architecture])
+    torch.testing.assert_close(logits_of(tmp_path / "full", base, texts[architecture]), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_full_fine_tune_becomes_a_lora_within_its_energy(tmp_path, made, opened, texts, architecture):
+    """Head and nested head survive; what is kept is what was asked for."""
+    path, _ = made[architecture, "full"]
+    old, new = opened[architecture]
+    done = convert(path, old, tmp_path / "most", "lora", energy=0.9)
+    assert 0.9 * (1 - done.left_out) <= done.kept < 1
+    convert(made[architecture, "lora"][0], old, tmp_path / "full", "full")
+    again = convert(tmp_path / "full", old, tmp_path / "again", "lora", rank=3)
+    assert again.kept == pytest.approx(1, abs=1e-6)
+    expected = logits_of(made[architecture, "lora"][0], old, texts[architecture])
+    torch.testing.assert_close(logits_of(tmp_path / "again", old, texts[architecture]), expected, atol=2e-5, rtol=1e-4)
+    convert(tmp_path / "full", old, tmp_path / "there", "lora", rank=3, new=new)
+    expected = logits_of(made[architecture, "lora"][0], new, texts[architecture])
+    torch.testing.assert_close(logits_of(tmp_path / "there", new, texts[architecture]), expected, atol=2e-5, rtol=1e-4)
+    assert load_adaptation(tmp_path / "there").base == new.fingerprint
+
+
+def test_weighing_by_inputs_keeps_the_outputs_better(tmp_path, made, opened, task_file):
+    """At the same rank, a layer's outputs on the texts are nearer to those of the fine-tune."""
+    from regraft.tuning import input_moments
+
+    path, _ = made["bert", "full"]
+    old = opened["bert"][0]
+    convert(path, old, tmp_path / "plain", "lora", rank=2)
+    convert(path, old, tmp_path / "weighed", "lora", rank=2, task=task_file)
+    data = load_data(task_file, 0)
+    model = load_model(load_adaptation(path), old, LABELS)
+    moments = input_moments(model, encode(old, data.train, data.max_length))
+    tuned, base = load_file(path / "model.safetensors"), load_file(old.path / "model.safetensors")
+
+    def error(folder, layer):
+        stored = load_file(folder / "adapter_model.safetensors")
+        a, b = (stored[f"base_model.model.{layer}.lora_{part}.weight"].double() for part in "AB")
+        left = (tuned[f"{layer}.weight"] - base[f"{layer}.weight"]).double() - b @ a
+        return float(torch.trace(left @ moments[layer] @ left.T))
+
+    layers = [
+        n.removesuffix(".weight") for n in tuned if n in base and n.endswith("dense.weight") and "pooler" not in n
+    ]
+    assert len(layers) == 6
+    assert all(error(tmp_path / "weighed", layer) < error(tmp_path / "plain", layer) for layer in layers)
+
+
+def test_a_multiplicative_kind_on_a_new_base_is_the_change_it_made_to_the_old_one(tmp_path, made, opened):
+    old, new = opened["bert"]
+    path, _ = made["bert", "ia3"]
+    convert(path, old, tmp_path / "old", "full")
+    convert(path, old, tmp_path / "new", "full", new=new)
+    on_old, on_new = (load_file(tmp_path / side / "model.safetensors") for side in ("old", "new"))
+    before, after = (load_file(side.path / "model.safetensors") for side in (old, new))
+    name = "bert.encoder.layer.0.attention.self.key.weight"
+    assert (on_old[name] - before[name]).abs().max() > 1e-3
+    torch.testing.assert_close(on_new[name] - after[name], on_old[name] - before[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_foreign_lora_that_took_its_start_from_its_base_is_folded(tmp_path, opened, texts, init):
+    """Saved by PEFT as it is, it is right on the old base only; direct makes it the same change on any base."""
+    from peft import LoraConfig, get_peft_model
+
+    old, new = opened["bert"]
+    model = fresh_model(old, LABELS, 0)
+    with quiet():
+        config = LoraConfig(
+            task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=["query", "dense"], init_lora_weights=init,
+            modules_to_save=["pooler"], rank_pattern={"query": 2},
+        )  # fmt: skip
+        model = get_peft_model(model, config)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(1.1)
+        model.save_pretrained(tmp_path / "made", save_embedding_layers=False)
+        change = {
+            name.removeprefix("base_model.model.").removesuffix(".base_layer"): layer
+            for name, layer in model.merge_and_unload().named_modules()
+        }
+    write_graft(load_adaptation(tmp_path / "made"), Upgrade(old, new), tmp_path / "out", silent)
+    adaptation = load_adaptation(tmp_path / "out")
+    assert adaptation.config["init_lora_weights"] is True
+    assert (adaptation.config["r"], adaptation.config["rank_pattern"]) == (8, {"query": 4})
+    merged = load_model(adaptation, new, LABELS).merge_and_unload()
+    before, after = (load_file(side.path / "model.safetensors") for side in (old, new))
+    for layer in ("query", "key"):
+        name = f"bert.encoder.layer.1.attention.self.{layer}"
+        moved = change[name].weight - before[f"{name}.weight"]
+        assert (moved.abs().max() > 1e-3) == (layer == "query")
+        torch.testing.assert_close(
+            merged.get_submodule(name).weight - after[f"{name}.weight"], moved, atol=1e-5, rtol=0
+        )
+
+
+def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file, texts):
+    (tmp_path / "task").mkdir()
+    for split in ("train", "dev", "test"):
+        text = (task_file.parent / f"{split}.csv").read_text()
+        (tmp_path / "task" / f"{split}.csv").write_text(
+            text.replace("negative", "worse") + "it was a day,neutral\n" * 4
+        )
+    task = tmp_path / "task" / "task.yaml"
+    task.write_text(task_file.read_text())
+    for architecture, kind, row in (
+        ("roberta", "full", "classifier.out_proj.weight"),
+        ("llama", "lora", "base_model.model.score.weight"),
+        ("bert", "prompt", "base_model.classifier.weight"),
+    ):
+        path, upgrade = made[architecture, kind][0], Upgrade(*opened[architecture])
+        for how in ("copy", "resize", "fresh"):
+            out = tmp_path / f"{kind}-{how}"
+            if how == "copy":
+                with pytest.raises(MismatchError, match="worse"):
+                    recycle(upgrade, path, task, "direct", out, recipe=FEW)
+                continue
+            with pytest.raises(RecipeError, match="head copy only"):
+                recycle(upgrade, path, task, "init+distill", out, recipe=FEW, head=how)
+            outcome = recycle(upgrade, path, task, "direct", out, recipe=FEW, head=how)
+            assert outcome.record["labels"] == ["neutral", "positive", "worse"]
+            file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+            before, after = load_file(path / file)[row], load_file(out / "adaptation" / file)[row]
+            assert after.shape == (3, before.shape[1])
+            assert torch.equal(after[1], before[1]) == (how == "resize")
+            assert not torch.equal(after[2], before[0])
+        tuned_on = recycle(upgrade, path, task, "init", tmp_path / f"{kind}-init", recipe=FEW, head="resize")
+        assert tuned_on.record["cost"]["steps"] == 4
+
+
+def test_labels_in_another_order_are_permuted(tmp_path, made, opened, task_file):
+    task = task_file.parent / "other-order.yaml"
+    task.write_text(task_file.read_text() + "labels: [positive, negative]\n")
+    upgrade, path = Upgrade(*opened["bert"]), made["bert", "lora"][0]
+    one = recycle(upgrade, path, task_file, "direct", tmp_path / "one", recipe=FEW)
+    other = recycle(upgrade, path, task, "direct", tmp_path / "other", recipe=FEW)
+    assert one.scores == other.scores
+    assert other.record["labels"] == list(LABELS)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("full", "prefix", "prompt")])
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path, opened, task_file, kind):
+    old, new = opened["bert"]
+    model = attach(fresh_model(old, LABELS, 0), old, new_config(kind, old), 0)
+    save_model(model, old, LABELS, tmp_path / "made")
+    if kind in FOLDED:  # B·A − B₀·A₀ is 0 up to rounding
+        assert check(Upgrade(old, new), tmp_path / "made", task_file).effect < 1e-4
+        return
+    with pytest.raises(MismatchError, match="changes nothing"):
+        check(Upgrade(old, new), tmp_path / "made", task_file)
+
+
+def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts):
+    base = opened["bert"][0]
+    bare = predict(fresh_model(base, LABELS, 0), texts["bert"], "fp32")
+    for config, expected in (
+        (BottleneckConfig(), 4),
+        (BottleneckConfig(placement="pfeiffer", activation="relu"), 2),
+        (BottleneckConfig(inner_size=7, tune_norms=True, tune_head=False), 4),
+    ):
+        model = attach(fresh_model(base, LABELS, 0), base, config, 0)
+        assert torch.equal(predict(model, texts["bert"], "fp32"), bare)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert sum(name.endswith("bottleneck.down.weight") for name in trained) == expected
+        assert any("LayerNorm" in name for name in trained) == config.tune_norms
+        assert ("classifier.weight" in trained) == config.tune_head
+        assert not any("query" in name for name in trained)
+    for wrong in ({"inner_size": 0}, {"activation": "tanh"}, {"placement": "everywhere"}):
+        with pytest.raises(RecipeError, match=str(next(iter(wrong.values())))):
+            BottleneckConfig(**wrong)
+    with pytest.raises(MismatchError, match="finds 0 layers"):
+        attach(fresh_model(base, LABELS, 0), base, BottleneckConfig(after_attention="nothing"), 0)
+
+
+def test_a_prompt_before_a_decoder_reads_the_last_token_whatever_the_padding(made, opened, texts):
+    path, together = made["llama", "prompt"]
+    model = load_model(load_adaptation(path), opened["llama"][0], LABELS)
+    for i in range(5):
+        alone = predict(model, encode_one(texts["llama"], i), "fp32")
+        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-4)
+
+
+def encode_one(examples, i):
+    import dataclasses
+
+    return dataclasses.replace(
+        examples, columns={n: [c[i]] for n, c in examples.columns.items()}, labels=examples.labels[i : i + 1]
+    )
+
+
+def test_kinds_that_cannot_be(opened):
+    with pytest.raises(RecipeError, match="Did you mean lora"):
+        new_config("loora", opened["bert"][0])
+    with pytest.raises(RecipeError, match="takes no prefix"):
+        new_config("prefix", opened["distilbert"][0])
+    with pytest.raises(RecipeError, match="leave no room"):
+        new_config("prompt", opened["bert"][0], virtual_tokens=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [*(("bert", kind) for kind in KINDS), ("llama", "bottleneck"), ("roberta", "prefix")],
+)
+def test_every_kind_is_tuned_checked_and_recycled(tmp_path, bases, task_file, architecture, kind):
+    old, new = bases[architecture]
+    rate = {"prefix": 0.1, "prompt": 0.1, "ia3": 0.1, "layernorm": 0.03}.get(kind, 0.01 if kind != "full" else 3e-3)
+    recipe = Recipe(steps=80, batch_size=16, learning_rate=rate, eval_every=20, precision="fp32")
+    outcome = tune(old, task_file, tmp_path / "old", kind=kind, recipe=recipe)
+    assert outcome.scores["dev"] > outcome.scores["dev_majority"] + 0.1
+    found = check(Upgrade(old, new), outcome.path, task_file)
+    assert found.effect > 1e-4
+    assert found.old == outcome.scores["test"]
+    assert found.new > found.floor
+    compared = compare(
+        Upgrade(old, new), outcome.path, task_file, ["direct", "init", "distill", "init+distill"], tmp_path / "all",
+        recipe=Recipe(steps=6, batch_size=16, learning_rate=rate / 10, eval_every=3, precision="fp32"),
+    )  # fmt: skip
+    rows = {row.method: row for row in compared.rows}
+    assert rows["init"].start == rows["init+distill"].start == rows["direct"].start
+    assert rows["distill"].start == rows["scratch"].start
+    for path in compared.outcomes:
+        again = load_adaptation(path)
+        assert again.kind == outcome.record["kind"]
+        assert again.base == Base.open(new).fingerprint
+
+
+def test_the_command_line_shows_and_converts(tmp_path, made, bases, capsys, monkeypatch):
+    from regraft.cli import app
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            app([str(argument) for argument in arguments])
+        assert not ended.value.code
+        return " ".join(capsys.readouterr().out.split())
+
+    old = bases["bert"][0]
+    said = run("adaptation", "show", made["bert", "bottleneck"][0], "--base", old)
+    assert "kind bottleneck" in said
+    assert "inner_size 5" in said
+    assert "loads wholly, lineage proven" in said
+    arguments = ("--old-base", old, "--to", "lora", "--rank", 2, "--out", tmp_path / "lora")
+    said = run("adaptation", "convert", made["bert", "full"][0], *arguments)
+    assert "of the delta's squared norm kept" in said
+    assert load_adaptation(tmp_path / "lora").config["r"] == 2
