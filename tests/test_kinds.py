@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import move_base, write_base
 from safetensors.torch import load_file, save_file
 
 from regraft import Base, BottleneckConfig, Recipe, Upgrade, check, compare, convert, load_adaptation, recycle, tune
@@ -168,8 +169,6 @@ def test_without_a_record_lineage_is_unproven_and_another_revision_is_refused(tm
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "full"])
 def test_a_base_of_fewer_layers_is_refused(tmp_path, made, kind):
     """PEFT alone drops the tensors of the layers that are not there, and says nothing."""
-    from conftest import write_base
-
     small = Base.open(write_base(tmp_path / "small", "bert", num_hidden_layers=1))
     with pytest.raises(RegraftError, match=r"without a place|another shape|missing|PEFT cannot"):
         load_model(load_adaptation(made["bert", kind][0]), small, LABELS)
@@ -408,13 +407,14 @@ def test_kinds_that_cannot_be(opened):
     ("architecture", "kind"),
     [*(("bert", kind) for kind in KINDS), ("llama", "bottleneck"), ("roberta", "prefix")],
 )
-def test_every_kind_is_tuned_checked_and_recycled(tmp_path, bases, task_file, architecture, kind):
-    old, new = bases[architecture]
-    rate = {"prefix": 0.1, "prompt": 0.1, "ia3": 0.1, "layernorm": 0.03}.get(kind, 0.01 if kind != "full" else 3e-3)
-    recipe = Recipe(steps=80, batch_size=16, learning_rate=rate, eval_every=20, precision="fp32")
+def test_every_kind_is_tuned_checked_and_recycled(tmp_path, task_file, architecture, kind):
+    old = write_base(tmp_path / "old-base", architecture, initializer_range=0.2)  # heads see more than their own token
+    new = move_base(old, tmp_path / "new-base", 0.02)
+    rate = {"full": 3e-3, "lora": 0.01, "bottleneck": 0.01, "pfeiffer": 0.01}.get(kind, 0.01 if kind in LORAS else 0.03)
+    recipe = Recipe(steps=120, batch_size=16, learning_rate=rate, eval_every=20, precision="fp32")
     outcome = tune(old, task_file, tmp_path / "old", kind=kind, recipe=recipe)
     assert outcome.scores["dev"] > outcome.scores["dev_majority"] + 0.1
-    found = check(Upgrade(old, new), outcome.path, task_file)
+    found = check(Upgrade(old, new), outcome.path, task_file, recipe=recipe)
     assert found.effect > 1e-4
     assert found.old == outcome.scores["test"]
     assert found.new > found.floor
