@@ -299,6 +299,95 @@ def test_a_foreign_lora_that_took_its_start_from_its_base_is_folded(tmp_path, op
         )
 
 
+def lineage(**changes):
+    def change(folder):
+        file = folder / "lineage.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def adapter_config(**changes):
+    def change(folder):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def config(**changes):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def beside(name):
+    return lambda folder: (folder / name).write_bytes((next(folder.glob("*model.safetensors"))).read_bytes())
+
+
+def spoil(value):
+    def change(folder):
+        file = next(folder.glob("*model.safetensors"))
+        tensors = load_file(file)
+        name = max(tensors, key=lambda n: ("bias" in n, n))
+        tensors[name][0] = value
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return change
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("full", config(num_hidden_layers=1), "without a place"),
+        ("full", config(num_hidden_layers=3), "missing"),
+        ("full", config(id2label={"a": "negative"}), "transformers cannot load it"),
+        ("full", lineage(labels=["a", "b", "c"]), "its head has 2 labels"),
+        ("full", lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "two checkpoints"),
+        ("full", spoil(float("nan")), "no numbers"),
+        ("lora", lineage(labels=5), "not a list of names"),
+        ("lora", lineage(labels=["a", "b", "c"]), "another shape"),
+        ("lora", lineage(base="me"), "not an object"),
+        ("lora", adapter_config(r=4), "another shape"),
+        ("lora", adapter_config(rank_pattern={"query": 1}), "another shape"),
+        ("lora", adapter_config(target_modules=["query"]), "without a place"),
+        ("lora", adapter_config(exclude_modules=["key"]), "without a place"),
+        ("lora", adapter_config(use_dora=True), "missing"),
+        ("lora", adapter_config(bias="all"), "missing"),
+        ("lora", adapter_config(task_type="CAUSAL_LM"), "PEFT cannot load it"),
+        ("lora", adapter_config(r="many"), "PEFT cannot"),
+        ("lora", beside("model.safetensors"), "a whole model too"),
+        ("lora", spoil(float("inf")), "no numbers"),
+        ("dora", adapter_config(use_dora=False), "without a place"),
+        ("ia3", adapter_config(feedforward_modules=[]), "PEFT cannot load it"),
+        ("ia3", adapter_config(peft_type="LORA"), "without a place|PEFT cannot"),
+        ("prefix", adapter_config(num_virtual_tokens="some"), "num_virtual_tokens"),
+        ("prefix", adapter_config(num_virtual_tokens=7), "another shape|PEFT cannot"),
+        ("prompt", adapter_config(num_layers=3), "3 layers"),
+        ("prompt", adapter_config(peft_type="PREFIX_TUNING"), "another shape|PEFT cannot"),
+        ("bottleneck", adapter_config(inner_size=4), "another shape"),
+        ("bottleneck", adapter_config(inner_size=-4), "at least 1"),
+        ("bottleneck", adapter_config(placement="pfeiffer"), "without a place"),
+        ("bottleneck", adapter_config(tune_norms=True), "missing"),
+        ("bottleneck", adapter_config(modules_to_save=[]), "without a place"),
+        ("bottleneck", adapter_config(modules_to_save=7), "adapter_config.json"),
+        ("bottleneck", adapter_config(after_attention="("), "no regular expression"),
+        ("pfeiffer", adapter_config(placement="houlsby"), "missing"),
+    ],
+)
+def test_no_half_loaded_adaptation_can_be_made(tmp_path, made, opened, task_file, kind, change, says):
+    shutil.copytree(made["bert", kind][0], tmp_path / "made")
+    change(tmp_path / "made")
+    upgrade = Upgrade(*opened["bert"])
+    with pytest.raises(RegraftError, match=says) as refused:
+        recycle(upgrade, tmp_path / "made", task_file, "init", tmp_path / "out", recipe=FEW, head="resize")
+    assert str(tmp_path / "made") in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
 def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file, texts):
     (tmp_path / "task").mkdir()
     for split in ("train", "dev", "test"):

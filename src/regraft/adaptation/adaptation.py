@@ -123,10 +123,17 @@ def load_adaptation(path: str | Path) -> Adaptation:
         if file.is_file():
             record = _read_json(file)
             break
-    labels = tuple(record["labels"]) if record.get("labels") else None
-    base = (record.get("base") or {}).get("fingerprint")
+    labels, base = _lineage_of(record, file)
     if (folder / ADAPTER_CONFIG).is_file():
         config = _read_json(folder / ADAPTER_CONFIG)
+        if strangers := sorted(entry.name for entry in folder.glob("model*.safetensors*")):
+            raise CheckpointError(
+                f"{folder}: holds an adapter and a whole model too ({', '.join(strangers[:4])}): which of them was "
+                "tuned? Keep them in folders of their own."
+            )
+        virtual = config.get("num_virtual_tokens")
+        if virtual is not None and (not isinstance(virtual, int) or virtual < 1):
+            raise CheckpointError(f"{folder}/{ADAPTER_CONFIG}: num_virtual_tokens is {virtual!r}, not a number from 1.")
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise CheckpointError(
                 f"{folder}: has no {ADAPTER_WEIGHTS} beside its {ADAPTER_CONFIG}. If it was saved as a pickle, load it "
@@ -140,7 +147,7 @@ def load_adaptation(path: str | Path) -> Adaptation:
             f"{folder}: is no sequence classifier (its config.json names {config.get('architectures')}). Give the "
             "folder of a tuned model."
         )
-    return Adaptation(folder, "full", labels or _labels_of(config), base, checkpoint, config)
+    return Adaptation(folder, "full", labels or _labels_of(config, folder), base, checkpoint, config)
 
 
 def write_lineage(folder: Path, base: Base, labels: Sequence[str] | None) -> None:
@@ -169,9 +176,20 @@ def _kind_of(config: dict[str, Any], folder: Path) -> str:
     return SHORT_NAMES.get(kind.lower(), kind.lower())
 
 
-def _labels_of(config: dict[str, Any]) -> tuple[str, ...] | None:
+def _lineage_of(record: dict[str, Any], file: Path) -> tuple[tuple[str, ...] | None, str | None]:
+    labels, base = record.get("labels"), record.get("base") or {}
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise CheckpointError(f"{file}: labels is {labels!r:.100}, not a list of names.")
+    if not isinstance(base, dict):
+        raise CheckpointError(f"{file}: base is {base!r:.100}, not an object with a fingerprint.")
+    return tuple(labels) if labels else None, base.get("fingerprint")
+
+
+def _labels_of(config: dict[str, Any], folder: Path) -> tuple[str, ...] | None:
     names = config.get("id2label") or {}
-    labels = tuple(str(names[key]) for key in sorted(names, key=int))
+    if not isinstance(names, dict) or sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+        raise CheckpointError(f"{folder}/config.json: id2label is {names!r:.100}, not names of the outputs from 0 on.")
+    labels = tuple(str(names[str(i)]) for i in range(len(names)))
     placeholders = tuple(f"LABEL_{i}" for i in range(len(labels)))
     return labels if labels and labels != placeholders else None
 

@@ -64,6 +64,11 @@ class BottleneckConfig:
             raise RecipeError(f"activation is {' or '.join(ACTIVATIONS)}, found {self.activation!r}.")
         if self.placement not in PLACEMENTS:
             raise RecipeError(f"placement is {' or '.join(PLACEMENTS)}, found {self.placement!r}.")
+        for pattern in (self.after_attention, self.after_feed_forward):
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise RecipeError(f"the pattern {pattern!r} is no regular expression ({error}).") from error
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
 
     def to_dict(self) -> dict[str, Any]:

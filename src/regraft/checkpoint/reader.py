@@ -51,6 +51,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         if path.is_file():
             return cls(path, read_header(path))
         if (path / INDEX).is_file():
+            if (path / NAMES[0]).is_file():
+                raise CheckpointError(
+                    f"{path}: holds {NAMES[0]} and {INDEX}, two checkpoints of which transformers would read the "
+                    "first. Remove what does not belong here."
+                )
             return cls(path, _read_sharded(path))
         for name in NAMES:
             if (path / name).is_file():

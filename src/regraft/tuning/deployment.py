@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import fresh_model, load_model
@@ -59,7 +60,7 @@ def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData)
         The change of what the head reads, relative to its norm on the base alone.
 
     Raises:
-        MismatchError: An adapter changes nothing.
+        MismatchError: An adapter changes nothing, or what comes out are no numbers.
     """
     import torch
 
@@ -71,11 +72,9 @@ def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData)
 
         def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
             last = output.hidden[-1]
-            if base.is_decoder:
-                at, place = last_tokens(last, batch["attention_mask"])
-                rows.append(last[at, place].float().cpu())
-            else:
-                rows.append(last[:, 0].float().cpu())
+            at, place = last_tokens(last, batch["attention_mask"])
+            fed = (last[at, place] if base.is_decoder else last[:, 0]).float().cpu()
+            rows.append(fed if output.logits.isfinite().all() else torch.full_like(fed, torch.nan))
 
         for_each_batch(classifier.to(device()), examples, "fp32", keep, hidden=True)
         return torch.cat(rows)
@@ -83,6 +82,11 @@ def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData)
     bare = fresh_model(base, ("a", "b"), 0)
     plain, adapted = read(bare), read(model)
     effect = float((adapted - plain).norm() / plain.norm())
+    if not math.isfinite(effect):
+        raise MismatchError(
+            f"{adaptation.path}: loaded wholly, and what it gives on {base.path} are no numbers: some of its values "
+            "are infinite or not a number (regraft weights inspect --check-finite names them)."
+        )
     if not effect and adaptation.kind == "full":
         logger.warning("%s has the body of its base unchanged: only its head was tuned.", adaptation.path)
     elif not effect:
