@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from regraft import Base, BottleneckConfig, Recipe, Upgrade, check, compare, convert, load_adaptation, recycle, tune
 from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, save_model, write_graft
+from regraft.adaptation.bottleneck import attach_bottlenecks
 from regraft.errors import CheckpointError, MismatchError, RecipeError, RegraftError
 from regraft.progress import quiet, silent
 from regraft.task import load_data
@@ -361,6 +362,7 @@ def spoil(value):
         ("lora", adapter_config(r="many"), "PEFT cannot"),
         ("lora", beside("model.safetensors"), "a whole model too"),
         ("lora", spoil(float("inf")), "no numbers"),
+        ("lora", spoil(float("nan")), "no numbers"),
         ("dora", adapter_config(use_dora=False), "without a place"),
         ("ia3", adapter_config(feedforward_modules=[]), "PEFT cannot load it"),
         ("ia3", adapter_config(peft_type="LORA"), "without a place|PEFT cannot"),
@@ -464,6 +466,21 @@ def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts
             BottleneckConfig(**wrong)
     with pytest.raises(MismatchError, match="finds 0 layers"):
         attach(fresh_model(base, LABELS, 0), base, BottleneckConfig(after_attention="nothing"), 0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["albert", "deberta-v2", "electra", "gpt2", "gpt_neox", "mistral", "modernbert", "mpnet", "opt", "phi", "qwen3"],
+)
+def test_bottlenecks_find_their_places_in_other_architectures(kind):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    size |= {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}.get(kind, {})
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, vocab_size=50, **size))
+    attach_bottlenecks(model, BottleneckConfig(inner_size=3))
+    assert sum(name.endswith("bottleneck.up.weight") for name, _ in model.named_parameters()) == 4
 
 
 def test_a_prompt_before_a_decoder_reads_the_last_token_whatever_the_padding(made, opened, texts):

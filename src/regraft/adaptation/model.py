@@ -304,7 +304,7 @@ def _account(
         )
     for name in shared:
         value = landed[name].cpu()
-        if not torch.equal(value, adaptation.checkpoint[name].to(value.dtype)):
+        if not torch.equal(value.nan_to_num(), adaptation.checkpoint[name].to(value.dtype).nan_to_num()):
             raise CheckpointError(
                 f"{adaptation.path}: tensor {name!r} did not land in the model as it is stored: a {adaptation.kind} "
                 "set up like this cannot be loaded exactly (or not be tuned further)."

@@ -143,7 +143,7 @@ def _version(package: str) -> str:
 
 def _card(record: dict[str, Any]) -> str:
     task, scores, cost = record["task"], record["scores"], record["cost"]
-    library = "peft" if record["kind"] == "lora" else "transformers"
+    library = {"full": "transformers", "bottleneck": "regraft"}.get(record["kind"], "peft")
     lines = [
         "---",
         f"library_name: {library}",
