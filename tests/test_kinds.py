@@ -136,10 +136,10 @@ def test_a_tensor_that_does_not_belong_is_named_and_refused(tmp_path, made, open
     assert name in said or name.removeprefix("base_model.model.") in said or "PEFT cannot load it" in said
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_another_base_is_refused_unless_forced(made, opened, kind):
-    old, new = opened["bert"]
-    adaptation = load_adaptation(made["bert", kind][0])
+@pytest.mark.parametrize(("architecture", "kind"), CELLS)
+def test_another_base_is_refused_unless_forced(made, opened, architecture, kind):
+    old, new = opened[architecture]
+    adaptation = load_adaptation(made[architecture, kind][0])
     with pytest.raises(MismatchError, match="was not tuned on"):
         adaptation.check_base(new)
     assert adaptation.check_base(new, force=True) == "forced"
@@ -298,6 +298,48 @@ def test_a_foreign_lora_that_took_its_start_from_its_base_is_folded(tmp_path, op
         torch.testing.assert_close(
             merged.get_submodule(name).weight - after[f"{name}.weight"], moved, atol=1e-5, rtol=0
         )
+
+
+FOREIGN = {
+    "AdaLoraConfig": {"init_r": 4, "target_r": 2, "total_step": 10},
+    "BOFTConfig": {"boft_block_size": 4},
+    "C3AConfig": {"block_size": 16},
+    "FourierFTConfig": {"n_frequency": 20},
+    "HRAConfig": {"r": 2},
+    "LoHaConfig": {"r": 2},
+    "LoKrConfig": {"r": 2},
+    "MissConfig": {"r": 2},
+    "OFTConfig": {"r": 4, "oft_block_size": 0},
+    "PromptEncoderConfig": {"num_virtual_tokens": 3, "encoder_hidden_size": 16},
+    "RandLoraConfig": {"r": 2},
+    "VeraConfig": {"r": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_kinds_that_peft_saved_are_read_and_put_on_a_base(tmp_path, opened, texts, name):
+    import peft
+
+    old = opened["bert"][0]
+    targets = {} if "Prompt" in name else {"target_modules": ["query", "value"]}
+    config = getattr(peft, name)(task_type="SEQ_CLS", modules_to_save=["pooler"], **targets, **FOREIGN[name])
+    with quiet():
+        model = peft.get_peft_model(fresh_model(old, LABELS, 0), config)
+        torch.manual_seed(4)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / "made", save_embedding_layers=False)
+    expected = predict(model, texts["bert"], "fp32")
+    found = logits_of(tmp_path / "made", old, texts["bert"])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    write_graft(load_adaptation(tmp_path / "made"), Upgrade(old, old), tmp_path / "out", silent)
+    torch.testing.assert_close(logits_of(tmp_path / "out", old, texts["bert"]), found, atol=1e-6, rtol=0)
+    if "Prompt" not in name:
+        convert(tmp_path / "made", old, tmp_path / "full", "full")
+        torch.testing.assert_close(logits_of(tmp_path / "full", old, texts["bert"]), found, atol=1e-4, rtol=1e-4)
 
 
 def lineage(**changes):

@@ -150,7 +150,8 @@ def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folde
         except (ValueError, AttributeError, NotImplementedError) as error:
             raise RecipeError(f"{adaptation.path}: PEFT cannot merge a {adaptation.kind} ({error}).") from error
         merged = fresh_model(old, labels, 0)
-        merged.load_state_dict(_merged_state(model))  # strictly: every tensor has its place, every place its tensor
+        found = _merged_state(model)
+        merged.load_state_dict({name: found[name] for name in merged.state_dict()})
         merged.save_pretrained(folder)
     return dataclasses.replace(load_adaptation(folder), base=adaptation.base, labels=adaptation.labels), merged
 
