@@ -598,3 +598,29 @@ def test_the_command_line_shows_and_converts(tmp_path, made, bases, capsys, monk
     said = run("adaptation", "convert", made["bert", "full"][0], *arguments)
     assert "of the delta's squared norm kept" in said
     assert load_adaptation(tmp_path / "lora").config["r"] == 2
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "prefix", "prompt", "ia3", "dora", "pissa", "layernorm"])
+def test_an_interrupted_tuning_goes_on_to_the_same_weights(tmp_path, bases, task_file, kind):
+    recipe = Recipe(steps=9, batch_size=8, learning_rate=3e-3, eval_every=3, save_every=3, precision="fp32")
+
+    class Stopped(Exception):
+        pass
+
+    def interrupt(stage, done, total, figures):
+        if (stage, done) == ("tune", 7):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        tune(bases["bert"][0], task_file, tmp_path / "one", kind=kind, recipe=recipe, progress=interrupt)
+    assert not (tmp_path / "one").exists()
+    steps = []
+    for name in ("one", "other"):
+        tune(
+            bases["bert"][0], task_file, tmp_path / name, kind=kind, recipe=recipe,
+            progress=lambda stage, done, *_: steps.append(done) if stage == "tune" else None,
+        )  # fmt: skip
+    assert steps == [7, 8, 9, *range(1, 10)]
+    one, other = (load_file(tmp_path / n / "adaptation" / "adapter_model.safetensors") for n in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
