@@ -275,9 +275,12 @@ def test_options_out_of_range(run, place):
     ]  # fmt: skip
     for given, says in [
         (["recycle", "--method", "distil"], "Did you mean distill?"),
-        (["recycle", "--method", "init", "--alpha", 0.5], "method init has no option alpha"),
-        (["recycle", "--method", "distill", "--alpha", 1.5], "alpha"),
-        (["recycle", "--method", "distill", "--kl-reduction", "sum"], "sum"),
+        (["recycle", "--method", "init", "-o", "alpha=0.5"], "method init has no option alpha"),
+        (["recycle", "--method", "distill", "-o", "alpha=1.5"], "alpha"),
+        (["recycle", "--method", "distill", "-o", "kl_reduction=sum"], "sum"),
+        (["recycle", "--method", "distill", "-o", "beta=much"], "of type float"),
+        (["recycle", "--method", "distill", "-o", "alfa=1"], "did you mean alpha?"),
+        (["compare", "-o", "alpha=0.5"], "METHOD:NAME=VALUE"),
         (["recycle", "--method", "init", "--precision", "fp8"], "fp8"),
         (["recycle", "--method", "init", "--steps", 0], "--steps"),
         (["recycle", "--method", "init", "--shots", 10_000], "10000"),

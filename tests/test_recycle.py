@@ -108,12 +108,11 @@ def test_where_each_method_starts(tmp_path, bases, tuned, task_file, architectur
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, bases, tuned, task_file, quick):
-    """Every method on bert, full and LoRA."""
+    """Every method that needs no other tasks on bert, full and LoRA."""
     folder = tmp_path_factory.mktemp("compared")
+    names = [name for name, method in methods().items() if "tasks" not in method.needs]
     return {
-        kind: compare(
-            Upgrade(*bases["bert"]), tuned["bert", kind], task_file, list(methods()), folder / kind, recipe=quick
-        )
+        kind: compare(Upgrade(*bases["bert"]), tuned["bert", kind], task_file, names, folder / kind, recipe=quick)
         for kind in ("full", "lora")
     }
 
@@ -122,7 +121,7 @@ def compared(tmp_path_factory, bases, tuned, task_file, quick):
 def test_compare_holds_every_method_against_scratch(compared, tuned, kind):
     comparison = compared[kind]
     rows = {row.method: row for row in comparison.rows}
-    assert list(rows) == list(methods())
+    assert list(rows) == [name for name, method in methods().items() if "tasks" not in method.needs]
     assert {"scratch", "direct", "init", "distill", "init+distill"} <= rows.keys()
     assert rows["scratch"].recovery == 100
     assert comparison.majority == 0.5
@@ -132,7 +131,8 @@ def test_compare_holds_every_method_against_scratch(compared, tuned, kind):
         assert row.recovery == pytest.approx(100 * (row.test - comparison.majority) / gap)
         assert row.start <= row.dev
         assert 0 <= row.negative_flips <= comparison.old
-    assert (rows["direct"].steps, rows["direct"].labels, rows["direct"].seconds) == (0, 0, 0)
+    assert (rows["direct"].steps, rows["direct"].labels) == (0, 0)
+    assert 0 < rows["direct"].seconds < 60
     assert rows["scratch"].steps == 60
     assert rows["scratch"].labels == 240
     assert rows["direct"].test > 0.8  # a mild upgrade

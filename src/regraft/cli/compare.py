@@ -17,10 +17,7 @@ def compare(
         str, typer.Option(help="Names, with commas between; scratch is the reference and always among them.")
     ] = "direct,init,distill,init+distill",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "20",
-    alpha: options.Alpha = None,
-    beta: options.Beta = None,
-    temperature: options.Temperature = None,
-    kl_reduction: options.KlReduction = None,
+    option: options.MethodOption = None,
     shots: options.Shots = None,
     steps: options.Steps = None,
     epochs: options.Epochs = 3.0,
@@ -36,7 +33,7 @@ def compare(
     from regraft.cli import show
     from regraft.errors import RecipeError
     from regraft.methods import compare as run
-    from regraft.methods import find_method, parse_options
+    from regraft.methods import parse_options
     from regraft.task import Task
     from regraft.tuning import Recipe
     from regraft.upgrade import Upgrade
@@ -44,8 +41,12 @@ def compare(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if not seeds.replace(",", "").replace(" ", "").isdigit():
         raise RecipeError(f"--seeds takes whole numbers with commas between, found {seeds!r}.")
-    given = {"alpha": alpha, "beta": beta, "temperature": temperature, "kl_reduction": kl_reduction}
-    chosen = [(name, value) for name, value in given.items() if value is not None]
+    chosen: dict[str, list[str]] = {}
+    for text in option or ():
+        name, colon, setting = text.partition(":")
+        if not colon or name not in names:
+            raise RecipeError(f"--option here is METHOD:NAME=VALUE of a method that is compared, found {text!r}.")
+        chosen.setdefault(name, []).append(setting)
     recipe = Recipe(
         steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
         eval_every=eval_every, save_every=save_every, precision=precision,
@@ -60,7 +61,7 @@ def compare(
             recipe=recipe,
             seeds=[int(seed) for seed in seeds.split(",") if seed.strip()],
             force=force,
-            options={name: parse_options(name, chosen) for name in names if find_method(name).options},
+            options={name: parse_options(name, settings) for name, settings in chosen.items()},
             progress=progress,
         )
     show.comparison(result)

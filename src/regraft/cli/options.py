@@ -23,7 +23,11 @@ SaveEvery = Annotated[int, typer.Option(help="Steps between the checkpoints an i
 Seed = Annotated[int, typer.Option(help="Fixes fresh heads, few-shot draws, the order of the data and dropout.")]
 Precision = Annotated[str, typer.Option(help="bf16, fp32, or auto: bf16 where the device computes in it.")]
 Force = Annotated[bool, typer.Option("--force", help="Take the old base though the weights record another one.")]
-Alpha = Annotated[float | None, typer.Option(help="Distillation: the share of the teacher's soft labels.")]
-Beta = Annotated[float | None, typer.Option(help="Distillation: the weight of the hidden states' error.")]
-Temperature = Annotated[float | None, typer.Option(help="Distillation: softens both models' outputs.")]
-KlReduction = Annotated[str | None, typer.Option(help="Distillation: batchmean, or mean as the paper's reference.")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="An option of the method, as in -o alpha=0.9; `regraft methods` lists them."),
+]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="An option of one of the methods, as in -o distill:alpha=0.9."),
+]

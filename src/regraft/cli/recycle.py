@@ -13,14 +13,11 @@ def recycle(
     adaptation: options.AdaptationFolder,
     task: options.TaskFile,
     out: options.Out,
-    method: Annotated[str, typer.Option(help="scratch, direct, init, distill or init+distill.")] = "init+distill",
+    method: Annotated[str, typer.Option(help="`regraft methods` lists them.")] = "init+distill",
     head: Annotated[
         str, typer.Option(help="copy the old head; resize it to the task's labels, by name; or a fresh one.")
     ] = "copy",
-    alpha: options.Alpha = None,
-    beta: options.Beta = None,
-    temperature: options.Temperature = None,
-    kl_reduction: options.KlReduction = None,
+    option: options.Option = None,
     shots: options.Shots = None,
     steps: options.Steps = None,
     epochs: options.Epochs = 3.0,
@@ -41,8 +38,7 @@ def recycle(
     from regraft.tuning import Recipe
     from regraft.upgrade import Upgrade
 
-    given = {"alpha": alpha, "beta": beta, "temperature": temperature, "kl_reduction": kl_reduction}
-    chosen = parse_options(method, [(name, value) for name, value in given.items() if value is not None])
+    chosen = parse_options(method, option or ())
     recipe = Recipe(
         steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
         eval_every=eval_every, save_every=save_every, seed=seed, precision=precision,

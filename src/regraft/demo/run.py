@@ -9,7 +9,7 @@ from regraft.demo.domains import write_corpus
 from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model, fetch
 from regraft.demo.tasks import TASKS, write_task
 from regraft.diagnosis import Check, check
-from regraft.methods import Comparison, compare, methods, tune
+from regraft.methods import Comparison, compare, tune
 from regraft.tuning import Corpus, Recipe, pretrain
 from regraft.upgrade import Base, Upgrade
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regraft.progress import Progress
 
 DOMAIN = "bio"
+METHODS = ("scratch", "direct", "init", "distill", "init+distill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def demo(out: Path, size: Size, progress: Progress) -> Iterator[tuple[Check, Com
         yield (
             found,
             compare(
-                upgrade, tuned, task, list(methods()), out / name / "recycled", recipe=size.tuning, seeds=size.seeds,
+                upgrade, tuned, task, METHODS, out / name / "recycled", recipe=size.tuning, seeds=size.seeds,
                 progress=progress,
             ),
         )  # fmt: skip

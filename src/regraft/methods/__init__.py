@@ -3,8 +3,8 @@
 from regraft.methods.compare import Comparison, Row, compare
 from regraft.methods.convert import Conversion, convert
 from regraft.methods.method import Job, Method
-from regraft.methods.recycle import parse_options, recycle
-from regraft.methods.registry import find_method, methods
+from regraft.methods.recycle import recycle
+from regraft.methods.registry import find_method, methods, parse_options
 from regraft.methods.tune import tune
 
 __all__ = [

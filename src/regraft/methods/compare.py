@@ -41,7 +41,7 @@ class Row:
         negative_flips: The share of examples the old deployment had right and this has wrong.
         labels: Labelled training examples that were seen.
         steps: Steps of the whole training.
-        seconds: Seconds of it.
+        seconds: Seconds of it; of the whole method where nothing is trained.
     """
 
     method: str

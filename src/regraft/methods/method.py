@@ -29,6 +29,8 @@ class Job:
         into: The folder to fill with the new adaptation.
         progress: Told of each step.
         head: What becomes of the old head where the old weights are put onto the new base.
+        notes: What the method found out and the outcome shall record, as JSON; `labels`, if it is there, is how many
+            labelled examples it used beside those of the learning curve's steps.
     """
 
     upgrade: Upgrade
@@ -39,6 +41,7 @@ class Job:
     into: Path
     progress: Progress
     head: Head = "copy"
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def fresh(self) -> Any:
         """Give the new base as scratch tunes it: with a fresh head, and a fresh adapter if the old weights are one.
@@ -107,7 +110,8 @@ class Method:
     Args:
         name: What it is called on the command line and in outcomes.
         summary: One line on what it does.
-        needs: Of `labels` and `training`, what it needs.
+        needs: Of `labels`, `text` (of the task, unlabelled), `tasks` (others, tuned on both bases) and `training`, what
+            it needs.
         run: Fills the job's folder with an adaptation and returns the learning curve, empty without training.
         options: The dataclass of its options, if it has any.
     """

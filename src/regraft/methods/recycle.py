@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,6 @@ from regraft.tuning.distill import Distillation
 from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from regraft.task import Task, TaskData
     from regraft.upgrade import Base, Upgrade
 
@@ -56,7 +55,7 @@ def recycle(
         upgrade: The old and the new base.
         adaptation: What was tuned on the old base, or its folder.
         task: The task it was tuned for: a task file, a `Task` or its data.
-        method: `scratch`, `direct`, `init`, `distill` or `init+distill`.
+        method: The name of one of `regraft.methods.methods()`.
         out: Where the outcome folder shall be. If it is there, made from the same, nothing is done.
         recipe: How to train.
         options: The method's own options, as `Distillation`; None for its defaults.
@@ -116,10 +115,12 @@ def recycle(
     with resumable_folder(out, inputs) as work:
         staging = new_folder(work / "whole")
         job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress, head)
+        started = time.perf_counter()
         curve = chosen.run(job, options)
+        job.notes.setdefault("seconds", round(curve[-1]["seconds"] if curve else time.perf_counter() - started, 2))
         return record_outcome(
             staging, out, upgrade.new, data, resolved, curve, inputs, method=method,
-            recycled_from=source, progress=progress,
+            recycled_from=source, notes=job.notes, progress=progress,
         )  # fmt: skip
 
 
@@ -134,6 +135,7 @@ def record_outcome(
     *,
     method: str,
     recycled_from: dict[str, Any] | None,
+    notes: dict[str, Any] | None = None,
     progress: Progress,
 ) -> Outcome:
     """Load the adaptation that was just written, score it on dev and test, and publish the outcome.
@@ -148,6 +150,7 @@ def record_outcome(
         inputs: What the outcome is made from.
         method: How it was made.
         recycled_from: Where it comes from, if it was recycled.
+        notes: What the method found out; `labels` and `seconds` of it are its cost beside the learning curve's.
         progress: Told of each batch.
 
     Returns:
@@ -160,6 +163,7 @@ def record_outcome(
 
     adaptation = load_adaptation(staging / "adaptation")
     model = load_model(adaptation, base, data.labels).to(device())
+    notes = dict(notes or {})
     rows: list[dict[str, Any]] = []
     scores: dict[str, float | None] = {}
     for name in SPLITS:
@@ -188,7 +192,12 @@ def record_outcome(
         "recipe": dataclasses.asdict(recipe),
         "scores": {**scores, "dev_at_start": curve[0]["score"]},
         "best_step": int(best["step"]),
-        "cost": {"steps": steps, "seconds": round(curve[-1]["seconds"], 2), "labels": seen},
+        "cost": {
+            "steps": steps,
+            "seconds": notes.pop("seconds", round(curve[-1]["seconds"], 2)),
+            "labels": max(seen, notes.pop("labels", 0)),
+        },
+        "notes": notes,
         "base": {"name": base.name, "fingerprint": base.fingerprint},
         "recycled_from": recycled_from,
     }
@@ -221,24 +230,3 @@ def new_folder(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def parse_options(method: str, given: Sequence[tuple[str, Any]]) -> Any:
-    """Make a method's options from names and values.
-
-    Args:
-        method: The method's name.
-        given: Options that were set.
-
-    Returns:
-        The options, or None if the method has none.
-
-    Raises:
-        RecipeError: The method has no such option.
-    """
-    options = find_method(method).options
-    known = {field.name for field in dataclasses.fields(options)} if options else set()
-    for name, _ in given:
-        if name not in known:
-            raise RecipeError(f"method {method} has no option {name}; it has {', '.join(sorted(known)) or 'none'}.")
-    return options(**dict(given)) if options else None
