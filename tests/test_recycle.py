@@ -132,7 +132,7 @@ def test_compare_holds_every_method_against_scratch(compared, tuned, kind):
         assert row.start <= row.dev
         assert 0 <= row.negative_flips <= comparison.old
     assert (rows["direct"].steps, rows["direct"].labels) == (0, 0)
-    assert 0 < rows["direct"].seconds < 60
+    assert 0 <= rows["direct"].seconds < 60
     assert rows["scratch"].steps == 60
     assert rows["scratch"].labels == 240
     assert rows["direct"].test > 0.8  # a mild upgrade
