@@ -2,6 +2,7 @@
 
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.distance import Distance, distance, distances
+from regraft.weights.effect import match_effect, rotation
 from regraft.weights.lora import add, compress, dora_weight, fold, inner, lora_delta, scaling
 from regraft.weights.low_rank import low_rank
 from regraft.weights.names import align, kind_of, layer_of
@@ -35,8 +36,10 @@ __all__ = [
     "lora_delta",
     "low_rank",
     "mask_agreement",
+    "match_effect",
     "match_rows",
     "orthogonal_shift",
+    "rotation",
     "scaling",
     "trim",
 ]

@@ -1,0 +1,226 @@
+"""`aligned`: the old delta, turned into the new base's own coordinates.
+
+For bases that were re-trained rather than continued: their features may be the same up to a rotation. Source: the
+Procrustes transport of task vectors, as in Theseus and in Re-Basin (Ainsworth et al., 2023, arXiv:2209.04836).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import RecipeError
+from regraft.methods.method import Job, Method
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from regraft.tuning.walk import Walk
+    from regraft.upgrade import Base
+
+ADAPTER, START = "default", "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Aligned:
+    """How the bases' features are aligned.
+
+    Args:
+        shrink: How far the maps are drawn to the identity, from 0 (not at all) to 1 (then it is `direct`).
+        texts: How many of the task's training texts, without labels, the activations are measured on.
+
+    Raises:
+        RecipeError: A number is out of its range.
+    """
+
+    shrink: float = 0.1
+    texts: int = 256
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        if not 0 <= self.shrink <= 1 or self.texts < 1:
+            raise RecipeError(f"shrink is from 0 to 1 (found {self.shrink}), texts at least 1 ({self.texts}).")
+
+
+def run(job: Job, options: Aligned) -> list[dict[str, float]]:
+    """Find an orthogonal map for the inputs and the outputs of each module, and turn its delta by both.
+
+    With x_n ≈ R·x_o and y_n ≈ S·y_o on the same tokens of the task's texts, a linear layer's D becomes S·D·Rᵀ, of a
+    LoRA B becomes S·B and A becomes A·Rᵀ; a bias d becomes S·d, an embedding's row e becomes S·e, a norm's gain g the
+    diagonal of S·diag(g)·Sᵀ; a head W becomes W·Rᵀ.
+
+    Args:
+        job: What and where.
+        options: How.
+
+    Returns:
+        No learning curve: nothing is trained.
+    """
+    import torch
+
+    from regraft.adaptation import fresh_model, load_model, save_model
+    from regraft.adaptation.changes import check_linear
+    from regraft.tuning import encode
+    from regraft.tuning.walk import Walk
+    from regraft.weights import rotation
+
+    check_linear(job.adaptation)
+    upgrade, labels = job.upgrade, job.data.labels
+    grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, labels)
+    texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
+    examples = encode(upgrade.new, texts, job.data.max_length)
+    walks = [Walk(fresh_model(base, labels, 0), examples) for base in (upgrade.old, upgrade.new)]
+    is_head, turned = False, _Turned(grafted, tuned, upgrade.old)
+    moved: list[float] = []
+    for part in range(walks[0].parts):
+        for name, (fed, given) in _spaces(walks).items():
+            if is_head:  # what comes after a head's first layer has that one's coordinates, which stay
+                break
+            is_head = turned.is_head(name)
+            inputs = rotation(fed, options.shrink) if fed is not None else None
+            outputs = None if is_head else rotation(given, options.shrink)
+            moved += (
+                []
+                if outputs is None
+                else [float((outputs - torch.eye(len(outputs)).to(outputs)).norm() / len(outputs) ** 0.5)]
+            )
+            turned.turn(name, inputs, outputs)
+        job.progress("align", part + 1, walks[0].parts, {})
+    job.notes["turned"] = round(sum(moved) / len(moved), 4)  # mean of ‖S − I‖ / √width
+    save_model(grafted.cpu(), upgrade.new, labels, job.into)
+    return []
+
+
+def _spaces(walks: Sequence[Walk]) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
+    """Run a part of both bases; give, for each module with weights of its own, E[x_n·xᵀ_o] of what tells its maps.
+
+    A linear layer's input is what it is fed. Its output is what it gives; but where it is wider than its input, so that
+    what it gives has not the rank to tell, what the next layer of that width is fed. A norm's output has the
+    coordinates of its input, and all embeddings those of the tables.
+
+    Returns:
+        The moments of inputs (None but for linear layers) and of outputs by name, in the order in which modules run.
+    """
+    from torch import nn
+
+    old, new = walks
+    own = [[m for m in walk.model.modules() if next(m.parameters(recurse=False), None) is not None] for walk in walks]
+    modules = {new.names[module]: module for module in own[1]}
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    fed_sums: dict[str, torch.Tensor] = {}
+    given_sums: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, _: int, fed: torch.Tensor, given: torch.Tensor) -> None:
+        seen[name] = fed, given
+
+    def add(name: str, _: int, fed: torch.Tensor, given: torch.Tensor) -> None:
+        if isinstance(modules[name], nn.Embedding):
+            given_sums[name] = _tables(walks, given.shape[-1])
+            return
+        old_fed, old_given = seen[name]
+        fed_sums[name] = fed_sums.get(name, 0) + fed.double().T @ old_fed.double()
+        if isinstance(modules[name], nn.Linear):
+            given_sums[name] = given_sums.get(name, 0) + given.double().T @ old_given.double()
+        else:
+            given_sums[name] = fed_sums[name]
+
+    for number in range(len(old.batches)):
+        old.run_batch(number, own[0], keep, keep=True)
+        new.run_batch(number, own[1], add, keep=True)
+        seen.clear()
+    for walk in walks:
+        walk.part += 1
+    spaces: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
+    read: dict[int, torch.Tensor] = {}
+    for name, given in reversed(given_sums.items()):
+        fed = fed_sums[name] if isinstance(modules[name], nn.Linear) else None
+        spaces[name] = fed, read.get(len(given), given) if fed is not None and len(given) > len(fed) else given
+        if fed is not None:
+            read[len(fed)] = fed
+    return dict(reversed(spaces.items()))
+
+
+def _tables(walks: Sequence[Walk], width: int) -> torch.Tensor:
+    """Give the cross moments of all embedding tables of a width: their rows are added up to what the first block reads."""
+    from torch import nn
+
+    old, new = ([m.weight.detach() for m in w.model.modules() if isinstance(m, nn.Embedding)] for w in walks)
+    pairs = [(a.double(), b.double()) for a, b in zip(old, new, strict=True) if a.shape[1] == width]
+    return sum((b.T @ a for a, b in pairs), start=pairs[0][0].new_zeros(width, width))
+
+
+class _Turned:
+    """The grafted model, whose deltas are turned in place.
+
+    Args:
+        grafted: The adaptation put on the new base.
+        tuned: The adaptation on the old base.
+        old: The old base.
+    """
+
+    def __init__(self, grafted: Any, tuned: Any, old: Base):
+        self.modules = {
+            _plain(name): module for name, module in grafted.named_modules() if "original_module" not in name
+        }
+        self.tuned, self.old = dict(tuned.named_parameters()), old
+        self.is_full = not hasattr(grafted, "peft_config") and not hasattr(grafted, "bottleneck_config")
+
+    def is_head(self, name: str) -> bool:
+        """Tell whether a module of the classifier is not in the base."""
+        return f"{name}.weight".removeprefix(self.old.prefix + ".") not in self.old.body
+
+    def turn(self, name: str, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> None:
+        """Turn what the adaptation changes in a module.
+
+        Args:
+            name: The module's, in a classifier without an adapter.
+            inputs: R, of a linear layer.
+            outputs: S; None for a head.
+        """
+        from torch import nn
+
+        module = self.modules[name]
+        if outputs is None:
+            _set(module.weight, module.weight, inputs, None)
+        elif self.is_full:
+            for part, weight in module.named_parameters(recurse=False):
+                delta = self.tuned[f"{name}.{part}"] - self._before(f"{name}.{part}")
+                if isinstance(module, nn.Embedding):
+                    _set(weight, delta, outputs, None)
+                elif weight.dim() == 2:
+                    _set(weight, delta, inputs, outputs)
+                else:
+                    is_gain = part == "weight"
+                    _set(weight, delta[:, None], None, outputs.square() if is_gain else outputs)
+        elif hasattr(module, "lora_A"):
+            _set(module.lora_A[ADAPTER].weight, module.lora_A[ADAPTER].weight, inputs, None)
+            _set(module.lora_B[ADAPTER].weight, module.lora_B[ADAPTER].weight, None, outputs)
+        elif hasattr(module, "bottleneck"):
+            down, up = module.bottleneck.down, module.bottleneck.up
+            _set(down.weight, down.weight, outputs, None)
+            _set(up.weight, up.weight, None, outputs)
+            _set(up.bias, up.bias[:, None], None, outputs)
+
+    def _before(self, name: str) -> torch.Tensor:
+        inner = name.removeprefix(self.old.prefix + ".")
+        return self.old.checkpoint[self.old.body[inner]].to(self.tuned[name])
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix(START).replace(f".modules_to_save.{ADAPTER}", "")
+
+
+def _set(weight: torch.Tensor, delta: torch.Tensor, right: torch.Tensor | None, left: torch.Tensor | None) -> None:
+    """Put left·delta·rightᵀ into a weight in the place of the delta that is in it."""
+    import torch
+
+    with torch.no_grad():
+        turned = delta.double()
+        turned = turned if right is None else turned @ right.T.to(turned)
+        turned = turned if left is None else left.to(turned) @ turned
+        weight.add_((turned - delta.double()).reshape(weight.shape).to(weight))
+
+
+METHOD = Method("aligned", "turn the old delta into the new base's coordinates", ("text",), run, Aligned)

@@ -1,0 +1,73 @@
+"""A delta made to have on one base's activations the effect it had on another's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from regraft.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def match_effect(factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Give the factor D' with the least E‖D'·x_n − D·x_o‖² + λ·‖D' − D‖²: (D·C_on + λ·D)·(C_nn + λ·I)⁻¹.
+
+    As λ goes to infinity D' goes to D. Where the second moments are those of one layer input, D' is D. This is
+    regression with a prior, layer by layer; of the literature, RegMean (Jin et al., 2023, arXiv:2212.09849) is near.
+
+    Args:
+        factor: D, [k, in]: what is applied to the input, as a delta or a LoRA's A.
+        cross: C_on = E[x_o·x_nᵀ], [in, in], of the inputs the layer had (o) and has (n) on the same tokens.
+        second: C_nn = E[x_n·x_nᵀ], [in, in].
+        ridge: λ in units of the mean of the diagonal of C_nn; above 0.
+
+    Returns:
+        D', [k, in], in the dtype of `factor`; computed in float64.
+
+    Raises:
+        RecipeError: λ is not above 0.
+    """
+    import torch
+
+    if not ridge > 0:
+        raise RecipeError(f"the ridge must be above 0, found {ridge}.")
+    if torch.equal(cross, second):
+        return factor.clone()
+    d, c_on, c_nn = factor.double(), cross.double(), second.double()
+    strength = ridge * c_nn.diagonal().mean()
+    if not strength > 0:  # the layer is fed nothing
+        return factor.clone()
+    damped = c_nn + strength * torch.eye(len(c_nn), dtype=torch.float64, device=c_nn.device)
+    matched: torch.Tensor = torch.linalg.solve(damped, (d @ c_on + strength * d).T).T  # C_nn is symmetric
+    return matched.to(factor.dtype)
+
+
+def rotation(cross: torch.Tensor, shrink: float) -> torch.Tensor:
+    """Give the orthogonal map R with the least E‖R·x_o − x_n‖², drawn towards the identity.
+
+    Orthogonal Procrustes (Schönemann, 1966): of C = E[x_n·xᵀ_o] = U·Σ·Vᵀ, R = U·Vᵀ. Shrunk: of
+    (1 − s)·C/mean(Σ) + s·I, so that directions which no activation has are left as they are.
+
+    Args:
+        cross: C, [width, width].
+        shrink: s, from 0 (none) to 1 (the identity).
+
+    Returns:
+        R, [width, width], in float64.
+
+    Raises:
+        RecipeError: The shrinkage is out of its range.
+    """
+    import torch
+
+    if not 0 <= shrink <= 1:
+        raise RecipeError(f"the shrinkage is from 0 to 1, found {shrink}.")
+    wide = cross.double()
+    identity = torch.eye(len(wide), dtype=torch.float64, device=wide.device)
+    if shrink == 1:
+        return identity
+    scale = torch.linalg.matrix_norm(wide, "nuc") / len(wide) if shrink else 1.0
+    u, _, vt = torch.linalg.svd((1 - shrink) * wide / scale + shrink * identity)
+    turned: torch.Tensor = u @ vt
+    return turned
