@@ -143,7 +143,7 @@ def _spaces(walks: Sequence[Walk]) -> dict[str, tuple[torch.Tensor | None, torch
 
 
 def _tables(walks: Sequence[Walk], width: int) -> torch.Tensor:
-    """Give the cross moments of all embedding tables of a width: their rows are added up to what the first block reads."""
+    """Give the cross moments of all embedding tables of a width: the first block reads sums of their rows."""
     from torch import nn
 
     old, new = ([m.weight.detach() for m in w.model.modules() if isinstance(m, nn.Embedding)] for w in walks)
