@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from regraft.adaptation import Adaptation, Head
     from regraft.progress import Progress
     from regraft.task import TaskData
-    from regraft.tuning import Distillation, Recipe
+    from regraft.tuning import Anchored, Distillation, Recipe
     from regraft.upgrade import Upgrade
 
 
@@ -30,7 +30,7 @@ class Job:
         progress: Told of each step.
         head: What becomes of the old head where the old weights are put onto the new base.
         notes: What the method found out and the outcome shall record, as JSON; `labels`, if it is there, is how many
-            labelled examples it used beside those of the learning curve's steps.
+            labelled examples it used in all, counted from the learning curve's steps if it is not.
     """
 
     upgrade: Upgrade
@@ -83,22 +83,40 @@ class Job:
         self.graft(folder)
         return load_model(load_adaptation(folder), self.upgrade.new, self.data.labels, trainable=True)
 
-    def tune(self, model: Any, options: Distillation | None = None) -> list[dict[str, float]]:
+    def teacher(self) -> Any:
+        """Give the old adaptation on the old base, as a model whose parameters are named and shaped as the new one's.
+
+        Returns:
+            The model, frozen if the adaptation is an adapter.
+        """
+        from regraft.adaptation import load_adaptation, load_model, write_graft
+        from regraft.upgrade import Upgrade
+
+        old, adaptation = self.upgrade.old, self.adaptation
+        if adaptation.changed_base:  # its plain form has other sizes
+            folder = self.work / "teacher"
+            write_graft(adaptation, Upgrade(old, old), folder, self.progress)
+            adaptation = load_adaptation(folder)
+        return load_model(adaptation, old, self.data.labels)
+
+    def tune(
+        self, model: Any, options: Distillation | None = None, anchor: Anchored | None = None
+    ) -> list[dict[str, float]]:
         """Tune a model on the task, from a teacher if options are given, and write it into its folder.
 
         Args:
             model: From `fresh` or `grafted`.
             options: The distillation's weights; the teacher is the old adaptation on the old base.
+            anchor: How the weights are held to where they start, if they are.
 
         Returns:
             The learning curve.
         """
-        from regraft.adaptation import load_model, save_model
+        from regraft.adaptation import save_model
         from regraft.tuning import Teacher, tune_model
 
-        old = self.upgrade.old
-        teacher = Teacher(load_model(self.adaptation, old, self.data.labels), old, options) if options else None
-        curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher)
+        teacher = Teacher(self.teacher(), self.upgrade.old, options) if options else None
+        curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher, anchor)
         save_model(model, self.upgrade.new, self.data.labels, self.into)
         return curve
 

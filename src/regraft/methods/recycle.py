@@ -21,6 +21,7 @@ from regraft.adaptation import (
 )
 from regraft.checkpoint import resumable_folder
 from regraft.errors import RecipeError
+from regraft.methods.label_free import LabelFree
 from regraft.methods.method import Job
 from regraft.methods.registry import find_method
 from regraft.progress import Progress, silent
@@ -83,7 +84,7 @@ def recycle(
         adaptation = load_adaptation(adaptation)
     if head not in HEADS:
         raise RecipeError(f"head is one of {', '.join(HEADS)}, found {head!r}.")
-    if head != "copy" and isinstance(options, Distillation):
+    if head != "copy" and isinstance(options, (Distillation, LabelFree)):
         raise RecipeError(f"method {method} learns the old head's outputs: it takes head copy only, found {head}.")
     lineage = adaptation.check_base(upgrade.old, force=force)
     data = load_data(task, recipe.seed)
@@ -150,7 +151,7 @@ def record_outcome(
         inputs: What the outcome is made from.
         method: How it was made.
         recycled_from: Where it comes from, if it was recycled.
-        notes: What the method found out; `labels` and `seconds` of it are its cost beside the learning curve's.
+        notes: What the method found out; `labels` and `seconds` of it, where it has them, are its cost.
         progress: Told of each batch.
 
     Returns:
@@ -195,7 +196,7 @@ def record_outcome(
         "cost": {
             "steps": steps,
             "seconds": notes.pop("seconds", round(curve[-1]["seconds"], 2)),
-            "labels": max(seen, notes.pop("labels", 0)),
+            "labels": notes.pop("labels", seen),
         },
         "notes": notes,
         "base": {"name": base.name, "fingerprint": base.fingerprint},

@@ -1,8 +1,10 @@
 """Training: tuning on a task, distillation, and continual pre-training, all on transformers' Trainer."""
 
+from regraft.tuning.anchor import Anchored
 from regraft.tuning.corpus import Corpus
 from regraft.tuning.distill import Distillation, distillation_loss
 from regraft.tuning.examples import Examples, encode, plan_order
+from regraft.tuning.interpolate import Interpolation
 from regraft.tuning.moments import input_moments
 from regraft.tuning.predict import device, predict
 from regraft.tuning.pretrain import pretrain
@@ -12,9 +14,11 @@ from regraft.tuning.tune import ADAPTER_RATE, LEARNING_RATES, Teacher, evaluate,
 __all__ = [
     "ADAPTER_RATE",
     "LEARNING_RATES",
+    "Anchored",
     "Corpus",
     "Distillation",
     "Examples",
+    "Interpolation",
     "Recipe",
     "Teacher",
     "device",

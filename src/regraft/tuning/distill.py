@@ -8,10 +8,12 @@ authors' reference implementation; the hidden-state term is Sun et al.'s patient
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
 from regraft.tuning.predict import Output, for_each_batch, forward, last_tokens
+from regraft.tuning.recipe import check_fade, fade
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +35,10 @@ class Distillation:
         temperature: Softens both models' outputs.
         kl_reduction: `batchmean` sums the divergence over classes and averages it over the batch (the textbook's);
             `mean` averages over both, as the paper's reference does.
+        flip_weight: Where above 0, the teacher counts 1 + flip_weight times as much on examples it has right as on
+            those it has wrong, the mean over the batch staying 1: what was right shall stay right.
+        decay: How alpha and beta fall to 0 over the training, so that the labels win in the end: `none` (they stay),
+            `linear` or `cosine`.
 
     Raises:
         RecipeError: A number is out of its range.
@@ -42,6 +48,8 @@ class Distillation:
     beta: float = 1.0
     temperature: float = 5.0
     kl_reduction: str = "batchmean"
+    flip_weight: float = 0.0
+    decay: str = "none"
 
     def __post_init__(self) -> None:
         """Check every number."""
@@ -53,6 +61,63 @@ class Distillation:
             )
         if self.kl_reduction not in ("batchmean", "mean"):
             raise RecipeError(f"kl_reduction is batchmean or mean, found {self.kl_reduction!r}.")
+        if not 0 <= self.flip_weight < math.inf:
+            raise RecipeError(f"flip_weight must be a number that is not negative, found {self.flip_weight}.")
+        check_fade("decay", self.decay)
+
+    def at(self, step: int, steps: int) -> Distillation:
+        """Give what the weights have become.
+
+        Args:
+            step: Steps done so far.
+            steps: Steps in all.
+
+        Returns:
+            The same with alpha and beta as far down as they are by then.
+        """
+        left = fade(self.decay, step, steps)
+        return dataclasses.replace(self, alpha=self.alpha * left, beta=self.beta * left)
+
+
+def teacher_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    options: Distillation,
+) -> torch.Tensor:
+    """α·T²·KL(softmax(z_t/T) ‖ softmax(z_s/T)) + β·½·MSE(h_s, h_t), examples weighted by whether the teacher is right.
+
+    Args:
+        logits: The student's z_s, batch × classes.
+        labels: The true classes, batch; unused where flip_weight is 0.
+        teacher_logits: The teacher's z_t, batch × classes.
+        hidden: The student's h_s, batch × layers × width; unused where beta is 0.
+        teacher_hidden: The teacher's h_t, likewise.
+        options: α, β, T, the reduction of the KL and flip_weight.
+
+    Returns:
+        The loss, a scalar.
+    """
+    from torch.nn import functional
+
+    hot = options.temperature
+    divergence = functional.kl_div(
+        functional.log_softmax(logits / hot, dim=-1),
+        functional.log_softmax(teacher_logits / hot, dim=-1),
+        reduction="none",
+        log_target=True,
+    )
+    apart = functional.mse_loss(hidden, teacher_hidden, reduction="none") if options.beta else None
+    if options.flip_weight:
+        weights = 1 + options.flip_weight * (teacher_logits.argmax(dim=-1) == labels).to(logits.dtype)
+        weights = weights / weights.mean()
+        divergence = divergence * weights[:, None]
+        apart = apart * weights[:, None, None] if apart is not None else None
+    count = len(logits) if options.kl_reduction == "batchmean" else logits.numel()
+    loss = options.alpha * hot**2 * (divergence.sum() / count)
+    return loss if apart is None else loss + options.beta * 0.5 * apart.mean()
 
 
 def distillation_loss(
@@ -71,25 +136,16 @@ def distillation_loss(
         teacher_logits: The teacher's z_t, batch × classes.
         hidden: The student's h_s, batch × layers × width; unused where beta is 0.
         teacher_hidden: The teacher's h_t, likewise.
-        options: α, β, T and the reduction of the KL.
+        options: α, β, T, the reduction of the KL and flip_weight.
 
     Returns:
         The loss, a scalar.
     """
     from torch.nn import functional
 
-    hot = options.temperature
-    divergence = functional.kl_div(
-        functional.log_softmax(logits / hot, dim=-1),
-        functional.log_softmax(teacher_logits / hot, dim=-1),
-        reduction="sum",  # torch is about to make its "mean" another one
-        log_target=True,
-    ) / (len(logits) if options.kl_reduction == "batchmean" else logits.numel())
-    loss = options.alpha * hot**2 * divergence
+    loss = teacher_loss(logits, labels, teacher_logits, hidden, teacher_hidden, options)
     if options.alpha < 1:
         loss = loss + (1 - options.alpha) * functional.cross_entropy(logits, labels)
-    if options.beta:
-        loss = loss + options.beta * 0.5 * functional.mse_loss(hidden, teacher_hidden)
     return loss
 
 
@@ -167,26 +223,28 @@ def teach(
 
 
 def distillation_objective(
-    taught: tuple[torch.Tensor, torch.Tensor], options: Distillation, last_token: bool
-) -> Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]:
+    taught: tuple[torch.Tensor, torch.Tensor], options: Distillation, last_token: bool, steps: int
+) -> Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]:
     """Make the loss of a batch from the teacher's cached outputs.
 
     Args:
         taught: From `teach`.
         options: The loss's weights.
         last_token: Whether the head reads the last token.
+        steps: Steps of the training in all.
 
     Returns:
-        A function of the student and a batch that carries `labels` and `index`.
+        A function of the student, a batch that carries `labels` and `index`, and the steps done so far.
     """
 
-    def objective(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         labels, index = batch.pop("labels"), batch.pop("index").cpu()
         output = forward(model, batch, hidden=bool(options.beta))
         teacher_logits, teacher_hidden = (rows[index].to(output.logits.device).float() for rows in taught)
         hidden = teacher_hidden
         if options.beta:
             hidden = read_hidden(output.hidden, batch["attention_mask"], last_token).float()
-        return distillation_loss(output.logits.float(), labels, teacher_logits, hidden, teacher_hidden, options)
+        now = options.at(step, steps)
+        return distillation_loss(output.logits.float(), labels, teacher_logits, hidden, teacher_hidden, now)
 
     return objective

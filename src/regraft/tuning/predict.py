@@ -60,7 +60,13 @@ def autocast(precision: str, on: torch.device) -> contextlib.AbstractContextMana
     return torch.autocast(on.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def forward(model: Any, batch: Mapping[str, torch.Tensor], *, hidden: bool = False) -> Output:
+def forward(
+    model: Any,
+    batch: Mapping[str, torch.Tensor],
+    *,
+    hidden: bool = False,
+    parameters: Mapping[str, torch.Tensor] | None = None,
+) -> Output:
     """Run a classifier of any kind on a batch that is padded on the right.
 
     Two things PEFT leaves undone are done here: hidden states under a prefix, and, for a prompt before a decoder, that
@@ -70,6 +76,7 @@ def forward(model: Any, batch: Mapping[str, torch.Tensor], *, hidden: bool = Fal
         model: A classifier, with or without an adapter.
         batch: Its inputs, `attention_mask` among them.
         hidden: Whether hidden states are wanted.
+        parameters: By name, what to compute with in place of the model's own; gradients flow through them.
 
     Returns:
         Its output.
@@ -100,7 +107,12 @@ def forward(model: Any, batch: Mapping[str, torch.Tensor], *, hidden: bool = Fal
     if hasattr(classifier, "score") and _is_prompted(model):  # it reads the last place where it is given embeddings
         handles.append(classifier.score.register_forward_hook(append_last))
     try:
-        logits = model(**batch).logits
+        if parameters is None:
+            logits = model(**batch).logits
+        else:
+            from torch.func import functional_call
+
+            logits = functional_call(model, dict(parameters), (), dict(batch)).logits
     finally:
         for handle in handles:
             handle.remove()

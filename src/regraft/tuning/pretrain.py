@@ -147,7 +147,7 @@ class _Pretraining:
             model,
             list(zip(order.tolist(), range(total), strict=True)),
             lambda items: self.batch(items, recipe.seed),
-            self.loss,
+            lambda model, batch, _: self.loss(model, batch),
             self.evaluate,
             recipe,
             work,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from regraft.errors import RecipeError
 
 FEWEST_STEPS = 100
 """Where the steps follow from the data: a few examples a class are seen many times over."""
+FADES = ("none", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Recipe:
         save_every: Steps between the checkpoints an interrupted run goes on from.
         seed: Fixes fresh heads, the order of the data, dropout and masking.
         precision: `bf16` (autocast), `fp32`, or `auto`: bf16 where the device computes in it.
+        average: Where above 0, the mean of the weights at the evaluations after this fraction of the steps is one more
+            candidate for the best weights (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407).
 
     Raises:
         RecipeError: A number is out of its range.
@@ -40,6 +44,7 @@ class Recipe:
     save_every: int = 200
     seed: int = 20
     precision: str = "auto"
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every number."""
@@ -49,6 +54,8 @@ class Recipe:
                 raise RecipeError(f"{name} must be above 0, found {value}.")
         if not 0 <= self.warmup < 1:
             raise RecipeError(f"warmup is a fraction of the steps, from 0 to below 1, found {self.warmup}.")
+        if not 0 <= self.average < 1:
+            raise RecipeError(f"average is a fraction of the steps, from 0 to below 1, found {self.average}.")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise RecipeError(f"precision is auto, bf16 or fp32, found {self.precision!r}.")
 
@@ -70,6 +77,37 @@ class Recipe:
             eval_every=min(steps, self.eval_every or _round_interval(steps)),
             precision=precision() if self.precision == "auto" else self.precision,
         )
+
+
+def check_fade(name: str, how: str) -> None:
+    """Refuse a schedule that there is not.
+
+    Args:
+        name: What the option is called.
+        how: Its value.
+
+    Raises:
+        RecipeError: It is none of `FADES`.
+    """
+    if how not in FADES:
+        raise RecipeError(f"{name} is one of {', '.join(FADES)}, found {how!r}.")
+
+
+def fade(how: str, step: int, steps: int) -> float:
+    """Tell what is left, at a step, of a weight that falls from 1 to 0 over a training.
+
+    Args:
+        how: `none` (stays 1), `linear` or `cosine`.
+        step: Steps done so far.
+        steps: Steps in all.
+
+    Returns:
+        1 at first; 0 once all steps are done, unless it is `none`.
+    """
+    if how == "none":
+        return 1.0
+    done = step / steps
+    return 1 - done if how == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def precision() -> str:

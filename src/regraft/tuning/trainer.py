@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ def train(
     model: Any,
     data: Sequence[Any],
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
-    objective: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
+    objective: Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor],
     evaluate: Callable[[Any], dict[str, float]],
     recipe: Recipe,
     work: Path,
@@ -43,7 +44,7 @@ def train(
         model: What to train.
         data: Its item n is what the training sees n-th: steps × batch_size items.
         collate: Makes a batch of such items.
-        objective: Gives the loss of a batch.
+        objective: Gives the loss of a batch, from the model, the batch and the steps done so far.
         evaluate: Gives figures of the model, among them `score`, of which more is better.
         recipe: Resolved.
         work: A folder for checkpoints.
@@ -51,7 +52,8 @@ def train(
         stage: What to call this there.
 
     Returns:
-        One entry an evaluation, from step 0 on: `step`, `seconds` of training so far, and the figures.
+        One entry an evaluation, from step 0 on: `step`, `seconds` of training so far, and the figures. If the mean of
+        weights is the best, its figures come last, with how many evaluations it is of as `averaged`.
 
     Raises:
         RecipeError: The loss became infinite or not a number.
@@ -81,7 +83,7 @@ def train(
         disable_tqdm=True,
         seed=recipe.seed,
     )
-    best = _Best(work / "best")
+    best = _Best(work / "best", recipe.average * (recipe.steps or 1) if recipe.average else math.inf)
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -98,6 +100,11 @@ def train(
     with quiet():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     curve = trainer.curve
+    if (count := best.count(curve)) > 1:
+        best.restore_mean(model, curve)
+        figures = evaluate(model)
+        if figures["score"] > max(point["score"] for point in curve):
+            return [*curve, {**curve[-1], **figures, "averaged": count}]
     best.restore(model, curve)
     return curve
 
@@ -125,7 +132,7 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        return self.objective(model, inputs)
+        return self.objective(model, inputs, self.state.global_step)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Take the figures and keep the weights if they are the best so far."""
@@ -173,47 +180,78 @@ class _Watch(TrainerCallback):
 
 
 class _Best:
-    """The trained parameters at the best evaluation so far, in a file.
+    """The trained parameters at the best evaluation so far, in a file, and their mean over the late evaluations.
 
-    The best as of the last checkpoint is kept beside it: from there an interrupted run goes on.
+    What they were as of the last checkpoint is kept beside: from there an interrupted run goes on.
+
+    Args:
+        folder: Where.
+        after: The mean is of the evaluations after this step.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.secured = folder, -1
+    def __init__(self, folder: Path, after: float):
+        self.folder, self.after = folder, after
+        self.secured: tuple[Path, ...] = ()
+
+    def count(self, curve: list[dict[str, float]]) -> int:
+        """Tell how many evaluations the mean is of."""
+        return sum(point["step"] > self.after for point in curve)
 
     def offer(self, model: Any, curve: list[dict[str, float]]) -> None:
-        """Write the weights if the last point of the curve is the best."""
-        from safetensors.torch import save_file
-
-        step = _best_step(curve)
-        if step == int(curve[-1]["step"]):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            beside = self.folder / "writing"
-            save_file({name: p.detach().contiguous() for name, p in _trained(model)}, beside)
-            beside.replace(self._file(step))
-            self._clear(step)
+        """Write the weights if the last point of the curve is the best, and take them into the mean if it is late."""
+        weights = {name: p.detach().contiguous() for name, p in _trained(model)}
+        if _best_step(curve) == int(curve[-1]["step"]):
+            self._write(self._best(curve), weights)
+        if curve[-1]["step"] > self.after:
+            if (count := self.count(curve)) > 1:
+                mean = self._read(self._mean(count - 1))
+                weights = {n: mean[n].to(p.device).lerp(p, 1 / count) for n, p in weights.items()}
+            self._write(self._mean(count), weights)
+        self._clear(curve)
 
     def secure(self, curve: list[dict[str, float]]) -> None:
-        """Keep what is the best now until this is called again."""
-        self.secured = _best_step(curve)
-        self._clear(self.secured)
+        """Keep what there is now until this is called again."""
+        self.secured = (self._best(curve), self._mean(self.count(curve)))
+        self._clear(curve)
 
     def restore(self, model: Any, curve: list[dict[str, float]]) -> None:
         """Put the best weights back into the model."""
-        from safetensors.torch import load_file
+        self._fill(model, self._best(curve))
 
-        stored = load_file(self._file(_best_step(curve)))
+    def restore_mean(self, model: Any, curve: list[dict[str, float]]) -> None:
+        """Put the mean of the late weights into the model."""
+        self._fill(model, self._mean(self.count(curve)))
+
+    def _fill(self, model: Any, file: Path) -> None:
+        stored = self._read(file)
         with torch.no_grad():
             for name, parameter in _trained(model):
                 parameter.copy_(stored[name])
 
-    def _clear(self, best: int) -> None:
-        for file in self.folder.glob("step-*"):
-            if file not in (self._file(best), self._file(self.secured)):
+    def _read(self, file: Path) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(file)
+
+    def _write(self, file: Path, weights: dict[str, torch.Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = self.folder / "writing"
+        save_file(weights, beside)
+        beside.replace(file)
+
+    def _clear(self, curve: list[dict[str, float]]) -> None:
+        kept = (self._best(curve), self._mean(self.count(curve)), *self.secured)
+        for file in [*self.folder.glob("step-*"), *self.folder.glob("mean-*")]:
+            if file not in kept:
                 file.unlink()
 
-    def _file(self, step: int) -> Path:
-        return self.folder / f"step-{step}.safetensors"
+    def _best(self, curve: list[dict[str, float]]) -> Path:
+        return self.folder / f"step-{_best_step(curve)}.safetensors"
+
+    def _mean(self, count: int) -> Path:
+        return self.folder / f"mean-{count}.safetensors"
 
 
 def _trained(model: Any) -> list[tuple[str, Any]]:

@@ -6,18 +6,20 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.task import score
+from regraft.tuning.anchor import Anchored, anchored_objective, fisher
 from regraft.tuning.distill import Distillation, distillation_objective, teach
 from regraft.tuning.examples import Examples, encode, plan_order
+from regraft.tuning.interpolate import Interpolation, interpolation_objective
 from regraft.tuning.predict import device, forward, predict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     import torch
 
     from regraft.progress import Progress
     from regraft.task import TaskData
+    from regraft.tuning.anchor import Objective
     from regraft.tuning.recipe import Recipe
     from regraft.upgrade import Base
 
@@ -40,7 +42,7 @@ class Teacher:
     Args:
         model: The old tuned model.
         base: The base it lives on, for its tokenizer.
-        options: The loss's weights.
+        options: The loss's weights, and whether the student learns at points between the two as well.
     """
 
     model: Any
@@ -56,6 +58,7 @@ def tune_model(
     work: Path,
     progress: Progress,
     teacher: Teacher | None = None,
+    anchor: Anchored | None = None,
 ) -> list[dict[str, float]]:
     """Tune a classifier in place and leave it with its best weights on dev.
 
@@ -67,6 +70,7 @@ def tune_model(
         work: A folder in which an interrupted tuning is gone on from.
         progress: Told of each step.
         teacher: The old tuned model to distil from, if any.
+        anchor: How the weights are held to those the model comes with, if they are.
 
     Returns:
         The learning curve on dev, from step 0 on: `step`, `seconds`, `score`, `loss`.
@@ -76,13 +80,22 @@ def tune_model(
     examples, dev = encode(base, data.train, data.max_length), encode(base, data.dev, data.max_length)
     order = plan_order(examples.lengths, recipe.batch_size, recipe.steps or 1, recipe.seed)
     model.to(device())
-    objective: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] = plain_objective
+    steps = recipe.steps or 1
+    objective: Objective = plain_objective
     if teacher:
         teacher.model.to(device())
         shown = encode(teacher.base, data.train, data.max_length)
         taught = teach(teacher.model, shown, order, teacher.options, recipe.precision, base.is_decoder, work, progress)
-        teacher.model.to("cpu")
-        objective = distillation_objective(taught, teacher.options, base.is_decoder)
+        if isinstance(teacher.options, Interpolation):
+            objective = interpolation_objective(
+                taught, teacher.model, teacher.options, base.is_decoder, steps, recipe.seed
+            )
+        else:
+            teacher.model.to("cpu")
+            objective = distillation_objective(taught, teacher.options, base.is_decoder, steps)
+    if anchor:
+        weights = fisher(model, examples, order, progress) if anchor.weighting == "fisher" else None
+        objective = anchored_objective(objective, model, weights, anchor, steps)
     return train(
         model,
         order.tolist(),
@@ -96,12 +109,13 @@ def tune_model(
     )
 
 
-def plain_objective(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def plain_objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
     """Give the mean cross-entropy of a batch.
 
     Args:
         model: A classifier.
         batch: Its inputs, `labels` and `index`.
+        step: Steps done so far, which change nothing here.
 
     Returns:
         The loss, a scalar.

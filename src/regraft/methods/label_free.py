@@ -1,0 +1,105 @@
+"""`label-free`: start from the old weights, and learn from the old tuned model on raw text alone.
+
+Source: the start and the loss are those of Qin et al., 2023 (arXiv:2305.08702), section 5, without its labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from regraft.errors import RecipeError
+from regraft.methods.method import Job, Method
+
+if TYPE_CHECKING:
+    from regraft.task import Split
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelFree:
+    """What is learnt from the teacher, and on which texts.
+
+    Args:
+        beta: The weight of the hidden states' mean squared error, 0 for none.
+        temperature: Softens both models' outputs.
+        text: A text file (a text a line) or JSONL file (column `text`) to learn on, in place of the task's training
+            texts; the steps stay as many.
+
+    Raises:
+        RecipeError: A number is out of its range.
+    """
+
+    beta: float = 1.0
+    temperature: float = 5.0
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        if self.beta < 0 or self.temperature <= 0:
+            raise RecipeError(
+                f"beta must not be negative (found {self.beta}), temperature above 0 ({self.temperature})."
+            )
+
+
+def run(job: Job, options: LabelFree) -> list[dict[str, float]]:
+    """Start where `direct` ends, and bring the new model to say what the old one says; no label is read.
+
+    The best weights are those that agree with the old model on most examples of dev. How much both err there, and
+    what the new base knows better, cannot be seen so.
+
+    Args:
+        job: What and where.
+        options: What is learnt, and from which texts.
+
+    Returns:
+        The learning curve; its `score` is the agreement with the old model, its `loss` the cross-entropy to its guess.
+    """
+    import numpy as np
+
+    from regraft.tuning import Distillation, device, encode, predict
+
+    data, old = job.data, job.upgrade.old
+    teacher = job.teacher().to(device())
+    guesses = predict(teacher, encode(old, data.dev, data.max_length), job.recipe.precision).argmax(dim=1).numpy()
+    train = read_texts(options.text) if options.text else data.train
+    unlabelled = dataclasses.replace(
+        data,
+        metric="accuracy",
+        train=dataclasses.replace(train, labels=np.zeros(len(train), dtype=np.int64)),
+        dev=dataclasses.replace(data.dev, labels=guesses),
+    )
+    job.notes["labels"] = 0
+    job.notes["score"] = "agreement with the old model on dev"
+    loss = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature)
+    return dataclasses.replace(job, data=unlabelled).tune(job.grafted(), loss)
+
+
+def read_texts(file: str) -> Split:
+    """Read texts without labels.
+
+    Args:
+        file: A text or JSONL file.
+
+    Returns:
+        The texts as a split of class 0.
+
+    Raises:
+        DataError: The file is missing, has no text, or a row of it cannot be read.
+    """
+    import numpy as np
+
+    from regraft.errors import DataError
+    from regraft.task import Split
+    from regraft.tuning import Corpus
+
+    corpus = Corpus((file,))
+    corpus.digest()  # says so if there is no such file
+    texts: list[tuple[str, ...]] = [(text,) for text in corpus.documents()]
+    if not texts:
+        raise DataError(f"{file}: holds no text.")
+    return Split("train", file, texts, np.zeros(len(texts), dtype=np.int64), np.arange(1, len(texts) + 1))
+
+
+METHOD = Method(
+    "label-free", "start from direct, learn from the old model on raw text", ("text", "training"), run, LabelFree
+)
