@@ -1,0 +1,193 @@
+"""Grafts whose delta is changed on the way, tensor by tensor: what methods of pure arithmetic have in common."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation.adaptation import write_lineage
+from regraft.adaptation.graft import _check_body, _grafted_config, plain_adapter
+from regraft.adaptation.lora import PARTS, START
+from regraft.adaptation.model import write_adapter
+from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
+from regraft.errors import RecipeError
+from regraft.upgrade import body_names
+from regraft.weights import delta, lora_delta, low_rank, scaling
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import torch
+
+    from regraft.adaptation.adaptation import Adaptation
+    from regraft.progress import Progress
+    from regraft.upgrade import Base, Upgrade
+
+    Rule = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
+
+REWORKABLE = ("full", "lora")
+
+
+def write_rework(adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Path, progress: Progress) -> None:
+    """Write old tuned weights for the new base, every delta changed by a rule: new + rule(delta); the head is copied.
+
+    Of a LoRA the rule gets the dense delta scaling·B·A of each layer, and the closest LoRA of the same rank is written;
+    one that took its start out of the old base is written as a plain one. Where the upgrade left a tensor exactly as it
+    was, its delta stays as it is, to the bit.
+
+    Args:
+        adaptation: What was tuned on `upgrade.old`.
+        upgrade: The two bases.
+        rule: Gives the delta to add, of the name inside the body, the delta (tuned − old) and the upgrade's shift
+            (new − old), both in float32 or float64; it may be called from several threads at once.
+        into: The folder to fill, plain transformers or PEFT.
+        progress: Told of each tensor.
+
+    Raises:
+        MismatchError: A tensor of the body is not in the bases, or has another shape there.
+        RecipeError: The adaptation's kind has no deltas of its base's tensors.
+    """
+    check_reworkable(adaptation)
+    if adaptation.kind == "full":
+        _check_body(adaptation, upgrade)
+    into.mkdir(parents=True, exist_ok=True)
+    if adaptation.kind == "full":
+        tensors = _rework_full(adaptation, upgrade, rule)
+        write_checkpoint(into, tensors, progress=lambda _, *rest: progress("graft", *rest))
+        write_atomic(into / "config.json", json.dumps(_grafted_config(adaptation, upgrade), indent=2) + "\n")
+    else:
+        stored, config = plain_adapter(adaptation, upgrade.old)
+        reworked = _rework_lora(stored, config, upgrade, rule, progress)
+        write_adapter(into, reworked, {**config, "base_model_name_or_path": upgrade.new.name, "revision": None})
+    upgrade.new.tokenizer.save_pretrained(into)
+    write_lineage(into, upgrade.new, adaptation.labels)
+
+
+def check_reworkable(adaptation: Adaptation, kinds: tuple[str, ...] = REWORKABLE) -> None:
+    """Refuse kinds that are no change of their base's tensors.
+
+    Args:
+        adaptation: The tuned weights.
+        kinds: Those that can be worked on.
+
+    Raises:
+        RecipeError: It is of another kind, or a LoRA that is more than B·A.
+    """
+    kind = "dora" if adaptation.config.get("use_dora") else adaptation.kind
+    if kind not in kinds:
+        raise RecipeError(
+            f"{adaptation.path}: this method works on the deltas of kinds {', '.join(kinds)}; a {kind} it cannot "
+            "carry. Take direct or init, or convert it to full or lora first."
+        )
+    infos = adaptation.checkpoint.tensors
+    strange = [n for n in infos if ".lora_" in n and (not n.endswith(PARTS[:2]) or len(infos[n].shape) != 2)]
+    if kind == "lora" and strange:
+        raise RecipeError(
+            f"{adaptation.path}: tensor {strange[0]!r} is no B or A of a linear layer. Take direct or init, or convert "
+            "it to full first."
+        )
+
+
+def lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Give the factor on B·A of one module of a LoRA.
+
+    Args:
+        config: The content of `adapter_config.json`.
+        module: The module's name in the model.
+        rank: The module's rank.
+
+    Returns:
+        The factor.
+    """
+    patterns = (config.get("alpha_pattern") or {}).items()
+    own = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))  # as PEFT matches them
+    return scaling(rank, next(own, config.get("lora_alpha", 8)), bool(config.get("use_rslora")))
+
+
+def shift_of(upgrade: Upgrade, inner: str) -> torch.Tensor | None:
+    """Give what the upgrade changed in a tensor of the body.
+
+    Args:
+        upgrade: The two bases.
+        inner: The tensor's name inside the body.
+
+    Returns:
+        New minus old in float32 (float64 where one of them is); None if a base lacks it or the two are equal.
+    """
+    import torch
+
+    old, new = upgrade.old, upgrade.new
+    if inner not in old.body or inner not in new.body:
+        return None
+    before, after = old.checkpoint[old.body[inner]], new.checkpoint[new.body[inner]]
+    return None if torch.equal(before, after) else delta(after, before)
+
+
+def inner_name(stored: str, base: Base) -> str:
+    """Give the name inside the body of the weight that a LoRA's A or B belongs to.
+
+    Args:
+        stored: The name of A or B in `adapter_model.safetensors`.
+        base: The base.
+
+    Returns:
+        As in `encoder.layer.0.attention.self.query.weight`.
+    """
+    module = stored.removeprefix(START).removesuffix(PARTS[0]).removesuffix(PARTS[1])
+    return f"{module}.weight".removeprefix(base.prefix + ".")
+
+
+def _rework_full(adaptation: Adaptation, upgrade: Upgrade, rule: Rule) -> Derived:
+    old, new, tuned = upgrade.old, upgrade.new, adaptation.checkpoint
+    inner_names = {name: inner for inner, name in body_names(tuned, old.prefix).items()}
+    entries = {}
+    for name, info in tuned.tensors.items():
+        inner = inner_names.get(name)
+        if inner in old.body and inner in new.body:
+            operands = ((new.checkpoint, new.body[inner]), (tuned, name), (old.checkpoint, old.body[inner]))
+            add = functools.partial(_add_reworked, name=inner, rule=rule)
+            entries[name] = Entry(info.dtype, info.shape, operands, add, elementwise=False)
+        else:
+            entries[name] = Entry(info.dtype, info.shape, ((tuned, name),), lambda tensor: tensor)
+    return Derived(entries)
+
+
+def _add_reworked(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, name: str, rule: Rule) -> torch.Tensor:
+    import torch
+
+    if torch.equal(new, old):
+        return tuned
+    return new.double() + rule(name, delta(tuned, old), delta(new, old)).double()
+
+
+def _rework_lora(
+    stored: Mapping[str, torch.Tensor], config: Mapping[str, Any], upgrade: Upgrade, rule: Rule, progress: Progress
+) -> dict[str, torch.Tensor]:
+    import torch
+
+    result = {name: stored[name] for name in stored}
+    factors = [name for name in stored if name.endswith(PARTS[0])]
+    for done, a_name in enumerate(factors, 1):
+        module = a_name.removesuffix(PARTS[0])
+        b_name, inner = module + PARTS[1], inner_name(a_name, upgrade.old)
+        shift = shift_of(upgrade, inner)
+        if shift is not None:
+            a, b = result[a_name], result[b_name]
+            factor = lora_scaling(config, module.removeprefix(START), len(a))
+            dense = lora_delta(b, a, factor)
+            reworked = rule(inner, dense, shift.T if config.get("fan_in_fan_out") else shift)
+            if not torch.equal(reworked, dense):
+                result[a_name], result[b_name] = _closest(reworked.double() / factor, a, b)
+        progress("graft", done, len(factors), {})
+    return result
+
+
+def _closest(change: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the A and B closest to a change, in the shapes and dtypes of those there were."""
+    found_b, found_a = low_rank(change, rank=len(a))
+    new_a, new_b = a.new_zeros(a.shape), b.new_zeros(b.shape)  # a rank above what the change can have is filled up
+    new_a[: len(found_a)], new_b[:, : found_b.shape[1]] = found_a.to(a), found_b.to(b)
+    return new_a, new_b

@@ -1,0 +1,113 @@
+"""`masked`: the part of the old delta that goes downhill on the new base.
+
+Source: GradFix, Gradient-Sign Masking for Task Vector Transport Across Pre-Trained Models (Rinaldi et al., 2025,
+arXiv:2510.09658): a coordinate of the delta stays if its sign is that of −∂L/∂θ at the new base. There a gradient of
+exactly zero drops the coordinate; here it is no evidence, and keeps it (embeddings of tokens that the few examples do
+not have would be lost). There the signs may be voted on example by example; here they are of the mean loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import RecipeError
+from regraft.methods.method import Job, Method
+
+if TYPE_CHECKING:
+    import torch
+
+    from regraft.methods.reworked import Evidence
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """What the gradient is measured on.
+
+    Args:
+        labels: Training examples a class; 0 to read no label and take the divergence from the old tuned model's
+            outputs on training texts for the loss.
+
+    Raises:
+        RecipeError: The number is out of its range.
+    """
+
+    labels: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        if self.labels < 0:
+            raise RecipeError(f"labels is 0 or more examples a class, found {self.labels}.")
+
+
+def run(job: Job, options: Masking) -> list[dict[str, float]]:
+    """Measure the gradient at the new base under the old head, and keep what of the delta agrees with it.
+
+    Args:
+        job: What and where.
+        options: What on.
+
+    Returns:
+        No learning curve: nothing is trained.
+    """
+    from regraft.adaptation.rework import check_reworkable
+    from regraft.methods.reworked import gather, graft_reworked
+    from regraft.weights import mask_agreement
+
+    check_reworkable(job.adaptation)
+    evidence = gather(job, options.labels)
+    gradients = _gradients(_bare(job), evidence, job)
+    kept: list[tuple[int, int]] = []
+
+    def rule(name: str, delta: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        masked = mask_agreement(delta, -gradients[name].to(delta))
+        kept.append((int(masked.count_nonzero()), int(delta.count_nonzero())))
+        return masked
+
+    graft_reworked(job, rule)
+    job.notes["labels"] = evidence.labels
+    if total := sum(count for _, count in kept):
+        job.notes["kept"] = round(sum(count for count, _ in kept) / total, 4)  # of the entries that tuning changed
+    return []
+
+
+def _bare(job: Job) -> Any:
+    """Give the new base without the delta, under the old head."""
+    import torch
+
+    model, new = job.grafted(), job.upgrade.new
+    if hasattr(model, "unload"):
+        return model.unload()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            inner = name.removeprefix(new.prefix + ".")
+            if inner in new.body and inner in job.upgrade.old.body:
+                parameter.copy_(new.checkpoint[new.body[inner]])
+    return model
+
+
+def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
+    """Give the gradient of the mean loss by the name inside the body."""
+    from transformers.pytorch_utils import Conv1D
+
+    from regraft.tuning import device
+    from regraft.tuning.predict import BATCH, forward
+
+    model.to(device()).eval().requires_grad_(True)
+    count = len(evidence.examples)
+    for start in range(0, count, BATCH):
+        rows = list(range(start, min(start + BATCH, count)))
+        batch = {n: t.to(device()) for n, t in evidence.examples.batch(rows).items() if n not in ("labels", "index")}
+        loss: Any = evidence.losses(forward(model, batch).logits.float(), rows).sum() / count
+        loss.backward()
+        job.progress("gradient", rows[-1] + 1, count, {})
+    is_lora = job.adaptation.kind == "lora"  # whose B·A is [out, in] where Conv1D keeps its weight as [in, out]
+    turned = {f"{name}.weight" for name, module in model.named_modules() if is_lora and isinstance(module, Conv1D)}
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad if parameter.grad is not None else parameter.detach().new_zeros(parameter.shape)
+        found[name.removeprefix(job.upgrade.new.prefix + ".")] = (gradient.T if name in turned else gradient).cpu()
+    return found
+
+
+METHOD = Method("masked", "keep what of the old delta agrees with the new base's gradient", ("labels",), run, Masking)

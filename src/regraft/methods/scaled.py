@@ -1,0 +1,208 @@
+"""`scaled`: λ times the old delta.
+
+Source: task arithmetic (Ilharco et al., 2023, arXiv:2212.04089); on an upgraded base Chat Vector (Huang et al., 2024,
+arXiv:2310.04799) and others use λ. Here it leaves 1 only where that is better by more than chance would have it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import RecipeError
+from regraft.methods.method import Job, Method
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from regraft.methods.reworked import Evidence
+
+GRID = (0.5, 0.75, 1.25, 1.5)
+STEP = 0.25
+FEWEST = 8
+KINDS = ("full", "lora", "bottleneck")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How λ is chosen.
+
+    Args:
+        scale: λ as it shall be; None to choose it.
+        labels: Training examples a class to choose on; 0 to read no label and choose by the divergence from the old
+            tuned model's outputs on training texts where it is confident.
+        grouped: Whether embeddings, attention, feed-forward and norms may each have a λ of their own.
+        confidence: Without labels: how probable the old model's class must be for a text to be used.
+
+    Raises:
+        RecipeError: A number is out of its range.
+    """
+
+    scale: float | None = None
+    labels: int = 32
+    grouped: bool = True
+    confidence: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        given = self.scale
+        if given is not None and (not isinstance(given, (int, float)) or not math.isfinite(given)):
+            raise RecipeError(f"scale is a number or null, found {given!r}.")
+        if self.labels < 0 or not 0 <= self.confidence <= 1:
+            raise RecipeError(
+                f"labels is 0 or more examples a class (found {self.labels}), confidence from 0 to 1 "
+                f"({self.confidence})."
+            )
+
+
+def run(job: Job, options: Scaling) -> list[dict[str, float]]:
+    """Choose λ, and write new + λ·delta; of a LoRA B becomes λ·B, of bottleneck adapters the second layer.
+
+    Tensors that the upgrade left exactly as they were keep their delta as it is.
+
+    Args:
+        job: What and where.
+        options: How λ is chosen.
+
+    Returns:
+        No learning curve: nothing is trained.
+    """
+    from regraft.adaptation import save_model
+    from regraft.adaptation.rework import check_reworkable
+    from regraft.methods.reworked import gather, graft_reworked
+
+    check_reworkable(job.adaptation, KINDS)
+    deltas = _Deltas(job)
+    scales = dict.fromkeys(deltas.groups, 1.0 if options.scale is None else float(options.scale))
+    if options.scale is None and deltas.groups:  # if none, the upgrade changed nothing that was tuned
+        evidence = gather(job, options.labels, options.confidence)
+        job.notes["labels"] = evidence.labels
+        if len(evidence.targets) >= FEWEST:
+            scales = _choose(deltas, evidence, options.grouped, job)
+    job.notes["scales"] = scales
+    if set(scales.values()) <= {1.0}:
+        job.graft(job.into)
+    elif job.adaptation.kind == "full":
+        graft_reworked(job, lambda name, delta, _: scales[deltas.group(name)] * delta)
+    else:
+        deltas.scale(scales)
+        save_model(deltas.model.cpu(), job.upgrade.new, job.data.labels, job.into)
+    return []
+
+
+def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dict[str, float]:
+    """Try a grid of λ for all, then a step up or down for each group; move only by more than a standard error."""
+    from regraft.tuning import predict
+
+    scales = dict.fromkeys(deltas.groups, 1.0)
+    tried = 0
+
+    def losses(trial: Mapping[str, float]) -> torch.Tensor:
+        nonlocal tried
+        deltas.scale(trial)
+        tried += 1
+        job.progress("scale", tried, 1 + len(GRID) + 2 * len(scales) * grouped, {})
+        return evidence.losses(predict(deltas.model, evidence.examples, job.recipe.precision))
+
+    first = best = losses(scales)
+    grid = {value: losses(dict.fromkeys(scales, value)) for value in GRID}
+    value, found = min(grid.items(), key=lambda item: float(item[1].mean()))
+    if _is_better(best, found):
+        best, scales = found, dict.fromkeys(scales, value)
+    for group in deltas.groups if grouped and len(deltas.groups) > 1 else ():
+        for step in (STEP, -STEP):
+            trial = {**scales, group: scales[group] + step}
+            if _is_better(best, found := losses(trial)):
+                best, scales = found, trial
+                break
+    job.notes["loss"] = [
+        round(float(first.mean()), 4),
+        round(float(best.mean()), 4),
+    ]  # of direct, and of what is chosen
+    return scales
+
+
+def _is_better(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Tell whether losses on the same examples fell by more than the standard error of their mean difference."""
+    gain = before - after
+    return float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain))
+
+
+class _Deltas:
+    """The grafted model, whose deltas are scaled in place.
+
+    Args:
+        job: Whose adaptation is grafted.
+    """
+
+    def __init__(self, job: Job):
+        from regraft.tuning import device
+
+        self.model = job.grafted().to(device())
+        self.prefix = job.upgrade.new.prefix + "."
+        self.parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str]] = []
+        for name, parameter in self.model.named_parameters():
+            if found := self._part(job, name, parameter):
+                self.parts.append(found)
+        order = ("embedding", "attention", "feed-forward", "norm", "other")
+        self.groups = sorted({group for *_, group in self.parts}, key=order.index)
+
+    def group(self, name: str) -> str:
+        """Tell which λ a tensor has.
+
+        Args:
+            name: Its name inside the body.
+
+        Returns:
+            The group.
+        """
+        from regraft.weights import kind_of
+
+        kind = kind_of(name)
+        return "other" if kind == "head" else kind
+
+    def scale(self, scales: Mapping[str, float]) -> None:
+        """Put λ times every delta into the model.
+
+        Args:
+            scales: λ by group.
+        """
+        import torch
+
+        with torch.no_grad():
+            for parameter, grafted, new, group in self.parts:
+                if scales[group] == 1:
+                    parameter.copy_(grafted)
+                elif new is None:
+                    parameter.copy_(grafted * scales[group])
+                else:
+                    parameter.copy_(torch.lerp(new, grafted, scales[group]))
+
+    def _part(self, job: Job, name: str, parameter: torch.Tensor) -> Any:
+        """Give a parameter that carries a delta, its value grafted and without it, and its group."""
+        from regraft.adaptation.lora import START
+        from regraft.adaptation.model import ADAPTER
+        from regraft.adaptation.rework import shift_of
+
+        upgrade, value = job.upgrade, parameter.detach().clone()
+        plain = name.removeprefix(START)
+        if job.adaptation.kind == "full":
+            inner = plain.removeprefix(self.prefix)
+            if shift_of(upgrade, inner) is None:
+                return None
+            new = upgrade.new.checkpoint[upgrade.new.body[inner]].to(value)
+            return (parameter.data, value, new, self.group(inner)) if not new.equal(value) else None
+        if job.adaptation.kind == "lora":
+            module, found, _ = plain.partition(f".lora_B.{ADAPTER}.")
+        else:
+            module, found, _ = plain.partition(".bottleneck.up.")
+        inner = f"{module}.weight".removeprefix(self.prefix)
+        if not found or shift_of(upgrade, inner) is None:
+            return None
+        return parameter.data, value, None, self.group(inner)
+
+
+METHOD = Method("scaled", "scale the old delta, as a few labels tell", ("labels",), run, Scaling)
