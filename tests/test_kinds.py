@@ -146,6 +146,36 @@ def test_another_base_is_refused_unless_forced(made, opened, architecture, kind)
     assert adaptation.check_base(old) == "proven"
 
 
+def test_records_that_contradict_each_other_are_refused_and_those_of_others_not_taken(tmp_path, made, opened):
+    record = {"schema": 1, "labels": list(LABELS[::-1]), "base": {"fingerprint": "another"}}
+    for name in ("adaptation", "made-elsewhere"):
+        shutil.copytree(made["bert", "lora"][0], tmp_path / name)
+    (tmp_path / "outcome.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"contradict each other on its labels.*outcome\.json"):
+        load_adaptation(tmp_path / "adaptation")
+    (tmp_path / "outcome.json").write_text(json.dumps(record | {"labels": None}))
+    with pytest.raises(CheckpointError, match=r"contradict each other on its base.*another"):
+        load_adaptation(tmp_path / "adaptation")
+    (tmp_path / "made-elsewhere" / "lineage.json").unlink()
+    found = load_adaptation(tmp_path / "made-elsewhere")
+    assert (found.labels, found.base) == (None, None)
+
+
+def test_what_the_upgrade_changed_in_the_config_is_the_new_bases(tmp_path, made, opened):
+    """A new base trained for longer texts turns its positions otherwise: so must what is put onto it."""
+    old, new = opened["llama"]
+    shutil.copytree(new.path, tmp_path / "new")
+    config(rope_parameters={"rope_type": "default", "rope_theta": 50.0}, eos_token_id=3)(tmp_path / "new")
+    new = Base.open(tmp_path / "new")
+    write_graft(load_adaptation(made["llama", "full"][0]), Upgrade(old, new), tmp_path / "out", silent)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["rope_parameters"]["rope_theta"], written["eos_token_id"]) == (50.0, 3)
+    assert list(written["id2label"].values()) == list(LABELS)
+    load_model(load_adaptation(tmp_path / "out"), new, LABELS)
+    with pytest.raises(MismatchError, match="rope_parameters"):
+        load_model(load_adaptation(tmp_path / "out"), old, LABELS)
+
+
 def test_the_upgraded_base_is_recognised_as_such(tmp_path, made, opened):
     shutil.copytree(opened["bert"][1].path, tmp_path / "new")
     (tmp_path / "new" / "pretraining.json").write_text(
@@ -188,6 +218,16 @@ def test_a_head_that_was_not_saved_is_no_silent_fresh_one(tmp_path, opened, arch
         model.save_pretrained(tmp_path / "made", save_embedding_layers=False)
     with pytest.raises(CheckpointError, match="neither the base nor the adaptation fills"):
         load_model(load_adaptation(tmp_path / "made"), base, LABELS)
+    fresh_model(base, LABELS[::-1], 3).save_pretrained(tmp_path / "tuned")  # a classifier, given as a base
+    base.tokenizer.save_pretrained(tmp_path / "tuned")
+    tuned = Base.open(tmp_path / "tuned")
+    assert tuned.fingerprint == base.fingerprint or tuned.has_pooler
+    with pytest.raises(CheckpointError, match="neither the base nor the adaptation fills"):
+        load_model(load_adaptation(tmp_path / "made"), tuned, LABELS)
+    one, other = (fresh_model(tuned, LABELS, seed).state_dict() for seed in (1, 2))
+    heads = [name for name in one if not name.startswith(base.prefix) and name.endswith("weight")]
+    assert heads
+    assert not any(torch.equal(one[name], other[name]) for name in heads)
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CELLS)
@@ -301,18 +341,26 @@ def test_a_foreign_lora_that_took_its_start_from_its_base_is_folded(tmp_path, op
 
 
 FOREIGN = {
-    "AdaLoraConfig": {"init_r": 4, "target_r": 2, "total_step": 10},
-    "BOFTConfig": {"boft_block_size": 4},
-    "C3AConfig": {"block_size": 16},
-    "FourierFTConfig": {"n_frequency": 20},
-    "HRAConfig": {"r": 2},
-    "LoHaConfig": {"r": 2},
-    "LoKrConfig": {"r": 2},
-    "MissConfig": {"r": 2},
-    "OFTConfig": {"r": 4, "oft_block_size": 0},
-    "PromptEncoderConfig": {"num_virtual_tokens": 3, "encoder_hidden_size": 16},
-    "RandLoraConfig": {"r": 2},
-    "VeraConfig": {"r": 2},
+    "AdaLora": {"init_r": 4, "target_r": 2, "total_step": 10},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 16},
+    "FourierFT": {"n_frequency": 20},
+    "HRA": {"r": 2},
+    "LoHa": {"r": 2},
+    "LoKr": {"r": 2},
+    "Lora bias": {"lora_bias": True},
+    "Lora beside biases": {"bias": "all"},
+    "Lora of a layer": {"layers_to_transform": [1]},
+    "Lora of layers twice": {"layer_replication": [(0, 2), (1, 2)]},
+    "Lora of parameters": {"target_parameters": ["key.weight"]},
+    "Lora of the head": {"target_modules": ["query", "word_embeddings", "classifier"]},
+    "Lora with tokens": {"trainable_token_indices": {"word_embeddings": [5, 6]}},
+    "Miss": {"r": 2},
+    "OFT": {"r": 4, "oft_block_size": 0},
+    "PrefixTuning": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 16},
+    "PromptEncoder": {"num_virtual_tokens": 3, "encoder_hidden_size": 16},
+    "RandLora": {"r": 2},
+    "Vera": {"r": 2},
 }
 
 
@@ -322,10 +370,10 @@ def test_other_kinds_that_peft_saved_are_read_and_put_on_a_base(tmp_path, opened
     import peft
 
     old = opened["bert"][0]
-    targets = {} if "Prompt" in name else {"target_modules": ["query", "value"]}
-    config = getattr(peft, name)(task_type="SEQ_CLS", modules_to_save=["pooler"], **targets, **FOREIGN[name])
+    targets = {} if name.startswith("Pr") else {"target_modules": ["query", "value"]}
+    given = {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"], **targets, **FOREIGN[name]}
     with quiet():
-        model = peft.get_peft_model(fresh_model(old, LABELS, 0), config)
+        model = peft.get_peft_model(fresh_model(old, LABELS, 0), getattr(peft, f"{name.split()[0]}Config")(**given))
         torch.manual_seed(4)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -333,13 +381,24 @@ def test_other_kinds_that_peft_saved_are_read_and_put_on_a_base(tmp_path, opened
                     parameter.add_(0.1 * torch.randn_like(parameter))
         model.save_pretrained(tmp_path / "made", save_embedding_layers=False)
     expected = predict(model, texts["bert"], "fp32")
-    found = logits_of(tmp_path / "made", old, texts["bert"])
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    write_graft(load_adaptation(tmp_path / "made"), Upgrade(old, old), tmp_path / "out", silent)
+    made = load_adaptation(tmp_path / "made")
+    for further in (False, True):
+        model = load_model(made, old, LABELS, trainable=further)
+        assert further <= any(parameter.requires_grad for parameter in model.parameters())
+        found = predict(model, texts["bert"], "fp32")
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    write_graft(made, Upgrade(old, old), tmp_path / "out", silent)
     torch.testing.assert_close(logits_of(tmp_path / "out", old, texts["bert"]), found, atol=1e-6, rtol=0)
-    if "Prompt" not in name:
-        convert(tmp_path / "made", old, tmp_path / "full", "full")
-        torch.testing.assert_close(logits_of(tmp_path / "full", old, texts["bert"]), found, atol=1e-4, rtol=1e-4)
+    if not targets or "twice" in name:
+        with pytest.raises(RecipeError, match="recycled, but not converted"):
+            convert(made, old, tmp_path / "full", "full")
+        return
+    convert(made, old, tmp_path / "full", "full")
+    torch.testing.assert_close(logits_of(tmp_path / "full", old, texts["bert"]), found, atol=1e-4, rtol=1e-4)
+
+
+MATRIX = "bert.encoder.layer.1.output.dense.weight"
+EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 
 def lineage(**changes):
@@ -366,6 +425,30 @@ def config(**changes):
     return change
 
 
+def written(old, new):
+    def change(folder):
+        file = next(file for file in folder.glob("*config.json") if old in file.read_text())
+        file.write_text(file.read_text().replace(old, new))
+
+    return change
+
+
+def stored(make, **settings):
+    """Store other tensors, made of those that are stored."""
+
+    def change(folder):
+        file = next(folder.glob("*model.safetensors"))
+        save_file({n: t.clone() for n, t in make(load_file(file)).items()}, file, metadata={"format": "pt"})
+        if settings:
+            config(**settings)(folder)
+
+    return change
+
+
+def swap(name, one, other):
+    return name.replace(one, "\0").replace(other, one).replace("\0", other)
+
+
 def beside(name):
     return lambda folder: (folder / name).write_bytes((next(folder.glob("*model.safetensors"))).read_bytes())
 
@@ -381,16 +464,32 @@ def spoil(value):
     return change
 
 
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 @pytest.mark.parametrize(
     ("kind", "change", "says"),
     [
         ("full", config(num_hidden_layers=1), "without a place"),
         ("full", config(num_hidden_layers=3), "missing"),
-        ("full", config(id2label={"a": "negative"}), "transformers cannot load it"),
-        ("full", lineage(labels=["a", "b", "c"]), "its head has 2 labels"),
+        ("full", config(id2label={"a": "negative"}), "not names of the outputs"),
+        ("full", lineage(labels=["a", "b", "c"]), "contradict each other on its labels"),
         ("full", lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "two checkpoints"),
         ("full", spoil(float("nan")), "no numbers"),
+        ("full", stored(lambda t: t | {n.removeprefix("bert."): 2 * t[n] for n in t}), "without a place of their own"),
+        ("full", stored(lambda t: t | {n.replace("Norm.weight", "Norm.gamma"): 2 * t[n] for n in t}), "no counterpart"),
+        ("full", stored(lambda t: t | {MATRIX: t[MATRIX].to(torch.int8)}), "floating-point"),
+        ("full", stored(lambda t: t | {EMBEDDINGS: t[EMBEDDINGS][:-1]}, vocab_size=42), "has shape"),
+        ("full", stored(lambda t: {n: t[n] for n in t if "layer.1." not in n}, num_hidden_layers=1), "are not in it"),
+        ("full", config(num_attention_heads=4), "num_attention_heads is 4, in the base 2"),
+        ("full", config(hidden_act="relu"), "hidden_act"),
+        ("full", config(id2label={"0": "positive", "1": "negative"}, label2id={}), "contradict each other"),
+        ("full", config(label2id={"positive": 0, "negative": 1}), "which is right"),
+        ("full", config(id2label={"0": "positive", "1": "positive"}, label2id={}), "more than once"),
+        ("full", config(problem_type="multi_label_classification"), "only one label a text"),
+        ("full", config(architectures=["BertForTokenClassification", "BertForSequenceClassification"]), "no sequence"),
+        ("full", config(architectures=[5]), "no sequence classifier"),
+        ("full", config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
+        ("full", written('"num_hidden_layers": 2', '"num_hidden_layers": 1, "num_hidden_layers": 2'), "there twice"),
+        ("full", lambda folder: shutil.copytree(folder, folder / "adaptation"), "and a folder adaptation/ too"),
+        ("lora", lineage(labels=["positive", "positive"]), "more than once"),
         ("lora", lineage(labels=5), "not a list of names"),
         ("lora", lineage(labels=["a", "b", "c"]), "another shape"),
         ("lora", lineage(base="me"), "not an object"),
@@ -400,24 +499,53 @@ def spoil(value):
         ("lora", adapter_config(exclude_modules=["key"]), "without a place"),
         ("lora", adapter_config(use_dora=True), "missing"),
         ("lora", adapter_config(bias="all"), "missing"),
-        ("lora", adapter_config(task_type="CAUSAL_LM"), "PEFT cannot load it"),
+        ("lora", adapter_config(task_type="CAUSAL_LM"), "only classifiers of whole texts"),
         ("lora", adapter_config(r="many"), "PEFT cannot"),
+        ("lora", adapter_config(task_type="TOKEN_CLS"), "only classifiers of whole texts"),
+        ("lora", adapter_config(lora_alfa=9), "lora_alfa: 9 are not known"),
+        ("lora", adapter_config(num_virtual_tokens=5), "num_virtual_tokens: 5 are not known"),
+        ("lora", adapter_config(megatron_config={"a": 1}), "PEFT cannot"),
+        ("lora", adapter_config(layers_to_transform=[1], target_modules=["query"]), "without a place"),
+        ("lora", adapter_config(modules_to_save=["nothing"]), "neither the base nor the adaptation"),
+        ("lora", adapter_config(trainable_token_indices=[5]), "PEFT cannot"),
+        ("lora", adapter_config(lora_bias=True), "missing"),
+        ("lora", written('"r": 3', '"r": 4, "r": 3'), "there twice"),
+        ("lora", lambda folder: (folder / "adapter_config.json").write_text("[" * 9**5), "not valid JSON"),
+        ("lora", stored(lambda t: {n: t[n].to(torch.int8) for n in t}), "no floating-point"),
+        ("lora", stored(lambda t: t | {n.removeprefix("base_model.model."): 2 * t[n] for n in t}), "without a place"),
+        ("lora", stored(lambda t: t | {n.replace("A.w", "A.other.w"): 2 * t[n] for n in t}), "without a place"),
+        ("lora", stored(lambda t: {swap(n, "lora_A", "lora_B"): t[n] for n in t}), "another shape"),
+        ("lora", stored(lambda t: t | {"base_model.model.x": torch.zeros(0)}), "without a place"),
+        ("lora", stored(lambda t: {n: t[n] if "layer.1" not in n else t[n][:0] for n in t}), "another shape"),
+        ("lora", beside("adapter_model-00001-of-00002.safetensors"), "an adapter is one file"),
+        ("dora", stored(lambda t: {n: t[n] for n in t if "magnitude" not in n}), "missing"),
         ("lora", beside("model.safetensors"), "a whole model too"),
         ("lora", spoil(float("inf")), "no numbers"),
         ("lora", spoil(float("nan")), "no numbers"),
         ("dora", adapter_config(use_dora=False), "without a place"),
         ("ia3", adapter_config(feedforward_modules=[]), "PEFT cannot load it"),
-        ("ia3", adapter_config(peft_type="LORA"), "without a place|PEFT cannot"),
+        ("ia3", adapter_config(peft_type="LORA"), "feedforward_modules.* not known"),
         ("prefix", adapter_config(num_virtual_tokens="some"), "num_virtual_tokens"),
         ("prefix", adapter_config(num_virtual_tokens=7), "another shape|PEFT cannot"),
+        ("prefix", adapter_config(num_virtual_tokens=True), "num_virtual_tokens"),
+        ("prefix", adapter_config(num_virtual_tokens=None), "num_virtual_tokens is missing"),
+        ("prefix", adapter_config(num_transformer_submodules=2), "not for a classifier"),
+        ("prefix", adapter_config(num_attention_heads=4), "num_attention_heads is 4"),
+        ("prompt", adapter_config(task_type=None), "task_type is None"),
         ("prompt", adapter_config(num_layers=3), "3 layers"),
-        ("prompt", adapter_config(peft_type="PREFIX_TUNING"), "another shape|PEFT cannot"),
+        ("prompt", adapter_config(peft_type="PREFIX_TUNING"), "prompt_tuning_init.* not known"),
         ("bottleneck", adapter_config(inner_size=4), "another shape"),
         ("bottleneck", adapter_config(inner_size=-4), "at least 1"),
         ("bottleneck", adapter_config(placement="pfeiffer"), "without a place"),
         ("bottleneck", adapter_config(tune_norms=True), "missing"),
         ("bottleneck", adapter_config(modules_to_save=[]), "without a place"),
         ("bottleneck", adapter_config(modules_to_save=7), "adapter_config.json"),
+        ("bottleneck", adapter_config(modules_to_save=["classifier", "pooler", "nothing"]), "names nothing"),
+        ("bottleneck", adapter_config(inner_size=True), "at least 1"),
+        ("bottleneck", adapter_config(tune_norms="no"), "tune_norms is true or false"),
+        ("bottleneck", adapter_config(scaling=2.0), "scaling: 2.0 are not known"),
+        ("bottleneck", adapter_config(task_type="TOKEN_CLS"), "only classifiers of whole texts"),
+        ("bottleneck", stored(lambda t: {n: t[n].to(torch.int8) for n in t}), "no floating-point"),
         ("bottleneck", adapter_config(after_attention="("), "no regular expression"),
         ("pfeiffer", adapter_config(placement="houlsby"), "missing"),
     ],
@@ -432,7 +560,15 @@ def test_no_half_loaded_adaptation_can_be_made(tmp_path, made, opened, task_file
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file, texts):
+@pytest.mark.parametrize(
+    ("architecture", "kind", "row"),
+    [
+        ("roberta", "full", "classifier.out_proj.weight"),
+        ("llama", "lora", "base_model.model.score.weight"),
+        ("bert", "prompt", "base_model.classifier.weight"),
+    ],
+)
+def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file, architecture, kind, row):
     (tmp_path / "task").mkdir()
     for split in ("train", "dev", "test"):
         text = (task_file.parent / f"{split}.csv").read_text()
@@ -441,29 +577,21 @@ def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file
         )
     task = tmp_path / "task" / "task.yaml"
     task.write_text(task_file.read_text())
-    for architecture, kind, row in (
-        ("roberta", "full", "classifier.out_proj.weight"),
-        ("llama", "lora", "base_model.model.score.weight"),
-        ("bert", "prompt", "base_model.classifier.weight"),
-    ):
-        path, upgrade = made[architecture, kind][0], Upgrade(*opened[architecture])
-        for how in ("copy", "resize", "fresh"):
-            out = tmp_path / f"{kind}-{how}"
-            if how == "copy":
-                with pytest.raises(MismatchError, match="worse"):
-                    recycle(upgrade, path, task, "direct", out, recipe=FEW)
-                continue
-            with pytest.raises(RecipeError, match="head copy only"):
-                recycle(upgrade, path, task, "init+distill", out, recipe=FEW, head=how)
-            outcome = recycle(upgrade, path, task, "direct", out, recipe=FEW, head=how)
-            assert outcome.record["labels"] == ["neutral", "positive", "worse"]
-            file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
-            before, after = load_file(path / file)[row], load_file(out / "adaptation" / file)[row]
-            assert after.shape == (3, before.shape[1])
-            assert torch.equal(after[1], before[1]) == (how == "resize")
-            assert not torch.equal(after[2], before[0])
-        tuned_on = recycle(upgrade, path, task, "init", tmp_path / f"{kind}-init", recipe=FEW, head="resize")
-        assert tuned_on.record["cost"]["steps"] == 4
+    path, upgrade = made[architecture, kind][0], Upgrade(*opened[architecture])
+    with pytest.raises(MismatchError, match="worse"):
+        recycle(upgrade, path, task, "direct", tmp_path / "copy", recipe=FEW)
+    file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    for how in ("resize", "fresh"):
+        with pytest.raises(RecipeError, match="head copy only"):
+            recycle(upgrade, path, task, "init+distill", tmp_path / how, recipe=FEW, head=how)
+        outcome = recycle(upgrade, path, task, "direct", tmp_path / how, recipe=FEW, head=how)
+        assert outcome.record["labels"] == ["neutral", "positive", "worse"]
+        before, after = load_file(path / file)[row], load_file(outcome.path / "adaptation" / file)[row]
+        assert after.shape == (3, before.shape[1])
+        assert torch.equal(after[1], before[1]) == (how == "resize")
+        assert not torch.equal(after[2], before[0])
+    tuned_on = recycle(upgrade, path, task, "init", tmp_path / "init", recipe=FEW, head="resize")
+    assert tuned_on.record["cost"]["steps"] == 4
 
 
 def test_labels_in_another_order_are_permuted(tmp_path, made, opened, task_file):
@@ -486,6 +614,9 @@ def test_an_adapter_that_changes_nothing_is_refused(tmp_path, opened, task_file,
         return
     with pytest.raises(MismatchError, match="changes nothing"):
         check(Upgrade(old, new), tmp_path / "made", task_file)
+    if kind not in UNMERGEABLE:
+        with pytest.raises(MismatchError, match="changes nothing"):
+            convert(tmp_path / "made", old, tmp_path / "full", "full")
 
 
 def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts):

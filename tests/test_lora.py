@@ -149,6 +149,15 @@ def test_what_cannot_be_merged_is_refused(bases, tuned):
         merge_lora({n: t for n, t in adapter.items() if n != name}, config, base)
     with pytest.raises(CheckpointError, match="of a kind that cannot be merged"):
         merge_lora(adapter | {name.replace("lora_B.weight", "lora_embedding_A"): adapter[name]}, config, base)
+    with pytest.raises(CheckpointError, match=r"2 tensors of the LoRA are of no place in its base: bert\.nothing"):
+        more = {f"base_model.model.bert.{part}.weight": torch.ones(2) for part in ("nothing", "nowhere")}
+        merge_lora(adapter | more, config, base)
+    with pytest.raises(CheckpointError, match=r"holds no tensors: bert\.encoder\.layer\.1\.output\.dense"):
+        half = {n: t for n, t in adapter.items() if "layer.1.output" not in n}
+        merge_lora(half, config | {"target_modules": ["query", "key", "value", "dense"]}, base)
+    for setting in ({"alora_invocation_tokens": [5]}, {"layer_replication": [[0, 2], [1, 2]]}, {"lora_bias": True}):
+        with pytest.raises(CheckpointError, match=next(iter(setting))):
+            merge_lora(adapter, config | setting, base)
     with pytest.raises(MismatchError, match="modules that the LoRA tunes are not in the base"):
         merge_lora(adapter, config, {n: t for n, t in base.items() if "layer.1" not in n})
     with pytest.raises(MismatchError, match="the LoRA changes module"):

@@ -31,7 +31,12 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             # PEFT says so of the very layers that its layer-norm tuning is for
             warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
-            for refused in ("Found missing adapter keys", "Some weights of .* were not initialized"):
+            for refused in (
+                "Found missing adapter keys",
+                "Some weights of .* were not initialized",
+                "Unexpected keyword arguments",
+                r"Adapter .* LoRA tensor\(s\) have invalid shape",
+            ):
                 warnings.filterwarnings("ignore", refused)  # an error of ours names them
             yield
     finally:

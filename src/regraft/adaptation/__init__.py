@@ -4,14 +4,8 @@ from regraft.adaptation.adaptation import Adaptation, load_adaptation, write_lin
 from regraft.adaptation.graft import check_fit, plain_adapter, write_graft
 from regraft.adaptation.head import HEADS, Head, change_head, stored_labels
 from regraft.adaptation.kinds import KINDS, kind_of, new_config, read_config, settings
-from regraft.adaptation.lora import (
-    ExtractedLora,
-    extract_lora,
-    lora_settings,
-    merge_lora,
-    merged_config,
-    write_lora,
-)
+from regraft.adaptation.lora import ExtractedLora, extract_lora, write_lora
+from regraft.adaptation.merge import lora_settings, merge_lora, merged_config
 from regraft.adaptation.model import (
     attach,
     fresh_model,

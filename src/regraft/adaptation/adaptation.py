@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from regraft.adaptation.record import RECORD, agreed_labels, configured_labels, read_json, recorded
 from regraft.checkpoint import Checkpoint, fingerprint, write_atomic
 from regraft.errors import CheckpointError, MismatchError
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORD = "lineage.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -115,39 +115,23 @@ def load_adaptation(path: str | Path) -> Adaptation:
     """
     folder = Path(path)
     if (folder / "adaptation").is_dir():
+        if own := [name for name in (ADAPTER_CONFIG, "config.json") if (folder / name).is_file()]:
+            raise CheckpointError(
+                f"{folder}: holds {own[0]} and a folder adaptation/ too: which of them was tuned? Give that one alone."
+            )
         folder = folder / "adaptation"
     if not folder.is_dir():
         raise CheckpointError(f"{path}: no such folder.")
-    record = {}
-    for file in (folder / RECORD, folder.parent / "outcome.json"):
-        if file.is_file():
-            record = _read_json(file)
-            break
-    labels, base = _lineage_of(record, file)
+    labels, base = recorded(folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        config = _read_json(folder / ADAPTER_CONFIG)
-        if strangers := sorted(entry.name for entry in folder.glob("model*.safetensors*")):
-            raise CheckpointError(
-                f"{folder}: holds an adapter and a whole model too ({', '.join(strangers[:4])}): which of them was "
-                "tuned? Keep them in folders of their own."
-            )
-        virtual = config.get("num_virtual_tokens")
-        if virtual is not None and (not isinstance(virtual, int) or virtual < 1):
-            raise CheckpointError(f"{folder}/{ADAPTER_CONFIG}: num_virtual_tokens is {virtual!r}, not a number from 1.")
-        if not (folder / ADAPTER_WEIGHTS).is_file():
-            raise CheckpointError(
-                f"{folder}: has no {ADAPTER_WEIGHTS} beside its {ADAPTER_CONFIG}. If it was saved as a pickle, load it "
-                "with PEFT and call save_pretrained."
-            )
+        config = read_json(folder / ADAPTER_CONFIG)
+        _check_adapter(folder, config)
         checkpoint = Checkpoint.open(folder / ADAPTER_WEIGHTS)
         return Adaptation(folder, _kind_of(config, folder), labels, base, checkpoint, config)
-    checkpoint, config = Checkpoint.open(folder), _read_json(folder / "config.json")
-    if not any("SequenceClassification" in name for name in config.get("architectures") or ()):
-        raise CheckpointError(
-            f"{folder}: is no sequence classifier (its config.json names {config.get('architectures')}). Give the "
-            "folder of a tuned model."
-        )
-    return Adaptation(folder, "full", labels or _labels_of(config, folder), base, checkpoint, config)
+    checkpoint, config = Checkpoint.open(folder), read_json(folder / "config.json")
+    _check_classifier(folder, config)
+    labels = agreed_labels(labels, configured_labels(config, folder), folder)
+    return Adaptation(folder, "full", labels, base, checkpoint, config)
 
 
 def write_lineage(folder: Path, base: Base, labels: Sequence[str] | None) -> None:
@@ -176,31 +160,42 @@ def _kind_of(config: dict[str, Any], folder: Path) -> str:
     return SHORT_NAMES.get(kind.lower(), kind.lower())
 
 
-def _lineage_of(record: dict[str, Any], file: Path) -> tuple[tuple[str, ...] | None, str | None]:
-    labels, base = record.get("labels"), record.get("base") or {}
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise CheckpointError(f"{file}: labels is {labels!r:.100}, not a list of names.")
-    if not isinstance(base, dict):
-        raise CheckpointError(f"{file}: base is {base!r:.100}, not an object with a fingerprint.")
-    return tuple(labels) if labels else None, base.get("fingerprint")
+def _check_adapter(folder: Path, config: dict[str, Any]) -> None:
+    if strangers := sorted(entry.name for entry in folder.glob("model*.safetensors*")):
+        raise CheckpointError(
+            f"{folder}: holds an adapter and a whole model too ({', '.join(strangers[:4])}): which of them was "
+            "tuned? Keep them in folders of their own."
+        )
+    shards = sorted(e.name for e in folder.glob("adapter_model*.safetensors*") if e.name != ADAPTER_WEIGHTS)
+    if shards:
+        raise CheckpointError(
+            f"{folder}: holds {', '.join(shards[:4])}, and an adapter is one file, {ADAPTER_WEIGHTS}, of which PEFT "
+            "would read that alone. Load it with what saved it and call save_pretrained of PEFT."
+        )
+    virtual = config.get("num_virtual_tokens")
+    if virtual is not None and (type(virtual) is not int or virtual < 1):
+        raise CheckpointError(f"{folder}/{ADAPTER_CONFIG}: num_virtual_tokens is {virtual!r}, not a number from 1.")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder}: has no {ADAPTER_WEIGHTS} beside its {ADAPTER_CONFIG}. If it was saved as a pickle, load it "
+            "with PEFT and call save_pretrained."
+        )
 
 
-def _labels_of(config: dict[str, Any], folder: Path) -> tuple[str, ...] | None:
-    names = config.get("id2label") or {}
-    if not isinstance(names, dict) or sorted(map(str, names)) != sorted(map(str, range(len(names)))):
-        raise CheckpointError(f"{folder}/config.json: id2label is {names!r:.100}, not names of the outputs from 0 on.")
-    labels = tuple(str(names[str(i)]) for i in range(len(names)))
-    placeholders = tuple(f"LABEL_{i}" for i in range(len(labels)))
-    return labels if labels and labels != placeholders else None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a JSON object.")
-    return content
+def _check_classifier(folder: Path, config: dict[str, Any]) -> None:
+    architectures = config.get("architectures")
+    if not (isinstance(architectures, list) and architectures) or not all(
+        "SequenceClassification" in str(name) for name in architectures
+    ):
+        raise CheckpointError(
+            f"{folder}: is no sequence classifier (its config.json names {architectures}). Give the folder of a tuned "
+            "model."
+        )
+    if config.get("problem_type") not in (None, "single_label_classification"):
+        raise CheckpointError(
+            f"{folder}: was tuned for {config['problem_type']!r}, and only one label a text can be recycled."
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{folder}: is quantised, and its stored numbers are not its weights. Give the fine-tune as it was before."
+        )

@@ -58,12 +58,17 @@ class BottleneckConfig:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if not isinstance(self.inner_size, int) or self.inner_size < 1:
+        if type(self.inner_size) is not int or self.inner_size < 1:
             raise RecipeError(f"a bottleneck's inner size is at least 1, found {self.inner_size!r}.")
         if self.activation not in ACTIVATIONS:
             raise RecipeError(f"activation is {' or '.join(ACTIVATIONS)}, found {self.activation!r}.")
         if self.placement not in PLACEMENTS:
             raise RecipeError(f"placement is {' or '.join(PLACEMENTS)}, found {self.placement!r}.")
+        for name in ("tune_norms", "tune_head"):
+            if type(getattr(self, name)) is not bool:
+                raise RecipeError(f"{name} is true or false, found {getattr(self, name)!r}.")
+        if isinstance(self.modules_to_save, str):
+            raise RecipeError(f"modules_to_save is a list of names, found {self.modules_to_save!r}.")
         for pattern in (self.after_attention, self.after_feed_forward):
             try:
                 re.compile(pattern)
@@ -136,9 +141,12 @@ def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
         The model, with `bottleneck_config` and, in each layer that was wrapped, a module `bottleneck`.
 
     Raises:
-        MismatchError: The patterns do not find one layer a block.
+        MismatchError: The patterns do not find one layer a block, or a module that is saved is not there.
     """
     body = model.base_model
+    modules = {name for part in (model, body) for name, _ in part.named_modules()}
+    if strangers := [name for name in config.modules_to_save if name not in modules]:
+        raise MismatchError(f"modules_to_save names {', '.join(strangers[:4])}, which a {type(model).__name__} lacks.")
     patterns = [config.after_feed_forward] + [config.after_attention] * (config.placement == "houlsby")
     for pattern in patterns:
         found = [name for name, _ in body.named_modules() if re.search(pattern, name)]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import write_lineage
+from regraft.adaptation.fit import check_body, settings_of
 from regraft.adaptation.head import stored_labels
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import fold_start
 from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter
-from regraft.checkpoint import Derived, Entry, write_checkpoint
-from regraft.errors import MismatchError
-from regraft.upgrade import body_names, is_optional
+from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
+from regraft.upgrade import body_names
 from regraft.weights import graft
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation
     from regraft.progress import Progress
     from regraft.upgrade import Base, Upgrade
+
+# what a fine-tune's config.json says of its own tensors and head
+OF_THE_TUNED = {"architectures", "id2label", "label2id", "problem_type", "dtype"}
 
 
 def write_graft(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress) -> None:
@@ -47,7 +50,7 @@ def write_graft(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: 
     into.mkdir(parents=True, exist_ok=True)
     if adaptation.kind == "full":
         _graft_full(adaptation, upgrade, into, progress)
-        shutil.copyfile(adaptation.path / "config.json", into / "config.json")
+        write_atomic(into / "config.json", json.dumps(_grafted_config(adaptation, upgrade), indent=2) + "\n")
     else:
         tensors, config = plain_adapter(adaptation, upgrade.old)
         write_adapter(into, tensors, {**config, "base_model_name_or_path": upgrade.new.name, "revision": None})
@@ -96,22 +99,19 @@ def check_fit(adaptation: Adaptation, upgrade: Upgrade, labels: Sequence[str]) -
 
 
 def _check_body(adaptation: Adaptation, upgrade: Upgrade) -> None:
-    old, new, tuned = upgrade.old, upgrade.new, adaptation.checkpoint
-    inner_names = body_names(tuned, old.prefix)
-    for inner, name in inner_names.items():
-        in_both = inner in old.body and inner in new.body
-        if not in_both and not is_optional(inner) and name != inner:
-            raise MismatchError(
-                f"{adaptation.path}: tensor {name!r} has no counterpart in {old.path}. Was it tuned on that base?"
-            )
-        if in_both and old.checkpoint.tensors[old.body[inner]].shape != tuned.tensors[name].shape:
-            raise MismatchError(
-                f"{adaptation.path}: tensor {name!r} has shape {tuned.tensors[name].shape}, in {old.path} it has "
-                f"{old.checkpoint.tensors[old.body[inner]].shape}. Was it tuned on that base?"
-            )
-    lost = sorted(inner for inner in old.body if inner not in inner_names and not is_optional(inner))
-    if lost:
-        raise MismatchError(f"{adaptation.path}: {len(lost)} tensors of its base are not in it: {', '.join(lost[:4])}.")
+    for base in (upgrade.old, upgrade.new):
+        check_body(adaptation, base)
+
+
+def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
+    """Give what `config.json` says on the new base, whose settings it has wherever the tuning changed none."""
+    tuned, old, new = settings_of(adaptation), upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
+    upgraded = {
+        key: value
+        for key, value in new.items()
+        if key not in OF_THE_TUNED and value != old.get(key) and tuned.get(key) == old.get(key)
+    }
+    return {**adaptation.config, **upgraded}
 
 
 def _graft_full(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress) -> None:

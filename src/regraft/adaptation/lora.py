@@ -1,21 +1,15 @@
-"""A LoRA as a change of weights: merged into its base, or drawn out of a full fine-tune. PEFT's format, no model."""
+"""A LoRA drawn out of a full fine-tune, or folded to what it amounts to on its base. PEFT's format, no model."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adaptation import BASE_CHANGING_INITS, load_adaptation
 from regraft.checkpoint import (
     TOKENIZER,
-    Derived,
-    Entry,
     copy_companions,
-    dtype_of,
     publish,
     resumable_folder,
     shape_of,
@@ -24,7 +18,7 @@ from regraft.checkpoint import (
 )
 from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeError
 from regraft.progress import Progress, silent
-from regraft.weights import align, delta_all, dora_weight, fold, kind_of, lora_delta, low_rank, scaling
+from regraft.weights import align, delta_all, fold, kind_of, low_rank
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +29,7 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, torch.Tensor]
 
 START = "base_model.model."
+FULL = "convert it to full (regraft adaptation convert)"
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 
 
@@ -55,74 +50,6 @@ class ExtractedLora:
     left_out: float
 
 
-def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors, start: Tensors | None = None) -> Derived:
-    """Merge a LoRA into its base: W + scaling·B·A, or DoRA's renormalised weight; whole modules take their place.
-
-    Args:
-        adapter: The tensors of `adapter_model.safetensors`.
-        config: The content of `adapter_config.json`.
-        base: The base's tensors; their names may carry the prefix of a model with a head, or not.
-        start: The adapter as it was initialised, for kinds that take their start out of the base (PiSSA, OLoRA).
-
-    Returns:
-        The merged tensors under the names of the model that was tuned, in the base's dtypes.
-
-    Raises:
-        CheckpointError: A tensor of the adapter is of no kind that is known here, or its start is needed and missing.
-        MismatchError: A module that was tuned is not in the base, or has another shape there.
-    """
-    init = str(config.get("init_lora_weights", True)).lower()
-    if start is None and init.startswith(BASE_CHANGING_INITS):
-        raise CheckpointError(
-            f"the LoRA was initialised by {init!r}, which took its start out of its base: give the adapter as it was "
-            "before the first step (--start)."
-        )
-    modules: dict[str, dict[str, str]] = {}
-    whole: dict[str, str] = {}
-    for stored in adapter:
-        name = stored.removeprefix(START)
-        part = next((part for part in PARTS if name.endswith(part)), None)
-        if part:
-            modules.setdefault(name.removesuffix(part), {})[part] = stored
-        elif "lora_" in name:
-            raise CheckpointError(f"tensor {stored!r} of the LoRA is of a kind that cannot be merged.")
-        else:
-            whole[name.replace(".base_layer.", ".")] = stored  # a bias that was tuned beside the LoRA
-    for module, parts in modules.items():
-        if not {PARTS[0], PARTS[1]} <= parts.keys():
-            raise CheckpointError(f"module {module!r} of the LoRA lacks one of {PARTS[0][1:]} and {PARTS[1][1:]}.")
-    names = _base_names(base, [f"{module}.weight" for module in modules])
-    if whole:  # the adapter brings a head of its own, which takes the place of the base's
-        body = next(iter(modules)).split(".")[0] + "."
-        names = {name: stored for name, stored in names.items() if name.startswith(body)}
-    entries = {
-        name: Entry(dtype_of(base, stored), shape_of(base, stored), ((base, stored),), _same)
-        for name, stored in names.items()
-    }
-    for name, stored in whole.items():
-        entries[name] = Entry(dtype_of(adapter, stored), shape_of(adapter, stored), ((adapter, stored),), _same)
-    for module, parts in modules.items():
-        name = f"{module}.weight"
-        rank = shape_of(adapter, parts[PARTS[0]])[0]
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
-        factor = scaling(rank, alpha, bool(config.get("use_rslora")))
-        operands = ((base, names[name]), *((adapter, parts[part]) for part in PARTS if part in parts))
-        weight = shape_of(base, names[name])
-        transposed = bool(config.get("fan_in_fan_out"))  # Conv1D keeps its weight as [in, out]
-        fits = (shape_of(adapter, parts[PARTS[1]])[0], shape_of(adapter, parts[PARTS[0]])[1])
-        if weight != (fits[::-1] if transposed else fits):
-            raise MismatchError(
-                f"the LoRA changes module {module!r} by {fits}, and its weight in the base is {weight}."
-            )
-        if start is not None:
-            if any(parts[part] not in start for part in PARTS[:2]) or PARTS[2] in parts:
-                raise CheckpointError(f"the LoRA's start does not go with it: module {module!r} differs.")
-            operands += tuple((start, parts[part]) for part in PARTS[:2])
-        rule = functools.partial(_merged, scaling=factor, transposed=transposed, folded=start is not None)
-        entries[name] = Entry(dtype_of(base, names[name]), shape_of(base, names[name]), operands, rule, False)
-    return Derived(entries)
-
-
 def fold_start(
     adapter: Tensors, start: Tensors, config: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -140,7 +67,9 @@ def fold_start(
         CheckpointError: It is a DoRA too, or the two do not go together.
     """
     if config.get("use_dora"):
-        raise CheckpointError("a DoRA that took its start out of its base cannot be made a plain LoRA.")
+        raise CheckpointError(f"a DoRA that took its start out of its base cannot be made a plain LoRA: {FULL}.")
+    if others := sorted(name for name in adapter if ".lora_" in name and not name.endswith(PARTS[:2])):
+        raise CheckpointError(f"a LoRA with {others[0]!r} that began in its base cannot be made a plain LoRA: {FULL}.")
     folded = {name: adapter[name] for name in adapter if ".lora_" not in name}
     for a_name in (name for name in adapter if name.endswith(PARTS[0])):
         b_name = a_name.removesuffix(PARTS[0]) + PARTS[1]
@@ -151,8 +80,8 @@ def fold_start(
     wider = 2**0.5 if config.get("use_rslora") else 2
     changed = {
         "init_lora_weights": True,
-        "r": 2 * config["r"],
-        "lora_alpha": wider * config["lora_alpha"],
+        "r": 2 * config.get("r", 8),
+        "lora_alpha": wider * config.get("lora_alpha", 8),
         "rank_pattern": {pattern: 2 * rank for pattern, rank in (config.get("rank_pattern") or {}).items()},
         "alpha_pattern": {pattern: wider * alpha for pattern, alpha in (config.get("alpha_pattern") or {}).items()},
     }
@@ -256,92 +185,3 @@ def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path) ->
         write_atomic(whole / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         copy_companions(tokenizer_of, whole, TOKENIZER)
         publish(whole, out)
-
-
-def lora_settings(folder: Path) -> dict[str, Any]:
-    """Read how a LoRA was set up.
-
-    Args:
-        folder: A PEFT folder.
-
-    Returns:
-        The content of its `adapter_config.json`.
-
-    Raises:
-        CheckpointError: It is no LoRA.
-    """
-    file = folder / "adapter_config.json"
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}). Give a folder that PEFT wrote.") from error
-    if kind != "LORA":
-        raise CheckpointError(f"{file}: is of type {kind}; only LORA can be merged.")
-    return config
-
-
-def merged_config(merged: Derived, folder: Path, base: Path) -> dict[str, Any]:
-    """Tell what a base's `config.json` must say once a LoRA with a head is merged into it.
-
-    Args:
-        merged: From `merge_lora`.
-        folder: The LoRA's folder.
-        base: The base's folder.
-
-    Returns:
-        What to change: the architecture and the labels; nothing if the LoRA has no classification head.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-
-    kind = json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type")
-    sizes = [shape_of(merged, n)[0] for n in merged if re.search(r"^(?:classifier|score)\.(?:.*\.)?weight$", n)]
-    if not sizes or kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        return {}
-    names = load_adaptation(folder).labels
-    labels = names or tuple(f"LABEL_{i}" for i in range(min(sizes)))
-    return {
-        "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[kind]],
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
-
-
-def _merged(
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    *more: torch.Tensor,
-    scaling: float,
-    transposed: bool,
-    folded: bool,
-) -> torch.Tensor:
-    plain = weight.T if transposed else weight
-    if folded:
-        b, a = fold((b.double(), a.double()), (more[1].double(), more[0].double()))
-    if more and not folded:
-        merged = dora_weight(plain, b, a, scaling, more[0])
-    else:
-        merged = plain.double() + lora_delta(b, a, scaling)
-    return merged.T if transposed else merged
-
-
-def _base_names(base: Tensors, wanted: list[str]) -> dict[str, str]:
-    """Name the base's tensors as the tuned model does, which may wrap the body under a prefix."""
-    for prefix in ("", *sorted({name.split(".")[0] + "." for name in wanted})):
-        names = {prefix + name: name for name in base}
-        if all(name in names for name in wanted):
-            return names
-    missing = [name for name in wanted if name not in base]
-    raise MismatchError(f"{len(missing)} modules that the LoRA tunes are not in the base: {', '.join(missing[:4])}.")
-
-
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches them
-            return value
-    return default
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

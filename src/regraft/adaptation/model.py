@@ -8,9 +8,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CHANGING_INITS, write_lineage
+from regraft.adaptation.fit import check_beside_body, check_body, check_computing, check_settings
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import START, fold_start
-from regraft.checkpoint import write_atomic, write_safetensors
+from regraft.checkpoint import FLOATING, write_atomic, write_safetensors
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.progress import quiet
 from regraft.upgrade import is_optional
@@ -51,7 +52,7 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
 
     Args:
         adaptation: The tuned weights.
-        base: The base an adapter is put on; a full fine-tune takes its tokenizer only.
+        base: The base an adapter is put on, or that a full fine-tune came from.
         labels: The label names, in the order of the head's outputs.
         trainable: Whether an adapter shall be tuned further, rather than be frozen.
 
@@ -60,16 +61,20 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
 
     Raises:
         CheckpointError: A tensor of the adaptation is missing or has no place in the model.
-        MismatchError: The adaptation's head or matrices have other sizes.
+        MismatchError: The adaptation's head or matrices have other sizes, or its settings are for another base.
     """
     from transformers import AutoModelForSequenceClassification
 
     if adaptation.kind == "full":
+        check_computing(adaptation, base)
         model, _ = load_strictly(AutoModelForSequenceClassification, adaptation.path, None, dtype="float32")
+        check_body(adaptation, base)
+        check_beside_body(adaptation, base, model.state_dict())
         if model.config.num_labels != len(labels):
             raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, labels))
         return model
     check_start(adaptation)
+    check_settings(adaptation, base)
     model, fresh = _fresh(base, labels, seed=0)
     if adaptation.kind == "bottleneck":
         adapted, landed = _load_bottleneck(adaptation, model)
@@ -202,7 +207,7 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
             model, report = architecture.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options
             )
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
+        except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
             raise CheckpointError(f"{path}: transformers cannot load it ({error}).") from error
 
     def matters(name: str) -> bool:
@@ -229,20 +234,21 @@ def _fresh(base: Base, labels: Sequence[str], seed: int) -> tuple[Any, list[str]
     set_seed(seed)
     model, fresh = load_strictly(AutoModelForSequenceClassification, base.path, base.prefix, **_head_config(labels))
     model.config.pad_token_id = base.tokenizer.pad_token_id
-    return model, fresh
+    heads = {n: t for n, t in model.state_dict().items() if not n.startswith(base.prefix + ".")}
+    if not heads.keys() <= set(fresh):  # the base is a classifier itself: its head is for labels of its own
+        set_seed(seed)
+        drawn = AutoModelForSequenceClassification.from_config(model.config).state_dict()  # type: ignore[no-untyped-call]
+        for name, tensor in heads.items():
+            tensor.copy_(drawn[name])
+    return model, sorted({*fresh, *heads})
 
 
 def _load_peft(
     adaptation: Adaptation, model: Any, labels: Sequence[str], trainable: bool
 ) -> tuple[Any, dict[str, torch.Tensor]]:
+    import torch
     from peft import PeftModel
 
-    layers = adaptation.config.get("num_layers") if adaptation.virtual_tokens else None
-    if layers not in (None, model.config.num_hidden_layers):  # PEFT would drop what is for the others
-        raise MismatchError(
-            f"{adaptation.path}: was made for a model of {layers} layers, {model.config.name_or_path} has "
-            f"{model.config.num_hidden_layers}: tensors would be left without a place."
-        )
     can_be_tuned = trainable and not adaptation.virtual_tokens
     with quiet():
         try:
@@ -256,10 +262,15 @@ def _load_peft(
             if trainable and not can_be_tuned:  # PEFT tunes stored virtual tokens no further of its own accord
                 config: Any = adapted.peft_config[ADAPTER]
                 config.inference_mode = False
+                encoder: Any = adapted.prompt_encoder[ADAPTER]
+                if adaptation.kind == "prefix":  # what projected them was not saved: they are tuned themselves
+                    encoder.prefix_projection = config.prefix_projection = False
+                elif adaptation.kind == "p-tuning":
+                    encoder.encoder_type, encoder.mlp_head = "MLP", torch.nn.Identity()
                 for name, parameter in adapted.named_parameters():
                     parameter.requires_grad_("prompt_encoder." in name or ".modules_to_save." in name)
             return adapted, peft_state(adapted)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, ImportError) as error:
             raise MismatchError(
                 f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {len(labels)} labels "
                 f"({', '.join(labels[:8])}): {str(error).strip()[:400]}"
@@ -270,7 +281,10 @@ def _load_bottleneck(adaptation: Adaptation, model: Any) -> tuple[Any, dict[str,
     from regraft.adaptation.bottleneck import attach_bottlenecks, bottleneck_state, set_bottleneck_state
 
     config: Any = read_config(adaptation)
-    attach_bottlenecks(model, config)
+    try:
+        attach_bottlenecks(model, config)
+    except MismatchError as error:
+        raise MismatchError(f"{adaptation.path}: {error}") from error
     expected = bottleneck_state(model)
     stored = {name.removeprefix(START): name for name in adaptation.checkpoint}
     infos = adaptation.checkpoint.tensors
@@ -289,10 +303,12 @@ def _account(
     unfilled = [name for name in fresh if not {START + name, START.replace("model.", "", 1) + name} & landed.keys()]
     shared = sorted(landed.keys() & stored.keys())
     misshapen = [name for name in shared if tuple(landed[name].shape) != stored[name].shape]
+    quantised = [name for name in shared if landed[name].is_floating_point() and stored[name].dtype not in FLOATING]
     lists = {
         "missing": sorted(landed.keys() - stored.keys()),
         "without a place": sorted(stored.keys() - landed.keys()),
         "of another shape": [f"{n} {stored[n].shape}, expected {tuple(landed[n].shape)}" for n in misshapen],
+        "stored as no floating-point numbers": [f"{name} ({stored[name].dtype})" for name in quantised],
         "in the model that neither the base nor the adaptation fills": unfilled,
     }
     if any(lists.values()):

@@ -4,13 +4,14 @@ from regraft.checkpoint.derived import Derived, Entry, dtype_of, piece, shape_of
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
 from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
-from regraft.checkpoint.header import TensorInfo, dtype_name, read_header
+from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, parse_json, read_header
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.reader import Checkpoint
 from regraft.checkpoint.whole import TOKENIZER, Plan, copy_companions, plan_checkpoint, write_folder
 from regraft.checkpoint.writer import plan_shards, size_of, write_checkpoint, write_safetensors
 
 __all__ = [
+    "FLOATING",
     "TOKENIZER",
     "Checkpoint",
     "Derived",
@@ -23,6 +24,7 @@ __all__ = [
     "dtype_of",
     "find_path",
     "fingerprint",
+    "parse_json",
     "piece",
     "plan_checkpoint",
     "plan_shards",

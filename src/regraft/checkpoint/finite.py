@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from regraft.checkpoint.header import FLOATING
 from regraft.errors import CheckpointError
 from regraft.progress import Progress, silent
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from regraft.checkpoint.reader import Checkpoint
 
 PIECE = 1 << 22
-FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def check_finite(checkpoint: Checkpoint, progress: Progress = silent) -> None:

@@ -21,11 +21,11 @@ from regraft.adaptation import (
 from regraft.adaptation.lora import START
 from regraft.adaptation.model import ADAPTER
 from regraft.checkpoint import publish, resumable_folder
-from regraft.errors import OutcomeError, RecipeError
+from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.methods.recycle import new_folder
 from regraft.progress import Progress, quiet, silent
 from regraft.task import load_data
-from regraft.upgrade import Base, Upgrade
+from regraft.upgrade import Base, Upgrade, is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +88,7 @@ def convert(
         Where it is and what was lost.
 
     Raises:
-        MismatchError: The adaptation does not belong to the old base.
+        MismatchError: The adaptation does not belong to the old base, or changes nothing in it.
         OutcomeError: Something is at `out`.
         RecipeError: There is no such conversion.
     """
@@ -136,6 +136,8 @@ def _on(base: Base, adapter: tuple[Any, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folder: Path) -> tuple[Adaptation, Any]:
     """Give an adaptation as a full fine-tune of its base, with its model."""
+    import torch
+
     model = load_model(adaptation, old, labels)
     if adaptation.kind == "full":
         return adaptation, model
@@ -150,21 +152,32 @@ def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folde
         except (ValueError, AttributeError, NotImplementedError) as error:
             raise RecipeError(f"{adaptation.path}: PEFT cannot merge a {adaptation.kind} ({error}).") from error
         merged = fresh_model(old, labels, 0)
-        found = _merged_state(model)
-        merged.load_state_dict({name: found[name] for name in merged.state_dict()})
+        found, bare = _merged_state(model), merged.state_dict()
+        if odd := sorted(found.keys() ^ bare.keys()):
+            raise RecipeError(
+                f"{adaptation.path}: what PEFT merges is no full fine-tune of {old.path}: {len(odd)} tensors are in "
+                f"one of them only ({', '.join(odd[:4])}). It can be recycled, but not converted."
+            )
+        body = [n for n in bare if n.startswith(old.prefix + ".") and not is_optional(n.removeprefix(old.prefix + "."))]
+        if all(torch.equal(found[name], bare[name]) for name in body):
+            raise MismatchError(f"{adaptation.path}: it changes nothing in {old.path}. Was it ever tuned?")
+        merged.load_state_dict(found)
         merged.save_pretrained(folder)
     return dataclasses.replace(load_adaptation(folder), base=adaptation.base, labels=adaptation.labels), merged
 
 
 def _merged_state(model: Any) -> dict[str, torch.Tensor]:
     """Give the tensors of a merged PEFT model without what PEFT put around them; its own unloading loses heads."""
-    wrapped = {name.removeprefix(START): tensor for name, tensor in model.state_dict().items()}
+    state = model.state_dict().items()  # what kinds share among layers, as VeRA, lies beside the model
+    wrapped = {name.removeprefix(START): tensor for name, tensor in state if name.startswith(START)}
     layers = {name.partition(".base_layer.")[0] + "." for name in wrapped if ".base_layer." in name}
     found = {}
     for name, tensor in wrapped.items():
         is_own = any(name.startswith(layer) for layer in layers) and ".base_layer." not in name
         if not is_own and ".original_module." not in name:
-            found[name.replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")] = tensor
+            for wrapper in (".base_layer.", f".modules_to_save.{ADAPTER}.", ".token_adapter."):
+                name = name.replace(wrapper, ".")
+            found[name] = tensor
     return found
 
 

@@ -40,6 +40,11 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
         MismatchError: The label names are not the same.
     """
     if adaptation.labels is None:
+        logger.warning(
+            "%s does not name its labels: that its head has them in the order %s is unproven.",
+            adaptation.path,
+            ", ".join(data.labels[:8]),
+        )
         return data
     try:
         return data.relabel(adaptation.labels)

@@ -1,0 +1,184 @@
+"""Whether tuned weights belong to a base, told from names, shapes and settings alone, before any number is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation.adaptation import ADAPTER_CONFIG
+from regraft.checkpoint import FLOATING
+from regraft.errors import CheckpointError, MismatchError
+from regraft.upgrade import body_names, is_optional
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from regraft.adaptation.adaptation import Adaptation
+    from regraft.upgrade import Base
+
+# settings of a model that change what it computes, and the shape of no tensor
+COMPUTING = re.compile(
+    r"heads$|^n_head$|head_dim|^(hidden_)?act(ivation)?(_fn|_function)?$|eps(ilon)?$|^rope_|rotary|position_embedding|"
+    r"sliding|attention_window|soft_?cap|multiplier|scal(e|ing)"
+)
+HARMLESS = ("merge_weights",)  # what old PEFT wrote, whose value changed nothing
+
+
+def check_body(adaptation: Adaptation, base: Base) -> None:
+    """Refuse a full fine-tune whose body has other tensors than its base, or another size.
+
+    Args:
+        adaptation: A full fine-tune.
+        base: Its base.
+
+    Raises:
+        MismatchError: A tensor of one has no counterpart in the other, or another shape there.
+    """
+    tuned, body = adaptation.checkpoint, base.body
+    inner_names = body_names(tuned, base.prefix)
+    for inner, name in inner_names.items():
+        if inner not in body and not is_optional(inner) and name != inner:
+            raise MismatchError(
+                f"{adaptation.path}: tensor {name!r} has no counterpart in {base.path}. Was it tuned on that base?"
+            )
+        if inner in body and base.checkpoint.tensors[body[inner]].shape != tuned.tensors[name].shape:
+            raise MismatchError(
+                f"{adaptation.path}: tensor {name!r} has shape {tuned.tensors[name].shape}, in {base.path} it has "
+                f"{base.checkpoint.tensors[body[inner]].shape}. Was it tuned on that base?"
+            )
+    lost = sorted(inner for inner in body if inner not in inner_names and not is_optional(inner))
+    if lost:
+        raise MismatchError(
+            f"{adaptation.path}: {len(lost)} tensors of {base.path} are not in it (or not as floating-point numbers): "
+            f"{', '.join(lost[:4])}. Was it tuned on that base?"
+        )
+
+
+def check_computing(adaptation: Adaptation, base: Base) -> None:
+    """Refuse a full fine-tune whose `config.json` would have its body compute otherwise than its base does.
+
+    Args:
+        adaptation: A full fine-tune.
+        base: Its base.
+
+    Raises:
+        CheckpointError: transformers cannot read the config.
+        MismatchError: A setting differs that no tensor's shape tells of, as the number of attention heads.
+    """
+    tuned, own = settings_of(adaptation), base.config.to_dict()
+    differing = [
+        f"{key} is {tuned.get(key)!r:.80}, in the base {own.get(key)!r:.80}"
+        for key in sorted(tuned.keys() | own.keys())
+        if COMPUTING.search(key) and tuned.get(key) != own.get(key)
+    ]
+    if differing:
+        raise MismatchError(
+            f"{adaptation.path}/config.json does not go with {base.path}: {'; '.join(differing[:4])}. The same weights "
+            "would compute something else. Was it tuned on that base?"
+        )
+
+
+def settings_of(adaptation: Adaptation) -> dict[str, Any]:
+    """Read the `config.json` of a full fine-tune with the defaults that it leaves out.
+
+    Args:
+        adaptation: A full fine-tune.
+
+    Returns:
+        Its settings.
+
+    Raises:
+        CheckpointError: transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        settings: dict[str, Any] = AutoConfig.from_pretrained(adaptation.path).to_dict()
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{adaptation.path}/config.json: transformers cannot read it ({error}).") from error
+    return settings
+
+
+def check_beside_body(adaptation: Adaptation, base: Base, placed: Collection[str]) -> None:
+    """Refuse a full fine-tune that stores a tensor twice or under a name that transformers only guesses.
+
+    Args:
+        adaptation: A full fine-tune.
+        base: Its base.
+        placed: The names of the tensors of the model that was loaded from it.
+
+    Raises:
+        CheckpointError: A tensor beside the body is none of the head.
+    """
+    body = {name for inner, name in body_names(adaptation.checkpoint, base.prefix).items() if inner in base.body}
+    floating = [name for name, info in adaptation.checkpoint.tensors.items() if info.dtype in FLOATING]
+    strays = sorted(name for name in placed if name in adaptation.checkpoint and name not in floating)
+    taken = set()
+    for name in floating:
+        place = name if name in placed else f"{base.prefix}.{name}"
+        if place in taken or (place not in placed and name not in body):
+            strays.append(name)
+        taken.add(place)
+    if strays:
+        raise CheckpointError(
+            f"{adaptation.path}: {len(strays)} tensors are without a place of their own in the model, or are no "
+            f"floating-point numbers: {', '.join(strays[:4])}. Load it with transformers and call save_pretrained."
+        )
+
+
+def check_settings(adaptation: Adaptation, base: Base) -> None:
+    """Refuse an adapter with settings that would be passed over, or that are not for a classifier of this size.
+
+    Args:
+        adaptation: Any but a full fine-tune.
+        base: Its base.
+
+    Raises:
+        CheckpointError: The installed PEFT does not know a setting, or a number of virtual tokens is missing.
+        MismatchError: It is for another task, or its virtual tokens are for another model.
+    """
+    config, where = adaptation.config, f"{adaptation.path}/{ADAPTER_CONFIG}"
+    known, virtual = _known(adaptation.kind, str(config.get("peft_type")))
+    unknown = sorted(key for key, value in config.items() if value and key not in known and key not in HARMLESS)
+    if unknown:
+        told = ", ".join(f"{key}: {config[key]!r:.60}" for key in unknown[:4])
+        raise CheckpointError(
+            f"{where}: the settings {told} are not known for a {adaptation.kind}, and would be passed over: what was "
+            "tuned with them would be another model without. Update PEFT or regraft, or correct or remove them."
+        )
+    if config.get("task_type") != "SEQ_CLS" and (virtual or config.get("task_type") is not None):
+        raise MismatchError(
+            f"{where}: task_type is {config.get('task_type')!r}, and only classifiers of whole texts (SEQ_CLS) can be "
+            "recycled. If it is one, correct that."
+        )
+    if not virtual:
+        return
+    if not config.get("num_virtual_tokens"):
+        raise CheckpointError(f"{where}: num_virtual_tokens is missing.")
+    if config.get("num_transformer_submodules") not in (None, 1):
+        raise MismatchError(f"{where}: num_transformer_submodules is not 1: it is not for a classifier.")
+    layers = config.get("num_layers")
+    if layers not in (None, base.config.num_hidden_layers):  # PEFT would drop what is for the others
+        raise MismatchError(
+            f"{adaptation.path}: was made for a model of {layers} layers, {base.path} has "
+            f"{base.config.num_hidden_layers}: tensors would be left without a place."
+        )
+    heads = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
+    if adaptation.kind == "prefix" and config.get("num_attention_heads") not in (None, heads):
+        raise MismatchError(
+            f"{where}: num_attention_heads is {config['num_attention_heads']!r}, and keys and values of {base.path} "
+            f"have {heads} heads. Was it tuned on that base?"
+        )
+
+
+def _known(kind: str, peft_type: str) -> tuple[set[str], bool]:
+    """Name the settings of a kind of adapter, and tell whether it has virtual tokens."""
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from regraft.adaptation.bottleneck import BottleneckConfig
+
+    config: Any = BottleneckConfig if kind == "bottleneck" else PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]  # type: ignore[index]
+    known = {field.name for shape in (config, PeftConfig) for field in dataclasses.fields(shape)}
+    return known, "num_virtual_tokens" in known

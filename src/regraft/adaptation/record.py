@@ -1,0 +1,127 @@
+"""The small files beside an adaptation's tensors: what it records of its base and its labels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from regraft.checkpoint import parse_json
+from regraft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RECORD = "lineage.json"
+OUTCOME = "outcome.json"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object, no name in it twice.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        CheckpointError: It cannot be read or is none.
+    """
+    try:
+        content = parse_json(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: not a JSON object.")
+    return content
+
+
+def recorded(folder: Path) -> tuple[tuple[str, ...] | None, str | None]:
+    """Read what regraft wrote beside an adaptation, in its own folder and in the outcome that it is part of.
+
+    Args:
+        folder: The adaptation's folder.
+
+    Returns:
+        The label names in the order of the head's outputs, and the fingerprint of the base; None what is unknown.
+
+    Raises:
+        CheckpointError: A record is malformed, or the two contradict each other.
+    """
+    files = [folder / RECORD, *([folder.parent / OUTCOME] if folder.name == "adaptation" else [])]
+    found = [(file, *_lineage(read_json(file), file)) for file in files if file.is_file()]
+    for what, place in (("labels", 1), ("base", 2)):
+        said = [entry for entry in found if entry[place] is not None]
+        if len({entry[place] for entry in said}) > 1:
+            told = " and ".join(f"{entry[0]} says {entry[place]!r:.100}" for entry in said)
+            raise CheckpointError(f"{folder}: its records contradict each other on its {what}: {told}. Which is right?")
+    labels = next((entry[1] for entry in found if entry[1] is not None), None)
+    return labels, next((entry[2] for entry in found if entry[2] is not None), None)
+
+
+def configured_labels(config: dict[str, Any], folder: Path) -> tuple[str, ...] | None:
+    """Read the label names of a classifier's `config.json`.
+
+    Args:
+        config: Its content.
+        folder: The folder it is in.
+
+    Returns:
+        The names in the order of the head's outputs; None if there are only transformers' placeholders.
+
+    Raises:
+        CheckpointError: They are no names of outputs from 0 on, or its two maps contradict each other.
+    """
+    names, numbers = config.get("id2label") or {}, config.get("label2id") or {}
+    if not isinstance(names, dict) or sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+        raise CheckpointError(f"{folder}/config.json: id2label is {names!r:.100}, not names of the outputs from 0 on.")
+    labels = tuple(str(names[str(i)]) for i in range(len(names)))
+    if isinstance(numbers, dict) and any(str(numbers.get(label, i)) != str(i) for i, label in enumerate(labels)):
+        raise CheckpointError(
+            f"{folder}/config.json: id2label is {names!r:.100} and label2id {numbers!r:.100}: which is right?"
+        )
+    _refuse_twins(labels, f"{folder}/config.json: id2label")
+    placeholders = tuple(f"LABEL_{i}" for i in range(len(labels)))
+    return labels if labels and labels != placeholders else None
+
+
+def agreed_labels(
+    known: tuple[str, ...] | None, configured: tuple[str, ...] | None, folder: Path
+) -> tuple[str, ...] | None:
+    """Hold the labels that regraft recorded against those of `config.json`.
+
+    Args:
+        known: From `recorded`.
+        configured: From `configured_labels`.
+        folder: The adaptation's folder.
+
+    Returns:
+        The labels.
+
+    Raises:
+        CheckpointError: They are not the same names in the same order.
+    """
+    if known and configured and known != configured:
+        raise CheckpointError(
+            f"{folder}: its records contradict each other on its labels: {RECORD} says {', '.join(known[:8])}, "
+            f"config.json {', '.join(configured[:8])}. Which is the order of the head's outputs?"
+        )
+    return known or configured
+
+
+def _lineage(record: dict[str, Any], file: Path) -> tuple[tuple[str, ...] | None, str | None]:
+    labels, base = record.get("labels"), record.get("base") or {}
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise CheckpointError(f"{file}: labels is {labels!r:.100}, not a list of names.")
+    if not isinstance(base, dict):
+        raise CheckpointError(f"{file}: base is {base!r:.100}, not an object with a fingerprint.")
+    _refuse_twins(labels or [], f"{file}: labels")
+    mark = base.get("fingerprint")
+    return tuple(labels) if labels else None, str(mark) if mark else None
+
+
+def _refuse_twins(labels: tuple[str, ...] | list[str], where: str) -> None:
+    twins = sorted({label for label in labels if list(labels).count(label) > 1})
+    if twins:
+        raise CheckpointError(f"{where} names {', '.join(map(repr, twins[:4]))} more than once.")
