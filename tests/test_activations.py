@@ -88,7 +88,7 @@ def test_a_walk_sees_what_a_forward_pass_sees(bases, task_file, architecture):
     examples = encode(base, data.dev, data.max_length)
     model = fresh_model(base, LABELS, 0)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    walk, seen = Walk(model, examples), {}
+    walk, seen = Walk(model, examples, "fp32"), {}
     for _ in range(walk.parts):
         walk.run(linear, lambda name, batch, fed, given: seen.setdefault(name, []).append((fed, given)))
         walk.run(go_on=True)
@@ -110,8 +110,8 @@ def test_a_walk_sees_what_a_forward_pass_sees(bases, task_file, architecture):
                 rows = torch.arange(len(mask)), mask.sum(dim=1) - 1
             else:
                 rows = mask if all_fed.dim() == 3 else slice(None)
-            torch.testing.assert_close(fed, all_fed[rows], rtol=0, atol=1e-6)
-            torch.testing.assert_close(out, all_given[rows], rtol=0, atol=1e-6)
+            torch.testing.assert_close(fed.float(), all_fed[rows], rtol=0, atol=1e-6)
+            torch.testing.assert_close(out.float(), all_given[rows], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

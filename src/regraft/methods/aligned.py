@@ -58,37 +58,30 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
     Returns:
         No learning curve: nothing is trained.
     """
-    import torch
-
     from regraft.adaptation import fresh_model, load_model, save_model
     from regraft.adaptation.changes import check_linear
     from regraft.tuning import encode
     from regraft.tuning.walk import Walk
-    from regraft.weights import rotation
 
     check_linear(job.adaptation)
     upgrade, labels = job.upgrade, job.data.labels
     grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, labels)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     examples = encode(upgrade.new, texts, job.data.max_length)
-    walks = [Walk(fresh_model(base, labels, 0), examples) for base in (upgrade.old, upgrade.new)]
-    is_head, turned = False, _Turned(grafted, tuned, upgrade.old)
-    moved: list[float] = []
+    precision = job.recipe.precision
+    walks = [Walk(fresh_model(base, labels, 0), examples, precision) for base in (upgrade.old, upgrade.new)]
+    turned, rotations = _Turned(grafted, tuned, upgrade.old), _Rotations(options.shrink)
+    is_head = False
     for part in range(walks[0].parts):
         for name, (fed, given) in _spaces(walks).items():
             if is_head:  # what comes after a head's first layer has that one's coordinates, which stay
                 break
             is_head = turned.is_head(name)
-            inputs = rotation(fed, options.shrink) if fed is not None else None
-            outputs = None if is_head else rotation(given, options.shrink)
-            moved += (
-                []
-                if outputs is None
-                else [float((outputs - torch.eye(len(outputs)).to(outputs)).norm() / len(outputs) ** 0.5)]
-            )
-            turned.turn(name, inputs, outputs)
+            turned.turn(name, None if fed is None else rotations(fed), None if is_head else rotations(given))
+        rotations.forget()
         job.progress("align", part + 1, walks[0].parts, {})
-    job.notes["turned"] = round(sum(moved) / len(moved), 4)  # mean of ‖S − I‖ / √width
+    moved = rotations.moved
+    job.notes["turned"] = round(sum(moved) / len(moved), 4)  # mean of ‖R − I‖ / √width
     save_model(grafted.cpu(), upgrade.new, labels, job.into)
     return []
 
@@ -120,9 +113,9 @@ def _spaces(walks: Sequence[Walk]) -> dict[str, tuple[torch.Tensor | None, torch
             given_sums[name] = _tables(walks, given.shape[-1])
             return
         old_fed, old_given = seen[name]
-        fed_sums[name] = fed_sums.get(name, 0) + fed.double().T @ old_fed.double()
+        fed_sums[name] = fed_sums.get(name, 0) + fed.T @ old_fed
         if isinstance(modules[name], nn.Linear):
-            given_sums[name] = given_sums.get(name, 0) + given.double().T @ old_given.double()
+            given_sums[name] = given_sums.get(name, 0) + given.T @ old_given
         else:
             given_sums[name] = fed_sums[name]
 
@@ -149,6 +142,31 @@ def _tables(walks: Sequence[Walk], width: int) -> torch.Tensor:
     old, new = ([m.weight.detach() for m in w.model.modules() if isinstance(m, nn.Embedding)] for w in walks)
     pairs = [(a.double(), b.double()) for a, b in zip(old, new, strict=True) if a.shape[1] == width]
     return sum((b.T @ a for a, b in pairs), start=pairs[0][0].new_zeros(width, width))
+
+
+class _Rotations:
+    """The rotation of each space, found once however many modules read it."""
+
+    def __init__(self, shrink: float):
+        self.shrink, self.moved = shrink, list[float]()
+        self.known: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, cross: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        from regraft.weights import rotation
+
+        for other, found in self.known:
+            if cross.shape == other.shape and torch.equal(cross, other):
+                return found
+        found = rotation(cross, self.shrink)
+        self.moved.append(float((found - torch.eye(len(found)).to(found)).norm() / len(found) ** 0.5))
+        self.known.append((cross, found))
+        return found
+
+    def forget(self) -> None:
+        """Forget the spaces of a part that is done."""
+        self.known.clear()
 
 
 class _Turned:

@@ -65,7 +65,7 @@ def run(job: Job, options: Ridge) -> list[dict[str, float]]:
     }
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     examples = encode(job.upgrade.new, texts, job.data.max_length)
-    above, below = Walk(new, examples), Walk(tuned, examples)
+    above, below = (Walk(model, examples, job.recipe.precision) for model in (new, tuned))
     modules = [tuned.get_submodule(name) for name in changes]
     moved: list[float] = []
     for part in range(above.parts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import MismatchError
-from regraft.tuning.predict import BATCH, device, last_tokens
+from regraft.tuning.predict import BATCH, autocast, device, last_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -20,21 +20,22 @@ if TYPE_CHECKING:
 class Walk:
     """Goes through a model block by block; a block can be run again after its weights were changed.
 
-    The first part of the model is all up to the first block's end, the last one all after the last block. The model
-    is computed in float32, in evaluation mode.
+    The first part of the model is all up to the first block's end, the last one all after the last block.
 
     Args:
         model: A classifier of any kind that has no virtual tokens.
         examples: Texts; two walks on the same ones see the same tokens in the same rows.
+        precision: `bf16` or `fp32`.
 
     Raises:
         MismatchError: Its blocks cannot be found.
     """
 
-    def __init__(self, model: Any, examples: Examples):
+    def __init__(self, model: Any, examples: Examples, precision: str):
         import torch
 
-        self.model = model.to(device()).eval()
+        self.model, self.precision = model.to(device()).eval(), precision
+        self.wide = torch.float64 if precision == "fp32" else torch.float32  # for sums that lose nothing
         body = getattr(model, "get_base_model", lambda: model)()
         count = body.config.num_hidden_layers
         found = [m for m in body.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
@@ -64,7 +65,7 @@ class Walk:
         Args:
             watched: Modules that are watched where they belong to this part.
             watch: Called with a module's name, the batch's number, what the module is fed and what it gives, each
-                tokens × width, padding left out.
+                tokens × width, padding left out, in `wide`.
             go_on: Whether to keep what comes out and go on to the next part.
         """
         for number in range(len(self.batches)):
@@ -90,7 +91,7 @@ class Walk:
         for block in self.blocks[: self.part]:  # their outputs are known
             block.forward = lambda *_, **__: before
         try:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(self.precision, device()):
                 self.model(**batch)
         except _PartDone:
             pass
@@ -106,7 +107,7 @@ class Walk:
         def look(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if self.part_of.setdefault(name, self.part) != self.part:  # embeddings are computed with every part
                 return
-            fed, given = (self._rows(t, mask) for t in (args[0], output))
+            fed, given = (self._rows(t, mask).to(self.wide) for t in (args[0], output))
             watch(name, number, fed, given)
 
         return module.register_forward_hook(look)

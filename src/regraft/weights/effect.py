@@ -50,11 +50,11 @@ def rotation(cross: torch.Tensor, shrink: float) -> torch.Tensor:
     (1 − s)·C/mean(Σ) + s·I, so that directions which no activation has are left as they are.
 
     Args:
-        cross: C, [width, width].
+        cross: C, [width, width], in float32 or float64.
         shrink: s, from 0 (none) to 1 (the identity).
 
     Returns:
-        R, [width, width], in float64.
+        R, [width, width], computed in the dtype of `cross`.
 
     Raises:
         RecipeError: The shrinkage is out of its range.
@@ -63,11 +63,10 @@ def rotation(cross: torch.Tensor, shrink: float) -> torch.Tensor:
 
     if not 0 <= shrink <= 1:
         raise RecipeError(f"the shrinkage is from 0 to 1, found {shrink}.")
-    wide = cross.double()
-    identity = torch.eye(len(wide), dtype=torch.float64, device=wide.device)
+    identity = torch.eye(len(cross)).to(cross)
     if shrink == 1:
         return identity
-    scale = torch.linalg.matrix_norm(wide, "nuc") / len(wide) if shrink else 1.0
-    u, _, vt = torch.linalg.svd((1 - shrink) * wide / scale + shrink * identity)
+    scale = torch.linalg.svdvals(cross.float()).mean() if shrink else 1.0
+    u, _, vt = torch.linalg.svd((1 - shrink) * cross / scale + shrink * identity)
     turned: torch.Tensor = u @ vt
     return turned
