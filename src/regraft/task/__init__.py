@@ -1,5 +1,6 @@
 """Tasks: what users declare, its examples and labels, few-shot draws, scores."""
 
+from regraft.task.bootstrap import Interval, paired_difference
 from regraft.task.data import Split, TaskData
 from regraft.task.metrics import Flips, flips, majority_score, score
 from regraft.task.read import load_data, read_task
@@ -9,6 +10,7 @@ from regraft.task.task import HubSplit, Task
 __all__ = [
     "Flips",
     "HubSplit",
+    "Interval",
     "Split",
     "SplitSummary",
     "Task",
@@ -16,6 +18,7 @@ __all__ = [
     "flips",
     "load_data",
     "majority_score",
+    "paired_difference",
     "read_task",
     "score",
     "summarise",

@@ -1,0 +1,199 @@
+"""`auto`: the cheapest method whose result passes, by a ladder from no training to scratch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import RecipeError
+from regraft.methods import ladder
+from regraft.methods.method import Job, Method
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from regraft.methods.ladder import Bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+    """What is good enough, and what may be tried.
+
+    Args:
+        tolerance: How much of the metric may be lost against the target: 0.01 is a point.
+        target: A score on dev to reach; None for the old deployment's, raised where the new base is better at the task.
+        confidence: How sure it must be that no more is lost, by the paired bootstrap over dev.
+        labels: Whether labels may be used; without, the old model's predictions stand for them.
+        training_free: Methods that are tried before any tuning, in order.
+        budgets: The shares of the recipe's steps after which tuning is looked at; each goes on from the one before.
+        scratch: Whether to tune from scratch where all else is clearly below the target.
+
+    Raises:
+        RecipeError: A number is out of its range.
+    """
+
+    tolerance: float = 0.01
+    target: float | None = None
+    confidence: float = 0.9
+    labels: bool = True
+    training_free: tuple[str, ...] = ("direct", "ridge")
+    budgets: tuple[float, ...] = (0.25, 0.5, 1.0)
+    scratch: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        if self.tolerance < 0 or not 0.5 <= self.confidence < 1:
+            raise RecipeError(
+                f"tolerance must not be negative (found {self.tolerance}), confidence from 0.5 to below 1 "
+                f"({self.confidence})."
+            )
+        if not self.training_free or self.training_free[0] != "direct":
+            raise RecipeError(f"the ladder begins with direct, found {self.training_free}.")
+        rising = [0.0, *self.budgets, 1.0]
+        if sorted(set(rising[:-1])) != rising[:-1] or rising[-2] > 1:
+            raise RecipeError(f"budgets are shares of the steps that rise to at most 1, found {self.budgets}.")
+        if not self.labels and self.target is not None:
+            raise RecipeError("a target needs labels on dev; without labels the old model is what is to be met.")
+
+
+def run(job: Job, options: Auto) -> list[dict[str, float]]:
+    """Climb the ladder until a rung passes, or until climbing no longer helps.
+
+    A rung passes if its score on dev, minus the target's, is above −tolerance with the wanted confidence. The target
+    is the old deployment; where a linear probe on the bases' features finds the new one better at the task, its gain
+    is added, and rungs without training, which cannot have it, are left out. A tuning that passes no more and gains
+    less than the tolerance over its last budget ends the ladder; scratch is tried where it is clearly below.
+
+    Args:
+        job: What and where.
+        options: What is good enough.
+
+    Returns:
+        The learning curve of all tuning that was done, one after the other; empty if none was.
+    """
+    if not options.labels:
+        job = dataclasses.replace(job, data=ladder.pseudo_labelled(job))
+    bar = ladder.set_bar(job, options.tolerance, options.confidence, options.target, probed=options.labels)
+    climb = _Climb(job, bar)
+    chosen, why = _climb(climb, bar, options)
+    found = {
+        "chosen": chosen["rung"],
+        "why": why,
+        "target": round(bar.target, 4),
+        "old_deployment": round(bar.old, 4),
+        "probe_gain": None if bar.gain is None else dataclasses.asdict(bar.gain),
+        "tried": [{name: value for name, value in rung.items() if name != "curve"} for rung in climb.rungs],
+        "seconds": round(sum(rung["seconds"] for rung in climb.rungs), 2),
+    }
+    job.notes.update(found)
+    if not options.labels:
+        job.notes["labels"] = 0
+        job.notes["cannot_know"] = (
+            "without labels, scores here are agreement with the old model: whether it is right where the two differ, "
+            "and what the new base could do better, cannot be known"
+        )
+    shutil.copytree(climb.folder(chosen["rung"]) / "adaptation", job.into)
+    return climb.curve()
+
+
+class _Climb:
+    """The rungs that were tried, each in a folder of its own that an interrupted climb finds again.
+
+    Args:
+        job: The job they are for.
+        bar: What they are held against.
+    """
+
+    def __init__(self, job: Job, bar: Bar):
+        self.job, self.bar = job, bar
+        self.rungs: list[dict[str, Any]] = []
+
+    def folder(self, rung: str) -> Path:
+        return self.job.work / "rungs" / rung.replace("+", "-").replace(" ", "-")
+
+    def curve(self) -> list[dict[str, float]]:
+        """Join the learning curves of all rungs that were trained."""
+        joined: list[dict[str, float]] = []
+        for rung in self.rungs:
+            steps, seconds = (joined[-1]["step"], joined[-1]["seconds"]) if joined else (0, 0.0)
+            points = rung["curve"][1:] if joined and rung["rung"] != "scratch" else rung["curve"]
+            joined += [{**p, "step": p["step"] + steps, "seconds": p["seconds"] + seconds} for p in points]
+        return joined
+
+    def try_method(self, name: str) -> dict[str, Any] | None:
+        """Run a method with its defaults as a rung; None if it cannot carry this kind of adaptation."""
+        from regraft.methods.registry import find_method
+
+        method = find_method(name)
+        return self._rung(name, lambda part: method.run(part, method.options() if method.options else None))
+
+    def tune_on(self, done: float, budget: float) -> dict[str, Any]:
+        """Tune from where the rung before ended, from a share of the steps to a larger one."""
+        from regraft.adaptation import load_adaptation, load_model
+        from regraft.methods.registry import find_method
+
+        method, steps = find_method("init+distill"), self.job.recipe.steps or 1
+        share = max(1, round(steps * budget) - round(steps * done))
+        recipe = dataclasses.replace(
+            self.job.recipe, steps=share, eval_every=min(share, self.job.recipe.eval_every or share),
+            seed=self.job.recipe.seed + round(steps * done),
+        )  # fmt: skip
+
+        def go_on(part: Job) -> list[dict[str, float]]:
+            part = dataclasses.replace(part, recipe=recipe)
+            if not done:
+                return method.run(part, method.options())
+            last = load_adaptation(self.folder(self.rungs[-1]["rung"]) / "adaptation")
+            return part.tune(load_model(last, part.upgrade.new, part.data.labels, trainable=True), method.options())
+
+        found = self._rung(f"init+distill {100 * budget:.0f} %", go_on)
+        assert found is not None  # every kind can be tuned
+        return found
+
+    def _rung(self, name: str, run: Any) -> dict[str, Any] | None:
+        folder = self.folder(name)
+        record = folder / "rung.json"
+        if not record.is_file():
+            shutil.rmtree(folder / "adaptation", ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            part = dataclasses.replace(self.job, work=folder, into=folder / "adaptation", notes={})
+            started = time.perf_counter()
+            try:
+                curve = run(part)
+            except RecipeError:  # it is for other kinds
+                return None
+            seconds = curve[-1]["seconds"] if curve else time.perf_counter() - started
+            found = {"rung": name, "steps": int(curve[-1]["step"]) if curve else 0, "seconds": round(seconds, 2)}
+            found |= self.bar.measure(ladder.dev_predictions(part, folder / "adaptation"))
+            ladder.write_record(record, {**found, "notes": part.notes, "curve": curve})
+        self.rungs.append(json.loads(record.read_text(encoding="utf-8")))
+        return self.rungs[-1]
+
+
+def _climb(climb: _Climb, bar: Bar, options: Auto) -> tuple[dict[str, Any], str]:
+    for name in options.training_free[:1] if bar.is_raised else options.training_free:
+        rung = climb.try_method(name)
+        if rung and rung["verdict"] == "passes":
+            return rung, f"{name} passes: {bar.describe(rung)}"
+    before = max(climb.rungs, key=lambda rung: rung["score"])
+    done, rung, why = 0.0, before, "the whole budget of tuning was spent"
+    for budget in options.budgets:
+        rung = climb.tune_on(done, budget)
+        if rung["verdict"] == "passes":
+            return rung, f"{rung['rung']} passes: {bar.describe(rung)}"
+        if done and rung["score"] - before["score"] < options.tolerance:
+            gained = 100 * (rung["score"] - before["score"])
+            why = f"the last {100 * (budget - done):.0f} % of the steps gained {gained:.1f} points"
+            break
+        done, before = budget, rung
+    if rung["verdict"] == "fails" and options.scratch:
+        climb.try_method("scratch")
+        why += "; it was clearly below the target, so scratch was tried"
+    best = max(climb.rungs, key=lambda rung: rung["score"])
+    return best, f"nothing passes ({why}): {best['rung']} is best on dev, {bar.describe(best)}"
+
+
+METHOD = Method("auto", "the cheapest of the methods that passes a test", ("labels", "training"), run, Auto)

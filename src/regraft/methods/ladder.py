@@ -1,0 +1,173 @@
+"""What the rungs of `auto`'s ladder are held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from regraft.task import paired_difference, score
+from regraft.tuning.predict import device, predict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from regraft.methods.method import Job
+    from regraft.task import Interval, TaskData
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """The target, and how a rung is tested against it.
+
+    Args:
+        metric: The task's.
+        labels: The classes of dev.
+        reference: What the old deployment predicts on dev; the comparison is paired with it.
+        old: Its score.
+        target: The score to reach.
+        gain: How much better a linear probe is on the new base than on the old; None where none was made.
+        tolerance: How much may be lost against the target.
+        confidence: Of the test.
+    """
+
+    metric: str
+    labels: list[int]
+    reference: list[int]
+    old: float
+    target: float
+    gain: Interval | None
+    tolerance: float
+    confidence: float
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether the target is above what old weights can be expected to reach."""
+        return self.target > self.old + self.tolerance
+
+    def measure(self, predictions: list[int]) -> dict[str, Any]:
+        """Test a rung.
+
+        Args:
+            predictions: Its classes on dev.
+
+        Returns:
+            Its `score`, the `difference` to the target with `low` and `high`, and the `verdict`: it `passes` if low is
+            above −tolerance, `fails` if high is below, else the examples of dev leave it `undecided`.
+        """
+        to_old = paired_difference(self.metric, self.labels, predictions, self.reference, confidence=self.confidence)
+        raised = self.target - self.old
+        low, high = to_old.low - raised, to_old.high - raised
+        verdict = "passes" if low >= -self.tolerance else "fails" if high < -self.tolerance else "undecided"
+        return {
+            "score": round(score(self.metric, self.labels, predictions), 4),
+            "difference": round(to_old.estimate - raised, 4),
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "verdict": verdict,
+        }
+
+    def describe(self, rung: Mapping[str, Any]) -> str:
+        """Say in words how a rung stands.
+
+        Args:
+            rung: From `measure`.
+
+        Returns:
+            Its score and its difference to the target.
+        """
+        sure = f"{100 * self.confidence:.0f} % sure: from {100 * rung['low']:+.1f} up"
+        return (
+            f"{self.metric} {rung['score']:.3f} on dev, {100 * rung['difference']:+.1f} points to the target of "
+            f"{self.target:.3f} ({sure}; {100 * self.tolerance:.1f} may be lost)"
+        )
+
+
+def set_bar(job: Job, tolerance: float, confidence: float, target: float | None, *, probed: bool) -> Bar:
+    """Find out what is to be reached.
+
+    Args:
+        job: The job; its dev is what all is measured on.
+        tolerance: How much may be lost.
+        confidence: Of the tests.
+        target: A given score; None for the old deployment's and what the new base adds to it.
+        probed: Whether to find out what that is.
+
+    Returns:
+        The bar.
+    """
+    file = job.work / "bar.json"
+    if not file.is_file():
+        from regraft.tuning.probe import probe
+
+        reference = dev_predictions(job, job.adaptation.path, old=True)
+        probes = []
+        if target is None and probed:
+            probes = [probe(base, job.data, job.recipe.precision) for base in (job.upgrade.old, job.upgrade.new)]
+        write_record(file, {"reference": reference, "probes": probes})
+    found = json.loads(file.read_text(encoding="utf-8"))
+    metric, labels = job.data.metric, job.data.dev.labels.tolist()
+    old, gain = score(metric, labels, found["reference"]), None
+    if found["probes"]:
+        gain = paired_difference(metric, labels, found["probes"][1], found["probes"][0], confidence=confidence)
+    if target is None:
+        target = old + (gain.estimate if gain and gain.low > 0 else 0.0)
+    return Bar(metric, labels, found["reference"], old, target, gain, tolerance, confidence)
+
+
+def dev_predictions(job: Job, folder: Path, *, old: bool = False) -> list[int]:
+    """Predict dev.
+
+    Args:
+        job: Whose dev.
+        folder: The adaptation.
+        old: Whether it lives on the old base rather than on the new one.
+
+    Returns:
+        The predicted classes.
+    """
+    from regraft.adaptation import load_adaptation, load_model
+    from regraft.tuning import encode
+
+    base = job.upgrade.old if old else job.upgrade.new
+    model = load_model(job.adaptation if old else load_adaptation(folder), base, job.data.labels).to(device())
+    examples = encode(base, job.data.dev, job.data.max_length)
+    found: list[int] = predict(model, examples, job.recipe.precision, job.progress).argmax(dim=1).tolist()
+    return found
+
+
+def pseudo_labelled(job: Job) -> TaskData:
+    """Give the task with what the old model predicts in place of every label of train and dev.
+
+    Args:
+        job: The job.
+
+    Returns:
+        The task.
+    """
+    import numpy as np
+
+    from regraft.adaptation import load_model
+    from regraft.tuning import encode
+
+    old = job.upgrade.old
+    model = load_model(job.adaptation, old, job.data.labels).to(device())
+    splits = {}
+    for name in ("train", "dev"):
+        split = getattr(job.data, name)
+        logits = predict(model, encode(old, split, job.data.max_length), job.recipe.precision, job.progress)
+        splits[name] = dataclasses.replace(split, labels=logits.argmax(dim=1).numpy().astype(np.int64))
+    return dataclasses.replace(job.data, metric="accuracy", **splits)
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Write what an interrupted climb shall find again, whole or not at all.
+
+    Args:
+        file: Where to.
+        record: As JSON.
+    """
+    from regraft.checkpoint import write_atomic
+
+    write_atomic(file, json.dumps(record) + "\n")

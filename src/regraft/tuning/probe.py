@@ -1,0 +1,56 @@
+"""What a base knows of a task before any tuning: a linear probe on its features."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from regraft.adaptation import fresh_model
+from regraft.tuning.examples import encode
+from regraft.tuning.predict import Output, device, for_each_batch
+
+if TYPE_CHECKING:
+    import torch
+
+    from regraft.task import Split, TaskData
+    from regraft.upgrade import Base
+
+PROBED = 512
+
+
+def probe(base: Base, data: TaskData, precision: str) -> list[int]:
+    """Fit a logistic regression to a base's features on train, and predict dev.
+
+    Source: Alain and Bengio, 2016 (arXiv:1610.01644).
+
+    Args:
+        base: The base, as it is.
+        data: The task; at most 512 examples of train are used.
+        precision: `bf16` or `fp32`.
+
+    Returns:
+        The predicted class of each example of dev.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = fresh_model(base, data.labels, 0).to(device())
+    train = data.train.take(range(min(PROBED, len(data.train))))
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    fitted.fit(_features(model, base, train, data.max_length, precision), train.labels)
+    found: list[int] = fitted.predict(_features(model, base, data.dev, data.max_length, precision)).tolist()
+    return found
+
+
+def _features(model: torch.nn.Module, base: Base, split: Split, max_length: int, precision: str) -> torch.Tensor:
+    """Average the last hidden states over the tokens of each text."""
+    import torch
+
+    features = torch.zeros(len(split), base.config.hidden_size)
+
+    def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+        mask = batch["attention_mask"][..., None]
+        features[indices] = ((output.hidden[-1].float() * mask).sum(dim=1) / mask.sum(dim=1)).cpu()
+
+    for_each_batch(model, encode(base, split, max_length), precision, keep, stage="probe", hidden=True)
+    return features

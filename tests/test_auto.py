@@ -1,0 +1,185 @@
+"""`auto`: what it stops at and why, and the statistics it goes by."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import move_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from regraft import Base, Recipe, Upgrade, recycle
+from regraft.errors import RecipeError
+from regraft.methods.auto import Auto
+from regraft.methods.ladder import Bar
+from regraft.task import load_data, paired_difference, score
+from regraft.task.bootstrap import resampled_scores
+from regraft.tuning.probe import probe
+
+FEW = Recipe(steps=12, batch_size=8, learning_rate=1e-3, eval_every=3, save_every=3, precision="fp32")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 5), st.sampled_from(["accuracy", "macro_f1", "mcc"]))
+def test_scores_of_resamples_are_those_of_scikit_learn(seed, classes, metric):
+    chance = np.random.default_rng(seed)
+    labels, guesses = chance.integers(0, classes, (2, 25))
+    counts = chance.multinomial(25, np.full(25, 1 / 25), 6)
+    found = resampled_scores(metric, labels, guesses, counts)
+    for count, value in zip(counts, found, strict=True):
+        drawn = np.repeat(np.arange(25), count)
+        assert value == pytest.approx(score(metric, labels[drawn], guesses[drawn]), abs=1e-9)
+
+
+def test_the_interval_of_a_difference_is_the_binomials():
+    """One model wrong on 40 of 400 where the other is right, and right on 20 where it is wrong."""
+    labels = np.zeros(400, dtype=int)
+    one, other = labels.copy(), labels.copy()
+    one[:40] = 1
+    other[40:60] = 1
+    found = paired_difference("accuracy", labels, one, other, confidence=0.95)
+    deviation = np.sqrt((60 / 400 - 0.05**2) / 400)
+    assert found.estimate == pytest.approx(-0.05)
+    assert found.low == pytest.approx(-0.05 - 1.645 * deviation, abs=0.003)
+    assert found.high == pytest.approx(-0.05 + 1.645 * deviation, abs=0.003)
+    assert paired_difference("accuracy", labels, one, one).low == 0
+    with pytest.raises(RecipeError, match="confidence"):
+        paired_difference("accuracy", labels, one, other, confidence=1.0)
+
+
+def test_a_rung_passes_fails_or_is_undecided():
+    labels = [0, 1] * 200
+    reference = list(labels)
+    bar = Bar("accuracy", labels, reference, 1.0, 1.0, None, tolerance=0.02, confidence=0.9)
+    wrong = {"passes": 2, "undecided": 9, "fails": 60}
+    for verdict, count in wrong.items():
+        guesses = [1 - label if i < count else label for i, label in enumerate(labels)]
+        found = bar.measure(guesses)
+        assert found["verdict"] == verdict
+        assert found["score"] == pytest.approx(1 - count / 400, abs=1e-4)
+    raised = dataclasses.replace(bar, target=1.1)
+    assert raised.is_raised and not bar.is_raised
+    assert raised.measure(reference)["verdict"] == "fails"
+
+
+def test_a_probe_reads_what_a_base_knows(bases, task_file):
+    """The tiny bases' embeddings tell good words from bad ones."""
+    data = load_data(task_file, 20)
+    found = probe(Base.open(bases["bert"][0]), data, "fp32")
+    assert score("accuracy", data.dev.labels, found) > 0.75
+
+
+def climb(tmp_path, upgrade, source, task_file, name="auto", recipe=FEW, **options):
+    return recycle(upgrade, source, task_file, "auto", tmp_path / name, recipe=recipe, options=Auto(**options))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_auto_stops_at_direct_where_that_is_enough(tmp_path, bases, tuned, task_file, kind):
+    upgrade, source = Upgrade(*bases["bert"]), tuned["bert", kind]
+    outcome = climb(tmp_path, upgrade, source, task_file)
+    notes = outcome.record["notes"]
+    assert notes["chosen"] == "direct"
+    assert "direct passes" in notes["why"]
+    assert [rung["rung"] for rung in notes["tried"]] == ["direct"]
+    direct = recycle(upgrade, source, task_file, "direct", tmp_path / "direct", recipe=FEW)
+    assert outcome.scores == direct.scores
+    assert outcome.record["cost"]["steps"] == outcome.record["cost"]["labels"] == 0
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory, bases):
+    """An upgrade that moved so far that old weights are of no use."""
+    return Upgrade(bases["bert"][0], move_base(bases["bert"][0], tmp_path_factory.mktemp("far") / "new", 2.0))
+
+
+def test_auto_climbs_to_scratch_where_nothing_helps(tmp_path, far, tuned, task_file):
+    outcome = climb(tmp_path, far, tuned["bert", "lora"], task_file)
+    notes = outcome.record["notes"]
+    tried = [rung["rung"] for rung in notes["tried"]]
+    assert tried[:3] == ["direct", "ridge", "init+distill 25 %"]
+    assert all(rung["verdict"] != "passes" for rung in notes["tried"][:-1])
+    best = max(notes["tried"], key=lambda rung: rung["score"])
+    assert outcome.scores["dev"] == pytest.approx(best["score"], abs=1e-4)
+    assert outcome.record["cost"]["steps"] == sum(rung["steps"] for rung in notes["tried"]) > 0
+    assert outcome.curve[-1]["step"] == outcome.record["cost"]["steps"]
+    steps = [point["step"] for point in outcome.curve]
+    assert steps == sorted(steps)
+
+
+def test_a_given_target_is_met_or_climbed_for(tmp_path, bases, tuned, task_file):
+    upgrade, source = Upgrade(*bases["bert"]), tuned["bert", "lora"]
+    low = climb(tmp_path, upgrade, source, task_file, "low", target=0.5)
+    assert low.record["notes"]["chosen"] == "direct"
+    high = climb(tmp_path, upgrade, source, task_file, "high", target=1.5, budgets=(0.5,), scratch=False)
+    assert high.record["notes"]["chosen"].startswith(("direct", "init+distill"))
+    assert "nothing passes" in high.record["notes"]["why"]
+    assert [rung["rung"] for rung in high.record["notes"]["tried"]] == ["direct", "init+distill 50 %"]
+
+
+def test_without_labels_no_label_is_read(tmp_path, far, tuned, task_file):
+    scrambled = tmp_path / "task"
+    shutil.copytree(task_file.parent, scrambled)
+    for split in ("train", "dev"):
+        lines = (scrambled / f"{split}.csv").read_text().splitlines()
+        other = {"positive": "negative", "negative": "positive"}
+        turned = [row.rpartition(",")[0] + "," + other[row.rpartition(",")[2]] for row in lines[1:]]
+        (scrambled / f"{split}.csv").write_text("\n".join([lines[0], *turned]) + "\n")
+    found = [
+        climb(tmp_path, far, tuned["bert", "lora"], task, name, labels=False, budgets=(0.5,), scratch=False)
+        for name, task in (("true", task_file), ("false", scrambled / "task.yaml"))
+    ]
+    one, other = (load_file(out.path / "adaptation" / "adapter_model.safetensors") for out in found)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = ([{**r, "seconds": 0} for r in out.record["notes"]["tried"]] for out in found)
+    assert first == second
+    for out in found:
+        assert "cannot be known" in out.record["notes"]["cannot_know"]
+        assert out.record["notes"]["old_deployment"] == 1.0  # it agrees with itself
+
+
+def test_an_interrupted_climb_goes_on_where_it_was(tmp_path, far, tuned, task_file):
+    class Stopped(Exception):
+        pass
+
+    seen = []
+
+    def interrupt(stage, done, total, figures):
+        seen.append((stage, done))
+        if stage == "tune" and [step for name, step in seen if name == "tune"][-2:] == [3, 1]:
+            raise Stopped
+
+    def work(name, progress):
+        return recycle(
+            far, tuned["bert", "lora"], task_file, "auto", tmp_path / name, recipe=FEW,
+            options=Auto(budgets=(0.25, 0.75), target=1.5, scratch=False, tolerance=0.0), progress=progress,
+        )  # fmt: skip
+
+    try:
+        work("one", interrupt)
+        pytest.skip("the climb ended after its first tuning")
+    except Stopped:
+        pass
+    assert not (tmp_path / "one").exists()
+    seen.clear()
+    one = work("one", lambda stage, done, *_: seen.append((stage, done)))
+    assert next(done for stage, done in seen if stage == "tune") in (1, 2)  # not the first rung's steps again
+    assert sum(stage == "tune" for stage, _ in seen) <= 6
+    other = work("other", lambda *_: None)
+    first, second = (load_file(out.path / "adaptation" / "adapter_model.safetensors") for out in (one, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_options_that_cannot_be():
+    for wrong, says in (
+        ({"tolerance": -0.1}, "tolerance"),
+        ({"confidence": 1.0}, "confidence"),
+        ({"training_free": ("ridge",)}, "begins"),
+        ({"budgets": (0.5, 0.25)}, "rise"),
+        ({"budgets": (2.0,)}, "rise"),
+        ({"labels": False, "target": 0.5}, "needs labels"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            Auto(**wrong)
