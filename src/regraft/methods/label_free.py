@@ -44,34 +44,24 @@ class LabelFree:
 def run(job: Job, options: LabelFree) -> list[dict[str, float]]:
     """Start where `direct` ends, and bring the new model to say what the old one says; no label is read.
 
-    The best weights are those that agree with the old model on most examples of dev. How much both err there, and
-    what the new base knows better, cannot be seen so.
+    The best weights are those whose outputs on dev are closest to the old model's. How much both err there, and what
+    the new base knows better, cannot be seen so.
 
     Args:
         job: What and where.
         options: What is learnt, and from which texts.
 
     Returns:
-        The learning curve; its `score` is the agreement with the old model, its `loss` the cross-entropy to its guess.
+        The learning curve; its `score` is the mean overlap of the class probabilities with the old model's.
     """
-    import numpy as np
+    from regraft.tuning import Distillation
 
-    from regraft.tuning import Distillation, device, encode, predict
-
-    data, old = job.data, job.upgrade.old
-    teacher = job.teacher().to(device())
-    guesses = predict(teacher, encode(old, data.dev, data.max_length), job.recipe.precision).argmax(dim=1).numpy()
-    train = read_texts(options.text) if options.text else data.train
-    unlabelled = dataclasses.replace(
-        data,
-        metric="accuracy",
-        train=dataclasses.replace(train, labels=np.zeros(len(train), dtype=np.int64)),
-        dev=dataclasses.replace(data.dev, labels=guesses),
-    )
+    if options.text:
+        job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text)))
     job.notes["labels"] = 0
-    job.notes["score"] = "agreement with the old model on dev"
+    job.notes["score"] = "overlap of class probabilities with the old model's on dev"
     loss = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature)
-    return dataclasses.replace(job, data=unlabelled).tune(job.grafted(), loss)
+    return job.tune(job.grafted(), loss, teacher_judges=True)
 
 
 def read_texts(file: str) -> Split:

@@ -100,7 +100,12 @@ class Job:
         return load_model(adaptation, old, self.data.labels)
 
     def tune(
-        self, model: Any, options: Distillation | None = None, anchor: Anchored | None = None
+        self,
+        model: Any,
+        options: Distillation | None = None,
+        anchor: Anchored | None = None,
+        *,
+        teacher_judges: bool = False,
     ) -> list[dict[str, float]]:
         """Tune a model on the task, from a teacher if options are given, and write it into its folder.
 
@@ -108,6 +113,7 @@ class Job:
             model: From `fresh` or `grafted`.
             options: The distillation's weights; the teacher is the old adaptation on the old base.
             anchor: How the weights are held to where they start, if they are.
+            teacher_judges: Whether the best weights are those closest to the teacher, whatever the labels say.
 
         Returns:
             The learning curve.
@@ -115,7 +121,7 @@ class Job:
         from regraft.adaptation import save_model
         from regraft.tuning import Teacher, tune_model
 
-        teacher = Teacher(self.teacher(), self.upgrade.old, options) if options else None
+        teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_judges) if options else None
         curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher, anchor)
         save_model(model, self.upgrade.new, self.data.labels, self.into)
         return curve

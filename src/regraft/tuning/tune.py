@@ -43,11 +43,13 @@ class Teacher:
         model: The old tuned model.
         base: The base it lives on, for its tokenizer.
         options: The loss's weights, and whether the student learns at points between the two as well.
+        judges: Whether the best weights are those closest to it on dev, whose labels are then not read.
     """
 
     model: Any
     base: Base
     options: Distillation
+    judges: bool = False
 
 
 def tune_model(
@@ -73,19 +75,27 @@ def tune_model(
         anchor: How the weights are held to those the model comes with, if they are.
 
     Returns:
-        The learning curve on dev, from step 0 on: `step`, `seconds`, `score`, `loss`.
+        The learning curve on dev, from step 0 on: `step`, `seconds`, `score`, `loss`; as `evaluate` gives them, or
+        `closeness` if the teacher judges.
     """
     from regraft.tuning.trainer import train
+
+    def figures(current: Any) -> dict[str, float]:
+        if told is not None:
+            return closeness(predict(current, dev, recipe.precision), told)
+        return evaluate(current, dev, data.metric, recipe.precision)
 
     examples, dev = encode(base, data.train, data.max_length), encode(base, data.dev, data.max_length)
     order = plan_order(examples.lengths, recipe.batch_size, recipe.steps or 1, recipe.seed)
     model.to(device())
-    steps = recipe.steps or 1
+    steps, told = recipe.steps or 1, None
     objective: Objective = plain_objective
     if teacher:
         teacher.model.to(device())
         shown = encode(teacher.base, data.train, data.max_length)
         taught = teach(teacher.model, shown, order, teacher.options, recipe.precision, base.is_decoder, work, progress)
+        if teacher.judges:
+            told = predict(teacher.model, encode(teacher.base, data.dev, data.max_length), recipe.precision, progress)
         if isinstance(teacher.options, Interpolation):
             objective = interpolation_objective(
                 taught, teacher.model, teacher.options, base.is_decoder, steps, recipe.seed
@@ -101,7 +111,7 @@ def tune_model(
         order.tolist(),
         examples.batch,
         objective,
-        lambda current: evaluate(current, dev, data.metric, recipe.precision),
+        figures,
         recipe,
         work,
         progress,
@@ -145,3 +155,22 @@ def evaluate(model: Any, examples: Examples, metric: str, precision: str) -> dic
     logits = predict(model, examples, precision)
     loss = functional.cross_entropy(logits, torch.as_tensor(examples.labels))
     return {"score": score(metric, examples.labels, logits.argmax(dim=1).numpy()), "loss": float(loss)}
+
+
+def closeness(logits: torch.Tensor, told: torch.Tensor) -> dict[str, float]:
+    """Tell how near a classifier comes to what another one says.
+
+    Args:
+        logits: The one's, examples × classes.
+        told: The other's.
+
+    Returns:
+        `score`, the mean overlap of their probabilities, 1 − their total variation distance (if both are certain, on
+        how many examples they agree); and `loss`, the mean of KL(other ‖ one).
+    """
+    from torch.nn import functional
+
+    log_one, log_other = logits.log_softmax(dim=1), told.log_softmax(dim=1)
+    overlap = log_one.exp().minimum(log_other.exp()).sum(dim=1).mean()
+    divergence = functional.kl_div(log_one, log_other, reduction="batchmean", log_target=True)
+    return {"score": float(overlap), "loss": float(divergence)}
