@@ -657,6 +657,44 @@ def test_bottlenecks_find_their_places_in_other_architectures(kind):
     assert sum(name.endswith("bottleneck.up.weight") for name, _ in model.named_parameters()) == 4
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "mpnet", "modernbert", "mixtral"])
+def test_conversions_in_other_architectures(tmp_path, task_file, kind):
+    """GPT-2's turned layers, MPNet's biases by distance, ModernBERT's second head; and experts, which have no LoRA."""
+    from conftest import WORDS, make_tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    size |= {"mixtral": {"num_local_experts": 2, "num_key_value_heads": 2}}.get(kind, {})
+    given = AutoConfig.for_model(
+        kind, vocab_size=5 + len(WORDS), pad_token_id=0, max_position_embeddings=66, eos_token_id=2, **size
+    )
+    decoder = kind in ("gpt2", "mixtral")
+    torch.manual_seed(0)
+    (AutoModelForCausalLM if decoder else AutoModelForMaskedLM).from_config(given).save_pretrained(tmp_path / "base")
+    make_tokenizer("llama" if decoder else "bert").save_pretrained(tmp_path / "base")
+    base, data = Base.open(tmp_path / "base"), load_data(task_file, 20)
+    dev = encode(base, data.dev, data.max_length)
+    model = fresh_model(base, LABELS, 1)
+    if kind == "mixtral":
+        save_model(model, base, LABELS, tmp_path / "made")
+        assert load_adaptation(tmp_path / "made").check_base(base) == "proven"
+        with pytest.raises(RegraftError):
+            convert(tmp_path / "made", base, tmp_path / "lora", "lora", rank=2)
+        assert not (tmp_path / "lora").exists()
+        return
+    with quiet():
+        model = attach(model, base, new_config("lora", base, rank=3), 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+    save_model(model, base, LABELS, tmp_path / "made")
+    expected = predict(model, dev, "fp32")
+    convert(tmp_path / "made", base, tmp_path / "full", "full")
+    torch.testing.assert_close(logits_of(tmp_path / "full", base, dev), expected, atol=2e-5, rtol=1e-4)
+    assert convert(tmp_path / "full", base, tmp_path / "lora", "lora", rank=3).kept == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(logits_of(tmp_path / "lora", base, dev), expected, atol=2e-5, rtol=1e-4)
+
+
 def test_a_prompt_before_a_decoder_reads_the_last_token_whatever_the_padding(made, opened, texts):
     path, together = made["llama", "prompt"]
     model = load_model(load_adaptation(path), opened["llama"][0], LABELS)

@@ -73,7 +73,15 @@ def new_config(
     if kind == "layernorm":
         norms = {n.rpartition(".")[2] for n, module in base.bare.named_modules() if "Norm" in type(module).__name__}
         return LNTuningConfig(task_type="SEQ_CLS", target_modules=sorted(norms))
-    return LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear", **LORAS[kind])
+    turned = any(type(module).__name__ == "Conv1D" for module in base.bare.modules())  # GPT-2's weights are [in, out]
+    return LoraConfig(
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        fan_in_fan_out=turned,
+        **LORAS[kind],
+    )
 
 
 def read_config(adaptation: Adaptation, *, afresh: bool = False) -> Config:

@@ -21,7 +21,7 @@ from regraft.progress import Progress, silent
 from regraft.weights import align, delta_all, fold, kind_of, low_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     import torch
@@ -95,6 +95,7 @@ def extract_lora(
     energy: float | None = None,
     progress: Progress = silent,
     moments: Mapping[str, torch.Tensor] | None = None,
+    heads: Collection[str] = (),
 ) -> ExtractedLora:
     """Draw a LoRA out of a full fine-tune: the best low-rank approximation of each linear layer's delta.
 
@@ -107,6 +108,7 @@ def extract_lora(
         energy: the share of each delta's squared norm to keep, which fixes its rank.
         progress: Told of each layer.
         moments: By layer, the second moments of its inputs, that weigh its delta; None to weigh all alike.
+        heads: Tensors that are kept whole though the base has them too; those that it lacks are in any case.
 
     Returns:
         The LoRA.
@@ -118,43 +120,46 @@ def extract_lora(
     if (rank is None) == (energy is None):
         raise RecipeError("give either a rank or the energy to keep.")
     deltas = delta_all(tuned, old)
-    known = align(old, tuned)
+    changed = [name for name in deltas if name not in heads]
+    known = [name for name in align(old, tuned) if name not in heads]
     tops = {name.split(".")[0] for name in known}
     fresh = [name for name in tuned if name not in known]
-    heads = sorted({n.rpartition(".")[0] if n.split(".")[0] in tops else n.split(".")[0] for n in fresh})
+    modules = sorted({n.rpartition(".")[0] if n.split(".")[0] in tops else n.split(".")[0] for n in fresh})
     linear = [
-        n for n in deltas if len(shape_of(deltas, n)) == 2 and n.endswith(".weight") and kind_of(n) != "embedding"
+        n for n in changed if len(shape_of(deltas, n)) == 2 and n.endswith(".weight") and kind_of(n) != "embedding"
     ]
+    turned = _are_turned(tuned, linear)
     found: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     total = kept = left_out = 0.0
-    for done, name in enumerate(deltas, 1):
+    for done, name in enumerate(changed, 1):
         change = deltas[name].double()
         norm = float(change.square().sum())
         total += norm
         if name not in linear:
             left_out += norm
         elif norm:
-            module = name.removesuffix(".weight")
+            module, change = name.removesuffix(".weight"), change.T if turned else change
             b, a = low_rank(change, rank, energy, (moments or {}).get(module))
             ranks[module] = len(a)
             kept += norm - float((change - b.double() @ a.double()).square().sum())
             found |= {f"{START}{module}{PARTS[0]}": a.float(), f"{START}{module}{PARTS[1]}": b.float()}
-        progress("extract", done, len(deltas), {})
+        progress("extract", done, len(changed), {})
     if not ranks:
         raise MismatchError("the fine-tune has changed no linear layer: there is nothing to draw a LoRA from.")
     found |= {START + name: tuned[name] for name in fresh}
     largest = max(ranks.values())
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if {"classifier", "score"} & set(heads) else None,
+        "task_type": "SEQ_CLS" if {"classifier", "score"} & set(modules) else None,
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": {module: r for module, r in ranks.items() if r != largest},
         "alpha_pattern": {module: r for module, r in ranks.items() if r != largest},
         "target_modules": sorted(ranks),
-        "modules_to_save": heads or None,
+        "modules_to_save": modules or None,
         "lora_dropout": 0.0,
+        "fan_in_fan_out": turned,
         "bias": "none",
         "inference_mode": True,
     }
@@ -185,3 +190,14 @@ def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path) ->
         write_atomic(whole / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         copy_companions(tokenizer_of, whole, TOKENIZER)
         publish(whole, out)
+
+
+def _are_turned(tuned: Tensors, linear: list[str]) -> bool:
+    """Tell by their biases whether layers keep their weights as [in, out], as GPT-2's do."""
+    sides = [
+        (shape_of(tuned, name), shape_of(tuned, bias)[0])
+        for name in linear
+        if (bias := name.removesuffix("weight") + "bias") in tuned
+    ]
+    telling = [(shape, size) for shape, size in sides if shape[0] != shape[1]]
+    return bool(telling) and all(shape[1] == size for shape, size in telling)

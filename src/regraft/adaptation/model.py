@@ -235,12 +235,13 @@ def _fresh(base: Base, labels: Sequence[str], seed: int) -> tuple[Any, list[str]
     model, fresh = load_strictly(AutoModelForSequenceClassification, base.path, base.prefix, **_head_config(labels))
     model.config.pad_token_id = base.tokenizer.pad_token_id
     heads = {n: t for n, t in model.state_dict().items() if not n.startswith(base.prefix + ".")}
-    if not heads.keys() <= set(fresh):  # the base is a classifier itself: its head is for labels of its own
+    if not heads.keys() & set(fresh):  # the base is a classifier itself: its head is for labels of its own
         set_seed(seed)
         drawn = AutoModelForSequenceClassification.from_config(model.config).state_dict()  # type: ignore[no-untyped-call]
         for name, tensor in heads.items():
             tensor.copy_(drawn[name])
-    return model, sorted({*fresh, *heads})
+        fresh = sorted({*fresh, *heads})
+    return model, fresh
 
 
 def _load_peft(

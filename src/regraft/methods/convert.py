@@ -21,7 +21,7 @@ from regraft.adaptation import (
 from regraft.adaptation.lora import START
 from regraft.adaptation.model import ADAPTER
 from regraft.checkpoint import publish, resumable_folder
-from regraft.errors import MismatchError, OutcomeError, RecipeError
+from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeError
 from regraft.methods.recycle import new_folder
 from regraft.progress import Progress, quiet, silent
 from regraft.task import load_data
@@ -116,7 +116,8 @@ def convert(
             source, model = _materialise(adaptation, old, labels, new_folder(work / "full"))
             if to == "lora":
                 moments = _moments(model, old, task, progress) if task is not None else None
-                lora = extract_lora(source.checkpoint, old.checkpoint, rank, energy, progress, moments)
+                heads = [name for name in model.state_dict() if not name.startswith(old.prefix + ".")]
+                lora = extract_lora(source.checkpoint, old.checkpoint, rank, energy, progress, moments, heads)
                 kept, left_out = lora.kept, lora.left_out
                 write_adapter(staging, *_on(target, (lora.tensors, lora.config)))
             elif upgrade:
@@ -125,6 +126,13 @@ def convert(
                 staging = source.path
         target.tokenizer.save_pretrained(staging)
         write_lineage(staging, target, adaptation.labels)
+        try:
+            load_model(load_adaptation(staging), target, labels)
+        except (CheckpointError, MismatchError) as error:
+            raise RecipeError(
+                f"{adaptation.path}: what it would be as {to} does not load wholly on {target.path}: it can be "
+                f"recycled, but not converted ({error})"
+            ) from error
         publish(staging, out)
     return Conversion(out, to, kept, left_out)
 

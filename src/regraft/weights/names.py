@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _KINDS = (
     ("norm", re.compile(r"norm|(?:^|\.)ln_", re.IGNORECASE)),
-    ("embedding", re.compile(r"embed|(?:^|\.)(?:wte|wpe|shared)\.")),
+    ("embedding", re.compile(r"embed|relative_attention_bias|(?:^|\.)(?:wte|wpe|shared)\.")),
     ("attention", re.compile(r"att(?:entio)?n|(?:^|\.)(?:[qkvo]_proj|query|key|value)\.")),
     ("feed-forward", re.compile(r"mlp|ffn|intermediate|feed_forward|output\.dense|(?:^|\.)(?:fc[12]|lin[12]|dense)\.")),
     ("head", re.compile(r"^(?:classifier|score|lm_head|cls|vocab_|qa_outputs|predictions|pre_classifier)")),
