@@ -16,7 +16,7 @@ from regraft.upgrade import body_names
 from regraft.weights import graft
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -46,16 +46,72 @@ def write_graft(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: 
         MismatchError: A tensor of the body is not in the bases, or has another shape there.
     """
     if adaptation.kind == "full":
-        _check_body(adaptation, upgrade)
+        write_carried(adaptation, upgrade, graft_body(adaptation, upgrade, lambda _: graft), {}, into, progress)
+    else:
+        write_carried(adaptation, upgrade, *plain_adapter(adaptation, upgrade.old), into, progress)
+
+
+def write_carried(
+    adaptation: Adaptation,
+    upgrade: Upgrade,
+    tensors: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Any],
+    into: Path,
+    progress: Progress,
+) -> None:
+    """Write what an adaptation became on the new base, with its settings, the tokenizer and whose base it is.
+
+    Args:
+        adaptation: What was tuned on `upgrade.old`.
+        upgrade: The two bases.
+        tensors: For the new base, by stored name.
+        settings: The content of an adapter's `adapter_config.json`; of a full fine-tune they follow from its own.
+        into: The folder to fill, plain transformers or PEFT.
+        progress: Told of each piece.
+    """
     into.mkdir(parents=True, exist_ok=True)
     if adaptation.kind == "full":
-        _graft_full(adaptation, upgrade, into, progress)
+        write_checkpoint(into, tensors, progress=lambda _, *rest: progress("graft", *rest))
         write_atomic(into / "config.json", json.dumps(_grafted_config(adaptation, upgrade), indent=2) + "\n")
     else:
-        tensors, config = plain_adapter(adaptation, upgrade.old)
-        write_adapter(into, tensors, {**config, "base_model_name_or_path": upgrade.new.name, "revision": None})
+        write_adapter(into, tensors, {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None})
     upgrade.new.tokenizer.save_pretrained(into)
     write_lineage(into, upgrade.new, adaptation.labels)
+
+
+def graft_body(
+    adaptation: Adaptation,
+    upgrade: Upgrade,
+    rule_of: Callable[[str], Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]],
+    *,
+    elementwise: bool = True,
+) -> Derived:
+    """Put a full fine-tune onto the new base, tensor by tensor of the body; what no base has, as the head, is copied.
+
+    Args:
+        adaptation: What was tuned on `upgrade.old`.
+        upgrade: The two bases.
+        rule_of: Gives, for a name inside the body, what makes a tensor from the new base's, the tuned and the old one.
+        elementwise: Whether that gives the same on flat pieces of the tensors.
+
+    Returns:
+        The tensors under the names and in the dtypes of the fine-tune, computed when they are asked for.
+
+    Raises:
+        MismatchError: A tensor of the body is not in the bases, or has another shape there.
+    """
+    _check_body(adaptation, upgrade)
+    old, new, tuned = upgrade.old, upgrade.new, adaptation.checkpoint
+    inner_names = {name: inner for inner, name in body_names(tuned, old.prefix).items()}
+    entries = {}
+    for name, info in tuned.tensors.items():
+        inner = inner_names.get(name)
+        if inner in old.body and inner in new.body:
+            operands = ((new.checkpoint, new.body[inner]), (tuned, name), (old.checkpoint, old.body[inner]))
+            entries[name] = Entry(info.dtype, info.shape, operands, rule_of(inner), elementwise)
+        else:  # the head, which is no difference between two bases but a thing of its own
+            entries[name] = Entry(info.dtype, info.shape, ((tuned, name),), lambda tensor: tensor)
+    return Derived(entries)
 
 
 def plain_adapter(adaptation: Adaptation, old: Base) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
@@ -112,17 +168,3 @@ def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
         if key not in OF_THE_TUNED and value != old.get(key) and tuned.get(key) == old.get(key)
     }
     return {**adaptation.config, **upgraded}
-
-
-def _graft_full(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress) -> None:
-    old, new, tuned = upgrade.old, upgrade.new, adaptation.checkpoint
-    inner_names = {name: inner for inner, name in body_names(tuned, old.prefix).items()}
-    entries = {}
-    for name, info in tuned.tensors.items():
-        inner = inner_names.get(name)
-        if inner in old.body and inner in new.body:
-            operands = ((new.checkpoint, new.body[inner]), (tuned, name), (old.checkpoint, old.body[inner]))
-            entries[name] = Entry(info.dtype, info.shape, operands, graft)
-        else:  # the head, which is no difference between two bases but a thing of its own
-            entries[name] = Entry(info.dtype, info.shape, ((tuned, name),), lambda tensor: tensor)
-    write_checkpoint(into, Derived(entries), progress=lambda _, *rest: progress("graft", *rest))

@@ -85,8 +85,7 @@ def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors, start
     for module, parts in modules.items():
         name = f"{module}.weight"
         rank = shape_of(adapter, parts[PARTS[0]])[0]
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
-        factor = scaling(rank, alpha, bool(config.get("use_rslora")))
+        factor = lora_scaling(config, module, rank)
         operands = ((base, names[name]), *((adapter, parts[part]) for part in PARTS if part in parts))
         weight = shape_of(base, names[name])
         transposed = bool(config.get("fan_in_fan_out"))  # Conv1D keeps its weight as [in, out]
@@ -102,6 +101,22 @@ def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors, start
         rule = functools.partial(_merged, scaling=factor, transposed=transposed, folded=start is not None)
         entries[name] = Entry(dtype_of(base, names[name]), shape_of(base, names[name]), operands, rule, False)
     return Derived(entries)
+
+
+def lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Give the factor on B·A of one module of a LoRA.
+
+    Args:
+        config: The content of `adapter_config.json`.
+        module: The module's name in the model.
+        rank: The module's rank.
+
+    Returns:
+        The factor.
+    """
+    patterns = (config.get("alpha_pattern") or {}).items()
+    own = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))  # as PEFT matches them
+    return scaling(rank, next(own, config.get("lora_alpha", 8)), bool(config.get("use_rslora")))
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:
@@ -214,13 +229,6 @@ def _base_names(base: Tensors, wanted: list[str]) -> dict[str, str]:
             return names
     missing = [name for name in wanted if name not in base]
     raise MismatchError(f"{len(missing)} modules that the LoRA tunes are not in the base: {', '.join(missing[:4])}.")
-
-
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches them
-            return value
-    return default
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
-import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adaptation import write_lineage
-from regraft.adaptation.graft import _check_body, _grafted_config, plain_adapter
+from regraft.adaptation.graft import graft_body, plain_adapter, write_carried
 from regraft.adaptation.lora import PARTS, START
-from regraft.adaptation.model import write_adapter
-from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
+from regraft.adaptation.merge import lora_scaling
 from regraft.errors import RecipeError
-from regraft.upgrade import body_names
-from regraft.weights import delta, lora_delta, low_rank, scaling
+from regraft.weights import delta, lora_delta, low_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -52,18 +47,16 @@ def write_rework(adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Pat
     """
     check_reworkable(adaptation)
     if adaptation.kind == "full":
-        _check_body(adaptation, upgrade)
-    into.mkdir(parents=True, exist_ok=True)
-    if adaptation.kind == "full":
-        tensors = _rework_full(adaptation, upgrade, rule)
-        write_checkpoint(into, tensors, progress=lambda _, *rest: progress("graft", *rest))
-        write_atomic(into / "config.json", json.dumps(_grafted_config(adaptation, upgrade), indent=2) + "\n")
+
+        def rule_of(name: str) -> Callable[..., torch.Tensor]:
+            return functools.partial(_add_reworked, name=name, rule=rule)
+
+        body = graft_body(adaptation, upgrade, rule_of, elementwise=False)
+        write_carried(adaptation, upgrade, body, {}, into, progress)
     else:
         stored, config = plain_adapter(adaptation, upgrade.old)
         reworked = _rework_lora(stored, config, upgrade, rule, progress)
-        write_adapter(into, reworked, {**config, "base_model_name_or_path": upgrade.new.name, "revision": None})
-    upgrade.new.tokenizer.save_pretrained(into)
-    write_lineage(into, upgrade.new, adaptation.labels)
+        write_carried(adaptation, upgrade, reworked, config, into, progress)
 
 
 def check_reworkable(adaptation: Adaptation, kinds: tuple[str, ...] = REWORKABLE) -> None:
@@ -89,22 +82,6 @@ def check_reworkable(adaptation: Adaptation, kinds: tuple[str, ...] = REWORKABLE
             f"{adaptation.path}: tensor {strange[0]!r} is no B or A of a linear layer. Take direct or init, or convert "
             "it to full first."
         )
-
-
-def lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Give the factor on B·A of one module of a LoRA.
-
-    Args:
-        config: The content of `adapter_config.json`.
-        module: The module's name in the model.
-        rank: The module's rank.
-
-    Returns:
-        The factor.
-    """
-    patterns = (config.get("alpha_pattern") or {}).items()
-    own = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))  # as PEFT matches them
-    return scaling(rank, next(own, config.get("lora_alpha", 8)), bool(config.get("use_rslora")))
 
 
 def shift_of(upgrade: Upgrade, inner: str) -> torch.Tensor | None:
@@ -138,21 +115,6 @@ def inner_name(stored: str, base: Base) -> str:
     """
     module = stored.removeprefix(START).removesuffix(PARTS[0]).removesuffix(PARTS[1])
     return f"{module}.weight".removeprefix(base.prefix + ".")
-
-
-def _rework_full(adaptation: Adaptation, upgrade: Upgrade, rule: Rule) -> Derived:
-    old, new, tuned = upgrade.old, upgrade.new, adaptation.checkpoint
-    inner_names = {name: inner for inner, name in body_names(tuned, old.prefix).items()}
-    entries = {}
-    for name, info in tuned.tensors.items():
-        inner = inner_names.get(name)
-        if inner in old.body and inner in new.body:
-            operands = ((new.checkpoint, new.body[inner]), (tuned, name), (old.checkpoint, old.body[inner]))
-            add = functools.partial(_add_reworked, name=inner, rule=rule)
-            entries[name] = Entry(info.dtype, info.shape, operands, add, elementwise=False)
-        else:
-            entries[name] = Entry(info.dtype, info.shape, ((tuned, name),), lambda tensor: tensor)
-    return Derived(entries)
 
 
 def _add_reworked(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, name: str, rule: Rule) -> torch.Tensor:
