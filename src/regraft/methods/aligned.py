@@ -35,7 +35,7 @@ class Aligned:
         RecipeError: A number is out of its range.
     """
 
-    shrink: float = 0.1
+    shrink: float = 0.5
     texts: int = 256
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ class Ridge:
         RecipeError: A number is out of its range.
     """
 
-    ridge: float = 1.0
+    ridge: float = 0.3
     texts: int = 256
     head: bool = True
 

@@ -102,13 +102,16 @@ class Walk:
                 del block.forward
 
     def _watch(self, module: Any, number: int, mask: torch.Tensor, watch: Watch) -> Any:
+        import torch
+
         name = self.names[module]
 
         def look(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if self.part_of.setdefault(name, self.part) != self.part:  # embeddings are computed with every part
                 return
             fed, given = (self._rows(t, mask).to(self.wide) for t in (args[0], output))
-            watch(name, number, fed, given)
+            with torch.autocast(fed.device.type, enabled=False):  # what is summed up is not to be rounded
+                watch(name, number, fed, given)
 
         return module.register_forward_hook(look)
 
