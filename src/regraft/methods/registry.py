@@ -54,6 +54,27 @@ def find_method(name: str) -> Method:
     return methods()[name]
 
 
+def describe_methods() -> list[tuple[str, str, str, str]]:
+    """Describe every method, for a table.
+
+    Returns:
+        Its name, what it does, what it needs, and its options with their defaults.
+    """
+    rows = []
+    for method in methods().values():
+        fields = dataclasses.fields(method.options) if method.options else ()
+        options = ", ".join(f"{field.name}={_shown(field.default)}" for field in fields)
+        needs = ", ".join(need for need in method.needs if need != "training") or "nothing"
+        rows.append((method.name, method.summary, needs, options))
+    return rows
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return f"[{','.join(map(_shown, default))}]"
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
 def parse_options(method: str, given: Sequence[str]) -> Any:
     """Make a method's options from names and values as they are written on a command line.
 

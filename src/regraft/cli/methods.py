@@ -1,0 +1,14 @@
+"""`regraft methods`: the ways to recycle."""
+
+
+def methods() -> None:
+    """List the recycling methods, what each needs, and its options with their defaults."""
+    from rich.table import Table
+
+    from regraft.cli import show
+    from regraft.methods import describe_methods
+
+    table = Table("method", "what it does", "needs", "options", box=None, padding=(0, 2, 1, 0))
+    for row in describe_methods():
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    show.console.print(table)
