@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from regraft.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     import torch
 
     from regraft.adaptation.rework import Rule
@@ -94,12 +97,23 @@ def graft_reworked(job: Job, rule: Rule) -> None:
         job: What and where.
         rule: As in `write_rework`.
     """
-    from regraft.adaptation import change_head
     from regraft.adaptation.rework import write_rework
 
+    write_with_head(job, lambda into: write_rework(job.adaptation, job.upgrade, rule, into, job.progress))
+
+
+def write_with_head(job: Job, write: Callable[[Path], None]) -> None:
+    """Write an adaptation whose head is the old one, and change that as it is wanted.
+
+    Args:
+        job: What and where.
+        write: Fills a folder with the adaptation.
+    """
+    from regraft.adaptation import change_head
+
     if job.head == "copy":
-        write_rework(job.adaptation, job.upgrade, rule, job.into, job.progress)
+        write(job.into)
         return
     kept = job.work / "graft" / "kept"
-    write_rework(job.adaptation, job.upgrade, rule, kept, job.progress)
+    write(kept)
     change_head(kept, job.upgrade.new, job.data.labels, job.head, job.recipe.seed, job.into)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 GRID = (0.5, 0.75, 1.25, 1.5)
 STEP = 0.25
 FEWEST = 8
+CHANCE = 2.0  # standard errors: there are a dozen trials
 KINDS = ("full", "lora", "bottleneck")
 
 
@@ -33,7 +34,7 @@ class Scaling:
     Args:
         scale: λ as it shall be; None to choose it.
         labels: Training examples a class to choose on; 0 to read no label and choose by the divergence from the old
-            tuned model's outputs on training texts where it is confident.
+            tuned model's outputs on training texts. Labels that the old weights were tuned on flatter large λ.
         grouped: Whether embeddings, attention, feed-forward and norms may each have a λ of their own.
         confidence: Without labels: how probable the old model's class must be for a text to be used.
 
@@ -42,9 +43,9 @@ class Scaling:
     """
 
     scale: float | None = None
-    labels: int = 32
+    labels: int = 0
     grouped: bool = True
-    confidence: float = 0.8
+    confidence: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every number."""
@@ -94,7 +95,7 @@ def run(job: Job, options: Scaling) -> list[dict[str, float]]:
 
 
 def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dict[str, float]:
-    """Try a grid of λ for all, then a step up or down for each group; move only by more than a standard error."""
+    """Try a grid of λ for all, then a step up or down for each group; move only by more than chance would have it."""
     from regraft.tuning import predict
 
     scales = dict.fromkeys(deltas.groups, 1.0)
@@ -109,13 +110,15 @@ def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dic
 
     first = best = losses(scales)
     grid = {value: losses(dict.fromkeys(scales, value)) for value in GRID}
-    value, found = min(grid.items(), key=lambda item: float(item[1].mean()))
-    if _is_better(best, found):
-        best, scales = found, dict.fromkeys(scales, value)
+    lowest = min(grid.values(), key=lambda found: float(found.mean()))
+    for value, found in sorted(grid.items(), key=lambda item: abs(item[0] - 1)):  # no farther than is needed
+        if _gain(first, found) > CHANCE and _gain(found, lowest) <= 1:
+            best, scales = found, dict.fromkeys(scales, value)
+            break
     for group in deltas.groups if grouped and len(deltas.groups) > 1 else ():
         for step in (STEP, -STEP):
             trial = {**scales, group: scales[group] + step}
-            if _is_better(best, found := losses(trial)):
+            if _gain(best, found := losses(trial)) > CHANCE:
                 best, scales = found, trial
                 break
     job.notes["loss"] = [
@@ -125,10 +128,11 @@ def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dic
     return scales
 
 
-def _is_better(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Tell whether losses on the same examples fell by more than the standard error of their mean difference."""
+def _gain(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Tell by how many standard errors of their mean difference losses on the same examples fell."""
     gain = before - after
-    return float(gain.mean()) > float(gain.std()) / math.sqrt(len(gain))
+    error = float(gain.std()) / math.sqrt(len(gain))
+    return float(gain.mean()) / error if error else math.copysign(math.inf, float(gain.mean())) if gain.any() else 0.0
 
 
 class _Deltas:
@@ -205,4 +209,4 @@ class _Deltas:
         return parameter.data, value, None, self.group(inner)
 
 
-METHOD = Method("scaled", "scale the old delta, as a few labels tell", ("labels",), run, Scaling)
+METHOD = Method("scaled", "scale the old delta, all of it and by group, as texts tell", ("text",), run, Scaling)

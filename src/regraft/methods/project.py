@@ -1,0 +1,195 @@
+"""`project`: a map from outdated to upgraded weights, learned from other tasks that were tuned on both bases.
+
+Source: Qin et al., 2023 (arXiv:2305.08702): P(v) = v·W1·W2 + b, v the old weights as one vector, learned there by
+distillation on the tasks at hand. Here it can also be a regression from old weights onto new ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from typing import TYPE_CHECKING
+
+from regraft.errors import RecipeError
+from regraft.methods.method import Job, Method
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+
+    from regraft.methods.pairs import Vector
+
+logger = logging.getLogger(__name__)
+
+FEWEST = 3
+FITS = ("regression", "distill")
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """What the map is learned from, and how.
+
+    Args:
+        pairs: By regression, `OLD=NEW` for each other task: the folders of what was tuned on the old and on the new
+            base. By distillation, `OLD=TASK`: the folder of what was tuned on the old base, and the task file.
+        rank: The rank d of the map; by regression at most one less than there are pairs.
+        fit: `regression` of new weights on old ones, of any kind and size; or `distill`, with the old tuned models as
+            teachers on their tasks, for LoRAs and bottleneck adapters.
+        residual: Whether the map is learned to what changes, u ≈ v + P(v): with a strong ridge, few pairs or few steps
+            it is `direct`, and it has full rank with P. If not, u ≈ P(v), as in the paper: of rank d.
+        intercept: By regression: whether the map has a b, the mean over the pairs. A residual map without one goes to
+            `direct` as the ridge grows; with one, to `direct` and the mean change.
+        ridge: By regression: λ in units of the mean square of the (centred) old weights.
+        steps: By distillation: optimiser steps in all.
+        learning_rate: By distillation: Adam's, falling to 0.
+
+    Raises:
+        RecipeError: A value is out of its range.
+    """
+
+    pairs: tuple[str, ...] = ()
+    rank: int = 16
+    fit: str = "regression"
+    residual: bool = True
+    intercept: bool = True
+    ridge: float = 1.0
+    steps: int = 200
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.fit not in FITS:
+            raise RecipeError(f"fit is {' or '.join(FITS)}, found {self.fit!r}.")
+        for name in ("rank", "steps"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is at least 1, found {getattr(self, name)}.")
+        if not self.ridge >= 0 or not self.learning_rate > 0:
+            raise RecipeError(f"ridge is 0 or more (found {self.ridge}), learning_rate above 0 ({self.learning_rate}).")
+
+
+def run(job: Job, options: Projection) -> list[dict[str, float]]:
+    """Learn the map, and put what it makes of the old weights onto the new base; the head is copied.
+
+    The outcome is known by its pairs' folders as they are given, not by their content.
+
+    Args:
+        job: What and where.
+        options: What from, and how.
+
+    Returns:
+        No learning curve: nothing is trained on this task.
+    """
+    if not options.pairs:
+        raise RecipeError(
+            "method project learns from other tasks: give pairs, as in pairs=[old1=new1,old2=new2], of what was tuned "
+            "on the old and on the new base."
+        )
+    if job.upgrade.old.fingerprint == job.upgrade.new.fingerprint:  # nothing to be mapped to
+        job.graft(job.into)
+        return []
+    if options.fit == "distill":
+        from regraft.methods.project_distill import distil_map
+
+        mapped = distil_map(job, options)
+        _write(job, mapped)
+        return []
+    from regraft.methods.pairs import read_pairs, vector_of
+
+    pairs = read_pairs(options.pairs, job.adaptation, job.upgrade)
+    vector = vector_of(job.adaptation, job.upgrade.old)
+    weights = _regress(pairs, vector, options, job)
+    if job.adaptation.kind == "full":
+        _write_full(job, vector, pairs, weights, residual=options.residual)
+    else:
+        _write(job, {name: _map(name, vector, pairs, weights, residual=options.residual) for name in vector.names})
+    return []
+
+
+def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Projection, job: Job) -> list[float]:
+    """Give the weight of each pair in what the vector is mapped to, and note how far the map can be trusted."""
+    import torch
+
+    from regraft.methods.pairs import pieces
+    from regraft.weights.project import left_out_errors, project
+
+    count = len(pairs)
+    gram, targets = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
+    cross, apart, norms = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+    todo = list(pieces(vector))
+    for done, (name, start, size) in enumerate(todo, 1):
+        old = torch.stack([first.piece(name, start, size) for first, _ in pairs])
+        new = torch.stack([second.piece(name, start, size) for _, second in pairs])
+        change = new - old
+        target = change if options.residual else new
+        gram += old @ old.T
+        targets += target @ target.T
+        cross += old @ vector.piece(name, start, size)
+        apart += change.square().sum(dim=1)
+        norms += new.square().sum(dim=1)
+        job.progress("pairs", done, len(todo), {})
+    total = math.sqrt(float(norms.sum())) or 1.0
+    direct = math.sqrt(float(apart.sum())) / total
+    job.notes["pairs"], job.notes["direct_error"] = count, round(direct, 4)
+    told = ""
+    if count > 1:
+        errors = left_out_errors(gram, targets, options.ridge, options.rank, intercept=options.intercept)
+        error = math.sqrt(float(errors.sum())) / total
+        job.notes["left_out_error"] = round(error, 4)
+        if error > direct:
+            told = f"left out in turn, each pair is mapped worse ({error:.3f}) than direct does ({direct:.3f})"
+    if count < FEWEST:
+        told = f"{count} pairs are too few to learn a map from, or to tell whether it is any good"
+    if told:
+        logger.warning("project: %s (distances relative to the new weights). Take direct, or give more pairs.", told)
+    found = project(gram, targets, cross, options.ridge, options.rank, intercept=options.intercept)
+    return [float(weight) for weight in found]
+
+
+def _map(
+    name: str, vector: Vector, pairs: Sequence[tuple[Vector, Vector]], weights: list[float], *, residual: bool
+) -> torch.Tensor:
+    """Give one tensor of what the vector is mapped to, in float64."""
+    import torch
+
+    shape = vector.shapes[name]
+    size = math.prod(shape)
+    mapped = vector.piece(name, 0, size) if residual else torch.zeros(size, dtype=torch.float64)
+    for (old, new), weight in zip(pairs, weights, strict=True):
+        mapped.add_(new.piece(name, 0, size), alpha=weight)
+        if residual:
+            mapped.sub_(old.piece(name, 0, size), alpha=weight)
+    return mapped.reshape(shape)
+
+
+def _write_full(
+    job: Job, vector: Vector, pairs: Sequence[tuple[Vector, Vector]], weights: list[float], *, residual: bool
+) -> None:
+    from regraft.methods.reworked import graft_reworked
+
+    def rule(name: str, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
+        return _map(name, vector, pairs, weights, residual=residual)
+
+    graft_reworked(job, rule)
+
+
+def _write(job: Job, mapped: dict[str, torch.Tensor]) -> None:
+    """Write an adapter of which some tensors are replaced."""
+    from regraft.adaptation import plain_adapter
+    from regraft.adaptation.graft import write_carried
+    from regraft.methods.reworked import write_with_head
+
+    stored, settings = plain_adapter(job.adaptation, job.upgrade.old)
+    tensors = {name: mapped[name].to(stored[name].dtype) if name in mapped else stored[name] for name in stored}
+
+    def write(into: Path) -> None:
+        write_carried(job.adaptation, job.upgrade, tensors, settings, into, job.progress)
+
+    write_with_head(job, write)
+
+
+METHOD = Method(
+    "project", "map old weights to new ones, as other tasks tuned on both tell", ("tasks",), run, Projection
+)

@@ -1,0 +1,187 @@
+"""The map of `project` learned by distillation, as the paper has it: from tasks tuned on the old base only."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from regraft.adaptation import Adaptation
+    from regraft.methods.method import Job
+    from regraft.methods.pairs import Vector
+    from regraft.methods.project import Projection
+    from regraft.tuning import Distillation, Examples
+
+KINDS = ("lora", "bottleneck")
+MOST = 4_000_000
+SPREAD = 0.02
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Lesson:
+    """One task: its old weights, the student that is given mapped ones, and what the teacher says of its texts."""
+
+    vector: torch.Tensor
+    student: Any
+    examples: Examples
+    taught: tuple[torch.Tensor, torch.Tensor]
+    order: list[int]
+
+
+def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
+    """Learn P(v) = v·W1·W2 + b from the old tuned models' outputs on their own tasks, and apply it to the job's v.
+
+    All of W1 [|v|, d], W2 [d, |v|] and b are drawn from N(0, 0.02) at first; with a residual, W2 and b are 0, so that
+    it begins at `direct`.
+
+    Args:
+        job: What shall be mapped.
+        options: The tasks, the rank and the training.
+
+    Returns:
+        The mapped tensors by stored name.
+
+    Raises:
+        MismatchError: A task was tuned on another base, or its weights are of another kind or shape.
+        RecipeError: The kind is none that can be mapped so, or it has too many numbers.
+    """
+    import torch
+
+    from regraft.methods.pairs import vector_of
+    from regraft.tuning import Distillation, device
+
+    kind = "dora" if job.adaptation.config.get("use_dora") else job.adaptation.kind
+    vector = vector_of(job.adaptation, job.upgrade.old)
+    size = sum(math.prod(shape) for shape in vector.shapes.values())
+    if kind not in KINDS:
+        raise RecipeError(
+            f"{job.adaptation.path}: by distillation the kinds {', '.join(KINDS)} are mapped, not a {kind}: take "
+            "fit=regression."
+        )
+    if size > MOST:
+        raise RecipeError(
+            f"{job.adaptation.path}: has {size:,} numbers, and a map of up to {MOST:,} is learned by distillation: "
+            "take fit=regression."
+        )
+    loss = Distillation()
+    each = math.ceil(options.steps / len(options.pairs))
+    lessons = [_prepare(job, pair, i, vector, loss, each) for i, pair in enumerate(options.pairs)]
+    drawn = torch.Generator().manual_seed(job.recipe.seed)
+    shapes = ((size, options.rank), (options.rank, size), (size,))
+    first = [SPREAD * torch.randn(shape, generator=drawn) for shape in shapes]
+    if options.residual:
+        first[1:] = [torch.zeros_like(tensor) for tensor in first[1:]]
+    w1, w2, b = parameters = [tensor.to(device()).requires_grad_() for tensor in first]
+
+    def apply(v: torch.Tensor) -> torch.Tensor:
+        mapped: torch.Tensor = v @ w1 @ w2 + b
+        return v + mapped if options.residual else mapped
+
+    losses = list(_train(job, options, lessons, vector, parameters, apply, loss))
+    ends = [sum(part) / len(part) for part in (losses[: len(lessons)], losses[-len(lessons) :])]
+    job.notes.update(pairs=len(lessons), fit_loss=[round(end, 4) for end in ends], fit_steps=options.steps)
+    with torch.no_grad():
+        mapped = apply(_flatten(vector).to(device())).cpu()
+    return _parts(mapped, vector)
+
+
+def _train(
+    job: Job, options: Projection, lessons: list[_Lesson], vector: Vector, parameters: list[torch.Tensor],
+    apply: Any, loss: Distillation,
+) -> Iterator[float]:  # fmt: skip
+    """Go from task to task, a batch of each, and yield the loss of each step."""
+    import torch
+
+    from regraft.tuning import device, distillation_loss
+    from regraft.tuning.distill import read_hidden
+    from regraft.tuning.predict import autocast, forward
+
+    last_token = job.upgrade.new.is_decoder
+    optimiser = torch.optim.Adam(parameters, lr=options.learning_rate)
+    for step in range(options.steps):
+        lesson = lessons[step % len(lessons)]
+        start = step // len(lessons) * job.recipe.batch_size
+        rows = lesson.order[start : start + job.recipe.batch_size]
+        batch = {name: tensor.to(device()) for name, tensor in lesson.examples.batch(rows).items()}
+        labels, index = batch.pop("labels"), batch.pop("index").cpu()
+        names = _parameter_names(lesson.student)
+        mapped = {names[stored]: part for stored, part in _parts(apply(lesson.vector.to(device())), vector).items()}
+        with autocast(job.recipe.precision, device()):
+            output = forward(lesson.student, batch, hidden=True, parameters=mapped)
+        logits, hidden = (rows[index].to(device()).float() for rows in lesson.taught)
+        own = read_hidden(output.hidden, batch["attention_mask"], last_token).float()
+        value: Any = distillation_loss(output.logits.float(), labels, logits, own, hidden, loss)
+        optimiser.param_groups[0]["lr"] = options.learning_rate * (1 - step / options.steps)
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        told = float(value.detach())
+        job.progress("map", step + 1, options.steps, {"loss": told})
+        yield told
+
+
+def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation, steps: int) -> _Lesson:
+    """Open a task, its old tuned model as the teacher, and a student with the old weights on the new base."""
+    from regraft.adaptation import load_adaptation, load_model, write_graft
+    from regraft.errors import MismatchError
+    from regraft.methods.pairs import check_alike, split_pair, vector_of
+    from regraft.task import load_data
+    from regraft.tuning import device, encode, plan_order
+    from regraft.tuning.deployment import match_labels
+    from regraft.tuning.distill import teach
+
+    folder, task = split_pair(pair)
+    old, new = job.upgrade.old, job.upgrade.new
+    adaptation: Adaptation = load_adaptation(folder)
+    adaptation.check_base(old)
+    if adaptation.kind != job.adaptation.kind:
+        raise MismatchError(
+            f"{folder}: is a {adaptation.kind}, and {job.adaptation.path} a {job.adaptation.kind}: a map is learned "
+            "from adaptations of one kind."
+        )
+    vector = vector_of(adaptation, old)
+    check_alike(vector, like)
+    data = match_labels(adaptation, load_data(task, job.recipe.seed))
+    work = job.work / f"task-{number}"
+    write_graft(adaptation, job.upgrade, work / "graft", job.progress)
+    student = load_model(load_adaptation(work / "graft"), new, data.labels).to(device()).eval()
+    student.requires_grad_(False)
+    examples = encode(new, data.train, data.max_length)
+    order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
+    teacher = load_model(adaptation, old, data.labels).to(device())
+    shown = encode(old, data.train, data.max_length)
+    taught = teach(teacher, shown, order, loss, job.recipe.precision, old.is_decoder, work, job.progress)
+    return _Lesson(_flatten(vector), student, examples, taught, order.tolist())
+
+
+def _flatten(vector: Vector) -> torch.Tensor:
+    import torch
+
+    shapes = vector.shapes
+    return torch.cat([vector.piece(name, 0, math.prod(shapes[name])).float() for name in shapes])
+
+
+def _parts(flat: torch.Tensor, vector: Vector) -> dict[str, torch.Tensor]:
+    shapes = vector.shapes
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    cuts = itertools.accumulate(sizes, initial=0)
+    parts = zip(shapes.items(), sizes, cuts, strict=False)
+    return {name: flat[start : start + size].reshape(shape) for (name, shape), size, start in parts}
+
+
+def _parameter_names(student: Any) -> dict[str, str]:
+    """Give the name of a model's parameter by the name under which it is stored."""
+    from regraft.adaptation.lora import START
+    from regraft.adaptation.model import ADAPTER
+
+    if hasattr(student, "peft_config"):
+        return {name.replace(f".{ADAPTER}.", "."): name for name, _ in student.named_parameters()}
+    return {START + name: name for name, _ in student.named_parameters()}
