@@ -113,7 +113,7 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
     import torch
 
     from regraft.methods.pairs import pieces
-    from regraft.weights.project import left_out_errors, project
+    from regraft.weights import left_out_errors, project
 
     count = len(pairs)
     gram, targets = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))

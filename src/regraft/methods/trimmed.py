@@ -29,7 +29,7 @@ class Trimming:
         RecipeError: The density is out of its range.
     """
 
-    density: float = 0.5
+    density: float = 0.7
     drop: bool = False
 
     def __post_init__(self) -> None:

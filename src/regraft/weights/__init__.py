@@ -6,6 +6,7 @@ from regraft.weights.effect import match_effect, rotation
 from regraft.weights.lora import add, compress, dora_weight, fold, inner, lora_delta, scaling
 from regraft.weights.low_rank import low_rank
 from regraft.weights.names import align, kind_of, layer_of
+from regraft.weights.project import left_out_errors, project
 from regraft.weights.shrink import drop, mask_agreement, orthogonal_shift, trim
 from regraft.weights.vocabulary import RowMatch, graft_rows, has_row_for_each_token, match_rows
 from regraft.weights.whole import apply_all, delta_all, graft_all, interpolate_all
@@ -33,12 +34,14 @@ __all__ = [
     "interpolate_all",
     "kind_of",
     "layer_of",
+    "left_out_errors",
     "lora_delta",
     "low_rank",
     "mask_agreement",
     "match_effect",
     "match_rows",
     "orthogonal_shift",
+    "project",
     "rotation",
     "scaling",
     "trim",
