@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from regraft import Base, Recipe, Upgrade, recycle
+from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
 from regraft.adaptation import attach, fresh_model, new_config, save_model
 from regraft.errors import MismatchError, RecipeError
 from regraft.methods import parse_options
@@ -189,6 +190,8 @@ def test_a_constant_change_is_recovered(tmp_path, moved, task_file, architecture
     assert all(torch.equal(before[name], after[name]) for name in heads)
     notes = out.record["notes"]
     assert notes["pairs"] == 3
+    known = [[load_adaptation(side).fingerprint for side in pair.split("=")] for pair in pairs]
+    assert notes["learned_from"] == known
     assert notes["left_out_error"] < 0.01 < notes["direct_error"]
     assert out.record["cost"]["labels"] == 0
 
@@ -207,8 +210,6 @@ def test_the_whole_method_is_the_dense_regression(tmp_path, moved, task_file, ki
         return torch.cat([t.flatten() for _, t in sorted(vector(where, base).items())])
 
     sides = [pair.split("=") for pair in pairs]
-    from pathlib import Path
-
     old = torch.stack([flat(Path(first), upgrade.old) for first, _ in sides])
     new = torch.stack([flat(Path(second), upgrade.new) for _, second in sides])
     v = flat(path, upgrade.old)

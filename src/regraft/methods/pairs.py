@@ -34,6 +34,7 @@ class Vector:
 
     Args:
         source: Where it is stored, for messages.
+        fingerprint: Which weights these are.
         tensors: The tensors as they are stored; of a LoRA that began in its base, those of the plain one.
         settings: The content of an adapter's config; nothing for a full fine-tune.
         base: What is taken off each tensor, and its name there; None for an adapter.
@@ -41,6 +42,7 @@ class Vector:
     """
 
     source: str
+    fingerprint: str
     tensors: Mapping[str, torch.Tensor]
     settings: Mapping[str, Any]
     base: tuple[Mapping[str, torch.Tensor], Mapping[str, str]] | None
@@ -78,14 +80,15 @@ def vector_of(adaptation: Adaptation, base: Base) -> Vector:
     Returns:
         The vector; nothing has been read of it but where a LoRA's start had to be found.
     """
-    where = str(adaptation.path)
+    where, known = str(adaptation.path), adaptation.fingerprint
     if adaptation.kind == "full":
         own = body_names(adaptation.checkpoint, base.prefix)
         names = {inner: stored for inner, stored in own.items() if inner in base.body}
-        return Vector(where, adaptation.checkpoint, {}, (base.checkpoint, base.body), names)
+        return Vector(where, known, adaptation.checkpoint, {}, (base.checkpoint, base.body), names)
     tensors, settings = plain_adapter(adaptation, base)
     heads = _heads(base)
-    return Vector(where, tensors, settings, None, {name: name for name in tensors if model_name(name) not in heads})
+    names = {name: name for name in tensors if model_name(name) not in heads}
+    return Vector(where, known, tensors, settings, None, names)
 
 
 def read_pairs(pairs: Sequence[str], adaptation: Adaptation, upgrade: Upgrade) -> list[tuple[Vector, Vector]]:

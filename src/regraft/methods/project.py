@@ -73,7 +73,8 @@ class Projection:
 def run(job: Job, options: Projection) -> list[dict[str, float]]:
     """Learn the map, and put what it makes of the old weights onto the new base; the head is copied.
 
-    The outcome is known by its pairs' folders as they are given, not by their content.
+    The outcome is told from others by its pairs' folders as they are given, not by their content; by regression the
+    fingerprints of that are recorded as `learned_from`.
 
     Args:
         job: What and where.
@@ -133,6 +134,7 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
     total = math.sqrt(float(norms.sum())) or 1.0
     direct = math.sqrt(float(apart.sum())) / total
     job.notes["pairs"], job.notes["direct_error"] = count, round(direct, 4)
+    job.notes["learned_from"] = [[old.fingerprint, new.fingerprint] for old, new in pairs]
     told = ""
     if count > 1:
         errors = left_out_errors(gram, targets, options.ridge, options.rank, intercept=options.intercept)
