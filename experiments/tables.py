@@ -1,0 +1,310 @@
+"""From an experiment's figures (JSON) to its Markdown page."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from targets import targets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    Runs = list[dict[str, Any]]
+
+CELL = ("task", "upgrade", "kind")
+
+
+def page(results: dict[str, Any], intro: str) -> str:
+    """Write all tables.
+
+    Args:
+        results: From `figures.collect`.
+        intro: What stands above them.
+
+    Returns:
+        Markdown.
+    """
+    first, *others = [regime["name"] for regime in results["made"]["regimes"]]
+    parts = [intro, _targets(results), _upgrades(results), *_training_free(results, first), *_tuned(results, first)]
+    for regime in others:
+        parts += _few(results, regime)
+    parts += [*_auto(results, first), _refused(results), _made(results)]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def names(results: dict[str, Any], regime: str, wanted: Callable[[tuple[str, ...]], bool]) -> list[str]:
+    """Give the methods that have runs in a regime and whose needs are as wanted."""
+    there = {run["entry"] for run in results["runs"] if run["regime"] == regime}
+    return [name for name, about in results["methods"].items() if name in there and wanted(tuple(about["needs"]))]
+
+
+def is_free(needs: tuple[str, ...]) -> bool:
+    """Whether a method with these needs does no training."""
+    return "training" not in needs
+
+
+def select(rows: Iterable[dict[str, Any]], **wanted: str) -> Runs:
+    """Give the rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def mean_sd(values: list[float | None], digits: int = 3, scale: float = 1.0) -> str:
+    """Write a mean and a standard deviation over seeds; a value that is lacking makes both lack."""
+    known = [value * scale for value in values if value is not None]
+    if not values or len(known) < len(values):
+        return "–"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Write a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _points(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    low, high = 100 * row["low"], 100 * row["high"]
+    return f"{100 * row['estimate']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _one(rows: Runs) -> dict[str, Any] | None:
+    return rows[0] if rows else None
+
+
+def _values(rows: Runs, name: str) -> list[float | None]:
+    return [row[name] for row in sorted(rows, key=lambda row: row["seed"])]
+
+
+def _blocks(runs: Runs) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((run["upgrade"], run["kind"]) for run in runs))
+
+
+def _tasks(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(run["task"] for run in runs))
+
+
+def _grid(
+    results: dict[str, Any], regime: str, methods: list[str], cell: Callable[[Runs, dict[str, Any] | None], str]
+) -> list[str]:
+    """Write a table for each upgrade and kind, with a row a method and a column a task."""
+    runs, parts = select(results["runs"], regime=regime), []
+    tasks = _tasks(runs)
+    for upgrade, kind in _blocks(runs):
+        rows = []
+        for method in methods:
+            where = {"upgrade": upgrade, "kind": kind, "entry": method}
+            differences = select(results["differences"], regime=regime, **where)
+            cells = [
+                cell(select(runs, task=task, **where), _one(select(differences, task=task)))
+                if select(runs, task=task, **where)
+                else "–"
+                for task in tasks
+            ]
+            rows.append([method, *cells])
+        parts.append(f"**{upgrade}, {kind}**\n\n" + table(["method", *tasks], rows))
+    return parts
+
+
+def _targets(results: dict[str, Any]) -> str:
+    rows = [[target.what, "reached" if target.reached else "not reached", target.found] for target in targets(results)]
+    return "## What was aimed at\n\n" + table(["target", "", "measured"], rows) if rows else ""
+
+
+def _upgrades(results: dict[str, Any]) -> str:
+    runs = select(results["runs"], regime=results["made"]["regimes"][0]["name"])
+    tasks, rows = _tasks(runs), []
+    for upgrade, moved in results["upgrades"].items():
+        for kind in dict.fromkeys(run["kind"] for run in runs):
+            row = [upgrade, f"{moved['l2']:.0f} ({moved['relative']:.0%})", kind]
+            for task in tasks:
+                of = {"task": task, "upgrade": upgrade, "kind": kind}
+                scratch, direct = (select(runs, entry=name, **of) for name in ("scratch", "direct"))
+                if not scratch:
+                    row.append("–")
+                    continue
+                floor = statistics.fmean(run["majority"] for run in scratch)
+                parts = [
+                    f"{floor:.3f}", mean_sd(_values(scratch, "old")), mean_sd(_values(direct, "test")),
+                    mean_sd(_values(scratch, "test")),
+                ]  # fmt: skip
+                row.append(" / ".join(parts))
+            rows.append(row)
+    return (
+        "## The upgrades\n\nTest scores: majority guess / old deployment / `direct` / `scratch` with its whole budget. "
+        "The distance of the bases is L2, and in % of the old norm.\n\n"
+        + table(["upgrade", "distance", "kind", *tasks], rows)
+    )
+
+
+def _training_free(results: dict[str, Any], regime: str) -> list[str]:
+    methods = names(results, regime, is_free)
+    differences = select(results["differences"], regime=regime)
+    upgrades = list(results["upgrades"])
+    rows = []
+    for method in methods:
+        mine = select(differences, entry=method)
+        gains = [
+            f"{100 * statistics.fmean(of):+.1f}" if (of := [d["estimate"] for d in select(mine, upgrade=name)]) else "–"
+            for name in upgrades
+        ]
+        worse, better = sum(d["high"] < 0 for d in mine), sum(d["low"] > 0 for d in mine)
+        seconds = statistics.fmean(_values(select(results["runs"], regime=regime, entry=method), "seconds"))
+        rows.append([method, *gains, f"{better}", f"{worse}", str(len(mine)), f"{seconds:.1f}"])
+    head = ["method", *(f"{name}: points above direct" for name in upgrades)]
+    return [
+        "## Without training\n\nMean difference to `direct` in points of test score; cells (task × upgrade × kind) "
+        "where the 95 % interval is wholly above or below 0.",
+        table([*head, "better in", "worse in", "of", "seconds"], rows),
+        "Test score (recovery in % of scratch's gain over a majority guess), difference to `direct` in points with its "
+        "95 % interval (paired bootstrap over the examples of test, all seeds on the same draw).",
+        *_grid(results, regime, methods, _free_cell),
+    ]
+
+
+def _free_cell(runs: Runs, difference: dict[str, Any] | None) -> str:
+    score, recovery = mean_sd(_values(runs, "test")), mean_sd(_values(runs, "recovery"), 0)
+    return f"{score} ({recovery})" + (f"; {_points(difference)}" if difference else "")
+
+
+def share_median(runs: Runs) -> float:
+    """Give the median share of scratch's steps until its last score was reached; infinite if most never did."""
+    return statistics.median([float("inf") if run["share"] is None else run["share"] for run in runs])
+
+
+def _percent(value: float) -> str:
+    return "never" if value == float("inf") else f"{value:.0f}"
+
+
+def _tuned(results: dict[str, Any], regime: str) -> list[str]:
+    methods = names(results, regime, lambda needs: not is_free(needs))
+    noise = {
+        tuple(row[name] for name in CELL): row["negative_flips"] for row in select(results["noise"], regime=regime)
+    }
+    floor = statistics.fmean(noise.values()) if noise else None
+    rows = []
+    for method in methods:
+        runs = select(results["runs"], regime=regime, entry=method)
+        differences = select(results["differences"], regime=regime, entry=method)
+        recoveries = [run["recovery"] for run in runs if run["recovery"] is not None]
+        rows.append([
+            method,
+            _percent(share_median(runs)),
+            f"{sum(run['share'] is None for run in runs)} of {len(runs)}",
+            f"{statistics.fmean(recoveries):.0f}" if recoveries else "–",
+            f"{sum(d['low'] > 0 for d in differences)}",
+            f"{sum(d['high'] < 0 for d in differences)}",
+            str(len(differences)) if differences else "–",
+            f"{100 * statistics.fmean(run['negative_flips'] for run in runs):.1f}",
+            f"{statistics.fmean(run['seconds'] for run in runs):.0f}",
+        ])  # fmt: skip
+    low = [run for run in select(results["runs"], regime=regime, entry="scratch") if run["headroom"] < 0.03]
+    apart = f" {len(low)} runs of cells where scratch gains less than 3 points have no recovery." if low else ""
+    between = f"; between two seeds of scratch {100 * floor:.1f} %" if floor is not None else ""
+    head = [
+        "method", "steps to scratch's last dev score, % of its steps (median)", "never", "recovery %",
+        "better than scratch in", "worse in", "of", "negative flips %", "seconds",
+    ]  # fmt: skip
+    return [
+        f"## With tuning\n\nAll labels, the budget of scratch. Negative flips are against the old deployment{between}. "
+        "Better or worse than scratch: the 95 % interval of the difference on test is wholly above or below 0." + apart,
+        table(head, rows),
+        "Best dev score; test score (recovery %), difference to scratch in points; steps to scratch's last dev score "
+        "in % of its steps (median over seeds; in brackets the seeds that never got there); negative flips in % "
+        "(between two seeds of scratch).",
+        *_grid(results, regime, methods, lambda runs, difference: _tuned_cell(runs, difference, noise)),
+    ]
+
+
+def _tuned_cell(runs: Runs, difference: dict[str, Any] | None, noise: dict[tuple[str, ...], float]) -> str:
+    never = sum(run["share"] is None for run in runs)
+    parts = [
+        f"dev {mean_sd(_values(runs, 'dev'))}",
+        f"test {mean_sd(_values(runs, 'test'))} ({mean_sd(_values(runs, 'recovery'), 0)})",
+        f"{_percent(share_median(runs))} %" + (f" [{never}]" if never else ""),
+        f"flips {100 * statistics.fmean(run['negative_flips'] for run in runs):.1f}",
+    ]
+    floor = noise.get(tuple(runs[0][name] for name in CELL))
+    if floor is not None:
+        parts[-1] += f" ({100 * floor:.1f})"
+    if difference:
+        parts[1] += f", {_points(difference)}"
+    return "; ".join(parts)
+
+
+def _few(results: dict[str, Any], regime: str) -> list[str]:
+    about = next(entry for entry in results["made"]["regimes"] if entry["name"] == regime)
+    methods = names(results, regime, lambda needs: True)
+    rows = []
+    for method in methods:
+        runs = select(results["runs"], regime=regime, entry=method)
+        recoveries = [run["recovery"] for run in runs if run["recovery"] is not None]
+        differences = select(results["differences"], regime=regime, entry=method)
+        gain = f"{100 * statistics.fmean(d['estimate'] for d in differences):+.1f}" if differences else "–"
+        middle, least = (f(recoveries) if recoveries else float("nan") for f in (statistics.median, min))
+        share = sum(value >= 95 for value in recoveries)
+        row = [method, f"{middle:.0f}", f"{least:.0f}", f"{share} of {len(recoveries)}", gain]
+        rows.append([*row, f"{100 * statistics.fmean(run['negative_flips'] for run in runs):.1f}"])
+    head = [
+        "method", "recovery % (median)", "lowest", "runs ≥ 95 %", "points above scratch with as few", "negative flips %"
+    ]  # fmt: skip
+    return [
+        f"## {about['shots']} labels a class\n\nRecovery is against scratch with all labels and its whole budget.",
+        table(head, rows),
+        f"Test score (recovery %), difference to scratch with {about['shots']} labels a class in points.",
+        *_grid(results, regime, methods, _free_cell),
+    ]
+
+
+def _auto(results: dict[str, Any], regime: str) -> list[str]:
+    runs, rows = select(results["runs"], regime=regime), []
+    mine = select(runs, entry="auto")
+    for cell in dict.fromkeys(tuple(run[name] for name in CELL) for run in mine):
+        of = dict(zip(CELL, cell, strict=True))
+        auto = sorted(select(mine, **of), key=lambda run: run["seed"])
+        best, score = best_method(select(runs, **of))
+        costs = [f"{statistics.fmean(run[f'{name}_share'] for run in auto):.0f}" for name in ("steps", "labels")]
+        rows.append([
+            *cell,
+            "; ".join(str(run.get("chosen", "–")) for run in auto),
+            *costs,
+            f"{statistics.fmean(run['seconds_share'] for run in auto):.0f}",
+            mean_sd(_values(auto, "test")),
+            f"{best} {score:.3f}",
+            f"{100 * (statistics.fmean(run['test'] for run in auto) - score):+.1f}",
+        ])  # fmt: skip
+    head = [
+        *CELL, "chosen, a seed each", "steps %", "labels %", "seconds %", "test", "best other method", "points from it"
+    ]  # fmt: skip
+    return ["## auto\n\nWhat it chose, and its cost in % of scratch's.", table(head, rows)] if rows else []
+
+
+def best_method(runs: Runs) -> tuple[str, float]:
+    """Give the method other than auto with the highest mean test score, and that score."""
+    scores = {
+        entry: statistics.fmean(run["test"] for run in select(runs, entry=entry))
+        for entry in dict.fromkeys(run["entry"] for run in runs)
+        if entry != "auto"
+    }
+    return max(scores.items(), key=lambda item: item[1])
+
+
+def _refused(results: dict[str, Any]) -> str:
+    seen = dict.fromkeys((row["entry"], row["kind"], row["why"]) for row in results["refused"])
+    lines = [f"- `{entry}` on {kind}: {why}" for entry, kind, why in seen]
+    return "## What was refused\n\n" + "\n".join(lines) if lines else ""
+
+
+def _made(results: dict[str, Any]) -> str:
+    made = results["made"]
+    lines = [f"- seeds {', '.join(map(str, made['seeds']))}"]
+    for what, recipes in [("old tuning", made["old_tuning"]), *((r["name"], r["recipes"]) for r in made["regimes"])]:
+        for kind, recipe in recipes.items():
+            lines.append(
+                f"- {what}, {kind}: {recipe['steps']} steps of {recipe['batch_size']}, rate {recipe['learning_rate']}"
+            )
+    lines += ["- " + ", ".join(f"{name} {version}" for name, version in sorted(v.items())) for v in made["versions"]]
+    return "## How it was made\n\n" + "\n".join(lines)
