@@ -8,7 +8,8 @@ def methods() -> None:
     from regraft.cli import show
     from regraft.methods import describe_methods
 
-    table = Table("method", "what it does", "needs", "options", box=None, padding=(0, 2, 1, 0))
+    table = Table("method", "what it does", "needs", box=None, padding=(0, 2, 1, 0))
+    table.add_column("options", overflow="fold")
     for row in describe_methods():
         table.add_row(*(cell.replace("[", "\\[") for cell in row))
     show.console.print(table)

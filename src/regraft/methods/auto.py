@@ -131,11 +131,12 @@ class _Climb:
         return self._rung(name, lambda part: method.run(part, method.options() if method.options else None))
 
     def tune_on(self, done: float, budget: float) -> dict[str, Any]:
-        """Tune from where the rung before ended, from a share of the steps to a larger one."""
+        """Tune from the best rung so far, from a share of the steps to a larger one, a fading teacher beside labels."""
         from regraft.adaptation import load_adaptation, load_model
-        from regraft.methods.registry import find_method
+        from regraft.tuning.distill import Distillation
 
-        method, steps = find_method("init+distill"), self.job.recipe.steps or 1
+        best = max(self.rungs, key=lambda rung: rung["score"])["rung"]
+        steps = self.job.recipe.steps or 1
         share = max(1, round(steps * budget) - round(steps * done))
         recipe = dataclasses.replace(
             self.job.recipe, steps=share, eval_every=min(share, self.job.recipe.eval_every or share),
@@ -144,12 +145,11 @@ class _Climb:
 
         def go_on(part: Job) -> list[dict[str, float]]:
             part = dataclasses.replace(part, recipe=recipe)
-            if not done:
-                return method.run(part, method.options())
-            last = load_adaptation(self.folder(self.rungs[-1]["rung"]) / "adaptation")
-            return part.tune(load_model(last, part.upgrade.new, part.data.labels, trainable=True), method.options())
+            start = load_adaptation(self.folder(best) / "adaptation")
+            model = load_model(start, part.upgrade.new, part.data.labels, trainable=True)
+            return part.tune(model, Distillation(decay="linear"))
 
-        found = self._rung(f"init+distill {100 * budget:.0f} %", go_on)
+        found = self._rung(f"{best.partition(',')[0]}, tuned {100 * budget:.0f} %", go_on)
         assert found is not None  # every kind can be tuned
         return found
 

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
     from regraft.methods.method import Method
 
-ORDER = ("scratch", "direct", "init", "distill", "init+distill")
+ORDER = (
+    *("scratch", "direct", "init", "distill", "init+distill", "project"),  # the paper's
+    *("ridge", "scaled", "masked", "aligned", "trimmed", "orthogonal"),
+    *("ridge+init", "ridge+distill", "anchored", "interpolation", "label-free", "auto"),
+)
 
 
 @functools.cache
@@ -25,7 +29,7 @@ def methods() -> dict[str, Method]:
     """Find every method.
 
     Returns:
-        The methods by name: the paper's in their usual order, then others by name.
+        The methods by name: the paper's, those without training, those with; then others by name.
     """
     found: dict[str, Method] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):

@@ -39,6 +39,22 @@ class Ridge:
 
 
 def run(job: Job, options: Ridge) -> list[dict[str, float]]:
+    """Refit the old delta and write it.
+
+    Args:
+        job: What and where.
+        options: How.
+
+    Returns:
+        No learning curve: nothing is trained.
+    """
+    from regraft.adaptation import save_model
+
+    save_model(refitted(job, options).cpu(), job.upgrade.new, job.data.labels, job.into)
+    return []
+
+
+def refitted(job: Job, options: Ridge) -> Any:
     """Go through the layers in order, and fit each one's delta to what the new model feeds it.
 
     In every linear layer that was tuned, the old model added D·x_o to what its base gives. In the new model, grafted
@@ -50,9 +66,9 @@ def run(job: Job, options: Ridge) -> list[dict[str, float]]:
         options: How.
 
     Returns:
-        No learning curve: nothing is trained.
+        The model, ready to be tuned further.
     """
-    from regraft.adaptation import load_model, save_model
+    from regraft.adaptation import load_model
     from regraft.adaptation.changes import check_linear, linear_changes
     from regraft.tuning import encode
     from regraft.tuning.walk import Walk
@@ -75,8 +91,7 @@ def run(job: Job, options: Ridge) -> list[dict[str, float]]:
         above.run(go_on=True)
         job.progress("ridge", part + 1, above.parts, {})
     job.notes["moved"] = round(sum(moved) / len(moved), 4)  # mean of ‖D' − D‖ / ‖D‖
-    save_model(new.cpu(), job.upgrade.new, job.data.labels, job.into)
-    return []
+    return new
 
 
 def _inputs(walk: Walk, modules: list[Any]) -> dict[str, list[torch.Tensor]]:

@@ -121,10 +121,7 @@ def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dic
             if _gain(best, found := losses(trial)) > CHANCE:
                 best, scales = found, trial
                 break
-    job.notes["loss"] = [
-        round(float(first.mean()), 4),
-        round(float(best.mean()), 4),
-    ]  # of direct, and of what is chosen
+    job.notes["loss"] = [round(float(loss.mean()), 4) for loss in (first, best)]  # of direct, and of what is chosen
     return scales
 
 
