@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from regraft import Base, Recipe, Upgrade, compare, load_adaptation, load_outcome, recycle, tune
 from regraft.adaptation import load_model
 from regraft.errors import MismatchError, OutcomeError, RecipeError
-from regraft.methods import methods
+from regraft.methods import describe_methods, methods
 from regraft.task import load_data
 from regraft.tuning import Distillation, encode, predict
 
@@ -313,3 +313,10 @@ def test_distilling_follows_the_teacher(tmp_path, bases, tuned, task_file, quick
     divergence = torch.nn.functional.kl_div(student, teacher, reduction="batchmean")
     assert divergence < 0.1
     assert not any("teacher" in file.name for file in outcome.path.rglob("*"))
+
+
+def test_the_readme_lists_the_methods_that_there_are():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    table = readme.partition("| method | what it does | needs |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    expected = [f"| `{name}` | {summary} | {needs} |" for name, summary, needs, _ in describe_methods()]
+    assert table.splitlines() == expected
