@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.model import ADAPTER
-from regraft.errors import RecipeError
+from regraft.adaptation.rework import check_reworkable
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation
     from regraft.upgrade import Base
 
-MODULES = ("full", "lora", "bottleneck")
+KINDS = ("full", "lora", "bottleneck")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
     from peft.tuners.lora import LoraLayer
     from torch import nn
 
-    check_linear(adaptation)
+    check_reworkable(adaptation, KINDS)
     before = dict(tuned.named_parameters())
     prefix = old.prefix + "."
     found = []
@@ -88,20 +88,3 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
         elif f".modules_to_save.{ADAPTER}" in name or (adaptation.kind != "lora" and not name.startswith(prefix)):
             found.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=True))
     return found
-
-
-def check_linear(adaptation: Adaptation) -> None:
-    """Refuse kinds that are no change of linear layers.
-
-    Args:
-        adaptation: The tuned weights.
-
-    Raises:
-        RecipeError: It is neither a full fine-tune nor a plain LoRA nor bottleneck adapters.
-    """
-    kind = "dora" if adaptation.config.get("use_dora") else adaptation.kind
-    if kind not in MODULES:
-        raise RecipeError(
-            f"{adaptation.path}: this method works on linear layers, of kinds {', '.join(MODULES)}; a {kind} it cannot "
-            "carry. Take direct or init, or convert it to full or lora first."
-        )

@@ -59,11 +59,12 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
         No learning curve: nothing is trained.
     """
     from regraft.adaptation import fresh_model, load_model, save_model
-    from regraft.adaptation.changes import check_linear
+    from regraft.adaptation.changes import KINDS
+    from regraft.adaptation.rework import check_reworkable
     from regraft.tuning import encode
     from regraft.tuning.walk import Walk
 
-    check_linear(job.adaptation)
+    check_reworkable(job.adaptation, KINDS)
     upgrade, labels = job.upgrade, job.data.labels
     grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, labels)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))

@@ -69,11 +69,12 @@ def refitted(job: Job, options: Ridge) -> Any:
         The model, ready to be tuned further.
     """
     from regraft.adaptation import load_model
-    from regraft.adaptation.changes import check_linear, linear_changes
+    from regraft.adaptation.changes import KINDS, linear_changes
+    from regraft.adaptation.rework import check_reworkable
     from regraft.tuning import encode
     from regraft.tuning.walk import Walk
 
-    check_linear(job.adaptation)
+    check_reworkable(job.adaptation, KINDS)
     new = job.grafted()
     tuned = load_model(job.adaptation, job.upgrade.old, job.data.labels)
     changes = {
