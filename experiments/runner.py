@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import json
 import multiprocessing
 import os
 import shutil
@@ -16,7 +17,7 @@ from grid import OLD_SEED, cell_folder, cells, method_of, needs_tasks, old_folde
 
 from regraft import Upgrade, load_adaptation, load_outcome, recycle, tune
 from regraft.checkpoint import write_atomic
-from regraft.errors import RecipeError
+from regraft.errors import OutcomeError, RecipeError
 from regraft.task import load_data
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from grid import Cell, Grid
+
+    from regraft import Recipe
 
     Job = tuple[str, Callable[..., str], tuple[Any, ...]]
 
@@ -38,7 +41,11 @@ def run(grid: Grid, workers: int = 2, say: Callable[[str], None] = print) -> lis
 
     Returns:
         What failed, a line each; the next run tries it again.
+
+    Raises:
+        OutcomeError: What is there was made by another recipe or with other options.
     """
+    check_recipes(grid)
     old = [
         (f"{task} {kind}, old base, seed {seed}", run_old, (grid, task, kind, seed))
         for seed in grid.seeds
@@ -53,6 +60,37 @@ def run(grid: Grid, workers: int = 2, say: Callable[[str], None] = print) -> lis
         todo = [cell for cell in missing(grid) if needs_tasks(cell, grid) == later]
         failed += run_jobs([(str(cell), run_cell, (grid, cell)) for cell in todo], workers, say)
     return failed
+
+
+def check_recipes(grid: Grid) -> None:
+    """Refuse to mix what was made by other recipes or options into a table.
+
+    Args:
+        grid: The experiment.
+
+    Raises:
+        OutcomeError: There are such outcomes; the message names them.
+    """
+    wanted: dict[Path, tuple[Recipe, Any]] = {}
+    for cell in cells(grid):
+        wanted[cell_folder(grid, cell)] = (recipe_of(grid, cell), method_of(grid, cell)[1])
+        old = dataclasses.replace(grid.tuning[cell.kind], seed=cell.seed + OLD_SEED)
+        wanted[old_folder(grid, cell.task, cell.kind, cell.seed)] = (old, None)
+    others = [folder for folder, (recipe, options) in wanted.items() if _differs(folder, recipe, options)]
+    if others:
+        raise OutcomeError(
+            f"{len(others)} outcomes were made by another recipe or with other options than the experiment's, such as "
+            f"{others[0]}. Remove them and run again."
+        )
+
+
+def _differs(folder: Path, recipe: Recipe, options: Any) -> bool:
+    if not (folder / "outcome.json").is_file():
+        return False
+    inputs = load_outcome(folder).record["inputs"]
+    given = {} if options is None else dataclasses.asdict(options)
+    found = {"recipe": inputs["recipe"], "options": inputs.get("options") or {}}
+    return found != json.loads(json.dumps({"recipe": dataclasses.asdict(recipe), "options": given}))
 
 
 def missing(grid: Grid) -> list[Cell]:

@@ -11,6 +11,7 @@ import pytest
 from conftest import move_base
 
 from regraft import Recipe, Task
+from regraft.errors import OutcomeError
 from regraft.task import score
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
@@ -84,6 +85,9 @@ def test_interrupted_and_run_again(grid, monkeypatch):
     assert runner.run(grid, workers=0, say=lambda text: pytest.fail(text)) == []
     assert {file: file.stat().st_mtime_ns for file in grid.out.rglob("*")} == before
     check_figures(grid)
+    changed = dataclasses.replace(grid, tuning={"lora": dataclasses.replace(grid.tuning["lora"], learning_rate=0.1)})
+    with pytest.raises(OutcomeError, match=r"2 outcomes were made by another recipe.*mood-lora-seed20"):
+        runner.run(changed, workers=0)
 
 
 def rows(folder):
