@@ -47,7 +47,7 @@ BASES = {
 """Of each base, the one it is made from, the domain and how it is pre-trained, in blocks of 64 tokens. The first half
 of the heavy upgrade moves far; by itself it leaves a base on which scratch learns little, and the second half, on
 general text again, mends that."""
-RATES = {"full": 2e-4, "lora": 2e-3}
+RATES = {"full": 2e-4, "lora": 1e-3}
 FEW_LABELS = ("scratch", "init", "init+distill", "label-free")
 
 
@@ -83,7 +83,7 @@ def prepare(workers: int) -> Grid:
         upgrades={name: OUT / "models" / name for name in ("mild", "heavy")},
         tasks={name: Task.load(file).model_copy(update=changes) for name, file in files.items()},
         tuning=recipes(300, 50, 16),
-        regimes=(Regime("all", None, recipes(120, 15, 8)), Regime("few", 32, recipes(80, 16, 8), FEW_LABELS)),
+        regimes=(Regime("all", None, recipes(96, 12, 8)), Regime("few", 32, recipes(64, 16, 8), FEW_LABELS)),
         seeds=(20, 30, 40),
         extras=(Entry("init+distill, flip-aware", "init+distill", ("flip_weight=2",)),),
     )
