@@ -60,7 +60,7 @@ def run(job: Job, options: LabelFree) -> list[dict[str, float]]:
         job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text)))
     job.notes["labels"] = 0
     job.notes["score"] = "overlap of class probabilities with the old model's on dev"
-    loss = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature)
+    loss = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature, decay="none")
     return job.tune(job.grafted(), loss, teacher_judges=True)
 
 

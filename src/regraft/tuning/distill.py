@@ -37,8 +37,9 @@ class Distillation:
             `mean` averages over both, as the paper's reference does.
         flip_weight: Where above 0, the teacher counts 1 + flip_weight times as much on examples it has right as on
             those it has wrong, the mean over the batch staying 1: what was right shall stay right.
-        decay: How alpha and beta fall to 0 over the training, so that the labels win in the end: `none` (they stay),
-            `linear` or `cosine`.
+        decay: How alpha and beta fall to 0 over the training, so that the labels win in the end: `none` (they stay, as
+            in the paper), `linear` or `cosine`. Where the new base is much the better one, a teacher that stays holds
+            the student down to what it knew.
 
     Raises:
         RecipeError: A number is out of its range.
