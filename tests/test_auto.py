@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from regraft import Base, Recipe, Upgrade, recycle
-from regraft.errors import RecipeError
+from regraft import Base, Recipe, Task, Upgrade, check, compare, recycle, tune
+from regraft.errors import DataError, RecipeError
 from regraft.methods.auto import Auto
 from regraft.methods.ladder import Bar
 from regraft.task import load_data, paired_difference, score
@@ -139,6 +139,50 @@ def test_without_labels_no_label_is_read(tmp_path, far, tuned, task_file):
     for out in found:
         assert "cannot be known" in out.record["notes"]["cannot_know"]
         assert out.record["notes"]["old_deployment"] == 1.0  # it agrees with itself
+
+
+@pytest.fixture
+def unlabelled(tmp_path, task_file):
+    """The task's texts alone."""
+    for split in ("train", "dev", "test"):
+        lines = (task_file.parent / f"{split}.csv").read_text().splitlines()
+        (tmp_path / f"{split}.csv").write_text("\n".join(row.rpartition(",")[0] for row in lines) + "\n")
+    text = task_file.read_text().replace("label: label", "label: null\nlabels: [negative, positive]")
+    (tmp_path / "task.yaml").write_text(text)
+    return tmp_path / "task.yaml"
+
+
+def test_a_task_without_labels_is_recycled_by_what_reads_none(tmp_path, far, tuned, task_file, unlabelled):
+    source = tuned["bert", "lora"]
+    data = load_data(unlabelled, 20)
+    assert not data.labelled
+    assert (len(data.train), len(data.dev), data.labels) == (240, 60, ("negative", "positive"))
+    for method in ("direct", "ridge", "scaled", "label-free"):
+        outcome = recycle(far, source, unlabelled, method, tmp_path / method, recipe=FEW)
+        scored = recycle(far, source, task_file, method, tmp_path / f"{method}-scored", recipe=FEW)
+        one, other = (load_file(out.path / "adaptation" / "adapter_model.safetensors") for out in (outcome, scored))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert outcome.scores["dev"] is outcome.scores["test"] is outcome.scores["test_majority"] is None
+        assert outcome.predictions("test") == scored.predictions("test")
+        assert outcome.record["cost"]["labels"] == 0
+        assert "not measured" in (outcome.path / "README.md").read_text()
+    outcome = climb(tmp_path, far, source, unlabelled, labels=False, budgets=(0.5,), scratch=False)
+    assert outcome.record["notes"]["cannot_know"]
+    for method, options in (("init", None), ("masked", None), ("auto", None)):
+        with pytest.raises(DataError, match="has no labels"):
+            recycle(far, source, unlabelled, method, tmp_path / "out", recipe=FEW, options=options)
+    for act in (
+        lambda: tune(far.old, unlabelled, tmp_path / "out", recipe=FEW),
+        lambda: check(far, source, unlabelled),
+        lambda: compare(far, source, unlabelled, ["direct"], tmp_path / "all", recipe=FEW),
+        lambda: load_data(Task.load(unlabelled).with_shots(2), 20),
+    ):
+        with pytest.raises(DataError, match="has no labels"):
+            act()
+    assert not (tmp_path / "out").exists()
+    unlabelled.write_text(unlabelled.read_text().replace("labels: [negative, positive]", ""))
+    with pytest.raises(DataError, match="no column of them"):
+        Task.load(unlabelled)
 
 
 def test_an_interrupted_climb_goes_on_where_it_was(tmp_path, far, tuned, task_file):

@@ -81,11 +81,14 @@ def outcome(result: Outcome) -> None:
     record = result.record
     scores, cost, metric = record["scores"], record["cost"], record["task"]["metric"]
     figures = [f"{name} {scores[name]:.4f}" for name in ("dev", "test") if scores[name] is not None]
-    console.print(
-        f"[bold]{escape(record['method'])}[/] ({record['kind']}): {metric} {', '.join(figures)} "
-        f"(dev before the first step {scores['dev_at_start']:.4f}, best at step {record['best_step']})",
-        highlight=False,
-    )
+    told = f"{metric} {', '.join(figures)}" if figures else "no labels to score by"
+    if scores["dev_at_start"] is not None:
+        told += f" (dev before the first step {scores['dev_at_start']:.4f}, best at step {record['best_step']})"
+    console.print(f"[bold]{escape(record['method'])}[/] ({record['kind']}): {told}", highlight=False)
+    if "why" in record["notes"]:
+        console.print(escape(record["notes"]["why"]), highlight=False)
+    if "cannot_know" in record["notes"]:
+        console.print(escape(record["notes"]["cannot_know"]), highlight=False)
     console.print(
         f"{cost['steps']} steps, {cost['seconds']:.0f} s, {cost['labels']} labelled examples", highlight=False
     )

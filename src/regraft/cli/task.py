@@ -26,7 +26,8 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
     from regraft.task import Task, majority_score, read_task, summarise
 
     data = read_task(Task.load(file))
-    scores = {split.name: f"{majority_score(data, split):.3f}" for split in (data.dev, data.test) if split is not None}
+    splits = (data.dev, data.test) if data.labelled else ()
+    scores = {split.name: f"{majority_score(data, split):.3f}" for split in splits if split is not None}
     console = Console()
     table = Table(title=escape(data.name), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("split and label", overflow="fold")
@@ -35,13 +36,14 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
     for split in summarise(data):
         words = (f"{split.median_words:,.0f}", f"{split.p95_words:,.0f}", f"{split.max_words:,}")
         table.add_row(f"[bold]{split.name}[/]", f"{split.examples:,}", "", *words, scores.get(split.name, ""))
-        for name, count in list(split.counts.items())[:CLASSES_SHOWN]:
+        for name, count in list(split.counts.items())[: CLASSES_SHOWN * data.labelled]:
             table.add_row(f"  {escape(name)}", f"{count:,}", f"{count / split.examples:.1%}")
-        if len(split.counts) > CLASSES_SHOWN:
+        if len(split.counts) > CLASSES_SHOWN and data.labelled:
             table.add_row(f"  … and {len(split.counts) - CLASSES_SHOWN} more")
         table.add_section()
     console.print(table)
-    console.print(f"metric {data.metric}, max_length {data.max_length} tokens, {len(data.labels)} labels")
+    known = f"{len(data.labels)} labels{'' if data.labelled else ', which no example has'}"
+    console.print(f"metric {data.metric}, max_length {data.max_length} tokens, {known}")
     if data.dev.source == data.train.source:
         console.print("dev is held out of train; name a file of it under `dev` to choose it yourself")
     if data.test is not None and data.duplicates:

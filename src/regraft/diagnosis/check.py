@@ -96,7 +96,9 @@ def check(
     recipe = recipe or Recipe()
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     lineage = adaptation.check_base(upgrade.old, force=force)
-    data = load_data(task, recipe.seed).with_room(adaptation.virtual_tokens, upgrade.new.longest)
+    data = load_data(task, recipe.seed)
+    data.require_labels("check")
+    data = data.with_room(adaptation.virtual_tokens, upgrade.new.longest)
     data = match_labels(adaptation, data)
     effect = check_effect(check_fit(adaptation, upgrade, data.labels), adaptation, upgrade.old, data)
     split = data.test or data.dev

@@ -88,6 +88,8 @@ def recycle(
         raise RecipeError(f"method {method} learns the old head's outputs: it takes head copy only, found {head}.")
     lineage = adaptation.check_base(upgrade.old, force=force)
     data = load_data(task, recipe.seed)
+    if getattr(options, "labels", "labels" in chosen.needs):
+        data.require_labels(f"method {method}")
     data = data.with_room(adaptation.virtual_tokens, upgrade.new.longest)
     if head == "copy":
         data = match_labels(adaptation, data)
@@ -174,10 +176,14 @@ def record_outcome(
             continue
         examples = encode(base, split, data.max_length)
         found = predict(model, examples, recipe.precision, progress).argmax(dim=1).tolist()
-        scores |= {name: score(data.metric, split.labels, found), f"{name}_majority": majority_score(data, split)}
-        numbered = zip(split.rows.tolist(), split.labels.tolist(), found, strict=True)
+        scores |= dict.fromkeys((name, f"{name}_majority"))
+        if data.labelled:
+            scores |= {name: score(data.metric, split.labels, found), f"{name}_majority": majority_score(data, split)}
+        known = split.labels.tolist() if data.labelled else [None] * len(split)
+        numbered = zip(split.rows.tolist(), known, found, strict=True)
         rows += [{"split": name, "row": row, "label": label, "prediction": guess} for row, label, guess in numbered]
     dev = scores["dev"]
+    trained = bool(curve)
     curve = curve or [{"step": 0, "seconds": 0.0, "score": float(dev or 0.0)}]
     steps = int(curve[-1]["step"])
     best = max(curve, key=lambda point: (point["score"], -point["step"]))
@@ -191,7 +197,7 @@ def record_outcome(
         "labels": list(data.labels),
         "seed": recipe.seed,
         "recipe": dataclasses.asdict(recipe),
-        "scores": {**scores, "dev_at_start": curve[0]["score"]},
+        "scores": {**scores, "dev_at_start": curve[0]["score"] if trained or data.labelled else None},
         "best_step": int(best["step"]),
         "cost": {
             "steps": steps,

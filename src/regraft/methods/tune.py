@@ -67,7 +67,9 @@ def tune(
     base = base if isinstance(base, Base) else Base.open(base)
     sizes = {"rank": rank, "inner_size": inner_size, "virtual_tokens": virtual_tokens}
     config = new_config(kind, base, **sizes) if isinstance(kind, str) else kind
-    data = load_data(task, recipe.seed).with_room(getattr(config, "num_virtual_tokens", None) or 0, base.longest)
+    data = load_data(task, recipe.seed)
+    data.require_labels("tuning")
+    data = data.with_room(getattr(config, "num_virtual_tokens", None) or 0, base.longest)
     inputs = {
         "method": "tune",
         "adapter": settings(config),

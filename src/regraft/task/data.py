@@ -68,6 +68,7 @@ class TaskData:
         dev: The examples to choose by.
         test: The examples to report on, if there are any.
         duplicates: How many examples of test have the very texts of one of train.
+        labelled: Whether the examples have labels; if not, every class is 0 and means nothing.
     """
 
     name: str
@@ -78,6 +79,7 @@ class TaskData:
     dev: Split
     test: Split | None
     duplicates: int
+    labelled: bool = True
 
     def with_room(self, tokens: int, longest: int) -> TaskData:
         """Cut texts so that virtual tokens fit in front of them.
@@ -90,6 +92,21 @@ class TaskData:
             The task, with a smaller `max_length` where that is needed.
         """
         return dataclasses.replace(self, max_length=min(self.max_length, longest - tokens)) if tokens else self
+
+    def require_labels(self, what: str) -> None:
+        """Refuse what labels are needed for where there are none.
+
+        Args:
+            what: What they are needed for.
+
+        Raises:
+            DataError: There are none.
+        """
+        if not self.labelled:
+            raise DataError(
+                f"{self.train.source}: task {self.name!r} has no labels, which {what} needs. Name their column under "
+                "`label`, or recycle by a method that reads none, such as ridge, label-free or auto -o labels=false."
+            )
 
     def few_shot(self, shots: int, seed: int) -> TaskData:
         """Keep a few examples a class of train and of dev, and all of test.
@@ -110,6 +127,7 @@ class TaskData:
         """
         import numpy as np
 
+        self.require_labels("a few examples a class")
         if shots < 1:
             raise RecipeError(f"shots = {shots}: at least 1 example a class is needed.")
         counts = np.bincount(self.train.labels, minlength=len(self.labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
 
     Texts stay as they are. Labels become text and are numbered in the order of `task.labels`, else of the class names
     that the data set brings, else sorted. Without a dev source a tenth of train is held out, class by class; with
-    `task.shots` a few examples a class are kept. Texts of test that are in train as well are counted and warned of.
+    `task.shots` a few examples a class are kept. Without a column of labels every example is of class 0. Texts of test
+    that are in train as well are counted and warned of.
 
     Args:
         task: The task.
@@ -38,14 +40,14 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
     """
     sources = {"train": task.train, "dev": task.dev, "test": task.test}
     tables = {name: read_table(source, task.columns, task.label) for name, source in sources.items() if source}
-    names = {split: _label_names(table, task.label) for split, table in tables.items()}
+    names = {split: _label_names(table, task.label, task.labels) for split, table in tables.items()}
     labels = task.labels or tables["train"].classes or label_order(names["train"])
     splits = {
         split: _encoded(split, table, task.columns, names[split], labels, listed=task.labels is not None)
         for split, table in tables.items()
     }
     train, dev, test = splits["train"], splits.get("dev"), splits.get("test")
-    if len(present := sorted(set(names["train"]))) < 2:
+    if task.label is not None and len(present := sorted(set(names["train"]))) < 2:
         raise DataError(
             f"{train.source}: every row has the label {present[0]!r}; a task needs two labels or more. "
             f"Check that {task.label!r} is the column of labels."
@@ -53,14 +55,17 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
     if dev is None:
         train, dev = hold_out(train, labels, seed)
     data = TaskData(task.name, task.metric, task.max_length, labels, train, dev, test, len(duplicates(train, test)))
+    data = dataclasses.replace(data, labelled=task.label is not None)
     if task.shots is not None:
         data = data.few_shot(task.shots, seed)
     _warn_of_duplicates(data)
     return data
 
 
-def _label_names(table: Table, column: str) -> list[str]:
-    """Name the label of each row."""
+def _label_names(table: Table, column: str | None, labels: Sequence[str] | None) -> list[str]:
+    """Name the label of each row; where there is no column of them, the first of all labels stands for none."""
+    if column is None:
+        return [(labels or ("",))[0]] * len(table.rows)
 
     def name(value: object) -> str | None:
         if table.classes is None or not isinstance(value, int):

@@ -36,13 +36,13 @@ class Table:
     classes: tuple[str, ...] | None = None
 
 
-def read_table(source: str | HubSplit, texts: Sequence[str], label: str) -> Table:
+def read_table(source: str | HubSplit, texts: Sequence[str], label: str | None) -> Table:
     """Read the columns of a task.
 
     Args:
         source: A file, or a split of a data set.
         texts: The columns of text.
-        label: The column of labels.
+        label: The column of labels, if there is one.
 
     Returns:
         These columns; there is at least one row.
@@ -56,7 +56,7 @@ def read_table(source: str | HubSplit, texts: Sequence[str], label: str) -> Tabl
     return table
 
 
-def _read_file(path: Path, texts: Sequence[str], label: str) -> Table:
+def _read_file(path: Path, texts: Sequence[str], label: str | None) -> Table:
     ending = path.suffix.lower()
     if ending not in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
         raise DataError(
@@ -68,7 +68,8 @@ def _read_file(path: Path, texts: Sequence[str], label: str) -> Table:
         raise DataError(f"{path}: no such file. Correct the path; relative ones start from the task file's folder.")
     if ending == ".parquet":
         return _read_parquet(path, texts, label)
-    return _read_jsonl(path, [*texts, label]) if ending.startswith(".json") else _read_csv(path, [*texts, label])
+    wanted = _wanted(texts, label)
+    return _read_jsonl(path, wanted) if ending.startswith(".json") else _read_csv(path, wanted)
 
 
 def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
@@ -122,14 +123,14 @@ def _read_jsonl(path: Path, wanted: Sequence[str]) -> Table:
     return Table(str(path), {column: [entry.get(column) for entry in entries] for column in wanted}, rows)
 
 
-def _read_parquet(path: Path, texts: Sequence[str], label: str) -> Table:
+def _read_parquet(path: Path, texts: Sequence[str], label: str | None) -> Table:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            table = file.read(columns=_require([*texts, label], schema.names, str(path)))
+            table = file.read(columns=_require(_wanted(texts, label), schema.names, str(path)))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read ({_reason(error)}). Write it anew.") from error
     classes = None
@@ -140,7 +141,7 @@ def _read_parquet(path: Path, texts: Sequence[str], label: str) -> Table:
     return Table(str(path), table.to_pydict(), range(1, table.num_rows + 1), classes)
 
 
-def _read_hub(source: HubSplit, texts: Sequence[str], label: str) -> Table:
+def _read_hub(source: HubSplit, texts: Sequence[str], label: str | None) -> Table:
     from datasets import load_dataset
 
     try:
@@ -149,13 +150,17 @@ def _read_hub(source: HubSplit, texts: Sequence[str], label: str) -> Table:
         raise DataError(
             f"{source}: `datasets` cannot load it ({_reason(error)}). Check its name, config, split and revision."
         ) from error
-    wanted = _require([*texts, label], loaded.column_names, str(source))
+    wanted = _require(_wanted(texts, label), loaded.column_names, str(source))
     columns = loaded.select_columns(wanted).with_format(None)[:]
     return Table(str(source), columns, range(1, len(loaded) + 1), _classes(loaded.features, label))
 
 
-def _classes(features: Any, label: str) -> tuple[str, ...] | None:
-    names = getattr(features[label], "names", None)
+def _wanted(texts: Sequence[str], label: str | None) -> list[str]:
+    return [*texts] if label is None else [*texts, label]
+
+
+def _classes(features: Any, label: str | None) -> tuple[str, ...] | None:
+    names = getattr(features[label], "names", None) if label is not None else None
     return tuple(label_name(name) or name for name in names) if names else None
 
 

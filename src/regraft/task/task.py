@@ -65,7 +65,8 @@ class Task(BaseModel):
         dev: The examples to choose by; a tenth of train is held out if there is none.
         test: The examples to report on.
         text: The column that holds the text, or two columns for a pair of texts.
-        label: The column that holds the label.
+        label: The column that holds the label; None where there is none: then `labels` are needed, and only methods
+            that read no label can be used.
         labels: All label names in the order of the classes; found in train if not given.
         metric: What is reported.
         shots: Examples a class to keep of train and of dev; all of them if not given.
@@ -79,8 +80,10 @@ class Task(BaseModel):
     dev: Source | None = Field(default=None, description=_SOURCE)
     test: Source | None = Field(default=None, description=_SOURCE)
     text: _Text = Field(description="the column that holds the text, or a list of two columns for a pair of texts")
-    label: _Column = Field(description="the column that holds the label")
-    labels: tuple[str, ...] | None = Field(default=None, description="a list of label names, each of them text")
+    label: _Column | None = Field(description="the column that holds the label, or null where there are none")
+    labels: tuple[str, ...] | None = Field(
+        default=None, validate_default=True, description="a list of label names, each of them text"
+    )
     metric: Literal["accuracy", "macro_f1", "mcc"] = Field(
         default="accuracy", description="one of accuracy, macro_f1, mcc"
     )
@@ -132,9 +135,9 @@ class Task(BaseModel):
 
     @field_validator("label")
     @classmethod
-    def _apart_from_text(cls, label: str, info: ValidationInfo) -> str:
+    def _apart_from_text(cls, label: str | None, info: ValidationInfo) -> str | None:
         text = info.data.get("text", ())
-        if label in ([text] if isinstance(text, str) else text):
+        if label is not None and label in ([text] if isinstance(text, str) else text):
             raise ValueError(f"names {label!r}, which is a column of text already. Give the column of labels.")
         return label
 
@@ -148,8 +151,10 @@ class Task(BaseModel):
 
     @field_validator("labels")
     @classmethod
-    def _at_least_two(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _at_least_two(cls, labels: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         if labels is None:
+            if "label" in info.data and info.data["label"] is None:
+                raise ValueError("are needed where there is no column of them. List the names that the old head has.")
             return None
         if twice := sorted({name for name in labels if labels.count(name) > 1}):
             raise ValueError(f"lists {', '.join(map(repr, twice))} more than once. List each label once.")
