@@ -48,7 +48,7 @@ BASES = {
 of the heavy upgrade moves far; by itself it leaves a base on which scratch learns little, and the second half, on
 general text again, mends that."""
 RATES = {"full": 2e-4, "lora": 1e-3}
-FEW_LABELS = ("scratch", "init", "init+distill", "label-free")
+FEW_LABELS = ("scratch", "init", "init+distill", "ridge+distill", "label-free")
 
 
 def recipes(steps: int, eval_every: int, batch_size: int) -> dict[str, Recipe]:
@@ -85,7 +85,11 @@ def prepare(workers: int) -> Grid:
         tuning=recipes(300, 50, 16),
         regimes=(Regime("all", None, recipes(96, 12, 8)), Regime("few", 32, recipes(64, 16, 8), FEW_LABELS)),
         seeds=(20, 30, 40),
-        extras=(Entry("init+distill, flip-aware", "init+distill", ("flip_weight=2",)),),
+        extras=(
+            Entry("init+distill, flip-aware", "init+distill", ("flip_weight=2",)),
+            Entry("init+distill, fading", "init+distill", ("decay=linear",)),
+            Entry("ridge+distill, fading", "ridge+distill", ("decay=linear",)),
+        ),
     )
 
 
