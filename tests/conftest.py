@@ -38,6 +38,7 @@ NEUTRAL = [
 ]
 WORDS = [*GOOD, *BAD, *NEUTRAL]
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
+LABELS = ("negative", "positive")
 
 
 def sentence(chance: random.Random, positive: bool) -> str:
@@ -166,3 +167,56 @@ def tuned(tmp_path_factory, bases, task_file, quick) -> dict[tuple[str, str], Pa
         for name in ARCHITECTURES
         for kind in ("full", "lora")
     }
+
+
+@pytest.fixture(scope="session")
+def opened(bases):
+    """The opened old base and its upgrade for each architecture."""
+    from regraft import Base
+
+    return {name: tuple(Base.open(path) for path in pair) for name, pair in bases.items()}
+
+
+@pytest.fixture(scope="session")
+def texts(opened, task_file):
+    """The encoded dev texts for each architecture."""
+    from regraft.task import load_data
+    from regraft.tuning import encode
+
+    data = load_data(task_file, 20)
+    return {name: encode(pair[0], data.dev, data.max_length) for name, pair in opened.items()}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, opened, texts):
+    """Every kind on every old base, with every tuned number moved; and the logits it gave before it was saved."""
+    import torch
+
+    from regraft.adaptation import KINDS, attach, fresh_model, new_config, save_model
+    from regraft.tuning import predict
+
+    folder, found = tmp_path_factory.mktemp("made"), {}
+    for architecture, kind in ((a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")):
+        base = opened[architecture][0]
+        model = fresh_model(base, LABELS, 1)
+        if kind != "full":
+            model = attach(model, base, new_config(kind, base, rank=3, inner_size=5, virtual_tokens=4), 1)
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        into = folder / f"{architecture}-{kind}" / "adaptation"
+        into.mkdir(parents=True)
+        save_model(model, base, LABELS, into)
+        found[architecture, kind] = into, predict(model, texts[architecture], "fp32")
+    return found
+
+
+def logits_of(path, base, texts):
+    """The logits of a stored adaptation."""
+    from regraft import load_adaptation
+    from regraft.adaptation import load_model
+    from regraft.tuning import predict
+
+    return predict(load_model(load_adaptation(path), base, LABELS), texts, "fp32")
