@@ -22,7 +22,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 from figures import collect
-from grid import Entry, Grid, Regime
+from grid import Entry, Grid, Regime, cells
 from runner import run, run_jobs
 from tables import page
 
@@ -113,6 +113,9 @@ def write(grid: Grid, folder: Path, intro: str) -> None:
     results = collect(grid)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "results.json", dump(results))
+    there, all_of_them = len(results["runs"]), len(list(cells(grid)))
+    if there < all_of_them:
+        intro += f"\n\n**Not complete: {there} of {all_of_them} runs so far; the same command makes the others.**"
     write_atomic(folder / "README.md", page(json.loads(dump(results)), intro))
 
 

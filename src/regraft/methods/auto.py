@@ -12,6 +12,8 @@ from regraft.errors import RecipeError
 from regraft.methods import ladder
 from regraft.methods.method import Job, Method
 
+HOPELESS = 0.5
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -29,7 +31,7 @@ class Auto:
         labels: Whether labels may be used; without, the old model's predictions stand for them.
         training_free: Methods that are tried before any tuning, in order.
         budgets: The shares of the recipe's steps after which tuning is looked at; each goes on from the one before.
-        scratch: Whether to tune from scratch where all else is clearly below the target.
+        scratch: Whether to tune from scratch where all else keeps less than half of the old score above guessing.
 
     Raises:
         RecipeError: A number is out of its range.
@@ -64,8 +66,9 @@ def run(job: Job, options: Auto) -> list[dict[str, float]]:
 
     A rung passes if its score on dev, minus the target's, is above −tolerance with the wanted confidence. The target
     is the old deployment; where a linear probe on the bases' features finds the new one better at the task, its gain
-    is added, and rungs without training, which cannot have it, are left out. A tuning that passes no more and gains
-    less than the tolerance over its last budget ends the ladder; scratch is tried where it is clearly below.
+    is added, and rungs without training, which cannot have it, are left out. Tuning starts from the best rung so far;
+    where it gains less than the tolerance the ladder ends. If no rung passes, the cheapest is taken that no dearer one
+    beats by the tolerance.
 
     Args:
         job: What and where.
@@ -123,6 +126,14 @@ class _Climb:
             joined += [{**p, "step": p["step"] + steps, "seconds": p["seconds"] + seconds} for p in points]
         return joined
 
+    def best(self, margin: float) -> dict[str, Any]:
+        """Give the best rung; a dearer one must be better by more than a margin."""
+        best = self.rungs[0]
+        for rung in self.rungs[1:]:
+            if rung["score"] > best["score"] + margin:
+                best = rung
+        return best
+
     def try_method(self, name: str) -> dict[str, Any] | None:
         """Run a method with its defaults as a rung; None if it cannot carry this kind of adaptation."""
         from regraft.methods.registry import find_method
@@ -135,7 +146,7 @@ class _Climb:
         from regraft.adaptation import load_adaptation, load_model
         from regraft.tuning.distill import Distillation
 
-        best = max(self.rungs, key=lambda rung: rung["score"])["rung"]
+        best = self.best(0.0)["rung"]
         steps = self.job.recipe.steps or 1
         share = max(1, round(steps * budget) - round(steps * done))
         recipe = dataclasses.replace(
@@ -178,22 +189,22 @@ def _climb(climb: _Climb, bar: Bar, options: Auto) -> tuple[dict[str, Any], str]
         rung = climb.try_method(name)
         if rung and rung["verdict"] == "passes":
             return rung, f"{name} passes: {bar.describe(rung)}"
-    before = max(climb.rungs, key=lambda rung: rung["score"])
-    done, rung, why = 0.0, before, "the whole budget of tuning was spent"
+    done, why = 0.0, "the whole budget of tuning was spent"
     for budget in options.budgets:
+        before = climb.best(0.0)["score"]
         rung = climb.tune_on(done, budget)
         if rung["verdict"] == "passes":
             return rung, f"{rung['rung']} passes: {bar.describe(rung)}"
-        if done and rung["score"] - before["score"] < options.tolerance:
-            gained = 100 * (rung["score"] - before["score"])
-            why = f"the last {100 * (budget - done):.0f} % of the steps gained {gained:.1f} points"
+        gained = rung["score"] - before
+        if gained < options.tolerance and (done or rung["verdict"] != "fails"):  # what is far below gets a second look
+            why = f"the last {100 * (budget - done):.0f} % of the steps gained {100 * gained:.1f} points"
             break
-        done, before = budget, rung
-    if rung["verdict"] == "fails" and options.scratch:
+        done = budget
+    if options.scratch and bar.survival(climb.best(0.0)["score"]) < HOPELESS:
         climb.try_method("scratch")
-        why += "; it was clearly below the target, so scratch was tried"
-    best = max(climb.rungs, key=lambda rung: rung["score"])
-    return best, f"nothing passes ({why}): {best['rung']} is best on dev, {bar.describe(best)}"
+        why += "; little of the old weights survives, so scratch was tried"
+    best = climb.best(options.tolerance)
+    return best, f"nothing passes ({why}): {best['rung']} is taken, {bar.describe(best)}"
 
 
 METHOD = Method("auto", "the cheapest of the methods that passes a test", ("labels", "training"), run, Auto)

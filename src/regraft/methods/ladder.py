@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from regraft.task import paired_difference, score
+from regraft.task import majority_score, paired_difference, score
 from regraft.tuning.predict import device, predict
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Bar:
         labels: The classes of dev.
         reference: What the old deployment predicts on dev; the comparison is paired with it.
         old: Its score.
+        floor: The score of always guessing the most frequent class of train.
         target: The score to reach.
         gain: How much better a linear probe is on the new base than on the old; None where none was made.
         tolerance: How much may be lost against the target.
@@ -36,6 +37,7 @@ class Bar:
     labels: list[int]
     reference: list[int]
     old: float
+    floor: float
     target: float
     gain: Interval | None
     tolerance: float
@@ -45,6 +47,17 @@ class Bar:
     def is_raised(self) -> bool:
         """Whether the target is above what old weights can be expected to reach."""
         return self.target > self.old + self.tolerance
+
+    def survival(self, score: float) -> float:
+        """Tell which share of what the old deployment has above guessing a score has.
+
+        Args:
+            score: A rung's.
+
+        Returns:
+            1 for the old deployment's, 0 for guessing; 0 where the old deployment is no better than that.
+        """
+        return (score - self.floor) / (self.old - self.floor) if self.old > self.floor else 0.0
 
     def measure(self, predictions: list[int]) -> dict[str, Any]:
         """Test a rung.
@@ -113,7 +126,8 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
         gain = paired_difference(metric, labels, found["probes"][1], found["probes"][0], confidence=confidence)
     if target is None:
         target = old + (gain.estimate if gain and gain.low > 0 else 0.0)
-    return Bar(metric, labels, found["reference"], old, target, gain, tolerance, confidence)
+    floor = majority_score(job.data, job.data.dev)
+    return Bar(metric, labels, found["reference"], old, floor, target, gain, tolerance, confidence)
 
 
 def dev_predictions(job: Job, folder: Path, *, old: bool = False) -> list[int]:
