@@ -142,6 +142,13 @@ def test_compare_holds_every_method_against_scratch(compared, tuned, kind):
     assert [row["method"] for row in record["rows"]] == list(rows)
 
 
+def test_a_tuning_that_learnt_nothing_says_so(tmp_path, bases, task_file, caplog):
+    recipe = dataclasses.replace(FEW, steps=2, learning_rate=1e-12)
+    tune(bases["bert"][0], task_file, tmp_path / "out", kind="lora", recipe=recipe)
+    assert "brought no better score on dev" in caplog.text
+    assert str(tmp_path / "out") in caplog.text
+
+
 def test_compare_over_seeds_gives_means(tmp_path, bases, tuned, task_file):
     upgrade, source = Upgrade(*bases["bert"]), tuned["bert", "lora"]
     table = compare(upgrade, source, task_file, ["scratch"], tmp_path, recipe=FEW, seeds=(20, 30))

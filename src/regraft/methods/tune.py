@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ from regraft.upgrade import Base
 if TYPE_CHECKING:
     from regraft.adaptation.kinds import Config
     from regraft.task import Task, TaskData
+
+logger = logging.getLogger(__name__)
 
 
 def tune(
@@ -88,6 +91,12 @@ def tune(
         if config is not None:
             model = attach(model, base, config, resolved.seed)
         curve = tune_model(model, base, data, resolved, work, progress)
+        if max(point["score"] for point in curve) <= curve[0]["score"]:
+            logger.warning(
+                "%s: %d steps at a rate of %g brought no better score on dev than the untrained head has, so the "
+                "weights are those before the first step. Take more steps or another learning rate.",
+                out, resolved.steps, resolved.learning_rate,
+            )  # fmt: skip
         save_model(model, base, data.labels, staging / "adaptation")
         return record_outcome(
             staging, out, base, data, resolved, curve, inputs, method="tune", recycled_from=None, progress=progress,
