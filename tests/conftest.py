@@ -220,3 +220,30 @@ def logits_of(path, base, texts):
     from regraft.tuning import predict
 
     return predict(load_model(load_adaptation(path), base, LABELS), texts, "fp32")
+
+
+def adapt(base, kind, folder, seed=2, labels=LABELS, rank=3):
+    """Write an adaptation of a kind whose every tuned number is moved."""
+    import torch
+
+    from regraft.adaptation import attach, fresh_model, new_config, save_model
+
+    model = fresh_model(base, labels, 1)
+    if kind != "full":
+        model = attach(model, base, new_config(kind, base, rank=rank, inner_size=5), 1)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    folder.mkdir(parents=True)
+    save_model(model, base, labels, folder)
+    return folder
+
+
+def weights(path):
+    """The tensors of an adaptation's folder."""
+    from safetensors.torch import load_file
+
+    name = "adapter_model" if (path / "adapter_config.json").exists() else "model"
+    return load_file(path / f"{name}.safetensors")

@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import move_base, write_base
+from conftest import adapt, move_base, weights, write_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import attach, fresh_model, load_model, new_config, save_model
+from regraft.adaptation import fresh_model, load_model
 from regraft.errors import RecipeError
 from regraft.methods.aligned import Aligned
 from regraft.methods.ridge import Ridge
@@ -25,29 +25,9 @@ ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 LABELS = ("negative", "positive")
 
 
-def adapt(base, kind, folder, seed=2):
-    """An adaptation of a kind whose every tuned number is moved."""
-    model = fresh_model(base, LABELS, 1)
-    if kind != "full":
-        model = attach(model, base, new_config(kind, base, rank=3, inner_size=5), 1)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    folder.mkdir(parents=True)
-    save_model(model, base, LABELS, folder)
-    return folder
-
-
 def logits_of(path, base, task_file):
     data = load_data(task_file, 20).relabel(LABELS)
     return predict(load_model(load_adaptation(path), base, LABELS), encode(base, data.test, data.max_length), "fp32")
-
-
-def weights(path):
-    name = "adapter_model" if (path / "adapter_config.json").exists() else "model"
-    return load_file(path / f"{name}.safetensors")
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
+from conftest import adapt, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import attach, fresh_model, load_model, new_config, save_model
+from regraft.adaptation import attach, fresh_model, load_model, new_config
 from regraft.errors import RecipeError
 from regraft.methods import parse_options
 from regraft.methods.masked import Masking
@@ -26,26 +27,6 @@ from regraft.weights import kind_of
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
 LABELS = ("negative", "positive")
 RANK = 3
-
-
-def adapt(base, kind, folder, seed=2, labels=LABELS, amount=0.1):
-    """An adaptation of a kind whose every tuned number is moved."""
-    model = fresh_model(base, labels, 1)
-    if kind != "full":
-        model = attach(model, base, new_config(kind, base, rank=RANK, inner_size=5), 1)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(amount * torch.randn_like(parameter))
-    folder.mkdir(parents=True)
-    save_model(model, base, labels, folder)
-    return folder
-
-
-def weights(path):
-    name = "adapter_model" if (path / "adapter_config.json").exists() else "model"
-    return load_file(path / f"{name}.safetensors")
 
 
 def run(method, upgrade, path, task_file, out, options=None, **more):

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import move_base
+from conftest import adapt, move_base, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import attach, fresh_model, new_config, save_model
 from regraft.errors import MismatchError, RecipeError
 from regraft.methods import parse_options
 from regraft.methods.project import Projection
@@ -88,26 +87,6 @@ def test_a_strong_ridge_leaves_the_mean_or_nothing(seed, count):
     for intercept, expected in ((True, new.mean(dim=0)), (False, torch.zeros(9).double())):
         weights = project(old @ old.T, new @ new.T, old @ v, 1e12, 16, intercept=intercept)
         torch.testing.assert_close(weights @ new, expected, rtol=0, atol=1e-8)
-
-
-def adapt(base, kind, folder, seed, labels=LABELS, amount=0.1, rank=3):
-    """An adaptation of a kind whose every tuned number is moved."""
-    model = fresh_model(base, labels, seed)
-    if kind != "full":
-        model = attach(model, base, new_config(kind, base, rank=rank, inner_size=5), 1)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(amount * torch.randn_like(parameter))
-    folder.mkdir(parents=True)
-    save_model(model, base, labels, folder)
-    return folder
-
-
-def weights(path):
-    name = "adapter_model" if (path / "adapter_config.json").exists() else "model"
-    return load_file(path / f"{name}.safetensors")
 
 
 def vector(path, base):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import weights
 from safetensors.torch import load_file
 
 from regraft import Base, Recipe, Upgrade, compare, load_adaptation, load_outcome, recycle, tune
@@ -29,11 +30,6 @@ def logits_of(path, base, task_file):
     adaptation, base = load_adaptation(path), Base.open(base)
     data = load_data(task_file, 20).relabel(adaptation.labels)
     return predict(load_model(adaptation, base, data.labels), encode(base, data.test, data.max_length), "fp32")
-
-
-def weights(path):
-    name = "adapter_model" if (path / "adapter_config.json").exists() else "model"
-    return load_file(path / f"{name}.safetensors")
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CELLS)
