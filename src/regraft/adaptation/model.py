@@ -162,9 +162,11 @@ def save_model(model: Any, base: Base, labels: Sequence[str], into: Path) -> Non
             config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
             model.save_pretrained(str(into), save_embedding_layers=False)
             (into / "README.md").unlink(missing_ok=True)  # the outcome has a model card with figures in it
+            stored = json.loads((into / ADAPTER_CONFIG).read_text(encoding="utf-8"))
             if hasattr(model, "regraft_start"):
-                stored = json.loads((into / ADAPTER_CONFIG).read_text(encoding="utf-8"))
                 write_adapter(into, *fold_start(peft_state(model), model.regraft_start, stored))
+            else:
+                _write_config(into, stored)
         elif hasattr(model, "bottleneck_config"):
             settings = {**model.bottleneck_config.to_dict(), "base_model_name_or_path": base.name}
             write_adapter(into, {START + name: t for name, t in bottleneck_state(model).items()}, settings)
@@ -184,7 +186,14 @@ def write_adapter(into: Path, tensors: Mapping[str, torch.Tensor], config: Mappi
     """
     into.mkdir(parents=True, exist_ok=True)
     write_safetensors(into / ADAPTER_WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
-    write_atomic(into / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_config(into, config)
+
+
+def _write_config(into: Path, config: Mapping[str, Any]) -> None:
+    """Write PEFT's settings; what it holds as sets, and so writes in an order that changes from run to run, sorted."""
+    sets = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
+    ordered = {name: sorted(config[name]) for name in sets if isinstance(config.get(name), (list, set))}
+    write_atomic(into / ADAPTER_CONFIG, json.dumps({**config, **ordered}, indent=2, sort_keys=True) + "\n")
 
 
 def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: Any) -> tuple[Any, list[str]]:
