@@ -46,7 +46,7 @@ def collect(grid: Grid) -> dict[str, Any]:
     }
     runs = []
     for cell, outcome in found.items():
-        scratch = found.get(dataclasses.replace(cell, entry="scratch"))
+        scratch = found.get(baseline(grid, cell))
         reference = found.get(dataclasses.replace(cell, entry="scratch", regime=grid.regimes[0].name))
         if scratch and reference:
             before = old[cell.task, cell.kind, cell.seed]
@@ -70,12 +70,27 @@ def collect(grid: Grid) -> dict[str, Any]:
     }
 
 
+def baseline(grid: Grid, cell: Cell) -> Cell:
+    """Give the scratch that a cell is held against: its regime's own, or where that has none the reference.
+
+    Args:
+        grid: The experiment.
+        cell: Any of its cells.
+
+    Returns:
+        The cell of scratch with the same task, upgrade, kind and seed.
+    """
+    regime = next(regime for regime in grid.regimes if regime.name == cell.regime)
+    own = any(entry.name == "scratch" for entry in grid.entries(regime))
+    return dataclasses.replace(cell, entry="scratch", regime=regime.name if own else grid.regimes[0].name)
+
+
 def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Outcome) -> dict[str, Any]:
     """Give the figures of one run.
 
     Args:
         outcome: What came of the method.
-        scratch: Of scratch with the same labels and steps, seed and cell.
+        scratch: Of the scratch it is held against, of the same seed and cell.
         reference: Of scratch with all labels and the whole budget.
         old: The old deployment, of the same seed.
 
@@ -153,7 +168,7 @@ def _differences(grid: Grid, found: dict[Cell, Outcome]) -> list[dict[str, Any]]
         pairs = [
             (found[mine], found[other])
             for mine in (dataclasses.replace(cell, seed=seed) for seed in grid.seeds)
-            if mine in found and (other := dataclasses.replace(mine, entry=against)) in found
+            if mine in found and (other := _against(grid, mine, against)) in found
         ]
         if cell.entry != against and pairs:
             ours, theirs = ([pair[side].predictions("test") for pair in pairs] for side in (0, 1))
@@ -162,6 +177,10 @@ def _differences(grid: Grid, found: dict[Cell, Outcome]) -> list[dict[str, Any]]
             del row["seed"]
             rows.append(row | difference(metric, test_labels(pairs[0][0]), ours, theirs))
     return rows
+
+
+def _against(grid: Grid, cell: Cell, entry: str) -> Cell:
+    return baseline(grid, cell) if entry == "scratch" else dataclasses.replace(cell, entry=entry)
 
 
 def _noise(found: dict[Cell, Outcome]) -> list[dict[str, Any]]:

@@ -31,11 +31,12 @@ from regraft.checkpoint import write_atomic
 from regraft.demo.domains import write_corpus
 from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model
 from regraft.demo.tasks import write_task
+from regraft.methods import methods
 
 OUT = Path("runs/experiments-methods")
 RESULTS = Path(__file__).parent / "methods"
-SIZES = {"section-role": (2400, 300, 800), "rotten-tomatoes": (2400, 300, 800), "licence-category": (2400, 300, 800)}
-MAX_LENGTH = 32
+TASKS = ("section-role", "rotten-tomatoes", "licence-category")
+TRAIN, DEV, TEST, MAX_LENGTH = 2400, 240, 600, 24
 CHARACTERS = 4_000_000
 """Of unlabelled text a domain: more than any pre-training here sees."""
 BASES = {
@@ -48,7 +49,11 @@ BASES = {
 of the heavy upgrade moves far; by itself it leaves a base on which scratch learns little, and the second half, on
 general text again, mends that."""
 RATES = {"full": 2e-4, "lora": 1e-3}
-FEW_LABELS = ("scratch", "init", "init+distill", "ridge+distill", "label-free")
+WHOLE = ("scratch", "init", "init+distill, fading", "auto")
+"""Run with all labels and the whole budget, beside all that do no training."""
+QUARTER = ("init", "init+distill", "ridge+init", "ridge+distill", "anchored")
+"""Run with all labels and a quarter of the steps."""
+FEW_LABELS = ("scratch", "distill", "init", "init+distill", "ridge+distill", "interpolation", "label-free")
 
 
 def recipes(steps: int, eval_every: int, batch_size: int) -> dict[str, Recipe]:
@@ -63,10 +68,7 @@ def recipes(steps: int, eval_every: int, batch_size: int) -> dict[str, Recipe]:
 
 def prepare(workers: int) -> Grid:
     """Make the bases and the tasks, and say what is to be run."""
-    files = {
-        name: write_task(name, OUT / "data" / name, train=train, dev=dev, test=test)
-        for name, (train, dev, test) in SIZES.items()
-    }
+    files = {name: write_task(name, OUT / "data" / name, train=TRAIN, dev=DEV, test=TEST) for name in TASKS}
     unseen = [file.parent / f"{split}.csv" for file in files.values() for split in ("dev", "test")]
     for _, domain, _ in BASES.values():
         if not (corpus := OUT / "texts" / f"{domain}.jsonl").is_file():
@@ -76,20 +78,21 @@ def prepare(workers: int) -> Grid:
         absent = [name for name in names if not (OUT / "models" / name).is_dir()]
         if failed := run_jobs([(f"base {name}", make_base, (name,)) for name in absent], workers, print):
             sys.exit("\n".join(failed))
+    free = [name for name, method in methods().items() if "training" not in method.needs]
     changes = {"max_length": MAX_LENGTH, "metric": "accuracy"}
     return Grid(
         out=OUT,
         old=OUT / "models" / "old",
         upgrades={name: OUT / "models" / name for name in ("mild", "heavy")},
         tasks={name: Task.load(file).model_copy(update=changes) for name, file in files.items()},
-        tuning=recipes(300, 50, 16),
-        regimes=(Regime("all", None, recipes(96, 12, 8)), Regime("few", 32, recipes(64, 16, 8), FEW_LABELS)),
-        seeds=(20, 30, 40),
-        extras=(
-            Entry("init+distill, flip-aware", "init+distill", ("flip_weight=2",)),
-            Entry("init+distill, fading", "init+distill", ("decay=linear",)),
-            Entry("ridge+distill, fading", "ridge+distill", ("decay=linear",)),
+        tuning=recipes(120, 40, 16),
+        regimes=(
+            Regime("whole", None, recipes(120, 30, 16), (*free, *WHOLE)),
+            Regime("quarter", None, recipes(30, 10, 16), QUARTER),
+            Regime("few", 32, recipes(32, 16, 8), FEW_LABELS),
         ),
+        seeds=(20, 30, 40),
+        extras=(Entry("init+distill, fading", "init+distill", ("decay=linear",)),),
     )
 
 

@@ -25,11 +25,11 @@ def page(results: dict[str, Any], intro: str) -> str:
     Returns:
         Markdown.
     """
-    first, *others = [regime["name"] for regime in results["made"]["regimes"]]
-    parts = [intro, _targets(results), _upgrades(results), *_training_free(results, first), *_tuned(results, first)]
-    for regime in others:
-        parts += _few(results, regime)
-    parts += [*_auto(results, first), _refused(results), _made(results)]
+    regimes = results["made"]["regimes"]
+    parts = [intro, _targets(results), _upgrades(results), *_training_free(results, regimes[0]["name"])]
+    for regime in regimes:
+        parts += (_tuned if regime["shots"] is None else _few)(results, regime)
+    parts += [*_auto(results), _refused(results), _made(results)]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -179,8 +179,15 @@ def _percent(value: float) -> str:
     return "never" if value == float("inf") else f"{value:.0f}"
 
 
-def _tuned(results: dict[str, Any], regime: str) -> list[str]:
+def _tuned(results: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    regime, reference = about["name"], results["made"]["regimes"][0]
     methods = names(results, regime, lambda needs: not is_free(needs))
+    if not methods:
+        return []
+    budget = ", ".join(
+        f"{recipe['steps']} of {reference['recipes'][kind]['steps']} steps ({kind})"
+        for kind, recipe in about["recipes"].items()
+    )
     noise = {
         tuple(row[name] for name in CELL): row["negative_flips"] for row in select(results["noise"], regime=regime)
     }
@@ -209,8 +216,9 @@ def _tuned(results: dict[str, Any], regime: str) -> list[str]:
         "better than scratch in", "worse in", "of", "negative flips %", "seconds",
     ]  # fmt: skip
     return [
-        f"## With tuning\n\nAll labels, the budget of scratch. Negative flips are against the old deployment{between}. "
-        "Better or worse than scratch: the 95 % interval of the difference on test is wholly above or below 0." + apart,
+        f"## With tuning, {regime}\n\nAll labels; {budget}, scratch always with the whole. Negative flips are against "
+        f"the old deployment{between}. Better or worse than scratch: the 95 % interval of the difference on test is "
+        "wholly above or below 0." + apart,
         table(head, rows),
         "Best dev score; test score (recovery %), difference to scratch in points; steps to scratch's last dev score "
         "in % of its steps (median over seeds; in brackets the seeds that never got there); negative flips in % "
@@ -235,8 +243,8 @@ def _tuned_cell(runs: Runs, difference: dict[str, Any] | None, noise: dict[tuple
     return "; ".join(parts)
 
 
-def _few(results: dict[str, Any], regime: str) -> list[str]:
-    about = next(entry for entry in results["made"]["regimes"] if entry["name"] == regime)
+def _few(results: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    regime = about["name"]
     methods = names(results, regime, lambda needs: True)
     rows = []
     for method in methods:
@@ -259,8 +267,10 @@ def _few(results: dict[str, Any], regime: str) -> list[str]:
     ]
 
 
-def _auto(results: dict[str, Any], regime: str) -> list[str]:
-    runs, rows = select(results["runs"], regime=regime), []
+def _auto(results: dict[str, Any]) -> list[str]:
+    every = {regime["name"] for regime in results["made"]["regimes"] if regime["shots"] is None}
+    runs: Runs = [run for run in results["runs"] if run["regime"] in every]
+    rows = []
     mine = select(runs, entry="auto")
     for cell in dict.fromkeys(tuple(run[name] for name in CELL) for run in mine):
         of = dict(zip(CELL, cell, strict=True))
@@ -285,8 +295,8 @@ def _auto(results: dict[str, Any], regime: str) -> list[str]:
 def best_method(runs: Runs) -> tuple[str, float]:
     """Give the method other than auto with the highest mean test score, and that score."""
     scores = {
-        entry: statistics.fmean(run["test"] for run in select(runs, entry=entry))
-        for entry in dict.fromkeys(run["entry"] for run in runs)
+        f"{entry} ({regime})": statistics.fmean(run["test"] for run in select(runs, entry=entry, regime=regime))
+        for entry, regime in dict.fromkeys((run["entry"], run["regime"]) for run in runs)
         if entry != "auto"
     }
     return max(scores.items(), key=lambda item: item[1])

@@ -34,14 +34,23 @@ def targets(results: dict[str, Any]) -> list[Target]:
     Returns:
         The targets.
     """
-    first, *others = [regime["name"] for regime in results["made"]["regimes"]]
+    first, *others = results["made"]["regimes"]
+    all_labels = [regime["name"] for regime in others if regime["shots"] is None]
     heavy = list(results["upgrades"])[-1]
-    runs = [run for run in results["runs"] if run["regime"] == first]
-    differences = [row for row in results["differences"] if row["regime"] == first]
-    few = [run for run in results["runs"] if run["regime"] in others]
     tuned = [name for name, about in results["methods"].items() if "training" in about["needs"]]
     tuned = [name for name in tuned if name not in ("scratch", "auto")]
-    found = [_free(differences, heavy), _speed(runs, tuned), _few(few, tuned), _auto(runs)]
+
+    def of(name: str, regimes: list[str]) -> list[dict[str, Any]]:
+        return [row for row in results[name] if row["regime"] in regimes]
+
+    whole = [first["name"]]
+    found = [
+        _free(of("differences", whole), heavy),
+        _speed(of("runs", all_labels or whole), tuned),
+        _few(of("runs", [regime["name"] for regime in others if regime["shots"] is not None]), tuned),
+        _end(of("differences", whole), of("runs", whole), tuned),
+        _auto(of("runs", whole + all_labels)),
+    ]
     return [target for target in found if target]
 
 
@@ -100,17 +109,42 @@ def _few(runs: list[dict[str, Any]], tuned: list[str]) -> Target | None:
     )
 
 
+def _end(differences: list[dict[str, Any]], runs: list[dict[str, Any]], tuned: list[str]) -> Target | None:
+    below = {
+        name: sum(row["high"] < 0 for row in mine)
+        for name in tuned
+        if (mine := [row for row in differences if row["entry"] == name])
+    }
+    if not below:
+        return None
+    best = min(below, key=lambda name: below[name])
+    cells = sum(row["entry"] == best for row in differences)
+    direct = {_where(run): run["start"] for run in runs if run["entry"] == "direct"}
+    starts = [run["start"] - direct[_where(run)] for run in runs if run["entry"] == best and _where(run) in direct]
+    return Target(
+        "a tuned method ends nowhere significantly below scratch with the same steps, and starts nowhere below direct",
+        not below[best] and min(starts, default=0.0) >= 0,
+        f"{best}: below scratch in {below[best]} of {cells} cells, below direct at the start in "
+        f"{sum(gap < 0 for gap in starts)} of {len(starts)} runs",
+    )
+
+
+def _where(run: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(run[name] for name in ("task", "upgrade", "kind", "seed"))
+
+
 def _auto(runs: list[dict[str, Any]]) -> Target | None:
-    cells: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    cells: dict[tuple[str, ...], dict[tuple[str, str], list[dict[str, Any]]]] = {}
     for run in runs:
         cell = cells.setdefault((run["task"], run["upgrade"], run["kind"]), {})
-        cell.setdefault(run["entry"], []).append(run)
+        cell.setdefault((run["entry"], run["regime"]), []).append(run)
     behind, costs = [], []
     for cell in cells.values():
-        if "auto" in cell and len(cell) > 1:
-            scores = {name: statistics.fmean(run["test"] for run in several) for name, several in cell.items()}
-            behind.append(100 * (max(score for name, score in scores.items() if name != "auto") - scores["auto"]))
-            costs.append(statistics.fmean(run["steps_share"] for run in cell["auto"]))
+        scores = {entry: statistics.fmean(run["test"] for run in several) for entry, several in cell.items()}
+        mine = [entry for entry in scores if entry[0] == "auto"]
+        if mine and len(scores) > 1:
+            behind.append(100 * (max(score for entry, score in scores.items() if entry not in mine) - scores[mine[0]]))
+            costs.append(statistics.fmean(run["steps_share"] for run in cell[mine[0]]))
     if not behind:
         return None
     good = sum(gap <= 1 and cost <= 50 for gap, cost in zip(behind, costs, strict=True))

@@ -57,6 +57,14 @@ def test_what_is_run(grid):
     assert {plan.task_of(grid, cell).shots for cell in every} == {None, 8}
 
 
+def test_what_a_run_is_held_against(grid):
+    quarter = plan.Regime("quarter", None, grid.regimes[0].recipes, ("init",))
+    three = dataclasses.replace(grid, regimes=(*grid.regimes, quarter))
+    against = {cell.regime: figures.baseline(three, cell) for cell in plan.cells(three)}
+    assert {name: cell.entry for name, cell in against.items()} == dict.fromkeys(("all", "few", "quarter"), "scratch")
+    assert {name: cell.regime for name, cell in against.items()} == {"all": "all", "few": "few", "quarter": "all"}
+
+
 @pytest.mark.slow
 def test_interrupted_and_run_again(grid, monkeypatch):
     real, calls = runner.recycle, []
@@ -183,7 +191,8 @@ def made_up(entry, test, share, upgrade="heavy", regime="all", seed=20, steps=10
     return where | figures | more
 
 
-def results_by_hand(auto_steps=25.0, gain=0.04):
+def results_by_hand(gain=0.04, end=0.0):
+    recipe = {"batch_size": 16, "learning_rate": 1e-3}
     about = {
         "scratch": ["labels", "training"], "direct": [], "scaled": ["labels"], "init": ["labels", "training"],
         "auto": ["labels", "training"],
@@ -193,13 +202,18 @@ def results_by_hand(auto_steps=25.0, gain=0.04):
         *(made_up("direct", test, None, seed=seed, steps=0.0) for test, seed in ((0.7, 20), (0.8, 30))),
         *(made_up("scaled", 0.78, 0.0, seed=seed, steps=0.0) for seed in (20, 30)),
         *(made_up("init", 0.92, share, seed=seed) for share, seed in ((20.0, 20), (None, 30))),
-        *(made_up("auto", 0.915, 20.0, seed=seed, steps=auto_steps, chosen="init", why="") for seed in (20, 30)),
+        *(made_up("auto", 0.915, 20.0, seed=seed, steps=25.0, chosen="init", why="") for seed in (20, 30)),
         *(made_up("init", 0.86, 40.0, regime="few", seed=seed) for seed in (20, 30)),
+        *(made_up("init", 0.93, 25.0, regime="quarter", seed=seed, steps=25.0) for seed in (20, 30)),
     ]
     return {
         "made": {
             "versions": [{"torch": "2"}], "seeds": [20, 30], "old_tuning": {}, "tasks": {},
-            "regimes": [{"name": "all", "shots": None, "recipes": {}}, {"name": "few", "shots": 32, "recipes": {}}],
+            "regimes": [
+                {"name": "all", "shots": None, "recipes": {"full": {**recipe, "steps": 100}}},
+                {"name": "quarter", "shots": None, "recipes": {"full": {**recipe, "steps": 25}}},
+                {"name": "few", "shots": 32, "recipes": {}},
+            ],
         },
         "upgrades": {"heavy": {"l2": 12.3, "relative": 0.25, "cosine": 0.9}},
         "methods": {name: {"method": name, "options": [], "needs": needs} for name, needs in about.items()},
@@ -207,6 +221,8 @@ def results_by_hand(auto_steps=25.0, gain=0.04):
         "differences": [
             {"task": "mood", "upgrade": "heavy", "kind": "full", "regime": "all", "entry": "scaled",
              "against": "direct", "seeds": 2, "estimate": gain, "low": gain - 0.01, "high": gain + 0.01},
+            {"task": "mood", "upgrade": "heavy", "kind": "full", "regime": "all", "entry": "init",
+             "against": "scratch", "seeds": 2, "estimate": end, "low": end - 0.01, "high": end + 0.01},
         ],
         "noise": [{"task": "mood", "upgrade": "heavy", "kind": "full", "regime": "all", "negative_flips": 0.05}],
         "refused": [],
@@ -218,27 +234,38 @@ def test_page_against_values_by_hand():
     assert "| direct | 0.750 ± 0.071 (62 ± 18) |" in written
     assert "| scaled | 0.780 ± 0.000 (70 ± 0); +4.0 [+3.0, +5.0] |" in written
     assert "| scaled | +4.0 | 1 | 0 | 1 | 2.0 |" in written
-    assert "| init | never | 1 of 2 | 105 | 0 | 0 | – | 10.0 | 2 |" in written  # the median of 20 and never
+    assert "| init | never | 1 of 2 | 105 | 0 | 0 | 1 | 10.0 | 2 |" in written  # the median of 20 and never
     assert "| scratch | 100 | 0 of 2 | 100 | 0 | 0 | – | 10.0 | 2 |" in written
     assert any("never % [1]; flips 10.0 (5.0)" in line for line in written)
     assert "| init | 90 | 90 | 0 of 2 | – | 10.0 |" in written
-    assert "| mood | heavy | full | init; init | 25 | 50 | 50 | 0.915 ± 0.000 | init 0.920 | -0.5 |" in written
+    assert (
+        "| mood | heavy | full | init; init | 25 | 50 | 50 | 0.915 ± 0.000 | init (quarter) 0.930 | -1.5 |" in written
+    )
+    assert "All labels; 25 of 100 steps (full), scratch always with the whole." in "\n".join(written)
     assert any(
         line.startswith("| heavy | 12 (25%) | full | 0.500 / 0.900 ± 0.000 / 0.750 ± 0.071 /") for line in written
     )
 
 
 def test_targets_by_hand():
-    free, speed, few, auto = targets.targets(results_by_hand())
+    free, speed, few, ending, auto = targets.targets(results_by_hand())
     assert free.reached
     assert free.found == "scaled: +4.0 points on heavy, worse in 0 of 1 cells"
-    assert not speed.reached
+    assert speed.reached
+    assert speed.found == "init: 25 %"
     assert not few.reached
     assert few.found == "init: 90 %"
-    assert auto.reached
-    free, _, _, auto = targets.targets(results_by_hand(auto_steps=60.0, gain=0.02))
-    assert not free.reached
+    assert ending.reached
     assert not auto.reached
+    assert auto.found.startswith("in 0 of 1 cells; median 1.5 points")
+    free, _, _, ending, _ = targets.targets(results_by_hand(gain=0.02, end=-0.02))
+    assert not free.reached
+    assert not ending.reached
+    better = results_by_hand()
+    better["runs"] = [run for run in better["runs"] if run["regime"] != "quarter"]
+    assert targets.targets(better)[-1].reached
+    better["runs"] = [run | {"steps_share": 60.0} if run["entry"] == "auto" else run for run in better["runs"]]
+    assert not targets.targets(better)[-1].reached
 
 
 def test_what_other_tasks_a_method_learns_from(grid):
