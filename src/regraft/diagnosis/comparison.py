@@ -1,0 +1,180 @@
+"""Sums over batches of how alike two models work."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from regraft.errors import MismatchError
+
+if TYPE_CHECKING:
+    import torch
+
+    from regraft.diagnosis.attention import Seen
+
+
+def head_divergences(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Give the Jensen-Shannon divergence of each head's rows of attention from each other head's.
+
+    JSD(p, q) = H((p + q)/2) − (H(p) + H(q))/2 (Lin, 1991). A head of the first is taken at a time, so that no more
+    memory is used than for a layer's maps.
+
+    Args:
+        first: heads × rows × keys, each row summing to 1.
+        second: The same; it may have other heads.
+
+    Returns:
+        heads of the first × heads of the second: the sum over rows in bits, each row from 0 to 1, in float64.
+    """
+    import torch
+
+    entropy, other = _entropy(first), _entropy(second)
+    rows = [_entropy((p + second) / 2) - (h + other) / 2 for p, h in zip(first, entropy, strict=True)]
+    return torch.stack([row.clamp_min(0).double().sum(dim=1) for row in rows]) / math.log(2)
+
+
+class Moments:
+    """What linear CKA needs of two sets of features, summed over batches.
+
+    CKA = ‖YᵀX‖² / (‖XᵀX‖·‖YᵀY‖) in Frobenius norms, columns centred (Kornblith et al., 2019, arXiv:1905.00414). It
+    needs width × width numbers however many rows there are.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def add(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        """Add rows.
+
+        Args:
+            first: rows × features.
+            second: The same rows × its features.
+        """
+        sides = (first, second)
+        if not self.rows:  # sums about the first batch's mean lose no digits to a mean that is far from 0
+            self._shift = [side.mean(dim=0) for side in sides]
+            self._sums = [side.new_zeros(side.shape[1]) for side in sides]
+            self._products = [
+                a.new_zeros(a.shape[1], b.shape[1]) for a, b in ((first, first), (second, second), (first, second))
+            ]
+        x, y = (side - shift for side, shift in zip(sides, self._shift, strict=True))
+        for total, side in zip(self._sums, (x, y), strict=True):
+            total += side.sum(dim=0)
+        for total, (a, b) in zip(self._products, ((x, x), (y, y), (x, y)), strict=True):
+            total.addmm_(a.T, b)
+        self.rows += len(first)
+
+    def cka(self) -> float:
+        """Give the linear CKA of all rows so far.
+
+        Returns:
+            From 0 to 1; where features never vary, 1 if neither side's do and 0 if one side's do.
+        """
+        x, y = (total.cpu().double() for total in self._sums)
+        norms = [
+            float((product.cpu().double() - a.outer(b) / self.rows).norm())
+            for product, (a, b) in zip(self._products, ((x, x), (y, y), (x, y)), strict=True)
+        ]
+        if not norms[0] or not norms[1]:
+            return float(norms[0] == norms[1])
+        return min(1.0, norms[2] ** 2 / (norms[0] * norms[1]))
+
+
+class Comparison:
+    """How alike two models work, summed over batches.
+
+    Args:
+        every_head: Whether each head is held against all of its layer, or against the corresponding one only.
+
+    Attributes:
+        kl: The sum over texts of KL(first ‖ second) of the predictions, in nats.
+        agreed: On how many texts both predict the same.
+    """
+
+    def __init__(self, *, every_head: bool) -> None:
+        self.kl, self.agreed = 0.0, 0
+        self._every_head, self._rows = every_head, 0
+
+    def add(self, first: Seen, second: Seen, real: torch.Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            first: What the first model did.
+            second: What the second did on the same texts.
+            real: Which tokens are no padding, batch × tokens.
+
+        Raises:
+            MismatchError: They have other layers, heads, keys, widths or classes.
+        """
+        import torch
+
+        _check_alike(first, second)
+        if not self._rows:
+            layers, heads = len(first.attention), first.attention[0].shape[1]
+            shape = (layers, heads, heads) if self._every_head else (layers, heads)
+            self._divergence = torch.zeros(shape, dtype=torch.float64)
+            self._products = torch.zeros(3, layers, heads, dtype=torch.float64)
+            self._moments = [Moments() for _ in first.hidden]
+        for layer, (one, other) in enumerate(zip(first.attention, second.attention, strict=True)):
+            p, q = (maps.transpose(0, 1)[:, real] for maps in (one, other))
+            if self._every_head:
+                self._divergence[layer] += head_divergences(p, q).cpu()
+            else:
+                apart = [head_divergences(a[None], b[None])[0, 0].cpu() for a, b in zip(p, q, strict=True)]
+                self._divergence[layer] += torch.stack(apart)
+            for total, (a, b) in zip(self._products, ((p, q), (p, p), (q, q)), strict=True):
+                total[layer] += (a * b).sum(dim=(1, 2)).cpu().double()
+        for moments, one, other in zip(self._moments, first.hidden, second.hidden, strict=True):
+            moments.add(one[real], other[real])
+        log_p, log_q = (seen.logits.double().log_softmax(dim=1) for seen in (first, second))
+        self.kl += max(0.0, float((log_p.exp() * (log_p - log_q)).sum()))
+        self.agreed += int((log_p.argmax(dim=1) == log_q.argmax(dim=1)).sum())
+        self._rows += int(real.sum())
+
+    @property
+    def divergences(self) -> torch.Tensor:
+        """The mean divergence of rows in bits: layers × heads (× heads of the second, if every head is compared)."""
+        mean: torch.Tensor = self._divergence / self._rows
+        return mean
+
+    @property
+    def cosines(self) -> torch.Tensor:
+        """The cosine of corresponding heads' maps, layers × heads."""
+        both, one, other = self._products
+        cosines: torch.Tensor = (both / (one * other).sqrt()).clamp(max=1)
+        return cosines
+
+    @property
+    def cka(self) -> tuple[float, ...]:
+        """Linear CKA of the embeddings, then of each layer."""
+        return tuple(moments.cka() for moments in self._moments)
+
+
+def _entropy(rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    entropy: torch.Tensor = torch.special.entr(rows).sum(dim=-1)
+    return entropy
+
+
+def _check_alike(first: Seen, second: Seen) -> None:
+    shapes = [
+        [tuple(maps.shape[1:]) for maps in seen.attention]
+        + [(seen.hidden[0].shape[-1], len(seen.hidden), seen.logits.shape[1])]
+        for seen in (first, second)
+    ]
+    if len(shapes[0]) != len(shapes[1]):
+        raise MismatchError(
+            f"one model has {len(shapes[0]) - 1} layers that attend, the other {len(shapes[1]) - 1}: give two of one "
+            "architecture."
+        )
+    for layer, (one, other) in enumerate(zip(*shapes, strict=True)):
+        if one != other:
+            what = "heads, queries and keys"
+            if layer == len(shapes[0]) - 1:
+                layer, what = -1, "width, hidden states and labels"
+            where = "the models" if layer < 0 else f"layer {layer}"
+            raise MismatchError(
+                f"{where}: {what} are {one} in the one model and {other} in the other. Give two of one architecture, "
+                "with the same labels and as many virtual tokens."
+            )

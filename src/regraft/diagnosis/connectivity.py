@@ -1,0 +1,300 @@
+"""Is there a ridge of high loss between two tuned models, or one valley that holds both?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from regraft.diagnosis.blend import Blend, tensors_of
+from regraft.errors import MismatchError, RecipeError
+from regraft.progress import Progress, silent
+from regraft.task import score
+from regraft.tuning.examples import Examples, encode
+from regraft.tuning.predict import predict
+from regraft.weights import distance
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from numpy.typing import ArrayLike
+
+    from regraft.task import Split, TaskData
+    from regraft.upgrade import Base
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+SMALL = 0.05
+SMALL_OF_GUESSING = 0.01
+ERRORS = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """The straight line between two models, (1 − μ)·first + μ·second, as a task sees it.
+
+    Args:
+        ends: What the two models are called.
+        mu: Where it was looked, from 0 to 1.
+        loss: By split, the mean cross-entropy at each μ, in nats.
+        score: By split, the task's metric at each μ.
+        barrier: By split, the largest excess of the loss over the straight line between its end values; 0 if none.
+        connected: Whether the barrier is small on every split, by the rule of `segment`.
+    """
+
+    ends: tuple[str, str]
+    mu: tuple[float, ...]
+    loss: dict[str, tuple[float, ...]]
+    score: dict[str, tuple[float, ...]]
+    barrier: dict[str, float]
+    connected: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plane:
+    """The plane through three models, as a task sees it; coordinates are L2 distances in the space of weights.
+
+    Args:
+        names: What the three are called.
+        places: Where each of them is, (x, y): the first at the origin, the second on the x axis.
+        x: The grid's columns.
+        y: Its rows.
+        loss: The mean cross-entropy at each point in nats, rows y × columns x.
+        score: The task's metric there.
+        split: What was measured on, `dev` or `test`.
+    """
+
+    names: tuple[str, str, str]
+    places: tuple[tuple[float, float], ...]
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    loss: tuple[tuple[float, ...], ...]
+    score: tuple[tuple[float, ...], ...]
+    split: str
+
+
+def barrier(mu: ArrayLike, losses: ArrayLike) -> float:
+    """Tell how high the loss rises between two models.
+
+    Source: the barrier of linear mode connectivity (Frankle et al., 2020, arXiv:1912.05671), as Qin et al., 2023
+    (arXiv:2305.08702), measure it between models tuned before and after an upgrade.
+
+    Args:
+        mu: Places on the segment, ascending; the first and the last are its ends.
+        losses: The loss at each.
+
+    Returns:
+        The largest excess over the straight line between the two end values, at least 0; infinite where a loss is no
+        number.
+
+    Raises:
+        RecipeError: There are fewer than two places, they do not ascend, or there are not as many losses.
+    """
+    places, values = np.asarray(mu, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if places.ndim != 1 or len(places) < 2 or not (np.diff(places) > 0).all() or values.shape != places.shape:
+        raise RecipeError(
+            f"a barrier is taken of at least 2 ascending places and a loss at each, found {places.shape} and "
+            f"{values.shape}."
+        )
+    if not np.isfinite(values).all():
+        return math.inf
+    return max(0.0, float(_excess(places, values).max(initial=0.0)))
+
+
+def segment(
+    first: Any,
+    second: Any,
+    base: Base,
+    data: TaskData,
+    *,
+    points: int = 11,
+    precision: str = "fp32",
+    ends: tuple[str, str] = ("old deployment", "new deployment"),
+    progress: Progress = silent,
+) -> Segment:
+    """Walk the straight line from one tuned model to another, and measure the task at each point.
+
+    Of adapters both the base and the adapter are walked, factor by factor. The two count as connected if, on every
+    split, the barrier is at most 5 % of the larger of the two end losses (or 1 % of the loss of guessing, ln(classes),
+    where that is more: ends that were fitted to nearly no loss would make any bump a barrier) plus twice the standard
+    error of the mean excess at the worst point, from the examples' own losses: a barrier is called one where the
+    examples bear it out.
+
+    Source: finding 2 of Qin et al., 2023 (arXiv:2305.08702), who took 26 points.
+
+    Args:
+        first: A classifier from `load_model`, at μ = 0; it is not changed.
+        second: Another of the same kind, at μ = 1.
+        base: A base whose tokenizer both have.
+        data: The task, classes in the order of both heads; `max_length` leaves room for virtual tokens.
+        points: How many points, ends included; at least 3.
+        precision: `bf16` or `fp32`.
+        ends: What the two are called.
+        progress: Told of each point, with the loss there.
+
+    Returns:
+        Losses and scores on dev and, where there is one, test.
+
+    Raises:
+        DataError: The task has no labels.
+        MismatchError: The two models differ in tensors, or their heads are not for the task's labels.
+        RecipeError: There are fewer than 3 points.
+    """
+    if points < 3:
+        raise RecipeError(f"a segment is walked at 3 points or more, found {points}.")
+    data.require_labels("the loss between two models")
+    splits = {s.name: encode(base, s, data.max_length) for s in (data.dev, data.test) if s is not None}
+    blend = Blend((first, second), ends)
+    mu = tuple(i / (points - 1) for i in range(points))
+    rows: dict[str, list[Floats]] = {name: [] for name in splits}
+    scores: dict[str, list[float]] = {name: [] for name in splits}
+    for done, at in enumerate(mu, 1):
+        blend.at(at)
+        for name, examples in splits.items():
+            losses, reached = _measure(blend.model, examples, data, precision)
+            rows[name].append(losses)
+            scores[name].append(reached)
+        told = {f"{name} loss": float(found[-1].mean()) for name, found in rows.items()}
+        progress("connectivity", done, points, told)
+    loss = {name: tuple(float(r.mean()) for r in found) for name, found in rows.items()}
+    heights = {name: barrier(mu, found) for name, found in loss.items()}
+    allowed = {name: _tolerance(mu, np.stack(found), len(data.labels)) for name, found in rows.items()}
+    return Segment(
+        ends=ends,
+        mu=mu,
+        loss=loss,
+        score={name: tuple(found) for name, found in scores.items()},
+        barrier=heights,
+        connected=all(heights[name] <= allowed[name] for name in splits),
+    )
+
+
+def plane(
+    models: Sequence[Any],
+    names: tuple[str, str, str],
+    base: Base,
+    data: TaskData,
+    *,
+    size: int = 9,
+    margin: float = 0.2,
+    split: str = "test",
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> Plane:
+    """Measure the task on the plane through three models a, b and c.
+
+    The axes are orthonormal: one along u = b − a, the other along what of c − a is at a right angle to it.
+
+    Source: Garipov et al., 2018 (arXiv:1802.10026).
+
+    Args:
+        models: Three classifiers of one kind; they are not changed.
+        names: What they are called.
+        base: A base whose tokenizer they have.
+        data: The task, classes in the order of the heads.
+        size: Points a side; at least 2.
+        margin: How far beyond the three the grid goes, in units of their extent.
+        split: `test` (dev where there is none) or `dev`.
+        precision: `bf16` or `fp32`.
+        progress: Told of each point, with the loss there.
+
+    Returns:
+        The grid, and the places of the three on it.
+
+    Raises:
+        DataError: The task has no labels.
+        MismatchError: The models differ in tensors, or lie on one line.
+        RecipeError: An option is out of its range.
+    """
+    if size < 2 or margin < 0 or split not in ("dev", "test") or len(models) != 3:
+        raise RecipeError(
+            f"a plane goes through 3 models, has 2 points a side or more, a margin of at least 0 and is of dev or "
+            f"test; found {len(models)} models, {size}, {margin} and {split!r}."
+        )
+    data.require_labels("the loss on a plane")
+    chosen: Split = data.dev if split == "dev" or data.test is None else data.test
+    examples = encode(base, chosen, data.max_length)
+    blend = Blend(models, names)
+    places = _places(models, names)
+    x, y = (_axis([place[i] for place in places], size, margin) for i in (0, 1))
+    loss, scores = np.empty((size, size)), np.empty((size, size))
+    for row, column in np.ndindex(size, size):
+        blend.at(*shares_at(x[column], y[row], places))
+        losses, scores[row, column] = _measure(blend.model, examples, data, precision)
+        loss[row, column] = losses.mean()
+        progress("plane", row * size + column + 1, size * size, {f"{chosen.name} loss": float(loss[row, column])})
+    by_row: list[tuple[tuple[float, ...], ...]] = [tuple(map(tuple, found.tolist())) for found in (loss, scores)]
+    return Plane(names, places, x, y, by_row[0], by_row[1], chosen.name)
+
+
+def shares_at(x: float, y: float, places: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Tell what of three models makes up a point of their plane.
+
+    Args:
+        x: Along b − a.
+        y: At a right angle to it, towards c.
+        places: Of a, b and c, from `plane`: a at the origin, b at (x_b, 0).
+
+    Returns:
+        β and γ of (1 − β − γ)·a + β·b + γ·c.
+    """
+    gamma = y / places[2][1]
+    return (x - gamma * places[2][0]) / places[1][0], gamma
+
+
+def _places(models: Sequence[Any], names: Sequence[str]) -> tuple[tuple[float, float], ...]:
+    a, b, c = (_floating(model) for model in models)
+    ab, ac, bc = (distance((p[n], q[n]) for n in p).l2 for p, q in ((a, b), (a, c), (b, c)))
+    along = (ab**2 + ac**2 - bc**2) / (2 * ab) if ab else 0.0
+    beside = math.sqrt(max(0.0, ac**2 - along**2))
+    if beside <= 1e-5 * ac or not ab:
+        raise MismatchError(
+            f"{', '.join(names)} lie on one line: a plane needs three models of which none is between or the same as "
+            "the others. Walk the segment between two of them instead."
+        )
+    return (0.0, 0.0), (ab, 0.0), (along, beside)
+
+
+def _axis(places: Sequence[float], size: int, margin: float) -> tuple[float, ...]:
+    room = margin * (max(places) - min(places))
+    return tuple(np.linspace(min(places) - room, max(places) + room, size).tolist())
+
+
+def _measure(model: Any, examples: Examples, data: TaskData, precision: str) -> tuple[Floats, float]:
+    """Give the cross-entropy of each example, and the task's metric."""
+    import torch
+    from torch.nn import functional
+
+    logits = predict(model, examples, precision)
+    if logits.shape[1] != len(data.labels):
+        raise MismatchError(
+            f"the head has {logits.shape[1]} outputs, task {data.name!r} {len(data.labels)} labels "
+            f"({', '.join(data.labels[:8])}). Give the task that the models were tuned for."
+        )
+    losses = functional.cross_entropy(logits.double(), torch.as_tensor(examples.labels), reduction="none")
+    return losses.numpy(), score(data.metric, examples.labels, logits.argmax(dim=1).numpy())
+
+
+def _excess(mu: Floats, losses: Floats) -> Floats:
+    """Take the straight line between the ends from what is between them, along the first axis."""
+    share = ((mu - mu[0]) / (mu[-1] - mu[0])).reshape(-1, *[1] * (losses.ndim - 1))
+    excess: Floats = (losses - ((1 - share) * losses[0] + share * losses[-1]))[1:-1]
+    return excess
+
+
+def _tolerance(mu: Sequence[float], rows: Floats, classes: int) -> float:
+    """Tell how high a barrier still counts as none, from points × examples losses."""
+    if not np.isfinite(rows).all():
+        return 0.0
+    excess = _excess(np.asarray(mu), rows)
+    worst = excess[int(excess.mean(axis=1).argmax())]
+    error = float(worst.std(ddof=1)) / math.sqrt(len(worst)) if len(worst) > 1 else 0.0
+    ends = max(float(rows[0].mean()), float(rows[-1].mean()))
+    return max(SMALL * ends, SMALL_OF_GUESSING * math.log(classes)) + ERRORS * error
+
+
+def _floating(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.is_floating_point()}
