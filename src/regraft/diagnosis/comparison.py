@@ -16,21 +16,24 @@ if TYPE_CHECKING:
 def head_divergences(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Give the Jensen-Shannon divergence of each head's rows of attention from each other head's.
 
-    JSD(p, q) = H((p + q)/2) − (H(p) + H(q))/2 (Lin, 1991). A head of the first is taken at a time, so that no more
-    memory is used than for a layer's maps.
+    JSD(p, q) = H((p + q)/2) − (H(p) + H(q))/2 (Lin, 1991), in float64 where the device has it: heads that are nearly
+    alike differ in the last digits of float32. A head of the first is taken at a time, so that no more memory is used
+    than for a layer's maps.
 
     Args:
         first: heads × rows × keys, each row summing to 1.
         second: The same; it may have other heads.
 
     Returns:
-        heads of the first × heads of the second: the sum over rows in bits, each row from 0 to 1, in float64.
+        heads of the first × heads of the second: the sum over rows in bits, each row from 0 to 1, on the CPU.
     """
     import torch
 
+    wide = torch.float32 if first.device.type == "mps" else torch.float64
+    first, second = first.to(wide), second.to(wide)
     entropy, other = _entropy(first), _entropy(second)
     rows = [_entropy((p + second) / 2) - (h + other) / 2 for p, h in zip(first, entropy, strict=True)]
-    return torch.stack([row.clamp_min(0).double().sum(dim=1) for row in rows]) / math.log(2)
+    return torch.stack([row.clamp_min(0).sum(dim=1).cpu().double() for row in rows]) / math.log(2)
 
 
 class Moments:
@@ -118,15 +121,15 @@ class Comparison:
         for layer, (one, other) in enumerate(zip(first.attention, second.attention, strict=True)):
             p, q = (maps.transpose(0, 1)[:, real] for maps in (one, other))
             if self._every_head:
-                self._divergence[layer] += head_divergences(p, q).cpu()
+                self._divergence[layer] += head_divergences(p, q)
             else:
-                apart = [head_divergences(a[None], b[None])[0, 0].cpu() for a, b in zip(p, q, strict=True)]
+                apart = [head_divergences(a[None], b[None])[0, 0] for a, b in zip(p, q, strict=True)]
                 self._divergence[layer] += torch.stack(apart)
             for total, (a, b) in zip(self._products, ((p, q), (p, p), (q, q)), strict=True):
                 total[layer] += (a * b).sum(dim=(1, 2)).cpu().double()
         for moments, one, other in zip(self._moments, first.hidden, second.hidden, strict=True):
             moments.add(one[real], other[real])
-        log_p, log_q = (seen.logits.double().log_softmax(dim=1) for seen in (first, second))
+        log_p, log_q = (seen.logits.cpu().double().log_softmax(dim=1) for seen in (first, second))
         self.kl += max(0.0, float((log_p.exp() * (log_p - log_q)).sum()))
         self.agreed += int((log_p.argmax(dim=1) == log_q.argmax(dim=1)).sum())
         self._rows += int(real.sum())

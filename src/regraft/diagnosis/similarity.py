@@ -165,7 +165,7 @@ def similarity(
         others=_table(_mean_of_others(pair.divergences)),
         control=Control(
             control_name or "control",
-            _table(unrelated.divergences.diagonal(dim1=1, dim2=2)),
+            _table(unrelated.divergences),
             _table(unrelated.cosines),
             unrelated.cka,
         ),
