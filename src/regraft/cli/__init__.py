@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from regraft.cli import adaptation, check, compare, demo, methods, pretrain, recycle, task, tune, weights
+from regraft.cli import adaptation, check, compare, demo, methods, pretrain, recycle, report, task, tune, weights
 from regraft.errors import RegraftError
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (check, compare, demo, methods, pretrain, recycle, tune):
+for command in (check, compare, demo, methods, pretrain, recycle, report, tune):
     app.command()(getattr(command, command.__name__.rpartition(".")[2]))
 app.add_typer(adaptation.app, name="adaptation")
 app.add_typer(task.app, name="task")

@@ -1,0 +1,129 @@
+"""Charts of amounts: bars and dots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from regraft.report.charts.style import BLUE, INK, LINE, SOFT, VERMILLION, WIDE, legend, new_figure
+from regraft.report.wording import clip, number
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.figure import Figure
+
+    from regraft.report.standings import Setting
+
+
+def draw_methods(setting: Setting) -> Figure:
+    """Draw the score of each method, with its spread, against scratch, the old deployment and a guess.
+
+    Args:
+        setting: The methods.
+
+    Returns:
+        The figure.
+    """
+    shown = [one for one in setting.standings if one.test is not None]
+    figure = new_figure(WIDE, 1.25 + 0.3 * len(shown))
+    axes = figure.add_subplot()
+    for place, one in enumerate(shown):
+        spread = one.deviation or 0.0
+        colour = INK if one.method == "scratch" else BLUE
+        axes.errorbar(
+            one.test or 0.0, place, xerr=spread or None, color=colour, marker="s" if colour == INK else "o",
+            markersize=6, capsize=3, linewidth=1.4,
+        )  # fmt: skip
+        axes.annotate(
+            number(one.test), ((one.test or 0.0) + spread, place), xytext=(8, 0), textcoords="offset points",
+            va="center", fontsize=8, color=INK,
+        )  # fmt: skip
+    levels = ((setting.floor, "majority guess", (0, (1, 2))), (setting.old, "old deployment", (0, (5, 2))))
+    for value, name, dashes in levels:
+        if value is not None:
+            axes.axvline(value, color=SOFT, linewidth=1.1, linestyle=dashes, label=f"{name} {number(value)}")
+    axes.set_yticks(range(len(shown)), [clip(one.method, 28) for one in shown], color=INK)
+    axes.invert_yaxis()
+    axes.margins(x=0.1, y=0.6 / max(1, len(shown)))
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{setting.metric} on {setting.split}")
+    legend(axes)
+    return figure
+
+
+def draw_moved(names: Sequence[str], shift: Sequence[float], delta: Sequence[float]) -> Figure:
+    """Draw how far the upgrade and the tuning moved each part, relative to its norm.
+
+    Args:
+        names: The parts.
+        shift: The base shift of each, in %.
+        delta: The delta of each, in %.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure(height=max(2.6, 1.3 + 0.2 * len(names)))
+    axes = figure.add_subplot()
+    rows = range(len(names))
+    axes.barh([row - 0.19 for row in rows], shift, 0.36, color=BLUE, label="base shift")
+    axes.barh(
+        [row + 0.19 for row in rows], delta, 0.36, facecolor="none", edgecolor=VERMILLION, hatch="//////", label="delta"
+    )
+    axes.set_yticks(rows, [clip(name, 18) for name in names])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("% of the old base's norm")
+    axes.margins(y=0.03)
+    legend(axes)
+    return figure
+
+
+def draw_calibration(calibration: Mapping[str, Any]) -> Figure:
+    """Draw how often predictions of a confidence are right.
+
+    Args:
+        calibration: By model, the calibration of a diagnosis.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure(height=3.4)
+    axes = figure.add_subplot()
+    axes.plot((0, 1), (0, 1), color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label="as sure as right")
+    looks = {"old": (VERMILLION, "s", (0, (5, 2))), "new": (BLUE, "o", "-")}
+    most = max((one["count"] for entry in calibration.values() for one in entry["bins"]), default=1) or 1
+    for name, entry in calibration.items():
+        colour, marker, dashes = looks.get(name, (INK, "^", "-"))
+        used = [one for one in entry["bins"] if one["count"] and one["accuracy"] is not None]
+        at, right = [one["confidence"] for one in used], [one["accuracy"] for one in used]
+        axes.plot(at, right, color=colour, linestyle=dashes, label=f"{name} model, ECE {number(entry['ece'])}")
+        sizes = [14 + 60 * one["count"] / most for one in used]
+        axes.scatter(at, right, s=sizes, color=colour, marker=marker, edgecolors=LINE, linewidths=0.5, zorder=3)
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("share that is right")
+    axes.set_ylim(-0.03, 1.05)
+    legend(axes, 1)
+    return figure
+
+
+def draw_kept(loss: Mapping[str, float]) -> Figure:
+    """Draw the language-modelling loss of bases and deployments.
+
+    Args:
+        loss: By model, in nats a token.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure(WIDE, 0.9 + 0.34 * len(loss))
+    axes = figure.add_subplot()
+    for place, (name, value) in enumerate(loss.items()):
+        colour = BLUE if name.startswith("new") else VERMILLION
+        axes.plot(value, place, marker="o" if "base" in name else "s", markersize=8, color=colour, linestyle="none")
+        axes.annotate(number(value), (value, place), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(loss)), [clip(name, 24) for name in loss], color=INK)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("language-modelling loss (nats a token), lower is better")
+    axes.margins(x=0.14, y=0.2)
+    return figure

@@ -1,0 +1,118 @@
+"""How charts look: sizes, fonts, and Okabe and Ito's colours, which the colour-blind can tell apart."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito (2008), jfly.uni-koeln.de/color; the page's style sheet knows them by these names and may lighten them
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
+INK, SOFT, LINE, PAPER = "#1b1f24", "#5b636d", "#dfe2e6", "#fefefe"
+THEMED = {
+    INK: "ink", SOFT: "soft", LINE: "line", PAPER: "card", BLUE: "blue", VERMILLION: "vermillion", GREEN: "green",
+    PURPLE: "purple", ORANGE: "orange", SKY: "sky",
+}  # fmt: skip
+SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
+NARROW, WIDE = 4.1, 8.6
+_SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "regraft",
+    "text.parse_math": False,  # a dollar sign in an example is a dollar sign
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.titlesize": 9,
+    "axes.labelcolor": SOFT,
+    "axes.labelsize": 8.5,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": PAPER,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "image.cmap": "cividis",
+}
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Set matplotlib up for our charts while they are drawn and saved, and back afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # a user's own matplotlibrc would change the pages
+        matplotlib.rcParams.update(cast("Any", _SETTINGS))  # the stubs ask for literal keys
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the page's fonts have more of them
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support .* natively", UserWarning)
+        yield
+
+
+def new_figure(width: float = NARROW, height: float = 2.9) -> Figure:
+    """Make an empty figure.
+
+    Args:
+        width: In inches.
+        height: In inches.
+
+    Returns:
+        The figure.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def legend(axes: Axes, columns: int = 2) -> None:
+    """Put a legend below a chart, out of the way of its lines.
+
+    Args:
+        axes: The chart's axes.
+        columns: How many entries stand side by side.
+    """
+    figure: Any = axes.figure
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.4)
+
+
+def save_figure(figure: Figure, form: str) -> bytes:
+    """Give a figure as a file; the same figure gives the same bytes.
+
+    Args:
+        figure: The figure.
+        form: `svg` or `png`.
+
+    Returns:
+        The file's content.
+    """
+    stream = io.BytesIO()
+    nothing = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
+    figure.savefig(stream, format=form, dpi=200, metadata=nothing)
+    return stream.getvalue()

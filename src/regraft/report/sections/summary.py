@@ -1,0 +1,108 @@
+"""What comes first: the verdict and what it rests on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from regraft.report.page import Card, Facts, Section
+from regraft.report.wording import NONE, listing, number, percent, seconds, whole
+
+if TYPE_CHECKING:
+    from regraft.report.standings import Setting
+
+TONES = {"use as is": "good", "training-free": "good", "short tuning": "fair", "scratch": "poor"}
+_NAMES = {
+    "use as is": "Use as is", "training-free": "Recycle without training", "short tuning": "Tune a little",
+    "scratch": "Tune from scratch",
+}  # fmt: skip
+
+
+def verdict_card(diagnosis: dict[str, Any]) -> Card:
+    """Give what a diagnosis comes to.
+
+    Args:
+        diagnosis: Its content.
+
+    Returns:
+        The card.
+    """
+    verdict = diagnosis["verdict"]
+    return Card(
+        label="Verdict",
+        choice=_NAMES.get(verdict["choice"], verdict["choice"]),
+        tone=TONES.get(verdict["choice"], "plain"),
+        advice=_sentence(verdict["advice"]),
+        sure=verdict["sure"],
+        predicted=verdict["predicted"],
+        reasons=tuple((reason["name"], reason["value"], reason["says"]) for reason in verdict["reasons"]),
+    )
+
+
+def _sentence(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def outcome_card(settings: list[Setting]) -> Card:
+    """Give what outcomes come to, where there is no diagnosis: the best of the first setting.
+
+    Args:
+        settings: The task's.
+
+    Returns:
+        The card.
+    """
+    setting = settings[0]
+    known = [one for one in setting.standings if one.test is not None and one.method != "scratch"]
+    if not known:
+        first = setting.standings[0]
+        advice = f"It is the only method here: {whole(first.steps)} steps, {seconds(first.seconds)}."
+        return Card("Outcome", first.method, "plain", advice, None, None, _scores(setting))
+    best = known[0]
+    advice = f"It has the best {setting.metric} on {setting.split} of {len(setting.standings)} methods"
+    if best.recovery is not None:
+        advice += f" and recovers {number(best.recovery, 0)} % of what tuning from scratch gains"
+    reasons = [(f"{setting.metric} on {setting.split}", number(best.test), "the best of the recycled")]
+    if best.steps_to_scratch is not None:
+        reasons.append(("steps to scratch", whole(best.steps_to_scratch), "until dev is where scratch ends"))
+    if best.negative_flips is not None:
+        reasons.append(("negative flips", percent(best.negative_flips), "right before the upgrade, wrong after it"))
+    return Card("Best method", best.method, "plain", f"{advice}.", None, None, (*reasons, *_scores(setting)))
+
+
+def _scores(setting: Setting) -> tuple[tuple[str, str, str], ...]:
+    levels = (("old deployment", setting.old, "old weights on the old base"), ("majority guess", setting.floor, "0 %"))
+    return tuple((name, number(value), says) for name, value, says in levels if value is not None)
+
+
+def upgrade_sections(diagnosis: dict[str, Any]) -> list[Section]:
+    """Tell what became of the old weights as they are, and what the new base's gain came to.
+
+    Args:
+        diagnosis: Its content.
+
+    Returns:
+        The section.
+    """
+    check = diagnosis["check"]
+    facts = (
+        ("before", number(check["old"]), f"{check['metric']} of the old weights on the old base"),
+        ("after", number(check["new"]), "the same weights on the new base, as they are"),
+        ("guessing", number(check["floor"]), "always the most frequent class"),
+        (
+            "survives",
+            NONE if check["retained"] is None else f"{number(check['retained'], 0)} %",
+            "of the score above guessing",
+        ),
+        ("negative flips", percent(check["negative_flips"]), "right before, wrong after"),
+        ("positive flips", percent(check["positive_flips"]), "wrong before, right after"),
+        ("agreement", percent(check["agreement"]), "examples with the same prediction"),
+        ("effect", percent(check["effect"]), "how much the adaptation changes what the head reads"),
+        ("lineage", check["lineage"], "whether the adaptation records this old base"),
+    )
+    out = diagnosis["left_out"]
+    blocks: list[Any] = [Facts(facts)]
+    lead = check["verdict"]
+    if out:
+        lead += f" Not answered here: {listing(sorted(out))}; the reasons are under provenance."
+    return [Section("upgrade", "Old weights on the new base", lead, tuple(blocks))]

@@ -1,0 +1,87 @@
+"""Writes the report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from regraft.checkpoint import write_atomic
+from regraft.errors import OutcomeError, RecipeError
+from regraft.report.find import find_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from regraft.report.page import Page
+
+Format = Literal["html", "md"]
+FORMATS: tuple[str, ...] = get_args(Format)
+PICTURES = ("svg", "png")
+
+
+def write_report(
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    format: Format = "html",
+    plots: str | Path | None = None,
+) -> Path:
+    """Write what came of an upgrade onto one page.
+
+    Args:
+        runs: Folders that hold outcomes, comparisons or diagnoses, themselves or anywhere below.
+        out: The file to write; one that is there is replaced.
+        format: `html`, one file that needs no other, or `md`.
+        plots: A folder for the charts as SVG and PNG, if they are wanted.
+
+    Returns:
+        The file. The same runs give the same bytes.
+
+    Raises:
+        OutcomeError: There is nothing to report, a file is malformed, or the report cannot be written.
+        RecipeError: There is no such format, or no runs are named.
+    """
+    folders = [runs] if isinstance(runs, (str, Path)) else list(runs)
+    out = Path(out)
+    if format not in FORMATS:
+        raise RecipeError(f"format {format!r}: there is no such format. Use one of {', '.join(FORMATS)}.")
+    if not folders:
+        raise RecipeError("no runs are named. Name outcome folders, or folders that hold some.")
+    found = find_runs(folders)
+    from regraft.report.charts import drawing
+    from regraft.report.sections import build_page
+
+    try:
+        with drawing():
+            page = build_page(found)
+            pictures = _write_plots(page, Path(plots), out) if plots is not None else {}
+            text = _text(page, format, pictures)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, text)
+    except OSError as error:
+        place = error.filename or out
+        raise OutcomeError(f"{place}: cannot be written ({error.strerror or error}). Choose another --out.") from error
+    return out
+
+
+def _text(page: Page, format: str, pictures: dict[str, str]) -> str:
+    from regraft.report.html import to_html
+    from regraft.report.markdown import to_markdown
+
+    return to_html(page) if format == "html" else to_markdown(page, pictures)
+
+
+def _write_plots(page: Page, folder: Path, out: Path) -> dict[str, str]:
+    """Save the charts, and give each one's file as a page at `out` names it."""
+    from regraft.report.charts import save_figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for chart in page.charts:
+        for form in PICTURES:
+            file = folder / f"{chart.name}.{form}"
+            beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+            beside.write_bytes(save_figure(chart.figure, form))
+            os.replace(beside, file)
+        files[chart.name] = Path(os.path.relpath(folder, out.parent), f"{chart.name}.svg").as_posix()
+    return files
