@@ -281,7 +281,7 @@ def _measure(model: Any, examples: Examples, data: TaskData, precision: str) -> 
 def _excess(mu: Floats, losses: Floats) -> Floats:
     """Take the straight line between the ends from what is between them, along the first axis."""
     share = ((mu - mu[0]) / (mu[-1] - mu[0])).reshape(-1, *[1] * (losses.ndim - 1))
-    excess: Floats = (losses - ((1 - share) * losses[0] + share * losses[-1]))[1:-1]
+    excess: Floats = (losses - (losses[0] + share * (losses[-1] - losses[0])))[1:-1]
     return excess
 
 
