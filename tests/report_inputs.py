@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -39,7 +40,8 @@ def diagnosis(attack: str = ATTACK) -> dict:
     def moved(name, scale=1.0):
         return {
             "name": name, "base": 40.0 * scale, "shift": 2.1 * scale * chance.uniform(0.6, 1.4), "delta": 0.9 * scale,
-            "cosine": chance.uniform(-0.05, 0.09), "signs": chance.uniform(0.48, 0.55), "overlap": chance.uniform(0.1, 0.4),
+            "cosine": chance.uniform(-0.05, 0.09), "signs": chance.uniform(0.48, 0.55),
+            "overlap": chance.uniform(0.1, 0.4),
         }  # fmt: skip
 
     def bins(bend):
@@ -50,10 +52,14 @@ def diagnosis(attack: str = ATTACK) -> dict:
                 "confidence": (low + high) / 2 if low >= 0.3 else None,
                 "accuracy": ((low + high) / 2) ** bend if low >= 0.3 else None,
             }
-            for low, high in zip(edges, edges[1:], strict=False)
+            for low, high in itertools.pairwise(edges)
         ]  # fmt: skip
 
-    texts = ["i cannot believe how well this went", "they left us waiting again", "nobody told me the price was $5 or $6"]
+    texts = [
+        "i cannot believe how well this went",
+        "they left us waiting again",
+        "nobody told me the price was $5 or $6",
+    ]
     flips = [
         {
             "row": 7 + 13 * i, "text": f"{texts[i % 3]}, example {i}", "label": LABELS[i % 2], "before": LABELS[i % 2],
@@ -62,8 +68,8 @@ def diagnosis(attack: str = ATTACK) -> dict:
         for i in range(36)
     ]  # fmt: skip
     flips.append({
-        "row": 990, "text": f"needle {attack} \ud83d \x00 | @someone #12 `x` ~~y~~", "label": LABELS[2], "before": LABELS[2],
-        "after": "joy", "kind": "negative", "confidence": None,
+        "row": 990, "text": f"needle {attack} \ud83d \x00 | @someone #12 `x` ~~y~~", "label": LABELS[2],
+        "before": LABELS[2], "after": "joy", "kind": "negative", "confidence": None,
     })  # fmt: skip
     grid = [round(-1 + 0.25 * i, 2) for i in range(13)]
     tokens = ["<s>", "they", "left", "us", "waiting", "again", "and", "nobody", "cared", attack[:40], "$x_2$", "</s>"]
@@ -106,7 +112,8 @@ def diagnosis(attack: str = ATTACK) -> dict:
             "texts": 128,
         },
         "shift": {
-            "whole": moved("all", 6), "layers": [moved(n) for n in ("embeddings", *(f"layer {i}" for i in range(1, 7)))],
+            "whole": moved("all", 6),
+            "layers": [moved(n) for n in ("embeddings", *(f"layer {i}" for i in range(1, 7)))],
             "kinds": [moved(n) for n in ("embedding", "attention", "feed-forward", "norm", "bias")],
         },
         "regressions": {
@@ -121,11 +128,12 @@ def diagnosis(attack: str = ATTACK) -> dict:
         },
         "kept": {
             "text": "2,000 lines of the new domain",
-            "loss": {"old base": 3.412, "new base": 2.987, "old deployment": 3.455, "new deployment": 3.021}, "share": 92.0,
+            "loss": {"old base": 3.412, "new base": 2.987, "old deployment": 3.455, "new deployment": 3.021},
+            "share": 92.0,
         },
         "compatibility": [
-            {"name": f"step-{s}", "distance": 0.06 * s**0.5, "score": 0.894 - 0.0016 * s**0.5, "loss": 0.33 + 0.002 * s**0.5,
-             "agreement": 1 - 0.004 * s**0.5, "steps": s}
+            {"name": f"step-{s}", "distance": 0.06 * s**0.5, "score": 0.894 - 0.0016 * s**0.5,
+             "loss": 0.33 + 0.002 * s**0.5, "agreement": 1 - 0.004 * s**0.5, "steps": s}
             for s in range(0, 1001, 100)
         ],
         "verdict": {
@@ -152,7 +160,9 @@ def write_diagnosis(folder: Path, content: dict) -> Path:
 
 def write_outcomes(folder: Path, seeds=(20, 21), task="feelings", attack: str = "") -> Path:
     """The outcome folders of a comparison, and of the old deployment they came from."""
-    old = _outcome(folder / "old", "tune", 20, task, ("models/small-v1", "sample:1a2b"), None, (0.894, None, 300, 2400), 5)
+    old = _outcome(
+        folder / "old", "tune", 20, task, ("models/small-v1", "sample:1a2b"), None, (0.894, None, 300, 2400), 5
+    )
     for seed in seeds:
         for method, figures in METHODS.items():
             source = {
@@ -173,7 +183,7 @@ def _outcome(out, method, seed, task, base, source, figures, luck):
     (staging / "adaptation").mkdir(parents=True)
     at = range(0, steps + 1, 30)
     pace = 75 if reached is None else reached / 2.5
-    lift = 0.42 if method == "scratch" else 0.8
+    lift = 0.42 if method in ("scratch", "tune") else 0.8 if steps else score
     curve = [
         {"step": s, "seconds": 0.21 * s, "score": round(score - (score - lift) * math.exp(-s / pace), 4)} for s in at
     ]
@@ -184,10 +194,15 @@ def _outcome(out, method, seed, task, base, source, figures, luck):
             guess = label if chance.random() < score else (label + 1) % 3
             rows.append({"split": split, "row": row, "label": label, "prediction": guess})
     record = {
-        "method": method, "kind": "lora", "inputs": {"method": method, "options": {"alpha": 0.5} if "+" in method else None},
-        "task": {"name": task, "metric": "accuracy", "digest": "d", "train": 2400}, "labels": list(LABELS), "seed": seed,
+        "method": method, "kind": "lora",
+        "inputs": {"method": method, "options": {"alpha": 0.5} if "+" in method else None},
+        "task": {"name": task, "metric": "accuracy", "digest": "d", "train": 2400},
+        "labels": list(LABELS), "seed": seed,
         "recipe": {"steps": 300, "batch_size": 16, "learning_rate": 5e-4, "precision": "bf16", "seed": seed},
-        "scores": {"dev": score, "test": score, "dev_majority": 0.41, "test_majority": 0.412, "dev_at_start": curve[0]["score"]},
+        "scores": {
+            "dev": score, "test": score, "dev_majority": 0.41, "test_majority": 0.412,
+            "dev_at_start": curve[0]["score"],
+        },
         "best_step": steps, "cost": {"steps": steps, "seconds": 0.21 * steps + 1.4, "labels": labels}, "notes": {},
         "base": {"name": base[0], "fingerprint": base[1]}, "recycled_from": source,
     }  # fmt: skip

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 from regraft.report.svg import inline_svg
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from regraft.report.page import Chart, Page
 
 _HERE = Path(__file__).parent
 
 
-def to_html(page: Page) -> str:
+def to_html(page: Page, pictures: Mapping[str, bytes]) -> str:
     """Write a page as HTML.
 
     Args:
         page: The page.
+        pictures: By chart its SVG.
 
     Returns:
         One document. Whatever comes from files is escaped, and its content security policy lets no script run but our
@@ -29,7 +32,7 @@ def to_html(page: Page) -> str:
     from markupsafe import Markup
 
     def svg(chart: Chart) -> Markup:
-        return Markup(inline_svg(chart))  # serialised by an XML writer, which escapes
+        return Markup(inline_svg(chart, pictures[chart.name]))  # serialised by an XML writer, which escapes
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),

@@ -180,7 +180,8 @@ def _negative_flips(old: Found, new: Found, split: str) -> float | None:
     if old.record["labels"] != new.record["labels"]:
         return None
     pairs = [(*new.predictions[key], old.predictions[key][1]) for key in rows]
-    return sum(before == label != after for label, after, before in pairs) / len(rows)
+    lost = sum(bool(before == label != after) for label, after, before in pairs)
+    return lost / len(rows)
 
 
 def _score(found: Found, split: str) -> float | None:

@@ -6,7 +6,6 @@ import re
 import xml.etree.ElementTree as ElementTree
 from typing import TYPE_CHECKING
 
-from regraft.report.charts import save_figure
 from regraft.report.charts.style import THEMED
 
 if TYPE_CHECKING:
@@ -18,16 +17,17 @@ _COLOUR = re.compile("|".join(THEMED))
 _FONT = re.compile(r"font-family: [^;\"]*;? ?")
 
 
-def inline_svg(chart: Chart) -> str:
+def inline_svg(chart: Chart, drawn: bytes) -> str:
     """Give a chart as an SVG element for a page that holds many.
 
     Args:
         chart: The chart.
+        drawn: Its figure as an SVG file.
 
     Returns:
         Markup with a label for those who cannot see it, ids no other chart has, and the page's fonts and colours.
     """
-    root = ElementTree.fromstring(save_figure(chart.figure, "svg"))
+    root = ElementTree.fromstring(drawn)
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.endswith("}metadata") or child.tag == f"{_SVG}style":

@@ -25,9 +25,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return NONE
     if not math.isfinite(value):
         return "not finite"
-    if value and abs(value) < 0.5 * 10**-digits:
-        return f"{value:.1e}".replace("-", "−")
-    return f"{value:,.{digits}f}".replace("-", "−")
+    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -40,7 +38,7 @@ def percent(share: float | None, digits: int = 1) -> str:
     Returns:
         As in 4.2 %.
     """
-    return NONE if share is None else f"{number(round(100 * share, digits), digits)} %"
+    return NONE if share is None else f"{number(100 * share, digits)} %"
 
 
 def whole(value: float | None) -> str:

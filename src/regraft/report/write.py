@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 from regraft.checkpoint import write_atomic
 from regraft.errors import OutcomeError, RecipeError
 from regraft.report.find import find_runs
+from regraft.report.html import to_html
+from regraft.report.markdown import to_markdown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
 Format = Literal["html", "md"]
 FORMATS: tuple[str, ...] = get_args(Format)
-PICTURES = ("svg", "png")
 
 
 def write_report(
@@ -48,14 +49,16 @@ def write_report(
     if not folders:
         raise RecipeError("no runs are named. Name outcome folders, or folders that hold some.")
     found = find_runs(folders)
-    from regraft.report.charts import drawing
+    from regraft.report.charts import drawing, save_figure
     from regraft.report.sections import build_page
 
     try:
         with drawing():
             page = build_page(found)
-            pictures = _write_plots(page, Path(plots), out) if plots is not None else {}
-            text = _text(page, format, pictures)
+            # drawn once, before all else: drawing a figure a second time may lay it out a little differently
+            pictures = {chart.name: save_figure(chart.figure, "svg") for chart in page.charts}
+            names = _write_plots(page, pictures, Path(plots), out) if plots is not None else {}
+            text = to_html(page, pictures) if format == "html" else to_markdown(page, names)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, text)
     except OSError as error:
@@ -64,24 +67,17 @@ def write_report(
     return out
 
 
-def _text(page: Page, format: str, pictures: dict[str, str]) -> str:
-    from regraft.report.html import to_html
-    from regraft.report.markdown import to_markdown
-
-    return to_html(page) if format == "html" else to_markdown(page, pictures)
-
-
-def _write_plots(page: Page, folder: Path, out: Path) -> dict[str, str]:
+def _write_plots(page: Page, pictures: dict[str, bytes], folder: Path, out: Path) -> dict[str, str]:
     """Save the charts, and give each one's file as a page at `out` names it."""
     from regraft.report.charts import save_figure
 
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for chart in page.charts:
-        for form in PICTURES:
+        for form, content in (("svg", pictures[chart.name]), ("png", save_figure(chart.figure, "png"))):
             file = folder / f"{chart.name}.{form}"
             beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-            beside.write_bytes(save_figure(chart.figure, form))
+            beside.write_bytes(content)
             os.replace(beside, file)
         files[chart.name] = Path(os.path.relpath(folder, out.parent), f"{chart.name}.svg").as_posix()
     return files

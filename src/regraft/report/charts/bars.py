@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from regraft.report.charts.style import BLUE, INK, LINE, SOFT, VERMILLION, WIDE, legend, new_figure
+from regraft.report.charts.style import BLUE, INK, LINE, PAPER, SOFT, VERMILLION, WIDE, legend, new_figure
 from regraft.report.wording import clip, number
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def draw_methods(setting: Setting) -> Figure:
         )  # fmt: skip
         axes.annotate(
             number(one.test), ((one.test or 0.0) + spread, place), xytext=(8, 0), textcoords="offset points",
-            va="center", fontsize=8, color=INK,
+            va="center", fontsize=8, color=INK, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.2},
         )  # fmt: skip
     levels = ((setting.floor, "majority guess", (0, (1, 2))), (setting.old, "old deployment", (0, (5, 2))))
     for value, name, dashes in levels:

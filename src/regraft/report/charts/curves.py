@@ -13,6 +13,7 @@ from regraft.report.charts.style import (
     SERIES,
     SOFT,
     VERMILLION,
+    WIDE,
     legend,
     new_figure,
 )
@@ -35,21 +36,19 @@ def draw_learning(curves: Mapping[str, Sequence[tuple[float, float]]], level: fl
     Returns:
         The figure.
     """
-    figure = new_figure(8.6, 3.7)
+    figure = new_figure(WIDE, 3.5)
     axes = figure.add_subplot()
     for place, (method, curve) in enumerate(curves.items()):
         steps, scores = zip(*curve, strict=True)
         axes.plot(steps, scores, label=clip(method, 28), **_look(place))
     if level is not None:
-        axes.axhline(level, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(
-            f"scratch ends at {number(level)}", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-            textcoords="offset points", ha="right", va="bottom", color=INK, fontsize=8,
-        )  # fmt: skip
+        axes.axhline(
+            level, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1, label=f"scratch ends at {number(level)}"
+        )
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel(f"{metric} on dev")
     axes.margins(y=0.12)
-    legend(axes, 4)
+    legend(axes, min(4, len(curves) + 1))
     return figure
 
 
@@ -72,18 +71,16 @@ def draw_segment(
     axes = figure.add_subplot()
     for place, (split, along) in enumerate(values.items()):
         look = _look(place)
-        axes.plot(mu, along, label=split, **look)
         if not barrier:
+            axes.plot(mu, along, label=split, **look)
             continue
         straight = [along[0] + point * (along[-1] - along[0]) for point in mu]
-        axes.plot((mu[0], mu[-1]), (along[0], along[-1]), color=look["color"], linewidth=0.9, linestyle=(0, (2, 2)))
         excess, top = max((value - line, i) for i, (value, line) in enumerate(zip(along, straight, strict=True)))
+        axes.plot(mu, along, label=f"{split}, barrier {number(max(0.0, excess))}", **look)
+        axes.plot((mu[0], mu[-1]), (along[0], along[-1]), color=look["color"], linewidth=0.9, linestyle=(0, (2, 2)))
         if excess > 0:
-            axes.plot((mu[top], mu[top]), (straight[top], along[top]), color=INK, linewidth=1.2, marker="_")
-            axes.annotate(
-                f"{split} barrier {number(excess)}", (mu[top], along[top]), xytext=(0, 6), textcoords="offset points",
-                ha="center", va="bottom", color=INK, fontsize=8,
-            )  # fmt: skip
+            at = mu[top] + 0.012 * (2 * place - 1)  # beside each other where both are at one place
+            axes.plot((at, at), (straight[top], along[top]), color=INK, linewidth=1.3, marker="_", zorder=4)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_xlabel(f"μ   (0 = {clip(ends[0], 20)}, 1 = {clip(ends[1], 20)})")
     axes.set_ylabel(what)
@@ -103,7 +100,7 @@ def draw_compatibility(points: Sequence[Mapping[str, Any]], metric: str, floor: 
     Returns:
         The figure.
     """
-    figure = new_figure(8.6, 3.3)
+    figure = new_figure(WIDE, 3.1)
     axes = figure.add_subplot()
     stepped = all(point["steps"] is not None for point in points)
     at = [point["steps"] if stepped else place for place, point in enumerate(points)]
@@ -132,7 +129,7 @@ def draw_cka(cka: Sequence[float], control: Sequence[float] | None, control_name
     Returns:
         The figure.
     """
-    figure = new_figure(8.6, 3.0)
+    figure = new_figure(WIDE, 2.8)
     axes = figure.add_subplot()
     axes.plot(range(len(cka)), cka, label="old and new model", **_look(0))
     if control:

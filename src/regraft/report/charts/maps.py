@@ -71,13 +71,13 @@ def draw_attention(one: Mapping[str, Any]) -> Figure:
 
     tokens = [clip(token, 11) for token in one["tokens"]]
     count, every = len(tokens), max(1, len(tokens) // 28)
-    figure = new_figure(WIDE, 4.3 if count <= 16 else 4.9)
+    figure = new_figure(WIDE, 3.9 if count <= 16 else 4.3)
     both = figure.subplots(1, 2, sharey=True)
     top = max(float(np.nanmax(np.array(one[side], dtype=float))) for side in ("old", "new")) or 1.0
     for axes, side in zip(both, ("old", "new"), strict=True):
         mesh = axes.imshow(np.array(one[side], dtype=float), vmin=0, vmax=top, interpolation="nearest")
         axes.set_title(f"{side} model", color=INK)
-        size = 8 if count <= 16 else 6.5
+        size = 7.5 if count <= 16 else 5.5
         axes.set_xticks(range(0, count, every), tokens[::every], rotation=90, fontsize=size)
         axes.set_yticks(range(0, count, every), tokens[::every], fontsize=size)
         axes.grid(visible=False)
@@ -100,7 +100,7 @@ def draw_plane(plane: Mapping[str, Any]) -> Figure:
     import numpy as np
 
     loss = np.ma.masked_invalid(np.array(plane["loss"], dtype=float))
-    figure = new_figure(6.2, 4.3)
+    figure = new_figure(5.4, 3.9)
     axes = figure.add_subplot()
     filled = axes.contourf(plane["x"], plane["y"], loss, levels=14, cmap="cividis_r")
     axes.contour(plane["x"], plane["y"], loss, levels=14, colors=_LIGHT, linewidths=0.35, alpha=0.7)
@@ -110,6 +110,8 @@ def draw_plane(plane: Mapping[str, Any]) -> Figure:
             clip(name, 24), (x, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8, color=_DARK,
             bbox={"boxstyle": "round,pad=0.25", "facecolor": _LIGHT, "edgecolor": "none", "alpha": 0.85},
         )  # fmt: skip
+    if 0.4 < (plane["x"][-1] - plane["x"][0]) / ((plane["y"][-1] - plane["y"][0]) or 1) < 2.5:
+        axes.set_aspect("equal")
     axes.set_xlabel("distance along the first side")
     axes.set_ylabel("distance across it")
     axes.grid(visible=False)

@@ -52,13 +52,17 @@ def _connectivity(segment: dict[str, Any], metric: str, part: str) -> Section:
         rows = tuple((number(at, 2), *(number(value, 4) for value in rest)) for at, *rest in columns)
         table = Table(f"{told} along the segment", ("μ", *values), rows)
         figure = draw_segment(segment["mu"], values, told, ends, barrier=what == "loss")
-        title = f"{told.capitalize() if what == 'loss' else metric} along the segment"
+        title = f"{'Loss' if what == 'loss' else f'Score ({metric})'} along the segment"
         charts.append(Chart(f"{part}-connectivity-{what}", title, finding, figure, table))
     lead = (
-        f"{ends[0]} and {ends[1]} {verdict}: walking straight from one to the other, the loss rises above the line "
-        f"between its ends by at most {barriers}."
+        f"{_upper(ends[0])} and {ends[1]} {verdict}: walking straight from one to the other, the loss rises above the "
+        f"line between its ends by at most {barriers}."
     )
     return Section("connectivity", "Linear mode connectivity", lead, (Charts(tuple(charts)),))
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _worst(what: str) -> str:
@@ -77,7 +81,9 @@ def _plane(plane: dict[str, Any], metric: str, part: str) -> Section:
         for x, loss, score in zip(plane["x"], losses, scores, strict=True)
     )
     table = Table("Loss on the plane", ("along", "across", "loss", metric), rows)
-    chart = Chart(f"{part}-plane", "Loss on the plane through three models", finding, draw_plane(plane), table)
+    chart = Chart(
+        f"{part}-plane", "Loss on the plane through three models", finding, draw_plane(plane), table, wide=True
+    )
     lead = "Dark is a high loss. Models in one basin have no ridge between them."
     return Section("plane", "Loss plane", lead, (Charts((chart,)),))
 

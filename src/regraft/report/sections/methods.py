@@ -29,14 +29,12 @@ def method_sections(settings: list[Setting], part: str) -> list[Section]:
     cost: list[Block] = []
     for place, setting in enumerate(settings, 1):
         name = f"{part}-{place}"
-        if len(settings) > 1:
-            for blocks in (methods, cost):
-                blocks.append(Prose(setting.about))
         methods.append(_table(setting))
         if sum(one.test is not None for one in setting.standings) > 1:
             methods.append(Charts((_scores(setting, name),)))
         methods += [Prose(note) for note in _notes(setting)]
-        if any(len(one.curve) > 1 for one in setting.standings):
+        compared = len(setting.standings) > 1 or len(settings) == 1  # not the old deployment alone
+        if compared and any(len(one.curve) > 1 for one in setting.standings):
             curves.append(Charts((_learning(setting, name),)))
         cost.append(_cost(setting))
     lead = (
@@ -102,7 +100,7 @@ def _learning(setting: Setting, name: str) -> Chart:
             f"; {one.method} is there {'before the first step' if not one.steps_to_scratch else _after(one)}"
             for one in sorted(reached, key=lambda one: one.steps_to_scratch or 0.0)
         )
-        finding += f"; {listing(never)} never {'is' if len(never) == 1 else 'are'} with every seed" if never else ""
+        finding += f"; {listing(never)} {'does' if len(never) == 1 else 'do'} not get there" if never else ""
     rows = tuple((one.method, whole(step), number(score)) for one in shown for step, score in one.curve)
     table = Table("Learning curves", ("method", "steps", f"{setting.metric} on dev"), rows)
     figure = draw_learning(curves, setting.level, setting.metric)

@@ -54,7 +54,9 @@ def _heads(found: dict[str, Any], part: str) -> Section:
             f"({number(flat[least])})."
         )
         head: tuple[str, ...] = ("layer", "head", "divergence (bits)", "cosine")
-        rows: list[tuple[str, ...]] = [(str(i), str(j), number(v), number(one["cosine"][i - 1][j - 1])) for (i, j), v in flat.items()]
+        rows: list[tuple[str, ...]] = [
+            (str(i), str(j), number(v), number(one["cosine"][i - 1][j - 1])) for (i, j), v in flat.items()
+        ]
         if best:
             others = found["others"]
             head += ("divergence to other heads", "nearest head")
@@ -102,7 +104,8 @@ def _hidden(found: dict[str, Any], part: str) -> Section:
     cka, control = found["cka"], found["control"]
     other = control["cka"] if control and len(control["cka"]) == len(cka) else None
     low = min(range(len(cka)), key=cka.__getitem__)
-    finding = f"CKA is lowest {_layer(low)}, {number(cka[low])}, and {number(cka[-1])} in the last layer"
+    finding = f"CKA is lowest {_layer(low)}, {number(cka[low])}"
+    finding += f", and {number(cka[-1])} in the last layer" if low < len(cka) - 1 else ", the last"
     finding += f"; the control's last layer has {number(other[-1])}." if other else "."
     names = ["embeddings", *(f"layer {i}" for i in range(1, len(cka)))]
     columns = [cka, *([other] if other else [])]

@@ -1,0 +1,345 @@
+"""The page that shows what came of an upgrade, opened in a browser as people open it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from report_inputs import ATTACK, METHODS, diagnosis, write_diagnosis, write_outcomes
+
+from regraft.errors import OutcomeError, RecipeError
+from regraft.report import write_report
+
+CHARTS = {
+    "1-methods", "1-learning", "connectivity-loss", "connectivity-score", "plane", "compatibility", "heads", "control",
+    "attention-1", "attention-2", "attention-3", "cka", "distance-layers", "angles-layers", "distance-kinds",
+    "angles-kinds", "kept", "calibration",
+}  # fmt: skip
+CONTRAST = """
+() => {
+  const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length > 3 ? n : [...n, 1]; };
+  const light = (c) => { const [r, g, b] = c.slice(0, 3).map((v) => { v /= 255;
+    return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
+    if (c[3] > 0) return c; } return [255, 255, 255, 1]; };
+  const found = [];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const e = texts.currentNode.parentElement;
+    if (!texts.currentNode.textContent.trim() || !e.checkVisibility() || e.closest('option')) continue;
+    let ink = parse(getComputedStyle(e).color);
+    if (e.closest('svg')) {
+      ink = parse(getComputedStyle(e).fill);
+      if (e.closest('[id*=plane]') || (ink[0] < 2 && ink[2] < 2) || ink[0] > 254) continue;  // on a map's own colours
+    }
+    const [a, b] = [light(ink), light(behind(e))].sort((x, y) => y - x);
+    found.push([(a + 0.05) / (b + 0.05), e.tagName, texts.currentNode.textContent.trim().slice(0, 40)]);
+  }
+  return found;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not path:
+        message = "no chromium on this machine: the page cannot be opened (Debian: apt-get install chromium)"
+        if os.environ.get("REGRAFT_BROWSER") == "required":
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A diagnosis and a comparison with two seeds, with hostile examples, labels, names and paths."""
+    folder = tmp_path_factory.mktemp("report") / "runs <i>&"
+    folder.mkdir()
+    write_diagnosis(folder / "check", diagnosis())
+    write_outcomes(folder / "compare", attack=ATTACK)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page_file(runs):
+    return write_report(runs, runs.parent / "report.html")
+
+
+@pytest.fixture
+def visit(chromium):
+    """Opens a page, and fails the test if it writes to the console, raises, or asks the network for anything."""
+    contexts, noise = [], []
+
+    def open_page(file, width=1280, scheme="light"):
+        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        page.on("dialog", lambda dialog: noise.append(dialog.message))
+        page.on("request", lambda request: noise.append(request.url) if _is_fetched(request.url, file) else None)
+        page.goto(file.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert noise == []
+
+
+def _is_fetched(url, file):
+    return not url.startswith("data:") and url != file.as_uri()
+
+
+def test_page_is_whole(page_file, visit):
+    page = visit(page_file)
+    names = {mark.removeprefix("part-1-") for mark in _chart_names(page_file)}
+    assert names >= CHARTS
+    assert page.locator("svg[role=img]").count() == len(CHARTS)
+    for chart in page.locator("svg[role=img]").all():
+        assert len(chart.get_attribute("aria-label")) > 30
+        figure = chart.locator("xpath=ancestor::figure")
+        assert figure.locator("details table tbody tr").count() >= 2
+        box = chart.bounding_box()
+        assert box["width"] > 250 and box["height"] > 80
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map((e) => e.id)")
+    assert len(ids) == len(set(ids))
+    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((e) => +e.tagName[1])")
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert page.evaluate("document.documentElement.lang") == "en"
+    targets = page.evaluate("[...document.querySelectorAll('a[href^=\"#\"]')].map((a) => a.hash.slice(1))")
+    assert set(targets) <= set(ids)
+
+
+def _chart_names(file):
+    return re.findall(r'id="(part-1-[\w-]+?)-[pm][0-9a-f]{10}"', file.read_text(encoding="utf-8"))
+
+
+def test_untrusted_text_is_text(page_file, visit):
+    page = visit(page_file)
+    page.wait_for_timeout(100)
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img").count() == 0 and page.locator("script").count() == 1
+    assert page.locator("tr", has_text="needle").locator(".text").inner_text().startswith(f"needle {ATTACK}")
+    assert ATTACK in page.locator("[data-label] option", has_text="script").first.text_content()
+    assert ATTACK in page.locator("#part-1-provenance").inner_text()  # in names of bases
+    assert "runs <i>&/compare/init-seed20<b>" in page.locator("#part-1-provenance").inner_text()  # in paths
+    assert "$x_2$" in page.locator("figure svg").all_text_contents()[10]  # a dollar sign sets no formula
+
+
+def test_flips_are_searched_and_filtered(page_file, visit):
+    page = visit(page_file)
+    rows = page.locator("table.flips tbody tr:visible")
+    assert rows.count() == 37
+    page.get_by_label("Search").fill("WAITING again")
+    assert rows.count() == 12 and page.locator("[data-count]").inner_text() == "12"
+    page.get_by_label("Search").fill("needle <script>")
+    assert rows.count() == 1
+    page.get_by_label("Search").fill("nothing like it")
+    assert rows.count() == 0 and page.get_by_text("No flip fits").is_visible()
+    page.get_by_label("Search").fill("")
+    page.locator("select[data-kind]").select_option("positive")
+    assert rows.count() == 12
+    page.locator("select[data-label]").select_option("anger")
+    assert 0 < rows.count() < 12
+    assert set(rows.locator("td:nth-child(4)").all_inner_texts()) == {"anger"}
+
+
+def test_theme_is_chosen_and_remembered(page_file, visit):
+    page = visit(page_file, scheme="dark")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(ground)
+    page.get_by_role("button", name="Light theme").click()
+    light = page.evaluate(ground)
+    assert light != dark
+    page.reload()
+    assert page.evaluate(ground) == light
+    button = page.get_by_role("button", name="Dark theme")
+    button.focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate(ground) == dark
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(page_file, visit, scheme):
+    page = visit(page_file, scheme=scheme)
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    found = page.evaluate(CONTRAST)
+    assert len(found) > 1000
+    assert [one for one in found if one[0] < 4.5] == []
+
+
+@pytest.mark.parametrize("width", [360, 768])
+def test_page_never_scrolls_sideways(page_file, visit, width):
+    page = visit(page_file, width=width)
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("h1").bounding_box()["width"] <= width
+
+
+def test_figures_are_those_of_the_runs(page_file, runs, visit):
+    text = visit(page_file).locator("main").inner_text()
+    found = diagnosis()
+    for figure in ("86 %", "0.062", "0.071", "p = 0.047", "92 %", "25 (2.5 %)", "0.083", "93.1 %", "0.061", "0.034"):
+        assert figure in text, figure
+    assert "a short tuning from the old weights should close the gap" in text.lower()
+    assert found["left_out"]["noise of seeds"] in text
+    row = next(line for line in text.splitlines() if line.startswith("init+distill"))
+    # two seeds, 0.9160 and 0.9180; scratch's 0.902 above a majority of 0.412 is 100 %
+    assert re.split(r"\s*\t\s*", row)[3:6] == ["0.917 ± 0.001", "103 %", "30"]
+    old = json.loads((runs / "compare" / "init-seed20<b>" / "outcome.json").read_text())
+    assert old["recycled_from"]["old_base"] in text
+
+
+def test_negative_flips_are_counted_against_the_old_deployment(runs, visit, page_file):
+    def predictions(name):
+        lines = (runs / "compare" / name / "predictions.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if row["split"] == "test"]
+
+    before, shares = predictions("old"), []
+    for seed in (20, 21):
+        after = predictions(f"direct-seed{seed}<b>")
+        pairs = zip(before, after, strict=True)
+        shares.append(sum(a["prediction"] == a["label"] != b["prediction"] for a, b in pairs) / 200)
+    row = visit(page_file).locator("#part-1-methods tr", has_text="direct").first.inner_text()
+    assert row.split("\t")[6].strip() == f"{50 * sum(shares):.1f} %"
+
+
+def test_markdown_has_the_same_figures(runs, tmp_path):
+    file = write_report([runs], tmp_path / "report.md", "md", tmp_path / "plots")
+    text = file.read_text(encoding="utf-8")
+    for method in METHODS:
+        assert re.search(rf"^\| {re.escape(method)} \| ", text, re.M)
+    for figure in ("0.917 ± 0.001", "103 %", "0.062", "p = 0.047", "25 (2.5 %)", "92 %", "86 % sure"):
+        assert figure in text, figure
+    for chart in CHARTS:
+        assert f"plots/part-1-{chart}.svg" in text
+        assert (tmp_path / "plots" / f"part-1-{chart}.svg").read_bytes().startswith(b"<?xml")
+        assert (tmp_path / "plots" / f"part-1-{chart}.png").read_bytes().startswith(b"\x89PNG")
+    outside = re.sub(r"^(```+)sh$.*?^\1$", "", text, flags=re.M | re.S)
+    assert "<script" not in outside and "<img" not in outside and "@someone" not in outside and "~~y" not in outside
+    widths = {}
+    for line in text.splitlines():  # every row of a table has its head's columns, whatever is in the cells
+        cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else None
+        if cells:
+            assert cells == widths.setdefault("now", cells)
+        else:
+            widths.clear()
+
+
+def test_same_runs_give_same_bytes(runs, page_file, tmp_path):
+    again = write_report(runs, tmp_path / "again.html", plots=tmp_path / "one")
+    assert again.read_bytes() == page_file.read_bytes()
+    write_report(runs, tmp_path / "again.md", "md", plots=tmp_path / "two")
+    for one in sorted((tmp_path / "one").iterdir()):
+        assert one.read_bytes() == (tmp_path / "two" / one.name).read_bytes(), one.name
+
+
+def test_sections_without_data_are_left_out(tmp_path, visit):
+    content = diagnosis(attack="")
+    for question in ("connectivity", "plane", "similarity", "kept"):
+        content[question] = None
+    content["compatibility"] = []
+    content["regressions"] |= {"flips": [], "calibration": {}}
+    content["left_out"] = {"similarity": "the bases have other numbers of heads"}
+    write_diagnosis(tmp_path / "check", content)
+    page = visit(write_report(tmp_path, tmp_path / "report.html"))
+    titles = page.locator("h2").all_inner_texts()
+    assert titles == ["Old weights on the new base", "Distance", "Regressions", "Provenance"]
+    assert page.locator("table.flips").count() == 0
+    assert page.get_by_text("the bases have other numbers of heads").count() == 1
+
+
+def test_outcomes_alone_make_a_page(tmp_path, visit):
+    write_outcomes(tmp_path / "one", seeds=(20,))
+    write_outcomes(tmp_path / "two", seeds=(20,), task="toxicity")
+    page = visit(write_report([tmp_path / "one", tmp_path / "two", tmp_path], tmp_path / "report.html"))
+    assert page.locator("h2").all_inner_texts() == ["feelings", "toxicity"]
+    assert page.locator(".choice").all_inner_texts() == ["init+distill", "init+distill"]
+    assert page.locator("#part-1-methods table").first.locator("tbody tr").count() == len(METHODS)
+
+
+def test_comparison_is_shown_where_its_outcomes_are_elsewhere(tmp_path, visit):
+    row = {
+        "method": "init", "seeds": [1], "start": 0.5, "dev": 0.9, "test": 0.876, "test_deviation": None,
+        "recovery": 97.0, "steps_to_scratch": None, "seconds_to_scratch": None, "negative_flips": 0.031,
+        "labels": 100, "steps": 50, "seconds": 9.0,
+    }  # fmt: skip
+    content = {
+        "task": "mood", "metric": "accuracy", "split": "test", "old": 0.88, "majority": 0.5, "outcomes": [],
+        "rows": [row],
+    }  # fmt: skip
+    (tmp_path / "comparison.json").write_text(json.dumps(content))
+    text = visit(write_report(tmp_path, tmp_path / "report.html")).locator("main").inner_text()
+    assert "0.876" in text and "97 %" in text and "3.1 %" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda d: d.update(schema=2), "schema 2"),
+        (lambda d: d.pop("verdict"), "verdict"),
+        (lambda d: d["verdict"].update(sure="very"), "verdict: sure"),
+        (lambda d: d["connectivity"]["loss"]["dev"].pop(), "loss: dev"),
+        (lambda d: d["similarity"]["best"].pop(), "best"),
+        (lambda d: d["similarity"]["maps"][1]["new"].pop(), "maps"),
+        (lambda d: d["regressions"]["flips"][3].update(kind="odd"), r"flips[3]: kind"),
+        (lambda d: d["plane"].update(places=[[0, 0]]), "plane"),
+    ],
+)
+def test_malformed_diagnosis_is_named(tmp_path, change, named):
+    content = diagnosis()
+    change(content)
+    folder = write_diagnosis(tmp_path / "check", content)
+    with pytest.raises(OutcomeError) as error:
+        write_report(tmp_path, tmp_path / "report.html")
+    assert str(folder / "diagnosis.json") in str(error.value) and named in str(error.value)
+    assert "regraft check --deep" in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_broken_files_and_missing_runs_are_named(tmp_path):
+    (tmp_path / "check").mkdir()
+    with pytest.raises(OutcomeError, match="no such folder"):
+        write_report(tmp_path / "nowhere", tmp_path / "report.html")
+    with pytest.raises(OutcomeError, match=r"found no outcome\.json"):
+        write_report(tmp_path, tmp_path / "report.html")
+    with pytest.raises(RecipeError, match="html, md"):
+        write_report(tmp_path, tmp_path / "report.html", "pdf")
+    for text in ("{", "[]", '{"schema": 1}'):
+        (tmp_path / "check" / "diagnosis.json").write_text(text)
+        with pytest.raises(OutcomeError, match=r"check/diagnosis\.json"):
+            write_report(tmp_path, tmp_path / "report.html")
+    shutil.rmtree(tmp_path / "check")
+    write_outcomes(tmp_path / "runs", seeds=(20,))
+    (tmp_path / "runs" / "direct-seed20" / "predictions.jsonl").write_text("{}\n")
+    with pytest.raises(OutcomeError, match=r"direct-seed20: is not whole"):
+        write_report(tmp_path, tmp_path / "report.html")
+
+
+def test_command_writes_the_report_and_help_stays_light(tmp_path):
+    write_diagnosis(tmp_path / "check", diagnosis())
+    code = "import sys; from typer.testing import CliRunner; from regraft.cli import app\n"
+    code += "shown = CliRunner().invoke(app, ['--help']); assert 'report' in shown.output\n"
+    code += "import regraft.report\nheavy = {'torch', 'transformers', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
+    code += "assert not heavy, heavy\n"
+    code += (
+        f"out = CliRunner().invoke(app, ['report', {str(tmp_path / 'check')!r}, '--out', {str(tmp_path / 'a.md')!r}])\n"
+    )
+    code += "assert out.exit_code == 0, out.output; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.md").read_text(encoding="utf-8").startswith("# What the upgrade did to feelings")
