@@ -218,6 +218,7 @@ def test_negative_flips_are_counted_against_the_old_deployment(runs, visit, page
     assert row.split("\t")[6].strip() == f"{50 * sum(shares):.1f} %"
 
 
+@pytest.mark.slow
 def test_markdown_has_the_same_figures(runs, tmp_path):
     file = write_report([runs], tmp_path / "report.md", "md", tmp_path / "plots")
     text = file.read_text(encoding="utf-8")
@@ -240,6 +241,7 @@ def test_markdown_has_the_same_figures(runs, tmp_path):
             widths.clear()
 
 
+@pytest.mark.slow
 def test_same_runs_give_same_bytes(runs, page_file, tmp_path):
     again = write_report(runs, tmp_path / "again.html", plots=tmp_path / "one")
     assert again.read_bytes() == page_file.read_bytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from regraft.report.charts.style import BLUE, INK, LINE, PAPER, SOFT, VERMILLION, WIDE, legend, new_figure
+from regraft.report.charts.style import BLUE, INK, LINE, MIDDLE, PAPER, SOFT, VERMILLION, end_at_one, legend, new_figure
 from regraft.report.wording import clip, number
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def draw_methods(setting: Setting) -> Figure:
         The figure.
     """
     shown = [one for one in setting.standings if one.test is not None]
-    figure = new_figure(WIDE, 1.25 + 0.3 * len(shown))
+    figure = new_figure(MIDDLE, 1.2 + 0.27 * len(shown))
     axes = figure.add_subplot()
     for place, one in enumerate(shown):
         spread = one.deviation or 0.0
@@ -38,13 +38,15 @@ def draw_methods(setting: Setting) -> Figure:
             number(one.test), ((one.test or 0.0) + spread, place), xytext=(8, 0), textcoords="offset points",
             va="center", fontsize=8, color=INK, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.2},
         )  # fmt: skip
+    values = [one.test or 0.0 for one in shown]
     levels = ((setting.floor, "majority guess", (0, (1, 2))), (setting.old, "old deployment", (0, (5, 2))))
     for value, name, dashes in levels:
-        if value is not None:
+        if value is not None and min(values) - value < max(values) - min(values):  # far off, it would squeeze the rest
             axes.axvline(value, color=SOFT, linewidth=1.1, linestyle=dashes, label=f"{name} {number(value)}")
     axes.set_yticks(range(len(shown)), [clip(one.method, 28) for one in shown], color=INK)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.6 / max(1, len(shown)))
+    end_at_one(axes, "x")
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"{setting.metric} on {setting.split}")
     legend(axes)
@@ -115,7 +117,7 @@ def draw_kept(loss: Mapping[str, float]) -> Figure:
     Returns:
         The figure.
     """
-    figure = new_figure(WIDE, 0.9 + 0.34 * len(loss))
+    figure = new_figure(MIDDLE, 0.8 + 0.3 * len(loss))
     axes = figure.add_subplot()
     for place, (name, value) in enumerate(loss.items()):
         colour = BLUE if name.startswith("new") else VERMILLION

@@ -14,10 +14,11 @@ from regraft.report.charts.style import (
     SOFT,
     VERMILLION,
     WIDE,
+    end_at_one,
     legend,
     new_figure,
 )
-from regraft.report.wording import clip, number
+from regraft.report.wording import base_name, clip, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ def draw_learning(curves: Mapping[str, Sequence[tuple[float, float]]], level: fl
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel(f"{metric} on dev")
     axes.margins(y=0.12)
+    end_at_one(axes)
     legend(axes, min(4, len(curves) + 1))
     return figure
 
@@ -85,6 +87,8 @@ def draw_segment(
     axes.set_xlabel(f"μ   (0 = {clip(ends[0], 20)}, 1 = {clip(ends[1], 20)})")
     axes.set_ylabel(what)
     axes.margins(y=0.16)
+    if not barrier:
+        end_at_one(axes)
     legend(axes)
     return figure
 
@@ -110,10 +114,13 @@ def draw_compatibility(points: Sequence[Mapping[str, Any]], metric: str, floor: 
     if stepped:
         axes.set_xlabel("pre-training steps since the old base")
     else:
-        axes.set_xticks(at, [clip(point["name"], 14) for point in points], rotation=30 if len(points) > 6 else 0)
+        axes.set_xticks(
+            at, [clip(base_name(point["name"]), 14) for point in points], rotation=30 if len(points) > 6 else 0
+        )
         axes.set_xlabel("checkpoint")
     axes.set_ylabel("share of examples" if metric == "accuracy" else metric)
     axes.margins(y=0.12)
+    end_at_one(axes)
     legend(axes, 3)
     return figure
 
@@ -134,7 +141,7 @@ def draw_cka(cka: Sequence[float], control: Sequence[float] | None, control_name
     axes.plot(range(len(cka)), cka, label="old and new model", **_look(0))
     if control:
         axes.plot(range(len(control)), control, label=f"control: {clip(control_name, 40)}", **_look(1))
-    names = ["embed."] + [str(layer) for layer in range(1, len(cka))]
+    names = ["embed."] + [str(layer) for layer in range(len(cka) - 1)]
     every = max(1, len(cka) // 16)
     axes.set_xticks(range(0, len(cka), every), names[::every])
     axes.set_xlabel("layer")

@@ -34,7 +34,7 @@ def draw_heads(rows: Sequence[Sequence[float]], best: Sequence[Sequence[int]] | 
     figure = new_figure(height=min(6.0, 1.35 + max(1.3, 3.1 * layers / max(heads, 4))))
     axes = figure.add_subplot()
     mesh = axes.pcolormesh(
-        np.arange(heads + 1) + 0.5, np.arange(layers + 1) + 0.5, values, vmin=0, vmax=top, edgecolors=PAPER,
+        np.arange(heads + 1) - 0.5, np.arange(layers + 1) - 0.5, values, vmin=0, vmax=top, edgecolors=PAPER,
         linewidth=1.2 if heads <= _MOST_CELLS else 0.5,
     )  # fmt: skip
     for layer in range(layers):
@@ -43,9 +43,9 @@ def draw_heads(rows: Sequence[Sequence[float]], best: Sequence[Sequence[int]] | 
             ink = _LIGHT if value < 0.55 * top else _DARK
             if heads <= _MOST_CELLS and layers <= 2 * _MOST_CELLS:
                 size = 7 if heads <= 8 else 6
-                axes.text(head + 1, layer + 1, f"{value:.2f}", ha="center", va="center", fontsize=size, color=ink)
+                axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=size, color=ink)
             if best and best[layer][head] != head:
-                axes.plot(head + 1.34, layer + 0.66, marker="o", markersize=3, color=ink, markerfacecolor="none")
+                axes.plot(head + 0.34, layer - 0.34, marker="o", markersize=3, color=ink, markerfacecolor="none")
     _ticks(axes.xaxis, heads)
     _ticks(axes.yaxis, layers)
     axes.invert_yaxis()
@@ -71,7 +71,7 @@ def draw_attention(one: Mapping[str, Any]) -> Figure:
 
     tokens = [clip(token, 11) for token in one["tokens"]]
     count, every = len(tokens), max(1, len(tokens) // 28)
-    figure = new_figure(WIDE, 3.9 if count <= 16 else 4.3)
+    figure = new_figure(WIDE, 4.0 if count <= 16 else 4.4, layout="compressed")
     both = figure.subplots(1, 2, sharey=True)
     top = max(float(np.nanmax(np.array(one[side], dtype=float))) for side in ("old", "new")) or 1.0
     for axes, side in zip(both, ("old", "new"), strict=True):
@@ -123,7 +123,7 @@ def draw_plane(plane: Mapping[str, Any]) -> Figure:
 
 def _ticks(axis: Any, count: int) -> None:
     every = max(1, count // 12)
-    axis.set_ticks(range(1, count + 1, every), [str(i) for i in range(1, count + 1, every)])
+    axis.set_ticks(range(0, count, every), [str(i) for i in range(0, count, every)])
 
 
 def _bar(figure: Figure, mesh: Any, axes: Any, label: str) -> None:

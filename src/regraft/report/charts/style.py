@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ THEMED = {
 SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
-NARROW, WIDE = 4.1, 6.4
+NARROW, MIDDLE, WIDE = 4.1, 5.0, 6.4
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "regraft",
@@ -74,19 +74,34 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float = NARROW, height: float = 2.9) -> Figure:
+def new_figure(
+    width: float = NARROW, height: float = 2.9, layout: Literal["constrained", "compressed"] = "constrained"
+) -> Figure:
     """Make an empty figure.
 
     Args:
         width: In inches.
         height: In inches.
+        layout: How it is laid out; `compressed` for axes of a fixed shape.
 
     Returns:
         The figure.
     """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def end_at_one(axes: Axes, axis: Literal["x", "y"] = "y") -> None:
+    """Let the axis of a score end where scores end.
+
+    Args:
+        axes: The chart's axes.
+        axis: Which of them the score is on.
+    """
+    low, high = getattr(axes, f"get_{axis}lim")()
+    if high > 1 > low:
+        getattr(axes, f"set_{axis}lim")(low, 1 + 0.02 * (1 - low))
 
 
 def legend(axes: Axes, columns: int = 2) -> None:

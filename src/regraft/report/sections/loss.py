@@ -7,7 +7,7 @@ from typing import Any
 
 from regraft.report.charts import draw_compatibility, draw_plane, draw_segment
 from regraft.report.page import Chart, Charts, Section, Table
-from regraft.report.wording import listing, number, percent, whole
+from regraft.report.wording import base_name, listing, number, percent, whole
 
 
 def loss_sections(diagnosis: dict[str, Any], part: str) -> list[Section]:
@@ -101,8 +101,8 @@ def _compatibility(diagnosis: dict[str, Any], part: str) -> Section:
     first, last = points[0], points[-1]
     finding = (
         f"Over {len(points)} checkpoints the {metric} of the old weights goes from {number(first['score'])} "
-        f"({first['name']}) to {number(last['score'])} ({last['name']}), with {percent(last['agreement'])} of "
-        "predictions unchanged at the end."
+        f"({base_name(first['name'])}) to {number(last['score'])} ({base_name(last['name'])}), with "
+        f"{percent(last['agreement'])} of predictions unchanged at the end."
     )
     rows = tuple(
         (

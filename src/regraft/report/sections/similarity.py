@@ -46,7 +46,7 @@ def _heads(found: dict[str, Any], part: str) -> Section:
     top = max(value for _, one, *_ in pairs for row in one["divergence"] for value in row) or 1.0
     charts = []
     for title, one, best, name in pairs:
-        flat = {(i, j): v for i, row in enumerate(one["divergence"], 1) for j, v in enumerate(row, 1)}
+        flat = {(i, j): v for i, row in enumerate(one["divergence"]) for j, v in enumerate(row)}
         most, least = max(flat, key=flat.__getitem__), min(flat, key=flat.__getitem__)
         finding = (
             f"{title[0].upper()}{title[1:]}: mean divergence {number(statistics.fmean(flat.values()))} bits, most in "
@@ -55,15 +55,12 @@ def _heads(found: dict[str, Any], part: str) -> Section:
         )
         head: tuple[str, ...] = ("layer", "head", "divergence (bits)", "cosine")
         rows: list[tuple[str, ...]] = [
-            (str(i), str(j), number(v), number(one["cosine"][i - 1][j - 1])) for (i, j), v in flat.items()
+            (str(i), str(j), number(v), number(one["cosine"][i][j])) for (i, j), v in flat.items()
         ]
         if best:
             others = found["others"]
             head += ("divergence to other heads", "nearest head")
-            rows = [
-                (*row, number(others[i - 1][j - 1]), str(best[i - 1][j - 1] + 1))
-                for row, (i, j) in zip(rows, flat, strict=True)
-            ]
+            rows = [(*row, number(others[i][j]), str(best[i][j])) for row, (i, j) in zip(rows, flat, strict=True)]
         figure = draw_heads(one["divergence"], best, top)
         table = Table(f"Head by head, {title}", head, tuple(rows), prose=2)
         charts.append(Chart(f"{part}-{name}", f"Heads, {title}", finding, figure, table))
@@ -72,22 +69,22 @@ def _heads(found: dict[str, Any], part: str) -> Section:
     facts = [("matched heads", f"{own} of {total}", "are nearest to the head in their own place")]
     lead = (
         f"How differently matched heads attend on {found['texts']:,} texts: 0 bits is the same, 1 bit is nothing in "
-        "common. A ring marks a head that is nearer to another one of its layer."
+        "common. A ring marks a head that is nearer to another one of its layer. "
+        "Layers and heads are counted from 0, as in the names of tensors."
     )
     blocks: tuple[Block, ...] = (Facts(tuple(facts)), Charts(tuple(charts)))
     return Section("heads", "Similarity of attention heads", lead, blocks)
 
 
 def _attention(one: dict[str, Any], name: str) -> Chart:
-    """Layers and heads are counted from 0 in the file and from 1 on the page."""
-    title = f"Layer {one['layer'] + 1}, head {one['head'] + 1}: {number(one['divergence'])} bits apart"
+    title = f"Layer {one['layer']}, head {one['head']}: {number(one['divergence'])} bits apart"
     tokens = one["tokens"]
 
     def strongest(rows: list[list[float]]) -> str:
         weight, at, to = max((value, i, j) for i, row in enumerate(rows) for j, value in enumerate(row))
         return f"{tokens[at]} attends to {tokens[to]} ({number(weight, 2)})"
 
-    finding = f"Layer {one['layer'] + 1}, head {one['head'] + 1}, {number(one['divergence'])} bits apart."
+    finding = f"Layer {one['layer']}, head {one['head']}, {number(one['divergence'])} bits apart."
     if tokens:
         finding = finding[:-1] + f": most strongly, in the old model {strongest(one['old'])}, in the new "
         finding += f"{strongest(one['new'])}."
@@ -107,7 +104,7 @@ def _hidden(found: dict[str, Any], part: str) -> Section:
     finding = f"CKA is lowest {_layer(low)}, {number(cka[low])}"
     finding += f", and {number(cka[-1])} in the last layer" if low < len(cka) - 1 else ", the last"
     finding += f"; the control's last layer has {number(other[-1])}." if other else "."
-    names = ["embeddings", *(f"layer {i}" for i in range(1, len(cka)))]
+    names = ["embeddings", *(f"layer {i}" for i in range(len(cka) - 1))]
     columns = [cka, *([other] if other else [])]
     rows = tuple((name, *(number(c[i]) for c in columns)) for i, name in enumerate(names))
     head = ("layer", "old and new", *([f"control: {control['name']}"] if other else []))
@@ -123,4 +120,4 @@ def _hidden(found: dict[str, Any], part: str) -> Section:
 
 
 def _layer(place: int) -> str:
-    return f"in layer {place}" if place else "in the embeddings"
+    return f"in layer {place - 1}" if place else "in the embeddings"
