@@ -345,3 +345,16 @@ def test_command_writes_the_report_and_help_stays_light(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.md").read_text(encoding="utf-8").startswith("# What the upgrade did to feelings")
+
+
+def test_figures_that_diverged_are_said_to_be_not_finite(tmp_path):
+    def spoiled(value):
+        if isinstance(value, dict):
+            return {name: spoiled(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [spoiled(entry) for entry in value]
+        return float("inf" if value > 0.3 else "nan") if isinstance(value, float) else value
+
+    write_diagnosis(tmp_path / "check", spoiled(diagnosis()))
+    text = write_report(tmp_path, tmp_path / "report.md", "md").read_text(encoding="utf-8")
+    assert "the barrier is not finite on dev and not finite on test" in text

@@ -74,6 +74,18 @@ def seconds(value: float | None) -> str:
     return f"{rest // 3600} h {rest % 3600 // 60} min"
 
 
+def finite(values: Iterable[float | None]) -> list[float]:
+    """Keep the values that can be compared: what diverged is not finite, and what was not measured is None.
+
+    Args:
+        values: The values.
+
+    Returns:
+        Those that are numbers.
+    """
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
 def clip(text: str, length: int) -> str:
     """Shorten a text to fit a chart, on one line.
 

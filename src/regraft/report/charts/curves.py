@@ -18,7 +18,7 @@ from regraft.report.charts.style import (
     legend,
     new_figure,
 )
-from regraft.report.wording import base_name, clip, number
+from regraft.report.wording import base_name, clip, finite, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -146,7 +146,7 @@ def draw_cka(cka: Sequence[float], control: Sequence[float] | None, control_name
     axes.set_xticks(range(0, len(cka), every), names[::every])
     axes.set_xlabel("layer")
     axes.set_ylabel("linear CKA")
-    low = min([*cka, *(control or ())])
+    low = min(finite([*cka, *(control or ())]), default=0.0)
     axes.set_ylim(min(0.0, low) if low < 0.5 else low - 0.1 * (1.02 - low) - 0.02, 1.02)
     legend(axes, 2)
     return figure

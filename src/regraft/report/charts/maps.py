@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from regraft.report.charts.style import INK, MARKERS, PAPER, WIDE, new_figure
-from regraft.report.wording import clip, number
+from regraft.report.wording import clip, finite, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ def draw_heads(rows: Sequence[Sequence[float]], best: Sequence[Sequence[int]] | 
     for layer in range(layers):
         for head in range(heads):
             value = values[layer, head]
-            ink = _LIGHT if value < 0.55 * top else _DARK
+            ink = _LIGHT if value < 0.55 * top or np.isnan(value) else _DARK
             if heads <= _MOST_CELLS and layers <= 2 * _MOST_CELLS:
                 size = 7 if heads <= 8 else 6
                 axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=size, color=ink)
@@ -73,7 +73,7 @@ def draw_attention(one: Mapping[str, Any]) -> Figure:
     count, every = len(tokens), max(1, len(tokens) // 28)
     figure = new_figure(WIDE, 4.0 if count <= 16 else 4.4, layout="compressed")
     both = figure.subplots(1, 2, sharey=True)
-    top = max(float(np.nanmax(np.array(one[side], dtype=float))) for side in ("old", "new")) or 1.0
+    top = max(finite(value for side in ("old", "new") for row in one[side] for value in row), default=0.0) or 1.0
     for axes, side in zip(both, ("old", "new"), strict=True):
         mesh = axes.imshow(np.array(one[side], dtype=float), vmin=0, vmax=top, interpolation="nearest")
         axes.set_title(f"{side} model", color=INK)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.report.charts import draw_attention, draw_cka, draw_heads
 from regraft.report.page import Chart, Charts, Facts, Section, Table
-from regraft.report.wording import number, percent
+from regraft.report.wording import finite, number, percent
 
 if TYPE_CHECKING:
     from regraft.report.page import Block
@@ -43,7 +43,7 @@ def _heads(found: dict[str, Any], part: str) -> Section:
     pairs = [("old and new model", found, found["best"], "heads")]
     if control and control["divergence"] and control["divergence"][0]:
         pairs.append((f"control: {control['name']}", control, None, "control"))
-    top = max(value for _, one, *_ in pairs for row in one["divergence"] for value in row) or 1.0
+    top = max(finite(value for _, one, *_ in pairs for row in one["divergence"] for value in row), default=0.0) or 1.0
     charts = []
     for title, one, best, name in pairs:
         flat = {(i, j): v for i, row in enumerate(one["divergence"]) for j, v in enumerate(row)}
