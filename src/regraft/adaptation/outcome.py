@@ -120,7 +120,7 @@ def write_outcome(
     Returns:
         The outcome in its place.
     """
-    record = {"schema": SCHEMA, **record, "versions": _versions()}
+    record = {"schema": SCHEMA, **record, "versions": versions()}
     write_atomic(staging / "outcome.json", json.dumps(record, indent=2) + "\n")
     write_atomic(staging / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve))
     write_atomic(staging / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
@@ -129,7 +129,12 @@ def write_outcome(
     return Outcome(out, json.loads(json.dumps(record)))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Give the versions that a result was made with.
+
+    Returns:
+        By package, Python's among them.
+    """
     packages = ("regraft", "torch", "transformers", "peft", "accelerate", "safetensors")
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 

@@ -1,5 +1,46 @@
 """Questions asked of an upgrade, one file each."""
 
+from regraft.diagnosis.blend import Blend
 from regraft.diagnosis.check import Check, check
+from regraft.diagnosis.compatibility import Point, compatibility
+from regraft.diagnosis.connectivity import Plane, Segment, barrier, plane, segment
+from regraft.diagnosis.deep import Diagnosis, Questions, diagnose
+from regraft.diagnosis.kept import Kept, kept
+from regraft.diagnosis.pair import Pair, load_pair
+from regraft.diagnosis.regressions import Regressions, calibration, mcnemar, noise_floor, regressions
+from regraft.diagnosis.shift import Shift, shift
+from regraft.diagnosis.similarity import Control, Map, Similarity, similarity
+from regraft.diagnosis.verdict import Verdict, verdict
 
-__all__ = ["Check", "check"]
+__all__ = [
+    "Blend",
+    "Check",
+    "Control",
+    "Diagnosis",
+    "Kept",
+    "Map",
+    "Pair",
+    "Plane",
+    "Point",
+    "Questions",
+    "Regressions",
+    "Segment",
+    "Shift",
+    "Similarity",
+    "Verdict",
+    "barrier",
+    "calibration",
+    "check",
+    "compatibility",
+    "diagnose",
+    "kept",
+    "load_pair",
+    "mcnemar",
+    "noise_floor",
+    "plane",
+    "regressions",
+    "segment",
+    "shift",
+    "similarity",
+    "verdict",
+]

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from regraft.adaptation import Adaptation, check_fit, load_adaptation, write_graft
+from regraft.diagnosis.pair import load_pair
+from regraft.diagnosis.verdict import ADVICE, choose
 from regraft.progress import Progress, silent
-from regraft.task import flips, load_data, majority_score, score
-from regraft.tuning.deployment import check_effect, match_labels, predictions
-from regraft.tuning.recipe import Recipe
+from regraft.task import flips, majority_score, score
 
 if TYPE_CHECKING:
-    from regraft.task import Task, TaskData
-    from regraft.upgrade import Upgrade
+    from pathlib import Path
 
-AS_IS, SHORT_TUNING = 0.95, 0.70
+    from regraft.adaptation import Adaptation
+    from regraft.diagnosis.pair import Pair
+    from regraft.task import Task, TaskData
+    from regraft.tuning.recipe import Recipe
+    from regraft.upgrade import Upgrade
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,22 +93,24 @@ def check(
         DataError: The task's data cannot be used.
         MismatchError: Bases, adaptation and task do not belong together.
     """
-    recipe = recipe or Recipe()
-    adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
-    lineage = adaptation.check_base(upgrade.old, force=force)
-    data = load_data(task, recipe.seed)
-    data.require_labels("check")
-    data = data.with_room(adaptation.virtual_tokens, upgrade.new.longest)
-    data = match_labels(adaptation, data)
-    effect = check_effect(check_fit(adaptation, upgrade, data.labels), adaptation, upgrade.old, data)
-    split = data.test or data.dev
-    before = predictions(adaptation, upgrade.old, data, recipe, progress)
-    with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
-        write_graft(adaptation, upgrade, Path(folder), progress)
-        after = predictions(load_adaptation(folder), upgrade.new, data, recipe, progress)
+    with load_pair(upgrade, adaptation, task, recipe=recipe, force=force, progress=progress) as pair:
+        return check_pair(pair)
+
+
+def check_pair(pair: Pair) -> Check:
+    """Compare the old deployment with the same weights on the new base.
+
+    Args:
+        pair: Both, loaded.
+
+    Returns:
+        The figures and a verdict.
+    """
+    data, split = pair.data, pair.split
+    before, after = (logits.argmax(dim=1).tolist() for logits in (pair.before, pair.after))
     old, new = (score(data.metric, split.labels, found) for found in (before, after))
     floor = majority_score(data, split)
-    flipped, moved = flips(split.labels.tolist(), before, after), upgrade.distance()
+    flipped, moved = flips(split.labels.tolist(), before, after), pair.upgrade.distance()
     retained = (new - floor) / (old - floor) if old > floor else None
     return Check(
         task=data.name,
@@ -125,8 +127,8 @@ def check(
         l2=moved.l2,
         relative=moved.relative,
         cosine=moved.cosine,
-        effect=effect,
-        lineage=lineage,
+        effect=pair.effect,
+        lineage=pair.lineage,
         verdict=_verdict(retained),
     )
 
@@ -134,9 +136,4 @@ def check(
 def _verdict(retained: float | None) -> str:
     if retained is None:
         return "The old weights are no better than guessing on their own base: there is nothing to carry over."
-    kept = f"{100 * retained:.0f} % of the old score above guessing survives"
-    if retained >= AS_IS:
-        return f"{kept}: use the old weights as they are (direct)."
-    if retained >= SHORT_TUNING:
-        return f"{kept}: a short tuning from the old weights (init) should close the gap."
-    return f"{kept}: the upgrade moved far; tune with the old model as teacher (init+distill), or from scratch."
+    return f"{100 * retained:.0f} % of the old score above guessing survives: {ADVICE[choose(retained)]}."

@@ -66,8 +66,6 @@ def pretrain(
     """
     from transformers import set_seed
 
-    from regraft.adaptation import load_strictly
-
     if block > base.longest:
         raise RecipeError(f"--block {block} is more than the {base.longest} tokens that {base.path} takes.")
     inputs = {
@@ -84,7 +82,7 @@ def pretrain(
         shuffled = _shuffle(len(blocks), recipe.seed)
         resolved = recipe.resolve(len(blocks) - held_out, LEARNING_RATE)
         set_seed(recipe.seed)  # a fresh head is drawn from it
-        model, fresh = load_strictly(_architecture(base), base.path, base.prefix, dtype="float32")
+        model, fresh = language_model(base)
         model.to(device())
         run = _Pretraining(base, blocks, shuffled[held_out:], shuffled[:held_out], resolved)
         if any(not name.startswith(base.prefix + ".") for name in fresh) and (resolved.steps or 0) >= 10:
@@ -114,6 +112,45 @@ def pretrain(
         write_atomic(staging / PRETRAINING, json.dumps(record, indent=2) + "\n")
         publish(staging, out)
     return Base.open(out)
+
+
+def language_model(base: Base) -> tuple[Any, list[str]]:
+    """Load a base as a language model.
+
+    Args:
+        base: The base.
+
+    Returns:
+        The model in float32 on the CPU, and the names of what its folder does not hold, a fresh head's.
+
+    Raises:
+        CheckpointError: A tensor of the body is missing or has no place in the model.
+        RecipeError: An encoder's tokenizer has no mask token.
+    """
+    from regraft.adaptation import load_strictly
+
+    return load_strictly(_architecture(base), base.path, base.prefix, dtype="float32")
+
+
+def language_loss(model: Any, base: Base, blocks: np.ndarray[Any, np.dtype[np.uint32]], precision: str) -> float:
+    """Measure a language model on text.
+
+    Args:
+        model: Of the base's architecture.
+        base: Whose tokenizer made the blocks.
+        blocks: Blocks × tokens, from `pack`.
+        precision: `bf16` or `fp32`.
+
+    Returns:
+        The mean cross-entropy in nats: of masked tokens for encoders, the masks being always the same, of each next
+        token for decoders.
+    """
+    import numpy as np
+
+    from regraft.tuning.recipe import Recipe
+
+    recipe, nothing = Recipe(steps=1, precision=precision).resolve(len(blocks), LEARNING_RATE), np.arange(0)
+    return _Pretraining(base, blocks, nothing, np.arange(len(blocks)), recipe).evaluate(model)["loss"]
 
 
 @dataclasses.dataclass(frozen=True)

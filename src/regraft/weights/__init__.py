@@ -8,6 +8,7 @@ from regraft.weights.low_rank import low_rank
 from regraft.weights.names import align, kind_of, layer_of
 from regraft.weights.project import left_out_errors, project
 from regraft.weights.shrink import drop, mask_agreement, orthogonal_shift, trim
+from regraft.weights.subspace import subspace_overlap
 from regraft.weights.vocabulary import RowMatch, graft_rows, has_row_for_each_token, match_rows
 from regraft.weights.whole import apply_all, delta_all, graft_all, interpolate_all
 
@@ -44,5 +45,6 @@ __all__ = [
     "project",
     "rotation",
     "scaling",
+    "subspace_overlap",
     "trim",
 ]

@@ -1,0 +1,92 @@
+"""How long old weights go on working while the base is pre-trained further."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.adaptation import load_adaptation, load_model, write_graft
+from regraft.task import score
+from regraft.tuning.examples import encode
+from regraft.tuning.predict import device, predict
+from regraft.upgrade import PRETRAINING, Upgrade
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from regraft.diagnosis.pair import Pair
+    from regraft.upgrade import Base
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Old weights on one checkpoint of the way from the old base to the new one.
+
+    Args:
+        name: The checkpoint.
+        distance: Its L2 distance from the old base.
+        score: The old weights' score on it, without any tuning.
+        loss: Their mean cross-entropy.
+        agreement: The share of examples on which they predict what they did on the old base.
+        steps: The pre-training steps that led there from the base before it, if its folder says so.
+    """
+
+    name: str
+    distance: float
+    score: float
+    loss: float
+    agreement: float
+    steps: int | None
+
+
+def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple[Point, ...]:
+    """Put old weights on every checkpoint of continual pre-training as they are.
+
+    Source: Qin et al., 2023 (arXiv:2305.08702), the pilot study of section 3.
+
+    Args:
+        pair: The old deployment.
+        checkpoints: Bases on the way, in order; the old and the new one need not be among them.
+
+    Returns:
+        A point each, after one for the old base itself.
+
+    Raises:
+        MismatchError: A checkpoint is no upgrade of the old base.
+    """
+    from torch.nn import functional
+
+    split, data, old = pair.split, pair.data, pair.upgrade.old
+    labels = split.labels
+    points = []
+    for number, name in enumerate([old, *checkpoints]):
+        upgrade = Upgrade(old, name)
+        logits = pair.before
+        if number:
+            with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
+                write_graft(pair.adaptation, upgrade, Path(folder), pair.progress)
+                model = load_model(load_adaptation(folder), upgrade.new, data.labels).to(device())
+                logits = predict(model, encode(upgrade.new, split, data.max_length), pair.precision, pair.progress)
+        guesses = logits.argmax(dim=1)
+        points.append(
+            Point(
+                name=upgrade.new.name,
+                distance=upgrade.distance().l2,
+                score=score(data.metric, labels, guesses.numpy()),
+                loss=float(functional.cross_entropy(logits, logits.new_tensor(labels).long())),
+                agreement=float((guesses == pair.before.argmax(dim=1)).float().mean()),
+                steps=_steps(upgrade.new) if number else 0,
+            )
+        )
+        pair.progress("compatibility", number + 1, len(checkpoints) + 1, {"score": points[-1].score})
+    return tuple(points)
+
+
+def _steps(base: Base) -> int | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((base.path / PRETRAINING).read_text(encoding="utf-8"))["inputs"]["recipe"]["steps"])
+    return None

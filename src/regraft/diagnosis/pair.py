@@ -1,0 +1,159 @@
+"""The two deployments that a diagnosis compares, each loaded once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation import Adaptation, check_fit, load_adaptation, load_model, write_graft
+from regraft.errors import MismatchError
+from regraft.progress import Progress, silent
+from regraft.task import load_data
+from regraft.tuning.deployment import check_effect, match_labels
+from regraft.tuning.examples import encode
+from regraft.tuning.predict import device, predict
+from regraft.tuning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from regraft.task import Split, Task, TaskData
+    from regraft.upgrade import Base, Upgrade
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """The old deployment, and what is to take its place.
+
+    Args:
+        upgrade: The two bases.
+        adaptation: What was tuned on the old one.
+        data: The task, its classes in the order of the heads.
+        precision: What to compute in, `bf16` or `fp32`.
+        lineage: Whether the adaptation is proven to be the old base's, as in `Check`.
+        effect: How much it changes what the head reads there.
+        old: The old deployment, a model.
+        new: Its counterpart on the new base, a model.
+        progress: Told of each batch.
+    """
+
+    upgrade: Upgrade
+    adaptation: Adaptation
+    data: TaskData
+    precision: str
+    lineage: str
+    effect: float
+    old: Any
+    new: Any
+    progress: Progress
+
+    @functools.cached_property
+    def split(self) -> Split:
+        """What is measured on: test, or dev where there is none."""
+        return self.data.test or self.data.dev
+
+    @functools.cached_property
+    def before(self) -> torch.Tensor:
+        """The old deployment's logits, examples × classes."""
+        return self._logits(self.old, self.upgrade.old)
+
+    @functools.cached_property
+    def after(self) -> torch.Tensor:
+        """The new one's logits, examples × classes."""
+        return self._logits(self.new, self.upgrade.new)
+
+    def predictions_of(self, path: str | Path) -> list[int]:
+        """Predict with another adaptation of the same task on the new base.
+
+        Args:
+            path: An outcome or an adaptation.
+
+        Returns:
+            The class of each example.
+        """
+        found: list[int] = self._logits(load_counterpart(path, self.upgrade.new, self.data), self.upgrade.new).argmax(
+            dim=1
+        ).tolist()  # fmt: skip
+        return found
+
+    def _logits(self, model: Any, base: Base) -> torch.Tensor:
+        examples = encode(base, self.split, self.data.max_length)
+        return predict(model.to(device()), examples, self.precision, self.progress)
+
+
+@contextlib.contextmanager
+def load_pair(
+    upgrade: Upgrade,
+    adaptation: Adaptation | str | Path,
+    task: Task | TaskData | str | Path,
+    *,
+    counterpart: str | Path | None = None,
+    recipe: Recipe | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Iterator[Pair]:
+    """Load an adaptation on its old base, and what stands for it on the new one.
+
+    Args:
+        upgrade: The old and the new base.
+        adaptation: What was tuned on the old base, or its folder.
+        task: A task file, a `Task` or its data.
+        counterpart: An outcome or adaptation of the same task on the new base; None for the old weights as they are.
+        recipe: Whose seed and precision to use.
+        force: Take the old base in spite of another fingerprint.
+        progress: Told of each batch.
+
+    Yields:
+        Both.
+
+    Raises:
+        CheckpointError: A file of weights is not whole.
+        DataError: The task's data cannot be used.
+        MismatchError: Bases, adaptations and task do not belong together.
+    """
+    recipe = recipe or Recipe()
+    adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
+    lineage = adaptation.check_base(upgrade.old, force=force)
+    data = load_data(task, recipe.seed)
+    data.require_labels("check")
+    data = match_labels(adaptation, data.with_room(adaptation.virtual_tokens, upgrade.new.longest))
+    old = check_fit(adaptation, upgrade, data.labels)
+    effect = check_effect(old, adaptation, upgrade.old, data)
+    precision = recipe.resolve(len(data.train), 1.0).precision
+    with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
+        if counterpart is None:
+            write_graft(adaptation, upgrade, Path(folder), progress)
+            new = load_model(load_adaptation(folder), upgrade.new, data.labels)
+        else:
+            new = load_counterpart(counterpart, upgrade.new, data)
+        yield Pair(upgrade, adaptation, data, precision, lineage, effect, old.to(device()), new.to(device()), progress)
+
+
+def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
+    """Load what was tuned for the same task on the new base.
+
+    Args:
+        path: An outcome or an adaptation.
+        base: The new base.
+        data: The task, its classes in the order of the old head.
+
+    Returns:
+        The model.
+
+    Raises:
+        MismatchError: Its labels are others, or in another order.
+    """
+    found = load_adaptation(path)
+    found.check_base(base)
+    if found.labels is not None and tuple(found.labels) != tuple(data.labels):
+        raise MismatchError(
+            f"{path}: its head has the labels {', '.join(found.labels[:8])}, the old one {', '.join(data.labels[:8])}: "
+            "their outputs cannot be compared one by one. Tune it with the task file's `labels` in that order."
+        )
+    return load_model(found, base, data.labels).to(device())
