@@ -115,7 +115,7 @@ def write_outcome(
         out: Where the outcome shall be.
         record: What `outcome.json` shall say.
         curve: The learning curve.
-        predictions: Row, label and prediction of each example of dev and test.
+        predictions: Row, label, prediction and its confidence, of each example of dev and test.
 
     Returns:
         The outcome in its place.

@@ -27,6 +27,7 @@ def compare(
     eval_every: options.EvalEvery = None,
     save_every: options.SaveEvery = 200,
     precision: options.Precision = "auto",
+    report_to: options.ReportTo = None,
     force: options.Force = False,
 ) -> None:
     """Run several methods on the same data, seeds and order, and hold them against scratch."""
@@ -35,7 +36,7 @@ def compare(
     from regraft.methods import compare as run
     from regraft.methods import parse_options
     from regraft.task import Task
-    from regraft.tuning import Recipe
+    from regraft.tuning import Recipe, tracking
     from regraft.upgrade import Upgrade
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -51,7 +52,7 @@ def compare(
         steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
         eval_every=eval_every, save_every=save_every, precision=precision,
     )  # fmt: skip
-    with show.progress() as progress:
+    with show.progress() as progress, tracking(report_to or (), options.logs(out)):
         result = run(
             Upgrade(old_base, new_base),
             adaptation,

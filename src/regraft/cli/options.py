@@ -22,6 +22,12 @@ EvalEvery = Annotated[int | None, typer.Option(help="Steps between evaluations; 
 SaveEvery = Annotated[int, typer.Option(help="Steps between the checkpoints an interrupted run goes on from.", min=1)]
 Seed = Annotated[int, typer.Option(help="Fixes fresh heads, few-shot draws, the order of the data and dropout.")]
 Precision = Annotated[str, typer.Option(help="bf16, fp32, or auto: bf16 where the device computes in it.")]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A tracker that training reports to: tensorboard (into OUT-logs), trackio, wandb, …; repeatable."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Take the old base though the weights record another one.")]
 Option = Annotated[
     list[str] | None,
@@ -31,3 +37,15 @@ MethodOption = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", help="An option of one of the methods, as in -o distill:alpha=0.9."),
 ]
+
+
+def logs(out: Path) -> Path:
+    """Give the folder for trackers' files, beside what a command makes.
+
+    Args:
+        out: What it makes.
+
+    Returns:
+        The folder.
+    """
+    return out.with_name(f"{out.name}-logs")

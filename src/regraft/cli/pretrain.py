@@ -25,12 +25,13 @@ def pretrain(
     save_every: options.SaveEvery = 200,
     seed: options.Seed = 20,
     precision: options.Precision = "auto",
+    report_to: options.ReportTo = None,
 ) -> None:
     """Pre-train a base further on new text: masked for encoders, causal for decoders."""
     import json
 
     from regraft.cli import show
-    from regraft.tuning import Corpus, Recipe
+    from regraft.tuning import Corpus, Recipe, tracking
     from regraft.tuning import pretrain as run
     from regraft.upgrade import PRETRAINING, Base
 
@@ -38,7 +39,7 @@ def pretrain(
         steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
         eval_every=eval_every, save_every=save_every, seed=seed, precision=precision,
     )  # fmt: skip
-    with show.progress() as progress:
+    with show.progress() as progress, tracking(report_to or (), options.logs(out)):
         upgraded = run(Base.open(base), Corpus(tuple(corpus), text_column), out, recipe, block, progress)
     record = json.loads((upgraded.path / PRETRAINING).read_text(encoding="utf-8"))
     first, last = record["curve"][0], record["curve"][-1]

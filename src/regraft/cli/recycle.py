@@ -28,6 +28,7 @@ def recycle(
     save_every: options.SaveEvery = 200,
     seed: options.Seed = 20,
     precision: options.Precision = "auto",
+    report_to: options.ReportTo = None,
     force: options.Force = False,
 ) -> None:
     """Carry one adaptation over to the new base by one method."""
@@ -35,7 +36,7 @@ def recycle(
     from regraft.methods import parse_options
     from regraft.methods import recycle as run
     from regraft.task import Task
-    from regraft.tuning import Recipe
+    from regraft.tuning import Recipe, tracking
     from regraft.upgrade import Upgrade
 
     chosen = parse_options(method, option or ())
@@ -43,7 +44,7 @@ def recycle(
         steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
         eval_every=eval_every, save_every=save_every, seed=seed, precision=precision,
     )  # fmt: skip
-    with show.progress() as progress:
+    with show.progress() as progress, tracking(report_to or (), options.logs(out)):
         result = run(
             Upgrade(old_base, new_base),
             adaptation,

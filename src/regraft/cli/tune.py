@@ -30,18 +30,19 @@ def tune(
     save_every: options.SaveEvery = 200,
     seed: options.Seed = 20,
     precision: options.Precision = "auto",
+    report_to: options.ReportTo = None,
 ) -> None:
     """Tune a base on a task from a fresh head."""
     from regraft.cli import show
     from regraft.methods import tune as run
     from regraft.task import Task
-    from regraft.tuning import Recipe
+    from regraft.tuning import Recipe, tracking
 
     recipe = Recipe(
         steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
         eval_every=eval_every, save_every=save_every, seed=seed, precision=precision,
     )  # fmt: skip
-    with show.progress() as progress:
+    with show.progress() as progress, tracking(report_to or (), options.logs(out)):
         result = run(
             base,
             Task.load(task).with_shots(shots),

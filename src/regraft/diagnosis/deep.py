@@ -273,9 +273,9 @@ def _probe_gain(pair: Pair) -> Interval:
 
 def _reasons(checked: Check, line: Segment | None, alike: Similarity | None) -> tuple[Reason, ...]:
     found = [
-        Reason("agreement", f"{checked.agreement:.1%}", "of the examples get the same prediction as before"),
-        Reason("negative flips", f"{checked.negative_flips:.1%}", "of the examples were right and are wrong"),
-        Reason("distance of the bases", f"{checked.relative:.1%}", "of the old base's norm"),
+        Reason("agreement", f"{100 * checked.agreement:.1f} %", "of the examples get the same prediction as before"),
+        Reason("negative flips", f"{100 * checked.negative_flips:.1f} %", "of the examples were right and are wrong"),
+        Reason("distance of the bases", f"{100 * checked.relative:.1f} %", "of the old base's norm"),
     ]
     if line is not None:
         height = max(line.barrier.values())

@@ -119,9 +119,9 @@ def verdict(
     else:
         advice = f"{100 * share:.0f} % of the score to expect above guessing is left: {ADVICE[chosen]}."
     found = (
-        Reason("old deployment", f"{old[0]:.4f}", f"{metric} of the old weights on the old base"),
-        Reason("as they are", f"{new[0]:.4f}", "the same weights on the new base, without any tuning"),
-        Reason("guessing", f"{floor:.4f}", "the most frequent class"),
+        Reason("old deployment", f"{old[0]:.3f}", f"{metric} of the old weights on the old base"),
+        Reason("as they are", f"{new[0]:.3f}", "the same weights on the new base, without any tuning"),
+        Reason("guessing", f"{floor:.3f}", "the most frequent class"),
     )
     if gain is not None:
         says = "the new base is better at the task, which no method without training can use" if added else (

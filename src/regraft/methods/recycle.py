@@ -175,13 +175,17 @@ def record_outcome(
             scores |= {name: None, f"{name}_majority": None}
             continue
         examples = encode(base, split, data.max_length)
-        found = predict(model, examples, recipe.precision, progress).argmax(dim=1).tolist()
+        logits = predict(model, examples, recipe.precision, progress)
+        found = logits.argmax(dim=1).tolist()
+        confidences = [round(value, 4) for value in logits.softmax(dim=1).amax(dim=1).tolist()]
         scores |= dict.fromkeys((name, f"{name}_majority"))
         if data.labelled:
             scores |= {name: score(data.metric, split.labels, found), f"{name}_majority": majority_score(data, split)}
         known = split.labels.tolist() if data.labelled else [None] * len(split)
-        numbered = zip(split.rows.tolist(), known, found, strict=True)
-        rows += [{"split": name, "row": row, "label": label, "prediction": guess} for row, label, guess in numbered]
+        rows += [
+            {"split": name, "row": row, "label": label, "prediction": guess, "confidence": confidence}
+            for row, label, guess, confidence in zip(split.rows.tolist(), known, found, confidences, strict=True)
+        ]
     dev = scores["dev"]
     trained = bool(curve)
     curve = curve or [{"step": 0, "seconds": 0.0, "score": float(dev or 0.0)}]

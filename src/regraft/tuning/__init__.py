@@ -9,6 +9,7 @@ from regraft.tuning.moments import input_moments
 from regraft.tuning.predict import device, predict
 from regraft.tuning.pretrain import pretrain
 from regraft.tuning.recipe import Recipe
+from regraft.tuning.tracking import tracking
 from regraft.tuning.tune import ADAPTER_RATE, LEARNING_RATES, Teacher, evaluate, tune_model
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "plan_order",
     "predict",
     "pretrain",
+    "tracking",
     "tune_model",
 ]

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from regraft.errors import RecipeError
 from regraft.progress import quiet
 from regraft.tuning.predict import device
+from regraft.tuning.tracking import run_name, trackers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,10 +57,11 @@ def train(
         weights is the best, its figures come last, with how many evaluations it is of as `averaged`.
 
     Raises:
-        RecipeError: The loss became infinite or not a number.
+        RecipeError: The loss became infinite or not a number, or there is no such tracker.
     """
     checkpoints = work / "checkpoints"
-    last = _last_whole(checkpoints)
+    last, name = _last_whole(checkpoints), run_name(work)
+    report_to, callbacks = trackers(name)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=recipe.steps or 1,
@@ -79,7 +81,9 @@ def train(
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
+        report_to=report_to or "none",
+        run_name=name,
+        project="regraft",
         disable_tqdm=True,
         seed=recipe.seed,
     )
@@ -93,6 +97,7 @@ def train(
         objective=objective,
         figures=evaluate,
         best=best,
+        callbacks=callbacks,
     )
     trainer.add_callback(_Watch(trainer, progress, stage))
     trainer.remove_callback(PrinterCallback)

@@ -82,7 +82,7 @@ def _attention(one: dict[str, Any], name: str) -> Chart:
 
     def strongest(rows: list[list[float]]) -> str:
         weight, at, to = max((value, i, j) for i, row in enumerate(rows) for j, value in enumerate(row))
-        return f"{tokens[at]} attends to {tokens[to]} ({number(weight, 2)})"
+        return f"“{tokens[at]}” attends to “{tokens[to]}” ({number(weight, 2)})"
 
     finding = f"Layer {one['layer']}, head {one['head']}, {number(one['divergence'])} bits apart."
     if tokens:
