@@ -1,7 +1,7 @@
 """Questions asked of an upgrade, one file each."""
 
 from regraft.diagnosis.blend import Blend
-from regraft.diagnosis.check import Check, check
+from regraft.diagnosis.check import Check, check, check_pair
 from regraft.diagnosis.compatibility import Point, compatibility
 from regraft.diagnosis.connectivity import Plane, Segment, barrier, plane, segment
 from regraft.diagnosis.deep import Diagnosis, Questions, diagnose
@@ -10,7 +10,7 @@ from regraft.diagnosis.pair import Pair, load_pair
 from regraft.diagnosis.regressions import Regressions, calibration, mcnemar, noise_floor, regressions
 from regraft.diagnosis.shift import Shift, shift
 from regraft.diagnosis.similarity import Control, Map, Similarity, similarity
-from regraft.diagnosis.verdict import Verdict, verdict
+from regraft.diagnosis.verdict import Verdict, probe_gain, verdict
 
 __all__ = [
     "Blend",
@@ -31,6 +31,7 @@ __all__ = [
     "barrier",
     "calibration",
     "check",
+    "check_pair",
     "compatibility",
     "diagnose",
     "kept",
@@ -38,6 +39,7 @@ __all__ = [
     "mcnemar",
     "noise_floor",
     "plane",
+    "probe_gain",
     "regressions",
     "segment",
     "shift",

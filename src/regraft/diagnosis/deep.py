@@ -19,19 +19,17 @@ from regraft.diagnosis.pair import load_counterpart, load_pair
 from regraft.diagnosis.regressions import Regressions, regressions
 from regraft.diagnosis.shift import Shift, shift
 from regraft.diagnosis.similarity import Similarity, similarity
-from regraft.diagnosis.verdict import Reason, Verdict, verdict
+from regraft.diagnosis.verdict import Reason, Verdict, probe_gain, verdict
 from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.progress import Progress, silent
-from regraft.task import majority_score, paired_difference
-from regraft.tuning.probe import probe
+from regraft.task import majority_score
 from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from regraft.adaptation import Adaptation
-    from regraft.diagnosis.pair import Pair
-    from regraft.task import Interval, Task, TaskData
+    from regraft.task import Task, TaskData
     from regraft.upgrade import Upgrade
 
 SCHEMA = 1
@@ -200,7 +198,7 @@ def diagnose(
             if asked.plane
             else None,
         }  # fmt: skip
-        gain = ask("probe", lambda: _probe_gain(direct))
+        gain = ask("probe", lambda: probe_gain(direct))
         decided = verdict(
             direct.data.metric,
             direct.split.labels,
@@ -263,12 +261,6 @@ class _Asking:
 def _check_place(out: Path) -> None:
     if out.exists() and not (out.is_dir() and all(file.name == RECORD for file in out.iterdir())):
         raise OutcomeError(f"{out}: holds something else than a diagnosis. Choose another --out or remove it.")
-
-
-def _probe_gain(pair: Pair) -> Interval:
-    data = pair.data
-    old, new = (probe(base, data, pair.precision) for base in (pair.upgrade.old, pair.upgrade.new))
-    return paired_difference(data.metric, data.dev.labels, new, old)
 
 
 def _reasons(checked: Check, line: Segment | None, alike: Similarity | None) -> tuple[Reason, ...]:

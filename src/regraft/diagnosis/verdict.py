@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from regraft.task.bootstrap import RESAMPLES, resampled_scores
+from regraft.task.bootstrap import RESAMPLES, paired_difference, resampled_scores
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from regraft.diagnosis.pair import Pair
     from regraft.task import Interval
 
     Choice = Literal["use as is", "training-free", "short tuning", "scratch"]
@@ -76,6 +77,22 @@ def choose(share: float, gain: float = 0.0) -> Choice:
     if share >= TRAINING_FREE and gain <= 0:
         return "training-free"
     return "short tuning" if share >= SHORT_TUNING else "scratch"
+
+
+def probe_gain(pair: Pair) -> Interval:
+    """Find out whether the new base is better at a task than the old one, by a linear probe on dev.
+
+    Args:
+        pair: The deployments; only their bases and the task count.
+
+    Returns:
+        The difference of the probes' scores, with its interval.
+    """
+    from regraft.tuning.probe import probe
+
+    data = pair.data
+    old, new = (probe(base, data, pair.precision) for base in (pair.upgrade.old, pair.upgrade.new))
+    return paired_difference(data.metric, data.dev.labels, new, old)
 
 
 def verdict(
