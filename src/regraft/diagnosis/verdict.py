@@ -135,7 +135,7 @@ def verdict(
         chosen = "scratch"
     else:
         advice = f"{100 * share:.0f} % of the score to expect above guessing is left: {ADVICE[chosen]}."
-    found = (
+    found: tuple[Reason, ...] = (
         Reason("old deployment", f"{old[0]:.3f}", f"{metric} of the old weights on the old base"),
         Reason("as they are", f"{new[0]:.3f}", "the same weights on the new base, without any tuning"),
         Reason("guessing", f"{floor:.3f}", "the most frequent class"),

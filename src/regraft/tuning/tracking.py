@@ -60,9 +60,9 @@ def trackers(run: str) -> tuple[list[str], list[Any]]:
     Raises:
         RecipeError: There is no such tracker, or it is not installed.
     """
-    from transformers.integrations import TensorBoardCallback
     from transformers.integrations.integration_utils import (
         INTEGRATION_TO_CALLBACK,
+        TensorBoardCallback,
         get_available_reporting_integrations,
     )
 
@@ -72,7 +72,7 @@ def trackers(run: str) -> tuple[list[str], list[Any]]:
             raise RecipeError(
                 f"--report-to {name}: there is no such tracker. Use {', '.join(INTEGRATION_TO_CALLBACK)}."
             )
-        if name not in get_available_reporting_integrations():
+        if name not in get_available_reporting_integrations():  # type: ignore[no-untyped-call]
             raise RecipeError(f"--report-to {name}: the package is not installed. Install it with pip.")
     callbacks: list[Any] = []
     if "tensorboard" in names:
