@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from regraft import Base, Distillation, Recipe, Upgrade, load_adaptation, recycle
 from regraft.adaptation import attach, fresh_model, load_model, new_config, save_model, write_graft
-from regraft.errors import DataError, RecipeError
+from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.progress import silent
 from regraft.task import load_data
@@ -383,6 +383,9 @@ def test_label_free_learns_from_texts_of_another_file(tmp_path, far, adaptations
     assert same_weights(plain.path, learn("same.txt").path)
     assert same_weights(plain.path, learn("same.jsonl").path)
     assert not same_weights(plain.path, learn("other.txt").path)
+    (tmp_path / "same.txt").write_text("another text\n" * 40)  # a file of the same name is no longer the same run
+    with pytest.raises(OutcomeError, match="differs in text"):
+        learn("same.txt")
     (tmp_path / "empty.txt").write_text("\n\n")
     for name, says in (("empty.txt", "holds no text"), ("none.txt", "no such file")):
         with pytest.raises(DataError, match=says):

@@ -26,6 +26,7 @@ from regraft.methods.method import Job
 from regraft.methods.registry import find_method
 from regraft.progress import Progress, silent
 from regraft.task import load_data, majority_score, score
+from regraft.tuning.corpus import Corpus
 from regraft.tuning.deployment import check_effect, match_labels
 from regraft.tuning.distill import Distillation
 from regraft.tuning.recipe import Recipe
@@ -103,6 +104,8 @@ def recycle(
         "new_base": upgrade.new.fingerprint,
         "adaptation": adaptation.fingerprint,
     }
+    if text := getattr(options, "text", ""):
+        inputs["text"] = Corpus((text,)).digest()
     if done := find_outcome(out, inputs):
         return done
     labels = data.labels if head == "copy" else stored_labels(adaptation, upgrade.old)
@@ -191,8 +194,10 @@ def record_outcome(
     curve = curve or [{"step": 0, "seconds": 0.0, "score": float(dev or 0.0)}]
     steps = int(curve[-1]["step"])
     best = max(curve, key=lambda point: (point["score"], -point["step"]))
-    lengths = encode(base, data.train, data.max_length).lengths
-    seen = len(np.unique(plan_order(lengths, recipe.batch_size, steps, recipe.seed))) if steps else 0
+    seen = 0
+    if steps:
+        lengths = encode(base, data.train, data.max_length).lengths
+        seen = len(np.unique(plan_order(lengths, recipe.batch_size, steps, recipe.seed)))
     record = {
         "method": method,
         "kind": adaptation.kind,
