@@ -1,6 +1,7 @@
 """Continual pre-training: the corpus in blocks, the masks, the loss, and the upgraded base as others load it."""
 
 import csv
+import dataclasses
 import gc
 import json
 import random
@@ -18,8 +19,10 @@ from torch.nn import functional
 from regraft import Base, Corpus, Recipe, Upgrade, pretrain
 from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.progress import silent
+from regraft.tuning import Replay, pretrain_chain
 from regraft.tuning.corpus import pack
-from regraft.tuning.pretrain import _architecture, _Pretraining
+from regraft.tuning.language import LanguageModelling, architecture
+from regraft.tuning.pretrain import _with_replay
 
 ENCODERS = ("bert", "roberta", "distilbert")
 RECIPE = Recipe(steps=40, batch_size=16, learning_rate=3e-3, eval_every=20, precision="fp32")
@@ -75,7 +78,7 @@ def test_it_learns_and_leaves_a_plain_folder(upgraded, bases, architecture):
 
 def a_run(base, blocks, recipe=RECIPE):
     numbers = np.arange(len(blocks))
-    return _Pretraining(base, np.asarray(blocks, dtype=np.uint32), numbers, numbers, recipe)
+    return LanguageModelling(base, np.asarray(blocks, dtype=np.uint32), numbers, numbers, recipe)
 
 
 def some_blocks(base, count, block=32, seed=3):
@@ -88,7 +91,7 @@ def some_blocks(base, count, block=32, seed=3):
 @pytest.mark.parametrize("architecture", ENCODERS)
 def test_logits_at_masked_places_only_give_the_whole_loss(bases, architecture):
     base = Base.open(bases[architecture][0])
-    model = _architecture(base).from_pretrained(base.path).eval()
+    model = architecture(base).from_pretrained(base.path).eval()
     run = a_run(base, some_blocks(base, 8))
     batch = run.batch([(i, i) for i in range(8)], seed=1)
     loss = run.loss(model, dict(batch))
@@ -106,7 +109,7 @@ def test_logits_at_masked_places_only_give_the_whole_loss(bases, architecture):
 
 def test_causal_loss_is_that_of_the_next_token(bases):
     base = Base.open(bases["llama"][0])
-    model = _architecture(base).from_pretrained(base.path).eval()
+    model = architecture(base).from_pretrained(base.path).eval()
     run = a_run(base, some_blocks(base, 4))
     batch = run.batch([(i, i) for i in range(4)], seed=1)
     logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
@@ -326,3 +329,49 @@ def test_a_folder_of_data_is_known_by_its_content(tmp_path):
     assert corpus.digest() == before
     file.write_text('{"text": "two"}\n', encoding="utf-8")
     assert corpus.digest() != before
+
+
+def test_replay_takes_the_places_of_its_share(opened):
+    base = opened["bert"][0]
+    blocks, earlier = (np.arange(start, start + 40 * 8, dtype=np.uint32).reshape(40, 8) % 20 + 5 for start in (0, 7))
+    run = a_run(base, blocks, dataclasses.replace(RECIPE, steps=30, batch_size=10))
+    plain = run.order()
+    mixed = _with_replay(run, earlier, 0.2)
+    order = mixed.order()
+    replayed = order >= 40
+    assert replayed.sum() == 0.2 * 300
+    assert (order[~replayed] == plain[~replayed]).all()
+    assert {tuple(row) for row in mixed.blocks[40:].tolist()} <= {tuple(row) for row in earlier.tolist()}
+    assert len(set(order[replayed].tolist())) == 60
+    assert (mixed.held_out == run.held_out).all()
+    for share in (0, 1, -0.5):
+        with pytest.raises(RecipeError, match="share"):
+            Replay(Corpus(("a.txt",)), share)
+
+
+def test_a_chain_of_domains_with_bases_kept_on_the_way(tmp_path, bases):
+    files = []
+    for number, name in enumerate(("bio", "news")):
+        files.append(tmp_path / f"{name}.txt")
+        files[-1].write_text("\n".join(sentences(300, seed=number)), encoding="utf-8")
+    recipe = dataclasses.replace(RECIPE, steps=6, eval_every=3)
+    domains = [Corpus((str(file),)) for file in files]
+    first = Base.open(bases["bert"][0])
+
+    def make(out):
+        return pretrain_chain(first, domains, out, recipe, 16, replay=0.25, keep_every=3)
+
+    chain = make(tmp_path / "chain")
+    assert [base.path.name for base in chain] == ["1-bio", "2-news"]
+    assert chain[0].made_from == first.fingerprint
+    assert chain[1].made_from == chain[0].fingerprint
+    plain = pretrain(first, domains[0], tmp_path / "plain", recipe, 16)
+    assert plain.fingerprint == chain[0].fingerprint  # there is nothing to replay at first, and keeping changes nothing
+    assert chain[1].fingerprint != pretrain(chain[0], domains[1], tmp_path / "without", recipe, 16).fingerprint
+    kept = [Base.open(tmp_path / "chain" / "2-news-steps" / f"step-{step}") for step in (3, 6)]
+    distances = [Upgrade(chain[0], base).distance().l2 for base in kept]
+    assert 0 < distances[0] < distances[1]
+    assert [json.loads((base.path / "pretraining.json").read_text())["steps"] for base in kept] == [3, 6]
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "chain").rglob("*")}
+    assert [base.fingerprint for base in make(tmp_path / "chain")] == [base.fingerprint for base in chain]
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "chain").rglob("*")} == before

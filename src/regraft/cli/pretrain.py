@@ -14,6 +14,15 @@ def pretrain(
         typer.Argument(help="Text (a document a line), JSONL, CSV or Parquet files, or `datasets` names[:config]."),
     ],
     out: options.Out,
+    domains: Annotated[
+        bool, typer.Option("--domains", help="Make a chain: each corpus is a domain, pre-trained on after the other.")
+    ] = False,
+    replay: Annotated[
+        float, typer.Option(help="With --domains: the share of blocks of the domains before.", min=0, max=0.99)
+    ] = 0.0,
+    keep_every: Annotated[
+        int | None, typer.Option(help="Keep the base every so many steps, in a folder beside OUT.", min=1)
+    ] = None,
     text_column: Annotated[str, typer.Option(help="The text's name where the corpus has columns.")] = "text",
     block: Annotated[int, typer.Option(help="Tokens a packed block.", min=8)] = 128,
     steps: options.Steps = None,
@@ -28,24 +37,25 @@ def pretrain(
     report_to: options.ReportTo = None,
 ) -> None:
     """Pre-train a base further on new text: masked for encoders, causal for decoders."""
-    import json
-
     from regraft.cli import show
-    from regraft.tuning import Corpus, Recipe, tracking
+    from regraft.errors import RecipeError
+    from regraft.tuning import Corpus, Recipe, pretrain_chain, tracking
     from regraft.tuning import pretrain as run
-    from regraft.upgrade import PRETRAINING, Base
+    from regraft.upgrade import Base
 
+    if replay and not domains:
+        raise RecipeError("--replay is of the domains before, and goes with --domains.")
     recipe = Recipe(
         steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
         eval_every=eval_every, save_every=save_every, seed=seed, precision=precision,
     )  # fmt: skip
+    first = Base.open(base)
     with show.progress() as progress, tracking(report_to or (), options.logs(out)):
-        upgraded = run(Base.open(base), Corpus(tuple(corpus), text_column), out, recipe, block, progress)
-    record = json.loads((upgraded.path / PRETRAINING).read_text(encoding="utf-8"))
-    first, last = record["curve"][0], record["curve"][-1]
-    show.console.print(
-        f"held-out loss {first['loss']:.3f} → {last['loss']:.3f} in {last['step']:.0f} steps, "
-        f"{record['tokens']:,} tokens, {record['tokens'] / last['seconds']:,.0f} tokens/s",
-        highlight=False,
-    )
-    show.console.print(f"upgraded base: {out}", highlight=False, markup=False, soft_wrap=True)
+        if domains:
+            each = [Corpus((source,), text_column) for source in corpus]
+            made = pretrain_chain(first, each, out, recipe, block, progress, replay=replay, keep_every=keep_every)
+        else:
+            whole = Corpus(tuple(corpus), text_column)
+            made = [run(first, whole, out, recipe, block, progress, keep_every=keep_every)]
+    for upgraded in made:
+        show.pretrained(upgraded)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from regraft.diagnosis import Check, Diagnosis
     from regraft.methods import Comparison
     from regraft.progress import Progress as Callback
+    from regraft.upgrade import Base
     from regraft.weights import Distance
 
 console = Console()
@@ -94,6 +95,26 @@ def outcome(result: Outcome) -> None:
         f"{cost['steps']} steps, {cost['seconds']:.0f} s, {cost['labels']} labelled examples", highlight=False
     )
     console.print(f"outcome: {escape(str(result.path))}", highlight=False, soft_wrap=True)
+
+
+def pretrained(base: Base) -> None:
+    """Print what pre-training did.
+
+    Args:
+        base: The upgraded base.
+    """
+    import json
+
+    from regraft.upgrade import PRETRAINING
+
+    record = json.loads((base.path / PRETRAINING).read_text(encoding="utf-8"))
+    first, last = record["curve"][0], record["curve"][-1]
+    console.print(
+        f"held-out loss {first['loss']:.3f} → {last['loss']:.3f} in {last['step']:.0f} steps, "
+        f"{record['tokens']:,} tokens, {record['tokens'] / last['seconds']:,.0f} tokens/s",
+        highlight=False,
+    )
+    console.print(f"upgraded base: {base.path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def comparison(result: Comparison) -> None:

@@ -32,7 +32,7 @@ class Point:
         score: The old weights' score on it, without any tuning.
         loss: Their mean cross-entropy.
         agreement: The share of examples on which they predict what they did on the old base.
-        steps: The pre-training steps that led there from the base before it, if its folder says so.
+        steps: The pre-training steps that made it, if its folder says so.
     """
 
     name: str
@@ -88,5 +88,5 @@ def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple
 
 def _steps(base: Base) -> int | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads((base.path / PRETRAINING).read_text(encoding="utf-8"))["inputs"]["recipe"]["steps"])
+        return int(json.loads((base.path / PRETRAINING).read_text(encoding="utf-8"))["steps"])
     return None

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import MismatchError
 from regraft.tuning.corpus import Corpus, pack
+from regraft.tuning.language import language_loss, language_model
 from regraft.tuning.predict import device
-from regraft.tuning.pretrain import language_loss, language_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

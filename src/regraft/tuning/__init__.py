@@ -7,7 +7,7 @@ from regraft.tuning.examples import Examples, encode, plan_order
 from regraft.tuning.interpolate import Interpolation
 from regraft.tuning.moments import input_moments
 from regraft.tuning.predict import device, predict
-from regraft.tuning.pretrain import pretrain
+from regraft.tuning.pretrain import Replay, pretrain, pretrain_chain
 from regraft.tuning.recipe import Recipe
 from regraft.tuning.tracking import tracking
 from regraft.tuning.tune import ADAPTER_RATE, LEARNING_RATES, Teacher, evaluate, tune_model
@@ -21,6 +21,7 @@ __all__ = [
     "Examples",
     "Interpolation",
     "Recipe",
+    "Replay",
     "Teacher",
     "device",
     "distillation_loss",
@@ -30,6 +31,7 @@ __all__ = [
     "plan_order",
     "predict",
     "pretrain",
+    "pretrain_chain",
     "tracking",
     "tune_model",
 ]

@@ -36,6 +36,7 @@ def train(
     progress: Progress,
     *,
     stage: str,
+    each: Callable[[int], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train a model in place, leave it with its best weights, and return its learning curve.
 
@@ -51,6 +52,7 @@ def train(
         work: A folder for checkpoints.
         progress: Told of each step.
         stage: What to call this there.
+        each: Called after each step, with its number.
 
     Returns:
         One entry an evaluation, from step 0 on: `step`, `seconds` of training so far, and the figures. If the mean of
@@ -99,7 +101,7 @@ def train(
         best=best,
         callbacks=callbacks,
     )
-    trainer.add_callback(_Watch(trainer, progress, stage))
+    trainer.add_callback(_Watch(trainer, progress, stage, each))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     with quiet():
@@ -159,8 +161,8 @@ class _Trainer(Trainer):
 class _Watch(TrainerCallback):
     """Times the steps, tells how far the training is, and ties the best weights to the checkpoints."""
 
-    def __init__(self, trainer: _Trainer, progress: Progress, stage: str):
-        self.trainer, self.progress, self.stage = trainer, progress, stage
+    def __init__(self, trainer: _Trainer, progress: Progress, stage: str, each: Callable[[int], None] | None):
+        self.trainer, self.progress, self.stage, self.each = trainer, progress, stage, each
         self.started, self.figures = 0.0, dict[str, float]()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -178,6 +180,8 @@ class _Watch(TrainerCallback):
         self.trainer.seconds += time.perf_counter() - self.started
         self.figures["steps/s"] = state.global_step / self.trainer.seconds
         self.progress(self.stage, state.global_step, state.max_steps, self.figures)
+        if self.each:
+            self.each(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         shown = {"loss": "loss", "eval_score": "score"}
