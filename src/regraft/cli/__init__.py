@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from regraft.cli import adaptation, check, compare, demo, methods, pretrain, recycle, report, task, tune, weights
+from regraft.cli import adaptation, chain, check, compare, demo, methods, pretrain, recycle, report, task, tune, weights
 from regraft.errors import RegraftError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 for command in (check, compare, demo, methods, pretrain, recycle, report, tune):
     app.command()(getattr(command, command.__name__.rpartition(".")[2]))
 app.add_typer(adaptation.app, name="adaptation")
+app.add_typer(chain.app, name="chain")
 app.add_typer(task.app, name="task")
 app.add_typer(weights.app, name="weights")
 _settings = {"debug": False}

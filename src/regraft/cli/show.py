@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from regraft.adaptation import Adaptation, Outcome
+    from regraft.chain import Chained
     from regraft.checkpoint import Checkpoint, Plan
     from regraft.diagnosis import Check, Diagnosis
     from regraft.methods import Comparison
@@ -154,6 +155,42 @@ def comparison(result: Comparison) -> None:
         f"scratch: {result.rows[0].steps:.0f} steps, {result.rows[0].seconds:.0f} s of training. Recovery: 0 % is the "
         "majority guess, 100 % scratch. To reach scratch: steps (seconds) until dev is where scratch ends. Negative "
         "flips: right in the old deployment, wrong here.",
+        highlight=False,
+    )
+
+
+def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
+    """Print how adaptations fare along a chain: a table a task and kind.
+
+    Args:
+        bases: The names of the bases.
+        rows: Every hop.
+    """
+    from regraft.chain import standings
+
+    console.print(Text(" → ".join(f"{number} {base}" for number, base in enumerate(bases))))
+    found = standings(bases, rows)
+    for task, kind in dict.fromkeys((one.task, one.kind) for one in found):
+        table = Table(title=escape(f"{task}, {kind}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("method")
+        table.add_column("route", no_wrap=True)
+        for number in range(len(bases)):
+            table.add_column(f"base {number}", justify="right", no_wrap=True)
+        for name in ("recovery,\nlast", "lost\na hop"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for one in (one for one in found if (one.task, one.kind) == (task, kind)):
+            cells = [
+                "–" if score is None else f"{score:.3f}" + ("" if spread is None else f" ±{spread:.3f}")
+                for score, spread in zip(one.scores, one.deviations, strict=True)
+            ]
+            decay = _or_dash(one.decay, "+.1f", " points")
+            table.add_row(escape(one.method), one.route or "", *cells, _or_dash(one.recoveries[-1], ".0f", " %"), decay)
+        console.print(table)
+        for one in (one for one in found if one.refused and (one.task, one.kind) == (task, kind)):
+            console.print(f"{one.method}: {one.refused}", highlight=False, markup=False)
+    console.print(
+        "Scores on test (dev where there is none), mean over seeds. Recovery: 0 % is a majority guess, 100 % scratch "
+        "on the same base. Lost a hop: the slope over the bases, in points.",
         highlight=False,
     )
 

@@ -1,0 +1,165 @@
+"""Carries adaptations along a chain of bases, and builds only what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.checkpoint import write_atomic
+from regraft.errors import RecipeError
+from regraft.methods import recycle, tune
+from regraft.progress import Progress, silent
+from regraft.task import flips
+from regraft.upgrade import Base, Upgrade
+
+if TYPE_CHECKING:
+    from regraft.adaptation import Outcome
+    from regraft.chain.file import Chain, Route
+    from regraft.task import Task
+
+RECORD = "chain.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chained:
+    """One adaptation on one base of a chain.
+
+    Args:
+        task: The task's name.
+        kind: The adaptation's kind.
+        seed: The seed.
+        base: The number of the base, 0 for the first.
+        method: How it came to be; `tune` on the first base.
+        route: `hop by hop` or `at once`; None where they are the same: on the first two bases, and for scratch.
+        score: On test, or on dev where there is none.
+        start: The score on dev before the first step.
+        majority: The score of a majority guess there.
+        negative_flips: The share of examples that were right on the first base and are wrong here.
+        steps: The steps of training on this base alone.
+        labels: The labelled examples that were seen on it.
+        outcome: The outcome folder, relative to the chain's.
+        refused: Why the method does not carry this kind, if so; the figures are None then.
+    """
+
+    task: str
+    kind: str
+    seed: int
+    base: int
+    method: str
+    route: Route | None
+    score: float | None
+    start: float | None
+    majority: float | None
+    negative_flips: float | None
+    steps: int
+    labels: int
+    outcome: str
+    refused: str | None = None
+
+
+def run_chain(chain: Chain, out: str | Path, progress: Progress = silent) -> list[Chained]:
+    """Tune on the first base, and carry on to each of the others by every method and route.
+
+    What is there already is kept: bases, methods and seeds can be added to a chain, and an interrupted one goes on.
+
+    Args:
+        chain: What to do.
+        out: The folder for all outcomes and `chain.json`.
+        progress: Told of each step.
+
+    Returns:
+        What came of each hop.
+
+    Raises:
+        RegraftError: As `tune` and `recycle`; what was done until then is kept.
+    """
+    run = _Run([Base.open(name) for name in chain.bases], chain, Path(out), progress)
+    run.out.mkdir(parents=True, exist_ok=True)
+    for seed in chain.seeds:
+        for task in chain.loaded_tasks():
+            for kind in chain.kinds:
+                run.carry(task, kind, seed)
+    return run.rows
+
+
+@dataclasses.dataclass
+class _Run:
+    bases: list[Base]
+    chain: Chain
+    out: Path
+    progress: Progress
+    rows: list[Chained] = dataclasses.field(default_factory=list)
+
+    def carry(self, task: Task, kind: str, seed: int) -> None:
+        """Carry one adaptation along the chain."""
+        place = self.out / "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{task.name}-{kind}-seed{seed}")
+        recipe = self.chain.tuning.recipe(kind, seed, self.chain.precision)
+        first = tune(
+            self.bases[0], task, place / "0-tune", kind=kind, recipe=recipe, progress=self._told(place.name, "tune")
+        )
+        self._keep(first, first, task, kind, seed, 0, "tune", None)
+        for number in range(1, len(self.bases)):
+            self._hop(first, first, place, task, kind, seed, number - 1, number, "scratch", None)
+        for method in self.chain.methods:
+            last: Outcome | None = first
+            for number in range(1, len(self.bases)):
+                if number == 1 or "hop by hop" in self.chain.routes:
+                    route: Route | None = None if number == 1 else "hop by hop"
+                    last = last and self._hop(first, last, place, task, kind, seed, number - 1, number, method, route)
+                if number > 1 and "at once" in self.chain.routes:
+                    self._hop(first, first, place, task, kind, seed, 0, number, method, "at once")
+
+    def _hop(
+        self, first: Outcome, source: Outcome, place: Path, task: Task, kind: str, seed: int, old: int, new: int,
+        method: str, route: Route | None,
+    ) -> Outcome | None:  # fmt: skip
+        name = "-".join([str(new), method.replace("+", "-"), *([route.replace(" ", "-")] if route else [])])
+        if method == "scratch":
+            old, source = 0, first  # it starts from nothing: what it is given is for the labels
+        recipe = self.chain.recycling.recipe(kind, seed, self.chain.precision)
+        try:
+            done = recycle(
+                Upgrade(self.bases[old], self.bases[new]), source.path, task.with_shots(self.chain.shots), method,
+                place / name, recipe=recipe, progress=self._told(place.name, name),
+            )  # fmt: skip
+        except RecipeError as error:
+            row = Chained(task.name, kind, seed, new, method, route, None, None, None, None, 0, 0, "", str(error))
+            self._add(row)
+            return None
+        self._keep(done, first, task, kind, seed, new, method, route)
+        return done
+
+    def _keep(
+        self, done: Outcome, first: Outcome, task: Task, kind: str, seed: int, base: int, method: str,
+        route: Route | None,
+    ) -> None:  # fmt: skip
+        scores = done.scores
+        split = "dev" if scores["test"] is None else "test"
+        rows = [json.loads(line) for line in (done.path / "predictions.jsonl").read_text("utf-8").splitlines()]
+        labels = [row["label"] for row in rows if row["split"] == split]
+        lost = None
+        if done.record["labels"] == first.record["labels"] and len(labels) == len(first.predictions(split)):
+            lost = flips(labels, first.predictions(split), done.predictions(split)).negative_rate
+        cost = done.record["cost"]
+        self._add(
+            Chained(
+                task.name, kind, seed, base, method, route, scores[split], scores["dev_at_start"],
+                scores[f"{split}_majority"], lost, cost["steps"], cost["labels"],
+                str(done.path.relative_to(self.out)),
+            )
+        )  # fmt: skip
+
+    def _add(self, row: Chained) -> None:
+        self.rows.append(row)
+        record = {
+            "schema": 1,
+            "bases": [{"name": base.name, "fingerprint": base.fingerprint} for base in self.bases],
+            "chain": self.chain.model_dump(mode="json"),
+            "rows": [dataclasses.asdict(one) for one in self.rows],
+        }
+        write_atomic(self.out / RECORD, json.dumps(record, indent=1) + "\n")
+
+    def _told(self, place: str, name: str) -> Progress:
+        return lambda stage, *rest: self.progress(f"{place} {name}: {stage}", *rest)

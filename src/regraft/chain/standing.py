@@ -1,0 +1,132 @@
+"""How adaptations fare along a chain: means over seeds, and what each hop loses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.chain.run import RECORD, Chained
+from regraft.errors import OutcomeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """One method and route for one task and kind, over seeds.
+
+    Args:
+        task: The task's name.
+        kind: The kind.
+        method: The method.
+        route: The route; None for what has none.
+        scores: The mean score on each base, the first one's first; None where there is none yet.
+        deviations: Their standard deviations over seeds; None for one seed.
+        recoveries: On each base, the mean of (score − majority) / (scratch's − majority) in %; None on the first base
+            and where scratch is less than 3 points above a majority guess.
+        decay: What is lost a hop, in points of the score: the slope of a straight line through the scores, its sign
+            turned; None for fewer than two bases.
+        seeds: How many seeds.
+        refused: Why there is nothing, if so.
+    """
+
+    task: str
+    kind: str
+    method: str
+    route: str | None
+    scores: tuple[float | None, ...]
+    deviations: tuple[float | None, ...]
+    recoveries: tuple[float | None, ...]
+    decay: float | None
+    seeds: int
+    refused: str | None
+
+
+def read_chain(out: str | Path) -> tuple[list[str], list[Chained]]:
+    """Read what a chain has come to so far.
+
+    Args:
+        out: Its folder.
+
+    Returns:
+        The names of the bases, and every hop.
+
+    Raises:
+        OutcomeError: There is no chain, or its record is malformed.
+    """
+    file = Path(out) / RECORD
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return [base["name"] for base in record["bases"]], [Chained(**row) for row in record["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutcomeError(
+            f"{file}: cannot be read ({error}). `regraft chain run FILE --out DIR` writes it."
+        ) from error
+
+
+def standings(bases: Sequence[str], rows: Sequence[Chained]) -> list[Standing]:
+    """Average over seeds.
+
+    Args:
+        bases: The names of the bases.
+        rows: Every hop.
+
+    Returns:
+        For each task and kind: scratch, then each method by its routes.
+    """
+    found = []
+    for task, kind in dict.fromkeys((row.task, row.kind) for row in rows):
+        mine = [row for row in rows if (row.task, row.kind) == (task, kind)]
+        first = [row for row in mine if row.base == 0]
+        scratch = {(row.base, row.seed): row for row in mine if row.method == "scratch"}
+        for method in dict.fromkeys(row.method for row in mine if row.base):
+            of = [row for row in mine if row.method == method]
+            routes: list[str | None] = [route for route in dict.fromkeys(row.route for row in of) if route]
+            for route in routes or [None]:
+                along = [row for row in of if row.route in (None, route)]
+                start = [] if method == "scratch" else first
+                found.append(_standing(task, kind, method, route, [*start, *along], scratch, len(bases)))
+    return found
+
+
+def _standing(
+    task: str, kind: str, method: str, route: str | None, rows: list[Chained],
+    scratch: dict[tuple[int, int], Chained], count: int,
+) -> Standing:  # fmt: skip
+    on = [[row for row in rows if row.base == number and row.score is not None] for number in range(count)]
+    scores = [statistics.fmean(_scores(several)) if several else None for several in on]
+    known = [(number, score) for number, score in enumerate(scores) if score is not None]
+    slope = None
+    if method != "scratch" and len(known) > 1:
+        slope = statistics.linear_regression(*zip(*known, strict=True)).slope
+    return Standing(
+        task=task,
+        kind=kind,
+        method=method,
+        route=route,
+        scores=tuple(scores),
+        deviations=tuple(statistics.stdev(_scores(several)) if len(several) > 1 else None for several in on),
+        recoveries=tuple(_recovery(several, scratch) if number else None for number, several in enumerate(on)),
+        decay=None if slope is None else -100 * slope,
+        seeds=len({row.seed for row in rows}),
+        refused=next((row.refused for row in rows if row.refused), None),
+    )
+
+
+def _scores(rows: list[Chained]) -> list[float]:
+    return [row.score for row in rows if row.score is not None]
+
+
+def _recovery(rows: list[Chained], scratch: dict[tuple[int, int], Chained]) -> float | None:
+    shares = []
+    for row in rows:
+        reference: Any = scratch.get((row.base, row.seed))
+        if reference is None or reference.score is None or reference.score - reference.majority < 0.03:
+            return None
+        assert row.score is not None
+        shares.append(100 * (row.score - reference.majority) / (reference.score - reference.majority))
+    return statistics.fmean(shares) if shares else None
