@@ -157,10 +157,14 @@ def test_no_chain(tmp_path):
 
 def test_a_method_that_does_not_carry_a_kind_is_told_and_passed_over(place, bases, task_file, tmp_path):
     old, new = bases["bert"]
-    text = FILE.replace("[full, lora]", "[bottleneck]").replace("[direct, init]", "[scaled, direct]")
+    text = (
+        FILE.replace("[full, lora]", "[bottleneck]")
+        .replace("[direct, init]", "[masked, direct]")
+        .replace("3e-3, eval", "2e-2, eval")
+    )
     (tmp_path / "chain.yaml").write_text(text.format(bases=f"{old}, {new}, {place / 'third'}", task=task_file))
     rows = run_chain(Chain.load(tmp_path / "chain.yaml"), tmp_path / "out")
     refused = [row for row in rows if row.refused]
-    assert {row.method for row in refused} == {"scaled"}
+    assert {row.method for row in refused} == {"masked"}
     assert all(row.score is not None for row in rows if row.method == "direct")
     assert "bottleneck" in standings(["a", "b", "c"], rows)[1].refused
