@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -72,6 +74,18 @@ def test_the_navigation_names_every_page():
     assert sorted(nav) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
 
 
+def explained() -> set[str]:
+    return set(re.findall(r"`([\w.]+)`", (DOCS / "file-formats.md").read_text(encoding="utf-8")))
+
+
+def test_every_key_of_a_file_is_explained():
+    from regraft import Comparison, Diagnosis, Task
+    from regraft.methods import Row
+
+    keys = {field.name for record in (Comparison, Row, Diagnosis) for field in dataclasses.fields(record)}
+    assert keys | set(Task.model_fields) <= explained()
+
+
 def commands_of(block: str) -> list[str]:
     return [line for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
 
@@ -116,6 +130,8 @@ def test_guides_run_from_beginning_to_end(guide, tmp_path, bases, task_file, mon
     places += [Path(name) for name in re.findall(r"`((?:runs|bases)/[\w./-]+)`", prose(guide))]
     for place in places:
         assert place.exists(), place
+    for outcome in Path("runs").rglob("outcome.json"):
+        assert set(json.loads(outcome.read_text(encoding="utf-8"))) <= explained()
 
 
 @pytest.mark.slow
