@@ -271,14 +271,15 @@ def _auto(results: dict[str, Any]) -> list[str]:
     every = {regime["name"] for regime in results["made"]["regimes"] if regime["shots"] is None}
     runs: Runs = [run for run in results["runs"] if run["regime"] in every]
     rows = []
-    mine = select(runs, entry="auto")
-    for cell in dict.fromkeys(tuple(run[name] for name in CELL) for run in mine):
+    autos = [name for name, about in results["methods"].items() if about["method"] == "auto"]
+    places = [tuple(run[name] for name in ("entry", *CELL)) for run in runs if run["entry"] in autos]
+    for entry, *cell in sorted(dict.fromkeys(places), key=lambda place: autos.index(place[0])):
         of = dict(zip(CELL, cell, strict=True))
-        auto = sorted(select(mine, **of), key=lambda run: run["seed"])
-        best, score = best_method(select(runs, **of))
+        auto = sorted(select(runs, entry=entry, **of), key=lambda run: run["seed"])
+        best, score = best_method(select(runs, **of), autos)
         costs = [f"{statistics.fmean(run[f'{name}_share'] for run in auto):.0f}" for name in ("steps", "labels")]
         rows.append([
-            *cell,
+            entry, *cell,
             "; ".join(str(run.get("chosen", "–")) for run in auto),
             *costs,
             f"{statistics.fmean(run['seconds_share'] for run in auto):.0f}",
@@ -287,17 +288,17 @@ def _auto(results: dict[str, Any]) -> list[str]:
             f"{100 * (statistics.fmean(run['test'] for run in auto) - score):+.1f}",
         ])  # fmt: skip
     head = [
-        *CELL, "chosen, a seed each", "steps %", "labels %", "seconds %", "test", "best other method", "points from it"
+        "", *CELL, "chosen, a seed each", "steps %", "labels %", "seconds %", "test", "best other method", "points from it"
     ]  # fmt: skip
     return ["## auto\n\nWhat it chose, and its cost in % of scratch's.", table(head, rows)] if rows else []
 
 
-def best_method(runs: Runs) -> tuple[str, float]:
+def best_method(runs: Runs, autos: Iterable[str]) -> tuple[str, float]:
     """Give the method other than auto with the highest mean test score, and that score."""
     scores = {
         f"{entry} ({regime})": statistics.fmean(run["test"] for run in select(runs, entry=entry, regime=regime))
         for entry, regime in dict.fromkeys((run["entry"], run["regime"]) for run in runs)
-        if entry != "auto"
+        if entry not in autos
     }
     return max(scores.items(), key=lambda item: item[1])
 

@@ -38,7 +38,8 @@ def targets(results: dict[str, Any]) -> list[Target]:
     all_labels = [regime["name"] for regime in others if regime["shots"] is None]
     heavy = list(results["upgrades"])[-1]
     tuned = [name for name, about in results["methods"].items() if "training" in about["needs"]]
-    tuned = [name for name in tuned if name not in ("scratch", "auto")]
+    autos = [name for name, about in results["methods"].items() if about["method"] == "auto"]
+    tuned = [name for name in tuned if name not in ("scratch", *autos)]
 
     def of(name: str, regimes: list[str]) -> list[dict[str, Any]]:
         return [row for row in results[name] if row["regime"] in regimes]
@@ -49,7 +50,7 @@ def targets(results: dict[str, Any]) -> list[Target]:
         _speed(of("runs", all_labels or whole), tuned),
         _few(of("runs", [regime["name"] for regime in others if regime["shots"] is not None]), tuned),
         _end(of("differences", whole), of("runs", whole), tuned),
-        _auto(of("runs", whole + all_labels)),
+        *(_auto(name, of("runs", whole + all_labels), autos) for name in autos),
     ]
     return [target for target in found if target]
 
@@ -133,7 +134,7 @@ def _where(run: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(run[name] for name in ("task", "upgrade", "kind", "seed"))
 
 
-def _auto(runs: list[dict[str, Any]]) -> Target | None:
+def _auto(name: str, runs: list[dict[str, Any]], autos: list[str]) -> Target | None:
     cells: dict[tuple[str, ...], dict[tuple[str, str], list[dict[str, Any]]]] = {}
     for run in runs:
         cell = cells.setdefault((run["task"], run["upgrade"], run["kind"]), {})
@@ -141,15 +142,16 @@ def _auto(runs: list[dict[str, Any]]) -> Target | None:
     behind, costs = [], []
     for cell in cells.values():
         scores = {entry: statistics.fmean(run["test"] for run in several) for entry, several in cell.items()}
-        mine = [entry for entry in scores if entry[0] == "auto"]
-        if mine and len(scores) > 1:
-            behind.append(100 * (max(score for entry, score in scores.items() if entry not in mine) - scores[mine[0]]))
+        mine = [entry for entry in scores if entry[0] == name]
+        others = [score for entry, score in scores.items() if entry[0] not in autos]
+        if mine and others:
+            behind.append(100 * (max(others) - scores[mine[0]]))
             costs.append(statistics.fmean(run["steps_share"] for run in cell[mine[0]]))
     if not behind:
         return None
     good = sum(gap <= 1 and cost <= 50 for gap, cost in zip(behind, costs, strict=True))
     return Target(
-        "auto is within 1 point of the best method at no more than half of scratch's steps, in every cell",
+        f"{name} is within 1 point of the best method at no more than half of scratch's steps, in every cell",
         good == len(behind),
         f"in {good} of {len(behind)} cells; median {statistics.median(behind):.1f} points behind the best at "
         f"{statistics.median(costs):.0f} % of the steps",
