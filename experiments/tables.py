@@ -288,7 +288,8 @@ def _auto(results: dict[str, Any]) -> list[str]:
             f"{100 * (statistics.fmean(run['test'] for run in auto) - score):+.1f}",
         ])  # fmt: skip
     head = [
-        "", *CELL, "chosen, a seed each", "steps %", "labels %", "seconds %", "test", "best other method", "points from it"
+        "", *CELL, "chosen, a seed each", "steps %", "labels %", "seconds %", "test", "best other method",
+        "points from it",
     ]  # fmt: skip
     return ["## auto\n\nWhat it chose, and its cost in % of scratch's.", table(head, rows)] if rows else []
 

@@ -238,9 +238,8 @@ def test_page_against_values_by_hand():
     assert "| scratch | 100 | 0 of 2 | 100 | 0 | 0 | – | 10.0 | 2 |" in written
     assert any("never % [1]; flips 10.0 (5.0)" in line for line in written)
     assert "| init | 90 | 90 | 0 of 2 | – | 10.0 |" in written
-    assert (
-        "| mood | heavy | full | init; init | 25 | 50 | 50 | 0.915 ± 0.000 | init (quarter) 0.930 | -1.5 |" in written
-    )
+    row = "| auto | mood | heavy | full | init; init | 25 | 50 | 50 | 0.915 ± 0.000 | init (quarter) 0.930 | -1.5 |"
+    assert row in written
     assert "All labels; 25 of 100 steps (full), scratch always with the whole." in "\n".join(written)
     assert any(
         line.startswith("| heavy | 12 (25%) | full | 0.500 / 0.900 ± 0.000 / 0.750 ± 0.071 /") for line in written
