@@ -80,10 +80,11 @@ def explained() -> set[str]:
 
 def test_every_key_of_a_file_is_explained():
     from regraft import Comparison, Diagnosis, Task
+    from regraft.chain import Chain, Chained
     from regraft.methods import Row
 
-    keys = {field.name for record in (Comparison, Row, Diagnosis) for field in dataclasses.fields(record)}
-    assert keys | set(Task.model_fields) <= explained()
+    keys = {field.name for record in (Comparison, Row, Diagnosis, Chained) for field in dataclasses.fields(record)}
+    assert keys | set(Task.model_fields) | set(Chain.model_fields) <= explained()
 
 
 def commands_of(block: str) -> list[str]:
