@@ -169,12 +169,20 @@ def _card(record: dict[str, Any]) -> str:
         f"- {task['metric']}: dev {_figure(scores['dev'])}, test {_figure(scores['test'])}"
         f" (before the first step: dev {_figure(scores['dev_at_start'])})",
         f"- cost: {cost['steps']} steps, {cost['seconds']:.0f} s, {cost['labels']} labelled examples",
-        f"- seed: {record['seed']}",
+        f"- made with: {_made_with(record)}",
         "",
         "The weights are in `adaptation/`; `outcome.json` has the whole record, `curve.jsonl` the learning curve.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _made_with(record: dict[str, Any]) -> str:
+    recipe, options = record["recipe"], record["inputs"].get("options") or {}
+    parts = [f"{name} {value}" for name, value in options.items() if value not in (None, "", [], ())]
+    if record["cost"]["steps"]:
+        parts.append(f"batches of {recipe['batch_size']}, peak learning rate {recipe['learning_rate']:g}")
+    return ", ".join([*parts, f"seed {record['seed']}"])
 
 
 def _figure(value: float | None) -> str:

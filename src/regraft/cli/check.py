@@ -37,7 +37,7 @@ def check(
     import dataclasses
     import json
 
-    from regraft.cli import show
+    from regraft.cli import findings, show
     from regraft.diagnosis import Check, Diagnosis, Questions, diagnose
     from regraft.diagnosis import check as run
     from regraft.errors import RecipeError
@@ -62,6 +62,6 @@ def check(
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=2))
     elif isinstance(result, Diagnosis):
-        show.diagnosis(result, out)
+        findings.diagnosis(result, out)
     else:
-        show.check(result)
+        findings.check(result)

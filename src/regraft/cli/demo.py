@@ -11,7 +11,7 @@ def demo(
     full: Annotated[bool, typer.Option("--full", help="All tasks, three seeds, longer (hours).")] = False,
 ) -> None:
     """Upgrade a real base, tune on the old one, recycle by every method, and compare: no arguments needed."""
-    from regraft.cli import show
+    from regraft.cli import findings, show
     from regraft.demo.run import FULL, SHORT
     from regraft.demo.run import demo as run
 
@@ -19,6 +19,6 @@ def demo(
         out = Path("runs/demo-full")
     with show.progress() as progress:
         for found, comparison in run(out, FULL if full else SHORT, progress):
-            show.check(found)
+            findings.check(found)
             show.comparison(comparison)
             show.console.print("outcome folders:", *comparison.outcomes, sep="\n  ", highlight=False, markup=False)
