@@ -1,0 +1,179 @@
+"""Experiment 2: are models tuned on different bases of the chain linearly connected?"""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from tables import mean_sd, table
+
+from findings.charts import lines
+from findings.experiment import Cell, Experiment, Page, tell
+from findings.settings import Number, Settings, Tasks
+from findings.store import Tuning
+from regraft.diagnosis import segment
+from regraft.diagnosis.pair import load_counterpart
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from findings.store import Store
+
+
+class Config(Settings):
+    """What is measured.
+
+    Args:
+        tasks: By kind of adaptation.
+        pairs: Numbers of two bases each; a base twice stands for two seeds on it.
+        points: Places on the line, ends included.
+    """
+
+    tasks: Tasks = Field(description="lists of tasks by kind of adaptation")
+    pairs: tuple[tuple[Number, Number], ...] = Field(min_length=1, description="a list of pairs of bases")
+    points: int = Field(default=11, ge=3, description="a whole number of points, 3 or more")
+
+
+def places(config: Config) -> list[tuple[str, str, int, int]]:
+    """Give each task, kind and pair of bases."""
+    return [(task, kind, *pair) for kind, tasks in config.tasks.items() for task in tasks for pair in config.pairs]
+
+
+def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning]:
+    """Give the ends of all lines."""
+    return [Tuning(t, kind, base, seed) for t, kind, *pair in places(config) for base in pair for seed in seeds]
+
+
+def cells(store: Store, config: Config) -> list[Cell]:
+    """Give one for each line."""
+    seeds = store.size.seeds
+    following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
+    return [
+        Cell(f"{task}-{kind}-M{i}-M{j}-seed{seed}", measure,
+             (task, kind, i, j, seed, following[seed] if i == j else seed, config.points))
+        for seed in seeds for task, kind, i, j in places(config)
+    ]  # fmt: skip
+
+
+def measure(
+    store: Store, work: Path, task: str, kind: str, i: int, j: int, seed: int, other: int, points: int
+) -> dict[str, Any]:
+    """Walk from what was tuned on M_i to what was tuned on M_j; of adapters the base is walked too."""
+    data, bases = store.data(task), store.upgrade(i, j)
+    recipe = store.recipe(kind, seed, i).resolve(len(data.train), 1.0)
+    first = load_counterpart(store.tuned(task, kind, i, seed), bases.old, data)
+    second = load_counterpart(store.tuned(task, kind, j, other), bases.new, data)
+    line = segment(first, second, bases.old, data, points=points, precision=recipe.precision)
+    return {
+        "mu": list(line.mu),
+        "loss": {split: [round(value, 5) for value in along] for split, along in line.loss.items()},
+        "score": {split: [round(value, 5) for value in along] for split, along in line.score.items()},
+        "barrier": {split: round(value, 5) for split, value in line.barrier.items()},
+        "connected": line.connected,
+    }
+
+
+def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Give each line with its pair and its hops."""
+    keys = ("task", "kind", "first", "second", "seed")
+    runs = []
+    for cell in found:
+        run = dict(zip(keys, cell["arguments"], strict=False)) | cell["found"]
+        runs.append(run | {"hops": run["second"] - run["first"]})
+    return {"runs": runs}
+
+
+def _where(run: dict[str, Any]) -> tuple[Any, ...]:
+    return run["task"], run["kind"], run["first"], run["second"]
+
+
+def page(results: dict[str, Any]) -> Page:
+    """Write a table of barriers, and draw the lines and the barriers over hops."""
+    runs, parts, pictures = results["runs"], [], {}
+    for kind in dict.fromkeys(run["kind"] for run in runs):
+        mine, rows = [run for run in runs if run["kind"] == kind], []
+        for place in dict.fromkeys(map(_where, mine)):
+            of = [run for run in mine if _where(run) == place]
+            ends = [[run["score"]["test"][at] for run in of] for at in (0, -1)]
+            lowest = [
+                100 * (min(run["score"]["test"]) - min(run["score"]["test"][0], run["score"]["test"][-1])) for run in of
+            ]
+            rows.append([
+                place[0], f"M_{place[2]} → M_{place[3]}" if of[0]["hops"] else f"M_{place[2]}, two seeds",
+                *(mean_sd([run["barrier"][split] for run in of]) for split in ("dev", "test")),
+                f"{sum(run['connected'] for run in of)} of {len(of)}", *map(mean_sd, ends), mean_sd(lowest, 1),
+            ])  # fmt: skip
+        head = ["task", "line", "barrier (dev)", "barrier (test)", "connected", "score at μ = 0", "at μ = 1",
+                "lowest against the lower end, points"]  # fmt: skip
+        pictures[f"barrier-{kind}.svg"] = lines(
+            _barriers(mine), "hops between the bases", "barrier on test (nats)", score=False
+        )
+        pictures[f"lines-{kind}.svg"] = lines(
+            _losses(mine), "μ", "mean loss on test over tasks and seeds (nats)", score=False
+        )
+        parts.append(f"## {kind}\n\nBarriers in nats, means ± deviations over seeds.\n\n" + table(head, rows))
+        parts.append(f"![Barrier over hops](barrier-{kind}.svg)\n\n![Loss along the lines](lines-{kind}.svg)")
+    return Page("\n\n".join(parts), pictures, tuple(_findings(runs)))
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _barriers(runs: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
+    return {
+        task: [
+            (hops, *_spread([r["barrier"]["test"] for r in runs if (r["task"], r["hops"]) == (task, hops)]))
+            for hops in sorted({run["hops"] for run in runs if run["task"] == task})
+        ]
+        for task in dict.fromkeys(run["task"] for run in runs)
+    }
+
+
+def _losses(runs: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
+    series = {}
+    for hops in sorted({run["hops"] for run in runs}):
+        mine = [run for run in runs if run["hops"] == hops]
+        along = zip(*(run["loss"]["test"] for run in mine), strict=True)
+        series[f"{hops} hops"] = [
+            (mu, statistics.fmean(values), 0.0) for mu, values in zip(mine[0]["mu"], along, strict=True)
+        ]
+    return series
+
+
+def _findings(runs: list[dict[str, Any]]) -> Iterable[Any]:
+    part = "2. mode connectivity"
+    for kind in dict.fromkeys(run["kind"] for run in runs):
+        for name, wanted in (("consecutive", range(1, 2)), ("distant", range(2, 100))):
+            mine = [run for run in runs if run["kind"] == kind and run["hops"] in wanted]
+            if not mine:
+                continue
+            heights = [run["barrier"]["test"] for run in mine]
+            dips = [100 * (min(r["score"]["test"]) - min(r["score"]["test"][0], r["score"]["test"][-1])) for r in mine]
+            figure = (
+                f"mean barrier {statistics.fmean(heights):.3f} nats on test, highest {max(heights):.3f}; at its lowest "
+                f"the score is {statistics.fmean(dips):+.1f} points from the lower end"
+            )
+            yield tell(f"Models tuned on {name} bases ({kind}) are linearly connected: no barrier of loss.",
+                       part, [run["connected"] for run in mine], figure)  # fmt: skip
+        grows = []
+        for task in dict.fromkeys(run["task"] for run in runs if run["kind"] == kind):
+            points = _barriers([r for r in runs if (r["task"], r["kind"]) == (task, kind) and r["hops"]]).get(task, [])
+            if len(points) > 1:
+                grows.append((points[0][1], points[-1][1]))
+        if grows:
+            first, last = (statistics.fmean(values) for values in zip(*grows, strict=True))
+            yield tell(f"The farther apart the bases, the higher the barrier ({kind}).", part,
+                       [high > low for low, high in grows],
+                       f"{first:.3f} nats after the fewest hops, {last:.3f} after the most")  # fmt: skip
+
+
+EXPERIMENT = Experiment(
+    "2-connectivity",
+    "2 · Linear connectivity",
+    "The straight line between what was tuned on M_i and on M_j for the same task, on dev and test: does the loss rise "
+    "in between, and does the barrier grow with the hops? Two seeds on one base are the control.",
+    Config, tunings, cells, collect, page,
+)  # fmt: skip
