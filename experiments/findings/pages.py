@@ -24,10 +24,10 @@ is what the experiments on methods are held against. Made by `python experiments
 is missing; `python experiments/reproduce.py NAME` builds one experiment.
 
 A claim is looked for in cells: a task, a kind of adaptation, and a hop or a line between two bases. It **holds** if it
-is found in at least 9 of 10 of them, **does not hold** in at most 1 of 10, and is **mixed** in between. A claim that one
-method is better than another holds if the 95 % interval of the difference (paired bootstrap over the examples of test,
-all seeds on the same draw) is wholly above 0 in at least half of the cells and wholly below 0 in none; it does not hold
-if it is wholly above 0 in none."""
+is found in at least 9 of 10 of them, **does not hold** in at most 1 of 10, and is **mixed** in between. A claim that
+one method is better than another holds if the 95 % interval of the difference (paired bootstrap over the examples of
+test, all seeds on the same draw) is wholly above 0 in at least half of the cells and wholly below 0 in none; it does
+not hold if it is wholly above 0 in none."""
 
 
 def made(store: Store, experiment: Experiment, config: Any) -> dict[str, Any]:

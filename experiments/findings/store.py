@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -198,8 +199,9 @@ def _copy(domain: Domain, file: Path) -> None:
     written = 0
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
         beside = Path(folder) / "corpus.jsonl"
-        with beside.open("w", encoding="utf-8") as stream:
-            for text in Corpus(domain.sources, domain.column).documents():
+        documents = Corpus(domain.sources, domain.column).documents()
+        with beside.open("w", encoding="utf-8") as stream, contextlib.closing(documents):
+            for text in documents:
                 stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                 written += len(text)
                 if written >= domain.characters:
