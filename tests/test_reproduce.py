@@ -35,7 +35,7 @@ CONFIGS = {
         "targets": [{"task": "mood", "similar": "other", "unrelated": "third", "kinds": ["full"]}],
     },
     "5-distillation": {"upgrades": [{"task": "mood", "old": 0, "new": 1, "kinds": ["full"]}], "shots": [4]},
-    "6-projection": {"tasks": {"bottleneck": ["mood", "other"]}, "upgrades": [[0, 1]], "rank": 2, "steps": 2},
+    "6-projection": {"tasks": {"lora": ["mood", "other"]}, "upgrades": [[0, 1]], "rank": 2, "steps": 2},
     "7-chain": {"tasks": {"full": ["mood"]}},
 }  # fmt: skip
 CELLS = 2 * 1 + 2 * 3 + (1 + 2) + 2 * 3 + 2 * 5 + 2 * 2 * 3 + 2
@@ -43,8 +43,8 @@ CELLS = 2 * 1 + 2 * 3 + (1 + 2) + 2 * 3 + 2 * 5 + 2 * 2 * 3 + 2
 
 def write_files(folder, base):
     """Write a size of its own, its configs, its texts and its tasks."""
-    training = {"steps": 8, "batch_size": 16, "learning_rate": 3e-3, "eval_every": 4}
-    few = training | {"steps": 4, "eval_every": 2}
+    whole = {"steps": 40, "batch_size": 16, "learning_rate": 3e-3, "eval_every": 20}
+    few = whole | {"steps": 10, "eval_every": 5}
     tasks = {}
     for number, name in enumerate(("mood", "other", "third")):
         place = folder / "data" / name
@@ -63,7 +63,8 @@ def write_files(folder, base):
     size = {
         "base": str(base), "domains": domains, "tasks": tasks, "max_length": 16, "seeds": [20, 30], "precision": "fp32",
         "pretraining": {"steps": 4, "batch_size": 8, "learning_rate": 3e-3, "block": 16, "keep_every": 2},
-        "tuning": {"full": training, "bottleneck": training}, "few_shot": {"full": few, "bottleneck": few},
+        "tuning": {"full": whole, "lora": whole | {"learning_rate": 1e-2}},
+        "few_shot": {"full": few, "lora": few},
     }  # fmt: skip
     (folder / "size.yaml").write_text(yaml.safe_dump(size))
     for name, config in CONFIGS.items():
@@ -215,9 +216,9 @@ def test_figures_of_runs_by_hand(place, plan, done):
     curve = [json.loads(line) for line in (kept.tuned("mood", "full", 2, 20) / "curve.jsonl").read_text().splitlines()]
     assert scratch["curve"] == [[point["step"], pytest.approx(point["score"], abs=1e-4)] for point in curve]
     reached = [step for step, score in run["curve"] if score >= scratch["curve"][-1][1]]
-    assert run["share"] == (100 * reached[0] / 8 if reached else None)
+    assert run["share"] == (100 * reached[0] / 40 if reached else None)
     scores = [score for _, score in run["curve"]]
-    assert [step for step, _ in run["curve"]] == [0, 4, 8]
+    assert [step for step, _ in run["curve"]] == [0, 20, 40]
     assert run["area"] == pytest.approx((scores[0] + 2 * scores[1] + scores[2]) / 4, abs=1e-4)
     # 5: a difference is that of mean scores, and the teacher is the old deployment
     found = results(place, "5-distillation")

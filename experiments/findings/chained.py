@@ -10,7 +10,7 @@ from pydantic import Field
 from tables import mean_sd, select, table
 
 from findings.charts import lines
-from findings.experiment import Cell, Experiment, Finding, Page, tell, tell_difference
+from findings.experiment import OURS, Cell, Experiment, Finding, Page, tell, tell_difference
 from findings.runs import compare, points
 from findings.settings import Settings, Tasks
 from findings.store import Tuning, figures_of
@@ -146,7 +146,7 @@ def _is_of(run: dict[str, Any], one: dict[str, Any], number: int) -> bool:
 
 
 def _findings(results: dict[str, Any]) -> tuple[Finding, ...]:
-    last, part = len(results["bases"]) - 1, "upgrade chains"
+    last, part = len(results["bases"]) - 1, "upgrade chains" + OURS
     found = []
     tuned = [row for row in results["differences"] if row["base"] == last and row["method"] != "direct"]
     for route in (HOPS, ONCE):

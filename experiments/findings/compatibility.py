@@ -162,11 +162,11 @@ def _findings(means: dict[tuple[str, str, int], _Means]) -> tuple[Any, ...]:
     return (
         tell("Outdated weights score far above an untuned new base: they keep at least half of what tuning it gains "
              "above guessing.", part, [share >= FAR for share in shares], median),
-        tell("They score below a tuned new base.", part, [gap > 0 for gap in gaps],
+        tell("Outdated weights score below a tuned new base.", part, [gap > 0 for gap in gaps],
              f"{statistics.fmean(gaps):.1f} points below on average" if gaps else ""),
-        tell("Their score falls as pre-training goes on.", part, falls, lost),
-        tell(f"It falls slowly: by at most {SLOWLY:.0f} % of what they had above guessing a hop.", part,
-             [loss <= SLOWLY for loss in losses], lost),
+        tell("The score of outdated weights falls as pre-training of the base goes on.", part, falls, lost),
+        tell(f"It falls slowly: a hop costs outdated weights at most {SLOWLY:.0f} % of what they had above guessing.",
+             part, [loss <= SLOWLY for loss in losses], lost),
     )  # fmt: skip
 
 

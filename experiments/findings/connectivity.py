@@ -9,7 +9,7 @@ from pydantic import Field
 from tables import mean_sd, table
 
 from findings.charts import lines
-from findings.experiment import Cell, Experiment, Page, tell
+from findings.experiment import OURS, Cell, Experiment, Page, tell
 from findings.settings import Number, Settings, Tasks
 from findings.store import Tuning
 from regraft.diagnosis import segment
@@ -165,7 +165,7 @@ def _findings(runs: list[dict[str, Any]]) -> Iterable[Any]:
                 grows.append((points[0][1], points[-1][1]))
         if grows:
             first, last = (statistics.fmean(values) for values in zip(*grows, strict=True))
-            yield tell(f"The farther apart the bases, the higher the barrier ({kind}).", part,
+            yield tell(f"The farther apart the bases, the higher the barrier ({kind}).", part + OURS,
                        [high > low for low, high in grows],
                        f"{first:.3f} nats after the fewest hops, {last:.3f} after the most")  # fmt: skip
 

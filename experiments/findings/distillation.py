@@ -9,7 +9,7 @@ from pydantic import Field
 from tables import mean_sd, select, table
 
 from findings.charts import lines
-from findings.experiment import Cell, Experiment, Finding, Page, tell_difference
+from findings.experiment import OURS, Cell, Experiment, Finding, Page, tell_difference
 from findings.runs import compare, labels_of, points, run_method, without_predictions
 from findings.settings import Number, Settings
 from findings.store import Tuning, figures_of
@@ -164,12 +164,12 @@ def _findings(rows: list[dict[str, Any]]) -> tuple[Finding, ...]:
     return (
         tell_difference("With few labels, distilling from the old model is better than scratch.", "method `distill`",
                         of("distill", "scratch")),
-        tell_difference("Starting from the old weights and distilling is better than distilling alone.",
+        tell_difference("With few labels, starting from the old weights and distilling beats distilling alone.",
                         "method `init+distill`", of("init+distill", "distill")),
-        tell_difference("It is better than starting from the old weights alone: the two complement each other.",
+        tell_difference("With few labels, that beats starting from the old weights without a teacher.",
                         "method `init+distill`", of("init+distill", "init")),
-        tell_difference("The student becomes better than its teacher, the old deployment.", "method `init+distill`",
-                        of("init+distill", TEACHER)),
+        tell_difference("The student becomes better than its teacher, the old deployment.",
+                        "method `init+distill`" + OURS, of("init+distill", TEACHER)),
         tell_difference("Distilling at points between student and teacher too is better still.", "`interpolation`",
                         of("interpolation", "init+distill")),
     )  # fmt: skip

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from findings.store import Store, Tuning
 
 Told = Literal["holds", "mixed", "does not hold", "not measured"]
+OURS = " (ours)"
+"""Said of a claim that goes with the paper's and that it does not state."""
 MOST = 0.9
 """Of the cells that a finding is looked for in: if it is found in at least this share it holds, if it is found in at
 most one less this share it does not."""

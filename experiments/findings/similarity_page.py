@@ -8,7 +8,7 @@ from typing import Any
 from tables import mean_sd, table
 
 from findings.charts import bars
-from findings.experiment import Page, tell
+from findings.experiment import OURS, Page, tell
 from regraft.report.charts import draw_heads, drawing, save_figure
 
 RANDOM, SEED, TASK = "random weights", "another seed on M_0", "another task on M_0"
@@ -104,13 +104,13 @@ def _findings(results: dict[str, Any]) -> tuple[Any, ...]:
         tell("Heads of models tuned on M_0 and on a later base attend alike: they diverge at most half as much as from "
              "unrelated (random) weights.", likeness, [ratio <= ALIKE for ratio in ratios],
              f"median {100 * statistics.median(ratios):.0f} % of the divergence to random weights" if ratios else ""),
-        tell("Each head is nearest to itself: at least 9 of 10 heads.", likeness,
+        tell("Each head is nearest to itself: at least 9 of 10 heads.", likeness + OURS,
              [share >= NEAREST for share in nearest], told),
-        tell("They become less alike with more hops.", likeness, rises, "last base against M_1"),
-        tell("The distance of tuned weights grows with the hops between their bases.", apart,
+        tell("Heads become less alike with more hops.", likeness + OURS, rises, "last base against M_1"),
+        tell("The distance of tuned weights grows with the hops between their bases.", apart + OURS,
              [last > first for first, last in pairs],
              "; ".join(f"L2 {first:.1f} to {last:.1f}" for first, last in pairs)),
-        tell("Fully tuned weights stay close in direction: a cosine of at least 0.9.", apart,
+        tell("Fully tuned weights stay close in direction: a cosine of at least 0.9.", apart + OURS,
              [cosine >= 0.9 for cosine in cosines], f"lowest {min(cosines):.4f}" if cosines else ""),
     )  # fmt: skip
 

@@ -156,6 +156,7 @@ def check_size(store: Store) -> None:
                 "and run again."
             )
         now |= {key: before.get(key, {}) | now[key] for key in grows}
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(now, indent=1) + "\n")
 
 
