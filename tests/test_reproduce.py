@@ -279,7 +279,10 @@ def test_what_was_made_at_another_size_is_not_mixed_in(place, plan, done):
     tuning = {"full": size.tuning["full"].model_copy(update={"steps": 9})}
     with pytest.raises(OutcomeError, match=r"tuning\.full"):
         store.check_size(dataclasses.replace(plan.store, size=size.model_copy(update={"tuning": tuning})))
-    more = size.model_copy(update={"seeds": (20, 30, 40)})
+    other = size.model_copy(update={"domains": size.domains[::-1]})
+    with pytest.raises(OutcomeError, match="other values of domains"):
+        store.check_size(dataclasses.replace(plan.store, size=other))
+    more = size.model_copy(update={"seeds": (20, 30, 40), "domains": (*size.domains, size.domains[0])})
     store.check_size(dataclasses.replace(plan.store, size=more))
     chosen = reproduce.prepare(place / "size.yaml", place / "out", ["2"], configs=place / "configs").chosen
     (connectivity, config), = chosen  # fmt: skip

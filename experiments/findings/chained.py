@@ -131,7 +131,7 @@ def page(results: dict[str, Any]) -> Page:
             "points above scratch there [95 %]",
         ]
         name = f"chain-{task}-{kind}.svg"
-        pictures[name] = lines(series, "number of the base", "accuracy on test")
+        pictures[name] = lines(series, "number of the base", "accuracy on test", ticks=range(last + 1))
         parts.append(f"## {task}, {kind}\n\n" + table(head, rows) + f"\n\n![Along the chain]({name})")
     return Page("\n\n".join(parts), pictures, _findings(results))
 

@@ -18,6 +18,7 @@ def lines(
     *,
     levels: Mapping[str, float] | None = None,
     marks: Sequence[float] = (),
+    ticks: Sequence[float] = (),
     score: bool = True,
 ) -> bytes:
     """Draw several means over something, with their standard deviations as bands.
@@ -28,6 +29,7 @@ def lines(
         y: What the means are of.
         levels: Values to draw straight across, by name.
         marks: Values of x to mark, such as the ends of hops.
+        ticks: All values that x can have, where those are few; they then stand at equal distances.
         score: Whether y is a score that ends at 1.
 
     Returns:
@@ -38,7 +40,7 @@ def lines(
         axes = figure.add_subplot()
         for place, (name, points) in enumerate(series.items()):
             at, means, spreads = zip(*points, strict=True)
-            look = _look(place)
+            at, look = [ticks.index(x) if ticks else x for x in at], _look(place)
             axes.plot(at, means, label=name, **look)
             low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
             axes.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
@@ -46,6 +48,8 @@ def lines(
             axes.axhline(value, color=SOFT, linewidth=1, linestyle=DASHES[(place + 1) % len(DASHES)], label=name)
         for mark in marks:
             axes.axvline(mark, color=SOFT, linewidth=0.7, linestyle=(0, (1, 3)))
+        if ticks:
+            axes.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.margins(y=0.1)

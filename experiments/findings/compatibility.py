@@ -49,13 +49,14 @@ def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning
 
 def cells(store: Store, config: Config) -> list[Cell]:
     """Give one for each adaptation of M_0."""
+    bases = len(store.size.domains) + 1
     return [
-        Cell(f"{task}-{kind}-seed{seed}", measure, (task, kind, seed))
+        Cell(f"{task}-{kind}-seed{seed}", measure, (task, kind, seed, bases))
         for seed in store.size.seeds for task, kind in places(config)
     ]  # fmt: skip
 
 
-def measure(store: Store, work: Path, task: str, kind: str, seed: int) -> dict[str, Any]:
+def measure(store: Store, work: Path, task: str, kind: str, seed: int, bases: int) -> dict[str, Any]:
     """Put what was tuned on M_0 on every base that was kept, as it is."""
     kept = store.checkpoints()
     upgrade = store.upgrade(0, 1)
@@ -75,7 +76,7 @@ def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[s
     ends = {hop: steps for hop, steps, _ in store.checkpoints()} | {0: 0}
     runs = []
     for cell in found:
-        task, kind, seed = cell["arguments"]
+        task, kind, seed, _ = cell["arguments"]
         for base, steps in sorted(ends.items()):
             scores = store.outcome(task, kind, base, seed).scores
             outdated = next(point for point in cell["found"]["points"] if point["steps"] == steps)
@@ -86,7 +87,7 @@ def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[s
             })  # fmt: skip
     keys = ("task", "kind", "seed")
     points = [
-        dict(zip(keys, cell["arguments"], strict=True)) | row for cell in found for row in cell["found"]["points"]
+        dict(zip(keys, cell["arguments"], strict=False)) | row for cell in found for row in cell["found"]["points"]
     ]
     return {"runs": runs, "points": points, "ends": [steps for _, steps in sorted(ends.items())]}
 
@@ -127,8 +128,8 @@ def page(results: dict[str, Any]) -> Page:
             levels = [[r["untuned"] for r in of if r["base"] == base] for base in bases]
             rows.append([task, "an untrained head (dev)", *(mean_sd(values) for values in levels)])
         for what, label in (
-            ("score", "accuracy of the outdated weights"),
-            ("agreement", "agreement with M_0's deployment"),
+            ("score", "accuracy on test"),
+            ("agreement", "agreement with M_0's"),
         ):
             pictures[f"{what}-{kind}.svg"] = lines(
                 _series(points, kind, what), "pre-training steps since M_0 (dotted: the end of a domain)", label,

@@ -108,11 +108,10 @@ def page(results: dict[str, Any]) -> Page:
         head = ["task", "line", "barrier (dev)", "barrier (test)", "connected", "score at μ = 0", "at μ = 1",
                 "lowest against the lower end, points"]  # fmt: skip
         pictures[f"barrier-{kind}.svg"] = lines(
-            _barriers(mine), "hops between the bases", "barrier on test (nats)", score=False
-        )
-        pictures[f"lines-{kind}.svg"] = lines(
-            _losses(mine), "μ", "mean loss on test over tasks and seeds (nats)", score=False
-        )
+            _barriers(mine), "hops between the bases (0: two seeds on one)", "barrier on test (nats)",
+            ticks=sorted({run["hops"] for run in mine}), score=False,
+        )  # fmt: skip
+        pictures[f"lines-{kind}.svg"] = lines(_losses(mine), "μ", "mean loss on test (nats)", score=False)
         parts.append(f"## {kind}\n\nBarriers in nats, means ± deviations over seeds.\n\n" + table(head, rows))
         parts.append(f"![Barrier over hops](barrier-{kind}.svg)\n\n![Loss along the lines](lines-{kind}.svg)")
     return Page("\n\n".join(parts), pictures, tuple(_findings(runs)))
@@ -137,10 +136,14 @@ def _losses(runs: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, fl
     for hops in sorted({run["hops"] for run in runs}):
         mine = [run for run in runs if run["hops"] == hops]
         along = zip(*(run["loss"]["test"] for run in mine), strict=True)
-        series[f"{hops} hops"] = [
+        series[_hops(hops)] = [
             (mu, statistics.fmean(values), 0.0) for mu, values in zip(mine[0]["mu"], along, strict=True)
         ]
     return series
+
+
+def _hops(count: int) -> str:
+    return "two seeds" if not count else "1 hop" if count == 1 else f"{count} hops"
 
 
 def _findings(runs: list[dict[str, Any]]) -> Iterable[Any]:

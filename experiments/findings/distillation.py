@@ -147,7 +147,7 @@ def page(results: dict[str, Any]) -> Page:
         rows += [[name, *[mean_sd(values)] * len(shots)] for name, values in levels.items()]
         name = f"shots-{task}-{kind}.svg"
         known = {name_: statistics.fmean(values) for name_, values in levels.items() if values}
-        pictures[name] = lines(series, "labelled examples a class", "accuracy on test", levels=known)
+        pictures[name] = lines(series, "labelled examples a class", "accuracy on test", levels=known, ticks=shots)
         parts.append(
             f"## {task}, {kind}: M_{old} → M_{new}\n\n"
             "Accuracy on test; difference to scratch with as few labels in points.\n\n"

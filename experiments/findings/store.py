@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import operator
 import os
 import shutil
 import tempfile
@@ -133,7 +134,7 @@ def steps_of(base: Path) -> int:
 
 
 def check_size(store: Store) -> None:
-    """Refuse to mix what was made at another size; seeds, tasks and kinds may be added.
+    """Refuse to mix what was made at another size; seeds, tasks, kinds and later domains may be added.
 
     Args:
         store: Where.
@@ -145,7 +146,8 @@ def check_size(store: Store) -> None:
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         grows = {"tasks", "tuning", "few_shot"}
-        differing = [key for key in now if key not in {*grows, "seeds"} and before.get(key) != now[key]]
+        differing = [key for key in now if key not in {*grows, "seeds", "domains"} and before.get(key) != now[key]]
+        differing += [] if all(map(operator.eq, before["domains"], now["domains"])) else ["domains"]
         differing += [
             f"{key}.{name}" for key in sorted(grows) for name, value in now[key].items()
             if before.get(key, {}).get(name, value) != value
