@@ -15,7 +15,7 @@ import yaml
 from conftest import LABELS, logits_of, sentence, weights, write_rows
 
 from regraft import Base
-from regraft.errors import DataError, OutcomeError
+from regraft.errors import DataError, MismatchError, OutcomeError
 from regraft.task import load_data
 from regraft.tuning import encode
 
@@ -401,6 +401,21 @@ def test_a_cell_that_was_left_half_made_is_made_anew(tmp_path, plan):
     assert experiment.read_cell(file, dataclasses.replace(cell, arguments=(4,))) is None
     shutil.rmtree(file.parent)
     assert calls == [3]
+
+
+def test_what_is_refused_is_written_down_and_not_tried_again(plan, tmp_path):
+    def run(kept, work):
+        raise MismatchError("it changes nothing")
+
+    cells = [experiment.Cell("one", run, ()), experiment.Cell("two", lambda *_: {"score": 1}, ())]
+    kept = dataclasses.replace(plan.store, out=tmp_path)
+    one = dataclasses.replace(reproduce.experiments()[0], cells=lambda *_: cells)
+    assert [experiment.make_cell(kept, cell, one.file(kept, cell)) for cell in cells] == [
+        "refused: it changes nothing", "made",
+    ]  # fmt: skip
+    assert one.missing(kept, None) == []
+    assert one.refused(kept, None) == {"one": "it changes nothing"}
+    assert [cell["found"] for cell in one.found(kept, None)] == [{"score": 1}]
 
 
 def test_verdicts_by_hand():

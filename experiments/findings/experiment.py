@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from findings.store import clear
 from regraft.adaptation.outcome import versions
 from regraft.checkpoint import write_atomic
+from regraft.errors import MismatchError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -109,7 +110,12 @@ class Experiment:
     def found(self, store: Store, config: Any) -> list[dict[str, Any]]:
         """Read the cells that have been made: `arguments`, `found`, `versions` and `seconds` of each."""
         read = (read_cell(self.file(store, cell), cell) for cell in self.cells(store, config))
-        return [cell for cell in read if cell is not None]
+        return [cell for cell in read if cell is not None and cell["found"] is not None]
+
+    def refused(self, store: Store, config: Any) -> dict[str, str]:
+        """Give the reasons of cells that could not be made, by their names."""
+        read = {cell.name: read_cell(self.file(store, cell), cell) for cell in self.cells(store, config)}
+        return {name: cell["refused"] for name, cell in read.items() if cell is not None and cell["found"] is None}
 
 
 def read_cell(file: Path, cell: Cell) -> dict[str, Any] | None:
@@ -121,19 +127,28 @@ def read_cell(file: Path, cell: Cell) -> dict[str, Any] | None:
 
 
 def make_cell(store: Store, cell: Cell, file: Path) -> str:
-    """Make a cell and write it whole; what it left on the way is cleared away once it is there."""
+    """Make a cell and write it whole; what it left on the way is cleared away once it is there.
+
+    What a method refuses, as an adapter that tuning left as it was, is written down with the reason: it would be
+    refused again. To try it again, remove its file.
+    """
     started, work = time.perf_counter(), file.with_suffix("")
     work.parent.mkdir(parents=True, exist_ok=True)
-    found = cell.run(store, work, *cell.arguments)
+    found, why = None, None
+    try:
+        found = cell.run(store, work, *cell.arguments)
+    except (MismatchError, RecipeError) as error:
+        why = str(error)
     record = {
         "arguments": cell.arguments,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
         "found": found,
+        "refused": why,
     }
     write_atomic(file, json.dumps(record) + "\n")
     clear(work)
-    return "made"
+    return "made" if why is None else f"refused: {why}"
 
 
 def tell(claim: str, part: str, held: Sequence[bool], figure: str) -> Finding:

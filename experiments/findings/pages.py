@@ -33,7 +33,7 @@ paper does not state; it goes with what it states."""
 
 def made(store: Store, experiment: Experiment, config: Any) -> dict[str, Any]:
     """Say what results were made from: seeds, sizes, the config, and how much of it is there."""
-    found, size = experiment.found(store, config), store.size
+    found, refused, size = experiment.found(store, config), experiment.refused(store, config), store.size
     versions = sorted({json.dumps(cell["versions"], sort_keys=True) for cell in found})
     return {
         "seeds": list(size.seeds),
@@ -45,7 +45,8 @@ def made(store: Store, experiment: Experiment, config: Any) -> dict[str, Any]:
         "tuning": {kind: one.model_dump(mode="json") for kind, one in size.tuning.items()},
         "few_shot": {kind: one.model_dump(mode="json") for kind, one in size.few_shot.items()},
         "tasks": {name: _rows(store, name) for name in size.tasks},
-        "cells": [len(found), len(experiment.cells(store, config))],
+        "cells": [len(found) + len(refused), len(experiment.cells(store, config))],
+        "refused": refused,
         "seconds": round(sum(cell["seconds"] for cell in found)),
         "versions": [json.loads(text) for text in versions],
     }
@@ -94,7 +95,10 @@ def _page(experiment: Experiment, made: dict[str, Any], page: Page) -> str:
     if there < every:
         parts.append(f"**Not complete: {there} of {every} cells so far; the same command makes the others.**")
     rows = [[finding.claim, f"**{finding.verdict}**", finding.figure] for finding in page.findings]
-    parts += [page.text, "## Which findings hold here", table(["finding", "", "what decides"], rows), _made(made)]
+    parts += [page.text, "## Which findings hold here", table(["finding", "", "what decides"], rows)]
+    if made["refused"]:
+        parts.append("## What was refused\n\n" + "\n".join(f"- {name}: {why}" for name, why in made["refused"].items()))
+    parts.append(_made(made))
     return "\n\n".join(parts) + "\n"
 
 
