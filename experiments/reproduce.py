@@ -19,7 +19,7 @@ At the size of the machine (`experiments/paper/machine.yaml`) all seven are esti
     6 projection         90 cells of 18   1,600     6 direct, 8 by regression, 39 by distillation
     7 chain               9 cells of 294  2,600
 
-They need about 15 GB of disk. The size of the paper (`experiments/paper/paper.yaml`) is for a GPU:
+They need about 12 GB of disk. The size of the paper (`experiments/paper/paper.yaml`) is for a GPU:
 
     accelerate launch --num_processes 1 --mixed_precision bf16 experiments/reproduce.py --size paper --workers 0
 """
@@ -168,9 +168,14 @@ def main() -> None:
         os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     elif given.workers:
         sys.exit("--size paper downloads from the hub and computes on a GPU: run it with --workers 0")
+    from regraft.errors import RegraftError
+
     out = OUT[given.size]
-    plan = prepare(HERE / f"{given.size}.yaml", out, given.names)
-    failed = [] if given.write_only else build(plan, given.workers)
+    try:
+        plan = prepare(HERE / f"{given.size}.yaml", out, given.names)
+        failed = [] if given.write_only else build(plan, given.workers)
+    except RegraftError as error:
+        sys.exit(str(error))
     write(plan, HERE if given.size == "machine" else out / "pages")
     if failed:
         sys.exit(f"{len(failed)} failed; run again to try them again:\n" + "\n".join(failed))

@@ -368,6 +368,14 @@ def stand_in(folder, text, splits, label, config):
         ({"seeds": [20]}, "the key 'seeds' is"),
         ({"domains": [{"name": "a", "characters": 5}]}, "needs either `demo` or `sources`"),
         ({"tasks": {"mood": {"domain": "first"}}}, "needs either `demo` or `task`"),
+        (
+            {
+                "tasks": {
+                    "mood": {"domain": "first", "task": {"name": "mood", "train": "a.csv", "text": "t", "label": "l"}}
+                }
+            },
+            "of task mood needs a `test`",
+        ),
         ({"max_length": "long"}, "the key 'max_length' is 'long'. Give a whole number of tokens"),
     ],
 )

@@ -40,10 +40,10 @@ def lines(
         axes = figure.add_subplot()
         for place, (name, points) in enumerate(series.items()):
             at, means, spreads = zip(*points, strict=True)
-            at, look = [ticks.index(x) if ticks else x for x in at], _look(place)
-            axes.plot(at, means, label=name, **look)
+            where, look = [ticks.index(value) if ticks else value for value in at], _look(place)
+            axes.plot(where, means, label=name, **look)
             low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-            axes.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            axes.fill_between(where, low, high, color=look["color"], alpha=0.15, linewidth=0)
         for place, (name, value) in enumerate((levels or {}).items()):
             axes.axhline(value, color=SOFT, linewidth=1, linestyle=DASHES[(place + 1) % len(DASHES)], label=name)
         for mark in marks:

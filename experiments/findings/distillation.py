@@ -132,7 +132,8 @@ def page(results: dict[str, Any]) -> Page:
     for task, kind, old, new in results["upgrades"]:
         mine = [run for run in runs if (run["task"], run["kind"]) == (task, kind)]
         levels = {name: [run["test"] for run in mine if run["method"] == name] for name in (TEACHER, WHOLE)}
-        rows, series = [], {}
+        rows: list[list[str]] = []
+        series: dict[str, list[tuple[float, float, float]]] = {}
         for method in dict.fromkeys(run["method"] for run in mine if run["shots"] is not None):
             line = [method]
             for count in shots:

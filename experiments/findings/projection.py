@@ -123,7 +123,8 @@ def page(results: dict[str, Any]) -> Page:
         tasks = list(dict.fromkeys(run["task"] for run in mine))
         methods = [name for name in (OLD, DIRECT, *NAMES.values(), SCRATCH)
                    if any(run["method"] == name for run in mine)]  # fmt: skip
-        rows, series = [], {}
+        rows: list[list[str]] = []
+        series: dict[str, list[tuple[float, float]]] = {}
         for method in methods:
             line, series[method] = [method], []
             for task in tasks:

@@ -81,6 +81,8 @@ class TaskSource(Settings):
     def _one_origin(self) -> TaskSource:
         if (self.demo is None) == (self.task is None):
             raise ValueError("needs either `demo` or `task`.")
+        if self.task is not None and (self.task.test is None or self.task.label is None):
+            raise ValueError(f"of task {self.task.name} needs a `test` and a `label`: that is what is measured.")
         return self
 
 
