@@ -21,7 +21,8 @@ from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.progress import silent
 from regraft.tuning import Replay, pretrain_chain
 from regraft.tuning.corpus import pack
-from regraft.tuning.language import LanguageModelling, architecture
+from regraft.tuning.language import LanguageModelling
+from regraft.tuning.language import architecture as architecture_of
 from regraft.tuning.pretrain import _with_replay
 
 ENCODERS = ("bert", "roberta", "distilbert")
@@ -91,7 +92,7 @@ def some_blocks(base, count, block=32, seed=3):
 @pytest.mark.parametrize("architecture", ENCODERS)
 def test_logits_at_masked_places_only_give_the_whole_loss(bases, architecture):
     base = Base.open(bases[architecture][0])
-    model = architecture(base).from_pretrained(base.path).eval()
+    model = architecture_of(base).from_pretrained(base.path).eval()
     run = a_run(base, some_blocks(base, 8))
     batch = run.batch([(i, i) for i in range(8)], seed=1)
     loss = run.loss(model, dict(batch))
@@ -109,7 +110,7 @@ def test_logits_at_masked_places_only_give_the_whole_loss(bases, architecture):
 
 def test_causal_loss_is_that_of_the_next_token(bases):
     base = Base.open(bases["llama"][0])
-    model = architecture(base).from_pretrained(base.path).eval()
+    model = architecture_of(base).from_pretrained(base.path).eval()
     run = a_run(base, some_blocks(base, 4))
     batch = run.batch([(i, i) for i in range(4)], seed=1)
     logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
