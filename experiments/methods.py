@@ -24,7 +24,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 from figures import collect
 from grid import Entry, Grid, Regime, cells
 from runner import run, run_jobs
-from tables import page
+from tables import dump, page
 
 from regraft import Base, Corpus, Recipe, Task, pretrain
 from regraft.checkpoint import write_atomic
@@ -124,18 +124,6 @@ def write(grid: Grid, folder: Path, intro: str) -> None:
     if there < all_of_them:
         intro += f"\n\n**Not complete: {there} of {all_of_them} runs so far; the same command makes the others.**"
     write_atomic(folder / "README.md", page(json.loads(dump(results)), intro))
-
-
-def dump(results: dict[str, object]) -> str:
-    """Write JSON with a line a row, so that a new method is a few new lines."""
-    parts = []
-    for name, value in results.items():
-        if isinstance(value, list):
-            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]" if value else "[]"
-        else:
-            text = json.dumps(value, indent=1).replace("\n", "\n ")
-        parts.append(f' "{name}": {text}')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 INTRO = """# The recycling methods, measured

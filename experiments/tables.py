@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -320,3 +321,15 @@ def _made(results: dict[str, Any]) -> str:
             )
     lines += ["- " + ", ".join(f"{name} {version}" for name, version in sorted(v.items())) for v in made["versions"]]
     return "## How it was made\n\n" + "\n".join(lines)
+
+
+def dump(results: dict[str, object]) -> str:
+    """Write JSON with a line a row, so that a new method is a few new lines."""
+    parts = []
+    for name, value in results.items():
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]" if value else "[]"
+        else:
+            text = json.dumps(value, indent=1).replace("\n", "\n ")
+        parts.append(f' "{name}": {text}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -20,7 +20,7 @@ import methods as experiment
 from grid import Cell, cell_folder, old_folder
 from runner import run_jobs
 from scipy.stats import spearmanr
-from tables import table
+from tables import dump, table
 
 from regraft import Recipe, Upgrade, load_outcome
 from regraft.checkpoint import write_atomic
@@ -52,7 +52,7 @@ def main() -> None:
         sys.exit("\n".join(failed))
     rows = [json.loads(file_of(grid, *place).read_text(encoding="utf-8")) | real(grid, *place) for place in places]
     RESULTS.mkdir(exist_ok=True)
-    write_atomic(RESULTS / "results.json", experiment.dump({"runs": rows, "summary": summary(rows)}))
+    write_atomic(RESULTS / "results.json", dump({"runs": rows, "summary": summary(rows)}))
     write_atomic(RESULTS / "README.md", page(rows, summary(rows)))
 
 

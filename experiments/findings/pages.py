@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from tables import table
+from tables import dump, table
 
 from regraft.checkpoint import write_atomic
 
@@ -156,15 +156,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(one) for one in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def dump(results: dict[str, Any]) -> str:
-    """Write JSON with a line a row, so that a difference between two runs can be read."""
-    parts = []
-    for name, value in results.items():
-        if isinstance(value, list):
-            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]" if value else "[]"
-        else:
-            text = json.dumps(value, indent=1).replace("\n", "\n ")
-        parts.append(f' "{name}": {text}')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
