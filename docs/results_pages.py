@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,23 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add each page that an experiment wrote.
+    """Add each page that an experiment wrote, with its pictures.
 
     Args:
         files: MkDocs's files.
         config: Its configuration.
 
     Returns:
-        The files, with `experiments/NAME.md` for every `experiments/NAME/README.md`.
+        The files, with `experiments/…/README.md` and the pictures that it shows.
     """
     from mkdocs.structure.files import File, InclusionLevel
 
-    for page in sorted(EXPERIMENTS.glob("*/README.md")):
-        name, inside = f"experiments/{page.parent.name}.md", InclusionLevel.NOT_IN_NAV
-        files.append(File.generated(config, name, content=page.read_text(encoding="utf-8"), inclusion=inside))
+    for page in sorted(EXPERIMENTS.rglob("README.md")):
+        for file in (page, *sorted(page.parent.glob("*.svg"))):
+            name = f"experiments/{file.relative_to(EXPERIMENTS).as_posix()}"
+            files.append(
+                File.generated(config, name, abs_src_path=str(file), inclusion=InclusionLevel.NOT_IN_NAV)
+            )
     return files
 
 
@@ -39,4 +41,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     Returns:
         The text.
     """
-    return re.sub(r"\]\(\.\./experiments/(\w+)/README\.md\)", r"](experiments/\1.md)", markdown)
+    return markdown.replace("](../experiments/", "](experiments/")

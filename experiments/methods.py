@@ -51,7 +51,8 @@ general text again, mends that."""
 RATES = {"full": 2e-4, "lora": 1e-3}
 WHOLE = ("scratch", "init", "init+distill, fading", "auto", "auto, on to the best")
 """Run with all labels and the whole budget, beside all that do no training. By default `auto` stops at what is as good
-as the old deployment; with a target that nothing reaches it goes on while that helps, here to half of the steps."""
+as the old deployment; with a target that nothing reaches and no tolerance it is to find the best there is, here with
+half of the steps."""
 QUARTER = ("init", "init+distill", "ridge+init", "ridge+distill", "anchored")
 """Run with all labels and a quarter of the steps."""
 FEW_LABELS = ("scratch", "distill", "init", "init+distill", "ridge+distill", "interpolation", "label-free")
@@ -95,7 +96,7 @@ def prepare(workers: int) -> Grid:
         seeds=(20, 30, 40),
         extras=(
             Entry("init+distill, fading", "init+distill", ("decay=linear",)),
-            Entry("auto, on to the best", "auto", ("target=1", "budgets=[0.25,0.5]", "scratch=false")),
+            Entry("auto, on to the best", "auto", ("target=1", "tolerance=0", "budgets=[0.5]", "scratch=false")),
         ),
     )
 

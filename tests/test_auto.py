@@ -62,7 +62,6 @@ def test_a_rung_passes_fails_or_is_undecided():
         assert found["verdict"] == verdict
         assert found["score"] == pytest.approx(1 - count / 400, abs=1e-4)
     raised = dataclasses.replace(bar, target=1.1)
-    assert raised.is_raised and not bar.is_raised
     assert raised.measure(reference)["verdict"] == "fails"
 
 
@@ -133,9 +132,10 @@ def test_a_given_target_is_met_or_climbed_for(tmp_path, bases, tuned, task_file)
     low = climb(tmp_path, upgrade, source, task_file, "low", target=0.5)
     assert low.record["notes"]["chosen"] == "direct"
     high = climb(tmp_path, upgrade, source, task_file, "high", target=1.5, budgets=(0.5,), scratch=False)
-    assert high.record["notes"]["chosen"].startswith("direct")
     assert "nothing passes" in high.record["notes"]["why"]
-    assert [rung["rung"] for rung in high.record["notes"]["tried"]] == ["direct", "direct, tuned 50 %"]
+    tried = [rung["rung"] for rung in high.record["notes"]["tried"]]
+    assert tried[:2] == ["direct", "ridge"]  # a better start is worth having even where it cannot pass
+    assert tried[2:] in (["direct, tuned 50 %"], ["ridge, tuned 50 %"])
 
 
 def test_without_labels_no_label_is_read(tmp_path, far, tuned, task_file):

@@ -46,7 +46,7 @@ class Point:
 def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple[Point, ...]:
     """Put old weights on every checkpoint of continual pre-training as they are.
 
-    Source: Qin et al., 2023 (arXiv:2305.08702), the pilot study of section 3.
+    Source: Qin et al., 2023 (arXiv:2305.08702), the pilot studies.
 
     Args:
         pair: The old deployment.

@@ -66,9 +66,8 @@ def run(job: Job, options: Auto) -> list[dict[str, float]]:
 
     A rung passes if its score on dev, minus the target's, is above −tolerance with the wanted confidence. The target
     is the old deployment; where a linear probe on the bases' features finds the new one better at the task, its gain
-    is added, and rungs without training, which cannot have it, are left out. Tuning starts from the best rung so far;
-    where it gains less than the tolerance the ladder ends. If no rung passes, the cheapest is taken that no dearer one
-    beats by the tolerance.
+    is added. Tuning starts from the best rung so far; where it gains less than the tolerance the ladder ends. If no
+    rung passes, the cheapest is taken that no dearer one beats by the tolerance.
 
     Args:
         job: What and where.
@@ -185,7 +184,7 @@ class _Climb:
 
 
 def _climb(climb: _Climb, bar: Bar, options: Auto) -> tuple[dict[str, Any], str]:
-    for name in options.training_free[:1] if bar.is_raised else options.training_free:
+    for name in options.training_free:
         rung = climb.try_method(name)
         if rung and rung["verdict"] == "passes":
             return rung, f"{name} passes: {bar.describe(rung)}"

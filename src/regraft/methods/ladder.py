@@ -43,11 +43,6 @@ class Bar:
     tolerance: float
     confidence: float
 
-    @property
-    def is_raised(self) -> bool:
-        """Whether the target is above what old weights can be expected to reach."""
-        return self.target > self.old + self.tolerance
-
     def survival(self, score: float) -> float:
         """Tell which share of what the old deployment has above guessing a score has.
 

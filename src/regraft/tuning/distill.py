@@ -1,6 +1,6 @@
 """The old tuned model as a teacher: the distillation loss, and the teacher's outputs computed once.
 
-Source: Qin et al., Recyclable Tuning for Continual Pre-training, 2023 (arXiv:2305.08702), section 4.2, and the
+Source: Qin et al., Recyclable Tuning for Continual Pre-training, 2023 (arXiv:2305.08702), section 5.2, and the
 authors' reference implementation; the hidden-state term is Sun et al.'s patient knowledge distillation
 (arXiv:1908.09355).
 """
