@@ -55,7 +55,12 @@ def collect(grid: Grid) -> dict[str, Any]:
         "made": _made(grid, list(found.values())),
         "upgrades": {name: _moved(grid, name) for name in grid.upgrades},
         "methods": {
-            entry.name: {"method": entry.method, "options": list(entry.options), "needs": methods()[entry.method].needs}
+            entry.name: {
+                "method": entry.method,
+                "options": list(entry.options),
+                "average": entry.average,
+                "needs": methods()[entry.method].needs,
+            }
             for regime in grid.regimes
             for entry in grid.entries(regime)
         },

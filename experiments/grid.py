@@ -25,11 +25,13 @@ class Entry:
         name: What it is called in the tables.
         method: The method's name.
         options: As on the command line, `name=value`.
+        average: The recipe's: the fraction of the steps after which weights are averaged, 0 for not at all.
     """
 
     name: str
     method: str
     options: tuple[str, ...] = ()
+    average: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +124,13 @@ def cells(grid: Grid) -> Iterator[Cell]:
 
 def recipe_of(grid: Grid, cell: Cell) -> Recipe:
     """Give the recipe of a cell."""
+    regime, entry = _regime_and_entry(grid, cell)
+    return dataclasses.replace(regime.recipes[cell.kind], seed=cell.seed, average=entry.average)
+
+
+def _regime_and_entry(grid: Grid, cell: Cell) -> tuple[Regime, Entry]:
     regime = next(regime for regime in grid.regimes if regime.name == cell.regime)
-    return dataclasses.replace(regime.recipes[cell.kind], seed=cell.seed)
+    return regime, next(entry for entry in grid.entries(regime) if entry.name == cell.entry)
 
 
 def task_of(grid: Grid, cell: Cell) -> Task:
@@ -134,8 +141,7 @@ def task_of(grid: Grid, cell: Cell) -> Task:
 
 def method_of(grid: Grid, cell: Cell) -> tuple[str, Any]:
     """Give the name and the options of a cell's method."""
-    regime = next(regime for regime in grid.regimes if regime.name == cell.regime)
-    entry = next(entry for entry in grid.entries(regime) if entry.name == cell.entry)
+    _, entry = _regime_and_entry(grid, cell)
     options = parse_options(entry.method, entry.options)
     if needs_tasks(cell, grid):
         options = dataclasses.replace(options, pairs=other_tasks(grid, cell))

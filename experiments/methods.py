@@ -53,9 +53,12 @@ WHOLE = ("scratch", "init", "init+distill, fading", "auto", "auto, on to the bes
 """Run with all labels and the whole budget, beside all that do no training. By default `auto` stops at what is as good
 as the old deployment; with a target that nothing reaches and no tolerance it is to find the best there is, here with
 half of the steps."""
-QUARTER = ("init", "init+distill", "ridge+init", "ridge+distill", "anchored")
+FLIP_AWARE, AVERAGED = "init+distill, flip-aware", "init, averaged"
+QUARTER = ("init", AVERAGED, "init+distill", FLIP_AWARE, "ridge+init", "ridge+distill", "anchored")
 """Run with all labels and a quarter of the steps."""
-FEW_LABELS = ("scratch", "distill", "init", "init+distill", "ridge+distill", "interpolation", "label-free")
+FEW_LABELS = (
+    "scratch", "distill", "init", "init+distill", FLIP_AWARE, "ridge+distill", "interpolation", "label-free",
+)  # fmt: skip
 
 
 def recipes(steps: int, eval_every: int, batch_size: int) -> dict[str, Recipe]:
@@ -96,6 +99,8 @@ def prepare(workers: int) -> Grid:
         seeds=(20, 30, 40),
         extras=(
             Entry("init+distill, fading", "init+distill", ("decay=linear",)),
+            Entry(FLIP_AWARE, "init+distill", ("flip_weight=1",)),
+            Entry(AVERAGED, "init", average=0.5),
             Entry("auto, on to the best", "auto", ("target=1", "tolerance=0", "budgets=[0.5]", "scratch=false")),
         ),
     )
