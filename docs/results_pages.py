@@ -23,9 +23,7 @@ def on_files(files: Any, config: Any) -> Any:
     for page in sorted(EXPERIMENTS.rglob("README.md")):
         for file in (page, *sorted(page.parent.glob("*.svg"))):
             name = f"experiments/{file.relative_to(EXPERIMENTS).as_posix()}"
-            files.append(
-                File.generated(config, name, abs_src_path=str(file), inclusion=InclusionLevel.NOT_IN_NAV)
-            )
+            files.append(File.generated(config, name, abs_src_path=str(file), inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
 
