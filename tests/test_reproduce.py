@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import LABELS, logits_of, sentence, weights, write_rows
 
-from regraft import Base
+from regraft import Base, load_outcome
 from regraft.errors import DataError, MismatchError, OutcomeError
 from regraft.task import load_data
 from regraft.tuning import encode
@@ -29,7 +29,9 @@ from findings.settings import Size, load
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CONFIGS = {
     "1-compatibility": {"tasks": {"full": ["mood"]}},
-    "2-connectivity": {"tasks": {"full": ["mood"]}, "pairs": [[0, 0], [0, 1], [0, 2]], "points": 3},
+    "2-connectivity": {
+        "tasks": {"full": ["mood"]}, "pairs": [[0, 0], [0, 1], [0, 2]], "one_seed": [[0, 1]], "points": 3,
+    },
     "3-similarity": {"tasks": {"full": ["mood"]}, "controls": {"mood": "other"}, "texts": 8},
     "4-initialisation": {
         "old": 1, "new": 2,
@@ -39,7 +41,7 @@ CONFIGS = {
     "6-projection": {"tasks": {"lora": ["mood", "other"]}, "upgrades": [[0, 1]], "rank": 2, "steps": 2},
     "7-chain": {"tasks": {"full": ["mood"]}},
 }  # fmt: skip
-CELLS = 2 * 1 + 2 * 3 + (1 + 2) + 2 * 3 + 2 * 5 + 2 * 2 * 3 + 2
+CELLS = 2 * 1 + 2 * 4 + (1 + 2) + 2 * 3 + 2 * 5 + 2 * 2 * 3 + 2
 
 
 def write_files(folder, base):
@@ -202,6 +204,12 @@ def test_figures_of_weights_by_hand(place, plan, done):
     other = logits_of(kept.tuned("mood", "full", 0, 30), Base.open(kept.base(0)), texts)
     loss = torch.nn.functional.cross_entropy(other, torch.tensor(data.test.labels).long())
     assert same["loss"]["test"][-1] == pytest.approx(float(loss), abs=1e-4)
+    shared = next(r for r in results(place, "2-connectivity")["runs"] if r["one_seed"] and r["seed"] == 20)
+    assert (shared["first"], shared["second"]) == (0, 1)
+    seeds = [
+        load_outcome(kept.tuned("mood", "full", *end)).record["inputs"]["recipe"]["seed"] for end in ((0, 20), (1, 19))
+    ]
+    assert seeds == [20, 20]
     # 3: the distance of all tensors but the head
     found = results(place, "3-similarity")
     apart = next(row for row in found["distances"] if (row["seed"], row["base"]) == (30, 1))
@@ -288,7 +296,7 @@ def test_what_was_made_at_another_size_is_not_mixed_in(place, plan, done):
     (connectivity, config), = chosen  # fmt: skip
     assert connectivity.missing(plan.store, config) == []
     finer = config.model_copy(update={"points": 5})
-    assert len(connectivity.missing(plan.store, finer)) == 6  # its cells' arguments are others
+    assert len(connectivity.missing(plan.store, finer)) == 8  # its cells' arguments are others
 
 
 def test_configs_and_sizes_are_valid():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -27,34 +28,47 @@ class Config(Settings):
 
     Args:
         tasks: By kind of adaptation.
-        pairs: Numbers of two bases each; a base twice stands for two seeds on it.
+        pairs: Numbers of two bases each, tuned with seeds of their own; a base twice stands for two seeds on it.
+        one_seed: Pairs that are tuned with one seed too: from the same fresh head, on the data in the same order.
         points: Places on the line, ends included.
     """
 
     tasks: Tasks = Field(description="lists of tasks by kind of adaptation")
     pairs: tuple[tuple[Number, Number], ...] = Field(min_length=1, description="a list of pairs of bases")
+    one_seed: tuple[tuple[Number, Number], ...] = Field(default=(), description="a list of pairs of bases")
     points: int = Field(default=11, ge=3, description="a whole number of points, 3 or more")
 
 
-def places(config: Config) -> list[tuple[str, str, int, int]]:
-    """Give each task, kind and pair of bases."""
-    return [(task, kind, *pair) for kind, tasks in config.tasks.items() for task in tasks for pair in config.pairs]
+def ends(config: Config, seeds: Sequence[int]) -> list[tuple[Tuning, Tuning]]:
+    """Give the tunings that lines run between."""
+    following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
+    places = [(task, kind) for kind, tasks in config.tasks.items() for task in tasks]
+    found = []
+    for seed in seeds:
+        for place in places:
+            found += [
+                (Tuning(*place, i, seed), Tuning(*place, j, following[seed] if i == j else seed))
+                for i, j in config.pairs
+            ]
+            # a base's number is added to the seed of what is tuned on it
+            found += [(Tuning(*place, i, seed), Tuning(*place, j, seed + i - j)) for i, j in config.one_seed]
+    return found
 
 
 def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning]:
     """Give the ends of all lines."""
-    return [Tuning(t, kind, base, seed) for t, kind, *pair in places(config) for base in pair for seed in seeds]
+    return [end for line in ends(config, seeds) for end in line]
 
 
 def cells(store: Store, config: Config) -> list[Cell]:
     """Give one for each line."""
-    seeds = store.size.seeds
-    following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
-    return [
-        Cell(f"{task}-{kind}-M{i}-M{j}-seed{seed}", measure,
-             (task, kind, i, j, seed, following[seed] if i == j else seed, config.points))
-        for seed in seeds for task, kind, i, j in places(config)
-    ]  # fmt: skip
+    found = []
+    for first, second in ends(config, store.size.seeds):
+        task, kind, i, seed = dataclasses.astuple(first)
+        beside = "-one" if i != second.base and second.seed != seed else ""
+        arguments = (task, kind, i, second.base, seed, second.seed, config.points)
+        found.append(Cell(f"{task}-{kind}-M{i}-M{second.base}{beside}-seed{seed}", measure, arguments))
+    return found
 
 
 def measure(
@@ -77,16 +91,23 @@ def measure(
 
 def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
     """Give each line with its pair and its hops."""
-    keys = ("task", "kind", "first", "second", "seed")
+    keys = ("task", "kind", "first", "second", "seed", "other")
     runs = []
     for cell in found:
         run = dict(zip(keys, cell["arguments"], strict=False)) | cell["found"]
-        runs.append(run | {"hops": run["second"] - run["first"]})
+        hops, other = run["second"] - run["first"], run.pop("other")
+        runs.append(run | {"hops": hops, "one_seed": bool(hops) and other != run["seed"]})
     return {"runs": runs}
 
 
 def _where(run: dict[str, Any]) -> tuple[Any, ...]:
-    return run["task"], run["kind"], run["first"], run["second"]
+    return run["task"], run["kind"], run["first"], run["second"], run["one_seed"]
+
+
+def _line(run: dict[str, Any]) -> str:
+    if not run["hops"]:
+        return f"M_{run['first']}, two seeds"
+    return f"M_{run['first']} → M_{run['second']}" + (", one seed" if run["one_seed"] else "")
 
 
 def page(results: dict[str, Any]) -> Page:
@@ -101,7 +122,7 @@ def page(results: dict[str, Any]) -> Page:
                 100 * (min(run["score"]["test"]) - min(run["score"]["test"][0], run["score"]["test"][-1])) for run in of
             ]
             rows.append([
-                place[0], f"M_{place[2]} → M_{place[3]}" if of[0]["hops"] else f"M_{place[2]}, two seeds",
+                place[0], _line(of[0]),
                 *(mean_sd([run["barrier"][split] for run in of]) for split in ("dev", "test")),
                 f"{sum(run['connected'] for run in of)} of {len(of)}", *map(mean_sd, ends), mean_sd(lowest, 1),
             ])  # fmt: skip
@@ -122,21 +143,22 @@ def _spread(values: list[float]) -> tuple[float, float]:
 
 
 def _barriers(runs: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
-    return {
-        task: [
-            (hops, *_spread([r["barrier"]["test"] for r in runs if (r["task"], r["hops"]) == (task, hops)]))
-            for hops in sorted({run["hops"] for run in runs if run["task"] == task})
+    series = {}
+    for task, shared in dict.fromkeys((run["task"], run["one_seed"]) for run in runs):
+        mine = [run for run in runs if (run["task"], run["one_seed"]) == (task, shared)]
+        series[task + (", one seed" if shared else "")] = [
+            (hops, *_spread([run["barrier"]["test"] for run in mine if run["hops"] == hops]))
+            for hops in sorted({run["hops"] for run in mine})
         ]
-        for task in dict.fromkeys(run["task"] for run in runs)
-    }
+    return series
 
 
 def _losses(runs: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
     series = {}
-    for hops in sorted({run["hops"] for run in runs}):
-        mine = [run for run in runs if run["hops"] == hops]
+    for hops, shared in sorted({(run["hops"], run["one_seed"]) for run in runs}):
+        mine = [run for run in runs if (run["hops"], run["one_seed"]) == (hops, shared)]
         along = zip(*(run["loss"]["test"] for run in mine), strict=True)
-        series[_hops(hops)] = [
+        series[_hops(hops) + (", one seed" if shared else "")] = [
             (mu, statistics.fmean(values), 0.0) for mu, values in zip(mine[0]["mu"], along, strict=True)
         ]
     return series
@@ -149,21 +171,26 @@ def _hops(count: int) -> str:
 def _findings(runs: list[dict[str, Any]]) -> Iterable[Any]:
     part = "2. mode connectivity"
     for kind in dict.fromkeys(run["kind"] for run in runs):
-        for name, wanted in (("consecutive", range(1, 2)), ("distant", range(2, 100))):
-            mine = [run for run in runs if run["kind"] == kind and run["hops"] in wanted]
-            if not mine:
-                continue
-            heights = [run["barrier"]["test"] for run in mine]
-            dips = [100 * (min(r["score"]["test"]) - min(r["score"]["test"][0], r["score"]["test"][-1])) for r in mine]
-            figure = (
-                f"mean barrier {statistics.fmean(heights):.3f} nats on test, highest {max(heights):.3f}; at its lowest "
-                f"the score is {statistics.fmean(dips):+.1f} points from the lower end"
-            )
-            yield tell(f"Models tuned on {name} bases ({kind}) are linearly connected: no barrier of loss.",
-                       part, [run["connected"] for run in mine], figure)  # fmt: skip
+        for shared in (True, False):
+            how = f"{kind}; the same fresh head and order of data" if shared else f"{kind}; a head of its own each"
+            for name, wanted in (("consecutive", range(1, 2)), ("distant", range(2, 100))):
+                mine = [r for r in runs if (r["kind"], r["one_seed"]) == (kind, shared) and r["hops"] in wanted]
+                if not mine:
+                    continue
+                heights = [run["barrier"]["test"] for run in mine]
+                dips = [
+                    100 * (min(r["score"]["test"]) - min(r["score"]["test"][0], r["score"]["test"][-1])) for r in mine
+                ]
+                figure = (
+                    f"mean barrier {statistics.fmean(heights):.3f} nats on test, highest {max(heights):.3f}; at its "
+                    f"lowest the score is {statistics.fmean(dips):+.1f} points from the lower end"
+                )
+                yield tell(f"Models tuned on {name} bases ({how}) are linearly connected: no barrier of loss.",
+                           part, [run["connected"] for run in mine], figure)  # fmt: skip
         grows = []
         for task in dict.fromkeys(run["task"] for run in runs if run["kind"] == kind):
-            points = _barriers([r for r in runs if (r["task"], r["kind"]) == (task, kind) and r["hops"]]).get(task, [])
+            mine = [r for r in runs if (r["task"], r["kind"]) == (task, kind) and r["hops"] and not r["one_seed"]]
+            points = _barriers(mine).get(task, [])
             if len(points) > 1:
                 grows.append((points[0][1], points[-1][1]))
         if grows:
@@ -177,6 +204,7 @@ EXPERIMENT = Experiment(
     "2-connectivity",
     "2 · Linear connectivity",
     "The straight line between what was tuned on M_i and on M_j for the same task, on dev and test: does the loss rise "
-    "in between, and does the barrier grow with the hops? Two seeds on one base are the control.",
+    "in between, and does the barrier grow with the hops? The ends are tuned with seeds of their own, or with one: "
+    "from the same fresh head, on the data in the same order. Two seeds on one base are the control.",
     Config, tunings, cells, collect, page,
 )  # fmt: skip
