@@ -77,9 +77,10 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float
         for place, (name, values) in enumerate(series.items()):
             means, spreads = zip(*values, strict=True)
             at = [i - 0.4 + (place + 0.5) * width for i in range(len(groups))]
+            again = {"hatch": "////", "edgecolor": "white"} if place >= len(SERIES) else {}
             axes.bar(at, means, 0.92 * width, yerr=spreads, color=SERIES[place % len(SERIES)], label=name,
-                     error_kw={"ecolor": SOFT, "elinewidth": 1})  # fmt: skip
-        axes.set_xticks(range(len(groups)), groups, rotation=20 if max(map(len, groups), default=0) > 14 else 0)
+                     error_kw={"ecolor": SOFT, "elinewidth": 1}, **again)  # fmt: skip
+        axes.set_xticks(range(len(groups)), groups, rotation=20 if sum(map(len, groups)) > 80 else 0)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel(y)
         legend(axes, 3)
