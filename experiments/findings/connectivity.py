@@ -186,7 +186,7 @@ def _findings(runs: list[dict[str, Any]]) -> Iterable[Any]:
                     f"lowest the score is {statistics.fmean(dips):+.1f} points from the lower end"
                 )
                 yield tell(f"Models tuned on {name} bases ({how}) are linearly connected: no barrier of loss.",
-                           part, [run["connected"] for run in mine], figure)  # fmt: skip
+                           part if shared else part + OURS, [run["connected"] for run in mine], figure)  # fmt: skip
         grows = []
         for task in dict.fromkeys(run["task"] for run in runs if run["kind"] == kind):
             mine = [r for r in runs if (r["task"], r["kind"]) == (task, kind) and r["hops"] and not r["one_seed"]]
