@@ -17,6 +17,7 @@ from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
 from regraft.errors import MismatchError, RecipeError
 from regraft.methods import parse_options
 from regraft.methods.project import Projection
+from regraft.methods.project_distill import _rates
 from regraft.weights.project import left_out_errors, project
 
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
@@ -308,6 +309,23 @@ def test_distilling_the_map_lowers_the_loss_and_begins_at_direct(
     direct = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=FEW)
     if residual:
         assert out.record["scores"]["test"] >= direct.record["scores"]["test"]
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+@given(size=st.integers(50, 5000), rank=st.integers(4, 32), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_a_step_of_each_part_of_the_map_moves_a_weight_as_far(part, size, rank, scale, seed):
+    drawn = torch.Generator().manual_seed(seed)
+    v = scale * torch.randn(size, generator=drawn, dtype=torch.float64)
+    shapes = ((size, rank), (rank, size), (size,))
+    parts = [0.02 * torch.randn(shape, generator=drawn, dtype=torch.float64) for shape in shapes]
+    rate = _rates([v], Projection(("a=b",), rank=rank, learning_rate=1e-3))[part]
+    moved = [tensor.clone().requires_grad_(number == part) for number, tensor in enumerate(parts)]
+    before = v @ parts[0] @ parts[1] + parts[2]
+    (v @ moved[0] @ moved[1] + moved[2])[0].backward()  # each moves as this weight of the map's result would have it
+    torch.optim.Adam([moved[part]], lr=rate).step()
+    after = v @ moved[0] @ moved[1] + moved[2]
+    assert 2e-4 < abs(float((after - before).detach()[0])) < 5e-3
 
 
 def test_options_as_they_are_written():

@@ -276,6 +276,10 @@ def test_figures_of_runs_by_hand(place, plan, done):
     ]  # fmt: skip
     assert line["scores"] == pytest.approx(scores, abs=1e-4)
     assert line["decay"] == pytest.approx(-100 * float(np.polyfit(range(3), scores, 1)[0]), abs=1e-2)
+    assert {(row["base"], row["seed"]) for row in found["all steps"]} == {(1, 20), (1, 30), (2, 20), (2, 30)}
+    for row in found["all steps"]:
+        outcome = load_outcome(plan.store.outcome(row["task"], row["kind"], row["base"], row["seed"]).path)
+        assert row["score"] == outcome.record["scores"]["test"]
 
 
 @pytest.mark.slow

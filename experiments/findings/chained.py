@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from findings.store import Store
 
 HOPS, ONCE = "hop by hop", "at once"
+WHOLE = "scratch, all steps"
 
 
 class Config(Settings):
@@ -39,8 +40,11 @@ class Config(Settings):
 
 
 def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning]:
-    """Give none: a chain tunes its first base itself, by the same recipe."""
-    return ()
+    """Give scratch with all steps on each later base; a chain tunes its first itself, by the same recipe."""
+    return [
+        Tuning(task, kind, base, seed)
+        for kind, tasks in config.tasks.items() for task in tasks for base in range(1, bases) for seed in seeds
+    ]  # fmt: skip
 
 
 def cells(store: Store, config: Config) -> list[Cell]:
@@ -92,9 +96,14 @@ def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[s
                         gap = compare(labels, *([side[seed] for seed in seeds] for side in pair))
                         where = {"task": task, "kind": kind, "base": number, "method": method, "route": one[1]}
                         differences.append(where | {"against": other[1] or other[0], **gap})
+    whole = [
+        dataclasses.asdict(one) | {"score": figures_of(store.outcome(one.task, one.kind, one.base, one.seed))["test"]}
+        for one in tunings(config, store.size.seeds, len(names)) if store.has(one.task, one.kind, one.base, one.seed)
+    ]  # fmt: skip
     return {
         "bases": names,
         "runs": plain,
+        "all steps": whole,
         "standings": [dataclasses.asdict(one) for one in standings(names, chained)],
         "differences": differences,
     }
@@ -123,6 +132,11 @@ def page(results: dict[str, Any]) -> Page:
             rows.append([name, *map(mean_sd, scores), loss, share, points(gaps[0] if gaps else None)])
             series[name] = [(number, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
                             for number, values in enumerate(scores) if values]  # fmt: skip
+        whole = [
+            [run["score"] for run in select(results["all steps"], task=task, kind=kind, base=number)]
+            for number in range(last + 1)
+        ]
+        rows.append([WHOLE, *map(mean_sd, whole), "–", "–", "–"])
         head = [
             "",
             *results["bases"],
@@ -133,6 +147,10 @@ def page(results: dict[str, Any]) -> Page:
         name = f"chain-{task}-{kind}.svg"
         pictures[name] = lines(series, "number of the base", "accuracy on test", ticks=range(last + 1))
         parts.append(f"## {task}, {kind}\n\n" + table(head, rows) + f"\n\n![Along the chain]({name})")
+    parts.append(
+        f"`scratch` and `init+distill` tune for as many steps on each base, the few of a hop; {WHOLE}, is what M_0 was "
+        "tuned with too. Hop by hop those of all hops add up."
+    )
     return Page("\n\n".join(parts), pictures, _findings(results))
 
 

@@ -44,7 +44,7 @@ class Projection:
             `direct` as the ridge grows; with one, to `direct` and the mean change.
         ridge: By regression: λ in units of the mean square of the (centred) old weights.
         steps: By distillation: optimiser steps in all.
-        learning_rate: By distillation: Adam's, falling to 0.
+        learning_rate: By distillation: how far a step of Adam moves a weight of what is mapped, about; falling to 0.
 
     Raises:
         RecipeError: A value is out of its range.
@@ -57,7 +57,7 @@ class Projection:
     intercept: bool = True
     ridge: float = 1.0
     steps: int = 200
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 KINDS = ("lora", "bottleneck")
 MOST = 4_000_000
 SPREAD = 0.02
+SMALLEST = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +106,8 @@ def _train(
     from regraft.tuning.predict import autocast, forward
 
     last_token = job.upgrade.new.is_decoder
-    optimiser = torch.optim.Adam(parameters, lr=options.learning_rate)
+    rates = _rates([lesson.vector for lesson in lessons], options)
+    optimiser = torch.optim.Adam([{"params": [tensor]} for tensor in parameters])
     for step in range(options.steps):
         lesson = lessons[step % len(lessons)]
         start = step // len(lessons) * job.recipe.batch_size
@@ -119,13 +121,24 @@ def _train(
         logits, hidden = (rows[index].to(device()).float() for rows in lesson.taught)
         own = read_hidden(output.hidden, batch["attention_mask"], last_token).float()
         value: Any = distillation_loss(output.logits.float(), labels, logits, own, hidden, loss)
-        optimiser.param_groups[0]["lr"] = options.learning_rate * (1 - step / options.steps)
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / options.steps)
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
         told = float(value.detach())
         job.progress("map", step + 1, options.steps, {"loss": told})
         yield told
+
+
+def _rates(vectors: list[torch.Tensor], options: Projection) -> tuple[float, float, float]:
+    """Give Adam's rates for W1, W2 and b with which a step of each moves a mapped weight about as far.
+
+    One rate for all would move it ‖v‖₁ times as far by W1 as by b: away from anything that works, in a few steps.
+    """
+    l1, l2 = (max(sum(float(v.norm(p)) for v in vectors) / len(vectors), SMALLEST) for p in (1, 2))
+    rate, share = options.learning_rate, options.rank * SPREAD
+    return rate / (share * l1), rate / (share * l2), rate
 
 
 def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation, steps: int) -> _Lesson:
