@@ -37,11 +37,14 @@ CONFIGS = {
         "old": 1, "new": 2,
         "targets": [{"task": "mood", "similar": "other", "unrelated": "third", "kinds": ["full"]}],
     },
-    "5-distillation": {"upgrades": [{"task": "mood", "old": 0, "new": 1, "kinds": ["full"]}], "shots": [4]},
+    "5-distillation": {
+        "upgrades": [{"task": "mood", "old": 0, "new": 1, "kinds": ["full"]}], "shots": [4],
+        "longer": {"times": 2.0, "shots": [4], "methods": ["scratch", "distill"]},
+    },
     "6-projection": {"tasks": {"lora": ["mood", "other"]}, "upgrades": [[0, 1]], "rank": 2, "steps": 2},
     "7-chain": {"tasks": {"full": ["mood"]}},
 }  # fmt: skip
-CELLS = 2 * 1 + 2 * 4 + (1 + 2) + 2 * 3 + 2 * 5 + 2 * 2 * 3 + 2
+CELLS = 2 * 1 + 2 * 4 + (1 + 2) + 2 * 3 + 2 * (5 + 2) + 2 * 2 * 3 + 2
 
 
 def write_files(folder, base):
@@ -245,9 +248,12 @@ def test_figures_of_runs_by_hand(place, plan, done):
     assert teachers == [pytest.approx(accuracy(rows_of(kept.tuned("mood", "full", 0, seed)))) for seed in (20, 30)]
     means = {
         method: statistics.fmean(r["test"] for r in found["runs"] if r["method"] == method)
-        for method in ("teacher", "scratch", "distill", "init+distill")
+        for method in ("teacher", "scratch", "distill", "init+distill", "scratch, longer", "distill, longer")
     }
-    assert len(found["differences"]) == 9
+    assert {(r["method"].endswith(", longer"), r["steps"]) for r in found["runs"] if r["shots"]} == {
+        (False, 10), (True, 20),
+    }  # fmt: skip
+    assert len(found["differences"]) == 9 + 2
     for row in found["differences"]:
         if {row["method"], row["against"]} <= means.keys():
             gap = means[row["method"]] - means[row["against"]]

@@ -39,6 +39,20 @@ class Upgraded(Settings):
     kinds: tuple[str, ...] = Field(min_length=1, description="a list of kinds")
 
 
+class Longer(Settings):
+    """What is run with more steps as well.
+
+    Args:
+        times: How many times the steps.
+        shots: Labelled examples a class.
+        methods: By name, scratch among them.
+    """
+
+    times: float = Field(gt=1, description="a number above 1")
+    shots: tuple[Number, ...] = Field(min_length=1, description="a list of whole numbers, 1 or more")
+    methods: tuple[str, ...] = Field(min_length=1, description="a list of methods")
+
+
 class Config(Settings):
     """What is run.
 
@@ -46,6 +60,7 @@ class Config(Settings):
         upgrades: The tasks and their bases.
         shots: Labelled examples a class.
         methods: By name; scratch is what the others are held against.
+        longer: What is run with more steps as well.
     """
 
     upgrades: tuple[Upgraded, ...] = Field(min_length=1, description="a list with task, old, new, kinds")
@@ -53,6 +68,7 @@ class Config(Settings):
     methods: tuple[str, ...] = Field(
         default=("scratch", "distill", "init", "init+distill", "interpolation"), description="a list of methods"
     )
+    longer: Longer | None = Field(default=None, description="times, shots and methods")
 
 
 def places(config: Config) -> list[tuple[str, str, int, int]]:
@@ -67,27 +83,38 @@ def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning
 
 def cells(store: Store, config: Config) -> list[Cell]:
     """Give one for each method, number of labels and seed."""
+    longer = config.longer
+    wanted: list[tuple[int, str, tuple[float, ...]]] = [
+        (n, method, ()) for n in config.shots for method in config.methods
+    ]
+    if longer is not None:
+        wanted += [(n, method, (longer.times,)) for n in longer.shots for method in longer.methods]
     return [
-        Cell(f"{task}-{kind}-{shots}-{method.replace('+', '-')}-seed{seed}", measure,
-             (task, kind, old, new, shots, method, seed))
-        for seed in store.size.seeds for task, kind, old, new in places(config)
-        for shots in config.shots for method in config.methods
+        Cell(f"{task}-{kind}-{shots}-{method.replace('+', '-')}{'-longer' if times else ''}-seed{seed}", measure,
+             (task, kind, old, new, shots, method, seed, *times))
+        for seed in store.size.seeds for task, kind, old, new in places(config) for shots, method, times in wanted
     ]  # fmt: skip
 
 
 def measure(
-    store: Store, work: Path, task: str, kind: str, old: int, new: int, shots: int, method: str, seed: int
-) -> dict[str, Any]:
+    store: Store, work: Path, task: str, kind: str, old: int, new: int, shots: int, method: str, seed: int,
+    times: float = 1.0,
+) -> dict[str, Any]:  # fmt: skip
     """Recycle with a few labels."""
     teacher = store.tuned(task, kind, old, seed)
-    return run_method(store, work, task, teacher, kind, (old, new), seed, method, shots=shots)
+    return run_method(store, work, task, teacher, kind, (old, new), seed, method, shots=shots, times=times)
+
+
+def _long(method: str) -> str:
+    return f"{method}, longer"
 
 
 def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
     """Give each run, and the differences between methods with as few labels."""
     there, rows = {}, []
     for cell in found:
-        task, kind, _, _, shots, method, seed = cell["arguments"]
+        task, kind, _, _, shots, method, seed, *times = cell["arguments"]
+        method = _long(method) if times else method
         there[task, kind, shots, method, seed] = cell["found"]
         where = {"task": task, "kind": kind, "shots": shots, "method": method, "seed": seed}
         rows.append(where | without_predictions(cell["found"]))
@@ -98,19 +125,21 @@ def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[s
                 there[task, kind, None, name, seed] = run
                 where = {"task": task, "kind": kind, "shots": None, "method": name, "seed": seed}
                 rows.append(where | without_predictions(run))
-    return {"upgrades": [list(place) for place in places(config)], "runs": rows,
+    longer = config.longer.model_dump(mode="json") if config.longer else None
+    return {"upgrades": [list(place) for place in places(config)], "longer": longer, "runs": rows,
             "differences": _differences(store, config, there)}  # fmt: skip
 
 
-AGAINST = (("distill", "scratch"), ("init", "scratch"), ("init+distill", "scratch"), ("interpolation", "scratch"),
-           ("init+distill", "distill"), ("init+distill", "init"), ("interpolation", "init+distill"),
-           ("init+distill", TEACHER), ("distill", TEACHER))  # fmt: skip
+PAIRS = (("distill", "scratch"), ("init", "scratch"), ("init+distill", "scratch"), ("interpolation", "scratch"),
+         ("init+distill", "distill"), ("init+distill", "init"), ("interpolation", "init+distill"),
+         ("init+distill", TEACHER), ("distill", TEACHER))  # fmt: skip
+AGAINST = (*PAIRS, *((_long(one), other if other == TEACHER else _long(other)) for one, other in PAIRS))
 
 
 def _differences(store: Store, config: Config, there: dict[tuple[Any, ...], Any]) -> list[dict[str, Any]]:
     rows = []
     for task, kind, _, new in places(config):
-        for shots in config.shots:
+        for shots in dict.fromkeys([*config.shots, *(config.longer.shots if config.longer else ())]):
             for one, other in AGAINST:
                 beside = None if other == TEACHER else shots
                 pairs = [
@@ -139,9 +168,10 @@ def page(results: dict[str, Any]) -> Page:
             for count in shots:
                 values = [run["test"] for run in mine if (run["method"], run["shots"]) == (method, count)]
                 of = {"task": task, "kind": kind, "shots": count, "method": method}
-                gaps = select(results["differences"], against="scratch", **of)
+                long = method.endswith(_long(""))
+                gaps = select(results["differences"], against=_long("scratch") if long else "scratch", **of)
                 line.append(mean_sd(values) + (f"; {points(gaps[0])}" if gaps else ""))
-                if values:
+                if values and not long:
                     spread = statistics.stdev(values) if len(values) > 1 else 0.0
                     series.setdefault(method, []).append((count, statistics.fmean(values), spread))
             rows.append(line)
@@ -155,16 +185,32 @@ def page(results: dict[str, Any]) -> Page:
             + table(["method", *(f"{count} a class" for count in shots)], rows)
             + f"\n\n![Accuracy over labels]({name})"
         )
-    return Page("\n\n".join(parts), pictures, _findings(results["differences"]))
+    if results["longer"]:
+        parts.append(f"{_long('METHOD').capitalize()}: {results['longer']['times']:g} times the steps, held against "
+                     "scratch with as many.")  # fmt: skip
+    return Page("\n\n".join(parts), pictures, _findings(results["differences"], results["longer"]))
 
 
-def _findings(rows: list[dict[str, Any]]) -> tuple[Finding, ...]:
+def _findings(rows: list[dict[str, Any]], longer: dict[str, Any] | None) -> tuple[Finding, ...]:
     def of(one: str, other: str) -> list[dict[str, Any]]:
         return [row for row in rows if (row["method"], row["against"]) == (one, other)]
 
+    more = (
+        ()
+        if longer is None
+        else (
+            tell_difference(
+                f"With few labels and {longer['times']:g} times the steps, distilling is better than scratch with "
+                "as many.",
+                "method `distill`",
+                of(_long("distill"), _long("scratch")),
+            ),
+        )
+    )
     return (
         tell_difference("With few labels, distilling from the old model is better than scratch.", "method `distill`",
                         of("distill", "scratch")),
+        *more,
         tell_difference("With few labels, starting from the old weights and distilling beats distilling alone.",
                         "method `init+distill`", of("init+distill", "distill")),
         tell_difference("With few labels, that beats starting from the old weights without a teacher.",

@@ -144,7 +144,8 @@ def page(results: dict[str, Any]) -> Page:
     parts.append(
         "The head is left out of the map and copied, so the tasks need not have as many classes (in the paper's they "
         "must). By regression the map is learned from what the other tasks had tuned on both bases, all seeds; by "
-        "distillation, the paper's way, from their old models and texts."
+        "distillation, the paper's way, from their old models and texts. Both learn the change, v + P(v), and so begin "
+        "at `direct`; the paper's map is P(v) alone."
     )
     return Page("\n\n".join(parts), pictures, _findings(results["differences"]))
 
@@ -153,7 +154,7 @@ def _findings(rows: list[dict[str, Any]]) -> tuple[Finding, ...]:
     return tuple(
         tell_difference(f"A map learned from other tasks carries weights over better than `direct` does ({how}).",
                         "method `project`", [row for row in rows if row["method"] == name])
-        for how, name in (("regression", NAMES["regression"]), ("distillation, as in the paper", NAMES["distill"]))
+        for how, name in (("regression", NAMES["regression"]), ("distillation", NAMES["distill"]))
     )  # fmt: skip
 
 

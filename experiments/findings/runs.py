@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ Run = dict[str, Any]
 
 def run_method(
     store: Store, work: Path, task: str, source: Path, kind: str, bases: tuple[int, int], seed: int, method: str,
-    *, shots: int | None = None, fresh: bool = False, options: Any = None,
+    *, shots: int | None = None, times: float = 1.0, fresh: bool = False, options: Any = None,
 ) -> Run:  # fmt: skip
     """Recycle an adaptation, and give the figures of the outcome.
 
@@ -36,15 +37,19 @@ def run_method(
         seed: The seed.
         method: The method.
         shots: Labelled examples a class; None for all, and the recipe for all.
+        times: How many times the recipe's steps are tuned for.
         fresh: Whether the head is drawn anew.
         options: The method's.
 
     Returns:
         As `figures_of`.
     """
+    recipe = store.recipe(kind, seed, bases[1], few=shots is not None)
+    if times != 1:
+        steps = round(times * recipe.steps) if recipe.steps else None
+        recipe = dataclasses.replace(recipe, steps=steps, epochs=times * recipe.epochs)
     done = recycle(
-        store.upgrade(*bases), source, store.task(task).with_shots(shots), method, work,
-        recipe=store.recipe(kind, seed, bases[1], few=shots is not None), options=options,
+        store.upgrade(*bases), source, store.task(task).with_shots(shots), method, work, recipe=recipe, options=options,
         head="fresh" if fresh else "copy",
     )  # fmt: skip
     return figures_of(done)
