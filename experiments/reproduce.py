@@ -7,19 +7,20 @@ NAME is an experiment's folder in `experiments/paper`, or its number; all seven 
 second run builds only what is missing. Figures, pages and plots are written to `experiments/paper/NAME`, and an index
 of the paper's claims to `experiments/paper/README.md`; `--write-only` writes them from what is there.
 
-At the size of the machine (`experiments/paper/machine.yaml`) all seven are estimated at 5 core-hours, in core-seconds:
+At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.4 core-hours, a little
+over 3 hours on two cores; in core-seconds:
 
-    4 bases                               1,600
-    138 tunings, 34 each                  4,700     shared by all experiments
-    1 compatibility      21 cells of 54   1,100
-    2 connectivity      105 cells of 18   1,900
-    3 similarity         12 cells of 50     600
-    4 initialisation     36 cells of 34   1,200
-    5 distillation      135 cells of 19   2,600
-    6 projection         90 cells of 18   1,600     6 direct, 8 by regression, 39 by distillation
-    7 chain               9 cells of 294  2,600
+    4 bases                               2,700
+    168 tunings of 42                     7,100     shared by all experiments
+    1 compatibility      21 cells of 34     700
+    2 connectivity      135 cells of 19   2,600
+    3 similarity         13 cells of 10     100
+    4 initialisation     36 cells of 55   2,000
+    5 distillation      162 cells of 25   4,100
+    6 projection         90 cells of 12   1,000     30 of them, by distillation, 30 each
+    7 chain               9 cells of 310  2,800
 
-They need about 12 GB of disk. The size of the paper (`experiments/paper/paper.yaml`) is for a GPU:
+They need about 10 GB of disk. The size of the paper (`experiments/paper/paper.yaml`) is for a GPU:
 
     accelerate launch --num_processes 1 --mixed_precision bf16 experiments/reproduce.py --size paper --workers 0
 """

@@ -186,8 +186,8 @@ def page(results: dict[str, Any]) -> Page:
             + f"\n\n![Accuracy over labels]({name})"
         )
     if results["longer"]:
-        parts.append(f"{_long('METHOD').capitalize()}: {results['longer']['times']:g} times the steps, held against "
-                     "scratch with as many.")  # fmt: skip
+        parts.append(f"Longer: {results['longer']['times']:g} times the steps, held against scratch with as many. This "
+                     "was asked after the other runs had been seen.")  # fmt: skip
     return Page("\n\n".join(parts), pictures, _findings(results["differences"], results["longer"]))
 
 
