@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- Made by `python docs/generate.py`; edit the docstrings it comes from. -->\n\n"
-NEEDED = {"labels": "labels", "text": "texts of the task, labelled or not", "tasks": "other tasks tuned on both bases"}
+NEEDED = {
+    "labels": "labels",
+    "text": "texts of the task, labelled or not",
+    "tasks": "other tasks tuned on both bases, or on the old one",
+}
 LONG = 60
 ENTRY = re.compile(r"(\w+): (.*)")
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
@@ -40,7 +44,7 @@ Which one?
 - No labels, but time to train: `label-free`.
 - Labels: `init`; with few of them, `init+distill`.
 - The new base was trained again rather than on from the old one: `aligned`.
-- Other tasks were tuned on both bases already: `project`.
+- Other tasks were tuned on both bases already, or adapters of them on the old one: `project`.
 - A figure to hold the others against: `scratch`.
 
 [Results](results.md) leads to what was measured of them.

@@ -1,4 +1,4 @@
-"""`project`: a map from outdated to upgraded weights, learned from other tasks that were tuned on both bases.
+"""`project`: a map from outdated to upgraded weights, learned from other tasks.
 
 Source: Qin et al., 2023 (arXiv:2305.08702): P(v) = v·W1·W2 + b, v the old weights as one vector, learned there by
 distillation on the tasks at hand. Here it can also be a regression from old weights onto new ones.
@@ -192,6 +192,4 @@ def _write(job: Job, mapped: dict[str, torch.Tensor]) -> None:
     write_with_head(job, write)
 
 
-METHOD = Method(
-    "project", "map old weights to new ones, as other tasks tuned on both tell", ("tasks",), run, Projection
-)
+METHOD = Method("project", "map old weights to new ones, as other tasks tell", ("tasks",), run, Projection)
