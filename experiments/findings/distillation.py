@@ -195,18 +195,12 @@ def _findings(rows: list[dict[str, Any]], longer: dict[str, Any] | None) -> tupl
     def of(one: str, other: str) -> list[dict[str, Any]]:
         return [row for row in rows if (row["method"], row["against"]) == (one, other)]
 
-    more = (
-        ()
-        if longer is None
-        else (
-            tell_difference(
-                f"With few labels and {longer['times']:g} times the steps, distilling is better than scratch with "
-                "as many.",
-                "method `distill`",
-                of(_long("distill"), _long("scratch")),
-            ),
+    more = []
+    if longer is not None:
+        claim = (
+            f"With few labels and {longer['times']:g} times the steps, distilling is better than scratch with as many."
         )
-    )
+        more.append(tell_difference(claim, "method `distill`", of(_long("distill"), _long("scratch"))))
     return (
         tell_difference("With few labels, distilling from the old model is better than scratch.", "method `distill`",
                         of("distill", "scratch")),
