@@ -7,8 +7,8 @@ NAME is an experiment's folder in `experiments/paper`, or its number; all seven 
 second run builds only what is missing. Figures, pages and plots are written to `experiments/paper/NAME`, and an index
 of the paper's claims to `experiments/paper/README.md`; `--write-only` writes them from what is there.
 
-At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.4 core-hours, a little
-over 3 hours on two cores; in core-seconds:
+At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.8 core-hours, 3.4
+hours on two cores; in core-seconds:
 
     4 bases                               2,700
     168 tunings of 42                     7,100     shared by all experiments
@@ -17,7 +17,7 @@ over 3 hours on two cores; in core-seconds:
     3 similarity         13 cells of 10     100
     4 initialisation     36 cells of 55   2,000
     5 distillation      162 cells of 25   4,100
-    6 projection         90 cells of 12   1,000     30 of them, by distillation, 30 each
+    6 projection        120 cells of 19   2,300     60 of them, by distillation, 30 to 45 each
     7 chain               9 cells of 310  2,800
 
 They need about 10 GB of disk. The size of the paper (`experiments/paper/paper.yaml`) is for a GPU:
