@@ -7,8 +7,8 @@ NAME is an experiment's folder in `experiments/paper`, or its number; all seven 
 second run builds only what is missing. Figures, pages and plots are written to `experiments/paper/NAME`, and an index
 of the paper's claims to `experiments/paper/README.md`; `--write-only` writes them from what is there.
 
-At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.8 core-hours, 3.4
-hours on two cores; in core-seconds:
+At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.8 core-hours, so
+about 3.4 hours on two cores; in core-seconds:
 
     4 bases                               2,700
     168 tunings of 42                     7,100     shared by all experiments

@@ -110,6 +110,12 @@ def _line(run: dict[str, Any]) -> str:
     return f"M_{run['first']} → M_{run['second']}" + (", one seed" if run["one_seed"] else "")
 
 
+def _dip(run: dict[str, Any]) -> float:
+    """How many points the score on test falls below the lower end, at its lowest."""
+    scores = run["score"]["test"]
+    return 100 * float(min(scores) - min(scores[0], scores[-1]))
+
+
 def page(results: dict[str, Any]) -> Page:
     """Write a table of barriers, and draw the lines and the barriers over hops."""
     runs, parts, pictures = results["runs"], [], {}
@@ -118,9 +124,7 @@ def page(results: dict[str, Any]) -> Page:
         for place in dict.fromkeys(map(_where, mine)):
             of = [run for run in mine if _where(run) == place]
             ends = [[run["score"]["test"][at] for run in of] for at in (0, -1)]
-            lowest = [
-                100 * (min(run["score"]["test"]) - min(run["score"]["test"][0], run["score"]["test"][-1])) for run in of
-            ]
+            lowest = [_dip(run) for run in of]
             rows.append([
                 place[0], _line(of[0]),
                 *(mean_sd([run["barrier"][split] for run in of]) for split in ("dev", "test")),
@@ -178,9 +182,7 @@ def _findings(runs: list[dict[str, Any]]) -> Iterable[Any]:
                 if not mine:
                     continue
                 heights = [run["barrier"]["test"] for run in mine]
-                dips = [
-                    100 * (min(r["score"]["test"]) - min(r["score"]["test"][0], r["score"]["test"][-1])) for r in mine
-                ]
+                dips = [_dip(run) for run in mine]
                 figure = (
                     f"mean barrier {statistics.fmean(heights):.3f} nats on test, highest {max(heights):.3f}; at its "
                     f"lowest the score is {statistics.fmean(dips):+.1f} points from the lower end"
