@@ -8,15 +8,19 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import Checkpoint, find_path, fingerprint
+from regraft.architecture import architecture_of, named
+from regraft.checkpoint import FLOATING, Checkpoint, find_path, fingerprint
 from regraft.errors import CheckpointError, MismatchError
+from regraft.weights import is_optional
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from regraft.weights import Distance
+    from regraft.architecture import Architecture
+    from regraft.checkpoint import Derived
+    from regraft.weights import Distance, Named
 
 PRETRAINING = "pretraining.json"
 
@@ -52,6 +56,12 @@ class Base:
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path}: holds no config.json, so it is no transformers folder.")
         base = cls(str(name), path, Checkpoint.open(path))
+        if getattr(base.config, "text_config", None) is not None:
+            raise CheckpointError(
+                f"{path}: is a {base.config.model_type}, a text model inside one for other input too, and regraft "
+                "carries over text models. Save its text model by itself: load it with the class for causal language "
+                "models of that name, as Gemma3ForCausalLM, and call save_pretrained."
+            )
         if not base.body:
             raise CheckpointError(f"{path}: holds no weights of a {base.config.model_type} model.")
         return base
@@ -83,12 +93,20 @@ class Base:
         return tokenizer
 
     @functools.cached_property
+    def architecture(self) -> Architecture:
+        """What the tensors of the bare body are called, in memory and on disk."""
+        layers = getattr(self.config, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > len(self.checkpoint):
+            raise CheckpointError(
+                f"{self.path}/config.json: says that the model has {layers:,} layers, and only "
+                f"{len(self.checkpoint):,} tensors are stored. Which belongs here?"
+            )
+        return architecture_of(self.config)
+
+    @property
     def prefix(self) -> str:
         """The name of the body inside a model with a head, as `bert` in `bert.encoder.layer.0…`."""
-        from transformers import MODEL_MAPPING
-
-        architecture: Any = MODEL_MAPPING[type(self.config)]
-        return str(architecture.base_model_prefix)
+        return self.architecture.prefix
 
     @functools.cached_property
     def has_pooler(self) -> bool:
@@ -123,14 +141,32 @@ class Base:
 
     @functools.cached_property
     def body(self) -> dict[str, str]:
-        """The stored name of each floating-point tensor of the body, by its name inside the body."""
-        return body_names(self.checkpoint, self.prefix)
+        """The stored name of each floating-point tensor of the body, by the canonical name inside the body."""
+        return body_names(self.checkpoint, self.architecture)
+
+    @functools.cached_property
+    def parameters(self) -> Derived:
+        """The tensors of the body as transformers loads them, by their names in memory inside the body."""
+        return self.architecture.in_memory(self.checkpoint)
+
+    @functools.cached_property
+    def named(self) -> Named:
+        """All its tensors under the names that its class writes, every tensor once."""
+        return named(self.checkpoint, self.config)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Which weights these are: heads, naming and sharding play no part."""
         stored = {name: inner for inner, name in self.body.items()}
         return fingerprint(self.checkpoint, keep=stored.get)
+
+    @functools.cached_property
+    def stored_fingerprint(self) -> str:
+        """The fingerprint by the rule of regraft 0.1: every tensor under the body's prefix, named as it is stored."""
+        floating = [name for name, info in self.checkpoint.tensors.items() if info.dtype in FLOATING]
+        start = f"{self.prefix}."
+        inside = [name for name in floating if name.startswith(start)] or floating
+        return fingerprint(self.checkpoint, keep={name: name.removeprefix(start) for name in inside}.get)
 
     @functools.cached_property
     def made_from(self) -> str | None:
@@ -214,33 +250,30 @@ class Upgrade:
             )
 
 
-def body_names(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
-    """Tell the body's tensors from those of heads, whether or not their names carry the prefix.
+def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:
+    """Name the tensors of the body, whoever wrote them.
 
     Args:
-        checkpoint: The tensors.
-        prefix: The name of the body inside a model with a head.
+        checkpoint: The tensors, heads among them.
+        architecture: The bare body's.
 
     Returns:
-        The stored name of each floating-point body tensor, by its name inside the body.
+        The stored name of each floating-point body tensor, by the canonical name inside the body.
+
+    Raises:
+        CheckpointError: A tensor is stored under two names.
     """
-    start = prefix + "."
-    floating = [name for name, info in checkpoint.tensors.items() if info.dtype in ("F64", "F32", "F16", "BF16")]
-    if prefix and any(name.startswith(start) for name in floating):
-        return {name.removeprefix(start): name for name in floating if name.startswith(start)}
-    return {name: name for name in floating}
-
-
-def is_optional(name: str) -> bool:
-    """Tell whether a body tensor may be absent from a base, because pre-training does not use it.
-
-    Args:
-        name: A name inside the body.
-
-    Returns:
-        True for the pooler, which models with a language-modelling head leave out.
-    """
-    return name.split(".")[0] == "pooler"
+    names: dict[str, str] = {}
+    for name, info in sorted(checkpoint.tensors.items(), key=lambda item: architecture.is_tied(item[0])):
+        inner = architecture.identify(name) if info.dtype in FLOATING else None
+        if inner in names and not architecture.is_tied(name):
+            raise CheckpointError(
+                f"{checkpoint.path}: stores {names[inner]!r} and {name!r}, which are the same tensor. Load it with "
+                "transformers and call save_pretrained."
+            )
+        if inner is not None:
+            names.setdefault(inner, name)
+    return names
 
 
 def _shapes(base: Base) -> dict[str, tuple[int, ...]]:

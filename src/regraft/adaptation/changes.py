@@ -82,8 +82,8 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
         inner = f"{name}.weight".removeprefix(prefix)
         if name.endswith(".bottleneck.down"):
             found.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
-        elif adaptation.kind == "full" and inner in old.body:
-            delta = before[f"{name}.weight"].detach() - old.checkpoint[old.body[inner]].to(before[f"{name}.weight"])
+        elif adaptation.kind == "full" and inner in old.parameters:
+            delta = before[f"{name}.weight"].detach() - old.parameters[inner].to(before[f"{name}.weight"])
             found.append(Change(name, module, module.weight, delta, is_head=False))
         elif f".modules_to_save.{ADAPTER}" in name or (adaptation.kind != "lora" and not name.startswith(prefix)):
             found.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=True))

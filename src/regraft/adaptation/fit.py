@@ -7,12 +7,14 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG
+from regraft.architecture import BUFFER, architecture_of, ignored_settings
 from regraft.checkpoint import FLOATING
 from regraft.errors import CheckpointError, MismatchError
-from regraft.upgrade import body_names, is_optional
+from regraft.upgrade import body_names
+from regraft.weights import is_optional
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from transformers import PretrainedConfig
 
     from regraft.adaptation.adaptation import Adaptation
     from regraft.upgrade import Base
@@ -36,9 +38,21 @@ def check_body(adaptation: Adaptation, base: Base) -> None:
         MismatchError: A tensor of one has no counterpart in the other, or another shape there.
     """
     tuned, body = adaptation.checkpoint, base.body
-    inner_names = body_names(tuned, base.prefix)
+    inner_names = body_names(tuned, base.architecture)
+    own = architecture_of(config_of(adaptation))
+    for name in tuned:
+        inner = own.identify(name)
+        if inner is not None and base.architecture.identify(name) is None:
+            raise MismatchError(
+                f"{adaptation.path}: tensor {name!r} has no counterpart in {base.path}. Was it tuned on that base?"
+            )
+        if inner is None and name.startswith(f"{own.prefix}.") and not BUFFER.search(name):
+            raise CheckpointError(
+                f"{adaptation.path}: tensor {name!r} is none of a {type(own.model).__name__} of the sizes in "
+                "config.json, and would be passed over. Load it with what saved it and call save_pretrained."
+            )
     for inner, name in inner_names.items():
-        if inner not in body and not is_optional(inner) and name != inner:
+        if inner not in body and not is_optional(inner):
             raise MismatchError(
                 f"{adaptation.path}: tensor {name!r} has no counterpart in {base.path}. Was it tuned on that base?"
             )
@@ -66,11 +80,13 @@ def check_computing(adaptation: Adaptation, base: Base) -> None:
         CheckpointError: transformers cannot read the config.
         MismatchError: A setting differs that no tensor's shape tells of, as the number of attention heads.
     """
-    tuned, own = settings_of(adaptation), base.config.to_dict()
+    config = config_of(adaptation)
+    tuned, own = config.to_dict(), base.config.to_dict()
+    ignored = ignored_settings(config, adaptation.path) | ignored_settings(base.config, base.path)
     differing = [
         f"{key} is {tuned.get(key)!r:.80}, in the base {own.get(key)!r:.80}"
         for key in sorted(tuned.keys() | own.keys())
-        if COMPUTING.search(key) and tuned.get(key) != own.get(key)
+        if COMPUTING.search(key) and key not in ignored and tuned.get(key) != own.get(key)
     ]
     if differing:
         raise MismatchError(
@@ -79,47 +95,48 @@ def check_computing(adaptation: Adaptation, base: Base) -> None:
         )
 
 
-def settings_of(adaptation: Adaptation) -> dict[str, Any]:
+def config_of(adaptation: Adaptation) -> PretrainedConfig:
     """Read the `config.json` of a full fine-tune with the defaults that it leaves out.
 
     Args:
         adaptation: A full fine-tune.
 
     Returns:
-        Its settings.
+        Its config.
 
     Raises:
-        CheckpointError: transformers cannot read it.
+        CheckpointError: Transformers cannot read it.
     """
     from transformers import AutoConfig
 
     try:
-        settings: dict[str, Any] = AutoConfig.from_pretrained(adaptation.path).to_dict()
+        config: PretrainedConfig = AutoConfig.from_pretrained(adaptation.path)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{adaptation.path}/config.json: transformers cannot read it ({error}).") from error
-    return settings
+    return config
 
 
-def check_beside_body(adaptation: Adaptation, base: Base, placed: Collection[str]) -> None:
+def check_beside_body(adaptation: Adaptation, base: Base) -> None:
     """Refuse a full fine-tune that stores a tensor twice or under a name that transformers only guesses.
 
     Args:
         adaptation: A full fine-tune.
         base: Its base.
-        placed: The names of the tensors of the model that was loaded from it.
 
     Raises:
         CheckpointError: A tensor beside the body is none of the head.
     """
-    body = {name for inner, name in body_names(adaptation.checkpoint, base.prefix).items() if inner in base.body}
-    floating = [name for name, info in adaptation.checkpoint.tensors.items() if info.dtype in FLOATING]
-    strays = sorted(name for name in placed if name in adaptation.checkpoint and name not in floating)
-    taken = set()
-    for name in floating:
-        place = name if name in placed else f"{base.prefix}.{name}"
-        if place in taken or (place not in placed and name not in body):
+    head = architecture_of(config_of(adaptation), adaptation.config["architectures"][0])
+    strays, taken = [], set()
+    for name, info in adaptation.checkpoint.tensors.items():
+        parameter = head.identify(name)
+        if parameter is None:
+            if BUFFER.search(name) or is_optional(base.architecture.identify(name) or ""):
+                continue
             strays.append(name)
-        taken.add(place)
+        elif parameter in taken or info.dtype not in FLOATING:
+            strays.append(name)
+        taken.add(parameter)
     if strays:
         raise CheckpointError(
             f"{adaptation.path}: {len(strays)} tensors are without a place of their own in the model, or are no "

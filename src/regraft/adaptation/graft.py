@@ -6,14 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import write_lineage
-from regraft.adaptation.fit import check_body, settings_of
+from regraft.adaptation.fit import check_body, config_of
 from regraft.adaptation.head import stored_labels
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import fold_start
 from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter
+from regraft.architecture import named
 from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
-from regraft.upgrade import body_names
-from regraft.weights import graft
+from regraft.weights import counterparts, graft
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -95,22 +95,21 @@ def graft_body(
         elementwise: Whether that gives the same on flat pieces of the tensors.
 
     Returns:
-        The tensors under the names and in the dtypes of the fine-tune, computed when they are asked for.
+        The tensors, computed when they are asked for, in the fine-tune's dtypes and under the names its class writes.
 
     Raises:
         MismatchError: A tensor of the body is not in the bases, or has another shape there.
     """
     _check_body(adaptation, upgrade)
-    old, new, tuned = upgrade.old, upgrade.new, adaptation.checkpoint
-    inner_names = {name: inner for inner, name in body_names(tuned, old.prefix).items()}
+    old, new, tuned = upgrade.old.named, upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation))
+    pairs = counterparts(new, tuned, old)
     entries = {}
-    for name, info in tuned.tensors.items():
-        inner = inner_names.get(name)
-        if inner in old.body and inner in new.body:
-            operands = ((new.checkpoint, new.body[inner]), (tuned, name), (old.checkpoint, old.body[inner]))
-            entries[name] = Entry(info.dtype, info.shape, operands, rule_of(inner), elementwise)
+    for name, entry in tuned.entries.items():
+        if name in pairs.new:
+            operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
+            entries[name] = Entry(entry.dtype, entry.shape, operands, rule_of(tuned.keys_of[name]), elementwise)
         else:  # the head, which is no difference between two bases but a thing of its own
-            entries[name] = Entry(info.dtype, info.shape, ((tuned, name),), lambda tensor: tensor)
+            entries[name] = entry
     return Derived(entries)
 
 
@@ -161,7 +160,7 @@ def _check_body(adaptation: Adaptation, upgrade: Upgrade) -> None:
 
 def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
     """Give what `config.json` says on the new base, whose settings it has wherever the tuning changed none."""
-    tuned, old, new = settings_of(adaptation), upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
+    tuned, old, new = config_of(adaptation).to_dict(), upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
     upgraded = {
         key: value
         for key, value in new.items()

@@ -12,8 +12,7 @@ from regraft.adaptation.lora import PARTS, START
 from regraft.adaptation.record import read_json
 from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
 from regraft.errors import CheckpointError, MismatchError
-from regraft.upgrade import is_optional
-from regraft.weights import dora_weight, fold, lora_delta, scaling
+from regraft.weights import dora_weight, fold, is_optional, lora_delta, scaling
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CHANGING_INITS, write_lineage
 from regraft.adaptation.fit import check_beside_body, check_body, check_computing, check_settings
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import START, fold_start
+from regraft.architecture import BUFFER, COMPILED
 from regraft.checkpoint import FLOATING, write_atomic, write_safetensors
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.progress import quiet
-from regraft.upgrade import is_optional
+from regraft.weights import is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,7 +71,7 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
         check_computing(adaptation, base)
         model, _ = load_strictly(AutoModelForSequenceClassification, adaptation.path, None, dtype="float32")
         check_body(adaptation, base)
-        check_beside_body(adaptation, base, model.state_dict())
+        check_beside_body(adaptation, base)
         if model.config.num_labels != len(labels):
             raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, labels))
         return model
@@ -214,7 +216,12 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
     with quiet():
         try:
             model, report = architecture.from_pretrained(
-                path, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options
+                path,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                key_mapping={re.escape(COMPILED): ""},
+                **options,
             )
         except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
             raise CheckpointError(f"{path}: transformers cannot load it ({error}).") from error
@@ -225,10 +232,11 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
         inner = name.removeprefix(prefix + ".")
         return (name != inner or name in body) and not is_optional(inner)
 
+    model._weight_conversions = None  # what is saved of it has the names of a fresh model, not those of this file
     body = set(model.base_model.state_dict())
     problems = {
         "missing": sorted(filter(matters, report["missing_keys"])),
-        "without a place": sorted(filter(matters, report["unexpected_keys"])),
+        "without a place": sorted(n for n in report["unexpected_keys"] if matters(n) and not BUFFER.search(n)),
         "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"] if matters(entry[0])),
     }
     if any(problems.values()):

@@ -97,9 +97,9 @@ def shift_of(upgrade: Upgrade, inner: str) -> torch.Tensor | None:
     import torch
 
     old, new = upgrade.old, upgrade.new
-    if inner not in old.body or inner not in new.body:
+    if inner not in old.parameters or inner not in new.parameters:
         return None
-    before, after = old.checkpoint[old.body[inner]], new.checkpoint[new.body[inner]]
+    before, after = old.parameters[inner], new.parameters[inner]
     return None if torch.equal(before, after) else delta(after, before)
 
 

@@ -63,6 +63,9 @@ class Derived(Mapping[str, "torch.Tensor"]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
 
 def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
     """Give the shape of a tensor without reading it, where that is possible.

@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
     from regraft.checkpoint import Checkpoint, Derived
     from regraft.weights import RowMatch
 
@@ -37,14 +41,17 @@ def graft(
     """Add what tuning changed in the old base to the new one: new + λ·(tuned − old); heads are copied."""
     from regraft.adaptation import match_vocabularies
     from regraft.cli import show
-    from regraft.weights import graft_all
+    from regraft.weights import counterparts, graft_all
 
     factors = {**_factors(scale_for or []), "*": scale}
     sides = _open(check_finite, new=new, tuned=tuned, old=old)
-    rows = match_vocabularies(sides["old"], sides["new"])
+    views = _named(sides)
+    rows = match_vocabularies(sides["old"], sides["new"], views["old"], views["new"])
     if rows:
         show.line(rows.summary())
-    grafted = graft_all(sides["new"], sides["tuned"], sides["old"], factors, rows)
+    grafted = graft_all(views["new"], views["tuned"], views["old"], factors, rows)
+    if left_out := counterparts(views["new"], views["tuned"], views["old"]).left_out:
+        show.line(f"copied, as one of the bases lacks it: {', '.join(left_out)}")
     _write(grafted, out, sides, "tuned", {"operation": "graft", "scale": factors}, shard_size, dry_run, rows)
 
 
@@ -61,7 +68,8 @@ def delta(
     from regraft.weights import delta_all
 
     sides = _open(check_finite, tuned=tuned, old=old)
-    _write(delta_all(sides["tuned"], sides["old"]), out, sides, "tuned", {"operation": "delta"}, shard_size, dry_run)
+    views = _named(sides)
+    _write(delta_all(views["tuned"], views["old"]), out, sides, "tuned", {"operation": "delta"}, shard_size, dry_run)
 
 
 @app.command()
@@ -78,7 +86,8 @@ def interpolate(
     from regraft.weights import interpolate_all
 
     sides = _open(check_finite, first=first, second=second)
-    walked = interpolate_all(sides["first"], sides["second"], t)
+    views = _named(sides)
+    walked = interpolate_all(views["first"], views["second"], t)
     _write(walked, out, sides, "first", {"operation": "interpolate", "t": t}, shard_size, dry_run)
 
 
@@ -97,8 +106,9 @@ def extract_lora(
     from regraft.cli import show
 
     sides = _open(check_finite, tuned=tuned, old=old)
+    views = _named(sides)
     with show.progress() as progress:
-        found = extract(sides["tuned"], sides["old"], rank, energy, progress)
+        found = extract(views["tuned"], views["old"], rank, energy, progress)
     write_lora(found, out, base=old, tokenizer_of=sides["tuned"].folder)
     show.line(
         f"kept {found.kept:.1%} of the squared norm of what tuning changed; {found.left_out:.1%} is in embeddings, "
@@ -140,8 +150,9 @@ def distance(
     from regraft.weights import distances
 
     sides = _open(check_finite, first=first, second=second)
+    views = _named(sides)
     with show.progress() as progress:
-        found = distances(sides["first"], sides["second"], progress)
+        found = distances(views["first"], views["second"], progress)
     show.distances(found)
 
 
@@ -170,6 +181,17 @@ def _open(check_finite: bool, **names: str) -> dict[str, "Checkpoint"]:
             for side in sides.values():
                 check(side, progress)
     return sides
+
+
+def _named(sides: dict[str, "Checkpoint"]) -> "dict[str, Mapping[str, torch.Tensor]]":
+    """Name tensors as their transformers classes do; say so where stored names count instead."""
+    from regraft.architecture import named_alike
+    from regraft.cli import show
+
+    views, reason = named_alike(sides)
+    if reason:
+        show.line(reason)
+    return views
 
 
 def _write(

@@ -94,7 +94,7 @@ def _tuned(upgrade: Upgrade, adaptation: Adaptation) -> tuple[Mapping[str, torch
     """Give the tuned tensors of the body and their names by the inner ones; None for kinds that have none."""
     old = upgrade.old
     if adaptation.kind == "full":
-        return adaptation.checkpoint, body_names(adaptation.checkpoint, old.prefix)
+        return adaptation.checkpoint, body_names(adaptation.checkpoint, old.architecture)
     if adaptation.kind != "lora" or any(adaptation.config.get(key) for key in CANNOT_MERGE):
         return None
     merged = merge_lora(*plain_adapter(adaptation, old), old.checkpoint)

@@ -188,7 +188,7 @@ class _Turned:
 
     def is_head(self, name: str) -> bool:
         """Tell whether a module of the classifier is not in the base."""
-        return f"{name}.weight".removeprefix(self.old.prefix + ".") not in self.old.body
+        return f"{name}.weight".removeprefix(self.old.prefix + ".") not in self.old.parameters
 
     def turn(self, name: str, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> None:
         """Turn what the adaptation changes in a module.
@@ -224,7 +224,7 @@ class _Turned:
 
     def _before(self, name: str) -> torch.Tensor:
         inner = name.removeprefix(self.old.prefix + ".")
-        return self.old.checkpoint[self.old.body[inner]].to(self.tuned[name])
+        return self.old.parameters[inner].to(self.tuned[name])
 
 
 def _plain(name: str) -> str:

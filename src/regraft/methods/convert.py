@@ -25,7 +25,8 @@ from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeE
 from regraft.methods.recycle import new_folder
 from regraft.progress import Progress, quiet, silent
 from regraft.task import load_data
-from regraft.upgrade import Base, Upgrade, is_optional
+from regraft.upgrade import Base, Upgrade
+from regraft.weights import is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

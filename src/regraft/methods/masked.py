@@ -81,8 +81,8 @@ def _bare(job: Job) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             inner = name.removeprefix(new.prefix + ".")
-            if inner in new.body and inner in job.upgrade.old.body:
-                parameter.copy_(new.checkpoint[new.body[inner]])
+            if inner in new.parameters and inner in job.upgrade.old.parameters:
+                parameter.copy_(new.parameters[inner])
     return model
 
 

@@ -82,7 +82,7 @@ def vector_of(adaptation: Adaptation, base: Base) -> Vector:
     """
     where, known = str(adaptation.path), adaptation.fingerprint
     if adaptation.kind == "full":
-        own = body_names(adaptation.checkpoint, base.prefix)
+        own = body_names(adaptation.checkpoint, base.architecture)
         names = {inner: stored for inner, stored in own.items() if inner in base.body}
         return Vector(where, known, adaptation.checkpoint, {}, (base.checkpoint, base.body), names)
     tensors, settings = plain_adapter(adaptation, base)
@@ -190,4 +190,4 @@ def _heads(base: Base) -> set[str]:
 
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(base.config)  # type: ignore[no-untyped-call]
-    return {name for name in model.state_dict() if name.removeprefix(base.prefix + ".") not in base.body}
+    return {name for name in model.state_dict() if name.removeprefix(base.prefix + ".") not in base.parameters}

@@ -194,7 +194,7 @@ class _Deltas:
             inner = plain.removeprefix(self.prefix)
             if shift_of(upgrade, inner) is None:
                 return None
-            new = upgrade.new.checkpoint[upgrade.new.body[inner]].to(value)
+            new = upgrade.new.parameters[inner].to(value)
             return (parameter.data, value, new, self.group(inner)) if not new.equal(value) else None
         if job.adaptation.kind == "lora":
             module, found, _ = plain.partition(f".lora_B.{ADAPTER}.")

@@ -5,20 +5,23 @@ from regraft.weights.distance import Distance, distance, distances
 from regraft.weights.effect import match_effect, rotation
 from regraft.weights.lora import add, compress, dora_weight, fold, inner, lora_delta, scaling
 from regraft.weights.low_rank import low_rank
-from regraft.weights.names import align, kind_of, layer_of
+from regraft.weights.names import Named, align, is_optional, kind_of, layer_of
 from regraft.weights.project import left_out_errors, project
 from regraft.weights.shrink import drop, mask_agreement, orthogonal_shift, trim
 from regraft.weights.subspace import subspace_overlap
 from regraft.weights.vocabulary import RowMatch, graft_rows, has_row_for_each_token, match_rows
-from regraft.weights.whole import apply_all, delta_all, graft_all, interpolate_all
+from regraft.weights.whole import Counterparts, apply_all, counterparts, delta_all, graft_all, interpolate_all
 
 __all__ = [
+    "Counterparts",
     "Distance",
+    "Named",
     "RowMatch",
     "add",
     "align",
     "apply_all",
     "compress",
+    "counterparts",
     "delta",
     "delta_all",
     "distance",
@@ -33,6 +36,7 @@ __all__ = [
     "inner",
     "interpolate",
     "interpolate_all",
+    "is_optional",
     "kind_of",
     "layer_of",
     "left_out_errors",

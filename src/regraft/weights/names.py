@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint import shape_of
+from regraft.checkpoint import Derived, shape_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     import torch
+
+    from regraft.checkpoint import Entry
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _KINDS = (
@@ -20,6 +23,54 @@ _KINDS = (
     ("feed-forward", re.compile(r"mlp|ffn|intermediate|feed_forward|output\.dense|(?:^|\.)(?:fc[12]|lin[12]|dense)\.")),
     ("head", re.compile(r"^(?:classifier|score|lm_head|cls|vocab_|qa_outputs|predictions|pre_classifier)")),
 )
+
+OPTIONAL = ("pooler",)  # what pre-training with a language-modelling head does not use and so leaves out
+
+
+class Named(Derived):
+    """A checkpoint under the names that its transformers class writes, every tensor once.
+
+    Args:
+        entries: How each tensor is read.
+        keys: By name, what the tensor is called in any class of the architecture: inside the body without a prefix.
+        ties: Which keys a tensor is tied to, by its own; tied tensors are one, under the key of their source.
+        expected: The keys of all tensors that the class has.
+        by_token: Returns the names whose first dimension is the vocabulary.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        keys: Mapping[str, str],
+        ties: Mapping[str, str],
+        expected: Collection[str],
+        by_token: Callable[[], Collection[str]],
+    ):
+        super().__init__(entries)
+        self.keys_of, self.ties, self.expected, self._by_token = keys, ties, expected, by_token
+
+    @functools.cached_property
+    def by_token(self) -> frozenset[str]:
+        """The names of the tensors whose first dimension is the vocabulary."""
+        return frozenset(self._by_token()) & self.entries.keys()
+
+    @functools.cached_property
+    def names(self) -> dict[str, str]:
+        """The name of the tensor that stands under each key; a tied key has that of its source."""
+        own = {self.keys_of[name]: name for name in self.entries}
+        return {tied: own[source] for tied, source in self.ties.items() if source in own} | own
+
+
+def is_optional(key: str) -> bool:
+    """Tell whether a body tensor may be absent from a base, because pre-training does not use it.
+
+    Args:
+        key: A name inside the body.
+
+    Returns:
+        True for the pooler, which models with a language-modelling head leave out.
+    """
+    return key.split(".")[0] in OPTIONAL
 
 
 def layer_of(name: str) -> str:
@@ -59,6 +110,8 @@ def align(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor])
     Returns:
         The name in `tensors` for each name of `like` that has one there; in the order of `like`.
     """
+    if isinstance(tensors, Named) and isinstance(like, Named):
+        return {name: tensors.names[key] for name, key in like.keys_of.items() if key in tensors.names}
     best: dict[str, str] = {}
     for prefix in _prefixes(tensors):
         for other in _prefixes(like):

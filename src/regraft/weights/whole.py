@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
 from regraft.errors import MismatchError
 from regraft.weights.delta import delta, graft, interpolate
-from regraft.weights.names import align
+from regraft.weights.names import Named, align, is_optional
 from regraft.weights.vocabulary import graft_rows, has_row_for_each_token
 
 if TYPE_CHECKING:
@@ -22,6 +23,76 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, torch.Tensor]
 
 FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Counterparts:
+    """What of two bases stands for the same as each tuned tensor.
+
+    Args:
+        new: The new base's tensor, by the tuned one's name.
+        old: The old base's.
+        copied: Tuned tensors that are taken as they are: neither base has them (a classification head).
+        left_out: Those of them that one base has, and that pre-training leaves out of the other (a pooler).
+    """
+
+    new: dict[str, str]
+    old: dict[str, str]
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
+    """Pair the tensors of a fine-tune with those of its bases.
+
+    Args:
+        new: The upgraded base.
+        tuned: What was tuned on the old base.
+        old: The old base.
+
+    Returns:
+        The pairs; a tensor that is tied to another one has that one's counterparts.
+
+    Raises:
+        MismatchError: A tensor is in one base only, or the fine-tune lacks one that both have.
+    """
+    in_new, in_old = align(new, tuned), align(old, tuned)
+    key_of = tuned.keys_of if isinstance(tuned, Named) else {name: name for name in tuned}
+    one_sided = sorted(in_new.keys() ^ in_old.keys())
+    left_out = tuple(name for name in one_sided if is_optional(key_of[name]))
+    for which, names in (("new", in_new), ("old", in_old)):
+        alone = [name for name in one_sided if name in names and name not in left_out]
+        if alone:
+            raise MismatchError(
+                f"{len(alone)} tuned tensors are in one base only, the {which} one: {', '.join(alone[:4])}. Give "
+                "the base that the weights were tuned on and the one pre-trained further from it, both with that."
+            )
+    if not in_new:
+        raise MismatchError("no tensor has the same name in both: these checkpoints are not of one architecture.")
+    if isinstance(new, Named) and isinstance(tuned, Named) and isinstance(old, Named):
+        _check_complete(new, tuned, old)
+    plain = {name: other for name, other in in_new.items() if name not in left_out}
+    return Counterparts(
+        plain,
+        {name: in_old[name] for name in plain},
+        tuple(name for name in tuned if name not in plain),
+        left_out,
+    )
+
+
+def _check_complete(new: Named, tuned: Named, old: Named) -> None:
+    """Refuse a fine-tune that lacks what its class has and both bases store, or ties what a base has apart."""
+    shared = {new.keys_of[name] for name in new} & {old.keys_of[name] for name in old}
+    absent = sorted(key for key in shared & set(tuned.expected) - tuned.names.keys() if not is_optional(key))
+    if absent:
+        raise MismatchError(f"the fine-tune lacks {len(absent)} tensors of its bases: {', '.join(absent[:4])}.")
+    own = {tuned.keys_of[name] for name in tuned}
+    untied = sorted(key for key in tuned.ties if key not in own and key in {new.keys_of[name] for name in new})
+    if untied:
+        raise MismatchError(
+            f"the fine-tune ties {untied[0]!r} to {tuned.ties[untied[0]]!r}, and in the new base they are two tensors: "
+            "the fine-tune has no room for both. Untie them in the fine-tune first (tie_word_embeddings: false)."
+        )
 
 
 def graft_all(
@@ -48,28 +119,31 @@ def graft_all(
     Raises:
         MismatchError: A tensor has different shapes, or is in one base only.
     """
-    in_new, in_old = align(new, tuned), align(old, tuned)
-    one_sided = sorted(in_new.keys() ^ in_old.keys())
-    if one_sided:
-        raise MismatchError(f"{len(one_sided)} tuned tensors are in one base only: {', '.join(one_sided[:4])}.")
-    by_token = {name for name in in_new if rows is not None and has_row_for_each_token(name)}
-    plain = {name: other for name, other in in_new.items() if name not in by_token}
-    _same_shapes(tuned, (new, plain), (old, in_old))
-    _something(in_new)
+    pairs = counterparts(new, tuned, old)
+    by_token = _by_token(tuned) & pairs.new.keys() if rows is not None else frozenset()
+    _same_shapes(
+        tuned, (new, {name: other for name, other in pairs.new.items() if name not in by_token}), (old, pairs.old)
+    )
     entries = {}
     for name in tuned:
         factor = _scale(scale, name)
+        if name not in pairs.new or dtype_of(tuned, name) not in FLOATING:
+            entries[name] = _entry(tuned, name, ((tuned, name),), _same)
+            continue
+        operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
         if rows is not None and name in by_token:
             shape = (len(rows.old_row), *shape_of(tuned, name)[1:])
-            operands = ((new, in_new[name]), (tuned, name), (old, in_old[name]))
             rule = functools.partial(graft_rows, match=rows, scale=factor)
             entries[name] = Entry(dtype_of(tuned, name), shape, operands, rule, elementwise=False)
-        elif name in in_new and dtype_of(tuned, name) in FLOATING:
-            operands = ((new, in_new[name]), (tuned, name), (old, in_old[name]))
-            entries[name] = _entry(tuned, name, operands, functools.partial(graft, scale=factor))
         else:
-            entries[name] = _entry(tuned, name, ((tuned, name),), _same)
+            entries[name] = _entry(tuned, name, operands, functools.partial(graft, scale=factor))
     return Derived(entries)
+
+
+def _by_token(tensors: Tensors) -> frozenset[str]:
+    if isinstance(tensors, Named):
+        return tensors.by_token
+    return frozenset(name for name in tensors if has_row_for_each_token(name))
 
 
 def delta_all(tuned: Tensors, old: Tensors) -> Derived:

@@ -1,0 +1,341 @@
+"""What the tensors of a transformers class are called, in memory and on disk, without any weights.
+
+Names on disk differ from names in memory (fused experts, renamed modules), and from one writer to another
+(LayerNorm.gamma, `_orig_mod.`, buffers that no model has today). Transformers' own conversions say which stand for the
+same tensor; the name that counts is the one that a fresh model of the class is saved under.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os.path
+import re
+from typing import TYPE_CHECKING, Any
+
+from regraft.checkpoint import Derived, Entry, dtype_of, fingerprint, shape_of
+from regraft.errors import CheckpointError, MismatchError
+from regraft.weights import Named
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+    from transformers import PretrainedConfig
+
+    from regraft.checkpoint import Checkpoint
+
+COMPILED = "_orig_mod."  # torch.compile's wrapper, saved with the names of what it wraps
+# buffers that models compute for themselves and older versions stored: causal masks, positions, rotary tables
+BUFFER = re.compile(
+    r"(?:^|\.)(?:attn\.bias|attention\.bias|masked_bias|causal_mask|inv_freq|original_inv_freq|(?:cos|sin)_cached|"
+    r"position_ids|token_type_ids|embed_positions\.weights)$"
+)
+
+# settings that classes of transformers 5 ignore, with the value of what they now do
+NEUTRAL = {"position_embedding_type": "absolute"}
+# settings that transformers 5 reads into `rope_parameters`, by the name that they have in it
+ROTARY = {
+    "rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor", "rope_scaling": None,
+}  # fmt: skip
+
+
+class Architecture:
+    """A transformers class of one config, on the meta device.
+
+    Args:
+        config: The model's config.
+        name: The class, as `architectures` of a config names it; None for the bare body.
+
+    Raises:
+        CheckpointError: Transformers cannot build it.
+    """
+
+    def __init__(self, config: PretrainedConfig, name: str | None = None):
+        import torch
+        import transformers
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+
+        self.config = config
+        body: Any = transformers.AutoModel
+        known: Any = getattr(transformers, name, None) if name else None
+        try:
+            with torch.device("meta"):
+                own = copy.deepcopy(config)
+                self.model: Any = known._from_config(own) if known else body.from_config(own)
+        except Exception as error:  # whatever a class raises on settings that contradict one another
+            raise CheckpointError(
+                f"transformers cannot build a {name or config.model_type} from this config.json ({error!r:.200})."
+            ) from error
+        self.prefix = str(self.model.base_model_prefix)
+        self.parameters: dict[str, torch.Tensor] = self.model.state_dict()
+        self.ties: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        conversions = get_model_conversion_mapping(self.model)
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self.stored: dict[str, torch.Tensor] = revert_weight_conversion(self.model, self.parameters)
+        self._canonical = {self._locate(name): name for name in self.stored}
+
+    def identify(self, name: str) -> str | None:
+        """Return the name that a stored tensor has where a fresh model of this class is saved.
+
+        Args:
+            name: Its name in a checkpoint, whoever wrote it.
+
+        Returns:
+            The canonical name, that of its source where the tensor is tied to another; None if the class has no such
+            tensor.
+        """
+        parameter, part = self._locate(name)
+        if parameter not in self.parameters:
+            return None
+        source = self.ties.get(parameter, parameter)
+        return str(self._canonical.get((source, part), source))
+
+    def is_tied(self, name: str) -> bool:
+        """Tell whether a stored tensor is another one once more.
+
+        Args:
+            name: Its name in a checkpoint.
+
+        Returns:
+            True for an output layer that is tied to the embeddings, and its like.
+        """
+        return self._locate(name)[0] in self.ties
+
+    def in_memory(self, checkpoint: Mapping[str, torch.Tensor]) -> Derived:
+        """Present stored tensors as the parameters of the model that transformers makes of them.
+
+        Args:
+            checkpoint: The stored tensors.
+
+        Returns:
+            The parameters that the checkpoint has, by their names in memory, computed when they are asked for.
+        """
+        parts: dict[str, list[str]] = {}
+        for name in sorted(checkpoint, key=_natural):
+            parameter = self._locate(name)[0]
+            if parameter in self.parameters:
+                parts.setdefault(parameter, []).append(name)
+        entries = {}
+        for parameter, names in parts.items():
+            operands = tuple((checkpoint, name) for name in names)
+            dtype = dtype_of(checkpoint, names[0])
+            if self._converter(names[0]) is None:
+                entries[parameter] = Entry(dtype, shape_of(checkpoint, names[0]), operands[:1], _same)
+                continue
+            for made, shape in self._shapes_of(parameter).items():  # one stored tensor may be several parameters
+                rule = functools.partial(self._convert, parameter, made, names)
+                entries[made] = Entry(dtype, shape, operands, rule, elementwise=False)
+        return Derived(entries)
+
+    def on_disk(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return parameters as they are saved.
+
+        Args:
+            parameters: By their names in memory; all of those that are saved as parts of one tensor, or none.
+
+        Returns:
+            By canonical name; values of any linear kind, as gradients, are converted as weights are.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        stored: dict[str, torch.Tensor] = revert_weight_conversion(self.model, dict(parameters))
+        return stored
+
+    @functools.cached_property
+    def by_token(self) -> frozenset[str]:
+        """The canonical names of the tensors whose first dimension is the vocabulary: those that grow with it."""
+        own = copy.deepcopy(self.config)
+        text: Any = own.get_text_config()
+        text.vocab_size += 1
+        grown = Architecture(own, type(self.model).__name__)
+        return frozenset(
+            str(self.identify(name))
+            for name, tensor in self.stored.items()
+            if tensor.dim() and grown.stored[name].shape[:1] == (tensor.shape[0] + 1,)
+        )
+
+    def _locate(self, name: str) -> tuple[str, str]:
+        """Return the parameter a stored tensor goes into, and which part of it it is ('' for the whole)."""
+        from transformers.core_model_loading import apply_renamings, rename_source_key
+
+        name = name.replace(COMPILED, "")
+        parameter, pattern = rename_source_key(name, self._renamings, self._converters, self.prefix, self.parameters)
+        if pattern is None:
+            return parameter, ""
+        renamed = apply_renamings(name, self._renamings)
+        start = self.prefix + "."
+        short = [text.removeprefix(start) for text in (renamed, parameter)]
+        return parameter, short[0][len(os.path.commonprefix(short)) :]  # noqa: RUF071 - the names are no paths
+
+    def _converter(self, name: str) -> Any:
+        from transformers.core_model_loading import apply_converters, apply_renamings
+
+        _, pattern = apply_converters(apply_renamings(name.replace(COMPILED, ""), self._renamings), self._converters)
+        return next((entry for entry in self._converters if pattern and pattern in entry.source_patterns), None)
+
+    def _convert(self, parameter: str, made: str, names: list[str], *tensors: torch.Tensor) -> torch.Tensor:
+        """Make one of the parameters that stored tensors amount to together, as transformers does on loading."""
+        from transformers.core_model_loading import apply_converters, apply_renamings
+
+        converter = copy.deepcopy(self._converter(names[0]))
+        for name, tensor in zip(names, tensors, strict=True):
+            renamed = apply_renamings(name.replace(COMPILED, ""), self._renamings)
+            converter.add_tensor(parameter, name, apply_converters(renamed, self._converters)[1], tensor)
+        value = converter.convert(parameter, model=self.model, config=self.config)[made]
+        result: torch.Tensor = value[0] if isinstance(value, list) else value
+        return result
+
+    def _shapes_of(self, parameter: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all parameters that are made of the same stored tensors as this one."""
+        names = sorted((name for name in self.stored if self._locate(name)[0] == parameter), key=_natural)
+        first = self._converter(names[0])
+        if len(first.target_patterns) == 1:
+            return {parameter: tuple(self.parameters[parameter].shape)}
+        converter = copy.deepcopy(first)
+        from transformers.core_model_loading import apply_converters, apply_renamings
+
+        for name in names:
+            renamed = apply_renamings(name, self._renamings)
+            converter.add_tensor(parameter, name, apply_converters(renamed, self._converters)[1], self.stored[name])
+        made = converter.convert(parameter, model=self.model, config=self.config)
+        return {name: tuple(self.parameters[name].shape) for name in made}
+
+
+@functools.lru_cache(maxsize=16)
+def _cached(settings: str, name: str | None, kind: type[PretrainedConfig]) -> Architecture:
+    return Architecture(kind.from_dict(json.loads(settings)), name)
+
+
+def architecture_of(config: PretrainedConfig, name: str | None = None) -> Architecture:
+    """Build a transformers class on the meta device, once for equal configs.
+
+    Args:
+        config: The model's config.
+        name: The class, as `architectures` of a config names it; None for the bare body.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        CheckpointError: Transformers cannot build it.
+    """
+    kind: Any = type(config)
+    return _cached(json.dumps(config.to_dict(), sort_keys=True, default=str), name, kind)
+
+
+def ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
+    """Name the settings that a config's class ignores, where they say what the class does anyway.
+
+    Args:
+        config: As transformers read it.
+        folder: The folder it is in.
+
+    Returns:
+        Their names.
+
+    Raises:
+        MismatchError: One of them says otherwise: the weights were trained in a model that transformers no longer has.
+    """
+    settings = config.to_dict()
+    known = type(config)().to_dict()
+    rotary = settings.get("rope_parameters") or {}
+    ignored = set()
+    for key in settings.keys() - known.keys():
+        value = settings[key]
+        if key in NEUTRAL and value not in (None, NEUTRAL[key]):
+            raise MismatchError(
+                f"{folder}/config.json: {key} is {value!r:.80}, which transformers no longer reads: its class today "
+                f"computes what {NEUTRAL[key]!r} means, and these weights were not trained for that."
+            )
+        if key in NEUTRAL or value is None or (key in ROTARY and value in (rotary, rotary.get(ROTARY[key]))):
+            ignored.add(key)
+    return ignored | {key for key in NEUTRAL if key not in known}
+
+
+def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
+    """Present a checkpoint under the names that its transformers class writes, every tensor once.
+
+    Buffers that no model has today are left out. What the class does not have otherwise keeps its stored name.
+
+    Args:
+        checkpoint: The stored tensors.
+        config: The config beside them.
+
+    Returns:
+        The tensors, read when they are asked for.
+
+    Raises:
+        CheckpointError: Transformers cannot build the class, or a tensor is stored twice under different names.
+    """
+    head, body = architecture_of(config, (config.architectures or [""])[0]), architecture_of(config)
+    start = f"{head.prefix}." if any(name.startswith(f"{head.prefix}.") for name in head.stored) else ""
+
+    def key_of(name: str) -> str:
+        return body.identify(name) or name
+
+    sources: dict[str, str] = {}
+    for stored in sorted(checkpoint, key=head.is_tied):  # a tensor before what is tied to it
+        inner = body.identify(stored)
+        name = head.identify(stored) or (start + inner if inner else None if BUFFER.search(stored) else stored)
+        if name in sources and head.is_tied(stored):
+            if fingerprint(checkpoint, {sources[name]: ""}.get) == fingerprint(checkpoint, {stored: ""}.get):
+                continue
+            name = stored  # transformers ties no two tensors that differ in the checkpoint
+        if name in sources:
+            raise CheckpointError(
+                f"{checkpoint.path}: stores {sources[name]!r} and {stored!r}, which are the same tensor. Load it with "
+                "transformers and call save_pretrained."
+            )
+        if name:
+            sources[name] = stored
+    entries = {
+        name: Entry(dtype_of(checkpoint, stored), shape_of(checkpoint, stored), ((checkpoint, stored),), _same)
+        for name, stored in sorted(sources.items())
+    }
+    keys = {name: name if head.is_tied(name) else key_of(name) for name in entries}
+    ties = {tied: key_of(str(head.identify(tied))) for tied in head.ties}
+    expected = {key_of(name) for name in head.stored if not head.is_tied(name)}
+    return Named(entries, keys, ties, expected, lambda: head.by_token)
+
+
+def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:
+    """Present checkpoints under the names that their transformers classes write, or all as they are stored.
+
+    Args:
+        sides: The checkpoints, by what they are.
+
+    Returns:
+        The tensors of each side; and why stored names count, where a side is of no class that transformers has.
+
+    Raises:
+        CheckpointError: A config contradicts its tensors, or a tensor is stored twice.
+    """
+    from transformers import AutoConfig
+
+    views: dict[str, Mapping[str, torch.Tensor]] = {}
+    for which, checkpoint in sides.items():
+        if checkpoint.path.is_file() or not (checkpoint.path / "config.json").is_file():
+            return dict(
+                sides
+            ), f"{checkpoint.path}: has no config.json beside it, so tensors are paired by their stored names"
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path)
+        except (ValueError, OSError, KeyError) as error:
+            reason = f"transformers has no such model ({error!s:.80})"
+            return dict(sides), f"{checkpoint.path}: {reason}, so tensors are paired by their stored names"
+        views[which] = named(checkpoint, config)
+    return views, None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
