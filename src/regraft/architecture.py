@@ -96,6 +96,22 @@ class Architecture:
         source = self.ties.get(parameter, parameter)
         return str(self._canonical.get((source, part), source))
 
+    def has_no_room_for(self, name: str) -> bool:
+        """Tell whether a stored tensor lies inside the body and is none of it, as one of a layer beyond the config's.
+
+        Args:
+            name: Its name in a checkpoint.
+
+        Returns:
+            False for tensors of the class, for heads, and for what it passes over by intent: old buffers.
+        """
+        passed_over = (BUFFER.pattern, *(self.model._keys_to_ignore_on_load_unexpected or ()))
+        if self.identify(name) is not None or any(re.search(pattern, name) for pattern in passed_over):
+            return False
+        start = f"{self.prefix}."
+        tops = {stored.removeprefix(start).split(".")[0] for stored in self.stored}
+        return name.startswith(start) or name.split(".")[0] in tops
+
     def is_tied(self, name: str) -> bool:
         """Tell whether a stored tensor is another one once more.
 

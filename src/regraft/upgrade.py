@@ -261,11 +261,18 @@ def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, 
         The stored name of each floating-point body tensor, by the canonical name inside the body.
 
     Raises:
-        CheckpointError: A tensor is stored under two names.
+        CheckpointError: A tensor is stored under two names, or is of the body and the class has no such.
     """
     names: dict[str, str] = {}
     for name, info in sorted(checkpoint.tensors.items(), key=lambda item: architecture.is_tied(item[0])):
-        inner = architecture.identify(name) if info.dtype in FLOATING else None
+        if info.dtype not in FLOATING:
+            continue
+        inner = architecture.identify(name)
+        if inner is None and architecture.has_no_room_for(name):
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name!r} is none of a {type(architecture.model).__name__} of the sizes in "
+                "config.json, and would be passed over. Load it with what saved it and call save_pretrained."
+            )
         if inner in names and not architecture.is_tied(name):
             raise CheckpointError(
                 f"{checkpoint.path}: stores {names[inner]!r} and {name!r}, which are the same tensor. Load it with "

@@ -38,19 +38,12 @@ def check_body(adaptation: Adaptation, base: Base) -> None:
         MismatchError: A tensor of one has no counterpart in the other, or another shape there.
     """
     tuned, body = adaptation.checkpoint, base.body
-    inner_names = body_names(tuned, base.architecture)
-    own = architecture_of(config_of(adaptation))
-    for name in tuned:
-        inner = own.identify(name)
-        if inner is not None and base.architecture.identify(name) is None:
+    for name in body_names(tuned, architecture_of(config_of(adaptation))).values():
+        if base.architecture.identify(name) is None:
             raise MismatchError(
                 f"{adaptation.path}: tensor {name!r} has no counterpart in {base.path}. Was it tuned on that base?"
             )
-        if inner is None and name.startswith(f"{own.prefix}.") and not BUFFER.search(name):
-            raise CheckpointError(
-                f"{adaptation.path}: tensor {name!r} is none of a {type(own.model).__name__} of the sizes in "
-                "config.json, and would be passed over. Load it with what saved it and call save_pretrained."
-            )
+    inner_names = body_names(tuned, base.architecture)
     for inner, name in inner_names.items():
         if inner not in body and not is_optional(inner):
             raise MismatchError(
