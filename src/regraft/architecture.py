@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import Derived, Entry, dtype_of, fingerprint, shape_of
 from regraft.errors import CheckpointError, MismatchError
-from regraft.weights import Named
+from regraft.weights import Named, is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,12 +103,14 @@ class Architecture:
             name: Its name in a checkpoint.
 
         Returns:
-            False for tensors of the class, for heads, and for what it passes over by intent: old buffers.
+            False for tensors of the class, for heads and poolers, and for what it passes over by intent: old buffers.
         """
         passed_over = (BUFFER.pattern, *(self.model._keys_to_ignore_on_load_unexpected or ()))
         if self.identify(name) is not None or any(re.search(pattern, name) for pattern in passed_over):
             return False
         start = f"{self.prefix}."
+        if is_optional(name.removeprefix(start)):  # a head's class may have a pooler that the bare body has not
+            return False
         tops = {stored.removeprefix(start).split(".")[0] for stored in self.stored}
         return name.startswith(start) or name.split(".")[0] in tops
 
