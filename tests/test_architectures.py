@@ -222,7 +222,7 @@ def texts_of(case: Case, split: str) -> list[str]:
 
 
 def encoded(case: Case, text: str) -> dict[str, torch.Tensor]:
-    inputs = AutoTokenizer.from_pretrained(case.new)(text, return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(case.new)(text, return_tensors="pt", truncation=True, max_length=32)
     return {name: tensor for name, tensor in inputs.items() if name != "token_type_ids"}
 
 
