@@ -1,15 +1,20 @@
 """Bases and upgrades as users have them: with and without heads, sharded or whole, on disk or on the hub."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from conftest import write_base
-from safetensors.torch import load_file
+from conftest import adapt, write_base
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from regraft import Base, Upgrade
+from regraft import Base, Upgrade, load_adaptation
+from regraft.adaptation import fresh_model, load_model
+from regraft.architecture import named_alike
+from regraft.checkpoint import Checkpoint
 from regraft.errors import CheckpointError, MismatchError
+from regraft.weights import Named, counterparts
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 
@@ -82,8 +87,6 @@ def test_what_is_no_base_is_told_apart(tmp_path, bases):
 def test_tensors_that_differ_are_listed(tmp_path, bases):
     old = bases["bert"][0]
     shutil.copytree(old, tmp_path / "new")
-    from safetensors.torch import save_file
-
     tensors = load_file(tmp_path / "new" / "model.safetensors")
     added = "bert.encoder.layer.9.output.dense.weight"
     lost = tensors.pop("bert.encoder.layer.0.output.dense.weight")
@@ -100,3 +103,154 @@ def test_tensors_that_differ_are_listed(tmp_path, bases):
     save_file(tensors | {added: lost}, tmp_path / "new" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"tensor '{added}' is none of a BertModel of the sizes in config.json"):
         Base.open(tmp_path / "new")
+
+
+def rewritten(source, folder, change, **config):
+    """Copy a checkpoint with its tensors renamed and its config changed: other writers' files of the same weights."""
+    shutil.copytree(source, folder)
+    tensors = {n: t.clone() for n, t in change(load_file(source / "model.safetensors")).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((source / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+WRITINGS = {
+    "legacy norms": (
+        "bert",
+        lambda t: {n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): x for n, x in t.items()},
+    ),
+    "compiled": ("roberta", lambda t: {f"_orig_mod.{n}": x for n, x in t.items()}),
+    "compiled inside": ("llama", lambda t: {n.replace("model.", "model._orig_mod.", 1): x for n, x in t.items()}),
+    "rotary buffers": (
+        "llama",
+        lambda t: t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)},
+    ),
+    "a tied head twice": (
+        "bert",
+        lambda t: t | {"cls.predictions.decoder.weight": t["bert.embeddings.word_embeddings.weight"]},
+    ),
+    "another head": ("bert", lambda t: t | {"cls.seq_relationship.weight": torch.ones(2, 32)}),
+}
+
+
+@pytest.mark.parametrize("writing", WRITINGS)
+def test_the_same_weights_in_another_writing_are_the_same_base(tmp_path, bases, writing):
+    architecture, change = WRITINGS[writing]
+    old = Base.open(bases[architecture][0])
+    other = Base.open(rewritten(old.path, tmp_path / "other", change))
+    assert other.fingerprint == old.fingerprint
+    assert other.body.keys() == old.body.keys()
+    assert Upgrade(old, other).distance().l2 == 0
+    model, again = (fresh_model(base, ("a", "b"), 1).state_dict() for base in (old, other))
+    assert all(torch.equal(model[name], again[name]) for name in model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_fingerprint_of_a_base_that_transformers_5_wrote_is_that_of_regraft_0_1(bases, architecture):
+    base = Base.open(bases[architecture][0])
+    assert base.fingerprint == base.stored_fingerprint
+
+
+def test_the_parameters_of_a_base_are_those_of_the_model(tmp_path):
+    """Fused experts and renamed modules too: what is on disk is converted as transformers does on loading."""
+    from transformers import MixtralConfig, MixtralForCausalLM, NomicBertConfig, NomicBertForMaskedLM
+
+    size = {
+        "vocab_size": 33,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    torch.manual_seed(0)
+    for model in (
+        MixtralForCausalLM(MixtralConfig(**size, num_local_experts=4)),
+        NomicBertForMaskedLM(NomicBertConfig(**size)),
+    ):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        base = Base.open(folder)
+        parameters = model.base_model.state_dict()
+        assert base.parameters.keys() == parameters.keys()
+        assert all(torch.equal(base.parameters[name], parameters[name]) for name in parameters)
+        stored = base.architecture.on_disk(dict(base.parameters))
+        assert stored.keys() == base.body.keys()
+        assert all(torch.equal(stored[inner], base.checkpoint[name]) for inner, name in base.body.items())
+
+
+def test_a_tensor_stored_under_two_names_is_refused(tmp_path, bases):
+    old = bases["bert"][0]
+    name = "bert.embeddings.LayerNorm.weight"
+    folder = rewritten(old, tmp_path / "base", lambda t: t | {name.replace("weight", "gamma"): 2 * t[name]})
+    with pytest.raises(CheckpointError, match=r"LayerNorm\.gamma' and .*LayerNorm\.weight', which are the same tensor"):
+        Base.open(folder)
+
+
+def test_tied_tensors_that_differ_are_two(bases, tmp_path):
+    """As transformers has it: it ties no tensors that the checkpoint stores with different values."""
+    name, source = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
+    folder = rewritten(bases["bert"][0], tmp_path / "base", lambda t: t | {name: 2 * t[source]})
+    named = Base.open(folder).named
+    assert torch.equal(named[name], 2 * named[source])
+
+
+def test_what_transformers_would_compute_otherwise_is_refused(tmp_path, bases):
+    old = bases["bert"][0]
+    relative = Base.open(rewritten(old, tmp_path / "relative", dict, position_embedding_type="relative_key"))
+    tuned = adapt(Base.open(old), "full", tmp_path / "tuned")
+    with pytest.raises(MismatchError, match=r"position_embedding_type is 'relative_key', which transformers no longer"):
+        load_model(load_adaptation(tuned), relative, ("negative", "positive"))
+
+
+def test_a_text_model_inside_a_multimodal_one_is_refused_by_name(tmp_path):
+    from transformers import Gemma3Config
+
+    text = {
+        "vocab_size": 33,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    Gemma3Config(text_config=text, architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(tmp_path)
+    save_file({"language_model.model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is a gemma3, a text model inside one for other input too"):
+        Base.open(tmp_path)
+
+
+def test_stored_names_count_where_transformers_has_no_such_model(bases):
+    old, new = bases["bert"]
+    views, reason = named_alike({"old": Checkpoint.open(old), "new": Checkpoint.open(new / "model.safetensors")})
+    assert "has no config.json beside it, so tensors are paired by their stored names" in reason
+    assert not any(isinstance(view, Named) for view in views.values())
+    views, reason = named_alike({"old": Checkpoint.open(old), "new": Checkpoint.open(new)})
+    assert reason is None
+    assert all(isinstance(view, Named) for view in views.values())
+
+
+def test_the_one_graft_rule(bases, opened, tmp_path):
+    """Both bases have it: grafted. Neither: copied. One alone: an error, unless pre-training leaves it out."""
+    old, new = (base.named for base in opened["bert"])
+    head = "cls.predictions.bias"
+    pairs = counterparts(new, new, old)
+    assert head in pairs.new
+    assert not pairs.copied
+    bare = Base.open(bare_copy(bases["bert"][0], tmp_path / "bare"))
+    with pytest.raises(MismatchError, match=r"in one base only, the new one: cls\.predictions"):
+        counterparts(new, new, bare.named)
+    pooled = Base.open(bare_copy(bases["bert"][1], tmp_path / "pooled", pooler=True))
+    pairs = counterparts(pooled.named, pooled.named, bare.named)
+    assert pairs.left_out == pairs.copied == ("pooler.dense.bias", "pooler.dense.weight")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    lacking = Base.open(
+        rewritten(bases["bert"][0], tmp_path / "lacking", lambda t: {n: x for n, x in t.items() if n != name})
+    )
+    with pytest.raises(MismatchError, match=r"the fine-tune lacks 1 tensors of its bases: encoder\.layer\.0\.output"):
+        counterparts(new, lacking.named, old)
+
+
+def bare_copy(source, folder, pooler=False):
+    AutoModel.from_pretrained(source, add_pooling_layer=pooler).save_pretrained(folder)
+    Base.open(source).tokenizer.save_pretrained(folder)
+    return folder
