@@ -150,3 +150,11 @@ def test_the_example_method_passes_its_own_tests(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert "3 passed" in run.stdout
+
+
+def test_the_page_of_architectures_names_the_rows_of_the_table():
+    from test_architectures import TABLE
+
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert rows == [(name, row.head) for name, row in TABLE.items()]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 COMPILED = "_orig_mod."  # torch.compile's wrapper, saved with the names of what it wraps
 # buffers that models compute for themselves and older versions stored: causal masks, positions, rotary tables
 BUFFER = re.compile(
-    r"(?:^|\.)(?:attn\.bias|attention\.bias|masked_bias|causal_mask|inv_freq|original_inv_freq|(?:cos|sin)_cached|"
+    r"(?:^|\.)(?:(?:cross)?att(?:entio)?n\.bias|masked_bias|causal_mask|inv_freq|original_inv_freq|(?:cos|sin)_cached|"
     r"position_ids|token_type_ids|embed_positions\.weights)$"
 )
 
