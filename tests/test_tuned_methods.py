@@ -250,7 +250,7 @@ def pair(tmp_path, opened, adaptations, data):
         student = load_model(load_adaptation(tmp_path / "graft"), new, data.labels, trainable=True).eval()
         teacher = load_model(adaptation, old, data.labels).eval()
         examples = encode(old, data.train, data.max_length)
-        taught = teach(teacher, examples, np.arange(6), options, "fp32", old.is_decoder, tmp_path, silent)
+        taught = teach(teacher, examples, np.arange(6), options, "fp32", tmp_path, silent)
         return student, teacher, taught, lambda: examples.batch(list(range(6)))
 
     return make
@@ -261,9 +261,8 @@ def test_interpolation_at_the_student_alone_is_distillation(pair, architecture, 
     options = {"alpha": 0.6, "beta": 2.0, "temperature": 3.0, "flip_weight": 0.5, "decay": "linear"}
     interpolation = Interpolation(**options, points=())
     student, teacher, taught, batch = pair(architecture, kind, interpolation)
-    last = architecture == "llama"
-    ours = interpolation_objective(taught, teacher, interpolation, last, 10, 20)(student, batch(), 4)
-    plain = distillation_objective(taught, Distillation(**options), last, 10)(student, batch(), 4)
+    ours = interpolation_objective(taught, teacher, interpolation, 10, 20)(student, batch(), 4)
+    plain = distillation_objective(taught, Distillation(**options), 10)(student, batch(), 4)
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
     for one, other in zip(gradients_of(student, ours), gradients_of(student, plain), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
@@ -274,20 +273,19 @@ def test_interpolation_is_the_mean_over_models_on_the_line(pair, architecture, k
     """A second implementation: a model whose very weights are those of the point."""
     options = Interpolation(alpha=0.6, beta=2.0, temperature=3.0, points=(0.25, 0.5))
     student, teacher, taught, batch = pair(architecture, kind, options)
-    last = architecture == "llama"
-    loss = interpolation_objective(taught, teacher, options, last, 10, 20)(student, batch(), 0)
+    loss = interpolation_objective(taught, teacher, options, 10, 20)(student, batch(), 0)
     ours = gradients_of(student, loss)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     other = dict(teacher.named_parameters())
     alone, cross_entropy = Distillation(1.0, 2.0 / 0.6, 3.0), Distillation(0.0, 0.0)
-    expected = 0.4 * distillation_objective(taught, cross_entropy, last, 10)(student, batch(), 0)
+    expected = 0.4 * distillation_objective(taught, cross_entropy, 10)(student, batch(), 0)
     total = [*gradients_of(student, expected)]
     expected = expected.detach()
     for x in (1.0, 0.25, 0.5):
         with torch.no_grad():
             for name, parameter in student.named_parameters():
                 parameter.copy_(x * before[name] + (1 - x) * other[name])
-        term = 0.6 / 3 * distillation_objective(taught, alone, last, 10)(student, batch(), 0)
+        term = 0.6 / 3 * distillation_objective(taught, alone, 10)(student, batch(), 0)
         total = [t + x * g for t, g in zip(total, gradients_of(student, term), strict=True)]  # dθ(x)/dstudent = x
         expected = expected + term.detach()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-7)
@@ -306,10 +304,10 @@ def test_at_the_teacher_there_is_nothing_to_learn(pair):
         for name, parameter in student.named_parameters():
             parameter.copy_(fixed(teacher)[name])
     taught = (taught[0], taught[1].float())
-    loss = interpolation_objective(taught, teacher, options, False, 10, 20)(student, batch(), 0)
+    loss = interpolation_objective(taught, teacher, options, 10, 20)(student, batch(), 0)
     assert loss.item() == pytest.approx(0, abs=1e-4)  # the hidden states are kept in bfloat16
     options = dataclasses.replace(options, beta=0.0)
-    loss = interpolation_objective(taught, teacher, options, False, 10, 20)(student, batch(), 0)
+    loss = interpolation_objective(taught, teacher, options, 10, 20)(student, batch(), 0)
     assert max(gradient.abs().max() for gradient in gradients_of(student, loss)) < 1e-5
 
 

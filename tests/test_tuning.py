@@ -15,6 +15,7 @@ from regraft.progress import silent
 from regraft.task import Split, load_data
 from regraft.tuning import LEARNING_RATES, distillation_loss, encode, plan_order, predict, tune_model
 from regraft.tuning.distill import read_hidden, teach
+from regraft.tuning.predict import Output
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 
@@ -232,13 +233,12 @@ def test_distillation_options_out_of_range_are_refused(options):
 
 def test_hidden_states_are_those_of_the_heads_token():
     layers = tuple(torch.randn(3, 5, 4) for _ in range(4))
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
-    first = read_hidden(layers, mask, last_token=False)
-    last = read_hidden(layers, mask, last_token=True)
-    assert first.shape == last.shape == (3, 3, 4)  # embeddings and all layers but the last
+    states = read_hidden(Output(torch.zeros(3, 2), torch.tensor([2, 4, 0]), layers))
+    assert states.shape == (3, 3, 4)  # embeddings and all layers but the last
     for layer in range(3):
-        assert torch.equal(first[:, layer], layers[layer][:, 0])
-        assert torch.equal(last[:, layer], torch.stack([layers[layer][0, 2], layers[layer][1, 4], layers[layer][2, 0]]))
+        assert torch.equal(
+            states[:, layer], torch.stack([layers[layer][0, 2], layers[layer][1, 4], layers[layer][2, 0]])
+        )
 
 
 @pytest.mark.parametrize("architecture", ["roberta", "llama"])
@@ -254,7 +254,7 @@ def test_the_teacher_computes_each_wanted_example_once(opened, tuned, task_file,
     )
 
     def call():
-        return teach(teacher, examples, wanted, Distillation(), "fp32", base.is_decoder, tmp_path, silent)
+        return teach(teacher, examples, wanted, Distillation(), "fp32", tmp_path, silent)
 
     logits, hidden = call()
     assert sum(seen) == 4

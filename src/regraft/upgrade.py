@@ -126,10 +126,7 @@ class Base:
     @functools.cached_property
     def is_decoder(self) -> bool:
         """Whether it is a causal language model, whose head reads the last token rather than the first."""
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-        kind = type(self.config)
-        return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+        return is_causal(self.config)
 
     @functools.cached_property
     def longest(self) -> int:
@@ -248,6 +245,21 @@ class Upgrade:
                 f"{len(old.keys() | new.keys()):,} tokens ({_some([repr(t) for t in differing])}). The rows of the "
                 "embeddings would not stand for the same tokens: give bases with one tokenizer."
             )
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Return whether a config is a causal language model's, and no masked one's.
+
+    Args:
+        config: The transformers config.
+
+    Returns:
+        True for decoders.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = type(config)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:

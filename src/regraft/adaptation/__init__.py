@@ -13,6 +13,7 @@ from regraft.adaptation.model import (
     load_strictly,
     save_model,
     write_adapter,
+    write_tokenizer,
 )
 from regraft.adaptation.outcome import Outcome, find_outcome, load_outcome, write_outcome
 from regraft.adaptation.vocabulary import match_vocabularies
@@ -50,4 +51,5 @@ __all__ = [
     "write_lineage",
     "write_lora",
     "write_outcome",
+    "write_tokenizer",
 ]

@@ -10,7 +10,7 @@ from regraft.adaptation.fit import check_body, config_of
 from regraft.adaptation.head import stored_labels
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import fold_start
-from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter
+from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter, write_tokenizer
 from regraft.architecture import named
 from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
 from regraft.weights import counterparts, graft
@@ -75,7 +75,7 @@ def write_carried(
         write_atomic(into / "config.json", json.dumps(_grafted_config(adaptation, upgrade), indent=2) + "\n")
     else:
         write_adapter(into, tensors, {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None})
-    upgrade.new.tokenizer.save_pretrained(into)
+    write_tokenizer(upgrade.new, into)
     write_lineage(into, upgrade.new, adaptation.labels)
 
 
@@ -161,9 +161,10 @@ def _check_body(adaptation: Adaptation, upgrade: Upgrade) -> None:
 def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
     """Give what `config.json` says on the new base, whose settings it has wherever the tuning changed none."""
     tuned, old, new = config_of(adaptation).to_dict(), upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
+    own = OF_THE_TUNED | ({"pad_token_id"} if upgrade.old.is_decoder else set())  # it says which token the head reads
     upgraded = {
         key: value
         for key, value in new.items()
-        if key not in OF_THE_TUNED and value != old.get(key) and tuned.get(key) == old.get(key)
+        if key not in own and value != old.get(key) and tuned.get(key) == old.get(key)
     }
     return {**adaptation.config, **upgraded}

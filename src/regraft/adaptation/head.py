@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adaptation, write_lineage
 from regraft.adaptation.lora import START
-from regraft.adaptation.model import fresh_model
+from regraft.adaptation.model import fresh_model, write_tokenizer
 from regraft.checkpoint import Derived, Entry, dtype_name, write_checkpoint, write_safetensors
 from regraft.errors import MismatchError
 
@@ -91,7 +91,7 @@ def change_head(folder: Path, base: Base, labels: Sequence[str], how: Head, seed
         (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     else:
         shutil.copyfile(folder / ADAPTER_CONFIG, into / ADAPTER_CONFIG)
-    base.tokenizer.save_pretrained(into)
+    write_tokenizer(base, into)
     write_lineage(into, base, labels)
 
 

@@ -35,6 +35,8 @@ ADAPTER = "default"
 def fresh_model(base: Base, labels: Sequence[str], seed: int) -> Any:
     """Load a base with an untrained classification head.
 
+    A decoder is given the tokenizer's padding token, for plain transformers to read batches right once it is saved.
+
     Args:
         base: The base.
         labels: The label names, in the order of the head's outputs.
@@ -46,7 +48,10 @@ def fresh_model(base: Base, labels: Sequence[str], seed: int) -> Any:
     Raises:
         CheckpointError: A tensor of the body is missing, has another shape, or has no place in the model.
     """
-    return _fresh(base, labels, seed)[0]
+    model = _fresh(base, labels, seed)[0]
+    if base.is_decoder:
+        model.config.pad_token_id = base.tokenizer.pad_token_id
+    return model
 
 
 def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, trainable: bool = False) -> Any:
@@ -111,6 +116,7 @@ def attach(model: Any, base: Base, config: Config, seed: int) -> Any:
     heads = [name for name, _ in model.named_children() if name != model.base_model_prefix and name != "dropout"]
     whole = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads, *_fresh_poolers(base)})
     set_seed(seed)
+    model.config.pad_token_id = base.config.pad_token_id  # an adapter's folder names none of its own
     if isinstance(config, BottleneckConfig):
         present = tuple(name for name in whole if name in heads or name == "pooler")
         return attach_bottlenecks(model, dataclasses.replace(config, modules_to_save=present))
@@ -174,7 +180,7 @@ def save_model(model: Any, base: Base, labels: Sequence[str], into: Path) -> Non
             write_adapter(into, {START + name: t for name, t in bottleneck_state(model).items()}, settings)
         else:
             model.save_pretrained(into)
-    base.tokenizer.save_pretrained(into)
+    write_tokenizer(base, into)
     write_lineage(into, base, labels)
 
 
@@ -189,6 +195,23 @@ def write_adapter(into: Path, tensors: Mapping[str, torch.Tensor], config: Mappi
     into.mkdir(parents=True, exist_ok=True)
     write_safetensors(into / ADAPTER_WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
     _write_config(into, config)
+
+
+def write_tokenizer(base: Base, into: Path) -> None:
+    """Write a base's tokenizer beside tuned weights; a full fine-tune of a decoder has it pad with what its head skips.
+
+    Args:
+        base: The base.
+        into: The folder, with its `config.json` if it is a full fine-tune.
+    """
+    from transformers import AutoConfig
+
+    tokenizer = copy.deepcopy(base.tokenizer)
+    if base.is_decoder and (into / "config.json").is_file():
+        padding = AutoConfig.from_pretrained(into, trust_remote_code=False).get_text_config().pad_token_id
+        if padding in tokenizer.all_special_ids:  # any other token would be split off from texts once it is special
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    tokenizer.save_pretrained(into)
 
 
 def _write_config(into: Path, config: Mapping[str, Any]) -> None:
@@ -250,7 +273,6 @@ def _fresh(base: Base, labels: Sequence[str], seed: int) -> tuple[Any, list[str]
 
     set_seed(seed)
     model, fresh = load_strictly(AutoModelForSequenceClassification, base.path, base.prefix, **_head_config(labels))
-    model.config.pad_token_id = base.tokenizer.pad_token_id
     heads = {n: t for n, t in model.state_dict().items() if not n.startswith(base.prefix + ".")}
     if not heads.keys() & set(fresh):  # the base is a classifier itself: its head is for labels of its own
         set_seed(seed)

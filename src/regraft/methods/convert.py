@@ -17,6 +17,7 @@ from regraft.adaptation import (
     write_adapter,
     write_graft,
     write_lineage,
+    write_tokenizer,
 )
 from regraft.adaptation.lora import START
 from regraft.adaptation.model import ADAPTER
@@ -125,7 +126,7 @@ def convert(
                 write_graft(source, upgrade, staging, progress)
             else:
                 staging = source.path
-        target.tokenizer.save_pretrained(staging)
+        write_tokenizer(target, staging)
         write_lineage(staging, target, adaptation.labels)
         try:
             load_model(load_adaptation(staging), target, labels)
@@ -161,6 +162,7 @@ def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folde
         except (ValueError, AttributeError, NotImplementedError) as error:
             raise RecipeError(f"{adaptation.path}: PEFT cannot merge a {adaptation.kind} ({error}).") from error
         merged = fresh_model(old, labels, 0)
+        merged.config.pad_token_id = model.config.pad_token_id  # it reads the tokens that the adapter's model reads
         found, bare = _merged_state(model), merged.state_dict()
         if odd := sorted(found.keys() ^ bare.keys()):
             raise RecipeError(

@@ -105,7 +105,6 @@ def _train(
     from regraft.tuning.distill import read_hidden
     from regraft.tuning.predict import autocast, forward
 
-    last_token = job.upgrade.new.is_decoder
     rates = _rates([lesson.vector for lesson in lessons], options)
     optimiser = torch.optim.Adam([{"params": [tensor]} for tensor in parameters])
     for step in range(options.steps):
@@ -119,7 +118,7 @@ def _train(
         with autocast(job.recipe.precision, device()):
             output = forward(lesson.student, batch, hidden=True, parameters=mapped)
         logits, hidden = (rows[index].to(device()).float() for rows in lesson.taught)
-        own = read_hidden(output.hidden, batch["attention_mask"], last_token).float()
+        own = read_hidden(output).float()
         value: Any = distillation_loss(output.logits.float(), labels, logits, own, hidden, loss)
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / options.steps)
@@ -171,7 +170,7 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
     teacher = load_model(adaptation, old, data.labels).to(device())
     shown = encode(old, data.train, data.max_length)
-    taught = teach(teacher, shown, order, loss, job.recipe.precision, old.is_decoder, work, job.progress)
+    taught = teach(teacher, shown, order, loss, job.recipe.precision, work, job.progress)
     return _Lesson(_flatten(vector), student, examples, taught, order.tolist())
 
 

@@ -11,7 +11,7 @@ from regraft.adaptation import fresh_model, load_model
 from regraft.errors import MismatchError
 from regraft.progress import Progress, silent
 from regraft.tuning.examples import encode
-from regraft.tuning.predict import Output, device, for_each_batch, last_tokens, predict
+from regraft.tuning.predict import Output, device, for_each_batch, predict
 
 if TYPE_CHECKING:
     import torch
@@ -77,14 +77,14 @@ def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData)
 
         def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
             last = output.hidden[-1]
-            at, place = last_tokens(last, batch["attention_mask"])
-            fed = (last[at, place] if base.is_decoder else last[:, 0]).float().cpu()
+            fed = last[torch.arange(len(last), device=last.device), output.read].float().cpu()
             rows.append(fed if output.logits.isfinite().all() else torch.full_like(fed, torch.nan))
 
         for_each_batch(classifier.to(device()), examples, "fp32", keep, hidden=True)
         return torch.cat(rows)
 
     bare = fresh_model(base, ("a", "b"), 0)
+    bare.config.pad_token_id = model.config.pad_token_id  # so that both are read at the same tokens
     plain, adapted = read(bare), read(model)
     effect = float((adapted - plain).norm() / plain.norm())
     if not math.isfinite(effect):

@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.tuning.predict import Output, for_each_batch, forward, last_tokens
+from regraft.tuning.predict import Output, for_each_batch, forward
 from regraft.tuning.recipe import check_fade, fade
 
 if TYPE_CHECKING:
@@ -150,29 +150,30 @@ def distillation_loss(
     return loss
 
 
-def read_hidden(hidden_states: tuple[torch.Tensor, ...], mask: torch.Tensor, last_token: bool) -> torch.Tensor:
+def read_hidden(output: Output) -> torch.Tensor:
     """Take the hidden state the head's token has after the embeddings and after every layer but the last.
 
     Args:
-        hidden_states: One tensor a layer, batch × tokens × width, the embeddings' first; a prompt's tokens in front.
-        mask: The attention mask, batch × tokens, padded on the right.
-        last_token: Whether the head reads the last token (decoders) rather than the first.
+        output: With hidden states.
 
     Returns:
         batch × layers × width.
     """
     import torch
 
-    if not last_token:
-        return torch.stack([layer[:, 0] for layer in hidden_states[:-1]], dim=1)
-    rows, last = last_tokens(hidden_states[0], mask)
-    return torch.stack([layer[rows, last] for layer in hidden_states[:-1]], dim=1)
+    rows = torch.arange(len(output.read), device=output.read.device)
+    return torch.stack([layer[rows, output.read] for layer in output.hidden[:-1]], dim=1)
 
 
 def teach(
-    teacher: Any, examples: Examples, wanted: Any, options: Distillation, precision: str, last_token: bool, work: Path,
+    teacher: Any,
+    examples: Examples,
+    wanted: Any,
+    options: Distillation,
+    precision: str,
+    work: Path,
     progress: Progress,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the teacher's logits and hidden states once; a later call finds them in the working folder.
 
     Args:
@@ -181,7 +182,6 @@ def teach(
         wanted: Indices of the examples that the training will see.
         options: Hidden states are kept only if its beta needs them.
         precision: `bf16` or `fp32`.
-        last_token: Whether the head reads the last token.
         work: The folder for the cache.
         progress: Told of each batch.
 
@@ -208,7 +208,7 @@ def teach(
         def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
             found = {"logits": output.logits.float()}
             if options.beta:
-                found["hidden"] = read_hidden(output.hidden, batch["attention_mask"], last_token).bfloat16()
+                found["hidden"] = read_hidden(output).bfloat16()
             for name, rows in found.items():
                 if name not in kept:
                     kept[name] = torch.zeros(len(examples), *rows.shape[1:], dtype=rows.dtype)
@@ -224,14 +224,13 @@ def teach(
 
 
 def distillation_objective(
-    taught: tuple[torch.Tensor, torch.Tensor], options: Distillation, last_token: bool, steps: int
+    taught: tuple[torch.Tensor, torch.Tensor], options: Distillation, steps: int
 ) -> Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]:
     """Make the loss of a batch from the teacher's cached outputs.
 
     Args:
         taught: From `teach`.
         options: The loss's weights.
-        last_token: Whether the head reads the last token.
         steps: Steps of the training in all.
 
     Returns:
@@ -244,7 +243,7 @@ def distillation_objective(
         teacher_logits, teacher_hidden = (rows[index].to(output.logits.device).float() for rows in taught)
         hidden = teacher_hidden
         if options.beta:
-            hidden = read_hidden(output.hidden, batch["attention_mask"], last_token).float()
+            hidden = read_hidden(output).float()
         now = options.at(step, steps)
         return distillation_loss(output.logits.float(), labels, teacher_logits, hidden, teacher_hidden, now)
 

@@ -47,7 +47,6 @@ def interpolation_objective(
     taught: tuple[torch.Tensor, torch.Tensor],
     teacher: Any,
     options: Interpolation,
-    last_token: bool,
     steps: int,
     seed: int,
 ) -> Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]:
@@ -60,7 +59,6 @@ def interpolation_objective(
         taught: From `teach`.
         teacher: The old tuned model, its parameters named and shaped as the student's.
         options: The loss's weights, and the points.
-        last_token: Whether the head reads the last token.
         steps: Steps of the training in all.
         seed: With the step, what points are drawn from.
 
@@ -84,7 +82,7 @@ def interpolation_objective(
             teacher_logits, teacher_hidden = (rows[index].to(logits.device).float() for rows in taught)
             hidden = teacher_hidden
             if now.beta:
-                hidden = read_hidden(output.hidden, batch["attention_mask"], last_token).float()
+                hidden = read_hidden(output).float()
             losses.append(teacher_loss(logits, labels, teacher_logits, hidden, teacher_hidden, now) / len(points))
             if x == 1 and now.alpha < 1:
                 losses.append((1 - now.alpha) * functional.cross_entropy(logits, labels))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
     from torch import nn
@@ -26,10 +26,12 @@ class Output:
 
     Args:
         logits: batch × classes.
-        hidden: Of the embeddings and each layer, batch × tokens × width; virtual tokens come first.
+        read: Which token the head reads of each text, batch; virtual tokens come first, as in `hidden`.
+        hidden: Of the embeddings and each layer, batch × tokens × width.
     """
 
     logits: torch.Tensor
+    read: torch.Tensor
     hidden: tuple[torch.Tensor, ...] = ()
 
 
@@ -67,10 +69,10 @@ def forward(
     hidden: bool = False,
     parameters: Mapping[str, torch.Tensor] | None = None,
 ) -> Output:
-    """Run a classifier of any kind on a batch that is padded on the right.
+    """Run a classifier of any kind on a batch that is padded on the right; each text's output is what it has alone.
 
-    Two things PEFT leaves undone are done here: hidden states under a prefix, and, for a prompt before a decoder, that
-    the head reads the last token rather than padding.
+    Two things are done here that PEFT and transformers do not do: hidden states under a prefix are returned, and a
+    decoder's head is fed the token that it reads of each text alone, whatever the batch is padded with.
 
     Args:
         model: A classifier, with or without an adapter.
@@ -81,58 +83,90 @@ def forward(
     Returns:
         Its output.
     """
-    classifier = getattr(model, "module", model)
-    if hasattr(classifier, "get_base_model"):
-        classifier = classifier.get_base_model()
-    kept: dict[str, Any] = {}
-    mask = batch["attention_mask"]
+    import torch
+
+    classifier = _classifier(model)
+    body, mask = classifier.base_model, batch["attention_mask"]
+    rows, last = torch.arange(len(mask), device=mask.device), last_read(model, batch)
+    read = torch.zeros_like(rows)
+    layers: tuple[torch.Tensor, ...] = ()
 
     def ask(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "output_hidden_states": True}
 
     def keep(_: Any, args: Any, output: Any) -> Any:
-        kept["hidden"] = output.hidden_states
+        nonlocal layers
+        layers = output.hidden_states
         return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
 
-    def append_last(_: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        rows, last = last_tokens(logits, mask)
-        return torch.cat([logits, logits[rows, last][:, None]], dim=1)
+    def spread(_: Any, args: Any, output: Any) -> Any:
+        nonlocal read
+        states = output.last_hidden_state
+        read = last + states.shape[1] - mask.shape[1]  # virtual tokens come first
+        return type(output)(**{**output, "last_hidden_state": states[rows, read][:, None].expand_as(states)})
 
     handles = []
     if hidden:
-        body = classifier.base_model
         handles = [body.register_forward_pre_hook(ask, with_kwargs=True), body.register_forward_hook(keep)]
-    if hasattr(classifier, "score") and _is_prompted(model):  # it reads the last place where it is given embeddings
-        handles.append(classifier.score.register_forward_hook(append_last))
+    if last is not None:  # then it does not matter which token the class takes for the last one
+        handles.append(body.register_forward_hook(spread))
     try:
-        if parameters is None:
-            logits = model(**batch).logits
-        else:
-            from torch.func import functional_call
+        with _any_padding(classifier.config.get_text_config()) if last is not None else contextlib.nullcontext():
+            if parameters is None:
+                logits = model(**batch).logits
+            else:
+                from torch.func import functional_call
 
-            logits = functional_call(model, dict(parameters), (), dict(batch)).logits
+                logits = functional_call(model, dict(parameters), (), dict(batch)).logits
     finally:
         for handle in handles:
             handle.remove()
-    return Output(logits, kept.get("hidden", ()))
+    return Output(logits, read, layers)
 
 
-def last_tokens(states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the last token of each text.
+def last_read(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Compute which token a decoder's head reads of each text alone, as its transformers class finds it.
+
+    That is the last one that is not `config.pad_token_id`, or simply the last one where that is null, under a prompt
+    (the class sees no token ids then), and in XLNet. A text of nothing but that id is read at its first token.
 
     Args:
-        states: batch × tokens × width; virtual tokens come first.
-        mask: The attention mask without virtual tokens, batch × tokens, padded on the right.
+        model: A classifier, with or without an adapter.
+        batch: Its inputs, padded on the right.
 
     Returns:
-        Two indices of `states`: the rows and the places.
+        The index of a token for each text, virtual tokens not counted; None for a model that does not read the last.
     """
     import torch
 
-    virtual = states.shape[1] - mask.shape[1]
-    return torch.arange(len(mask), device=mask.device), virtual + mask.sum(dim=1) - 1
+    from regraft.upgrade import is_causal
+
+    classifier, mask = _classifier(model), batch["attention_mask"]
+    summary = getattr(classifier, "sequence_summary", None)
+    if not is_causal(classifier.config) or (summary is not None and summary.summary_type != "last"):
+        return None
+    padding = classifier.config.get_text_config().pad_token_id
+    if padding is None or summary is not None or _is_prompted(model):
+        return mask.sum(dim=1) - 1
+    places: torch.Tensor = torch.arange(mask.shape[1], device=mask.device) * mask * (batch["input_ids"] != padding)
+    return places.amax(dim=1)
+
+
+@contextlib.contextmanager
+def _any_padding(config: Any) -> Iterator[None]:
+    """Have a config name some padding token for a while: without one, transformers refuses batches."""
+    before = config.pad_token_id
+    config.pad_token_id = before or 0
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
+
+
+def _classifier(model: Any) -> Any:
+    """Return the transformers model inside what wraps it for many devices or for PEFT."""
+    inner = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _is_prompted(model: Any) -> bool:

@@ -93,16 +93,14 @@ def tune_model(
     if teacher:
         teacher.model.to(device())
         shown = encode(teacher.base, data.train, data.max_length)
-        taught = teach(teacher.model, shown, order, teacher.options, recipe.precision, base.is_decoder, work, progress)
+        taught = teach(teacher.model, shown, order, teacher.options, recipe.precision, work, progress)
         if teacher.judges:
             told = predict(teacher.model, encode(teacher.base, data.dev, data.max_length), recipe.precision, progress)
         if isinstance(teacher.options, Interpolation):
-            objective = interpolation_objective(
-                taught, teacher.model, teacher.options, base.is_decoder, steps, recipe.seed
-            )
+            objective = interpolation_objective(taught, teacher.model, teacher.options, steps, recipe.seed)
         else:
             teacher.model.to("cpu")
-            objective = distillation_objective(taught, teacher.options, base.is_decoder, steps)
+            objective = distillation_objective(taught, teacher.options, steps)
     if anchor:
         weights = fisher(model, examples, order, progress) if anchor.weighting == "fisher" else None
         objective = anchored_objective(objective, model, weights, anchor, steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import MismatchError
-from regraft.tuning.predict import BATCH, autocast, device, last_tokens
+from regraft.tuning.predict import BATCH, autocast, device, forward, last_read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -86,13 +86,13 @@ class Walk:
         import torch
 
         batch, before = self.batches[number], self.states[number]
-        handles = [self._watch(module, number, batch["attention_mask"].bool(), watch) for module in watched if watch]
+        handles = [self._watch(module, number, watch) for module in watched if watch]
         handles += [self._end(number, keep)] if self.part < len(self.blocks) else []
         for block in self.blocks[: self.part]:  # their outputs are known
             block.forward = lambda *_, **__: before
         try:
             with torch.no_grad(), autocast(self.precision, device()):
-                self.model(**batch)
+                forward(self.model, batch)
         except _PartDone:
             pass
         finally:
@@ -101,7 +101,7 @@ class Walk:
             for block in self.blocks[: self.part]:
                 del block.forward
 
-    def _watch(self, module: Any, number: int, mask: torch.Tensor, watch: Watch) -> Any:
+    def _watch(self, module: Any, number: int, watch: Watch) -> Any:
         import torch
 
         name = self.names[module]
@@ -109,15 +109,18 @@ class Walk:
         def look(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if self.part_of.setdefault(name, self.part) != self.part:  # embeddings are computed with every part
                 return
-            fed, given = (self._rows(t, mask).to(self.wide) for t in (args[0], output))
+            fed, given = (self._rows(t, number).to(self.wide) for t in (args[0], output))
             with torch.autocast(fed.device.type, enabled=False):  # what is summed up is not to be rounded
                 watch(name, number, fed, given)
 
         return module.register_forward_hook(look)
 
-    def _rows(self, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() == 3 and self.part == len(self.blocks):  # a decoder's head counts at the last token only
-            return tensor[last_tokens(tensor, mask)] if tensor.shape[1] == mask.shape[1] else tensor.flatten(0, -2)
+    def _rows(self, tensor: torch.Tensor, number: int) -> torch.Tensor:
+        import torch
+
+        mask, last = self.batches[number]["attention_mask"].bool(), last_read(self.model, self.batches[number])
+        if tensor.dim() == 3 and self.part == len(self.blocks) and last is not None:  # where a decoder's head reads
+            return tensor[torch.arange(len(mask)), last] if tensor.shape[1] == mask.shape[1] else tensor.flatten(0, -2)
         return tensor[mask] if tensor.shape[: mask.dim()] == mask.shape else tensor.flatten(0, -2)
 
     def _end(self, number: int, keep: bool) -> Any:
