@@ -50,12 +50,18 @@ class Base:
             The base; no weights have been read.
 
         Raises:
-            CheckpointError: There is no such base, or a file of it is missing, truncated or malformed.
+            CheckpointError: There is no such base, a file of it is missing, truncated or malformed, or it is an
+                encoder-decoder.
         """
         path = find_path(name)
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path}: holds no config.json, so it is no transformers folder.")
         base = cls(str(name), path, Checkpoint.open(path))
+        if base.is_encoder_decoder:
+            raise CheckpointError(
+                f"{path}: a {base.config.model_type} is an encoder-decoder, which regraft does not run: carry its "
+                "weights over by arithmetic alone (regraft weights graft)."
+            )
         if getattr(base.config, "text_config", None) is not None:
             raise CheckpointError(
                 f"{path}: is a {base.config.model_type}, a text model inside one for other input too, and regraft "
@@ -127,6 +133,13 @@ class Base:
     def is_decoder(self) -> bool:
         """Whether it is a causal language model, whose head reads the last token rather than the first."""
         return is_causal(self.config)
+
+    @functools.cached_property
+    def is_encoder_decoder(self) -> bool:
+        """Whether its classifier has an encoder and a decoder, as T5 and BART, whatever part of it is stored."""
+        from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+        return self.config.is_encoder_decoder or type(self.config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
     @functools.cached_property
     def longest(self) -> int:
