@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from regraft.progress import silent
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from regraft.tuning.examples import Examples
 
 BATCH = 64
+# architectures in which what fills up a batch reaches the texts past the attention mask: by convolutions over
+# neighbouring tokens, pooling, Fourier transforms, or approximate attention over blocks and hashes
+MIXING = {"canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "yoso"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +178,23 @@ def _is_prompted(model: Any) -> bool:
     return bool(config and config.is_prompt_learning and config.peft_type.value != "PREFIX_TUNING")
 
 
+def plan_batches(model: nn.Module, examples: Examples) -> list[list[int]]:
+    """Divide examples into batches of similar length, the longest first; of equal length for MIXING architectures.
+
+    Args:
+        model: A classifier.
+        examples: What it is to be run on.
+
+    Returns:
+        The indices of each batch's examples.
+    """
+    lengths = examples.lengths.tolist()
+    order = sorted(range(len(examples)), key=lambda index: -lengths[index])
+    is_mixing = _classifier(model).config.model_type in MIXING
+    groups = [list(group) for _, group in itertools.groupby(order, lambda index: lengths[index] if is_mixing else 0)]
+    return [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
+
+
 def for_each_batch(
     model: nn.Module,
     examples: Examples,
@@ -198,17 +219,17 @@ def for_each_batch(
     import torch
 
     on = next(model.parameters()).device
-    order = sorted(range(len(examples)), key=lambda i: -len(examples.columns["input_ids"][i]))
+    done = 0
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), autocast(precision, on):
-            for start in range(0, len(order), BATCH):
-                indices = order[start : start + BATCH]
+            for indices in plan_batches(model, examples):
                 batch = {name: tensor.to(on) for name, tensor in examples.batch(indices).items()}
                 inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
                 use(forward(model, inputs, hidden=hidden), batch, indices)
-                progress(stage, start + len(indices), len(order), {})
+                done += len(indices)
+                progress(stage, done, len(examples), {})
     finally:
         model.train(was_training)
 

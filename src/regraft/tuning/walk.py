@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import MismatchError
-from regraft.tuning.predict import BATCH, autocast, device, forward, last_read
+from regraft.tuning.predict import autocast, device, forward, last_read, plan_batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -45,10 +45,9 @@ class Walk:
             )
         self.blocks = list(found[0])
         self.names = {module: name for name, module in model.named_modules()}
-        order = sorted(range(len(examples)), key=lambda i: -len(examples.columns["input_ids"][i]))
         self.batches = []
-        for start in range(0, len(order), BATCH):
-            batch = examples.batch(order[start : start + BATCH])
+        for indices in plan_batches(model, examples):
+            batch = examples.batch(indices)
             self.batches.append({n: t.to(device()) for n, t in batch.items() if n not in ("labels", "index")})
         self.states: list[Any] = [None] * len(self.batches)
         self.part = 0
