@@ -254,3 +254,13 @@ def bare_copy(source, folder, pooler=False):
     AutoModel.from_pretrained(source, add_pooling_layer=pooler).save_pretrained(folder)
     Base.open(source).tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_a_base_that_transformers_has_no_classifier_for_is_refused_in_a_sentence(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    MambaForCausalLM(MambaConfig(vocab_size=33, hidden_size=32, num_hidden_layers=1, state_size=4)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(CheckpointError, match="transformers has no mamba for SequenceClassification"):
+        fresh_model(Base.open(tmp_path), ("a", "b"), 1)

@@ -236,6 +236,7 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
     Raises:
         CheckpointError: Something is missing, left over or misshapen; the message lists it.
     """
+    check_class(architecture, path)
     with quiet():
         try:
             model, report = architecture.from_pretrained(
@@ -266,6 +267,27 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
         lists = "; ".join(f"{len(names)} {what}: {', '.join(names[:4])}" for what, names in problems.items() if names)
         raise CheckpointError(f"{path}: its tensors do not fit a {type(model).__name__}: {lists}.")
     return model, sorted(report["missing_keys"])
+
+
+def check_class(architecture: Any, path: Path) -> None:
+    """Refuse a model of which transformers has no class of the kind that is needed.
+
+    Args:
+        architecture: A transformers auto class.
+        path: The folder.
+
+    Raises:
+        CheckpointError: It has none, as no sequence classifier of a Mamba.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if type(config) not in architecture._model_mapping:
+        kind = architecture.__name__.removeprefix("AutoModelFor")
+        raise CheckpointError(
+            f"{path}: transformers has no {config.model_type} for {kind}, and that is what regraft would run. Its weights "
+            "can be carried over by arithmetic alone (regraft weights graft)."
+        )
 
 
 def _fresh(base: Base, labels: Sequence[str], seed: int) -> tuple[Any, list[str]]:
