@@ -285,7 +285,7 @@ def check_class(architecture: Any, path: Path) -> None:
     if type(config) not in architecture._model_mapping:
         kind = architecture.__name__.removeprefix("AutoModelFor")
         raise CheckpointError(
-            f"{path}: transformers has no {config.model_type} for {kind}, and that is what regraft would run. Its weights "
+            f"{path}: transformers has no {config.model_type} for {kind}, which regraft would run. Its weights "
             "can be carried over by arithmetic alone (regraft weights graft)."
         )
 
