@@ -239,7 +239,7 @@ def spoil(value):
         ("lora", adapter_config(task_type="TOKEN_CLS"), "only classifiers of whole texts"),
         ("lora", adapter_config(lora_alfa=9), "lora_alfa: 9 are not known"),
         ("lora", adapter_config(num_virtual_tokens=5), "num_virtual_tokens: 5 are not known"),
-        ("lora", adapter_config(megatron_config={"a": 1}), "PEFT cannot"),
+        ("lora", adapter_config(megatron_config={"a": 1}, megatron_core="evil"), "has PEFT import 'evil'"),
         ("lora", adapter_config(layers_to_transform=[1], target_modules=["query"]), "without a place"),
         ("lora", adapter_config(modules_to_save=["nothing"]), "neither the base nor the adaptation"),
         ("lora", adapter_config(trainable_token_indices=[5]), "PEFT cannot"),

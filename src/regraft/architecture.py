@@ -14,8 +14,9 @@ import os.path
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import Derived, Entry, dtype_of, fingerprint, shape_of
+from regraft.checkpoint import Derived, Entry, dtype_of, fingerprint, read_json, shape_of
 from regraft.errors import CheckpointError, MismatchError
+from regraft.transformers_folder import read_config
 from regraft.weights import Named, is_optional
 
 if TYPE_CHECKING:
@@ -334,7 +335,7 @@ def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str,
     Raises:
         CheckpointError: A config contradicts its tensors, or a tensor is stored twice.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
     views: dict[str, Mapping[str, torch.Tensor]] = {}
     for which, checkpoint in sides.items():
@@ -342,12 +343,11 @@ def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str,
             return dict(
                 sides
             ), f"{checkpoint.path}: has no config.json beside it, so tensors are paired by their stored names"
-        try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path)
-        except (ValueError, OSError, KeyError) as error:
-            reason = f"transformers has no such model ({error!s:.80})"
+        kind = read_json(checkpoint.path / "config.json").get("model_type")
+        if str(kind) not in CONFIG_MAPPING:
+            reason = f"transformers has no model of type {kind!r:.80}"
             return dict(sides), f"{checkpoint.path}: {reason}, so tensors are paired by their stored names"
-        views[which] = named(checkpoint, config)
+        views[which] = named(checkpoint, read_config(checkpoint))
     return views, None
 
 

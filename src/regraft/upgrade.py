@@ -9,11 +9,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from regraft.architecture import architecture_of, named
-from regraft.checkpoint import FLOATING, Checkpoint, find_path, fingerprint
+from regraft.checkpoint import FLOATING, Checkpoint, check_finite, find_path, fingerprint
 from regraft.errors import CheckpointError, MismatchError
+from regraft.transformers_folder import read_config, read_tokenizer
 from regraft.weights import is_optional
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from regraft.weights import Distance, Named
 
 PRETRAINING = "pretraining.json"
+FEWEST = 8  # tokens of text that make sense; models take hundreds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,28 +78,46 @@ class Base:
     @functools.cached_property
     def config(self) -> PretrainedConfig:
         """The transformers config."""
-        from transformers import AutoConfig
-
-        try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(self.path)
-        except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(f"{self.path}/config.json: transformers cannot read it ({error}).") from error
-        return config
+        return read_config(self.checkpoint)
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a padding token whatever it came with."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
-        except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(f"{self.path}: transformers cannot read its tokenizer ({error}).") from error
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers made one out of nothing
-            raise CheckpointError(f"{self.path}: holds no tokenizer. Copy the base's tokenizer files into it.")
+        """The tokenizer, with a padding token wherever it has a special one for that."""
+        tokenizer = read_tokenizer(self.path)
+        self.check_tokens(tokenizer, tokenizer("")["input_ids"])
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= self.rows:
+            tokenizer.pad_token = None  # was added, and the embeddings were not resized
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         return tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        """What fills up a batch, and is masked: the tokenizer's padding token, or any where it has none."""
+        padding = self.tokenizer.pad_token_id
+        return 0 if padding is None else int(padding)
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """How many tokens its embeddings have a row for."""
+        return int(getattr(self.config.get_text_config(), "vocab_size", None) or sys.maxsize)
+
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
+        """Refuse tokens for which the embeddings have no row.
+
+        Args:
+            tokenizer: The base's.
+            ids: What it made of texts.
+
+        Raises:
+            CheckpointError: An id is beyond the embeddings.
+        """
+        if (highest := max(ids, default=0)) >= self.rows:
+            raise CheckpointError(
+                f"{self.path}: its tokenizer makes token {tokenizer.convert_ids_to_tokens(highest)!r} ({highest:,}) of "
+                f"texts, and its embeddings have {self.rows:,} rows: it was added without resize_token_embeddings. "
+                "Give the tokenizer that was saved with these weights."
+            )
 
     @functools.cached_property
     def architecture(self) -> Architecture:
@@ -147,7 +168,13 @@ class Base:
         positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         if "roberta" in self.config.model_type or self.config.model_type in ("camembert", "mpnet", "longformer"):
             positions -= (self.config.pad_token_id or 0) + 1  # these count positions from past the padding token's id
-        return min(positions, self.tokenizer.model_max_length)
+        longest, special = min(positions, self.tokenizer.model_max_length), self.tokenizer.num_special_tokens_to_add()
+        if longest < special + FEWEST:
+            raise CheckpointError(
+                f"{self.path}: takes {longest} tokens (max_position_embeddings in config.json, model_max_length in "
+                f"tokenizer_config.json), of which {special} are special ones: no text is left of that. Correct these."
+            )
+        return longest
 
     @functools.cached_property
     def body(self) -> dict[str, str]:
@@ -169,6 +196,19 @@ class Base:
         """Which weights these are: heads, naming and sharding play no part."""
         stored = {name: inner for inner, name in self.body.items()}
         return fingerprint(self.checkpoint, keep=stored.get)
+
+    def check_finite(self) -> None:
+        """Refuse a base that holds values that are infinite or not a number; the body is read once.
+
+        Raises:
+            CheckpointError: Tensors of the body hold some; the message counts them by tensor.
+        """
+        _ = self._is_finite
+
+    @functools.cached_property
+    def _is_finite(self) -> bool:
+        check_finite(self.checkpoint, names=set(self.body.values()))
+        return True
 
     @functools.cached_property
     def stored_fingerprint(self) -> str:
@@ -210,6 +250,15 @@ class Upgrade:
         self._check_architecture()
         self._check_tensors()
         self._check_vocabulary()
+
+    def check_finite(self) -> None:
+        """Refuse bases that hold values that are infinite or not a number.
+
+        Raises:
+            CheckpointError: A tensor of one of the bodies holds some.
+        """
+        self.old.check_finite()
+        self.new.check_finite()
 
     def distance(self) -> Distance:
         """Measure how far continual pre-training moved the body.

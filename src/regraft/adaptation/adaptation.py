@@ -9,8 +9,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from regraft.adaptation.record import RECORD, agreed_labels, configured_labels, read_json, recorded
-from regraft.checkpoint import Checkpoint, fingerprint, write_atomic
+from regraft.adaptation.record import RECORD, agreed_labels, configured_labels, recorded
+from regraft.checkpoint import Checkpoint, fingerprint, read_json, write_atomic
 from regraft.errors import CheckpointError, MismatchError
 
 if TYPE_CHECKING:
@@ -127,7 +127,14 @@ def load_adaptation(path: str | Path) -> Adaptation:
         config = read_json(folder / ADAPTER_CONFIG)
         _check_adapter(folder, config)
         checkpoint = Checkpoint.open(folder / ADAPTER_WEIGHTS)
+        _check_sizes(checkpoint, config, folder / ADAPTER_CONFIG)
         return Adaptation(folder, _kind_of(config, folder), labels, base, checkpoint, config)
+    below = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if below and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: holds no adapter, but folders that do: {', '.join(below[:4])}. PEFT saves an adapter that has "
+            f"a name in a folder of that name. Give {folder / below[0]}."
+        )
     checkpoint, config = Checkpoint.open(folder), read_json(folder / "config.json")
     _check_classifier(folder, config)
     labels = agreed_labels(labels, configured_labels(config, folder), folder)
@@ -160,7 +167,46 @@ def _kind_of(config: dict[str, Any], folder: Path) -> str:
     return SHORT_NAMES.get(kind.lower(), kind.lower())
 
 
+def check_peft(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse an adapter that is none of PEFT's, or that has PEFT run code that it names.
+
+    Args:
+        folder: The adapter's folder.
+        config: The content of its `adapter_config.json`.
+
+    Raises:
+        CheckpointError: It is; the message says what it is and what to do.
+    """
+    where = f"{folder}/{ADAPTER_CONFIG}"
+    if config.get("peft_type") is None:
+        if isinstance(config.get("config"), dict | str) or "model_class" in config:
+            raise CheckpointError(
+                f"{where}: is of an adapter of the adapters library (AdapterHub, adapter-transformers), which has no "
+                "peft_type. Neither PEFT nor regraft reads these: tune it anew (regraft tune --kind bottleneck or "
+                "pfeiffer are the same kind), or merge it there and give the merged model."
+            )
+        raise CheckpointError(
+            f"{where}: has no peft_type, so it is no adapter of PEFT. Was it saved by save_pretrained?"
+        )
+    if config.get("megatron_config"):
+        raise CheckpointError(
+            f"{where}: megatron_config has PEFT import {config.get('megatron_core')!r:.80}, and no code that a "
+            "checkpoint names is run. Merge it where it was tuned, and give the merged model."
+        )
+
+
+def _check_sizes(checkpoint: Checkpoint, config: dict[str, Any], file: Path) -> None:
+    """Refuse sizes that no stored tensor has, before PEFT makes room for them."""
+    largest = max((size for info in checkpoint.tensors.values() for size in info.shape), default=0)
+    ranks = config.get("rank_pattern")
+    sizes = {name: config.get(name) for name in ("r", "num_virtual_tokens")} if config["peft_type"] != "LOKR" else {}
+    for name, size in [*sizes.items(), *(ranks.items() if isinstance(ranks, dict) else ())]:
+        if type(size) is int and size > max(largest, 1024):
+            raise CheckpointError(f"{file}: {name} is {size:,}, and no stored tensor has more than {largest:,} rows.")
+
+
 def _check_adapter(folder: Path, config: dict[str, Any]) -> None:
+    check_peft(folder, config)
     if strangers := sorted(entry.name for entry in folder.glob("model*.safetensors*")):
         raise CheckpointError(
             f"{folder}: holds an adapter and a whole model too ({', '.join(strangers[:4])}): which of them was "
@@ -176,9 +222,15 @@ def _check_adapter(folder: Path, config: dict[str, Any]) -> None:
     if virtual is not None and (type(virtual) is not int or virtual < 1):
         raise CheckpointError(f"{folder}/{ADAPTER_CONFIG}: num_virtual_tokens is {virtual!r}, not a number from 1.")
     if not (folder / ADAPTER_WEIGHTS).is_file():
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
         raise CheckpointError(
-            f"{folder}: has no {ADAPTER_WEIGHTS} beside its {ADAPTER_CONFIG}. If it was saved as a pickle, load it "
-            "with PEFT and call save_pretrained."
+            f"{folder}: has no {ADAPTER_WEIGHTS} beside its {ADAPTER_CONFIG}. "
+            + (
+                f"{pickles[0]} is a pickle, which can run code and is not read: if you trust it, load it with PEFT and "
+                "call save_pretrained."
+                if pickles
+                else "Fetch the whole folder again, or call save_pretrained of PEFT once more."
+            )
         )
 
 

@@ -7,9 +7,11 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG
+from regraft.adaptation.patterns import check_patterns
 from regraft.architecture import BUFFER, architecture_of, ignored_settings
 from regraft.checkpoint import FLOATING
 from regraft.errors import CheckpointError, MismatchError
+from regraft.transformers_folder import read_config
 from regraft.upgrade import body_names
 from regraft.weights import is_optional
 
@@ -100,13 +102,7 @@ def config_of(adaptation: Adaptation) -> PretrainedConfig:
     Raises:
         CheckpointError: Transformers cannot read it.
     """
-    from transformers import AutoConfig
-
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(adaptation.path)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{adaptation.path}/config.json: transformers cannot read it ({error}).") from error
-    return config
+    return read_config(adaptation.checkpoint)
 
 
 def check_beside_body(adaptation: Adaptation, base: Base) -> None:
@@ -149,6 +145,7 @@ def check_settings(adaptation: Adaptation, base: Base) -> None:
         MismatchError: It is for another task, or its virtual tokens are for another model.
     """
     config, where = adaptation.config, f"{adaptation.path}/{ADAPTER_CONFIG}"
+    check_patterns(config, [f"{base.prefix}.{name}" for name, _ in base.bare.named_modules()], where)
     known, virtual = _known(adaptation.kind, str(config.get("peft_type")))
     unknown = sorted(key for key, value in config.items() if value and key not in known and key not in HARMLESS)
     if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from typing import TYPE_CHECKING, Literal
@@ -103,11 +104,12 @@ def model_name(stored: str) -> str:
 def _outputs(base: Base) -> list[str]:
     """Name the head's tensors that have a row for each label: those that grow with the number of labels."""
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     shapes = []
     for count in (3, 4):
-        config = AutoConfig.from_pretrained(base.path, num_labels=count)
+        config = copy.deepcopy(base.config)
+        config.num_labels = count
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
         shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})

@@ -107,6 +107,9 @@ def read_config(adaptation: Adaptation, *, afresh: bool = False) -> Config:
         config: Any = PeftConfig.from_pretrained(str(adaptation.path))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{adaptation.path}/adapter_config.json: PEFT cannot read it ({error}).") from error
+    if getattr(config, "prompt_tuning_init", None) == "TEXT":  # has PEFT load whatever tokenizer it names
+        config.prompt_tuning_init, config.prompt_tuning_init_text = "RANDOM", None
+        config.tokenizer_name_or_path = config.tokenizer_kwargs = None
     if afresh and str(getattr(config, "init_lora_weights", True)).lower() not in DETERMINED_INITS:
         config.init_lora_weights = True
     return config  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,7 @@ def extract_lora(
         The LoRA.
 
     Raises:
+        CheckpointError: One of the two holds values that are infinite or not a number.
         RecipeError: Not one of rank and energy is given.
         MismatchError: The two have nothing in common, or differ in shapes.
     """
@@ -135,6 +137,11 @@ def extract_lora(
     for done, name in enumerate(changed, 1):
         change = deltas[name].double()
         norm = float(change.square().sum())
+        if not math.isfinite(norm):
+            raise CheckpointError(
+                f"tensor {name!r}: what tuning changed is infinite or not a number (regraft weights inspect "
+                "--check-finite counts such values): take a checkpoint from before the training diverged."
+            )
         total += norm
         if name not in linear:
             left_out += norm

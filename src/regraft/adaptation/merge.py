@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adaptation import BASE_CHANGING_INITS, load_adaptation
+from regraft.adaptation.adaptation import BASE_CHANGING_INITS, check_peft, load_adaptation
 from regraft.adaptation.lora import PARTS, START
-from regraft.adaptation.record import read_json
-from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
+from regraft.adaptation.patterns import check_patterns
+from regraft.checkpoint import Derived, Entry, dtype_of, read_json, shape_of
 from regraft.errors import CheckpointError, MismatchError
 from regraft.weights import dora_weight, fold, is_optional, lora_delta, scaling
 
@@ -45,6 +46,8 @@ def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors, start
         CheckpointError: A tensor of the adapter is of no kind that is known here, or its start is needed and missing.
         MismatchError: A module that was tuned is not in the base, or has another shape there.
     """
+    stored_modules = {name.removeprefix(START).rpartition(".")[0] for name in (*base, *adapter)}
+    check_patterns(config, stored_modules, "the LoRA's adapter_config.json")
     if special := [key for key in CANNOT_MERGE if config.get(key)]:
         raise CheckpointError(
             f"the LoRA was set up with {', '.join(special)}, and is more than a change of its base's weights that can "
@@ -112,10 +115,16 @@ def lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
 
     Returns:
         The factor.
+
+    Raises:
+        CheckpointError: Its alpha is no finite number.
     """
     patterns = (config.get("alpha_pattern") or {}).items()
     own = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))  # as PEFT matches them
-    return scaling(rank, next(own, config.get("lora_alpha", 8)), bool(config.get("use_rslora")))
+    alpha = next(own, config.get("lora_alpha", 8))
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"the LoRA's adapter_config.json: the alpha of module {module!r} is {alpha!r:.80}.")
+    return scaling(rank, alpha, bool(config.get("use_rslora")))
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:
@@ -132,6 +141,7 @@ def lora_settings(folder: Path) -> dict[str, Any]:
     """
     file = folder / "adapter_config.json"
     config = read_json(file)
+    check_peft(folder, config)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{file}: is of type {kind}; only LORA can be merged.")

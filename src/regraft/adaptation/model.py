@@ -13,9 +13,10 @@ from regraft.adaptation.fit import check_beside_body, check_body, check_computin
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import START, fold_start
 from regraft.architecture import BUFFER, COMPILED
-from regraft.checkpoint import FLOATING, write_atomic, write_safetensors
+from regraft.checkpoint import FLOATING, Checkpoint, write_atomic, write_safetensors
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.progress import quiet
+from regraft.transformers_folder import check_model, read_tokenizer
 from regraft.weights import is_optional
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def fresh_model(base: Base, labels: Sequence[str], seed: int) -> Any:
     """
     model = _fresh(base, labels, seed)[0]
     if base.is_decoder:
-        model.config.pad_token_id = base.tokenizer.pad_token_id
+        model.config.pad_token_id = base.pad_id
     return model
 
 
@@ -130,7 +131,19 @@ def attach(model: Any, base: Base, config: Config, seed: int) -> Any:
             raise RecipeError(f"{base.path}: PEFT cannot put {config.peft_type} on it ({error}).") from error
         if str(getattr(config, "init_lora_weights", True)).lower().startswith(BASE_CHANGING_INITS):
             adapted.regraft_start = {name: t.clone() for name, t in peft_state(adapted).items() if ".lora_" in name}
+            _check_ranks(adapted, base)
     return adapted
+
+
+def _check_ranks(adapted: Any, base: Base) -> None:
+    """Refuse a start taken out of matrices that have fewer directions than its rank: PEFT could not load what it is."""
+    for name, module in adapted.named_modules():
+        rank, factor = getattr(module, "r", {}), getattr(module, "lora_A", {})
+        if ADAPTER in factor and factor[ADAPTER].weight.shape[0] < rank[ADAPTER]:
+            raise RecipeError(
+                f"{base.path}: rank {rank[ADAPTER]} is more than {name.removeprefix(START)} has directions "
+                f"({factor[ADAPTER].weight.shape[0]}), and this LoRA takes its start out of them. Choose at most that."
+            )
 
 
 def peft_state(model: Any) -> dict[str, torch.Tensor]:
@@ -206,7 +219,7 @@ def write_tokenizer(base: Base, into: Path) -> None:
     """
     from transformers import AutoConfig
 
-    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer = read_tokenizer(base.path)  # encoding changes settings of the one in memory
     if base.is_decoder and (into / "config.json").is_file():
         padding = AutoConfig.from_pretrained(into, trust_remote_code=False).get_text_config().pad_token_id
         if padding in tokenizer.all_special_ids:  # any other token would be split off from texts once it is special
@@ -236,7 +249,7 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
     Raises:
         CheckpointError: Something is missing, left over or misshapen; the message lists it.
     """
-    check_class(architecture, path)
+    check_model(architecture, Checkpoint.open(path))
     with quiet():
         try:
             model, report = architecture.from_pretrained(
@@ -245,9 +258,10 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
                 ignore_mismatched_sizes=True,
                 use_safetensors=True,
                 key_mapping={re.escape(COMPILED): ""},
+                trust_remote_code=False,
                 **options,
             )
-        except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        except Exception as error:  # what a config says is met all over transformers, and so is what it raises
             raise CheckpointError(f"{path}: transformers cannot load it ({error}).") from error
 
     def matters(name: str) -> bool:
@@ -267,27 +281,6 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
         lists = "; ".join(f"{len(names)} {what}: {', '.join(names[:4])}" for what, names in problems.items() if names)
         raise CheckpointError(f"{path}: its tensors do not fit a {type(model).__name__}: {lists}.")
     return model, sorted(report["missing_keys"])
-
-
-def check_class(architecture: Any, path: Path) -> None:
-    """Refuse a model of which transformers has no class of the kind that is needed.
-
-    Args:
-        architecture: A transformers auto class.
-        path: The folder.
-
-    Raises:
-        CheckpointError: It has none, as no sequence classifier of a Mamba.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if type(config) not in architecture._model_mapping:
-        kind = architecture.__name__.removeprefix("AutoModelFor")
-        raise CheckpointError(
-            f"{path}: transformers has no {config.model_type} for {kind}, which regraft would run. Its weights "
-            "can be carried over by arithmetic alone (regraft weights graft)."
-        )
 
 
 def _fresh(base: Base, labels: Sequence[str], seed: int) -> tuple[Any, list[str]]:
@@ -311,6 +304,7 @@ def _load_peft(
     import torch
     from peft import PeftModel
 
+    config: Any = read_config(adaptation)
     can_be_tuned = trainable and not adaptation.virtual_tokens
     with quiet():
         try:
@@ -318,11 +312,11 @@ def _load_peft(
                 model,
                 str(adaptation.path),
                 adapter_name=ADAPTER,
+                config=config,
                 is_trainable=can_be_tuned,
                 ignore_mismatched_sizes=True,
             )
             if trainable and not can_be_tuned:  # PEFT tunes stored virtual tokens no further of its own accord
-                config: Any = adapted.peft_config[ADAPTER]
                 config.inference_mode = False
                 encoder: Any = adapted.prompt_encoder[ADAPTER]
                 if adaptation.kind == "prefix":  # what projected them was not saved: they are tuned themselves
@@ -394,6 +388,7 @@ def _head_config(labels: Sequence[str]) -> dict[str, Any]:
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": None,  # a base's own may be regression, and what is tuned here is a classifier
         "dtype": "float32",
     }
 

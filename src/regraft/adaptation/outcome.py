@@ -6,11 +6,13 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 from regraft.checkpoint import publish, write_atomic
 from regraft.errors import OutcomeError
+from regraft.printable import printable
 
 SCHEMA = 1
 
@@ -155,16 +157,17 @@ def _card(record: dict[str, Any]) -> str:
         "pipeline_tag: text-classification",
         "tags: [regraft]",
         "---",
-        f"# {task['name']} on {Path(record['base']['name']).name}",
+        f"# {_plain(task['name'])} on {_plain(Path(record['base']['name']).name)}",
         "",
-        f"A {record['kind']} adaptation for `{task['name']}` ({', '.join(record['labels'])}), made by "
-        f"regraft with method `{record['method']}`.",
+        f"A {record['kind']} adaptation for {_code(task['name'])} ({', '.join(map(_plain, record['labels']))}), made "
+        f"by regraft with method `{record['method']}`.",
         "",
-        f"- base model: `{record['base']['name']}` ({record['base']['fingerprint']})",
+        f"- base model: {_code(record['base']['name'])} ({record['base']['fingerprint']})",
     ]
     if record.get("recycled_from"):
         source = record["recycled_from"]
-        lines.append(f"- recycled from: `{source['adaptation']}` on `{source['old_base']}` ({source['fingerprint']})")
+        names = f"{_code(source['adaptation'])} on {_code(source['old_base'])}"
+        lines.append(f"- recycled from: {names} ({source['fingerprint']})")
     lines += [
         f"- {task['metric']}: dev {_figure(scores['dev'])}, test {_figure(scores['test'])}"
         f" (before the first step: dev {_figure(scores['dev_at_start'])})",
@@ -179,10 +182,20 @@ def _card(record: dict[str, Any]) -> str:
 
 def _made_with(record: dict[str, Any]) -> str:
     recipe, options = record["recipe"], record["inputs"].get("options") or {}
-    parts = [f"{name} {value}" for name, value in options.items() if value not in (None, "", [], ())]
+    parts = [_plain(f"{name} {value}") for name, value in options.items() if value not in (None, "", [], ())]
     if record["cost"]["steps"]:
         parts.append(f"batches of {recipe['batch_size']}, peak learning rate {recipe['learning_rate']:g}")
     return ", ".join([*parts, f"seed {record['seed']}"])
+
+
+def _code(text: str) -> str:
+    """Show text from files as it is: in a code span, Markdown has no markup, links or HTML."""
+    return f"`{' '.join(printable(text).replace('`', chr(39)).split())}`"
+
+
+def _plain(text: str) -> str:
+    """Show text from files without a code span where it has no character that Markdown gives a meaning to."""
+    return text if re.fullmatch(r"(?!.*www\.)\w[\w .,+-]*", text) else _code(text)
 
 
 def _figure(value: float | None) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import parse_json
+from regraft.checkpoint import read_json
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -12,29 +13,6 @@ if TYPE_CHECKING:
 
 RECORD = "lineage.json"
 OUTCOME = "outcome.json"
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object, no name in it twice.
-
-    Args:
-        file: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        CheckpointError: It cannot be read or is none.
-    """
-    try:
-        content = parse_json(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a JSON object.")
-    return content
 
 
 def recorded(folder: Path) -> tuple[tuple[str, ...] | None, str | None]:
@@ -122,6 +100,6 @@ def _lineage(record: dict[str, Any], file: Path) -> tuple[tuple[str, ...] | None
 
 
 def _refuse_twins(labels: tuple[str, ...] | list[str], where: str) -> None:
-    twins = sorted({label for label in labels if list(labels).count(label) > 1})
+    twins = sorted(label for label, count in Counter(labels).items() if count > 1)
     if twins:
         raise CheckpointError(f"{where} names {', '.join(map(repr, twins[:4]))} more than once.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from regraft.checkpoint import shape_of
 from regraft.errors import CheckpointError
+from regraft.transformers_folder import read_tokenizer
 from regraft.weights import Named, RowMatch, has_row_for_each_token, match_rows
 
 if TYPE_CHECKING:
@@ -66,10 +67,5 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
-    from transformers import AutoTokenizer
-
-    try:
-        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot read its tokenizer ({error}).") from error
+    vocabulary: dict[str, int] = read_tokenizer(folder).get_vocab()
     return vocabulary

@@ -4,8 +4,9 @@ from regraft.checkpoint.derived import Derived, Entry, dtype_of, piece, shape_of
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
 from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
-from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, parse_json, read_header
+from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_header
 from regraft.checkpoint.hub import find_path
+from regraft.checkpoint.json_file import parse_json, read_json
 from regraft.checkpoint.reader import Checkpoint
 from regraft.checkpoint.whole import TOKENIZER, Plan, copy_companions, plan_checkpoint, write_folder
 from regraft.checkpoint.writer import plan_shards, size_of, write_checkpoint, write_safetensors
@@ -30,6 +31,7 @@ __all__ = [
     "plan_shards",
     "publish",
     "read_header",
+    "read_json",
     "resumable_folder",
     "shape_of",
     "size_of",

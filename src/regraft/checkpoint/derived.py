@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint.header import dtype_name, torch_dtype
+from regraft.checkpoint.header import FLOATING, dtype_name, torch_dtype
 from regraft.checkpoint.reader import Checkpoint
+from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ class Derived(Mapping[str, "torch.Tensor"]):
         entry = self.entries[name]
         if not entry.elementwise:
             result = entry.rule(*(tensors[operand] for tensors, operand in entry.operands))
-            return result.to(torch_dtype(entry.dtype)).reshape(entry.shape)
+            return _stored(result, name, entry).reshape(entry.shape)
         import torch
 
         whole = torch.empty(math.prod(entry.shape), dtype=torch_dtype(entry.dtype))
@@ -114,5 +115,17 @@ def piece(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int
     if isinstance(tensors, Derived) and tensors.entries[name].elementwise:
         entry = tensors.entries[name]
         result = entry.rule(*(piece(source, operand, start, count) for source, operand in entry.operands))
-        return result.to(torch_dtype(entry.dtype))
+        return _stored(result, name, entry)
     return tensors[name].reshape(-1)[start : start + count]
+
+
+def _stored(result: torch.Tensor, name: str, entry: Entry) -> torch.Tensor:
+    """Round a result to the dtype it is stored in; what is copied may hold anything, as masks do."""
+    result = result.to(torch_dtype(entry.dtype))
+    is_computed = len(entry.operands) > 1 and entry.dtype in FLOATING and result.numel()
+    if is_computed and not all(map(math.isfinite, result.aminmax())):
+        raise CheckpointError(
+            f"tensor {name!r} would be infinite or not a number in {entry.dtype}: an input is (regraft weights inspect "
+            "--check-finite tells), or the result is too large for that dtype."
+        )
+    return result

@@ -10,32 +10,39 @@ from regraft.errors import CheckpointError
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from regraft.checkpoint.reader import Checkpoint
 
 PIECE = 1 << 22
 
 
-def check_finite(checkpoint: Checkpoint, progress: Progress = silent) -> None:
+def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Collection[str] | None = None) -> None:
     """Refuse a checkpoint with values that are infinite or not a number.
 
     Args:
         checkpoint: The weights, read in pieces of a few megabytes.
         progress: Told of each piece, in numbers.
+        names: The tensors to check; None for all.
 
     Raises:
         CheckpointError: There are some; the message counts them by tensor.
     """
     import torch
 
-    sizes = {n: math.prod(info.shape) for n, info in checkpoint.tensors.items() if info.dtype in FLOATING}
+    sizes = {
+        name: math.prod(info.shape)
+        for name, info in checkpoint.tensors.items()
+        if info.dtype in FLOATING and (names is None or name in names)
+    }
     total, done = sum(sizes.values()), 0
     found: dict[str, int] = {}
     for name, count in sizes.items():
         for start in range(0, count, PIECE):
             size = min(PIECE, count - start)
-            wrong = size - int(torch.isfinite(checkpoint.piece(name, start, size)).sum())
-            if wrong:
-                found[name] = found.get(name, 0) + wrong
+            values = checkpoint.piece(name, start, size)
+            if not all(map(math.isfinite, values.aminmax())):  # forty times as fast as to count
+                found[name] = found.get(name, 0) + size - int(torch.isfinite(values).sum())
             done += size
             progress("check", done, total, {})
     if found:

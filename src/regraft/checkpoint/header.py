@@ -5,11 +5,11 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from regraft.checkpoint.json_file import parse_json
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     import torch
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 32_000_000  # Python's objects take up to twenty times as much
+MAX_TENSORS = 150_000  # the largest open models have 142,000: weights and scales of 384 experts in 61 layers
 MAX_DIMENSIONS = 64  # torch's own
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -105,7 +106,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            if size >= 8 + length and length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file}: its header has {length:,} bytes; {MAX_HEADER_BYTES:,} are read of a file."
+                )
+            if size < 8 or length > size - 8:
                 raise CheckpointError(
                     f"{file}: not a whole safetensors file: its header claims {length:,} bytes and the file has "
                     f"{size:,}. It was probably cut off while it was copied: fetch it again."
@@ -117,6 +122,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file}: its safetensors header is not valid JSON ({error}). Fetch it again.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: its safetensors header is not a JSON object. Fetch the file again.")
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{file}: names {len(header):,} tensors; {MAX_TENSORS:,} are read of a file.")
     data_start = 8 + length
     tensors = [_tensor_info(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"]
     tensors.sort(key=lambda info: (info.start, info.end))
@@ -138,47 +145,27 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return {info.name: info for info in tensors}
 
 
-def parse_json(text: bytes) -> Any:
-    """Parse JSON that must not name a thing twice.
-
-    Args:
-        text: UTF-8.
-
-    Returns:
-        What it says.
-
-    Raises:
-        ValueError: It is no JSON, or an object in it has a name twice.
-    """
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r:.200} is there twice")
-    return found
-
-
 def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    malformed = CheckpointError(f"{file}: tensor {name!r:.200} has a malformed header entry {str(entry)[:120]}.")
     if not isinstance(entry, dict):
-        raise malformed
+        raise _malformed(file, name, entry)
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise malformed
+            raise _malformed(file, name, entry)
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(
             f"{file}: tensor {name!r:.200} has dtype {dtype!r:.200}, which is not one of {', '.join(ITEM_BYTES)}."
         )
     if len(shape) > MAX_DIMENSIONS:
-        raise malformed
+        raise _malformed(file, name, entry)
     if len(offsets) != 2 or offsets[1] - offsets[0] != ITEM_BYTES[dtype] * math.prod(shape):
         raise CheckpointError(
             f"{file}: tensor {name!r:.200} of shape {shape} and dtype {dtype} cannot lie in bytes {offsets!s:.100}."
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
+
+
+def _malformed(file: Path, name: str, entry: object) -> CheckpointError:
+    return CheckpointError(f"{file}: tensor {name!r:.200} has a malformed header entry {str(entry)[:120]}.")

@@ -10,14 +10,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint.header import ITEM_BYTES, TensorInfo, parse_json, read_header, torch_dtype
+from regraft.checkpoint.header import ITEM_BYTES, MAX_TENSORS, TensorInfo, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
+from regraft.checkpoint.json_file import read_json
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
 NAMES = ("model.safetensors", "adapter_model.safetensors")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX = "model.safetensors.index.json"
 
 
@@ -60,10 +62,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         for name in NAMES:
             if (path / name).is_file():
                 return cls(path, read_header(path / name))
-        pickles = sorted(file.name for file in path.glob("*.bin"))
+        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+        below = sorted(file.parent.name for name in (*NAMES, INDEX) for file in path.glob(f"*/{name}"))
+        library = "PEFT" if pickles and "adapter" in pickles[0] else "transformers"
         hint = (
-            f" {pickles[0]} is a pickle, which is not read: load it with transformers and call save_pretrained."
+            f" {pickles[0]} is a pickle, which can run code and is not read: if you trust it, load it with {library} "
+            "and call save_pretrained."
             if pickles
+            else f" Its folder {below[0]} does: give that."
+            if below
             else " Is this the folder that save_pretrained wrote?"
         )
         raise CheckpointError(f"{path}: holds none of {', '.join((*NAMES, INDEX))}.{hint}")
@@ -130,12 +137,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
     index_file = folder / INDEX
     try:
-        weight_map = parse_json(index_file.read_bytes())["weight_map"]
+        weight_map = read_json(index_file)["weight_map"]
         items = sorted((name, shard) for name, shard in weight_map.items() if isinstance(shard, str))
         if not items or len(items) != len(weight_map):
             raise ValueError("no tensors, or files that are not names")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index_file}: not a safetensors index with a weight_map ({error!r:.200}).") from error
+    if len(items) > MAX_TENSORS:
+        raise CheckpointError(f"{index_file}: names {len(items):,} tensors; {MAX_TENSORS:,} are read of a checkpoint.")
     shards: dict[str, dict[str, TensorInfo]] = {}
     for shard in sorted({shard for _, shard in items}):
         if "\0" in shard or Path(shard).name != shard or shard in ("", ".", ".."):

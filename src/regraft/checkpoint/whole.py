@@ -130,11 +130,12 @@ def copy_companions(source: Path, into: Path, patterns: tuple[str, ...]) -> None
     Args:
         source: The folder they are in.
         into: Where to.
-        patterns: Which, as `*.json`; indexes of shards and records of how a folder was made are left out.
+        patterns: Which, as `*.json`; indexes of shards, code, and records of how a folder was made are left out.
     """
     for pattern in patterns:
         for file in source.glob(pattern):
-            if not file.name.endswith(".index.json") and file.name not in NOT_COPIED:
+            left_out = file.name.endswith((".index.json", ".py")) or file.name in NOT_COPIED
+            if file.is_file() and not left_out:
                 shutil.copyfile(file, into / file.name)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from regraft.cli import adaptation, chain, check, compare, demo, methods, pretrain, recycle, report, task, tune, weights
 from regraft.errors import RegraftError
+from regraft.printable import printable
 
 app = typer.Typer(
     name="regraft",
@@ -39,14 +40,26 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         app()
     except RegraftError as error:
         if _settings["debug"]:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_in_one_piece(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _in_one_piece(super().format(record))
+
+
+def _in_one_piece(message: str) -> str:
+    """Indent what follows the first line: a newline in a name cannot begin a message of its own."""
+    return printable(message).replace("\n", "\n  ")

@@ -14,8 +14,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from regraft.printable import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from rich.console import ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
     from regraft.adaptation import Adaptation, Outcome
     from regraft.chain import Chained
@@ -25,7 +30,16 @@ if TYPE_CHECKING:
     from regraft.upgrade import Base
     from regraft.weights import Distance
 
-console = Console()
+
+class _Terminal(Console):
+    """A console that no text from a file can steer: what it writes itself, as colours, is apart from text."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+console = _Terminal()
 SECONDS_BETWEEN_LINES = 10.0
 
 

@@ -19,16 +19,15 @@ def main() -> None:
 def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", metavar="FILE")]) -> None:
     """Read a task and show its splits, or say which row of which file is wrong."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from regraft.cli.show import console
     from regraft.task import Task, majority_score, read_task, summarise
 
     data = read_task(Task.load(file))
     splits = (data.dev, data.test) if data.labelled else ()
     scores = {split.name: f"{majority_score(data, split):.3f}" for split in splits if split is not None}
-    console = Console()
     table = Table(title=escape(data.name), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("split and label", overflow="fold")
     for name in ("examples", "share", "words:\nmedian", "\np95", "\nmax", f"majority\n{data.metric}"):

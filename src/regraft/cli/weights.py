@@ -43,7 +43,8 @@ def graft(
     from regraft.cli import show
     from regraft.weights import counterparts, graft_all
 
-    factors = {**_factors(scale_for or []), "*": scale}
+    factors = {"*": scale, **_factors(scale_for or [])}
+    factors["*"] = factors.pop("*")  # the first pattern that fits counts
     sides = _open(check_finite, new=new, tuned=tuned, old=old)
     views = _named(sides)
     rows = match_vocabularies(sides["old"], sides["new"], views["old"], views["new"])

@@ -123,6 +123,7 @@ def load_pair(
     data = load_data(task, recipe.seed)
     data.require_labels("check")
     data = match_labels(adaptation, data.with_room(adaptation.virtual_tokens, upgrade.new.longest))
+    upgrade.check_finite()
     old = check_fit(adaptation, upgrade, data.labels)
     effect = check_effect(old, adaptation, upgrade.old, data)
     precision = recipe.resolve(len(data.train), 1.0).precision

@@ -108,6 +108,7 @@ def recycle(
         inputs["text"] = Corpus((text,)).digest()
     if done := find_outcome(out, inputs):
         return done
+    upgrade.check_finite()
     labels = data.labels if head == "copy" else stored_labels(adaptation, upgrade.old)
     check_effect(check_fit(adaptation, upgrade, labels), adaptation, upgrade.old, data)
     resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))

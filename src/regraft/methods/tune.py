@@ -82,6 +82,7 @@ def tune(
     }
     if done := find_outcome(out, inputs):
         return done
+    base.check_finite()
     from regraft.tuning import tune_model
 
     resolved = recipe.resolve(len(data.train), learning_rate(kind_of(config)))

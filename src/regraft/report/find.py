@@ -6,19 +6,18 @@ import dataclasses
 import json
 import math
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Outcome, load_outcome
 from regraft.errors import OutcomeError
+from regraft.printable import printable
 from regraft.report.schema import COMPARISON, check_diagnosis, check_outcome, hold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 OUTCOME_FILE, COMPARISON_FILE, DIAGNOSIS_FILE = "outcome.json", "comparison.json", "diagnosis.json"
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +138,7 @@ def clean(value: Any) -> Any:
         The same with U+FFFD for such characters, and NaN for such numbers.
     """
     if isinstance(value, str):
-        return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+        return printable(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else math.nan
     if isinstance(value, dict):

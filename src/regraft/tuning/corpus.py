@@ -167,6 +167,7 @@ def _tokenise(base: Base, texts: Sequence[str]) -> list[list[int]]:
     encoded: list[list[int]] = tokenizer(
         list(texts), add_special_tokens=not base.is_decoder, return_attention_mask=False, verbose=False
     )["input_ids"]
+    base.check_tokens(tokenizer, {token for ids in encoded for token in ids})
     if base.is_decoder and tokenizer.eos_token_id is not None:
         return [[*ids, tokenizer.eos_token_id] for ids in encoded]
     return encoded

@@ -82,8 +82,9 @@ def encode(base: Base, split: Split, max_length: int) -> Examples:
     encoded = tokenizer(
         first, second, truncation=True, max_length=min(max_length, base.longest), return_attention_mask=False
     )
+    base.check_tokens(tokenizer, {token for ids in encoded["input_ids"] for token in ids})
     pad = {name: 0 for name in encoded}
-    pad["input_ids"] = tokenizer.pad_token_id
+    pad["input_ids"] = base.pad_id
     return Examples({name: list(encoded[name]) for name in encoded}, split.labels, pad)
 
 

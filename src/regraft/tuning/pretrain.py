@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regraft.adaptation import write_tokenizer
 from regraft.checkpoint import (
     Checkpoint,
     Derived,
@@ -154,6 +155,7 @@ def pretrain(
         inputs["keep_every"] = keep_every
     if _is_done(out, inputs):
         return Base.open(out)
+    base.check_finite()
     with resumable_folder(out, inputs) as work:
         blocks = pack(corpus, base, block, work / "tokens.bin", progress)
         held_out = min(HELD_OUT_BLOCKS, max(1, len(blocks) // 20))
@@ -203,7 +205,7 @@ class _Made:
         with quiet():
             model.save_pretrained(staging)
         _carry_over(self.base, staging)
-        self.base.tokenizer.save_pretrained(staging)
+        write_tokenizer(self.base, staging)
         record = {
             "base": {"name": self.base.name, "fingerprint": self.base.fingerprint},
             "inputs": self.inputs,

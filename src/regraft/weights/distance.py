@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from regraft.checkpoint import dtype_of, piece, shape_of
-from regraft.errors import MismatchError
+from regraft.errors import CheckpointError, MismatchError
 from regraft.progress import Progress, silent
 from regraft.weights.names import align, kind_of, layer_of
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 PIECE = 1 << 22
+REMEDY = "they have no distance (regraft weights inspect --check-finite counts them)."
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ def distance(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Distance:
 
     Returns:
         Their distance, summed in float64.
+
+    Raises:
+        CheckpointError: They hold values that are infinite or not a number.
     """
     return _distance([_sums(a, b) for a, b in pairs])
 
@@ -67,6 +71,7 @@ def distances(
         Distances by `whole`, `layer` and `kind`, and by the name in each; tensors of one side only are left out.
 
     Raises:
+        CheckpointError: A tensor holds values that are infinite or not a number.
         MismatchError: A tensor has different shapes, or no tensor is in both.
     """
     names = {n: o for n, o in align(second, first).items() if dtype_of(first, n) in ("F64", "F32", "F16", "BF16")}
@@ -82,6 +87,8 @@ def distances(
         for start in range(0, count, PIECE):
             size = min(PIECE, count - start)
             sums = _sums(piece(first, name, start, size), piece(second, other, start, size))
+            if not math.isfinite(sums.difference + sums.first + sums.second):
+                raise CheckpointError(f"tensor {name!r} holds values that are infinite or not a number: {REMEDY}")
             for by, group in (("whole", "all"), ("layer", layer_of(name)), ("kind", kind_of(name))):
                 groups[by].setdefault(group, []).append(sums)
             done += size
@@ -112,6 +119,8 @@ def _distance(parts: list[_Sums]) -> Distance:
     )
     norms = math.sqrt(first) * math.sqrt(second)
     l2 = math.sqrt(difference)
+    if not math.isfinite(l2 + norms):
+        raise CheckpointError(f"there are weights that are infinite or not a number: {REMEDY}")
     return Distance(
         l2=l2,
         cosine=min(1.0, max(-1.0, dot / norms)) if norms else float(difference == 0),

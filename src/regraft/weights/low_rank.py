@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regraft.errors import RecipeError
+from regraft.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ def low_rank(
         B [out, r] and A [r, in], in the dtype of `delta` or float32 if that is narrower; r is at least 1.
 
     Raises:
+        CheckpointError: The delta holds values that are infinite or not a number.
         RecipeError: Not one of rank and energy is given, or it is out of its range.
     """
     import torch
@@ -43,6 +44,8 @@ def low_rank(
     if energy is not None and not 0 < energy <= 1:
         raise RecipeError(f"the energy to keep is above 0 and at most 1, found {energy}.")
     change = delta.to(torch.float64)
+    if not change.isfinite().all():
+        raise CheckpointError("what is infinite or not a number has no approximation of a low rank.")
     forth, back = _roots(change.shape[1], second_moment, change)
     u, s, vt = torch.linalg.svd(change @ forth if second_moment is not None else change, full_matrices=False)
     if energy is not None:

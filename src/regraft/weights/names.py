@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from regraft.checkpoint import Derived, shape_of
@@ -128,5 +129,5 @@ def align(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor])
 
 def _prefixes(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Give the empty prefix and those that more than half of the names begin with."""
-    firsts = [name.split(".")[0] + "." for name in tensors]
-    return ["", *sorted({first for first in firsts if firsts.count(first) * 2 > len(firsts)})]
+    firsts = Counter(name.split(".")[0] + "." for name in tensors)
+    return ["", *sorted(first for first, count in firsts.items() if count * 2 > len(tensors))]

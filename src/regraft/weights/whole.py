@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
-from regraft.errors import MismatchError
+from regraft.errors import MismatchError, RecipeError
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.names import Named, align, is_optional
 from regraft.weights.vocabulary import graft_rows, has_row_for_each_token
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     import torch
 
@@ -118,7 +120,9 @@ def graft_all(
 
     Raises:
         MismatchError: A tensor has different shapes, or is in one base only.
+        RecipeError: λ is infinite or not a number.
     """
+    _check_factors("λ", *(scale.values() if isinstance(scale, Mapping) else (scale,)))
     pairs = counterparts(new, tuned, old)
     by_token = _by_token(tuned) & pairs.new.keys() if rows is not None else frozenset()
     _same_shapes(
@@ -190,7 +194,9 @@ def interpolate_all(first: Tensors, second: Tensors, t: float) -> Derived:
 
     Raises:
         MismatchError: A tensor has different shapes, or is in the second only.
+        RecipeError: t is infinite or not a number.
     """
+    _check_factors("t", t)
     in_second = align(second, first)
     left_over = sorted(set(second) - set(in_second.values()))
     if left_over or len(in_second) < len(first):
@@ -249,6 +255,11 @@ def _scale(scale: float | Mapping[str, float], name: str) -> float:
     if isinstance(scale, int | float):
         return scale
     return next((factor for pattern, factor in scale.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
+
+
+def _check_factors(what: str, *factors: float) -> None:
+    if wrong := [factor for factor in factors if not math.isfinite(factor)]:
+        raise RecipeError(f"{what} is a finite number, found {wrong[0]}.")
 
 
 def _same_shapes(like: Tensors, *sides: tuple[Tensors, Mapping[str, str]]) -> None:

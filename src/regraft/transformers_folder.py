@@ -1,0 +1,160 @@
+"""What a folder of save_pretrained says of its model and its tokenizer: read without running any code that is in it."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from regraft.checkpoint import Checkpoint, read_json
+from regraft.errors import CheckpointError
+from regraft.progress import quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+# what a config may ask to be built one by one; the deepest open models have some 200 layers, the widest 2,048 experts
+MOST = (
+    (re.compile(r"layer|depth|stage|^n(um)?_blocks?$"), 1024),
+    (re.compile(r"expert|group"), 4096),
+    (re.compile(r"label"), 100_000),
+)
+SLACK = 1 << 24  # numbers that a model may have beyond twice its file's: those of a head and a pooler
+
+
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """Read the `config.json` beside a checkpoint.
+
+    Args:
+        checkpoint: The weights that it describes.
+
+    Returns:
+        The transformers config, with the defaults that the file leaves out.
+
+    Raises:
+        CheckpointError: It is no config of a model that transformers knows, needs code of its own, or has absurd sizes.
+    """
+    from transformers import AutoConfig
+
+    file = checkpoint.folder / "config.json"
+    settings = read_json(file)
+    _check_counts(settings, file)
+    names = settings.get("architectures") or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{file}: architectures is {names!r:.80}, not a list of the names of classes.")
+    try:
+        with quiet():
+            config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # each field of a wrong type raises what the first to use it raises
+        raise CheckpointError(f"{file}: transformers cannot read it ({_reason(error)}).") from error
+    return config
+
+
+def check_model(architecture: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a `config.json` that no model of a kind can be built of, or only one far larger than its file.
+
+    Args:
+        architecture: A transformers auto class.
+        checkpoint: The weights.
+
+    Raises:
+        CheckpointError: A model of that config has more than twice as many numbers as are stored, or cannot be built,
+            as no sequence classifier of a Mamba.
+    """
+    import torch
+
+    config, file = read_config(checkpoint), checkpoint.folder / "config.json"
+    if type(config) not in architecture._model_mapping:
+        kind = architecture.__name__.removeprefix("AutoModelFor")
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers has no {config.model_type} for {kind}, which regraft would run. Its weights "
+            "can be carried over by arithmetic alone (regraft weights graft)."
+        )
+    try:
+        with quiet(), torch.device("meta"):
+            model = architecture.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{file}: transformers cannot build a model of it ({_reason(error)}).") from error
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    stored = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    if described > 2 * stored + SLACK:
+        raise CheckpointError(
+            f"{file}: describes a model of {described:,} numbers, and {checkpoint.path} holds {stored:,}. Give the "
+            "config.json that was saved with these weights."
+        )
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a folder, as it is.
+
+    Args:
+        folder: A folder of transformers.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: There is none, transformers cannot read it, or it says nonsense of the longest text.
+    """
+    from transformers import AutoTokenizer
+
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        read_json(settings)
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as for a config
+        raise CheckpointError(f"{folder}: transformers cannot read its tokenizer ({_reason(error)}).") from error
+    vocabulary = set(tokenizer.get_vocab())
+    if vocabulary <= set(tokenizer.all_special_tokens):  # transformers made one out of nothing
+        raise CheckpointError(f"{folder}: holds no tokenizer. Copy the base's tokenizer files into it.")
+    if not settings.is_file() and (invented := sorted(vocabulary - _stored_vocabulary(folder, vocabulary))):
+        raise CheckpointError(
+            f"{folder}: has no tokenizer_config.json, and transformers takes special tokens that its tokenizer.json "
+            f"has not ({', '.join(map(repr, invented[:5]))}). Copy the file that was saved with it."
+        )
+    longest: Any = tokenizer.model_max_length
+    if type(longest) not in (int, float) or not longest == longest // 1 or longest < 1:
+        raise CheckpointError(
+            f"{settings}: model_max_length is {longest!r:.80}, not a whole number of tokens from 1. Correct it."
+        )
+    tokenizer.model_max_length = int(longest)
+    return tokenizer
+
+
+def _check_counts(settings: dict[str, Any], file: Path) -> None:
+    for name, value in _settings(settings):
+        if name.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise CheckpointError(f"{file}: {name} is {value!r:.80}, code of the hub, which is not run. Remove it.")
+        count = len(value) if name == "id2label" and isinstance(value, dict) else value
+        for part, most in MOST:
+            if part.search(name) and isinstance(count, int | float) and count > most:
+                raise CheckpointError(
+                    f"{file}: {name} is {count:,}, and at most {most:,} are built. Give the config.json that was "
+                    "saved with these weights."
+                )
+
+
+def _settings(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        yield name, value
+        if isinstance(value, dict) and name.endswith("config"):  # of a model inside the model
+            yield from _settings(value)
+
+
+def _stored_vocabulary(folder: Path, vocabulary: set[str]) -> set[str]:
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    return set(Tokenizer.from_file(str(file)).get_vocab()) if file.is_file() else vocabulary
+
+
+def _reason(error: Exception) -> str:
+    """Say in a line what transformers said in several; its advice to run code from the folder is not passed on."""
+    if "trust_remote_code" in str(error):
+        return "it needs code that is in the folder, and no code of a checkpoint is run"
+    return f"{' '.join(str(error).split()):.300}" or type(error).__name__

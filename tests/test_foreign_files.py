@@ -1,0 +1,348 @@
+"""Checkpoints, configs, tokenizers and adapters of others: no code of theirs runs, and what cannot be used is named."""
+
+import json
+import math
+import re
+import shutil
+import struct
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from regraft import Base, Upgrade, check, load_adaptation, recycle, tune
+from regraft.adaptation import attach, fresh_model, load_model, merge_lora, read_config
+from regraft.checkpoint import Checkpoint
+from regraft.errors import CheckpointError, RecipeError, RegraftError
+from regraft.weights import distance, distances, graft_all, interpolate_all, low_rank
+
+MATRIX = "bert.encoder.layer.0.output.dense.weight"
+ENTRY = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Copy a folder, with changes to one of its JSON files."""
+
+    def copy(source, file="config.json", **changes):
+        folder = tmp_path / f"copy-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(source, folder)
+        content = {**json.loads((folder / file).read_text()), **changes}
+        content = {name: value for name, value in content.items() if value is not ...}
+        (folder / file).write_text(json.dumps(content))
+        return folder
+
+    return copy
+
+
+def change_tensors(folder, change):
+    file = next(folder.glob("*.safetensors"))
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+def poison(tensors):
+    tensors[MATRIX][3, 4] = math.nan
+    return tensors
+
+
+def write_header(folder, text):
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(struct.pack("<Q", len(text)) + text.encode())
+    return folder
+
+
+# numbers that are none
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_base_with_values_that_are_no_numbers_is_named(copied, bases, tuned, task_file, tmp_path, side):
+    pair = list(bases["bert"])
+    pair[side] = change_tensors(copied(pair[side]), poison)
+    says = re.escape(f"{pair[side]}: 1 tensors hold values that are infinite or not a number: {MATRIX} (1 of 2,048)")
+    upgrade = Upgrade(*pair)
+    adaptation = load_adaptation(tuned["bert", "lora"])
+    with pytest.raises(CheckpointError, match=says):
+        check(upgrade, adaptation, task_file, force=True)
+    with pytest.raises(CheckpointError, match=says):
+        recycle(upgrade, adaptation, task_file, "direct", tmp_path / "out", force=True)
+    with pytest.raises(CheckpointError, match=says):
+        tune(pair[side], task_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_arithmetic_never_gives_what_is_no_number(copied, bases, tuned):
+    old, new = (Checkpoint.open(path) for path in bases["bert"])
+    full = Checkpoint.open(tuned["bert", "full"] / "adaptation")
+    spoilt = Checkpoint.open(change_tensors(copied(bases["bert"][1]), poison))
+    for factor in (math.nan, math.inf):
+        with pytest.raises(RecipeError, match="λ is a finite number"):
+            graft_all(new, full, old, factor)
+        with pytest.raises(RecipeError, match="t is a finite number"):
+            interpolate_all(old, new, factor)
+    with pytest.raises(CheckpointError, match=MATRIX):
+        distances(old, spoilt)
+    with pytest.raises(CheckpointError, match="infinite or not a number"):
+        distance([(torch.tensor([1.0, math.inf]), torch.ones(2))])
+    with pytest.raises(CheckpointError, match=f"{MATRIX}' would be infinite"):
+        graft_all(spoilt, full, old)[MATRIX]
+    with pytest.raises(CheckpointError, match="infinite or not a number"):
+        low_rank(torch.full((3, 3), math.nan), rank=1)
+    lora = Checkpoint.open(tuned["bert", "lora"] / "adaptation")
+    config = json.loads((tuned["bert", "lora"] / "adaptation" / "adapter_config.json").read_text())
+    for alpha in (math.nan, math.inf, "16", None):
+        with pytest.raises(CheckpointError, match="the alpha of module"):
+            merge_lora(lora, {**config, "lora_alpha": alpha}, old)
+
+
+def test_a_result_beyond_its_dtype_is_no_result():
+    half = {"w": torch.full((4,), 60_000.0, dtype=torch.float16)}
+    with pytest.raises(CheckpointError, match="'w' would be infinite or not a number in F16"):
+        graft_all(half, half, {"w": torch.zeros(4, dtype=torch.float16)})["w"]
+
+
+# code of others
+
+
+def test_no_code_of_a_checkpoint_runs_and_nothing_asks(copied, bases, tuned, tmp_path, monkeypatch):
+    def add_code(folder):
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        return folder
+
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    own = {"auto_map": {"AutoConfig": "evil.E", "AutoModelForSequenceClassification": "evil.M"}, "model_type": "evil"}
+    base = Base.open(bases["bert"][0])
+    with pytest.raises(CheckpointError, match="no code of a checkpoint is run"):
+        Base.open(add_code(copied(base.path, **own)))
+    full = load_adaptation(add_code(copied(tuned["bert", "full"] / "adaptation", **own)))
+    with pytest.raises(CheckpointError, match="no code of a checkpoint is run"):
+        load_model(full, base, full.labels)
+    with pytest.raises(CheckpointError, match="attn_implementation is 'somebody/kernel', code of the hub"):
+        Base.open(copied(base.path, attn_implementation="somebody/kernel"))
+    tokenizer = add_code(
+        copied(
+            base.path, "tokenizer_config.json", tokenizer_class="E", auto_map={"AutoTokenizer": ["evil.E", "evil.E"]}
+        )
+    )
+    assert Base.open(tokenizer).tokenizer.get_vocab() == base.tokenizer.get_vocab()
+    lora = copied(
+        tuned["bert", "lora"] / "adaptation", "adapter_config.json", megatron_config={"a": 1}, megatron_core="evil"
+    )
+    with pytest.raises(CheckpointError, match="has PEFT import 'evil'"):
+        load_adaptation(lora)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_text_that_a_prompt_began_with_loads_no_tokenizer(tmp_path, bases):
+    config = {
+        "peft_type": "PROMPT_TUNING", "task_type": "SEQ_CLS", "num_virtual_tokens": 2, "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "x", "tokenizer_name_or_path": str(tmp_path / "none"), "token_dim": 32,
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"prompt_embeddings": torch.ones(2, 32)}, tmp_path / "adapter_model.safetensors")
+    base = Base.open(bases["bert"][0])
+    attach(fresh_model(base, ("a", "b"), 0), base, read_config(load_adaptation(tmp_path), afresh=True), 0)
+
+
+def test_only_files_that_are_no_code_are_copied_beside_weights(tmp_path, copied, bases):
+    from regraft.checkpoint import TOKENIZER, copy_companions
+
+    folder = copied(bases["bert"][0])
+    (folder / "tokenizer_of_somebody.py").write_text("")
+    (folder / "vocab.txt").mkdir()
+    (tmp_path / "into").mkdir()
+    copy_companions(folder, tmp_path / "into", TOKENIZER)
+    assert sorted(file.name for file in (tmp_path / "into").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+# configs and tokenizers
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"pad_token_id": "x"}, "pad_token_id"),
+        ({"pad_token_id": 999}, "Padding_idx must be within num_embeddings"),
+        ({"dtype": "float99"}, "float99"),
+        ({"model_type": ["bert"]}, "cannot read it"),
+        ({"id2label": ["a"]}, "cannot read it|id2label"),
+        ({"architectures": 5}, "architectures is 5|names 5"),
+        ({"num_labels": 10**9}, r"num_labels is 1,000,000,000, and at most 100,000"),
+        ({"num_hidden_layers": 100_000}, r"num_hidden_layers is 100,000, and at most 1,024"),
+        ({"max_position_embeddings": 10**12}, r"describes a model of [\d,]+ numbers|does not go with"),
+        ({"hidden_act": "nope"}, "nope"),
+    ],
+)
+@pytest.mark.parametrize("which", ["base", "full"])
+def test_a_config_that_makes_no_sense_is_refused_at_once(copied, bases, tuned, which, changes, says):
+    began = time.monotonic()
+    with pytest.raises(RegraftError, match=says):
+        if which == "base":
+            fresh_model(Base.open(copied(bases["bert"][0], **changes)), ("a", "b"), 0)
+        else:
+            full = load_adaptation(copied(tuned["bert", "full"] / "adaptation", **changes))
+            load_model(full, Base.open(bases["bert"][0]), ("negative", "positive"))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"a":' * 100_000, '{"a": 1, "a": 2}', "\ud800"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_file_that_is_no_json_object_is_named(copied, bases, file, text):
+    folder = copied(bases["bert"][0])
+    (folder / file).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError, match=re.escape(f"{folder}/{file}: not ")):
+        _ = Base.open(folder).tokenizer
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_a_tokenizer_without_padding_token_still_makes_batches(tmp_path, copied, bases, task_file, architecture):
+    from regraft.task import load_data
+    from regraft.tuning import encode
+
+    source = bases[architecture][0]
+    data = load_data(task_file, 0)
+    expected = encode(Base.open(source), data.dev, 32)
+    for changes in (
+        {"pad_token": ...},
+        {"pad_token": ..., "eos_token": ...},
+        {"pad_token": ..., "eos_token": ..., "unk_token": ...},
+        {"pad_token": "[PAD]"},  # added, and the embeddings were never resized
+    ):
+        base = Base.open(copied(source, "tokenizer_config.json", **changes))
+        found = encode(base, data.dev, 32)
+        assert found.columns["input_ids"] == expected.columns["input_ids"]
+        assert 0 <= found.pad["input_ids"] < base.rows
+        assert found.batch([0, 1])["attention_mask"].equal(expected.batch([0, 1])["attention_mask"])
+
+
+def test_tokens_beyond_the_embeddings_are_named(copied, bases, task_file):
+    from regraft.task import load_data
+    from regraft.tuning import encode
+
+    folder = copied(bases["bert"][0], "tokenizer.json")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["good"] = 500
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"makes token 'good' \(500\) of texts, and its embeddings have 43 rows"):
+        encode(Base.open(folder), load_data(task_file, 0).dev, 32)
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer_config\.json, and transformers takes special tokens"):
+        _ = Base.open(folder).tokenizer
+
+
+@pytest.mark.parametrize("length", [0, -5, "64", True, 1.5, math.nan, [1], 2])
+def test_a_longest_text_of_no_tokens_is_refused(copied, bases, length):
+    base = Base.open(copied(bases["bert"][0], "tokenizer_config.json", model_max_length=length))
+    with pytest.raises(CheckpointError, match="model_max_length"):
+        _ = base.longest
+
+
+def test_a_longest_text_written_as_a_float_is_read(copied, bases):
+    for length, longest in ((1e30, 66), (40.0, 40)):
+        base = Base.open(copied(bases["bert"][0], "tokenizer_config.json", model_max_length=length))
+        assert base.longest == longest
+
+
+def test_outcomes_have_the_tokenizer_of_their_base_whatever_it_was_used_for(tmp_path, bases, tuned, task_file):
+    expected = json.loads((bases["bert"][0] / "tokenizer.json").read_text())
+    upgrade = Upgrade(*bases["bert"])
+    outcome = recycle(upgrade, tuned["bert", "lora"], task_file, "direct", tmp_path / "out")
+    for folder in (tuned["bert", "full"], outcome.path):
+        assert json.loads((folder / "adaptation" / "tokenizer.json").read_text()) == expected
+
+
+# adapters
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"target_modules": "("}, r"'\(' is no regular expression"),
+        ({"exclude_modules": "("}, r"'\(' is no regular expression"),
+        ({"layers_pattern": ["("]}, r"'\(' is no regular expression"),
+        ({"rank_pattern": {"(": 4}}, r"'\(' is no regular expression"),
+        ({"alpha_pattern": {"(": 4}}, r"'\(' is no regular expression"),
+        ({"target_modules": "(.*)*(.*)*X"}, "takes more than"),
+        ({"rank_pattern": {f"a{i}": 4 for i in range(10_000)}}, "rank_pattern has 10,000 entries"),
+        ({"r": 10**9}, "r is 1,000,000,000"),
+    ],
+)
+def test_patterns_and_sizes_that_would_hang_are_refused(monkeypatch, copied, bases, tuned, changes, says):
+    monkeypatch.setattr("regraft.adaptation.patterns.SECONDS", 0.5)
+    folder = copied(tuned["bert", "lora"] / "adaptation", "adapter_config.json", **changes)
+    base = Base.open(bases["bert"][0])
+    with pytest.raises(CheckpointError, match=says):
+        load_model(load_adaptation(folder), base, ("negative", "positive"))
+    if "r" not in changes:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        with pytest.raises(CheckpointError, match=says):
+            merge_lora(Checkpoint.open(folder), config, base.checkpoint)
+
+
+def test_patterns_that_peft_takes_are_taken(copied, bases, tuned):
+    changes = {
+        "target_modules": r"(?:.*?(?:encoder|text).*?(?:attention|output|intermediate).*?(?:query|key|value|dense))",
+        "exclude_modules": r"^(cls|classifier)\..*",
+        "alpha_pattern": {r"layer\.\d+\.attention\.self\.query": 16},
+    }
+    adaptation = load_adaptation(copied(tuned["bert", "lora"] / "adaptation", "adapter_config.json", **changes))
+    load_model(adaptation, Base.open(bases["bert"][0]), adaptation.labels)
+
+
+def test_headers_and_labels_take_time_in_proportion_to_their_length(copied, tuned):
+    entries = ",".join(f'"{i}":{ENTRY}' for i in range(40_000))
+    lora = tuned["bert", "lora"] / "adaptation"
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="'7' is there twice"):
+        load_adaptation(write_header(copied(lora, "adapter_config.json"), f'{{{entries},"7":{ENTRY}}}'))
+    with pytest.raises(CheckpointError, match="'0' more than once"):
+        load_adaptation(copied(lora, "lineage.json", labels=[str(i % 39_999) for i in range(40_000)]))
+    with pytest.raises(CheckpointError, match="its header has 40,000,002 bytes"):
+        load_adaptation(write_header(copied(lora, "adapter_config.json"), "{" + " " * 40_000_000 + "}"))
+    assert time.monotonic() - began < 10
+
+
+def test_what_is_no_adapter_of_peft_is_told_apart(tmp_path, copied, tuned, bases):
+    lora = tuned["bert", "lora"] / "adaptation"
+    for file in ("pytorch_adapter.bin", "adapter.safetensors"):
+        folder = tmp_path / file.replace(".", "-")
+        folder.mkdir()
+        settings = {"config": {"mh_adapter": True}, "model_class": "BertAdapterModel", "name": "sentiment"}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        (folder / file).write_bytes(b"x")
+        with pytest.raises(CheckpointError, match=r"of the adapters library \(AdapterHub"):
+            load_adaptation(folder)
+    (tmp_path / "peft").mkdir()
+    shutil.copytree(lora, tmp_path / "peft" / "reviewer")
+    with pytest.raises(CheckpointError, match=re.escape(f"Give {tmp_path / 'peft' / 'reviewer'}")):
+        load_adaptation(tmp_path / "peft")
+    with pytest.raises(CheckpointError, match="Its folder reviewer does: give that"):
+        Checkpoint.open(tmp_path / "peft")
+    pickled = copied(lora, "adapter_config.json")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model\.bin is a pickle, which can run code .* load it with PEFT"
+    ):
+        load_adaptation(pickled)
+
+
+# refusals before any training
+
+
+def test_a_base_for_regression_is_tuned_as_a_classifier(tmp_path, copied, bases, task_file, quick):
+    import dataclasses
+
+    base = copied(bases["bert"][0], problem_type="regression")
+    recipe = dataclasses.replace(quick, steps=2, eval_every=2)
+    outcome = tune(base, task_file, tmp_path / "out", recipe=recipe)
+    assert load_adaptation(outcome.path).config.get("problem_type") in (None, "single_label_classification")
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_a_start_of_a_rank_that_no_layer_has_is_refused_before_training(tmp_path, bases, task_file, kind):
+    with pytest.raises(RecipeError, match="rank 40 is more than"):
+        tune(bases["bert"][0], task_file, tmp_path / "out", kind=kind, rank=40)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,66 @@
+"""Names from files where they are shown: on a terminal, in messages and in a model card, none of them acts."""
+
+import json
+import re
+import shutil
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from regraft import cli
+from regraft.adaptation.outcome import _card
+from regraft.printable import printable
+
+ACTING = "\x1b]0;x\x07\x1b[31m\u202eb\x9b\u2066"
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["regraft", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_text_from_files_cannot_steer_a_terminal(monkeypatch, capsys, tmp_path, bases, tuned):
+    assert (
+        printable(f"a{ACTING}\tü\n")
+        == "a" + "\ufffd" + "]0;x" + 2 * "\ufffd" + "[31m" + "\ufffdb" + 2 * "\ufffd" + "\tü\n"
+    )
+    lora = tuned["bert", "lora"] / "adaptation"
+    shown = shutil.copytree(lora, tmp_path / "shown")
+    record = json.loads((shown / "lineage.json").read_text())
+    (shown / "lineage.json").write_text(json.dumps({**record, "labels": ["negative", "positive" + ACTING]}))
+    code, out, _ = run(monkeypatch, capsys, "adaptation", "show", shown)
+    assert code == 0
+    assert "positive" in out
+    assert not set(ACTING) & {"\x1b", "\x07", "\u202e"} & set(out)
+    name = f"x{ACTING}\nerror: all is well"
+    forged = shutil.copytree(lora, tmp_path / "forged")
+    tensors = load_file(forged / "adapter_model.safetensors")
+    save_file({**tensors, name: torch.ones(2)}, forged / "adapter_model.safetensors", metadata={"format": "pt"})
+    code, _, error = run(monkeypatch, capsys, "adaptation", "show", forged, "--base", bases["bert"][0])
+    assert code == 2
+    assert "without a place" in error
+    assert not {"\x1b", "\x07", "\u202e"} & set(error)
+    assert [line[:6] for line in error.splitlines() if line.startswith("error")] == ["error:"]
+
+
+def test_a_model_card_shows_names_as_they_are():
+    markup = "<img src=http://x/y.png> ![a](http://x) `c`\n# heading www.x.org"
+    record = {
+        "kind": "full", "method": "direct", "labels": ["positive", markup],
+        "base": {"name": markup, "fingerprint": "f"}, "task": {"name": markup, "metric": "accuracy"},
+        "scores": {"dev": 1.0, "test": None, "dev_at_start": None},
+        "cost": {"steps": 0, "seconds": 0.0, "labels": 0}, "recipe": {}, "inputs": {}, "seed": 1,
+    }  # fmt: skip
+    card = _card(record)
+    outside = re.sub(r"`[^`]*`", "", card)
+    assert "positive" in outside
+    for active in ("<", "![", "](", "http", "www", "heading"):
+        assert active not in outside
+    assert sum(line.startswith("#") for line in card.splitlines()) == 1
