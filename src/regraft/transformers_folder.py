@@ -70,8 +70,8 @@ def check_model(architecture: Any, checkpoint: Checkpoint) -> None:
     if type(config) not in architecture._model_mapping:
         kind = architecture.__name__.removeprefix("AutoModelFor")
         raise CheckpointError(
-            f"{checkpoint.path}: transformers has no {config.model_type} for {kind}, which regraft would run. Its weights "
-            "can be carried over by arithmetic alone (regraft weights graft)."
+            f"{checkpoint.path}: transformers has no {config.model_type} for {kind}, which regraft would run. Its "
+            "weights can be carried over by arithmetic alone (regraft weights graft)."
         )
     try:
         with quiet(), torch.device("meta"):
