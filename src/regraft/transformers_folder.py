@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # what a config may ask to be built one by one; the deepest open models have some 200 layers, the widest 2,048 experts
+LAYER = re.compile(r"layer|depth|stage|^n(um)?_blocks?$")
 MOST = (
-    (re.compile(r"layer|depth|stage|^n(um)?_blocks?$"), 1024),
+    (LAYER, 1024),
     (re.compile(r"expert|group"), 4096),
     (re.compile(r"label"), 100_000),
 )
@@ -41,7 +42,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
     file = checkpoint.folder / "config.json"
     settings = read_json(file)
-    _check_counts(settings, file)
+    _check_counts(settings, file, len(checkpoint))
     names = settings.get("architectures") or []
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(f"{file}: architectures is {names!r:.80}, not a list of the names of classes.")
@@ -126,16 +127,17 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_counts(settings: dict[str, Any], file: Path) -> None:
+def _check_counts(settings: dict[str, Any], file: Path, tensors: int) -> None:
     for name, value in _settings(settings):
         if name.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise CheckpointError(f"{file}: {name} is {value!r:.80}, code of the hub, which is not run. Remove it.")
         count = len(value) if name == "id2label" and isinstance(value, dict) else value
         for part, most in MOST:
-            if part.search(name) and isinstance(count, int | float) and count > most:
+            limit = min(most, max(tensors, 64)) if part is LAYER else most  # a layer has a tensor, and a few are cheap
+            if part.search(name) and isinstance(count, int | float) and count > limit:
                 raise CheckpointError(
-                    f"{file}: {name} is {count:,}, and at most {most:,} are built. Give the config.json that was "
-                    "saved with these weights."
+                    f"{file}: {name} is {count:,}, and at most {limit:,} are built of {tensors:,} tensors. Give the "
+                    "config.json that was saved with these weights."
                 )
 
 

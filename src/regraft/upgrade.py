@@ -122,12 +122,6 @@ class Base:
     @functools.cached_property
     def architecture(self) -> Architecture:
         """What the tensors of the bare body are called, in memory and on disk."""
-        layers = getattr(self.config, "num_hidden_layers", None)
-        if isinstance(layers, int) and layers > len(self.checkpoint):
-            raise CheckpointError(
-                f"{self.path}/config.json: says that the model has {layers:,} layers, and only "
-                f"{len(self.checkpoint):,} tensors are stored. Which belongs here?"
-            )
         return architecture_of(self.config)
 
     @property
