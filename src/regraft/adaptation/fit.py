@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # settings of a model that change what it computes, and the shape of no tensor
 COMPUTING = re.compile(
     r"heads$|^n_head$|head_dim|^(hidden_)?act(ivation)?(_fn|_function)?$|eps(ilon)?$|^rope_|rotary|position_embedding|"
-    r"sliding|attention_window|soft_?cap|multiplier|scal(e|ing)"
+    r"sliding|attention_window|soft_?cap|multiplier|scal(e|ing)|^is_decoder$"
 )
 HARMLESS = ("merge_weights",)  # what old PEFT wrote, whose value changed nothing
 
