@@ -11,6 +11,7 @@ from regraft.adaptation.head import stored_labels
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import fold_start
 from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter, write_tokenizer
+from regraft.adaptation.replaced import graft_replaced
 from regraft.architecture import named
 from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
 from regraft.weights import counterparts, graft
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
 OF_THE_TUNED = {"architectures", "id2label", "label2id", "problem_type", "dtype"}
 
 
-def write_graft(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress) -> None:
-    """Write old tuned weights for the new base: new + (tuned − old), or the adapter as it is; the head is copied.
+def write_graft(
+    adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress, *, replace: bool = False
+) -> tuple[str, ...]:
+    """Write old tuned weights for the new base: new + (tuned − old), or the adapter; the head is copied.
 
-    A LoRA that took its start out of the old base is written as the plain LoRA that it amounts to there.
+    A LoRA that took its start out of the old base is written as the plain LoRA that it amounts to there. What an
+    adapter stores in place of its base's tensors is grafted like a full fine-tune's.
 
     Source: Qin et al., 2023 (arXiv:2305.08702), section 4.1.
 
@@ -41,14 +45,45 @@ def write_graft(adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: 
         upgrade: The two bases.
         into: The folder to fill, plain transformers or PEFT.
         progress: Told of each tensor.
+        replace: Whether an adapter's tensors take the place of the new base's as they are stored.
+
+    Returns:
+        The names of an adapter's tensors that were grafted, as they stand in place of the base's.
 
     Raises:
         MismatchError: A tensor of the body is not in the bases, or has another shape there.
     """
     if adaptation.kind == "full":
         write_carried(adaptation, upgrade, graft_body(adaptation, upgrade, lambda _: graft), {}, into, progress)
-    else:
-        write_carried(adaptation, upgrade, *plain_adapter(adaptation, upgrade.old), into, progress)
+        return ()
+    tensors, settings, replaced = grafted_adapter(adaptation, upgrade, replace=replace)
+    write_carried(adaptation, upgrade, tensors, settings, into, progress)
+    return replaced
+
+
+def grafted_adapter(
+    adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False
+) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any], tuple[str, ...]]:
+    """Make an adapter for the new base: the same change of whatever tensors it changes.
+
+    Args:
+        adaptation: Any but a full fine-tune.
+        upgrade: The two bases.
+        replace: Whether its tensors take the place of the new base's as they are stored.
+
+    Returns:
+        The tensors, the content of `adapter_config.json`, and the names of the grafted tensors, which stand in place of
+        the base's.
+
+    Raises:
+        CheckpointError: Its start cannot be found again from the base alone.
+        MismatchError: A tensor has another shape than the base's.
+    """
+    tensors, settings = plain_adapter(adaptation, upgrade.old)
+    if replace:
+        return tensors, settings, ()
+    grafted, replaced = graft_replaced(adaptation, tensors, upgrade)
+    return grafted, settings, replaced
 
 
 def write_carried(

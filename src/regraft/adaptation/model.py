@@ -146,18 +146,21 @@ def _check_ranks(adapted: Any, base: Base) -> None:
             )
 
 
-def peft_state(model: Any) -> dict[str, torch.Tensor]:
+def peft_state(model: Any, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
     """Give the tensors of a PEFT model as they are stored.
 
     Args:
         model: A PEFT model.
+        embeddings: Whether the base's embeddings are among them, which PEFT stores under a LoRA on them by default.
 
     Returns:
         The tensors by stored name.
     """
     from peft import get_peft_model_state_dict
 
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, adapter_name=ADAPTER, save_embedding_layers=embeddings
+    )
     return state
 
 
@@ -181,7 +184,7 @@ def save_model(model: Any, base: Base, labels: Sequence[str], into: Path) -> Non
             config: Any = model.peft_config[ADAPTER]
             config.base_model_name_or_path = base.name
             config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
-            model.save_pretrained(str(into), save_embedding_layers=False)
+            model.save_pretrained(str(into), save_embedding_layers=_are_embeddings_tuned(model, base))
             (into / "README.md").unlink(missing_ok=True)  # the outcome has a model card with figures in it
             stored = json.loads((into / ADAPTER_CONFIG).read_text(encoding="utf-8"))
             if hasattr(model, "regraft_start"):
@@ -195,6 +198,19 @@ def save_model(model: Any, base: Base, labels: Sequence[str], into: Path) -> Non
             model.save_pretrained(into)
     write_tokenizer(base, into)
     write_lineage(into, base, labels)
+
+
+def _are_embeddings_tuned(model: Any, base: Base) -> bool:
+    """Tell whether the embeddings under a LoRA are others than the base's: then they belong to the adapter."""
+    import torch
+
+    layer = model.get_input_embeddings()
+    if not hasattr(layer, "base_layer"):
+        return False
+    names = {id(module): name for name, module in model.get_base_model().named_modules()}
+    inner = f"{names[id(layer)]}.weight".removeprefix(f"{base.prefix}.")
+    weight = layer.base_layer.weight.detach().cpu()
+    return inner in base.parameters and not torch.equal(weight, base.parameters[inner].to(weight.dtype))
 
 
 def write_adapter(into: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
@@ -325,7 +341,8 @@ def _load_peft(
                     encoder.encoder_type, encoder.mlp_head = "MLP", torch.nn.Identity()
                 for name, parameter in adapted.named_parameters():
                     parameter.requires_grad_("prompt_encoder." in name or ".modules_to_save." in name)
-            return adapted, peft_state(adapted)
+            embeddings = any(name.endswith(".base_layer.weight") for name in adaptation.checkpoint)
+            return adapted, peft_state(adapted, embeddings=embeddings)
         except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, ImportError) as error:
             raise MismatchError(
                 f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {len(labels)} labels "

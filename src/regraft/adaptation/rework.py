@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.graft import graft_body, plain_adapter, write_carried
+from regraft.adaptation.graft import graft_body, grafted_adapter, write_carried
 from regraft.adaptation.lora import PARTS, START
 from regraft.adaptation.merge import lora_scaling
 from regraft.errors import RecipeError
@@ -54,7 +54,7 @@ def write_rework(adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Pat
         body = graft_body(adaptation, upgrade, rule_of, elementwise=False)
         write_carried(adaptation, upgrade, body, {}, into, progress)
     else:
-        stored, config = plain_adapter(adaptation, upgrade.old)
+        stored, config, _ = grafted_adapter(adaptation, upgrade)
         reworked = _rework_lora(stored, config, upgrade, rule, progress)
         write_carried(adaptation, upgrade, reworked, config, into, progress)
 

@@ -17,6 +17,12 @@ def recycle(
     head: Annotated[
         str, typer.Option(help="copy the old head; resize it to the task's labels, by name; or a fresh one.")
     ] = "copy",
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace", help="Put embeddings, norms and biases that an adapter stores back as they are stored."
+        ),
+    ] = False,
     option: options.Option = None,
     shots: options.Shots = None,
     steps: options.Steps = None,
@@ -54,6 +60,7 @@ def recycle(
             recipe=recipe,
             options=chosen,
             head=head,  # type: ignore[arg-type]
+            replace=replace,
             force=force,
             progress=progress,
         )

@@ -29,6 +29,7 @@ class Job:
         into: The folder to fill with the new adaptation.
         progress: Told of each step.
         head: What becomes of the old head where the old weights are put onto the new base.
+        replace: Whether what an adapter stores in place of its base's tensors is put onto the new base as it is stored.
         notes: What the method found out and the outcome shall record, as JSON; `labels`, if it is there, is how many
             labelled examples it used in all, counted from the learning curve's steps if it is not.
     """
@@ -41,6 +42,7 @@ class Job:
     into: Path
     progress: Progress
     head: Head = "copy"
+    replace: bool = False
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def fresh(self) -> Any:
@@ -64,12 +66,13 @@ class Job:
         """
         from regraft.adaptation import change_head, write_graft
 
+        graft = self.work / "graft" / "kept" if self.head != "copy" else into
+        replaced = write_graft(self.adaptation, self.upgrade, graft, self.progress, replace=self.replace)
+        if replaced:
+            self.notes["grafted_in_place_of_the_base"] = list(replaced)
         if self.head == "copy":
-            write_graft(self.adaptation, self.upgrade, into, self.progress)
             return
-        kept = self.work / "graft" / "kept"
-        write_graft(self.adaptation, self.upgrade, kept, self.progress)
-        change_head(kept, self.upgrade.new, self.data.labels, self.head, self.recipe.seed, into)
+        change_head(graft, self.upgrade.new, self.data.labels, self.head, self.recipe.seed, into)
 
     def grafted(self) -> Any:
         """Give the new base with the old weights put onto it, ready to be tuned further.

@@ -179,11 +179,10 @@ def _write_full(
 
 def _write(job: Job, mapped: dict[str, torch.Tensor]) -> None:
     """Write an adapter of which some tensors are replaced."""
-    from regraft.adaptation import plain_adapter
-    from regraft.adaptation.graft import write_carried
+    from regraft.adaptation.graft import grafted_adapter, write_carried
     from regraft.methods.reworked import write_with_head
 
-    stored, settings = plain_adapter(job.adaptation, job.upgrade.old)
+    stored, settings, _ = grafted_adapter(job.adaptation, job.upgrade)
     tensors = {name: mapped[name].to(stored[name].dtype) if name in mapped else stored[name] for name in stored}
 
     def write(into: Path) -> None:

@@ -19,6 +19,7 @@ from regraft.adaptation import (
     stored_labels,
     write_outcome,
 )
+from regraft.adaptation.replaced import replaced_parameter
 from regraft.checkpoint import resumable_folder
 from regraft.errors import RecipeError
 from regraft.methods.label_free import LabelFree
@@ -48,6 +49,7 @@ def recycle(
     recipe: Recipe | None = None,
     options: Any = None,
     head: Head = "copy",
+    replace: bool = False,
     force: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
@@ -63,6 +65,8 @@ def recycle(
         options: The method's own options, as `Distillation`; None for its defaults.
         head: `copy` the old head, whose labels must be the task's; `resize` it to the task's labels, matched by name;
             or put a `fresh` one on the old weights.
+        replace: Put what an adapter stores in place of its base's tensors (embeddings, norms, biases, magnitudes of a
+            DoRA) onto the new base as it is stored, as PEFT would, rather than what tuning changed in it.
         force: Take the old base in spite of another fingerprint.
         progress: Told of each step.
 
@@ -94,7 +98,7 @@ def recycle(
     data = data.with_room(adaptation.virtual_tokens, upgrade.new.longest)
     if head == "copy":
         data = match_labels(adaptation, data)
-    inputs = {
+    inputs: dict[str, Any] = {
         "method": method,
         "options": dataclasses.asdict(options) if options is not None else None,
         "recipe": dataclasses.asdict(recipe),
@@ -104,6 +108,13 @@ def recycle(
         "new_base": upgrade.new.fingerprint,
         "adaptation": adaptation.fingerprint,
     }
+    replaced = adaptation.kind != "full" and any(
+        replaced_parameter(name, upgrade.old) for name in adaptation.checkpoint
+    )
+    if replaced:
+        inputs["replace"] = replace
+    elif replace:
+        raise RecipeError(f"{adaptation.path}: stores nothing in place of its base's tensors: leave out replace.")
     if text := getattr(options, "text", ""):
         inputs["text"] = Corpus((text,)).digest()
     if done := find_outcome(out, inputs):
@@ -121,7 +132,7 @@ def recycle(
     }
     with resumable_folder(out, inputs) as work:
         staging = new_folder(work / "whole")
-        job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress, head)
+        job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress, head, replace)
         started = time.perf_counter()
         curve = chosen.run(job, options)
         job.notes.setdefault("seconds", round(curve[-1]["seconds"] if curve else time.perf_counter() - started, 2))

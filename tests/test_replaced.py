@@ -1,0 +1,202 @@
+"""What an adapter stores in place of its base's tensors is a delta against the old base, like all that was tuned."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from conftest import LABELS, make_tokenizer, move_base, sentence, weights, write_base
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
+
+from regraft import Recipe, Upgrade, recycle
+from regraft.errors import RecipeError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type .*Norm"),
+]
+RECIPE = Recipe(steps=1, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Old and new base of three architectures; GPT-2 keeps its matrices as [in, out]."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for name in ("llama", "bert"):
+        write_base(folder / f"{name}-old", name)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=43, n_embd=32, n_layer=1, n_head=2, n_positions=66, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "gpt2-old")
+    make_tokenizer("llama").save_pretrained(folder / "gpt2-old")
+    names = ("llama", "bert", "gpt2")
+    return {n: (folder / f"{n}-old", move_base(folder / f"{n}-old", folder / f"{n}-new", 0.3)) for n in names}
+
+
+@pytest.fixture(scope="module")
+def small_task(tmp_path_factory):
+    import random
+
+    folder, chance = tmp_path_factory.mktemp("small"), random.Random(0)
+    for split in ("train", "dev"):
+        with (folder / f"{split}.csv").open("w", newline="") as stream:
+            rows = csv.writer(stream)
+            rows.writerow(["text", "label"])
+            rows.writerows([sentence(chance, bool(i % 2)), LABELS[i % 2]] for i in range(8))
+    (folder / "task.yaml").write_text("train: train.csv\ndev: dev.csv\ntext: text\nlabel: label\n")
+    return folder / "task.yaml"
+
+
+def lora(**settings):
+    return LoraConfig(task_type="SEQ_CLS", r=2, **settings)
+
+
+ROWS = [5, 7, 6]
+# the architecture, PEFT's config, and by the end of a stored name which tensor it replaces and how
+CASES = {
+    "embeddings": (
+        "llama",
+        lora(target_modules=["q_proj"], modules_to_save=["score", "embed_tokens"]),
+        {"embed_tokens.weight": "model.embed_tokens.weight"},
+    ),
+    "norm": (
+        "llama",
+        lora(target_modules=["q_proj"], modules_to_save=["score", "norm"]),
+        {"model.norm.weight": "model.norm.weight"},
+    ),
+    "rows of tokens": (
+        "llama",
+        lora(target_modules=["q_proj"], trainable_token_indices=ROWS),
+        {"trainable_tokens_delta": ("model.embed_tokens.weight", lambda t: t[ROWS])},
+    ),
+    "rows by module": (
+        "llama",
+        lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": ROWS}),
+        {"trainable_tokens_delta": ("model.embed_tokens.weight", lambda t: t[ROWS])},
+    ),
+    "embeddings under a LoRA": (
+        "llama",
+        lora(target_modules=["q_proj", "embed_tokens"]),
+        {"embed_tokens.base_layer.weight": "model.embed_tokens.weight"},
+    ),
+    "biases of the LoRA": (
+        "bert",
+        lora(target_modules=["query"], bias="lora_only", modules_to_save=["classifier", "pooler"]),
+        {"0.attention.self.query.base_layer.bias": "bert.encoder.layer.0.attention.self.query.bias"},
+    ),
+    "LayerNorms": (
+        "bert",
+        LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"], modules_to_save=["classifier", "pooler"]),
+        {
+            "0.output.LayerNorm.ln_tuning_layers.weight": "bert.encoder.layer.0.output.LayerNorm.weight",
+            "embeddings.LayerNorm.ln_tuning_layers.bias": "bert.embeddings.LayerNorm.bias",
+        },
+    ),
+    "magnitudes": (
+        "llama",
+        lora(target_modules=["q_proj", "down_proj"], use_dora=True),
+        {"0.mlp.down_proj.lora_magnitude_vector": ("model.layers.0.mlp.down_proj.weight", lambda t: t.norm(dim=1))},
+    ),
+    "magnitudes of embeddings": (
+        "llama",
+        lora(target_modules=["embed_tokens"], use_dora=True),
+        {"lora_magnitude_vector": ("model.embed_tokens.weight", lambda t: t.norm(dim=0))},
+    ),
+    "magnitudes of turned matrices": (
+        "gpt2",
+        lora(target_modules=["c_attn", "attn.c_proj"], use_dora=True),
+        {
+            "attn.c_proj.lora_magnitude_vector": ("transformer.h.0.attn.c_proj.weight", lambda t: t.norm(dim=0)),
+            "c_attn.lora_magnitude_vector": ("transformer.h.0.attn.c_attn.weight", lambda t: t.norm(dim=0)),
+        },
+    ),
+}
+
+
+def adapter(pairs, case, folder):
+    """What PEFT alone saves, every number of it moved."""
+    architecture, config, _ = CASES[case]
+    model = AutoModelForSequenceClassification.from_pretrained(pairs[architecture][0], num_labels=2)
+    adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (p for p in adapted.parameters() if p.requires_grad):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def stored(base):
+    return load_file(base / "model.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_an_adapter_replaces_is_grafted(tmp_path, pairs, small_task, case):
+    architecture, _, replaced = CASES[case]
+    old, new = pairs[architecture]
+    source = adapter(pairs, case, tmp_path / "adapter")
+    outcome = recycle(Upgrade(old, new), source, small_task, "direct", tmp_path / "out", recipe=RECIPE)
+    before, after = weights(source), weights(outcome.path / "adaptation")
+    assert before.keys() == after.keys()
+    for end, what in replaced.items():
+        name, rule = what if isinstance(what, tuple) else (what, lambda t: t)
+        full = next(n for n in before if n.endswith(end))
+        expected = rule(stored(new)[name]) + before[full] - rule(stored(old)[name])
+        assert torch.allclose(after[full], expected, atol=1e-6), full
+        assert full in outcome.record["notes"]["grafted_in_place_of_the_base"]
+    for name in after.keys() - set(outcome.record["notes"]["grafted_in_place_of_the_base"]):
+        assert torch.equal(before[name], after[name])  # A, B and the head
+    model = AutoModelForSequenceClassification.from_pretrained(new, num_labels=2)
+    PeftModel.from_pretrained(model, outcome.path / "adaptation")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_the_old_base_an_adapter_is_what_it_was(tmp_path, pairs, small_task, case):
+    old = pairs[CASES[case][0]][0]
+    source = adapter(pairs, case, tmp_path / "adapter")
+    outcome = recycle(Upgrade(old, old), source, small_task, "direct", tmp_path / "out", recipe=RECIPE)
+    before, after = weights(source), weights(outcome.path / "adaptation")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_replace_puts_the_stored_tensors_back(tmp_path, pairs, small_task):
+    upgrade, source = Upgrade(*pairs["llama"]), adapter(pairs, "norm", tmp_path / "adapter")
+    outcome = recycle(upgrade, source, small_task, "direct", tmp_path / "out", recipe=RECIPE, replace=True)
+    assert outcome.record["inputs"]["replace"] is True
+    before, after = weights(source), weights(outcome.path / "adaptation")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    plain = recycle(upgrade, source, small_task, "direct", tmp_path / "grafted", recipe=RECIPE)
+    assert plain.record["inputs"]["replace"] is False  # so that what 0.1 made of it is not taken for this
+
+
+def test_an_adapter_that_replaces_nothing_is_what_it_was_in_0_1(tmp_path, pairs, small_task):
+    CASES["plain"] = ("llama", lora(target_modules=["q_proj"]), {})
+    try:
+        upgrade, source = Upgrade(*pairs["llama"]), adapter(pairs, "plain", tmp_path / "adapter")
+    finally:
+        del CASES["plain"]
+    outcome = recycle(upgrade, source, small_task, "direct", tmp_path / "out", recipe=RECIPE)
+    assert "replace" not in outcome.record["inputs"]
+    with pytest.raises(RecipeError, match="stores nothing in place of its base's tensors: leave out replace"):
+        recycle(upgrade, source, small_task, "direct", tmp_path / "other", recipe=RECIPE, replace=True)
+
+
+def test_embeddings_that_came_with_an_adapter_stay_with_it_when_it_is_tuned(tmp_path, pairs, small_task):
+    """PEFT stores the embeddings under a LoRA; where they are others than the base's, tuning on must not lose them."""
+    old, new = pairs["llama"]
+    source = adapter(pairs, "embeddings under a LoRA", tmp_path / "adapter")
+    tensors = weights(source)
+    name = next(n for n in tensors if n.endswith("embed_tokens.base_layer.weight"))
+    from safetensors.torch import save_file
+
+    moved = {n: (t + 0.1 if n == name else t).contiguous() for n, t in tensors.items()}
+    save_file(moved, source / "adapter_model.safetensors", metadata={"format": "pt"})
+    outcome = recycle(Upgrade(old, new), source, small_task, "init", tmp_path / "out", recipe=RECIPE)
+    found = weights(outcome.path / "adaptation")
+    assert torch.allclose(found[name], stored(new)["model.embed_tokens.weight"] + 0.1, atol=1e-6)
+    assert json.loads((outcome.path / "outcome.json").read_text())["kind"] == "lora"
