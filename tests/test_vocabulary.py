@@ -1,9 +1,13 @@
 """Rows matched by token, whatever their order, number and padding."""
 
+import json
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from regraft.errors import MismatchError
 from regraft.weights import graft, graft_rows, match_rows
@@ -17,33 +21,43 @@ def numbered(names):
 
 
 @settings(deadline=None)
-@given(tokens, tokens, paddings, paddings, st.integers(0, 2**31), st.floats(-1, 2))
-def test_each_token_gets_its_own_delta(old_names, new_names, old_padding, new_padding, seed, scale):
+@given(tokens, tokens, tokens, paddings, paddings, paddings, st.integers(0, 2**31), st.floats(-1, 2))
+def test_each_token_gets_its_own_delta(
+    old_names, new_names, tuned_names, old_padding, new_padding, tuned_padding, seed, scale
+):
+    """Any three vocabularies, in any order: by token, against arithmetic row by row."""
     generator = torch.Generator().manual_seed(seed)
-    old_rows, new_rows = len(old_names) + old_padding, len(new_names) + new_padding
-    old, tuned = (torch.randn(old_rows, 3, generator=generator) for _ in range(2))
-    new = torch.randn(new_rows, 3, generator=generator)
-    match = match_rows(numbered(old_names), numbered(new_names), old_rows, new_rows)
-    found = graft_rows(new, tuned, old, match, scale)
-    assert found.shape == new.shape
-    for i, name in enumerate(new_names):
-        if name in old_names:
-            j = old_names.index(name)
-            wanted = new[i].double() + scale * (tuned[j].double() - old[j].double())
-            torch.testing.assert_close(found[i].double(), wanted, rtol=1e-6, atol=1e-6)
+    names = {"old": old_names, "new": new_names, "tuned": tuned_names}
+    padding = {"old": old_padding, "new": new_padding, "tuned": tuned_padding}
+    sides = {side: torch.randn(len(names[side]) + padding[side], 3, generator=generator) for side in names}
+    ids = {side: numbered(names[side]) for side in names}
+    match = match_rows(ids["old"], ids["new"], len(sides["old"]), len(sides["new"]), ids["tuned"], len(sides["tuned"]))
+    found = graft_rows(sides["new"], sides["tuned"], sides["old"], match, partial(graft, scale=scale))
+    own = [name for name in tuned_names if name not in old_names and name not in new_names]
+    assert list(match.own) == own
+    assert len(found) == max(len(sides["new"]), len(new_names) + len(own))
+
+    def row(side, name):
+        return sides[side][ids[side][name]].double()
+
+    for i, name in enumerate([*new_names, *own]):
+        if name in own:
+            expected = row("tuned", name)
+        elif name in old_names and name in tuned_names:
+            expected = row("new", name) + scale * (row("tuned", name) - row("old", name))
         else:
-            assert torch.equal(found[i], new[i])
-    for i in range(new_padding):
-        row = found[len(new_names) + i]
-        if i < old_padding:
-            j = len(old_names) + i
-            wanted = new[len(new_names) + i].double() + scale * (tuned[j].double() - old[j].double())
-            torch.testing.assert_close(row.double(), wanted, rtol=1e-6, atol=1e-6)
-        else:
-            assert torch.equal(row, new[len(new_names) + i])
+            expected = row("new", name)
+        torch.testing.assert_close(found[i].double(), expected, rtol=1e-6, atol=1e-6)
+    for i in range(new_padding - len(own)):  # of what stands for no token, the first matches the first
+        at = len(new_names) + len(own) + i
+        expected = sides["new"][at].double()
+        if i < old_padding and i < tuned_padding:
+            change = sides["tuned"][len(tuned_names) + i].double() - sides["old"][len(old_names) + i].double()
+            expected = expected + scale * change
+        torch.testing.assert_close(found[at].double(), expected, rtol=1e-6, atol=1e-6)
     assert set(match.only_old) == set(old_names) - set(new_names)
     assert set(match.only_new) == set(new_names) - set(old_names)
-    assert match.padding == new_padding
+    assert match.padding == max(0, new_padding - len(own))
 
 
 @settings(deadline=None)
@@ -72,5 +86,68 @@ def test_a_tokenizer_that_is_larger_than_the_weights_is_refused():
     ):
         match_rows(numbered(["a"]), numbered(["a", "b"]), 1, 1)
     match = match_rows(numbered(["a"]), numbered(["a", "b"]), 1, 2)
-    with pytest.raises(MismatchError, match="the tensors 2"):
-        graft_rows(torch.ones(2, 1), torch.ones(2, 1), torch.ones(2, 1), match)
+    with pytest.raises(MismatchError, match="the old tensor has 2 rows, its vocabulary 1"):
+        graft_rows(torch.ones(2, 1), torch.ones(1, 1), torch.ones(2, 1), match)
+
+
+def with_tokens(source, folder, tokens, seed, **special):
+    """A model with tokens added, its every number moved, as transformers saves it; rows padded to a multiple of 8."""
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens])
+    for name, token in special.items():
+        setattr(tokenizer, name, token)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False, pad_to_multiple_of=8)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_fine_tune_with_tokens_of_its_own_on_a_base_with_new_ones(tmp_path, bases):
+    """By token: grafted, new, and the fine-tune's own; tokenizer, config and chat template say the same."""
+    old = bases["llama"][0]
+    new = with_tokens(old, tmp_path / "new", ["<new1>", "<new2>"], 1)
+    tuned = with_tokens(old, tmp_path / "tuned", ["<|im_start|>", "<|im_end|>", "<new2>"], 2, eos_token="<|im_end|>")
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tuned)
+    out = tmp_path / "out"
+    run("weights", "graft", "--new", new, "--tuned", tuned, "--old", old, "--out", out)
+    sides = {"old": old, "new": new, "tuned": tuned, "out": out}
+    ids = {side: AutoTokenizer.from_pretrained(folder).get_vocab() for side, folder in sides.items()}
+    states = {side: AutoModelForCausalLM.from_pretrained(folder).state_dict() for side, folder in sides.items()}
+    assert ids["out"].keys() == ids["new"].keys() | ids["tuned"].keys()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = {side: lambda token, side=side, name=name: states[side][name][ids[side][token]] for side in sides}
+        for token in ids["out"]:
+            if token in ids["old"]:
+                expected = rows["new"](token) + rows["tuned"](token) - rows["old"](token)
+            else:
+                expected = rows["new"](token) if token in ids["new"] else rows["tuned"](token)
+            torch.testing.assert_close(rows["out"](token), expected, rtol=1e-5, atol=1e-6)
+    grafted = AutoTokenizer.from_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["vocab_size"] == len(states["out"]["lm_head.weight"]) == 48  # in the rows that were free
+    assert config["eos_token_id"] == grafted.eos_token_id == ids["out"]["<|im_end|>"]
+    assert grafted.chat_template == tokenizer.chat_template
+    assert grafted.added_tokens_decoder[ids["out"]["<|im_start|>"]].special
+    text = "<|im_start|> good film <new1> <|im_end|>"
+    assert [grafted.convert_ids_to_tokens(i) for i in grafted(text).input_ids] == text.split()
+    for command, more in (("delta", ()), ("extract-lora", ("--rank", 4))):
+        with pytest.raises(MismatchError, match=r"tuned: has 3 tokens more \('<new2>', '<\|im_end\|>'"):
+            run("weights", command, *more, "--tuned", tuned, "--old", old, "--out", tmp_path / command)
+
+
+def run(*arguments):
+    from typer.testing import CliRunner
+
+    from regraft.cli import app
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output

@@ -16,7 +16,7 @@ from regraft.adaptation.model import (
     write_tokenizer,
 )
 from regraft.adaptation.outcome import Outcome, find_outcome, load_outcome, write_outcome
-from regraft.adaptation.vocabulary import match_vocabularies
+from regraft.adaptation.vocabulary import check_one_vocabulary, match_vocabularies, write_vocabulary
 
 __all__ = [
     "HEADS",
@@ -28,6 +28,7 @@ __all__ = [
     "attach",
     "change_head",
     "check_fit",
+    "check_one_vocabulary",
     "extract_lora",
     "find_outcome",
     "fresh_model",
@@ -52,4 +53,5 @@ __all__ = [
     "write_lora",
     "write_outcome",
     "write_tokenizer",
+    "write_vocabulary",
 ]

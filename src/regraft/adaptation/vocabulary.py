@@ -1,11 +1,12 @@
-"""The vocabularies of two checkpoint folders, held against each other."""
+"""The vocabularies of two bases and a fine-tune: rows matched by token, and the vocabulary of what comes of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import shape_of
-from regraft.errors import CheckpointError
+from regraft.checkpoint import TOKENIZER, copy_companions, read_json, shape_of, write_atomic
+from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_tokenizer
 from regraft.weights import Named, RowMatch, has_row_for_each_token, match_rows
 
@@ -14,47 +15,152 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-
-    from regraft.checkpoint import Checkpoint
+    from transformers import PreTrainedTokenizerBase
 
 FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "added_tokens.json")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def match_vocabularies(
-    old: Checkpoint,
-    new: Checkpoint,
-    old_tensors: Mapping[str, torch.Tensor] | None = None,
-    new_tensors: Mapping[str, torch.Tensor] | None = None,
+    folders: Mapping[str, Path], tensors: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> RowMatch | None:
-    """Match the rows of two checkpoints' embeddings by the tokens of their tokenizers.
+    """Match the rows of the embeddings of two bases and a fine-tune by the tokens of their tokenizers.
 
     Args:
-        old: The old base.
-        new: The upgraded base.
-        old_tensors: Its tensors as its class names them, if it has one.
-        new_tensors: Those of the new base.
+        folders: Of the sides `old`, `new` and, if there is one, `tuned`; a fine-tune without a tokenizer of its own has
+            the old base's.
+        tensors: Their tensors, as their classes name them if they have one.
 
     Returns:
-        The match; None where the vocabularies are the same, or a checkpoint has no tokenizer and equally many rows.
+        The match; None where the vocabularies are the same, or a side has no tokenizer and equally many rows.
 
     Raises:
         CheckpointError: The embeddings differ in size and there is no tokenizer to match them by.
         MismatchError: A tokenizer has more tokens than its embeddings have rows.
     """
-    rows = [_rows(tensors) for tensors in (old_tensors or old, new_tensors or new)]
-    texts = [_files(side.path) for side in (old, new)]
-    if not all(texts):
-        if rows[0] != rows[1]:
-            bare = old if not texts[0] else new
+    rows = {side: _rows(tensors[side]) for side in folders}
+    files = {side: _files(folder) for side, folder in folders.items()}
+    if "tuned" in files and not files["tuned"] and rows["tuned"] == rows["old"]:
+        files["tuned"] = files["old"]
+    if not all(files.values()):
+        if len(set(rows.values())) > 1:
+            bare = next(folder for side, folder in folders.items() if not files[side])
+            sizes = " and ".join(f"{folders[side]} has {count:,}" for side, count in rows.items())
             raise CheckpointError(
-                f"{old.path} and {new.path} have {rows[0]:,} and {rows[1]:,} embeddings, and {bare.path} holds no "
-                "tokenizer to match them by. Copy the base's tokenizer files into it."
+                f"the embeddings differ in size: {sizes} rows, and {bare} holds no tokenizer to match them by. Copy "
+                "the base's tokenizer files into it."
             )
         return None
-    if texts[0] == texts[1] and rows[0] == rows[1]:
+    if all(content == files["old"] for content in files.values()) and len(set(rows.values())) == 1:
         return None
-    match = match_rows(_vocabulary(old.path), _vocabulary(new.path), *rows)
+    vocabularies: dict[str, dict[str, int]] = {"old": read_tokenizer(folders["old"]).get_vocab()}
+    for side, folder in folders.items():
+        if files[side] != files["old"]:
+            vocabularies[side] = read_tokenizer(folder).get_vocab()
+    match = match_rows(
+        vocabularies["old"], vocabularies.get("new", vocabularies["old"]), rows["old"], rows["new"],
+        vocabularies.get("tuned"), rows.get("tuned"),
+    )  # fmt: skip
     return None if match.is_same else match
+
+
+def check_one_vocabulary(
+    folders: Mapping[str, Path], tensors: Mapping[str, Mapping[str, torch.Tensor]], what: str
+) -> None:
+    """Refuse a fine-tune with other tokens than its base, where there is no new base whose vocabulary would count.
+
+    Args:
+        folders: Of the sides `old` and `tuned`.
+        tensors: Their tensors.
+        what: What is to be made of the two, as in `a LoRA`.
+
+    Raises:
+        MismatchError: Tokens were added, or stand in other rows.
+    """
+    sides = {"old": folders["old"], "new": folders["tuned"]}
+    rows = match_vocabularies(sides, {"old": tensors["old"], "new": tensors["tuned"]})
+    if rows is not None:
+        added = f" has {len(rows.only_new):,} tokens more ({', '.join(map(repr, rows.only_new[:4]))})"
+        raise MismatchError(
+            f"{folders['tuned']}:{added if rows.only_new else ' has its tokens in other rows'} than {folders['old']}, "
+            f"so its embeddings have no counterpart, and {what} of it would not know its tokens. Graft it as it is "
+            "(regraft weights graft)."
+        )
+
+
+def write_vocabulary(folder: Path, new: Path, tuned: Path, rows: RowMatch) -> None:
+    """Write the tokenizer of a graft, and have its configs name tokens by their ids there.
+
+    Args:
+        folder: The graft, with the configs of the fine-tune; its tokenizer files are replaced.
+        new: The new base.
+        tuned: The fine-tune.
+        rows: The match of their rows.
+    """
+    tokenizer = merged_tokenizer(new, tuned, rows)
+    if rows.own:
+        tokenizer.save_pretrained(folder)
+    else:
+        copy_companions(new, folder, TOKENIZER)
+    ids = tokenizer.get_vocab()
+    source = read_tokenizer(tuned) if _files(tuned) else tokenizer
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            settings = {key: _renumbered(key, value, source, ids) for key, value in read_json(folder / name).items()}
+            if name == "config.json":
+                settings["vocab_size"] = len(rows.new_row)
+            write_atomic(folder / name, json.dumps(settings, indent=2) + "\n")
+
+
+def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokenizerBase:
+    """Make the tokenizer of the new base with the fine-tune's own tokens, special tokens and chat template.
+
+    Args:
+        new: The new base.
+        tuned: The fine-tune.
+        rows: The match of their rows.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: The tokens cannot be added where the match has them.
+    """
+    from transformers import AddedToken
+
+    tokenizer = read_tokenizer(new)
+    if not _files(tuned):
+        return tokenizer
+    source = read_tokenizer(tuned)
+    known = {token.content: token for token in source.added_tokens_decoder.values()}
+    for token in sorted(rows.own, key=rows.own.__getitem__):
+        added: Any = known.get(token, AddedToken(token, normalized=False))
+        tokenizer.add_tokens([added], special_tokens=added.special)
+    vocabulary = tokenizer.get_vocab()
+    misplaced = [token for token, row in rows.own.items() if vocabulary.get(token) != row]
+    if misplaced:
+        raise CheckpointError(
+            f"{tuned}: its token {misplaced[0]!r} cannot be added to the tokenizer of {new}, whose ids have gaps. Add "
+            "the fine-tune's tokens to the new base first (add_tokens and resize_token_embeddings of transformers)."
+        )
+    for name in SPECIAL:
+        special = getattr(source, name, None)
+        if rows.own and special is not None and special in vocabulary:
+            setattr(tokenizer, name, special)
+    if template := getattr(source, "chat_template", None):
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _renumbered(key: str, value: Any, source: PreTrainedTokenizerBase, ids: Mapping[str, int]) -> Any:
+    """Return a setting with the ids of the grafted vocabulary in place of the fine-tune's."""
+    if not key.endswith("_token_id"):
+        return value
+    if isinstance(value, list):
+        return [_renumbered(key, each, source, ids) for each in value]
+    if not isinstance(value, int) or not 0 <= value < len(source):
+        return value
+    return ids.get(str(source.convert_ids_to_tokens(value)), value)
 
 
 def _rows(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -64,8 +170,3 @@ def _rows(tensors: Mapping[str, torch.Tensor]) -> int:
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    vocabulary: dict[str, int] = read_tokenizer(folder).get_vocab()
-    return vocabulary

@@ -14,7 +14,7 @@ from regraft.errors import CheckpointError, OutcomeError
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -84,7 +84,7 @@ def write_folder(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
     *,
-    tokenizer_of: Path | None = None,
+    vocabulary: Callable[[Path], None] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder: whole or not at all, and going on from the shard at which it was interrupted.
@@ -96,7 +96,7 @@ def write_folder(
         made_from: What the tensors are made from, as JSON. If `out` is there, made from the same, nothing is done.
         shard_bytes: The largest size of a file.
         progress: Told of each piece, in bytes.
-        tokenizer_of: Whose tokenizer files take the place of those of `like`.
+        vocabulary: Changes tokenizer and configs in the folder, where the vocabulary is another than that of `like`.
         config: What to change in its `config.json`.
 
     Raises:
@@ -115,8 +115,8 @@ def write_folder(
         whole.mkdir(parents=True, exist_ok=True)
         write_checkpoint(whole, tensors, shard_bytes, progress)
         copy_companions(like, whole, COMPANIONS)
-        if tokenizer_of:
-            copy_companions(tokenizer_of, whole, TOKENIZER)
+        if vocabulary:
+            vocabulary(whole)
         if config and (whole / "config.json").is_file():
             changed = json.loads((whole / "config.json").read_text(encoding="utf-8")) | dict(config)
             write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """`regraft weights`: arithmetic on checkpoints of any size, from disk to disk."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +48,7 @@ def graft(
     factors["*"] = factors.pop("*")  # the first pattern that fits counts
     sides = _open(check_finite, new=new, tuned=tuned, old=old)
     views = _named(sides)
-    rows = match_vocabularies(sides["old"], sides["new"], views["old"], views["new"])
+    rows = match_vocabularies({side: opened.folder for side, opened in sides.items()}, views)
     if rows:
         show.line(rows.summary())
     grafted = graft_all(views["new"], views["tuned"], views["old"], factors, rows)
@@ -66,10 +67,12 @@ def delta(
     dry_run: DryRun = False,
 ) -> None:
     """Write what tuning changed: tuned − old, in float32."""
+    from regraft.adaptation import check_one_vocabulary
     from regraft.weights import delta_all
 
     sides = _open(check_finite, tuned=tuned, old=old)
     views = _named(sides)
+    check_one_vocabulary({side: opened.folder for side, opened in sides.items()}, views, "a delta")
     _write(delta_all(views["tuned"], views["old"]), out, sides, "tuned", {"operation": "delta"}, shard_size, dry_run)
 
 
@@ -102,12 +105,13 @@ def extract_lora(
     check_finite: Finite = False,
 ) -> None:
     """Draw a LoRA out of a full fine-tune: the best low-rank approximation of what it changed."""
+    from regraft.adaptation import check_one_vocabulary, write_lora
     from regraft.adaptation import extract_lora as extract
-    from regraft.adaptation import write_lora
     from regraft.cli import show
 
     sides = _open(check_finite, tuned=tuned, old=old)
     views = _named(sides)
+    check_one_vocabulary({side: opened.folder for side, opened in sides.items()}, views, "a LoRA")
     with show.progress() as progress:
         found = extract(views["tuned"], views["old"], rank, energy, progress)
     write_lora(found, out, base=old, tokenizer_of=sides["tuned"].folder)
@@ -206,6 +210,7 @@ def _write(
     rows: "RowMatch | None" = None,
     config: dict[str, Any] | None = None,
 ) -> None:
+    from regraft.adaptation import write_vocabulary
     from regraft.checkpoint import fingerprint, plan_checkpoint, write_folder
     from regraft.cli import show
 
@@ -213,12 +218,14 @@ def _write(
     if dry_run:
         show.plan(plan_checkpoint(tensors, out, shard_bytes), out)
         return
+    vocabulary = None
+    if rows:
+        vocabulary = partial(write_vocabulary, new=sides["new"].folder, tuned=sides["tuned"].folder, rows=rows)
     made_from = {**options, **{side: fingerprint(opened) for side, opened in sides.items()}}
     with show.progress() as progress:
         write_folder(
             tensors, out, sides[like].folder, made_from, shard_bytes, progress,
-            tokenizer_of=sides["new"].folder if rows else None,
-            config={"vocab_size": len(rows.old_row)} if rows else config,
+            vocabulary=vocabulary, config=config,
         )  # fmt: skip
     show.line(f"checkpoint: {out}")
 

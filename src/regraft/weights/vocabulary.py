@@ -10,7 +10,7 @@ from regraft.errors import MismatchError
 from regraft.weights.delta import graft
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     import torch
 
@@ -35,46 +35,71 @@ def has_row_for_each_token(name: str) -> bool:
 
 @dataclass(frozen=True)
 class RowMatch:
-    """Which row of the old vocabulary stands for the token of each row of the new one.
+    """Which rows of three vocabularies stand for the token of each row of a grafted tensor.
+
+    The grafted rows are those of the new base, and then those of tokens that the fine-tune alone has: in rows that the
+    new base has for no token, or appended.
 
     Args:
-        old_row: For each new row its old row, −1 where there is none.
-        old_rows: How many rows the old tensors have.
-        only_old: Tokens that the new vocabulary no longer has.
+        new_row: For each grafted row the new base's, −1 where it has none.
+        tuned_row: The fine-tune's.
+        old_row: The old base's.
+        new_rows: How many rows the new base's tensors have.
+        tuned_rows: The fine-tune's.
+        old_rows: The old base's.
+        only_old: Tokens that the new base no longer has.
         only_new: Tokens that it has and the old one had not.
-        padding: New rows that stand for no token; they match old ones of that kind in order.
-        both: Tokens that both have.
+        own: The grafted row of each token that the fine-tune alone has.
+        padding: Grafted rows that stand for no token; they match others of that kind in order.
+        both: Tokens that both bases have.
     """
 
+    new_row: tuple[int, ...]
+    tuned_row: tuple[int, ...]
     old_row: tuple[int, ...]
+    new_rows: int
+    tuned_rows: int
     old_rows: int
     only_old: tuple[str, ...]
     only_new: tuple[str, ...]
+    own: Mapping[str, int]
     padding: int
     both: int
 
     @property
     def is_same(self) -> bool:
         """Whether every row stands for what it stood for."""
-        return self.old_row == tuple(range(self.old_rows))
+        sides = ((self.new_row, self.new_rows), (self.tuned_row, self.tuned_rows), (self.old_row, self.old_rows))
+        return all(rows == tuple(range(count)) for rows, count in sides)
 
     def summary(self) -> str:
         """Say it in a line.
 
         Returns:
-            How many rows are kept, new, lost and padding.
+            How many rows are kept, new, lost, the fine-tune's own and padding.
         """
-        lost = f" ({', '.join(map(repr, self.only_old[:4]))}{' …' * (len(self.only_old) > 4)})" if self.only_old else ""
+        own = f", {len(self.own):,} of the fine-tune alone{_some(self.own)}" if self.own else ""
         return (
-            f"{len(self.old_row):,} rows: {self.both:,} tokens in both, {len(self.only_new):,} only in the new "
-            f"vocabulary, {len(self.only_old):,} only in the old{lost}, {self.padding:,} rows of padding"
+            f"{len(self.new_row):,} rows: {self.both:,} tokens in both, {len(self.only_new):,} only in the new "
+            f"vocabulary, {len(self.only_old):,} only in the old{_some(self.only_old)}{own}, {self.padding:,} rows of "
+            "padding"
         )
 
 
+def _some(tokens: Collection[str]) -> str:
+    shown = sorted(tokens)[:4]
+    return f" ({', '.join(map(repr, shown))}{' …' * (len(tokens) > len(shown))})" if tokens else ""
+
+
 def match_rows(
-    old_vocabulary: Mapping[str, int], new_vocabulary: Mapping[str, int], old_rows: int, new_rows: int
+    old_vocabulary: Mapping[str, int],
+    new_vocabulary: Mapping[str, int],
+    old_rows: int,
+    new_rows: int,
+    tuned_vocabulary: Mapping[str, int] | None = None,
+    tuned_rows: int | None = None,
 ) -> RowMatch:
-    """Match the rows of two vocabularies by token.
+    """Match the rows of the vocabularies of two bases and a fine-tune by token.
 
     Rows that no token has, as those that round the size up to a multiple of 64, match their like in order.
 
@@ -83,6 +108,8 @@ def match_rows(
         new_vocabulary: The new tokenizer's.
         old_rows: Rows of the old embeddings, at least its ids.
         new_rows: Rows of the new embeddings.
+        tuned_vocabulary: The fine-tune's; None for the old base's.
+        tuned_rows: Rows of its embeddings; None for as many as the old base's.
 
     Returns:
         The match.
@@ -90,59 +117,90 @@ def match_rows(
     Raises:
         MismatchError: A token's id is beyond the rows.
     """
-    for which, vocabulary, rows in (("old", old_vocabulary, old_rows), ("new", new_vocabulary, new_rows)):
+    tuned_vocabulary = old_vocabulary if tuned_vocabulary is None else tuned_vocabulary
+    tuned_rows = old_rows if tuned_rows is None else tuned_rows
+    sides = {
+        "old": (old_vocabulary, old_rows), "new": (new_vocabulary, new_rows), "tuned": (tuned_vocabulary, tuned_rows),
+    }  # fmt: skip
+    for which, (vocabulary, rows) in sides.items():
         beyond = next(((token, i) for token, i in vocabulary.items() if not 0 <= i < rows), None)
         if beyond:
             raise MismatchError(
                 f"the {which} vocabulary has token {beyond[0]!r} with id {beyond[1]}, and its embeddings have {rows:,} "
                 "rows. Give the tokenizer that belongs to the weights."
             )
-    found = [-1] * new_rows
-    for token, row in new_vocabulary.items():
-        found[row] = max(found[row], old_vocabulary.get(token, -1))
-    empty_old = sorted(set(range(old_rows)) - set(old_vocabulary.values()))
-    empty_new = sorted(set(range(new_rows)) - set(new_vocabulary.values()))
-    for new, old in zip(empty_new, empty_old, strict=False):
-        found[new] = old
+    added = tuned_vocabulary.keys() - old_vocabulary.keys() - new_vocabulary.keys()
+    first = max(new_vocabulary.values(), default=-1) + 1  # where a tokenizer puts what is added to it
+    own = {token: first + i for i, token in enumerate(sorted(added, key=tuned_vocabulary.__getitem__))}
+    vocabulary = {**new_vocabulary, **own}
+    count = max(new_rows, first + len(own))
+    matched = {which: [-1] * count for which in sides}
+    for token, row in vocabulary.items():
+        for which, (ids, _) in sides.items():
+            matched[which][row] = max(matched[which][row], ids.get(token, -1))
+    empty = sorted(set(range(new_rows)) - set(vocabulary.values()))
+    for row in empty:
+        matched["new"][row] = row
+    for which in ("old", "tuned"):
+        ids, rows = sides[which]
+        for row, other in zip(empty, sorted(set(range(rows)) - set(ids.values())), strict=False):
+            matched[which][row] = other
     return RowMatch(
-        old_row=tuple(found),
+        new_row=tuple(matched["new"]),
+        tuned_row=tuple(matched["tuned"]),
+        old_row=tuple(matched["old"]),
+        new_rows=new_rows,
+        tuned_rows=tuned_rows,
         old_rows=old_rows,
         only_old=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
         only_new=tuple(sorted(new_vocabulary.keys() - old_vocabulary.keys())),
-        padding=len(empty_new),
+        own=own,
+        padding=len(empty),
         both=len(old_vocabulary.keys() & new_vocabulary.keys()),
     )
 
 
 def graft_rows(
-    new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, match: RowMatch, scale: float = 1.0
+    new: torch.Tensor,
+    tuned: torch.Tensor,
+    old: torch.Tensor,
+    match: RowMatch,
+    rule: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = graft,
 ) -> torch.Tensor:
-    """Graft a tensor with a row for each token: new + scale · (tuned − old) where the token is in both.
+    """Graft a tensor with a row for each token: a rule's new + (tuned − old) where all three have the token.
 
     Args:
         new: The upgraded base's tensor, [new rows, …].
-        tuned: The tuned tensor, [old rows, …].
+        tuned: The tuned tensor, [tuned rows, …].
         old: The old base's, [old rows, …].
         match: From `match_rows`.
-        scale: The factor λ on the delta.
+        rule: Makes rows from those of the new base, the tuned and the old ones.
 
     Returns:
-        [new rows, …] in the dtype of `tuned`: a row whose token only the new vocabulary has is that of `new`.
+        [grafted rows, …] in the dtype of `tuned`. The row of a token that the fine-tune alone has is the fine-tune's;
+        one that the new base has and the old one had not is the new base's, though the fine-tune had added it too:
+        what tuning changed in it cannot be known.
 
     Raises:
         MismatchError: The tensors have not the rows of the match.
     """
     import torch
 
-    if len(new) != len(match.old_row) or not len(tuned) == len(old) == match.old_rows:
-        raise MismatchError(
-            f"the vocabularies have {match.old_rows:,} and {len(match.old_row):,} rows, the tensors {len(old):,} "
-            f"(old), {len(tuned):,} (tuned) and {len(new):,} (new)."
-        )
-    if match.is_same:
-        return graft(new, tuned, old, scale)
-    rows = torch.tensor(match.old_row)
-    known = rows >= 0
-    result = new.to(tuned.dtype, copy=True)
-    result[known] = graft(new[known], tuned[rows[known]], old[rows[known]], scale)
-    return result
+    for side, tensor, rows in (
+        ("new", new, match.new_rows), ("tuned", tuned, match.tuned_rows), ("old", old, match.old_rows),
+    ):  # fmt: skip
+        if tensor.shape[0] != rows:
+            raise MismatchError(
+                f"the {side} tensor has {tensor.shape[0]:,} rows, its vocabulary {rows:,}: they do not belong together."
+            )
+    of_new, of_tuned, of_old = (torch.tensor(rows) for rows in (match.new_row, match.tuned_row, match.old_row))
+    grafted = torch.zeros((len(of_new), *tuned.shape[1:]), dtype=tuned.dtype)
+    everywhere = (of_new >= 0) & (of_tuned >= 0) & (of_old >= 0)
+    own = (of_new < 0) & (of_tuned >= 0)
+    rest = (of_new >= 0) & ~everywhere
+    grafted[rest] = new[of_new[rest]].to(grafted.dtype)
+    grafted[own] = tuned[of_tuned[own]]
+    if everywhere.any():
+        made = rule(new[of_new[everywhere]], tuned[of_tuned[everywhere]], old[of_old[everywhere]])
+        grafted[everywhere] = made.to(grafted.dtype)
+    return grafted

@@ -125,9 +125,8 @@ def graft_all(
     _check_factors("λ", *(scale.values() if isinstance(scale, Mapping) else (scale,)))
     pairs = counterparts(new, tuned, old)
     by_token = _by_token(tuned) & pairs.new.keys() if rows is not None else frozenset()
-    _same_shapes(
-        tuned, (new, {name: other for name, other in pairs.new.items() if name not in by_token}), (old, pairs.old)
-    )
+    for side, names in ((new, pairs.new), (old, pairs.old)):
+        _same_shapes(tuned, (side, {name: other for name, other in names.items() if name not in by_token}))
     entries = {}
     for name in tuned:
         factor = _scale(scale, name)
@@ -136,8 +135,8 @@ def graft_all(
             continue
         operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
         if rows is not None and name in by_token:
-            shape = (len(rows.old_row), *shape_of(tuned, name)[1:])
-            rule = functools.partial(graft_rows, match=rows, scale=factor)
+            shape = (len(rows.new_row), *shape_of(tuned, name)[1:])
+            rule = functools.partial(graft_rows, match=rows, rule=functools.partial(graft, scale=factor))
             entries[name] = Entry(dtype_of(tuned, name), shape, operands, rule, elementwise=False)
         else:
             entries[name] = _entry(tuned, name, operands, functools.partial(graft, scale=factor))
