@@ -1,15 +1,27 @@
 """Rows matched by token, whatever their order, number and padding."""
 
 import json
+import math
 from functools import partial
 
 import pytest
 import torch
+from conftest import LABELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
+from regraft import Recipe, Upgrade, check, diagnose, recycle
 from regraft.errors import MismatchError
+from regraft.progress import quiet
 from regraft.weights import graft, graft_rows, match_rows
 
 tokens = st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=20, unique=True)
@@ -151,3 +163,93 @@ def run(*arguments):
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory, bases):
+    """A base whose upgrade has two tokens more, and two of the old ones in each other's rows."""
+    folder = tmp_path_factory.mktemp("grown")
+    new = with_tokens(bases["llama"][0], folder / "new", ["<new1>", "<new2>"], 1)
+    file = new / "tokenizer.json"
+    first, second = (json.loads(file.read_text())["model"]["vocab"][word] for word in ("good", "bad"))
+    text = file.read_text().replace(f'"good": {first}', '"good": -1').replace(f'"bad": {second}', f'"bad": {first}')
+    file.write_text(text.replace('"good": -1', f'"good": {second}'))
+    tensors = load_file(new / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name][[first, second]] = tensors[name][[second, first]]
+    save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+    return bases["llama"][0], new
+
+
+def embeddings(folder):
+    """The token embeddings of a folder by token, whatever it is."""
+    ids = AutoTokenizer.from_pretrained(folder).get_vocab()
+    file = folder / ("adapter_model.safetensors" if (folder / "adapter_config.json").exists() else "model.safetensors")
+    rows = next(t for n, t in load_file(file).items() if "embed_tokens" in n and n.endswith("weight"))
+    return {token: rows[i] for token, i in ids.items()}
+
+
+@pytest.mark.parametrize("method", ["direct", "ridge", "init+distill"])
+def test_a_fine_tune_is_carried_to_a_base_with_another_vocabulary(tmp_path, grown, tuned, task_file, method):
+    source = tuned["llama", "full"] / "adaptation"
+    recipe = Recipe(steps=2, precision="fp32")
+    outcome = recycle(Upgrade(*grown), source, task_file, method, tmp_path / "out", recipe=recipe)
+    assert outcome.scores["dev"] >= 0.5
+    old, new, before = (embeddings(folder) for folder in (*grown, source))
+    if method != "init+distill":
+        after = embeddings(outcome.path / "adaptation")
+        assert after.keys() == new.keys()
+        for token in new:
+            expected = new[token] + before[token] - old[token] if token in old else new[token]
+            torch.testing.assert_close(after[token], expected, rtol=1e-5, atol=1e-6)
+    texts = pipeline("text-classification", str(outcome.path / "adaptation"), device="cpu")
+    assert texts("the film was good")[0]["label"] in LABELS
+
+
+def test_check_holds_bases_with_other_vocabularies_against_each_other(grown, tuned, task_file):
+    checked = check(Upgrade(*grown), tuned["llama", "lora"], task_file, recipe=Recipe(precision="fp32"))
+    assert math.isfinite(checked.l2)
+    deep = diagnose(Upgrade(*grown), tuned["llama", "lora"], task_file, recipe=Recipe(precision="fp32"))
+    for question in ("connectivity", "similarity", "kept"):
+        assert "the two models have different vocabularies" in deep.left_out[question]
+
+
+def test_an_adapter_with_tokens_of_its_own(tmp_path, grown, task_file):
+    """As TRL and Axolotl leave one: embeddings whole with rows for added tokens, and rows tuned one by one."""
+    old, _ = grown
+    tokenizer = AutoTokenizer.from_pretrained(old)
+    tokenizer.add_tokens(["<own>", "<new2>"])
+    model = AutoModelForSequenceClassification.from_pretrained(old, num_labels=2)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], modules_to_save=["score", "embed_tokens"])
+    with quiet():
+        adapted = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad:
+                    parameter.add_(
+                        0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                    )
+        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    inputs = tokenizer("<own> good film <new2>", return_tensors="pt")
+    logits = adapted.eval()(input_ids=inputs["input_ids"]).logits
+    recipe = Recipe(steps=1, precision="fp32")
+    same = recycle(Upgrade(old, old), tmp_path / "adapter", task_file, "direct", tmp_path / "same", recipe=recipe)
+    again = AutoTokenizer.from_pretrained(same.path / "adaptation")
+    base = AutoModelForSequenceClassification.from_pretrained(old, num_labels=2)
+    base.resize_token_embeddings(len(again), mean_resizing=False)
+    base.config.pad_token_id = 0
+    with quiet():
+        loaded = PeftModel.from_pretrained(base, same.path / "adaptation").eval()
+    found = loaded(input_ids=again("<own> good film <new2>", return_tensors="pt")["input_ids"]).logits
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-6)
+    outcome = recycle(Upgrade(*grown), tmp_path / "adapter", task_file, "direct", tmp_path / "out", recipe=recipe)
+    before, after = embeddings(tmp_path / "adapter"), embeddings(outcome.path / "adaptation")
+    first, second = (embeddings(folder) for folder in grown)
+    for token, row in after.items():
+        expected = before[token] if token == "<own>" else second[token]
+        if token in first:
+            expected = second[token] + before[token] - first[token]
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-6)

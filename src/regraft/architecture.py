@@ -167,6 +167,16 @@ class Architecture:
         return stored
 
     @functools.cached_property
+    def embeddings(self) -> str | None:
+        """The canonical name of the token embeddings."""
+        try:
+            module = self.model.get_input_embeddings()
+        except NotImplementedError:  # models that read no tokens
+            return None
+        names = (f"{name}.weight" for name, each in self.model.named_modules() if each is module)
+        return next((self._canonical.get((name, ""), name) for name in names), None)
+
+    @functools.cached_property
     def by_token(self) -> frozenset[str]:
         """The canonical names of the tensors whose first dimension is the vocabulary: those that grow with it."""
         own = copy.deepcopy(self.config)
@@ -320,7 +330,7 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
     keys = {name: name if head.is_tied(name) else key_of(name) for name in entries}
     ties = {tied: key_of(str(head.identify(tied))) for tied in head.ties}
     expected = {key_of(name) for name in head.stored if not head.is_tied(name)}
-    return Named(entries, keys, ties, expected, lambda: head.by_token)
+    return Named(entries, keys, ties, expected, lambda: head.by_token, head.embeddings)
 
 
 def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:

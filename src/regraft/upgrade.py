@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -12,17 +13,18 @@ from regraft.architecture import architecture_of, named
 from regraft.checkpoint import FLOATING, Checkpoint, check_finite, find_path, fingerprint
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_config, read_tokenizer
-from regraft.weights import is_optional
+from regraft.weights import is_optional, match_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from regraft.architecture import Architecture
     from regraft.checkpoint import Derived
-    from regraft.weights import Distance, Named
+    from regraft.weights import Distance, Named, RowMatch
 
 PRETRAINING = "pretraining.json"
 FEWEST = 8  # tokens of text that make sense; models take hundreds
@@ -36,11 +38,15 @@ class Base:
         name: What the user called it, a folder or a hub id (`id@revision` pins it).
         path: The folder on this disk.
         checkpoint: Its tensors, unread.
+        own_tokenizer: What reads texts in place of its tokenizer, for an adaptation that has tokens of its own.
+        own_rows: How many rows its embeddings are given for that.
     """
 
     name: str
     path: Path
     checkpoint: Checkpoint
+    own_tokenizer: PreTrainedTokenizerBase | None = dataclasses.field(default=None, repr=False, compare=False)
+    own_rows: int | None = None
 
     @classmethod
     def open(cls, name: str | Path) -> Base:
@@ -83,7 +89,7 @@ class Base:
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a padding token wherever it has a special one for that."""
-        tokenizer = read_tokenizer(self.path)
+        tokenizer = copy.deepcopy(self.own_tokenizer) if self.own_tokenizer else read_tokenizer(self.path)
         self.check_tokens(tokenizer, tokenizer("")["input_ids"])
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= self.rows:
             tokenizer.pad_token = None  # was added, and the embeddings were not resized
@@ -98,9 +104,21 @@ class Base:
         return 0 if padding is None else int(padding)
 
     @functools.cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The ids of its tokens, an adaptation's own not among them."""
+        vocabulary: dict[str, int] = (read_tokenizer(self.path) if self.own_tokenizer else self.tokenizer).get_vocab()
+        return vocabulary
+
+    @functools.cached_property
+    def embedding_rows(self) -> int:
+        """How many rows its token embeddings have, those that stand for no token among them."""
+        stored = self.body.get(str(self.architecture.embeddings))
+        return self.checkpoint.tensors[stored].shape[0] if stored else len(self.tokenizer)
+
+    @functools.cached_property
     def rows(self) -> int:
         """How many tokens its embeddings have a row for."""
-        return int(getattr(self.config.get_text_config(), "vocab_size", None) or sys.maxsize)
+        return self.own_rows or int(getattr(self.config.get_text_config(), "vocab_size", None) or sys.maxsize)
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
         """Refuse tokens for which the embeddings have no row.
@@ -232,7 +250,7 @@ class Upgrade:
 
     Raises:
         CheckpointError: One of the two is missing or not whole.
-        MismatchError: They differ in architecture, sizes or vocabulary.
+        MismatchError: They differ in architecture or sizes, but for rows of tokens, which are matched by token.
     """
 
     old: Base
@@ -243,7 +261,31 @@ class Upgrade:
         object.__setattr__(self, "new", new if isinstance(new, Base) else Base.open(new))
         self._check_architecture()
         self._check_tensors()
-        self._check_vocabulary()
+        _ = self.rows
+
+    @functools.cached_property
+    def rows(self) -> RowMatch | None:
+        """How the rows of the vocabularies match by token; None where they are the same."""
+        old, new = self.old, self.new
+        if old.vocabulary == new.vocabulary and old.embedding_rows == new.embedding_rows:
+            return None
+        return match_rows(old.vocabulary, new.vocabulary, old.embedding_rows, new.embedding_rows)
+
+    def shared_rows(self, name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tensors of the two bases such that rows of tokens stand for the same tokens.
+
+        Args:
+            name: The tensor's name inside the body.
+            old: The old base's tensor.
+            new: The new base's.
+
+        Returns:
+            Both as they are; of embeddings, where the vocabularies differ, the rows of the tokens that both have.
+        """
+        if self.rows is None or name not in self.old.architecture.by_token:
+            return old, new
+        pairs = [(i, j) for i, j in zip(self.rows.old_row, self.rows.new_row, strict=True) if i >= 0 and j >= 0]
+        return old[[i for i, _ in pairs]], new[[j for _, j in pairs]]
 
     def check_finite(self) -> None:
         """Refuse bases that hold values that are infinite or not a number.
@@ -264,7 +306,8 @@ class Upgrade:
 
         shared = sorted(self.old.body.keys() & self.new.body.keys())
         return distance(
-            (self.old.checkpoint[self.old.body[name]], self.new.checkpoint[self.new.body[name]]) for name in shared
+            self.shared_rows(name, self.old.checkpoint[self.old.body[name]], self.new.checkpoint[self.new.body[name]])
+            for name in shared
         )
 
     def _check_architecture(self) -> None:
@@ -277,7 +320,9 @@ class Upgrade:
 
     def _check_tensors(self) -> None:
         old, new = _shapes(self.old), _shapes(self.new)
-        differing = [f"{n}: {old[n]} and {new[n]}" for n in sorted(old.keys() & new.keys()) if old[n] != new[n]]
+        unlike = sorted(n for n in old.keys() & new.keys() if old[n] != new[n])
+        by_token = self.old.architecture.by_token if unlike else ()
+        differing = [f"{n}: {old[n]} and {new[n]}" for n in unlike if n not in by_token or old[n][1:] != new[n][1:]]
         only_old = sorted(n for n in old.keys() - new.keys() if not is_optional(n))
         only_new = sorted(n for n in new.keys() - old.keys() if not is_optional(n))
         if differing or only_old or only_new:
@@ -291,16 +336,6 @@ class Upgrade:
                     lines.append(f"  {len(names)} tensors {what}: {_some(names)}")
             lines.append("Give the base that the weights were tuned on and the one pre-trained further from it.")
             raise MismatchError("\n".join(lines))
-
-    def _check_vocabulary(self) -> None:
-        old, new = self.old.tokenizer.get_vocab(), self.new.tokenizer.get_vocab()
-        if old != new:
-            differing = sorted(token for token in old.keys() | new.keys() if old.get(token) != new.get(token))
-            raise MismatchError(
-                f"the vocabularies of {self.old.path} and {self.new.path} differ in {len(differing):,} of "
-                f"{len(old.keys() | new.keys()):,} tokens ({_some([repr(t) for t in differing])}). The rows of the "
-                "embeddings would not stand for the same tokens: give bases with one tokenizer."
-            )
 
 
 def is_causal(config: PretrainedConfig) -> bool:

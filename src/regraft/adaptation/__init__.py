@@ -16,7 +16,6 @@ from regraft.adaptation.model import (
     write_tokenizer,
 )
 from regraft.adaptation.outcome import Outcome, find_outcome, load_outcome, write_outcome
-from regraft.adaptation.vocabulary import check_one_vocabulary, match_vocabularies, write_vocabulary
 
 __all__ = [
     "HEADS",
@@ -28,7 +27,6 @@ __all__ = [
     "attach",
     "change_head",
     "check_fit",
-    "check_one_vocabulary",
     "extract_lora",
     "find_outcome",
     "fresh_model",
@@ -38,7 +36,6 @@ __all__ = [
     "load_outcome",
     "load_strictly",
     "lora_settings",
-    "match_vocabularies",
     "merge_lora",
     "merged_config",
     "new_config",
@@ -53,5 +50,4 @@ __all__ = [
     "write_lora",
     "write_outcome",
     "write_tokenizer",
-    "write_vocabulary",
 ]

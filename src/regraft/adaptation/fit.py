@@ -51,7 +51,9 @@ def check_body(adaptation: Adaptation, base: Base) -> None:
             raise MismatchError(
                 f"{adaptation.path}: tensor {name!r} has no counterpart in {base.path}. Was it tuned on that base?"
             )
-        if inner in body and base.checkpoint.tensors[body[inner]].shape != tuned.tensors[name].shape:
+        if inner not in body or base.checkpoint.tensors[body[inner]].shape == tuned.tensors[name].shape:
+            continue
+        if inner not in base.architecture.by_token:  # those are matched by token
             raise MismatchError(
                 f"{adaptation.path}: tensor {name!r} has shape {tuned.tensors[name].shape}, in {base.path} it has "
                 f"{base.checkpoint.tensors[body[inner]].shape}. Was it tuned on that base?"

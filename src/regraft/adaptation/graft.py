@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ from regraft.adaptation.head import stored_labels
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import fold_start
 from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter, write_tokenizer
-from regraft.adaptation.replaced import graft_replaced
+from regraft.adaptation.replaced import graft_replaced, renumbered_settings
+from regraft.adaptation.tokens import tuned_rows
 from regraft.architecture import named
 from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
-from regraft.weights import counterparts, graft
+from regraft.vocabulary import write_vocabulary
+from regraft.weights import counterparts, graft, graft_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -82,8 +85,9 @@ def grafted_adapter(
     tensors, settings = plain_adapter(adaptation, upgrade.old)
     if replace:
         return tensors, settings, ()
-    grafted, replaced = graft_replaced(adaptation, tensors, upgrade)
-    return grafted, settings, replaced
+    rows = tuned_rows(adaptation, upgrade)
+    grafted, replaced = graft_replaced(adaptation, tensors, upgrade, rows)
+    return grafted, renumbered_settings(adaptation, settings, rows), replaced
 
 
 def write_carried(
@@ -110,7 +114,11 @@ def write_carried(
         write_atomic(into / "config.json", json.dumps(_grafted_config(adaptation, upgrade), indent=2) + "\n")
     else:
         write_adapter(into, tensors, {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None})
-    write_tokenizer(upgrade.new, into)
+    rows = tuned_rows(adaptation, upgrade)
+    if rows is not None and (adaptation.kind == "full" or rows.own):
+        write_vocabulary(into, upgrade.new.path, adaptation.path, rows)
+    else:
+        write_tokenizer(upgrade.new, into)
     write_lineage(into, upgrade.new, adaptation.labels)
 
 
@@ -137,10 +145,15 @@ def graft_body(
     """
     _check_body(adaptation, upgrade)
     old, new, tuned = upgrade.old.named, upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation))
-    pairs = counterparts(new, tuned, old)
+    pairs, rows = counterparts(new, tuned, old), tuned_rows(adaptation, upgrade)
     entries = {}
     for name, entry in tuned.entries.items():
-        if name in pairs.new:
+        if name in pairs.new and rows is not None and name in tuned.by_token:
+            operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
+            by_row = functools.partial(graft_rows, match=rows, rule=rule_of(tuned.keys_of[name]))
+            shape = (len(rows.new_row), *entry.shape[1:])
+            entries[name] = Entry(entry.dtype, shape, operands, by_row, elementwise=False)
+        elif name in pairs.new:
             operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
             entries[name] = Entry(entry.dtype, entry.shape, operands, rule_of(tuned.keys_of[name]), elementwise)
         else:  # the head, which is no difference between two bases but a thing of its own
@@ -197,6 +210,8 @@ def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
     """Give what `config.json` says on the new base, whose settings it has wherever the tuning changed none."""
     tuned, old, new = config_of(adaptation).to_dict(), upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
     own = OF_THE_TUNED | ({"pad_token_id"} if upgrade.old.is_decoder else set())  # it says which token the head reads
+    if tuned_rows(adaptation, upgrade) is not None:  # tokens are named by ids of the grafted vocabulary afterwards
+        own |= {key for key in new if key.endswith("_token_id") or key == "vocab_size"}
     upgraded = {
         key: value
         for key, value in new.items()

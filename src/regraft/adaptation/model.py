@@ -235,7 +235,9 @@ def write_tokenizer(base: Base, into: Path) -> None:
     """
     from transformers import AutoConfig
 
-    tokenizer = read_tokenizer(base.path)  # encoding changes settings of the one in memory
+    tokenizer = copy.deepcopy(base.own_tokenizer) or read_tokenizer(
+        base.path
+    )  # encoding changes settings of the one in memory
     if base.is_decoder and (into / "config.json").is_file():
         padding = AutoConfig.from_pretrained(into, trust_remote_code=False).get_text_config().pad_token_id
         if padding in tokenizer.all_special_ids:  # any other token would be split off from texts once it is special
@@ -304,6 +306,8 @@ def _fresh(base: Base, labels: Sequence[str], seed: int) -> tuple[Any, list[str]
 
     set_seed(seed)
     model, fresh = load_strictly(AutoModelForSequenceClassification, base.path, base.prefix, **_head_config(labels))
+    if base.own_rows:
+        model.resize_token_embeddings(base.own_rows, mean_resizing=False)
     heads = {n: t for n, t in model.state_dict().items() if not n.startswith(base.prefix + ".")}
     if not heads.keys() & set(fresh):  # the base is a classifier itself: its head is for labels of its own
         set_seed(seed)
@@ -341,8 +345,13 @@ def _load_peft(
                     encoder.encoder_type, encoder.mlp_head = "MLP", torch.nn.Identity()
                 for name, parameter in adapted.named_parameters():
                     parameter.requires_grad_("prompt_encoder." in name or ".modules_to_save." in name)
-            embeddings = any(name.endswith(".base_layer.weight") for name in adaptation.checkpoint)
-            return adapted, peft_state(adapted, embeddings=embeddings)
+            state = peft_state(adapted)
+            if (
+                others := adaptation.checkpoint.tensors.keys() - state.keys()
+            ):  # embeddings under a LoRA, or with rows more
+                every = peft_state(adapted, embeddings=True)
+                state |= {name: every[name] for name in others if name in every}
+            return adapted, state
         except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, ImportError) as error:
             raise MismatchError(
                 f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {len(labels)} labels "

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.head import model_name
 from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
 from regraft.errors import MismatchError
-from regraft.weights import graft
+from regraft.weights import graft, graft_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.adaptation import Adaptation
     from regraft.upgrade import Base, Upgrade
+    from regraft.weights import RowMatch
 
 MAGNITUDE = ".lora_magnitude_vector"
 TOKENS = ".trainable_tokens_delta"  # rows as they are, whatever its name says
@@ -49,7 +50,7 @@ def replaced_parameter(stored: str, base: Base) -> str | None:
 
 
 def graft_replaced(
-    adaptation: Adaptation, tensors: Mapping[str, torch.Tensor], upgrade: Upgrade
+    adaptation: Adaptation, tensors: Mapping[str, torch.Tensor], upgrade: Upgrade, match: RowMatch | None = None
 ) -> tuple[Mapping[str, torch.Tensor], tuple[str, ...]]:
     """Graft what an adapter stores in place of its base's tensors: new + (stored − old).
 
@@ -59,6 +60,7 @@ def graft_replaced(
         adaptation: Any but a full fine-tune.
         tensors: Its tensors by stored name, or what they became so far.
         upgrade: The two bases.
+        match: How the rows of the vocabularies match, if they are not the same.
 
     Returns:
         The tensors for the new base, and the names of those that were grafted.
@@ -67,7 +69,7 @@ def graft_replaced(
         MismatchError: A tensor has another shape than the base's, or rows of tokens that the base does not have.
     """
     replaced = {name: inner for name in tensors if (inner := replaced_parameter(name, upgrade.old)) is not None}
-    if not replaced:
+    if not replaced and match is None:
         return tensors, ()
     old, new = upgrade.old.parameters, upgrade.new.parameters
     entries = {}
@@ -77,34 +79,76 @@ def graft_replaced(
         if name in replaced:
             inner = replaced[name]
             operands = ((new, inner), (tensors, name), (old, inner))
-            rule, expected = _rule_of(name, inner, adaptation, upgrade)
+            rule, expected, made = _rule_of(name, inner, adaptation, upgrade, match)
             if shape != expected:
                 raise MismatchError(
                     f"{adaptation.path}: tensor {name!r} has shape {shape}, and takes the place of {inner!r} in "
                     f"{upgrade.old.path}, where {expected} is expected. Was it tuned on that base?"
                 )
+            shape = made
+        elif match is not None and name.endswith(".lora_embedding_A"):  # a column for each token
+            rule, shape = functools.partial(_columns, rows=match.tuned_row), (shape[0], len(match.tuned_row))
         entries[name] = Entry(dtype_of(tensors, name), shape, operands, rule, elementwise=False)
     return Derived(entries), tuple(replaced)
 
 
+def renumbered_settings(
+    adaptation: Adaptation, settings: Mapping[str, Any], match: RowMatch | None
+) -> Mapping[str, Any]:
+    """Name the tokens that an adapter tuned by their ids in the grafted vocabulary.
+
+    Args:
+        adaptation: Any but a full fine-tune.
+        settings: The content of its `adapter_config.json`, or what it became so far.
+        match: How the rows of the vocabularies match, if they are not the same.
+
+    Returns:
+        The settings; tokens that the new base no longer has are left out.
+    """
+    if match is None:
+        return settings
+    ids = {tuned: row for row, tuned in enumerate(match.tuned_row) if tuned >= 0}
+
+    def renumbered(rows: Any) -> Any:
+        if isinstance(rows, dict):
+            return {module: renumbered(each) for module, each in rows.items()}
+        return [ids[row] for row in rows if row in ids]
+
+    named = {key: settings[key] for key in ("trainable_token_indices", "token_indices") if settings.get(key)}
+    return {**settings, **{key: renumbered(rows) for key, rows in named.items()}}
+
+
 def _rule_of(
-    name: str, inner: str, adaptation: Adaptation, upgrade: Upgrade
-) -> tuple[Callable[..., torch.Tensor], tuple[int, ...]]:
-    """Return what makes a tensor from the new base's, the stored and the old one, and the shape that it has."""
+    name: str, inner: str, adaptation: Adaptation, upgrade: Upgrade, match: RowMatch | None
+) -> tuple[Callable[..., torch.Tensor], tuple[int, ...], tuple[int, ...]]:
+    """Return what makes a tensor from the new base's, the stored and the old one, and its shape before and after."""
     shape = shape_of(upgrade.old.parameters, inner)
     if TOKENS in name:
         rows = token_rows(adaptation, model_name(name).split(".token_adapter")[0].removesuffix(TOKENS))
-        if rows and not 0 <= min(rows) <= max(rows) < shape[0]:
+        count = shape[0] if match is None else match.tuned_rows
+        if rows and not 0 <= min(rows) <= max(rows) < count:
             raise MismatchError(
                 f"{adaptation.path}: was tuned on the rows of tokens up to {max(rows)}, and {upgrade.old.path} has "
-                f"{shape[0]:,} rows. Was it tuned on that base?"
+                f"{count:,} rows. Was it tuned on that base?"
             )
-        return functools.partial(_graft_rows, rows=rows), (len(rows), *shape[1:])
+        sides = [(row, row, position) for position, row in enumerate(rows)]
+        if match is not None:
+            at = {tuned: i for i, tuned in enumerate(match.tuned_row) if tuned >= 0}
+            sides = [
+                (match.new_row[at[row]], match.old_row[at[row]], position)
+                for position, row in enumerate(rows)
+                if row in at
+            ]
+        return functools.partial(_graft_tokens, sides=sides), (len(rows), *shape[1:]), (len(sides), *shape[1:])
     if MAGNITUDE in name:
         module = upgrade.old.architecture.model.get_submodule(inner.removesuffix(".weight"))
         along = 1 if type(module).__name__ == "Linear" else 0  # PEFT turns the weights of Conv1D and of embeddings
-        return functools.partial(_graft_lengths, along=along), (shape[1 - along],)
-    return graft, shape
+        lengths = (shape[1 - along],)
+        return functools.partial(_graft_lengths, along=along), lengths, lengths
+    if match is not None and inner in upgrade.old.architecture.by_token:
+        rule = functools.partial(graft_rows, match=match)
+        return rule, (match.tuned_rows, *shape[1:]), (len(match.new_row), *shape[1:])
+    return graft, shape, shape
 
 
 def token_rows(adaptation: Adaptation, module: str) -> list[int]:
@@ -123,8 +167,26 @@ def token_rows(adaptation: Adaptation, module: str) -> list[int]:
     return list(rows)
 
 
-def _graft_rows(new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    return graft(new[rows], stored, old[rows])
+def _graft_tokens(
+    new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, sides: list[tuple[int, int, int]]
+) -> torch.Tensor:
+    """Graft rows of tokens: each from a row of the new and one of the old base; −1 where it has none."""
+    import torch
+
+    rows = [
+        stored[position] if i < 0 else new[i] if j < 0 else graft(new[i], stored[position], old[j])
+        for i, j, position in sides
+    ]
+    return torch.stack([row.to(stored.dtype) for row in rows]) if rows else stored[:0]
+
+
+def _columns(stored: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
+    """Take a column for each token to the grafted vocabulary; a token that the adapter does not know has none."""
+    import torch
+
+    indices = torch.tensor(rows)
+    columns: torch.Tensor = stored[:, indices.clamp(min=0)] * (indices >= 0)
+    return columns
 
 
 def _graft_lengths(new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, along: int) -> torch.Tensor:

@@ -99,7 +99,7 @@ def shift_of(upgrade: Upgrade, inner: str) -> torch.Tensor | None:
     old, new = upgrade.old, upgrade.new
     if inner not in old.parameters or inner not in new.parameters:
         return None
-    before, after = old.parameters[inner], new.parameters[inner]
+    before, after = upgrade.shared_rows(inner, old.parameters[inner], new.parameters[inner])
     return None if torch.equal(before, after) else delta(after, before)
 
 

@@ -17,15 +17,17 @@ def show(
 ) -> None:
     """Say what an adaptation holds, and with its base whether it loads wholly."""
     from regraft.adaptation import load_adaptation, load_model, stored_labels
+    from regraft.adaptation.tokens import with_own_tokens
     from regraft.cli import show as print_
-    from regraft.upgrade import Base
+    from regraft.upgrade import Base, Upgrade
 
     adaptation = load_adaptation(path)
     lineage = None
     if base:
         opened = Base.open(base)
         lineage = adaptation.check_base(opened)
-        load_model(adaptation, opened, stored_labels(adaptation, opened))
+        reading = with_own_tokens(adaptation, Upgrade(opened, opened)).old
+        load_model(adaptation, reading, stored_labels(adaptation, opened))
     print_.adaptation(adaptation, base, lineage)
 
 

@@ -40,8 +40,8 @@ def graft(
     dry_run: DryRun = False,
 ) -> None:
     """Add what tuning changed in the old base to the new one: new + λ·(tuned − old); heads are copied."""
-    from regraft.adaptation import match_vocabularies
     from regraft.cli import show
+    from regraft.vocabulary import match_vocabularies
     from regraft.weights import counterparts, graft_all
 
     factors = {"*": scale, **_factors(scale_for or [])}
@@ -67,7 +67,7 @@ def delta(
     dry_run: DryRun = False,
 ) -> None:
     """Write what tuning changed: tuned − old, in float32."""
-    from regraft.adaptation import check_one_vocabulary
+    from regraft.vocabulary import check_one_vocabulary
     from regraft.weights import delta_all
 
     sides = _open(check_finite, tuned=tuned, old=old)
@@ -105,9 +105,10 @@ def extract_lora(
     check_finite: Finite = False,
 ) -> None:
     """Draw a LoRA out of a full fine-tune: the best low-rank approximation of what it changed."""
-    from regraft.adaptation import check_one_vocabulary, write_lora
     from regraft.adaptation import extract_lora as extract
+    from regraft.adaptation import write_lora
     from regraft.cli import show
+    from regraft.vocabulary import check_one_vocabulary
 
     sides = _open(check_finite, tuned=tuned, old=old)
     views = _named(sides)
@@ -210,9 +211,9 @@ def _write(
     rows: "RowMatch | None" = None,
     config: dict[str, Any] | None = None,
 ) -> None:
-    from regraft.adaptation import write_vocabulary
     from regraft.checkpoint import fingerprint, plan_checkpoint, write_folder
     from regraft.cli import show
+    from regraft.vocabulary import write_vocabulary
 
     shard_bytes = int(shard_size * 1e9)
     if dry_run:

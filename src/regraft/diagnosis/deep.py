@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from regraft.adaptation import Adaptation
+    from regraft.diagnosis.pair import Pair
     from regraft.task import Task, TaskData
     from regraft.upgrade import Upgrade
 
@@ -174,24 +175,24 @@ def diagnose(
             "connectivity": ask(
                 "connectivity",
                 lambda: segment(
-                    pair.old, pair.new, upgrade.old, pair.data, points=asked.points, precision=pair.precision,
+                    _alike(pair).old, pair.new, upgrade.old, pair.data, points=asked.points, precision=pair.precision,
                     ends=ends, progress=progress,
                 ),
             ),
             "similarity": ask(
                 "similarity",
                 lambda: similarity(
-                    pair.old, pair.new, upgrade.old, pair.data, precision=pair.precision, progress=progress
+                    _alike(pair).old, pair.new, upgrade.old, pair.data, precision=pair.precision, progress=progress
                 ),
             ),
-            "kept": ask("kept", lambda: kept(pair, asked.text)),
+            "kept": ask("kept", lambda: kept(_alike(pair), asked.text)),
             "compatibility": ask("compatibility", lambda: compatibility(direct, asked.checkpoints))
             if asked.checkpoints
             else (),
             "plane": ask(
                 "plane",
                 lambda: plane(
-                    (direct.old, direct.new, pair.new), (ends[0], "direct", ends[1]), upgrade.old, pair.data,
+                    (_alike(direct).old, direct.new, pair.new), (ends[0], "direct", ends[1]), upgrade.old, pair.data,
                     size=asked.plane, split=pair.split.name, precision=pair.precision, progress=progress,
                 ),
             )
@@ -261,6 +262,15 @@ class _Asking:
 def _check_place(out: Path) -> None:
     if out.exists() and not (out.is_dir() and all(file.name == RECORD for file in out.iterdir())):
         raise OutcomeError(f"{out}: holds something else than a diagnosis. Choose another --out or remove it.")
+
+
+def _alike(pair: Pair) -> Pair:
+    """Refuse a question that holds two models against each other token by token, where they have other tokens."""
+    if pair.upgrade.rows is not None or pair.upgrade.new.own_tokenizer is not None:
+        raise MismatchError(
+            "the two models have different vocabularies, and this holds them against each other by token"
+        )
+    return pair
 
 
 def _reasons(checked: Check, line: Segment | None, alike: Similarity | None) -> tuple[Reason, ...]:

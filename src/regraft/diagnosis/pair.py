@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Adaptation, check_fit, load_adaptation, load_model, write_graft
+from regraft.adaptation.tokens import with_own_tokens
 from regraft.errors import MismatchError
 from regraft.progress import Progress, silent
 from regraft.task import load_data
@@ -120,6 +121,7 @@ def load_pair(
     recipe = recipe or Recipe()
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     lineage = adaptation.check_base(upgrade.old, force=force)
+    upgrade = with_own_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
     data.require_labels("check")
     data = match_labels(adaptation, data.with_room(adaptation.virtual_tokens, upgrade.new.longest))

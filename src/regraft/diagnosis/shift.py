@@ -77,9 +77,11 @@ def shift(upgrade: Upgrade, adaptation: Adaptation, progress: Progress = silent)
     groups: dict[str, dict[str, list[_Sums]]] = {"whole": {}, "layer": {}, "kind": {}}
     names = sorted(old.body.keys() & new.body.keys(), key=_in_order)
     for number, inner in enumerate(names, start=1):
-        base = old.checkpoint[old.body[inner]].double()
-        moved = new.checkpoint[new.body[inner]].double() - base
-        delta = tuned[0][tuned[1][inner]].double() - base if tuned and inner in tuned[1] else None
+        before, after = old.checkpoint[old.body[inner]].double(), new.checkpoint[new.body[inner]].double()
+        base, upgraded = upgrade.shared_rows(inner, before, after)
+        moved, delta = upgraded - base, None
+        if tuned and inner in tuned[1] and tuned[0][tuned[1][inner]].shape == before.shape:
+            delta = upgrade.shared_rows(inner, tuned[0][tuned[1][inner]].double() - before, after)[0]
         sums = _sums(base, moved, delta, matrix=kind_of(inner) in ("attention", "feed-forward") and base.dim() == 2)
         for by, group in (("whole", "whole body"), ("layer", layer_of(inner)), ("kind", kind_of(inner))):
             groups[by].setdefault(group, []).append(sums)

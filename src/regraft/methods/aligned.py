@@ -61,16 +61,19 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
     from regraft.adaptation import fresh_model, load_model, save_model
     from regraft.adaptation.changes import KINDS
     from regraft.adaptation.rework import check_reworkable
-    from regraft.tuning import encode
+    from regraft.tuning.examples import encode_alike
     from regraft.tuning.walk import Walk
 
     check_reworkable(job.adaptation, KINDS)
     upgrade, labels = job.upgrade, job.data.labels
     grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, labels)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
-    examples = encode(upgrade.new, texts, job.data.max_length)
+    sides = encode_alike(upgrade, texts, job.data.max_length)
     precision = job.recipe.precision
-    walks = [Walk(fresh_model(base, labels, 0), examples, precision) for base in (upgrade.old, upgrade.new)]
+    walks = [
+        Walk(fresh_model(base, labels, 0), examples, precision)
+        for base, examples in zip((upgrade.old, upgrade.new), sides, strict=True)
+    ]
     turned, rotations = _Turned(grafted, tuned, upgrade.old), _Rotations(options.shrink)
     is_head = False
     for part in range(walks[0].parts):

@@ -20,6 +20,7 @@ from regraft.adaptation import (
     write_outcome,
 )
 from regraft.adaptation.replaced import replaced_parameter
+from regraft.adaptation.tokens import with_own_tokens
 from regraft.checkpoint import resumable_folder
 from regraft.errors import RecipeError
 from regraft.methods.label_free import LabelFree
@@ -92,6 +93,7 @@ def recycle(
     if head != "copy" and isinstance(options, (Distillation, LabelFree)):
         raise RecipeError(f"method {method} learns the old head's outputs: it takes head copy only, found {head}.")
     lineage = adaptation.check_base(upgrade.old, force=force)
+    upgrade = with_own_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
     if getattr(options, "labels", "labels" in chosen.needs):
         data.require_labels(f"method {method}")

@@ -71,7 +71,7 @@ def refitted(job: Job, options: Ridge) -> Any:
     from regraft.adaptation import load_model
     from regraft.adaptation.changes import KINDS, linear_changes
     from regraft.adaptation.rework import check_reworkable
-    from regraft.tuning import encode
+    from regraft.tuning.examples import encode_alike
     from regraft.tuning.walk import Walk
 
     check_reworkable(job.adaptation, KINDS)
@@ -81,8 +81,8 @@ def refitted(job: Job, options: Ridge) -> Any:
         c.name: c for c in linear_changes(new, tuned, job.adaptation, job.upgrade.old) if options.head or not c.is_head
     }
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
-    examples = encode(job.upgrade.new, texts, job.data.max_length)
-    above, below = (Walk(model, examples, job.recipe.precision) for model in (new, tuned))
+    old_examples, new_examples = encode_alike(job.upgrade, texts, job.data.max_length)
+    above, below = Walk(new, new_examples, job.recipe.precision), Walk(tuned, old_examples, job.recipe.precision)
     modules = [tuned.get_submodule(name) for name in changes]
     moved: list[float] = []
     for part in range(above.parts):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from regraft.errors import MismatchError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.task import Split
-    from regraft.upgrade import Base
+    from regraft.upgrade import Base, Upgrade
 
 GROUPED_BATCHES = 50
 
@@ -86,6 +88,38 @@ def encode(base: Base, split: Split, max_length: int) -> Examples:
     pad = {name: 0 for name in encoded}
     pad["input_ids"] = base.pad_id
     return Examples({name: list(encoded[name]) for name in encoded}, split.labels, pad)
+
+
+def encode_alike(upgrade: Upgrade, split: Split, max_length: int) -> tuple[Examples, Examples]:
+    """Tokenise texts for two models of which each token of the one is held against one of the other.
+
+    Args:
+        upgrade: The two bases, each with a tokenizer of its own.
+        split: Texts, single or in pairs.
+        max_length: As in `encode`.
+
+    Returns:
+        The examples for the old and the new base: the texts that both tokenizers divide into the same tokens.
+
+    Raises:
+        MismatchError: Those are fewer than half.
+    """
+    sides = [encode(base, split, max_length) for base in (upgrade.old, upgrade.new)]
+    tokens = [
+        [base.tokenizer.convert_ids_to_tokens(ids) for ids in side.columns["input_ids"]]
+        for base, side in zip((upgrade.old, upgrade.new), sides, strict=True)
+    ]
+    alike = [row for row, pair in enumerate(zip(*tokens, strict=True)) if pair[0] == pair[1]]
+    if 2 * len(alike) < len(split):
+        raise MismatchError(
+            f"the tokenizers of {upgrade.old.path} and {upgrade.new.path} divide only {len(alike)} of {len(split)} "
+            "texts into the same tokens, and this holds the two models against each other token by token. Take direct, init "
+            "or distill."
+        )
+    if len(alike) == len(split):
+        return sides[0], sides[1]
+    old, new = (encode(base, split.take(alike), max_length) for base in (upgrade.old, upgrade.new))
+    return old, new
 
 
 def plan_order(

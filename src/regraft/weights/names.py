@@ -37,6 +37,7 @@ class Named(Derived):
         ties: Which keys a tensor is tied to, by its own; tied tensors are one, under the key of their source.
         expected: The keys of all tensors that the class has.
         by_token: Returns the names whose first dimension is the vocabulary.
+        embeddings: The name of the token embeddings.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Named(Derived):
         ties: Mapping[str, str],
         expected: Collection[str],
         by_token: Callable[[], Collection[str]],
+        embeddings: str | None = None,
     ):
         super().__init__(entries)
         self.keys_of, self.ties, self.expected, self._by_token = keys, ties, expected, by_token
+        self.embeddings = embeddings
 
     @functools.cached_property
     def by_token(self) -> frozenset[str]:

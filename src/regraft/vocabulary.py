@@ -164,8 +164,22 @@ def _renumbered(key: str, value: Any, source: PreTrainedTokenizerBase, ids: Mapp
 
 
 def _rows(tensors: Mapping[str, torch.Tensor]) -> int:
+    if isinstance(tensors, Named) and tensors.embeddings in tensors:
+        return shape_of(tensors, str(tensors.embeddings))[0]
     by_token = tensors.by_token if isinstance(tensors, Named) else filter(has_row_for_each_token, tensors)
     return max((shape_of(tensors, name)[0] for name in by_token), default=0)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder holds a tokenizer of its own.
+
+    Args:
+        folder: An adaptation's or a base's.
+
+    Returns:
+        True if it has a vocabulary's file.
+    """
+    return bool(_files(folder))
 
 
 def _files(folder: Path) -> dict[str, bytes]:
