@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from regraft import Base, Upgrade, convert, load_adaptation
 from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, save_model, write_graft
-from regraft.errors import RecipeError, RegraftError
+from regraft.errors import OutcomeError, RecipeError, RegraftError
 from regraft.progress import quiet, silent
 from regraft.task import load_data
 from regraft.tuning import encode, predict
@@ -48,6 +48,16 @@ def test_a_full_fine_tune_becomes_a_lora_within_its_energy(tmp_path, made, opene
     expected = logits_of(made[architecture, "lora"][0], new, texts[architecture])
     torch.testing.assert_close(logits_of(tmp_path / "there", new, texts[architecture]), expected, atol=2e-5, rtol=1e-4)
     assert load_adaptation(tmp_path / "there").base == new.fingerprint
+
+
+def test_the_same_conversion_again_does_nothing(tmp_path, made, opened):
+    path, _ = made["bert", "lora"]
+    first = convert(path, opened["bert"][0], tmp_path / "full", "full")
+    before = (tmp_path / "full/model.safetensors").stat().st_mtime_ns
+    assert convert(path, opened["bert"][0], tmp_path / "full", "full") == first
+    assert (tmp_path / "full/model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(OutcomeError, match="made from something else"):
+        convert(made["bert", "ia3"][0], opened["bert"][0], tmp_path / "full", "full")
 
 
 def test_weighing_by_inputs_keeps_the_outputs_better(tmp_path, made, opened, task_file):

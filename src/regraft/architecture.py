@@ -14,7 +14,7 @@ import os.path
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import Derived, Entry, dtype_of, fingerprint, read_json, shape_of
+from regraft.checkpoint import Derived, Entry, Grouped, dtype_of, fingerprint, read_json, shape_of
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_config
 from regraft.weights import Named, is_optional
@@ -166,6 +166,51 @@ class Architecture:
         stored: dict[str, torch.Tensor] = revert_weight_conversion(self.model, dict(parameters))
         return stored
 
+    def saved(self, parameters: Derived) -> Derived:
+        """Present parameters as they are saved, computed when they are asked for.
+
+        Args:
+            parameters: By their names in memory; all of those that are saved as parts of one tensor, or none.
+
+        Returns:
+            By canonical name.
+        """
+        entries: dict[str, Entry] = {}
+        groups: dict[str, tuple[str, ...]] = {}
+        for parameter, names in self._parts.items():
+            if self._converter(names[0]) is None:
+                if parameter in parameters:
+                    entries[names[0]] = parameters.entries[parameter]
+                continue
+            group = tuple(self._shapes_of(parameter))
+            if group[0] not in parameters:
+                continue
+            for number, name in enumerate(names):
+                operands = tuple((parameters, member) for member in group) if number == 0 else ()  # counted once
+                dtype = parameters.entries[group[0]].dtype
+                entries[name] = Entry(dtype, tuple(self.stored[name].shape), operands, _same, elementwise=False)
+                groups[name] = group
+        return Grouped(entries, groups, lambda group: self.on_disk({member: parameters[member] for member in group}))
+
+    def parts_of(self, parameter: str) -> list[str]:
+        """Name the tensors that a parameter is saved as.
+
+        Args:
+            parameter: Its name in memory.
+
+        Returns:
+            Their canonical names; of parameters that are saved in common parts, under the first of them.
+        """
+        return self._parts.get(parameter, [])
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, list[str]]:
+        """The canonical names of the tensors that go into each parameter; of several in common, into their first."""
+        parts: dict[str, list[str]] = {}
+        for name in sorted(self.stored, key=_natural):
+            parts.setdefault(self._locate(name)[0], []).append(name)
+        return parts
+
     @functools.cached_property
     def embeddings(self) -> str | None:
         """The canonical name of the token embeddings."""
@@ -222,7 +267,7 @@ class Architecture:
 
     def _shapes_of(self, parameter: str) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all parameters that are made of the same stored tensors as this one."""
-        names = sorted((name for name in self.stored if self._locate(name)[0] == parameter), key=_natural)
+        names = self._parts[parameter]
         first = self._converter(names[0])
         if len(first.target_patterns) == 1:
             return {parameter: tuple(self.parameters[parameter].shape)}
@@ -331,6 +376,22 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
     ties = {tied: key_of(str(head.identify(tied))) for tied in head.ties}
     expected = {key_of(name) for name in head.stored if not head.is_tied(name)}
     return Named(entries, keys, ties, expected, lambda: head.by_token, head.embeddings)
+
+
+def class_of(checkpoint: Checkpoint) -> Architecture:
+    """Build the class that a checkpoint's `config.json` names.
+
+    Args:
+        checkpoint: A transformers folder.
+
+    Returns:
+        The class on the meta device.
+
+    Raises:
+        CheckpointError: Transformers cannot read the config, or cannot build the class.
+    """
+    config = read_config(checkpoint)
+    return architecture_of(config, (config.architectures or [""])[0])
 
 
 def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:

@@ -31,6 +31,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             # PEFT says so of the very layers that its layer-norm tuning is for
             warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
+            # PEFT says so of the pattern that it adds itself for experts that were stored one by one
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
             for refused in (
                 "Found missing adapter keys",
                 "Some weights of .* were not initialized",

@@ -1,11 +1,11 @@
 """Adaptations: what tuning left behind, on disk and as models, and the outcome folder that records one."""
 
 from regraft.adaptation.adaptation import Adaptation, load_adaptation, write_lineage
+from regraft.adaptation.extract import ExtractedLora, extract_lora, write_lora
 from regraft.adaptation.graft import check_fit, plain_adapter, write_graft
 from regraft.adaptation.head import HEADS, Head, change_head, stored_labels
 from regraft.adaptation.kinds import KINDS, kind_of, new_config, read_config, settings
-from regraft.adaptation.lora import ExtractedLora, extract_lora, write_lora
-from regraft.adaptation.merge import lora_settings, merge_lora, merged_config
+from regraft.adaptation.merge import MergedLora, lora_settings, merge_lora
 from regraft.adaptation.model import (
     attach,
     fresh_model,
@@ -23,6 +23,7 @@ __all__ = [
     "Adaptation",
     "ExtractedLora",
     "Head",
+    "MergedLora",
     "Outcome",
     "attach",
     "change_head",
@@ -37,7 +38,6 @@ __all__ = [
     "load_strictly",
     "lora_settings",
     "merge_lora",
-    "merged_config",
     "new_config",
     "plain_adapter",
     "read_config",

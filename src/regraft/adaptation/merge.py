@@ -2,107 +2,137 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import math
 import re
-import statistics
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adaptation import BASE_CHANGING_INITS, check_peft, load_adaptation
+from regraft.adaptation.adaptation import BASE_CHANGING_INITS, check_peft
+from regraft.adaptation.layout import WRAPPERS, Update, lay_out
 from regraft.adaptation.lora import PARTS, START
 from regraft.adaptation.patterns import check_patterns
-from regraft.checkpoint import Derived, Entry, dtype_of, read_json, shape_of
+from regraft.architecture import BUFFER, architecture_of
+from regraft.checkpoint import Derived, Entry, dtype_of, piece, read_json, shape_of
+from regraft.checkpoint.derived import PIECE
 from regraft.errors import CheckpointError, MismatchError
-from regraft.weights import dora_weight, fold, is_optional, lora_delta, scaling
+from regraft.transformers_folder import read_config
+from regraft.weights import dora_weight, fold, is_optional, lora_delta, merge_experts, scaling
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
 
+    from regraft.architecture import Architecture
+    from regraft.checkpoint import Checkpoint
+
     Tensors = Mapping[str, torch.Tensor]
 
-# settings with which a LoRA is not W + scaling · B · A of the base's own layers
-CANNOT_MERGE = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
-    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
-)  # fmt: skip
+# settings with which a LoRA is not W + scaling · B · A of the base's own layers, and whether PEFT merges it
+CANNOT_MERGE = {
+    "alora_invocation_tokens": False, "arrow_config": False, "kasa_config": True, "layer_replication": True,
+    "monteclora_config": True, "use_bdlora": True, "use_qalora": False, "velora_config": True,
+}  # fmt: skip
+TASKS = {  # PEFT's task types, by the transformers table of the classes that it has for them
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+}
+HEAD = re.compile(r"^(?:classifier|score)\.(?:.*\.)?weight$")
 
 
-def merge_lora(adapter: Tensors, config: Mapping[str, Any], base: Tensors, start: Tensors | None = None) -> Derived:
-    """Merge a LoRA into its base: W + scaling·B·A, or DoRA's renormalised weight; whole modules take their place.
+@dataclasses.dataclass(frozen=True)
+class MergedLora:
+    """A LoRA merged into its base.
+
+    Args:
+        tensors: Those of the tuned model, computed when they are asked for, by the names it is saved under.
+        config: What the base's `config.json` must say otherwise.
+    """
+
+    tensors: Derived
+    config: dict[str, Any]
+
+
+def merge_lora(
+    adapter: Tensors,
+    config: Mapping[str, Any],
+    base: Checkpoint,
+    start: Tensors | None = None,
+    labels: Sequence[str] | None = None,
+) -> MergedLora:
+    """Merge a LoRA into its base, as PEFT does: W + scaling·B·A, or DoRA's renormalised weight; whole tensors replaced.
+
+    Everything else of the base is kept. Tied tensors of which one side alone was tuned are two in the result.
 
     Args:
         adapter: The tensors of `adapter_model.safetensors`.
         config: The content of `adapter_config.json`.
-        base: The base's tensors; their names may carry the prefix of a model with a head, or not.
+        base: The base, a transformers folder with or without a head.
         start: The adapter as it was initialised, for kinds that take their start out of the base (PiSSA, OLoRA).
+        labels: The names of a classifier's labels, where they are known.
 
     Returns:
-        The merged tensors under the names of the model that was tuned, in the base's dtypes.
+        The merged model, in the base's dtypes.
 
     Raises:
-        CheckpointError: A tensor of the adapter is of no kind that is known here, or its start is needed and missing.
-        MismatchError: A module that was tuned is not in the base, or has another shape there.
+        CheckpointError: A tensor of the adapter has no place in the model, or its start is needed and missing.
+        MismatchError: The base lacks what the model needs, or has another shape there.
     """
-    stored_modules = {name.removeprefix(START).rpartition(".")[0] for name in (*base, *adapter)}
-    check_patterns(config, stored_modules, "the LoRA's adapter_config.json")
-    if special := [key for key in CANNOT_MERGE if config.get(key)]:
-        raise CheckpointError(
-            f"the LoRA was set up with {', '.join(special)}, and is more than a change of its base's weights that can "
-            "be merged here. Convert it instead: regraft adaptation convert --to full."
-        )
-    init = str(config.get("init_lora_weights", True)).lower()
-    if start is None and init.startswith(BASE_CHANGING_INITS):
-        raise CheckpointError(
-            f"the LoRA was initialised by {init!r}, which took its start out of its base: give the adapter as it was "
-            "before the first step (--start)."
-        )
-    modules: dict[str, dict[str, str]] = {}
-    whole: dict[str, str] = {}
-    for stored in adapter:
-        name = stored.removeprefix(START)
-        part = next((part for part in PARTS if name.endswith(part)), None)
-        if part:
-            modules.setdefault(name.removesuffix(part), {})[part] = stored
-        elif "lora_" in name:
-            raise CheckpointError(f"tensor {stored!r} of the LoRA is of a kind that cannot be merged.")
-        else:
-            whole[name.replace(".base_layer.", ".")] = stored  # a bias that was tuned beside the LoRA
-    for module, parts in modules.items():
-        if not {PARTS[0], PARTS[1]} <= parts.keys():
-            raise CheckpointError(f"module {module!r} of the LoRA lacks one of {PARTS[0][1:]} and {PARTS[1][1:]}.")
-    names = _base_names(base, [f"{module}.weight" for module in modules])
-    body = statistics.mode(module.split(".")[0] + "." for module in modules) if modules else ""
-    _check_whole(config, modules, whole, names, body)
-    if whole:  # the adapter brings a head of its own, which takes the place of the base's
-        names = {name: stored for name, stored in names.items() if name.startswith(body)}
-    entries = {
-        name: Entry(dtype_of(base, stored), shape_of(base, stored), ((base, stored),), _same)
-        for name, stored in names.items()
-    }
-    for name, stored in whole.items():
-        entries[name] = Entry(dtype_of(adapter, stored), shape_of(adapter, stored), ((adapter, stored),), _same)
-    for module, parts in modules.items():
-        name = f"{module}.weight"
-        rank = shape_of(adapter, parts[PARTS[0]])[0]
-        factor = lora_scaling(config, module, rank)
-        operands = ((base, names[name]), *((adapter, parts[part]) for part in PARTS if part in parts))
-        weight = shape_of(base, names[name])
-        transposed = bool(config.get("fan_in_fan_out"))  # Conv1D keeps its weight as [in, out]
-        fits = (shape_of(adapter, parts[PARTS[1]])[0], shape_of(adapter, parts[PARTS[0]])[1])
-        if weight != (fits[::-1] if transposed else fits):
+    modules = {name.removeprefix(START).rpartition(".")[0] for name in (*base, *adapter)}
+    check_patterns(config, modules, "the LoRA's adapter_config.json")
+    _check_kind(config, start)
+    architecture, changed = _tuned_architecture(adapter, config, base, labels)
+    stored = architecture.in_memory(base)
+    adapter, updates = lay_out(adapter, config, architecture)
+    if start is not None:
+        _check_start(adapter, start, updates)
+    sources = {name: name for name in stored}
+    untied = []
+    for tied, source in architecture.ties.items():
+        if tied in stored and source in stored and not _equal(stored, tied, stored, source):
+            untied.append(tied)  # transformers ties no two tensors that differ in the checkpoint
+            continue
+        sources.setdefault(tied, sources.get(source, tied))
+        for ours, theirs in ((tied, source), (source, tied)):
+            weight = updates[theirs].weight if theirs in updates else None
+            if weight and not (ours in updates and updates[ours].weight):
+                updates[ours] = dataclasses.replace(updates.get(ours) or Update("base"), weight=weight)
+        if not _alike(adapter, updates.get(tied), updates.get(source)):
+            untied.append(tied)
+    if untied and (freed := _untied_by_setting(architecture)).issuperset(untied):
+        changed |= _nested(base, architecture, "tie_word_embeddings", False)
+        untied = sorted(freed)  # the setting unties all of them
+    absent, entries = [], {}
+    for name, tensor in architecture.parameters.items():
+        if name in architecture.ties and name not in untied:
+            continue
+        update = updates.get(name)
+        if update is None and sources.get(name) not in stored:
+            absent.append(name)
+            continue
+        entries[name] = _entry(stored, sources.get(name), adapter, update, start)
+        if entries[name].shape != tuple(tensor.shape):
             raise MismatchError(
-                f"the LoRA changes module {module!r} by {fits}, and its weight in the base is {weight}."
+                f"{base.path}: tensor {name!r} is {entries[name].shape}, and the model that the LoRA was tuned in has "
+                f"room for {tuple(tensor.shape)}. If tokens were added, the LoRA must hold all rows of both the "
+                "embeddings and the head: save it again where it was tuned, with save_embedding_layers=True, or merge "
+                "it there (merge_and_unload)."
             )
-        if start is not None:
-            if any(parts[part] not in start for part in PARTS[:2]) or PARTS[2] in parts:
-                raise CheckpointError(f"the LoRA's start does not go with it: module {module!r} differs.")
-            operands += tuple((start, parts[part]) for part in PARTS[:2])
-        rule = functools.partial(_merged, scaling=factor, transposed=transposed, folded=start is not None)
-        entries[name] = Entry(dtype_of(base, names[name]), shape_of(base, names[name]), operands, rule, False)
-    return Derived(entries)
+    _check_whole(absent, architecture, base)
+    merged = architecture.saved(Derived(entries))
+    beside = {
+        name: Entry(dtype_of(base, name), shape_of(base, name), ((base, name),), _same)
+        for name in base
+        if architecture.identify(name) is None and not BUFFER.search(name)
+    }
+    merged.entries.update(beside)
+    return MergedLora(merged, changed)
 
 
 def lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -148,96 +178,210 @@ def lora_settings(folder: Path) -> dict[str, Any]:
     return config
 
 
-def merged_config(merged: Derived, folder: Path, base: Path) -> dict[str, Any]:
-    """Tell what a base's `config.json` must say once a LoRA with a head is merged into it.
-
-    Args:
-        merged: From `merge_lora`.
-        folder: The LoRA's folder.
-        base: The base's folder.
-
-    Returns:
-        What to change: the architecture and the labels; nothing if the LoRA has no classification head.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-
-    kind = str(read_json(base / "config.json").get("model_type"))
-    sizes = [shape_of(merged, n)[0] for n in merged if re.search(r"^(?:classifier|score)\.(?:.*\.)?weight$", n)]
-    if not sizes or kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        return {}
-    names = load_adaptation(folder).labels
-    labels = names or tuple(f"LABEL_{i}" for i in range(min(sizes)))
-    return {
-        "architectures": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[kind]],
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
-
-
-def _check_whole(
-    config: Mapping[str, Any], modules: Collection[str], whole: Collection[str], names: Collection[str], body: str
-) -> None:
-    """Refuse a LoRA of which a part is lost, or that brings what is neither a head nor in the base."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    stray = [n for n in whole if n.startswith(body) and n not in names and not is_optional(n.removeprefix(body))]
-    stray += [n for n in whole if re.search(r"\.(modules_to_save|original_module)\.", n)]
-    if stray:
-        raise CheckpointError(
-            f"{len(stray)} tensors of the LoRA are of no place in its base: {', '.join(stray[:4])}. If PEFT loads it, "
-            "convert it instead: regraft adaptation convert --to full."
+def _check_kind(config: Mapping[str, Any], start: Tensors | None) -> None:
+    special = [key for key in CANNOT_MERGE if config.get(key)]
+    if special:
+        remedy = (
+            "Merge it with PEFT: merge_and_unload, then save_pretrained."
+            if all(CANNOT_MERGE[key] for key in special)
+            else "PEFT merges no such adapter either: serve it beside its base."
         )
-    if not config.get("target_modules"):
-        return
-    known = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    given: dict[str, Any] = {key: config.get(key) for key in known}
-    try:
-        asked = LoraConfig(**given)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"the LoRA's adapter_config.json: PEFT cannot read it ({error}).") from error
-    roles = {re.sub(r"\.\d+\.", ".N.", module) for module in modules}
-    lost = [
-        module
-        for module in (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
-        if module not in modules
-        and re.sub(r"\.\d+\.", ".N.", module) in roles
-        and check_target_module_exists(asked, module)
-    ]
+        raise CheckpointError(
+            f"the LoRA was set up with {', '.join(special)}, and is more than a change of its base's weights that can "
+            f"be merged here. {remedy}"
+        )
+    init = str(config.get("init_lora_weights", True)).lower()
+    if start is None and init.startswith(BASE_CHANGING_INITS):
+        raise CheckpointError(
+            f"the LoRA was initialised by {init!r}, which took its start out of its base: give the adapter as it was "
+            "before the first step (--start)."
+        )
+
+
+def _tuned_architecture(
+    adapter: Tensors, config: Mapping[str, Any], base: Checkpoint, labels: Sequence[str] | None
+) -> tuple[Architecture, dict[str, Any]]:
+    """Find the class that a LoRA was tuned in, and what of the base's config is otherwise there."""
+    import transformers.models.auto.modeling_auto as auto
+
+    if not base.path.is_dir() or not (base.path / "config.json").is_file():
+        raise CheckpointError(f"{base.path}: has no config.json, which says what model a LoRA is merged into.")
+    own = read_config(base)
+    tasks = getattr(auto, TASKS.get(str(config.get("task_type")), ""), {})
+    classes = [tasks.get(own.model_type), (own.architectures or [""])[0], None]
+    modules = {_module_of(name) for name in adapter}
+    fitting: dict[str | None, int] = {}
+    for name in dict.fromkeys(classes):
+        known = dict(architecture_of(own, name).model.named_modules())
+        fitting[name] = len(modules & known.keys())
+        if fitting[name] == len(modules):
+            break
+    name = max(fitting, key=lambda candidate: fitting[candidate])
+    changed: dict[str, Any] = {}
+    heads = {n.removeprefix(START): shape_of(adapter, n)[0] for n in adapter if HEAD.search(n.removeprefix(START))}
+    if heads and name and name.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        inner = getattr(own.get_text_config(), "hidden_size", 0)
+        count = len(labels or ()) or min([n for n in heads.values() if n != inner] or heads.values())
+        names = labels or [f"LABEL_{i}" for i in range(count)]
+        changed["id2label"] = {str(i): label for i, label in enumerate(names)}
+        changed["label2id"] = {label: i for i, label in enumerate(names)}
+        own = copy.deepcopy(own)
+        own.id2label, own.label2id = dict(enumerate(names)), changed["label2id"]
+    architecture = architecture_of(own, name)
+    rows = _vocabulary(adapter, architecture)
+    if rows is not None:
+        own = copy.deepcopy(own)
+        text: Any = own.get_text_config()
+        text.vocab_size = rows
+        changed |= _nested(base, architecture, "vocab_size", rows)
+        architecture = architecture_of(own, name)
+    full_name = type(architecture.model).__name__
+    if full_name != (own.architectures or [""])[0]:
+        changed["architectures"] = [full_name]
+    return architecture, changed
+
+
+def _module_of(stored: str) -> str:
+    path = stored.removeprefix(START).partition(".lora_")[0]
+    return ".".join(part for part in path.split(".") if part not in {*WRAPPERS, "weight", "bias"})
+
+
+def _vocabulary(adapter: Tensors, architecture: Architecture) -> int | None:
+    """Return how many tokens the tuned model has, where these are not the base's."""
+    own = architecture.config.get_text_config().vocab_size
+    sizes = set()
+    for stored in adapter:
+        name = f"{_module_of(stored)}.weight"
+        if name in architecture.parameters and str(architecture.identify(name)) in architecture.by_token:
+            if stored.endswith((".weight", ".lora_B.weight")) and ".lora_A" not in stored:
+                sizes.add(shape_of(adapter, stored)[0])
+            elif stored.endswith(".lora_embedding_A"):
+                sizes.add(shape_of(adapter, stored)[1])
+    if len(sizes) > 1:
+        raise CheckpointError(
+            f"the LoRA holds embeddings or heads of {sorted(sizes)} rows: which number of tokens was tuned?"
+        )
+    return None if sizes <= {own} else sizes.pop()
+
+
+def _nested(base: Checkpoint, architecture: Architecture, key: str, value: Any) -> dict[str, Any]:
+    """Return the change of a setting of the language model, which may be in a config of its own."""
+    settings = read_json(base.path / "config.json")
+    change = {key: value}
+    if architecture.config.get_text_config() is not architecture.config and "text_config" in settings:
+        change = {"text_config": {**settings["text_config"], **change}}
+        if key in settings or key == "tie_word_embeddings":
+            change[key] = value
+    return change
+
+
+def _untied_by_setting(architecture: Architecture) -> set[str]:
+    """Name what `tie_word_embeddings` unties; where it does not, transformers leaves what is stored twice as it is."""
+    own = copy.deepcopy(architecture.config)
+    own.tie_word_embeddings = own.get_text_config().tie_word_embeddings = False
+    return architecture.ties.keys() - architecture_of(own, type(architecture.model).__name__).ties.keys()
+
+
+def _check_whole(absent: Sequence[str], architecture: Architecture, base: Checkpoint) -> None:
+    start = f"{architecture.prefix}."
+    classifies = "Classification" in type(architecture.model).__name__
+    lost = [name for name in absent if classifies or not is_optional(name.removeprefix(start))]
     if lost:
-        raise CheckpointError(
-            f"the LoRA tunes {len(lost)} modules of the base for which it holds no tensors: {', '.join(lost[:4])}. "
-            "Either it is not whole, or it is of another base."
+        raise MismatchError(
+            f"{len(lost)} tensors of the {type(architecture.model).__name__} that was tuned are neither in {base.path} "
+            f"nor in the LoRA, and would be drawn at random: {', '.join(lost[:4])}. Give the base that it was tuned "
+            "on; if these were drawn before tuning, they had to be saved with it (modules_to_save)."
         )
 
 
-def _merged(
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    *more: torch.Tensor,
-    scaling: float,
-    transposed: bool,
-    folded: bool,
-) -> torch.Tensor:
-    plain = weight.T if transposed else weight
-    if folded:
-        b, a = fold((b.double(), a.double()), (more[1].double(), more[0].double()))
-    if more and not folded:
-        merged = dora_weight(plain, b, a, scaling, more[0])
+def _check_start(adapter: Tensors, start: Tensors, updates: Mapping[str, Update]) -> None:
+    for update in updates.values():
+        factors = [name for name in update.operands if name.endswith(PARTS[:2])]
+        if update.kind not in ("whole", "base") and (
+            update.kind != "factors" or len(update.operands) > 2 or any(name not in start for name in factors)
+        ):
+            raise CheckpointError(
+                f"the LoRA's start does not go with it: {(update.operands or ('a tensor',))[0]!r} differs."
+            )
+
+
+def _entry(
+    stored: Tensors, source: str | None, adapter: Tensors, update: Update | None, start: Tensors | None
+) -> Entry:
+    """Return how one parameter is made."""
+    if update is not None and update.kind == "whole":
+        weight: tuple[Tensors, str] = (adapter, update.operands[0])
+    elif update is not None and update.weight:
+        weight = (adapter, update.weight)
+    elif source in stored:
+        weight = (stored, str(source))
     else:
-        merged = plain.double() + lora_delta(b, a, scaling)
-    return merged.T if transposed else merged
+        raise MismatchError(f"the LoRA changes a tensor that the base lacks, by {(update and update.operands)!r:.200}.")
+    dtype, shape = dtype_of(*weight), shape_of(*weight)
+    if update is None or update.kind in ("whole", "base"):
+        return Entry(dtype, shape, (weight,), _same)
+    operands = (weight, *((adapter, name) for name in update.operands))
+    if start is not None and update.kind == "factors":
+        operands += tuple((start, name) for name in update.operands)
+    rule = functools.partial(_updated, update=update, is_folded=start is not None)
+    if source is not None and source in stored:
+        dtype = dtype_of(stored, source)
+    return Entry(dtype, shape, operands, rule, elementwise=False)
 
 
-def _base_names(base: Tensors, wanted: list[str]) -> dict[str, str]:
-    """Name the base's tensors as the tuned model does, which may wrap the body under a prefix."""
-    for prefix in ("", *sorted({name.split(".")[0] + "." for name in wanted})):
-        names = {prefix + name: name for name in base}
-        if all(name in names for name in wanted):
-            return names
-    missing = [name for name in wanted if name not in base]
-    raise MismatchError(f"{len(missing)} modules that the LoRA tunes are not in the base: {', '.join(missing[:4])}.")
+def _updated(weight: torch.Tensor, *operands: torch.Tensor, update: Update, is_folded: bool) -> torch.Tensor:
+    import torch
+
+    if update.kind == "bias":
+        return weight.double() + update.scale * operands[0].double()
+    if update.kind == "rows":
+        return weight.index_copy(0, torch.tensor(update.rows), operands[0].to(weight))
+    if update.kind == "experts":
+        return merge_experts(weight, operands[0], operands[1], update.scale, update.turned)
+    b, a, *more = operands
+    plain = weight.T if update.turned else weight
+    if is_folded:
+        b, a = fold((b.double(), a.double()), (more[0].double(), more[1].double()))
+    if more and not is_folded:
+        merged = dora_weight(plain, b, a, update.scale, more[0])
+    else:
+        merged = plain.double() + lora_delta(b, a, update.scale)
+    return merged.T if update.turned else merged
+
+
+def _alike(adapter: Tensors, first: Update | None, second: Update | None) -> bool:
+    """Tell whether two parameters that are tied in the base are still the same once they are updated."""
+    if first is None or second is None:
+        return first is second
+    if (first.kind, first.scale, first.rows) != (second.kind, second.scale, second.rows):
+        return False
+    pairs = [(first.weight, second.weight), *zip(first.operands, second.operands, strict=False)]
+    if len(first.operands) != len(second.operands):
+        return False
+    if first.turned == second.turned:
+        return all(a == b or (a and b and _equal(adapter, a, adapter, b)) for a, b in pairs)
+    (b, a), (other_b, other_a) = first.operands[:2], second.operands[:2]
+    same_weight = first.weight == second.weight or (
+        first.weight and second.weight and _equal(adapter, first.weight, adapter, second.weight)
+    )
+    return (
+        bool(same_weight)
+        and len(first.operands) == 2  # a DoRA's lengths are of rows in one and of columns in the other
+        and adapter[b].T.equal(adapter[other_a])
+        and adapter[a].T.equal(adapter[other_b])
+    )
+
+
+def _equal(first: Tensors, name: str, second: Tensors, other: str) -> bool:
+    import torch
+
+    if shape_of(first, name) != shape_of(second, other):
+        return False
+    size = math.prod(shape_of(first, name))
+    return all(
+        torch.equal(piece(first, name, at, min(PIECE, size - at)), piece(second, other, at, min(PIECE, size - at)))
+        for at in range(0, size, PIECE)
+    )
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

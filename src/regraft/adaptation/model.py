@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.adaptation import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CHANGING_INITS, write_lineage
 from regraft.adaptation.fit import check_beside_body, check_body, check_computing, check_settings
 from regraft.adaptation.kinds import check_start, read_config
+from regraft.adaptation.layout import as_loaded
 from regraft.adaptation.lora import START, fold_start
 from regraft.architecture import BUFFER, COMPILED
-from regraft.checkpoint import FLOATING, Checkpoint, write_atomic, write_safetensors
+from regraft.checkpoint import FLOATING, Checkpoint, dtype_of, shape_of, write_atomic, write_safetensors
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.progress import quiet
 from regraft.transformers_folder import check_model, read_tokenizer
@@ -88,7 +89,8 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
         adapted, landed = _load_bottleneck(adaptation, model)
     else:
         adapted, landed = _load_peft(adaptation, model, labels, trainable)
-    _account(adaptation, base, labels, fresh, landed)
+    stored = as_loaded(adaptation.checkpoint, adapted) if adaptation.kind == "lora" else adaptation.checkpoint
+    _account(adaptation, base, labels, fresh, landed, stored)
     if adaptation.kind == "bottleneck" and not trainable:
         adapted.requires_grad_(False)
     return adapted
@@ -376,21 +378,25 @@ def _load_bottleneck(adaptation: Adaptation, model: Any) -> tuple[Any, dict[str,
 
 
 def _account(
-    adaptation: Adaptation, base: Base, labels: Sequence[str], fresh: Sequence[str], landed: dict[str, torch.Tensor]
+    adaptation: Adaptation,
+    base: Base,
+    labels: Sequence[str],
+    fresh: Sequence[str],
+    landed: dict[str, torch.Tensor],
+    stored: Mapping[str, torch.Tensor],
 ) -> None:
     """Hold what is in the model against what is stored: the same names, shapes and values, and no fresh head left."""
     import torch
 
-    stored = adaptation.checkpoint.tensors
     unfilled = [name for name in fresh if not {START + name, START.replace("model.", "", 1) + name} & landed.keys()]
     shared = sorted(landed.keys() & stored.keys())
-    misshapen = [name for name in shared if tuple(landed[name].shape) != stored[name].shape]
-    quantised = [name for name in shared if landed[name].is_floating_point() and stored[name].dtype not in FLOATING]
+    misshapen = [name for name in shared if tuple(landed[name].shape) != shape_of(stored, name)]
+    quantised = [name for name in shared if landed[name].is_floating_point() and dtype_of(stored, name) not in FLOATING]
     lists = {
         "missing": sorted(landed.keys() - stored.keys()),
         "without a place": sorted(stored.keys() - landed.keys()),
-        "of another shape": [f"{n} {stored[n].shape}, expected {tuple(landed[n].shape)}" for n in misshapen],
-        "stored as no floating-point numbers": [f"{name} ({stored[name].dtype})" for name in quantised],
+        "of another shape": [f"{n} {shape_of(stored, n)}, expected {tuple(landed[n].shape)}" for n in misshapen],
+        "stored as no floating-point numbers": [f"{name} ({dtype_of(stored, name)})" for name in quantised],
         "in the model that neither the base nor the adaptation fills": unfilled,
     }
     if any(lists.values()):
@@ -402,7 +408,7 @@ def _account(
         )
     for name in shared:
         value = landed[name].cpu()
-        if not torch.equal(value.nan_to_num(), adaptation.checkpoint[name].to(value.dtype).nan_to_num()):
+        if not torch.equal(value.nan_to_num(), stored[name].to(value.dtype).nan_to_num()):
             raise CheckpointError(
                 f"{adaptation.path}: tensor {name!r} did not land in the model as it is stored: a {adaptation.kind} "
                 "set up like this cannot be loaded exactly (or not be tuned further)."

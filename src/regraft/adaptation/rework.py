@@ -140,11 +140,16 @@ def _rework_lora(
             a, b = result[a_name], result[b_name]
             factor = lora_scaling(config, module.removeprefix(START), len(a))
             dense = lora_delta(b, a, factor)
-            reworked = rule(inner, dense, shift.T if config.get("fan_in_fan_out") else shift)
+            reworked = rule(inner, dense, shift.T if _is_turned(upgrade.old, inner) else shift)
             if not torch.equal(reworked, dense):
                 result[a_name], result[b_name] = _closest(reworked.double() / factor, a, b)
         progress("graft", done, len(factors), {})
     return result
+
+
+def _is_turned(base: Base, inner: str) -> bool:
+    """Tell whether a layer keeps its weight as [in, out]; a LoRA's config has one flag for layers of both kinds."""
+    return type(base.architecture.model.get_submodule(inner.rpartition(".")[0])).__name__ == "Conv1D"
 
 
 def _closest(change: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,14 +1,23 @@
 """Tensors on disk: a lazy reader, fingerprints, and folders that are whole or not there."""
 
-from regraft.checkpoint.derived import Derived, Entry, dtype_of, piece, shape_of
+from regraft.checkpoint.derived import Derived, Entry, Grouped, dtype_of, piece, shape_of
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
 from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
-from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_header
+from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import parse_json, read_json
 from regraft.checkpoint.reader import Checkpoint
-from regraft.checkpoint.whole import TOKENIZER, Plan, copy_companions, plan_checkpoint, write_folder
+from regraft.checkpoint.whole import (
+    TOKENIZER,
+    Plan,
+    copy_companions,
+    is_made,
+    plan_checkpoint,
+    read_results,
+    write_folder,
+    write_record,
+)
 from regraft.checkpoint.writer import plan_shards, size_of, write_checkpoint, write_safetensors
 
 __all__ = [
@@ -17,6 +26,7 @@ __all__ = [
     "Checkpoint",
     "Derived",
     "Entry",
+    "Grouped",
     "Plan",
     "TensorInfo",
     "check_finite",
@@ -25,6 +35,7 @@ __all__ = [
     "dtype_of",
     "find_path",
     "fingerprint",
+    "is_made",
     "parse_json",
     "piece",
     "plan_checkpoint",
@@ -32,11 +43,14 @@ __all__ = [
     "publish",
     "read_header",
     "read_json",
+    "read_results",
     "resumable_folder",
     "shape_of",
     "size_of",
+    "torch_dtype",
     "write_atomic",
     "write_checkpoint",
     "write_folder",
+    "write_record",
     "write_safetensors",
 ]

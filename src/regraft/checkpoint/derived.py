@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,6 +67,40 @@ class Derived(Mapping[str, "torch.Tensor"]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
+
+
+class Grouped(Derived):
+    """Derived tensors of which some are made several at a time.
+
+    Args:
+        entries: How each is made; of what is made in a group, only dtype, shape and operands count.
+        groups: By name, the group it is made in; those that are made by themselves are not in it.
+        make: Makes a group, by name.
+    """
+
+    RECENT = 4  # fused experts are two groups a layer, and at a layer's end two layers are being written
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        groups: Mapping[str, tuple[str, ...]],
+        make: Callable[[tuple[str, ...]], dict[str, torch.Tensor]],
+    ):
+        super().__init__(entries)
+        self._groups, self._make = groups, make
+        self._lock = threading.Lock()
+        self._recent: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        group = self._groups.get(name)
+        if group is None:
+            return super().__getitem__(name)
+        with self._lock:
+            if group not in self._recent:
+                while len(self._recent) >= self.RECENT:
+                    del self._recent[next(iter(self._recent))]
+                self._recent[group] = self._make(group)
+            return self._recent[group][name].to(torch_dtype(self.entries[name].dtype))
 
 
 def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:

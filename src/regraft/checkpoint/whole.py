@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja")
 RECORD = "regraft.json"
+RESULTS = "results"
 NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapter_config.json")
 
 
@@ -103,14 +104,11 @@ def write_folder(
         CheckpointError: The disk has not enough room, or cannot be written.
         OutcomeError: Something else is at `out`.
     """
-    record = out / RECORD
-    wanted = json.dumps({**made_from, "shard_bytes": shard_bytes}, sort_keys=True, indent=2) + "\n"
-    if out.exists():
-        if record.is_file() and record.read_text(encoding="utf-8") == wanted:
-            return
-        raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
+    made_from = {**made_from, "shard_bytes": shard_bytes}
+    if is_made(out, made_from):
+        return
     plan_checkpoint(tensors, out, shard_bytes)
-    with resumable_folder(out, dict(made_from, shard_bytes=shard_bytes)) as work:
+    with resumable_folder(out, made_from) as work:
         whole = work / "checkpoints" / "whole"
         whole.mkdir(parents=True, exist_ok=True)
         write_checkpoint(whole, tensors, shard_bytes, progress)
@@ -120,8 +118,57 @@ def write_folder(
         if config and (whole / "config.json").is_file():
             changed = json.loads((whole / "config.json").read_text(encoding="utf-8")) | dict(config)
             write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")
-        write_atomic(whole / RECORD, wanted)
+        write_record(whole, made_from)
         publish(whole, out)
+
+
+def is_made(out: Path, made_from: Mapping[str, Any]) -> bool:
+    """Tell whether a folder is there already, made from the same; ask before the work.
+
+    Args:
+        out: The folder.
+        made_from: What it would be made from, as JSON.
+
+    Returns:
+        Whether it is there.
+
+    Raises:
+        OutcomeError: Something else is there.
+    """
+    if not out.exists() and not out.is_symlink():
+        return False
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        if {key: record[key] for key in record if key != RESULTS} == json.loads(json.dumps(made_from)):
+            return True
+    except (OSError, ValueError, TypeError):
+        pass  # nothing that regraft wrote as a whole
+    raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
+
+
+def write_record(folder: Path, made_from: Mapping[str, Any], results: Mapping[str, float] | None = None) -> None:
+    """Write what a folder is made from into it, for `is_made`.
+
+    Args:
+        folder: The folder.
+        made_from: What it is made from, as JSON.
+        results: Figures to tell again where nothing is done.
+    """
+    content = {**made_from, RESULTS: dict(results)} if results else dict(made_from)
+    write_atomic(folder / RECORD, json.dumps(content, sort_keys=True, indent=2) + "\n")
+
+
+def read_results(folder: Path) -> dict[str, float]:
+    """Read the figures that `write_record` wrote beside what a folder is made from.
+
+    Args:
+        folder: The folder, for which `is_made` is true.
+
+    Returns:
+        The figures.
+    """
+    results: dict[str, float] = json.loads((folder / RECORD).read_text(encoding="utf-8")).get(RESULTS, {})
+    return results
 
 
 def copy_companions(source: Path, into: Path, patterns: tuple[str, ...]) -> None:

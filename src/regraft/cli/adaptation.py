@@ -35,7 +35,7 @@ def show(
 def convert(
     path: Annotated[Path, typer.Argument(help="What was tuned.")],
     old_base: options.OldBase,
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Annotated[Path, typer.Option(help="The folder to make. If it is there, made from the same, nothing is done.")],
     to: Annotated[str, typer.Option(help="full, or lora.")],
     new_base: Annotated[str | None, typer.Option(help="The upgraded base, if it shall be for that.")] = None,
     rank: Annotated[int | None, typer.Option(help="To a LoRA: the rank of every layer.", min=1)] = None,

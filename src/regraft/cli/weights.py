@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -107,15 +107,25 @@ def extract_lora(
     """Draw a LoRA out of a full fine-tune: the best low-rank approximation of what it changed."""
     from regraft.adaptation import extract_lora as extract
     from regraft.adaptation import write_lora
+    from regraft.architecture import class_of
+    from regraft.checkpoint import fingerprint, is_made
     from regraft.cli import show
     from regraft.vocabulary import check_one_vocabulary
+    from regraft.weights import Named
 
     sides = _open(check_finite, tuned=tuned, old=old)
+    _check_apart(out, sides)
+    options = {"operation": "extract-lora", "rank": rank, "energy": energy}
+    made_from = {**options, **{side: fingerprint(opened) for side, opened in sides.items()}}
+    if is_made(out, made_from):
+        show.line(f"adapter: {out}")
+        return
     views = _named(sides)
     check_one_vocabulary({side: opened.folder for side, opened in sides.items()}, views, "a LoRA")
+    architecture = class_of(sides["tuned"]) if isinstance(views["tuned"], Named) else None
     with show.progress() as progress:
-        found = extract(views["tuned"], views["old"], rank, energy, progress)
-    write_lora(found, out, base=old, tokenizer_of=sides["tuned"].folder)
+        found = extract(views["tuned"], views["old"], rank, energy, progress, architecture=architecture)
+    write_lora(found, out, old, sides["tuned"].folder, made_from)
     show.line(
         f"kept {found.kept:.1%} of the squared norm of what tuning changed; {found.left_out:.1%} is in embeddings, "
         f"norms and biases, where a LoRA has no place\nadapter: {out}"
@@ -134,15 +144,18 @@ def merge_lora(
     check_finite: Finite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Merge a LoRA into a base: a plain transformers folder comes of it, with the adapter's head."""
-    from regraft.adaptation import lora_settings, merged_config
+    """Merge a LoRA into a base: a plain transformers folder comes of it, with all that the adapter tuned."""
+    from regraft.adaptation import load_adaptation, lora_settings
     from regraft.adaptation import merge_lora as merge
 
     sides = _open(check_finite, adapter=adapter, base=base, **({"start": start} if start else {}))
-    settings = lora_settings(sides["adapter"].folder)
-    merged = merge(sides["adapter"], settings, sides["base"], sides.get("start"))
-    config = merged_config(merged, sides["adapter"].folder, sides["base"].folder)
-    _write(merged, out, sides, "base", {"operation": "merge-lora"}, shard_size, dry_run, config=config)
+    folder = sides["adapter"].folder
+    settings, labels = lora_settings(folder), load_adaptation(folder).labels
+    merged = merge(sides["adapter"], settings, sides["base"], sides.get("start"), labels)
+    _write(
+        merged.tensors, out, sides, "base", {"operation": "merge-lora"}, shard_size, dry_run, config=merged.config,
+        tokenizer_of=folder if any(folder.glob("tokenizer*")) else None,
+    )  # fmt: skip
 
 
 @app.command()
@@ -200,6 +213,17 @@ def _named(sides: dict[str, "Checkpoint"]) -> "dict[str, Mapping[str, torch.Tens
     return views
 
 
+def _check_apart(out: Path, sides: dict[str, "Checkpoint"]) -> None:
+    from regraft.errors import OutcomeError
+
+    for side, opened in sides.items():
+        if out.resolve() == opened.folder.resolve():
+            raise OutcomeError(
+                f"{out}: is the folder of --{side}, and a result shares no folder with what it is made from. Choose "
+                "another --out."
+            )
+
+
 def _write(
     tensors: "Derived",
     out: Path,
@@ -210,16 +234,20 @@ def _write(
     dry_run: bool,
     rows: "RowMatch | None" = None,
     config: dict[str, Any] | None = None,
+    tokenizer_of: Path | None = None,
 ) -> None:
-    from regraft.checkpoint import fingerprint, plan_checkpoint, write_folder
+    from regraft.checkpoint import TOKENIZER, copy_companions, fingerprint, plan_checkpoint, write_folder
     from regraft.cli import show
     from regraft.vocabulary import write_vocabulary
 
+    _check_apart(out, sides)
     shard_bytes = int(shard_size * 1e9)
     if dry_run:
         show.plan(plan_checkpoint(tensors, out, shard_bytes), out)
         return
-    vocabulary = None
+    vocabulary: Callable[[Path], None] | None = None
+    if tokenizer_of:
+        vocabulary = partial(copy_companions, tokenizer_of, patterns=TOKENIZER)
     if rows:
         vocabulary = partial(write_vocabulary, new=sides["new"].folder, tuned=sides["tuned"].folder, rows=rows)
     made_from = {**options, **{side: fingerprint(opened) for side, opened in sides.items()}}

@@ -99,9 +99,8 @@ def _tuned(upgrade: Upgrade, adaptation: Adaptation) -> tuple[Mapping[str, torch
         return adaptation.checkpoint, body_names(adaptation.checkpoint, old.architecture)
     if adaptation.kind != "lora" or any(adaptation.config.get(key) for key in CANNOT_MERGE):
         return None
-    merged = merge_lora(*plain_adapter(adaptation, old), old.checkpoint)
-    start = f"{old.prefix}."
-    return merged, {name.removeprefix(start): name for name in merged if name.removeprefix(start) in old.body}
+    merged = merge_lora(*plain_adapter(adaptation, old), old.checkpoint, labels=adaptation.labels).tensors
+    return merged, {inner: name for name in merged if (inner := old.architecture.identify(name)) in old.body}
 
 
 def _in_order(name: str) -> tuple[int, int, str]:

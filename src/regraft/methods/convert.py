@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ from regraft.adaptation import (
 )
 from regraft.adaptation.lora import START
 from regraft.adaptation.model import ADAPTER
-from regraft.checkpoint import publish, resumable_folder
-from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeError
+from regraft.architecture import class_of
+from regraft.checkpoint import is_made, publish, read_results, resumable_folder, write_record
+from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.recycle import new_folder
 from regraft.progress import Progress, quiet, silent
 from regraft.task import load_data
@@ -91,7 +93,7 @@ def convert(
 
     Raises:
         MismatchError: The adaptation does not belong to the old base, or changes nothing in it.
-        OutcomeError: Something is at `out`.
+        OutcomeError: Something else is at `out`; what was made from the same is left as it is.
         RecipeError: There is no such conversion.
     """
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
@@ -105,8 +107,14 @@ def convert(
         raise RecipeError(f"{adaptation.path} is of kind {to} already. To put it on a new base, recycle it (direct).")
     if to == "full" and (rank is not None or energy is not None or task is not None):
         raise RecipeError("rank, energy and texts are for a LoRA.")
-    if out.exists():
-        raise OutcomeError(f"{out}: exists already. Choose another --out or remove it.")
+    made_from = {
+        "operation": "convert", "to": to, "rank": rank, "energy": energy, "adaptation": adaptation.fingerprint,
+        "settings": adaptation.config, "labels": adaptation.labels, "old": old.fingerprint,
+        "new": upgrade.new.fingerprint if upgrade else None,
+        "task": load_data(task, 0).digest() if task is not None else None,
+    }  # fmt: skip
+    if is_made(out, made_from):
+        return Conversion(out, to, **read_results(out))
     adaptation.check_base(old, force=force)
     labels = stored_labels(adaptation, old)
     kept, left_out = 1.0, 0.0
@@ -119,7 +127,16 @@ def convert(
             if to == "lora":
                 moments = _moments(model, old, task, progress) if task is not None else None
                 heads = [name for name in model.state_dict() if not name.startswith(old.prefix + ".")]
-                lora = extract_lora(source.checkpoint, old.checkpoint, rank, energy, progress, moments, heads)
+                lora = extract_lora(
+                    source.checkpoint,
+                    old.checkpoint,
+                    rank,
+                    energy,
+                    progress,
+                    moments,
+                    heads,
+                    class_of(source.checkpoint),
+                )
                 kept, left_out = lora.kept, lora.left_out
                 write_adapter(staging, *_on(target, (lora.tensors, lora.config)))
             elif upgrade:
@@ -135,6 +152,7 @@ def convert(
                 f"{adaptation.path}: what it would be as {to} does not load wholly on {target.path}: it can be "
                 f"recycled, but not converted ({error})"
             ) from error
+        write_record(staging, made_from, {"kept": kept, "left_out": left_out})
         publish(staging, out)
     return Conversion(out, to, kept, left_out)
 
@@ -181,13 +199,15 @@ def _merged_state(model: Any) -> dict[str, torch.Tensor]:
     """Give the tensors of a merged PEFT model without what PEFT put around them; its own unloading loses heads."""
     state = model.state_dict().items()  # what kinds share among layers, as VeRA, lies beside the model
     wrapped = {name.removeprefix(START): tensor for name, tensor in state if name.startswith(START)}
-    layers = {name.partition(".base_layer.")[0] + "." for name in wrapped if ".base_layer." in name}
+    layers = {name[: at.start()] for name in wrapped for at in re.finditer(r"\.base_layer(?=\.)", name)}
     found = {}
     for name, tensor in wrapped.items():
-        is_own = any(name.startswith(layer) for layer in layers) and ".base_layer." not in name
+        parts = name.split(".")
+        is_own = any(".".join(parts[:at]) in layers and parts[at] != "base_layer" for at in range(1, len(parts)))
         if not is_own and ".original_module." not in name:
-            for wrapper in (".base_layer.", f".modules_to_save.{ADAPTER}.", ".token_adapter."):
-                name = name.replace(wrapper, ".")
+            name = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(".token_adapter.", ".")
+            while ".base_layer." in name:  # parameters of one module are wrapped one around the other
+                name = name.replace(".base_layer.", ".")
             found[name] = tensor
     return found
 

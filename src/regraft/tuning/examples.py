@@ -113,8 +113,8 @@ def encode_alike(upgrade: Upgrade, split: Split, max_length: int) -> tuple[Examp
     if 2 * len(alike) < len(split):
         raise MismatchError(
             f"the tokenizers of {upgrade.old.path} and {upgrade.new.path} divide only {len(alike)} of {len(split)} "
-            "texts into the same tokens, and this holds the two models against each other token by token. Take direct, init "
-            "or distill."
+            "texts into the same tokens, and this holds the two models against each other token by token. Take direct, "
+            "init or distill."
         )
     if len(alike) == len(split):
         return sides[0], sides[1]

@@ -3,7 +3,7 @@
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.distance import Distance, distance, distances
 from regraft.weights.effect import match_effect, rotation
-from regraft.weights.lora import add, compress, dora_weight, fold, inner, lora_delta, scaling
+from regraft.weights.lora import add, compress, dora_weight, fold, inner, lora_delta, merge_experts, scaling
 from regraft.weights.low_rank import low_rank
 from regraft.weights.names import Named, align, is_optional, kind_of, layer_of
 from regraft.weights.project import left_out_errors, project
@@ -45,6 +45,7 @@ __all__ = [
     "mask_agreement",
     "match_effect",
     "match_rows",
+    "merge_experts",
     "orthogonal_shift",
     "project",
     "rotation",

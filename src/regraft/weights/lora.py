@@ -133,6 +133,32 @@ def dora_weight(
     return merged
 
 
+def merge_experts(
+    weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, turned: bool = False
+) -> torch.Tensor:
+    """Merge a LoRA into the weights of all experts of a layer, expert by expert.
+
+    Args:
+        weight: [experts, out, in].
+        b: [out, r · experts], a rank's experts side by side, as PEFT keeps them.
+        a: [r · experts, in], an expert's ranks one under the other.
+        scale: From `scaling`.
+        turned: Whether the weight is [experts, in, out].
+
+    Returns:
+        The merged weights, in the shape and dtype of `weight`.
+    """
+    import torch
+
+    of_b = b.reshape(len(b), -1, len(weight))
+    of_a = a.reshape(len(weight), -1, a.shape[1])
+    merged = torch.empty_like(weight)
+    for expert in range(len(weight)):
+        change = lora_delta(of_b[:, :, expert], of_a[expert], scale)
+        merged[expert] = weight[expert].double() + (change.T if turned else change)
+    return merged
+
+
 def _qr(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
