@@ -45,14 +45,28 @@ def check_regular(path: Path) -> int:
         status = os.stat(path)
     except FileNotFoundError:
         raise DataError(
-            f"{path}: cannot be read: no such file. Correct the path; relative ones start from the folder of the file "
-            "that names them."
+            f"{path}: no such file. Correct the path; relative ones start from the folder of the file that names them."
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise DataError(f"{str(path)[:300]}: cannot be read ({_reason(error)}). Correct the path.") from error
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path}: is a folder, pipe or device, not a file. Give the path of a file.")
     return status.st_size
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds a pipe or device, for which its reader would wait.
+
+    Args:
+        folder: The folder; nothing is checked where there is none.
+
+    Raises:
+        DataError: There is one; the message names it.
+    """
+    if os.path.isdir(folder):
+        for file in folder.rglob("*"):
+            if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+                raise DataError(f"{file}: is a pipe or device, which is not read as data. Remove it.")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -105,14 +119,14 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: It cannot be read or is no JSON.
     """
-    lines = enumerate(read_lines(path), start=1)
+    lines, is_first = enumerate(read_lines(path), start=1), True
     for row, line in lines:
         text = line.removeprefix(codecs.BOM_UTF8) if row == 1 else line
-        is_list = text.lstrip().startswith(b"[")
-        if is_list:  # and no line of JSON lines, each of which is an object
-            text = b"".join([text, *(rest for _, rest in lines)])
-        elif not text.strip():
+        if not text.strip():
             continue
+        is_list, is_first = is_first and text.lstrip().startswith(b"["), False
+        if is_list:  # as no file of objects, one a line, begins
+            text = b"".join([text, *(rest for _, rest in lines)])
         try:
             content = json.loads(text.decode())
         except (ValueError, RecursionError) as error:

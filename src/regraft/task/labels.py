@@ -131,4 +131,4 @@ def listing(names: Sequence[str]) -> str:
     Returns:
         Their names in quotes; `none` where there are none.
     """
-    return ", ".join(map(repr, names[:LISTED])) + (" …" if len(names) > LISTED else "") or "none"
+    return ", ".join(f"{name!r:.100}" for name in names[:LISTED]) + (" …" if len(names) > LISTED else "") or "none"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError
 from regraft.task.delimited import read_delimited, require_columns
-from regraft.task.file import COMPRESSED, check_regular, ending_of, read_bytes, read_json_rows
+from regraft.task.file import COMPRESSED, check_folder, check_regular, ending_of, read_bytes, read_json_rows
 from regraft.task.labels import label_name
 
 if TYPE_CHECKING:
@@ -126,58 +126,65 @@ def _read_parquet(path: Path, texts: Sequence[str], label: str | None) -> Table:
 
 
 def _read_dataset(source: HubSplit, texts: Sequence[str], label: str | None) -> Table:
+    dataset = _load_dataset(source)
+    columns = require_columns(_columns(texts, label), dataset.column_names, str(source))
+    try:
+        values = dataset.select_columns(columns).with_format(None)[:]
+    except Exception as error:  # rows are decoded only now, by code for each type of column
+        raise DataError(f"{source}: its rows cannot be read ({_reason(error)}). Write the data set anew.") from error
+    return Table(str(source), values, range(1, len(dataset) + 1), _classes(dataset.features, label, str(source)))
+
+
+def _load_dataset(source: HubSplit) -> Any:
     from datasets import load_dataset
 
     folder = Path(source.dataset)
     try:
-        if saved := _saved_to_disk(folder):
-            dataset = _load_saved(source, saved)
-        else:
-            if os.path.isdir(folder):
-                _check_no_pipes(folder)
-            dataset = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
-        columns = require_columns(_columns(texts, label), dataset.column_names, str(source))
-        values = dataset.select_columns(columns).with_format(None)[:]
-        classes = _classes(dataset.features, label, str(source))
+        if is_saved(folder):
+            return load_saved(source)
+        check_folder(folder)
+        return load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
     except DataError:
         raise
     except Exception as error:  # datasets and its readers raise many kinds
         raise DataError(
             f"{source}: `datasets` cannot load it ({_reason(error)}). Check its name, config, split and revision."
         ) from error
-    return Table(str(source), values, range(1, len(dataset) + 1), classes)
 
 
-def _saved_to_disk(folder: Path) -> str | None:
-    """Whether `save_to_disk` wrote a folder: the name of what it saved there, `Dataset` or `DatasetDict`, if so."""
-    if os.path.isfile(folder / "dataset_dict.json"):
-        return "DatasetDict"
-    return "Dataset" if os.path.isfile(folder / "state.json") else None
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of a Dataset or DatasetDict wrote a folder."""
+    names = ("dataset_dict.json",), ("state.json", "dataset_info.json")
+    return any(all(os.path.isfile(folder / name) for name in group) for group in names)
 
 
-def _load_saved(source: HubSplit, saved: str) -> Any:
-    """Load a split, or slices of splits, of what `save_to_disk` wrote."""
-    from datasets import ReadInstruction, concatenate_datasets, load_from_disk
+def load_saved(source: HubSplit) -> Any:
+    """Load a split, or slices of splits, of what `save_to_disk` wrote.
+
+    Args:
+        source: The folder and the split. A Dataset that does not know the name of its split has any.
+
+    Returns:
+        A Dataset.
+
+    Raises:
+        DataError: A file in it is no regular file or outside of it, or the source has a config or a revision.
+    """
+    from datasets import Dataset, ReadInstruction, concatenate_datasets, load_from_disk
 
     folder = Path(source.dataset)
     if source.config or source.revision:
         raise DataError(f"{source}: a folder of save_to_disk has no `config` and no `revision`. Leave them out.")
-    _check_no_pipes(folder)
+    check_folder(folder)
     for state in folder.rglob("state.json"):
         for file in json.loads(state.read_bytes())["_data_files"]:
             if Path(file["filename"]).name != file["filename"]:
                 raise DataError(f"{state}: names {file['filename']!r:.200}, which is outside of its folder.")
     content = load_from_disk(str(folder))
-    if saved == "Dataset":  # which need not know the name of its split
+    if isinstance(content, Dataset):
         content = {str(content.split or re.findall(r"\w*", source.split)[0]): content}
     parts = ReadInstruction.from_spec(source.split).to_absolute({name: len(split) for name, split in content.items()})
     return concatenate_datasets([content[part.splitname].select(range(part.from_, part.to)) for part in parts])
-
-
-def _check_no_pipes(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if not file.is_dir():
-            check_regular(file)
 
 
 def _columns(texts: Sequence[str], label: str | None) -> list[str]:

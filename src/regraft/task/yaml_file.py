@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=BaseModel)
 
-MAX_BYTES = 1_000_000
-"""Of a file: several times what 10,000 label names take; PyYAML reads so much in about 10 s."""
+MAX_BYTES = 500_000
+"""Of a file: more than 10,000 label names take; PyYAML needs up to 6 s for so much."""
 MAX_VALUES = 100_000
 """Of a file whose aliases are written out: a few lines of aliases to aliases stand for billions of values."""
 MAX_PROBLEMS = 20

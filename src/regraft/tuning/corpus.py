@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError
-from regraft.task.file import check_regular, ending_of, is_unicode, read_json_rows, read_lines
+from regraft.task import HubSplit
+from regraft.task.file import check_folder, check_regular, ending_of, is_unicode, read_json_rows, read_lines
+from regraft.task.source import is_saved, load_saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,8 +31,9 @@ class Corpus:
     """Where unlabelled text comes from.
 
     Args:
-        sources: Text files (a document a line), JSONL, CSV or Parquet files, or `datasets` names (`name` or
-            `name:config`, their `train` split).
+        sources: Text files (a document a line), JSON lines or lists, CSV or Parquet files, the text files also
+            compressed (.gz, .xz, .bz2, .zst); folders of `save_to_disk`; or `datasets` names (`name` or `name:config`,
+            their `train` split).
         column: The text's name in sources that have columns.
     """
 
@@ -44,15 +47,18 @@ class Corpus:
             A hexadecimal digest.
 
         Raises:
-            DataError: A file is missing.
+            DataError: A file is missing or cannot be read.
         """
         digest = hashlib.sha256(self.column.encode())
         for source in self.sources:
             path = Path(source)
             if files := [path] if os.path.isfile(path) else _files_below(path):
                 for file in files:
-                    with file.open("rb") as stream:
-                        digest.update(hashlib.file_digest(stream, "sha256").digest())
+                    try:
+                        with file.open("rb") as stream:
+                            digest.update(hashlib.file_digest(stream, "sha256").digest())
+                    except OSError as error:
+                        raise DataError(f"{file}: cannot be read ({error.strerror or error}).") from error
             elif ending_of(path) in (".txt", ".jsonl", ".json", ".csv", ".parquet"):
                 check_regular(path)
             else:
@@ -98,12 +104,17 @@ class Corpus:
         if kind:
             check_regular(Path(source))
         try:
-            if kind:
+            if is_saved(Path(source)):
+                yield from load_saved(HubSplit(dataset=source, split="train"))
+            elif kind:
                 as_text = {"keep_default_na": False} if kind == "csv" else {}
                 yield from load_dataset(kind, data_files=source, split="train", streaming=True, **as_text)
             else:
                 name, _, config = source.partition(":")
+                check_folder(Path(name))
                 yield from load_dataset(name, config or None, split="train", streaming=True)
+        except DataError:
+            raise
         except Exception as error:  # datasets and its readers raise many kinds, some only once rows are read
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"{source}: neither a file nor a data set that `datasets` can load ({reason}).") from error
