@@ -129,7 +129,7 @@ def test_quoting_is_one_of_two_and_holds_for_csv_too(tmp_path: Path) -> None:
         Task.load(tmp_path / "t.yaml")
 
 
-texts = st.text(st.sampled_from('""\t\n\ra \'é'), min_size=1, max_size=12)
+texts = st.text(st.sampled_from('""\t\na \'é'), min_size=1, max_size=12)
 
 
 @given(
