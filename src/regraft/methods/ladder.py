@@ -88,7 +88,8 @@ class Bar:
         Returns:
             Its score and its difference to the target.
         """
-        sure = f"{100 * self.confidence:.0f} % sure: from {100 * rung['low']:+.1f} up"
+        why = weakness(self.labels)
+        sure = f"dev has {why}" if why else f"{100 * self.confidence:.0f} % sure: from {100 * rung['low']:+.1f} up"
         return (
             f"{self.metric} {rung['score']:.3f} on dev, {100 * rung['difference']:+.1f} points to the target of "
             f"{self.target:.3f} ({sure}; {100 * self.tolerance:.1f} may be lost)"
