@@ -362,7 +362,7 @@ def test_labels_that_look_alike_or_missing_are_pointed_out(tmp_path: Path, caplo
     assert "'N/A' reads as a missing value" in missing
     assert [record.getMessage() for record in caplog.records] == doubts(data)
     listed = task(str(tmp_path / "a.json"), labels=["positive", "caf\u00e9", "N/A", "fine"])
-    with pytest.raises(DataError, match=r"'Positive' is not among .* differs from 'positive' in case"):
+    with pytest.raises(DataError, match=r"'Positive' is not among .* differs from 'positive' only in case"):
         read_task(listed)
 
 

@@ -103,7 +103,7 @@ def _encoded(
     for row, name in zip(table.rows, names, strict=True):
         if name not in places:
             near = [label for label in labels if folded(label) == folded(name)]
-            hint = f" It differs from {near[0]!a} in case, blanks or invisible characters alone." if near else ""
+            hint = f" It differs from {near[0]!a} only in case, blanks or what is not visible." if near else ""
             remedy = "Add it to `labels`" if listed else "List all labels under `labels` in the task file"
             raise DataError(
                 f"{table.source}, row {row}: the label {name!r} is not among those "

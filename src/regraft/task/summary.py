@@ -86,8 +86,8 @@ def doubts(data: TaskData) -> list[str]:
     for group in lookalikes(data.labels) if data.labelled else ():
         names = " and ".join(map(ascii, group))
         sentences.append(
-            f"{data.train.source}: the labels {names} differ in case, blanks or invisible characters alone, and "
-            "count as different classes. Write them alike if they are one."
+            f"{data.train.source}: the labels {names} look alike: they differ only in case, blanks, invisible "
+            "characters or the way accents are stored, and count as several classes. Write them alike if they are one."
         )
     if missing := [name for name in data.labels if data.labelled and reads_as_missing(name)]:
         sentences.append(
