@@ -23,6 +23,7 @@ from regraft.task import (
     Task,
     TaskData,
     flips,
+    load_data,
     majority_score,
     read_task,
     score,
@@ -168,7 +169,7 @@ def test_a_file_that_is_no_task_says_why(tmp_path: Path, text: str, said: list[s
 
 
 def test_a_missing_or_binary_task_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.yaml: cannot be read"):
+    with pytest.raises(DataError, match=r"none\.yaml: no such file"):
         Task.load(tmp_path / "none.yaml")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"b\.yaml: is not UTF-8"):
@@ -298,11 +299,12 @@ def test_texts_of_test_that_are_in_train_are_counted_and_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train, test = write(tmp_path / "a.csv", rows_of(10)), write(tmp_path / "b.csv", rows_of(2, stem="new") + rows_of(3))
-    data = read_task(task(train, dev=write(tmp_path / "d.csv", rows_of(2)), test=test))
+    dev = write(tmp_path / "d.csv", rows_of(10))
+    data = load_data(task(train, dev=dev, test=test), seed=0)
     assert data.duplicates == 3
     assert "3 of 5 examples of test are in train too (row 3 there is row 1 of" in caplog.text
     caplog.clear()
-    read_task(task(train, test=write(tmp_path / "c.csv", rows_of(2, stem="new"))))
+    load_data(task(train, dev=dev, test=write(tmp_path / "c.csv", rows_of(10, stem="new"))), seed=0)
     assert not caplog.records
 
 
@@ -324,7 +326,7 @@ def test_texts_of_test_that_are_in_train_are_counted_and_warned_of(
         ("a.csv", "text,label\na,b\nc\n", ["row 2", "names 2 columns, the row has 1"]),
         ("a.csv", 'text,label\na,b\n"c,d\n', ["row 2", "not valid CSV", "Close every double quote"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n\n{"text": \n', ["row 3", "not JSON", "one JSON object a line"]),
-        ("a.json", "[1, 2]\n", ["row 1", "a JSON list", "one object a line"]),
+        ("a.json", "[1, 2]\n", ["row 1", "a JSON int", "one list of objects", "one object a line"]),
         ("a.csv", "text,label\na,x\n  ,y\n", ["row 2", "column 'text' is empty", "remove the row"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"label": 2}\n', ["row 2", "'text' is missing"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": 5, "label": 2}\n', ["row 2", "is of type int (5), not text"]),

@@ -112,7 +112,7 @@ class Chain(BaseModel):
         read = validate(cls, read_yaml(path), str(path))
         folder = path.absolute().parent
         bases = tuple(_beside(folder, base) for base in read.bases)
-        tasks = tuple(os.path.abspath(folder / Path(task).expanduser()) for task in read.tasks)
+        tasks = tuple(os.path.abspath(folder / os.path.expanduser(task)) for task in read.tasks)
         chain: Chain = read.model_copy(update={"bases": bases, "tasks": tasks})
         names = [task.name for task in chain.loaded_tasks()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -161,5 +161,5 @@ class Chain(BaseModel):
 
 
 def _beside(folder: Path, base: str) -> str:
-    place = folder / Path(base).expanduser()
-    return os.path.abspath(place) if place.exists() else base
+    beside = folder / os.path.expanduser(base)
+    return os.path.abspath(beside) if os.path.exists(beside) else base

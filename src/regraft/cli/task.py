@@ -10,6 +10,11 @@ app = typer.Typer(no_args_is_help=True)
 CLASSES_SHOWN = 20
 
 
+def _on_one_line(name: str) -> str:
+    """Escape what does not print, such as a line break or an escape sequence in a label."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name)
+
+
 @app.callback()
 def main() -> None:
     """Look at tasks: labelled text, label names and a metric."""
@@ -23,12 +28,12 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
     from rich.table import Table
 
     from regraft.cli.show import console
-    from regraft.task import Task, majority_score, read_task, summarise
+    from regraft.task import Task, doubts, majority_score, read_task, summarise
 
     data = read_task(Task.load(file))
     splits = (data.dev, data.test) if data.labelled else ()
     scores = {split.name: f"{majority_score(data, split):.3f}" for split in splits if split is not None}
-    table = Table(title=escape(data.name), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(_on_one_line(data.name)), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("split and label", overflow="fold")
     for name in ("examples", "share", "words:\nmedian", "\np95", "\nmax", f"majority\n{data.metric}"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -36,7 +41,7 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
         words = (f"{split.median_words:,.0f}", f"{split.p95_words:,.0f}", f"{split.max_words:,}")
         table.add_row(f"[bold]{split.name}[/]", f"{split.examples:,}", "", *words, scores.get(split.name, ""))
         for name, count in list(split.counts.items())[: CLASSES_SHOWN * data.labelled]:
-            table.add_row(f"  {escape(name)}", f"{count:,}", f"{count / split.examples:.1%}")
+            table.add_row(f"  {escape(_on_one_line(name))}", f"{count:,}", f"{count / split.examples:.1%}")
         if len(split.counts) > CLASSES_SHOWN and data.labelled:
             table.add_row(f"  … and {len(split.counts) - CLASSES_SHOWN} more")
         table.add_section()
@@ -45,6 +50,5 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
     console.print(f"metric {data.metric}, max_length {data.max_length} tokens, {known}")
     if data.dev.source == data.train.source:
         console.print("dev is held out of train; name a file of it under `dev` to choose it yourself")
-    if data.test is not None and data.duplicates:
-        share = f"{data.duplicates:,} of {len(data.test):,}"
-        console.print(f"[yellow]{share} examples of test are in train too; scores on them tell nothing of new texts[/]")
+    for doubt in doubts(data):
+        console.print(f"[yellow]{escape(doubt)}[/]")

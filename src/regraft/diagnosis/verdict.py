@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from regraft.task import weakness
 from regraft.task.bootstrap import RESAMPLES, paired_difference, resampled_scores
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Verdict:
 
     Args:
         choice: `use as is`, `training-free`, `short tuning` or `scratch`.
-        sure: The share of resamples of the examples that lead to the same choice.
+        sure: The share of resamples of the examples that lead to the same choice; 0 where they are too few or of a
+            single class, so that resamples cannot tell.
         predicted: The recovery to expect of the old weights as they are, in % of what the old deployment has above
             guessing, or of what the new base is expected to reach where a probe finds it better at the task.
         reasons: The figures that led there.
@@ -146,4 +148,8 @@ def verdict(
         )  # fmt: skip
         value = f"{100 * gain.estimate:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
         found += (Reason("probe of the new base", value, says),)
-    return Verdict(chosen, choices[1:].count(chosen) / len(drawn), 100 * share, found + reasons, advice)
+    sure = choices[1:].count(chosen) / len(drawn)
+    if why := weakness(true.tolist()):
+        sure = 0.0
+        found += (Reason("examples", f"{len(true):,}", why),)
+    return Verdict(chosen, sure, 100 * share, found + reasons, advice)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from regraft.task import majority_score, paired_difference, score
+from regraft.task import majority_score, paired_difference, score, weakness
 from regraft.tuning.predict import device, predict
 
 if TYPE_CHECKING:
@@ -62,12 +62,15 @@ class Bar:
 
         Returns:
             Its `score`, the `difference` to the target with `low` and `high`, and the `verdict`: it `passes` if low is
-            above −tolerance, `fails` if high is below, else the examples of dev leave it `undecided`.
+            above −tolerance, `fails` if high is below, else the examples of dev leave it `undecided`: so they do
+            where they are too few or of a single class.
         """
         to_old = paired_difference(self.metric, self.labels, predictions, self.reference, confidence=self.confidence)
         raised = self.target - self.old
         low, high = to_old.low - raised, to_old.high - raised
         verdict = "passes" if low >= -self.tolerance else "fails" if high < -self.tolerance else "undecided"
+        if weakness(self.labels):
+            verdict = "undecided"
         return {
             "score": round(score(self.metric, self.labels, predictions), 4),
             "difference": round(to_old.estimate - raised, 4),
@@ -85,7 +88,8 @@ class Bar:
         Returns:
             Its score and its difference to the target.
         """
-        sure = f"{100 * self.confidence:.0f} % sure: from {100 * rung['low']:+.1f} up"
+        why = weakness(self.labels)
+        sure = f"dev has {why}" if why else f"{100 * self.confidence:.0f} % sure: from {100 * rung['low']:+.1f} up"
         return (
             f"{self.metric} {rung['score']:.3f} on dev, {100 * rung['difference']:+.1f} points to the target of "
             f"{self.target:.3f} ({sure}; {100 * self.tolerance:.1f} may be lost)"

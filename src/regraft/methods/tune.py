@@ -20,7 +20,7 @@ from regraft.adaptation import (
 from regraft.checkpoint import resumable_folder
 from regraft.methods.recycle import learning_rate, new_folder, record_outcome
 from regraft.progress import Progress, silent
-from regraft.task import load_data
+from regraft.task import load_data, weakness
 from regraft.tuning.recipe import Recipe
 from regraft.upgrade import Base
 
@@ -93,10 +93,12 @@ def tune(
             model = attach(model, base, config, resolved.seed)
         curve = tune_model(model, base, data, resolved, work, progress)
         if max(point["score"] for point in curve) <= curve[0]["score"]:
+            why = weakness(data.dev.labels.tolist())
             logger.warning(
                 "%s: %d steps at a rate of %g brought no better score on dev than the untrained head has, so the "
-                "weights are those before the first step. Take more steps or another learning rate.",
+                "weights are those before the first step. %s",
                 out, resolved.steps, resolved.learning_rate,
+                f"dev has {why}." if why else "Take more steps or another learning rate.",
             )  # fmt: skip
         save_model(model, base, data.labels, staging / "adaptation")
         return record_outcome(

@@ -1,10 +1,11 @@
 """Tasks: what users declare, its examples and labels, few-shot draws, scores."""
 
 from regraft.task.bootstrap import Interval, paired_difference
-from regraft.task.data import Split, TaskData
+from regraft.task.data import TaskData
 from regraft.task.metrics import Flips, flips, majority_score, score
 from regraft.task.read import load_data, read_task
-from regraft.task.summary import SplitSummary, summarise
+from regraft.task.split import Split
+from regraft.task.summary import SplitSummary, doubts, summarise, weakness
 from regraft.task.task import HubSplit, Task
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "SplitSummary",
     "Task",
     "TaskData",
+    "doubts",
     "flips",
     "load_data",
     "majority_score",
@@ -22,4 +24,5 @@ __all__ = [
     "read_task",
     "score",
     "summarise",
+    "weakness",
 ]

@@ -5,54 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regraft.errors import DataError, MismatchError, RecipeError
+from regraft.task.labels import listing, matching
 from regraft.task.sample import draw
+from regraft.task.split import Split  # noqa: TC001 (it could be imported from here before)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import numpy as np
-
-    Integers = np.ndarray[Any, np.dtype[np.int64]]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Split:
-    """Some examples of a task.
-
-    Args:
-        name: `train`, `dev` or `test`.
-        source: The file or data set they were read from.
-        texts: One or two texts an example.
-        labels: The class of each example, as its place among the task's labels.
-        rows: Where each example stands in the source, from 1.
-    """
-
-    name: str
-    source: str
-    texts: list[tuple[str, ...]]
-    labels: Integers
-    rows: Integers
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, indices: Sequence[int] | Integers) -> Split:
-        """Keep some of the examples.
-
-        Args:
-            indices: Which, from 0, in the order they shall have.
-
-        Returns:
-            A split of the same name and source.
-        """
-        import numpy as np
-
-        chosen = np.asarray(indices, dtype=np.int64)
-        texts = [self.texts[i] for i in chosen.tolist()]
-        return dataclasses.replace(self, texts=texts, labels=self.labels[chosen], rows=self.rows[chosen])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,29 +106,32 @@ class TaskData:
         return dataclasses.replace(self, train=train, dev=dev, duplicates=len(duplicates(train, self.test)))
 
     def relabel(self, order: Sequence[str]) -> TaskData:
-        """Put the classes into another order, as a model's head has them.
+        """Number and name the classes as a model's head does.
 
         Args:
-            order: The same label names, in the order wanted.
+            order: The labels of the head's outputs. They may be written otherwise than the task's: `True` for `true`,
+                `1.0` for `1`, in another case, or with other blanks.
 
         Returns:
-            The task with its labels encoded anew.
+            The task with its labels encoded anew, named as in `order`.
 
         Raises:
-            MismatchError: The names are not the same, or one is given twice.
+            MismatchError: The labels are not the same, or which of them belong together is not clear.
         """
         import numpy as np
 
-        only_here = [name for name in self.labels if name not in order]
-        only_there = [name for name in order if name not in self.labels]
-        if only_here or only_there or len(order) != len(self.labels):
+        pairs = matching(self.labels, order)
+        if pairs is None:
+            here, there = set(self.labels), set(order)
+            only_here = [name for name in self.labels if name not in there]
+            only_there = [name for name in order if name not in here]
             raise MismatchError(
                 f"{self.train.source}: the labels of task {self.name!r} are not those it is to be used with. "
-                f"Only in the task: {', '.join(map(repr, only_here)) or 'none'}. "
-                f"Only there: {', '.join(map(repr, only_there)) or 'none'}. "
+                f"Only in the task: {listing(only_here)}. Only there: {listing(only_there)}. "
                 f"Expected {len(self.labels)} labels, found {len(order)}. Name them alike, in `labels` or in the data."
             )
-        places = np.array([list(order).index(name) for name in self.labels], dtype=np.int64)
+        numbers = {name: number for number, name in enumerate(order)}
+        places = np.array([numbers[pairs[name]] for name in self.labels], dtype=np.int64)
 
         def encoded(split: Split) -> Split:
             return dataclasses.replace(split, labels=places[split.labels])

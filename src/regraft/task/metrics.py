@@ -11,7 +11,8 @@ from regraft.errors import DataError, MismatchError, RecipeError
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from regraft.task.data import Split, TaskData
+    from regraft.task.data import TaskData
+    from regraft.task.split import Split
 
 METRICS = ("accuracy", "macro_f1", "mcc")
 

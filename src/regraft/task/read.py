@@ -7,10 +7,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError
-from regraft.task.data import Split, TaskData, duplicates
-from regraft.task.labels import label_name, label_order
+from regraft.task.data import TaskData, duplicates
+from regraft.task.file import is_unicode
+from regraft.task.labels import folded, label_name, label_order, listing
 from regraft.task.sample import hold_out
 from regraft.task.source import Table, read_table
+from regraft.task.split import Split
+from regraft.task.summary import doubts
 from regraft.task.task import Task
 
 if TYPE_CHECKING:
@@ -25,8 +28,7 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
 
     Texts stay as they are. Labels become text and are numbered in the order of `task.labels`, else of the class names
     that the data set brings, else sorted. Without a dev source a tenth of train is held out, class by class; with
-    `task.shots` a few examples a class are kept. Without a column of labels every example is of class 0. Texts of test
-    that are in train as well are counted and warned of.
+    `task.shots` a few examples a class are kept. Without a column of labels every example is of class 0.
 
     Args:
         task: The task.
@@ -39,9 +41,13 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
         DataError: A source cannot be read, or a row cannot be used; the message names them.
     """
     sources = {"train": task.train, "dev": task.dev, "test": task.test}
-    tables = {name: read_table(source, task.columns, task.label) for name, source in sources.items() if source}
+    tables = {
+        name: read_table(source, task.columns, task.label, task.quoting) for name, source in sources.items() if source
+    }
     names = {split: _label_names(table, task.label, task.labels) for split, table in tables.items()}
     labels = task.labels or tables["train"].classes or label_order(names["train"])
+    if broken := [label for label in labels if not is_unicode(label)]:
+        raise DataError(f"{tables['train'].source}: the label {broken[0]!r} is not valid Unicode. Rename it.")
     splits = {
         split: _encoded(split, table, task.columns, names[split], labels, listed=task.labels is not None)
         for split, table in tables.items()
@@ -58,7 +64,6 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
     data = dataclasses.replace(data, labelled=task.label is not None)
     if task.shots is not None:
         data = data.few_shot(task.shots, seed)
-    _warn_of_duplicates(data)
     return data
 
 
@@ -97,11 +102,12 @@ def _encoded(
     places = {name: place for place, name in enumerate(labels)}
     for row, name in zip(table.rows, names, strict=True):
         if name not in places:
-            known = f"{', '.join(map(repr, labels[:20]))}{' …' if len(labels) > 20 else ''}"
+            near = [label for label in labels if folded(label) == folded(name)]
+            hint = f" It differs from {near[0]!a} only in case, blanks or what is not visible." if near else ""
             remedy = "Add it to `labels`" if listed else "List all labels under `labels` in the task file"
             raise DataError(
                 f"{table.source}, row {row}: the label {name!r} is not among those "
-                f"{'listed' if listed else 'of train'}: {known}. {remedy}, or correct the row."
+                f"{'listed' if listed else 'of train'}: {listing(labels)}.{hint} {remedy}, or correct the row."
             )
     parts = [_checked(table, column) for column in columns]
     return Split(
@@ -133,31 +139,11 @@ def _fault(text: object) -> str | None:
         return f"of type {type(text).__name__} ({text!r}), not text"
     if not text.strip():
         return "empty"
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a character
-        return "not valid Unicode"
-    return None
-
-
-def _warn_of_duplicates(data: TaskData) -> None:
-    if data.test is None or not data.duplicates:
-        return
-    in_train, in_test = duplicates(data.train, data.test)[0]
-    log.warning(
-        "%s: %d of %d examples of test are in train too (row %d there is row %d of %s); "
-        "scores on them tell nothing of new texts.",
-        data.test.source,
-        data.duplicates,
-        len(data.test),
-        in_test,
-        in_train,
-        data.train.source,
-    )
+    return None if is_unicode(text) else "not valid Unicode"
 
 
 def load_data(task: Task | TaskData | str | Path, seed: int) -> TaskData:
-    """Give a task's data, whatever stands for it.
+    """Read a task's data, whatever stands for it, and warn of what makes its scores doubtful.
 
     Args:
         task: A task file, a `Task` or its data.
@@ -168,4 +154,7 @@ def load_data(task: Task | TaskData | str | Path, seed: int) -> TaskData:
     """
     if isinstance(task, TaskData):
         return task
-    return read_task(task if isinstance(task, Task) else Task.load(task), seed)
+    data = read_task(task if isinstance(task, Task) else Task.load(task), seed)
+    for doubt in doubts(data):
+        log.warning("%s", doubt)
+    return data

@@ -11,7 +11,7 @@ from regraft.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from regraft.task.data import Split
+    from regraft.task.split import Split
 
 HELD_OUT = 0.1
 

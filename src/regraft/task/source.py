@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
+import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError
+from regraft.task.delimited import read_delimited, require_columns
+from regraft.task.file import COMPRESSED, check_folder, check_regular, ending_of, read_bytes, read_json_rows
 from regraft.task.labels import label_name
-from regraft.task.yaml_file import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from regraft.task.delimited import Quoting
     from regraft.task.task import HubSplit
 
 
@@ -36,13 +39,16 @@ class Table:
     classes: tuple[str, ...] | None = None
 
 
-def read_table(source: str | HubSplit, texts: Sequence[str], label: str | None) -> Table:
+def read_table(
+    source: str | HubSplit, texts: Sequence[str], label: str | None, quoting: Quoting | None = None
+) -> Table:
     """Read the columns of a task.
 
     Args:
         source: A file, or a split of a data set.
         texts: The columns of text.
         label: The column of labels, if there is one.
+        quoting: How CSV and TSV files are written, as `Task` has it.
 
     Returns:
         These columns; there is at least one row.
@@ -50,77 +56,47 @@ def read_table(source: str | HubSplit, texts: Sequence[str], label: str | None) 
     Raises:
         DataError: The source is missing, malformed or empty, of a kind that is not read, or lacks a column.
     """
-    table = _read_file(Path(source), texts, label) if isinstance(source, str) else _read_hub(source, texts, label)
+    if isinstance(source, str):
+        table = _read_file(Path(source), texts, label, quoting)
+    else:
+        table = _read_dataset(source, texts, label)
     if not table.rows:
         raise DataError(f"{table.source}: holds no rows. Give a source with examples.")
     return table
 
 
-def _read_file(path: Path, texts: Sequence[str], label: str | None) -> Table:
-    ending = path.suffix.lower()
+def _read_file(path: Path, texts: Sequence[str], label: str | None, quoting: Quoting | None) -> Table:
+    ending = ending_of(path)
     if ending not in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
         raise DataError(
             f"{path}: files ending in {path.suffix or 'nothing'!r} are not read as a task. Give a .csv, .tsv, "
-            ".jsonl, .json (an object a line) or .parquet file; for a data set of the Hub or a folder, write "
+            ".jsonl, .json (an object a line, or a list of objects) or .parquet file, the text files also compressed "
+            f"({', '.join(COMPRESSED)}); for a data set of the Hub or a folder, write "
             f"{{dataset: {path.name}, split: train}}."
         )
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Correct the path; relative ones start from the task file's folder.")
+    check_regular(path)
     if ending == ".parquet":
         return _read_parquet(path, texts, label)
-    wanted = _wanted(texts, label)
-    return _read_jsonl(path, wanted) if ending.startswith(".json") else _read_csv(path, wanted)
+    columns = _columns(texts, label)
+    if ending.startswith(".json"):
+        return _read_json(path, columns)
+    delimiter = "\t" if ending == ".tsv" else ","
+    return Table(str(path), *read_delimited(path, _decoded(path), delimiter, columns, label, quoting))
 
 
-def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
-    text, rows = _decoded(path), 0
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    limit = csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KiB that csv allows
-    try:
-        # The csv module rather than pandas: pandas fills up rows that are too short and shifts those that are too long.
-        records = (
-            record for record in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if record
-        )
-        header = next(records, None)
-        if header is None:
-            return Table(str(path), {}, ())
-        places = [header.index(column) for column in _require(wanted, header, str(path))]
-        columns: list[list[Any]] = [[] for _ in places]
-        for rows, record in enumerate(records, start=1):
-            if len(record) != len(header):
-                raise DataError(
-                    f"{path}, row {rows}: the header names {len(header)} columns, the row has {len(record)}. "
-                    f"Put fields that hold a {delimiter!r} or a line break in double quotes."
-                )
-            for column, place in zip(columns, places, strict=True):
-                column.append(record[place])
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, row {rows + 1}: not valid CSV ({error}). Close every double quote; double those in a text."
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    return Table(str(path), dict(zip(wanted, columns, strict=True)), range(1, rows + 1))
-
-
-def _read_jsonl(path: Path, wanted: Sequence[str]) -> Table:
+def _read_json(path: Path, columns: Sequence[str]) -> Table:
     entries, rows = [], []
-    for row, line in enumerate(_decoded(path).split("\n"), start=1):  # not splitlines: U+2028 may stand in a string
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, row {row}: not JSON ({error}). Write one JSON object a line.") from error
+    for row, entry in read_json_rows(path):
         if not isinstance(entry, dict):
             raise DataError(
-                f"{path}, row {row}: a JSON {type(entry).__name__}, not an object. Write one object a line."
+                f"{path}, row {row}: a JSON {type(entry).__name__}, not an object. Write one list of objects, or one "
+                "object a line."
             )
         entries.append(entry)
         rows.append(row)
     if entries:
-        _require(wanted, list(dict.fromkeys(key for entry in entries for key in entry)), str(path))
-    return Table(str(path), {column: [entry.get(column) for entry in entries] for column in wanted}, rows)
+        require_columns(columns, list(dict.fromkeys(key for entry in entries for key in entry)), str(path))
+    return Table(str(path), {column: [entry.get(column) for entry in entries] for column in columns}, rows)
 
 
 def _read_parquet(path: Path, texts: Sequence[str], label: str | None) -> Table:
@@ -130,55 +106,105 @@ def _read_parquet(path: Path, texts: Sequence[str], label: str | None) -> Table:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            table = file.read(columns=_require(_wanted(texts, label), schema.names, str(path)))
-    except (pyarrow.ArrowException, OSError) as error:
+            table = file.read(columns=require_columns(_columns(texts, label), schema.names, str(path)))
+        columns = table.to_pydict()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8
         raise DataError(f"{path}: not a Parquet file that can be read ({_reason(error)}). Write it anew.") from error
     classes = None
     if b"huggingface" in (schema.metadata or {}):  # written by `datasets`, which keeps the names of classes there
         from datasets import Features
 
-        classes = _classes(Features.from_arrow_schema(schema), label)
-    return Table(str(path), table.to_pydict(), range(1, table.num_rows + 1), classes)
+        try:
+            features = Features.from_arrow_schema(schema)
+        except Exception as error:  # the metadata is JSON of any shape, and `datasets` takes it for its own
+            raise DataError(
+                f"{path}: what it says of its columns for `datasets` cannot be used ({_reason(error)}). "
+                "Write it anew, or without that metadata."
+            ) from error
+        classes = _classes(features, label, str(path))
+    return Table(str(path), columns, range(1, table.num_rows + 1), classes)
 
 
-def _read_hub(source: HubSplit, texts: Sequence[str], label: str | None) -> Table:
+def _read_dataset(source: HubSplit, texts: Sequence[str], label: str | None) -> Table:
+    dataset = _load_dataset(source)
+    columns = require_columns(_columns(texts, label), dataset.column_names, str(source))
+    try:
+        values = dataset.select_columns(columns).with_format(None)[:]
+    except Exception as error:  # rows are decoded only now, by code for each type of column
+        raise DataError(f"{source}: its rows cannot be read ({_reason(error)}). Write the data set anew.") from error
+    return Table(str(source), values, range(1, len(dataset) + 1), _classes(dataset.features, label, str(source)))
+
+
+def _load_dataset(source: HubSplit) -> Any:
     from datasets import load_dataset
 
+    folder = Path(source.dataset)
     try:
-        loaded = load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
+        if is_saved(folder):
+            return load_saved(source)
+        check_folder(folder)
+        return load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
+    except DataError:
+        raise
     except Exception as error:  # datasets and its readers raise many kinds
         raise DataError(
             f"{source}: `datasets` cannot load it ({_reason(error)}). Check its name, config, split and revision."
         ) from error
-    wanted = _require(_wanted(texts, label), loaded.column_names, str(source))
-    columns = loaded.select_columns(wanted).with_format(None)[:]
-    return Table(str(source), columns, range(1, len(loaded) + 1), _classes(loaded.features, label))
 
 
-def _wanted(texts: Sequence[str], label: str | None) -> list[str]:
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of a Dataset or DatasetDict wrote a folder."""
+    names = ("dataset_dict.json",), ("state.json", "dataset_info.json")
+    return any(all(os.path.isfile(folder / name) for name in group) for group in names)
+
+
+def load_saved(source: HubSplit) -> Any:
+    """Load a split, or slices of splits, of what `save_to_disk` wrote.
+
+    Args:
+        source: The folder and the split. A Dataset that does not know the name of its split has any.
+
+    Returns:
+        A Dataset.
+
+    Raises:
+        DataError: A file in it is no regular file or outside of it, or the source has a config or a revision.
+    """
+    from datasets import Dataset, ReadInstruction, concatenate_datasets, load_from_disk
+
+    folder = Path(source.dataset)
+    if source.config or source.revision:
+        raise DataError(f"{source}: a folder of save_to_disk has no `config` and no `revision`. Leave them out.")
+    check_folder(folder)
+    for state in folder.rglob("state.json"):
+        for file in json.loads(state.read_bytes())["_data_files"]:
+            if Path(file["filename"]).name != file["filename"]:
+                raise DataError(f"{state}: names {file['filename']!r:.200}, which is outside of its folder.")
+    content = load_from_disk(str(folder))
+    if isinstance(content, Dataset):
+        content = {str(content.split or re.findall(r"\w*", source.split)[0]): content}
+    parts = ReadInstruction.from_spec(source.split).to_absolute({name: len(split) for name, split in content.items()})
+    return concatenate_datasets([content[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _columns(texts: Sequence[str], label: str | None) -> list[str]:
     return [*texts] if label is None else [*texts, label]
 
 
-def _classes(features: Any, label: str | None) -> tuple[str, ...] | None:
-    names = getattr(features[label], "names", None) if label is not None else None
-    return tuple(label_name(name) or name for name in names) if names else None
-
-
-def _require(wanted: Sequence[str], present: Sequence[str], source: str) -> list[str]:
-    for column in wanted:
-        if column not in present:
-            found = ", ".join(map(repr, present)) or "none"
-            raise DataError(f"{source}: no column {column!r}.{did_you_mean(column, present)} The columns are: {found}.")
-        if list(present).count(column) > 1:
-            raise DataError(f"{source}: the column {column!r} stands there twice. Rename one of them.")
-    return list(wanted)
+def _classes(features: Any, label: str | None, source: str) -> tuple[str, ...] | None:
+    names = getattr(features.get(label), "names", None) if label is not None else None
+    if not names:
+        return None
+    if not all(isinstance(name, str) for name in names):
+        raise DataError(f"{source}: the class names of {label!r} are {names!r:.200}, not text. Write them anew.")
+    classes = tuple(label_name(name) or name for name in names)
+    if twins := [name for name, count in Counter(classes).items() if count > 1]:
+        raise DataError(f"{source}: several classes of {label!r} are called {twins[0]!r}. Give each its own name.")
+    return classes
 
 
 def _decoded(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}). Check its permissions.") from error
+    content = read_bytes(path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,12 +1,21 @@
-"""What a task's examples look like, in figures."""
+"""What a task's examples look like, in figures, and what makes its scores doubtful."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING
 
+from regraft.task.data import duplicates
+from regraft.task.labels import lookalikes, reads_as_missing
+
 if TYPE_CHECKING:
-    from regraft.task.data import Split, TaskData
+    from collections.abc import Iterable
+
+    from regraft.task.data import TaskData
+    from regraft.task.split import Split
+
+FEW = 10
+"""With fewer examples one of them moves accuracy by more than 10 points, and a bootstrap has too little to resample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +70,57 @@ def _summary(split: Split, labels: tuple[str, ...]) -> SplitSummary:
         float(np.quantile(words, 0.95)),
         int(words.max()),
     )
+
+
+def doubts(data: TaskData) -> list[str]:
+    """Find what makes the scores of a task doubtful.
+
+    Args:
+        data: The task.
+
+    Returns:
+        A sentence for each: labels that look alike or stand for missing ones, a dev or test split that is tiny or of a
+        single class, texts of test that are in train too.
+    """
+    sentences = []
+    for group in lookalikes(data.labels) if data.labelled else ():
+        names = " and ".join(map(ascii, group))
+        sentences.append(
+            f"{data.train.source}: the labels {names} look alike: they differ only in case, blanks, invisible "
+            "characters or the way accents are stored, and count as several classes. Write them alike if they are one."
+        )
+    if missing := [name for name in data.labels if data.labelled and reads_as_missing(name)]:
+        sentences.append(
+            f"{data.train.source}: the label {missing[0]!r} reads as a missing value, and counts as a class. Remove "
+            "its rows if they have no label."
+        )
+    for split in (data.dev, data.test):
+        if split is not None and (why := weakness(split.labels.tolist() if data.labelled else range(len(split)))):
+            sentences.append(f"{split.source}: {split.name} has {why}.")
+    if data.test is not None and (pairs := duplicates(data.train, data.test)):
+        in_train, in_test = pairs[0]
+        sentences.append(
+            f"{data.test.source}: {len(pairs):,} of {len(data.test):,} examples of test are in train too (row "
+            f"{in_test} there is row {in_train} of {data.train.source}); scores on them tell nothing of new texts."
+        )
+    return sentences
+
+
+def weakness(labels: Iterable[int]) -> str | None:
+    """Say why scores on a split settle nothing, if so.
+
+    Args:
+        labels: The class of each of its examples.
+
+    Returns:
+        What it has, as `1 example, too few …`; None where it is large and mixed enough to measure on.
+    """
+    classes = list(labels)
+    if len(classes) < FEW:
+        plural = "s" if len(classes) > 1 else ""
+        return f"{len(classes)} example{plural}, too few to tell models apart: use {FEW} or more, better hundreds"
+    if len(set(classes)) == 1:
+        return (
+            "examples of a single class, on which guessing that class is perfect (and mcc is 0 whatever is predicted)"
+        )
+    return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from regraft.task.labels import label_name
+from regraft.task.labels import label_name, listing
 from regraft.task.yaml_file import read_yaml, validate
 
 
@@ -54,6 +55,7 @@ _Text = Annotated[
     Discriminator(_kind_of_text),
 ]
 _SOURCE = "a file (.csv, .tsv, .jsonl, .json, .parquet) or {dataset: NAME, split: SPLIT}"
+_LONGEST = 10_000_000  # tokens: more than any model takes, and few enough for a tokenizer to count
 
 
 class Task(BaseModel):
@@ -69,6 +71,8 @@ class Task(BaseModel):
             that read no label can be used.
         labels: All label names in the order of the classes; found in train if not given.
         metric: What is reported.
+        quoting: Whether fields of CSV and TSV files are in double quotes where they hold delimiters (`quoted`) or
+            quotes are characters like others (`plain`). If not given, CSV is quoted, and of TSV its quotes decide.
         shots: Examples a class to keep of train and of dev; all of them if not given.
         max_length: How many tokens a text is cut to.
     """
@@ -87,8 +91,9 @@ class Task(BaseModel):
     metric: Literal["accuracy", "macro_f1", "mcc"] = Field(
         default="accuracy", description="one of accuracy, macro_f1, mcc"
     )
+    quoting: Literal["quoted", "plain"] | None = Field(default=None, description="quoted or plain, or leave it out")
     shots: int | None = Field(default=None, ge=1, description="a whole number of examples a class, 1 or more")
-    max_length: int = Field(default=128, ge=8, description="a whole number of tokens, 8 or more")
+    max_length: int = Field(default=128, ge=8, le=_LONGEST, description="a whole number of tokens, 8 or more")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -156,8 +161,8 @@ class Task(BaseModel):
             if "label" in info.data and info.data["label"] is None:
                 raise ValueError("are needed where there is no column of them. List the names that the old head has.")
             return None
-        if twice := sorted({name for name in labels if labels.count(name) > 1}):
-            raise ValueError(f"lists {', '.join(map(repr, twice))} more than once. List each label once.")
+        if twice := sorted(name for name, count in Counter(labels).items() if count > 1):
+            raise ValueError(f"lists {listing(twice)} more than once. List each label once.")
         if len(labels) < 2:
             raise ValueError(f"lists {len(labels)} label. List two or more, or leave the key out.")
         return labels
@@ -165,7 +170,7 @@ class Task(BaseModel):
 
 def _resolved(source: str | HubSplit | None, folder: Path) -> str | HubSplit | None:
     if isinstance(source, str):
-        return os.path.abspath(folder / Path(source).expanduser())
-    if source is not None and (beside := folder / Path(source.dataset).expanduser()).is_dir():
+        return os.path.abspath(folder / os.path.expanduser(source))
+    if source is not None and os.path.isdir(beside := folder / os.path.expanduser(source.dataset)):
         return source.model_copy(update={"dataset": os.path.abspath(beside)})
     return source

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import io
+import os
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError
+from regraft.task import HubSplit
+from regraft.task.file import check_folder, check_regular, ending_of, is_unicode, read_json_rows, read_lines
+from regraft.task.source import is_saved, load_saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,8 +31,9 @@ class Corpus:
     """Where unlabelled text comes from.
 
     Args:
-        sources: Text files (a document a line), JSONL, CSV or Parquet files, or `datasets` names (`name` or
-            `name:config`, their `train` split).
+        sources: Text files (a document a line), JSON lines or lists, CSV or Parquet files, the text files also
+            compressed (.gz, .xz, .bz2, .zst); folders of `save_to_disk`; or `datasets` names (`name` or `name:config`,
+            their `train` split).
         column: The text's name in sources that have columns.
     """
 
@@ -42,17 +47,20 @@ class Corpus:
             A hexadecimal digest.
 
         Raises:
-            DataError: A file is missing.
+            DataError: A file is missing or cannot be read.
         """
         digest = hashlib.sha256(self.column.encode())
         for source in self.sources:
             path = Path(source)
-            if files := [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+            if files := [path] if os.path.isfile(path) else _files_below(path):
                 for file in files:
-                    with file.open("rb") as stream:
-                        digest.update(hashlib.file_digest(stream, "sha256").digest())
-            elif path.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet"):
-                raise DataError(f"{source}: no such file.")
+                    try:
+                        with file.open("rb") as stream:
+                            digest.update(hashlib.file_digest(stream, "sha256").digest())
+                    except OSError as error:
+                        raise DataError(f"{file}: cannot be read ({error.strerror or error}).") from error
+            elif ending_of(path) in (".txt", ".jsonl", ".json", ".csv", ".parquet"):
+                check_regular(path)
             else:
                 digest.update(source.encode())
         return digest.hexdigest()
@@ -73,18 +81,18 @@ class Corpus:
 
     def _read(self, source: str) -> Iterator[str]:
         path = Path(source)
-        if path.suffix == ".txt":
-            with path.open(encoding="utf-8") as stream:
+        ending = ending_of(path)
+        if ending == ".txt":
+            for row, raw in enumerate(read_lines(path), start=1):
                 try:
-                    for line in stream:
-                        yield line.removesuffix("\n")  # a tokenizer may make a token of it
+                    line = raw.decode()
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{source}: is not UTF-8 text ({error}).") from error
-        elif path.suffix in (".jsonl", ".json"):
-            with path.open("rb") as stream:
-                for row, raw in enumerate(stream, start=1):
-                    if raw.strip():
-                        yield self._text(_parse(raw, f"{source}, row {row}"), f"{source}, row {row}")
+                    raise DataError(f"{source}, line {row}: is not UTF-8 text ({error}).") from error
+                for text in io.StringIO(line, newline=None):  # ends of lines as on any system
+                    yield text.removesuffix("\n")  # a tokenizer may make a token of it
+        elif ending in (".jsonl", ".json"):
+            for row, entry in read_json_rows(path):
+                yield self._text(entry, f"{source}, row {row}")
         else:
             for row, entry in enumerate(self._load(source), start=1):
                 yield self._text(entry, f"{source}, row {row}")
@@ -92,30 +100,40 @@ class Corpus:
     def _load(self, source: str) -> Iterator[Any]:
         from datasets import load_dataset
 
-        kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(source).suffix)
+        kind = {".csv": "csv", ".parquet": "parquet"}.get(ending_of(Path(source)))
+        if kind:
+            check_regular(Path(source))
         try:
-            if kind:
+            if is_saved(Path(source)):
+                yield from load_saved(HubSplit(dataset=source, split="train"))
+            elif kind:
                 as_text = {"keep_default_na": False} if kind == "csv" else {}
                 yield from load_dataset(kind, data_files=source, split="train", streaming=True, **as_text)
             else:
                 name, _, config = source.partition(":")
+                check_folder(Path(name))
                 yield from load_dataset(name, config or None, split="train", streaming=True)
+        except DataError:
+            raise
         except Exception as error:  # datasets and its readers raise many kinds, some only once rows are read
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"{source}: neither a file nor a data set that `datasets` can load ({reason}).") from error
 
     def _text(self, entry: Any, where: str) -> str:
-        if not isinstance(entry, dict) or not isinstance(entry.get(self.column), str):
-            found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
-            raise DataError(f"{where}: no text in column {self.column!r} (found: {found}). Name it by --text-column.")
-        return str(entry[self.column])
+        text = entry.get(self.column) if isinstance(entry, dict) else None
+        if not isinstance(text, str):
+            columns = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+            raise DataError(f"{where}: no text in column {self.column!r} (found: {columns}). Name it by --text-column.")
+        if not is_unicode(text):
+            raise DataError(f"{where}: the text in column {self.column!r} is not valid Unicode. Correct the row.")
+        return text
 
 
-def _parse(line: bytes, where: str) -> Any:
+def _files_below(folder: Path) -> list[Path]:
     try:
-        return json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not a JSON object on one line ({error}).") from error
+        return sorted(file for file in folder.rglob("*") if file.is_file())
+    except (OSError, ValueError):  # a name that no file can have: one for `datasets` to look for
+        return []
 
 
 def pack(
