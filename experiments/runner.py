@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -172,7 +173,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, say: Callable[[str], None]) -> l
     failed: list[str] = []
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         running = {pool.submit(_attempt, function, arguments): name for name, function, arguments in jobs}
         try:
             for count, future in enumerate(concurrent.futures.as_completed(running), start=1):
@@ -200,7 +201,11 @@ def _attempt(function: Callable[..., str], arguments: tuple[Any, ...]) -> tuple[
         return False, f"failed\n{traceback.format_exc()}", time.monotonic() - started
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
+    """Compute in one thread, and end with the process that started this one, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     import torch
 

@@ -243,3 +243,15 @@ def test_options_that_cannot_be():
     ):
         with pytest.raises(RecipeError, match=says):
             Auto(**wrong)
+
+
+def test_a_rate_that_diverges_is_the_error_it_is_elsewhere(tmp_path, bases, tuned, task_file):
+    """It is no method that does not fit the kind, which alone is left out."""
+    recipe = dataclasses.replace(FEW, learning_rate=1e30)
+    for method, options in (("init", None), ("auto", Auto(target=2.0))):
+        with pytest.raises(RecipeError, match=r"became (nan|inf) at step \d+\. Lower the learning rate \(1e\+30\)"):
+            recycle(
+                Upgrade(*bases["bert"]), tuned["bert", "lora"], task_file, method, tmp_path / "out", recipe=recipe,
+                options=options,
+            )  # fmt: skip
+        assert not list(tmp_path.iterdir())

@@ -282,12 +282,51 @@ def test_options_out_of_range(run, place):
         (["recycle", "--method", "distill", "-o", "alfa=1"], "did you mean alpha?"),
         (["compare", "-o", "alpha=0.5"], "METHOD:NAME=VALUE"),
         (["recycle", "--method", "init", "--precision", "fp8"], "fp8"),
+        (["recycle", "--method", "init", "--seed", -1], "a seed is from 0"),
+        (["recycle", "--method", "init", "--seed", 2**32], "a seed is from 0"),
+        (["recycle", "--method", "init", "--epochs", "inf"], "epochs must be a number above 0"),
+        (["recycle", "--method", "init", "--epochs", "1e12"], "whose order is held in memory"),
+        (["recycle", "--method", "init", "--steps", 10**20], "whose order is held in memory"),
+        (["recycle", "--method", "init", "--batch-size", 10**12], "batch_size is up to"),
+        (["recycle", "--method", "distill", "-o", "temperature=1e300"], "temperature above 0 and up to"),
+        (["recycle", "--method", "auto", "-o", "target=nan"], "target is a score"),
+        (["recycle", "--method", "auto", "-o", "target=high"], "of type float"),
+        (["recycle", "--method", "auto", "-o", "budgets=[1e-9, nan]"], "budgets"),
+        (["recycle", "--method", "auto", "-o", "tolerance=nan"], "tolerance"),
+        (["compare", "--seeds", "20,20"], "each once"),
+        (["compare", "--seeds", "²"], "--seeds takes whole numbers"),
         (["recycle", "--method", "init", "--steps", 0], "--steps"),
         (["recycle", "--method", "init", "--shots", 10_000], "10000"),
         (["compare", "--seeds", "20,x"], "--seeds takes whole numbers"),
     ]:
         assert says in run(given[0], *common, *given[1:]).replace(",000", "000")
     assert not list((place / "out").iterdir())
+
+
+def test_numbers_of_other_commands(run, place):
+    out = place / "out" / "o"
+    bases = ["--old", place / "old", "--new", place / "new", "--tuned", place / "full" / "adaptation", "--out", out]
+    tune = ["tune", place / "old", "--task", place / "task" / "task.yaml", "--out", out]
+    for given, says in [
+        (["weights", "graft", *bases, "--scale", "nan"], "--scale is a finite number"),
+        (["weights", "graft", *bases, "--scale-for", "*=inf"], "--scale-for * is a finite number"),
+        (["weights", "graft", *bases, "--scale-for", "none.*=0.5"], "--scale-for none.*: fits no tensor"),
+        (["weights", "graft", *bases, "--shard-size", "inf"], "--shard-size is a finite number"),
+        ([*tune, "--kind", "lora", "--rank", 10**6], "a LoRA's rank is up to"),
+        ([*tune, "--kind", "bottleneck", "--inner-size", 10**6], "a bottleneck's inner size is up to"),
+    ]:
+        assert says in run(*given)
+    assert not list((place / "out").iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "regraft", "methods"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the output: the disk is full")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_message_alone_goes_to_stderr(place):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from regraft.chain import Chain, Chained, read_chain, run_chain, standings
 from regraft.cli import app
-from regraft.errors import DataError, OutcomeError
+from regraft.errors import DataError, DiskFullError, OutcomeError
 
 FILE = """
 bases: [{bases}]
@@ -168,3 +168,34 @@ def test_a_method_that_does_not_carry_a_kind_is_told_and_passed_over(place, base
     assert {row.method for row in refused} == {"masked"}
     assert all(row.score is not None for row in rows if row.method == "direct")
     assert "bottleneck" in standings(["a", "b", "c"], rows)[1].refused
+
+
+def test_an_adaptation_that_learned_nothing_ends_no_chain(place, bases, task_file, tmp_path):
+    old, new = bases["bert"]
+    text = FILE.replace("[full, lora]", "[ia3, lora]").replace("steps: 40, learning_rate: 3e-3", "steps: 40")
+    text = text.replace("tuning: {{", "tuning: {{learning_rate: {{ia3: 1e-30, lora: 3e-3}}, ").replace("direct, ", "")
+    (tmp_path / "chain.yaml").write_text(text.format(bases=f"{old}, {new}", task=task_file))
+    rows = run_chain(Chain.load(tmp_path / "chain.yaml"), tmp_path / "out")
+    assert [(row.kind, row.method, bool(row.refused)) for row in rows] == [
+        ("ia3", "tune", False), ("ia3", "scratch", True), ("ia3", "init", True),
+        ("lora", "tune", False), ("lora", "scratch", False), ("lora", "init", False),
+    ]  # fmt: skip
+    assert "changes nothing" in rows[1].refused
+
+
+def test_a_disk_that_is_full_ends_a_chain(place, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise DiskFullError("no room")
+
+    monkeypatch.setattr("regraft.chain.run.tune", full)
+    with pytest.raises(DiskFullError):
+        run_chain(Chain.load(place / "short.yaml"), tmp_path / "out")
+
+
+def test_two_tasks_of_one_folder_are_refused(place, task_file, tmp_path):
+    for number, name in enumerate(("my task", "my/task")):
+        text = task_file.read_text().replace("name: mood", f"name: {name}")
+        (tmp_path / f"{number}.yaml").write_text(text.replace(": t", f": {task_file.parent}/t", 1))
+    (tmp_path / "chain.yaml").write_text("bases: [one, two]\ntasks: [0.yaml, 1.yaml]\n")
+    with pytest.raises(DataError, match=r"two tasks are called 'my task' and 'my/task'"):
+        Chain.load(tmp_path / "chain.yaml")

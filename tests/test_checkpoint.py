@@ -192,7 +192,7 @@ def test_the_writer_leaves_nothing_half_written(tmp_path, file):
     with pytest.raises(CheckpointError, match="it was changed while it was read"):
         write_safetensors(tmp_path / "out.safetensors", checkpoint)
     assert os.listdir(tmp_path) == ["model.safetensors"]
-    with pytest.raises(CheckpointError, match=r"cannot be written"):
+    with pytest.raises(OutcomeError, match=r"cannot be written"):
         write_safetensors(tmp_path / "none" / "model.safetensors", {"a": torch.zeros(1)})
 
 
@@ -254,11 +254,17 @@ def test_what_an_interruption_left_is_kept_for_the_same_work_only(tmp_path):
 
 
 def test_a_refusal_leaves_nothing_unless_there_is_work_to_go_on_from(tmp_path):
-    for name, left in (("whole", []), ("checkpoints", [".out.partial"])):
-        with pytest.raises(RecipeError), resumable_folder(tmp_path / "out", {}) as work:
-            (work / "body" / name).mkdir(parents=True)
-            raise RecipeError("no")
+    kept = [".out.partial"]
+    for name, refusal, left in (
+        ("whole", OutcomeError, []),
+        ("checkpoints", OutcomeError, kept),
+        ("checkpoints", RecipeError, []),  # the same recipe fails again
+    ):
+        with pytest.raises(refusal) as caught, resumable_folder(tmp_path / "out", {}) as work:
+            (work / "body" / name).mkdir(parents=True, exist_ok=True)
+            raise refusal("no")
         assert os.listdir(tmp_path) == left
+        assert [str(work) in note for note in getattr(caught.value, "__notes__", [])] == [True] * len(left)
 
 
 def test_two_runs_at_once_on_one_folder_are_refused(tmp_path):

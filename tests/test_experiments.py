@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
+import signal
 import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -276,3 +280,27 @@ def test_what_other_tasks_a_method_learns_from(grid):
     _, options = plan.method_of(two, cell)
     new = two.out / "cells" / f"other-{cell.upgrade}-lora-all"
     assert options.pairs == tuple(f"{two.out}/old/other-lora-seed{seed}={new}/scratch-seed{seed}" for seed in (20, 30))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_runner(tmp_path, how):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import runner, time, pathlib, os\n"
+        "def work(folder): (pathlib.Path(folder) / str(os.getpid())).touch(); time.sleep(100)\n"
+        "if __name__ == '__main__': runner.run_jobs([('a', work, (sys.argv[2],))] * 2, 2, print)\n"
+    )
+    script, started = tmp_path / "script.py", tmp_path / "started"
+    script.write_text(code)
+    started.mkdir()
+    process = subprocess.Popen([sys.executable, script, Path(runner.__file__).parent, started])
+    deadline = time.monotonic() + 60
+    while len(workers := os.listdir(started)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(how)
+    process.wait()
+    while alive := [worker for worker in workers if Path("/proc", worker).exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)

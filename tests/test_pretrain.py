@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gc
 import json
+import os
 import random
 import re
 import shutil
@@ -376,3 +377,17 @@ def test_a_chain_of_domains_with_bases_kept_on_the_way(tmp_path, bases):
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "chain").rglob("*")}
     assert [base.fingerprint for base in make(tmp_path / "chain")] == [base.fingerprint for base in chain]
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "chain").rglob("*")} == before
+
+
+def test_bases_on_the_way_of_another_run_are_not_taken_for_this_ones(opened, text_file, tmp_path):
+    def run(rate):
+        recipe = Recipe(steps=4, batch_size=4, eval_every=2, precision="fp32", learning_rate=rate)
+        return pretrain(opened["bert"][0], Corpus((str(text_file),)), tmp_path / "out", recipe, 32, keep_every=2)
+
+    run(1e-4)
+    shutil.rmtree(tmp_path / "out")
+    run(1e-4)  # the same are kept
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(OutcomeError, match=r"out-steps/step-2: is a base on the way of another run"):
+        run(1e-2)
+    assert os.listdir(tmp_path) == ["out-steps"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
-from regraft.errors import MismatchError, RecipeError
+from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.methods import parse_options
 from regraft.methods.project import Projection
 from regraft.methods.project_distill import _rates
@@ -343,3 +343,45 @@ def test_options_as_they_are_written():
     for given_ridge, rank in ((-1, 1), (1, 0)):
         with pytest.raises(RecipeError):
             project(torch.eye(2), torch.eye(2), torch.ones(2), given_ridge, rank)
+
+
+def test_distilling_the_map_goes_on_where_it_was_interrupted(tmp_path, bases, tuned, task_file):
+    path = tuned["bert", "lora"] / "adaptation"
+    given = (Upgrade(*bases["bert"]), path, task_file, "project")
+    options = Projection((f"{path}={task_file}",), fit="distill", steps=8, learning_rate=3e-3, rank=2)
+    recipe = dataclasses.replace(FEW, save_every=3)
+    seen = []
+
+    def progress(stage, done, *_):
+        if stage == "map":
+            seen.append(done)
+            if seen == [1, 2, 3, 4, 5, 6, 7]:
+                raise KeyboardInterrupt
+
+    whole = recycle(*given, tmp_path / "whole", recipe=recipe, options=options)
+    with pytest.raises(KeyboardInterrupt):
+        recycle(*given, tmp_path / "out", recipe=recipe, options=options, progress=progress)
+    out = recycle(*given, tmp_path / "out", recipe=recipe, options=options, progress=progress)
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 7, 8]
+    one, other = weights(whole.path / "adaptation"), weights(out.path / "adaptation")
+    assert all(one[name].equal(other[name]) for name in one)
+    assert out.record["notes"]["fit_loss"] == whole.record["notes"]["fit_loss"]
+
+
+def test_an_outcome_is_of_the_content_of_its_pairs(tmp_path, bases, tuned, task_file):
+    upgrade = Upgrade(*bases["bert"])
+    path, old, new = tuned["bert", "lora"] / "adaptation", tmp_path / "old", tmp_path / "new"
+    adapt(upgrade.old, "lora", old, rank=8)
+    adapt(upgrade.new, "lora", new, seed=3, rank=8)
+    given = (upgrade, path, task_file, "project", tmp_path / "out")
+    options = Projection((f"{old}={new}",))
+    first = recycle(*given, recipe=FEW, options=options)
+    assert recycle(*given, recipe=FEW, options=options).record == first.record
+    record = json.loads((first.path / "outcome.json").read_text())
+    del record["inputs"]["pairs"]  # as regraft 0.1 wrote it
+    (first.path / "outcome.json").write_text(json.dumps(record))
+    assert recycle(*given, recipe=FEW, options=options).record == record
+    shutil.rmtree(new)
+    adapt(upgrade.new, "lora", new, seed=4, rank=8)
+    with pytest.raises(OutcomeError, match="it differs in pairs"):
+        recycle(*given, recipe=FEW, options=options)

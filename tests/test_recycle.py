@@ -323,3 +323,14 @@ def test_the_readme_lists_the_methods_that_there_are():
     table = readme.partition("| method | what it does | needs |\n|---|---|---|\n")[2].partition("\n\n")[0]
     expected = [f"| `{name}` | {summary} | {needs} |" for name, summary, needs, _ in describe_methods()]
     assert table.splitlines() == expected
+
+
+def test_the_old_score_of_a_comparison_is_the_mean_over_seeds(bases, tuned, task_file, tmp_path, monkeypatch):
+    """Of a deployment that is right everywhere for one seed, and calls all the same for the other."""
+    labels = load_data(task_file, 0).test.labels.tolist()
+    answers = iter([labels, [0] * len(labels)])
+    monkeypatch.setattr(sys.modules["regraft.methods.compare"], "predictions", lambda *_, **__: next(answers))
+    table = compare(
+        Upgrade(*bases["bert"]), tuned["bert", "lora"], task_file, ["direct"], tmp_path, recipe=FEW, seeds=(20, 30)
+    )
+    assert table.old == pytest.approx((1 + labels.count(0) / len(labels)) / 2)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from report_inputs import ATTACK, METHODS, diagnosis, write_diagnosis, write_outcomes
@@ -358,3 +359,19 @@ def test_figures_that_diverged_are_said_to_be_not_finite(tmp_path):
     write_diagnosis(tmp_path / "check", spoiled(diagnosis()))
     text = write_report(tmp_path, tmp_path / "report.md", "md").read_text(encoding="utf-8")
     assert "the barrier is not finite on dev and not finite on test" in text
+
+
+def test_only_a_report_is_replaced(runs, tmp_path):
+    for name, form in (("page.html", "html"), ("page.md", "md")):
+        file = tmp_path / name
+        file.touch()
+        before = write_report(runs, file, form).read_bytes()
+        assert write_report(runs, file, form).read_bytes() == before
+    record, link = tmp_path / "outcome.json", tmp_path / "link.html"
+    record.write_text('{"precious": true}')
+    link.symlink_to(tmp_path / "page.html")
+    for out in (record, link, Path("/dev/null"), tmp_path):
+        with pytest.raises(OutcomeError, match=r"Choose another --out"):
+            write_report(runs, out)
+    assert record.read_text() == '{"precious": true}'
+    assert link.is_symlink()

@@ -14,7 +14,12 @@ import pytest
 from conftest import sentence
 from safetensors.torch import load_file
 
-from regraft.tuning import trainer
+from regraft import Corpus, Distillation, Recipe, Upgrade, recycle, tune
+from regraft.adaptation import find_outcome, fresh_model
+from regraft.errors import OutcomeError
+from regraft.progress import silent
+from regraft.tuning.corpus import pack
+from regraft.tuning.distill import teach
 
 SOURCE = Path(__file__).parents[1] / "src"
 COMMON = ["--batch-size", "8", "--learning-rate", "3e-3", "--precision", "fp32", "--eval-every", "20"]
@@ -135,14 +140,121 @@ def test_pretrain_killed_in_both_stages(tmp_path):
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_half_written_checkpoints_are_cleared_away(tmp_path):
-    for step in (20, 40, 60, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for step in (20, 40, 100):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (tmp_path / "checkpoint-100" / "trainer_state.json").write_text('{"global_st')
-    assert trainer._last_whole(tmp_path) == tmp_path / "checkpoint-40"
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-20", "checkpoint-40"]
-    shutil.rmtree(tmp_path / "checkpoint-20")
-    shutil.rmtree(tmp_path / "checkpoint-40")
-    assert trainer._last_whole(tmp_path) is None
+class Interrupted(Exception):
+    """Stands for whatever ends a run at once."""
+
+
+def interrupt(stage, step):
+    """A progress callback that ends a run at a step."""
+
+    def progress(at, done, total, figures):
+        if (at, done) == (stage, step):
+            raise Interrupted
+
+    return progress
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def zero(file):
+    """What a machine that lost its power leaves of a file that was not synced: the right size, and zeros."""
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_discarded_and_what_is_whole_is_used(tmp_path, bases, task_file):
+    def run(out, progress=silent):
+        recipe = Recipe(steps=12, eval_every=2, save_every=4, learning_rate=3e-3, precision="fp32", batch_size=8)
+        return tune(bases["bert"][0], task_file, out, recipe=recipe, progress=progress)
+
+    whole, out, kept = run(tmp_path / "whole"), tmp_path / "out", tmp_path / "kept"
+    with pytest.raises(Interrupted):
+        run(out, interrupt("tune", 10))
+    work = tmp_path / ".out.partial"
+    shutil.copytree(work, kept)
+    assert [entry.name for entry in (work / "checkpoints").iterdir()] == ["checkpoint-8"]
+    last = Path("checkpoints", "checkpoint-8")
+    best = next((work / "best").glob("step-*")).relative_to(work)
+    damages = [
+        (empty, last / "optimizer.pt", 0), (Path.unlink, last / "optimizer.pt", 0), (empty, last / "rng_state.pth", 0),
+        (zero, last / "model.safetensors", 0), (zero, last / "trainer_state.json", 0), (empty, last / "config.json", 0),
+        (zero, best, 0), (Path.touch, Path("checkpoints", "checkpoint-999"), 8), (empty, Path("inputs.json"), 0),
+    ]  # fmt: skip
+    for damage, file, first in damages:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(kept, work)
+        shutil.rmtree(out, ignore_errors=True)
+        damage(work / file)
+        steps = []
+        run(out, lambda stage, done, *_, steps=steps: steps.append(done) if stage == "tune" else None)
+        assert steps[0] == first + 1, file
+        assert same_weights(out / "adaptation/model.safetensors", whole.path / "adaptation/model.safetensors"), file
+        assert outcome_curve(out) == outcome_curve(whole.path)
+    assert not work.exists()
+
+
+def test_what_was_cached_is_made_again_if_it_is_damaged(tmp_path, opened, texts):
+    base = opened["bert"][0]
+    text = tmp_path / "text.txt"
+    text.write_text("good film\n" * 50, encoding="utf-8")
+
+    def cached():
+        return pack(Corpus((str(text),)), base, 8, tmp_path / "tokens.bin", silent).tolist()
+
+    def taught():
+        model = fresh_model(base, ("a", "b"), 1)
+        options = Distillation(beta=0.0)
+        every = range(len(texts["bert"]))
+        return teach(model, texts["bert"], every, options, "fp32", tmp_path, silent)[0].clone()
+
+    tokens, logits = cached(), taught()
+    for damage in (zero, empty, Path.unlink):
+        for name in ("tokens.bin", "teacher.safetensors"):
+            damage(tmp_path / name)
+        assert cached() == tokens
+        assert taught().equal(logits)
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, bases, task_file):
+    out = tmp_path / "out"
+    given = ["tune", bases["bert"][0], "--task", task_file, *COMMON, "--steps", "100000", "--out", out]
+    process = subprocess.Popen(**command(*given))
+    while not list(tmp_path.glob(".out.partial/best/*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "interrupted: the same command goes on from here" in told
+    assert f"kept in {tmp_path / '.out.partial'}" in told
+
+
+def test_another_process_may_finish_first(tmp_path, bases, tuned, task_file, monkeypatch):
+    """It published between the first look at --out and the lock: its outcome is found, and nothing is left behind."""
+    arguments = Upgrade(*bases["bert"]), tuned["bert", "lora"], task_file, "direct", tmp_path / "out"
+    first = recycle(*arguments)
+    looks = []
+
+    def blind_once(out, inputs):
+        looks.append(out)
+        return None if len(looks) == 1 else find_outcome(out, inputs)
+
+    monkeypatch.setattr(sys.modules["regraft.methods.recycle"], "find_outcome", blind_once)
+    assert recycle(*arguments).record == first.record
+    assert len(looks) == 2
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_outcome_that_lost_its_files_is_not_taken_for_done(tmp_path, bases, tuned, task_file):
+    arguments = Upgrade(*bases["bert"]), tuned["bert", "lora"], task_file, "direct", tmp_path / "out"
+    recycle(*arguments)
+    for damage, name, says in [
+        (empty, "predictions.jsonl", "cut short"),
+        (Path.unlink, "adaptation/adapter_model.safetensors", "adapter_model.safetensors"),
+    ]:
+        damage(tmp_path / "out" / name)
+        with pytest.raises(OutcomeError, match=rf"no longer complete .*{says}.* Remove it"):
+            recycle(*arguments)

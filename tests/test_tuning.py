@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regraft import Base, Distillation, Recipe, load_adaptation
+from regraft import Base, Distillation, Recipe, load_adaptation, tune
 from regraft.adaptation import fresh_model, load_model
 from regraft.errors import RecipeError
 from regraft.progress import silent
@@ -310,8 +310,15 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(opened, task_f
     recipe = Recipe(steps=30, eval_every=10, learning_rate=1e-3, precision="fp32").resolve(len(data.train), 1.0)
     with torch.no_grad():
         model.classifier.weight[0, 0] = math.nan
-    with pytest.raises(RecipeError, match=r"loss became nan at step 10\. Lower the learning rate \(0\.001\)"):
+    with pytest.raises(RecipeError, match=r"held-out loss became nan at step 0\. Lower the learning rate \(0\.001\)"):
         tune_model(model, base, data, recipe, tmp_path, silent)
+
+
+def test_a_training_that_diverges_after_the_last_logged_loss_publishes_nothing(bases, task_file, tmp_path):
+    recipe = Recipe(steps=13, eval_every=13, warmup=0.95, batch_size=8, learning_rate=1500.0, precision="fp32", seed=23)
+    with pytest.raises(RecipeError, match=r"became nan at step 1\d\. Lower the learning rate \(1500\.0\)"):
+        tune(bases["bert"][0], task_file, tmp_path / "out", recipe=recipe)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_model_is_left_with_its_best_weights(opened, task_file, tmp_path):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_outcome
     from regraft.adaptation.bottleneck import BottleneckConfig
-    from regraft.diagnosis import Check, check
+    from regraft.diagnosis import Check, Diagnosis, Questions, check, diagnose
     from regraft.errors import RegraftError
     from regraft.methods import Comparison, Conversion, compare, convert, recycle, tune
     from regraft.task import Task

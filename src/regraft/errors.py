@@ -9,6 +9,10 @@ class CheckpointError(RegraftError):
     """A file of weights that is missing, truncated, malformed or not to be trusted."""
 
 
+class DiskFullError(CheckpointError):
+    """A disk, or a quota of it, without room for what is to be written."""
+
+
 class MismatchError(RegraftError):
     """Two things that do not belong together: bases, tensor shapes, vocabularies or label maps."""
 
@@ -19,6 +23,10 @@ class DataError(RegraftError):
 
 class RecipeError(RegraftError):
     """An option or a configuration that cannot be carried out."""
+
+
+class KindError(RecipeError):
+    """A kind of adaptation, or a form of it, that a method declares it does not carry."""
 
 
 class OutcomeError(RegraftError):

@@ -6,7 +6,7 @@ import difflib
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import SHORT_NAMES
-from regraft.errors import CheckpointError, RecipeError
+from regraft.errors import CheckpointError, KindError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +28,8 @@ LORAS: dict[str, dict[str, Any]] = {
 }
 KINDS = ("full", *LORAS, "ia3", "prefix", "prompt", "layernorm", "bottleneck", "pfeiffer")
 DETERMINED_INITS = ("true", "gaussian", "orthogonal", "pissa", "olora")
+
+WIDEST = 4  # a larger adapter has more numbers than the layer that it is put on
 
 
 def new_config(
@@ -59,6 +61,10 @@ def new_config(
             raise RecipeError(f"{what} is at least 1, found {number}.")
     if kind == "full":
         return None
+    widest = max((min(info.shape) for info in base.checkpoint.tensors.values() if len(info.shape) == 2), default=0)
+    for what, number in (("a LoRA's rank", rank), ("a bottleneck's inner size", inner_size)):
+        if number > WIDEST * widest:
+            raise RecipeError(f"{what} is up to {WIDEST} times the width of {base.path}, {widest:,}; found {number:,}.")
     if kind in ("bottleneck", "pfeiffer"):
         from regraft.adaptation.bottleneck import BottleneckConfig
 
@@ -169,7 +175,7 @@ def _prompt_config(kind: str, base: Base, virtual_tokens: int) -> Config:
     from peft import PrefixTuningConfig, PromptTuningConfig
 
     if kind == "prefix" and "past_key_values" not in inspect.signature(base.bare.forward).parameters:
-        raise RecipeError(f"a {base.config.model_type} takes no prefix (past_key_values). Choose prompt, or lora.")
+        raise KindError(f"a {base.config.model_type} takes no prefix (past_key_values). Choose prompt, or lora.")
     if virtual_tokens >= base.longest:
         raise RecipeError(
             f"{virtual_tokens} virtual tokens leave no room in the {base.longest} that {base.path} takes."

@@ -15,7 +15,7 @@ from regraft.adaptation.layout import as_loaded
 from regraft.adaptation.lora import START, fold_start
 from regraft.architecture import BUFFER, COMPILED
 from regraft.checkpoint import FLOATING, Checkpoint, dtype_of, shape_of, write_atomic, write_safetensors
-from regraft.errors import CheckpointError, MismatchError, RecipeError
+from regraft.errors import CheckpointError, KindError, MismatchError, RecipeError
 from regraft.progress import quiet
 from regraft.transformers_folder import check_model, read_tokenizer
 from regraft.weights import is_optional
@@ -109,7 +109,7 @@ def attach(model: Any, base: Base, config: Config, seed: int) -> Any:
         The model with the adapter: that and the head are trained, its body is frozen.
 
     Raises:
-        RecipeError: The architecture cannot take that kind.
+        KindError: The architecture cannot take that kind.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -130,7 +130,7 @@ def attach(model: Any, base: Base, config: Config, seed: int) -> Any:
         try:
             adapted: Any = get_peft_model(model, untyped, adapter_name=ADAPTER)
         except (ValueError, KeyError, TypeError) as error:
-            raise RecipeError(f"{base.path}: PEFT cannot put {config.peft_type} on it ({error}).") from error
+            raise KindError(f"{base.path}: PEFT cannot put {config.peft_type} on it ({error}).") from error
         if str(getattr(config, "init_lora_weights", True)).lower().startswith(BASE_CHANGING_INITS):
             adapted.regraft_start = {name: t.clone() for name, t in peft_state(adapted).items() if ".lora_" in name}
             _check_ranks(adapted, base)

@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from regraft.checkpoint import publish, write_atomic
-from regraft.errors import OutcomeError
+from regraft.adaptation.adaptation import load_adaptation
+from regraft.checkpoint import check_place, publish, to_json, write_atomic
+from regraft.errors import OutcomeError, RegraftError
 from regraft.printable import printable
 
 SCHEMA = 1
@@ -66,18 +67,23 @@ def find_outcome(out: Path, inputs: dict[str, Any]) -> Outcome | None:
         The outcome that is there, or None if nothing is.
 
     Raises:
-        OutcomeError: Something else is in that place.
+        OutcomeError: Something else is in that place, or what is there has lost its weights or predictions.
     """
+    check_place(out)
     if not out.exists():
         return None
     outcome = load_outcome(out)
     found = outcome.record.get("inputs")
+    learned_from = outcome.record.get("notes", {}).get("learned_from")
+    if learned_from and found:  # where regraft 0.1 recorded the content of pairs
+        found = {"pairs": learned_from, **found}
     if found != json.loads(json.dumps(inputs)):
         differing = sorted(k for k in {*inputs, *(found or {})} if (found or {}).get(k) != inputs.get(k))
         raise OutcomeError(
             f"{out}: holds the outcome of another run (it differs in {', '.join(differing)}). Choose another --out or "
             "remove it."
         )
+    _check_complete(outcome)
     return outcome
 
 
@@ -121,11 +127,14 @@ def write_outcome(
 
     Returns:
         The outcome in its place.
+
+    Raises:
+        OutcomeError: A figure is infinite or not a number, or something is at `out`.
     """
     record = {"schema": SCHEMA, **record, "versions": versions()}
-    write_atomic(staging / "outcome.json", json.dumps(record, indent=2) + "\n")
-    write_atomic(staging / "curve.jsonl", "".join(json.dumps(point) + "\n" for point in curve))
-    write_atomic(staging / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
+    write_atomic(staging / "outcome.json", to_json(record, "outcome.json", indent=2) + "\n")
+    for name, rows in (("curve.jsonl", curve), ("predictions.jsonl", predictions)):
+        write_atomic(staging / name, "".join(to_json(row, name) + "\n" for row in rows))
     write_atomic(staging / "README.md", _card(record))
     publish(staging, out)
     return Outcome(out, json.loads(json.dumps(record)))
@@ -139,6 +148,20 @@ def versions() -> dict[str, str]:
     """
     packages = ("regraft", "torch", "transformers", "peft", "accelerate", "safetensors")
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _check_complete(outcome: Outcome) -> None:
+    """Refuse an outcome of which files were deleted or emptied after it was written."""
+    try:
+        load_adaptation(outcome.path)
+        scored = [split for split in ("dev", "test") if outcome.scores.get(split) is not None]
+        if not outcome.curve or not all(outcome.predictions(split) for split in scored or ["dev"]):
+            raise ValueError("curve.jsonl or predictions.jsonl is cut short")
+    except (RegraftError, OSError, ValueError, KeyError, TypeError) as error:
+        raise OutcomeError(
+            f"{outcome.path}: is an outcome that is no longer complete ({error}). Remove it, and the same command "
+            "makes it again."
+        ) from error
 
 
 def _version(package: str) -> str:

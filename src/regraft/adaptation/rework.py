@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.graft import graft_body, grafted_adapter, write_carried
 from regraft.adaptation.lora import PARTS, START
 from regraft.adaptation.merge import lora_scaling
-from regraft.errors import RecipeError
+from regraft.errors import KindError
 from regraft.weights import delta, lora_delta, low_rank
 
 if TYPE_CHECKING:
@@ -67,18 +67,18 @@ def check_reworkable(adaptation: Adaptation, kinds: tuple[str, ...] = REWORKABLE
         kinds: Those that can be worked on.
 
     Raises:
-        RecipeError: It is of another kind, or a LoRA that is more than B·A.
+        KindError: It is of another kind, or a LoRA that is more than B·A.
     """
     kind = "dora" if adaptation.config.get("use_dora") else adaptation.kind
     if kind not in kinds:
-        raise RecipeError(
+        raise KindError(
             f"{adaptation.path}: this method works on the deltas of kinds {', '.join(kinds)}; a {kind} it cannot "
             "carry. Take direct or init, or convert it to full or lora first."
         )
     infos = adaptation.checkpoint.tensors
     strange = [n for n in infos if ".lora_" in n and (not n.endswith(PARTS[:2]) or len(infos[n].shape) != 2)]
     if kind == "lora" and strange:
-        raise RecipeError(
+        raise KindError(
             f"{adaptation.path}: tensor {strange[0]!r} is no B or A of a linear layer. Take direct or init, or convert "
             "it to full first."
         )

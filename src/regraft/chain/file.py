@@ -115,8 +115,10 @@ class Chain(BaseModel):
         tasks = tuple(os.path.abspath(folder / os.path.expanduser(task)) for task in read.tasks)
         chain: Chain = read.model_copy(update={"bases": bases, "tasks": tasks})
         names = [task.name for task in chain.loaded_tasks()]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{path}: two tasks are called {twice[0]!r}. Give one of them another `name`.")
+        folders = [folder_name(name) for name in names]
+        if twice := sorted({name for name in names if folders.count(folder_name(name)) > 1}):
+            alike = " and ".join(map(repr, twice)) if len(twice) > 1 else repr(twice[0])
+            raise DataError(f"{path}: two tasks are called {alike}, a folder's name. Give one of them another `name`.")
         return chain
 
     def loaded_tasks(self) -> list[Task]:
@@ -158,6 +160,18 @@ class Chain(BaseModel):
         if len(set(values)) < len(values):
             raise ValueError(f"lists {next(v for v in values if values.count(v) > 1)!r} twice. List each once.")
         return values
+
+
+def folder_name(name: str) -> str:
+    """Make a name of a folder out of any text.
+
+    Args:
+        name: As of a task.
+
+    Returns:
+        The same with a hyphen for what not every file system takes.
+    """
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
 
 
 def _beside(folder: Path, base: str) -> str:

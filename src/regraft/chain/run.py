@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint import write_atomic
-from regraft.errors import RecipeError
+from regraft.chain.file import folder_name
+from regraft.checkpoint import check_place, to_json, write_atomic
+from regraft.errors import CheckpointError, DataError, DiskFullError, MismatchError, RecipeError
 from regraft.methods import recycle, tune
 from regraft.progress import Progress, silent
 from regraft.task import flips
@@ -17,9 +18,12 @@ from regraft.upgrade import Base, Upgrade
 if TYPE_CHECKING:
     from regraft.adaptation import Outcome
     from regraft.chain.file import Chain, Route
+    from regraft.errors import RegraftError
     from regraft.task import Task
 
 RECORD = "chain.json"
+# what an adaptation, a task or a method is to blame for; a disk, a lock or a folder in the way ends the chain
+REFUSALS = (RecipeError, MismatchError, CheckpointError, DataError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Chained:
         steps: The steps of training on this base alone.
         labels: The labelled examples that were seen on it.
         outcome: The outcome folder, relative to the chain's.
-        refused: Why the method does not carry this kind, if so; the figures are None then.
+        refused: Why nothing came of it, if so, as where the method does not carry this kind; the figures are None then.
     """
 
     task: str
@@ -73,8 +77,10 @@ def run_chain(chain: Chain, out: str | Path, progress: Progress = silent) -> lis
         What came of each hop.
 
     Raises:
-        RegraftError: As `tune` and `recycle`; what was done until then is kept.
+        RegraftError: A base or a task cannot be read, or an outcome cannot be written; what was done until then is
+            kept. What one adaptation or method alone is to blame for is recorded as refused, and the rest is done.
     """
+    check_place(Path(out))
     run = _Run([Base.open(name) for name in chain.bases], chain, Path(out), progress)
     run.out.mkdir(parents=True, exist_ok=True)
     for seed in chain.seeds:
@@ -94,11 +100,15 @@ class _Run:
 
     def carry(self, task: Task, kind: str, seed: int) -> None:
         """Carry one adaptation along the chain."""
-        place = self.out / "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{task.name}-{kind}-seed{seed}")
+        place = self.out / folder_name(f"{task.name}-{kind}-seed{seed}")
         recipe = self.chain.tuning.recipe(kind, seed, self.chain.precision)
-        first = tune(
-            self.bases[0], task, place / "0-tune", kind=kind, recipe=recipe, progress=self._told(place.name, "tune")
-        )
+        try:
+            first = tune(
+                self.bases[0], task, place / "0-tune", kind=kind, recipe=recipe, progress=self._told(place.name, "tune")
+            )
+        except REFUSALS as error:
+            self._refuse(error, task, kind, seed, 0, "tune", None)
+            return
         self._keep(first, first, task, kind, seed, 0, "tune", None)
         for number in range(1, len(self.bases)):
             self._hop(first, first, place, task, kind, seed, number - 1, number, "scratch", None)
@@ -124,9 +134,8 @@ class _Run:
                 Upgrade(self.bases[old], self.bases[new]), source.path, task.with_shots(self.chain.shots), method,
                 place / name, recipe=recipe, progress=self._told(place.name, name),
             )  # fmt: skip
-        except RecipeError as error:
-            row = Chained(task.name, kind, seed, new, method, route, None, None, None, None, 0, 0, "", str(error))
-            self._add(row)
+        except REFUSALS as error:
+            self._refuse(error, task, kind, seed, new, method, route)
             return None
         self._keep(done, first, task, kind, seed, new, method, route)
         return done
@@ -151,6 +160,13 @@ class _Run:
             )
         )  # fmt: skip
 
+    def _refuse(
+        self, error: RegraftError, task: Task, kind: str, seed: int, base: int, method: str, route: Route | None
+    ) -> None:
+        if isinstance(error, DiskFullError):
+            raise error
+        self._add(Chained(task.name, kind, seed, base, method, route, None, None, None, None, 0, 0, "", str(error)))
+
     def _add(self, row: Chained) -> None:
         self.rows.append(row)
         record = {
@@ -159,7 +175,7 @@ class _Run:
             "chain": self.chain.model_dump(mode="json"),
             "rows": [dataclasses.asdict(one) for one in self.rows],
         }
-        write_atomic(self.out / RECORD, json.dumps(record, indent=1) + "\n")
+        write_atomic(self.out / RECORD, to_json(record, RECORD, indent=1) + "\n")
 
     def _told(self, place: str, name: str) -> Progress:
         return lambda stage, *rest: self.progress(f"{place} {name}: {stage}", *rest)

@@ -1,9 +1,10 @@
 """Tensors on disk: a lazy reader, fingerprints, and folders that are whole or not there."""
 
 from regraft.checkpoint.derived import Derived, Entry, Grouped, dtype_of, piece, shape_of
+from regraft.checkpoint.file import disk_full, is_disk_full, is_sealed, replacing, seal, to_json, write_atomic
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
-from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
+from regraft.checkpoint.folder import check_place, publish, resumable_folder, temporary_folder
 from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import parse_json, read_json
@@ -30,12 +31,16 @@ __all__ = [
     "Plan",
     "TensorInfo",
     "check_finite",
+    "check_place",
     "copy_companions",
+    "disk_full",
     "dtype_name",
     "dtype_of",
     "find_path",
     "fingerprint",
+    "is_disk_full",
     "is_made",
+    "is_sealed",
     "parse_json",
     "piece",
     "plan_checkpoint",
@@ -44,9 +49,13 @@ __all__ = [
     "read_header",
     "read_json",
     "read_results",
+    "replacing",
     "resumable_folder",
+    "seal",
     "shape_of",
     "size_of",
+    "temporary_folder",
+    "to_json",
     "torch_dtype",
     "write_atomic",
     "write_checkpoint",

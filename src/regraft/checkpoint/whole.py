@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint.derived import PIECE, Derived
-from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
-from regraft.checkpoint.writer import SHARD_BYTES, cores, plan_shards, size_of, write_checkpoint
-from regraft.errors import CheckpointError, OutcomeError
+from regraft.checkpoint.file import write_atomic
+from regraft.checkpoint.folder import check_place, publish, resumable_folder, working_folder
+from regraft.checkpoint.writer import SHARD_BYTES, cores, holds_checkpoint, plan_shards, size_of, write_checkpoint
+from regraft.errors import DiskFullError, OutcomeError
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
         The plan.
 
     Raises:
-        CheckpointError: The disk has not enough room.
+        DiskFullError: The disk has not enough room.
+        OutcomeError: No folder can be made at `out`.
     """
+    check_place(out)
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     disk = sum(size_of(tensors, name) for name in tensors)
     free = shutil.disk_usage(parent).free
@@ -72,8 +75,8 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
         memory=max((_memory(tensors, name) for name in tensors), default=0),
         free=free,
     )
-    if disk > free:
-        raise CheckpointError(f"{out}: {disk:,} bytes are to be written, the disk has {free:,} left: make room.")
+    if disk > free + _kept(out):
+        raise DiskFullError(f"{out}: {disk:,} bytes are to be written, the disk has {free:,} left: make room.")
     return plan
 
 
@@ -101,14 +104,16 @@ def write_folder(
         config: What to change in its `config.json`.
 
     Raises:
-        CheckpointError: The disk has not enough room, or cannot be written.
-        OutcomeError: Something else is at `out`.
+        DiskFullError: The disk has not enough room.
+        OutcomeError: Something else is at `out`, or it cannot be written.
     """
     made_from = {**made_from, "shard_bytes": shard_bytes}
-    if is_made(out, made_from):
+    if _is_written(out, made_from, tensors, shard_bytes, progress):
         return
     plan_checkpoint(tensors, out, shard_bytes)
     with resumable_folder(out, made_from) as work:
+        if _is_written(out, made_from, tensors, shard_bytes, progress):  # another process has made it since
+            return
         whole = work / "checkpoints" / "whole"
         whole.mkdir(parents=True, exist_ok=True)
         write_checkpoint(whole, tensors, shard_bytes, progress)
@@ -135,7 +140,8 @@ def is_made(out: Path, made_from: Mapping[str, Any]) -> bool:
     Raises:
         OutcomeError: Something else is there.
     """
-    if not out.exists() and not out.is_symlink():
+    check_place(out)
+    if not out.exists():
         return False
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
@@ -171,6 +177,20 @@ def read_results(folder: Path) -> dict[str, float]:
     return results
 
 
+def _is_written(
+    out: Path, made_from: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shard_bytes: int, progress: Progress
+) -> bool:
+    """Look for the result; its every number is compared, as fingerprints are of samples and disks lose data."""
+    if not is_made(out, made_from):
+        return False
+    if not holds_checkpoint(out, tensors, shard_bytes, progress):
+        raise OutcomeError(
+            f"{out}: exists and holds other numbers than would be written now: what it was made from has changed, or "
+            "it was damaged. Choose another --out or remove it."
+        )
+    return True
+
+
 def copy_companions(source: Path, into: Path, patterns: tuple[str, ...]) -> None:
     """Copy the small files that belong to a checkpoint.
 
@@ -184,6 +204,11 @@ def copy_companions(source: Path, into: Path, patterns: tuple[str, ...]) -> None
             left_out = file.name.endswith((".index.json", ".py")) or file.name in NOT_COPIED
             if file.is_file() and not left_out:
                 shutil.copyfile(file, into / file.name)
+
+
+def _kept(out: Path) -> int:
+    """Count the bytes that an interrupted run left and the next one goes on from."""
+    return sum(file.stat().st_size for file in working_folder(out).rglob("*.safetensors"))
 
 
 def _read(tensors: Mapping[str, torch.Tensor], name: str) -> int:

@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from regraft.checkpoint.derived import PIECE, Derived, dtype_of, piece, shape_of
-from regraft.checkpoint.header import ITEM_BYTES, read_header, torch_dtype
-from regraft.checkpoint.reader import INDEX
-from regraft.errors import CheckpointError
+from regraft.checkpoint.file import replacing, write_atomic
+from regraft.checkpoint.header import ITEM_BYTES, torch_dtype
+from regraft.checkpoint.reader import INDEX, Checkpoint
+from regraft.errors import CheckpointError, DiskFullError
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -77,7 +78,7 @@ def write_checkpoint(
 ) -> None:
     """Write tensors into a folder as transformers does: one file, or shards and their index.
 
-    A shard that is there already, left by an interrupted call with the same tensors, is not written again.
+    A shard that an interrupted call left is not written again if it holds the same numbers.
 
     Args:
         folder: Where to; it exists.
@@ -86,15 +87,16 @@ def write_checkpoint(
         progress: Told of each piece, in bytes.
 
     Raises:
-        CheckpointError: The disk has not enough room, or cannot be written.
+        DiskFullError: The disk has not enough room.
+        OutcomeError: A file cannot be written.
     """
     shards = plan_shards(tensors, shard_bytes)
-    todo = {file: names for file, names in shards.items() if not _is_there(folder / file, tensors, names)}
+    todo = {file: names for file, names in shards.items() if not _holds(folder / file, tensors, names, progress)}
     total = sum(size_of(tensors, name) for names in shards.values() for name in names)
     missing = sum(size_of(tensors, name) for names in todo.values() for name in names)
     free = shutil.disk_usage(folder).free
     if missing > free:
-        raise CheckpointError(f"{folder}: {missing:,} bytes are to be written, the disk has {free:,} left: make room.")
+        raise DiskFullError(f"{folder}: {missing:,} bytes are to be written, the disk has {free:,} left: make room.")
     done = total - missing
     for file, names in todo.items():
         before = done
@@ -107,7 +109,25 @@ def write_checkpoint(
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def holds_checkpoint(
+    folder: Path, tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BYTES, progress: Progress = silent
+) -> bool:
+    """Compare a folder with what `write_checkpoint` would write into it, every number.
+
+    Args:
+        folder: A folder that was written before.
+        tensors: A checkpoint, derived tensors or a state dict.
+        shard_bytes: The largest size of a file.
+        progress: Told of each piece, in bytes.
+
+    Returns:
+        Whether it would be the same.
+    """
+    shards = plan_shards(tensors, shard_bytes)
+    return all(_holds(folder / file, tensors, names, progress) for file, names in shards.items())
 
 
 def write_safetensors(
@@ -125,7 +145,9 @@ def write_safetensors(
         progress: Told of each piece, in bytes.
 
     Raises:
-        CheckpointError: A derived tensor has another size than announced, or the disk cannot be written.
+        CheckpointError: A derived tensor has another size than announced.
+        DiskFullError: The disk is full.
+        OutcomeError: The file cannot be written.
     """
     order = sorted(tensors if names is None else names, key=lambda n: (-ITEM_BYTES[dtype_of(tensors, n)], n))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -137,44 +159,44 @@ def write_safetensors(
         position = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    beside = file.with_name(f".{file.name}.tmp")
-    try:
-        with beside.open("wb") as stream:
-            stream.write(len(encoded).to_bytes(8, "little"))
-            stream.write(encoded)
-            stream.flush()
-            first = 8 + len(encoded)
-            _write_pieces(stream.fileno(), first, tensors, starts, file, position, progress)
-        os.replace(beside, file)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be written ({error.strerror or error}).") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    first = 8 + len(encoded)
+    with replacing(file) as beside, beside.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little"))
+        stream.write(encoded)
+        stream.flush()
+
+        def put(name: str, start: int, data: torch.Tensor) -> None:
+            view, place = data.numpy().data, first + starts[name] + start * ITEM_BYTES[dtype_of(tensors, name)]
+            while view:
+                written = os.pwrite(stream.fileno(), view, place)
+                view, place = view[written:], place + written
+
+        _for_each_piece(tensors, order, put, file, progress, "write")
 
 
-def _write_pieces(
-    descriptor: int,
-    first: int,
+def _for_each_piece(
     tensors: Mapping[str, torch.Tensor],
-    starts: Mapping[str, int],
+    names: Sequence[str],
+    use: Callable[[str, int, torch.Tensor], None],
     file: Path,
-    total: int,
     progress: Progress,
+    stage: str,
 ) -> None:
-    """Let each core compute a piece and put it into its place until none is left."""
+    """Let each core compute a piece and use its bytes until none is left."""
     import torch
 
-    todo, lock, done = _pieces(tensors, starts), threading.Lock(), 0
+    todo, lock, done = _pieces(tensors, names), threading.Lock(), 0
+    total = sum(size_of(tensors, name) for name in names)
 
     def work() -> None:
         nonlocal todo
         try:
-            put()
+            compute()
         except BaseException:
             todo = iter(())  # the others end with the piece they are at
             raise
 
-    def put() -> None:
+    def compute() -> None:
         nonlocal done
         while True:
             with lock:
@@ -185,22 +207,19 @@ def _write_pieces(
             data = piece(tensors, name, start, count).to(torch_dtype(dtype_of(tensors, name))).contiguous()
             if len(data) != count:
                 raise CheckpointError(f"{file}: tensor {name!r} has {len(data):,} numbers, expected {count:,}.")
-            view = data.cpu().view(torch.uint8).numpy().data
-            place, size = first + starts[name] + start * data.element_size(), len(view)
-            while view:
-                written = os.pwrite(descriptor, view, place)
-                view, place = view[written:], place + written
+            data = data.cpu().view(torch.uint8)
+            use(name, start, data)
             with lock:
-                done += size
-                progress("write", done, total, {})
+                done += len(data)
+                progress(stage, done, total, {})
 
     with _one_thread_each(), ThreadPoolExecutor(cores()) as pool:
         for worker in [pool.submit(work) for _ in range(cores())]:
             worker.result()
 
 
-def _pieces(tensors: Mapping[str, torch.Tensor], starts: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
-    for name in starts:
+def _pieces(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    for name in names:
         count = math.prod(shape_of(tensors, name))
         whole = isinstance(tensors, Derived) and not tensors.entries[name].elementwise
         size = count if whole else PIECE
@@ -220,13 +239,29 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _is_there(file: Path, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> bool:
+class _DiffersError(Exception):
+    """A file holds another number than it would be written with."""
+
+
+def _holds(file: Path, tensors: Mapping[str, torch.Tensor], names: Sequence[str], progress: Progress) -> bool:
+    """Whether a file holds these tensors, to the last byte: a header alone says nothing of the data behind it."""
+    import torch
+
     if not file.is_file():
         return False
     try:
-        found = read_header(file)
-    except CheckpointError:
+        stored = Checkpoint.open(file)
+        same = {n: (i.dtype, i.shape) for n, i in stored.tensors.items()} == {
+            n: (dtype_of(tensors, n), shape_of(tensors, n)) for n in names
+        }
+
+        def compare(name: str, start: int, data: torch.Tensor) -> None:
+            count = len(data) // ITEM_BYTES[dtype_of(tensors, name)]
+            if not stored.piece(name, start, count).view(torch.uint8).equal(data):
+                raise _DiffersError
+
+        if same:
+            _for_each_piece(tensors, names, compare, file, progress, "compare")
+    except (CheckpointError, _DiffersError):
         return False
-    return {n: (i.dtype, i.shape) for n, i in found.items()} == {
-        n: (dtype_of(tensors, n), shape_of(tensors, n)) for n in names
-    }
+    return same

@@ -3,16 +3,44 @@
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from regraft.cli import adaptation, chain, check, compare, demo, methods, pretrain, recycle, report, task, tune, weights
 from regraft.errors import RegraftError
 from regraft.printable import printable
 
+
+class Interrupted(Exception):
+    """Ctrl-C in a command, carried past Typer, which would end without a word."""
+
+
+class Commands(TyperGroup):
+    """The commands, of which an interruption is told."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command.
+
+        Args:
+            ctx: Click's context.
+
+        Returns:
+            What the command returns.
+
+        Raises:
+            Interrupted: Ctrl-C was pressed.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted("\n".join(getattr(error, "__notes__", ()))) from error
+
+
 app = typer.Typer(
     name="regraft",
+    cls=Commands,
     help="Carry fine-tunes and adapters over to an upgraded base model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -36,7 +64,7 @@ def settings(
 
 
 def main() -> None:
-    """Run the command line; an error of regraft's own is printed and ends with status 2."""
+    """Run the command line; an error of regraft's or of the system's is printed and ends with status 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -45,13 +73,19 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         app()
-    except RegraftError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has seen enough
+        _drop_output()
+        sys.exit(1)
+    except (RegraftError, OSError) as error:
         if _settings["debug"]:
             raise
-        print(f"error: {_in_one_piece(str(error))}", file=sys.stderr)
+        _drop_output()
+        message = "\n".join([f"error: {_told(error)}", *getattr(error, "__notes__", ())])
+        print(_in_one_piece(message), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+    except (KeyboardInterrupt, Interrupted) as error:
+        print(f"\ninterrupted: the same command goes on from here\n{error}".rstrip(), file=sys.stderr)
         sys.exit(130)
 
 
@@ -63,3 +97,21 @@ class _Formatter(logging.Formatter):
 def _in_one_piece(message: str) -> str:
     """Indent what follows the first line: a newline in a name cannot begin a message of its own."""
     return printable(message).replace("\n", "\n  ")
+
+
+def _told(error: Exception) -> str:
+    """Name the file of an error of the system's own, which no command foresaw."""
+    from regraft.checkpoint import disk_full, is_disk_full
+
+    if not isinstance(error, OSError):
+        return str(error)
+    where = error.filename or "the output"
+    return str(disk_full(where)) if is_disk_full(error) else f"{where}: {error.strerror or error}."
+
+
+def _drop_output() -> None:
+    """Keep Python from writing the rest of the output on exit, where that cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

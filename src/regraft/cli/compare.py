@@ -40,8 +40,10 @@ def compare(
     from regraft.upgrade import Upgrade
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    if not seeds.replace(",", "").replace(" ", "").isdigit():
-        raise RecipeError(f"--seeds takes whole numbers with commas between, found {seeds!r}.")
+    try:
+        each = [int(seed) for seed in seeds.split(",") if seed.strip()]
+    except ValueError:
+        raise RecipeError(f"--seeds takes whole numbers with commas between, found {seeds!r}.") from None
     chosen: dict[str, list[str]] = {}
     for text in option or ():
         name, colon, setting = text.partition(":")
@@ -60,7 +62,7 @@ def compare(
             names,
             out,
             recipe=recipe,
-            seeds=[int(seed) for seed in seeds.split(",") if seed.strip()],
+            seeds=each,
             force=force,
             options={name: parse_options(name, settings) for name, settings in chosen.items()},
             progress=progress,

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -48,4 +49,4 @@ def logs(out: Path) -> Path:
     Returns:
         The folder.
     """
-    return out.with_name(f"{out.name}-logs")
+    return Path(f"{os.path.abspath(out)}-logs")

@@ -11,7 +11,9 @@ def report(
         list[Path],
         typer.Argument(help="Folders of outcomes, of `compare` and of `check --deep --out`, or that hold such."),
     ],
-    out: Annotated[Path, typer.Option(help="The file to write; one that is there is replaced.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The file to write; a report that is there is replaced.")] = Path(
+        "report.html"
+    ),
     format: Annotated[
         str | None, typer.Option(help="html, one file that needs no other, or md; by default as --out ends.")
     ] = None,

@@ -1,5 +1,7 @@
 """`regraft weights`: arithmetic on checkpoints of any size, from disk to disk."""
 
+import fnmatch
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,16 +43,19 @@ def graft(
 ) -> None:
     """Add what tuning changed in the old base to the new one: new + λ·(tuned − old); heads are copied."""
     from regraft.cli import show
+    from regraft.errors import RecipeError
     from regraft.vocabulary import match_vocabularies
     from regraft.weights import counterparts, graft_all
 
-    factors = {"*": scale, **_factors(scale_for or [])}
+    factors = {"*": _finite("--scale", scale), **_factors(scale_for or [])}
     factors["*"] = factors.pop("*")  # the first pattern that fits counts
     sides = _open(check_finite, new=new, tuned=tuned, old=old)
     views = _named(sides)
     rows = match_vocabularies({side: opened.folder for side, opened in sides.items()}, views)
     if rows:
         show.line(rows.summary())
+    if unused := [p for p in factors if p != "*" and not fnmatch.filter(views["tuned"], p)]:
+        raise RecipeError(f"--scale-for {unused[0]}: fits no tensor; there are such as {next(iter(views['tuned']))}.")
     grafted = graft_all(views["new"], views["tuned"], views["old"], factors, rows)
     if left_out := counterparts(views["new"], views["tuned"], views["old"]).left_out:
         show.line(f"copied, as one of the bases lacks it: {', '.join(left_out)}")
@@ -91,7 +96,7 @@ def interpolate(
 
     sides = _open(check_finite, first=first, second=second)
     views = _named(sides)
-    walked = interpolate_all(views["first"], views["second"], t)
+    walked = interpolate_all(views["first"], views["second"], _finite("--t", t))
     _write(walked, out, sides, "first", {"operation": "interpolate", "t": t}, shard_size, dry_run)
 
 
@@ -241,7 +246,7 @@ def _write(
     from regraft.vocabulary import write_vocabulary
 
     _check_apart(out, sides)
-    shard_bytes = int(shard_size * 1e9)
+    shard_bytes = int(_finite("--shard-size", shard_size) * 1e9)
     if dry_run:
         show.plan(plan_checkpoint(tensors, out, shard_bytes), out)
         return
@@ -266,9 +271,17 @@ def _factors(given: list[str]) -> dict[str, float]:
     for entry in given:
         pattern, _, number = entry.rpartition("=")
         try:
-            factors[pattern] = float(number)
+            factors[pattern] = _finite(f"--scale-for {pattern}", float(number))
         except ValueError:
             pattern = ""
         if not pattern:
             raise RecipeError(f"--scale-for takes PATTERN=NUMBER, found {entry!r}.")
     return factors
+
+
+def _finite(option: str, number: float) -> float:
+    from regraft.errors import RecipeError
+
+    if not math.isfinite(number):
+        raise RecipeError(f"{option} is a finite number, found {number}.")
+    return number

@@ -97,6 +97,8 @@ class Comparison:
     def __init__(self, *, every_head: bool) -> None:
         self.kl, self.agreed = 0.0, 0
         self._every_head, self._rows = every_head, 0
+        self._moments: dict[int, Moments] = {}
+        self._cka: list[float] = []
 
     def add(self, first: Seen, second: Seen, real: torch.Tensor) -> None:
         """Add a batch.
@@ -117,7 +119,6 @@ class Comparison:
             shape = (layers, heads, heads) if self._every_head else (layers, heads)
             self._divergence = torch.zeros(shape, dtype=torch.float64)
             self._products = torch.zeros(3, layers, heads, dtype=torch.float64)
-            self._moments = [Moments() for _ in first.hidden]
         for layer, (one, other) in enumerate(zip(first.attention, second.attention, strict=True)):
             p, q = (maps.transpose(0, 1)[:, real] for maps in (one, other))
             if self._every_head:
@@ -127,12 +128,27 @@ class Comparison:
                 self._divergence[layer] += torch.stack(apart)
             for total, (a, b) in zip(self._products, ((p, q), (p, p), (q, q)), strict=True):
                 total[layer] += (a * b).sum(dim=(1, 2)).cpu().double()
-        for moments, one, other in zip(self._moments, first.hidden, second.hidden, strict=True):
-            moments.add(one[real], other[real])
         log_p, log_q = (seen.logits.cpu().double().log_softmax(dim=1) for seen in (first, second))
         self.kl += max(0.0, float((log_p.exp() * (log_p - log_q)).sum()))
         self.agreed += int((log_p.argmax(dim=1) == log_q.argmax(dim=1)).sum())
         self._rows += int(real.sum())
+
+    def add_hidden(self, first: Seen, second: Seen, real: torch.Tensor, layers: range) -> None:
+        """Add some layers' hidden states of a batch.
+
+        Args:
+            first: What the first model did.
+            second: What the second did on the same texts.
+            real: Which tokens are no padding, batch × tokens.
+            layers: Which hidden states, the embeddings' being 0; those that there are not are passed over.
+        """
+        for layer in range(layers.start, min(layers.stop, len(first.hidden))):
+            moments = self._moments.setdefault(layer, Moments())
+            moments.add(first.hidden[layer][real], second.hidden[layer][real])
+
+    def finish_layers(self) -> None:
+        """Work out the CKA of the layers that were added, and free what it took: width² numbers, thrice a layer."""
+        self._cka += [self._moments.pop(layer).cka() for layer in sorted(self._moments)]
 
     @property
     def divergences(self) -> torch.Tensor:
@@ -149,8 +165,8 @@ class Comparison:
 
     @property
     def cka(self) -> tuple[float, ...]:
-        """Linear CKA of the embeddings, then of each layer."""
-        return tuple(moments.cka() for moments in self._moments)
+        """Linear CKA of the embeddings, then of each layer, of those that are finished."""
+        return tuple(self._cka)
 
 
 def _entropy(rows: torch.Tensor) -> torch.Tensor:

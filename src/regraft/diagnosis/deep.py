@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.outcome import versions
-from regraft.checkpoint import write_atomic
+from regraft.checkpoint import check_place, to_json, write_atomic
 from regraft.diagnosis.check import Check, check_pair
 from regraft.diagnosis.compatibility import Point, compatibility
 from regraft.diagnosis.connectivity import Plane, Segment, plane, segment
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 RECORD = "diagnosis.json"
+MOST_POINTS, MOST_A_SIDE = 1000, 100  # each point is a pass over the data; no picture shows more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +60,10 @@ class Questions:
 
     def __post_init__(self) -> None:
         """Check every number."""
-        if self.points < 3:
-            raise RecipeError(f"a segment takes at least 3 points, found {self.points}.")
+        if not 3 <= self.points <= MOST_POINTS:
+            raise RecipeError(f"a segment takes from 3 to {MOST_POINTS:,} points, found {self.points}.")
+        if self.plane > MOST_A_SIDE:
+            raise RecipeError(f"a plane takes up to {MOST_A_SIDE} points a side, found {self.plane}.")
         if self.plane and (self.plane < 3 or not self.counterparts):
             raise RecipeError(
                 f"a loss plane goes through the old deployment, the old weights as they are and a counterpart, and has "
@@ -160,7 +161,7 @@ def diagnose(
         _check_place(Path(out))
     first = asked.counterparts[0] if asked.counterparts else None
     given: dict[str, Any] = {"recipe": recipe, "force": force, "progress": progress}
-    with load_pair(upgrade, adaptation, task, **given) as direct, contextlib.ExitStack() as stack:
+    with load_pair(upgrade, adaptation, task, **given) as direct:
         pair = direct
         if first is not None:
             pair = dataclasses.replace(direct, new=load_counterpart(first, upgrade.new, direct.data))
@@ -209,7 +210,6 @@ def diagnose(
             gain=gain,
             reasons=_reasons(checked, found["connectivity"], found["similarity"]),
         )
-        stack.close()
     result = Diagnosis(
         task=pair.data.name,
         metric=pair.data.metric,
@@ -235,7 +235,7 @@ def diagnose(
     )
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(out) / RECORD, json.dumps(dataclasses.asdict(result)) + "\n")
+        write_atomic(Path(out) / RECORD, to_json(dataclasses.asdict(result), RECORD) + "\n")
     return result
 
 
@@ -260,6 +260,7 @@ class _Asking:
 
 
 def _check_place(out: Path) -> None:
+    check_place(out)
     if out.exists() and not (out.is_dir() and all(file.name == RECORD for file in out.iterdir())):
         raise OutcomeError(f"{out}: holds something else than a diagnosis. Choose another --out or remove it.")
 

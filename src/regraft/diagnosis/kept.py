@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regraft.checkpoint import temporary_folder
 from regraft.errors import MismatchError
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import language_loss, language_model
@@ -93,12 +92,12 @@ def _blocks(pair: Pair, text: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint
 
     base = pair.upgrade.new
     block = min(BLOCK, base.longest)
-    with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
+    with temporary_folder() as folder:
         sources = tuple(text)
         if not sources:
-            file = Path(folder) / "texts.jsonl"
+            file = folder / "texts.jsonl"
             lines = (json.dumps({"text": part}) + "\n" for part in itertools.chain(*pair.data.train.texts))
             file.write_text("".join(lines), encoding="utf-8")
             sources = (str(file),)
-        packed = pack(Corpus(sources), base, block, Path(folder) / "tokens.bin", pair.progress)
+        packed = pack(Corpus(sources), base, block, folder / "tokens.bin", pair.progress)
         return np.array(packed[:MOST_BLOCKS])

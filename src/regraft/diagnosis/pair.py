@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Adaptation, check_fit, load_adaptation, load_model, write_graft
 from regraft.adaptation.tokens import with_own_tokens
+from regraft.checkpoint import temporary_folder
 from regraft.errors import MismatchError
 from regraft.progress import Progress, silent
 from regraft.task import load_data
@@ -21,6 +20,7 @@ from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     import torch
 
@@ -129,10 +129,10 @@ def load_pair(
     old = check_fit(adaptation, upgrade, data.labels)
     effect = check_effect(old, adaptation, upgrade.old, data)
     precision = recipe.resolve(len(data.train), 1.0).precision
-    with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
+    with temporary_folder() as folder:
         if counterpart is None:
-            write_graft(adaptation, upgrade, Path(folder), progress)
-            new = load_model(load_adaptation(folder), upgrade.new, data.labels)
+            write_graft(adaptation, upgrade, folder / "direct", progress)
+            new = load_model(load_adaptation(folder / "direct"), upgrade.new, data.labels)
         else:
             new = load_counterpart(counterpart, upgrade.new, data)
         yield Pair(upgrade, adaptation, data, precision, lineage, effect, old.to(device()), new.to(device()), progress)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN = 24
 DIGITS = 5
+MOMENT_BYTES = 2**28  # for CKA; models that need more for all layers are run once for every few of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +148,22 @@ def similarity(
     short = int(np.abs(examples.lengths - SHOWN).argmin())
     text = encode(base, split.take([short]), min(data.max_length, SHOWN))
     with attending(first, second, control):
-        done = 0
-        for indices in batches(examples, classifier_of(first).config):
-            inputs = _inputs(examples, indices, first)
-            real, seen = inputs["attention_mask"].bool(), look(first, inputs, precision)
-            pair.add(seen, look(second, inputs, precision), real)
-            unrelated.add(seen, look(control, inputs, precision), real)
-            done += len(indices)
-            progress("similarity", done, len(examples), {})
+        config = classifier_of(first).config
+        at_once = max(1, MOMENT_BYTES // (2 * 3 * 4 * config.hidden_size**2))
+        states, done = config.num_hidden_layers + 1, 0
+        for start in range(0, states, at_once):
+            for indices in batches(examples, config):
+                inputs = _inputs(examples, indices, first)
+                real, seen = inputs["attention_mask"].bool(), look(first, inputs, precision)
+                for comparison, model in ((pair, second), (unrelated, control)):
+                    other = look(model, inputs, precision)
+                    if not start:
+                        comparison.add(seen, other, real)
+                    comparison.add_hidden(seen, other, real, range(start, start + at_once))
+                done += len(indices)
+                progress("similarity", done, len(examples) * -(-states // at_once), {})
+            pair.finish_layers()
+            unrelated.finish_layers()
         both = [look(model, _inputs(text, [0], model), precision) for model in (first, second)]
     matched = pair.divergences.diagonal(dim1=1, dim2=2)
     tokens = tuple(base.tokenizer.convert_ids_to_tokens(text.columns["input_ids"][0]))

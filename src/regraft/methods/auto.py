@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import RecipeError
+from regraft.checkpoint import is_sealed, seal
+from regraft.errors import KindError, RecipeError
 from regraft.methods import ladder
 from regraft.methods.method import Job, Method
+from regraft.tuning.recipe import SEEDS
 
 HOPELESS = 0.5
 
@@ -47,15 +50,17 @@ class Auto:
 
     def __post_init__(self) -> None:
         """Check every number."""
-        if self.tolerance < 0 or not 0.5 <= self.confidence < 1:
+        if not 0 <= self.tolerance < math.inf or not 0.5 <= self.confidence < 1:
             raise RecipeError(
                 f"tolerance must not be negative (found {self.tolerance}), confidence from 0.5 to below 1 "
                 f"({self.confidence})."
             )
+        if self.target is not None and not math.isfinite(self.target):
+            raise RecipeError(f"target is a score, found {self.target}.")
         if not self.training_free or self.training_free[0] != "direct":
             raise RecipeError(f"the ladder begins with direct, found {self.training_free}.")
         rising = [0.0, *self.budgets, 1.0]
-        if sorted(set(rising[:-1])) != rising[:-1] or rising[-2] > 1:
+        if sorted(set(rising[:-1])) != rising[:-1] or not rising[-2] <= 1:
             raise RecipeError(f"budgets are shares of the steps that rise to at most 1, found {self.budgets}.")
         if not self.labels and self.target is not None:
             raise RecipeError("a target needs labels on dev; without labels the old model is what is to be met.")
@@ -138,7 +143,10 @@ class _Climb:
         from regraft.methods.registry import find_method
 
         method = find_method(name)
-        return self._rung(name, lambda part: method.run(part, method.options() if method.options else None))
+        try:
+            return self._rung(name, lambda part: method.run(part, method.options() if method.options else None))
+        except KindError:
+            return None
 
     def tune_on(self, done: float, budget: float) -> dict[str, Any]:
         """Tune from the best rung so far, from a share of the steps to a larger one, a fading teacher beside labels."""
@@ -150,7 +158,7 @@ class _Climb:
         share = max(1, round(steps * budget) - round(steps * done))
         recipe = dataclasses.replace(
             self.job.recipe, steps=share, eval_every=min(share, self.job.recipe.eval_every or share),
-            seed=self.job.recipe.seed + round(steps * done),
+            seed=(self.job.recipe.seed + round(steps * done)) % SEEDS,
         )  # fmt: skip
 
         def go_on(part: Job) -> list[dict[str, float]]:
@@ -159,26 +167,22 @@ class _Climb:
             model = load_model(start, part.upgrade.new, part.data.labels, trainable=True)
             return part.tune(model, Distillation(decay="linear"))
 
-        found = self._rung(f"{best.partition(',')[0]}, tuned {100 * budget:.0f} %", go_on)
-        assert found is not None  # every kind can be tuned
-        return found
+        return self._rung(f"{best.partition(',')[0]}, tuned {100 * budget:.0f} %", go_on)
 
-    def _rung(self, name: str, run: Any) -> dict[str, Any] | None:
+    def _rung(self, name: str, run: Any) -> dict[str, Any]:
         folder = self.folder(name)
-        record = folder / "rung.json"
-        if not record.is_file():
+        record, whole = folder / "rung.json", folder / "sealed.json"
+        if not is_sealed(whole):
             shutil.rmtree(folder / "adaptation", ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             part = dataclasses.replace(self.job, work=folder, into=folder / "adaptation", notes={})
             started = time.perf_counter()
-            try:
-                curve = run(part)
-            except RecipeError:  # it is for other kinds
-                return None
+            curve = run(part)
             seconds = curve[-1]["seconds"] if curve else time.perf_counter() - started
             found = {"rung": name, "steps": int(curve[-1]["step"]) if curve else 0, "seconds": round(seconds, 2)}
             found |= self.bar.measure(ladder.dev_predictions(part, folder / "adaptation"))
             ladder.write_record(record, {**found, "notes": part.notes, "curve": curve})
+            seal(whole, [record, *(file for file in part.into.rglob("*") if file.is_file())])
         self.rungs.append(json.loads(record.read_text(encoding="utf-8")))
         return self.rungs[-1]
 

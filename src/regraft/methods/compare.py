@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Adaptation, Outcome, load_adaptation
-from regraft.checkpoint import write_atomic
+from regraft.checkpoint import check_place, to_json, write_atomic
+from regraft.errors import RecipeError
 from regraft.methods.recycle import recycle
 from regraft.methods.registry import find_method
 from regraft.progress import Progress, silent
@@ -67,8 +67,9 @@ class Comparison:
         task: The task's name.
         metric: Its metric.
         split: What the final scores are measured on, `test` or `dev`.
-        old: The old deployment's score there: the old weights on the old base.
-        majority: The score of always guessing the most frequent class.
+        old: The old deployment's score there: the old weights on the old base. The mean over seeds, as few-shot draws
+            and splits may change with them.
+        majority: The score of always guessing the most frequent class, likewise.
         rows: One a method, over all seeds.
         outcomes: The outcome folders.
     """
@@ -119,16 +120,21 @@ def compare(
     for name in names:
         find_method(name)
     recipe, out = recipe or Recipe(), Path(out)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise RecipeError(f"seeds are one or more, each once, found {', '.join(map(str, seeds)) or 'none'}.")
+    for seed in seeds:
+        dataclasses.replace(recipe, seed=seed)
+    check_place(out)
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     adaptation.check_base(upgrade.old, force=force)
     rows: dict[str, list[Row]] = {name: [] for name in names}
-    outcomes = []
-    deployment: list[int] = []
+    outcomes, old, majority = [], [], []
     for seed in seeds:
         data = load_data(task, seed).with_room(adaptation.virtual_tokens, upgrade.new.longest)
         data = match_labels(adaptation, data)
         split = data.test or data.dev
         deployment = predictions(adaptation, upgrade.old, data, recipe, progress)
+        old.append(score(data.metric, split.labels, deployment))
         runs: dict[str, Outcome] = {}
         for name in names:
             runs[name] = recycle(
@@ -144,17 +150,17 @@ def compare(
             )
             rows[name].append(_row(runs[name], runs["scratch"], split.name, split.labels.tolist(), deployment))
             outcomes.append(str(runs[name].path))
-    majority = runs["scratch"].scores[f"{split.name}_majority"] or 0.0
+        majority.append(runs["scratch"].scores[f"{split.name}_majority"] or 0.0)
     comparison = Comparison(
         task=data.name,
         metric=data.metric,
         split=split.name,
-        old=score(data.metric, split.labels, deployment),
-        majority=majority,
+        old=statistics.fmean(old),
+        majority=statistics.fmean(majority),
         rows=tuple(_mean(several) for several in rows.values()),
         outcomes=tuple(outcomes),
     )
-    write_atomic(out / "comparison.json", json.dumps(dataclasses.asdict(comparison), indent=2) + "\n")
+    write_atomic(out / "comparison.json", to_json(dataclasses.asdict(comparison), "comparison.json", indent=2) + "\n")
     return comparison
 
 

@@ -23,7 +23,7 @@ from regraft.adaptation import (
 from regraft.adaptation.lora import START
 from regraft.adaptation.model import ADAPTER
 from regraft.architecture import class_of
-from regraft.checkpoint import is_made, publish, read_results, resumable_folder, write_record
+from regraft.checkpoint import check_finite, is_made, publish, read_results, resumable_folder, write_record
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.recycle import new_folder
 from regraft.progress import Progress, quiet, silent
@@ -145,6 +145,7 @@ def convert(
                 staging = source.path
         write_tokenizer(target, staging)
         write_lineage(staging, target, adaptation.labels)
+        check_finite(load_adaptation(staging).checkpoint)
         try:
             load_model(load_adaptation(staging), target, labels)
         except (CheckpointError, MismatchError) as error:

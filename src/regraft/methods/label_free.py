@@ -6,7 +6,7 @@ Source: the start and the loss are those of Qin et al., 2023 (arXiv:2305.08702),
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
 from regraft.methods.method import Job, Method
@@ -64,6 +64,21 @@ def run(job: Job, options: LabelFree) -> list[dict[str, float]]:
     return job.tune(job.grafted(), loss, teacher_judges=True)
 
 
+def contents(options: LabelFree, seed: int) -> dict[str, Any]:
+    """Identify the text that is learned on.
+
+    Args:
+        options: Which file, if any.
+        seed: Plays no part.
+
+    Returns:
+        Its digest as `text`.
+    """
+    from regraft.tuning import Corpus
+
+    return {"text": Corpus((options.text,)).digest()} if options.text else {}
+
+
 def read_texts(file: str) -> Split:
     """Read texts without labels.
 
@@ -91,5 +106,10 @@ def read_texts(file: str) -> Split:
 
 
 METHOD = Method(
-    "label-free", "start from direct, learn from the old model on raw text", ("text", "training"), run, LabelFree
+    "label-free",
+    "start from direct, learn from the old model on raw text",
+    ("text", "training"),
+    run,
+    LabelFree,
+    contents,
 )

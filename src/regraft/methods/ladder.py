@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from regraft.checkpoint import is_sealed, seal, to_json, write_atomic
 from regraft.task import majority_score, paired_difference, score, weakness
 from regraft.tuning.predict import device, predict
 
@@ -109,8 +110,8 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
     Returns:
         The bar.
     """
-    file = job.work / "bar.json"
-    if not file.is_file():
+    file, whole = job.work / "bar.json", job.work / "bar.sealed.json"
+    if not is_sealed(whole):
         from regraft.tuning.probe import probe
 
         reference = dev_predictions(job, job.adaptation.path, old=True)
@@ -118,6 +119,7 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
         if target is None and probed:
             probes = [probe(base, job.data, job.recipe.precision) for base in (job.upgrade.old, job.upgrade.new)]
         write_record(file, {"reference": reference, "probes": probes})
+        seal(whole, [file])
     found = json.loads(file.read_text(encoding="utf-8"))
     metric, labels = job.data.metric, job.data.dev.labels.tolist()
     old, gain = score(metric, labels, found["reference"]), None
@@ -181,6 +183,4 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
         file: Where to.
         record: As JSON.
     """
-    from regraft.checkpoint import write_atomic
-
-    write_atomic(file, json.dumps(record) + "\n")
+    write_atomic(file, to_json(record, file.name) + "\n")

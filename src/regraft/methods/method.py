@@ -141,6 +141,8 @@ class Method:
             it needs.
         run: Fills the job's folder with an adaptation and returns the learning curve, empty without training.
         options: The dataclass of its options, if it has any.
+        contents: Identifies the content of files that the options name, from the options and the seed, as JSON by
+            name: part of what an outcome is made from.
     """
 
     name: str
@@ -148,3 +150,4 @@ class Method:
     needs: tuple[str, ...]
     run: Callable[[Job, Any], list[dict[str, float]]]
     options: Any = None
+    contents: Callable[[Any, int], dict[str, Any]] | None = None

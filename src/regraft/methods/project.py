@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
 from regraft.methods.method import Job, Method
@@ -66,15 +66,12 @@ class Projection:
         for name in ("rank", "steps"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is at least 1, found {getattr(self, name)}.")
-        if not self.ridge >= 0 or not self.learning_rate > 0:
+        if not 0 <= self.ridge < math.inf or not 0 < self.learning_rate < math.inf:
             raise RecipeError(f"ridge is 0 or more (found {self.ridge}), learning_rate above 0 ({self.learning_rate}).")
 
 
 def run(job: Job, options: Projection) -> list[dict[str, float]]:
     """Learn the map, and put what it makes of the old weights onto the new base; the head is copied.
-
-    The outcome is told from others by its pairs' folders as they are given, not by their content; by regression the
-    fingerprints of that are recorded as `learned_from`.
 
     Args:
         job: What and where.
@@ -191,4 +188,25 @@ def _write(job: Job, mapped: dict[str, torch.Tensor]) -> None:
     write_with_head(job, write)
 
 
-METHOD = Method("project", "map old weights to new ones, as other tasks tell", ("tasks",), run, Projection)
+def contents(options: Projection, seed: int) -> dict[str, Any]:
+    """Identify what the map is learned from.
+
+    Args:
+        options: The pairs.
+        seed: What few-shot draws of their tasks follow from.
+
+    Returns:
+        As `pairs` the fingerprints of the old and the new weights of each, or of the old ones and the task's data.
+    """
+    from regraft.adaptation import load_adaptation
+    from regraft.methods.pairs import split_pair
+    from regraft.task import load_data
+
+    pairs = []
+    for old, second in map(split_pair, options.pairs):
+        new = load_data(second, seed).digest() if options.fit == "distill" else load_adaptation(second).fingerprint
+        pairs.append([load_adaptation(old).fingerprint, new])
+    return {"pairs": pairs}
+
+
+METHOD = Method("project", "map old weights to new ones, as other tasks tell", ("tasks",), run, Projection, contents)

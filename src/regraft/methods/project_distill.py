@@ -7,7 +7,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import RecipeError
+from regraft.errors import KindError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +24,7 @@ KINDS = ("lora", "bottleneck")
 MOST = 4_000_000
 SPREAD = 0.02
 SMALLEST = 1e-12
+SEAL = "sealed.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +53,8 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
 
     Raises:
         MismatchError: A task was tuned on another base, or its weights are of another kind or shape.
-        RecipeError: The kind is none that can be mapped so, or it has too many numbers.
+        KindError: The kind is none that can be mapped so, or it has too many numbers.
+        RecipeError: The loss became infinite or not a number.
     """
     import torch
 
@@ -63,12 +65,12 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
     vector = vector_of(job.adaptation, job.upgrade.old)
     size = sum(math.prod(shape) for shape in vector.shapes.values())
     if kind not in KINDS:
-        raise RecipeError(
+        raise KindError(
             f"{job.adaptation.path}: by distillation the kinds {', '.join(KINDS)} are mapped, not a {kind}: take "
             "fit=regression."
         )
     if size > MOST:
-        raise RecipeError(
+        raise KindError(
             f"{job.adaptation.path}: has {size:,} numbers, and a map of up to {MOST:,} is learned by distillation: "
             "take fit=regression."
         )
@@ -98,7 +100,7 @@ def _train(
     job: Job, options: Projection, lessons: list[_Lesson], vector: Vector, parameters: list[torch.Tensor],
     apply: Any, loss: Distillation,
 ) -> Iterator[float]:  # fmt: skip
-    """Go from task to task, a batch of each, and yield the loss of each step."""
+    """Go from task to task, a batch of each, and yield the loss of each step; what a killed run did is gone on from."""
     import torch
 
     from regraft.tuning import device, distillation_loss
@@ -107,7 +109,9 @@ def _train(
 
     rates = _rates([lesson.vector for lesson in lessons], options)
     optimiser = torch.optim.Adam([{"params": [tensor]} for tensor in parameters])
-    for step in range(options.steps):
+    losses = _resume(job, parameters, optimiser)
+    yield from losses
+    for step in range(len(losses), options.steps):
         lesson = lessons[step % len(lessons)]
         start = step // len(lessons) * job.recipe.batch_size
         rows = lesson.order[start : start + job.recipe.batch_size]
@@ -125,9 +129,53 @@ def _train(
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
-        told = float(value.detach())
-        job.progress("map", step + 1, options.steps, {"loss": told})
-        yield told
+        losses.append(float(value.detach()))
+        if not math.isfinite(losses[-1]):
+            raise RecipeError(
+                f"the map's loss became {losses[-1]} at step {step + 1}. Lower its learning rate "
+                f"({options.learning_rate:g}), or train in fp32."
+            )
+        if (step + 1) % job.recipe.save_every == 0:
+            _save(job, parameters, optimiser, losses)
+        job.progress("map", step + 1, options.steps, {"loss": losses[-1]})
+        yield losses[-1]
+
+
+def _save(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Optimizer, losses: list[float]) -> None:
+    """Write the state of the map's training, beside the one before, which goes once it is sealed."""
+    import torch
+
+    from regraft.checkpoint import replacing, seal
+
+    folder = job.work / "map" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"step-{len(losses)}.pt"
+    state = {"parameters": [p.detach() for p in parameters], "optimiser": optimiser.state_dict(), "losses": losses}
+    with replacing(file) as beside:
+        torch.save(state, beside)
+    seal(folder / SEAL, [file], {"file": file.name})
+    for other in folder.glob("step-*.pt"):
+        if other != file:
+            other.unlink()
+
+
+def _resume(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Optimizer) -> list[float]:
+    """Load the last state of the map's training; a damaged one is passed over. Return the losses so far."""
+    import torch
+
+    from regraft.checkpoint import is_sealed
+
+    folder = job.work / "map" / "checkpoints"
+    files = [file for file in folder.glob("step-*.pt") if is_sealed(folder / SEAL, {"file": file.name})]
+    if not files:
+        return []
+    state = torch.load(files[0], weights_only=True)
+    with torch.no_grad():
+        for parameter, stored in zip(parameters, state["parameters"], strict=True):
+            parameter.copy_(stored)
+    optimiser.load_state_dict(state["optimiser"])
+    losses: list[float] = state["losses"]
+    return losses
 
 
 def _rates(vectors: list[torch.Tensor], options: Projection) -> tuple[float, float, float]:

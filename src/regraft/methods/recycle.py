@@ -21,19 +21,19 @@ from regraft.adaptation import (
 )
 from regraft.adaptation.replaced import replaced_parameter
 from regraft.adaptation.tokens import with_own_tokens
-from regraft.checkpoint import resumable_folder
-from regraft.errors import RecipeError
+from regraft.checkpoint import check_finite, resumable_folder
+from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.methods.method import Job
-from regraft.methods.registry import find_method
+from regraft.methods.registry import check_options, find_method
 from regraft.progress import Progress, silent
 from regraft.task import load_data, majority_score, score
-from regraft.tuning.corpus import Corpus
 from regraft.tuning.deployment import check_effect, match_labels
 from regraft.tuning.distill import Distillation
-from regraft.tuning.recipe import Recipe
+from regraft.tuning.recipe import Recipe, check_trained
 
 if TYPE_CHECKING:
+    from regraft.checkpoint import Checkpoint
     from regraft.task import Task, TaskData
     from regraft.upgrade import Base, Upgrade
 
@@ -86,6 +86,7 @@ def recycle(
         options = chosen.options()
     if type(options) is not (chosen.options or type(None)):
         raise RecipeError(f"method {method} takes {chosen.options or 'no options'}, found {options!r}.")
+    check_options(method, options)
     if not isinstance(adaptation, Adaptation):
         adaptation = load_adaptation(adaptation)
     if head not in HEADS:
@@ -117,8 +118,8 @@ def recycle(
         inputs["replace"] = replace
     elif replace:
         raise RecipeError(f"{adaptation.path}: stores nothing in place of its base's tensors: leave out replace.")
-    if text := getattr(options, "text", ""):
-        inputs["text"] = Corpus((text,)).digest()
+    if chosen.contents:
+        inputs |= chosen.contents(options, recipe.seed)
     if done := find_outcome(out, inputs):
         return done
     upgrade.check_finite()
@@ -133,6 +134,8 @@ def recycle(
         "lineage": lineage,
     }
     with resumable_folder(out, inputs) as work:
+        if done := find_outcome(out, inputs):  # another process has made it since
+            return done
         staging = new_folder(work / "whole")
         job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress, head, replace)
         started = time.perf_counter()
@@ -175,6 +178,10 @@ def record_outcome(
 
     Returns:
         The outcome.
+
+    Raises:
+        MismatchError: Its weights or outputs are infinite or not a number, and nothing was trained.
+        RecipeError: The same after training.
     """
     import numpy as np
 
@@ -182,6 +189,10 @@ def record_outcome(
     from regraft.tuning import device, encode, plan_order, predict
 
     adaptation = load_adaptation(staging / "adaptation")
+    if curve:
+        check_trained(adaptation.checkpoint, recipe)
+    else:
+        _check_grafted(adaptation.checkpoint, base)
     model = load_model(adaptation, base, data.labels).to(device())
     notes = dict(notes or {})
     rows: list[dict[str, Any]] = []
@@ -193,6 +204,11 @@ def record_outcome(
             continue
         examples = encode(base, split, data.max_length)
         logits = predict(model, examples, recipe.precision, progress)
+        if not logits.isfinite().all():
+            raise MismatchError(
+                f"{base.path}: with the new weights on it, the outputs on {name} are infinite or not a number. Compute "
+                "in fp32 (--precision), or take another method."
+            )
         found = logits.argmax(dim=1).tolist()
         confidences = [round(value, 4) for value in logits.softmax(dim=1).amax(dim=1).tolist()]
         scores |= dict.fromkeys((name, f"{name}_majority"))
@@ -232,6 +248,17 @@ def record_outcome(
         "recycled_from": recycled_from,
     }
     return write_outcome(staging, out, record, curve, rows)
+
+
+def _check_grafted(checkpoint: Checkpoint, base: Base) -> None:
+    """Refuse to publish weights that are no numbers and that no training made so."""
+    try:
+        check_finite(checkpoint)
+    except CheckpointError as error:
+        raise MismatchError(
+            f"what the method makes of the old weights on {base.path} is infinite or not a number. A base or the "
+            "adaptation has such values (regraft weights inspect --check-finite names them), or an option is too large."
+        ) from error
 
 
 def learning_rate(kind: str) -> float:

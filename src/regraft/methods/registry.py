@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import math
 import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from regraft.methods.method import Method
 
+TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str}
 ORDER = (
     *("scratch", "direct", "init", "distill", "init+distill", "project"),  # the paper's
     *("ridge", "scaled", "masked", "aligned", "trimmed", "orthogonal"),
@@ -106,20 +108,41 @@ def parse_options(method: str, given: Sequence[str]) -> Any:
                 f"there are {', '.join(known) or 'none'}. Give NAME=VALUE."
             )
         try:
-            values[name] = _as_type(yaml.safe_load(value), known[name].default)
-        except (ValueError, TypeError, yaml.YAMLError) as error:
-            default = known[name].default
-            kind = {bool: "true or false", tuple: "a list"}.get(type(default), f"of type {type(default).__name__}")
+            values[name] = _as_type(yaml.safe_load(value), known[name])
+        except (ValueError, TypeError, OverflowError, RecursionError, yaml.YAMLError) as error:
+            declared = str(known[name].type)
+            kind = "true or false" if declared == "bool" else f"of type {declared}"
             raise RecipeError(f"option {name} of {method} is {kind}, found {value!r}.") from error
     return options(**values) if options else None
 
 
-def _as_type(value: Any, default: Any) -> Any:
-    """Read a value as the type of the option's default; a list may be a single value, a number a whole one."""
-    if isinstance(default, tuple):
-        return tuple(value) if isinstance(value, list) else (value,)
-    if isinstance(default, bool) or isinstance(value, bool):
-        if isinstance(default, bool) and isinstance(value, bool):
-            return value
+def check_options(method: str, options: Any) -> None:
+    """Refuse options that are infinite or not a number, whatever the method.
+
+    Args:
+        method: The method's name.
+        options: Its options, or None.
+
+    Raises:
+        RecipeError: There is such a number.
+    """
+    for name, value in dataclasses.asdict(options).items() if options is not None else ():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise RecipeError(f"option {name} of {method} is a finite number, found {value}.")
+
+
+def _as_type(value: Any, field: dataclasses.Field[Any]) -> Any:
+    """Read a value as the option is declared; a list may be a single value, a number a whole one or a text of YAML's.
+
+    YAML takes 1e-9 for a text, as it has no point.
+    """
+    declared, optional = str(field.type).removesuffix(" | None"), str(field.type).endswith(" | None")
+    if value is None and optional:
+        return None
+    if declared.startswith("tuple["):
+        read = TYPES[declared.removeprefix("tuple[").partition(",")[0]]
+        return tuple(read(entry) for entry in (value if isinstance(value, list) else [value]))
+    if isinstance(value, bool) != (declared == "bool"):
         raise TypeError
-    return type(default)(value) if default is not None and value is not None else value
+    return TYPES[declared](value)

@@ -87,6 +87,8 @@ def tune(
 
     resolved = recipe.resolve(len(data.train), learning_rate(kind_of(config)))
     with resumable_folder(out, inputs) as work:
+        if done := find_outcome(out, inputs):  # another process has made it since
+            return done
         staging = new_folder(work / "whole")
         model = fresh_model(base, data.labels, resolved.seed)
         if config is not None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from regraft.checkpoint import write_atomic
+from regraft.checkpoint import replacing, write_atomic
 from regraft.errors import OutcomeError, RecipeError
 from regraft.report.find import find_runs
 from regraft.report.html import to_html
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Format = Literal["html", "md"]
 FORMATS: tuple[str, ...] = get_args(Format)
+MARKS = (b'<meta name="generator" content="regraft ', b"# What the upgrade did")
+"""What every report has near its start, as HTML and as Markdown."""
+LONGEST_START = 4096
 
 
 def write_report(
@@ -31,7 +34,7 @@ def write_report(
 
     Args:
         runs: Folders that hold outcomes, comparisons or diagnoses, themselves or anywhere below.
-        out: The file to write; one that is there is replaced.
+        out: The file to write; a report that is there is replaced.
         format: `html`, one file that needs no other, or `md`.
         plots: A folder for the charts as SVG and PNG, if they are wanted.
 
@@ -46,6 +49,7 @@ def write_report(
     out = Path(out)
     if format not in FORMATS:
         raise RecipeError(f"format {format!r}: there is no such format. Use one of {', '.join(FORMATS)}.")
+    _check_place(out)
     if not folders:
         raise RecipeError("no runs are named. Name outcome folders, or folders that hold some.")
     found = find_runs(folders)
@@ -67,6 +71,18 @@ def write_report(
     return out
 
 
+def _check_place(out: Path) -> None:
+    """Refuse to replace what is no report: a device, a link, a folder, or a file that something else has written."""
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_file():
+        raise OutcomeError(f"{out}: is no regular file, and a report replaces no other. Choose another --out.")
+    with out.open("rb") as stream:
+        start = stream.read(LONGEST_START)
+    if start.strip() and not any(mark in start for mark in MARKS):
+        raise OutcomeError(f"{out}: is not a report of regraft's, and would be lost. Choose another --out.")
+
+
 def _write_plots(page: Page, pictures: dict[str, bytes], folder: Path, out: Path) -> dict[str, str]:
     """Save the charts, and give each one's file as a page at `out` names it."""
     from regraft.report.charts import save_figure
@@ -76,8 +92,7 @@ def _write_plots(page: Page, pictures: dict[str, bytes], folder: Path, out: Path
     for chart in page.charts:
         for form, content in (("svg", pictures[chart.name]), ("png", save_figure(chart.figure, "png"))):
             file = folder / f"{chart.name}.{form}"
-            beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-            beside.write_bytes(content)
-            os.replace(beside, file)
+            with replacing(file) as beside:
+                beside.write_bytes(content)
         files[chart.name] = Path(os.path.relpath(folder, out.parent), f"{chart.name}.svg").as_posix()
     return files

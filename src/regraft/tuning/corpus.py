@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import DataError
 from regraft.task import HubSplit
 from regraft.task.file import check_folder, check_regular, ending_of, is_unicode, read_json_rows, read_lines
@@ -148,7 +149,7 @@ def pack(
         corpus: The text.
         base: Whose tokenizer.
         block: Tokens a block.
-        file: The cache; used as it is if it is there.
+        file: The cache; used if it is there and undamaged.
         progress: Told of the documents.
 
     Returns:
@@ -159,17 +160,17 @@ def pack(
     """
     import numpy as np
 
-    if not file.is_file():
-        beside = file.with_suffix(".writing")
+    record = file.with_suffix(".json")
+    if not is_sealed(record):
         count = 0
-        with beside.open("wb") as stream:
+        with replacing(file) as beside, beside.open("wb") as stream:
             documents = corpus.documents()
             while texts := list(islice(documents, DOCUMENTS_AT_ONCE)):
                 for ids in _tokenise(base, texts):
                     stream.write(np.asarray(ids, dtype=np.uint32).tobytes())
                 count += len(texts)
                 progress("tokenise", count, 0, {})
-        beside.replace(file)
+        seal(record, [file])
     blocks = file.stat().st_size // 4 // block
     if blocks < 2:
         tokens = file.stat().st_size // 4

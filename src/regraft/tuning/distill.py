@@ -11,7 +11,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import RecipeError
+from regraft.checkpoint import is_sealed, replacing, seal
+from regraft.errors import MismatchError, RecipeError
 from regraft.tuning.predict import Output, for_each_batch, forward
 from regraft.tuning.recipe import check_fade, fade
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from regraft.progress import Progress
     from regraft.tuning.examples import Examples
+
+HOTTEST = 10_000  # softened so far, outputs are alike in every digit of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +59,10 @@ class Distillation:
         """Check every number."""
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha must be from 0 to 1, found {self.alpha}.")
-        if self.beta < 0 or self.temperature <= 0:
+        if not 0 <= self.beta < math.inf or not 0 < self.temperature <= HOTTEST:
             raise RecipeError(
-                f"beta must not be negative (found {self.beta}), temperature above 0 ({self.temperature})."
+                f"beta must not be negative (found {self.beta}), temperature above 0 and up to {HOTTEST:,} "
+                f"({self.temperature})."
             )
         if self.kl_reduction not in ("batchmean", "mean"):
             raise RecipeError(f"kl_reduction is batchmean or mean, found {self.kl_reduction!r}.")
@@ -174,7 +178,7 @@ def teach(
     work: Path,
     progress: Progress,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the teacher's logits and hidden states once; a later call finds them in the working folder.
+    """Compute the teacher's logits and hidden states once; a later call finds them, undamaged, in the working folder.
 
     Args:
         teacher: The old tuned model on the old base; frozen, in evaluation mode.
@@ -192,8 +196,8 @@ def teach(
     import torch
     from safetensors.torch import load_file, save_file
 
-    file = work / "teacher.safetensors"
-    if not file.is_file():
+    file, record = work / "teacher.safetensors", work / "teacher.json"
+    if not is_sealed(record):
         import numpy as np
 
         from regraft.tuning.examples import Examples
@@ -216,9 +220,11 @@ def teach(
 
         for_each_batch(teacher, part, precision, keep, progress, "teacher", hidden=bool(options.beta))
         kept.setdefault("hidden", torch.zeros(len(examples), 0, dtype=torch.bfloat16))
-        beside = work / "teacher.writing"
-        save_file(kept, beside)
-        beside.replace(file)
+        if not all(rows.isfinite().all() for rows in kept.values()):
+            raise MismatchError("the old deployment's outputs are infinite or not a number: there is nothing to learn.")
+        with replacing(file) as beside:
+            save_file(kept, beside)
+        seal(record, [file])
     stored = load_file(file)
     return stored["logits"], stored["hidden"]
 

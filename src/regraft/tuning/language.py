@@ -124,8 +124,8 @@ class LanguageModelling:
 
         return train(
             model,
-            list(zip(order.tolist(), range(len(order)), strict=True)),
-            lambda items: self.batch(items, recipe.seed),
+            range(len(order)),
+            lambda places: self.batch([(int(order[place]), place) for place in places], recipe.seed),
             lambda model, batch, _: self.loss(model, batch),
             self.evaluate,
             recipe,

@@ -14,10 +14,12 @@ from regraft.checkpoint import (
     Checkpoint,
     Derived,
     Entry,
+    check_place,
     dtype_of,
     publish,
     resumable_folder,
     shape_of,
+    to_json,
     write_atomic,
     write_safetensors,
 )
@@ -26,6 +28,7 @@ from regraft.progress import Progress, quiet, silent
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import LEARNING_RATE, LanguageModelling, language_model
 from regraft.tuning.predict import device
+from regraft.tuning.recipe import SEEDS, check_trained
 from regraft.upgrade import PRETRAINING, Base
 
 if TYPE_CHECKING:
@@ -136,7 +139,7 @@ def pretrain(
 
     Raises:
         DataError: The text cannot be read or is too little.
-        OutcomeError: Something else is at `out`.
+        OutcomeError: Something else is at `out`, or bases of another run are where those on the way are kept.
         RecipeError: The block is longer than the base takes.
     """
     from transformers import set_seed
@@ -156,7 +159,12 @@ def pretrain(
     if _is_done(out, inputs):
         return Base.open(out)
     base.check_finite()
+    steps_folder = out.with_name(f"{out.name}-steps")
+    if keep_every:
+        _check_kept(steps_folder, inputs)
     with resumable_folder(out, inputs) as work:
+        if _is_done(out, inputs):  # another process has made it since
+            return Base.open(out)
         blocks = pack(corpus, base, block, work / "tokens.bin", progress)
         held_out = min(HELD_OUT_BLOCKS, max(1, len(blocks) // 20))
         shuffled = _shuffle(len(blocks), recipe.seed)
@@ -170,7 +178,7 @@ def pretrain(
             head_steps = (resolved.steps or 0) // 10
             model.base_model.requires_grad_(False)
             head_recipe = dataclasses.replace(
-                resolved, steps=head_steps, eval_every=head_steps, learning_rate=1e-3, seed=recipe.seed + 1
+                resolved, steps=head_steps, eval_every=head_steps, learning_rate=1e-3, seed=(recipe.seed + 1) % SEEDS
             )
             LanguageModelling(base, blocks, shuffled[held_out:], shuffled[:held_out], head_recipe).run(
                 model, work / "head", progress, "pretrain head"
@@ -180,7 +188,7 @@ def pretrain(
             run = _with_replay(run, pack(replay.corpus, base, block, work / "replay.bin", progress), replay.share)
 
         def keep(step: int) -> None:
-            kept = out.with_name(f"{out.name}-steps") / f"step-{step}"
+            kept = steps_folder / f"step-{step}"
             if keep_every and step % keep_every == 0 and not kept.exists():
                 kept.parent.mkdir(exist_ok=True)
                 made.publish(model, work / "kept", kept, step, [])
@@ -205,6 +213,7 @@ class _Made:
         with quiet():
             model.save_pretrained(staging)
         _carry_over(self.base, staging)
+        check_trained(Checkpoint.open(staging), self.recipe)
         write_tokenizer(self.base, staging)
         record = {
             "base": {"name": self.base.name, "fingerprint": self.base.fingerprint},
@@ -214,7 +223,7 @@ class _Made:
             "tokens": steps * self.recipe.batch_size * self.block,
             "curve": curve,
         }
-        write_atomic(staging / PRETRAINING, json.dumps(record, indent=2) + "\n")
+        write_atomic(staging / PRETRAINING, to_json(record, PRETRAINING, indent=2) + "\n")
         publish(staging, out)
 
 
@@ -259,10 +268,29 @@ def _carry_over(base: Base, folder: Path) -> None:
     )
 
 
+def _check_kept(folder: Path, inputs: dict[str, Any]) -> None:
+    """Refuse to mix bases on the way with those that another run has kept in the same folder."""
+    for kept in sorted(folder.glob("step-*")):
+        found = _recorded(kept)
+        if found is None or {**found, "keep_every": None} != {**inputs, "keep_every": None}:
+            raise OutcomeError(
+                f"{kept}: is a base on the way of another run. Remove {folder}, or choose another --out: bases on the "
+                "way are kept beside it."
+            )
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """Read what a base was pre-trained from; None if that is not recorded."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        inputs: dict[str, Any] = dict(json.loads((folder / PRETRAINING).read_text(encoding="utf-8"))["inputs"])
+        return inputs
+    return None
+
+
 def _is_done(out: Path, inputs: dict[str, Any]) -> bool:
+    check_place(out)
     if not out.exists():
         return False
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads((out / PRETRAINING).read_text(encoding="utf-8"))["inputs"] == inputs:
-            return True
+    if _recorded(out) == inputs:
+        return True
     raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")

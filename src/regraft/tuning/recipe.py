@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
-from regraft.errors import RecipeError
+from regraft.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from regraft.checkpoint import Checkpoint
 
 FEWEST_STEPS = 100
 """Where the steps follow from the data: a few examples a class are seen many times over."""
+SEEDS = 2**32
+"""How many seeds there are: NumPy's generator takes no larger ones."""
+LARGEST_BATCH = 2**16
+"""Far above any batch that a language model is tuned with; a larger one is a slip, and ends in memory."""
+MOST_EXAMPLES = 10**8
+"""Steps times batch size: the order of the examples is held in memory, 8 bytes each."""
 FADES = ("none", "linear", "cosine")
 
 
@@ -50,8 +60,16 @@ class Recipe:
         """Check every number."""
         for name in ("steps", "epochs", "batch_size", "learning_rate", "eval_every", "save_every"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise RecipeError(f"{name} must be above 0, found {value}.")
+            if value is not None and not 0 < value < math.inf:
+                raise RecipeError(f"{name} must be a number above 0, found {value}.")
+        if self.batch_size > LARGEST_BATCH:
+            raise RecipeError(f"batch_size is up to {LARGEST_BATCH:,}, found {self.batch_size:,}.")
+        if self.steps:
+            self._check_examples(self.steps)
+        if not 0 <= self.weight_decay < math.inf:
+            raise RecipeError(f"weight_decay must be a number that is not negative, found {self.weight_decay}.")
+        if not 0 <= self.seed < SEEDS:
+            raise RecipeError(f"a seed is from 0 to {SEEDS - 1:,}, found {self.seed:,}.")
         if not 0 <= self.warmup < 1:
             raise RecipeError(f"warmup is a fraction of the steps, from 0 to below 1, found {self.warmup}.")
         if not 0 <= self.average < 1:
@@ -68,8 +86,12 @@ class Recipe:
 
         Returns:
             The recipe with `steps`, `learning_rate`, `eval_every` and `precision` set.
+
+        Raises:
+            RecipeError: Its steps see more examples than the order of which can be held in memory.
         """
         steps = self.steps or max(FEWEST_STEPS, round(self.epochs * examples / self.batch_size))
+        self._check_examples(steps)
         return dataclasses.replace(
             self,
             steps=steps,
@@ -77,6 +99,34 @@ class Recipe:
             eval_every=min(steps, self.eval_every or _round_interval(steps)),
             precision=precision() if self.precision == "auto" else self.precision,
         )
+
+    def _check_examples(self, steps: int) -> None:
+        if steps * self.batch_size > MOST_EXAMPLES:
+            raise RecipeError(
+                f"{steps:,} steps of {self.batch_size:,} examples see more than the {MOST_EXAMPLES:,} whose order is "
+                "held in memory. Take fewer steps or epochs."
+            )
+
+
+def check_trained(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse to publish what a training that diverged has left.
+
+    Args:
+        checkpoint: The weights, as they were saved.
+        recipe: How they were trained.
+
+    Raises:
+        RecipeError: Some are infinite or not a number.
+    """
+    from regraft.checkpoint import check_finite
+
+    try:
+        check_finite(checkpoint)
+    except CheckpointError as error:
+        raise RecipeError(
+            "the training ended in weights that are infinite or not a number. Lower the learning rate "
+            f"({recipe.learning_rate}), or train in fp32."
+        ) from error
 
 
 def check_fade(name: str, how: str) -> None:

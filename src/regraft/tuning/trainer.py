@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from regraft.adaptation.outcome import versions
+from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import RecipeError
 from regraft.progress import quiet
 from regraft.tuning.predict import device
@@ -19,10 +21,11 @@ from regraft.tuning.tracking import run_name, trackers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from regraft.progress import Progress
     from regraft.tuning.recipe import Recipe
+
+SEAL = "sealed.json"
 
 
 def train(
@@ -40,7 +43,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train a model in place, leave it with its best weights, and return its learning curve.
 
-    What a killed run left in `work` is gone on from; the result is that of an uninterrupted run.
+    What a killed run left in `work` is gone on from; the result is that of an uninterrupted run. A checkpoint that is
+    damaged is discarded.
 
     Args:
         model: What to train.
@@ -59,7 +63,7 @@ def train(
         weights is the best, its figures come last, with how many evaluations it is of as `averaged`.
 
     Raises:
-        RecipeError: The loss became infinite or not a number, or there is no such tracker.
+        RecipeError: A loss or a score became infinite or not a number, or there is no such tracker.
     """
     checkpoints = work / "checkpoints"
     last, name = _last_whole(checkpoints), run_name(work)
@@ -77,7 +81,7 @@ def train(
         eval_steps=recipe.eval_every,
         eval_on_start=last is None,
         save_steps=recipe.save_every,
-        save_total_limit=1,
+        save_total_limit=None,  # an older one is removed once the newer one is sealed
         logging_steps=min(10, recipe.eval_every or 10),
         logging_nan_inf_filter=False,
         train_sampling_strategy="sequential",
@@ -144,6 +148,8 @@ class _Trainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Take the figures and keep the weights if they are the best so far."""
         metrics = {f"eval_{name}": value for name, value in self.figures(self.model).items()}
+        for name, value in metrics.items():
+            self._check_finite(name.removeprefix("eval_"), value, "held-out ")
         self.log(metrics)
         self.best.offer(self.model, self.curve)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -151,9 +157,13 @@ class _Trainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, "seconds": self.seconds}, start_time)
-        if "loss" in logs and not torch.isfinite(torch.tensor(logs["loss"])):
+        if "loss" in logs:
+            self._check_finite("loss", logs["loss"])
+
+    def _check_finite(self, name: str, value: float, where: str = "") -> None:
+        if not math.isfinite(value):
             raise RecipeError(
-                f"the loss became {logs['loss']} at step {self.state.global_step}. Lower the learning rate "
+                f"the {where}{name} became {value} at step {self.state.global_step}. Lower the learning rate "
                 f"({self.args.learning_rate}), or train in fp32."
             )
 
@@ -171,7 +181,14 @@ class _Watch(TrainerCallback):
             self.trainer.best.secure(self.trainer.curve)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.best.secure(self.trainer.curve)
+        best, checkpoints = self.trainer.best, Path(args.output_dir)
+        folder = checkpoints / f"checkpoint-{state.global_step}"
+        files = [file for file in folder.rglob("*") if file.is_file() and file.name != SEAL]
+        seal(folder / SEAL, [*files, *best.files(self.trainer.curve)], versions())
+        best.secure(self.trainer.curve)
+        for other in checkpoints.iterdir():
+            if other != folder:
+                shutil.rmtree(other)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = time.perf_counter()
@@ -218,9 +235,13 @@ class _Best:
             self._write(self._mean(count), weights)
         self._clear(curve)
 
+    def files(self, curve: list[dict[str, float]]) -> list[Path]:
+        """Name the files that a run goes on from: the best weights, and the mean if there is one."""
+        return [self._best(curve), *([self._mean(count)] if (count := self.count(curve)) else [])]
+
     def secure(self, curve: list[dict[str, float]]) -> None:
         """Keep what there is now until this is called again."""
-        self.secured = (self._best(curve), self._mean(self.count(curve)))
+        self.secured = tuple(self.files(curve))
         self._clear(curve)
 
     def restore(self, model: Any, curve: list[dict[str, float]]) -> None:
@@ -246,12 +267,11 @@ class _Best:
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        beside = self.folder / "writing"
-        save_file(weights, beside)
-        beside.replace(file)
+        with replacing(file) as beside:
+            save_file(weights, beside)
 
     def _clear(self, curve: list[dict[str, float]]) -> None:
-        kept = (self._best(curve), self._mean(self.count(curve)), *self.secured)
+        kept = (*self.files(curve), *self.secured)
         for file in [*self.folder.glob("step-*"), *self.folder.glob("mean-*")]:
             if file not in kept:
                 file.unlink()
@@ -272,12 +292,14 @@ def _best_step(curve: list[dict[str, float]]) -> int:
 
 
 def _last_whole(checkpoints: Path) -> Path | None:
-    """Find the newest checkpoint that was written to its end, and clear away what was not."""
+    """Find the newest checkpoint whose every file is as it was written, and clear away all others."""
     whole: dict[int, Path] = {}
-    for folder in checkpoints.glob("checkpoint-*"):
-        try:
-            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-            whole[int(step)] = folder
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(folder)
+    for entry in checkpoints.glob("*"):
+        step = entry.name.removeprefix("checkpoint-")
+        if step.isdecimal() and is_sealed(entry / SEAL, versions()):
+            whole[int(step)] = entry
+        elif entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
     return whole[max(whole)] if whole else None

@@ -106,8 +106,8 @@ def tune_model(
         objective = anchored_objective(objective, model, weights, anchor, steps)
     return train(
         model,
-        order.tolist(),
-        examples.batch,
+        range(len(order)),
+        lambda places: examples.batch(order[places].tolist()),
         objective,
         figures,
         recipe,
