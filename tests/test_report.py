@@ -361,17 +361,17 @@ def test_figures_that_diverged_are_said_to_be_not_finite(tmp_path):
     assert "the barrier is not finite on dev and not finite on test" in text
 
 
-def test_only_a_report_is_replaced(runs, tmp_path):
-    for name, form in (("page.html", "html"), ("page.md", "md")):
-        file = tmp_path / name
-        file.touch()
-        before = write_report(runs, file, form).read_bytes()
-        assert write_report(runs, file, form).read_bytes() == before
-    record, link = tmp_path / "outcome.json", tmp_path / "link.html"
+def test_only_a_report_is_replaced(runs, page_file, tmp_path):
+    page, empty, record, link = (tmp_path / name for name in ("page.md", "empty.html", "outcome.json", "link.html"))
+    write_report(runs, page, "md")
+    empty.touch()
     record.write_text('{"precious": true}')
-    link.symlink_to(tmp_path / "page.html")
+    link.symlink_to(page)
+    for out in (page_file, page, empty):
+        with pytest.raises(RecipeError, match="no runs are named"):
+            write_report([], out)
     for out in (record, link, Path("/dev/null"), tmp_path):
         with pytest.raises(OutcomeError, match=r"Choose another --out"):
-            write_report(runs, out)
+            write_report([], out)
     assert record.read_text() == '{"precious": true}'
     assert link.is_symlink()

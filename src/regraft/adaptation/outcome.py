@@ -73,12 +73,12 @@ def find_outcome(out: Path, inputs: dict[str, Any]) -> Outcome | None:
     if not out.exists():
         return None
     outcome = load_outcome(out)
-    found = outcome.record.get("inputs")
+    expected, found = json.loads(json.dumps(inputs)), outcome.record.get("inputs") or {}
     learned_from = outcome.record.get("notes", {}).get("learned_from")
-    if learned_from and found:  # where regraft 0.1 recorded the content of pairs
+    if learned_from:  # where regraft 0.1 recorded the content of pairs
         found = {"pairs": learned_from, **found}
-    if found != json.loads(json.dumps(inputs)):
-        differing = sorted(k for k in {*inputs, *(found or {})} if (found or {}).get(k) != inputs.get(k))
+    if found != expected:
+        differing = sorted(key for key in {*expected, *found} if found.get(key) != expected.get(key))
         raise OutcomeError(
             f"{out}: holds the outcome of another run (it differs in {', '.join(differing)}). Choose another --out or "
             "remove it."
