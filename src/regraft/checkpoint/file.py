@@ -22,11 +22,12 @@ NO_ROOM = re.compile(r"os error (28|122)\b|No space left on device|file write fa
 
 
 @contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, *, synced: bool = True) -> Iterator[Path]:
     """Write a file beside its place, sync it, and rename it: it is seen whole or not at all.
 
     Args:
         file: The file to write; one that exists is replaced.
+        synced: Whether it must survive a loss of power from now on; not where `seal` or `publish` syncs it later.
 
     Yields:
         The temporary file to write to, removed again if that fails.
@@ -41,9 +42,11 @@ def replacing(file: Path) -> Iterator[Path]:
         beside.touch(exist_ok=False)  # refuses a link that somebody else puts there
         yield beside
         os.chmod(beside, new_file_mode())  # safetensors leaves 0600
-        sync(beside)
+        if synced:
+            sync(beside)
         os.replace(beside, file)
-        sync(file.parent)
+        if synced:
+            sync(file.parent)
     except Exception as error:
         if is_disk_full(error):
             raise disk_full(file) from error

@@ -160,7 +160,7 @@ def write_safetensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     first = 8 + len(encoded)
-    with replacing(file) as beside, beside.open("wb") as stream:
+    with replacing(file, synced=False) as beside, beside.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little"))
         stream.write(encoded)
         stream.flush()

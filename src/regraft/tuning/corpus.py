@@ -163,7 +163,7 @@ def pack(
     record = file.with_suffix(".json")
     if not is_sealed(record):
         count = 0
-        with replacing(file) as beside, beside.open("wb") as stream:
+        with replacing(file, synced=False) as beside, beside.open("wb") as stream:
             documents = corpus.documents()
             while texts := list(islice(documents, DOCUMENTS_AT_ONCE)):
                 for ids in _tokenise(base, texts):

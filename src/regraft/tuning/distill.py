@@ -222,7 +222,7 @@ def teach(
         kept.setdefault("hidden", torch.zeros(len(examples), 0, dtype=torch.bfloat16))
         if not all(rows.isfinite().all() for rows in kept.values()):
             raise MismatchError("the old deployment's outputs are infinite or not a number: there is nothing to learn.")
-        with replacing(file) as beside:
+        with replacing(file, synced=False) as beside:
             save_file(kept, beside)
         seal(record, [file])
     stored = load_file(file)

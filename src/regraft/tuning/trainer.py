@@ -267,7 +267,7 @@ class _Best:
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as beside:
+        with replacing(file, synced=False) as beside:
             save_file(weights, beside)
 
     def _clear(self, curve: list[dict[str, float]]) -> None:
