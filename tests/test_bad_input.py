@@ -88,18 +88,6 @@ def test_a_new_base_of_another_kind(run, place, bases):
         assert "a roberta" in said
 
 
-def test_a_new_base_with_another_vocabulary_of_the_same_size(run, place):
-    file = place / "new" / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["film"], vocabulary["book"] = vocabulary["book"], vocabulary["film"]
-    file.write_text(json.dumps(tokenizer))
-    for said in check_and_recycle(run, place):
-        assert "vocabularies" in said
-        assert "differ in 2 of" in said
-        assert "'book', 'film'" in said
-
-
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_an_old_base_that_is_not_the_one(run, place, kind):
     shutil.rmtree(place / "old")

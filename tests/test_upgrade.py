@@ -1,5 +1,6 @@
 """Bases and upgrades as users have them: with and without heads, sharded or whole, on disk or on the hub."""
 
+import dataclasses
 import json
 import shutil
 
@@ -90,13 +91,14 @@ def test_tensors_that_differ_are_listed(tmp_path, bases):
     tensors = load_file(tmp_path / "new" / "model.safetensors")
     added = "bert.encoder.layer.9.output.dense.weight"
     lost = tensors.pop("bert.encoder.layer.0.output.dense.weight")
-    tensors["bert.embeddings.word_embeddings.weight"] = tensors["bert.embeddings.word_embeddings.weight"][:-1].clone()
+    short = "bert.embeddings.position_embeddings.weight"
+    tensors[short] = tensors[short][:-1].clone()
     save_file(tensors, tmp_path / "new" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MismatchError) as caught:
         Upgrade(old, tmp_path / "new")
-    rows = load_file(old / "model.safetensors")["bert.embeddings.word_embeddings.weight"].shape[0]
+    rows = load_file(old / "model.safetensors")[short].shape[0]
     for says in (
-        f"1 tensors of another shape: embeddings.word_embeddings.weight: ({rows}, 32) and ({rows - 1}, 32)",
+        f"1 tensors of another shape: embeddings.position_embeddings.weight: ({rows}, 32) and ({rows - 1}, 32)",
         "1 tensors only in the old base: encoder.layer.0.output.dense.weight",
     ):
         assert says in str(caught.value)
@@ -264,3 +266,24 @@ def test_a_base_that_transformers_has_no_classifier_for_is_refused_in_a_sentence
     )
     with pytest.raises(CheckpointError, match="transformers has no mamba for SequenceClassification"):
         fresh_model(Base.open(tmp_path), ("a", "b"), 1)
+
+
+def test_what_regraft_0_1_made_of_a_base_in_another_writing_is_found(tmp_path, bases, task_file, quick):
+    """0.1 took the fingerprint of tensors as they were named in the file."""
+    from regraft import recycle, tune
+
+    architecture, change = WRITINGS["legacy norms"]
+    old = Base.open(rewritten(bases[architecture][0], tmp_path / "old", change))
+    assert old.stored_fingerprint != old.fingerprint
+    recipe = dataclasses.replace(quick, steps=10)
+    tuned = tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=recipe)
+    upgrade = Upgrade(old, bases[architecture][1])
+    recycled = recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=recipe)
+    for outcome in (tuned, recycled):
+        for file in outcome.path.rglob("*.json"):
+            file.write_text(file.read_text().replace(old.fingerprint, old.stored_fingerprint))
+    before = (recycled.path / "outcome.json").read_bytes()
+    assert load_adaptation(tuned.path).check_base(old) == "proven"
+    tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=recipe)
+    recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=recipe)
+    assert (recycled.path / "outcome.json").read_bytes() == before

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from regraft.architecture import Architecture
     from regraft.checkpoint import Derived
     from regraft.weights import Distance, Named, RowMatch
+
+logger = logging.getLogger(__name__)
 
 PRETRAINING = "pretraining.json"
 FEWEST = 8  # tokens of text that make sense; models take hundreds
@@ -269,7 +272,9 @@ class Upgrade:
         old, new = self.old, self.new
         if old.vocabulary == new.vocabulary and old.embedding_rows == new.embedding_rows:
             return None
-        return match_rows(old.vocabulary, new.vocabulary, old.embedding_rows, new.embedding_rows)
+        rows = match_rows(old.vocabulary, new.vocabulary, old.embedding_rows, new.embedding_rows)
+        logger.warning("%s and %s have other vocabularies, matched by token: %s.", old.path, new.path, rows.summary())
+        return rows
 
     def shared_rows(self, name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tensors of the two bases such that rows of tokens stand for the same tokens.

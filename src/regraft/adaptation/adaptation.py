@@ -77,7 +77,7 @@ class Adaptation:
         Raises:
             MismatchError: The recorded fingerprint is another one, or the revision is.
         """
-        if self.base == base.fingerprint:
+        if self.base in (base.fingerprint, base.stored_fingerprint):
             return "proven"
         problem = None
         name, _, revision = base.name.partition("@")

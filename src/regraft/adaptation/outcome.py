@@ -8,12 +8,17 @@ import json
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import load_adaptation
 from regraft.checkpoint import check_place, publish, to_json, write_atomic
 from regraft.errors import OutcomeError, RegraftError
 from regraft.printable import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from regraft.upgrade import Base
 
 SCHEMA = 1
 
@@ -56,12 +61,13 @@ class Outcome:
         return [row["prediction"] for row in rows if row["split"] == split]
 
 
-def find_outcome(out: Path, inputs: dict[str, Any]) -> Outcome | None:
+def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) -> Outcome | None:
     """Look whether the work was done before.
 
     Args:
         out: Where the outcome would be.
         inputs: What it is made from.
+        bases: The bases among them: regraft 0.1 recorded fingerprints of their stored names.
 
     Returns:
         The outcome that is there, or None if nothing is.
@@ -77,6 +83,9 @@ def find_outcome(out: Path, inputs: dict[str, Any]) -> Outcome | None:
     learned_from = outcome.record.get("notes", {}).get("learned_from")
     if learned_from:  # where regraft 0.1 recorded the content of pairs
         found = {"pairs": learned_from, **found}
+    if found != expected:
+        today = {base.stored_fingerprint: base.fingerprint for base in bases}
+        found = {key: today.get(value, value) if isinstance(value, str) else value for key, value in found.items()}
     if found != expected:
         differing = sorted(key for key in {*expected, *found} if found.get(key) != expected.get(key))
         raise OutcomeError(

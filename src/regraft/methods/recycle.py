@@ -120,7 +120,7 @@ def recycle(
         raise RecipeError(f"{adaptation.path}: stores nothing in place of its base's tensors: leave out replace.")
     if chosen.contents:
         inputs |= chosen.contents(options, recipe.seed)
-    if done := find_outcome(out, inputs):
+    if done := find_outcome(out, inputs, (upgrade.old, upgrade.new)):
         return done
     upgrade.check_finite()
     labels = data.labels if head == "copy" else stored_labels(adaptation, upgrade.old)
@@ -134,10 +134,12 @@ def recycle(
         "lineage": lineage,
     }
     with resumable_folder(out, inputs) as work:
-        if done := find_outcome(out, inputs):  # another process has made it since
+        if done := find_outcome(out, inputs, (upgrade.old, upgrade.new)):  # another process has made it since
             return done
         staging = new_folder(work / "whole")
         job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress, head, replace)
+        if upgrade.rows is not None:
+            job.notes["vocabulary"] = upgrade.rows.summary()
         started = time.perf_counter()
         curve = chosen.run(job, options)
         job.notes.setdefault("seconds", round(curve[-1]["seconds"] if curve else time.perf_counter() - started, 2))

@@ -80,14 +80,14 @@ def tune(
         "task": data.digest(),
         "base": base.fingerprint,
     }
-    if done := find_outcome(out, inputs):
+    if done := find_outcome(out, inputs, (base,)):
         return done
     base.check_finite()
     from regraft.tuning import tune_model
 
     resolved = recipe.resolve(len(data.train), learning_rate(kind_of(config)))
     with resumable_folder(out, inputs) as work:
-        if done := find_outcome(out, inputs):  # another process has made it since
+        if done := find_outcome(out, inputs, (base,)):  # another process has made it since
             return done
         staging = new_folder(work / "whole")
         model = fresh_model(base, data.labels, resolved.seed)

@@ -156,14 +156,14 @@ def pretrain(
         inputs["replay"] = {"corpus": replay.corpus.digest(), "share": replay.share}
     if keep_every:
         inputs["keep_every"] = keep_every
-    if _is_done(out, inputs):
+    if _is_done(out, inputs, base):
         return Base.open(out)
     base.check_finite()
     steps_folder = out.with_name(f"{out.name}-steps")
     if keep_every:
         _check_kept(steps_folder, inputs)
     with resumable_folder(out, inputs) as work:
-        if _is_done(out, inputs):  # another process has made it since
+        if _is_done(out, inputs, base):  # another process has made it since
             return Base.open(out)
         blocks = pack(corpus, base, block, work / "tokens.bin", progress)
         held_out = min(HELD_OUT_BLOCKS, max(1, len(blocks) // 20))
@@ -287,10 +287,13 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _is_done(out: Path, inputs: dict[str, Any]) -> bool:
+def _is_done(out: Path, inputs: dict[str, Any], base: Base) -> bool:
     check_place(out)
     if not out.exists():
         return False
-    if _recorded(out) == inputs:
+    recorded = _recorded(out) or {}
+    if recorded.get("base") == base.stored_fingerprint:  # as regraft 0.1 recorded it
+        recorded = {**recorded, "base": base.fingerprint}
+    if recorded == inputs:
         return True
     raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
