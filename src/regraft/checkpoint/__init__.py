@@ -1,12 +1,13 @@
 """Tensors on disk: a lazy reader, fingerprints, and folders that are whole or not there."""
 
-from regraft.checkpoint.derived import Derived, Entry, Grouped, dtype_of, piece, shape_of
+from regraft.checkpoint.derived import Derived, Entry, Grouped, dtype_of, piece, shape_of, stored_dtype
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
 from regraft.checkpoint.folder import publish, resumable_folder, write_atomic
 from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import parse_json, read_json
+from regraft.checkpoint.quantised import check_plain
 from regraft.checkpoint.reader import Checkpoint
 from regraft.checkpoint.whole import (
     TOKENIZER,
@@ -30,6 +31,7 @@ __all__ = [
     "Plan",
     "TensorInfo",
     "check_finite",
+    "check_plain",
     "copy_companions",
     "dtype_name",
     "dtype_of",
@@ -47,6 +49,7 @@ __all__ = [
     "resumable_folder",
     "shape_of",
     "size_of",
+    "stored_dtype",
     "torch_dtype",
     "write_atomic",
     "write_checkpoint",
