@@ -224,9 +224,11 @@ def _quantisation_of(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _is_code(info: TensorInfo) -> bool:
     """Tell whether a tensor that is not dequantised holds something else than weights, masks and positions."""
-    if info.dtype == "I8" or info.dtype.startswith("F8") or BNB_4BIT.search(info.name) or SCALE.search(info.name):
+    if BNB_4BIT.search(info.name) or SCALE.search(info.name):
         return True
-    return info.dtype not in (*FLOATING, "BOOL") and CODES.search(info.name) is not None
+    if info.dtype == "I8" and len(info.shape) > 1:
+        return True
+    return info.dtype.startswith("F8") or (info.dtype not in (*FLOATING, "BOOL") and bool(CODES.search(info.name)))
 
 
 def _quantised(
@@ -250,8 +252,8 @@ def _quantised(
     if not fits:
         raise CheckpointError(
             f"{path}: tensor {codes.name!r:.200} of shape {shape} has scales {scale.name!r:.200} of shape "
-            f"{scale.shape} and dtype {scale.dtype}, expected {expected}. Give the files that were saved together, config.json "
-            "(weight_block_size) among them."
+            f"{scale.shape} and dtype {scale.dtype}, expected {expected}. Give the files that were saved together, "
+            "config.json (weight_block_size) among them."
         )
     return Quantised(codes.name, "F32", shape, codes.file, codes.start, codes.end, codes, scale, grid, block, unit)
 

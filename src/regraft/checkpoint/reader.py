@@ -101,7 +101,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         while done < len(view):
             read = os.preadv(self._descriptors[info.file], [view[done:]], info.start + start * size + done)
             if not read:
-                raise CheckpointError(f"{info.file}: ends inside tensor {info.name!r}: it was changed meanwhile.")
+                raise CheckpointError(
+                    f"{info.file}: ends inside tensor {info.name!r}: it was changed while it was read."
+                )
             done += read
         return buffer.view(torch_dtype(info.dtype))
 
