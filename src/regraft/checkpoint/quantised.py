@@ -52,8 +52,8 @@ FORMATS = (
     (
         re.compile(r"\.weight_(?:packed|scale)$"),
         "compressed-tensors or alike",
-        "Load it with transformers, quantization_config=CompressedTensorsConfig(dequantize=True), and call "
-        "save_pretrained; or give the model that it was made from.",
+        "Give the model that it was made from; or, if compressed-tensors wrote it, load it with transformers, "
+        "quantization_config=CompressedTensorsConfig(dequantize=True), and call save_pretrained.",
     ),
 )
 
@@ -294,8 +294,8 @@ def _refusal(
             kind, remedy = f" ({format_name})", how
             break
     else:
-        if quantisation:
-            kind = f" (quant_method {quantisation.get('quant_method')!r:.80})"
+        if method := quantisation.get("quant_method"):
+            kind = f" (quant_method {method!r:.80})"
     stray = SCALE.search(info.name) and info.dtype in FLOATING
     what = "is the scale of no eight-bit weight" if stray else f"holds {info.dtype}, no floating-point numbers of it"
     return CheckpointError(
