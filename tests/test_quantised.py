@@ -8,12 +8,13 @@ import torch
 from conftest import adapt
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from typer.testing import CliRunner
 
 from regraft import Base, load_adaptation
-from regraft.checkpoint import Checkpoint, fingerprint
+from regraft.architecture import architecture_of
+from regraft.checkpoint import Checkpoint, fingerprint, stored_dtype
 from regraft.cli import app
 from regraft.errors import CheckpointError
 
@@ -52,11 +53,11 @@ def to_int8(tensors):
     return quantised
 
 
-def to_fp8(tensors):
+def to_fp8(tensors, layers="_proj.weight"):
     quantised = {}
     for name, tensor in tensors.items():
         quantised[name] = tensor.bfloat16()
-        if is_layer(name):
+        if name.endswith(layers):
             grid = [-(-size // edge) for size, edge in zip(tensor.shape, FP8["weight_block_size"], strict=True)]
             scale = torch.rand(grid, generator=torch.Generator().manual_seed(5)) / 1000 + 1e-3
             quantised[name] = (tensor / spread(scale, FP8["weight_block_size"], tensor.shape)).to(E4M3)
@@ -311,3 +312,16 @@ def test_integers_that_are_no_weights_are_no_codes(tmp_path):
         "steps": torch.tensor(3, dtype=torch.int32),
     }
     assert set(Checkpoint.open(write(tmp_path / "m.safetensors", **masks))) == set(masks)
+
+
+def test_fused_experts_are_made_of_dequantised_ones(tmp_path):
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=20, num_local_experts=3, num_key_value_heads=2, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    folder = quantise(tmp_path / "plain", tmp_path / "fp8", lambda tensors: to_fp8(tensors, ".w2.weight"), FP8)
+    checkpoint, tensors = Checkpoint.open(folder), load_file(folder / "model.safetensors")
+    experts = architecture_of(config, "MixtralForCausalLM").in_memory(checkpoint)
+    name, stored = "model.layers.0.mlp.experts.down_proj", "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    expected = torch.stack([values(tensors, stored.format(number)) for number in range(3)])
+    torch.testing.assert_close(experts[name].double(), expected)
+    assert stored_dtype(experts, name) == "BF16"

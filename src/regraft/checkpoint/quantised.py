@@ -270,7 +270,7 @@ def _check_layout(path: Path, codes: TensorInfo, order: TensorInfo | None) -> No
     if CONV1D.search(codes.name):
         reason = "is of a Conv1D layer, which bitsandbytes stores transposed"
     elif order and not _is_zero(order):
-        reason = f"is stored in the order of a GPU's tiles ({order.name:.200})"
+        reason = f"is stored in the order of a GPU's tiles ({order.name!r:.200})"
     else:
         return
     raise CheckpointError(
