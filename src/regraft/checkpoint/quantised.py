@@ -89,7 +89,7 @@ class Quantised(TensorInfo):
         """
         import torch
 
-        values = torch.empty(count)
+        values = torch.empty(count, dtype=torch.float32)
         for row, rows, column, columns in self._rectangles(start, count):
             first = row * self.shape[-1] + column
             part = values[first - start : first - start + rows * columns].view(rows, columns)
@@ -119,12 +119,10 @@ class Quantised(TensorInfo):
         stored = read(self.scale, lowest * self.grid[1], (highest - lowest + 1) * self.grid[1])
         if self.scale.dtype == "U8":
             stored = stored.view(torch.float8_e8m0fnu)
-        first, last = column // self.block[1], (column + columns - 1) // self.block[1]
-        scales = stored.float().view(-1, self.grid[1])[index - lowest, first : last + 1]
-        if first == last:
+        scales = stored.float().view(-1, self.grid[1])[index - lowest]
+        if self.grid[1] == 1:
             return scales
-        skipped = column - first * self.block[1]
-        return scales.repeat_interleave(self.block[1], 1)[:, skipped : skipped + columns]
+        return scales[:, torch.arange(column, column + columns) // self.block[1]]
 
 
 def parts(info: TensorInfo) -> tuple[TensorInfo, ...]:
