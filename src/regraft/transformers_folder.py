@@ -51,6 +51,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # each field of a wrong type raises what the first to use it raises
         raise CheckpointError(f"{file}: transformers cannot read it ({_reason(error)}).") from error
+    vars(config).pop("quantization_config", None)  # the checkpoint is read as weights
     return config
 
 

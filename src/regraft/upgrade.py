@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from regraft.architecture import architecture_of, named
-from regraft.checkpoint import FLOATING, Checkpoint, check_finite, find_path, fingerprint
+from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_plain, find_path, fingerprint
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_config, read_tokenizer
 from regraft.weights import is_optional, match_rows
@@ -62,13 +62,14 @@ class Base:
             The base; no weights have been read.
 
         Raises:
-            CheckpointError: There is no such base, a file of it is missing, truncated or malformed, or it is an
-                encoder-decoder.
+            CheckpointError: There is no such base, a file of it is missing, truncated or malformed, it is quantised,
+                or it is an encoder-decoder.
         """
         path = find_path(name)
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path}: holds no config.json, so it is no transformers folder.")
         base = cls(str(name), path, Checkpoint.open(path))
+        check_plain(path, base.checkpoint.tensors)
         if base.is_encoder_decoder:
             raise CheckpointError(
                 f"{path}: a {base.config.model_type} is an encoder-decoder, which regraft does not run: carry its "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.adaptation.record import RECORD, agreed_labels, configured_labels, recorded
-from regraft.checkpoint import Checkpoint, fingerprint, read_json, write_atomic
+from regraft.checkpoint import Checkpoint, check_plain, fingerprint, read_json, write_atomic
 from regraft.errors import CheckpointError, MismatchError
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def load_adaptation(path: str | Path) -> Adaptation:
             f"a name in a folder of that name. Give {folder / below[0]}."
         )
     checkpoint, config = Checkpoint.open(folder), read_json(folder / "config.json")
+    check_plain(folder, checkpoint.tensors)
     _check_classifier(folder, config)
     labels = agreed_labels(labels, configured_labels(config, folder), folder)
     return Adaptation(folder, "full", labels, base, checkpoint, config)
@@ -246,8 +247,4 @@ def _check_classifier(folder: Path, config: dict[str, Any]) -> None:
     if config.get("problem_type") not in (None, "single_label_classification"):
         raise CheckpointError(
             f"{folder}: was tuned for {config['problem_type']!r}, and only one label a text can be recycled."
-        )
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{folder}: is quantised, and its stored numbers are not its weights. Give the fine-tune as it was before."
         )

@@ -14,7 +14,7 @@ from regraft.adaptation.layout import WRAPPERS, Update, lay_out
 from regraft.adaptation.lora import PARTS, START
 from regraft.adaptation.patterns import check_patterns
 from regraft.architecture import BUFFER, architecture_of
-from regraft.checkpoint import Derived, Entry, dtype_of, piece, read_json, shape_of
+from regraft.checkpoint import Derived, Entry, piece, read_json, shape_of, stored_dtype
 from regraft.checkpoint.derived import PIECE
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_config
@@ -78,7 +78,7 @@ def merge_lora(
         labels: The names of a classifier's labels, where they are known.
 
     Returns:
-        The merged model, in the base's dtypes.
+        The merged model, in the base's dtypes; what is quantised there, in bfloat16.
 
     Raises:
         CheckpointError: A tensor of the adapter has no place in the model, or its start is needed and missing.
@@ -127,7 +127,7 @@ def merge_lora(
     _check_whole(absent, architecture, base)
     merged = architecture.saved(Derived(entries))
     beside = {
-        name: Entry(dtype_of(base, name), shape_of(base, name), ((base, name),), _same)
+        name: Entry(stored_dtype(base, name), shape_of(base, name), ((base, name),), _same)
         for name in base
         if architecture.identify(name) is None and not BUFFER.search(name)
     }
@@ -317,7 +317,7 @@ def _entry(
         weight = (stored, str(source))
     else:
         raise MismatchError(f"the LoRA changes a tensor that the base lacks, by {(update and update.operands)!r:.200}.")
-    dtype, shape = dtype_of(*weight), shape_of(*weight)
+    dtype, shape = stored_dtype(*weight), shape_of(*weight)
     if update is None or update.kind in ("whole", "base"):
         return Entry(dtype, shape, (weight,), _same)
     operands = (weight, *((adapter, name) for name in update.operands))
@@ -325,7 +325,7 @@ def _entry(
         operands += tuple((start, name) for name in update.operands)
     rule = functools.partial(_updated, update=update, is_folded=start is not None)
     if source is not None and source in stored:
-        dtype = dtype_of(stored, source)
+        dtype = stored_dtype(stored, source)
     return Entry(dtype, shape, operands, rule, elementwise=False)
 
 

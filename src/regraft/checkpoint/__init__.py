@@ -1,6 +1,6 @@
 """Tensors on disk: a lazy reader, fingerprints, and folders that are whole or not there."""
 
-from regraft.checkpoint.derived import Derived, Entry, Grouped, dtype_of, piece, shape_of
+from regraft.checkpoint.derived import Derived, Entry, Grouped, dtype_of, piece, shape_of, stored_dtype
 from regraft.checkpoint.file import disk_full, is_disk_full, is_sealed, replacing, seal, to_json, write_atomic
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
@@ -8,6 +8,7 @@ from regraft.checkpoint.folder import check_place, publish, resumable_folder, te
 from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import parse_json, read_json
+from regraft.checkpoint.quantised import check_plain
 from regraft.checkpoint.reader import Checkpoint
 from regraft.checkpoint.whole import (
     TOKENIZER,
@@ -32,6 +33,7 @@ __all__ = [
     "TensorInfo",
     "check_finite",
     "check_place",
+    "check_plain",
     "copy_companions",
     "disk_full",
     "dtype_name",
@@ -54,6 +56,7 @@ __all__ = [
     "seal",
     "shape_of",
     "size_of",
+    "stored_dtype",
     "temporary_folder",
     "to_json",
     "torch_dtype",

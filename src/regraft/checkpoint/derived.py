@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from regraft.checkpoint.header import FLOATING, dtype_name, torch_dtype
+from regraft.checkpoint.quantised import Quantised
 from regraft.checkpoint.reader import Checkpoint
 from regraft.errors import CheckpointError
 
@@ -131,6 +132,27 @@ def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
     if isinstance(tensors, Checkpoint):
         return tensors.tensors[name].dtype
     return tensors.entries[name].dtype if isinstance(tensors, Derived) else dtype_name(tensors[name].dtype)
+
+
+def stored_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
+    """Return the dtype in which a result that takes the place of a tensor is written.
+
+    Args:
+        tensors: A checkpoint, derived tensors or a state dict.
+        name: A name in it.
+
+    Returns:
+        The tensor's own dtype; BF16 for a quantised one, which is computed in float32.
+    """
+    source, original = tensors, name
+    while isinstance(source, Derived):
+        entry = source.entries[original]
+        if not entry.operands or (entry.elementwise and len(entry.operands) > 1):
+            break  # arithmetic on several tensors, as a delta, has a dtype of its own; a conversion of names has not
+        source, original = entry.operands[0]
+    if isinstance(source, Checkpoint) and isinstance(source.tensors[original], Quantised):
+        return "BF16"
+    return dtype_of(tensors, name)
 
 
 def piece(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from regraft.checkpoint.quantised import Quantised, parts
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -36,12 +38,13 @@ def fingerprint(checkpoint: Checkpoint, keep: Callable[[str], str | None] | None
         for name, info in checkpoint.tensors.items():
             key = keep(name) if keep else name
             if key is not None:
-                stream = streams[info.file]
                 digest = hashlib.sha256()
-                for start, size in _pieces(info) if full else _places(info):
-                    stream.seek(start)
-                    digest.update(stream.read(size))
-                lines.append(f"{key}\0{info.dtype}\0{info.shape}\0{digest.hexdigest()}")
+                for part in parts(info):
+                    for start, size in _pieces(part) if full else _places(part):
+                        streams[part.file].seek(start)
+                        digest.update(streams[part.file].read(size))
+                dtype = f"{info.codes.dtype} {info.block}" if isinstance(info, Quantised) else info.dtype
+                lines.append(f"{key}\0{dtype}\0{info.shape}\0{digest.hexdigest()}")
     finally:
         for stream in streams.values():
             stream.close()

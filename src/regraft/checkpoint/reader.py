@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from regraft.checkpoint.header import ITEM_BYTES, MAX_TENSORS, TensorInfo, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import read_json
+from regraft.checkpoint.quantised import Quantised, dequantised, parts
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -36,44 +37,27 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.tensors = tensors
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, *, as_stored: bool = False) -> Checkpoint:
         """Open a checkpoint and check that every byte it promises is there.
 
         Args:
             path: A safetensors file, a transformers or PEFT folder that holds one file or an index with shards, or a
                 hub id with an optional `@revision`.
+            as_stored: Whether codes and scales of a quantised checkpoint are presented, rather than its weights.
 
         Returns:
             The checkpoint; no tensor data has been read.
 
         Raises:
-            CheckpointError: A file or shard is missing, truncated, malformed, or outside the folder.
+            CheckpointError: A file or shard is missing, truncated, malformed, or outside the folder; or the checkpoint
+                is quantised in a way that is not read.
         """
         path = find_path(path)
-        if path.is_file():
-            return cls(path, read_header(path))
-        if (path / INDEX).is_file():
-            if (path / NAMES[0]).is_file():
-                raise CheckpointError(
-                    f"{path}: holds {NAMES[0]} and {INDEX}, two checkpoints of which transformers would read the "
-                    "first. Remove what does not belong here."
-                )
-            return cls(path, _read_sharded(path))
-        for name in NAMES:
-            if (path / name).is_file():
-                return cls(path, read_header(path / name))
-        pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-        below = sorted(file.parent.name for name in (*NAMES, INDEX) for file in path.glob(f"*/{name}"))
-        library = "PEFT" if pickles and "adapter" in pickles[0] else "transformers"
-        hint = (
-            f" {pickles[0]} is a pickle, which can run code and is not read: if you trust it, load it with {library} "
-            "and call save_pretrained."
-            if pickles
-            else f" Its folder {below[0]} does: give that."
-            if below
-            else " Is this the folder that save_pretrained wrote?"
-        )
-        raise CheckpointError(f"{path}: holds none of {', '.join((*NAMES, INDEX))}.{hint}")
+        tensors = _read_tensors(path)
+        config = (path if path.is_dir() else path.parent) / "config.json"
+        is_adapter = all(info.file.name == NAMES[1] for info in tensors.values())  # its base's config may lie beside it
+        settings = read_json(config) if config.is_file() and not is_adapter else {}
+        return cls(path, tensors if as_stored else dequantised(path, tensors, settings))
 
     @property
     def folder(self) -> Path:
@@ -83,7 +67,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def files(self) -> list[Path]:
         """The safetensors files that are read, sorted."""
-        return sorted({info.file for info in self.tensors.values()})
+        return sorted({part.file for info in self.tensors.values() for part in parts(info)})
 
     def __getitem__(self, name: str) -> torch.Tensor:
         info = self.tensors[name]
@@ -103,16 +87,23 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         Raises:
             CheckpointError: The file ends early: it was changed since it was opened.
         """
+        info = self.tensors[name]
+        if isinstance(info, Quantised):
+            return info.numbers(self._read, start, count)
+        return self._read(info, start, count)
+
+    def _read(self, info: TensorInfo, start: int, count: int) -> torch.Tensor:
         import torch
 
-        info = self.tensors[name]
         size = ITEM_BYTES[info.dtype]
         buffer = torch.empty(count * size, dtype=torch.uint8)
         view, done = buffer.numpy().data, 0
         while done < len(view):
             read = os.preadv(self._descriptors[info.file], [view[done:]], info.start + start * size + done)
             if not read:
-                raise CheckpointError(f"{info.file}: ends inside tensor {name!r}: it was changed while it was read.")
+                raise CheckpointError(
+                    f"{info.file}: ends inside tensor {info.name!r}: it was changed while it was read."
+                )
             done += read
         return buffer.view(torch_dtype(info.dtype))
 
@@ -132,6 +123,33 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
+
+
+def _read_tensors(path: Path) -> dict[str, TensorInfo]:
+    if path.is_file():
+        return read_header(path)
+    if (path / INDEX).is_file():
+        if (path / NAMES[0]).is_file():
+            raise CheckpointError(
+                f"{path}: holds {NAMES[0]} and {INDEX}, two checkpoints of which transformers would read the "
+                "first. Remove what does not belong here."
+            )
+        return _read_sharded(path)
+    for name in NAMES:
+        if (path / name).is_file():
+            return read_header(path / name)
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    below = sorted(file.parent.name for name in (*NAMES, INDEX) for file in path.glob(f"*/{name}"))
+    library = "PEFT" if pickles and "adapter" in pickles[0] else "transformers"
+    hint = (
+        f" {pickles[0]} is a pickle, which can run code and is not read: if you trust it, load it with {library} "
+        "and call save_pretrained."
+        if pickles
+        else f" Its folder {below[0]} does: give that."
+        if below
+        else " Is this the folder that save_pretrained wrote?"
+    )
+    raise CheckpointError(f"{path}: holds none of {', '.join((*NAMES, INDEX))}.{hint}")
 
 
 def _read_sharded(folder: Path) -> dict[str, TensorInfo]:

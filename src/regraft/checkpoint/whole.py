@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.checkpoint.derived import PIECE, Derived
 from regraft.checkpoint.file import write_atomic
 from regraft.checkpoint.folder import check_place, publish, resumable_folder, working_folder
+from regraft.checkpoint.quantised import without_quantisation
 from regraft.checkpoint.writer import SHARD_BYTES, cores, holds_checkpoint, plan_shards, size_of, write_checkpoint
 from regraft.errors import DiskFullError, OutcomeError
 from regraft.progress import Progress, silent
@@ -120,9 +121,11 @@ def write_folder(
         copy_companions(like, whole, COMPANIONS)
         if vocabulary:
             vocabulary(whole)
-        if config and (whole / "config.json").is_file():
-            changed = json.loads((whole / "config.json").read_text(encoding="utf-8")) | dict(config)
-            write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")
+        if (whole / "config.json").is_file():
+            settings = json.loads((whole / "config.json").read_text(encoding="utf-8"))
+            changed = without_quantisation(settings) | dict(config or {})
+            if changed != settings:
+                write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")
         write_record(whole, made_from)
         publish(whole, out)
 

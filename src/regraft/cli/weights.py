@@ -49,7 +49,7 @@ def graft(
 
     factors = {"*": _finite("--scale", scale), **_factors(scale_for or [])}
     factors["*"] = factors.pop("*")  # the first pattern that fits counts
-    sides = _open(check_finite, new=new, tuned=tuned, old=old)
+    sides = _open(check_finite, {"new": new, "tuned": tuned, "old": old})
     views = _named(sides)
     rows = match_vocabularies({side: opened.folder for side, opened in sides.items()}, views)
     if rows:
@@ -75,7 +75,7 @@ def delta(
     from regraft.vocabulary import check_one_vocabulary
     from regraft.weights import delta_all
 
-    sides = _open(check_finite, tuned=tuned, old=old)
+    sides = _open(check_finite, {"tuned": tuned, "old": old})
     views = _named(sides)
     check_one_vocabulary({side: opened.folder for side, opened in sides.items()}, views, "a delta")
     _write(delta_all(views["tuned"], views["old"]), out, sides, "tuned", {"operation": "delta"}, shard_size, dry_run)
@@ -94,7 +94,7 @@ def interpolate(
     """Walk the straight line between two checkpoints: (1 − t)·first + t·second."""
     from regraft.weights import interpolate_all
 
-    sides = _open(check_finite, first=first, second=second)
+    sides = _open(check_finite, {"first": first, "second": second})
     views = _named(sides)
     walked = interpolate_all(views["first"], views["second"], _finite("--t", t))
     _write(walked, out, sides, "first", {"operation": "interpolate", "t": t}, shard_size, dry_run)
@@ -118,7 +118,7 @@ def extract_lora(
     from regraft.vocabulary import check_one_vocabulary
     from regraft.weights import Named
 
-    sides = _open(check_finite, tuned=tuned, old=old)
+    sides = _open(check_finite, {"tuned": tuned, "old": old})
     _check_apart(out, sides)
     options = {"operation": "extract-lora", "rank": rank, "energy": energy}
     made_from = {**options, **{side: fingerprint(opened) for side, opened in sides.items()}}
@@ -153,7 +153,8 @@ def merge_lora(
     from regraft.adaptation import load_adaptation, lora_settings
     from regraft.adaptation import merge_lora as merge
 
-    sides = _open(check_finite, adapter=adapter, base=base, **({"start": start} if start else {}))
+    names = {"adapter": adapter, "base": base} | ({"start": start} if start else {})
+    sides = _open(check_finite, names)
     folder = sides["adapter"].folder
     settings, labels = lora_settings(folder), load_adaptation(folder).labels
     merged = merge(sides["adapter"], settings, sides["base"], sides.get("start"), labels)
@@ -173,7 +174,7 @@ def distance(
     from regraft.cli import show
     from regraft.weights import distances
 
-    sides = _open(check_finite, first=first, second=second)
+    sides = _open(check_finite, {"first": first, "second": second})
     views = _named(sides)
     with show.progress() as progress:
         found = distances(views["first"], views["second"], progress)
@@ -190,16 +191,16 @@ def inspect(
     from regraft.checkpoint import fingerprint
     from regraft.cli import show
 
-    opened = _open(check_finite, checkpoint=checkpoint)["checkpoint"]
+    opened = _open(check_finite, {"checkpoint": checkpoint}, as_stored=True)["checkpoint"]
     show.checkpoint(opened, fingerprint(opened, full=full))
 
 
-def _open(check_finite: bool, **names: str) -> dict[str, "Checkpoint"]:
+def _open(check_finite: bool, names: "Mapping[str, str]", as_stored: bool = False) -> dict[str, "Checkpoint"]:
     from regraft.checkpoint import Checkpoint
     from regraft.checkpoint import check_finite as check
     from regraft.cli import show
 
-    sides = {side: Checkpoint.open(name) for side, name in names.items()}
+    sides = {side: Checkpoint.open(name, as_stored=as_stored) for side, name in names.items()}
     if check_finite:
         with show.progress() as progress:
             for side in sides.values():

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
+from regraft.checkpoint import Derived, Entry, dtype_of, shape_of, stored_dtype
 from regraft.errors import MismatchError, RecipeError
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.names import Named, align, is_optional
@@ -116,7 +116,7 @@ def graft_all(
         rows: How the rows of the vocabularies match, if they are not the same.
 
     Returns:
-        The grafted tensors, under the names of `tuned` and in its dtypes.
+        The grafted tensors, under the names of `tuned` and in its dtypes; what is quantised there, in bfloat16.
 
     Raises:
         MismatchError: A tensor has different shapes, or is in one base only.
@@ -137,7 +137,7 @@ def graft_all(
         if rows is not None and name in by_token:
             shape = (len(rows.new_row), *shape_of(tuned, name)[1:])
             rule = functools.partial(graft_rows, match=rows, rule=functools.partial(graft, scale=factor))
-            entries[name] = Entry(dtype_of(tuned, name), shape, operands, rule, elementwise=False)
+            entries[name] = Entry(stored_dtype(tuned, name), shape, operands, rule, elementwise=False)
         else:
             entries[name] = _entry(tuned, name, operands, functools.partial(graft, scale=factor))
     return Derived(entries)
@@ -189,7 +189,7 @@ def interpolate_all(first: Tensors, second: Tensors, t: float) -> Derived:
 
     Returns:
         The tensors under the names of `first` and in its dtypes; what is in one only, or not floating-point, must be
-        in `first` and is copied.
+        in `first` and is copied. What is quantised there is written in bfloat16.
 
     Raises:
         MismatchError: A tensor has different shapes, or is in the second only.
@@ -236,14 +236,14 @@ def apply_all(rule: Callable[..., torch.Tensor], first: Tensors, *others: Tensor
     entries = {}
     for name in first:
         operands = ((first, name), *((other, names[name]) for other, names in sides))
-        entries[name] = Entry(dtype_of(first, name), shape_of(first, name), operands, rule, elementwise)
+        entries[name] = Entry(stored_dtype(first, name), shape_of(first, name), operands, rule, elementwise)
     return Derived(entries)
 
 
 def _entry(
     like: Tensors, name: str, operands: tuple[tuple[Tensors, str], ...], rule: Callable[..., torch.Tensor]
 ) -> Entry:
-    return Entry(dtype_of(like, name), shape_of(like, name), operands, rule)
+    return Entry(stored_dtype(like, name), shape_of(like, name), operands, rule)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

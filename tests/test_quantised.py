@@ -1,0 +1,327 @@
+"""Quantised checkpoints: int8 and fp8 are the weights that transformers makes of them, all others are refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import adapt
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from typer.testing import CliRunner
+
+from regraft import Base, load_adaptation
+from regraft.architecture import architecture_of
+from regraft.checkpoint import Checkpoint, fingerprint, stored_dtype
+from regraft.cli import app
+from regraft.errors import CheckpointError
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 24]}
+INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+PROJECTION = "model.layers.0.self_attn.q_proj.weight"
+W = "model.layers.0.mlp.up_proj"
+
+
+def write(file, **tensors):
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    return file
+
+
+def spread(scales, block, shape):
+    """Give each number of a matrix the scale of its block."""
+    rows, columns = (torch.arange(size) // edge for size, edge in zip(shape[-2:], block, strict=True))
+    return scales.float()[..., rows, :][..., columns]
+
+
+def is_layer(name):
+    return name.endswith("_proj.weight")
+
+
+def to_int8(tensors):
+    quantised = {}
+    for name, tensor in tensors.items():
+        if is_layer(name):
+            scale = tensor.float().abs().amax(1)
+            quantised[name] = (tensor / scale[:, None] * 127).round().to(torch.int8)
+            quantised[name.replace("weight", "SCB")] = scale
+            quantised[name + "_format"] = torch.tensor(0, dtype=torch.uint8)
+        else:
+            quantised[name] = tensor.half()
+    return quantised
+
+
+def to_fp8(tensors, layers="_proj.weight"):
+    quantised = {}
+    for name, tensor in tensors.items():
+        quantised[name] = tensor.bfloat16()
+        if name.endswith(layers):
+            grid = [-(-size // edge) for size, edge in zip(tensor.shape, FP8["weight_block_size"], strict=True)]
+            scale = torch.rand(grid, generator=torch.Generator().manual_seed(5)) / 1000 + 1e-3
+            quantised[name] = (tensor / spread(scale, FP8["weight_block_size"], tensor.shape)).to(E4M3)
+            quantised[name + "_scale_inv"] = scale
+    return quantised
+
+
+def values(tensors, name):
+    """Compute a weight from what is stored, by the published formulas."""
+    tensor = tensors[name]
+    if tensor.dtype == torch.int8:
+        return tensor.double() * tensors[name.replace("weight", "SCB")].double()[:, None] / 127
+    if tensor.dtype == E4M3:
+        return tensor.double() * spread(tensors[name + "_scale_inv"], FP8["weight_block_size"], tensor.shape).double()
+    return tensor.double()
+
+
+def quantise(folder, into, how, settings):
+    shutil.copytree(folder, into)
+    write(into / "model.safetensors", **how(load_file(into / "model.safetensors")))
+    config = json.loads((into / "config.json").read_text())
+    (into / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return into
+
+
+def shard(folder):
+    """Divide a folder's file into two shards, so that scales are not beside their weights."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + (tensors[name].dim() == 2)}-of-00002.safetensors" for name in tensors}
+    for file in set(files.values()):
+        write(folder / file, **{name: tensors[name] for name in tensors if files[name] == file})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def regraft(*arguments):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(done.exception, CheckpointError):
+        return str(done.exception)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory, bases):
+    """Llamas in full precision, in int8 and in fp8: the old base, the new one, and a fine-tune."""
+    folder, written = tmp_path_factory.mktemp("quantised"), {}
+    old, new = bases["llama"]
+    tuned = shutil.copytree(old, folder / "tuned")
+    tensors = load_file(old / "model.safetensors")
+    moved = {n: t + 0.02 * torch.randn(t.shape, generator=torch.Generator().manual_seed(4)) for n, t in tensors.items()}
+    write(tuned / "model.safetensors", **moved)
+    for which, path in (("old", old), ("new", new), ("tuned", tuned)):
+        written[which, "plain"] = path
+        written[which, "int8"] = quantise(path, folder / f"{which}-int8", to_int8, INT8)
+        written[which, "fp8"] = quantise(path, folder / f"{which}-fp8", to_fp8, FP8)
+    return written
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("shape", [(256, 384), (2, 128, 256), (200, 130), (576, 300), (3, 130, 64), (1, 5), (129, 1)])
+def test_fp8_is_dequantised_by_blocks(tmp_path, shape, scale_dtype, dtype):
+    torch.manual_seed(0)
+    codes = torch.randn(shape).to(dtype)
+    grid = (*shape[:-2], *(-(-size // 128) for size in shape[-2:]))
+    if scale_dtype == torch.uint8:
+        scale = torch.randint(110, 130, grid, dtype=torch.uint8)
+        factors = (scale.float() - 127).exp2()
+    else:
+        scale = torch.rand(grid).to(scale_dtype)
+        factors = scale.float()
+    checkpoint = Checkpoint.open(write(tmp_path / "w.safetensors", w=codes, w_scale_inv=scale))
+    expected = codes.float() * spread(factors, (128, 128), shape)
+    assert set(checkpoint) == {"w"}
+    assert torch.equal(checkpoint["w"], expected)
+    if not any(size % 128 for size in shape[-2:]):
+        assert torch.equal(checkpoint["w"], Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32))
+    for start, end in ((0, 1), (expected.numel() // 3, expected.numel() - 1), (1, min(700, expected.numel()))):
+        assert torch.equal(checkpoint.piece("w", start, end - start), expected.flatten()[start:end])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_scale_is_for_the_whole_tensor(tmp_path, shape):
+    codes = torch.randn(3, 20, 30).to(E4M3)
+    file = write(tmp_path / "w.safetensors", w=codes, w_scale_inv=torch.full(shape, 0.3))
+    assert torch.equal(Checkpoint.open(file)["w"], codes.float() * 0.3)
+
+
+def test_int8_is_dequantised_by_rows(tmp_path):
+    torch.manual_seed(0)
+    codes, scale = torch.randint(-127, 128, (300, 70), dtype=torch.int8), torch.rand(300)
+    file = write(tmp_path / "w.safetensors", **{"a.weight": codes, "a.SCB": scale, "a.mask": codes[0] > 0})
+    checkpoint = Checkpoint.open(file)
+    expected = codes * scale[:, None] * 7.874015718698502e-3  # as transformers' dequantize_bnb_weight
+    assert set(checkpoint) == {"a.weight", "a.mask"}
+    assert torch.equal(checkpoint["a.weight"], expected)
+    assert torch.equal(checkpoint.piece("a.weight", 65, 300), expected.flatten()[65:365])
+
+
+@pytest.mark.parametrize(
+    "kinds", ["int8 int8 int8", "fp8 fp8 fp8", "plain plain int8", "fp8 plain plain", "plain fp8 int8"]
+)
+def test_grafts_what_the_stored_numbers_stand_for(tmp_path, sides, kinds):
+    new, tuned, old = (sides[side] for side in zip(("new", "tuned", "old"), kinds.split(), strict=True))
+    regraft("weights", "graft", "--new", new, "--tuned", tuned, "--old", old, "--out", tmp_path / "out")
+    operands = [load_file(side / "model.safetensors") for side in (new, tuned, old)]
+    grafted = load_file(tmp_path / "out/model.safetensors")
+    assert set(grafted) == set(load_file(sides["tuned", "plain"] / "model.safetensors"))
+    for name, tensor in grafted.items():
+        n, t, o = (values(tensors, name) for tensors in operands)
+        stored = operands[1][name].dtype
+        assert tensor.dtype == (stored if stored not in (torch.int8, E4M3) else torch.bfloat16)
+        torch.testing.assert_close(tensor.double(), n + t - o, rtol=2**-8, atol=1e-6)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")  # PEFT asks for what transformers renamed
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_merges_a_lora_into_a_quantised_base(tmp_path, sides, kind):
+    tensors = load_file(sides["old", kind] / "model.safetensors")
+    names = load_file(sides["old", "plain"] / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(sides["old", "plain"])
+    model.load_state_dict({name: values(tensors, name).float() for name in names}, strict=False)
+    torch.manual_seed(0)
+    model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    shutil.copyfile(sides["old", kind] / "config.json", tmp_path / "adapter/config.json")  # as some trainers leave it
+    shard(shutil.copytree(sides["old", kind], tmp_path / "base"))
+    regraft(
+        "weights",
+        "merge-lora",
+        "--adapter",
+        tmp_path / "adapter",
+        "--base",
+        tmp_path / "base",
+        "--out",
+        tmp_path / "out",
+    )
+    merged, expected = load_file(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict()
+    assert merged.keys() == names.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=2**-7, atol=1e-6)
+
+
+def test_measures_and_draws_out_what_changed(tmp_path, sides):
+    tuned, old = sides["tuned", "plain"], sides["old", "int8"]
+    regraft("weights", "delta", "--tuned", tuned, "--old", old, "--out", tmp_path / "delta")
+    delta = load_file(tmp_path / "delta/model.safetensors")
+    first, second = (load_file(side / "model.safetensors") for side in (tuned, old))
+    torch.testing.assert_close(delta[PROJECTION].double(), values(first, PROJECTION) - values(second, PROJECTION))
+    regraft("weights", "extract-lora", "--tuned", tuned, "--old", old, "--rank", 32, "--out", tmp_path / "lora")
+    lora = load_file(tmp_path / "lora/adapter_model.safetensors")
+    b, a = (lora["base_model.model." + PROJECTION.replace("weight", f"lora_{part}.weight")] for part in "BA")
+    torch.testing.assert_close(b @ a, delta[PROJECTION], rtol=1e-3, atol=1e-5)
+    assert "0.00%" not in regraft("weights", "distance", tuned, old)
+
+
+def test_a_fingerprint_counts_scales_wherever_they_lie(tmp_path, sides):
+    whole = shutil.copytree(sides["old", "fp8"], tmp_path / "whole")
+    divided = shutil.copytree(whole, tmp_path / "divided")
+    shard(divided)
+    assert fingerprint(Checkpoint.open(whole)) == fingerprint(Checkpoint.open(divided))
+    before = fingerprint(Checkpoint.open(whole))
+    tensors = load_file(whole / "model.safetensors")
+    write(whole / "model.safetensors", **tensors | {PROJECTION + "_scale_inv": 2 * tensors[PROJECTION + "_scale_inv"]})
+    assert fingerprint(Checkpoint.open(whole)) != before
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_models_are_run_from_full_precision_alone(tmp_path, sides, kind):
+    with pytest.raises(CheckpointError, match="regraft weights interpolate") as refusal:
+        Base.open(sides["old", kind])
+    command = str(refusal.value).split("regraft ")[1].rstrip(".").replace("FOLDER", str(tmp_path / "full"))
+    regraft(*command.split())
+    assert Base.open(tmp_path / "full").checkpoint.tensors[PROJECTION].dtype == "BF16"
+    assert {"int8": "I8", "fp8": "F8_E4M3"}[kind] in regraft("weights", "inspect", sides["old", kind])
+
+
+@pytest.mark.parametrize("settings", [{"quantization_config": INT8}, {}])
+def test_a_quantised_fine_tune_is_refused(tmp_path, opened, settings):
+    folder = adapt(opened["llama"][0], "full", tmp_path / "tuned")
+    write(folder / "model.safetensors", **to_int8(load_file(folder / "model.safetensors")))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(CheckpointError, match=r"is quantised.*regraft weights interpolate"):
+        load_adaptation(folder)
+
+
+BYTES, INTEGERS, ONES = torch.ones(4, 4, dtype=torch.uint8), torch.ones(4, 4, dtype=torch.int32), torch.ones(4, 4)
+CODES = torch.ones(4, 4, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("stored", "settings", "expected"),
+    [
+        (
+            {f"{W}.weight": BYTES, f"{W}.weight.absmax": ONES, f"{W}.weight.quant_state.bitsandbytes__nf4": BYTES},
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "bitsandbytes.*dequantize.*-bnb-4bit",
+        ),
+        ({f"{W}.qweight": INTEGERS, f"{W}.qzeros": INTEGERS, f"{W}.scales": ONES.half()}, {}, "GPTQ or AWQ.*made from"),
+        ({"mlp.experts.down_proj_blocks": BYTES, "mlp.experts.down_proj_scales": BYTES}, {}, "MXFP4.*Mxfp4Config"),
+        (
+            {f"{W}.weight_packed": INTEGERS, f"{W}.weight_scale": ONES},
+            {},
+            "compressed-tensors.*CompressedTensorsConfig",
+        ),
+        ({f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale": ONES}, {}, "compressed-tensors.*made from"),
+        ({f"{W}.weight": CODES, f"{W}.weight_scale": ONES[:, :1]}, {}, "compressed-tensors.*made from"),
+        ({f"{W}.weight": INTEGERS.view(torch.uint32), f"{W}.scales": ONES}, {}, "U32.*full precision"),
+        ({f"{W}.weight": ONES.to(E5M2)}, {"quantization_config": FP8}, "'fp8'.*F8_E5M2.*full precision"),
+        ({f"{W}.weight": CODES}, {}, "I8, no floating-point.*full precision"),
+        ({f"{W}.weight": ONES, f"{W}.weight_scale_inv": ONES[:1, :1]}, {}, "scale of no eight-bit weight"),
+        ({f"{W}.weight": ONES}, {"quantization_config": {"quant_method": "hqq"}}, "'hqq'.*remove quantization_config"),
+        ({f"{W}.weight": CODES, f"{W}.SCB": ONES[0, :3]}, {}, "a number for each row"),
+        ({f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale_inv": ONES[:2, :2]}, {}, "each block of 128 × 128"),
+        (
+            {f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale_inv": ONES[:2, :2]},
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, "many"]}},
+            "weight_block_size is .*many",
+        ),
+        (
+            {f"{W}.weight": CODES, f"{W}.SCB": ONES[0], f"{W}.weight_format": torch.tensor(2, dtype=torch.uint8)},
+            {},
+            "GPU's tiles",
+        ),
+        ({"h.0.attn.c_proj.weight": CODES, "h.0.attn.c_proj.SCB": ONES[0]}, {}, "Conv1D.*transposed"),
+    ],
+)
+def test_other_formats_are_refused_with_their_remedy(tmp_path, stored, settings, expected):
+    write(tmp_path / "model.safetensors", norm=ONES[0], **stored)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=expected):
+            Checkpoint.open(path)
+    out = ("--out", tmp_path / "out")
+    assert str(tmp_path) in regraft("weights", "delta", "--tuned", tmp_path, "--old", tmp_path, *out)
+    assert not (tmp_path / "out").exists()
+    assert "norm" in regraft("weights", "inspect", tmp_path)
+
+
+def test_integers_that_are_no_weights_are_no_codes(tmp_path):
+    masks = {
+        "h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        "h.0.attn.mask": torch.ones(1, 1, 4, 4, dtype=torch.bool),
+        "embeddings.position_ids": torch.arange(4)[None],
+        "steps": torch.tensor(3, dtype=torch.int32),
+    }
+    assert set(Checkpoint.open(write(tmp_path / "m.safetensors", **masks))) == set(masks)
+
+
+def test_fused_experts_are_made_of_dequantised_ones(tmp_path):
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=20, num_local_experts=3, num_key_value_heads=2, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    folder = quantise(tmp_path / "plain", tmp_path / "fp8", lambda tensors: to_fp8(tensors, ".w2.weight"), FP8)
+    checkpoint, tensors = Checkpoint.open(folder), load_file(folder / "model.safetensors")
+    experts = architecture_of(config, "MixtralForCausalLM").in_memory(checkpoint)
+    name, stored = "model.layers.0.mlp.experts.down_proj", "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+    expected = torch.stack([values(tensors, stored.format(number)) for number in range(3)])
+    torch.testing.assert_close(experts[name].double(), expected)
+    assert stored_dtype(experts, name) == "BF16"
