@@ -1,10 +1,11 @@
-"""The linear layers of a classifier that an adaptation changes, and what of the change reads the input."""
+"""The matrices of a classifier that an adaptation changes, and what of the change reads the layer's input."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from regraft.adaptation.experts import is_experts, projections
 from regraft.adaptation.model import ADAPTER
 from regraft.adaptation.rework import check_reworkable
 
@@ -19,15 +20,18 @@ KINDS = ("full", "lora", "bottleneck")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Change:
-    """What an adaptation does to the inputs of one layer.
+    """What an adaptation does to the inputs of one layer, or of each expert of a mixture.
 
     Args:
-        name: The layer's module in the model.
-        module: The module; its input is what the factor reads.
+        name: What is changed: the layer's module in the model; of experts, and of parameters that a LoRA is on, the
+            parameter.
+        module: The module whose input the factor reads; of experts, which read it where they are routed to, or what
+            they make of it in between.
         weight: The parameter that holds the factor, alone or added to the base's weight.
-        factor: [k, in]: the whole delta of a full fine-tune, a LoRA's A, a bottleneck's first layer, or the whole
-            weight of a head.
+        factor: [k, in], of experts [experts, k, in]: the whole delta of a full fine-tune, a LoRA's A, a bottleneck's
+            first layer, or the whole weight of a head.
         is_head: Whether it is a head, which is no change of a base's weight.
+        is_transposed: Whether the parameter holds the factor as [in, k].
     """
 
     name: str
@@ -35,22 +39,24 @@ class Change:
     weight: torch.Tensor
     factor: torch.Tensor
     is_head: bool
+    is_transposed: bool = False
 
     def become(self, factor: torch.Tensor) -> None:
         """Put another factor in its place, in the model.
 
         Args:
-            factor: [k, in].
+            factor: Of the shape of the one there is.
         """
         import torch
 
         with torch.no_grad():
             change = factor.to(self.factor) - self.factor
-            self.weight.add_(change.to(self.weight))
+            change = change.mT if self.is_transposed else change
+            self.weight.add_(change.reshape(self.weight.shape).to(self.weight))
 
 
 def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) -> list[Change]:
-    """Find the linear layers of a grafted model that its adaptation changes.
+    """Find the layers of a grafted model that multiply by a matrix which its adaptation changes.
 
     Args:
         model: The adaptation put on the new base.
@@ -59,32 +65,123 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
         old: The old base.
 
     Returns:
-        A change a layer, in no order that matters.
+        A change a layer, in no order that matters; of experts one for each of their projections.
 
     Raises:
-        RecipeError: The adaptation's kind changes no inputs of linear layers in this sense.
+        KindError: The adaptation's kind changes no inputs of linear layers in this sense.
     """
     from peft.tuners.lora import LoraLayer
-    from torch import nn
 
     check_reworkable(adaptation, KINDS)
     before = dict(tuned.named_parameters())
     prefix = old.prefix + "."
-    found = []
+    changes = []
+
+    def delta(name: str) -> torch.Tensor:
+        value = before[name].detach()
+        return value - old.parameters[name.removeprefix(prefix)].to(value)
+
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            if ADAPTER in module.lora_A:
-                weight: Any = module.lora_A[ADAPTER].weight
-                found.append(Change(name, module, weight, weight.detach().clone(), is_head=False))
+            changes += _of_lora(name, module)
+        elif is_experts(module) and adaptation.kind == "full":
+            for part in projections(module):
+                moved = delta(f"{name}.{part}")
+                factor = moved.mT if module.is_transposed else moved
+                weight = getattr(module, part)
+                changes.append(Change(f"{name}.{part}", module, weight, factor, False, module.is_transposed))
+        elif not multiplies(module) or name.endswith(".bottleneck.up"):
             continue
-        if not isinstance(module, nn.Linear):
-            continue
-        inner = f"{name}.weight".removeprefix(prefix)
-        if name.endswith(".bottleneck.down"):
-            found.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
-        elif adaptation.kind == "full" and inner in old.parameters:
-            delta = before[f"{name}.weight"].detach() - old.parameters[inner].to(before[f"{name}.weight"])
-            found.append(Change(name, module, module.weight, delta, is_head=False))
-        elif f".modules_to_save.{ADAPTER}" in name or (adaptation.kind != "lora" and not name.startswith(prefix)):
-            found.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=True))
-    return found
+        elif name.endswith(".bottleneck.down"):
+            changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
+        elif adaptation.kind == "full" and f"{name}.weight".removeprefix(prefix) in old.parameters:
+            moved, turned = delta(f"{name}.weight"), is_transposed(module)
+            changes.append(Change(name, module, module.weight, moved.T if turned else moved, False, turned))
+        elif f".modules_to_save.{ADAPTER}" in name or (
+            adaptation.kind != "lora" and f"{name}.weight".removeprefix(prefix) not in old.parameters
+        ):  # a pooler that the base lacks is part of the head
+            changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=True))
+    return changes
+
+
+def passed_over(model: Any, tuned: Any, adaptation: Adaptation, old: Base, changes: list[Change]) -> dict[str, str]:
+    """Name the matrices that an adaptation changes and that are none of a layer whose inputs can be watched.
+
+    Args:
+        model: As for `linear_changes`.
+        tuned: As there.
+        adaptation: As there.
+        old: As there.
+        changes: From there.
+
+    Returns:
+        Why each is passed over, by its name.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+
+    weights = {id(change.weight) for change in changes}
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            names += [name] * (ADAPTER in module.lora_A and id(module.lora_A[ADAPTER].weight) not in weights)
+        elif adaptation.kind == "full" and not isinstance(module, nn.Embedding):
+            for part, weight in module.named_parameters(recurse=False):
+                inner = f"{name}.{part}".removeprefix(old.prefix + ".")
+                if weight.dim() > 1 and id(weight) not in weights and inner in old.parameters:
+                    value = tuned.get_parameter(f"{name}.{part}")
+                    if not torch.equal(value, old.parameters[inner].to(value)):
+                        names.append(f"{name}.{part}")
+    return dict.fromkeys(names, "no layer whose inputs can be watched")
+
+
+def multiplies(module: Any) -> bool:
+    """Tell whether all that a module does with its weight is to multiply its input by it.
+
+    Args:
+        module: Any module of a model.
+
+    Returns:
+        True for linear layers, GPT-2's Conv1D among them, and for what routes tokens to experts.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    weight = module._parameters.get("weight")  # transformers' routers are all called so, and all alike
+    return weight is not None and weight.dim() == 2 and type(module).__name__.endswith("Router")
+
+
+def is_transposed(module: Any) -> bool:
+    """Tell whether a module keeps its weight as [in, out].
+
+    Args:
+        module: One that multiplies.
+
+    Returns:
+        True for a Conv1D.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _of_lora(name: str, module: Any) -> list[Change]:
+    """Return what a LoRA reads by its A; nothing of a parameter of which it is not known what it multiplies."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if ADAPTER not in module.lora_A:
+        return []
+    weight = module.lora_A[ADAPTER].weight
+    factor = weight.detach().clone()
+    if not isinstance(module, ParamWrapper):
+        return [Change(name, module, weight, factor, is_head=False)]
+    layer, part = module.get_base_layer(), module.parameter_name
+    changed = f"{name.replace('.base_layer', '')}.{part}"
+    if is_experts(layer) and part in projections(layer):
+        factor = factor.reshape(len(getattr(layer, part)), -1, factor.shape[1])
+    elif not multiplies(layer) or is_transposed(layer) or part != "weight":
+        return []
+    return [Change(changed, layer, weight, factor, is_head=False)]
