@@ -131,7 +131,7 @@ def _inputs(walk: Walk, modules: list[Any]) -> dict[str, list[torch.Tensor]]:
 
 
 def _stages(fed: dict[str, list[torch.Tensor]], layers: dict[str, list[Change]]) -> list[list[str]]:
-    """Put layers together that read the same, as queries, keys and values do; experts come after what routes to them."""
+    """Put layers together that read the same, as queries, keys and values do; experts are by themselves."""
     import torch
 
     stages: list[list[str]] = []
