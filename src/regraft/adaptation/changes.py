@@ -83,7 +83,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            changes += _of_lora(name, module)
+            changes += _of_lora(parameter_of(name, model), name, module)
         elif is_experts(module) and adaptation.kind == "full":
             for part in projections(module):
                 moved = delta(f"{name}.{part}")
@@ -168,7 +168,21 @@ def is_transposed(module: Any) -> bool:
     return isinstance(module, Conv1D)
 
 
-def _of_lora(name: str, module: Any) -> list[Change]:
+def parameter_of(name: str, model: Any) -> str:
+    """Name the parameter that a LoRA or a bottleneck on a module changes.
+
+    Args:
+        name: The module's name.
+        model: The model with the adapter.
+
+    Returns:
+        The parameter's name in the model without it, under the prefix that PEFT has for all.
+    """
+    parameter = getattr(model.get_submodule(name), "parameter_name", "weight")
+    return f"{name.replace('.base_layer', '')}.{parameter}"  # of one module several may be wrapped
+
+
+def _of_lora(changed: str, name: str, module: Any) -> list[Change]:
     """Return what a LoRA reads by its A; nothing of a parameter of which it is not known what it multiplies."""
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -179,7 +193,6 @@ def _of_lora(name: str, module: Any) -> list[Change]:
     if not isinstance(module, ParamWrapper):
         return [Change(name, module, weight, factor, is_head=False)]
     layer, part = module.get_base_layer(), module.parameter_name
-    changed = f"{name.replace('.base_layer', '')}.{part}"
     if is_experts(layer) and part in projections(layer):
         factor = factor.reshape(len(getattr(layer, part)), -1, factor.shape[1])
     elif not multiplies(layer) or is_transposed(layer) or part != "weight":
