@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import is_experts, projections
+from regraft.adaptation.lora import START
 from regraft.adaptation.model import ADAPTER
 from regraft.adaptation.rework import check_reworkable
 
@@ -74,34 +75,48 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
 
     check_reworkable(adaptation, KINDS)
     before = dict(tuned.named_parameters())
-    prefix = old.prefix + "."
     changes = []
 
-    def delta(name: str) -> torch.Tensor:
+    def delta(name: str, base: torch.Tensor) -> torch.Tensor:
         value = before[name].detach()
-        return value - old.parameters[name.removeprefix(prefix)].to(value)
+        return value - base.to(value)
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             changes += _of_lora(parameter_of(name, model), name, module)
         elif is_experts(module) and adaptation.kind == "full":
             for part in projections(module):
-                moved = delta(f"{name}.{part}")
-                factor = moved.mT if module.is_transposed else moved
-                weight = getattr(module, part)
-                changes.append(Change(f"{name}.{part}", module, weight, factor, False, module.is_transposed))
+                moved, turned = delta(f"{name}.{part}", in_base(f"{name}.{part}", old)), module.is_transposed
+                factor = moved.mT if turned else moved
+                changes.append(Change(f"{name}.{part}", module, getattr(module, part), factor, False, turned))
         elif not multiplies(module) or name.endswith(".bottleneck.up"):
             continue
         elif name.endswith(".bottleneck.down"):
             changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
-        elif adaptation.kind == "full" and f"{name}.weight".removeprefix(prefix) in old.parameters:
-            moved, turned = delta(f"{name}.weight"), is_transposed(module)
-            changes.append(Change(name, module, module.weight, moved.T if turned else moved, False, turned))
-        elif f".modules_to_save.{ADAPTER}" in name or (
-            adaptation.kind != "lora" and f"{name}.weight".removeprefix(prefix) not in old.parameters
-        ):  # a pooler that the base lacks is part of the head
+        elif adaptation.kind == "full" or f".modules_to_save.{ADAPTER}" in name:
+            base, turned = in_base(f"{name}.weight", old), is_transposed(module)
+            factor = module.weight.detach().clone() if base is None else delta(f"{name}.weight", base)
+            changes.append(Change(name, module, module.weight, factor.T if turned else factor, base is None, turned))
+        elif adaptation.kind == "bottleneck" and in_base(f"{name}.weight", old) is None:
             changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=True))
     return changes
+
+
+def in_base(name: str, base: Base) -> torch.Tensor | None:
+    """Return what a base has for a parameter of a classifier, to which tuning adds a delta.
+
+    Args:
+        name: The parameter's name in the model, with an adapter or without.
+        base: The base.
+
+    Returns:
+        The base's tensor; None for a parameter of the head, or of a pooler that the base lacks.
+    """
+    plain = name.removeprefix(START).replace(f".modules_to_save.{ADAPTER}", "")
+    inner, shared = plain.removeprefix(base.prefix + "."), base.named.names.get(plain)
+    if inner in base.parameters:
+        return base.parameters[inner]
+    return None if shared is None else base.named[shared]  # a layer that classifiers and language models both end with
 
 
 def passed_over(model: Any, tuned: Any, adaptation: Adaptation, old: Base, changes: list[Change]) -> dict[str, str]:
@@ -128,11 +143,11 @@ def passed_over(model: Any, tuned: Any, adaptation: Adaptation, old: Base, chang
             names += [name] * (ADAPTER in module.lora_A and id(module.lora_A[ADAPTER].weight) not in weights)
         elif adaptation.kind == "full" and not isinstance(module, nn.Embedding):
             for part, weight in module.named_parameters(recurse=False):
-                inner = f"{name}.{part}".removeprefix(old.prefix + ".")
-                if weight.dim() > 1 and id(weight) not in weights and inner in old.parameters:
-                    value = tuned.get_parameter(f"{name}.{part}")
-                    if not torch.equal(value, old.parameters[inner].to(value)):
-                        names.append(f"{name}.{part}")
+                base = in_base(f"{name}.{part}", old)
+                if base is None or weight.dim() < 2 or id(weight) in weights or part.endswith("bias"):
+                    continue
+                value = tuned.get_parameter(f"{name}.{part}")
+                names += [f"{name}.{part}"] * (not torch.equal(value, base.to(value)))
     return dict.fromkeys(names, "no layer whose inputs can be watched")
 
 

@@ -158,8 +158,8 @@ def _is_linear(module: Any) -> bool:
 
 
 def _is_norm(module: Any) -> bool:
-    own = list(module.parameters(recurse=False))
-    return bool(own) and all(weight.dim() == 1 for weight in own)
+    own = dict(module.named_parameters(recurse=False))
+    return "weight" in own and all(weight.dim() == 1 for weight in own.values())
 
 
 def _tables(walks: Sequence[Walk], width: int) -> torch.Tensor:
@@ -206,16 +206,22 @@ class _Turned:
     """
 
     def __init__(self, grafted: Any, tuned: Any, old: Base):
-        self.modules = {
-            _plain(name): module for name, module in grafted.named_modules() if "original_module" not in name
+        modules = [(name, module) for name, module in grafted.named_modules() if "original_module" not in name]
+        self.modules = {_plain(name): module for name, module in modules}
+        self.tuned = {
+            _plain(name): weight for name, weight in tuned.named_parameters() if "original_module" not in name
         }
-        self.tuned, self.old = dict(tuned.named_parameters()), old
+        self.old = old
+        is_full = not hasattr(grafted, "peft_config") and not hasattr(grafted, "bottleneck_config")
+        saved = f".modules_to_save.{ADAPTER}"
+        self.whole = {_plain(name) for name, _ in modules if is_full or saved in name}
         self.names: set[str] = set()  # of the modules that were turned, heads left out
-        self.is_full = not hasattr(grafted, "peft_config") and not hasattr(grafted, "bottleneck_config")
 
     def is_head(self, name: str) -> bool:
         """Tell whether a module of the classifier is not in the base."""
-        return f"{name}.weight".removeprefix(self.old.prefix + ".") not in self.old.parameters
+        from regraft.adaptation.changes import in_base
+
+        return in_base(f"{name}.weight", self.old) is None
 
     def turn(self, name: str, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> None:
         """Turn what the adaptation changes in a module.
@@ -227,16 +233,17 @@ class _Turned:
         """
         from torch import nn
 
-        from regraft.adaptation.changes import is_transposed
+        from regraft.adaptation.changes import in_base, is_transposed
 
         module = self.modules[name]
         if outputs is not None and self._is_changed(name, module):
             self.names.add(name)
         if outputs is None:
             _set(module.weight, module.weight, inputs, None)
-        elif self.is_full:
+        elif name in self.whole:
             for part, weight in module.named_parameters(recurse=False):
-                delta = self.tuned[f"{name}.{part}"] - self._before(f"{name}.{part}")
+                value, base = self.tuned[f"{name}.{part}"], in_base(f"{name}.{part}", self.old)
+                delta = value - (0 if base is None else base.to(value))
                 if isinstance(module, nn.Embedding):
                     _set(weight, delta, outputs, None)
                 elif weight.dim() == 2 and is_transposed(module):
@@ -262,15 +269,16 @@ class _Turned:
     def _is_changed(self, name: str, module: Any) -> bool:
         import torch
 
-        if not self.is_full:
+        from regraft.adaptation.changes import in_base
+
+        if name not in self.whole:
             return hasattr(module, "bottleneck") or ADAPTER in getattr(module, "lora_A", ())
         parts = [f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)]
-        inside = [part for part in parts if part.removeprefix(self.old.prefix + ".") in self.old.parameters]
-        return not all(torch.equal(self.tuned[part], self._before(part)) for part in inside)
-
-    def _before(self, name: str) -> torch.Tensor:
-        inner = name.removeprefix(self.old.prefix + ".")
-        return self.old.parameters[inner].to(self.tuned[name])
+        bases = {part: in_base(part, self.old) for part in parts}
+        return any(
+            base is not None and not torch.equal(self.tuned[part], base.to(self.tuned[part]))
+            for part, base in bases.items()
+        )
 
 
 def _plain(name: str) -> str:

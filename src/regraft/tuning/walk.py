@@ -86,9 +86,10 @@ class Walk:
         batch, before = self.batches[number], self.states[number]
         runs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         handles = [self._watch(module, number, runs) for module in watched if watch]
-        handles += [self._end(number, keep)] if self.part < len(self.blocks) else []
         for block in self.blocks[: self.part]:  # their outputs are known
             block.forward = lambda *_, **__: before
+        if self.part < len(self.blocks):
+            self._end(number, keep)
         try:
             with torch.no_grad(), autocast(self.precision, device()):
                 forward(self.model, batch)
@@ -97,7 +98,7 @@ class Walk:
         finally:
             for handle in handles:
                 handle.remove()
-            for block in self.blocks[: self.part]:
+            for block in self.blocks[: self.part + 1]:
                 del block.forward
         for name, sides in runs.items() if watch else ():
             fed, given = (torch.cat(side) for side in zip(*sides, strict=True))
@@ -128,13 +129,17 @@ class Walk:
         rows = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor
         return rows.to(self.wide) if rows.is_floating_point() else rows
 
-    def _end(self, number: int, keep: bool) -> Any:
-        def stop(_: Any, args: Any, output: Any) -> None:
+    def _end(self, number: int, keep: bool) -> None:
+        block = self.blocks[self.part]
+        run = block.forward
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            output = run(*args, **kwargs)
             if keep:
                 self.states[number] = output
             raise _PartDone
 
-        return self.blocks[self.part].register_forward_hook(stop)
+        block.forward = stop  # no hook: some models call it without
 
 
 class _PartDone(Exception):
