@@ -57,12 +57,14 @@ class Expert:
         Returns:
             tokens × inner width.
         """
-        from torch.nn import functional
+        import torch
 
         first, _ = projections(self.module)
-        bias = getattr(self.module, f"{first}_bias")[self.number] if self.module.has_bias else None
-        projected = functional.linear(hidden, self._weight(first).to(hidden), None if bias is None else bias.to(hidden))
-        gated: torch.Tensor = (self.module._apply_gate if self.module.has_gate else self.module.act_fn)(projected)
+        with torch.no_grad():
+            projected = hidden @ self._weight(first).to(hidden).T
+            if self.module.has_bias:
+                projected += getattr(self.module, f"{first}_bias")[self.number]
+            gated: torch.Tensor = (self.module._apply_gate if self.module.has_gate else self.module.act_fn)(projected)
         return gated
 
     def _weight(self, name: str) -> torch.Tensor:
