@@ -77,16 +77,18 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
     before = dict(tuned.named_parameters())
     changes = []
 
-    def delta(name: str, base: torch.Tensor) -> torch.Tensor:
-        value = before[name].detach()
-        return value - base.to(value)
+    def delta(name: str) -> torch.Tensor | None:
+        value: torch.Tensor = before[name].detach()
+        base = in_base(name, old)
+        return None if base is None else value - base.to(value)
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             changes += _of_lora(parameter_of(name, model), name, module)
         elif is_experts(module) and adaptation.kind == "full":
             for part in projections(module):
-                moved, turned = delta(f"{name}.{part}", in_base(f"{name}.{part}", old)), module.is_transposed
+                moved, turned = delta(f"{name}.{part}"), module.is_transposed
+                assert moved is not None  # a base has all its experts
                 factor = moved.mT if turned else moved
                 changes.append(Change(f"{name}.{part}", module, getattr(module, part), factor, False, turned))
         elif not multiplies(module) or name.endswith(".bottleneck.up"):
@@ -94,9 +96,9 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
         elif name.endswith(".bottleneck.down"):
             changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
         elif adaptation.kind == "full" or f".modules_to_save.{ADAPTER}" in name:
-            base, turned = in_base(f"{name}.weight", old), is_transposed(module)
-            factor = module.weight.detach().clone() if base is None else delta(f"{name}.weight", base)
-            changes.append(Change(name, module, module.weight, factor.T if turned else factor, base is None, turned))
+            moved, turned = delta(f"{name}.weight"), is_transposed(module)
+            factor = module.weight.detach().clone() if moved is None else moved
+            changes.append(Change(name, module, module.weight, factor.T if turned else factor, moved is None, turned))
         elif adaptation.kind == "bottleneck" and in_base(f"{name}.weight", old) is None:
             changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=True))
     return changes

@@ -88,8 +88,6 @@ def _bare(job: Job) -> Any:
 
 def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
     """Compute the gradient of the mean loss, by the name that `write_rework` calls a tensor of the body."""
-    from transformers.pytorch_utils import Conv1D
-
     from regraft.tuning import device
     from regraft.tuning.predict import BATCH, forward
 
@@ -101,17 +99,17 @@ def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tens
         loss: Any = evidence.losses(forward(model, batch).logits.float(), rows).sum() / count
         loss.backward()
         job.progress("gradient", rows[-1] + 1, count, {})
-    is_lora = job.adaptation.kind == "lora"  # whose B·A is [out, in] where Conv1D keeps its weight as [in, out]
-    turned = {f"{name}.weight" for name, module in model.named_modules() if is_lora and isinstance(module, Conv1D)}
-    body, start = job.upgrade.new.architecture, job.upgrade.new.prefix + "."
+    body, prefix = job.upgrade.new.architecture, job.upgrade.new.prefix + "."
     inside: dict[str, torch.Tensor] = {}
     outside: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad if parameter.grad is not None else parameter.detach().new_zeros(parameter.shape)
-        inner = name.removeprefix(start)
+        inner = name.removeprefix(prefix)
         side = inside if inner in body.parameters else outside
-        side[inner if side is inside else name] = (gradient.T if name in turned else gradient).cpu()
-    return (inside if is_lora else body.on_disk(inside)) | outside  # a full fine-tune's tensors are those on disk
+        side[inner if side is inside else name] = gradient.cpu()
+    if job.adaptation.kind == "full":  # whose tensors are those on disk
+        inside = body.on_disk(inside)
+    return inside | outside
 
 
 METHOD = Method("masked", "keep what of the old delta agrees with the new base's gradient", ("labels",), run, Masking)

@@ -100,9 +100,10 @@ class Walk:
                 handle.remove()
             for block in self.blocks[: self.part + 1]:
                 del block.forward
-        for name, sides in runs.items() if watch else ():
-            fed, given = (torch.cat(side) for side in zip(*sides, strict=True))
-            watch(name, number, fed, given)
+        if watch:
+            for name, sides in runs.items():
+                fed, given = (torch.cat(side) for side in zip(*sides, strict=True))
+                watch(name, number, fed, given)
 
     def _watch(self, module: Any, number: int, runs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> Any:
         name, routed = self.names[module], is_experts(module)
@@ -111,8 +112,9 @@ class Walk:
         def look(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if self.part_of.setdefault(name, self.part) != self.part:  # embeddings are computed with every part
                 return
-            fed, *others = (*args, *kwargs.values())
-            given = others[0] if routed else output[0] if isinstance(output, tuple) else output
+            inputs: list[Any] = [*args, *kwargs.values()]
+            fed = inputs[0]
+            given = inputs[1] if routed else output[0] if isinstance(output, tuple) else output
             runs.setdefault(name, []).append((self._rows(fed, number, late), self._rows(given, number, late)))
 
         return module.register_forward_hook(look, with_kwargs=True)

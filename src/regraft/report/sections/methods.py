@@ -124,4 +124,10 @@ def _notes(setting: Setting) -> list[str]:
             note = found.record["notes"].get(name)
             if isinstance(note, str):
                 said.append(f"{found.record['method']}, seed {found.record['seed']}: {note}")
+        if left := found.record["notes"].get("passed_over"):
+            named = ", ".join(list(left)[:3]) + (" …" if len(left) > 3 else "")
+            said.append(
+                f"{found.record['method']}, seed {found.record['seed']}: {len(left)} layers carry their old delta as it "
+                f"was: {named}"
+            )
     return list(dict.fromkeys(said))
