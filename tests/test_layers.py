@@ -225,10 +225,42 @@ def test_a_lora_on_experts_is_refitted_expert_by_expert(tmp_path, upgrades, few_
                     rows = [inner_rows(side[name], number, x) for side, x in zip(merged, rows, strict=True)]
                 expected = closed_form(old_a[number], *rows)
                 torch.testing.assert_close(new_a[number], expected, rtol=0, atol=2e-5)
-    # rules on tensors change what they should of the experts too
+
+
+def test_rules_on_deltas_reach_every_expert_of_a_lora(tmp_path, upgrades, few_file):
+    """Trimmed and projected as the dense delta of all experts is, then brought back to the rank of each."""
+    upgrade, _ = upgrades("qwen3-moe")
+    path = adapt_experts(upgrade.old, tmp_path / "old", ["q_proj"])
+    before = weights(path)
     half = recycle(upgrade, path, few_file, "scaled", tmp_path / "half", recipe=QUICK, options=Scaling(scale=0.5))
     for name, tensor in weights(half.path / "adaptation").items():
         torch.testing.assert_close(tensor, before[name] * (0.5 if "lora_B" in name else 1))
+
+    def dense(stored, module):
+        a, b = (stored[f"base_model.model.{module}.{part}.weight"].double() for part in ("lora_A", "lora_B"))
+        return torch.einsum("ore,eri->eoi", b.reshape(len(b), 3, 4), a.reshape(4, 3, -1)) * 8 / 3  # alpha / r
+
+    for method in ("trimmed", "orthogonal", "masked"):
+        out = recycle(upgrade, path, few_file, method, tmp_path / method, recipe=QUICK)
+        after = weights(out.path / "adaptation")
+        assert before.keys() == after.keys()
+        for layer in range(2):
+            for path_of, part in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
+                module = f"model.layers.{layer}.mlp.experts{path_of}"
+                old, new = dense(before, module), dense(after, module)
+                name = f"layers.{layer}.mlp.experts.{part}"
+                shift = (upgrade.new.parameters[name] - upgrade.old.parameters[name]).double()
+                if method == "trimmed":
+                    smallest = old.abs().flatten().sort().values[round(0.3 * old.numel())]
+                    old = torch.where(old.abs() >= smallest, old, 0)
+                elif method == "orthogonal":
+                    old = old - (old * shift).sum() / shift.square().sum() * shift
+                else:
+                    assert not torch.allclose(new, old, atol=1e-3)
+                    continue
+                u, s, v = torch.linalg.svd(old)
+                closest = torch.einsum("eor,er,eri->eoi", u[..., :3], s[..., :3], v[:, :3])
+                torch.testing.assert_close(new, closest, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

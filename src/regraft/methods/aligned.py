@@ -49,7 +49,8 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
 
     With x_n ≈ R·x_o and y_n ≈ S·y_o on the same tokens of the task's texts, a linear layer's D becomes S·D·Rᵀ, of a
     LoRA B becomes S·B and A becomes A·Rᵀ; a bias d becomes S·d, an embedding's row e becomes S·e, a norm's gain g the
-    diagonal of S·diag(g)·Sᵀ; a head W becomes W·Rᵀ.
+    diagonal of S·diag(g)·Sᵀ; a head W becomes W·Rᵀ. Experts and other modules keep their delta, and are named in the
+    outcome's notes.
 
     Args:
         job: What and where.
@@ -57,6 +58,9 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
 
     Returns:
         No learning curve: nothing is trained.
+
+    Raises:
+        KindError: The adaptation is of another kind, or nothing of it can be turned.
     """
     from regraft.adaptation import fresh_model, load_model, save_model
     from regraft.adaptation.changes import KINDS

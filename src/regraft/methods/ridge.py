@@ -42,6 +42,10 @@ class Ridge:
 def run(job: Job, options: Ridge) -> list[dict[str, float]]:
     """Refit the old delta and write it.
 
+    Layers are refitted that multiply by a matrix: linear ones, Conv1D, routers and experts, each expert on the tokens
+    that the new model routes to it; where these are fewer than its width, its delta stays. A layer that runs more than
+    once is refitted once, on all that it is fed. What is passed over is named in the outcome's notes.
+
     Args:
         job: What and where.
         options: How.
@@ -58,9 +62,10 @@ def run(job: Job, options: Ridge) -> list[dict[str, float]]:
 def refitted(job: Job, options: Ridge) -> Any:
     """Go through the layers in order, and fit each one's delta to what the new model feeds it.
 
-    In every linear layer that was tuned, the old model added D·x_o to what its base gives. In the new model, grafted
-    and already refitted below, the same token brings x_n, and D' is the ridge regression of D·x_o on x_n that is
-    drawn to D. Of a LoRA only A changes, of bottleneck adapters the first layer: rank and cost of serving stay.
+    In every layer that was tuned and multiplies by a matrix, the old model added D·x_o to what its base gives. In the
+    new model, grafted and already refitted below, the same token brings x_n, and D' is the ridge regression of D·x_o on
+    x_n that is drawn to D. Of a LoRA only A changes, of bottleneck adapters the first layer: rank and cost of serving
+    stay.
 
     Args:
         job: What and where.
@@ -68,6 +73,9 @@ def refitted(job: Job, options: Ridge) -> Any:
 
     Returns:
         The model, ready to be tuned further.
+
+    Raises:
+        KindError: The adaptation is of another kind, or nothing of it can be refitted.
     """
     from regraft.adaptation import load_model
     from regraft.adaptation.changes import KINDS, linear_changes, passed_over
