@@ -126,6 +126,17 @@ class Architecture:
         """
         return self._locate(name)[0] in self.ties
 
+    def parameter_of(self, name: str) -> str:
+        """Return the name in memory of the parameter that a stored tensor goes into, or its first of several.
+
+        Args:
+            name: Its name in a checkpoint.
+
+        Returns:
+            As in `layers.0.mlp.experts.down_proj`; the name itself if the class has no such tensor.
+        """
+        return self._locate(name)[0]
+
     def in_memory(self, checkpoint: Mapping[str, torch.Tensor]) -> Derived:
         """Present stored tensors as the parameters of the model that transformers makes of them.
 

@@ -151,7 +151,7 @@ def peft_settings(config: Mapping[str, Any]) -> Any:
             f"the LoRA's adapter_config.json: the settings {', '.join(unknown[:4])} are not known to the installed "
             "PEFT, and would be passed over. Update PEFT, or remove them if they change nothing."
         )
-    own = {key: value for key, value in config.items() if key in known and key not in OF_TRAINING | {"peft_type"}}
+    own = {key: copy.deepcopy(config[key]) for key in config if key in known and key not in OF_TRAINING | {"peft_type"}}
     try:
         return LoraConfig(**own, inference_mode=True)
     except (ValueError, TypeError) as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.graft import graft_body, grafted_adapter, write_carried
-from regraft.adaptation.lora import PARTS, START
-from regraft.adaptation.merge import lora_scaling
+from regraft.adaptation.head import stored_labels
+from regraft.adaptation.layout import lay_out
+from regraft.adaptation.lora import PARTS
+from regraft.architecture import architecture_of
 from regraft.errors import KindError
 from regraft.weights import delta, lora_delta, low_rank
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.adaptation import Adaptation
+    from regraft.adaptation.layout import Update
+    from regraft.architecture import Architecture
     from regraft.progress import Progress
     from regraft.upgrade import Base, Upgrade
 
@@ -37,13 +42,14 @@ def write_rework(adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Pat
         adaptation: What was tuned on `upgrade.old`.
         upgrade: The two bases.
         rule: Gives the delta to add, of the name inside the body, the delta (tuned − old) and the upgrade's shift
-            (new − old), both in float32 or float64; it may be called from several threads at once.
+            (new − old), both in float32 or float64 and laid out as the tensor is; it may be called from several threads
+            at once.
         into: The folder to fill, plain transformers or PEFT.
         progress: Told of each tensor.
 
     Raises:
         MismatchError: A tensor of the body is not in the bases, or has another shape there.
-        RecipeError: The adaptation's kind has no deltas of its base's tensors.
+        KindError: The adaptation's kind has no deltas of its base's tensors.
     """
     check_reworkable(adaptation)
     if adaptation.kind == "full":
@@ -55,7 +61,13 @@ def write_rework(adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Pat
         write_carried(adaptation, upgrade, body, {}, into, progress)
     else:
         stored, config, _ = grafted_adapter(adaptation, upgrade)
-        reworked = _rework_lora(stored, config, upgrade, rule, progress)
+        as_loaded, updates = lay_out(stored, config, _classifier(adaptation, upgrade.new))
+        if as_loaded.keys() != stored.keys():
+            raise KindError(
+                f"{adaptation.path}: stores a LoRA for every expert by itself, which the installed transformers has no "
+                "place for. Load it with PEFT and save it again."
+            )
+        reworked = _rework_lora(stored, updates, upgrade, rule, progress)
         write_carried(adaptation, upgrade, reworked, config, into, progress)
 
 
@@ -103,20 +115,6 @@ def shift_of(upgrade: Upgrade, inner: str) -> torch.Tensor | None:
     return None if torch.equal(before, after) else delta(after, before)
 
 
-def inner_name(stored: str, base: Base) -> str:
-    """Give the name inside the body of the weight that a LoRA's A or B belongs to.
-
-    Args:
-        stored: The name of A or B in `adapter_model.safetensors`.
-        base: The base.
-
-    Returns:
-        As in `encoder.layer.0.attention.self.query.weight`.
-    """
-    module = stored.removeprefix(START).removesuffix(PARTS[0]).removesuffix(PARTS[1])
-    return f"{module}.weight".removeprefix(base.prefix + ".")
-
-
 def _add_reworked(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, name: str, rule: Rule) -> torch.Tensor:
     import torch
 
@@ -126,34 +124,49 @@ def _add_reworked(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, nam
 
 
 def _rework_lora(
-    stored: Mapping[str, torch.Tensor], config: Mapping[str, Any], upgrade: Upgrade, rule: Rule, progress: Progress
+    adapter: Mapping[str, torch.Tensor],
+    updates: Mapping[str, Update],
+    upgrade: Upgrade,
+    rule: Rule,
+    progress: Progress,
 ) -> dict[str, torch.Tensor]:
     import torch
 
-    result = {name: stored[name] for name in stored}
-    factors = [name for name in stored if name.endswith(PARTS[0])]
-    for done, a_name in enumerate(factors, 1):
-        module = a_name.removesuffix(PARTS[0])
-        b_name, inner = module + PARTS[1], inner_name(a_name, upgrade.old)
+    result = {name: adapter[name] for name in adapter}
+    factors = {name: update for name, update in updates.items() if update.kind in ("factors", "experts")}
+    for done, (name, update) in enumerate(factors.items(), 1):
+        inner = name.removeprefix(upgrade.old.prefix + ".")
         shift = shift_of(upgrade, inner)
         if shift is not None:
-            a, b = result[a_name], result[b_name]
-            factor = lora_scaling(config, module.removeprefix(START), len(a))
-            dense = lora_delta(b, a, factor)
-            reworked = rule(inner, dense, shift.T if _is_turned(upgrade.old, inner) else shift)
+            b_name, a_name = update.operands
+            shapes = result[b_name].shape, result[a_name].shape
+            experts = len(shift) if update.kind == "experts" else 1
+            b = result[b_name].reshape(len(result[b_name]), -1, experts).permute(2, 0, 1)  # as PEFT keeps them
+            a = result[a_name].reshape(experts, -1, shapes[1][1])
+            dense = lora_delta(b, a, update.scale)
+            dense = dense.mT if update.turned else dense
+            reworked = rule(inner, dense.reshape(shift.shape), shift).reshape(dense.shape)
             if not torch.equal(reworked, dense):
-                result[a_name], result[b_name] = _closest(reworked.double() / factor, a, b)
+                changes = (reworked.mT if update.turned else reworked).double() / update.scale
+                pairs = [_closest(*of_one) for of_one in zip(changes, a, b, strict=True)]
+                result[a_name] = torch.stack([a for a, _ in pairs]).reshape(shapes[1])
+                result[b_name] = torch.stack([b for _, b in pairs]).permute(1, 2, 0).reshape(shapes[0])
         progress("graft", done, len(factors), {})
     return result
 
 
-def _is_turned(base: Base, inner: str) -> bool:
-    """Tell whether a layer keeps its weight as [in, out]; a LoRA's config has one flag for layers of both kinds."""
-    return type(base.architecture.model.get_submodule(inner.rpartition(".")[0])).__name__ == "Conv1D"
+def _classifier(adaptation: Adaptation, base: Base) -> Architecture:
+    """Build the class of classifiers that an adapter was tuned in, of as many labels."""
+    from transformers import AutoModelForSequenceClassification
+
+    config, labels = copy.deepcopy(base.config), stored_labels(adaptation, base)
+    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    auto: Any = AutoModelForSequenceClassification
+    return architecture_of(config, auto._model_mapping[type(config)].__name__)
 
 
 def _closest(change: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the A and B closest to a change, in the shapes and dtypes of those there were."""
+    """Return the A and B closest to a change, in the shapes and dtypes of those there were."""
     found_b, found_a = low_rank(change, rank=len(a))
     new_a, new_b = a.new_zeros(a.shape), b.new_zeros(b.shape)  # a rank above what the change can have is filled up
     new_a[: len(found_a)], new_b[:, : found_b.shape[1]] = found_a.to(a), found_b.to(b)

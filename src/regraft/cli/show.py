@@ -103,6 +103,10 @@ def outcome(result: Outcome) -> None:
         console.print(escape(record["notes"]["why"]), highlight=False)
     if "cannot_know" in record["notes"]:
         console.print(escape(record["notes"]["cannot_know"]), highlight=False)
+    left = record["notes"].get("passed_over")
+    if left and isinstance(left, dict):
+        named = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3]) + "; …" * (len(left) > 3)
+        console.print(escape(f"{len(left)} layers carry their old delta unchanged ({named})"), highlight=False)
     console.print(
         f"{cost['steps']} steps, {cost['seconds']:.0f} s, {cost['labels']} labelled examples", highlight=False
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import RecipeError
+from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Job, Method
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
 
     With x_n ≈ R·x_o and y_n ≈ S·y_o on the same tokens of the task's texts, a linear layer's D becomes S·D·Rᵀ, of a
     LoRA B becomes S·B and A becomes A·Rᵀ; a bias d becomes S·d, an embedding's row e becomes S·e, a norm's gain g the
-    diagonal of S·diag(g)·Sᵀ; a head W becomes W·Rᵀ.
+    diagonal of S·diag(g)·Sᵀ; a head W becomes W·Rᵀ. Experts and other modules keep their delta, and are named in the
+    outcome's notes.
 
     Args:
         job: What and where.
@@ -57,6 +58,9 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
 
     Returns:
         No learning curve: nothing is trained.
+
+    Raises:
+        KindError: The adaptation is of another kind, or nothing of it can be turned.
     """
     from regraft.adaptation import fresh_model, load_model, save_model
     from regraft.adaptation.changes import KINDS
@@ -84,8 +88,16 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
             turned.turn(name, None if fed is None else rotations(fed), None if is_head else rotations(given))
         rotations.forget()
         job.progress("align", part + 1, walks[0].parts, {})
+    passed_over = turned.passed_over()
+    if not turned.names:
+        raise KindError(
+            f"{job.adaptation.path}: aligned can turn none of the {len(passed_over)} modules that were tuned "
+            f"({', '.join(passed_over[:4])}). Take direct or init."
+        )
     moved = rotations.moved
     job.notes["turned"] = round(sum(moved) / len(moved), 4)  # mean of ‖R − I‖ / √width
+    if passed_over:
+        job.notes["passed_over"] = dict.fromkeys(passed_over, "no linear layer, norm or embedding")
     save_model(grafted.cpu(), upgrade.new, labels, job.into)
     return []
 
@@ -103,25 +115,28 @@ def _spaces(walks: Sequence[Walk]) -> dict[str, tuple[torch.Tensor | None, torch
     from torch import nn
 
     old, new = walks
-    own = [[m for m in walk.model.modules() if next(m.parameters(recurse=False), None) is not None] for walk in walks]
+    own = [[module for module in walk.model.modules() if _is_linear(module) or _is_norm(module)] for walk in walks]
     modules = {new.names[module]: module for module in own[1]}
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     fed_sums: dict[str, torch.Tensor] = {}
     given_sums: dict[str, torch.Tensor] = {}
+    for module, name in new.names.items():
+        if isinstance(module, nn.Embedding) and new.part == 0:  # some are read without being called
+            given_sums[name] = _tables(walks, module.weight.shape[1])
 
     def keep(name: str, _: int, fed: torch.Tensor, given: torch.Tensor) -> None:
         seen[name] = fed, given
 
     def add(name: str, _: int, fed: torch.Tensor, given: torch.Tensor) -> None:
-        if isinstance(modules[name], nn.Embedding):
-            given_sums[name] = _tables(walks, given.shape[-1])
-            return
         old_fed, old_given = seen[name]
+        is_linear = _is_linear(modules[name])
+        if (
+            not is_linear
+            and not fed.shape[1] == given.shape[1] == next(modules[name].parameters(recurse=False)).numel()
+        ):
+            return  # an attention with weights of its own, and no norm
         fed_sums[name] = fed_sums.get(name, 0) + fed.T @ old_fed
-        if isinstance(modules[name], nn.Linear):
-            given_sums[name] = given_sums.get(name, 0) + given.T @ old_given
-        else:
-            given_sums[name] = fed_sums[name]
+        given_sums[name] = given_sums.get(name, 0) + given.T @ old_given if is_linear else fed_sums[name]
 
     for number in range(len(old.batches)):
         old.run_batch(number, own[0], keep, keep=True)
@@ -132,11 +147,23 @@ def _spaces(walks: Sequence[Walk]) -> dict[str, tuple[torch.Tensor | None, torch
     spaces: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
     read: dict[int, torch.Tensor] = {}
     for name, given in reversed(given_sums.items()):
-        fed = fed_sums[name] if isinstance(modules[name], nn.Linear) else None
+        fed = fed_sums[name] if name in modules and _is_linear(modules[name]) else None
         spaces[name] = fed, read.get(len(given), given) if fed is not None and len(given) > len(fed) else given
         if fed is not None:
             read[len(fed)] = fed
     return dict(reversed(spaces.items()))
+
+
+def _is_linear(module: Any) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _is_norm(module: Any) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    return "weight" in own and all(weight.dim() == 1 for weight in own.values())
 
 
 def _tables(walks: Sequence[Walk], width: int) -> torch.Tensor:
@@ -183,15 +210,22 @@ class _Turned:
     """
 
     def __init__(self, grafted: Any, tuned: Any, old: Base):
-        self.modules = {
-            _plain(name): module for name, module in grafted.named_modules() if "original_module" not in name
+        modules = [(name, module) for name, module in grafted.named_modules() if "original_module" not in name]
+        self.modules = {_plain(name): module for name, module in modules}
+        self.tuned = {
+            _plain(name): weight for name, weight in tuned.named_parameters() if "original_module" not in name
         }
-        self.tuned, self.old = dict(tuned.named_parameters()), old
-        self.is_full = not hasattr(grafted, "peft_config") and not hasattr(grafted, "bottleneck_config")
+        self.old = old
+        is_full = not hasattr(grafted, "peft_config") and not hasattr(grafted, "bottleneck_config")
+        saved = f".modules_to_save.{ADAPTER}"
+        self.whole = {_plain(name) for name, _ in modules if is_full or saved in name}
+        self.names: set[str] = set()  # of the modules that were turned, heads left out
 
     def is_head(self, name: str) -> bool:
         """Tell whether a module of the classifier is not in the base."""
-        return f"{name}.weight".removeprefix(self.old.prefix + ".") not in self.old.parameters
+        from regraft.adaptation.changes import in_base
+
+        return in_base(f"{name}.weight", self.old) is None
 
     def turn(self, name: str, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> None:
         """Turn what the adaptation changes in a module.
@@ -203,14 +237,21 @@ class _Turned:
         """
         from torch import nn
 
+        from regraft.adaptation.changes import in_base, is_transposed
+
         module = self.modules[name]
+        if outputs is not None and self._is_changed(name, module):
+            self.names.add(name)
         if outputs is None:
             _set(module.weight, module.weight, inputs, None)
-        elif self.is_full:
+        elif name in self.whole:
             for part, weight in module.named_parameters(recurse=False):
-                delta = self.tuned[f"{name}.{part}"] - self._before(f"{name}.{part}")
+                value, base = self.tuned[f"{name}.{part}"], in_base(f"{name}.{part}", self.old)
+                delta = value - (0 if base is None else base.to(value))
                 if isinstance(module, nn.Embedding):
                     _set(weight, delta, outputs, None)
+                elif weight.dim() == 2 and is_transposed(module):
+                    _set(weight, delta, outputs, inputs)
                 elif weight.dim() == 2:
                     _set(weight, delta, inputs, outputs)
                 else:
@@ -225,9 +266,23 @@ class _Turned:
             _set(up.weight, up.weight, None, outputs)
             _set(up.bias, up.bias[:, None], None, outputs)
 
-    def _before(self, name: str) -> torch.Tensor:
-        inner = name.removeprefix(self.old.prefix + ".")
-        return self.old.parameters[inner].to(self.tuned[name])
+    def passed_over(self) -> list[str]:
+        """Name the modules of the body that tuning changed and that were not turned."""
+        return [n for n, module in self.modules.items() if n not in self.names and self._is_changed(n, module)]
+
+    def _is_changed(self, name: str, module: Any) -> bool:
+        import torch
+
+        from regraft.adaptation.changes import in_base
+
+        if name not in self.whole:
+            return hasattr(module, "bottleneck") or ADAPTER in getattr(module, "lora_A", ())
+        parts = [f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)]
+        bases = {part: in_base(part, self.old) for part in parts}
+        return any(
+            base is not None and not torch.equal(self.tuned[part], base.to(self.tuned[part]))
+            for part, base in bases.items()
+        )
 
 
 def _plain(name: str) -> str:

@@ -96,6 +96,8 @@ def run(job: Job, options: Auto) -> list[dict[str, float]]:
         "seconds": round(sum(rung["seconds"] for rung in climb.rungs), 2),
     }
     job.notes.update(found)
+    if left := chosen["notes"].get("passed_over"):
+        job.notes["passed_over"] = left
     if not options.labels:
         job.notes["labels"] = 0
         job.notes["cannot_know"] = (

@@ -87,9 +87,7 @@ def _bare(job: Job) -> Any:
 
 
 def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
-    """Give the gradient of the mean loss by the name inside the body."""
-    from transformers.pytorch_utils import Conv1D
-
+    """Compute the gradient of the mean loss, by the name that `write_rework` calls a tensor of the body."""
     from regraft.tuning import device
     from regraft.tuning.predict import BATCH, forward
 
@@ -101,13 +99,17 @@ def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tens
         loss: Any = evidence.losses(forward(model, batch).logits.float(), rows).sum() / count
         loss.backward()
         job.progress("gradient", rows[-1] + 1, count, {})
-    is_lora = job.adaptation.kind == "lora"  # whose B·A is [out, in] where Conv1D keeps its weight as [in, out]
-    turned = {f"{name}.weight" for name, module in model.named_modules() if is_lora and isinstance(module, Conv1D)}
-    found: dict[str, torch.Tensor] = {}
+    body, prefix = job.upgrade.new.architecture, job.upgrade.new.prefix + "."
+    inside: dict[str, torch.Tensor] = {}
+    outside: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad if parameter.grad is not None else parameter.detach().new_zeros(parameter.shape)
-        found[name.removeprefix(job.upgrade.new.prefix + ".")] = (gradient.T if name in turned else gradient).cpu()
-    return found
+        inner = name.removeprefix(prefix)
+        side = inside if inner in body.parameters else outside
+        side[inner if side is inside else name] = gradient.cpu()
+    if job.adaptation.kind == "full":  # whose tensors are those on disk
+        inside = body.on_disk(inside)
+    return inside | outside
 
 
 METHOD = Method("masked", "keep what of the old delta agrees with the new base's gradient", ("labels",), run, Masking)

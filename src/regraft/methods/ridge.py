@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import RecipeError
+from regraft.adaptation.experts import Expert, is_experts, projections, wrappers_of
+from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Job, Method
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class Ridge:
 def run(job: Job, options: Ridge) -> list[dict[str, float]]:
     """Refit the old delta and write it.
 
+    Layers are refitted that multiply by a matrix: linear ones, Conv1D, routers and experts, each expert on the tokens
+    that the new model routes to it; where these are fewer than its width, its delta stays. A layer that runs more than
+    once is refitted once, on all that it is fed. What is passed over is named in the outcome's notes.
+
     Args:
         job: What and where.
         options: How.
@@ -57,9 +62,10 @@ def run(job: Job, options: Ridge) -> list[dict[str, float]]:
 def refitted(job: Job, options: Ridge) -> Any:
     """Go through the layers in order, and fit each one's delta to what the new model feeds it.
 
-    In every linear layer that was tuned, the old model added D·x_o to what its base gives. In the new model, grafted
-    and already refitted below, the same token brings x_n, and D' is the ridge regression of D·x_o on x_n that is
-    drawn to D. Of a LoRA only A changes, of bottleneck adapters the first layer: rank and cost of serving stay.
+    In every layer that was tuned and multiplies by a matrix, the old model added D·x_o to what its base gives. In the
+    new model, grafted and already refitted below, the same token brings x_n, and D' is the ridge regression of D·x_o on
+    x_n that is drawn to D. Of a LoRA only A changes, of bottleneck adapters the first layer: rank and cost of serving
+    stay.
 
     Args:
         job: What and where.
@@ -67,9 +73,12 @@ def refitted(job: Job, options: Ridge) -> Any:
 
     Returns:
         The model, ready to be tuned further.
+
+    Raises:
+        KindError: The adaptation is of another kind, or nothing of it can be refitted.
     """
     from regraft.adaptation import load_model
-    from regraft.adaptation.changes import KINDS, linear_changes
+    from regraft.adaptation.changes import KINDS, linear_changes, passed_over
     from regraft.adaptation.rework import check_reworkable
     from regraft.tuning.examples import encode_alike
     from regraft.tuning.walk import Walk
@@ -77,63 +86,189 @@ def refitted(job: Job, options: Ridge) -> Any:
     check_reworkable(job.adaptation, KINDS)
     new = job.grafted()
     tuned = load_model(job.adaptation, job.upgrade.old, job.data.labels)
-    changes = {
-        c.name: c for c in linear_changes(new, tuned, job.adaptation, job.upgrade.old) if options.head or not c.is_head
-    }
+    changes = linear_changes(new, tuned, job.adaptation, job.upgrade.old)
+    fit = _Fit(options.ridge, passed_over(new, tuned, job.adaptation, job.upgrade.old, changes))
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     old_examples, new_examples = encode_alike(job.upgrade, texts, job.data.max_length)
     above, below = Walk(new, new_examples, job.recipe.precision), Walk(tuned, old_examples, job.recipe.precision)
-    modules = [tuned.get_submodule(name) for name in changes]
-    moved: list[float] = []
+    layers: dict[str, list[Change]] = {}
+    for change in changes:
+        if options.head or not change.is_head:
+            layers.setdefault(above.names[change.module], []).append(change)
+    modules = [tuned.get_submodule(name) for name in layers]
+    around = wrappers_of(tuned), wrappers_of(new)
     for part in range(above.parts):
         fed = _inputs(below, modules)
-        for stage in _stages(fed):
-            moved += _refit([changes[name] for name in stage], fed[stage[0]], above, options.ridge)
+        for stage in _stages(fed, layers):
+            first = layers[stage[0]][0]
+            if is_experts(first.module):
+                sides = tuned.get_submodule(stage[0]), first.module
+                wrappers = [known.get(side, {}) for known, side in zip(around, sides, strict=True)]
+                fit.experts(layers[stage[0]], sides, wrappers, fed[stage[0]], above)
+            else:
+                fit.layers([change for name in stage for change in layers[name]], fed[stage[0]], above)
         above.run(go_on=True)
         job.progress("ridge", part + 1, above.parts, {})
-    job.notes["moved"] = round(sum(moved) / len(moved), 4)  # mean of ‖D' − D‖ / ‖D‖
+    fit.finish(changes if options.head else [change for change in changes if not change.is_head])
+    if all(change.is_head for change in fit.moved):
+        raise KindError(
+            f"{job.adaptation.path}: ridge can refit none of the layers that were tuned: {fit.describe()}. Take direct "
+            "or init."
+        )
+    job.notes["moved"] = round(fit.mean(), 4)
+    if fit.passed_over:
+        job.notes["passed_over"] = fit.passed_over
     return new
 
 
 def _inputs(walk: Walk, modules: list[Any]) -> dict[str, list[torch.Tensor]]:
     """Run a part of the old model and keep what each layer in it is fed, by batch, in the order they are used."""
+    import torch
+
     fed: dict[str, list[torch.Tensor]] = {}
-    walk.run(modules, lambda name, _, rows, __: fed.setdefault(name, []).append(rows), go_on=True)
+    last: torch.Tensor | None = None
+
+    def keep(name: str, _: int, rows: torch.Tensor, __: torch.Tensor) -> None:
+        nonlocal last
+        narrow = rows.float()  # all there is to them: models run in float32 at most
+        last = last if last is not None and torch.equal(last, narrow) else narrow  # once for all that read the same
+        fed.setdefault(name, []).append(last)
+
+    walk.run(modules, keep, go_on=True)
     return fed
 
 
-def _stages(fed: dict[str, list[torch.Tensor]]) -> list[list[str]]:
-    """Put layers together that read the same, as queries, keys and values do."""
+def _stages(fed: dict[str, list[torch.Tensor]], layers: dict[str, list[Change]]) -> list[list[str]]:
+    """Put layers together that read the same, as queries, keys and values do; experts are by themselves."""
     import torch
 
     stages: list[list[str]] = []
+    alone = True
     for name, rows in fed.items():
-        if stages and torch.equal(fed[stages[-1][0]][0], rows[0]):
+        is_alone = is_experts(layers[name][0].module)
+        if stages and not alone and not is_alone and torch.equal(fed[stages[-1][0]][0], rows[0]):
             stages[-1].append(name)
         else:
             stages.append([name])
+        alone = is_alone
     return stages
 
 
-def _refit(changes: list[Change], old_inputs: list[torch.Tensor], walk: Walk, ridge: float) -> list[float]:
-    import torch
+class _Fit:
+    """Fits changes to what the new model feeds them, and keeps account of them.
 
-    from regraft.weights import match_effect
+    Args:
+        ridge: λ.
+        passed_over: Why what cannot be fitted is passed over, by name.
+    """
 
-    width = changes[0].factor.shape[1]
-    cross, second = (torch.zeros(width, width, dtype=torch.float64, device=old_inputs[0].device) for _ in range(2))
+    def __init__(self, ridge: float, passed_over: dict[str, str]):
+        self.ridge, self.passed_over = ridge, dict(passed_over)
+        self.moved: dict[Change, list[float]] = {}  # ‖D' − D‖ / ‖D‖
 
-    def add(_: str, number: int, rows: torch.Tensor, __: torch.Tensor) -> None:
-        cross.add_(old_inputs[number].T @ rows)
-        second.add_(rows.T @ rows)
+    def layers(self, changes: list[Change], old_inputs: list[torch.Tensor], walk: Walk) -> None:
+        """Fit layers that read the same.
 
-    walk.run([changes[0].module], add)
-    moved = []
-    for change in changes:
-        matched = match_effect(change.factor, cross, second, ridge)
-        moved.append(float((matched - change.factor).norm() / change.factor.norm().clamp(min=1e-12)))
-        change.become(matched)
-    return moved
+        Args:
+            changes: Theirs.
+            old_inputs: What the old model feeds them, by batch.
+            walk: Through the new model.
+        """
+        import torch
+
+        width = changes[0].factor.shape[-1]
+        cross, second = (torch.zeros(width, width, dtype=torch.float64, device=old_inputs[0].device) for _ in range(2))
+        paired = True
+
+        def add(_: str, number: int, rows: torch.Tensor, __: torch.Tensor) -> None:
+            nonlocal paired
+            paired = paired and rows.shape == old_inputs[number].shape
+            if paired:
+                cross.add_(old_inputs[number].to(rows).T @ rows)
+                second.add_(rows.T @ rows)
+
+        walk.run([changes[0].module], add)
+        for change in changes:
+            if not paired:
+                self.passed_over[change.name] = "fed other tokens in the two models"
+                continue
+            matched = self._match(change, change.factor, cross, second)
+            change.become(matched)
+
+    def experts(
+        self,
+        changes: list[Change],
+        sides: tuple[Any, Any],
+        wrappers: list[dict[str, Any]],
+        old_hidden: list[torch.Tensor],
+        walk: Walk,
+    ) -> None:
+        """Fit each of a block's experts on the tokens that the new model routes to it.
+
+        The old model's expert is asked for the same tokens, whether or not that routes them there.
+
+        Args:
+            changes: What is changed of the experts' projections.
+            sides: The old and the new model's experts.
+            wrappers: PEFT's wrappers of their parameters.
+            old_hidden: What the old model feeds its experts, by batch.
+            walk: Through the new model.
+        """
+        import torch
+
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        walk.run([sides[1]], lambda _, __, rows, routed: seen.append((rows, routed)))
+        hidden, routed = (torch.cat(side) for side in zip(*seen, strict=True))
+        old = torch.cat(old_hidden).to(hidden)
+        for position, part in enumerate(projections(sides[1])):
+            change = next((change for change in changes if change.name.endswith(f".{part}")), None)
+            if change is None:
+                continue
+            matched, width = change.factor.clone(), change.factor.shape[-1]
+            few = []
+            for number in range(len(matched)):
+                reached = (routed == number).any(dim=1)
+                rows = [side[reached] for side in (old, hidden)]
+                if len(rows[0]) < width:  # as many unknowns for each output: fewer tell nothing of some directions
+                    few.append(number)
+                    continue
+                if position:
+                    pairs = zip(sides, wrappers, rows, strict=True)
+                    rows = [Expert(side, number, own).inner(x) for side, own, x in pairs]
+                cross, second = rows[0].T @ rows[1], rows[1].T @ rows[1]
+                matched[number] = self._match(change, matched[number], cross, second)
+            change.become(matched)
+            if few:
+                told = f"experts {', '.join(map(str, few))}" if len(few) < len(matched) else "all experts"
+                self.passed_over[change.name] = f"{told}: reached by fewer tokens than their width of {width}"
+
+    def finish(self, changes: list[Change]) -> None:
+        """Name what no text has shown.
+
+        Args:
+            changes: All that were to be fitted.
+        """
+        for change in changes:
+            if change not in self.moved:
+                self.passed_over.setdefault(change.name, "not run by itself")
+
+    def mean(self) -> float:
+        """Return the mean of ‖D' − D‖ / ‖D‖."""
+        moved = [number for numbers in self.moved.values() for number in numbers]
+        return sum(moved) / len(moved)
+
+    def describe(self) -> str:
+        """Say why layers were passed over, by the first of them."""
+        named = [f"{name} ({why})" for name, why in self.passed_over.items()]
+        return "; ".join(named[:3]) + (" …" if len(named) > 3 else "") or "the adaptation changes no matrix"
+
+    def _match(self, change: Change, factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        from regraft.weights import match_effect
+
+        before = factor.to(second.device)
+        matched = match_effect(before, cross, second, self.ridge)
+        self.moved.setdefault(change, []).append(float((matched - before).norm() / before.norm().clamp(min=1e-12)))
+        return matched
 
 
 METHOD = Method("ridge", "match the old delta's effect on the new base's own activations", ("text",), run, Ridge)

@@ -184,6 +184,7 @@ class _Deltas:
 
     def _part(self, job: Job, name: str, parameter: torch.Tensor) -> Any:
         """Give a parameter that carries a delta, its value grafted and without it, and its group."""
+        from regraft.adaptation.changes import parameter_of
         from regraft.adaptation.lora import START
         from regraft.adaptation.model import ADAPTER
         from regraft.adaptation.rework import shift_of
@@ -197,11 +198,11 @@ class _Deltas:
             new = upgrade.new.parameters[inner].to(value)
             return (parameter.data, value, new, self.group(inner)) if not new.equal(value) else None
         if job.adaptation.kind == "lora":
-            module, found, _ = plain.partition(f".lora_B.{ADAPTER}.")
+            module, found, _ = name.partition(f".lora_B.{ADAPTER}.")
         else:
-            module, found, _ = plain.partition(".bottleneck.up.")
-        inner = f"{module}.weight".removeprefix(self.prefix)
-        if not found or shift_of(upgrade, inner) is None:
+            module, found, _ = name.partition(".bottleneck.up.")
+        inner = parameter_of(module, self.model).removeprefix(START).removeprefix(self.prefix) if found else ""
+        if not inner or shift_of(upgrade, inner) is None:
             return None
         return parameter.data, value, None, self.group(inner)
 

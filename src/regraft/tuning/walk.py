@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import MismatchError
+from regraft.adaptation.experts import is_experts
 from regraft.tuning.predict import autocast, device, forward, last_read, plan_batches
 
 if TYPE_CHECKING:
@@ -20,15 +20,13 @@ if TYPE_CHECKING:
 class Walk:
     """Goes through a model block by block; a block can be run again after its weights were changed.
 
-    The first part of the model is all up to the first block's end, the last one all after the last block.
+    The first part of the model is all up to the first block's end, the last one all after the last block. A model whose
+    blocks cannot be told apart, because they share layers as ALBERT's do, is one part.
 
     Args:
         model: A classifier of any kind that has no virtual tokens.
         examples: Texts; two walks on the same ones see the same tokens in the same rows.
         precision: `bf16` or `fp32`.
-
-    Raises:
-        MismatchError: Its blocks cannot be found.
     """
 
     def __init__(self, model: Any, examples: Examples, precision: str):
@@ -36,14 +34,14 @@ class Walk:
 
         self.model, self.precision = model.to(device()).eval(), precision
         self.wide = torch.float64 if precision == "fp32" else torch.float32  # for sums that lose nothing
-        body = getattr(model, "get_base_model", lambda: model)()
-        count = body.config.num_hidden_layers
-        found = [m for m in body.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-        if not found:
-            raise MismatchError(
-                f"a {type(body).__name__} has no list of its {count} blocks: they cannot be told apart."
-            )
-        self.blocks = list(found[0])
+        classifier = getattr(model, "get_base_model", lambda: model)()
+        count = classifier.config.num_hidden_layers
+        lists = [m for m in classifier.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+        self.blocks = list(lists[0]) if lists else []
+        inside = [module for block in self.blocks for module in block.modules()]
+        if len(set(inside)) < len(inside):
+            self.blocks = []
+        self.body = set(classifier.base_model.modules())
         self.names = {module: name for name, module in model.named_modules()}
         self.batches = []
         for indices in plan_batches(model, examples):
@@ -64,7 +62,8 @@ class Walk:
         Args:
             watched: Modules that are watched where they belong to this part.
             watch: Called with a module's name, the batch's number, what the module is fed and what it gives, each
-                tokens × width, padding left out, in `wide`.
+                tokens × width, padding left out, in `wide`; of a module that runs more than once, the tokens of all its
+                runs. What experts give is which of them each token is routed to.
             go_on: Whether to keep what comes out and go on to the next part.
         """
         for number in range(len(self.batches)):
@@ -85,10 +84,12 @@ class Walk:
         import torch
 
         batch, before = self.batches[number], self.states[number]
-        handles = [self._watch(module, number, watch) for module in watched if watch]
-        handles += [self._end(number, keep)] if self.part < len(self.blocks) else []
+        runs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        handles = [self._watch(module, number, runs) for module in watched if watch]
         for block in self.blocks[: self.part]:  # their outputs are known
             block.forward = lambda *_, **__: before
+        if self.part < len(self.blocks):
+            self._end(number, keep)
         try:
             with torch.no_grad(), autocast(self.precision, device()):
                 forward(self.model, batch)
@@ -97,38 +98,50 @@ class Walk:
         finally:
             for handle in handles:
                 handle.remove()
-            for block in self.blocks[: self.part]:
+            for block in self.blocks[: self.part + 1]:
                 del block.forward
-
-    def _watch(self, module: Any, number: int, watch: Watch) -> Any:
-        import torch
-
-        name = self.names[module]
-
-        def look(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if self.part_of.setdefault(name, self.part) != self.part:  # embeddings are computed with every part
-                return
-            fed, given = (self._rows(t, number).to(self.wide) for t in (args[0], output))
-            with torch.autocast(fed.device.type, enabled=False):  # what is summed up is not to be rounded
+        if watch:
+            for name, sides in runs.items():
+                fed, given = (torch.cat(side) for side in zip(*sides, strict=True))
                 watch(name, number, fed, given)
 
-        return module.register_forward_hook(look)
+    def _watch(self, module: Any, number: int, runs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> Any:
+        name, routed = self.names[module], is_experts(module)
+        late = module not in self.body if not self.blocks else self.part == len(self.blocks)
 
-    def _rows(self, tensor: torch.Tensor, number: int) -> torch.Tensor:
+        def look(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if self.part_of.setdefault(name, self.part) != self.part:  # embeddings are computed with every part
+                return
+            inputs: list[Any] = [*args, *kwargs.values()]
+            fed = inputs[0]
+            given = inputs[1] if routed else output[0] if isinstance(output, tuple) else output
+            runs.setdefault(name, []).append((self._rows(fed, number, late), self._rows(given, number, late)))
+
+        return module.register_forward_hook(look, with_kwargs=True)
+
+    def _rows(self, tensor: torch.Tensor, number: int, late: bool) -> torch.Tensor:
         import torch
 
-        mask, last = self.batches[number]["attention_mask"].bool(), last_read(self.model, self.batches[number])
-        if tensor.dim() == 3 and self.part == len(self.blocks) and last is not None:  # where a decoder's head reads
-            return tensor[torch.arange(len(mask)), last] if tensor.shape[1] == mask.shape[1] else tensor.flatten(0, -2)
-        return tensor[mask] if tensor.shape[: mask.dim()] == mask.shape else tensor.flatten(0, -2)
+        mask = self.batches[number]["attention_mask"].bool()
+        last = last_read(self.model, self.batches[number]) if late and tensor.dim() == 3 else None
+        if tensor.dim() > 2 and tensor.shape[:2] == mask.shape:
+            tensor = tensor[mask] if last is None else tensor[torch.arange(len(mask)), last]  # where the head reads
+        elif tensor.dim() == 2 and len(tensor) == mask.numel():  # as Conv1D and experts are fed: laid out flat
+            tensor = tensor[mask.flatten()]
+        rows = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor
+        return rows.to(self.wide) if rows.is_floating_point() else rows
 
-    def _end(self, number: int, keep: bool) -> Any:
-        def stop(_: Any, args: Any, output: Any) -> None:
+    def _end(self, number: int, keep: bool) -> None:
+        block = self.blocks[self.part]
+        run = block.forward
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            output = run(*args, **kwargs)
             if keep:
                 self.states[number] = output
             raise _PartDone
 
-        return self.blocks[self.part].register_forward_hook(stop)
+        block.forward = stop  # no hook: some models call it without
 
 
 class _PartDone(Exception):

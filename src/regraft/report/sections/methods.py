@@ -124,4 +124,10 @@ def _notes(setting: Setting) -> list[str]:
             note = found.record["notes"].get(name)
             if isinstance(note, str):
                 said.append(f"{found.record['method']}, seed {found.record['seed']}: {note}")
+        left = found.record["notes"].get("passed_over")
+        if left and isinstance(left, dict):
+            said.append(
+                f"{found.record['method']}, seed {found.record['seed']}: {len(left)} layers carry their old delta "
+                f"unchanged: {', '.join(list(left)[:3])}{' …' * (len(left) > 3)}"
+            )
     return list(dict.fromkeys(said))
