@@ -46,13 +46,15 @@ class Row:
         settings: What its config is made with, beside or in place of SIZE.
         stored: Changes the tensors of a folder into what the hub has, the same weights.
         config: What the hub's `config.json` says otherwise; None removes a key.
-        passed_over: Whether `ridge` may pass over layers, which its notes then name.
+        is_shared: Whether its layers are one layer: what a layer is fed changes with its own refit, so `ridge` has no
+            closed form on the refitted model's activations.
     """
 
     head: str
     settings: dict = dataclasses.field(default_factory=dict)
     stored: object = None
     config: dict = dataclasses.field(default_factory=dict)
+    is_shared: bool = False
 
 
 def legacy_norms(tensors):
@@ -87,7 +89,7 @@ TABLE = {
     "camembert": Row("CamembertForMaskedLM"),
     "electra": Row("ElectraForMaskedLM", {"embedding_size": 16}, config=FOUR),
     "distilbert": Row("DistilBertForMaskedLM", {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}),
-    "albert": Row("AlbertForMaskedLM", {"embedding_size": 16}, config=FOUR),
+    "albert": Row("AlbertForMaskedLM", {"embedding_size": 16}, config=FOUR, is_shared=True),
     "mpnet": Row("MPNetForMaskedLM"),
     "roformer": Row("RoFormerForMaskedLM", {"embedding_size": 32}),
     "modernbert": Row("ModernBertForMaskedLM"),
@@ -366,6 +368,8 @@ def test_an_adaptation_is_converted_both_ways(case, tmp_path):
 
 
 def test_ridge_is_its_closed_form(case, tmp_path):
+    if case.row.is_shared:
+        return
     outcome = recycled(case, "ridge", case.tuned, tmp_path / "out", options=Ridge(head=False))
     tuned, refitted = (
         AutoModelForSequenceClassification.from_pretrained(folder).eval()
