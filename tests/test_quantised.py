@@ -158,6 +158,40 @@ def test_int8_is_dequantised_by_rows(tmp_path):
     assert torch.equal(checkpoint.piece("a.weight", 65, 300), expected.flatten()[65:365])
 
 
+@pytest.mark.parametrize(("model_type", "is_transposed"), [("gpt2", True), ("gpt_neo", False), (None, None)])
+def test_int8_of_conv1d_layers_is_stored_transposed(tmp_path, model_type, is_transposed):
+    torch.manual_seed(0)
+    codes, scale = torch.randint(-127, 128, (300, 70), dtype=torch.int8), torch.rand(300)
+    write(tmp_path / "model.safetensors", **{"h.0.attn.c_proj.weight": codes, "h.0.attn.c_proj.SCB": scale})
+    if model_type is None:
+        with pytest.raises(CheckpointError, match=r"no config\.json says"):
+            Checkpoint.open(tmp_path)
+        return
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "quantization_config": INT8}))
+    checkpoint = Checkpoint.open(tmp_path)
+    expected = codes * scale[:, None] * 7.874015718698502e-3
+    expected = expected.T if is_transposed else expected
+    assert torch.equal(checkpoint["h.0.attn.c_proj.weight"], expected)
+    assert torch.equal(checkpoint.piece("h.0.attn.c_proj.weight", 65, 700), expected.flatten()[65:765])
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid"), [((40, 72), (5, 9)), ((48, 30), (48, 1)), ((4, 256, 200), (4, 1, 1)), ((256, 200), (4, 1))]
+)
+@pytest.mark.parametrize("settings", [{}, {"quantization_config": FP8 | {"weight_block_size": None}}])
+def test_blocks_that_no_config_names_divide_the_weight(tmp_path, shape, grid, settings):
+    codes, scale = torch.randn(shape).to(E4M3), torch.rand(grid)
+    write(tmp_path / "model.safetensors", w=codes, w_scale_inv=scale)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert torch.equal(Checkpoint.open(tmp_path)["w"], Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32))
+
+
+def test_blocks_that_may_be_cut_off_are_not_guessed(tmp_path):
+    file = write(tmp_path / "w.safetensors", w=torch.ones(36, 32).to(E4M3), w_scale_inv=torch.ones(3, 2))  # of 16 × 16
+    with pytest.raises(CheckpointError, match="weight_block_size"):
+        Checkpoint.open(file)
+
+
 @pytest.mark.parametrize(
     "kinds", ["int8 int8 int8", "fp8 fp8 fp8", "plain plain int8", "fp8 plain plain", "plain fp8 int8"]
 )
@@ -274,11 +308,11 @@ CODES = torch.ones(4, 4, dtype=torch.int8)
         ({f"{W}.weight": CODES, f"{W}.weight_scale": ONES[:, :1]}, {}, "compressed-tensors.*made from"),
         ({f"{W}.weight": INTEGERS.view(torch.uint32), f"{W}.scales": ONES}, {}, "U32.*full precision"),
         ({f"{W}.weight": ONES.to(E5M2)}, {"quantization_config": FP8}, "'fp8'.*F8_E5M2.*full precision"),
-        ({f"{W}.weight": CODES}, {}, "I8, no floating-point.*full precision"),
+        ({f"{W}.weight": CODES}, {}, "I8. holds no weights.*full precision"),
         ({f"{W}.weight": ONES, f"{W}.weight_scale_inv": ONES[:1, :1]}, {}, "scale of no eight-bit weight"),
         ({f"{W}.weight": ONES}, {"quantization_config": {"quant_method": "hqq"}}, "'hqq'.*remove quantization_config"),
         ({f"{W}.weight": CODES, f"{W}.SCB": ONES[0, :3]}, {}, "a number for each row"),
-        ({f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale_inv": ONES[:2, :2]}, {}, "each block of 128 × 128"),
+        ({f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale_inv": ONES[:3, :3]}, {}, "each block of 128 × 128"),
         (
             {f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale_inv": ONES[:2, :2]},
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, "many"]}},
@@ -289,7 +323,11 @@ CODES = torch.ones(4, 4, dtype=torch.int8)
             {},
             "GPU's tiles",
         ),
-        ({"h.0.attn.c_proj.weight": CODES, "h.0.attn.c_proj.SCB": ONES[0]}, {}, "Conv1D.*transposed"),
+        (
+            {f"{W}.indices": INTEGERS, f"{W}.centroids": ONES},
+            {"quantization_config": {"quant_method": "vptq"}},
+            "'vptq'.*indices.*holds no weights",
+        ),
     ],
 )
 def test_other_formats_are_refused_with_their_remedy(tmp_path, stored, settings, expected):

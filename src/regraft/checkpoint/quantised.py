@@ -24,7 +24,10 @@ INT8_UNIT = 7.874015718698502e-3  # 1/127 as bitsandbytes' int8_vectorwise_dequa
 STEP = 1 << 18  # numbers that are computed at once
 FP8 = ("F8_E4M3", "F8_E5M2")
 EXPONENTS = ("U8", "F8_E8M0")  # scales that are powers of two, stored as their exponent plus 127
+# layers that are Conv1D modules in these classes of transformers, whose weights bitsandbytes stores transposed, and
+# nn.Linear modules in others (GPT-Neo, StarCoder)
 CONV1D = re.compile(r"(?:^|\.)(?:c_attn|c_proj|c_fc|q_attn)\.weight$")
+CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 # integers under these names are codes of weights; those under other names are masks and positions
 CODES = re.compile(r"(?:^|[._])(?:weight|qweight|qzeros|packed|W_q|qdata|_data|blocks|codes)$")
 BNB_4BIT = re.compile(r"\.(?:absmax|quant_map|quant_state\.bitsandbytes__\w+)$")
@@ -68,6 +71,7 @@ class Quantised(TensorInfo):
         grid: How many rows and columns of blocks a matrix has.
         block: The rows and columns of a block.
         unit: What the scales are multiplied by.
+        transposed: Whether the stored numbers are those of the transposed weight, and blocks are its rows.
     """
 
     codes: TensorInfo
@@ -75,6 +79,7 @@ class Quantised(TensorInfo):
     grid: tuple[int, int]
     block: tuple[int, int]
     unit: float
+    transposed: bool = False
 
     def numbers(self, read: Read, start: int, count: int) -> torch.Tensor:
         """Compute some numbers of the weight, laid out flat: code · scale of its block · unit, in float32.
@@ -89,6 +94,8 @@ class Quantised(TensorInfo):
         """
         import torch
 
+        if self.transposed:
+            return self._transposed(read, start, count)
         values = torch.empty(count, dtype=torch.float32)
         for row, rows, column, columns in self._rectangles(start, count):
             first = row * self.shape[-1] + column
@@ -96,6 +103,13 @@ class Quantised(TensorInfo):
             part.copy_(read(self.codes, first, rows * columns).view(rows, columns))
             part.mul_(self._scales(read, row, rows, column, columns))
         return values if self.unit == 1 else values.mul_(self.unit)
+
+    def _transposed(self, read: Read, start: int, count: int) -> torch.Tensor:
+        width = self.shape[1]
+        first, last = start // width, -(-(start + count) // width)
+        codes = read(self.codes, 0, math.prod(self.shape)).view(self.codes.shape)[:, first:last]
+        values = codes.float() * read(self.scale, 0, width).float()[:, None] * self.unit
+        return values.T.reshape(-1)[start - first * width :][:count].clone()
 
     def _rectangles(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
         """Divide a range of flat numbers into rectangles: first row, rows, first column, columns."""
@@ -160,9 +174,12 @@ def dequantised(path: Path, stored: Mapping[str, TensorInfo], settings: Mapping[
         elif info.dtype == "I8" and name.endswith("weight"):
             scale = stored.get(name.removesuffix("weight") + "SCB")
         if scale:
-            weights[name] = _quantised(path, stored, info, scale, quantisation)
+            weights[name] = _quantised(path, stored, info, scale, settings)
     scales = {info.scale.name for info in weights.values() if isinstance(info, Quantised)}
     if not weights and quantisation and not any(_is_code(info) for info in stored.values()):
+        for info in stored.values():
+            if info.dtype not in (*FLOATING, "BOOL", "I64"):  # masks, positions and counters lie in any checkpoint
+                raise _refusal(path, info, stored, quantisation)
         raise CheckpointError(
             f"{path}: its config.json says that it is quantised ({quantisation.get('quant_method')!r:.80}), and all "
             "its tensors are plain numbers. If these are its weights, remove quantization_config from config.json."
@@ -230,19 +247,19 @@ def _is_code(info: TensorInfo) -> bool:
 
 
 def _quantised(
-    path: Path, stored: Mapping[str, TensorInfo], codes: TensorInfo, scale: TensorInfo, quantisation: Mapping[str, Any]
+    path: Path, stored: Mapping[str, TensorInfo], codes: TensorInfo, scale: TensorInfo, settings: Mapping[str, Any]
 ) -> Quantised:
-    shape = codes.shape
+    shape, transposed, unit = codes.shape, False, 1.0
     if codes.dtype == "I8":
-        _check_layout(path, codes, stored.get(codes.name + "_format"))
+        transposed = _is_transposed(path, codes, stored.get(codes.name + "_format"), settings)
         expected, unit = "a number for each row", INT8_UNIT
         grid, block = (shape[0] if shape else 0, 1), (1, shape[-1] if shape else 0)
         fits = len(shape) == 2 and math.prod(scale.shape) == shape[0] and scale.dtype in FLOATING
     else:
-        size = _block_size(path, quantisation)
-        expected, unit = f"one for each block of {size[0]} × {size[1]}", 1.0
         rows, columns = (1, 1, *shape)[-2:]
-        grid, block = (-(-rows // size[0]), -(-columns // size[1])), size
+        block = _block(path, (rows, columns), scale.shape, _quantisation_of(settings))
+        expected = f"one for each block of {block[0]} × {block[1]} (weight_block_size in config.json)"
+        grid = -(-rows // block[0]), -(-columns // block[1])
         fits = len(shape) > 1 and scale.shape == (*shape[:-2], *grid)
         if math.prod(scale.shape) == 1:
             grid, block, fits = (1, 1), (math.prod(shape[:-1]), columns), len(shape) > 1
@@ -250,31 +267,58 @@ def _quantised(
     if not fits:
         raise CheckpointError(
             f"{path}: tensor {codes.name!r:.200} of shape {shape} has scales {scale.name!r:.200} of shape "
-            f"{scale.shape} and dtype {scale.dtype}, expected {expected}. Give the files that were saved together, "
-            "config.json (weight_block_size) among them."
+            f"{scale.shape} and dtype {scale.dtype}, expected {expected}. Give the files that were saved together."
         )
-    return Quantised(codes.name, "F32", shape, codes.file, codes.start, codes.end, codes, scale, grid, block, unit)
+    shape = shape[::-1] if transposed else shape
+    return Quantised(
+        codes.name, "F32", shape, codes.file, codes.start, codes.end, codes, scale, grid, block, unit, transposed
+    )
 
 
-def _block_size(path: Path, quantisation: Mapping[str, Any]) -> tuple[int, int]:
-    size = quantisation.get("weight_block_size") or BLOCK
+def _block(
+    path: Path, shape: tuple[int, int], scales: tuple[int, ...], quantisation: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Return the rows and columns of a block, from the number of scales where the config leaves them open."""
+    size = quantisation.get("weight_block_size")
+    if size is None:
+        rows, columns = scales[-2:] if len(scales) > 1 else (1, 1)
+        return _edge(shape[0], rows, BLOCK[0]), _edge(shape[1], columns, BLOCK[1])
     if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
         raise CheckpointError(f"{path}/config.json: weight_block_size is {size!r:.80}, not two whole numbers from 1.")
     return size[0], size[1]
 
 
-def _check_layout(path: Path, codes: TensorInfo, order: TensorInfo | None) -> None:
-    """Refuse int8 numbers that are not laid out as the weight is."""
-    if CONV1D.search(codes.name):
-        reason = "is of a Conv1D layer, which bitsandbytes stores transposed"
-    elif order and not _is_zero(order):
-        reason = f"is stored in the order of a GPU's tiles ({order.name!r:.200})"
-    else:
-        return
-    raise CheckpointError(
-        f"{path}: tensor {codes.name!r:.200} {reason}. Load it with the transformers and bitsandbytes that wrote it, "
-        "call dequantize() of the model and save_pretrained."
-    )
+def _edge(length: int, count: int, usual: int) -> int:
+    """Divide a dimension by its number of scales where the usual edge does not fit, as transformers does.
+
+    Only into powers of two: blocks of another size could be larger ones whose last is cut off.
+    """
+    if count == -(-length // usual) or not length:
+        return usual
+    if count == 1:
+        return length
+    edge = length // count if count else 0
+    return edge if edge * count == length and edge.bit_count() == 1 else usual
+
+
+def _is_transposed(path: Path, codes: TensorInfo, order: TensorInfo | None, settings: Mapping[str, Any]) -> bool:
+    """Tell whether int8 numbers are of the transposed weight, and refuse those in an order that is not known."""
+    inner = (value for key, value in settings.items() if key.endswith("config") and isinstance(value, dict))
+    types = {str(level["model_type"]) for level in (settings, *inner) if level.get("model_type")}
+    problem = ""
+    if order and not _is_zero(order):
+        problem = (
+            f"is stored in the order of a GPU's tiles ({order.name!r:.200}). Load it with the transformers and "
+            "bitsandbytes that wrote it, call dequantize() of the model and save_pretrained."
+        )
+    elif CONV1D.search(codes.name) and not types:
+        problem = (
+            "is stored transposed in some models (GPT-2) and as it is in others (StarCoder), and no config.json says "
+            "which this is. Give the folder that save_pretrained wrote."
+        )
+    if problem:
+        raise CheckpointError(f"{path}: tensor {codes.name!r:.200} {problem}")
+    return CONV1D.search(codes.name) is not None and not types.isdisjoint(CONV1D_TYPES)
 
 
 def _is_zero(info: TensorInfo) -> bool:
@@ -295,7 +339,7 @@ def _refusal(
         if method := quantisation.get("quant_method"):
             kind = f" (quant_method {method!r:.80})"
     stray = SCALE.search(info.name) and info.dtype in FLOATING
-    what = "is the scale of no eight-bit weight" if stray else f"holds {info.dtype}, no floating-point numbers of it"
+    what = "is the scale of no eight-bit weight" if stray else f"({info.dtype}) holds no weights"
     return CheckpointError(
         f"{path}: is quantised{kind} in a way that is not read: tensor {info.name!r:.200} {what}. {remedy}"
     )
