@@ -107,6 +107,12 @@ def outcome(result: Outcome) -> None:
     if left and isinstance(left, dict):
         named = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3]) + "; …" * (len(left) > 3)
         console.print(escape(f"{len(left)} layers carry their old delta unchanged ({named})"), highlight=False)
+    if grafted := record["notes"].get("grafted_in_place_of_the_base"):
+        named = ", ".join(grafted[:2]) + " …" * (len(grafted) > 2)
+        console.print(
+            escape(f"{len(grafted)} tensors that take the place of the base's carry their change alone ({named})"),
+            highlight=False,
+        )
     console.print(
         f"{cost['steps']} steps, {cost['seconds']:.0f} s, {cost['labels']} labelled examples", highlight=False
     )
