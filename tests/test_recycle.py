@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import weights
+from conftest import adapt, weights
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from regraft import Base, Recipe, Upgrade, compare, load_adaptation, load_outcome, recycle, tune
 from regraft.adaptation import load_model
@@ -334,3 +335,14 @@ def test_the_old_score_of_a_comparison_is_the_mean_over_seeds(bases, tuned, task
         Upgrade(*bases["bert"]), tuned["bert", "lora"], task_file, ["direct"], tmp_path, recipe=FEW, seeds=(20, 30)
     )
     assert table.old == pytest.approx((1 + labels.count(0) / len(labels)) / 2)
+
+
+def test_a_pooler_that_one_base_lacks_is_copied_and_named(tmp_path, bases, task_file, quick):
+    old = tmp_path / "pooled"
+    AutoModel.from_pretrained(bases["bert"][0], add_pooling_layer=True).save_pretrained(old)
+    Base.open(bases["bert"][0]).tokenizer.save_pretrained(old)
+    tuned = adapt(Base.open(old), "full", tmp_path / "tuned")
+    outcome = recycle(Upgrade(old, bases["bert"][1]), tuned, task_file, "direct", tmp_path / "out", recipe=quick)
+    names = ["bert.pooler.dense.bias", "bert.pooler.dense.weight"]
+    assert outcome.record["notes"]["copied_as_a_base_lacks_it"] == names
+    assert all(torch.equal(weights(outcome.path / "adaptation")[name], weights(tuned)[name]) for name in names)

@@ -35,7 +35,7 @@ OF_THE_TUNED = {"architectures", "id2label", "label2id", "problem_type", "dtype"
 
 def write_graft(
     adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress, *, replace: bool = False
-) -> tuple[str, ...]:
+) -> dict[str, list[str]]:
     """Write old tuned weights for the new base: new + (tuned − old), or the adapter; the head is copied.
 
     A LoRA that took its start out of the old base is written as the plain LoRA that it amounts to there. What an
@@ -51,17 +51,20 @@ def write_graft(
         replace: Whether an adapter's tensors take the place of the new base's as they are stored.
 
     Returns:
-        The names of an adapter's tensors that were grafted, as they stand in place of the base's.
+        Tensors that the outcome's notes name: `grafted_in_place_of_the_base`, those of an adapter that take the place
+        of the base's; `copied_as_a_base_lacks_it`, those of a full fine-tune that pre-training left out of one base.
 
     Raises:
         MismatchError: A tensor of the body is not in the bases, or has another shape there.
     """
     if adaptation.kind == "full":
         write_carried(adaptation, upgrade, graft_body(adaptation, upgrade, lambda _: graft), {}, into, progress)
-        return ()
+        sides = upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation)), upgrade.old.named
+        left_out = counterparts(*sides).left_out
+        return {"copied_as_a_base_lacks_it": list(left_out)} if left_out else {}
     tensors, settings, replaced = grafted_adapter(adaptation, upgrade, replace=replace)
     write_carried(adaptation, upgrade, tensors, settings, into, progress)
-    return replaced
+    return {"grafted_in_place_of_the_base": list(replaced)} if replaced else {}
 
 
 def grafted_adapter(

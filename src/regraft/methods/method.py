@@ -67,9 +67,7 @@ class Job:
         from regraft.adaptation import change_head, write_graft
 
         graft = self.work / "graft" / "kept" if self.head != "copy" else into
-        replaced = write_graft(self.adaptation, self.upgrade, graft, self.progress, replace=self.replace)
-        if replaced:
-            self.notes["grafted_in_place_of_the_base"] = list(replaced)
+        self.notes.update(write_graft(self.adaptation, self.upgrade, graft, self.progress, replace=self.replace))
         if self.head == "copy":
             return
         change_head(graft, self.upgrade.new, self.data.labels, self.head, self.recipe.seed, into)
