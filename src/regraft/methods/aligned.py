@@ -268,7 +268,10 @@ class _Turned:
 
     def passed_over(self) -> list[str]:
         """Name the modules of the body that tuning changed and that were not turned."""
-        return [n for n, module in self.modules.items() if n not in self.names and self._is_changed(n, module)]
+        from regraft.adaptation.changes import parameter_of
+
+        left = [n for n, module in self.modules.items() if n not in self.names and self._is_changed(n, module)]
+        return [n if n in self.whole else parameter_of(n, self.modules[n]) for n in left]
 
     def _is_changed(self, name: str, module: Any) -> bool:
         import torch
