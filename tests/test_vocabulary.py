@@ -189,7 +189,7 @@ def embeddings(folder):
     return {token: rows[i] for token, i in ids.items()}
 
 
-@pytest.mark.parametrize("method", ["direct", "ridge", "init+distill"])
+@pytest.mark.parametrize("method", ["direct", "ridge", "aligned", "init+distill"])
 def test_a_fine_tune_is_carried_to_a_base_with_another_vocabulary(tmp_path, grown, tuned, task_file, method):
     source = tuned["llama", "full"] / "adaptation"
     recipe = Recipe(steps=2, precision="fp32")

@@ -232,6 +232,11 @@ class Architecture:
         names = (f"{name}.weight" for name, each in self.model.named_modules() if each is module)
         return next((self._canonical.get((name, ""), name) for name in names), None)
 
+    @property
+    def token_parameters(self) -> frozenset[str]:
+        """The names in memory of the parameters whose first dimension is the vocabulary."""
+        return frozenset(self.parameter_of(name) for name in self.by_token)
+
     @functools.cached_property
     def by_token(self) -> frozenset[str]:
         """The canonical names of the tensors whose first dimension is the vocabulary: those that grow with it."""

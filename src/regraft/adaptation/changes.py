@@ -84,7 +84,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            changes += _of_lora(parameter_of(name, model), name, module)
+            changes += _of_lora(parameter_of(name, module), name, module)
         elif is_experts(module) and adaptation.kind == "full":
             for part in projections(module):
                 moved, turned = delta(f"{name}.{part}"), module.is_transposed
@@ -185,17 +185,17 @@ def is_transposed(module: Any) -> bool:
     return isinstance(module, Conv1D)
 
 
-def parameter_of(name: str, model: Any) -> str:
+def parameter_of(name: str, module: Any) -> str:
     """Name the parameter that a LoRA or a bottleneck on a module changes.
 
     Args:
         name: The module's name.
-        model: The model with the adapter.
+        module: The module, as PEFT wraps it.
 
     Returns:
         The parameter's name in the model without it, under the prefix that PEFT has for all.
     """
-    parameter = getattr(model.get_submodule(name), "parameter_name", "weight")
+    parameter = getattr(module, "parameter_name", "weight")
     return f"{name.replace('.base_layer', '')}.{parameter}"  # of one module several may be wrapped
 
 

@@ -129,7 +129,7 @@ def attach(model: Any, base: Base, config: Config, seed: int) -> Any:
     with quiet():
         try:
             adapted: Any = get_peft_model(model, untyped, adapter_name=ADAPTER)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise KindError(f"{base.path}: PEFT cannot put {config.peft_type} on it ({error}).") from error
         if str(getattr(config, "init_lora_weights", True)).lower().startswith(BASE_CHANGING_INITS):
             adapted.regraft_start = {name: t.clone() for name, t in peft_state(adapted).items() if ".lora_" in name}

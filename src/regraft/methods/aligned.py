@@ -13,7 +13,7 @@ from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Job, Method
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     import torch
 
@@ -65,6 +65,7 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
     from regraft.adaptation import fresh_model, load_model, save_model
     from regraft.adaptation.changes import KINDS
     from regraft.adaptation.rework import check_reworkable
+    from regraft.adaptation.tokens import tuned_rows
     from regraft.tuning.examples import encode_alike
     from regraft.tuning.walk import Walk
 
@@ -80,8 +81,11 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
     ]
     turned, rotations = _Turned(grafted, tuned, upgrade.old), _Rotations(options.shrink)
     is_head = False
+    tables = _tables(
+        walks, () if tuned_rows(job.adaptation, upgrade) is None else upgrade.old.architecture.token_parameters
+    )
     for part in range(walks[0].parts):
-        for name, (fed, given) in _spaces(walks).items():
+        for name, (fed, given) in _spaces(walks, tables).items():
             if is_head:  # what comes after a head's first layer has that one's coordinates, which stay
                 break
             is_head = turned.is_head(name)
@@ -97,32 +101,35 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
     moved = rotations.moved
     job.notes["turned"] = round(sum(moved) / len(moved), 4)  # mean of ‖R − I‖ / √width
     if passed_over:
-        job.notes["passed_over"] = dict.fromkeys(passed_over, "no linear layer, norm or embedding")
+        job.notes["passed_over"] = dict.fromkeys(
+            passed_over, "no linear layer or norm, nor an embedding of the same tokens"
+        )
     save_model(grafted.cpu(), upgrade.new, labels, job.into)
     return []
 
 
-def _spaces(walks: Sequence[Walk]) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
+def _spaces(
+    walks: Sequence[Walk], tables: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
     """Run a part of both bases; give, for each module with weights of its own, E[x_n·xᵀ_o] of what tells its maps.
 
     A linear layer's input is what it is fed. Its output is what it gives; but where it is wider than its input, so that
     what it gives has not the rank to tell, what the next layer of that width is fed. A norm's output has the
     coordinates of its input, and all embeddings those of the tables.
 
+    Args:
+        walks: Through the old and the new base.
+        tables: From `_tables`.
+
     Returns:
         The moments of inputs (None but for linear layers) and of outputs by name, in the order in which modules run.
     """
-    from torch import nn
-
     old, new = walks
     own = [[module for module in walk.model.modules() if _is_linear(module) or _is_norm(module)] for walk in walks]
     modules = {new.names[module]: module for module in own[1]}
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     fed_sums: dict[str, torch.Tensor] = {}
-    given_sums: dict[str, torch.Tensor] = {}
-    for module, name in new.names.items():
-        if isinstance(module, nn.Embedding) and new.part == 0:  # some are read without being called
-            given_sums[name] = _tables(walks, module.weight.shape[1])
+    given_sums = dict(tables) if new.part == 0 else {}  # some are read without being called
 
     def keep(name: str, _: int, fed: torch.Tensor, given: torch.Tensor) -> None:
         seen[name] = fed, given
@@ -166,13 +173,27 @@ def _is_norm(module: Any) -> bool:
     return "weight" in own and all(weight.dim() == 1 for weight in own.values())
 
 
-def _tables(walks: Sequence[Walk], width: int) -> torch.Tensor:
-    """Give the cross moments of all embedding tables of a width: the first block reads sums of their rows."""
+def _tables(walks: Sequence[Walk], apart: Collection[str]) -> dict[str, torch.Tensor]:
+    """Compute the cross moments of all embedding tables of each one's width: the first block reads sums of their rows.
+
+    Args:
+        walks: Through the old and the new base.
+        apart: The tables whose rows stand for other tokens in the two, by parameter inside the body; they are left out.
+
+    Returns:
+        The moments, [width, width], by the table's name.
+    """
     from torch import nn
 
-    old, new = ([m.weight.detach() for m in w.model.modules() if isinstance(m, nn.Embedding)] for w in walks)
-    pairs = [(a.double(), b.double()) for a, b in zip(old, new, strict=True) if a.shape[1] == width]
-    return sum((b.T @ a for a, b in pairs), start=pairs[0][0].new_zeros(width, width))
+    old, new = (
+        {name: m.weight.detach().double() for m, name in w.names.items() if isinstance(m, nn.Embedding)} for w in walks
+    )
+    start = f"{walks[0].model.base_model_prefix}."
+    names = [name for name in old if f"{name}.weight".removeprefix(start) not in apart]
+    sums: dict[int, torch.Tensor] = {}
+    for name in names:
+        sums[old[name].shape[1]] = sums.get(old[name].shape[1], 0) + new[name].T @ old[name]
+    return {name: sums[old[name].shape[1]] for name in names}
 
 
 class _Rotations:
@@ -268,7 +289,10 @@ class _Turned:
 
     def passed_over(self) -> list[str]:
         """Name the modules of the body that tuning changed and that were not turned."""
-        return [n for n, module in self.modules.items() if n not in self.names and self._is_changed(n, module)]
+        from regraft.adaptation.changes import parameter_of
+
+        left = [n for n, module in self.modules.items() if n not in self.names and self._is_changed(n, module)]
+        return [n if n in self.whole else parameter_of(n, self.modules[n]) for n in left]
 
     def _is_changed(self, name: str, module: Any) -> bool:
         import torch

@@ -51,6 +51,7 @@ def run(job: Job, options: Masking) -> list[dict[str, float]]:
         No learning curve: nothing is trained.
     """
     from regraft.adaptation.rework import check_reworkable
+    from regraft.adaptation.tokens import tuned_rows
     from regraft.methods.reworked import gather, graft_reworked
     from regraft.weights import mask_agreement
 
@@ -59,8 +60,15 @@ def run(job: Job, options: Masking) -> list[dict[str, float]]:
     gradients = _gradients(_bare(job), evidence, job)
     kept: list[tuple[int, int]] = []
 
+    rows = tuned_rows(job.adaptation, job.upgrade)
+    sides = zip(rows.new_row, rows.tuned_row, rows.old_row, strict=True) if rows else ()
+    shared = [row for row, of_each in enumerate(sides) if min(of_each) >= 0]  # of tokens that have a delta
+
     def rule(name: str, delta: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        masked = mask_agreement(delta, -gradients[name].to(delta))
+        gradient = gradients[name]
+        if rows and name in job.upgrade.new.architecture.by_token:
+            gradient = gradient[shared]
+        masked = mask_agreement(delta, -gradient.to(delta))
         kept.append((int(masked.count_nonzero()), int(delta.count_nonzero())))
         return masked
 
@@ -82,7 +90,8 @@ def _bare(job: Job) -> Any:
         for name, parameter in model.named_parameters():
             inner = name.removeprefix(new.prefix + ".")
             if inner in new.parameters and inner in job.upgrade.old.parameters:
-                parameter.copy_(new.parameters[inner])
+                before = new.parameters[inner]
+                parameter[: len(before)].copy_(before)  # the fine-tune's own tokens come last
     return model
 
 

@@ -201,8 +201,10 @@ class _Deltas:
             module, found, _ = name.partition(f".lora_B.{ADAPTER}.")
         else:
             module, found, _ = name.partition(".bottleneck.up.")
-        inner = parameter_of(module, self.model).removeprefix(START).removeprefix(self.prefix) if found else ""
-        if not inner or shift_of(upgrade, inner) is None:
+        if not found:
+            return None
+        inner = parameter_of(module, self.model.get_submodule(module)).removeprefix(START).removeprefix(self.prefix)
+        if shift_of(upgrade, inner) is None:
             return None
         return parameter.data, value, None, self.group(inner)
 
