@@ -92,7 +92,7 @@ def test_arithmetic_never_gives_what_is_no_number(copied, bases, tuned):
     lora = Checkpoint.open(tuned["bert", "lora"] / "adaptation")
     config = json.loads((tuned["bert", "lora"] / "adaptation" / "adapter_config.json").read_text())
     for alpha in (math.nan, math.inf, "16", None):
-        with pytest.raises(CheckpointError, match="the alpha of module"):
+        with pytest.raises(CheckpointError, match="lora_alpha"):
             merge_lora(lora, {**config, "lora_alpha": alpha}, old)
 
 

@@ -182,8 +182,12 @@ class Base:
     def longest(self) -> int:
         """The longest input the base takes, in tokens."""
         positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
-        if "roberta" in self.config.model_type or self.config.model_type in ("camembert", "mpnet", "longformer"):
+        if positions < 0:  # as XLNet says that it has no limit
+            positions = sys.maxsize
+        if "roberta" in self.config.model_type or self.config.model_type in ("camembert", "longformer"):
             positions -= (self.config.pad_token_id or 0) + 1  # these count positions from past the padding token's id
+        elif self.config.model_type == "mpnet":
+            positions -= 2  # likewise, from past 1, whatever its config says
         longest, special = min(positions, self.tokenizer.model_max_length), self.tokenizer.num_special_tokens_to_add()
         if longest < special + FEWEST:
             raise CheckpointError(

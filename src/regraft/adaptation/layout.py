@@ -189,6 +189,9 @@ def _attach(adapter: Tensors, config: Mapping[str, Any], architecture: Architect
     from peft import get_peft_model
 
     settings = peft_settings(config)
+    for key in ("r", "lora_alpha"):
+        if type(value := config.get(key, 8)) not in (int, float):
+            raise CheckpointError(f"the LoRA's {key} is {value!r:.80} in adapter_config.json, not a number.")
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of what it sets right by each layer's type
         try:

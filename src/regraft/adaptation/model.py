@@ -79,6 +79,7 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
         model, _ = load_strictly(AutoModelForSequenceClassification, adaptation.path, None, dtype="float32")
         check_body(adaptation, base)
         check_beside_body(adaptation, base)
+        _check_tokens(adaptation, model, base)
         if model.config.num_labels != len(labels):
             raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, labels))
         return model
@@ -94,6 +95,17 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
     if adaptation.kind == "bottleneck" and not trainable:
         adapted.requires_grad_(False)
     return adapted
+
+
+def _check_tokens(adaptation: Adaptation, model: Any, base: Base) -> None:
+    """Refuse a fine-tune whose embeddings have no row for a token that texts are read with."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, highest = max(base.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= rows:
+        raise MismatchError(
+            f"{adaptation.path}: its embeddings have {rows:,} rows, and its texts are read with tokens up to {token!r} "
+            f"({highest:,}). Was it tuned on {base.path}? If tokens were taken out, copy its tokenizer into it."
+        )
 
 
 def attach(model: Any, base: Base, config: Config, seed: int) -> Any:

@@ -10,7 +10,7 @@ from regraft.adaptation.fit import config_of
 from regraft.adaptation.head import model_name
 from regraft.architecture import named
 from regraft.checkpoint import shape_of
-from regraft.errors import CheckpointError
+from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_tokenizer
 from regraft.upgrade import Upgrade
 from regraft.vocabulary import has_tokenizer, merged_tokenizer
@@ -52,10 +52,11 @@ def tuned_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
     vocabulary = read_tokenizer(adaptation.path).get_vocab()
     if vocabulary == upgrade.old.vocabulary and count == upgrade.old.embedding_rows:
         return upgrade.rows
-    match = match_rows(
-        upgrade.old.vocabulary, upgrade.new.vocabulary, upgrade.old.embedding_rows, upgrade.new.embedding_rows,
-        vocabulary, count,
-    )  # fmt: skip
+    sides = upgrade.old.vocabulary, upgrade.new.vocabulary, upgrade.old.embedding_rows, upgrade.new.embedding_rows
+    try:
+        match = match_rows(*sides, vocabulary, count)
+    except MismatchError as error:
+        raise MismatchError(f"{adaptation.path}: {error}") from error
     return None if match.is_same else match
 
 
@@ -96,9 +97,9 @@ def with_own_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
         return upgrade
     tokenizer = read_tokenizer(adaptation.path)
     vocabulary = tokenizer.get_vocab()
-    if vocabulary == upgrade.old.vocabulary:
-        return upgrade
     count = stored_rows(adaptation, upgrade.old)
+    if vocabulary == upgrade.old.vocabulary and count in (None, upgrade.old.embedding_rows):
+        return upgrade
     rows = tuned_rows(adaptation, upgrade) if count is not None else None
     if count is None or rows is None:
         own = sorted(vocabulary.keys() - upgrade.old.vocabulary.keys())
