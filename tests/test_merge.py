@@ -262,7 +262,7 @@ def test_a_refusal_leaves_nothing_behind(tmp_path):
         ({"trainable_token_indices": [4, 40]}, r"no distinct rows of the 40 there are: \[40\]"),
         ({"trainable_token_indices": [4, 4]}, "no distinct rows"),
         ({"target_modules": ["k_proj"]}, "does not hold: .*k_proj"),
-        ({"r": "3"}, "PEFT cannot"),
+        ({"r": "3"}, "not a number"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, setting, reason):
