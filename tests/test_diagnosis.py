@@ -330,7 +330,7 @@ def test_what_cannot_be_answered_is_said(tmp_path, bases, made, task_file):
 
 
 def test_bad_requests(tmp_path, bases, tuned, task_file):
-    with pytest.raises(RecipeError, match="at least 3 points"):
+    with pytest.raises(RecipeError, match="from 3 to 1,000 points"):
         Questions(points=2)
     with pytest.raises(RecipeError, match="counterpart"):
         Questions(plane=5)
