@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast check bench clean
+.PHONY: demo test contract test-fast check bench clean
 
 demo: .venv/ready
 	$(BIN)/regraft demo
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not contract"
+
+contract: .venv/ready
+	$(BIN)/pytest tests/test_architectures.py tests/test_merge.py
 
 test-fast: .venv/ready
 	$(BIN)/pytest -m "not slow"

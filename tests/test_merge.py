@@ -135,20 +135,23 @@ def test_what_is_merged_is_the_tuned_model(tmp_path, name, settings):
     check_merged(tmp_path, name, settings)
 
 
+SETTINGS = {
+    "biases": {"target_modules": "linear", "bias": "lora_only"},
+    "dora": {"target_modules": "linear", "use_dora": True},
+    "a-layer": {"target_modules": "linear", "layers_to_transform": [1]},
+    "embeddings": {"target_modules": "ends"},
+    "whole-embeddings": {"target_modules": "linear", "modules_to_save": "embeddings"},
+    "whole-head": {"target_modules": "linear", "modules_to_save": "head"},
+}
+TABLE = [  # every second cell in turn, so that each architecture and each setting is met; `make contract` runs them all
+    pytest.param(name, settings, id=f"{name}-{which}", marks=[pytest.mark.contract] * ((row + column) % 2))
+    for row, name in enumerate(sorted(MODELS))
+    for column, (which, settings) in enumerate(SETTINGS.items())
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(MODELS))
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": "linear", "bias": "lora_only"},
-        {"target_modules": "linear", "use_dora": True},
-        {"target_modules": "linear", "layers_to_transform": [1]},
-        {"target_modules": "ends"},
-        {"target_modules": "linear", "modules_to_save": "embeddings"},
-        {"target_modules": "linear", "modules_to_save": "head"},
-    ],
-    ids=["biases", "dora", "a-layer", "embeddings", "whole-embeddings", "whole-head"],
-)
+@pytest.mark.parametrize(("name", "settings"), TABLE)
 def test_every_architecture_is_merged(tmp_path, name, settings):
     auto, family, sizes = MODELS[name]
     with torch.device("meta"):
