@@ -234,20 +234,22 @@ class Architecture:
 
     @property
     def token_parameters(self) -> frozenset[str]:
-        """The names in memory of the parameters whose first dimension is the vocabulary."""
+        """The names in memory of the parameters that grow with the vocabulary."""
         return frozenset(self.parameter_of(name) for name in self.by_token)
 
     @functools.cached_property
     def by_token(self) -> frozenset[str]:
-        """The canonical names of the tensors whose first dimension is the vocabulary: those that grow with it."""
+        """The canonical names of the tensors that grow with the vocabulary: [tokens, …], or [1, tokens] as in BART."""
         own = copy.deepcopy(self.config)
         text: Any = own.get_text_config()
+        if getattr(text, "vocab_size", None) is None:  # models that read no tokens
+            return frozenset()
         text.vocab_size += 1
         grown = Architecture(own, type(self.model).__name__)
         return frozenset(
             str(self.identify(name))
             for name, tensor in self.stored.items()
-            if tensor.dim() and grown.stored[name].shape[:1] == (tensor.shape[0] + 1,)
+            if tensor.dim() and tuple(grown.stored[name].shape) in _grown(tuple(tensor.shape))
         )
 
     def _locate(self, name: str) -> tuple[str, str]:
@@ -436,6 +438,12 @@ def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str,
             return dict(sides), f"{checkpoint.path}: {reason}, so tensors are paired by their stored names"
         views[which] = named(checkpoint, read_config(checkpoint))
     return views, None
+
+
+def _grown(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes that a tensor would have with a token more."""
+    grown = ((shape[0] + 1, *shape[1:]),)
+    return (*grown, (1, shape[1] + 1)) if len(shape) == 2 and shape[0] == 1 else grown
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -26,7 +26,7 @@ class RecipeError(RegraftError):
 
 
 class KindError(RecipeError):
-    """A kind of adaptation, or a form of it, that a method declares it does not carry."""
+    """A kind of adaptation, a form of it, or an upgrade, that a method declares it does not carry."""
 
 
 class OutcomeError(RegraftError):

@@ -14,6 +14,7 @@ from regraft.architecture import architecture_of, named
 from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_plain, find_path, fingerprint
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_config, read_tokenizer
+from regraft.vocabulary import tokens_of
 from regraft.weights import is_optional, match_rows
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ class Base:
     def vocabulary(self) -> dict[str, int]:
         """The ids of its tokens, an adaptation's own not among them."""
         vocabulary: dict[str, int] = (read_tokenizer(self.path) if self.own_tokenizer else self.tokenizer).get_vocab()
-        return vocabulary
+        if max(vocabulary.values(), default=0) < self.embedding_rows:
+            return vocabulary
+        return tokens_of(read_tokenizer(self.path), self.embedding_rows)
 
     @functools.cached_property
     def embedding_rows(self) -> int:

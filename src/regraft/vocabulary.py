@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import TOKENIZER, copy_companions, read_json, shape_of, write_atomic
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "added_tokens.json")
+FILES = ("tokenizer.json", "vocab.*", "added_tokens.json", "tekken.json", "*.model", "*.spm", "*.tiktoken")
+TOKEN_IDS = re.compile(r"_token_(?:id|index)$|suppress_tokens$")  # settings that name tokens by their ids
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -53,15 +55,30 @@ def match_vocabularies(
         return None
     if all(content == files["old"] for content in files.values()) and len(set(rows.values())) == 1:
         return None
-    vocabularies: dict[str, dict[str, int]] = {"old": read_tokenizer(folders["old"]).get_vocab()}
+    vocabularies = {"old": tokens_of(read_tokenizer(folders["old"]), rows["old"])}
     for side, folder in folders.items():
         if files[side] != files["old"]:
-            vocabularies[side] = read_tokenizer(folder).get_vocab()
+            vocabularies[side] = tokens_of(read_tokenizer(folder), rows[side])
     match = match_rows(
         vocabularies["old"], vocabularies.get("new", vocabularies["old"]), rows["old"], rows["new"],
         vocabularies.get("tuned"), rows.get("tuned"),
     )  # fmt: skip
     return None if match.is_same else match
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
+    """Return the ids of a tokenizer's tokens, but for a padding token that was added without a row of its own.
+
+    Args:
+        tokenizer: The tokenizer.
+        rows: How many rows the embeddings have.
+
+    Returns:
+        The ids by token.
+    """
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    padding = tokenizer.pad_token
+    return {token: i for token, i in vocabulary.items() if i < rows or token != padding}
 
 
 def check_one_vocabulary(
@@ -75,40 +92,53 @@ def check_one_vocabulary(
         what: What is to be made of the two, as in `a LoRA`.
 
     Raises:
-        MismatchError: Tokens were added, or stand in other rows.
+        MismatchError: Tokens were added, or stand in other rows, or the embeddings have others that stand for none.
     """
     sides = {"old": folders["old"], "new": folders["tuned"]}
     rows = match_vocabularies(sides, {"old": tensors["old"], "new": tensors["tuned"]})
-    if rows is not None:
-        added = f" has {len(rows.only_new):,} tokens more ({', '.join(map(repr, rows.only_new[:4]))})"
+    if rows is None:
+        return
+    if not rows.only_new and all(old in (-1, row) for row, old in enumerate(rows.old_row)):
         raise MismatchError(
-            f"{folders['tuned']}:{added if rows.only_new else ' has its tokens in other rows'} than {folders['old']}, "
-            f"so its embeddings have no counterpart, and {what} of it would not know its tokens. Graft it as it is "
-            "(regraft weights graft)."
+            f"{folders['tuned']}: its embeddings have {rows.new_rows:,} rows and those of {folders['old']} "
+            f"{rows.old_rows:,} for the same tokens, so {what} of it would not fit. Give it as many with "
+            "resize_token_embeddings of transformers first, or graft it as it is (regraft weights graft)."
         )
+    added = f" has {len(rows.only_new):,} tokens more ({', '.join(map(repr, rows.only_new[:4]))})"
+    raise MismatchError(
+        f"{folders['tuned']}:{added if rows.only_new else ' has its tokens in other rows'} than {folders['old']}, "
+        f"so its embeddings have no counterpart, and {what} of it would not know its tokens. Graft it as it is "
+        "(regraft weights graft)."
+    )
 
 
-def write_vocabulary(folder: Path, new: Path, tuned: Path, rows: RowMatch) -> None:
+def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowMatch) -> None:
     """Write the tokenizer of a graft, and have its configs name tokens by their ids there.
 
     Args:
         folder: The graft, with the configs of the fine-tune; its tokenizer files are replaced.
         new: The new base.
         tuned: The fine-tune.
+        old: The old base, whose tokenizer a fine-tune without one has.
         rows: The match of their rows.
     """
     tokenizer = merged_tokenizer(new, tuned, rows)
-    if rows.own:
+    for stale in {file for pattern in TOKENIZER for file in folder.glob(pattern)}:
+        stale.unlink()
+    if rows.own or _meaning(tokenizer) != _meaning(read_tokenizer(new)):
         tokenizer.save_pretrained(folder)
     else:
         copy_companions(new, folder, TOKENIZER)
     ids = tokenizer.get_vocab()
-    source = read_tokenizer(tuned) if _files(tuned) else tokenizer
+    source = read_tokenizer(tuned if has_tokenizer(tuned) else old)
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            settings = {key: _renumbered(key, value, source, ids) for key, value in read_json(folder / name).items()}
-            if name == "config.json":
+            settings = _renumbered(read_json(folder / name), source, ids)
+            text = settings.get("text_config")
+            if name == "config.json" and (not isinstance(text, dict) or "vocab_size" in settings):
                 settings["vocab_size"] = len(rows.new_row)
+            if isinstance(text, dict):
+                text["vocab_size"] = len(rows.new_row)
             write_atomic(folder / name, json.dumps(settings, indent=2) + "\n")
 
 
@@ -145,22 +175,35 @@ def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokeni
         )
     for name in SPECIAL:
         special = getattr(source, name, None)
-        if rows.own and special is not None and special in vocabulary:
+        if special is not None and special in vocabulary:
             setattr(tokenizer, name, special)
     if template := getattr(source, "chat_template", None):
         tokenizer.chat_template = template
     return tokenizer
 
 
-def _renumbered(key: str, value: Any, source: PreTrainedTokenizerBase, ids: Mapping[str, int]) -> Any:
-    """Return a setting with the ids of the grafted vocabulary in place of the fine-tune's."""
-    if not key.endswith("_token_id"):
-        return value
-    if isinstance(value, list):
-        return [_renumbered(key, each, source, ids) for each in value]
-    if not isinstance(value, int) or not 0 <= value < len(source):
-        return value
-    return ids.get(str(source.convert_ids_to_tokens(value)), value)
+def _meaning(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], Any]:
+    return dict(tokenizer.special_tokens_map), getattr(tokenizer, "chat_template", None)
+
+
+def _renumbered(settings: Mapping[str, Any], source: PreTrainedTokenizerBase, ids: Mapping[str, int]) -> dict[str, Any]:
+    """Return settings with the ids of the grafted vocabulary in place of the fine-tune's."""
+
+    def renumber(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renumber(each) for each in value]
+        if not isinstance(value, int) or not 0 <= value < len(source):
+            return value
+        return ids.get(str(source.convert_ids_to_tokens(value)), value)
+
+    return {
+        key: _renumbered(value, source, ids)
+        if isinstance(value, dict)
+        else renumber(value)
+        if TOKEN_IDS.search(key)
+        else value
+        for key, value in settings.items()
+    }
 
 
 def _rows(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -183,4 +226,5 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    files = {file.name: file for pattern in FILES for file in folder.glob(pattern) if file.is_file()}
+    return {name: file.read_bytes() for name, file in sorted(files.items())}

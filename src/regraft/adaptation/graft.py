@@ -59,12 +59,28 @@ def write_graft(
     """
     if adaptation.kind == "full":
         write_carried(adaptation, upgrade, graft_body(adaptation, upgrade, lambda _: graft), {}, into, progress)
-        sides = upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation)), upgrade.old.named
-        left_out = counterparts(*sides).left_out
-        return {"copied_as_a_base_lacks_it": list(left_out)} if left_out else {}
+        return notes_of(adaptation, upgrade, ())
     tensors, settings, replaced = grafted_adapter(adaptation, upgrade, replace=replace)
     write_carried(adaptation, upgrade, tensors, settings, into, progress)
-    return {"grafted_in_place_of_the_base": list(replaced)} if replaced else {}
+    return notes_of(adaptation, upgrade, replaced)
+
+
+def notes_of(adaptation: Adaptation, upgrade: Upgrade, replaced: Sequence[str]) -> dict[str, list[str]]:
+    """Name the tensors that an outcome's notes name.
+
+    Args:
+        adaptation: What was tuned on `upgrade.old`.
+        upgrade: The two bases.
+        replaced: The tensors of an adapter that were grafted in place of the base's.
+
+    Returns:
+        As `write_graft` does.
+    """
+    if adaptation.kind != "full":
+        return {"grafted_in_place_of_the_base": list(replaced)} if replaced else {}
+    sides = upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation)), upgrade.old.named
+    left_out = counterparts(*sides).left_out
+    return {"copied_as_a_base_lacks_it": list(left_out)} if left_out else {}
 
 
 def grafted_adapter(
@@ -86,10 +102,8 @@ def grafted_adapter(
         MismatchError: A tensor has another shape than the base's.
     """
     tensors, settings = plain_adapter(adaptation, upgrade.old)
-    if replace:
-        return tensors, settings, ()
     rows = tuned_rows(adaptation, upgrade)
-    grafted, replaced = graft_replaced(adaptation, tensors, upgrade, rows)
+    grafted, replaced = graft_replaced(adaptation, tensors, upgrade, rows, replace=replace)
     return grafted, renumbered_settings(adaptation, settings, rows), replaced
 
 
@@ -119,7 +133,7 @@ def write_carried(
         write_adapter(into, tensors, {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None})
     rows = tuned_rows(adaptation, upgrade)
     if rows is not None and (adaptation.kind == "full" or rows.own):
-        write_vocabulary(into, upgrade.new.path, adaptation.path, rows)
+        write_vocabulary(into, upgrade.new.path, adaptation.path, upgrade.old.path, rows)
     else:
         write_tokenizer(upgrade.new, into)
     write_lineage(into, upgrade.new, adaptation.labels)

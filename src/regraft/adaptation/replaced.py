@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from regraft.upgrade import Base, Upgrade
     from regraft.weights import RowMatch
 
+    Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
 MAGNITUDE = ".lora_magnitude_vector"
 TOKENS = ".trainable_tokens_delta"  # rows as they are, whatever its name says
 # what PEFT puts between a module's name and its parameter's where it wraps the module
@@ -50,7 +52,12 @@ def replaced_parameter(stored: str, base: Base) -> str | None:
 
 
 def graft_replaced(
-    adaptation: Adaptation, tensors: Mapping[str, torch.Tensor], upgrade: Upgrade, match: RowMatch | None = None
+    adaptation: Adaptation,
+    tensors: Mapping[str, torch.Tensor],
+    upgrade: Upgrade,
+    match: RowMatch | None = None,
+    *,
+    replace: bool = False,
 ) -> tuple[Mapping[str, torch.Tensor], tuple[str, ...]]:
     """Graft what an adapter stores in place of its base's tensors: new + (stored − old).
 
@@ -61,6 +68,7 @@ def graft_replaced(
         tensors: Its tensors by stored name, or what they became so far.
         upgrade: The two bases.
         match: How the rows of the vocabularies match, if they are not the same.
+        replace: Whether they stay as they are stored, token by token.
 
     Returns:
         The tensors for the new base, and the names of those that were grafted.
@@ -69,7 +77,7 @@ def graft_replaced(
         MismatchError: A tensor has another shape than the base's, or rows of tokens that the base does not have.
     """
     replaced = {name: inner for name in tensors if (inner := replaced_parameter(name, upgrade.old)) is not None}
-    if not replaced and match is None:
+    if match is None and (replace or not replaced):
         return tensors, ()
     old, new = upgrade.old.parameters, upgrade.new.parameters
     entries = {}
@@ -79,7 +87,7 @@ def graft_replaced(
         if name in replaced:
             inner = replaced[name]
             operands = ((new, inner), (tensors, name), (old, inner))
-            rule, expected, made = _rule_of(name, inner, adaptation, upgrade, match)
+            rule, expected, made = _rule_of(name, inner, adaptation, upgrade, match, _stored if replace else graft)
             if shape != expected:
                 raise MismatchError(
                     f"{adaptation.path}: tensor {name!r} has shape {shape}, and takes the place of {inner!r} in "
@@ -89,7 +97,7 @@ def graft_replaced(
         elif match is not None and name.endswith(".lora_embedding_A"):  # a column for each token
             rule, shape = functools.partial(_columns, rows=match.tuned_row), (shape[0], len(match.tuned_row))
         entries[name] = Entry(dtype_of(tensors, name), shape, operands, rule, elementwise=False)
-    return Derived(entries), tuple(replaced)
+    return Derived(entries), () if replace else tuple(replaced)
 
 
 def renumbered_settings(
@@ -119,9 +127,12 @@ def renumbered_settings(
 
 
 def _rule_of(
-    name: str, inner: str, adaptation: Adaptation, upgrade: Upgrade, match: RowMatch | None
+    name: str, inner: str, adaptation: Adaptation, upgrade: Upgrade, match: RowMatch | None, rule: Rule
 ) -> tuple[Callable[..., torch.Tensor], tuple[int, ...], tuple[int, ...]]:
-    """Return what makes a tensor from the new base's, the stored and the old one, and its shape before and after."""
+    """Return what makes a tensor from the new base's, the stored and the old one, and its shape before and after.
+
+    The rule makes rows, or all of a tensor, of those three.
+    """
     shape = shape_of(upgrade.old.parameters, inner)
     if TOKENS in name:
         rows = token_rows(adaptation, model_name(name).split(".token_adapter")[0].removesuffix(TOKENS))
@@ -139,16 +150,20 @@ def _rule_of(
                 for position, row in enumerate(rows)
                 if row in at
             ]
-        return functools.partial(_graft_tokens, sides=sides), (len(rows), *shape[1:]), (len(sides), *shape[1:])
+        return (
+            functools.partial(_graft_tokens, sides=sides, rule=rule),
+            (len(rows), *shape[1:]),
+            (len(sides), *shape[1:]),
+        )
     if MAGNITUDE in name:
         module = upgrade.old.architecture.model.get_submodule(inner.removesuffix(".weight"))
         along = 1 if type(module).__name__ == "Linear" else 0  # PEFT turns the weights of Conv1D and of embeddings
         lengths = (shape[1 - along],)
-        return functools.partial(_graft_lengths, along=along), lengths, lengths
+        return functools.partial(_graft_lengths, along=along, rule=rule), lengths, lengths
     if match is not None and inner in upgrade.old.architecture.by_token:
-        rule = functools.partial(graft_rows, match=match)
-        return rule, (match.tuned_rows, *shape[1:]), (len(match.new_row), *shape[1:])
-    return graft, shape, shape
+        by_row = functools.partial(graft_rows, match=match, rule=rule)
+        return by_row, (match.tuned_rows, *shape[1:]), (len(match.new_row), *shape[1:])
+    return rule, shape, shape
 
 
 def token_rows(adaptation: Adaptation, module: str) -> list[int]:
@@ -168,13 +183,13 @@ def token_rows(adaptation: Adaptation, module: str) -> list[int]:
 
 
 def _graft_tokens(
-    new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, sides: list[tuple[int, int, int]]
+    new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, sides: list[tuple[int, int, int]], rule: Rule
 ) -> torch.Tensor:
     """Graft rows of tokens: each from a row of the new and one of the old base; −1 where it has none."""
     import torch
 
     rows = [
-        stored[position] if i < 0 else new[i] if j < 0 else graft(new[i], stored[position], old[j])
+        stored[position] if i < 0 else new[i] if j < 0 else rule(new[i], stored[position], old[j])
         for i, j, position in sides
     ]
     return torch.stack([row.to(stored.dtype) for row in rows]) if rows else stored[:0]
@@ -189,8 +204,12 @@ def _columns(stored: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
     return columns
 
 
-def _graft_lengths(new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, along: int) -> torch.Tensor:
-    return graft(new.double().norm(dim=along), stored, old.double().norm(dim=along))
+def _graft_lengths(new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, along: int, rule: Rule) -> torch.Tensor:
+    return rule(new.double().norm(dim=along), stored, old.double().norm(dim=along))
+
+
+def _stored(_: torch.Tensor, stored: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
+    return stored
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

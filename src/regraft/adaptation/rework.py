@@ -6,7 +6,7 @@ import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.graft import graft_body, grafted_adapter, write_carried
+from regraft.adaptation.graft import graft_body, grafted_adapter, notes_of, write_carried
 from regraft.adaptation.head import stored_labels
 from regraft.adaptation.layout import lay_out
 from regraft.adaptation.lora import PARTS
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 REWORKABLE = ("full", "lora")
 
 
-def write_rework(adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Path, progress: Progress) -> None:
+def write_rework(
+    adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Path, progress: Progress, *, replace: bool = False
+) -> dict[str, list[str]]:
     """Write old tuned weights for the new base, every delta changed by a rule: new + rule(delta); the head is copied.
 
     Of a LoRA the rule gets the dense delta scaling·B·A of each layer, and the closest LoRA of the same rank is written;
@@ -46,6 +48,10 @@ def write_rework(adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Pat
             at once.
         into: The folder to fill, plain transformers or PEFT.
         progress: Told of each tensor.
+        replace: Whether what an adapter stores in place of its base's tensors stays as it is stored.
+
+    Returns:
+        Tensors that the outcome's notes name, as `write_graft` does.
 
     Raises:
         MismatchError: A tensor of the body is not in the bases, or has another shape there.
@@ -59,16 +65,17 @@ def write_rework(adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Pat
 
         body = graft_body(adaptation, upgrade, rule_of, elementwise=False)
         write_carried(adaptation, upgrade, body, {}, into, progress)
-    else:
-        stored, config, _ = grafted_adapter(adaptation, upgrade)
-        as_loaded, updates = lay_out(stored, config, _classifier(adaptation, upgrade.new))
-        if as_loaded.keys() != stored.keys():
-            raise KindError(
-                f"{adaptation.path}: stores a LoRA for every expert by itself, which the installed transformers has no "
-                "place for. Load it with PEFT and save it again."
-            )
-        reworked = _rework_lora(stored, updates, upgrade, rule, progress)
-        write_carried(adaptation, upgrade, reworked, config, into, progress)
+        return notes_of(adaptation, upgrade, ())
+    stored, config, replaced = grafted_adapter(adaptation, upgrade, replace=replace)
+    as_loaded, updates = lay_out(stored, config, _classifier(adaptation, upgrade.new))
+    if as_loaded.keys() != stored.keys():
+        raise KindError(
+            f"{adaptation.path}: stores a LoRA for every expert by itself, which the installed transformers has no "
+            "place for. Load it with PEFT and save it again."
+        )
+    reworked = _rework_lora(stored, updates, upgrade, rule, progress)
+    write_carried(adaptation, upgrade, reworked, config, into, progress)
+    return notes_of(adaptation, upgrade, replaced)
 
 
 def check_reworkable(adaptation: Adaptation, kinds: tuple[str, ...] = REWORKABLE) -> None:

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 
 from regraft.adaptation.fit import config_of
 from regraft.adaptation.head import model_name
+from regraft.adaptation.replaced import TOKENS, token_rows
 from regraft.architecture import named
 from regraft.checkpoint import shape_of
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_tokenizer
 from regraft.upgrade import Upgrade
-from regraft.vocabulary import has_tokenizer, merged_tokenizer
+from regraft.vocabulary import has_tokenizer, merged_tokenizer, tokens_of
 from regraft.weights import match_rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from regraft.adaptation.adaptation import Adaptation
     from regraft.upgrade import Base
     from regraft.weights import RowMatch
@@ -38,26 +41,35 @@ def tuned_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
         CheckpointError: It has other rows than the old base and no tokenizer to match them by.
         MismatchError: A tokenizer has more tokens than there are rows.
     """
-    count = stored_rows(adaptation, upgrade.old)
-    if count is None:
-        return upgrade.rows
+    old, new, count = upgrade.old, upgrade.new, stored_rows(adaptation, upgrade.old)
     if not has_tokenizer(adaptation.path):
-        if count != upgrade.old.embedding_rows:
+        if count not in (None, old.embedding_rows):
             raise CheckpointError(
-                f"{adaptation.path}: its embeddings have {count:,} rows, those of {upgrade.old.path} "
-                f"{upgrade.old.embedding_rows:,}, and it holds no tokenizer to match them by. Copy the one it was "
+                f"{adaptation.path}: its embeddings have {count:,} rows, those of {old.path} "
+                f"{old.embedding_rows:,}, and it holds no tokenizer to match them by. Copy the one it was "
                 "tuned with into it."
             )
         return upgrade.rows
-    vocabulary = read_tokenizer(adaptation.path).get_vocab()
-    if vocabulary == upgrade.old.vocabulary and count == upgrade.old.embedding_rows:
+    vocabulary, rows = _stored_tokens(adaptation, old, read_tokenizer(adaptation.path))
+    if vocabulary == old.vocabulary and rows == old.embedding_rows:
         return upgrade.rows
-    sides = upgrade.old.vocabulary, upgrade.new.vocabulary, upgrade.old.embedding_rows, upgrade.new.embedding_rows
     try:
-        match = match_rows(*sides, vocabulary, count)
+        match = match_rows(old.vocabulary, new.vocabulary, old.embedding_rows, new.embedding_rows, vocabulary, rows)
     except MismatchError as error:
         raise MismatchError(f"{adaptation.path}: {error}") from error
     return None if match.is_same else match
+
+
+def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], int]:
+    """Return the tokens that an adaptation's tokenizer has and its weights have rows for, and the number of rows."""
+    count = stored_rows(adaptation, old)
+    if count is not None:
+        return tokens_of(tokenizer, count), count
+    module = f"{old.prefix}.{old.architecture.embeddings}".removesuffix(".weight")
+    is_tuned = any(TOKENS in name for name in adaptation.checkpoint.tensors)
+    tuned = set(token_rows(adaptation, module) if is_tuned else ())
+    own = {token: row for token, row in tokenizer.get_vocab().items() if row in tuned and token not in old.vocabulary}
+    return {**old.vocabulary, **own}, max([old.embedding_rows, *(row + 1 for row in own.values())])
 
 
 def stored_rows(adaptation: Adaptation, old: Base) -> int | None:
@@ -96,17 +108,16 @@ def with_own_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
     if not has_tokenizer(adaptation.path):
         return upgrade
     tokenizer = read_tokenizer(adaptation.path)
-    vocabulary = tokenizer.get_vocab()
-    count = stored_rows(adaptation, upgrade.old)
-    if vocabulary == upgrade.old.vocabulary and count in (None, upgrade.old.embedding_rows):
-        return upgrade
-    rows = tuned_rows(adaptation, upgrade) if count is not None else None
-    if count is None or rows is None:
-        own = sorted(vocabulary.keys() - upgrade.old.vocabulary.keys())
+    vocabulary, count = _stored_tokens(adaptation, upgrade.old, tokenizer)
+    if without := sorted(tokenizer.get_vocab().keys() - vocabulary.keys()):
         logger.warning(
-            "%s: its tokenizer has tokens that %s has not (%s), and it stores no rows for them: it is read without.",
-            adaptation.path, upgrade.old.path, ", ".join(own[:4]),
+            "%s: its tokenizer has tokens that %s has not (%s), and it stores no rows for them.",
+            adaptation.path, upgrade.old.path, ", ".join(without[:4]),
         )  # fmt: skip
+    if vocabulary == upgrade.old.vocabulary and count == upgrade.old.embedding_rows:
+        return upgrade
+    rows = tuned_rows(adaptation, upgrade)
+    if rows is None:
         return upgrade
     old = dataclasses.replace(upgrade.old, own_tokenizer=tokenizer, own_rows=count)
     merged = merged_tokenizer(upgrade.new.path, adaptation.path, rows)

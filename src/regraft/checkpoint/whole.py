@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
     import torch
 
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja")
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
+TOKENIZER = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "tekken.json", "*.model",
+    "*.spm", "*.jinja", "*.tiktoken",
+)  # fmt: skip
 RECORD = "regraft.json"
 RESULTS = "results"
 NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapter_config.json")

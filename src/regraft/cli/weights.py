@@ -255,7 +255,8 @@ def _write(
     if tokenizer_of:
         vocabulary = partial(copy_companions, tokenizer_of, patterns=TOKENIZER)
     if rows:
-        vocabulary = partial(write_vocabulary, new=sides["new"].folder, tuned=sides["tuned"].folder, rows=rows)
+        folders = {side: sides[side].folder for side in ("new", "tuned", "old")}
+        vocabulary = partial(write_vocabulary, **folders, rows=rows)
     made_from = {**options, **{side: fingerprint(opened) for side, opened in sides.items()}}
     with show.progress() as progress:
         write_folder(

@@ -5,6 +5,7 @@ Source: the reference implementation of Qin et al., 2023 (arXiv:2305.08702).
 
 from __future__ import annotations
 
+from regraft.errors import KindError
 from regraft.methods.method import Job, Method
 from regraft.tuning.interpolate import Interpolation
 
@@ -20,7 +21,18 @@ def run(job: Job, options: Interpolation) -> list[dict[str, float]]:
 
     Returns:
         The learning curve.
+
+    Raises:
+        KindError: Student and teacher have other tokens in their rows, so that there is no line between them.
     """
+    from regraft.adaptation.tokens import tuned_rows
+
+    rows = tuned_rows(job.adaptation, job.upgrade)
+    if rows is not None and rows.tuned_row != tuple(range(rows.tuned_rows)):
+        raise KindError(
+            f"{job.upgrade.old.path} and {job.upgrade.new.path} have other vocabularies, so there is no line from the "
+            "teacher to the student, tensor by tensor. Take init+distill."
+        )
     return job.tune(job.grafted(), options)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.methods.reworked import Evidence
+    from regraft.weights import RowMatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,9 @@ def run(job: Job, options: Masking) -> list[dict[str, float]]:
 
     check_reworkable(job.adaptation)
     evidence = gather(job, options.labels)
-    gradients = _gradients(_bare(job), evidence, job)
-    kept: list[tuple[int, int]] = []
-
     rows = tuned_rows(job.adaptation, job.upgrade)
+    gradients = _gradients(_bare(job, rows), evidence, job)
+    kept: list[tuple[int, int]] = []
     sides = zip(rows.new_row, rows.tuned_row, rows.old_row, strict=True) if rows else ()
     shared = [row for row, of_each in enumerate(sides) if min(of_each) >= 0]  # of tokens that have a delta
 
@@ -79,7 +79,7 @@ def run(job: Job, options: Masking) -> list[dict[str, float]]:
     return []
 
 
-def _bare(job: Job) -> Any:
+def _bare(job: Job, rows: RowMatch | None) -> Any:
     """Give the new base without the delta, under the old head."""
     import torch
 
@@ -90,8 +90,9 @@ def _bare(job: Job) -> Any:
         for name, parameter in model.named_parameters():
             inner = name.removeprefix(new.prefix + ".")
             if inner in new.parameters and inner in job.upgrade.old.parameters:
-                before = new.parameters[inner]
-                parameter[: len(before)].copy_(before)  # the fine-tune's own tokens come last
+                by_token = rows is not None and inner in new.architecture.token_parameters
+                of_new = [row for row in rows.new_row if row >= 0] if rows and by_token else slice(None)
+                parameter[of_new] = new.parameters[inner][of_new].to(parameter)  # others are the fine-tune's own tokens
     return model
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import load_adaptation, plain_adapter
 from regraft.adaptation.head import model_name
+from regraft.adaptation.replaced import replaced_parameter
 from regraft.checkpoint import piece, shape_of
-from regraft.errors import MismatchError, RecipeError
+from regraft.errors import KindError, MismatchError, RecipeError
 from regraft.upgrade import body_names
 
 if TYPE_CHECKING:
@@ -78,7 +79,11 @@ def vector_of(adaptation: Adaptation, base: Base) -> Vector:
         base: The base they were tuned on.
 
     Returns:
-        The vector; nothing has been read of it but where a LoRA's start had to be found.
+        The vector; nothing has been read of it but where a LoRA's start had to be found. What an adapter stores in
+        place of its base's tensors is no part of it.
+
+    Raises:
+        KindError: An adapter stores nothing else.
     """
     where, known = str(adaptation.path), adaptation.fingerprint
     if adaptation.kind == "full":
@@ -87,7 +92,12 @@ def vector_of(adaptation: Adaptation, base: Base) -> Vector:
         return Vector(where, known, adaptation.checkpoint, {}, (base.checkpoint, base.body), names)
     tensors, settings = plain_adapter(adaptation, base)
     heads = _heads(base)
-    names = {name: name for name in tensors if model_name(name) not in heads}
+    names = {name: name for name in tensors if model_name(name) not in heads and replaced_parameter(name, base) is None}
+    if not names:
+        raise KindError(
+            f"{where}: stores nothing but what takes the place of its base's tensors, which no map is learned for. "
+            "Take direct."
+        )
     return Vector(where, known, tensors, settings, None, names)
 
 

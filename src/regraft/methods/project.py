@@ -11,7 +11,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import RecipeError
+from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Job, Method
 
 if TYPE_CHECKING:
@@ -79,7 +79,12 @@ def run(job: Job, options: Projection) -> list[dict[str, float]]:
 
     Returns:
         No learning curve: nothing is trained on this task.
+
+    Raises:
+        KindError: The weights have numbers for each token, and the vocabularies differ.
     """
+    from regraft.adaptation.tokens import tuned_rows
+
     if not options.pairs:
         raise RecipeError(
             "method project learns from other tasks: give pairs, as in pairs=[old1=new1,old2=new2], of what was tuned "
@@ -88,6 +93,13 @@ def run(job: Job, options: Projection) -> list[dict[str, float]]:
     if job.upgrade.old.fingerprint == job.upgrade.new.fingerprint:  # nothing to be mapped to
         job.graft(job.into)
         return []
+    adaptation = job.adaptation
+    by_token = adaptation.kind == "full" or any("lora_embedding_A" in name for name in adaptation.checkpoint)
+    if by_token and tuned_rows(adaptation, job.upgrade) is not None:
+        raise KindError(
+            f"{job.upgrade.old.path} and {job.upgrade.new.path} have other vocabularies, and a map is learned from "
+            "number to number. Take direct."
+        )
     if options.fit == "distill":
         from regraft.methods.project_distill import distil_map
 
@@ -176,10 +188,11 @@ def _write_full(
 
 def _write(job: Job, mapped: dict[str, torch.Tensor]) -> None:
     """Write an adapter of which some tensors are replaced."""
-    from regraft.adaptation.graft import grafted_adapter, write_carried
+    from regraft.adaptation.graft import grafted_adapter, notes_of, write_carried
     from regraft.methods.reworked import write_with_head
 
-    stored, settings, _ = grafted_adapter(job.adaptation, job.upgrade)
+    stored, settings, replaced = grafted_adapter(job.adaptation, job.upgrade, replace=job.replace)
+    job.notes.update(notes_of(job.adaptation, job.upgrade, replaced))
     tensors = {name: mapped[name].to(stored[name].dtype) if name in mapped else stored[name] for name in stored}
 
     def write(into: Path) -> None:

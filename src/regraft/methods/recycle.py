@@ -20,7 +20,7 @@ from regraft.adaptation import (
     write_outcome,
 )
 from regraft.adaptation.replaced import replaced_parameter
-from regraft.adaptation.tokens import with_own_tokens
+from regraft.adaptation.tokens import tuned_rows, with_own_tokens
 from regraft.checkpoint import check_finite, resumable_folder
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.label_free import LabelFree
@@ -138,8 +138,8 @@ def recycle(
             return done
         staging = new_folder(work / "whole")
         job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress, head, replace)
-        if upgrade.rows is not None:
-            job.notes["vocabulary"] = upgrade.rows.summary()
+        if rows := tuned_rows(adaptation, upgrade):
+            job.notes["vocabulary"] = rows.summary()
         started = time.perf_counter()
         curve = chosen.run(job, options)
         job.notes.setdefault("seconds", round(curve[-1]["seconds"] if curve else time.perf_counter() - started, 2))

@@ -99,7 +99,11 @@ def graft_reworked(job: Job, rule: Rule) -> None:
     """
     from regraft.adaptation.rework import write_rework
 
-    write_with_head(job, lambda into: write_rework(job.adaptation, job.upgrade, rule, into, job.progress))
+    def write(into: Path) -> None:
+        written = write_rework(job.adaptation, job.upgrade, rule, into, job.progress, replace=job.replace)
+        job.notes.update(written)
+
+    write_with_head(job, write)
 
 
 def write_with_head(job: Job, write: Callable[[Path], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import MismatchError
+from regraft.errors import KindError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,7 +102,7 @@ def encode_alike(upgrade: Upgrade, split: Split, max_length: int) -> tuple[Examp
         The examples for the old and the new base: the texts that both tokenizers divide into the same tokens.
 
     Raises:
-        MismatchError: Those are fewer than half.
+        KindError: Those are fewer than half.
     """
     sides = [encode(base, split, max_length) for base in (upgrade.old, upgrade.new)]
     tokens = [
@@ -111,7 +111,7 @@ def encode_alike(upgrade: Upgrade, split: Split, max_length: int) -> tuple[Examp
     ]
     alike = [row for row, pair in enumerate(zip(*tokens, strict=True)) if pair[0] == pair[1]]
     if 2 * len(alike) < len(split):
-        raise MismatchError(
+        raise KindError(
             f"the tokenizers of {upgrade.old.path} and {upgrade.new.path} divide only {len(alike)} of {len(split)} "
             "texts into the same tokens, and this holds the two models against each other token by token. Take direct, "
             "init or distill."

@@ -36,7 +36,7 @@ class Named(Derived):
         keys: By name, what the tensor is called in any class of the architecture: inside the body without a prefix.
         ties: Which keys a tensor is tied to, by its own; tied tensors are one, under the key of their source.
         expected: The keys of all tensors that the class has.
-        by_token: Returns the names whose first dimension is the vocabulary.
+        by_token: Returns the names of the tensors that grow with the vocabulary.
         embeddings: The name of the token embeddings.
     """
 
@@ -55,7 +55,7 @@ class Named(Derived):
 
     @functools.cached_property
     def by_token(self) -> frozenset[str]:
-        """The names of the tensors whose first dimension is the vocabulary."""
+        """The names of the tensors that grow with the vocabulary: [tokens, …], or [1, tokens]."""
         return frozenset(self._by_token()) & self.entries.keys()
 
     @functools.cached_property

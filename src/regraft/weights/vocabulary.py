@@ -72,6 +72,29 @@ class RowMatch:
         sides = ((self.new_row, self.new_rows), (self.tuned_row, self.tuned_rows), (self.old_row, self.old_rows))
         return all(rows == tuple(range(count)) for rows, count in sides)
 
+    def shape(self, tuned: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a grafted tensor.
+
+        Args:
+            tuned: The shape of the fine-tune's: the vocabulary comes first, or second after a 1.
+
+        Returns:
+            The same with a row for each grafted one.
+        """
+        count = len(self.new_row)
+        return (1, count) if self.is_row(tuned) else (count, *tuned[1:])
+
+    def is_row(self, tuned: tuple[int, ...]) -> bool:
+        """Tell whether a tensor holds a number for each token in a single row, as BART's `final_logits_bias`.
+
+        Args:
+            tuned: The shape of the fine-tune's.
+
+        Returns:
+            False for a row for each token.
+        """
+        return len(tuned) == 2 and tuned[0] == 1 != self.tuned_rows
+
     def summary(self) -> str:
         """Say it in a line.
 
@@ -170,22 +193,24 @@ def graft_rows(
     """Graft a tensor with a row for each token: a rule's new + (tuned − old) where all three have the token.
 
     Args:
-        new: The upgraded base's tensor, [new rows, …].
+        new: The upgraded base's tensor, [new rows, …] or, of biases that are laid out so, [1, new rows].
         tuned: The tuned tensor, [tuned rows, …].
         old: The old base's, [old rows, …].
         match: From `match_rows`.
         rule: Makes rows from those of the new base, the tuned and the old ones.
 
     Returns:
-        [grafted rows, …] in the dtype of `tuned`. The row of a token that the fine-tune alone has is the fine-tune's;
-        one that the new base has and the old one had not is the new base's, though the fine-tune had added it too:
-        what tuning changed in it cannot be known.
+        [grafted rows, …], or [1, grafted rows], in the dtype of `tuned`. The row of a token that the fine-tune alone
+        has is the fine-tune's; one that the new base has and the old one had not is the new base's, though the
+        fine-tune had added it too: what tuning changed in it cannot be known.
 
     Raises:
         MismatchError: The tensors have not the rows of the match.
     """
     import torch
 
+    if match.is_row(tuple(tuned.shape)):
+        return graft_rows(new.T, tuned.T, old.T, match, rule).T.contiguous()
     for side, tensor, rows in (
         ("new", new, match.new_rows), ("tuned", tuned, match.tuned_rows), ("old", old, match.old_rows),
     ):  # fmt: skip

@@ -135,7 +135,7 @@ def graft_all(
             continue
         operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
         if rows is not None and name in by_token:
-            shape = (len(rows.new_row), *shape_of(tuned, name)[1:])
+            shape = rows.shape(shape_of(tuned, name))
             rule = functools.partial(graft_rows, match=rows, rule=functools.partial(graft, scale=factor))
             entries[name] = Entry(stored_dtype(tuned, name), shape, operands, rule, elementwise=False)
         else:
