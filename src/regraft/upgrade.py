@@ -18,7 +18,7 @@ from regraft.vocabulary import tokens_of
 from regraft.weights import is_optional, match_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import torch
@@ -349,6 +349,20 @@ class Upgrade:
                     lines.append(f"  {len(names)} tensors {what}: {_some(names)}")
             lines.append("Give the base that the weights were tuned on and the one pre-trained further from it.")
             raise MismatchError("\n".join(lines))
+
+
+def renewed(record: Mapping[str, Any], bases: Iterable[Base]) -> dict[str, Any]:
+    """Replace fingerprints of bases by the rule of regraft 0.1 by today's.
+
+    Args:
+        record: What something was made from.
+        bases: The bases that it may have been made from.
+
+    Returns:
+        The record with today's fingerprints.
+    """
+    today = {base.stored_fingerprint: base.fingerprint for base in bases}
+    return {key: today.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
 
 
 def is_causal(config: PretrainedConfig) -> bool:

@@ -12,7 +12,7 @@ from regraft.adaptation.head import stored_labels
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import fold_start
 from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter, write_tokenizer
-from regraft.adaptation.replaced import graft_replaced, renumbered_settings
+from regraft.adaptation.replaced import graft_replaced, renumbered_settings, replaced_parameter
 from regraft.adaptation.tokens import tuned_rows
 from regraft.architecture import named
 from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
@@ -76,11 +76,17 @@ def notes_of(adaptation: Adaptation, upgrade: Upgrade, replaced: Sequence[str]) 
     Returns:
         As `write_graft` does.
     """
-    if adaptation.kind != "full":
-        return {"grafted_in_place_of_the_base": list(replaced)} if replaced else {}
-    sides = upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation)), upgrade.old.named
-    left_out = counterparts(*sides).left_out
-    return {"copied_as_a_base_lacks_it": list(left_out)} if left_out else {}
+    if adaptation.kind == "full":
+        sides = upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation)), upgrade.old.named
+        left_out = list(counterparts(*sides).left_out)
+    else:
+        in_old, in_new = (
+            {name for name in adaptation.checkpoint if replaced_parameter(name, base)}
+            for base in (upgrade.old, upgrade.new)
+        )
+        left_out = sorted(in_old ^ in_new)
+    notes = {"grafted_in_place_of_the_base": list(replaced), "copied_as_a_base_lacks_it": left_out}
+    return {key: names for key, names in notes.items() if names}
 
 
 def grafted_adapter(

@@ -14,6 +14,7 @@ from regraft.adaptation.adaptation import load_adaptation
 from regraft.checkpoint import check_place, publish, to_json, write_atomic
 from regraft.errors import OutcomeError, RegraftError
 from regraft.printable import printable
+from regraft.upgrade import renewed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -84,8 +85,7 @@ def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) 
     if learned_from:  # where regraft 0.1 recorded the content of pairs
         found = {"pairs": learned_from, **found}
     if found != expected:
-        today = {base.stored_fingerprint: base.fingerprint for base in bases}
-        found = {key: today.get(value, value) if isinstance(value, str) else value for key, value in found.items()}
+        found = renewed(found, bases)
     if found != expected:
         differing = sorted(key for key in {*expected, *found} if found.get(key) != expected.get(key))
         raise OutcomeError(

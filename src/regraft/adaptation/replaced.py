@@ -76,7 +76,8 @@ def graft_replaced(
     Raises:
         MismatchError: A tensor has another shape than the base's, or rows of tokens that the base does not have.
     """
-    replaced = {name: inner for name in tensors if (inner := replaced_parameter(name, upgrade.old)) is not None}
+    inners = {name: inner for name in tensors if (inner := replaced_parameter(name, upgrade.old)) is not None}
+    replaced = {name: inner for name, inner in inners.items() if inner in upgrade.new.parameters}
     if match is None and (replace or not replaced):
         return tensors, ()
     old, new = upgrade.old.parameters, upgrade.new.parameters

@@ -13,22 +13,23 @@ from regraft.adaptation import (
     fresh_model,
     load_adaptation,
     load_model,
-    plain_adapter,
     stored_labels,
     write_adapter,
     write_graft,
     write_lineage,
     write_tokenizer,
 )
+from regraft.adaptation.graft import grafted_adapter
 from regraft.adaptation.lora import START
 from regraft.adaptation.model import ADAPTER
+from regraft.adaptation.tokens import tuned_rows, with_own_tokens
 from regraft.architecture import class_of
 from regraft.checkpoint import check_finite, is_made, publish, read_results, resumable_folder, write_record
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.recycle import new_folder
 from regraft.progress import Progress, quiet, silent
 from regraft.task import load_data
-from regraft.upgrade import Base, Upgrade
+from regraft.upgrade import Base, Upgrade, renewed
 from regraft.weights import is_optional
 
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ def convert(
     """
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     old = old if isinstance(old, Base) else Base.open(old)
-    upgrade = Upgrade(old, new) if new is not None else None
-    target, out = upgrade.new if upgrade else old, Path(out)
+    upgrade, out = Upgrade(old, new if new is not None else old), Path(out)
     refold = to == adaptation.kind == "lora" and rank is None and energy is None
     if to not in ("full", "lora"):
         raise RecipeError(f"an adaptation is converted to full or lora, found {to!r}.")
@@ -110,18 +110,26 @@ def convert(
     made_from = {
         "operation": "convert", "to": to, "rank": rank, "energy": energy, "adaptation": adaptation.fingerprint,
         "settings": adaptation.config, "labels": adaptation.labels, "old": old.fingerprint,
-        "new": upgrade.new.fingerprint if upgrade else None,
+        "new": upgrade.new.fingerprint if new is not None else None,
         "task": load_data(task, 0).digest() if task is not None else None,
     }  # fmt: skip
-    if is_made(out, made_from):
+    if is_made(out, made_from, lambda record: renewed(record, (upgrade.old, upgrade.new))):
         return Conversion(out, to, **read_results(out))
     adaptation.check_base(old, force=force)
+    upgrade = with_own_tokens(adaptation, upgrade)
+    old, target = upgrade.old, upgrade.new
+    if to == "lora" and not refold and tuned_rows(adaptation, Upgrade(old, old)) is not None:
+        raise MismatchError(
+            f"{adaptation.path}: has other tokens than {old.path}, and a LoRA of it would not know them. Recycle it as "
+            "it is (regraft recycle --method direct)."
+        )
     labels = stored_labels(adaptation, old)
     kept, left_out = 1.0, 0.0
     with resumable_folder(out, {}) as work:
         staging = new_folder(work / "whole")
         if refold:
-            write_adapter(staging, *_on(target, plain_adapter(adaptation, old)))
+            tensors, config, _ = grafted_adapter(adaptation, upgrade)
+            write_adapter(staging, *_on(target, (tensors, config)))
         else:
             source, model = _materialise(adaptation, old, labels, new_folder(work / "full"))
             if to == "lora":
@@ -139,7 +147,7 @@ def convert(
                 )
                 kept, left_out = lora.kept, lora.left_out
                 write_adapter(staging, *_on(target, (lora.tensors, lora.config)))
-            elif upgrade:
+            elif new is not None:
                 write_graft(source, upgrade, staging, progress)
             else:
                 staging = source.path
@@ -193,6 +201,7 @@ def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folde
             raise MismatchError(f"{adaptation.path}: it changes nothing in {old.path}. Was it ever tuned?")
         merged.load_state_dict(found)
         merged.save_pretrained(folder)
+        write_tokenizer(old, folder)
     return dataclasses.replace(load_adaptation(folder), base=adaptation.base, labels=adaptation.labels), merged
 
 

@@ -29,7 +29,7 @@ from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import LEARNING_RATE, LanguageModelling, language_model
 from regraft.tuning.predict import device
 from regraft.tuning.recipe import SEEDS, check_trained
-from regraft.upgrade import PRETRAINING, Base
+from regraft.upgrade import PRETRAINING, Base, renewed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -161,7 +161,7 @@ def pretrain(
     base.check_finite()
     steps_folder = out.with_name(f"{out.name}-steps")
     if keep_every:
-        _check_kept(steps_folder, inputs)
+        _check_kept(steps_folder, inputs, base)
     with resumable_folder(out, inputs) as work:
         if _is_done(out, inputs, base):  # another process has made it since
             return Base.open(out)
@@ -268,11 +268,11 @@ def _carry_over(base: Base, folder: Path) -> None:
     )
 
 
-def _check_kept(folder: Path, inputs: dict[str, Any]) -> None:
+def _check_kept(folder: Path, inputs: dict[str, Any], base: Base) -> None:
     """Refuse to mix bases on the way with those that another run has kept in the same folder."""
     for kept in sorted(folder.glob("step-*")):
-        found = _recorded(kept)
-        if found is None or {**found, "keep_every": None} != {**inputs, "keep_every": None}:
+        found = renewed(_recorded(kept) or {}, [base])
+        if {**found, "keep_every": None} != {**inputs, "keep_every": None}:
             raise OutcomeError(
                 f"{kept}: is a base on the way of another run. Remove {folder}, or choose another --out: bases on the "
                 "way are kept beside it."
@@ -291,9 +291,6 @@ def _is_done(out: Path, inputs: dict[str, Any], base: Base) -> bool:
     check_place(out)
     if not out.exists():
         return False
-    recorded = _recorded(out) or {}
-    if recorded.get("base") == base.stored_fingerprint:  # as regraft 0.1 recorded it
-        recorded = {**recorded, "base": base.fingerprint}
-    if recorded == inputs:
+    if renewed(_recorded(out) or {}, [base]) == inputs:
         return True
     raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
