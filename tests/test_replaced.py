@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import LABELS, make_tokenizer, move_base, sentence, weights, write_base
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
-from regraft import Recipe, Upgrade, recycle
+from regraft import Recipe, Upgrade, load_adaptation, recycle
+from regraft.adaptation.graft import grafted_adapter
 from regraft.errors import RecipeError
 
 pytestmark = [
@@ -122,7 +129,7 @@ def adapter(pairs, case, folder):
     """What PEFT alone saves, every number of it moved."""
     architecture, config, _ = CASES[case]
     model = AutoModelForSequenceClassification.from_pretrained(pairs[architecture][0], num_labels=2)
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, copy.deepcopy(config))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in (p for p in adapted.parameters() if p.requires_grad):
@@ -164,13 +171,16 @@ def test_on_the_old_base_an_adapter_is_what_it_was(tmp_path, pairs, small_task, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_replace_puts_the_stored_tensors_back(tmp_path, pairs, small_task):
+@pytest.mark.parametrize("method", ["direct", "trimmed"])
+def test_replace_puts_the_stored_tensors_back(tmp_path, pairs, small_task, method):
     upgrade, source = Upgrade(*pairs["llama"]), adapter(pairs, "norm", tmp_path / "adapter")
-    outcome = recycle(upgrade, source, small_task, "direct", tmp_path / "out", recipe=RECIPE, replace=True)
+    outcome = recycle(upgrade, source, small_task, method, tmp_path / "out", recipe=RECIPE, replace=True)
     assert outcome.record["inputs"]["replace"] is True
+    assert "grafted_in_place_of_the_base" not in outcome.record["notes"]
     before, after = weights(source), weights(outcome.path / "adaptation")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    plain = recycle(upgrade, source, small_task, "direct", tmp_path / "grafted", recipe=RECIPE)
+    assert all(torch.equal(before[name], after[name]) for name in before if method == "direct" or "norm" in name)
+    plain = recycle(upgrade, source, small_task, method, tmp_path / "grafted", recipe=RECIPE)
+    assert "base_model.model.model.norm.weight" in plain.record["notes"]["grafted_in_place_of_the_base"]
     assert plain.record["inputs"]["replace"] is False  # so that what 0.1 made of it is not taken for this
 
 
@@ -192,11 +202,112 @@ def test_embeddings_that_came_with_an_adapter_stay_with_it_when_it_is_tuned(tmp_
     source = adapter(pairs, "embeddings under a LoRA", tmp_path / "adapter")
     tensors = weights(source)
     name = next(n for n in tensors if n.endswith("embed_tokens.base_layer.weight"))
-    from safetensors.torch import save_file
-
     moved = {n: (t + 0.1 if n == name else t).contiguous() for n, t in tensors.items()}
     save_file(moved, source / "adapter_model.safetensors", metadata={"format": "pt"})
     outcome = recycle(Upgrade(old, new), source, small_task, "init", tmp_path / "out", recipe=RECIPE)
     found = weights(outcome.path / "adaptation")
     assert torch.allclose(found[name], stored(new)["model.embed_tokens.weight"] + 0.1, atol=1e-6)
     assert json.loads((outcome.path / "outcome.json").read_text())["kind"] == "lora"
+
+
+def test_a_pooler_that_one_base_lacks_is_copied_and_named(tmp_path, pairs, small_task):
+    """As of bert-base-uncased, pre-trained further with its masked language modelling alone."""
+    new = pairs["bert"][1]
+    old = shutil.copytree(pairs["bert"][0], tmp_path / "old")
+    pooler = {f"bert.pooler.dense.{part}": torch.randn(32, *shape) for part, shape in (("weight", (32,)), ("bias", ()))}
+    save_file({**stored(old), **pooler}, old / "model.safetensors", metadata={"format": "pt"})
+    source = adapter({"bert": (old, new)}, "biases of the LoRA", tmp_path / "adapter")
+    for sides in ((old, new), (new, old)):
+        outcome = recycle(
+            Upgrade(*sides), source, small_task, "direct", tmp_path / f"from-{sides[0].name}", recipe=RECIPE
+        )
+        before, after = weights(source), weights(outcome.path / "adaptation")
+        names = [f"base_model.model.{name}" for name in sorted(pooler)]
+        assert outcome.record["notes"]["copied_as_a_base_lacks_it"] == names
+        assert all(torch.equal(before[name], after[name]) for name in names)
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory, pairs):
+    """A base with five rows that no token has, and an adapter with rows for tokens."""
+    folder = tmp_path_factory.mktemp("padded")
+    model = AutoModelForCausalLM.from_pretrained(pairs["llama"][0])
+    model.resize_token_embeddings(48, mean_resizing=False)
+    model.save_pretrained(folder / "old")
+    make_tokenizer("llama").save_pretrained(folder / "old")
+    adapter({"llama": (folder / "old", None)}, "rows of tokens", folder / "adapter")
+    return folder / "old", folder / "adapter"
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_rows_of_tokens_follow_their_tokens(padded, data):
+    """Whatever tokens the new base has, in any order, and whichever were tuned, own ones in free rows among them."""
+    old, source = padded
+    tokens = json.loads((old / "tokenizer.json").read_text())["model"]["vocab"]
+    words = [token for token in tokens if tokens[token] > 4]
+    dropped = data.draw(st.sets(st.sampled_from(words), max_size=3))
+    names = ["<a>", "<b>", *(word for word in words if word not in dropped)][data.draw(st.integers(0, 2)) :]
+    order = [*list(tokens)[:5], *data.draw(st.permutations(names))]
+    own = {f"<own{i}>": 43 + i for i in range(data.draw(st.integers(0, 3)))}
+    tuned = data.draw(st.permutations([*data.draw(st.sets(st.sampled_from(words), min_size=1)), *own]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    with tempfile.TemporaryDirectory() as directory:
+        new, folder = Path(directory) / "new", Path(directory) / "adapter"
+        shutil.copytree(old, new)
+        shutil.copytree(source, folder)
+        spell(new / "tokenizer.json", {token: i for i, token in enumerate(order)})
+        rows = data.draw(st.integers(0, 3)) + len(order)
+        tensors = {name: t.clone() for name, t in stored(old).items()}
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.randn(rows, 32, generator=generator)
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        change(new / "config.json", vocab_size=rows)
+        shutil.copy(old / "tokenizer_config.json", folder)
+        spell(folder / "tokenizer.json", tokens | own, old / "tokenizer.json")
+        name = next(name for name in weights(folder) if name.endswith("trainable_tokens_delta"))
+        before = torch.randn(len(tuned), 32, generator=generator)
+        save_file(weights(folder) | {name: before}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        change(folder / "adapter_config.json", trainable_token_indices=[(tokens | own)[token] for token in tuned])
+        upgrade, adaptation = Upgrade(old, new), load_adaptation(folder)
+        grafted, config, _ = grafted_adapter(adaptation, upgrade)
+        replaced, again, _ = grafted_adapter(adaptation, upgrade, replace=True)
+        carried = [token for token in tuned if token in order or token in own]
+        ids = {token: i for i, token in enumerate([*order, *own])}
+        assert (
+            config["trainable_token_indices"] == again["trainable_token_indices"] == [ids[token] for token in carried]
+        )
+        base, after = (stored(side)["model.embed_tokens.weight"] for side in (old, new))
+        for row, as_stored, token in zip(grafted[name], replaced[name], carried, strict=True):
+            saved = before[tuned.index(token)]
+            expected = saved if token in own else after[ids[token]] + saved - base[tokens[token]]
+            torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(as_stored, saved)
+
+
+def spell(file, vocabulary, like=None):
+    """Write a tokenizer with another vocabulary."""
+    settings = json.loads((like or file).read_text())
+    settings["model"]["vocab"] = vocabulary
+    file.write_text(json.dumps(settings))
+
+
+def change(file, **settings):
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_a_token_in_a_free_row_is_read_where_it_was_tuned(tmp_path, padded, small_task):
+    """Added to a tokenizer whose base has rows to spare, and tuned there: no embeddings were resized or stored."""
+    old, source = padded
+    folder = shutil.copytree(source, tmp_path / "adapter")
+    tokenizer = make_tokenizer("llama")
+    tokenizer.add_tokens(["<own>"])
+    tokenizer.save_pretrained(folder)
+    change(folder / "adapter_config.json", trainable_token_indices=[5, 43, 6])
+    new = move_base(old, tmp_path / "new", 0.3)
+    outcome = recycle(Upgrade(old, new), folder, small_task, "direct", tmp_path / "out", recipe=RECIPE)
+    assert "'<own>'" in outcome.record["notes"]["vocabulary"]
+    again = AutoTokenizer.from_pretrained(outcome.path / "adaptation")
+    assert again.convert_tokens_to_ids("<own>") == 43
+    name = next(name for name in weights(folder) if name.endswith("trainable_tokens_delta"))
+    assert torch.equal(weights(outcome.path / "adaptation")[name][1], weights(folder)[name][1])

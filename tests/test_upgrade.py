@@ -269,7 +269,7 @@ def test_a_base_that_transformers_has_no_classifier_for_is_refused_in_a_sentence
 
 def test_what_regraft_0_1_made_of_a_base_in_another_writing_is_found(tmp_path, bases, task_file, quick):
     """0.1 took the fingerprint of tensors as they were named in the file."""
-    from regraft import recycle, tune
+    from regraft import convert, recycle, tune
 
     architecture, change = WRITINGS["legacy norms"]
     old = Base.open(rewritten(bases[architecture][0], tmp_path / "old", change))
@@ -278,11 +278,13 @@ def test_what_regraft_0_1_made_of_a_base_in_another_writing_is_found(tmp_path, b
     tuned = tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=recipe)
     upgrade = Upgrade(old, bases[architecture][1])
     recycled = recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=recipe)
-    for outcome in (tuned, recycled):
+    converted = convert(tuned.path, old, tmp_path / "full", to="full")
+    for outcome in (tuned, recycled, converted):
         for file in outcome.path.rglob("*.json"):
             file.write_text(file.read_text().replace(old.fingerprint, old.stored_fingerprint))
     before = (recycled.path / "outcome.json").read_bytes()
     assert load_adaptation(tuned.path).check_base(old) == "proven"
     tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=recipe)
     recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=recipe)
+    convert(tuned.path, old, tmp_path / "full", to="full")
     assert (recycled.path / "outcome.json").read_bytes() == before

@@ -1,26 +1,37 @@
 """Rows matched by token, whatever their order, number and padding."""
 
+import copy
 import json
 import math
+import shutil
 from functools import partial
 
 import pytest
 import torch
-from conftest import LABELS
+from conftest import LABELS, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import models
 from transformers import (
     AddedToken,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
     pipeline,
 )
 
-from regraft import Recipe, Upgrade, check, diagnose, recycle
-from regraft.errors import MismatchError
+from regraft import Recipe, Upgrade, check, convert, diagnose, recycle
+from regraft.errors import KindError, MismatchError
+from regraft.methods.auto import Auto
+from regraft.methods.project import Projection
 from regraft.progress import quiet
 from regraft.weights import graft, graft_rows, match_rows
 
@@ -253,3 +264,169 @@ def test_an_adapter_with_tokens_of_its_own(tmp_path, grown, task_file):
         if token in first:
             expected = second[token] + before[token] - first[token]
         torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-6)
+
+
+SMALL = {"vocab_size": 43, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BART = BartConfig(
+    **SMALL, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+    encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=66, forced_eos_token_id=2,
+)  # fmt: skip
+GEMMA = Gemma3Config(
+    text_config={
+        **SMALL, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "intermediate_size": 64,
+    },
+    vision_config={
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    },
+    mm_tokens_per_image=4, image_token_index=5, boi_token_index=6, eoi_token_index=7,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "names"),
+    [
+        (BartForConditionalGeneration, BART, ["model.shared.weight", "final_logits_bias"]),
+        (Gemma3ForConditionalGeneration, GEMMA, ["model.language_model.embed_tokens.weight"]),
+    ],
+)
+def test_models_that_keep_their_tokens_elsewhere(tmp_path, model, config, names):
+    """A row of biases, and the config of a text model inside one for images."""
+    torch.manual_seed(0)
+    sides = {"old": [], "new": ["<new>"], "tuned": ["<own>"]}
+    for side, added in sides.items():
+        tokenizer, one = make_tokenizer("bert"), model(copy.deepcopy(config))
+        tokenizer.add_tokens(added)
+        if side == "new":  # two tokens in each other's rows
+            vocabulary = tokenizer.get_vocab()
+            spelled = json.dumps(vocabulary | {"good": vocabulary["bad"], "bad": vocabulary["good"]})
+            tokenizer.backend_tokenizer.model = models.WordLevel(json.loads(spelled), unk_token="<unk>")
+        one.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        if "final_logits_bias" in names:
+            one.final_logits_bias.normal_()
+        one.save_pretrained(tmp_path / side)
+        tokenizer.save_pretrained(tmp_path / side)
+    options = [part for side in sides for part in (f"--{side}", tmp_path / side)]
+    run("weights", "graft", *options, "--out", tmp_path / "out")
+    ids = {side: AutoTokenizer.from_pretrained(tmp_path / side).get_vocab() for side in (*sides, "out")}
+    assert ids["out"] == ids["new"] | {"<own>": 44}
+    states = {side: model.from_pretrained(tmp_path / side).state_dict() for side in (*sides, "out")}
+    for name in names:
+        rows = {side: (state[name].T if len(state[name]) == 1 else state[name]) for side, state in states.items()}
+        for token, row in ids["out"].items():
+            if token in ids["old"]:
+                expected = sum(
+                    sign * rows[side][ids[side][token]] for side, sign in zip(sides, (-1, 1, 1), strict=True)
+                )
+            else:
+                expected = rows["new" if token == "<new>" else "tuned"][
+                    ids["new" if token == "<new>" else "tuned"][token]
+                ]
+            torch.testing.assert_close(rows["out"][row], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_models_that_read_no_tokens(tmp_path):
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=28, patch_size=14
+    )
+    for seed, side in enumerate(("old", "new", "tuned")):
+        torch.manual_seed(seed)
+        ViTForImageClassification(config).save_pretrained(tmp_path / side)
+    options = [part for side in ("old", "new", "tuned") for part in (f"--{side}", tmp_path / side)]
+    run("weights", "graft", *options, "--out", tmp_path / "out")
+    old, new, tuned, out = (load_file(tmp_path / s / "model.safetensors") for s in ("old", "new", "tuned", "out"))
+    name = "vit.embeddings.patch_embeddings.projection.weight"
+    torch.testing.assert_close(out[name], new[name] + tuned[name] - old[name], rtol=1e-5, atol=1e-6)
+
+
+def test_settings_name_tokens_by_their_new_ids_though_the_fine_tune_has_no_tokenizer(tmp_path, bases):
+    old, tuned = bases["llama"]
+    new = shutil.copytree(old, tmp_path / "new")
+    bare = shutil.copytree(tuned, tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    text = (new / "tokenizer.json").read_text()
+    settings = json.loads(text)
+    settings["model"]["vocab"] |= {"</s>": 5, "good": 2}
+    next(token for token in settings["added_tokens"] if token["content"] == "</s>")["id"] = 5
+    (new / "tokenizer.json").write_text(json.dumps(settings))
+    run("weights", "graft", "--new", new, "--tuned", bare, "--old", old, "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 5
+
+
+def test_a_fine_tune_that_lost_the_padding_of_its_base(tmp_path, bases):
+    """As `resize_token_embeddings(len(tokenizer))` leaves it."""
+    old = with_tokens(bases["llama"][0], tmp_path / "old", [], 1)
+    tuned = tmp_path / "tuned"
+    model = AutoModelForCausalLM.from_pretrained(old)
+    model.resize_token_embeddings(43, mean_resizing=False)
+    model.save_pretrained(tuned)
+    AutoTokenizer.from_pretrained(old).save_pretrained(tuned)
+    run("weights", "graft", "--new", old, "--tuned", tuned, "--old", old, "--out", tmp_path / "out")
+    before, after = load_file(old / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(MismatchError, match=r"have 43 rows and those of .* 48 for the same tokens"):
+        run("weights", "delta", "--tuned", tuned, "--old", old, "--out", tmp_path / "delta")
+
+
+@pytest.mark.parametrize("method", ["interpolation", "project"])
+def test_methods_that_hold_weights_number_by_number_refuse_other_vocabularies(
+    tmp_path, grown, tuned, task_file, method
+):
+    source = tuned["llama", "full"]
+    options = Projection(pairs=(f"{source}={source}",)) if method == "project" else None
+    with pytest.raises(KindError, match="have other vocabularies"):
+        recycle(
+            Upgrade(*grown), source, task_file, method, tmp_path / "out",
+            recipe=Recipe(steps=1, precision="fp32"), options=options,
+        )  # fmt: skip
+
+
+def test_auto_leaves_out_what_needs_texts_divided_alike(tmp_path, grown, tuned, task_file):
+    new = shutil.copytree(grown[1], tmp_path / "new")
+    settings = json.loads((new / "tokenizer.json").read_text())
+    vocabulary = settings["model"]["vocab"]
+    settings["model"]["vocab"] = {f"{t}~" if t in ("the", "a", "of", "and") else t: i for t, i in vocabulary.items()}
+    (new / "tokenizer.json").write_text(json.dumps(settings))
+    upgrade, recipe = Upgrade(grown[0], new), Recipe(steps=2, precision="fp32")
+    source, options = tuned["llama", "lora"], Auto(target=1.0, training_free=("direct", "ridge"), budgets=(0.5,))
+    with pytest.raises(KindError, match="divide only"):
+        recycle(upgrade, source, task_file, "ridge", tmp_path / "ridge", recipe=recipe)
+    outcome = recycle(upgrade, source, task_file, "auto", tmp_path / "out", recipe=recipe, options=options)
+    assert "ridge" not in [rung["rung"] for rung in outcome.record["notes"]["tried"]]
+
+
+def test_a_padding_token_that_was_added_without_a_row(tmp_path, bases, tuned, task_file):
+    """As tuning in batches of one never notices."""
+    source = shutil.copytree(tuned["llama", "full"] / "adaptation", tmp_path / "source")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(source)
+    recipe = Recipe(steps=1, precision="fp32")
+    outcome = recycle(Upgrade(*bases["llama"]), source, task_file, "direct", tmp_path / "out", recipe=recipe)
+    plain = recycle(
+        Upgrade(*bases["llama"]), tuned["llama", "full"], task_file, "direct", tmp_path / "plain", recipe=recipe
+    )
+    assert outcome.scores == plain.scores
+
+
+def test_an_adapter_with_tokens_of_its_own_becomes_a_full_fine_tune(tmp_path, grown, task_file):
+    old, _ = grown
+    tokenizer = AutoTokenizer.from_pretrained(old)
+    tokenizer.add_tokens(["<own>"])
+    model = AutoModelForSequenceClassification.from_pretrained(old, num_labels=2)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], modules_to_save=["score", "embed_tokens"])
+    with quiet():
+        adapted = get_peft_model(model, config)
+        with torch.no_grad():
+            adapted.get_input_embeddings().weight.add_(0.1)
+        adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    full = convert(tmp_path / "adapter", old, tmp_path / "full", to="full")
+    before, after = embeddings(tmp_path / "adapter"), embeddings(full.path)
+    assert after.keys() == before.keys() == tokenizer.get_vocab().keys()
+    assert all(torch.equal(before[token], after[token]) for token in before)
+    with pytest.raises(MismatchError, match="has other tokens than"):
+        convert(full.path, old, tmp_path / "lora", to="lora", rank=2)
