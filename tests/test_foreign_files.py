@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from regraft import Base, Upgrade, check, load_adaptation, recycle, tune
 from regraft.adaptation import attach, fresh_model, load_model, merge_lora, read_config
 from regraft.checkpoint import Checkpoint
-from regraft.errors import CheckpointError, RecipeError, RegraftError
+from regraft.errors import CheckpointError, MismatchError, RecipeError, RegraftError
 from regraft.weights import distance, distances, graft_all, interpolate_all, low_rank
 
 MATRIX = "bert.encoder.layer.0.output.dense.weight"
@@ -174,6 +174,9 @@ def test_only_files_that_are_no_code_are_copied_beside_weights(tmp_path, copied,
         ({"num_hidden_layers": 100_000}, r"num_hidden_layers is 100,000, and at most \d+ are built"),
         ({"max_position_embeddings": 10**12}, r"describes a model of [\d,]+ numbers|does not go with"),
         ({"hidden_act": "nope"}, "nope"),
+        ({"attn_implementation": "nope"}, "nope"),
+        ({"attn_implementation": 3}, "cannot"),
+        ({"chunk_size_feed_forward": "8"}, "chunk_size_feed_forward is '8', not a whole number"),
     ],
 )
 @pytest.mark.parametrize("which", ["base", "full"])
@@ -186,6 +189,20 @@ def test_a_config_that_makes_no_sense_is_refused_at_once(copied, bases, tuned, w
             full = load_adaptation(copied(tuned["bert", "full"] / "adaptation", **changes))
             load_model(full, Base.open(bases["bert"][0]), ("negative", "positive"))
     assert time.monotonic() - began < 5
+
+
+def test_outputs_are_read_by_name_though_a_config_asks_for_tuples(copied, bases, tuned, task_file):
+    old, new = bases["bert"]
+    lora = tuned["bert", "lora"]
+    plain = check(Upgrade(Base.open(old), Base.open(new)), lora, task_file)
+    assert check(Upgrade(Base.open(old), Base.open(copied(new, return_dict=False))), lora, task_file) == plain
+
+
+def test_predictions_that_are_no_numbers_are_no_far_upgrade(copied, bases, tuned, task_file):
+    old, new = bases["bert"]
+    folder = copied(new, layer_norm_eps=math.nan)
+    with pytest.raises(MismatchError, match=f"{re.escape(str(folder))}: what the weights on it predict is infinite"):
+        check(Upgrade(Base.open(old), Base.open(folder)), tuned["bert", "lora"], task_file)
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"a":' * 100_000, '{"a": 1, "a": 2}', "\ud800"])

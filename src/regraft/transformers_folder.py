@@ -52,6 +52,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     except Exception as error:  # each field of a wrong type raises what the first to use it raises
         raise CheckpointError(f"{file}: transformers cannot read it ({_reason(error)}).") from error
     vars(config).pop("quantization_config", None)  # the checkpoint is read as weights
+    config._attn_implementation = None  # a wish of who saved it, not of the weights, and maybe not installed here
     return config
 
 
@@ -132,6 +133,8 @@ def _check_counts(settings: dict[str, Any], file: Path, tensors: int) -> None:
     for name, value in _settings(settings):
         if name.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise CheckpointError(f"{file}: {name} is {value!r:.80}, code of the hub, which is not run. Remove it.")
+        if name == "chunk_size_feed_forward" and type(value) is not int:
+            raise CheckpointError(f"{file}: {name} is {value!r:.80}, not a whole number. Remove it.")
         count = len(value) if name == "id2label" and isinstance(value, dict) else value
         for part, most in MOST:
             limit = min(most, max(tensors, 64)) if part is LAYER else most  # a layer has a tensor, and a few are cheap

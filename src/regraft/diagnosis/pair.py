@@ -85,7 +85,13 @@ class Pair:
 
     def _logits(self, model: Any, base: Base) -> torch.Tensor:
         examples = encode(base, self.split, self.data.max_length)
-        return predict(model.to(device()), examples, self.precision, self.progress)
+        logits = predict(model.to(device()), examples, self.precision, self.progress)
+        if not logits.isfinite().all():  # argmax would take them for the first class
+            raise MismatchError(
+                f"{base.path}: what the weights on it predict is infinite or not a number. Compute in fp32 "
+                "(--precision), or look for such a number in its config.json."
+            )
+        return logits
 
 
 @contextlib.contextmanager
