@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AddedToken,
     AutoModelForCausalLM,
@@ -23,6 +23,7 @@ from transformers import (
     BartForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
     pipeline,
@@ -33,6 +34,7 @@ from regraft.errors import KindError, MismatchError
 from regraft.methods.auto import Auto
 from regraft.methods.project import Projection
 from regraft.progress import quiet
+from regraft.vocabulary import merged_tokenizer
 from regraft.weights import graft, graft_rows, match_rows
 
 tokens = st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=20, unique=True)
@@ -340,19 +342,43 @@ def test_models_that_read_no_tokens(tmp_path):
     torch.testing.assert_close(out[name], new[name] + tuned[name] - old[name], rtol=1e-5, atol=1e-6)
 
 
-def test_settings_name_tokens_by_their_new_ids_though_the_fine_tune_has_no_tokenizer(tmp_path, bases):
+@pytest.mark.parametrize("eos", ["</s>", "<end>"])
+def test_settings_name_tokens_by_their_new_ids(tmp_path, bases, eos):
+    """Though the fine-tune has no tokenizer; where the new base has no such token, what it says itself."""
     old, tuned = bases["llama"]
     new = shutil.copytree(old, tmp_path / "new")
     bare = shutil.copytree(tuned, tmp_path / "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
-    text = (new / "tokenizer.json").read_text()
-    settings = json.loads(text)
-    settings["model"]["vocab"] |= {"</s>": 5, "good": 2}
-    next(token for token in settings["added_tokens"] if token["content"] == "</s>")["id"] = 5
-    (new / "tokenizer.json").write_text(json.dumps(settings))
+    content = json.loads((new / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"</s>": 5, "good": 2}
+    next(token for token in content["added_tokens"] if token["content"] == "</s>")["id"] = 5
+    (new / "tokenizer.json").write_text(json.dumps(content))
+    for file in new.glob("tokenizer*"):
+        file.write_text(file.read_text().replace("</s>", eos))
+    (new / "config.json").write_text(json.dumps(json.loads((new / "config.json").read_text()) | {"eos_token_id": 5}))
     run("weights", "graft", "--new", new, "--tuned", bare, "--old", old, "--out", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 5
+    for command in (("interpolate", "--t", 0.5, "--out", tmp_path / "between"), ("distance",)):
+        sides = (old, new) if command == ("distance",) else ("--first", old, "--second", new)
+        with pytest.raises(
+            MismatchError, match=r"tokens in different rows, as '</s>'|tokens in different rows, as 'good'"
+        ):
+            run("weights", *command, *sides)
+
+
+def test_tokens_that_a_tokenizer_learned_are_not_added_to_another(tmp_path):
+    """`Ġab` as an added token would stand for these very characters in texts."""
+    sides = {}
+    for side, learned in (("old", []), ("new", []), ("tuned", [("a", "b"), ("Ġ", "ab")])):
+        ids = numbered(["<unk>", "Ġ", "a", "b", *("".join(pair) for pair in learned)])
+        tokenizer = Tokenizer(models.BPE(ids, learned, unk_token="<unk>"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / side)
+        sides[side] = ids
+    rows = match_rows(sides["old"], sides["new"], 4, 4, sides["tuned"], 6)
+    with pytest.raises(MismatchError, match=r"'Ġab'.* are part of what its tokenizer learned"):
+        merged_tokenizer(tmp_path / "new", tmp_path / "tuned", rows)
 
 
 def test_a_fine_tune_that_lost_the_padding_of_its_base(tmp_path, bases):

@@ -112,6 +112,30 @@ def check_one_vocabulary(
     )
 
 
+def check_same_rows(folders: Mapping[str, Path], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Refuse two checkpoints that have a token in different rows: by number, one token would stand for another.
+
+    Args:
+        folders: Of both; one without a tokenizer is passed over.
+        tensors: Their tensors.
+
+    Raises:
+        MismatchError: A token has another id in each.
+    """
+    first, second = folders
+    files = [_files(folder) for folder in folders.values()]
+    if not all(files) or files[0] == files[1]:
+        return
+    ids = {side: tokens_of(read_tokenizer(folder), _rows(tensors[side])) for side, folder in folders.items()}
+    moved = sorted(token for token, row in ids[first].items() if ids[second].get(token, row) != row)
+    if moved:
+        raise MismatchError(
+            f"{folders[first]} and {folders[second]} have {len(moved):,} tokens in different rows, as {moved[0]!r} in "
+            f"{ids[first][moved[0]]} and {ids[second][moved[0]]}: row by row, one token would be held against another. "
+            "Give two of one vocabulary."
+        )
+
+
 def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowMatch) -> None:
     """Write the tokenizer of a graft, and have its configs name tokens by their ids there.
 
@@ -133,7 +157,8 @@ def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowM
     source = read_tokenizer(tuned if has_tokenizer(tuned) else old)
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            settings = _renumbered(read_json(folder / name), source, ids)
+            instead = read_json(new / name) if (new / name).is_file() else {}
+            settings = _renumbered(read_json(folder / name), source, ids, instead)
             text = settings.get("text_config")
             if name == "config.json" and (not isinstance(text, dict) or "vocab_size" in settings):
                 settings["vocab_size"] = len(rows.new_row)
@@ -155,6 +180,7 @@ def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokeni
 
     Raises:
         CheckpointError: The tokens cannot be added where the match has them.
+        MismatchError: The new tokenizer would not divide texts into them.
     """
     from transformers import AddedToken
 
@@ -173,6 +199,14 @@ def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokeni
             f"{tuned}: its token {misplaced[0]!r} cannot be added to the tokenizer of {new}, whose ids have gaps. Add "
             "the fine-tune's tokens to the new base first (add_tokens and resize_token_embeddings of transformers)."
         )
+    texts = {token: source.convert_tokens_to_string([token]).strip() for token in rows.own}
+    apart = [t for t, text in texts.items() if text and source.tokenize(text) == [t] != tokenizer.tokenize(text)]
+    if apart:
+        raise MismatchError(
+            f"{tuned}: {len(apart):,} tokens of its own ({', '.join(map(repr, apart[:4]))}) are part of what its "
+            f"tokenizer learned, rather than added to it, and the tokenizer of {new} cannot be taught them. Give the "
+            "new base a tokenizer with these tokens, and rows for them, first."
+        )
     for name in SPECIAL:
         special = getattr(source, name, None)
         if special is not None and special in vocabulary:
@@ -186,24 +220,22 @@ def _meaning(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], Any]:
     return dict(tokenizer.special_tokens_map), getattr(tokenizer, "chat_template", None)
 
 
-def _renumbered(settings: Mapping[str, Any], source: PreTrainedTokenizerBase, ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return settings with the ids of the grafted vocabulary in place of the fine-tune's."""
+def _renumbered(
+    settings: Mapping[str, Any], source: PreTrainedTokenizerBase, ids: Mapping[str, int], instead: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return settings with the ids of the grafted vocabulary, the new base's where a token is in it no longer."""
 
-    def renumber(value: Any) -> Any:
-        if isinstance(value, list):
-            return [renumber(each) for each in value]
-        if not isinstance(value, int) or not 0 <= value < len(source):
+    def renumber(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            inner = instead.get(key)
+            return _renumbered(value, source, ids, inner if isinstance(inner, dict) else {})
+        numbers = value if isinstance(value, list) else [value]
+        if not TOKEN_IDS.search(key) or not all(type(each) is int and 0 <= each < len(source) for each in numbers):
             return value
-        return ids.get(str(source.convert_ids_to_tokens(value)), value)
+        found = [ids[token] for token in source.convert_ids_to_tokens(numbers) if token in ids]
+        return (found if isinstance(value, list) else found[0]) if found else instead.get(key)
 
-    return {
-        key: _renumbered(value, source, ids)
-        if isinstance(value, dict)
-        else renumber(value)
-        if TOKEN_IDS.search(key)
-        else value
-        for key, value in settings.items()
-    }
+    return {key: renumber(key, value) for key, value in settings.items()}
 
 
 def _rows(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -44,7 +44,7 @@ def graft(
     """Add what tuning changed in the old base to the new one: new + λ·(tuned − old); heads are copied."""
     from regraft.cli import show
     from regraft.errors import RecipeError
-    from regraft.vocabulary import match_vocabularies
+    from regraft.vocabulary import match_vocabularies, merged_tokenizer
     from regraft.weights import counterparts, graft_all
 
     factors = {"*": _finite("--scale", scale), **_factors(scale_for or [])}
@@ -54,6 +54,7 @@ def graft(
     rows = match_vocabularies({side: opened.folder for side, opened in sides.items()}, views)
     if rows:
         show.line(rows.summary())
+        merged_tokenizer(sides["new"].folder, sides["tuned"].folder, rows)  # or a refusal, before anything is written
     if unused := [p for p in factors if p != "*" and not fnmatch.filter(views["tuned"], p)]:
         raise RecipeError(f"--scale-for {unused[0]}: fits no tensor; there are such as {next(iter(views['tuned']))}.")
     grafted = graft_all(views["new"], views["tuned"], views["old"], factors, rows)
@@ -92,10 +93,12 @@ def interpolate(
     dry_run: DryRun = False,
 ) -> None:
     """Walk the straight line between two checkpoints: (1 − t)·first + t·second."""
+    from regraft.vocabulary import check_same_rows
     from regraft.weights import interpolate_all
 
     sides = _open(check_finite, {"first": first, "second": second})
     views = _named(sides)
+    check_same_rows({side: opened.folder for side, opened in sides.items()}, views)
     walked = interpolate_all(views["first"], views["second"], _finite("--t", t))
     _write(walked, out, sides, "first", {"operation": "interpolate", "t": t}, shard_size, dry_run)
 
@@ -172,10 +175,12 @@ def distance(
 ) -> None:
     """Measure how far apart two checkpoints are: as wholes, by layer and by kind of tensor."""
     from regraft.cli import show
+    from regraft.vocabulary import check_same_rows
     from regraft.weights import distances
 
     sides = _open(check_finite, {"first": first, "second": second})
     views = _named(sides)
+    check_same_rows({side: opened.folder for side, opened in sides.items()}, views)
     with show.progress() as progress:
         found = distances(views["first"], views["second"], progress)
     show.distances(found)
