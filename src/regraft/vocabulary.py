@@ -232,8 +232,10 @@ def _renumbered(
         numbers = value if isinstance(value, list) else [value]
         if not TOKEN_IDS.search(key) or not all(type(each) is int and 0 <= each < len(source) for each in numbers):
             return value
-        found = [ids[token] for token in source.convert_ids_to_tokens(numbers) if token in ids]
-        return (found if isinstance(value, list) else found[0]) if found else instead.get(key)
+        present = [ids[token] for token in source.convert_ids_to_tokens(numbers) if token in ids]
+        if numbers and not present:
+            return instead.get(key)
+        return present if isinstance(value, list) else present[0]
 
     return {key: renumber(key, value) for key, value in settings.items()}
 
