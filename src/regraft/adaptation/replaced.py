@@ -94,11 +94,13 @@ def graft_replaced(
                     f"{adaptation.path}: tensor {name!r} has shape {shape}, and takes the place of {inner!r} in "
                     f"{upgrade.old.path}, where {expected} is expected. Was it tuned on that base?"
                 )
+            if 0 in made:  # the new base has none of the tokens
+                continue
             shape = made
         elif match is not None and name.endswith(".lora_embedding_A"):  # a column for each token
             rule, shape = functools.partial(_columns, rows=match.tuned_row), (shape[0], len(match.tuned_row))
         entries[name] = Entry(dtype_of(tensors, name), shape, operands, rule, elementwise=False)
-    return Derived(entries), () if replace else tuple(replaced)
+    return Derived(entries), () if replace else tuple(name for name in replaced if name in entries)
 
 
 def renumbered_settings(
@@ -120,8 +122,8 @@ def renumbered_settings(
 
     def renumbered(rows: Any) -> Any:
         if isinstance(rows, dict):
-            return {module: renumbered(each) for module, each in rows.items()}
-        return [ids[row] for row in rows if row in ids]
+            return {module: ids_of for module, each in rows.items() if (ids_of := renumbered(each))} or None
+        return [ids[row] for row in rows if row in ids] or None
 
     named = {key: settings[key] for key in ("trainable_token_indices", "token_indices") if settings.get(key)}
     return {**settings, **{key: renumbered(rows) for key, rows in named.items()}}
