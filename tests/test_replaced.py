@@ -297,7 +297,8 @@ def change(file, **settings):
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
-def test_a_token_in_a_free_row_is_read_where_it_was_tuned(tmp_path, padded, small_task):
+@pytest.mark.parametrize(("has_free_rows", "method"), [(True, "direct"), (False, "trimmed")])
+def test_a_token_in_a_free_row_is_read_where_it_was_tuned(tmp_path, pairs, padded, small_task, has_free_rows, method):
     """Added to a tokenizer whose base has rows to spare, and tuned there: no embeddings were resized or stored."""
     old, source = padded
     folder = shutil.copytree(source, tmp_path / "adapter")
@@ -305,8 +306,8 @@ def test_a_token_in_a_free_row_is_read_where_it_was_tuned(tmp_path, padded, smal
     tokenizer.add_tokens(["<own>"])
     tokenizer.save_pretrained(folder)
     change(folder / "adapter_config.json", trainable_token_indices=[5, 43, 6])
-    new = move_base(old, tmp_path / "new", 0.3)
-    outcome = recycle(Upgrade(old, new), folder, small_task, "direct", tmp_path / "out", recipe=RECIPE)
+    new = move_base(old, tmp_path / "new", 0.3) if has_free_rows else pairs["llama"][1]
+    outcome = recycle(Upgrade(old, new), folder, small_task, method, tmp_path / "out", recipe=RECIPE)
     assert "'<own>'" in outcome.record["notes"]["vocabulary"]
     again = AutoTokenizer.from_pretrained(outcome.path / "adaptation")
     assert again.convert_tokens_to_ids("<own>") == 43

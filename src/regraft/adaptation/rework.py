@@ -168,6 +168,8 @@ def _classifier(adaptation: Adaptation, base: Base) -> Architecture:
 
     config, labels = copy.deepcopy(base.config), stored_labels(adaptation, base)
     config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    if base.own_rows:
+        config.get_text_config().vocab_size = base.own_rows
     auto: Any = AutoModelForSequenceClassification
     return architecture_of(config, auto._model_mapping[type(config)].__name__)
 
