@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from regraft import Recipe, Upgrade, check, convert, diagnose, recycle
-from regraft.errors import KindError, MismatchError
+from regraft.errors import CheckpointError, KindError, MismatchError
 from regraft.methods.auto import Auto
 from regraft.methods.project import Projection
 from regraft.progress import quiet
@@ -456,3 +456,21 @@ def test_an_adapter_with_tokens_of_its_own_becomes_a_full_fine_tune(tmp_path, gr
     assert all(torch.equal(before[token], after[token]) for token in before)
     with pytest.raises(MismatchError, match="has other tokens than"):
         convert(full.path, old, tmp_path / "lora", to="lora", rank=2)
+
+
+def test_rows_of_a_class_that_nobody_knows(tmp_path, grown):
+    """By the usual names; where these tell nothing, positions are not taken for tokens."""
+    sides = dict(zip(("old", "new", "tuned"), (*grown, grown[0]), strict=True))
+    for side, source in sides.items():
+        shutil.copytree(source, tmp_path / side)
+        (tmp_path / side / "config.json").write_text(json.dumps({"model_type": "nobody-knows"}))
+    options = [part for side in sides for part in (f"--{side}", tmp_path / side)]
+    run("weights", "graft", *options, "--out", tmp_path / "out")
+    expected, grafted = (load_file(folder / "model.safetensors") for folder in (grown[1], tmp_path / "out"))
+    assert all(torch.allclose(expected[name], grafted[name], atol=1e-6) for name in expected)
+    for side in sides:
+        tensors = load_file(tmp_path / side / "model.safetensors")
+        renamed = {name.replace("embed_tokens", "table").replace("lm_head", "out"): t for name, t in tensors.items()}
+        save_file(renamed, tmp_path / side / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no tensor of it is known to have a row for each token"):
+        run("weights", "graft", *options, "--out", tmp_path / "other")

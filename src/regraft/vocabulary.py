@@ -55,10 +55,17 @@ def match_vocabularies(
         return None
     if all(content == files["old"] for content in files.values()) and len(set(rows.values())) == 1:
         return None
-    vocabularies = {"old": tokens_of(read_tokenizer(folders["old"]), rows["old"])}
-    for side, folder in folders.items():
-        if files[side] != files["old"]:
-            vocabularies[side] = tokens_of(read_tokenizer(folder), rows[side])
+    others = {side: read_tokenizer(folder) for side, folder in folders.items() if files[side] != files["old"]}
+    tokenizers = {"old": read_tokenizer(folders["old"]), **others}
+    if not all(rows.values()):
+        if all(tokenizer.get_vocab() == tokenizers["old"].get_vocab() for tokenizer in tokenizers.values()):
+            return None
+        unknown = next(folder for side, folder in folders.items() if not rows[side])
+        raise CheckpointError(
+            f"{unknown}: no tensor of it is known to have a row for each token, and the tokenizers differ, so rows "
+            "cannot be matched. Give checkpoints of a class that transformers has, or of one vocabulary."
+        )
+    vocabularies = {side: tokens_of(tokenizer, rows[side]) for side, tokenizer in tokenizers.items()}
     match = match_rows(
         vocabularies["old"], vocabularies.get("new", vocabularies["old"]), rows["old"], rows["new"],
         vocabularies.get("tuned"), rows.get("tuned"),

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 _BY_TOKEN = re.compile(
-    r"(?:^|\.)(?:word_embeddings|embed_tokens|tok_embeddings|wte|shared|lm_head|embed_out|decoder)\.(?:weight|bias)$"
+    r"(?:^|\.)(?:word_embeddings|embed_tokens|tok_embeddings|embed_in|wte|shared|lm_head|embed_out|decoder)"
+    r"\.(?:weight|bias)$|^(?:(?:backbone|model)\.)?embeddings\.weight$"
     r"|predictions\.bias$|lm_head\.bias$|vocab_projector\.(?:weight|bias)$"
 )
 
