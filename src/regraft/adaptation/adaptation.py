@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from regraft.adaptation.record import RECORD, agreed_labels, configured_labels, recorded
 from regraft.checkpoint import Checkpoint, check_plain, fingerprint, read_json, write_atomic
 from regraft.errors import CheckpointError, MismatchError
+from regraft.transformers_folder import read_tokenizer
+from regraft.vocabulary import has_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
 
     from regraft.upgrade import Base
 
@@ -51,6 +55,11 @@ class Adaptation:
     def fingerprint(self) -> str:
         """Which weights these are."""
         return fingerprint(self.checkpoint)
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its own tokenizer, which may have tokens that its base's has not; None if its folder holds none."""
+        return read_tokenizer(self.path) if has_tokenizer(self.path) else None
 
     @property
     def changed_base(self) -> bool:

@@ -12,9 +12,8 @@ from regraft.adaptation.replaced import TOKENS, token_rows
 from regraft.architecture import named
 from regraft.checkpoint import shape_of
 from regraft.errors import CheckpointError, MismatchError
-from regraft.transformers_folder import read_tokenizer
 from regraft.upgrade import Upgrade
-from regraft.vocabulary import has_tokenizer, merged_tokenizer, tokens_of
+from regraft.vocabulary import merged_tokenizer, tokens_of
 from regraft.weights import match_rows
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def tuned_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
         MismatchError: A tokenizer has more tokens than there are rows.
     """
     old, new, count = upgrade.old, upgrade.new, stored_rows(adaptation, upgrade.old)
-    if not has_tokenizer(adaptation.path):
+    if adaptation.tokenizer is None:
         if count not in (None, old.embedding_rows):
             raise CheckpointError(
                 f"{adaptation.path}: its embeddings have {count:,} rows, those of {old.path} "
@@ -50,7 +49,7 @@ def tuned_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
                 "tuned with into it."
             )
         return upgrade.rows
-    vocabulary, rows = _stored_tokens(adaptation, old, read_tokenizer(adaptation.path))
+    vocabulary, rows = _stored_tokens(adaptation, old, adaptation.tokenizer)
     if vocabulary == old.vocabulary and rows == old.embedding_rows:
         return upgrade.rows
     try:
@@ -105,9 +104,9 @@ def with_own_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
     Returns:
         The upgrade; the same where the adaptation has the old base's tokens, or stores no rows for its own.
     """
-    if not has_tokenizer(adaptation.path):
+    tokenizer = adaptation.tokenizer
+    if tokenizer is None:
         return upgrade
-    tokenizer = read_tokenizer(adaptation.path)
     vocabulary, count = _stored_tokens(adaptation, upgrade.old, tokenizer)
     if without := sorted(tokenizer.get_vocab().keys() - vocabulary.keys()):
         logger.warning(
