@@ -288,7 +288,7 @@ def test_outcomes_have_the_tokenizer_of_their_base_whatever_it_was_used_for(tmp_
     ],
 )
 def test_patterns_and_sizes_that_would_hang_are_refused(monkeypatch, copied, bases, tuned, changes, says):
-    monkeypatch.setattr("regraft.adaptation.patterns.SECONDS", 0.5)
+    monkeypatch.setattr("regraft.adaptation.patterns.SECONDS", 2)
     folder = copied(tuned["bert", "lora"] / "adaptation", "adapter_config.json", **changes)
     base = Base.open(bases["bert"][0])
     with pytest.raises(CheckpointError, match=says):
