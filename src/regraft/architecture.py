@@ -318,7 +318,9 @@ def architecture_of(config: PretrainedConfig, name: str | None = None) -> Archit
         CheckpointError: Transformers cannot build it.
     """
     kind: Any = type(config)
-    return _cached(json.dumps(config.to_dict(), sort_keys=True, default=str), name, kind)
+    settings = config.to_dict()
+    settings.pop("_name_or_path", None)  # equal models of different folders are one architecture
+    return _cached(json.dumps(settings, sort_keys=True, default=str), name, kind)
 
 
 def ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
