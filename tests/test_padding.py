@@ -11,7 +11,7 @@ from conftest import LABELS, WORDS, make_tokenizer, move_base, sentence, write_b
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from regraft import Base, Recipe, Upgrade, cli, convert, load_adaptation, recycle, tune
-from regraft.adaptation import attach, fresh_model, load_model, new_config, save_model
+from regraft.adaptation import attach, fresh_model, load_model, load_strictly, new_config, save_model
 from regraft.progress import quiet
 from regraft.tuning.examples import Examples
 from regraft.tuning.predict import forward, last_read, predict
@@ -184,6 +184,14 @@ def test_an_adapter_gives_each_text_what_peft_gives_alone(bases, tmp_path, archi
         expected = alone(PeftModel.from_pretrained(plain, tmp_path), texts)
     for ours in (model, load_model(load_adaptation(tmp_path), base, LABELS)):
         torch.testing.assert_close(predict(ours, examples_of(texts), "fp32"), expected, rtol=0, atol=1e-5)
+
+
+def test_pieces_that_divide_no_batch_are_not_asked_for(tmp_path):
+    config = AutoConfig.for_model("bert", vocab_size=VOCABULARY, **SIZES, chunk_size_feed_forward=5, **NAMED_LABELS)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    model, _ = load_strictly(AutoModelForSequenceClassification, tmp_path, "bert")
+    assert predict(model, examples_of(token_ids()), "fp32").shape == (14, 2)
+    assert model.config.chunk_size_feed_forward == 5
 
 
 @pytest.mark.parametrize("padding", [EOS, UNK, None])

@@ -303,6 +303,9 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
         inner = name.removeprefix(prefix + ".")
         return (name != inner or name in body) and not is_optional(inner)
 
+    for module in model.modules():
+        if getattr(module, "chunk_size_feed_forward", 0):  # saves memory, and asks for batches that it divides
+            module.chunk_size_feed_forward = 0
     model.config.return_dict = True  # outputs are read by name, whatever the file says
     model._weight_conversions = None  # what is saved of it has the names of a fresh model, not those of this file
     body = set(model.base_model.state_dict())
