@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from regraft import Base, convert, load_adaptation
 from regraft.adaptation import extract_lora, load_model, lora_settings, merge_lora
-from regraft.architecture import class_of
 from regraft.checkpoint import Checkpoint
 from regraft.cli import app
 from regraft.errors import CheckpointError, MismatchError, OutcomeError
+from regraft.naming import class_of
 from regraft.progress import quiet
 
 SIZE = {

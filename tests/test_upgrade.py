@@ -11,9 +11,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from regraft import Base, Upgrade, load_adaptation
 from regraft.adaptation import fresh_model, load_model
-from regraft.architecture import named_alike
 from regraft.checkpoint import Checkpoint
 from regraft.errors import CheckpointError, MismatchError
+from regraft.naming import named_alike
 from regraft.weights import Named, counterparts
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")

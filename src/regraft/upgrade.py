@@ -10,9 +10,10 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from regraft.architecture import architecture_of, named
+from regraft.architecture import architecture_of
 from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_plain, find_path, fingerprint
 from regraft.errors import CheckpointError, MismatchError
+from regraft.naming import named
 from regraft.transformers_folder import read_config, read_tokenizer
 from regraft.vocabulary import tokens_of
 from regraft.weights import is_optional, match_rows

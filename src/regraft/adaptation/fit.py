@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG
 from regraft.adaptation.patterns import check_patterns
-from regraft.architecture import BUFFER, architecture_of, ignored_settings
+from regraft.architecture import BUFFER, architecture_of
 from regraft.checkpoint import FLOATING
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_config
@@ -16,6 +16,8 @@ from regraft.upgrade import body_names
 from regraft.weights import is_optional
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PretrainedConfig
 
     from regraft.adaptation.adaptation import Adaptation
@@ -26,6 +28,13 @@ COMPUTING = re.compile(
     r"heads$|^n_head$|head_dim|^(hidden_)?act(ivation)?(_fn|_function)?$|eps(ilon)?$|^rope_|rotary|position_embedding|"
     r"sliding|attention_window|soft_?cap|multiplier|scal(e|ing)|^is_decoder$"
 )
+# settings that classes of transformers 5 ignore, with the value of what they now do
+NEUTRAL = {"position_embedding_type": "absolute"}
+# settings that transformers 5 reads into `rope_parameters`, by the name that they have in it
+ROTARY = {
+    "rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor", "rope_scaling": None,
+}  # fmt: skip
 HARMLESS = ("merge_weights",)  # what old PEFT wrote, whose value changed nothing
 
 
@@ -79,7 +88,7 @@ def check_computing(adaptation: Adaptation, base: Base) -> None:
     """
     config = config_of(adaptation)
     tuned, own = config.to_dict(), base.config.to_dict()
-    ignored = ignored_settings(config, adaptation.path) | ignored_settings(base.config, base.path)
+    ignored = _ignored_settings(config, adaptation.path) | _ignored_settings(base.config, base.path)
     differing = [
         f"{key} is {tuned.get(key)!r:.80}, in the base {own.get(key)!r:.80}"
         for key in sorted(tuned.keys() | own.keys())
@@ -179,6 +188,35 @@ def check_settings(adaptation: Adaptation, base: Base) -> None:
             f"{where}: num_attention_heads is {config['num_attention_heads']!r}, and keys and values of {base.path} "
             f"have {heads} heads. Was it tuned on that base?"
         )
+
+
+def _ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
+    """Name the settings that a config's class ignores, where they say what the class does anyway.
+
+    Args:
+        config: As transformers read it.
+        folder: The folder it is in.
+
+    Returns:
+        Their names.
+
+    Raises:
+        MismatchError: One of them says otherwise: the weights were trained in a model that transformers no longer has.
+    """
+    settings = config.to_dict()
+    known = type(config)().to_dict()
+    rotary = settings.get("rope_parameters") or {}
+    ignored = set()
+    for key in settings.keys() - known.keys():
+        value = settings[key]
+        if key in NEUTRAL and value not in (None, NEUTRAL[key]):
+            raise MismatchError(
+                f"{folder}/config.json: {key} is {value!r:.80}, which transformers no longer reads: its class today "
+                f"computes what {NEUTRAL[key]!r} means, and these weights were not trained for that."
+            )
+        if key in NEUTRAL or value is None or (key in ROTARY and value in (rotary, rotary.get(ROTARY[key]))):
+            ignored.add(key)
+    return ignored | {key for key in NEUTRAL if key not in known}
 
 
 def _known(kind: str, peft_type: str) -> tuple[set[str], bool]:

@@ -14,8 +14,8 @@ from regraft.adaptation.lora import fold_start
 from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter, write_tokenizer
 from regraft.adaptation.replaced import graft_replaced, renumbered_settings, replaced_parameter
 from regraft.adaptation.tokens import tuned_rows
-from regraft.architecture import named
 from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
+from regraft.naming import named
 from regraft.vocabulary import write_vocabulary
 from regraft.weights import counterparts, graft, graft_rows
 

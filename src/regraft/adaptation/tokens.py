@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from regraft.adaptation.fit import config_of
 from regraft.adaptation.head import model_name
 from regraft.adaptation.replaced import TOKENS, token_rows
-from regraft.architecture import named
 from regraft.checkpoint import shape_of
 from regraft.errors import CheckpointError, MismatchError
+from regraft.naming import named
 from regraft.upgrade import Upgrade
 from regraft.vocabulary import merged_tokenizer, tokens_of
 from regraft.weights import match_rows

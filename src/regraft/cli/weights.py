@@ -124,9 +124,9 @@ def extract_lora(
     """Draw a LoRA out of a full fine-tune: the best low-rank approximation of what it changed."""
     from regraft.adaptation import extract_lora as extract
     from regraft.adaptation import write_lora
-    from regraft.architecture import class_of
     from regraft.checkpoint import fingerprint, is_made
     from regraft.cli import show
+    from regraft.naming import class_of
     from regraft.vocabulary import check_one_vocabulary
     from regraft.weights import Named
 
@@ -224,8 +224,8 @@ def _open(check_finite: bool, names: "Mapping[str, str]", as_stored: bool = Fals
 
 def _named(sides: dict[str, "Checkpoint"]) -> "dict[str, Mapping[str, torch.Tensor]]":
     """Name tensors as their transformers classes do; say so where stored names count instead."""
-    from regraft.architecture import named_alike
     from regraft.cli import show
+    from regraft.naming import named_alike
 
     views, reason = named_alike(sides)
     if reason:
