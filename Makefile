@@ -1,6 +1,8 @@
 # Each command does all set-up itself: Python 3.11 or newer and pip are all it needs.
 PYTHON ?= python3
 BIN := .venv/bin
+# the tests' models are too small for more than a thread; two files of tests at a time take two cores
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 .PHONY: demo test contract test-fast check bench clean
 
@@ -8,13 +10,13 @@ demo: .venv/ready
 	$(BIN)/regraft demo
 
 test: .venv/ready
-	$(BIN)/pytest -m "not contract"
+	$(PYTEST) -m "not contract"
 
 contract: .venv/ready
-	$(BIN)/pytest tests/test_architectures.py tests/test_merge.py
+	$(PYTEST) tests/test_architectures.py tests/test_merge.py
 
 test-fast: .venv/ready
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: .venv/ready
 	$(BIN)/ruff check .
