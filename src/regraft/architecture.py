@@ -144,7 +144,7 @@ class Architecture:
             operands = tuple((checkpoint, name) for name in names)
             dtype = dtype_of(checkpoint, names[0])
             if self._converter(names[0]) is None:
-                entries[parameter] = Entry(dtype, shape_of(checkpoint, names[0]), operands[:1], _same)
+                entries[parameter] = Entry(dtype, shape_of(checkpoint, names[0]), operands[:1])
                 continue
             for made, shape in self._shapes_of(parameter).items():  # one stored tensor may be several parameters
                 rule = functools.partial(self._convert, parameter, made, names)
@@ -187,7 +187,7 @@ class Architecture:
             for number, name in enumerate(names):
                 operands = tuple((parameters, member) for member in group) if number == 0 else ()  # counted once
                 dtype = parameters.entries[group[0]].dtype
-                entries[name] = Entry(dtype, tuple(self.stored[name].shape), operands, _same, elementwise=False)
+                entries[name] = Entry(dtype, tuple(self.stored[name].shape), operands, elementwise=False)
                 groups[name] = group
         return Grouped(entries, groups, lambda group: self.on_disk({member: parameters[member] for member in group}))
 
@@ -319,7 +319,3 @@ def _grown(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -174,8 +174,7 @@ def graft_body(
         if name in pairs.new and rows is not None and name in tuned.by_token:
             operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
             by_row = functools.partial(graft_rows, match=rows, rule=rule_of(tuned.keys_of[name]))
-            shape = (len(rows.new_row), *entry.shape[1:])
-            entries[name] = Entry(entry.dtype, shape, operands, by_row, elementwise=False)
+            entries[name] = Entry(entry.dtype, rows.shape(entry.shape), operands, by_row, elementwise=False)
         elif name in pairs.new:
             operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
             entries[name] = Entry(entry.dtype, entry.shape, operands, rule_of(tuned.keys_of[name]), elementwise)
