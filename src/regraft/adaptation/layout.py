@@ -9,7 +9,7 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
-from regraft.adaptation.lora import START
+from regraft.adaptation.lora import ADAPTER, START
 from regraft.checkpoint import dtype_of, shape_of, torch_dtype
 from regraft.errors import CheckpointError, MismatchError
 from regraft.progress import quiet
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, torch.Tensor]
 
-ADAPTER = "default"
 ROWS = "trainable_tokens_delta"
 WRAPPERS = {"base_layer", "original_module", "token_adapter", "modules_to_save"}  # what PEFT puts around a module
 # settings of how a LoRA begins and trains, which change nothing once its tensors are there: some need the base's

@@ -12,7 +12,7 @@ from regraft.adaptation.adaptation import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_
 from regraft.adaptation.fit import check_beside_body, check_body, check_computing, check_settings
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.layout import as_loaded
-from regraft.adaptation.lora import START, fold_start
+from regraft.adaptation.lora import ADAPTER, START, fold_start
 from regraft.architecture import BUFFER, COMPILED
 from regraft.checkpoint import FLOATING, Checkpoint, dtype_of, shape_of, write_atomic, write_safetensors
 from regraft.errors import CheckpointError, KindError, MismatchError, RecipeError
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from regraft.adaptation.kinds import Config
     from regraft.errors import RegraftError
     from regraft.upgrade import Base
-
-ADAPTER = "default"
 
 
 def fresh_model(base: Base, labels: Sequence[str], seed: int) -> Any:

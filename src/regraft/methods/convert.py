@@ -20,8 +20,7 @@ from regraft.adaptation import (
     write_tokenizer,
 )
 from regraft.adaptation.graft import grafted_adapter
-from regraft.adaptation.lora import START
-from regraft.adaptation.model import ADAPTER
+from regraft.adaptation.lora import ADAPTER, START
 from regraft.adaptation.tokens import tuned_rows, with_own_tokens
 from regraft.checkpoint import check_finite, is_made, publish, read_results, resumable_folder, write_record
 from regraft.errors import CheckpointError, MismatchError, RecipeError
