@@ -11,8 +11,9 @@ from regraft.adaptation.fit import check_body, config_of
 from regraft.adaptation.head import stored_labels
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import fold_start
-from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter, write_tokenizer
+from regraft.adaptation.model import attach, fresh_model, load_model
 from regraft.adaptation.replaced import graft_replaced, renumbered_settings, replaced_parameter
+from regraft.adaptation.save import write_adapter, write_tokenizer
 from regraft.adaptation.tokens import tuned_rows
 from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
 from regraft.naming import named

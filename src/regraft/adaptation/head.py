@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adaptation, write_lineage
 from regraft.adaptation.lora import START
-from regraft.adaptation.model import fresh_model, write_tokenizer
+from regraft.adaptation.model import fresh_model
+from regraft.adaptation.save import write_tokenizer
 from regraft.checkpoint import Derived, Entry, dtype_name, write_checkpoint, write_safetensors
 from regraft.errors import MismatchError
 
