@@ -215,9 +215,5 @@ def check_alike(vector: Vector, like: Vector) -> None:
 
 def _heads(base: Base) -> set[str]:
     """Name the tensors of a classifier that its base has not: the head's, and a pooler's that the base lacks."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(base.config)  # type: ignore[no-untyped-call]
-    return {name for name in model.state_dict() if name.removeprefix(base.prefix + ".") not in base.parameters}
+    names = base.classifier.state_dict()
+    return {name for name in names if name.removeprefix(base.prefix + ".") not in base.parameters}
