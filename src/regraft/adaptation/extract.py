@@ -114,8 +114,8 @@ def extract_lora(
         tuned, old = (_in_memory(side, architecture) for side in stored)
     deltas = delta_all(tuned, old)
     changed = [name for name in deltas if name not in heads]
-    known = {name for name in align(old, tuned) if name not in heads}
-    fresh = [name for name in tuned if name not in known]
+    shared = {name for name in align(old, tuned) if name not in heads}
+    fresh = [name for name in tuned if name not in shared]
     linear = _linear(tuned, deltas, changed, architecture)
     fused = [n for n in changed if architecture is not None and len(shape_of(deltas, n)) == 3]
     lora = _Lora(fan_in_fan_out=any(linear.values()))
@@ -139,7 +139,7 @@ def extract_lora(
         lost += _extract_experts(lora, deltas, fused, stored, architecture, budget)
     if not lora.layers and not lora.parameters:
         raise MismatchError("the fine-tune has changed no linear layer: there is nothing to draw a LoRA from.")
-    tops = {name.split(".")[0] for name in known}
+    tops = {name.split(".")[0] for name in shared}
     modules = sorted({n.rpartition(".")[0] if n.split(".")[0] in tops else n.split(".")[0] for n in fresh})
     tensors, config = lora.as_peft(modules)
     tensors |= {START + name: tuned[name].contiguous() for name in fresh}
@@ -168,15 +168,15 @@ def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, ma
         OutcomeError: Something is at `out`.
     """
     with resumable_folder(out, {}) as work:
-        whole = work / "whole"
-        shutil.rmtree(whole, ignore_errors=True)
-        whole.mkdir()
-        write_safetensors(whole / "adapter_model.safetensors", lora.tensors)
+        staging = work / "whole"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        write_safetensors(staging / "adapter_model.safetensors", lora.tensors)
         config = {**lora.config, "base_model_name_or_path": base}
-        write_atomic(whole / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        copy_companions(tokenizer_of, whole, TOKENIZER)
-        write_record(whole, made_from)
-        publish(whole, out)
+        write_atomic(staging / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        copy_companions(tokenizer_of, staging, TOKENIZER)
+        write_record(staging, made_from)
+        publish(staging, out)
 
 
 @dataclasses.dataclass

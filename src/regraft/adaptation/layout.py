@@ -143,14 +143,14 @@ def peft_settings(config: Mapping[str, Any]) -> Any:
     """
     from peft import LoraConfig
 
-    known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
-    unknown = sorted(key for key, value in config.items() if value and key not in known | HARMLESS | {"peft_type"})
-    if unknown:
+    fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init} - {"peft_type"}
+    strangers = sorted(key for key, value in config.items() if value and key not in fields | HARMLESS | {"peft_type"})
+    if strangers:
         raise CheckpointError(
-            f"the LoRA's adapter_config.json: the settings {', '.join(unknown[:4])} are not known to the installed "
+            f"the LoRA's adapter_config.json: the settings {', '.join(strangers[:4])} are not known to the installed "
             "PEFT, and would be passed over. Update PEFT, or remove them if they change nothing."
         )
-    own = {key: copy.deepcopy(config[key]) for key in config if key in known and key not in OF_TRAINING | {"peft_type"}}
+    own = {key: copy.deepcopy(config[key]) for key in config if key in fields - OF_TRAINING}
     try:
         return LoraConfig(**own, inference_mode=True)
     except (ValueError, TypeError) as error:

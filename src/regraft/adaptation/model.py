@@ -97,8 +97,10 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
 def _check_tokens(adaptation: Adaptation, model: Any, base: Base) -> None:
     """Refuse a fine-tune whose embeddings have no row for a token that texts are read with."""
     rows = model.get_input_embeddings().weight.shape[0]
-    known = {token: i for token, i in base.tokenizer.get_vocab().items() if i < base.rows}  # the base has rows for them
-    token, highest = max(known.items(), key=lambda item: item[1])
+    # tokens beyond the base's own rows are refused where texts hold them
+    token, highest = max(
+        ((token, i) for token, i in base.tokenizer.get_vocab().items() if i < base.rows), key=lambda item: item[1]
+    )
     if highest >= rows:
         raise MismatchError(
             f"{adaptation.path}: its embeddings have {rows:,} rows, and its texts are read with tokens up to {token!r} "

@@ -86,15 +86,15 @@ def graft_replaced(
         dtype, shape = dtype_of(tensors, name), shape_of(tensors, name)
         if name in replaced:
             inner = replaced[name]
-            rule, expected, made = _rule_of(name, inner, adaptation, upgrade, match, _stored if replace else graft)
+            rule, expected, grafted = _rule_of(name, inner, adaptation, upgrade, match, _stored if replace else graft)
             if shape != expected:
                 raise MismatchError(
                     f"{adaptation.path}: tensor {name!r} has shape {shape}, and takes the place of {inner!r} in "
                     f"{upgrade.old.path}, where {expected} is expected. Was it tuned on that base?"
                 )
-            if 0 not in made:  # else the new base has none of the tokens
+            if 0 not in grafted:  # else the new base has none of the tokens
                 operands = ((new, inner), (tensors, name), (old, inner))
-                entries[name] = Entry(dtype, made, operands, rule, elementwise=False)
+                entries[name] = Entry(dtype, grafted, operands, rule, elementwise=False)
         elif match is not None and name.endswith(".lora_embedding_A"):  # a column for each token
             columns = functools.partial(_columns, rows=match.tuned_row)
             entries[name] = Entry(
