@@ -122,11 +122,6 @@ def extract_lora(
     total = lost = left_out = 0.0
     for done, name in enumerate(changed, 1):
         norm = _square(deltas, name)
-        if not math.isfinite(norm):
-            raise CheckpointError(
-                f"tensor {name!r}: what tuning changed is infinite or not a number (regraft weights inspect "
-                "--check-finite counts such values): take a checkpoint from before the training diverged."
-            )
         total += norm
         if name not in linear and name not in fused:
             left_out += norm
@@ -144,14 +139,19 @@ def extract_lora(
     tensors, config = lora.as_peft(modules)
     tensors |= {START + name: tuned[name].contiguous() for name in fresh}
     if architecture is not None:
-        try:
-            lay_out({name: tensor.to("meta") for name, tensor in tensors.items()}, config, architecture)
-        except (CheckpointError, MismatchError) as error:
-            raise MismatchError(
-                f"a LoRA of this {type(architecture.model).__name__} is nothing that PEFT loads: {error} Keep the full "
-                "fine-tune, or carry its delta (regraft weights delta)."
-            ) from error
+        _check_loads(tensors, config, architecture)
     return ExtractedLora(tensors, config, (total - left_out - lost) / total, left_out / total)
+
+
+def _check_loads(tensors: Tensors, config: Mapping[str, Any], architecture: Architecture) -> None:
+    """Refuse a LoRA that PEFT could not load on the class that it is drawn out of."""
+    try:
+        lay_out({name: tensor.to("meta") for name, tensor in tensors.items()}, config, architecture)
+    except (CheckpointError, MismatchError) as error:
+        raise MismatchError(
+            f"a LoRA of this {type(architecture.model).__name__} is nothing that PEFT loads: {error} Keep the full "
+            "fine-tune, or carry its delta (regraft weights delta)."
+        ) from error
 
 
 def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, made_from: Mapping[str, Any]) -> None:
@@ -293,8 +293,8 @@ def _fuses(lora: _Lora, names: list[str], architecture: Architecture) -> bool:
         apart.layers[name.removesuffix(".weight")] = ends
     tensors, config = apart.as_peft([])
     try:
-        lay_out({name: tensor.to("meta") for name, tensor in tensors.items()}, config, architecture)
-    except (CheckpointError, MismatchError):
+        _check_loads(tensors, config, architecture)
+    except MismatchError:
         return False
     return True
 
@@ -319,13 +319,19 @@ def _in_memory(side: Tensors, architecture: Architecture) -> Derived:
 
 
 def _square(deltas: Derived, name: str) -> float:
-    """Return a delta's squared norm, from pieces of it where these are read by themselves."""
+    """Return a delta's squared norm, from pieces of it where these are read by themselves; refuse one that is none."""
     sides = deltas.entries[name].operands
     apart = all(not isinstance(side, Derived) or side.entries[own].elementwise for side, own in sides)
     size = math.prod(shape_of(deltas, name))
     step = PIECE if apart else max(size, 1)
     parts = (piece(deltas, name, at, min(step, size - at)) for at in range(0, size, step))
-    return math.fsum(float(part.double().square().sum()) for part in parts)
+    square = math.fsum(float(part.double().square().sum()) for part in parts)
+    if not math.isfinite(square):
+        raise CheckpointError(
+            f"tensor {name!r}: what tuning changed is infinite or not a number (regraft weights inspect --check-finite "
+            "counts such values): take a checkpoint from before the training diverged."
+        )
+    return square
 
 
 def _are_turned(tuned: Tensors, linear: list[str]) -> bool:

@@ -85,41 +85,14 @@ def lay_out(
             f"the LoRA tunes {len(absent)} tensors of a {name_of} that it does not hold: {', '.join(absent[:4])}. "
             "Either it is not whole, or it is of another base."
         )
-    modules = dict(tuned.base_model.model.named_modules())
-    updates: dict[str, Update] = {}
-    for path, module in modules.items():
-        updates |= _updates_of(path, module, adapter, config)
-        tied = getattr(getattr(module, "token_adapter", None), "tied_adapter", None)
-        if tied is not None:  # rows of an output layer that is tied to the embeddings are stored with these
-            owner = next(other for other, candidate in modules.items() if candidate is tied)
-            rows = dataclasses.replace(updates[f"{_plain(path)}.weight"], operands=(f"{START}{owner}.{ROWS}",))
-            updates[f"{_plain(path)}.weight"] = rows
-    used = {name for update in updates.values() for name in (update.weight, *update.operands) if name}
-    strays = []
-    for stored in sorted(adapter.keys() - used):
-        name = _plain(stored.removeprefix(START))
-        update = updates.get(name)
-        if ".original_module." in stored or ".modules_to_save." in stored or stored.endswith(ROWS):
-            if name.removesuffix(ROWS) + "weight" * stored.endswith(ROWS) not in updates:  # else it is stored twice
-                strays.append(stored)
-        elif name not in architecture.parameters or (update and update.weight) or ".lora_" in stored:
-            strays.append(stored)
-        else:
-            updates[name] = dataclasses.replace(update or Update("base"), weight=stored)
+    updates = _updates_of_modules(tuned, adapter, config)
+    strays = _add_stored_whole(updates, adapter, architecture)
     if without := sorted(updates.keys() - architecture.parameters.keys()):
         raise CheckpointError(
             f"the LoRA adds biases to {len(without)} layers that have none ({', '.join(without[:4])}): it is no change "
             f"of a {name_of}'s weights, and PEFT does not merge it either. Serve it beside its base."
         )
-    for name, update in updates.items():
-        if not math.isfinite(update.scale):
-            raise CheckpointError(f"the LoRA's factor on {name!r} is {update.scale}: is its lora_alpha right?")
-        outside = [row for row in update.rows if not 0 <= row < len(architecture.parameters[name])]
-        if outside or len(set(update.rows)) < len(update.rows):
-            raise CheckpointError(
-                f"the LoRA's trainable_token_indices for {name!r} are no distinct rows of the "
-                f"{len(architecture.parameters[name]):,} there are: {(outside or sorted(update.rows))[:4]}."
-            )
+    _check_values(updates, architecture)
     if strays:
         raise CheckpointError(
             f"{len(strays)} tensors of the LoRA have no place in a {name_of} with it, and would be lost: "
@@ -202,6 +175,50 @@ def _attach(adapter: Tensors, config: Mapping[str, Any], architecture: Architect
                 f"PEFT cannot put the LoRA on a {type(architecture.model).__name__} ({str(error).strip()[:300]}). "
                 "Is it of another base?"
             ) from error
+
+
+def _updates_of_modules(tuned: Any, adapter: Tensors, config: Mapping[str, Any]) -> dict[str, Update]:
+    """Return what PEFT's wrappers do to the parameters of the modules that they wrap."""
+    modules = dict(tuned.base_model.model.named_modules())
+    updates: dict[str, Update] = {}
+    for path, module in modules.items():
+        updates |= _updates_of(path, module, adapter, config)
+        tied = getattr(getattr(module, "token_adapter", None), "tied_adapter", None)
+        if tied is not None:  # rows of an output layer that is tied to the embeddings are stored with these
+            owner = next(other for other, candidate in modules.items() if candidate is tied)
+            rows = dataclasses.replace(updates[f"{_plain(path)}.weight"], operands=(f"{START}{owner}.{ROWS}",))
+            updates[f"{_plain(path)}.weight"] = rows
+    return updates
+
+
+def _add_stored_whole(updates: dict[str, Update], adapter: Tensors, architecture: Architecture) -> list[str]:
+    """Add tensors that take the place of the base's beside PEFT's wrappers, and return those without a place."""
+    used = {name for update in updates.values() for name in (update.weight, *update.operands) if name}
+    strays = []
+    for stored in sorted(adapter.keys() - used):
+        name = _plain(stored.removeprefix(START))
+        update = updates.get(name)
+        if ".original_module." in stored or ".modules_to_save." in stored or stored.endswith(ROWS):
+            if name.removesuffix(ROWS) + "weight" * stored.endswith(ROWS) not in updates:  # else it is stored twice
+                strays.append(stored)
+        elif name not in architecture.parameters or (update and update.weight) or ".lora_" in stored:
+            strays.append(stored)
+        else:
+            updates[name] = dataclasses.replace(update or Update("base"), weight=stored)
+    return strays
+
+
+def _check_values(updates: Mapping[str, Update], architecture: Architecture) -> None:
+    """Refuse factors that are no numbers, and rows that are none or there twice."""
+    for name, update in updates.items():
+        if not math.isfinite(update.scale):
+            raise CheckpointError(f"the LoRA's factor on {name!r} is {update.scale}: is its lora_alpha right?")
+        outside = [row for row in update.rows if not 0 <= row < len(architecture.parameters[name])]
+        if outside or len(set(update.rows)) < len(update.rows):
+            raise CheckpointError(
+                f"the LoRA's trainable_token_indices for {name!r} are no distinct rows of the "
+                f"{len(architecture.parameters[name]):,} there are: {(outside or sorted(update.rows))[:4]}."
+            )
 
 
 def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, Any]) -> dict[str, Update]:

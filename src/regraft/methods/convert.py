@@ -134,16 +134,8 @@ def convert(
             if to == "lora":
                 moments = _moments(model, old, task, progress) if task is not None else None
                 heads = [name for name in model.state_dict() if not name.startswith(old.prefix + ".")]
-                lora = extract_lora(
-                    source.checkpoint,
-                    old.checkpoint,
-                    rank,
-                    energy,
-                    progress,
-                    moments,
-                    heads,
-                    class_of(source.checkpoint),
-                )
+                sides = source.checkpoint, old.checkpoint
+                lora = extract_lora(*sides, rank, energy, progress, moments, heads, class_of(source.checkpoint))
                 kept, left_out = lora.kept, lora.left_out
                 write_adapter(staging, *_on(target, (lora.tensors, lora.config)))
             elif new is not None:
