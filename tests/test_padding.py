@@ -21,28 +21,13 @@ VOCABULARY = 5 + len(WORDS)
 EOS, UNK = 2, 3
 NAMED_LABELS = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
 # in the words of all architectures' configs, each of which takes those it has
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-SIZES |= {
-    "intermediate_size": 64,
-    "ffn_dim": 64,
-    "word_embed_proj_dim": 32,
-    "embedding_size": 32,
-    "d_inner": 64,
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 64, "ffn_dim": 64, "d_inner": 64, "word_embed_proj_dim": 32, "embedding_size": 32,
     "d_head": 16,
-}
+}  # fmt: skip
 DECODERS = ("llama", "gpt2", "gpt_neox", "mistral", "qwen2", "opt", "bloom", "falcon", "gemma", "phi", "xlnet")
-ENCODERS = (
-    "bert",
-    "roberta",
-    "distilbert",
-    "electra",
-    "albert",
-    "deberta-v2",
-    "modernbert",
-    "mpnet",
-    "xlm-roberta",
-    "mobilebert",
-)
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "albert", "deberta-v2", "modernbert", "mpnet", "xlm-roberta")
 MIXING = ("convbert", "mobilebert")  # whose convolutions and neighbouring tokens would see the padding
 
 

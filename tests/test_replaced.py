@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 import json
 import shutil
 import tempfile
@@ -125,10 +126,9 @@ CASES = {
 }
 
 
-def adapter(pairs, case, folder):
+def write_adapter(base, config, folder):
     """What PEFT alone saves, every number of it moved."""
-    architecture, config, _ = CASES[case]
-    model = AutoModelForSequenceClassification.from_pretrained(pairs[architecture][0], num_labels=2)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     adapted = get_peft_model(model, copy.deepcopy(config))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -138,15 +138,28 @@ def adapter(pairs, case, folder):
     return folder
 
 
+@pytest.fixture(scope="module")
+def adapter_of(tmp_path_factory, pairs):
+    """The adapter of a case, written when it is first asked for."""
+    folder = tmp_path_factory.mktemp("adapters")
+
+    @functools.cache
+    def write(case):
+        architecture, config, _ = CASES[case]
+        return write_adapter(pairs[architecture][0], config, folder / case.replace(" ", "-"))
+
+    return write
+
+
 def stored(base):
     return load_file(base / "model.safetensors")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_an_adapter_replaces_is_grafted(tmp_path, pairs, small_task, case):
+def test_what_an_adapter_replaces_is_grafted(tmp_path, pairs, adapter_of, small_task, case):
     architecture, _, replaced = CASES[case]
     old, new = pairs[architecture]
-    source = adapter(pairs, case, tmp_path / "adapter")
+    source = adapter_of(case)
     outcome = recycle(Upgrade(old, new), source, small_task, "direct", tmp_path / "out", recipe=RECIPE)
     before, after = weights(source), weights(outcome.path / "adaptation")
     assert before.keys() == after.keys()
@@ -160,20 +173,13 @@ def test_what_an_adapter_replaces_is_grafted(tmp_path, pairs, small_task, case):
         assert torch.equal(before[name], after[name])  # A, B and the head
     model = AutoModelForSequenceClassification.from_pretrained(new, num_labels=2)
     PeftModel.from_pretrained(model, outcome.path / "adaptation")
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_on_the_old_base_an_adapter_is_what_it_was(tmp_path, pairs, small_task, case):
-    old = pairs[CASES[case][0]][0]
-    source = adapter(pairs, case, tmp_path / "adapter")
-    outcome = recycle(Upgrade(old, old), source, small_task, "direct", tmp_path / "out", recipe=RECIPE)
-    before, after = weights(source), weights(outcome.path / "adaptation")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    same, _, _ = grafted_adapter(load_adaptation(source), Upgrade(old, old))
+    assert all(torch.equal(before[name], same[name]) for name in before)
 
 
 @pytest.mark.parametrize("method", ["direct", "trimmed"])
-def test_replace_puts_the_stored_tensors_back(tmp_path, pairs, small_task, method):
-    upgrade, source = Upgrade(*pairs["llama"]), adapter(pairs, "norm", tmp_path / "adapter")
+def test_replace_puts_the_stored_tensors_back(tmp_path, pairs, adapter_of, small_task, method):
+    upgrade, source = Upgrade(*pairs["llama"]), adapter_of("norm")
     outcome = recycle(upgrade, source, small_task, method, tmp_path / "out", recipe=RECIPE, replace=True)
     assert outcome.record["inputs"]["replace"] is True
     assert "grafted_in_place_of_the_base" not in outcome.record["notes"]
@@ -185,11 +191,8 @@ def test_replace_puts_the_stored_tensors_back(tmp_path, pairs, small_task, metho
 
 
 def test_an_adapter_that_replaces_nothing_is_what_it_was_in_0_1(tmp_path, pairs, small_task):
-    CASES["plain"] = ("llama", lora(target_modules=["q_proj"]), {})
-    try:
-        upgrade, source = Upgrade(*pairs["llama"]), adapter(pairs, "plain", tmp_path / "adapter")
-    finally:
-        del CASES["plain"]
+    upgrade = Upgrade(*pairs["llama"])
+    source = write_adapter(upgrade.old.path, lora(target_modules=["q_proj"]), tmp_path / "adapter")
     outcome = recycle(upgrade, source, small_task, "direct", tmp_path / "out", recipe=RECIPE)
     assert "replace" not in outcome.record["inputs"]
     with pytest.raises(RecipeError, match="stores nothing in place of its base's tensors: leave out replace"):
@@ -199,7 +202,7 @@ def test_an_adapter_that_replaces_nothing_is_what_it_was_in_0_1(tmp_path, pairs,
 def test_embeddings_that_came_with_an_adapter_stay_with_it_when_it_is_tuned(tmp_path, pairs, small_task):
     """PEFT stores the embeddings under a LoRA; where they are others than the base's, tuning on must not lose them."""
     old, new = pairs["llama"]
-    source = adapter(pairs, "embeddings under a LoRA", tmp_path / "adapter")
+    source = write_adapter(old, CASES["embeddings under a LoRA"][1], tmp_path / "adapter")
     tensors = weights(source)
     name = next(n for n in tensors if n.endswith("embed_tokens.base_layer.weight"))
     moved = {n: (t + 0.1 if n == name else t).contiguous() for n, t in tensors.items()}
@@ -216,7 +219,7 @@ def test_a_pooler_that_one_base_lacks_is_copied_and_named(tmp_path, pairs, small
     old = shutil.copytree(pairs["bert"][0], tmp_path / "old")
     pooler = {f"bert.pooler.dense.{part}": torch.randn(32, *shape) for part, shape in (("weight", (32,)), ("bias", ()))}
     save_file({**stored(old), **pooler}, old / "model.safetensors", metadata={"format": "pt"})
-    source = adapter({"bert": (old, new)}, "biases of the LoRA", tmp_path / "adapter")
+    source = write_adapter(old, CASES["biases of the LoRA"][1], tmp_path / "adapter")
     for sides in ((old, new), (new, old)):
         outcome = recycle(
             Upgrade(*sides), source, small_task, "direct", tmp_path / f"from-{sides[0].name}", recipe=RECIPE
@@ -235,7 +238,7 @@ def padded(tmp_path_factory, pairs):
     model.resize_token_embeddings(48, mean_resizing=False)
     model.save_pretrained(folder / "old")
     make_tokenizer("llama").save_pretrained(folder / "old")
-    adapter({"llama": (folder / "old", None)}, "rows of tokens", folder / "adapter")
+    write_adapter(folder / "old", CASES["rows of tokens"][1], folder / "adapter")
     return folder / "old", folder / "adapter"
 
 

@@ -51,11 +51,11 @@ class Architecture:
 
         self.config = config
         body: Any = transformers.AutoModel
-        known: Any = getattr(transformers, name, None) if name else None
+        named_class: Any = getattr(transformers, name, None) if name else None
         try:
             with torch.device("meta"):
                 own = copy.deepcopy(config)
-                self.model: Any = known._from_config(own) if known else body.from_config(own)
+                self.model: Any = named_class._from_config(own) if named_class else body.from_config(own)
         except Exception as error:  # whatever a class raises on settings that contradict one another
             raise CheckpointError(
                 f"transformers cannot build a {name or config.model_type} from this config.json ({error!r:.200})."
@@ -144,11 +144,11 @@ class Architecture:
             operands = tuple((checkpoint, name) for name in names)
             dtype = dtype_of(checkpoint, names[0])
             if self._converter(names[0]) is None:
-                entries[parameter] = Entry(dtype, shape_of(checkpoint, names[0]), operands[:1], _same)
+                entries[parameter] = Entry(dtype, shape_of(checkpoint, names[0]), operands[:1])
                 continue
-            for made, shape in self._shapes_of(parameter).items():  # one stored tensor may be several parameters
-                rule = functools.partial(self._convert, parameter, made, names)
-                entries[made] = Entry(dtype, shape, operands, rule, elementwise=False)
+            for target, shape in self._shapes_of(parameter).items():  # one stored tensor may be several parameters
+                rule = functools.partial(self._convert, parameter, target, names)
+                entries[target] = Entry(dtype, shape, operands, rule, elementwise=False)
         return Derived(entries)
 
     def on_disk(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -187,7 +187,7 @@ class Architecture:
             for number, name in enumerate(names):
                 operands = tuple((parameters, member) for member in group) if number == 0 else ()  # counted once
                 dtype = parameters.entries[group[0]].dtype
-                entries[name] = Entry(dtype, tuple(self.stored[name].shape), operands, _same, elementwise=False)
+                entries[name] = Entry(dtype, tuple(self.stored[name].shape), operands, elementwise=False)
                 groups[name] = group
         return Grouped(entries, groups, lambda group: self.on_disk({member: parameters[member] for member in group}))
 
@@ -259,7 +259,7 @@ class Architecture:
         _, pattern = apply_converters(apply_renamings(name.replace(COMPILED, ""), self._renamings), self._converters)
         return next((entry for entry in self._converters if pattern and pattern in entry.source_patterns), None)
 
-    def _convert(self, parameter: str, made: str, names: list[str], *tensors: torch.Tensor) -> torch.Tensor:
+    def _convert(self, parameter: str, target: str, names: list[str], *tensors: torch.Tensor) -> torch.Tensor:
         """Make one of the parameters that stored tensors amount to together, as transformers does on loading."""
         from transformers.core_model_loading import apply_converters, apply_renamings
 
@@ -267,7 +267,7 @@ class Architecture:
         for name, tensor in zip(names, tensors, strict=True):
             renamed = apply_renamings(name.replace(COMPILED, ""), self._renamings)
             converter.add_tensor(parameter, name, apply_converters(renamed, self._converters)[1], tensor)
-        value = converter.convert(parameter, model=self.model, config=self.config)[made]
+        value = converter.convert(parameter, model=self.model, config=self.config)[target]
         result: torch.Tensor = value[0] if isinstance(value, list) else value
         return result
 
@@ -283,8 +283,8 @@ class Architecture:
         for name in names:
             renamed = apply_renamings(name, self._renamings)
             converter.add_tensor(parameter, name, apply_converters(renamed, self._converters)[1], self.stored[name])
-        made = converter.convert(parameter, model=self.model, config=self.config)
-        return {name: tuple(self.parameters[name].shape) for name in made}
+        converted = converter.convert(parameter, model=self.model, config=self.config)
+        return {name: tuple(self.parameters[name].shape) for name in converted}
 
 
 @functools.lru_cache(maxsize=16)
@@ -319,7 +319,3 @@ def _grown(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

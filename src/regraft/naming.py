@@ -56,7 +56,7 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
         if name:
             sources[name] = stored
     entries = {
-        name: Entry(dtype_of(checkpoint, stored), shape_of(checkpoint, stored), ((checkpoint, stored),), _same)
+        name: Entry(dtype_of(checkpoint, stored), shape_of(checkpoint, stored), ((checkpoint, stored),))
         for name, stored in sorted(sources.items())
     }
     keys = {name: name if head.is_tied(name) else key_of(name) for name in entries}
@@ -107,7 +107,3 @@ def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str,
             return dict(sides), f"{checkpoint.path}: {reason}, so tensors are paired by their stored names"
         views[which] = named(checkpoint, read_config(checkpoint))
     return views, None
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -161,14 +161,19 @@ class Base:
         return getattr(self.bare, "pooler", None) is not None
 
     @functools.cached_property
-    def bare(self) -> Any:
-        """The body of a classifier on it, without any weights."""
+    def classifier(self) -> Any:
+        """A classifier on it, without any weights."""
         import torch
         from transformers import AutoModelForSequenceClassification
 
         auto: Any = AutoModelForSequenceClassification
         with torch.device("meta"):
-            return auto.from_config(self.config).base_model
+            return auto.from_config(self.config)
+
+    @property
+    def bare(self) -> Any:
+        """The body of a classifier on it, without any weights."""
+        return self.classifier.base_model
 
     @functools.cached_property
     def is_decoder(self) -> bool:

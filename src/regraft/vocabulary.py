@@ -195,9 +195,9 @@ def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokeni
     if not _files(tuned):
         return tokenizer
     source = read_tokenizer(tuned)
-    known = {token.content: token for token in source.added_tokens_decoder.values()}
+    added_before = {token.content: token for token in source.added_tokens_decoder.values()}
     for token in sorted(rows.own, key=rows.own.__getitem__):
-        added: Any = known.get(token, AddedToken(token, normalized=False))
+        added: Any = added_before.get(token, AddedToken(token, normalized=False))
         tokenizer.add_tokens([added], special_tokens=added.special)
     vocabulary = tokenizer.get_vocab()
     misplaced = [token for token, row in rows.own.items() if vocabulary.get(token) != row]

@@ -6,8 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import is_experts, projections
-from regraft.adaptation.lora import START
-from regraft.adaptation.model import ADAPTER
+from regraft.adaptation.lora import ADAPTER, START
 from regraft.adaptation.rework import check_reworkable
 
 if TYPE_CHECKING:

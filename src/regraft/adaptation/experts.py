@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.model import ADAPTER
+from regraft.adaptation.lora import ADAPTER
 from regraft.weights import lora_delta
 
 if TYPE_CHECKING:

@@ -114,19 +114,14 @@ def extract_lora(
         tuned, old = (_in_memory(side, architecture) for side in stored)
     deltas = delta_all(tuned, old)
     changed = [name for name in deltas if name not in heads]
-    known = {name for name in align(old, tuned) if name not in heads}
-    fresh = [name for name in tuned if name not in known]
+    shared = {name for name in align(old, tuned) if name not in heads}
+    fresh = [name for name in tuned if name not in shared]
     linear = _linear(tuned, deltas, changed, architecture)
     fused = [n for n in changed if architecture is not None and len(shape_of(deltas, n)) == 3]
     lora = _Lora(fan_in_fan_out=any(linear.values()))
     total = lost = left_out = 0.0
     for done, name in enumerate(changed, 1):
         norm = _square(deltas, name)
-        if not math.isfinite(norm):
-            raise CheckpointError(
-                f"tensor {name!r}: what tuning changed is infinite or not a number (regraft weights inspect "
-                "--check-finite counts such values): take a checkpoint from before the training diverged."
-            )
         total += norm
         if name not in linear and name not in fused:
             left_out += norm
@@ -139,19 +134,24 @@ def extract_lora(
         lost += _extract_experts(lora, deltas, fused, stored, architecture, budget)
     if not lora.layers and not lora.parameters:
         raise MismatchError("the fine-tune has changed no linear layer: there is nothing to draw a LoRA from.")
-    tops = {name.split(".")[0] for name in known}
+    tops = {name.split(".")[0] for name in shared}
     modules = sorted({n.rpartition(".")[0] if n.split(".")[0] in tops else n.split(".")[0] for n in fresh})
     tensors, config = lora.as_peft(modules)
     tensors |= {START + name: tuned[name].contiguous() for name in fresh}
     if architecture is not None:
-        try:
-            lay_out({name: tensor.to("meta") for name, tensor in tensors.items()}, config, architecture)
-        except (CheckpointError, MismatchError) as error:
-            raise MismatchError(
-                f"a LoRA of this {type(architecture.model).__name__} is nothing that PEFT loads: {error} Keep the full "
-                "fine-tune, or carry its delta (regraft weights delta)."
-            ) from error
+        _check_loads(tensors, config, architecture)
     return ExtractedLora(tensors, config, (total - left_out - lost) / total, left_out / total)
+
+
+def _check_loads(tensors: Tensors, config: Mapping[str, Any], architecture: Architecture) -> None:
+    """Refuse a LoRA that PEFT could not load on the class that it is drawn out of."""
+    try:
+        lay_out({name: tensor.to("meta") for name, tensor in tensors.items()}, config, architecture)
+    except (CheckpointError, MismatchError) as error:
+        raise MismatchError(
+            f"a LoRA of this {type(architecture.model).__name__} is nothing that PEFT loads: {error} Keep the full "
+            "fine-tune, or carry its delta (regraft weights delta)."
+        ) from error
 
 
 def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, made_from: Mapping[str, Any]) -> None:
@@ -168,15 +168,15 @@ def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, ma
         OutcomeError: Something is at `out`.
     """
     with resumable_folder(out, {}) as work:
-        whole = work / "whole"
-        shutil.rmtree(whole, ignore_errors=True)
-        whole.mkdir()
-        write_safetensors(whole / "adapter_model.safetensors", lora.tensors)
+        staging = work / "whole"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        write_safetensors(staging / "adapter_model.safetensors", lora.tensors)
         config = {**lora.config, "base_model_name_or_path": base}
-        write_atomic(whole / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        copy_companions(tokenizer_of, whole, TOKENIZER)
-        write_record(whole, made_from)
-        publish(whole, out)
+        write_atomic(staging / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        copy_companions(tokenizer_of, staging, TOKENIZER)
+        write_record(staging, made_from)
+        publish(staging, out)
 
 
 @dataclasses.dataclass
@@ -293,8 +293,8 @@ def _fuses(lora: _Lora, names: list[str], architecture: Architecture) -> bool:
         apart.layers[name.removesuffix(".weight")] = ends
     tensors, config = apart.as_peft([])
     try:
-        lay_out({name: tensor.to("meta") for name, tensor in tensors.items()}, config, architecture)
-    except (CheckpointError, MismatchError):
+        _check_loads(tensors, config, architecture)
+    except MismatchError:
         return False
     return True
 
@@ -319,13 +319,19 @@ def _in_memory(side: Tensors, architecture: Architecture) -> Derived:
 
 
 def _square(deltas: Derived, name: str) -> float:
-    """Return a delta's squared norm, from pieces of it where these are read by themselves."""
+    """Return a delta's squared norm, from pieces of it where these are read by themselves; refuse one that is none."""
     sides = deltas.entries[name].operands
     apart = all(not isinstance(side, Derived) or side.entries[own].elementwise for side, own in sides)
     size = math.prod(shape_of(deltas, name))
     step = PIECE if apart else max(size, 1)
     parts = (piece(deltas, name, at, min(step, size - at)) for at in range(0, size, step))
-    return math.fsum(float(part.double().square().sum()) for part in parts)
+    square = math.fsum(float(part.double().square().sum()) for part in parts)
+    if not math.isfinite(square):
+        raise CheckpointError(
+            f"tensor {name!r}: what tuning changed is infinite or not a number (regraft weights inspect --check-finite "
+            "counts such values): take a checkpoint from before the training diverged."
+        )
+    return square
 
 
 def _are_turned(tuned: Tensors, linear: list[str]) -> bool:

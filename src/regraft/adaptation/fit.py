@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG
+from regraft.adaptation.layout import HARMLESS
 from regraft.adaptation.patterns import check_patterns
 from regraft.architecture import BUFFER, architecture_of
 from regraft.checkpoint import FLOATING
@@ -35,7 +36,6 @@ ROTARY = {
     "rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "partial_rotary_factor": "partial_rotary_factor",
     "rotary_pct": "partial_rotary_factor", "rope_scaling": None,
 }  # fmt: skip
-HARMLESS = ("merge_weights",)  # what old PEFT wrote, whose value changed nothing
 
 
 def check_body(adaptation: Adaptation, base: Base) -> None:

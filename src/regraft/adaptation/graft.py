@@ -11,8 +11,9 @@ from regraft.adaptation.fit import check_body, config_of
 from regraft.adaptation.head import stored_labels
 from regraft.adaptation.kinds import check_start, read_config
 from regraft.adaptation.lora import fold_start
-from regraft.adaptation.model import attach, fresh_model, load_model, write_adapter, write_tokenizer
+from regraft.adaptation.model import attach, fresh_model, load_model
 from regraft.adaptation.replaced import graft_replaced, renumbered_settings, replaced_parameter
+from regraft.adaptation.save import write_adapter, write_tokenizer
 from regraft.adaptation.tokens import tuned_rows
 from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
 from regraft.naming import named
@@ -174,8 +175,7 @@ def graft_body(
         if name in pairs.new and rows is not None and name in tuned.by_token:
             operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
             by_row = functools.partial(graft_rows, match=rows, rule=rule_of(tuned.keys_of[name]))
-            shape = (len(rows.new_row), *entry.shape[1:])
-            entries[name] = Entry(entry.dtype, shape, operands, by_row, elementwise=False)
+            entries[name] = Entry(entry.dtype, rows.shape(entry.shape), operands, by_row, elementwise=False)
         elif name in pairs.new:
             operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
             entries[name] = Entry(entry.dtype, entry.shape, operands, rule_of(tuned.keys_of[name]), elementwise)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adaptation, write_lineage
 from regraft.adaptation.lora import START
-from regraft.adaptation.model import fresh_model, write_tokenizer
+from regraft.adaptation.model import fresh_model
+from regraft.adaptation.save import write_tokenizer
 from regraft.checkpoint import Derived, Entry, dtype_name, write_checkpoint, write_safetensors
 from regraft.errors import MismatchError
 
@@ -121,15 +122,11 @@ def _write(adaptation: Adaptation, changed: Mapping[str, torch.Tensor], into: Pa
     for name, info in adaptation.checkpoint.tensors.items():
         tensor = changed.get(name)
         if tensor is None:
-            entries[name] = Entry(info.dtype, info.shape, ((adaptation.checkpoint, name),), _same)
+            entries[name] = Entry(info.dtype, info.shape, ((adaptation.checkpoint, name),))
         else:
-            entries[name] = Entry(dtype_name(tensor.dtype), tuple(tensor.shape), ((changed, name),), _same)
+            entries[name] = Entry(dtype_name(tensor.dtype), tuple(tensor.shape), ((changed, name),))
     into.mkdir(parents=True, exist_ok=True)
     if adaptation.kind == "full":
         write_checkpoint(into, Derived(entries))
     else:
         write_safetensors(into / ADAPTER_WEIGHTS, Derived(entries))
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

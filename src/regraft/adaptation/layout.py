@@ -9,7 +9,7 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
-from regraft.adaptation.lora import START
+from regraft.adaptation.lora import ADAPTER, START
 from regraft.checkpoint import dtype_of, shape_of, torch_dtype
 from regraft.errors import CheckpointError, MismatchError
 from regraft.progress import quiet
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, torch.Tensor]
 
-ADAPTER = "default"
 ROWS = "trainable_tokens_delta"
 WRAPPERS = {"base_layer", "original_module", "token_adapter", "modules_to_save"}  # what PEFT puts around a module
 # settings of how a LoRA begins and trains, which change nothing once its tensors are there: some need the base's
@@ -86,41 +85,14 @@ def lay_out(
             f"the LoRA tunes {len(absent)} tensors of a {name_of} that it does not hold: {', '.join(absent[:4])}. "
             "Either it is not whole, or it is of another base."
         )
-    modules = dict(tuned.base_model.model.named_modules())
-    updates: dict[str, Update] = {}
-    for path, module in modules.items():
-        updates |= _updates_of(path, module, adapter, config)
-        tied = getattr(getattr(module, "token_adapter", None), "tied_adapter", None)
-        if tied is not None:  # rows of an output layer that is tied to the embeddings are stored with these
-            owner = next(other for other, candidate in modules.items() if candidate is tied)
-            rows = dataclasses.replace(updates[f"{_plain(path)}.weight"], operands=(f"{START}{owner}.{ROWS}",))
-            updates[f"{_plain(path)}.weight"] = rows
-    used = {name for update in updates.values() for name in (update.weight, *update.operands) if name}
-    strays = []
-    for stored in sorted(adapter.keys() - used):
-        name = _plain(stored.removeprefix(START))
-        update = updates.get(name)
-        if ".original_module." in stored or ".modules_to_save." in stored or stored.endswith(ROWS):
-            if name.removesuffix(ROWS) + "weight" * stored.endswith(ROWS) not in updates:  # else it is stored twice
-                strays.append(stored)
-        elif name not in architecture.parameters or (update and update.weight) or ".lora_" in stored:
-            strays.append(stored)
-        else:
-            updates[name] = dataclasses.replace(update or Update("base"), weight=stored)
+    updates = _updates_of_modules(tuned, adapter, config)
+    strays = _add_stored_whole(updates, adapter, architecture)
     if without := sorted(updates.keys() - architecture.parameters.keys()):
         raise CheckpointError(
             f"the LoRA adds biases to {len(without)} layers that have none ({', '.join(without[:4])}): it is no change "
             f"of a {name_of}'s weights, and PEFT does not merge it either. Serve it beside its base."
         )
-    for name, update in updates.items():
-        if not math.isfinite(update.scale):
-            raise CheckpointError(f"the LoRA's factor on {name!r} is {update.scale}: is its lora_alpha right?")
-        outside = [row for row in update.rows if not 0 <= row < len(architecture.parameters[name])]
-        if outside or len(set(update.rows)) < len(update.rows):
-            raise CheckpointError(
-                f"the LoRA's trainable_token_indices for {name!r} are no distinct rows of the "
-                f"{len(architecture.parameters[name]):,} there are: {(outside or sorted(update.rows))[:4]}."
-            )
+    _check_values(updates, architecture)
     if strays:
         raise CheckpointError(
             f"{len(strays)} tensors of the LoRA have no place in a {name_of} with it, and would be lost: "
@@ -144,14 +116,14 @@ def peft_settings(config: Mapping[str, Any]) -> Any:
     """
     from peft import LoraConfig
 
-    known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
-    unknown = sorted(key for key, value in config.items() if value and key not in known | HARMLESS | {"peft_type"})
-    if unknown:
+    fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init} - {"peft_type"}
+    strangers = sorted(key for key, value in config.items() if value and key not in fields | HARMLESS | {"peft_type"})
+    if strangers:
         raise CheckpointError(
-            f"the LoRA's adapter_config.json: the settings {', '.join(unknown[:4])} are not known to the installed "
+            f"the LoRA's adapter_config.json: the settings {', '.join(strangers[:4])} are not known to the installed "
             "PEFT, and would be passed over. Update PEFT, or remove them if they change nothing."
         )
-    own = {key: copy.deepcopy(config[key]) for key in config if key in known and key not in OF_TRAINING | {"peft_type"}}
+    own = {key: copy.deepcopy(config[key]) for key in config if key in fields - OF_TRAINING}
     try:
         return LoraConfig(**own, inference_mode=True)
     except (ValueError, TypeError) as error:
@@ -203,6 +175,50 @@ def _attach(adapter: Tensors, config: Mapping[str, Any], architecture: Architect
                 f"PEFT cannot put the LoRA on a {type(architecture.model).__name__} ({str(error).strip()[:300]}). "
                 "Is it of another base?"
             ) from error
+
+
+def _updates_of_modules(tuned: Any, adapter: Tensors, config: Mapping[str, Any]) -> dict[str, Update]:
+    """Return what PEFT's wrappers do to the parameters of the modules that they wrap."""
+    modules = dict(tuned.base_model.model.named_modules())
+    updates: dict[str, Update] = {}
+    for path, module in modules.items():
+        updates |= _updates_of(path, module, adapter, config)
+        tied = getattr(getattr(module, "token_adapter", None), "tied_adapter", None)
+        if tied is not None:  # rows of an output layer that is tied to the embeddings are stored with these
+            owner = next(other for other, candidate in modules.items() if candidate is tied)
+            rows = dataclasses.replace(updates[f"{_plain(path)}.weight"], operands=(f"{START}{owner}.{ROWS}",))
+            updates[f"{_plain(path)}.weight"] = rows
+    return updates
+
+
+def _add_stored_whole(updates: dict[str, Update], adapter: Tensors, architecture: Architecture) -> list[str]:
+    """Add tensors that take the place of the base's beside PEFT's wrappers, and return those without a place."""
+    used = {name for update in updates.values() for name in (update.weight, *update.operands) if name}
+    strays = []
+    for stored in sorted(adapter.keys() - used):
+        name = _plain(stored.removeprefix(START))
+        update = updates.get(name)
+        if ".original_module." in stored or ".modules_to_save." in stored or stored.endswith(ROWS):
+            if name.removesuffix(ROWS) + "weight" * stored.endswith(ROWS) not in updates:  # else it is stored twice
+                strays.append(stored)
+        elif name not in architecture.parameters or (update and update.weight) or ".lora_" in stored:
+            strays.append(stored)
+        else:
+            updates[name] = dataclasses.replace(update or Update("base"), weight=stored)
+    return strays
+
+
+def _check_values(updates: Mapping[str, Update], architecture: Architecture) -> None:
+    """Refuse factors that are no numbers, and rows that are none or there twice."""
+    for name, update in updates.items():
+        if not math.isfinite(update.scale):
+            raise CheckpointError(f"the LoRA's factor on {name!r} is {update.scale}: is its lora_alpha right?")
+        outside = [row for row in update.rows if not 0 <= row < len(architecture.parameters[name])]
+        if outside or len(set(update.rows)) < len(update.rows):
+            raise CheckpointError(
+                f"the LoRA's trainable_token_indices for {name!r} are no distinct rows of the "
+                f"{len(architecture.parameters[name]):,} there are: {(outside or sorted(update.rows))[:4]}."
+            )
 
 
 def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, Any]) -> dict[str, Update]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, torch.Tensor]
 
+ADAPTER = "default"  # the name under which PEFT holds the one adapter of a model here
 START = "base_model.model."
 FULL = "convert it to full (regraft adaptation convert)"
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")

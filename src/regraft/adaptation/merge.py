@@ -18,7 +18,7 @@ from regraft.checkpoint import Derived, Entry, piece, read_json, shape_of, store
 from regraft.checkpoint.derived import PIECE
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_config
-from regraft.weights import dora_weight, fold, is_optional, lora_delta, merge_experts, scaling
+from regraft.weights import dora_weight, fold, is_optional, lora_delta, merge_experts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -127,34 +127,12 @@ def merge_lora(
     _check_whole(absent, architecture, base)
     merged = architecture.saved(Derived(entries))
     beside = {
-        name: Entry(stored_dtype(base, name), shape_of(base, name), ((base, name),), _same)
+        name: Entry(stored_dtype(base, name), shape_of(base, name), ((base, name),))
         for name in base
         if architecture.identify(name) is None and not BUFFER.search(name)
     }
     merged.entries.update(beside)
     return MergedLora(merged, changed)
-
-
-def lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Give the factor on B·A of one module of a LoRA.
-
-    Args:
-        config: The content of `adapter_config.json`.
-        module: The module's name in the model.
-        rank: The module's rank.
-
-    Returns:
-        The factor.
-
-    Raises:
-        CheckpointError: Its alpha is no finite number.
-    """
-    patterns = (config.get("alpha_pattern") or {}).items()
-    own = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))  # as PEFT matches them
-    alpha = next(own, config.get("lora_alpha", 8))
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"the LoRA's adapter_config.json: the alpha of module {module!r} is {alpha!r:.80}.")
-    return scaling(rank, alpha, bool(config.get("use_rslora")))
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:
@@ -319,7 +297,7 @@ def _entry(
         raise MismatchError(f"the LoRA changes a tensor that the base lacks, by {(update and update.operands)!r:.200}.")
     dtype, shape = stored_dtype(*weight), shape_of(*weight)
     if update is None or update.kind in ("whole", "base"):
-        return Entry(dtype, shape, (weight,), _same)
+        return Entry(dtype, shape, (weight,))
     operands = (weight, *((adapter, name) for name in update.operands))
     if start is not None and update.kind == "factors":
         operands += tuple((start, name) for name in update.operands)
@@ -382,7 +360,3 @@ def _equal(first: Tensors, name: str, second: Tensors, other: str) -> bool:
         torch.equal(piece(first, name, at, min(PIECE, size - at)), piece(second, other, at, min(PIECE, size - at)))
         for at in range(0, size, PIECE)
     )
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

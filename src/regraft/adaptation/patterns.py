@@ -63,9 +63,9 @@ def check_patterns(config: Mapping[str, Any], names: Collection[str], where: str
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
-        told = ", ".join(f"{pattern!r:.80}" for pattern in patterns[:4])
+        first = ", ".join(f"{pattern!r:.80}" for pattern in patterns[:4])
         raise CheckpointError(
-            f"{where}: matching its patterns of layers' names ({told}) takes more than {SECONDS} seconds. Write them "
+            f"{where}: matching its patterns of layers' names ({first}) takes more than {SECONDS} seconds. Write them "
             "without repeats inside repeats, or list the layers."
         ) from None
     if trial.returncode:

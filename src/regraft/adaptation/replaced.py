@@ -83,23 +83,25 @@ def graft_replaced(
     old, new = upgrade.old.parameters, upgrade.new.parameters
     entries = {}
     for name in tensors:
-        shape, rule = shape_of(tensors, name), _same
-        operands: tuple[tuple[Mapping[str, torch.Tensor], str], ...] = ((tensors, name),)
+        dtype, shape = dtype_of(tensors, name), shape_of(tensors, name)
         if name in replaced:
             inner = replaced[name]
-            operands = ((new, inner), (tensors, name), (old, inner))
-            rule, expected, made = _rule_of(name, inner, adaptation, upgrade, match, _stored if replace else graft)
+            rule, expected, grafted = _rule_of(name, inner, adaptation, upgrade, match, _stored if replace else graft)
             if shape != expected:
                 raise MismatchError(
                     f"{adaptation.path}: tensor {name!r} has shape {shape}, and takes the place of {inner!r} in "
                     f"{upgrade.old.path}, where {expected} is expected. Was it tuned on that base?"
                 )
-            if 0 in made:  # the new base has none of the tokens
-                continue
-            shape = made
+            if 0 not in grafted:  # else the new base has none of the tokens
+                operands = ((new, inner), (tensors, name), (old, inner))
+                entries[name] = Entry(dtype, grafted, operands, rule, elementwise=False)
         elif match is not None and name.endswith(".lora_embedding_A"):  # a column for each token
-            rule, shape = functools.partial(_columns, rows=match.tuned_row), (shape[0], len(match.tuned_row))
-        entries[name] = Entry(dtype_of(tensors, name), shape, operands, rule, elementwise=False)
+            columns = functools.partial(_columns, rows=match.tuned_row)
+            entries[name] = Entry(
+                dtype, (shape[0], len(match.tuned_row)), ((tensors, name),), columns, elementwise=False
+            )
+        else:
+            entries[name] = Entry(dtype, shape, ((tensors, name),))
     return Derived(entries), () if replace else tuple(name for name in replaced if name in entries)
 
 
@@ -213,7 +215,3 @@ def _graft_lengths(new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, a
 
 def _stored(_: torch.Tensor, stored: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
     return stored
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from regraft.adaptation.fit import config_of
 from regraft.adaptation.head import model_name
-from regraft.adaptation.replaced import TOKENS, token_rows
+from regraft.adaptation.replaced import TOKENS, WRAPPER, token_rows
 from regraft.checkpoint import shape_of
 from regraft.errors import CheckpointError, MismatchError
 from regraft.naming import named
@@ -86,7 +86,7 @@ def stored_rows(adaptation: Adaptation, old: Base) -> int | None:
         return shape_of(tensors, str(tensors.embeddings))[0] if tensors.embeddings in tensors else None
     ends = (f"{old.prefix}.{old.architecture.embeddings}", str(old.architecture.embeddings))
     for name, info in adaptation.checkpoint.tensors.items():
-        plain = model_name(name).replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        plain = WRAPPER.sub("", model_name(name))
         if plain in ends and info.shape:
             return info.shape[0]
         if name.endswith(".lora_embedding_A") and f"{plain.removesuffix('.lora_embedding_A')}.weight" in ends:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 PIECE = 1 << 18
 
 
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 @dataclass(frozen=True)
 class Entry:
     """How one tensor is made.
@@ -27,14 +31,14 @@ class Entry:
         dtype: Its safetensors dtype, as in `F32` or `BF16`.
         shape: Its size along each dimension.
         operands: What it is made from: a mapping, and a name in it.
-        rule: Makes it from these, as tensors.
+        rule: Makes it from these, as tensors; by default it is a copy of the one there is.
         elementwise: Whether the rule gives the same on flat pieces of the operands as on the whole.
     """
 
     dtype: str
     shape: tuple[int, ...]
     operands: tuple[tuple[Mapping[str, torch.Tensor], str], ...]
-    rule: Callable[..., torch.Tensor]
+    rule: Callable[..., torch.Tensor] = _same
     elementwise: bool = True
 
 

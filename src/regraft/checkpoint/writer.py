@@ -166,10 +166,10 @@ def write_safetensors(
         stream.flush()
 
         def put(name: str, start: int, data: torch.Tensor) -> None:
-            view, place = data.numpy().data, first + starts[name] + start * ITEM_BYTES[dtype_of(tensors, name)]
+            view, offset = data.numpy().data, first + starts[name] + start * ITEM_BYTES[dtype_of(tensors, name)]
             while view:
-                written = os.pwrite(stream.fileno(), view, place)
-                view, place = view[written:], place + written
+                written = os.pwrite(stream.fileno(), view, offset)
+                view, offset = view[written:], offset + written
 
         _for_each_piece(tensors, order, put, file, progress, "write")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from regraft.adaptation.lora import ADAPTER, START
 from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Job, Method
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from regraft.tuning.walk import Walk
     from regraft.upgrade import Base
-
-ADAPTER, START = "default", "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,7 @@ from regraft.adaptation import (
     write_tokenizer,
 )
 from regraft.adaptation.graft import grafted_adapter
-from regraft.adaptation.lora import START
-from regraft.adaptation.model import ADAPTER
+from regraft.adaptation.lora import ADAPTER, START
 from regraft.adaptation.tokens import tuned_rows, with_own_tokens
 from regraft.checkpoint import check_finite, is_made, publish, read_results, resumable_folder, write_record
 from regraft.errors import CheckpointError, MismatchError, RecipeError
@@ -135,16 +134,8 @@ def convert(
             if to == "lora":
                 moments = _moments(model, old, task, progress) if task is not None else None
                 heads = [name for name in model.state_dict() if not name.startswith(old.prefix + ".")]
-                lora = extract_lora(
-                    source.checkpoint,
-                    old.checkpoint,
-                    rank,
-                    energy,
-                    progress,
-                    moments,
-                    heads,
-                    class_of(source.checkpoint),
-                )
+                sides = source.checkpoint, old.checkpoint
+                lora = extract_lora(*sides, rank, energy, progress, moments, heads, class_of(source.checkpoint))
                 kept, left_out = lora.kept, lora.left_out
                 write_adapter(staging, *_on(target, (lora.tensors, lora.config)))
             elif new is not None:

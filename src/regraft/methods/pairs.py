@@ -121,17 +121,37 @@ def read_pairs(pairs: Sequence[str], adaptation: Adaptation, upgrade: Upgrade) -
     for pair in pairs:
         sides = []
         for folder, base in zip(split_pair(pair), (upgrade.old, upgrade.new), strict=True):
-            other = load_adaptation(folder)
-            other.check_base(base)
-            if other.kind != adaptation.kind:
-                raise MismatchError(
-                    f"{folder}: is a {other.kind}, and {adaptation.path} a {adaptation.kind}: a map is learned from "
-                    "adaptations of one kind."
-                )
-            sides.append(vector_of(other, base))
-            check_alike(sides[-1], like)
+            sides.append(open_alike(folder, base, adaptation, like)[1])
         found.append((sides[0], sides[1]))
     return found
+
+
+def open_alike(folder: str, base: Base, adaptation: Adaptation, like: Vector) -> tuple[Adaptation, Vector]:
+    """Open what was tuned for another task, and hold it against what shall be carried over.
+
+    Args:
+        folder: The other adaptation's.
+        base: The base that it was tuned on.
+        adaptation: What shall be carried over.
+        like: Its vector.
+
+    Returns:
+        The other adaptation and its vector.
+
+    Raises:
+        CheckpointError: The folder holds no adaptation.
+        MismatchError: It was tuned on another base, or is of another kind, shape or setting.
+    """
+    other = load_adaptation(folder)
+    other.check_base(base)
+    if other.kind != adaptation.kind:
+        raise MismatchError(
+            f"{folder}: is a {other.kind}, and {adaptation.path} a {adaptation.kind}: a map is learned from "
+            "adaptations of one kind."
+        )
+    vector = vector_of(other, base)
+    check_alike(vector, like)
+    return other, vector
 
 
 def split_pair(pair: str) -> tuple[str, str]:
@@ -195,9 +215,5 @@ def check_alike(vector: Vector, like: Vector) -> None:
 
 def _heads(base: Base) -> set[str]:
     """Name the tensors of a classifier that its base has not: the head's, and a pooler's that the base lacks."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(base.config)  # type: ignore[no-untyped-call]
-    return {name for name in model.state_dict() if name.removeprefix(base.prefix + ".") not in base.parameters}
+    names = base.classifier.state_dict()
+    return {name for name in names if name.removeprefix(base.prefix + ".") not in base.parameters}

@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from regraft.adaptation import Adaptation
     from regraft.methods.method import Job
     from regraft.methods.pairs import Vector
-    from regraft.methods.project import Projection
+    from regraft.methods.projection import Projection
     from regraft.tuning import Distillation, Examples
 
 KINDS = ("lora", "bottleneck")
@@ -191,8 +190,7 @@ def _rates(vectors: list[torch.Tensor], options: Projection) -> tuple[float, flo
 def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation, steps: int) -> _Lesson:
     """Open a task, its old tuned model as the teacher, and a student with the old weights on the new base."""
     from regraft.adaptation import load_adaptation, load_model, write_graft
-    from regraft.errors import MismatchError
-    from regraft.methods.pairs import check_alike, split_pair, vector_of
+    from regraft.methods.pairs import open_alike, split_pair
     from regraft.task import load_data
     from regraft.tuning import device, encode, plan_order
     from regraft.tuning.deployment import match_labels
@@ -200,15 +198,7 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
 
     folder, task = split_pair(pair)
     old, new = job.upgrade.old, job.upgrade.new
-    adaptation: Adaptation = load_adaptation(folder)
-    adaptation.check_base(old)
-    if adaptation.kind != job.adaptation.kind:
-        raise MismatchError(
-            f"{folder}: is a {adaptation.kind}, and {job.adaptation.path} a {job.adaptation.kind}: a map is learned "
-            "from adaptations of one kind."
-        )
-    vector = vector_of(adaptation, old)
-    check_alike(vector, like)
+    adaptation, vector = open_alike(folder, old, job.adaptation, like)
     data = match_labels(adaptation, load_data(task, job.recipe.seed))
     work = job.work / f"task-{number}"
     write_graft(adaptation, job.upgrade, work / "graft", job.progress)
@@ -239,8 +229,7 @@ def _parts(flat: torch.Tensor, vector: Vector) -> dict[str, torch.Tensor]:
 
 def _parameter_names(student: Any) -> dict[str, str]:
     """Give the name of a model's parameter by the name under which it is stored."""
-    from regraft.adaptation.lora import START
-    from regraft.adaptation.model import ADAPTER
+    from regraft.adaptation.lora import ADAPTER, START
 
     if hasattr(student, "peft_config"):
         return {name.replace(f".{ADAPTER}.", "."): name for name, _ in student.named_parameters()}

@@ -103,7 +103,7 @@ def refitted(job: Job, options: Ridge) -> Any:
             first = layers[stage[0]][0]
             if is_experts(first.module):
                 sides = tuned.get_submodule(stage[0]), first.module
-                wrappers = [known.get(side, {}) for known, side in zip(around, sides, strict=True)]
+                wrappers = [wrapped.get(side, {}) for wrapped, side in zip(around, sides, strict=True)]
                 fit.experts(layers[stage[0]], sides, wrappers, fed[stage[0]], above)
             else:
                 fit.layers([change for name in stage for change in layers[name]], fed[stage[0]], above)
@@ -216,9 +216,9 @@ class _Fit:
         """
         import torch
 
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        walk.run([sides[1]], lambda _, __, rows, routed: seen.append((rows, routed)))
-        hidden, routed = (torch.cat(side) for side in zip(*seen, strict=True))
+        runs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        walk.run([sides[1]], lambda _, __, rows, routed: runs.append((rows, routed)))
+        hidden, routed = (torch.cat(side) for side in zip(*runs, strict=True))
         old = torch.cat(old_hidden).to(hidden)
         for position, part in enumerate(projections(sides[1])):
             change = next((change for change in changes if change.name.endswith(f".{part}")), None)
@@ -239,8 +239,8 @@ class _Fit:
                 matched[number] = self._match(change, matched[number], cross, second)
             change.become(matched)
             if few:
-                told = f"experts {', '.join(map(str, few))}" if len(few) < len(matched) else "all experts"
-                self.passed_over[change.name] = f"{told}: reached by fewer tokens than their width of {width}"
+                experts = f"experts {', '.join(map(str, few))}" if len(few) < len(matched) else "all experts"
+                self.passed_over[change.name] = f"{experts}: reached by fewer tokens than their width of {width}"
 
     def finish(self, changes: list[Change]) -> None:
         """Name what no text has shown.

@@ -185,8 +185,7 @@ class _Deltas:
     def _part(self, job: Job, name: str, parameter: torch.Tensor) -> Any:
         """Give a parameter that carries a delta, its value grafted and without it, and its group."""
         from regraft.adaptation.changes import parameter_of
-        from regraft.adaptation.lora import START
-        from regraft.adaptation.model import ADAPTER
+        from regraft.adaptation.lora import ADAPTER, START
         from regraft.adaptation.rework import shift_of
 
         upgrade, value = job.upgrade, parameter.detach().clone()

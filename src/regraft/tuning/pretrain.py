@@ -259,12 +259,7 @@ def _carry_over(base: Base, folder: Path) -> None:
     sources = {name: (saved, name) for name in saved} | {name: (base.checkpoint, old) for name, old in unused.items()}
     write_safetensors(
         saved.files[0],
-        Derived(
-            {
-                name: Entry(dtype_of(*source), shape_of(*source), (source,), lambda tensor: tensor)
-                for name, source in sources.items()
-            }
-        ),
+        Derived({name: Entry(dtype_of(*source), shape_of(*source), (source,)) for name, source in sources.items()}),
     )
 
 

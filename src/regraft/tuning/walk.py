@@ -102,8 +102,8 @@ class Walk:
                 del block.forward
         if watch:
             for name, sides in runs.items():
-                fed, given = (torch.cat(side) for side in zip(*sides, strict=True))
-                watch(name, number, fed, given)
+                fed, output = (torch.cat(side) for side in zip(*sides, strict=True))
+                watch(name, number, fed, output)
 
     def _watch(self, module: Any, number: int, runs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> Any:
         name, routed = self.names[module], is_experts(module)
@@ -114,8 +114,8 @@ class Walk:
                 return
             inputs: list[Any] = [*args, *kwargs.values()]
             fed = inputs[0]
-            given = inputs[1] if routed else output[0] if isinstance(output, tuple) else output
-            runs.setdefault(name, []).append((self._rows(fed, number, late), self._rows(given, number, late)))
+            result = inputs[1] if routed else output[0] if isinstance(output, tuple) else output
+            runs.setdefault(name, []).append((self._rows(fed, number, late), self._rows(result, number, late)))
 
         return module.register_forward_hook(look, with_kwargs=True)
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint import dtype_of, piece, shape_of
+from regraft.checkpoint import FLOATING, dtype_of, piece, shape_of
 from regraft.errors import CheckpointError, MismatchError
 from regraft.progress import Progress, silent
 from regraft.weights.names import align, kind_of, layer_of
@@ -74,7 +74,7 @@ def distances(
         CheckpointError: A tensor holds values that are infinite or not a number.
         MismatchError: A tensor has different shapes, or no tensor is in both.
     """
-    names = {n: o for n, o in align(second, first).items() if dtype_of(first, n) in ("F64", "F32", "F16", "BF16")}
+    names = {n: o for n, o in align(second, first).items() if dtype_of(first, n) in FLOATING}
     if not names:
         raise MismatchError("no tensor has the same name in both: these checkpoints are not of one architecture.")
     groups: dict[str, dict[str, list[_Sums]]] = {"whole": {}, "layer": {}, "kind": {}}

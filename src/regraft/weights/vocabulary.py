@@ -111,8 +111,8 @@ class RowMatch:
 
 
 def _some(tokens: Collection[str]) -> str:
-    shown = sorted(tokens)[:4]
-    return f" ({', '.join(map(repr, shown))}{' …' * (len(tokens) > len(shown))})" if tokens else ""
+    first = sorted(tokens)[:4]
+    return f" ({', '.join(map(repr, first))}{' …' * (len(tokens) > len(first))})" if tokens else ""
 
 
 def match_rows(
@@ -227,6 +227,6 @@ def graft_rows(
     grafted[rest] = new[of_new[rest]].to(grafted.dtype)
     grafted[own] = tuned[of_tuned[own]]
     if everywhere.any():
-        made = rule(new[of_new[everywhere]], tuned[of_tuned[everywhere]], old[of_old[everywhere]])
-        grafted[everywhere] = made.to(grafted.dtype)
+        changed = rule(new[of_new[everywhere]], tuned[of_tuned[everywhere]], old[of_old[everywhere]])
+        grafted[everywhere] = changed.to(grafted.dtype)
     return grafted

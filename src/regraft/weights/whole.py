@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint import Derived, Entry, dtype_of, shape_of, stored_dtype
+from regraft.checkpoint import FLOATING, Derived, Entry, dtype_of, shape_of, stored_dtype
 from regraft.errors import MismatchError, RecipeError
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.names import Named, align, is_optional
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, torch.Tensor]
 
-FLOATING = ("F64", "F32", "F16", "BF16")
-
 
 @dataclasses.dataclass(frozen=True)
 class Counterparts:
@@ -34,13 +32,11 @@ class Counterparts:
     Args:
         new: The new base's tensor, by the tuned one's name.
         old: The old base's.
-        copied: Tuned tensors that are taken as they are: neither base has them (a classification head).
-        left_out: Those of them that one base has, and that pre-training leaves out of the other (a pooler).
+        left_out: Tuned tensors that one base has, and that pre-training leaves out of the other (a pooler).
     """
 
     new: dict[str, str]
     old: dict[str, str]
-    copied: tuple[str, ...]
     left_out: tuple[str, ...]
 
 
@@ -69,17 +65,11 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
                 f"{len(alone)} tuned tensors are in one base only, the {which} one: {', '.join(alone[:4])}. Give "
                 "the base that the weights were tuned on and the one pre-trained further from it, both with that."
             )
-    if not in_new:
-        raise MismatchError("no tensor has the same name in both: these checkpoints are not of one architecture.")
+    _something(in_new)
     if isinstance(new, Named) and isinstance(tuned, Named) and isinstance(old, Named):
         _check_complete(new, tuned, old)
     plain = {name: other for name, other in in_new.items() if name not in left_out}
-    return Counterparts(
-        plain,
-        {name: in_old[name] for name in plain},
-        tuple(name for name in tuned if name not in plain),
-        left_out,
-    )
+    return Counterparts(plain, {name: in_old[name] for name in plain}, left_out)
 
 
 def _check_complete(new: Named, tuned: Named, old: Named) -> None:
@@ -131,7 +121,7 @@ def graft_all(
     for name in tuned:
         factor = _scale(scale, name)
         if name not in pairs.new or dtype_of(tuned, name) not in FLOATING:
-            entries[name] = _entry(tuned, name, ((tuned, name),), _same)
+            entries[name] = _copy(tuned, name)
             continue
         operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
         if rows is not None and name in by_token:
@@ -207,7 +197,7 @@ def interpolate_all(first: Tensors, second: Tensors, t: float) -> Derived:
         {
             name: _entry(first, name, ((first, name), (second, in_second[name])), rule)
             if dtype_of(first, name) in FLOATING
-            else _entry(first, name, ((first, name),), _same)
+            else _copy(first, name)
             for name in first
         }
     )
@@ -246,8 +236,8 @@ def _entry(
     return Entry(stored_dtype(like, name), shape_of(like, name), operands, rule)
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _copy(tensors: Tensors, name: str) -> Entry:
+    return Entry(stored_dtype(tensors, name), shape_of(tensors, name), ((tensors, name),))
 
 
 def _scale(scale: float | Mapping[str, float], name: str) -> float:
