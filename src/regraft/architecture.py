@@ -7,6 +7,7 @@ same tensor; the name that counts is the one that a fresh model of the class is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -42,6 +43,11 @@ ROTARY = {
     "rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "partial_rotary_factor": "partial_rotary_factor",
     "rotary_pct": "partial_rotary_factor", "rope_scaling": None,
 }  # fmt: skip
+# the classes that there are for a type of model, by transformers' tables: those that pre-training writes come first
+TASKS = (
+    "MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "PRETRAINING", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION",
+    "QUESTION_ANSWERING",
+)  # fmt: skip
 
 
 class Architecture:
@@ -64,6 +70,8 @@ class Architecture:
         self.config = config
         body: Any = transformers.AutoModel
         known: Any = getattr(transformers, name, None) if name else None
+        if not issubclass(type(config), getattr(known, "config_class", None) or ()):  # no class, or not of this config
+            known = None
         try:
             with torch.device("meta"):
                 own = copy.deepcopy(config)
@@ -321,6 +329,34 @@ def architecture_of(config: PretrainedConfig, name: str | None = None) -> Archit
     return _cached(json.dumps(config.to_dict(), sort_keys=True, default=str), name, kind)
 
 
+def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig) -> str:
+    """Name the transformers class of a checkpoint: the one with a head that its config names, or that has most of it.
+
+    Args:
+        checkpoint: The stored tensors.
+        config: The config beside them, which may name no class, none of transformers, or the bare body.
+
+    Returns:
+        The class; empty for the bare body.
+
+    Raises:
+        CheckpointError: Transformers cannot build the class that the config names.
+    """
+    import transformers.models.auto.modeling_auto as auto
+
+    declared, body = (config.architectures or [""])[0], architecture_of(config)
+    if type(architecture_of(config, declared).model) is not type(body.model):
+        return declared
+    tables = (getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in TASKS)
+    most = {"": _count(checkpoint, body)}
+    for name in dict.fromkeys(str(table.get(config.model_type)) for table in tables):
+        if max(most.values()) == len(checkpoint):
+            break
+        with contextlib.suppress(CheckpointError):
+            most[name] = _count(checkpoint, architecture_of(config, name))
+    return max(most, key=lambda name: most[name])
+
+
 def ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
     """Name the settings that a config's class ignores, where they say what the class does anyway.
 
@@ -365,7 +401,7 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
     Raises:
         CheckpointError: Transformers cannot build the class, or a tensor is stored twice under different names.
     """
-    head, body = architecture_of(config, (config.architectures or [""])[0]), architecture_of(config)
+    head, body = architecture_of(config, class_name(checkpoint, config)), architecture_of(config)
     start = f"{head.prefix}." if any(name.startswith(f"{head.prefix}.") for name in head.stored) else ""
 
     def key_of(name: str) -> str:
@@ -409,7 +445,7 @@ def class_of(checkpoint: Checkpoint) -> Architecture:
         CheckpointError: Transformers cannot read the config, or cannot build the class.
     """
     config = read_config(checkpoint)
-    return architecture_of(config, (config.architectures or [""])[0])
+    return architecture_of(config, class_name(checkpoint, config))
 
 
 def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:
@@ -438,6 +474,11 @@ def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str,
             return dict(sides), f"{checkpoint.path}: {reason}, so tensors are paired by their stored names"
         views[which] = named(checkpoint, read_config(checkpoint))
     return views, None
+
+
+def _count(checkpoint: Mapping[str, torch.Tensor], architecture: Architecture) -> int:
+    """Count the tensors that a class has or leaves out by intent."""
+    return sum(bool(architecture.identify(name) or BUFFER.search(name)) for name in checkpoint)
 
 
 def _grown(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

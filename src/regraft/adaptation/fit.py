@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import ADAPTER_CONFIG
 from regraft.adaptation.patterns import check_patterns
-from regraft.architecture import BUFFER, architecture_of, ignored_settings
+from regraft.architecture import BUFFER, architecture_of, class_of, ignored_settings
 from regraft.checkpoint import FLOATING
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import read_config
@@ -117,7 +117,7 @@ def check_beside_body(adaptation: Adaptation, base: Base) -> None:
     Raises:
         CheckpointError: A tensor beside the body is none of the head.
     """
-    head = architecture_of(config_of(adaptation), adaptation.config["architectures"][0])
+    head = class_of(adaptation.checkpoint)
     strays, taken = [], set()
     for name, info in adaptation.checkpoint.tensors.items():
         parameter = head.identify(name)
