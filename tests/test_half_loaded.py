@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, LABELS, write_base
 from safetensors.torch import load_file, save_file
+from test_lora import invoke
 
 from regraft import Base, Recipe, Upgrade, check, convert, load_adaptation, recycle
 from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, save_model, write_graft
@@ -316,10 +317,16 @@ def test_what_the_upgrade_changed_in_the_config_is_the_new_bases(tmp_path, made,
     shutil.copytree(new.path, tmp_path / "new")
     config(rope_parameters={"rope_type": "default", "rope_theta": 50.0}, eos_token_id=3)(tmp_path / "new")
     new = Base.open(tmp_path / "new")
-    write_graft(load_adaptation(made["llama", "full"][0]), Upgrade(old, new), tmp_path / "out", silent)
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (written["rope_parameters"]["rope_theta"], written["eos_token_id"]) == (50.0, 3)
-    assert list(written["id2label"].values()) == list(LABELS)
-    load_model(load_adaptation(tmp_path / "out"), new, LABELS)
+    tuned = made["llama", "full"][0]
+    write_graft(load_adaptation(tuned), Upgrade(old, new), tmp_path / "out", silent)
+    invoke("graft", "--new", new.path, "--tuned", tuned, "--old", old.path, "--out", tmp_path / "on-disk")
+    for folder in ("out", "on-disk"):
+        written = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (written["rope_parameters"]["rope_theta"], written["eos_token_id"]) == (50.0, 3)
+        assert list(written["id2label"].values()) == list(LABELS)
+    config(rope_parameters={"type": "default", "rope_type": "default", "rope_theta": 50.0})(
+        new.path
+    )  # its old name too
+    load_model(load_adaptation(tmp_path / "out"), Base.open(new.path), LABELS)
     with pytest.raises(MismatchError, match="rope_parameters"):
         load_model(load_adaptation(tmp_path / "out"), old, LABELS)

@@ -67,6 +67,7 @@ FAST = [
     ("qwen3-moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     ("qwen3-moe", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
     ("t5", {"target_modules": ["q", "shared"], "modules_to_save": ["lm_head"]}),
+    ("t5", {"target_modules": ["q", "shared"], "task_type": None}),
 ]
 
 
@@ -88,7 +89,8 @@ def tune(folder, name, base, settings, rows=None):
         plain = MODELS[name][0].from_pretrained(base)
         if rows:
             plain.resize_token_embeddings(rows, mean_resizing=False)
-        model = get_peft_model(plain, LoraConfig(task_type=KINDS.get(MODELS[name][0]), r=3, lora_alpha=5, **settings))
+        kind = {"task_type": KINDS.get(MODELS[name][0]), "r": 3, "lora_alpha": 5}
+        model = get_peft_model(plain, LoraConfig(**kind | settings))
         torch.manual_seed(1)
         with torch.no_grad():
             for parameter in (p for p in model.parameters() if p.requires_grad):

@@ -23,6 +23,8 @@ from transformers import (
     BartForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -273,6 +275,7 @@ BART = BartConfig(
     **SMALL, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
     encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=66, forced_eos_token_id=2,
 )  # fmt: skip
+LLAMA = LlamaConfig(**SMALL, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
 GEMMA = Gemma3Config(
     text_config={
         **SMALL, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -291,10 +294,11 @@ GEMMA = Gemma3Config(
     [
         (BartForConditionalGeneration, BART, ["model.shared.weight", "final_logits_bias"]),
         (Gemma3ForConditionalGeneration, GEMMA, ["model.language_model.embed_tokens.weight"]),
+        (LlamaForCausalLM, LLAMA, ["model.embed_tokens.weight", "lm_head.weight"]),
     ],
 )
 def test_models_that_keep_their_tokens_elsewhere(tmp_path, model, config, names):
-    """A row of biases, and the config of a text model inside one for images."""
+    """A row of biases, the config of a text model inside one for images, and configs that name no class."""
     torch.manual_seed(0)
     sides = {"old": [], "new": ["<new>"], "tuned": ["<own>"]}
     for side, added in sides.items():
@@ -309,6 +313,8 @@ def test_models_that_keep_their_tokens_elsewhere(tmp_path, model, config, names)
             one.final_logits_bias.normal_()
         one.save_pretrained(tmp_path / side)
         tokenizer.save_pretrained(tmp_path / side)
+        settings = json.loads((tmp_path / side / "config.json").read_text())
+        (tmp_path / side / "config.json").write_text(json.dumps(settings | {"architectures": None}))
     options = [part for side in sides for part in (f"--{side}", tmp_path / side)]
     run("weights", "graft", *options, "--out", tmp_path / "out")
     ids = {side: AutoTokenizer.from_pretrained(tmp_path / side).get_vocab() for side in (*sides, "out")}

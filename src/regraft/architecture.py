@@ -52,6 +52,8 @@ class Architecture:
         self.config = config
         body: Any = transformers.AutoModel
         named_class: Any = getattr(transformers, name, None) if name else None
+        if not issubclass(type(config), getattr(named_class, "config_class", None) or ()):  # none, or of another config
+            named_class = None
         try:
             with torch.device("meta"):
                 own = copy.deepcopy(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from regraft.architecture import BUFFER, Architecture, architecture_of
@@ -17,6 +18,40 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from regraft.checkpoint import Checkpoint
+
+# the classes that there are for a type of model, by transformers' tables: those that pre-training writes come first
+TASKS = (
+    "MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "PRETRAINING", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION",
+    "QUESTION_ANSWERING",
+)  # fmt: skip
+
+
+def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig) -> str:
+    """Name the transformers class of a checkpoint: the one with a head that its config names, or that has most of it.
+
+    Args:
+        checkpoint: The stored tensors.
+        config: The config beside them, which may name no class, none of transformers, or the bare body.
+
+    Returns:
+        The class; empty for the bare body.
+
+    Raises:
+        CheckpointError: Transformers cannot build the class that the config names.
+    """
+    import transformers.models.auto.modeling_auto as auto
+
+    declared, body = (config.architectures or [""])[0], architecture_of(config)
+    if type(architecture_of(config, declared).model) is not type(body.model):
+        return declared
+    tables = (getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in TASKS)
+    most = {"": _count(checkpoint, body)}
+    for name in dict.fromkeys(str(table.get(config.model_type)) for table in tables):
+        if max(most.values()) == len(checkpoint):
+            break
+        with contextlib.suppress(CheckpointError):
+            most[name] = _count(checkpoint, architecture_of(config, name))
+    return max(most, key=lambda name: most[name])
 
 
 def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
@@ -34,7 +69,7 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
     Raises:
         CheckpointError: Transformers cannot build the class, or a tensor is stored twice under different names.
     """
-    head, body = architecture_of(config, (config.architectures or [""])[0]), architecture_of(config)
+    head, body = architecture_of(config, class_name(checkpoint, config)), architecture_of(config)
     start = f"{head.prefix}." if any(name.startswith(f"{head.prefix}.") for name in head.stored) else ""
 
     def key_of(name: str) -> str:
@@ -78,7 +113,7 @@ def class_of(checkpoint: Checkpoint) -> Architecture:
         CheckpointError: Transformers cannot read the config, or cannot build the class.
     """
     config = read_config(checkpoint)
-    return architecture_of(config, (config.architectures or [""])[0])
+    return architecture_of(config, class_name(checkpoint, config))
 
 
 def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:
@@ -107,3 +142,8 @@ def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str,
             return dict(sides), f"{checkpoint.path}: {reason}, so tensors are paired by their stored names"
         views[which] = named(checkpoint, read_config(checkpoint))
     return views, None
+
+
+def _count(checkpoint: Mapping[str, torch.Tensor], architecture: Architecture) -> int:
+    """Count the tensors that a class has or leaves out by intent."""
+    return sum(bool(architecture.identify(name) or BUFFER.search(name)) for name in checkpoint)

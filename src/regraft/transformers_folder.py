@@ -11,7 +11,7 @@ from regraft.errors import CheckpointError
 from regraft.progress import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -23,6 +23,8 @@ MOST = (
     (re.compile(r"expert|group"), 4096),
     (re.compile(r"label"), 100_000),
 )
+# what a fine-tune's config.json says of its own tensors and head
+OF_THE_TUNED = {"architectures", "id2label", "label2id", "problem_type", "dtype", "torch_dtype"}
 SLACK = 1 << 24  # numbers that a model may have beyond twice its file's: those of a head and a pooler
 
 
@@ -52,8 +54,39 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     except Exception as error:  # each field of a wrong type raises what the first to use it raises
         raise CheckpointError(f"{file}: transformers cannot read it ({_reason(error)}).") from error
     vars(config).pop("quantization_config", None)  # the checkpoint is read as weights
+    for rotary in _rotary(getattr(config.get_text_config(), "rope_parameters", None)):
+        rotary.pop("type", None)  # what older versions called `rope_type`, and today's classes pass over
     config._attn_implementation = None  # a wish of who saved it, not of the weights, and maybe not installed here
     return config
+
+
+def upgraded_settings(
+    tuned: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any], *, is_decoder: bool, has_same_ids: bool
+) -> dict[str, Any]:
+    """Return what a graft's config has of the new base: the settings that the upgrade changed, and the tuning did not.
+
+    Args:
+        tuned: The settings of the fine-tune.
+        old: Those of the old base.
+        new: Those of the new base.
+        is_decoder: Whether they are of a causal model, whose classifier skips the padding token that its config names.
+        has_same_ids: Whether tokens have the same ids in all three; else settings that are ids are left out.
+
+    Returns:
+        The settings, those of a model inside the model as a whole.
+    """
+    changed: dict[str, Any] = {}
+    for key, value in new.items():
+        is_id = not has_same_ids and (key.endswith("_token_id") or key == "vocab_size")
+        if is_id or key in OF_THE_TUNED or (key == "pad_token_id" and is_decoder):
+            continue
+        own, before = tuned.get(key), old.get(key)
+        if key.endswith("_config") and isinstance(own, dict) and isinstance(before, dict) and isinstance(value, dict):
+            inner = upgraded_settings(own, before, value, is_decoder=is_decoder, has_same_ids=has_same_ids)
+            changed |= {key: {**own, **inner}} if inner else {}
+        elif value != before and own == before:
+            changed[key] = value
+    return changed
 
 
 def check_model(architecture: Any, checkpoint: Checkpoint) -> None:
@@ -127,6 +160,13 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     tokenizer.model_max_length = int(longest)
     return tokenizer
+
+
+def _rotary(parameters: Any) -> Iterator[dict[str, Any]]:
+    """Yield the settings of rotary positions: one set, or one for each type of layer."""
+    for each in (parameters, *parameters.values()) if isinstance(parameters, dict) else ():
+        if isinstance(each, dict) and "rope_type" in each:
+            yield each
 
 
 def _check_counts(settings: dict[str, Any], file: Path, tensors: int) -> None:

@@ -12,6 +12,7 @@ from regraft.adaptation.patterns import check_patterns
 from regraft.architecture import BUFFER, architecture_of
 from regraft.checkpoint import FLOATING
 from regraft.errors import CheckpointError, MismatchError
+from regraft.naming import class_of
 from regraft.transformers_folder import read_config
 from regraft.upgrade import body_names
 from regraft.weights import is_optional
@@ -126,7 +127,7 @@ def check_beside_body(adaptation: Adaptation, base: Base) -> None:
     Raises:
         CheckpointError: A tensor beside the body is none of the head.
     """
-    head = architecture_of(config_of(adaptation), adaptation.config["architectures"][0])
+    head = class_of(adaptation.checkpoint)
     strays, taken = [], set()
     for name, info in adaptation.checkpoint.tensors.items():
         parameter = head.identify(name)

@@ -17,6 +17,7 @@ from regraft.adaptation.save import write_adapter, write_tokenizer
 from regraft.adaptation.tokens import tuned_rows
 from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
 from regraft.naming import named
+from regraft.transformers_folder import upgraded_settings
 from regraft.vocabulary import write_vocabulary
 from regraft.weights import counterparts, graft, graft_rows
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation
     from regraft.progress import Progress
     from regraft.upgrade import Base, Upgrade
-
-# what a fine-tune's config.json says of its own tensors and head
-OF_THE_TUNED = {"architectures", "id2label", "label2id", "problem_type", "dtype"}
 
 
 def write_graft(
@@ -232,12 +230,5 @@ def _check_body(adaptation: Adaptation, upgrade: Upgrade) -> None:
 def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
     """Give what `config.json` says on the new base, whose settings it has wherever the tuning changed none."""
     tuned, old, new = config_of(adaptation).to_dict(), upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
-    own = OF_THE_TUNED | ({"pad_token_id"} if upgrade.old.is_decoder else set())  # it says which token the head reads
-    if tuned_rows(adaptation, upgrade) is not None:  # tokens are named by ids of the grafted vocabulary afterwards
-        own |= {key for key in new if key.endswith("_token_id") or key == "vocab_size"}
-    upgraded = {
-        key: value
-        for key, value in new.items()
-        if key not in own and value != old.get(key) and tuned.get(key) == old.get(key)
-    }
-    return {**adaptation.config, **upgraded}
+    same = tuned_rows(adaptation, upgrade) is None
+    return adaptation.config | upgraded_settings(tuned, old, new, is_decoder=upgrade.old.is_decoder, has_same_ids=same)

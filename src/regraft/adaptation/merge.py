@@ -17,6 +17,7 @@ from regraft.architecture import BUFFER, architecture_of
 from regraft.checkpoint import Derived, Entry, piece, read_json, shape_of, stored_dtype
 from regraft.checkpoint.derived import PIECE
 from regraft.errors import CheckpointError, MismatchError
+from regraft.naming import class_name
 from regraft.transformers_folder import read_config
 from regraft.weights import dora_weight, fold, is_optional, lora_delta, merge_experts
 
@@ -186,7 +187,7 @@ def _tuned_architecture(
         raise CheckpointError(f"{base.path}: has no config.json, which says what model a LoRA is merged into.")
     own = read_config(base)
     tasks = getattr(auto, TASKS.get(str(config.get("task_type")), ""), {})
-    classes = [tasks.get(own.model_type), (own.architectures or [""])[0], None]
+    classes = [*filter(None, (tasks.get(own.model_type), class_name(base, own))), None]
     modules = {_module_of(name) for name in adapter}
     fitting: dict[str | None, int] = {}
     for name in dict.fromkeys(classes):
@@ -263,7 +264,8 @@ def _untied_by_setting(architecture: Architecture) -> set[str]:
 def _check_whole(absent: Sequence[str], architecture: Architecture, base: Checkpoint) -> None:
     start = f"{architecture.prefix}."
     classifies = "Classification" in type(architecture.model).__name__
-    lost = [name for name in absent if classifies or not is_optional(name.removeprefix(start))]
+    computed = architecture.model._keys_to_ignore_on_save or ()  # as Marian's positions, which no file holds
+    lost = [n for n in absent if n not in computed and (classifies or not is_optional(n.removeprefix(start)))]
     if lost:
         raise MismatchError(
             f"{len(lost)} tensors of the {type(architecture.model).__name__} that was tuned are neither in {base.path} "

@@ -122,13 +122,13 @@ def write_folder(
         whole.mkdir(parents=True, exist_ok=True)
         write_checkpoint(whole, tensors, shard_bytes, progress)
         copy_companions(like, whole, COMPANIONS)
-        if vocabulary:
-            vocabulary(whole)
         if (whole / "config.json").is_file():
             settings = json.loads((whole / "config.json").read_text(encoding="utf-8"))
             changed = without_quantisation(settings) | dict(config or {})
             if changed != settings:
                 write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")
+        if vocabulary:
+            vocabulary(whole)
         write_record(whole, made_from)
         publish(whole, out)
 

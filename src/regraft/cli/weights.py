@@ -54,7 +54,7 @@ def graft(
     from regraft.cli import show
     from regraft.errors import RecipeError
     from regraft.vocabulary import match_vocabularies, merged_tokenizer
-    from regraft.weights import counterparts, graft_all
+    from regraft.weights import Named, counterparts, graft_all
 
     factors = {"*": _finite("--scale", scale), **_factors(scale_for or [])}
     factors["*"] = factors.pop("*")  # the first pattern that fits counts
@@ -69,7 +69,9 @@ def graft(
     grafted = graft_all(views["new"], views["tuned"], views["old"], factors, rows)
     if left_out := counterparts(views["new"], views["tuned"], views["old"]).left_out:
         show.line(f"copied, as one of the bases lacks it: {', '.join(left_out)}")
-    _write(grafted, out, sides, "tuned", {"operation": "graft", "scale": factors}, shard_size, dry_run, rows)
+    settings = _upgraded(sides, has_class=isinstance(views["tuned"], Named), has_same_ids=not rows)
+    made_from = {"operation": "graft", "scale": factors}
+    _write(grafted, out, sides, "tuned", made_from, shard_size, dry_run, rows, config=settings)
 
 
 @app.command()
@@ -231,6 +233,23 @@ def _named(sides: dict[str, "Checkpoint"]) -> "dict[str, Mapping[str, torch.Tens
     if reason:
         show.line(reason)
     return views
+
+
+def _upgraded(sides: "Mapping[str, Checkpoint]", has_class: bool, has_same_ids: bool) -> dict[str, Any]:
+    """Return the settings that a graft has of the new base: effective ones, or as the files have them."""
+    from regraft.checkpoint import read_json
+    from regraft.transformers_folder import read_config, upgraded_settings
+    from regraft.upgrade import is_causal
+
+    order = [sides[side] for side in ("tuned", "old", "new")]
+    if has_class:
+        configs = [read_config(side) for side in order]
+        settings, is_decoder = [config.to_dict() for config in configs], is_causal(configs[1])
+    elif all((side.folder / "config.json").is_file() for side in order):
+        settings, is_decoder = [read_json(side.folder / "config.json") for side in order], True
+    else:
+        return {}
+    return upgraded_settings(*settings, is_decoder=is_decoder, has_same_ids=has_same_ids)
 
 
 def _check_apart(out: Path, sides: dict[str, "Checkpoint"]) -> None:
