@@ -10,10 +10,12 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from regraft import Base, Upgrade, check, load_adaptation, recycle, tune
 from regraft.adaptation import attach, fresh_model, load_model, merge_lora, read_config
 from regraft.checkpoint import Checkpoint
+from regraft.cli import app
 from regraft.errors import CheckpointError, MismatchError, RecipeError, RegraftError
 from regraft.weights import distance, distances, graft_all, interpolate_all, low_rank
 
@@ -332,6 +334,10 @@ def test_what_is_no_adapter_of_peft_is_told_apart(tmp_path, copied, tuned, bases
         (folder / file).write_bytes(b"x")
         with pytest.raises(CheckpointError, match=r"of the adapters library \(AdapterHub"):
             load_adaptation(folder)
+        merge = ["weights", "merge-lora", "--adapter", str(folder), "--base", "none", "--out", str(tmp_path / "out")]
+        assert "of the adapters library" in str(CliRunner().invoke(app, merge).exception)
+    with pytest.raises(CheckpointError, match=re.escape(f"is a file. Give its folder, {lora}")):
+        load_adaptation(lora / "adapter_model.safetensors")
     (tmp_path / "peft").mkdir()
     shutil.copytree(lora, tmp_path / "peft" / "reviewer")
     with pytest.raises(CheckpointError, match=re.escape(f"Give {tmp_path / 'peft' / 'reviewer'}")):

@@ -67,9 +67,14 @@ class Base:
                 or it is an encoder-decoder.
         """
         path = find_path(name)
+        if path.is_file():
+            raise CheckpointError(f"{path}: is a file. Give the folder that save_pretrained of transformers wrote.")
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise CheckpointError(f"{path}: holds an adapter and no base. Give the base that it was tuned on.")
+        checkpoint = Checkpoint.open(path)
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path}: holds no config.json, so it is no transformers folder.")
-        base = cls(str(name), path, Checkpoint.open(path))
+            raise CheckpointError(f"{path}: holds no config.json. Copy the one that was saved with these weights.")
+        base = cls(str(name), path, checkpoint)
         check_plain(path, base.checkpoint.tensors)
         if base.is_encoder_decoder:
             raise CheckpointError(
