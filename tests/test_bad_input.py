@@ -223,7 +223,8 @@ def test_tune_and_pretrain_refuse_before_they_write(run, place):
     task, out = place / "task" / "task.yaml", place / "out" / "o"
     for arguments, says in [
         (("tune", place / "none", "--task", task), f"{place / 'none'}: no such file or folder"),
-        (("tune", place / "task", "--task", task), "holds no config.json"),
+        (("tune", place / "task", "--task", task), "holds none of model.safetensors"),
+        (("tune", place / "old" / "config.json", "--task", task), "is a file. Give the folder"),
         (("tune", place / "old", "--task", task, "--kind", "lore"), "there is no kind 'lore'"),
         (("tune", place / "old", "--task", place / "none.yaml"), "none.yaml"),
         (("pretrain", place / "old", place / "none.txt", "--block", 32), "none.txt"),

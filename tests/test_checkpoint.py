@@ -179,11 +179,25 @@ def test_broken_indexes_are_named(sharded, tmp_path):
 def test_what_is_no_checkpoint_is_told_apart(tmp_path):
     with pytest.raises(CheckpointError, match="no such file or folder, and"):
         Checkpoint.open(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="Is this the folder that save_pretrained wrote"):
-        Checkpoint.open(tmp_path)
-    torch.save(SOME, tmp_path / "pytorch_model.bin")
+    for name, says in [
+        ("training_args.bin", "Give the folder that save_pretrained wrote"),
+        ("weights.safetensors", "rename it to model.safetensors"),
+        ("model.onnx", "exported to ONNX"),
+        ("flax_model.msgpack", "from_flax=True"),
+        ("tf_model.h5", "from_tf=True"),
+        ("model-q4.gguf", "llama.cpp"),
+        ("snapshots/1a2b/model.safetensors", "Its folder snapshots/1a2b does"),
+        ("checkpoint-9/model.safetensors", r"Its folder checkpoint-9 \(or snapshots/1a2b\) does"),
+        ("model.safetensors", "git lfs pull"),
+    ]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+        with pytest.raises(CheckpointError, match=says):
+            Checkpoint.open(tmp_path)
+    (tmp_path / "pickle").mkdir()
+    torch.save(SOME, tmp_path / "pickle" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="is a pickle, which can run code and is not read"):
-        Checkpoint.open(tmp_path)
+        Checkpoint.open(tmp_path / "pickle")
 
 
 def test_the_writer_leaves_nothing_half_written(tmp_path, file):

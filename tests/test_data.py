@@ -246,6 +246,27 @@ def test_json_that_is_deep_or_cut_off_is_refused(tmp_path: Path, content: str) -
         list(Corpus((str(tmp_path / "a.jsonl"),)).documents())
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "text;label\na;1\n", r"separated by ';'.*Write it with ','"),
+        ("a.csv", "text\tlabel\na\t1\n", r"Name it \.tsv"),
+        ("a.tsv", "text,label\na,1\n", r"Name it \.csv"),
+        ("a.json", '{"text": {"0": "a", "1": "b"}, "label": {"0": 1, "1": 2}}', "orient='records'"),
+        ("a.json", '{"version": 1, "data": [{"text": "a", "label": 1}]}', "orient='records'"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n'.encode("utf-16"), "Save the file as UTF-8"),
+        ("data.arrow", "ARROW1", r"Write \{dataset: .*, split: train\}"),
+        ("a.xlsx", "PK", r"Give a \.csv"),
+    ],
+)  # fmt: skip
+def test_what_other_tools_write_is_refused_with_its_remedy(
+    tmp_path: Path, name: str, content: str | bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DataError, match=said):
+        read_task(task(str(tmp_path / name)))
+
+
 def test_half_a_character_is_refused_before_anything_is_tuned(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "\\ud800"}\n{"text": "b", "label": "x"}\n' * 4)
     with pytest.raises(DataError, match=r"the label '\\ud800' is not valid Unicode"):

@@ -10,11 +10,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from regraft import Base, Upgrade, check, load_adaptation, recycle, tune
 from regraft.adaptation import attach, fresh_model, load_model, merge_lora, read_config
 from regraft.checkpoint import Checkpoint
-from regraft.errors import CheckpointError, MismatchError, RecipeError, RegraftError
+from regraft.cli import app
+from regraft.errors import CheckpointError, DataError, MismatchError, RecipeError, RegraftError
 from regraft.weights import distance, distances, graft_all, interpolate_all, low_rank
 
 MATRIX = "bert.encoder.layer.0.output.dense.weight"
@@ -191,6 +193,11 @@ def test_a_config_that_makes_no_sense_is_refused_at_once(copied, bases, tuned, w
     assert time.monotonic() - began < 5
 
 
+def test_widths_are_no_counts(copied, bases):
+    sizes = {"shared_expert_intermediate_size": 20_480, "vocab_size_per_layer_input": 262_144}  # Qwen2-57B, Gemma 3n
+    assert Base.open(copied(bases["llama"][0], **sizes)).config.num_hidden_layers == 2
+
+
 def test_outputs_are_read_by_name_though_a_config_asks_for_tuples(copied, bases, tuned, task_file):
     old, new = bases["bert"]
     lora = tuned["bert", "lora"]
@@ -248,6 +255,20 @@ def test_tokens_beyond_the_embeddings_are_named(copied, bases, task_file):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer_config\.json, and transformers takes special tokens"):
         _ = Base.open(folder).tokenizer
+
+
+def test_a_text_of_no_tokens_is_named(copied, bases, task_file):
+    from regraft.task import load_data
+    from regraft.tuning import encode
+
+    folder = copied(bases["llama"][0], "tokenizer.json")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "\x01"}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    dev = load_data(task_file, 0).dev
+    dev.texts[3] = ("\x01",)
+    with pytest.raises(DataError, match=rf"dev\.csv, row {dev.rows[3]}: .* makes no token of the text"):
+        encode(Base.open(folder), dev, 32)
 
 
 @pytest.mark.parametrize("length", [0, -5, "64", True, 1.5, math.nan, [1], 2])
@@ -332,6 +353,10 @@ def test_what_is_no_adapter_of_peft_is_told_apart(tmp_path, copied, tuned, bases
         (folder / file).write_bytes(b"x")
         with pytest.raises(CheckpointError, match=r"of the adapters library \(AdapterHub"):
             load_adaptation(folder)
+        merge = ["weights", "merge-lora", "--adapter", str(folder), "--base", "none", "--out", str(tmp_path / "out")]
+        assert "of the adapters library" in str(CliRunner().invoke(app, merge).exception)
+    with pytest.raises(CheckpointError, match=re.escape(f"is a file. Give its folder, {lora}")):
+        load_adaptation(lora / "adapter_model.safetensors")
     (tmp_path / "peft").mkdir()
     shutil.copytree(lora, tmp_path / "peft" / "reviewer")
     with pytest.raises(CheckpointError, match=re.escape(f"Give {tmp_path / 'peft' / 'reviewer'}")):

@@ -307,6 +307,7 @@ CODES = torch.ones(4, 4, dtype=torch.int8)
         ({f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale": ONES}, {}, "compressed-tensors.*made from"),
         ({f"{W}.weight": CODES, f"{W}.weight_scale": ONES[:, :1]}, {}, "compressed-tensors.*made from"),
         ({f"{W}.weight": INTEGERS.view(torch.uint32), f"{W}.scales": ONES}, {}, "U32.*full precision"),
+        ({f"{W}.weight:qdata": INTEGERS, f"{W}.weight:scale": ONES}, {}, "I32. holds no weights"),
         ({f"{W}.weight": ONES.to(E5M2)}, {"quantization_config": FP8}, "'fp8'.*F8_E5M2.*full precision"),
         ({f"{W}.weight": CODES}, {}, "I8. holds no weights.*full precision"),
         ({f"{W}.weight": ONES, f"{W}.weight_scale_inv": ONES[:1, :1]}, {}, "scale of no eight-bit weight"),

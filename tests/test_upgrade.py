@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import adapt, write_base
+from conftest import adapt, make_tokenizer, write_base
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from regraft import Base, Upgrade, load_adaptation
 from regraft.adaptation import fresh_model, load_model
@@ -64,6 +64,16 @@ def test_the_longest_input_runs(tmp_path, architecture):
         base = Base.open(write_base(tmp_path / str(positions), architecture, max_position_embeddings=positions))
         assert base.longest == longest
         AutoModel.from_pretrained(base.path)(torch.full((1, longest), 7))
+
+
+def test_positions_from_past_the_padding_shorten_texts(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = AutoConfig.for_model("data2vec-text", vocab_size=50, max_position_embeddings=40, pad_token_id=3, **sizes)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer("roberta").save_pretrained(tmp_path)
+    base = Base.open(tmp_path)
+    assert base.longest == 36
+    AutoModel.from_pretrained(tmp_path)(torch.full((1, base.longest), 7))
 
 
 def test_what_is_no_base_is_told_apart(tmp_path, bases):

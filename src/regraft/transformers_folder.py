@@ -25,6 +25,7 @@ MOST = (
 )
 # what a fine-tune's config.json says of its own tensors and head
 OF_THE_TUNED = {"architectures", "id2label", "label2id", "problem_type", "dtype", "torch_dtype"}
+SIZE = re.compile(r"size|dim|vocab")  # how wide something is, as shared_expert_intermediate_size; files tell that
 SLACK = 1 << 24  # numbers that a model may have beyond twice its file's: those of a head and a pooler
 
 
@@ -178,7 +179,8 @@ def _check_counts(settings: dict[str, Any], file: Path, tensors: int) -> None:
         count = len(value) if name == "id2label" and isinstance(value, dict) else value
         for part, most in MOST:
             limit = min(most, max(tensors, 64)) if part is LAYER else most  # a layer has a tensor, and a few are cheap
-            if part.search(name) and isinstance(count, int | float) and count > limit:
+            is_count = part.search(name) and not SIZE.search(name)
+            if is_count and isinstance(count, int | float) and count > limit:
                 raise CheckpointError(
                     f"{file}: {name} is {count:,}, and at most {limit:,} are built of {tensors:,} tensors. Give the "
                     "config.json that was saved with these weights."

@@ -68,9 +68,14 @@ class Base:
                 or it is an encoder-decoder.
         """
         path = find_path(name)
+        if path.is_file():
+            raise CheckpointError(f"{path}: is a file. Give the folder that save_pretrained of transformers wrote.")
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise CheckpointError(f"{path}: holds an adapter and no base. Give the base that it was tuned on.")
+        checkpoint = Checkpoint.open(path)
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path}: holds no config.json, so it is no transformers folder.")
-        base = cls(str(name), path, Checkpoint.open(path))
+            raise CheckpointError(f"{path}: holds no config.json. Copy the one that was saved with these weights.")
+        base = cls(str(name), path, checkpoint)
         check_plain(path, base.checkpoint.tensors)
         if base.is_encoder_decoder:
             raise CheckpointError(
@@ -193,10 +198,9 @@ class Base:
         positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         if positions < 0:  # as XLNet says that it has no limit
             positions = sys.maxsize
-        if "roberta" in self.config.model_type or self.config.model_type in ("camembert", "longformer"):
-            positions -= (self.config.pad_token_id or 0) + 1  # these count positions from past the padding token's id
-        elif self.config.model_type == "mpnet":
-            positions -= 2  # likewise, from past 1, whatever its config says
+        for name, module in self.architecture.model.named_modules():
+            if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                positions -= module.padding_idx + 1  # RoBERTa and its kind count positions from past the padding's id
         longest, special = min(positions, self.tokenizer.model_max_length), self.tokenizer.num_special_tokens_to_add()
         if longest < special + FEWEST:
             raise CheckpointError(
@@ -380,10 +384,17 @@ def is_causal(config: PretrainedConfig) -> bool:
     Returns:
         True for decoders.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    )
+    from transformers.modeling_layers import GenericForSequenceClassification
 
     kind = type(config)
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(kind, ())
+    reads_last = isinstance(classifier, type) and issubclass(classifier, GenericForSequenceClassification)
+    return (reads_last or kind in MODEL_FOR_CAUSAL_LM_MAPPING) and kind not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:

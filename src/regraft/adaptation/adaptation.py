@@ -130,7 +130,8 @@ def load_adaptation(path: str | Path) -> Adaptation:
             )
         folder = folder / "adaptation"
     if not folder.is_dir():
-        raise CheckpointError(f"{path}: no such folder.")
+        remedy = f"is a file. Give its folder, {folder.parent}" if folder.is_file() else "no such folder"
+        raise CheckpointError(f"{path}: {remedy}.")
     labels, base = recorded(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         config = read_json(folder / ADAPTER_CONFIG)
@@ -144,7 +145,11 @@ def load_adaptation(path: str | Path) -> Adaptation:
             f"{folder}: holds no adapter, but folders that do: {', '.join(below[:4])}. PEFT saves an adapter that has "
             f"a name in a folder of that name. Give {folder / below[0]}."
         )
-    checkpoint, config = Checkpoint.open(folder), read_json(folder / "config.json")
+    checkpoint = Checkpoint.open(folder)
+    expected = ADAPTER_CONFIG if (folder / ADAPTER_WEIGHTS).is_file() else "config.json"
+    if not (folder / expected).is_file():
+        raise CheckpointError(f"{folder}: holds no {expected}. Copy the one that was saved with these weights.")
+    config = read_json(folder / "config.json")
     check_plain(folder, checkpoint.tensors)
     _check_classifier(folder, config)
     labels = agreed_labels(labels, configured_labels(config, folder), folder)

@@ -149,6 +149,8 @@ def lora_settings(folder: Path) -> dict[str, Any]:
         CheckpointError: It is no LoRA.
     """
     file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: holds no {file.name}, so it is no adapter, which is what can be merged.")
     config = read_json(file)
     check_peft(folder, config)
     kind = config.get("peft_type")

@@ -105,7 +105,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            start = stream.read(8)
+            if start == b"version ":
+                raise CheckpointError(
+                    f"{file}: is a pointer of Git LFS, not the file itself. Fetch that: git lfs pull."
+                )
+            length = int.from_bytes(start, "little")
             if size >= 8 + length and length > MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{file}: its header has {length:,} bytes; {MAX_HEADER_BYTES:,} are read of a file."

@@ -29,7 +29,7 @@ EXPONENTS = ("U8", "F8_E8M0")  # scales that are powers of two, stored as their 
 CONV1D = re.compile(r"(?:^|\.)(?:c_attn|c_proj|c_fc|q_attn)\.weight$")
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 # integers under these names are codes of weights; those under other names are masks and positions
-CODES = re.compile(r"(?:^|[._])(?:weight|qweight|qzeros|packed|W_q|qdata|_data|blocks|codes)$")
+CODES = re.compile(r"(?:^|[._:])(?:weight|qweight|qzeros|packed|W_q|qdata|_data|blocks|codes|bitmask)$")
 BNB_4BIT = re.compile(r"\.(?:absmax|quant_map|quant_state\.bitsandbytes__\w+)$")
 SCALE = re.compile(r"(?:_scale_inv|\.SCB)$")
 # what lies beside quantised weights and is for running them: static scales of activations and caches

@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 
 NAMES = ("model.safetensors", "adapter_model.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+OF_TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # pickles that hold no weights
+# what else weights are stored as, which is not read
+OTHER_FORMATS = (
+    ("*.gguf", "of llama.cpp. Give the model that it was made from"),
+    ("*.h5", "of TensorFlow. Load it with transformers 4, from_tf=True, and call save_pretrained"),
+    ("*.msgpack", "of Flax. Load it with transformers 4, from_flax=True, and call save_pretrained"),
+    ("*.onnx", "exported to ONNX. Give the model that it was made from"),
+    ("onnx/*.onnx", "exported to ONNX. Give the model that it was made from"),
+    ("openvino_model.*", "exported to OpenVINO. Give the model that it was made from"),
+    (
+        "*.safetensors",
+        "none of these. If it holds all, as transformers writes it, rename it to model.safetensors",
+    ),
+)
 INDEX = "model.safetensors.index.json"
 
 
@@ -138,18 +152,30 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
     for name in NAMES:
         if (path / name).is_file():
             return read_header(path / name)
-    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-    below = sorted(file.parent.name for name in (*NAMES, INDEX) for file in path.glob(f"*/{name}"))
-    library = "PEFT" if pickles and "adapter" in pickles[0] else "transformers"
-    hint = (
-        f" {pickles[0]} is a pickle, which can run code and is not read: if you trust it, load it with {library} "
-        "and call save_pretrained."
-        if pickles
-        else f" Its folder {below[0]} does: give that."
-        if below
-        else " Is this the folder that save_pretrained wrote?"
+    raise CheckpointError(f"{path}: holds none of {', '.join((*NAMES, INDEX))}. {_hint(path)}")
+
+
+def _hint(folder: Path) -> str:
+    """Say what a folder without a checkpoint holds, and what to do."""
+    places = ("*", "snapshots/*", "*/*")  # those of a Trainer, of the hub's cache, of named adapters inside those
+    below = [file.parent for place in places for name in (*NAMES, INDEX) for file in folder.glob(f"{place}/{name}")]
+    if found := list(dict.fromkeys(str(inner.relative_to(folder)) for inner in sorted(below))):
+        more = f" (or {', '.join(found[1:4])})" if found[1:] else ""
+        return f"Its folder {found[0]}{more} does: give that."
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if pickles := [name for name in pickles if not name.startswith(OF_TRAINING)]:
+        library = "PEFT" if "adapter" in pickles[0] else "transformers"
+        return (
+            f"{pickles[0]} is a pickle, which can run code and is not read: if you trust it, load it with {library} "
+            "and call save_pretrained."
+        )
+    for pattern, what in OTHER_FORMATS:
+        if files := sorted(folder.glob(pattern)):
+            return f"{files[0].relative_to(folder)} is {what}."
+    return (
+        "Give the folder that save_pretrained wrote. If this is a repository of the hub whose weights are not in "
+        "safetensors, load it with transformers and call save_pretrained."
     )
-    raise CheckpointError(f"{path}: holds none of {', '.join((*NAMES, INDEX))}.{hint}")
 
 
 def _read_sharded(folder: Path) -> dict[str, TensorInfo]:

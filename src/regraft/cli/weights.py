@@ -166,12 +166,14 @@ def merge_lora(
     """Merge a LoRA into a base: a plain transformers folder comes of it, with all that the adapter tuned."""
     from regraft.adaptation import load_adaptation, lora_settings
     from regraft.adaptation import merge_lora as merge
+    from regraft.checkpoint import find_path
 
-    names = {"adapter": adapter, "base": base} | ({"start": start} if start else {})
+    place = find_path(adapter)
+    adaptation = load_adaptation(place.parent if place.is_file() else place)
+    folder, settings = adaptation.path, lora_settings(adaptation.path)
+    names = {"adapter": str(folder), "base": base} | ({"start": start} if start else {})
     sides = _open(check_finite, names)
-    folder = sides["adapter"].folder
-    settings, labels = lora_settings(folder), load_adaptation(folder).labels
-    merged = merge(sides["adapter"], settings, sides["base"], sides.get("start"), labels)
+    merged = merge(sides["adapter"], settings, sides["base"], sides.get("start"), adaptation.labels)
     _write(
         merged.tensors, out, sides, "base", {"operation": "merge-lora"}, shard_size, dry_run, config=merged.config,
         tokenizer_of=folder if any(folder.glob("tokenizer*")) else None,
@@ -227,8 +229,15 @@ def _open(check_finite: bool, names: "Mapping[str, str]", as_stored: bool = Fals
 def _named(sides: dict[str, "Checkpoint"]) -> "dict[str, Mapping[str, torch.Tensor]]":
     """Name tensors as their transformers classes do; say so where stored names count instead."""
     from regraft.cli import show
+    from regraft.errors import CheckpointError
     from regraft.naming import named_alike
 
+    adapters = [opened.folder for opened in sides.values() if (opened.folder / "adapter_config.json").is_file()]
+    if adapters and len(adapters) < len(sides):
+        raise CheckpointError(
+            f"{adapters[0]}: is an adapter, and arithmetic with models takes a model. Merge it into its base first "
+            "(regraft weights merge-lora)."
+        )
     views, reason = named_alike(sides)
     if reason:
         show.line(reason)

@@ -112,6 +112,7 @@ def _read(path: Path, text: str, delimiter: str, columns: Sequence[str], quoting
                 continue
             if not header:
                 header = record
+                _check_delimiter(path, header, delimiter, columns)
                 places = [header.index(column) for column in require_columns(columns, header, str(path))]
                 continue
             rows += 1
@@ -136,6 +137,14 @@ def _read(path: Path, text: str, delimiter: str, columns: Sequence[str], quoting
     finally:
         csv.field_size_limit(limit)
     return _Reading(header, dict(zip(columns, values, strict=True)) if header else {}, spans)
+
+
+def _check_delimiter(path: Path, header: list[str], delimiter: str, columns: Sequence[str]) -> None:
+    """Refuse a file whose header has all columns in one field, apart by what separates fields in other files."""
+    others = (other for other in ",;\t|" if other != delimiter and {*columns} <= {*header[0].split(other)})
+    if len(header) == 1 and len(columns) > 1 and (found := next(others, None)):
+        remedy = {"\t": "Name it .tsv.", ",": "Name it .csv."}.get(found, f"Write it with {delimiter!r}.")
+        raise DataError(f"{path}: its columns are separated by {found!r}, and {delimiter!r} was expected. {remedy}")
 
 
 def _swallowed(

@@ -131,6 +131,8 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             content = json.loads(text.decode())
         except (ValueError, RecursionError) as error:
             remedy = "Write one list of objects, or one JSON object a line."
+            if isinstance(error, UnicodeDecodeError) or b"\0" in text:
+                remedy = "Save the file as UTF-8."
             raise DataError(f"{path}, row {row}: not JSON ({error!s:.200}). {remedy}") from error
         if is_list:
             yield from enumerate(content, start=1)

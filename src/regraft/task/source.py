@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from regraft.errors import DataError
 from regraft.task.delimited import read_delimited, require_columns
 from regraft.task.file import COMPRESSED, check_folder, check_regular, ending_of, read_bytes, read_json_rows
-from regraft.task.labels import label_name
+from regraft.task.labels import label_name, listing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from regraft.task.delimited import Quoting
     from regraft.task.task import HubSplit
+
+READ = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +69,17 @@ def read_table(
 
 def _read_file(path: Path, texts: Sequence[str], label: str | None, quoting: Quoting | None) -> Table:
     ending = ending_of(path)
-    if ending not in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+    if ending == ".arrow" or (ending not in READ and os.path.isdir(path)):
+        folder = path if os.path.isdir(path) else path.parent
+        raise DataError(
+            f"{path}: is a folder, or a file of one, and a folder is read by its splits. Write {{dataset: "
+            f"{folder.name}, split: train}} in place of {path.name}."
+        )
+    if ending not in READ:
         raise DataError(
             f"{path}: files ending in {path.suffix or 'nothing'!r} are not read as a task. Give a .csv, .tsv, "
             ".jsonl, .json (an object a line, or a list of objects) or .parquet file, the text files also compressed "
-            f"({', '.join(COMPRESSED)}); for a data set of the Hub or a folder, write "
-            f"{{dataset: {path.name}, split: train}}."
+            f"({', '.join(COMPRESSED)}); for a data set of the Hub, write {{dataset: NAME, split: train}}."
         )
     check_regular(path)
     if ending == ".parquet":
@@ -94,6 +101,11 @@ def _read_json(path: Path, columns: Sequence[str]) -> Table:
             )
         entries.append(entry)
         rows.append(row)
+    if len(entries) == 1 and any(isinstance(entries[0].get(column, {}), dict | list) for column in columns):
+        raise DataError(
+            f"{path}: is one object, whose keys are {listing(list(entries[0]))}, not an object for each example. Write "
+            "it as a list of those (pandas: orient='records')."
+        )
     if entries:
         require_columns(columns, list(dict.fromkeys(key for entry in entries for key in entry)), str(path))
     return Table(str(path), {column: [entry.get(column) for entry in entries] for column in columns}, rows)
@@ -209,7 +221,10 @@ def _decoded(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: is not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
+        raise DataError(
+            f"{path}, line {line}: is not UTF-8 text ({error.reason}). Save the file as UTF-8; one that is compressed "
+            f"needs the ending that says so ({', '.join(COMPRESSED)})."
+        ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from typing import TYPE_CHECKING, Any
@@ -69,7 +68,7 @@ def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData)
     """
     import torch
 
-    split = dataclasses.replace(data.train, texts=data.train.texts[:PROBED], labels=data.train.labels[:PROBED])
+    split = data.train.take(range(min(PROBED, len(data.train))))
     examples = encode(base, split, data.max_length)
 
     def read(classifier: Any) -> torch.Tensor:

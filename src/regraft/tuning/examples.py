@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import KindError
+from regraft.errors import DataError, KindError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,6 +77,9 @@ def encode(base: Base, split: Split, max_length: int) -> Examples:
 
     Returns:
         The examples, in the order of the split.
+
+    Raises:
+        DataError: The tokenizer makes no token of a text.
     """
     tokenizer = base.tokenizer
     first = [texts[0] for texts in split.texts]
@@ -84,6 +87,12 @@ def encode(base: Base, split: Split, max_length: int) -> Examples:
     encoded = tokenizer(
         first, second, truncation=True, max_length=min(max_length, base.longest), return_attention_mask=False
     )
+    for row, ids in zip(split.rows.tolist(), encoded["input_ids"], strict=True):
+        if not ids:
+            raise DataError(
+                f"{split.source}, row {row}: the tokenizer of {base.path} makes no token of the text, so there is "
+                "nothing for a model to read. Remove the row."
+            )
     base.check_tokens(tokenizer, {token for ids in encoded["input_ids"] for token in ids})
     pad = {name: 0 for name in encoded}
     pad["input_ids"] = base.pad_id
