@@ -176,7 +176,11 @@ def test_only_files_that_are_no_code_are_copied_beside_weights(tmp_path, copied,
         ({"hidden_act": "nope"}, "nope"),
         ({"attn_implementation": "nope"}, "nope"),
         ({"attn_implementation": 3}, "cannot"),
-        ({"chunk_size_feed_forward": "8"}, "chunk_size_feed_forward is '8', not a whole number"),
+        ({"chunk_size_feed_forward": "8"}, "chunk_size_feed_forward is '8'"),
+        ({"chunk_size_feed_forward": 5}, "chunk_size_feed_forward is 5, for texts of its multiples alone"),
+        ({"num_attention_heads": -1}, "num_attention_heads is -1"),
+        ({"attention_probs_dropout_prob": math.nan}, "attention_probs_dropout_prob is nan"),
+        ({"dtype": 1.5}, "dtype is 1.5"),
     ],
 )
 @pytest.mark.parametrize("which", ["base", "full"])
@@ -211,6 +215,16 @@ def test_a_file_that_is_no_json_object_is_named(copied, bases, file, text):
     folder = copied(bases["bert"][0])
     (folder / file).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(CheckpointError, match=re.escape(f"{folder}/{file}: not ")):
+        _ = Base.open(folder).tokenizer
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/a.jinja"])
+def test_a_tokenizers_file_of_absurd_size_is_not_read(copied, bases, file):
+    folder = copied(bases["bert"][0])
+    (folder / file).parent.mkdir(exist_ok=True)
+    with (folder / file).open("wb") as stream:
+        stream.truncate(10**9)
+    with pytest.raises(CheckpointError, match=re.escape(f"{folder / file}: has 1,000,000,000 bytes")):
         _ = Base.open(folder).tokenizer
 
 

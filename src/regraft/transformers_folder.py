@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import Checkpoint, read_json
+from regraft.checkpoint import TOKENIZER, Checkpoint, read_json
 from regraft.errors import CheckpointError
 from regraft.progress import quiet
 
@@ -23,6 +23,9 @@ MOST = (
     (re.compile(r"expert|group"), 4096),
     (re.compile(r"label"), 100_000),
 )
+HEADS = re.compile(r"heads$|^n_head$")
+MAX_TOKENIZER_BYTES = 64 * 1024**2  # of a file; the largest of open models, with a million tokens, have some 60 MB
+BESIDE_TOKENIZER = ("adapter_config.json", "additional_chat_templates/*")  # transformers reads these with it
 SLACK = 1 << 24  # numbers that a model may have beyond twice its file's: those of a head and a pooler
 
 
@@ -38,6 +41,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         CheckpointError: It is no config of a model that transformers knows, needs code of its own, or has absurd sizes.
     """
+    import torch
     from transformers import AutoConfig
 
     file = checkpoint.folder / "config.json"
@@ -53,6 +57,8 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
         raise CheckpointError(f"{file}: transformers cannot read it ({_reason(error)}).") from error
     vars(config).pop("quantization_config", None)  # the checkpoint is read as weights
     config._attn_implementation = None  # a wish of who saved it, not of the weights, and maybe not installed here
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise CheckpointError(f"{file}: dtype is {config.dtype!r:.80}, none of torch's. Correct or remove it.")
     return config
 
 
@@ -105,6 +111,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     settings = folder / "tokenizer_config.json"
+    for file in (file for pattern in (*TOKENIZER, *BESIDE_TOKENIZER) for file in folder.glob(pattern)):
+        if file.is_file() and (size := file.stat().st_size) > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{file}: has {size:,} bytes, more than the {MAX_TOKENIZER_BYTES:,} that are read of such a file."
+            )
     if settings.is_file():
         read_json(settings)
     try:
@@ -133,8 +144,14 @@ def _check_counts(settings: dict[str, Any], file: Path, tensors: int) -> None:
     for name, value in _settings(settings):
         if name.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise CheckpointError(f"{file}: {name} is {value!r:.80}, code of the hub, which is not run. Remove it.")
-        if name == "chunk_size_feed_forward" and type(value) is not int:
-            raise CheckpointError(f"{file}: {name} is {value!r:.80}, not a whole number. Remove it.")
+        if isinstance(value, int | float) and (
+            ("drop" in name and not 0 <= value <= 1) or (HEADS.search(name) and not value >= 1)
+        ):
+            raise CheckpointError(f"{file}: {name} is {value!r:.80}, which no model has. Correct it.")
+        if name == "chunk_size_feed_forward" and (type(value) is not int or value > 1):
+            raise CheckpointError(
+                f"{file}: {name} is {value!r:.80}, for texts of its multiples alone. Write 0, which computes the same."
+            )
         count = len(value) if name == "id2label" and isinstance(value, dict) else value
         for part, most in MOST:
             limit = min(most, max(tensors, 64)) if part is LAYER else most  # a layer has a tensor, and a few are cheap
