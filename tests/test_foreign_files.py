@@ -199,7 +199,8 @@ def test_outputs_are_read_by_name_though_a_config_asks_for_tuples(copied, bases,
     old, new = bases["bert"]
     lora = tuned["bert", "lora"]
     plain = check(Upgrade(Base.open(old), Base.open(new)), lora, task_file)
-    assert check(Upgrade(Base.open(old), Base.open(copied(new, return_dict=False))), lora, task_file) == plain
+    odd = copied(new, return_dict=False, output_attentions=True, output_hidden_states=True)
+    assert check(Upgrade(Base.open(old), Base.open(odd)), lora, task_file) == plain
 
 
 def test_predictions_that_are_no_numbers_are_no_far_upgrade(copied, bases, tuned, task_file):
@@ -366,7 +367,7 @@ def test_what_is_no_adapter_of_peft_is_told_apart(tmp_path, copied, tuned, bases
 def test_a_base_for_regression_is_tuned_as_a_classifier(tmp_path, copied, bases, task_file, quick):
     import dataclasses
 
-    base = copied(bases["bert"][0], problem_type="regression")
+    base = copied(bases["bert"][0], problem_type="regression", output_attentions=True, output_hidden_states=True)
     recipe = dataclasses.replace(quick, steps=2, eval_every=2)
     outcome = tune(base, task_file, tmp_path / "out", recipe=recipe)
     assert load_adaptation(outcome.path).config.get("problem_type") in (None, "single_label_classification")

@@ -25,7 +25,7 @@ MOST = (
 )
 HEADS = re.compile(r"heads$|^n_head$")
 MAX_TOKENIZER_BYTES = 64 * 1024**2  # of a file; the largest of open models, with a million tokens, have some 60 MB
-BESIDE_TOKENIZER = ("adapter_config.json", "additional_chat_templates/*")  # transformers reads these with it
+BESIDE_TOKENIZER = ("config.json", "adapter_config.json", "additional_chat_templates/*")  # read together with it
 SLACK = 1 << 24  # numbers that a model may have beyond twice its file's: those of a head and a pooler
 
 
@@ -111,11 +111,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     settings = folder / "tokenizer_config.json"
-    for file in (file for pattern in (*TOKENIZER, *BESIDE_TOKENIZER) for file in folder.glob(pattern)):
-        if file.is_file() and (size := file.stat().st_size) > MAX_TOKENIZER_BYTES:
-            raise CheckpointError(
-                f"{file}: has {size:,} bytes, more than the {MAX_TOKENIZER_BYTES:,} that are read of such a file."
-            )
+    check_sizes(folder)
     if settings.is_file():
         read_json(settings)
     try:
@@ -138,6 +134,22 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     tokenizer.model_max_length = int(longest)
     return tokenizer
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse files of a tokenizer that take gigabytes of memory, before they are read.
+
+    Args:
+        folder: A folder of transformers.
+
+    Raises:
+        CheckpointError: One has more than 64 MiB.
+    """
+    for file in (file for pattern in (*TOKENIZER, *BESIDE_TOKENIZER) for file in folder.glob(pattern)):
+        if file.is_file() and (size := file.stat().st_size) > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{file}: has {size:,} bytes, more than the {MAX_TOKENIZER_BYTES:,} that are read of such a file."
+            )
 
 
 def _check_counts(settings: dict[str, Any], file: Path, tensors: int) -> None:
