@@ -332,6 +332,17 @@ def test_the_message_alone_goes_to_stderr(place):
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.parametrize("error", [KeyError("x"), AssertionError(), MemoryError(), EOFError("Ran out of input")])
+def test_an_error_that_no_command_foresaw_is_told_without_a_traceback(run, monkeypatch, tmp_path, error):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr("regraft.task.Task.load", failing)
+    said = run("task", "check", tmp_path / "task.yaml")
+    assert said.startswith("error: ")
+    assert "regraft did not foresee this" in said
+
+
 def test_help_and_import_load_no_torch():
     code = "import sys, regraft; assert dir(regraft) == regraft.__all__\n"
     code += "from typer.testing import CliRunner; from regraft.cli import app\n"

@@ -178,7 +178,11 @@ def test_only_files_that_are_no_code_are_copied_beside_weights(tmp_path, copied,
         ({"hidden_act": "nope"}, "nope"),
         ({"attn_implementation": "nope"}, "nope"),
         ({"attn_implementation": 3}, "cannot"),
-        ({"chunk_size_feed_forward": "8"}, "chunk_size_feed_forward is '8', not a whole number"),
+        ({"chunk_size_feed_forward": "8"}, "chunk_size_feed_forward is '8'"),
+        ({"chunk_size_feed_forward": 5}, "chunk_size_feed_forward is 5, for texts of its multiples alone"),
+        ({"num_attention_heads": -1}, "num_attention_heads is -1"),
+        ({"attention_probs_dropout_prob": math.nan}, "attention_probs_dropout_prob is nan"),
+        ({"dtype": 1.5}, "dtype is 1.5"),
     ],
 )
 @pytest.mark.parametrize("which", ["base", "full"])
@@ -202,7 +206,8 @@ def test_outputs_are_read_by_name_though_a_config_asks_for_tuples(copied, bases,
     old, new = bases["bert"]
     lora = tuned["bert", "lora"]
     plain = check(Upgrade(Base.open(old), Base.open(new)), lora, task_file)
-    assert check(Upgrade(Base.open(old), Base.open(copied(new, return_dict=False))), lora, task_file) == plain
+    odd = copied(new, return_dict=False, output_attentions=True, output_hidden_states=True)
+    assert check(Upgrade(Base.open(old), Base.open(odd)), lora, task_file) == plain
 
 
 def test_predictions_that_are_no_numbers_are_no_far_upgrade(copied, bases, tuned, task_file):
@@ -218,6 +223,16 @@ def test_a_file_that_is_no_json_object_is_named(copied, bases, file, text):
     folder = copied(bases["bert"][0])
     (folder / file).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(CheckpointError, match=re.escape(f"{folder}/{file}: not ")):
+        _ = Base.open(folder).tokenizer
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/a.jinja"])
+def test_a_tokenizers_file_of_absurd_size_is_not_read(copied, bases, file):
+    folder = copied(bases["bert"][0])
+    (folder / file).parent.mkdir(exist_ok=True)
+    with (folder / file).open("wb") as stream:
+        stream.truncate(10**9)
+    with pytest.raises(CheckpointError, match=re.escape(f"{folder / file}: has 1,000,000,000 bytes")):
         _ = Base.open(folder).tokenizer
 
 
@@ -377,7 +392,7 @@ def test_what_is_no_adapter_of_peft_is_told_apart(tmp_path, copied, tuned, bases
 def test_a_base_for_regression_is_tuned_as_a_classifier(tmp_path, copied, bases, task_file, quick):
     import dataclasses
 
-    base = copied(bases["bert"][0], problem_type="regression")
+    base = copied(bases["bert"][0], problem_type="regression", output_attentions=True, output_hidden_states=True)
     recipe = dataclasses.replace(quick, steps=2, eval_every=2)
     outcome = tune(base, task_file, tmp_path / "out", recipe=recipe)
     assert load_adaptation(outcome.path).config.get("problem_type") in (None, "single_label_classification")

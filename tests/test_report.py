@@ -361,6 +361,24 @@ def test_figures_that_diverged_are_said_to_be_not_finite(tmp_path):
     assert "the barrier is not finite on dev and not finite on test" in text
 
 
+def test_files_that_hold_no_records_are_named(tmp_path):
+    run = write_outcomes(tmp_path / "runs", seeds=(20,)) / "direct-seed20"
+    for name in ("outcome.json", "curve.jsonl", "predictions.jsonl", "comparison.json"):
+        file = run / name
+        before = file.read_bytes() if file.exists() else None
+        for content in ("[]", "7", "[" * 100_000, " " * 33_000_000, None):
+            file.unlink(missing_ok=True)
+            if content is None:
+                os.mkfifo(file)  # nobody writes into it: reading would never end
+            else:
+                file.write_text(content)
+            with pytest.raises(OutcomeError, match=re.escape(str(run))):
+                write_report(tmp_path, tmp_path / "report.html")
+        file.unlink()
+        if before is not None:
+            file.write_bytes(before)
+
+
 def test_only_a_report_is_replaced(runs, page_file, tmp_path):
     page, empty, record, link = (tmp_path / name for name in ("page.md", "empty.html", "outcome.json", "link.html"))
     write_report(runs, page, "md")

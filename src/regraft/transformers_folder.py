@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import Checkpoint, read_json
+from regraft.checkpoint import TOKENIZER, Checkpoint, read_json
 from regraft.errors import CheckpointError
 from regraft.progress import quiet
 
@@ -26,6 +26,9 @@ MOST = (
 # what a fine-tune's config.json says of its own tensors and head
 OF_THE_TUNED = {"architectures", "id2label", "label2id", "problem_type", "dtype", "torch_dtype"}
 SIZE = re.compile(r"size|dim|vocab")  # how wide something is, as shared_expert_intermediate_size; files tell that
+HEADS = re.compile(r"heads$|^n_head$")
+MAX_TOKENIZER_BYTES = 64 * 1024**2  # of a file; the largest of open models, with a million tokens, have some 60 MB
+BESIDE_TOKENIZER = ("config.json", "adapter_config.json", "additional_chat_templates/*")  # read together with it
 SLACK = 1 << 24  # numbers that a model may have beyond twice its file's: those of a head and a pooler
 
 
@@ -41,6 +44,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     Raises:
         CheckpointError: It is no config of a model that transformers knows, needs code of its own, or has absurd sizes.
     """
+    import torch
     from transformers import AutoConfig
 
     file = checkpoint.folder / "config.json"
@@ -58,6 +62,8 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     for rotary in _rotary(getattr(config.get_text_config(), "rope_parameters", None)):
         rotary.pop("type", None)  # what older versions called `rope_type`, and today's classes pass over
     config._attn_implementation = None  # a wish of who saved it, not of the weights, and maybe not installed here
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise CheckpointError(f"{file}: dtype is {config.dtype!r:.80}, none of torch's. Correct or remove it.")
     return config
 
 
@@ -139,6 +145,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     settings = folder / "tokenizer_config.json"
+    check_sizes(folder)
     if settings.is_file():
         read_json(settings)
     try:
@@ -170,12 +177,34 @@ def _rotary(parameters: Any) -> Iterator[dict[str, Any]]:
             yield each
 
 
+def check_sizes(folder: Path) -> None:
+    """Refuse files of a tokenizer that take gigabytes of memory, before they are read.
+
+    Args:
+        folder: A folder of transformers.
+
+    Raises:
+        CheckpointError: One has more than 64 MiB.
+    """
+    for file in (file for pattern in (*TOKENIZER, *BESIDE_TOKENIZER) for file in folder.glob(pattern)):
+        if file.is_file() and (size := file.stat().st_size) > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{file}: has {size:,} bytes, more than the {MAX_TOKENIZER_BYTES:,} that are read of such a file."
+            )
+
+
 def _check_counts(settings: dict[str, Any], file: Path, tensors: int) -> None:
     for name, value in _settings(settings):
         if name.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise CheckpointError(f"{file}: {name} is {value!r:.80}, code of the hub, which is not run. Remove it.")
-        if name == "chunk_size_feed_forward" and type(value) is not int:
-            raise CheckpointError(f"{file}: {name} is {value!r:.80}, not a whole number. Remove it.")
+        if isinstance(value, int | float) and (
+            ("drop" in name and not 0 <= value <= 1) or (HEADS.search(name) and not value >= 1)
+        ):
+            raise CheckpointError(f"{file}: {name} is {value!r:.80}, which no model has. Correct it.")
+        if name == "chunk_size_feed_forward" and (type(value) is not int or value > 1):
+            raise CheckpointError(
+                f"{file}: {name} is {value!r:.80}, for texts of its multiples alone. Write 0, which computes the same."
+            )
         count = len(value) if name == "id2label" and isinstance(value, dict) else value
         for part, most in MOST:
             limit = min(most, max(tensors, 64)) if part is LAYER else most  # a layer has a tensor, and a few are cheap

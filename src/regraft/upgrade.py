@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import json
 import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
 from regraft.architecture import architecture_of
-from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_plain, find_path, fingerprint
+from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_plain, find_path, fingerprint, read_json
 from regraft.errors import CheckpointError, MismatchError
 from regraft.naming import named
 from regraft.transformers_folder import read_config, read_tokenizer
@@ -255,9 +254,9 @@ class Base:
     def made_from(self) -> str | None:
         """The fingerprint of the base that this one was pre-trained from, if regraft did it."""
         try:
-            record = json.loads((self.path / PRETRAINING).read_text(encoding="utf-8"))
+            record = read_json(self.path / PRETRAINING)
             return str(record["base"]["fingerprint"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CheckpointError, KeyError, TypeError):
             return None
 
 

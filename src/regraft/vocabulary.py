@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import TOKENIZER, copy_companions, read_json, shape_of, write_atomic
 from regraft.errors import CheckpointError, MismatchError
-from regraft.transformers_folder import read_tokenizer
+from regraft.transformers_folder import check_sizes, read_tokenizer
 from regraft.weights import Named, RowMatch, has_row_for_each_token, match_rows
 
 if TYPE_CHECKING:
@@ -267,5 +267,6 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
+    check_sizes(folder)
     files = {file.name: file for pattern in FILES for file in folder.glob(pattern) if file.is_file()}
     return {name: file.read_bytes() for name, file in sorted(files.items())}

@@ -218,6 +218,7 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
         if getattr(module, "chunk_size_feed_forward", 0):  # saves memory, and asks for batches that it divides
             module.chunk_size_feed_forward = 0
     model.config.return_dict = True  # outputs are read by name, whatever the file says
+    model.config.output_attentions = model.config.output_hidden_states = False  # where wanted, they are asked for
     model._weight_conversions = None  # what is saved of it has the names of a fresh model, not those of this file
     body = set(model.base_model.state_dict())
     problems = {

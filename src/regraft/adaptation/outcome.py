@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import load_adaptation
-from regraft.checkpoint import check_place, publish, to_json, write_atomic
-from regraft.errors import OutcomeError, RegraftError
+from regraft.checkpoint import check_place, publish, read_json, read_json_lines, to_json, write_atomic
+from regraft.errors import CheckpointError, OutcomeError, RegraftError
 from regraft.printable import printable
 from regraft.upgrade import renewed
 
@@ -45,8 +45,7 @@ class Outcome:
     @property
     def curve(self) -> list[dict[str, float]]:
         """The learning curve: one entry an evaluation, from step 0 on."""
-        lines = (self.path / "curve.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return list(read_json_lines(self.path / "curve.jsonl"))
 
     def predictions(self, split: str) -> list[int]:
         """Give the predicted classes of a split.
@@ -57,8 +56,7 @@ class Outcome:
         Returns:
             Indices into the record's `labels`, in the order of the data.
         """
-        lines = (self.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = read_json_lines(self.path / "predictions.jsonl")
         return [row["prediction"] for row in rows if row["split"] == split]
 
 
@@ -110,11 +108,11 @@ def load_outcome(path: str | Path) -> Outcome:
     """
     file = Path(path) / "outcome.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = read_json(file)
+    except CheckpointError as error:
         raise OutcomeError(f"{path}: is no outcome folder: outcome.json cannot be read ({error}).") from error
     if record.get("schema") != SCHEMA:
-        raise OutcomeError(f"{file}: has schema {record.get('schema')}, this regraft reads {SCHEMA}.")
+        raise OutcomeError(f"{file}: has schema {record.get('schema')!r:.40}, this regraft reads {SCHEMA}.")
     return Outcome(Path(path), record)
 
 

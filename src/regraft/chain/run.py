@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.chain.file import folder_name
-from regraft.checkpoint import check_place, to_json, write_atomic
+from regraft.checkpoint import check_place, read_json_lines, to_json, write_atomic
 from regraft.errors import CheckpointError, DataError, DiskFullError, MismatchError, RecipeError
 from regraft.methods import recycle, tune
 from regraft.progress import Progress, silent
@@ -146,7 +145,7 @@ class _Run:
     ) -> None:  # fmt: skip
         scores = done.scores
         split = "dev" if scores["test"] is None else "test"
-        rows = [json.loads(line) for line in (done.path / "predictions.jsonl").read_text("utf-8").splitlines()]
+        rows = read_json_lines(done.path / "predictions.jsonl")
         labels = [row["label"] for row in rows if row["split"] == split]
         lost = None
         if done.record["labels"] == first.record["labels"] and len(labels) == len(first.predictions(split)):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.chain.run import RECORD, Chained
-from regraft.errors import OutcomeError
+from regraft.checkpoint import read_json
+from regraft.errors import CheckpointError, OutcomeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,9 +60,9 @@ def read_chain(out: str | Path) -> tuple[list[str], list[Chained]]:
     """
     file = Path(out) / RECORD
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         return [base["name"] for base in record["bases"]], [Chained(**row) for row in record["rows"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, KeyError, TypeError) as error:
         raise OutcomeError(
             f"{file}: cannot be read ({error}). `regraft chain run FILE --out DIR` writes it."
         ) from error

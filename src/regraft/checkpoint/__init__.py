@@ -7,7 +7,7 @@ from regraft.checkpoint.finite import check_finite
 from regraft.checkpoint.folder import check_place, publish, resumable_folder, temporary_folder
 from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
-from regraft.checkpoint.json_file import parse_json, read_json
+from regraft.checkpoint.json_file import parse_json, read_json, read_json_lines
 from regraft.checkpoint.quantised import check_plain
 from regraft.checkpoint.reader import Checkpoint
 from regraft.checkpoint.whole import (
@@ -50,6 +50,7 @@ __all__ = [
     "publish",
     "read_header",
     "read_json",
+    "read_json_lines",
     "read_results",
     "replacing",
     "resumable_folder",

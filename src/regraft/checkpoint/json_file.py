@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 MAX_JSON_BYTES = 32_000_000  # of a config or a record; Python's objects take up to twenty times as much
@@ -27,16 +29,35 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: It cannot be read or is none.
     """
     try:
-        if (size := file.stat().st_size) > MAX_JSON_BYTES:
+        if (size := _regular(file)) > MAX_JSON_BYTES:
             raise CheckpointError(f"{file}: has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read.")
-        content = parse_json(file.read_bytes())
+        text = file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a JSON object.")
-    return content
+    return _object(text, str(file))
+
+
+def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Read a file with a JSON object on each line.
+
+    Args:
+        file: The file.
+
+    Yields:
+        The objects.
+
+    Raises:
+        CheckpointError: It cannot be read, or a line of it is none.
+    """
+    try:
+        _regular(file)
+        with file.open("rb") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(MAX_JSON_BYTES + 1), b""), start=1):
+                if len(line) > MAX_JSON_BYTES:
+                    raise CheckpointError(f"{file}, line {number}: is longer than the {MAX_JSON_BYTES:,} bytes read.")
+                yield _object(line, f"{file}, line {number}")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
 
 
 def parse_json(text: bytes) -> Any:
@@ -52,6 +73,24 @@ def parse_json(text: bytes) -> Any:
         ValueError: It is no JSON, or an object in it has a name twice.
     """
     return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+
+
+def _regular(file: Path) -> int:
+    """Return a file's size; a pipe would keep its reader waiting, and a device has no end."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{file}: is a folder, pipe or device, not a file.")
+    return status.st_size
+
+
+def _object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not valid JSON ({error!s:.200}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where}: not a JSON object.")
+    return content
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

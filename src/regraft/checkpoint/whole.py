@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from regraft.checkpoint.derived import PIECE, Derived
 from regraft.checkpoint.file import write_atomic
 from regraft.checkpoint.folder import check_place, publish, resumable_folder, working_folder
+from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.quantised import without_quantisation
 from regraft.checkpoint.writer import SHARD_BYTES, cores, holds_checkpoint, plan_shards, size_of, write_checkpoint
-from regraft.errors import DiskFullError, OutcomeError
+from regraft.errors import CheckpointError, DiskFullError, OutcomeError
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def write_folder(
         write_checkpoint(whole, tensors, shard_bytes, progress)
         copy_companions(like, whole, COMPANIONS)
         if (whole / "config.json").is_file():
-            settings = json.loads((whole / "config.json").read_text(encoding="utf-8"))
+            settings = read_json(whole / "config.json")
             changed = without_quantisation(settings) | dict(config or {})
             if changed != settings:
                 write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")
@@ -151,12 +152,12 @@ def is_made(out: Path, made_from: Mapping[str, Any], renew: Callable[[dict[str, 
     if not out.exists():
         return False
     try:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        record = read_json(out / RECORD)
         recorded = {key: record[key] for key in record if key != RESULTS}
         expected = json.loads(json.dumps(made_from))
         if recorded == expected or renew(recorded) == expected:
             return True
-    except (OSError, ValueError, TypeError):
+    except (CheckpointError, TypeError):
         pass  # nothing that regraft wrote as a whole
     raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
 

@@ -31,11 +31,14 @@ class Commands(TyperGroup):
 
         Raises:
             Interrupted: Ctrl-C was pressed.
+            ValueError: A file that was read by a library ended early, of which Typer would say "Aborted".
         """
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Interrupted("\n".join(getattr(error, "__notes__", ()))) from error
+        except EOFError as error:
+            raise ValueError(f"the end of a file where more is expected ({error})") from error
 
 
 app = typer.Typer(
@@ -64,7 +67,7 @@ def settings(
 
 
 def main() -> None:
-    """Run the command line; an error of regraft's or of the system's is printed and ends with status 2."""
+    """Run the command line; an error is printed and ends with status 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -77,16 +80,16 @@ def main() -> None:
     except BrokenPipeError:  # who reads the output has seen enough
         _drop_output()
         sys.exit(1)
-    except (RegraftError, OSError) as error:
+    except (KeyboardInterrupt, Interrupted) as error:
+        print(f"\ninterrupted: the same command goes on from here\n{error}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
         if _settings["debug"]:
             raise
         _drop_output()
         message = "\n".join([f"error: {_told(error)}", *getattr(error, "__notes__", ())])
         print(_in_one_piece(message), file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, Interrupted) as error:
-        print(f"\ninterrupted: the same command goes on from here\n{error}".rstrip(), file=sys.stderr)
-        sys.exit(130)
 
 
 class _Formatter(logging.Formatter):
@@ -100,11 +103,16 @@ def _in_one_piece(message: str) -> str:
 
 
 def _told(error: Exception) -> str:
-    """Name the file of an error of the system's own, which no command foresaw."""
+    """Name the file of an error of the system's own, and the kind of one that no command foresaw."""
     from regraft.checkpoint import disk_full, is_disk_full
 
-    if not isinstance(error, OSError):
+    if isinstance(error, RegraftError):
         return str(error)
+    if not isinstance(error, OSError):
+        return (
+            f"{type(error).__name__}: {error!s:.1000}\nregraft did not foresee this. Is a file of the model or of the "
+            "data damaged? `regraft --debug …` says where it came up: please report it with that."
+        )
     where = error.filename or "the output"
     return str(disk_full(where)) if is_disk_full(error) else f"{where}: {error.strerror or error}."
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.adaptation import load_adaptation, load_model, write_graft
+from regraft.checkpoint import read_json
+from regraft.errors import CheckpointError
 from regraft.task import score
 from regraft.tuning.examples import encode
 from regraft.tuning.predict import device, predict
@@ -87,6 +88,6 @@ def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple
 
 
 def _steps(base: Base) -> int | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads((base.path / PRETRAINING).read_text(encoding="utf-8"))["steps"])
+    with contextlib.suppress(CheckpointError, ValueError, KeyError, TypeError):
+        return int(read_json(base.path / PRETRAINING)["steps"])
     return None

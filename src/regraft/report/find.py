@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Outcome, load_outcome
-from regraft.errors import OutcomeError
+from regraft.checkpoint import read_json, read_json_lines
+from regraft.errors import CheckpointError, OutcomeError
 from regraft.printable import printable
 from regraft.report.schema import COMPARISON, check_diagnosis, check_outcome, hold
 
@@ -91,7 +91,10 @@ def find_runs(folders: Sequence[str | Path]) -> Runs:
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, set[str]]]:
-    for folder, below, files in os.walk(top):
+    def unreadable(error: OSError) -> None:
+        raise OutcomeError(f"{error.filename}: cannot be searched ({error.strerror}). Remove it or make it readable.")
+
+    for folder, below, files in os.walk(top, onerror=unreadable):
         # an outcome is whole: what lies in it are its weights
         below[:] = [] if OUTCOME_FILE in files else sorted(name for name in below if not name.startswith("."))
         yield Path(folder), set(files)
@@ -103,15 +106,14 @@ def _outcome(outcome: Outcome) -> Found:
     check_outcome(record, str(file))
     try:
         curve = [{name: float(value) for name, value in point.items()} for point in outcome.curve]
-        rows = (outcome.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         predictions = {}
-        for row in map(json.loads, rows):
+        for row in read_json_lines(outcome.path / "predictions.jsonl"):
             predictions[row["split"], row["row"]] = (row["label"], row["prediction"])
         if not curve or any("step" not in point or "score" not in point for point in curve):
             raise ValueError("the learning curve has no step and score")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
         raise OutcomeError(
-            f"{outcome.path}: is not whole: curve.jsonl or predictions.jsonl cannot be read ({error!r:.200}). "
+            f"{outcome.path}: is not whole: curve.jsonl or predictions.jsonl cannot be read ({error!r:.400}). "
             "Remove the folder and run its method again."
         ) from error
     return Found(outcome.path, record, curve, predictions)
@@ -119,12 +121,9 @@ def _outcome(outcome: Outcome) -> Found:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OutcomeError(f"{file}: cannot be read ({error}). Write it again or remove it.") from error
-    if not isinstance(content, dict):
-        raise OutcomeError(f"{file}: expected a JSON object, found {type(content).__name__}. Write it again.")
-    cleaned: dict[str, Any] = clean(content)
+        cleaned: dict[str, Any] = clean(read_json(file))
+    except CheckpointError as error:
+        raise OutcomeError(f"{error} Write it again or remove it.") from error
     return cleaned
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,14 @@ from regraft.checkpoint import (
     check_place,
     dtype_of,
     publish,
+    read_json,
     resumable_folder,
     shape_of,
     to_json,
     write_atomic,
     write_safetensors,
 )
-from regraft.errors import OutcomeError, RecipeError
+from regraft.errors import CheckpointError, OutcomeError, RecipeError
 from regraft.progress import Progress, quiet, silent
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import LEARNING_RATE, LanguageModelling, language_model
@@ -276,8 +276,8 @@ def _check_kept(folder: Path, inputs: dict[str, Any], base: Base) -> None:
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
     """Read what a base was pre-trained from; None if that is not recorded."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        inputs: dict[str, Any] = dict(json.loads((folder / PRETRAINING).read_text(encoding="utf-8"))["inputs"])
+    with contextlib.suppress(CheckpointError, ValueError, KeyError, TypeError):
+        inputs: dict[str, Any] = dict(read_json(folder / PRETRAINING)["inputs"])
         return inputs
     return None
 
