@@ -213,6 +213,32 @@ def test_added_tokens_are_in_what_is_merged(tmp_path, base_of, name):
     torch.testing.assert_close(reload(name, tmp_path / "out"), outputs(name, model), atol=2e-6, rtol=1e-4)
 
 
+def test_a_text_model_inside_another_has_its_settings_in_their_place(tmp_path):
+    """Tokens added and the head untied: both changes are in `text_config`, where the class reads them."""
+    text = {**SIZE, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
+        image_token_index=5, boi_token_index=6, eoi_token_index=7,
+    )  # fmt: skip
+    with quiet():
+        model = transformers.Gemma3ForConditionalGeneration(config)
+        model.save_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(45, mean_resizing=False)
+        whole = ["embed_tokens", "lm_head"]
+        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole))
+        with torch.no_grad():
+            for name, parameter in tuned.named_parameters():
+                parameter.add_(("modules_to_save" in name) * 0.1 * torch.randn_like(parameter))
+        tuned.save_pretrained(tmp_path / "adapter")
+    invoke("merge-lora", "--adapter", tmp_path / "adapter", "--base", tmp_path / "base", "--out", tmp_path / "out")
+    with quiet():
+        merged = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert merged.config.text_config.vocab_size == 45
+    state, expected = merged.state_dict(), tuned.merge_and_unload().state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
 def test_rows_that_were_not_saved_are_missed(tmp_path, base_of):
     base, _ = base_of("llama")
     model = tune(tmp_path / "adapter", "llama", base, {"target_modules": ["q_proj", "embed_tokens"]}, rows=45)

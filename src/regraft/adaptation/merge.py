@@ -107,7 +107,7 @@ def merge_lora(
         if not _alike(adapter, updates.get(tied), updates.get(source)):
             untied.append(tied)
     if untied and (freed := _untied_by_setting(architecture)).issuperset(untied):
-        changed |= _nested(base, architecture, "tie_word_embeddings", False)
+        changed |= _nested(base, architecture, changed, "tie_word_embeddings", False)
         untied = sorted(freed)  # the setting unties all of them
     absent, entries = [], {}
     for name, tensor in architecture.parameters.items():
@@ -214,7 +214,7 @@ def _tuned_architecture(
         own = copy.deepcopy(own)
         text: Any = own.get_text_config()
         text.vocab_size = rows
-        changed |= _nested(base, architecture, "vocab_size", rows)
+        changed |= _nested(base, architecture, changed, "vocab_size", rows)
         architecture = architecture_of(own, name)
     full_name = type(architecture.model).__name__
     if full_name != (own.architectures or [""])[0]:
@@ -245,9 +245,11 @@ def _vocabulary(adapter: Tensors, architecture: Architecture) -> int | None:
     return None if sizes <= {own} else sizes.pop()
 
 
-def _nested(base: Checkpoint, architecture: Architecture, key: str, value: Any) -> dict[str, Any]:
-    """Return the change of a setting of the language model, which may be in a config of its own."""
-    settings = read_json(base.path / "config.json")
+def _nested(
+    base: Checkpoint, architecture: Architecture, changed: dict[str, Any], key: str, value: Any
+) -> dict[str, Any]:
+    """Return the change of a setting of the language model, which may be in a config of its own; changes add up."""
+    settings = read_json(base.path / "config.json") | changed
     change = {key: value}
     if architecture.config.get_text_config() is not architecture.config and "text_config" in settings:
         change = {"text_config": {**settings["text_config"], **change}}

@@ -125,7 +125,7 @@ def write_folder(
         copy_companions(like, whole, COMPANIONS)
         if (whole / "config.json").is_file():
             settings = read_json(whole / "config.json")
-            changed = without_quantisation(settings) | dict(config or {})
+            changed = without_quantisation(settings | dict(config or {}))
             if changed != settings:
                 write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")
         if vocabulary:
