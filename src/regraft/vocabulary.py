@@ -192,7 +192,7 @@ def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokeni
     from transformers import AddedToken
 
     tokenizer = read_tokenizer(new)
-    if not _files(tuned):
+    if not has_tokenizer(tuned):
         return tokenizer
     source = read_tokenizer(tuned)
     added_before = {token.content: token for token in source.added_tokens_decoder.values()}
@@ -263,10 +263,11 @@ def has_tokenizer(folder: Path) -> bool:
     Returns:
         True if it has a vocabulary's file.
     """
-    return bool(_files(folder))
+    return any(file.is_file() for pattern in FILES for file in folder.glob(pattern))
 
 
 def _files(folder: Path) -> dict[str, bytes]:
+    """Read the files of a tokenizer's vocabulary; equal files are one vocabulary."""
     check_sizes(folder)
     files = {file.name: file for pattern in FILES for file in folder.glob(pattern) if file.is_file()}
     return {name: file.read_bytes() for name, file in sorted(files.items())}
