@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import BASE_CHANGING_INITS, check_peft
-from regraft.adaptation.layout import WRAPPERS, Update, lay_out
+from regraft.adaptation.layout import Update, lay_out
 from regraft.adaptation.lora import PARTS, START
 from regraft.adaptation.patterns import check_patterns
-from regraft.architecture import BUFFER, architecture_of
+from regraft.adaptation.tuned_class import nested, tuned_architecture, untied_by_setting
+from regraft.architecture import BUFFER
 from regraft.checkpoint import Derived, Entry, piece, read_json, shape_of, stored_dtype
 from regraft.checkpoint.derived import PIECE
 from regraft.errors import CheckpointError, MismatchError
-from regraft.naming import class_name
-from regraft.transformers_folder import read_config
 from regraft.weights import dora_weight, fold, is_optional, lora_delta, merge_experts
 
 if TYPE_CHECKING:
@@ -37,14 +34,6 @@ CANNOT_MERGE = {
     "alora_invocation_tokens": False, "arrow_config": False, "kasa_config": True, "layer_replication": True,
     "monteclora_config": True, "use_bdlora": True, "use_qalora": False, "velora_config": True,
 }  # fmt: skip
-TASKS = {  # PEFT's task types, by the transformers table of the classes that it has for them
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-}
-HEAD = re.compile(r"^(?:classifier|score)\.(?:.*\.)?weight$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,26 +77,14 @@ def merge_lora(
     modules = {name.removeprefix(START).rpartition(".")[0] for name in (*base, *adapter)}
     check_patterns(config, modules, "the LoRA's adapter_config.json")
     _check_kind(config, start)
-    architecture, changed = _tuned_architecture(adapter, config, base, labels)
+    architecture, changed = tuned_architecture(adapter, config, base, labels)
     stored = architecture.in_memory(base)
     adapter, updates = lay_out(adapter, config, architecture)
     if start is not None:
         _check_start(adapter, start, updates)
-    sources = {name: name for name in stored}
-    untied = []
-    for tied, source in architecture.ties.items():
-        if tied in stored and source in stored and not _equal(stored, tied, stored, source):
-            untied.append(tied)  # transformers ties no two tensors that differ in the checkpoint
-            continue
-        sources.setdefault(tied, sources.get(source, tied))
-        for ours, theirs in ((tied, source), (source, tied)):
-            weight = updates[theirs].weight if theirs in updates else None
-            if weight and not (ours in updates and updates[ours].weight):
-                updates[ours] = dataclasses.replace(updates.get(ours) or Update("base"), weight=weight)
-        if not _alike(adapter, updates.get(tied), updates.get(source)):
-            untied.append(tied)
-    if untied and (freed := _untied_by_setting(architecture)).issuperset(untied):
-        changed |= _nested(base, architecture, changed, "tie_word_embeddings", False)
+    sources, untied = _follow_ties(stored, adapter, updates, architecture)
+    if untied and (freed := untied_by_setting(architecture)).issuperset(untied):
+        changed |= nested(base, architecture, changed, "tie_word_embeddings", False)
         untied = sorted(freed)  # the setting unties all of them
     absent, entries = [], {}
     for name, tensor in architecture.parameters.items():
@@ -179,90 +156,28 @@ def _check_kind(config: Mapping[str, Any], start: Tensors | None) -> None:
         )
 
 
-def _tuned_architecture(
-    adapter: Tensors, config: Mapping[str, Any], base: Checkpoint, labels: Sequence[str] | None
-) -> tuple[Architecture, dict[str, Any]]:
-    """Find the class that a LoRA was tuned in, and what of the base's config is otherwise there."""
-    import transformers.models.auto.modeling_auto as auto
+def _follow_ties(
+    stored: Tensors, adapter: Tensors, updates: dict[str, Update], architecture: Architecture
+) -> tuple[dict[str, str], list[str]]:
+    """Have tied parameters share what takes the place of one of them.
 
-    if not base.path.is_dir() or not (base.path / "config.json").is_file():
-        raise CheckpointError(f"{base.path}: has no config.json, which says what model a LoRA is merged into.")
-    own = read_config(base)
-    tasks = getattr(auto, TASKS.get(str(config.get("task_type")), ""), {})
-    classes = [*filter(None, (tasks.get(own.model_type), class_name(base, own))), None]
-    modules = {_module_of(name) for name in adapter}
-    fitting: dict[str | None, int] = {}
-    for name in dict.fromkeys(classes):
-        known = dict(architecture_of(own, name).model.named_modules())
-        fitting[name] = len(modules & known.keys())
-        if fitting[name] == len(modules):
-            break
-    name = max(fitting, key=lambda candidate: fitting[candidate])
-    changed: dict[str, Any] = {}
-    heads = {n.removeprefix(START): shape_of(adapter, n)[0] for n in adapter if HEAD.search(n.removeprefix(START))}
-    if heads and name and name.endswith(("ForSequenceClassification", "ForTokenClassification")):
-        inner = getattr(own.get_text_config(), "hidden_size", 0)
-        count = len(labels or ()) or min([n for n in heads.values() if n != inner] or heads.values())
-        names = labels or [f"LABEL_{i}" for i in range(count)]
-        changed["id2label"] = {str(i): label for i, label in enumerate(names)}
-        changed["label2id"] = {label: i for i, label in enumerate(names)}
-        own = copy.deepcopy(own)
-        own.id2label, own.label2id = dict(enumerate(names)), changed["label2id"]
-    architecture = architecture_of(own, name)
-    rows = _vocabulary(adapter, architecture)
-    if rows is not None:
-        own = copy.deepcopy(own)
-        text: Any = own.get_text_config()
-        text.vocab_size = rows
-        changed |= _nested(base, architecture, changed, "vocab_size", rows)
-        architecture = architecture_of(own, name)
-    full_name = type(architecture.model).__name__
-    if full_name != (own.architectures or [""])[0]:
-        changed["architectures"] = [full_name]
-    return architecture, changed
-
-
-def _module_of(stored: str) -> str:
-    path = stored.removeprefix(START).partition(".lora_")[0]
-    return ".".join(part for part in path.split(".") if part not in {*WRAPPERS, "weight", "bias"})
-
-
-def _vocabulary(adapter: Tensors, architecture: Architecture) -> int | None:
-    """Return how many tokens the tuned model has, where these are not the base's."""
-    own = architecture.config.get_text_config().vocab_size
-    sizes = set()
-    for stored in adapter:
-        name = f"{_module_of(stored)}.weight"
-        if name in architecture.parameters and str(architecture.identify(name)) in architecture.by_token:
-            if stored.endswith((".weight", ".lora_B.weight")) and ".lora_A" not in stored:
-                sizes.add(shape_of(adapter, stored)[0])
-            elif stored.endswith(".lora_embedding_A"):
-                sizes.add(shape_of(adapter, stored)[1])
-    if len(sizes) > 1:
-        raise CheckpointError(
-            f"the LoRA holds embeddings or heads of {sorted(sizes)} rows: which number of tokens was tuned?"
-        )
-    return None if sizes <= {own} else sizes.pop()
-
-
-def _nested(
-    base: Checkpoint, architecture: Architecture, changed: dict[str, Any], key: str, value: Any
-) -> dict[str, Any]:
-    """Return the change of a setting of the language model, which may be in a config of its own; changes add up."""
-    settings = read_json(base.path / "config.json") | changed
-    change = {key: value}
-    if architecture.config.get_text_config() is not architecture.config and "text_config" in settings:
-        change = {"text_config": {**settings["text_config"], **change}}
-        if key in settings or key == "tie_word_embeddings":
-            change[key] = value
-    return change
-
-
-def _untied_by_setting(architecture: Architecture) -> set[str]:
-    """Name what `tie_word_embeddings` unties; where it does not, transformers leaves what is stored twice as it is."""
-    own = copy.deepcopy(architecture.config)
-    own.tie_word_embeddings = own.get_text_config().tie_word_embeddings = False
-    return architecture.ties.keys() - architecture_of(own, type(architecture.model).__name__).ties.keys()
+    Returns:
+        The stored tensor of each parameter, and the parameters that are no longer equal to what they are tied to.
+    """
+    sources = {name: name for name in stored}
+    untied = []
+    for tied, source in architecture.ties.items():
+        if tied in stored and source in stored and not _equal(stored, tied, stored, source):
+            untied.append(tied)  # transformers ties no two tensors that differ in the checkpoint
+            continue
+        sources.setdefault(tied, sources.get(source, tied))
+        for ours, theirs in ((tied, source), (source, tied)):
+            weight = updates[theirs].weight if theirs in updates else None
+            if weight and not (ours in updates and updates[ours].weight):
+                updates[ours] = dataclasses.replace(updates.get(ours) or Update("base"), weight=weight)
+        if not _alike(adapter, updates.get(tied), updates.get(source)):
+            untied.append(tied)
+    return sources, untied
 
 
 def _check_whole(absent: Sequence[str], architecture: Architecture, base: Checkpoint) -> None:
