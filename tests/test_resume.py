@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import sentence
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from regraft import Corpus, Distillation, Recipe, Upgrade, recycle, tune
 from regraft.adaptation import find_outcome, fresh_model
+from regraft.cli import app
 from regraft.errors import OutcomeError
 from regraft.progress import silent
 from regraft.tuning.corpus import pack
@@ -23,7 +25,7 @@ from regraft.tuning.distill import teach
 
 SOURCE = Path(__file__).parents[1] / "src"
 COMMON = ["--batch-size", "8", "--learning-rate", "3e-3", "--precision", "fp32", "--eval-every", "20"]
-MANY = [*COMMON, "--save-every", "20", "--steps", "400"]
+MANY = [*COMMON, "--save-every", "20", "--steps", "240"]
 
 
 def command(*arguments):
@@ -38,8 +40,9 @@ def command(*arguments):
 
 
 def run(*arguments):
-    done = subprocess.run(**command(*arguments), timeout=300)
-    assert done.returncode == 0, done.stdout
+    """Run a command in this process, which has imported all that it needs."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
 
 
 def run_and_kill(out, *arguments, stage="", after=2):
@@ -82,21 +85,18 @@ def last_checkpoint(work):
 def check_outcomes(killed, whole, file):
     assert same_weights(killed / "adaptation" / file, whole / "adaptation" / file)
     assert outcome_curve(killed) == outcome_curve(whole)
-    assert len(outcome_curve(killed)) == 21
+    assert len(outcome_curve(killed)) == 13
     assert (killed / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
     assert not list(killed.parent.glob(".*.partial"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [False, True], ids=["whole", "last checkpoint cut short"])
-def test_tune(tmp_path, bases, task_file, damage):
+def test_tune(tmp_path, bases, task_file):
     given = ["tune", bases["bert"][0], "--task", task_file, *MANY]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     work = run_and_kill(killed, *given, "--out", killed)
     last = last_checkpoint(work)
-    assert int(last.name.split("-")[1]) < 400
-    if damage:  # a machine that lost its power leaves such files
-        (last / "trainer_state.json").write_text('{"best_global_step": null, "best_me')
+    assert int(last.name.split("-")[1]) < 240
     run(*given, "--out", killed)
     run(*given, "--out", whole)
     check_outcomes(killed, whole, "model.safetensors")
@@ -127,7 +127,7 @@ def test_pretrain_killed_in_both_stages(tmp_path):
     make_tokenizer("bert").save_pretrained(base)
     chance = random.Random(0)
     text.write_text("\n".join(sentence(chance, i % 2 == 0) for i in range(500)), encoding="utf-8")
-    given = ["pretrain", base, text, "--block", "32", *COMMON, "--save-every", "5", "--steps", "300"]
+    given = ["pretrain", base, text, "--block", "32", *COMMON, "--save-every", "5", "--steps", "200"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_and_kill(killed, *given, "--out", killed, stage="head", after=1)
     run_and_kill(killed, *given, "--out", killed, stage="body")
