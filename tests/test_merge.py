@@ -239,6 +239,21 @@ def test_a_text_model_inside_another_has_its_settings_in_their_place(tmp_path):
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+def test_a_model_that_reads_no_tokens_is_merged(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    with quiet():
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=28, patch_size=14))
+        model.save_pretrained(tmp_path / "base")
+        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=r".*(query|q_proj)", init_lora_weights=False))
+        tuned.save_pretrained(tmp_path / "adapter")
+        tuned.merge_and_unload().save_pretrained(tmp_path / "expected")
+    expected, adapter = Checkpoint.open(tmp_path / "expected"), Checkpoint.open(tmp_path / "adapter")
+    merged = merge_lora(adapter, lora_settings(tmp_path / "adapter"), Checkpoint.open(tmp_path / "base")).tensors
+    assert merged.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(merged[name], expected[name], atol=1e-6, rtol=0)
+
+
 def test_rows_that_were_not_saved_are_missed(tmp_path, base_of):
     base, _ = base_of("llama")
     model = tune(tmp_path / "adapter", "llama", base, {"target_modules": ["q_proj", "embed_tokens"]}, rows=45)

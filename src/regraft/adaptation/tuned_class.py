@@ -134,7 +134,7 @@ def _module_of(stored: str) -> str:
 
 def _vocabulary(adapter: Tensors, architecture: Architecture) -> int | None:
     """Return how many tokens the tuned model has, where these are not the base's."""
-    own = architecture.config.get_text_config().vocab_size
+    own = getattr(architecture.config.get_text_config(), "vocab_size", None)  # of models that read no tokens: none
     sizes = set()
     for stored in adapter:
         name = f"{_module_of(stored)}.weight"
