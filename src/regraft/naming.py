@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from regraft.architecture import BUFFER, Architecture, architecture_of
-from regraft.checkpoint import Entry, dtype_of, fingerprint, read_json, shape_of
+from regraft.checkpoint import Entry, are_equal, dtype_of, read_json, shape_of
 from regraft.errors import CheckpointError
 from regraft.transformers_folder import read_config
 from regraft.weights import Named
@@ -80,7 +80,7 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
         inner = body.identify(stored)
         name = head.identify(stored) or (start + inner if inner else None if BUFFER.search(stored) else stored)
         if name in sources and head.is_tied(stored):
-            if fingerprint(checkpoint, {sources[name]: ""}.get) == fingerprint(checkpoint, {stored: ""}.get):
+            if are_equal(checkpoint, sources[name], checkpoint, stored):
                 continue
             name = stored  # transformers ties no two tensors that differ in the checkpoint
         if name in sources:

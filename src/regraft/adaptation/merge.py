@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import BASE_CHANGING_INITS, check_peft
@@ -13,8 +12,7 @@ from regraft.adaptation.lora import PARTS, START
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.tuned_class import nested, tuned_architecture, untied_by_setting
 from regraft.architecture import BUFFER
-from regraft.checkpoint import Derived, Entry, piece, read_json, shape_of, stored_dtype
-from regraft.checkpoint.derived import PIECE
+from regraft.checkpoint import Derived, Entry, are_equal, read_json, shape_of, stored_dtype
 from regraft.errors import CheckpointError, MismatchError
 from regraft.weights import dora_weight, fold, is_optional, lora_delta, merge_experts
 
@@ -167,7 +165,7 @@ def _follow_ties(
     sources = {name: name for name in stored}
     untied = []
     for tied, source in architecture.ties.items():
-        if tied in stored and source in stored and not _equal(stored, tied, stored, source):
+        if tied in stored and source in stored and not are_equal(stored, tied, stored, source):
             untied.append(tied)  # transformers ties no two tensors that differ in the checkpoint
             continue
         sources.setdefault(tied, sources.get(source, tied))
@@ -258,26 +256,14 @@ def _alike(adapter: Tensors, first: Update | None, second: Update | None) -> boo
     if len(first.operands) != len(second.operands):
         return False
     if first.turned == second.turned:
-        return all(a == b or (a and b and _equal(adapter, a, adapter, b)) for a, b in pairs)
+        return all(a == b or (a and b and are_equal(adapter, a, adapter, b)) for a, b in pairs)
     (b, a), (other_b, other_a) = first.operands[:2], second.operands[:2]
     same_weight = first.weight == second.weight or (
-        first.weight and second.weight and _equal(adapter, first.weight, adapter, second.weight)
+        first.weight and second.weight and are_equal(adapter, first.weight, adapter, second.weight)
     )
     return (
         bool(same_weight)
         and len(first.operands) == 2  # a DoRA's lengths are of rows in one and of columns in the other
         and adapter[b].T.equal(adapter[other_a])
         and adapter[a].T.equal(adapter[other_b])
-    )
-
-
-def _equal(first: Tensors, name: str, second: Tensors, other: str) -> bool:
-    import torch
-
-    if shape_of(first, name) != shape_of(second, other):
-        return False
-    size = math.prod(shape_of(first, name))
-    return all(
-        torch.equal(piece(first, name, at, min(PIECE, size - at)), piece(second, other, at, min(PIECE, size - at)))
-        for at in range(0, size, PIECE)
     )

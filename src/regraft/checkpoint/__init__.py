@@ -1,6 +1,6 @@
 """Tensors on disk: a lazy reader, fingerprints, and folders that are whole or not there."""
 
-from regraft.checkpoint.derived import Derived, Entry, Grouped, dtype_of, piece, shape_of, stored_dtype
+from regraft.checkpoint.derived import Derived, Entry, Grouped, are_equal, dtype_of, piece, shape_of, stored_dtype
 from regraft.checkpoint.file import disk_full, is_disk_full, is_sealed, replacing, seal, to_json, write_atomic
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
@@ -31,6 +31,7 @@ __all__ = [
     "Grouped",
     "Plan",
     "TensorInfo",
+    "are_equal",
     "check_finite",
     "check_place",
     "check_plain",

@@ -180,6 +180,30 @@ def piece(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int
     return tensors[name].reshape(-1)[start : start + count]
 
 
+def are_equal(first: Mapping[str, torch.Tensor], name: str, second: Mapping[str, torch.Tensor], other: str) -> bool:
+    """Compare two tensors, a piece at a time.
+
+    Args:
+        first: A checkpoint, derived tensors or a state dict.
+        name: A name in it.
+        second: The same or another.
+        other: A name in that.
+
+    Returns:
+        Whether they have the same dtype, shape and numbers.
+    """
+    import torch
+
+    shape = shape_of(first, name)
+    if shape != shape_of(second, other) or dtype_of(first, name) != dtype_of(second, other):
+        return False
+    size = math.prod(shape)
+    return all(
+        torch.equal(piece(first, name, at, min(PIECE, size - at)), piece(second, other, at, min(PIECE, size - at)))
+        for at in range(0, size, PIECE)
+    )
+
+
 def _stored(result: torch.Tensor, name: str, entry: Entry) -> torch.Tensor:
     """Round a result to the dtype it is stored in; what is copied may hold anything, as masks do."""
     result = result.to(torch_dtype(entry.dtype))
