@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from regraft import Base, load_adaptation
 from regraft.adaptation import extract_lora, load_model, lora_settings, merge_lora, write_lora
 from regraft.checkpoint import Checkpoint
 from regraft.cli import app
-from regraft.errors import CheckpointError, MismatchError, RecipeError
+from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeError
 from regraft.progress import quiet
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
@@ -25,6 +26,19 @@ def invoke(*arguments):
     done = CliRunner().invoke(app, ["weights", *map(str, arguments)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
+
+
+def test_a_fine_tune_that_changed_in_one_number_is_another(tmp_path):
+    sides = {"old": torch.zeros(64, 64), "tuned": torch.randn(64, 64)}
+    for side, weight in sides.items():
+        (tmp_path / side).mkdir()
+        save_file({"layer.weight": weight}, tmp_path / side / "model.safetensors")
+    given = "extract-lora", "--tuned", tmp_path / "tuned", "--old", tmp_path / "old", "--rank", 2, "--out"
+    invoke(*given, tmp_path / "out")
+    sides["tuned"][1, 3] += 1  # between the places of which a fingerprint hashes a sample
+    save_file({"layer.weight": sides["tuned"]}, tmp_path / "tuned" / "model.safetensors")
+    with pytest.raises(OutcomeError, match="made from something else"):
+        invoke(*given, tmp_path / "out")
 
 
 def logits(model):

@@ -135,7 +135,7 @@ def extract_lora(
     sides = _open(check_finite, {"tuned": tuned, "old": old})
     _check_apart(out, sides)
     options = {"operation": "extract-lora", "rank": rank, "energy": energy}
-    made_from = {**options, **{side: fingerprint(opened) for side, opened in sides.items()}}
+    made_from = {**options, **{side: fingerprint(opened, full=True) for side, opened in sides.items()}}
     if is_made(out, made_from):
         show.line(f"adapter: {out}")
         return
