@@ -167,16 +167,17 @@ def merge_lora(
     from regraft.adaptation import load_adaptation, lora_settings
     from regraft.adaptation import merge_lora as merge
     from regraft.checkpoint import find_path
+    from regraft.vocabulary import has_tokenizer
 
-    place = find_path(adapter)
-    adaptation = load_adaptation(place.parent if place.is_file() else place)
+    path = find_path(adapter)
+    adaptation = load_adaptation(path.parent if path.is_file() else path)
     folder, settings = adaptation.path, lora_settings(adaptation.path)
     names = {"adapter": str(folder), "base": base} | ({"start": start} if start else {})
     sides = _open(check_finite, names)
     merged = merge(sides["adapter"], settings, sides["base"], sides.get("start"), adaptation.labels)
     _write(
         merged.tensors, out, sides, "base", {"operation": "merge-lora"}, shard_size, dry_run, config=merged.config,
-        tokenizer_of=folder if any(folder.glob("tokenizer*")) else None,
+        tokenizer_of=folder if has_tokenizer(folder) else None,
     )  # fmt: skip
 
 
@@ -308,11 +309,11 @@ def _write(
     show.line(f"checkpoint: {out}")
 
 
-def _factors(given: list[str]) -> dict[str, float]:
+def _factors(entries: list[str]) -> dict[str, float]:
     from regraft.errors import RecipeError
 
     factors = {}
-    for entry in given:
+    for entry in entries:
         pattern, _, number = entry.rpartition("=")
         try:
             factors[pattern] = _finite(f"--scale-for {pattern}", float(number))
