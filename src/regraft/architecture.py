@@ -88,7 +88,7 @@ class Architecture:
         return str(self._canonical.get((source, part), source))
 
     def has_no_room_for(self, name: str) -> bool:
-        """Tell whether a stored tensor lies inside the body and is none of it, as one of a layer beyond the config's.
+        """Return whether a stored tensor lies inside the body and is none of it, as one of a layer beyond the config's.
 
         Args:
             name: Its name in a checkpoint.
@@ -106,7 +106,7 @@ class Architecture:
         return name.startswith(start) or name.split(".")[0] in tops
 
     def is_tied(self, name: str) -> bool:
-        """Tell whether a stored tensor is another one once more.
+        """Return whether a stored tensor is another one once more.
 
         Args:
             name: Its name in a checkpoint.

@@ -255,7 +255,7 @@ def _rows(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Tell whether a folder holds a tokenizer of its own.
+    """Return whether a folder holds a tokenizer of its own.
 
     Args:
         folder: An adaptation's or a base's.

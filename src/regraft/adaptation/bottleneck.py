@@ -77,7 +77,7 @@ class BottleneckConfig:
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what `adapter_config.json` holds.
+        """Return what `adapter_config.json` holds.
 
         Returns:
             The fields, and `peft_type` and `task_type` as PEFT writes them.
@@ -169,7 +169,7 @@ def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
 
 
 def bottleneck_state(model: Any) -> dict[str, torch.Tensor]:
-    """Give the tensors of a model's adapters as they are stored.
+    """Return the tensors of a model's adapters as they are stored.
 
     Args:
         model: From `attach_bottlenecks`.

@@ -153,7 +153,7 @@ def passed_over(model: Any, tuned: Any, adaptation: Adaptation, old: Base, chang
 
 
 def multiplies(module: Any) -> bool:
-    """Tell whether all that a module does with its weight is to multiply its input by it.
+    """Return whether all that a module does with its weight is to multiply its input by it.
 
     Args:
         module: Any module of a model.
@@ -171,7 +171,7 @@ def multiplies(module: Any) -> bool:
 
 
 def is_transposed(module: Any) -> bool:
-    """Tell whether a module keeps its weight as [in, out].
+    """Return whether a module keeps its weight as [in, out].
 
     Args:
         module: One that multiplies.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def is_experts(module: Any) -> bool:
-    """Tell whether a module holds fused experts.
+    """Return whether a module holds fused experts.
 
     Args:
         module: Any module of a model.

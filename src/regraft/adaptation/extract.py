@@ -281,7 +281,7 @@ def _padded(factors: Factors, rank: int) -> Factors:
 
 
 def _fuses(lora: _Lora, names: list[str], architecture: Architecture) -> bool:
-    """Tell whether PEFT makes a LoRA of fused experts of LoRAs of these, beside the layers that there are."""
+    """Return whether PEFT makes a LoRA of fused experts of LoRAs of these, beside the layers that there are."""
     import torch
 
     apart = _Lora(layers=dict(lora.layers), shared_rank=1)
@@ -335,7 +335,7 @@ def _square(deltas: Derived, name: str) -> float:
 
 
 def _are_turned(tuned: Tensors, linear: list[str]) -> bool:
-    """Tell by their biases whether layers keep their weights as [in, out], as GPT-2's do."""
+    """Judge by their biases whether layers keep their weights as [in, out], as GPT-2's do."""
     sides = [
         (shape_of(tuned, name), shape_of(tuned, bias)[0])
         for name in linear

@@ -183,7 +183,7 @@ def graft_body(
 
 
 def plain_adapter(adaptation: Adaptation, old: Base) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
-    """Give an adapter's tensors and config such that they mean the same change on any base.
+    """Return an adapter's tensors and config such that they mean the same change on any base.
 
     Args:
         adaptation: Any but a full fine-tune.
@@ -228,7 +228,7 @@ def _check_body(adaptation: Adaptation, upgrade: Upgrade) -> None:
 
 
 def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
-    """Give what `config.json` says on the new base, whose settings it has wherever the tuning changed none."""
+    """Return what `config.json` says on the new base, whose settings it has wherever the tuning changed none."""
     tuned, old, new = config_of(adaptation).to_dict(), upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
     same = tuned_rows(adaptation, upgrade) is None
     return adaptation.config | upgraded_settings(tuned, old, new, is_decoder=upgrade.old.is_decoder, has_same_ids=same)

@@ -28,7 +28,7 @@ HEADS = ("copy", "fresh", "resize")
 
 
 def stored_labels(adaptation: Adaptation, base: Base) -> tuple[str, ...]:
-    """Give an adaptation's labels, or as many placeholders as its head has outputs.
+    """Return an adaptation's labels, or as many placeholders as its head has outputs.
 
     Args:
         adaptation: The tuned weights.
@@ -98,7 +98,7 @@ def change_head(folder: Path, base: Base, labels: Sequence[str], how: Head, seed
 
 
 def model_name(stored: str) -> str:
-    """Give the name in a model of a tensor as transformers, PEFT, or PEFT's prompt learning store it."""
+    """Return the name in a model of a tensor as transformers, PEFT, or PEFT's prompt learning store it."""
     return stored.removeprefix(START).removeprefix("base_model.")
 
 

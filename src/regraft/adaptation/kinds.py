@@ -152,7 +152,7 @@ def kind_of(config: Config | None) -> str:
 
 
 def settings(config: Config | None) -> Mapping[str, Any] | None:
-    """Give a config as JSON can hold it, to tell one run from another.
+    """Return a config as JSON can hold it, to tell one run from another.
 
     Args:
         config: PEFT's, ours or None.

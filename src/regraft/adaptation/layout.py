@@ -264,7 +264,7 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
 
 
 def _is_of_old_peft(module: Any, adapter: Tensors, factors: tuple[str, str], config: Mapping[str, Any]) -> bool:
-    """Tell whether A and B of experts are exchanged, as PEFT before 0.19 had them."""
+    """Return whether A and B of experts are exchanged, as PEFT before 0.19 had them."""
     if not config.get("target_parameters"):  # stored by single experts, and fused just now
         return False
     sizes = shape_of(adapter, factors[0])[0], shape_of(adapter, factors[1])[1]

@@ -247,7 +247,7 @@ def _updated(weight: torch.Tensor, *operands: torch.Tensor, update: Update, is_f
 
 
 def _alike(adapter: Tensors, first: Update | None, second: Update | None) -> bool:
-    """Tell whether two parameters that are tied in the base are still the same once they are updated."""
+    """Return whether two parameters that are tied in the base are still the same once they are updated."""
     if first is None or second is None:
         return first is second
     if (first.kind, first.scale, first.rows) != (second.kind, second.scale, second.rows):

@@ -161,7 +161,7 @@ def _check_ranks(adapted: Any, base: Base) -> None:
 
 
 def peft_state(model: Any, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
-    """Give the tensors of a PEFT model as they are stored.
+    """Return the tensors of a PEFT model as they are stored.
 
     Args:
         model: A PEFT model.

@@ -48,7 +48,7 @@ class Outcome:
         return list(read_json_lines(self.path / "curve.jsonl"))
 
     def predictions(self, split: str) -> list[int]:
-        """Give the predicted classes of a split.
+        """Return the predicted classes of a split.
 
         Args:
             split: `dev` or `test`.
@@ -148,7 +148,7 @@ def write_outcome(
 
 
 def versions() -> dict[str, str]:
-    """Give the versions that a result was made with.
+    """Return the versions that a result was made with.
 
     Returns:
         By package, Python's among them.

@@ -104,7 +104,7 @@ def check_reworkable(adaptation: Adaptation, kinds: tuple[str, ...] = REWORKABLE
 
 
 def shift_of(upgrade: Upgrade, inner: str) -> torch.Tensor | None:
-    """Give what the upgrade changed in a tensor of the body.
+    """Return what the upgrade changed in a tensor of the body.
 
     Args:
         upgrade: The two bases.

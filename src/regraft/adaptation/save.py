@@ -59,7 +59,7 @@ def save_model(model: Any, base: Base, labels: Sequence[str], into: Path) -> Non
 
 
 def _are_embeddings_tuned(model: Any, base: Base) -> bool:
-    """Tell whether the embeddings under a LoRA are others than the base's: then they belong to the adapter."""
+    """Return whether the embeddings under a LoRA are others than the base's: then they belong to the adapter."""
     import torch
 
     layer = model.get_input_embeddings()

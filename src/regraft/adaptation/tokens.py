@@ -95,7 +95,7 @@ def stored_rows(adaptation: Adaptation, old: Base) -> int | None:
 
 
 def with_own_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
-    """Have both bases read texts as the adaptation does: with the tokens that it alone has.
+    """Make both bases read texts as the adaptation does: with the tokens that it alone has.
 
     Args:
         adaptation: What was tuned on `upgrade.old`.

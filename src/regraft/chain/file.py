@@ -40,7 +40,7 @@ class Training(BaseModel):
     eval_every: int | None = Field(default=None, ge=1, description="a whole number of steps, 1 or more")
 
     def recipe(self, kind: str, seed: int, precision: str) -> Recipe:
-        """Give the recipe for a kind of adaptation.
+        """Return the recipe for a kind of adaptation.
 
         Args:
             kind: The kind.

@@ -109,7 +109,7 @@ class Grouped(Derived):
 
 
 def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
-    """Give the shape of a tensor without reading it, where that is possible.
+    """Return the shape of a tensor without reading it, where that is possible.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
@@ -124,7 +124,7 @@ def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
 
 
 def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
-    """Give the safetensors dtype of a tensor without reading it, where that is possible.
+    """Return the safetensors dtype of a tensor without reading it, where that is possible.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
@@ -160,7 +160,7 @@ def stored_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
 
 
 def piece(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int) -> torch.Tensor:
-    """Give some numbers of a tensor, laid out flat, reading and computing no more than these where that is possible.
+    """Return some numbers of a tensor, laid out flat, reading and computing no more than these where that is possible.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.

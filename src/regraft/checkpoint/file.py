@@ -127,7 +127,7 @@ def sync(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Tell whether an error, or one that it came of, is that of a disk without room.
+    """Return whether an error, or one that it came of, is that of a disk without room.
 
     Args:
         error: Any error, of Python's, safetensors' or torch's.

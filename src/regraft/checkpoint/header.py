@@ -36,7 +36,7 @@ TORCH_NAMES = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Give torch's dtype for one of safetensors.
+    """Return torch's dtype for one of safetensors.
 
     Args:
         name: As in `F32` or `BF16`.
@@ -51,7 +51,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Give safetensors' name of a torch dtype.
+    """Return safetensors' name of a torch dtype.
 
     Args:
         dtype: The dtype.

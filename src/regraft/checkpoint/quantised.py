@@ -238,7 +238,7 @@ def _quantisation_of(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_code(info: TensorInfo) -> bool:
-    """Tell whether a tensor that is not dequantised holds something else than weights, masks and positions."""
+    """Return whether a tensor that is not dequantised holds something else than weights, masks and positions."""
     if BNB_4BIT.search(info.name) or SCALE.search(info.name):
         return True
     if info.dtype == "I8" and len(info.shape) > 1:
@@ -302,7 +302,7 @@ def _edge(length: int, count: int, usual: int) -> int:
 
 
 def _is_transposed(path: Path, codes: TensorInfo, order: TensorInfo | None, settings: Mapping[str, Any]) -> bool:
-    """Tell whether int8 numbers are of the transposed weight, and refuse those in an order that is not known."""
+    """Return whether int8 numbers are of the transposed weight, and refuse those in an order that is not known."""
     inner = (value for key, value in settings.items() if key.endswith("config") and isinstance(value, dict))
     types = {str(level["model_type"]) for level in (settings, *inner) if level.get("model_type")}
     problem = ""

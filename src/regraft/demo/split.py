@@ -77,7 +77,7 @@ def split_rows(
 
 
 def _draw(lot: str, group: str) -> float:
-    """Give a number in [0, 1) that a group always gets, however many others are read."""
+    """Return a number in [0, 1) that a group always gets, however many others are read."""
     return int.from_bytes(hashlib.blake2b(f"{lot}/{group}".encode(), digest_size=8).digest()) / 2**64
 
 

@@ -64,7 +64,7 @@ def clean(text: str) -> str:
 
 
 def same(text: str) -> bytes:
-    """Give a value that is equal for texts that differ in letter case and white space only.
+    """Return a value that is equal for texts that differ in letter case and white space only.
 
     Args:
         text: Any text.

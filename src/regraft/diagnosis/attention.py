@@ -88,7 +88,7 @@ def look(model: Any, inputs: Mapping[str, torch.Tensor], precision: str) -> Seen
 
 @contextlib.contextmanager
 def attending(*models: Any) -> Iterator[None]:
-    """Have models compute attention maps that can be looked at, in evaluation mode; both are restored afterwards.
+    """Make models compute attention maps that can be looked at, in evaluation mode; both are restored afterwards.
 
     Args:
         models: Classifiers; the same one may be among them twice.

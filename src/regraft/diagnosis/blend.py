@@ -65,7 +65,7 @@ class Blend:
 
 
 def tensors_of(model: Any) -> dict[str, torch.Tensor]:
-    """Give what a model computes with.
+    """Return what a model computes with.
 
     Args:
         model: A torch module.

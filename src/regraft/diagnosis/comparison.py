@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def head_divergences(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Give the Jensen-Shannon divergence of each head's rows of attention from each other head's.
+    """Return the Jensen-Shannon divergence of each head's rows of attention from each other head's.
 
     JSD(p, q) = H((p + q)/2) − (H(p) + H(q))/2 (Lin, 1991), in float64 where the device has it: heads that are nearly
     alike differ in the last digits of float32. A head of the first is taken at a time, so that no more memory is used
@@ -68,7 +68,7 @@ class Moments:
         self.rows += len(first)
 
     def cka(self) -> float:
-        """Give the linear CKA of all rows so far.
+        """Return the linear CKA of all rows so far.
 
         Returns:
             From 0 to 1; where features never vary, 1 if neither side's do and 0 if one side's do.

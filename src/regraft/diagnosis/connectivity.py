@@ -77,7 +77,7 @@ class Plane:
 
 
 def barrier(mu: ArrayLike, losses: ArrayLike) -> float:
-    """Tell how high the loss rises between two models.
+    """Measure how high the loss rises between two models.
 
     Source: the barrier of linear mode connectivity (Frankle et al., 2020, arXiv:1912.05671), as Qin et al., 2023
     (arXiv:2305.08702), measure it between models tuned before and after an upgrade.
@@ -231,7 +231,7 @@ def plane(
 
 
 def shares_at(x: float, y: float, places: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Tell what of three models makes up a point of their plane.
+    """Return what of three models makes up a point of their plane.
 
     Args:
         x: Along b − a.
@@ -264,7 +264,7 @@ def _axis(places: Sequence[float], size: int, margin: float) -> tuple[float, ...
 
 
 def _measure(model: Any, examples: Examples, data: TaskData, precision: str) -> tuple[Floats, float]:
-    """Give the cross-entropy of each example, and the task's metric."""
+    """Return the cross-entropy of each example, and the task's metric."""
     import torch
     from torch.nn import functional
 
@@ -286,7 +286,7 @@ def _excess(mu: Floats, losses: Floats) -> Floats:
 
 
 def _tolerance(mu: Sequence[float], rows: Floats, classes: int) -> float:
-    """Tell how high a barrier still counts as none, from points × examples losses."""
+    """Return how high a barrier still counts as none, from points × examples losses."""
     if not np.isfinite(rows).all():
         return 0.0
     excess = _excess(np.asarray(mu), rows)

@@ -73,7 +73,7 @@ def kept(pair: Pair, text: Sequence[str] = ()) -> Kept:
 
 
 def body_of(model: Any, base: Base) -> Any:
-    """Give the body of a classifier, its adapters in it.
+    """Return the body of a classifier, its adapters in it.
 
     Args:
         model: The classifier.

@@ -180,7 +180,7 @@ def mcnemar(negative: int, positive: int) -> float:
 
 
 def noise_floor(labels: Sequence[int], runs: Sequence[Sequence[int]]) -> float | None:
-    """Tell how many examples turn from right to wrong between runs that differ in their seed only.
+    """Return how many examples turn from right to wrong between runs that differ in their seed only.
 
     Args:
         labels: The true classes.

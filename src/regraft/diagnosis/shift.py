@@ -93,7 +93,7 @@ def shift(upgrade: Upgrade, adaptation: Adaptation, progress: Progress = silent)
 
 
 def _tuned(upgrade: Upgrade, adaptation: Adaptation) -> tuple[Mapping[str, torch.Tensor], dict[str, str]] | None:
-    """Give the tuned tensors of the body and their names by the inner ones; None for kinds that have none."""
+    """Return the tuned tensors of the body and their names by the inner ones; None for kinds that have none."""
     old = upgrade.old
     if adaptation.kind == "full":
         return adaptation.checkpoint, body_names(adaptation.checkpoint, old.architecture)

@@ -242,7 +242,7 @@ class _Turned:
         self.names: set[str] = set()  # of the modules that were turned, heads left out
 
     def is_head(self, name: str) -> bool:
-        """Tell whether a module of the classifier is not in the base."""
+        """Return whether a module of the classifier is not in the base."""
         from regraft.adaptation.changes import in_base
 
         return in_base(f"{name}.weight", self.old) is None

@@ -133,7 +133,7 @@ class _Climb:
         return joined
 
     def best(self, margin: float) -> dict[str, Any]:
-        """Give the best rung; a dearer one must be better by more than a margin."""
+        """Return the best rung; a dearer one must be better by more than a margin."""
         best = self.rungs[0]
         for rung in self.rungs[1:]:
             if rung["score"] > best["score"] + margin:

@@ -163,7 +163,7 @@ def _on(base: Base, adapter: tuple[Any, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folder: Path) -> tuple[Adaptation, Any]:
-    """Give an adaptation as a full fine-tune of its base, with its model."""
+    """Return an adaptation as a full fine-tune of its base, with its model."""
     import torch
 
     model = load_model(adaptation, old, labels)
@@ -197,7 +197,7 @@ def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folde
 
 
 def _merged_state(model: Any) -> dict[str, torch.Tensor]:
-    """Give the tensors of a merged PEFT model without what PEFT put around them; its own unloading loses heads."""
+    """Return the tensors of a merged PEFT model without what PEFT put around them; its own unloading loses heads."""
     state = model.state_dict().items()  # what kinds share among layers, as VeRA, lies beside the model
     wrapped = {name.removeprefix(START): tensor for name, tensor in state if name.startswith(START)}
     layers = {name[: at.start()] for name in wrapped for at in re.finditer(r"\.base_layer(?=\.)", name)}

@@ -45,7 +45,7 @@ class Bar:
     confidence: float
 
     def survival(self, score: float) -> float:
-        """Tell which share of what the old deployment has above guessing a score has.
+        """Return which share of what the old deployment has above guessing a score has.
 
         Args:
             score: A rung's.
@@ -153,7 +153,7 @@ def dev_predictions(job: Job, folder: Path, *, old: bool = False) -> list[int]:
 
 
 def pseudo_labelled(job: Job) -> TaskData:
-    """Give the task with what the old model predicts in place of every label of train and dev.
+    """Return the task with what the old model predicts in place of every label of train and dev.
 
     Args:
         job: The job.

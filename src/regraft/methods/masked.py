@@ -80,7 +80,7 @@ def run(job: Job, options: Masking) -> list[dict[str, float]]:
 
 
 def _bare(job: Job, rows: RowMatch | None) -> Any:
-    """Give the new base without the delta, under the old head."""
+    """Return the new base without the delta, under the old head."""
     import torch
 
     model, new = job.grafted(), job.upgrade.new

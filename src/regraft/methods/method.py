@@ -46,7 +46,7 @@ class Job:
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def fresh(self) -> Any:
-        """Give the new base as scratch tunes it: with a fresh head, and a fresh adapter if the old weights are one.
+        """Return the new base as scratch tunes it: with a fresh head, and a fresh adapter if the old weights are one.
 
         Returns:
             The model.
@@ -73,7 +73,7 @@ class Job:
         change_head(graft, self.upgrade.new, self.data.labels, self.head, self.recipe.seed, into)
 
     def grafted(self) -> Any:
-        """Give the new base with the old weights put onto it, ready to be tuned further.
+        """Return the new base with the old weights put onto it, ready to be tuned further.
 
         Returns:
             The model.
@@ -85,7 +85,7 @@ class Job:
         return load_model(load_adaptation(folder), self.upgrade.new, self.data.labels, trainable=True)
 
     def teacher(self) -> Any:
-        """Give the old adaptation on the old base, as a model whose parameters are named and shaped as the new one's.
+        """Return the old adaptation on the old base, as a model whose parameters are named and shaped as the new one's.
 
         Returns:
             The model, frozen if the adaptation is an adapter.

@@ -55,7 +55,7 @@ class Vector:
         return {name: tuple(shape_of(self.tensors, stored)) for name, stored in self.names.items()}
 
     def piece(self, name: str, start: int, count: int) -> torch.Tensor:
-        """Give some of its numbers.
+        """Return some of its numbers.
 
         Args:
             name: A tensor's name in the vector.

@@ -76,7 +76,7 @@ def run(job: Job, options: Projection) -> list[dict[str, float]]:
 
 
 def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Projection, job: Job) -> list[float]:
-    """Give the weight of each pair in what the vector is mapped to, and note how far the map can be trusted."""
+    """Return the weight of each pair in what the vector is mapped to, and note how far the map can be trusted."""
     import torch
 
     from regraft.methods.pairs import pieces
@@ -119,7 +119,7 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
 def _map(
     name: str, vector: Vector, pairs: Sequence[tuple[Vector, Vector]], weights: list[float], *, residual: bool
 ) -> torch.Tensor:
-    """Give one tensor of what the vector is mapped to, in float64."""
+    """Return one tensor of what the vector is mapped to, in float64."""
     import torch
 
     shape = vector.shapes[name]

@@ -178,7 +178,7 @@ def _resume(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Opt
 
 
 def _rates(vectors: list[torch.Tensor], options: Projection) -> tuple[float, float, float]:
-    """Give Adam's rates for W1, W2 and b with which a step of each moves a mapped weight about as far.
+    """Return Adam's rates for W1, W2 and b with which a step of each moves a mapped weight about as far.
 
     One rate for all would move it ‖v‖₁ times as far by W1 as by b: away from anything that works, in a few steps.
     """
@@ -228,7 +228,7 @@ def _parts(flat: torch.Tensor, vector: Vector) -> dict[str, torch.Tensor]:
 
 
 def _parameter_names(student: Any) -> dict[str, str]:
-    """Give the name of a model's parameter by the name under which it is stored."""
+    """Return the name of a model's parameter by the name under which it is stored."""
     from regraft.adaptation.lora import ADAPTER, START
 
     if hasattr(student, "peft_config"):

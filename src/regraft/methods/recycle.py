@@ -264,7 +264,7 @@ def _check_grafted(checkpoint: Checkpoint, base: Base) -> None:
 
 
 def learning_rate(kind: str) -> float:
-    """Give the learning rate for a kind of adaptation where the recipe names none.
+    """Return the learning rate for a kind of adaptation where the recipe names none.
 
     Args:
         kind: As in `Adaptation`.

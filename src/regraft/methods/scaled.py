@@ -126,7 +126,7 @@ def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dic
 
 
 def _gain(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Tell by how many standard errors of their mean difference losses on the same examples fell."""
+    """Return by how many standard errors of their mean difference losses on the same examples fell."""
     gain = before - after
     error = float(gain.std()) / math.sqrt(len(gain))
     return float(gain.mean()) / error if error else math.copysign(math.inf, float(gain.mean())) if gain.any() else 0.0
@@ -152,7 +152,7 @@ class _Deltas:
         self.groups = sorted({group for *_, group in self.parts}, key=order.index)
 
     def group(self, name: str) -> str:
-        """Tell which λ a tensor has.
+        """Return which λ a tensor has.
 
         Args:
             name: Its name inside the body.
@@ -183,7 +183,7 @@ class _Deltas:
                     parameter.copy_(torch.lerp(new, grafted, scales[group]))
 
     def _part(self, job: Job, name: str, parameter: torch.Tensor) -> Any:
-        """Give a parameter that carries a delta, its value grafted and without it, and its group."""
+        """Return a parameter that carries a delta, its value grafted and without it, and its group."""
         from regraft.adaptation.changes import parameter_of
         from regraft.adaptation.lora import ADAPTER, START
         from regraft.adaptation.rework import shift_of

@@ -18,7 +18,7 @@ _FONT = re.compile(r"font-family: [^;\"]*;? ?")
 
 
 def inline_svg(chart: Chart, drawn: bytes) -> str:
-    """Give a chart as an SVG element for a page that holds many.
+    """Return a chart as an SVG element for a page that holds many.
 
     Args:
         chart: The chart.

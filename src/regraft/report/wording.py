@@ -101,7 +101,7 @@ def clip(text: str, length: int) -> str:
 
 
 def base_name(name: str) -> str:
-    """Give the last part of a base's name, which is what people call it.
+    """Return the last part of a base's name, which is what people call it.
 
     Args:
         name: A folder or a hub id.

@@ -41,7 +41,7 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Give a score minus a reference's on the same examples, with its bootstrap interval.
+    """Return a score minus a reference's on the same examples, with its bootstrap interval.
 
     Source: Efron and Tibshirani, 1993, chapter 13 (percentile interval); paired as in Koehn, 2004.
 

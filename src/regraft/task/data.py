@@ -156,7 +156,7 @@ class TaskData:
         return digest.hexdigest()
 
     def majority(self) -> int:
-        """Tell the class that most examples of train have.
+        """Return the class that most examples of train have.
 
         Returns:
             The class; the first of them where several are as frequent.

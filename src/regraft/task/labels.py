@@ -19,7 +19,7 @@ _MISSING = frozenset(("na", "n/a", "#n/a", "nan", "none", "null", "nil", "<na>",
 
 
 def label_name(value: object) -> str | None:
-    """Give the name of a label, the same one whichever format the value was stored in.
+    """Return the name of a label, the same one whichever format the value was stored in.
 
     A whole number is named without its `.0` and a truth value in lower case, as text too: CSV files have only text,
     and pandas writes whole numbers as `1.0` where a value is missing, and truth values as `True`.

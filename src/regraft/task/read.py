@@ -120,7 +120,7 @@ def _encoded(
 
 
 def _checked(table: Table, column: str) -> list[str]:
-    """Give the texts of a column if all of them can be used."""
+    """Return the texts of a column if all of them can be used."""
     texts: list[Any] = table.columns[column]
     if bad := [row for row, text in zip(table.rows, texts, strict=True) if _fault(text)]:
         fault = _fault(next(text for text in texts if _fault(text)))

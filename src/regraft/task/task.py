@@ -101,7 +101,7 @@ class Task(BaseModel):
         return (self.text,) if isinstance(self.text, str) else self.text
 
     def with_shots(self, shots: int | None) -> Task:
-        """Give this task with a few training examples a class.
+        """Return this task with a few training examples a class.
 
         Args:
             shots: Examples a class; None leaves the task as it is.

@@ -71,7 +71,7 @@ class Distillation:
         check_fade("decay", self.decay)
 
     def at(self, step: int, steps: int) -> Distillation:
-        """Give what the weights have become.
+        """Return what the weights have become.
 
         Args:
             step: Steps done so far.

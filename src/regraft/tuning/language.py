@@ -85,7 +85,7 @@ class LanguageModelling:
     replayed: Sequence[int] = ()
 
     def order(self) -> Numbers:
-        """Give the block of each place of the training, steps × batch size."""
+        """Return the block of each place of the training, steps × batch size."""
         import numpy as np
 
         random = np.random.default_rng(self.recipe.seed)
@@ -165,7 +165,7 @@ class LanguageModelling:
         return replaced, labels
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Give the mean cross-entropy; for masked models, logits are computed at the masked positions only."""
+        """Return the mean cross-entropy; for masked models, logits are computed at the masked positions only."""
         from torch.nn import functional
 
         if self.base.is_decoder:
@@ -186,7 +186,7 @@ class LanguageModelling:
         return functional.cross_entropy(logits.float(), batch["labels"][chosen])
 
     def evaluate(self, model: Any) -> dict[str, float]:
-        """Give the loss on the held-out blocks, their masks being always the same."""
+        """Return the loss on the held-out blocks, their masks being always the same."""
         import torch
 
         was_training, on = model.training, next(model.parameters()).device

@@ -40,7 +40,7 @@ class Output:
 
 
 def device() -> torch.device:
-    """Tell where models run.
+    """Return where models run.
 
     Returns:
         The accelerator if there is one, else the CPU.
@@ -158,7 +158,7 @@ def last_read(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | N
 
 @contextlib.contextmanager
 def _any_padding(config: Any) -> Iterator[None]:
-    """Have a config name some padding token for a while: without one, transformers refuses batches."""
+    """Make a config name some padding token for a while: without one, transformers refuses batches."""
     before = config.pad_token_id
     config.pad_token_id = before or 0
     try:

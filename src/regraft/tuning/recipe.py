@@ -144,7 +144,7 @@ def check_fade(name: str, how: str) -> None:
 
 
 def fade(how: str, step: int, steps: int) -> float:
-    """Tell what is left, at a step, of a weight that falls from 1 to 0 over a training.
+    """Return what is left, at a step, of a weight that falls from 1 to 0 over a training.
 
     Args:
         how: `none` (stays 1), `linear` or `cosine`.
@@ -161,7 +161,7 @@ def fade(how: str, step: int, steps: int) -> float:
 
 
 def precision() -> str:
-    """Tell which precision the device computes fast in.
+    """Return which precision the device computes fast in.
 
     Returns:
         `bf16` where the accelerator or the processor has bfloat16 arithmetic, else `fp32`.
@@ -180,7 +180,7 @@ def precision() -> str:
 
 
 def _round_interval(steps: int) -> int:
-    """Give a round number of steps that comes to between five and twelve evaluations."""
+    """Return a round number of steps that comes to between five and twelve evaluations."""
     scale = 1
     while True:
         for digit in (1, 2, 5):

@@ -35,7 +35,7 @@ def tracking(report_to: Sequence[str], folder: str | Path) -> Iterator[None]:
 
 
 def run_name(work: Path) -> str:
-    """Give the name of a training among others.
+    """Return the name of a training among others.
 
     Args:
         work: The folder it works in.
@@ -49,7 +49,7 @@ def run_name(work: Path) -> str:
 
 
 def trackers(run: str) -> tuple[list[str], list[Any]]:
-    """Give what a Trainer shall report to.
+    """Return what a Trainer shall report to.
 
     Args:
         run: The training's name.

@@ -220,7 +220,7 @@ class _Best:
         self.secured: tuple[Path, ...] = ()
 
     def count(self, curve: list[dict[str, float]]) -> int:
-        """Tell how many evaluations the mean is of."""
+        """Return how many evaluations the mean is of."""
         return sum(point["step"] > self.after for point in curve)
 
     def offer(self, model: Any, curve: list[dict[str, float]]) -> None:

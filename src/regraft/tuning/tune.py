@@ -118,7 +118,7 @@ def tune_model(
 
 
 def plain_objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-    """Give the mean cross-entropy of a batch.
+    """Return the mean cross-entropy of a batch.
 
     Args:
         model: A classifier.
@@ -156,7 +156,7 @@ def evaluate(model: Any, examples: Examples, metric: str, precision: str) -> dic
 
 
 def closeness(logits: torch.Tensor, told: torch.Tensor) -> dict[str, float]:
-    """Tell how near a classifier comes to what another one says.
+    """Measure how near a classifier comes to what another one says.
 
     Args:
         logits: The one's, examples × classes.

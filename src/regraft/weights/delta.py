@@ -38,7 +38,7 @@ def graft(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, scale: floa
 
 
 def delta(tuned: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """Give what tuning changed: tuned − old.
+    """Return what tuning changed: tuned − old.
 
     Args:
         tuned: The tuned tensor, of any shape.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def match_effect(factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Give the factor D' with the least E‖D'·x_n − D·x_o‖² + λ·‖D' − D‖²: (D·C_on + λ·D)·(C_nn + λ·I)⁻¹.
+    """Return the factor D' with the least E‖D'·x_n − D·x_o‖² + λ·‖D' − D‖²: (D·C_on + λ·D)·(C_nn + λ·I)⁻¹.
 
     As λ goes to infinity D' goes to D. Where the second moments are those of one layer input, D' is D. This is
     regression with a prior, layer by layer; of the literature, RegMean (Jin et al., 2023, arXiv:2212.09849) is near.
@@ -44,7 +44,7 @@ def match_effect(factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor
 
 
 def rotation(cross: torch.Tensor, shrink: float) -> torch.Tensor:
-    """Give the orthogonal map R with the least E‖R·x_o − x_n‖², drawn towards the identity.
+    """Return the orthogonal map R with the least E‖R·x_o − x_n‖², drawn towards the identity.
 
     Orthogonal Procrustes (Schönemann, 1966): of C = E[x_n·xᵀ_o] = U·Σ·Vᵀ, R = U·Vᵀ. Shrunk: of
     (1 − s)·C/mean(Σ) + s·I, so that directions which no activation has are left as they are.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def scaling(rank: int, alpha: float, rank_stabilised: bool = False) -> float:
-    """Give the factor on B · A.
+    """Return the factor on B · A.
 
     Args:
         rank: r.
@@ -47,7 +47,7 @@ def lora_delta(b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
 def compress(
     b: torch.Tensor, a: torch.Tensor, rank: int | None = None, energy: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the closest factors of a lower rank: QR of both, and the SVD of a core of the size of their rank.
+    """Return the closest factors of a lower rank: QR of both, and the SVD of a core of the size of their rank.
 
     Args:
         b: [out, r].
@@ -81,7 +81,7 @@ def add(first: Factors, second: Factors) -> Factors:
 
 
 def inner(first: Factors, second: Factors) -> float:
-    """Give the inner product of two changes, from products of the size of their ranks.
+    """Return the inner product of two changes, from products of the size of their ranks.
 
     Args:
         first: B [out, r] and A [r, in].
@@ -95,7 +95,7 @@ def inner(first: Factors, second: Factors) -> float:
 
 
 def fold(trained: Factors, start: Factors) -> Factors:
-    """Give the true change against the original base of an adapter whose start was taken out of its base.
+    """Return the true change against the original base of an adapter whose start was taken out of its base.
 
     PiSSA and OLoRA begin with factors B₀·A₀ of the weight itself and subtract these from the base, so the change is
     B·A − B₀·A₀. Source: Meng et al., 2024 (arXiv:2404.02948), appendix.

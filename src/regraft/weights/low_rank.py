@@ -16,7 +16,7 @@ def low_rank(
     energy: float | None = None,
     second_moment: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give factors B and A whose product is the closest to a delta that their rank allows.
+    """Return factors B and A whose product is the closest to a delta that their rank allows.
 
     By the singular value decomposition (Eckart and Young, 1936), in float64; it takes on the order of
     out · in · min(out, in) operations. With second moments of the layer's inputs, what is closest is the layer's
@@ -59,7 +59,7 @@ def low_rank(
 
 
 def _roots(width: int, second_moment: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the square root of the second moments and its inverse; directions that no input has are left as they are.
+    """Return the square root of the second moments and its inverse; directions that no input has are left as they are.
 
     Only what no input has is lost in a low rank that way, and a full rank gives the delta back.
     """

@@ -66,7 +66,7 @@ class Named(Derived):
 
 
 def is_optional(key: str) -> bool:
-    """Tell whether a body tensor may be absent from a base, because pre-training does not use it.
+    """Return whether a body tensor may be absent from a base, because pre-training does not use it.
 
     Args:
         key: A name inside the body.
@@ -78,7 +78,7 @@ def is_optional(key: str) -> bool:
 
 
 def layer_of(name: str) -> str:
-    """Tell which layer a tensor is of.
+    """Return which layer a tensor is of.
 
     Args:
         name: Its name.
@@ -93,7 +93,7 @@ def layer_of(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """Tell what a tensor does.
+    """Return what a tensor does.
 
     Args:
         name: Its name.
@@ -131,6 +131,6 @@ def align(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor])
 
 
 def _prefixes(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Give the empty prefix and those that more than half of the names begin with."""
+    """Return the empty prefix and those that more than half of the names begin with."""
     firsts = Counter(name.split(".")[0] + "." for name in tensors)
     return ["", *sorted(first for first, count in firsts.items() if count * 2 > len(tensors))]

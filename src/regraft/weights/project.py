@@ -27,7 +27,7 @@ def project(
     *,
     intercept: bool = True,
 ) -> torch.Tensor:
-    """Give β such that the map takes a vector v to Σ βᵢ·tᵢ.
+    """Return β such that the map takes a vector v to Σ βᵢ·tᵢ.
 
     Args:
         gram: The inner products ⟨vᵢ, vⱼ⟩ of what is mapped, [n, n].

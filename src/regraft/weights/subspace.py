@@ -12,7 +12,7 @@ EXACT_UP_TO = 1024
 
 
 def subspace_overlap(first: torch.Tensor, second: torch.Tensor, directions: int = DIRECTIONS) -> float:
-    """Give how much of the leading output directions two matrices have in common.
+    """Return how much of the leading output directions two matrices have in common.
 
     Source: the normalised subspace similarity of Hu et al., 2022 (arXiv:2106.09685), section 7.2.
 

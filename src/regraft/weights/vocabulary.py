@@ -23,7 +23,7 @@ _BY_TOKEN = re.compile(
 
 
 def has_row_for_each_token(name: str) -> bool:
-    """Tell whether a tensor's first dimension is the vocabulary.
+    """Return whether a tensor's first dimension is the vocabulary.
 
     Args:
         name: Its name.
@@ -86,7 +86,7 @@ class RowMatch:
         return (1, count) if self.is_row(tuned) else (count, *tuned[1:])
 
     def is_row(self, tuned: tuple[int, ...]) -> bool:
-        """Tell whether a tensor holds a number for each token in a single row, as BART's `final_logits_bias`.
+        """Return whether a tensor holds a number for each token in a single row, as BART's `final_logits_bias`.
 
         Args:
             tuned: The shape of the fine-tune's.

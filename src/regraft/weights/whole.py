@@ -140,7 +140,7 @@ def _by_token(tensors: Tensors) -> frozenset[str]:
 
 
 def delta_all(tuned: Tensors, old: Tensors) -> Derived:
-    """Give the delta of every tuned tensor: tuned − old, in float32 so that nothing of it is rounded away.
+    """Return the delta of every tuned tensor: tuned − old, in float32 so that nothing of it is rounded away.
 
     Args:
         tuned: What was tuned.

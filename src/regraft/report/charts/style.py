@@ -118,7 +118,7 @@ def legend(axes: Axes, columns: int = 2) -> None:
 
 
 def save_figure(figure: Figure, form: str) -> bytes:
-    """Give a figure as a file; the same figure gives the same bytes.
+    """Return a figure as a file; the same figure gives the same bytes.
 
     Args:
         figure: The figure.

@@ -18,7 +18,7 @@ _NAMES = {
 
 
 def verdict_card(diagnosis: dict[str, Any]) -> Card:
-    """Give what a diagnosis comes to.
+    """Return what a diagnosis comes to.
 
     Args:
         diagnosis: Its content.
@@ -44,7 +44,7 @@ def _sentence(text: str) -> str:
 
 
 def outcome_card(settings: list[Setting]) -> Card:
-    """Give what outcomes come to, where there is no diagnosis: the best of the first setting.
+    """Return what outcomes come to, where there is no diagnosis: the best of the first setting.
 
     Args:
         settings: The task's.
@@ -76,7 +76,7 @@ def _scores(setting: Setting) -> tuple[tuple[str, str, str], ...]:
 
 
 def upgrade_sections(diagnosis: dict[str, Any]) -> list[Section]:
-    """Tell what became of the old weights as they are, and what the new base's gain came to.
+    """Say what became of the old weights as they are, and what the new base's gain came to.
 
     Args:
         diagnosis: Its content.
