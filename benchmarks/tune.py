@@ -25,12 +25,12 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from regraft.adaptation import fresh_model
+from regraft.base import Base
 from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model
 from regraft.demo.tasks import write_task
 from regraft.progress import silent
 from regraft.task import load_data
 from regraft.tuning import Distillation, Recipe, Teacher, encode, tune_model
-from regraft.upgrade import Base
 
 PAIRS = 3
 TASKS = {"section-role": 640, "imdb": 128}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft import Base, Corpus, Task, Upgrade, load_outcome, tune
+from regraft.base import PRETRAINING
 from regraft.checkpoint import write_atomic
 from regraft.demo.domains import write_corpus
 from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model
@@ -21,7 +22,6 @@ from regraft.demo.tasks import write_task
 from regraft.errors import DataError, OutcomeError
 from regraft.task import load_data
 from regraft.tuning import pretrain_chain
-from regraft.upgrade import PRETRAINING
 
 if TYPE_CHECKING:
     from findings.settings import Domain, Size

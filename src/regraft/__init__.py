@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_outcome
     from regraft.adaptation.bottleneck import BottleneckConfig
+    from regraft.base import Base
     from regraft.diagnosis import Check, Diagnosis, Questions, check, diagnose
     from regraft.errors import RegraftError
     from regraft.methods import Comparison, Conversion, compare, convert, recycle, tune
     from regraft.task import Task
     from regraft.tuning import Corpus, Distillation, Recipe, pretrain
-    from regraft.upgrade import Base, Upgrade
+    from regraft.upgrade import Upgrade
 
 _ROOMS = {
     "adaptation": ("Adaptation", "Outcome", "load_adaptation", "load_outcome"),
     "adaptation.bottleneck": ("BottleneckConfig",),
+    "base": ("Base",),
     "diagnosis": ("Check", "Diagnosis", "Questions", "check", "diagnose"),
     "errors": ("RegraftError",),
     "methods": ("Comparison", "Conversion", "compare", "convert", "recycle", "tune"),
     "task": ("Task",),
     "tuning": ("Corpus", "Distillation", "Recipe", "pretrain"),
-    "upgrade": ("Base", "Upgrade"),
+    "upgrade": ("Upgrade",),
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from regraft.upgrade import Base
+    from regraft.base import Base
 
 logger = logging.getLogger(__name__)
 

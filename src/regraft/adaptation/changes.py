@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.adaptation import Adaptation
-    from regraft.upgrade import Base
+    from regraft.base import Base
 
 KINDS = ("full", "lora", "bottleneck")
 

@@ -10,11 +10,11 @@ from regraft.adaptation.adaptation import ADAPTER_CONFIG
 from regraft.adaptation.layout import HARMLESS
 from regraft.adaptation.patterns import check_patterns
 from regraft.architecture import BUFFER, architecture_of
+from regraft.base import body_names
 from regraft.checkpoint import FLOATING
 from regraft.errors import CheckpointError, MismatchError
 from regraft.naming import class_of
 from regraft.transformers_folder import read_config
-from regraft.upgrade import body_names
 from regraft.weights import is_optional
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from regraft.adaptation.adaptation import Adaptation
-    from regraft.upgrade import Base
+    from regraft.base import Base
 
 # settings of a model that change what it computes, and the shape of no tensor
 COMPUTING = re.compile(

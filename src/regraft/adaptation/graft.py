@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.adaptation import Adaptation
+    from regraft.base import Base
     from regraft.progress import Progress
-    from regraft.upgrade import Base, Upgrade
+    from regraft.upgrade import Upgrade
 
 
 def write_graft(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.adaptation import Adaptation
-    from regraft.upgrade import Base
+    from regraft.base import Base
 
 Head = Literal["copy", "fresh", "resize"]
 HEADS = ("copy", "fresh", "resize")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.adaptation import Adaptation
     from regraft.adaptation.bottleneck import BottleneckConfig
-    from regraft.upgrade import Base
+    from regraft.base import Base
 
     Config = PeftConfig | BottleneckConfig
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.adaptation import Adaptation
     from regraft.adaptation.kinds import Config
+    from regraft.base import Base
     from regraft.errors import RegraftError
-    from regraft.upgrade import Base
 
 
 def fresh_model(base: Base, labels: Sequence[str], seed: int) -> Any:

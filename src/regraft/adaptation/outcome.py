@@ -19,7 +19,7 @@ from regraft.upgrade import renewed
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from regraft.upgrade import Base
+    from regraft.base import Base
 
 SCHEMA = 1
 

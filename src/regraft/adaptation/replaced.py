@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.adaptation import Adaptation
-    from regraft.upgrade import Base, Upgrade
+    from regraft.base import Base
+    from regraft.upgrade import Upgrade
     from regraft.weights import RowMatch
 
     Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation
     from regraft.adaptation.layout import Update
     from regraft.architecture import Architecture
+    from regraft.base import Base
     from regraft.progress import Progress
-    from regraft.upgrade import Base, Upgrade
+    from regraft.upgrade import Upgrade
 
     Rule = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 

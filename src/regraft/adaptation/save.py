@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from regraft.upgrade import Base
+    from regraft.base import Base
 
 
 def save_model(model: Any, base: Base, labels: Sequence[str], into: Path) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from regraft.adaptation.adaptation import Adaptation
-    from regraft.upgrade import Base
+    from regraft.base import Base
     from regraft.weights import RowMatch
 
 logger = logging.getLogger(__name__)

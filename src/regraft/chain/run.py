@@ -6,13 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regraft.base import Base
 from regraft.chain.file import folder_name
 from regraft.checkpoint import check_place, read_json_lines, to_json, write_atomic
 from regraft.errors import CheckpointError, DataError, DiskFullError, MismatchError, RecipeError
 from regraft.methods import recycle, tune
 from regraft.progress import Progress, silent
 from regraft.task import flips
-from regraft.upgrade import Base, Upgrade
+from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
     from regraft.adaptation import Outcome

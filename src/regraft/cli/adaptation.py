@@ -18,8 +18,9 @@ def show(
     """Say what an adaptation holds, and with its base whether it loads wholly."""
     from regraft.adaptation import load_adaptation, load_model, stored_labels
     from regraft.adaptation.tokens import with_own_tokens
+    from regraft.base import Base
     from regraft.cli import show as print_
-    from regraft.upgrade import Base, Upgrade
+    from regraft.upgrade import Upgrade
 
     adaptation = load_adaptation(path)
     lineage = None

@@ -37,11 +37,11 @@ def pretrain(
     report_to: options.ReportTo = None,
 ) -> None:
     """Pre-train a base further on new text: masked for encoders, causal for decoders."""
+    from regraft.base import Base
     from regraft.cli import show
     from regraft.errors import RecipeError
     from regraft.tuning import Corpus, Recipe, pretrain_chain, tracking
     from regraft.tuning import pretrain as run
-    from regraft.upgrade import Base
 
     if replay and not domains:
         raise RecipeError("--replay is of the domains before, and goes with --domains.")

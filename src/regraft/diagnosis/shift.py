@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from regraft.adaptation.graft import plain_adapter
 from regraft.adaptation.merge import CANNOT_MERGE, merge_lora
+from regraft.base import body_names
 from regraft.progress import Progress, silent
-from regraft.upgrade import body_names
 from regraft.weights import subspace_overlap
 from regraft.weights.names import kind_of, layer_of
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from regraft.base import Base
     from regraft.task import TaskData
-    from regraft.upgrade import Base
 
     Table = tuple[tuple[float, ...], ...]
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from regraft.base import Base
     from regraft.tuning.walk import Walk
-    from regraft.upgrade import Base
 
 
 @dataclasses.dataclass(frozen=True)

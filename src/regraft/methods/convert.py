@@ -22,13 +22,14 @@ from regraft.adaptation import (
 from regraft.adaptation.graft import grafted_adapter
 from regraft.adaptation.lora import ADAPTER, START
 from regraft.adaptation.tokens import tuned_rows, with_own_tokens
+from regraft.base import Base
 from regraft.checkpoint import check_finite, is_made, publish, read_results, resumable_folder, write_record
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.recycle import new_folder
 from regraft.naming import class_of
 from regraft.progress import Progress, quiet, silent
 from regraft.task import load_data
-from regraft.upgrade import Base, Upgrade, renewed
+from regraft.upgrade import Upgrade, renewed
 from regraft.weights import is_optional
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation import load_adaptation, plain_adapter
 from regraft.adaptation.head import model_name
 from regraft.adaptation.replaced import replaced_parameter
+from regraft.base import body_names
 from regraft.checkpoint import piece, shape_of
 from regraft.errors import KindError, MismatchError, RecipeError
-from regraft.upgrade import body_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation import Adaptation
-    from regraft.upgrade import Base, Upgrade
+    from regraft.base import Base
+    from regraft.upgrade import Upgrade
 
 PIECE = 1 << 18
 # settings that say what an adapter's numbers mean

@@ -33,9 +33,10 @@ from regraft.tuning.distill import Distillation
 from regraft.tuning.recipe import Recipe, check_trained
 
 if TYPE_CHECKING:
+    from regraft.base import Base
     from regraft.checkpoint import Checkpoint
     from regraft.task import Task, TaskData
-    from regraft.upgrade import Base, Upgrade
+    from regraft.upgrade import Upgrade
 
 SPLITS = ("dev", "test")
 

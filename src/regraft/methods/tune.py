@@ -17,12 +17,12 @@ from regraft.adaptation import (
     save_model,
     settings,
 )
+from regraft.base import Base
 from regraft.checkpoint import resumable_folder
 from regraft.methods.recycle import learning_rate, new_folder, record_outcome
 from regraft.progress import Progress, silent
 from regraft.task import load_data, weakness
 from regraft.tuning.recipe import Recipe
-from regraft.upgrade import Base
 
 if TYPE_CHECKING:
     from regraft.adaptation.kinds import Config

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from regraft.base import Base
     from regraft.progress import Progress
-    from regraft.upgrade import Base
 
 DOCUMENTS_AT_ONCE = 512
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation import Adaptation
+    from regraft.base import Base
     from regraft.task import TaskData
     from regraft.tuning.recipe import Recipe
-    from regraft.upgrade import Base
 
 logger = logging.getLogger(__name__)
 

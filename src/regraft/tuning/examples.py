@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from regraft.base import Base
     from regraft.task import Split
-    from regraft.upgrade import Base, Upgrade
+    from regraft.upgrade import Upgrade
 
 GROUPED_BATCHES = 50
 

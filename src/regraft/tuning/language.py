@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from regraft.base import Base
     from regraft.progress import Progress
     from regraft.tuning.recipe import Recipe
-    from regraft.upgrade import Base
 
     Numbers = np.ndarray[Any, np.dtype[np.int64]]
 

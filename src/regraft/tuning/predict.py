@@ -143,7 +143,7 @@ def last_read(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | N
     """
     import torch
 
-    from regraft.upgrade import is_causal
+    from regraft.base import is_causal
 
     classifier, mask = _classifier(model), batch["attention_mask"]
     summary = getattr(classifier, "sequence_summary", None)

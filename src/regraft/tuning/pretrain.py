@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import write_tokenizer
+from regraft.base import PRETRAINING, Base
 from regraft.checkpoint import (
     Checkpoint,
     Derived,
@@ -29,7 +30,7 @@ from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import LEARNING_RATE, LanguageModelling, language_model
 from regraft.tuning.predict import device
 from regraft.tuning.recipe import SEEDS, check_trained
-from regraft.upgrade import PRETRAINING, Base, renewed
+from regraft.upgrade import renewed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,8 +11,8 @@ from regraft.tuning.predict import Output, device, for_each_batch
 if TYPE_CHECKING:
     import torch
 
+    from regraft.base import Base
     from regraft.task import Split, TaskData
-    from regraft.upgrade import Base
 
 PROBED = 512
 

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from regraft.base import Base
     from regraft.progress import Progress
     from regraft.task import TaskData
     from regraft.tuning.anchor import Objective
     from regraft.tuning.recipe import Recipe
-    from regraft.upgrade import Base
 
 LEARNING_RATES = {
     "full": 5e-5,
