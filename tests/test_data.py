@@ -367,7 +367,7 @@ def test_a_head_may_write_its_labels_otherwise(labels: tuple[str, ...], head: tu
 
 @pytest.mark.parametrize("head", [("a", "A"), ("a", "b", "B"), ("yes", "no")])
 def test_labels_that_could_be_several_of_the_head_are_refused(head: tuple[str, ...]) -> None:
-    with pytest.raises(MismatchError, match="Name them alike"):
+    with pytest.raises(MismatchError, match="in `labels`"):
         data_of(("a", "b"), [0, 1], [0]).relabel(head)
 
 

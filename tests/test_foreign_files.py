@@ -9,7 +9,9 @@ import time
 
 import pytest
 import torch
+from conftest import adapt, make_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 from typer.testing import CliRunner
 
 from regraft import Base, Upgrade, check, load_adaptation, recycle, tune
@@ -384,6 +386,23 @@ def test_what_is_no_adapter_of_peft_is_told_apart(tmp_path, copied, tuned, bases
         CheckpointError, match=r"adapter_model\.bin is a pickle, which can run code .* load it with PEFT"
     ):
         load_adaptation(pickled)
+
+
+def test_a_pooler_that_pre_training_left_out_is_added_as_the_message_says(tmp_path, bases, task_file):
+    new = bases["bert"][1]
+    AutoModel.from_pretrained(bases["bert"][0]).save_pretrained(tmp_path / "old")
+    make_tokenizer("bert").save_pretrained(tmp_path / "old")
+    old = Base.open(tmp_path / "old")
+    lora = adapt(old, "lora", tmp_path / "lora")
+    with pytest.raises(MismatchError, match=r"lacks pooler\.dense\.bias, pooler\.dense\.weight") as refusal:
+        recycle(Upgrade(old, new), lora, task_file, "direct", tmp_path / "out")
+    command = str(refusal.value).split("regraft ")[1].rstrip(".").replace("FOLDER", str(tmp_path / "new"))
+    assert CliRunner().invoke(app, command.split()).exit_code == 0
+    load_model(load_adaptation(lora), Base.open(tmp_path / "new"), ("negative", "positive"))
+    written, upgraded = load_file(tmp_path / "new/model.safetensors"), load_file(new / "model.safetensors")
+    for name, tensor in written.items():
+        expected = old.checkpoint[name] if name.startswith("pooler") else upgraded[f"bert.{name}"]
+        assert torch.equal(tensor, expected)
 
 
 # refusals before any training

@@ -114,6 +114,33 @@ def test_a_walk_feeds_the_head_the_tokens_that_it_reads():
     torch.testing.assert_close(torch.cat(fed), alone(model, [texts[i] for i in longest_first]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["xlm", "xlnet"])
+def test_a_walk_sees_the_tokens_that_each_text_has_alone(architecture):
+    """Though layers see tokens × texts × width (XLNet), or blocks are no list of modules that feed each other (XLM)."""
+    sizes = {"d_inner": 24} if architecture == "xlnet" else {"pad_index": 0}
+    config = AutoConfig.for_model(architecture, vocab_size=50, d_model=16, emb_dim=16, n_layer=2, n_head=2, **sizes)
+    config.n_layers = config.n_heads = 2
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    texts = [ids for ids in token_ids() if 0 not in ids]
+    walk, seen, expected = Walk(model, examples_of(texts), "fp32"), {}, {}
+    linear = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+
+    def add(sums, name, rows):
+        sums[name] = sums.get(name, 0) + rows.T @ rows
+
+    for _ in range(walk.parts):
+        walk.run(linear, lambda name, _, fed, __: add(seen, name, fed), go_on=True)
+    for module in linear:
+        module.register_forward_hook(
+            lambda module, args, _: add(expected, walk.names[module], args[0].flatten(0, -2).double())
+        )
+    alone(model, texts)
+    assert seen.keys() == expected.keys()
+    for name, moments in seen.items():
+        torch.testing.assert_close(moments, expected[name], rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """A decoder and its upgrade without a padding token, and an encoder whose texts may hold its padding."""

@@ -417,7 +417,7 @@ def test_relabelling_there_and_back_changes_nothing(labels: list[int], order: li
 def test_relabelling_to_other_labels_lists_both_sides(order: list[str]) -> None:
     with pytest.raises(MismatchError) as error:
         data_of([0, 1, 2]).relabel(order)
-    says(error, "train.csv", "'t'", f"Only in the task: {'none' if 'c' in order else repr('c')}", "Name them alike")
+    says(error, "train.csv", "'t'", f"Only in the task: {'none' if 'c' in order else repr('c')}", "in `labels`")
     says(error, f"Only there: {repr('x') if 'x' in order else 'none'}", f"Expected 3 labels, found {len(order)}")
 
 

@@ -16,10 +16,11 @@ from regraft.adaptation.replaced import graft_replaced, renumbered_settings, rep
 from regraft.adaptation.save import write_adapter, write_tokenizer
 from regraft.adaptation.tokens import tuned_rows
 from regraft.checkpoint import Derived, Entry, write_atomic, write_checkpoint
+from regraft.errors import MismatchError
 from regraft.naming import named
 from regraft.transformers_folder import upgraded_settings
 from regraft.vocabulary import write_vocabulary
-from regraft.weights import counterparts, graft, graft_rows
+from regraft.weights import counterparts, graft, graft_rows, is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -105,8 +106,9 @@ def grafted_adapter(
 
     Raises:
         CheckpointError: Its start cannot be found again from the base alone.
-        MismatchError: A tensor has another shape than the base's.
+        MismatchError: A tensor has another shape than the base's, or the new base lacks the old one's pooler.
     """
+    _check_pooler(adaptation, upgrade)
     tensors, settings = plain_adapter(adaptation, upgrade.old)
     rows = tuned_rows(adaptation, upgrade)
     grafted, replaced = graft_replaced(adaptation, tensors, upgrade, rows, replace=replace)
@@ -221,6 +223,19 @@ def check_fit(adaptation: Adaptation, upgrade: Upgrade, labels: Sequence[str]) -
     if adaptation.kind == "full":
         _check_body(adaptation, upgrade)
     return load_model(adaptation, upgrade.old, labels)
+
+
+def _check_pooler(adaptation: Adaptation, upgrade: Upgrade) -> None:
+    """Refuse a new base that lacks a pooler which the adapter was tuned with and does not store."""
+    old, new = upgrade.old, upgrade.new
+    lost = [name for name in sorted(old.body.keys() - new.body.keys()) if is_optional(name)]
+    lost = [name for name in lost if not any(stored.endswith(f".{name}") for stored in adaptation.checkpoint)]
+    if lost and new.has_pooler:
+        raise MismatchError(
+            f"{new.path}: lacks {', '.join(lost)}, which {adaptation.path} was tuned with on {old.path}: pre-training "
+            f"left it out. Add it to the new base: regraft weights graft --new {new.path} --tuned {old.path} --old "
+            f"{old.path} --out FOLDER."
+        )
 
 
 def _check_body(adaptation: Adaptation, upgrade: Upgrade) -> None:

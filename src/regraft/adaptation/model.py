@@ -96,6 +96,8 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
 
 def _check_tokens(adaptation: Adaptation, model: Any, base: Base) -> None:
     """Refuse a fine-tune whose embeddings have no row for a token that texts are read with."""
+    if base.architecture.embeddings is None:  # as CANINE, which hashes characters
+        return
     rows = model.get_input_embeddings().weight.shape[0]
     # tokens beyond the base's own rows are refused where texts hold them
     token, highest = max(

@@ -128,7 +128,8 @@ class TaskData:
             raise MismatchError(
                 f"{self.train.source}: the labels of task {self.name!r} are not those it is to be used with. "
                 f"Only in the task: {listing(only_here)}. Only there: {listing(only_there)}. "
-                f"Expected {len(self.labels)} labels, found {len(order)}. Name them alike, in `labels` or in the data."
+                f"Expected {len(self.labels)} labels, found {len(order)}. "
+                + ("Name them alike, in `labels` or in the data." if only_here else "List them all in `labels`.")
             )
         numbers = {name: number for number, name in enumerate(order)}
         places = np.array([numbers[pairs[name]] for name in self.labels], dtype=np.int64)

@@ -79,7 +79,8 @@ def _read_file(path: Path, texts: Sequence[str], label: str | None, quoting: Quo
         raise DataError(
             f"{path}: files ending in {path.suffix or 'nothing'!r} are not read as a task. Give a .csv, .tsv, "
             ".jsonl, .json (an object a line, or a list of objects) or .parquet file, the text files also compressed "
-            f"({', '.join(COMPRESSED)}); for a data set of the Hub, write {{dataset: NAME, split: train}}."
+            f"({', '.join(COMPRESSED)}); for a data set of the Hub, write "
+            f"{{dataset: {'NAME' if path.suffix else path.name}, split: train}}."
         )
     check_regular(path)
     if ending == ".parquet":
@@ -101,7 +102,7 @@ def _read_json(path: Path, columns: Sequence[str]) -> Table:
             )
         entries.append(entry)
         rows.append(row)
-    if len(entries) == 1 and any(isinstance(entries[0].get(column, {}), dict | list) for column in columns):
+    if len(entries) == 1 and isinstance(entries[0].get(columns[0], {}), dict | list):
         raise DataError(
             f"{path}: is one object, whose keys are {listing(list(entries[0]))}, not an object for each example. Write "
             "it as a list of those (pandas: orient='records')."

@@ -178,20 +178,21 @@ def _is_prompted(model: Any) -> bool:
     return bool(config and config.is_prompt_learning and config.peft_type.value != "PREFIX_TUNING")
 
 
-def plan_batches(model: nn.Module, examples: Examples) -> list[list[int]]:
+def plan_batches(model: nn.Module, examples: Examples, *, equal: bool = False) -> list[list[int]]:
     """Divide examples into batches of similar length, the longest first; of equal length for MIXING architectures.
 
     Args:
         model: A classifier.
         examples: What it is to be run on.
+        equal: Whether the lengths are to be equal, whatever the architecture.
 
     Returns:
         The indices of each batch's examples.
     """
     lengths = examples.lengths.tolist()
     order = sorted(range(len(examples)), key=lambda index: -lengths[index])
-    is_mixing = _classifier(model).config.model_type in MIXING
-    groups = [list(group) for _, group in itertools.groupby(order, lambda index: lengths[index] if is_mixing else 0)]
+    equal = equal or _classifier(model).config.model_type in MIXING
+    groups = [list(group) for _, group in itertools.groupby(order, lambda index: lengths[index] if equal else 0)]
     return [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
 
 

@@ -21,7 +21,8 @@ class Walk:
     """Goes through a model block by block; a block can be run again after its weights were changed.
 
     The first part of the model is all up to the first block's end, the last one all after the last block. A model whose
-    blocks cannot be told apart, because they share layers as ALBERT's do, is one part.
+    blocks cannot be told apart, because they share layers as ALBERT's do or do not feed each other as XLM's, is one
+    part. Where a model lays out its tokens so that padding cannot be told apart, as XLNet, there is none.
 
     Args:
         model: A classifier of any kind that has no virtual tokens.
@@ -43,13 +44,59 @@ class Walk:
             self.blocks = []
         self.body = set(classifier.base_model.modules())
         self.names = {module: name for name, module in model.named_modules()}
-        self.batches = []
-        for indices in plan_batches(model, examples):
-            batch = examples.batch(indices)
-            self.batches.append({n: t.to(device()) for n, t in batch.items() if n not in ("labels", "index")})
+        plan = plan_batches(model, examples)
+        few = plan[0][: 2 if examples.lengths.max() == 3 else 3]  # other than the number of tokens
+        is_chain, is_padded = self._look(_inputs_of(examples, few))
+        if not is_chain:
+            self.blocks = []
+        if not is_padded:
+            plan = plan_batches(model, examples, equal=True)
+        self.batches = [_inputs_of(examples, indices) for indices in plan]
         self.states: list[Any] = [None] * len(self.batches)
         self.part = 0
         self.part_of: dict[str, int] = {}
+
+    def _look(self, batch: dict[str, torch.Tensor]) -> tuple[bool, bool]:
+        """Run a few texts: does each block feed the next one, and do layers see texts × tokens × width?"""
+        import torch
+
+        from regraft.adaptation.changes import multiplies
+
+        shape, fed, given = batch["attention_mask"].shape, list[Any](), list[Any]()
+        is_padded = True
+
+        def see(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            nonlocal is_padded
+            tensor = [*args, *kwargs.values()][0]
+            is_fewer = tensor[..., 0].numel() < shape.numel()  # positions, or one token of each text
+            is_padded = is_padded and (tensor.dim() < 3 or is_fewer or tensor.shape[:2] == shape)
+
+        def spy(block: Any, run: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = run(*args, **kwargs)
+                fed.append((block, [*args, *kwargs.values()][0]))
+                parts = output.values() if isinstance(output, dict) else output  # a dict, as SqueezeBERT's
+                given.append(output if torch.is_tensor(output) else next(iter(parts)))
+                return output
+
+            return forward
+
+        handles = [
+            module.register_forward_pre_hook(see, with_kwargs=True) for module in self.names if multiplies(module)
+        ]
+        for block in self.blocks:
+            block.forward = spy(block, block.forward)
+        try:
+            with torch.no_grad(), autocast(self.precision, device()):
+                forward(self.model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for block in self.blocks:
+                del block.forward
+        follows = zip(given, fed[1:], strict=False)
+        is_chain = [block for block, _ in fed] == self.blocks and all(torch.equal(a, b) for a, (_, b) in follows)
+        return is_chain, is_padded
 
     @property
     def parts(self) -> int:
@@ -146,3 +193,7 @@ class Walk:
 
 class _PartDone(Exception):
     """What is wanted of a forward pass has been seen."""
+
+
+def _inputs_of(examples: Examples, indices: list[int]) -> dict[str, torch.Tensor]:
+    return {n: t.to(device()) for n, t in examples.batch(indices).items() if n not in ("labels", "index")}
