@@ -16,9 +16,11 @@ from regraft.checkpoint import (
     Checkpoint,
     check_place,
     fingerprint,
+    is_sealed,
     publish,
     replacing,
     resumable_folder,
+    seal,
     temporary_folder,
     to_json,
     write_checkpoint,
@@ -107,6 +109,7 @@ def test_without_locks_it_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
     [
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EFBIG, "File too large"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
     ],
@@ -121,6 +124,15 @@ def test_a_full_disk_is_one_error_and_leaves_no_temporary_file(tmp_path, failure
         raise failure
     assert (work / "checkpoints").is_dir()
     assert (tmp_path / "file").read_text() == "before"
+
+
+def test_a_pipe_in_place_of_a_sealed_file_keeps_nobody_waiting(tmp_path):
+    (tmp_path / "a").write_text("a")
+    seal(tmp_path / "seal.json", [tmp_path / "a"])
+    assert is_sealed(tmp_path / "seal.json")
+    (tmp_path / "a").unlink()
+    os.mkfifo(tmp_path / "a")
+    assert not is_sealed(tmp_path / "seal.json")
 
 
 def test_published_files_are_as_readable_as_any_new_file(tmp_path):

@@ -238,6 +238,19 @@ def test_a_tokenizers_file_of_absurd_size_is_not_read(copied, bases, file):
         _ = Base.open(folder).tokenizer
 
 
+def test_a_tokenizer_that_makes_texts_thousands_of_times_as_long_is_refused(copied, bases):
+    folder = copied(bases["bert"][0])
+    content = json.loads((folder / "tokenizer.json").read_text())
+    longer = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    for times in (3, 4):
+        content["normalizer"] = {"type": "Sequence", "normalizers": [longer] * times}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        if times == 3:
+            assert Base.open(folder).tokenizer("a")["input_ids"]
+    with pytest.raises(CheckpointError, match=r"makes texts up to 10,000 times as long"):
+        _ = Base.open(folder).tokenizer
+
+
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_a_tokenizer_without_padding_token_still_makes_batches(tmp_path, copied, bases, task_file, architecture):
     from regraft.task import load_data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ SIZE = re.compile(r"size|dim|vocab")  # how wide something is, as shared_expert_
 HEADS = re.compile(r"heads$|^n_head$")
 MAX_TOKENIZER_BYTES = 64 * 1024**2  # of a file; the largest of open models, with a million tokens, have some 60 MB
 BESIDE_TOKENIZER = ("config.json", "adapter_config.json", "additional_chat_templates/*")  # read together with it
+MAX_GROWTH = 1000  # of a text by its normalizer; those of open models exchange a character for one or a few
 SLACK = 1 << 24  # numbers that a model may have beyond twice its file's: those of a head and a pooler
 
 
@@ -161,6 +163,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: has no tokenizer_config.json, and transformers takes special tokens that its tokenizer.json "
             f"has not ({', '.join(map(repr, invented[:5]))}). Copy the file that was saved with it."
         )
+    normalizer: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is not None and (growth := _growth(json.loads(normalizer.__getstate__()))) > MAX_GROWTH:
+        raise CheckpointError(f"{folder}: its tokenizer's normalizer makes texts up to {growth:,.0f} times as long.")
     longest: Any = tokenizer.model_max_length
     if type(longest) not in (int, float) or not longest == longest // 1 or longest < 1:
         raise CheckpointError(
@@ -191,6 +196,16 @@ def check_sizes(folder: Path) -> None:
             raise CheckpointError(
                 f"{file}: has {size:,} bytes, more than the {MAX_TOKENIZER_BYTES:,} that are read of such a file."
             )
+
+
+def _growth(rule: dict[str, Any]) -> float:
+    """Compute how many times as long the normalizer of a tokenizer.json may make a text."""
+    if rule["type"] == "Sequence":
+        return math.prod(map(_growth, rule["normalizers"]))
+    if rule["type"] != "Replace":
+        return 1
+    text = rule["pattern"].get("String")  # a regular expression may match nothing, before every character
+    return max(1, len(rule["content"]) / max(len(text), 1)) if text is not None else 1 + len(rule["content"])
 
 
 def _check_counts(settings: dict[str, Any], file: Path, tensors: int) -> None:

@@ -110,7 +110,7 @@ def load_outcome(path: str | Path) -> Outcome:
     try:
         record = read_json(file)
     except CheckpointError as error:
-        raise OutcomeError(f"{path}: is no outcome folder: outcome.json cannot be read ({error}).") from error
+        raise OutcomeError(f"{path}: is no outcome folder ({error}). Choose another, or remove it.") from error
     if record.get("schema") != SCHEMA:
         raise OutcomeError(f"{file}: has schema {record.get('schema')!r:.40}, this regraft reads {SCHEMA}.")
     return Outcome(Path(path), record)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # how safetensors (Rust) and torch's zip writer report a write that failed; neither keeps the error number
-NO_ROOM = re.compile(r"os error (28|122)\b|No space left on device|file write failed|unexpected pos \d+ vs \d+")
+NO_ROOM = re.compile(r"os error (27|28|122)\b|No space left on device|file write failed|unexpected pos \d+ vs \d+")
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def is_disk_full(error: BaseException) -> bool:
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         if not isinstance(cause, CheckpointError) and NO_ROOM.search(str(cause)):
             return True
@@ -154,7 +154,10 @@ def disk_full(path: Path | str) -> DiskFullError:
     Returns:
         The error, for raising.
     """
-    return DiskFullError(f"{path}: the disk is full (or your quota of it). Make room, and the same command goes on.")
+    return DiskFullError(
+        f"{path}: the disk is full (or your quota of it, or a limit on a file's size is reached). Make room, and the "
+        "same command goes on."
+    )
 
 
 def seal(record: Path, files: Iterable[Path], facts: Mapping[str, Any] | None = None) -> None:
@@ -191,6 +194,8 @@ def is_sealed(record: Path, facts: Mapping[str, Any] | None = None) -> bool:
 
 
 def _digest(file: Path) -> str:
+    if not file.is_file():  # a pipe would keep its reader waiting
+        raise FileNotFoundError(errno.ENOENT, "is no file", str(file))
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
