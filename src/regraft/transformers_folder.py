@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # what a config may ask to be built one by one; the deepest open models have some 200 layers, the widest 2,048 experts
-LAYER = re.compile(r"layer|depth|stage|^n(um)?_blocks?$")
+LAYER = re.compile(r"(?<!max_window_)layer|depth|stage|^n(um)?_blocks?$")  # Qwen's window bounds layers that there are
 MOST = (
     (LAYER, 1024),
     (re.compile(r"expert|group"), 4096),
