@@ -24,7 +24,9 @@ MOST = (
     (re.compile(r"label"), 100_000),
 )
 # what a fine-tune's config.json says of its own tensors and head
-OF_THE_TUNED = {"architectures", "id2label", "label2id", "problem_type", "dtype", "torch_dtype"}
+OF_THE_TUNED = {
+    "architectures", "id2label", "label2id", "problem_type", "dtype", "torch_dtype", "tie_word_embeddings",
+}  # fmt: skip
 SIZE = re.compile(r"size|dim|vocab")  # how wide something is, as shared_expert_intermediate_size; files tell that
 HEADS = re.compile(r"heads$|^n_head$")
 MAX_TOKENIZER_BYTES = 64 * 1024**2  # of a file; the largest of open models, with a million tokens, have some 60 MB
