@@ -96,10 +96,14 @@ def lay_out(
         )
     _check_values(updates, architecture)
     if strays:
+        remedy = "" if config.get("task_type") else " If it has a head, write its task_type into adapter_config.json."
+        if any(".lora_" in name for name in strays):
+            remedy = (
+                " PEFT merges none of them either, as where a tied module is tuned twice: serve it beside its base."
+            )
         raise CheckpointError(
             f"{len(strays)} tensors of the LoRA have no place in a {name_of} with it, and would be lost: "
-            f"{', '.join(strays[:4])}."
-            + ("" if config.get("task_type") else " If it has a head, write its task_type into adapter_config.json.")
+            f"{', '.join(strays[:4])}.{remedy}"
         )
     _check_shapes(adapter, expected, updates, architecture)
     return adapter, updates
