@@ -315,7 +315,8 @@ def test_what_the_upgrade_changed_in_the_config_is_the_new_bases(tmp_path, made,
     """A new base trained for longer texts turns its positions otherwise: so must what is put onto it."""
     old, new = opened["llama"]
     shutil.copytree(new.path, tmp_path / "new")
-    config(rope_parameters={"rope_type": "default", "rope_theta": 50.0}, eos_token_id=3)(tmp_path / "new")
+    rotary = {"rope_type": "default", "rope_theta": 50.0}
+    config(rope_parameters=rotary, eos_token_id=3, tie_word_embeddings=True)(tmp_path / "new")
     new = Base.open(tmp_path / "new")
     tuned = made["llama", "full"][0]
     write_graft(load_adaptation(tuned), Upgrade(old, new), tmp_path / "out", silent)

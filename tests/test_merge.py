@@ -58,7 +58,7 @@ MODELS = {
 }
 KINDS = {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM", AutoModel: "FEATURE_EXTRACTION"}
 FAST = [
-    ("bert-bare", {"target_modules": ["query"], "bias": "all"}),
+    ("bert-bare", {"target_modules": ["query"], "bias": "all", "modules_to_save": ["pooler"]}),
     ("gpt2", {"target_modules": ["attn.c_proj", "lm_head"]}),
     ("gpt2", {"target_modules": ["c_attn", "wte"], "use_dora": True}),
     ("llama", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens", "norm"]}),
@@ -68,6 +68,7 @@ FAST = [
     ("qwen3-moe", {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
     ("t5", {"target_modules": ["q", "shared"], "modules_to_save": ["lm_head"]}),
     ("t5", {"target_modules": ["q", "shared"], "task_type": None}),
+    ("gpt2", {"target_modules": ["c_attn"], "task_type": None}),
 ]
 
 
@@ -136,6 +137,9 @@ def base_of(tmp_path_factory):
 def check_merged(tmp_path, base_of, name, settings):
     base, plain = base_of(name)
     tune(tmp_path / "adapter", name, base, settings)
+    if "task_type" in settings:  # nor does the base name its class
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"architectures": None}))
     invoke("merge-lora", "--adapter", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out")
     expected = as_peft_loads(name, base, tmp_path / "adapter")
     assert (expected - plain).abs().max() > 1e-3
@@ -309,6 +313,10 @@ def test_a_refusal_leaves_nothing_behind(tmp_path, base_of):
     assert "biases to 2 layers that have none" in str(done.exception)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter"]
     tune(tmp_path / "adapter", "llama", base, {"target_modules": ["q_proj"]})
+    adapter = Checkpoint.open(tmp_path / "adapter")
+    state = {name.replace(".weight", ".default.weight"): adapter[name] for name in adapter}  # that of PEFT's model
+    with pytest.raises(CheckpointError, match=r"take `\.default` out of them"):
+        merge_lora(state, lora_settings(tmp_path / "adapter"), Checkpoint.open(base))
     done = CliRunner().invoke(app, [*options, str(base)])
     assert isinstance(done.exception, OutcomeError)
     assert "is the folder of --base" in str(done.exception)

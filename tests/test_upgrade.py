@@ -92,6 +92,10 @@ def test_what_is_no_base_is_told_apart(tmp_path, bases):
         file.unlink()
     with pytest.raises(CheckpointError, match=r"base: holds no tokenizer"):
         Upgrade(tmp_path / "base", bases["bert"][1])
+    wrapped = rewritten(bases["bert"][0], tmp_path / "wrapped", lambda t: {f"module.{n}": x for n, x in t.items()})
+    for read in (Base.open, lambda folder: named_alike({"old": Checkpoint.open(folder)})):
+        with pytest.raises(CheckpointError, match=r"names tensors as 'module.* transformers would load none of these"):
+            read(wrapped)
 
 
 def test_tensors_that_differ_are_listed(tmp_path, bases):

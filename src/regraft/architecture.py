@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from regraft.checkpoint import Checkpoint
+
 COMPILED = "_orig_mod."  # torch.compile's wrapper, saved with the names of what it wraps
 # buffers that models compute for themselves and older versions stored: causal masks, positions, rotary tables
 BUFFER = re.compile(
@@ -104,6 +106,22 @@ class Architecture:
             return False
         tops = {stored.removeprefix(start).split(".")[0] for stored in self.stored}
         return name.startswith(start) or name.split(".")[0] in tops
+
+    def stranger(self, checkpoint: Checkpoint) -> CheckpointError:
+        """Return the error for a checkpoint of which the class has no tensor.
+
+        Args:
+            checkpoint: The stored tensors.
+
+        Returns:
+            The error, with what tensors are called there and what to do.
+        """
+        names = ", ".join(map(repr, sorted(checkpoint)[:2]))
+        return CheckpointError(
+            f"{checkpoint.path}: holds no weights of a {type(self.model).__name__}: it names tensors as {names}, and "
+            "transformers would load none of these. Load it with what saved it and call save_pretrained of the model "
+            "itself, not of a wrapper (`module.`, `base_model.`)."
+        )
 
     def is_tied(self, name: str) -> bool:
         """Return whether a stored tensor is another one once more.

@@ -82,8 +82,7 @@ class Base:
                 "carries over text models. Save its text model by itself: load it with the class for causal language "
                 "models of that name, as Gemma3ForCausalLM, and call save_pretrained."
             )
-        if not base.body:
-            raise CheckpointError(f"{path}: holds no weights of a {base.config.model_type} model.")
+        _ = base.body
         return base
 
     @functools.cached_property
@@ -288,7 +287,7 @@ def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, 
         The stored name of each floating-point body tensor, by the canonical name inside the body.
 
     Raises:
-        CheckpointError: A tensor is stored under two names, or is of the body and the class has no such.
+        CheckpointError: A tensor is stored under two names, or is of the body and the class has no such, or none is.
     """
     names: dict[str, str] = {}
     for name, info in sorted(checkpoint.tensors.items(), key=lambda item: architecture.is_tied(item[0])):
@@ -307,4 +306,6 @@ def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, 
             )
         if inner is not None:
             names.setdefault(inner, name)
+    if not names:
+        raise architecture.stranger(checkpoint)
     return names

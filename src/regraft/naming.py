@@ -67,7 +67,7 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
         The tensors, read when they are asked for.
 
     Raises:
-        CheckpointError: Transformers cannot build the class, or a tensor is stored twice under different names.
+        CheckpointError: Transformers cannot build the class, or it has none of the tensors, or one is stored twice.
     """
     head, body = architecture_of(config, class_name(checkpoint, config)), architecture_of(config)
     start = f"{head.prefix}." if any(name.startswith(f"{head.prefix}.") for name in head.stored) else ""
@@ -75,6 +75,8 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
     def key_of(name: str) -> str:
         return body.identify(name) or name
 
+    if not any(map(body.identify, checkpoint)) and not any(map(head.identify, checkpoint)):
+        raise body.stranger(checkpoint)
     sources: dict[str, str] = {}
     for stored in sorted(checkpoint, key=head.is_tied):  # a tensor before what is tied to it
         inner = body.identify(stored)

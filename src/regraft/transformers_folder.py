@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # what a config may ask to be built one by one; the deepest open models have some 200 layers, the widest 2,048 experts
-LAYER = re.compile(r"layer|depth|stage|^n(um)?_blocks?$")
+LAYER = re.compile(r"(?<!max_window_)layer|depth|stage|^n(um)?_blocks?$")  # Qwen's window bounds layers that there are
 MOST = (
     (LAYER, 1024),
     (re.compile(r"expert|group"), 4096),
     (re.compile(r"label"), 100_000),
 )
 # what a fine-tune's config.json says of its own tensors and head
-OF_THE_TUNED = {"architectures", "id2label", "label2id", "problem_type", "dtype", "torch_dtype"}
+OF_THE_TUNED = {
+    "architectures", "id2label", "label2id", "problem_type", "dtype", "torch_dtype", "tie_word_embeddings",
+}  # fmt: skip
 SIZE = re.compile(r"size|dim|vocab")  # how wide something is, as shared_expert_intermediate_size; files tell that
 HEADS = re.compile(r"heads$|^n_head$")
 MAX_TOKENIZER_BYTES = 64 * 1024**2  # of a file; the largest of open models, with a million tokens, have some 60 MB

@@ -15,7 +15,7 @@ from regraft.errors import CheckpointError, MismatchError
 from regraft.progress import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, torch.Tensor]
 
 ROWS = "trainable_tokens_delta"
+# with `bias`, PEFT stores those of a module of several layers that is saved as a whole a second time, by such names
+NESTED = re.compile(r"\.modules_to_save\.[^.]+\.(?=[^.]+\.)")
 WRAPPERS = {"base_layer", "original_module", "token_adapter", "modules_to_save"}  # what PEFT puts around a module
 # settings of how a LoRA begins and trains, which change nothing once its tensors are there: some need the base's
 # weights, and `megatron_core` has PEFT import whatever module it names
@@ -83,7 +85,7 @@ def lay_out(
     if absent := sorted(expected.keys() - adapter.keys()):
         raise CheckpointError(
             f"the LoRA tunes {len(absent)} tensors of a {name_of} that it does not hold: {', '.join(absent[:4])}. "
-            "Either it is not whole, or it is of another base."
+            f"Either it is not whole, or it is of another base.{named_twice(adapter)}"
         )
     updates = _updates_of_modules(tuned, adapter, config)
     strays = _add_stored_whole(updates, adapter, architecture)
@@ -94,12 +96,35 @@ def lay_out(
         )
     _check_values(updates, architecture)
     if strays:
+        remedy = "" if config.get("task_type") else " If it has a head, write its task_type into adapter_config.json."
+        if any(".lora_" in name for name in strays):
+            remedy = (
+                " PEFT merges none of them either, as where a tied module is tuned twice: serve it beside its base."
+            )
         raise CheckpointError(
             f"{len(strays)} tensors of the LoRA have no place in a {name_of} with it, and would be lost: "
-            f"{', '.join(strays[:4])}."
+            f"{', '.join(strays[:4])}.{remedy}"
         )
     _check_shapes(adapter, expected, updates, architecture)
     return adapter, updates
+
+
+def named_twice(names: Iterable[str]) -> str:
+    """Return what to do about names that hold the adapter's name, as a model's state has them and PEFT's files do not.
+
+    Args:
+        names: Of an adapter's tensors.
+
+    Returns:
+        A sentence after a space; nothing where no name is of that kind.
+    """
+    example = next((name for name in names if f".{ADAPTER}." in name), None)
+    if example is None:
+        return ""
+    return (
+        f" Its names hold the adapter's, as {example!r}, and PEFT would load none of these: take `.{ADAPTER}` out of "
+        "them, or save it with save_pretrained of PEFT."
+    )
 
 
 def peft_settings(config: Mapping[str, Any]) -> Any:
@@ -297,4 +322,5 @@ def _check_shapes(
 
 
 def _plain(path: str) -> str:
+    path = NESTED.sub(".", path)
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.adaptation import BASE_CHANGING_INITS
 from regraft.adaptation.fit import check_beside_body, check_body, check_computing, check_settings
 from regraft.adaptation.kinds import check_start, read_config
-from regraft.adaptation.layout import as_loaded
+from regraft.adaptation.layout import as_loaded, named_twice
 from regraft.adaptation.lora import ADAPTER, START
 from regraft.architecture import BUFFER, COMPILED
 from regraft.checkpoint import FLOATING, Checkpoint, dtype_of, shape_of
@@ -334,7 +334,7 @@ def _account(
         refusal: type[RegraftError] = MismatchError if misshapen else CheckpointError
         raise refusal(
             f"{adaptation.path}: does not fit {base.path} with {len(labels)} labels ({', '.join(labels[:8])}). "
-            f"Tensors {told}."
+            f"Tensors {told}.{named_twice(stored.keys() - landed.keys())}"
         )
     for name in shared:
         value = landed[name].cpu()

@@ -57,7 +57,10 @@ def tuned_architecture(
         raise CheckpointError(f"{base.path}: has no config.json, which says what model a LoRA is merged into.")
     own = read_config(base)
     tasks = getattr(auto, TASKS.get(str(config.get("task_type")), ""), {})
-    classes = [*filter(None, (tasks.get(own.model_type), class_name(base, own))), None]
+    own_class = [*filter(None, (tasks.get(own.model_type), class_name(base, own)))]
+    tables = ("MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+    others = [*filter(None, (getattr(auto, f"MODEL_FOR_{t}_MAPPING_NAMES").get(own.model_type) for t in tables))]
+    classes = [*own_class, None, *others] if own_class or own.architectures else [*others, None]
     modules = {_module_of(name) for name in adapter}
     fitting: dict[str | None, int] = {}
     for name in dict.fromkeys(classes):
