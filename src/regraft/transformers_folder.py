@@ -218,10 +218,8 @@ def _check_counts(settings: dict[str, Any], file: Path, tensors: int) -> None:
             ("drop" in name and not 0 <= value <= 1) or (HEADS.search(name) and not value >= 1)
         ):
             raise CheckpointError(f"{file}: {name} is {value!r:.80}, which no model has. Correct it.")
-        if name == "chunk_size_feed_forward" and (type(value) is not int or value > 1):
-            raise CheckpointError(
-                f"{file}: {name} is {value!r:.80}, for texts of its multiples alone. Write 0, which computes the same."
-            )
+        if name == "chunk_size_feed_forward" and (type(value) is not int or value < 0):
+            raise CheckpointError(f"{file}: {name} is {value!r:.80}, no number of tokens. Write 0.")
         count = len(value) if name == "id2label" and isinstance(value, dict) else value
         for part, most in MOST:
             limit = min(most, max(tensors, 64)) if part is LAYER else most  # a layer has a tensor, and a few are cheap
