@@ -57,12 +57,12 @@ class Walk:
         self.part_of: dict[str, int] = {}
 
     def _look(self, batch: dict[str, torch.Tensor]) -> tuple[bool, bool]:
-        """Run a few texts: does each block feed the next one, and do layers see texts × tokens × width?"""
+        """Run a few texts: return whether each block feeds the next, and whether layers see texts × tokens × width."""
         import torch
 
         from regraft.adaptation.changes import multiplies
 
-        shape, fed, given = batch["attention_mask"].shape, list[Any](), list[Any]()
+        shape, inputs, outputs = batch["attention_mask"].shape, list[Any](), list[Any]()
         is_padded = True
 
         def see(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -74,9 +74,9 @@ class Walk:
         def spy(block: Any, run: Any) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = run(*args, **kwargs)
-                fed.append((block, [*args, *kwargs.values()][0]))
+                inputs.append((block, [*args, *kwargs.values()][0]))
                 parts = output.values() if isinstance(output, dict) else output  # a dict, as SqueezeBERT's
-                given.append(output if torch.is_tensor(output) else next(iter(parts)))
+                outputs.append(output if torch.is_tensor(output) else next(iter(parts)))
                 return output
 
             return forward
@@ -94,8 +94,8 @@ class Walk:
                 handle.remove()
             for block in self.blocks:
                 del block.forward
-        follows = zip(given, fed[1:], strict=False)
-        is_chain = [block for block, _ in fed] == self.blocks and all(torch.equal(a, b) for a, (_, b) in follows)
+        steps = zip(outputs, inputs[1:], strict=False)
+        is_chain = [block for block, _ in inputs] == self.blocks and all(torch.equal(a, b) for a, (_, b) in steps)
         return is_chain, is_padded
 
     @property
