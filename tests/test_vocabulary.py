@@ -379,6 +379,18 @@ def test_settings_name_tokens_by_their_new_ids(tmp_path, bases, eos):
             run("weights", *command, *sides)
 
 
+def test_no_line_leads_from_a_model_to_one_that_computes_otherwise(bases, tmp_path):
+    first = bases["llama"][0]
+    second = shutil.copytree(first, tmp_path / "second")
+    line = ("weights", "interpolate", "--first", first, "--second", second, "--t", 0.5, "--out", tmp_path / "out")
+    settings = json.loads((second / "config.json").read_text())
+    (second / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.1}))
+    with pytest.raises(MismatchError, match=r"rms_norm_eps is 0\.1, not"):
+        run(*line)
+    (second / "config.json").write_text(json.dumps(settings | {"use_cache": False}))
+    run(*line)
+
+
 def test_tokens_that_a_tokenizer_learned_are_not_added_to_another(tmp_path):
     """`Ġab` as an added token would stand for these very characters in texts."""
     sides = {}

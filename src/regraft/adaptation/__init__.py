@@ -2,6 +2,7 @@
 
 from regraft.adaptation.adaptation import Adaptation, load_adaptation, write_lineage
 from regraft.adaptation.extract import ExtractedLora, extract_lora, write_lora
+from regraft.adaptation.fit import differing_settings
 from regraft.adaptation.graft import check_fit, plain_adapter, write_graft
 from regraft.adaptation.head import HEADS, Head, change_head, stored_labels
 from regraft.adaptation.kinds import KINDS, kind_of, new_config, read_config, settings
@@ -21,6 +22,7 @@ __all__ = [
     "attach",
     "change_head",
     "check_fit",
+    "differing_settings",
     "extract_lora",
     "find_outcome",
     "fresh_model",

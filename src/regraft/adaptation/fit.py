@@ -87,19 +87,35 @@ def check_computing(adaptation: Adaptation, base: Base) -> None:
         CheckpointError: transformers cannot read the config.
         MismatchError: A setting differs that no tensor's shape tells of, as the number of attention heads.
     """
-    config = config_of(adaptation)
-    tuned, own = config.to_dict(), base.config.to_dict()
-    ignored = _ignored_settings(config, adaptation.path) | _ignored_settings(base.config, base.path)
-    differing = [
-        f"{key} is {tuned.get(key)!r:.80}, in the base {own.get(key)!r:.80}"
-        for key in sorted(tuned.keys() | own.keys())
-        if COMPUTING.search(key) and key not in ignored and tuned.get(key) != own.get(key)
-    ]
-    if differing:
+    if differing := differing_settings(config_of(adaptation), adaptation.path, base.config, base.path):
         raise MismatchError(
             f"{adaptation.path}/config.json does not go with {base.path}: {'; '.join(differing[:4])}. The same weights "
             "would compute something else. Was it tuned on that base?"
         )
+
+
+def differing_settings(config: PretrainedConfig, folder: Path, other: PretrainedConfig, beside: Path) -> list[str]:
+    """Say in which settings two configs would have the same weights compute something else.
+
+    Args:
+        config: A config.
+        folder: The folder it is in.
+        other: The config that it is compared with.
+        beside: The folder of that one.
+
+    Returns:
+        A phrase for each setting.
+
+    Raises:
+        MismatchError: One of them has a setting that transformers no longer reads.
+    """
+    tuned, own = config.to_dict(), other.to_dict()
+    ignored = _ignored_settings(config, folder) | _ignored_settings(other, beside)
+    return [
+        f"{key} is {tuned.get(key)!r:.80}, not {own.get(key)!r:.80}"
+        for key in sorted(tuned.keys() | own.keys())
+        if COMPUTING.search(key) and key not in ignored and tuned.get(key) != own.get(key)
+    ]
 
 
 def config_of(adaptation: Adaptation) -> PretrainedConfig:

@@ -104,11 +104,21 @@ def interpolate(
     dry_run: DryRun = False,
 ) -> None:
     """Walk the straight line between two checkpoints: (1 − t)·first + t·second."""
+    from regraft.adaptation import differing_settings
+    from regraft.errors import MismatchError
+    from regraft.transformers_folder import read_config
     from regraft.vocabulary import check_same_rows
-    from regraft.weights import interpolate_all
+    from regraft.weights import Named, interpolate_all
 
     sides = _open(check_finite, {"first": first, "second": second})
     views = _named(sides)
+    if isinstance(views["first"], Named):
+        start, end = sides["first"], sides["second"]
+        if differing := differing_settings(read_config(end), end.path, read_config(start), start.path):
+            raise MismatchError(
+                f"{end.path}/config.json does not go with {start.path}: {'; '.join(differing[:4])}. No model between "
+                "them computes as both do."
+            )
     check_same_rows({side: opened.folder for side, opened in sides.items()}, views)
     walked = interpolate_all(views["first"], views["second"], _finite("--t", t))
     _write(walked, out, sides, "first", {"operation": "interpolate", "t": t}, shard_size, dry_run)
