@@ -15,7 +15,7 @@ from runner import refusal
 from regraft import Upgrade, load_outcome
 from regraft.methods import methods
 from regraft.task import flips
-from regraft.task.bootstrap import RESAMPLES, resampled_scores
+from regraft.task.bootstrap import resampled_scores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -152,16 +152,10 @@ def difference(
     Returns:
         `estimate`, `low` and `high`.
     """
-    once = np.ones((1, len(labels)))
-    drawn = np.random.default_rng(seed).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), RESAMPLES)
-
-    def mean(counts: Any) -> Any:
-        pairs = zip(ours, theirs, strict=True)
-        both = [[resampled_scores(metric, labels, row, counts) for row in pair] for pair in pairs]
-        return np.mean([one - other for one, other in both], axis=0)
-
-    low, high = np.quantile(mean(drawn), [0.025, 0.975])
-    return {"estimate": round(float(mean(once)[0]), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
+    scores = resampled_scores(metric, labels, [*ours, *theirs], seed=seed)
+    estimate, *differences = np.mean(scores[: len(ours)] - scores[len(ours) :], axis=0)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return {"estimate": round(float(estimate), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
 
 
 def _differences(grid: Grid, found: dict[Cell, Outcome]) -> list[dict[str, Any]]:

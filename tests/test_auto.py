@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from conftest import move_base, write_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from regraft import Base, Recipe, Task, Upgrade, check, compare, recycle, tune
 from regraft.errors import DataError, RecipeError
@@ -27,11 +30,29 @@ FEW = Recipe(steps=12, batch_size=8, learning_rate=1e-3, eval_every=3, save_ever
 def test_scores_of_resamples_are_those_of_scikit_learn(seed, classes, metric):
     chance = np.random.default_rng(seed)
     labels, guesses = chance.integers(0, classes, (2, 25))
-    counts = chance.multinomial(25, np.full(25, 1 / 25), 6)
-    found = resampled_scores(metric, labels, guesses, counts)
-    for count, value in zip(counts, found, strict=True):
+    counts = np.random.default_rng(seed).multinomial(25, np.full(25, 1 / 25), 6)
+    (scores,) = resampled_scores(metric, labels, [guesses], seed=seed, resamples=6)
+    by_scikit_learn = {
+        "accuracy": accuracy_score, "macro_f1": partial(f1_score, average="macro", zero_division=0.0),
+        "mcc": matthews_corrcoef,
+    }[metric]  # fmt: skip
+    for count, value in zip([np.ones(25, dtype=int), *counts], scores, strict=True):
         drawn = np.repeat(np.arange(25), count)
-        assert value == pytest.approx(score(metric, labels[drawn], guesses[drawn]), abs=1e-9)
+        assert value == pytest.approx(by_scikit_learn(labels[drawn], guesses[drawn]), abs=1e-12)
+    assert score(metric, labels, guesses) == by_scikit_learn(labels, guesses)  # to the bit
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "mcc"])
+def test_a_thousand_labels_are_resampled_in_little_memory(metric):
+    chance = np.random.default_rng(0)
+    labels = chance.integers(0, 1000, 4000)
+    guesses = np.where(chance.random(4000) < 0.5, labels, chance.integers(0, 1000, 4000))
+    tracemalloc.start()
+    interval = paired_difference(metric, labels, guesses, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert interval.low < interval.high < 0
+    assert peak < 250 * 2**20
 
 
 def test_the_interval_of_a_difference_is_the_binomials():

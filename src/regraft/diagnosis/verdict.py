@@ -125,9 +125,7 @@ def verdict(
     """
     true = np.asarray(labels)
     added = gain.estimate if gain is not None and gain.low > 0 else 0.0
-    drawn = np.random.default_rng(seed).multinomial(len(true), np.full(len(true), 1 / len(true)), RESAMPLES)
-    counts = np.concatenate([np.ones((1, len(true))), drawn])
-    old, new = (resampled_scores(metric, true, guesses, counts) for guesses in (before, after))
+    old, new = resampled_scores(metric, true, [before, after], seed=seed)
     expected = old + added - floor
     shares = np.divide(new - floor, expected, out=np.zeros_like(new), where=expected > 0)
     choices = [choose(share, added) for share in shares.tolist()]
@@ -148,7 +146,7 @@ def verdict(
         )  # fmt: skip
         value = f"{100 * gain.estimate:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
         found += (Reason("probe of the new base", value, says),)
-    sure = choices[1:].count(chosen) / len(drawn)
+    sure = choices[1:].count(chosen) / RESAMPLES
     if why := weakness(true.tolist()):
         sure = 0.0
         found += (Reason("examples", f"{len(true):,}", why),)

@@ -6,15 +6,18 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.task.metrics import METRICS, score
+from regraft.task.metrics import summands
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import ArrayLike
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 RESAMPLES = 2000
+BLOCK = 1 << 22  # counts of examples, or sums, in memory at once: 32 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,49 +67,43 @@ def paired_difference(
 
     if not 0.5 <= confidence < 1:
         raise RecipeError(f"the confidence is from 0.5 to below 1, found {confidence}.")
-    estimate = score(metric, labels, predictions) - score(metric, labels, reference)
-    true = np.asarray(labels)
-    counts = np.random.default_rng(seed).multinomial(len(true), np.full(len(true), 1 / len(true)), RESAMPLES)
-    differences = resampled_scores(metric, true, predictions, counts) - resampled_scores(
-        metric, true, reference, counts
-    )
+    one, other = resampled_scores(metric, labels, [predictions, reference], seed=seed)
+    estimate, *differences = one - other
     low, high = np.quantile(differences, [1 - confidence, confidence])
-    return Interval(estimate, float(low), float(high))
+    return Interval(float(estimate), float(low), float(high))
 
 
-def resampled_scores(metric: str, labels: ArrayLike, predictions: ArrayLike, counts: ArrayLike) -> Floats:
-    """Score predictions on many resamples at once, from the confusion matrix of each.
+def resampled_scores(
+    metric: str, labels: ArrayLike, predictions: Sequence[ArrayLike], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Floats:
+    """Score several models on the examples as they are, and on resamples of them that all share.
 
     Args:
         metric: As `score` takes it.
         labels: The true class of each example.
-        predictions: The predicted class of each example.
-        counts: How often each example is in each resample, resamples × examples.
+        predictions: The predicted class of each example, by each model.
+        seed: What the resamples are drawn from.
+        resamples: How many are drawn.
 
     Returns:
-        A score a resample, what `score` gives on it.
+        The scores, models × (1 + resamples).
 
     Raises:
         RecipeError: There is no such metric.
+        MismatchError: There are not as many predictions as labels.
     """
     import numpy as np
 
-    if metric not in METRICS:
-        raise RecipeError(f"metric {metric!r}: there is no such metric. Use one of {', '.join(METRICS)}.")
-    true, predicted, drawn = np.asarray(labels), np.asarray(predictions), np.asarray(counts, dtype=np.float64)
-    classes = int(max(true.max(), predicted.max())) + 1
-    cells = np.zeros((len(true), classes * classes))
-    cells[np.arange(len(true)), true * classes + predicted] = 1
-    confusion = (drawn @ cells).reshape(-1, classes, classes)
-    right, of_class, guessed = np.trace(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1)
-    total = of_class.sum(axis=1)
-    if metric == "accuracy":
-        return np.asarray(right / total)
-    if metric == "macro_f1":
-        hits = np.diagonal(confusion, axis1=1, axis2=2)
-        present = (of_class + guessed) > 0
-        f1 = np.divide(2 * hits, of_class + guessed, out=np.zeros_like(hits), where=present)
-        return np.asarray(f1.sum(axis=1) / present.sum(axis=1))
-    covariance = right * total - (of_class * guessed).sum(axis=1)
-    spread = (total**2 - (of_class**2).sum(axis=1)) * (total**2 - (guessed**2).sum(axis=1))
-    return np.asarray(np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=spread > 0))
+    models = [summands(metric, labels, guesses) for guesses in predictions]
+    total = models[0][1].shape[0]
+    size = max(1, BLOCK // max(total, *(statistics.shape[1] for _, statistics in models)))
+    chance, even = np.random.default_rng(seed), np.full(total, 1 / total)
+    scores = np.empty((len(models), 1 + resamples))
+    for start in range(0, 1 + resamples, size):
+        count = min(size, 1 + resamples - start)
+        drawn = chance.multinomial(total, even, count - (not start))
+        counts = np.concatenate([np.ones((int(not start), total)), drawn])
+        for row, (chosen, statistics) in enumerate(models):
+            sums = np.ascontiguousarray((statistics.T @ counts.T).T)  # rows are added up in the order of `score`
+            scores[row, start : start + count] = chosen.value(sums)
+    return scores

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError, MismatchError, RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
     from numpy.typing import ArrayLike
+    from scipy.sparse import csr_array
 
     from regraft.task.data import TaskData
     from regraft.task.split import Split
 
-METRICS = ("accuracy", "macro_f1", "mcc")
+    Classes = np.ndarray[Any, np.dtype[np.int64]]
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A score that is a function of sums over examples, and so is known of any resample of them.
+
+    Args:
+        name: What a task file calls it.
+        statistics: Returns what is summed, examples × k, of true and predicted classes.
+        value: Returns the scores of sums, resamples × k.
+    """
+
+    name: str
+    statistics: Callable[[Classes, Classes], csr_array]
+    value: Callable[[Floats], Floats]
 
 
 def score(metric: str, labels: ArrayLike, predictions: ArrayLike) -> float:
@@ -34,8 +53,27 @@ def score(metric: str, labels: ArrayLike, predictions: ArrayLike) -> float:
         DataError: There are no examples.
         MismatchError: There are not as many predictions as labels.
     """
+    chosen, statistics = summands(metric, labels, predictions)
+    return float(chosen.value(statistics.sum(axis=0)[None])[0])
+
+
+def summands(metric: str, labels: ArrayLike, predictions: ArrayLike) -> tuple[Metric, csr_array]:
+    """Look up a metric and compute what it sums over examples.
+
+    Args:
+        metric: Its name.
+        labels: The true class of each example.
+        predictions: The predicted class of each example.
+
+    Returns:
+        The metric and its statistics, examples × k.
+
+    Raises:
+        RecipeError: There is no such metric.
+        DataError: There are no examples.
+        MismatchError: There are not as many predictions as labels.
+    """
     import numpy as np
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     if metric not in METRICS:
         raise RecipeError(f"metric {metric!r}: there is no such metric. Use one of {', '.join(METRICS)}.")
@@ -43,13 +81,64 @@ def score(metric: str, labels: ArrayLike, predictions: ArrayLike) -> float:
     _require_equal_lengths(labels=len(true), predictions=len(predicted))
     if not len(true):
         raise DataError("there are no examples to score. Give a split that has some.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # scikit-learn suspects regression where classes are many
-        if metric == "accuracy":
-            return float(accuracy_score(true, predicted))
-        if metric == "macro_f1":
-            return float(f1_score(true, predicted, average="macro", zero_division=0.0))
-        return float(matthews_corrcoef(true, predicted))
+    return METRICS[metric], METRICS[metric].statistics(true, predicted)
+
+
+def _hits(true: Classes, predicted: Classes) -> csr_array:
+    """Return 1 where a prediction is right, and 1 for each example."""
+    import numpy as np
+    from scipy.sparse import csr_array
+
+    return csr_array(np.stack([true == predicted, np.ones(len(true), dtype=bool)], axis=1).astype(np.float64))
+
+
+def _accuracy(sums: Floats) -> Floats:
+    import numpy as np
+
+    right, total = sums.T
+    return np.asarray(right / total)
+
+
+def _by_class(true: Classes, predicted: Classes) -> csr_array:
+    """Return three ones an example: at its class if it is predicted, at its class, and at the predicted class."""
+    import numpy as np
+    from scipy.sparse import csr_array
+
+    present, codes = np.unique(np.concatenate([true, predicted]), return_inverse=True)
+    of_class, guessed = np.split(codes, 2)
+    examples, hits = np.arange(len(true)), np.flatnonzero(true == predicted)
+    rows = np.concatenate([hits, examples, examples])
+    columns = np.concatenate([of_class[hits], len(present) + of_class, 2 * len(present) + guessed])
+    return csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(true), 3 * len(present)))
+
+
+def _macro_f1(sums: Floats) -> Floats:
+    import numpy as np
+
+    hits, of_class, guessed = np.split(sums, 3, axis=1)
+    is_present = (of_class + guessed) > 0
+    f1 = np.divide(2 * hits, of_class + guessed, out=np.zeros_like(hits), where=is_present)
+    return np.asarray(f1.sum(axis=1) / is_present.sum(axis=1))
+
+
+def _mcc(sums: Floats) -> Floats:
+    import numpy as np
+
+    hits, of_class, guessed = np.split(sums, 3, axis=1)
+    right, total = hits.sum(axis=1), of_class.sum(axis=1)
+    covariance = right * total - (of_class * guessed).sum(axis=1)
+    spread = (total**2 - (of_class**2).sum(axis=1)) * (total**2 - (guessed**2).sum(axis=1))
+    return np.asarray(np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=spread > 0))
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", _hits, _accuracy),
+        Metric("macro_f1", _by_class, _macro_f1),
+        Metric("mcc", _by_class, _mcc),
+    )
+}
 
 
 def majority_score(data: TaskData, split: Split) -> float:
