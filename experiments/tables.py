@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from targets import targets
 
+from regraft.checkpoint import write_atomic
+from regraft.errors import OutcomeError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     Runs = list[dict[str, Any]]
 
@@ -321,6 +325,50 @@ def _made(results: dict[str, Any]) -> str:
             )
     lines += ["- " + ", ".join(f"{name} {version}" for name, version in sorted(v.items())) for v in made["versions"]]
     return "## How it was made\n\n" + "\n".join(lines)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read the results that a page is written from.
+
+    Args:
+        folder: An experiment's.
+
+    Returns:
+        The content of its `results.json`.
+
+    Raises:
+        OutcomeError: It has none.
+    """
+    file = folder / "results.json"
+    if not file.is_file():
+        raise OutcomeError(f"{file}: is not there. Run the experiment, without --write-only.")
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+def write_results(folder: Path, results: dict[str, Any], count: Callable[[dict[str, Any]], int]) -> dict[str, Any]:
+    """Write `results.json`, unless it would lose runs.
+
+    Args:
+        folder: An experiment's.
+        results: What was measured.
+        count: Returns how many runs results are of.
+
+    Returns:
+        The results as they are read again.
+
+    Raises:
+        OutcomeError: The folder has the results of more runs.
+    """
+    file = folder / "results.json"
+    if file.is_file() and (before := count(read_results(folder))) > count(results):
+        raise OutcomeError(
+            f"{file}: has the results of {before:,} runs, and {count(results):,} have been made here. Run the same "
+            "command until it has made as many, or write the page from that file (--write-only)."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, dump(results))
+    return read_results(folder)
 
 
 def dump(results: dict[str, object]) -> str:

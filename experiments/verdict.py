@@ -1,9 +1,10 @@
 """How often the verdict of a diagnosis is right, on the cells of the experiment over all methods.
 
-    python experiments/verdict.py [--workers 2]
+    python experiments/verdict.py [--workers 2] [--write-only]
 
 The verdict sees dev alone; what really came of each method is read from the outcomes of `experiments/methods.py`, which
-must have been run, on test. Figures and page go to `experiments/verdict/results.json` and `README.md`.
+must have been run, on test. Figures and page go to `experiments/verdict/results.json` and `README.md`; `--write-only`
+writes the page from the figures alone.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import methods as experiment
 from grid import Cell, cell_folder, old_folder
 from runner import run_jobs
 from scipy.stats import spearmanr
-from tables import dump, table
+from tables import read_results, table, write_results
 
 from regraft import Recipe, Upgrade, load_outcome
 from regraft.checkpoint import write_atomic
 from regraft.diagnosis import check_pair, load_pair, probe_gain, similarity, verdict
 from regraft.diagnosis.verdict import AS_IS
+from regraft.errors import OutcomeError
 from regraft.task import load_data, majority_score
 
 if TYPE_CHECKING:
@@ -42,18 +44,37 @@ def main() -> None:
     """Make what is missing, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    grid = experiment.prepare((given := parser.parse_args()).workers)
+    parser.add_argument("--write-only", action="store_true", help="write the page of results.json")
+    given = parser.parse_args()
+    try:
+        results = read_results(RESULTS) if given.write_only else measure(given.workers)
+    except OutcomeError as error:
+        sys.exit(str(error))
+    write_atomic(RESULTS / "README.md", page(results["runs"], results["summary"]))
+
+
+def measure(workers: int) -> dict[str, Any]:
+    """Judge every old adaptation that has not been judged, and write `results.json`.
+
+    Args:
+        workers: Processes of one thread each.
+
+    Returns:
+        Its content.
+
+    Raises:
+        OutcomeError: It has the results of more runs.
+    """
+    grid = experiment.prepare(workers)
     places = [
         (task, upgrade, kind, seed)
         for seed in grid.seeds for task in grid.tasks for upgrade in grid.upgrades for kind in grid.tuning
     ]  # fmt: skip
     todo = [place for place in places if not file_of(grid, *place).is_file()]
-    if failed := run_jobs([(" ".join(map(str, p)), judge, (grid, *p)) for p in todo], given.workers, print):
+    if failed := run_jobs([(" ".join(map(str, p)), judge, (grid, *p)) for p in todo], workers, print):
         sys.exit("\n".join(failed))
     rows = [json.loads(file_of(grid, *place).read_text(encoding="utf-8")) | real(grid, *place) for place in places]
-    RESULTS.mkdir(exist_ok=True)
-    write_atomic(RESULTS / "results.json", dump({"runs": rows, "summary": summary(rows)}))
-    write_atomic(RESULTS / "README.md", page(rows, summary(rows)))
+    return write_results(RESULTS, {"runs": rows, "summary": summary(rows)}, lambda some: len(some["runs"]))
 
 
 def file_of(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> Path:

@@ -1,8 +1,10 @@
 """The experiment over all methods, at a tiny size, and its tables against values computed by hand."""
 
 import dataclasses
+import importlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -25,7 +27,33 @@ import runner
 import tables
 import targets
 
+EXPERIMENTS = Path(figures.__file__).parent
 METHODS = ("scratch", "direct", "init+distill, flip-aware")
+
+
+@pytest.mark.parametrize(("name", "script"), [("methods", "methods"), ("verdict", "verdict"), ("paper", "reproduce")])
+def test_published_pages_are_written_from_published_figures_alone(name, script, tmp_path, monkeypatch):
+    folder = shutil.copytree(EXPERIMENTS / name, tmp_path / name)
+    published = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    for file in published:
+        if file.suffix in (".md", ".svg"):
+            (folder / file).unlink()
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "HERE" if name == "paper" else "RESULTS", folder)
+    monkeypatch.setattr(sys, "argv", [script, "--write-only"])
+    monkeypatch.chdir(tmp_path)  # where nothing has been run
+    module.main()
+    assert {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()} == published
+
+
+def test_results_of_fewer_runs_take_the_place_of_none(tmp_path):
+    results = {"made": {}, "runs": [{"seed": 1}, {"seed": 2}]}
+    assert tables.write_results(tmp_path, results, lambda some: len(some["runs"])) == results
+    with pytest.raises(OutcomeError, match="has the results of 2 runs, and 1 have been made here"):
+        tables.write_results(tmp_path, results | {"runs": results["runs"][:1]}, lambda some: len(some["runs"]))
+    assert tables.read_results(tmp_path) == results
+    with pytest.raises(OutcomeError, match="is not there"):
+        tables.read_results(tmp_path / "nothing")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from tables import dump, table
+from tables import read_results, table, write_results
 
 from regraft.checkpoint import write_atomic
 
@@ -66,20 +66,35 @@ def write_experiment(store: Store, experiment: Experiment, config: Any, folder: 
         experiment: The experiment.
         config: Its config.
         folder: Where to; nothing is written if no cell is there.
+
+    Raises:
+        OutcomeError: It has the results of more cells.
     """
     found = experiment.found(store, config)
     if not found:
         return
     results = _rounded({"made": made(store, experiment, config), **experiment.collect(store, config, found)})
-    page = experiment.page(results)
-    results["findings"] = [dataclasses.asdict(finding) for finding in page.findings]
-    folder.mkdir(parents=True, exist_ok=True)
+    results["findings"] = [dataclasses.asdict(finding) for finding in experiment.page(results).findings]
+    write_results(folder, results, lambda some: int(some["made"]["cells"][0]))
+    write_page(experiment, folder)
+
+
+def write_page(experiment: Experiment, folder: Path) -> None:
+    """Write an experiment's pictures and page from its `results.json`.
+
+    Args:
+        experiment: The experiment.
+        folder: Where that is; nothing is written if it is not there.
+    """
+    if not (folder / "results.json").is_file():
+        return
+    results = read_results(folder)
+    page = experiment.page({name: value for name, value in results.items() if name != "findings"})
     for old in folder.glob("*.svg"):
         if old.name not in page.pictures:
             old.unlink()
     for name, picture in page.pictures.items():
         write_atomic(folder / name, picture.decode("utf-8"))
-    write_atomic(folder / "results.json", dump(results))
     write_atomic(folder / "README.md", _page(experiment, results["made"], page))
 
 
