@@ -214,7 +214,7 @@ def spoil(value):
         ("full", stored(lambda t: t | {MATRIX: t[MATRIX].to(torch.int8)}), "holds no weights"),
         ("full", stored(lambda t: t | {EMBEDDINGS: t[EMBEDDINGS][:-1]}, vocab_size=42), "42 rows"),
         ("full", stored(lambda t: {n: t[n] for n in t if "layer.1." not in n}, num_hidden_layers=1), "are not in it"),
-        ("full", config(num_attention_heads=4), "num_attention_heads is 4, in the base 2"),
+        ("full", config(num_attention_heads=4), "num_attention_heads is 4, not 2"),
         ("full", config(hidden_act="relu"), "hidden_act"),
         ("full", config(id2label={"0": "positive", "1": "negative"}, label2id={}), "contradict each other"),
         ("full", config(label2id={"positive": 0, "negative": 1}), "which is right"),

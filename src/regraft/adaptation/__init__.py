@@ -7,9 +7,10 @@ from regraft.adaptation.graft import check_fit, plain_adapter, write_graft
 from regraft.adaptation.head import HEADS, Head, change_head, stored_labels
 from regraft.adaptation.kinds import KINDS, kind_of, new_config, read_config, settings
 from regraft.adaptation.merge import MergedLora, lora_settings, merge_lora
-from regraft.adaptation.model import attach, fresh_model, load_model, load_strictly
+from regraft.adaptation.model import attach, fresh_model, load_model
 from regraft.adaptation.outcome import Outcome, find_outcome, load_outcome, write_outcome
 from regraft.adaptation.save import save_model, write_adapter, write_tokenizer
+from regraft.adaptation.strict import load_strictly
 
 __all__ = [
     "HEADS",
