@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from regraft import Recipe, Task
 
 OLD_SEED = 1
-"""Added to a run's seed for the tuning on the old base: scratch shall not begin with the very head of the old model."""
+"""Added to a run's seed for the tuning on the old base, whose very head scratch would begin with otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 ENOUGH = 3.0
-"""Points that the best method without training shall be above direct on a heavy upgrade."""
+"""Points that the best method without training is to be above direct on a heavy upgrade."""
 
 
 @dataclasses.dataclass(frozen=True)

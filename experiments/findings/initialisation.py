@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ROLES = ("same", "similar", "unrelated")
 QUICKLY = 50.0
-"""Percent of scratch's steps in which its last score shall be reached."""
+"""Percent of scratch's steps in which its last score is to be reached."""
 
 
 class Target(Settings):

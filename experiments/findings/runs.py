@@ -30,7 +30,7 @@ def run_method(
     Args:
         store: Where everything is.
         work: A folder for the outcome.
-        task: The task it shall do on the new base.
+        task: The task that it does on the new base.
         source: The adaptation of the old base.
         kind: Its kind.
         bases: The numbers of the old and the new base.

@@ -95,7 +95,7 @@ def read_config(adaptation: Adaptation, *, afresh: bool = False) -> Config:
 
     Args:
         adaptation: Any but a full fine-tune.
-        afresh: Whether a fresh one like it shall be made: a start that needs data is then replaced by the usual one.
+        afresh: Whether a fresh one like it is made: a start that needs data is then replaced by the usual one.
 
     Returns:
         PEFT's config, or ours.

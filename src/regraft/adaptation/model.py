@@ -57,7 +57,7 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
         adaptation: The tuned weights.
         base: The base an adapter is put on, or that a full fine-tune came from.
         labels: The label names, in the order of the head's outputs.
-        trainable: Whether an adapter shall be tuned further, rather than be frozen.
+        trainable: Whether an adapter can be tuned further, rather than being frozen.
 
     Returns:
         The model in float32 on the CPU. Every stored tensor is in it, and nothing in it is left as it was drawn.

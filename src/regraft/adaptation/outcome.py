@@ -127,8 +127,8 @@ def write_outcome(
 
     Args:
         staging: A folder that holds `adaptation/`, on the same disk as `out`.
-        out: Where the outcome shall be.
-        record: What `outcome.json` shall say.
+        out: Where the outcome is written.
+        record: The content of `outcome.json`.
         curve: The learning curve.
         predictions: Row, label, prediction and its confidence, of each example of dev and test.
 

@@ -38,7 +38,7 @@ def convert(
     old_base: options.OldBase,
     out: Annotated[Path, typer.Option(help="The folder to make. If it is there, made from the same, nothing is done.")],
     to: Annotated[str, typer.Option(help="full, or lora.")],
-    new_base: Annotated[str | None, typer.Option(help="The upgraded base, if it shall be for that.")] = None,
+    new_base: Annotated[str | None, typer.Option(help="The upgraded base, if the result is for that.")] = None,
     rank: Annotated[int | None, typer.Option(help="To a LoRA: the rank of every layer.", min=1)] = None,
     energy: Annotated[float | None, typer.Option(help="To a LoRA: the share of each delta to keep, 0 to 1.")] = None,
     task: Annotated[

@@ -38,7 +38,7 @@ MOST_POINTS, MOST_A_SIDE = 1000, 100  # each point is a pass over the data; no p
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """What a diagnosis shall look at beyond the two bases, the adaptation and the task.
+    """What a diagnosis looks at beyond the two bases, the adaptation and the task.
 
     Args:
         points: How many points of the segment between the deployments are evaluated.

@@ -80,9 +80,9 @@ def convert(
     Args:
         adaptation: What was tuned, or its folder.
         old: The base it was tuned on.
-        out: Where the new adaptation shall be.
+        out: Where the new adaptation is written.
         to: `full` or `lora`.
-        new: The base it shall be for; None for the old one.
+        new: The base that it is for; None for the old one.
         rank: To a LoRA: the rank of every layer; or
         energy: the share of each delta's squared norm to keep.
         task: To a LoRA: texts that layers' inputs are measured on, so that outputs rather than weights are kept.

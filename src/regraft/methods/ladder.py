@@ -177,7 +177,7 @@ def pseudo_labelled(job: Job) -> TaskData:
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
-    """Write what an interrupted climb shall find again, whole or not at all.
+    """Write what an interrupted climb resumes from, whole or not at all.
 
     Args:
         file: Where to.

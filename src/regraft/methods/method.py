@@ -30,7 +30,7 @@ class Job:
         progress: Told of each step.
         head: What becomes of the old head where the old weights are put onto the new base.
         replace: Whether what an adapter stores in place of its base's tensors is put onto the new base as it is stored.
-        notes: What the method found out and the outcome shall record, as JSON; `labels`, if it is there, is how many
+        notes: What the method found out, recorded in the outcome as JSON; `labels`, if it is there, is how many
             labelled examples it used in all, counted from the learning curve's steps if it is not.
     """
 

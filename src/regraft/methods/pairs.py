@@ -103,11 +103,11 @@ def vector_of(adaptation: Adaptation, base: Base) -> Vector:
 
 
 def read_pairs(pairs: Sequence[str], adaptation: Adaptation, upgrade: Upgrade) -> list[tuple[Vector, Vector]]:
-    """Open pairs of adaptations, and hold them against the one that shall be carried over.
+    """Open pairs of adaptations, and compare them with the one that is carried over.
 
     Args:
         pairs: `OLD=NEW` each: the folders of what was tuned on the old and on the new base.
-        adaptation: What shall be carried over.
+        adaptation: What is carried over.
         upgrade: The two bases.
 
     Returns:
@@ -128,12 +128,12 @@ def read_pairs(pairs: Sequence[str], adaptation: Adaptation, upgrade: Upgrade) -
 
 
 def open_alike(folder: str, base: Base, adaptation: Adaptation, like: Vector) -> tuple[Adaptation, Vector]:
-    """Open what was tuned for another task, and hold it against what shall be carried over.
+    """Open what was tuned for another task, and compare it with what is carried over.
 
     Args:
         folder: The other adaptation's.
         base: The base that it was tuned on.
-        adaptation: What shall be carried over.
+        adaptation: What is carried over.
         like: Its vector.
 
     Returns:

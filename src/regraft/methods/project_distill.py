@@ -44,7 +44,7 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
     it begins at `direct`.
 
     Args:
-        job: What shall be mapped.
+        job: What is mapped.
         options: The tasks, the rank and the training.
 
     Returns:

@@ -62,7 +62,7 @@ def recycle(
         adaptation: What was tuned on the old base, or its folder.
         task: The task it was tuned for: a task file, a `Task` or its data.
         method: The name of one of `regraft.methods.methods()`.
-        out: Where the outcome folder shall be. If it is there, made from the same, nothing is done.
+        out: Where the outcome folder is written. If it is there, made from the same, nothing is done.
         recipe: How to train.
         options: The method's own options, as `Distillation`; None for its defaults.
         head: `copy` the old head, whose labels must be the task's; `resize` it to the task's labels, matched by name;
@@ -168,7 +168,7 @@ def record_outcome(
 
     Args:
         staging: Holds `adaptation/`.
-        out: Where the outcome shall be.
+        out: Where the outcome is written.
         base: The base the adaptation lives on.
         data: The task's examples.
         recipe: As it was resolved.

@@ -32,7 +32,7 @@ class Scaling:
     """How λ is chosen.
 
     Args:
-        scale: λ as it shall be; None to choose it.
+        scale: λ; None to choose it.
         labels: Training examples a class to choose on; 0 to read no label and choose by the divergence from the old
             tuned model's outputs on training texts. Labels that the old weights were tuned on flatter large λ.
         grouped: Whether embeddings, attention, feed-forward and norms may each have a λ of their own.

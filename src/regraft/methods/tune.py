@@ -48,7 +48,7 @@ def tune(
     Args:
         base: A folder, a hub id or an opened base.
         task: A task file, a `Task` or its data.
-        out: Where the outcome folder shall be. If it is there, made from the same, nothing is done.
+        out: Where the outcome folder is written. If it is there, made from the same, nothing is done.
         kind: `full`; `lora`, `rslora`, `dora`, `pissa` or `olora` on every linear layer of the body; `ia3`, `prefix`,
             `prompt`, `layernorm`; `bottleneck` or `pfeiffer`; or a config of PEFT's or a `BottleneckConfig`.
         rank: A LoRA's rank; its alpha is twice that.

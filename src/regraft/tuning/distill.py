@@ -39,7 +39,7 @@ class Distillation:
         kl_reduction: `batchmean` sums the divergence over classes and averages it over the batch (the textbook's);
             `mean` averages over both, as the paper's reference does.
         flip_weight: Where above 0, the teacher counts 1 + flip_weight times as much on examples it has right as on
-            those it has wrong, the mean over the batch staying 1: what was right shall stay right.
+            those it has wrong, the mean over the batch staying 1: what was right is to stay right.
         decay: How alpha and beta fall to 0 over the training, so that the labels win in the end: `none` (they stay, as
             in the paper), `linear` or `cosine`. Where the new base is much the better one, a teacher that stays holds
             the student down to what it knew.

@@ -215,7 +215,7 @@ def for_each_batch(
         use: Called with the output, the batch and the indices of its examples.
         progress: Told of each batch.
         stage: What to call this there.
-        hidden: Whether the output shall have hidden states.
+        hidden: Whether the output has hidden states.
     """
     import torch
 

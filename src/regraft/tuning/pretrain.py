@@ -128,7 +128,7 @@ def pretrain(
     Args:
         base: The base.
         corpus: The text.
-        out: Where the upgraded base shall be. If it is there, made from the same, nothing is done.
+        out: Where the upgraded base is written. If it is there, made from the same, nothing is done.
         recipe: Steps, batch size (in blocks), learning rate, ….
         block: Tokens a block.
         progress: Told of each step.

@@ -49,7 +49,7 @@ def run_name(work: Path) -> str:
 
 
 def trackers(run: str) -> tuple[list[str], list[Any]]:
-    """Return what a Trainer shall report to.
+    """Return what a Trainer reports to.
 
     Args:
         run: The training's name.
