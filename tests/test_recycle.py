@@ -41,6 +41,22 @@ def test_tuning_learns_the_task(tuned, architecture, kind):
     assert [point["step"] for point in outcome.curve] == [0, 20, 40, 60]
 
 
+def test_outcomes_say_which_predictions_are_right_those_of_schema_1_too(tuned, tmp_path):
+    outcome = load_outcome(tuned["bert", "full"])
+    older = load_outcome(shutil.copytree(outcome.path, tmp_path / "older"))
+    rows = [json.loads(line) for line in (outcome.path / "predictions.jsonl").read_text().splitlines()]
+    (older.path / "outcome.json").write_text(json.dumps(outcome.record | {"schema": 1}))
+    without = [{key: value for key, value in row.items() if key != "right"} for row in rows]
+    (older.path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in without))
+    for split in ("dev", "test"):
+        expected = [row["label"] == row["prediction"] for row in rows if row["split"] == split]
+        assert outcome.right(split) == load_outcome(older.path).right(split) == expected
+        assert sum(expected) / len(expected) == pytest.approx(outcome.scores[split])
+    (older.path / "outcome.json").write_text(json.dumps(outcome.record | {"schema": 3}))
+    with pytest.raises(OutcomeError, match="has schema 3"):
+        load_outcome(older.path)
+
+
 @pytest.mark.parametrize(("architecture", "kind"), CELLS)
 def test_direct_onto_the_same_base_is_the_old_model(tmp_path, bases, tuned, task_file, architecture, kind):
     old, source = bases[architecture][0], tuned[architecture, kind]

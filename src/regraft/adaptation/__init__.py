@@ -8,7 +8,7 @@ from regraft.adaptation.head import HEADS, Head, change_head, stored_labels
 from regraft.adaptation.kinds import KINDS, kind_of, new_config, read_config, settings
 from regraft.adaptation.merge import MergedLora, lora_settings, merge_lora
 from regraft.adaptation.model import attach, fresh_model, load_model
-from regraft.adaptation.outcome import Outcome, find_outcome, load_outcome, write_outcome
+from regraft.adaptation.outcome import Outcome, find_outcome, is_right, load_outcome, write_outcome
 from regraft.adaptation.save import save_model, write_adapter, write_tokenizer
 from regraft.adaptation.strict import load_strictly
 
@@ -27,6 +27,7 @@ __all__ = [
     "extract_lora",
     "find_outcome",
     "fresh_model",
+    "is_right",
     "kind_of",
     "load_adaptation",
     "load_model",

@@ -17,11 +17,12 @@ from regraft.printable import printable
 from regraft.upgrade import renewed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from regraft.base import Base
 
-SCHEMA = 1
+SCHEMA = 2
+READ = (1, 2)  # the first has no `right` in predictions.jsonl, which follows from labels and predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,31 @@ class Outcome:
         """
         rows = read_json_lines(self.path / "predictions.jsonl")
         return [row["prediction"] for row in rows if row["split"] == split]
+
+    def right(self, split: str) -> list[bool | None]:
+        """Return which predictions of a split are right.
+
+        Args:
+            split: `dev` or `test`.
+
+        Returns:
+            One value an example, in the order of the data; None where there is no label.
+        """
+        rows = read_json_lines(self.path / "predictions.jsonl")
+        return [is_right(row) for row in rows if row["split"] == split]
+
+
+def is_right(row: Mapping[str, Any]) -> bool | None:
+    """Return whether a prediction is right.
+
+    Args:
+        row: A line of `predictions.jsonl`.
+
+    Returns:
+        None where there is no label.
+    """
+    right: bool | None = row.get("right", None if row["label"] is None else row["label"] == row["prediction"])
+    return right
 
 
 def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) -> Outcome | None:
@@ -111,8 +137,8 @@ def load_outcome(path: str | Path) -> Outcome:
         record = read_json(file)
     except CheckpointError as error:
         raise OutcomeError(f"{path}: is no outcome folder ({error}). Choose another, or remove it.") from error
-    if record.get("schema") != SCHEMA:
-        raise OutcomeError(f"{file}: has schema {record.get('schema')!r:.40}, this regraft reads {SCHEMA}.")
+    if record.get("schema") not in READ:
+        raise OutcomeError(f"{file}: has schema {record.get('schema')!r:.40}, this regraft reads {READ}.")
     return Outcome(Path(path), record)
 
 
@@ -130,7 +156,7 @@ def write_outcome(
         out: Where the outcome is written.
         record: The content of `outcome.json`.
         curve: The learning curve.
-        predictions: Row, label, prediction and its confidence, of each example of dev and test.
+        predictions: Row, label, prediction, whether it is right, and its confidence, of each example of dev and test.
 
     Returns:
         The outcome in its place.

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from regraft.base import Base
 from regraft.chain.file import folder_name
-from regraft.checkpoint import check_place, read_json_lines, to_json, write_atomic
+from regraft.checkpoint import check_place, to_json, write_atomic
 from regraft.errors import CheckpointError, DataError, DiskFullError, MismatchError, RecipeError
 from regraft.methods import recycle, tune
 from regraft.progress import Progress, silent
-from regraft.task import flips
+from regraft.task import count_flips
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -146,11 +146,9 @@ class _Run:
     ) -> None:  # fmt: skip
         scores = done.scores
         split = "dev" if scores["test"] is None else "test"
-        rows = read_json_lines(done.path / "predictions.jsonl")
-        labels = [row["label"] for row in rows if row["split"] == split]
-        lost = None
-        if done.record["labels"] == first.record["labels"] and len(labels) == len(first.predictions(split)):
-            lost = flips(labels, first.predictions(split), done.predictions(split)).negative_rate
+        before, after = first.right(split), done.right(split)
+        is_known = len(before) == len(after) and None not in (*before, *after)
+        lost = count_flips(before, after).negative_rate if is_known else None
         cost = done.record["cost"]
         self._add(
             Chained(

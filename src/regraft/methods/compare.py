@@ -13,7 +13,7 @@ from regraft.errors import RecipeError
 from regraft.methods.recycle import recycle
 from regraft.methods.registry import find_method
 from regraft.progress import Progress, silent
-from regraft.task import flips, load_data, score
+from regraft.task import count_flips, load_data, score
 from regraft.tuning.deployment import match_labels, predictions
 from regraft.tuning.recipe import Recipe
 
@@ -135,6 +135,7 @@ def compare(
         split = data.test or data.dev
         deployment = predictions(adaptation, upgrade.old, data, recipe, progress)
         old.append(score(data.metric, split.labels, deployment))
+        was_right = [label == guess for label, guess in zip(split.labels.tolist(), deployment, strict=True)]
         runs: dict[str, Outcome] = {}
         for name in names:
             runs[name] = recycle(
@@ -148,7 +149,7 @@ def compare(
                 force=force,
                 progress=lambda stage, *rest, name=name: progress(f"{name}: {stage}", *rest),
             )
-            rows[name].append(_row(runs[name], runs["scratch"], split.name, split.labels.tolist(), deployment))
+            rows[name].append(_row(runs[name], runs["scratch"], split.name, was_right))
             outcomes.append(str(runs[name].path))
         majority.append(runs["scratch"].scores[f"{split.name}_majority"] or 0.0)
     comparison = Comparison(
@@ -164,7 +165,7 @@ def compare(
     return comparison
 
 
-def _row(outcome: Outcome, scratch: Outcome, split: str, labels: list[int], deployment: list[int]) -> Row:
+def _row(outcome: Outcome, scratch: Outcome, split: str, was_right: Sequence[bool]) -> Row:
     scores, cost, curve = outcome.record["scores"], outcome.record["cost"], outcome.curve
     reference, floor = scratch.record["scores"][split], scratch.record["scores"][f"{split}_majority"]
     target = scratch.curve[-1]["score"]
@@ -179,7 +180,7 @@ def _row(outcome: Outcome, scratch: Outcome, split: str, labels: list[int], depl
         recovery=100 * (scores[split] - floor) / (reference - floor) if reference - floor >= 0.03 else None,
         steps_to_scratch=reached["step"] if reached else None,
         seconds_to_scratch=reached["seconds"] if reached else None,
-        negative_flips=flips(labels, deployment, outcome.predictions(split)).negative_rate,
+        negative_flips=count_flips(was_right, outcome.right(split)).negative_rate,
         labels=cost["labels"],
         steps=cost["steps"],
         seconds=cost["seconds"],

@@ -219,7 +219,14 @@ def record_outcome(
             scores |= {name: score(data.metric, split.labels, found), f"{name}_majority": majority_score(data, split)}
         known = split.labels.tolist() if data.labelled else [None] * len(split)
         rows += [
-            {"split": name, "row": row, "label": label, "prediction": guess, "confidence": confidence}
+            {
+                "split": name,
+                "row": row,
+                "label": label,
+                "prediction": guess,
+                "right": None if label is None else label == guess,
+                "confidence": confidence,
+            }
             for row, label, guess, confidence in zip(split.rows.tolist(), known, found, confidences, strict=True)
         ]
     dev = scores["dev"]

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import Outcome, load_outcome
+from regraft.adaptation import Outcome, is_right, load_outcome
 from regraft.checkpoint import read_json, read_json_lines
 from regraft.errors import CheckpointError, OutcomeError
 from regraft.printable import printable
@@ -28,13 +28,13 @@ class Found:
         path: Its folder.
         record: The content of its `outcome.json`.
         curve: Its learning curve.
-        predictions: By split and row: the label, the prediction.
+        right: By split and row: whether the prediction is right; None without a label.
     """
 
     path: Path
     record: dict[str, Any]
     curve: list[dict[str, float]]
-    predictions: dict[tuple[str, int], tuple[Any, Any]]
+    right: dict[tuple[str, int], bool | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +106,9 @@ def _outcome(outcome: Outcome) -> Found:
     check_outcome(record, str(file))
     try:
         curve = [{name: float(value) for name, value in point.items()} for point in outcome.curve]
-        predictions = {}
+        right = {}
         for row in read_json_lines(outcome.path / "predictions.jsonl"):
-            predictions[row["split"], row["row"]] = (row["label"], row["prediction"])
+            right[row["split"], row["row"]] = is_right(row)
         if not curve or any("step" not in point or "score" not in point for point in curve):
             raise ValueError("the learning curve has no step and score")
     except (CheckpointError, ValueError, KeyError, TypeError) as error:
@@ -116,7 +116,7 @@ def _outcome(outcome: Outcome) -> Found:
             f"{outcome.path}: is not whole: curve.jsonl or predictions.jsonl cannot be read ({error!r:.400}). "
             "Remove the folder and run its method again."
         ) from error
-    return Found(outcome.path, record, curve, predictions)
+    return Found(outcome.path, record, curve, right)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.report.wording import base_name
+from regraft.task import count_flips
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,14 +175,10 @@ def _old_deployment(found: Found, outcomes: Sequence[Found]) -> Found | None:
 
 
 def _negative_flips(old: Found, new: Found, split: str) -> float | None:
-    rows = [key for key in new.predictions if key[0] == split]
-    if not rows or any(key not in old.predictions or new.predictions[key][0] is None for key in rows):
+    rows = [key for key in new.right if key[0] == split]
+    if not rows or any(old.right.get(key) is None or new.right[key] is None for key in rows):
         return None
-    if old.record["labels"] != new.record["labels"]:
-        return None
-    pairs = [(*new.predictions[key], old.predictions[key][1]) for key in rows]
-    lost = sum(bool(before == label != after) for label, after, before in pairs)
-    return lost / len(rows)
+    return count_flips([old.right[key] for key in rows], [new.right[key] for key in rows]).negative_rate
 
 
 def _score(found: Found, split: str) -> float | None:

@@ -2,7 +2,7 @@
 
 from regraft.task.bootstrap import Interval, paired_difference
 from regraft.task.data import TaskData
-from regraft.task.metrics import Flips, flips, majority_score, score
+from regraft.task.metrics import Flips, count_flips, flips, majority_score, score
 from regraft.task.read import load_data, read_task
 from regraft.task.split import Split
 from regraft.task.summary import SplitSummary, doubts, summarise, weakness
@@ -16,6 +16,7 @@ __all__ = [
     "SplitSummary",
     "Task",
     "TaskData",
+    "count_flips",
     "doubts",
     "flips",
     "load_data",

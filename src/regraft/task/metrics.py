@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.errors import DataError, MismatchError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import ArrayLike
@@ -199,8 +199,27 @@ def flips(labels: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:
 
     true, old, new = np.asarray(labels), np.asarray(before), np.asarray(after)
     _require_equal_lengths(labels=len(true), before=len(old), after=len(new))
-    was_right, is_right = old == true, new == true
-    return Flips(int((was_right & ~is_right).sum()), int((~was_right & is_right).sum()), len(true))
+    return count_flips((old == true).tolist(), (new == true).tolist())
+
+
+def count_flips(was_right: Sequence[bool | None], is_right: Sequence[bool | None]) -> Flips:
+    """Count the examples that turned from right to wrong, and the reverse.
+
+    Args:
+        was_right: Whether the prediction of each example was right before the upgrade; None counts as wrong.
+        is_right: Whether it is right after it.
+
+    Returns:
+        The counts.
+
+    Raises:
+        MismatchError: They are not of one length.
+    """
+    import numpy as np
+
+    before, after = np.asarray(was_right, dtype=bool), np.asarray(is_right, dtype=bool)
+    _require_equal_lengths(before=len(before), after=len(after))
+    return Flips(int((before & ~after).sum()), int((~before & after).sum()), len(before))
 
 
 def _require_equal_lengths(**lengths: int) -> None:
