@@ -14,7 +14,7 @@ from runner import refusal
 
 from regraft import Upgrade, load_outcome
 from regraft.methods import methods
-from regraft.task import flips
+from regraft.task import flips, recovery
 from regraft.task.bootstrap import resampled_scores
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from grid import Cell, Grid
 
     from regraft import Outcome
-
-HEADROOM = 0.03
-"""Where scratch is no more than this above a majority guess, a recovery says nothing."""
 
 
 def collect(grid: Grid) -> dict[str, Any]:
@@ -117,7 +114,7 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
         "old": old.record["scores"]["test"],
         "majority": floor,
         "headroom": best - floor,
-        "recovery": 100 * (scores["test"] - floor) / (best - floor) if best - floor >= HEADROOM else None,
+        "recovery": recovery(scores["test"], floor, best),
         "share": None if reached is None else 100 * reached / most["steps"],
         "negative_flips": flips(labels, old.predictions("test"), outcome.predictions("test")).negative_rate,
     }

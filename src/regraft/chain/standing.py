@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.chain.run import RECORD, Chained
 from regraft.checkpoint import read_json
 from regraft.errors import CheckpointError, OutcomeError
+from regraft.task import recovery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,8 +126,10 @@ def _recovery(rows: list[Chained], scratch: dict[tuple[int, int], Chained]) -> f
     shares = []
     for row in rows:
         reference: Any = scratch.get((row.base, row.seed))
-        if reference is None or reference.score is None or reference.score - reference.majority < 0.03:
+        if reference is None or reference.score is None:
             return None
         assert row.score is not None
-        shares.append(100 * (row.score - reference.majority) / (reference.score - reference.majority))
+        if (share := recovery(row.score, reference.majority, reference.score)) is None:
+            return None
+        shares.append(share)
     return statistics.fmean(shares) if shares else None

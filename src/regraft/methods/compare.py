@@ -13,7 +13,7 @@ from regraft.errors import RecipeError
 from regraft.methods.recycle import recycle
 from regraft.methods.registry import find_method
 from regraft.progress import Progress, silent
-from regraft.task import count_flips, load_data, score
+from regraft.task import count_flips, load_data, recovery, score
 from regraft.tuning.deployment import match_labels, predictions
 from regraft.tuning.recipe import Recipe
 
@@ -177,7 +177,7 @@ def _row(outcome: Outcome, scratch: Outcome, split: str, was_right: Sequence[boo
         dev=max(point["score"] for point in curve),
         test=scores[split],
         test_deviation=None,
-        recovery=100 * (scores[split] - floor) / (reference - floor) if reference - floor >= 0.03 else None,
+        recovery=recovery(scores[split], floor, reference),
         steps_to_scratch=reached["step"] if reached else None,
         seconds_to_scratch=reached["seconds"] if reached else None,
         negative_flips=count_flips(was_right, outcome.right(split)).negative_rate,

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.report.wording import base_name
-from regraft.task import count_flips
+from regraft.task import count_flips, recovery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from regraft.report.find import Found, Runs
-
-HEADROOM = 0.03
-"""Where scratch is no more than this above a majority guess, a recovery says nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,19 +137,19 @@ def _setting(group: list[Found], runs: Runs) -> Setting:
 
 def _figures(found: Found, scratch: Found | None, old: Found | None, split: str) -> dict[str, float | None]:
     scores, cost = found.record["scores"], found.record["cost"]
-    recovery = steps = None
+    share = steps = None
     floor, value = scores.get(f"{split}_majority"), scores.get(split)
     if scratch:
         reference = scratch.record["scores"].get(split)
-        if None not in (reference, floor, value) and reference - floor >= HEADROOM:
-            recovery = 100 * (value - floor) / (reference - floor)
+        if None not in (reference, floor, value):
+            share = recovery(value, floor, reference)
         target = scratch.curve[-1]["score"]
         steps = next((point["step"] for point in found.curve if point["score"] >= target), None)
     return {
         "start": scores.get("dev_at_start"),
         "dev": max(point["score"] for point in found.curve) if scores.get("dev") is not None else None,
         "test": value,
-        "recovery": recovery,
+        "recovery": share,
         "steps_to_scratch": steps,
         "negative_flips": _negative_flips(old, found, split) if old else None,
         "labels": cost["labels"],

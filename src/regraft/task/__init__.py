@@ -2,13 +2,14 @@
 
 from regraft.task.bootstrap import Interval, paired_difference
 from regraft.task.data import TaskData
-from regraft.task.metrics import Flips, count_flips, flips, majority_score, score
+from regraft.task.metrics import HEADROOM, Flips, count_flips, flips, majority_score, recovery, score
 from regraft.task.read import load_data, read_task
 from regraft.task.split import Split
 from regraft.task.summary import SplitSummary, doubts, summarise, weakness
 from regraft.task.task import HubSplit, Task
 
 __all__ = [
+    "HEADROOM",
     "Flips",
     "HubSplit",
     "Interval",
@@ -23,6 +24,7 @@ __all__ = [
     "majority_score",
     "paired_difference",
     "read_task",
+    "recovery",
     "score",
     "summarise",
     "weakness",

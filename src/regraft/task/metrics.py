@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     Classes = np.ndarray[Any, np.dtype[np.int64]]
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
+HEADROOM = 0.03  # where a reference is less than this above guessing, a share of its gain says nothing
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -154,6 +156,20 @@ def majority_score(data: TaskData, split: Split) -> float:
     import numpy as np
 
     return score(data.metric, split.labels, np.full(len(split), data.majority()))
+
+
+def recovery(value: float, floor: float, reference: float) -> float | None:
+    """Compute how much of a reference's gain over guessing a score reaches.
+
+    Args:
+        value: The score.
+        floor: That of guessing.
+        reference: That of tuning from scratch.
+
+    Returns:
+        In percent, neither clipped at 0 nor at 100; None where the reference gains less than `HEADROOM`.
+    """
+    return 100 * (value - floor) / (reference - floor) if reference - floor >= HEADROOM else None
 
 
 @dataclasses.dataclass(frozen=True)
