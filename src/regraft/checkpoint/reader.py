@@ -157,11 +157,13 @@ def _read_tensors(path: Path) -> dict[str, TensorInfo]:
 
 def _hint(folder: Path) -> str:
     """Say what a folder without a checkpoint holds, and what to do."""
-    places = ("*", "snapshots/*", "*/*")  # those of a Trainer, of the hub's cache, of named adapters inside those
-    below = [file.parent for place in places for name in (*NAMES, INDEX) for file in folder.glob(f"{place}/{name}")]
-    if found := list(dict.fromkeys(str(inner.relative_to(folder)) for inner in sorted(below))):
-        more = f" (or {', '.join(found[1:4])})" if found[1:] else ""
-        return f"Its folder {found[0]}{more} does: give that."
+    patterns = ("*", "snapshots/*", "*/*")  # those of a Trainer, of the hub's cache, of named adapters inside those
+    below = [
+        file.parent for pattern in patterns for name in (*NAMES, INDEX) for file in folder.glob(f"{pattern}/{name}")
+    ]
+    if folders := list(dict.fromkeys(str(inner.relative_to(folder)) for inner in sorted(below))):
+        more = f" (or {', '.join(folders[1:4])})" if folders[1:] else ""
+        return f"Its folder {folders[0]}{more} does: give that."
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles := [name for name in pickles if not name.startswith(OF_TRAINING)]:
         library = "PEFT" if "adapter" in pickles[0] else "transformers"

@@ -142,9 +142,9 @@ def _read(path: Path, text: str, delimiter: str, columns: Sequence[str], quoting
 def _check_delimiter(path: Path, header: list[str], delimiter: str, columns: Sequence[str]) -> None:
     """Refuse a file whose header has all columns in one field, apart by what separates fields in other files."""
     others = (other for other in ",;\t|" if other != delimiter and {*columns} <= {*header[0].split(other)})
-    if len(header) == 1 and len(columns) > 1 and (found := next(others, None)):
-        remedy = {"\t": "Name it .tsv.", ",": "Name it .csv."}.get(found, f"Write it with {delimiter!r}.")
-        raise DataError(f"{path}: its columns are separated by {found!r}, and {delimiter!r} was expected. {remedy}")
+    if len(header) == 1 and len(columns) > 1 and (separator := next(others, None)):
+        remedy = {"\t": "Name it .tsv.", ",": "Name it .csv."}.get(separator, f"Write it with {delimiter!r}.")
+        raise DataError(f"{path}: its columns are separated by {separator!r}, and {delimiter!r} was expected. {remedy}")
 
 
 def _swallowed(
