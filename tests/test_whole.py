@@ -333,3 +333,37 @@ def test_the_full_fingerprint_sees_every_byte(tmp_path):
     assert fingerprint(one, full=True) != fingerprint(two, full=True)
     write_checkpoint(tmp_path, {"w": large}, 10)
     assert fingerprint(Checkpoint.open(tmp_path), full=True) == fingerprint(two, full=True)
+
+
+NAMES = (
+    "layer.0.first.weight",
+    "layer.0.second.weight",
+    "layer.1.first.bias",
+    "classifier.weight",
+    "pooler.dense.weight",
+)
+COMMON = "layer.1.second.weight"  # by which bare names are aligned
+
+
+@settings(deadline=None)
+@given(*[st.sets(st.sampled_from(NAMES), min_size=1)] * 3)
+def test_what_is_stored_decides_what_is_grafted(new_names, tuned_names, old_names):
+    """Any subsets: both bases have it: grafted; neither: copied; one alone: an error, but for a pooler."""
+    sides = [
+        {
+            name: torch.full((2,), amount + index)
+            for index, name in enumerate((*NAMES, COMMON))
+            if name in {*names, COMMON}
+        }
+        for amount, names in ((100.0, new_names), (30.0, tuned_names), (7.0, old_names))
+    ]
+    new, tuned, old = sides
+    if any("pooler" not in name for name in (new_names ^ old_names) & tuned_names):
+        with pytest.raises(MismatchError):
+            graft_all(new, tuned, old)
+        return
+    grafted = graft_all(new, tuned, old)
+    assert set(grafted) == set(tuned)
+    for name in tuned:
+        both = name in new and name in old
+        assert torch.equal(grafted[name], new[name] + tuned[name] - old[name] if both else tuned[name])
