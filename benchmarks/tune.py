@@ -28,9 +28,10 @@ from regraft.adaptation import fresh_model
 from regraft.base import Base
 from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model
 from regraft.demo.tasks import write_task
+from regraft.model import encode
 from regraft.progress import silent
 from regraft.task import load_data
-from regraft.tuning import Distillation, Recipe, Teacher, encode, tune_model
+from regraft.tuning import Distillation, Recipe, Teacher, tune_model
 
 PAIRS = 3
 TASKS = {"section-role": 640, "imdb": 128}

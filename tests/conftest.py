@@ -183,8 +183,8 @@ def opened(bases):
 @pytest.fixture(scope="session")
 def texts(opened, task_file):
     """The encoded dev texts for each architecture."""
+    from regraft.model import encode
     from regraft.task import load_data
-    from regraft.tuning import encode
 
     data = load_data(task_file, 20)
     return {name: encode(pair[0], data.dev, data.max_length) for name, pair in opened.items()}
@@ -196,7 +196,7 @@ def made(tmp_path_factory, opened, texts):
     import torch
 
     from regraft.adaptation import KINDS, attach, fresh_model, new_config, save_model
-    from regraft.tuning import predict
+    from regraft.model import predict
 
     folder, found = tmp_path_factory.mktemp("made"), {}
     for architecture, kind in ((a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")):
@@ -220,7 +220,7 @@ def logits_of(path, base, texts):
     """The logits of a stored adaptation."""
     from regraft import load_adaptation
     from regraft.adaptation import load_model
-    from regraft.tuning import predict
+    from regraft.model import predict
 
     return predict(load_model(load_adaptation(path), base, LABELS), texts, "fp32")
 

@@ -14,9 +14,9 @@ from regraft.adaptation import fresh_model, load_model
 from regraft.errors import RecipeError
 from regraft.methods.aligned import Aligned
 from regraft.methods.ridge import Ridge
+from regraft.model import encode, predict
+from regraft.model.blockwise import Walk
 from regraft.task import load_data
-from regraft.tuning import encode, predict
-from regraft.tuning.walk import Walk
 from regraft.weights import match_effect, rotation
 
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")

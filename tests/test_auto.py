@@ -18,9 +18,9 @@ from regraft import Base, Recipe, Task, Upgrade, check, compare, recycle, tune
 from regraft.errors import DataError, RecipeError
 from regraft.methods.auto import Auto
 from regraft.methods.ladder import Bar
+from regraft.model.probe import probe
 from regraft.task import load_data, paired_difference, score
 from regraft.task.bootstrap import resampled_scores
-from regraft.tuning.probe import probe
 
 FEW = Recipe(steps=12, batch_size=8, learning_rate=1e-3, eval_every=3, save_every=3, precision="fp32")
 

@@ -18,8 +18,8 @@ from regraft.adaptation import load_model
 from regraft.diagnosis.blend import Blend, tensors_of
 from regraft.diagnosis.connectivity import barrier, plane, segment, shares_at
 from regraft.errors import DataError, MismatchError, RecipeError
+from regraft.model import encode, predict
 from regraft.task import load_data, score
-from regraft.tuning import encode, predict
 
 NUMBERS = st.floats(-100, 100, allow_nan=False)
 CURVES = st.lists(NUMBERS, min_size=2, max_size=20)

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from regraft import Base, Upgrade, convert, load_adaptation
 from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, save_model, write_graft
 from regraft.errors import OutcomeError, RecipeError, RegraftError
+from regraft.model import encode, predict
 from regraft.progress import quiet, silent
 from regraft.task import load_data
-from regraft.tuning import encode, predict
 
 CELLS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")]
 UNMERGEABLE = ("prefix", "prompt", "bottleneck", "pfeiffer")
@@ -62,7 +62,7 @@ def test_the_same_conversion_again_does_nothing(tmp_path, made, opened):
 
 def test_weighing_by_inputs_keeps_the_outputs_better(tmp_path, made, opened, task_file):
     """At the same rank, a layer's outputs on the texts are nearer to those of the fine-tune."""
-    from regraft.tuning import input_moments
+    from regraft.model import input_moments
 
     path, _ = made["bert", "full"]
     old = opened["bert"][0]

@@ -19,9 +19,9 @@ from regraft.methods.masked import Masking
 from regraft.methods.reworked import Evidence
 from regraft.methods.scaled import Scaling, _gain
 from regraft.methods.trimmed import Trimming
+from regraft.model import encode, predict
 from regraft.task import load_data
 from regraft.task.sample import draw
-from regraft.tuning import encode, predict
 from regraft.weights import kind_of
 
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")

@@ -253,8 +253,8 @@ def test_a_tokenizer_that_makes_texts_thousands_of_times_as_long_is_refused(copi
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_a_tokenizer_without_padding_token_still_makes_batches(tmp_path, copied, bases, task_file, architecture):
+    from regraft.model import encode
     from regraft.task import load_data
-    from regraft.tuning import encode
 
     source = bases[architecture][0]
     data = load_data(task_file, 0)
@@ -273,8 +273,8 @@ def test_a_tokenizer_without_padding_token_still_makes_batches(tmp_path, copied,
 
 
 def test_tokens_beyond_the_embeddings_are_named(copied, bases, task_file):
+    from regraft.model import encode
     from regraft.task import load_data
-    from regraft.tuning import encode
 
     folder = copied(bases["bert"][0], "tokenizer.json")
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -288,8 +288,8 @@ def test_tokens_beyond_the_embeddings_are_named(copied, bases, task_file):
 
 
 def test_a_text_of_no_tokens_is_named(copied, bases, task_file):
+    from regraft.model import encode
     from regraft.task import load_data
-    from regraft.tuning import encode
 
     folder = copied(bases["llama"][0], "tokenizer.json")
     content = json.loads((folder / "tokenizer.json").read_text())

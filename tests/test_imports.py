@@ -15,6 +15,7 @@ FLOORS = (
     ("base",),
     ("upgrade",),
     ("adaptation",),
+    ("model",),
     ("tuning",),
     ("methods", "diagnosis"),
     ("chain", "demo"),

@@ -9,8 +9,8 @@ from regraft import Base, BottleneckConfig, Recipe, Upgrade, check, compare, loa
 from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, write_graft
 from regraft.adaptation.bottleneck import attach_bottlenecks
 from regraft.errors import MismatchError, RecipeError
+from regraft.model import predict
 from regraft.progress import quiet, silent
-from regraft.tuning import predict
 
 CELLS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")]
 FOLDED = ("pissa", "olora")  # saved as the plain LoRA that they amount to

@@ -11,8 +11,8 @@ from regraft.errors import KindError
 from regraft.methods.masked import Masking
 from regraft.methods.ridge import Ridge
 from regraft.methods.scaled import Scaling
+from regraft.model import encode
 from regraft.task import load_data
-from regraft.tuning import encode
 
 RIDGE = 0.3
 QUICK = Recipe(precision="fp32")

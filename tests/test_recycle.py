@@ -18,8 +18,9 @@ from regraft import Base, Recipe, Upgrade, compare, load_adaptation, load_outcom
 from regraft.adaptation import load_model
 from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.methods import describe_methods, methods
+from regraft.model import encode, predict
 from regraft.task import load_data
-from regraft.tuning import Distillation, encode, predict
+from regraft.tuning import Distillation
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 CELLS = [(a, k) for a in ARCHITECTURES for k in ("full", "lora")]

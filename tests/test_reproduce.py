@@ -16,8 +16,8 @@ from conftest import LABELS, logits_of, sentence, weights, write_rows
 
 from regraft import Base, load_outcome
 from regraft.errors import DataError, MismatchError, OutcomeError
+from regraft.model import encode
 from regraft.task import load_data
-from regraft.tuning import encode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import reproduce

@@ -16,8 +16,8 @@ from regraft.diagnosis import attention
 from regraft.diagnosis.comparison import Moments, head_divergences
 from regraft.diagnosis.similarity import similarity
 from regraft.errors import MismatchError, RecipeError
+from regraft.model import encode, predict
 from regraft.task import load_data
-from regraft.tuning import encode, predict
 
 
 @pytest.fixture(scope="module")

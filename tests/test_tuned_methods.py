@@ -17,9 +17,10 @@ from regraft import Base, Distillation, Recipe, Upgrade, load_adaptation, recycl
 from regraft.adaptation import attach, fresh_model, load_model, new_config, save_model, write_graft
 from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
+from regraft.model import encode
 from regraft.progress import silent
 from regraft.task import load_data
-from regraft.tuning import Anchored, Interpolation, distillation_loss, encode, plan_order
+from regraft.tuning import Anchored, Interpolation, distillation_loss, plan_order
 from regraft.tuning.anchor import anchored_objective, fisher
 from regraft.tuning.distill import distillation_objective, teach, teacher_loss
 from regraft.tuning.interpolate import blend, draw_points, interpolation_objective

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from regraft import Base, Distillation, Recipe, load_adaptation, tune
 from regraft.adaptation import fresh_model, load_model
 from regraft.errors import RecipeError
+from regraft.model import encode, predict
+from regraft.model.outputs import Output
 from regraft.progress import silent
 from regraft.task import Split, load_data
-from regraft.tuning import LEARNING_RATES, distillation_loss, encode, plan_order, predict, tune_model
+from regraft.tuning import LEARNING_RATES, distillation_loss, plan_order, tune_model
 from regraft.tuning.distill import read_hidden, teach
-from regraft.tuning.predict import Output
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 

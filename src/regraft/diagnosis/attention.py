@@ -9,14 +9,15 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import MismatchError
-from regraft.tuning.predict import autocast, forward
+from regraft.model.device import autocast
+from regraft.model.outputs import forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     import torch
 
-    from regraft.tuning.examples import Examples
+    from regraft.model.examples import Examples
 
 CELLS = 1 << 24  # of attention maps held at once, for each model
 

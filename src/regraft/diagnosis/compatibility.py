@@ -12,9 +12,10 @@ from regraft.adaptation import load_adaptation, load_model, write_graft
 from regraft.base import PRETRAINING
 from regraft.checkpoint import read_json
 from regraft.errors import CheckpointError
+from regraft.model.batches import predict
+from regraft.model.device import device
+from regraft.model.examples import encode
 from regraft.task import score
-from regraft.tuning.examples import encode
-from regraft.tuning.predict import device, predict
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import numpy as np
 
 from regraft.diagnosis.blend import Blend, tensors_of
 from regraft.errors import MismatchError, RecipeError
+from regraft.model.batches import predict
+from regraft.model.examples import Examples, encode
 from regraft.progress import Progress, silent
 from regraft.task import score
-from regraft.tuning.examples import Examples, encode
-from regraft.tuning.predict import predict
 from regraft.weights import distance
 
 if TYPE_CHECKING:

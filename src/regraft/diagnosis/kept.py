@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import temporary_folder
 from regraft.errors import MismatchError
+from regraft.model.device import device
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import language_loss, language_model
-from regraft.tuning.predict import device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

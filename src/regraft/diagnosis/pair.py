@@ -11,11 +11,12 @@ from regraft.adaptation import Adaptation, check_fit, load_adaptation, load_mode
 from regraft.adaptation.tokens import with_own_tokens
 from regraft.checkpoint import temporary_folder
 from regraft.errors import MismatchError
+from regraft.model.batches import predict
+from regraft.model.deployment import check_effect, match_labels
+from regraft.model.device import device
+from regraft.model.examples import encode
 from regraft.progress import Progress, silent
 from regraft.task import load_data
-from regraft.tuning.deployment import check_effect, match_labels
-from regraft.tuning.examples import encode
-from regraft.tuning.predict import device, predict
 from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from regraft.diagnosis.attention import Seen, attending, batches, classifier_of, look, random_model
 from regraft.diagnosis.comparison import Comparison
 from regraft.errors import RecipeError
+from regraft.model.examples import Examples, encode
 from regraft.progress import Progress, silent
-from regraft.tuning.examples import Examples, encode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -90,7 +90,7 @@ def probe_gain(pair: Pair) -> Interval:
     Returns:
         The difference of the probes' scores, with its interval.
     """
-    from regraft.tuning.probe import probe
+    from regraft.model.probe import probe
 
     data = pair.data
     old, new = (probe(base, data, pair.precision) for base in (pair.upgrade.old, pair.upgrade.new))

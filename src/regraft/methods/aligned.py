@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.base import Base
-    from regraft.tuning.walk import Walk
+    from regraft.model.blockwise import Walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,8 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
     from regraft.adaptation.changes import KINDS
     from regraft.adaptation.rework import check_reworkable
     from regraft.adaptation.tokens import tuned_rows
-    from regraft.tuning.examples import encode_alike
-    from regraft.tuning.walk import Walk
+    from regraft.model.blockwise import Walk
+    from regraft.model.examples import encode_alike
 
     check_reworkable(job.adaptation, KINDS)
     upgrade, labels = job.upgrade, job.data.labels

@@ -12,9 +12,9 @@ from regraft.checkpoint import check_place, to_json, write_atomic
 from regraft.errors import RecipeError
 from regraft.methods.recycle import recycle
 from regraft.methods.registry import find_method
+from regraft.model.deployment import match_labels, predictions
 from regraft.progress import Progress, silent
 from regraft.task import count_flips, load_data, recovery, score
-from regraft.tuning.deployment import match_labels, predictions
 from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def compare(
         data = load_data(task, seed).with_room(adaptation.virtual_tokens, upgrade.new.longest)
         data = match_labels(adaptation, data)
         split = data.test or data.dev
-        deployment = predictions(adaptation, upgrade.old, data, recipe, progress)
+        precision = recipe.resolve(len(data.train), 1.0).precision
+        deployment = predictions(adaptation, upgrade.old, data, precision, progress)
         old.append(score(data.metric, split.labels, deployment))
         was_right = [label == guess for label, guess in zip(split.labels.tolist(), deployment, strict=True)]
         runs: dict[str, Outcome] = {}

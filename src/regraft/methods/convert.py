@@ -215,7 +215,7 @@ def _merged_state(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _moments(model: Any, base: Base, task: Task | TaskData | str | Path, progress: Progress) -> dict[str, torch.Tensor]:
-    from regraft.tuning import device, encode, input_moments
+    from regraft.model import device, encode, input_moments
 
     data = load_data(task, 0)
     texts = encode(base, data.train.take(range(min(MEASURED, len(data.train)))), data.max_length)

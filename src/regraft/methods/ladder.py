@@ -7,8 +7,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import is_sealed, seal, to_json, write_atomic
+from regraft.model.batches import predict
+from regraft.model.device import device
 from regraft.task import majority_score, paired_difference, score, weakness
-from regraft.tuning.predict import device, predict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,7 +113,7 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
     """
     file, whole = job.work / "bar.json", job.work / "bar.sealed.json"
     if not is_sealed(whole):
-        from regraft.tuning.probe import probe
+        from regraft.model.probe import probe
 
         reference = dev_predictions(job, job.adaptation.path, old=True)
         probes = []
@@ -143,7 +144,7 @@ def dev_predictions(job: Job, folder: Path, *, old: bool = False) -> list[int]:
         The predicted classes.
     """
     from regraft.adaptation import load_adaptation, load_model
-    from regraft.tuning import encode
+    from regraft.model import encode
 
     base = job.upgrade.old if old else job.upgrade.new
     model = load_model(job.adaptation if old else load_adaptation(folder), base, job.data.labels).to(device())
@@ -164,7 +165,7 @@ def pseudo_labelled(job: Job) -> TaskData:
     import numpy as np
 
     from regraft.adaptation import load_model
-    from regraft.tuning import encode
+    from regraft.model import encode
 
     old = job.upgrade.old
     model = load_model(job.adaptation, old, job.data.labels).to(device())

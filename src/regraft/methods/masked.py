@@ -98,8 +98,9 @@ def _bare(job: Job, rows: RowMatch | None) -> Any:
 
 def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
     """Compute the gradient of the mean loss, by the name that `write_rework` calls a tensor of the body."""
-    from regraft.tuning import device
-    from regraft.tuning.predict import BATCH, forward
+    from regraft.model import device
+    from regraft.model.batches import BATCH
+    from regraft.model.outputs import forward
 
     model.to(device()).eval().requires_grad_(True)
     count = len(evidence.examples)

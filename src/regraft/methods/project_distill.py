@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from regraft.methods.method import Job
     from regraft.methods.pairs import Vector
     from regraft.methods.projection import Projection
-    from regraft.tuning import Distillation, Examples
+    from regraft.model import Examples
+    from regraft.tuning import Distillation
 
 KINDS = ("lora", "bottleneck")
 MOST = 4_000_000
@@ -58,7 +59,8 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
     import torch
 
     from regraft.methods.pairs import vector_of
-    from regraft.tuning import Distillation, device
+    from regraft.model import device
+    from regraft.tuning import Distillation
 
     kind = "dora" if job.adaptation.config.get("use_dora") else job.adaptation.kind
     vector = vector_of(job.adaptation, job.upgrade.old)
@@ -102,9 +104,11 @@ def _train(
     """Go from task to task, a batch of each, and yield the loss of each step; what a killed run did is gone on from."""
     import torch
 
-    from regraft.tuning import device, distillation_loss
+    from regraft.model import device
+    from regraft.model.device import autocast
+    from regraft.model.outputs import forward
+    from regraft.tuning import distillation_loss
     from regraft.tuning.distill import read_hidden
-    from regraft.tuning.predict import autocast, forward
 
     rates = _rates([lesson.vector for lesson in lessons], options)
     optimiser = torch.optim.Adam([{"params": [tensor]} for tensor in parameters])
@@ -191,9 +195,10 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     """Open a task, its old tuned model as the teacher, and a student with the old weights on the new base."""
     from regraft.adaptation import load_adaptation, load_model, write_graft
     from regraft.methods.pairs import open_alike, split_pair
+    from regraft.model import device, encode
+    from regraft.model.deployment import match_labels
     from regraft.task import load_data
-    from regraft.tuning import device, encode, plan_order
-    from regraft.tuning.deployment import match_labels
+    from regraft.tuning import plan_order
     from regraft.tuning.distill import teach
 
     folder, task = split_pair(pair)

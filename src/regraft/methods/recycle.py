@@ -26,9 +26,9 @@ from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.methods.method import Job
 from regraft.methods.registry import check_options, find_method
+from regraft.model.deployment import check_effect, match_labels
 from regraft.progress import Progress, silent
 from regraft.task import load_data, majority_score, score
-from regraft.tuning.deployment import check_effect, match_labels
 from regraft.tuning.distill import Distillation
 from regraft.tuning.recipe import Recipe, check_trained
 
@@ -189,7 +189,8 @@ def record_outcome(
     import numpy as np
 
     from regraft.adaptation import load_model
-    from regraft.tuning import device, encode, plan_order, predict
+    from regraft.model import device, encode, predict
+    from regraft.tuning import plan_order
 
     adaptation = load_adaptation(staging / "adaptation")
     if curve:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.rework import Rule
     from regraft.methods.method import Job
-    from regraft.tuning import Examples
+    from regraft.model import Examples
 
 MOST = 256
 
@@ -70,8 +70,8 @@ def gather(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
     import torch
 
     from regraft.adaptation import load_model
+    from regraft.model import device, encode, predict
     from regraft.task.sample import draw
-    from regraft.tuning import device, encode, predict
 
     data, upgrade = job.data, job.upgrade
     if job.head != "copy":

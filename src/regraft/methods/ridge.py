@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.changes import Change
-    from regraft.tuning.walk import Walk
+    from regraft.model.blockwise import Walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,8 @@ def refitted(job: Job, options: Ridge) -> Any:
     from regraft.adaptation import load_model
     from regraft.adaptation.changes import KINDS, linear_changes, passed_over
     from regraft.adaptation.rework import check_reworkable
-    from regraft.tuning.examples import encode_alike
-    from regraft.tuning.walk import Walk
+    from regraft.model.blockwise import Walk
+    from regraft.model.examples import encode_alike
 
     check_reworkable(job.adaptation, KINDS)
     new = job.grafted()

@@ -96,7 +96,7 @@ def run(job: Job, options: Scaling) -> list[dict[str, float]]:
 
 def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dict[str, float]:
     """Try a grid of λ for all, then a step up or down for each group; move only by more than chance would have it."""
-    from regraft.tuning import predict
+    from regraft.model import predict
 
     scales = dict.fromkeys(deltas.groups, 1.0)
     tried = 0
@@ -140,7 +140,7 @@ class _Deltas:
     """
 
     def __init__(self, job: Job):
-        from regraft.tuning import device
+        from regraft.model import device
 
         self.model = job.grafted().to(device())
         self.prefix = job.upgrade.new.prefix + "."

@@ -3,10 +3,8 @@
 from regraft.tuning.anchor import Anchored
 from regraft.tuning.corpus import Corpus
 from regraft.tuning.distill import Distillation, distillation_loss
-from regraft.tuning.examples import Examples, encode, plan_order
 from regraft.tuning.interpolate import Interpolation
-from regraft.tuning.moments import input_moments
-from regraft.tuning.predict import device, predict
+from regraft.tuning.order import plan_order
 from regraft.tuning.pretrain import Replay, pretrain, pretrain_chain
 from regraft.tuning.recipe import Recipe
 from regraft.tuning.tracking import tracking
@@ -18,18 +16,13 @@ __all__ = [
     "Anchored",
     "Corpus",
     "Distillation",
-    "Examples",
     "Interpolation",
     "Recipe",
     "Replay",
     "Teacher",
-    "device",
     "distillation_loss",
-    "encode",
     "evaluate",
-    "input_moments",
     "plan_order",
-    "predict",
     "pretrain",
     "pretrain_chain",
     "tracking",

@@ -11,7 +11,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.tuning.predict import device, forward
+from regraft.model.device import device
+from regraft.model.outputs import forward
 from regraft.tuning.recipe import check_fade, fade
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from regraft.model.examples import Examples
     from regraft.progress import Progress
-    from regraft.tuning.examples import Examples
 
     Objective = Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import MismatchError, RecipeError
-from regraft.tuning.predict import Output, for_each_batch, forward
+from regraft.model.batches import for_each_batch
+from regraft.model.outputs import Output, forward
 from regraft.tuning.recipe import check_fade, fade
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from regraft.model.examples import Examples
     from regraft.progress import Progress
-    from regraft.tuning.examples import Examples
 
 HOTTEST = 10_000  # softened so far, outputs are alike in every digit of float32
 
@@ -200,7 +201,7 @@ def teach(
     if not is_sealed(record):
         import numpy as np
 
-        from regraft.tuning.examples import Examples
+        from regraft.model.examples import Examples
 
         seen = np.unique(wanted)
         part = Examples(

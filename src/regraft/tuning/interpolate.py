@@ -10,8 +10,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
+from regraft.model.outputs import forward
 from regraft.tuning.distill import Distillation, read_hidden, teacher_loss
-from regraft.tuning.predict import forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.tuning.predict import autocast
+from regraft.model.device import autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -25,10 +25,10 @@ from regraft.checkpoint import (
     write_safetensors,
 )
 from regraft.errors import CheckpointError, OutcomeError, RecipeError
+from regraft.model.device import device
 from regraft.progress import Progress, quiet, silent
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import LEARNING_RATE, LanguageModelling, language_model
-from regraft.tuning.predict import device
 from regraft.tuning.recipe import SEEDS, check_trained
 from regraft.upgrade import renewed
 

@@ -15,8 +15,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from regraft.adaptation.outcome import versions
 from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import RecipeError
+from regraft.model.device import device
 from regraft.progress import quiet
-from regraft.tuning.predict import device
 from regraft.tuning.tracking import run_name, trackers
 
 if TYPE_CHECKING:

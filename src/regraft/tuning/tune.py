@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from regraft.model.batches import predict
+from regraft.model.device import device
+from regraft.model.examples import Examples, encode
+from regraft.model.outputs import forward
 from regraft.task import score
 from regraft.tuning.anchor import Anchored, anchored_objective, fisher
 from regraft.tuning.distill import Distillation, distillation_objective, teach
-from regraft.tuning.examples import Examples, encode, plan_order
 from regraft.tuning.interpolate import Interpolation, interpolation_objective
-from regraft.tuning.predict import device, forward, predict
+from regraft.tuning.order import plan_order
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,27 +1,15 @@
-"""A model's outputs on examples, batches being of similar length."""
+"""What a model gives for a batch, each text's output being what it is alone."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from typing import TYPE_CHECKING, Any
 
-from regraft.progress import silent
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     import torch
-    from torch import nn
-
-    from regraft.progress import Progress
-    from regraft.tuning.examples import Examples
-
-BATCH = 64
-# architectures in which what fills up a batch reaches the texts past the attention mask: by convolutions over
-# neighbouring tokens, pooling, Fourier transforms, or approximate attention over blocks and hashes
-MIXING = {"canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "yoso"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,33 +25,6 @@ class Output:
     logits: torch.Tensor
     read: torch.Tensor
     hidden: tuple[torch.Tensor, ...] = ()
-
-
-def device() -> torch.device:
-    """Return where models run.
-
-    Returns:
-        The accelerator if there is one, else the CPU.
-    """
-    import torch
-
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
-
-
-def autocast(precision: str, on: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Compute in bfloat16 where that was asked for.
-
-    Args:
-        precision: `bf16` or `fp32`.
-        on: The device.
-
-    Returns:
-        A context manager.
-    """
-    import torch
-
-    return torch.autocast(on.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
 def forward(
@@ -89,7 +50,7 @@ def forward(
     """
     import torch
 
-    classifier = _classifier(model)
+    classifier = classifier_of(model)
     body, mask = classifier.base_model, batch["attention_mask"]
     rows, last = torch.arange(len(mask), device=mask.device), last_read(model, batch)
     read = torch.zeros_like(rows)
@@ -145,7 +106,7 @@ def last_read(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | N
 
     from regraft.base import is_causal
 
-    classifier, mask = _classifier(model), batch["attention_mask"]
+    classifier, mask = classifier_of(model), batch["attention_mask"]
     summary = getattr(classifier, "sequence_summary", None)
     if not is_causal(classifier.config) or (summary is not None and summary.summary_type != "last"):
         return None
@@ -167,7 +128,7 @@ def _any_padding(config: Any) -> Iterator[None]:
         config.pad_token_id = before
 
 
-def _classifier(model: Any) -> Any:
+def classifier_of(model: Any) -> Any:
     """Return the transformers model inside what wraps it for many devices or for PEFT."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
@@ -176,86 +137,3 @@ def _classifier(model: Any) -> Any:
 def _is_prompted(model: Any) -> bool:
     config = getattr(getattr(model, "module", model), "active_peft_config", None)
     return bool(config and config.is_prompt_learning and config.peft_type.value != "PREFIX_TUNING")
-
-
-def plan_batches(model: nn.Module, examples: Examples, *, equal: bool = False) -> list[list[int]]:
-    """Divide examples into batches of similar length, the longest first; of equal length for MIXING architectures.
-
-    Args:
-        model: A classifier.
-        examples: What it is to be run on.
-        equal: Whether the lengths are to be equal, whatever the architecture.
-
-    Returns:
-        The indices of each batch's examples.
-    """
-    lengths = examples.lengths.tolist()
-    order = sorted(range(len(examples)), key=lambda index: -lengths[index])
-    equal = equal or _classifier(model).config.model_type in MIXING
-    groups = [list(group) for _, group in itertools.groupby(order, lambda index: lengths[index] if equal else 0)]
-    return [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
-
-
-def for_each_batch(
-    model: nn.Module,
-    examples: Examples,
-    precision: str,
-    use: Callable[[Output, dict[str, torch.Tensor], list[int]], None],
-    progress: Progress = silent,
-    stage: str = "predict",
-    *,
-    hidden: bool = False,
-) -> None:
-    """Run a model over examples in evaluation mode, without gradients.
-
-    Args:
-        model: A classifier; its mode is restored afterwards.
-        examples: What to run it on.
-        precision: `bf16` or `fp32`.
-        use: Called with the output, the batch and the indices of its examples.
-        progress: Told of each batch.
-        stage: What to call this there.
-        hidden: Whether the output has hidden states.
-    """
-    import torch
-
-    on = next(model.parameters()).device
-    done = 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), autocast(precision, on):
-            for indices in plan_batches(model, examples):
-                batch = {name: tensor.to(on) for name, tensor in examples.batch(indices).items()}
-                inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
-                use(forward(model, inputs, hidden=hidden), batch, indices)
-                done += len(indices)
-                progress(stage, done, len(examples), {})
-    finally:
-        model.train(was_training)
-
-
-def predict(model: nn.Module, examples: Examples, precision: str, progress: Progress = silent) -> torch.Tensor:
-    """Compute a classifier's logits.
-
-    Args:
-        model: A classifier.
-        examples: What to run it on.
-        precision: `bf16` or `fp32`.
-        progress: Told of each batch.
-
-    Returns:
-        Logits, examples × classes, in float32 on the CPU, in the order of the examples.
-    """
-    import torch
-
-    rows: list[tuple[list[int], torch.Tensor]] = []
-
-    def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
-        rows.append((indices, output.logits.float().cpu()))
-
-    for_each_batch(model, examples, precision, keep, progress)
-    logits = torch.empty(len(examples), rows[0][1].shape[1])
-    for indices, part in rows:
-        logits[indices] = part
-    return logits

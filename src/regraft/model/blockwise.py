@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import is_experts
-from regraft.tuning.predict import autocast, device, forward, last_read, plan_batches
+from regraft.model.batches import plan_batches
+from regraft.model.device import autocast, device
+from regraft.model.outputs import forward, last_read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     import torch
 
-    from regraft.tuning.examples import Examples
+    from regraft.model.examples import Examples
 
     Watch = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import fresh_model, load_model
 from regraft.errors import MismatchError
+from regraft.model.batches import for_each_batch, predict
+from regraft.model.device import device
+from regraft.model.examples import encode
 from regraft.progress import Progress, silent
-from regraft.tuning.examples import encode
-from regraft.tuning.predict import Output, device, for_each_batch, predict
 
 if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation import Adaptation
     from regraft.base import Base
+    from regraft.model.outputs import Output
     from regraft.task import TaskData
-    from regraft.tuning.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData)
 
 
 def predictions(
-    adaptation: Adaptation, base: Base, data: TaskData, recipe: Recipe, progress: Progress = silent
+    adaptation: Adaptation, base: Base, data: TaskData, precision: str, progress: Progress = silent
 ) -> list[int]:
     """Predict test (dev where there is none) with an adaptation on a base.
 
@@ -110,14 +111,13 @@ def predictions(
         adaptation: The weights.
         base: The base they are put on; a full fine-tune is its own.
         data: The examples, classes in the order of the adaptation's head.
-        recipe: Whose precision to compute in.
+        precision: `bf16` or `fp32`.
         progress: Told of each batch.
 
     Returns:
         The predicted class of each example.
     """
     split = data.test or data.dev
-    precision = recipe.resolve(len(data.train), 1.0).precision
     model = load_model(adaptation, base, data.labels).to(device())
     found: list[int] = predict(model, encode(base, split, data.max_length), precision, progress).argmax(dim=1).tolist()
     return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from regraft.model.batches import for_each_batch
 from regraft.progress import Progress, silent
-from regraft.tuning.predict import Output, for_each_batch
 
 if TYPE_CHECKING:
     import torch
 
-    from regraft.tuning.examples import Examples
+    from regraft.model.examples import Examples
+    from regraft.model.outputs import Output
 
 WIDEST = 4096
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.adaptation import fresh_model
-from regraft.tuning.examples import encode
-from regraft.tuning.predict import Output, device, for_each_batch
+from regraft.model.batches import for_each_batch
+from regraft.model.device import device
+from regraft.model.examples import encode
 
 if TYPE_CHECKING:
     import torch
 
     from regraft.base import Base
+    from regraft.model.outputs import Output
     from regraft.task import Split, TaskData
 
 PROBED = 512
