@@ -78,7 +78,7 @@ def main():
         for name, examples in TASKS.items():
             data = load_data(write_task(name, Path(folder) / name, train=2000, dev=100, test=100), 20)
             data = dataclasses.replace(data, dev=data.dev.take(range(8)))  # evaluation is not what is timed
-            tokens = statistics.fmean(encode(base, data.train, data.max_length).lengths.tolist())
+            tokens = statistics.fmean(encode(base, data, data.train).lengths.tolist())
             teacher = Teacher(fresh_model(base, data.labels, seed=30), base, Distillation())
             runs = {
                 "default": lambda n: with_trainer(base, data, n, 8),  # noqa: B023

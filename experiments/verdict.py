@@ -28,7 +28,7 @@ from regraft.checkpoint import write_atomic
 from regraft.diagnosis import check_pair, load_pair, probe_gain, similarity, verdict
 from regraft.diagnosis.verdict import AS_IS
 from regraft.errors import OutcomeError
-from regraft.task import load_data, majority_score
+from regraft.task import chance_score, load_data, weakness
 
 if TYPE_CHECKING:
     from grid import Grid
@@ -91,7 +91,7 @@ def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
         alike = similarity(pair.old, pair.new, bases.old, pair.data, precision=pair.precision)
         told = verdict(
             data.metric, pair.split.labels, pair.before.argmax(dim=1), pair.after.argmax(dim=1),
-            majority_score(pair.data, pair.split), gain=gain,
+            chance_score(pair.data, pair.split), gain=gain, weakness=weakness(pair.data, pair.split),
         )  # fmt: skip
     found = {
         "task": task, "upgrade": upgrade, "kind": kind, "seed": seed, "choice": told.choice, "sure": told.sure,

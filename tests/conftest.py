@@ -180,6 +180,30 @@ def opened(bases):
     return {name: tuple(Base.open(path) for path in pair) for name, pair in bases.items()}
 
 
+def data_of(train, dev=None, *, labels=("a", "b"), **keys):
+    """A task in memory: its splits, and keys of its task file."""
+    from regraft.task import TaskData, TextClassification
+
+    task = TextClassification(**{"name": "t", "train": "train.csv", "text": "text", "label": "label", **keys})
+    return TaskData(task, tuple(labels), train, dev or train, None, 0)
+
+
+def loss_of(formula, logits, targets, teacher_logits, hidden, teacher_hidden, options):
+    """A loss of distillation over plain tensors: logits rows × classes, hidden states rows × layers × width."""
+    import torch
+
+    from regraft.model.outputs import Output
+    from regraft.task.types import Signal
+    from regraft.task.types.likelihood import CATEGORICAL
+    from regraft.tuning.distill import Taught
+
+    count = len(logits)
+    layers = tuple(layer[:, None] for layer in (*hidden.unbind(dim=1), hidden[:, 0]))
+    output = Output(logits, torch.arange(count), torch.zeros(count, dtype=torch.long), layers)
+    taught = Taught(Signal(teacher_logits), teacher_hidden)
+    return formula(output, {"targets": targets, "row": torch.arange(count)}, taught, options, CATEGORICAL)
+
+
 @pytest.fixture(scope="session")
 def texts(opened, task_file):
     """The encoded dev texts for each architecture."""
@@ -187,7 +211,7 @@ def texts(opened, task_file):
     from regraft.task import load_data
 
     data = load_data(task_file, 20)
-    return {name: encode(pair[0], data.dev, data.max_length) for name, pair in opened.items()}
+    return {name: encode(pair[0], data, data.dev) for name, pair in opened.items()}
 
 
 @pytest.fixture(scope="session")

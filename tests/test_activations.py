@@ -27,7 +27,7 @@ LABELS = ("negative", "positive")
 
 def logits_of(path, base, task_file):
     data = load_data(task_file, 20).relabel(LABELS)
-    return predict(load_model(load_adaptation(path), base, LABELS), encode(base, data.test, data.max_length), "fp32")
+    return predict(load_model(load_adaptation(path), base, LABELS), encode(base, data, data.test), "fp32")
 
 
 @settings(max_examples=30, deadline=None)
@@ -65,7 +65,7 @@ def test_rotation_is_found_and_left_alone_where_nothing_is_seen(seed, width):
 def test_a_walk_sees_what_a_forward_pass_sees(bases, task_file, architecture):
     base = Base.open(bases[architecture][0])
     data = load_data(task_file, 20)
-    examples = encode(base, data.dev, data.max_length)
+    examples = encode(base, data, data.dev)
     model = fresh_model(base, LABELS, 0)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     walk, seen = Walk(model, examples, "fp32"), {}

@@ -132,7 +132,7 @@ def test_losses_and_scores_are_those_of_models_made_by_hand(pair, opened, data):
         labels = torch.as_tensor(split.labels)
         losses = []
         for at, model in enumerate((pair[0], middle, pair[1])):
-            logits = predict(model, encode(base, split, data.max_length), "fp32")
+            logits = predict(model, encode(base, data, split), "fp32")
             losses.append(float(functional.cross_entropy(logits, labels)))
             assert found.loss[split.name][at] == pytest.approx(losses[-1], abs=1e-5)
             assert found.score[split.name][at] == score(data.metric, labels, logits.argmax(dim=1))
@@ -259,10 +259,10 @@ def test_eleven_points_cost_no_more_than_eleven_evaluations(tmp_path, task_file)
     data = dataclasses.replace(data, test=dataclasses.replace(data.train, name="test"))
 
     def plain():
-        for examples in [encode(base, split, data.max_length) for split in (data.dev, data.test)] * 11:
+        for examples in [encode(base, data, split) for split in (data.dev, data.test)] * 11:
             logits = predict(first, examples, "fp32")
-            functional.cross_entropy(logits, torch.as_tensor(examples.labels))
-            score(data.metric, examples.labels, logits.argmax(dim=1))
+            functional.cross_entropy(logits, torch.as_tensor(examples.targets))
+            score(data.metric, examples.targets, logits.argmax(dim=1))
 
     def spent(work):
         start = time.process_time()

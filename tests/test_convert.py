@@ -70,7 +70,7 @@ def test_weighing_by_inputs_keeps_the_outputs_better(tmp_path, made, opened, tas
     convert(path, old, tmp_path / "weighed", "lora", rank=2, task=task_file)
     data = load_data(task_file, 0)
     model = load_model(load_adaptation(path), old, LABELS)
-    moments = input_moments(model, encode(old, data.train, data.max_length))
+    moments = input_moments(model, encode(old, data, data.train))
     tuned, base = load_file(path / "model.safetensors"), load_file(old.path / "model.safetensors")
 
     def error(folder, layer):
@@ -209,7 +209,7 @@ def test_conversions_in_other_architectures(tmp_path, task_file, kind):
     (AutoModelForCausalLM if decoder else AutoModelForMaskedLM).from_config(given).save_pretrained(tmp_path / "base")
     make_tokenizer("llama" if decoder else "bert").save_pretrained(tmp_path / "base")
     base, data = Base.open(tmp_path / "base"), load_data(task_file, 20)
-    dev = encode(base, data.dev, data.max_length)
+    dev = encode(base, data, data.dev)
     model = fresh_model(base, LABELS, 1)
     if kind == "mixtral":
         save_model(model, base, LABELS, tmp_path / "made")

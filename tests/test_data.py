@@ -17,13 +17,14 @@ import numpy as np
 import pandas
 import pyarrow
 import pytest
+from conftest import data_of as data_in_memory
 from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.diagnosis.verdict import verdict
 from regraft.errors import DataError, MismatchError
 from regraft.methods.ladder import Bar
-from regraft.task import Split, Task, TaskData, doubts, load_data, read_task
+from regraft.task import Split, Task, TaskData, TextClassification, doubts, load_data, read_task, weakness
 from regraft.task.data import Split as SplitOfBefore
 from regraft.task.delimited import read_delimited
 from regraft.tuning.corpus import Corpus
@@ -37,7 +38,7 @@ DIGEST = "03455e7b418ab51c134dbeb16ce68792d2e72c51cf8655c9a2fc3bb44bd81b0f"  # w
 
 
 def task(train: Any, **changes: Any) -> Task:
-    return Task.model_validate({"name": "t", "train": train, "text": "text", "label": "label", **changes})
+    return TextClassification.model_validate({"name": "t", "train": train, "text": "text", "label": "label", **changes})
 
 
 def frame() -> pandas.DataFrame:
@@ -64,7 +65,7 @@ def data_of(labels: tuple[str, ...], train: list[int], dev: list[int]) -> TaskDa
         Split(name, f"{name}.csv", [(f"{name} {i}",) for i in range(len(y))], np.array(y), np.arange(1, len(y) + 1))
         for name, y in (("train", train), ("dev", dev))
     ]
-    return TaskData("t", "accuracy", 128, labels, *splits, None, 0)
+    return data_in_memory(*splits, labels=labels)
 
 
 # ---- quotes of TSV
@@ -413,9 +414,11 @@ def test_tiny_and_single_class_splits_are_doubted() -> None:
 
 @pytest.mark.parametrize("labels", [[1], [1] * 30])
 def test_nothing_is_sure_on_a_split_that_settles_nothing(labels: list[int]) -> None:
-    decided = verdict("accuracy", labels, labels, labels, 0.0)
+    data = data_of(("a", "b"), [0, 1] * 9, labels)
+    doubt = weakness(data, data.dev)
+    decided = verdict("accuracy", labels, labels, labels, 0.0, weakness=doubt)
     assert (decided.choice, decided.sure, decided.reasons[-1].name) == ("use as is", 0.0, "examples")
-    bar = Bar("accuracy", labels, labels, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9)
+    bar = Bar("accuracy", labels, labels, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=doubt)
     assert bar.measure(labels)["verdict"] == "undecided"
     many = [0, 1] * 15
     assert verdict("accuracy", many, many, many, 0.5).sure == 1.0

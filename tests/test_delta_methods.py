@@ -186,8 +186,8 @@ def gradients_by_autograd(upgrade, path, task_file, labels):
     else:
         split = data.train
         tuned = load_model(load_adaptation(path), upgrade.old, LABELS)
-        targets = predict(tuned, encode(upgrade.old, split, data.max_length), "fp32").softmax(dim=1)
-    batch = encode(upgrade.new, split, data.max_length).batch(range(len(split)))
+        targets = predict(tuned, encode(upgrade.old, data, split), "fp32").softmax(dim=1)
+    batch = encode(upgrade.new, data, split).batch(range(len(split)))
     logits = model(**{n: t for n, t in batch.items() if n not in ("labels", "index")}).logits
     torch.nn.functional.cross_entropy(logits, targets).backward()  # differs from the KL by a constant
     return {n.removeprefix(upgrade.new.prefix + "."): p.grad for n, p in model.named_parameters()}

@@ -258,7 +258,7 @@ def test_a_tokenizer_without_padding_token_still_makes_batches(tmp_path, copied,
 
     source = bases[architecture][0]
     data = load_data(task_file, 0)
-    expected = encode(Base.open(source), data.dev, 32)
+    expected = encode(Base.open(source), data.changed(max_length=32), data.dev)
     for changes in (
         {"pad_token": ...},
         {"pad_token": ..., "eos_token": ...},
@@ -266,7 +266,7 @@ def test_a_tokenizer_without_padding_token_still_makes_batches(tmp_path, copied,
         {"pad_token": "[PAD]"},  # added, and the embeddings were never resized
     ):
         base = Base.open(copied(source, "tokenizer_config.json", **changes))
-        found = encode(base, data.dev, 32)
+        found = encode(base, data.changed(max_length=32), data.dev)
         assert found.columns["input_ids"] == expected.columns["input_ids"]
         assert 0 <= found.pad["input_ids"] < base.rows
         assert found.batch([0, 1])["attention_mask"].equal(expected.batch([0, 1])["attention_mask"])
@@ -281,7 +281,8 @@ def test_tokens_beyond_the_embeddings_are_named(copied, bases, task_file):
     content["model"]["vocab"]["good"] = 500
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"makes token 'good' \(500\) of texts, and its embeddings have 43 rows"):
-        encode(Base.open(folder), load_data(task_file, 0).dev, 32)
+        data = load_data(task_file, 0)
+        encode(Base.open(folder), data, data.dev)
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer_config\.json, and transformers takes special tokens"):
         _ = Base.open(folder).tokenizer
@@ -295,10 +296,11 @@ def test_a_text_of_no_tokens_is_named(copied, bases, task_file):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Replace", "pattern": {"String": "\x01"}, "content": ""}
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    dev = load_data(task_file, 0).dev
+    data = load_data(task_file, 0)
+    dev = data.dev
     dev.texts[3] = ("\x01",)
     with pytest.raises(DataError, match=rf"dev\.csv, row {dev.rows[3]}: .* makes no token of the text"):
-        encode(Base.open(folder), dev, 32)
+        encode(Base.open(folder), data, dev)
 
 
 @pytest.mark.parametrize("length", [0, -5, "64", True, 1.5, math.nan, [1], 2])

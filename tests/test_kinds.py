@@ -157,7 +157,7 @@ def encode_one(examples, i):
     import dataclasses
 
     return dataclasses.replace(
-        examples, columns={n: [c[i]] for n, c in examples.columns.items()}, labels=examples.labels[i : i + 1]
+        examples, columns={n: [c[i]] for n, c in examples.columns.items()}, targets=examples.targets[i : i + 1]
     )
 
 

@@ -99,7 +99,7 @@ def adapt_experts(base, folder, modules):
 
 def batch_of(base, task_file):
     data = load_data(task_file, 20).relabel(LABELS)
-    examples = encode(base, data.train, data.max_length)
+    examples = encode(base, data, data.train)
     batch = examples.batch(sorted(range(len(examples)), key=lambda i: -len(examples.columns["input_ids"][i])))
     return {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
 
@@ -295,7 +295,7 @@ def test_masked_reads_gradients_under_the_names_that_tensors_are_stored_by(tmp_p
                 weight.copy_(base[parameter])
     data = load_data(few_file, 20).relabel(LABELS)
     assert len(data.train) == options.labels * 2  # so that all of them are drawn
-    examples = encode(upgrade.new, data.train, data.max_length)
+    examples = encode(upgrade.new, data, data.train)
     batch = examples.batch(list(range(len(examples))))
     labels = torch.as_tensor(data.train.labels)
     logits = bare(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

@@ -98,7 +98,7 @@ def test_hidden_states_are_read_where_the_head_reads():
     batch = {k: v for k, v in examples_of(texts, UNK).batch(range(5)).items() if k in ("input_ids", "attention_mask")}
     places = [2, 0, 3, 0, 0]
     output = forward(model, batch, hidden=True)
-    assert output.read.tolist() == last_read(model, batch).tolist() == places
+    assert output.token.tolist() == last_read(model, batch).tolist() == places
     read = output.hidden[-1][range(5), places]
     torch.testing.assert_close(model.score(read), output.logits, rtol=0, atol=1e-6)
     model.config.pad_token_id = None

@@ -31,7 +31,7 @@ def logits_of(path, base, task_file):
     """The logits on test of an adaptation on a base."""
     adaptation, base = load_adaptation(path), Base.open(base)
     data = load_data(task_file, 20).relabel(adaptation.labels)
-    return predict(load_model(adaptation, base, data.labels), encode(base, data.test, data.max_length), "fp32")
+    return predict(load_model(adaptation, base, data.labels), encode(base, data, data.test), "fp32")
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CELLS)
@@ -347,7 +347,7 @@ def test_the_old_score_of_a_comparison_is_the_mean_over_seeds(bases, tuned, task
     """Of a deployment that is right everywhere for one seed, and calls all the same for the other."""
     labels = load_data(task_file, 0).test.labels.tolist()
     answers = iter([labels, [0] * len(labels)])
-    monkeypatch.setattr(sys.modules["regraft.methods.compare"], "predictions", lambda *_, **__: next(answers))
+    monkeypatch.setattr(sys.modules["regraft.methods.compare"].Deployment, "predictions", lambda *_: next(answers))
     table = compare(
         Upgrade(*bases["bert"]), tuned["bert", "lora"], task_file, ["direct"], tmp_path, recipe=FEW, seeds=(20, 30)
     )

@@ -20,6 +20,7 @@ from regraft.adaptation import find_outcome, fresh_model
 from regraft.cli import app
 from regraft.errors import OutcomeError
 from regraft.progress import silent
+from regraft.task.types.likelihood import CATEGORICAL
 from regraft.tuning.corpus import pack
 from regraft.tuning.distill import teach
 
@@ -207,7 +208,7 @@ def test_what_was_cached_is_made_again_if_it_is_damaged(tmp_path, opened, texts)
         model = fresh_model(base, ("a", "b"), 1)
         options = Distillation(beta=0.0)
         every = range(len(texts["bert"]))
-        return teach(model, texts["bert"], every, options, "fp32", tmp_path, silent)[0].clone()
+        return teach(model, texts["bert"], every, options, CATEGORICAL, "fp32", tmp_path, silent).signal.logits.clone()
 
     tokens, logits = cached(), taught()
     for damage in (zero, empty, Path.unlink):

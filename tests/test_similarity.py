@@ -17,6 +17,7 @@ from regraft.diagnosis.comparison import Moments, head_divergences
 from regraft.diagnosis.similarity import similarity
 from regraft.errors import MismatchError, RecipeError
 from regraft.model import encode, predict
+from regraft.model.outputs import inputs_of
 from regraft.task import load_data
 
 
@@ -128,7 +129,7 @@ def test_swapped_heads_are_found(attentive, data):
     base, model = attentive
     swapped = copy.deepcopy(model)
     swap_heads(swapped, 1, 0, 2)
-    texts = encode(base, data.dev, data.max_length)
+    texts = encode(base, data, data.dev)
     torch.testing.assert_close(predict(model, texts, "fp32"), predict(swapped, texts, "fp32"), rtol=0, atol=1e-5)
     found = similarity(model, swapped, base, data)
     assert found.best == ((0, 1, 2, 3), (2, 1, 0, 3))
@@ -148,12 +149,12 @@ def test_figures_are_those_of_a_naive_loop_over_texts(attentive, data, opened, t
             parameter.add_(0.05 * torch.randn_like(parameter))
     found = similarity(model, other, base, data, texts=12)
     ids = [*range(0, 100, 9)]
-    examples = encode(base, data.test.take(ids), data.max_length)
+    examples = encode(base, data, data.test.take(ids))
     assert found.texts == len(ids)
     diverged, rows, logits, states = torch.zeros(2, 4, 4).double(), 0, [], []
     with attention.attending(model, other):
         for i in range(len(ids)):
-            inputs = {n: t for n, t in examples.batch([i]).items() if n not in ("labels", "index")}
+            inputs = inputs_of(examples.batch([i]))
             with torch.no_grad():
                 a, b = (m(**inputs, output_attentions=True, output_hidden_states=True) for m in (model, other))
             for layer in range(2):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from conftest import data_of as data_in_memory
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,9 +23,10 @@ from regraft.task import (
     Split,
     Task,
     TaskData,
+    TextClassification,
+    chance_score,
     flips,
     load_data,
-    majority_score,
     read_task,
     score,
     summarise,
@@ -68,7 +70,7 @@ def write(path: Path, rows: Rows) -> str:
 
 
 def task(train: str | HubSplit, **changes: Any) -> Task:
-    return Task.model_validate({"name": "t", "train": train, "text": "text", "label": "label", **changes})
+    return TextClassification.model_validate({"name": "t", "train": train, "text": "text", "label": "label", **changes})
 
 
 def split_of(labels: list[int], name: str = "train") -> Split:
@@ -78,7 +80,7 @@ def split_of(labels: list[int], name: str = "train") -> Split:
 
 def data_of(labels: list[int], classes: int = 3, dev: list[int] | None = None) -> TaskData:
     names = tuple("abcdef"[:classes])
-    return TaskData("t", "accuracy", 128, names, split_of(labels), split_of(dev or [0, 1, 2], "dev"), None, 0)
+    return data_in_memory(split_of(labels), split_of(dev or [0, 1, 2], "dev"), labels=names)
 
 
 def says(error: pytest.ExceptionInfo[Exception], *parts: object) -> None:
@@ -109,7 +111,7 @@ def test_a_task_file_is_read_with_its_paths_from_its_folder(tmp_path: Path) -> N
     assert (loaded.name, loaded.train, loaded.metric) == ("sentiment", str(tmp_path / "train.csv"), "mcc")
     assert loaded.dev == HubSplit(dataset="imdb", split="train[:10%]", revision="1.0")
     assert loaded.test == HubSplit(dataset=str(tmp_path / "reviews"), split="test")
-    assert (loaded.columns, loaded.shots, loaded.max_length) == (("premise", "hypothesis"), 8, 64)
+    assert (loaded.input_columns, loaded.shots, loaded.max_length) == (("premise", "hypothesis"), 8, 64)
     assert loaded.labels == ("no", "01", "1.5", "~yes")  # as written: neither False nor an octal number
 
 
@@ -226,7 +228,9 @@ def test_a_pair_of_columns_makes_pairs(tmp_path: Path) -> None:
 
 def test_listed_labels_fix_the_order_and_the_source_can_be_a_path(tmp_path: Path) -> None:
     write(tmp_path / "a.csv", rows_of(10))
-    data = read_task(Task.model_validate(GOOD | {"name": "t", "train": tmp_path / "a.csv", "labels": ["pos", "neg"]}))
+    data = read_task(
+        TextClassification.model_validate(GOOD | {"name": "t", "train": tmp_path / "a.csv", "labels": ["pos", "neg"]})
+    )
     assert data.labels == ("pos", "neg")
     assert data.train.labels[0] == {"pos": 0, "neg": 1}[rows_of(10)[int(data.train.rows[0]) - 1]["label"]]
 
@@ -424,18 +428,18 @@ def test_relabelling_to_other_labels_lists_both_sides(order: list[str]) -> None:
 def test_the_digest_is_of_the_content_alone_and_fixed_for_all_time() -> None:
     data = data_of([0, 1, 2])
     assert data.digest() == "a180bd6cca648023d34fff1bce7c1aea975b63df061405ff7c0b223f2c2fe727"
-    moved = dataclasses.replace(
-        data, name="other", train=dataclasses.replace(data.train, source="b", rows=data.dev.rows)
-    )
+    elsewhere = dataclasses.replace(data.train, source="b", rows=data.dev.rows)
+    moved = dataclasses.replace(data.changed(name="other"), train=elsewhere)
     assert moved.digest() == data.digest()
-    changes = {"metric": "mcc", "max_length": 64, "labels": ("a", "b", "x"), "test": data.dev, "dev": data.train}
+    changes = {"labels": ("a", "b", "x"), "test": data.dev, "dev": data.train}
     changed = [dataclasses.replace(data, **{key: value}).digest() for key, value in changes.items()]  # type: ignore[arg-type]
+    changed += [data.changed(metric="mcc").digest(), data.changed(max_length=64).digest()]
     assert len({data.digest(), *changed}) == 6
 
 
 def test_majority_and_take() -> None:
     data = data_of([2, 2, 0, 1], dev=[2, 0])
-    assert (data.majority(), majority_score(data, data.dev)) == (2, 0.5)
+    assert (data.task.chance(data.train.targets, data.labels), chance_score(data, data.dev)) == (2, 0.5)
     some = data.train.take([3, 0])
     assert (some.texts, some.labels.tolist(), some.rows.tolist()) == ([("train 3",), ("train 0",)], [1, 2], [4, 1])
 
@@ -495,7 +499,7 @@ def test_flips_by_hand() -> None:
 def test_the_summary_counts_classes_and_words() -> None:
     data = data_of([0, 0, 1])
     texts: list[tuple[str, ...]] = [("one",), ("one two", "three"), (" ".join("w" * 9),)]
-    train, dev = summarise(dataclasses.replace(data, train=dataclasses.replace(data.train, texts=texts)))
+    train, dev = summarise(dataclasses.replace(data, train=dataclasses.replace(data.train, inputs=texts)))
     assert (train.name, train.examples, train.counts, train.absent) == ("train", 3, {"a": 2, "b": 1, "c": 0}, ("c",))
     assert (train.median_words, train.max_words) == (3, 9)
     assert train.p95_words == pytest.approx(8.4)

@@ -4,11 +4,12 @@ import csv
 import dataclasses
 import itertools
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import move_base
+from conftest import loss_of, move_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -20,13 +21,15 @@ from regraft.methods.label_free import LabelFree
 from regraft.model import encode
 from regraft.progress import silent
 from regraft.task import load_data
+from regraft.task.types import Signal
+from regraft.task.types.likelihood import CATEGORICAL
 from regraft.tuning import Anchored, Interpolation, distillation_loss, plan_order
 from regraft.tuning.anchor import anchored_objective, fisher
 from regraft.tuning.distill import distillation_objective, teach, teacher_loss
 from regraft.tuning.interpolate import blend, draw_points, interpolation_objective
 from regraft.tuning.recipe import fade
 from regraft.tuning.trainer import train
-from regraft.tuning.tune import closeness, plain_objective
+from regraft.tuning.tune import label_objective
 
 FEW = Recipe(steps=9, batch_size=8, learning_rate=3e-3, eval_every=3, save_every=3, precision="fp32")
 OPTIONS = {
@@ -149,7 +152,7 @@ def test_the_teachers_loss_is_the_formula_with_flip_weights(batch, classes, alph
     y = torch.randint(classes, (batch,), generator=generator)
     options = Distillation(alpha, beta, hot, reduction, flip)
     found = []
-    for formula in (teacher_loss, literal_teacher_loss):
+    for formula in (partial(loss_of, teacher_loss), literal_teacher_loss):
         z, h = start_z.clone().requires_grad_(), start_h.clone().requires_grad_()
         loss = formula(z, y, z_t, h, h_t, options)
         gradients = torch.autograd.grad(loss, (z, h), allow_unused=True, materialize_grads=True)
@@ -162,7 +165,7 @@ def test_flip_weights_leave_the_true_labels_share_alone():
     logits, labels, teacher = torch.randn(6, 3), torch.randint(3, (6,)), torch.randn(6, 3)
     hidden = torch.zeros(6, 1, 1)
     plain, flipped = (
-        distillation_loss(logits, labels, teacher, hidden, hidden, Distillation(0.0, 0.0, flip_weight=flip))
+        loss_of(distillation_loss, logits, labels, teacher, hidden, hidden, Distillation(0.0, 0.0, flip_weight=flip))
         for flip in (0.0, 3.0)
     )
     assert plain.item() == flipped.item() == torch.nn.functional.cross_entropy(logits, labels).item()
@@ -186,8 +189,11 @@ def test_the_teachers_share_fades():
     assert kept.at(9, 10) == kept
 
 
+OBJECTIVE = label_objective(CATEGORICAL)
+
+
 def batch_of(base, data, count=6):
-    examples = encode(base, data.train, data.max_length)
+    examples = encode(base, data, data.train)
     return examples, (lambda: examples.batch(list(range(count))))
 
 
@@ -202,15 +208,15 @@ def test_the_anchors_gradient_is_the_pull_to_the_start(opened, data, weighting, 
     model = fresh_model(opened["bert"][1], data.labels, 1).eval()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     examples, batch = batch_of(opened["bert"][1], data)
-    weighed = fisher(model, examples, np.arange(20), silent) if weighting == "fisher" else None
-    pulled = anchored_objective(plain_objective, model, weighed, Anchored(0.7, weighting, decay), 10)
+    weighed = fisher(model, examples, np.arange(20), CATEGORICAL, silent) if weighting == "fisher" else None
+    pulled = anchored_objective(OBJECTIVE, model, weighed, Anchored(0.7, weighting, decay), 10)
     start = {name: p.detach().clone() for name, p in trained.items()}
-    assert pulled(model, batch(), 0).item() == plain_objective(model, batch(), 0).item()
+    assert pulled(model, batch(), 0).item() == OBJECTIVE(model, batch(), 0).item()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    plain = gradients_of(model, plain_objective(model, batch(), 3))
+    plain = gradients_of(model, OBJECTIVE(model, batch(), 3))
     whole = gradients_of(model, pulled(model, batch(), 3))
     left = {"none": 1, "linear": 0.7, "cosine": 0.5 * (1 + np.cos(0.3 * np.pi))}[decay]
     for name, without, with_it in zip(trained, plain, whole, strict=True):
@@ -224,8 +230,8 @@ def test_the_fisher_information_is_the_mean_squared_gradient(opened, data):
     model = fresh_model(base, data.labels, 1).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1" in name or "score" in name)
-    examples = encode(base, data.train, data.max_length)
-    found = fisher(model, examples, np.array([7, 3, 7, 5]), silent)
+    examples = encode(base, data, data.train)
+    found = fisher(model, examples, np.array([7, 3, 7, 5]), CATEGORICAL, silent)
     assert model.training
     model.eval()
     squares = []
@@ -250,8 +256,8 @@ def pair(tmp_path, opened, adaptations, data):
         write_graft(adaptation, Upgrade(old, new), tmp_path / "graft", silent)
         student = load_model(load_adaptation(tmp_path / "graft"), new, data.labels, trainable=True).eval()
         teacher = load_model(adaptation, old, data.labels).eval()
-        examples = encode(old, data.train, data.max_length)
-        taught = teach(teacher, examples, np.arange(6), options, "fp32", tmp_path, silent)
+        examples = encode(old, data, data.train)
+        taught = teach(teacher, examples, np.arange(6), options, CATEGORICAL, "fp32", tmp_path, silent)
         return student, teacher, taught, lambda: examples.batch(list(range(6)))
 
     return make
@@ -262,8 +268,8 @@ def test_interpolation_at_the_student_alone_is_distillation(pair, architecture, 
     options = {"alpha": 0.6, "beta": 2.0, "temperature": 3.0, "flip_weight": 0.5, "decay": "linear"}
     interpolation = Interpolation(**options, points=())
     student, teacher, taught, batch = pair(architecture, kind, interpolation)
-    ours = interpolation_objective(taught, teacher, interpolation, 10, 20)(student, batch(), 4)
-    plain = distillation_objective(taught, Distillation(**options), 10)(student, batch(), 4)
+    ours = interpolation_objective(taught, teacher, interpolation, CATEGORICAL, 10, 20)(student, batch(), 4)
+    plain = distillation_objective(taught, Distillation(**options), CATEGORICAL, 10)(student, batch(), 4)
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
     for one, other in zip(gradients_of(student, ours), gradients_of(student, plain), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
@@ -274,19 +280,19 @@ def test_interpolation_is_the_mean_over_models_on_the_line(pair, architecture, k
     """A second implementation: a model whose very weights are those of the point."""
     options = Interpolation(alpha=0.6, beta=2.0, temperature=3.0, points=(0.25, 0.5))
     student, teacher, taught, batch = pair(architecture, kind, options)
-    loss = interpolation_objective(taught, teacher, options, 10, 20)(student, batch(), 0)
+    loss = interpolation_objective(taught, teacher, options, CATEGORICAL, 10, 20)(student, batch(), 0)
     ours = gradients_of(student, loss)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     other = dict(teacher.named_parameters())
     alone, cross_entropy = Distillation(1.0, 2.0 / 0.6, 3.0), Distillation(0.0, 0.0)
-    expected = 0.4 * distillation_objective(taught, cross_entropy, 10)(student, batch(), 0)
+    expected = 0.4 * distillation_objective(taught, cross_entropy, CATEGORICAL, 10)(student, batch(), 0)
     total = [*gradients_of(student, expected)]
     expected = expected.detach()
     for x in (1.0, 0.25, 0.5):
         with torch.no_grad():
             for name, parameter in student.named_parameters():
                 parameter.copy_(x * before[name] + (1 - x) * other[name])
-        term = 0.6 / 3 * distillation_objective(taught, alone, 10)(student, batch(), 0)
+        term = 0.6 / 3 * distillation_objective(taught, alone, CATEGORICAL, 10)(student, batch(), 0)
         total = [t + x * g for t, g in zip(total, gradients_of(student, term), strict=True)]  # dθ(x)/dstudent = x
         expected = expected + term.detach()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-7)
@@ -304,11 +310,11 @@ def test_at_the_teacher_there_is_nothing_to_learn(pair):
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(fixed(teacher)[name])
-    taught = (taught[0], taught[1].float())
-    loss = interpolation_objective(taught, teacher, options, 10, 20)(student, batch(), 0)
+    taught = dataclasses.replace(taught, hidden=taught.hidden.float())
+    loss = interpolation_objective(taught, teacher, options, CATEGORICAL, 10, 20)(student, batch(), 0)
     assert loss.item() == pytest.approx(0, abs=1e-4)  # the hidden states are kept in bfloat16
     options = dataclasses.replace(options, beta=0.0)
-    loss = interpolation_objective(taught, teacher, options, 10, 20)(student, batch(), 0)
+    loss = interpolation_objective(taught, teacher, options, CATEGORICAL, 10, 20)(student, batch(), 0)
     assert max(gradient.abs().max() for gradient in gradients_of(student, loss)) < 1e-5
 
 
@@ -359,12 +365,12 @@ def test_label_free_reads_no_label(tmp_path, far, adaptations, task_file, data, 
 
 def test_closeness_is_the_overlap_of_probabilities():
     one, other = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.75, 0.25], [0.9, 0.1]])
-    found = closeness(one.log(), other.log())
-    assert found["score"] == pytest.approx((0.75 + 1) / 2)
-    assert found["loss"] == pytest.approx((0.75 * np.log(1.5) + 0.25 * np.log(0.5)) / 2)
+    assert CATEGORICAL.overlap(one.log(), Signal(other.log())).tolist() == pytest.approx([0.75, 1])
+    divergence = CATEGORICAL.divergence(one.log(), Signal(other.log())).sum(dim=1)
+    assert divergence.tolist() == pytest.approx([0.75 * np.log(1.5) + 0.25 * np.log(0.5), 0], abs=1e-7)
     certain = 50 * torch.eye(3)
-    assert closeness(certain, certain[[0, 1, 0]])["score"] == pytest.approx(2 / 3)
-    assert closeness(3 + certain, certain) == {"score": pytest.approx(1), "loss": pytest.approx(0, abs=1e-6)}
+    assert CATEGORICAL.overlap(certain, Signal(certain[[0, 1, 0]])).tolist() == pytest.approx([1, 1, 0])
+    assert CATEGORICAL.overlap(3 + certain, Signal(certain)).tolist() == pytest.approx([1, 1, 1])
 
 
 def test_label_free_learns_from_texts_of_another_file(tmp_path, far, adaptations, task_file, data):
@@ -421,9 +427,9 @@ def test_averaged_weights_are_the_mean_of_the_late_evaluations(opened, data, tmp
         seen.append({name: p.detach().clone() for name, p in current.named_parameters()})
         return {"score": float(len(seen)), "loss": 0.0}
 
-    examples = encode(opened["bert"][1], data.train, data.max_length)
+    examples = encode(opened["bert"][1], data, data.train)
     order = plan_order(examples.lengths, 8, 12, 20).tolist()
-    curve = train(model, order, examples.batch, plain_objective, evaluate, recipe, tmp_path, silent, stage="tune")
+    curve = train(model, order, examples.batch, OBJECTIVE, evaluate, recipe, tmp_path, silent, stage="tune")
     assert [point["step"] for point in curve] == [0, 3, 6, 9, 12, 12]
     assert curve[-1]["averaged"] == 3
     for name, parameter in model.named_parameters():
@@ -440,8 +446,8 @@ def test_averaged_weights_that_are_no_better_are_left(opened, data, tmp_path):
         seen.append(current.classifier.weight.detach().clone())
         return {"score": next(scores)}
 
-    examples = encode(opened["bert"][1], data.train, data.max_length)
+    examples = encode(opened["bert"][1], data, data.train)
     order = plan_order(examples.lengths, 8, 12, 20).tolist()
-    curve = train(model, order, examples.batch, plain_objective, evaluate, recipe, tmp_path, silent, stage="tune")
+    curve = train(model, order, examples.batch, OBJECTIVE, evaluate, recipe, tmp_path, silent, stage="tune")
     assert [point["score"] for point in curve] == [0.1, 0.5, 0.9, 0.2, 0.3]
     assert torch.equal(model.classifier.weight, seen[2])

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import data_of, loss_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,11 +13,12 @@ from regraft import Base, Distillation, Recipe, load_adaptation, tune
 from regraft.adaptation import fresh_model, load_model
 from regraft.errors import RecipeError
 from regraft.model import encode, predict
-from regraft.model.outputs import Output
+from regraft.model.outputs import Output, inputs_of
 from regraft.progress import silent
 from regraft.task import Split, load_data
+from regraft.task.types.likelihood import CATEGORICAL
 from regraft.tuning import LEARNING_RATES, distillation_loss, plan_order, tune_model
-from regraft.tuning.distill import read_hidden, teach
+from regraft.tuning.distill import teach
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 
@@ -74,9 +76,10 @@ def test_batch_order_does_not_fall_from_long_to_short():
     assert (np.diff(means) < 0).any()
 
 
-def some_split(texts):
+def encode_texts(base, texts, max_length):
     count = len(texts)
-    return Split("train", "memory", texts, np.arange(count) % 2, np.arange(count) + 1)
+    split = Split("train", "memory", texts, np.arange(count) % 2, np.arange(count) + 1)
+    return encode(base, data_of(split, max_length=max_length), split)
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def opened(bases):
 )
 def test_batch_is_what_the_tokenizer_pads(opened, architecture, texts):
     base = opened[architecture]
-    examples = encode(base, some_split(texts), 64)
+    examples = encode_texts(base, texts, 64)
     chosen = [2, 0, 1]
     batch = examples.batch(chosen)
     base.tokenizer.padding_side = "right"
@@ -105,11 +108,11 @@ def test_batch_is_what_the_tokenizer_pads(opened, architecture, texts):
         padding=True,
         return_tensors="pt",
     )
-    assert batch.keys() - {"labels", "index"} == expected.keys()
+    assert inputs_of(batch).keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(batch[name], tensor), name
-    assert batch["index"].tolist() == chosen
-    assert batch["labels"].tolist() == [0, 0, 1]
+    assert batch["row"].tolist() == chosen
+    assert batch["targets"].tolist() == [0, 0, 1]
 
 
 def test_pairs_have_token_types_where_the_tokenizer_gives_them(tmp_path, bases):
@@ -125,15 +128,15 @@ def test_pairs_have_token_types_where_the_tokenizer_gives_them(tmp_path, bases):
     base.__dict__["tokenizer"] = PreTrainedTokenizerFast(
         tokenizer_object=inner, model_max_length=64, pad_token="<pad>", model_input_names=names
     )
-    batch = encode(base, some_split([("good film", "the book was fine"), ("a", "it")]), 64).batch([0, 1])
+    batch = encode_texts(base, [("good film", "the book was fine"), ("a", "it")], 64).batch([0, 1])
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0, 0]]
     assert batch["attention_mask"].sum(dim=1).tolist() == [9, 5]
 
 
 def test_long_texts_are_cut(opened):
-    examples = encode(opened["bert"], some_split([("good " * 200,), ("film",)]), 32)
+    examples = encode_texts(opened["bert"], [("good " * 200,), ("film",)], 32)
     assert examples.lengths.tolist() == [32, 3]
-    assert encode(opened["roberta"], some_split([("good " * 200,)]), 512).lengths.tolist() == [64]
+    assert encode_texts(opened["roberta"], [("good " * 200,)], 512).lengths.tolist() == [64]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -142,7 +145,7 @@ def test_predict_is_the_plain_forward_in_the_examples_order(opened, task_file, a
     data = load_data(task_file, 20)
     model = fresh_model(base, data.labels, seed=1).train()
     split = data.test.take(range(70))
-    logits = predict(model, encode(base, split, 32), "fp32")
+    logits = predict(model, encode(base, data.changed(max_length=32), split), "fp32")
     assert model.training
     model.eval()
     with torch.no_grad():
@@ -186,7 +189,7 @@ def test_distillation_loss_is_the_formula(batch, classes, layers, width, alpha, 
     for formula in (distillation_loss, None):
         z, h = start_z.clone().requires_grad_(), start_h.clone().requires_grad_()
         if formula:
-            loss = formula(z, y, z_t, h, h_t, Distillation(alpha, beta, hot, reduction))
+            loss = loss_of(formula, z, y, z_t, h, h_t, Distillation(alpha, beta, hot, reduction))
         else:
             loss = literal_loss(z, y, z_t, h, h_t, alpha, beta, hot, reduction)
         gradients = torch.autograd.grad(loss, (z, h), allow_unused=True, materialize_grads=True)
@@ -201,7 +204,7 @@ def test_distillation_loss_known_values():
 
     def loss(**options):
         given = Distillation(**{"alpha": 1.0, "beta": 0.0, "temperature": 1.0, **options})
-        return distillation_loss(student, label, teacher, hidden + 3, hidden + 1, given).item()
+        return loss_of(distillation_loss, student, label, teacher, hidden + 3, hidden + 1, given).item()
 
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert loss() == pytest.approx(divergence)
@@ -215,8 +218,8 @@ def test_no_gradient_where_the_student_is_the_teacher():
     logits = torch.randn(4, 3, requires_grad=True)
     hidden = torch.randn(4, 2, 5, requires_grad=True)
     options = Distillation(alpha=1.0, beta=5.0, temperature=5.0)
-    loss = distillation_loss(
-        logits, torch.zeros(4, dtype=torch.long), logits.detach(), hidden, hidden.detach(), options
+    loss = loss_of(
+        distillation_loss, logits, torch.zeros(4, dtype=torch.long), logits.detach(), hidden, hidden.detach(), options
     )
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
@@ -234,7 +237,7 @@ def test_distillation_options_out_of_range_are_refused(options):
 
 def test_hidden_states_are_those_of_the_heads_token():
     layers = tuple(torch.randn(3, 5, 4) for _ in range(4))
-    states = read_hidden(Output(torch.zeros(3, 2), torch.tensor([2, 4, 0]), layers))
+    states = Output(torch.zeros(3, 2), torch.arange(3), torch.tensor([2, 4, 0]), layers).states()
     assert states.shape == (3, 3, 4)  # embeddings and all layers but the last
     for layer in range(3):
         assert torch.equal(
@@ -247,7 +250,7 @@ def test_the_teacher_computes_each_wanted_example_once(opened, tuned, task_file,
     base = opened[architecture]
     data = load_data(task_file, 20)
     teacher = load_model(load_adaptation(tuned[architecture, "full"]), base, data.labels)
-    examples = encode(base, data.train, 32)
+    examples = encode(base, data.changed(max_length=32), data.train)
     wanted = np.array([5, 3, 5, 200, 3, 77])
     seen = []
     teacher.register_forward_pre_hook(
@@ -255,7 +258,8 @@ def test_the_teacher_computes_each_wanted_example_once(opened, tuned, task_file,
     )
 
     def call():
-        return teach(teacher, examples, wanted, Distillation(), "fp32", tmp_path, silent)
+        taught = teach(teacher, examples, wanted, Distillation(), CATEGORICAL, "fp32", tmp_path, silent)
+        return taught.signal.logits, taught.hidden
 
     logits, hidden = call()
     assert sum(seen) == 4
@@ -327,6 +331,6 @@ def test_the_model_is_left_with_its_best_weights(opened, task_file, tmp_path):
     recipe = Recipe(steps=30, eval_every=3, learning_rate=0.02, precision="fp32").resolve(len(data.train), 1.0)
     model = fresh_model(base, data.labels, seed=1)
     curve = tune_model(model, base, data, recipe, tmp_path, silent)
-    found = predict(model, encode(base, data.dev, 32), "fp32").argmax(dim=1).numpy()
+    found = predict(model, encode(base, data.changed(max_length=32), data.dev), "fp32").argmax(dim=1).numpy()
     assert (found == data.dev.labels).mean() == pytest.approx(max(point["score"] for point in curve))
     assert [point["step"] for point in curve] == list(range(0, 31, 3))

@@ -28,11 +28,11 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
     from rich.table import Table
 
     from regraft.cli.show import console
-    from regraft.task import Task, doubts, majority_score, read_task, summarise
+    from regraft.task import Task, chance_score, doubts, read_task, summarise
 
     data = read_task(Task.load(file))
     splits = (data.dev, data.test) if data.labelled else ()
-    scores = {split.name: f"{majority_score(data, split):.3f}" for split in splits if split is not None}
+    scores = {split.name: f"{chance_score(data, split):.3f}" for split in splits if split is not None}
     table = Table(title=escape(_on_one_line(data.name)), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("split and label", overflow="fold")
     for name in ("examples", "share", "words:\nmedian", "\np95", "\nmax", f"majority\n{data.metric}"):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from regraft.model.examples import Examples
+    from regraft.task.types import Examples
 
 CELLS = 1 << 24  # of attention maps held at once, for each model
 

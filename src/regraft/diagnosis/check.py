@@ -10,7 +10,7 @@ import numpy as np
 from regraft.diagnosis.pair import load_pair
 from regraft.diagnosis.verdict import ADVICE, choose
 from regraft.progress import Progress, silent
-from regraft.task import flips, majority_score, score
+from regraft.task import chance_score, flips, score
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,7 +109,7 @@ def check_pair(pair: Pair) -> Check:
     data, split = pair.data, pair.split
     before, after = (logits.argmax(dim=1).tolist() for logits in (pair.before, pair.after))
     old, new = (score(data.metric, split.labels, found) for found in (before, after))
-    floor = majority_score(data, split)
+    floor = chance_score(data, split)
     flipped, moved = flips(split.labels.tolist(), before, after), pair.upgrade.distance()
     retained = (new - floor) / (old - floor) if old > floor else None
     return Check(

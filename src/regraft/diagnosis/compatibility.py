@@ -73,7 +73,7 @@ def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple
             with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
                 write_graft(pair.adaptation, upgrade, Path(folder), pair.progress)
                 model = load_model(load_adaptation(folder), upgrade.new, data.labels).to(device())
-                logits = predict(model, encode(upgrade.new, split, data.max_length), pair.precision, pair.progress)
+                logits = predict(model, encode(upgrade.new, data, split), pair.precision, pair.progress)
         guesses = logits.argmax(dim=1)
         points.append(
             Point(

@@ -11,7 +11,7 @@ import numpy as np
 from regraft.diagnosis.blend import Blend, tensors_of
 from regraft.errors import MismatchError, RecipeError
 from regraft.model.batches import predict
-from regraft.model.examples import Examples, encode
+from regraft.model.examples import encode
 from regraft.progress import Progress, silent
 from regraft.task import score
 from regraft.weights import distance
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
     from regraft.task import Split, TaskData
+    from regraft.task.types import Examples
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -146,7 +147,7 @@ def segment(
     if points < 3:
         raise RecipeError(f"a segment is walked at 3 points or more, found {points}.")
     data.require_labels("the loss between two models")
-    splits = {s.name: encode(base, s, data.max_length) for s in (data.dev, data.test) if s is not None}
+    splits = {s.name: encode(base, data, s) for s in (data.dev, data.test) if s is not None}
     blend = Blend((first, second), ends)
     mu = tuple(i / (points - 1) for i in range(points))
     rows: dict[str, list[Floats]] = {name: [] for name in splits}
@@ -216,7 +217,7 @@ def plane(
         )
     data.require_labels("the loss on a plane")
     chosen: Split = data.dev if split == "dev" or data.test is None else data.test
-    examples = encode(base, chosen, data.max_length)
+    examples = encode(base, data, chosen)
     blend = Blend(models, names)
     places = _places(models, names)
     x, y = (_axis([place[i] for place in places], size, margin) for i in (0, 1))
@@ -274,8 +275,8 @@ def _measure(model: Any, examples: Examples, data: TaskData, precision: str) -> 
             f"the head has {logits.shape[1]} outputs, task {data.name!r} {len(data.labels)} labels "
             f"({', '.join(data.labels[:8])}). Give the task that the models were tuned for."
         )
-    losses = functional.cross_entropy(logits.double(), torch.as_tensor(examples.labels), reduction="none")
-    return losses.numpy(), score(data.metric, examples.labels, logits.argmax(dim=1).numpy())
+    losses = functional.cross_entropy(logits.double(), torch.as_tensor(examples.targets), reduction="none")
+    return losses.numpy(), score(data.metric, examples.targets, logits.argmax(dim=1).numpy())
 
 
 def _excess(mu: Floats, losses: Floats) -> Floats:

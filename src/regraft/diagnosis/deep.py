@@ -20,7 +20,7 @@ from regraft.diagnosis.similarity import Similarity, similarity
 from regraft.diagnosis.verdict import Reason, Verdict, probe_gain, verdict
 from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.progress import Progress, silent
-from regraft.task import majority_score
+from regraft.task import chance_score, weakness
 from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -206,8 +206,9 @@ def diagnose(
             direct.split.labels,
             direct.before.argmax(dim=1).numpy(),
             direct.after.argmax(dim=1).numpy(),
-            majority_score(direct.data, direct.split),
+            chance_score(direct.data, direct.split),
             gain=gain,
+            weakness=weakness(direct.data, direct.split),
             reasons=_reasons(checked, found["connectivity"], found["similarity"]),
         )
     result = Diagnosis(

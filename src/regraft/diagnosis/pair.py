@@ -86,7 +86,7 @@ class Pair:
         return found
 
     def _logits(self, model: Any, base: Base) -> torch.Tensor:
-        examples = encode(base, self.split, self.data.max_length)
+        examples = encode(base, self.data, self.split)
         logits = predict(model.to(device()), examples, self.precision, self.progress)
         if not logits.isfinite().all():  # argmax would take them for the first class
             raise MismatchError(

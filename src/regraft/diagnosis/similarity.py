@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.diagnosis.attention import Seen, attending, batches, classifier_of, look, random_model
 from regraft.diagnosis.comparison import Comparison
 from regraft.errors import RecipeError
-from regraft.model.examples import Examples, encode
+from regraft.model.examples import encode
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
     from regraft.task import TaskData
+    from regraft.task.types import Examples
 
     Table = tuple[tuple[float, ...], ...]
 
@@ -141,12 +142,12 @@ def similarity(
 
     split = data.dev if data.test is None else data.test
     split = split.take(np.unique(np.linspace(0, len(split) - 1, min(texts, len(split))).round().astype(np.int64)))
-    examples = encode(base, split, data.max_length)
+    examples = encode(base, data, split)
     if control is None:
         control, control_name = random_model(first, seed), control_name or f"random weights (seed {seed})"
     pair, unrelated = Comparison(every_head=True), Comparison(every_head=False)
     short = int(np.abs(examples.lengths - SHOWN).argmin())
-    text = encode(base, split.take([short]), min(data.max_length, SHOWN))
+    text = encode(base, data.changed(max_length=min(data.max_length, SHOWN)), split.take([short]))
     with attending(first, second, control):
         config = classifier_of(first).config
         at_once = max(1, MOMENT_BYTES // (2 * 3 * 4 * config.hidden_size**2))

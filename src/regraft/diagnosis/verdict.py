@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from regraft.task import weakness
 from regraft.task.bootstrap import RESAMPLES, paired_difference, resampled_scores
 
 if TYPE_CHECKING:
@@ -105,6 +104,7 @@ def verdict(
     floor: float,
     *,
     gain: Interval | None = None,
+    weakness: str | None = None,
     reasons: tuple[Reason, ...] = (),
     seed: int = 0,
 ) -> Verdict:
@@ -117,6 +117,7 @@ def verdict(
         after: What the old weights on the new base do.
         floor: The score of guessing.
         gain: How much better a linear probe is on the new base than on the old; counts where its interval is above 0.
+        weakness: Why the examples settle nothing, if so.
         reasons: Further figures to name.
         seed: What the resamples are drawn from.
 
@@ -147,7 +148,7 @@ def verdict(
         value = f"{100 * gain.estimate:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
         found += (Reason("probe of the new base", value, says),)
     sure = choices[1:].count(chosen) / RESAMPLES
-    if why := weakness(true.tolist()):
+    if weakness:
         sure = 0.0
-        found += (Reason("examples", f"{len(true):,}", why),)
+        found += (Reason("examples", f"{len(true):,}", weakness),)
     return Verdict(chosen, sure, 100 * share, found + reasons, advice)

@@ -72,7 +72,7 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
     upgrade, labels = job.upgrade, job.data.labels
     grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, labels)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
-    sides = encode_alike(upgrade, texts, job.data.max_length)
+    sides = encode_alike(upgrade, job.data, texts)
     precision = job.recipe.precision
     walks = [
         Walk(fresh_model(base, labels, 0), examples, precision)

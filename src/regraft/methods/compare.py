@@ -7,14 +7,14 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import Adaptation, Outcome, load_adaptation
+from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_model
 from regraft.checkpoint import check_place, to_json, write_atomic
 from regraft.errors import RecipeError
 from regraft.methods.recycle import recycle
 from regraft.methods.registry import find_method
-from regraft.model.deployment import match_labels, predictions
+from regraft.model import Deployment, match_labels
 from regraft.progress import Progress, silent
-from regraft.task import count_flips, load_data, recovery, score
+from regraft.task import count_flips, load_data, recovery
 from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -134,9 +134,11 @@ def compare(
         data = match_labels(adaptation, data)
         split = data.test or data.dev
         precision = recipe.resolve(len(data.train), 1.0).precision
-        deployment = predictions(adaptation, upgrade.old, data, precision, progress)
-        old.append(score(data.metric, split.labels, deployment))
-        was_right = [label == guess for label, guess in zip(split.labels.tolist(), deployment, strict=True)]
+        deployment = Deployment(
+            load_model(adaptation, upgrade.old, data.labels), upgrade.old, data, precision, progress
+        )
+        old.append(deployment.score(split))
+        was_right = deployment.right(split)
         runs: dict[str, Outcome] = {}
         for name in names:
             runs[name] = recycle(

@@ -218,5 +218,5 @@ def _moments(model: Any, base: Base, task: Task | TaskData | str | Path, progres
     from regraft.model import device, encode, input_moments
 
     data = load_data(task, 0)
-    texts = encode(base, data.train.take(range(min(MEASURED, len(data.train)))), data.max_length)
+    texts = encode(base, data, data.train.take(range(min(MEASURED, len(data.train)))))
     return input_moments(model.to(device()), texts, progress)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.checkpoint import is_sealed, seal, to_json, write_atomic
 from regraft.model.batches import predict
 from regraft.model.device import device
-from regraft.task import majority_score, paired_difference, score, weakness
+from regraft.task import chance_score, paired_difference, score, weakness
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +33,7 @@ class Bar:
         gain: How much better a linear probe is on the new base than on the old; None where none was made.
         tolerance: How much may be lost against the target.
         confidence: Of the test.
+        weakness: Why dev settles nothing, if so.
     """
 
     metric: str
@@ -44,6 +45,7 @@ class Bar:
     gain: Interval | None
     tolerance: float
     confidence: float
+    weakness: str | None
 
     def survival(self, score: float) -> float:
         """Return which share of what the old deployment has above guessing a score has.
@@ -71,7 +73,7 @@ class Bar:
         raised = self.target - self.old
         low, high = to_old.low - raised, to_old.high - raised
         verdict = "passes" if low >= -self.tolerance else "fails" if high < -self.tolerance else "undecided"
-        if weakness(self.labels):
+        if self.weakness:
             verdict = "undecided"
         return {
             "score": round(score(self.metric, self.labels, predictions), 4),
@@ -90,8 +92,11 @@ class Bar:
         Returns:
             Its score and its difference to the target.
         """
-        why = weakness(self.labels)
-        sure = f"dev has {why}" if why else f"{100 * self.confidence:.0f} % sure: from {100 * rung['low']:+.1f} up"
+        sure = (
+            f"dev has {self.weakness}"
+            if self.weakness
+            else f"{100 * self.confidence:.0f} % sure: from {100 * rung['low']:+.1f} up"
+        )
         return (
             f"{self.metric} {rung['score']:.3f} on dev, {100 * rung['difference']:+.1f} points to the target of "
             f"{self.target:.3f} ({sure}; {100 * self.tolerance:.1f} may be lost)"
@@ -128,8 +133,19 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
         gain = paired_difference(metric, labels, found["probes"][1], found["probes"][0], confidence=confidence)
     if target is None:
         target = old + (gain.estimate if gain and gain.low > 0 else 0.0)
-    floor = majority_score(job.data, job.data.dev)
-    return Bar(metric, labels, found["reference"], old, floor, target, gain, tolerance, confidence)
+    floor = chance_score(job.data, job.data.dev)
+    return Bar(
+        metric,
+        labels,
+        found["reference"],
+        old,
+        floor,
+        target,
+        gain,
+        tolerance,
+        confidence,
+        weakness(job.data, job.data.dev),
+    )
 
 
 def dev_predictions(job: Job, folder: Path, *, old: bool = False) -> list[int]:
@@ -148,7 +164,7 @@ def dev_predictions(job: Job, folder: Path, *, old: bool = False) -> list[int]:
 
     base = job.upgrade.old if old else job.upgrade.new
     model = load_model(job.adaptation if old else load_adaptation(folder), base, job.data.labels).to(device())
-    examples = encode(base, job.data.dev, job.data.max_length)
+    examples = encode(base, job.data, job.data.dev)
     found: list[int] = predict(model, examples, job.recipe.precision, job.progress).argmax(dim=1).tolist()
     return found
 
@@ -172,9 +188,9 @@ def pseudo_labelled(job: Job) -> TaskData:
     splits = {}
     for name in ("train", "dev"):
         split = getattr(job.data, name)
-        logits = predict(model, encode(old, split, job.data.max_length), job.recipe.precision, job.progress)
-        splits[name] = dataclasses.replace(split, labels=logits.argmax(dim=1).numpy().astype(np.int64))
-    return dataclasses.replace(job.data, metric="accuracy", **splits)
+        logits = predict(model, encode(old, job.data, split), job.recipe.precision, job.progress)
+        splits[name] = dataclasses.replace(split, targets=logits.argmax(dim=1).numpy().astype(np.int64))
+    return dataclasses.replace(job.data.changed(metric=job.data.task.metrics[0].name), **splits)
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

@@ -106,8 +106,8 @@ def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tens
     count = len(evidence.examples)
     for start in range(0, count, BATCH):
         rows = list(range(start, min(start + BATCH, count)))
-        batch = {n: t.to(device()) for n, t in evidence.examples.batch(rows).items() if n not in ("labels", "index")}
-        loss: Any = evidence.losses(forward(model, batch).logits.float(), rows).sum() / count
+        batch = {name: tensor.to(device()) for name, tensor in evidence.examples.batch(rows).items()}
+        loss: Any = evidence.losses(forward(model, batch).logits, rows).sum() / count
         loss.backward()
         job.progress("gradient", rows[-1] + 1, count, {})
     body, prefix = job.upgrade.new.architecture, job.upgrade.new.prefix + "."

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from regraft.methods.method import Job
     from regraft.methods.pairs import Vector
     from regraft.methods.projection import Projection
-    from regraft.model import Examples
+    from regraft.task.types import Examples, Likelihood
     from regraft.tuning import Distillation
+    from regraft.tuning.distill import Taught
 
 KINDS = ("lora", "bottleneck")
 MOST = 4_000_000
@@ -34,8 +35,9 @@ class _Lesson:
     vector: torch.Tensor
     student: Any
     examples: Examples
-    taught: tuple[torch.Tensor, torch.Tensor]
+    taught: Taught
     order: list[int]
+    likelihood: Likelihood
 
 
 def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
@@ -108,7 +110,6 @@ def _train(
     from regraft.model.device import autocast
     from regraft.model.outputs import forward
     from regraft.tuning import distillation_loss
-    from regraft.tuning.distill import read_hidden
 
     rates = _rates([lesson.vector for lesson in lessons], options)
     optimiser = torch.optim.Adam([{"params": [tensor]} for tensor in parameters])
@@ -119,14 +120,11 @@ def _train(
         start = step // len(lessons) * job.recipe.batch_size
         rows = lesson.order[start : start + job.recipe.batch_size]
         batch = {name: tensor.to(device()) for name, tensor in lesson.examples.batch(rows).items()}
-        labels, index = batch.pop("labels"), batch.pop("index").cpu()
         names = _parameter_names(lesson.student)
         mapped = {names[stored]: part for stored, part in _parts(apply(lesson.vector.to(device())), vector).items()}
         with autocast(job.recipe.precision, device()):
             output = forward(lesson.student, batch, hidden=True, parameters=mapped)
-        logits, hidden = (rows[index].to(device()).float() for rows in lesson.taught)
-        own = read_hidden(output).float()
-        value: Any = distillation_loss(output.logits.float(), labels, logits, own, hidden, loss)
+        value: Any = distillation_loss(output, batch, lesson.taught, loss, lesson.likelihood)
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / options.steps)
         optimiser.zero_grad()
@@ -209,12 +207,12 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     write_graft(adaptation, job.upgrade, work / "graft", job.progress)
     student = load_model(load_adaptation(work / "graft"), new, data.labels).to(device()).eval()
     student.requires_grad_(False)
-    examples = encode(new, data.train, data.max_length)
+    examples = encode(new, data, data.train)
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
     teacher = load_model(adaptation, old, data.labels).to(device())
-    shown = encode(old, data.train, data.max_length)
-    taught = teach(teacher, shown, order, loss, job.recipe.precision, work, job.progress)
-    return _Lesson(_flatten(vector), student, examples, taught, order.tolist())
+    shown = encode(old, data, data.train)
+    taught = teach(teacher, shown, order, loss, data.task.likelihood, job.recipe.precision, work, job.progress)
+    return _Lesson(_flatten(vector), student, examples, taught, order.tolist(), data.task.likelihood)
 
 
 def _flatten(vector: Vector) -> torch.Tensor:

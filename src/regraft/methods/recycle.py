@@ -28,7 +28,7 @@ from regraft.methods.method import Job
 from regraft.methods.registry import check_options, find_method
 from regraft.model.deployment import check_effect, match_labels
 from regraft.progress import Progress, silent
-from regraft.task import load_data, majority_score, score
+from regraft.task import chance_score, load_data, score
 from regraft.tuning.distill import Distillation
 from regraft.tuning.recipe import Recipe, check_trained
 
@@ -206,7 +206,7 @@ def record_outcome(
         if split is None:
             scores |= {name: None, f"{name}_majority": None}
             continue
-        examples = encode(base, split, data.max_length)
+        examples = encode(base, data, split)
         logits = predict(model, examples, recipe.precision, progress)
         if not logits.isfinite().all():
             raise MismatchError(
@@ -217,7 +217,7 @@ def record_outcome(
         confidences = [round(value, 4) for value in logits.softmax(dim=1).amax(dim=1).tolist()]
         scores |= dict.fromkeys((name, f"{name}_majority"))
         if data.labelled:
-            scores |= {name: score(data.metric, split.labels, found), f"{name}_majority": majority_score(data, split)}
+            scores |= {name: score(data.metric, split.labels, found), f"{name}_majority": chance_score(data, split)}
         known = split.labels.tolist() if data.labelled else [None] * len(split)
         rows += [
             {
@@ -237,7 +237,7 @@ def record_outcome(
     best = max(curve, key=lambda point: (point["score"], -point["step"]))
     seen = 0
     if steps:
-        lengths = encode(base, data.train, data.max_length).lengths
+        lengths = encode(base, data, data.train).lengths
         seen = len(np.unique(plan_order(lengths, recipe.batch_size, steps, recipe.seed)))
     record = {
         "method": method,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.rework import Rule
     from regraft.methods.method import Job
-    from regraft.model import Examples
+    from regraft.task.types import Examples
 
 MOST = 256
 
@@ -71,22 +71,21 @@ def gather(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
 
     from regraft.adaptation import load_model
     from regraft.model import device, encode, predict
-    from regraft.task.sample import draw
 
     data, upgrade = job.data, job.upgrade
     if job.head != "copy":
         raise RecipeError(f"this method judges by the old head's outputs: it takes head copy only, found {job.head}.")
     if labels:
         each = min(labels, max(1, MOST // len(data.labels)))
-        split = data.train.take(draw(data.train, data.labels, [each] * len(data.labels), job.recipe.seed))
+        split = data.sample(data.train, each, job.recipe.seed)
         targets = torch.eye(len(data.labels))[torch.as_tensor(split.labels)]
-        return Evidence(encode(upgrade.new, split, data.max_length), targets, len(split))
+        return Evidence(encode(upgrade.new, data, split), targets, len(split))
     split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MOST])
     tuned = load_model(job.adaptation, upgrade.old, data.labels).to(device())
-    shown = encode(upgrade.old, split, data.max_length)
+    shown = encode(upgrade.old, data, split)
     found = predict(tuned, shown, job.recipe.precision, job.progress).softmax(dim=1)
     sure = (found.amax(dim=1) >= confidence).nonzero().flatten()
-    examples = encode(upgrade.new, split.take(sure.tolist()), data.max_length) if len(sure) else None
+    examples = encode(upgrade.new, data, split.take(sure.tolist())) if len(sure) else None
     return Evidence(examples or shown, found[sure], 0)
 
 

@@ -89,7 +89,7 @@ def refitted(job: Job, options: Ridge) -> Any:
     changes = linear_changes(new, tuned, job.adaptation, job.upgrade.old)
     fit = _Fit(options.ridge, passed_over(new, tuned, job.adaptation, job.upgrade.old, changes))
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
-    old_examples, new_examples = encode_alike(job.upgrade, texts, job.data.max_length)
+    old_examples, new_examples = encode_alike(job.upgrade, job.data, texts)
     above, below = Walk(new, new_examples, job.recipe.precision), Walk(tuned, old_examples, job.recipe.precision)
     layers: dict[str, list[Change]] = {}
     for change in changes:

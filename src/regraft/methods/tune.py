@@ -95,7 +95,7 @@ def tune(
             model = attach(model, base, config, resolved.seed)
         curve = tune_model(model, base, data, resolved, work, progress)
         if max(point["score"] for point in curve) <= curve[0]["score"]:
-            why = weakness(data.dev.labels.tolist())
+            why = weakness(data, data.dev)
             logger.warning(
                 "%s: %d steps at a rate of %g brought no better score on dev than the untrained head has, so the "
                 "weights are those before the first step. %s",

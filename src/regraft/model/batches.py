@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from regraft.model.examples import Examples
     from regraft.model.outputs import Output
     from regraft.progress import Progress
+    from regraft.task.types import Examples
 
 BATCH = 64
 # architectures in which what fills up a batch reaches the texts past the attention mask: by convolutions over
@@ -29,7 +29,7 @@ def plan_batches(model: nn.Module, examples: Examples, *, equal: bool = False) -
     """Divide examples into batches of similar length, the longest first; of equal length for MIXING architectures.
 
     Args:
-        model: A classifier.
+        model: A model with a head.
         examples: What it is to be run on.
         equal: Whether the lengths are to be equal, whatever the architecture.
 
@@ -56,7 +56,7 @@ def for_each_batch(
     """Run a model over examples in evaluation mode, without gradients.
 
     Args:
-        model: A classifier; its mode is restored afterwards.
+        model: A model with a head; its mode is restored afterwards.
         examples: What to run it on.
         precision: `bf16` or `fp32`.
         use: Called with the output, the batch and the indices of its examples.
@@ -74,8 +74,7 @@ def for_each_batch(
         with torch.inference_mode(), autocast(precision, on):
             for indices in plan_batches(model, examples):
                 batch = {name: tensor.to(on) for name, tensor in examples.batch(indices).items()}
-                inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
-                use(forward(model, inputs, hidden=hidden), batch, indices)
+                use(forward(model, batch, hidden=hidden), batch, indices)
                 done += len(indices)
                 progress(stage, done, len(examples), {})
     finally:
@@ -83,26 +82,26 @@ def for_each_batch(
 
 
 def predict(model: nn.Module, examples: Examples, precision: str, progress: Progress = silent) -> torch.Tensor:
-    """Compute a classifier's logits.
+    """Compute a model's logits.
 
     Args:
-        model: A classifier.
+        model: A model with a head.
         examples: What to run it on.
         precision: `bf16` or `fp32`.
         progress: Told of each batch.
 
     Returns:
-        Logits, examples × classes, in float32 on the CPU, in the order of the examples.
+        Logits, rows × outputs, in float32 on the CPU, in the order of the examples.
     """
     import torch
 
-    rows: list[tuple[list[int], torch.Tensor]] = []
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
-        rows.append((indices, output.logits.float().cpu()))
+        parts.append((batch["row"].cpu(), output.logits.cpu()))
 
     for_each_batch(model, examples, precision, keep, progress)
-    logits = torch.empty(len(examples), rows[0][1].shape[1])
-    for indices, part in rows:
-        logits[indices] = part
+    logits = torch.empty(len(examples.targets), parts[0][1].shape[1])
+    for rows, part in parts:
+        logits[rows] = part
     return logits

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.experts import is_experts
 from regraft.model.batches import plan_batches
 from regraft.model.device import autocast, device
-from regraft.model.outputs import forward, last_read
+from regraft.model.outputs import forward, inputs_of, last_read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     import torch
 
-    from regraft.model.examples import Examples
+    from regraft.task.types import Examples
 
     Watch = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 
@@ -198,4 +198,4 @@ class _PartDone(Exception):
 
 
 def _inputs_of(examples: Examples, indices: list[int]) -> dict[str, torch.Tensor]:
-    return {n: t.to(device()) for n, t in examples.batch(indices).items() if n not in ("labels", "index")}
+    return {name: tensor.to(device()) for name, tensor in inputs_of(examples.batch(indices)).items()}

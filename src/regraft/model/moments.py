@@ -10,8 +10,8 @@ from regraft.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-    from regraft.model.examples import Examples
     from regraft.model.outputs import Output
+    from regraft.task.types import Examples
 
 WIDEST = 4096
 

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from regraft.task.types import ROWS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -14,17 +16,41 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a classifier gives for a batch.
+    """What a model gives for a batch.
 
     Args:
-        logits: batch × classes.
-        read: Which token the head reads of each text, batch; virtual tokens come first, as in `hidden`.
+        logits: rows × outputs, in float32 or wider.
+        example: Of which example of the batch each row is.
+        token: At which token of it each row is; virtual tokens come first, as in `hidden`.
         hidden: Of the embeddings and each layer, batch × tokens × width.
     """
 
     logits: torch.Tensor
-    read: torch.Tensor
+    example: torch.Tensor
+    token: torch.Tensor
     hidden: tuple[torch.Tensor, ...] = ()
+
+    def states(self) -> torch.Tensor:
+        """Return the hidden states at the rows, after the embeddings and after every layer but the last.
+
+        Returns:
+            rows × layers × width, in float32 or wider.
+        """
+        import torch
+
+        return _full(torch.stack([layer[self.example, self.token] for layer in self.hidden[:-1]], dim=1))
+
+
+def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what of a batch a model takes.
+
+    Args:
+        batch: From `Examples.batch`.
+
+    Returns:
+        Its tensors but for those that say which rows it has.
+    """
+    return {name: tensor for name, tensor in batch.items() if name not in ROWS}
 
 
 def forward(
@@ -34,14 +60,15 @@ def forward(
     hidden: bool = False,
     parameters: Mapping[str, torch.Tensor] | None = None,
 ) -> Output:
-    """Run a classifier of any kind on a batch that is padded on the right; each text's output is what it has alone.
+    """Run a model of any kind on a batch that is padded on the right; each example's output is what it has alone.
 
-    Two things are done here that PEFT and transformers do not do: hidden states under a prefix are returned, and a
-    decoder's head is fed the token that it reads of each text alone, whatever the batch is padded with.
+    The head is computed at the batch's rows only. Two more things are done here that PEFT and transformers do not do:
+    hidden states under a prefix are returned, and a decoder's head that reads the last token of a text is fed that of
+    each text alone, whatever the batch is padded with.
 
     Args:
-        model: A classifier, with or without an adapter.
-        batch: Its inputs, `attention_mask` among them.
+        model: A model with a head, with or without an adapter.
+        batch: Its inputs, `attention_mask` among them, and the rows if they are not one an example.
         hidden: Whether hidden states are wanted.
         parameters: By name, what to compute with in place of the model's own; gradients flow through them.
 
@@ -50,10 +77,11 @@ def forward(
     """
     import torch
 
-    classifier = classifier_of(model)
-    body, mask = classifier.base_model, batch["attention_mask"]
-    rows, last = torch.arange(len(mask), device=mask.device), last_read(model, batch)
-    read = torch.zeros_like(rows)
+    classifier, inputs = classifier_of(model), inputs_of(batch)
+    body, mask = classifier.base_model, inputs["attention_mask"]
+    by_token = "token" in batch
+    texts, last = torch.arange(len(mask), device=mask.device), None if by_token else last_read(model, inputs)
+    example, token = (batch["example"], batch["token"]) if by_token else (texts, torch.zeros_like(texts))
     layers: tuple[torch.Tensor, ...] = ()
 
     def ask(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -65,28 +93,34 @@ def forward(
         return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
 
     def spread(_: Any, args: Any, output: Any) -> Any:
-        nonlocal read
+        nonlocal token
         states = output.last_hidden_state
-        read = last + states.shape[1] - mask.shape[1]  # virtual tokens come first
-        return type(output)(**{**output, "last_hidden_state": states[rows, read][:, None].expand_as(states)})
+        virtual = states.shape[1] - mask.shape[1]  # virtual tokens come first
+        if by_token:
+            token = token + virtual
+            states = states[example, token][None]
+        else:
+            token = last + virtual
+            states = states[texts, token][:, None].expand_as(states)
+        return type(output)(**{**output, "last_hidden_state": states})
 
     handles = []
     if hidden:
         handles = [body.register_forward_pre_hook(ask, with_kwargs=True), body.register_forward_hook(keep)]
-    if last is not None:  # then it does not matter which token the class takes for the last one
+    if by_token or last is not None:  # then it does not matter which token the class takes for the last one
         handles.append(body.register_forward_hook(spread))
     try:
         with _any_padding(classifier.config.get_text_config()) if last is not None else contextlib.nullcontext():
             if parameters is None:
-                logits = model(**batch).logits
+                logits = model(**inputs).logits
             else:
                 from torch.func import functional_call
 
-                logits = functional_call(model, dict(parameters), (), dict(batch)).logits
+                logits = functional_call(model, dict(parameters), (), inputs).logits
     finally:
         for handle in handles:
             handle.remove()
-    return Output(logits, read, layers)
+    return Output(_full(logits[0] if by_token else logits), example, token, layers)
 
 
 def last_read(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -117,6 +151,13 @@ def last_read(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | N
     return places.amax(dim=1)
 
 
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of half precision in float32: losses are computed in no less."""
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @contextlib.contextmanager
 def _any_padding(config: Any) -> Iterator[None]:
     """Make a config name some padding token for a while: without one, transformers refuses batches."""
@@ -129,7 +170,11 @@ def _any_padding(config: Any) -> Iterator[None]:
 
 
 def classifier_of(model: Any) -> Any:
-    """Return the transformers model inside what wraps it for many devices or for PEFT."""
+    """Return the transformers model inside what wraps it for many devices or for PEFT.
+
+    Args:
+        model: A model with a head, wrapped or not.
+    """
     inner = getattr(model, "module", model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 

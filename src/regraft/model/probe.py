@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import fresh_model
 from regraft.model.batches import for_each_batch
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 PROBED = 512
 
 
-def probe(base: Base, data: TaskData, precision: str) -> list[int]:
-    """Fit a logistic regression to a base's features on train, and predict dev.
+def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
+    """Fit the task type's linear model to a base's features on train, and predict dev.
 
     Source: Alain and Bengio, 2016 (arXiv:1610.01644).
 
@@ -30,21 +30,20 @@ def probe(base: Base, data: TaskData, precision: str) -> list[int]:
         precision: `bf16` or `fp32`.
 
     Returns:
-        The predicted class of each example of dev.
+        The prediction for each example of dev.
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     model = fresh_model(base, data.labels, 0).to(device())
     train = data.train.take(range(min(PROBED, len(data.train))))
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    fitted.fit(_features(model, base, train, data.max_length, precision), train.labels)
-    found: list[int] = fitted.predict(_features(model, base, data.dev, data.max_length, precision)).tolist()
-    return found
+    probe = make_pipeline(StandardScaler(), data.task.estimator())
+    probe.fit(_features(model, base, data, train, precision), train.targets)
+    predictions: list[Any] = probe.predict(_features(model, base, data, data.dev, precision)).tolist()
+    return predictions
 
 
-def _features(model: torch.nn.Module, base: Base, split: Split, max_length: int, precision: str) -> torch.Tensor:
+def _features(model: torch.nn.Module, base: Base, data: TaskData, split: Split, precision: str) -> torch.Tensor:
     """Average the last hidden states over the tokens of each text."""
     import torch
 
@@ -54,5 +53,5 @@ def _features(model: torch.nn.Module, base: Base, split: Split, max_length: int,
         mask = batch["attention_mask"][..., None]
         features[indices] = ((output.hidden[-1].float() * mask).sum(dim=1) / mask.sum(dim=1)).cpu()
 
-    for_each_batch(model, encode(base, split, max_length), precision, keep, stage="probe", hidden=True)
+    for_each_batch(model, encode(base, data, split), precision, keep, stage="probe", hidden=True)
     return features

@@ -2,26 +2,32 @@
 
 from regraft.task.bootstrap import Interval, paired_difference
 from regraft.task.data import TaskData
-from regraft.task.metrics import HEADROOM, Flips, count_flips, flips, majority_score, recovery, score
+from regraft.task.metric import HEADROOM, Flips, Metric, count_flips, recovery
 from regraft.task.read import load_data, read_task
+from regraft.task.score import chance_score, find_metric, flips, score
+from regraft.task.source import HubSplit
 from regraft.task.split import Split
 from regraft.task.summary import SplitSummary, doubts, summarise, weakness
-from regraft.task.task import HubSplit, Task
+from regraft.task.types import Head, Task, TextClassification
 
 __all__ = [
     "HEADROOM",
     "Flips",
+    "Head",
     "HubSplit",
     "Interval",
+    "Metric",
     "Split",
     "SplitSummary",
     "Task",
     "TaskData",
+    "TextClassification",
+    "chance_score",
     "count_flips",
     "doubts",
+    "find_metric",
     "flips",
     "load_data",
-    "majority_score",
     "paired_difference",
     "read_task",
     "recovery",

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.task.metrics import summands
+from regraft.task.score import summands
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,10 +49,10 @@ def paired_difference(
     Source: Efron and Tibshirani, 1993, chapter 13 (percentile interval); paired as in Koehn, 2004.
 
     Args:
-        metric: `accuracy`, `macro_f1` or `mcc`.
-        labels: The true class of each example.
-        predictions: The class one model predicts for each.
-        reference: The class the other one predicts.
+        metric: A metric of the task's type, as `accuracy`.
+        labels: The target of each example.
+        predictions: What one model predicts for each.
+        reference: What the other one predicts.
         confidence: Of each end by itself: with 0.95 one in 20 intervals lies wholly above the truth.
         seed: What the resamples are drawn from.
 
@@ -80,8 +80,8 @@ def resampled_scores(
 
     Args:
         metric: As `score` takes it.
-        labels: The true class of each example.
-        predictions: The predicted class of each example, by each model.
+        labels: The target of each example.
+        predictions: The predictions of each model.
         seed: What the resamples are drawn from.
         resamples: How many are drawn.
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError, MismatchError, RecipeError
 from regraft.task.labels import listing, matching
 from regraft.task.sample import draw
-from regraft.task.split import Split  # noqa: TC001 (it could be imported from here before)
+from regraft.task.split import Split  # noqa: TC001 (0.1 had it here)
+from regraft.task.types.type import DEFAULT_TYPE, Head
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from regraft.task.types.type import Task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,26 +24,50 @@ class TaskData:
     """A task with its examples.
 
     Args:
-        name: The task's name.
-        metric: What is reported: `accuracy`, `macro_f1` or `mcc`.
-        max_length: How many tokens a text is cut to.
-        labels: The label names, in the order of the classes.
+        task: What was declared.
+        labels: The label names, in the order of the outputs.
         train: The examples to tune on.
         dev: The examples to choose by.
         test: The examples to report on, if there are any.
-        duplicates: How many examples of test have the very texts of one of train.
-        labelled: Whether the examples have labels; if not, every class is 0 and means nothing.
+        duplicates: How many examples of test have the very inputs of one of train.
+        labelled: Whether the examples have targets; if not, those are placeholders and mean nothing.
     """
 
-    name: str
-    metric: str
-    max_length: int
+    task: Task
     labels: tuple[str, ...]
     train: Split
     dev: Split
     test: Split | None
     duplicates: int
     labelled: bool = True
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
+
+    @property
+    def metric(self) -> str:
+        """What is reported."""
+        return self.task.metric
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens an input is cut to."""
+        return self.task.max_length
+
+    @property
+    def head(self) -> Head:
+        """The head that a model needs for the task."""
+        return Head(type(self.task), self.labels)
+
+    def changed(self, **keys: Any) -> TaskData:
+        """Return the same examples of a task that declares other keys.
+
+        Args:
+            **keys: Those of the task file, as `metric`.
+        """
+        return dataclasses.replace(self, task=self.task.model_copy(update=keys))
 
     def with_room(self, tokens: int, longest: int) -> TaskData:
         """Cut texts so that virtual tokens fit in front of them.
@@ -52,7 +79,7 @@ class TaskData:
         Returns:
             The task, with a smaller `max_length` where that is needed.
         """
-        return dataclasses.replace(self, max_length=min(self.max_length, longest - tokens)) if tokens else self
+        return self.changed(max_length=min(self.max_length, longest - tokens)) if tokens else self
 
     def require_labels(self, what: str) -> None:
         """Refuse what labels are needed for where there are none.
@@ -91,19 +118,32 @@ class TaskData:
         self.require_labels("a few examples a class")
         if shots < 1:
             raise RecipeError(f"shots = {shots}: at least 1 example a class is needed.")
-        counts = np.bincount(self.train.labels, minlength=len(self.labels))
+        strata, names = self.task.strata(self.train.targets, self.labels)
+        counts = np.bincount(strata, minlength=len(names))
         if short := [
-            f"{label!r} {count:,}" for label, count in zip(self.labels, counts.tolist(), strict=True) if count < shots
+            f"{name!r} {count:,}" for name, count in zip(names, counts.tolist(), strict=True) if count < shots
         ]:
             held_out = " once dev is held out of it" if self.dev.source == self.train.source else ""
             raise DataError(
                 f"{self.train.source}: {shots} shots a class are wanted, but train has fewer{held_out} of: "
                 f"{', '.join(short)}. Add examples or lower `shots`."
             )
-        wanted = [shots] * len(self.labels)
-        train = self.train.take(draw(self.train, self.labels, wanted, seed))
-        dev = self.dev.take(draw(self.dev, self.labels, wanted, seed))
+        train, dev = (self.sample(split, shots, seed) for split in (self.train, self.dev))
         return dataclasses.replace(self, train=train, dev=dev, duplicates=len(duplicates(train, self.test)))
+
+    def sample(self, split: Split, size: int, seed: int) -> Split:
+        """Draw examples of each stratum, which in classification is a class.
+
+        Args:
+            split: What to draw from.
+            size: How many examples of each stratum; fewer where the split has fewer.
+            seed: What the examples are drawn from.
+
+        Returns:
+            The examples, in the order drawn.
+        """
+        strata = self.task.strata(split.targets, self.labels)[1]
+        return split.take(draw(split, self.task, self.labels, [size] * len(strata), seed))
 
     def relabel(self, order: Sequence[str]) -> TaskData:
         """Number and name the classes as a model's head does.
@@ -118,8 +158,6 @@ class TaskData:
         Raises:
             MismatchError: The labels are not the same, or which of them belong together is not clear.
         """
-        import numpy as np
-
         pairs = matching(self.labels, order)
         if pairs is None:
             here, there = set(self.labels), set(order)
@@ -132,10 +170,10 @@ class TaskData:
                 + ("Name them alike, in `labels` or in the data." if only_here else "List them all in `labels`.")
             )
         numbers = {name: number for number, name in enumerate(order)}
-        places = np.array([numbers[pairs[name]] for name in self.labels], dtype=np.int64)
+        of_head = [numbers[pairs[name]] for name in self.labels]
 
         def encoded(split: Split) -> Split:
-            return dataclasses.replace(split, labels=places[split.labels])
+            return dataclasses.replace(split, targets=self.task.relabel(split.targets, of_head))
 
         test = None if self.test is None else encoded(self.test)
         return dataclasses.replace(
@@ -146,29 +184,23 @@ class TaskData:
         """Hash what the task consists of, whatever it is called and wherever it is stored.
 
         Returns:
-            SHA-256 over label names, metric, max_length, and the texts and labels of every split, in hexadecimal.
+            SHA-256 over label names, metric, max_length, and the inputs and targets of every split, in hexadecimal;
+            and over the type, but for text classification, whose digests are those of 0.1.
         """
-        digest = hashlib.sha256(json.dumps([self.labels, self.metric, self.max_length]).encode())
+        settings = [self.labels, self.metric, self.max_length]
+        if self.task.type != DEFAULT_TYPE:
+            settings.append(self.task.type)
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for split in (self.train, self.dev, self.test):
             digest.update(b"\nno split\n" if split is None else b"\nsplit\n")
             if split is not None:
-                for texts, label in zip(split.texts, split.labels.tolist(), strict=True):
-                    digest.update(json.dumps([texts, label]).encode() + b"\n")
+                for inputs, target in zip(split.inputs, split.targets.tolist(), strict=True):
+                    digest.update(json.dumps([inputs, target]).encode() + b"\n")
         return digest.hexdigest()
-
-    def majority(self) -> int:
-        """Return the class that most examples of train have.
-
-        Returns:
-            The class; the first of them where several are as frequent.
-        """
-        import numpy as np
-
-        return int(np.bincount(self.train.labels, minlength=len(self.labels)).argmax())
 
 
 def duplicates(train: Split, test: Split | None) -> list[tuple[int, int]]:
-    """Find the examples of test whose texts are in train, letter by letter.
+    """Find the examples of test whose inputs are in train, letter by letter.
 
     Args:
         train: The examples tuned on.
@@ -179,5 +211,10 @@ def duplicates(train: Split, test: Split | None) -> list[tuple[int, int]]:
     """
     if test is None:
         return []
-    seen = {texts: row for texts, row in zip(reversed(train.texts), reversed(train.rows.tolist()), strict=True)}
-    return [(seen[texts], row) for texts, row in zip(test.texts, test.rows.tolist(), strict=True) if texts in seen]
+    key = json.dumps  # inputs may be lists, as conversations are
+    rows = {key(inputs): row for inputs, row in zip(reversed(train.inputs), reversed(train.rows.tolist()), strict=True)}
+    return [
+        (rows[key(inputs)], row)
+        for inputs, row in zip(test.inputs, test.rows.tolist(), strict=True)
+        if key(inputs) in rows
+    ]

@@ -8,7 +8,9 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from regraft.errors import DataError
 from regraft.task.delimited import read_delimited, require_columns
@@ -19,9 +21,44 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from regraft.task.delimited import Quoting
-    from regraft.task.task import HubSplit
 
 READ = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+class HubSplit(BaseModel):
+    """A split of a data set that `datasets` loads: one of the Hugging Face Hub, or a local folder of data files.
+
+    Args:
+        dataset: Its name on the Hub, or a folder.
+        split: The split, also a slice of it such as `train[:1000]`.
+        config: The configuration (subset), where it has several.
+        revision: A branch, tag or commit on the Hub.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = Field(min_length=1, description="the name of a data set on the Hugging Face Hub, or a folder")
+    split: str = Field(min_length=1, description="a split of the data set, such as train")
+    config: str | None = Field(default=None, description="the name of a configuration of the data set")
+    revision: str | None = Field(default=None, description="a branch, tag or commit of the data set")
+
+    def __str__(self) -> str:
+        parts = [self.dataset, self.config and f"config {self.config}", f"split {self.split}"]
+        return ", ".join(part for part in parts if part)
+
+
+_File = Annotated[str, Field(min_length=1), BeforeValidator(lambda at: os.fspath(at) if isinstance(at, Path) else at)]
+
+
+def _kind_of_source(value: Any) -> str:
+    return "<data set>" if isinstance(value, dict | HubSplit) else "<file>"
+
+
+Source = Annotated[
+    Annotated[_File, Tag("<file>")] | Annotated[HubSplit, Tag("<data set>")], Discriminator(_kind_of_source)
+]
+"""Where a split is read from, as a task file names it."""
+SOURCE = "a file (.csv, .tsv, .jsonl, .json, .parquet) or {dataset: NAME, split: SPLIT}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +69,24 @@ class Table:
         source: How messages name it.
         columns: The values of each column.
         rows: Where each row stands in the source, from 1.
-        classes: The label names where the source stores labels as numbers together with their names.
+        classes: By column, the label names where the source stores labels as numbers together with their names.
     """
 
     source: str
     columns: dict[str, list[Any]]
     rows: Sequence[int]
-    classes: tuple[str, ...] | None = None
+    classes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def read_table(
-    source: str | HubSplit, texts: Sequence[str], label: str | None, quoting: Quoting | None = None
+    source: str | HubSplit, inputs: Sequence[str], targets: Sequence[str], quoting: Quoting | None = None
 ) -> Table:
     """Read the columns of a task.
 
     Args:
         source: A file, or a split of a data set.
-        texts: The columns of text.
-        label: The column of labels, if there is one.
+        inputs: The columns that a model reads.
+        targets: The columns of what it is to predict, if there are any.
         quoting: How CSV and TSV files are written, as `Task` has it.
 
     Returns:
@@ -59,15 +96,15 @@ def read_table(
         DataError: The source is missing, malformed or empty, of a kind that is not read, or lacks a column.
     """
     if isinstance(source, str):
-        table = _read_file(Path(source), texts, label, quoting)
+        table = _read_file(Path(source), inputs, targets, quoting)
     else:
-        table = _read_dataset(source, texts, label)
+        table = _read_dataset(source, inputs, targets)
     if not table.rows:
         raise DataError(f"{table.source}: holds no rows. Give a source with examples.")
     return table
 
 
-def _read_file(path: Path, texts: Sequence[str], label: str | None, quoting: Quoting | None) -> Table:
+def _read_file(path: Path, inputs: Sequence[str], targets: Sequence[str], quoting: Quoting | None) -> Table:
     ending = ending_of(path)
     if ending == ".arrow" or (ending not in READ and os.path.isdir(path)):
         folder = path if os.path.isdir(path) else path.parent
@@ -84,12 +121,14 @@ def _read_file(path: Path, texts: Sequence[str], label: str | None, quoting: Quo
         )
     check_regular(path)
     if ending == ".parquet":
-        return _read_parquet(path, texts, label)
-    columns = _columns(texts, label)
+        return _read_parquet(path, inputs, targets)
+    columns = [*inputs, *targets]
     if ending.startswith(".json"):
         return _read_json(path, columns)
     delimiter = "\t" if ending == ".tsv" else ","
-    return Table(str(path), *read_delimited(path, _decoded(path), delimiter, columns, label, quoting))
+    return Table(
+        str(path), *read_delimited(path, _decoded(path), delimiter, columns, targets[0] if targets else None, quoting)
+    )
 
 
 def _read_json(path: Path, columns: Sequence[str]) -> Table:
@@ -112,18 +151,18 @@ def _read_json(path: Path, columns: Sequence[str]) -> Table:
     return Table(str(path), {column: [entry.get(column) for entry in entries] for column in columns}, rows)
 
 
-def _read_parquet(path: Path, texts: Sequence[str], label: str | None) -> Table:
+def _read_parquet(path: Path, inputs: Sequence[str], targets: Sequence[str]) -> Table:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            table = file.read(columns=require_columns(_columns(texts, label), schema.names, str(path)))
+            table = file.read(columns=require_columns([*inputs, *targets], schema.names, str(path)))
         columns = table.to_pydict()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8
         raise DataError(f"{path}: not a Parquet file that can be read ({_reason(error)}). Write it anew.") from error
-    classes = None
+    classes = {}
     if b"huggingface" in (schema.metadata or {}):  # written by `datasets`, which keeps the names of classes there
         from datasets import Features
 
@@ -134,18 +173,18 @@ def _read_parquet(path: Path, texts: Sequence[str], label: str | None) -> Table:
                 f"{path}: what it says of its columns for `datasets` cannot be used ({_reason(error)}). "
                 "Write it anew, or without that metadata."
             ) from error
-        classes = _classes(features, label, str(path))
+        classes = _classes(features, targets, str(path))
     return Table(str(path), columns, range(1, table.num_rows + 1), classes)
 
 
-def _read_dataset(source: HubSplit, texts: Sequence[str], label: str | None) -> Table:
+def _read_dataset(source: HubSplit, inputs: Sequence[str], targets: Sequence[str]) -> Table:
     dataset = _load_dataset(source)
-    columns = require_columns(_columns(texts, label), dataset.column_names, str(source))
+    columns = require_columns([*inputs, *targets], dataset.column_names, str(source))
     try:
         values = dataset.select_columns(columns).with_format(None)[:]
     except Exception as error:  # rows are decoded only now, by code for each type of column
         raise DataError(f"{source}: its rows cannot be read ({_reason(error)}). Write the data set anew.") from error
-    return Table(str(source), values, range(1, len(dataset) + 1), _classes(dataset.features, label, str(source)))
+    return Table(str(source), values, range(1, len(dataset) + 1), _classes(dataset.features, targets, str(source)))
 
 
 def _load_dataset(source: HubSplit) -> Any:
@@ -200,19 +239,19 @@ def load_saved(source: HubSplit) -> Any:
     return concatenate_datasets([content[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
-def _columns(texts: Sequence[str], label: str | None) -> list[str]:
-    return [*texts] if label is None else [*texts, label]
-
-
-def _classes(features: Any, label: str | None, source: str) -> tuple[str, ...] | None:
-    names = getattr(features.get(label), "names", None) if label is not None else None
-    if not names:
-        return None
-    if not all(isinstance(name, str) for name in names):
-        raise DataError(f"{source}: the class names of {label!r} are {names!r:.200}, not text. Write them anew.")
-    classes = tuple(label_name(name) or name for name in names)
-    if twins := [name for name, count in Counter(classes).items() if count > 1]:
-        raise DataError(f"{source}: several classes of {label!r} are called {twins[0]!r}. Give each its own name.")
+def _classes(features: Any, targets: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
+    """Return the class names of target columns, also of those that are lists of classes."""
+    classes: dict[str, tuple[str, ...]] = {}
+    for column in targets:
+        feature = features.get(column)
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        if not names:
+            continue
+        if not all(isinstance(name, str) for name in names):
+            raise DataError(f"{source}: the class names of {column!r} are {names!r:.200}, not text. Write them anew.")
+        classes[column] = tuple(label_name(name) or name for name in names)
+        if twins := [name for name, count in Counter(classes[column]).items() if count > 1]:
+            raise DataError(f"{source}: several classes of {column!r} are called {twins[0]!r}. Give each its own name.")
     return classes
 
 

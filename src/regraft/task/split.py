@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     Integers = np.ndarray[Any, np.dtype[np.int64]]
+    Targets = np.ndarray[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,19 +21,29 @@ class Split:
     Args:
         name: `train`, `dev` or `test`.
         source: The file or data set they were read from.
-        texts: One or two texts an example.
-        labels: The class of each example, as an index into the task's labels.
+        inputs: What a model reads of each example; in most types of task a tuple of one or two texts.
+        targets: What it is to predict, an entry an example; in classification an index into the task's labels.
         rows: The row of each example in its source, from 1.
     """
 
     name: str
     source: str
-    texts: list[tuple[str, ...]]
-    labels: Integers
+    inputs: list[Any]
+    targets: Targets
     rows: Integers
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.inputs)
+
+    @property
+    def texts(self) -> list[Any]:
+        """The inputs, where they are texts."""
+        return self.inputs
+
+    @property
+    def labels(self) -> Targets:
+        """The targets, where they are classes."""
+        return self.targets
 
     def take(self, indices: Sequence[int] | Integers) -> Split:
         """Keep some of the examples.
@@ -46,5 +57,5 @@ class Split:
         import numpy as np
 
         chosen = np.asarray(indices, dtype=np.int64)
-        texts = [self.texts[i] for i in chosen.tolist()]
-        return dataclasses.replace(self, texts=texts, labels=self.labels[chosen], rows=self.rows[chosen])
+        inputs = [self.inputs[i] for i in chosen.tolist()]
+        return dataclasses.replace(self, inputs=inputs, targets=self.targets[chosen], rows=self.rows[chosen])

@@ -9,8 +9,6 @@ from regraft.task.data import duplicates
 from regraft.task.labels import lookalikes, reads_as_missing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from regraft.task.data import TaskData
     from regraft.task.split import Split
 
@@ -95,7 +93,7 @@ def doubts(data: TaskData) -> list[str]:
             "its rows if they have no label."
         )
     for split in (data.dev, data.test):
-        if split is not None and (why := weakness(split.labels.tolist() if data.labelled else range(len(split)))):
+        if split is not None and (why := weakness(data, split)):
             sentences.append(f"{split.source}: {split.name} has {why}.")
     if data.test is not None and (pairs := duplicates(data.train, data.test)):
         in_train, in_test = pairs[0]
@@ -106,21 +104,17 @@ def doubts(data: TaskData) -> list[str]:
     return sentences
 
 
-def weakness(labels: Iterable[int]) -> str | None:
+def weakness(data: TaskData, split: Split) -> str | None:
     """Say why scores on a split settle nothing, if so.
 
     Args:
-        labels: The class of each of its examples.
+        data: The task.
+        split: Its dev or test.
 
     Returns:
         What it has, as `1 example, too few …`; None where it is large and mixed enough to measure on.
     """
-    classes = list(labels)
-    if len(classes) < FEW:
-        plural = "s" if len(classes) > 1 else ""
-        return f"{len(classes)} example{plural}, too few to tell models apart: use {FEW} or more, better hundreds"
-    if len(set(classes)) == 1:
-        return (
-            "examples of a single class, on which guessing that class is perfect (and mcc is 0 whatever is predicted)"
-        )
-    return None
+    if len(split) < FEW:
+        plural = "s" if len(split) > 1 else ""
+        return f"{len(split)} example{plural}, too few to tell models apart: use {FEW} or more, better hundreds"
+    return data.task.one_sided(split.targets) if data.labelled else None

@@ -8,7 +8,7 @@ from regraft.tuning.order import plan_order
 from regraft.tuning.pretrain import Replay, pretrain, pretrain_chain
 from regraft.tuning.recipe import Recipe
 from regraft.tuning.tracking import tracking
-from regraft.tuning.tune import ADAPTER_RATE, LEARNING_RATES, Teacher, evaluate, tune_model
+from regraft.tuning.tune import ADAPTER_RATE, LEARNING_RATES, Teacher, tune_model
 
 __all__ = [
     "ADAPTER_RATE",
@@ -21,7 +21,6 @@ __all__ = [
     "Replay",
     "Teacher",
     "distillation_loss",
-    "evaluate",
     "plan_order",
     "pretrain",
     "pretrain_chain",

@@ -16,15 +16,14 @@ from regraft.model.outputs import forward
 from regraft.tuning.recipe import check_fade, fade
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import numpy as np
     import torch
 
-    from regraft.model.examples import Examples
     from regraft.progress import Progress
-
-    Objective = Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]
+    from regraft.task.types import Examples, Likelihood
+    from regraft.tuning.trainer import Objective
 
 WEIGHTINGS = ("plain", "fisher")
 FISHER_EXAMPLES = 128
@@ -36,7 +35,7 @@ class Anchored:
 
     Args:
         strength: The penalty's weight at the first step.
-        weighting: `plain`, every weight alike; or `fisher`, each by how much the labels' likelihood depends on it at
+        weighting: `plain`, every weight alike; or `fisher`, each by how much the targets' likelihood depends on it at
             the start, the mean over all trained weights being 1.
         decay: How the strength falls to 0 over the training: `linear`, `cosine` or `none`.
 
@@ -88,7 +87,11 @@ def anchored_objective(
 
 
 def fisher(
-    model: Any, examples: Examples, order: np.ndarray[Any, np.dtype[np.int64]], progress: Progress
+    model: Any,
+    examples: Examples,
+    order: np.ndarray[Any, np.dtype[np.int64]],
+    likelihood: Likelihood,
+    progress: Progress,
 ) -> dict[str, torch.Tensor]:
     """Estimate the diagonal of the empirical Fisher information from the examples a training sees first.
 
@@ -96,14 +99,14 @@ def fisher(
         model: A classifier; what requires gradients is measured. It is left in the mode it had.
         examples: What it is trained on.
         order: The examples in the order of the training.
+        likelihood: What outputs are a distribution over.
         progress: Told of each example.
 
     Returns:
-        By parameter, the mean over examples of the squared gradient of the label's log-likelihood, divided by the mean
+        By parameter, the mean over examples of the squared gradient of the targets' log-likelihood, divided by the mean
         over all parameters; 1 everywhere if all gradients are 0.
     """
     import torch
-    from torch.nn import functional
 
     trained, was_training = _trained(model), model.training
     chosen = list(dict.fromkeys(order.tolist()))[:FISHER_EXAMPLES]
@@ -111,9 +114,7 @@ def fisher(
     model.eval()
     for done, index in enumerate(chosen, start=1):
         batch = {name: tensor.to(device()) for name, tensor in examples.batch([index]).items()}
-        labels = batch.pop("labels")
-        batch.pop("index")
-        loss = functional.cross_entropy(forward(model, batch).logits.float(), labels)
+        loss = likelihood.loss(forward(model, batch).logits, batch["targets"], "mean")
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True, materialize_grads=True)
         for total, gradient in zip(found.values(), gradients, strict=True):
             total.addcmul_(gradient, gradient)

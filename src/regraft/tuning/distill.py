@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, Any
 from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import MismatchError, RecipeError
 from regraft.model.batches import for_each_batch
-from regraft.model.outputs import Output, forward
+from regraft.model.outputs import forward
+from regraft.task.types import Signal
 from regraft.tuning.recipe import check_fade, fade
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
 
-    from regraft.model.examples import Examples
+    from regraft.model.outputs import Output
     from regraft.progress import Progress
+    from regraft.task.split import Integers
+    from regraft.task.types import Examples, Likelihood
+    from regraft.tuning.trainer import Objective
 
 HOTTEST = 10_000  # softened so far, outputs are alike in every digit of float32
 
@@ -85,173 +89,152 @@ class Distillation:
         return dataclasses.replace(self, alpha=self.alpha * left, beta=self.beta * left)
 
 
-def teacher_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    options: Distillation,
-) -> torch.Tensor:
-    """α·T²·KL(softmax(z_t/T) ‖ softmax(z_s/T)) + β·½·MSE(h_s, h_t), examples weighted by whether the teacher is right.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Taught:
+    """What a teacher says of the examples of a training, computed once.
 
     Args:
-        logits: The student's z_s, batch × classes.
-        labels: The true classes, batch; unused where flip_weight is 0.
-        teacher_logits: The teacher's z_t, batch × classes.
-        hidden: The student's h_s, batch × layers × width; unused where beta is 0.
-        teacher_hidden: The teacher's h_t, likewise.
+        signal: At each row.
+        hidden: The hidden states there, rows × layers × width; of width 0 where they are not learned.
+    """
+
+    signal: Signal
+    hidden: torch.Tensor
+
+
+def teacher_loss(
+    output: Output,
+    batch: Mapping[str, torch.Tensor],
+    taught: Taught,
+    options: Distillation,
+    likelihood: Likelihood,
+) -> torch.Tensor:
+    """α·T²·KL(teacher ‖ student, softened by T) + β·½·MSE(h_s, h_t), rows weighted by whether the teacher is right.
+
+    Args:
+        output: The student's, with hidden states if β is not 0.
+        batch: Its `targets`, unused where flip_weight is 0, and the numbers of its rows.
+        taught: What the teacher says of all rows.
         options: α, β, T, the reduction of the KL and flip_weight.
+        likelihood: What outputs are a distribution over.
 
     Returns:
         The loss, a scalar.
     """
     from torch.nn import functional
 
-    hot = options.temperature
-    divergence = functional.kl_div(
-        functional.log_softmax(logits / hot, dim=-1),
-        functional.log_softmax(teacher_logits / hot, dim=-1),
-        reduction="none",
-        log_target=True,
-    )
-    apart = functional.mse_loss(hidden, teacher_hidden, reduction="none") if options.beta else None
+    logits, rows, targets = output.logits, batch["row"].cpu(), batch["targets"]
+    signal = taught.signal.take(rows, logits)
+    divergence = likelihood.divergence(logits, signal, options.temperature)
+    apart = None
+    if options.beta:
+        apart = functional.mse_loss(output.states(), taught.hidden[rows].to(logits), reduction="none")
     if options.flip_weight:
-        weights = 1 + options.flip_weight * (teacher_logits.argmax(dim=-1) == labels).to(logits.dtype)
+        is_right = likelihood.predict(signal.logits) == targets
+        weights = 1 + options.flip_weight * is_right.to(logits.dtype)
         weights = weights / weights.mean()
         divergence = divergence * weights[:, None]
         apart = apart * weights[:, None, None] if apart is not None else None
     count = len(logits) if options.kl_reduction == "batchmean" else logits.numel()
-    loss = options.alpha * hot**2 * (divergence.sum() / count)
+    loss = options.alpha * options.temperature**2 * (divergence.sum() / count)
     return loss if apart is None else loss + options.beta * 0.5 * apart.mean()
 
 
 def distillation_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
+    output: Output,
+    batch: Mapping[str, torch.Tensor],
+    taught: Taught,
     options: Distillation,
+    likelihood: Likelihood,
 ) -> torch.Tensor:
-    """(1 − α)·CE(z_s, y) + α·T²·KL(softmax(z_t/T) ‖ softmax(z_s/T)) + β·½·MSE(h_s, h_t).
+    """(1 − α)·L(student, targets) + α·T²·KL(teacher ‖ student, softened by T) + β·½·MSE(h_s, h_t).
 
     Args:
-        logits: The student's z_s, batch × classes.
-        labels: The true classes y, batch.
-        teacher_logits: The teacher's z_t, batch × classes.
-        hidden: The student's h_s, batch × layers × width; unused where beta is 0.
-        teacher_hidden: The teacher's h_t, likewise.
+        output: The student's, with hidden states if β is not 0.
+        batch: Its `targets` and the numbers of its rows.
+        taught: What the teacher says of all rows.
         options: α, β, T, the reduction of the KL and flip_weight.
+        likelihood: What outputs are a distribution over, and so L; the cross-entropy of classes.
 
     Returns:
         The loss, a scalar.
     """
-    from torch.nn import functional
-
-    loss = teacher_loss(logits, labels, teacher_logits, hidden, teacher_hidden, options)
+    loss = teacher_loss(output, batch, taught, options, likelihood)
     if options.alpha < 1:
-        loss = loss + (1 - options.alpha) * functional.cross_entropy(logits, labels)
+        loss = loss + (1 - options.alpha) * likelihood.loss(output.logits, batch["targets"], "mean")
     return loss
-
-
-def read_hidden(output: Output) -> torch.Tensor:
-    """Take the hidden state the head's token has after the embeddings and after every layer but the last.
-
-    Args:
-        output: With hidden states.
-
-    Returns:
-        batch × layers × width.
-    """
-    import torch
-
-    rows = torch.arange(len(output.read), device=output.read.device)
-    return torch.stack([layer[rows, output.read] for layer in output.hidden[:-1]], dim=1)
 
 
 def teach(
     teacher: Any,
     examples: Examples,
-    wanted: Any,
+    order: Integers,
     options: Distillation,
+    likelihood: Likelihood,
     precision: str,
     work: Path,
     progress: Progress,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the teacher's logits and hidden states once; a later call finds them, undamaged, in the working folder.
+) -> Taught:
+    """Compute the teacher's signal and hidden states once; a later call reads them, undamaged, in the working folder.
 
     Args:
         teacher: The old tuned model on the old base; frozen, in evaluation mode.
         examples: What the student is trained on, in the teacher's tokens.
-        wanted: Indices of the examples that the training will see.
+        order: Indices of the examples that the training will see.
         options: Hidden states are kept only if its beta needs them.
+        likelihood: What outputs are a distribution over.
         precision: `bf16` or `fp32`.
         work: The folder for the cache.
         progress: Told of each batch.
 
     Returns:
-        Logits (examples × classes, float32) and hidden states (examples × layers × width, bfloat16; of width 0
-        without beta); rows of examples that are not wanted are 0.
+        The signal in float32, the hidden states in bfloat16; rows of examples that are not in the order are 0.
     """
+    import numpy as np
     import torch
     from safetensors.torch import load_file, save_file
 
     file, record = work / "teacher.safetensors", work / "teacher.json"
     if not is_sealed(record):
-        import numpy as np
-
-        from regraft.model.examples import Examples
-
-        seen = np.unique(wanted)
-        part = Examples(
-            {name: [column[i] for i in seen] for name, column in examples.columns.items()}, examples.labels[seen],
-            examples.pad,
-        )  # fmt: skip
-        kept: dict[str, torch.Tensor] = {}
+        seen = np.unique(order).tolist()
+        numbers = torch.as_tensor(examples.rows(seen))
+        stored: dict[str, torch.Tensor] = {}
 
         def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
-            found = {"logits": output.logits.float()}
+            parts = {"logits": likelihood.signal(output.logits).logits}
             if options.beta:
-                found["hidden"] = read_hidden(output).bfloat16()
-            for name, rows in found.items():
-                if name not in kept:
-                    kept[name] = torch.zeros(len(examples), *rows.shape[1:], dtype=rows.dtype)
-                kept[name][torch.as_tensor(seen[indices])] = rows.cpu()
+                parts["hidden"] = output.states().bfloat16()
+            for name, part in parts.items():
+                if name not in stored:
+                    stored[name] = torch.zeros(len(examples.targets), *part.shape[1:], dtype=part.dtype)
+                stored[name][numbers[batch["row"].cpu()]] = part.cpu()
 
-        for_each_batch(teacher, part, precision, keep, progress, "teacher", hidden=bool(options.beta))
-        kept.setdefault("hidden", torch.zeros(len(examples), 0, dtype=torch.bfloat16))
-        if not all(rows.isfinite().all() for rows in kept.values()):
+        for_each_batch(teacher, examples.take(seen), precision, keep, progress, "teacher", hidden=bool(options.beta))
+        stored.setdefault("hidden", torch.zeros(len(examples.targets), 0, dtype=torch.bfloat16))
+        if not all(rows.isfinite().all() for rows in stored.values()):
             raise MismatchError("the old deployment's outputs are infinite or not a number: there is nothing to learn.")
         with replacing(file, synced=False) as beside:
-            save_file(kept, beside)
+            save_file(stored, beside)
         seal(record, [file])
     stored = load_file(file)
-    return stored["logits"], stored["hidden"]
+    return Taught(Signal(stored["logits"]), stored["hidden"])
 
 
-def distillation_objective(
-    taught: tuple[torch.Tensor, torch.Tensor], options: Distillation, steps: int
-) -> Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]:
+def distillation_objective(taught: Taught, options: Distillation, likelihood: Likelihood, steps: int) -> Objective:
     """Make the loss of a batch from the teacher's cached outputs.
 
     Args:
         taught: From `teach`.
         options: The loss's weights.
+        likelihood: What outputs are a distribution over.
         steps: Steps of the training in all.
 
     Returns:
-        A function of the student, a batch that carries `labels` and `index`, and the steps done so far.
+        A function of the student, a batch and the steps done so far.
     """
 
     def objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        labels, index = batch.pop("labels"), batch.pop("index").cpu()
         output = forward(model, batch, hidden=bool(options.beta))
-        teacher_logits, teacher_hidden = (rows[index].to(output.logits.device).float() for rows in taught)
-        hidden = teacher_hidden
-        if options.beta:
-            hidden = read_hidden(output).float()
-        now = options.at(step, steps)
-        return distillation_loss(output.logits.float(), labels, teacher_logits, hidden, teacher_hidden, now)
+        return distillation_loss(output, batch, taught, options.at(step, steps), likelihood)
 
     return objective

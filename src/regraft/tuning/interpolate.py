@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
 from regraft.model.outputs import forward
-from regraft.tuning.distill import Distillation, read_hidden, teacher_loss
+from regraft.tuning.distill import Distillation, teacher_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import torch
+
+    from regraft.task.types import Likelihood
+    from regraft.tuning.distill import Taught
+    from regraft.tuning.trainer import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +48,9 @@ class Interpolation(Distillation):
 
 
 def interpolation_objective(
-    taught: tuple[torch.Tensor, torch.Tensor],
-    teacher: Any,
-    options: Interpolation,
-    steps: int,
-    seed: int,
-) -> Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]:
-    """Make the loss (1 − α)·CE(student) + the mean over x of the teacher's terms at x·student + (1 − x)·teacher.
+    taught: Taught, teacher: Any, options: Interpolation, likelihood: Likelihood, steps: int, seed: int
+) -> Objective:
+    """Make the loss (1 − α)·L(student) + the mean over x of the teacher's terms at x·student + (1 − x)·teacher.
 
     With points x_1 … x_n that is the reference's λ = 1 − α, α_x = 1/n and β_x = β/(2·α·n). The bodies of adapters are
     blended too; only the student's trained parameters get gradients.
@@ -59,33 +59,27 @@ def interpolation_objective(
         taught: From `teach`.
         teacher: The old tuned model, its parameters named and shaped as the student's.
         options: The loss's weights, and the points.
+        likelihood: What outputs are a distribution over, and so L; the cross-entropy of classes.
         steps: Steps of the training in all.
         seed: With the step, what points are drawn from.
 
     Returns:
-        A function of the student, a batch that carries `labels` and `index`, and the steps done so far.
+        A function of the student, a batch and the steps done so far.
     """
     import torch
-    from torch.nn import functional
 
     fixed = {name: parameter.detach() for name, parameter in teacher.named_parameters()}
 
     def objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        labels, index = batch.pop("labels"), batch.pop("index").cpu()
         now, points = options.at(step, steps), [1.0, *options.points, *draw_points(options.drawn, seed, step)]
         inner = getattr(model, "module", model)  # the model itself where it is wrapped for many devices
         losses: list[torch.Tensor] = []
         for x in points:
             parameters = None if x == 1 else blend(inner, fixed, x)
             output = forward(model if x == 1 else inner, batch, hidden=bool(now.beta), parameters=parameters)
-            logits = output.logits.float()
-            teacher_logits, teacher_hidden = (rows[index].to(logits.device).float() for rows in taught)
-            hidden = teacher_hidden
-            if now.beta:
-                hidden = read_hidden(output).float()
-            losses.append(teacher_loss(logits, labels, teacher_logits, hidden, teacher_hidden, now) / len(points))
+            losses.append(teacher_loss(output, batch, taught, now, likelihood) / len(points))
             if x == 1 and now.alpha < 1:
-                losses.append((1 - now.alpha) * functional.cross_entropy(logits, labels))
+                losses.append((1 - now.alpha) * likelihood.loss(output.logits, batch["targets"], "mean"))
         return torch.stack(losses).sum()
 
     return objective

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from regraft.progress import Progress
     from regraft.tuning.recipe import Recipe
 
+    Objective = Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]
+    """The loss of a model on a batch after so many steps."""
+
 SEAL = "sealed.json"
 
 
@@ -32,7 +35,7 @@ def train(
     model: Any,
     data: Sequence[Any],
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
-    objective: Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor],
+    objective: Objective,
     evaluate: Callable[[Any], dict[str, float]],
     recipe: Recipe,
     work: Path,

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.model.batches import predict
-from regraft.model.device import device
-from regraft.model.examples import Examples, encode
+from regraft.model import Deployment
 from regraft.model.outputs import forward
-from regraft.task import score
 from regraft.tuning.anchor import Anchored, anchored_objective, fisher
 from regraft.tuning.distill import Distillation, distillation_objective, teach
 from regraft.tuning.interpolate import Interpolation, interpolation_objective
@@ -23,8 +20,9 @@ if TYPE_CHECKING:
     from regraft.base import Base
     from regraft.progress import Progress
     from regraft.task import TaskData
-    from regraft.tuning.anchor import Objective
+    from regraft.task.types import Likelihood
     from regraft.tuning.recipe import Recipe
+    from regraft.tuning.trainer import Objective
 
 LEARNING_RATES = {
     "full": 5e-5,
@@ -78,35 +76,38 @@ def tune_model(
         anchor: How the weights are held to those the model comes with, if they are.
 
     Returns:
-        The learning curve on dev, from step 0 on: `step`, `seconds`, `score`, `loss`; as `evaluate` gives them, or
-        `closeness` if the teacher judges.
+        The learning curve on dev, from step 0 on: `step`, `seconds`, `score` and `loss`, which is the mean over rows;
+        or the two figures of `Deployment.closeness` if the teacher judges.
     """
     from regraft.tuning.trainer import train
 
-    def figures(current: Any) -> dict[str, float]:
-        if told is not None:
-            return closeness(predict(current, dev, recipe.precision), told)
-        return evaluate(current, dev, data.metric, recipe.precision)
-
-    examples, dev = encode(base, data.train, data.max_length), encode(base, data.dev, data.max_length)
-    order = plan_order(examples.lengths, recipe.batch_size, recipe.steps or 1, recipe.seed)
-    model.to(device())
-    steps, told = recipe.steps or 1, None
-    objective: Objective = plain_objective
+    likelihood, steps = data.task.likelihood, recipe.steps or 1
+    student = Deployment(model, base, data, recipe.precision)
+    examples = student.examples(data.train)
+    order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
+    judge, objective = None, label_objective(likelihood)
     if teacher:
-        teacher.model.to(device())
-        shown = encode(teacher.base, data.train, data.max_length)
-        taught = teach(teacher.model, shown, order, teacher.options, recipe.precision, work, progress)
-        if teacher.judges:
-            told = predict(teacher.model, encode(teacher.base, data.dev, data.max_length), recipe.precision, progress)
+        old = Deployment(teacher.model, teacher.base, data, recipe.precision, progress)
+        taught = teach(
+            old.model, old.examples(data.train), order, teacher.options, likelihood, recipe.precision, work, progress
+        )
+        judge = old.signal(data.dev) if teacher.judges else None
         if isinstance(teacher.options, Interpolation):
-            objective = interpolation_objective(taught, teacher.model, teacher.options, steps, recipe.seed)
+            objective = interpolation_objective(taught, old.model, teacher.options, likelihood, steps, recipe.seed)
         else:
-            teacher.model.to("cpu")
-            objective = distillation_objective(taught, teacher.options, steps)
+            old.model.to("cpu")
+            objective = distillation_objective(taught, teacher.options, likelihood, steps)
     if anchor:
-        weights = fisher(model, examples, order, progress) if anchor.weighting == "fisher" else None
+        weights = fisher(model, examples, order, likelihood, progress) if anchor.weighting == "fisher" else None
         objective = anchored_objective(objective, model, weights, anchor, steps)
+
+    def figures(current: Any) -> dict[str, float]:
+        student.model = current
+        student.forget()
+        if judge is not None:
+            return dict(zip(("score", "loss"), student.closeness(data.dev, judge), strict=True))
+        return {"score": student.score(data.dev), "loss": student.loss(data.dev)}
+
     return train(
         model,
         range(len(order)),
@@ -120,58 +121,17 @@ def tune_model(
     )
 
 
-def plain_objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-    """Return the mean cross-entropy of a batch.
+def label_objective(likelihood: Likelihood) -> Objective:
+    """Make the mean loss of a batch's targets.
 
     Args:
-        model: A classifier.
-        batch: Its inputs, `labels` and `index`.
-        step: Steps done so far, which change nothing here.
+        likelihood: What outputs are a distribution over.
 
     Returns:
-        The loss, a scalar.
+        A function of the model, a batch and the steps done so far.
     """
-    from torch.nn import functional
 
-    labels = batch.pop("labels")
-    batch.pop("index")
-    return functional.cross_entropy(forward(model, batch).logits.float(), labels)
+    def objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        return likelihood.loss(forward(model, batch).logits, batch["targets"], "mean")
 
-
-def evaluate(model: Any, examples: Examples, metric: str, precision: str) -> dict[str, float]:
-    """Score a classifier.
-
-    Args:
-        model: The classifier.
-        examples: What on.
-        metric: One of the task's metrics.
-        precision: `bf16` or `fp32`.
-
-    Returns:
-        `score` (the metric) and `loss` (mean cross-entropy).
-    """
-    import torch
-    from torch.nn import functional
-
-    logits = predict(model, examples, precision)
-    loss = functional.cross_entropy(logits, torch.as_tensor(examples.labels))
-    return {"score": score(metric, examples.labels, logits.argmax(dim=1).numpy()), "loss": float(loss)}
-
-
-def closeness(logits: torch.Tensor, told: torch.Tensor) -> dict[str, float]:
-    """Measure how near a classifier comes to what another one says.
-
-    Args:
-        logits: The one's, examples × classes.
-        told: The other's.
-
-    Returns:
-        `score`, the mean overlap of their probabilities, 1 − their total variation distance (if both are certain, on
-        how many examples they agree); and `loss`, the mean of KL(other ‖ one).
-    """
-    from torch.nn import functional
-
-    log_one, log_other = logits.log_softmax(dim=1), told.log_softmax(dim=1)
-    overlap = log_one.exp().minimum(log_other.exp()).sum(dim=1).mean()
-    divergence = functional.kl_div(log_one, log_other, reduction="batchmean", log_target=True)
-    return {"score": float(overlap), "loss": float(divergence)}
+    return objective

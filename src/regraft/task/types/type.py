@@ -1,0 +1,299 @@
+"""What a task is, whatever its type: the keys of every task file, and what a type of task says of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import os
+import pkgutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from regraft.errors import DataError
+from regraft.task.labels import listing
+from regraft.task.metric import Metric
+from regraft.task.source import SOURCE, HubSplit, Source
+from regraft.task.types.likelihood import Likelihood
+from regraft.task.yaml_file import did_you_mean, read_yaml, validate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+
+    from regraft.task.source import Table
+    from regraft.task.split import Split, Targets
+    from regraft.task.types.examples import Examples
+
+ENTRY_POINTS = "regraft.task_types"
+"""The group of entry points by which other distributions add task types."""
+DEFAULT_TYPE = "text-classification"  # task files of 0.1 name none
+LONGEST = 10_000_000  # tokens: more than any model takes, and few enough for a tokenizer to count
+
+
+class Task(BaseModel, ABC):
+    """A task, as a task file declares it; its type is a subclass.
+
+    Args:
+        name: What the task is called; the stem of the task file if that names none.
+        train: The examples to tune on.
+        dev: The examples to choose by; a tenth of train is held out if there is none.
+        test: The examples to report on.
+        metric: What is reported.
+        quoting: Whether fields of CSV and TSV files are in double quotes where they hold delimiters (`quoted`) or
+            quotes are characters like others (`plain`). If not given, CSV is quoted, and of TSV its quotes decide.
+        shots: Examples a class to keep of train and of dev; all of them if not given.
+        max_length: How many tokens an input is cut to.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    peft_type: ClassVar[str]
+    """PEFT's name of the task type."""
+    auto_class: ClassVar[str]
+    """The class of transformers that loads a model with a head for it."""
+    metrics: ClassVar[tuple[Metric, ...]]
+    """What can be reported; the first is the default, and what agreement of two models is measured by."""
+    likelihood: ClassVar[Likelihood]
+    head_in_base: ClassVar[bool] = False
+    """Whether the base brings the head, which is then grafted like the body and never fresh."""
+
+    type: str
+    name: str = Field(min_length=1, description="a name for the task")
+    train: Source = Field(description=SOURCE)
+    dev: Source | None = Field(default=None, description=SOURCE)
+    test: Source | None = Field(default=None, description=SOURCE)
+    metric: str
+    quoting: Literal["quoted", "plain"] | None = Field(default=None, description="quoted or plain, or leave it out")
+    shots: int | None = Field(default=None, ge=1, description="a whole number of examples a class, 1 or more")
+    max_length: int = Field(default=128, ge=8, le=LONGEST, description="a whole number of tokens, 8 or more")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Task:
+        """Read a task file.
+
+        Args:
+            path: A YAML file; relative paths in it start from its folder.
+
+        Returns:
+            The task, of the type that the file names, with absolute paths.
+
+        Raises:
+            DataError: The file cannot be read, or a key is unknown, missing or of no use; the message names it.
+        """
+        path = Path(path)
+        task = cls.declared({"name": path.stem, **read_yaml(path)}, str(path))
+        return task.model_copy(
+            update={key: _resolved(getattr(task, key), path.absolute().parent) for key in ("train", "dev", "test")}
+        )
+
+    @staticmethod
+    def declared(values: Mapping[str, Any], where: str) -> Task:
+        """Build a task of the type that its keys name.
+
+        Args:
+            values: The keys of a task file.
+            where: How messages name their origin.
+
+        Returns:
+            The task.
+
+        Raises:
+            DataError: A key is unknown, missing or of no use; the message names it.
+        """
+        types, name = task_types(), values.get("type", DEFAULT_TYPE)
+        if not isinstance(name, str) or name not in types:
+            near = did_you_mean(name, list(types)) if isinstance(name, str) else ""
+            raise DataError(
+                f"{where}: there is no task type {name!r:.100}.{near} The types are: {listing(list(types))}."
+            )
+        return validate(types[name], values, where)
+
+    def with_shots(self, shots: int | None) -> Self:
+        """Return this task with a few training examples a class.
+
+        Args:
+            shots: Examples a class; None leaves the task as it is.
+
+        Returns:
+            The task.
+        """
+        return self if shots is None else self.model_copy(update={"shots": shots})
+
+    @property
+    @abstractmethod
+    def input_columns(self) -> tuple[str, ...]:
+        """The columns that a model reads."""
+
+    @property
+    @abstractmethod
+    def target_columns(self) -> tuple[str, ...]:
+        """The columns of what it is to predict; none where the examples are not labelled."""
+
+    @abstractmethod
+    def read(self, tables: Mapping[str, Table]) -> tuple[tuple[str, ...], dict[str, Split]]:
+        """Check rows, and turn them into inputs and targets.
+
+        Args:
+            tables: By split, what was read.
+
+        Returns:
+            The label names in the order of the outputs, and the splits. Without target columns every target is a
+            placeholder.
+
+        Raises:
+            DataError: A row cannot be used; the message names it and its file.
+        """
+
+    @abstractmethod
+    def encode(self, split: Split, tokenizer: Any, pad: int, max_length: int) -> Examples:
+        """Tokenise examples, and decide at which of their tokens a model speaks.
+
+        Args:
+            split: The examples.
+            tokenizer: A tokenizer of transformers.
+            pad: The id of the token that fills up a batch.
+            max_length: How many tokens an input is cut to.
+
+        Returns:
+            The examples, in the order of the split.
+        """
+
+    @abstractmethod
+    def strata(self, targets: Targets, labels: Sequence[str]) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[str]]:
+        """Divide examples into the strata that few-shot samples and a held-out dev are drawn from alike.
+
+        Args:
+            targets: Theirs.
+            labels: The label names.
+
+        Returns:
+            The stratum of each example, and the names of all strata.
+        """
+
+    @abstractmethod
+    def chance(self, targets: Targets, labels: Sequence[str]) -> Any:
+        """Return the best prediction that looks at no input.
+
+        Args:
+            targets: Of train.
+            labels: The label names.
+
+        Returns:
+            One prediction, for every example.
+        """
+
+    @abstractmethod
+    def relabel(self, targets: Targets, order: Sequence[int]) -> Targets:
+        """Number targets as a head does.
+
+        Args:
+            targets: The targets.
+            order: The head's number of each label.
+
+        Returns:
+            The same targets.
+        """
+
+    @abstractmethod
+    def describe(self, target: Any, labels: Sequence[str]) -> str:
+        """Write a target or prediction as people read it.
+
+        Args:
+            target: One of them.
+            labels: The label names.
+
+        Returns:
+            Text.
+        """
+
+    @abstractmethod
+    def as_targets(self, predictions: Sequence[Any]) -> Targets:
+        """Return predictions as the targets that a student of them learns.
+
+        Args:
+            predictions: A prediction an example.
+        """
+
+    @abstractmethod
+    def right(self, targets: Targets, predictions: Sequence[Any]) -> list[bool]:
+        """Say which predictions are right.
+
+        Args:
+            targets: A target an example.
+            predictions: A prediction an example.
+        """
+
+    @abstractmethod
+    def estimator(self) -> Any:
+        """Return a linear model of features, as scikit-learn has them, that a base is probed with."""
+
+    def one_sided(self, targets: Targets) -> str | None:
+        """Say why scores on some targets settle nothing, however many there are.
+
+        Args:
+            targets: A target an example.
+
+        Returns:
+            What they are, as `examples of a single class, on which …`; None where they are mixed.
+        """
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What turns a body's states into outputs.
+
+    Args:
+        type: The task type it is for.
+        labels: The names of its outputs, in their order.
+    """
+
+    type: type[Task]
+    labels: tuple[str, ...]
+
+
+@functools.cache
+def task_types() -> dict[str, type[Task]]:
+    """Find every task type: the modules beside this one that define `TASK`, and the entry points of distributions.
+
+    Returns:
+        The classes by the name that a task file has as `type`.
+
+    Raises:
+        DataError: An entry point cannot be loaded, is no task type, or has a name that is taken.
+    """
+    types: dict[str, type[Task]] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        task_type = getattr(importlib.import_module(f"{__package__}.{module.name}"), "TASK", None)
+        if task_type:
+            types[_name_of(task_type)] = task_type
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        origin = f"the entry point {entry.name!r} of {entry.dist.name if entry.dist else 'a distribution'}"
+        try:
+            task_type = entry.load()
+        except Exception as error:  # its code may raise anything
+            raise DataError(f"{origin} cannot be loaded ({error!r:.300}). Mend or uninstall it.") from error
+        if not (isinstance(task_type, type) and issubclass(task_type, Task)):
+            raise DataError(f"{origin} is {task_type!r:.100}, no subclass of regraft.Task. Mend or uninstall it.")
+        if _name_of(task_type) in types:
+            raise DataError(f"{origin} names a task type {_name_of(task_type)!r}, which there is already. Rename it.")
+        types[_name_of(task_type)] = task_type
+    return types
+
+
+def _name_of(task_type: type[Task]) -> str:
+    return str(task_type.model_fields["type"].default)
+
+
+def _resolved(source: str | HubSplit | None, folder: Path) -> str | HubSplit | None:
+    if isinstance(source, str):
+        return os.path.abspath(folder / os.path.expanduser(source))
+    if source is not None and os.path.isdir(beside := folder / os.path.expanduser(source.dataset)):
+        return source.model_copy(update={"dataset": os.path.abspath(beside)})
+    return source
