@@ -219,7 +219,7 @@ def made(tmp_path_factory, opened, texts):
     """Every kind on every old base, with every tuned number moved; and the logits it gave before it was saved."""
     import torch
 
-    from regraft.adaptation import KINDS, attach, fresh_model, new_config, save_model
+    from regraft.adaptation import KINDS, attach, fresh_model, new_config, save_model, start_of
     from regraft.model import predict
 
     folder, found = tmp_path_factory.mktemp("made"), {}
@@ -228,6 +228,7 @@ def made(tmp_path_factory, opened, texts):
         model = fresh_model(base, LABELS, 1)
         if kind != "full":
             model = attach(model, base, new_config(kind, base, rank=3, inner_size=5, virtual_tokens=4), 1)
+        start = start_of(model)
         torch.manual_seed(2)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -235,7 +236,7 @@ def made(tmp_path_factory, opened, texts):
                     parameter.add_(0.1 * torch.randn_like(parameter))
         into = folder / f"{architecture}-{kind}" / "adaptation"
         into.mkdir(parents=True)
-        save_model(model, base, LABELS, into)
+        save_model(model, base, LABELS, into, start)
         found[architecture, kind] = into, predict(model, texts[architecture], "fp32")
     return found
 
@@ -253,18 +254,19 @@ def adapt(base, kind, folder, seed=2, labels=LABELS, rank=3):
     """Write an adaptation of a kind whose every tuned number is moved."""
     import torch
 
-    from regraft.adaptation import attach, fresh_model, new_config, save_model
+    from regraft.adaptation import attach, fresh_model, new_config, save_model, start_of
 
     model = fresh_model(base, labels, 1)
     if kind != "full":
         model = attach(model, base, new_config(kind, base, rank=rank, inner_size=5), 1)
+    start = start_of(model)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     folder.mkdir(parents=True)
-    save_model(model, base, labels, folder)
+    save_model(model, base, labels, folder, start)
     return folder
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from regraft import Base, Upgrade, check, load_adaptation, recycle, tune
-from regraft.adaptation import attach, fresh_model, load_model, merge_lora, read_config
+from regraft.adaptation import attach, fresh_model, load_model, merge_lora
 from regraft.checkpoint import Checkpoint
 from regraft.cli import app
 from regraft.errors import CheckpointError, DataError, MismatchError, RecipeError, RegraftError
@@ -145,8 +145,9 @@ def test_a_text_that_a_prompt_began_with_loads_no_tokenizer(tmp_path, bases):
     }  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file({"prompt_embeddings": torch.ones(2, 32)}, tmp_path / "adapter_model.safetensors")
-    base = Base.open(bases["bert"][0])
-    attach(fresh_model(base, ("a", "b"), 0), base, read_config(load_adaptation(tmp_path), afresh=True), 0)
+    base, adaptation = Base.open(bases["bert"][0]), load_adaptation(tmp_path)
+    config = adaptation.family.read_config(adaptation, afresh=True)
+    attach(fresh_model(base, ("a", "b"), 0), base, config, 0)
 
 
 def test_only_files_that_are_no_code_are_copied_beside_weights(tmp_path, copied, bases):

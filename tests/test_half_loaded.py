@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_lora import invoke
 
 from regraft import Base, Recipe, Upgrade, check, convert, load_adaptation, recycle
-from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, save_model, write_graft
+from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, save_model, start_of, write_graft
 from regraft.errors import CheckpointError, MismatchError, RegraftError
 from regraft.progress import quiet, silent
 
@@ -300,7 +300,7 @@ def test_no_half_loaded_adaptation_can_be_made(tmp_path, made, opened, task_file
 def test_an_adapter_that_changes_nothing_is_refused(tmp_path, opened, task_file, kind):
     old, new = opened["bert"]
     model = attach(fresh_model(old, LABELS, 0), old, new_config(kind, old), 0)
-    save_model(model, old, LABELS, tmp_path / "made")
+    save_model(model, old, LABELS, tmp_path / "made", start_of(model))
     if kind in FOLDED:  # B·A − B₀·A₀ is 0 up to rounding
         assert check(Upgrade(old, new), tmp_path / "made", task_file).effect < 1e-4
         return

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
 from regraft import Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation.graft import grafted_adapter
 from regraft.errors import RecipeError
 
 pytestmark = [
@@ -173,7 +172,8 @@ def test_what_an_adapter_replaces_is_grafted(tmp_path, pairs, adapter_of, small_
         assert torch.equal(before[name], after[name])  # A, B and the head
     model = AutoModelForSequenceClassification.from_pretrained(new, num_labels=2)
     PeftModel.from_pretrained(model, outcome.path / "adaptation")
-    same, _, _ = grafted_adapter(load_adaptation(source), Upgrade(old, old))
+    adaptation = load_adaptation(source)
+    same = adaptation.family.graft(adaptation, Upgrade(old, old)).tensors
     assert all(torch.equal(before[name], same[name]) for name in before)
 
 
@@ -273,8 +273,8 @@ def test_rows_of_tokens_follow_their_tokens(padded, data):
         save_file(weights(folder) | {name: before}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         change(folder / "adapter_config.json", trainable_token_indices=[(tokens | own)[token] for token in tuned])
         upgrade, adaptation = Upgrade(old, new), load_adaptation(folder)
-        grafted, config, _ = grafted_adapter(adaptation, upgrade)
-        replaced, again, _ = grafted_adapter(adaptation, upgrade, replace=True)
+        both = [adaptation.family.graft(adaptation, upgrade, replace=replace) for replace in (False, True)]
+        (grafted, config), (replaced, again) = ((carried.tensors, carried.settings) for carried in both)
         carried = [token for token in tuned if token in order or token in own]
         assert (name in grafted) == bool(carried)
         ids = {token: i for i, token in enumerate([*order, *own])}

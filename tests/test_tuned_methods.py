@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from regraft import Base, Distillation, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import attach, fresh_model, load_model, new_config, save_model, write_graft
+from regraft.adaptation import attach, fresh_model, load_model, new_config, save_model, start_of, write_graft
 from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.model import encode
@@ -57,13 +57,14 @@ def adaptations(tmp_path_factory, opened, tuned, data):
     for name, kind in (("bert", "bottleneck"), ("llama", "bottleneck"), ("bert", "pissa")):
         base = opened[name][0]
         model = attach(fresh_model(base, data.labels, 1), base, new_config(kind, base, rank=3, inner_size=5), 1)
+        start = start_of(model)
         torch.manual_seed(2)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
         made[name, kind] = folder / f"{name}-{kind}"
-        save_model(model, base, data.labels, made[name, kind] / "adaptation")
+        save_model(model, base, data.labels, made[name, kind] / "adaptation", start)
     return made
 
 

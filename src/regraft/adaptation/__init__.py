@@ -1,23 +1,28 @@
 """Adaptations: what tuning left behind, on disk and as models, and the outcome folder that records one."""
 
-from regraft.adaptation.adaptation import Adaptation, load_adaptation, write_lineage
+from regraft.adaptation.adaptation import Adaptation
+from regraft.adaptation.adapter_folder import write_adapter
 from regraft.adaptation.extract import ExtractedLora, extract_lora, write_lora
 from regraft.adaptation.fit import differing_settings
-from regraft.adaptation.graft import check_fit, plain_adapter, write_graft
-from regraft.adaptation.head import HEADS, Head, change_head, stored_labels
-from regraft.adaptation.kinds import KINDS, kind_of, new_config, read_config, settings
+from regraft.adaptation.fresh import fresh_model
+from regraft.adaptation.graft import write_graft
+from regraft.adaptation.head import HEAD_POLICIES, HeadPolicy, change_head
+from regraft.adaptation.kinds import KINDS, kind_of_config, new_config, settings
+from regraft.adaptation.labels import stored_labels
+from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.merge import MergedLora, lora_settings, merge_lora
-from regraft.adaptation.model import attach, fresh_model, load_model
+from regraft.adaptation.model import attach, check_fit, load_model, save_model, start_of
 from regraft.adaptation.outcome import Outcome, find_outcome, is_right, load_outcome, write_outcome
-from regraft.adaptation.save import save_model, write_adapter, write_tokenizer
+from regraft.adaptation.record import write_lineage
 from regraft.adaptation.strict import load_strictly
+from regraft.adaptation.tokenizer import write_tokenizer
 
 __all__ = [
-    "HEADS",
+    "HEAD_POLICIES",
     "KINDS",
     "Adaptation",
     "ExtractedLora",
-    "Head",
+    "HeadPolicy",
     "MergedLora",
     "Outcome",
     "attach",
@@ -28,7 +33,7 @@ __all__ = [
     "find_outcome",
     "fresh_model",
     "is_right",
-    "kind_of",
+    "kind_of_config",
     "load_adaptation",
     "load_model",
     "load_outcome",
@@ -36,10 +41,9 @@ __all__ = [
     "lora_settings",
     "merge_lora",
     "new_config",
-    "plain_adapter",
-    "read_config",
     "save_model",
     "settings",
+    "start_of",
     "stored_labels",
     "write_adapter",
     "write_graft",

@@ -1,33 +1,38 @@
-"""What tuning left behind, whatever its kind: a full fine-tune, a PEFT module or bottleneck adapters, with a head."""
+"""What tuning left behind, whatever its kind, and what each family of such adaptations knows to do with it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from regraft.adaptation.record import RECORD, agreed_labels, configured_labels, recorded
-from regraft.checkpoint import Checkpoint, check_plain, fingerprint, read_json, write_atomic
-from regraft.errors import CheckpointError, MismatchError
+from regraft.checkpoint import fingerprint
+from regraft.errors import MismatchError
 from regraft.transformers_folder import read_tokenizer
 from regraft.vocabulary import has_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from pathlib import Path
 
+    import torch
     from transformers import PreTrainedTokenizerBase
 
+    from regraft.adaptation.vector import Vector
+    from regraft.architecture import Architecture
     from regraft.base import Base
+    from regraft.checkpoint import Checkpoint
+    from regraft.progress import Progress
+    from regraft.upgrade import Upgrade
+    from regraft.weights import RowMatch
+
+    Tensors = Mapping[str, torch.Tensor]
+    Rule = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-SHORT_NAMES = {"prefix_tuning": "prefix", "prompt_tuning": "prompt", "p_tuning": "p-tuning", "ln_tuning": "layernorm"}
 Lineage = Literal["proven", "unproven", "forced"]
 
 
@@ -38,6 +43,7 @@ class Adaptation:
     Args:
         path: A plain transformers folder (full fine-tune) or PEFT folder (all other kinds).
         kind: `full`, `lora`, `ia3`, `prefix`, `prompt`, `layernorm`, `bottleneck`, or PEFT's name of another type.
+        family: What is done with adaptations of this kind.
         labels: The label names in the order of the head's outputs; None if the folder does not tell.
         base: The fingerprint of the base it was tuned on; None if it was made elsewhere.
         checkpoint: Its tensors, unread.
@@ -46,6 +52,7 @@ class Adaptation:
 
     path: Path
     kind: str
+    family: Family = dataclasses.field(repr=False)
     labels: tuple[str, ...] | None
     base: str | None
     checkpoint: Checkpoint
@@ -62,15 +69,19 @@ class Adaptation:
         return read_tokenizer(self.path) if has_tokenizer(self.path) else None
 
     @property
+    def variant(self) -> str:
+        """Its kind, a DoRA told from a LoRA."""
+        return "dora" if self.config.get("use_dora") else self.kind
+
+    @property
     def changed_base(self) -> bool:
         """Whether its start was taken out of its base, as PiSSA's: it means nothing without that base."""
-        init = str(self.config.get("init_lora_weights", True)).lower()
-        return self.kind == "lora" and init.startswith(BASE_CHANGING_INITS)
+        return self.family.changed_base(self.config)
 
     @property
     def virtual_tokens(self) -> int:
         """How many tokens it puts before every input."""
-        return int(self.config.get("num_virtual_tokens") or 0) if self.kind != "full" else 0
+        return self.family.virtual_tokens(self.config)
 
     def check_base(self, base: Base, *, force: bool = False) -> Lineage:
         """Refuse a base that is not the one this was tuned on.
@@ -110,155 +121,222 @@ class Adaptation:
         return "unproven"
 
 
-def load_adaptation(path: str | Path) -> Adaptation:
-    """Find tuned weights and check that their files are whole.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Carried:
+    """What an adaptation became on another base.
 
     Args:
-        path: An outcome folder, or a folder written by `save_pretrained` of transformers or PEFT.
-
-    Returns:
-        The adaptation; no weights have been read.
-
-    Raises:
-        CheckpointError: A file is missing, truncated, malformed or of a kind that is not supported.
+        tensors: By stored name.
+        settings: The content of its `config.json` or `adapter_config.json`.
+        replaced: The names of an adapter's tensors that were grafted in place of the base's.
     """
-    folder = Path(path)
-    if (folder / "adaptation").is_dir():
-        if own := [name for name in (ADAPTER_CONFIG, "config.json") if (folder / name).is_file()]:
-            raise CheckpointError(
-                f"{folder}: holds {own[0]} and a folder adaptation/ too: which of them was tuned? Give that one alone."
-            )
-        folder = folder / "adaptation"
-    if not folder.is_dir():
-        remedy = f"is a file. Give its folder, {folder.parent}" if folder.is_file() else "no such folder"
-        raise CheckpointError(f"{path}: {remedy}.")
-    labels, base = recorded(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
-        config = read_json(folder / ADAPTER_CONFIG)
-        _check_adapter(folder, config)
-        checkpoint = Checkpoint.open(folder / ADAPTER_WEIGHTS)
-        _check_sizes(checkpoint, config, folder / ADAPTER_CONFIG)
-        return Adaptation(folder, _kind_of(config, folder), labels, base, checkpoint, config)
-    below = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
-    if below and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: holds no adapter, but folders that do: {', '.join(below[:4])}. PEFT saves an adapter that has "
-            f"a name in a folder of that name. Give {folder / below[0]}."
-        )
-    checkpoint = Checkpoint.open(folder)
-    expected = ADAPTER_CONFIG if (folder / ADAPTER_WEIGHTS).is_file() else "config.json"
-    if not (folder / expected).is_file():
-        raise CheckpointError(f"{folder}: holds no {expected}. Copy the one that was saved with these weights.")
-    config = read_json(folder / "config.json")
-    check_plain(folder, checkpoint.tensors)
-    _check_classifier(folder, config)
-    labels = agreed_labels(labels, configured_labels(config, folder), folder)
-    return Adaptation(folder, "full", labels, base, checkpoint, config)
+
+    tensors: Tensors
+    settings: Mapping[str, Any]
+    replaced: tuple[str, ...] = ()
 
 
-def write_lineage(folder: Path, base: Base, labels: Sequence[str] | None) -> None:
-    """Write beside an adaptation's tensors what neither transformers nor PEFT records: its base and its labels.
+class Family(ABC):
+    """How the adaptations of a family are loaded, saved and grafted, and what their deltas are; it holds no state."""
 
-    Args:
-        folder: The adaptation's folder.
-        base: The base it lives on.
-        labels: The label names, in the order of the head's outputs; None if unknown.
-    """
-    record = {
-        "base": {"name": base.name, "fingerprint": base.fingerprint},
-        "labels": list(labels) if labels is not None else None,
-    }
-    write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    library: ClassVar[str]
+    """What loads them, as model cards name it."""
+    tunes_base: ClassVar[bool] = False
+    """Whether the base's own tensors are tuned, so that a delta is tuned − base, tensor by tensor."""
 
+    def virtual_tokens(self, config: Mapping[str, Any]) -> int:
+        """Return how many tokens an adaptation of these settings puts before every input."""
+        return 0
 
-def _kind_of(config: dict[str, Any], folder: Path) -> str:
-    from peft.utils import PeftType
+    def changed_base(self, config: Mapping[str, Any]) -> bool:
+        """Return whether an adaptation of these settings took its start out of its base."""
+        return False
 
-    kind = str(config.get("peft_type"))
-    if kind != "BOTTLENECK" and kind not in {member.value for member in PeftType}:
-        raise CheckpointError(
-            f"{folder}/{ADAPTER_CONFIG}: is of type {kind}, which the installed PEFT does not know. Is PEFT too old?"
-        )
-    return SHORT_NAMES.get(kind.lower(), kind.lower())
+    @abstractmethod
+    def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> Any:
+        """Read how an adaptation was set up.
 
+        Args:
+            adaptation: The tuned weights.
+            afresh: Whether a fresh one like it is made: a start that needs data is then replaced by the usual one.
 
-def check_peft(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse an adapter that is none of PEFT's, or that has PEFT run code that it names.
+        Returns:
+            PEFT's config, or ours; None of a full fine-tune.
 
-    Args:
-        folder: The adapter's folder.
-        config: The content of its `adapter_config.json`.
+        Raises:
+            CheckpointError: PEFT cannot read it.
+        """
 
-    Raises:
-        CheckpointError: It is; the message says what it is and what to do.
-    """
-    where = f"{folder}/{ADAPTER_CONFIG}"
-    if config.get("peft_type") is None:
-        if isinstance(config.get("config"), dict | str) or "model_class" in config:
-            raise CheckpointError(
-                f"{where}: is of an adapter of the adapters library (AdapterHub, adapter-transformers), which has no "
-                "peft_type. Neither PEFT nor regraft reads these: tune it anew (regraft tune --kind bottleneck or "
-                "pfeiffer are the same kind), or merge it there and give the merged model."
-            )
-        raise CheckpointError(
-            f"{where}: has no peft_type, so it is no adapter of PEFT. Was it saved by save_pretrained?"
-        )
-    if config.get("megatron_config"):
-        raise CheckpointError(
-            f"{where}: megatron_config has PEFT import {config.get('megatron_core')!r:.80}, and no code that a "
-            "checkpoint names is run. Merge it where it was tuned, and give the merged model."
-        )
+    @abstractmethod
+    def attach(self, model: Any, base: Base, config: Any, seed: int) -> Any:
+        """Put a fresh adapter on a model that has a fresh head: the function `attach` says how."""
 
+    def start(self, model: Any) -> Tensors:
+        """Copy what an adapter took out of its base, before the first step: the function `start_of` says how."""
+        return {}
 
-def _check_sizes(checkpoint: Checkpoint, config: dict[str, Any], file: Path) -> None:
-    """Refuse sizes that no stored tensor has, before PEFT makes room for them."""
-    largest = max((size for info in checkpoint.tensors.values() for size in info.shape), default=0)
-    ranks = config.get("rank_pattern")
-    sizes = {name: config.get(name) for name in ("r", "num_virtual_tokens")} if config["peft_type"] != "LOKR" else {}
-    for name, size in [*sizes.items(), *(ranks.items() if isinstance(ranks, dict) else ())]:
-        if type(size) is int and size > max(largest, 1024):
-            raise CheckpointError(f"{file}: {name} is {size:,}, and no stored tensor has more than {largest:,} rows.")
+    @abstractmethod
+    def load(self, adaptation: Adaptation, base: Base, labels: Sequence[str], *, trainable: bool) -> Any:
+        """Load an adaptation as a model, wholly or not at all: the function `load_model` says how."""
 
+    @abstractmethod
+    def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
+        """Write a tuned model's tensors and settings: the function `save_model` says how."""
 
-def _check_adapter(folder: Path, config: dict[str, Any]) -> None:
-    check_peft(folder, config)
-    if strangers := sorted(entry.name for entry in folder.glob("model*.safetensors*")):
-        raise CheckpointError(
-            f"{folder}: holds an adapter and a whole model too ({', '.join(strangers[:4])}): which of them was "
-            "tuned? Keep them in folders of their own."
-        )
-    shards = sorted(e.name for e in folder.glob("adapter_model*.safetensors*") if e.name != ADAPTER_WEIGHTS)
-    if shards:
-        raise CheckpointError(
-            f"{folder}: holds {', '.join(shards[:4])}, and an adapter is one file, {ADAPTER_WEIGHTS}, of which PEFT "
-            "would read that alone. Load it with what saved it and call save_pretrained of PEFT."
-        )
-    virtual = config.get("num_virtual_tokens")
-    if virtual is not None and (type(virtual) is not int or virtual < 1):
-        raise CheckpointError(f"{folder}/{ADAPTER_CONFIG}: num_virtual_tokens is {virtual!r}, not a number from 1.")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
-        raise CheckpointError(
-            f"{folder}: has no {ADAPTER_WEIGHTS} beside its {ADAPTER_CONFIG}. "
-            + (
-                f"{pickles[0]} is a pickle, which can run code and is not read: if you trust it, load it with PEFT and "
-                "call save_pretrained."
-                if pickles
-                else "Fetch the whole folder again, or call save_pretrained of PEFT once more."
-            )
-        )
+    @abstractmethod
+    def write(self, into: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
+        """Write tensors by stored name, and settings, into a folder as plain transformers or PEFT reads them."""
 
+    def relabelled(self, settings: Mapping[str, Any], labels: Sequence[str]) -> Mapping[str, Any]:
+        """Return settings with other labels; an adapter's name none, and stay what they are."""
+        return settings
 
-def _check_classifier(folder: Path, config: dict[str, Any]) -> None:
-    architectures = config.get("architectures")
-    if not (isinstance(architectures, list) and architectures) or not all(
-        "SequenceClassification" in str(name) for name in architectures
-    ):
-        raise CheckpointError(
-            f"{folder}: is no sequence classifier (its config.json names {architectures}). Give the folder of a tuned "
-            "model."
-        )
-    if config.get("problem_type") not in (None, "single_label_classification"):
-        raise CheckpointError(
-            f"{folder}: was tuned for {config['problem_type']!r}, and only one label a text can be recycled."
-        )
+    @abstractmethod
+    def check_bodies(self, adaptation: Adaptation, upgrade: Upgrade) -> None:
+        """Refuse an adaptation that stores another body than the bases', before anything is loaded."""
+
+    @abstractmethod
+    def report_no_effect(self, adaptation: Adaptation, base: Base, texts: int) -> None:
+        """Warn of an adaptation that changes nothing its base computes for some texts, or refuse it if an adapter."""
+
+    @abstractmethod
+    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> Carried:
+        """Put an adaptation onto the new base: new + (tuned − old), or the same adapter.
+
+        Args:
+            adaptation: What was tuned on `upgrade.old`.
+            upgrade: The two bases.
+            replace: Whether an adapter's tensors take the place of the new base's as they are stored.
+
+        Returns:
+            What it is there.
+
+        Raises:
+            CheckpointError: Its start cannot be found again from the base alone.
+            MismatchError: A tensor has another shape than the base's, or the new base lacks the old one's pooler.
+        """
+
+    @abstractmethod
+    def rework(
+        self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
+    ) -> Carried:
+        """Put an adaptation onto the new base, every delta changed by a rule: the function `write_rework` says how."""
+
+    @abstractmethod
+    def substitute(
+        self,
+        adaptation: Adaptation,
+        upgrade: Upgrade,
+        names: Collection[str],
+        numbers: Callable[[str], torch.Tensor],
+        progress: Progress,
+        *,
+        replace: bool = False,
+    ) -> Carried:
+        """Put an adaptation onto the new base with other numbers in its vector.
+
+        Args:
+            adaptation: What was tuned on `upgrade.old`.
+            upgrade: The two bases.
+            names: Those of the vector.
+            numbers: Returns a tensor of the vector by its name there.
+            progress: Told of each tensor.
+            replace: As for `graft`.
+
+        Returns:
+            What it is there.
+        """
+
+    @abstractmethod
+    def left_out(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
+        """Name the stored tensors that one of the bases lacks, as pre-training left them out, and that are copied."""
+
+    @abstractmethod
+    def replaces(self, adaptation: Adaptation, base: Base) -> bool:
+        """Return whether an adapter stores tensors in place of its base's."""
+
+    @abstractmethod
+    def stored_rows(self, adaptation: Adaptation, base: Base) -> int | None:
+        """Count the rows of the embeddings that an adaptation stores; None if it stores none."""
+
+    @abstractmethod
+    def has_numbers_by_token(self, adaptation: Adaptation) -> bool:
+        """Return whether numbers of an adaptation's vector belong to single tokens."""
+
+    @abstractmethod
+    def vector(self, adaptation: Adaptation, base: Base) -> Vector:
+        """See an adaptation as a vector, without its head and what an adapter stores in place of its base's tensors.
+
+        Args:
+            adaptation: The tuned weights.
+            base: The base they were tuned on.
+
+        Returns:
+            The vector; nothing has been read of it but where a LoRA's start had to be found.
+
+        Raises:
+            KindError: Nothing is left of it.
+        """
+
+    def tuned_body(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]] | None:
+        """Return what the body's tensors became by tuning.
+
+        Args:
+            adaptation: The tuned weights.
+            old: The base they were tuned on.
+
+        Returns:
+            The tensors, and their names by the inner ones; None of a kind that is no change of its base's tensors.
+        """
+        return None
+
+    @abstractmethod
+    def check_linear(self, adaptation: Adaptation) -> None:
+        """Refuse an adapter that adds to more than the weights of linear layers."""
+
+    @abstractmethod
+    def without_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
+        """Take the delta of a kind that has one off a grafted model, and leave the head.
+
+        Args:
+            model: The adaptation put on the new base; it may be changed.
+            upgrade: The two bases.
+            rows: How the rows of the vocabularies match, if they are not the same.
+
+        Returns:
+            The new base under the old head.
+        """
+
+    def as_reworked(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
+        """Give parameters of the body in memory the names by which the rule of `rework` is asked for them."""
+        return tensors
+
+    @abstractmethod
+    def tunes_whole(self, module: str, base: Base) -> bool:
+        """Return whether the own weight of a module of the model is tuned, rather than something beside it."""
+
+    def proportional(self, parameter: str, model: Any) -> str | None:
+        """Name the base's parameter that changes in proportion to a parameter of the model; None if none does."""
+        return None
+
+    @abstractmethod
+    def parameter_names(self, model: Any) -> dict[str, str]:
+        """Return the name of a model's parameter by the name under which it is stored."""
+
+    @abstractmethod
+    def merged(self, adaptation: Adaptation, model: Any, old: Base, labels: Sequence[str]) -> Any:
+        """Merge an adaptation into its base.
+
+        Args:
+            adaptation: The tuned weights.
+            model: These as a model; it may be changed.
+            old: The base they were tuned on.
+            labels: The label names, in the order of the head's outputs.
+
+        Returns:
+            A full fine-tune that computes the same; the same model if it is one.
+
+        Raises:
+            MismatchError: It changes nothing in its base.
+            RecipeError: It works beside the weights of its base, or PEFT cannot merge it.
+        """

@@ -111,15 +111,15 @@ class Bottleneck(nn.Module):
 
     Args:
         width: The model's width, to which it projects back.
-        inner_size: The width of the bottleneck.
-        activation: `gelu` or `relu`.
+        config: How it is set up; from here it is read again when the model is saved.
     """
 
-    def __init__(self, width: int, inner_size: int, activation: str):
+    def __init__(self, width: int, config: BottleneckConfig):
         super().__init__()
-        self.down = nn.Linear(width, inner_size)
-        self.activation = ACTIVATIONS[activation]()
-        self.up = nn.Linear(inner_size, width)
+        self.config = config
+        self.down = nn.Linear(width, config.inner_size)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.up = nn.Linear(config.inner_size, width)
         nn.init.normal_(self.down.weight, std=0.01)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
@@ -138,7 +138,7 @@ def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
         config: Size, placement and what else is tuned.
 
     Returns:
-        The model, with `bottleneck_config` and, in each layer that was wrapped, a module `bottleneck`.
+        The model, with a module `bottleneck` in each layer that was wrapped.
 
     Raises:
         MismatchError: The patterns do not find one layer a block, or a module that is saved is not there.
@@ -149,23 +149,34 @@ def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
         raise MismatchError(f"modules_to_save names {', '.join(strangers[:4])}, which a {type(model).__name__} lacks.")
     patterns = [config.after_feed_forward] + [config.after_attention] * (config.placement == "houlsby")
     for pattern in patterns:
-        found = [name for name, _ in body.named_modules() if re.search(pattern, name)]
-        if len(found) != model.config.num_hidden_layers:
+        layers = [name for name, _ in body.named_modules() if re.search(pattern, name)]
+        if len(layers) != model.config.num_hidden_layers:
             raise MismatchError(
-                f"the pattern {pattern!r} finds {len(found)} layers in a {type(model).__name__} of "
-                f"{model.config.num_hidden_layers} blocks ({', '.join(found[:3])}). Give after_attention and "
+                f"the pattern {pattern!r} finds {len(layers)} layers in a {type(model).__name__} of "
+                f"{model.config.num_hidden_layers} blocks ({', '.join(layers[:3])}). Give after_attention and "
                 "after_feed_forward that find the linear layer each attention and each feed-forward ends with."
             )
-        for name in found:
+        for name in layers:
             layer = body.get_submodule(name)
-            layer.bottleneck = Bottleneck(model.config.hidden_size, config.inner_size, config.activation)
+            layer.bottleneck = Bottleneck(model.config.hidden_size, config)  # which stores it under that name
             layer.register_forward_hook(_pass_through)
-    model.bottleneck_config = config
     model.requires_grad_(False)
     for name, parameter in _stored(model).items():
         in_head = any(name.startswith(module + ".") for module in config.modules_to_save)
         parameter.requires_grad_(config.tune_head or not in_head)
     return model
+
+
+def config_in(model: Any) -> BottleneckConfig:
+    """Return how a model's adapters are set up.
+
+    Args:
+        model: From `attach_bottlenecks`.
+
+    Returns:
+        The config, which is the same in all of them.
+    """
+    return next(module.config for module in model.modules() if isinstance(module, Bottleneck))
 
 
 def bottleneck_state(model: Any) -> dict[str, torch.Tensor]:
@@ -193,7 +204,7 @@ def set_bottleneck_state(model: Any, tensors: Mapping[str, torch.Tensor]) -> Non
 
 
 def _stored(model: Any) -> dict[str, nn.Parameter]:
-    config, prefix = model.bottleneck_config, model.base_model_prefix + "."
+    config, prefix = config_in(model), model.base_model_prefix + "."
     norms = tuple(f"{n}." for n, m in model.named_modules() if config.tune_norms and "Norm" in type(m).__name__)
     whole = tuple(f"{name}." for name in config.modules_to_save) + norms
     return {

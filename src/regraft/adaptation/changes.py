@@ -84,7 +84,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             changes += _of_lora(parameter_of(name, module), name, module)
-        elif is_experts(module) and adaptation.kind == "full":
+        elif is_experts(module) and adaptation.family.tunes_base:
             for part in projections(module):
                 moved, turned = delta(f"{name}.{part}"), module.is_transposed
                 assert moved is not None  # a base has all its experts
@@ -94,12 +94,10 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
             continue
         elif name.endswith(".bottleneck.down"):
             changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
-        elif adaptation.kind == "full" or f".modules_to_save.{ADAPTER}" in name:
+        elif adaptation.family.tunes_whole(name, old):
             moved, turned = delta(f"{name}.weight"), is_transposed(module)
             factor = module.weight.detach().clone() if moved is None else moved
             changes.append(Change(name, module, module.weight, factor.T if turned else factor, moved is None, turned))
-        elif adaptation.kind == "bottleneck" and in_base(f"{name}.weight", old) is None:
-            changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=True))
     return changes
 
 
@@ -142,7 +140,7 @@ def passed_over(model: Any, tuned: Any, adaptation: Adaptation, old: Base, chang
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             names += [name] * (ADAPTER in module.lora_A and id(module.lora_A[ADAPTER].weight) not in weights)
-        elif adaptation.kind == "full" and not isinstance(module, nn.Embedding):
+        elif adaptation.family.tunes_base and not isinstance(module, nn.Embedding):
             for part, weight in module.named_parameters(recurse=False):
                 base = in_base(f"{name}.{part}", old)
                 if base is None or weight.dim() < 2 or id(weight) in weights or part.endswith("bias"):

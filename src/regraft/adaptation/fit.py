@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from regraft.adaptation.adaptation import ADAPTER_CONFIG
-from regraft.adaptation.layout import HARMLESS
-from regraft.adaptation.patterns import check_patterns
 from regraft.architecture import BUFFER, architecture_of
 from regraft.base import body_names
 from regraft.checkpoint import FLOATING
@@ -161,52 +157,6 @@ def check_beside_body(adaptation: Adaptation, base: Base) -> None:
         )
 
 
-def check_settings(adaptation: Adaptation, base: Base) -> None:
-    """Refuse an adapter with settings that would be passed over, or that are not for a classifier of this size.
-
-    Args:
-        adaptation: Any but a full fine-tune.
-        base: Its base.
-
-    Raises:
-        CheckpointError: The installed PEFT does not know a setting, or a number of virtual tokens is missing.
-        MismatchError: It is for another task, or its virtual tokens are for another model.
-    """
-    config, where = adaptation.config, f"{adaptation.path}/{ADAPTER_CONFIG}"
-    check_patterns(config, [f"{base.prefix}.{name}" for name, _ in base.bare.named_modules()], where)
-    known, virtual = _known(adaptation.kind, str(config.get("peft_type")))
-    unknown = sorted(key for key, value in config.items() if value and key not in known and key not in HARMLESS)
-    if unknown:
-        told = ", ".join(f"{key}: {config[key]!r:.60}" for key in unknown[:4])
-        raise CheckpointError(
-            f"{where}: the settings {told} are not known for a {adaptation.kind}, and would be passed over: what was "
-            "tuned with them would be another model without. Update PEFT or regraft, or correct or remove them."
-        )
-    if config.get("task_type") != "SEQ_CLS" and (virtual or config.get("task_type") is not None):
-        raise MismatchError(
-            f"{where}: task_type is {config.get('task_type')!r}, and only classifiers of whole texts (SEQ_CLS) can be "
-            "recycled. If it is one, correct that."
-        )
-    if not virtual:
-        return
-    if not config.get("num_virtual_tokens"):
-        raise CheckpointError(f"{where}: num_virtual_tokens is missing.")
-    if config.get("num_transformer_submodules") not in (None, 1):
-        raise MismatchError(f"{where}: num_transformer_submodules is not 1: it is not for a classifier.")
-    layers = config.get("num_layers")
-    if layers not in (None, base.config.num_hidden_layers):  # PEFT would drop what is for the others
-        raise MismatchError(
-            f"{adaptation.path}: was made for a model of {layers} layers, {base.path} has "
-            f"{base.config.num_hidden_layers}: tensors would be left without a place."
-        )
-    heads = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
-    if adaptation.kind == "prefix" and config.get("num_attention_heads") not in (None, heads):
-        raise MismatchError(
-            f"{where}: num_attention_heads is {config['num_attention_heads']!r}, and keys and values of {base.path} "
-            f"have {heads} heads. Was it tuned on that base?"
-        )
-
-
 def _ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
     """Name the settings that a config's class ignores, where they say what the class does anyway.
 
@@ -234,15 +184,3 @@ def _ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
         if key in NEUTRAL or value is None or (key in ROTARY and value in (rotary, rotary.get(ROTARY[key]))):
             ignored.add(key)
     return ignored | {key for key in NEUTRAL if key not in known}
-
-
-def _known(kind: str, peft_type: str) -> tuple[set[str], bool]:
-    """Name the settings of a kind of adapter, and tell whether it has virtual tokens."""
-    from peft import PeftConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    from regraft.adaptation.bottleneck import BottleneckConfig
-
-    config: Any = BottleneckConfig if kind == "bottleneck" else PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]  # type: ignore[index]
-    known = {field.name for shape in (config, PeftConfig) for field in dataclasses.fields(shape)}
-    return known, "num_virtual_tokens" in known

@@ -1,55 +1,30 @@
-"""Classification heads: which tensors they are, and how they are taken to another set of labels."""
+"""Heads taken to another set of labels."""
 
 from __future__ import annotations
 
-import copy
-import json
-import shutil
 from typing import TYPE_CHECKING, Literal
 
-from regraft.adaptation.adaptation import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adaptation, write_lineage
-from regraft.adaptation.lora import START
-from regraft.adaptation.model import fresh_model
-from regraft.adaptation.save import write_tokenizer
-from regraft.checkpoint import Derived, Entry, dtype_name, write_checkpoint, write_safetensors
+from regraft.adaptation.fresh import fresh_model
+from regraft.adaptation.labels import label_rows
+from regraft.adaptation.load import load_adaptation
+from regraft.adaptation.lora import model_name
+from regraft.adaptation.record import write_lineage
+from regraft.adaptation.tokenizer import write_tokenizer
+from regraft.checkpoint import Derived, Entry, dtype_name
 from regraft.errors import MismatchError
+from regraft.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    import torch
-
-    from regraft.adaptation.adaptation import Adaptation
     from regraft.base import Base
 
-Head = Literal["copy", "fresh", "resize"]
-HEADS = ("copy", "fresh", "resize")
+HeadPolicy = Literal["copy", "fresh", "resize"]
+HEAD_POLICIES = ("copy", "fresh", "resize")
 
 
-def stored_labels(adaptation: Adaptation, base: Base) -> tuple[str, ...]:
-    """Return an adaptation's labels, or as many placeholders as its head has outputs.
-
-    Args:
-        adaptation: The tuned weights.
-        base: A base of its architecture.
-
-    Returns:
-        The label names.
-
-    Raises:
-        MismatchError: It has no head of that architecture.
-    """
-    if adaptation.labels:
-        return adaptation.labels
-    outputs = _outputs(base)
-    sizes = {i.shape[0] for n, i in adaptation.checkpoint.tensors.items() if model_name(n) in outputs and i.shape}
-    if len(sizes) != 1:
-        raise MismatchError(f"{adaptation.path}: has no head of a {base.config.model_type} ({', '.join(outputs)}).")
-    return tuple(f"LABEL_{i}" for i in range(sizes.pop()))
-
-
-def change_head(folder: Path, base: Base, labels: Sequence[str], how: Head, seed: int, into: Path) -> None:
+def change_head(folder: Path, base: Base, labels: Sequence[str], how: HeadPolicy, seed: int, into: Path) -> None:
     """Write an adaptation with a head for other labels.
 
     Args:
@@ -67,66 +42,29 @@ def change_head(folder: Path, base: Base, labels: Sequence[str], how: Head, seed
     import torch
 
     adaptation = load_adaptation(folder)
-    known = list(adaptation.labels or ())
-    if how == "resize" and not set(known) & set(labels):
+    rows_of = {label: row for row, label in enumerate(adaptation.labels or ())}
+    if how == "resize" and not rows_of.keys() & set(labels):
         raise MismatchError(
-            f"{folder}: its labels ({', '.join(known) or 'it names none'}) have none of {', '.join(labels[:8])}: there "
-            "is nothing of its head to keep. Take a fresh head."
+            f"{folder}: its labels ({', '.join(rows_of) or 'it names none'}) have none of {', '.join(labels[:8])}: "
+            "there is nothing of its head to keep. Take a fresh head."
         )
     drawn = fresh_model(base, labels, seed).state_dict()
-    outputs, prefix = _outputs(base), base.prefix + "."
-    changed: dict[str, torch.Tensor] = {}
-    for name in adaptation.checkpoint:
-        inner = model_name(name)
-        if how == "fresh" and inner in drawn and not inner.startswith(prefix):
-            changed[name] = drawn[inner]
-        elif how == "resize" and inner in outputs:
-            old = adaptation.checkpoint[name]
-            rows = [old[known.index(label)] if label in known else drawn[inner][i] for i, label in enumerate(labels)]
-            changed[name] = torch.stack([row.to(old.dtype) for row in rows])
-    _write(adaptation, changed, into)
-    if adaptation.kind == "full":
-        config = adaptation.config | {
-            "id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
-        (into / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    else:
-        shutil.copyfile(folder / ADAPTER_CONFIG, into / ADAPTER_CONFIG)
-    write_tokenizer(base, into)
-    write_lineage(into, base, labels)
-
-
-def model_name(stored: str) -> str:
-    """Return the name in a model of a tensor as transformers, PEFT, or PEFT's prompt learning store it."""
-    return stored.removeprefix(START).removeprefix("base_model.")
-
-
-def _outputs(base: Base) -> list[str]:
-    """Name the head's tensors that have a row for each label: those that grow with the number of labels."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    shapes = []
-    for count in (3, 4):
-        config = copy.deepcopy(base.config)
-        config.num_labels = count
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
-        shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})
-    return [name for name, shape in shapes[0].items() if shape != shapes[1][name]]
-
-
-def _write(adaptation: Adaptation, changed: Mapping[str, torch.Tensor], into: Path) -> None:
+    outputs, prefix = label_rows(base), base.prefix + "."
     entries = {}
     for name, info in adaptation.checkpoint.tensors.items():
-        tensor = changed.get(name)
+        inner, tensor = model_name(name), None
+        if how == "fresh" and inner in drawn and not inner.startswith(prefix):
+            tensor = drawn[inner]
+        elif how == "resize" and inner in outputs:
+            old = adaptation.checkpoint[name]
+            rows = [old[rows_of[label]] if label in rows_of else drawn[inner][i] for i, label in enumerate(labels)]
+            tensor = torch.stack([row.to(old.dtype) for row in rows])
         if tensor is None:
             entries[name] = Entry(info.dtype, info.shape, ((adaptation.checkpoint, name),))
         else:
-            entries[name] = Entry(dtype_name(tensor.dtype), tuple(tensor.shape), ((changed, name),))
+            entries[name] = Entry(dtype_name(tensor.dtype), tuple(tensor.shape), (({name: tensor}, name),))
     into.mkdir(parents=True, exist_ok=True)
-    if adaptation.kind == "full":
-        write_checkpoint(into, Derived(entries))
-    else:
-        write_safetensors(into / ADAPTER_WEIGHTS, Derived(entries))
+    family = adaptation.family
+    family.write(into, Derived(entries), family.relabelled(adaptation.config, labels), silent)
+    write_tokenizer(base, into)
+    write_lineage(into, base, labels)

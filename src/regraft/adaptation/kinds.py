@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adaptation import SHORT_NAMES
-from regraft.errors import CheckpointError, KindError, RecipeError
+from regraft.errors import KindError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from peft import PeftConfig
 
-    from regraft.adaptation.adaptation import Adaptation
     from regraft.adaptation.bottleneck import BottleneckConfig
     from regraft.base import Base
 
     Config = PeftConfig | BottleneckConfig
 
-LORAS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
-}
-KINDS = ("full", *LORAS, "ia3", "prefix", "prompt", "layernorm", "bottleneck", "pfeiffer")
-DETERMINED_INITS = ("true", "gaussian", "orthogonal", "pissa", "olora")
-
+SHORT_NAMES = {"prefix_tuning": "prefix", "prompt_tuning": "prompt", "p_tuning": "p-tuning", "ln_tuning": "layernorm"}
 WIDEST = 4  # a larger adapter has more numbers than the layer that it is put on
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large adapters are made.
+
+    Args:
+        rank: A LoRA's rank; its alpha is twice that.
+        inner_size: The width of bottleneck adapters.
+        virtual_tokens: How many a prefix or a prompt has.
+    """
+
+    rank: int
+    inner_size: int
+    virtual_tokens: int
+
+
 def new_config(
-    kind: str, base: Base, *, rank: int = 8, inner_size: int = 24, virtual_tokens: int = 20, **bottleneck: Any
+    kind: str, base: Base, *, rank: int = 8, inner_size: int = 24, virtual_tokens: int = 20
 ) -> Config | None:
     """Set up a kind of adaptation for a base.
 
@@ -43,7 +50,6 @@ def new_config(
         rank: A LoRA's rank; its alpha is twice that.
         inner_size: The width of bottleneck adapters.
         virtual_tokens: How many a prefix or a prompt has.
-        bottleneck: Further fields of `BottleneckConfig`.
 
     Returns:
         PEFT's config, or ours for bottleneck adapters; None for `full`.
@@ -51,7 +57,7 @@ def new_config(
     Raises:
         RecipeError: There is no such kind, a number is out of its range, or the architecture cannot take it.
     """
-    if kind not in KINDS:
+    if kind not in SET_UPS:
         close = difflib.get_close_matches(kind, KINDS, n=1)
         raise RecipeError(
             f"there is no kind {kind!r}; there are {', '.join(KINDS)}.{f' Did you mean {close[0]}?' if close else ''}"
@@ -59,86 +65,29 @@ def new_config(
     for what, number in (("a LoRA's rank", rank), ("the number of virtual tokens", virtual_tokens)):
         if number < 1:
             raise RecipeError(f"{what} is at least 1, found {number}.")
-    if kind == "full":
+    set_up = SET_UPS[kind]
+    if set_up is None:
         return None
     widest = max((min(info.shape) for info in base.checkpoint.tensors.values() if len(info.shape) == 2), default=0)
     for what, number in (("a LoRA's rank", rank), ("a bottleneck's inner size", inner_size)):
         if number > WIDEST * widest:
             raise RecipeError(f"{what} is up to {WIDEST} times the width of {base.path}, {widest:,}; found {number:,}.")
-    if kind in ("bottleneck", "pfeiffer"):
-        from regraft.adaptation.bottleneck import BottleneckConfig
-
-        placement = "pfeiffer" if kind == "pfeiffer" else "houlsby"
-        return BottleneckConfig(**{"inner_size": inner_size, "placement": placement, **bottleneck})
-    if kind in ("prefix", "prompt"):
-        return _prompt_config(kind, base, virtual_tokens)
-    from peft import IA3Config, LNTuningConfig, LoraConfig
-
-    if kind == "ia3":
-        return IA3Config(task_type="SEQ_CLS", **_ia3_targets(base))
-    if kind == "layernorm":
-        norms = {n.rpartition(".")[2] for n, module in base.bare.named_modules() if "Norm" in type(module).__name__}
-        return LNTuningConfig(task_type="SEQ_CLS", target_modules=sorted(norms))
-    turned = any(type(module).__name__ == "Conv1D" for module in base.bare.modules())  # GPT-2's weights are [in, out]
-    return LoraConfig(
-        task_type="SEQ_CLS",
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules="all-linear",
-        fan_in_fan_out=turned,
-        **LORAS[kind],
-    )
+    return set_up(base, Sizes(rank, inner_size, virtual_tokens))
 
 
-def read_config(adaptation: Adaptation, *, afresh: bool = False) -> Config:
-    """Read how an adaptation was set up.
+def kind_of(peft_type: str) -> str:
+    """Return what regraft calls one of PEFT's types, or of its own.
 
     Args:
-        adaptation: Any but a full fine-tune.
-        afresh: Whether a fresh one like it is made: a start that needs data is then replaced by the usual one.
+        peft_type: As in `adapter_config.json`.
 
     Returns:
-        PEFT's config, or ours.
-
-    Raises:
-        CheckpointError: PEFT cannot read it.
+        The kind, as in `Adaptation`.
     """
-    from peft import PeftConfig
-
-    from regraft.adaptation.bottleneck import BottleneckConfig
-
-    if adaptation.kind == "bottleneck":
-        return BottleneckConfig.from_dict(adaptation.config, f"{adaptation.path}/adapter_config.json")
-    try:
-        config: Any = PeftConfig.from_pretrained(str(adaptation.path))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{adaptation.path}/adapter_config.json: PEFT cannot read it ({error}).") from error
-    if getattr(config, "prompt_tuning_init", None) == "TEXT":  # has PEFT load whatever tokenizer it names
-        config.prompt_tuning_init, config.prompt_tuning_init_text = "RANDOM", None
-        config.tokenizer_name_or_path = config.tokenizer_kwargs = None
-    if afresh and str(getattr(config, "init_lora_weights", True)).lower() not in DETERMINED_INITS:
-        config.init_lora_weights = True
-    return config  # type: ignore[no-any-return]
+    return SHORT_NAMES.get(peft_type.lower(), peft_type.lower())
 
 
-def check_start(adaptation: Adaptation) -> None:
-    """Refuse a LoRA that took its start out of its base in a way that cannot be repeated.
-
-    Args:
-        adaptation: The tuned weights.
-
-    Raises:
-        CheckpointError: Its start cannot be found again from the base alone, so neither can what it changed.
-    """
-    init = adaptation.config.get("init_lora_weights")
-    if adaptation.changed_base and str(init).lower() not in DETERMINED_INITS:
-        raise CheckpointError(
-            f"{adaptation.path}: the LoRA was initialised by {init!r}, which took a start out of its base that cannot "
-            "be found again. Merge it with its start: regraft weights merge-lora --start."
-        )
-
-
-def kind_of(config: Config | None) -> str:
+def kind_of_config(config: Config | None) -> str:
     """Name the kind of adaptation that a config sets up, as `Adaptation.kind` does.
 
     Args:
@@ -147,8 +96,7 @@ def kind_of(config: Config | None) -> str:
     Returns:
         The kind.
     """
-    kind = str(config.to_dict()["peft_type"]).rpartition(".")[2].lower() if config is not None else "full"
-    return SHORT_NAMES.get(kind, kind)
+    return "full" if config is None else kind_of(str(config.to_dict()["peft_type"]).rpartition(".")[2])
 
 
 def settings(config: Config | None) -> Mapping[str, Any] | None:
@@ -169,37 +117,91 @@ def settings(config: Config | None) -> Mapping[str, Any] | None:
     }
 
 
-def _prompt_config(kind: str, base: Base, virtual_tokens: int) -> Config:
-    import inspect
+def _lora(base: Base, sizes: Sizes, **variant: Any) -> Config:
+    from peft import LoraConfig
 
-    from peft import PrefixTuningConfig, PromptTuningConfig
-
-    if kind == "prefix" and "past_key_values" not in inspect.signature(base.bare.forward).parameters:
-        raise KindError(f"a {base.config.model_type} takes no prefix (past_key_values). Choose prompt, or lora.")
-    if virtual_tokens >= base.longest:
-        raise RecipeError(
-            f"{virtual_tokens} virtual tokens leave no room in the {base.longest} that {base.path} takes."
-        )
-    sizes: dict[str, Any] = {}
-    if "hidden_size" not in base.config.to_dict():  # PEFT looks for BERT's names only
-        sizes = {
-            "token_dim": base.config.hidden_size,
-            "num_layers": base.config.num_hidden_layers,
-            "num_attention_heads": base.config.num_attention_heads,
-        }
-    make: Any = PrefixTuningConfig if kind == "prefix" else PromptTuningConfig
-    return make(task_type="SEQ_CLS", num_virtual_tokens=virtual_tokens, **sizes)  # type: ignore[no-any-return]
+    turned = any(type(module).__name__ == "Conv1D" for module in base.bare.modules())  # GPT-2's weights are [in, out]
+    return LoraConfig(
+        task_type="SEQ_CLS",
+        r=sizes.rank,
+        lora_alpha=2 * sizes.rank,
+        target_modules="all-linear",
+        fan_in_fan_out=turned,
+        **variant,
+    )
 
 
-def _ia3_targets(base: Base) -> dict[str, Any]:
+def _ia3(base: Base, sizes: Sizes) -> Config:
+    from peft import IA3Config
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
     from regraft.adaptation.bottleneck import AFTER_FEED_FORWARD
 
     if base.config.model_type in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
-        return {}
+        return IA3Config(task_type="SEQ_CLS")
     feed_forward = f".*{AFTER_FEED_FORWARD}"
-    return {
-        "target_modules": rf"(.*\.(key|value|k_lin|v_lin|k_proj|v_proj)$|{feed_forward})",
-        "feedforward_modules": feed_forward,
-    }
+    return IA3Config(
+        task_type="SEQ_CLS",
+        target_modules=rf"(.*\.(key|value|k_lin|v_lin|k_proj|v_proj)$|{feed_forward})",
+        feedforward_modules=feed_forward,
+    )
+
+
+def _layernorm(base: Base, sizes: Sizes) -> Config:
+    from peft import LNTuningConfig
+
+    norms = {n.rpartition(".")[2] for n, module in base.bare.named_modules() if "Norm" in type(module).__name__}
+    return LNTuningConfig(task_type="SEQ_CLS", target_modules=sorted(norms))
+
+
+def _prefix(base: Base, sizes: Sizes) -> Config:
+    from peft import PrefixTuningConfig
+
+    if "past_key_values" not in inspect.signature(base.bare.forward).parameters:
+        raise KindError(f"a {base.config.model_type} takes no prefix (past_key_values). Choose prompt, or lora.")
+    return PrefixTuningConfig(task_type="SEQ_CLS", **_virtual(base, sizes))
+
+
+def _prompt(base: Base, sizes: Sizes) -> Config:
+    from peft import PromptTuningConfig
+
+    return PromptTuningConfig(task_type="SEQ_CLS", **_virtual(base, sizes))
+
+
+def _virtual(base: Base, sizes: Sizes) -> dict[str, Any]:
+    """Return the number of virtual tokens, and sizes of the model where PEFT does not find them."""
+    if sizes.virtual_tokens >= base.longest:
+        raise RecipeError(
+            f"{sizes.virtual_tokens} virtual tokens leave no room in the {base.longest} that {base.path} takes."
+        )
+    fields: dict[str, Any] = {"num_virtual_tokens": sizes.virtual_tokens}
+    if "hidden_size" not in base.config.to_dict():  # PEFT looks for BERT's names only
+        fields |= {
+            "token_dim": base.config.hidden_size,
+            "num_layers": base.config.num_hidden_layers,
+            "num_attention_heads": base.config.num_attention_heads,
+        }
+    return fields
+
+
+def _bottleneck(base: Base, sizes: Sizes, placement: str) -> Config:
+    from regraft.adaptation.bottleneck import BottleneckConfig
+
+    return BottleneckConfig(inner_size=sizes.inner_size, placement=placement)
+
+
+SET_UPS: dict[str, Callable[[Base, Sizes], Config] | None] = {
+    "full": None,
+    "lora": _lora,
+    "rslora": functools.partial(_lora, use_rslora=True),
+    "dora": functools.partial(_lora, use_dora=True),
+    "pissa": functools.partial(_lora, init_lora_weights="pissa"),
+    "olora": functools.partial(_lora, init_lora_weights="olora"),
+    "ia3": _ia3,
+    "prefix": _prefix,
+    "prompt": _prompt,
+    "layernorm": _layernorm,
+    "bottleneck": functools.partial(_bottleneck, placement="houlsby"),
+    "pfeiffer": functools.partial(_bottleneck, placement="pfeiffer"),
+}
+KINDS = tuple(SET_UPS)

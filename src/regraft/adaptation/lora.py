@@ -18,6 +18,32 @@ ADAPTER = "default"  # the name under which PEFT holds the one adapter of a mode
 START = "base_model.model."
 FULL = "convert it to full (regraft adaptation convert)"
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+DETERMINED_INITS = ("true", "gaussian", "orthogonal", "pissa", "olora")  # need no data, and follow from base and seed
+
+
+def model_name(stored: str) -> str:
+    """Return the name in a model of a tensor as transformers, PEFT, or PEFT's prompt learning store it.
+
+    Args:
+        stored: The stored name.
+
+    Returns:
+        The name.
+    """
+    return stored.removeprefix(START).removeprefix("base_model.")
+
+
+def begins_in_base(init: object) -> bool:
+    """Return whether a LoRA takes its start out of its base, and so means nothing without that base.
+
+    Args:
+        init: Its `init_lora_weights`.
+
+    Returns:
+        True for PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA.
+    """
+    return str(init).lower().startswith(BASE_CHANGING_INITS)
 
 
 def fold_start(

@@ -6,9 +6,9 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adaptation import BASE_CHANGING_INITS, check_peft
+from regraft.adaptation.adapter_folder import check_peft
 from regraft.adaptation.layout import Update, lay_out
-from regraft.adaptation.lora import PARTS, START
+from regraft.adaptation.lora import PARTS, START, begins_in_base
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.tuned_class import nested, tuned_architecture, untied_by_setting
 from regraft.architecture import BUFFER
@@ -128,9 +128,9 @@ def lora_settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: holds no {file.name}, so it is no adapter, which is what can be merged.")
     config = read_json(file)
     check_peft(folder, config)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{file}: is of type {kind}; only LORA can be merged.")
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise CheckpointError(f"{file}: is of type {peft_type}; only LORA can be merged.")
     return config
 
 
@@ -147,7 +147,7 @@ def _check_kind(config: Mapping[str, Any], start: Tensors | None) -> None:
             f"be merged here. {remedy}"
         )
     init = str(config.get("init_lora_weights", True)).lower()
-    if start is None and init.startswith(BASE_CHANGING_INITS):
+    if start is None and begins_in_base(init):
         raise CheckpointError(
             f"the LoRA was initialised by {init!r}, which took its start out of its base: give the adapter as it was "
             "before the first step (--start)."

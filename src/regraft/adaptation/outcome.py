@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adaptation import load_adaptation
+from regraft.adaptation.load import load_adaptation
 from regraft.checkpoint import check_place, publish, read_json, read_json_lines, to_json, write_atomic
 from regraft.errors import CheckpointError, OutcomeError, RegraftError
 from regraft.printable import printable

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import read_json
+from regraft.checkpoint import read_json, write_atomic
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from regraft.base import Base
 
 RECORD = "lineage.json"
 OUTCOME = "outcome.json"
@@ -86,6 +90,21 @@ def agreed_labels(
             f"config.json {', '.join(configured[:8])}. Which is the order of the head's outputs?"
         )
     return known or configured
+
+
+def write_lineage(folder: Path, base: Base, labels: Sequence[str] | None) -> None:
+    """Write beside an adaptation's tensors what neither transformers nor PEFT records: its base and its labels.
+
+    Args:
+        folder: The adaptation's folder.
+        base: The base it lives on.
+        labels: The label names, in the order of the head's outputs; None if unknown.
+    """
+    record = {
+        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "labels": list(labels) if labels is not None else None,
+    }
+    write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _lineage(record: dict[str, Any], file: Path) -> tuple[tuple[str, ...] | None, str | None]:

@@ -10,7 +10,7 @@ import functools
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.head import model_name
+from regraft.adaptation.lora import model_name
 from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
 from regraft.errors import MismatchError
 from regraft.weights import graft, graft_rows
@@ -186,6 +186,26 @@ def token_rows(adaptation: Adaptation, module: str) -> list[int]:
     if isinstance(rows, dict):  # by the end of the module's name
         rows = next((ids for end, ids in rows.items() if module == end or module.endswith(f".{end}")), [])
     return list(rows)
+
+
+def rows_in_adapter(adaptation: Adaptation, base: Base) -> int | None:
+    """Count the rows of the embeddings that an adapter stores, or that a LoRA in it is on.
+
+    Args:
+        adaptation: Any but a full fine-tune.
+        base: A base of its architecture.
+
+    Returns:
+        Their number; None for an adapter that stores none.
+    """
+    ends = (f"{base.prefix}.{base.architecture.embeddings}", str(base.architecture.embeddings))
+    for name, info in adaptation.checkpoint.tensors.items():
+        plain = WRAPPER.sub("", model_name(name))
+        if plain in ends and info.shape:
+            return info.shape[0]
+        if name.endswith(".lora_embedding_A") and f"{plain.removesuffix('.lora_embedding_A')}.weight" in ends:
+            return info.shape[-1]
+    return None
 
 
 def _graft_tokens(

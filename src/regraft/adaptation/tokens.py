@@ -6,12 +6,8 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
-from regraft.adaptation.fit import config_of
-from regraft.adaptation.head import model_name
-from regraft.adaptation.replaced import TOKENS, WRAPPER, token_rows
-from regraft.checkpoint import shape_of
+from regraft.adaptation.replaced import TOKENS, token_rows
 from regraft.errors import CheckpointError, MismatchError
-from regraft.naming import named
 from regraft.upgrade import Upgrade
 from regraft.vocabulary import merged_tokenizer, tokens_of
 from regraft.weights import match_rows
@@ -40,7 +36,8 @@ def tuned_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
         CheckpointError: It has other rows than the old base and no tokenizer to match them by.
         MismatchError: A tokenizer has more tokens than there are rows.
     """
-    old, new, count = upgrade.old, upgrade.new, stored_rows(adaptation, upgrade.old)
+    old, new = upgrade.old, upgrade.new
+    count = adaptation.family.stored_rows(adaptation, old)
     if adaptation.tokenizer is None:
         if count not in (None, old.embedding_rows):
             raise CheckpointError(
@@ -61,7 +58,7 @@ def tuned_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
 
 def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], int]:
     """Return the tokens that an adaptation's tokenizer has and its weights have rows for, and the number of rows."""
-    count = stored_rows(adaptation, old)
+    count = adaptation.family.stored_rows(adaptation, old)
     if count is not None:
         return tokens_of(tokenizer, count), count
     module = f"{old.prefix}.{old.architecture.embeddings}".removesuffix(".weight")
@@ -69,29 +66,6 @@ def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedToken
     tuned = set(token_rows(adaptation, module) if is_tuned else ())
     own = {token: row for token, row in tokenizer.get_vocab().items() if row in tuned and token not in old.vocabulary}
     return {**old.vocabulary, **own}, max([old.embedding_rows, *(row + 1 for row in own.values())])
-
-
-def stored_rows(adaptation: Adaptation, old: Base) -> int | None:
-    """Count the rows of the embeddings that an adaptation stores.
-
-    Args:
-        adaptation: The tuned weights.
-        old: A base of its architecture.
-
-    Returns:
-        Their number; None for an adapter that stores none.
-    """
-    if adaptation.kind == "full":
-        tensors = named(adaptation.checkpoint, config_of(adaptation))
-        return shape_of(tensors, str(tensors.embeddings))[0] if tensors.embeddings in tensors else None
-    ends = (f"{old.prefix}.{old.architecture.embeddings}", str(old.architecture.embeddings))
-    for name, info in adaptation.checkpoint.tensors.items():
-        plain = WRAPPER.sub("", model_name(name))
-        if plain in ends and info.shape:
-            return info.shape[0]
-        if name.endswith(".lora_embedding_A") and f"{plain.removesuffix('.lora_embedding_A')}.weight" in ends:
-            return info.shape[-1]
-    return None
 
 
 def with_own_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:

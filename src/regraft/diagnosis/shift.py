@@ -6,16 +6,11 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from regraft.adaptation.graft import plain_adapter
-from regraft.adaptation.merge import CANNOT_MERGE, merge_lora
-from regraft.base import body_names
 from regraft.progress import Progress, silent
 from regraft.weights import subspace_overlap
 from regraft.weights.names import kind_of, layer_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
     from regraft.adaptation import Adaptation
@@ -73,7 +68,7 @@ def shift(upgrade: Upgrade, adaptation: Adaptation, progress: Progress = silent)
     Returns:
         Norms, cosine, agreement of signs and overlap of leading directions: of all, by layer and by kind.
     """
-    old, new, tuned = upgrade.old, upgrade.new, _tuned(upgrade, adaptation)
+    old, new, tuned = upgrade.old, upgrade.new, adaptation.family.tuned_body(adaptation, upgrade.old)
     groups: dict[str, dict[str, list[_Sums]]] = {"whole": {}, "layer": {}, "kind": {}}
     names = sorted(old.body.keys() & new.body.keys(), key=_in_order)
     for number, inner in enumerate(names, start=1):
@@ -90,17 +85,6 @@ def shift(upgrade: Upgrade, adaptation: Adaptation, progress: Progress = silent)
         tuple(_moved(name, parts) for name, parts in groups[by].items()) for by in ("whole", "layer", "kind")
     )
     return Shift(whole[0], layers, kinds)
-
-
-def _tuned(upgrade: Upgrade, adaptation: Adaptation) -> tuple[Mapping[str, torch.Tensor], dict[str, str]] | None:
-    """Return the tuned tensors of the body and their names by the inner ones; None for kinds that have none."""
-    old = upgrade.old
-    if adaptation.kind == "full":
-        return adaptation.checkpoint, body_names(adaptation.checkpoint, old.architecture)
-    if adaptation.kind != "lora" or any(adaptation.config.get(key) for key in CANNOT_MERGE):
-        return None
-    merged = merge_lora(*plain_adapter(adaptation, old), old.checkpoint, labels=adaptation.labels).tensors
-    return merged, {inner: name for name in merged if (inner := old.architecture.identify(name)) in old.body}
 
 
 def _in_order(name: str) -> tuple[int, int, str]:

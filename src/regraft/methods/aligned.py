@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from regraft.adaptation.adaptation import Family
     from regraft.base import Base
     from regraft.model.blockwise import Walk
 
@@ -78,7 +79,7 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
         Walk(fresh_model(base, labels, 0), examples, precision)
         for base, examples in zip((upgrade.old, upgrade.new), sides, strict=True)
     ]
-    turned, rotations = _Turned(grafted, tuned, upgrade.old), _Rotations(options.shrink)
+    turned, rotations = _Turned(grafted, tuned, upgrade.old, job.adaptation.family), _Rotations(options.shrink)
     is_head = False
     tables = _tables(
         walks, () if tuned_rows(job.adaptation, upgrade) is None else upgrade.old.architecture.token_parameters
@@ -227,18 +228,17 @@ class _Turned:
         grafted: The adaptation put on the new base.
         tuned: The adaptation on the old base.
         old: The old base.
+        family: The adaptation's.
     """
 
-    def __init__(self, grafted: Any, tuned: Any, old: Base):
+    def __init__(self, grafted: Any, tuned: Any, old: Base, family: Family):
         modules = [(name, module) for name, module in grafted.named_modules() if "original_module" not in name]
         self.modules = {_plain(name): module for name, module in modules}
         self.tuned = {
             _plain(name): weight for name, weight in tuned.named_parameters() if "original_module" not in name
         }
         self.old = old
-        is_full = not hasattr(grafted, "peft_config") and not hasattr(grafted, "bottleneck_config")
-        saved = f".modules_to_save.{ADAPTER}"
-        self.whole = {_plain(name) for name, _ in modules if is_full or saved in name}
+        self.whole = {_plain(name) for name, _ in modules if family.tunes_whole(name, old)}
         self.names: set[str] = set()  # of the modules that were turned, heads left out
 
     def is_head(self, name: str) -> bool:

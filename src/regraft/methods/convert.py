@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import (
     Adaptation,
     extract_lora,
-    fresh_model,
     load_adaptation,
     load_model,
     stored_labels,
@@ -19,8 +17,6 @@ from regraft.adaptation import (
     write_lineage,
     write_tokenizer,
 )
-from regraft.adaptation.graft import grafted_adapter
-from regraft.adaptation.lora import ADAPTER, START
 from regraft.adaptation.tokens import tuned_rows, with_own_tokens
 from regraft.base import Base
 from regraft.checkpoint import check_finite, is_made, publish, read_results, resumable_folder, write_record
@@ -30,7 +26,6 @@ from regraft.naming import class_of
 from regraft.progress import Progress, quiet, silent
 from regraft.task import load_data
 from regraft.upgrade import Upgrade, renewed
-from regraft.weights import is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,8 +123,8 @@ def convert(
     with resumable_folder(out, {}) as work:
         staging = new_folder(work / "whole")
         if refold:
-            tensors, config, _ = grafted_adapter(adaptation, upgrade)
-            write_adapter(staging, *_on(target, (tensors, config)))
+            carried = adaptation.family.graft(adaptation, upgrade)
+            write_adapter(staging, carried.tensors, carried.settings)
         else:
             source, model = _materialise(adaptation, old, labels, new_folder(work / "full"))
             if to == "lora":
@@ -138,7 +133,8 @@ def convert(
                 sides = source.checkpoint, old.checkpoint
                 lora = extract_lora(*sides, rank, energy, progress, moments, heads, class_of(source.checkpoint))
                 kept, left_out = lora.kept, lora.left_out
-                write_adapter(staging, *_on(target, (lora.tensors, lora.config)))
+                on_target = {"base_model_name_or_path": target.name, "revision": None}
+                write_adapter(staging, lora.tensors, {**lora.config, **on_target})
             elif new is not None:
                 write_graft(source, upgrade, staging, progress)
             else:
@@ -158,60 +154,16 @@ def convert(
     return Conversion(out, to, kept, left_out)
 
 
-def _on(base: Base, adapter: tuple[Any, Any]) -> tuple[Any, dict[str, Any]]:
-    tensors, config = adapter
-    return tensors, {**config, "base_model_name_or_path": base.name, "revision": None}
-
-
 def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folder: Path) -> tuple[Adaptation, Any]:
     """Return an adaptation as a full fine-tune of its base, with its model."""
-    import torch
-
     model = load_model(adaptation, old, labels)
-    if adaptation.kind == "full":
+    merged = adaptation.family.merged(adaptation, model, old, labels)
+    if merged is model:
         return adaptation, model
-    if not hasattr(model, "merge_adapter") or adaptation.virtual_tokens:
-        raise RecipeError(
-            f"{adaptation.path}: a {adaptation.kind} works beside the weights of its base, not as a change of them: it "
-            "can be recycled, but not converted."
-        )
     with quiet():
-        try:
-            model.merge_adapter(safe_merge=True)
-        except (ValueError, AttributeError, NotImplementedError) as error:
-            raise RecipeError(f"{adaptation.path}: PEFT cannot merge a {adaptation.kind} ({error}).") from error
-        merged = fresh_model(old, labels, 0)
-        merged.config.pad_token_id = model.config.pad_token_id  # it reads the tokens that the adapter's model reads
-        found, bare = _merged_state(model), merged.state_dict()
-        if odd := sorted(found.keys() ^ bare.keys()):
-            raise RecipeError(
-                f"{adaptation.path}: what PEFT merges is no full fine-tune of {old.path}: {len(odd)} tensors are in "
-                f"one of them only ({', '.join(odd[:4])}). It can be recycled, but not converted."
-            )
-        body = [n for n in bare if n.startswith(old.prefix + ".") and not is_optional(n.removeprefix(old.prefix + "."))]
-        if all(torch.equal(found[name], bare[name]) for name in body):
-            raise MismatchError(f"{adaptation.path}: it changes nothing in {old.path}. Was it ever tuned?")
-        merged.load_state_dict(found)
         merged.save_pretrained(folder)
         write_tokenizer(old, folder)
     return dataclasses.replace(load_adaptation(folder), base=adaptation.base, labels=adaptation.labels), merged
-
-
-def _merged_state(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a merged PEFT model without what PEFT put around them; its own unloading loses heads."""
-    state = model.state_dict().items()  # what kinds share among layers, as VeRA, lies beside the model
-    wrapped = {name.removeprefix(START): tensor for name, tensor in state if name.startswith(START)}
-    layers = {name[: at.start()] for name in wrapped for at in re.finditer(r"\.base_layer(?=\.)", name)}
-    found = {}
-    for name, tensor in wrapped.items():
-        parts = name.split(".")
-        is_own = any(".".join(parts[:at]) in layers and parts[at] != "base_layer" for at in range(1, len(parts)))
-        if not is_own and ".original_module." not in name:
-            name = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(".token_adapter.", ".")
-            while ".base_layer." in name:  # parameters of one module are wrapped one around the other
-                name = name.replace(".base_layer.", ".")
-            found[name] = tensor
-    return found
 
 
 def _moments(model: Any, base: Base, task: Task | TaskData | str | Path, progress: Progress) -> dict[str, torch.Tensor]:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.methods.reworked import Evidence
-    from regraft.weights import RowMatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,8 @@ def run(job: Job, options: Masking) -> list[dict[str, float]]:
     check_reworkable(job.adaptation)
     evidence = gather(job, options.labels)
     rows = tuned_rows(job.adaptation, job.upgrade)
-    gradients = _gradients(_bare(job, rows), evidence, job)
+    bare = job.adaptation.family.without_delta(job.grafted(), job.upgrade, rows)
+    gradients = _gradients(bare, evidence, job)
     kept: list[tuple[int, int]] = []
     sides = zip(rows.new_row, rows.tuned_row, rows.old_row, strict=True) if rows else ()
     shared = [row for row, of_each in enumerate(sides) if min(of_each) >= 0]  # of tokens that have a delta
@@ -77,23 +77,6 @@ def run(job: Job, options: Masking) -> list[dict[str, float]]:
     if total := sum(count for _, count in kept):
         job.notes["kept"] = round(sum(count for count, _ in kept) / total, 4)  # of the entries that tuning changed
     return []
-
-
-def _bare(job: Job, rows: RowMatch | None) -> Any:
-    """Return the new base without the delta, under the old head."""
-    import torch
-
-    model, new = job.grafted(), job.upgrade.new
-    if hasattr(model, "unload"):
-        return model.unload()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            inner = name.removeprefix(new.prefix + ".")
-            if inner in new.parameters and inner in job.upgrade.old.parameters:
-                by_token = rows is not None and inner in new.architecture.token_parameters
-                of_new = [row for row in rows.new_row if row >= 0] if rows and by_token else slice(None)
-                parameter[of_new] = new.parameters[inner][of_new].to(parameter)  # others are the fine-tune's own tokens
-    return model
 
 
 def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
@@ -118,9 +101,7 @@ def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tens
         inner = name.removeprefix(prefix)
         side = inside if inner in body.parameters else outside
         side[inner if side is inside else name] = gradient.cpu()
-    if job.adaptation.kind == "full":  # whose tensors are those on disk
-        inside = body.on_disk(inside)
-    return inside | outside
+    return job.adaptation.family.as_reworked(inside, body) | outside
 
 
 METHOD = Method("masked", "keep what of the old delta agrees with the new base's gradient", ("labels",), run, Masking)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from regraft.adaptation import Adaptation, Head
+    from regraft.adaptation import Adaptation, HeadPolicy
     from regraft.progress import Progress
     from regraft.task import TaskData
     from regraft.tuning import Anchored, Distillation, Recipe
@@ -41,7 +41,7 @@ class Job:
     work: Path
     into: Path
     progress: Progress
-    head: Head = "copy"
+    head: HeadPolicy = "copy"
     replace: bool = False
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -51,12 +51,11 @@ class Job:
         Returns:
             The model.
         """
-        from regraft.adaptation import attach, fresh_model, read_config
+        from regraft.adaptation import attach, fresh_model
 
         model = fresh_model(self.upgrade.new, self.data.labels, self.recipe.seed)
-        if self.adaptation.kind != "full":
-            model = attach(model, self.upgrade.new, read_config(self.adaptation, afresh=True), self.recipe.seed)
-        return model
+        config = self.adaptation.family.read_config(self.adaptation, afresh=True)
+        return attach(model, self.upgrade.new, config, self.recipe.seed)
 
     def graft(self, into: Path) -> None:
         """Write the old weights put onto the new base, with the head that is wanted.
@@ -119,12 +118,13 @@ class Job:
         Returns:
             The learning curve.
         """
-        from regraft.adaptation import save_model
+        from regraft.adaptation import save_model, start_of
         from regraft.tuning import Teacher, tune_model
 
+        start = start_of(model)
         teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_judges) if options else None
         curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher, anchor)
-        save_model(model, self.upgrade.new, self.data.labels, self.into)
+        save_model(model, self.upgrade.new, self.data.labels, self.into, start)
         return curve
 
 

@@ -15,12 +15,12 @@ from regraft.methods.method import Job, Method
 from regraft.methods.projection import Projection
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     import torch
 
-    from regraft.methods.pairs import Vector
+    from regraft.adaptation.vector import Vector
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ def run(job: Job, options: Projection) -> list[dict[str, float]]:
         job.graft(job.into)
         return []
     adaptation = job.adaptation
-    by_token = adaptation.kind == "full" or any("lora_embedding_A" in name for name in adaptation.checkpoint)
-    if by_token and tuned_rows(adaptation, job.upgrade) is not None:
+    if adaptation.family.has_numbers_by_token(adaptation) and tuned_rows(adaptation, job.upgrade) is not None:
         raise KindError(
             f"{job.upgrade.old.path} and {job.upgrade.new.path} have other vocabularies, and a map is learned from "
             "number to number. Take direct."
@@ -61,17 +60,14 @@ def run(job: Job, options: Projection) -> list[dict[str, float]]:
         from regraft.methods.project_distill import distil_map
 
         mapped = distil_map(job, options)
-        _write(job, mapped)
+        _write(job, mapped, mapped.__getitem__)
         return []
-    from regraft.methods.pairs import read_pairs, vector_of
+    from regraft.methods.pairs import read_pairs
 
     pairs = read_pairs(options.pairs, job.adaptation, job.upgrade)
-    vector = vector_of(job.adaptation, job.upgrade.old)
+    vector = adaptation.family.vector(adaptation, job.upgrade.old)
     weights = _regress(pairs, vector, options, job)
-    if job.adaptation.kind == "full":
-        _write_full(job, vector, pairs, weights, residual=options.residual)
-    else:
-        _write(job, {name: _map(name, vector, pairs, weights, residual=options.residual) for name in vector.names})
+    _write(job, vector.names, lambda name: _map(name, vector, pairs, weights, residual=options.residual))
     return []
 
 
@@ -79,7 +75,7 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
     """Return the weight of each pair in what the vector is mapped to, and note how far the map can be trusted."""
     import torch
 
-    from regraft.methods.pairs import pieces
+    from regraft.adaptation.vector import pieces
     from regraft.weights import left_out_errors, project
 
     count = len(pairs)
@@ -132,28 +128,16 @@ def _map(
     return mapped.reshape(shape)
 
 
-def _write_full(
-    job: Job, vector: Vector, pairs: Sequence[tuple[Vector, Vector]], weights: list[float], *, residual: bool
-) -> None:
-    from regraft.methods.reworked import graft_reworked
-
-    def rule(name: str, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-        return _map(name, vector, pairs, weights, residual=residual)
-
-    graft_reworked(job, rule)
-
-
-def _write(job: Job, mapped: dict[str, torch.Tensor]) -> None:
-    """Write an adapter of which some tensors are replaced."""
-    from regraft.adaptation.graft import grafted_adapter, notes_of, write_carried
+def _write(job: Job, names: Collection[str], numbers: Callable[[str], torch.Tensor]) -> None:
+    """Write the adaptation with the numbers that the map returns for the names of its vector."""
+    from regraft.adaptation.graft import write_carried
     from regraft.methods.reworked import write_with_head
 
-    stored, settings, replaced = grafted_adapter(job.adaptation, job.upgrade, replace=job.replace)
-    job.notes.update(notes_of(job.adaptation, job.upgrade, replaced))
-    tensors = {name: mapped[name].to(stored[name].dtype) if name in mapped else stored[name] for name in stored}
+    adaptation, upgrade = job.adaptation, job.upgrade
 
     def write(into: Path) -> None:
-        write_carried(job.adaptation, job.upgrade, tensors, settings, into, job.progress)
+        carried = adaptation.family.substitute(adaptation, upgrade, names, numbers, job.progress, replace=job.replace)
+        job.notes.update(write_carried(adaptation, upgrade, carried, into, job.progress))
 
     write_with_head(job, write)
 

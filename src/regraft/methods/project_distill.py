@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from regraft.adaptation.vector import Vector
     from regraft.methods.method import Job
-    from regraft.methods.pairs import Vector
     from regraft.methods.projection import Projection
     from regraft.task.types import Examples, Likelihood
     from regraft.tuning import Distillation
@@ -60,17 +60,15 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    from regraft.methods.pairs import vector_of
     from regraft.model import device
     from regraft.tuning import Distillation
 
-    kind = "dora" if job.adaptation.config.get("use_dora") else job.adaptation.kind
-    vector = vector_of(job.adaptation, job.upgrade.old)
+    vector = job.adaptation.family.vector(job.adaptation, job.upgrade.old)
     size = sum(math.prod(shape) for shape in vector.shapes.values())
-    if kind not in KINDS:
+    if job.adaptation.variant not in KINDS:
         raise KindError(
-            f"{job.adaptation.path}: by distillation the kinds {', '.join(KINDS)} are mapped, not a {kind}: take "
-            "fit=regression."
+            f"{job.adaptation.path}: by distillation the kinds {', '.join(KINDS)} are mapped, not a "
+            f"{job.adaptation.variant}: take fit=regression."
         )
     if size > MOST:
         raise KindError(
@@ -120,7 +118,7 @@ def _train(
         start = step // len(lessons) * job.recipe.batch_size
         rows = lesson.order[start : start + job.recipe.batch_size]
         batch = {name: tensor.to(device()) for name, tensor in lesson.examples.batch(rows).items()}
-        names = _parameter_names(lesson.student)
+        names = job.adaptation.family.parameter_names(lesson.student)
         mapped = {names[stored]: part for stored, part in _parts(apply(lesson.vector.to(device())), vector).items()}
         with autocast(job.recipe.precision, device()):
             output = forward(lesson.student, batch, hidden=True, parameters=mapped)
@@ -201,7 +199,7 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
 
     folder, task = split_pair(pair)
     old, new = job.upgrade.old, job.upgrade.new
-    adaptation, vector = open_alike(folder, old, job.adaptation, like)
+    adaptation, vector = open_alike(folder, old, like)
     data = match_labels(adaptation, load_data(task, job.recipe.seed))
     work = job.work / f"task-{number}"
     write_graft(adaptation, job.upgrade, work / "graft", job.progress)
@@ -228,12 +226,3 @@ def _parts(flat: torch.Tensor, vector: Vector) -> dict[str, torch.Tensor]:
     cuts = itertools.accumulate(sizes, initial=0)
     parts = zip(shapes.items(), sizes, cuts, strict=False)
     return {name: flat[start : start + size].reshape(shape) for (name, shape), size, start in parts}
-
-
-def _parameter_names(student: Any) -> dict[str, str]:
-    """Return the name of a model's parameter by the name under which it is stored."""
-    from regraft.adaptation.lora import ADAPTER, START
-
-    if hasattr(student, "peft_config"):
-        return {name.replace(f".{ADAPTER}.", "."): name for name, _ in student.named_parameters()}
-    return {START + name: name for name, _ in student.named_parameters()}

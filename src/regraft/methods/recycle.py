@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import (
-    HEADS,
+    HEAD_POLICIES,
     Adaptation,
-    Head,
+    HeadPolicy,
     Outcome,
     check_fit,
     find_outcome,
@@ -19,7 +19,6 @@ from regraft.adaptation import (
     stored_labels,
     write_outcome,
 )
-from regraft.adaptation.replaced import replaced_parameter
 from regraft.adaptation.tokens import tuned_rows, with_own_tokens
 from regraft.checkpoint import check_finite, resumable_folder
 from regraft.errors import CheckpointError, MismatchError, RecipeError
@@ -50,7 +49,7 @@ def recycle(
     *,
     recipe: Recipe | None = None,
     options: Any = None,
-    head: Head = "copy",
+    head: HeadPolicy = "copy",
     replace: bool = False,
     force: bool = False,
     progress: Progress = silent,
@@ -90,8 +89,8 @@ def recycle(
     check_options(method, options)
     if not isinstance(adaptation, Adaptation):
         adaptation = load_adaptation(adaptation)
-    if head not in HEADS:
-        raise RecipeError(f"head is one of {', '.join(HEADS)}, found {head!r}.")
+    if head not in HEAD_POLICIES:
+        raise RecipeError(f"head is one of {', '.join(HEAD_POLICIES)}, found {head!r}.")
     if head != "copy" and isinstance(options, (Distillation, LabelFree)):
         raise RecipeError(f"method {method} learns the old head's outputs: it takes head copy only, found {head}.")
     lineage = adaptation.check_base(upgrade.old, force=force)
@@ -112,10 +111,7 @@ def recycle(
         "new_base": upgrade.new.fingerprint,
         "adaptation": adaptation.fingerprint,
     }
-    replaced = adaptation.kind != "full" and any(
-        replaced_parameter(name, upgrade.old) for name in adaptation.checkpoint
-    )
-    if replaced:
+    if adaptation.family.replaces(adaptation, upgrade.old):
         inputs["replace"] = replace
     elif replace:
         raise RecipeError(f"{adaptation.path}: stores nothing in place of its base's tensors: leave out replace.")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from regraft.adaptation.rework import Rule
+    from regraft.adaptation.adaptation import Rule
     from regraft.methods.method import Job
     from regraft.task.types import Examples
 

@@ -86,7 +86,7 @@ def run(job: Job, options: Scaling) -> list[dict[str, float]]:
     job.notes["scales"] = scales
     if set(scales.values()) <= {1.0}:
         job.graft(job.into)
-    elif job.adaptation.kind == "full":
+    elif job.adaptation.family.tunes_base:
         graft_reworked(job, lambda name, delta, _: scales[deltas.group(name)] * delta)
     else:
         deltas.scale(scales)
@@ -184,28 +184,18 @@ class _Deltas:
 
     def _part(self, job: Job, name: str, parameter: torch.Tensor) -> Any:
         """Return a parameter that carries a delta, its value grafted and without it, and its group."""
-        from regraft.adaptation.changes import parameter_of
-        from regraft.adaptation.lora import ADAPTER, START
-        from regraft.adaptation.rework import shift_of
+        from regraft.adaptation.lora import START
+        from regraft.adaptation.lora_rework import shift_of
 
-        upgrade, value = job.upgrade, parameter.detach().clone()
-        plain = name.removeprefix(START)
-        if job.adaptation.kind == "full":
-            inner = plain.removeprefix(self.prefix)
-            if shift_of(upgrade, inner) is None:
-                return None
-            new = upgrade.new.parameters[inner].to(value)
-            return (parameter.data, value, new, self.group(inner)) if not new.equal(value) else None
-        if job.adaptation.kind == "lora":
-            module, found, _ = name.partition(f".lora_B.{ADAPTER}.")
-        else:
-            module, found, _ = name.partition(".bottleneck.up.")
-        if not found:
+        family, upgrade, value = job.adaptation.family, job.upgrade, parameter.detach().clone()
+        changed = family.proportional(name, self.model)
+        if changed is None:
             return None
-        inner = parameter_of(module, self.model.get_submodule(module)).removeprefix(START).removeprefix(self.prefix)
+        inner = changed.removeprefix(START).removeprefix(self.prefix)
         if shift_of(upgrade, inner) is None:
             return None
-        return parameter.data, value, None, self.group(inner)
+        new = upgrade.new.parameters[inner].to(value) if family.tunes_base else None
+        return None if new is not None and new.equal(value) else (parameter.data, value, new, self.group(inner))
 
 
 METHOD = Method("scaled", "scale the old delta, all of it and by group, as texts tell", ("text",), run, Scaling)

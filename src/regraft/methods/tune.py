@@ -12,10 +12,11 @@ from regraft.adaptation import (
     attach,
     find_outcome,
     fresh_model,
-    kind_of,
+    kind_of_config,
     new_config,
     save_model,
     settings,
+    start_of,
 )
 from regraft.base import Base
 from regraft.checkpoint import resumable_folder
@@ -85,14 +86,13 @@ def tune(
     base.check_finite()
     from regraft.tuning import tune_model
 
-    resolved = recipe.resolve(len(data.train), learning_rate(kind_of(config)))
+    resolved = recipe.resolve(len(data.train), learning_rate(kind_of_config(config)))
     with resumable_folder(out, inputs) as work:
         if done := find_outcome(out, inputs, (base,)):  # another process has made it since
             return done
         staging = new_folder(work / "whole")
-        model = fresh_model(base, data.labels, resolved.seed)
-        if config is not None:
-            model = attach(model, base, config, resolved.seed)
+        model = attach(fresh_model(base, data.labels, resolved.seed), base, config, resolved.seed)
+        start = start_of(model)
         curve = tune_model(model, base, data, resolved, work, progress)
         if max(point["score"] for point in curve) <= curve[0]["score"]:
             why = weakness(data, data.dev)
@@ -102,7 +102,7 @@ def tune(
                 out, resolved.steps, resolved.learning_rate,
                 f"dev has {why}." if why else "Take more steps or another learning rate.",
             )  # fmt: skip
-        save_model(model, base, data.labels, staging / "adaptation")
+        save_model(model, base, data.labels, staging / "adaptation", start)
         return record_outcome(
             staging, out, base, data, resolved, curve, inputs, method="tune", recycled_from=None, progress=progress,
         )  # fmt: skip

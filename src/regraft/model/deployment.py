@@ -229,11 +229,6 @@ def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData)
             f"{adaptation.path}: loaded wholly, and what it gives on {base.path} are no numbers: some of its values "
             "are infinite or not a number (regraft weights inspect --check-finite names them)."
         )
-    if not effect and adaptation.kind == "full":
-        logger.warning("%s has the body of its base unchanged: only its head was tuned.", adaptation.path)
-    elif not effect:
-        raise MismatchError(
-            f"{adaptation.path}: loaded wholly, and it changes nothing in the output of {base.path} on {len(split)} "
-            "texts. Was it ever tuned?"
-        )
+    if not effect:
+        adaptation.family.report_no_effect(adaptation, base, len(split))
     return effect

@@ -1,0 +1,66 @@
+"""The families of adaptations, and which of them a kind, a config or a model belongs to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation.families.bottleneck import Bottlenecks
+from regraft.adaptation.families.full import Full
+from regraft.adaptation.families.lora import Lora
+from regraft.adaptation.families.peft_adapter import Peft
+from regraft.adaptation.families.prompt import Prefix, Prompt, PTuning
+
+if TYPE_CHECKING:
+    from regraft.adaptation.adaptation import Family
+
+FULL, PEFT, BOTTLENECKS = Full(), Peft(), Bottlenecks()
+OF_TYPES: dict[str, Family] = {  # by `peft_type`, those that differ from PEFT's others
+    "BOTTLENECK": BOTTLENECKS, "LORA": Lora(), "PREFIX_TUNING": Prefix(), "P_TUNING": PTuning(),
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"), Prompt()),
+}  # fmt: skip
+
+
+def family_of(peft_type: str) -> Family | None:
+    """Look up the family of an adapter.
+
+    Args:
+        peft_type: From its `adapter_config.json`.
+
+    Returns:
+        The family; None of a type that the installed PEFT does not have.
+    """
+    from peft.utils import PeftType
+
+    return OF_TYPES.get(peft_type, PEFT if peft_type in {member.value for member in PeftType} else None)
+
+
+def family_of_config(config: Any) -> Family:
+    """Look up the family of what a config sets up.
+
+    Args:
+        config: PEFT's, ours or None.
+
+    Returns:
+        The family.
+    """
+    if config is None:
+        return FULL
+    return family_of(str(config.to_dict()["peft_type"]).rpartition(".")[2]) or PEFT
+
+
+def family_of_model(model: Any) -> Family:
+    """Look up the family of a model in memory.
+
+    Args:
+        model: A classifier, with or without an adapter.
+
+    Returns:
+        The family.
+    """
+    from peft import PeftModel
+
+    from regraft.adaptation.bottleneck import Bottleneck
+
+    if isinstance(model, PeftModel):
+        return family_of_config(model.active_peft_config)
+    return BOTTLENECKS if any(isinstance(module, Bottleneck) for module in model.modules()) else FULL

@@ -1,0 +1,83 @@
+"""Bottleneck adapters as a family: attached and stored by regraft itself, in PEFT's layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation.adapter_folder import write_adapter
+from regraft.adaptation.bottleneck import (
+    BottleneckConfig,
+    attach_bottlenecks,
+    bottleneck_state,
+    config_in,
+    set_bottleneck_state,
+)
+from regraft.adaptation.changes import in_base, parameter_of
+from regraft.adaptation.families.adapter import Adapter
+from regraft.adaptation.lora import START
+from regraft.errors import MismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from regraft.adaptation.adaptation import Adaptation, Tensors
+    from regraft.base import Base
+
+
+class Bottlenecks(Adapter):
+    """Small residual layers in a frozen body."""
+
+    library = "regraft"
+
+    def config_class(self, config: Mapping[str, Any]) -> Any:
+        """Return our own."""
+        return BottleneckConfig
+
+    def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> BottleneckConfig:
+        """Read our own settings."""
+        return BottleneckConfig.from_dict(adaptation.config, f"{adaptation.path}/adapter_config.json")
+
+    def put_on(self, model: Any, base: Base, config: Any, heads: Sequence[str], whole: Sequence[str]) -> Any:
+        """Wrap the layers that the settings name; of what they have saved whole, heads and poolers are."""
+        present = tuple(name for name in whole if name in heads or name == "pooler")
+        return attach_bottlenecks(model, dataclasses.replace(config, modules_to_save=present))
+
+    def load_onto(
+        self, model: Any, adaptation: Adaptation, labels: Sequence[str], *, trainable: bool
+    ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
+        """Fill the adapters if all of them are stored and fit."""
+        try:
+            attach_bottlenecks(model, self.read_config(adaptation))
+        except MismatchError as error:
+            raise MismatchError(f"{adaptation.path}: {error}") from error
+        expected = bottleneck_state(model)
+        stored = {name.removeprefix(START): name for name in adaptation.checkpoint}
+        infos = adaptation.checkpoint.tensors
+        if {name: tuple(t.shape) for name, t in expected.items()} == {n: infos[s].shape for n, s in stored.items()}:
+            set_bottleneck_state(model, {name: adaptation.checkpoint[stored[name]] for name in expected})
+        if not trainable:
+            model.requires_grad_(False)
+        state = {START + name: tensor for name, tensor in bottleneck_state(model).items()}
+        return model, state, adaptation.checkpoint
+
+    def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
+        """Write the adapters and what is saved whole."""
+        settings = {**config_in(model).to_dict(), "base_model_name_or_path": base.name}
+        write_adapter(into, {START + name: tensor for name, tensor in bottleneck_state(model).items()}, settings)
+
+    def tunes_whole(self, module: str, base: Base) -> bool:
+        """Return whether the base has no such weight: heads alone are tuned so."""
+        return in_base(f"{module}.weight", base) is None
+
+    def proportional(self, parameter: str, model: Any) -> str | None:
+        """Name the weight of the layer whose output the second projection is added to."""
+        module, is_second, _ = parameter.partition(".bottleneck.up.")
+        return parameter_of(module, model.get_submodule(module)) if is_second else None
+
+    def parameter_names(self, model: Any) -> dict[str, str]:
+        """Return the names by those under PEFT's prefix."""
+        return {START + name: name for name, _ in model.named_parameters()}

@@ -1,0 +1,196 @@
+"""Adapters that PEFT loads and saves: any of its types, a LoRA and prompts in files of their own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_settings
+from regraft.adaptation.families.adapter import Adapter
+from regraft.adaptation.fresh import fresh_model
+from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, START
+from regraft.errors import CheckpointError, KindError, MismatchError, RecipeError
+from regraft.progress import quiet
+from regraft.weights import is_optional
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from regraft.adaptation.adaptation import Adaptation, Tensors
+    from regraft.base import Base
+    from regraft.upgrade import Upgrade
+    from regraft.weights import RowMatch
+
+
+class Peft(Adapter):
+    """An adapter of one of PEFT's types."""
+
+    library = "peft"
+
+    def config_class(self, config: Mapping[str, Any]) -> Any:
+        """Return PEFT's own class for the type."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        return PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+
+    def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> Any:
+        """Have PEFT read it."""
+        from peft import PeftConfig
+
+        try:
+            config: Any = PeftConfig.from_pretrained(str(adaptation.path))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{adaptation.path}/adapter_config.json: PEFT cannot read it ({error}).") from error
+        if afresh and str(getattr(config, "init_lora_weights", True)).lower() not in DETERMINED_INITS:
+            config.init_lora_weights = True
+        return config
+
+    def put_on(self, model: Any, base: Base, config: Any, heads: Sequence[str], whole: Sequence[str]) -> Any:
+        """Have PEFT wrap the model."""
+        from peft import get_peft_model
+
+        config = copy.deepcopy(config)
+        config.task_type, config.inference_mode = "SEQ_CLS", False
+        config.modules_to_save, config.base_model_name_or_path = whole, base.name
+        with quiet():
+            try:
+                return get_peft_model(model, config, adapter_name=ADAPTER)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise KindError(f"{base.path}: PEFT cannot put {config.peft_type} on it ({error}).") from error
+
+    def load_onto(
+        self, model: Any, adaptation: Adaptation, labels: Sequence[str], *, trainable: bool
+    ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
+        """Have PEFT load it, which leaves out in silence what does not fit."""
+        from peft import PeftModel
+
+        config = self.read_config(adaptation)
+        with quiet():
+            try:
+                adapted: Any = PeftModel.from_pretrained(
+                    model,
+                    str(adaptation.path),
+                    adapter_name=ADAPTER,
+                    config=config,
+                    is_trainable=trainable and not adaptation.virtual_tokens,
+                    ignore_mismatched_sizes=True,
+                )
+                if trainable:
+                    self.make_trainable(adapted, config)
+                state = peft_state(adapted)
+                if others := adaptation.checkpoint.tensors.keys() - state.keys():
+                    # embeddings under a LoRA, or with rows more
+                    every = peft_state(adapted, embeddings=True)
+                    state |= {name: every[name] for name in others if name in every}
+            except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, ImportError) as error:
+                raise MismatchError(
+                    f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {len(labels)} labels "
+                    f"({', '.join(labels[:8])}): {str(error).strip()[:400]}"
+                ) from error
+        return adapted, state, self.stored(adaptation, adapted)
+
+    def make_trainable(self, adapted: Any, config: Any) -> None:
+        """Prepare a loaded model for tuning where PEFT does not of its own accord."""
+
+    def stored(self, adaptation: Adaptation, adapted: Any) -> Tensors:
+        """Return the stored tensors as PEFT names them in the model."""
+        return adaptation.checkpoint
+
+    def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
+        """Have PEFT write it, with embeddings only where they are not the base's."""
+        config = model.peft_config[ADAPTER]
+        config.base_model_name_or_path = base.name
+        config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
+        model.save_pretrained(str(into), save_embedding_layers=_are_embeddings_tuned(model, base))
+        (into / "README.md").unlink(missing_ok=True)  # the outcome has a model card with figures in it
+        write_settings(into, json.loads((into / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+
+    def without_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
+        """Have PEFT take the adapter off."""
+        return model.unload()
+
+    def tunes_whole(self, module: str, base: Base) -> bool:
+        """Return whether the module is the copy that PEFT tunes and saves whole."""
+        return f".modules_to_save.{ADAPTER}" in module
+
+    def parameter_names(self, model: Any) -> dict[str, str]:
+        """Return the names with the adapter's own name in them by those without."""
+        return {name.replace(f".{ADAPTER}.", "."): name for name, _ in model.named_parameters()}
+
+    def merged(self, adaptation: Adaptation, model: Any, old: Base, labels: Sequence[str]) -> Any:
+        """Have PEFT add it to the weights, and take these into a plain model."""
+        import torch
+
+        if not hasattr(model, "merge_adapter") or adaptation.virtual_tokens:
+            return super().merged(adaptation, model, old, labels)
+        with quiet():
+            try:
+                model.merge_adapter(safe_merge=True)
+            except (ValueError, AttributeError, NotImplementedError) as error:
+                raise RecipeError(f"{adaptation.path}: PEFT cannot merge a {adaptation.kind} ({error}).") from error
+            merged = fresh_model(old, labels, 0)
+            merged.config.pad_token_id = model.config.pad_token_id  # it reads the tokens that the adapter's model reads
+            state, bare = _merged_state(model), merged.state_dict()
+            if odd := sorted(state.keys() ^ bare.keys()):
+                raise RecipeError(
+                    f"{adaptation.path}: what PEFT merges is no full fine-tune of {old.path}: {len(odd)} tensors are "
+                    f"in one of them only ({', '.join(odd[:4])}). It can be recycled, but not converted."
+                )
+            inner = {name: name.removeprefix(old.prefix + ".") for name in bare if name.startswith(old.prefix + ".")}
+            if all(torch.equal(state[name], bare[name]) for name in inner if not is_optional(inner[name])):
+                raise MismatchError(f"{adaptation.path}: it changes nothing in {old.path}. Was it ever tuned?")
+            merged.load_state_dict(state)
+        return merged
+
+
+def peft_state(model: Any, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
+    """Return the tensors of a PEFT model as they are stored.
+
+    Args:
+        model: A PEFT model.
+        embeddings: Whether the base's embeddings are among them, which PEFT stores under a LoRA on them by default.
+
+    Returns:
+        The tensors by stored name.
+    """
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, adapter_name=ADAPTER, save_embedding_layers=embeddings
+    )
+    return state
+
+
+def _are_embeddings_tuned(model: Any, base: Base) -> bool:
+    """Return whether the embeddings under a LoRA are others than the base's: then they belong to the adapter."""
+    import torch
+
+    layer = model.get_input_embeddings()
+    if not hasattr(layer, "base_layer"):
+        return False
+    names = {id(module): name for name, module in model.get_base_model().named_modules()}
+    inner = f"{names[id(layer)]}.weight".removeprefix(f"{base.prefix}.")
+    weight = layer.base_layer.weight.detach().cpu()
+    return inner in base.parameters and not torch.equal(weight, base.parameters[inner].to(weight.dtype))
+
+
+def _merged_state(model: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a merged PEFT model without what PEFT put around them; its own unloading loses heads."""
+    state = model.state_dict().items()  # what kinds share among layers, as VeRA, lies beside the model
+    wrapped = {name.removeprefix(START): tensor for name, tensor in state if name.startswith(START)}
+    layers = {name[: at.start()] for name in wrapped for at in re.finditer(r"\.base_layer(?=\.)", name)}
+    plain = {}
+    for name, tensor in wrapped.items():
+        parts = name.split(".")
+        is_own = any(".".join(parts[:at]) in layers and parts[at] != "base_layer" for at in range(1, len(parts)))
+        if not is_own and ".original_module." not in name:
+            name = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(".token_adapter.", ".")
+            while ".base_layer." in name:  # parameters of one module are wrapped one around the other
+                name = name.replace(".base_layer.", ".")
+            plain[name] = tensor
+    return plain

@@ -1,0 +1,87 @@
+"""Bases with an untrained head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation.strict import load_strictly
+from regraft.weights import is_optional
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from regraft.base import Base
+
+
+def fresh_model(base: Base, labels: Sequence[str], seed: int) -> Any:
+    """Load a base with an untrained classification head.
+
+    A decoder is given the tokenizer's padding token, for plain transformers to read batches right once it is saved.
+
+    Args:
+        base: The base.
+        labels: The label names, in the order of the head's outputs.
+        seed: What the head is drawn from.
+
+    Returns:
+        The model, in float32 on the CPU; every tensor of the body comes from the base.
+
+    Raises:
+        CheckpointError: A tensor of the body is missing, has another shape, or has no place in the model.
+    """
+    model = fresh_parts(base, labels, seed)[0]
+    if base.is_decoder:
+        model.config.pad_token_id = base.pad_id
+    return model
+
+
+def fresh_parts(base: Base, labels: Sequence[str], seed: int) -> tuple[Any, list[str]]:
+    """Load a base with an untrained classification head, and name what of the model is untrained.
+
+    Args:
+        base: The base.
+        labels: The label names, in the order of the head's outputs.
+        seed: What the head is drawn from.
+
+    Returns:
+        The model, and the names of the tensors that were drawn: the head's, and a pooler's that the base lacks.
+
+    Raises:
+        CheckpointError: A tensor of the body is missing, has another shape, or has no place in the model.
+    """
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    set_seed(seed)
+    model, fresh = load_strictly(AutoModelForSequenceClassification, base.path, base.prefix, **_head_config(labels))
+    if base.own_rows:
+        model.resize_token_embeddings(base.own_rows, mean_resizing=False)
+    heads = {n: t for n, t in model.state_dict().items() if not n.startswith(base.prefix + ".")}
+    if not heads.keys() & set(fresh):  # the base is a classifier itself: its head is for labels of its own
+        set_seed(seed)
+        drawn = AutoModelForSequenceClassification.from_config(model.config).state_dict()  # type: ignore[no-untyped-call]
+        for name, tensor in heads.items():
+            tensor.copy_(drawn[name])
+        fresh = sorted({*fresh, *heads})
+    return model, fresh
+
+
+def fresh_poolers(base: Base) -> list[str]:
+    """Name the poolers that a base's classifier has and the base lacks.
+
+    Args:
+        base: The base.
+
+    Returns:
+        `pooler`, or nothing.
+    """
+    return [] if any(is_optional(name) for name in base.body) else ["pooler"] * base.has_pooler
+
+
+def _head_config(labels: Sequence[str]) -> dict[str, Any]:
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": None,  # a base's own may be regression, and what is tuned here is a classifier
+        "dtype": "float32",
+    }

@@ -1,0 +1,67 @@
+"""Adaptations opened from their folders, whatever their kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regraft.adaptation.adaptation import Adaptation
+from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_sizes
+from regraft.adaptation.families import FULL, family_of
+from regraft.adaptation.families.full import check_classifier
+from regraft.adaptation.kinds import kind_of
+from regraft.adaptation.record import agreed_labels, configured_labels, recorded
+from regraft.checkpoint import Checkpoint, check_plain, read_json
+from regraft.errors import CheckpointError
+
+
+def load_adaptation(path: str | Path) -> Adaptation:
+    """Find tuned weights and check that their files are whole.
+
+    Args:
+        path: An outcome folder, or a folder written by `save_pretrained` of transformers or PEFT.
+
+    Returns:
+        The adaptation; no weights have been read.
+
+    Raises:
+        CheckpointError: A file is missing, truncated, malformed or of a kind that is not supported.
+    """
+    folder = Path(path)
+    if (folder / "adaptation").is_dir():
+        if own := [name for name in (ADAPTER_CONFIG, "config.json") if (folder / name).is_file()]:
+            raise CheckpointError(
+                f"{folder}: holds {own[0]} and a folder adaptation/ too: which of them was tuned? Give that one alone."
+            )
+        folder = folder / "adaptation"
+    if not folder.is_dir():
+        remedy = f"is a file. Give its folder, {folder.parent}" if folder.is_file() else "no such folder"
+        raise CheckpointError(f"{path}: {remedy}.")
+    labels, base = recorded(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        config = read_json(folder / ADAPTER_CONFIG)
+        check_adapter(folder, config)
+        checkpoint = Checkpoint.open(folder / ADAPTER_WEIGHTS)
+        check_sizes(checkpoint, config, folder / ADAPTER_CONFIG)
+        peft_type = str(config.get("peft_type"))
+        family = family_of(peft_type)
+        if family is None:
+            raise CheckpointError(
+                f"{folder}/{ADAPTER_CONFIG}: is of type {peft_type}, which the installed PEFT does not know. Is PEFT "
+                "too old?"
+            )
+        return Adaptation(folder, kind_of(peft_type), family, labels, base, checkpoint, config)
+    below = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if below and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: holds no adapter, but folders that do: {', '.join(below[:4])}. PEFT saves an adapter that has "
+            f"a name in a folder of that name. Give {folder / below[0]}."
+        )
+    checkpoint = Checkpoint.open(folder)
+    expected = ADAPTER_CONFIG if (folder / ADAPTER_WEIGHTS).is_file() else "config.json"
+    if not (folder / expected).is_file():
+        raise CheckpointError(f"{folder}: holds no {expected}. Copy the one that was saved with these weights.")
+    config = read_json(folder / "config.json")
+    check_plain(folder, checkpoint.tensors)
+    check_classifier(folder, config)
+    labels = agreed_labels(labels, configured_labels(config, folder), folder)
+    return Adaptation(folder, "full", FULL, labels, base, checkpoint, config)
