@@ -14,9 +14,9 @@ from regraft import Base, Recipe, Upgrade, cli, convert, load_adaptation, recycl
 from regraft.adaptation import attach, fresh_model, load_model, load_strictly, new_config, save_model
 from regraft.model.batches import predict
 from regraft.model.blockwise import Walk
-from regraft.model.examples import Examples
 from regraft.model.outputs import forward, last_read
 from regraft.progress import quiet
+from regraft.task.types import Examples
 
 VOCABULARY = 5 + len(WORDS)
 EOS, UNK = 2, 3

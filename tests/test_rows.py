@@ -1,0 +1,163 @@
+"""A model's outputs at rows are those of transformers at these tokens; a deployment computes each split once."""
+
+import dataclasses
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, LABELS, make_config
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+from regraft import RegraftError, Task
+from regraft.adaptation import load_adaptation, load_model
+from regraft.errors import DataError, MismatchError
+from regraft.model import Deployment, predict
+from regraft.model.outputs import forward
+from regraft.progress import quiet
+from regraft.task import load_data, score
+from regraft.task.types import Examples, TextClassification, task_types
+from regraft.task.types.likelihood import CATEGORICAL
+
+TOKENS = [[1, 7, 8, 9, 2], [1, 5, 2], [1, 6, 7, 8, 9, 10, 11, 2]]
+SPOKEN = [[1, 3], [], [4, 1, 6]]
+
+
+def rows_of(classes):
+    targets = np.arange(sum(map(len, SPOKEN)), dtype=np.int64) % classes
+    return Examples({"input_ids": TOKENS}, targets, {"input_ids": 0}, SPOKEN)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_rows_of_words_are_those_of_a_token_classifier(architecture, adapted):
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = AutoModelForTokenClassification.from_config(make_config(architecture, num_labels=3)).eval()
+    if adapted and architecture != "distilbert":  # which takes no prefix
+        with quiet():
+            model = get_peft_model(model, PrefixTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=4)).eval()
+    check_rows(model, 3)
+
+
+@pytest.mark.parametrize("virtual", [0, 3])
+def test_rows_of_a_decoder_are_those_of_its_language_model(virtual):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_config(make_config("llama")).eval()
+    if virtual:
+        with quiet():
+            model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)).eval()
+    check_rows(model, model.config.vocab_size, virtual)
+
+
+def check_rows(model, outputs, virtual=0):
+    """Compare logits, losses and gradients with those of each example alone, at all of its tokens."""
+    examples = rows_of(outputs)
+    chosen = [2, 0, 1]
+    batch = examples.batch(chosen)
+    output = forward(model, batch)
+    alone = [model(input_ids=torch.tensor([ids])).logits[0][virtual:] for ids in TOKENS]
+    expected = torch.cat([alone[i][SPOKEN[i]] for i in chosen])
+    torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
+    assert batch["row"].tolist() == [2, 3, 4, 0, 1]
+    assert batch["targets"].tolist() == examples.targets[[2, 3, 4, 0, 1]].tolist()
+    torch.testing.assert_close(
+        predict(model, examples, "fp32"), torch.cat([alone[i][at] for i, at in enumerate(SPOKEN)])
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ours, theirs = (
+        torch.autograd.grad(CATEGORICAL.loss(logits, batch["targets"], "mean"), trained, allow_unused=True)
+        for logits in (output.logits, expected)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_hidden_states_are_those_at_the_rows():
+    model = AutoModelForTokenClassification.from_config(make_config("bert", num_labels=3)).eval()
+    states = forward(model, rows_of(3).batch([0, 2]), hidden=True).states()
+    for row, (example, token) in enumerate([(0, 1), (0, 3), (2, 4), (2, 1), (2, 6)]):
+        alone = model(input_ids=torch.tensor([TOKENS[example]]), output_hidden_states=True).hidden_states
+        expected = torch.stack([layer[0, token] for layer in alone[:-1]])
+        torch.testing.assert_close(states[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_examples_that_are_taken_bring_their_rows():
+    part = rows_of(3).take([2, 1])
+    assert (part.tokens, part.targets.tolist(), part.lengths.tolist()) == ([[4, 1, 6], []], [2, 0, 1], [8, 3])
+    assert part.rows([1, 0]).tolist() == [0, 1, 2]
+
+
+def test_a_deployment_runs_each_split_once(opened, tuned, task_file):
+    base, data = opened["bert"][0], load_data(task_file, 20).relabel(LABELS)
+    model = load_model(load_adaptation(tuned["bert", "lora"]), base, data.labels)
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    deployment = Deployment(model, base, data, "fp32")
+    logits = deployment.outputs(data.dev)
+    count = len(calls)
+    assert deployment.predictions(data.dev) == logits.argmax(dim=1).tolist()
+    right = [guess == label for guess, label in zip(deployment.predictions(data.dev), data.dev.labels, strict=True)]
+    assert deployment.right(data.dev) == right
+    assert deployment.score(data.dev) == score("accuracy", data.dev.labels, logits.argmax(dim=1)) == np.mean(right)
+    assert deployment.loss(data.dev) == pytest.approx(float(deployment.losses(data.dev).mean()))
+    assert deployment.confidence(data.dev) == pytest.approx(logits.softmax(dim=1).max(dim=1).values.tolist())
+    overlap, divergence = deployment.closeness(data.dev, deployment.signal(data.dev))
+    assert (overlap, divergence) == (pytest.approx(1), pytest.approx(0, abs=1e-7))
+    assert len(calls) == count
+    deployment.forget()
+    deployment.outputs(data.dev)
+    assert len(calls) == 2 * count
+    wrong = Deployment(model, base, dataclasses.replace(data, labels=(*LABELS, "mixed")), "fp32")
+    with pytest.raises(MismatchError, match="2 outputs, task 'mood' 3 labels"):
+        wrong.outputs(data.dev)
+
+
+def test_another_distribution_adds_a_task_type(tmp_path, monkeypatch, task_file):
+    code = (
+        "from typing import Literal\nfrom regraft.task import TextClassification\n"
+        "class Stance(TextClassification):\n    type: Literal['stance'] = 'stance'\nNAME = 'no task type'\n"
+    )
+    (tmp_path / "stances.py").write_text(code)
+    info = tmp_path / "stances-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stances\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def declare(entry):
+        (info / "entry_points.txt").write_text(f"[regraft.task_types]\n{entry}\n")
+        importlib.invalidate_caches()
+        task_types.cache_clear()
+
+    plain = load_data(task_file, 20)
+    file = task_file.with_name("stance.yaml")
+    file.write_text(f"type: stance\n{task_file.read_text()}")
+    try:
+        declare("stance = stances:Stance")
+        data = load_data(file, 20)
+        assert data.task.type == "stance"
+        assert data.train.inputs == plain.train.inputs
+        assert data.digest() != plain.digest()  # the same examples, and another task
+        for entry, message in (
+            ("stance = stances:Nobody", "'stance' of stances cannot be loaded"),
+            ("stance = stances:NAME", "is 'no task type', no subclass of regraft.Task"),
+            (
+                "plain = regraft.task:TextClassification",
+                "names a task type 'text-classification', which there is already",
+            ),
+        ):
+            declare(entry)
+            with pytest.raises(DataError, match=message):
+                Task.load(task_file)
+    finally:
+        monkeypatch.undo()
+        task_types.cache_clear()
+    with pytest.raises(RegraftError, match=r"there is no task type 'stance'\. The types are: 'text-classification'"):
+        Task.load(file)
+    file.write_text(f"type: text_classification\n{task_file.read_text()}")
+    with pytest.raises(RegraftError, match="Did you mean 'text-classification'"):
+        Task.load(file)
+    assert task_types() == {"text-classification": TextClassification}
