@@ -24,8 +24,8 @@ class SplitSummary:
         name: `train`, `dev` or `test`.
         source: What it was read from.
         examples: How many there are.
-        counts: How many of each label, in the order of the classes.
-        absent: The labels that no example has.
+        counts: How many of each stratum, which in classification is a class.
+        absent: The strata that no example has.
         median_words: Half of the examples have at most so many words (between blanks; a pair's texts together).
         p95_words: 95 % of the examples have at most so many words.
         max_words: The words of the longest example.
@@ -50,14 +50,15 @@ def summarise(data: TaskData) -> list[SplitSummary]:
     Returns:
         The figures of train, of dev, and of test if there is one.
     """
-    return [_summary(split, data.labels) for split in (data.train, data.dev, data.test) if split is not None]
+    return [_summary(split, data) for split in (data.train, data.dev, data.test) if split is not None]
 
 
-def _summary(split: Split, labels: tuple[str, ...]) -> SplitSummary:
+def _summary(split: Split, data: TaskData) -> SplitSummary:
     import numpy as np
 
-    counts = dict(zip(labels, np.bincount(split.labels, minlength=len(labels)).tolist(), strict=True))
-    words = np.array([sum(len(text.split()) for text in texts) for texts in split.texts])
+    strata, names = data.task.strata(split.targets, data.labels)
+    counts = dict(zip(names, np.bincount(strata, minlength=len(names)).tolist(), strict=True))
+    words = np.array([data.task.words(inputs) for inputs in split.inputs])
     return SplitSummary(
         split.name,
         split.source,

@@ -65,6 +65,10 @@ class TextTask(Task, ABC):
         padding = {name: pad if name == "input_ids" else 0 for name in encoded}
         return Examples({name: list(encoded[name]) for name in encoded}, split.targets, padding)
 
+    def words(self, inputs: tuple[str, ...]) -> int:
+        """Count what stands between blanks, in a pair's texts together."""
+        return sum(len(text.split()) for text in inputs)
+
     @field_validator("text")
     @classmethod
     def _two_columns(cls, text: str | tuple[str, str]) -> str | tuple[str, str]:

@@ -165,6 +165,14 @@ class Task(BaseModel, ABC):
         """
 
     @abstractmethod
+    def words(self, inputs: Any) -> int:
+        """Count the words of an example's inputs.
+
+        Args:
+            inputs: Of one example.
+        """
+
+    @abstractmethod
     def strata(self, targets: Targets, labels: Sequence[str]) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[str]]:
         """Divide examples into the strata that few-shot samples and a held-out dev are drawn from alike.
 
