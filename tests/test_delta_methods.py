@@ -15,8 +15,8 @@ from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
 from regraft.adaptation import attach, fresh_model, load_model, new_config
 from regraft.errors import RecipeError
 from regraft.methods import parse_options
+from regraft.methods.evidence import Evidence
 from regraft.methods.masked import Masking
-from regraft.methods.reworked import Evidence
 from regraft.methods.scaled import Scaling, _gain
 from regraft.methods.trimmed import Trimming
 from regraft.model import encode, predict
@@ -217,13 +217,13 @@ def test_masked_keeps_what_goes_downhill(tmp_path, case, task_file, labels):
 def test_evidence_measures_cross_entropy_and_divergence(seed, count, classes):
     torch.manual_seed(seed)
     logits, truth = torch.randn(count, classes), torch.randint(classes, (count,))
-    labelled = Evidence(None, torch.eye(classes)[truth], count)
+    labelled = Evidence(None, torch.eye(classes)[truth])
     expected = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
     torch.testing.assert_close(labelled.losses(logits), expected)
     old = torch.randn(count, classes).softmax(dim=1)
     expected = (old * (old.log() - logits.log_softmax(dim=1))).sum(dim=1)
-    torch.testing.assert_close(Evidence(None, old, 0).losses(logits), expected, rtol=1e-4, atol=1e-5)
-    assert Evidence(None, logits.softmax(dim=1), 0).losses(logits).abs().max() < 1e-5
+    torch.testing.assert_close(Evidence(None, old).losses(logits), expected, rtol=1e-4, atol=1e-5)
+    assert Evidence(None, logits.softmax(dim=1)).losses(logits).abs().max() < 1e-5
 
 
 def test_a_gain_is_measured_in_standard_errors():
