@@ -31,6 +31,7 @@ NAMES = {
     "label-free": "direct+label-free",
     "auto": "auto",
 }
+ORDER = list(dict.fromkeys(name for formula in NAMES.values() for name in formula.split("+")))
 SUMMARIES = {
     "scratch": "tune the new base from a fresh head: the reference",
     "distill": "tune from a fresh head with the old model as teacher",
@@ -47,8 +48,7 @@ def methods() -> dict[str, Method]:
     Raises:
         RecipeError: A distribution registers what is no method, or under a name that is taken.
     """
-    in_formulas = {name for formula in NAMES.values() for name in formula.split("+")}
-    return {name: find_method(name) for name in (*NAMES, *(name for name in _registered() if name not in in_formulas))}
+    return {name: find_method(name) for name in (*NAMES, *(name for name in _registered() if name not in ORDER))}
 
 
 def parts(kind: type[Part]) -> list[str]:
@@ -117,7 +117,9 @@ def _registered() -> dict[str, Registered | EntryPoint]:
     registered: dict[str, Registered | EntryPoint] = {}
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         module = importlib.import_module(f"regraft.methods.{info.name}")
-        registered |= {r.name: r for r in vars(module).values() if isinstance(r, (Start, Objective, Method))}
+        registered |= {r.name: r for r in vars(module).values() if isinstance(r, Registered)}
+    order = sorted(registered, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    registered = {name: registered[name] for name in order}
     taken = dict.fromkeys([*NAMES, *registered], "regraft")
     for point in entry_points(group=GROUP):
         if point.name in taken or "+" in point.name:
@@ -139,7 +141,7 @@ def _load(point: EntryPoint) -> Registered:
             f"{_distribution(point)}: its method {point.name!r} ({point.value}) cannot be imported "
             f"({type(error).__name__}: {error}). Update it or uninstall it."
         ) from error
-    if not isinstance(registered, Start | Objective | Method) or registered.name != point.name:
+    if not isinstance(registered, Registered) or registered.name != point.name:
         raise RecipeError(
             f"{_distribution(point)}: its entry point {point.name!r} of {GROUP} must name a Start, an Objective or a "
             f"Method called {point.name!r}, found {registered!r} ({point.value}). Update it or uninstall it."
