@@ -66,7 +66,6 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
     from regraft.adaptation import fresh_model, load_model
     from regraft.adaptation.changes import KINDS
     from regraft.adaptation.rework import check_reworkable
-    from regraft.adaptation.tokens import tuned_rows
     from regraft.model.blockwise import Walk
     from regraft.model.examples import encode_alike
 
@@ -82,9 +81,7 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
     ]
     turned, rotations = _Turned(grafted, tuned, upgrade.old, job.adaptation.family), _Rotations(options.shrink)
     is_head = False
-    tables = _tables(
-        walks, () if tuned_rows(job.adaptation, upgrade) is None else upgrade.old.architecture.token_parameters
-    )
+    tables = _tables(walks, () if job.rows is None else upgrade.old.architecture.token_parameters)
     for part in range(walks[0].parts):
         for name, (fed, given) in _spaces(walks, tables).items():
             if is_head:  # what comes after a head's first layer has that one's coordinates, which stay

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from regraft.task import TaskData
     from regraft.tuning import Anchored, Distillation, Recipe
     from regraft.upgrade import Upgrade
+    from regraft.weights import RowMatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Job:
         work: A folder from which an interrupted job resumes.
         into: The folder to fill with the new adaptation.
         progress: Called at each step.
+        rows: How the rows of the adaptation's embeddings match those of both bases, by token; None where they are the
+            same.
         head: What becomes of the old head where the old weights are put onto the new base.
         replace: Whether what an adapter stores in place of its base's tensors is put onto the new base as it is stored.
         notes: What the method finds out, recorded in the outcome as JSON; `labels`, if present, is how many labelled
@@ -43,6 +46,7 @@ class Job:
     work: Path
     into: Path
     progress: Progress
+    rows: RowMatch | None = None
     head: HeadPolicy = "copy"
     replace: bool = False
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -50,15 +50,13 @@ def graft_masked(job: Job, options: Masking) -> None:
         options: What on.
     """
     from regraft.adaptation.rework import check_reworkable
-    from regraft.adaptation.tokens import tuned_rows
     from regraft.weights import mask_agreement
 
     check_reworkable(job.adaptation)
     evidence = gather(job, options.labels)
-    rows = tuned_rows(job.adaptation, job.upgrade)
-    bare = job.adaptation.family.without_delta(job.grafted(), job.upgrade, rows)
+    bare = job.adaptation.family.without_delta(job.grafted(), job.upgrade, job.rows)
     gradients = _gradients(bare, evidence, job)
-    kept: list[tuple[int, int]] = []
+    rows, kept = job.rows, list[tuple[int, int]]()
     sides = zip(rows.new_row, rows.tuned_row, rows.old_row, strict=True) if rows else ()
     shared = [row for row, of_each in enumerate(sides) if min(of_each) >= 0]  # of tokens that have a delta
 

@@ -67,9 +67,7 @@ def distil_between(job: Job, model: Any, options: Interpolation) -> Curve:
     Raises:
         KindError: Student and teacher have other tokens in their rows, so that there is no line between them.
     """
-    from regraft.adaptation.tokens import tuned_rows
-
-    rows = tuned_rows(job.adaptation, job.upgrade)
+    rows = job.rows
     if rows is not None and rows.tuned_row != tuple(range(rows.tuned_rows)):
         raise KindError(
             f"{job.upgrade.old.path} and {job.upgrade.new.path} have other vocabularies, so there is no line from the "

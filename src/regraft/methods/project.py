@@ -38,8 +38,6 @@ def graft_mapped(job: Job, options: Projection) -> None:
     Raises:
         KindError: The weights have numbers for each token, and the vocabularies differ.
     """
-    from regraft.adaptation.tokens import tuned_rows
-
     if not options.pairs:
         raise RecipeError(
             "method project learns from other tasks: give pairs, as in pairs=[old1=new1,old2=new2], of what was tuned "
@@ -49,7 +47,7 @@ def graft_mapped(job: Job, options: Projection) -> None:
         job.graft()
         return
     adaptation = job.adaptation
-    if adaptation.family.has_numbers_by_token(adaptation) and tuned_rows(adaptation, job.upgrade) is not None:
+    if adaptation.family.has_numbers_by_token(adaptation) and job.rows is not None:
         raise KindError(
             f"{job.upgrade.old.path} and {job.upgrade.new.path} have other vocabularies, and a map is learned from "
             "number to number. Take direct."

@@ -133,8 +133,9 @@ def recycle(
         if done := find_outcome(out, inputs, (upgrade.old, upgrade.new)):  # another process has made it since
             return done
         staging = new_folder(work / "whole")
-        job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress, head, replace)
-        if rows := tuned_rows(adaptation, upgrade):
+        rows, into = tuned_rows(adaptation, upgrade), staging / "adaptation"
+        job = Job(upgrade, adaptation, data, resolved, work, into, progress, rows, head, replace)
+        if rows:
             job.notes["vocabulary"] = rows.summary()
         started = time.perf_counter()
         curve = chosen.run(job, options)
