@@ -20,8 +20,8 @@ from regraft.methods.masked import Masking
 from regraft.methods.scaled import Scaling, _gain
 from regraft.methods.trimmed import Trimming
 from regraft.model import encode, predict
+from regraft.model.outputs import inputs_of
 from regraft.task import load_data
-from regraft.task.sample import draw
 from regraft.weights import kind_of
 
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
@@ -181,14 +181,14 @@ def gradients_by_autograd(upgrade, path, task_file, labels):
     model.load_state_dict(heads, strict=False)
     model.eval()
     if labels:
-        split = data.train.take(draw(data.train, LABELS, [labels] * 2, FEW.seed))
+        split = data.sample(data.train, labels, FEW.seed)
         targets = torch.as_tensor(split.labels)
     else:
         split = data.train
         tuned = load_model(load_adaptation(path), upgrade.old, LABELS)
         targets = predict(tuned, encode(upgrade.old, data, split), "fp32").softmax(dim=1)
     batch = encode(upgrade.new, data, split).batch(range(len(split)))
-    logits = model(**{n: t for n, t in batch.items() if n not in ("labels", "index")}).logits
+    logits = model(**inputs_of(batch)).logits
     torch.nn.functional.cross_entropy(logits, targets).backward()  # differs from the KL by a constant
     return {n.removeprefix(upgrade.new.prefix + "."): p.grad for n, p in model.named_parameters()}
 
