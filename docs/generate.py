@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regraft.methods import Method, Objective, Part, Start, methods, parts
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    from regraft.methods import Method
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- Made by `python docs/generate.py`; edit the docstrings it comes from. -->\n\n"
@@ -33,9 +33,11 @@ SECTION = re.compile(r"(Args|Returns|Yields|Raises):")
 
 METHODS = """# Methods
 
-A method is a way to get an adaptation for the new base. `regraft recycle --method NAME` runs one, `regraft compare
---methods NAME,NAME` several on the same data, and `-o NAME=VALUE` (`compare`: `-o METHOD:NAME=VALUE`) sets an option.
-This page is what `regraft methods` lists, with what the code says of each.
+A method is a way to get an adaptation for the new base: a *start*, which puts the old weights onto it, and where it
+trains an *objective*. `regraft recycle --method NAME` runs one, `regraft compare --methods NAME,NAME` several on the
+same data, and `-o NAME=VALUE` (`compare`: `-o METHOD:NAME=VALUE`) sets an option. The table is what `regraft methods`
+lists. Any other START+OBJECTIVE is a method too, as `aligned+labels` or `trimmed+label-free`; an option that both parts
+have is qualified by one of them, as in `-o distill.decay=linear`.
 
 Which one?
 
@@ -81,28 +83,37 @@ def pages() -> dict[str, str]:
 
 
 def methods_page() -> str:
-    """Describe every method of the registry: a table, then one after the other."""
-    from regraft.methods import methods
+    """Describe every method of the registry in a table, and what methods consist of one after the other."""
+    listed = list(methods().values())
+    rows = [(f"`{m.name}`", m.summary, _formula(m), _when(m.needs()), "yes" if _trains(m) else "no") for m in listed]
+    table = _table(("method", "what it does", "start + objective", "when there are", "trains"), rows)
+    page = NOTE + METHODS + table
+    registered = {part.name: part for method in listed for part in method.parts}
+    for title, kind in (("Starts", Start), ("Objectives", Objective)):
+        page += f"\n## {title}\n" + "".join(_part(registered[name]) for name in parts(kind))
+    others = [part for part in registered.values() if not isinstance(part, (Start, Objective))]
+    return page + "\n## Others\n" + "".join(map(_part, others))
 
-    found = list(methods().values())
-    rows = [(f"[`{m.name}`](#{_anchor(m.name)})", m.summary, _when(m), "yes" if _trains(m) else "no") for m in found]
-    table = _table(("method", "what it does", "when there are", "trains"), rows)
-    return NOTE + METHODS + table + "".join(map(_method, found))
+
+def _formula(method: Method) -> str:
+    return " + ".join(f"[`{part.name}`](#{_anchor(part)})" for part in method.parts)
 
 
-def _method(method: Method) -> str:
-    module = inspect.getmodule(method.run)
-    said, source = _parted((inspect.getdoc(module) or "").removeprefix(f"`{method.name}`: "))
+def _part(part: Part) -> str:
+    module = inspect.getmodule(part.run)
+    about = inspect.getdoc(module) or ""
+    heading = f"`{part.name}`: "  # of a file with this one alone
+    said, source = _parted(about.removeprefix(heading)) if about.startswith(heading) else ("", "")
     said = said[:1].upper() + said[1:]
-    told, further = _parted(_split(inspect.getdoc(method.run) or "")[0])
-    lines = [f'\n<a id="{_anchor(method.name)}"></a>\n\n## {method.name}\n']
-    lines += [_prose(f"{said}\n\n{told}")]
-    lines += [f"**When:** there are {_when(method)}{'; it trains' if _trains(method) else '; it trains nothing'}.\n"]
+    told, further = _parted(_split(inspect.getdoc(part.run) or "")[0])
+    method = Method(part.name, part.summary, (part,))
+    lines = [f'\n<a id="{_anchor(part)}"></a>\n\n### {part.name}\n']
+    lines += [_prose(f"{said}\n\n{told}"), f"**When:** there are {_when(method.needs())}.\n"]
     sources = [source, further]
-    if method.options:
-        where = inspect.getmodule(method.options)
+    if part.options:
+        where = inspect.getmodule(part.options)
         sources += [_parted(inspect.getdoc(where) or "")[1]] if where is not module else []
-        lines.append(_table(("option", "default", "meaning"), _options(method.options)))
+        lines.append(_table(("option", "default", "meaning"), _options(part.options)))
     known: set[str] = set()
     for text in filter(None, sources):
         papers = set(PAPER.findall(text))
@@ -119,16 +130,16 @@ def _options(options: Any) -> list[tuple[str, str, str]]:
     return [(f"`{f.name}`", f"`{_value(f.default)}`", meanings[f.name]) for f in dataclasses.fields(options)]
 
 
-def _when(method: Method) -> str:
-    return ", ".join(NEEDED.get(need, need) for need in method.needs if need != "training") or "only the old weights"
+def _when(needs: tuple[str, ...]) -> str:
+    return ", ".join(NEEDED.get(need, need) for need in needs if need != "training") or "only the old weights"
 
 
 def _trains(method: Method) -> bool:
-    return "training" in method.needs
+    return "training" in method.needs()
 
 
-def _anchor(name: str) -> str:
-    return f"method-{name.replace('+', '-')}"
+def _anchor(part: Part) -> str:
+    return f"{type(part).__name__.lower()}-{part.name}"
 
 
 def cli_page() -> str:

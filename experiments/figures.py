@@ -56,7 +56,7 @@ def collect(grid: Grid) -> dict[str, Any]:
                 "method": entry.method,
                 "options": list(entry.options),
                 "average": entry.average,
-                "needs": methods()[entry.method].needs,
+                "needs": methods()[entry.method].needs(),
             }
             for regime in grid.regimes
             for entry in grid.entries(regime)
@@ -160,7 +160,7 @@ def _differences(grid: Grid, found: dict[Cell, Outcome]) -> list[dict[str, Any]]
     rows = []
     for cell in dict.fromkeys(dataclasses.replace(cell, seed=0) for cell in found):
         entry = next(e for r in grid.regimes if r.name == cell.regime for e in grid.entries(r) if e.name == cell.entry)
-        against = "scratch" if "training" in methods()[entry.method].needs else "direct"
+        against = "scratch" if "training" in methods()[entry.method].needs() else "direct"
         pairs = [
             (found[mine], found[other])
             for mine in (dataclasses.replace(cell, seed=seed) for seed in grid.seeds)

@@ -151,7 +151,7 @@ def method_of(grid: Grid, cell: Cell) -> tuple[str, Any]:
 def needs_tasks(cell: Cell, grid: Grid) -> bool:
     """Tell whether a cell's method learns from other tasks that were tuned on both bases."""
     method = next((extra.method for extra in grid.extras if extra.name == cell.entry), cell.entry)
-    return "tasks" in methods()[method].needs
+    return "tasks" in methods()[method].needs()
 
 
 def other_tasks(grid: Grid, cell: Cell) -> tuple[str, ...]:

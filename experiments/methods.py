@@ -85,7 +85,7 @@ def prepare(workers: int) -> Grid:
         absent = [name for name in names if not (OUT / "models" / name).is_dir()]
         if failed := run_jobs([(f"base {name}", make_base, (name,)) for name in absent], workers, print):
             sys.exit("\n".join(failed))
-    free = [name for name, method in methods().items() if "training" not in method.needs]
+    free = [name for name, method in methods().items() if "training" not in method.needs()]
     changes = {"max_length": MAX_LENGTH, "metric": "accuracy"}
     return Grid(
         out=OUT,

@@ -15,13 +15,13 @@ from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
 from regraft.adaptation import attach, fresh_model, load_model, new_config
 from regraft.errors import RecipeError
 from regraft.methods import parse_options
+from regraft.methods.evidence import Evidence
 from regraft.methods.masked import Masking
-from regraft.methods.reworked import Evidence
 from regraft.methods.scaled import Scaling, _gain
 from regraft.methods.trimmed import Trimming
 from regraft.model import encode, predict
+from regraft.model.outputs import inputs_of
 from regraft.task import load_data
-from regraft.task.sample import draw
 from regraft.weights import kind_of
 
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
@@ -181,14 +181,14 @@ def gradients_by_autograd(upgrade, path, task_file, labels):
     model.load_state_dict(heads, strict=False)
     model.eval()
     if labels:
-        split = data.train.take(draw(data.train, LABELS, [labels] * 2, FEW.seed))
+        split = data.sample(data.train, labels, FEW.seed)
         targets = torch.as_tensor(split.labels)
     else:
         split = data.train
         tuned = load_model(load_adaptation(path), upgrade.old, LABELS)
         targets = predict(tuned, encode(upgrade.old, data, split), "fp32").softmax(dim=1)
     batch = encode(upgrade.new, data, split).batch(range(len(split)))
-    logits = model(**{n: t for n, t in batch.items() if n not in ("labels", "index")}).logits
+    logits = model(**inputs_of(batch)).logits
     torch.nn.functional.cross_entropy(logits, targets).backward()  # differs from the KL by a constant
     return {n.removeprefix(upgrade.new.prefix + "."): p.grad for n, p in model.named_parameters()}
 
@@ -217,13 +217,13 @@ def test_masked_keeps_what_goes_downhill(tmp_path, case, task_file, labels):
 def test_evidence_measures_cross_entropy_and_divergence(seed, count, classes):
     torch.manual_seed(seed)
     logits, truth = torch.randn(count, classes), torch.randint(classes, (count,))
-    labelled = Evidence(None, torch.eye(classes)[truth], count)
+    labelled = Evidence(None, torch.eye(classes)[truth])
     expected = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
     torch.testing.assert_close(labelled.losses(logits), expected)
     old = torch.randn(count, classes).softmax(dim=1)
     expected = (old * (old.log() - logits.log_softmax(dim=1))).sum(dim=1)
-    torch.testing.assert_close(Evidence(None, old, 0).losses(logits), expected, rtol=1e-4, atol=1e-5)
-    assert Evidence(None, logits.softmax(dim=1), 0).losses(logits).abs().max() < 1e-5
+    torch.testing.assert_close(Evidence(None, old).losses(logits), expected, rtol=1e-4, atol=1e-5)
+    assert Evidence(None, logits.softmax(dim=1)).losses(logits).abs().max() < 1e-5
 
 
 def test_a_gain_is_measured_in_standard_errors():

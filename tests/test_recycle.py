@@ -124,7 +124,7 @@ def test_where_each_method_starts(tmp_path, bases, tuned, task_file, architectur
 def compared(tmp_path_factory, bases, tuned, task_file, quick):
     """Every method that needs no other tasks on bert, full and LoRA."""
     folder = tmp_path_factory.mktemp("compared")
-    names = [name for name, method in methods().items() if "tasks" not in method.needs]
+    names = [name for name, method in methods().items() if "tasks" not in method.needs()]
     return {
         kind: compare(Upgrade(*bases["bert"]), tuned["bert", kind], task_file, names, folder / kind, recipe=quick)
         for kind in ("full", "lora")
@@ -135,7 +135,7 @@ def compared(tmp_path_factory, bases, tuned, task_file, quick):
 def test_compare_holds_every_method_against_scratch(compared, tuned, kind):
     comparison = compared[kind]
     rows = {row.method: row for row in comparison.rows}
-    assert list(rows) == [name for name, method in methods().items() if "tasks" not in method.needs]
+    assert list(rows) == [name for name, method in methods().items() if "tasks" not in method.needs()]
     assert {"scratch", "direct", "init", "distill", "init+distill"} <= rows.keys()
     assert rows["scratch"].recovery == 100
     assert comparison.majority == 0.5

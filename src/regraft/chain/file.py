@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from regraft.errors import DataError
+from regraft.errors import DataError, RecipeError
 from regraft.task import Task
 from regraft.task.yaml_file import did_you_mean, read_yaml, validate
 from regraft.tuning.recipe import Recipe
@@ -135,12 +135,15 @@ class Chain(BaseModel):
     @field_validator("methods")
     @classmethod
     def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        from regraft.methods import methods
+        from regraft.methods import find_method, methods
 
         for name in names:
-            if name not in methods():
-                raise ValueError(f"names {name!r}, which is no method.{did_you_mean(name, list(methods()))}")
-            if "tasks" in methods()[name].needs:
+            try:
+                method = find_method(name)
+            except RecipeError as error:
+                near = did_you_mean(name, list(methods()))
+                raise ValueError(f"names {name!r}, which is no method.{near}") from error
+            if "tasks" in method.needs():
                 raise ValueError(f"names {name!r}, which learns from other tasks. Run it by `regraft recycle`.")
         return tuple(dict.fromkeys(name for name in names if name != "scratch"))
 

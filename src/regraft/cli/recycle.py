@@ -13,7 +13,7 @@ def recycle(
     adaptation: options.AdaptationFolder,
     task: options.TaskFile,
     out: options.Out,
-    method: Annotated[str, typer.Option(help="`regraft methods` lists them.")] = "init+distill",
+    method: Annotated[str, typer.Option(help="One that `regraft methods` lists, or START+OBJECTIVE.")] = "init+distill",
     head: Annotated[
         str, typer.Option(help="copy the old head; resize it to the task's labels, by name; or a fresh one.")
     ] = "copy",

@@ -1,10 +1,12 @@
-"""Recycling methods, one file each, and what runs them."""
+"""Recycling methods, starts and objectives, and what runs them."""
 
 from regraft.methods.compare import Comparison, Row, compare
 from regraft.methods.convert import Conversion, convert
-from regraft.methods.method import Job, Method
+from regraft.methods.job import Job
+from regraft.methods.method import Method, Objective, Part, Start
+from regraft.methods.options import describe_methods, parse_options
 from regraft.methods.recycle import recycle
-from regraft.methods.registry import describe_methods, find_method, methods, parse_options
+from regraft.methods.registry import find_method, methods, parts
 from regraft.methods.tune import tune
 
 __all__ = [
@@ -12,13 +14,17 @@ __all__ = [
     "Conversion",
     "Job",
     "Method",
+    "Objective",
+    "Part",
     "Row",
+    "Start",
     "compare",
     "convert",
     "describe_methods",
     "find_method",
     "methods",
     "parse_options",
+    "parts",
     "recycle",
     "tune",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.lora import ADAPTER, START
 from regraft.errors import KindError, RecipeError
-from regraft.methods.method import Job, Method
+from regraft.methods.method import Start
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.adaptation import Family
     from regraft.base import Base
+    from regraft.methods.job import Job
     from regraft.model.blockwise import Walk
 
 
@@ -44,7 +45,7 @@ class Aligned:
             raise RecipeError(f"shrink is from 0 to 1 (found {self.shrink}), texts at least 1 ({self.texts}).")
 
 
-def run(job: Job, options: Aligned) -> list[dict[str, float]]:
+def graft_aligned(job: Job, options: Aligned) -> Any:
     """Find an orthogonal map for the inputs and the outputs of each module, and turn its delta by both.
 
     With x_n ≈ R·x_o and y_n ≈ S·y_o on the same tokens of the task's texts, a linear layer's D becomes S·D·Rᵀ, of a
@@ -57,15 +58,14 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
         options: How.
 
     Returns:
-        No learning curve: nothing is trained.
+        The model, ready to be tuned.
 
     Raises:
         KindError: The adaptation is of another kind, or nothing of it can be turned.
     """
-    from regraft.adaptation import fresh_model, load_model, save_model
+    from regraft.adaptation import fresh_model, load_model
     from regraft.adaptation.changes import KINDS
     from regraft.adaptation.rework import check_reworkable
-    from regraft.adaptation.tokens import tuned_rows
     from regraft.model.blockwise import Walk
     from regraft.model.examples import encode_alike
 
@@ -81,9 +81,7 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
     ]
     turned, rotations = _Turned(grafted, tuned, upgrade.old, job.adaptation.family), _Rotations(options.shrink)
     is_head = False
-    tables = _tables(
-        walks, () if tuned_rows(job.adaptation, upgrade) is None else upgrade.old.architecture.token_parameters
-    )
+    tables = _tables(walks, () if job.rows is None else upgrade.old.architecture.token_parameters)
     for part in range(walks[0].parts):
         for name, (fed, given) in _spaces(walks, tables).items():
             if is_head:  # what comes after a head's first layer has that one's coordinates, which stay
@@ -104,8 +102,7 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
         job.notes["passed_over"] = dict.fromkeys(
             passed_over, "no linear layer or norm, nor an embedding of the same tokens"
         )
-    save_model(grafted.cpu(), upgrade.new, labels, job.into)
-    return []
+    return grafted
 
 
 def _spaces(
@@ -323,4 +320,6 @@ def _set(weight: torch.Tensor, delta: torch.Tensor, right: torch.Tensor | None, 
         weight.add_((turned - delta.double()).reshape(weight.shape).to(weight))
 
 
-METHOD = Method("aligned", "turn the old delta into the new base's coordinates", ("text",), run, Aligned)
+ALIGNED = Start(
+    "aligned", graft_aligned, Aligned, summary="turn the old delta into the new base's coordinates", needs=("text",)
+)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from regraft.checkpoint import is_sealed, seal
 from regraft.errors import KindError, RecipeError
 from regraft.methods import ladder
-from regraft.methods.method import Job, Method
+from regraft.methods.method import Method, Part
+from regraft.methods.objectives import DISTILL
+from regraft.tuning.distill import Distillation
 from regraft.tuning.recipe import SEEDS
 
 HOPELESS = 0.5
@@ -20,7 +22,9 @@ HOPELESS = 0.5
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from regraft.methods.job import Job
     from regraft.methods.ladder import Bar
+    from regraft.methods.method import Curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Auto:
             raise RecipeError("a target needs labels on dev; without labels the old model is what is to be met.")
 
 
-def run(job: Job, options: Auto) -> list[dict[str, float]]:
+def climb_ladder(job: Job, options: Auto) -> list[dict[str, float]]:
     """Climb the ladder until a rung passes, or until climbing no longer helps.
 
     A rung passes if its score on dev, minus the target's, is above −tolerance with the wanted confidence. The target
@@ -146,15 +150,12 @@ class _Climb:
 
         method = find_method(name)
         try:
-            return self._rung(name, lambda part: method.run(part, method.options() if method.options else None))
+            return self._rung(name, method.run)
         except KindError:
             return None
 
     def tune_on(self, done: float, budget: float) -> dict[str, Any]:
         """Tune from the best rung so far, from a share of the steps to a larger one, a fading teacher beside labels."""
-        from regraft.adaptation import load_adaptation, load_model
-        from regraft.tuning.distill import Distillation
-
         best = self.best(0.0)["rung"]
         steps = self.job.recipe.steps or 1
         share = max(1, round(steps * budget) - round(steps * done))
@@ -163,13 +164,12 @@ class _Climb:
             seed=(self.job.recipe.seed + round(steps * done)) % SEEDS,
         )  # fmt: skip
 
-        def go_on(part: Job) -> list[dict[str, float]]:
-            part = dataclasses.replace(part, recipe=recipe)
-            start = load_adaptation(self.folder(best) / "adaptation")
-            model = load_model(start, part.upgrade.new, part.data.labels, trainable=True)
-            return part.tune(model, Distillation(decay="linear"))
+        def tune_further(part: Job) -> Curve:
+            model = dataclasses.replace(part, into=self.folder(best) / "adaptation").load()
+            curve: Curve = DISTILL.run(dataclasses.replace(part, recipe=recipe), model, Distillation(decay="linear"))
+            return curve
 
-        return self._rung(f"{best.partition(',')[0]}, tuned {100 * budget:.0f} %", go_on)
+        return self._rung(f"{best.partition(',')[0]}, tuned {100 * budget:.0f} %", tune_further)
 
     def _rung(self, name: str, run: Any) -> dict[str, Any]:
         folder = self.folder(name)
@@ -177,7 +177,7 @@ class _Climb:
         if not is_sealed(whole):
             shutil.rmtree(folder / "adaptation", ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
-            part = dataclasses.replace(self.job, work=folder, into=folder / "adaptation", notes={})
+            part = dataclasses.replace(self.job, work=folder, into=folder / "adaptation", notes={}, labelled=set())
             started = time.perf_counter()
             curve = run(part)
             seconds = curve[-1]["seconds"] if curve else time.perf_counter() - started
@@ -212,4 +212,10 @@ def _climb(climb: _Climb, bar: Bar, options: Auto) -> tuple[dict[str, Any], str]
     return best, f"nothing passes ({why}): {best['rung']} is taken, {bar.describe(best)}"
 
 
-METHOD = Method("auto", "the cheapest of the methods that passes a test", ("labels", "training"), run, Auto)
+def _needs(options: Auto) -> tuple[str, ...]:
+    return ("labels" if options.labels else "text", "training")
+
+
+AUTO = Method(
+    "auto", "the cheapest of the methods that passes a test", (Part("auto", climb_ladder, Auto, needs=_needs),)
+)

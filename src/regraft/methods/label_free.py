@@ -1,4 +1,4 @@
-"""`label-free`: start from the old weights, and learn from the old tuned model on raw text alone.
+"""`label-free`: learn from the old tuned model on raw text alone.
 
 Source: the start and the loss are those of Qin et al., 2023 (arXiv:2305.08702), section 5, without its labels.
 """
@@ -9,9 +9,11 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.methods.method import Job, Method
+from regraft.methods.method import BY_OLD_HEAD, Objective
 
 if TYPE_CHECKING:
+    from regraft.methods.job import Job
+    from regraft.methods.method import Curve
     from regraft.task import Split
 
 
@@ -41,14 +43,15 @@ class LabelFree:
             )
 
 
-def run(job: Job, options: LabelFree) -> list[dict[str, float]]:
-    """Start where `direct` ends, and bring the new model to say what the old one says; no label is read.
+def distil_on_texts(job: Job, model: Any, options: LabelFree) -> Curve:
+    """Bring the new model to say what the old one says; no label is read.
 
     The best weights are those whose outputs on dev are closest to the old model's. How much both err there, and what
     the new base knows better, cannot be seen so.
 
     Args:
         job: What and where.
+        model: What is tuned.
         options: What is learnt, and from which texts.
 
     Returns:
@@ -58,10 +61,10 @@ def run(job: Job, options: LabelFree) -> list[dict[str, float]]:
 
     if options.text:
         job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text)))
-    job.notes["labels"] = 0
+    job.notes["labels"] = len(job.labelled)
     job.notes["score"] = "overlap of class probabilities with the old model's on dev"
     loss = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature, decay="none")
-    return job.tune(job.grafted(), loss, teacher_judges=True)
+    return job.tune(model, loss, teacher_judges=True)
 
 
 def contents(options: LabelFree, seed: int) -> dict[str, Any]:
@@ -105,11 +108,12 @@ def read_texts(file: str) -> Split:
     return Split("train", file, texts, np.zeros(len(texts), dtype=np.int64), np.arange(1, len(texts) + 1))
 
 
-METHOD = Method(
+LABEL_FREE = Objective(
     "label-free",
-    "start from direct, learn from the old model on raw text",
-    ("text", "training"),
-    run,
+    distil_on_texts,
     LabelFree,
-    contents,
+    summary="learn from the old model on raw text",
+    needs=("text", "training"),
+    heads=BY_OLD_HEAD,
+    contents=contents,
 )

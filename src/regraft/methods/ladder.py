@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from regraft.methods.method import Job
+    from regraft.methods.job import Job
     from regraft.task import Interval, TaskData
 
 

@@ -12,12 +12,14 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.methods.method import Job, Method
+from regraft.methods.evidence import gather
+from regraft.methods.method import BY_OLD_HEAD, Start
 
 if TYPE_CHECKING:
     import torch
 
-    from regraft.methods.reworked import Evidence
+    from regraft.methods.evidence import Evidence
+    from regraft.methods.job import Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,27 +42,21 @@ class Masking:
             raise RecipeError(f"labels is 0 or more examples a class, found {self.labels}.")
 
 
-def run(job: Job, options: Masking) -> list[dict[str, float]]:
+def graft_masked(job: Job, options: Masking) -> None:
     """Measure the gradient at the new base under the old head, and keep what of the delta agrees with it.
 
     Args:
         job: What and where.
         options: What on.
-
-    Returns:
-        No learning curve: nothing is trained.
     """
     from regraft.adaptation.rework import check_reworkable
-    from regraft.adaptation.tokens import tuned_rows
-    from regraft.methods.reworked import gather, graft_reworked
     from regraft.weights import mask_agreement
 
     check_reworkable(job.adaptation)
     evidence = gather(job, options.labels)
-    rows = tuned_rows(job.adaptation, job.upgrade)
-    bare = job.adaptation.family.without_delta(job.grafted(), job.upgrade, rows)
+    bare = job.adaptation.family.without_delta(job.grafted(), job.upgrade, job.rows)
     gradients = _gradients(bare, evidence, job)
-    kept: list[tuple[int, int]] = []
+    rows, kept = job.rows, list[tuple[int, int]]()
     sides = zip(rows.new_row, rows.tuned_row, rows.old_row, strict=True) if rows else ()
     shared = [row for row, of_each in enumerate(sides) if min(of_each) >= 0]  # of tokens that have a delta
 
@@ -72,11 +68,9 @@ def run(job: Job, options: Masking) -> list[dict[str, float]]:
         kept.append((int(masked.count_nonzero()), int(delta.count_nonzero())))
         return masked
 
-    graft_reworked(job, rule)
-    job.notes["labels"] = evidence.labels
+    job.graft_reworked(rule)
     if total := sum(count for _, count in kept):
         job.notes["kept"] = round(sum(count for count, _ in kept) / total, 4)  # of the entries that tuning changed
-    return []
 
 
 def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
@@ -104,4 +98,11 @@ def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tens
     return job.adaptation.family.as_reworked(inside, body) | outside
 
 
-METHOD = Method("masked", "keep what of the old delta agrees with the new base's gradient", ("labels",), run, Masking)
+MASKED = Start(
+    "masked",
+    graft_masked,
+    Masking,
+    summary="keep what of the old delta agrees with the new base's gradient",
+    needs=lambda options: ("labels",) if options.labels else ("text",),
+    heads=BY_OLD_HEAD,
+)

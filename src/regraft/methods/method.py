@@ -1,151 +1,195 @@
-"""What a recycling method is, and the job it is given."""
+"""What a method is: a start, and where it trains an objective; each declares what it takes and needs."""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation import HEAD_POLICIES
+from regraft.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
-    from regraft.adaptation import Adaptation, HeadPolicy
-    from regraft.progress import Progress
-    from regraft.task import TaskData
-    from regraft.tuning import Anchored, Distillation, Recipe
-    from regraft.upgrade import Upgrade
+    from regraft.methods.job import Job
+
+    Curve = list[dict[str, float]]
+    Needs = tuple[str, ...]
+    Heads = tuple[str, ...]
+
+NEEDS = ("labels", "text", "tasks", "training")
+BY_OLD_HEAD: Heads = ("copy",)  # for what goes by the outputs of the old head
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One adaptation to carry over, and where.
+class Part:
+    """What a method consists of: a function with options, and what it takes and needs.
 
     Args:
-        upgrade: The old and the new base.
-        adaptation: What was tuned on the old one.
-        data: The task's examples, classes in the order of the new head.
-        recipe: Resolved for this data.
-        work: A folder in which an interrupted job is gone on from.
-        into: The folder to fill with the new adaptation.
-        progress: Told of each step.
-        head: What becomes of the old head where the old weights are put onto the new base.
-        replace: Whether what an adapter stores in place of its base's tensors is put onto the new base as it is stored.
-        notes: What the method found out, recorded in the outcome as JSON; `labels`, if it is there, is how many
-            labelled examples it used in all, counted from the learning curve's steps if it is not.
+        name: Its name, which also qualifies its options.
+        run: What it does.
+        options: The dataclass of its options, if it has any.
+        summary: One line on what it does; an objective's continues "start from …".
+        needs: Of `labels`, `text` (of the task, unlabelled), `tasks` (others, tuned on both bases) and `training`, what
+            it needs, or a function of its options that returns that.
+        heads: The policies for the old head that it takes, or a function of its options that returns them.
+        contents: Identifies the content of files that the options name, from the options and the seed, as JSON by
+            name: part of what an outcome is made from.
     """
 
-    upgrade: Upgrade
-    adaptation: Adaptation
-    data: TaskData
-    recipe: Recipe
-    work: Path
-    into: Path
-    progress: Progress
-    head: HeadPolicy = "copy"
-    replace: bool = False
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    name: str
+    run: Callable[..., Any]
+    options: Any = None
+    summary: str = ""
+    needs: Needs | Callable[[Any], Needs] = ()
+    heads: Heads | Callable[[Any], Heads] = HEAD_POLICIES
+    contents: Callable[[Any, int], dict[str, Any]] | None = None
 
-    def fresh(self) -> Any:
-        """Return the new base as scratch tunes it: with a fresh head, and a fresh adapter if the old weights are one.
 
-        Returns:
-            The model.
-        """
-        from regraft.adaptation import attach, fresh_model
+class Start(Part):
+    """A way to put old weights onto the new base; by itself it is a method without training.
 
-        model = fresh_model(self.upgrade.new, self.data.labels, self.recipe.seed)
-        config = self.adaptation.family.read_config(self.adaptation, afresh=True)
-        return attach(model, self.upgrade.new, config, self.recipe.seed)
+    `run(job, options)` returns the model, or fills `job.into` and returns None.
+    """
 
-    def graft(self, into: Path) -> None:
-        """Write the old weights put onto the new base, with the head that is wanted.
 
-        Args:
-            into: The folder to fill.
-        """
-        from regraft.adaptation import change_head, write_graft
-
-        graft = self.work / "graft" / "kept" if self.head != "copy" else into
-        self.notes.update(write_graft(self.adaptation, self.upgrade, graft, self.progress, replace=self.replace))
-        if self.head == "copy":
-            return
-        change_head(graft, self.upgrade.new, self.data.labels, self.head, self.recipe.seed, into)
-
-    def grafted(self) -> Any:
-        """Return the new base with the old weights put onto it, ready to be tuned further.
-
-        Returns:
-            The model.
-        """
-        from regraft.adaptation import load_adaptation, load_model
-
-        folder = self.work / "graft" / "weights"
-        self.graft(folder)
-        return load_model(load_adaptation(folder), self.upgrade.new, self.data.labels, trainable=True)
-
-    def teacher(self) -> Any:
-        """Return the old adaptation on the old base, as a model whose parameters are named and shaped as the new one's.
-
-        Returns:
-            The model, frozen if the adaptation is an adapter.
-        """
-        from regraft.adaptation import load_adaptation, load_model, write_graft
-        from regraft.upgrade import Upgrade
-
-        old, adaptation = self.upgrade.old, self.adaptation
-        if adaptation.changed_base:  # its plain form has other sizes
-            folder = self.work / "teacher"
-            write_graft(adaptation, Upgrade(old, old), folder, self.progress)
-            adaptation = load_adaptation(folder)
-        return load_model(adaptation, old, self.data.labels)
-
-    def tune(
-        self,
-        model: Any,
-        options: Distillation | None = None,
-        anchor: Anchored | None = None,
-        *,
-        teacher_judges: bool = False,
-    ) -> list[dict[str, float]]:
-        """Tune a model on the task, from a teacher if options are given, and write it into its folder.
-
-        Args:
-            model: From `fresh` or `grafted`.
-            options: The distillation's weights; the teacher is the old adaptation on the old base.
-            anchor: How the weights are held to where they start, if they are.
-            teacher_judges: Whether the best weights are those closest to the teacher, whatever the labels say.
-
-        Returns:
-            The learning curve.
-        """
-        from regraft.adaptation import save_model, start_of
-        from regraft.tuning import Teacher, tune_model
-
-        start = start_of(model)
-        teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_judges) if options else None
-        curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher, anchor)
-        save_model(model, self.upgrade.new, self.data.labels, self.into, start)
-        return curve
+class Objective(Part):
+    """A way to tune a model: `run(job, model, options)` fills `job.into` and returns the learning curve."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A way to get an adaptation for the new base.
 
+    Its functions take the options of its parts: those of one part, several in a tuple, or None; what is left out has
+    its defaults.
+
     Args:
-        name: What it is called on the command line and in outcomes.
+        name: Its name on the command line and in outcomes.
         summary: One line on what it does.
-        needs: Of `labels`, `text` (of the task, unlabelled), `tasks` (others, tuned on both bases) and `training`, what
-            it needs.
-        run: Fills the job's folder with an adaptation and returns the learning curve, empty without training.
-        options: The dataclass of its options, if it has any.
-        contents: Identifies the content of files that the options name, from the options and the seed, as JSON by
-            name: part of what an outcome is made from.
+        parts: A start; or a start and an objective; or a part that is neither, whose `run(job, options)` fills
+            `job.into` and returns the learning curve.
     """
 
     name: str
     summary: str
-    needs: tuple[str, ...]
-    run: Callable[[Job, Any], list[dict[str, float]]]
-    options: Any = None
-    contents: Callable[[Any, int], dict[str, Any]] | None = None
+    parts: tuple[Part, ...]
+
+    def complete(self, options: Any = None) -> tuple[Any, ...]:
+        """Return the options of each part.
+
+        Args:
+            options: Of one part, of several in a tuple, or None.
+
+        Returns:
+            A dataclass a part, with defaults where none was passed; None for a part without options.
+
+        Raises:
+            RecipeError: The method has no such options, or some are passed twice.
+        """
+        passed = list(options) if isinstance(options, tuple) else [options]
+        passed = [each for each in passed if each is not None]
+        complete = []
+        for part in self.parts:
+            own = next((each for each in passed if part.options and type(each) is part.options), None)
+            if own is not None:
+                passed.remove(own)
+            complete.append(part.options() if own is None and part.options else own)
+        if passed:
+            kinds = [part.options.__name__ for part in self.parts if part.options]
+            raise RecipeError(f"method {self.name} takes {' and '.join(kinds) or 'no options'}, found {passed[0]!r}.")
+        return tuple(complete)
+
+    def needs(self, options: Any = None) -> Needs:
+        """Return what the method needs.
+
+        Args:
+            options: As in `complete`.
+
+        Returns:
+            Some of `NEEDS`, in that order; a labelled task has texts, so that `text` is never beside `labels`.
+        """
+        needed: set[str] = set()
+        for part, own in self._with(options):
+            needed.update(part.needs(own) if callable(part.needs) else part.needs)
+        return tuple(need for need in NEEDS if need in needed and not (need == "text" and "labels" in needed))
+
+    def heads(self, options: Any = None) -> Heads:
+        """Return the policies for the old head that the method takes.
+
+        Args:
+            options: As in `complete`.
+
+        Returns:
+            Some of `HEAD_POLICIES`.
+        """
+        heads = [part.heads(own) if callable(part.heads) else part.heads for part, own in self._with(options)]
+        return tuple(head for head in HEAD_POLICIES if all(head in each for each in heads))
+
+    def contents(self, options: Any, seed: int) -> dict[str, Any]:
+        """Identify the content of the files that the options name.
+
+        Args:
+            options: As in `complete`.
+            seed: What few-shot draws follow from.
+
+        Returns:
+            JSON by name: part of what an outcome is made from.
+        """
+        named: dict[str, Any] = {}
+        for part, own in self._with(options):
+            named |= part.contents(own, seed) if part.contents else {}
+        return named
+
+    def record(self, options: Any = None) -> dict[str, Any] | None:
+        """Return the options as outcomes record them.
+
+        Args:
+            options: As in `complete`.
+
+        Returns:
+            None without options. Where start and objective both have some, those of the objective, and as `START.NAME`
+            those of the start that are not at their defaults: outcomes of `ridge+distill` never recorded the others.
+        """
+        chosen = [(part, own) for part, own in self._with(options) if own is not None]
+        if not chosen:
+            return None
+        recorded = dataclasses.asdict(chosen[-1][1])
+        for part, own in chosen[:-1]:
+            defaults = dataclasses.asdict(part.options())
+            changed = {name: value for name, value in dataclasses.asdict(own).items() if value != defaults[name]}
+            recorded |= {f"{part.name}.{name}": value for name, value in changed.items()}
+        return recorded
+
+    def run(self, job: Job, options: Any = None) -> Curve:
+        """Fill a job's folder with an adaptation.
+
+        Args:
+            job: What and where.
+            options: As in `complete`.
+
+        Returns:
+            The learning curve; empty without training.
+        """
+        (start, own), *rest = self._with(options)
+        if not isinstance(start, Start):
+            whole: Curve = start.run(job, own)
+            return whole
+        if not rest:
+            model = start.run(job, own)
+            if model is not None:
+                job.save(model.cpu())
+            return []
+        into = job.work / "start"
+        shutil.rmtree(into, ignore_errors=True)  # what an interrupted run left
+        begun = dataclasses.replace(job, into=into)
+        model = start.run(begun, own)
+        if model is None:
+            model = begun.load()
+        ((objective, own),) = rest
+        curve: Curve = objective.run(job, model, own)
+        return curve
+
+    def _with(self, options: Any) -> list[tuple[Part, Any]]:
+        return list(zip(self.parts, self.complete(options), strict=True))

@@ -6,32 +6,29 @@ projections that keep merged task vectors from adding what they have in common.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from regraft.methods.method import Job, Method
+from regraft.methods.method import Start
 
 if TYPE_CHECKING:
     import torch
 
+    from regraft.methods.job import Job
 
-def run(job: Job, options: Any) -> list[dict[str, float]]:
+
+def graft_orthogonal(job: Job, options: None) -> None:
     """Take the component along the shift out of every tensor's delta.
 
     Args:
         job: What and where.
         options: None.
-
-    Returns:
-        No learning curve: nothing is trained.
     """
-    from regraft.methods.reworked import graft_reworked
     from regraft.weights import orthogonal_shift
 
     def rule(_: str, delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         return orthogonal_shift(delta, shift)
 
-    graft_reworked(job, rule)
-    return []
+    job.graft_reworked(rule)
 
 
-METHOD = Method("orthogonal", "take out of the old delta what the upgrade itself changed", (), run)
+ORTHOGONAL = Start("orthogonal", graft_orthogonal, summary="take out of the old delta what the upgrade itself changed")

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import KindError, RecipeError
-from regraft.methods.method import Job, Method
+from regraft.methods.method import Start
 from regraft.methods.projection import Projection
 
 if TYPE_CHECKING:
@@ -21,37 +21,33 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.vector import Vector
+    from regraft.methods.job import Job
 
 logger = logging.getLogger(__name__)
 
 FEWEST = 3
 
 
-def run(job: Job, options: Projection) -> list[dict[str, float]]:
+def graft_mapped(job: Job, options: Projection) -> None:
     """Learn the map, and put what it makes of the old weights onto the new base; the head is copied.
 
     Args:
         job: What and where.
         options: What from, and how.
 
-    Returns:
-        No learning curve: nothing is trained on this task.
-
     Raises:
         KindError: The weights have numbers for each token, and the vocabularies differ.
     """
-    from regraft.adaptation.tokens import tuned_rows
-
     if not options.pairs:
         raise RecipeError(
             "method project learns from other tasks: give pairs, as in pairs=[old1=new1,old2=new2], of what was tuned "
             "on the old and on the new base."
         )
     if job.upgrade.old.fingerprint == job.upgrade.new.fingerprint:  # nothing to be mapped to
-        job.graft(job.into)
-        return []
+        job.graft()
+        return
     adaptation = job.adaptation
-    if adaptation.family.has_numbers_by_token(adaptation) and tuned_rows(adaptation, job.upgrade) is not None:
+    if adaptation.family.has_numbers_by_token(adaptation) and job.rows is not None:
         raise KindError(
             f"{job.upgrade.old.path} and {job.upgrade.new.path} have other vocabularies, and a map is learned from "
             "number to number. Take direct."
@@ -61,14 +57,13 @@ def run(job: Job, options: Projection) -> list[dict[str, float]]:
 
         mapped = distil_map(job, options)
         _write(job, mapped, mapped.__getitem__)
-        return []
+        return
     from regraft.methods.pairs import read_pairs
 
     pairs = read_pairs(options.pairs, job.adaptation, job.upgrade)
     vector = adaptation.family.vector(adaptation, job.upgrade.old)
     weights = _regress(pairs, vector, options, job)
     _write(job, vector.names, lambda name: _map(name, vector, pairs, weights, residual=options.residual))
-    return []
 
 
 def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Projection, job: Job) -> list[float]:
@@ -131,7 +126,6 @@ def _map(
 def _write(job: Job, names: Collection[str], numbers: Callable[[str], torch.Tensor]) -> None:
     """Write the adaptation with the numbers that the map returns for the names of its vector."""
     from regraft.adaptation.graft import write_carried
-    from regraft.methods.reworked import write_with_head
 
     adaptation, upgrade = job.adaptation, job.upgrade
 
@@ -139,7 +133,7 @@ def _write(job: Job, names: Collection[str], numbers: Callable[[str], torch.Tens
         carried = adaptation.family.substitute(adaptation, upgrade, names, numbers, job.progress, replace=job.replace)
         job.notes.update(write_carried(adaptation, upgrade, carried, into, job.progress))
 
-    write_with_head(job, write)
+    job.fill(write)
 
 
 def contents(options: Projection, seed: int) -> dict[str, Any]:
@@ -163,4 +157,11 @@ def contents(options: Projection, seed: int) -> dict[str, Any]:
     return {"pairs": pairs}
 
 
-METHOD = Method("project", "map old weights to new ones, as other tasks tell", ("tasks",), run, Projection, contents)
+PROJECT = Start(
+    "project",
+    graft_mapped,
+    Projection,
+    summary="map old weights to new ones, as other tasks tell",
+    needs=("tasks",),
+    contents=contents,
+)

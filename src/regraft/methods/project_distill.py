@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.vector import Vector
-    from regraft.methods.method import Job
+    from regraft.methods.job import Job
     from regraft.methods.projection import Projection
     from regraft.task.types import Examples, Likelihood
     from regraft.tuning import Distillation

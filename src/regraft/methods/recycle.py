@@ -22,16 +22,17 @@ from regraft.adaptation import (
 from regraft.adaptation.tokens import tuned_rows, with_own_tokens
 from regraft.checkpoint import check_finite, resumable_folder
 from regraft.errors import CheckpointError, MismatchError, RecipeError
-from regraft.methods.label_free import LabelFree
-from regraft.methods.method import Job
-from regraft.methods.registry import check_options, find_method
+from regraft.methods.job import Job
+from regraft.methods.options import check_options
+from regraft.methods.registry import find_method
 from regraft.model.deployment import check_effect, match_labels
 from regraft.progress import Progress, silent
 from regraft.task import chance_score, load_data, score
-from regraft.tuning.distill import Distillation
 from regraft.tuning.recipe import Recipe, check_trained
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from regraft.base import Base
     from regraft.checkpoint import Checkpoint
     from regraft.task import Task, TaskData
@@ -60,10 +61,11 @@ def recycle(
         upgrade: The old and the new base.
         adaptation: What was tuned on the old base, or its folder.
         task: The task it was tuned for: a task file, a `Task` or its data.
-        method: The name of one of `regraft.methods.methods()`.
+        method: The name of one of `regraft.methods.methods()`, or START+OBJECTIVE.
         out: Where the outcome folder is written. If it is there, made from the same, nothing is done.
         recipe: How to train.
-        options: The method's own options, as `Distillation`; None for its defaults.
+        options: The method's own options, as `Distillation`; a tuple of those of its start and its objective; None for
+            defaults.
         head: `copy` the old head, whose labels must be the task's; `resize` it to the task's labels, matched by name;
             or put a `fresh` one on the old weights.
         replace: Put what an adapter stores in place of its base's tensors (embeddings, norms, biases, magnitudes of a
@@ -82,28 +84,26 @@ def recycle(
         RecipeError: There is no such method, or an option is out of its range.
     """
     chosen, recipe, out = find_method(method), recipe or Recipe(), Path(out)
-    if chosen.options and options is None:
-        options = chosen.options()
-    if type(options) is not (chosen.options or type(None)):
-        raise RecipeError(f"method {method} takes {chosen.options or 'no options'}, found {options!r}.")
+    options = chosen.complete(options)
     check_options(method, options)
     if not isinstance(adaptation, Adaptation):
         adaptation = load_adaptation(adaptation)
     if head not in HEAD_POLICIES:
         raise RecipeError(f"head is one of {', '.join(HEAD_POLICIES)}, found {head!r}.")
-    if head != "copy" and isinstance(options, (Distillation, LabelFree)):
-        raise RecipeError(f"method {method} learns the old head's outputs: it takes head copy only, found {head}.")
+    if head not in (heads := chosen.heads(options)):
+        taken = " or ".join(heads)
+        raise RecipeError(f"method {method} goes by the old head's outputs: it takes head {taken} only, found {head}.")
     lineage = adaptation.check_base(upgrade.old, force=force)
     upgrade = with_own_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
-    if getattr(options, "labels", "labels" in chosen.needs):
+    if "labels" in chosen.needs(options):
         data.require_labels(f"method {method}")
     data = data.with_room(adaptation.virtual_tokens, upgrade.new.longest)
     if head == "copy":
         data = match_labels(adaptation, data)
     inputs: dict[str, Any] = {
         "method": method,
-        "options": dataclasses.asdict(options) if options is not None else None,
+        "options": chosen.record(options),
         "recipe": dataclasses.asdict(recipe),
         "head": head,
         "task": data.digest(),
@@ -115,8 +115,7 @@ def recycle(
         inputs["replace"] = replace
     elif replace:
         raise RecipeError(f"{adaptation.path}: stores nothing in place of its base's tensors: leave out replace.")
-    if chosen.contents:
-        inputs |= chosen.contents(options, recipe.seed)
+    inputs |= chosen.contents(options, recipe.seed)
     if done := find_outcome(out, inputs, (upgrade.old, upgrade.new)):
         return done
     upgrade.check_finite()
@@ -134,15 +133,16 @@ def recycle(
         if done := find_outcome(out, inputs, (upgrade.old, upgrade.new)):  # another process has made it since
             return done
         staging = new_folder(work / "whole")
-        job = Job(upgrade, adaptation, data, resolved, work, staging / "adaptation", progress, head, replace)
-        if rows := tuned_rows(adaptation, upgrade):
+        rows, into = tuned_rows(adaptation, upgrade), staging / "adaptation"
+        job = Job(upgrade, adaptation, data, resolved, work, into, progress, rows, head, replace)
+        if rows:
             job.notes["vocabulary"] = rows.summary()
         started = time.perf_counter()
         curve = chosen.run(job, options)
         job.notes.setdefault("seconds", round(curve[-1]["seconds"] if curve else time.perf_counter() - started, 2))
         return record_outcome(
             staging, out, upgrade.new, data, resolved, curve, inputs, method=method,
-            recycled_from=source, notes=job.notes, progress=progress,
+            recycled_from=source, notes=job.notes, labelled=job.labelled, progress=progress,
         )  # fmt: skip
 
 
@@ -158,6 +158,7 @@ def record_outcome(
     method: str,
     recycled_from: dict[str, Any] | None,
     notes: dict[str, Any] | None = None,
+    labelled: Collection[int] = (),
     progress: Progress,
 ) -> Outcome:
     """Load the adaptation that was just written, score it on dev and test, and publish the outcome.
@@ -173,6 +174,7 @@ def record_outcome(
         method: How it was made.
         recycled_from: Where it comes from, if it was recycled.
         notes: What the method found out; `labels` and `seconds` of it, where it has them, are its cost.
+        labelled: Rows of the training examples whose labels were read beside those of the learning curve's steps.
         progress: Told of each batch.
 
     Returns:
@@ -182,8 +184,6 @@ def record_outcome(
         MismatchError: Its weights or outputs are infinite or not a number, and nothing was trained.
         RecipeError: The same after training.
     """
-    import numpy as np
-
     from regraft.adaptation import load_model
     from regraft.model import device, encode, predict
     from regraft.tuning import plan_order
@@ -231,10 +231,10 @@ def record_outcome(
     curve = curve or [{"step": 0, "seconds": 0.0, "score": float(dev or 0.0)}]
     steps = int(curve[-1]["step"])
     best = max(curve, key=lambda point: (point["score"], -point["step"]))
-    seen = 0
+    labels_read = set(labelled)
     if steps:
-        lengths = encode(base, data, data.train).lengths
-        seen = len(np.unique(plan_order(lengths, recipe.batch_size, steps, recipe.seed)))
+        order = plan_order(encode(base, data, data.train).lengths, recipe.batch_size, steps, recipe.seed)
+        labels_read.update(data.train.rows[order].tolist())
     record = {
         "method": method,
         "kind": adaptation.kind,
@@ -248,7 +248,7 @@ def record_outcome(
         "cost": {
             "steps": steps,
             "seconds": notes.pop("seconds", round(curve[-1]["seconds"], 2)),
-            "labels": notes.pop("labels", seen),
+            "labels": notes.pop("labels", len(labels_read)),
         },
         "notes": notes,
         "base": {"name": base.name, "fingerprint": base.fingerprint},

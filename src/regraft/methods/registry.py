@@ -1,51 +1,73 @@
-"""The methods there are: every module of this package that defines `METHOD`."""
+"""The methods there are: the starts and objectives of this package and of installed distributions, and their names."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import importlib
-import math
 import pkgutil
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
+from regraft.methods.method import Method, Objective, Part, Start
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+Registered = Start | Objective | Method
 
-    from regraft.methods.method import Method
-
-TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str}
-ORDER = (
-    *("scratch", "direct", "init", "distill", "init+distill", "project"),  # the paper's
-    *("ridge", "scaled", "masked", "aligned", "trimmed", "orthogonal"),
-    *("ridge+init", "ridge+distill", "anchored", "interpolation", "label-free", "auto"),
-)
+GROUP = "regraft.methods"
+# What each listed name stands for, in the order of the list: the paper's, those without training, those with. Whatever
+# else is registered comes after them; other combinations are looked up and not listed.
+NAMES = {
+    "scratch": "scratch+labels",
+    "direct": "direct",
+    "init": "direct+labels",
+    "distill": "scratch+distill",
+    "init+distill": "direct+distill",
+    **{name: name for name in ("project", "ridge", "scaled", "masked", "aligned", "trimmed", "orthogonal")},
+    "ridge+init": "ridge+labels",
+    "ridge+distill": "ridge+distill",
+    "anchored": "direct+anchored",
+    "interpolation": "direct+interpolation",
+    "label-free": "direct+label-free",
+    "auto": "auto",
+}
+ORDER = list(dict.fromkeys(name for formula in NAMES.values() for name in formula.split("+")))
+SUMMARIES = {
+    "scratch": "tune the new base from a fresh head: the reference",
+    "distill": "tune from a fresh head with the old model as teacher",
+}
 
 
 @functools.cache
 def methods() -> dict[str, Method]:
-    """Find every method.
+    """List the methods that have a name of their own; any START+OBJECTIVE is a method besides.
 
     Returns:
-        The methods by name: the paper's, those without training, those with; then others by name.
+        The methods by name: the paper's, those without training, those with; then those of other distributions.
+
+    Raises:
+        RecipeError: A distribution registers what is no method, or under a name that is taken.
     """
-    found: dict[str, Method] = {}
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        method = getattr(importlib.import_module(f"regraft.methods.{module.name}"), "METHOD", None)
-        if method:
-            found[method.name] = method
-    return dict(sorted(found.items(), key=lambda item: (ORDER.index(item[0]) if item[0] in ORDER else 99, item[0])))
+    return {name: find_method(name) for name in (*NAMES, *(name for name in _registered() if name not in ORDER))}
+
+
+def parts(kind: type[Part]) -> list[str]:
+    """List what methods are composed of.
+
+    Args:
+        kind: `Start` or `Objective`.
+
+    Returns:
+        The names of those that are registered.
+    """
+    return [name for name in _registered() if isinstance(find_registered(name), kind)]
 
 
 def find_method(name: str) -> Method:
     """Look a method up.
 
     Args:
-        name: Its name.
+        name: One of `methods()`, or START+OBJECTIVE.
 
     Returns:
         The method.
@@ -53,96 +75,79 @@ def find_method(name: str) -> Method:
     Raises:
         RecipeError: There is none of that name.
     """
-    if name not in methods():
-        close = difflib.get_close_matches(name, methods(), n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise RecipeError(f"there is no method {name!r}; there are {', '.join(methods())}.{hint}")
-    return methods()[name]
+    formula = NAMES.get(name, name)
+    registered = find_registered(formula)
+    if isinstance(registered, Method):
+        return registered
+    if isinstance(registered, Start):
+        return Method(name, registered.summary, (registered,))
+    first, _, second = formula.partition("+") if registered is None else ("direct", "+", formula)
+    start, objective = find_registered(first), find_registered(second)
+    if isinstance(start, Start) and isinstance(objective, Objective):
+        summary = SUMMARIES.get(name, f"start from {start.name}, {objective.summary}")
+        return Method(name, summary, (start, objective))
+    starts, objectives = parts(Start), parts(Objective)
+    names = [*methods(), *(f"{start}+{objective}" for start in starts for objective in objectives)]
+    close = difflib.get_close_matches(name, names, n=1)
+    raise RecipeError(
+        f"there is no method {name!r}; there are {', '.join(methods())}, and START+OBJECTIVE of the starts "
+        f"{', '.join(starts)} and the objectives {', '.join(objectives)}."
+        f"{f' Did you mean {close[0]}?' if close else ''}"
+    )
 
 
-def describe_methods() -> list[tuple[str, str, str, str]]:
-    """Describe every method, for a table.
-
-    Returns:
-        Its name, what it does, what it needs, and its options with their defaults.
-    """
-    rows = []
-    for method in methods().values():
-        fields = dataclasses.fields(method.options) if method.options else ()
-        options = ", ".join(f"{field.name}={_shown(field.default)}" for field in fields)
-        needs = ", ".join(need for need in method.needs if need != "training") or "nothing"
-        rows.append((method.name, method.summary, needs, options))
-    return rows
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, tuple):
-        return f"[{','.join(map(_shown, default))}]"
-    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def parse_options(method: str, given: Sequence[str]) -> Any:
-    """Make a method's options from names and values as they are written on a command line.
+def find_registered(name: str) -> Registered | None:
+    """Look up what a module of this package or a distribution registers; only that distribution is imported.
 
     Args:
-        method: The method's name.
-        given: Options as `name=value`; values as in YAML.
+        name: Of a start, an objective or a method that is neither.
 
     Returns:
-        The options, or None if the method has none.
+        It, or None.
 
     Raises:
-        RecipeError: The method has no such option, or the value is of another type.
+        RecipeError: A distribution registers what is no method, or under a name that is taken.
     """
-    import yaml
+    registered = _registered().get(name)
+    return _load(registered) if isinstance(registered, EntryPoint) else registered
 
-    options = find_method(method).options
-    known = {field.name: field for field in dataclasses.fields(options)} if options else {}
-    values = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+
+@functools.cache
+def _registered() -> dict[str, Registered | EntryPoint]:
+    registered: dict[str, Registered | EntryPoint] = {}
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f"regraft.methods.{info.name}")
+        registered |= {r.name: r for r in vars(module).values() if isinstance(r, Registered)}
+    order = sorted(registered, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    registered = {name: registered[name] for name in order}
+    taken = dict.fromkeys([*NAMES, *registered], "regraft")
+    for point in entry_points(group=GROUP):
+        if point.name in taken or "+" in point.name:
+            why = f"{taken[point.name]} has one" if point.name in taken else "a + parts a start from an objective"
             raise RecipeError(
-                f"method {method} has no option {name}{f' (did you mean {close[0]}?)' if close else ''}; "
-                f"there are {', '.join(known) or 'none'}. Give NAME=VALUE."
+                f"{_distribution(point)} registers a method called {point.name!r}, but {why}. Uninstall it, or update "
+                "it to a version with another name."
             )
-        try:
-            values[name] = _as_type(yaml.safe_load(value), known[name])
-        except (ValueError, TypeError, OverflowError, RecursionError, yaml.YAMLError) as error:
-            declared = str(known[name].type)
-            kind = "true or false" if declared == "bool" else f"of type {declared}"
-            raise RecipeError(f"option {name} of {method} is {kind}, found {value!r}.") from error
-    return options(**values) if options else None
+        taken[point.name], registered[point.name] = _distribution(point), point
+    return registered
 
 
-def check_options(method: str, options: Any) -> None:
-    """Refuse options that are infinite or not a number, whatever the method.
+@functools.cache
+def _load(point: EntryPoint) -> Registered:
+    try:
+        registered = point.load()
+    except Exception as error:  # whatever code of others raises
+        raise RecipeError(
+            f"{_distribution(point)}: its method {point.name!r} ({point.value}) cannot be imported "
+            f"({type(error).__name__}: {error}). Update it or uninstall it."
+        ) from error
+    if not isinstance(registered, Registered) or registered.name != point.name:
+        raise RecipeError(
+            f"{_distribution(point)}: its entry point {point.name!r} of {GROUP} must name a Start, an Objective or a "
+            f"Method called {point.name!r}, found {registered!r} ({point.value}). Update it or uninstall it."
+        )
+    return registered
 
-    Args:
-        method: The method's name.
-        options: Its options, or None.
 
-    Raises:
-        RecipeError: There is such a number.
-    """
-    for name, value in dataclasses.asdict(options).items() if options is not None else ():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise RecipeError(f"option {name} of {method} is a finite number, found {value}.")
-
-
-def _as_type(value: Any, field: dataclasses.Field[Any]) -> Any:
-    """Read a value as the option is declared; a list may be a single value, a number a whole one or a text of YAML's.
-
-    YAML takes 1e-9 for a text, as it has no point.
-    """
-    declared, optional = str(field.type).removesuffix(" | None"), str(field.type).endswith(" | None")
-    if value is None and optional:
-        return None
-    if declared.startswith("tuple["):
-        read = TYPES[declared.removeprefix("tuple[").partition(",")[0]]
-        return tuple(read(entry) for entry in (value if isinstance(value, list) else [value]))
-    if isinstance(value, bool) != (declared == "bool"):
-        raise TypeError
-    return TYPES[declared](value)
+def _distribution(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "a distribution"

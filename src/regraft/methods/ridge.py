@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import Expert, is_experts, projections, wrappers_of
 from regraft.errors import KindError, RecipeError
-from regraft.methods.method import Job, Method
+from regraft.methods.method import Start
 
 if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.changes import Change
+    from regraft.methods.job import Job
     from regraft.model.blockwise import Walk
 
 
@@ -39,33 +40,17 @@ class Ridge:
             raise RecipeError(f"ridge must be above 0 (found {self.ridge}), texts at least 1 ({self.texts}).")
 
 
-def run(job: Job, options: Ridge) -> list[dict[str, float]]:
-    """Refit the old delta and write it.
-
-    Layers are refitted that multiply by a matrix: linear ones, Conv1D, routers and experts, each expert on the tokens
-    that the new model routes to it; where these are fewer than its width, its delta stays. A layer that runs more than
-    once is refitted once, on all that it is fed. What is passed over is named in the outcome's notes.
-
-    Args:
-        job: What and where.
-        options: How.
-
-    Returns:
-        No learning curve: nothing is trained.
-    """
-    from regraft.adaptation import save_model
-
-    save_model(refitted(job, options).cpu(), job.upgrade.new, job.data.labels, job.into)
-    return []
-
-
-def refitted(job: Job, options: Ridge) -> Any:
+def refit(job: Job, options: Ridge) -> Any:
     """Go through the layers in order, and fit each one's delta to what the new model feeds it.
 
     In every layer that was tuned and multiplies by a matrix, the old model added D·x_o to what its base gives. In the
     new model, grafted and already refitted below, the same token brings x_n, and D' is the ridge regression of D·x_o on
     x_n that is drawn to D. Of a LoRA only A changes, of bottleneck adapters the first layer: rank and cost of serving
     stay.
+
+    Layers are refitted that multiply by a matrix: linear ones, Conv1D, routers and experts, each expert on the tokens
+    that the new model routes to it; where these are fewer than its width, its delta stays. A layer that runs more than
+    once is refitted once, on all that it is fed. What is passed over is named in the outcome's notes.
 
     Args:
         job: What and where.
@@ -271,4 +256,6 @@ class _Fit:
         return matched
 
 
-METHOD = Method("ridge", "match the old delta's effect on the new base's own activations", ("text",), run, Ridge)
+RIDGE = Start(
+    "ridge", refit, Ridge, summary="match the old delta's effect on the new base's own activations", needs=("text",)
+)

@@ -10,15 +10,18 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from regraft.adaptation import HEAD_POLICIES
 from regraft.errors import RecipeError
-from regraft.methods.method import Job, Method
+from regraft.methods.evidence import gather
+from regraft.methods.method import BY_OLD_HEAD, Start
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
-    from regraft.methods.reworked import Evidence
+    from regraft.methods.evidence import Evidence
+    from regraft.methods.job import Job
 
 GRID = (0.5, 0.75, 1.25, 1.5)
 STEP = 0.25
@@ -59,7 +62,7 @@ class Scaling:
             )
 
 
-def run(job: Job, options: Scaling) -> list[dict[str, float]]:
+def graft_scaled(job: Job, options: Scaling) -> Any:
     """Choose λ, and write new + λ·delta; of a LoRA B becomes λ·B, of bottleneck adapters the second layer.
 
     Tensors that the upgrade left exactly as they were keep their delta as it is.
@@ -69,29 +72,26 @@ def run(job: Job, options: Scaling) -> list[dict[str, float]]:
         options: How λ is chosen.
 
     Returns:
-        No learning curve: nothing is trained.
+        The model; None where the adaptation is written.
     """
-    from regraft.adaptation import save_model
     from regraft.adaptation.rework import check_reworkable
-    from regraft.methods.reworked import gather, graft_reworked
 
     check_reworkable(job.adaptation, KINDS)
     deltas = _Deltas(job)
     scales = dict.fromkeys(deltas.groups, 1.0 if options.scale is None else float(options.scale))
     if options.scale is None and deltas.groups:  # if none, the upgrade changed nothing that was tuned
         evidence = gather(job, options.labels, options.confidence)
-        job.notes["labels"] = evidence.labels
         if len(evidence.targets) >= FEWEST:
             scales = _choose(deltas, evidence, options.grouped, job)
     job.notes["scales"] = scales
     if set(scales.values()) <= {1.0}:
-        job.graft(job.into)
+        job.graft()
     elif job.adaptation.family.tunes_base:
-        graft_reworked(job, lambda name, delta, _: scales[deltas.group(name)] * delta)
+        job.graft_reworked(lambda name, delta, _: scales[deltas.group(name)] * delta)
     else:
         deltas.scale(scales)
-        save_model(deltas.model.cpu(), job.upgrade.new, job.data.labels, job.into)
-    return []
+        return deltas.model
+    return None
 
 
 def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dict[str, float]:
@@ -198,4 +198,11 @@ class _Deltas:
         return None if new is not None and new.equal(value) else (parameter.data, value, new, self.group(inner))
 
 
-METHOD = Method("scaled", "scale the old delta, all of it and by group, as texts tell", ("text",), run, Scaling)
+SCALED = Start(
+    "scaled",
+    graft_scaled,
+    Scaling,
+    summary="scale the old delta, all of it and by group, as texts tell",
+    needs=lambda options: ("labels",) if options.labels else ("text",),
+    heads=lambda options: BY_OLD_HEAD if options.scale is None else HEAD_POLICIES,
+)

@@ -11,10 +11,12 @@ import zlib
 from typing import TYPE_CHECKING
 
 from regraft.errors import RecipeError
-from regraft.methods.method import Job, Method
+from regraft.methods.method import Start
 
 if TYPE_CHECKING:
     import torch
+
+    from regraft.methods.job import Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +40,15 @@ class Trimming:
             raise RecipeError(f"density is above 0 and up to 1, found {self.density}.")
 
 
-def run(job: Job, options: Trimming) -> list[dict[str, float]]:
+def graft_trimmed(job: Job, options: Trimming) -> None:
     """Trim every tensor's delta, and of a LoRA the dense delta, which is then brought back to its rank.
 
     Args:
         job: What and where.
         options: How much is kept.
-
-    Returns:
-        No learning curve: nothing is trained.
     """
     import torch
 
-    from regraft.methods.reworked import graft_reworked
     from regraft.weights import drop, trim
 
     def rule(name: str, delta: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -59,8 +57,7 @@ def run(job: Job, options: Trimming) -> list[dict[str, float]]:
         drawn = torch.Generator().manual_seed(zlib.crc32(f"{job.recipe.seed} {name}".encode()))  # whatever the order
         return drop(delta, options.density, drawn)
 
-    graft_reworked(job, rule)
-    return []
+    job.graft_reworked(rule)
 
 
-METHOD = Method("trimmed", "keep the old delta's largest (or random) entries only", (), run, Trimming)
+TRIMMED = Start("trimmed", graft_trimmed, Trimming, summary="keep the old delta's largest (or random) entries only")

@@ -1,0 +1,39 @@
+"""The two starts that are a call: the new base by itself, and the old weights on it as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from regraft.methods.method import Start
+
+if TYPE_CHECKING:
+    from regraft.methods.job import Job
+
+
+def begin_fresh(job: Job, options: None) -> Any:
+    """Return the new base with a fresh head, as if there were no old weights.
+
+    Args:
+        job: What and where.
+        options: None.
+
+    Returns:
+        The model.
+    """
+    return job.fresh()
+
+
+def graft(job: Job, options: None) -> None:
+    """Graft the old delta onto the new base and copy the head.
+
+    Source: Qin et al., 2023 (arXiv:2305.08702), section 4.1: θ = M_new + (θ_old − M_old), or the old adapter unchanged.
+
+    Args:
+        job: What and where.
+        options: None.
+    """
+    job.graft()
+
+
+SCRATCH = Start("scratch", begin_fresh, summary="tune the new base from a fresh head")
+DIRECT = Start("direct", graft, summary="put the old delta or adapter on the new base, no tuning")

@@ -1,0 +1,189 @@
+"""Methods as starts and objectives: which there are, what they declare, their options, and those of other packages."""
+
+import dataclasses
+import re
+import sys
+
+import pytest
+from conftest import adapt, weights
+
+from regraft import Distillation, Recipe, Upgrade, recycle
+from regraft.errors import OutcomeError, RecipeError
+from regraft.methods import Method, Objective, Part, Start, find_method, methods, parse_options, parts, registry
+from regraft.methods.masked import Masking
+from regraft.methods.ridge import Ridge
+from regraft.methods.scaled import Scaling
+from regraft.methods.trimmed import Trimming
+
+FEW = Recipe(steps=2, batch_size=8, learning_rate=1e-3, precision="fp32")
+OLDER = {  # the options that outcomes of 0.1 record
+    "init": None, "ridge+init": dataclasses.asdict(Ridge()), "ridge+distill": dataclasses.asdict(Distillation()),
+}  # fmt: skip
+
+
+def formula(name: str) -> str:
+    return "+".join(part.name for part in find_method(name).parts)
+
+
+def test_the_papers_names_stand_for_starts_and_objectives():
+    paper = {"scratch": "scratch+labels", "init": "direct+labels", "distill": "scratch+distill"}
+    for name, same in {**paper, "init+distill": "direct+distill", "ridge+init": "ridge+labels"}.items():
+        assert formula(name) == formula(same) == same
+    for name in ("anchored", "interpolation", "label-free"):
+        assert formula(name) == f"direct+{name}"
+    assert formula("ridge") == "ridge"
+    for name in (f"{start}+{objective}" for start in parts(Start) for objective in parts(Objective)):
+        assert formula(name) == name
+        assert "training" in find_method(name).needs()
+    assert len(methods()) == 18
+    for wrong, close in (("ridge+distil", "ridge+distill"), ("rigde", "ridge"), ("trimmed+label", "trimmed+labels")):
+        with pytest.raises(RecipeError, match=re.escape(f"Did you mean {close}?")):
+            find_method(wrong)
+
+
+def test_a_method_declares_what_it_needs_and_takes_given_its_options():
+    assert find_method("masked").needs() == find_method("scaled").needs(Scaling(labels=8)) == ("labels",)
+    assert find_method("masked").needs(Masking(labels=0)) == find_method("scaled").needs() == ("text",)
+    assert find_method("masked+label-free").needs(Masking(labels=0)) == ("text", "training")
+    assert find_method("ridge+labels").needs() == ("labels", "training")
+    assert find_method("project+label-free").needs() == ("text", "tasks", "training")
+    assert find_method("scaled").heads() == find_method("ridge+distill").heads() == ("copy",)
+    assert find_method("scaled").heads(Scaling(scale=1.0)) == find_method("trimmed+labels").heads()
+    assert len(find_method("anchored").heads()) == 3
+
+
+def test_options_belong_to_a_start_or_an_objective():
+    assert parse_options("ridge+distill", ["alpha=0.9"]) == (Ridge(), Distillation(alpha=0.9))
+    both = parse_options("ridge+distill", ["distill.alpha=0.9", "ridge.ridge=0.1", "texts=8"])
+    assert both == (Ridge(ridge=0.1, texts=8), Distillation(alpha=0.9))
+    assert parse_options("init+distill", ["distill.alpha=0.9"]) == Distillation(alpha=0.9)
+    for name, options in OLDER.items():
+        assert find_method(name).record() == options
+    recorded = {**dataclasses.asdict(Distillation(alpha=0.9)), "ridge.ridge": 0.1, "ridge.texts": 8}
+    assert find_method("ridge+distill").record(both) == recorded
+    assert find_method("ridge+distill").record(both[1]) == dataclasses.asdict(both[1])
+    for wrong in ("direct.alpha=0.9", "alfa=1"):
+        with pytest.raises(RecipeError, match=r"did you mean alpha|has no option direct\.alpha"):
+            parse_options("init+distill", [wrong])
+    for wrong in (Trimming(), (Distillation(), Distillation()), "alpha=0.9"):
+        with pytest.raises(RecipeError, match="takes Ridge and Distillation"):
+            find_method("ridge+distill").complete(wrong)
+
+
+def test_an_option_of_both_parts_is_qualified(monkeypatch):
+    twice = Method("twice", "", (Part("first", print, Ridge), Part("second", print, Ridge)))
+    monkeypatch.setattr("regraft.methods.options.find_method", lambda name: twice)
+    with pytest.raises(RecipeError, match=r"take first\.texts or second\.texts"):
+        parse_options("twice", ["texts=8"])
+    assert parse_options("twice", ["second.texts=8"]) == (Ridge(), Ridge(texts=8))
+
+
+def test_a_start_and_an_objective_are_run_with_their_options(tmp_path, opened, task_file):
+    upgrade = Upgrade(*opened["bert"])
+    source = adapt(upgrade.old, "lora", tmp_path / "old")
+    options = (Masking(labels=3), Distillation(alpha=0.9))
+    tuned = recycle(upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=FEW, options=options)
+    record = tuned.record
+    assert record["method"] == "masked+distill"
+    assert record["inputs"]["options"] == {**dataclasses.asdict(options[1]), "masked.labels": 3}
+    assert 16 <= record["cost"]["labels"] <= 16 + 6  # two batches of 8, and three a class
+    start = recycle(upgrade, source, task_file, "masked", tmp_path / "start", recipe=FEW, options=options[0])
+    assert start.record["cost"]["labels"] == 6
+    assert tuned.curve[0]["score"] == start.scores["dev"]
+    assert weights(tuned.path / "adaptation").keys() == weights(start.path / "adaptation").keys()
+    with pytest.raises(OutcomeError, match="options"):
+        recycle(upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=FEW, options=options[1])
+
+
+PLUGIN = """
+import dataclasses
+
+from regraft.methods import Objective, Start
+from regraft.weights import trim
+
+
+@dataclasses.dataclass(frozen=True)
+class Halving:
+    share: float = 0.5
+
+
+def run(job, options):
+    job.graft_reworked(lambda name, delta, shift: options.share * delta)
+
+
+HALVED = Start("halved", run, Halving, summary="scale the old delta by a share")
+LONGER = Objective("longer", lambda job, model, options: job.tune(model), summary="tune", needs=("labels", "training"))
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a distribution with entry points on the path, as an installer does."""
+
+    def install(name: str, points: str, module: str = PLUGIN) -> None:
+        folder = tmp_path / name
+        about = folder / f"{name}-1.0.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[regraft.methods]\n{points}\n")
+        (folder / f"{name}_code.py").write_text(module)
+        monkeypatch.syspath_prepend(folder)
+        clear()
+
+    def clear() -> None:
+        for cached in (registry.methods, registry._registered, registry._load):
+            cached.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    for module in ("other_code", "bad_code"):
+        sys.modules.pop(module, None)
+    clear()
+
+
+def test_methods_of_other_packages_are_found_and_run(tmp_path, opened, task_file, install, monkeypatch, capsys):
+    from regraft.cli import main
+
+    install("other", "halved = other_code:HALVED\nlonger = other_code:LONGER")
+    assert formula("ridge+distill") == "ridge+distill"
+    assert "other_code" not in sys.modules  # imported only when it is looked up
+    assert list(methods())[18:] == ["halved", "longer"]
+    assert formula("longer") == "direct+longer"
+    assert formula("halved+distill") == "halved+distill"
+    upgrade = Upgrade(*opened["bert"])
+    source = adapt(upgrade.old, "full", tmp_path / "old")
+    arguments = {
+        "--old-base": upgrade.old.path, "--new-base": upgrade.new.path, "--adaptation": source, "--task": task_file,
+        "--method": "halved", "-o": "share=0.25", "--out": tmp_path / "out",
+    }  # fmt: skip
+    command = ["regraft", "recycle", *(str(word) for pair in arguments.items() for word in pair)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None), capsys.readouterr().out
+    scaled = recycle(upgrade, source, task_file, "scaled", tmp_path / "scaled", options=Scaling(scale=0.25))
+    one, other = (weights(folder / "adaptation") for folder in (tmp_path / "out", scaled.path))
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("points", "module", "says"),
+    [
+        (
+            "broken = bad_code:X",
+            "import nothing_at_all",
+            r"bad 1\.0: its method 'broken' .*cannot be imported.*nothing",
+        ),
+        ("strange = bad_code:X", "X = 3", r"bad 1\.0: .*must name a Start.*found 3"),
+        ("other = bad_code:HALVED", PLUGIN, r"bad 1\.0: .*called 'other'"),
+        ("direct = bad_code:HALVED", PLUGIN, r"bad 1\.0 registers a method called 'direct', but regraft has one"),
+        ("init = bad_code:HALVED", PLUGIN, r"bad 1\.0 registers a method called 'init', but regraft has one"),
+        ("a+b = bad_code:HALVED", PLUGIN, r"called 'a\+b', but a \+ parts"),
+    ],
+)
+def test_a_broken_package_is_named(install, points, module, says):
+    install("bad", points, module)
+    with pytest.raises(RecipeError, match=says):
+        methods()
+    if points.startswith("broken"):
+        assert formula("ridge+distill") == "ridge+distill"  # the others work as before
