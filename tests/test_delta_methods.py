@@ -22,7 +22,8 @@ from regraft.methods.trimmed import Trimming
 from regraft.model import encode, predict
 from regraft.model.outputs import inputs_of
 from regraft.task import load_data
-from regraft.task.types import CATEGORICAL, Signal
+from regraft.task.types import Signal
+from regraft.task.types.likelihood import CATEGORICAL
 from regraft.weights import kind_of
 
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")

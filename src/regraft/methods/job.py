@@ -128,23 +128,23 @@ class Job:
         return graft.load()
 
     def deploy(self, model: Any) -> Deployment:
-        """Put a model to work on this task.
+        """Deploy a model on the new base, for its outputs on the task's examples.
 
         Args:
-            model: On the new base.
+            model: From `fresh`, `load` or `grafted`.
 
         Returns:
-            What answers for its outputs.
+            The deployment, which computes each split once.
         """
         from regraft.model import Deployment
 
         return Deployment(model, self.upgrade.new, self.data, self.recipe.precision, self.progress)
 
     def old_deployment(self) -> Deployment:
-        """Return the old adaptation on the old base at work on this task.
+        """Deploy the old adaptation on the old base, for its outputs on the task's examples.
 
         Returns:
-            What answers for its outputs.
+            The deployment, which computes each split once.
         """
         from regraft.adaptation import load_model
         from regraft.model import Deployment
