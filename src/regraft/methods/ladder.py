@@ -162,7 +162,7 @@ def pseudo_labelled(job: Job) -> TaskData:
         split = getattr(job.data, name)
         targets = np.asarray(old.predictions(split), dtype=split.targets.dtype)
         splits[name] = dataclasses.replace(split, targets=targets)
-    return dataclasses.replace(job.data.changed(metric=job.data.task.metrics[0].name), **splits)
+    return dataclasses.replace(job.data.changed(metric=job.data.task.metrics[0].name), **splits, labelled=True)
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
