@@ -74,7 +74,7 @@ def test_the_interval_of_a_difference_is_the_binomials():
 def test_a_rung_passes_fails_or_is_undecided():
     labels = [0, 1] * 200
     reference = list(labels)
-    bar = Bar("accuracy", labels, reference, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9)
+    bar = Bar("accuracy", labels, reference, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=None)
     assert [bar.survival(score) for score in (1.0, 0.75, 0.5)] == [1.0, 0.5, 0.0]
     wrong = {"passes": 2, "undecided": 9, "fails": 60}
     for verdict, count in wrong.items():

@@ -22,6 +22,8 @@ from regraft.methods.trimmed import Trimming
 from regraft.model import encode, predict
 from regraft.model.outputs import inputs_of
 from regraft.task import load_data
+from regraft.task.types import Signal
+from regraft.task.types.likelihood import CATEGORICAL
 from regraft.weights import kind_of
 
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
@@ -217,13 +219,14 @@ def test_masked_keeps_what_goes_downhill(tmp_path, case, task_file, labels):
 def test_evidence_measures_cross_entropy_and_divergence(seed, count, classes):
     torch.manual_seed(seed)
     logits, truth = torch.randn(count, classes), torch.randint(classes, (count,))
-    labelled = Evidence(None, torch.eye(classes)[truth])
     expected = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
-    torch.testing.assert_close(labelled.losses(logits), expected)
-    old = torch.randn(count, classes).softmax(dim=1)
+    torch.testing.assert_close(Evidence(None, CATEGORICAL).losses(logits, truth), expected)
+    teacher = torch.randn(count, classes)
+    old = teacher.softmax(dim=1)
     expected = (old * (old.log() - logits.log_softmax(dim=1))).sum(dim=1)
-    torch.testing.assert_close(Evidence(None, old).losses(logits), expected, rtol=1e-4, atol=1e-5)
-    assert Evidence(None, logits.softmax(dim=1)).losses(logits).abs().max() < 1e-5
+    by_teacher, by_itself = (Evidence(None, CATEGORICAL, Signal(rows)) for rows in (teacher, logits))
+    torch.testing.assert_close(by_teacher.losses(logits, truth), expected, rtol=1e-4, atol=1e-5)
+    assert by_itself.losses(logits, truth).abs().max() < 1e-5
 
 
 def test_a_gain_is_measured_in_standard_errors():

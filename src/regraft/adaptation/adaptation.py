@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 Lineage = Literal["proven", "unproven", "forced"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Adaptation:
     """Weights tuned for a task on some base, on disk.
 

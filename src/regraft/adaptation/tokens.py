@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@functools.lru_cache(maxsize=1)  # the steps of carrying one adaptation over all ask for it
 def tuned_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
     """Match the rows of an adaptation's embeddings with those of both bases, by token.
 

@@ -167,8 +167,9 @@ def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folde
 
 
 def _moments(model: Any, base: Base, task: Task | TaskData | str | Path, progress: Progress) -> dict[str, torch.Tensor]:
-    from regraft.model import device, encode, input_moments
+    from regraft.model import Deployment, input_moments
 
     data = load_data(task, 0)
-    texts = encode(base, data, data.train.take(range(min(MEASURED, len(data.train)))))
-    return input_moments(model.to(device()), texts, progress)
+    deployment = Deployment(model, base, data, "fp32")
+    examples = deployment.examples(data.train.take(range(min(MEASURED, len(data.train)))))
+    return input_moments(deployment.model, examples, progress)

@@ -1,4 +1,4 @@
-"""The texts that starts judge weights on, and what these should be taken for."""
+"""The examples that starts judge weights on, and what these should be taken for."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.methods.job import Job
-    from regraft.task.types import Examples
+    from regraft.task import Split
+    from regraft.task.types import Likelihood, Signal
 
 MOST = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evidence:
-    """Texts that weights are judged on, and what they should be taken for.
+    """Examples that weights are judged on, and what they should be taken for.
 
     Args:
-        examples: The texts.
-        targets: Examples × classes: 1 for the true class, or the old tuned model's probabilities.
+        split: The examples.
+        likelihood: What outputs are a distribution over.
+        signal: The old tuned model's outputs on them; None where their targets judge.
     """
 
-    examples: Examples
-    targets: torch.Tensor
+    split: Split
+    likelihood: Likelihood
+    signal: Signal | None = None
 
-    def losses(self, logits: torch.Tensor, rows: list[int] | None = None) -> torch.Tensor:
-        """KL(targets ‖ softmax(logits)) of each example; with true classes that is the cross-entropy.
+    def losses(self, logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the loss of each row: that of its target, or the divergence from the old tuned model.
 
         Args:
-            logits: Examples × classes.
-            rows: Which examples these are; None for all in their order.
+            logits: rows × outputs.
+            targets: The targets of these rows, which are not read where the old tuned model judges.
+            rows: The numbers of these rows, on the CPU; None for all in their order.
 
         Returns:
-            A number an example.
+            A number a row, in nats.
         """
-        import torch
-        from torch.nn import functional
-
-        targets = (self.targets if rows is None else self.targets[rows]).to(logits)
-        loss: torch.Tensor = torch.xlogy(targets, targets) - targets * functional.log_softmax(logits, dim=-1)
-        return loss.sum(dim=1)
+        if self.signal is None:
+            return self.likelihood.loss(logits, targets)
+        return self.likelihood.excess_loss(logits, self.signal.take(slice(None) if rows is None else rows, logits))
 
 
 def gather(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
@@ -49,29 +50,20 @@ def gather(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
 
     Args:
         job: Whose task.
-        labels: Examples a class, with their labels; 0 to take texts alone and the old tuned model's outputs on them.
-        confidence: Without labels: how probable the old model's class must be for a text to be used.
+        labels: Examples a stratum, with their targets; 0 to take inputs and the old tuned model's outputs on them.
+        confidence: Without labels: how probable the old model's prediction must be for an example to be used.
 
     Returns:
         At most 256 examples; none if the old model is confident nowhere.
     """
     import numpy as np
-    import torch
 
-    from regraft.adaptation import load_model
-    from regraft.model import device, encode, predict
-
-    data, upgrade = job.data, job.upgrade
+    data, likelihood = job.data, job.data.task.likelihood
     if labels:
-        each = min(labels, max(1, MOST // len(data.labels)))
-        split = data.sample(data.train, each, job.recipe.seed)
+        split = data.sample(data.train, min(labels, max(1, MOST // len(data.labels))), job.recipe.seed)
         job.labelled.update(split.rows.tolist())
-        targets = torch.eye(len(data.labels))[torch.as_tensor(split.labels)]
-        return Evidence(encode(upgrade.new, data, split), targets)
+        return Evidence(split, likelihood)
     split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MOST])
-    tuned = load_model(job.adaptation, upgrade.old, data.labels).to(device())
-    shown = encode(upgrade.old, data, split)
-    found = predict(tuned, shown, job.recipe.precision, job.progress).softmax(dim=1)
-    sure = (found.amax(dim=1) >= confidence).nonzero().flatten()
-    examples = encode(upgrade.new, data, split.take(sure.tolist())) if len(sure) else None
-    return Evidence(examples or shown, found[sure])
+    old = job.old_deployment()
+    sure = np.flatnonzero(np.array(old.confidence(split), dtype=np.float32) >= confidence)
+    return Evidence(split.take(sure), likelihood, old.signal(split).take(sure, old.outputs(split)))

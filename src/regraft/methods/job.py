@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation import Adaptation, HeadPolicy
     from regraft.adaptation.adaptation import Rule
+    from regraft.model import Deployment
     from regraft.progress import Progress
     from regraft.task import TaskData
     from regraft.tuning import Anchored, Distillation, Recipe
@@ -103,15 +104,18 @@ class Job:
         write(copied)
         change_head(copied, self.upgrade.new, self.data.labels, self.head, self.recipe.seed, self.into)
 
-    def load(self) -> Any:
+    def load(self, *, trainable: bool = True) -> Any:
         """Load the adaptation in the job's folder.
 
+        Args:
+            trainable: Whether the model is to be tuned.
+
         Returns:
-            The model, ready to be tuned.
+            The model.
         """
         from regraft.adaptation import load_adaptation, load_model
 
-        return load_model(load_adaptation(self.into), self.upgrade.new, self.data.labels, trainable=True)
+        return load_model(load_adaptation(self.into), self.upgrade.new, self.data.labels, trainable=trainable)
 
     def grafted(self) -> Any:
         """Return the new base with the old weights put onto it.
@@ -122,6 +126,32 @@ class Job:
         graft = dataclasses.replace(self, into=self.work / "graft" / "weights")
         graft.graft()
         return graft.load()
+
+    def deploy(self, model: Any) -> Deployment:
+        """Deploy a model on the new base, for its outputs on the task's examples.
+
+        Args:
+            model: From `fresh`, `load` or `grafted`.
+
+        Returns:
+            The deployment, which computes each split once.
+        """
+        from regraft.model import Deployment
+
+        return Deployment(model, self.upgrade.new, self.data, self.recipe.precision, self.progress)
+
+    def old_deployment(self) -> Deployment:
+        """Deploy the old adaptation on the old base, for its outputs on the task's examples.
+
+        Returns:
+            The deployment, which computes each split once.
+        """
+        from regraft.adaptation import load_model
+        from regraft.model import Deployment
+
+        old = self.upgrade.old
+        model = load_model(self.adaptation, old, self.data.labels)
+        return Deployment(model, old, self.data, self.recipe.precision, self.progress)
 
     def teacher(self) -> Any:
         """Return the old adaptation on the old base, as a model whose parameters are named and shaped as the new one's.

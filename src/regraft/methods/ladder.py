@@ -7,8 +7,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import is_sealed, seal, to_json, write_atomic
-from regraft.model.batches import predict
-from regraft.model.device import device
 from regraft.task import chance_score, paired_difference, score, weakness
 
 if TYPE_CHECKING:
@@ -120,7 +118,7 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
     if not is_sealed(whole):
         from regraft.model.probe import probe
 
-        reference = dev_predictions(job, job.adaptation.path, old=True)
+        reference = job.old_deployment().predictions(job.data.dev)
         probes = []
         if target is None and probed:
             probes = [probe(base, job.data, job.recipe.precision) for base in (job.upgrade.old, job.upgrade.new)]
@@ -148,29 +146,8 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
     )
 
 
-def dev_predictions(job: Job, folder: Path, *, old: bool = False) -> list[int]:
-    """Predict dev.
-
-    Args:
-        job: Whose dev.
-        folder: The adaptation.
-        old: Whether it lives on the old base rather than on the new one.
-
-    Returns:
-        The predicted classes.
-    """
-    from regraft.adaptation import load_adaptation, load_model
-    from regraft.model import encode
-
-    base = job.upgrade.old if old else job.upgrade.new
-    model = load_model(job.adaptation if old else load_adaptation(folder), base, job.data.labels).to(device())
-    examples = encode(base, job.data, job.data.dev)
-    found: list[int] = predict(model, examples, job.recipe.precision, job.progress).argmax(dim=1).tolist()
-    return found
-
-
 def pseudo_labelled(job: Job) -> TaskData:
-    """Return the task with what the old model predicts in place of every label of train and dev.
+    """Return the task with what the old model predicts in place of every target of train and dev.
 
     Args:
         job: The job.
@@ -180,17 +157,12 @@ def pseudo_labelled(job: Job) -> TaskData:
     """
     import numpy as np
 
-    from regraft.adaptation import load_model
-    from regraft.model import encode
-
-    old = job.upgrade.old
-    model = load_model(job.adaptation, old, job.data.labels).to(device())
-    splits = {}
+    old, splits = job.old_deployment(), {}
     for name in ("train", "dev"):
         split = getattr(job.data, name)
-        logits = predict(model, encode(old, job.data, split), job.recipe.precision, job.progress)
-        splits[name] = dataclasses.replace(split, targets=logits.argmax(dim=1).numpy().astype(np.int64))
-    return dataclasses.replace(job.data.changed(metric=job.data.task.metrics[0].name), **splits)
+        targets = np.asarray(old.predictions(split), dtype=split.targets.dtype)
+        splits[name] = dataclasses.replace(split, targets=targets)
+    return dataclasses.replace(job.data.changed(metric=job.data.task.metrics[0].name), **splits, labelled=True)
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

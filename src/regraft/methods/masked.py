@@ -79,14 +79,15 @@ def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tens
     from regraft.model.batches import BATCH
     from regraft.model.outputs import forward
 
-    model.to(device()).eval().requires_grad_(True)
-    count = len(evidence.examples)
+    examples = job.deploy(model).examples(evidence.split)
+    model.eval().requires_grad_(True)
+    count = len(examples)
     for start in range(0, count, BATCH):
-        rows = list(range(start, min(start + BATCH, count)))
-        batch = {name: tensor.to(device()) for name, tensor in evidence.examples.batch(rows).items()}
-        loss: Any = evidence.losses(forward(model, batch).logits, rows).sum() / count
-        loss.backward()
-        job.progress("gradient", rows[-1] + 1, count, {})
+        end = min(start + BATCH, count)
+        batch = {name: tensor.to(device()) for name, tensor in examples.batch(range(start, end)).items()}
+        losses: Any = evidence.losses(forward(model, batch).logits, batch["targets"], batch["row"].cpu())
+        (losses.sum() / len(examples.targets)).backward()
+        job.progress("gradient", end, count, {})
     body, prefix = job.upgrade.new.architecture, job.upgrade.new.prefix + "."
     inside: dict[str, torch.Tensor] = {}
     outside: dict[str, torch.Tensor] = {}

@@ -191,8 +191,7 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     """Open a task, its old tuned model as the teacher, and a student with the old weights on the new base."""
     from regraft.adaptation import load_adaptation, load_model, write_graft
     from regraft.methods.pairs import open_alike, split_pair
-    from regraft.model import device, encode
-    from regraft.model.deployment import match_labels
+    from regraft.model import Deployment, match_labels
     from regraft.task import load_data
     from regraft.tuning import plan_order
     from regraft.tuning.distill import teach
@@ -203,14 +202,15 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     data = match_labels(adaptation, load_data(task, job.recipe.seed))
     work = job.work / f"task-{number}"
     write_graft(adaptation, job.upgrade, work / "graft", job.progress)
-    student = load_model(load_adaptation(work / "graft"), new, data.labels).to(device()).eval()
-    student.requires_grad_(False)
-    examples = encode(new, data, data.train)
+    precision = job.recipe.precision
+    student = Deployment(load_model(load_adaptation(work / "graft"), new, data.labels), new, data, precision)
+    student.model.eval().requires_grad_(False)
+    examples = student.examples(data.train)
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
-    teacher = load_model(adaptation, old, data.labels).to(device())
-    shown = encode(old, data, data.train)
-    taught = teach(teacher, shown, order, loss, data.task.likelihood, job.recipe.precision, work, job.progress)
-    return _Lesson(_flatten(vector), student, examples, taught, order.tolist(), data.task.likelihood)
+    teacher = Deployment(load_model(adaptation, old, data.labels), old, data, precision)
+    likelihood, shown = data.task.likelihood, teacher.examples(data.train)
+    taught = teach(teacher.model, shown, order, loss, likelihood, precision, work, job.progress)
+    return _Lesson(_flatten(vector), student.model, examples, taught, order.tolist(), likelihood)
 
 
 def _flatten(vector: Vector) -> torch.Tensor:

@@ -27,7 +27,7 @@ from regraft.methods.options import check_options
 from regraft.methods.registry import find_method
 from regraft.model.deployment import check_effect, match_labels
 from regraft.progress import Progress, silent
-from regraft.task import chance_score, load_data, score
+from regraft.task import chance_score, load_data
 from regraft.tuning.recipe import Recipe, check_trained
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def record_outcome(
         RecipeError: The same after training.
     """
     from regraft.adaptation import load_model
-    from regraft.model import device, encode, predict
+    from regraft.model import Deployment
     from regraft.tuning import plan_order
 
     adaptation = load_adaptation(staging / "adaptation")
@@ -193,39 +193,31 @@ def record_outcome(
         check_trained(adaptation.checkpoint, recipe)
     else:
         _check_grafted(adaptation.checkpoint, base)
-    model = load_model(adaptation, base, data.labels).to(device())
+    deployment = Deployment(load_model(adaptation, base, data.labels), base, data, recipe.precision, progress)
     notes = dict(notes or {})
     rows: list[dict[str, Any]] = []
     scores: dict[str, float | None] = {}
     for name in SPLITS:
         split = getattr(data, name)
+        scores |= {name: None, f"{name}_majority": None}
         if split is None:
-            scores |= {name: None, f"{name}_majority": None}
             continue
-        examples = encode(base, data, split)
-        logits = predict(model, examples, recipe.precision, progress)
-        if not logits.isfinite().all():
+        if not deployment.is_finite(split):
             raise MismatchError(
                 f"{base.path}: with the new weights on it, the outputs on {name} are infinite or not a number. Compute "
                 "in fp32 (--precision), or take another method."
             )
-        found = logits.argmax(dim=1).tolist()
-        confidences = [round(value, 4) for value in logits.softmax(dim=1).amax(dim=1).tolist()]
-        scores |= dict.fromkeys((name, f"{name}_majority"))
+        unknown = [None] * len(split)
+        columns = {
+            "row": split.rows.tolist(),
+            "label": split.targets.tolist() if data.labelled else unknown,
+            "prediction": deployment.predictions(split),
+            "right": deployment.right(split) if data.labelled else unknown,
+            "confidence": [round(value, 4) for value in deployment.confidence(split)],
+        }
+        rows += [{"split": name, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
         if data.labelled:
-            scores |= {name: score(data.metric, split.labels, found), f"{name}_majority": chance_score(data, split)}
-        known = split.labels.tolist() if data.labelled else [None] * len(split)
-        rows += [
-            {
-                "split": name,
-                "row": row,
-                "label": label,
-                "prediction": guess,
-                "right": None if label is None else label == guess,
-                "confidence": confidence,
-            }
-            for row, label, guess, confidence in zip(split.rows.tolist(), known, found, confidences, strict=True)
-        ]
+            scores |= {name: deployment.score(split), f"{name}_majority": chance_score(data, split)}
     dev = scores["dev"]
     trained = bool(curve)
     curve = curve or [{"step": 0, "seconds": 0.0, "score": float(dev or 0.0)}]
@@ -233,7 +225,7 @@ def record_outcome(
     best = max(curve, key=lambda point: (point["score"], -point["step"]))
     labels_read = set(labelled)
     if steps:
-        order = plan_order(encode(base, data, data.train).lengths, recipe.batch_size, steps, recipe.seed)
+        order = plan_order(deployment.examples(data.train).lengths, recipe.batch_size, steps, recipe.seed)
         labels_read.update(data.train.rows[order].tolist())
     record = {
         "method": method,

@@ -81,7 +81,7 @@ def graft_scaled(job: Job, options: Scaling) -> Any:
     scales = dict.fromkeys(deltas.groups, 1.0 if options.scale is None else float(options.scale))
     if options.scale is None and deltas.groups:  # if none, the upgrade changed nothing that was tuned
         evidence = gather(job, options.labels, options.confidence)
-        if len(evidence.targets) >= FEWEST:
+        if len(evidence.split) >= FEWEST:
             scales = _choose(deltas, evidence, options.grouped, job)
     job.notes["scales"] = scales
     if set(scales.values()) <= {1.0}:
@@ -96,8 +96,12 @@ def graft_scaled(job: Job, options: Scaling) -> Any:
 
 def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dict[str, float]:
     """Try a grid of λ for all, then a step up or down for each group; move only by more than chance would have it."""
-    from regraft.model import predict
+    import torch
 
+    from regraft.model import Deployment
+
+    deployment = Deployment(deltas.model, job.upgrade.new, job.data, job.recipe.precision)
+    targets = torch.as_tensor(deployment.examples(evidence.split).targets)
     scales = dict.fromkeys(deltas.groups, 1.0)
     tried = 0
 
@@ -106,7 +110,8 @@ def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dic
         deltas.scale(trial)
         tried += 1
         job.progress("scale", tried, 1 + len(GRID) + 2 * len(scales) * grouped, {})
-        return evidence.losses(predict(deltas.model, evidence.examples, job.recipe.precision))
+        deployment.forget()
+        return evidence.losses(deployment.outputs(evidence.split), targets)
 
     first = best = losses(scales)
     grid = {value: losses(dict.fromkeys(scales, value)) for value in GRID}

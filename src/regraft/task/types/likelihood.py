@@ -62,6 +62,17 @@ class Likelihood(Protocol):
             rows × outputs, in nats.
         """
 
+    def excess_loss(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
+        """Compute the expected loss of targets that the teacher draws, less the teacher's own: KL(teacher ‖ student).
+
+        Args:
+            logits: The student's, rows × outputs.
+            signal: The teacher's, of the same rows.
+
+        Returns:
+            A number a row, in nats.
+        """
+
     def overlap(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
         """Compute 1 − the total variation distance of two models' distributions.
 
@@ -119,6 +130,15 @@ class Categorical:
             reduction="none",
             log_target=True,
         )
+
+    def excess_loss(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
+        """Compute cross-entropy − entropy of the teacher's probabilities; see `Likelihood`."""
+        import torch
+        from torch.nn import functional
+
+        drawn = signal.logits.softmax(dim=1)
+        losses: torch.Tensor = torch.xlogy(drawn, drawn) - drawn * functional.log_softmax(logits, dim=-1)
+        return losses.sum(dim=1)
 
     def overlap(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
         """Sum the smaller of both probabilities of each class; see `Likelihood`."""
