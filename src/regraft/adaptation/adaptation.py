@@ -139,8 +139,6 @@ class Carried:
 class Family(ABC):
     """How the adaptations of a family are loaded, saved and grafted, and what their deltas are; it holds no state."""
 
-    library: ClassVar[str]
-    """What loads them, as model cards name it."""
     tunes_base: ClassVar[bool] = False
     """Whether the base's own tensors are tuned, so that a delta is tuned − base, tensor by tensor."""
 

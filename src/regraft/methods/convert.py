@@ -95,10 +95,10 @@ def convert(
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     old = old if isinstance(old, Base) else Base.open(old)
     upgrade, out = Upgrade(old, new if new is not None else old), Path(out)
-    refold = to == adaptation.kind == "lora" and rank is None and energy is None
+    refold = to == adaptation.kind and (adaptation.family.tunes_base or (rank is None and energy is None))
     if to not in ("full", "lora"):
         raise RecipeError(f"an adaptation is converted to full or lora, found {to!r}.")
-    if to == adaptation.kind == "full" or (refold and not adaptation.changed_base):
+    if refold and not adaptation.changed_base:
         raise RecipeError(f"{adaptation.path} is of kind {to} already. To put it on a new base, recycle it (direct).")
     if to == "full" and (rank is not None or energy is not None or task is not None):
         raise RecipeError("rank, energy and texts are for a LoRA.")

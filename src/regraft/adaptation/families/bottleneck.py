@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 class Bottlenecks(Adapter):
     """Small residual layers in a frozen body."""
 
-    library = "regraft"
-
     def config_class(self, config: Mapping[str, Any]) -> Any:
         """Return our own."""
         return BottleneckConfig

@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 class Full(Family):
     """A full fine-tune: its body is grafted tensor by tensor, and what no base has, as its head, is copied."""
 
-    library = "transformers"
     tunes_base = True
 
     def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> None:

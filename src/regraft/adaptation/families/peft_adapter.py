@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 class Peft(Adapter):
     """An adapter of one of PEFT's types."""
 
-    library = "peft"
-
     def config_class(self, config: Mapping[str, Any]) -> Any:
         """Return PEFT's own class for the type."""
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
