@@ -70,13 +70,13 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
     from regraft.model.examples import encode_alike
 
     check_reworkable(job.adaptation, KINDS)
-    upgrade, labels = job.upgrade, job.data.labels
-    grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, labels)
+    upgrade, head = job.upgrade, job.data.head
+    grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, head)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     sides = encode_alike(upgrade, job.data, texts)
     precision = job.recipe.precision
     walks = [
-        Walk(fresh_model(base, labels, 0), examples, precision)
+        Walk(fresh_model(base, head, 0), examples, precision)
         for base, examples in zip((upgrade.old, upgrade.new), sides, strict=True)
     ]
     turned, rotations = _Turned(grafted, tuned, upgrade.old, job.adaptation.family), _Rotations(options.shrink)
@@ -104,7 +104,7 @@ def run(job: Job, options: Aligned) -> list[dict[str, float]]:
         job.notes["passed_over"] = dict.fromkeys(
             passed_over, "no linear layer or norm, nor an embedding of the same tokens"
         )
-    save_model(grafted.cpu(), upgrade.new, labels, job.into)
+    save_model(grafted.cpu(), upgrade.new, head, job.into)
     return []
 
 

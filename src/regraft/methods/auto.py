@@ -166,7 +166,7 @@ class _Climb:
         def go_on(part: Job) -> list[dict[str, float]]:
             part = dataclasses.replace(part, recipe=recipe)
             start = load_adaptation(self.folder(best) / "adaptation")
-            model = load_model(start, part.upgrade.new, part.data.labels, trainable=True)
+            model = load_model(start, part.upgrade.new, part.data.head, trainable=True)
             return part.tune(model, Distillation(decay="linear"))
 
         return self._rung(f"{best.partition(',')[0]}, tuned {100 * budget:.0f} %", go_on)

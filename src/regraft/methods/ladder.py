@@ -163,7 +163,7 @@ def dev_predictions(job: Job, folder: Path, *, old: bool = False) -> list[int]:
     from regraft.model import encode
 
     base = job.upgrade.old if old else job.upgrade.new
-    model = load_model(job.adaptation if old else load_adaptation(folder), base, job.data.labels).to(device())
+    model = load_model(job.adaptation if old else load_adaptation(folder), base, job.data.head).to(device())
     examples = encode(base, job.data, job.data.dev)
     found: list[int] = predict(model, examples, job.recipe.precision, job.progress).argmax(dim=1).tolist()
     return found
@@ -184,7 +184,7 @@ def pseudo_labelled(job: Job) -> TaskData:
     from regraft.model import encode
 
     old = job.upgrade.old
-    model = load_model(job.adaptation, old, job.data.labels).to(device())
+    model = load_model(job.adaptation, old, job.data.head).to(device())
     splits = {}
     for name in ("train", "dev"):
         split = getattr(job.data, name)

@@ -53,9 +53,9 @@ class Job:
         """
         from regraft.adaptation import attach, fresh_model
 
-        model = fresh_model(self.upgrade.new, self.data.labels, self.recipe.seed)
+        base, head, seed = self.upgrade.new, self.data.head, self.recipe.seed
         config = self.adaptation.family.read_config(self.adaptation, afresh=True)
-        return attach(model, self.upgrade.new, config, self.recipe.seed)
+        return attach(fresh_model(base, head, seed), base, head, config, seed)
 
     def graft(self, into: Path) -> None:
         """Write the old weights put onto the new base, with the head that is wanted.
@@ -69,7 +69,7 @@ class Job:
         self.notes.update(write_graft(self.adaptation, self.upgrade, graft, self.progress, replace=self.replace))
         if self.head == "copy":
             return
-        change_head(graft, self.upgrade.new, self.data.labels, self.head, self.recipe.seed, into)
+        change_head(graft, self.upgrade.new, self.data.head, self.head, self.recipe.seed, into)
 
     def grafted(self) -> Any:
         """Return the new base with the old weights put onto it, ready to be tuned further.
@@ -81,7 +81,7 @@ class Job:
 
         folder = self.work / "graft" / "weights"
         self.graft(folder)
-        return load_model(load_adaptation(folder), self.upgrade.new, self.data.labels, trainable=True)
+        return load_model(load_adaptation(folder), self.upgrade.new, self.data.head, trainable=True)
 
     def teacher(self) -> Any:
         """Return the old adaptation on the old base, as a model whose parameters are named and shaped as the new one's.
@@ -97,7 +97,7 @@ class Job:
             folder = self.work / "teacher"
             write_graft(adaptation, Upgrade(old, old), folder, self.progress)
             adaptation = load_adaptation(folder)
-        return load_model(adaptation, old, self.data.labels)
+        return load_model(adaptation, old, self.data.head)
 
     def tune(
         self,
@@ -124,7 +124,7 @@ class Job:
         start = start_of(model)
         teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_judges) if options else None
         curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher, anchor)
-        save_model(model, self.upgrade.new, self.data.labels, self.into, start)
+        save_model(model, self.upgrade.new, self.data.head, self.into, start)
         return curve
 
 

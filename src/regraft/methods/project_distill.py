@@ -203,11 +203,11 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     data = match_labels(adaptation, load_data(task, job.recipe.seed))
     work = job.work / f"task-{number}"
     write_graft(adaptation, job.upgrade, work / "graft", job.progress)
-    student = load_model(load_adaptation(work / "graft"), new, data.labels).to(device()).eval()
+    student = load_model(load_adaptation(work / "graft"), new, data.head).to(device()).eval()
     student.requires_grad_(False)
     examples = encode(new, data, data.train)
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
-    teacher = load_model(adaptation, old, data.labels).to(device())
+    teacher = load_model(adaptation, old, data.head).to(device())
     shown = encode(old, data, data.train)
     taught = teach(teacher, shown, order, loss, data.task.likelihood, job.recipe.precision, work, job.progress)
     return _Lesson(_flatten(vector), student, examples, taught, order.tolist(), data.task.likelihood)

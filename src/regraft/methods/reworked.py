@@ -81,7 +81,7 @@ def gather(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
         targets = torch.eye(len(data.labels))[torch.as_tensor(split.labels)]
         return Evidence(encode(upgrade.new, data, split), targets, len(split))
     split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MOST])
-    tuned = load_model(job.adaptation, upgrade.old, data.labels).to(device())
+    tuned = load_model(job.adaptation, upgrade.old, data.head).to(device())
     shown = encode(upgrade.old, data, split)
     found = predict(tuned, shown, job.recipe.precision, job.progress).softmax(dim=1)
     sure = (found.amax(dim=1) >= confidence).nonzero().flatten()
@@ -119,4 +119,4 @@ def write_with_head(job: Job, write: Callable[[Path], None]) -> None:
         return
     kept = job.work / "graft" / "kept"
     write(kept)
-    change_head(kept, job.upgrade.new, job.data.labels, job.head, job.recipe.seed, job.into)
+    change_head(kept, job.upgrade.new, job.data.head, job.head, job.recipe.seed, job.into)

@@ -55,7 +55,7 @@ def run(job: Job, options: Ridge) -> list[dict[str, float]]:
     """
     from regraft.adaptation import save_model
 
-    save_model(refitted(job, options).cpu(), job.upgrade.new, job.data.labels, job.into)
+    save_model(refitted(job, options).cpu(), job.upgrade.new, job.data.head, job.into)
     return []
 
 
@@ -85,7 +85,7 @@ def refitted(job: Job, options: Ridge) -> Any:
 
     check_reworkable(job.adaptation, KINDS)
     new = job.grafted()
-    tuned = load_model(job.adaptation, job.upgrade.old, job.data.labels)
+    tuned = load_model(job.adaptation, job.upgrade.old, job.data.head)
     changes = linear_changes(new, tuned, job.adaptation, job.upgrade.old)
     fit = _Fit(options.ridge, passed_over(new, tuned, job.adaptation, job.upgrade.old, changes))
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))

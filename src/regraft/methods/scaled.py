@@ -90,7 +90,7 @@ def run(job: Job, options: Scaling) -> list[dict[str, float]]:
         graft_reworked(job, lambda name, delta, _: scales[deltas.group(name)] * delta)
     else:
         deltas.scale(scales)
-        save_model(deltas.model.cpu(), job.upgrade.new, job.data.labels, job.into)
+        save_model(deltas.model.cpu(), job.upgrade.new, job.data.head, job.into)
     return []
 
 
