@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from regraft.task import Head, TextClassification
+
 settings.register_profile("seeded", derandomize=True)  # the same cases in every run
 settings.load_profile("seeded")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,6 +44,12 @@ NEUTRAL = [
 WORDS = [*GOOD, *BAD, *NEUTRAL]
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 LABELS = ("negative", "positive")
+HEAD = Head(TextClassification, LABELS)
+
+
+def head_of(*labels: str) -> Head:
+    """The head of a text classifier."""
+    return Head(TextClassification, labels)
 
 
 def sentence(chance: random.Random, positive: bool) -> str:
@@ -225,9 +233,9 @@ def made(tmp_path_factory, opened, texts):
     folder, found = tmp_path_factory.mktemp("made"), {}
     for architecture, kind in ((a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")):
         base = opened[architecture][0]
-        model = fresh_model(base, LABELS, 1)
+        model = fresh_model(base, HEAD, 1)
         if kind != "full":
-            model = attach(model, base, new_config(kind, base, rank=3, inner_size=5, virtual_tokens=4), 1)
+            model = attach(model, base, HEAD, new_config(kind, base, HEAD, rank=3, inner_size=5, virtual_tokens=4), 1)
         start = start_of(model)
         torch.manual_seed(2)
         with torch.no_grad():
@@ -236,7 +244,7 @@ def made(tmp_path_factory, opened, texts):
                     parameter.add_(0.1 * torch.randn_like(parameter))
         into = folder / f"{architecture}-{kind}" / "adaptation"
         into.mkdir(parents=True)
-        save_model(model, base, LABELS, into, start)
+        save_model(model, base, HEAD, into, start)
         found[architecture, kind] = into, predict(model, texts[architecture], "fp32")
     return found
 
@@ -247,7 +255,7 @@ def logits_of(path, base, texts):
     from regraft.adaptation import load_model
     from regraft.model import predict
 
-    return predict(load_model(load_adaptation(path), base, LABELS), texts, "fp32")
+    return predict(load_model(load_adaptation(path), base, HEAD), texts, "fp32")
 
 
 def adapt(base, kind, folder, seed=2, labels=LABELS, rank=3):
@@ -256,9 +264,10 @@ def adapt(base, kind, folder, seed=2, labels=LABELS, rank=3):
 
     from regraft.adaptation import attach, fresh_model, new_config, save_model, start_of
 
-    model = fresh_model(base, labels, 1)
+    head = head_of(*labels)
+    model = fresh_model(base, head, 1)
     if kind != "full":
-        model = attach(model, base, new_config(kind, base, rank=rank, inner_size=5), 1)
+        model = attach(model, base, head, new_config(kind, base, head, rank=rank, inner_size=5), 1)
     start = start_of(model)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -266,7 +275,7 @@ def adapt(base, kind, folder, seed=2, labels=LABELS, rank=3):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     folder.mkdir(parents=True)
-    save_model(model, base, labels, folder, start)
+    save_model(model, base, head, folder, start)
     return folder
 
 

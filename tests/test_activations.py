@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import adapt, move_base, weights, write_base
+from conftest import HEAD, LABELS, adapt, move_base, weights, write_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,12 +22,11 @@ from regraft.weights import match_effect, rotation
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
 KINDS = ("full", "lora", "bottleneck")
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
-LABELS = ("negative", "positive")
 
 
 def logits_of(path, base, task_file):
     data = load_data(task_file, 20).relabel(LABELS)
-    return predict(load_model(load_adaptation(path), base, LABELS), encode(base, data, data.test), "fp32")
+    return predict(load_model(load_adaptation(path), base, HEAD), encode(base, data, data.test), "fp32")
 
 
 @settings(max_examples=30, deadline=None)
@@ -66,7 +65,7 @@ def test_a_walk_sees_what_a_forward_pass_sees(bases, task_file, architecture):
     base = Base.open(bases[architecture][0])
     data = load_data(task_file, 20)
     examples = encode(base, data, data.dev)
-    model = fresh_model(base, LABELS, 0)
+    model = fresh_model(base, HEAD, 0)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     walk, seen = Walk(model, examples, "fp32"), {}
     for _ in range(walk.parts):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, adapt, write_base
+from conftest import HEAD, LABELS, adapt, write_base
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -39,7 +39,7 @@ def pair(opened, tmp_path_factory):
 
 
 def load(path, base):
-    return load_model(load_adaptation(path), base, LABELS)
+    return load_model(load_adaptation(path), base, HEAD)
 
 
 def places(count):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, LABELS, logits_of
+from conftest import ARCHITECTURES, HEAD, LABELS, logits_of
 from safetensors.torch import load_file
 
 from regraft import Base, Upgrade, convert, load_adaptation
@@ -69,7 +69,7 @@ def test_weighing_by_inputs_keeps_the_outputs_better(tmp_path, made, opened, tas
     convert(path, old, tmp_path / "plain", "lora", rank=2)
     convert(path, old, tmp_path / "weighed", "lora", rank=2, task=task_file)
     data = load_data(task_file, 0)
-    model = load_model(load_adaptation(path), old, LABELS)
+    model = load_model(load_adaptation(path), old, HEAD)
     moments = input_moments(model, encode(old, data, data.train))
     tuned, base = load_file(path / "model.safetensors"), load_file(old.path / "model.safetensors")
 
@@ -104,7 +104,7 @@ def test_a_foreign_lora_that_took_its_start_from_its_base_is_folded(tmp_path, op
     from peft import LoraConfig, get_peft_model
 
     old, new = opened["bert"]
-    model = fresh_model(old, LABELS, 0)
+    model = fresh_model(old, HEAD, 0)
     with quiet():
         config = LoraConfig(
             task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=["query", "dense"], init_lora_weights=init,
@@ -125,7 +125,7 @@ def test_a_foreign_lora_that_took_its_start_from_its_base_is_folded(tmp_path, op
     adaptation = load_adaptation(tmp_path / "out")
     assert adaptation.config["init_lora_weights"] is True
     assert (adaptation.config["r"], adaptation.config["rank_pattern"]) == (8, {"query": 4})
-    merged = load_model(adaptation, new, LABELS).merge_and_unload()
+    merged = load_model(adaptation, new, HEAD).merge_and_unload()
     before, after = (load_file(side.path / "model.safetensors") for side in (old, new))
     for layer in ("query", "key"):
         name = f"bert.encoder.layer.1.attention.self.{layer}"
@@ -169,7 +169,7 @@ def test_other_kinds_that_peft_saved_are_read_and_put_on_a_base(tmp_path, opened
     targets = {} if name.startswith("Pr") else {"target_modules": ["query", "value"]}
     given = {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"], **targets, **FOREIGN[name]}
     with quiet():
-        model = peft.get_peft_model(fresh_model(old, LABELS, 0), getattr(peft, f"{name.split()[0]}Config")(**given))
+        model = peft.get_peft_model(fresh_model(old, HEAD, 0), getattr(peft, f"{name.split()[0]}Config")(**given))
         torch.manual_seed(4)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -179,7 +179,7 @@ def test_other_kinds_that_peft_saved_are_read_and_put_on_a_base(tmp_path, opened
     expected = predict(model, texts["bert"], "fp32")
     made = load_adaptation(tmp_path / "made")
     for further in (False, True):
-        model = load_model(made, old, LABELS, trainable=further)
+        model = load_model(made, old, HEAD, trainable=further)
         assert further <= any(parameter.requires_grad for parameter in model.parameters())
         found = predict(model, texts["bert"], "fp32")
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
@@ -210,20 +210,20 @@ def test_conversions_in_other_architectures(tmp_path, task_file, kind):
     make_tokenizer("llama" if decoder else "bert").save_pretrained(tmp_path / "base")
     base, data = Base.open(tmp_path / "base"), load_data(task_file, 20)
     dev = encode(base, data, data.dev)
-    model = fresh_model(base, LABELS, 1)
+    model = fresh_model(base, HEAD, 1)
     if kind == "mixtral":
-        save_model(model, base, LABELS, tmp_path / "made")
+        save_model(model, base, HEAD, tmp_path / "made")
         assert load_adaptation(tmp_path / "made").check_base(base) == "proven"
         with pytest.raises(RegraftError):
             convert(tmp_path / "made", base, tmp_path / "lora", "lora", rank=2)
         assert not (tmp_path / "lora").exists()
         return
     with quiet():
-        model = attach(model, base, new_config("lora", base, rank=3), 1)
+        model = attach(model, base, HEAD, new_config("lora", base, HEAD, rank=3), 1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
-    save_model(model, base, LABELS, tmp_path / "made")
+    save_model(model, base, HEAD, tmp_path / "made")
     expected = predict(model, dev, "fp32")
     convert(tmp_path / "made", base, tmp_path / "full", "full")
     torch.testing.assert_close(logits_of(tmp_path / "full", base, dev), expected, atol=2e-5, rtol=1e-4)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import adapt, weights
+from conftest import HEAD, adapt, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -176,7 +176,7 @@ def test_orthogonal_leaves_nothing_along_the_shift(tmp_path, case, task_file):
 def gradients_by_autograd(upgrade, path, task_file, labels):
     """The gradient at the new base under the old head, from one batch of all examples and without regraft's losses."""
     data = load_data(task_file, FEW.seed).relabel(LABELS)
-    model = fresh_model(upgrade.new, LABELS, 0)
+    model = fresh_model(upgrade.new, HEAD, 0)
     stored = {n.removeprefix("base_model.model."): t for n, t in weights(path).items() if "lora_" not in n}
     heads = {n: t for n, t in stored.items() if n.removeprefix(upgrade.new.prefix + ".") not in upgrade.new.body}
     assert heads
@@ -187,7 +187,7 @@ def gradients_by_autograd(upgrade, path, task_file, labels):
         targets = torch.as_tensor(split.labels)
     else:
         split = data.train
-        tuned = load_model(load_adaptation(path), upgrade.old, LABELS)
+        tuned = load_model(load_adaptation(path), upgrade.old, HEAD)
         targets = predict(tuned, encode(upgrade.old, data, split), "fp32").softmax(dim=1)
     batch = encode(upgrade.new, data, split).batch(range(len(split)))
     logits = model(**inputs_of(batch)).logits
@@ -321,7 +321,9 @@ def test_the_scaling_of_each_module_is_its_own(tmp_path, bases, task_file):
 
 def test_a_lora_that_began_in_its_base_is_reworked_as_a_plain_one(tmp_path, bases, task_file, quick):
     upgrade = Upgrade(*bases["bert"])
-    model = attach(fresh_model(upgrade.old, LABELS, 1), upgrade.old, new_config("pissa", upgrade.old, rank=RANK), 1)
+    model = attach(
+        fresh_model(upgrade.old, HEAD, 1), upgrade.old, HEAD, new_config("pissa", upgrade.old, HEAD, rank=RANK), 1
+    )
     model.save_pretrained(str(tmp_path / "start"), save_embedding_layers=False)
     with torch.no_grad():
         for parameter in model.parameters():

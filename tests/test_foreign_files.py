@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import adapt, make_tokenizer
+from conftest import HEAD, adapt, head_of, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -121,7 +121,7 @@ def test_no_code_of_a_checkpoint_runs_and_nothing_asks(copied, bases, tuned, tmp
         Base.open(add_code(copied(base.path, **own)))
     full = load_adaptation(add_code(copied(tuned["bert", "full"] / "adaptation", **own)))
     with pytest.raises(CheckpointError, match="no code of a checkpoint is run"):
-        load_model(full, base, full.labels)
+        load_model(full, base, head_of(*full.labels))
     with pytest.raises(CheckpointError, match="attn_implementation is 'somebody/kernel', code of the hub"):
         Base.open(copied(base.path, attn_implementation="somebody/kernel"))
     tokenizer = add_code(
@@ -147,7 +147,7 @@ def test_a_text_that_a_prompt_began_with_loads_no_tokenizer(tmp_path, bases):
     save_file({"prompt_embeddings": torch.ones(2, 32)}, tmp_path / "adapter_model.safetensors")
     base, adaptation = Base.open(bases["bert"][0]), load_adaptation(tmp_path)
     config = adaptation.family.read_config(adaptation, afresh=True)
-    attach(fresh_model(base, ("a", "b"), 0), base, config, 0)
+    attach(fresh_model(base, head_of("a", "b"), 0), base, head_of("a", "b"), config, 0)
 
 
 def test_only_files_that_are_no_code_are_copied_beside_weights(tmp_path, copied, bases):
@@ -192,10 +192,10 @@ def test_a_config_that_makes_no_sense_is_refused_at_once(copied, bases, tuned, w
     began = time.monotonic()
     with pytest.raises(RegraftError, match=says):
         if which == "base":
-            fresh_model(Base.open(copied(bases["bert"][0], **changes)), ("a", "b"), 0)
+            fresh_model(Base.open(copied(bases["bert"][0], **changes)), head_of("a", "b"), 0)
         else:
             full = load_adaptation(copied(tuned["bert", "full"] / "adaptation", **changes))
-            load_model(full, Base.open(bases["bert"][0]), ("negative", "positive"))
+            load_model(full, Base.open(bases["bert"][0]), HEAD)
     assert time.monotonic() - began < 5
 
 
@@ -346,7 +346,7 @@ def test_patterns_and_sizes_that_would_hang_are_refused(monkeypatch, copied, bas
     folder = copied(tuned["bert", "lora"] / "adaptation", "adapter_config.json", **changes)
     base = Base.open(bases["bert"][0])
     with pytest.raises(CheckpointError, match=says):
-        load_model(load_adaptation(folder), base, ("negative", "positive"))
+        load_model(load_adaptation(folder), base, HEAD)
     if "r" not in changes:
         config = json.loads((folder / "adapter_config.json").read_text())
         with pytest.raises(CheckpointError, match=says):
@@ -360,7 +360,7 @@ def test_patterns_that_peft_takes_are_taken(copied, bases, tuned):
         "alpha_pattern": {r"layer\.\d+\.attention\.self\.query": 16},
     }
     adaptation = load_adaptation(copied(tuned["bert", "lora"] / "adaptation", "adapter_config.json", **changes))
-    load_model(adaptation, Base.open(bases["bert"][0]), adaptation.labels)
+    load_model(adaptation, Base.open(bases["bert"][0]), head_of(*adaptation.labels))
 
 
 def test_headers_and_labels_take_time_in_proportion_to_their_length(copied, tuned):
@@ -414,7 +414,7 @@ def test_a_pooler_that_pre_training_left_out_is_added_as_the_message_says(tmp_pa
         recycle(Upgrade(old, new), lora, task_file, "direct", tmp_path / "out")
     command = str(refusal.value).split("regraft ")[1].rstrip(".").replace("FOLDER", str(tmp_path / "new"))
     assert CliRunner().invoke(app, command.split()).exit_code == 0
-    load_model(load_adaptation(lora), Base.open(tmp_path / "new"), ("negative", "positive"))
+    load_model(load_adaptation(lora), Base.open(tmp_path / "new"), HEAD)
     written, upgraded = load_file(tmp_path / "new/model.safetensors"), load_file(new / "model.safetensors")
     for name, tensor in written.items():
         expected = old.checkpoint[name] if name.startswith("pooler") else upgraded[f"bert.{name}"]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, LABELS, write_base
+from conftest import ARCHITECTURES, HEAD, LABELS, head_of, write_base
 from safetensors.torch import load_file, save_file
 from test_lora import invoke
 
@@ -44,7 +44,7 @@ def test_a_tensor_that_does_not_belong_is_named_and_refused(tmp_path, made, open
     path, _ = made[architecture, kind]
     name = break_(path, tmp_path / "broken", how)
     with pytest.raises(RegraftError) as refused:
-        load_model(load_adaptation(tmp_path / "broken"), opened[architecture][0], LABELS)
+        load_model(load_adaptation(tmp_path / "broken"), opened[architecture][0], HEAD)
     assert str(tmp_path / "broken") in str(refused.value)
     said = str(refused.value)
     assert name in said or name.removeprefix("base_model.model.") in said or "PEFT cannot load it" in said
@@ -101,7 +101,7 @@ def test_a_base_of_fewer_layers_is_refused(tmp_path, made, kind):
     """PEFT alone drops the tensors of the layers that are not there, and says nothing."""
     small = Base.open(write_base(tmp_path / "small", "bert", num_hidden_layers=1))
     with pytest.raises(RegraftError, match=r"without a place|another shape|missing|PEFT cannot"):
-        load_model(load_adaptation(made["bert", kind][0]), small, LABELS)
+        load_model(load_adaptation(made["bert", kind][0]), small, HEAD)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -112,18 +112,18 @@ def test_a_head_that_was_not_saved_is_no_silent_fresh_one(tmp_path, opened, arch
     base = opened[architecture][0]
     with quiet():
         model = get_peft_model(
-            fresh_model(base, LABELS, 0), LoraConfig(target_modules="all-linear", init_lora_weights=False)
+            fresh_model(base, HEAD, 0), LoraConfig(target_modules="all-linear", init_lora_weights=False)
         )
         model.save_pretrained(tmp_path / "made", save_embedding_layers=False)
     with pytest.raises(CheckpointError, match="neither the base nor the adaptation fills"):
-        load_model(load_adaptation(tmp_path / "made"), base, LABELS)
-    fresh_model(base, LABELS[::-1], 3).save_pretrained(tmp_path / "tuned")  # a classifier, given as a base
+        load_model(load_adaptation(tmp_path / "made"), base, HEAD)
+    fresh_model(base, head_of(*LABELS[::-1]), 3).save_pretrained(tmp_path / "tuned")  # a classifier, given as a base
     base.tokenizer.save_pretrained(tmp_path / "tuned")
     tuned = Base.open(tmp_path / "tuned")
     assert tuned.fingerprint == base.fingerprint or tuned.has_pooler
     with pytest.raises(CheckpointError, match="neither the base nor the adaptation fills"):
-        load_model(load_adaptation(tmp_path / "made"), tuned, LABELS)
-    one, other = (fresh_model(tuned, LABELS, seed).state_dict() for seed in (1, 2))
+        load_model(load_adaptation(tmp_path / "made"), tuned, HEAD)
+    one, other = (fresh_model(tuned, HEAD, seed).state_dict() for seed in (1, 2))
     heads = [name for name in one if not name.startswith(base.prefix) and name.endswith("weight")]
     assert heads
     assert not any(torch.equal(one[name], other[name]) for name in heads)
@@ -299,8 +299,8 @@ def test_no_half_loaded_adaptation_can_be_made(tmp_path, made, opened, task_file
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("full", "prefix", "prompt")])
 def test_an_adapter_that_changes_nothing_is_refused(tmp_path, opened, task_file, kind):
     old, new = opened["bert"]
-    model = attach(fresh_model(old, LABELS, 0), old, new_config(kind, old), 0)
-    save_model(model, old, LABELS, tmp_path / "made", start_of(model))
+    model = attach(fresh_model(old, HEAD, 0), old, HEAD, new_config(kind, old, HEAD), 0)
+    save_model(model, old, HEAD, tmp_path / "made", start_of(model))
     if kind in FOLDED:  # B·A − B₀·A₀ is 0 up to rounding
         assert check(Upgrade(old, new), tmp_path / "made", task_file).effect < 1e-4
         return
@@ -328,6 +328,6 @@ def test_what_the_upgrade_changed_in_the_config_is_the_new_bases(tmp_path, made,
     config(rope_parameters={"type": "default", "rope_type": "default", "rope_theta": 50.0})(
         new.path
     )  # its old name too
-    load_model(load_adaptation(tmp_path / "out"), Base.open(new.path), LABELS)
+    load_model(load_adaptation(tmp_path / "out"), Base.open(new.path), HEAD)
     with pytest.raises(MismatchError, match="rope_parameters"):
-        load_model(load_adaptation(tmp_path / "out"), old, LABELS)
+        load_model(load_adaptation(tmp_path / "out"), old, HEAD)

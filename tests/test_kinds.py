@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, LABELS, logits_of, move_base, write_base
+from conftest import ARCHITECTURES, HEAD, LABELS, logits_of, move_base, write_base
 from safetensors.torch import load_file
 
 from regraft import Base, BottleneckConfig, Recipe, Upgrade, check, compare, load_adaptation, recycle, tune
@@ -27,7 +27,7 @@ def test_what_is_saved_is_what_is_loaded(made, opened, texts, architecture, kind
     assert adaptation.check_base(opened[architecture][0]) == "proven"
     found = logits_of(path, opened[architecture][0], texts[architecture])
     torch.testing.assert_close(found, expected, atol=1e-4 if kind in FOLDED else 0, rtol=0)
-    bare = predict(fresh_model(opened[architecture][0], LABELS, 1), texts[architecture], "fp32")
+    bare = predict(fresh_model(opened[architecture][0], HEAD, 1), texts[architecture], "fp32")
     assert (found - bare).abs().max() > 1e-3
 
 
@@ -109,13 +109,13 @@ def test_labels_in_another_order_are_permuted(tmp_path, made, opened, task_file)
 
 def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts):
     base = opened["bert"][0]
-    bare = predict(fresh_model(base, LABELS, 0), texts["bert"], "fp32")
+    bare = predict(fresh_model(base, HEAD, 0), texts["bert"], "fp32")
     for config, expected in (
         (BottleneckConfig(), 4),
         (BottleneckConfig(placement="pfeiffer", activation="relu"), 2),
         (BottleneckConfig(inner_size=7, tune_norms=True, tune_head=False), 4),
     ):
-        model = attach(fresh_model(base, LABELS, 0), base, config, 0)
+        model = attach(fresh_model(base, HEAD, 0), base, HEAD, config, 0)
         assert torch.equal(predict(model, texts["bert"], "fp32"), bare)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert sum(name.endswith("bottleneck.down.weight") for name in trained) == expected
@@ -126,7 +126,7 @@ def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts
         with pytest.raises(RecipeError, match=str(next(iter(wrong.values())))):
             BottleneckConfig(**wrong)
     with pytest.raises(MismatchError, match="finds 0 layers"):
-        attach(fresh_model(base, LABELS, 0), base, BottleneckConfig(after_attention="nothing"), 0)
+        attach(fresh_model(base, HEAD, 0), base, HEAD, BottleneckConfig(after_attention="nothing"), 0)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_bottlenecks_find_their_places_in_other_architectures(kind):
 
 def test_a_prompt_before_a_decoder_reads_the_last_token_whatever_the_padding(made, opened, texts):
     path, together = made["llama", "prompt"]
-    model = load_model(load_adaptation(path), opened["llama"][0], LABELS)
+    model = load_model(load_adaptation(path), opened["llama"][0], HEAD)
     for i in range(5):
         alone = predict(model, encode_one(texts["llama"], i), "fp32")
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-4)
@@ -163,11 +163,11 @@ def encode_one(examples, i):
 
 def test_kinds_that_cannot_be(opened):
     with pytest.raises(RecipeError, match="Did you mean lora"):
-        new_config("loora", opened["bert"][0])
+        new_config("loora", opened["bert"][0], HEAD)
     with pytest.raises(RecipeError, match="takes no prefix"):
-        new_config("prefix", opened["distilbert"][0])
+        new_config("prefix", opened["distilbert"][0], HEAD)
     with pytest.raises(RecipeError, match="leave no room"):
-        new_config("prompt", opened["bert"][0], virtual_tokens=100)
+        new_config("prompt", opened["bert"][0], HEAD, virtual_tokens=100)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LABELS, WORDS, adapt, make_tokenizer, move_base, weights, write_rows
+from conftest import HEAD, LABELS, WORDS, adapt, make_tokenizer, move_base, weights, write_rows
 from transformers.pytorch_utils import Conv1D
 
 from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
@@ -86,14 +86,14 @@ def adapt_experts(base, folder, modules):
     from peft import LoraConfig
 
     config = LoraConfig(r=3, target_modules=modules, target_parameters=EXPERTS)
-    model = attach(fresh_model(base, LABELS, 1), base, config, 1)
+    model = attach(fresh_model(base, HEAD, 1), base, HEAD, config, 1)
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     (folder / "adaptation").mkdir(parents=True)
-    save_model(model, base, LABELS, folder / "adaptation")
+    save_model(model, base, HEAD, folder / "adaptation")
     return folder / "adaptation"
 
 
@@ -154,8 +154,8 @@ def test_ridge_is_the_closed_form_in_every_layer(tmp_path, upgrades, few_file, n
     out = recycle(upgrade, path, few_file, "ridge", tmp_path / "ridge", recipe=QUICK, options=Ridge(RIDGE, 40))
     batch = batch_of(upgrade.new, few_file)
     mask = batch["attention_mask"].bool()
-    tuned = load_model(load_adaptation(path), upgrade.old, LABELS)
-    result = load_model(load_adaptation(out.path / "adaptation"), upgrade.new, LABELS)
+    tuned = load_model(load_adaptation(path), upgrade.old, HEAD)
+    result = load_model(load_adaptation(out.path / "adaptation"), upgrade.new, HEAD)
     old_calls, new_calls = watch(tuned, batch), watch(result, batch)
     named, checked = out.record["notes"].get("passed_over", {}), 0
     prefix = upgrade.old.prefix + "."
@@ -206,7 +206,7 @@ def test_a_lora_on_experts_is_refitted_expert_by_expert(tmp_path, upgrades, few_
     batch = batch_of(upgrade.new, few_file)
     mask = batch["attention_mask"].bool()
     models = [
-        load_model(load_adaptation(folder), base, LABELS)
+        load_model(load_adaptation(folder), base, HEAD)
         for folder, base in ((path, upgrade.old), (out.path / "adaptation", upgrade.new))
     ]
     calls = [watch(model, batch) for model in models]
@@ -283,9 +283,9 @@ def test_masked_reads_gradients_under_the_names_that_tensors_are_stored_by(tmp_p
     out = recycle(upgrade, path, few_file, "masked", tmp_path / "masked", recipe=QUICK, options=options)
     direct = recycle(upgrade, path, few_file, "direct", tmp_path / "direct", recipe=QUICK)
     masked, grafted = (
-        load_model(load_adaptation(outcome.path / "adaptation"), upgrade.new, LABELS) for outcome in (out, direct)
+        load_model(load_adaptation(outcome.path / "adaptation"), upgrade.new, HEAD) for outcome in (out, direct)
     )
-    bare = load_model(load_adaptation(direct.path / "adaptation"), upgrade.new, LABELS)
+    bare = load_model(load_adaptation(direct.path / "adaptation"), upgrade.new, HEAD)
     prefix = upgrade.new.prefix + "."
     base = {n: upgrade.new.parameters.get(n.removeprefix(prefix)) for n, _ in bare.named_parameters()}
     before = {n: upgrade.old.parameters.get(n.removeprefix(prefix)) for n in base}

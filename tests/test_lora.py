@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import HEAD, LABELS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
@@ -16,7 +17,6 @@ from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeE
 from regraft.progress import quiet
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
-LABELS = ("negative", "positive")
 IDS = torch.tensor([[7, 9, 12, 20, 8], [11, 30, 6, 15, 22]])
 
 
@@ -55,7 +55,7 @@ def test_a_merged_lora_is_the_model_it_was(tmp_path, bases, tuned, architecture)
     assert not report["missing_keys"] | report["mismatched_keys"]
     assert report["unexpected_keys"] <= Checkpoint.open(base.path).tensors.keys()  # the head of its pre-training
     assert tuple(model.config.id2label[i] for i in range(2)) == LABELS
-    torch.testing.assert_close(logits(model), logits(load_model(adaptation, base, LABELS)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(model), logits(load_model(adaptation, base, HEAD)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_extract_on_the_command_line(tmp_path, bases, tuned):
     said = invoke("extract-lora", "--tuned", source, "--old", old, "--rank", 4, "--out", tmp_path / "lora")
     assert "of the squared norm of what tuning changed" in said
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(old)
-    load_model(load_adaptation(tmp_path / "lora"), Base.open(old), LABELS)
+    load_model(load_adaptation(tmp_path / "lora"), Base.open(old), HEAD)
     for given in ({}, {"rank": 1, "energy": 0.5}):
         with pytest.raises(RecipeError, match="either a rank or the energy"):
             extract_lora(Checkpoint.open(source), Checkpoint.open(old), **given)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import make_tokenizer
+from conftest import head_of, make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_lora import invoke
@@ -409,5 +409,5 @@ def test_a_lora_of_experts_is_converted_both_ways(tmp_path, base_of):
     convert(tmp_path / "adapter", base, tmp_path / "full", "full")
     convert(tmp_path / "full", base, tmp_path / "lora", "lora", energy=1.0)
     for folder in ("full", "lora"):
-        again = load_model(load_adaptation(tmp_path / folder), base, ("LABEL_0", "LABEL_1"))
+        again = load_model(load_adaptation(tmp_path / folder), base, head_of("LABEL_0", "LABEL_1"))
         torch.testing.assert_close(outputs("qwen3-moe", again), expected, atol=2e-6, rtol=1e-3)

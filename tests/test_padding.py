@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, WORDS, make_tokenizer, move_base, sentence, write_base
+from conftest import HEAD, LABELS, WORDS, make_tokenizer, move_base, sentence, write_base
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from regraft import Base, Recipe, Upgrade, cli, convert, load_adaptation, recycle, tune
@@ -184,18 +184,18 @@ def test_an_adapter_gives_each_text_what_peft_gives_alone(bases, tmp_path, archi
     from peft import PeftModel
 
     base = Base.open(bases[architecture][0])
-    model = attach(fresh_model(base, LABELS, 1), base, new_config(kind, base, virtual_tokens=4), 1)
+    model = attach(fresh_model(base, HEAD, 1), base, HEAD, new_config(kind, base, HEAD, virtual_tokens=4), 1)
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    save_model(model, base, LABELS, tmp_path)
+    save_model(model, base, HEAD, tmp_path)
     texts = [ids for ids in token_ids() if architecture == "llama" or 0 not in ids]
     with quiet():
         plain = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=2)
         expected = alone(PeftModel.from_pretrained(plain, tmp_path), texts)
-    for ours in (model, load_model(load_adaptation(tmp_path), base, LABELS)):
+    for ours in (model, load_model(load_adaptation(tmp_path), base, HEAD)):
         torch.testing.assert_close(predict(ours, examples_of(texts), "fp32"), expected, rtol=0, atol=1e-5)
 
 

@@ -32,7 +32,7 @@ def logits_of(path, base, task_file):
     """The logits on test of an adaptation on a base."""
     adaptation, base = load_adaptation(path), Base.open(base)
     data = load_data(task_file, 20).relabel(adaptation.labels)
-    return predict(load_model(adaptation, base, data.labels), encode(base, data, data.test), "fp32")
+    return predict(load_model(adaptation, base, data.head), encode(base, data, data.test), "fp32")
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CELLS)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import sentence
+from conftest import head_of, sentence
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -205,7 +205,7 @@ def test_what_was_cached_is_made_again_if_it_is_damaged(tmp_path, opened, texts)
         return pack(Corpus((str(text),)), base, 8, tmp_path / "tokens.bin", silent).tolist()
 
     def taught():
-        model = fresh_model(base, ("a", "b"), 1)
+        model = fresh_model(base, head_of("a", "b"), 1)
         options = Distillation(beta=0.0)
         every = range(len(texts["bert"]))
         return teach(model, texts["bert"], every, options, CATEGORICAL, "fp32", tmp_path, silent).signal.logits.clone()

@@ -93,7 +93,7 @@ def test_examples_that_are_taken_bring_their_rows():
 
 def test_a_deployment_runs_each_split_once(opened, tuned, task_file):
     base, data = opened["bert"][0], load_data(task_file, 20).relabel(LABELS)
-    model = load_model(load_adaptation(tuned["bert", "lora"]), base, data.labels)
+    model = load_model(load_adaptation(tuned["bert", "lora"]), base, data.head)
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     deployment = Deployment(model, base, data, "fp32")

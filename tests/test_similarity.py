@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, LABELS, adapt, move_base, write_base
+from conftest import ARCHITECTURES, HEAD, LABELS, adapt, move_base, write_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
@@ -36,7 +36,7 @@ def attentive(tmp_path_factory):
 
 
 def load(path, base):
-    return load_model(load_adaptation(path), base, LABELS)
+    return load_model(load_adaptation(path), base, HEAD)
 
 
 def sharpen(model):

@@ -56,7 +56,9 @@ def adaptations(tmp_path_factory, opened, tuned, data):
     folder, made = tmp_path_factory.mktemp("moved"), dict(tuned)
     for name, kind in (("bert", "bottleneck"), ("llama", "bottleneck"), ("bert", "pissa")):
         base = opened[name][0]
-        model = attach(fresh_model(base, data.labels, 1), base, new_config(kind, base, rank=3, inner_size=5), 1)
+        model = attach(
+            fresh_model(base, data.head, 1), base, data.head, new_config(kind, base, data.head, rank=3, inner_size=5), 1
+        )
         start = start_of(model)
         torch.manual_seed(2)
         with torch.no_grad():
@@ -64,7 +66,7 @@ def adaptations(tmp_path_factory, opened, tuned, data):
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
         made[name, kind] = folder / f"{name}-{kind}"
-        save_model(model, base, data.labels, made[name, kind] / "adaptation", start)
+        save_model(model, base, data.head, made[name, kind] / "adaptation", start)
     return made
 
 
@@ -206,7 +208,7 @@ def gradients_of(model, loss):
 @pytest.mark.parametrize("weighting", ["plain", "fisher"])
 @pytest.mark.parametrize("decay", ["none", "linear", "cosine"])
 def test_the_anchors_gradient_is_the_pull_to_the_start(opened, data, weighting, decay):
-    model = fresh_model(opened["bert"][1], data.labels, 1).eval()
+    model = fresh_model(opened["bert"][1], data.head, 1).eval()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     examples, batch = batch_of(opened["bert"][1], data)
     weighed = fisher(model, examples, np.arange(20), CATEGORICAL, silent) if weighting == "fisher" else None
@@ -228,7 +230,7 @@ def test_the_anchors_gradient_is_the_pull_to_the_start(opened, data, weighting, 
 
 def test_the_fisher_information_is_the_mean_squared_gradient(opened, data):
     base = opened["llama"][0]
-    model = fresh_model(base, data.labels, 1).train()
+    model = fresh_model(base, data.head, 1).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1" in name or "score" in name)
     examples = encode(base, data, data.train)
@@ -255,8 +257,8 @@ def pair(tmp_path, opened, adaptations, data):
         old, new = opened[architecture]
         adaptation = load_adaptation(adaptations[architecture, kind])
         write_graft(adaptation, Upgrade(old, new), tmp_path / "graft", silent)
-        student = load_model(load_adaptation(tmp_path / "graft"), new, data.labels, trainable=True).eval()
-        teacher = load_model(adaptation, old, data.labels).eval()
+        student = load_model(load_adaptation(tmp_path / "graft"), new, data.head, trainable=True).eval()
+        teacher = load_model(adaptation, old, data.head).eval()
         examples = encode(old, data, data.train)
         taught = teach(teacher, examples, np.arange(6), options, CATEGORICAL, "fp32", tmp_path, silent)
         return student, teacher, taught, lambda: examples.batch(list(range(6)))
@@ -422,7 +424,7 @@ def test_old_outputs_are_learnt_with_the_old_head_only(tmp_path, opened, adaptat
 
 def test_averaged_weights_are_the_mean_of_the_late_evaluations(opened, data, tmp_path):
     recipe = Recipe(steps=12, batch_size=8, learning_rate=3e-3, eval_every=3, precision="fp32", average=0.4)
-    model, seen = fresh_model(opened["bert"][1], data.labels, 1), []
+    model, seen = fresh_model(opened["bert"][1], data.head, 1), []
 
     def evaluate(current):
         seen.append({name: p.detach().clone() for name, p in current.named_parameters()})
@@ -441,7 +443,7 @@ def test_averaged_weights_are_the_mean_of_the_late_evaluations(opened, data, tmp
 
 def test_averaged_weights_that_are_no_better_are_left(opened, data, tmp_path):
     recipe = Recipe(steps=12, batch_size=8, learning_rate=3e-3, eval_every=3, precision="fp32", average=0.4)
-    model, scores, seen = fresh_model(opened["bert"][1], data.labels, 1), iter([0.1, 0.5, 0.9, 0.2, 0.3, 0.8]), []
+    model, scores, seen = fresh_model(opened["bert"][1], data.head, 1), iter([0.1, 0.5, 0.9, 0.2, 0.3, 0.8]), []
 
     def evaluate(current):
         seen.append(current.classifier.weight.detach().clone())

@@ -143,7 +143,7 @@ def test_long_texts_are_cut(opened):
 def test_predict_is_the_plain_forward_in_the_examples_order(opened, task_file, architecture):
     base = opened[architecture]
     data = load_data(task_file, 20)
-    model = fresh_model(base, data.labels, seed=1).train()
+    model = fresh_model(base, data.head, seed=1).train()
     split = data.test.take(range(70))
     logits = predict(model, encode(base, data.changed(max_length=32), split), "fp32")
     assert model.training
@@ -249,7 +249,7 @@ def test_hidden_states_are_those_of_the_heads_token():
 def test_the_teacher_computes_each_wanted_example_once(opened, tuned, task_file, tmp_path, architecture):
     base = opened[architecture]
     data = load_data(task_file, 20)
-    teacher = load_model(load_adaptation(tuned[architecture, "full"]), base, data.labels)
+    teacher = load_model(load_adaptation(tuned[architecture, "full"]), base, data.head)
     examples = encode(base, data.changed(max_length=32), data.train)
     wanted = np.array([5, 3, 5, 200, 3, 77])
     seen = []
@@ -311,7 +311,7 @@ def test_recipe_fills_in_what_is_not_given():
 
 def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(opened, task_file, tmp_path):
     base, data = opened["bert"], load_data(task_file, 20)
-    model = fresh_model(base, data.labels, seed=1)
+    model = fresh_model(base, data.head, seed=1)
     recipe = Recipe(steps=30, eval_every=10, learning_rate=1e-3, precision="fp32").resolve(len(data.train), 1.0)
     with torch.no_grad():
         model.classifier.weight[0, 0] = math.nan
@@ -329,7 +329,7 @@ def test_a_training_that_diverges_after_the_last_logged_loss_publishes_nothing(b
 def test_the_model_is_left_with_its_best_weights(opened, task_file, tmp_path):
     base, data = opened["bert"], load_data(task_file, 20)
     recipe = Recipe(steps=30, eval_every=3, learning_rate=0.02, precision="fp32").resolve(len(data.train), 1.0)
-    model = fresh_model(base, data.labels, seed=1)
+    model = fresh_model(base, data.head, seed=1)
     curve = tune_model(model, base, data, recipe, tmp_path, silent)
     found = predict(model, encode(base, data.changed(max_length=32), data.dev), "fp32").argmax(dim=1).numpy()
     assert (found == data.dev.labels).mean() == pytest.approx(max(point["score"] for point in curve))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import adapt, make_tokenizer, write_base
+from conftest import HEAD, adapt, head_of, make_tokenizer, write_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -157,7 +157,7 @@ def test_the_same_weights_in_another_writing_are_the_same_base(tmp_path, bases, 
     assert other.fingerprint == old.fingerprint
     assert other.body.keys() == old.body.keys()
     assert Upgrade(old, other).distance().l2 == 0
-    model, again = (fresh_model(base, ("a", "b"), 1).state_dict() for base in (old, other))
+    model, again = (fresh_model(base, head_of("a", "b"), 1).state_dict() for base in (old, other))
     assert all(torch.equal(model[name], again[name]) for name in model)
 
 
@@ -221,7 +221,7 @@ def test_what_transformers_would_compute_otherwise_is_refused(tmp_path, bases):
     relative = Base.open(rewritten(old, tmp_path / "relative", dict, position_embedding_type="relative_key"))
     tuned = adapt(Base.open(old), "full", tmp_path / "tuned")
     with pytest.raises(MismatchError, match=r"position_embedding_type is 'relative_key', which transformers no longer"):
-        load_model(load_adaptation(tuned), relative, ("negative", "positive"))
+        load_model(load_adaptation(tuned), relative, HEAD)
 
 
 def test_a_text_model_inside_a_multimodal_one_is_refused_by_name(tmp_path):
@@ -285,7 +285,7 @@ def test_a_base_that_transformers_has_no_classifier_for_is_refused_in_a_sentence
         tmp_path
     )
     with pytest.raises(CheckpointError, match="transformers has no mamba for SequenceClassification"):
-        fresh_model(Base.open(tmp_path), ("a", "b"), 1)
+        fresh_model(Base.open(tmp_path), head_of("a", "b"), 1)
 
 
 def test_what_regraft_0_1_made_of_a_base_in_another_writing_is_found(tmp_path, bases, task_file, quick):

@@ -8,7 +8,7 @@ from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.graft import write_graft
 from regraft.adaptation.head import HEAD_POLICIES, HeadPolicy, change_head
 from regraft.adaptation.kinds import KINDS, kind_of_config, new_config, settings
-from regraft.adaptation.labels import stored_labels
+from regraft.adaptation.labels import stored_head
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.merge import MergedLora, lora_settings, merge_lora
 from regraft.adaptation.model import attach, check_fit, load_model, save_model, start_of
@@ -44,7 +44,7 @@ __all__ = [
     "save_model",
     "settings",
     "start_of",
-    "stored_labels",
+    "stored_head",
     "write_adapter",
     "write_graft",
     "write_lineage",

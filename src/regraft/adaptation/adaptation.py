@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from regraft.base import Base
     from regraft.checkpoint import Checkpoint
     from regraft.progress import Progress
+    from regraft.task import Head, Task
     from regraft.upgrade import Upgrade
     from regraft.weights import RowMatch
 
@@ -139,10 +140,12 @@ class Carried:
 class Family(ABC):
     """How the adaptations of a family are loaded, saved and grafted, and what their deltas are; it holds no state."""
 
-    library: ClassVar[str]
-    """What loads them, as model cards name it."""
     tunes_base: ClassVar[bool] = False
     """Whether the base's own tensors are tuned, so that a delta is tuned − base, tensor by tensor."""
+
+    @abstractmethod
+    def fitting_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
+        """Return the types of task that an adaptation of these settings can be for."""
 
     def virtual_tokens(self, config: Mapping[str, Any]) -> int:
         """Return how many tokens an adaptation of these settings puts before every input."""
@@ -168,7 +171,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def attach(self, model: Any, base: Base, config: Any, seed: int) -> Any:
+    def attach(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
         """Put a fresh adapter on a model that has a fresh head: the function `attach` says how."""
 
     def start(self, model: Any) -> Tensors:
@@ -176,7 +179,7 @@ class Family(ABC):
         return {}
 
     @abstractmethod
-    def load(self, adaptation: Adaptation, base: Base, labels: Sequence[str], *, trainable: bool) -> Any:
+    def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
         """Load an adaptation as a model, wholly or not at all: the function `load_model` says how."""
 
     @abstractmethod
@@ -324,14 +327,14 @@ class Family(ABC):
         """Return the name of a model's parameter by the name under which it is stored."""
 
     @abstractmethod
-    def merged(self, adaptation: Adaptation, model: Any, old: Base, labels: Sequence[str]) -> Any:
+    def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
         """Merge an adaptation into its base.
 
         Args:
             adaptation: The tuned weights.
             model: These as a model; it may be changed.
             old: The base they were tuned on.
-            labels: The label names, in the order of the head's outputs.
+            head: Its head.
 
         Returns:
             A full fine-tune that computes the same; the same model if it is one.

@@ -42,6 +42,7 @@ class BottleneckConfig:
         modules_to_save: Further modules that are tuned and saved whole; the head is added to them.
         after_attention: A regular expression that finds the linear layer each attention ends with.
         after_feed_forward: The same for each feed-forward.
+        task_type: PEFT's name of the type of task; that of the head once it is attached.
 
     Raises:
         RecipeError: A value is out of its range.
@@ -55,6 +56,7 @@ class BottleneckConfig:
     modules_to_save: tuple[str, ...] = ()
     after_attention: str = AFTER_ATTENTION
     after_feed_forward: str = AFTER_FEED_FORWARD
+    task_type: str = "SEQ_CLS"
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -80,10 +82,10 @@ class BottleneckConfig:
         """Return what `adapter_config.json` holds.
 
         Returns:
-            The fields, and `peft_type` and `task_type` as PEFT writes them.
+            The fields, and `peft_type` as PEFT writes it.
         """
         fields = dataclasses.asdict(self) | {"modules_to_save": list(self.modules_to_save)}
-        return {"peft_type": "BOTTLENECK", "task_type": "SEQ_CLS", **fields}
+        return {"peft_type": "BOTTLENECK", **fields}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], where: str) -> BottleneckConfig:

@@ -11,16 +11,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from regraft.base import Base
+    from regraft.task import Head
 
 
-def fresh_model(base: Base, labels: Sequence[str], seed: int) -> Any:
+def fresh_model(base: Base, head: Head, seed: int) -> Any:
     """Load a base with an untrained classification head.
 
     A decoder is given the tokenizer's padding token, for plain transformers to read batches right once it is saved.
 
     Args:
         base: The base.
-        labels: The label names, in the order of the head's outputs.
+        head: The task's head.
         seed: What the head is drawn from.
 
     Returns:
@@ -29,18 +30,18 @@ def fresh_model(base: Base, labels: Sequence[str], seed: int) -> Any:
     Raises:
         CheckpointError: A tensor of the body is missing, has another shape, or has no place in the model.
     """
-    model = fresh_parts(base, labels, seed)[0]
+    model = fresh_parts(base, head, seed)[0]
     if base.is_decoder:
         model.config.pad_token_id = base.pad_id
     return model
 
 
-def fresh_parts(base: Base, labels: Sequence[str], seed: int) -> tuple[Any, list[str]]:
+def fresh_parts(base: Base, head: Head, seed: int) -> tuple[Any, list[str]]:
     """Load a base with an untrained classification head, and name what of the model is untrained.
 
     Args:
         base: The base.
-        labels: The label names, in the order of the head's outputs.
+        head: The task's head.
         seed: What the head is drawn from.
 
     Returns:
@@ -49,16 +50,17 @@ def fresh_parts(base: Base, labels: Sequence[str], seed: int) -> tuple[Any, list
     Raises:
         CheckpointError: A tensor of the body is missing, has another shape, or has no place in the model.
     """
-    from transformers import AutoModelForSequenceClassification, set_seed
+    import transformers
 
-    set_seed(seed)
-    model, fresh = load_strictly(AutoModelForSequenceClassification, base.path, base.prefix, **_head_config(labels))
+    auto: Any = getattr(transformers, head.type.auto_class)
+    transformers.set_seed(seed)
+    model, fresh = load_strictly(auto, base.path, base.prefix, **_head_config(head.labels))
     if base.own_rows:
         model.resize_token_embeddings(base.own_rows, mean_resizing=False)
     heads = {n: t for n, t in model.state_dict().items() if not n.startswith(base.prefix + ".")}
     if not heads.keys() & set(fresh):  # the base is a classifier itself: its head is for labels of its own
-        set_seed(seed)
-        drawn = AutoModelForSequenceClassification.from_config(model.config).state_dict()  # type: ignore[no-untyped-call]
+        transformers.set_seed(seed)
+        drawn = auto.from_config(model.config).state_dict()
         for name, tensor in heads.items():
             tensor.copy_(drawn[name])
         fresh = sorted({*fresh, *heads})

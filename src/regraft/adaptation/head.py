@@ -15,22 +15,22 @@ from regraft.errors import MismatchError
 from regraft.progress import silent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from regraft.base import Base
+    from regraft.task import Head
 
 HeadPolicy = Literal["copy", "fresh", "resize"]
 HEAD_POLICIES = ("copy", "fresh", "resize")
 
 
-def change_head(folder: Path, base: Base, labels: Sequence[str], how: HeadPolicy, seed: int, into: Path) -> None:
+def change_head(folder: Path, base: Base, head: Head, how: HeadPolicy, seed: int, into: Path) -> None:
     """Write an adaptation with a head for other labels.
 
     Args:
         folder: The adaptation.
         base: The base it lives on.
-        labels: The labels that are wanted, in the order of the new head's outputs.
+        head: What is wanted.
         how: `fresh` draws the whole head anew; `resize` keeps it and, of its outputs, those whose label is wanted,
             whatever their place, and draws only those of new labels.
         seed: What is new is drawn from it.
@@ -43,13 +43,13 @@ def change_head(folder: Path, base: Base, labels: Sequence[str], how: HeadPolicy
 
     adaptation = load_adaptation(folder)
     rows_of = {label: row for row, label in enumerate(adaptation.labels or ())}
-    if how == "resize" and not rows_of.keys() & set(labels):
+    if how == "resize" and not rows_of.keys() & set(head.labels):
         raise MismatchError(
-            f"{folder}: its labels ({', '.join(rows_of) or 'it names none'}) have none of {', '.join(labels[:8])}: "
-            "there is nothing of its head to keep. Take a fresh head."
+            f"{folder}: its labels ({', '.join(rows_of) or 'it names none'}) have none of "
+            f"{', '.join(head.labels[:8])}: there is nothing of its head to keep. Take a fresh head."
         )
-    drawn = fresh_model(base, labels, seed).state_dict()
-    outputs, prefix = label_rows(base), base.prefix + "."
+    drawn = fresh_model(base, head, seed).state_dict()
+    outputs, prefix = label_rows(base, head.type), base.prefix + "."
     entries = {}
     for name, info in adaptation.checkpoint.tensors.items():
         inner, tensor = model_name(name), None
@@ -57,7 +57,7 @@ def change_head(folder: Path, base: Base, labels: Sequence[str], how: HeadPolicy
             tensor = drawn[inner]
         elif how == "resize" and inner in outputs:
             old = adaptation.checkpoint[name]
-            rows = [old[rows_of[label]] if label in rows_of else drawn[inner][i] for i, label in enumerate(labels)]
+            rows = [old[rows_of[label]] if label in rows_of else drawn[inner][i] for i, label in enumerate(head.labels)]
             tensor = torch.stack([row.to(old.dtype) for row in rows])
         if tensor is None:
             entries[name] = Entry(info.dtype, info.shape, ((adaptation.checkpoint, name),))
@@ -65,6 +65,6 @@ def change_head(folder: Path, base: Base, labels: Sequence[str], how: HeadPolicy
             entries[name] = Entry(dtype_name(tensor.dtype), tuple(tensor.shape), (({name: tensor}, name),))
     into.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
-    family.write(into, Derived(entries), family.relabelled(adaptation.config, labels), silent)
+    family.write(into, Derived(entries), family.relabelled(adaptation.config, head.labels), silent)
     write_tokenizer(base, into)
-    write_lineage(into, base, labels)
+    write_lineage(into, base, head.labels)

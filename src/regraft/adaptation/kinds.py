@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.bottleneck import BottleneckConfig
     from regraft.base import Base
+    from regraft.task import Head
 
     Config = PeftConfig | BottleneckConfig
 
@@ -25,28 +26,31 @@ WIDEST = 4  # a larger adapter has more numbers than the layer that it is put on
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How large adapters are made.
+class Setting:
+    """What adapters are for, and how large they are made.
 
     Args:
+        task_type: PEFT's name of the type of task.
         rank: A LoRA's rank; its alpha is twice that.
         inner_size: The width of bottleneck adapters.
         virtual_tokens: How many a prefix or a prompt has.
     """
 
+    task_type: str
     rank: int
     inner_size: int
     virtual_tokens: int
 
 
 def new_config(
-    kind: str, base: Base, *, rank: int = 8, inner_size: int = 24, virtual_tokens: int = 20
+    kind: str, base: Base, head: Head, *, rank: int = 8, inner_size: int = 24, virtual_tokens: int = 20
 ) -> Config | None:
     """Set up a kind of adaptation for a base.
 
     Args:
         kind: One of `KINDS`.
         base: The base.
+        head: What the task needs.
         rank: A LoRA's rank; its alpha is twice that.
         inner_size: The width of bottleneck adapters.
         virtual_tokens: How many a prefix or a prompt has.
@@ -72,7 +76,7 @@ def new_config(
     for what, number in (("a LoRA's rank", rank), ("a bottleneck's inner size", inner_size)):
         if number > WIDEST * widest:
             raise RecipeError(f"{what} is up to {WIDEST} times the width of {base.path}, {widest:,}; found {number:,}.")
-    return set_up(base, Sizes(rank, inner_size, virtual_tokens))
+    return set_up(base, Setting(head.type.peft_type, rank, inner_size, virtual_tokens))
 
 
 def kind_of(peft_type: str) -> str:
@@ -117,64 +121,64 @@ def settings(config: Config | None) -> Mapping[str, Any] | None:
     }
 
 
-def _lora(base: Base, sizes: Sizes, **variant: Any) -> Config:
+def _lora(base: Base, setting: Setting, **variant: Any) -> Config:
     from peft import LoraConfig
 
     turned = any(type(module).__name__ == "Conv1D" for module in base.bare.modules())  # GPT-2's weights are [in, out]
     return LoraConfig(
-        task_type="SEQ_CLS",
-        r=sizes.rank,
-        lora_alpha=2 * sizes.rank,
+        task_type=setting.task_type,
+        r=setting.rank,
+        lora_alpha=2 * setting.rank,
         target_modules="all-linear",
         fan_in_fan_out=turned,
         **variant,
     )
 
 
-def _ia3(base: Base, sizes: Sizes) -> Config:
+def _ia3(base: Base, setting: Setting) -> Config:
     from peft import IA3Config
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
     from regraft.adaptation.bottleneck import AFTER_FEED_FORWARD
 
     if base.config.model_type in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
-        return IA3Config(task_type="SEQ_CLS")
+        return IA3Config(task_type=setting.task_type)
     feed_forward = f".*{AFTER_FEED_FORWARD}"
     return IA3Config(
-        task_type="SEQ_CLS",
+        task_type=setting.task_type,
         target_modules=rf"(.*\.(key|value|k_lin|v_lin|k_proj|v_proj)$|{feed_forward})",
         feedforward_modules=feed_forward,
     )
 
 
-def _layernorm(base: Base, sizes: Sizes) -> Config:
+def _layernorm(base: Base, setting: Setting) -> Config:
     from peft import LNTuningConfig
 
     norms = {n.rpartition(".")[2] for n, module in base.bare.named_modules() if "Norm" in type(module).__name__}
-    return LNTuningConfig(task_type="SEQ_CLS", target_modules=sorted(norms))
+    return LNTuningConfig(task_type=setting.task_type, target_modules=sorted(norms))
 
 
-def _prefix(base: Base, sizes: Sizes) -> Config:
+def _prefix(base: Base, setting: Setting) -> Config:
     from peft import PrefixTuningConfig
 
     if "past_key_values" not in inspect.signature(base.bare.forward).parameters:
         raise KindError(f"a {base.config.model_type} takes no prefix (past_key_values). Choose prompt, or lora.")
-    return PrefixTuningConfig(task_type="SEQ_CLS", **_virtual(base, sizes))
+    return PrefixTuningConfig(task_type=setting.task_type, **_virtual(base, setting))
 
 
-def _prompt(base: Base, sizes: Sizes) -> Config:
+def _prompt(base: Base, setting: Setting) -> Config:
     from peft import PromptTuningConfig
 
-    return PromptTuningConfig(task_type="SEQ_CLS", **_virtual(base, sizes))
+    return PromptTuningConfig(task_type=setting.task_type, **_virtual(base, setting))
 
 
-def _virtual(base: Base, sizes: Sizes) -> dict[str, Any]:
+def _virtual(base: Base, setting: Setting) -> dict[str, Any]:
     """Return the number of virtual tokens, and sizes of the model where PEFT does not find them."""
-    if sizes.virtual_tokens >= base.longest:
+    if setting.virtual_tokens >= base.longest:
         raise RecipeError(
-            f"{sizes.virtual_tokens} virtual tokens leave no room in the {base.longest} that {base.path} takes."
+            f"{setting.virtual_tokens} virtual tokens leave no room in the {base.longest} that {base.path} takes."
         )
-    fields: dict[str, Any] = {"num_virtual_tokens": sizes.virtual_tokens}
+    fields: dict[str, Any] = {"num_virtual_tokens": setting.virtual_tokens}
     if "hidden_size" not in base.config.to_dict():  # PEFT looks for BERT's names only
         fields |= {
             "token_dim": base.config.hidden_size,
@@ -184,13 +188,13 @@ def _virtual(base: Base, sizes: Sizes) -> dict[str, Any]:
     return fields
 
 
-def _bottleneck(base: Base, sizes: Sizes, placement: str) -> Config:
+def _bottleneck(base: Base, setting: Setting, placement: str) -> Config:
     from regraft.adaptation.bottleneck import BottleneckConfig
 
-    return BottleneckConfig(inner_size=sizes.inner_size, placement=placement)
+    return BottleneckConfig(inner_size=setting.inner_size, placement=placement, task_type=setting.task_type)
 
 
-SET_UPS: dict[str, Callable[[Base, Sizes], Config] | None] = {
+SET_UPS: dict[str, Callable[[Base, Setting], Config] | None] = {
     "full": None,
     "lora": _lora,
     "rslora": functools.partial(_lora, use_rslora=True),

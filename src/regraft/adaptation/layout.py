@@ -7,9 +7,10 @@ import dataclasses
 import math
 import re
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.lora import ADAPTER, START
+from regraft.adaptation.update import Bias, Experts, Factors, Rows, Update, Whole
 from regraft.checkpoint import dtype_of, shape_of, torch_dtype
 from regraft.errors import CheckpointError, MismatchError
 from regraft.progress import quiet
@@ -35,28 +36,6 @@ OF_TRAINING = {
 }  # fmt: skip
 HARMLESS = {"merge_weights", "enable_lora"}  # what old PEFT wrote, whose value changed nothing
 TURNED_UNTIL = (0, 19)  # the version of PEFT that exchanged A and B of target_parameters of three dimensions
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What an adapter does to one parameter of its model.
-
-    Args:
-        kind: `factors` (B·A is added), `experts` (B·A of each), `bias` (a bias is added), `rows` (rows are replaced),
-            `whole` (the module has a copy of its own), or `base` (nothing but what `weight` does).
-        operands: The adapter's tensors: B, A and a DoRA's magnitude; the bias; the rows; the copy.
-        weight: The adapter's tensor that takes the place of the base's, and of what is tied to that, before all this.
-        scale: The factor on B·A.
-        turned: Whether the weight is B·A transposed, as that of a Conv1D or of embeddings.
-        rows: Which rows are replaced.
-    """
-
-    kind: Literal["factors", "experts", "bias", "rows", "whole", "base"]
-    operands: tuple[str, ...] = ()
-    weight: str | None = None
-    scale: float = 1.0
-    turned: bool = False
-    rows: tuple[int, ...] = ()
 
 
 def lay_out(
@@ -229,7 +208,7 @@ def _add_stored_whole(updates: dict[str, Update], adapter: Tensors, architecture
         elif name not in architecture.parameters or (update and update.weight) or ".lora_" in stored:
             strays.append(stored)
         else:
-            updates[name] = dataclasses.replace(update or Update("base"), weight=stored)
+            updates[name] = dataclasses.replace(update or Update(), weight=stored)
     return strays
 
 
@@ -255,21 +234,21 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
     stored, name = f"{START}{path}", _plain(path)
     if isinstance(module, ModulesToSaveWrapper):
         own = module.modules_to_save[ADAPTER].state_dict()
-        return {f"{name}.{part}": Update("whole", (f"{stored}.{part}",)) for part in own}
+        return {f"{name}.{part}": Whole((f"{stored}.{part}",)) for part in own}
     if isinstance(module, TrainableTokensWrapper):
         chosen = module.token_adapter.token_indices[ADAPTER]
         rows = tuple(chosen) if isinstance(chosen, list | tuple) else (-1,)  # refused, with other rows that are none
-        return {f"{name}.weight": Update("rows", (f"{stored}.token_adapter.{ROWS}",), rows=rows)}
+        return {f"{name}.weight": Rows((f"{stored}.token_adapter.{ROWS}",), rows=rows)}
     if not isinstance(module, lora.LoraLayer):
         return {}
     if isinstance(module, ParamWrapper):
         a, b = f"{stored}.lora_A.weight", f"{stored}.lora_B.weight"
         weight: Any = getattr(module.get_base_layer(), module.parameter_name)
-        kind: Any = "experts" if weight.dim() == 3 else "factors"
-        turned = kind == "experts" and not module._did_swap_in_out_features
-        if not turned and kind == "experts" and _is_of_old_peft(module, adapter, (b, a), config):
-            turned = True
-        return {f"{name}.{module.parameter_name}": Update(kind, (b, a), scale=module.scaling[ADAPTER], turned=turned)}
+        update = Factors((b, a), scale=module.scaling[ADAPTER])
+        if weight.dim() == 3:
+            turned = not module._did_swap_in_out_features or _is_of_old_peft(module, adapter, (b, a), config)
+            update = Experts((b, a), scale=module.scaling[ADAPTER], turned=turned)
+        return {f"{name}.{module.parameter_name}": update}
     factors = ("lora_B.weight", "lora_A.weight")
     if isinstance(module, lora.Embedding):
         factors = ("lora_embedding_B", "lora_embedding_A")
@@ -282,9 +261,9 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
     if module.use_dora[ADAPTER]:
         operands += (f"{stored}.lora_magnitude_vector",)
     turned = isinstance(module, lora.Embedding) or bool(module.fan_in_fan_out)
-    updates = {f"{name}.weight": Update("factors", operands, scale=module.scaling[ADAPTER], turned=turned)}
+    updates: dict[str, Update] = {f"{name}.weight": Factors(operands, scale=module.scaling[ADAPTER], turned=turned)}
     if module.lora_bias[ADAPTER]:
-        updates[f"{name}.bias"] = Update("bias", (f"{stored}.lora_B.bias",), scale=module.scaling[ADAPTER])
+        updates[f"{name}.bias"] = Bias((f"{stored}.lora_B.bias",), scale=module.scaling[ADAPTER])
     return updates
 
 
@@ -304,14 +283,7 @@ def _check_shapes(
 ) -> None:
     room = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     for parameter, update in updates.items():
-        for name in (update.weight, *(update.operands if update.kind == "whole" else ())):
-            if name:
-                room[name] = tuple(architecture.parameters[parameter].shape)
-        if update.kind == "experts":
-            _, *sizes = architecture.parameters[parameter].shape
-            out, inner = reversed(sizes) if update.turned else sizes
-            ranks = room[update.operands[1]][0]
-            room |= {update.operands[0]: (out, ranks), update.operands[1]: (ranks, inner)}
+        room |= update.shapes(tuple(architecture.parameters[parameter].shape), room)
     differing = [
         f"{name} is {shape_of(adapter, name)}, and the model has room for {shape}"
         for name, shape in room.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from regraft.adaptation.update import Factors
 from regraft.weights import delta, lora_delta, low_rank
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.adaptation import Rule, Tensors
-    from regraft.adaptation.layout import Update
+    from regraft.adaptation.update import Update
     from regraft.progress import Progress
     from regraft.upgrade import Upgrade
 
@@ -54,14 +55,14 @@ def rework_factors(
     import torch
 
     result = {name: adapter[name] for name in adapter}
-    factors = {name: update for name, update in updates.items() if update.kind in ("factors", "experts")}
+    factors = {name: update for name, update in updates.items() if isinstance(update, Factors)}
     for done, (name, update) in enumerate(factors.items(), 1):
         inner = name.removeprefix(upgrade.old.prefix + ".")
         shift = shift_of(upgrade, inner)
         if shift is not None:
             b_name, a_name = update.operands
             shapes = result[b_name].shape, result[a_name].shape
-            experts = len(shift) if update.kind == "experts" else 1
+            experts = update.count(shift)
             b = result[b_name].reshape(len(result[b_name]), -1, experts).permute(2, 0, 1)  # as PEFT keeps them
             a = result[a_name].reshape(experts, -1, shapes[1][1])
             dense = lora_delta(b, a, update.scale)

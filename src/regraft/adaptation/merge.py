@@ -7,14 +7,15 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adapter_folder import check_peft
-from regraft.adaptation.layout import Update, lay_out
-from regraft.adaptation.lora import PARTS, START, begins_in_base
+from regraft.adaptation.layout import lay_out
+from regraft.adaptation.lora import START, begins_in_base
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.tuned_class import nested, tuned_architecture, untied_by_setting
+from regraft.adaptation.update import Update
 from regraft.architecture import BUFFER
 from regraft.checkpoint import Derived, Entry, are_equal, read_json, shape_of, stored_dtype
 from regraft.errors import CheckpointError, MismatchError
-from regraft.weights import dora_weight, fold, is_optional, lora_delta, merge_experts
+from regraft.weights import is_optional
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -172,7 +173,7 @@ def _follow_ties(
         for ours, theirs in ((tied, source), (source, tied)):
             weight = updates[theirs].weight if theirs in updates else None
             if weight and not (ours in updates and updates[ours].weight):
-                updates[ours] = dataclasses.replace(updates.get(ours) or Update("base"), weight=weight)
+                updates[ours] = dataclasses.replace(updates.get(ours) or Update(), weight=weight)
         if not _alike(adapter, updates.get(tied), updates.get(source)):
             untied.append(tied)
     return sources, untied
@@ -193,10 +194,7 @@ def _check_whole(absent: Sequence[str], architecture: Architecture, base: Checkp
 
 def _check_start(adapter: Tensors, start: Tensors, updates: Mapping[str, Update]) -> None:
     for update in updates.values():
-        factors = [name for name in update.operands if name.endswith(PARTS[:2])]
-        if update.kind not in ("whole", "base") and (
-            update.kind != "factors" or len(update.operands) > 2 or any(name not in start for name in factors)
-        ):
+        if not update.goes_with(start):
             raise CheckpointError(
                 f"the LoRA's start does not go with it: {(update.operands or ('a tensor',))[0]!r} differs."
             )
@@ -206,51 +204,29 @@ def _entry(
     stored: Tensors, source: str | None, adapter: Tensors, update: Update | None, start: Tensors | None
 ) -> Entry:
     """Return how one parameter is made."""
-    if update is not None and update.kind == "whole":
-        weight: tuple[Tensors, str] = (adapter, update.operands[0])
-    elif update is not None and update.weight:
-        weight = (adapter, update.weight)
+    if update is not None and update.copied:
+        weight: tuple[Tensors, str] = (adapter, update.copied)
     elif source in stored:
         weight = (stored, str(source))
     else:
         raise MismatchError(f"the LoRA changes a tensor that the base lacks, by {(update and update.operands)!r:.200}.")
     dtype, shape = stored_dtype(*weight), shape_of(*weight)
-    if update is None or update.kind in ("whole", "base"):
+    if update is None or not update.applied:
         return Entry(dtype, shape, (weight,))
-    operands = (weight, *((adapter, name) for name in update.operands))
-    if start is not None and update.kind == "factors":
-        operands += tuple((start, name) for name in update.operands)
-    rule = functools.partial(_updated, update=update, is_folded=start is not None)
+    operands = (weight, *((adapter, name) for name in update.applied))
+    if start is not None:
+        operands += tuple((start, name) for name in update.applied)
+    rule = functools.partial(update.apply, is_folded=start is not None)
     if source is not None and source in stored:
         dtype = stored_dtype(stored, source)
     return Entry(dtype, shape, operands, rule, elementwise=False)
-
-
-def _updated(weight: torch.Tensor, *operands: torch.Tensor, update: Update, is_folded: bool) -> torch.Tensor:
-    import torch
-
-    if update.kind == "bias":
-        return weight.double() + update.scale * operands[0].double()
-    if update.kind == "rows":
-        return weight.index_copy(0, torch.tensor(update.rows), operands[0].to(weight))
-    if update.kind == "experts":
-        return merge_experts(weight, operands[0], operands[1], update.scale, update.turned)
-    b, a, *more = operands
-    plain = weight.T if update.turned else weight
-    if is_folded:
-        b, a = fold((b.double(), a.double()), (more[0].double(), more[1].double()))
-    if more and not is_folded:
-        merged = dora_weight(plain, b, a, update.scale, more[0])
-    else:
-        merged = plain.double() + lora_delta(b, a, update.scale)
-    return merged.T if update.turned else merged
 
 
 def _alike(adapter: Tensors, first: Update | None, second: Update | None) -> bool:
     """Return whether two parameters that are tied in the base are still the same once they are updated."""
     if first is None or second is None:
         return first is second
-    if (first.kind, first.scale, first.rows) != (second.kind, second.scale, second.rows):
+    if type(first) is not type(second) or (first.scale, first.rows) != (second.scale, second.rows):
         return False
     pairs = [(first.weight, second.weight), *zip(first.operands, second.operands, strict=False)]
     if len(first.operands) != len(second.operands):

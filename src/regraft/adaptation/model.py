@@ -10,7 +10,7 @@ from regraft.adaptation.tokenizer import write_tokenizer
 from regraft.progress import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation
     from regraft.adaptation.kinds import Config
     from regraft.base import Base
+    from regraft.task import Head
     from regraft.upgrade import Upgrade
 
 
-def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, trainable: bool = False) -> Any:
+def load_model(adaptation: Adaptation, base: Base, head: Head, *, trainable: bool = False) -> Any:
     """Load an adaptation as a model: wholly, or not at all.
 
     Args:
         adaptation: The tuned weights.
         base: The base an adapter is put on, or that a full fine-tune came from.
-        labels: The label names, in the order of the head's outputs.
+        head: The task's head.
         trainable: Whether an adapter can be tuned further, rather than being frozen.
 
     Returns:
@@ -37,16 +38,16 @@ def load_model(adaptation: Adaptation, base: Base, labels: Sequence[str], *, tra
         CheckpointError: A tensor of the adaptation is missing or has no place in the model.
         MismatchError: The adaptation's head or matrices have other sizes, or its settings are for another base.
     """
-    return adaptation.family.load(adaptation, base, labels, trainable=trainable)
+    return adaptation.family.load(adaptation, base, head, trainable=trainable)
 
 
-def check_fit(adaptation: Adaptation, upgrade: Upgrade, labels: Sequence[str]) -> Any:
+def check_fit(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
     """Refuse an adaptation that does not fit its base or its task, before anything is written.
 
     Args:
         adaptation: What was tuned on `upgrade.old`.
         upgrade: The two bases.
-        labels: The label names, in the order of the head's outputs.
+        head: The task's head.
 
     Returns:
         The old deployment: the adaptation on the old base, as a model.
@@ -56,15 +57,16 @@ def check_fit(adaptation: Adaptation, upgrade: Upgrade, labels: Sequence[str]) -
         MismatchError: The adaptation has other sizes than its base, or another number of labels.
     """
     adaptation.family.check_bodies(adaptation, upgrade)
-    return load_model(adaptation, upgrade.old, labels)
+    return load_model(adaptation, upgrade.old, head)
 
 
-def attach(model: Any, base: Base, config: Config | None, seed: int) -> Any:
+def attach(model: Any, base: Base, head: Head, config: Config | None, seed: int) -> Any:
     """Put a fresh adapter on a model that has a fresh head.
 
     Args:
         model: From `fresh_model`.
         base: The base it came from.
+        head: The head that it has.
         config: What kind of adapter; the heads, and a pooler that the base lacks, are added to what it tunes. None to
             tune the model itself.
         seed: What the adapter is drawn from.
@@ -75,7 +77,7 @@ def attach(model: Any, base: Base, config: Config | None, seed: int) -> Any:
     Raises:
         KindError: The architecture cannot take that kind.
     """
-    return family_of_config(config).attach(model, base, config, seed)
+    return family_of_config(config).attach(model, base, head, config, seed)
 
 
 def start_of(model: Any) -> Mapping[str, torch.Tensor]:
@@ -90,9 +92,7 @@ def start_of(model: Any) -> Mapping[str, torch.Tensor]:
     return family_of_model(model).start(model)
 
 
-def save_model(
-    model: Any, base: Base, labels: Sequence[str], into: Path, start: Mapping[str, torch.Tensor] | None = None
-) -> None:
+def save_model(model: Any, base: Base, head: Head, into: Path, start: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write a tuned model as a plain transformers or PEFT folder.
 
     A LoRA that took its start out of its base is written as the plain LoRA of twice the rank that it amounts to.
@@ -100,7 +100,7 @@ def save_model(
     Args:
         model: From `fresh_model`, `attach` or `load_model`.
         base: The base it lives on.
-        labels: The label names, in the order of the head's outputs.
+        head: The task's head.
         into: The folder to fill.
         start: From `start_of`, of a model that was attached; None of others.
 
@@ -110,4 +110,4 @@ def save_model(
     with quiet():
         family_of_model(model).save(model, base, into, start or {})
     write_tokenizer(base, into)
-    write_lineage(into, base, labels)
+    write_lineage(into, base, head.labels)

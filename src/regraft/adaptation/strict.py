@@ -57,7 +57,9 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
             module.chunk_size_feed_forward = 0
     model.config.return_dict = True  # outputs are read by name, whatever the file says
     model.config.output_attentions = model.config.output_hidden_states = False  # where wanted, they are asked for
-    model._weight_conversions = None  # what is saved of it has the names of a fresh model, not those of this file
+    # transformers' own mark of how the names in a file were read; without it, a model is saved under those that its
+    # class writes, whatever this file had (`save_original_format` has no value for that)
+    model._weight_conversions = None
     body = set(model.base_model.state_dict())
     problems = {
         "missing": sorted(filter(matters, report["missing_keys"])),

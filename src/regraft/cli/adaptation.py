@@ -16,7 +16,7 @@ def show(
     base: Annotated[str | None, typer.Option(help="Its base: show whether it belongs to it and loads wholly.")] = None,
 ) -> None:
     """Say what an adaptation holds, and with its base whether it loads wholly."""
-    from regraft.adaptation import load_adaptation, load_model, stored_labels
+    from regraft.adaptation import load_adaptation, load_model, stored_head
     from regraft.adaptation.tokens import with_own_tokens
     from regraft.base import Base
     from regraft.cli import show as print_
@@ -28,7 +28,7 @@ def show(
         opened = Base.open(base)
         lineage = adaptation.check_base(opened)
         reading = with_own_tokens(adaptation, Upgrade(opened, opened)).old
-        load_model(adaptation, reading, stored_labels(adaptation, opened))
+        load_model(adaptation, reading, stored_head(adaptation, opened))
     print_.adaptation(adaptation, base, lineage)
 
 

@@ -72,7 +72,7 @@ def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple
         if number:
             with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
                 write_graft(pair.adaptation, upgrade, Path(folder), pair.progress)
-                model = load_model(load_adaptation(folder), upgrade.new, data.labels).to(device())
+                model = load_model(load_adaptation(folder), upgrade.new, data.head).to(device())
                 logits = predict(model, encode(upgrade.new, data, split), pair.precision, pair.progress)
         guesses = logits.argmax(dim=1)
         points.append(

@@ -134,13 +134,13 @@ def load_pair(
     data.require_labels("check")
     data = match_labels(adaptation, data.with_room(adaptation.virtual_tokens, upgrade.new.longest))
     upgrade.check_finite()
-    old = check_fit(adaptation, upgrade, data.labels)
+    old = check_fit(adaptation, upgrade, data.head)
     effect = check_effect(old, adaptation, upgrade.old, data)
     precision = recipe.resolve(len(data.train), 1.0).precision
     with temporary_folder() as folder:
         if counterpart is None:
             write_graft(adaptation, upgrade, folder / "direct", progress)
-            new = load_model(load_adaptation(folder / "direct"), upgrade.new, data.labels)
+            new = load_model(load_adaptation(folder / "direct"), upgrade.new, data.head)
         else:
             new = load_counterpart(counterpart, upgrade.new, data)
         yield Pair(upgrade, adaptation, data, precision, lineage, effect, old.to(device()), new.to(device()), progress)
@@ -167,4 +167,4 @@ def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
             f"{path}: its head has the labels {', '.join(found.labels[:8])}, the old one {', '.join(data.labels[:8])}: "
             "their outputs cannot be compared one by one. Tune it with the task file's `labels` in that order."
         )
-    return load_model(found, base, data.labels).to(device())
+    return load_model(found, base, data.head).to(device())

@@ -70,13 +70,13 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
     from regraft.model.examples import encode_alike
 
     check_reworkable(job.adaptation, KINDS)
-    upgrade, labels = job.upgrade, job.data.labels
-    grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, labels)
+    upgrade, head = job.upgrade, job.data.head
+    grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, head)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     sides = encode_alike(upgrade, job.data, texts)
     precision = job.recipe.precision
     walks = [
-        Walk(fresh_model(base, labels, 0), examples, precision)
+        Walk(fresh_model(base, head, 0), examples, precision)
         for base, examples in zip((upgrade.old, upgrade.new), sides, strict=True)
     ]
     turned, rotations = _Turned(grafted, tuned, upgrade.old, job.adaptation.family), _Rotations(options.shrink)

@@ -134,9 +134,7 @@ def compare(
         data = match_labels(adaptation, data)
         split = data.test or data.dev
         precision = recipe.resolve(len(data.train), 1.0).precision
-        deployment = Deployment(
-            load_model(adaptation, upgrade.old, data.labels), upgrade.old, data, precision, progress
-        )
+        deployment = Deployment(load_model(adaptation, upgrade.old, data.head), upgrade.old, data, precision, progress)
         old.append(deployment.score(split))
         was_right = deployment.right(split)
         runs: dict[str, Outcome] = {}

@@ -11,7 +11,7 @@ from regraft.adaptation import (
     extract_lora,
     load_adaptation,
     load_model,
-    stored_labels,
+    stored_head,
     write_adapter,
     write_graft,
     write_lineage,
@@ -28,11 +28,9 @@ from regraft.task import load_data
 from regraft.upgrade import Upgrade, renewed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
-    from regraft.task import Task, TaskData
+    from regraft.task import Head, Task, TaskData
 
 MEASURED = 256
 
@@ -95,10 +93,10 @@ def convert(
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     old = old if isinstance(old, Base) else Base.open(old)
     upgrade, out = Upgrade(old, new if new is not None else old), Path(out)
-    refold = to == adaptation.kind == "lora" and rank is None and energy is None
+    refold = to == adaptation.kind and (adaptation.family.tunes_base or (rank is None and energy is None))
     if to not in ("full", "lora"):
         raise RecipeError(f"an adaptation is converted to full or lora, found {to!r}.")
-    if to == adaptation.kind == "full" or (refold and not adaptation.changed_base):
+    if refold and not adaptation.changed_base:
         raise RecipeError(f"{adaptation.path} is of kind {to} already. To put it on a new base, recycle it (direct).")
     if to == "full" and (rank is not None or energy is not None or task is not None):
         raise RecipeError("rank, energy and texts are for a LoRA.")
@@ -118,7 +116,7 @@ def convert(
             f"{adaptation.path}: has other tokens than {old.path}, and a LoRA of it would not know them. Recycle it as "
             "it is (regraft recycle --method direct)."
         )
-    labels = stored_labels(adaptation, old)
+    head = stored_head(adaptation, old)
     kept, left_out = 1.0, 0.0
     with resumable_folder(out, {}) as work:
         staging = new_folder(work / "whole")
@@ -126,7 +124,7 @@ def convert(
             carried = adaptation.family.graft(adaptation, upgrade)
             write_adapter(staging, carried.tensors, carried.settings)
         else:
-            source, model = _materialise(adaptation, old, labels, new_folder(work / "full"))
+            source, model = _materialise(adaptation, old, head, new_folder(work / "full"))
             if to == "lora":
                 moments = _moments(model, old, task, progress) if task is not None else None
                 heads = [name for name in model.state_dict() if not name.startswith(old.prefix + ".")]
@@ -143,7 +141,7 @@ def convert(
         write_lineage(staging, target, adaptation.labels)
         check_finite(load_adaptation(staging).checkpoint)
         try:
-            load_model(load_adaptation(staging), target, labels)
+            load_model(load_adaptation(staging), target, head)
         except (CheckpointError, MismatchError) as error:
             raise RecipeError(
                 f"{adaptation.path}: what it would be as {to} does not load wholly on {target.path}: it can be "
@@ -154,10 +152,10 @@ def convert(
     return Conversion(out, to, kept, left_out)
 
 
-def _materialise(adaptation: Adaptation, old: Base, labels: Sequence[str], folder: Path) -> tuple[Adaptation, Any]:
+def _materialise(adaptation: Adaptation, old: Base, head: Head, folder: Path) -> tuple[Adaptation, Any]:
     """Return an adaptation as a full fine-tune of its base, with its model."""
-    model = load_model(adaptation, old, labels)
-    merged = adaptation.family.merged(adaptation, model, old, labels)
+    model = load_model(adaptation, old, head)
+    merged = adaptation.family.merged(adaptation, model, old, head)
     if merged is model:
         return adaptation, model
     with quiet():

@@ -60,7 +60,8 @@ def gather(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
 
     data, likelihood = job.data, job.data.task.likelihood
     if labels:
-        split = data.sample(data.train, min(labels, max(1, MOST // len(data.labels))), job.recipe.seed)
+        strata = data.task.strata(data.train.targets, data.labels)[1]
+        split = data.sample(data.train, min(labels, max(1, MOST // len(strata))), job.recipe.seed)
         job.labelled.update(split.rows.tolist())
         return Evidence(split, likelihood)
     split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MOST])

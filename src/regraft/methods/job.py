@@ -61,9 +61,9 @@ class Job:
         """
         from regraft.adaptation import attach, fresh_model
 
-        model = fresh_model(self.upgrade.new, self.data.labels, self.recipe.seed)
+        base, head, seed = self.upgrade.new, self.data.head, self.recipe.seed
         config = self.adaptation.family.read_config(self.adaptation, afresh=True)
-        return attach(model, self.upgrade.new, config, self.recipe.seed)
+        return attach(fresh_model(base, head, seed), base, head, config, seed)
 
     def graft(self) -> None:
         """Fill the job's folder with the old weights put onto the new base."""
@@ -102,7 +102,7 @@ class Job:
             return
         copied = self.work / "graft" / "kept"
         write(copied)
-        change_head(copied, self.upgrade.new, self.data.labels, self.head, self.recipe.seed, self.into)
+        change_head(copied, self.upgrade.new, self.data.head, self.head, self.recipe.seed, self.into)
 
     def load(self, *, trainable: bool = True) -> Any:
         """Load the adaptation in the job's folder.
@@ -115,7 +115,7 @@ class Job:
         """
         from regraft.adaptation import load_adaptation, load_model
 
-        return load_model(load_adaptation(self.into), self.upgrade.new, self.data.labels, trainable=trainable)
+        return load_model(load_adaptation(self.into), self.upgrade.new, self.data.head, trainable=trainable)
 
     def grafted(self) -> Any:
         """Return the new base with the old weights put onto it.
@@ -150,7 +150,7 @@ class Job:
         from regraft.model import Deployment
 
         old = self.upgrade.old
-        model = load_model(self.adaptation, old, self.data.labels)
+        model = load_model(self.adaptation, old, self.data.head)
         return Deployment(model, old, self.data, self.recipe.precision, self.progress)
 
     def teacher(self) -> Any:
@@ -167,7 +167,7 @@ class Job:
             folder = self.work / "teacher"
             write_graft(adaptation, Upgrade(old, old), folder, self.progress)
             adaptation = load_adaptation(folder)
-        return load_model(adaptation, old, self.data.labels)
+        return load_model(adaptation, old, self.data.head)
 
     def save(self, model: Any) -> None:
         """Fill the job's folder with a model's adaptation.
@@ -177,7 +177,7 @@ class Job:
         """
         from regraft.adaptation import save_model
 
-        save_model(model, self.upgrade.new, self.data.labels, self.into)
+        save_model(model, self.upgrade.new, self.data.head, self.into)
 
     def tune(
         self,
@@ -204,5 +204,5 @@ class Job:
         start = start_of(model)
         teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_judges) if options else None
         curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher, anchor)
-        save_model(model, self.upgrade.new, self.data.labels, self.into, start)
+        save_model(model, self.upgrade.new, self.data.head, self.into, start)
         return curve

@@ -203,11 +203,11 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     work = job.work / f"task-{number}"
     write_graft(adaptation, job.upgrade, work / "graft", job.progress)
     precision = job.recipe.precision
-    student = Deployment(load_model(load_adaptation(work / "graft"), new, data.labels), new, data, precision)
+    student = Deployment(load_model(load_adaptation(work / "graft"), new, data.head), new, data, precision)
     student.model.eval().requires_grad_(False)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
-    teacher = Deployment(load_model(adaptation, old, data.labels), old, data, precision)
+    teacher = Deployment(load_model(adaptation, old, data.head), old, data, precision)
     likelihood, shown = data.task.likelihood, teacher.examples(data.train)
     taught = teach(teacher.model, shown, order, loss, likelihood, precision, work, job.progress)
     return _Lesson(_flatten(vector), student.model, examples, taught, order.tolist(), likelihood)

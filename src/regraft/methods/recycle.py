@@ -16,7 +16,7 @@ from regraft.adaptation import (
     check_fit,
     find_outcome,
     load_adaptation,
-    stored_labels,
+    stored_head,
     write_outcome,
 )
 from regraft.adaptation.tokens import tuned_rows, with_own_tokens
@@ -119,8 +119,8 @@ def recycle(
     if done := find_outcome(out, inputs, (upgrade.old, upgrade.new)):
         return done
     upgrade.check_finite()
-    labels = data.labels if head == "copy" else stored_labels(adaptation, upgrade.old)
-    check_effect(check_fit(adaptation, upgrade, labels), adaptation, upgrade.old, data)
+    old_head = data.head if head == "copy" else stored_head(adaptation, upgrade.old)
+    check_effect(check_fit(adaptation, upgrade, old_head), adaptation, upgrade.old, data)
     resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
     source = {
         "adaptation": str(adaptation.path),
@@ -193,7 +193,7 @@ def record_outcome(
         check_trained(adaptation.checkpoint, recipe)
     else:
         _check_grafted(adaptation.checkpoint, base)
-    deployment = Deployment(load_model(adaptation, base, data.labels), base, data, recipe.precision, progress)
+    deployment = Deployment(load_model(adaptation, base, data.head), base, data, recipe.precision, progress)
     notes = dict(notes or {})
     rows: list[dict[str, Any]] = []
     scores: dict[str, float | None] = {}

@@ -70,7 +70,7 @@ def refit(job: Job, options: Ridge) -> Any:
 
     check_reworkable(job.adaptation, KINDS)
     new = job.grafted()
-    tuned = load_model(job.adaptation, job.upgrade.old, job.data.labels)
+    tuned = load_model(job.adaptation, job.upgrade.old, job.data.head)
     changes = linear_changes(new, tuned, job.adaptation, job.upgrade.old)
     fit = _Fit(options.ridge, passed_over(new, tuned, job.adaptation, job.upgrade.old, changes))
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))

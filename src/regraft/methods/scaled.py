@@ -167,8 +167,8 @@ class _Deltas:
         """
         from regraft.weights import kind_of
 
-        kind = kind_of(name)
-        return "other" if kind == "head" else kind
+        group = kind_of(name)
+        return group if group != "head" else "other"
 
     def scale(self, scales: Mapping[str, float]) -> None:
         """Put λ times every delta into the model.

@@ -70,8 +70,8 @@ def tune(
     recipe, out = recipe or Recipe(), Path(out)
     base = base if isinstance(base, Base) else Base.open(base)
     sizes = {"rank": rank, "inner_size": inner_size, "virtual_tokens": virtual_tokens}
-    config = new_config(kind, base, **sizes) if isinstance(kind, str) else kind
     data = load_data(task, recipe.seed)
+    config = new_config(kind, base, data.head, **sizes) if isinstance(kind, str) else kind
     data.require_labels("tuning")
     data = data.with_room(getattr(config, "num_virtual_tokens", None) or 0, base.longest)
     inputs = {
@@ -91,7 +91,7 @@ def tune(
         if done := find_outcome(out, inputs, (base,)):  # another process has made it since
             return done
         staging = new_folder(work / "whole")
-        model = attach(fresh_model(base, data.labels, resolved.seed), base, config, resolved.seed)
+        model = attach(fresh_model(base, data.head, resolved.seed), base, data.head, config, resolved.seed)
         start = start_of(model)
         curve = tune_model(model, base, data, resolved, work, progress)
         if max(point["score"] for point in curve) <= curve[0]["score"]:
@@ -102,7 +102,7 @@ def tune(
                 out, resolved.steps, resolved.learning_rate,
                 f"dev has {why}." if why else "Take more steps or another learning rate.",
             )  # fmt: skip
-        save_model(model, base, data.labels, staging / "adaptation", start)
+        save_model(model, base, data.head, staging / "adaptation", start)
         return record_outcome(
             staging, out, base, data, resolved, curve, inputs, method="tune", recycled_from=None, progress=progress,
         )  # fmt: skip

@@ -35,7 +35,7 @@ def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = fresh_model(base, data.labels, 0).to(device())
+    model = fresh_model(base, data.head, 0).to(device())
     train = data.train.take(range(min(PROBED, len(data.train))))
     probe = make_pipeline(StandardScaler(), data.task.estimator())
     probe.fit(_features(model, base, data, train, precision), train.targets)

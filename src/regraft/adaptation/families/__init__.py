@@ -13,10 +13,9 @@ from regraft.adaptation.families.prompt import Prefix, Prompt, PTuning
 if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Family
 
-FULL, PEFT, BOTTLENECKS = Full(), Peft(), Bottlenecks()
+FULL, PEFT, PROMPT, BOTTLENECKS = Full(), Peft(), Prompt(), Bottlenecks()
 OF_TYPES: dict[str, Family] = {  # by `peft_type`, those that differ from PEFT's others
     "BOTTLENECK": BOTTLENECKS, "LORA": Lora(), "PREFIX_TUNING": Prefix(), "P_TUNING": PTuning(),
-    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"), Prompt()),
 }  # fmt: skip
 
 
@@ -29,9 +28,13 @@ def family_of(peft_type: str) -> Family | None:
     Returns:
         The family; None of a type that the installed PEFT does not have.
     """
-    from peft.utils import PeftType
+    from peft.config import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return OF_TYPES.get(peft_type, PEFT if peft_type in {member.value for member in PeftType} else None)
+    if peft_type in OF_TYPES:
+        return OF_TYPES[peft_type]
+    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)  # type: ignore[call-overload]
+    return config and (PROMPT if issubclass(config, PromptLearningConfig) else PEFT)
 
 
 def family_of_config(config: Any) -> Family:

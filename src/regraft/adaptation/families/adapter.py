@@ -17,6 +17,7 @@ from regraft.adaptation.tokens import tuned_rows
 from regraft.adaptation.vector import Vector
 from regraft.checkpoint import FLOATING, dtype_of, shape_of
 from regraft.errors import CheckpointError, KindError, MismatchError, RecipeError
+from regraft.task.types import task_types
 from regraft.weights import is_optional
 
 if TYPE_CHECKING:
@@ -29,12 +30,18 @@ if TYPE_CHECKING:
     from regraft.base import Base
     from regraft.errors import RegraftError
     from regraft.progress import Progress
+    from regraft.task import Head, Task
     from regraft.upgrade import Upgrade
     from regraft.weights import RowMatch
 
 
 class Adapter(Family):
     """Weights beside a frozen base, with a head that is saved whole."""
+
+    def fitting_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
+        """Return those of PEFT's task type; all where none is named."""
+        named = config.get("task_type")
+        return [of for of in task_types().values() if named in (None, of.peft_type)]
 
     needs_task_type: ClassVar[bool] = False
     """Whether PEFT builds another model where the settings name no type of task."""
@@ -44,26 +51,28 @@ class Adapter(Family):
         """Return the dataclass whose fields are the settings of `adapter_config.json`."""
 
     @abstractmethod
-    def put_on(self, model: Any, base: Base, config: Any, heads: Sequence[str], whole: Sequence[str]) -> Any:
+    def put_on(
+        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], whole: Sequence[str]
+    ) -> Any:
         """Put a fresh adapter on a model that has the named heads, and have the named modules saved whole."""
 
     @abstractmethod
     def load_onto(
-        self, model: Any, adaptation: Adaptation, labels: Sequence[str], *, trainable: bool
+        self, model: Any, adaptation: Adaptation, head: Head, *, trainable: bool
     ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
         """Put a stored adapter on a base with a fresh head.
 
         Args:
             model: The base.
             adaptation: The adapter.
-            labels: The label names, in the order of the head's outputs.
+            head: The task's head.
             trainable: Whether it can be tuned further.
 
         Returns:
             The model, what is in it of the adapter by stored name, and what should be: the tensors as they are stored.
         """
 
-    def attach(self, model: Any, base: Base, config: Any, seed: int) -> Any:
+    def attach(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
         """Add the heads, and a pooler that the base lacks, to what is saved whole."""
         from transformers import set_seed
 
@@ -71,22 +80,23 @@ class Adapter(Family):
         whole = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads, *fresh_poolers(base)})
         set_seed(seed)
         model.config.pad_token_id = base.config.pad_token_id  # an adapter's folder names none of its own
-        return self.put_on(model, base, config, heads, whole)
+        return self.put_on(model, base, head, config, heads, whole)
 
-    def load(self, adaptation: Adaptation, base: Base, labels: Sequence[str], *, trainable: bool) -> Any:
+    def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
         """Put the adapter on its base, and account for every tensor."""
-        self.check_settings(adaptation, base)
-        model, fresh = fresh_parts(base, labels, seed=0)
-        adapted, landed, stored = self.load_onto(model, adaptation, labels, trainable=trainable)
-        _account(adaptation, base, labels, fresh, landed, stored)
+        self.check_settings(adaptation, base, head)
+        model, fresh = fresh_parts(base, head, seed=0)
+        adapted, landed, stored = self.load_onto(model, adaptation, head, trainable=trainable)
+        _account(adaptation, base, head, fresh, landed, stored)
         return adapted
 
-    def check_settings(self, adaptation: Adaptation, base: Base) -> None:
+    def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
         """Refuse settings that would be passed over, or that are not for a classifier of this size.
 
         Args:
             adaptation: The tuned weights.
             base: Its base.
+            head: The task's head.
 
         Raises:
             CheckpointError: The installed PEFT does not know a setting, or a number of virtual tokens is missing.
@@ -105,10 +115,10 @@ class Adapter(Family):
                 "was tuned with them would be another model without. Update PEFT or regraft, or correct or remove them."
             )
         task_type = config.get("task_type")
-        if task_type != "SEQ_CLS" and (self.needs_task_type or task_type is not None):
+        if task_type != head.type.peft_type and (self.needs_task_type or task_type is not None):
             raise MismatchError(
-                f"{where}: task_type is {task_type!r}, and only classifiers of whole texts (SEQ_CLS) can be recycled. "
-                "If it is one, correct that."
+                f"{where}: task_type is {task_type!r}, and only classifiers of whole texts ({head.type.peft_type}) "
+                "can be recycled. If it is one, correct that."
             )
 
     def write(self, into: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
@@ -214,7 +224,7 @@ class Adapter(Family):
             )
         return Vector(str(adaptation.path), adaptation.kind, adaptation.fingerprint, tensors, settings, None, names)
 
-    def merged(self, adaptation: Adaptation, model: Any, old: Base, labels: Sequence[str]) -> Any:
+    def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
         """Refuse an adapter that is no change of weights."""
         raise RecipeError(
             f"{adaptation.path}: a {adaptation.kind} works beside the weights of its base, not as a change of them: it "
@@ -244,7 +254,7 @@ def _check_pooler(adaptation: Adaptation, upgrade: Upgrade) -> None:
 def _account(
     adaptation: Adaptation,
     base: Base,
-    labels: Sequence[str],
+    head: Head,
     fresh: Sequence[str],
     landed: dict[str, torch.Tensor],
     stored: Tensors,
@@ -267,8 +277,8 @@ def _account(
         problems = "; ".join(f"{len(names)} {what}: {', '.join(names[:4])}" for what, names in lists.items() if names)
         refusal: type[RegraftError] = MismatchError if misshapen else CheckpointError
         raise refusal(
-            f"{adaptation.path}: does not fit {base.path} with {len(labels)} labels ({', '.join(labels[:8])}). "
-            f"Tensors {problems}.{named_twice(stored.keys() - landed.keys())}"
+            f"{adaptation.path}: does not fit {base.path} with {len(head.labels)} labels "
+            f"({', '.join(head.labels[:8])}). Tensors {problems}.{named_twice(stored.keys() - landed.keys())}"
         )
     for name in shared:
         value = landed[name].cpu()

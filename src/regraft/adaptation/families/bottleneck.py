@@ -26,12 +26,11 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.adaptation import Adaptation, Tensors
     from regraft.base import Base
+    from regraft.task import Head
 
 
 class Bottlenecks(Adapter):
     """Small residual layers in a frozen body."""
-
-    library = "regraft"
 
     def config_class(self, config: Mapping[str, Any]) -> Any:
         """Return our own."""
@@ -41,13 +40,17 @@ class Bottlenecks(Adapter):
         """Read our own settings."""
         return BottleneckConfig.from_dict(adaptation.config, f"{adaptation.path}/adapter_config.json")
 
-    def put_on(self, model: Any, base: Base, config: Any, heads: Sequence[str], whole: Sequence[str]) -> Any:
+    def put_on(
+        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], whole: Sequence[str]
+    ) -> Any:
         """Wrap the layers that the settings name; of what they have saved whole, heads and poolers are."""
         present = tuple(name for name in whole if name in heads or name == "pooler")
-        return attach_bottlenecks(model, dataclasses.replace(config, modules_to_save=present))
+        return attach_bottlenecks(
+            model, dataclasses.replace(config, modules_to_save=present, task_type=head.type.peft_type)
+        )
 
     def load_onto(
-        self, model: Any, adaptation: Adaptation, labels: Sequence[str], *, trainable: bool
+        self, model: Any, adaptation: Adaptation, head: Head, *, trainable: bool
     ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
         """Fill the adapters if all of them are stored and fit."""
         try:

@@ -16,6 +16,7 @@ from regraft.base import body_names
 from regraft.checkpoint import Derived, Entry, shape_of, write_atomic, write_checkpoint
 from regraft.errors import CheckpointError, MismatchError
 from regraft.naming import named
+from regraft.task.types import task_types
 from regraft.transformers_folder import upgraded_settings
 from regraft.weights import counterparts, delta, graft, graft_rows
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from regraft.architecture import Architecture
     from regraft.base import Base
     from regraft.progress import Progress
+    from regraft.task import Head, Task
     from regraft.upgrade import Upgrade
     from regraft.weights import RowMatch
 
@@ -40,27 +42,35 @@ logger = logging.getLogger(__name__)
 class Full(Family):
     """A full fine-tune: its body is grafted tensor by tensor, and what no base has, as its head, is copied."""
 
-    library = "transformers"
     tunes_base = True
+
+    def fitting_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
+        """Return those whose class of transformers the model is."""
+        names = config.get("architectures")
+        if not isinstance(names, list) or not names:
+            return []
+        classes = {of: of.auto_class.removeprefix("AutoModelFor") for of in task_types().values()}
+        return [of for of, of_class in classes.items() if all(of_class in str(name) for name in names)]
 
     def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> None:
         """Return None: nothing is put beside the base."""
 
-    def attach(self, model: Any, base: Base, config: None, seed: int) -> Any:
+    def attach(self, model: Any, base: Base, head: Head, config: None, seed: int) -> Any:
         """Return the model as it is: all of it is trained."""
         return model
 
-    def load(self, adaptation: Adaptation, base: Base, labels: Sequence[str], *, trainable: bool) -> Any:
+    def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
         """Load the folder by transformers, and compare it with its base."""
-        from transformers import AutoModelForSequenceClassification
+        import transformers
 
         check_computing(adaptation, base)
-        model, _ = load_strictly(AutoModelForSequenceClassification, adaptation.path, None, dtype="float32")
+        auto = getattr(transformers, head.type.auto_class)
+        model, _ = load_strictly(auto, adaptation.path, None, dtype="float32")
         check_body(adaptation, base)
         check_beside_body(adaptation, base)
         _check_tokens(adaptation, model, base)
-        if model.config.num_labels != len(labels):
-            raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, labels))
+        if model.config.num_labels != len(head.labels):
+            raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, head.labels))
         return model
 
     def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
@@ -180,7 +190,7 @@ class Full(Family):
         """Return the names of the parameters as they are, which they are stored under."""
         return {name: name for name, _ in model.named_parameters()}
 
-    def merged(self, adaptation: Adaptation, model: Any, old: Base, labels: Sequence[str]) -> Any:
+    def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
         """Return the model as it is."""
         return model
 
@@ -225,13 +235,10 @@ def check_classifier(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         CheckpointError: It is of another class, or was tuned for several labels a text, or for a number.
     """
-    architectures = config.get("architectures")
-    if not (isinstance(architectures, list) and architectures) or not all(
-        "SequenceClassification" in str(name) for name in architectures
-    ):
+    if not Full().fitting_types(config):
         raise CheckpointError(
-            f"{folder}: is no sequence classifier (its config.json names {architectures}). Give the folder of a tuned "
-            "model."
+            f"{folder}: is no sequence classifier (its config.json names {config.get('architectures')}). Give the "
+            "folder of a tuned model."
         )
     if config.get("problem_type") not in (None, "single_label_classification"):
         raise CheckpointError(

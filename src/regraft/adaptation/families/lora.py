@@ -10,7 +10,7 @@ from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.changes import parameter_of
 from regraft.adaptation.families.peft_adapter import Peft, peft_state
 from regraft.adaptation.fresh import fresh_model
-from regraft.adaptation.labels import stored_labels
+from regraft.adaptation.labels import stored_head
 from regraft.adaptation.layout import as_loaded, lay_out
 from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PARTS, START, begins_in_base, fold_start
 from regraft.adaptation.lora_rework import rework_factors
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from regraft.architecture import Architecture
     from regraft.base import Base
     from regraft.progress import Progress
+    from regraft.task import Head
     from regraft.upgrade import Upgrade
 
 
@@ -37,17 +38,19 @@ class Lora(Peft):
         """Return whether it was initialised as PiSSA is."""
         return begins_in_base(config.get("init_lora_weights", True))
 
-    def put_on(self, model: Any, base: Base, config: Any, heads: Sequence[str], whole: Sequence[str]) -> Any:
+    def put_on(
+        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], whole: Sequence[str]
+    ) -> Any:
         """Have PEFT wrap the model, and check that its matrices have as many directions as are taken out of them."""
-        adapted = super().put_on(model, base, config, heads, whole)
+        adapted = super().put_on(model, base, head, config, heads, whole)
         if begins_in_base(config.init_lora_weights):
             _check_ranks(adapted, base)
         return adapted
 
-    def load(self, adaptation: Adaptation, base: Base, labels: Sequence[str], *, trainable: bool) -> Any:
+    def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
         """Put the adapter on its base; PEFT repeats the start if it followed from the base."""
         check_start(adaptation)
-        return super().load(adaptation, base, labels, trainable=trainable)
+        return super().load(adaptation, base, head, trainable=trainable)
 
     def start(self, model: Any) -> Tensors:
         """Copy A and B where they were taken out of the base."""
@@ -75,8 +78,8 @@ class Lora(Peft):
         if not adaptation.changed_base:
             return super().plain(adaptation, old)
         check_start(adaptation)
-        bare = fresh_model(old, stored_labels(adaptation, old), 0)
-        model = self.attach(bare, old, self.read_config(adaptation), 0)
+        head = stored_head(adaptation, old)
+        model = self.attach(fresh_model(old, head, 0), old, head, self.read_config(adaptation), 0)
         return fold_start(adaptation.checkpoint, self.start(model), adaptation.config)
 
     def rework(
@@ -144,12 +147,13 @@ def _check_ranks(adapted: Any, base: Base) -> None:
 
 
 def _classifier(adaptation: Adaptation, base: Base) -> Architecture:
-    """Build the class of classifiers that an adapter was tuned in, of as many labels."""
-    from transformers import AutoModelForSequenceClassification
+    """Build the class that an adapter was tuned in, with as many labels."""
+    import transformers
 
-    config, labels = copy.deepcopy(base.config), stored_labels(adaptation, base)
-    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    config, head = copy.deepcopy(base.config), stored_head(adaptation, base)
+    config.id2label = dict(enumerate(head.labels))
+    config.label2id = {label: i for i, label in enumerate(head.labels)}
     if base.own_rows:
         config.get_text_config().vocab_size = base.own_rows
-    auto: Any = AutoModelForSequenceClassification
+    auto = getattr(transformers, head.type.auto_class)
     return architecture_of(config, auto._model_mapping[type(config)].__name__)

@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.adaptation import Adaptation, Tensors
     from regraft.base import Base
+    from regraft.task import Head
     from regraft.upgrade import Upgrade
     from regraft.weights import RowMatch
 
 
 class Peft(Adapter):
     """An adapter of one of PEFT's types."""
-
-    library = "peft"
 
     def config_class(self, config: Mapping[str, Any]) -> Any:
         """Return PEFT's own class for the type."""
@@ -50,12 +49,14 @@ class Peft(Adapter):
             config.init_lora_weights = True
         return config
 
-    def put_on(self, model: Any, base: Base, config: Any, heads: Sequence[str], whole: Sequence[str]) -> Any:
+    def put_on(
+        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], whole: Sequence[str]
+    ) -> Any:
         """Have PEFT wrap the model."""
         from peft import get_peft_model
 
         config = copy.deepcopy(config)
-        config.task_type, config.inference_mode = "SEQ_CLS", False
+        config.task_type, config.inference_mode = head.type.peft_type, False
         config.modules_to_save, config.base_model_name_or_path = whole, base.name
         with quiet():
             try:
@@ -64,7 +65,7 @@ class Peft(Adapter):
                 raise KindError(f"{base.path}: PEFT cannot put {config.peft_type} on it ({error}).") from error
 
     def load_onto(
-        self, model: Any, adaptation: Adaptation, labels: Sequence[str], *, trainable: bool
+        self, model: Any, adaptation: Adaptation, head: Head, *, trainable: bool
     ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
         """Have PEFT load it, which leaves out in silence what does not fit."""
         from peft import PeftModel
@@ -89,8 +90,8 @@ class Peft(Adapter):
                     state |= {name: every[name] for name in others if name in every}
             except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, ImportError) as error:
                 raise MismatchError(
-                    f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {len(labels)} labels "
-                    f"({', '.join(labels[:8])}): {str(error).strip()[:400]}"
+                    f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {len(head.labels)} "
+                    f"labels ({', '.join(head.labels[:8])}): {str(error).strip()[:400]}"
                 ) from error
         return adapted, state, self.stored(adaptation, adapted)
 
@@ -122,18 +123,18 @@ class Peft(Adapter):
         """Return the names with the adapter's own name in them by those without."""
         return {name.replace(f".{ADAPTER}.", "."): name for name, _ in model.named_parameters()}
 
-    def merged(self, adaptation: Adaptation, model: Any, old: Base, labels: Sequence[str]) -> Any:
+    def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
         """Have PEFT add it to the weights, and take these into a plain model."""
         import torch
 
         if not hasattr(model, "merge_adapter") or adaptation.virtual_tokens:
-            return super().merged(adaptation, model, old, labels)
+            return super().merged(adaptation, model, old, head)
         with quiet():
             try:
                 model.merge_adapter(safe_merge=True)
             except (ValueError, AttributeError, NotImplementedError) as error:
                 raise RecipeError(f"{adaptation.path}: PEFT cannot merge a {adaptation.kind} ({error}).") from error
-            merged = fresh_model(old, labels, 0)
+            merged = fresh_model(old, head, 0)
             merged.config.pad_token_id = model.config.pad_token_id  # it reads the tokens that the adapter's model reads
             state, bare = _merged_state(model), merged.state_dict()
             if odd := sorted(state.keys() ^ bare.keys()):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.adaptation import Adaptation
     from regraft.base import Base
+    from regraft.task import Head
 
 
 class Prompt(Peft):
@@ -33,9 +34,9 @@ class Prompt(Peft):
             config.tokenizer_name_or_path = config.tokenizer_kwargs = None
         return config
 
-    def check_settings(self, adaptation: Adaptation, base: Base) -> None:
+    def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
         """Refuse virtual tokens that are for a model of another depth, too."""
-        super().check_settings(adaptation, base)
+        super().check_settings(adaptation, base, head)
         config, where = adaptation.config, f"{adaptation.path}/{ADAPTER_CONFIG}"
         if not config.get("num_virtual_tokens"):
             raise CheckpointError(f"{where}: num_virtual_tokens is missing.")
@@ -62,9 +63,9 @@ class Prompt(Peft):
 class Prefix(Prompt):
     """Keys and values of virtual tokens, for every layer."""
 
-    def check_settings(self, adaptation: Adaptation, base: Base) -> None:
+    def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
         """Refuse keys and values of another number of heads, too."""
-        super().check_settings(adaptation, base)
+        super().check_settings(adaptation, base, head)
         expected = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
         heads = adaptation.config.get("num_attention_heads")
         if heads not in (None, expected):
