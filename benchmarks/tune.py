@@ -58,7 +58,7 @@ def with_trainer(base, data, examples, batch_size):
 
 def with_regraft(base, data, examples, teacher=None):
     """Examples a second of regraft with its defaults: in all, and in its training steps alone."""
-    model = fresh_model(base, data.labels, seed=20)
+    model = fresh_model(base, data.head, seed=20)
     steps = examples // Recipe().batch_size
     recipe = Recipe(steps=steps, eval_every=steps).resolve(len(data.train), 5e-5)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +79,7 @@ def main():
             data = load_data(write_task(name, Path(folder) / name, train=2000, dev=100, test=100), 20)
             data = dataclasses.replace(data, dev=data.dev.take(range(8)))  # evaluation is not what is timed
             tokens = statistics.fmean(encode(base, data, data.train).lengths.tolist())
-            teacher = Teacher(fresh_model(base, data.labels, seed=30), base, Distillation())
+            teacher = Teacher(fresh_model(base, data.head, seed=30), base, Distillation())
             runs = {
                 "default": lambda n: with_trainer(base, data, n, 8),  # noqa: B023
                 "batch16": lambda n: with_trainer(base, data, n, 16),  # noqa: B023
