@@ -91,8 +91,8 @@ def methods_page() -> str:
     registered = {part.name: part for method in listed for part in method.parts}
     for title, kind in (("Starts", Start), ("Objectives", Objective)):
         page += f"\n## {title}\n" + "".join(_part(registered[name]) for name in parts(kind))
-    others = [part for part in registered.values() if not isinstance(part, (Start, Objective))]
-    return page + "\n## Others\n" + "".join(map(_part, others))
+    neither = [part for part in registered.values() if not isinstance(part, (Start, Objective))]
+    return page + "\n## Others\n" + "".join(map(_part, neither))
 
 
 def _formula(method: Method) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from regraft.methods.job import Job
     from regraft.methods.method import Curve
 
-NEEDS = ("labels", "training")
+TRAINS_ON_LABELS = ("labels", "training")
 
 
 def tune_on_labels(job: Job, model: Any, options: None) -> Curve:
@@ -93,16 +93,18 @@ def tune_anchored(job: Job, model: Any, options: Anchored) -> Curve:
     return job.tune(model, anchor=options)
 
 
-LABELS = Objective("labels", tune_on_labels, summary="then tune as usual", needs=NEEDS)
+LABELS = Objective("labels", tune_on_labels, summary="then tune as usual", needs=TRAINS_ON_LABELS)
 DISTILL = Objective(
-    "distill", distil, Distillation, summary="with the old model as teacher", needs=NEEDS, heads=BY_OLD_HEAD
+    "distill", distil, Distillation, summary="with the old model as teacher", needs=TRAINS_ON_LABELS, heads=BY_OLD_HEAD
 )
 INTERPOLATION = Objective(
     "interpolation",
     distil_between,
     Interpolation,
     summary="distil at points between student and teacher",
-    needs=NEEDS,
+    needs=TRAINS_ON_LABELS,
     heads=BY_OLD_HEAD,
 )
-ANCHORED = Objective("anchored", tune_anchored, Anchored, summary="held to it by a penalty that fades", needs=NEEDS)
+ANCHORED = Objective(
+    "anchored", tune_anchored, Anchored, summary="held to it by a penalty that fades", needs=TRAINS_ON_LABELS
+)

@@ -62,18 +62,18 @@ def parse_options(method: str, texts: Sequence[str]) -> Any:
     """
     import yaml
 
-    parts = find_method(method).parts
-    pairs = list(_all_fields(find_method(method)))
-    values: dict[str, dict[str, Any]] = {part.name: {} for part in parts if part.options}
+    chosen = find_method(method)
+    pairs = list(_all_fields(chosen))
+    values: dict[str, dict[str, Any]] = {part.name: {} for part in chosen.parts if part.options}
     for text in texts:
         name, equals, value = text.partition("=")
         fits = [(part, field) for part, field in pairs if name in (field.name, f"{part}.{field.name}")]
         if not equals or not fits:
-            known = list(fields_of(find_method(method)))
-            close = difflib.get_close_matches(name, known, n=1)
+            names = list(fields_of(chosen))
+            close = difflib.get_close_matches(name, names, n=1)
             raise RecipeError(
                 f"method {method} has no option {name}{f' (did you mean {close[0]}?)' if close else ''}; "
-                f"there are {', '.join(known) or 'none'}. Give NAME=VALUE."
+                f"there are {', '.join(names) or 'none'}. Give NAME=VALUE."
             )
         if len(fits) > 1:
             qualified = " or ".join(f"{part}.{name}" for part, _ in fits)
@@ -85,7 +85,7 @@ def parse_options(method: str, texts: Sequence[str]) -> Any:
             declared = _declared(field)
             kind = "true or false" if declared == "bool" else f"of type {declared}"
             raise RecipeError(f"option {name} of {method} is {kind}, found {value!r}.") from error
-    options = tuple(part.options(**values[part.name]) for part in parts if part.options)
+    options = tuple(part.options(**values[part.name]) for part in chosen.parts if part.options)
     return options if len(options) > 1 else options[0] if options else None
 
 
