@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.chain.run import RECORD, Chained
-from regraft.checkpoint import read_json
-from regraft.errors import CheckpointError, OutcomeError
 from regraft.task import recovery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from regraft.chain.record import Chained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +25,10 @@ class Standing:
         route: The route; None for what has none.
         scores: The mean score on each base, the first one's first; None where there is none yet.
         deviations: Their standard deviations over seeds; None for one seed.
-        recoveries: On each base, the mean of (score − majority) / (scratch's − majority) in %; None on the first base
-            and where scratch is less than 3 points above a majority guess.
-        decay: What is lost a hop, in points of the score: the slope of a straight line through the scores, its sign
-            turned; None for fewer than two bases.
+        recoveries: On each base, the mean of (score − majority) / (scratch's − majority); None on the first base and
+            where scratch is less than 3 points above a majority guess.
+        decay: What of the score is lost a hop: the slope of a straight line through the scores, its sign turned; None
+            for fewer than two bases.
         seeds: How many seeds.
         refused: Why there is nothing, if so.
     """
@@ -45,28 +43,6 @@ class Standing:
     decay: float | None
     seeds: int
     refused: str | None
-
-
-def read_chain(out: str | Path) -> tuple[list[str], list[Chained]]:
-    """Read what a chain has come to so far.
-
-    Args:
-        out: Its folder.
-
-    Returns:
-        The names of the bases, and every hop.
-
-    Raises:
-        OutcomeError: There is no chain, or its record is malformed.
-    """
-    file = Path(out) / RECORD
-    try:
-        record = read_json(file)
-        return [base["name"] for base in record["bases"]], [Chained(**row) for row in record["rows"]]
-    except (CheckpointError, KeyError, TypeError) as error:
-        raise OutcomeError(
-            f"{file}: cannot be read ({error}). `regraft chain run FILE --out DIR` writes it."
-        ) from error
 
 
 def standings(bases: Sequence[str], rows: Sequence[Chained]) -> list[Standing]:
@@ -112,7 +88,7 @@ def _standing(
         scores=tuple(scores),
         deviations=tuple(statistics.stdev(_scores(several)) if len(several) > 1 else None for several in on),
         recoveries=tuple(_recovery(several, scratch) if number else None for number, several in enumerate(on)),
-        decay=None if slope is None else -100 * slope,
+        decay=None if slope is None else -slope,
         seeds=len({row.seed for row in rows}),
         refused=next((row.refused for row in rows if row.refused), None),
     )

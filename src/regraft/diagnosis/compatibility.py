@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from regraft.adaptation import load_adaptation, load_model, write_graft
 from regraft.base import PRETRAINING
 from regraft.checkpoint import read_json
+from regraft.checkpoint.record import Count
+from regraft.diagnosis.question import Question
 from regraft.errors import CheckpointError
 from regraft.model.batches import predict
 from regraft.model.device import device
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
     from regraft.diagnosis.pair import Pair
+    from regraft.diagnosis.question import Asked, Lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Point:
     score: float
     loss: float
     agreement: float
-    steps: int | None
+    steps: Count | None
 
 
 def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple[Point, ...]:
@@ -93,3 +96,17 @@ def _steps(base: Base) -> int | None:
     with contextlib.suppress(CheckpointError, ValueError, KeyError, TypeError):
         return int(read_json(base.path / PRETRAINING)["steps"])
     return None
+
+
+def _ask(asked: Asked) -> tuple[Point, ...] | None:
+    return compatibility(asked.direct, asked.options.checkpoints) if asked.options.checkpoints else None
+
+
+def _describe(points: tuple[Point, ...], metric: str) -> Lines:
+    return [
+        (f"on {point.name}", f"{metric} {point.score:.4f}, L2 {point.distance:.2f} from the old base")
+        for point in points
+    ]
+
+
+QUESTION = Question("compatibility", 80, tuple[Point, ...], _ask, describe=_describe)

@@ -6,6 +6,8 @@ import dataclasses
 import statistics
 from typing import TYPE_CHECKING, Literal
 
+from regraft.checkpoint.record import Count
+from regraft.diagnosis.question import Question
 from regraft.task import flips
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.diagnosis.pair import Pair
+    from regraft.diagnosis.question import Asked, Lines
 
 BINS = 10
 
@@ -32,7 +35,7 @@ class Flip:
         confidence: The probability the new one gives its prediction.
     """
 
-    row: int
+    row: Count
     text: str
     label: str
     before: str
@@ -55,11 +58,11 @@ class PerClass:
     """
 
     label: str
-    examples: int
+    examples: Count
     before: float
     after: float
-    negative: int
-    positive: int
+    negative: Count
+    positive: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Bin:
 
     low: float
     high: float
-    count: int
+    count: Count
     confidence: float
     accuracy: float
 
@@ -111,9 +114,9 @@ class Regressions:
     """
 
     split: str
-    examples: int
-    negative: int
-    positive: int
+    examples: Count
+    negative: Count
+    positive: Count
     flips: tuple[Flip, ...]
     classes: tuple[PerClass, ...]
     mcnemar: float
@@ -238,3 +241,20 @@ def _per_class(name: str, number: int, labels: Sequence[int], before: Sequence[i
         negative=sum(a and not b for a, b in zip(old, new, strict=True)),
         positive=sum(b and not a for a, b in zip(old, new, strict=True)),
     )
+
+
+def _ask(asked: Asked) -> Regressions:
+    return regressions(asked.pair, [asked.pair.predictions_of(path) for path in asked.options.counterparts[1:]])
+
+
+def _describe(answer: Regressions, _: str) -> Lines:
+    flipped = (
+        f"{answer.negative} negative, {answer.positive} positive of {answer.examples:,}; McNemar p {answer.mcnemar:.2g}"
+    )
+    if answer.noise is not None:
+        flipped += f"; {answer.noise:.1%} negative between seeds"
+    errors = f"{answer.calibration['old'].ece:.3f} before, {answer.calibration['new'].ece:.3f} after"
+    return [("flips", flipped), ("calibration error", errors)]
+
+
+QUESTION = Question("regressions", 20, Regressions, _ask, is_required=True, describe=_describe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regraft.report.charts.style import BLUE, INK, LINE, MIDDLE, PAPER, SOFT, VERMILLION, end_at_one, legend, new_figure
 from regraft.report.wording import clip, number
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from regraft.diagnosis.regressions import Calibration
     from regraft.report.standings import Setting
 
 
@@ -80,11 +81,11 @@ def draw_moved(names: Sequence[str], shift: Sequence[float], delta: Sequence[flo
     return figure
 
 
-def draw_calibration(calibration: Mapping[str, Any]) -> Figure:
+def draw_calibration(calibration: Mapping[str, Calibration]) -> Figure:
     """Draw how often predictions of a confidence are right.
 
     Args:
-        calibration: By model, the calibration of a diagnosis.
+        calibration: By model, its calibration.
 
     Returns:
         The figure.
@@ -93,13 +94,12 @@ def draw_calibration(calibration: Mapping[str, Any]) -> Figure:
     axes = figure.add_subplot()
     axes.plot((0, 1), (0, 1), color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label="as sure as right")
     looks = {"old": (VERMILLION, "s", (0, (5, 2))), "new": (BLUE, "o", "-")}
-    most = max((one["count"] for entry in calibration.values() for one in entry["bins"]), default=1) or 1
-    for name, entry in calibration.items():
+    most = max((bin.count for curve in calibration.values() for bin in curve.bins), default=1) or 1
+    for name, curve in calibration.items():
         colour, marker, dashes = looks.get(name, (INK, "^", "-"))
-        used = [one for one in entry["bins"] if one["count"] and one["accuracy"] is not None]
-        at, right = [one["confidence"] for one in used], [one["accuracy"] for one in used]
-        axes.plot(at, right, color=colour, linestyle=dashes, label=f"{name} model, ECE {number(entry['ece'])}")
-        sizes = [14 + 60 * one["count"] / most for one in used]
+        at, right = [bin.confidence for bin in curve.bins], [bin.accuracy for bin in curve.bins]
+        axes.plot(at, right, color=colour, linestyle=dashes, label=f"{name} model, ECE {number(curve.ece)}")
+        sizes = [14 + 60 * bin.count / most for bin in curve.bins]
         axes.scatter(at, right, s=sizes, color=colour, marker=marker, edgecolors=LINE, linewidths=0.5, zorder=3)
     axes.set_xlabel("confidence")
     axes.set_ylabel("share that is right")

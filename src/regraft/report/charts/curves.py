@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from regraft.diagnosis import Point
+
 
 def draw_learning(curves: Mapping[str, Sequence[tuple[float, float]]], level: float | None, metric: str) -> Figure:
     """Draw learning curves, and the level that scratch ends at.
@@ -93,7 +95,7 @@ def draw_segment(
     return figure
 
 
-def draw_compatibility(points: Sequence[Mapping[str, Any]], metric: str, floor: float) -> Figure:
+def draw_compatibility(points: Sequence[Point], metric: str, floor: float) -> Figure:
     """Draw how the old weights fare on later and later checkpoints of the base.
 
     Args:
@@ -106,16 +108,16 @@ def draw_compatibility(points: Sequence[Mapping[str, Any]], metric: str, floor: 
     """
     figure = new_figure(WIDE, 3.1)
     axes = figure.add_subplot()
-    stepped = all(point["steps"] is not None for point in points)
-    at = [point["steps"] if stepped else place for place, point in enumerate(points)]
-    axes.plot(at, [point["score"] for point in points], label=f"{metric} of the old weights", **_look(0))
-    axes.plot(at, [point["agreement"] for point in points], label="agreement with the old deployment", **_look(1))
+    steps = [point.steps for point in points if point.steps is not None]
+    at = steps if len(steps) == len(points) else list(range(len(points)))
+    axes.plot(at, [point.score for point in points], label=f"{metric} of the old weights", **_look(0))
+    axes.plot(at, [point.agreement for point in points], label="agreement with the old deployment", **_look(1))
     axes.axhline(floor, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label="majority guess")
-    if stepped:
+    if len(steps) == len(points):
         axes.set_xlabel("pre-training steps since the old base")
     else:
         axes.set_xticks(
-            at, [clip(base_name(point["name"]), 14) for point in points], rotation=30 if len(points) > 6 else 0
+            at, [clip(base_name(point.name), 14) for point in points], rotation=30 if len(points) > 6 else 0
         )
         axes.set_xlabel("checkpoint")
     axes.set_ylabel("share of examples" if metric == "accuracy" else metric)

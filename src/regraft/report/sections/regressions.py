@@ -2,84 +2,89 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_calibration
 from regraft.report.page import Block, Browser, Chart, Charts, Facts, Section, Table
 from regraft.report.wording import number, percent, whole
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from regraft.diagnosis import Diagnosis, Regressions
+    from regraft.diagnosis.regressions import Calibration
+
+ORDER = 90
 MARGIN = 0.05
 """The usual level of significance."""
 
 
-def regression_sections(diagnosis: dict[str, Any], part: str) -> list[Section]:
+def show(regressions: Regressions, diagnosis: Diagnosis, part: str) -> list[Section]:
     """Show flips, classes and calibration.
 
     Args:
-        diagnosis: Its content.
+        regressions: The answer.
+        diagnosis: The whole diagnosis.
         part: The part's name, for those of the charts.
 
     Returns:
-        Regressions and calibration; none if it was not asked.
+        Regressions, and calibration where it was measured.
     """
-    found = diagnosis["regressions"]
-    if not found:
-        return []
-    examples = found["examples"] or 1
+    examples = regressions.examples or 1
     facts = [
         (
             "negative flips",
-            f"{found['negative']:,} ({percent(found['negative'] / examples)})",
+            f"{regressions.negative:,} ({percent(regressions.negative / examples)})",
             "right before, wrong now",
         ),
         (
             "positive flips",
-            f"{found['positive']:,} ({percent(found['positive'] / examples)})",
+            f"{regressions.positive:,} ({percent(regressions.positive / examples)})",
             "wrong before, right now",
         ),
-        ("McNemar's test", f"p = {_p(found['mcnemar'])}", _significance(found["mcnemar"])),
+        ("McNemar's test", f"p = {_p(regressions.mcnemar)}", _significance(regressions.mcnemar)),
     ]
-    if found["noise"] is not None:
-        facts.append(("noise floor", percent(found["noise"]), "negative flips between two seeds of one recipe"))
+    if regressions.noise is not None:
+        facts.append(("noise floor", percent(regressions.noise), "negative flips between two seeds of one recipe"))
     blocks: list[Block] = [Facts(tuple(facts))]
-    if found["classes"]:
-        blocks.append(_classes(found))
-    if found["flips"]:
-        blocks.append(Browser(tuple(found["flips"])))
-    lead = f"Predictions on {found['examples']:,} examples of {found['split']} that changed with the upgrade."
+    if regressions.classes:
+        blocks.append(_classes(regressions))
+    if regressions.flips:
+        blocks.append(Browser(regressions.flips))
+    lead = f"Predictions on {regressions.examples:,} examples of {regressions.split} that changed with the upgrade."
     sections = [Section("regressions", "Regressions", lead, tuple(blocks))]
-    calibration = {name: entry for name, entry in found["calibration"].items() if entry["bins"]}
+    calibration = {name: curve for name, curve in regressions.calibration.items() if curve.bins}
     if calibration:
         sections.append(_calibration(calibration, part))
     return sections
 
 
-def _classes(found: dict[str, Any]) -> Table:
+def _classes(regressions: Regressions) -> Table:
     head = ("class", "examples", "recall before", "recall after", "change", "negative flips", "positive flips")
     rows = tuple(
         (
-            one["label"], whole(one["examples"]), number(one["before"]), number(one["after"]),
-            _signed(one["after"] - one["before"]), whole(one["negative"]), whole(one["positive"]),
+            row.label, whole(row.examples), number(row.before), number(row.after), _signed(row.after - row.before),
+            whole(row.negative), whole(row.positive),
         )
-        for one in found["classes"]
+        for row in regressions.classes
     )  # fmt: skip
     return Table("Recall and flips by class", head, rows)
 
 
-def _calibration(calibration: dict[str, Any], part: str) -> Section:
-    told = ", ".join(f"{name} model {number(entry['ece'])}" for name, entry in calibration.items())
+def _calibration(calibration: Mapping[str, Calibration], part: str) -> Section:
+    errors = ", ".join(f"{name} model {number(curve.ece)}" for name, curve in calibration.items())
     rows = tuple(
         (
-            name, f"{number(one['low'], 2)} to {number(one['high'], 2)}", whole(one["count"]),
-            number(one["confidence"]) if one["count"] else "–", number(one["accuracy"]) if one["count"] else "–",
+            name, f"{number(bin.low, 2)} to {number(bin.high, 2)}", whole(bin.count), number(bin.confidence),
+            number(bin.accuracy),
         )
-        for name, entry in calibration.items()
-        for one in entry["bins"]
+        for name, curve in calibration.items()
+        for bin in curve.bins
     )  # fmt: skip
     head = ("model", "confidence from", "examples", "mean confidence", "share right")
     table = Table("Calibration by bin", head, rows, prose=2)
     figure = draw_calibration(calibration)
-    finding = f"Expected calibration error: {told}."
+    finding = f"Expected calibration error: {errors}."
     chart = Chart(f"{part}-calibration", "Calibration", finding, figure, table)
     lead = "On the dotted line a model is as sure as it is right; below it, too sure. Larger marks hold more examples."
     return Section("calibration", "Calibration", lead, (Charts((chart,)),))
