@@ -88,9 +88,9 @@ def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
     bases = Upgrade(grid.old, grid.upgrades[upgrade])
     with load_pair(bases, old_folder(grid, task, kind, seed), data, recipe=Recipe(seed=seed)) as pair:
         checked, gain = check_pair(pair), probe_gain(pair)
-        alike = similarity(pair.old, pair.new, bases.old, pair.data, precision=pair.precision)
+        alike = similarity(pair.old.model, pair.new.model, bases.old, pair.data, precision=pair.precision)
         told = verdict(
-            data.metric, pair.split.labels, pair.before.argmax(dim=1), pair.after.argmax(dim=1),
+            data.metric, pair.split.labels, pair.before, pair.after,
             chance_score(pair.data, pair.split), gain=gain, weakness=weakness(pair.data, pair.split),
         )  # fmt: skip
     found = {

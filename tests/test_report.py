@@ -18,6 +18,7 @@ from report_inputs import ATTACK, METHODS, diagnosis, write_diagnosis, write_out
 from regraft.diagnosis import read_diagnosis
 from regraft.errors import OutcomeError, RecipeError
 from regraft.report import write_report
+from regraft.report.find import clean
 
 CHARTS = {
     "1-methods", "1-learning", "connectivity-loss", "connectivity-score", "plane", "compatibility", "heads", "control",
@@ -326,7 +327,8 @@ def test_what_regraft_0_1_wrote_shows_the_same_as_what_is_written_now(tmp_path):
     content = json.loads(json.dumps(diagnosis("")))
     write_diagnosis(tmp_path / "check", content)
     before = write_report(tmp_path, tmp_path / "before.md", "md").read_text(encoding="utf-8")
-    (tmp_path / "check" / "diagnosis.json").write_text(json.dumps(dataclasses.asdict(read_diagnosis(content, ""))))
+    renewed = dataclasses.asdict(read_diagnosis(clean(content), ""))
+    (tmp_path / "check" / "diagnosis.json").write_text(json.dumps(renewed))
     assert write_report(tmp_path, tmp_path / "after.md", "md").read_text(encoding="utf-8") == before
     assert "predicted recovery 89 %" in before and "92 %" in before
 

@@ -102,14 +102,14 @@ def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) 
     if not out.exists():
         return None
     outcome = load_outcome(out)
-    expected, found = json.loads(plain_text(inputs)), outcome.record.inputs
+    expected, recorded = json.loads(plain_text(inputs)), outcome.record.inputs
     learned_from = outcome.record.notes.get("learned_from")
     if learned_from:  # where regraft 0.1 recorded the content of pairs
-        found = {"pairs": learned_from, **found}
-    if found != expected:
-        found = renewed(found, bases)
-    if found != expected:
-        differing = sorted(key for key in {*expected, *found} if found.get(key) != expected.get(key))
+        recorded = {"pairs": learned_from, **recorded}
+    if recorded != expected:
+        recorded = renewed(recorded, bases)
+    if recorded != expected:
+        differing = sorted(key for key in {*expected, *recorded} if recorded.get(key) != expected.get(key))
         raise OutcomeError(
             f"{out}: holds the outcome of another run (it differs in {', '.join(differing)}). Choose another --out or "
             "remove it."

@@ -88,8 +88,8 @@ def read_chain(out: str | Path) -> tuple[list[str], list[Chained]]:
     except CheckpointError as error:
         raise OutcomeError(f"{file}: cannot be read ({error}). `{remedy}` writes it.") from error
     if content.get("schema") != SCHEMA:
-        found = content.get("schema")
-        raise OutcomeError(f"{file}: has schema {found!r:.40}, this regraft reads {SCHEMA}. `{remedy}` writes it.")
+        schema = content.get("schema")
+        raise OutcomeError(f"{file}: has schema {schema!r:.40}, this regraft reads {SCHEMA}. `{remedy}` writes it.")
     record = read_record(ChainRecord, content, str(file), remedy)
     for place, row in enumerate(record.rows):
         if row.base >= len(record.bases):

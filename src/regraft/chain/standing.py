@@ -55,19 +55,19 @@ def standings(bases: Sequence[str], rows: Sequence[Chained]) -> list[Standing]:
     Returns:
         For each task and kind: scratch, then each method by its routes.
     """
-    found = []
+    lines = []
     for task, kind in dict.fromkeys((row.task, row.kind) for row in rows):
-        mine = [row for row in rows if (row.task, row.kind) == (task, kind)]
-        first = [row for row in mine if row.base == 0]
-        scratch = {(row.base, row.seed): row for row in mine if row.method == "scratch"}
-        for method in dict.fromkeys(row.method for row in mine if row.base):
-            of = [row for row in mine if row.method == method]
+        group = [row for row in rows if (row.task, row.kind) == (task, kind)]
+        first = [row for row in group if row.base == 0]
+        scratch = {(row.base, row.seed): row for row in group if row.method == "scratch"}
+        for method in dict.fromkeys(row.method for row in group if row.base):
+            of = [row for row in group if row.method == method]
             routes: list[str | None] = [route for route in dict.fromkeys(row.route for row in of) if route]
             for route in routes or [None]:
                 along = [row for row in of if row.route in (None, route)]
                 start = [] if method == "scratch" else first
-                found.append(_standing(task, kind, method, route, [*start, *along], scratch, len(bases)))
-    return found
+                lines.append(_standing(task, kind, method, route, [*start, *along], scratch, len(bases)))
+    return lines
 
 
 def _standing(
@@ -76,10 +76,10 @@ def _standing(
 ) -> Standing:  # fmt: skip
     on = [[row for row in rows if row.base == number and row.score is not None] for number in range(count)]
     scores = [statistics.fmean(_scores(several)) if several else None for several in on]
-    known = [(number, score) for number, score in enumerate(scores) if score is not None]
+    measured = [(number, score) for number, score in enumerate(scores) if score is not None]
     slope = None
-    if method != "scratch" and len(known) > 1:
-        slope = statistics.linear_regression(*zip(*known, strict=True)).slope
+    if method != "scratch" and len(measured) > 1:
+        slope = statistics.linear_regression(*zip(*measured, strict=True)).slope
     return Standing(
         task=task,
         kind=kind,

@@ -53,14 +53,14 @@ def read_record(kind: type[Record], content: Any, where: str, remedy: str) -> Re
     """
     hashable: Any = kind
     try:
-        if place := next(_too_large(content, ""), None):
-            raise OutcomeError(f"{where}{place}: expected at most {LARGEST:g}. Make it again with `{remedy}`.")
+        if location := next(_too_large(content, ""), None):
+            raise OutcomeError(f"{where}{location}: expected at most {LARGEST:g}. Make it again with `{remedy}`.")
         record: Record = _adapter(hashable).validate_json(plain_text(content), strict=True)
     except RecursionError:
         raise OutcomeError(f"{where}: is nested too deep. Make it again with `{remedy}`.") from None
     except ValidationError as error:
         first, count = error.errors()[0], error.error_count()
-        more = f" {count - 1:,} more fields are wrong." if count > 1 else ""
+        more = f" It is the first of {count:,} fields that are wrong." if count > 1 else ""
         raise OutcomeError(f"{where}{_explain(first)}. Make it again with `{remedy}`.{more}") from None
     return record
 
@@ -94,28 +94,28 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _too_large(value: Any, place: str) -> Iterator[str]:
+def _too_large(value: Any, location: str) -> Iterator[str]:
     """Name the finite numbers that are larger than any figure."""
     if isinstance(value, dict):
         for name, entry in value.items():
-            yield from _too_large(entry, f"{place}: {name}")
+            yield from _too_large(entry, f"{location}: {name}")
     elif isinstance(value, list):
         for number, entry in enumerate(value):
-            yield from _too_large(entry, f"{place}[{number}]")
+            yield from _too_large(entry, f"{location}[{number}]")
     elif isinstance(value, (int, float)) and LARGEST < abs(value) < math.inf:
-        yield place
+        yield location
 
 
 def _explain(error: Any) -> str:
-    place = "".join(f"[{part}]" if isinstance(part, int) else f": {part}" for part in error["loc"])
+    location = "".join(f"[{part}]" if isinstance(part, int) else f": {part}" for part in error["loc"])
     if error["type"] == "missing":
-        return f"{place}: is missing"
+        return f"{location}: is missing"
     if error["type"] == "value_error":  # from `__post_init__`, which says where in the record
-        return f"{place}: {error['ctx']['error']}"
+        return f"{location}: {error['ctx']['error']}"
     expected = _EXPECTED.get(error["type"])
     if expected is None:
-        return f"{place}: {error['msg']}"
-    return f"{place}: expected {expected.format(**error.get('ctx', {}))}, found {error['input']!r:.80}"
+        return f"{location}: {error['msg']}"
+    return f"{location}: expected {expected.format(**error.get('ctx', {}))}, found {error['input']!r:.80}"
 
 
 def require_length(values: Any, length: int, name: str) -> None:

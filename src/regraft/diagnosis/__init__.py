@@ -11,7 +11,7 @@ from regraft.diagnosis.plane import Plane, plane
 from regraft.diagnosis.probe import probe_gain
 from regraft.diagnosis.question import Question, Questions, every_question
 from regraft.diagnosis.record import Diagnosis, read_diagnosis
-from regraft.diagnosis.regressions import Regressions, calibration, mcnemar, noise_floor, regressions
+from regraft.diagnosis.regressions import Regressions, mcnemar, noise_floor, regressions
 from regraft.diagnosis.shift import Shift, shift
 from regraft.diagnosis.similarity import Control, Map, Similarity, similarity
 from regraft.diagnosis.verdict import Verdict, verdict
@@ -34,7 +34,6 @@ __all__ = [
     "Similarity",
     "Verdict",
     "barrier",
-    "calibration",
     "check",
     "check_pair",
     "compatibility",

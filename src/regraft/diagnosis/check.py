@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from regraft.checkpoint.record import Count
 from regraft.diagnosis.choice import ADVICE, choose
 from regraft.diagnosis.pair import load_pair
 from regraft.diagnosis.question import Question
 from regraft.progress import Progress, silent
-from regraft.task import chance_score, flips, score
+from regraft.task import chance_score, count_flips, score
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,10 +110,9 @@ def check_pair(pair: Pair) -> Check:
         The figures and a verdict.
     """
     data, split = pair.data, pair.split
-    before, after = (logits.argmax(dim=1).tolist() for logits in (pair.before, pair.after))
-    old, new = (score(data.metric, split.labels, found) for found in (before, after))
-    floor = chance_score(data, split)
-    flipped, moved = flips(split.labels.tolist(), before, after), pair.upgrade.distance()
+    before, after = pair.before, pair.after
+    old, new, floor = pair.old.score(split), pair.new.score(split), chance_score(data, split)
+    flipped, moved = count_flips(pair.old.right(split), pair.new.right(split)), pair.upgrade.distance()
     retained = (new - floor) / (old - floor) if old > floor else None
     return Check(
         task=data.name,
@@ -126,7 +123,7 @@ def check_pair(pair: Pair) -> Check:
         new=new,
         floor=floor,
         retained=retained,
-        agreement=float(np.mean(np.array(before) == np.array(after))),
+        agreement=score(data.task.metrics[0].name, data.task.as_targets(before), after),
         negative_flips=flipped.negative_rate,
         positive_flips=flipped.positive_rate,
         l2=moved.l2,

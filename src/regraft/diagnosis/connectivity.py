@@ -11,11 +11,9 @@ import numpy as np
 from regraft.checkpoint.record import require_length
 from regraft.diagnosis.blend import Blend
 from regraft.diagnosis.question import Question
-from regraft.errors import MismatchError, RecipeError
-from regraft.model.batches import predict
-from regraft.model.examples import encode
+from regraft.errors import RecipeError
+from regraft.model import Deployment
 from regraft.progress import Progress, silent
-from regraft.task import score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from regraft.base import Base
     from regraft.diagnosis.question import Asked, Lines
     from regraft.task import TaskData
-    from regraft.task.types import Examples
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -131,58 +128,34 @@ def segment(
     if points < 3:
         raise RecipeError(f"a segment is walked at 3 points or more, found {points}.")
     data.require_labels("the loss between two models")
-    splits = {s.name: encode(base, data, s) for s in (data.dev, data.test) if s is not None}
+    splits = {split.name: split for split in (data.dev, data.test) if split is not None}
     blend = Blend((first, second), ends)
+    deployment = Deployment(blend.model, base, data, precision)
     mu = tuple(i / (points - 1) for i in range(points))
     rows: dict[str, list[Floats]] = {name: [] for name in splits}
     scores: dict[str, list[float]] = {name: [] for name in splits}
     for done, at in enumerate(mu, 1):
         blend.at(at)
-        for name, examples in splits.items():
-            losses, reached = measure(blend.model, examples, data, precision)
-            rows[name].append(losses)
-            scores[name].append(reached)
-        told = {f"{name} loss": float(found[-1].mean()) for name, found in rows.items()}
-        progress("connectivity", done, points, told)
-    loss = {name: tuple(float(r.mean()) for r in found) for name, found in rows.items()}
-    heights = {name: barrier(mu, found) for name, found in loss.items()}
-    allowed = {name: _tolerance(mu, np.stack(found), len(data.labels)) for name, found in rows.items()}
+        deployment.forget()
+        for name, split in splits.items():
+            rows[name].append(deployment.losses(split).numpy())
+            scores[name].append(deployment.score(split))
+        last = {f"{name} loss": float(losses[-1].mean()) for name, losses in rows.items()}
+        progress("connectivity", done, points, last)
+    loss = {name: tuple(float(row.mean()) for row in losses) for name, losses in rows.items()}
+    heights = {name: barrier(mu, values) for name, values in loss.items()}
+    guessing = {
+        name: data.task.likelihood.chance(split.targets.tolist(), len(data.labels)) for name, split in splits.items()
+    }
+    allowed = {name: _tolerance(mu, np.stack(losses), guessing[name]) for name, losses in rows.items()}
     return Segment(
         ends=ends,
         mu=mu,
         loss=loss,
-        score={name: tuple(found) for name, found in scores.items()},
+        score={name: tuple(values) for name, values in scores.items()},
         barrier=heights,
         connected=all(heights[name] <= allowed[name] for name in splits),
     )
-
-
-def measure(model: Any, examples: Examples, data: TaskData, precision: str) -> tuple[Floats, float]:
-    """Measure a model on a task.
-
-    Args:
-        model: A classifier.
-        examples: What it is measured on.
-        data: The task.
-        precision: `bf16` or `fp32`.
-
-    Returns:
-        The cross-entropy of each example, and the task's metric.
-
-    Raises:
-        MismatchError: The head is not for the task's labels.
-    """
-    import torch
-    from torch.nn import functional
-
-    logits = predict(model, examples, precision)
-    if logits.shape[1] != len(data.labels):
-        raise MismatchError(
-            f"the head has {logits.shape[1]} outputs, task {data.name!r} {len(data.labels)} labels "
-            f"({', '.join(data.labels[:8])}). Give the task that the models were tuned for."
-        )
-    losses = functional.cross_entropy(logits.double(), torch.as_tensor(examples.targets), reduction="none")
-    return losses.numpy(), score(data.metric, examples.targets, logits.argmax(dim=1).numpy())
 
 
 def _excess(mu: Floats, losses: Floats) -> Floats:
@@ -192,23 +165,23 @@ def _excess(mu: Floats, losses: Floats) -> Floats:
     return excess
 
 
-def _tolerance(mu: Sequence[float], rows: Floats, classes: int) -> float:
-    """Return how high a barrier still counts as none, from points × examples losses."""
+def _tolerance(mu: Sequence[float], rows: Floats, guessing: float) -> float:
+    """Return how high a barrier still counts as none, from points × examples losses and that of guessing."""
     if not np.isfinite(rows).all():
         return 0.0
     excess = _excess(np.asarray(mu), rows)
     worst = excess[int(excess.mean(axis=1).argmax())]
     error = float(worst.std(ddof=1)) / math.sqrt(len(worst)) if len(worst) > 1 else 0.0
     ends = max(float(rows[0].mean()), float(rows[-1].mean()))
-    return max(SMALL * ends, SMALL_OF_GUESSING * math.log(classes)) + ERRORS * error
+    return max(SMALL * ends, SMALL_OF_GUESSING * guessing) + ERRORS * error
 
 
 def _ask(asked: Asked) -> Segment:
     asked.require_same_tokens()
     pair = asked.pair
     return segment(
-        pair.old, pair.new, asked.upgrade.old, pair.data, points=asked.options.points, precision=pair.precision,
-        ends=asked.ends, progress=pair.progress,
+        pair.old.model, pair.new.model, asked.upgrade.old, pair.data, points=asked.options.points,
+        precision=pair.precision, ends=asked.ends, progress=pair.progress,
     )  # fmt: skip
 
 

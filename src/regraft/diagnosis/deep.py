@@ -13,6 +13,7 @@ from regraft.diagnosis.pair import load_counterpart, load_pair
 from regraft.diagnosis.question import Asked, Questions, every_question
 from regraft.diagnosis.record import Diagnosis
 from regraft.errors import MismatchError, OutcomeError
+from regraft.model import Deployment
 from regraft.progress import Progress, silent
 from regraft.tuning.recipe import Recipe
 
@@ -64,7 +65,9 @@ def diagnose(
     with load_pair(upgrade, adaptation, task, recipe=recipe, force=force, progress=progress) as direct:
         pair, compared = direct, next(iter(options.counterparts), None)
         if compared is not None:
-            pair = dataclasses.replace(direct, new=load_counterpart(compared, upgrade.new, direct.data))
+            model = load_counterpart(compared, upgrade.new, direct.data)
+            new = Deployment(model, direct.upgrade.new, direct.data, direct.precision, progress)
+            pair = dataclasses.replace(direct, new=new)
         asked = Asked(upgrade, direct, pair, options, {})
         for question in every_question():
             started, answer = time.perf_counter(), None

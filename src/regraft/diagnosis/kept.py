@@ -61,7 +61,7 @@ def kept(pair: Pair, text: Sequence[str] = ()) -> Kept:
     old, new = pair.upgrade.old, pair.upgrade.new
     blocks = _blocks(pair, text)
     losses: dict[str, float] = {}
-    for name, base, deployed in (("old", old, pair.old), ("new", new, pair.new)):
+    for name, base, deployed in (("old", old, pair.old.model), ("new", new, pair.new.model)):
         model, fresh = language_model(base)
         if missing := [n for n in fresh if not n.startswith(base.prefix + ".")]:
             raise MismatchError(f"{base.path}: holds no language-modelling head ({', '.join(missing[:3])}).")

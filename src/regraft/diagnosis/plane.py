@@ -10,10 +10,9 @@ import numpy as np
 
 from regraft.checkpoint.record import require_length, require_shape
 from regraft.diagnosis.blend import Blend, tensors_of
-from regraft.diagnosis.connectivity import measure
 from regraft.diagnosis.question import Question
 from regraft.errors import MismatchError, RecipeError
-from regraft.model.examples import encode
+from regraft.model import Deployment
 from regraft.progress import Progress, silent
 from regraft.weights import distance
 
@@ -100,17 +99,17 @@ def plane(
         )
     data.require_labels("the loss on a plane")
     chosen: Split = data.dev if split == "dev" or data.test is None else data.test
-    examples = encode(base, data, chosen)
     blend = Blend(models, names)
+    deployment = Deployment(blend.model, base, data, precision)
     places = _places(models, names)
-    x, y = (_axis([place[i] for place in places], size, margin) for i in (0, 1))
+    x, y = (_axis([position[i] for position in places], size, margin) for i in (0, 1))
     loss, scores = np.empty((size, size)), np.empty((size, size))
     for row, column in np.ndindex(size, size):
         blend.at(*shares_at(x[column], y[row], places))
-        losses, scores[row, column] = measure(blend.model, examples, data, precision)
-        loss[row, column] = losses.mean()
+        deployment.forget()
+        loss[row, column], scores[row, column] = deployment.losses(chosen).numpy().mean(), deployment.score(chosen)
         progress("plane", row * size + column + 1, size * size, {f"{chosen.name} loss": float(loss[row, column])})
-    by_row: list[tuple[tuple[float, ...], ...]] = [tuple(map(tuple, found.tolist())) for found in (loss, scores)]
+    by_row: list[tuple[tuple[float, ...], ...]] = [tuple(map(tuple, grid.tolist())) for grid in (loss, scores)]
     return Plane(names, places, x, y, by_row[0], by_row[1], chosen.name)
 
 
@@ -157,7 +156,7 @@ def _ask(asked: Asked) -> Plane | None:
     asked.require_same_tokens()
     direct, pair, (old, new) = asked.direct, asked.pair, asked.ends
     return plane(
-        (direct.old, direct.new, pair.new), (old, "direct", new), asked.upgrade.old, pair.data,
+        (direct.old.model, direct.new.model, pair.new.model), (old, "direct", new), asked.upgrade.old, pair.data,
         size=asked.options.plane, split=pair.split.name, precision=pair.precision, progress=pair.progress,
     )  # fmt: skip
 

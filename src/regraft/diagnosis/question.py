@@ -137,5 +137,5 @@ def every_question() -> tuple[Question[Any], ...]:
     """
     package = __name__.rpartition(".")[0]
     modules = pkgutil.iter_modules([str(Path(__file__).parent)])
-    found = [getattr(importlib.import_module(f"{package}.{module.name}"), "QUESTION", None) for module in modules]
-    return tuple(sorted(filter(None, found), key=lambda question: question.order))
+    questions = [getattr(importlib.import_module(f"{package}.{module.name}"), "QUESTION", None) for module in modules]
+    return tuple(sorted(filter(None, questions), key=lambda question: question.order))

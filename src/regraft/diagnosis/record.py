@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint.record import read_record, share_of
+from regraft.checkpoint.record import read_record
+from regraft.diagnosis import schema_1
 from regraft.diagnosis.question import every_question
 from regraft.errors import OutcomeError
 
@@ -13,8 +14,7 @@ if TYPE_CHECKING:
     from regraft.diagnosis.check import Check
     from regraft.diagnosis.verdict import Verdict
 
-SCHEMA = 2  # regraft 0.1 wrote 1: answers beside the other fields, and some of their shares in percent
-PERCENTAGES = {"check": "retained", "verdict": "predicted", "kept": "share"}
+SCHEMA = 2
 REMEDY = "regraft check --deep"
 
 
@@ -81,23 +81,20 @@ def read_diagnosis(content: dict[str, Any], file: str) -> Diagnosis:
         OutcomeError: It has another schema, or a field is missing, of another type or of another shape.
     """
     schema = content.get("schema")
-    if schema not in (1, SCHEMA):
+    if schema not in (schema_1.SCHEMA, SCHEMA):
         raise OutcomeError(
-            f"{file}: has schema {schema!r:.40}, this regraft reads 1 and {SCHEMA}. Make it again with this regraft's "
-            f"`{REMEDY}`."
+            f"{file}: has schema {schema!r:.40}, this regraft reads {schema_1.SCHEMA} and {SCHEMA}. Make it again with "
+            f"this regraft's `{REMEDY}`."
         )
-    if schema == 1:
-        content = {**content, "answers": {question.name: content.get(question.name) for question in every_question()}}
-    diagnosis = read_record(Diagnosis, content, file, REMEDY)
+    is_old = schema == schema_1.SCHEMA
+    diagnosis = read_record(Diagnosis, schema_1.renewed(content) if is_old else content, file, REMEDY)
     answers = {}
     for question in every_question():
-        answer = diagnosis.answers.get(question.name)
-        if answer:
-            answers[question.name] = read_record(question.record, answer, f"{file}: {question.name}", REMEDY)
+        if answer := diagnosis.answers.get(question.name):
+            record, where = schema_1.record_of(question) if is_old else question.record, f"{file}: {question.name}"
+            answers[question.name] = read_record(record, answer, where, REMEDY)
         elif question.is_required:
             raise OutcomeError(f"{file}: {question.name}: is missing. Make it again with `{REMEDY}`.")
-    for name, field in PERCENTAGES.items() if schema == 1 else ():
-        if name in answers:
-            share = share_of(getattr(answers[name], field))
-            answers[name] = dataclasses.replace(answers[name], **{field: share})
+    if is_old:
+        answers = {name: schema_1.converted(name, answer) for name, answer in answers.items()}
     return dataclasses.replace(diagnosis, answers=answers, schema=SCHEMA)

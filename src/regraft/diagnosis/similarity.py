@@ -10,7 +10,7 @@ from regraft.diagnosis.attention import Seen, attending, batches, classifier_of,
 from regraft.diagnosis.comparison import Comparison
 from regraft.diagnosis.question import Question
 from regraft.errors import RecipeError
-from regraft.model.examples import encode
+from regraft.model import Deployment
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -158,12 +158,14 @@ def similarity(
 
     split = data.dev if data.test is None else data.test
     split = split.take(np.unique(np.linspace(0, len(split) - 1, min(texts, len(split))).round().astype(np.int64)))
-    examples = encode(base, data, split)
+    examples = Deployment(first, base, data, precision).examples(split)
     if control is None:
         control, control_name = random_model(first, seed), control_name or f"random weights (seed {seed})"
-    pair, unrelated = Comparison(every_head=True), Comparison(every_head=False)
+    likelihood = data.task.likelihood
+    pair, unrelated = Comparison(likelihood, every_head=True), Comparison(likelihood, every_head=False)
     short = int(np.abs(examples.lengths - SHOWN).argmin())
-    text = encode(base, data.changed(max_length=min(data.max_length, SHOWN)), split.take([short]))
+    clipped = data.changed(max_length=min(data.max_length, SHOWN))
+    text = Deployment(first, base, clipped, precision).examples(split.take([short]))
     with attending(first, second, control):
         config = classifier_of(first).config
         at_once = max(1, MOMENT_BYTES // (2 * 3 * 4 * config.hidden_size**2))
@@ -250,7 +252,7 @@ def _ask(asked: Asked) -> Similarity:
     asked.require_same_tokens()
     pair = asked.pair
     return similarity(
-        pair.old, pair.new, asked.upgrade.old, pair.data, precision=pair.precision, progress=pair.progress
+        pair.old.model, pair.new.model, asked.upgrade.old, pair.data, precision=pair.precision, progress=pair.progress
     )
 
 

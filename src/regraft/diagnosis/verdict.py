@@ -99,7 +99,7 @@ def verdict(
         chosen = "scratch"
     else:
         advice = f"{100 * share:.0f} % of the score to expect above guessing is left: {ADVICE[chosen]}."
-    found: tuple[Reason, ...] = (
+    figures: tuple[Reason, ...] = (
         Reason("old deployment", f"{old[0]:.3f}", f"{metric} of the old weights on the old base"),
         Reason("as they are", f"{new[0]:.3f}", "the same weights on the new base, without any tuning"),
         Reason("guessing", f"{floor:.3f}", "the most frequent class"),
@@ -109,21 +109,21 @@ def verdict(
             "no gain of the new base at the task that old weights would miss"
         )  # fmt: skip
         value = f"{100 * gain.estimate:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
-        found += (Reason("probe of the new base", value, says),)
+        figures += (Reason("probe of the new base", value, says),)
     sure = choices[1:].count(chosen) / RESAMPLES
     if weakness:
         sure = 0.0
-        found += (Reason("examples", f"{len(true):,}", weakness),)
-    return Verdict(chosen, sure, share, found + reasons, advice)
+        figures += (Reason("examples", f"{len(true):,}", weakness),)
+    return Verdict(chosen, sure, share, figures + reasons, advice)
 
 
 def _ask(asked: Asked) -> Verdict:
     pair = asked.direct
     return verdict(
         pair.data.metric,
-        pair.split.labels,
-        pair.before.argmax(dim=1).numpy(),
-        pair.after.argmax(dim=1).numpy(),
+        pair.split.targets,
+        pair.before,
+        pair.after,
         chance_score(pair.data, pair.split),
         gain=asked.answer(PROBE),
         weakness=weakness(pair.data, pair.split),

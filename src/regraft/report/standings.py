@@ -191,11 +191,11 @@ def _mean(values: list[Any]) -> Any:
 
 
 def _ordered(standings: list[Standing]) -> tuple[Standing, ...]:
-    def place(one: Standing) -> tuple[bool, float, str]:
-        known = one.test is not None and math.isfinite(one.test)
-        return one.method != "scratch", -(one.test or 0.0) if known else math.inf, one.method
+    def rank(standing: Standing) -> tuple[bool, float, str]:
+        is_measured = standing.test is not None and math.isfinite(standing.test)
+        return standing.method != "scratch", -(standing.test or 0.0) if is_measured else math.inf, standing.method
 
-    return tuple(sorted(standings, key=place))
+    return tuple(sorted(standings, key=rank))
 
 
 def _stored(comparison: Comparison) -> Setting:

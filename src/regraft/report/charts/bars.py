@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regraft.report.charts.style import BLUE, INK, LINE, MIDDLE, PAPER, SOFT, VERMILLION, end_at_one, legend, new_figure
+from regraft.report.charts.style import BLUE, INK, MIDDLE, PAPER, SOFT, VERMILLION, end_at_one, legend, new_figure
 from regraft.report.wording import clip, number
 
 if TYPE_CHECKING:
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from regraft.diagnosis.regressions import Calibration
     from regraft.report.standings import Setting
 
 
@@ -78,33 +77,6 @@ def draw_moved(names: Sequence[str], shift: Sequence[float], delta: Sequence[flo
     axes.set_xlabel("% of the old base's norm")
     axes.margins(y=0.03)
     legend(axes)
-    return figure
-
-
-def draw_calibration(calibration: Mapping[str, Calibration]) -> Figure:
-    """Draw how often predictions of a confidence are right.
-
-    Args:
-        calibration: By model, its calibration.
-
-    Returns:
-        The figure.
-    """
-    figure = new_figure(height=3.4)
-    axes = figure.add_subplot()
-    axes.plot((0, 1), (0, 1), color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label="as sure as right")
-    looks = {"old": (VERMILLION, "s", (0, (5, 2))), "new": (BLUE, "o", "-")}
-    most = max((bin.count for curve in calibration.values() for bin in curve.bins), default=1) or 1
-    for name, curve in calibration.items():
-        colour, marker, dashes = looks.get(name, (INK, "^", "-"))
-        at, right = [bin.confidence for bin in curve.bins], [bin.accuracy for bin in curve.bins]
-        axes.plot(at, right, color=colour, linestyle=dashes, label=f"{name} model, ECE {number(curve.ece)}")
-        sizes = [14 + 60 * bin.count / most for bin in curve.bins]
-        axes.scatter(at, right, s=sizes, color=colour, marker=marker, edgecolors=LINE, linewidths=0.5, zorder=3)
-    axes.set_xlabel("confidence")
-    axes.set_ylabel("share that is right")
-    axes.set_ylim(-0.03, 1.05)
-    legend(axes, 1)
     return figure
 
 

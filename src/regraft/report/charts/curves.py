@@ -9,6 +9,7 @@ from regraft.report.charts.style import (
     DASHES,
     GREEN,
     INK,
+    LINE,
     MARKERS,
     SERIES,
     SOFT,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from regraft.diagnosis import Point
+    from regraft.task.types import Scatter
 
 
 def draw_learning(curves: Mapping[str, Sequence[tuple[float, float]]], level: float | None, metric: str) -> Figure:
@@ -124,6 +126,35 @@ def draw_compatibility(points: Sequence[Point], metric: str, floor: float) -> Fi
     axes.margins(y=0.12)
     end_at_one(axes)
     legend(axes, 3)
+    return figure
+
+
+def draw_scatter(view: Scatter) -> Figure:
+    """Draw series of points; larger marks stand for more examples.
+
+    Args:
+        view: The points, both of whose axes go from 0 to 1.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure(height=3.4)
+    axes = figure.add_subplot()
+    if view.diagonal:
+        axes.plot((0, 1), (0, 1), color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label=view.diagonal)
+    looks: tuple[tuple[str, str, Any], ...] = ((VERMILLION, "s", (0, (5, 2))), (BLUE, "o", "-"), (INK, "^", "-"))
+    most = max((size for series in view.series for size in series.sizes), default=1) or 1
+    for place, series in enumerate(view.series):
+        colour, marker, dashes = looks[min(place, len(looks) - 1)]
+        axes.plot(series.x, series.y, color=colour, linestyle=dashes, label=series.name)
+        sizes = [14 + 60 * size / most for size in series.sizes]
+        axes.scatter(
+            series.x, series.y, s=sizes, color=colour, marker=marker, edgecolors=LINE, linewidths=0.5, zorder=3
+        )
+    axes.set_xlabel(view.x)
+    axes.set_ylabel(view.y)
+    axes.set_ylim(-0.03, 1.05)
+    legend(axes, 1)
     return figure
 
 

@@ -63,13 +63,13 @@ def _part(name: str, title: str, settings: list[Setting], diagnosed: Diagnosed |
 
 def _answers(diagnosis: Diagnosis, part: str) -> list[tuple[int, list[Section]]]:
     """Show each answer by the module that has its question's name, if there is one, with that module's place."""
-    shown = []
+    answers = []
     for question in every_question():
         module, answer = f"{__package__}.{question.name}", diagnosis.answers.get(question.name)
         if answer is not None and importlib.util.find_spec(module):
             section = importlib.import_module(module)
-            shown.append((section.ORDER, section.show(answer, diagnosis, part)))
-    return shown
+            answers.append((section.ORDER, section.show(answer, diagnosis, part)))
+    return answers
 
 
 def _about(settings: list[Setting], diagnosis: Diagnosis | None) -> str:

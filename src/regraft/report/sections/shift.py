@@ -64,8 +64,8 @@ def show(shift: Shift, diagnosis: Diagnosis, part: str) -> list[Section]:
     lead = (
         "The base shift is new base minus old base, the delta is tuned minus old base; both relative to the old base."
     )
-    known = tuple(fact for fact in facts if fact[1] != NONE)
-    blocks = (Facts(known), Charts(tuple(charts))) if charts else (Facts(known),)
+    measured = tuple(fact for fact in facts if fact[1] != NONE)
+    blocks = (Facts(measured), Charts(tuple(charts))) if charts else (Facts(measured),)
     return [Section("distance", "Distance", lead, blocks)]
 
 

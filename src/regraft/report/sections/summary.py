@@ -54,12 +54,14 @@ def outcome_card(settings: list[Setting]) -> Card:
         The card.
     """
     setting = settings[0]
-    known = [one for one in setting.standings if one.test is not None and one.method != "scratch"]
-    if not known:
+    recycled = [
+        standing for standing in setting.standings if standing.test is not None and standing.method != "scratch"
+    ]
+    if not recycled:
         first = setting.standings[0]
         advice = f"It is the only method here: {whole(first.steps)} steps, {seconds(first.seconds)}."
         return Card("Outcome", first.method, "plain", advice, None, None, _scores(setting))
-    best = known[0]
+    best = recycled[0]
     advice = f"It has the best {setting.metric} on {setting.split} of {len(setting.standings)} methods"
     if best.recovery is not None:
         advice += f" and recovers {percent(best.recovery, 0)} of what tuning from scratch gains"
