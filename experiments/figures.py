@@ -102,25 +102,27 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
         last score in % of scratch's steps, None if it never did; `negative_flips` against the old deployment; `steps`,
         `seconds` and `labels`, and in % of scratch's.
     """
-    scores, cost, most = outcome.record["scores"], outcome.record["cost"], scratch.record["cost"]
-    floor, best = (reference.record["scores"][name] for name in ("test_majority", "test"))
+    scores, cost, most = outcome.record.scores, outcome.record.cost, scratch.record.cost
+    floor, best = reference.record.scores.test_majority, reference.record.scores.test
+    share = recovery(scores.test, floor, best)
     target = scratch.curve[-1]["score"]
     reached = next((point["step"] for point in outcome.curve if point["score"] >= target), None)
     labels = test_labels(outcome)
     figures = {
-        "test": scores["test"],
+        "test": scores.test,
         "dev": max(point["score"] for point in outcome.curve),
-        "start": scores["dev_at_start"],
-        "old": old.record["scores"]["test"],
+        "start": scores.dev_at_start,
+        "old": old.record.scores.test,
         "majority": floor,
         "headroom": best - floor,
-        "recovery": recovery(scores["test"], floor, best),
-        "share": None if reached is None else 100 * reached / most["steps"],
+        "recovery": None if share is None else 100 * share,
+        "share": None if reached is None else 100 * reached / most.steps,
         "negative_flips": flips(labels, old.predictions("test"), outcome.predictions("test")).negative_rate,
     }
     for name in ("steps", "seconds", "labels"):
-        figures |= {name: cost[name], f"{name}_share": 100 * cost[name] / most[name] if most[name] else None}
-    notes = outcome.record.get("notes", {})
+        took, most_took = getattr(cost, name), getattr(most, name)
+        figures |= {name: took, f"{name}_share": 100 * took / most_took if most_took else None}
+    notes = outcome.record.notes
     rounded = {name: round(value, 5) if isinstance(value, float) else value for name, value in figures.items()}
     return rounded | {name: notes[name] for name in ("chosen", "why") if name in notes}
 
@@ -168,7 +170,7 @@ def _differences(grid: Grid, found: dict[Cell, Outcome]) -> list[dict[str, Any]]
         ]
         if cell.entry != against and pairs:
             ours, theirs = ([pair[side].predictions("test") for pair in pairs] for side in (0, 1))
-            metric = pairs[0][0].record["task"]["metric"]
+            metric = pairs[0][0].record.task.metric
             row = dataclasses.asdict(cell) | {"against": against, "seeds": len(pairs)}
             del row["seed"]
             rows.append(row | difference(metric, test_labels(pairs[0][0]), ours, theirs))
@@ -197,7 +199,7 @@ def _noise(found: dict[Cell, Outcome]) -> list[dict[str, Any]]:
 
 
 def _made(grid: Grid, outcomes: list[Outcome]) -> dict[str, Any]:
-    versions = sorted({json.dumps(outcome.record["versions"], sort_keys=True) for outcome in outcomes})
+    versions = sorted({json.dumps(outcome.record.versions, sort_keys=True) for outcome in outcomes})
     return {
         "versions": [json.loads(text) for text in versions],
         "seeds": list(grid.seeds),

@@ -88,7 +88,7 @@ def check_recipes(grid: Grid) -> None:
 def _differs(folder: Path, recipe: Recipe, options: Any) -> bool:
     if not (folder / "outcome.json").is_file():
         return False
-    inputs = load_outcome(folder).record["inputs"]
+    inputs = load_outcome(folder).record.inputs
     given = {} if options is None else dataclasses.asdict(options)
     found = {"recipe": inputs["recipe"], "options": inputs.get("options") or {}}
     return found != json.loads(json.dumps({"recipe": dataclasses.asdict(recipe), "options": given}))

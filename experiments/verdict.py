@@ -26,7 +26,7 @@ from tables import read_results, table, write_results
 from regraft import Recipe, Upgrade, load_outcome
 from regraft.checkpoint import write_atomic
 from regraft.diagnosis import check_pair, load_pair, probe_gain, similarity, verdict
-from regraft.diagnosis.verdict import AS_IS
+from regraft.diagnosis.choice import AS_IS
 from regraft.errors import OutcomeError
 from regraft.task import chance_score, load_data, weakness
 
@@ -88,14 +88,15 @@ def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
     bases = Upgrade(grid.old, grid.upgrades[upgrade])
     with load_pair(bases, old_folder(grid, task, kind, seed), data, recipe=Recipe(seed=seed)) as pair:
         checked, gain = check_pair(pair), probe_gain(pair)
-        alike = similarity(pair.old, pair.new, bases.old, pair.data, precision=pair.precision)
+        alike = similarity(pair.old.model, pair.new.model, bases.old, pair.data, precision=pair.precision)
         told = verdict(
-            data.metric, pair.split.labels, pair.before.argmax(dim=1), pair.after.argmax(dim=1),
+            data.metric, pair.split.labels, pair.before, pair.after,
             chance_score(pair.data, pair.split), gain=gain, weakness=weakness(pair.data, pair.split),
         )  # fmt: skip
     found = {
         "task": task, "upgrade": upgrade, "kind": kind, "seed": seed, "choice": told.choice, "sure": told.sure,
-        "predicted": told.predicted, "survives": checked.retained, "agreement": 100 * checked.agreement,
+        "predicted": 100 * told.predicted, "survives": None if checked.retained is None else 100 * checked.retained,
+        "agreement": 100 * checked.agreement,
         "divergence": statistics.fmean(value for row in alike.divergence for value in row),
         "cka": min(alike.cka), "relative": checked.relative, "gain": gain.estimate,
     }  # fmt: skip
@@ -111,12 +112,12 @@ def real(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> dict[str,
 
     def test(regime: str, entry: str) -> float:
         cell = Cell(task, upgrade, kind, regime, entry, seed)
-        return float(load_outcome(cell_folder(grid, cell)).record["scores"]["test"])
+        return float(load_outcome(cell_folder(grid, cell)).record.scores.test)
 
-    old = load_outcome(old_folder(grid, task, kind, seed)).record["scores"]
-    floor, scratch = old["test_majority"], test(whole, "scratch")
+    old = load_outcome(old_folder(grid, task, kind, seed)).record.scores
+    floor, scratch = old.test_majority, test(whole, "scratch")
     left = {
-        choice: (test(quarter if choice == "short tuning" else whole, entry) - floor) / (old["test"] - floor)
+        choice: (test(quarter if choice == "short tuning" else whole, entry) - floor) / (old.test - floor)
         for choice, entry in CHEAPEST.items()
     }
     right = next((choice for choice, share in left.items() if share >= AS_IS), "scratch")

@@ -8,7 +8,8 @@ import math
 import random
 from pathlib import Path
 
-from regraft.adaptation.outcome import write_outcome
+from regraft.adaptation.outcome import versions, write_outcome
+from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, Source, TaskRecord
 
 ATTACK = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 LABELS = ("joy", "anger", f"</script>{ATTACK}")
@@ -22,7 +23,7 @@ METHODS = {  # test score, steps until scratch's level, steps, labels
 
 
 def diagnosis(attack: str = ATTACK) -> dict:
-    """A whole diagnosis, every question answered."""
+    """A whole diagnosis as regraft 0.1 wrote it, every question answered."""
     chance = random.Random(3)
     layers, heads = 6, 8
     mu = [i / 10 for i in range(11)]
@@ -48,11 +49,10 @@ def diagnosis(attack: str = ATTACK) -> dict:
         edges = [i / 10 for i in range(11)]
         return [
             {
-                "low": low, "high": high, "count": round(8 + 300 * (low**3)) if low >= 0.3 else 0,
-                "confidence": (low + high) / 2 if low >= 0.3 else None,
-                "accuracy": ((low + high) / 2) ** bend if low >= 0.3 else None,
+                "low": low, "high": high, "count": round(8 + 300 * (low**3)), "confidence": (low + high) / 2,
+                "accuracy": ((low + high) / 2) ** bend,
             }
-            for low, high in itertools.pairwise(edges)
+            for low, high in itertools.pairwise(edges) if low >= 0.3
         ]  # fmt: skip
 
     texts = [
@@ -165,10 +165,7 @@ def write_outcomes(folder: Path, seeds=(20, 21), task="feelings", attack: str = 
     )
     for seed in seeds:
         for method, figures in METHODS.items():
-            source = {
-                "adaptation": f"{old.path}/adaptation", "fingerprint": "sample:5e6f", "old_base": "models/small-v1",
-                "old_base_fingerprint": "sample:1a2b", "lineage": "proven",
-            }  # fmt: skip
+            source = Source(f"{old.path}/adaptation", "sample:5e6f", "models/small-v1", "sample:1a2b", "proven")
             base = (f"models/small-v2{attack}", "sample:3c4d")
             name = f"{method.replace('+', '-')}-seed{seed}{'<b>' if attack else ''}"
             _outcome(folder / name, method, seed, task, base, source, figures, seed)
@@ -193,17 +190,12 @@ def _outcome(out, method, seed, task, base, source, figures, luck):
             label = row % 3
             guess = label if chance.random() < score else (label + 1) % 3
             rows.append({"split": split, "row": row, "label": label, "prediction": guess})
-    record = {
-        "method": method, "kind": "lora",
-        "inputs": {"method": method, "options": {"alpha": 0.5} if "+" in method else None},
-        "task": {"name": task, "metric": "accuracy", "digest": "d", "train": 2400},
-        "labels": list(LABELS), "seed": seed,
-        "recipe": {"steps": 300, "batch_size": 16, "learning_rate": 5e-4, "precision": "bf16", "seed": seed},
-        "scores": {
-            "dev": score, "test": score, "dev_majority": 0.41, "test_majority": 0.412,
-            "dev_at_start": curve[0]["score"],
-        },
-        "best_step": steps, "cost": {"steps": steps, "seconds": 0.21 * steps + 1.4, "labels": labels}, "notes": {},
-        "base": {"name": base[0], "fingerprint": base[1]}, "recycled_from": source,
-    }  # fmt: skip
+    record = OutcomeRecord(
+        method=method, kind="lora", inputs={"method": method, "options": {"alpha": 0.5} if "+" in method else None},
+        task=TaskRecord(task, "accuracy", "d", 2400), labels=LABELS, seed=seed,
+        recipe={"steps": 300, "batch_size": 16, "learning_rate": 5e-4, "precision": "bf16", "seed": seed},
+        scores=Scores(score, 0.41, score, 0.412, curve[0]["score"]), best_step=steps,
+        cost=Cost(steps, 0.21 * steps + 1.4, labels), notes={}, base=BaseRecord(*base), recycled_from=source,
+        versions=versions(),
+    )  # fmt: skip
     return write_outcome(staging, out, record, curve, rows)

@@ -117,7 +117,7 @@ def test_a_strong_ridge_and_a_full_shrinkage_are_direct(tmp_path, bases, task_fi
         found = weights(out.path / "adaptation")
         for name, tensor in direct.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
-        assert out.record["cost"]["steps"] == out.record["cost"]["labels"] == 0
+        assert out.record.cost.steps == out.record.cost.labels == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

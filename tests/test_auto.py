@@ -101,13 +101,13 @@ def climb(tmp_path, upgrade, source, task_file, name="auto", recipe=FEW, **optio
 def test_auto_stops_at_direct_where_that_is_enough(tmp_path, bases, tuned, task_file, kind):
     upgrade, source = Upgrade(*bases["bert"]), tuned["bert", kind]
     outcome = climb(tmp_path, upgrade, source, task_file)
-    notes = outcome.record["notes"]
+    notes = outcome.record.notes
     assert notes["chosen"] == "direct"
     assert "direct passes" in notes["why"]
     assert [rung["rung"] for rung in notes["tried"]] == ["direct"]
     direct = recycle(upgrade, source, task_file, "direct", tmp_path / "direct", recipe=FEW)
     assert outcome.scores == direct.scores
-    assert outcome.record["cost"]["steps"] == outcome.record["cost"]["labels"] == 0
+    assert outcome.record.cost.steps == outcome.record.cost.labels == 0
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def far(tmp_path_factory, bases):
 
 def test_auto_climbs_where_direct_is_not_enough(tmp_path, far, tuned, task_file):
     outcome = climb(tmp_path, far, tuned["bert", "lora"], task_file)
-    notes = outcome.record["notes"]
+    notes = outcome.record.notes
     tried = [rung["rung"] for rung in notes["tried"]]
     assert tried[:2] == ["direct", "ridge"]
     assert tried[2] in ("direct, tuned 25 %", "ridge, tuned 25 %")
@@ -126,8 +126,8 @@ def test_auto_climbs_where_direct_is_not_enough(tmp_path, far, tuned, task_file)
     assert all(rung["verdict"] != "passes" for rung in notes["tried"][:-1])
     scores = [rung["score"] for rung in notes["tried"]]
     assert outcome.scores["dev"] >= max(scores) - 0.01 - 1e-4
-    assert outcome.record["cost"]["steps"] == sum(rung["steps"] for rung in notes["tried"]) > 0
-    assert outcome.curve[-1]["step"] == outcome.record["cost"]["steps"]
+    assert outcome.record.cost.steps == sum(rung["steps"] for rung in notes["tried"]) > 0
+    assert outcome.curve[-1]["step"] == outcome.record.cost.steps
     steps = [point["step"] for point in outcome.curve]
     assert steps == sorted(steps)
 
@@ -138,7 +138,7 @@ def test_scratch_is_tried_where_little_survives(tmp_path, bases, tuned, task_fil
         tmp_path, other, tuned["bert", "lora"], task_file, recipe=dataclasses.replace(FEW, steps=60, eval_every=20),
         training_free=("direct",), budgets=(0.05,),
     )  # fmt: skip
-    notes = outcome.record["notes"]
+    notes = outcome.record.notes
     assert [rung["rung"] for rung in notes["tried"]] == ["direct", "direct, tuned 5 %", "scratch"]
     assert notes["chosen"] == "scratch"
     scratch = recycle(
@@ -151,10 +151,10 @@ def test_scratch_is_tried_where_little_survives(tmp_path, bases, tuned, task_fil
 def test_a_given_target_is_met_or_climbed_for(tmp_path, bases, tuned, task_file):
     upgrade, source = Upgrade(*bases["bert"]), tuned["bert", "lora"]
     low = climb(tmp_path, upgrade, source, task_file, "low", target=0.5)
-    assert low.record["notes"]["chosen"] == "direct"
+    assert low.record.notes["chosen"] == "direct"
     high = climb(tmp_path, upgrade, source, task_file, "high", target=1.5, budgets=(0.5,), scratch=False)
-    assert "nothing passes" in high.record["notes"]["why"]
-    tried = [rung["rung"] for rung in high.record["notes"]["tried"]]
+    assert "nothing passes" in high.record.notes["why"]
+    tried = [rung["rung"] for rung in high.record.notes["tried"]]
     assert tried[:2] == ["direct", "ridge"]  # a better start is worth having even where it cannot pass
     assert tried[2:] in (["direct, tuned 50 %"], ["ridge, tuned 50 %"])
 
@@ -173,11 +173,11 @@ def test_without_labels_no_label_is_read(tmp_path, far, tuned, task_file):
     ]
     one, other = (load_file(out.path / "adaptation" / "adapter_model.safetensors") for out in found)
     assert all(torch.equal(one[name], other[name]) for name in one)
-    first, second = ([{**r, "seconds": 0} for r in out.record["notes"]["tried"]] for out in found)
+    first, second = ([{**r, "seconds": 0} for r in out.record.notes["tried"]] for out in found)
     assert first == second
     for out in found:
-        assert "cannot be known" in out.record["notes"]["cannot_know"]
-        assert out.record["notes"]["old_deployment"] == 1.0  # it agrees with itself
+        assert "cannot be known" in out.record.notes["cannot_know"]
+        assert out.record.notes["old_deployment"] == 1.0  # it agrees with itself
 
 
 @pytest.fixture
@@ -203,10 +203,10 @@ def test_a_task_without_labels_is_recycled_by_what_reads_none(tmp_path, far, tun
         assert all(torch.equal(one[name], other[name]) for name in one)
         assert outcome.scores["dev"] is outcome.scores["test"] is outcome.scores["test_majority"] is None
         assert outcome.predictions("test") == scored.predictions("test")
-        assert outcome.record["cost"]["labels"] == 0
+        assert outcome.record.cost.labels == 0
         assert "not measured" in (outcome.path / "README.md").read_text()
     outcome = climb(tmp_path, far, source, unlabelled, labels=False, budgets=(0.5,), scratch=False)
-    assert outcome.record["notes"]["cannot_know"]
+    assert outcome.record.notes["cannot_know"]
     for method, options in (("init", None), ("masked", None), ("auto", None)):
         with pytest.raises(DataError, match="has no labels"):
             recycle(far, source, unlabelled, method, tmp_path / "out", recipe=FEW, options=options)

@@ -123,11 +123,11 @@ def test_standings_by_hand():
     scratch, hops, once = standings(["a", "b", "c"], rows)
     assert (scratch.method, scratch.scores, scratch.decay) == ("scratch", (None, 0.9, pytest.approx(0.8)), None)
     assert hops.scores == pytest.approx((0.85, 0.75, 0.65))
-    assert hops.decay == pytest.approx(10)
+    assert hops.decay == pytest.approx(0.10)
     assert hops.deviations[1] == pytest.approx(0.1 / 2**0.5)
     assert hops.recoveries[0] is None
-    assert hops.recoveries[1] == pytest.approx((75 + 50) / 2)
-    assert hops.recoveries[2] == pytest.approx((50 + 50) / 2)
+    assert hops.recoveries[1] == pytest.approx((0.75 + 0.50) / 2)
+    assert hops.recoveries[2] == pytest.approx((0.50 + 0.50) / 2)
     assert once.route == "at once"
     assert once.scores == pytest.approx((0.85, 0.75, 0.7))
     assert (hops.seeds, once.seeds) == (2, 2)

@@ -16,7 +16,8 @@ from torch.nn import functional
 from regraft import Base, load_adaptation
 from regraft.adaptation import load_model
 from regraft.diagnosis.blend import Blend, tensors_of
-from regraft.diagnosis.connectivity import barrier, plane, segment, shares_at
+from regraft.diagnosis.connectivity import barrier, segment
+from regraft.diagnosis.plane import plane, shares_at
 from regraft.errors import DataError, MismatchError, RecipeError
 from regraft.model import encode, predict
 from regraft.task import load_data, score
@@ -176,7 +177,7 @@ def test_tunings_of_one_base_are_connected(opened, tuned, data, tmp_path):
 @given(st.lists(st.lists(st.floats(-3, 3), min_size=4, max_size=4), min_size=3, max_size=3))
 def test_a_plane_goes_through_its_three_models(points):
     """Coordinates are distances, and each model's place leads to exactly that model."""
-    from regraft.diagnosis.connectivity import _places
+    from regraft.diagnosis.plane import _places
 
     a, b, c = (torch.tensor(point, dtype=torch.float64) for point in points)
     u, v = b - a, c - a

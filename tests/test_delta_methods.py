@@ -118,8 +118,8 @@ def test_scaled_by_a_number_adds_so_much_of_the_delta(tmp_path, case, task_file)
     upgrade, path = case
     out = run("scaled", upgrade, path, task_file, tmp_path / "out", Scaling(scale=0.5))
     check_against(upgrade, path, out.path / "adaptation", {n: 0.5 * d for n, d in deltas_of(upgrade, path)[0].items()})
-    assert out.record["cost"]["labels"] == out.record["cost"]["steps"] == 0
-    assert set(out.record["notes"]["scales"].values()) == {0.5}
+    assert out.record.cost.labels == out.record.cost.steps == 0
+    assert set(out.record.notes["scales"].values()) == {0.5}
     one = run("scaled", upgrade, path, task_file, tmp_path / "one", Scaling(scale=1))
     direct = run("direct", upgrade, path, task_file, tmp_path / "direct")
     plain, scaled = weights(direct.path / "adaptation"), weights(one.path / "adaptation")
@@ -210,8 +210,8 @@ def test_masked_keeps_what_goes_downhill(tmp_path, case, task_file, labels):
     else:
         expected = {name: change for name, change in expected.items() if "key.bias" not in name}  # 0 but for rounding
         check_against(upgrade, path, out.path / "adaptation", expected)
-    assert out.record["cost"]["labels"] == 2 * labels
-    assert 0.3 < out.record["notes"]["kept"] < 0.9
+    assert out.record.cost.labels == 2 * labels
+    assert 0.3 < out.record.notes["kept"] < 0.9
 
 
 @settings(max_examples=30, deadline=None)
@@ -247,11 +247,11 @@ def test_scaled_finds_the_scale_that_was_lost(tmp_path, bases, tuned, task_file,
     source = tuned["bert", kind]
     path = shrunk(source / "adaptation", upgrade.old, tmp_path / "less" / "adaptation", 0.4)
     out = run("scaled", upgrade, path, task_file, tmp_path / "out", Scaling(labels=labels, grouped=False))
-    (scale,) = set(out.record["notes"]["scales"].values())
-    assert out.record["cost"]["labels"] == 2 * labels
+    (scale,) = set(out.record.notes["scales"].values())
+    assert out.record.cost.labels == 2 * labels
     if labels:
         assert scale >= 1.25
-        first, last = out.record["notes"]["loss"]
+        first, last = out.record.notes["loss"]
         assert last < first
         expected = {name: scale * delta for name, delta in deltas_of(upgrade, path)[0].items()}
         check_against(upgrade, path, out.path / "adaptation", expected)
@@ -286,7 +286,7 @@ def test_scaled_by_group_turns_down_the_group_that_is_noise(tmp_path, bases, tun
             tensors[name] = tensor + 0.2 * torch.randn_like(tensor)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     out = run("scaled", upgrade, path, task_file, tmp_path / "out", Scaling(labels=64))
-    scales = out.record["notes"]["scales"]
+    scales = out.record.notes["scales"]
     assert list(scales) == ["embedding", "attention", "feed-forward"]  # the upgrade left all norms as they were
     assert scales["feed-forward"] < 1 < scales["embedding"]
     deltas, _ = deltas_of(upgrade, path)

@@ -1,6 +1,7 @@
 """Questions asked of an upgrade against known answers: flips, calibration, shift, what is kept, verdicts, all."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 
@@ -17,20 +18,23 @@ from regraft import Base, Recipe, Upgrade, check, load_adaptation, tune
 from regraft.cli import main
 from regraft.diagnosis import (
     Questions,
-    calibration,
     compatibility,
     diagnose,
+    every_question,
     kept,
     load_pair,
     mcnemar,
     noise_floor,
+    read_diagnosis,
     regressions,
     shift,
     verdict,
 )
-from regraft.diagnosis.verdict import choose
+from regraft.diagnosis.choice import choose
 from regraft.errors import MismatchError, OutcomeError, RecipeError
+from regraft.report import sections
 from regraft.task import Interval
+from regraft.task.types.class_views import calibration
 from regraft.weights import subspace_overlap
 
 EXACT = Recipe(precision="fp32")
@@ -52,8 +56,8 @@ def test_flips_by_hand(pair_of, bases, tuned):
         before[:3] = 1 - before[:3]  # wrong, then right
         after[10:15] = 1 - after[10:15]  # right, then wrong
         sure = torch.nn.functional.one_hot
-        pair.__dict__.update(before=4.0 * sure(before, 2), after=2.0 * sure(after, 2))
-        found = regressions(pair, [right.tolist()])
+        pair.old._outputs[pair.split], pair.new._outputs[pair.split] = 4.0 * sure(before, 2), 2.0 * sure(after, 2)
+        found = regressions(pair, [[True] * 100])
         assert (found.negative, found.positive, found.examples) == (5, 3, 100)
         assert [flip.row for flip in found.flips] == [int(pair.split.rows[i]) for i in (0, 1, 2, 10, 11, 12, 13, 14)]
         assert [flip.kind for flip in found.flips] == ["positive"] * 3 + ["negative"] * 5
@@ -61,11 +65,13 @@ def test_flips_by_hand(pair_of, bases, tuned):
         assert flip.text == pair.split.texts[10][0]
         assert (flip.label, flip.before, flip.after) == (LABELS[labels[10]], LABELS[labels[10]], LABELS[1 - labels[10]])
         assert flip.confidence == pytest.approx(math.exp(2) / (math.exp(2) + 1), abs=1e-4)
-        for number, one in enumerate(found.classes):
-            assert one.label == LABELS[number]
-            assert one.examples == labels.count(number)
-            assert one.after == pytest.approx(recall_score(labels, after, labels=[number], average=None)[0])
-            assert one.negative == sum(labels[i] == number for i in range(10, 15))
+        classes, calibrated = found.views
+        for number, (label, examples, _, recall, _, negative, _) in enumerate(classes.rows):
+            assert label == LABELS[number]
+            assert examples == labels.count(number)
+            assert recall == pytest.approx(recall_score(labels, after, labels=[number], average=None)[0])
+            assert negative == sum(labels[i] == number for i in range(10, 15))
+        assert [sum(series.sizes) for series in calibrated.series] == [100, 100]
         assert found.noise == pytest.approx((5 + 0) / 2 / 100)
 
 
@@ -79,16 +85,16 @@ def test_mcnemar_by_hand():
 
 
 def test_noise_floor():
-    assert noise_floor([0, 1], [[0, 1]]) is None
-    assert noise_floor([0, 1, 1, 0], [[0, 1, 1, 1], [0, 1, 0, 1]]) == pytest.approx((1 / 4 + 0) / 2)
+    assert noise_floor([[True, True]]) is None
+    assert noise_floor([[True, True, True, False], [True, True, False, False]]) == pytest.approx((1 / 4 + 0) / 2)
 
 
 def test_calibration_by_hand():
     probabilities = torch.tensor([[0.95, 0.05], [0.92, 0.08], [0.35, 0.65], [0.4, 0.6]])
-    found = calibration(probabilities.log(), [0, 1, 1, 1])
+    found = calibration(probabilities.amax(dim=1).tolist(), [True, False, True, True])
     assert [(bin.low, bin.count) for bin in found.bins] == [(0.5, 1), (0.6, 1), (0.9, 2)]
     assert found.ece == pytest.approx((0.4 + 0.35 + 2 * abs(0.935 - 0.5)) / 4, abs=1e-5)
-    certain = calibration(torch.tensor([[50.0, 0.0], [0.0, 50.0]]), [0, 1])
+    certain = calibration([1.0, 1.0], [True, True])
     assert certain.ece == pytest.approx(0, abs=1e-6)
 
 
@@ -96,12 +102,13 @@ def test_calibration_by_hand():
 @given(st.integers(1, 40), st.integers(2, 4), st.integers(0, 2**31))
 def test_calibration_of_any_classifier(count, classes, seed):
     random = torch.Generator().manual_seed(seed)
-    logits = torch.randn(count, classes, generator=random)
-    labels = torch.randint(classes, (count,), generator=random).tolist()
-    found = calibration(logits, labels)
+    probabilities = torch.randn(count, classes, generator=random).softmax(dim=1)
+    labels = torch.randint(classes, (count,), generator=random)
+    is_right = probabilities.argmax(dim=1) == labels
+    found = calibration(probabilities.amax(dim=1).tolist(), is_right.tolist())
     assert 0 <= found.ece <= 1
     assert sum(bin.count for bin in found.bins) == count
-    right = (logits.argmax(dim=1) == torch.tensor(labels)).float().mean()
+    right = is_right.float().mean()
     assert sum(bin.count * bin.accuracy for bin in found.bins) / count == pytest.approx(float(right), abs=1e-5)
 
 
@@ -211,10 +218,11 @@ def test_what_is_kept_of_a_gain(tmp_path, pair_of, bases, task_file):
     save_file(unchanged, path / "model.safetensors", metadata={"format": "pt"})
     with pair_of(Upgrade(old, new), path) as pair:
         found = kept(pair, (str(text),))
-        before = pair.before
-        assert torch.equal(pair._logits(pair.old, old), before)  # the deployments are as they were
+        before = pair.old.outputs(pair.split)
+        pair.old.forget()
+        assert torch.equal(pair.old.outputs(pair.split), before)  # the deployments are as they were
     assert found.loss["new base"] < found.loss["old base"]
-    assert found.share == pytest.approx(100, abs=0.5)
+    assert found.share == pytest.approx(1, abs=0.005)
     assert found.text == str(text)
 
 
@@ -267,7 +275,7 @@ def test_verdicts():
     labels = random.integers(2, size=400)
     good = np.where(random.random(400) < 0.9, labels, 1 - labels)
     same = verdict("accuracy", labels, good, good, 0.5)
-    assert (same.choice, same.sure, same.predicted) == ("use as is", 1, 100)
+    assert (same.choice, same.sure, same.predicted) == ("use as is", 1, 1)
     lost = verdict("accuracy", labels, good, random.integers(2, size=400), 0.5)
     assert lost.choice == "scratch"
     assert lost.sure > 0.9
@@ -276,7 +284,7 @@ def test_verdicts():
     between = verdict("accuracy", labels, good, slightly, 0.5)
     assert 0.3 < between.sure < 1
     better = verdict("accuracy", labels, good, good, 0.5, gain=Interval(0.1, 0.05, 0.15))
-    expected = 100 * ((good == labels).mean() - 0.5) / ((good == labels).mean() + 0.1 - 0.5)
+    expected = ((good == labels).mean() - 0.5) / ((good == labels).mean() + 0.1 - 0.5)
     assert better.predicted == pytest.approx(expected)
     assert better.choice == "short tuning"
     assert verdict("accuracy", labels, good, good, 0.5, gain=Interval(0.1, -0.01, 0.2)).choice == "use as is"
@@ -290,17 +298,19 @@ def test_diagnosis_of_an_upgrade_that_changed_nothing(tmp_path, bases, tuned, ta
     old = bases[architecture][0]
     found = diagnose(Upgrade(old, old), tuned[architecture, kind], task_file, tmp_path / "out", recipe=EXACT)
     assert found.verdict.choice == "use as is"
-    assert found.verdict.predicted == 100
-    assert max(found.connectivity.barrier.values()) == pytest.approx(0, abs=1e-6)
-    assert found.connectivity.connected
-    assert max(map(max, found.similarity.divergence)) == pytest.approx(0, abs=1e-6)
-    assert min(found.similarity.cka) == pytest.approx(1, abs=1e-5)
-    assert (found.regressions.negative, found.regressions.positive, found.regressions.mcnemar) == (0, 0, 1)
-    assert found.shift.whole.shift == 0
+    assert found.verdict.predicted == 1
+    segment, alike, worse = (found.answers[name] for name in ("connectivity", "similarity", "regressions"))
+    assert max(segment.barrier.values()) == pytest.approx(0, abs=1e-6)
+    assert segment.connected
+    assert max(map(max, alike.divergence)) == pytest.approx(0, abs=1e-6)
+    assert min(alike.cka) == pytest.approx(1, abs=1e-5)
+    assert (worse.negative, worse.positive, worse.mcnemar) == (0, 0, 1)
+    assert found.answers["shift"].whole.shift == 0
     assert found.left_out == {}
     stored = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
     assert stored == json.loads(json.dumps(dataclasses.asdict(found)))
-    assert stored["schema"] == 1
+    assert stored["schema"] == 2
+    assert read_diagnosis(stored, "diagnosis.json") == found
 
 
 def test_diagnosis_with_counterparts_and_checkpoints(tmp_path, bases, tuned, task_file, quick):
@@ -312,21 +322,31 @@ def test_diagnosis_with_counterparts_and_checkpoints(tmp_path, bases, tuned, tas
     asked = Questions(points=5, counterparts=others, checkpoints=(str(new),), plane=3)
     found = diagnose(Upgrade(old, new), tuned["bert", "full"], task_file, questions=asked, recipe=EXACT)
     assert found.compared == others[0]
-    assert len(found.connectivity.mu) == 5
-    assert found.connectivity.ends == ("old deployment", "new deployment, new20")
-    assert len(found.compatibility) == 2
-    assert found.compatibility[1].score == found.check.new
-    assert found.regressions.noise is not None
-    assert len(found.plane.loss) == len(found.plane.loss[0]) == 3
-    assert found.connectivity.score["test"][0] == found.check.old
+    segment, points, plane = (found.answers[name] for name in ("connectivity", "compatibility", "plane"))
+    assert len(segment.mu) == 5
+    assert segment.ends == ("old deployment", "new deployment, new20")
+    assert len(points) == 2
+    assert points[1].score == found.check.new
+    assert found.answers["regressions"].noise is not None
+    assert len(plane.loss) == len(plane.loss[0]) == 3
+    assert segment.score["test"][0] == found.check.old
 
 
 def test_what_cannot_be_answered_is_said(tmp_path, bases, made, task_file):
     old, new = bases["bert"]
     found = diagnose(Upgrade(old, new), made["bert", "prompt"][0].parent, task_file, recipe=EXACT)
-    assert found.kept is None
+    assert "kept" not in found.answers
     assert "virtual tokens" in found.left_out["kept"]
-    assert found.similarity is not None
+    assert "similarity" in found.answers
+
+
+def test_questions_and_their_sections():
+    questions = every_question()
+    assert len({question.name for question in questions}) == len({question.order for question in questions})
+    drawn = {
+        question.name for question in questions if importlib.util.find_spec(f"{sections.__name__}.{question.name}")
+    }
+    assert {question.name for question in questions} - drawn == {"probe", "verdict"}  # the second is the card above all
 
 
 def test_bad_requests(tmp_path, bases, tuned, task_file):

@@ -88,13 +88,13 @@ def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file
         with pytest.raises(RecipeError, match="head copy only"):
             recycle(upgrade, path, task, "init+distill", tmp_path / how, recipe=FEW, head=how)
         outcome = recycle(upgrade, path, task, "direct", tmp_path / how, recipe=FEW, head=how)
-        assert outcome.record["labels"] == ["neutral", "positive", "worse"]
+        assert outcome.record.labels == ("neutral", "positive", "worse")
         before, after = load_file(path / file)[row], load_file(outcome.path / "adaptation" / file)[row]
         assert after.shape == (3, before.shape[1])
         assert torch.equal(after[1], before[1]) == (how == "resize")
         assert not torch.equal(after[2], before[0])
     tuned_on = recycle(upgrade, path, task, "init", tmp_path / "init", recipe=FEW, head="resize")
-    assert tuned_on.record["cost"]["steps"] == 4
+    assert tuned_on.record.cost.steps == 4
 
 
 def test_labels_in_another_order_are_permuted(tmp_path, made, opened, task_file):
@@ -104,7 +104,7 @@ def test_labels_in_another_order_are_permuted(tmp_path, made, opened, task_file)
     one = recycle(upgrade, path, task_file, "direct", tmp_path / "one", recipe=FEW)
     other = recycle(upgrade, path, task, "direct", tmp_path / "other", recipe=FEW)
     assert one.scores == other.scores
-    assert other.record["labels"] == list(LABELS)
+    assert other.record.labels == LABELS
 
 
 def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts):
@@ -196,7 +196,7 @@ def test_every_kind_is_tuned_checked_and_recycled(tmp_path, task_file, architect
         assert rows[method].start == rows[start].start
     for path in compared.outcomes:
         again = load_adaptation(path)
-        assert again.kind == outcome.record["kind"]
+        assert again.kind == outcome.record.kind
         assert again.base == Base.open(new).fingerprint
 
 

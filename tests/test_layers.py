@@ -157,7 +157,7 @@ def test_ridge_is_the_closed_form_in_every_layer(tmp_path, upgrades, few_file, n
     tuned = load_model(load_adaptation(path), upgrade.old, HEAD)
     result = load_model(load_adaptation(out.path / "adaptation"), upgrade.new, HEAD)
     old_calls, new_calls = watch(tuned, batch), watch(result, batch)
-    named, checked = out.record["notes"].get("passed_over", {}), 0
+    named, checked = out.record.notes.get("passed_over", {}), 0
     prefix = upgrade.old.prefix + "."
 
     def deltas(parameter):
@@ -316,14 +316,14 @@ def test_aligned_turns_conv1d_and_names_experts(tmp_path, upgrades, few_file):
     direct = weights(recycle(upgrade, path, few_file, "direct", tmp_path / "direct", recipe=QUICK).path / "adaptation")
     out = recycle(upgrade, path, few_file, "aligned", tmp_path / "gpt2", recipe=QUICK)
     turned = weights(out.path / "adaptation")
-    assert "passed_over" not in out.record["notes"]
+    assert "passed_over" not in out.record.notes
     assert not [name for name in direct if torch.equal(direct[name], turned[name])]
     upgrade, path = upgrades("qwen3-moe")
     direct = weights(recycle(upgrade, path, few_file, "direct", tmp_path / "moe", recipe=QUICK).path / "adaptation")
     out = recycle(upgrade, path, few_file, "aligned", tmp_path / "out", recipe=QUICK)
     turned = weights(out.path / "adaptation")
     left = {name for name in direct if torch.equal(direct[name], turned[name])}
-    assert out.record["notes"]["passed_over"].keys() == {
+    assert out.record.notes["passed_over"].keys() == {
         f"model.layers.{layer}.mlp.{part}" for layer in (0, 1) for part in ("gate", "experts")
     }
     assert left and all(".mlp.gate." in name or ".experts." in name for name in left)
@@ -331,7 +331,7 @@ def test_aligned_turns_conv1d_and_names_experts(tmp_path, upgrades, few_file):
 
 def test_layers_that_cannot_be_watched_are_named(tmp_path, upgrades, few_file):
     upgrade, path = upgrades("squeezebert")
-    named = recycle(upgrade, path, few_file, "ridge", tmp_path / "out", recipe=QUICK).record["notes"]["passed_over"]
+    named = recycle(upgrade, path, few_file, "ridge", tmp_path / "out", recipe=QUICK).record.notes["passed_over"]
     assert "transformer.encoder.layers.0.attention.query.weight" in named
     assert not [name for name in named if "embeddings" in name or name.startswith("classifier")]
 

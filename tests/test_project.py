@@ -168,12 +168,12 @@ def test_a_constant_change_is_recovered(tmp_path, moved, task_file, architecture
     heads = before.keys() - wanted.keys()
     assert heads
     assert all(torch.equal(before[name], after[name]) for name in heads)
-    notes = out.record["notes"]
+    notes = out.record.notes
     assert notes["pairs"] == 3
     known = [[load_adaptation(side).fingerprint for side in pair.split("=")] for pair in pairs]
     assert notes["learned_from"] == known
     assert notes["left_out_error"] < 0.01 < notes["direct_error"]
-    assert out.record["cost"]["labels"] == 0
+    assert out.record.cost.labels == 0
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -233,7 +233,7 @@ def test_it_says_when_the_map_is_worse_than_direct(tmp_path, moved, task_file, c
     with caplog.at_level(logging.WARNING):
         out = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW, options=Projection(noisy))
     assert "mapped worse" in caplog.text
-    assert out.record["notes"]["left_out_error"] > out.record["notes"]["direct_error"]
+    assert out.record.notes["left_out_error"] > out.record.notes["direct_error"]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         recycle(upgrade, path, task_file, "project", tmp_path / "two", recipe=FEW, options=Projection(noisy[:2]))
@@ -299,7 +299,7 @@ def test_distilling_the_map_lowers_the_loss_and_begins_at_direct(
         (f"{path}={task_file}",), fit="distill", residual=residual, steps=60, learning_rate=3e-3, rank=4
     )
     out = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW, options=options)
-    first, last = out.record["notes"]["fit_loss"]
+    first, last = out.record.notes["fit_loss"]
     assert last < first
     slow = dataclasses.replace(options, steps=1, learning_rate=1e-9)
     start = recycle(upgrade, path, task_file, "project", tmp_path / "start", recipe=FEW, options=slow)
@@ -308,7 +308,7 @@ def test_distilling_the_map_lowers_the_loss_and_begins_at_direct(
     assert apart < 1e-6 if residual else apart > 0.01
     direct = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=FEW)
     if residual:
-        assert out.record["scores"]["test"] >= direct.record["scores"]["test"]
+        assert out.record.scores.test >= direct.record.scores.test
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
@@ -365,7 +365,7 @@ def test_distilling_the_map_goes_on_where_it_was_interrupted(tmp_path, bases, tu
     assert seen == [1, 2, 3, 4, 5, 6, 7, 7, 8]
     one, other = weights(whole.path / "adaptation"), weights(out.path / "adaptation")
     assert all(one[name].equal(other[name]) for name in one)
-    assert out.record["notes"]["fit_loss"] == whole.record["notes"]["fit_loss"]
+    assert out.record.notes["fit_loss"] == whole.record.notes["fit_loss"]
 
 
 def test_an_outcome_is_of_the_content_of_its_pairs(tmp_path, bases, tuned, task_file):

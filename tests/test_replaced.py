@@ -167,8 +167,8 @@ def test_what_an_adapter_replaces_is_grafted(tmp_path, pairs, adapter_of, small_
         full = next(n for n in before if n.endswith(end))
         expected = rule(stored(new)[name]) + before[full] - rule(stored(old)[name])
         assert torch.allclose(after[full], expected, atol=1e-6), full
-        assert full in outcome.record["notes"]["grafted_in_place_of_the_base"]
-    for name in after.keys() - set(outcome.record["notes"]["grafted_in_place_of_the_base"]):
+        assert full in outcome.record.notes["grafted_in_place_of_the_base"]
+    for name in after.keys() - set(outcome.record.notes["grafted_in_place_of_the_base"]):
         assert torch.equal(before[name], after[name])  # A, B and the head
     model = AutoModelForSequenceClassification.from_pretrained(new, num_labels=2)
     PeftModel.from_pretrained(model, outcome.path / "adaptation")
@@ -181,20 +181,20 @@ def test_what_an_adapter_replaces_is_grafted(tmp_path, pairs, adapter_of, small_
 def test_replace_puts_the_stored_tensors_back(tmp_path, pairs, adapter_of, small_task, method):
     upgrade, source = Upgrade(*pairs["llama"]), adapter_of("norm")
     outcome = recycle(upgrade, source, small_task, method, tmp_path / "out", recipe=RECIPE, replace=True)
-    assert outcome.record["inputs"]["replace"] is True
-    assert "grafted_in_place_of_the_base" not in outcome.record["notes"]
+    assert outcome.record.inputs["replace"] is True
+    assert "grafted_in_place_of_the_base" not in outcome.record.notes
     before, after = weights(source), weights(outcome.path / "adaptation")
     assert all(torch.equal(before[name], after[name]) for name in before if method == "direct" or "norm" in name)
     plain = recycle(upgrade, source, small_task, method, tmp_path / "grafted", recipe=RECIPE)
-    assert "base_model.model.model.norm.weight" in plain.record["notes"]["grafted_in_place_of_the_base"]
-    assert plain.record["inputs"]["replace"] is False  # so that what 0.1 made of it is not taken for this
+    assert "base_model.model.model.norm.weight" in plain.record.notes["grafted_in_place_of_the_base"]
+    assert plain.record.inputs["replace"] is False  # so that what 0.1 made of it is not taken for this
 
 
 def test_an_adapter_that_replaces_nothing_is_what_it_was_in_0_1(tmp_path, pairs, small_task):
     upgrade = Upgrade(*pairs["llama"])
     source = write_adapter(upgrade.old.path, lora(target_modules=["q_proj"]), tmp_path / "adapter")
     outcome = recycle(upgrade, source, small_task, "direct", tmp_path / "out", recipe=RECIPE)
-    assert "replace" not in outcome.record["inputs"]
+    assert "replace" not in outcome.record.inputs
     with pytest.raises(RecipeError, match="stores nothing in place of its base's tensors: leave out replace"):
         recycle(upgrade, source, small_task, "direct", tmp_path / "other", recipe=RECIPE, replace=True)
 
@@ -226,7 +226,7 @@ def test_a_pooler_that_one_base_lacks_is_copied_and_named(tmp_path, pairs, small
         )
         before, after = weights(source), weights(outcome.path / "adaptation")
         names = [f"base_model.model.{name}" for name in sorted(pooler)]
-        assert outcome.record["notes"]["copied_as_a_base_lacks_it"] == names
+        assert outcome.record.notes["copied_as_a_base_lacks_it"] == names
         assert all(torch.equal(before[name], after[name]) for name in names)
 
 
@@ -311,7 +311,7 @@ def test_a_token_in_a_free_row_is_read_where_it_was_tuned(tmp_path, pairs, padde
     change(folder / "adapter_config.json", trainable_token_indices=[5, 43, 6])
     new = move_base(old, tmp_path / "new", 0.3) if has_free_rows else pairs["llama"][1]
     outcome = recycle(Upgrade(old, new), folder, small_task, method, tmp_path / "out", recipe=RECIPE)
-    assert "'<own>'" in outcome.record["notes"]["vocabulary"]
+    assert "'<own>'" in outcome.record.notes["vocabulary"]
     again = AutoTokenizer.from_pretrained(outcome.path / "adaptation")
     assert again.convert_tokens_to_ids("<own>") == 43
     name = next(name for name in weights(folder) if name.endswith("trainable_tokens_delta"))

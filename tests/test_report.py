@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -14,8 +15,10 @@ from pathlib import Path
 import pytest
 from report_inputs import ATTACK, METHODS, diagnosis, write_diagnosis, write_outcomes
 
+from regraft.diagnosis import read_diagnosis
 from regraft.errors import OutcomeError, RecipeError
 from regraft.report import write_report
+from regraft.report.find import clean
 
 CHARTS = {
     "1-methods", "1-learning", "connectivity-loss", "connectivity-score", "plane", "compatibility", "heads", "control",
@@ -293,7 +296,7 @@ def test_comparison_is_shown_where_its_outcomes_are_elsewhere(tmp_path, visit):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda d: d.update(schema=2), "schema 2"),
+        (lambda d: d.update(schema=3), "schema 3"),
         (lambda d: d.pop("verdict"), "verdict"),
         (lambda d: d["verdict"].update(sure="very"), "verdict: sure"),
         (lambda d: d["connectivity"]["loss"]["dev"].pop(), "loss: dev"),
@@ -301,6 +304,12 @@ def test_comparison_is_shown_where_its_outcomes_are_elsewhere(tmp_path, visit):
         (lambda d: d["similarity"]["maps"][1]["new"].pop(), "maps"),
         (lambda d: d["regressions"]["flips"][3].update(kind="odd"), r"flips[3]: kind"),
         (lambda d: d["plane"].update(places=[[0, 0]]), "plane"),
+        (lambda d: d["verdict"].update(choice=None), "verdict: choice: expected 'use as is', "),
+        (lambda d: d["check"].update(examples=-1), "check: examples: expected 0 or more, found -1"),
+        (lambda d: d["kept"].update(share=1e300), "kept: share: expected at most 1e+100"),
+        (lambda d: d["check"].update(examples=10**400), "check: examples: expected at most 1e+100"),
+        (lambda d: d["connectivity"].update(ends=["old"]), "connectivity: ends"),
+        (lambda d: d["seconds"].update(check=[]), "seconds: check: expected a number, found []"),
     ],
 )
 def test_malformed_diagnosis_is_named(tmp_path, change, named):
@@ -314,6 +323,16 @@ def test_malformed_diagnosis_is_named(tmp_path, change, named):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_what_regraft_0_1_wrote_shows_the_same_as_what_is_written_now(tmp_path):
+    content = json.loads(json.dumps(diagnosis("")))
+    write_diagnosis(tmp_path / "check", content)
+    before = write_report(tmp_path, tmp_path / "before.md", "md").read_text(encoding="utf-8")
+    renewed = dataclasses.asdict(read_diagnosis(clean(content), ""))
+    (tmp_path / "check" / "diagnosis.json").write_text(json.dumps(renewed))
+    assert write_report(tmp_path, tmp_path / "after.md", "md").read_text(encoding="utf-8") == before
+    assert "predicted recovery 89 %" in before and "92 %" in before
+
+
 def test_broken_files_and_missing_runs_are_named(tmp_path):
     (tmp_path / "check").mkdir()
     with pytest.raises(OutcomeError, match="no such folder"):
@@ -322,7 +341,7 @@ def test_broken_files_and_missing_runs_are_named(tmp_path):
         write_report(tmp_path, tmp_path / "report.html")
     with pytest.raises(RecipeError, match="html, md"):
         write_report(tmp_path, tmp_path / "report.html", "pdf")
-    for text in ("{", "[]", '{"schema": 1}'):
+    for text in ("{", "[]", '{"schema": 1}', '{"a":' + "[" * 600 + "]" * 600 + "}"):
         (tmp_path / "check" / "diagnosis.json").write_text(text)
         with pytest.raises(OutcomeError, match=r"check/diagnosis\.json"):
             write_report(tmp_path, tmp_path / "report.html")

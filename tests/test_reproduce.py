@@ -210,7 +210,7 @@ def test_figures_of_weights_by_hand(place, plan, done):
     shared = next(r for r in results(place, "2-connectivity")["runs"] if r["one_seed"] and r["seed"] == 20)
     assert (shared["first"], shared["second"]) == (0, 1)
     seeds = [
-        load_outcome(kept.tuned("mood", "full", *end)).record["inputs"]["recipe"]["seed"] for end in ((0, 20), (1, 19))
+        load_outcome(kept.tuned("mood", "full", *end)).record.inputs["recipe"]["seed"] for end in ((0, 20), (1, 19))
     ]
     assert seeds == [20, 20]
     # 3: the distance of all tensors but the head
@@ -286,7 +286,7 @@ def test_figures_of_runs_by_hand(place, plan, done):
     assert {(row["base"], row["seed"]) for row in found["all steps"]} == {(1, 20), (1, 30), (2, 20), (2, 30)}
     for row in found["all steps"]:
         outcome = load_outcome(plan.store.outcome(row["task"], row["kind"], row["base"], row["seed"]).path)
-        assert row["score"] == outcome.record["scores"]["test"]
+        assert row["score"] == outcome.record.scores.test
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def test_tuning_reports_its_curve_and_is_the_same_with_and_without(tmp_path, bas
     assert len(found["train/loss"]) == 60 // 10
     one, other = (weights(outcome.path / "adaptation") for outcome in (plain, tracked))
     assert all((one[name] == other[name]).all() for name in one)
-    assert json.dumps(plain.record["inputs"]) == json.dumps(tracked.record["inputs"])
+    assert json.dumps(plain.record.inputs) == json.dumps(tracked.record.inputs)
     assert filecmp.cmp(plain.path / "predictions.jsonl", tracked.path / "predictions.jsonl", shallow=False)
     confidences = [
         json.loads(line)["confidence"] for line in (plain.path / "predictions.jsonl").read_text().splitlines()

@@ -113,9 +113,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     cut = recycle(upgrade, source, task_file, method, tmp_path / "cut", **given)
     assert same_weights(whole.path, cut.path)
     assert [point["loss"] for point in whole.curve] == [point["loss"] for point in cut.curve]
-    cost = whole.record["cost"]
-    assert (cost["steps"], cost["labels"]) == (9, 0 if method == "label-free" else 72)
-    assert cost["seconds"] > 0
+    cost = whole.record.cost
+    assert (cost.steps, cost.labels) == (9, 0 if method == "label-free" else 72)
+    assert cost.seconds > 0
     if method != "label-free":
         direct = recycle(upgrade, source, task_file, "direct", tmp_path / "direct", recipe=FEW)
         assert weights(direct.path).keys() == weights(whole.path).keys()
@@ -358,12 +358,12 @@ def test_label_free_reads_no_label(tmp_path, far, adaptations, task_file, data, 
         for name, task in (("straight", task_file), ("scrambled", turned / "task.yaml"))
     )
     assert same_weights(straight.path, scrambled.path)
-    assert straight.record["cost"]["labels"] == scrambled.record["cost"]["labels"] == 0
-    assert straight.record["notes"]["score"] == "overlap of class probabilities with the old model's on dev"
+    assert straight.record.cost.labels == scrambled.record.cost.labels == 0
+    assert straight.record.notes["score"] == "overlap of class probabilities with the old model's on dev"
     assert [p["score"] for p in straight.curve] == [p["score"] for p in scrambled.curve]
     init = recycle(upgrade, source, task_file, "init", tmp_path / "init", recipe=FEW)
     assert not same_weights(straight.path, init.path)
-    assert straight.record["best_step"] > 0
+    assert straight.record.best_step > 0
 
 
 def test_closeness_is_the_overlap_of_probabilities():

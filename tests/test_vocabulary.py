@@ -444,7 +444,7 @@ def test_auto_leaves_out_what_needs_texts_divided_alike(tmp_path, grown, tuned, 
     with pytest.raises(KindError, match="divide only"):
         recycle(upgrade, source, task_file, "ridge", tmp_path / "ridge", recipe=recipe)
     outcome = recycle(upgrade, source, task_file, "auto", tmp_path / "out", recipe=recipe, options=options)
-    assert "ridge" not in [rung["rung"] for rung in outcome.record["notes"]["tried"]]
+    assert "ridge" not in [rung["rung"] for rung in outcome.record.notes["tried"]]
 
 
 def test_a_padding_token_that_was_added_without_a_row(tmp_path, bases, tuned, task_file):

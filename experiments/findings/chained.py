@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from findings.store import Store
+    from regraft.chain import Standing
 
 HOPS, ONCE = "hop by hop", "at once"
 WHOLE = "scratch, all steps"
@@ -104,9 +105,16 @@ def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[s
         "bases": names,
         "runs": plain,
         "all steps": whole,
-        "standings": [dataclasses.asdict(one) for one in standings(names, chained)],
+        "standings": [in_percent(one) for one in standings(names, chained)],
         "differences": differences,
     }
+
+
+def in_percent(standing: Standing) -> dict[str, Any]:
+    """Give a standing as it is published: recoveries in %, the loss a hop in points."""
+    recoveries = [None if share is None else 100 * share for share in standing.recoveries]
+    decay = None if standing.decay is None else 100 * standing.decay
+    return dataclasses.asdict(standing) | {"recoveries": recoveries, "decay": decay}
 
 
 def _by_seed(rows: list[dict[str, Any]], method: str, route: str | None) -> dict[int, dict[str, Any]]:

@@ -16,7 +16,6 @@ from regraft import load_adaptation
 from regraft.diagnosis import similarity
 from regraft.diagnosis.attention import random_model
 from regraft.diagnosis.pair import load_counterpart
-from regraft.methods.pairs import vector_of
 from regraft.weights import distance
 
 if TYPE_CHECKING:
@@ -101,8 +100,8 @@ def measure(
         folder = store.tuned(task, kind, base, seed)
         opened = store.upgrade(0, base)
         compared[f"M_{base}"] = against(load_counterpart(folder, opened.new, data))
-        sides = [vector_of(load_adaptation(path), one) for path, one in
-                 ((store.tuned(task, kind, 0, seed), opened.old), (folder, opened.new))]  # fmt: skip
+        tuned = ((load_adaptation(store.tuned(task, kind, 0, seed)), opened.old), (load_adaptation(folder), opened.new))
+        sides = [adaptation.family.vector(adaptation, one) for adaptation, one in tuned]
         whole = distance((sides[0].tensors[sides[0].names[name]], sides[1].tensors[sides[1].names[name]])
                          for name in sides[0].names if name in sides[1].names)  # fmt: skip
         apart.append({"base": base, **_rounded(whole)})

@@ -238,14 +238,14 @@ def make_tuning(store: Store, wanted: Tuning) -> str:
 
 def figures_of(outcome: Outcome) -> dict[str, Any]:
     """Give what the experiments compare of an outcome, as JSON; the weights may then be cleared away."""
-    scores, cost = outcome.record["scores"], outcome.record["cost"]
+    scores, cost = outcome.record.scores, outcome.record.cost
     return {
-        "test": scores["test"],
-        "majority": scores["test_majority"],
-        "start": scores["dev_at_start"],
+        "test": scores.test,
+        "majority": scores.test_majority,
+        "start": scores.dev_at_start,
         "curve": [[int(point["step"]), round(point["score"], 5)] for point in outcome.curve],
-        "steps": cost["steps"],
-        "seconds": cost["seconds"],
+        "steps": cost.steps,
+        "seconds": cost.seconds,
         "predictions": outcome.predictions("test"),
     }
 

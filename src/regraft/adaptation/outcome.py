@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.load import load_adaptation
+from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome
 from regraft.checkpoint import check_place, publish, read_json, read_json_lines, to_json, write_atomic
+from regraft.checkpoint.record import plain_text
 from regraft.errors import CheckpointError, OutcomeError, RegraftError
 from regraft.printable import printable
 from regraft.upgrade import renewed
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
 
-SCHEMA = 2
-READ = (1, 2)  # the first has no `right` in predictions.jsonl, which follows from labels and predictions
-
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -31,17 +30,16 @@ class Outcome:
 
     Args:
         path: The folder.
-        record: The content of its `outcome.json`.
+        record: What its `outcome.json` holds.
     """
 
     path: Path
-    record: dict[str, Any]
+    record: OutcomeRecord
 
     @property
     def scores(self) -> dict[str, float | None]:
-        """The scores by split, and before the first step: `dev`, `test`, `dev_at_start`, `test_majority`, …."""
-        scores: dict[str, float | None] = self.record["scores"]
-        return scores
+        """The record's scores by name: `dev`, `test`, `dev_at_start`, `test_majority`, …."""
+        return dataclasses.asdict(self.record.scores)
 
     @property
     def curve(self) -> list[dict[str, float]]:
@@ -104,14 +102,14 @@ def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) 
     if not out.exists():
         return None
     outcome = load_outcome(out)
-    expected, found = json.loads(json.dumps(inputs)), outcome.record.get("inputs") or {}
-    learned_from = outcome.record.get("notes", {}).get("learned_from")
+    expected, recorded = json.loads(plain_text(inputs)), outcome.record.inputs
+    learned_from = outcome.record.notes.get("learned_from")
     if learned_from:  # where regraft 0.1 recorded the content of pairs
-        found = {"pairs": learned_from, **found}
-    if found != expected:
-        found = renewed(found, bases)
-    if found != expected:
-        differing = sorted(key for key in {*expected, *found} if found.get(key) != expected.get(key))
+        recorded = {"pairs": learned_from, **recorded}
+    if recorded != expected:
+        recorded = renewed(recorded, bases)
+    if recorded != expected:
+        differing = sorted(key for key in {*expected, *recorded} if recorded.get(key) != expected.get(key))
         raise OutcomeError(
             f"{out}: holds the outcome of another run (it differs in {', '.join(differing)}). Choose another --out or "
             "remove it."
@@ -134,18 +132,16 @@ def load_outcome(path: str | Path) -> Outcome:
     """
     file = Path(path) / "outcome.json"
     try:
-        record = read_json(file)
+        content = read_json(file)
     except CheckpointError as error:
         raise OutcomeError(f"{path}: is no outcome folder ({error}). Choose another, or remove it.") from error
-    if record.get("schema") not in READ:
-        raise OutcomeError(f"{file}: has schema {record.get('schema')!r:.40}, this regraft reads {READ}.")
-    return Outcome(Path(path), record)
+    return Outcome(Path(path), read_outcome(content, str(file)))
 
 
 def write_outcome(
     staging: Path,
     out: Path,
-    record: dict[str, Any],
+    record: OutcomeRecord,
     curve: list[dict[str, float]],
     predictions: list[dict[str, Any]],
 ) -> Outcome:
@@ -154,7 +150,7 @@ def write_outcome(
     Args:
         staging: A folder that holds `adaptation/`, on the same disk as `out`.
         out: Where the outcome is written.
-        record: The content of `outcome.json`.
+        record: What is written as `outcome.json`.
         curve: The learning curve.
         predictions: Row, label, prediction, whether it is right, and its confidence, of each example of dev and test.
 
@@ -164,13 +160,13 @@ def write_outcome(
     Raises:
         OutcomeError: A figure is infinite or not a number, or something is at `out`.
     """
-    record = {"schema": SCHEMA, **record, "versions": versions()}
-    write_atomic(staging / "outcome.json", to_json(record, "outcome.json", indent=2) + "\n")
+    content = to_json(dataclasses.asdict(record), "outcome.json", indent=2) + "\n"
+    write_atomic(staging / "outcome.json", content)
     for name, rows in (("curve.jsonl", curve), ("predictions.jsonl", predictions)):
         write_atomic(staging / name, "".join(to_json(row, name) + "\n" for row in rows))
     write_atomic(staging / "README.md", _card(record))
     publish(staging, out)
-    return Outcome(out, json.loads(json.dumps(record)))
+    return Outcome(out, read_outcome(json.loads(content), "outcome.json"))
 
 
 def versions() -> dict[str, str]:
@@ -204,30 +200,29 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _card(record: dict[str, Any]) -> str:
-    task, scores, cost = record["task"], record["scores"], record["cost"]
-    library = {"full": "transformers", "bottleneck": "regraft"}.get(record["kind"], "peft")
+def _card(record: OutcomeRecord) -> str:
+    task, scores, cost, source = record.task, record.scores, record.cost, record.recycled_from
+    library = {"full": "transformers", "bottleneck": "regraft"}.get(record.kind, "peft")
     lines = [
         "---",
         f"library_name: {library}",
         "pipeline_tag: text-classification",
         "tags: [regraft]",
         "---",
-        f"# {_plain(task['name'])} on {_plain(Path(record['base']['name']).name)}",
+        f"# {_plain(task.name)} on {_plain(Path(record.base.name).name)}",
         "",
-        f"A {record['kind']} adaptation for {_code(task['name'])} ({', '.join(map(_plain, record['labels']))}), made "
-        f"by regraft with method `{record['method']}`.",
+        f"A {record.kind} adaptation for {_code(task.name)} ({', '.join(map(_plain, record.labels))}), made "
+        f"by regraft with method `{record.method}`.",
         "",
-        f"- base model: {_code(record['base']['name'])} ({record['base']['fingerprint']})",
+        f"- base model: {_code(record.base.name)} ({record.base.fingerprint})",
     ]
-    if record.get("recycled_from"):
-        source = record["recycled_from"]
-        names = f"{_code(source['adaptation'])} on {_code(source['old_base'])}"
-        lines.append(f"- recycled from: {names} ({source['fingerprint']})")
+    if source:
+        names = f"{_code(source.adaptation)} on {_code(source.old_base)}"
+        lines.append(f"- recycled from: {names} ({source.fingerprint})")
     lines += [
-        f"- {task['metric']}: dev {_figure(scores['dev'])}, test {_figure(scores['test'])}"
-        f" (before the first step: dev {_figure(scores['dev_at_start'])})",
-        f"- cost: {cost['steps']} steps, {cost['seconds']:.0f} s, {cost['labels']} labelled examples",
+        f"- {task.metric}: dev {_figure(scores.dev)}, test {_figure(scores.test)}"
+        f" (before the first step: dev {_figure(scores.dev_at_start)})",
+        f"- cost: {cost.steps} steps, {cost.seconds:.0f} s, {cost.labels} labelled examples",
         f"- made with: {_made_with(record)}",
         "",
         "The weights are in `adaptation/`; `outcome.json` has the whole record, `curve.jsonl` the learning curve.",
@@ -236,12 +231,12 @@ def _card(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _made_with(record: dict[str, Any]) -> str:
-    recipe, options = record["recipe"], record["inputs"].get("options") or {}
+def _made_with(record: OutcomeRecord) -> str:
+    recipe, options = record.recipe, record.inputs.get("options") or {}
     parts = [_plain(f"{name} {value}") for name, value in options.items() if value not in (None, "", [], ())]
-    if record["cost"]["steps"]:
+    if record.cost.steps:
         parts.append(f"batches of {recipe['batch_size']}, peak learning rate {recipe['learning_rate']:g}")
-    return ", ".join([*parts, f"seed {record['seed']}"])
+    return ", ".join([*parts, f"seed {record.seed}"])
 
 
 def _code(text: str) -> str:

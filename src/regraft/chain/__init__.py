@@ -1,7 +1,8 @@
 """Upgrade chains: adaptations carried from base to base to base, hop by hop or at once."""
 
 from regraft.chain.file import Chain
-from regraft.chain.run import Chained, run_chain
-from regraft.chain.standing import Standing, read_chain, standings
+from regraft.chain.record import Chained, read_chain
+from regraft.chain.run import run_chain
+from regraft.chain.standing import Standing, standings
 
 __all__ = ["Chain", "Chained", "Standing", "read_chain", "run_chain", "standings"]

@@ -6,8 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regraft.adaptation.outcome_record import BaseRecord
 from regraft.base import Base
 from regraft.chain.file import folder_name
+from regraft.chain.record import RECORD, Chained, ChainRecord
 from regraft.checkpoint import check_place, to_json, write_atomic
 from regraft.errors import CheckpointError, DataError, DiskFullError, MismatchError, RecipeError
 from regraft.methods import recycle, tune
@@ -21,46 +23,8 @@ if TYPE_CHECKING:
     from regraft.errors import RegraftError
     from regraft.task import Task
 
-RECORD = "chain.json"
 # what an adaptation, a task or a method is to blame for; a disk, a lock or a folder in the way ends the chain
 REFUSALS = (RecipeError, MismatchError, CheckpointError, DataError)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chained:
-    """One adaptation on one base of a chain.
-
-    Args:
-        task: The task's name.
-        kind: The adaptation's kind.
-        seed: The seed.
-        base: The number of the base, 0 for the first.
-        method: How it came to be; `tune` on the first base.
-        route: `hop by hop` or `at once`; None where they are the same: on the first two bases, and for scratch.
-        score: On test, or on dev where there is none.
-        start: The score on dev before the first step.
-        majority: The score of a majority guess there.
-        negative_flips: The share of examples that were right on the first base and are wrong here.
-        steps: The steps of training on this base alone.
-        labels: The labelled examples that were seen on it.
-        outcome: The outcome folder, relative to the chain's.
-        refused: Why nothing came of it, if so, as where the method does not carry this kind; the figures are None then.
-    """
-
-    task: str
-    kind: str
-    seed: int
-    base: int
-    method: str
-    route: Route | None
-    score: float | None
-    start: float | None
-    majority: float | None
-    negative_flips: float | None
-    steps: int
-    labels: int
-    outcome: str
-    refused: str | None = None
 
 
 def run_chain(chain: Chain, out: str | Path, progress: Progress = silent) -> list[Chained]:
@@ -144,17 +108,15 @@ class _Run:
         self, done: Outcome, first: Outcome, task: Task, kind: str, seed: int, base: int, method: str,
         route: Route | None,
     ) -> None:  # fmt: skip
-        scores = done.scores
-        split = "dev" if scores["test"] is None else "test"
+        scores, cost = done.record.scores, done.record.cost
+        split = "dev" if scores.test is None else "test"
         before, after = first.right(split), done.right(split)
         is_known = len(before) == len(after) and None not in (*before, *after)
         lost = count_flips(before, after).negative_rate if is_known else None
-        cost = done.record["cost"]
         self._add(
             Chained(
-                task.name, kind, seed, base, method, route, scores[split], scores["dev_at_start"],
-                scores[f"{split}_majority"], lost, cost["steps"], cost["labels"],
-                str(done.path.relative_to(self.out)),
+                task.name, kind, seed, base, method, route, scores.of(split), scores.dev_at_start,
+                scores.majority(split), lost, cost.steps, cost.labels, str(done.path.relative_to(self.out)),
             )
         )  # fmt: skip
 
@@ -167,13 +129,9 @@ class _Run:
 
     def _add(self, row: Chained) -> None:
         self.rows.append(row)
-        record = {
-            "schema": 1,
-            "bases": [{"name": base.name, "fingerprint": base.fingerprint} for base in self.bases],
-            "chain": self.chain.model_dump(mode="json"),
-            "rows": [dataclasses.asdict(one) for one in self.rows],
-        }
-        write_atomic(self.out / RECORD, to_json(record, RECORD, indent=1) + "\n")
+        bases = tuple(BaseRecord(base.name, base.fingerprint) for base in self.bases)
+        record = ChainRecord(bases, self.chain.model_dump(mode="json"), tuple(self.rows))
+        write_atomic(self.out / RECORD, to_json(dataclasses.asdict(record), RECORD, indent=1) + "\n")
 
     def _told(self, place: str, name: str) -> Progress:
         return lambda stage, *rest: self.progress(f"{place} {name}: {stage}", *rest)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.chain.run import RECORD, Chained
-from regraft.checkpoint import read_json
-from regraft.errors import CheckpointError, OutcomeError
 from regraft.task import recovery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from regraft.chain.record import Chained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +25,10 @@ class Standing:
         route: The route; None for what has none.
         scores: The mean score on each base, the first one's first; None where there is none yet.
         deviations: Their standard deviations over seeds; None for one seed.
-        recoveries: On each base, the mean of (score − majority) / (scratch's − majority) in %; None on the first base
-            and where scratch is less than 3 points above a majority guess.
-        decay: What is lost a hop, in points of the score: the slope of a straight line through the scores, its sign
-            turned; None for fewer than two bases.
+        recoveries: On each base, the mean of (score − majority) / (scratch's − majority); None on the first base and
+            where scratch is less than 3 points above a majority guess.
+        decay: What of the score is lost a hop: the slope of a straight line through the scores, its sign turned; None
+            for fewer than two bases.
         seeds: How many seeds.
         refused: Why there is nothing, if so.
     """
@@ -47,28 +45,6 @@ class Standing:
     refused: str | None
 
 
-def read_chain(out: str | Path) -> tuple[list[str], list[Chained]]:
-    """Read what a chain has come to so far.
-
-    Args:
-        out: Its folder.
-
-    Returns:
-        The names of the bases, and every hop.
-
-    Raises:
-        OutcomeError: There is no chain, or its record is malformed.
-    """
-    file = Path(out) / RECORD
-    try:
-        record = read_json(file)
-        return [base["name"] for base in record["bases"]], [Chained(**row) for row in record["rows"]]
-    except (CheckpointError, KeyError, TypeError) as error:
-        raise OutcomeError(
-            f"{file}: cannot be read ({error}). `regraft chain run FILE --out DIR` writes it."
-        ) from error
-
-
 def standings(bases: Sequence[str], rows: Sequence[Chained]) -> list[Standing]:
     """Average over seeds.
 
@@ -79,19 +55,19 @@ def standings(bases: Sequence[str], rows: Sequence[Chained]) -> list[Standing]:
     Returns:
         For each task and kind: scratch, then each method by its routes.
     """
-    found = []
+    lines = []
     for task, kind in dict.fromkeys((row.task, row.kind) for row in rows):
-        mine = [row for row in rows if (row.task, row.kind) == (task, kind)]
-        first = [row for row in mine if row.base == 0]
-        scratch = {(row.base, row.seed): row for row in mine if row.method == "scratch"}
-        for method in dict.fromkeys(row.method for row in mine if row.base):
-            of = [row for row in mine if row.method == method]
+        group = [row for row in rows if (row.task, row.kind) == (task, kind)]
+        first = [row for row in group if row.base == 0]
+        scratch = {(row.base, row.seed): row for row in group if row.method == "scratch"}
+        for method in dict.fromkeys(row.method for row in group if row.base):
+            of = [row for row in group if row.method == method]
             routes: list[str | None] = [route for route in dict.fromkeys(row.route for row in of) if route]
             for route in routes or [None]:
                 along = [row for row in of if row.route in (None, route)]
                 start = [] if method == "scratch" else first
-                found.append(_standing(task, kind, method, route, [*start, *along], scratch, len(bases)))
-    return found
+                lines.append(_standing(task, kind, method, route, [*start, *along], scratch, len(bases)))
+    return lines
 
 
 def _standing(
@@ -100,10 +76,10 @@ def _standing(
 ) -> Standing:  # fmt: skip
     on = [[row for row in rows if row.base == number and row.score is not None] for number in range(count)]
     scores = [statistics.fmean(_scores(several)) if several else None for several in on]
-    known = [(number, score) for number, score in enumerate(scores) if score is not None]
+    measured = [(number, score) for number, score in enumerate(scores) if score is not None]
     slope = None
-    if method != "scratch" and len(known) > 1:
-        slope = statistics.linear_regression(*zip(*known, strict=True)).slope
+    if method != "scratch" and len(measured) > 1:
+        slope = statistics.linear_regression(*zip(*measured, strict=True)).slope
     return Standing(
         task=task,
         kind=kind,
@@ -112,7 +88,7 @@ def _standing(
         scores=tuple(scores),
         deviations=tuple(statistics.stdev(_scores(several)) if len(several) > 1 else None for several in on),
         recoveries=tuple(_recovery(several, scratch) if number else None for number, several in enumerate(on)),
-        decay=None if slope is None else -100 * slope,
+        decay=None if slope is None else -slope,
         seeds=len({row.seed for row in rows}),
         refused=next((row.refused for row in rows if row.refused), None),
     )

@@ -93,29 +93,26 @@ def outcome(result: Outcome) -> None:
         result: The outcome.
     """
     record = result.record
-    scores, cost, metric = record["scores"], record["cost"], record["task"]["metric"]
-    figures = [f"{name} {scores[name]:.4f}" for name in ("dev", "test") if scores[name] is not None]
-    told = f"{metric} {', '.join(figures)}" if figures else "no labels to score by"
-    if scores["dev_at_start"] is not None:
-        told += f" (dev before the first step {scores['dev_at_start']:.4f}, best at step {record['best_step']})"
-    console.print(f"[bold]{escape(record['method'])}[/] ({record['kind']}): {told}", highlight=False)
-    if "why" in record["notes"]:
-        console.print(escape(record["notes"]["why"]), highlight=False)
-    if "cannot_know" in record["notes"]:
-        console.print(escape(record["notes"]["cannot_know"]), highlight=False)
-    left = record["notes"].get("passed_over")
+    scores, cost, notes = record.scores, record.cost, record.notes
+    figures = [f"{name} {score:.4f}" for name in ("dev", "test") if (score := scores.of(name)) is not None]
+    told = f"{record.task.metric} {', '.join(figures)}" if figures else "no labels to score by"
+    if scores.dev_at_start is not None:
+        told += f" (dev before the first step {scores.dev_at_start:.4f}, best at step {record.best_step})"
+    console.print(f"[bold]{escape(record.method)}[/] ({record.kind}): {told}", highlight=False)
+    for name in ("why", "cannot_know"):
+        if isinstance(note := notes.get(name), str):
+            console.print(escape(note), highlight=False)
+    left = notes.get("passed_over")
     if left and isinstance(left, dict):
         named = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3]) + "; …" * (len(left) > 3)
         console.print(escape(f"{len(left)} layers carry their old delta unchanged ({named})"), highlight=False)
-    if grafted := record["notes"].get("grafted_in_place_of_the_base"):
+    if grafted := notes.get("grafted_in_place_of_the_base"):
         named = ", ".join(grafted[:2]) + " …" * (len(grafted) > 2)
         console.print(
             escape(f"{len(grafted)} tensors that take the place of the base's carry their change alone ({named})"),
             highlight=False,
         )
-    console.print(
-        f"{cost['steps']} steps, {cost['seconds']:.0f} s, {cost['labels']} labelled examples", highlight=False
-    )
+    console.print(f"{cost.steps} steps, {cost.seconds:.0f} s, {cost.labels} labelled examples", highlight=False)
     console.print(f"outcome: {escape(str(result.path))}", highlight=False, soft_wrap=True)
 
 
@@ -165,7 +162,7 @@ def comparison(result: Comparison) -> None:
             f"{row.start:.3f}",
             f"{row.dev:.3f}",
             f"{row.test:.3f}{spread}",
-            _or_dash(row.recovery, ".0f", " %"),
+            _percent(row.recovery),
             _or_dash(row.steps_to_scratch, ".0f", f" ({row.seconds_to_scratch or 0:.0f} s)"),
             f"{100 * row.negative_flips:.1f} %",
             f"{row.labels:.0f}",
@@ -204,8 +201,8 @@ def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
                 "–" if score is None else f"{score:.3f}" + ("" if spread is None else f" ±{spread:.3f}")
                 for score, spread in zip(one.scores, one.deviations, strict=True)
             ]
-            decay = _or_dash(one.decay, "+.1f", " points")
-            table.add_row(escape(one.method), one.route or "", *cells, _or_dash(one.recoveries[-1], ".0f", " %"), decay)
+            decay = _or_dash(None if one.decay is None else 100 * one.decay, "+.1f", " points")
+            table.add_row(escape(one.method), one.route or "", *cells, _percent(one.recoveries[-1]), decay)
         console.print(table)
         for one in (one for one in found if one.refused and (one.task, one.kind) == (task, kind)):
             console.print(f"{one.method}: {one.refused}", highlight=False, markup=False)
@@ -224,6 +221,10 @@ def _figures(figures: Mapping[str, float]) -> str:
 
 def _or_dash(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else format(value, form) + unit
+
+
+def _percent(share: float | None) -> str:
+    return _or_dash(None if share is None else 100 * share, ".0f", " %")
 
 
 def distances(found: Mapping[str, Mapping[str, Distance]]) -> None:

@@ -3,14 +3,18 @@
 from regraft.diagnosis.blend import Blend
 from regraft.diagnosis.check import Check, check, check_pair
 from regraft.diagnosis.compatibility import Point, compatibility
-from regraft.diagnosis.connectivity import Plane, Segment, barrier, plane, segment
-from regraft.diagnosis.deep import Diagnosis, Questions, diagnose
+from regraft.diagnosis.connectivity import Segment, barrier, segment
+from regraft.diagnosis.deep import diagnose
 from regraft.diagnosis.kept import Kept, kept
 from regraft.diagnosis.pair import Pair, load_pair
-from regraft.diagnosis.regressions import Regressions, calibration, mcnemar, noise_floor, regressions
+from regraft.diagnosis.plane import Plane, plane
+from regraft.diagnosis.probe import probe_gain
+from regraft.diagnosis.question import Question, Questions, every_question
+from regraft.diagnosis.record import Diagnosis, read_diagnosis
+from regraft.diagnosis.regressions import Regressions, mcnemar, noise_floor, regressions
 from regraft.diagnosis.shift import Shift, shift
 from regraft.diagnosis.similarity import Control, Map, Similarity, similarity
-from regraft.diagnosis.verdict import Verdict, probe_gain, verdict
+from regraft.diagnosis.verdict import Verdict, verdict
 
 __all__ = [
     "Blend",
@@ -22,6 +26,7 @@ __all__ = [
     "Pair",
     "Plane",
     "Point",
+    "Question",
     "Questions",
     "Regressions",
     "Segment",
@@ -29,17 +34,18 @@ __all__ = [
     "Similarity",
     "Verdict",
     "barrier",
-    "calibration",
     "check",
     "check_pair",
     "compatibility",
     "diagnose",
+    "every_question",
     "kept",
     "load_pair",
     "mcnemar",
     "noise_floor",
     "plane",
     "probe_gain",
+    "read_diagnosis",
     "regressions",
     "segment",
     "shift",

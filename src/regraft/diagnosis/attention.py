@@ -29,12 +29,12 @@ class Seen:
     Args:
         attention: Of each layer, batch × heads × tokens × keys; keys begin with virtual tokens, if there are any.
         hidden: Of the embeddings and each layer, batch × tokens × width.
-        logits: batch × classes.
+        outputs: rows × outputs.
     """
 
     attention: tuple[torch.Tensor, ...]
     hidden: tuple[torch.Tensor, ...]
-    logits: torch.Tensor
+    outputs: torch.Tensor
 
 
 def look(model: Any, inputs: Mapping[str, torch.Tensor], precision: str) -> Seen:
@@ -46,7 +46,7 @@ def look(model: Any, inputs: Mapping[str, torch.Tensor], precision: str) -> Seen
         precision: `bf16` or `fp32`.
 
     Returns:
-        Attention, hidden states and logits, in float32 on the model's device.
+        Attention, hidden states and outputs, in float32 on the model's device.
 
     Raises:
         MismatchError: The architecture gives no attention maps.

@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from regraft.checkpoint.record import Count
+from regraft.diagnosis.choice import ADVICE, choose
 from regraft.diagnosis.pair import load_pair
-from regraft.diagnosis.verdict import ADVICE, choose
+from regraft.diagnosis.question import Question
 from regraft.progress import Progress, silent
-from regraft.task import chance_score, flips, score
+from regraft.task import chance_score, count_flips, score
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from regraft.adaptation import Adaptation
     from regraft.diagnosis.pair import Pair
+    from regraft.diagnosis.question import Lines
     from regraft.task import Task, TaskData
     from regraft.tuning.recipe import Recipe
     from regraft.upgrade import Upgrade
+
+_LINEAGE = {"proven": "records this old base", "unproven": "does not record its base", "forced": "records another base"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Check:
         old: The score of the old weights on the old base.
         new: Their score on the new base, as they are.
         floor: The score of always guessing the most frequent class.
-        retained: (new − floor) / (old − floor) in %, None where old is no better than the floor.
+        retained: (new − floor) / (old − floor), None where old is no better than the floor.
         agreement: The share of examples on which both predict the same.
         negative_flips: The share that was right and is wrong.
         positive_flips: The share that was wrong and is right.
@@ -50,7 +53,7 @@ class Check:
     task: str
     metric: str
     split: str
-    examples: int
+    examples: Count
     old: float
     new: float
     floor: float
@@ -107,10 +110,9 @@ def check_pair(pair: Pair) -> Check:
         The figures and a verdict.
     """
     data, split = pair.data, pair.split
-    before, after = (logits.argmax(dim=1).tolist() for logits in (pair.before, pair.after))
-    old, new = (score(data.metric, split.labels, found) for found in (before, after))
-    floor = chance_score(data, split)
-    flipped, moved = flips(split.labels.tolist(), before, after), pair.upgrade.distance()
+    before, after = pair.before, pair.after
+    old, new, floor = pair.old.score(split), pair.new.score(split), chance_score(data, split)
+    flipped, moved = count_flips(pair.old.right(split), pair.new.right(split)), pair.upgrade.distance()
     retained = (new - floor) / (old - floor) if old > floor else None
     return Check(
         task=data.name,
@@ -120,8 +122,8 @@ def check_pair(pair: Pair) -> Check:
         old=old,
         new=new,
         floor=floor,
-        retained=None if retained is None else 100 * retained,
-        agreement=float(np.mean(np.array(before) == np.array(after))),
+        retained=retained,
+        agreement=score(data.task.metrics[0].name, data.task.as_targets(before), after),
         negative_flips=flipped.negative_rate,
         positive_flips=flipped.positive_rate,
         l2=moved.l2,
@@ -137,3 +139,29 @@ def _verdict(retained: float | None) -> str:
     if retained is None:
         return "The old weights are no better than guessing on their own base: there is nothing to carry over."
     return f"{100 * retained:.0f} % of the old score above guessing survives: {ADVICE[choose(retained)]}."
+
+
+def describe(answer: Check, _: str = "") -> Lines:
+    """Say what a check answer.
+
+    Args:
+        answer: The check; its metric is that of the task.
+
+    Returns:
+        A line a figure: its name, and the figure.
+    """
+    moved = f"L2 {answer.l2:.2f}, {answer.relative:.2%} of the norm, cosine {answer.cosine:.6f}"
+    return [
+        (f"{answer.metric} on {answer.split}", f"{answer.examples:,} examples of {answer.task}"),
+        ("  old weights, old base", f"{answer.old:.4f}"),
+        ("  old weights, new base", f"{answer.new:.4f}"),
+        ("  floor (majority guess)", f"{answer.floor:.4f}"),
+        ("agreement of the two", f"{answer.agreement:.1%}"),
+        ("negative / positive flips", f"{answer.negative_flips:.1%} / {answer.positive_flips:.1%}"),
+        ("distance of the bases", moved),
+        ("effect on the old base", f"changes what the head reads by {answer.effect:.1%}"),
+        ("lineage", f"{answer.lineage}: the adaptation {_LINEAGE[answer.lineage]}"),
+    ]
+
+
+QUESTION = Question("check", 10, Check, lambda asked: check_pair(asked.direct), is_required=True, describe=describe)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.diagnosis.attention import Seen
+    from regraft.task.types import Likelihood
 
 
 def head_divergences(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -87,6 +88,7 @@ class Comparison:
     """How alike two models work, summed over batches.
 
     Args:
+        likelihood: What the models' outputs are distributions over.
         every_head: Whether each head is held against all of its layer, or against the corresponding one only.
 
     Attributes:
@@ -94,7 +96,8 @@ class Comparison:
         agreed: On how many texts both predict the same.
     """
 
-    def __init__(self, *, every_head: bool) -> None:
+    def __init__(self, likelihood: Likelihood, *, every_head: bool) -> None:
+        self._likelihood = likelihood
         self.kl, self.agreed = 0.0, 0
         self._every_head, self._rows = every_head, 0
         self._moments: dict[int, Moments] = {}
@@ -128,9 +131,9 @@ class Comparison:
                 self._divergence[layer] += torch.stack(apart)
             for total, (a, b) in zip(self._products, ((p, q), (p, p), (q, q)), strict=True):
                 total[layer] += (a * b).sum(dim=(1, 2)).cpu().double()
-        log_p, log_q = (seen.logits.cpu().double().log_softmax(dim=1) for seen in (first, second))
-        self.kl += max(0.0, float((log_p.exp() * (log_p - log_q)).sum()))
-        self.agreed += int((log_p.argmax(dim=1) == log_q.argmax(dim=1)).sum())
+        likelihood, (one, other) = self._likelihood, (seen.outputs.cpu().double() for seen in (first, second))
+        self.kl += max(0.0, float(likelihood.divergence(other, likelihood.signal(one)).sum()))
+        self.agreed += int((likelihood.predict(one) == likelihood.predict(other)).sum())
         self._rows += int(real.sum())
 
     def add_hidden(self, first: Seen, second: Seen, real: torch.Tensor, layers: range) -> None:
@@ -179,7 +182,7 @@ def _entropy(rows: torch.Tensor) -> torch.Tensor:
 def _check_alike(first: Seen, second: Seen) -> None:
     shapes = [
         [tuple(maps.shape[1:]) for maps in seen.attention]
-        + [(seen.hidden[0].shape[-1], len(seen.hidden), seen.logits.shape[1])]
+        + [(seen.hidden[0].shape[-1], len(seen.hidden), seen.outputs.shape[1])]
         for seen in (first, second)
     ]
     if len(shapes[0]) != len(shapes[1]):

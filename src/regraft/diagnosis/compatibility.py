@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from regraft.adaptation import load_adaptation, load_model, write_graft
 from regraft.base import PRETRAINING
 from regraft.checkpoint import read_json
+from regraft.checkpoint.record import Count
+from regraft.diagnosis.question import Question
 from regraft.errors import CheckpointError
-from regraft.model.batches import predict
-from regraft.model.device import device
-from regraft.model.examples import encode
-from regraft.task import score
+from regraft.model import Deployment
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
     from regraft.diagnosis.pair import Pair
+    from regraft.diagnosis.question import Asked, Lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Point:
     score: float
     loss: float
     agreement: float
-    steps: int | None
+    steps: Count | None
 
 
 def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple[Point, ...]:
@@ -61,27 +61,27 @@ def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple
     Raises:
         MismatchError: A checkpoint is no upgrade of the old base.
     """
-    from torch.nn import functional
+    import numpy as np
 
-    split, data, old = pair.split, pair.data, pair.upgrade.old
-    labels = split.labels
+    split, data, old, before = pair.split, pair.data, pair.upgrade.old, pair.before
     points = []
     for number, name in enumerate([old, *checkpoints]):
         upgrade = Upgrade(old, name)
-        logits = pair.before
+        deployment, after = pair.old, before
         if number:
             with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
                 write_graft(pair.adaptation, upgrade, Path(folder), pair.progress)
-                model = load_model(load_adaptation(folder), upgrade.new, data.head).to(device())
-                logits = predict(model, encode(upgrade.new, data, split), pair.precision, pair.progress)
-        guesses = logits.argmax(dim=1)
+                model = load_model(load_adaptation(folder), upgrade.new, data.head)
+                deployment = Deployment(model, upgrade.new, data, pair.precision, pair.progress)
+                after = deployment.predictions(split)
+        is_same = [old_prediction == prediction for old_prediction, prediction in zip(before, after, strict=True)]
         points.append(
             Point(
                 name=upgrade.new.name,
                 distance=upgrade.distance().l2,
-                score=score(data.metric, labels, guesses.numpy()),
-                loss=float(functional.cross_entropy(logits, logits.new_tensor(labels).long())),
-                agreement=float((guesses == pair.before.argmax(dim=1)).float().mean()),
+                score=deployment.score(split),
+                loss=deployment.loss(split),
+                agreement=float(np.mean(is_same, dtype=np.float32)),
                 steps=_steps(upgrade.new) if number else 0,
             )
         )
@@ -93,3 +93,17 @@ def _steps(base: Base) -> int | None:
     with contextlib.suppress(CheckpointError, ValueError, KeyError, TypeError):
         return int(read_json(base.path / PRETRAINING)["steps"])
     return None
+
+
+def _ask(asked: Asked) -> tuple[Point, ...] | None:
+    return compatibility(asked.direct, asked.options.checkpoints) if asked.options.checkpoints else None
+
+
+def _describe(points: tuple[Point, ...], metric: str) -> Lines:
+    return [
+        (f"on {point.name}", f"{metric} {point.score:.4f}, L2 {point.distance:.2f} from the old base")
+        for point in points
+    ]
+
+
+QUESTION = Question("compatibility", 80, tuple[Point, ...], _ask, describe=_describe)

@@ -8,23 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regraft.diagnosis.blend import Blend, tensors_of
-from regraft.errors import MismatchError, RecipeError
-from regraft.model.batches import predict
-from regraft.model.examples import encode
+from regraft.checkpoint.record import require_length
+from regraft.diagnosis.blend import Blend
+from regraft.diagnosis.question import Question
+from regraft.errors import RecipeError
+from regraft.model import Deployment
 from regraft.progress import Progress, silent
-from regraft.task import score
-from regraft.weights import distance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from numpy.typing import ArrayLike
 
     from regraft.base import Base
-    from regraft.task import Split, TaskData
-    from regraft.task.types import Examples
+    from regraft.diagnosis.question import Asked, Lines
+    from regraft.task import TaskData
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -53,28 +51,11 @@ class Segment:
     barrier: dict[str, float]
     connected: bool
 
-
-@dataclasses.dataclass(frozen=True)
-class Plane:
-    """The plane through three models, as a task sees it; coordinates are L2 distances in the space of weights.
-
-    Args:
-        names: What the three are called.
-        places: Where each of them is, (x, y): the first at the origin, the second on the x axis.
-        x: The grid's columns.
-        y: Its rows.
-        loss: The mean cross-entropy at each point in nats, rows y × columns x.
-        score: The task's metric there.
-        split: What was measured on, `dev` or `test`.
-    """
-
-    names: tuple[str, str, str]
-    places: tuple[tuple[float, float], ...]
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    loss: tuple[tuple[float, ...], ...]
-    score: tuple[tuple[float, ...], ...]
-    split: str
+    def __post_init__(self) -> None:
+        """Check that there is a value at each point."""
+        for name, splits in (("loss", self.loss), ("score", self.score)):
+            for split, values in splits.items():
+                require_length(values, len(self.mu), f"{name}: {split}")
 
 
 def barrier(mu: ArrayLike, losses: ArrayLike) -> float:
@@ -147,136 +128,34 @@ def segment(
     if points < 3:
         raise RecipeError(f"a segment is walked at 3 points or more, found {points}.")
     data.require_labels("the loss between two models")
-    splits = {s.name: encode(base, data, s) for s in (data.dev, data.test) if s is not None}
+    splits = {split.name: split for split in (data.dev, data.test) if split is not None}
     blend = Blend((first, second), ends)
+    deployment = Deployment(blend.model, base, data, precision)
     mu = tuple(i / (points - 1) for i in range(points))
     rows: dict[str, list[Floats]] = {name: [] for name in splits}
     scores: dict[str, list[float]] = {name: [] for name in splits}
     for done, at in enumerate(mu, 1):
         blend.at(at)
-        for name, examples in splits.items():
-            losses, reached = _measure(blend.model, examples, data, precision)
-            rows[name].append(losses)
-            scores[name].append(reached)
-        told = {f"{name} loss": float(found[-1].mean()) for name, found in rows.items()}
-        progress("connectivity", done, points, told)
-    loss = {name: tuple(float(r.mean()) for r in found) for name, found in rows.items()}
-    heights = {name: barrier(mu, found) for name, found in loss.items()}
-    allowed = {name: _tolerance(mu, np.stack(found), len(data.labels)) for name, found in rows.items()}
+        deployment.forget()
+        for name, split in splits.items():
+            rows[name].append(deployment.losses(split).numpy())
+            scores[name].append(deployment.score(split))
+        last = {f"{name} loss": float(losses[-1].mean()) for name, losses in rows.items()}
+        progress("connectivity", done, points, last)
+    loss = {name: tuple(float(row.mean()) for row in losses) for name, losses in rows.items()}
+    heights = {name: barrier(mu, values) for name, values in loss.items()}
+    guessing = {
+        name: data.task.likelihood.chance(split.targets.tolist(), len(data.labels)) for name, split in splits.items()
+    }
+    allowed = {name: _tolerance(mu, np.stack(losses), guessing[name]) for name, losses in rows.items()}
     return Segment(
         ends=ends,
         mu=mu,
         loss=loss,
-        score={name: tuple(found) for name, found in scores.items()},
+        score={name: tuple(values) for name, values in scores.items()},
         barrier=heights,
         connected=all(heights[name] <= allowed[name] for name in splits),
     )
-
-
-def plane(
-    models: Sequence[Any],
-    names: tuple[str, str, str],
-    base: Base,
-    data: TaskData,
-    *,
-    size: int = 9,
-    margin: float = 0.2,
-    split: str = "test",
-    precision: str = "fp32",
-    progress: Progress = silent,
-) -> Plane:
-    """Measure the task on the plane through three models a, b and c.
-
-    The axes are orthonormal: one along u = b − a, the other along what of c − a is at a right angle to it.
-
-    Source: Garipov et al., 2018 (arXiv:1802.10026).
-
-    Args:
-        models: Three classifiers of one kind; they are not changed.
-        names: What they are called.
-        base: A base whose tokenizer they have.
-        data: The task, classes in the order of the heads.
-        size: Points a side; at least 2.
-        margin: How far beyond the three the grid goes, in units of their extent.
-        split: `test` (dev where there is none) or `dev`.
-        precision: `bf16` or `fp32`.
-        progress: Told of each point, with the loss there.
-
-    Returns:
-        The grid, and the places of the three on it.
-
-    Raises:
-        DataError: The task has no labels.
-        MismatchError: The models differ in tensors, or lie on one line.
-        RecipeError: An option is out of its range.
-    """
-    if size < 2 or margin < 0 or split not in ("dev", "test") or len(models) != 3:
-        raise RecipeError(
-            f"a plane goes through 3 models, has 2 points a side or more, a margin of at least 0 and is of dev or "
-            f"test; found {len(models)} models, {size}, {margin} and {split!r}."
-        )
-    data.require_labels("the loss on a plane")
-    chosen: Split = data.dev if split == "dev" or data.test is None else data.test
-    examples = encode(base, data, chosen)
-    blend = Blend(models, names)
-    places = _places(models, names)
-    x, y = (_axis([place[i] for place in places], size, margin) for i in (0, 1))
-    loss, scores = np.empty((size, size)), np.empty((size, size))
-    for row, column in np.ndindex(size, size):
-        blend.at(*shares_at(x[column], y[row], places))
-        losses, scores[row, column] = _measure(blend.model, examples, data, precision)
-        loss[row, column] = losses.mean()
-        progress("plane", row * size + column + 1, size * size, {f"{chosen.name} loss": float(loss[row, column])})
-    by_row: list[tuple[tuple[float, ...], ...]] = [tuple(map(tuple, found.tolist())) for found in (loss, scores)]
-    return Plane(names, places, x, y, by_row[0], by_row[1], chosen.name)
-
-
-def shares_at(x: float, y: float, places: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return what of three models makes up a point of their plane.
-
-    Args:
-        x: Along b − a.
-        y: At a right angle to it, towards c.
-        places: Of a, b and c, from `plane`: a at the origin, b at (x_b, 0).
-
-    Returns:
-        β and γ of (1 − β − γ)·a + β·b + γ·c.
-    """
-    gamma = y / places[2][1]
-    return (x - gamma * places[2][0]) / places[1][0], gamma
-
-
-def _places(models: Sequence[Any], names: Sequence[str]) -> tuple[tuple[float, float], ...]:
-    a, b, c = (_floating(model) for model in models)
-    ab, ac, bc = (distance((p[n], q[n]) for n in p).l2 for p, q in ((a, b), (a, c), (b, c)))
-    along = (ab**2 + ac**2 - bc**2) / (2 * ab) if ab else 0.0
-    beside = math.sqrt(max(0.0, ac**2 - along**2))
-    if beside <= 1e-5 * ac or not ab:
-        raise MismatchError(
-            f"{', '.join(names)} lie on one line: a plane needs three models of which none is between or the same as "
-            "the others. Walk the segment between two of them instead."
-        )
-    return (0.0, 0.0), (ab, 0.0), (along, beside)
-
-
-def _axis(places: Sequence[float], size: int, margin: float) -> tuple[float, ...]:
-    room = margin * (max(places) - min(places))
-    return tuple(np.linspace(min(places) - room, max(places) + room, size).tolist())
-
-
-def _measure(model: Any, examples: Examples, data: TaskData, precision: str) -> tuple[Floats, float]:
-    """Return the cross-entropy of each example, and the task's metric."""
-    import torch
-    from torch.nn import functional
-
-    logits = predict(model, examples, precision)
-    if logits.shape[1] != len(data.labels):
-        raise MismatchError(
-            f"the head has {logits.shape[1]} outputs, task {data.name!r} {len(data.labels)} labels "
-            f"({', '.join(data.labels[:8])}). Give the task that the models were tuned for."
-        )
-    losses = functional.cross_entropy(logits.double(), torch.as_tensor(examples.targets), reduction="none")
-    return losses.numpy(), score(data.metric, examples.targets, logits.argmax(dim=1).numpy())
 
 
 def _excess(mu: Floats, losses: Floats) -> Floats:
@@ -286,16 +165,29 @@ def _excess(mu: Floats, losses: Floats) -> Floats:
     return excess
 
 
-def _tolerance(mu: Sequence[float], rows: Floats, classes: int) -> float:
-    """Return how high a barrier still counts as none, from points × examples losses."""
+def _tolerance(mu: Sequence[float], rows: Floats, guessing: float) -> float:
+    """Return how high a barrier still counts as none, from points × examples losses and that of guessing."""
     if not np.isfinite(rows).all():
         return 0.0
     excess = _excess(np.asarray(mu), rows)
     worst = excess[int(excess.mean(axis=1).argmax())]
     error = float(worst.std(ddof=1)) / math.sqrt(len(worst)) if len(worst) > 1 else 0.0
     ends = max(float(rows[0].mean()), float(rows[-1].mean()))
-    return max(SMALL * ends, SMALL_OF_GUESSING * math.log(classes)) + ERRORS * error
+    return max(SMALL * ends, SMALL_OF_GUESSING * guessing) + ERRORS * error
 
 
-def _floating(model: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.is_floating_point()}
+def _ask(asked: Asked) -> Segment:
+    asked.require_same_tokens()
+    pair = asked.pair
+    return segment(
+        pair.old.model, pair.new.model, asked.upgrade.old, pair.data, points=asked.options.points,
+        precision=pair.precision, ends=asked.ends, progress=pair.progress,
+    )  # fmt: skip
+
+
+def _describe(answer: Segment, _: str) -> Lines:
+    heights = ", ".join(f"{name} {height:.3f}" for name, height in answer.barrier.items())
+    return [("barrier of the loss", f"{heights}: {'connected' if answer.connected else 'not connected'}")]
+
+
+QUESTION = Question("connectivity", 30, Segment, _ask, describe=_describe)

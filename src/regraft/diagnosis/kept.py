@@ -7,6 +7,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import temporary_folder
+from regraft.diagnosis.question import Question
 from regraft.errors import MismatchError
 from regraft.model.device import device
 from regraft.tuning.corpus import Corpus, pack
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
     from regraft.diagnosis.pair import Pair
+    from regraft.diagnosis.question import Asked, Lines
 
 BLOCK, MOST_BLOCKS = 64, 128
 
@@ -31,8 +33,8 @@ class Kept:
         text: What was measured on.
         loss: The language-modelling loss in nats a token, of `old base`, `new base`, `old deployment` and
             `new deployment`; each deployment's body under its base's own head.
-        share: What the new deployment has gained over the old one in % of what the new base has gained over the old;
-            None where the base gained nothing.
+        share: What the new deployment has gained over the old one as a share of what the new base has gained over the
+            old; None where the base gained nothing.
     """
 
     text: str
@@ -59,7 +61,7 @@ def kept(pair: Pair, text: Sequence[str] = ()) -> Kept:
     old, new = pair.upgrade.old, pair.upgrade.new
     blocks = _blocks(pair, text)
     losses: dict[str, float] = {}
-    for name, base, deployed in (("old", old, pair.old), ("new", new, pair.new)):
+    for name, base, deployed in (("old", old, pair.old.model), ("new", new, pair.new.model)):
         model, fresh = language_model(base)
         if missing := [n for n in fresh if not n.startswith(base.prefix + ".")]:
             raise MismatchError(f"{base.path}: holds no language-modelling head ({', '.join(missing[:3])}).")
@@ -68,7 +70,7 @@ def kept(pair: Pair, text: Sequence[str] = ()) -> Kept:
         setattr(model, base.prefix, body_of(deployed, base))
         losses[f"{name} deployment"] = language_loss(model, base, blocks, pair.precision)
     gained = losses["old base"] - losses["new base"]
-    share = 100 * (losses["old deployment"] - losses["new deployment"]) / gained if gained > 0 else None
+    share = (losses["old deployment"] - losses["new deployment"]) / gained if gained > 0 else None
     return Kept(", ".join(text) or f"the training texts of {pair.data.name}", losses, share)
 
 
@@ -101,3 +103,18 @@ def _blocks(pair: Pair, text: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint
             sources = (str(file),)
         packed = pack(Corpus(sources), base, block, folder / "tokens.bin", pair.progress)
         return np.array(packed[:MOST_BLOCKS])
+
+
+def _ask(asked: Asked) -> Kept:
+    asked.require_same_tokens()
+    return kept(asked.pair, asked.options.text)
+
+
+def _describe(answer: Kept, _: str) -> Lines:
+    lines = [("loss as language models", ", ".join(f"{name} {loss:.3f}" for name, loss in answer.loss.items()))]
+    if answer.share is not None:
+        lines.append(("  the upgrade's gain", f"the deployments gain {100 * answer.share:.0f} % of what the bases do"))
+    return lines
+
+
+QUESTION = Question("kept", 70, Kept, _ask, describe=_describe)

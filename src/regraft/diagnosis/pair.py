@@ -11,10 +11,9 @@ from regraft.adaptation import Adaptation, check_fit, load_adaptation, load_mode
 from regraft.adaptation.tokens import with_own_tokens
 from regraft.checkpoint import temporary_folder
 from regraft.errors import MismatchError
-from regraft.model.batches import predict
-from regraft.model.deployment import check_effect, match_labels
+from regraft.model import Deployment, match_labels
+from regraft.model.deployment import check_effect
 from regraft.model.device import device
-from regraft.model.examples import encode
 from regraft.progress import Progress, silent
 from regraft.task import load_data
 from regraft.tuning.recipe import Recipe
@@ -22,8 +21,6 @@ from regraft.tuning.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    import torch
 
     from regraft.base import Base
     from regraft.task import Split, Task, TaskData
@@ -37,63 +34,66 @@ class Pair:
     Args:
         upgrade: The two bases.
         adaptation: What was tuned on the old one.
-        data: The task, its classes in the order of the heads.
-        precision: What to compute in, `bf16` or `fp32`.
+        data: The task, its labels in the order of the heads.
         lineage: Whether the adaptation is proven to be the old base's, as in `Check`.
         effect: How much it changes what the head reads there.
-        old: The old deployment, a model.
-        new: Its counterpart on the new base, a model.
-        progress: Told of each batch.
+        old: The old deployment.
+        new: Its counterpart on the new base.
     """
 
     upgrade: Upgrade
     adaptation: Adaptation
     data: TaskData
-    precision: str
     lineage: str
     effect: float
-    old: Any
-    new: Any
-    progress: Progress
+    old: Deployment
+    new: Deployment
+
+    @property
+    def precision(self) -> str:
+        """What both compute in, `bf16` or `fp32`."""
+        return self.old.precision
+
+    @property
+    def progress(self) -> Progress:
+        """What is told of each batch."""
+        return self.old.progress
 
     @functools.cached_property
     def split(self) -> Split:
         """What is measured on: test, or dev where there is none."""
         return self.data.test or self.data.dev
 
-    @functools.cached_property
-    def before(self) -> torch.Tensor:
-        """The old deployment's logits, examples × classes."""
-        return self._logits(self.old, self.upgrade.old)
+    @property
+    def before(self) -> list[Any]:
+        """What the old deployment predicts."""
+        return predictions(self.old, self.split)
 
-    @functools.cached_property
-    def after(self) -> torch.Tensor:
-        """The new one's logits, examples × classes."""
-        return self._logits(self.new, self.upgrade.new)
+    @property
+    def after(self) -> list[Any]:
+        """What the new one predicts."""
+        return predictions(self.new, self.split)
 
-    def predictions_of(self, path: str | Path) -> list[int]:
-        """Predict with another adaptation of the same task on the new base.
 
-        Args:
-            path: An outcome or an adaptation.
+def predictions(deployment: Deployment, split: Split) -> list[Any]:
+    """Predict, and refuse what no prediction follows from.
 
-        Returns:
-            The class of each example.
-        """
-        found: list[int] = self._logits(load_counterpart(path, self.upgrade.new, self.data), self.upgrade.new).argmax(
-            dim=1
-        ).tolist()  # fmt: skip
-        return found
+    Args:
+        deployment: A deployment.
+        split: Some of the task's examples.
 
-    def _logits(self, model: Any, base: Base) -> torch.Tensor:
-        examples = encode(base, self.data, self.split)
-        logits = predict(model.to(device()), examples, self.precision, self.progress)
-        if not logits.isfinite().all():  # argmax would take them for the first class
-            raise MismatchError(
-                f"{base.path}: what the weights on it predict is infinite or not a number. Compute in fp32 "
-                "(--precision), or look for such a number in its config.json."
-            )
-        return logits
+    Returns:
+        The prediction for each example.
+
+    Raises:
+        MismatchError: The outputs are infinite or not a number.
+    """
+    if not deployment.is_finite(split):  # the likeliest of them would be taken for the first
+        raise MismatchError(
+            f"{deployment.base.path}: what the weights on it predict is infinite or not a number. Compute in fp32 "
+            "(--precision), or look for such a number in its config.json."
+        )
+    return deployment.predictions(split)
 
 
 @contextlib.contextmanager
@@ -143,7 +143,10 @@ def load_pair(
             new = load_model(load_adaptation(folder / "direct"), upgrade.new, data.head)
         else:
             new = load_counterpart(counterpart, upgrade.new, data)
-        yield Pair(upgrade, adaptation, data, precision, lineage, effect, old.to(device()), new.to(device()), progress)
+        before = Deployment(old, upgrade.old, data, precision, progress)
+        yield Pair(
+            upgrade, adaptation, data, lineage, effect, before, Deployment(new, upgrade.new, data, precision, progress)
+        )
 
 
 def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
@@ -160,11 +163,12 @@ def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
     Raises:
         MismatchError: Its labels are others, or in another order.
     """
-    found = load_adaptation(path)
-    found.check_base(base)
-    if found.labels is not None and tuple(found.labels) != tuple(data.labels):
+    adaptation = load_adaptation(path)
+    adaptation.check_base(base)
+    if adaptation.labels is not None and tuple(adaptation.labels) != tuple(data.labels):
         raise MismatchError(
-            f"{path}: its head has the labels {', '.join(found.labels[:8])}, the old one {', '.join(data.labels[:8])}: "
-            "their outputs cannot be compared one by one. Tune it with the task file's `labels` in that order."
+            f"{path}: its head has the labels {', '.join(adaptation.labels[:8])}, the old one "
+            f"{', '.join(data.labels[:8])}: their outputs cannot be compared one by one. Tune it with the task file's "
+            "`labels` in that order."
         )
-    return load_model(found, base, data.head).to(device())
+    return load_model(adaptation, base, data.head).to(device())

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from regraft.diagnosis.question import Question
 from regraft.progress import Progress, silent
 from regraft.weights import subspace_overlap
 from regraft.weights.names import kind_of, layer_of
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation import Adaptation
+    from regraft.diagnosis.question import Asked, Lines
     from regraft.upgrade import Upgrade
 
 
@@ -139,3 +141,18 @@ def _moved(name: str, parts: list[_Sums]) -> Moved:
         signs=sum(part.same_sign for part in parts) / compared if compared else None,
         overlap=math.fsum(overlaps) / len(overlaps) if overlaps else None,
     )
+
+
+def _ask(asked: Asked) -> Shift:
+    return shift(asked.upgrade, asked.direct.adaptation, asked.direct.progress)
+
+
+def _describe(answer: Shift, _: str) -> Lines:
+    moved = answer.whole
+    if moved.cosine is None:
+        return []
+    norms = f"{moved.shift:.2f} and {moved.delta:.2f} (L2)"
+    return [("shift against delta", f"{norms}, cosine {moved.cosine:+.3f}, signs agree {moved.signs:.0%}")]
+
+
+QUESTION = Question("shift", 60, Shift, _ask, is_required=True, describe=_describe)

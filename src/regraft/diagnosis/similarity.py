@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from regraft.checkpoint.record import Count, require_shape
 from regraft.diagnosis.attention import Seen, attending, batches, classifier_of, look, random_model
 from regraft.diagnosis.comparison import Comparison
+from regraft.diagnosis.question import Question
 from regraft.errors import RecipeError
-from regraft.model.examples import encode
+from regraft.model import Deployment
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -17,10 +19,11 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.base import Base
+    from regraft.diagnosis.question import Asked, Lines
     from regraft.task import TaskData
     from regraft.task.types import Examples
 
-    Table = tuple[tuple[float, ...], ...]
+Table = tuple[tuple[float, ...], ...]
 
 SHOWN = 24
 DIGITS = 5
@@ -40,12 +43,17 @@ class Map:
         new: The same in the second.
     """
 
-    layer: int
-    head: int
+    layer: Count
+    head: Count
     divergence: float
     tokens: tuple[str, ...]
     old: Table
     new: Table
+
+    def __post_init__(self) -> None:
+        """Check that there is a value for each two tokens."""
+        for name, values in (("old", self.old), ("new", self.new)):
+            require_shape(values, len(self.tokens), len(self.tokens), name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,10 @@ class Control:
     divergence: Table
     cosine: Table
     cka: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Check that there is a value for each head."""
+        _check_heads(self.divergence, cosine=self.cosine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +97,18 @@ class Similarity:
 
     divergence: Table
     cosine: Table
-    best: tuple[tuple[int, ...], ...]
+    best: tuple[tuple[Count, ...], ...]
     others: Table
     control: Control | None
     cka: tuple[float, ...]
     kl: float
     agreement: float
     maps: tuple[Map, ...]
-    texts: int
+    texts: Count
+
+    def __post_init__(self) -> None:
+        """Check that there is a value for each head."""
+        _check_heads(self.divergence, cosine=self.cosine, best=self.best, others=self.others)
 
 
 def similarity(
@@ -142,12 +158,14 @@ def similarity(
 
     split = data.dev if data.test is None else data.test
     split = split.take(np.unique(np.linspace(0, len(split) - 1, min(texts, len(split))).round().astype(np.int64)))
-    examples = encode(base, data, split)
+    examples = Deployment(first, base, data, precision).examples(split)
     if control is None:
         control, control_name = random_model(first, seed), control_name or f"random weights (seed {seed})"
-    pair, unrelated = Comparison(every_head=True), Comparison(every_head=False)
+    likelihood = data.task.likelihood
+    pair, unrelated = Comparison(likelihood, every_head=True), Comparison(likelihood, every_head=False)
     short = int(np.abs(examples.lengths - SHOWN).argmin())
-    text = encode(base, data.changed(max_length=min(data.max_length, SHOWN)), split.take([short]))
+    clipped = data.changed(max_length=min(data.max_length, SHOWN))
+    text = Deployment(first, base, clipped, precision).examples(split.take([short]))
     with attending(first, second, control):
         config = classifier_of(first).config
         at_once = max(1, MOMENT_BYTES // (2 * 3 * 4 * config.hidden_size**2))
@@ -222,3 +240,27 @@ def _rounded(rows: list[list[float]]) -> Table:
 
 def _table(figures: torch.Tensor) -> Table:
     return tuple(map(tuple, figures.tolist()))
+
+
+def _check_heads(divergence: Table, **tables: Sequence[Sequence[float]]) -> None:
+    heads = len(divergence[0]) if divergence else 0
+    for name, table in (("divergence", divergence), *tables.items()):
+        require_shape(table, len(divergence), heads, name)
+
+
+def _ask(asked: Asked) -> Similarity:
+    asked.require_same_tokens()
+    pair = asked.pair
+    return similarity(
+        pair.old.model, pair.new.model, asked.upgrade.old, pair.data, precision=pair.precision, progress=pair.progress
+    )
+
+
+def _describe(answer: Similarity, _: str) -> Lines:
+    values = [value for row in answer.divergence for value in row]
+    own = sum(best == head for row in answer.best for head, best in enumerate(row))
+    heads = f"divergence {sum(values) / len(values):.3f} bits; {own} of {len(values)} heads are nearest to themselves"
+    return [("attention heads", heads), ("hidden states", f"CKA {min(answer.cka):.3f} at the least alike layer")]
+
+
+QUESTION = Question("similarity", 50, Similarity, _ask, describe=_describe)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from regraft.task.bootstrap import RESAMPLES, paired_difference, resampled_scores
+from regraft.diagnosis.check import QUESTION as CHECK
+from regraft.diagnosis.choice import ADVICE, Choice, choose
+from regraft.diagnosis.connectivity import QUESTION as CONNECTIVITY
+from regraft.diagnosis.probe import QUESTION as PROBE
+from regraft.diagnosis.question import Question
+from regraft.diagnosis.similarity import QUESTION as SIMILARITY
+from regraft.task import chance_score, weakness
+from regraft.task.bootstrap import RESAMPLES, resampled_scores
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from regraft.diagnosis.pair import Pair
+    from regraft.diagnosis.question import Asked
     from regraft.task import Interval
-
-    Choice = Literal["use as is", "training-free", "short tuning", "scratch"]
-
-AS_IS, TRAINING_FREE, SHORT_TUNING = 0.95, 0.80, 0.35
-"""The least share of the score above guessing that must be left for each choice."""
-ADVICE: dict[str, str] = {
-    "use as is": "use the old weights as they are (direct)",
-    "training-free": "a method without training should close most of the gap (ridge)",
-    "short tuning": "a short tuning from the old weights should close the gap (init+distill, ridge+distill)",
-    "scratch": "the upgrade moved far: tune with the old model as teacher (init+distill), or from scratch",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Verdict:
         choice: `use as is`, `training-free`, `short tuning` or `scratch`.
         sure: The share of resamples of the examples that lead to the same choice; 0 where they are too few or of a
             single class, so that resamples cannot tell.
-        predicted: The recovery to expect of the old weights as they are, in % of what the old deployment has above
+        predicted: The recovery to expect of the old weights as they are: a share of what the old deployment has above
             guessing, or of what the new base is expected to reach where a probe finds it better at the task.
         reasons: The figures that led there.
         advice: What to do, in a sentence.
@@ -61,39 +57,6 @@ class Verdict:
     predicted: float
     reasons: tuple[Reason, ...]
     advice: str
-
-
-def choose(share: float, gain: float = 0.0) -> Choice:
-    """Choose by what is left of a score.
-
-    Args:
-        share: The new score over the expected one, both above guessing.
-        gain: What a probe finds the new base better by: nothing that does no training can have it.
-
-    Returns:
-        The choice.
-    """
-    if share >= AS_IS:
-        return "use as is"
-    if share >= TRAINING_FREE and gain <= 0:
-        return "training-free"
-    return "short tuning" if share >= SHORT_TUNING else "scratch"
-
-
-def probe_gain(pair: Pair) -> Interval:
-    """Find out whether the new base is better at a task than the old one, by a linear probe on dev.
-
-    Args:
-        pair: The deployments; only their bases and the task count.
-
-    Returns:
-        The difference of the probes' scores, with its interval.
-    """
-    from regraft.model.probe import probe
-
-    data = pair.data
-    old, new = (probe(base, data, pair.precision) for base in (pair.upgrade.old, pair.upgrade.new))
-    return paired_difference(data.metric, data.dev.labels, new, old)
 
 
 def verdict(
@@ -136,7 +99,7 @@ def verdict(
         chosen = "scratch"
     else:
         advice = f"{100 * share:.0f} % of the score to expect above guessing is left: {ADVICE[chosen]}."
-    found: tuple[Reason, ...] = (
+    figures: tuple[Reason, ...] = (
         Reason("old deployment", f"{old[0]:.3f}", f"{metric} of the old weights on the old base"),
         Reason("as they are", f"{new[0]:.3f}", "the same weights on the new base, without any tuning"),
         Reason("guessing", f"{floor:.3f}", "the most frequent class"),
@@ -146,9 +109,52 @@ def verdict(
             "no gain of the new base at the task that old weights would miss"
         )  # fmt: skip
         value = f"{100 * gain.estimate:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
-        found += (Reason("probe of the new base", value, says),)
+        figures += (Reason("probe of the new base", value, says),)
     sure = choices[1:].count(chosen) / RESAMPLES
     if weakness:
         sure = 0.0
-        found += (Reason("examples", f"{len(true):,}", weakness),)
-    return Verdict(chosen, sure, 100 * share, found + reasons, advice)
+        figures += (Reason("examples", f"{len(true):,}", weakness),)
+    return Verdict(chosen, sure, share, figures + reasons, advice)
+
+
+def _ask(asked: Asked) -> Verdict:
+    pair = asked.direct
+    return verdict(
+        pair.data.metric,
+        pair.split.targets,
+        pair.before,
+        pair.after,
+        chance_score(pair.data, pair.split),
+        gain=asked.answer(PROBE),
+        weakness=weakness(pair.data, pair.split),
+        reasons=_reasons(asked),
+    )
+
+
+def _reasons(asked: Asked) -> tuple[Reason, ...]:
+    reasons = []
+    if (checked := asked.answer(CHECK)) is not None:
+        shares = (
+            ("agreement", checked.agreement, "of the examples get the same prediction as before"),
+            ("negative flips", checked.negative_flips, "of the examples were right and are wrong"),
+            ("distance of the bases", checked.relative, "of the old base's norm"),
+        )
+        reasons += [Reason(name, f"{100 * share:.1f} %", meaning) for name, share, meaning in shares]
+    if (segment := asked.answer(CONNECTIVITY)) is not None:
+        height = max(segment.barrier.values())
+        meaning = "no barrier on the way: one basin" if segment.connected else "a barrier lies between the deployments"
+        reasons.append(Reason("barrier of the loss", f"{height:.3f}", meaning))
+    if (alike := asked.answer(SIMILARITY)) is not None:
+        meaning = "between the attention of matched heads, in bits"
+        if alike.control is not None:
+            meaning += f" ({_mean(alike.control.divergence):.3f} for {alike.control.name})"
+        reasons.append(Reason("head divergence", f"{_mean(alike.divergence):.3f}", meaning))
+    return tuple(reasons)
+
+
+def _mean(matrix: tuple[tuple[float, ...], ...]) -> float:
+    values = [value for row in matrix for value in row]
+    return sum(values) / len(values)
+
+
+QUESTION = Question("verdict", 100, Verdict, _ask, is_required=True)

@@ -1,6 +1,7 @@
 """Recycling methods, starts and objectives, and what runs them."""
 
-from regraft.methods.compare import Comparison, Row, compare
+from regraft.methods.compare import compare
+from regraft.methods.comparison import Comparison, Row, read_comparison
 from regraft.methods.convert import Conversion, convert
 from regraft.methods.job import Job
 from regraft.methods.method import Method, Objective, Part, Start
@@ -25,6 +26,7 @@ __all__ = [
     "methods",
     "parse_options",
     "parts",
+    "read_comparison",
     "recycle",
     "tune",
 ]

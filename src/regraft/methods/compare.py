@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_model
 from regraft.checkpoint import check_place, to_json, write_atomic
 from regraft.errors import RecipeError
+from regraft.methods.comparison import Comparison, Row
 from regraft.methods.recycle import recycle
 from regraft.methods.registry import find_method
 from regraft.model import Deployment, match_labels
@@ -22,65 +23,6 @@ if TYPE_CHECKING:
 
     from regraft.task import Task, TaskData
     from regraft.upgrade import Upgrade
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One method with one seed, or the mean over seeds.
-
-    Args:
-        method: Its name.
-        seeds: The seeds it stands for.
-        start: The score on dev before the first step.
-        dev: The best score on dev.
-        test: The score on test; on dev where there is no test. The figures below are of the same split.
-        test_deviation: Its standard deviation over seeds, None for one seed.
-        recovery: (score − majority) / (scratch's score − majority) in %, None where that gap is below 3 points.
-        steps_to_scratch: Steps until dev first reached scratch's last score, None if it never did.
-        seconds_to_scratch: The same in seconds of training.
-        negative_flips: The share of examples the old deployment had right and this has wrong.
-        labels: Labelled training examples that were seen.
-        steps: Steps of the whole training.
-        seconds: Seconds of it; of the whole method where nothing is trained.
-    """
-
-    method: str
-    seeds: tuple[int, ...]
-    start: float
-    dev: float
-    test: float
-    test_deviation: float | None
-    recovery: float | None
-    steps_to_scratch: float | None
-    seconds_to_scratch: float | None
-    negative_flips: float
-    labels: float
-    steps: float
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What came of several methods.
-
-    Args:
-        task: The task's name.
-        metric: Its metric.
-        split: What the final scores are measured on, `test` or `dev`.
-        old: The old deployment's score there: the old weights on the old base. The mean over seeds, as few-shot draws
-            and splits may change with them.
-        majority: The score of always guessing the most frequent class, likewise.
-        rows: One a method, over all seeds.
-        outcomes: The outcome folders.
-    """
-
-    task: str
-    metric: str
-    split: str
-    old: float
-    majority: float
-    rows: tuple[Row, ...]
-    outcomes: tuple[str, ...]
 
 
 def compare(
@@ -167,24 +109,26 @@ def compare(
 
 
 def _row(outcome: Outcome, scratch: Outcome, split: str, was_right: Sequence[bool]) -> Row:
-    scores, cost, curve = outcome.record["scores"], outcome.record["cost"], outcome.curve
-    reference, floor = scratch.record["scores"][split], scratch.record["scores"][f"{split}_majority"]
+    record, curve, scores = outcome.record, outcome.curve, outcome.record.scores
+    start, test = scores.dev_at_start, scores.of(split)
+    floor, reference = scratch.record.scores.majority(split), scratch.record.scores.of(split)
+    assert start is not None and test is not None and floor is not None and reference is not None  # there are labels
     target = scratch.curve[-1]["score"]
     reached = next((point for point in curve if point["score"] >= target), None)
     return Row(
-        method=outcome.record["method"],
-        seeds=(outcome.record["seed"],),
-        start=scores["dev_at_start"],
+        method=record.method,
+        seeds=(record.seed,),
+        start=start,
         dev=max(point["score"] for point in curve),
-        test=scores[split],
+        test=test,
         test_deviation=None,
-        recovery=recovery(scores[split], floor, reference),
+        recovery=recovery(test, floor, reference),
         steps_to_scratch=reached["step"] if reached else None,
         seconds_to_scratch=reached["seconds"] if reached else None,
         negative_flips=count_flips(was_right, outcome.right(split)).negative_rate,
-        labels=cost["labels"],
-        steps=cost["steps"],
-        seconds=cost["seconds"],
+        labels=record.cost.labels,
+        steps=record.cost.steps,
+        seconds=record.cost.seconds,
     )
 
 

@@ -19,6 +19,8 @@ from regraft.adaptation import (
     stored_head,
     write_outcome,
 )
+from regraft.adaptation.outcome import versions
+from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, Source, TaskRecord
 from regraft.adaptation.tokens import tuned_rows, with_own_tokens
 from regraft.checkpoint import check_finite, resumable_folder
 from regraft.errors import CheckpointError, MismatchError, RecipeError
@@ -122,13 +124,13 @@ def recycle(
     old_head = data.head if head == "copy" else stored_head(adaptation, upgrade.old)
     check_effect(check_fit(adaptation, upgrade, old_head), adaptation, upgrade.old, data)
     resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
-    source = {
-        "adaptation": str(adaptation.path),
-        "fingerprint": adaptation.fingerprint,
-        "old_base": upgrade.old.name,
-        "old_base_fingerprint": upgrade.old.fingerprint,
-        "lineage": lineage,
-    }
+    source = Source(
+        adaptation=str(adaptation.path),
+        fingerprint=adaptation.fingerprint,
+        old_base=upgrade.old.name,
+        old_base_fingerprint=upgrade.old.fingerprint,
+        lineage=lineage,
+    )
     with resumable_folder(out, inputs) as work:
         if done := find_outcome(out, inputs, (upgrade.old, upgrade.new)):  # another process has made it since
             return done
@@ -156,7 +158,7 @@ def record_outcome(
     inputs: dict[str, Any],
     *,
     method: str,
-    recycled_from: dict[str, Any] | None,
+    recycled_from: Source | None,
     notes: dict[str, Any] | None = None,
     labelled: Collection[int] = (),
     progress: Progress,
@@ -227,25 +229,26 @@ def record_outcome(
     if steps:
         order = plan_order(deployment.examples(data.train).lengths, recipe.batch_size, steps, recipe.seed)
         labels_read.update(data.train.rows[order].tolist())
-    record = {
-        "method": method,
-        "kind": adaptation.kind,
-        "inputs": inputs,
-        "task": {"name": data.name, "metric": data.metric, "digest": data.digest(), "train": len(data.train)},
-        "labels": list(data.labels),
-        "seed": recipe.seed,
-        "recipe": dataclasses.asdict(recipe),
-        "scores": {**scores, "dev_at_start": curve[0]["score"] if trained or data.labelled else None},
-        "best_step": int(best["step"]),
-        "cost": {
-            "steps": steps,
-            "seconds": notes.pop("seconds", round(curve[-1]["seconds"], 2)),
-            "labels": notes.pop("labels", len(labels_read)),
-        },
-        "notes": notes,
-        "base": {"name": base.name, "fingerprint": base.fingerprint},
-        "recycled_from": recycled_from,
-    }
+    record = OutcomeRecord(
+        method=method,
+        kind=adaptation.kind,
+        inputs=inputs,
+        task=TaskRecord(data.name, data.metric, data.digest(), len(data.train)),
+        labels=tuple(data.labels),
+        seed=recipe.seed,
+        recipe=dataclasses.asdict(recipe),
+        scores=Scores(**scores, dev_at_start=curve[0]["score"] if trained or data.labelled else None),
+        best_step=int(best["step"]),
+        cost=Cost(
+            steps=steps,
+            seconds=notes.pop("seconds", round(curve[-1]["seconds"], 2)),
+            labels=notes.pop("labels", len(labels_read)),
+        ),
+        notes=notes,
+        base=BaseRecord(base.name, base.fingerprint),
+        recycled_from=recycled_from,
+        versions=versions(),
+    )
     return write_outcome(staging, out, record, curve, rows)
 
 

@@ -8,11 +8,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import Outcome, is_right, load_outcome
+from regraft.adaptation import Outcome, is_right
+from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome
 from regraft.checkpoint import read_json, read_json_lines
+from regraft.diagnosis import Diagnosis, read_diagnosis
 from regraft.errors import CheckpointError, OutcomeError
+from regraft.methods import Comparison, read_comparison
 from regraft.printable import printable
-from regraft.report.schema import COMPARISON, check_diagnosis, check_outcome, hold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,35 +23,35 @@ OUTCOME_FILE, COMPARISON_FILE, DIAGNOSIS_FILE = "outcome.json", "comparison.json
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """One finished run with all that is shown of it.
+class Run:
+    """A finished run with all that is shown of it.
 
     Args:
         path: Its folder.
-        record: The content of its `outcome.json`.
+        record: What its `outcome.json` holds.
         curve: Its learning curve.
         right: By split and row: whether the prediction is right; None without a label.
     """
 
     path: Path
-    record: dict[str, Any]
+    record: OutcomeRecord
     curve: list[dict[str, float]]
     right: dict[tuple[str, int], bool | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """What was found.
+    """What there is to report.
 
     Args:
         outcomes: The outcome folders.
-        comparisons: By folder, the content of `comparison.json`.
-        diagnoses: By folder, the content of `diagnosis.json`.
+        comparisons: By folder what its `comparison.json` holds.
+        diagnoses: By folder what its `diagnosis.json` holds.
     """
 
-    outcomes: list[Found]
-    comparisons: dict[Path, dict[str, Any]]
-    diagnoses: dict[Path, dict[str, Any]]
+    outcomes: list[Run]
+    comparisons: dict[Path, Comparison]
+    diagnoses: dict[Path, Diagnosis]
 
 
 def find_runs(folders: Sequence[str | Path]) -> Runs:
@@ -64,30 +66,29 @@ def find_runs(folders: Sequence[str | Path]) -> Runs:
     Raises:
         OutcomeError: A folder does not exist, a file in it is malformed, or there is nothing to report.
     """
-    found, seen = Runs([], {}, {}), set()
-    for given in map(Path, folders):
-        if not given.exists():
-            raise OutcomeError(f"{given}: there is no such folder. Name outcome folders, or folders that hold some.")
-        for folder, files in _walk(given if given.is_dir() else given.parent):
-            if (place := folder.resolve()) in seen:
+    runs, visited = Runs([], {}, {}), set()
+    for top in map(Path, folders):
+        if not top.exists():
+            raise OutcomeError(f"{top}: there is no such folder. Name outcome folders, or folders that hold some.")
+        for folder, files in _walk(top if top.is_dir() else top.parent):
+            if (resolved := folder.resolve()) in visited:
                 continue
-            seen.add(place)
+            visited.add(resolved)
             if OUTCOME_FILE in files:
-                found.outcomes.append(_outcome(load_outcome(folder)))
+                file = folder / OUTCOME_FILE
+                runs.outcomes.append(_outcome(folder, read_outcome(_read(file), str(file))))
             if COMPARISON_FILE in files:
-                content = _read(folder / COMPARISON_FILE)
-                hold(content, COMPARISON, str(folder / COMPARISON_FILE), "regraft compare")
-                found.comparisons[folder] = content
+                file = folder / COMPARISON_FILE
+                runs.comparisons[folder] = read_comparison(_read(file), str(file))
             if DIAGNOSIS_FILE in files:
-                content = _read(folder / DIAGNOSIS_FILE)
-                check_diagnosis(content, str(folder / DIAGNOSIS_FILE))
-                found.diagnoses[folder] = content
-    if not (found.outcomes or found.comparisons or found.diagnoses):
+                file = folder / DIAGNOSIS_FILE
+                runs.diagnoses[folder] = read_diagnosis(_read(file), str(file))
+    if not (runs.outcomes or runs.comparisons or runs.diagnoses):
         raise OutcomeError(
             f"{', '.join(map(str, folders))}: found no {OUTCOME_FILE}, {COMPARISON_FILE} or {DIAGNOSIS_FILE} there. "
             "`regraft recycle`, `regraft compare` and `regraft check --deep --out` write them."
         )
-    return found
+    return runs
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, set[str]]]:
@@ -100,23 +101,20 @@ def _walk(top: Path) -> Iterator[tuple[Path, set[str]]]:
         yield Path(folder), set(files)
 
 
-def _outcome(outcome: Outcome) -> Found:
-    file = outcome.path / OUTCOME_FILE
-    record = clean(outcome.record)
-    check_outcome(record, str(file))
+def _outcome(folder: Path, record: OutcomeRecord) -> Run:
+    outcome, right = Outcome(folder, record), {}
     try:
         curve = [{name: float(value) for name, value in point.items()} for point in outcome.curve]
-        right = {}
-        for row in read_json_lines(outcome.path / "predictions.jsonl"):
+        for row in read_json_lines(folder / "predictions.jsonl"):
             right[row["split"], row["row"]] = is_right(row)
         if not curve or any("step" not in point or "score" not in point for point in curve):
             raise ValueError("the learning curve has no step and score")
-    except (CheckpointError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise OutcomeError(
-            f"{outcome.path}: is not whole: curve.jsonl or predictions.jsonl cannot be read ({error!r:.400}). "
+            f"{folder}: is not whole: curve.jsonl or predictions.jsonl cannot be read ({error!r:.400}). "
             "Remove the folder and run its method again."
         ) from error
-    return Found(outcome.path, record, curve, right)
+    return Run(folder, record, curve, right)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -124,6 +122,8 @@ def _read(file: Path) -> dict[str, Any]:
         cleaned: dict[str, Any] = clean(read_json(file))
     except CheckpointError as error:
         raise OutcomeError(f"{error} Write it again or remove it.") from error
+    except RecursionError:
+        raise OutcomeError(f"{file}: is nested too deep. Write it again or remove it.") from None
     return cleaned
 
 

@@ -43,12 +43,12 @@ def to_markdown(page: Page, plots: Mapping[str, str]) -> str:
 
 
 def _card(card: Card) -> list[str]:
-    told = [f"> **{card.label}: {_escape(card.choice)}**"]
+    answer = f"> **{card.label}: {_escape(card.choice)}**"
     if card.sure is not None:
-        told[0] += f" ({percent(card.sure, 0)} sure)"
+        answer += f" ({percent(card.sure, 0)} sure)"
     if card.predicted is not None:
-        told[0] += f", predicted recovery {number(card.predicted, 0)} %"
-    return [*told, ">", f"> {_escape(card.advice)}", "", *_table(("figure", "value", "meaning"), card.reasons, 1)]
+        answer += f", predicted recovery {percent(card.predicted, 0)}"
+    return [answer, ">", f"> {_escape(card.advice)}", "", *_table(("figure", "value", "meaning"), card.reasons, 1)]
 
 
 def _block(block: Block, plots: Mapping[str, str]) -> list[str]:
@@ -81,8 +81,8 @@ def _flips(browser: Browser) -> list[str]:
     head = ("row", "flip", "label", "before", "after", "confidence", "text")
     shown = [
         (
-            str(flip["row"]), flip["kind"], flip["label"], flip["before"], flip["after"],
-            number(flip["confidence"], 2), clip(flip["text"], MOST_CHARACTERS),
+            str(flip.row), flip.kind, flip.label, flip.before, flip.after, number(flip.confidence, 2),
+            clip(flip.text, MOST_CHARACTERS),
         )
         for flip in browser.flips[:MOST_FLIPS]
     ]  # fmt: skip

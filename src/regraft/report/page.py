@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from regraft.diagnosis.regressions import Flip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +103,12 @@ class Browser:
         flips: The flips of a diagnosis.
     """
 
-    flips: tuple[dict[str, Any], ...]
+    flips: tuple[Flip, ...]
 
     @property
     def labels(self) -> list[str]:
         """The labels that occur, in alphabetical order."""
-        return sorted({flip["label"] for flip in self.flips})
+        return sorted({flip.label for flip in self.flips})
 
 
 Block = Table | Charts | Facts | Prose | Commands | Browser
@@ -139,7 +141,7 @@ class Card:
         tone: How good it is: `good`, `fair`, `poor` or `plain`.
         advice: What to do, in a sentence.
         sure: How sure the answer is, from 0 to 1, None where it is a measurement.
-        predicted: The recovery that is expected, in %, None where it is measured.
+        predicted: The recovery that is expected, from 0 to 1, None where it is measured.
         reasons: Name, value and meaning of the figures that led there.
     """
 

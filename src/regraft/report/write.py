@@ -52,13 +52,13 @@ def write_report(
     _check_place(out)
     if not folders:
         raise RecipeError("no runs are named. Name outcome folders, or folders that hold some.")
-    found = find_runs(folders)
+    reported = find_runs(folders)
     from regraft.report.charts import drawing, save_figure
     from regraft.report.sections import build_page
 
     try:
         with drawing():
-            page = build_page(found)
+            page = build_page(reported)
             # drawn once, before all else: drawing a figure a second time may lay it out a little differently
             pictures = {chart.name: save_figure(chart.figure, "svg") for chart in page.charts}
             names = _write_plots(page, pictures, Path(plots), out) if plots is not None else {}
@@ -66,8 +66,8 @@ def write_report(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, text)
     except OSError as error:
-        place = error.filename or out
-        raise OutcomeError(f"{place}: cannot be written ({error.strerror or error}). Choose another --out.") from error
+        file = error.filename or out
+        raise OutcomeError(f"{file}: cannot be written ({error.strerror or error}). Choose another --out.") from error
     return out
 
 

@@ -50,10 +50,10 @@ def recovery(value: float, floor: float, reference: float, *, rises: bool = True
         rises: Whether more is better.
 
     Returns:
-        In percent, neither clipped at 0 nor at 100; None where the reference gains less than `HEADROOM`.
+        The share, clipped neither at 0 nor at 1; None where the reference gains less than `HEADROOM`.
     """
     gain = reference - floor if rises else floor - reference
-    return 100 * (value - floor) / (reference - floor) if gain >= HEADROOM else None
+    return (value - floor) / (reference - floor) if gain >= HEADROOM else None
 
 
 @dataclasses.dataclass(frozen=True)

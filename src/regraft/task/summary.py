@@ -6,7 +6,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from regraft.task.data import duplicates
-from regraft.task.labels import lookalikes, reads_as_missing
 
 if TYPE_CHECKING:
     from regraft.task.data import TaskData
@@ -58,7 +57,7 @@ def _summary(split: Split, data: TaskData) -> SplitSummary:
 
     strata, names = data.task.strata(split.targets, data.labels)
     counts = dict(zip(names, np.bincount(strata, minlength=len(names)).tolist(), strict=True))
-    words = np.array([data.task.words(inputs) for inputs in split.inputs])
+    words = np.array([data.task.count_words(inputs) for inputs in split.inputs])
     return SplitSummary(
         split.name,
         split.source,
@@ -81,18 +80,8 @@ def doubts(data: TaskData) -> list[str]:
         A sentence for each: labels that look alike or stand for missing ones, a dev or test split that is tiny or of a
         single class, texts of test that are in train too.
     """
-    sentences = []
-    for group in lookalikes(data.labels) if data.labelled else ():
-        names = " and ".join(map(ascii, group))
-        sentences.append(
-            f"{data.train.source}: the labels {names} look alike: they differ only in case, blanks, invisible "
-            "characters or the way accents are stored, and count as several classes. Write them alike if they are one."
-        )
-    if missing := [name for name in data.labels if data.labelled and reads_as_missing(name)]:
-        sentences.append(
-            f"{data.train.source}: the label {missing[0]!r} reads as a missing value, and counts as a class. Remove "
-            "its rows if they have no label."
-        )
+    labels = data.task.doubts(data.labels) if data.labelled else []
+    sentences = [f"{data.train.source}: {doubt}" for doubt in labels]
     for split in (data.dev, data.test):
         if split is not None and (why := weakness(data, split)):
             sentences.append(f"{split.source}: {split.name} has {why}.")

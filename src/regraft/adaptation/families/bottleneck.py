@@ -6,13 +6,6 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adapter_folder import write_adapter
-from regraft.adaptation.bottleneck import (
-    BottleneckConfig,
-    attach_bottlenecks,
-    bottleneck_state,
-    config_in,
-    set_bottleneck_state,
-)
 from regraft.adaptation.changes import in_base, parameter_of
 from regraft.adaptation.families.adapter import Adapter
 from regraft.adaptation.lora import START
@@ -25,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.adaptation import Adaptation, Tensors
+    from regraft.adaptation.bottleneck import BottleneckConfig
     from regraft.base import Base
     from regraft.task import Head
 
@@ -34,16 +28,22 @@ class Bottlenecks(Adapter):
 
     def config_class(self, config: Mapping[str, Any]) -> Any:
         """Return our own."""
+        from regraft.adaptation.bottleneck import BottleneckConfig
+
         return BottleneckConfig
 
     def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> BottleneckConfig:
         """Read our own settings."""
+        from regraft.adaptation.bottleneck import BottleneckConfig
+
         return BottleneckConfig.from_dict(adaptation.config, f"{adaptation.path}/adapter_config.json")
 
     def put_on(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], whole: Sequence[str]
     ) -> Any:
         """Wrap the layers that the settings name; of what they have saved whole, heads and poolers are."""
+        from regraft.adaptation.bottleneck import attach_bottlenecks
+
         present = tuple(name for name in whole if name in heads or name == "pooler")
         return attach_bottlenecks(
             model, dataclasses.replace(config, modules_to_save=present, task_type=head.type.peft_type)
@@ -53,6 +53,8 @@ class Bottlenecks(Adapter):
         self, model: Any, adaptation: Adaptation, head: Head, *, trainable: bool
     ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
         """Fill the adapters if all of them are stored and fit."""
+        from regraft.adaptation.bottleneck import attach_bottlenecks, bottleneck_state, set_bottleneck_state
+
         try:
             attach_bottlenecks(model, self.read_config(adaptation))
         except MismatchError as error:
@@ -69,6 +71,8 @@ class Bottlenecks(Adapter):
 
     def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
         """Write the adapters and what is saved whole."""
+        from regraft.adaptation.bottleneck import bottleneck_state, config_in
+
         settings = {**config_in(model).to_dict(), "base_model_name_or_path": base.name}
         write_adapter(into, {START + name: tensor for name, tensor in bottleneck_state(model).items()}, settings)
 

@@ -1,14 +1,20 @@
 """One function a chart; each gives a matplotlib figure and touches no global state."""
 
-from regraft.report.charts.bars import draw_calibration, draw_kept, draw_methods, draw_moved
-from regraft.report.charts.curves import draw_angles, draw_cka, draw_compatibility, draw_learning, draw_segment
+from regraft.report.charts.bars import draw_kept, draw_methods, draw_moved
+from regraft.report.charts.curves import (
+    draw_angles,
+    draw_cka,
+    draw_compatibility,
+    draw_learning,
+    draw_scatter,
+    draw_segment,
+)
 from regraft.report.charts.maps import draw_attention, draw_heads, draw_plane
 from regraft.report.charts.style import drawing, save_figure
 
 __all__ = [
     "draw_angles",
     "draw_attention",
-    "draw_calibration",
     "draw_cka",
     "draw_compatibility",
     "draw_heads",
@@ -17,6 +23,7 @@ __all__ = [
     "draw_methods",
     "draw_moved",
     "draw_plane",
+    "draw_scatter",
     "draw_segment",
     "drawing",
     "save_figure",

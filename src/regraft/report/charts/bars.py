@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from regraft.report.charts.style import BLUE, INK, LINE, MIDDLE, PAPER, SOFT, VERMILLION, end_at_one, legend, new_figure
+from regraft.report.charts.style import BLUE, INK, MIDDLE, PAPER, SOFT, VERMILLION, end_at_one, legend, new_figure
 from regraft.report.wording import clip, number
 
 if TYPE_CHECKING:
@@ -77,34 +77,6 @@ def draw_moved(names: Sequence[str], shift: Sequence[float], delta: Sequence[flo
     axes.set_xlabel("% of the old base's norm")
     axes.margins(y=0.03)
     legend(axes)
-    return figure
-
-
-def draw_calibration(calibration: Mapping[str, Any]) -> Figure:
-    """Draw how often predictions of a confidence are right.
-
-    Args:
-        calibration: By model, the calibration of a diagnosis.
-
-    Returns:
-        The figure.
-    """
-    figure = new_figure(height=3.4)
-    axes = figure.add_subplot()
-    axes.plot((0, 1), (0, 1), color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label="as sure as right")
-    looks = {"old": (VERMILLION, "s", (0, (5, 2))), "new": (BLUE, "o", "-")}
-    most = max((one["count"] for entry in calibration.values() for one in entry["bins"]), default=1) or 1
-    for name, entry in calibration.items():
-        colour, marker, dashes = looks.get(name, (INK, "^", "-"))
-        used = [one for one in entry["bins"] if one["count"] and one["accuracy"] is not None]
-        at, right = [one["confidence"] for one in used], [one["accuracy"] for one in used]
-        axes.plot(at, right, color=colour, linestyle=dashes, label=f"{name} model, ECE {number(entry['ece'])}")
-        sizes = [14 + 60 * one["count"] / most for one in used]
-        axes.scatter(at, right, s=sizes, color=colour, marker=marker, edgecolors=LINE, linewidths=0.5, zorder=3)
-    axes.set_xlabel("confidence")
-    axes.set_ylabel("share that is right")
-    axes.set_ylim(-0.03, 1.05)
-    legend(axes, 1)
     return figure
 
 

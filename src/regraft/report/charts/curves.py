@@ -9,6 +9,7 @@ from regraft.report.charts.style import (
     DASHES,
     GREEN,
     INK,
+    LINE,
     MARKERS,
     SERIES,
     SOFT,
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.figure import Figure
+
+    from regraft.diagnosis import Point
+    from regraft.task.types import Scatter
 
 
 def draw_learning(curves: Mapping[str, Sequence[tuple[float, float]]], level: float | None, metric: str) -> Figure:
@@ -93,7 +97,7 @@ def draw_segment(
     return figure
 
 
-def draw_compatibility(points: Sequence[Mapping[str, Any]], metric: str, floor: float) -> Figure:
+def draw_compatibility(points: Sequence[Point], metric: str, floor: float) -> Figure:
     """Draw how the old weights fare on later and later checkpoints of the base.
 
     Args:
@@ -106,22 +110,51 @@ def draw_compatibility(points: Sequence[Mapping[str, Any]], metric: str, floor: 
     """
     figure = new_figure(WIDE, 3.1)
     axes = figure.add_subplot()
-    stepped = all(point["steps"] is not None for point in points)
-    at = [point["steps"] if stepped else place for place, point in enumerate(points)]
-    axes.plot(at, [point["score"] for point in points], label=f"{metric} of the old weights", **_look(0))
-    axes.plot(at, [point["agreement"] for point in points], label="agreement with the old deployment", **_look(1))
+    steps = [point.steps for point in points if point.steps is not None]
+    at = steps if len(steps) == len(points) else list(range(len(points)))
+    axes.plot(at, [point.score for point in points], label=f"{metric} of the old weights", **_look(0))
+    axes.plot(at, [point.agreement for point in points], label="agreement with the old deployment", **_look(1))
     axes.axhline(floor, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label="majority guess")
-    if stepped:
+    if len(steps) == len(points):
         axes.set_xlabel("pre-training steps since the old base")
     else:
         axes.set_xticks(
-            at, [clip(base_name(point["name"]), 14) for point in points], rotation=30 if len(points) > 6 else 0
+            at, [clip(base_name(point.name), 14) for point in points], rotation=30 if len(points) > 6 else 0
         )
         axes.set_xlabel("checkpoint")
     axes.set_ylabel("share of examples" if metric == "accuracy" else metric)
     axes.margins(y=0.12)
     end_at_one(axes)
     legend(axes, 3)
+    return figure
+
+
+def draw_scatter(view: Scatter) -> Figure:
+    """Draw series of points; larger marks stand for more examples.
+
+    Args:
+        view: The points, both of whose axes go from 0 to 1.
+
+    Returns:
+        The figure.
+    """
+    figure = new_figure(height=3.4)
+    axes = figure.add_subplot()
+    if view.diagonal:
+        axes.plot((0, 1), (0, 1), color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label=view.diagonal)
+    looks: tuple[tuple[str, str, Any], ...] = ((VERMILLION, "s", (0, (5, 2))), (BLUE, "o", "-"), (INK, "^", "-"))
+    most = max((size for series in view.series for size in series.sizes), default=1) or 1
+    for place, series in enumerate(view.series):
+        colour, marker, dashes = looks[min(place, len(looks) - 1)]
+        axes.plot(series.x, series.y, color=colour, linestyle=dashes, label=series.name)
+        sizes = [14 + 60 * size / most for size in series.sizes]
+        axes.scatter(
+            series.x, series.y, s=sizes, color=colour, marker=marker, edgecolors=LINE, linewidths=0.5, zorder=3
+        )
+    axes.set_xlabel(view.x)
+    axes.set_ylabel(view.y)
+    axes.set_ylim(-0.03, 1.05)
+    legend(axes, 1)
     return figure
 
 

@@ -8,9 +8,11 @@ from regraft.report.charts.style import INK, MARKERS, PAPER, WIDE, new_figure
 from regraft.report.wording import clip, finite, number
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from matplotlib.figure import Figure
+
+    from regraft.diagnosis import Map, Plane
 
 _DARK, _LIGHT = "#000001", "#fffffe"  # on the colours of a map, which are the same in both themes
 _MOST_CELLS = 10
@@ -58,24 +60,25 @@ def draw_heads(rows: Sequence[Sequence[float]], best: Sequence[Sequence[int]] | 
     return figure
 
 
-def draw_attention(one: Mapping[str, Any]) -> Figure:
+def draw_attention(attention: Map) -> Figure:
     """Draw where one head attends on a text, in the old model and in the new one.
 
     Args:
-        one: A map of a diagnosis.
+        attention: The head, its text, and where it attends.
 
     Returns:
         The figure.
     """
     import numpy as np
 
-    tokens = [clip(token, 11) for token in one["tokens"]]
+    tokens = [clip(token, 11) for token in attention.tokens]
     count, every = len(tokens), max(1, len(tokens) // 28)
     figure = new_figure(WIDE, 4.0 if count <= 16 else 4.4, layout="compressed")
     both = figure.subplots(1, 2, sharey=True)
-    top = max(finite(value for side in ("old", "new") for row in one[side] for value in row), default=0.0) or 1.0
-    for axes, side in zip(both, ("old", "new"), strict=True):
-        mesh = axes.imshow(np.array(one[side], dtype=float), vmin=0, vmax=top, interpolation="nearest")
+    sides = {"old": attention.old, "new": attention.new}
+    top = max(finite(value for rows in sides.values() for row in rows for value in row), default=0.0) or 1.0
+    for axes, (side, rows) in zip(both, sides.items(), strict=True):
+        mesh = axes.imshow(np.array(rows, dtype=float), vmin=0, vmax=top, interpolation="nearest")
         axes.set_title(f"{side} model", color=INK)
         size = 7.5 if count <= 16 else 5.5
         axes.set_xticks(range(0, count, every), tokens[::every], rotation=90, fontsize=size)
@@ -88,35 +91,35 @@ def draw_attention(one: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def draw_plane(plane: Mapping[str, Any]) -> Figure:
+def draw_plane(plane: Plane) -> Figure:
     """Draw the loss on the plane through three models.
 
     Args:
-        plane: The plane of a diagnosis.
+        plane: The plane.
 
     Returns:
         The figure.
     """
     import numpy as np
 
-    loss = np.ma.masked_invalid(np.array(plane["loss"], dtype=float))
+    loss = np.ma.masked_invalid(np.array(plane.loss, dtype=float))
     figure = new_figure(5.4, 3.9)
     axes = figure.add_subplot()
-    filled = axes.contourf(plane["x"], plane["y"], loss, levels=14, cmap="cividis_r")
-    axes.contour(plane["x"], plane["y"], loss, levels=14, colors=_LIGHT, linewidths=0.35, alpha=0.7)
-    for place, (name, (x, y)) in enumerate(zip(plane["names"], plane["places"], strict=True)):
+    filled = axes.contourf(plane.x, plane.y, loss, levels=14, cmap="cividis_r")
+    axes.contour(plane.x, plane.y, loss, levels=14, colors=_LIGHT, linewidths=0.35, alpha=0.7)
+    for place, (name, (x, y)) in enumerate(zip(plane.names, plane.places, strict=True)):
         axes.plot(x, y, marker=MARKERS[place], markersize=8, color=_LIGHT, markeredgecolor=_DARK, linestyle="none")
         axes.annotate(
             clip(name, 24), (x, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8, color=_DARK,
             bbox={"boxstyle": "round,pad=0.25", "facecolor": _LIGHT, "edgecolor": "none", "alpha": 0.85},
         )  # fmt: skip
-    if 0.4 < (plane["x"][-1] - plane["x"][0]) / ((plane["y"][-1] - plane["y"][0]) or 1) < 2.5:
+    if 0.4 < (plane.x[-1] - plane.x[0]) / ((plane.y[-1] - plane.y[0]) or 1) < 2.5:
         axes.set_aspect("equal")
     axes.set_xlabel("distance along the first side")
     axes.set_ylabel("distance across it")
     axes.grid(visible=False)
     bar = figure.colorbar(filled, ax=axes, fraction=0.046, pad=0.03, format=lambda value, _: number(value, 2))
-    bar.set_label(f"loss on {plane['split']}")
+    bar.set_label(f"loss on {plane.split}")
     bar.outline.set_visible(False)
     return figure
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
 
+from regraft.diagnosis import every_question
 from regraft.report.page import Page, Part
-from regraft.report.sections.distance import distance_sections
-from regraft.report.sections.loss import loss_sections
-from regraft.report.sections.methods import method_sections
+from regraft.report.sections import methods
 from regraft.report.sections.provenance import provenance_sections
-from regraft.report.sections.regressions import regression_sections
-from regraft.report.sections.similarity import similarity_sections
-from regraft.report.sections.summary import outcome_card, upgrade_sections, verdict_card
+from regraft.report.sections.summary import outcome_card, verdict_card
 from regraft.report.standings import Setting, settings_by_task
 from regraft.report.wording import base_name, number
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from regraft.diagnosis import Diagnosis
     from regraft.report.find import Runs
+    from regraft.report.page import Section
+
+    Diagnosed = tuple[Path, Diagnosis]
 
 
 def build_page(runs: Runs) -> Page:
     """Build the page.
 
     Args:
-        runs: What was found.
+        runs: What there is to report.
 
     Returns:
         The page; its figures are drawn and not yet saved.
@@ -33,42 +36,47 @@ def build_page(runs: Runs) -> Page:
     import regraft
 
     settings = settings_by_task(runs)
-    diagnoses: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
-    for folder, content in runs.diagnoses.items():
-        diagnoses.setdefault(content["task"], []).append((folder, content))
+    by_task: dict[str, list[Diagnosed]] = {}
+    for folder, diagnosis in runs.diagnoses.items():
+        by_task.setdefault(diagnosis.task, []).append((folder, diagnosis))
     parts: list[Part] = []
-    for task in dict.fromkeys([*diagnoses, *settings]):
-        several: list[tuple[Path, dict[str, Any]] | None] = [*diagnoses.get(task, [])] or [None]
-        for place, one in enumerate(several):
-            name = f"part-{len(parts) + 1}"
-            title = task if place == 0 or one is None else f"{task}: {base_name(one[1]['adaptation'])}"
-            parts.append(_part(name, title, settings.get(task, []) if place == 0 else [], one))
+    for task in dict.fromkeys([*by_task, *settings]):
+        diagnoses: list[Diagnosed | None] = [*by_task.get(task, [])] or [None]
+        for number_of_task, diagnosed in enumerate(diagnoses):
+            name, is_first = f"part-{len(parts) + 1}", number_of_task == 0
+            title = task if is_first or diagnosed is None else f"{task}: {base_name(diagnosed[1].adaptation)}"
+            parts.append(_part(name, title, settings.get(task, []) if is_first else [], diagnosed))
     title = f"What the upgrade did to {parts[0].title}" if len(parts) == 1 else "What the upgrade did"
     return Page(title, tuple(parts), regraft.__version__)
 
 
-def _part(name: str, title: str, settings: list[Setting], one: tuple[Path, dict[str, Any]] | None) -> Part:
-    diagnosis = one[1] if one else None
-    sections = [*method_sections(settings, name)]
+def _part(name: str, title: str, settings: list[Setting], diagnosed: Diagnosed | None) -> Part:
+    diagnosis = diagnosed[1] if diagnosed else None
+    ordered = [(methods.ORDER, methods.method_sections(settings, name))]
     if diagnosis:
-        sections = [
-            *upgrade_sections(diagnosis),
-            *sections,
-            *loss_sections(diagnosis, name),
-            *similarity_sections(diagnosis, name),
-            *distance_sections(diagnosis, name),
-            *regression_sections(diagnosis, name),
-        ]
-    sections += provenance_sections(settings, one)
+        ordered += _answers(diagnosis, name)
+    sections = [section for _, several in sorted(ordered, key=lambda entry: entry[0]) for section in several]
+    sections += provenance_sections(settings, diagnosed)
     card = verdict_card(diagnosis) if diagnosis else outcome_card(settings)
     return Part(name, title, _about(settings, diagnosis), card, tuple(sections))
 
 
-def _about(settings: list[Setting], diagnosis: dict[str, Any] | None) -> str:
+def _answers(diagnosis: Diagnosis, part: str) -> list[tuple[int, list[Section]]]:
+    """Show each answer by the module that has its question's name, if there is one, with that module's place."""
+    answers = []
+    for question in every_question():
+        module, answer = f"{__package__}.{question.name}", diagnosis.answers.get(question.name)
+        if answer is not None and importlib.util.find_spec(module):
+            section = importlib.import_module(module)
+            answers.append((section.ORDER, section.show(answer, diagnosis, part)))
+    return answers
+
+
+def _about(settings: list[Setting], diagnosis: Diagnosis | None) -> str:
     if diagnosis:
-        check = diagnosis["check"]
-        told = f"{base_name(diagnosis['old_base'])} → {base_name(diagnosis['new_base'])}"
-        told += f" · {diagnosis['kind']} · {check['examples']:,} examples of {check['split']}"
-        return f"{told} · {diagnosis['metric']} {number(check['old'])} before"
+        check = diagnosis.check
+        about = f"{base_name(diagnosis.old_base)} → {base_name(diagnosis.new_base)}"
+        about += f" · {diagnosis.kind} · {check.examples:,} examples of {check.split}"
+        return f"{about} · {diagnosis.metric} {number(check.old)} before"
     count = sum(len(setting.standings) for setting in settings)
     return f"{settings[0].metric} on {settings[0].split} · {count} method{'' if count == 1 else 's'}"

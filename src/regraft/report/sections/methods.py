@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from regraft.report.standings import Setting, Standing
 
 
+ORDER = 20
+
+
 def method_sections(settings: list[Setting], part: str) -> list[Section]:
     """Show a task's outcomes.
 
@@ -60,7 +63,7 @@ def _table(setting: Setting) -> Table:
             number(one.start),
             number(one.dev),
             number(one.test) + (f" ± {number(one.deviation)}" if one.deviation is not None else ""),
-            NONE if one.recovery is None else f"{number(one.recovery, 0)} %",
+            percent(one.recovery, 0),
             "–" if one.steps_to_scratch is None else whole(one.steps_to_scratch),
             percent(one.negative_flips),
             whole(one.labels),
@@ -119,15 +122,15 @@ def _cost(setting: Setting) -> Table:
 
 def _notes(setting: Setting) -> list[str]:
     said = []
-    for found in setting.outcomes:
+    for record in (run.record for run in setting.outcomes):
         for name in ("why", "cannot_know"):
-            note = found.record["notes"].get(name)
+            note = record.notes.get(name)
             if isinstance(note, str):
-                said.append(f"{found.record['method']}, seed {found.record['seed']}: {note}")
-        left = found.record["notes"].get("passed_over")
+                said.append(f"{record.method}, seed {record.seed}: {note}")
+        left = record.notes.get("passed_over")
         if left and isinstance(left, dict):
             said.append(
-                f"{found.record['method']}, seed {found.record['seed']}: {len(left)} layers carry their old delta "
-                f"unchanged: {', '.join(list(left)[:3])}{' …' * (len(left) > 3)}"
+                f"{record.method}, seed {record.seed}: {len(left)} layers carry their old delta unchanged: "
+                f"{', '.join(list(left)[:3])}{' …' * (len(left) > 3)}"
             )
     return list(dict.fromkeys(said))

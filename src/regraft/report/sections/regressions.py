@@ -1,88 +1,61 @@
-"""Which examples changed, class by class, and whether the model is as sure as it is right."""
+"""Which examples changed, and what the type of task shows of it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from regraft.report.charts import draw_calibration
-from regraft.report.page import Block, Browser, Chart, Charts, Facts, Section, Table
-from regraft.report.wording import number, percent, whole
+from regraft.report.page import Block, Browser, Charts, Facts, Section
+from regraft.report.views import chart_of, table_of
+from regraft.report.wording import number, percent
+from regraft.task.types import Scatter, Table
 
+if TYPE_CHECKING:
+    from regraft.diagnosis import Diagnosis, Regressions
+
+ORDER = 90
 MARGIN = 0.05
 """The usual level of significance."""
 
 
-def regression_sections(diagnosis: dict[str, Any], part: str) -> list[Section]:
-    """Show flips, classes and calibration.
+def show(regressions: Regressions, diagnosis: Diagnosis, part: str) -> list[Section]:
+    """Show flips, and what the type of task shows of them.
 
     Args:
-        diagnosis: Its content.
+        regressions: The answer.
+        diagnosis: The whole diagnosis.
         part: The part's name, for those of the charts.
 
     Returns:
-        Regressions and calibration; none if it was not asked.
+        Regressions, and a section a chart of the type.
     """
-    found = diagnosis["regressions"]
-    if not found:
-        return []
-    examples = found["examples"] or 1
+    examples = regressions.examples or 1
     facts = [
         (
             "negative flips",
-            f"{found['negative']:,} ({percent(found['negative'] / examples)})",
+            f"{regressions.negative:,} ({percent(regressions.negative / examples)})",
             "right before, wrong now",
         ),
         (
             "positive flips",
-            f"{found['positive']:,} ({percent(found['positive'] / examples)})",
+            f"{regressions.positive:,} ({percent(regressions.positive / examples)})",
             "wrong before, right now",
         ),
-        ("McNemar's test", f"p = {_p(found['mcnemar'])}", _significance(found["mcnemar"])),
+        ("McNemar's test", f"p = {_p(regressions.mcnemar)}", _significance(regressions.mcnemar)),
     ]
-    if found["noise"] is not None:
-        facts.append(("noise floor", percent(found["noise"]), "negative flips between two seeds of one recipe"))
+    if regressions.noise is not None:
+        facts.append(("noise floor", percent(regressions.noise), "negative flips between two seeds of one recipe"))
     blocks: list[Block] = [Facts(tuple(facts))]
-    if found["classes"]:
-        blocks.append(_classes(found))
-    if found["flips"]:
-        blocks.append(Browser(tuple(found["flips"])))
-    lead = f"Predictions on {found['examples']:,} examples of {found['split']} that changed with the upgrade."
+    blocks += [table_of(view) for view in regressions.views if isinstance(view, Table)]
+    if regressions.flips:
+        blocks.append(Browser(regressions.flips))
+    lead = f"Predictions on {regressions.examples:,} examples of {regressions.split} that changed with the upgrade."
     sections = [Section("regressions", "Regressions", lead, tuple(blocks))]
-    calibration = {name: entry for name, entry in found["calibration"].items() if entry["bins"]}
-    if calibration:
-        sections.append(_calibration(calibration, part))
+    sections += [
+        Section(view.name, view.title, view.lead, (Charts((chart_of(view, part),)),))
+        for view in regressions.views
+        if isinstance(view, Scatter)
+    ]
     return sections
-
-
-def _classes(found: dict[str, Any]) -> Table:
-    head = ("class", "examples", "recall before", "recall after", "change", "negative flips", "positive flips")
-    rows = tuple(
-        (
-            one["label"], whole(one["examples"]), number(one["before"]), number(one["after"]),
-            _signed(one["after"] - one["before"]), whole(one["negative"]), whole(one["positive"]),
-        )
-        for one in found["classes"]
-    )  # fmt: skip
-    return Table("Recall and flips by class", head, rows)
-
-
-def _calibration(calibration: dict[str, Any], part: str) -> Section:
-    told = ", ".join(f"{name} model {number(entry['ece'])}" for name, entry in calibration.items())
-    rows = tuple(
-        (
-            name, f"{number(one['low'], 2)} to {number(one['high'], 2)}", whole(one["count"]),
-            number(one["confidence"]) if one["count"] else "–", number(one["accuracy"]) if one["count"] else "–",
-        )
-        for name, entry in calibration.items()
-        for one in entry["bins"]
-    )  # fmt: skip
-    head = ("model", "confidence from", "examples", "mean confidence", "share right")
-    table = Table("Calibration by bin", head, rows, prose=2)
-    figure = draw_calibration(calibration)
-    finding = f"Expected calibration error: {told}."
-    chart = Chart(f"{part}-calibration", "Calibration", finding, figure, table)
-    lead = "On the dotted line a model is as sure as it is right; below it, too sure. Larger marks hold more examples."
-    return Section("calibration", "Calibration", lead, (Charts((chart,)),))
 
 
 def _p(value: float) -> str:
@@ -91,7 +64,3 @@ def _p(value: float) -> str:
 
 def _significance(p: float) -> str:
     return "more than chance explains" if p < MARGIN else "chance alone could explain the difference"
-
-
-def _signed(value: float) -> str:
-    return f"+{number(value)}" if value > 0 else number(value)

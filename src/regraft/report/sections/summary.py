@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from regraft.report.page import Card, Facts, Section
-from regraft.report.wording import NONE, listing, number, percent, seconds, whole
+from regraft.report.page import Card
+from regraft.report.wording import number, percent, seconds, whole
 
 if TYPE_CHECKING:
+    from regraft.diagnosis import Diagnosis
     from regraft.report.standings import Setting
 
 TONES = {"use as is": "good", "training-free": "good", "short tuning": "fair", "scratch": "poor"}
@@ -17,24 +18,24 @@ _NAMES = {
 }  # fmt: skip
 
 
-def verdict_card(diagnosis: dict[str, Any]) -> Card:
+def verdict_card(diagnosis: Diagnosis) -> Card:
     """Return what a diagnosis comes to.
 
     Args:
-        diagnosis: Its content.
+        diagnosis: The diagnosis.
 
     Returns:
         The card.
     """
-    verdict = diagnosis["verdict"]
+    verdict = diagnosis.verdict
     return Card(
         label="Verdict",
-        choice=_NAMES.get(verdict["choice"], verdict["choice"]),
-        tone=TONES.get(verdict["choice"], "plain"),
-        advice=_sentence(verdict["advice"]),
-        sure=verdict["sure"],
-        predicted=verdict["predicted"],
-        reasons=tuple((reason["name"], reason["value"], reason["says"]) for reason in verdict["reasons"]),
+        choice=_NAMES[verdict.choice],
+        tone=TONES[verdict.choice],
+        advice=_sentence(verdict.advice),
+        sure=verdict.sure,
+        predicted=verdict.predicted,
+        reasons=tuple((reason.name, reason.value, reason.says) for reason in verdict.reasons),
     )
 
 
@@ -53,15 +54,17 @@ def outcome_card(settings: list[Setting]) -> Card:
         The card.
     """
     setting = settings[0]
-    known = [one for one in setting.standings if one.test is not None and one.method != "scratch"]
-    if not known:
+    recycled = [
+        standing for standing in setting.standings if standing.test is not None and standing.method != "scratch"
+    ]
+    if not recycled:
         first = setting.standings[0]
         advice = f"It is the only method here: {whole(first.steps)} steps, {seconds(first.seconds)}."
         return Card("Outcome", first.method, "plain", advice, None, None, _scores(setting))
-    best = known[0]
+    best = recycled[0]
     advice = f"It has the best {setting.metric} on {setting.split} of {len(setting.standings)} methods"
     if best.recovery is not None:
-        advice += f" and recovers {number(best.recovery, 0)} % of what tuning from scratch gains"
+        advice += f" and recovers {percent(best.recovery, 0)} of what tuning from scratch gains"
     reasons = [(f"{setting.metric} on {setting.split}", number(best.test), "the best of the recycled")]
     if best.steps_to_scratch is not None:
         reasons.append(("steps to scratch", whole(best.steps_to_scratch), "until dev is where scratch ends"))
@@ -73,36 +76,3 @@ def outcome_card(settings: list[Setting]) -> Card:
 def _scores(setting: Setting) -> tuple[tuple[str, str, str], ...]:
     levels = (("old deployment", setting.old, "old weights on the old base"), ("majority guess", setting.floor, "0 %"))
     return tuple((name, number(value), says) for name, value, says in levels if value is not None)
-
-
-def upgrade_sections(diagnosis: dict[str, Any]) -> list[Section]:
-    """Say what became of the old weights as they are, and what the new base's gain came to.
-
-    Args:
-        diagnosis: Its content.
-
-    Returns:
-        The section.
-    """
-    check = diagnosis["check"]
-    facts = (
-        ("before", number(check["old"]), f"{check['metric']} of the old weights on the old base"),
-        ("after", number(check["new"]), "the same weights on the new base, as they are"),
-        ("guessing", number(check["floor"]), "always the most frequent class"),
-        (
-            "survives",
-            NONE if check["retained"] is None else f"{number(check['retained'], 0)} %",
-            "of the score above guessing",
-        ),
-        ("negative flips", percent(check["negative_flips"]), "right before, wrong after"),
-        ("positive flips", percent(check["positive_flips"]), "wrong before, right after"),
-        ("agreement", percent(check["agreement"]), "examples with the same prediction"),
-        ("effect", percent(check["effect"]), "how much the adaptation changes what the head reads"),
-        ("lineage", check["lineage"], "whether the adaptation records this old base"),
-    )
-    out = diagnosis["left_out"]
-    blocks: list[Any] = [Facts(facts)]
-    lead = check["verdict"]
-    if out:
-        lead += f" Not answered here: {listing(sorted(out))}; the reasons are under provenance."
-    return [Section("upgrade", "Old weights on the new base", lead, tuple(blocks))]

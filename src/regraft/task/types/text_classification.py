@@ -9,10 +9,11 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from regraft.errors import DataError
 from regraft.task.file import is_unicode
-from regraft.task.labels import folded, label_name, label_order, listing
+from regraft.task.labels import folded, label_name, label_order, listing, lookalikes, reads_as_missing
 from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads it)
 from regraft.task.split import Split
 from regraft.task.types.class_metrics import ACCURACY, MACRO_F1, MCC
+from regraft.task.types.class_views import calibration, class_views, per_class
 from regraft.task.types.likelihood import CATEGORICAL, Likelihood
 from regraft.task.types.texts import Column, TextTask
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from regraft.task.source import Table
     from regraft.task.split import Targets
+    from regraft.task.types.view import Predicted, View
 
 
 class TextClassification(TextTask):
@@ -86,6 +88,27 @@ class TextClassification(TextTask):
     def describe(self, target: Any, labels: Sequence[str]) -> str:
         """Return the name of a class."""
         return str(labels[target])
+
+    def compare(self, targets: Targets, old: Predicted, new: Predicted, labels: Sequence[str]) -> tuple[View, ...]:
+        """Return recall and flips by class, and the calibration; see `Task.compare`."""
+        calibrations = {name: calibration(m.confidence, m.right) for name, m in (("old", old), ("new", new))}
+        return class_views(per_class(targets.tolist(), old.right, new.right, labels), calibrations)
+
+    def doubts(self, labels: Sequence[str]) -> list[str]:
+        """Find labels that look alike, or stand for missing ones; see `Task.doubts`."""
+        sentences = []
+        for group in lookalikes(labels):
+            names = " and ".join(map(ascii, group))
+            sentences.append(
+                f"the labels {names} look alike: they differ only in case, blanks, invisible characters or the way "
+                "accents are stored, and count as several classes. Write them alike if they are one."
+            )
+        if missing := [name for name in labels if reads_as_missing(name)]:
+            sentences.append(
+                f"the label {missing[0]!r} reads as a missing value, and counts as a class. Remove its rows if they "
+                "have no label."
+            )
+        return sentences
 
     def as_targets(self, predictions: Sequence[Any]) -> Targets:
         """Return predicted classes as targets."""

@@ -57,6 +57,14 @@ class TextTask(Task, ABC):
         """
         return list(zip(*(_checked(table, column) for column in self.input_columns), strict=True))
 
+    def as_text(self, inputs: tuple[str, ...]) -> str:
+        """Return the text, with a mark between the two of a pair."""
+        return " ⏎ ".join(inputs)
+
+    def count_words(self, inputs: tuple[str, ...]) -> int:
+        """Count what stands between blanks, in a pair's texts together."""
+        return sum(len(text.split()) for text in inputs)
+
     def encode(self, split: Split, tokenizer: Any, pad: int, max_length: int) -> Examples:
         """Tokenise texts, whose row is at the token that the head reads; see `Task.encode`."""
         first = [texts[0] for texts in split.inputs]
@@ -64,10 +72,6 @@ class TextTask(Task, ABC):
         encoded = tokenizer(first, second, truncation=True, max_length=max_length, return_attention_mask=False)
         padding = {name: pad if name == "input_ids" else 0 for name in encoded}
         return Examples({name: list(encoded[name]) for name in encoded}, split.targets, padding)
-
-    def words(self, inputs: tuple[str, ...]) -> int:
-        """Count what stands between blanks, in a pair's texts together."""
-        return sum(len(text.split()) for text in inputs)
 
     @field_validator("text")
     @classmethod

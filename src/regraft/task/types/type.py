@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from regraft.task.source import Table
     from regraft.task.split import Split, Targets
     from regraft.task.types.examples import Examples
+    from regraft.task.types.view import Predicted, View
 
 ENTRY_POINTS = "regraft.task_types"
 """The group of entry points by which other distributions add task types."""
@@ -165,7 +166,7 @@ class Task(BaseModel, ABC):
         """
 
     @abstractmethod
-    def words(self, inputs: Any) -> int:
+    def count_words(self, inputs: Any) -> int:
         """Count the words of an example's inputs.
 
         Args:
@@ -240,6 +241,39 @@ class Task(BaseModel, ABC):
     @abstractmethod
     def estimator(self) -> Any:
         """Return a linear model of features, as scikit-learn has them, that a base is probed with."""
+
+    def compare(self, targets: Targets, old: Predicted, new: Predicted, labels: Sequence[str]) -> tuple[View, ...]:
+        """Return what is to be shown of an old and a new model's predictions, beside their scores and flips.
+
+        Args:
+            targets: A target an example.
+            old: What the old model predicts.
+            new: What the new one does.
+            labels: The label names.
+
+        Returns:
+            Tables and charts; none where there is nothing more to show.
+        """
+        return ()
+
+    def doubts(self, labels: Sequence[str]) -> list[str]:
+        """Find what makes the labels of a task doubtful.
+
+        Args:
+            labels: Their names.
+
+        Returns:
+            A sentence for each.
+        """
+        return []
+
+    def as_text(self, inputs: Any) -> str:
+        """Write an example's inputs as people read them.
+
+        Args:
+            inputs: Of one example.
+        """
+        return str(inputs)
 
     def one_sided(self, targets: Targets) -> str | None:
         """Say why scores on some targets settle nothing, however many there are.

@@ -1,0 +1,42 @@
+"""What became of the old weights on the new base, as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from regraft.report.page import Facts, Section
+from regraft.report.wording import listing, number, percent
+
+if TYPE_CHECKING:
+    from regraft.diagnosis import Check, Diagnosis
+
+ORDER = 10
+
+
+def show(check: Check, diagnosis: Diagnosis, part: str) -> list[Section]:
+    """Show the scores before and after, and what changed with them.
+
+    Args:
+        check: The answer.
+        diagnosis: The whole diagnosis.
+        part: The part's name.
+
+    Returns:
+        The section.
+    """
+    facts = (
+        ("before", number(check.old), f"{check.metric} of the old weights on the old base"),
+        ("after", number(check.new), "the same weights on the new base, as they are"),
+        ("guessing", number(check.floor), "always the most frequent class"),
+        ("survives", percent(check.retained, 0), "of the score above guessing"),
+        ("negative flips", percent(check.negative_flips), "right before, wrong after"),
+        ("positive flips", percent(check.positive_flips), "wrong before, right after"),
+        ("agreement", percent(check.agreement), "examples with the same prediction"),
+        ("effect", percent(check.effect), "how much the adaptation changes what the head reads"),
+        ("lineage", check.lineage, "whether the adaptation records this old base"),
+    )
+    lead = check.verdict
+    if diagnosis.left_out:
+        names = listing(sorted(diagnosis.left_out))
+        lead += f" Not answered here: {names}; the reasons are under provenance."
+    return [Section("upgrade", "Old weights on the new base", lead, (Facts(facts),))]
