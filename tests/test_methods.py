@@ -84,12 +84,12 @@ def test_a_start_and_an_objective_are_run_with_their_options(tmp_path, opened, t
     options = (Masking(labels=3), Distillation(alpha=0.9))
     tuned = recycle(upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=FEW, options=options)
     record = tuned.record
-    assert record["method"] == "masked+distill"
-    assert record["inputs"]["options"] == {**dataclasses.asdict(options[1]), "masked.labels": 3}
-    assert 16 <= record["cost"]["labels"] <= 16 + 6  # two batches of 8, and three a class
+    assert record.method == "masked+distill"
+    assert record.inputs["options"] == {**dataclasses.asdict(options[1]), "masked.labels": 3}
+    assert 16 <= record.cost.labels <= 16 + 6  # two batches of 8, and three a class
     start = recycle(upgrade, source, task_file, "masked", tmp_path / "start", recipe=FEW, options=options[0])
-    assert start.record["cost"]["labels"] == 6
-    assert tuned.curve[0]["score"] == start.scores["dev"]
+    assert start.record.cost.labels == 6
+    assert tuned.curve[0]["score"] == start.record.scores.dev
     assert weights(tuned.path / "adaptation").keys() == weights(start.path / "adaptation").keys()
     with pytest.raises(OutcomeError, match="options"):
         recycle(upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=FEW, options=options[1])

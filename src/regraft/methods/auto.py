@@ -183,8 +183,7 @@ class _Climb:
             seconds = curve[-1]["seconds"] if curve else time.perf_counter() - started
             found = {"rung": name, "steps": int(curve[-1]["step"]) if curve else 0, "seconds": round(seconds, 2)}
             found |= self.bar.measure(part.deploy(part.load(trainable=False)).predictions(part.data.dev))
-            notes = part.notes if curve else {**part.notes, "labels": len(part.labelled)}
-            ladder.write_record(record, {**found, "notes": notes, "curve": curve})
+            ladder.write_record(record, {**found, "notes": part.notes, "curve": curve})
             seal(whole, [record, *(file for file in part.into.rglob("*") if file.is_file())])
         self.rungs.append(json.loads(record.read_text(encoding="utf-8")))
         return self.rungs[-1]

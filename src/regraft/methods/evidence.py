@@ -63,8 +63,10 @@ def gather(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
         strata = data.task.strata(data.train.targets, data.labels)[1]
         split = data.sample(data.train, min(labels, max(1, MOST // len(strata))), job.recipe.seed)
         job.labelled.update(split.rows.tolist())
+        job.notes["labels"] = len(job.labelled)
         return Evidence(split, likelihood)
     split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MOST])
+    job.notes["labels"] = 0
     old = job.old_deployment()
     sure = np.flatnonzero(np.array(old.confidence(split), dtype=np.float32) >= confidence)
     return Evidence(split.take(sure), likelihood, old.signal(split).take(sure, old.outputs(split)))

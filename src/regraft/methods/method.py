@@ -187,6 +187,7 @@ class Method:
         model = start.run(begun, own)
         if model is None:
             model = begun.load()
+        job.notes.pop("labels", None)  # they are counted together with those of the steps
         ((objective, own),) = rest
         curve: Curve = objective.run(job, model, own)
         return curve
