@@ -36,7 +36,7 @@ class Check:
         examples: How many examples that has.
         old: The score of the old weights on the old base.
         new: Their score on the new base, as they are.
-        floor: The score of always guessing the most frequent class.
+        floor: The score of guessing without looking at an input.
         retained: (new − floor) / (old − floor), None where old is no better than the floor.
         agreement: The share of examples on which both predict the same.
         negative_flips: The share that was right and is wrong.
@@ -48,6 +48,7 @@ class Check:
         lineage: `proven` if the adaptation records the old base's fingerprint, `forced` if another one, else
             `unproven`.
         verdict: What to do, in one line.
+        guess: What that guess always is; regraft 0.1, which knew classes alone, recorded none.
     """
 
     task: str
@@ -67,6 +68,7 @@ class Check:
     effect: float
     lineage: str
     verdict: str
+    guess: str = "the most frequent class"
 
 
 def check(
@@ -132,6 +134,7 @@ def check_pair(pair: Pair) -> Check:
         effect=pair.effect,
         lineage=pair.lineage,
         verdict=_verdict(retained),
+        guess=data.task.guess,
     )
 
 

@@ -67,6 +67,7 @@ def verdict(
     floor: float,
     *,
     gain: Interval | None = None,
+    guess: str = "the most frequent class",
     weakness: str | None = None,
     reasons: tuple[Reason, ...] = (),
     seed: int = 0,
@@ -80,6 +81,7 @@ def verdict(
         after: What the old weights on the new base do.
         floor: The score of guessing.
         gain: How much better a linear probe is on the new base than on the old; counts where its interval is above 0.
+        guess: What guessing always predicts, in words.
         weakness: Why the examples settle nothing, if so.
         reasons: Further figures to name.
         seed: What the resamples are drawn from.
@@ -102,7 +104,7 @@ def verdict(
     figures: tuple[Reason, ...] = (
         Reason("old deployment", f"{old[0]:.3f}", f"{metric} of the old weights on the old base"),
         Reason("as they are", f"{new[0]:.3f}", "the same weights on the new base, without any tuning"),
-        Reason("guessing", f"{floor:.3f}", "the most frequent class"),
+        Reason("guessing", f"{floor:.3f}", guess),
     )
     if gain is not None:
         says = "the new base is better at the task, which no method without training can use" if added else (
@@ -126,6 +128,7 @@ def _ask(asked: Asked) -> Verdict:
         pair.after,
         chance_score(pair.data, pair.split),
         gain=asked.answer(PROBE),
+        guess=pair.data.task.guess,
         weakness=weakness(pair.data, pair.split),
         reasons=_reasons(asked),
     )

@@ -27,7 +27,7 @@ def show(check: Check, diagnosis: Diagnosis, part: str) -> list[Section]:
     facts = (
         ("before", number(check.old), f"{check.metric} of the old weights on the old base"),
         ("after", number(check.new), "the same weights on the new base, as they are"),
-        ("guessing", number(check.floor), "always the most frequent class"),
+        ("guessing", number(check.floor), f"always {check.guess}"),
         ("survives", percent(check.retained, 0), "of the score above guessing"),
         ("negative flips", percent(check.negative_flips), "right before, wrong after"),
         ("positive flips", percent(check.positive_flips), "wrong before, right after"),

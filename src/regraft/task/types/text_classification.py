@@ -39,6 +39,7 @@ class TextClassification(TextTask):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY, MACRO_F1, MCC)
     likelihood: ClassVar[Likelihood] = CATEGORICAL
+    guess: ClassVar[str] = "the most frequent class"
 
     type: Literal["text-classification"] = "text-classification"
     label: Column | None = Field(description="the column that holds the label, or null where there are none")

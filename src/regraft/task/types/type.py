@@ -61,6 +61,8 @@ class Task(BaseModel, ABC):
     metrics: ClassVar[tuple[Metric, ...]]
     """What can be reported; the first is the default, and what agreement of two models is measured by."""
     likelihood: ClassVar[Likelihood]
+    guess: ClassVar[str]
+    """What `chance` predicts, in words, as `the most frequent class`."""
     head_in_base: ClassVar[bool] = False
     """Whether the base brings the head, which is then grafted like the body and never fresh."""
 
