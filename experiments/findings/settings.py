@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from regraft.chain.file import Training
-from regraft.task import Task
+from regraft.task.types import TextClassification
 from regraft.task.yaml_file import read_yaml, validate
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class TaskSource(Settings):
     demo: dict[Literal["train", "dev", "test"], int] | None = Field(
         default=None, description="numbers of rows of train, dev and test"
     )
-    task: Task | None = Field(default=None, description="the keys of a task file")
+    task: TextClassification | None = Field(default=None, description="the keys of a task file")
 
     @model_validator(mode="after")
     def _one_origin(self) -> TaskSource:
