@@ -19,6 +19,8 @@ from regraft.diagnosis import read_diagnosis
 from regraft.errors import OutcomeError, RecipeError
 from regraft.report import write_report
 from regraft.report.find import clean
+from regraft.task.types import MarkedText, Scatter, Span, Table
+from regraft.task.types.view import Column, Series
 
 CHARTS = {
     "1-methods", "1-learning", "connectivity-loss", "connectivity-score", "plane", "compatibility", "heads", "control",
@@ -223,6 +225,35 @@ def test_negative_flips_are_counted_against_the_old_deployment(runs, visit, page
 
 
 @pytest.mark.slow
+def test_whatever_a_type_of_task_wants_shown_is_drawn(tmp_path, visit):
+    content = dataclasses.asdict(read_diagnosis(clean(diagnosis()), ""))
+    table = Table("Errors", (Column("tag", "text"), Column("mean", "change")), ((f"B-PER{ATTACK}", 0.5), ("O", None)))
+    points = Series("new", (0.1, 0.9), (0.2, 0.7), (1, 3))
+    views = (
+        table,
+        Scatter(
+            "spread", "Spread", "Lead.", "A finding.", ("spread", "0.1"), "true", "predicted", "", (points,), table
+        ),
+        MarkedText(
+            "Tags in context", ((Span("Ada "), Span("Lovelace", f"PER{ATTACK}"), Span(" wrote.")), (Span(ATTACK),))
+        ),
+    )
+    content["answers"]["regressions"]["views"] = [dataclasses.asdict(view) for view in views]
+    write_diagnosis(tmp_path / "check", json.loads(json.dumps(content)))
+    page = visit(write_report(tmp_path, tmp_path / "page.html"))
+    assert page.locator("caption", has_text="Errors").count() == 2  # by itself, and behind the points
+    assert page.locator("section[id$=spread] svg").count() == 1
+    assert page.locator("ul.marked li").first.inner_text() == f"Ada LovelacePER{ATTACK} wrote."
+    assert page.locator("ul.marked mark").count() == 1
+    text = write_report(tmp_path, tmp_path / "page.md", "md").read_text(encoding="utf-8")
+    assert "Ada **Lovelace** (PER" in text
+    assert "| B-PER" in text
+    content["answers"]["regressions"]["views"][2]["view"] = "hologram"
+    (tmp_path / "check" / "diagnosis.json").write_text(json.dumps(content))
+    with pytest.raises(OutcomeError, match="regressions"):
+        write_report(tmp_path, tmp_path / "other.html")
+
+
 def test_markdown_has_the_same_figures(runs, tmp_path):
     file = write_report([runs], tmp_path / "report.md", "md", tmp_path / "plots")
     text = file.read_text(encoding="utf-8")

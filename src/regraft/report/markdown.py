@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from regraft.report.page import Browser, Charts, Commands, Facts, Prose, Table
+from regraft.report.page import Browser, Charts, Commands, Facts, MarkedTexts, Prose, Table
 from regraft.report.wording import clip, number, percent
 
 if TYPE_CHECKING:
@@ -63,10 +63,22 @@ def _block(block: Block, plots: Mapping[str, str]) -> list[str]:
         fence = "`" * max(3, longest + 1)
         lines = [line.replace("\r", " ").replace("\n", " ") for line in block.lines]
         return [f"{_escape(block.caption)}:", "", f"{fence}sh", *lines, fence, ""]
+    if isinstance(block, MarkedTexts):
+        texts = ["".join(_span(*span) for span in spans) for spans in block.texts]
+        return [f"**{_escape(block.caption)}**", "", *(f"- {text}" for text in texts), ""]
     if isinstance(block, Browser):
         return _flips(block)
     assert isinstance(block, Charts)
     return [line for chart in block.charts for line in _chart(chart, plots)]
+
+
+def _span(text: str, mark: str) -> str:
+    """Write a stretch of a text: marked in bold, with the mark after it; blanks at its ends stay."""
+    words = _escape(text)
+    if not words:
+        return " " if text else ""
+    before, after = (" " if blank.isspace() else "" for blank in (text[0], text[-1]))
+    return f"{before}{f'**{words}** ({_escape(mark)})' if mark else words}{after}"
 
 
 def _chart(chart: Chart, plots: Mapping[str, str]) -> list[str]:

@@ -96,6 +96,19 @@ class Commands:
 
 
 @dataclasses.dataclass(frozen=True)
+class MarkedTexts:
+    """Texts of which stretches are marked.
+
+    Args:
+        caption: What is marked.
+        texts: The stretches of each text and what they are marked as, empty for plain text.
+    """
+
+    caption: str
+    texts: tuple[tuple[tuple[str, str], ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Browser:
     """Examples to search through.
 
@@ -111,7 +124,7 @@ class Browser:
         return sorted({flip.label for flip in self.flips})
 
 
-Block = Table | Charts | Facts | Prose | Commands | Browser
+Block = Table | Charts | Facts | Prose | Commands | MarkedTexts | Browser
 
 
 @dataclasses.dataclass(frozen=True)

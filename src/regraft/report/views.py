@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_scatter
-from regraft.report.page import Chart, Table
+from regraft.report.page import Chart, MarkedTexts, Table
 from regraft.report.wording import NONE, number, percent, whole
 
 if TYPE_CHECKING:
@@ -41,6 +41,18 @@ def chart_of(view: types.Scatter, part: str) -> Chart:
         The chart.
     """
     return Chart(f"{part}-{view.name}", view.title, view.finding, draw_scatter(view), table_of(view.table))
+
+
+def texts_of(view: types.MarkedText) -> MarkedTexts:
+    """Write texts with their marks.
+
+    Args:
+        view: The texts.
+
+    Returns:
+        The same as they are read.
+    """
+    return MarkedTexts(view.title, tuple(tuple((span.text, span.mark) for span in text) for text in view.texts))
 
 
 def _cell(column: Column, cell: Cell) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.report.page import Block, Browser, Charts, Facts, Section
-from regraft.report.views import chart_of, table_of
+from regraft.report.views import chart_of, table_of, texts_of
 from regraft.report.wording import number, percent
-from regraft.task.types import Scatter, Table
+from regraft.task.types import MarkedText, Scatter, Table
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Diagnosis, Regressions
@@ -46,6 +46,7 @@ def show(regressions: Regressions, diagnosis: Diagnosis, part: str) -> list[Sect
         facts.append(("noise floor", percent(regressions.noise), "negative flips between two seeds of one recipe"))
     blocks: list[Block] = [Facts(tuple(facts))]
     blocks += [table_of(view) for view in regressions.views if isinstance(view, Table)]
+    blocks += [texts_of(view) for view in regressions.views if isinstance(view, MarkedText)]
     if regressions.flips:
         blocks.append(Browser(regressions.flips))
     lead = f"Predictions on {regressions.examples:,} examples of {regressions.split} that changed with the upgrade."

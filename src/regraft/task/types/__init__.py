@@ -4,16 +4,18 @@ from regraft.task.types.examples import ROWS, Examples
 from regraft.task.types.likelihood import Likelihood, Signal
 from regraft.task.types.text_classification import TextClassification
 from regraft.task.types.type import Head, Task, task_types
-from regraft.task.types.view import Predicted, Scatter, Table, View
+from regraft.task.types.view import MarkedText, Predicted, Scatter, Span, Table, View
 
 __all__ = [
     "ROWS",
     "Examples",
     "Head",
     "Likelihood",
+    "MarkedText",
     "Predicted",
     "Scatter",
     "Signal",
+    "Span",
     "Table",
     "Task",
     "TextClassification",

@@ -122,4 +122,32 @@ class Scatter:
     view: Literal["scatter"] = "scatter"
 
 
-View = Annotated[Table | Scatter, Field(discriminator="view")]
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A stretch of a text.
+
+    Args:
+        text: What it says.
+        mark: What it is marked as, as a tag; empty for plain text.
+    """
+
+    text: str
+    mark: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkedText:
+    """Texts of which stretches are marked, as words by their tags.
+
+    Args:
+        title: What is marked.
+        texts: The stretches of each text, in their order.
+        view: Which view this is.
+    """
+
+    title: str
+    texts: tuple[tuple[Span, ...], ...]
+    view: Literal["marked-text"] = "marked-text"
+
+
+View = Annotated[Table | Scatter | MarkedText, Field(discriminator="view")]
