@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +48,13 @@ class Examples:
 
         return np.array([len(ids) for ids in self.columns["input_ids"]], dtype=np.int64)
 
+    @functools.cached_property
+    def _ends(self) -> Integers:
+        """Past which number the rows of each example are, computed once as every batch asks."""
+        import numpy as np
+
+        return np.cumsum([len(tokens) for tokens in self.tokens or ()])
+
     def rows(self, indices: Sequence[int]) -> Integers:
         """Return the numbers of some examples' rows.
 
@@ -60,7 +68,7 @@ class Examples:
 
         if self.tokens is None:
             return np.array(list(indices), dtype=np.int64)
-        ends = np.cumsum([len(tokens) for tokens in self.tokens])
+        ends = self._ends
         return np.concatenate([np.arange(ends[i] - len(self.tokens[i]), ends[i]) for i in indices]).astype(np.int64)
 
     def take(self, indices: Sequence[int]) -> Examples:
