@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import head_of, sentence
+from conftest import sentence
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -19,8 +19,9 @@ from regraft import Corpus, Distillation, Recipe, Upgrade, recycle, tune
 from regraft.adaptation import find_outcome, fresh_model
 from regraft.cli import app
 from regraft.errors import OutcomeError
+from regraft.model import Deployment
 from regraft.progress import silent
-from regraft.task.types.likelihood import CATEGORICAL
+from regraft.task import load_data
 from regraft.tuning.corpus import pack
 from regraft.tuning.distill import teach
 
@@ -196,8 +197,8 @@ def test_a_damaged_checkpoint_is_discarded_and_what_is_whole_is_used(tmp_path, b
     assert not work.exists()
 
 
-def test_what_was_cached_is_made_again_if_it_is_damaged(tmp_path, opened, texts):
-    base = opened["bert"][0]
+def test_what_was_cached_is_made_again_if_it_is_damaged(tmp_path, opened, task_file):
+    base, data = opened["bert"][0], load_data(task_file, 20)
     text = tmp_path / "text.txt"
     text.write_text("good film\n" * 50, encoding="utf-8")
 
@@ -205,10 +206,9 @@ def test_what_was_cached_is_made_again_if_it_is_damaged(tmp_path, opened, texts)
         return pack(Corpus((str(text),)), base, 8, tmp_path / "tokens.bin", silent).tolist()
 
     def taught():
-        model = fresh_model(base, head_of("a", "b"), 1)
-        options = Distillation(beta=0.0)
-        every = range(len(texts["bert"]))
-        return teach(model, texts["bert"], every, options, CATEGORICAL, "fp32", tmp_path, silent).signal.logits.clone()
+        teacher = Deployment(fresh_model(base, data.head, 1), base, data, "fp32")
+        every = range(len(data.dev))
+        return teach(teacher, data.dev, every, Distillation(beta=0.0), tmp_path).signal.logits.clone()
 
     tokens, logits = cached(), taught()
     for damage in (zero, empty, Path.unlink):

@@ -18,7 +18,7 @@ from regraft import Base, Distillation, Recipe, Upgrade, load_adaptation, recycl
 from regraft.adaptation import attach, fresh_model, load_model, new_config, save_model, start_of, write_graft
 from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
-from regraft.model import encode
+from regraft.model import Deployment, encode
 from regraft.progress import silent
 from regraft.task import load_data
 from regraft.task.types import Signal
@@ -260,7 +260,7 @@ def pair(tmp_path, opened, adaptations, data):
         student = load_model(load_adaptation(tmp_path / "graft"), new, data.head, trainable=True).eval()
         teacher = load_model(adaptation, old, data.head).eval()
         examples = encode(old, data, data.train)
-        taught = teach(teacher, examples, np.arange(6), options, CATEGORICAL, "fp32", tmp_path, silent)
+        taught = teach(Deployment(teacher, old, data, "fp32"), data.train, np.arange(6), options, tmp_path)
         return student, teacher, taught, lambda: examples.batch(list(range(6)))
 
     return make

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from regraft import Base, Distillation, Recipe, load_adaptation, tune
 from regraft.adaptation import fresh_model, load_model
 from regraft.errors import RecipeError
-from regraft.model import encode, predict
+from regraft.model import Deployment, encode, predict
 from regraft.model.outputs import Output, inputs_of
 from regraft.progress import silent
 from regraft.task import Split, load_data
-from regraft.task.types.likelihood import CATEGORICAL
 from regraft.tuning import LEARNING_RATES, distillation_loss, plan_order, tune_model
 from regraft.tuning.distill import teach
 
@@ -250,7 +249,8 @@ def test_the_teacher_computes_each_wanted_example_once(opened, tuned, task_file,
     base = opened[architecture]
     data = load_data(task_file, 20)
     teacher = load_model(load_adaptation(tuned[architecture, "full"]), base, data.head)
-    examples = encode(base, data.changed(max_length=32), data.train)
+    data = data.changed(max_length=32)
+    examples = encode(base, data, data.train)
     wanted = np.array([5, 3, 5, 200, 3, 77])
     seen = []
     teacher.register_forward_pre_hook(
@@ -258,7 +258,7 @@ def test_the_teacher_computes_each_wanted_example_once(opened, tuned, task_file,
     )
 
     def call():
-        taught = teach(teacher, examples, wanted, Distillation(), CATEGORICAL, "fp32", tmp_path, silent)
+        taught = teach(Deployment(teacher, base, data, "fp32"), data.train, wanted, Distillation(), tmp_path)
         return taught.signal.logits, taught.hidden
 
     logits, hidden = call()

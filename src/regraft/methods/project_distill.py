@@ -202,14 +202,13 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     data = match_labels(adaptation, load_data(task, job.recipe.seed))
     work = job.work / f"task-{number}"
     write_graft(adaptation, job.upgrade, work / "graft", job.progress)
-    precision = job.recipe.precision
+    precision, likelihood = job.recipe.precision, data.task.likelihood
     student = Deployment(load_model(load_adaptation(work / "graft"), new, data.head), new, data, precision)
     student.model.eval().requires_grad_(False)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
-    teacher = Deployment(load_model(adaptation, old, data.head), old, data, precision)
-    likelihood, shown = data.task.likelihood, teacher.examples(data.train)
-    taught = teach(teacher.model, shown, order, loss, likelihood, precision, work, job.progress)
+    teacher = Deployment(load_model(adaptation, old, data.head), old, data, precision, job.progress)
+    taught = teach(teacher, data.train, order, loss, work)
     return _Lesson(_flatten(vector), student.model, examples, taught, order.tolist(), likelihood)
 
 

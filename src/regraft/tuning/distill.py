@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from regraft.model import Deployment
     from regraft.model.outputs import Output
-    from regraft.progress import Progress
+    from regraft.task import Split
     from regraft.task.split import Integers
-    from regraft.task.types import Examples, Likelihood
+    from regraft.task.types import Likelihood
     from regraft.tuning.trainer import Objective
 
 HOTTEST = 10_000  # softened so far, outputs are alike in every digit of float32
@@ -165,27 +166,15 @@ def distillation_loss(
     return loss
 
 
-def teach(
-    teacher: Any,
-    examples: Examples,
-    order: Integers,
-    options: Distillation,
-    likelihood: Likelihood,
-    precision: str,
-    work: Path,
-    progress: Progress,
-) -> Taught:
+def teach(teacher: Deployment, split: Split, order: Integers, options: Distillation, work: Path) -> Taught:
     """Compute the teacher's signal and hidden states once; a later call reads them, undamaged, in the working folder.
 
     Args:
-        teacher: The old tuned model on the old base; frozen, in evaluation mode.
-        examples: What the student is trained on, in the teacher's tokens.
-        order: Indices of the examples that the training will see.
-        options: Hidden states are kept only if its beta needs them.
-        likelihood: What outputs are a distribution over.
-        precision: `bf16` or `fp32`.
+        teacher: The old tuned model on the old base.
+        split: What the student is trained on.
+        order: Indices of the examples that the training will draw.
+        options: Hidden states are stored only if its beta needs them.
         work: The folder for the cache.
-        progress: Told of each batch.
 
     Returns:
         The signal in float32, the hidden states in bfloat16; rows of examples that are not in the order are 0.
@@ -196,8 +185,9 @@ def teach(
 
     file, record = work / "teacher.safetensors", work / "teacher.json"
     if not is_sealed(record):
-        seen = np.unique(order).tolist()
-        numbers = torch.as_tensor(examples.rows(seen))
+        likelihood, examples = teacher.data.task.likelihood, teacher.examples(split)
+        drawn = np.unique(order).tolist()
+        numbers = torch.as_tensor(examples.rows(drawn))
         stored: dict[str, torch.Tensor] = {}
 
         def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
@@ -209,7 +199,8 @@ def teach(
                     stored[name] = torch.zeros(len(examples.targets), *part.shape[1:], dtype=part.dtype)
                 stored[name][numbers[batch["row"].cpu()]] = part.cpu()
 
-        for_each_batch(teacher, examples.take(seen), precision, keep, progress, "teacher", hidden=bool(options.beta))
+        some, learns_states = examples.take(drawn), bool(options.beta)
+        for_each_batch(teacher.model, some, teacher.precision, keep, teacher.progress, "teacher", hidden=learns_states)
         stored.setdefault("hidden", torch.zeros(len(examples.targets), 0, dtype=torch.bfloat16))
         if not all(rows.isfinite().all() for rows in stored.values()):
             raise MismatchError("the old deployment's outputs are infinite or not a number: there is nothing to learn.")

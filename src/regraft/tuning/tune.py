@@ -88,9 +88,7 @@ def tune_model(
     judge, objective = None, label_objective(likelihood)
     if teacher:
         old = Deployment(teacher.model, teacher.base, data, recipe.precision, progress)
-        taught = teach(
-            old.model, old.examples(data.train), order, teacher.options, likelihood, recipe.precision, work, progress
-        )
+        taught = teach(old, data.train, order, teacher.options, work)
         judge = old.signal(data.dev) if teacher.judges else None
         if isinstance(teacher.options, Interpolation):
             objective = interpolation_objective(taught, old.model, teacher.options, likelihood, steps, recipe.seed)
