@@ -100,11 +100,12 @@ def convert(
         raise RecipeError(f"{adaptation.path} is of kind {to} already. To put it on a new base, recycle it (direct).")
     if to == "full" and (rank is not None or energy is not None or task is not None):
         raise RecipeError("rank, energy and texts are for a LoRA.")
+    data = None if task is None else load_data(task, 0)
     made_from = {
         "operation": "convert", "to": to, "rank": rank, "energy": energy, "adaptation": adaptation.fingerprint,
         "settings": adaptation.config, "labels": adaptation.labels, "old": old.fingerprint,
         "new": upgrade.new.fingerprint if new is not None else None,
-        "task": load_data(task, 0).digest() if task is not None else None,
+        "task": None if data is None else data.digest(),
     }  # fmt: skip
     if is_made(out, made_from, lambda record: renewed(record, (upgrade.old, upgrade.new))):
         return Conversion(out, to, **read_results(out))
@@ -126,7 +127,7 @@ def convert(
         else:
             source, model = _materialise(adaptation, old, head, new_folder(work / "full"))
             if to == "lora":
-                moments = _moments(model, old, task, progress) if task is not None else None
+                moments = None if data is None else _moments(model, old, data, progress)
                 heads = [name for name in model.state_dict() if not name.startswith(old.prefix + ".")]
                 sides = source.checkpoint, old.checkpoint
                 lora = extract_lora(*sides, rank, energy, progress, moments, heads, class_of(source.checkpoint))
@@ -164,10 +165,9 @@ def _materialise(adaptation: Adaptation, old: Base, head: Head, folder: Path) ->
     return dataclasses.replace(load_adaptation(folder), base=adaptation.base, labels=adaptation.labels), merged
 
 
-def _moments(model: Any, base: Base, task: Task | TaskData | str | Path, progress: Progress) -> dict[str, torch.Tensor]:
+def _moments(model: Any, base: Base, data: TaskData, progress: Progress) -> dict[str, torch.Tensor]:
     from regraft.model import Deployment, input_moments
 
-    data = load_data(task, 0)
     deployment = Deployment(model, base, data, "fp32")
     examples = deployment.examples(data.train.take(range(min(MEASURED, len(data.train)))))
     return input_moments(deployment.model, examples, progress)

@@ -186,6 +186,8 @@ def record_outcome(
         MismatchError: Its weights or outputs are infinite or not a number, and nothing was trained.
         RecipeError: The same after training.
     """
+    import numpy as np
+
     from regraft.adaptation import load_model
     from regraft.model import Deployment
     from regraft.tuning import plan_order
@@ -227,7 +229,8 @@ def record_outcome(
     best = max(curve, key=lambda point: (point["score"], -point["step"]))
     labels_read = set(labelled)
     if steps:
-        order = plan_order(deployment.examples(data.train).lengths, recipe.batch_size, steps, recipe.seed)
+        alike = np.zeros(len(data.train), dtype=np.int64)  # lengths decide when an example comes, not whether
+        order = plan_order(alike, recipe.batch_size, steps, recipe.seed)
         labels_read.update(data.train.rows[order].tolist())
     record = OutcomeRecord(
         method=method,

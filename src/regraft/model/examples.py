@@ -41,7 +41,7 @@ def encode(base: Base, data: TaskData, split: Split) -> Examples:
 
 
 def encode_alike(upgrade: Upgrade, data: TaskData, split: Split) -> tuple[Examples, Examples]:
-    """Tokenise texts for two models of which each token of the one is compared with one of the other.
+    """Tokenise a split for two models of which each token of the one is compared with one of the other.
 
     Args:
         upgrade: The two bases, each with a tokenizer of its own.
@@ -49,7 +49,7 @@ def encode_alike(upgrade: Upgrade, data: TaskData, split: Split) -> tuple[Exampl
         split: Some of its examples.
 
     Returns:
-        The examples for the old and the new base: the texts that both tokenizers divide into the same tokens.
+        The examples for the old and the new base that both tokenizers divide into the same tokens.
 
     Raises:
         KindError: Those are fewer than half.
@@ -66,7 +66,5 @@ def encode_alike(upgrade: Upgrade, data: TaskData, split: Split) -> tuple[Exampl
             "texts into the same tokens, and this holds the two models against each other token by token. Take direct, "
             "init or distill."
         )
-    if len(alike) == len(split):
-        return sides[0], sides[1]
-    old, new = (encode(base, data, split.take(alike)) for base in (upgrade.old, upgrade.new))
+    old, new = (side.take(alike) for side in sides)
     return old, new
