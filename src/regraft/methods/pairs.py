@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from regraft.upgrade import Upgrade
 
 
-def read_pairs(pairs: Sequence[str], adaptation: Adaptation, upgrade: Upgrade) -> list[tuple[Vector, Vector]]:
-    """Open pairs of adaptations, and compare them with the one that is carried over.
+def read_pairs(pairs: Sequence[str], like: Vector, upgrade: Upgrade) -> list[tuple[Vector, Vector]]:
+    """Open pairs of adaptations, and compare them with what is carried over.
 
     Args:
         pairs: `OLD=NEW` each: the folders of what was tuned on the old and on the new base.
-        adaptation: What is carried over.
+        like: The vector of what is carried over.
         upgrade: The two bases.
 
     Returns:
@@ -33,7 +33,7 @@ def read_pairs(pairs: Sequence[str], adaptation: Adaptation, upgrade: Upgrade) -
         MismatchError: One was tuned on another base, or is of another kind, shape or setting.
         RecipeError: A pair is not written as a pair.
     """
-    like, vectors = adaptation.family.vector(adaptation, upgrade.old), []
+    vectors = []
     for pair in pairs:
         old, new = split_pair(pair)
         vectors.append((open_alike(old, upgrade.old, like)[1], open_alike(new, upgrade.new, like)[1]))

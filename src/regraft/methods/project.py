@@ -60,8 +60,8 @@ def graft_mapped(job: Job, options: Projection) -> None:
         return
     from regraft.methods.pairs import read_pairs
 
-    pairs = read_pairs(options.pairs, job.adaptation, job.upgrade)
     vector = adaptation.family.vector(adaptation, job.upgrade.old)
+    pairs = read_pairs(options.pairs, vector, job.upgrade)
     weights = _regress(pairs, vector, options, job)
     _write(job, vector.names, lambda name: _map(name, vector, pairs, weights, residual=options.residual))
 
