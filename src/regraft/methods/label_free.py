@@ -14,7 +14,7 @@ from regraft.methods.method import BY_OLD_HEAD, Objective
 if TYPE_CHECKING:
     from regraft.methods.job import Job
     from regraft.methods.method import Curve
-    from regraft.task import Split
+    from regraft.task import Split, TaskData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def distil_on_texts(job: Job, model: Any, options: LabelFree) -> Curve:
     from regraft.tuning import Distillation
 
     if options.text:
-        job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text)))
+        job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text, job.data)))
     job.notes["labels"] = len(job.labelled)
     job.notes["score"] = "overlap of class probabilities with the old model's on dev"
     loss = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature, decay="none")
@@ -82,14 +82,15 @@ def contents(options: LabelFree, seed: int) -> dict[str, Any]:
     return {"text": Corpus((options.text,)).digest()} if options.text else {}
 
 
-def read_texts(file: str) -> Split:
-    """Read texts without labels.
+def read_texts(file: str, data: TaskData) -> Split:
+    """Read texts without labels as examples of a task.
 
     Args:
         file: A text or JSONL file.
+        data: The task.
 
     Returns:
-        The texts as a split of class 0.
+        The texts, whose targets are placeholders.
 
     Raises:
         DataError: The file is missing, has no text, or a row of it cannot be read.
@@ -102,10 +103,11 @@ def read_texts(file: str) -> Split:
 
     corpus = Corpus((file,))
     corpus.digest()  # says so if there is no such file
-    texts: list[tuple[str, ...]] = [(text,) for text in corpus.documents()]
-    if not texts:
-        raise DataError(f"{file}: holds no text.")
-    return Split("train", file, texts, np.zeros(len(texts), dtype=np.int64), np.arange(1, len(texts) + 1))
+    inputs = [data.task.as_inputs(text) for text in corpus.documents()]
+    if not inputs:
+        raise DataError(f"{file}: holds no text. Give a file with a text a line.")
+    placeholders = np.repeat(data.train.targets[:1], len(inputs), axis=0)
+    return Split("train", file, inputs, placeholders, np.arange(1, len(inputs) + 1))
 
 
 LABEL_FREE = Objective(

@@ -11,7 +11,8 @@ from regraft.errors import DataError, MismatchError, RecipeError
 from regraft.task.labels import listing, matching
 from regraft.task.sample import draw
 from regraft.task.split import Split  # noqa: TC001 (0.1 had it here)
-from regraft.task.types.type import DEFAULT_TYPE, Head
+from regraft.task.types.head import Head
+from regraft.task.types.type import DEFAULT_TYPE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

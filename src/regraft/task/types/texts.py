@@ -61,6 +61,10 @@ class TextTask(Task, ABC):
         """Return the text, with a mark between the two of a pair."""
         return " ⏎ ".join(inputs)
 
+    def as_inputs(self, text: str) -> tuple[str]:
+        """Return the text alone, also where the task is one of pairs."""
+        return (text,)
+
     def count_words(self, inputs: tuple[str, ...]) -> int:
         """Count what stands between blanks, in a pair's texts together."""
         return sum(len(text.split()) for text in inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -127,6 +126,11 @@ class Task(BaseModel, ABC):
             The task.
         """
         return self if shots is None else self.model_copy(update={"shots": shots})
+
+    @property
+    def scoring(self) -> Metric:
+        """The metric that is reported; other types of task may have another one of that name."""
+        return next(metric for metric in self.metrics if metric.name == self.metric)
 
     @property
     @abstractmethod
@@ -277,6 +281,17 @@ class Task(BaseModel, ABC):
         """
         return str(inputs)
 
+    def as_inputs(self, text: str) -> Any:
+        """Return a text without a label as an example's inputs.
+
+        Args:
+            text: Some text.
+
+        Raises:
+            DataError: The inputs of this type of task are no text.
+        """
+        raise DataError(f"{text!r:.60}: a {self.type} task reads no plain text. Learn from its own examples.")
+
     def one_sided(self, targets: Targets) -> str | None:
         """Say why scores on some targets settle nothing, however many there are.
 
@@ -287,19 +302,6 @@ class Task(BaseModel, ABC):
             What they are, as `examples of a single class, on which …`; None where they are mixed.
         """
         return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """What turns a body's states into outputs.
-
-    Args:
-        type: The task type it is for.
-        labels: The names of its outputs, in their order.
-    """
-
-    type: type[Task]
-    labels: tuple[str, ...]
 
 
 @functools.cache
