@@ -21,6 +21,7 @@ from regraft.methods.ladder import Bar
 from regraft.model.probe import probe
 from regraft.task import load_data, paired_difference, score
 from regraft.task.bootstrap import resampled_scores
+from regraft.task.types.class_metrics import ACCURACY
 
 FEW = Recipe(steps=12, batch_size=8, learning_rate=1e-3, eval_every=3, save_every=3, precision="fp32")
 
@@ -74,7 +75,7 @@ def test_the_interval_of_a_difference_is_the_binomials():
 def test_a_rung_passes_fails_or_is_undecided():
     labels = [0, 1] * 200
     reference = list(labels)
-    bar = Bar("accuracy", labels, reference, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=None)
+    bar = Bar(ACCURACY, labels, reference, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=None)
     assert [bar.survival(score) for score in (1.0, 0.75, 0.5)] == [1.0, 0.5, 0.0]
     wrong = {"passes": 2, "undecided": 9, "fails": 60}
     for verdict, count in wrong.items():

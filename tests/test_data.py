@@ -27,6 +27,7 @@ from regraft.methods.ladder import Bar
 from regraft.task import Split, Task, TaskData, TextClassification, doubts, load_data, read_task, weakness
 from regraft.task.data import Split as SplitOfBefore
 from regraft.task.delimited import read_delimited
+from regraft.task.types.class_metrics import ACCURACY
 from regraft.tuning.corpus import Corpus
 
 ODD = [
@@ -416,9 +417,9 @@ def test_tiny_and_single_class_splits_are_doubted() -> None:
 def test_nothing_is_sure_on_a_split_that_settles_nothing(labels: list[int]) -> None:
     data = data_of(("a", "b"), [0, 1] * 9, labels)
     doubt = weakness(data, data.dev)
-    decided = verdict("accuracy", labels, labels, labels, 0.0, weakness=doubt)
+    decided = verdict(ACCURACY, labels, labels, labels, 0.0, weakness=doubt)
     assert (decided.choice, decided.sure, decided.reasons[-1].name) == ("use as is", 0.0, "examples")
-    bar = Bar("accuracy", labels, labels, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=doubt)
+    bar = Bar(ACCURACY, labels, labels, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=doubt)
     assert bar.measure(labels)["verdict"] == "undecided"
     many = [0, 1] * 15
-    assert verdict("accuracy", many, many, many, 0.5).sure == 1.0
+    assert verdict(ACCURACY, many, many, many, 0.5).sure == 1.0

@@ -34,6 +34,7 @@ from regraft.diagnosis.choice import choose
 from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.report import sections
 from regraft.task import Interval
+from regraft.task.types.class_metrics import ACCURACY
 from regraft.task.types.class_views import calibration
 from regraft.weights import subspace_overlap
 
@@ -274,22 +275,22 @@ def test_verdicts():
     random = np.random.default_rng(0)
     labels = random.integers(2, size=400)
     good = np.where(random.random(400) < 0.9, labels, 1 - labels)
-    same = verdict("accuracy", labels, good, good, 0.5)
+    same = verdict(ACCURACY, labels, good, good, 0.5)
     assert (same.choice, same.sure, same.predicted) == ("use as is", 1, 1)
-    lost = verdict("accuracy", labels, good, random.integers(2, size=400), 0.5)
+    lost = verdict(ACCURACY, labels, good, random.integers(2, size=400), 0.5)
     assert lost.choice == "scratch"
     assert lost.sure > 0.9
     assert "from scratch" in lost.advice
     slightly = np.where(random.random(400) < 0.03, 1 - good, good)
-    between = verdict("accuracy", labels, good, slightly, 0.5)
+    between = verdict(ACCURACY, labels, good, slightly, 0.5)
     assert 0.3 < between.sure < 1
-    better = verdict("accuracy", labels, good, good, 0.5, gain=Interval(0.1, 0.05, 0.15))
+    better = verdict(ACCURACY, labels, good, good, 0.5, gain=Interval(0.1, 0.05, 0.15))
     expected = ((good == labels).mean() - 0.5) / ((good == labels).mean() + 0.1 - 0.5)
     assert better.predicted == pytest.approx(expected)
     assert better.choice == "short tuning"
-    assert verdict("accuracy", labels, good, good, 0.5, gain=Interval(0.1, -0.01, 0.2)).choice == "use as is"
+    assert verdict(ACCURACY, labels, good, good, 0.5, gain=Interval(0.1, -0.01, 0.2)).choice == "use as is"
     assert {reason.name for reason in better.reasons} >= {"old deployment", "as they are", "guessing"}
-    useless = verdict("accuracy", labels, np.zeros(400, int), good, 0.6)
+    useless = verdict(ACCURACY, labels, np.zeros(400, int), good, 0.6)
     assert "nothing to carry over" in useless.advice
 
 

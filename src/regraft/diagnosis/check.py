@@ -125,7 +125,7 @@ def check_pair(pair: Pair) -> Check:
         new=new,
         floor=floor,
         retained=retained,
-        agreement=score(data.task.metrics[0].name, data.task.as_targets(before), after),
+        agreement=score(data.task.metrics[0], data.task.as_targets(before), after),
         negative_flips=flipped.negative_rate,
         positive_flips=flipped.positive_rate,
         l2=moved.l2,

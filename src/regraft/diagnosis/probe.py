@@ -24,7 +24,7 @@ def probe_gain(pair: Pair) -> Interval:
 
     data = pair.data
     old, new = (probe(base, data, pair.precision) for base in (pair.upgrade.old, pair.upgrade.new))
-    return paired_difference(data.metric, data.dev.labels, new, old)
+    return paired_difference(data.task.scoring, data.dev.targets, new, old)
 
 
 QUESTION = Question("probe", 90, Interval, lambda asked: probe_gain(asked.direct))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from regraft.diagnosis.question import Asked
-    from regraft.task import Interval
+    from regraft.task import Interval, Metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Verdict:
 
 
 def verdict(
-    metric: str,
+    metric: Metric,
     labels: ArrayLike,
     before: ArrayLike,
     after: ArrayLike,
@@ -102,7 +102,7 @@ def verdict(
     else:
         advice = f"{100 * share:.0f} % of the score to expect above guessing is left: {ADVICE[chosen]}."
     figures: tuple[Reason, ...] = (
-        Reason("old deployment", f"{old[0]:.3f}", f"{metric} of the old weights on the old base"),
+        Reason("old deployment", f"{old[0]:.3f}", f"{metric.name} of the old weights on the old base"),
         Reason("as they are", f"{new[0]:.3f}", "the same weights on the new base, without any tuning"),
         Reason("guessing", f"{floor:.3f}", guess),
     )
@@ -122,7 +122,7 @@ def verdict(
 def _ask(asked: Asked) -> Verdict:
     pair = asked.direct
     return verdict(
-        pair.data.metric,
+        pair.data.task.scoring,
         pair.split.targets,
         pair.before,
         pair.after,

@@ -87,7 +87,7 @@ def climb_ladder(job: Job, options: Auto) -> list[dict[str, float]]:
     """
     if not options.labels:
         job = dataclasses.replace(job, data=ladder.pseudo_labelled(job))
-    bar = ladder.set_bar(job, options.tolerance, options.confidence, options.target, probed=options.labels)
+    bar = ladder.set_bar(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
     climb = _Climb(job, bar)
     chosen, why = _climb(climb, bar, options)
     found = {

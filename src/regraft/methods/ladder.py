@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from regraft.methods.job import Job
-    from regraft.task import Interval, TaskData
+    from regraft.task import Interval, Metric, TaskData
+    from regraft.task.split import Targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,10 @@ class Bar:
 
     Args:
         metric: The task's.
-        labels: The classes of dev.
+        targets: Those of dev.
         reference: What the old deployment predicts on dev; the comparison is paired with it.
         old: Its score.
-        floor: The score of always guessing the most frequent class of train.
+        floor: The score of the best guess that looks at no input.
         target: The score to reach.
         gain: How much better a linear probe is on the new base than on the old; None where none was made.
         tolerance: How much may be lost against the target.
@@ -34,9 +35,9 @@ class Bar:
         weakness: Why dev settles nothing, if so.
     """
 
-    metric: str
-    labels: list[int]
-    reference: list[int]
+    metric: Metric
+    targets: Targets
+    reference: list[Any]
     old: float
     floor: float
     target: float
@@ -56,25 +57,25 @@ class Bar:
         """
         return (score - self.floor) / (self.old - self.floor) if self.old > self.floor else 0.0
 
-    def measure(self, predictions: list[int]) -> dict[str, Any]:
+    def measure(self, predictions: list[Any]) -> dict[str, Any]:
         """Test a rung.
 
         Args:
-            predictions: Its classes on dev.
+            predictions: Its predictions on dev.
 
         Returns:
             Its `score`, the `difference` to the target with `low` and `high`, and the `verdict`: it `passes` if low is
             above −tolerance, `fails` if high is below, else the examples of dev leave it `undecided`: so they do
-            where they are too few or of a single class.
+            where they are too few or all alike.
         """
-        to_old = paired_difference(self.metric, self.labels, predictions, self.reference, confidence=self.confidence)
+        to_old = paired_difference(self.metric, self.targets, predictions, self.reference, confidence=self.confidence)
         raised = self.target - self.old
         low, high = to_old.low - raised, to_old.high - raised
         verdict = "passes" if low >= -self.tolerance else "fails" if high < -self.tolerance else "undecided"
         if self.weakness:
             verdict = "undecided"
         return {
-            "score": round(score(self.metric, self.labels, predictions), 4),
+            "score": round(score(self.metric, self.targets, predictions), 4),
             "difference": round(to_old.estimate - raised, 4),
             "low": round(low, 4),
             "high": round(high, 4),
@@ -96,20 +97,21 @@ class Bar:
             else f"{100 * self.confidence:.0f} % sure: from {100 * rung['low']:+.1f} up"
         )
         return (
-            f"{self.metric} {rung['score']:.3f} on dev, {100 * rung['difference']:+.1f} points to the target of "
+            f"{self.metric.name} {rung['score']:.3f} on dev, {100 * rung['difference']:+.1f} points to the target of "
             f"{self.target:.3f} ({sure}; {100 * self.tolerance:.1f} may be lost)"
         )
 
 
-def set_bar(job: Job, tolerance: float, confidence: float, target: float | None, *, probed: bool) -> Bar:
+def set_bar(job: Job, tolerance: float, confidence: float, target: float | None, *, labelled: bool) -> Bar:
     """Find out what is to be reached.
 
     Args:
         job: The job; its dev is what all is measured on.
         tolerance: How much may be lost.
         confidence: Of the tests.
-        target: A given score; None for the old deployment's and what the new base adds to it.
-        probed: Whether to find out what that is.
+        target: A score; None for the old deployment's, raised by what the new base adds to it.
+        labelled: Whether dev has labels. If not, its targets are the old deployment's predictions, and what the new
+            base adds cannot be known.
 
     Returns:
         The bar.
@@ -118,24 +120,24 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
     if not is_sealed(whole):
         from regraft.model.probe import probe
 
-        reference = job.old_deployment().predictions(job.data.dev)
-        probes = []
-        if target is None and probed:
+        dev, probes = job.data.dev, []
+        reference = job.old_deployment().predictions(dev) if labelled else dev.targets.tolist()
+        if target is None and labelled:
             probes = [probe(base, job.data, job.recipe.precision) for base in (job.upgrade.old, job.upgrade.new)]
         write_record(file, {"reference": reference, "probes": probes})
         seal(whole, [file])
-    found = json.loads(file.read_text(encoding="utf-8"))
-    metric, labels = job.data.metric, job.data.dev.labels.tolist()
-    old, gain = score(metric, labels, found["reference"]), None
-    if found["probes"]:
-        gain = paired_difference(metric, labels, found["probes"][1], found["probes"][0], confidence=confidence)
+    record = json.loads(file.read_text(encoding="utf-8"))
+    metric, targets = job.data.task.scoring, job.data.dev.targets
+    old, gain = score(metric, targets, record["reference"]), None
+    if record["probes"]:
+        gain = paired_difference(metric, targets, record["probes"][1], record["probes"][0], confidence=confidence)
     if target is None:
         target = old + (gain.estimate if gain and gain.low > 0 else 0.0)
     floor = chance_score(job.data, job.data.dev)
     return Bar(
         metric,
-        labels,
-        found["reference"],
+        targets,
+        record["reference"],
         old,
         floor,
         target,
@@ -155,14 +157,13 @@ def pseudo_labelled(job: Job) -> TaskData:
     Returns:
         The task.
     """
-    import numpy as np
-
-    old, splits = job.old_deployment(), {}
-    for name in ("train", "dev"):
-        split = getattr(job.data, name)
-        targets = np.asarray(old.predictions(split), dtype=split.targets.dtype)
-        splits[name] = dataclasses.replace(split, targets=targets)
-    return dataclasses.replace(job.data.changed(metric=job.data.task.metrics[0].name), **splits, labelled=True)
+    old, task = job.old_deployment(), job.data.task
+    train, dev = (
+        dataclasses.replace(split, targets=task.as_targets(old.predictions(split)))
+        for split in (job.data.train, job.data.dev)
+    )
+    agreement = job.data.changed(metric=task.metrics[0].name)
+    return dataclasses.replace(agreement, train=train, dev=dev, labelled=True)
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

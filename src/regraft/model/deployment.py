@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from typing import TYPE_CHECKING, Any
@@ -134,7 +133,7 @@ class Deployment:
         Args:
             split: Some of the task's examples.
         """
-        return score(self.data.metric, split.targets, self.predictions(split))
+        return score(self.data.task.scoring, split.targets, self.predictions(split))
 
     def right(self, split: Split) -> list[bool]:
         """Say which predictions are right.
@@ -221,7 +220,7 @@ def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData)
         for_each_batch(classifier.to(device()), examples, "fp32", keep, hidden=True)
         return torch.cat(rows)
 
-    bare = fresh_model(base, dataclasses.replace(data.head, labels=("a", "b")), 0)
+    bare = fresh_model(base, data.head, 0)
     bare.config.pad_token_id = model.config.pad_token_id  # so that both are read at the same tokens
     plain, adapted = read(bare), read(model)
     effect = float((adapted - plain).norm() / plain.norm())

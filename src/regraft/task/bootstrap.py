@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike
 
+    from regraft.task.metric import Metric
+
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 RESAMPLES = 2000
@@ -36,7 +38,7 @@ class Interval:
 
 
 def paired_difference(
-    metric: str,
+    metric: Metric | str,
     labels: ArrayLike,
     predictions: ArrayLike,
     reference: ArrayLike,
@@ -49,7 +51,7 @@ def paired_difference(
     Source: Efron and Tibshirani, 1993, chapter 13 (percentile interval); paired as in Koehn, 2004.
 
     Args:
-        metric: A metric of the task's type, as `accuracy`.
+        metric: The task's `scoring`, or the name of a metric, as `accuracy`.
         labels: The target of each example.
         predictions: What one model predicts for each.
         reference: What the other one predicts.
@@ -74,7 +76,12 @@ def paired_difference(
 
 
 def resampled_scores(
-    metric: str, labels: ArrayLike, predictions: Sequence[ArrayLike], *, seed: int = 0, resamples: int = RESAMPLES
+    metric: Metric | str,
+    labels: ArrayLike,
+    predictions: Sequence[ArrayLike],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Floats:
     """Score several models on the examples as they are, and on resamples of them that all share.
 

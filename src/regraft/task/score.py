@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from regraft.errors import DataError, RecipeError
 from regraft.task.metric import Flips, count_flips, require_equal_lengths
-from regraft.task.types.type import task_types
+from regraft.task.types.type import DEFAULT_TYPE, task_types
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def find_metric(name: str) -> Metric:
-    """Look up a metric of any task type.
+    """Look up a metric of any task type by its name.
 
     Args:
-        name: What a task file calls it.
+        name: What a task file calls it; where several types have one of that name, text classification's counts.
 
     Returns:
         The metric.
@@ -29,17 +29,19 @@ def find_metric(name: str) -> Metric:
     Raises:
         RecipeError: There is no such metric.
     """
-    metrics = {metric.name: metric for task_type in task_types().values() for metric in task_type.metrics}
+    types = task_types()
+    last = types[DEFAULT_TYPE]  # which names of metrics stood for before there were types
+    metrics = {metric.name: metric for task_type in (*types.values(), last) for metric in task_type.metrics}
     if name not in metrics:
         raise RecipeError(f"metric {name!r}: there is no such metric. Use one of {', '.join(metrics)}.")
     return metrics[name]
 
 
-def score(metric: str, labels: ArrayLike, predictions: ArrayLike) -> float:
+def score(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> float:
     """Score predictions.
 
     Args:
-        metric: A metric of the task's type, as `accuracy`.
+        metric: The task's `scoring`, or the name of a metric, as `accuracy`.
         labels: The target of each example.
         predictions: The prediction of each example.
 
@@ -55,11 +57,11 @@ def score(metric: str, labels: ArrayLike, predictions: ArrayLike) -> float:
     return float(chosen.value(statistics.sum(axis=0)[None])[0])
 
 
-def summands(metric: str, labels: ArrayLike, predictions: ArrayLike) -> tuple[Metric, csr_array]:
-    """Look up a metric and compute what it sums over examples.
+def summands(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> tuple[Metric, csr_array]:
+    """Compute what a metric sums over examples.
 
     Args:
-        metric: Its name.
+        metric: The metric or its name.
         labels: The target of each example.
         predictions: The prediction of each example.
 
@@ -73,7 +75,7 @@ def summands(metric: str, labels: ArrayLike, predictions: ArrayLike) -> tuple[Me
     """
     import numpy as np
 
-    chosen = find_metric(metric)
+    chosen = find_metric(metric) if isinstance(metric, str) else metric
     targets, predicted = np.asarray(labels), np.asarray(predictions)
     require_equal_lengths(labels=len(targets), predictions=len(predicted))
     if not len(targets):
@@ -92,7 +94,7 @@ def chance_score(data: TaskData, split: Split) -> float:
         The score by the task's metric.
     """
     guess = data.task.chance(data.train.targets, data.labels)
-    return score(data.metric, split.targets, [guess] * len(split))
+    return score(data.task.scoring, split.targets, [guess] * len(split))
 
 
 def flips(labels: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:

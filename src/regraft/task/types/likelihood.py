@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from regraft.task.split import Integers
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Signal:
@@ -21,12 +23,12 @@ class Signal:
 
     logits: torch.Tensor
 
-    def take(self, rows: Any, like: torch.Tensor) -> Signal:
+    def take(self, rows: torch.Tensor | Integers | slice, like: torch.Tensor) -> Signal:
         """Return the signal of some rows.
 
         Args:
             rows: Which rows, on the CPU.
-            like: A tensor of the device and type wanted.
+            like: A tensor of the device and type that are needed.
         """
         return Signal(self.logits[rows].to(like))
 
