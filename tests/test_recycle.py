@@ -179,7 +179,7 @@ def test_a_second_run_does_nothing(tmp_path, bases, tuned, task_file, monkeypatc
     upgrade, source, out = Upgrade(*bases["bert"]), tuned["bert", "full"], tmp_path / "out"
     first = recycle(upgrade, source, task_file, "init+distill", out, recipe=FEW)
     files = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
-    monkeypatch.setattr("regraft.tuning.tune_model", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("regraft.methods.job.tune_model", lambda *_: pytest.fail("trained again"))
     again = recycle(Upgrade(*bases["bert"]), source, task_file, "init+distill", out, recipe=FEW)
     assert again.record == first.record
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == files

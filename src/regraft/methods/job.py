@@ -5,17 +5,30 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from regraft.adaptation import (
+    attach,
+    change_head,
+    fresh_model,
+    load_adaptation,
+    load_model,
+    save_model,
+    start_of,
+    write_graft,
+)
+from regraft.adaptation.rework import write_rework
+from regraft.model import Deployment
+from regraft.tuning import Teacher, tune_model
+from regraft.upgrade import Upgrade
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from regraft.adaptation import Adaptation, HeadPolicy
     from regraft.adaptation.adaptation import Rule
-    from regraft.model import Deployment
     from regraft.progress import Progress
     from regraft.task import TaskData
     from regraft.tuning import Anchored, Distillation, Recipe
-    from regraft.upgrade import Upgrade
     from regraft.weights import RowMatch
 
 
@@ -59,15 +72,12 @@ class Job:
         Returns:
             The model.
         """
-        from regraft.adaptation import attach, fresh_model
-
         base, head, seed = self.upgrade.new, self.data.head, self.recipe.seed
         config = self.adaptation.family.read_config(self.adaptation, afresh=True)
         return attach(fresh_model(base, head, seed), base, head, config, seed)
 
     def graft(self) -> None:
         """Fill the job's folder with the old weights put onto the new base."""
-        from regraft.adaptation import write_graft
 
         def write(folder: Path) -> None:
             self.notes.update(write_graft(self.adaptation, self.upgrade, folder, self.progress, replace=self.replace))
@@ -80,7 +90,6 @@ class Job:
         Args:
             rule: As in `write_rework`.
         """
-        from regraft.adaptation.rework import write_rework
 
         def write(folder: Path) -> None:
             self.notes.update(
@@ -95,8 +104,6 @@ class Job:
         Args:
             write: Fills a folder with the adaptation.
         """
-        from regraft.adaptation import change_head
-
         if self.head == "copy":
             write(self.into)
             return
@@ -113,8 +120,6 @@ class Job:
         Returns:
             The model.
         """
-        from regraft.adaptation import load_adaptation, load_model
-
         return load_model(load_adaptation(self.into), self.upgrade.new, self.data.head, trainable=trainable)
 
     def grafted(self) -> Any:
@@ -136,8 +141,6 @@ class Job:
         Returns:
             The deployment, which computes each split once.
         """
-        from regraft.model import Deployment
-
         return Deployment(model, self.upgrade.new, self.data, self.recipe.precision, self.progress)
 
     def old_deployment(self) -> Deployment:
@@ -146,9 +149,6 @@ class Job:
         Returns:
             The deployment, which computes each split once.
         """
-        from regraft.adaptation import load_model
-        from regraft.model import Deployment
-
         old = self.upgrade.old
         model = load_model(self.adaptation, old, self.data.head)
         return Deployment(model, old, self.data, self.recipe.precision, self.progress)
@@ -159,9 +159,6 @@ class Job:
         Returns:
             The model, frozen if the adaptation is an adapter.
         """
-        from regraft.adaptation import load_adaptation, load_model, write_graft
-        from regraft.upgrade import Upgrade
-
         old, adaptation = self.upgrade.old, self.adaptation
         if adaptation.changed_base:  # its plain form has other sizes
             folder = self.work / "teacher"
@@ -175,8 +172,6 @@ class Job:
         Args:
             model: From `load` or `grafted`.
         """
-        from regraft.adaptation import save_model
-
         save_model(model, self.upgrade.new, self.data.head, self.into)
 
     def tune(
@@ -198,9 +193,6 @@ class Job:
         Returns:
             The learning curve.
         """
-        from regraft.adaptation import save_model, start_of
-        from regraft.tuning import Teacher, tune_model
-
         start = start_of(model)
         teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_judges) if options else None
         curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher, anchor)

@@ -16,6 +16,7 @@ from regraft.adaptation import (
     check_fit,
     find_outcome,
     load_adaptation,
+    load_model,
     stored_head,
     write_outcome,
 )
@@ -27,10 +28,11 @@ from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.job import Job
 from regraft.methods.options import check_options
 from regraft.methods.registry import find_method
-from regraft.model.deployment import check_effect, match_labels
+from regraft.model import Deployment, check_effect, match_labels
 from regraft.progress import Progress, silent
 from regraft.task import chance_score, load_data
-from regraft.tuning.recipe import Recipe, check_trained
+from regraft.tuning import Recipe, learning_rate, plan_order
+from regraft.tuning.recipe import check_trained
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -188,10 +190,6 @@ def record_outcome(
     """
     import numpy as np
 
-    from regraft.adaptation import load_model
-    from regraft.model import Deployment
-    from regraft.tuning import plan_order
-
     adaptation = load_adaptation(staging / "adaptation")
     if curve:
         check_trained(adaptation.checkpoint, recipe)
@@ -264,20 +262,6 @@ def _check_grafted(checkpoint: Checkpoint, base: Base) -> None:
             f"what the method makes of the old weights on {base.path} is infinite or not a number. A base or the "
             "adaptation has such values (regraft weights inspect --check-finite names them), or an option is too large."
         ) from error
-
-
-def learning_rate(kind: str) -> float:
-    """Return the learning rate for a kind of adaptation where the recipe names none.
-
-    Args:
-        kind: As in `Adaptation`.
-
-    Returns:
-        The rate.
-    """
-    from regraft.tuning import ADAPTER_RATE, LEARNING_RATES
-
-    return LEARNING_RATES.get(kind, ADAPTER_RATE)
 
 
 def new_folder(folder: Path) -> Path:

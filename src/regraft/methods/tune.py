@@ -20,10 +20,10 @@ from regraft.adaptation import (
 )
 from regraft.base import Base
 from regraft.checkpoint import resumable_folder
-from regraft.methods.recycle import learning_rate, new_folder, record_outcome
+from regraft.methods.recycle import new_folder, record_outcome
 from regraft.progress import Progress, silent
 from regraft.task import load_data, weakness
-from regraft.tuning.recipe import Recipe
+from regraft.tuning import Recipe, learning_rate, tune_model
 
 if TYPE_CHECKING:
     from regraft.adaptation.kinds import Config
@@ -84,8 +84,6 @@ def tune(
     if done := find_outcome(out, inputs, (base,)):
         return done
     base.check_finite()
-    from regraft.tuning import tune_model
-
     resolved = recipe.resolve(len(data.train), learning_rate(kind_of_config(config)))
     with resumable_folder(out, inputs) as work:
         if done := find_outcome(out, inputs, (base,)):  # another process has made it since

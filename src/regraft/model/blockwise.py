@@ -1,4 +1,4 @@
-"""A classifier run one block at a time on fixed texts, each block's outputs being kept as the next one's inputs."""
+"""A model run one block at a time on fixed examples, each block's outputs being kept as the next one's inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.experts import is_experts
 from regraft.model.batches import plan_batches
 from regraft.model.device import autocast, device
-from regraft.model.outputs import forward, inputs_of, last_read
+from regraft.model.outputs import classifier_of, forward, inputs_of, last_read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -27,8 +27,8 @@ class Walk:
     part. Where a model lays out its tokens so that padding cannot be told apart, as XLNet, there is none.
 
     Args:
-        model: A classifier of any kind that has no virtual tokens.
-        examples: Texts; two walks on the same ones see the same tokens in the same rows.
+        model: A model with a head, of any kind that has no virtual tokens.
+        examples: What it is run on; two walks on the same ones see the same tokens in the same rows.
         precision: `bf16` or `fp32`.
     """
 
@@ -37,14 +37,14 @@ class Walk:
 
         self.model, self.precision = model.to(device()).eval(), precision
         self.wide = torch.float64 if precision == "fp32" else torch.float32  # for sums that lose nothing
-        classifier = getattr(model, "get_base_model", lambda: model)()
-        count = classifier.config.num_hidden_layers
-        lists = [m for m in classifier.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+        plain = classifier_of(model)
+        count = plain.config.num_hidden_layers
+        lists = [m for m in plain.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
         self.blocks = list(lists[0]) if lists else []
         inside = [module for block in self.blocks for module in block.modules()]
         if len(set(inside)) < len(inside):
             self.blocks = []
-        self.body = set(classifier.base_model.modules())
+        self.body = set(plain.base_model.modules())
         self.names = {module: name for name, module in model.named_modules()}
         plan = plan_batches(model, examples)
         few = plan[0][: 2 if examples.lengths.max() == 3 else 3]  # other than the number of tokens

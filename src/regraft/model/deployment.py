@@ -165,14 +165,14 @@ class Deployment:
 
 
 def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
-    """Put a task's classes into the order of an adaptation's head.
+    """Put a task's labels into the order of an adaptation's head.
 
     Args:
         adaptation: The old weights.
         data: The task's examples.
 
     Returns:
-        The same examples, their classes numbered as the head numbers them.
+        The same examples, their labels in the order of the head's outputs.
 
     Raises:
         MismatchError: The label names are not the same.

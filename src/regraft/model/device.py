@@ -17,8 +17,8 @@ def device() -> torch.device:
     """
     import torch
 
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 def autocast(precision: str, on: torch.device) -> contextlib.AbstractContextManager[Any]:

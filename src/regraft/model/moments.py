@@ -20,8 +20,8 @@ def input_moments(model: Any, examples: Examples, progress: Progress = silent) -
     """Measure E[x·xᵀ] of the inputs x of each linear layer, over all tokens that are no padding.
 
     Args:
-        model: A classifier without an adapter.
-        examples: Texts.
+        model: A model without an adapter.
+        examples: What it is run on.
         progress: Told of each batch.
 
     Returns:

@@ -37,14 +37,14 @@ def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
 
     model = fresh_model(base, data.head, 0).to(device())
     train = data.train.take(range(min(PROBED, len(data.train))))
-    probe = make_pipeline(StandardScaler(), data.task.estimator())
-    probe.fit(_features(model, base, data, train, precision), train.targets)
-    predictions: list[Any] = probe.predict(_features(model, base, data, data.dev, precision)).tolist()
+    pipeline = make_pipeline(StandardScaler(), data.task.estimator())
+    pipeline.fit(_features(model, base, data, train, precision), train.targets)
+    predictions: list[Any] = pipeline.predict(_features(model, base, data, data.dev, precision)).tolist()
     return predictions
 
 
 def _features(model: torch.nn.Module, base: Base, data: TaskData, split: Split, precision: str) -> torch.Tensor:
-    """Average the last hidden states over the tokens of each text."""
+    """Average the last hidden states over the tokens of each example."""
     import torch
 
     features = torch.zeros(len(split), base.config.hidden_size)

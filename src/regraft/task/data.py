@@ -71,7 +71,7 @@ class TaskData:
         return dataclasses.replace(self, task=self.task.model_copy(update=keys))
 
     def with_room(self, tokens: int, longest: int) -> TaskData:
-        """Cut texts so that virtual tokens fit in front of them.
+        """Cut inputs so that virtual tokens fit in front of them.
 
         Args:
             tokens: How many there are.
@@ -100,7 +100,7 @@ class TaskData:
     def few_shot(self, shots: int, seed: int) -> TaskData:
         """Keep a few examples a class of train and of dev, and all of test.
 
-        Which ones follows from the seed and the texts alone: neither the order of the rows nor any other use of
+        Which ones follows from the seed and the examples alone: neither the order of the rows nor any other use of
         random numbers changes it, and a smaller number of shots is a part of a larger one.
 
         Args:
@@ -147,7 +147,7 @@ class TaskData:
         return split.take(draw(split, self.task, self.labels, [size] * len(strata), seed))
 
     def relabel(self, order: Sequence[str]) -> TaskData:
-        """Number and name the classes as a model's head does.
+        """Number and name the labels as a model's head does.
 
         Args:
             order: The labels of the head's outputs. They may be written otherwise than the task's: `True` for `true`,

@@ -8,10 +8,9 @@ from regraft.tuning.order import plan_order
 from regraft.tuning.pretrain import Replay, pretrain, pretrain_chain
 from regraft.tuning.recipe import Recipe
 from regraft.tuning.tracking import tracking
-from regraft.tuning.tune import ADAPTER_RATE, LEARNING_RATES, Teacher, tune_model
+from regraft.tuning.tune import LEARNING_RATES, Teacher, learning_rate, tune_model
 
 __all__ = [
-    "ADAPTER_RATE",
     "LEARNING_RATES",
     "Anchored",
     "Corpus",
@@ -21,6 +20,7 @@ __all__ = [
     "Replay",
     "Teacher",
     "distillation_loss",
+    "learning_rate",
     "plan_order",
     "pretrain",
     "pretrain_chain",

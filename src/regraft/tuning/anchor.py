@@ -96,7 +96,7 @@ def fisher(
     """Estimate the diagonal of the empirical Fisher information from the examples a training sees first.
 
     Args:
-        model: A classifier; what requires gradients is measured. It is left in the mode it had.
+        model: A model with a head; what requires gradients is measured. It is left in the mode it had.
         examples: What it is trained on.
         order: The examples in the order of the training.
         likelihood: What outputs are a distribution over.
@@ -110,18 +110,18 @@ def fisher(
 
     trained, was_training = _trained(model), model.training
     chosen = list(dict.fromkeys(order.tolist()))[:FISHER_EXAMPLES]
-    found = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    sums = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
     model.eval()
     for done, index in enumerate(chosen, start=1):
         batch = {name: tensor.to(device()) for name, tensor in examples.batch([index]).items()}
         loss = likelihood.loss(forward(model, batch).logits, batch["targets"], "mean")
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True, materialize_grads=True)
-        for total, gradient in zip(found.values(), gradients, strict=True):
+        for total, gradient in zip(sums.values(), gradients, strict=True):
             total.addcmul_(gradient, gradient)
         progress("fisher", done, len(chosen), {})
     model.train(was_training)
-    mean = sum(float(total.double().sum()) for total in found.values()) / sum(t.numel() for t in found.values())
-    return {name: total / mean if mean else torch.ones_like(total) for name, total in found.items()}
+    mean = sum(float(total.double().sum()) for total in sums.values()) / sum(t.numel() for t in sums.values())
+    return {name: total / mean if mean else torch.ones_like(total) for name, total in sums.items()}
 
 
 def _trained(model: Any) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Tuning a classifier on a task."""
+"""Tuning a model on a task."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LEARNING_RATES = {
     "prefix": 1e-2,
     "prompt": 1e-2,
 }
-ADAPTER_RATE = 5e-4
+ADAPTER_RATE = 5e-4  # of any other kind: a LoRA's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,18 @@ class Teacher:
     judges: bool = False
 
 
+def learning_rate(kind: str) -> float:
+    """Return the learning rate for a kind of adaptation where the recipe names none.
+
+    Args:
+        kind: As in `Adaptation`.
+
+    Returns:
+        The rate.
+    """
+    return LEARNING_RATES.get(kind, ADAPTER_RATE)
+
+
 def tune_model(
     model: Any,
     base: Base,
@@ -63,12 +75,12 @@ def tune_model(
     teacher: Teacher | None = None,
     anchor: Anchored | None = None,
 ) -> list[dict[str, float]]:
-    """Tune a classifier in place and leave it with its best weights on dev.
+    """Tune a model in place and leave it with its best weights on dev.
 
     Args:
-        model: The classifier, full or with an adapter; what requires gradients is tuned.
+        model: The model, full or with an adapter; what requires gradients is tuned.
         base: The base it lives on, for its tokenizer.
-        data: The task's examples; classes in the order of the model's outputs.
+        data: The task's examples; labels in the order of the model's outputs.
         recipe: Resolved for this data.
         work: A folder in which an interrupted tuning is gone on from.
         progress: Told of each step.

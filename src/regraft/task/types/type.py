@@ -205,14 +205,14 @@ class Task(BaseModel, ABC):
 
     @abstractmethod
     def relabel(self, targets: Targets, order: Sequence[int]) -> Targets:
-        """Number targets as a head does.
+        """Number targets by the outputs of a head.
 
         Args:
             targets: The targets.
-            order: The head's number of each label.
+            order: For each label, the number of its output.
 
         Returns:
-            The same targets.
+            The same targets in these numbers.
         """
 
     @abstractmethod
