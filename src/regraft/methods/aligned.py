@@ -83,11 +83,11 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
     is_head = False
     tables = _tables(walks, () if job.rows is None else upgrade.old.architecture.token_parameters)
     for part in range(walks[0].parts):
-        for name, (fed, given) in _spaces(walks, tables).items():
+        for name, (fed, output) in _spaces(walks, tables).items():
             if is_head:  # what comes after a head's first layer has that one's coordinates, which stay
                 break
             is_head = turned.is_head(name)
-            turned.turn(name, None if fed is None else rotations(fed), None if is_head else rotations(given))
+            turned.turn(name, None if fed is None else rotations(fed), None if is_head else rotations(output))
         rotations.forget()
         job.progress("align", part + 1, walks[0].parts, {})
     passed_over = turned.passed_over()
@@ -108,7 +108,7 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
 def _spaces(
     walks: Sequence[Walk], tables: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
-    """Run a part of both bases; give, for each module with weights of its own, E[x_n·xᵀ_o] of what tells its maps.
+    """Run a part of both bases; return, for each module with weights of its own, E[x_n·xᵀ_o] of what tells its maps.
 
     A linear layer's input is what it is fed. Its output is what it gives; but where it is wider than its input, so that
     what it gives has not the rank to tell, what the next layer of that width is fed. A norm's output has the
@@ -124,35 +124,35 @@ def _spaces(
     old, new = walks
     own = [[module for module in walk.model.modules() if _is_linear(module) or _is_norm(module)] for walk in walks]
     modules = {new.names[module]: module for module in own[1]}
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    of_old: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     fed_sums: dict[str, torch.Tensor] = {}
-    given_sums = dict(tables) if new.part == 0 else {}  # some are read without being called
+    output_sums = dict(tables) if new.part == 0 else {}  # some are read without being called
 
-    def keep(name: str, _: int, fed: torch.Tensor, given: torch.Tensor) -> None:
-        seen[name] = fed, given
+    def keep(name: str, _: int, fed: torch.Tensor, output: torch.Tensor) -> None:
+        of_old[name] = fed, output
 
-    def add(name: str, _: int, fed: torch.Tensor, given: torch.Tensor) -> None:
-        old_fed, old_given = seen[name]
+    def add(name: str, _: int, fed: torch.Tensor, output: torch.Tensor) -> None:
+        old_fed, old_output = of_old[name]
         is_linear = _is_linear(modules[name])
         if (
             not is_linear
-            and not fed.shape[1] == given.shape[1] == next(modules[name].parameters(recurse=False)).numel()
+            and not fed.shape[1] == output.shape[1] == next(modules[name].parameters(recurse=False)).numel()
         ):
             return  # an attention with weights of its own, and no norm
         fed_sums[name] = fed_sums.get(name, 0) + fed.T @ old_fed
-        given_sums[name] = given_sums.get(name, 0) + given.T @ old_given if is_linear else fed_sums[name]
+        output_sums[name] = output_sums.get(name, 0) + output.T @ old_output if is_linear else fed_sums[name]
 
     for number in range(len(old.batches)):
         old.run_batch(number, own[0], keep, keep=True)
         new.run_batch(number, own[1], add, keep=True)
-        seen.clear()
+        of_old.clear()
     for walk in walks:
         walk.part += 1
     spaces: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
     read: dict[int, torch.Tensor] = {}
-    for name, given in reversed(given_sums.items()):
+    for name, output in reversed(output_sums.items()):
         fed = fed_sums[name] if name in modules and _is_linear(modules[name]) else None
-        spaces[name] = fed, read.get(len(given), given) if fed is not None and len(given) > len(fed) else given
+        spaces[name] = fed, read.get(len(output), output) if fed is not None and len(output) > len(fed) else output
         if fed is not None:
             read[len(fed)] = fed
     return dict(reversed(spaces.items()))
@@ -194,28 +194,28 @@ def _tables(walks: Sequence[Walk], apart: Collection[str]) -> dict[str, torch.Te
 
 
 class _Rotations:
-    """The rotation of each space, found once however many modules read it."""
+    """The rotation of each space, computed once however many modules read it."""
 
     def __init__(self, shrink: float):
         self.shrink, self.moved = shrink, list[float]()
-        self.known: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.spaces: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, cross: torch.Tensor) -> torch.Tensor:
         import torch
 
         from regraft.weights import rotation
 
-        for other, found in self.known:
+        for other, turn in self.spaces:
             if cross.shape == other.shape and torch.equal(cross, other):
-                return found
-        found = rotation(cross, self.shrink)
-        self.moved.append(float((found - torch.eye(len(found)).to(found)).norm() / len(found) ** 0.5))
-        self.known.append((cross, found))
-        return found
+                return turn
+        turn = rotation(cross, self.shrink)
+        self.moved.append(float((turn - torch.eye(len(turn)).to(turn)).norm() / len(turn) ** 0.5))
+        self.spaces.append((cross, turn))
+        return turn
 
     def forget(self) -> None:
         """Forget the spaces of a part that is done."""
-        self.known.clear()
+        self.spaces.clear()
 
 
 class _Turned:
@@ -239,7 +239,7 @@ class _Turned:
         self.names: set[str] = set()  # of the modules that were turned, heads left out
 
     def is_head(self, name: str) -> bool:
-        """Return whether a module of the classifier is not in the base."""
+        """Return whether a module is not in the base."""
         from regraft.adaptation.changes import in_base
 
         return in_base(f"{name}.weight", self.old) is None
@@ -248,7 +248,7 @@ class _Turned:
         """Turn what the adaptation changes in a module.
 
         Args:
-            name: The module's, in a classifier without an adapter.
+            name: The module's, in a model without an adapter.
             inputs: R, of a linear layer.
             outputs: S; None for a head.
         """

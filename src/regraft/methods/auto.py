@@ -17,7 +17,7 @@ from regraft.methods.objectives import DISTILL
 from regraft.tuning.distill import Distillation
 from regraft.tuning.recipe import SEEDS
 
-HOPELESS = 0.5
+HOPELESS = 0.5  # of the old score above guessing: with less, a fresh start is likely to be as good
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,8 +89,8 @@ def climb_ladder(job: Job, options: Auto) -> list[dict[str, float]]:
         job = dataclasses.replace(job, data=ladder.pseudo_labelled(job))
     bar = ladder.set_bar(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
     climb = _Climb(job, bar)
-    chosen, why = _climb(climb, bar, options)
-    found = {
+    chosen, why = _choose(climb, bar, options)
+    notes = {
         "chosen": chosen["rung"],
         "why": why,
         "target": round(bar.target, 4),
@@ -99,7 +99,7 @@ def climb_ladder(job: Job, options: Auto) -> list[dict[str, float]]:
         "tried": [{name: value for name, value in rung.items() if name != "curve"} for rung in climb.rungs],
         "seconds": round(sum(rung["seconds"] for rung in climb.rungs), 2),
     }
-    job.notes.update(found)
+    job.notes.update(notes)
     if left := chosen["notes"].get("passed_over"):
         job.notes["passed_over"] = left
     if not options.labels:
@@ -117,7 +117,7 @@ class _Climb:
 
     Args:
         job: The job they are for.
-        bar: What they are held against.
+        bar: What they are tested against.
     """
 
     def __init__(self, job: Job, bar: Bar):
@@ -181,15 +181,20 @@ class _Climb:
             started = time.perf_counter()
             curve = run(part)
             seconds = curve[-1]["seconds"] if curve else time.perf_counter() - started
-            found = {"rung": name, "steps": int(curve[-1]["step"]) if curve else 0, "seconds": round(seconds, 2)}
-            found |= self.bar.measure(part.deploy(part.load(trainable=False)).predictions(part.data.dev))
-            ladder.write_record(record, {**found, "notes": part.notes, "curve": curve})
+            entry: dict[str, Any] = {
+                "rung": name,
+                "steps": int(curve[-1]["step"]) if curve else 0,
+                "seconds": round(seconds, 2),
+            }
+            entry |= self.bar.measure(part.deploy(part.load(trainable=False)).predictions(part.data.dev))
+            ladder.write_record(record, {**entry, "notes": part.notes, "curve": curve})
             seal(whole, [record, *(file for file in part.into.rglob("*") if file.is_file())])
         self.rungs.append(json.loads(record.read_text(encoding="utf-8")))
         return self.rungs[-1]
 
 
-def _climb(climb: _Climb, bar: Bar, options: Auto) -> tuple[dict[str, Any], str]:
+def _choose(climb: _Climb, bar: Bar, options: Auto) -> tuple[dict[str, Any], str]:
+    """Try rung after rung; return the one to take, and why."""
     for name in options.training_free:
         rung = climb.try_method(name)
         if rung and rung["verdict"] == "passes":

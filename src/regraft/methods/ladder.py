@@ -1,4 +1,4 @@
-"""What the rungs of `auto`'s ladder are held against."""
+"""The bar that the rungs of `auto`'s ladder are tested against."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def graft_masked(job: Job, options: Masking) -> None:
     evidence = gather(job, options.labels)
     bare = job.adaptation.family.without_delta(job.grafted(), job.upgrade, job.rows)
     gradients = _gradients(bare, evidence, job)
-    rows, kept = job.rows, list[tuple[int, int]]()
+    rows, counts = job.rows, list[tuple[int, int]]()
     sides = zip(rows.new_row, rows.tuned_row, rows.old_row, strict=True) if rows else ()
     shared = [row for row, of_each in enumerate(sides) if min(of_each) >= 0]  # of tokens that have a delta
 
@@ -65,12 +65,12 @@ def graft_masked(job: Job, options: Masking) -> None:
         if rows and name in job.upgrade.new.architecture.by_token:
             gradient = gradient[shared]
         masked = mask_agreement(delta, -gradient.to(delta))
-        kept.append((int(masked.count_nonzero()), int(delta.count_nonzero())))
+        counts.append((int(masked.count_nonzero()), int(delta.count_nonzero())))
         return masked
 
     job.graft_reworked(rule)
-    if total := sum(count for _, count in kept):
-        job.notes["kept"] = round(sum(count for count, _ in kept) / total, 4)  # of the entries that tuning changed
+    if total := sum(count for _, count in counts):
+        job.notes["kept"] = round(sum(count for count, _ in counts) / total, 4)  # of the entries that tuning changed
 
 
 def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:

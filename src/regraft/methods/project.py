@@ -92,19 +92,19 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
     direct = math.sqrt(float(apart.sum())) / total
     job.notes["pairs"], job.notes["direct_error"] = count, round(direct, 4)
     job.notes["learned_from"] = [[old.fingerprint, new.fingerprint] for old, new in pairs]
-    told = ""
+    warning = ""
     if count > 1:
         errors = left_out_errors(gram, targets, options.ridge, options.rank, intercept=options.intercept)
         error = math.sqrt(float(errors.sum())) / total
         job.notes["left_out_error"] = round(error, 4)
         if error > direct:
-            told = f"left out in turn, each pair is mapped worse ({error:.3f}) than direct does ({direct:.3f})"
+            warning = f"left out in turn, each pair is mapped worse ({error:.3f}) than direct does ({direct:.3f})"
     if count < FEWEST:
-        told = f"{count} pairs are too few to learn a map from, or to tell whether it is any good"
-    if told:
-        logger.warning("project: %s (distances relative to the new weights). Take direct, or give more pairs.", told)
-    found = project(gram, targets, cross, options.ridge, options.rank, intercept=options.intercept)
-    return [float(weight) for weight in found]
+        warning = f"{count} pairs are too few to learn a map from, or to tell whether it is any good"
+    if warning:
+        logger.warning("project: %s (distances relative to the new weights). Take direct, or give more pairs.", warning)
+    weights = project(gram, targets, cross, options.ridge, options.rank, intercept=options.intercept)
+    return [float(weight) for weight in weights]
 
 
 def _map(

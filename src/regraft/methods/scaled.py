@@ -52,9 +52,9 @@ class Scaling:
 
     def __post_init__(self) -> None:
         """Check every number."""
-        given = self.scale
-        if given is not None and (not isinstance(given, (int, float)) or not math.isfinite(given)):
-            raise RecipeError(f"scale is a number or null, found {given!r}.")
+        scale = self.scale
+        if scale is not None and (not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+            raise RecipeError(f"scale is a number or null, found {scale!r}.")
         if self.labels < 0 or not 0 <= self.confidence <= 1:
             raise RecipeError(
                 f"labels is 0 or more examples a class (found {self.labels}), confidence from 0 to 1 "
@@ -105,9 +105,9 @@ def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dic
     scales = dict.fromkeys(deltas.groups, 1.0)
     tried = 0
 
-    def losses(trial: Mapping[str, float]) -> torch.Tensor:
+    def losses(scales: Mapping[str, float]) -> torch.Tensor:
         nonlocal tried
-        deltas.scale(trial)
+        deltas.scale(scales)
         tried += 1
         job.progress("scale", tried, 1 + len(GRID) + 2 * len(scales) * grouped, {})
         deployment.forget()
@@ -115,16 +115,16 @@ def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dic
 
     first = best = losses(scales)
     grid = {value: losses(dict.fromkeys(scales, value)) for value in GRID}
-    lowest = min(grid.values(), key=lambda found: float(found.mean()))
-    for value, found in sorted(grid.items(), key=lambda item: abs(item[0] - 1)):  # no farther than is needed
-        if _gain(first, found) > CHANCE and _gain(found, lowest) <= 1:
-            best, scales = found, dict.fromkeys(scales, value)
+    lowest = min(grid.values(), key=lambda trial: float(trial.mean()))
+    for value, trial in sorted(grid.items(), key=lambda item: abs(item[0] - 1)):  # no farther than is needed
+        if _gain(first, trial) > CHANCE and _gain(trial, lowest) <= 1:
+            best, scales = trial, dict.fromkeys(scales, value)
             break
     for group in deltas.groups if grouped and len(deltas.groups) > 1 else ():
         for step in (STEP, -STEP):
-            trial = {**scales, group: scales[group] + step}
-            if _gain(best, found := losses(trial)) > CHANCE:
-                best, scales = found, trial
+            moved = {**scales, group: scales[group] + step}
+            if _gain(best, trial := losses(moved)) > CHANCE:
+                best, scales = trial, moved
                 break
     job.notes["loss"] = [round(float(loss.mean()), 4) for loss in (first, best)]  # of direct, and of what is chosen
     return scales
@@ -151,8 +151,8 @@ class _Deltas:
         self.prefix = job.upgrade.new.prefix + "."
         self.parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str]] = []
         for name, parameter in self.model.named_parameters():
-            if found := self._part(job, name, parameter):
-                self.parts.append(found)
+            if part := self._part(job, name, parameter):
+                self.parts.append(part)
         order = ("embedding", "attention", "feed-forward", "norm", "other")
         self.groups = sorted({group for *_, group in self.parts}, key=order.index)
 
