@@ -95,10 +95,10 @@ def outcome(result: Outcome) -> None:
     record = result.record
     scores, cost, notes = record.scores, record.cost, record.notes
     figures = [f"{name} {score:.4f}" for name in ("dev", "test") if (score := scores.of(name)) is not None]
-    told = f"{record.task.metric} {', '.join(figures)}" if figures else "no labels to score by"
+    summary = f"{record.task.metric} {', '.join(figures)}" if figures else "no labels to score by"
     if scores.dev_at_start is not None:
-        told += f" (dev before the first step {scores.dev_at_start:.4f}, best at step {record.best_step})"
-    console.print(f"[bold]{escape(record.method)}[/] ({record.kind}): {told}", highlight=False)
+        summary += f" (dev before the first step {scores.dev_at_start:.4f}, best at step {record.best_step})"
+    console.print(f"[bold]{escape(record.method)}[/] ({record.kind}): {summary}", highlight=False)
     for name in ("why", "cannot_know"):
         if isinstance(note := notes.get(name), str):
             console.print(escape(note), highlight=False)
@@ -187,8 +187,8 @@ def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
     from regraft.chain import standings
 
     console.print(Text(" → ".join(f"{number} {base}" for number, base in enumerate(bases))))
-    found = standings(bases, rows)
-    for task, kind in dict.fromkeys((one.task, one.kind) for one in found):
+    routes = standings(bases, rows)
+    for task, kind in dict.fromkeys((route.task, route.kind) for route in routes):
         table = Table(title=escape(f"{task}, {kind}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("method")
         table.add_column("route", no_wrap=True)
@@ -196,16 +196,16 @@ def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
             table.add_column(f"base {number}", justify="right", no_wrap=True)
         for name in ("recovery,\nlast", "lost\na hop"):
             table.add_column(name, justify="right", no_wrap=True)
-        for one in (one for one in found if (one.task, one.kind) == (task, kind)):
+        for route in (route for route in routes if (route.task, route.kind) == (task, kind)):
             cells = [
                 "–" if score is None else f"{score:.3f}" + ("" if spread is None else f" ±{spread:.3f}")
-                for score, spread in zip(one.scores, one.deviations, strict=True)
+                for score, spread in zip(route.scores, route.deviations, strict=True)
             ]
-            decay = _or_dash(None if one.decay is None else 100 * one.decay, "+.1f", " points")
-            table.add_row(escape(one.method), one.route or "", *cells, _percent(one.recoveries[-1]), decay)
+            decay = _or_dash(None if route.decay is None else 100 * route.decay, "+.1f", " points")
+            table.add_row(escape(route.method), route.route or "", *cells, _percent(route.recoveries[-1]), decay)
         console.print(table)
-        for one in (one for one in found if one.refused and (one.task, one.kind) == (task, kind)):
-            console.print(f"{one.method}: {one.refused}", highlight=False, markup=False)
+        for route in (route for route in routes if route.refused and (route.task, route.kind) == (task, kind)):
+            console.print(f"{route.method}: {route.refused}", highlight=False, markup=False)
     console.print(
         "Scores on test (dev where there is none), mean over seeds. Recovery: 0 % is a majority guess, 100 % scratch "
         "on the same base. Lost a hop: the slope over the bases, in points.",
@@ -227,46 +227,46 @@ def _percent(share: float | None) -> str:
     return _or_dash(None if share is None else 100 * share, ".0f", " %")
 
 
-def distances(found: Mapping[str, Mapping[str, Distance]]) -> None:
+def distances(distances: Mapping[str, Mapping[str, Distance]]) -> None:
     """Print distances as one table.
 
     Args:
-        found: By `whole`, `layer` and `kind`, and by the name in each.
+        distances: By `whole`, `layer` and `kind`, and by the name in each.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in ("L2", "of the norm", "cosine", "L2 a parameter", "parameters"):
         table.add_column(name, justify="right", no_wrap=True)
-    for by, several in found.items():
-        for name, one in several.items():
+    for by, several in distances.items():
+        for name, far in several.items():
             table.add_row(
-                name if by != "whole" else "[bold]all[/]", f"{one.l2:.4g}", f"{one.relative:.2%}", f"{one.cosine:.6f}",
-                f"{one.per_parameter:.2e}", f"{one.parameters:,}", end_section=name == list(several)[-1],
+                name if by != "whole" else "[bold]all[/]", f"{far.l2:.4g}", f"{far.relative:.2%}", f"{far.cosine:.6f}",
+                f"{far.per_parameter:.2e}", f"{far.parameters:,}", end_section=name == list(several)[-1],
             )  # fmt: skip
     console.print(table)
 
 
-def adaptation(found: Adaptation, base: str | None, lineage: str | None) -> None:
+def adaptation(opened: Adaptation, base: str | None, lineage: str | None) -> None:
     """Print what an adaptation holds.
 
     Args:
-        found: The adaptation.
-        base: The base it was held against, if it was.
+        opened: The adaptation.
+        base: The base it was compared with, if it was.
         lineage: What came of that.
     """
-    infos = found.checkpoint.tensors.values()
+    infos = opened.checkpoint.tensors.values()
     table = Table(box=None, show_header=False, pad_edge=False)
-    shown = ("r", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights", "num_virtual_tokens", "inner_size",
+    settings = ("r", "lora_alpha", "use_dora", "use_rslora", "init_lora_weights", "num_virtual_tokens", "inner_size",
              "placement", "activation", "tune_norms")  # fmt: skip
     rows = {
-        "kind": found.kind,
-        "tensors": f"{len(found.checkpoint):,}",
+        "kind": opened.kind,
+        "tensors": f"{len(opened.checkpoint):,}",
         "parameters": f"{sum(math.prod(info.shape) for info in infos):,}",
         "size": _bytes(sum(info.end - info.start for info in infos)),
-        "set up": ", ".join(f"{name} {found.config[name]}" for name in shown if found.config.get(name)) or None,
-        "labels": ", ".join(found.labels) if found.labels else "not named",
-        "tuned on": found.base or "not recorded: its lineage is unproven",
-        "fingerprint": found.fingerprint,
+        "set up": ", ".join(f"{name} {opened.config[name]}" for name in settings if opened.config.get(name)) or None,
+        "labels": ", ".join(opened.labels) if opened.labels else "not named",
+        "tuned on": opened.base or "not recorded: its lineage is unproven",
+        "fingerprint": opened.fingerprint,
         "on the base": f"{base}: loads wholly, lineage {lineage}" if base else None,
     }
     for name, value in rows.items():
@@ -298,17 +298,17 @@ def checkpoint(opened: Checkpoint, fingerprint: str) -> None:
     console.print(table)
 
 
-def plan(found: Plan, out: object) -> None:
+def plan(planned: Plan, out: object) -> None:
     """Print what writing a checkpoint takes.
 
     Args:
-        found: The plan.
+        planned: The plan.
         out: Where it would be written.
     """
     console.print(
-        f"{out}: {found.tensors:,} tensors in {found.files} files\n"
-        f"reads {_bytes(found.read)}, writes {_bytes(found.disk)} (the disk has {_bytes(found.free)} left), "
-        f"takes {_bytes(found.memory)} of memory for tensors\nnothing was written (--dry-run)",
+        f"{out}: {planned.tensors:,} tensors in {planned.files} files\n"
+        f"reads {_bytes(planned.read)}, writes {_bytes(planned.disk)} (the disk has {_bytes(planned.free)} left), "
+        f"takes {_bytes(planned.memory)} of memory for tensors\nnothing was written (--dry-run)",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import typer
 
 app = typer.Typer(no_args_is_help=True)
 
-CLASSES_SHOWN = 20
+STRATA_SHOWN = 20  # a screen of them a split
 
 
 def _on_one_line(name: str) -> str:
@@ -17,7 +17,7 @@ def _on_one_line(name: str) -> str:
 
 @app.callback()
 def main() -> None:
-    """Look at tasks: labelled text, label names and a metric."""
+    """Look at tasks: examples, label names and a metric."""
 
 
 @app.command()
@@ -40,14 +40,14 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
     for split in summarise(data):
         words = (f"{split.median_words:,.0f}", f"{split.p95_words:,.0f}", f"{split.max_words:,}")
         table.add_row(f"[bold]{split.name}[/]", f"{split.examples:,}", "", *words, scores.get(split.name, ""))
-        for name, count in list(split.counts.items())[: CLASSES_SHOWN * data.labelled]:
+        for name, count in list(split.counts.items())[: STRATA_SHOWN * data.labelled]:
             table.add_row(f"  {escape(_on_one_line(name))}", f"{count:,}", f"{count / split.examples:.1%}")
-        if len(split.counts) > CLASSES_SHOWN and data.labelled:
-            table.add_row(f"  … and {len(split.counts) - CLASSES_SHOWN} more")
+        if len(split.counts) > STRATA_SHOWN and data.labelled:
+            table.add_row(f"  … and {len(split.counts) - STRATA_SHOWN} more")
         table.add_section()
     console.print(table)
-    known = f"{len(data.labels)} labels{'' if data.labelled else ', which no example has'}"
-    console.print(f"metric {data.metric}, max_length {data.max_length} tokens, {known}")
+    labels = f"{len(data.labels)} labels{'' if data.labelled else ', which no example has'}"
+    console.print(f"metric {data.metric}, max_length {data.max_length} tokens, {labels}")
     if data.dev.source == data.train.source:
         console.print("dev is held out of train; name a file of it under `dev` to choose it yourself")
     for doubt in doubts(data):
