@@ -185,6 +185,7 @@ def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
         rows: Every hop.
     """
     from regraft.chain import standings
+    from regraft.task import find_metric
 
     console.print(Text(" → ".join(f"{number} {base}" for number, base in enumerate(bases))))
     found = standings(bases, rows)
@@ -201,14 +202,15 @@ def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
                 "–" if score is None else f"{score:.3f}" + ("" if spread is None else f" ±{spread:.3f}")
                 for score, spread in zip(one.scores, one.deviations, strict=True)
             ]
-            decay = _or_dash(None if one.decay is None else 100 * one.decay, "+.1f", " points")
+            metric = find_metric(one.metric)
+            decay = "–" if one.decay is None else f"{metric.describe(one.decay)}{metric.unit}"
             table.add_row(escape(one.method), one.route or "", *cells, _percent(one.recoveries[-1]), decay)
         console.print(table)
         for one in (one for one in found if one.refused and (one.task, one.kind) == (task, kind)):
             console.print(f"{one.method}: {one.refused}", highlight=False, markup=False)
     console.print(
         "Scores on test (dev where there is none), mean over seeds. Recovery: 0 % is a majority guess, 100 % scratch "
-        "on the same base. Lost a hop: the slope over the bases, in points.",
+        "on the same base. Lost a hop: the slope over the bases.",
         highlight=False,
     )
 

@@ -13,7 +13,7 @@ from regraft.diagnosis.connectivity import QUESTION as CONNECTIVITY
 from regraft.diagnosis.probe import QUESTION as PROBE
 from regraft.diagnosis.question import Question
 from regraft.diagnosis.similarity import QUESTION as SIMILARITY
-from regraft.task import chance_score, weakness
+from regraft.task import chance_score, find_metric, weakness
 from regraft.task.bootstrap import RESAMPLES, resampled_scores
 
 if TYPE_CHECKING:
@@ -91,9 +91,10 @@ def verdict(
     """
     true = np.asarray(labels)
     added = gain.estimate if gain is not None and gain.low > 0 else 0.0
+    of = find_metric(metric)
     old, new = resampled_scores(metric, true, [before, after], seed=seed)
-    expected = old + added - floor
-    shares = np.divide(new - floor, expected, out=np.zeros_like(new), where=expected > 0)
+    expected, reached = of.merit(old) + added - of.merit(floor), of.merit(new) - of.merit(floor)
+    shares = np.divide(reached, expected, out=np.zeros_like(new), where=expected > 0)
     choices = [choose(share, added) for share in shares.tolist()]
     chosen, share = choices[0], float(shares[0])
     if expected[0] <= 0:
@@ -110,7 +111,7 @@ def verdict(
         says = "the new base is better at the task, which no method without training can use" if added else (
             "no gain of the new base at the task that old weights would miss"
         )  # fmt: skip
-        value = f"{100 * gain.estimate:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+        value = f"{of.describe(gain.estimate)}{of.unit} [{of.describe(gain.low)}, {of.describe(gain.high)}]"
         figures += (Reason("probe of the new base", value, says),)
     sure = choices[1:].count(chosen) / RESAMPLES
     if weakness:

@@ -29,8 +29,8 @@ from regraft.methods.options import check_options
 from regraft.methods.registry import find_method
 from regraft.model.deployment import check_effect, match_labels
 from regraft.progress import Progress, silent
-from regraft.task import chance_score, load_data
-from regraft.tuning.recipe import Recipe, check_trained
+from regraft.task import chance_score, find_metric, load_data
+from regraft.tuning.recipe import Recipe, best_step, check_trained
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from regraft.upgrade import Upgrade
 
 SPLITS = ("dev", "test")
+JUDGED_BY_OLD_MODEL = ("score", "cannot_know")  # notes of methods whose curves are of agreement with it: it rises
 
 
 def recycle(
@@ -224,7 +225,8 @@ def record_outcome(
     trained = bool(curve)
     curve = curve or [{"step": 0, "seconds": 0.0, "score": float(dev or 0.0)}]
     steps = int(curve[-1]["step"])
-    best = max(curve, key=lambda point: (point["score"], -point["step"]))
+    by_old_model = not notes.keys().isdisjoint(JUDGED_BY_OLD_MODEL)
+    merit = float if by_old_model else find_metric(data.metric).merit
     labels_read = set(labelled)
     if steps:
         order = plan_order(deployment.examples(data.train).lengths, recipe.batch_size, steps, recipe.seed)
@@ -238,7 +240,7 @@ def record_outcome(
         seed=recipe.seed,
         recipe=dataclasses.asdict(recipe),
         scores=Scores(**scores, dev_at_start=curve[0]["score"] if trained or data.labelled else None),
-        best_step=int(best["step"]),
+        best_step=best_step(curve, merit),
         cost=Cost(
             steps=steps,
             seconds=notes.pop("seconds", round(curve[-1]["seconds"], 2)),

@@ -22,8 +22,8 @@ from regraft.base import Base
 from regraft.checkpoint import resumable_folder
 from regraft.methods.recycle import learning_rate, new_folder, record_outcome
 from regraft.progress import Progress, silent
-from regraft.task import load_data, weakness
-from regraft.tuning.recipe import Recipe
+from regraft.task import find_metric, load_data, weakness
+from regraft.tuning.recipe import Recipe, best_step
 
 if TYPE_CHECKING:
     from regraft.adaptation.kinds import Config
@@ -94,7 +94,7 @@ def tune(
         model = attach(fresh_model(base, data.head, resolved.seed), base, data.head, config, resolved.seed)
         start = start_of(model)
         curve = tune_model(model, base, data, resolved, work, progress)
-        if max(point["score"] for point in curve) <= curve[0]["score"]:
+        if not best_step(curve, find_metric(data.metric).merit):
             why = weakness(data, data.dev)
             logger.warning(
                 "%s: %d steps at a rate of %g brought no better score on dev than the untrained head has, so the "

@@ -10,10 +10,9 @@ from regraft.task.types.type import task_types
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-    from scipy.sparse import csr_array
 
     from regraft.task.data import TaskData
-    from regraft.task.metric import Metric
+    from regraft.task.metric import Measured, Metric
     from regraft.task.split import Split
 
 
@@ -51,12 +50,11 @@ def score(metric: str, labels: ArrayLike, predictions: ArrayLike) -> float:
         DataError: There are no examples.
         MismatchError: There are not as many predictions as targets.
     """
-    chosen, statistics = summands(metric, labels, predictions)
-    return float(chosen.value(statistics.sum(axis=0)[None])[0])
+    return float(measure(metric, labels, predictions).scores(None)[0])
 
 
-def summands(metric: str, labels: ArrayLike, predictions: ArrayLike) -> tuple[Metric, csr_array]:
-    """Look up a metric and compute what it sums over examples.
+def measure(metric: str, labels: ArrayLike, predictions: ArrayLike) -> Measured:
+    """Look up a metric, and return what it makes of predictions.
 
     Args:
         metric: Its name.
@@ -64,7 +62,7 @@ def summands(metric: str, labels: ArrayLike, predictions: ArrayLike) -> tuple[Me
         predictions: The prediction of each example.
 
     Returns:
-        The metric and its statistics, examples × k.
+        Its score on any resample of the examples.
 
     Raises:
         RecipeError: There is no such metric.
@@ -78,7 +76,7 @@ def summands(metric: str, labels: ArrayLike, predictions: ArrayLike) -> tuple[Me
     require_equal_lengths(labels=len(targets), predictions=len(predicted))
     if not len(targets):
         raise DataError("there are no examples to score. Give a split that has some.")
-    return chosen, chosen.statistics(targets, predicted)
+    return chosen.measure(targets, predicted)
 
 
 def chance_score(data: TaskData, split: Split) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.model import Deployment
 from regraft.model.outputs import forward
+from regraft.task import find_metric
 from regraft.tuning.anchor import Anchored, anchored_objective, fisher
 from regraft.tuning.distill import Distillation, distillation_objective, teach
 from regraft.tuning.interpolate import Interpolation, interpolation_objective
@@ -81,7 +82,7 @@ def tune_model(
     """
     from regraft.tuning.trainer import train
 
-    likelihood, steps = data.task.likelihood, recipe.steps or 1
+    likelihood, steps, metric = data.task.likelihood, recipe.steps or 1, find_metric(data.metric)
     student = Deployment(model, base, data, recipe.precision)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
@@ -118,6 +119,7 @@ def tune_model(
         work,
         progress,
         stage="tune",
+        merit=metric.merit if judge is None else float,
     )
 
 
