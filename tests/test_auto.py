@@ -12,16 +12,20 @@ from conftest import move_base, write_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from scipy.sparse import csr_array
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from regraft import Base, Recipe, Task, Upgrade, check, compare, recycle, tune
+from regraft.diagnosis.verdict import verdict
 from regraft.errors import DataError, RecipeError
 from regraft.methods.auto import Auto
 from regraft.methods.ladder import Bar
 from regraft.model.probe import probe
-from regraft.task import load_data, paired_difference, score
+from regraft.task import Interval, load_data, paired_difference, recovery, score
 from regraft.task.bootstrap import resampled_scores
+from regraft.task.metric import sum_metric
 from regraft.task.types.class_metrics import ACCURACY
+from regraft.tuning.recipe import best_step
 
 FEW = Recipe(steps=12, batch_size=8, learning_rate=1e-3, eval_every=3, save_every=3, precision="fp32")
 
@@ -56,6 +60,33 @@ def test_a_thousand_labels_are_resampled_in_little_memory(metric):
     assert peak < 250 * 2**20
 
 
+def test_a_score_that_falls_leads_to_the_same_choices():
+    """By the root of the mean squared error of 0 and 1, which orders predictions as accuracy does, the other way."""
+    error = sum_metric(
+        "error",
+        lambda true, predicted: csr_array(np.stack([(true - predicted) ** 2.0, np.ones(len(true))], axis=1)),
+        lambda sums: np.sqrt(sums[:, 0] / sums[:, 1]),
+        rises=False,
+        is_bounded=False,
+    )
+    labels = np.arange(400) % 2
+    old, new = labels.copy(), labels.copy()
+    old[:40], new[:44] = 1 - labels[:40], 1 - labels[:44]
+    assert paired_difference(error, labels, old, new).estimate == pytest.approx(np.sqrt(0.11) - np.sqrt(0.1))
+    found = verdict(error, labels, old, new, np.sqrt(0.5))
+    assert (found.choice, found.predicted) == ("use as is", pytest.approx(0.96, abs=0.01))
+    assert "+0.5 [-0.1, +1]" in verdict(error, labels, old, new, 0.7, gain=Interval(0.5, -0.1, 1)).reasons[3].value
+    share = error.share(0.01, np.sqrt(0.5), np.sqrt(0.1))
+    assert share == pytest.approx(0.01 * (np.sqrt(0.5) - np.sqrt(0.1)))
+    bar = Bar(error, labels.tolist(), old.tolist(), 0.316, 0.707, 0.316, None, share, 0.9, None)
+    assert (bar.measure(labels)["verdict"], bar.measure(1 - labels)["verdict"]) == ("passes", "fails")
+    assert bar.survival(0.5) == pytest.approx(0.53, abs=0.01)
+    assert recovery(0.5, 0.7, 0.3, error) == pytest.approx(0.5)
+    assert recovery(0.5, 0.7, 0.8, error) is None
+    curve = [{"step": 0, "score": 0.5}, {"step": 5, "score": 0.2}, {"step": 9, "score": 0.2}]
+    assert best_step(curve, error.merit) == 5
+
+
 def test_the_interval_of_a_difference_is_the_binomials():
     """One model wrong on 40 of 400 where the other is right, and right on 20 where it is wrong."""
     labels = np.zeros(400, dtype=int)
@@ -78,10 +109,10 @@ def test_a_rung_passes_fails_or_is_undecided():
     bar = Bar(ACCURACY, labels, reference, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=None)
     assert [bar.survival(score) for score in (1.0, 0.75, 0.5)] == [1.0, 0.5, 0.0]
     wrong = {"passes": 2, "undecided": 9, "fails": 60}
-    for verdict, count in wrong.items():
+    for outcome, count in wrong.items():
         guesses = [1 - label if i < count else label for i, label in enumerate(labels)]
         found = bar.measure(guesses)
-        assert found["verdict"] == verdict
+        assert found["verdict"] == outcome
         assert found["score"] == pytest.approx(1 - count / 400, abs=1e-4)
     raised = dataclasses.replace(bar, target=1.1)
     assert raised.measure(reference)["verdict"] == "fails"

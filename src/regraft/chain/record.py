@@ -35,6 +35,7 @@ class Chained:
         labels: The labelled examples that were seen on it.
         outcome: The outcome folder, relative to the chain's.
         refused: Why nothing came of it, if so, as where the method does not carry this kind; the figures are None then.
+        metric: The task's; regraft 0.1 recorded none, and all of its metrics rise and are bounded by 1.
     """
 
     task: str
@@ -51,6 +52,7 @@ class Chained:
     labels: Count
     outcome: str
     refused: str | None = None
+    metric: str = "accuracy"
 
 
 @dataclasses.dataclass(frozen=True)

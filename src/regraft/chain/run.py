@@ -117,6 +117,7 @@ class _Run:
             Chained(
                 task.name, kind, seed, base, method, route, scores.of(split), scores.dev_at_start,
                 scores.majority(split), lost, cost.steps, cost.labels, str(done.path.relative_to(self.out)),
+                metric=task.metric,
             )
         )  # fmt: skip
 
@@ -125,7 +126,11 @@ class _Run:
     ) -> None:
         if isinstance(error, DiskFullError):
             raise error
-        self._add(Chained(task.name, kind, seed, base, method, route, None, None, None, None, 0, 0, "", str(error)))
+        self._add(
+            Chained(
+                task.name, kind, seed, base, method, route, None, None, None, None, 0, 0, "", str(error), task.metric
+            )
+        )
 
     def _add(self, row: Chained) -> None:
         self.rows.append(row)

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from regraft.task import recovery
+from regraft.task import find_metric, recovery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,10 +27,11 @@ class Standing:
         deviations: Their standard deviations over seeds; None for one seed.
         recoveries: On each base, the mean of (score − majority) / (scratch's − majority); None on the first base and
             where scratch is less than 3 points above a majority guess.
-        decay: What of the score is lost a hop: the slope of a straight line through the scores, its sign turned; None
+        decay: By how much the score gets worse a hop: the slope of a straight line through the scores; None
             for fewer than two bases.
         seeds: How many seeds.
         refused: Why there is nothing, if so.
+        metric: What the scores are by.
     """
 
     task: str
@@ -43,6 +44,7 @@ class Standing:
     decay: float | None
     seeds: int
     refused: str | None
+    metric: str
 
 
 def standings(bases: Sequence[str], rows: Sequence[Chained]) -> list[Standing]:
@@ -80,6 +82,7 @@ def _standing(
     slope = None
     if method != "scratch" and len(measured) > 1:
         slope = statistics.linear_regression(*zip(*measured, strict=True)).slope
+    metric = find_metric(rows[0].metric)
     return Standing(
         task=task,
         kind=kind,
@@ -88,9 +91,10 @@ def _standing(
         scores=tuple(scores),
         deviations=tuple(statistics.stdev(_scores(several)) if len(several) > 1 else None for several in on),
         recoveries=tuple(_recovery(several, scratch) if number else None for number, several in enumerate(on)),
-        decay=None if slope is None else -slope,
+        decay=None if slope is None else -metric.merit(slope),
         seeds=len({row.seed for row in rows}),
         refused=next((row.refused for row in rows if row.refused), None),
+        metric=metric.name,
     )
 
 
@@ -105,7 +109,7 @@ def _recovery(rows: list[Chained], scratch: dict[tuple[int, int], Chained]) -> f
         if reference is None or reference.score is None:
             return None
         assert row.score is not None
-        if (share := recovery(row.score, reference.majority, reference.score)) is None:
+        if (share := recovery(row.score, reference.majority, reference.score, find_metric(row.metric))) is None:
             return None
         shares.append(share)
     return statistics.fmean(shares) if shares else None

@@ -185,6 +185,7 @@ def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
         rows: Every hop.
     """
     from regraft.chain import standings
+    from regraft.task import find_metric
 
     console.print(Text(" → ".join(f"{number} {base}" for number, base in enumerate(bases))))
     routes = standings(bases, rows)
@@ -201,14 +202,15 @@ def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
                 "–" if score is None else f"{score:.3f}" + ("" if spread is None else f" ±{spread:.3f}")
                 for score, spread in zip(route.scores, route.deviations, strict=True)
             ]
-            decay = _or_dash(None if route.decay is None else 100 * route.decay, "+.1f", " points")
+            metric = find_metric(route.metric)
+            decay = "–" if route.decay is None else f"{metric.describe(route.decay)}{metric.unit}"
             table.add_row(escape(route.method), route.route or "", *cells, _percent(route.recoveries[-1]), decay)
         console.print(table)
         for route in (route for route in routes if route.refused and (route.task, route.kind) == (task, kind)):
             console.print(f"{route.method}: {route.refused}", highlight=False, markup=False)
     console.print(
         "Scores on test (dev where there is none), mean over seeds. Recovery: 0 % is a majority guess, 100 % scratch "
-        "on the same base. Lost a hop: the slope over the bases, in points.",
+        "on the same base. Lost a hop: the slope over the bases.",
         highlight=False,
     )
 

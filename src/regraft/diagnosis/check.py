@@ -115,7 +115,8 @@ def check_pair(pair: Pair) -> Check:
     before, after = pair.before, pair.after
     old, new, floor = pair.old.score(split), pair.new.score(split), chance_score(data, split)
     flipped, moved = count_flips(pair.old.right(split), pair.new.right(split)), pair.upgrade.distance()
-    retained = (new - floor) / (old - floor) if old > floor else None
+    is_better = data.task.scoring.gain(old, floor) > 0
+    retained = (new - floor) / (old - floor) if is_better else None
     return Check(
         task=data.name,
         metric=data.metric,

@@ -92,8 +92,8 @@ def verdict(
     true = np.asarray(labels)
     added = gain.estimate if gain is not None and gain.low > 0 else 0.0
     old, new = resampled_scores(metric, true, [before, after], seed=seed)
-    expected = old + added - floor
-    shares = np.divide(new - floor, expected, out=np.zeros_like(new), where=expected > 0)
+    expected, reached = metric.merit(old) + added - metric.merit(floor), metric.merit(new) - metric.merit(floor)
+    shares = np.divide(reached, expected, out=np.zeros_like(new), where=expected > 0)
     choices = [choose(share, added) for share in shares.tolist()]
     chosen, share = choices[0], float(shares[0])
     if expected[0] <= 0:
@@ -110,7 +110,9 @@ def verdict(
         says = "the new base is better at the task, which no method without training can use" if added else (
             "no gain of the new base at the task that old weights would miss"
         )  # fmt: skip
-        value = f"{100 * gain.estimate:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+        value = (
+            f"{metric.describe(gain.estimate)}{metric.unit} [{metric.describe(gain.low)}, {metric.describe(gain.high)}]"
+        )
         figures += (Reason("probe of the new base", value, says),)
     sure = choices[1:].count(chosen) / RESAMPLES
     if weakness:

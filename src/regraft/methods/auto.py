@@ -32,7 +32,8 @@ class Auto:
     """What is good enough, and what may be tried.
 
     Args:
-        tolerance: How much of the metric may be lost against the target: 0.01 is a point.
+        tolerance: How much of the metric may be lost against the target: 0.01 is a point, or a hundredth of what the
+            old deployment has above guessing where 1 does not bound the metric.
         target: A score on dev to reach; None for the old deployment's, raised where the new base is better at the task.
         confidence: How sure it must be that no more is lost, by the paired bootstrap over dev.
         labels: Whether labels may be used; without, the old model's predictions stand for them.
@@ -138,9 +139,9 @@ class _Climb:
 
     def best(self, margin: float) -> dict[str, Any]:
         """Return the best rung; a dearer one must be better by more than a margin."""
-        best = self.rungs[0]
+        best, metric = self.rungs[0], self.bar.metric
         for rung in self.rungs[1:]:
-            if rung["score"] > best["score"] + margin:
+            if metric.merit(rung["score"]) > metric.merit(best["score"]) + margin:
                 best = rung
         return best
 
@@ -205,15 +206,16 @@ def _choose(climb: _Climb, bar: Bar, options: Auto) -> tuple[dict[str, Any], str
         rung = climb.tune_on(done, budget)
         if rung["verdict"] == "passes":
             return rung, f"{rung['rung']} passes: {bar.describe(rung)}"
-        gained = rung["score"] - before
-        if gained < options.tolerance and (done or rung["verdict"] != "fails"):  # what is far below gets a second look
-            why = f"the last {100 * (budget - done):.0f} % of the steps gained {100 * gained:.1f} points"
+        gained, metric = bar.improvement(rung["score"], before), bar.metric
+        if gained < bar.tolerance and (done or rung["verdict"] != "fails"):  # what is far below gets a second look
+            gain = f"{metric.describe(gained, '.1f')}{metric.unit}"
+            why = f"the last {100 * (budget - done):.0f} % of the steps gained {gain}"
             break
         done = budget
     if options.scratch and bar.survival(climb.best(0.0)["score"]) < HOPELESS:
         climb.try_method("scratch")
         why += "; little of the old weights survives, so scratch was tried"
-    best = climb.best(options.tolerance)
+    best = climb.best(bar.tolerance)
     return best, f"nothing passes ({why}): {best['rung']} is taken, {bar.describe(best)}"
 
 

@@ -15,7 +15,7 @@ from regraft.methods.recycle import recycle
 from regraft.methods.registry import find_method
 from regraft.model import Deployment, match_labels
 from regraft.progress import Progress, silent
-from regraft.task import count_flips, load_data, recovery
+from regraft.task import count_flips, find_metric, load_data, recovery
 from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -113,16 +113,16 @@ def _row(outcome: Outcome, scratch: Outcome, split: str, was_right: Sequence[boo
     start, test = scores.dev_at_start, scores.of(split)
     floor, reference = scratch.record.scores.majority(split), scratch.record.scores.of(split)
     assert start is not None and test is not None and floor is not None and reference is not None  # there are labels
-    target = scratch.curve[-1]["score"]
-    reached = next((point for point in curve if point["score"] >= target), None)
+    metric, target = find_metric(record.task.metric), scratch.curve[-1]["score"]
+    reached = next((point for point in curve if metric.gain(point["score"], target) >= 0), None)
     return Row(
         method=record.method,
         seeds=(record.seed,),
         start=start,
-        dev=max(point["score"] for point in curve),
+        dev=max((point["score"] for point in curve), key=metric.merit),
         test=test,
         test_deviation=None,
-        recovery=recovery(test, floor, reference),
+        recovery=recovery(test, floor, reference, metric),
         steps_to_scratch=reached["step"] if reached else None,
         seconds_to_scratch=reached["seconds"] if reached else None,
         negative_flips=count_flips(was_right, outcome.right(split)).negative_rate,

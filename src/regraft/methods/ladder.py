@@ -30,7 +30,7 @@ class Bar:
         floor: The score of the best guess that looks at no input.
         target: The score to reach.
         gain: How much better a linear probe is on the new base than on the old; None where none was made.
-        tolerance: How much may be lost against the target.
+        tolerance: How much may be lost against the target, in the metric.
         confidence: Of the test.
         weakness: Why dev settles nothing, if so.
     """
@@ -55,7 +55,17 @@ class Bar:
         Returns:
             1 for the old deployment's, 0 for guessing; 0 where the old deployment is no better than that.
         """
-        return (score - self.floor) / (self.old - self.floor) if self.old > self.floor else 0.0
+        is_better = self.metric.gain(self.old, self.floor) > 0
+        return (score - self.floor) / (self.old - self.floor) if is_better else 0.0
+
+    def improvement(self, score: float, other: float) -> float:
+        """Return by how much a rung's score is better than another one.
+
+        Args:
+            score: The score.
+            other: The other one.
+        """
+        return self.metric.gain(score, other)
 
     def measure(self, predictions: list[Any]) -> dict[str, Any]:
         """Test a rung.
@@ -69,7 +79,7 @@ class Bar:
             where they are too few or all alike.
         """
         to_old = paired_difference(self.metric, self.targets, predictions, self.reference, confidence=self.confidence)
-        raised = self.target - self.old
+        raised = self.improvement(self.target, self.old)
         low, high = to_old.low - raised, to_old.high - raised
         verdict = "passes" if low >= -self.tolerance else "fails" if high < -self.tolerance else "undecided"
         if self.weakness:
@@ -91,14 +101,15 @@ class Bar:
         Returns:
             Its score and its difference to the target.
         """
+        metric = self.metric
         sure = (
             f"dev has {self.weakness}"
             if self.weakness
-            else f"{100 * self.confidence:.0f} % sure: from {100 * rung['low']:+.1f} up"
+            else f"{100 * self.confidence:.0f} % sure: from {metric.describe(rung['low'])} up"
         )
         return (
-            f"{self.metric.name} {rung['score']:.3f} on dev, {100 * rung['difference']:+.1f} points to the target of "
-            f"{self.target:.3f} ({sure}; {100 * self.tolerance:.1f} may be lost)"
+            f"{metric.name} {rung['score']:.3f} on dev, {metric.describe(rung['difference'])}{metric.unit} to the "
+            f"target of {self.target:.3f} ({sure}; {metric.describe(self.tolerance, '.1f')} may be lost)"
         )
 
 
@@ -107,7 +118,8 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
 
     Args:
         job: The job; its dev is what all is measured on.
-        tolerance: How much may be lost.
+        tolerance: How much may be lost; where the metric is not bounded by 1, of what the old deployment has above
+            guessing.
         confidence: Of the tests.
         target: A score; None for the old deployment's, raised by what the new base adds to it.
         labelled: Whether dev has labels. If not, its targets are the old deployment's predictions, and what the new
@@ -132,7 +144,8 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
     if record["probes"]:
         gain = paired_difference(metric, targets, record["probes"][1], record["probes"][0], confidence=confidence)
     if target is None:
-        target = old + (gain.estimate if gain and gain.low > 0 else 0.0)
+        better = gain.estimate if gain and gain.low > 0 else 0.0
+        target = old + better if metric.rises else old - better
     floor = chance_score(job.data, job.data.dev)
     return Bar(
         metric,
@@ -142,7 +155,7 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
         floor,
         target,
         gain,
-        tolerance,
+        metric.share(tolerance, floor, old),
         confidence,
         weakness(job.data, job.data.dev),
     )

@@ -32,7 +32,7 @@ from regraft.model import Deployment, check_effect, match_labels
 from regraft.progress import Progress, silent
 from regraft.task import chance_score, load_data
 from regraft.tuning import Recipe, learning_rate, plan_order
-from regraft.tuning.recipe import check_trained
+from regraft.tuning.recipe import best_step, check_trained
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from regraft.upgrade import Upgrade
 
 SPLITS = ("dev", "test")
+JUDGED_BY_OLD_MODEL = ("score", "cannot_know")  # notes of methods whose curves are of agreement with it: it rises
 
 
 def recycle(
@@ -224,7 +225,8 @@ def record_outcome(
     trained = bool(curve)
     curve = curve or [{"step": 0, "seconds": 0.0, "score": float(dev or 0.0)}]
     steps = int(curve[-1]["step"])
-    best = max(curve, key=lambda point: (point["score"], -point["step"]))
+    by_old_model = not notes.keys().isdisjoint(JUDGED_BY_OLD_MODEL)
+    merit = float if by_old_model else data.task.scoring.merit
     labels_read = set(labelled)
     if steps:
         alike = np.zeros(len(data.train), dtype=np.int64)  # lengths decide when an example comes, not whether
@@ -239,7 +241,7 @@ def record_outcome(
         seed=recipe.seed,
         recipe=dataclasses.asdict(recipe),
         scores=Scores(**scores, dev_at_start=curve[0]["score"] if trained or data.labelled else None),
-        best_step=int(best["step"]),
+        best_step=best_step(curve, merit),
         cost=Cost(
             steps=steps,
             seconds=notes.pop("seconds", round(curve[-1]["seconds"], 2)),

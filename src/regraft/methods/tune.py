@@ -24,6 +24,7 @@ from regraft.methods.recycle import new_folder, record_outcome
 from regraft.progress import Progress, silent
 from regraft.task import load_data, weakness
 from regraft.tuning import Recipe, learning_rate, tune_model
+from regraft.tuning.recipe import best_step
 
 if TYPE_CHECKING:
     from regraft.adaptation.kinds import Config
@@ -92,7 +93,7 @@ def tune(
         model = attach(fresh_model(base, data.head, resolved.seed), base, data.head, config, resolved.seed)
         start = start_of(model)
         curve = tune_model(model, base, data, resolved, work, progress)
-        if max(point["score"] for point in curve) <= curve[0]["score"]:
+        if not best_step(curve, data.task.scoring.merit):
             why = weakness(data, data.dev)
             logger.warning(
                 "%s: %d steps at a rate of %g brought no better score on dev than the untrained head has, so the "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.report.wording import base_name
-from regraft.task import count_flips, recovery
+from regraft.task import count_flips, find_metric, recovery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,7 +127,7 @@ def _setting(group: list[Run], runs: Runs) -> Setting:
         about=f"{record.kind} on {base_name(record.base.name)}, {record.task.train:,} training examples",
         metric=record.task.metric,
         split=split,
-        standings=_ordered(standings),
+        standings=_ordered(standings, record.task.metric),
         level=_mean([run.curve[-1]["score"] for run in scratch.values()]),
         old=old,
         floor=_mean([run.record.scores.majority(split) for run in group]),
@@ -136,18 +136,18 @@ def _setting(group: list[Run], runs: Runs) -> Setting:
 
 
 def _figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> dict[str, float | None]:
-    scores, cost = run.record.scores, run.record.cost
+    scores, cost, metric = run.record.scores, run.record.cost, find_metric(run.record.task.metric)
     share = steps = None
     floor, value = scores.majority(split), scores.of(split)
     if scratch:
         reference = scratch.record.scores.of(split)
         if reference is not None and floor is not None and value is not None:
-            share = recovery(value, floor, reference)
+            share = recovery(value, floor, reference, metric)
         target = scratch.curve[-1]["score"]
-        steps = next((point["step"] for point in run.curve if point["score"] >= target), None)
+        steps = next((point["step"] for point in run.curve if metric.gain(point["score"], target) >= 0), None)
     return {
         "start": scores.dev_at_start,
-        "dev": max(point["score"] for point in run.curve) if scores.dev is not None else None,
+        "dev": max((point["score"] for point in run.curve), key=metric.merit) if scores.dev is not None else None,
         "test": value,
         "recovery": share,
         "steps_to_scratch": steps,
@@ -190,10 +190,14 @@ def _mean(values: list[Any]) -> Any:
     return None if None in values or not values else statistics.fmean(values)
 
 
-def _ordered(standings: list[Standing]) -> tuple[Standing, ...]:
+def _ordered(standings: list[Standing], metric: str) -> tuple[Standing, ...]:
     def rank(standing: Standing) -> tuple[bool, float, str]:
         is_measured = standing.test is not None and math.isfinite(standing.test)
-        return standing.method != "scratch", -(standing.test or 0.0) if is_measured else math.inf, standing.method
+        return (
+            standing.method != "scratch",
+            -find_metric(metric).merit(standing.test or 0.0) if is_measured else math.inf,
+            standing.method,
+        )
 
     return tuple(sorted(standings, key=rank))
 
@@ -212,7 +216,7 @@ def _stored(comparison: Comparison) -> Setting:
         about="as compared; the outcome folders are elsewhere",
         metric=comparison.metric,
         split=comparison.split,
-        standings=_ordered(standings),
+        standings=_ordered(standings, comparison.metric),
         level=None,
         old=comparison.old,
         floor=comparison.majority,

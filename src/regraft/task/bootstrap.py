@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.task.score import summands
+from regraft.task.score import find_metric, measure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Return a score minus a reference's on the same examples, with its bootstrap interval.
+    """Return by how much a score is better than a reference's on the same examples, with its bootstrap interval.
 
     Source: Efron and Tibshirani, 1993, chapter 13 (percentile interval); paired as in Koehn, 2004.
 
@@ -59,7 +59,7 @@ def paired_difference(
         seed: What the resamples are drawn from.
 
     Returns:
-        The difference.
+        The difference: the score minus the reference's, or the reverse where less is better.
 
     Raises:
         RecipeError: The confidence is not between 0.5 and 1, or there is no such metric.
@@ -70,7 +70,7 @@ def paired_difference(
     if not 0.5 <= confidence < 1:
         raise RecipeError(f"the confidence is from 0.5 to below 1, found {confidence}.")
     one, other = resampled_scores(metric, labels, [predictions, reference], seed=seed)
-    estimate, *differences = one - other
+    estimate, *differences = one - other if find_metric(metric).rises else other - one
     low, high = np.quantile(differences, [1 - confidence, confidence])
     return Interval(float(estimate), float(low), float(high))
 
@@ -101,16 +101,14 @@ def resampled_scores(
     """
     import numpy as np
 
-    models = [summands(metric, labels, guesses) for guesses in predictions]
-    total = models[0][1].shape[0]
-    size = max(1, BLOCK // max(total, *(statistics.shape[1] for _, statistics in models)))
+    models, total = [measure(metric, labels, guesses) for guesses in predictions], len(np.asarray(labels))
+    size = max(1, BLOCK // max(total, *(model.width for model in models)))
     chance, even = np.random.default_rng(seed), np.full(total, 1 / total)
     scores = np.empty((len(models), 1 + resamples))
     for start in range(0, 1 + resamples, size):
         count = min(size, 1 + resamples - start)
         drawn = chance.multinomial(total, even, count - (not start))
         counts = np.concatenate([np.ones((int(not start), total)), drawn])
-        for row, (chosen, statistics) in enumerate(models):
-            sums = np.ascontiguousarray((statistics.T @ counts.T).T)  # rows are added up in the order of `score`
-            scores[row, start : start + count] = chosen.value(sums)
+        for row, model in enumerate(models):
+            scores[row, start : start + count] = model.scores(counts)
     return scores

@@ -1,9 +1,9 @@
-"""Scores as functions of sums over examples, and what an upgrade turned from right to wrong."""
+"""What a score is, and what an upgrade turned from right to wrong."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from regraft.errors import MismatchError
 
@@ -16,44 +16,144 @@ if TYPE_CHECKING:
     Targets = np.ndarray[Any, Any]
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
+Score = TypeVar("Score", float, "Floats")
+
 HEADROOM = 0.03  # where a reference is less than this above guessing, a share of its gain says nothing
 
 
 @dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a metric makes of one model's predictions: its score on any resample of the examples.
+
+    Args:
+        width: How many numbers a resample takes in memory.
+        scores: Returns the scores of counts of the examples, resamples × examples; without them, that of the examples
+            as they are.
+    """
+
+    width: int
+    scores: Callable[[Floats | None], Floats]
+
+
+@dataclasses.dataclass(frozen=True)
 class Metric:
-    """A score that is a function of sums over examples, and so is known of any resample of them.
+    """A score of predictions.
+
+    Args:
+        name: What a task file calls it.
+        measure: Returns what the metric makes of targets and predictions.
+        rises: Whether more is better.
+        is_bounded: Whether 1 bounds it, so that a hundredth means the same in every task. What is allowed of another
+            one, as a tolerance, is a share of what a reference gains over guessing.
+    """
+
+    name: str
+    measure: Callable[[Targets, Targets], Measured]
+    rises: bool = True
+    is_bounded: bool = True
+
+    def merit(self, score: Score) -> Score:
+        """Return a number that is the larger the better a score is.
+
+        Args:
+            score: The score, or an array of them.
+        """
+        return score if self.rises else -score
+
+    def gain(self, score: float, reference: float) -> float:
+        """Return by how much a score is better than a reference.
+
+        Args:
+            score: The score.
+            reference: The other one.
+        """
+        return score - reference if self.rises else reference - score
+
+    def share(self, share: float, floor: float, reference: float) -> float:
+        """Return how large a difference is that is named as a share.
+
+        Args:
+            share: The share.
+            floor: The score of guessing.
+            reference: The score to measure by.
+
+        Returns:
+            The share itself of a metric that 1 bounds; of another one, of the difference between the two scores.
+        """
+        return share if self.is_bounded else share * abs(reference - floor)
+
+    def describe(self, difference: float, form: str = "+.1f") -> str:
+        """Write a difference of scores: as a number of points, which are hundredths, where 1 bounds the metric.
+
+        Args:
+            difference: The difference.
+            form: How points are formatted; what is not in points has three digits.
+
+        Returns:
+            The number without its unit.
+        """
+        return (
+            format(100 * difference, form) if self.is_bounded else format(difference, form[: form.index(".")] + ".3g")
+        )
+
+    @property
+    def unit(self) -> str:
+        """What `describe` counts in, with a blank before it."""
+        return " points" if self.is_bounded else ""
+
+
+def sum_metric(
+    name: str,
+    statistics: Callable[[Targets, Targets], csr_array],
+    value: Callable[[Floats], Floats],
+    *,
+    rises: bool = True,
+    is_bounded: bool = True,
+) -> Metric:
+    """Make a metric that is a function of sums over examples, and so is known of any resample of them.
 
     Args:
         name: What a task file calls it.
         statistics: Returns what is summed, examples × k, of targets and predictions.
         value: Returns the scores of sums, resamples × k.
         rises: Whether more is better.
-        unit: What a difference of it is counted in: `points` (hundredths) where it is bounded by 1.
-        undefined: Its value where the examples leave it undefined.
+        is_bounded: Whether 1 bounds it.
+
+    Returns:
+        The metric.
     """
 
-    name: str
-    statistics: Callable[[Targets, Targets], csr_array]
-    value: Callable[[Floats], Floats]
-    rises: bool = True
-    unit: str = "points"
-    undefined: float = 0.0
+    def measure(targets: Targets, predictions: Targets) -> Measured:
+        import numpy as np
+
+        summands = statistics(targets, predictions)
+
+        def scores(counts: Floats | None) -> Floats:
+            if counts is None:
+                return value(summands.sum(axis=0)[None])
+            return value(np.ascontiguousarray((summands.T @ counts.T).T))  # added up in the order of the line above
+
+        return Measured(summands.shape[1], scores)
+
+    return Metric(name, measure, rises, is_bounded)
 
 
-def recovery(value: float, floor: float, reference: float, *, rises: bool = True) -> float | None:
+def recovery(value: float, floor: float, reference: float, metric: Metric | None = None) -> float | None:
     """Compute how much of a reference's gain over guessing a score reaches.
 
     Args:
         value: The score.
         floor: That of guessing.
         reference: That of tuning from scratch.
-        rises: Whether more is better.
+        metric: What they are scores by; None for one that rises and that 1 bounds.
 
     Returns:
-        The share, clipped neither at 0 nor at 1; None where the reference gains less than `HEADROOM`.
+        The share, clipped neither at 0 nor at 1; None where the reference gains less than `HEADROOM`, or nothing.
     """
-    gain = reference - floor if rises else floor - reference
-    return (value - floor) / (reference - floor) if gain >= HEADROOM else None
+    gain, headroom = reference - floor, HEADROOM
+    if metric is not None:
+        gain, headroom = metric.gain(reference, floor), metric.share(HEADROOM, floor, reference)
+    return (value - floor) / (reference - floor) if gain >= headroom and gain > 0 else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,18 +10,18 @@ from regraft.task.types.type import DEFAULT_TYPE, task_types
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-    from scipy.sparse import csr_array
 
     from regraft.task.data import TaskData
-    from regraft.task.metric import Metric
+    from regraft.task.metric import Measured, Metric
     from regraft.task.split import Split
 
 
-def find_metric(name: str) -> Metric:
+def find_metric(metric: Metric | str) -> Metric:
     """Look up a metric of any task type by its name.
 
     Args:
-        name: What a task file calls it; where several types have one of that name, text classification's counts.
+        metric: What a task file calls it, or the metric itself. Where several types have one of that name, that of text
+            classification is returned.
 
     Returns:
         The metric.
@@ -29,12 +29,14 @@ def find_metric(name: str) -> Metric:
     Raises:
         RecipeError: There is no such metric.
     """
+    if not isinstance(metric, str):
+        return metric
     types = task_types()
     last = types[DEFAULT_TYPE]  # which names of metrics stood for before there were types
-    metrics = {metric.name: metric for task_type in (*types.values(), last) for metric in task_type.metrics}
-    if name not in metrics:
-        raise RecipeError(f"metric {name!r}: there is no such metric. Use one of {', '.join(metrics)}.")
-    return metrics[name]
+    metrics = {each.name: each for task_type in (*types.values(), last) for each in task_type.metrics}
+    if metric not in metrics:
+        raise RecipeError(f"metric {metric!r}: there is no such metric. Use one of {', '.join(metrics)}.")
+    return metrics[metric]
 
 
 def score(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> float:
@@ -53,12 +55,11 @@ def score(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> fl
         DataError: There are no examples.
         MismatchError: There are not as many predictions as targets.
     """
-    chosen, statistics = summands(metric, labels, predictions)
-    return float(chosen.value(statistics.sum(axis=0)[None])[0])
+    return float(measure(metric, labels, predictions).scores(None)[0])
 
 
-def summands(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> tuple[Metric, csr_array]:
-    """Compute what a metric sums over examples.
+def measure(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> Measured:
+    """Return what a metric makes of predictions.
 
     Args:
         metric: The metric or its name.
@@ -66,7 +67,7 @@ def summands(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) ->
         predictions: The prediction of each example.
 
     Returns:
-        The metric and its statistics, examples × k.
+        Its score on any resample of the examples.
 
     Raises:
         RecipeError: There is no such metric.
@@ -75,12 +76,12 @@ def summands(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) ->
     """
     import numpy as np
 
-    chosen = find_metric(metric) if isinstance(metric, str) else metric
+    chosen = find_metric(metric)
     targets, predicted = np.asarray(labels), np.asarray(predictions)
     require_equal_lengths(labels=len(targets), predictions=len(predicted))
     if not len(targets):
         raise DataError("there are no examples to score. Give a split that has some.")
-    return chosen, chosen.statistics(targets, predicted)
+    return chosen.measure(targets, predicted)
 
 
 def chance_score(data: TaskData, split: Split) -> float:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from regraft.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from regraft.checkpoint import Checkpoint
 
 FEWEST_STEPS = 100
@@ -187,3 +189,13 @@ def _round_interval(steps: int) -> int:
             if steps <= 12 * digit * scale:
                 return digit * scale
         scale *= 10
+
+
+def best_step(curve: Sequence[Mapping[str, float]], merit: Callable[[float], float]) -> int:
+    """Return the first step of the best score.
+
+    Args:
+        curve: A learning curve.
+        merit: Returns a number that is the larger the better a score is.
+    """
+    return int(max(curve, key=lambda point: (merit(point["score"]), -point["step"]))["step"])

@@ -17,6 +17,7 @@ from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import RecipeError
 from regraft.model.device import device
 from regraft.progress import quiet
+from regraft.tuning.recipe import best_step
 from regraft.tuning.tracking import run_name, trackers
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def train(
     progress: Progress,
     *,
     stage: str,
+    merit: Callable[[float], float] = float,
     each: Callable[[int], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train a model in place, leave it with its best weights, and return its learning curve.
@@ -54,11 +56,12 @@ def train(
         data: Its item n is what the training sees n-th: steps × batch_size items.
         collate: Makes a batch of such items.
         objective: Gives the loss of a batch, from the model, the batch and the steps done so far.
-        evaluate: Gives figures of the model, among them `score`, of which more is better.
+        evaluate: Gives figures of the model, among them `score`.
         recipe: Resolved.
         work: A folder for checkpoints.
         progress: Told of each step.
         stage: What to call this there.
+        merit: Returns a number that is the larger the better a score is.
         each: Called after each step, with its number.
 
     Returns:
@@ -96,7 +99,7 @@ def train(
         disable_tqdm=True,
         seed=recipe.seed,
     )
-    best = _Best(work / "best", recipe.average * (recipe.steps or 1) if recipe.average else math.inf)
+    best = _Best(work / "best", recipe.average * (recipe.steps or 1) if recipe.average else math.inf, merit)
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -117,7 +120,7 @@ def train(
     if (count := best.count(curve)) > 1:
         best.restore_mean(model, curve)
         figures = evaluate(model)
-        if figures["score"] > max(point["score"] for point in curve):
+        if merit(figures["score"]) > max(merit(point["score"]) for point in curve):
             return [*curve, {**curve[-1], **figures, "averaged": count}]
     best.restore(model, curve)
     return curve
@@ -216,10 +219,11 @@ class _Best:
     Args:
         folder: Where.
         after: The mean is of the evaluations after this step.
+        merit: Returns a number that is the larger the better a score is.
     """
 
-    def __init__(self, folder: Path, after: float):
-        self.folder, self.after = folder, after
+    def __init__(self, folder: Path, after: float, merit: Callable[[float], float]):
+        self.folder, self.after, self.merit = folder, after, merit
         self.secured: tuple[Path, ...] = ()
 
     def count(self, curve: list[dict[str, float]]) -> int:
@@ -229,7 +233,7 @@ class _Best:
     def offer(self, model: Any, curve: list[dict[str, float]]) -> None:
         """Write the weights if the last point of the curve is the best, and take them into the mean if it is late."""
         weights = {name: p.detach().contiguous() for name, p in _trained(model)}
-        if _best_step(curve) == int(curve[-1]["step"]):
+        if best_step(curve, self.merit) == int(curve[-1]["step"]):
             self._write(self._best(curve), weights)
         if curve[-1]["step"] > self.after:
             if (count := self.count(curve)) > 1:
@@ -280,7 +284,7 @@ class _Best:
                 file.unlink()
 
     def _best(self, curve: list[dict[str, float]]) -> Path:
-        return self.folder / f"step-{_best_step(curve)}.safetensors"
+        return self.folder / f"step-{best_step(curve, self.merit)}.safetensors"
 
     def _mean(self, count: int) -> Path:
         return self.folder / f"mean-{count}.safetensors"
@@ -288,10 +292,6 @@ class _Best:
 
 def _trained(model: Any) -> list[tuple[str, Any]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _best_step(curve: list[dict[str, float]]) -> int:
-    return int(max(curve, key=lambda point: (point["score"], -point["step"]))["step"])
 
 
 def _last_whole(checkpoints: Path) -> Path | None:

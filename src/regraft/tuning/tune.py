@@ -93,7 +93,7 @@ def tune_model(
     """
     from regraft.tuning.trainer import train
 
-    likelihood, steps = data.task.likelihood, recipe.steps or 1
+    likelihood, steps, metric = data.task.likelihood, recipe.steps or 1, data.task.scoring
     student = Deployment(model, base, data, recipe.precision)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
@@ -128,6 +128,7 @@ def tune_model(
         work,
         progress,
         stage="tune",
+        merit=metric.merit if judge is None else float,
     )
 
 

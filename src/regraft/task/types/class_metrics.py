@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from regraft.task.metric import Metric
+from regraft.task.metric import sum_metric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,12 +58,11 @@ def _mcc(sums: Floats) -> Floats:
     right, total = hits.sum(axis=1), of_class.sum(axis=1)
     covariance = right * total - (of_class * guessed).sum(axis=1)
     spread = (total**2 - (of_class**2).sum(axis=1)) * (total**2 - (guessed**2).sum(axis=1))
-    undefined = np.full_like(covariance, MCC.undefined)
-    return np.asarray(np.divide(covariance, np.sqrt(spread), out=undefined, where=spread > 0))
+    return np.asarray(np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=spread > 0))
 
 
-ACCURACY = Metric("accuracy", _hits, _accuracy)
-MACRO_F1 = Metric("macro_f1", _by_class, _macro_f1)
+ACCURACY = sum_metric("accuracy", _hits, _accuracy)
+MACRO_F1 = sum_metric("macro_f1", _by_class, _macro_f1)
 """The mean F1 of the classes that are a target or a prediction of some example."""
-MCC = Metric("mcc", _by_class, _mcc, undefined=0.0)
-"""Matthews' correlation coefficient, from −1 to 1; undefined where all targets or all predictions are one class."""
+MCC = sum_metric("mcc", _by_class, _mcc)
+"""Matthews' correlation coefficient, from −1 to 1; 0 where all targets or all predictions are one class."""
