@@ -228,11 +228,21 @@ def test_negative_flips_are_counted_against_the_old_deployment(runs, visit, page
 def test_whatever_a_type_of_task_wants_shown_is_drawn(tmp_path, visit):
     content = dataclasses.asdict(read_diagnosis(clean(diagnosis()), ""))
     table = Table("Errors", (Column("tag", "text"), Column("mean", "change")), ((f"B-PER{ATTACK}", 0.5), ("O", None)))
-    points = Series("new", (0.1, 0.9), (0.2, 0.7), (1, 3))
+    points = Series("new", (-5.0, 90.0), (20.0, 70.0), (1, 3))
     views = (
         table,
         Scatter(
-            "spread", "Spread", "Lead.", "A finding.", ("spread", "0.1"), "true", "predicted", "", (points,), table
+            "spread",
+            "Spread",
+            "Lead.",
+            "A finding.",
+            ("spread", "0.1"),
+            "true",
+            "predicted",
+            "",
+            False,
+            (points,),
+            table,
         ),
         MarkedText(
             "Tags in context", ((Span("Ada "), Span("Lovelace", f"PER{ATTACK}"), Span(" wrote.")), (Span(ATTACK),))
