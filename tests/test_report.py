@@ -388,9 +388,10 @@ def test_broken_files_and_missing_runs_are_named(tmp_path):
             write_report(tmp_path, tmp_path / "report.html")
     shutil.rmtree(tmp_path / "check")
     write_outcomes(tmp_path / "runs", seeds=(20,))
-    (tmp_path / "runs" / "direct-seed20" / "predictions.jsonl").write_text("{}\n")
-    with pytest.raises(OutcomeError, match=r"direct-seed20: is not whole"):
-        write_report(tmp_path, tmp_path / "report.html")
+    for line in ("{}", '{"split": "test", "row": 0, "right": "no"}'):
+        (tmp_path / "runs" / "direct-seed20" / "predictions.jsonl").write_text(line + "\n")
+        with pytest.raises(OutcomeError, match=r"direct-seed20: is not whole"):
+            write_report(tmp_path, tmp_path / "report.html")
 
 
 def test_command_writes_the_report_and_help_stays_light(tmp_path):
