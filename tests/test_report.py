@@ -228,11 +228,21 @@ def test_negative_flips_are_counted_against_the_old_deployment(runs, visit, page
 def test_whatever_a_type_of_task_wants_shown_is_drawn(tmp_path, visit):
     content = dataclasses.asdict(read_diagnosis(clean(diagnosis()), ""))
     table = Table("Errors", (Column("tag", "text"), Column("mean", "change")), ((f"B-PER{ATTACK}", 0.5), ("O", None)))
-    points = Series("new", (0.1, 0.9), (0.2, 0.7), (1, 3))
+    points = Series("new", (-5.0, 90.0), (20.0, 70.0), (1, 3))
     views = (
         table,
         Scatter(
-            "spread", "Spread", "Lead.", "A finding.", ("spread", "0.1"), "true", "predicted", "", (points,), table
+            "spread",
+            "Spread",
+            "Lead.",
+            "A finding.",
+            ("spread", "0.1"),
+            "true",
+            "predicted",
+            "",
+            False,
+            (points,),
+            table,
         ),
         MarkedText(
             "Tags in context", ((Span("Ada "), Span("Lovelace", f"PER{ATTACK}"), Span(" wrote.")), (Span(ATTACK),))
@@ -378,9 +388,10 @@ def test_broken_files_and_missing_runs_are_named(tmp_path):
             write_report(tmp_path, tmp_path / "report.html")
     shutil.rmtree(tmp_path / "check")
     write_outcomes(tmp_path / "runs", seeds=(20,))
-    (tmp_path / "runs" / "direct-seed20" / "predictions.jsonl").write_text("{}\n")
-    with pytest.raises(OutcomeError, match=r"direct-seed20: is not whole"):
-        write_report(tmp_path, tmp_path / "report.html")
+    for line in ("{}", '{"split": "test", "row": 0, "right": "no"}'):
+        (tmp_path / "runs" / "direct-seed20" / "predictions.jsonl").write_text(line + "\n")
+        with pytest.raises(OutcomeError, match=r"direct-seed20: is not whole"):
+            write_report(tmp_path, tmp_path / "report.html")
 
 
 def test_command_writes_the_report_and_help_stays_light(tmp_path):

@@ -79,9 +79,14 @@ def is_right(row: Mapping[str, Any]) -> bool | None:
 
     Returns:
         None where there is no label.
+
+    Raises:
+        ValueError: The line has something else there than true, false or null.
     """
-    right: bool | None = row.get("right", None if row["label"] is None else row["label"] == row["prediction"])
-    return right
+    right = row.get("right", None if row["label"] is None else row["label"] == row["prediction"])
+    if right is None or isinstance(right, bool):
+        return right
+    raise ValueError(f"right: expected true, false or null, found {right!r:.40}")
 
 
 def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) -> Outcome | None:
@@ -184,7 +189,9 @@ def _check_complete(outcome: Outcome) -> None:
     try:
         load_adaptation(outcome.path)
         scored = [split for split in ("dev", "test") if outcome.scores.get(split) is not None]
-        if not outcome.curve or not all(outcome.predictions(split) for split in scored or ["dev"]):
+        if not outcome.curve or not all(
+            outcome.predictions(split) and outcome.right(split) for split in scored or ["dev"]
+        ):
             raise ValueError("curve.jsonl or predictions.jsonl is cut short")
     except (RegraftError, OSError, ValueError, KeyError, TypeError) as error:
         raise OutcomeError(

@@ -33,6 +33,7 @@ _EXPECTED = {
     "less_than_equal": "{le} or less",
     "literal_error": "{expected}",
     "too_long": "at most {max_length} values",
+    "string_pattern_mismatch": "a text like {pattern}",
 }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import MismatchError
 from regraft.model.device import autocast
-from regraft.model.outputs import forward
+from regraft.model.outputs import classifier_of, forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -151,15 +151,3 @@ def random_model(like: Any, seed: int) -> Any:
                 if name in drawn:  # a pooler that PEFT saves whole goes by another name
                     parameter.copy_(drawn[name])
     return fresh.to(next(like.parameters()).device)
-
-
-def classifier_of(model: Any) -> Any:
-    """Find the transformers model inside a PEFT model.
-
-    Args:
-        model: A classifier of any kind.
-
-    Returns:
-        The classifier that transformers made.
-    """
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

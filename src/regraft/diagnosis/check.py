@@ -48,7 +48,7 @@ class Check:
         lineage: `proven` if the adaptation records the old base's fingerprint, `forced` if another one, else
             `unproven`.
         verdict: What to do, in one line.
-        guess: What that guess always is; regraft 0.1, which knew classes alone, recorded none.
+        guess: What that guess always is, in words.
     """
 
     task: str
@@ -68,7 +68,7 @@ class Check:
     effect: float
     lineage: str
     verdict: str
-    guess: str = "the most frequent class"
+    guess: str
 
 
 def check(
@@ -145,11 +145,11 @@ def _verdict(retained: float | None) -> str:
     return f"{100 * retained:.0f} % of the old score above guessing survives: {ADVICE[choose(retained)]}."
 
 
-def describe(answer: Check, _: str = "") -> Lines:
-    """Say what a check answer.
+def describe(answer: Check) -> Lines:
+    """Say what a check came to.
 
     Args:
-        answer: The check; its metric is that of the task.
+        answer: The check.
 
     Returns:
         A line a figure: its name, and the figure.
@@ -168,4 +168,11 @@ def describe(answer: Check, _: str = "") -> Lines:
     ]
 
 
-QUESTION = Question("check", 10, Check, lambda asked: check_pair(asked.direct), is_required=True, describe=describe)
+QUESTION = Question(
+    "check",
+    10,
+    Check,
+    ask=lambda asked: check_pair(asked.direct),
+    is_required=True,
+    describe=lambda answer, _: describe(answer),
+)

@@ -92,13 +92,14 @@ class Comparison:
         every_head: Whether each head is held against all of its layer, or against the corresponding one only.
 
     Attributes:
-        kl: The sum over texts of KL(first ‖ second) of the predictions, in nats.
-        agreed: On how many texts both predict the same.
+        outputs: How many there are of each model: one or more a text, as the type of task has it.
+        kl: The sum over outputs of KL(first ‖ second), in nats.
+        agreed: Of how many outputs both predict the same.
     """
 
     def __init__(self, likelihood: Likelihood, *, every_head: bool) -> None:
         self._likelihood = likelihood
-        self.kl, self.agreed = 0.0, 0
+        self.kl, self.agreed, self.outputs = 0.0, 0, 0
         self._every_head, self._rows = every_head, 0
         self._moments: dict[int, Moments] = {}
         self._cka: list[float] = []
@@ -134,6 +135,7 @@ class Comparison:
         likelihood, (one, other) = self._likelihood, (seen.outputs.cpu().double() for seen in (first, second))
         self.kl += max(0.0, float(likelihood.divergence(other, likelihood.signal(one)).sum()))
         self.agreed += int((likelihood.predict(one) == likelihood.predict(other)).sum())
+        self.outputs += len(one)
         self._rows += int(real.sum())
 
     def add_hidden(self, first: Seen, second: Seen, real: torch.Tensor, layers: range) -> None:

@@ -10,6 +10,7 @@ from regraft.checkpoint import temporary_folder
 from regraft.diagnosis.question import Question
 from regraft.errors import MismatchError
 from regraft.model.device import device
+from regraft.model.outputs import classifier_of
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import language_loss, language_model
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from regraft.base import Base
     from regraft.diagnosis.pair import Pair
     from regraft.diagnosis.question import Asked, Lines
 
@@ -67,24 +67,11 @@ def kept(pair: Pair, text: Sequence[str] = ()) -> Kept:
             raise MismatchError(f"{base.path}: holds no language-modelling head ({', '.join(missing[:3])}).")
         model.to(device())
         losses[f"{name} base"] = language_loss(model, base, blocks, pair.precision)
-        setattr(model, base.prefix, body_of(deployed, base))
+        setattr(model, base.prefix, getattr(classifier_of(deployed), base.prefix))
         losses[f"{name} deployment"] = language_loss(model, base, blocks, pair.precision)
     gained = losses["old base"] - losses["new base"]
     share = (losses["old deployment"] - losses["new deployment"]) / gained if gained > 0 else None
     return Kept(", ".join(text) or f"the training texts of {pair.data.name}", losses, share)
-
-
-def body_of(model: Any, base: Base) -> Any:
-    """Return the body of a classifier, its adapters in it.
-
-    Args:
-        model: The classifier.
-        base: The base it lives on.
-
-    Returns:
-        The module.
-    """
-    return getattr(getattr(model, "get_base_model", lambda: model)(), base.prefix)
 
 
 def _blocks(pair: Pair, text: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint32]]:

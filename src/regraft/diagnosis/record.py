@@ -90,7 +90,8 @@ def read_diagnosis(content: dict[str, Any], file: str) -> Diagnosis:
     diagnosis = read_record(Diagnosis, schema_1.renewed(content) if is_old else content, file, REMEDY)
     answers = {}
     for question in every_question():
-        if answer := diagnosis.answers.get(question.name):
+        answer = diagnosis.answers.get(question.name)
+        if answer not in (None, []):  # regraft 0.1 wrote an empty list where no checkpoint was named
             record, where = schema_1.record_of(question) if is_old else question.record, f"{file}: {question.name}"
             answers[question.name] = read_record(record, answer, where, REMEDY)
         elif question.is_required:

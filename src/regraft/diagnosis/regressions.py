@@ -68,6 +68,12 @@ class Regressions:
     mcnemar: float
     noise: float | None
 
+    def __post_init__(self) -> None:
+        """Check that no two charts have one name."""
+        names = [view.name for view in self.views if isinstance(view, Scatter)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"views: expected a name of its own for each chart, found {', '.join(names)}")
+
 
 def regressions(pair: Pair, runs: Sequence[Sequence[bool]] = ()) -> Regressions:
     """Compare two deployments example by example.

@@ -12,6 +12,7 @@ from regraft.task.types.class_views import Calibration, PerClass, class_views
 
 SCHEMA = 1
 PERCENTAGES = {"check": "retained", "verdict": "predicted", "kept": "share"}
+GUESS = "the most frequent class"  # of the only type of task that there was
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,12 @@ def renewed(content: dict[str, Any]) -> dict[str, Any]:
         content: What `diagnosis.json` holds.
 
     Returns:
-        The same by today's fields; the answers are unchanged.
+        The same by today's fields; the figures are unchanged.
     """
-    return {**content, "answers": {question.name: content.get(question.name) for question in every_question()}}
+    answers = {question.name: content.get(question.name) for question in every_question()}
+    if isinstance(checked := answers.get("check"), dict):
+        answers["check"] = {**checked, "guess": GUESS}
+    return {**content, "answers": answers}
 
 
 def record_of(question: Question[Any]) -> Any:

@@ -6,11 +6,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint.record import Count, require_shape
-from regraft.diagnosis.attention import Seen, attending, batches, classifier_of, look, random_model
+from regraft.diagnosis.attention import Seen, attending, batches, look, random_model
 from regraft.diagnosis.comparison import Comparison
 from regraft.diagnosis.question import Question
 from regraft.errors import RecipeError
 from regraft.model import Deployment
+from regraft.model.outputs import classifier_of
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Similarity:
         control: The same of the first model and one that has nothing to do with it.
         cka: Linear CKA of the hidden states of tokens: embeddings, then each layer; from 0 to 1.
         kl: The mean KL(first ‖ second) of predictions, in nats.
-        agreement: The share of texts for which both predict the same.
+        agreement: The share of outputs, of which a text has one or more, that both predict the same of.
         maps: Some heads on one short text: the least alike, the most, the median, then the next to least alike.
         texts: How many texts all this was measured on.
     """
@@ -198,8 +199,8 @@ def similarity(
             unrelated.cka,
         ),
         cka=pair.cka,
-        kl=pair.kl / len(examples),
-        agreement=pair.agreed / len(examples),
+        kl=pair.kl / pair.outputs,
+        agreement=pair.agreed / pair.outputs,
         maps=tuple(_map(place, matched, tokens, both) for place in _choose(matched.flatten().tolist(), maps)),
         texts=len(examples),
     )
@@ -207,8 +208,7 @@ def similarity(
 
 def _inputs(examples: Examples, indices: Sequence[int], model: Any) -> dict[str, torch.Tensor]:
     on = next(model.parameters()).device
-    batch = examples.batch(indices)
-    return {name: tensor.to(on) for name, tensor in batch.items() if name not in ("labels", "index")}
+    return {name: tensor.to(on) for name, tensor in examples.batch(indices).items()}
 
 
 def _nearest(row: Sequence[float], head: int) -> int:

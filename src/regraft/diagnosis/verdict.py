@@ -66,8 +66,8 @@ def verdict(
     after: ArrayLike,
     floor: float,
     *,
+    guess: str = "the best without looking at an input",
     gain: Interval | None = None,
-    guess: str = "the most frequent class",
     weakness: str | None = None,
     reasons: tuple[Reason, ...] = (),
     seed: int = 0,
@@ -80,8 +80,8 @@ def verdict(
         before: What the old deployment predicts.
         after: What the old weights on the new base do.
         floor: The score of guessing.
-        gain: How much better a linear probe is on the new base than on the old; counts where its interval is above 0.
         guess: What guessing always predicts, in words.
+        gain: How much better a linear probe is on the new base than on the old; counts where its interval is above 0.
         weakness: Why the examples settle nothing, if so.
         reasons: Further figures to name.
         seed: What the resamples are drawn from.
@@ -129,8 +129,8 @@ def _ask(asked: Asked) -> Verdict:
         pair.before,
         pair.after,
         chance_score(pair.data, pair.split),
-        gain=asked.answer(PROBE),
         guess=pair.data.task.guess,
+        gain=asked.answer(PROBE),
         weakness=weakness(pair.data, pair.split),
         reasons=_reasons(asked),
     )

@@ -130,30 +130,37 @@ def draw_compatibility(points: Sequence[Point], metric: str, floor: float) -> Fi
 
 
 def draw_scatter(view: Scatter) -> Figure:
-    """Draw series of points; larger marks stand for more examples.
+    """Draw series of points; larger marks stand for more examples, and shares have an axis from 0 to 1.
 
     Args:
-        view: The points, both of whose axes go from 0 to 1.
+        view: The points.
 
     Returns:
         The figure.
     """
     figure = new_figure(height=3.4)
     axes = figure.add_subplot()
+    values = finite(value for series in view.series for value in (*series.x, *series.y))
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    are_shares = low >= 0 and high <= 1
+    ends = (0, 1) if are_shares else (low, high)
     if view.diagonal:
-        axes.plot((0, 1), (0, 1), color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label=view.diagonal)
+        axes.plot(ends, ends, color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label=view.diagonal)
     looks: tuple[tuple[str, str, Any], ...] = ((VERMILLION, "s", (0, (5, 2))), (BLUE, "o", "-"), (INK, "^", "-"))
     most = max((size for series in view.series for size in series.sizes), default=1) or 1
     for place, series in enumerate(view.series):
         colour, marker, dashes = looks[min(place, len(looks) - 1)]
-        axes.plot(series.x, series.y, color=colour, linestyle=dashes, label=series.name)
+        if view.joined:
+            axes.plot(series.x, series.y, color=colour, linestyle=dashes, label=series.name)
         sizes = [14 + 60 * size / most for size in series.sizes]
         axes.scatter(
-            series.x, series.y, s=sizes, color=colour, marker=marker, edgecolors=LINE, linewidths=0.5, zorder=3
-        )
+            series.x, series.y, s=sizes, color=colour, marker=marker, edgecolors=LINE, linewidths=0.5, zorder=3,
+            label=None if view.joined else series.name,
+        )  # fmt: skip
     axes.set_xlabel(view.x)
     axes.set_ylabel(view.y)
-    axes.set_ylim(-0.03, 1.05)
+    if are_shares:
+        axes.set_ylim(-0.03, 1.05)
     legend(axes, 1)
     return figure
 

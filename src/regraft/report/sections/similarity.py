@@ -118,7 +118,7 @@ def _hidden(similarity: Similarity, part: str) -> Section:
     table = Table("Linear CKA by layer", head, rows)
     chart = Chart(f"{part}-cka", "Linear CKA of hidden states", finding, figure, table, wide=True)
     facts = (
-        ("agreement", percent(similarity.agreement), "texts with the same top class"),
+        ("agreement", percent(similarity.agreement), "of predictions are the same"),
         ("KL", number(similarity.kl), "nats from the old model's predictions to the new one's"),
     )
     lead = "Linear CKA compares what a layer represents: 1 is the same up to rotation and scale."

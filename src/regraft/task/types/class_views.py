@@ -182,6 +182,7 @@ def _calibration_chart(calibrations: Mapping[str, Calibration]) -> Scatter:
         x="confidence",
         y="share that is right",
         diagonal="as sure as right",
+        joined=True,
         series=series,
         table=Table("Calibration by bin", columns, rows),
     )

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | None
 Size = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=40)]
+"""A name that is part of an anchor on the page, and of a file's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,14 @@ class Column:
     form: Literal["text", "count", "number", "change", "share"]
 
 
+_NUMBER = ("a number or null", (int, float, type(None)))
+FORMS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "text": ("a text", (str,)), "count": ("a whole number or null", (int, type(None))), "number": _NUMBER,
+    "change": _NUMBER, "share": _NUMBER,
+}  # fmt: skip
+"""By form of a column, what its cells are, in words and as types."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Figures in rows and columns.
@@ -59,14 +69,14 @@ class Table:
     view: Literal["table"] = "table"
 
     def __post_init__(self) -> None:
-        """Check that each row has a cell a column, and that words stand where words are expected."""
+        """Check that each row has a cell a column, and that each is of the column's form."""
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(f"rows[{number}]: expected {len(self.columns)} values, found {len(row)} values")
             for column, cell in zip(self.columns, row, strict=True):
-                if isinstance(cell, str) != (column.form == "text"):
-                    kind = "a text" if column.form == "text" else "a number"
-                    raise ValueError(f"rows[{number}]: {column.name}: expected {kind}, found {cell!r:.80}")
+                expected, types = FORMS[column.form]
+                if not isinstance(cell, types):
+                    raise ValueError(f"rows[{number}]: {column.name}: expected {expected}, found {cell!r:.80}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +106,7 @@ class Scatter:
     """Points in the plane, in series.
 
     Args:
-        name: Unique among the views of a task type.
+        name: Unique among the views of a task type; lower-case words with hyphens between.
         title: What is drawn, in a few words.
         lead: How to read it.
         finding: What it shows, in a sentence.
@@ -104,12 +114,13 @@ class Scatter:
         x: What is across.
         y: What is upwards.
         diagonal: What the line of equal x and y means; empty for no line.
+        joined: Whether a line joins the points of a series, in their order.
         series: The points.
         table: The figures behind them.
         view: Which view this is.
     """
 
-    name: str
+    name: Name
     title: str
     lead: str
     finding: str
@@ -117,6 +128,7 @@ class Scatter:
     x: str
     y: str
     diagonal: str
+    joined: bool
     series: tuple[Series, ...]
     table: Table
     view: Literal["scatter"] = "scatter"
