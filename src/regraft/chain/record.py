@@ -29,7 +29,7 @@ class Chained:
         route: `hop by hop` or `at once`; None where they are the same: on the first two bases, and for scratch.
         score: On test, or on dev where there is none.
         start: The score on dev before the first step.
-        majority: The score of a majority guess there.
+        majority: The score of guessing there.
         negative_flips: The share of examples that were right on the first base and are wrong here.
         steps: The steps of training on this base alone.
         labels: The labelled examples that were seen on it.

@@ -26,7 +26,7 @@ class Standing:
         scores: The mean score on each base, the first one's first; None where there is none yet.
         deviations: Their standard deviations over seeds; None for one seed.
         recoveries: On each base, the mean of (score − majority) / (scratch's − majority); None on the first base and
-            where scratch is less than 3 points above a majority guess.
+            where scratch is less than 3 points above guessing.
         decay: By how much the score gets worse a hop: the slope of a straight line through the scores; None
             for fewer than two bases.
         seeds: How many seeds.

@@ -169,10 +169,10 @@ def comparison(result: Comparison) -> None:
         )
     console.print(table)
     console.print(
-        f"old deployment (old weights, old base) {result.old:.3f}, majority guess {result.majority:.3f}; "
-        f"scratch: {result.rows[0].steps:.0f} steps, {result.rows[0].seconds:.0f} s of training. Recovery: 0 % is the "
-        "majority guess, 100 % scratch. To reach scratch: steps (seconds) until dev is where scratch ends. Negative "
-        "flips: right in the old deployment, wrong here.",
+        f"old deployment (old weights, old base) {result.old:.3f}, guessing {result.majority:.3f}; "
+        f"scratch: {result.rows[0].steps:.0f} steps, {result.rows[0].seconds:.0f} s of training. Recovery: 0 % is "
+        "guessing, 100 % scratch. To reach scratch: steps (seconds) until dev is where scratch ends. Negative flips: "
+        "right in the old deployment, wrong here.",
         highlight=False,
     )
 
@@ -209,7 +209,7 @@ def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
         for route in (route for route in routes if route.refused and (route.task, route.kind) == (task, kind)):
             console.print(f"{route.method}: {route.refused}", highlight=False, markup=False)
     console.print(
-        "Scores on test (dev where there is none), mean over seeds. Recovery: 0 % is a majority guess, 100 % scratch "
+        "Scores on test (dev where there is none), mean over seeds. Recovery: 0 % is guessing, 100 % scratch "
         "on the same base. Lost a hop: the slope over the bases.",
         highlight=False,
     )

@@ -35,7 +35,7 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
     scores = {split.name: f"{chance_score(data, split):.3f}" for split in splits if split is not None}
     table = Table(title=escape(_on_one_line(data.name)), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("split and label", overflow="fold")
-    for name in ("examples", "share", "words:\nmedian", "\np95", "\nmax", f"majority\n{data.metric}"):
+    for name in ("examples", "share", "words:\nmedian", "\np95", "\nmax", f"guessing\n{data.metric}"):
         table.add_column(name, justify="right", no_wrap=True)
     for split in summarise(data):
         words = (f"{split.median_words:,.0f}", f"{split.p95_words:,.0f}", f"{split.max_words:,}")

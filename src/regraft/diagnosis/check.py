@@ -159,7 +159,7 @@ def describe(answer: Check) -> Lines:
         (f"{answer.metric} on {answer.split}", f"{answer.examples:,} examples of {answer.task}"),
         ("  old weights, old base", f"{answer.old:.4f}"),
         ("  old weights, new base", f"{answer.new:.4f}"),
-        ("  floor (majority guess)", f"{answer.floor:.4f}"),
+        ("  floor (guessing)", f"{answer.floor:.4f}"),
         ("agreement of the two", f"{answer.agreement:.1%}"),
         ("negative / positive flips", f"{answer.negative_flips:.1%} / {answer.positive_flips:.1%}"),
         ("distance of the bases", moved),

@@ -56,7 +56,7 @@ class Comparison:
         split: What the final scores are measured on, `test` or `dev`.
         old: The old deployment's score there: the old weights on the old base. The mean over seeds, as few-shot draws
             and splits may change with them.
-        majority: The score of always guessing the most frequent class, likewise.
+        majority: The score of guessing without looking at an input, likewise.
         rows: One a method, over all seeds.
         outcomes: The outcome folders.
         schema: Of this record.

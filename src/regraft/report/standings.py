@@ -65,7 +65,7 @@ class Setting:
         standings: Scratch first, then the best.
         level: Scratch's last score on dev, None without scratch.
         old: The old deployment's score, if it is known.
-        floor: The score of a majority guess.
+        floor: The score of guessing.
         outcomes: The outcomes they come from.
     """
 

@@ -39,7 +39,7 @@ def draw_methods(setting: Setting) -> Figure:
             va="center", fontsize=8, color=INK, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.2},
         )  # fmt: skip
     values = [one.test or 0.0 for one in shown]
-    levels = ((setting.floor, "majority guess", (0, (1, 2))), (setting.old, "old deployment", (0, (5, 2))))
+    levels = ((setting.floor, "guessing", (0, (1, 2))), (setting.old, "old deployment", (0, (5, 2))))
     for value, name, dashes in levels:
         if value is not None and min(values) - value < max(values) - min(values):  # far off, it would squeeze the rest
             axes.axvline(value, color=SOFT, linewidth=1.1, linestyle=dashes, label=f"{name} {number(value)}")

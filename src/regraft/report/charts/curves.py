@@ -103,7 +103,7 @@ def draw_compatibility(points: Sequence[Point], metric: str, floor: float) -> Fi
     Args:
         points: The points of a diagnosis, in their order.
         metric: What the score is.
-        floor: The score of a majority guess.
+        floor: The score of guessing.
 
     Returns:
         The figure.
@@ -114,7 +114,7 @@ def draw_compatibility(points: Sequence[Point], metric: str, floor: float) -> Fi
     at = steps if len(steps) == len(points) else list(range(len(points)))
     axes.plot(at, [point.score for point in points], label=f"{metric} of the old weights", **_look(0))
     axes.plot(at, [point.agreement for point in points], label="agreement with the old deployment", **_look(1))
-    axes.axhline(floor, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label="majority guess")
+    axes.axhline(floor, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label="guessing")
     if len(steps) == len(points):
         axes.set_xlabel("pre-training steps since the old base")
     else:

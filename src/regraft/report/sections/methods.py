@@ -41,7 +41,7 @@ def method_sections(settings: list[Setting], part: str) -> list[Section]:
             curves.append(Charts((_learning(setting, name),)))
         cost.append(_cost(setting))
     lead = (
-        "Recovery: 0 % is the majority guess, 100 % is scratch. Steps to scratch: until dev is where scratch ends. "
+        "Recovery: 0 % is guessing, 100 % is scratch. Steps to scratch: until dev is where scratch ends. "
         "Negative flips: right in the old deployment, wrong here."
     )
     sections = [Section("methods", "Methods", lead, tuple(methods))]
@@ -85,7 +85,7 @@ def _scores(setting: Setting, name: str) -> Chart:
     if setting.old is not None:
         finding += f"; the old deployment had {number(setting.old)}"
     rows = tuple((one.method, number(one.test), number(one.deviation)) for one in shown)
-    levels = (("old deployment", setting.old), ("majority guess", setting.floor))
+    levels = (("old deployment", setting.old), ("guessing", setting.floor))
     rows += tuple((level, number(value), NONE) for level, value in levels if value is not None)
     table = Table("Scores by method", ("method", f"{setting.metric} on {setting.split}", "deviation over seeds"), rows)
     return Chart(f"{name}-methods", "Scores by method", f"{finding}.", draw_methods(setting), table, wide=True)

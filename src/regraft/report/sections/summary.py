@@ -74,5 +74,5 @@ def outcome_card(settings: list[Setting]) -> Card:
 
 
 def _scores(setting: Setting) -> tuple[tuple[str, str, str], ...]:
-    levels = (("old deployment", setting.old, "old weights on the old base"), ("majority guess", setting.floor, "0 %"))
+    levels = (("old deployment", setting.old, "old weights on the old base"), ("guessing", setting.floor, "0 %"))
     return tuple((name, number(value), says) for name, value, says in levels if value is not None)
