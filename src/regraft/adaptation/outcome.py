@@ -46,14 +46,14 @@ class Outcome:
         """The learning curve: one entry an evaluation, from step 0 on."""
         return list(read_json_lines(self.path / "curve.jsonl"))
 
-    def predictions(self, split: str) -> list[int]:
-        """Return the predicted classes of a split.
+    def predictions(self, split: str) -> list[Any]:
+        """Return the predictions on a split.
 
         Args:
             split: `dev` or `test`.
 
         Returns:
-            Indices into the record's `labels`, in the order of the data.
+            As the type of task has them, in the order of the data; of classes the indices into the record's `labels`.
         """
         rows = read_json_lines(self.path / "predictions.jsonl")
         return [row["prediction"] for row in rows if row["split"] == split]
@@ -79,9 +79,14 @@ def is_right(row: Mapping[str, Any]) -> bool | None:
 
     Returns:
         None where there is no label.
+
+    Raises:
+        ValueError: The line says something else than true, false or null.
     """
-    right: bool | None = row.get("right", None if row["label"] is None else row["label"] == row["prediction"])
-    return right
+    right = row.get("right", None if row["label"] is None else row["label"] == row["prediction"])
+    if right is None or isinstance(right, bool):
+        return right
+    raise ValueError(f"right is {right!r:.80}, not true, false or null")
 
 
 def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) -> Outcome | None:
@@ -184,7 +189,7 @@ def _check_complete(outcome: Outcome) -> None:
     try:
         load_adaptation(outcome.path)
         scored = [split for split in ("dev", "test") if outcome.scores.get(split) is not None]
-        if not outcome.curve or not all(outcome.predictions(split) for split in scored or ["dev"]):
+        if not outcome.curve or not all(outcome.right(split) for split in scored or ["dev"]):
             raise ValueError("curve.jsonl or predictions.jsonl is cut short")
     except (RegraftError, OSError, ValueError, KeyError, TypeError) as error:
         raise OutcomeError(
