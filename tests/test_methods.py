@@ -178,7 +178,9 @@ def test_methods_of_other_packages_are_found_and_run(tmp_path, opened, task_file
         ("other = bad_code:HALVED", PLUGIN, r"bad 1\.0: .*called 'other'"),
         ("direct = bad_code:HALVED", PLUGIN, r"bad 1\.0 registers a method called 'direct', but regraft has one"),
         ("init = bad_code:HALVED", PLUGIN, r"bad 1\.0 registers a method called 'init', but regraft has one"),
-        ("a+b = bad_code:HALVED", PLUGIN, r"called 'a\+b', but a \+ parts"),
+        ("a+b = bad_code:HALVED", PLUGIN, r"called 'a\+b', but names are of letters"),
+        ("../a = bad_code:HALVED", PLUGIN, r"called '\.\./a', but names are of letters"),
+        ("ending = bad_code:X", "import sys; sys.exit(3)", r"bad 1\.0: .*cannot be imported \(SystemExit: 3\)"),
     ],
 )
 def test_a_broken_package_is_named(install, points, module, says):

@@ -95,7 +95,8 @@ def start_of(model: Any) -> Mapping[str, torch.Tensor]:
 def save_model(model: Any, base: Base, head: Head, into: Path, start: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write a tuned model as a plain transformers or PEFT folder.
 
-    A LoRA that took its start out of its base is written as the plain LoRA of twice the rank that it amounts to.
+    A LoRA that took its start out of its base is written as the plain LoRA of twice the rank that it amounts to, if
+    the start is at hand, and else as it is: PEFT takes the start out of the base again wherever it loads that.
 
     Args:
         model: From `fresh_model`, `attach` or `load_model`.
@@ -103,9 +104,6 @@ def save_model(model: Any, base: Base, head: Head, into: Path, start: Mapping[st
         head: The task's head.
         into: The folder to fill.
         start: From `start_of`, of a model that was attached; None of others.
-
-    Raises:
-        RecipeError: The model needs its start to be saved.
     """
     with quiet():
         family_of_model(model).save(model, base, into, start or {})

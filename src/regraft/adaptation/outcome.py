@@ -46,14 +46,14 @@ class Outcome:
         """The learning curve: one entry an evaluation, from step 0 on."""
         return list(read_json_lines(self.path / "curve.jsonl"))
 
-    def predictions(self, split: str) -> list[int]:
-        """Return the predicted classes of a split.
+    def predictions(self, split: str) -> list[Any]:
+        """Return the predictions on a split.
 
         Args:
             split: `dev` or `test`.
 
         Returns:
-            Indices into the record's `labels`, in the order of the data.
+            As the type of task has them, in the order of the data; of classes the indices into the record's `labels`.
         """
         rows = read_json_lines(self.path / "predictions.jsonl")
         return [row["prediction"] for row in rows if row["split"] == split]
@@ -86,7 +86,7 @@ def is_right(row: Mapping[str, Any]) -> bool | None:
     right = row.get("right", None if row["label"] is None else row["label"] == row["prediction"])
     if right is None or isinstance(right, bool):
         return right
-    raise ValueError(f"right: expected true, false or null, found {right!r:.40}")
+    raise ValueError(f"right is {right!r:.80}, not true, false or null")
 
 
 def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) -> Outcome | None:

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from regraft.task import find_metric, recovery
+from regraft.task import deviation, find_metric, recovery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +89,7 @@ def _standing(
         method=method,
         route=route,
         scores=tuple(scores),
-        deviations=tuple(statistics.stdev(_scores(several)) if len(several) > 1 else None for several in on),
+        deviations=tuple(deviation(_scores(several)) for several in on),
         recoveries=tuple(_recovery(several, scratch) if number else None for number, several in enumerate(on)),
         decay=None if slope is None else -metric.merit(slope),
         seeds=len({row.seed for row in rows}),

@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import math
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from regraft.errors import OutcomeError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Record = TypeVar("Record")
 
@@ -54,7 +51,7 @@ def read_record(kind: type[Record], content: Any, where: str, remedy: str) -> Re
     """
     hashable: Any = kind
     try:
-        if location := next(_too_large(content, ""), None):
+        if (location := _too_large(content)) is not None:
             raise OutcomeError(f"{where}{location}: expected at most {LARGEST:g}. Make it again with `{remedy}`.")
         record: Record = _adapter(hashable).validate_json(plain_text(content), strict=True)
     except RecursionError:
@@ -95,16 +92,19 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _too_large(value: Any, location: str) -> Iterator[str]:
-    """Name the finite numbers that are larger than any figure."""
+def _too_large(value: Any) -> str | None:
+    """Locate the first finite number that is larger than any figure; None if there is none."""
     if isinstance(value, dict):
         for name, entry in value.items():
-            yield from _too_large(entry, f"{location}: {name}")
+            if (location := _too_large(entry)) is not None:
+                return f": {name}{location}"
     elif isinstance(value, list):
         for number, entry in enumerate(value):
-            yield from _too_large(entry, f"{location}[{number}]")
+            if (location := _too_large(entry)) is not None:
+                return f"[{number}]{location}"
     elif isinstance(value, (int, float)) and LARGEST < abs(value) < math.inf:
-        yield location
+        return ""
+    return None
 
 
 def _explain(error: Any) -> str:

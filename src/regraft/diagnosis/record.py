@@ -87,10 +87,14 @@ def read_diagnosis(content: dict[str, Any], file: str) -> Diagnosis:
             f"this regraft's `{REMEDY}`."
         )
     is_old = schema == schema_1.SCHEMA
-    diagnosis = read_record(Diagnosis, schema_1.renewed(content) if is_old else content, file, REMEDY)
+    content = schema_1.renewed(content) if is_old else content
+    stored: Any = content.get("answers")
+    if isinstance(stored, dict):  # each is read by itself
+        content = {**content, "answers": {}}
+    diagnosis = read_record(Diagnosis, content, file, REMEDY)
     answers = {}
     for question in every_question():
-        answer = diagnosis.answers.get(question.name)
+        answer = stored.get(question.name)
         if answer not in (None, []):  # regraft 0.1 wrote an empty list where no checkpoint was named
             record, where = schema_1.record_of(question) if is_old else question.record, f"{file}: {question.name}"
             answers[question.name] = read_record(record, answer, where, REMEDY)

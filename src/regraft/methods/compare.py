@@ -15,7 +15,7 @@ from regraft.methods.recycle import recycle
 from regraft.methods.registry import find_method
 from regraft.model import Deployment, match_labels
 from regraft.progress import Progress, silent
-from regraft.task import count_flips, find_metric, load_data, recovery
+from regraft.task import count_flips, deviation, find_metric, load_data, recovery
 from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -141,6 +141,5 @@ def _mean(rows: list[Row]) -> Row:
 
     figures = [field.name for field in dataclasses.fields(Row) if field.name not in ("method", "seeds")]
     averaged = {name: mean(name) for name in figures}
-    if len(rows) > 1:
-        averaged["test_deviation"] = statistics.stdev(row.test for row in rows)
+    averaged["test_deviation"] = deviation([row.test for row in rows])
     return Row(method=rows[0].method, seeds=tuple(seed for row in rows for seed in row.seeds), **averaged)

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
+import re
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from regraft.methods.method import Method, Objective, Part, Start
 Registered = Start | Objective | Method
 
 GROUP = "regraft.methods"
+NAME = re.compile(r"\w[\w-]*")  # folders are named after methods; + parts a start from an objective, a dot its options
 # What each listed name stands for, in the order of the list: the paper's, those without training, those with. Whatever
 # else is registered comes after them; other combinations are looked up and not listed.
 NAMES = {
@@ -122,8 +124,8 @@ def _registered() -> dict[str, Registered | EntryPoint]:
     registered = {name: registered[name] for name in order}
     taken = dict.fromkeys([*NAMES, *registered], "regraft")
     for point in entry_points(group=GROUP):
-        if point.name in taken or "+" in point.name:
-            why = f"{taken[point.name]} has one" if point.name in taken else "a + parts a start from an objective"
+        if point.name in taken or not NAME.fullmatch(point.name):
+            why = f"{taken[point.name]} has one" if point.name in taken else "names are of letters, digits, - and _"
             raise RecipeError(
                 f"{_distribution(point)} registers a method called {point.name!r}, but {why}. Uninstall it, or update "
                 "it to a version with another name."
@@ -136,7 +138,7 @@ def _registered() -> dict[str, Registered | EntryPoint]:
 def _load(point: EntryPoint) -> Registered:
     try:
         registered = point.load()
-    except Exception as error:  # whatever code of others raises
+    except (Exception, SystemExit) as error:  # whatever code of others raises
         raise RecipeError(
             f"{_distribution(point)}: its method {point.name!r} ({point.value}) cannot be imported "
             f"({type(error).__name__}: {error}). Update it or uninstall it."

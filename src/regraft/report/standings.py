@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.report.wording import base_name
-from regraft.task import count_flips, find_metric, recovery
+from regraft.task import count_flips, deviation, find_metric, recovery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,9 +118,9 @@ def _setting(group: list[Run], runs: Runs) -> Setting:
         mean = {name: _mean([row[name] for row in figures]) for name in figures[0]}
         if mean["negative_flips"] is None:
             mean["negative_flips"] = compared_flips.get(method)
-        deviation = statistics.stdev(tests) if len(tests) == len(figures) > 1 else None
+        spread = deviation(tests) if len(tests) == len(figures) else None
         numbers = tuple(run.record.seed for run in seeds)
-        standings.append(Standing(method, numbers, deviation=deviation, curve=_curve(seeds), **mean))
+        standings.append(Standing(method, numbers, deviation=spread, curve=_curve(seeds), **mean))
     scores = [old.record.scores.of(split) for old in before.values() if old]
     old = comparison.old if comparison and comparison.split == split else _mean(scores)
     return Setting(

@@ -2,7 +2,7 @@
 
 from regraft.task.bootstrap import Interval, paired_difference
 from regraft.task.data import TaskData
-from regraft.task.metric import HEADROOM, Flips, Metric, count_flips, recovery
+from regraft.task.metric import HEADROOM, Flips, Metric, count_flips, deviation, recovery
 from regraft.task.read import load_data, read_task
 from regraft.task.score import chance_score, find_metric, flips, score
 from regraft.task.source import HubSplit
@@ -24,6 +24,7 @@ __all__ = [
     "TextClassification",
     "chance_score",
     "count_flips",
+    "deviation",
     "doubts",
     "find_metric",
     "flips",

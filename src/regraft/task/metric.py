@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from regraft.errors import MismatchError
@@ -179,6 +181,20 @@ class Flips:
     def positive_rate(self) -> float:
         """The share of positive flips in all examples."""
         return self.positive / self.total if self.total else 0.0
+
+
+def deviation(scores: Sequence[float]) -> float | None:
+    """Return the standard deviation of scores over seeds.
+
+    Args:
+        scores: A score a seed.
+
+    Returns:
+        The deviation; None for fewer than two, and NaN where one is infinite or not a number.
+    """
+    if len(scores) < 2:
+        return None
+    return statistics.stdev(scores) if all(map(math.isfinite, scores)) else math.nan
 
 
 def count_flips(was_right: Sequence[bool | None], is_right: Sequence[bool | None]) -> Flips:

@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 class Adapter(Family):
     """Weights beside a frozen base, with a head that is saved whole."""
 
+    needs_task_type: ClassVar[bool] = False
+    """Whether PEFT builds another model where the settings name no type of task."""
+
     def fitting_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
         """Return those of PEFT's task type; all where none is named."""
         named = config.get("task_type")
         return [of for of in task_types().values() if named in (None, of.peft_type)]
-
-    needs_task_type: ClassVar[bool] = False
-    """Whether PEFT builds another model where the settings name no type of task."""
 
     @abstractmethod
     def config_class(self, config: Mapping[str, Any]) -> Any:
@@ -52,9 +52,21 @@ class Adapter(Family):
 
     @abstractmethod
     def put_on(
-        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], whole: Sequence[str]
+        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
-        """Put a fresh adapter on a model that has the named heads, and have the named modules saved whole."""
+        """Put a fresh adapter on a model, and have modules saved whole.
+
+        Args:
+            model: From `fresh_model`.
+            base: The base it came from.
+            head: The head that it has.
+            config: What kind of adapter.
+            heads: The names of the modules beside its body.
+            modules: The names of all that are saved whole, the heads among them.
+
+        Returns:
+            The model with the adapter.
+        """
 
     @abstractmethod
     def load_onto(
@@ -77,10 +89,10 @@ class Adapter(Family):
         from transformers import set_seed
 
         heads = [name for name, _ in model.named_children() if name != model.base_model_prefix and name != "dropout"]
-        whole = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads, *fresh_poolers(base)})
+        modules = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads, *fresh_poolers(base)})
         set_seed(seed)
         model.config.pad_token_id = base.config.pad_token_id  # an adapter's folder names none of its own
-        return self.put_on(model, base, head, config, heads, whole)
+        return self.put_on(model, base, head, config, heads, modules)
 
     def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
         """Put the adapter on its base, and account for every tensor."""
@@ -117,8 +129,8 @@ class Adapter(Family):
         task_type = config.get("task_type")
         if task_type != head.type.peft_type and (self.needs_task_type or task_type is not None):
             raise MismatchError(
-                f"{where}: task_type is {task_type!r}, and only classifiers of whole texts ({head.type.peft_type}) "
-                "can be recycled. If it is one, correct that."
+                f"{where}: task_type is {task_type!r}, and the task takes an adapter of type {head.type.peft_type}. "
+                "If it is one, correct that."
             )
 
     def write(self, into: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:

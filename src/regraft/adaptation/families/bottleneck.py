@@ -39,12 +39,12 @@ class Bottlenecks(Adapter):
         return BottleneckConfig.from_dict(adaptation.config, f"{adaptation.path}/adapter_config.json")
 
     def put_on(
-        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], whole: Sequence[str]
+        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
-        """Wrap the layers that the settings name; of what they have saved whole, heads and poolers are."""
+        """Wrap the layers that the settings name; of what these have saved whole, only heads and poolers are."""
         from regraft.adaptation.bottleneck import attach_bottlenecks
 
-        present = tuple(name for name in whole if name in heads or name == "pooler")
+        present = tuple(name for name in modules if name in heads or name == "pooler")
         return attach_bottlenecks(
             model, dataclasses.replace(config, modules_to_save=present, task_type=head.type.peft_type)
         )

@@ -39,10 +39,10 @@ class Lora(Peft):
         return begins_in_base(config.get("init_lora_weights", True))
 
     def put_on(
-        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], whole: Sequence[str]
+        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
         """Have PEFT wrap the model, and check that its matrices have as many directions as are taken out of them."""
-        adapted = super().put_on(model, base, head, config, heads, whole)
+        adapted = super().put_on(model, base, head, config, heads, modules)
         if begins_in_base(config.init_lora_weights):
             _check_ranks(adapted, base)
         return adapted
@@ -63,12 +63,7 @@ class Lora(Peft):
         return as_loaded(adaptation.checkpoint, adapted)
 
     def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
-        """Have PEFT write it, or write the plain LoRA that it amounts to."""
-        if begins_in_base(model.peft_config[ADAPTER].init_lora_weights) and not start:
-            raise RecipeError(
-                f"{base.path}: this LoRA took its start out of the base, and cannot be saved without that: call "
-                "start_of before the first step."
-            )
+        """Have PEFT write it; of one with a start that was copied, write the plain LoRA that it amounts to."""
         super().save(model, base, into, start)
         if start:
             write_adapter(into, *fold_start(peft_state(model), start, read_json(into / ADAPTER_CONFIG)))

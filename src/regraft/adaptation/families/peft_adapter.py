@@ -50,14 +50,14 @@ class Peft(Adapter):
         return config
 
     def put_on(
-        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], whole: Sequence[str]
+        self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
         """Have PEFT wrap the model."""
         from peft import get_peft_model
 
         config = copy.deepcopy(config)
         config.task_type, config.inference_mode = head.type.peft_type, False
-        config.modules_to_save, config.base_model_name_or_path = whole, base.name
+        config.modules_to_save, config.base_model_name_or_path = modules, base.name
         with quiet():
             try:
                 return get_peft_model(model, config, adapter_name=ADAPTER)
