@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from regraft.diagnosis import Check, Diagnosis, Questions, check, diagnose
     from regraft.errors import RegraftError
     from regraft.methods import Comparison, Conversion, compare, convert, recycle, tune
-    from regraft.task import Task
+    from regraft.task import Task, TextClassification
     from regraft.tuning import Corpus, Distillation, Recipe, pretrain
     from regraft.upgrade import Upgrade
 
@@ -27,7 +27,7 @@ _ROOMS = {
     "diagnosis": ("Check", "Diagnosis", "Questions", "check", "diagnose"),
     "errors": ("RegraftError",),
     "methods": ("Comparison", "Conversion", "compare", "convert", "recycle", "tune"),
-    "task": ("Task",),
+    "task": ("Task", "TextClassification"),
     "tuning": ("Corpus", "Distillation", "Recipe", "pretrain"),
     "upgrade": ("Upgrade",),
 }
@@ -49,6 +49,7 @@ __all__ = [
     "Recipe",
     "RegraftError",
     "Task",
+    "TextClassification",
     "Upgrade",
     "check",
     "compare",
