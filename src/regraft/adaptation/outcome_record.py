@@ -35,7 +35,7 @@ class Scores:
 
     Args:
         dev: Of the final weights on dev.
-        dev_majority: Of always guessing the most frequent class there.
+        dev_majority: Of guessing without looking at an input there.
         test: Of the final weights on test.
         test_majority: Of guessing there.
         dev_at_start: On dev before the first step.
@@ -59,7 +59,7 @@ class Scores:
         return self.test if split == "test" else self.dev
 
     def majority(self, split: str) -> float | None:
-        """Return the score of always guessing the most frequent class.
+        """Return the score of guessing without looking at an input.
 
         Args:
             split: `dev` or `test`.

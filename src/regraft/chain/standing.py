@@ -25,7 +25,7 @@ class Standing:
         route: The route; None for what has none.
         scores: The mean score on each base, the first one's first; None where there is none yet.
         deviations: Their standard deviations over seeds; None for one seed.
-        recoveries: On each base, the mean of (score − majority) / (scratch's − majority); None on the first base and
+        recoveries: On each base, the mean of (score − guessing) / (scratch's − guessing); None on the first base and
             where scratch is less than 3 points above guessing.
         decay: By how much the score gets worse a hop: the slope of a straight line through the scores; None
             for fewer than two bases.

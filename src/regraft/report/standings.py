@@ -30,7 +30,7 @@ class Standing:
         dev: The best score on dev.
         test: The score on the setting's split.
         deviation: Its standard deviation over seeds, None for one seed.
-        recovery: (score − majority) / (scratch's score − majority).
+        recovery: (score − floor) / (scratch's score − floor).
         steps_to_scratch: Steps until dev first reached scratch's last score; None if a seed never did.
         negative_flips: The share of examples the old deployment had right and this has wrong.
         labels: Labelled training examples that were seen.
