@@ -93,7 +93,7 @@ def tune_model(
     """
     from regraft.tuning.trainer import train
 
-    likelihood, steps, metric = data.task.likelihood, recipe.steps or 1, data.task.scoring
+    likelihood, steps, metric = data.likelihood, recipe.steps or 1, data.task.scoring
     student = Deployment(model, base, data, recipe.precision)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
