@@ -60,8 +60,7 @@ class Task(BaseModel, ABC):
     """What `chance` predicts, in words, as `the most frequent class`."""
     problem_types: ClassVar[tuple[str | None, ...]] = (None,)
     """What the config of a model for it can have as `problem_type`; the first is written."""
-    head_policies: ClassVar[tuple[str, ...]] = ("copy", "resize", "fresh")
-    """What can become of an old head."""
+    head_policies: ClassVar[tuple[str, ...]] = ("copy", "resize", "fresh")  # what can become of an old head
     pipeline_tag: ClassVar[str] = "text-classification"
     """The hub's name of what models for it do."""
     head_in_base: ClassVar[bool] = False
@@ -123,6 +122,14 @@ class Task(BaseModel, ABC):
         """
         return self.likelihood
 
+    def units(self, targets: Targets) -> tuple[float, float] | None:
+        """Return where outputs are 0, and how large 1 is, while a model is trained; None for those of the targets.
+
+        Args:
+            targets: Of train.
+        """
+        return None
+
     def counts(self, size: int, strata: Sequence[int]) -> list[int]:
         """Return how many examples of each stratum are drawn.
 
@@ -156,9 +163,6 @@ class Task(BaseModel, ABC):
 
         Args:
             shots: Examples a class; None leaves the task as it is.
-
-        Returns:
-            The task.
         """
         return self if shots is None else self.model_copy(update={"shots": shots})
 
@@ -245,9 +249,6 @@ class Task(BaseModel, ABC):
         Args:
             targets: The targets.
             order: For each label, the number of its output.
-
-        Returns:
-            The same targets in these numbers.
         """
 
     @abstractmethod
@@ -257,9 +258,6 @@ class Task(BaseModel, ABC):
         Args:
             target: One of them.
             labels: The label names.
-
-        Returns:
-            Text.
         """
 
     @abstractmethod
