@@ -12,7 +12,9 @@ from test_lora import invoke
 from regraft import Base, Recipe, Upgrade, check, convert, load_adaptation, recycle
 from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, save_model, start_of, write_graft
 from regraft.errors import CheckpointError, MismatchError, RegraftError
+from regraft.model import match_labels
 from regraft.progress import quiet, silent
+from regraft.task import load_data
 
 CELLS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")]
 FOLDED = ("pissa", "olora")  # saved as the plain LoRA that they amount to
@@ -219,7 +221,7 @@ def spoil(value):
         ("full", config(id2label={"0": "positive", "1": "negative"}, label2id={}), "contradict each other"),
         ("full", config(label2id={"positive": 0, "negative": 1}), "which is right"),
         ("full", config(id2label={"0": "positive", "1": "positive"}, label2id={}), "more than once"),
-        ("full", config(problem_type="multi_label_classification"), "only one label a text"),
+        ("full", config(problem_type="ranking"), "was tuned for 'ranking'"),
         ("full", config(architectures=["BertForTokenClassification", "BertForSequenceClassification"]), "no sequence"),
         ("full", config(architectures=[5]), "no sequence classifier"),
         ("full", config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
@@ -331,3 +333,17 @@ def test_what_the_upgrade_changed_in_the_config_is_the_new_bases(tmp_path, made,
     load_model(load_adaptation(tmp_path / "out"), Base.open(new.path), HEAD)
     with pytest.raises(MismatchError, match="rope_parameters"):
         load_model(load_adaptation(tmp_path / "out"), old, HEAD)
+
+
+def test_weights_for_another_type_of_task_are_refused(made, task_file, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(made["bert", "lora"][0], folder)
+    data, file = load_data(task_file, 20), folder / "lineage.json"
+    record = json.loads(file.read_text())
+    assert record["task_type"] == "text-classification"
+    assert match_labels(load_adaptation(folder), data).labels == data.labels
+    file.write_text(json.dumps({**record, "task_type": None}))  # as regraft 0.1 wrote it
+    assert match_labels(load_adaptation(folder), data).labels == data.labels
+    file.write_text(json.dumps({**record, "task_type": "token-classification"}))
+    with pytest.raises(MismatchError, match="was tuned for token-classification"):
+        match_labels(load_adaptation(folder), data)

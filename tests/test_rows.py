@@ -6,7 +6,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, LABELS, make_config
+from conftest import ARCHITECTURES, HEAD, LABELS, make_config
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from regraft import RegraftError, Task
@@ -18,6 +18,7 @@ from regraft.progress import quiet
 from regraft.task import load_data, score
 from regraft.task.types import Examples, TextClassification, task_types
 from regraft.task.types.likelihood import CATEGORICAL
+from regraft.tuning.units import multiply_outputs, standardised
 
 TOKENS = [[1, 7, 8, 9, 2], [1, 5, 2], [1, 6, 7, 8, 9, 10, 11, 2]]
 SPOKEN = [[1, 3], [], [4, 1, 6]]
@@ -161,3 +162,25 @@ def test_another_distribution_adds_a_task_type(tmp_path, monkeypatch, task_file)
     with pytest.raises(RegraftError, match="Did you mean 'text-classification'"):
         Task.load(file)
     assert task_types() == {"text-classification": TextClassification}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("kind", ["full", "lora", "bottleneck"])
+def test_units_of_training_change_no_output(made, opened, task_file, texts, monkeypatch, architecture, kind):
+    """Of a head of one layer, of two, and of a decoder's, which has no bias."""
+    folder, before = made[architecture, kind]
+    base, data = opened[architecture][0], load_data(task_file, 20)
+    model = load_model(load_adaptation(folder), base, HEAD, trainable=True)
+    stored = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    monkeypatch.setattr(TextClassification, "units", lambda self, targets: (3.0, 8.0))
+    with standardised(model, base, data):
+        changed = {name for name, parameter in model.named_parameters() if not parameter.equal(stored[name])}
+        assert torch.allclose(predict(model, texts[architecture], "fp32"), before, atol=1e-5)
+    assert {name.rpartition(".")[2] for name in changed} == (
+        {"weight"} if architecture == "llama" else {"weight", "bias"}
+    )
+    assert all("classifier" in name or "score" in name for name in changed)
+    assert torch.allclose(predict(model, texts[architecture], "fp32"), before, atol=1e-5)
+    multiply_outputs(model, base, data)
+    offset = 0 if architecture == "llama" else 3
+    assert torch.allclose(predict(model, texts[architecture], "fp32"), 8 * before + offset, atol=1e-4)

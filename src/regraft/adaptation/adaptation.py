@@ -14,7 +14,7 @@ from regraft.transformers_folder import read_tokenizer
 from regraft.vocabulary import has_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     import torch
@@ -49,6 +49,7 @@ class Adaptation:
         base: The fingerprint of the base it was tuned on; None if it was made elsewhere.
         checkpoint: Its tensors, unread.
         config: The content of its `config.json` or `adapter_config.json`.
+        task_type: The name of the type of task that it is for; None if it was made elsewhere, or by regraft 0.1.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Adaptation:
     base: str | None
     checkpoint: Checkpoint
     config: dict[str, Any] = dataclasses.field(repr=False)
+    task_type: str | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -190,8 +192,8 @@ class Family(ABC):
     def write(self, into: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
         """Write tensors by stored name, and settings, into a folder as plain transformers or PEFT reads them."""
 
-    def relabelled(self, settings: Mapping[str, Any], labels: Sequence[str]) -> Mapping[str, Any]:
-        """Return settings with other labels; an adapter's name none, and stay what they are."""
+    def relabelled(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
+        """Return settings with another head; an adapter's name none, and stay what they are."""
         return settings
 
     @abstractmethod

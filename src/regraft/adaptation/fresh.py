@@ -8,8 +8,6 @@ from regraft.adaptation.strict import load_strictly
 from regraft.weights import is_optional
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from regraft.base import Base
     from regraft.task import Head
 
@@ -54,7 +52,7 @@ def fresh_parts(base: Base, head: Head, seed: int) -> tuple[Any, list[str]]:
 
     auto: Any = getattr(transformers, head.type.auto_class)
     transformers.set_seed(seed)
-    model, fresh = load_strictly(auto, base.path, base.prefix, **_head_config(head.labels))
+    model, fresh = load_strictly(auto, base.path, base.prefix, **head.settings, dtype="float32")
     if base.own_rows:
         model.resize_token_embeddings(base.own_rows, mean_resizing=False)
     heads = {n: t for n, t in model.state_dict().items() if not n.startswith(base.prefix + ".")}
@@ -77,13 +75,3 @@ def fresh_poolers(base: Base) -> list[str]:
         `pooler`, or nothing.
     """
     return [] if any(is_optional(name) for name in base.body) else ["pooler"] * base.has_pooler
-
-
-def _head_config(labels: Sequence[str]) -> dict[str, Any]:
-    return {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-        "problem_type": None,  # a base's own may be regression, and what is tuned here is a classifier
-        "dtype": "float32",
-    }

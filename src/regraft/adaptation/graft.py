@@ -68,7 +68,7 @@ def write_carried(
         write_vocabulary(into, upgrade.new.path, adaptation.path, upgrade.old.path, rows)
     else:
         write_tokenizer(upgrade.new, into)
-    write_lineage(into, upgrade.new, adaptation.labels)
+    write_lineage(into, upgrade.new, adaptation.labels, adaptation.task_type)
     notes = {
         "grafted_in_place_of_the_base": list(carried.replaced),
         "copied_as_a_base_lacks_it": family.left_out(adaptation, upgrade),

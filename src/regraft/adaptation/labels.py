@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.lora import model_name
 from regraft.errors import MismatchError
 from regraft.task import Head, TextClassification
+from regraft.task.types import DEFAULT_TYPE, task_types
 
 if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation
@@ -28,8 +29,10 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
     Raises:
         MismatchError: It has no head of that architecture.
     """
-    # a type that there is none for is refused where the adaptation is loaded
-    task_type = next(iter(adaptation.family.fitting_types(adaptation.config)), TextClassification)
+    fitting = adaptation.family.fitting_types(adaptation.config)
+    task_type = task_types().get(adaptation.task_type or DEFAULT_TYPE, TextClassification)
+    if adaptation.task_type is None and fitting and task_type not in fitting:
+        task_type = fitting[0]
     if adaptation.labels:
         return Head(task_type, adaptation.labels)
     outputs, stored = label_rows(base, task_type), adaptation.checkpoint.tensors
@@ -37,6 +40,26 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
     if len(sizes) != 1:
         raise MismatchError(f"{adaptation.path}: has no head of a {base.config.model_type} ({', '.join(outputs)}).")
     return Head(task_type, tuple(f"LABEL_{i}" for i in range(sizes.pop())))
+
+
+def check_type(adaptation: Adaptation, task: Task) -> None:
+    """Refuse an adaptation that is for another type of task.
+
+    Args:
+        adaptation: The tuned weights.
+        task: The task.
+
+    Raises:
+        MismatchError: It records another type, or its settings are of another kind of problem.
+    """
+    recorded, fitting = adaptation.task_type, adaptation.family.fitting_types(adaptation.config)
+    if recorded == task.type or (recorded is None and (not fitting or type(task) in fitting)):
+        return  # where no type fits, what cannot be loaded is said when that is tried
+    names = recorded or " or ".join(of.type_name() for of in fitting)
+    raise MismatchError(
+        f"{adaptation.path} was tuned for {names}, and task {task.name!r} is of type {task.type}. Give the task it was "
+        "tuned on, with its `type`."
+    )
 
 
 def label_rows(base: Base, task_type: type[Task]) -> list[str]:

@@ -36,7 +36,7 @@ def load_adaptation(path: str | Path) -> Adaptation:
     if not folder.is_dir():
         remedy = f"is a file. Give its folder, {folder.parent}" if folder.is_file() else "no such folder"
         raise CheckpointError(f"{path}: {remedy}.")
-    labels, base = recorded(folder)
+    labels, base, task_type = recorded(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         config = read_json(folder / ADAPTER_CONFIG)
         check_adapter(folder, config)
@@ -49,7 +49,7 @@ def load_adaptation(path: str | Path) -> Adaptation:
                 f"{folder}/{ADAPTER_CONFIG}: is of type {peft_type}, which the installed PEFT does not know. Is PEFT "
                 "too old?"
             )
-        return Adaptation(folder, kind_of(peft_type), family, labels, base, checkpoint, config)
+        return Adaptation(folder, kind_of(peft_type), family, labels, base, checkpoint, config, task_type)
     below = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
     if below and not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -64,4 +64,4 @@ def load_adaptation(path: str | Path) -> Adaptation:
     check_plain(folder, checkpoint.tensors)
     check_classifier(folder, config)
     labels = agreed_labels(labels, configured_labels(config, folder), folder)
-    return Adaptation(folder, "full", FULL, labels, base, checkpoint, config)
+    return Adaptation(folder, "full", FULL, labels, base, checkpoint, config, task_type)

@@ -108,4 +108,4 @@ def save_model(model: Any, base: Base, head: Head, into: Path, start: Mapping[st
     with quiet():
         family_of_model(model).save(model, base, into, start or {})
     write_tokenizer(base, into)
-    write_lineage(into, base, head.labels)
+    write_lineage(into, base, head.labels, head.type.type_name())

@@ -16,6 +16,7 @@ from regraft.checkpoint import check_place, publish, read_json, read_json_lines,
 from regraft.checkpoint.record import plain_text
 from regraft.errors import CheckpointError, OutcomeError, RegraftError
 from regraft.printable import printable
+from regraft.task.types import task_types
 from regraft.upgrade import renewed
 
 if TYPE_CHECKING:
@@ -210,16 +211,16 @@ def _version(package: str) -> str:
 def _card(record: OutcomeRecord) -> str:
     task, scores, cost, source = record.task, record.scores, record.cost, record.recycled_from
     library = {"full": "transformers", "bottleneck": "regraft"}.get(record.kind, "peft")
+    labels = f" ({', '.join(map(_plain, record.labels))})" if record.labels else ""
     lines = [
         "---",
         f"library_name: {library}",
-        "pipeline_tag: text-classification",
+        f"pipeline_tag: {task_types()[task.type].pipeline_tag}",
         "tags: [regraft]",
         "---",
         f"# {_plain(task.name)} on {_plain(Path(record.base.name).name)}",
         "",
-        f"A {record.kind} adaptation for {_code(task.name)} ({', '.join(map(_plain, record.labels))}), made "
-        f"by regraft with method `{record.method}`.",
+        f"A {record.kind} adaptation for {_code(task.name)}{labels}, made by regraft with method `{record.method}`.",
         "",
         f"- base model: {_code(record.base.name)} ({record.base.fingerprint})",
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from regraft.checkpoint.record import Count, read_record
 from regraft.errors import OutcomeError
+from regraft.task.types.type import DEFAULT_TYPE
 
 SCHEMA = 2
 READ = (1, 2)  # the first has no `right` in predictions.jsonl, which follows from labels and predictions
@@ -21,12 +22,14 @@ class TaskRecord:
         metric: Its metric.
         digest: Of its data.
         train: The number of its training examples.
+        type: Its type; regraft 0.1 recorded none and had one alone.
     """
 
     name: str
     metric: str
     digest: str
     train: Count
+    type: str = DEFAULT_TYPE
 
 
 @dataclasses.dataclass(frozen=True)

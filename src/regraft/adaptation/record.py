@@ -19,27 +19,29 @@ RECORD = "lineage.json"
 OUTCOME = "outcome.json"
 
 
-def recorded(folder: Path) -> tuple[tuple[str, ...] | None, str | None]:
+def recorded(folder: Path) -> tuple[tuple[str, ...] | None, str | None, str | None]:
     """Read what regraft wrote beside an adaptation, in its own folder and in the outcome that it is part of.
 
     Args:
         folder: The adaptation's folder.
 
     Returns:
-        The label names in the order of the head's outputs, and the fingerprint of the base; None what is unknown.
+        The label names in the order of the head's outputs, the fingerprint of the base, and the type of task; None
+        what is unknown.
 
     Raises:
         CheckpointError: A record is malformed, or the two contradict each other.
     """
     files = [folder / RECORD, *([folder.parent / OUTCOME] if folder.name == "adaptation" else [])]
     found = [(file, *_lineage(read_json(file), file)) for file in files if file.is_file()]
-    for what, place in (("labels", 1), ("base", 2)):
+    for what, place in (("labels", 1), ("base", 2), ("task type", 3)):
         said = [entry for entry in found if entry[place] is not None]
         if len({entry[place] for entry in said}) > 1:
             told = " and ".join(f"{entry[0]} says {entry[place]!r:.100}" for entry in said)
             raise CheckpointError(f"{folder}: its records contradict each other on its {what}: {told}. Which is right?")
     labels = next((entry[1] for entry in found if entry[1] is not None), None)
-    return labels, next((entry[2] for entry in found if entry[2] is not None), None)
+    base = next((entry[2] for entry in found if entry[2] is not None), None)
+    return labels, base, next((entry[3] for entry in found if entry[3] is not None), None)
 
 
 def configured_labels(config: dict[str, Any], folder: Path) -> tuple[str, ...] | None:
@@ -92,22 +94,24 @@ def agreed_labels(
     return known or configured
 
 
-def write_lineage(folder: Path, base: Base, labels: Sequence[str] | None) -> None:
-    """Write beside an adaptation's tensors what neither transformers nor PEFT records: its base and its labels.
+def write_lineage(folder: Path, base: Base, labels: Sequence[str] | None, task_type: str | None) -> None:
+    """Write beside an adaptation's tensors what neither transformers nor PEFT records: base, labels, type of task.
 
     Args:
         folder: The adaptation's folder.
         base: The base it lives on.
         labels: The label names, in the order of the head's outputs; None if unknown.
+        task_type: The type of task that it is for; None if unknown.
     """
     record = {
         "base": {"name": base.name, "fingerprint": base.fingerprint},
         "labels": list(labels) if labels is not None else None,
+        "task_type": task_type,
     }
     write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
-def _lineage(record: dict[str, Any], file: Path) -> tuple[tuple[str, ...] | None, str | None]:
+def _lineage(record: dict[str, Any], file: Path) -> tuple[tuple[str, ...] | None, str | None, str | None]:
     labels, base = record.get("labels"), record.get("base") or {}
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
         raise CheckpointError(f"{file}: labels is {labels!r:.100}, not a list of names.")
@@ -115,7 +119,10 @@ def _lineage(record: dict[str, Any], file: Path) -> tuple[tuple[str, ...] | None
         raise CheckpointError(f"{file}: base is {base!r:.100}, not an object with a fingerprint.")
     _refuse_twins(labels or [], f"{file}: labels")
     mark = base.get("fingerprint")
-    return tuple(labels) if labels else None, str(mark) if mark else None
+    task, task_type = record.get("task"), record.get("task_type")
+    if isinstance(task, dict):  # as in the record of an outcome
+        task_type = task.get("type")
+    return tuple(labels) if labels else None, str(mark) if mark else None, str(task_type) if task_type else None
 
 
 def _refuse_twins(labels: tuple[str, ...] | list[str], where: str) -> None:

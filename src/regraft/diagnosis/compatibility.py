@@ -15,6 +15,7 @@ from regraft.checkpoint.record import Count
 from regraft.diagnosis.question import Question
 from regraft.errors import CheckpointError
 from regraft.model import Deployment
+from regraft.task import score
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Point:
         distance: Its L2 distance from the old base.
         score: The old weights' score on it, without any tuning.
         loss: Their mean cross-entropy.
-        agreement: The share of examples on which they predict what they did on the old base.
+        agreement: How well they predict what they did on the old base, by the first metric of the type of task: the
+            share of examples, in classification.
         steps: The pre-training steps that made it, if its folder says so.
     """
 
@@ -74,14 +76,14 @@ def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple
                 model = load_model(load_adaptation(folder), upgrade.new, data.head)
                 deployment = Deployment(model, upgrade.new, data, pair.precision, pair.progress)
                 after = deployment.predictions(split)
-        is_same = [old_prediction == prediction for old_prediction, prediction in zip(before, after, strict=True)]
+        agreement = score(data.task.metrics[0].name, data.task.as_targets(before), after)
         points.append(
             Point(
                 name=upgrade.new.name,
                 distance=upgrade.distance().l2,
                 score=deployment.score(split),
                 loss=deployment.loss(split),
-                agreement=float(np.mean(is_same, dtype=np.float32)),
+                agreement=float(np.float32(agreement)),
                 steps=_steps(upgrade.new) if number else 0,
             )
         )

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import Adaptation, check_fit, load_adaptation, load_model, write_graft
+from regraft.adaptation import Adaptation, check_fit, check_type, load_adaptation, load_model, write_graft
 from regraft.adaptation.tokens import with_own_tokens
 from regraft.checkpoint import temporary_folder
 from regraft.errors import MismatchError
@@ -165,7 +165,8 @@ def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
     """
     adaptation = load_adaptation(path)
     adaptation.check_base(base)
-    if adaptation.labels is not None and tuple(adaptation.labels) != tuple(data.labels):
+    check_type(adaptation, data.task)
+    if data.labels and adaptation.labels is not None and tuple(adaptation.labels) != tuple(data.labels):
         raise MismatchError(
             f"{path}: its head has the labels {', '.join(adaptation.labels[:8])}, the old one "
             f"{', '.join(data.labels[:8])}: their outputs cannot be compared one by one. Tune it with the task file's "

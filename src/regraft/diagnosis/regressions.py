@@ -95,7 +95,7 @@ def regressions(pair: Pair, runs: Sequence[Sequence[bool]] = ()) -> Regressions:
             before=task.describe(old.predictions[i], labels),
             after=task.describe(new.predictions[i], labels),
             kind="negative" if old.right[i] else "positive",
-            confidence=round(new.confidence[i], 4),
+            confidence=None if new.confidence is None else round(new.confidence[i], 4),
         )
         for i, target in enumerate(split.targets.tolist())
         if old.right[i] != new.right[i]

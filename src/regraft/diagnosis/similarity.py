@@ -162,7 +162,7 @@ def similarity(
     examples = Deployment(first, base, data, precision).examples(split)
     if control is None:
         control, control_name = random_model(first, seed), control_name or f"random weights (seed {seed})"
-    likelihood = data.task.likelihood
+    likelihood = data.likelihood
     pair, unrelated = Comparison(likelihood, every_head=True), Comparison(likelihood, every_head=False)
     short = int(np.abs(examples.lengths - SHOWN).argmin())
     clipped = data.changed(max_length=min(data.max_length, SHOWN))

@@ -139,7 +139,7 @@ def convert(
             else:
                 staging = source.path
         write_tokenizer(target, staging)
-        write_lineage(staging, target, adaptation.labels)
+        write_lineage(staging, target, adaptation.labels, adaptation.task_type)
         check_finite(load_adaptation(staging).checkpoint)
         try:
             load_model(load_adaptation(staging), target, head)

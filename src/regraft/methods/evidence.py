@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from regraft.errors import RecipeError
+
 if TYPE_CHECKING:
     import torch
 
@@ -55,10 +57,13 @@ def gather(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
 
     Returns:
         At most 256 examples; none if the old model is confident nowhere.
+
+    Raises:
+        RecipeError: A confidence is asked for, and the task's outputs have none.
     """
     import numpy as np
 
-    data, likelihood = job.data, job.data.task.likelihood
+    data, likelihood = job.data, job.data.likelihood
     if labels:
         strata = data.task.strata(data.train.targets, data.labels)[1]
         split = data.sample(data.train, min(labels, max(1, MOST // len(strata))), job.recipe.seed)
@@ -68,5 +73,9 @@ def gather(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
     split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MOST])
     job.notes["labels"] = 0
     old = job.old_deployment()
-    sure = np.flatnonzero(np.array(old.confidence(split), dtype=np.float32) >= confidence)
+    measured = old.confidence(split)
+    if measured is None and confidence:
+        raise RecipeError(f"a {data.task.type} has no confidence to choose texts by: leave `confidence` out.")
+    values = [1.0] * len(split) if measured is None else measured
+    sure = np.flatnonzero(np.array(values, dtype=np.float32) >= confidence)
     return Evidence(split.take(sure), likelihood, old.signal(split).take(sure, old.outputs(split)))

@@ -17,7 +17,7 @@ from regraft.adaptation import (
 )
 from regraft.adaptation.rework import write_rework
 from regraft.model import Deployment
-from regraft.tuning import Teacher, tune_model
+from regraft.tuning import Teacher, multiply_outputs, tune_model
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ class Job:
         """
         base, head, seed = self.upgrade.new, self.data.head, self.recipe.seed
         config = self.adaptation.family.read_config(self.adaptation, afresh=True)
-        return attach(fresh_model(base, head, seed), base, head, config, seed)
+        model = fresh_model(base, head, seed)
+        multiply_outputs(model, base, self.data)
+        return attach(model, base, head, config, seed)
 
     def graft(self) -> None:
         """Fill the job's folder with the old weights put onto the new base."""

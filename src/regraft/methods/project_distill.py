@@ -202,7 +202,7 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     data = match_labels(adaptation, load_data(task, job.recipe.seed))
     work = job.work / f"task-{number}"
     write_graft(adaptation, job.upgrade, work / "graft", job.progress)
-    precision, likelihood = job.recipe.precision, data.task.likelihood
+    precision, likelihood = job.recipe.precision, data.likelihood
     student = Deployment(load_model(load_adaptation(work / "graft"), new, data.head), new, data, precision)
     student.model.eval().requires_grad_(False)
     examples = student.examples(data.train)

@@ -14,6 +14,7 @@ from regraft.adaptation import (
     HeadPolicy,
     Outcome,
     check_fit,
+    check_type,
     find_outcome,
     load_adaptation,
     load_model,
@@ -104,6 +105,10 @@ def recycle(
     if "labels" in chosen.needs(options):
         data.require_labels(f"method {method}")
     data = data.with_room(adaptation.virtual_tokens, upgrade.new.longest)
+    if head not in data.task.head_policies:
+        raise RecipeError(f"the head of a {data.task.type} is {' or '.join(data.task.head_policies)}, found {head}.")
+    if head != "fresh":
+        check_type(adaptation, data.task)
     if head == "copy":
         data = match_labels(adaptation, data)
     inputs: dict[str, Any] = {
@@ -210,13 +215,13 @@ def record_outcome(
                 f"{base.path}: with the new weights on it, the outputs on {name} are infinite or not a number. Compute "
                 "in fp32 (--precision), or take another method."
             )
-        unknown = [None] * len(split)
+        unknown, sure = [None] * len(split), deployment.confidence(split)
         columns = {
             "row": split.rows.tolist(),
             "label": split.targets.tolist() if data.labelled else unknown,
             "prediction": deployment.predictions(split),
             "right": deployment.right(split) if data.labelled else unknown,
-            "confidence": [round(value, 4) for value in deployment.confidence(split)],
+            "confidence": unknown if sure is None else [round(value, 4) for value in sure],
         }
         rows += [{"split": name, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
         if data.labelled:
@@ -236,7 +241,7 @@ def record_outcome(
         method=method,
         kind=adaptation.kind,
         inputs=inputs,
-        task=TaskRecord(data.name, data.metric, data.digest(), len(data.train)),
+        task=TaskRecord(data.name, data.metric, data.digest(), len(data.train), data.task.type),
         labels=tuple(data.labels),
         seed=recipe.seed,
         recipe=dataclasses.asdict(recipe),

@@ -23,7 +23,7 @@ from regraft.checkpoint import resumable_folder
 from regraft.methods.recycle import new_folder, record_outcome
 from regraft.progress import Progress, silent
 from regraft.task import load_data, weakness
-from regraft.tuning import Recipe, learning_rate, tune_model
+from regraft.tuning import Recipe, learning_rate, multiply_outputs, tune_model
 from regraft.tuning.recipe import best_step
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ def tune(
         if done := find_outcome(out, inputs, (base,)):  # another process has made it since
             return done
         staging = new_folder(work / "whole")
-        model = attach(fresh_model(base, data.head, resolved.seed), base, data.head, config, resolved.seed)
+        fresh = fresh_model(base, data.head, resolved.seed)
+        multiply_outputs(fresh, base, data)
+        model = attach(fresh, base, data.head, config, resolved.seed)
         start = start_of(model)
         curve = tune_model(model, base, data, resolved, work, progress)
         if not best_step(curve, data.task.scoring.merit):

@@ -6,7 +6,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import fresh_model
+from regraft.adaptation import check_type, fresh_model
 from regraft.errors import MismatchError
 from regraft.model.batches import for_each_batch, predict
 from regraft.model.device import device
@@ -73,10 +73,10 @@ class Deployment:
         """
         if split not in self._outputs:
             outputs = predict(self.model, self.examples(split), self.precision, self.progress)
-            if outputs.shape[1] != len(self.data.labels):
+            if outputs.shape[1] != self.data.head.outputs:
                 raise MismatchError(
-                    f"the head has {outputs.shape[1]} outputs, task {self.data.name!r} {len(self.data.labels)} labels "
-                    f"({', '.join(self.data.labels[:8])}). Give the task that the models were tuned for."
+                    f"the head has {outputs.shape[1]} outputs, task {self.data.name!r} {self.data.head}. Give the task "
+                    "that the models were tuned for."
                 )
             self._outputs[split] = outputs
         return self._outputs[split]
@@ -91,7 +91,7 @@ class Deployment:
         Args:
             split: Some of the task's examples.
         """
-        return self.data.task.likelihood.signal(self.outputs(split))
+        return self.data.likelihood.signal(self.outputs(split))
 
     def predictions(self, split: Split) -> list[Any]:
         """Return the prediction for each example.
@@ -99,17 +99,17 @@ class Deployment:
         Args:
             split: Some of the task's examples.
         """
-        predictions: list[Any] = self.data.task.likelihood.predict(self.outputs(split)).tolist()
+        predictions: list[Any] = self.data.likelihood.predict(self.outputs(split)).tolist()
         return predictions
 
-    def confidence(self, split: Split) -> list[float]:
-        """Return how probable each prediction is by the model itself.
+    def confidence(self, split: Split) -> list[float] | None:
+        """Return how probable each prediction is by the model itself; None where the task's outputs do not say so.
 
         Args:
             split: Some of the task's examples.
         """
-        confidence: list[float] = self.data.task.likelihood.confidence(self.outputs(split)).tolist()
-        return confidence
+        confidence = self.data.likelihood.confidence(self.outputs(split))
+        return None if confidence is None else confidence.tolist()
 
     def losses(self, split: Split) -> torch.Tensor:
         """Compute the loss of each row in nats, in float64.
@@ -117,7 +117,7 @@ class Deployment:
         Args:
             split: Some of the task's examples.
         """
-        return self.data.task.likelihood.loss(self.outputs(split).double(), self._targets(split))
+        return self.data.likelihood.loss(self.outputs(split).double(), self._targets(split))
 
     def loss(self, split: Split) -> float:
         """Compute the mean loss of the rows in nats.
@@ -125,7 +125,7 @@ class Deployment:
         Args:
             split: Some of the task's examples.
         """
-        return float(self.data.task.likelihood.loss(self.outputs(split), self._targets(split), "mean"))
+        return float(self.data.likelihood.loss(self.outputs(split), self._targets(split), "mean"))
 
     def score(self, split: Split) -> float:
         """Score the predictions by the task's metric.
@@ -154,7 +154,7 @@ class Deployment:
             The mean overlap of their distributions, 1 − their total variation distance (if both are certain, on how
             many rows they agree); and the mean of KL(other ‖ this one) in nats.
         """
-        likelihood, outputs = self.data.task.likelihood, self.outputs(split)
+        likelihood, outputs = self.data.likelihood, self.outputs(split)
         divergence = likelihood.divergence(outputs, signal).sum() / len(outputs)
         return float(likelihood.overlap(outputs, signal).mean()), float(divergence)
 
@@ -175,8 +175,11 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
         The same examples, their labels in the order of the head's outputs.
 
     Raises:
-        MismatchError: The label names are not the same.
+        MismatchError: The label names are not the same, or it is for another type of task.
     """
+    check_type(adaptation, data.task)
+    if not data.labels:
+        return data
     if adaptation.labels is None:
         logger.warning(
             "%s does not name its labels: that its head has them in the order %s is unproven.",

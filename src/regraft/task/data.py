@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from regraft.task.types.type import DEFAULT_TYPE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from regraft.task.types.likelihood import Likelihood
     from regraft.task.types.type import Task
 
 
@@ -61,6 +63,11 @@ class TaskData:
     def head(self) -> Head:
         """The head that a model needs for the task."""
         return Head(type(self.task), self.labels)
+
+    @functools.cached_property
+    def likelihood(self) -> Likelihood:
+        """What a model's outputs are a distribution over."""
+        return self.task.likelihood_of(self.train.targets)
 
     def changed(self, **keys: Any) -> TaskData:
         """Return the same examples of a task that declares other keys.
@@ -120,9 +127,11 @@ class TaskData:
         if shots < 1:
             raise RecipeError(f"shots = {shots}: at least 1 example a class is needed.")
         strata, names = self.task.strata(self.train.targets, self.labels)
-        counts = np.bincount(strata, minlength=len(names))
+        counts = np.bincount(strata, minlength=len(names)).tolist()
         if short := [
-            f"{name!r} {count:,}" for name, count in zip(names, counts.tolist(), strict=True) if count < shots
+            f"{name!r} {count:,}"
+            for name, count, wanted in zip(names, counts, self.task.counts(shots, counts), strict=True)
+            if count < wanted
         ]:
             held_out = " once dev is held out of it" if self.dev.source == self.train.source else ""
             raise DataError(
@@ -143,8 +152,11 @@ class TaskData:
         Returns:
             The examples, in the order drawn.
         """
-        strata = self.task.strata(split.targets, self.labels)[1]
-        return split.take(draw(split, self.task, self.labels, [size] * len(strata), seed))
+        import numpy as np
+
+        strata, names = self.task.strata(split.targets, self.labels)
+        counts = self.task.counts(size, np.bincount(strata, minlength=len(names)).tolist())
+        return split.take(draw(split, self.task, self.labels, counts, seed))
 
     def relabel(self, order: Sequence[str]) -> TaskData:
         """Number and name the labels as a model's head does.

@@ -61,6 +61,23 @@ Source = Annotated[
 SOURCE = "a file (.csv, .tsv, .jsonl, .json, .parquet) or {dataset: NAME, split: SPLIT}"
 
 
+def resolved(source: str | HubSplit | None, folder: Path) -> str | HubSplit | None:
+    """Return a source with its path absolute.
+
+    Args:
+        source: A file, or a split of a data set; None stays None.
+        folder: Where relative paths start from.
+
+    Returns:
+        The source.
+    """
+    if isinstance(source, str):
+        return os.path.abspath(folder / os.path.expanduser(source))
+    if source is not None and os.path.isdir(beside := folder / os.path.expanduser(source.dataset)):
+        return source.model_copy(update={"dataset": os.path.abspath(beside)})
+    return source
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Some columns of a source.

@@ -9,6 +9,7 @@ from regraft.tuning.pretrain import Replay, pretrain, pretrain_chain
 from regraft.tuning.recipe import Recipe
 from regraft.tuning.tracking import tracking
 from regraft.tuning.tune import LEARNING_RATES, Teacher, learning_rate, tune_model
+from regraft.tuning.units import multiply_outputs
 
 __all__ = [
     "LEARNING_RATES",
@@ -21,6 +22,7 @@ __all__ = [
     "Teacher",
     "distillation_loss",
     "learning_rate",
+    "multiply_outputs",
     "plan_order",
     "pretrain",
     "pretrain_chain",

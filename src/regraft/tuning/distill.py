@@ -131,13 +131,13 @@ def teacher_loss(
     if options.beta:
         apart = functional.mse_loss(output.states(), taught.hidden[rows].to(logits), reduction="none")
     if options.flip_weight:
-        is_right = likelihood.predict(signal.logits) == targets
+        is_right = likelihood.right(signal.logits, targets)
         weights = 1 + options.flip_weight * is_right.to(logits.dtype)
         weights = weights / weights.mean()
         divergence = divergence * weights[:, None]
         apart = apart * weights[:, None, None] if apart is not None else None
     count = len(logits) if options.kl_reduction == "batchmean" else logits.numel()
-    loss = options.alpha * options.temperature**2 * (divergence.sum() / count)
+    loss = options.alpha * likelihood.softening(options.temperature) * (divergence.sum() / count)
     return loss if apart is None else loss + options.beta * 0.5 * apart.mean()
 
 
@@ -185,7 +185,7 @@ def teach(teacher: Deployment, split: Split, order: Integers, options: Distillat
 
     file, record = work / "teacher.safetensors", work / "teacher.json"
     if not is_sealed(record):
-        likelihood, examples = teacher.data.task.likelihood, teacher.examples(split)
+        likelihood, examples = teacher.data.likelihood, teacher.examples(split)
         drawn = np.unique(order).tolist()
         numbers = torch.as_tensor(examples.rows(drawn))
         stored: dict[str, torch.Tensor] = {}

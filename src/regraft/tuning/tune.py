@@ -11,6 +11,7 @@ from regraft.tuning.anchor import Anchored, anchored_objective, fisher
 from regraft.tuning.distill import Distillation, distillation_objective, teach
 from regraft.tuning.interpolate import Interpolation, interpolation_objective
 from regraft.tuning.order import plan_order
+from regraft.tuning.units import divide_outputs, standardised
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,7 +94,7 @@ def tune_model(
     """
     from regraft.tuning.trainer import train
 
-    likelihood, steps, metric = data.task.likelihood, recipe.steps or 1, data.task.scoring
+    likelihood, steps, metric = data.likelihood, recipe.steps or 1, data.task.scoring
     student = Deployment(model, base, data, recipe.precision)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
@@ -103,13 +104,11 @@ def tune_model(
         taught = teach(old, data.train, order, teacher.options, work)
         judge = old.signal(data.dev) if teacher.judges else None
         if isinstance(teacher.options, Interpolation):
+            divide_outputs(old.model, teacher.base, data)  # as the student's are, between which points are taken
             objective = interpolation_objective(taught, old.model, teacher.options, likelihood, steps, recipe.seed)
         else:
             old.model.to("cpu")
             objective = distillation_objective(taught, teacher.options, likelihood, steps)
-    if anchor:
-        weights = fisher(model, examples, order, likelihood, progress) if anchor.weighting == "fisher" else None
-        objective = anchored_objective(objective, model, weights, anchor, steps)
 
     def figures(current: Any) -> dict[str, float]:
         student.model = current
@@ -118,18 +117,22 @@ def tune_model(
             return dict(zip(("score", "loss"), student.closeness(data.dev, judge), strict=True))
         return {"score": student.score(data.dev), "loss": student.loss(data.dev)}
 
-    return train(
-        model,
-        range(len(order)),
-        lambda places: examples.batch(order[places].tolist()),
-        objective,
-        figures,
-        recipe,
-        work,
-        progress,
-        stage="tune",
-        merit=metric.merit if judge is None else float,
-    )
+    with standardised(model, base, data):
+        if anchor:
+            weights = fisher(model, examples, order, likelihood, progress) if anchor.weighting == "fisher" else None
+            objective = anchored_objective(objective, model, weights, anchor, steps)
+        return train(
+            model,
+            range(len(order)),
+            lambda places: examples.batch(order[places].tolist()),
+            objective,
+            figures,
+            recipe,
+            work,
+            progress,
+            stage="tune",
+            merit=metric.merit if judge is None else float,
+        )
 
 
 def label_objective(likelihood: Likelihood) -> Objective:

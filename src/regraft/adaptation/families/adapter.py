@@ -289,8 +289,8 @@ def _account(
         problems = "; ".join(f"{len(names)} {what}: {', '.join(names[:4])}" for what, names in lists.items() if names)
         refusal: type[RegraftError] = MismatchError if misshapen else CheckpointError
         raise refusal(
-            f"{adaptation.path}: does not fit {base.path} with {len(head.labels)} labels "
-            f"({', '.join(head.labels[:8])}). Tensors {problems}.{named_twice(stored.keys() - landed.keys())}"
+            f"{adaptation.path}: does not fit {base.path} with {head}. Tensors {problems}."
+            f"{named_twice(stored.keys() - landed.keys())}"
         )
     for name in shared:
         value = landed[name].cpu()

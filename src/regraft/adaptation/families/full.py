@@ -21,7 +21,7 @@ from regraft.transformers_folder import upgraded_settings
 from regraft.weights import counterparts, delta, graft, graft_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     import torch
@@ -45,12 +45,12 @@ class Full(Family):
     tunes_base = True
 
     def fitting_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
-        """Return those whose class of transformers the model is."""
+        """Return those whose class of transformers the model is, and whose kind of problem it names."""
         names = config.get("architectures")
         if not isinstance(names, list) or not names:
             return []
-        classes = {of: of.auto_class.removeprefix("AutoModelFor") for of in task_types().values()}
-        return [of for of, of_class in classes.items() if all(of_class in str(name) for name in names)]
+        types = [of for of in task_types().values() if config.get("problem_type") in of.problem_types]
+        return [of for of in types if all(of.auto_class.removeprefix("AutoModelFor") in str(name) for name in names)]
 
     def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> None:
         """Return None: nothing is put beside the base."""
@@ -69,8 +69,8 @@ class Full(Family):
         check_body(adaptation, base)
         check_beside_body(adaptation, base)
         _check_tokens(adaptation, model, base)
-        if model.config.num_labels != len(head.labels):
-            raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, head.labels))
+        if model.config.num_labels != head.outputs:
+            raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, head))
         return model
 
     def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
@@ -82,13 +82,13 @@ class Full(Family):
         write_checkpoint(into, tensors, progress=lambda _, *rest: progress("graft", *rest))
         write_atomic(into / "config.json", json.dumps(settings, indent=2) + "\n")
 
-    def relabelled(self, settings: Mapping[str, Any], labels: Sequence[str]) -> Mapping[str, Any]:
-        """Name the labels as transformers does."""
-        return {
-            **settings,
-            "id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
+    def relabelled(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
+        """Name the labels as transformers does, and the kind of problem where it is another one."""
+        new = head.settings
+        changed = {"id2label": {str(i): label for i, label in new["id2label"].items()}, "label2id": new["label2id"]}
+        if settings.get("problem_type") not in head.type.problem_types:
+            changed["problem_type"] = new["problem_type"]
+        return {**settings, **changed}
 
     def check_bodies(self, adaptation: Adaptation, upgrade: Upgrade) -> None:
         """Refuse a body with other tensors than the bases', or of another size."""
@@ -226,24 +226,27 @@ class Full(Family):
 
 
 def check_classifier(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a model that is no classifier of whole texts.
+    """Refuse a model that no type of task is for.
 
     Args:
         folder: The model's folder.
         config: The content of its `config.json`.
 
     Raises:
-        CheckpointError: It is of another class, or was tuned for several labels a text, or for a number.
+        CheckpointError: It is of another class, or was tuned for another kind of problem.
     """
-    if not Full().fitting_types(config):
+    if Full().fitting_types(config):
+        return
+    if Full().fitting_types({**config, "problem_type": None}):
+        kinds = {str(kind) for of in task_types().values() for kind in of.problem_types if kind}
         raise CheckpointError(
-            f"{folder}: is no sequence classifier (its config.json names {config.get('architectures')}). Give the "
-            "folder of a tuned model."
+            f"{folder}: was tuned for {config['problem_type']!r:.100}, and what can be recycled is for "
+            f"{' or '.join(sorted(kinds))}."
         )
-    if config.get("problem_type") not in (None, "single_label_classification"):
-        raise CheckpointError(
-            f"{folder}: was tuned for {config['problem_type']!r}, and only one label a text can be recycled."
-        )
+    raise CheckpointError(
+        f"{folder}: is no sequence classifier (its config.json names {config.get('architectures')}). Give the "
+        "folder of a tuned model."
+    )
 
 
 def _add_reworked(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, name: str, rule: Rule) -> torch.Tensor:
@@ -277,9 +280,9 @@ def _check_tokens(adaptation: Adaptation, model: Any, base: Base) -> None:
         )
 
 
-def _wrong_labels(adaptation: Adaptation, outputs: int, labels: Sequence[str]) -> str:
+def _wrong_labels(adaptation: Adaptation, outputs: int, head: Head) -> str:
     return (
-        f"{adaptation.path}: its head has {outputs} labels"
-        f"{' (' + ', '.join(adaptation.labels) + ')' if adaptation.labels else ''}, the task has {len(labels)} "
-        f"({', '.join(labels)}). Give the task it was tuned on."
+        f"{adaptation.path}: its head has {outputs} outputs"
+        f"{' (' + ', '.join(adaptation.labels) + ')' if adaptation.labels else ''}, the task has {head}. "
+        "Give the task it was tuned on."
     )

@@ -90,8 +90,8 @@ class Peft(Adapter):
                     state |= {name: every[name] for name in others if name in every}
             except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, ImportError) as error:
                 raise MismatchError(
-                    f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {len(head.labels)} "
-                    f"labels ({', '.join(head.labels[:8])}): {str(error).strip()[:400]}"
+                    f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {head}: "
+                    f"{str(error).strip()[:400]}"
                 ) from error
         return adapted, state, self.stored(adaptation, adapted)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regraft.task.types.type import Task
@@ -15,8 +15,23 @@ class Head:
 
     Args:
         type: The task type it is for.
-        labels: The names of its outputs, in their order.
+        labels: The names of its outputs, in their order; none of a number.
     """
 
     type: type[Task]
     labels: tuple[str, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the config of a model says of it."""
+        return self.type.head_settings(self.labels)
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs it has."""
+        return int(self.settings["num_labels"])
+
+    def __str__(self) -> str:
+        if not self.labels:
+            return f"{self.outputs} output{'s' if self.outputs > 1 else ''} without labels"
+        return f"{self.outputs} labels ({', '.join(self.labels[:8])})"

@@ -93,11 +93,26 @@ class Likelihood(Protocol):
             logits: rows × outputs.
         """
 
-    def confidence(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return how probable the likeliest target of each row is.
+    def confidence(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Return how probable the likeliest target of each row is; None where that is the same for every row.
 
         Args:
             logits: rows × outputs.
+        """
+
+    def right(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return of each row whether its likeliest target is right.
+
+        Args:
+            logits: rows × outputs.
+            targets: A target a row.
+        """
+
+    def softening(self, temperature: float) -> float:
+        """Return what makes the gradients of a softened divergence as large as those of one that is not.
+
+        Args:
+            temperature: As for `divergence`.
         """
 
     def chance(self, targets: Sequence[Any], outputs: int) -> float:
@@ -153,6 +168,14 @@ class Categorical:
     def confidence(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the largest probability; see `Likelihood`."""
         return logits.softmax(dim=-1).amax(dim=-1)
+
+    def right(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Compare classes; see `Likelihood`."""
+        return self.predict(logits) == targets
+
+    def softening(self, temperature: float) -> float:
+        """Return T² (Hinton et al., 2015, arXiv:1503.02531); see `Likelihood`."""
+        return temperature**2
 
     def chance(self, targets: Sequence[Any], outputs: int) -> float:
         """Return ln(classes), the loss of the uniform distribution; see `Likelihood`."""

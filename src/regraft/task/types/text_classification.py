@@ -38,6 +38,7 @@ class TextClassification(TextTask):
     peft_type: ClassVar[str] = "SEQ_CLS"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY, MACRO_F1, MCC)
+    problem_types: ClassVar[tuple[str | None, ...]] = (None, "single_label_classification")
     likelihood: ClassVar[Likelihood] = CATEGORICAL
     guess: ClassVar[str] = "the most frequent class"
 
@@ -92,7 +93,8 @@ class TextClassification(TextTask):
 
     def compare(self, targets: Targets, old: Predicted, new: Predicted, labels: Sequence[str]) -> tuple[View, ...]:
         """Return recall and flips by class, and the calibration; see `Task.compare`."""
-        calibrations = {name: calibration(m.confidence, m.right) for name, m in (("old", old), ("new", new))}
+        sides = (("old", old), ("new", new))
+        calibrations = {name: calibration(of.confidence, of.right) for name, of in sides if of.confidence is not None}
         return class_views(per_class(targets.tolist(), old.right, new.right, labels), calibrations)
 
     def doubts(self, labels: Sequence[str]) -> list[str]:

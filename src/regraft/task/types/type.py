@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.metadata
-import os
-import pkgutil
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -16,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from regraft.errors import DataError
 from regraft.task.labels import listing
 from regraft.task.metric import Metric
-from regraft.task.source import SOURCE, HubSplit, Source
+from regraft.task.source import SOURCE, Source, resolved
 from regraft.task.types.likelihood import Likelihood
+from regraft.task.types.registry import discovered
 from regraft.task.yaml_file import did_you_mean, read_yaml, validate
 
 if TYPE_CHECKING:
@@ -30,8 +27,7 @@ if TYPE_CHECKING:
     from regraft.task.types.examples import Examples
     from regraft.task.types.view import Predicted, View
 
-ENTRY_POINTS = "regraft.task_types"
-"""The group of entry points by which other distributions add task types."""
+ENTRY_POINTS = "regraft.task_types"  # the group by which other distributions add task types
 DEFAULT_TYPE = "text-classification"  # task files of 0.1 name none
 LONGEST = 10_000_000  # tokens: more than any model takes, and few enough for a tokenizer to count
 
@@ -62,6 +58,11 @@ class Task(BaseModel, ABC):
     likelihood: ClassVar[Likelihood]
     guess: ClassVar[str]
     """What `chance` predicts, in words, as `the most frequent class`."""
+    problem_types: ClassVar[tuple[str | None, ...]] = (None,)
+    """What the config of a model for it can have as `problem_type`; the first is written."""
+    head_policies: ClassVar[tuple[str, ...]] = ("copy", "resize", "fresh")  # what can become of an old head
+    pipeline_tag: ClassVar[str] = "text-classification"
+    """The hub's name of what models for it do."""
     head_in_base: ClassVar[bool] = False
     """Whether the base brings the head, which is then grafted like the body and never fresh."""
 
@@ -91,7 +92,7 @@ class Task(BaseModel, ABC):
         path = Path(path)
         task = cls.declared({"name": path.stem, **read_yaml(path)}, str(path))
         return task.model_copy(
-            update={key: _resolved(getattr(task, key), path.absolute().parent) for key in ("train", "dev", "test")}
+            update={key: resolved(getattr(task, key), path.absolute().parent) for key in ("train", "dev", "test")}
         )
 
     @staticmethod
@@ -101,9 +102,6 @@ class Task(BaseModel, ABC):
         Args:
             values: The keys of a task file.
             where: How messages name their origin.
-
-        Returns:
-            The task.
 
         Raises:
             DataError: A key is unknown, missing or of no use; the message names it.
@@ -116,14 +114,55 @@ class Task(BaseModel, ABC):
             )
         return validate(types[name], values, where)
 
+    def likelihood_of(self, targets: Targets) -> Likelihood:
+        """Return what outputs are a distribution over.
+
+        Args:
+            targets: Of train, which its spread may follow from.
+        """
+        return self.likelihood
+
+    def units(self, targets: Targets) -> tuple[float, float] | None:
+        """Return where outputs are 0, and how large 1 is, while a model is trained; None for those of the targets.
+
+        Args:
+            targets: Of train.
+        """
+        return None
+
+    def counts(self, size: int, strata: Sequence[int]) -> list[int]:
+        """Return how many examples of each stratum are drawn.
+
+        Args:
+            size: How many are asked for, of each stratum unless a type says otherwise.
+            strata: How many each of them has.
+        """
+        return [size] * len(strata)
+
+    @classmethod
+    def type_name(cls) -> str:
+        """Return the name that a task file has as `type`."""
+        return str(cls.model_fields["type"].default)
+
+    @classmethod
+    def head_settings(cls, labels: Sequence[str]) -> dict[str, Any]:
+        """Return what the config of a model says of its head: how many outputs, their names, and the kind of problem.
+
+        Args:
+            labels: The names of the labels, an output each unless a type says otherwise.
+        """
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": cls.problem_types[0],  # a base's own may be another one
+        }
+
     def with_shots(self, shots: int | None) -> Self:
         """Return this task with a few training examples a class.
 
         Args:
             shots: Examples a class; None leaves the task as it is.
-
-        Returns:
-            The task.
         """
         return self if shots is None else self.model_copy(update={"shots": shots})
 
@@ -210,9 +249,6 @@ class Task(BaseModel, ABC):
         Args:
             targets: The targets.
             order: For each label, the number of its output.
-
-        Returns:
-            The same targets in these numbers.
         """
 
     @abstractmethod
@@ -222,9 +258,6 @@ class Task(BaseModel, ABC):
         Args:
             target: One of them.
             labels: The label names.
-
-        Returns:
-            Text.
         """
 
     @abstractmethod
@@ -314,32 +347,4 @@ def task_types() -> dict[str, type[Task]]:
     Raises:
         DataError: An entry point cannot be loaded, is no task type, or has a name that is taken.
     """
-    types: dict[str, type[Task]] = {}
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        task_type = getattr(importlib.import_module(f"{__package__}.{module.name}"), "TASK", None)
-        if task_type:
-            types[_name_of(task_type)] = task_type
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        origin = f"the entry point {entry.name!r} of {entry.dist.name if entry.dist else 'a distribution'}"
-        try:
-            task_type = entry.load()
-        except Exception as error:  # its code may raise anything
-            raise DataError(f"{origin} cannot be loaded ({error!r:.300}). Mend or uninstall it.") from error
-        if not (isinstance(task_type, type) and issubclass(task_type, Task)):
-            raise DataError(f"{origin} is {task_type!r:.100}, no subclass of regraft.Task. Mend or uninstall it.")
-        if _name_of(task_type) in types:
-            raise DataError(f"{origin} names a task type {_name_of(task_type)!r}, which there is already. Rename it.")
-        types[_name_of(task_type)] = task_type
-    return types
-
-
-def _name_of(task_type: type[Task]) -> str:
-    return str(task_type.model_fields["type"].default)
-
-
-def _resolved(source: str | HubSplit | None, folder: Path) -> str | HubSplit | None:
-    if isinstance(source, str):
-        return os.path.abspath(folder / os.path.expanduser(source))
-    if source is not None and os.path.isdir(beside := folder / os.path.expanduser(source.dataset)):
-        return source.model_copy(update={"dataset": os.path.abspath(beside)})
-    return source
+    return discovered(Task, __package__, ENTRY_POINTS)

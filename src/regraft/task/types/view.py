@@ -22,12 +22,12 @@ class Predicted:
 
     Args:
         predictions: A prediction an example.
-        confidence: How probable each is by the model itself.
+        confidence: How probable each is by the model itself; None where the task's outputs do not say so.
         right: Which are right.
     """
 
     predictions: Sequence[Any]
-    confidence: Sequence[float]
+    confidence: Sequence[float] | None
     right: Sequence[bool]
 
 
