@@ -46,8 +46,9 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
             table.add_row(f"  … and {len(split.counts) - STRATA_SHOWN} more")
         table.add_section()
     console.print(table)
-    labels = f"{len(data.labels)} labels{'' if data.labelled else ', which no example has'}"
-    console.print(f"metric {data.metric}, max_length {data.max_length} tokens, {labels}")
+    outputs = f"{len(data.labels)} labels" if data.labels else str(data.head)
+    unlabelled = "" if data.labelled else ", which no example has"
+    console.print(f"metric {data.metric}, max_length {data.max_length} tokens, {outputs}{unlabelled}")
     if data.dev.source == data.train.source:
         console.print("dev is held out of train; name a file of it under `dev` to choose it yourself")
     for doubt in doubts(data):
