@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from regraft import cli
 from regraft.adaptation.outcome import _card
+from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, TaskRecord
 from regraft.printable import printable
 
 ACTING = "\x1b]0;x\x07\x1b[31m\u202eb\x9b\u2066"
@@ -52,12 +53,11 @@ def test_text_from_files_cannot_steer_a_terminal(monkeypatch, capsys, tmp_path, 
 
 def test_a_model_card_shows_names_as_they_are():
     markup = "<img src=http://x/y.png> ![a](http://x) `c`\n# heading www.x.org"
-    record = {
-        "kind": "full", "method": "direct", "labels": ["positive", markup],
-        "base": {"name": markup, "fingerprint": "f"}, "task": {"name": markup, "metric": "accuracy"},
-        "scores": {"dev": 1.0, "test": None, "dev_at_start": None},
-        "cost": {"steps": 0, "seconds": 0.0, "labels": 0}, "recipe": {}, "inputs": {}, "seed": 1,
-    }  # fmt: skip
+    record = OutcomeRecord(
+        method="direct", kind="full", inputs={}, task=TaskRecord(markup, "accuracy", "d", 1),
+        labels=("positive", markup), seed=1, recipe={}, scores=Scores(dev=1.0), best_step=0, cost=Cost(0, 0.0, 0),
+        notes={}, base=BaseRecord(markup, "f"), recycled_from=None, versions={},
+    )  # fmt: skip
     card = _card(record)
     outside = re.sub(r"`[^`]*`", "", card)
     assert "positive" in outside

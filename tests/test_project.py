@@ -380,7 +380,7 @@ def test_an_outcome_is_of_the_content_of_its_pairs(tmp_path, bases, tuned, task_
     record = json.loads((first.path / "outcome.json").read_text())
     del record["inputs"]["pairs"]  # as regraft 0.1 wrote it
     (first.path / "outcome.json").write_text(json.dumps(record))
-    assert recycle(*given, recipe=FEW, options=options).record == record
+    assert recycle(*given, recipe=FEW, options=options).record.inputs == record["inputs"]
     shutil.rmtree(new)
     adapt(upgrade.new, "lora", new, seed=4, rank=8)
     with pytest.raises(OutcomeError, match="it differs in pairs"):
