@@ -12,11 +12,10 @@ from scipy.spatial.distance import jensenshannon
 
 from regraft import Base, load_adaptation
 from regraft.adaptation import load_model
-from regraft.diagnosis import attention
 from regraft.diagnosis.comparison import Moments, head_divergences
 from regraft.diagnosis.similarity import similarity
 from regraft.errors import MismatchError, RecipeError
-from regraft.model import encode, predict
+from regraft.model import attention, encode, predict
 from regraft.model.outputs import inputs_of
 from regraft.task import load_data
 

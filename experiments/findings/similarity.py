@@ -14,8 +14,8 @@ from findings.similarity_page import FIGURES, RANDOM, SEED, TASK, page
 from findings.store import Tuning
 from regraft import load_adaptation
 from regraft.diagnosis import similarity
-from regraft.diagnosis.attention import random_model
 from regraft.diagnosis.pair import load_counterpart
+from regraft.model.attention import random_model
 from regraft.weights import distance
 
 if TYPE_CHECKING:

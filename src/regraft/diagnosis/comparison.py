@@ -10,7 +10,7 @@ from regraft.errors import MismatchError
 if TYPE_CHECKING:
     import torch
 
-    from regraft.diagnosis.attention import Seen
+    from regraft.model.attention import Seen
     from regraft.task.types import Likelihood
 
 

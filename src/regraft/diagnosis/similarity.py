@@ -6,11 +6,11 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint.record import Count, require_shape
-from regraft.diagnosis.attention import Seen, attending, batches, look, random_model
 from regraft.diagnosis.comparison import Comparison
 from regraft.diagnosis.question import Question
 from regraft.errors import RecipeError
 from regraft.model import Deployment
+from regraft.model.attention import Seen, attending, batches, look, random_model
 from regraft.model.outputs import classifier_of
 from regraft.progress import Progress, silent
 

@@ -83,7 +83,7 @@ def look(model: Any, inputs: Mapping[str, torch.Tensor], precision: str) -> Seen
     return Seen(
         tuple(maps[:, :, -tokens:].float() for maps in attention),
         tuple(states[:, -tokens:].float() for states in output.hidden),
-        output.logits.float(),
+        output.logits,
     )
 
 
