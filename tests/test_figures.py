@@ -99,7 +99,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TUNING)
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.contract)])
 def test_every_method_has_the_committed_figures(
     kind: str, inputs: tuple[Path, Path, list[Path]], tmp_path: Path
 ) -> None:
