@@ -63,8 +63,6 @@ class Task(BaseModel, ABC):
     head_policies: ClassVar[tuple[str, ...]] = ("copy", "resize", "fresh")  # what can become of an old head
     pipeline_tag: ClassVar[str] = "text-classification"
     """The hub's name of what models for it do."""
-    head_in_base: ClassVar[bool] = False
-    """Whether the base brings the head, which is then grafted like the body and never fresh."""
 
     type: str
     name: str = Field(min_length=1, description="a name for the task")
