@@ -15,7 +15,7 @@ from regraft.errors import RecipeError
 from regraft.methods.aligned import Aligned
 from regraft.methods.ridge import Ridge
 from regraft.model import encode, predict
-from regraft.model.blockwise import Walk
+from regraft.model.blockwise import BlockwiseForward
 from regraft.task import load_data
 from regraft.weights import match_effect, rotation
 
@@ -67,7 +67,7 @@ def test_a_walk_sees_what_a_forward_pass_sees(bases, task_file, architecture):
     examples = encode(base, data, data.dev)
     model = fresh_model(base, HEAD, 0)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    walk, seen = Walk(model, examples, "fp32"), {}
+    walk, seen = BlockwiseForward(model, examples, "fp32"), {}
     for _ in range(walk.parts):
         walk.run(linear, lambda name, batch, fed, given: seen.setdefault(name, []).append((fed, given)))
         walk.run(go_on=True)

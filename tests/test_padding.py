@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from regraft import Base, Recipe, Upgrade, cli, convert, load_adaptation, recycle, tune
 from regraft.adaptation import attach, fresh_model, load_model, load_strictly, new_config, save_model
 from regraft.model.batches import predict
-from regraft.model.blockwise import Walk
+from regraft.model.blockwise import BlockwiseForward
 from regraft.model.outputs import forward, last_read
 from regraft.progress import quiet
 from regraft.task.types import Examples
@@ -108,7 +108,7 @@ def test_hidden_states_are_read_where_the_head_reads():
 
 def test_a_walk_feeds_the_head_the_tokens_that_it_reads():
     texts, model = token_ids(), classifier("llama", None)
-    walk, fed = Walk(model, examples_of(texts), "fp32"), []
+    walk, fed = BlockwiseForward(model, examples_of(texts), "fp32"), []
     for _ in range(walk.parts):
         walk.run([model.score], lambda name, number, inputs, outputs: fed.append(outputs.float()), go_on=True)
     longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
@@ -124,7 +124,7 @@ def test_a_walk_sees_the_tokens_that_each_text_has_alone(architecture):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     texts = [ids for ids in token_ids() if 0 not in ids]
-    walk, seen, expected = Walk(model, examples_of(texts), "fp32"), {}, {}
+    walk, seen, expected = BlockwiseForward(model, examples_of(texts), "fp32"), {}, {}
     linear = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
 
     def add(sums, name, rows):

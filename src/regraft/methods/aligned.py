@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Family
     from regraft.base import Base
     from regraft.methods.job import Job
-    from regraft.model.blockwise import Walk
+    from regraft.model.blockwise import BlockwiseForward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
     from regraft.adaptation import fresh_model, load_model
     from regraft.adaptation.changes import KINDS
     from regraft.adaptation.rework import check_reworkable
-    from regraft.model.blockwise import Walk
+    from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_alike
 
     check_reworkable(job.adaptation, KINDS)
@@ -76,7 +76,7 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
     sides = encode_alike(upgrade, job.data, texts)
     precision = job.recipe.precision
     walks = [
-        Walk(fresh_model(base, head, 0), examples, precision)
+        BlockwiseForward(fresh_model(base, head, 0), examples, precision)
         for base, examples in zip((upgrade.old, upgrade.new), sides, strict=True)
     ]
     turned, rotations = _Turned(grafted, tuned, upgrade.old, job.adaptation.family), _Rotations(options.shrink)
@@ -106,7 +106,7 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
 
 
 def _spaces(
-    walks: Sequence[Walk], tables: Mapping[str, torch.Tensor]
+    walks: Sequence[BlockwiseForward], tables: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
     """Run a part of both bases; return, for each module with weights of its own, E[x_n·xᵀ_o] of what tells its maps.
 
@@ -170,7 +170,7 @@ def _is_norm(module: Any) -> bool:
     return "weight" in own and all(weight.dim() == 1 for weight in own.values())
 
 
-def _tables(walks: Sequence[Walk], apart: Collection[str]) -> dict[str, torch.Tensor]:
+def _tables(walks: Sequence[BlockwiseForward], apart: Collection[str]) -> dict[str, torch.Tensor]:
     """Compute the cross moments of all embedding tables of each one's width: the first block reads sums of their rows.
 
     Args:

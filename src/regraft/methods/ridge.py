@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.changes import Change
     from regraft.methods.job import Job
-    from regraft.model.blockwise import Walk
+    from regraft.model.blockwise import BlockwiseForward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def refit(job: Job, options: Ridge) -> Any:
     from regraft.adaptation import load_model
     from regraft.adaptation.changes import KINDS, linear_changes, passed_over
     from regraft.adaptation.rework import check_reworkable
-    from regraft.model.blockwise import Walk
+    from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_alike
 
     check_reworkable(job.adaptation, KINDS)
@@ -75,7 +75,10 @@ def refit(job: Job, options: Ridge) -> Any:
     fit = _Fit(options.ridge, passed_over(new, tuned, job.adaptation, job.upgrade.old, changes))
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     old_examples, new_examples = encode_alike(job.upgrade, job.data, texts)
-    above, below = Walk(new, new_examples, job.recipe.precision), Walk(tuned, old_examples, job.recipe.precision)
+    above, below = (
+        BlockwiseForward(new, new_examples, job.recipe.precision),
+        BlockwiseForward(tuned, old_examples, job.recipe.precision),
+    )
     layers: dict[str, list[Change]] = {}
     for change in changes:
         if options.head or not change.is_head:
@@ -106,7 +109,7 @@ def refit(job: Job, options: Ridge) -> Any:
     return new
 
 
-def _inputs(walk: Walk, modules: list[Any]) -> dict[str, list[torch.Tensor]]:
+def _inputs(walk: BlockwiseForward, modules: list[Any]) -> dict[str, list[torch.Tensor]]:
     """Run a part of the old model and keep what each layer in it is fed, by batch, in the order they are used."""
     import torch
 
@@ -151,7 +154,7 @@ class _Fit:
         self.ridge, self.passed_over = ridge, dict(passed_over)
         self.moved: dict[Change, list[float]] = {}  # ‖D' − D‖ / ‖D‖
 
-    def layers(self, changes: list[Change], old_inputs: list[torch.Tensor], walk: Walk) -> None:
+    def layers(self, changes: list[Change], old_inputs: list[torch.Tensor], walk: BlockwiseForward) -> None:
         """Fit layers that read the same.
 
         Args:
@@ -186,7 +189,7 @@ class _Fit:
         sides: tuple[Any, Any],
         wrappers: list[dict[str, Any]],
         old_hidden: list[torch.Tensor],
-        walk: Walk,
+        walk: BlockwiseForward,
     ) -> None:
         """Fit each of a block's experts on the tokens that the new model routes to it.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Watch = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 
 
-class Walk:
+class BlockwiseForward:
     """Goes through a model block by block; a block can be run again after its weights were changed.
 
     The first part of the model is all up to the first block's end, the last one all after the last block. A model whose
