@@ -2,8 +2,8 @@
 
 from regraft.adaptation.adaptation import Adaptation
 from regraft.adaptation.adapter_folder import write_adapter
+from regraft.adaptation.compatibility import differing_settings
 from regraft.adaptation.extract import ExtractedLora, extract_lora, write_lora
-from regraft.adaptation.fit import differing_settings
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.graft import write_graft
 from regraft.adaptation.head import HEAD_POLICIES, HeadPolicy, change_head

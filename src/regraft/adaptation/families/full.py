@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import Carried, Family
-from regraft.adaptation.fit import check_beside_body, check_body, check_computing, config_of
+from regraft.adaptation.compatibility import check_beside_body, check_body, check_computing, config_of
 from regraft.adaptation.strict import load_strictly
 from regraft.adaptation.tokens import tuned_rows
 from regraft.adaptation.vector import Vector
