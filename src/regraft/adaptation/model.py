@@ -41,7 +41,7 @@ def load_model(adaptation: Adaptation, base: Base, head: Head, *, trainable: boo
     return adaptation.family.load(adaptation, base, head, trainable=trainable)
 
 
-def check_fit(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
+def check_compatibility(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
     """Refuse an adaptation that does not fit its base or its task, before anything is written.
 
     Args:

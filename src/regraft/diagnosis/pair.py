@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import Adaptation, check_fit, check_type, load_adaptation, load_model, write_graft
+from regraft.adaptation import Adaptation, check_compatibility, check_type, load_adaptation, load_model, write_graft
 from regraft.adaptation.tokens import with_own_tokens
 from regraft.checkpoint import temporary_folder
 from regraft.errors import MismatchError
@@ -134,7 +134,7 @@ def load_pair(
     data.require_labels("check")
     data = match_labels(adaptation, data.with_room(adaptation.virtual_tokens, upgrade.new.longest))
     upgrade.check_finite()
-    old = check_fit(adaptation, upgrade, data.head)
+    old = check_compatibility(adaptation, upgrade, data.head)
     effect = check_effect(old, adaptation, upgrade.old, data)
     precision = recipe.resolve(len(data.train), 1.0).precision
     with temporary_folder() as folder:

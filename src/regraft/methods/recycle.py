@@ -13,7 +13,7 @@ from regraft.adaptation import (
     Adaptation,
     HeadPolicy,
     Outcome,
-    check_fit,
+    check_compatibility,
     check_type,
     find_outcome,
     load_adaptation,
@@ -130,7 +130,7 @@ def recycle(
         return done
     upgrade.check_finite()
     old_head = data.head if head == "copy" else stored_head(adaptation, upgrade.old)
-    check_effect(check_fit(adaptation, upgrade, old_head), adaptation, upgrade.old, data)
+    check_effect(check_compatibility(adaptation, upgrade, old_head), adaptation, upgrade.old, data)
     resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
     source = Source(
         adaptation=str(adaptation.path),
