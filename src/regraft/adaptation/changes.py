@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import is_experts, projections
 from regraft.adaptation.lora import ADAPTER, START
-from regraft.adaptation.rework import check_reworkable
+from regraft.adaptation.transform import check_reworkable
 
 if TYPE_CHECKING:
     import torch

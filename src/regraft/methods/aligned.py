@@ -65,7 +65,7 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
     """
     from regraft.adaptation import fresh_model, load_model
     from regraft.adaptation.changes import KINDS
-    from regraft.adaptation.rework import check_reworkable
+    from regraft.adaptation.transform import check_reworkable
     from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_alike
 

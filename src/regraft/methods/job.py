@@ -15,7 +15,7 @@ from regraft.adaptation import (
     start_of,
     write_graft,
 )
-from regraft.adaptation.rework import write_rework
+from regraft.adaptation.transform import write_rework
 from regraft.model import Deployment
 from regraft.tuning import Teacher, multiply_outputs, tune_model
 from regraft.upgrade import Upgrade

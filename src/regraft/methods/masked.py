@@ -49,7 +49,7 @@ def graft_masked(job: Job, options: Masking) -> None:
         job: What and where.
         options: What on.
     """
-    from regraft.adaptation.rework import check_reworkable
+    from regraft.adaptation.transform import check_reworkable
     from regraft.weights import mask_agreement
 
     check_reworkable(job.adaptation)

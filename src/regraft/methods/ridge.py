@@ -64,7 +64,7 @@ def refit(job: Job, options: Ridge) -> Any:
     """
     from regraft.adaptation import load_model
     from regraft.adaptation.changes import KINDS, linear_changes, passed_over
-    from regraft.adaptation.rework import check_reworkable
+    from regraft.adaptation.transform import check_reworkable
     from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_alike
 

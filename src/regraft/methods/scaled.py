@@ -74,7 +74,7 @@ def graft_scaled(job: Job, options: Scaling) -> Any:
     Returns:
         The model; None where the adaptation is written.
     """
-    from regraft.adaptation.rework import check_reworkable
+    from regraft.adaptation.transform import check_reworkable
 
     check_reworkable(job.adaptation, KINDS)
     deltas = _Deltas(job)
