@@ -190,7 +190,7 @@ class _Deltas:
     def _part(self, job: Job, name: str, parameter: torch.Tensor) -> Any:
         """Return a parameter that carries a delta, its value grafted and without it, and its group."""
         from regraft.adaptation.lora import START
-        from regraft.adaptation.lora_rework import shift_of
+        from regraft.adaptation.lora_transform import shift_of
 
         family, upgrade, value = job.adaptation.family, job.upgrade, parameter.detach().clone()
         changed = family.proportional(name, self.model)

@@ -13,7 +13,7 @@ from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import stored_head
 from regraft.adaptation.layout import as_loaded, lay_out
 from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PARTS, START, begins_in_base, fold_start
-from regraft.adaptation.lora_rework import rework_factors
+from regraft.adaptation.lora_transform import rework_factors
 from regraft.adaptation.merge import CANNOT_MERGE, merge_lora
 from regraft.architecture import architecture_of
 from regraft.checkpoint import read_json
