@@ -222,7 +222,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def rework(
+    def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
     ) -> Carried:
         """Put an adaptation onto the new base, every delta changed by a rule: the function `write_rework` says how."""

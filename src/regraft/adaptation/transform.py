@@ -44,7 +44,7 @@ def write_rework(
         KindError: The adaptation's kind has no deltas of its base's tensors.
     """
     check_reworkable(adaptation)
-    carried = adaptation.family.rework(adaptation, upgrade, rule, progress, replace=replace)
+    carried = adaptation.family.transform(adaptation, upgrade, rule, progress, replace=replace)
     return write_carried(adaptation, upgrade, carried, into, progress)
 
 

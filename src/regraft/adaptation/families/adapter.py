@@ -174,7 +174,7 @@ class Adapter(Family):
         settings = renumbered_settings(adaptation, settings, rows)
         return Carried(grafted, {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None}, replaced)
 
-    def rework(
+    def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
     ) -> Carried:
         """Refuse: it is no change of its base's tensors."""

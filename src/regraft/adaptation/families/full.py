@@ -104,7 +104,7 @@ class Full(Family):
         body = self._body(adaptation, upgrade, lambda _: graft)
         return Carried(body, _grafted_config(adaptation, upgrade))
 
-    def rework(
+    def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
     ) -> Carried:
         """Add to the new base's body what the rule makes of each delta."""
@@ -126,7 +126,7 @@ class Full(Family):
         replace: bool = False,
     ) -> Carried:
         """Add other deltas to the new base's body."""
-        return self.rework(adaptation, upgrade, lambda name, _, __: numbers(name), progress)
+        return self.transform(adaptation, upgrade, lambda name, _, __: numbers(name), progress)
 
     def left_out(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Name the tensors of the body that have no counterpart in one of the bases."""

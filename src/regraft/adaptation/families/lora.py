@@ -77,7 +77,7 @@ class Lora(Peft):
         model = self.attach(fresh_model(old, head, 0), old, head, self.read_config(adaptation), 0)
         return fold_start(adaptation.checkpoint, self.start(model), adaptation.config)
 
-    def rework(
+    def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
     ) -> Carried:
         """Give the rule scaling·B·A of each layer, and take the closest LoRA of the same rank to its result."""
