@@ -46,7 +46,7 @@ def rework_factors(
         adapter: Its tensors by stored name, on the new base.
         updates: What each does, by parameter, from `lay_out`.
         upgrade: The two bases.
-        rule: As in `write_rework`.
+        rule: As in `write_transform`.
         progress: Told of each layer.
 
     Returns:

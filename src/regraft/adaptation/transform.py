@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 REWORKABLE = ("full", "lora")
 
 
-def write_rework(
+def write_transform(
     adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Path, progress: Progress, *, replace: bool = False
 ) -> dict[str, list[str]]:
     """Write old tuned weights for the new base, every delta changed by a rule: new + rule(delta); the head is copied.

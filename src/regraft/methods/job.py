@@ -15,7 +15,7 @@ from regraft.adaptation import (
     start_of,
     write_graft,
 )
-from regraft.adaptation.transform import write_rework
+from regraft.adaptation.transform import write_transform
 from regraft.model import Deployment
 from regraft.tuning import Teacher, multiply_outputs, tune_model
 from regraft.upgrade import Upgrade
@@ -90,12 +90,12 @@ class Job:
         """Fill the job's folder with the old weights put onto the new base, every delta changed by a rule.
 
         Args:
-            rule: As in `write_rework`.
+            rule: As in `write_transform`.
         """
 
         def write(folder: Path) -> None:
             self.notes.update(
-                write_rework(self.adaptation, self.upgrade, rule, folder, self.progress, replace=self.replace)
+                write_transform(self.adaptation, self.upgrade, rule, folder, self.progress, replace=self.replace)
             )
 
         self.fill(write)

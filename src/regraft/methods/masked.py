@@ -74,7 +74,7 @@ def graft_masked(job: Job, options: Masking) -> None:
 
 
 def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
-    """Compute the gradient of the mean loss, by the name that `write_rework` calls a tensor of the body."""
+    """Compute the gradient of the mean loss, by the name that `write_transform` calls a tensor of the body."""
     from regraft.model import device
     from regraft.model.batches import BATCH
     from regraft.model.outputs import forward
