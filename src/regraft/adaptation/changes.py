@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import is_experts, projections
 from regraft.adaptation.lora import ADAPTER, START
-from regraft.adaptation.transform import check_reworkable
+from regraft.adaptation.transform import check_transformable
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
     """
     from peft.tuners.lora import LoraLayer
 
-    check_reworkable(adaptation, KINDS)
+    check_transformable(adaptation, KINDS)
     before = dict(tuned.named_parameters())
     changes = []
 

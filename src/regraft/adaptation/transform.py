@@ -43,12 +43,12 @@ def write_transform(
         MismatchError: A tensor of the body is not in the bases, or has another shape there.
         KindError: The adaptation's kind has no deltas of its base's tensors.
     """
-    check_reworkable(adaptation)
+    check_transformable(adaptation)
     carried = adaptation.family.transform(adaptation, upgrade, rule, progress, replace=replace)
     return write_carried(adaptation, upgrade, carried, into, progress)
 
 
-def check_reworkable(adaptation: Adaptation, variants: tuple[str, ...] = REWORKABLE) -> None:
+def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = REWORKABLE) -> None:
     """Refuse kinds that are no change of their base's tensors.
 
     Args:

@@ -65,11 +65,11 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
     """
     from regraft.adaptation import fresh_model, load_model
     from regraft.adaptation.changes import KINDS
-    from regraft.adaptation.transform import check_reworkable
+    from regraft.adaptation.transform import check_transformable
     from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_alike
 
-    check_reworkable(job.adaptation, KINDS)
+    check_transformable(job.adaptation, KINDS)
     upgrade, head = job.upgrade, job.data.head
     grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, head)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))

@@ -49,10 +49,10 @@ def graft_masked(job: Job, options: Masking) -> None:
         job: What and where.
         options: What on.
     """
-    from regraft.adaptation.transform import check_reworkable
+    from regraft.adaptation.transform import check_transformable
     from regraft.weights import mask_agreement
 
-    check_reworkable(job.adaptation)
+    check_transformable(job.adaptation)
     evidence = gather(job, options.labels)
     bare = job.adaptation.family.without_delta(job.grafted(), job.upgrade, job.rows)
     gradients = _gradients(bare, evidence, job)

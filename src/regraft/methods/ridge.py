@@ -64,11 +64,11 @@ def refit(job: Job, options: Ridge) -> Any:
     """
     from regraft.adaptation import load_model
     from regraft.adaptation.changes import KINDS, linear_changes, passed_over
-    from regraft.adaptation.transform import check_reworkable
+    from regraft.adaptation.transform import check_transformable
     from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_alike
 
-    check_reworkable(job.adaptation, KINDS)
+    check_transformable(job.adaptation, KINDS)
     new = job.grafted()
     tuned = load_model(job.adaptation, job.upgrade.old, job.data.head)
     changes = linear_changes(new, tuned, job.adaptation, job.upgrade.old)

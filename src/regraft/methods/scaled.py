@@ -74,9 +74,9 @@ def graft_scaled(job: Job, options: Scaling) -> Any:
     Returns:
         The model; None where the adaptation is written.
     """
-    from regraft.adaptation.transform import check_reworkable
+    from regraft.adaptation.transform import check_transformable
 
-    check_reworkable(job.adaptation, KINDS)
+    check_transformable(job.adaptation, KINDS)
     deltas = _Deltas(job)
     scales = dict.fromkeys(deltas.groups, 1.0 if options.scale is None else float(options.scale))
     if options.scale is None and deltas.groups:  # if none, the upgrade changed nothing that was tuned
