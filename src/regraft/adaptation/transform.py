@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from regraft.progress import Progress
     from regraft.upgrade import Upgrade
 
-REWORKABLE = ("full", "lora")
+TRANSFORMABLE = ("full", "lora")
 
 
 def write_transform(
@@ -48,7 +48,7 @@ def write_transform(
     return write_carried(adaptation, upgrade, carried, into, progress)
 
 
-def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = REWORKABLE) -> None:
+def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = TRANSFORMABLE) -> None:
     """Refuse kinds that are no change of their base's tensors.
 
     Args:
