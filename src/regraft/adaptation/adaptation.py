@@ -312,7 +312,7 @@ class Family(ABC):
             The new base under the old head.
         """
 
-    def as_reworked(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
+    def as_transformed(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
         """Give parameters of the body in memory the names by which the rule of `rework` is asked for them."""
         return tensors
 
