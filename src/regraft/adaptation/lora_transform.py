@@ -37,7 +37,7 @@ def shift_of(upgrade: Upgrade, inner: str) -> torch.Tensor | None:
     return None if torch.equal(before, after) else delta(after, before)
 
 
-def rework_factors(
+def transform_factors(
     adapter: Tensors, updates: Mapping[str, Update], upgrade: Upgrade, rule: Rule, progress: Progress
 ) -> dict[str, torch.Tensor]:
     """Change the factors of a LoRA so that their products are what a rule makes of them.

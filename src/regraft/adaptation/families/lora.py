@@ -13,7 +13,7 @@ from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import stored_head
 from regraft.adaptation.layout import as_loaded, lay_out
 from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PARTS, START, begins_in_base, fold_start
-from regraft.adaptation.lora_transform import rework_factors
+from regraft.adaptation.lora_transform import transform_factors
 from regraft.adaptation.merge import CANNOT_MERGE, merge_lora
 from regraft.architecture import architecture_of
 from regraft.checkpoint import read_json
@@ -88,7 +88,9 @@ class Lora(Peft):
                 f"{adaptation.path}: stores a LoRA for every expert by itself, which the installed transformers has no "
                 "place for. Load it with PEFT and save it again."
             )
-        return dataclasses.replace(carried, tensors=rework_factors(carried.tensors, updates, upgrade, rule, progress))
+        return dataclasses.replace(
+            carried, tensors=transform_factors(carried.tensors, updates, upgrade, rule, progress)
+        )
 
     def tuned_body(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]] | None:
         """Merge it into the base; None of one that is more than a change of weights."""
