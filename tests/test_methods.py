@@ -108,7 +108,7 @@ class Halving:
 
 
 def run(job, options):
-    job.graft_reworked(lambda name, delta, shift: options.share * delta)
+    job.graft_transformed(lambda name, delta, shift: options.share * delta)
 
 
 HALVED = Start("halved", run, Halving, summary="scale the old delta by a share")

@@ -86,7 +86,7 @@ class Job:
 
         self.fill(write)
 
-    def graft_reworked(self, rule: Rule) -> None:
+    def graft_transformed(self, rule: Rule) -> None:
         """Fill the job's folder with the old weights put onto the new base, every delta changed by a rule.
 
         Args:

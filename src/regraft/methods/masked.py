@@ -68,7 +68,7 @@ def graft_masked(job: Job, options: Masking) -> None:
         counts.append((int(masked.count_nonzero()), int(delta.count_nonzero())))
         return masked
 
-    job.graft_reworked(rule)
+    job.graft_transformed(rule)
     if total := sum(count for _, count in counts):
         job.notes["kept"] = round(sum(count for count, _ in counts) / total, 4)  # of the entries that tuning changed
 

@@ -28,7 +28,7 @@ def graft_orthogonal(job: Job, options: None) -> None:
     def rule(_: str, delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         return orthogonal_shift(delta, shift)
 
-    job.graft_reworked(rule)
+    job.graft_transformed(rule)
 
 
 ORTHOGONAL = Start("orthogonal", graft_orthogonal, summary="take out of the old delta what the upgrade itself changed")

@@ -87,7 +87,7 @@ def graft_scaled(job: Job, options: Scaling) -> Any:
     if set(scales.values()) <= {1.0}:
         job.graft()
     elif job.adaptation.family.tunes_base:
-        job.graft_reworked(lambda name, delta, _: scales[deltas.group(name)] * delta)
+        job.graft_transformed(lambda name, delta, _: scales[deltas.group(name)] * delta)
     else:
         deltas.scale(scales)
         return deltas.model

@@ -57,7 +57,7 @@ def graft_trimmed(job: Job, options: Trimming) -> None:
         drawn = torch.Generator().manual_seed(zlib.crc32(f"{job.recipe.seed} {name}".encode()))  # whatever the order
         return drop(delta, options.density, drawn)
 
-    job.graft_reworked(rule)
+    job.graft_transformed(rule)
 
 
 TRIMMED = Start("trimmed", graft_trimmed, Trimming, summary="keep the old delta's largest (or random) entries only")
