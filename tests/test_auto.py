@@ -19,7 +19,7 @@ from regraft import Base, Recipe, Task, Upgrade, check, compare, recycle, tune
 from regraft.diagnosis.verdict import verdict
 from regraft.errors import DataError, RecipeError
 from regraft.methods.auto import Auto
-from regraft.methods.ladder import Bar
+from regraft.methods.ladder import Target
 from regraft.model.probe import probe
 from regraft.task import Interval, load_data, paired_difference, recovery, score
 from regraft.task.bootstrap import resampled_scores
@@ -78,7 +78,7 @@ def test_a_score_that_falls_leads_to_the_same_choices():
     assert "+0.5 [-0.1, +1]" in verdict(error, labels, old, new, 0.7, gain=Interval(0.5, -0.1, 1)).reasons[3].value
     share = error.share(0.01, np.sqrt(0.5), np.sqrt(0.1))
     assert share == pytest.approx(0.01 * (np.sqrt(0.5) - np.sqrt(0.1)))
-    bar = Bar(error, labels.tolist(), old.tolist(), 0.316, 0.707, 0.316, None, share, 0.9, None)
+    bar = Target(error, labels.tolist(), old.tolist(), 0.316, 0.707, 0.316, None, share, 0.9, None)
     assert (bar.measure(labels)["verdict"], bar.measure(1 - labels)["verdict"]) == ("passes", "fails")
     assert bar.survival(0.5) == pytest.approx(0.53, abs=0.01)
     assert recovery(0.5, 0.7, 0.3, error) == pytest.approx(0.5)
@@ -106,7 +106,7 @@ def test_the_interval_of_a_difference_is_the_binomials():
 def test_a_rung_passes_fails_or_is_undecided():
     labels = [0, 1] * 200
     reference = list(labels)
-    bar = Bar(ACCURACY, labels, reference, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=None)
+    bar = Target(ACCURACY, labels, reference, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=None)
     assert [bar.survival(score) for score in (1.0, 0.75, 0.5)] == [1.0, 0.5, 0.0]
     wrong = {"passes": 2, "undecided": 9, "fails": 60}
     for outcome, count in wrong.items():

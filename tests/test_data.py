@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from regraft.diagnosis.verdict import verdict
 from regraft.errors import DataError, MismatchError
-from regraft.methods.ladder import Bar
+from regraft.methods.ladder import Target
 from regraft.task import Split, Task, TaskData, TextClassification, doubts, load_data, read_task, weakness
 from regraft.task.data import Split as SplitOfBefore
 from regraft.task.delimited import read_delimited
@@ -419,7 +419,7 @@ def test_nothing_is_sure_on_a_split_that_settles_nothing(labels: list[int]) -> N
     doubt = weakness(data, data.dev)
     decided = verdict(ACCURACY, labels, labels, labels, 0.0, weakness=doubt)
     assert (decided.choice, decided.sure, decided.reasons[-1].name) == ("use as is", 0.0, "examples")
-    bar = Bar(ACCURACY, labels, labels, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=doubt)
+    bar = Target(ACCURACY, labels, labels, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=doubt)
     assert bar.measure(labels)["verdict"] == "undecided"
     many = [0, 1] * 15
     assert verdict(ACCURACY, many, many, many, 0.5).sure == 1.0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from regraft.methods.job import Job
-    from regraft.methods.ladder import Bar
+    from regraft.methods.ladder import Target
     from regraft.methods.method import Curve
 
 
@@ -121,7 +121,7 @@ class _Climb:
         bar: What they are tested against.
     """
 
-    def __init__(self, job: Job, bar: Bar):
+    def __init__(self, job: Job, bar: Target):
         self.job, self.bar = job, bar
         self.rungs: list[dict[str, Any]] = []
 
@@ -194,7 +194,7 @@ class _Climb:
         return self.rungs[-1]
 
 
-def _choose(climb: _Climb, bar: Bar, options: Auto) -> tuple[dict[str, Any], str]:
+def _choose(climb: _Climb, bar: Target, options: Auto) -> tuple[dict[str, Any], str]:
     """Try rung after rung; return the one to take, and why."""
     for name in options.training_free:
         rung = climb.try_method(name)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bar:
+class Target:
     """The target, and how a rung is tested against it.
 
     Args:
@@ -113,7 +113,7 @@ class Bar:
         )
 
 
-def set_bar(job: Job, tolerance: float, confidence: float, target: float | None, *, labelled: bool) -> Bar:
+def set_bar(job: Job, tolerance: float, confidence: float, target: float | None, *, labelled: bool) -> Target:
     """Find out what is to be reached.
 
     Args:
@@ -147,7 +147,7 @@ def set_bar(job: Job, tolerance: float, confidence: float, target: float | None,
         better = gain.estimate if gain and gain.low > 0 else 0.0
         target = old + better if metric.rises else old - better
     floor = chance_score(job.data, job.data.dev)
-    return Bar(
+    return Target(
         metric,
         targets,
         record["reference"],
