@@ -88,7 +88,7 @@ def climb_ladder(job: Job, options: Auto) -> list[dict[str, float]]:
     """
     if not options.labels:
         job = dataclasses.replace(job, data=ladder.pseudo_labelled(job))
-    bar = ladder.set_bar(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
+    bar = ladder.set_target(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
     climb = _Climb(job, bar)
     chosen, why = _choose(climb, bar, options)
     notes = {

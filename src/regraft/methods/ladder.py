@@ -113,7 +113,7 @@ class Target:
         )
 
 
-def set_bar(job: Job, tolerance: float, confidence: float, target: float | None, *, labelled: bool) -> Target:
+def set_target(job: Job, tolerance: float, confidence: float, target: float | None, *, labelled: bool) -> Target:
     """Find out what is to be reached.
 
     Args:
