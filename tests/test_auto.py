@@ -19,7 +19,7 @@ from regraft import Base, Recipe, Task, Upgrade, check, compare, recycle, tune
 from regraft.diagnosis.verdict import verdict
 from regraft.errors import DataError, RecipeError
 from regraft.methods.auto import Auto
-from regraft.methods.ladder import Target
+from regraft.methods.target import Target
 from regraft.model.probe import probe
 from regraft.task import Interval, load_data, paired_difference, recovery, score
 from regraft.task.bootstrap import resampled_scores

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from regraft.diagnosis.verdict import verdict
 from regraft.errors import DataError, MismatchError
-from regraft.methods.ladder import Target
+from regraft.methods.target import Target
 from regraft.task import Split, Task, TaskData, TextClassification, doubts, load_data, read_task, weakness
 from regraft.task.data import Split as SplitOfBefore
 from regraft.task.delimited import read_delimited

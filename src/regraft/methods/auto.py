@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import is_sealed, seal
 from regraft.errors import KindError, RecipeError
-from regraft.methods import ladder
+from regraft.methods import target
 from regraft.methods.method import Method, Part
 from regraft.methods.objectives import DISTILL
 from regraft.tuning.distill import Distillation
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from regraft.methods.job import Job
-    from regraft.methods.ladder import Target
     from regraft.methods.method import Curve
+    from regraft.methods.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
