@@ -8,9 +8,7 @@ from regraft.checkpoint.folder import check_place, publish, resumable_folder, te
 from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import parse_json, read_json, read_json_lines
-from regraft.checkpoint.quantised import check_plain
-from regraft.checkpoint.reader import Checkpoint
-from regraft.checkpoint.whole import (
+from regraft.checkpoint.output import (
     TOKENIZER,
     Plan,
     copy_companions,
@@ -20,6 +18,8 @@ from regraft.checkpoint.whole import (
     write_folder,
     write_record,
 )
+from regraft.checkpoint.quantised import check_plain
+from regraft.checkpoint.reader import Checkpoint
 from regraft.checkpoint.writer import plan_shards, size_of, write_checkpoint, write_safetensors
 
 __all__ = [
