@@ -1,5 +1,6 @@
 """Arithmetic on named tensors, one at a time or whole checkpoints as they are written: no models."""
 
+from regraft.weights.checkpoints import Counterparts, apply_all, counterparts, delta_all, graft_all, interpolate_all
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.distance import Distance, distance, distances
 from regraft.weights.effect import match_effect, rotation
@@ -10,7 +11,6 @@ from regraft.weights.project import left_out_errors, project
 from regraft.weights.shrink import drop, mask_agreement, orthogonal_shift, trim
 from regraft.weights.subspace import subspace_overlap
 from regraft.weights.vocabulary import RowMatch, graft_rows, has_row_for_each_token, match_rows
-from regraft.weights.whole import Counterparts, apply_all, counterparts, delta_all, graft_all, interpolate_all
 
 __all__ = [
     "Counterparts",
