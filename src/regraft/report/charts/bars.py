@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from regraft.report.standings import Setting
+    from regraft.report.summaries import Setting
 
 
 def draw_methods(setting: Setting) -> Figure:

@@ -11,7 +11,7 @@ from regraft.report.page import Page, Part
 from regraft.report.sections import methods
 from regraft.report.sections.provenance import provenance_sections
 from regraft.report.sections.summary import outcome_card, verdict_card
-from regraft.report.standings import Setting, settings_by_task
+from regraft.report.summaries import Setting, settings_by_task
 from regraft.report.wording import base_name, number
 
 if TYPE_CHECKING:

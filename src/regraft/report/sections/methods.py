@@ -9,7 +9,7 @@ from regraft.report.page import Block, Chart, Charts, Prose, Section, Table
 from regraft.report.wording import NONE, listing, number, percent, seconds, whole
 
 if TYPE_CHECKING:
-    from regraft.report.standings import Setting, Standing
+    from regraft.report.summaries import Setting, Standing
 
 
 ORDER = 20

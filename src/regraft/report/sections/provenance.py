@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from regraft.diagnosis import Diagnosis
     from regraft.report.find import Run
-    from regraft.report.standings import Setting
+    from regraft.report.summaries import Setting
 
 TASK_FILE = "TASK.yaml"
 AS_THEY_ARE = "the old weights as they are"

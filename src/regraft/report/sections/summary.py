@@ -9,7 +9,7 @@ from regraft.report.wording import number, percent, seconds, whole
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Diagnosis
-    from regraft.report.standings import Setting
+    from regraft.report.summaries import Setting
 
 TONES = {"use as is": "good", "training-free": "good", "short tuning": "fair", "scratch": "poor"}
 _NAMES = {
