@@ -225,7 +225,7 @@ class Family(ABC):
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
     ) -> Carried:
-        """Put an adaptation onto the new base, every delta changed by a rule: the function `write_transform` says how."""
+        """Apply a rule to every delta of an adaptation, as `write_transform` describes."""
 
     @abstractmethod
     def substitute(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import is_sealed, seal
 from regraft.errors import KindError, RecipeError
-from regraft.methods import target
 from regraft.methods.method import Method, Part
 from regraft.methods.objectives import DISTILL
+from regraft.methods.target import pseudo_labelled, set_target, write_record
 from regraft.tuning.distill import Distillation
 from regraft.tuning.recipe import SEEDS
 
@@ -87,8 +87,8 @@ def climb_ladder(job: Job, options: Auto) -> list[dict[str, float]]:
         The learning curve of all tuning that was done, one after the other; empty if none was.
     """
     if not options.labels:
-        job = dataclasses.replace(job, data=ladder.pseudo_labelled(job))
-    bar = ladder.set_target(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
+        job = dataclasses.replace(job, data=pseudo_labelled(job))
+    bar = set_target(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
     climb = _Climb(job, bar)
     chosen, why = _choose(climb, bar, options)
     notes = {
@@ -188,7 +188,7 @@ class _Climb:
                 "seconds": round(seconds, 2),
             }
             entry |= self.bar.measure(part.deploy(part.load(trainable=False)).predictions(part.data.dev))
-            ladder.write_record(record, {**entry, "notes": part.notes, "curve": curve})
+            write_record(record, {**entry, "notes": part.notes, "curve": curve})
             seal(whole, [record, *(file for file in part.into.rglob("*") if file.is_file())])
         self.rungs.append(json.loads(record.read_text(encoding="utf-8")))
         return self.rungs[-1]
