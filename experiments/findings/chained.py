@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from findings.store import Store
-    from regraft.chain import Standing
+    from regraft.chain import RouteSummary
 
 HOPS, ONCE = "hop by hop", "at once"
 WHOLE = "scratch, all steps"
@@ -110,7 +110,7 @@ def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[s
     }
 
 
-def in_percent(standing: Standing) -> dict[str, Any]:
+def in_percent(standing: RouteSummary) -> dict[str, Any]:
     """Give a standing as it is published: recoveries in %, the loss a hop in points."""
     recoveries = [None if share is None else 100 * share for share in standing.recoveries]
     decay = None if standing.decay is None else 100 * standing.decay

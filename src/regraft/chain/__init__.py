@@ -3,6 +3,6 @@
 from regraft.chain.file import Chain
 from regraft.chain.record import Chained, read_chain
 from regraft.chain.run import run_chain
-from regraft.chain.summary import Standing, standings
+from regraft.chain.summary import RouteSummary, standings
 
-__all__ = ["Chain", "Chained", "Standing", "read_chain", "run_chain", "standings"]
+__all__ = ["Chain", "Chained", "RouteSummary", "read_chain", "run_chain", "standings"]

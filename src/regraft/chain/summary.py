@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
+class RouteSummary:
     """One method and route for one task and kind, over seeds.
 
     Args:
@@ -47,7 +47,7 @@ class Standing:
     metric: str
 
 
-def standings(bases: Sequence[str], rows: Sequence[Chained]) -> list[Standing]:
+def standings(bases: Sequence[str], rows: Sequence[Chained]) -> list[RouteSummary]:
     """Average over seeds.
 
     Args:
@@ -75,7 +75,7 @@ def standings(bases: Sequence[str], rows: Sequence[Chained]) -> list[Standing]:
 def _standing(
     task: str, kind: str, method: str, route: str | None, rows: list[Chained],
     scratch: dict[tuple[int, int], Chained], count: int,
-) -> Standing:  # fmt: skip
+) -> RouteSummary:  # fmt: skip
     on = [[row for row in rows if row.base == number and row.score is not None] for number in range(count)]
     scores = [statistics.fmean(_scores(several)) if several else None for several in on]
     measured = [(number, score) for number, score in enumerate(scores) if score is not None]
@@ -83,7 +83,7 @@ def _standing(
     if method != "scratch" and len(measured) > 1:
         slope = statistics.linear_regression(*zip(*measured, strict=True)).slope
     metric = find_metric(rows[0].metric)
-    return Standing(
+    return RouteSummary(
         task=task,
         kind=kind,
         method=method,
