@@ -6,7 +6,7 @@ import pytest
 from conftest import move_base, weights
 from typer.testing import CliRunner
 
-from regraft.chain import Chain, Chained, read_chain, run_chain, standings
+from regraft.chain import Chain, Chained, read_chain, run_chain, summarise_routes
 from regraft.cli import app
 from regraft.errors import DataError, DiskFullError, OutcomeError
 
@@ -120,7 +120,7 @@ def test_standings_by_hand():
         row(1, "init", 0.8), row(2, "init", 0.6, "hop by hop"), row(2, "init", 0.7, "at once"),
         row(1, "init", 0.7, seed=30), row(2, "init", 0.7, "hop by hop", seed=30),
     ]  # fmt: skip
-    scratch, hops, once = standings(["a", "b", "c"], rows)
+    scratch, hops, once = summarise_routes(["a", "b", "c"], rows)
     assert (scratch.method, scratch.scores, scratch.decay) == ("scratch", (None, 0.9, pytest.approx(0.8)), None)
     assert hops.scores == pytest.approx((0.85, 0.75, 0.65))
     assert hops.decay == pytest.approx(0.10)
@@ -167,7 +167,7 @@ def test_a_method_that_does_not_carry_a_kind_is_told_and_passed_over(place, base
     refused = [row for row in rows if row.refused]
     assert {row.method for row in refused} == {"masked"}
     assert all(row.score is not None for row in rows if row.method == "direct")
-    assert "bottleneck" in standings(["a", "b", "c"], rows)[1].refused
+    assert "bottleneck" in summarise_routes(["a", "b", "c"], rows)[1].refused
 
 
 def test_an_adaptation_that_learned_nothing_ends_no_chain(place, bases, task_file, tmp_path):

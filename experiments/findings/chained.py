@@ -15,7 +15,7 @@ from findings.runs import compare, points
 from findings.settings import Settings, Tasks
 from findings.store import Tuning, figures_of
 from regraft import load_outcome
-from regraft.chain import Chain, Chained, run_chain, standings
+from regraft.chain import Chain, Chained, run_chain, summarise_routes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -105,7 +105,7 @@ def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[s
         "bases": names,
         "runs": plain,
         "all steps": whole,
-        "standings": [in_percent(one) for one in standings(names, chained)],
+        "standings": [in_percent(one) for one in summarise_routes(names, chained)],
         "differences": differences,
     }
 

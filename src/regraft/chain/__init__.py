@@ -3,6 +3,6 @@
 from regraft.chain.file import Chain
 from regraft.chain.record import Chained, read_chain
 from regraft.chain.run import run_chain
-from regraft.chain.summary import RouteSummary, standings
+from regraft.chain.summary import RouteSummary, summarise_routes
 
-__all__ = ["Chain", "Chained", "RouteSummary", "read_chain", "run_chain", "standings"]
+__all__ = ["Chain", "Chained", "RouteSummary", "read_chain", "run_chain", "summarise_routes"]

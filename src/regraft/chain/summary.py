@@ -47,7 +47,7 @@ class RouteSummary:
     metric: str
 
 
-def standings(bases: Sequence[str], rows: Sequence[Chained]) -> list[RouteSummary]:
+def summarise_routes(bases: Sequence[str], rows: Sequence[Chained]) -> list[RouteSummary]:
     """Average over seeds.
 
     Args:

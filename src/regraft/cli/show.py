@@ -184,11 +184,11 @@ def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
         bases: The names of the bases.
         rows: Every hop.
     """
-    from regraft.chain import standings
+    from regraft.chain import summarise_routes
     from regraft.task import find_metric
 
     console.print(Text(" → ".join(f"{number} {base}" for number, base in enumerate(bases))))
-    routes = standings(bases, rows)
+    routes = summarise_routes(bases, rows)
     for task, kind in dict.fromkeys((route.task, route.kind) for route in routes):
         table = Table(title=escape(f"{task}, {kind}"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("method")
