@@ -6,7 +6,7 @@ import pytest
 from conftest import move_base, weights
 from typer.testing import CliRunner
 
-from regraft.chain import Chain, Chained, read_chain, run_chain, summarise_routes
+from regraft.chain import Chain, ChainRow, read_chain, run_chain, summarise_routes
 from regraft.cli import app
 from regraft.errors import DataError, DiskFullError, OutcomeError
 
@@ -109,7 +109,7 @@ def test_command(place, done):
 
 def row(base, method, score, route=None, seed=20, **more):
     given = {"start": 0.4, "majority": 0.5, "negative_flips": 0.1, "steps": 1, "labels": 1, "outcome": "x"}
-    return Chained("mood", "full", seed, base, method, route, score, **(given | more))
+    return ChainRow("mood", "full", seed, base, method, route, score, **(given | more))
 
 
 def test_standings_by_hand():

@@ -80,10 +80,10 @@ def explained() -> set[str]:
 
 def test_every_key_of_a_file_is_explained():
     from regraft import Comparison, Diagnosis, Task
-    from regraft.chain import Chain, Chained
+    from regraft.chain import Chain, ChainRow
     from regraft.methods import Row
 
-    keys = {field.name for record in (Comparison, Row, Diagnosis, Chained) for field in dataclasses.fields(record)}
+    keys = {field.name for record in (Comparison, Row, Diagnosis, ChainRow) for field in dataclasses.fields(record)}
     assert keys | set(Task.model_fields) | set(Chain.model_fields) <= explained()
 
 

@@ -15,7 +15,7 @@ from findings.runs import compare, points
 from findings.settings import Settings, Tasks
 from findings.store import Tuning, figures_of
 from regraft import load_outcome
-from regraft.chain import Chain, Chained, run_chain, summarise_routes
+from regraft.chain import Chain, ChainRow, run_chain, summarise_routes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -79,8 +79,8 @@ def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[s
     """Average over seeds, and compare the routes and scratch on the last base."""
     rows = [row for cell in found for row in cell["found"]["rows"]]
     plain = [{name: value for name, value in row.items() if name not in ("predictions", "outcome")} for row in rows]
-    known = {field.name for field in dataclasses.fields(Chained)}
-    chained = [Chained(**{name: value for name, value in row.items() if name in known}) for row in rows]
+    known = {field.name for field in dataclasses.fields(ChainRow)}
+    chained = [ChainRow(**{name: value for name, value in row.items() if name in known}) for row in rows]
     names = [f"M_{number}" for number in range(len(store.size.domains) + 1)]
     differences = []
     for task, kind in dict.fromkeys((row["task"], row["kind"]) for row in rows):

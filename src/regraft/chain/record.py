@@ -17,7 +17,7 @@ SCHEMA = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Chained:
+class ChainRow:
     """One adaptation on one base of a chain.
 
     Args:
@@ -68,11 +68,11 @@ class ChainRecord:
 
     bases: tuple[BaseRecord, ...]
     chain: dict[str, Any]
-    rows: tuple[Chained, ...]
+    rows: tuple[ChainRow, ...]
     schema: int = SCHEMA
 
 
-def read_chain(out: str | Path) -> tuple[list[str], list[Chained]]:
+def read_chain(out: str | Path) -> tuple[list[str], list[ChainRow]]:
     """Read what a chain has come to so far.
 
     Args:

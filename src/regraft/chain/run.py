@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from regraft.adaptation.outcome_record import BaseRecord
 from regraft.base import Base
 from regraft.chain.file import folder_name
-from regraft.chain.record import RECORD, Chained, ChainRecord
+from regraft.chain.record import RECORD, ChainRecord, ChainRow
 from regraft.checkpoint import check_place, to_json, write_atomic
 from regraft.errors import CheckpointError, DataError, DiskFullError, MismatchError, RecipeError
 from regraft.methods import recycle, tune
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 REFUSALS = (RecipeError, MismatchError, CheckpointError, DataError)
 
 
-def run_chain(chain: Chain, out: str | Path, progress: Progress = silent) -> list[Chained]:
+def run_chain(chain: Chain, out: str | Path, progress: Progress = silent) -> list[ChainRow]:
     """Tune on the first base, and carry on to each of the others by every method and route.
 
     What is there already is kept: bases, methods and seeds can be added to a chain, and an interrupted one goes on.
@@ -60,7 +60,7 @@ class _Run:
     chain: Chain
     out: Path
     progress: Progress
-    rows: list[Chained] = dataclasses.field(default_factory=list)
+    rows: list[ChainRow] = dataclasses.field(default_factory=list)
 
     def carry(self, task: Task, kind: str, seed: int) -> None:
         """Carry one adaptation along the chain."""
@@ -114,7 +114,7 @@ class _Run:
         is_known = len(before) == len(after) and None not in (*before, *after)
         lost = count_flips(before, after).negative_rate if is_known else None
         self._add(
-            Chained(
+            ChainRow(
                 task.name, kind, seed, base, method, route, scores.of(split), scores.dev_at_start,
                 scores.majority(split), lost, cost.steps, cost.labels, str(done.path.relative_to(self.out)),
                 metric=task.metric,
@@ -127,12 +127,12 @@ class _Run:
         if isinstance(error, DiskFullError):
             raise error
         self._add(
-            Chained(
+            ChainRow(
                 task.name, kind, seed, base, method, route, None, None, None, None, 0, 0, "", str(error), task.metric
             )
         )
 
-    def _add(self, row: Chained) -> None:
+    def _add(self, row: ChainRow) -> None:
         self.rows.append(row)
         bases = tuple(BaseRecord(base.name, base.fingerprint) for base in self.bases)
         record = ChainRecord(bases, self.chain.model_dump(mode="json"), tuple(self.rows))

@@ -11,7 +11,7 @@ from regraft.task import deviation, find_metric, recovery
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from regraft.chain.record import Chained
+    from regraft.chain.record import ChainRow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RouteSummary:
     metric: str
 
 
-def summarise_routes(bases: Sequence[str], rows: Sequence[Chained]) -> list[RouteSummary]:
+def summarise_routes(bases: Sequence[str], rows: Sequence[ChainRow]) -> list[RouteSummary]:
     """Average over seeds.
 
     Args:
@@ -73,8 +73,8 @@ def summarise_routes(bases: Sequence[str], rows: Sequence[Chained]) -> list[Rout
 
 
 def _standing(
-    task: str, kind: str, method: str, route: str | None, rows: list[Chained],
-    scratch: dict[tuple[int, int], Chained], count: int,
+    task: str, kind: str, method: str, route: str | None, rows: list[ChainRow],
+    scratch: dict[tuple[int, int], ChainRow], count: int,
 ) -> RouteSummary:  # fmt: skip
     on = [[row for row in rows if row.base == number and row.score is not None] for number in range(count)]
     scores = [statistics.fmean(_scores(several)) if several else None for several in on]
@@ -98,11 +98,11 @@ def _standing(
     )
 
 
-def _scores(rows: list[Chained]) -> list[float]:
+def _scores(rows: list[ChainRow]) -> list[float]:
     return [row.score for row in rows if row.score is not None]
 
 
-def _recovery(rows: list[Chained], scratch: dict[tuple[int, int], Chained]) -> float | None:
+def _recovery(rows: list[ChainRow], scratch: dict[tuple[int, int], ChainRow]) -> float | None:
     shares = []
     for row in rows:
         reference: Any = scratch.get((row.base, row.seed))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation import Adaptation, Outcome
     from regraft.base import Base
-    from regraft.chain import Chained
+    from regraft.chain import ChainRow
     from regraft.checkpoint import Checkpoint, Plan
     from regraft.methods import Comparison
     from regraft.progress import Progress as Callback
@@ -177,7 +177,7 @@ def comparison(result: Comparison) -> None:
     )
 
 
-def chain(bases: Sequence[str], rows: Sequence[Chained]) -> None:
+def chain(bases: Sequence[str], rows: Sequence[ChainRow]) -> None:
     """Print how adaptations fare along a chain: a table a task and kind.
 
     Args:
