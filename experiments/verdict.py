@@ -26,7 +26,7 @@ from tables import read_results, table, write_results
 from regraft import Recipe, Upgrade, load_outcome
 from regraft.checkpoint import write_atomic
 from regraft.diagnosis import check_pair, load_pair, probe_gain, similarity, verdict
-from regraft.diagnosis.choice import AS_IS
+from regraft.diagnosis.choice import MIN_SHARE_AS_IS
 from regraft.errors import OutcomeError
 from regraft.task import chance_score, load_data, weakness
 
@@ -120,7 +120,7 @@ def real(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> dict[str,
         choice: (test(quarter if choice == "short tuning" else whole, entry) - floor) / (old.test - floor)
         for choice, entry in CHEAPEST.items()
     }
-    right = next((choice for choice, share in left.items() if share >= AS_IS), "scratch")
+    right = next((choice for choice, share in left.items() if share >= MIN_SHARE_AS_IS), "scratch")
     recovery = 100 * (test(whole, "direct") - floor) / (scratch - floor)
     return {
         "real_survives": round(100 * left["use as is"], 2), "real_recovery": round(recovery, 2), "right_choice": right,
@@ -148,7 +148,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "too_dear": sum(gap > 0 for gap in apart),
         "safe": len(safe),
         "false_safe": sum(row["real_survives"] < 100 * CLEARLY for row in safe),
-        "safe_below_threshold": sum(row["real_survives"] < 100 * AS_IS for row in safe),
+        "safe_below_threshold": sum(row["real_survives"] < 100 * MIN_SHARE_AS_IS for row in safe),
         "sure": len(sure),
         "hits_when_sure": sum(row["choice"] == row["right_choice"] for row in sure),
         "spearman": ranks,
@@ -173,14 +173,14 @@ def page(rows: list[dict[str, Any]], found: dict[str, Any]) -> str:
         "# The verdict, measured",
         "Made by `python experiments/verdict.py`, which reproduces it from the outcomes of `experiments/methods.py`; "
         "the figures are in `results.json`. The verdict sees dev, what is real is of test. The right choice is the "
-        f"cheapest that leaves at least {AS_IS:.0%} of the old score above guessing: the old weights as they are, "
+        f"cheapest that leaves at least {MIN_SHARE_AS_IS:.0%} of the old score above guessing: the old weights as they are, "
         "`ridge`, `ridge+distill` with a quarter of scratch's steps, or scratch. The thresholds of the verdict were "
         "not fitted to these cells.",
         f"Of {found['cells']} verdicts {found['hits']} are right, {found['too_cheap']} too cheap and "
         f"{found['too_dear']} too dear; of the {found['sure']} that are at least 80 % sure, {found['hits_when_sure']} "
         f"are right. {found['safe']} say that the old weights are safe as they are; in {found['false_safe']} of these "
         f"less than {CLEARLY:.0%} of the old score above guessing is left, in {found['safe_below_threshold']} less "
-        f"than {AS_IS:.0%}.",
+        f"than {MIN_SHARE_AS_IS:.0%}.",
         "## Verdict (rows) and right choice (columns)",
         table(["", *order], counts),
         "## How figures rank the cells (Spearman)",

@@ -6,7 +6,7 @@ from typing import Literal
 
 Choice = Literal["use as is", "training-free", "short tuning", "scratch"]
 
-AS_IS, TRAINING_FREE, SHORT_TUNING = 0.95, 0.80, 0.35
+MIN_SHARE_AS_IS, TRAINING_FREE, SHORT_TUNING = 0.95, 0.80, 0.35
 """The least share of the score above guessing that must be left for each choice."""
 ADVICE: dict[str, str] = {
     "use as is": "use the old weights as they are (direct)",
@@ -26,7 +26,7 @@ def choose(share: float, gain: float = 0.0) -> Choice:
     Returns:
         The choice.
     """
-    if share >= AS_IS:
+    if share >= MIN_SHARE_AS_IS:
         return "use as is"
     if share >= TRAINING_FREE and gain <= 0:
         return "training-free"
