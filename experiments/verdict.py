@@ -90,7 +90,7 @@ def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
         checked, gain = check_pair(pair), probe_gain(pair)
         alike = similarity(pair.old.model, pair.new.model, bases.old, pair.data, precision=pair.precision)
         told = verdict(
-            pair.data.task.scoring, pair.split.labels, pair.old_predictions, pair.after,
+            pair.data.task.scoring, pair.split.labels, pair.old_predictions, pair.new_predictions,
             chance_score(pair.data, pair.split), gain=gain, weakness=weakness(pair.data, pair.split),
         )  # fmt: skip
     found = {
