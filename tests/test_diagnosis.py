@@ -18,9 +18,9 @@ from regraft import Base, Recipe, Upgrade, check, load_adaptation, tune
 from regraft.cli import main
 from regraft.diagnosis import (
     Questions,
+    all_questions,
     compatibility,
     diagnose,
-    every_question,
     kept,
     load_pair,
     mcnemar,
@@ -342,7 +342,7 @@ def test_what_cannot_be_answered_is_said(tmp_path, bases, made, task_file):
 
 
 def test_questions_and_their_sections():
-    questions = every_question()
+    questions = all_questions()
     assert len({question.name for question in questions}) == len({question.order for question in questions})
     drawn = {
         question.name for question in questions if importlib.util.find_spec(f"{sections.__name__}.{question.name}")

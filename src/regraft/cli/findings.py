@@ -33,9 +33,9 @@ def diagnosis(result: Diagnosis, out: Path | None) -> None:
         result: The diagnosis.
         out: Where its record is, if it was written.
     """
-    from regraft.diagnosis import every_question
+    from regraft.diagnosis import all_questions
 
-    answered = [question for question in every_question() if question.name in result.answers]
+    answered = [question for question in all_questions() if question.name in result.answers]
     lines = [question.describe(result.answers[question.name], result.metric) for question in answered]
     if result.compared != "direct":
         lines.insert(1, [("compared below", f"the old deployment with {result.compared}")])  # after the check

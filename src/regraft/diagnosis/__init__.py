@@ -9,7 +9,7 @@ from regraft.diagnosis.kept import Kept, kept
 from regraft.diagnosis.pair import Pair, load_pair
 from regraft.diagnosis.plane import Plane, plane
 from regraft.diagnosis.probe import probe_gain
-from regraft.diagnosis.question import Question, Questions, every_question
+from regraft.diagnosis.question import Question, Questions, all_questions
 from regraft.diagnosis.record import Diagnosis, read_diagnosis
 from regraft.diagnosis.regressions import Regressions, mcnemar, noise_floor, regressions
 from regraft.diagnosis.shift import Shift, shift
@@ -38,7 +38,7 @@ __all__ = [
     "check_pair",
     "compatibility",
     "diagnose",
-    "every_question",
+    "all_questions",
     "kept",
     "load_pair",
     "mcnemar",

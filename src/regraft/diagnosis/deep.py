@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from regraft.adaptation.outcome import versions
 from regraft.checkpoint import check_place, to_json, write_atomic
 from regraft.diagnosis.pair import load_counterpart, load_pair
-from regraft.diagnosis.question import Asked, Questions, every_question
+from regraft.diagnosis.question import Asked, Questions, all_questions
 from regraft.diagnosis.record import Diagnosis
 from regraft.errors import MismatchError, OutcomeError
 from regraft.model import Deployment
@@ -69,7 +69,7 @@ def diagnose(
             new = Deployment(model, direct.upgrade.new, direct.data, direct.precision, progress)
             pair = dataclasses.replace(direct, new=new)
         asked = Asked(upgrade, direct, pair, options, {})
-        for question in every_question():
+        for question in all_questions():
             started, answer = time.perf_counter(), None
             try:
                 answer = question.ask(asked)

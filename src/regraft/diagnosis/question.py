@@ -129,7 +129,7 @@ class Question(Generic[Answer]):
 
 
 @functools.cache
-def every_question() -> tuple[Question[Any], ...]:
+def all_questions() -> tuple[Question[Any], ...]:
     """Find every question.
 
     Returns:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint.record import read_record
 from regraft.diagnosis import schema_1
-from regraft.diagnosis.question import every_question
+from regraft.diagnosis.question import all_questions
 from regraft.errors import OutcomeError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def read_diagnosis(content: dict[str, Any], file: str) -> Diagnosis:
         content = {**content, "answers": {}}
     diagnosis = read_record(Diagnosis, content, file, REMEDY)
     answers = {}
-    for question in every_question():
+    for question in all_questions():
         answer = stored.get(question.name)
         if answer not in (None, []):  # regraft 0.1 wrote an empty list where no checkpoint was named
             record, where = schema_1.record_of(question) if is_old else question.record, f"{file}: {question.name}"

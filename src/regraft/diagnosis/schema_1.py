@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from regraft.checkpoint.record import Count, share_of
-from regraft.diagnosis.question import Question, every_question
+from regraft.diagnosis.question import Question, all_questions
 from regraft.diagnosis.regressions import Flip, Regressions
 from regraft.task.types.class_views import Calibration, PerClass, class_views
 
@@ -51,7 +51,7 @@ def renewed(content: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The same by today's fields; the figures are unchanged.
     """
-    answers = {question.name: content.get(question.name) for question in every_question()}
+    answers = {question.name: content.get(question.name) for question in all_questions()}
     if isinstance(checked := answers.get("check"), dict):
         answers["check"] = {**checked, "guess": GUESS}
     return {**content, "answers": answers}

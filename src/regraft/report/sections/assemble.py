@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
-from regraft.diagnosis import every_question
+from regraft.diagnosis import all_questions
 from regraft.report.page import Page, Part
 from regraft.report.sections import methods
 from regraft.report.sections.provenance import provenance_sections
@@ -64,7 +64,7 @@ def _part(name: str, title: str, settings: list[Setting], diagnosed: Diagnosed |
 def _answers(diagnosis: Diagnosis, part: str) -> list[tuple[int, list[Section]]]:
     """Show each answer by the module that has its question's name, if there is one, with that module's place."""
     answers = []
-    for question in every_question():
+    for question in all_questions():
         module, answer = f"{__package__}.{question.name}", diagnosis.answers.get(question.name)
         if answer is not None and importlib.util.find_spec(module):
             section = importlib.import_module(module)
