@@ -21,11 +21,11 @@ from regraft.errors import DataError, RecipeError
 from regraft.methods.auto import Auto
 from regraft.methods.target import Target
 from regraft.model.probe import probe
+from regraft.recipe import best_step
 from regraft.task import Interval, load_data, paired_difference, recovery, score
 from regraft.task.bootstrap import resampled_scores
 from regraft.task.metric import sum_metric
 from regraft.task.types.class_metrics import ACCURACY
-from regraft.tuning.recipe import best_step
 
 FEW = Recipe(steps=12, batch_size=8, learning_rate=1e-3, eval_every=3, save_every=3, precision="fp32")
 

@@ -20,6 +20,7 @@ from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.model import Deployment, encode
 from regraft.progress import silent
+from regraft.recipe import fade
 from regraft.task import load_data
 from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
@@ -27,7 +28,6 @@ from regraft.tuning import Anchored, Interpolation, distillation_loss, plan_orde
 from regraft.tuning.anchor import anchored_objective, fisher
 from regraft.tuning.distill import distillation_objective, teach, teacher_loss
 from regraft.tuning.interpolate import blend, draw_points, interpolation_objective
-from regraft.tuning.recipe import fade
 from regraft.tuning.trainer import train
 from regraft.tuning.tune import label_objective
 

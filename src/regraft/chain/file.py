@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from regraft.errors import DataError, RecipeError
+from regraft.recipe import Recipe
 from regraft.task import Task
 from regraft.task.yaml_file import did_you_mean, read_yaml, validate
-from regraft.tuning.recipe import Recipe
 
 Route = Literal["hop by hop", "at once"]
 ROUTES: tuple[Route, ...] = ("hop by hop", "at once")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from regraft.adaptation import Adaptation
     from regraft.diagnosis.pair import Pair
     from regraft.diagnosis.question import Lines
+    from regraft.recipe import Recipe
     from regraft.task import Task, TaskData
-    from regraft.tuning.recipe import Recipe
     from regraft.upgrade import Upgrade
 
 _LINEAGE = {"proven": "records this old base", "unproven": "does not record its base", "forced": "records another base"}

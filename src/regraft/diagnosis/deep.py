@@ -15,7 +15,7 @@ from regraft.diagnosis.record import Diagnosis
 from regraft.errors import MismatchError, OutcomeError
 from regraft.model import Deployment
 from regraft.progress import Progress, silent
-from regraft.tuning.recipe import Recipe
+from regraft.recipe import Recipe
 
 if TYPE_CHECKING:
     from regraft.adaptation import Adaptation

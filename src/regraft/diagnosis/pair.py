@@ -15,8 +15,8 @@ from regraft.model import Deployment, match_labels
 from regraft.model.deployment import check_effect
 from regraft.model.device import device
 from regraft.progress import Progress, silent
+from regraft.recipe import Recipe
 from regraft.task import load_data
-from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

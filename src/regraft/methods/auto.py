@@ -14,8 +14,8 @@ from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Method, Part
 from regraft.methods.objectives import DISTILL
 from regraft.methods.target import pseudo_labelled, set_target, write_record
+from regraft.recipe import SEEDS
 from regraft.tuning.distill import Distillation
-from regraft.tuning.recipe import SEEDS
 
 HOPELESS = 0.5  # of the old score above guessing: with less, a fresh start is likely to be as good
 

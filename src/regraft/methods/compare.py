@@ -15,8 +15,8 @@ from regraft.methods.recycle import recycle
 from regraft.methods.registry import find_method
 from regraft.model import Deployment, match_labels
 from regraft.progress import Progress, silent
+from regraft.recipe import Recipe
 from regraft.task import count_flips, deviation, find_metric, load_data, recovery
-from regraft.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

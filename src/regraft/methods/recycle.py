@@ -31,9 +31,9 @@ from regraft.methods.options import check_options
 from regraft.methods.registry import find_method
 from regraft.model import Deployment, check_effect, match_labels
 from regraft.progress import Progress, silent
+from regraft.recipe import best_step, check_trained
 from regraft.task import chance_score, load_data
 from regraft.tuning import Recipe, learning_rate, plan_order
-from regraft.tuning.recipe import best_step, check_trained
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -22,9 +22,9 @@ from regraft.base import Base
 from regraft.checkpoint import resumable_folder
 from regraft.methods.recycle import new_folder, record_outcome
 from regraft.progress import Progress, silent
+from regraft.recipe import best_step
 from regraft.task import load_data, weakness
 from regraft.tuning import Recipe, learning_rate, multiply_outputs, tune_model
-from regraft.tuning.recipe import best_step
 
 if TYPE_CHECKING:
     from regraft.adaptation.kinds import Config

@@ -1,12 +1,12 @@
 """Training: tuning on a task, distillation, and continual pre-training, all on transformers' Trainer."""
 
+from regraft.recipe import Recipe
 from regraft.tuning.anchor import Anchored
 from regraft.tuning.corpus import Corpus
 from regraft.tuning.distill import Distillation, distillation_loss
 from regraft.tuning.interpolate import Interpolation
 from regraft.tuning.order import plan_order
 from regraft.tuning.pretrain import Replay, pretrain, pretrain_chain
-from regraft.tuning.recipe import Recipe
 from regraft.tuning.tracking import tracking
 from regraft.tuning.tune import LEARNING_RATES, Teacher, learning_rate, tune_model
 from regraft.tuning.units import multiply_outputs

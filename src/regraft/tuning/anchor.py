@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.errors import RecipeError
 from regraft.model.device import device
 from regraft.model.outputs import forward
-from regraft.tuning.recipe import check_fade, fade
+from regraft.recipe import check_fade, fade
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

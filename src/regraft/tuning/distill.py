@@ -15,8 +15,8 @@ from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import MismatchError, RecipeError
 from regraft.model.batches import for_each_batch
 from regraft.model.outputs import forward
+from regraft.recipe import check_fade, fade
 from regraft.task.types import Signal
-from regraft.tuning.recipe import check_fade, fade
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

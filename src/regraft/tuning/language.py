@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
     from regraft.progress import Progress
-    from regraft.tuning.recipe import Recipe
+    from regraft.recipe import Recipe
 
     Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -58,7 +58,7 @@ def language_loss(model: Any, base: Base, blocks: np.ndarray[Any, np.dtype[np.ui
     """
     import numpy as np
 
-    from regraft.tuning.recipe import Recipe
+    from regraft.recipe import Recipe
 
     recipe, nothing = Recipe(steps=1, precision=precision).resolve(len(blocks), LEARNING_RATE), np.arange(0)
     return LanguageModelling(base, blocks, nothing, np.arange(len(blocks)), recipe).evaluate(model)["loss"]

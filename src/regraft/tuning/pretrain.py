@@ -27,9 +27,9 @@ from regraft.checkpoint import (
 from regraft.errors import CheckpointError, OutcomeError, RecipeError
 from regraft.model.device import device
 from regraft.progress import Progress, quiet, silent
+from regraft.recipe import SEEDS, check_trained
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import LEARNING_RATE, LanguageModelling, language_model
-from regraft.tuning.recipe import SEEDS, check_trained
 from regraft.upgrade import renewed
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from regraft.tuning.recipe import Recipe
+    from regraft.recipe import Recipe
 
 HELD_OUT_BLOCKS = 64
 

@@ -17,14 +17,14 @@ from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import RecipeError
 from regraft.model.device import device
 from regraft.progress import quiet
-from regraft.tuning.recipe import best_step
+from regraft.recipe import best_step
 from regraft.tuning.tracking import run_name, trackers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from regraft.progress import Progress
-    from regraft.tuning.recipe import Recipe
+    from regraft.recipe import Recipe
 
     Objective = Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]
     """The loss of a model on a batch after so many steps."""

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
     from regraft.progress import Progress
+    from regraft.recipe import Recipe
     from regraft.task import TaskData
     from regraft.task.types import Likelihood
-    from regraft.tuning.recipe import Recipe
     from regraft.tuning.trainer import Objective
 
 LEARNING_RATES = {
