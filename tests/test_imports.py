@@ -9,7 +9,7 @@ PACKAGE = Path(regraft.__file__).parent
 FLOORS = (
     ("errors", "progress", "printable"),
     ("checkpoint", "task"),
-    ("weights", "transformers_folder"),
+    ("weights", "transformers_folder", "recipe"),
     ("architecture", "vocabulary"),
     ("naming",),
     ("base",),

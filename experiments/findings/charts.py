@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from regraft.report.charts import drawing, save_figure
-from regraft.report.charts.style import DASHES, MARKERS, SERIES, SOFT, WIDE, end_at_one, legend, new_figure
+from regraft.report.charts.style import DASHES, MARKERS, SERIES, SOFT, WIDE, cap_score_axis, legend, new_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def lines(
         axes.set_ylabel(y)
         axes.margins(y=0.1)
         if score:
-            end_at_one(axes)
+            cap_score_axis(axes)
         legend(axes, 3)
         return save_figure(figure, "svg")
 

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from regraft.diagnosis import Check, Diagnosis, Questions, check, diagnose
     from regraft.errors import RegraftError
     from regraft.methods import Comparison, Conversion, compare, convert, recycle, tune
+    from regraft.recipe import Recipe
     from regraft.task import Task, TextClassification
-    from regraft.tuning import Corpus, Distillation, Recipe, pretrain
+    from regraft.tuning import Corpus, Distillation, pretrain
     from regraft.upgrade import Upgrade
 
 _ROOMS = {
@@ -27,8 +28,9 @@ _ROOMS = {
     "diagnosis": ("Check", "Diagnosis", "Questions", "check", "diagnose"),
     "errors": ("RegraftError",),
     "methods": ("Comparison", "Conversion", "compare", "convert", "recycle", "tune"),
+    "recipe": ("Recipe",),
     "task": ("Task", "TextClassification"),
-    "tuning": ("Corpus", "Distillation", "Recipe", "pretrain"),
+    "tuning": ("Corpus", "Distillation", "pretrain"),
     "upgrade": ("Upgrade",),
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regraft.report.charts.style import BLUE, INK, MIDDLE, PAPER, SOFT, VERMILLION, end_at_one, legend, new_figure
+from regraft.report.charts.style import BLUE, INK, MIDDLE, PAPER, SOFT, VERMILLION, cap_score_axis, legend, new_figure
 from regraft.report.wording import clip, number
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def draw_methods(setting: Setting) -> Figure:
     axes.set_yticks(range(len(shown)), [clip(one.method, 28) for one in shown], color=INK)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.6 / max(1, len(shown)))
-    end_at_one(axes, "x")
+    cap_score_axis(axes, "x")
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"{setting.metric} on {setting.split}")
     legend(axes)

@@ -15,7 +15,7 @@ from regraft.report.charts.style import (
     SOFT,
     VERMILLION,
     WIDE,
-    end_at_one,
+    cap_score_axis,
     legend,
     new_figure,
 )
@@ -53,7 +53,7 @@ def draw_learning(curves: Mapping[str, Sequence[tuple[float, float]]], level: fl
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel(f"{metric} on dev")
     axes.margins(y=0.12)
-    end_at_one(axes)
+    cap_score_axis(axes)
     legend(axes, min(4, len(curves) + 1))
     return figure
 
@@ -92,7 +92,7 @@ def draw_segment(
     axes.set_ylabel(what)
     axes.margins(y=0.16)
     if not barrier:
-        end_at_one(axes)
+        cap_score_axis(axes)
     legend(axes)
     return figure
 
@@ -124,7 +124,7 @@ def draw_compatibility(points: Sequence[Point], metric: str, floor: float) -> Fi
         axes.set_xlabel("checkpoint")
     axes.set_ylabel("share of examples" if metric == "accuracy" else metric)
     axes.margins(y=0.12)
-    end_at_one(axes)
+    cap_score_axis(axes)
     legend(axes, 3)
     return figure
 

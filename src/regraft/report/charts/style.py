@@ -92,7 +92,7 @@ def new_figure(
     return Figure(figsize=(width, height), layout=layout)
 
 
-def end_at_one(axes: Axes, axis: Literal["x", "y"] = "y") -> None:
+def cap_score_axis(axes: Axes, axis: Literal["x", "y"] = "y") -> None:
     """Let the axis of a score end where scores end.
 
     Args:
