@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from regraft.report.charts import drawing, save_figure
-from regraft.report.charts.style import DASHES, MARKERS, SERIES, SOFT, WIDE, cap_score_axis, legend, new_figure
+from regraft.report.charts.style import DASHES, MARKERS, SERIES, SOFT, WIDE, add_legend, cap_score_axis, new_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ def lines(
         axes.margins(y=0.1)
         if score:
             cap_score_axis(axes)
-        legend(axes, 3)
+        add_legend(axes, 3)
         return save_figure(figure, "svg")
 
 
@@ -83,7 +83,7 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float
         axes.set_xticks(range(len(groups)), groups, rotation=20 if sum(map(len, groups)) > 80 else 0)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel(y)
-        legend(axes, 3)
+        add_legend(axes, 3)
         return save_figure(figure, "svg")
 
 

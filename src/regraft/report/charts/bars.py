@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regraft.report.charts.style import BLUE, INK, MIDDLE, PAPER, SOFT, VERMILLION, cap_score_axis, legend, new_figure
+from regraft.report.charts.style import (
+    BLUE,
+    INK,
+    MIDDLE,
+    PAPER,
+    SOFT,
+    VERMILLION,
+    add_legend,
+    cap_score_axis,
+    new_figure,
+)
 from regraft.report.wording import clip, number
 
 if TYPE_CHECKING:
@@ -49,7 +59,7 @@ def draw_methods(setting: Setting) -> Figure:
     cap_score_axis(axes, "x")
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"{setting.metric} on {setting.split}")
-    legend(axes)
+    add_legend(axes)
     return figure
 
 
@@ -76,7 +86,7 @@ def draw_moved(names: Sequence[str], shift: Sequence[float], delta: Sequence[flo
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("% of the old base's norm")
     axes.margins(y=0.03)
-    legend(axes)
+    add_legend(axes)
     return figure
 
 

@@ -15,8 +15,8 @@ from regraft.report.charts.style import (
     SOFT,
     VERMILLION,
     WIDE,
+    add_legend,
     cap_score_axis,
-    legend,
     new_figure,
 )
 from regraft.report.wording import base_name, clip, finite, number
@@ -54,7 +54,7 @@ def draw_learning(curves: Mapping[str, Sequence[tuple[float, float]]], level: fl
     axes.set_ylabel(f"{metric} on dev")
     axes.margins(y=0.12)
     cap_score_axis(axes)
-    legend(axes, min(4, len(curves) + 1))
+    add_legend(axes, min(4, len(curves) + 1))
     return figure
 
 
@@ -93,7 +93,7 @@ def draw_segment(
     axes.margins(y=0.16)
     if not barrier:
         cap_score_axis(axes)
-    legend(axes)
+    add_legend(axes)
     return figure
 
 
@@ -125,7 +125,7 @@ def draw_compatibility(points: Sequence[Point], metric: str, floor: float) -> Fi
     axes.set_ylabel("share of examples" if metric == "accuracy" else metric)
     axes.margins(y=0.12)
     cap_score_axis(axes)
-    legend(axes, 3)
+    add_legend(axes, 3)
     return figure
 
 
@@ -161,7 +161,7 @@ def draw_scatter(view: Scatter) -> Figure:
     axes.set_ylabel(view.y)
     if are_shares:
         axes.set_ylim(-0.03, 1.05)
-    legend(axes, 1)
+    add_legend(axes, 1)
     return figure
 
 
@@ -188,7 +188,7 @@ def draw_cka(cka: Sequence[float], control: Sequence[float] | None, control_name
     axes.set_ylabel("linear CKA")
     low = min(finite([*cka, *(control or ())]), default=0.0)
     axes.set_ylim(min(0.0, low) if low < 0.5 else low - 0.1 * (1.02 - low) - 0.02, 1.02)
-    legend(axes, 2)
+    add_legend(axes, 2)
     return figure
 
 
@@ -218,7 +218,7 @@ def draw_angles(names: Sequence[str], cosine: Sequence[Any], signs: Sequence[Any
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("shift against delta")
     axes.margins(x=0.08, y=0.08)
-    legend(axes, 3)
+    add_legend(axes, 3)
     return figure
 
 
