@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from regraft.report.charts import drawing, save_figure
+from regraft.report.charts import chart_style, save_figure
 from regraft.report.charts.style import DASHES, MARKERS, SERIES, SOFT, WIDE, add_legend, cap_score_axis, new_figure
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def lines(
     Returns:
         An SVG file.
     """
-    with drawing():
+    with chart_style():
         figure = new_figure(WIDE, 3.4)
         axes = figure.add_subplot()
         for place, (name, points) in enumerate(series.items()):
@@ -70,7 +70,7 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float
     Returns:
         An SVG file.
     """
-    with drawing():
+    with chart_style():
         figure = new_figure(WIDE, 3.4)
         axes = figure.add_subplot()
         width = 0.8 / max(1, len(series))

@@ -9,7 +9,7 @@ from tables import mean_sd, table
 
 from findings.charts import bars
 from findings.experiment import OURS, Page, tell
-from regraft.report.charts import draw_heads, drawing, save_figure
+from regraft.report.charts import chart_style, draw_heads, save_figure
 
 RANDOM, SEED, TASK = "random weights", "another seed on M_0", "another task on M_0"
 FIGURES = ("divergence", "cosine", "nearest", "cka", "agreement")
@@ -46,7 +46,7 @@ def page(results: dict[str, Any]) -> Page:
         for one in (shown[0], shown[-1]) if shown else ():
             name = f"heads-{kind}-{'random' if one['against'] == RANDOM else one['against'].replace('_', '')}.svg"
             top = max(value for other in shown for row in other["rows"] for value in row) or 1.0
-            with drawing():
+            with chart_style():
                 pictures[name] = save_figure(draw_heads(one["rows"], one["best"], top), "svg")
             parts.append(f"Head by head, {tasks[0]}, against {one['against']} (a ring: another head is nearer):\n\n"
                          f"![Heads against {one['against']}]({name})")  # fmt: skip

@@ -53,11 +53,11 @@ def write_report(
     if not folders:
         raise RecipeError("no runs are named. Name outcome folders, or folders that hold some.")
     reported = find_runs(folders)
-    from regraft.report.charts import drawing, save_figure
+    from regraft.report.charts import chart_style, save_figure
     from regraft.report.sections import build_page
 
     try:
-        with drawing():
+        with chart_style():
             page = build_page(reported)
             # drawn once, before all else: drawing a figure a second time may lay it out a little differently
             pictures = {chart.name: save_figure(chart.figure, "svg") for chart in page.charts}

@@ -10,7 +10,7 @@ from regraft.report.charts.curves import (
     draw_segment,
 )
 from regraft.report.charts.maps import draw_attention, draw_heads, draw_plane
-from regraft.report.charts.style import drawing, save_figure
+from regraft.report.charts.style import chart_style, save_figure
 
 __all__ = [
     "draw_angles",
@@ -25,6 +25,6 @@ __all__ = [
     "draw_plane",
     "draw_scatter",
     "draw_segment",
-    "drawing",
+    "chart_style",
     "save_figure",
 ]

@@ -62,7 +62,7 @@ _SETTINGS: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def drawing() -> Iterator[None]:
+def chart_style() -> Iterator[None]:
     """Set matplotlib up for our charts while they are drawn and saved, and back afterwards."""
     import matplotlib
 
