@@ -67,7 +67,7 @@ class TaskData:
     @functools.cached_property
     def likelihood(self) -> Likelihood:
         """What a model's outputs are a distribution over."""
-        return self.task.likelihood_of(self.train.targets)
+        return self.task.likelihood_for(self.train.targets)
 
     def changed(self, **keys: Any) -> TaskData:
         """Return the same examples of a task that declares other keys.

@@ -112,7 +112,7 @@ class Task(BaseModel, ABC):
             )
         return validate(types[name], values, where)
 
-    def likelihood_of(self, targets: Targets) -> Likelihood:
+    def likelihood_for(self, targets: Targets) -> Likelihood:
         """Return what outputs are a distribution over.
 
         Args:
