@@ -35,7 +35,7 @@ def standardised(model: Any, base: Base, data: TaskData) -> Iterator[None]:
     Yields:
         Nothing; where the task says no units, nothing is done.
     """
-    units = data.task.units(data.train.targets)
+    units = data.task.target_scaling(data.train.targets)
     if units is None:
         yield
         return
@@ -79,7 +79,7 @@ def multiply_outputs(model: Any, base: Base, data: TaskData) -> None:
 def _change(model: Any, base: Base, data: TaskData, rule: Any) -> None:
     import torch
 
-    units = data.task.units(data.train.targets)
+    units = data.task.target_scaling(data.train.targets)
     if units is None:
         return
     with torch.no_grad():

@@ -120,7 +120,7 @@ class Task(BaseModel, ABC):
         """
         return self.likelihood
 
-    def units(self, targets: Targets) -> tuple[float, float] | None:
+    def target_scaling(self, targets: Targets) -> tuple[float, float] | None:
         """Return where outputs are 0, and how large 1 is, while a model is trained; None for those of the targets.
 
         Args:
