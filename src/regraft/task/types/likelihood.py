@@ -115,7 +115,7 @@ class Likelihood(Protocol):
             temperature: As for `divergence`.
         """
 
-    def chance(self, targets: Sequence[Any], outputs: int) -> float:
+    def chance_loss(self, targets: Sequence[Any], outputs: int) -> float:
         """Return the loss of guessing without looking, in nats.
 
         Args:
@@ -177,7 +177,7 @@ class Categorical:
         """Return T² (Hinton et al., 2015, arXiv:1503.02531); see `Likelihood`."""
         return temperature**2
 
-    def chance(self, targets: Sequence[Any], outputs: int) -> float:
+    def chance_loss(self, targets: Sequence[Any], outputs: int) -> float:
         """Return ln(classes), the loss of the uniform distribution; see `Likelihood`."""
         import math
 
