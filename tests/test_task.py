@@ -439,7 +439,7 @@ def test_the_digest_is_of_the_content_alone_and_fixed_for_all_time() -> None:
 
 def test_majority_and_take() -> None:
     data = data_of([2, 2, 0, 1], dev=[2, 0])
-    assert (data.task.chance(data.train.targets, data.labels), chance_score(data, data.dev)) == (2, 0.5)
+    assert (data.task.chance_prediction(data.train.targets, data.labels), chance_score(data, data.dev)) == (2, 0.5)
     some = data.train.take([3, 0])
     assert (some.texts, some.labels.tolist(), some.rows.tolist()) == ([("train 3",), ("train 0",)], [1, 2], [4, 1])
 

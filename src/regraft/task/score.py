@@ -94,7 +94,7 @@ def chance_score(data: TaskData, split: Split) -> float:
     Returns:
         The score by the task's metric.
     """
-    guess = data.task.chance(data.train.targets, data.labels)
+    guess = data.task.chance_prediction(data.train.targets, data.labels)
     return score(data.task.scoring, split.targets, [guess] * len(split))
 
 

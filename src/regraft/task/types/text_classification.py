@@ -75,7 +75,7 @@ class TextClassification(TextTask):
         """Return the classes; see `Task.strata`."""
         return targets, list(labels)
 
-    def chance(self, targets: Targets, labels: Sequence[str]) -> int:
+    def chance_prediction(self, targets: Targets, labels: Sequence[str]) -> int:
         """Return the most frequent class, the first of those that are as frequent; see `Task.chance`."""
         import numpy as np
 

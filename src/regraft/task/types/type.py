@@ -229,7 +229,7 @@ class Task(BaseModel, ABC):
         """
 
     @abstractmethod
-    def chance(self, targets: Targets, labels: Sequence[str]) -> Any:
+    def chance_prediction(self, targets: Targets, labels: Sequence[str]) -> Any:
         """Return the best prediction that looks at no input.
 
         Args:
