@@ -107,7 +107,7 @@ def regressions(pair: Pair, runs: Sequence[Sequence[bool]] = ()) -> Regressions:
         negative=count.negative,
         positive=count.positive,
         flips=tuple(flips),
-        views=task.compare(split.targets, old, new, labels),
+        views=task.comparison_views(split.targets, old, new, labels),
         mcnemar=mcnemar(count.negative, count.positive),
         noise=noise_floor([new.right, *runs]),
     )

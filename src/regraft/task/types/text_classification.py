@@ -91,7 +91,9 @@ class TextClassification(TextTask):
         """Return the name of a class."""
         return str(labels[target])
 
-    def compare(self, targets: Targets, old: Predicted, new: Predicted, labels: Sequence[str]) -> tuple[View, ...]:
+    def comparison_views(
+        self, targets: Targets, old: Predicted, new: Predicted, labels: Sequence[str]
+    ) -> tuple[View, ...]:
         """Return recall and flips by class, and the calibration; see `Task.compare`."""
         sides = (("old", old), ("new", new))
         calibrations = {name: calibration(of.confidence, of.right) for name, of in sides if of.confidence is not None}

@@ -279,7 +279,9 @@ class Task(BaseModel, ABC):
     def estimator(self) -> Any:
         """Return a linear model of features, as scikit-learn has them, that a base is probed with."""
 
-    def compare(self, targets: Targets, old: Predicted, new: Predicted, labels: Sequence[str]) -> tuple[View, ...]:
+    def comparison_views(
+        self, targets: Targets, old: Predicted, new: Predicted, labels: Sequence[str]
+    ) -> tuple[View, ...]:
         """Return what is to be shown of an old and a new model's predictions, beside their scores and flips.
 
         Args:
