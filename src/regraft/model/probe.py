@@ -37,7 +37,7 @@ def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
 
     model = fresh_model(base, data.head, 0).to(device())
     train = data.train.take(range(min(PROBED, len(data.train))))
-    pipeline = make_pipeline(StandardScaler(), data.task.estimator())
+    pipeline = make_pipeline(StandardScaler(), data.task.linear_probe())
     pipeline.fit(_features(model, base, data, train, precision), train.targets)
     predictions: list[Any] = pipeline.predict(_features(model, base, data, data.dev, precision)).tolist()
     return predictions

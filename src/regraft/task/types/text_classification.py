@@ -125,7 +125,7 @@ class TextClassification(TextTask):
         """Say which predictions are the true class."""
         return [bool(target == guess) for target, guess in zip(targets.tolist(), predictions, strict=True)]
 
-    def estimator(self) -> Any:
+    def linear_probe(self) -> Any:
         """Return a logistic regression; see `Task.estimator`."""
         from sklearn.linear_model import LogisticRegression
 

@@ -276,7 +276,7 @@ class Task(BaseModel, ABC):
         """
 
     @abstractmethod
-    def estimator(self) -> Any:
+    def linear_probe(self) -> Any:
         """Return a linear model of features, as scikit-learn has them, that a base is probed with."""
 
     def comparison_views(
