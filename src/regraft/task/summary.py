@@ -80,7 +80,7 @@ def doubts(data: TaskData) -> list[str]:
         A sentence for each: labels that look alike or stand for missing ones, a dev or test split that is tiny or of a
         single class, texts of test that are in train too.
     """
-    labels = data.task.doubts(data.labels) if data.labelled else []
+    labels = data.task.label_warnings(data.labels) if data.labelled else []
     sentences = [f"{data.train.source}: {doubt}" for doubt in labels]
     for split in (data.dev, data.test):
         if split is not None and (why := weakness(data, split)):

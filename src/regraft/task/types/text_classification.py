@@ -99,7 +99,7 @@ class TextClassification(TextTask):
         calibrations = {name: calibration(of.confidence, of.right) for name, of in sides if of.confidence is not None}
         return class_views(per_class(targets.tolist(), old.right, new.right, labels), calibrations)
 
-    def doubts(self, labels: Sequence[str]) -> list[str]:
+    def label_warnings(self, labels: Sequence[str]) -> list[str]:
         """Find labels that look alike, or stand for missing ones; see `Task.doubts`."""
         sentences = []
         for group in lookalikes(labels):

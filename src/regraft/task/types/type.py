@@ -295,7 +295,7 @@ class Task(BaseModel, ABC):
         """
         return ()
 
-    def doubts(self, labels: Sequence[str]) -> list[str]:
+    def label_warnings(self, labels: Sequence[str]) -> list[str]:
         """Find what makes the labels of a task doubtful.
 
         Args:
