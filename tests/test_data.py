@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from regraft.diagnosis.verdict import verdict
 from regraft.errors import DataError, MismatchError
 from regraft.methods.target import Target
-from regraft.task import Split, Task, TaskData, TextClassification, doubts, load_data, read_task, weakness
+from regraft.task import Split, Task, TaskData, TextClassification, data_warnings, load_data, read_task, weakness
 from regraft.task.data import Split as SplitOfBefore
 from regraft.task.delimited import read_delimited
 from regraft.task.types.class_metrics import ACCURACY
@@ -379,11 +379,11 @@ def test_labels_that_look_alike_or_missing_are_pointed_out(tmp_path: Path, caplo
     (tmp_path / "a.json").write_text(json.dumps(rows))
     with caplog.at_level(logging.WARNING):
         data = load_data(task(str(tmp_path / "a.json")), seed=0)
-    alike, accents, missing = doubts(data)
+    alike, accents, missing = data_warnings(data)
     assert "'posi\\u200btive'" in alike and "'Positive'" in alike and "'positive '" in alike
     assert "'caf\\xe9'" in accents and "'cafe\\u0301'" in accents
     assert "'N/A' reads as a missing value" in missing
-    assert [record.getMessage() for record in caplog.records] == doubts(data)
+    assert [record.getMessage() for record in caplog.records] == data_warnings(data)
     listed = task(str(tmp_path / "a.json"), labels=["positive", "caf\u00e9", "N/A", "fine"])
     with pytest.raises(DataError, match=r"'Positive' is not among .* differs from 'positive' only in case"):
         read_task(listed)
@@ -407,9 +407,9 @@ def test_control_characters_of_labels_do_not_reach_the_terminal(tmp_path: Path) 
 
 def test_tiny_and_single_class_splits_are_doubted() -> None:
     tiny, single, large = (data_of(("a", "b"), [0, 1] * 9, dev) for dev in ([1], [1] * 20, [0, 1] * 10))
-    assert "dev has 1 example, too few" in doubts(tiny)[0]
-    assert "examples of a single class" in doubts(single)[0]
-    assert doubts(large) == []
+    assert "dev has 1 example, too few" in data_warnings(tiny)[0]
+    assert "examples of a single class" in data_warnings(single)[0]
+    assert data_warnings(large) == []
     assert SplitOfBefore is Split
 
 

@@ -28,7 +28,7 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
     from rich.table import Table
 
     from regraft.cli.show import console
-    from regraft.task import Task, chance_score, doubts, read_task, summarise
+    from regraft.task import Task, chance_score, data_warnings, read_task, summarise
 
     data = read_task(Task.load(file))
     splits = (data.dev, data.test) if data.labelled else ()
@@ -51,5 +51,5 @@ def check(file: Annotated[Path, typer.Argument(help="The task file (YAML).", met
     console.print(f"metric {data.metric}, max_length {data.max_length} tokens, {outputs}{unlabelled}")
     if data.dev.source == data.train.source:
         console.print("dev is held out of train; name a file of it under `dev` to choose it yourself")
-    for doubt in doubts(data):
+    for doubt in data_warnings(data):
         console.print(f"[yellow]{escape(doubt)}[/]")

@@ -7,7 +7,7 @@ from regraft.task.read import load_data, read_task
 from regraft.task.score import chance_score, find_metric, flips, score
 from regraft.task.source import HubSplit
 from regraft.task.split import Split
-from regraft.task.summary import SplitSummary, doubts, summarise, weakness
+from regraft.task.summary import SplitSummary, data_warnings, summarise, weakness
 from regraft.task.types import Head, Task, TextClassification
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "chance_score",
     "count_flips",
     "deviation",
-    "doubts",
+    "data_warnings",
     "find_metric",
     "flips",
     "load_data",

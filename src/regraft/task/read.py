@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from regraft.task.data import TaskData, duplicates
 from regraft.task.sample import hold_out
 from regraft.task.source import read_table
-from regraft.task.summary import doubts
+from regraft.task.summary import data_warnings
 from regraft.task.types import Task
 
 if TYPE_CHECKING:
@@ -60,6 +60,6 @@ def load_data(task: Task | TaskData | str | Path, seed: int) -> TaskData:
     if isinstance(task, TaskData):
         return task
     data = read_task(task if isinstance(task, Task) else Task.load(task), seed)
-    for doubt in doubts(data):
+    for doubt in data_warnings(data):
         log.warning("%s", doubt)
     return data

@@ -70,7 +70,7 @@ def _summary(split: Split, data: TaskData) -> SplitSummary:
     )
 
 
-def doubts(data: TaskData) -> list[str]:
+def data_warnings(data: TaskData) -> list[str]:
     """Find what makes the scores of a task doubtful.
 
     Args:
