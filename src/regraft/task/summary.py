@@ -107,4 +107,4 @@ def weakness(data: TaskData, split: Split) -> str | None:
     if len(split) < FEW:
         plural = "s" if len(split) > 1 else ""
         return f"{len(split)} example{plural}, too few to tell models apart: use {FEW} or more, better hundreds"
-    return data.task.one_sided(split.targets) if data.labelled else None
+    return data.task.target_weakness(split.targets) if data.labelled else None

@@ -131,8 +131,8 @@ class TextClassification(TextTask):
 
         return LogisticRegression(C=0.01, max_iter=1000)
 
-    def one_sided(self, targets: Targets) -> str | None:
-        """Say so where all examples are of one class; see `Task.one_sided`."""
+    def target_weakness(self, targets: Targets) -> str | None:
+        """Say so where all examples are of one class; see `Task.target_weakness`."""
         if len(set(targets.tolist())) > 1:
             return None
         return (

@@ -325,7 +325,7 @@ class Task(BaseModel, ABC):
         """
         raise DataError(f"{text!r:.60}: a {self.type} task reads no plain text. Learn from its own examples.")
 
-    def one_sided(self, targets: Targets) -> str | None:
+    def target_weakness(self, targets: Targets) -> str | None:
         """Say why scores on some targets settle nothing, however many there are.
 
         Args:
