@@ -227,7 +227,7 @@ def test_query_heads_that_share_keys(data, tmp_path):
 def test_virtual_tokens_and_bottlenecks(opened, data, tmp_path, architecture, kind):
     old, new = opened[architecture]
     path = adapt(old, kind, tmp_path / "old")
-    data = data.with_room(load_adaptation(path).virtual_tokens, old.longest)
+    data = data.with_virtual_tokens(load_adaptation(path).virtual_tokens, old.longest)
     first, second = load(path, old), load(path, new)
     same = similarity(first, load(path, old), old, data, texts=10)
     assert flat(same.divergence).max() == 0 and same.kl == 0

@@ -132,7 +132,7 @@ def load_pair(
     upgrade = with_own_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
     data.require_labels("check")
-    data = match_labels(adaptation, data.with_room(adaptation.virtual_tokens, upgrade.new.longest))
+    data = match_labels(adaptation, data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.longest))
     upgrade.check_finite()
     old = check_compatibility(adaptation, upgrade, data.head)
     effect = check_effect(old, adaptation, upgrade.old, data)

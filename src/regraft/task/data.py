@@ -77,7 +77,7 @@ class TaskData:
         """
         return dataclasses.replace(self, task=self.task.model_copy(update=keys))
 
-    def with_room(self, tokens: int, longest: int) -> TaskData:
+    def with_virtual_tokens(self, tokens: int, longest: int) -> TaskData:
         """Cut inputs so that virtual tokens fit in front of them.
 
         Args:
