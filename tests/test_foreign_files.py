@@ -259,7 +259,7 @@ def test_a_tokenizer_without_padding_token_still_makes_batches(tmp_path, copied,
 
     source = bases[architecture][0]
     data = load_data(task_file, 0)
-    expected = encode(Base.open(source), data.changed(max_length=32), data.dev)
+    expected = encode(Base.open(source), data.with_settings(max_length=32), data.dev)
     for changes in (
         {"pad_token": ...},
         {"pad_token": ..., "eos_token": ...},
@@ -267,7 +267,7 @@ def test_a_tokenizer_without_padding_token_still_makes_batches(tmp_path, copied,
         {"pad_token": "[PAD]"},  # added, and the embeddings were never resized
     ):
         base = Base.open(copied(source, "tokenizer_config.json", **changes))
-        found = encode(base, data.changed(max_length=32), data.dev)
+        found = encode(base, data.with_settings(max_length=32), data.dev)
         assert found.columns["input_ids"] == expected.columns["input_ids"]
         assert 0 <= found.pad["input_ids"] < base.rows
         assert found.batch([0, 1])["attention_mask"].equal(expected.batch([0, 1])["attention_mask"])

@@ -194,7 +194,7 @@ def test_figures_of_weights_by_hand(place, plan, done):
     assert run["majority"] in (labels.count(0) / 40, labels.count(1) / 40)
     # 2: the loss at the ends is the deployments' own, and the barrier the excess in the middle
     base, data = Base.open(kept.base(2)), load_data(kept.task_file("mood"), 0)
-    texts = encode(base, data.changed(max_length=16), data.test)
+    texts = encode(base, data.with_settings(max_length=16), data.test)
     line = next(r for r in results(place, "2-connectivity")["runs"] if (r["second"], r["seed"]) == (2, 20))
     loss = torch.nn.functional.cross_entropy(
         logits_of(kept.tuned("mood", "full", 2, 20), base, texts), torch.tensor(data.test.labels).long()

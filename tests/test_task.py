@@ -429,11 +429,11 @@ def test_the_digest_is_of_the_content_alone_and_fixed_for_all_time() -> None:
     data = data_of([0, 1, 2])
     assert data.digest() == "a180bd6cca648023d34fff1bce7c1aea975b63df061405ff7c0b223f2c2fe727"
     elsewhere = dataclasses.replace(data.train, source="b", rows=data.dev.rows)
-    moved = dataclasses.replace(data.changed(name="other"), train=elsewhere)
+    moved = dataclasses.replace(data.with_settings(name="other"), train=elsewhere)
     assert moved.digest() == data.digest()
     changes = {"labels": ("a", "b", "x"), "test": data.dev, "dev": data.train}
     changed = [dataclasses.replace(data, **{key: value}).digest() for key, value in changes.items()]  # type: ignore[arg-type]
-    changed += [data.changed(metric="mcc").digest(), data.changed(max_length=64).digest()]
+    changed += [data.with_settings(metric="mcc").digest(), data.with_settings(max_length=64).digest()]
     assert len({data.digest(), *changed}) == 6
 
 

@@ -144,7 +144,7 @@ def test_predict_is_the_plain_forward_in_the_examples_order(opened, task_file, a
     data = load_data(task_file, 20)
     model = fresh_model(base, data.head, seed=1).train()
     split = data.test.take(range(70))
-    logits = predict(model, encode(base, data.changed(max_length=32), split), "fp32")
+    logits = predict(model, encode(base, data.with_settings(max_length=32), split), "fp32")
     assert model.training
     model.eval()
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_the_teacher_computes_each_wanted_example_once(opened, tuned, task_file,
     base = opened[architecture]
     data = load_data(task_file, 20)
     teacher = load_model(load_adaptation(tuned[architecture, "full"]), base, data.head)
-    data = data.changed(max_length=32)
+    data = data.with_settings(max_length=32)
     examples = encode(base, data, data.train)
     wanted = np.array([5, 3, 5, 200, 3, 77])
     seen = []
@@ -331,6 +331,6 @@ def test_the_model_is_left_with_its_best_weights(opened, task_file, tmp_path):
     recipe = Recipe(steps=30, eval_every=3, learning_rate=0.02, precision="fp32").resolve(len(data.train), 1.0)
     model = fresh_model(base, data.head, seed=1)
     curve = tune_model(model, base, data, recipe, tmp_path, silent)
-    found = predict(model, encode(base, data.changed(max_length=32), data.dev), "fp32").argmax(dim=1).numpy()
+    found = predict(model, encode(base, data.with_settings(max_length=32), data.dev), "fp32").argmax(dim=1).numpy()
     assert (found == data.dev.labels).mean() == pytest.approx(max(point["score"] for point in curve))
     assert [point["step"] for point in curve] == list(range(0, 31, 3))

@@ -165,7 +165,7 @@ def similarity(
     likelihood = data.likelihood
     pair, unrelated = Comparison(likelihood, every_head=True), Comparison(likelihood, every_head=False)
     short = int(np.abs(examples.lengths - SHOWN).argmin())
-    clipped = data.changed(max_length=min(data.max_length, SHOWN))
+    clipped = data.with_settings(max_length=min(data.max_length, SHOWN))
     text = Deployment(first, base, clipped, precision).examples(split.take([short]))
     with attending(first, second, control):
         config = classifier_of(first).config

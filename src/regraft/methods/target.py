@@ -175,7 +175,7 @@ def pseudo_labelled(job: Job) -> TaskData:
         dataclasses.replace(split, targets=task.as_targets(old.predictions(split)))
         for split in (job.data.train, job.data.dev)
     )
-    agreement = job.data.changed(metric=task.metrics[0].name)
+    agreement = job.data.with_settings(metric=task.metrics[0].name)
     return dataclasses.replace(agreement, train=train, dev=dev, labelled=True)
 
 

@@ -69,7 +69,7 @@ class TaskData:
         """What a model's outputs are a distribution over."""
         return self.task.likelihood_for(self.train.targets)
 
-    def changed(self, **keys: Any) -> TaskData:
+    def with_settings(self, **keys: Any) -> TaskData:
         """Return the same examples of a task that declares other keys.
 
         Args:
@@ -87,7 +87,7 @@ class TaskData:
         Returns:
             The task, with a smaller `max_length` where that is needed.
         """
-        return self.changed(max_length=min(self.max_length, longest - tokens)) if tokens else self
+        return self.with_settings(max_length=min(self.max_length, longest - tokens)) if tokens else self
 
     def require_labels(self, what: str) -> None:
         """Refuse what labels are needed for where there are none.
