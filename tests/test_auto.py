@@ -66,7 +66,7 @@ def test_a_score_that_falls_leads_to_the_same_choices():
         "error",
         lambda true, predicted: csr_array(np.stack([(true - predicted) ** 2.0, np.ones(len(true))], axis=1)),
         lambda sums: np.sqrt(sums[:, 0] / sums[:, 1]),
-        rises=False,
+        higher_is_better=False,
         is_bounded=False,
     )
     labels = np.arange(400) % 2

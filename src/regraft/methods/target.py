@@ -145,7 +145,7 @@ def set_target(job: Job, tolerance: float, confidence: float, target: float | No
         gain = paired_difference(metric, targets, record["probes"][1], record["probes"][0], confidence=confidence)
     if target is None:
         better = gain.estimate if gain and gain.low > 0 else 0.0
-        target = old + better if metric.rises else old - better
+        target = old + better if metric.higher_is_better else old - better
     floor = chance_score(job.data, job.data.dev)
     return Target(
         metric,

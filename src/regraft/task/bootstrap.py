@@ -70,7 +70,7 @@ def paired_difference(
     if not 0.5 <= confidence < 1:
         raise RecipeError(f"the confidence is from 0.5 to below 1, found {confidence}.")
     one, other = resampled_scores(metric, labels, [predictions, reference], seed=seed)
-    estimate, *differences = one - other if find_metric(metric).rises else other - one
+    estimate, *differences = one - other if find_metric(metric).higher_is_better else other - one
     low, high = np.quantile(differences, [1 - confidence, confidence])
     return Interval(float(estimate), float(low), float(high))
 

@@ -51,7 +51,7 @@ class Metric:
 
     name: str
     measure: Callable[[Targets, Targets], Measured]
-    rises: bool = True
+    higher_is_better: bool = True
     is_bounded: bool = True
 
     def merit(self, score: Score) -> Score:
@@ -60,7 +60,7 @@ class Metric:
         Args:
             score: The score, or an array of them.
         """
-        return score if self.rises else -score
+        return score if self.higher_is_better else -score
 
     def gain(self, score: float, reference: float) -> float:
         """Return by how much a score is better than a reference.
@@ -69,7 +69,7 @@ class Metric:
             score: The score.
             reference: The other one.
         """
-        return score - reference if self.rises else reference - score
+        return score - reference if self.higher_is_better else reference - score
 
     def share(self, share: float, floor: float, reference: float) -> float:
         """Return how large a difference is that is named as a share.
