@@ -76,7 +76,7 @@ def test_a_score_that_falls_leads_to_the_same_choices():
     found = verdict(error, labels, old, new, np.sqrt(0.5))
     assert (found.choice, found.predicted) == ("use as is", pytest.approx(0.96, abs=0.01))
     assert "+0.5 [-0.1, +1]" in verdict(error, labels, old, new, 0.7, gain=Interval(0.5, -0.1, 1)).reasons[3].value
-    share = error.share(0.01, np.sqrt(0.5), np.sqrt(0.1))
+    share = error.share_to_difference(0.01, np.sqrt(0.5), np.sqrt(0.1))
     assert share == pytest.approx(0.01 * (np.sqrt(0.5) - np.sqrt(0.1)))
     bar = Target(error, labels.tolist(), old.tolist(), 0.316, 0.707, 0.316, None, share, 0.9, None)
     assert (bar.measure(labels)["verdict"], bar.measure(1 - labels)["verdict"]) == ("passes", "fails")

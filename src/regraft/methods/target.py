@@ -155,7 +155,7 @@ def set_target(job: Job, tolerance: float, confidence: float, target: float | No
         floor,
         target,
         gain,
-        metric.share(tolerance, floor, old),
+        metric.share_to_difference(tolerance, floor, old),
         confidence,
         weakness(job.data, job.data.dev),
     )

@@ -71,7 +71,7 @@ class Metric:
         """
         return score - reference if self.higher_is_better else reference - score
 
-    def share(self, share: float, floor: float, reference: float) -> float:
+    def share_to_difference(self, share: float, floor: float, reference: float) -> float:
         """Return how large a difference is that is named as a share.
 
         Args:
@@ -154,7 +154,7 @@ def recovery(value: float, floor: float, reference: float, metric: Metric | None
     """
     gain, headroom = reference - floor, HEADROOM
     if metric is not None:
-        gain, headroom = metric.gain(reference, floor), metric.share(HEADROOM, floor, reference)
+        gain, headroom = metric.gain(reference, floor), metric.share_to_difference(HEADROOM, floor, reference)
     return (value - floor) / (reference - floor) if gain >= headroom and gain > 0 else None
 
 
