@@ -10,7 +10,7 @@ from targets import targets
 
 from regraft.checkpoint import write_atomic
 from regraft.errors import OutcomeError
-from regraft.task import HEADROOM
+from regraft.task import MIN_HEADROOM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -214,7 +214,7 @@ def _tuned(results: dict[str, Any], about: dict[str, Any]) -> list[str]:
             f"{100 * statistics.fmean(run['negative_flips'] for run in runs):.1f}",
             f"{statistics.fmean(run['seconds'] for run in runs):.0f}",
         ])  # fmt: skip
-    low = [run for run in select(results["runs"], regime=regime, entry="scratch") if run["headroom"] < HEADROOM]
+    low = [run for run in select(results["runs"], regime=regime, entry="scratch") if run["headroom"] < MIN_HEADROOM]
     apart = f" {len(low)} runs of cells where scratch gains less than 3 points have no recovery." if low else ""
     between = f"; between two seeds of scratch {100 * floor:.1f} %" if floor is not None else ""
     head = [

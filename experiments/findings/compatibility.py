@@ -14,7 +14,7 @@ from findings.experiment import Cell, Experiment, Page, tell
 from findings.settings import Settings, Tasks
 from findings.store import Tuning
 from regraft.diagnosis import compatibility, load_pair
-from regraft.task import HEADROOM
+from regraft.task import MIN_HEADROOM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -149,14 +149,14 @@ LABELS = {"outdated": "tuned on M_0, put on", "tuned": "tuned on", "agreement": 
 def _findings(means: dict[tuple[str, str, int], _Means]) -> tuple[Any, ...]:
     later = {place: one for place, one in means.items() if place[2]}
     shares = [(one.outdated - one.majority) / (one.tuned - one.majority) for one in later.values()
-              if one.tuned - one.majority >= HEADROOM]  # fmt: skip
+              if one.tuned - one.majority >= MIN_HEADROOM]  # fmt: skip
     median = f"median {100 * statistics.median(shares):.0f} % of that gain" if shares else ""
     gaps = [100 * (one.tuned - one.outdated) for one in later.values()]
     losses, falls = [], []
     for task, kind in dict.fromkeys(place[:2] for place in means):
         along = [one for place, one in sorted(means.items()) if place[:2] == (task, kind)]
         room, last = along[0].outdated - along[0].majority, along[-1].outdated
-        if len(along) > 1 and room >= HEADROOM:
+        if len(along) > 1 and room >= MIN_HEADROOM:
             losses.append(100 * (along[0].outdated - last) / room / (len(along) - 1))
             falls.append(last < along[0].outdated)
     lost = f"median {statistics.median(losses):.1f} % a hop, at most {max(losses):.1f} %" if losses else ""

@@ -2,7 +2,7 @@
 
 from regraft.task.bootstrap import Interval, paired_difference
 from regraft.task.data import TaskData
-from regraft.task.metric import HEADROOM, Flips, Metric, count_flips, deviation, recovery
+from regraft.task.metric import MIN_HEADROOM, Flips, Metric, count_flips, deviation, recovery
 from regraft.task.read import load_data, read_task
 from regraft.task.score import chance_score, find_metric, flips, score
 from regraft.task.source import HubSplit
@@ -11,7 +11,7 @@ from regraft.task.summary import SplitSummary, data_warnings, summarise, weaknes
 from regraft.task.types import Head, Task, TextClassification
 
 __all__ = [
-    "HEADROOM",
+    "MIN_HEADROOM",
     "Flips",
     "Head",
     "HubSplit",

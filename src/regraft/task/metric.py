@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Score = TypeVar("Score", float, "Floats")
 
-HEADROOM = 0.03  # where a reference is less than this above guessing, a share of its gain says nothing
+MIN_HEADROOM = 0.03  # where a reference is less than this above guessing, a share of its gain says nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +150,11 @@ def recovery(value: float, floor: float, reference: float, metric: Metric | None
         metric: What they are scores by; None for one that rises and that 1 bounds.
 
     Returns:
-        The share, clipped neither at 0 nor at 1; None where the reference gains less than `HEADROOM`, or nothing.
+        The share, clipped neither at 0 nor at 1; None where the reference gains less than `MIN_HEADROOM`, or nothing.
     """
-    gain, headroom = reference - floor, HEADROOM
+    gain, headroom = reference - floor, MIN_HEADROOM
     if metric is not None:
-        gain, headroom = metric.gain(reference, floor), metric.share_to_difference(HEADROOM, floor, reference)
+        gain, headroom = metric.gain(reference, floor), metric.share_to_difference(MIN_HEADROOM, floor, reference)
     return (value - floor) / (reference - floor) if gain >= headroom and gain > 0 else None
 
 
