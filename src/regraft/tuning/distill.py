@@ -137,7 +137,7 @@ def teacher_loss(
         divergence = divergence * weights[:, None]
         apart = apart * weights[:, None, None] if apart is not None else None
     count = len(logits) if options.kl_reduction == "batchmean" else logits.numel()
-    loss = options.alpha * likelihood.softening(options.temperature) * (divergence.sum() / count)
+    loss = options.alpha * likelihood.gradient_scale(options.temperature) * (divergence.sum() / count)
     return loss if apart is None else loss + options.beta * 0.5 * apart.mean()
 
 

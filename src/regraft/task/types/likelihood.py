@@ -108,7 +108,7 @@ class Likelihood(Protocol):
             targets: A target a row.
         """
 
-    def softening(self, temperature: float) -> float:
+    def gradient_scale(self, temperature: float) -> float:
         """Return what makes the gradients of a softened divergence as large as those of one that is not.
 
         Args:
@@ -173,7 +173,7 @@ class Categorical:
         """Compare classes; see `Likelihood`."""
         return self.predict(logits) == targets
 
-    def softening(self, temperature: float) -> float:
+    def gradient_scale(self, temperature: float) -> float:
         """Return T² (Hinton et al., 2015, arXiv:1503.02531); see `Likelihood`."""
         return temperature**2
 
