@@ -369,7 +369,7 @@ def test_label_free_reads_no_label(tmp_path, far, adaptations, task_file, data, 
 def test_closeness_is_the_overlap_of_probabilities():
     one, other = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.75, 0.25], [0.9, 0.1]])
     assert CATEGORICAL.overlap(one.log(), Signal(other.log())).tolist() == pytest.approx([0.75, 1])
-    divergence = CATEGORICAL.divergence(one.log(), Signal(other.log())).sum(dim=1)
+    divergence = CATEGORICAL.divergence_terms(one.log(), Signal(other.log())).sum(dim=1)
     assert divergence.tolist() == pytest.approx([0.75 * np.log(1.5) + 0.25 * np.log(0.5), 0], abs=1e-7)
     certain = 50 * torch.eye(3)
     assert CATEGORICAL.overlap(certain, Signal(certain[[0, 1, 0]])).tolist() == pytest.approx([1, 1, 0])

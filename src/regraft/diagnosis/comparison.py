@@ -133,7 +133,7 @@ class Comparison:
             for total, (a, b) in zip(self._products, ((p, q), (p, p), (q, q)), strict=True):
                 total[layer] += (a * b).sum(dim=(1, 2)).cpu().double()
         likelihood, (one, other) = self._likelihood, (seen.outputs.cpu().double() for seen in (first, second))
-        self.kl += max(0.0, float(likelihood.divergence(other, likelihood.signal(one)).sum()))
+        self.kl += max(0.0, float(likelihood.divergence_terms(other, likelihood.signal(one)).sum()))
         self.agreed += int((likelihood.predict(one) == likelihood.predict(other)).sum())
         self.outputs += len(one)
         self._rows += int(real.sum())

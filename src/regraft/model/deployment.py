@@ -155,7 +155,7 @@ class Deployment:
             many rows they agree); and the mean of KL(other ‖ this one) in nats.
         """
         likelihood, outputs = self.data.likelihood, self.outputs(split)
-        divergence = likelihood.divergence(outputs, signal).sum() / len(outputs)
+        divergence = likelihood.divergence_terms(outputs, signal).sum() / len(outputs)
         return float(likelihood.overlap(outputs, signal).mean()), float(divergence)
 
     def _targets(self, split: Split) -> torch.Tensor:

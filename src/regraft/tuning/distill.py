@@ -126,7 +126,7 @@ def teacher_loss(
 
     logits, rows, targets = output.logits, batch["row"].cpu(), batch["targets"]
     signal = taught.signal.take(rows, logits)
-    divergence = likelihood.divergence(logits, signal, options.temperature)
+    divergence = likelihood.divergence_terms(logits, signal, options.temperature)
     apart = None
     if options.beta:
         apart = functional.mse_loss(output.states(), taught.hidden[rows].to(logits), reduction="none")

@@ -52,7 +52,7 @@ class Likelihood(Protocol):
             logits: The teacher's, rows × outputs.
         """
 
-    def divergence(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
+    def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
         """Compute the terms of KL(teacher ‖ student), both softened; their sum over a row is its divergence.
 
         Args:
@@ -137,7 +137,7 @@ class Categorical:
         """Return all logits; see `Likelihood`."""
         return Signal(logits)
 
-    def divergence(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
+    def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
         """Compute p_t·(log p_t − log p_s) for each class; see `Likelihood`."""
         from torch.nn import functional
 
