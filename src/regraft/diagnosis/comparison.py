@@ -10,7 +10,7 @@ from regraft.errors import MismatchError
 if TYPE_CHECKING:
     import torch
 
-    from regraft.model.attention import Seen
+    from regraft.model.attention import Activations
     from regraft.task.types import Likelihood
 
 
@@ -104,7 +104,7 @@ class Comparison:
         self._moments: dict[int, Moments] = {}
         self._cka: list[float] = []
 
-    def add(self, first: Seen, second: Seen, real: torch.Tensor) -> None:
+    def add(self, first: Activations, second: Activations, real: torch.Tensor) -> None:
         """Add a batch.
 
         Args:
@@ -138,7 +138,7 @@ class Comparison:
         self.outputs += len(one)
         self._rows += int(real.sum())
 
-    def add_hidden(self, first: Seen, second: Seen, real: torch.Tensor, layers: range) -> None:
+    def add_hidden(self, first: Activations, second: Activations, real: torch.Tensor, layers: range) -> None:
         """Add some layers' hidden states of a batch.
 
         Args:
@@ -181,7 +181,7 @@ def _entropy(rows: torch.Tensor) -> torch.Tensor:
     return entropy
 
 
-def _check_alike(first: Seen, second: Seen) -> None:
+def _check_alike(first: Activations, second: Activations) -> None:
     shapes = [
         [tuple(maps.shape[1:]) for maps in seen.attention]
         + [(seen.hidden[0].shape[-1], len(seen.hidden), seen.outputs.shape[1])]

@@ -10,7 +10,7 @@ from regraft.diagnosis.comparison import Comparison
 from regraft.diagnosis.question import Question
 from regraft.errors import RecipeError
 from regraft.model import Deployment
-from regraft.model.attention import Seen, attending, batches, look, random_model
+from regraft.model.attention import Activations, attending, batches, look, random_model
 from regraft.model.outputs import classifier_of
 from regraft.progress import Progress, silent
 
@@ -228,7 +228,7 @@ def _choose(divergences: Sequence[float], count: int) -> list[int]:
     return [order[rank] for rank in list(ranks)[:count]]
 
 
-def _map(place: int, divergences: torch.Tensor, tokens: tuple[str, ...], both: Sequence[Seen]) -> Map:
+def _map(place: int, divergences: torch.Tensor, tokens: tuple[str, ...], both: Sequence[Activations]) -> Map:
     layer, head = divmod(place, divergences.shape[1])
     old, new = (_rounded(seen.attention[layer][0, head, :, -len(tokens) :].tolist()) for seen in both)
     return Map(layer, head, float(divergences[layer, head]), tokens, old, new)

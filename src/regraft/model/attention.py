@@ -23,7 +23,7 @@ CELLS = 1 << 24  # of attention maps held at once, for each model
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Activations:
     """What a model did on a batch of texts.
 
     Args:
@@ -37,7 +37,7 @@ class Seen:
     outputs: torch.Tensor
 
 
-def look(model: Any, inputs: Mapping[str, torch.Tensor], precision: str) -> Seen:
+def look(model: Any, inputs: Mapping[str, torch.Tensor], precision: str) -> Activations:
     """Run a classifier of any kind on a batch and keep what it does; virtual tokens' own rows are left out.
 
     Args:
@@ -80,7 +80,7 @@ def look(model: Any, inputs: Mapping[str, torch.Tensor], precision: str) -> Seen
             "predicts instead."
         )
     tokens = inputs["attention_mask"].shape[1]
-    return Seen(
+    return Activations(
         tuple(maps[:, :, -tokens:].float() for maps in attention),
         tuple(states[:, -tokens:].float() for states in output.hidden),
         output.logits,
