@@ -10,7 +10,7 @@ from regraft.diagnosis.comparison import Comparison
 from regraft.diagnosis.question import Question
 from regraft.errors import RecipeError
 from regraft.model import Deployment
-from regraft.model.attention import Activations, attending, batches, look, random_model
+from regraft.model.attention import Activations, attending, batches, random_model, record_activations
 from regraft.model.outputs import classifier_of
 from regraft.progress import Progress, silent
 
@@ -174,9 +174,9 @@ def similarity(
         for start in range(0, states, at_once):
             for indices in batches(examples, config):
                 inputs = _inputs(examples, indices, first)
-                real, seen = inputs["attention_mask"].bool(), look(first, inputs, precision)
+                real, seen = inputs["attention_mask"].bool(), record_activations(first, inputs, precision)
                 for comparison, model in ((pair, second), (unrelated, control)):
-                    other = look(model, inputs, precision)
+                    other = record_activations(model, inputs, precision)
                     if not start:
                         comparison.add(seen, other, real)
                     comparison.add_hidden(seen, other, real, range(start, start + at_once))
@@ -184,7 +184,7 @@ def similarity(
                 progress("similarity", done, len(examples) * -(-states // at_once), {})
             pair.finish_layers()
             unrelated.finish_layers()
-        both = [look(model, _inputs(text, [0], model), precision) for model in (first, second)]
+        both = [record_activations(model, _inputs(text, [0], model), precision) for model in (first, second)]
     matched = pair.divergences.diagonal(dim1=1, dim2=2)
     tokens = tuple(base.tokenizer.convert_ids_to_tokens(text.columns["input_ids"][0]))
     return Similarity(

@@ -37,7 +37,7 @@ class Activations:
     outputs: torch.Tensor
 
 
-def look(model: Any, inputs: Mapping[str, torch.Tensor], precision: str) -> Activations:
+def record_activations(model: Any, inputs: Mapping[str, torch.Tensor], precision: str) -> Activations:
     """Run a classifier of any kind on a batch and keep what it does; virtual tokens' own rows are left out.
 
     Args:
