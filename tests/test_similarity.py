@@ -151,7 +151,7 @@ def test_figures_are_those_of_a_naive_loop_over_texts(attentive, data, opened, t
     examples = encode(base, data, data.test.take(ids))
     assert found.texts == len(ids)
     diverged, rows, logits, states = torch.zeros(2, 4, 4).double(), 0, [], []
-    with attention.attending(model, other):
+    with attention.eager_attention(model, other):
         for i in range(len(ids)):
             inputs = inputs_of(examples.batch([i]))
             with torch.no_grad():

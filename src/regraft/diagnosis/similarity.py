@@ -10,7 +10,7 @@ from regraft.diagnosis.comparison import Comparison
 from regraft.diagnosis.question import Question
 from regraft.errors import RecipeError
 from regraft.model import Deployment
-from regraft.model.attention import Activations, attending, batches, random_model, record_activations
+from regraft.model.attention import Activations, batches, eager_attention, random_model, record_activations
 from regraft.model.outputs import classifier_of
 from regraft.progress import Progress, silent
 
@@ -167,7 +167,7 @@ def similarity(
     short = int(np.abs(examples.lengths - SHOWN).argmin())
     clipped = data.with_settings(max_length=min(data.max_length, SHOWN))
     text = Deployment(first, base, clipped, precision).examples(split.take([short]))
-    with attending(first, second, control):
+    with eager_attention(first, second, control):
         config = classifier_of(first).config
         at_once = max(1, MOMENT_BYTES // (2 * 3 * 4 * config.hidden_size**2))
         states, done = config.num_hidden_layers + 1, 0

@@ -88,7 +88,7 @@ def record_activations(model: Any, inputs: Mapping[str, torch.Tensor], precision
 
 
 @contextlib.contextmanager
-def attending(*models: Any) -> Iterator[None]:
+def eager_attention(*models: Any) -> Iterator[None]:
     """Make models compute attention maps that can be looked at, in evaluation mode; both are restored afterwards.
 
     Args:
