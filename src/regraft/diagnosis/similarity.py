@@ -10,7 +10,7 @@ from regraft.diagnosis.comparison import Comparison
 from regraft.diagnosis.question import Question
 from regraft.errors import RecipeError
 from regraft.model import Deployment
-from regraft.model.attention import Activations, batches, eager_attention, random_model, record_activations
+from regraft.model.attention import Activations, attention_batches, eager_attention, random_model, record_activations
 from regraft.model.outputs import classifier_of
 from regraft.progress import Progress, silent
 
@@ -172,7 +172,7 @@ def similarity(
         at_once = max(1, MOMENT_BYTES // (2 * 3 * 4 * config.hidden_size**2))
         states, done = config.num_hidden_layers + 1, 0
         for start in range(0, states, at_once):
-            for indices in batches(examples, config):
+            for indices in attention_batches(examples, config):
                 inputs = _inputs(examples, indices, first)
                 real, seen = inputs["attention_mask"].bool(), record_activations(first, inputs, precision)
                 for comparison, model in ((pair, second), (unrelated, control)):

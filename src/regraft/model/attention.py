@@ -106,7 +106,7 @@ def eager_attention(*models: Any) -> Iterator[None]:
         yield
 
 
-def batches(examples: Examples, config: Any) -> Iterator[list[int]]:
+def attention_batches(examples: Examples, config: Any) -> Iterator[list[int]]:
     """Part examples into batches whose attention maps fit in bounded memory, the longest first.
 
     Args:
