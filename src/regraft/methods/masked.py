@@ -76,14 +76,14 @@ def graft_masked(job: Job, options: Masking) -> None:
 def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
     """Compute the gradient of the mean loss, by the name that `write_transform` calls a tensor of the body."""
     from regraft.model import device
-    from regraft.model.batches import BATCH
+    from regraft.model.batches import BATCH_SIZE
     from regraft.model.outputs import forward
 
     examples = job.deploy(model).examples(evidence.split)
     model.eval().requires_grad_(True)
     count = len(examples)
-    for start in range(0, count, BATCH):
-        end = min(start + BATCH, count)
+    for start in range(0, count, BATCH_SIZE):
+        end = min(start + BATCH_SIZE, count)
         batch = {name: tensor.to(device()) for name, tensor in examples.batch(range(start, end)).items()}
         losses: Any = evidence.losses(forward(model, batch).logits, batch["targets"], batch["row"].cpu())
         (losses.sum() / len(examples.targets)).backward()

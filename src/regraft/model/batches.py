@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regraft.progress import Progress
     from regraft.task.types import Examples
 
-BATCH = 64
+BATCH_SIZE = 64
 # architectures in which what fills up a batch reaches the texts past the attention mask: by convolutions over
 # neighbouring tokens, pooling, Fourier transforms, or approximate attention over blocks and hashes
 MIXING = {"canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "yoso"}
@@ -40,7 +40,7 @@ def plan_batches(model: nn.Module, examples: Examples, *, equal: bool = False) -
     order = sorted(range(len(examples)), key=lambda index: -lengths[index])
     equal = equal or classifier_of(model).config.model_type in MIXING
     groups = [list(group) for _, group in itertools.groupby(order, lambda index: lengths[index] if equal else 0)]
-    return [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
+    return [group[start : start + BATCH_SIZE] for group in groups for start in range(0, len(group), BATCH_SIZE)]
 
 
 def for_each_batch(
