@@ -196,9 +196,9 @@ def test_the_size_of_batches_changes_nothing(attentive, data, monkeypatch):
 def test_an_upgrade_is_nearer_than_a_stranger(opened, data, tmp_path, architecture, kind):
     old, new = opened[architecture]
     first, second = (load(adapt(base, kind, tmp_path / name), base) for base, name in ((old, "old"), (new, "new")))
-    before = attention.classifier_of(first).config._attn_implementation
+    before = attention.unwrap_model(first).config._attn_implementation
     found = similarity(first, second, old, data, texts=10, maps=3)
-    assert attention.classifier_of(first).config._attn_implementation == before != "eager"
+    assert attention.unwrap_model(first).config._attn_implementation == before != "eager"
     assert (flat(found.divergence) < flat(found.control.divergence)).all()
     assert (torch.tensor(found.cka) > torch.tensor(found.control.cka)).all()
     assert flat(found.divergence).min() > 0 and flat(found.cosine).min() > 0.9

@@ -10,7 +10,7 @@ from regraft.checkpoint import temporary_folder
 from regraft.diagnosis.question import Question
 from regraft.errors import MismatchError
 from regraft.model.device import device
-from regraft.model.outputs import classifier_of
+from regraft.model.outputs import unwrap_model
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import language_loss, language_model
 
@@ -67,7 +67,7 @@ def kept(pair: Pair, text: Sequence[str] = ()) -> Kept:
             raise MismatchError(f"{base.path}: holds no language-modelling head ({', '.join(missing[:3])}).")
         model.to(device())
         losses[f"{name} base"] = language_loss(model, base, blocks, pair.precision)
-        setattr(model, base.prefix, getattr(classifier_of(deployed), base.prefix))
+        setattr(model, base.prefix, getattr(unwrap_model(deployed), base.prefix))
         losses[f"{name} deployment"] = language_loss(model, base, blocks, pair.precision)
     gained = losses["old base"] - losses["new base"]
     share = (losses["old deployment"] - losses["new deployment"]) / gained if gained > 0 else None

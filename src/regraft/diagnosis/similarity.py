@@ -11,7 +11,7 @@ from regraft.diagnosis.question import Question
 from regraft.errors import RecipeError
 from regraft.model import Deployment
 from regraft.model.attention import Activations, attention_batches, eager_attention, random_model, record_activations
-from regraft.model.outputs import classifier_of
+from regraft.model.outputs import unwrap_model
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def similarity(
     clipped = data.with_settings(max_length=min(data.max_length, SHOWN))
     text = Deployment(first, base, clipped, precision).examples(split.take([short]))
     with eager_attention(first, second, control):
-        config = classifier_of(first).config
+        config = unwrap_model(first).config
         at_once = max(1, MOMENT_BYTES // (2 * 3 * 4 * config.hidden_size**2))
         states, done = config.num_hidden_layers + 1, 0
         for start in range(0, states, at_once):

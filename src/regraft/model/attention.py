@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import MismatchError
 from regraft.model.device import autocast
-from regraft.model.outputs import classifier_of, forward
+from regraft.model.outputs import forward, unwrap_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -53,7 +53,7 @@ def record_activations(model: Any, inputs: Mapping[str, torch.Tensor], precision
     """
     import torch
 
-    classifier = classifier_of(model)
+    classifier = unwrap_model(model)
     body, kept = classifier.base_model, {}
 
     def ask(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -96,7 +96,7 @@ def eager_attention(*models: Any) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for model in models:
-            classifier = classifier_of(model)
+            classifier = unwrap_model(model)
             before = getattr(classifier.config, "_attn_implementation", None)
             if before not in (None, "eager"):  # others never form the maps
                 stack.callback(classifier.set_attn_implementation, before)
@@ -139,7 +139,7 @@ def random_model(like: Any, seed: int) -> Any:
     """
     import torch
 
-    classifier: Any = classifier_of(like)
+    classifier: Any = unwrap_model(like)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh = type(classifier)(copy.deepcopy(classifier.config))
@@ -147,7 +147,7 @@ def random_model(like: Any, seed: int) -> Any:
     if adapter is not None and adapter.is_prompt_learning:
         drawn, fresh = dict(fresh.base_model.named_parameters()), copy.deepcopy(like)
         with torch.no_grad():
-            for name, parameter in classifier_of(fresh).base_model.named_parameters():
+            for name, parameter in unwrap_model(fresh).base_model.named_parameters():
                 if name in drawn:  # a pooler that PEFT saves whole goes by another name
                     parameter.copy_(drawn[name])
     return fresh.to(next(like.parameters()).device)

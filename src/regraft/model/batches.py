@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from regraft.model.device import autocast
-from regraft.model.outputs import classifier_of, forward
+from regraft.model.outputs import forward, unwrap_model
 from regraft.progress import silent
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def plan_batches(model: nn.Module, examples: Examples, *, equal: bool = False) -
     """
     lengths = examples.lengths.tolist()
     order = sorted(range(len(examples)), key=lambda index: -lengths[index])
-    equal = equal or classifier_of(model).config.model_type in MIXING
+    equal = equal or unwrap_model(model).config.model_type in MIXING
     groups = [list(group) for _, group in itertools.groupby(order, lambda index: lengths[index] if equal else 0)]
     return [group[start : start + BATCH_SIZE] for group in groups for start in range(0, len(group), BATCH_SIZE)]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.experts import is_experts
 from regraft.model.batches import plan_batches
 from regraft.model.device import autocast, device
-from regraft.model.outputs import classifier_of, forward, inputs_of, last_read
+from regraft.model.outputs import forward, inputs_of, last_read, unwrap_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -37,7 +37,7 @@ class BlockwiseForward:
 
         self.model, self.precision = model.to(device()).eval(), precision
         self.wide = torch.float64 if precision == "fp32" else torch.float32  # for sums that lose nothing
-        plain = classifier_of(model)
+        plain = unwrap_model(model)
         count = plain.config.num_hidden_layers
         lists = [m for m in plain.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
         self.blocks = list(lists[0]) if lists else []

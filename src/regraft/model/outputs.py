@@ -77,7 +77,7 @@ def forward(
     """
     import torch
 
-    classifier, inputs = classifier_of(model), inputs_of(batch)
+    classifier, inputs = unwrap_model(model), inputs_of(batch)
     body, mask = classifier.base_model, inputs["attention_mask"]
     by_token = "token" in batch
     texts, last = torch.arange(len(mask), device=mask.device), None if by_token else last_read(model, inputs)
@@ -140,7 +140,7 @@ def last_read(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | N
 
     from regraft.base import is_causal
 
-    classifier, mask = classifier_of(model), batch["attention_mask"]
+    classifier, mask = unwrap_model(model), batch["attention_mask"]
     summary = getattr(classifier, "sequence_summary", None)
     if not is_causal(classifier.config) or (summary is not None and summary.summary_type != "last"):
         return None
@@ -169,7 +169,7 @@ def _any_padding(config: Any) -> Iterator[None]:
         config.pad_token_id = before
 
 
-def classifier_of(model: Any) -> Any:
+def unwrap_model(model: Any) -> Any:
     """Return the transformers model inside what wraps it for many devices or for PEFT.
 
     Args:
