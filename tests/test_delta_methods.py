@@ -20,7 +20,7 @@ from regraft.methods.masked import Masking
 from regraft.methods.scaled import Scaling, _gain
 from regraft.methods.trimmed import Trimming
 from regraft.model import encode, predict
-from regraft.model.outputs import inputs_of
+from regraft.model.outputs import model_inputs
 from regraft.task import load_data
 from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
@@ -190,7 +190,7 @@ def gradients_by_autograd(upgrade, path, task_file, labels):
         tuned = load_model(load_adaptation(path), upgrade.old, HEAD)
         targets = predict(tuned, encode(upgrade.old, data, split), "fp32").softmax(dim=1)
     batch = encode(upgrade.new, data, split).batch(range(len(split)))
-    logits = model(**inputs_of(batch)).logits
+    logits = model(**model_inputs(batch)).logits
     torch.nn.functional.cross_entropy(logits, targets).backward()  # differs from the KL by a constant
     return {n.removeprefix(upgrade.new.prefix + "."): p.grad for n, p in model.named_parameters()}
 

@@ -16,7 +16,7 @@ from regraft.diagnosis.comparison import Moments, head_divergences
 from regraft.diagnosis.similarity import similarity
 from regraft.errors import MismatchError, RecipeError
 from regraft.model import attention, encode, predict
-from regraft.model.outputs import inputs_of
+from regraft.model.outputs import model_inputs
 from regraft.task import load_data
 
 
@@ -153,7 +153,7 @@ def test_figures_are_those_of_a_naive_loop_over_texts(attentive, data, opened, t
     diverged, rows, logits, states = torch.zeros(2, 4, 4).double(), 0, [], []
     with attention.eager_attention(model, other):
         for i in range(len(ids)):
-            inputs = inputs_of(examples.batch([i]))
+            inputs = model_inputs(examples.batch([i]))
             with torch.no_grad():
                 a, b = (m(**inputs, output_attentions=True, output_hidden_states=True) for m in (model, other))
             for layer in range(2):

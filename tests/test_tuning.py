@@ -13,7 +13,7 @@ from regraft import Base, Distillation, Recipe, load_adaptation, tune
 from regraft.adaptation import fresh_model, load_model
 from regraft.errors import RecipeError
 from regraft.model import Deployment, encode, predict
-from regraft.model.outputs import Output, inputs_of
+from regraft.model.outputs import Output, model_inputs
 from regraft.progress import silent
 from regraft.task import Split, load_data
 from regraft.tuning import LEARNING_RATES, distillation_loss, plan_order, tune_model
@@ -107,7 +107,7 @@ def test_batch_is_what_the_tokenizer_pads(opened, architecture, texts):
         padding=True,
         return_tensors="pt",
     )
-    assert inputs_of(batch).keys() == expected.keys()
+    assert model_inputs(batch).keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(batch[name], tensor), name
     assert batch["row"].tolist() == chosen

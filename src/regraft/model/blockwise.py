@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.experts import is_experts
 from regraft.model.batches import plan_batches
 from regraft.model.device import autocast, device
-from regraft.model.outputs import forward, inputs_of, last_read, unwrap_model
+from regraft.model.outputs import forward, last_read, model_inputs, unwrap_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -198,4 +198,4 @@ class _PartDone(Exception):
 
 
 def _inputs_of(examples: Examples, indices: list[int]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device()) for name, tensor in inputs_of(examples.batch(indices)).items()}
+    return {name: tensor.to(device()) for name, tensor in model_inputs(examples.batch(indices)).items()}

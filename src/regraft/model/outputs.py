@@ -41,7 +41,7 @@ class Output:
         return _full(torch.stack([layer[self.example, self.token] for layer in self.hidden[:-1]], dim=1))
 
 
-def inputs_of(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return what of a batch a model takes.
 
     Args:
@@ -77,7 +77,7 @@ def forward(
     """
     import torch
 
-    classifier, inputs = unwrap_model(model), inputs_of(batch)
+    classifier, inputs = unwrap_model(model), model_inputs(batch)
     body, mask = classifier.base_model, inputs["attention_mask"]
     by_token = "token" in batch
     texts, last = torch.arange(len(mask), device=mask.device), None if by_token else last_read(model, inputs)
