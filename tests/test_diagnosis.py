@@ -220,7 +220,7 @@ def test_what_is_kept_of_a_gain(tmp_path, pair_of, bases, task_file):
     with pair_of(Upgrade(old, new), path) as pair:
         found = kept(pair, (str(text),))
         before = pair.old.outputs(pair.split)
-        pair.old.forget()
+        pair.old.clear_outputs()
         assert torch.equal(pair.old.outputs(pair.split), before)  # the deployments are as they were
     assert found.loss["new base"] < found.loss["old base"]
     assert found.share == pytest.approx(1, abs=0.005)

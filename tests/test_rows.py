@@ -109,7 +109,7 @@ def test_a_deployment_runs_each_split_once(opened, tuned, task_file):
     overlap, divergence = deployment.closeness(data.dev, deployment.signal(data.dev))
     assert (overlap, divergence) == (pytest.approx(1), pytest.approx(0, abs=1e-7))
     assert len(calls) == count
-    deployment.forget()
+    deployment.clear_outputs()
     deployment.outputs(data.dev)
     assert len(calls) == 2 * count
     wrong = Deployment(model, base, dataclasses.replace(data, labels=(*LABELS, "mixed")), "fp32")

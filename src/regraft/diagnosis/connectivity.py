@@ -136,7 +136,7 @@ def segment(
     scores: dict[str, list[float]] = {name: [] for name in splits}
     for done, at in enumerate(mu, 1):
         blend.at(at)
-        deployment.forget()
+        deployment.clear_outputs()
         for name, split in splits.items():
             rows[name].append(deployment.losses(split).numpy())
             scores[name].append(deployment.score(split))

@@ -106,7 +106,7 @@ def plane(
     loss, scores = np.empty((size, size)), np.empty((size, size))
     for row, column in np.ndindex(size, size):
         blend.at(*shares_at(x[column], y[row], places))
-        deployment.forget()
+        deployment.clear_outputs()
         loss[row, column], scores[row, column] = deployment.losses(chosen).numpy().mean(), deployment.score(chosen)
         progress("plane", row * size + column + 1, size * size, {f"{chosen.name} loss": float(loss[row, column])})
     by_row: list[tuple[tuple[float, ...], ...]] = [tuple(map(tuple, grid.tolist())) for grid in (loss, scores)]

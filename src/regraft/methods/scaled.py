@@ -110,7 +110,7 @@ def _choose(deltas: _Deltas, evidence: Evidence, grouped: bool, job: Job) -> dic
         deltas.scale(scales)
         tried += 1
         job.progress("scale", tried, 1 + len(GRID) + 2 * len(scales) * grouped, {})
-        deployment.forget()
+        deployment.clear_outputs()
         return evidence.losses(deployment.outputs(evidence.split), targets)
 
     first = best = losses(scales)

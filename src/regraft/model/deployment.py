@@ -45,7 +45,7 @@ class Deployment:
         self._examples: dict[Split, Examples] = {}
         self._outputs: dict[Split, torch.Tensor] = {}
 
-    def forget(self) -> None:
+    def clear_outputs(self) -> None:
         """Forget all outputs, as the model's weights have changed."""
         self._outputs.clear()
 

@@ -112,7 +112,7 @@ def tune_model(
 
     def figures(current: Any) -> dict[str, float]:
         student.model = current
-        student.forget()
+        student.clear_outputs()
         if judge is not None:
             return dict(zip(("score", "loss"), student.closeness(data.dev, judge), strict=True))
         return {"score": student.score(data.dev), "loss": student.loss(data.dev)}
