@@ -106,7 +106,7 @@ def test_a_deployment_runs_each_split_once(opened, tuned, task_file):
     assert deployment.score(data.dev) == score("accuracy", data.dev.labels, logits.argmax(dim=1)) == np.mean(right)
     assert deployment.loss(data.dev) == pytest.approx(float(deployment.losses(data.dev).mean()))
     assert deployment.confidence(data.dev) == pytest.approx(logits.softmax(dim=1).max(dim=1).values.tolist())
-    overlap, divergence = deployment.closeness(data.dev, deployment.signal(data.dev))
+    overlap, divergence = deployment.similarity_to(data.dev, deployment.signal(data.dev))
     assert (overlap, divergence) == (pytest.approx(1), pytest.approx(0, abs=1e-7))
     assert len(calls) == count
     deployment.clear_outputs()

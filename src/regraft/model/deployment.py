@@ -143,7 +143,7 @@ class Deployment:
         """
         return self.data.task.right(split.targets, self.predictions(split))
 
-    def closeness(self, split: Split, signal: Signal) -> tuple[float, float]:
+    def similarity_to(self, split: Split, signal: Signal) -> tuple[float, float]:
         """Measure how near the model comes to what another one says.
 
         Args:

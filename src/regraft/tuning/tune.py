@@ -114,7 +114,7 @@ def tune_model(
         student.model = current
         student.clear_outputs()
         if judge is not None:
-            return dict(zip(("score", "loss"), student.closeness(data.dev, judge), strict=True))
+            return dict(zip(("score", "loss"), student.similarity_to(data.dev, judge), strict=True))
         return {"score": student.score(data.dev), "loss": student.loss(data.dev)}
 
     with standardised(model, base, data):
