@@ -67,13 +67,13 @@ def graft_aligned(job: Job, options: Aligned) -> Any:
     from regraft.adaptation.changes import KINDS
     from regraft.adaptation.transform import check_transformable
     from regraft.model.blockwise import BlockwiseForward
-    from regraft.model.examples import encode_alike
+    from regraft.model.examples import encode_aligned
 
     check_transformable(job.adaptation, KINDS)
     upgrade, head = job.upgrade, job.data.head
     grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, head)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
-    sides = encode_alike(upgrade, job.data, texts)
+    sides = encode_aligned(upgrade, job.data, texts)
     precision = job.recipe.precision
     walks = [
         BlockwiseForward(fresh_model(base, head, 0), examples, precision)

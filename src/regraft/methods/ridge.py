@@ -66,7 +66,7 @@ def refit(job: Job, options: Ridge) -> Any:
     from regraft.adaptation.changes import KINDS, linear_changes, passed_over
     from regraft.adaptation.transform import check_transformable
     from regraft.model.blockwise import BlockwiseForward
-    from regraft.model.examples import encode_alike
+    from regraft.model.examples import encode_aligned
 
     check_transformable(job.adaptation, KINDS)
     new = job.grafted()
@@ -74,7 +74,7 @@ def refit(job: Job, options: Ridge) -> Any:
     changes = linear_changes(new, tuned, job.adaptation, job.upgrade.old)
     fit = _Fit(options.ridge, passed_over(new, tuned, job.adaptation, job.upgrade.old, changes))
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
-    old_examples, new_examples = encode_alike(job.upgrade, job.data, texts)
+    old_examples, new_examples = encode_aligned(job.upgrade, job.data, texts)
     above, below = (
         BlockwiseForward(new, new_examples, job.recipe.precision),
         BlockwiseForward(tuned, old_examples, job.recipe.precision),

@@ -40,7 +40,7 @@ def encode(base: Base, data: TaskData, split: Split) -> Examples:
     return examples
 
 
-def encode_alike(upgrade: Upgrade, data: TaskData, split: Split) -> tuple[Examples, Examples]:
+def encode_aligned(upgrade: Upgrade, data: TaskData, split: Split) -> tuple[Examples, Examples]:
     """Tokenise a split for two models of which each token of the one is compared with one of the other.
 
     Args:
