@@ -70,7 +70,7 @@ def test_a_walk_sees_what_a_forward_pass_sees(bases, task_file, architecture):
     walk, seen = BlockwiseForward(model, examples, "fp32"), {}
     for _ in range(walk.parts):
         walk.run(linear, lambda name, batch, fed, given: seen.setdefault(name, []).append((fed, given)))
-        walk.run(go_on=True)
+        walk.run(advance=True)
     whole = {}
     handles = [
         m.register_forward_hook(lambda m, a, o: whole.setdefault(walk.names[m], []).append((a[0], o))) for m in linear

@@ -110,7 +110,7 @@ def test_a_walk_feeds_the_head_the_tokens_that_it_reads():
     texts, model = token_ids(), classifier("llama", None)
     walk, fed = BlockwiseForward(model, examples_of(texts), "fp32"), []
     for _ in range(walk.parts):
-        walk.run([model.score], lambda name, number, inputs, outputs: fed.append(outputs.float()), go_on=True)
+        walk.run([model.score], lambda name, number, inputs, outputs: fed.append(outputs.float()), advance=True)
     longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     torch.testing.assert_close(torch.cat(fed), alone(model, [texts[i] for i in longest_first]), rtol=0, atol=1e-5)
 
@@ -131,7 +131,7 @@ def test_a_walk_sees_the_tokens_that_each_text_has_alone(architecture):
         sums[name] = sums.get(name, 0) + rows.T @ rows
 
     for _ in range(walk.parts):
-        walk.run(linear, lambda name, _, fed, __: add(seen, name, fed), go_on=True)
+        walk.run(linear, lambda name, _, fed, __: add(seen, name, fed), advance=True)
     for module in linear:
         module.register_forward_hook(
             lambda module, args, _: add(expected, walk.names[module], args[0].flatten(0, -2).double())

@@ -95,7 +95,7 @@ def refit(job: Job, options: Ridge) -> Any:
                 fit.experts(layers[stage[0]], sides, wrappers, fed[stage[0]], above)
             else:
                 fit.layers([change for name in stage for change in layers[name]], fed[stage[0]], above)
-        above.run(go_on=True)
+        above.run(advance=True)
         job.progress("ridge", part + 1, above.parts, {})
     fit.finish(changes if options.head else [change for change in changes if not change.is_head])
     if all(change.is_head for change in fit.moved):
@@ -122,7 +122,7 @@ def _inputs(walk: BlockwiseForward, modules: list[Any]) -> dict[str, list[torch.
         last = last if last is not None and torch.equal(last, narrow) else narrow  # once for all that read the same
         fed.setdefault(name, []).append(last)
 
-    walk.run(modules, keep, go_on=True)
+    walk.run(modules, keep, advance=True)
     return fed
 
 

@@ -105,7 +105,9 @@ class BlockwiseForward:
         """How many parts the model has: its blocks, and what comes after them."""
         return len(self.blocks) + 1
 
-    def run(self, watched: Iterable[torch.nn.Module] = (), watch: Watch | None = None, *, go_on: bool = False) -> None:
+    def run(
+        self, watched: Iterable[torch.nn.Module] = (), watch: Watch | None = None, *, advance: bool = False
+    ) -> None:
         """Run the current part on every text.
 
         Args:
@@ -113,11 +115,11 @@ class BlockwiseForward:
             watch: Called with a module's name, the batch's number, what the module is fed and what it gives, each
                 tokens × width, padding left out, in `wide`; of a module that runs more than once, the tokens of all its
                 runs. What experts give is which of them each token is routed to.
-            go_on: Whether to keep what comes out and go on to the next part.
+            advance: Whether to keep what comes out and go on to the next part.
         """
         for number in range(len(self.batches)):
-            self.run_batch(number, watched, watch, keep=go_on)
-        self.part += go_on
+            self.run_batch(number, watched, watch, keep=advance)
+        self.part += advance
 
     def run_batch(
         self, number: int, watched: Iterable[torch.nn.Module] = (), watch: Watch | None = None, *, keep: bool = False
