@@ -209,7 +209,7 @@ def _load_dataset(source: HubSplit) -> Any:
 
     folder = Path(source.dataset)
     try:
-        if is_saved(folder):
+        if is_saved_dataset(folder):
             return load_saved(source)
         check_folder(folder)
         return load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
@@ -221,7 +221,7 @@ def _load_dataset(source: HubSplit) -> Any:
         ) from error
 
 
-def is_saved(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
     """Whether `save_to_disk` of a Dataset or DatasetDict wrote a folder."""
     names = ("dataset_dict.json",), ("state.json", "dataset_info.json")
     return any(all(os.path.isfile(folder / name) for name in group) for group in names)

@@ -14,7 +14,7 @@ from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import DataError
 from regraft.task import HubSplit
 from regraft.task.file import check_folder, check_regular, ending_of, is_unicode, read_json_rows, read_lines
-from regraft.task.source import is_saved, load_saved
+from regraft.task.source import is_saved_dataset, load_saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -105,7 +105,7 @@ class Corpus:
         if kind:
             check_regular(Path(source))
         try:
-            if is_saved(Path(source)):
+            if is_saved_dataset(Path(source)):
                 yield from load_saved(HubSplit(dataset=source, split="train"))
             elif kind:
                 as_text = {"keep_default_na": False} if kind == "csv" else {}
