@@ -210,7 +210,7 @@ def _load_dataset(source: HubSplit) -> Any:
     folder = Path(source.dataset)
     try:
         if is_saved_dataset(folder):
-            return load_saved(source)
+            return load_saved_dataset(source)
         check_folder(folder)
         return load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
     except DataError:
@@ -227,7 +227,7 @@ def is_saved_dataset(folder: Path) -> bool:
     return any(all(os.path.isfile(folder / name) for name in group) for group in names)
 
 
-def load_saved(source: HubSplit) -> Any:
+def load_saved_dataset(source: HubSplit) -> Any:
     """Load a split, or slices of splits, of what `save_to_disk` wrote.
 
     Args:

@@ -14,7 +14,7 @@ from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import DataError
 from regraft.task import HubSplit
 from regraft.task.file import check_folder, check_regular, ending_of, is_unicode, read_json_rows, read_lines
-from regraft.task.source import is_saved_dataset, load_saved
+from regraft.task.source import is_saved_dataset, load_saved_dataset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -106,7 +106,7 @@ class Corpus:
             check_regular(Path(source))
         try:
             if is_saved_dataset(Path(source)):
-                yield from load_saved(HubSplit(dataset=source, split="train"))
+                yield from load_saved_dataset(HubSplit(dataset=source, split="train"))
             elif kind:
                 as_text = {"keep_default_na": False} if kind == "csv" else {}
                 yield from load_dataset(kind, data_files=source, split="train", streaming=True, **as_text)
