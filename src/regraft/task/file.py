@@ -23,7 +23,7 @@ ALWAYS_READ = 256 * 1024**2
 _CHUNK = 1024**2
 
 
-def ending_of(path: Path) -> str:
+def data_suffix(path: Path) -> str:
     """The ending that says what a file holds, in lower case: `.csv` of `a.csv` and of `a.csv.gz`."""
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return inner.suffix.lower()

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from regraft.errors import DataError
 from regraft.task.delimited import read_delimited, require_columns
-from regraft.task.file import COMPRESSED, check_folder, check_regular, ending_of, read_bytes, read_json_rows
+from regraft.task.file import COMPRESSED, check_folder, check_regular, data_suffix, read_bytes, read_json_rows
 from regraft.task.labels import label_name, listing
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def read_table(
 
 
 def _read_file(path: Path, inputs: Sequence[str], targets: Sequence[str], quoting: Quoting | None) -> Table:
-    ending = ending_of(path)
+    ending = data_suffix(path)
     if ending == ".arrow" or (ending not in READ and os.path.isdir(path)):
         folder = path if os.path.isdir(path) else path.parent
         raise DataError(

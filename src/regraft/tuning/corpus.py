@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import DataError
 from regraft.task import HubSplit
-from regraft.task.file import check_folder, check_regular, ending_of, is_unicode, read_json_rows, read_lines
+from regraft.task.file import check_folder, check_regular, data_suffix, is_unicode, read_json_rows, read_lines
 from regraft.task.source import is_saved_dataset, load_saved_dataset
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Corpus:
                             digest.update(hashlib.file_digest(stream, "sha256").digest())
                     except OSError as error:
                         raise DataError(f"{file}: cannot be read ({error.strerror or error}).") from error
-            elif ending_of(path) in (".txt", ".jsonl", ".json", ".csv", ".parquet"):
+            elif data_suffix(path) in (".txt", ".jsonl", ".json", ".csv", ".parquet"):
                 check_regular(path)
             else:
                 digest.update(source.encode())
@@ -82,7 +82,7 @@ class Corpus:
 
     def _read(self, source: str) -> Iterator[str]:
         path = Path(source)
-        ending = ending_of(path)
+        ending = data_suffix(path)
         if ending == ".txt":
             for row, raw in enumerate(read_lines(path), start=1):
                 try:
@@ -101,7 +101,7 @@ class Corpus:
     def _load(self, source: str) -> Iterator[Any]:
         from datasets import load_dataset
 
-        kind = {".csv": "csv", ".parquet": "parquet"}.get(ending_of(Path(source)))
+        kind = {".csv": "csv", ".parquet": "parquet"}.get(data_suffix(Path(source)))
         if kind:
             check_regular(Path(source))
         try:
