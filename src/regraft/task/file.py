@@ -29,7 +29,7 @@ def data_suffix(path: Path) -> str:
     return inner.suffix.lower()
 
 
-def check_regular(path: Path) -> int:
+def check_regular_file(path: Path) -> int:
     """Refuse what is no regular file before it is opened: a pipe would keep its reader waiting.
 
     Args:
@@ -143,7 +143,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _chunks(path: Path) -> Iterator[bytes]:
     import lzma
 
-    size, count = check_regular(path), 0
+    size, count = check_regular_file(path), 0
     compressed = path.suffix.lower() in COMPRESSED
     try:
         with _opened(path) as stream:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from regraft.errors import DataError
 from regraft.task.delimited import read_delimited, require_columns
-from regraft.task.file import COMPRESSED, check_folder, check_regular, data_suffix, read_bytes, read_json_rows
+from regraft.task.file import COMPRESSED, check_folder, check_regular_file, data_suffix, read_bytes, read_json_rows
 from regraft.task.labels import label_name, listing
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _read_file(path: Path, inputs: Sequence[str], targets: Sequence[str], quotin
             f"({', '.join(COMPRESSED)}); for a data set of the Hub, write "
             f"{{dataset: {'NAME' if path.suffix else path.name}, split: train}}."
         )
-    check_regular(path)
+    check_regular_file(path)
     if ending == ".parquet":
         return _read_parquet(path, inputs, targets)
     columns = [*inputs, *targets]

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from regraft.errors import DataError
-from regraft.task.file import check_regular, is_unicode, read_bytes
+from regraft.task.file import check_regular_file, is_unicode, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -98,7 +98,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         DataError: The file is missing, is not UTF-8 or YAML, is no mapping, or is larger or deeper than is read.
     """
-    if check_regular(path) > MAX_BYTES or len(content := read_bytes(path)) > MAX_BYTES:
+    if check_regular_file(path) > MAX_BYTES or len(content := read_bytes(path)) > MAX_BYTES:
         raise DataError(f"{path}: a YAML file of at most {MAX_BYTES:,} bytes is read, and this one is larger.")
     try:
         values = yaml.load(content.decode("utf-8-sig"), _Loader)  # a SafeLoader with fewer conversions

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.checkpoint import is_sealed, replacing, seal
 from regraft.errors import DataError
 from regraft.task import HubSplit
-from regraft.task.file import check_folder, check_regular, data_suffix, is_unicode, read_json_rows, read_lines
+from regraft.task.file import check_folder, check_regular_file, data_suffix, is_unicode, read_json_rows, read_lines
 from regraft.task.source import is_saved_dataset, load_saved_dataset
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Corpus:
                     except OSError as error:
                         raise DataError(f"{file}: cannot be read ({error.strerror or error}).") from error
             elif data_suffix(path) in (".txt", ".jsonl", ".json", ".csv", ".parquet"):
-                check_regular(path)
+                check_regular_file(path)
             else:
                 digest.update(source.encode())
         return digest.hexdigest()
@@ -103,7 +103,7 @@ class Corpus:
 
         kind = {".csv": "csv", ".parquet": "parquet"}.get(data_suffix(Path(source)))
         if kind:
-            check_regular(Path(source))
+            check_regular_file(Path(source))
         try:
             if is_saved_dataset(Path(source)):
                 yield from load_saved_dataset(HubSplit(dataset=source, split="train"))
