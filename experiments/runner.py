@@ -152,7 +152,7 @@ def _adaptation(folder: Path) -> Any:
 def _data(task: str, seed: int) -> Any:
     from regraft import Task
 
-    return load_data(Task.declared(json.loads(task), "the task"), seed)
+    return load_data(Task.from_mapping(json.loads(task), "the task"), seed)
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, say: Callable[[str], None]) -> list[str]:

@@ -88,13 +88,13 @@ class Task(BaseModel, ABC):
             DataError: The file cannot be read, or a key is unknown, missing or of no use; the message names it.
         """
         path = Path(path)
-        task = cls.declared({"name": path.stem, **read_yaml(path)}, str(path))
+        task = cls.from_mapping({"name": path.stem, **read_yaml(path)}, str(path))
         return task.model_copy(
             update={key: resolved(getattr(task, key), path.absolute().parent) for key in ("train", "dev", "test")}
         )
 
     @staticmethod
-    def declared(values: Mapping[str, Any], where: str) -> Task:
+    def from_mapping(values: Mapping[str, Any], where: str) -> Task:
         """Build a task of the type that its keys name.
 
         Args:
