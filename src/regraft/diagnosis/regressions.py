@@ -12,7 +12,7 @@ from regraft.diagnosis.pair import load_counterpart, predictions
 from regraft.diagnosis.question import Question
 from regraft.model import Deployment
 from regraft.task import count_flips
-from regraft.task.types import Predicted, Scatter, View
+from regraft.task.types import ModelPredictions, Scatter, View
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +86,9 @@ def regressions(pair: Pair, runs: Sequence[Sequence[bool]] = ()) -> Regressions:
         The flips with their examples, McNemar's test (1947), the noise floor, and what the type of task shows.
     """
     split, task, labels = pair.split, pair.data.task, pair.data.labels
-    old, new = (Predicted(predictions(d, split), d.confidence(split), d.right(split)) for d in (pair.old, pair.new))
+    old, new = (
+        ModelPredictions(predictions(d, split), d.confidence(split), d.right(split)) for d in (pair.old, pair.new)
+    )
     flips = [
         Flip(
             row=int(split.rows[i]),

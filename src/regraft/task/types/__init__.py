@@ -5,7 +5,7 @@ from regraft.task.types.head import Head
 from regraft.task.types.likelihood import Likelihood, Signal
 from regraft.task.types.text_classification import TextClassification
 from regraft.task.types.type import DEFAULT_TYPE, Task, task_types
-from regraft.task.types.view import MarkedText, Predicted, Scatter, Span, Table, View
+from regraft.task.types.view import MarkedText, ModelPredictions, Scatter, Span, Table, View
 
 __all__ = [
     "DEFAULT_TYPE",
@@ -14,7 +14,7 @@ __all__ = [
     "Head",
     "Likelihood",
     "MarkedText",
-    "Predicted",
+    "ModelPredictions",
     "Scatter",
     "Signal",
     "Span",

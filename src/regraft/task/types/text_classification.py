@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from regraft.task.source import Table
     from regraft.task.split import Targets
-    from regraft.task.types.view import Predicted, View
+    from regraft.task.types.view import ModelPredictions, View
 
 
 class TextClassification(TextTask):
@@ -92,7 +92,7 @@ class TextClassification(TextTask):
         return str(labels[target])
 
     def comparison_views(
-        self, targets: Targets, old: Predicted, new: Predicted, labels: Sequence[str]
+        self, targets: Targets, old: ModelPredictions, new: ModelPredictions, labels: Sequence[str]
     ) -> tuple[View, ...]:
         """Return recall and flips by class, and the calibration; see `Task.compare`."""
         sides = (("old", old), ("new", new))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from regraft.task.source import Table
     from regraft.task.split import Split, Targets
     from regraft.task.types.examples import Examples
-    from regraft.task.types.view import Predicted, View
+    from regraft.task.types.view import ModelPredictions, View
 
 ENTRY_POINTS = "regraft.task_types"  # the group by which other distributions add task types
 DEFAULT_TYPE = "text-classification"  # task files of 0.1 name none
@@ -280,7 +280,7 @@ class Task(BaseModel, ABC):
         """Return a linear model of features, as scikit-learn has them, that a base is probed with."""
 
     def comparison_views(
-        self, targets: Targets, old: Predicted, new: Predicted, labels: Sequence[str]
+        self, targets: Targets, old: ModelPredictions, new: ModelPredictions, labels: Sequence[str]
     ) -> tuple[View, ...]:
         """Return what is to be shown of an old and a new model's predictions, beside their scores and flips.
 

@@ -17,7 +17,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=40)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Predicted:
+class ModelPredictions:
     """What a model predicts of some examples.
 
     Args:
