@@ -8,7 +8,7 @@ from typing import Any
 from regraft.checkpoint.record import Count, share_of
 from regraft.diagnosis.question import Question, all_questions
 from regraft.diagnosis.regressions import Flip, Regressions
-from regraft.task.types.class_views import Calibration, PerClass, class_views
+from regraft.task.types.class_views import Calibration, ClassComparison, class_views
 
 SCHEMA = 1
 PERCENTAGES = {"check": "retained", "verdict": "predicted", "kept": "share"}
@@ -36,7 +36,7 @@ class ClassRegressions:
     negative: Count
     positive: Count
     flips: tuple[Flip, ...]
-    classes: tuple[PerClass, ...]
+    classes: tuple[ClassComparison, ...]
     mcnemar: float
     noise: float | None
     calibration: dict[str, Calibration]

@@ -16,7 +16,7 @@ BINS = 10  # of equal width, as Guo et al. (2017) have them
 
 
 @dataclasses.dataclass(frozen=True)
-class PerClass:
+class ClassComparison:
     """One label.
 
     Args:
@@ -101,7 +101,7 @@ def calibration(confidence: Sequence[float], right: Sequence[bool]) -> Calibrati
 
 def per_class(
     targets: Sequence[Any], was_right: Sequence[bool], is_right: Sequence[bool], labels: Sequence[str]
-) -> list[PerClass]:
+) -> list[ClassComparison]:
     """Count by class what was right before an upgrade and is right after it.
 
     Args:
@@ -118,11 +118,11 @@ def per_class(
         pairs = [pair for target, *pair in zip(targets, was_right, is_right, strict=True) if target == number]
         old, new = (sum(pair[side] for pair in pairs) / len(pairs) if pairs else 0.0 for side in (0, 1))
         negative, positive = (sum(pair == flip for pair in pairs) for flip in ([True, False], [False, True]))
-        rows.append(PerClass(label, len(pairs), old, new, negative, positive))
+        rows.append(ClassComparison(label, len(pairs), old, new, negative, positive))
     return rows
 
 
-def class_views(classes: Sequence[PerClass], calibrations: Mapping[str, Calibration]) -> tuple[View, ...]:
+def class_views(classes: Sequence[ClassComparison], calibrations: Mapping[str, Calibration]) -> tuple[View, ...]:
     """Return what is shown of two classifiers.
 
     Args:
@@ -137,7 +137,7 @@ def class_views(classes: Sequence[PerClass], calibrations: Mapping[str, Calibrat
     return (*views, _calibration_chart(measured)) if measured else tuple(views)
 
 
-def _class_table(classes: Sequence[PerClass]) -> Table:
+def _class_table(classes: Sequence[ClassComparison]) -> Table:
     columns = (
         Column("class", "text"), Column("examples", "count"), Column("recall before", "number"),
         Column("recall after", "number"), Column("change", "change"), Column("negative flips", "count"),
