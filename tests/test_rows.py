@@ -79,7 +79,7 @@ def check_rows(model, outputs, virtual=0):
 
 def test_hidden_states_are_those_at_the_rows():
     model = AutoModelForTokenClassification.from_config(make_config("bert", num_labels=3)).eval()
-    states = forward(model, rows_of(3).batch([0, 2]), hidden=True).states()
+    states = forward(model, rows_of(3).batch([0, 2]), hidden=True).row_states()
     for row, (example, token) in enumerate([(0, 1), (0, 3), (2, 4), (2, 1), (2, 6)]):
         alone = model(input_ids=torch.tensor([TOKENS[example]]), output_hidden_states=True).hidden_states
         expected = torch.stack([layer[0, token] for layer in alone[:-1]])

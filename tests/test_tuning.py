@@ -236,7 +236,7 @@ def test_distillation_options_out_of_range_are_refused(options):
 
 def test_hidden_states_are_those_of_the_heads_token():
     layers = tuple(torch.randn(3, 5, 4) for _ in range(4))
-    states = Output(torch.zeros(3, 2), torch.arange(3), torch.tensor([2, 4, 0]), layers).states()
+    states = Output(torch.zeros(3, 2), torch.arange(3), torch.tensor([2, 4, 0]), layers).row_states()
     assert states.shape == (3, 3, 4)  # embeddings and all layers but the last
     for layer in range(3):
         assert torch.equal(

@@ -30,7 +30,7 @@ class Output:
     token: torch.Tensor
     hidden: tuple[torch.Tensor, ...] = ()
 
-    def states(self) -> torch.Tensor:
+    def row_states(self) -> torch.Tensor:
         """Return the hidden states at the rows, after the embeddings and after every layer but the last.
 
         Returns:

@@ -129,7 +129,7 @@ def teacher_loss(
     divergence = likelihood.divergence_terms(logits, signal, options.temperature)
     apart = None
     if options.beta:
-        apart = functional.mse_loss(output.states(), taught.hidden[rows].to(logits), reduction="none")
+        apart = functional.mse_loss(output.row_states(), taught.hidden[rows].to(logits), reduction="none")
     if options.flip_weight:
         is_right = likelihood.right(signal.logits, targets)
         weights = 1 + options.flip_weight * is_right.to(logits.dtype)
@@ -193,7 +193,7 @@ def teach(teacher: Deployment, split: Split, order: Integers, options: Distillat
         def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
             parts = {"logits": likelihood.signal(output.logits).logits}
             if options.beta:
-                parts["hidden"] = output.states().bfloat16()
+                parts["hidden"] = output.row_states().bfloat16()
             for name, part in parts.items():
                 if name not in stored:
                     stored[name] = torch.zeros(len(examples.targets), *part.shape[1:], dtype=part.dtype)
