@@ -145,7 +145,8 @@ def segment(
     loss = {name: tuple(float(row.mean()) for row in losses) for name, losses in rows.items()}
     heights = {name: barrier(mu, values) for name, values in loss.items()}
     guessing = {
-        name: data.likelihood.chance_loss(split.targets.tolist(), data.head.outputs) for name, split in splits.items()
+        name: data.likelihood.chance_loss(split.targets.tolist(), data.head.num_outputs)
+        for name, split in splits.items()
     }
     allowed = {name: _tolerance(mu, np.stack(losses), guessing[name]) for name, losses in rows.items()}
     return Segment(

@@ -69,7 +69,7 @@ class Full(Family):
         check_body(adaptation, base)
         check_beside_body(adaptation, base)
         _check_tokens(adaptation, model, base)
-        if model.config.num_labels != head.outputs:
+        if model.config.num_labels != head.num_outputs:
             raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, head))
         return model
 

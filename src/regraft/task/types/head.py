@@ -27,11 +27,11 @@ class Head:
         return self.type.head_settings(self.labels)
 
     @property
-    def outputs(self) -> int:
+    def num_outputs(self) -> int:
         """How many outputs it has."""
         return int(self.settings["num_labels"])
 
     def __str__(self) -> str:
         if not self.labels:
-            return f"{self.outputs} output{'s' if self.outputs > 1 else ''} without labels"
-        return f"{self.outputs} labels ({', '.join(self.labels[:8])})"
+            return f"{self.num_outputs} output{'s' if self.num_outputs > 1 else ''} without labels"
+        return f"{self.num_outputs} labels ({', '.join(self.labels[:8])})"
