@@ -203,12 +203,12 @@ def loss_of(formula, logits, targets, teacher_logits, hidden, teacher_hidden, op
     from regraft.model.outputs import Output
     from regraft.task.types import Signal
     from regraft.task.types.likelihood import CATEGORICAL
-    from regraft.tuning.distill import Taught
+    from regraft.tuning.distill import TeacherOutputs
 
     count = len(logits)
     layers = tuple(layer[:, None] for layer in (*hidden.unbind(dim=1), hidden[:, 0]))
     output = Output(logits, torch.arange(count), torch.zeros(count, dtype=torch.long), layers)
-    taught = Taught(Signal(teacher_logits), teacher_hidden)
+    taught = TeacherOutputs(Signal(teacher_logits), teacher_hidden)
     return formula(output, {"targets": targets, "row": torch.arange(count)}, taught, options, CATEGORICAL)
 
 

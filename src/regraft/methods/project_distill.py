@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regraft.methods.projection import Projection
     from regraft.task.types import Examples, Likelihood
     from regraft.tuning import Distillation
-    from regraft.tuning.distill import Taught
+    from regraft.tuning.distill import TeacherOutputs
 
 KINDS = ("lora", "bottleneck")
 MOST = 4_000_000
@@ -35,7 +35,7 @@ class _Lesson:
     vector: torch.Tensor
     student: Any
     examples: Examples
-    taught: Taught
+    taught: TeacherOutputs
     order: list[int]
     likelihood: Likelihood
 

@@ -91,7 +91,7 @@ class Distillation:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Taught:
+class TeacherOutputs:
     """What a teacher says of the examples of a training, computed once.
 
     Args:
@@ -106,7 +106,7 @@ class Taught:
 def teacher_loss(
     output: Output,
     batch: Mapping[str, torch.Tensor],
-    taught: Taught,
+    taught: TeacherOutputs,
     options: Distillation,
     likelihood: Likelihood,
 ) -> torch.Tensor:
@@ -144,7 +144,7 @@ def teacher_loss(
 def distillation_loss(
     output: Output,
     batch: Mapping[str, torch.Tensor],
-    taught: Taught,
+    taught: TeacherOutputs,
     options: Distillation,
     likelihood: Likelihood,
 ) -> torch.Tensor:
@@ -166,7 +166,7 @@ def distillation_loss(
     return loss
 
 
-def teach(teacher: Deployment, split: Split, order: Integers, options: Distillation, work: Path) -> Taught:
+def teach(teacher: Deployment, split: Split, order: Integers, options: Distillation, work: Path) -> TeacherOutputs:
     """Compute the teacher's signal and hidden states once; a later call reads them, undamaged, in the working folder.
 
     Args:
@@ -208,10 +208,12 @@ def teach(teacher: Deployment, split: Split, order: Integers, options: Distillat
             save_file(stored, beside)
         seal(record, [file])
     stored = load_file(file)
-    return Taught(Signal(stored["logits"]), stored["hidden"])
+    return TeacherOutputs(Signal(stored["logits"]), stored["hidden"])
 
 
-def distillation_objective(taught: Taught, options: Distillation, likelihood: Likelihood, steps: int) -> Objective:
+def distillation_objective(
+    taught: TeacherOutputs, options: Distillation, likelihood: Likelihood, steps: int
+) -> Objective:
     """Make the loss of a batch from the teacher's cached outputs.
 
     Args:

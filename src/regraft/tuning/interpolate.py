@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.task.types import Likelihood
-    from regraft.tuning.distill import Taught
+    from regraft.tuning.distill import TeacherOutputs
     from regraft.tuning.trainer import Objective
 
 
@@ -48,7 +48,7 @@ class Interpolation(Distillation):
 
 
 def interpolation_objective(
-    taught: Taught, teacher: Any, options: Interpolation, likelihood: Likelihood, steps: int, seed: int
+    taught: TeacherOutputs, teacher: Any, options: Interpolation, likelihood: Likelihood, steps: int, seed: int
 ) -> Objective:
     """Make the loss (1 − α)·L(student) + the mean over x of the teacher's terms at x·student + (1 − x)·teacher.
 
