@@ -23,7 +23,7 @@ from regraft.model import Deployment
 from regraft.progress import silent
 from regraft.task import load_data
 from regraft.tuning.corpus import pack
-from regraft.tuning.distill import teach
+from regraft.tuning.distill import compute_teacher_outputs
 
 SOURCE = Path(__file__).parents[1] / "src"
 COMMON = ["--batch-size", "8", "--learning-rate", "3e-3", "--precision", "fp32", "--eval-every", "20"]
@@ -208,7 +208,7 @@ def test_what_was_cached_is_made_again_if_it_is_damaged(tmp_path, opened, task_f
     def taught():
         teacher = Deployment(fresh_model(base, data.head, 1), base, data, "fp32")
         every = range(len(data.dev))
-        return teach(teacher, data.dev, every, Distillation(beta=0.0), tmp_path).signal.logits.clone()
+        return compute_teacher_outputs(teacher, data.dev, every, Distillation(beta=0.0), tmp_path).signal.logits.clone()
 
     tokens, logits = cached(), taught()
     for damage in (zero, empty, Path.unlink):

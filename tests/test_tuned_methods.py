@@ -26,7 +26,7 @@ from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
 from regraft.tuning import Anchored, Interpolation, distillation_loss, plan_order
 from regraft.tuning.anchor import anchored_objective, fisher
-from regraft.tuning.distill import distillation_objective, teach, teacher_loss
+from regraft.tuning.distill import compute_teacher_outputs, distillation_objective, teacher_loss
 from regraft.tuning.interpolate import blend, draw_points, interpolation_objective
 from regraft.tuning.trainer import train
 from regraft.tuning.tune import label_objective
@@ -260,7 +260,9 @@ def pair(tmp_path, opened, adaptations, data):
         student = load_model(load_adaptation(tmp_path / "graft"), new, data.head, trainable=True).eval()
         teacher = load_model(adaptation, old, data.head).eval()
         examples = encode(old, data, data.train)
-        taught = teach(Deployment(teacher, old, data, "fp32"), data.train, np.arange(6), options, tmp_path)
+        taught = compute_teacher_outputs(
+            Deployment(teacher, old, data, "fp32"), data.train, np.arange(6), options, tmp_path
+        )
         return student, teacher, taught, lambda: examples.batch(list(range(6)))
 
     return make

@@ -17,7 +17,7 @@ from regraft.model.outputs import Output, model_inputs
 from regraft.progress import silent
 from regraft.task import Split, load_data
 from regraft.tuning import LEARNING_RATES, distillation_loss, plan_order, tune_model
-from regraft.tuning.distill import teach
+from regraft.tuning.distill import compute_teacher_outputs
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 
@@ -258,7 +258,9 @@ def test_the_teacher_computes_each_wanted_example_once(opened, tuned, task_file,
     )
 
     def call():
-        taught = teach(Deployment(teacher, base, data, "fp32"), data.train, wanted, Distillation(), tmp_path)
+        taught = compute_teacher_outputs(
+            Deployment(teacher, base, data, "fp32"), data.train, wanted, Distillation(), tmp_path
+        )
         return taught.signal.logits, taught.hidden
 
     logits, hidden = call()

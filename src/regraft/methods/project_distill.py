@@ -194,7 +194,7 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     from regraft.model import Deployment, match_labels
     from regraft.task import load_data
     from regraft.tuning import plan_order
-    from regraft.tuning.distill import teach
+    from regraft.tuning.distill import compute_teacher_outputs
 
     folder, task = split_pair(pair)
     old, new = job.upgrade.old, job.upgrade.new
@@ -208,7 +208,7 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
     teacher = Deployment(load_model(adaptation, old, data.head), old, data, precision, job.progress)
-    taught = teach(teacher, data.train, order, loss, work)
+    taught = compute_teacher_outputs(teacher, data.train, order, loss, work)
     return _Lesson(_flatten(vector), student.model, examples, taught, order.tolist(), likelihood)
 
 

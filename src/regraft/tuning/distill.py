@@ -166,7 +166,9 @@ def distillation_loss(
     return loss
 
 
-def teach(teacher: Deployment, split: Split, order: Integers, options: Distillation, work: Path) -> TeacherOutputs:
+def compute_teacher_outputs(
+    teacher: Deployment, split: Split, order: Integers, options: Distillation, work: Path
+) -> TeacherOutputs:
     """Compute the teacher's signal and hidden states once; a later call reads them, undamaged, in the working folder.
 
     Args:

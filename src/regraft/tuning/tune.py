@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.model import Deployment
 from regraft.model.outputs import forward
 from regraft.tuning.anchor import Anchored, anchored_objective, fisher
-from regraft.tuning.distill import Distillation, distillation_objective, teach
+from regraft.tuning.distill import Distillation, compute_teacher_outputs, distillation_objective
 from regraft.tuning.interpolate import Interpolation, interpolation_objective
 from regraft.tuning.order import plan_order
 from regraft.tuning.units import divide_outputs, standardised
@@ -101,7 +101,7 @@ def tune_model(
     judge, objective = None, label_objective(likelihood)
     if teacher:
         old = Deployment(teacher.model, teacher.base, data, recipe.precision, progress)
-        taught = teach(old, data.train, order, teacher.options, work)
+        taught = compute_teacher_outputs(old, data.train, order, teacher.options, work)
         judge = old.signal(data.dev) if teacher.judges else None
         if isinstance(teacher.options, Interpolation):
             divide_outputs(old.model, teacher.base, data)  # as the student's are, between which points are taken
