@@ -24,7 +24,7 @@ from regraft.recipe import fade
 from regraft.task import load_data
 from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
-from regraft.tuning import Anchored, Interpolation, distillation_loss, plan_order
+from regraft.tuning import Anchoring, Interpolation, distillation_loss, plan_order
 from regraft.tuning.anchor import anchored_objective, fisher
 from regraft.tuning.distill import compute_teacher_outputs, distillation_objective, teacher_loss
 from regraft.tuning.interpolate import blend, draw_points, interpolation_objective
@@ -33,7 +33,7 @@ from regraft.tuning.tune import label_objective
 
 FEW = Recipe(steps=9, batch_size=8, learning_rate=3e-3, eval_every=3, save_every=3, precision="fp32")
 OPTIONS = {
-    "anchored": Anchored(strength=0.1, weighting="fisher"),
+    "anchored": Anchoring(strength=0.1, weighting="fisher"),
     "interpolation": Interpolation(points=(0.3,), drawn=1, decay="cosine"),
     "label-free": LabelFree(),
     "init+distill": Distillation(flip_weight=1.0, decay="linear"),
@@ -212,7 +212,7 @@ def test_the_anchors_gradient_is_the_pull_to_the_start(opened, data, weighting, 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     examples, batch = batch_of(opened["bert"][1], data)
     weighed = fisher(model, examples, np.arange(20), CATEGORICAL, silent) if weighting == "fisher" else None
-    pulled = anchored_objective(OBJECTIVE, model, weighed, Anchored(0.7, weighting, decay), 10)
+    pulled = anchored_objective(OBJECTIVE, model, weighed, Anchoring(0.7, weighting, decay), 10)
     start = {name: p.detach().clone() for name, p in trained.items()}
     assert pulled(model, batch(), 0).item() == OBJECTIVE(model, batch(), 0).item()
     torch.manual_seed(0)
@@ -405,7 +405,7 @@ def test_label_free_learns_from_texts_of_another_file(tmp_path, far, adaptations
 @pytest.mark.parametrize(
     ("options", "given"),
     [
-        (Anchored, {"strength": -1}), (Anchored, {"weighting": "diagonal"}), (Anchored, {"decay": "slow"}),
+        (Anchoring, {"strength": -1}), (Anchoring, {"weighting": "diagonal"}), (Anchoring, {"decay": "slow"}),
         (Distillation, {"flip_weight": -0.5}), (Distillation, {"decay": "fast"}), (Interpolation, {"points": (1.0,)}),
         (Interpolation, {"points": (-0.1,)}), (Interpolation, {"drawn": -1}), (Interpolation, {"alpha": 2}),
         (LabelFree, {"beta": -1}), (LabelFree, {"temperature": 0}), (Recipe, {"average": 1.0}),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Rule
     from regraft.progress import Progress
     from regraft.task import TaskData
-    from regraft.tuning import Anchored, Distillation, Recipe
+    from regraft.tuning import Anchoring, Distillation, Recipe
     from regraft.weights import RowMatch
 
 
@@ -180,7 +180,7 @@ class Job:
         self,
         model: Any,
         options: Distillation | None = None,
-        anchor: Anchored | None = None,
+        anchor: Anchoring | None = None,
         *,
         teacher_judges: bool = False,
     ) -> list[dict[str, float]]:

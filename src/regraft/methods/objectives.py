@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import KindError
 from regraft.methods.method import BY_OLD_HEAD, Objective
-from regraft.tuning.anchor import Anchored
+from regraft.tuning.anchor import Anchoring
 from regraft.tuning.distill import Distillation
 from regraft.tuning.interpolate import Interpolation
 
@@ -76,7 +76,7 @@ def distil_between(job: Job, model: Any, options: Interpolation) -> Curve:
     return job.tune(model, options)
 
 
-def tune_anchored(job: Job, model: Any, options: Anchored) -> Curve:
+def tune_anchored(job: Job, model: Any, options: Anchoring) -> Curve:
     """Tune as usual plus a penalty on leaving the start, which fades.
 
     Source: the penalty is Xuhong et al.'s L2-SP (arXiv:1802.01483) or Kirkpatrick et al.'s (arXiv:1612.00796), here
@@ -106,5 +106,5 @@ INTERPOLATION = Objective(
     heads=BY_OLD_HEAD,
 )
 ANCHORED = Objective(
-    "anchored", tune_anchored, Anchored, summary="held to it by a penalty that fades", needs=TRAINS_ON_LABELS
+    "anchored", tune_anchored, Anchoring, summary="held to it by a penalty that fades", needs=TRAINS_ON_LABELS
 )

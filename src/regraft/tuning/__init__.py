@@ -1,7 +1,7 @@
 """Training: tuning on a task, distillation, and continual pre-training, all on transformers' Trainer."""
 
 from regraft.recipe import Recipe
-from regraft.tuning.anchor import Anchored
+from regraft.tuning.anchor import Anchoring
 from regraft.tuning.corpus import Corpus
 from regraft.tuning.distill import Distillation, distillation_loss
 from regraft.tuning.interpolate import Interpolation
@@ -13,7 +13,7 @@ from regraft.tuning.units import multiply_outputs
 
 __all__ = [
     "LEARNING_RATES",
-    "Anchored",
+    "Anchoring",
     "Corpus",
     "Distillation",
     "Interpolation",

@@ -30,7 +30,7 @@ FISHER_EXAMPLES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Anchored:
+class Anchoring:
     """How weights are held to where they start.
 
     Args:
@@ -57,7 +57,7 @@ class Anchored:
 
 
 def anchored_objective(
-    objective: Objective, model: Any, weights: Mapping[str, torch.Tensor] | None, options: Anchored, steps: int
+    objective: Objective, model: Any, weights: Mapping[str, torch.Tensor] | None, options: Anchoring, steps: int
 ) -> Objective:
     """Add strength·decay(step)·½·Σ F·(θ − θ_start)² to a loss.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.model import Deployment
 from regraft.model.outputs import forward
-from regraft.tuning.anchor import Anchored, anchored_objective, fisher
+from regraft.tuning.anchor import Anchoring, anchored_objective, fisher
 from regraft.tuning.distill import Distillation, compute_teacher_outputs, distillation_objective
 from regraft.tuning.interpolate import Interpolation, interpolation_objective
 from regraft.tuning.order import plan_order
@@ -74,7 +74,7 @@ def tune_model(
     work: Path,
     progress: Progress,
     teacher: Teacher | None = None,
-    anchor: Anchored | None = None,
+    anchor: Anchoring | None = None,
 ) -> list[dict[str, float]]:
     """Tune a model in place and leave it with its best weights on dev.
 
