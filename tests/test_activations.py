@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
 from regraft.adaptation import fresh_model, load_model
 from regraft.errors import RecipeError
-from regraft.methods.aligned import Aligned
+from regraft.methods.aligned import Alignment
 from regraft.methods.ridge import Ridge
 from regraft.model import encode, predict
 from regraft.model.blockwise import BlockwiseForward
@@ -112,7 +112,7 @@ def test_a_strong_ridge_and_a_full_shrinkage_are_direct(tmp_path, bases, task_fi
     upgrade = Upgrade(*bases["bert"])
     path = adapt(upgrade.old, kind, tmp_path / "old" / "adaptation")
     direct = weights(recycle(upgrade, path, task_file, "direct", tmp_path / "d", recipe=FEW).path / "adaptation")
-    for method, options in (("ridge", Ridge(ridge=1e9)), ("aligned", Aligned(shrink=1))):
+    for method, options in (("ridge", Ridge(ridge=1e9)), ("aligned", Alignment(shrink=1))):
         out = recycle(upgrade, path, task_file, method, tmp_path / method, recipe=FEW, options=options)
         found = weights(out.path / "adaptation")
         for name, tensor in direct.items():
@@ -201,7 +201,7 @@ def test_aligned_recovers_the_tuned_function_on_a_turned_base(tmp_path, task_fil
     path = adapt(old, kind, tmp_path / "old" / "adaptation")
     wanted = logits_of(path, old, task_file)
     error = {}
-    for method, options in (("direct", None), ("aligned", Aligned(shrink=0.0))):
+    for method, options in (("direct", None), ("aligned", Alignment(shrink=0.0))):
         out = recycle(Upgrade(old, new), path, task_file, method, tmp_path / method, recipe=FEW, options=options)
         error[method] = float((logits_of(out.path / "adaptation", new, task_file) - wanted).abs().max())
     assert error["aligned"] < 1e-3 < 0.05 < error["direct"]
@@ -218,6 +218,11 @@ def test_kinds_that_change_no_linear_layer_are_refused(tmp_path, bases, task_fil
 
 
 def test_options_out_of_range():
-    for make in (lambda: Ridge(ridge=0), lambda: Ridge(texts=0), lambda: Aligned(shrink=2), lambda: Aligned(texts=0)):
+    for make in (
+        lambda: Ridge(ridge=0),
+        lambda: Ridge(texts=0),
+        lambda: Alignment(shrink=2),
+        lambda: Alignment(texts=0),
+    ):
         with pytest.raises(RecipeError):
             make()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Aligned:
+class Alignment:
     """How the bases' features are aligned.
 
     Args:
@@ -45,7 +45,7 @@ class Aligned:
             raise RecipeError(f"shrink is from 0 to 1 (found {self.shrink}), texts at least 1 ({self.texts}).")
 
 
-def graft_aligned(job: Job, options: Aligned) -> Any:
+def graft_aligned(job: Job, options: Alignment) -> Any:
     """Find an orthogonal map for the inputs and the outputs of each module, and turn its delta by both.
 
     With x_n ≈ R·x_o and y_n ≈ S·y_o on the same tokens of the task's texts, a linear layer's D becomes S·D·Rᵀ, of a
@@ -321,5 +321,5 @@ def _set(weight: torch.Tensor, delta: torch.Tensor, right: torch.Tensor | None, 
 
 
 ALIGNED = Start(
-    "aligned", graft_aligned, Aligned, summary="turn the old delta into the new base's coordinates", needs=("text",)
+    "aligned", graft_aligned, Alignment, summary="turn the old delta into the new base's coordinates", needs=("text",)
 )
