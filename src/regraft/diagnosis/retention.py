@@ -12,7 +12,7 @@ from regraft.errors import MismatchError
 from regraft.model.device import device
 from regraft.model.outputs import unwrap_model
 from regraft.tuning.corpus import Corpus, pack
-from regraft.tuning.language import language_loss, language_model
+from regraft.tuning.language import language_loss, load_language_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +62,7 @@ def kept(pair: Pair, text: Sequence[str] = ()) -> Kept:
     blocks = _blocks(pair, text)
     losses: dict[str, float] = {}
     for name, base, deployed in (("old", old, pair.old.model), ("new", new, pair.new.model)):
-        model, fresh = language_model(base)
+        model, fresh = load_language_model(base)
         if missing := [n for n in fresh if not n.startswith(base.prefix + ".")]:
             raise MismatchError(f"{base.path}: holds no language-modelling head ({', '.join(missing[:3])}).")
         model.to(device())

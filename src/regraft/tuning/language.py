@@ -25,7 +25,7 @@ LEARNING_RATE = 1e-4
 MASKED = 0.15
 
 
-def language_model(base: Base) -> tuple[Any, list[str]]:
+def load_language_model(base: Base) -> tuple[Any, list[str]]:
     """Load a base as a language model.
 
     Args:

@@ -29,7 +29,7 @@ from regraft.model.device import device
 from regraft.progress import Progress, quiet, silent
 from regraft.recipe import SEEDS, check_trained
 from regraft.tuning.corpus import Corpus, pack
-from regraft.tuning.language import LEARNING_RATE, LanguageModelling, language_model
+from regraft.tuning.language import LEARNING_RATE, LanguageModelling, load_language_model
 from regraft.upgrade import renewed
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def pretrain(
         shuffled = _shuffle(len(blocks), recipe.seed)
         resolved = recipe.resolve(len(blocks) - held_out, LEARNING_RATE)
         set_seed(recipe.seed)  # a fresh head is drawn from it
-        model, fresh = language_model(base)
+        model, fresh = load_language_model(base)
         model.to(device())
         made = _Made(base, corpus, inputs, resolved, block)
         run = LanguageModelling(base, blocks, shuffled[held_out:], shuffled[:held_out], resolved)
