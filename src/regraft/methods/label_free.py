@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.methods.method import BY_OLD_HEAD, Objective
+from regraft.methods.method import OLD_HEAD_ONLY, Objective
 
 if TYPE_CHECKING:
     from regraft.methods.job import Job
@@ -116,6 +116,6 @@ LABEL_FREE = Objective(
     LabelFree,
     summary="learn from the old model on raw text",
     needs=("text", "training"),
-    heads=BY_OLD_HEAD,
+    heads=OLD_HEAD_ONLY,
     contents=contents,
 )

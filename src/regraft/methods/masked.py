@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
 from regraft.methods.evidence import gather
-from regraft.methods.method import BY_OLD_HEAD, Start
+from regraft.methods.method import OLD_HEAD_ONLY, Start
 
 if TYPE_CHECKING:
     import torch
@@ -105,5 +105,5 @@ MASKED = Start(
     Masking,
     summary="keep what of the old delta agrees with the new base's gradient",
     needs=lambda options: ("labels",) if options.labels else ("text",),
-    heads=BY_OLD_HEAD,
+    heads=OLD_HEAD_ONLY,
 )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Heads = tuple[str, ...]
 
 NEEDS = ("labels", "text", "tasks", "training")
-BY_OLD_HEAD: Heads = ("copy",)  # for what goes by the outputs of the old head
+OLD_HEAD_ONLY: Heads = ("copy",)  # for what goes by the outputs of the old head
 
 
 @dataclasses.dataclass(frozen=True)

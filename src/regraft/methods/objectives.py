@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import KindError
-from regraft.methods.method import BY_OLD_HEAD, Objective
+from regraft.methods.method import OLD_HEAD_ONLY, Objective
 from regraft.tuning.anchor import Anchoring
 from regraft.tuning.distill import Distillation
 from regraft.tuning.interpolate import Interpolation
@@ -95,7 +95,12 @@ def tune_anchored(job: Job, model: Any, options: Anchoring) -> Curve:
 
 LABELS = Objective("labels", tune_on_labels, summary="then tune as usual", needs=TRAINS_ON_LABELS)
 DISTILL = Objective(
-    "distill", distil, Distillation, summary="with the old model as teacher", needs=TRAINS_ON_LABELS, heads=BY_OLD_HEAD
+    "distill",
+    distil,
+    Distillation,
+    summary="with the old model as teacher",
+    needs=TRAINS_ON_LABELS,
+    heads=OLD_HEAD_ONLY,
 )
 INTERPOLATION = Objective(
     "interpolation",
@@ -103,7 +108,7 @@ INTERPOLATION = Objective(
     Interpolation,
     summary="distil at points between student and teacher",
     needs=TRAINS_ON_LABELS,
-    heads=BY_OLD_HEAD,
+    heads=OLD_HEAD_ONLY,
 )
 ANCHORED = Objective(
     "anchored", tune_anchored, Anchoring, summary="held to it by a penalty that fades", needs=TRAINS_ON_LABELS

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation import HEAD_POLICIES
 from regraft.errors import RecipeError
 from regraft.methods.evidence import gather
-from regraft.methods.method import BY_OLD_HEAD, Start
+from regraft.methods.method import OLD_HEAD_ONLY, Start
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -209,5 +209,5 @@ SCALED = Start(
     Scaling,
     summary="scale the old delta, all of it and by group, as texts tell",
     needs=lambda options: ("labels",) if options.labels else ("text",),
-    heads=lambda options: BY_OLD_HEAD if options.scale is None else HEAD_POLICIES,
+    heads=lambda options: OLD_HEAD_ONLY if options.scale is None else HEAD_POLICIES,
 )
