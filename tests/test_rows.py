@@ -18,7 +18,7 @@ from regraft.progress import quiet
 from regraft.task import load_data, score
 from regraft.task.types import Examples, TextClassification, task_types
 from regraft.task.types.likelihood import CATEGORICAL
-from regraft.tuning.units import multiply_outputs, standardised
+from regraft.tuning.units import restore_output_units, standardised
 
 TOKENS = [[1, 7, 8, 9, 2], [1, 5, 2], [1, 6, 7, 8, 9, 10, 11, 2]]
 SPOKEN = [[1, 3], [], [4, 1, 6]]
@@ -181,6 +181,6 @@ def test_units_of_training_change_no_output(made, opened, task_file, texts, monk
     )
     assert all("classifier" in name or "score" in name for name in changed)
     assert torch.allclose(predict(model, texts[architecture], "fp32"), before, atol=1e-5)
-    multiply_outputs(model, base, data)
+    restore_output_units(model, base, data)
     offset = 0 if architecture == "llama" else 3
     assert torch.allclose(predict(model, texts[architecture], "fp32"), 8 * before + offset, atol=1e-4)

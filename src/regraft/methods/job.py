@@ -17,7 +17,7 @@ from regraft.adaptation import (
 )
 from regraft.adaptation.transform import write_transform
 from regraft.model import Deployment
-from regraft.tuning import Teacher, multiply_outputs, tune_model
+from regraft.tuning import Teacher, restore_output_units, tune_model
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Job:
         base, head, seed = self.upgrade.new, self.data.head, self.recipe.seed
         config = self.adaptation.family.read_config(self.adaptation, afresh=True)
         model = fresh_model(base, head, seed)
-        multiply_outputs(model, base, self.data)
+        restore_output_units(model, base, self.data)
         return attach(model, base, head, config, seed)
 
     def graft(self) -> None:

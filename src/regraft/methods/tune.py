@@ -24,7 +24,7 @@ from regraft.methods.recycle import new_folder, record_outcome
 from regraft.progress import Progress, silent
 from regraft.recipe import best_step
 from regraft.task import load_data, weakness
-from regraft.tuning import Recipe, learning_rate, multiply_outputs, tune_model
+from regraft.tuning import Recipe, learning_rate, restore_output_units, tune_model
 
 if TYPE_CHECKING:
     from regraft.adaptation.kinds import Config
@@ -91,7 +91,7 @@ def tune(
             return done
         staging = new_folder(work / "whole")
         fresh = fresh_model(base, data.head, resolved.seed)
-        multiply_outputs(fresh, base, data)
+        restore_output_units(fresh, base, data)
         model = attach(fresh, base, data.head, config, resolved.seed)
         start = start_of(model)
         curve = tune_model(model, base, data, resolved, work, progress)

@@ -9,7 +9,7 @@ from regraft.tuning.order import plan_order
 from regraft.tuning.pretrain import Replay, pretrain, pretrain_chain
 from regraft.tuning.tracking import tracking
 from regraft.tuning.tune import LEARNING_RATES, Teacher, learning_rate, tune_model
-from regraft.tuning.units import multiply_outputs
+from regraft.tuning.units import restore_output_units
 
 __all__ = [
     "LEARNING_RATES",
@@ -22,7 +22,7 @@ __all__ = [
     "Teacher",
     "distillation_loss",
     "learning_rate",
-    "multiply_outputs",
+    "restore_output_units",
     "plan_order",
     "pretrain",
     "pretrain_chain",

@@ -51,7 +51,7 @@ def standardised(model: Any, base: Base, data: TaskData) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        multiply_outputs(model, base, data)
+        restore_output_units(model, base, data)
 
 
 def divide_outputs(model: Any, base: Base, data: TaskData) -> None:
@@ -65,7 +65,7 @@ def divide_outputs(model: Any, base: Base, data: TaskData) -> None:
     _change(model, base, data, lambda value, offset, unit: (value - offset) / unit)
 
 
-def multiply_outputs(model: Any, base: Base, data: TaskData) -> None:
+def restore_output_units(model: Any, base: Base, data: TaskData) -> None:
     """Have a model say in the targets' units what it says in those of its task: the reverse of `divide_outputs`.
 
     Args:
