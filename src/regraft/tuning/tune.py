@@ -11,7 +11,7 @@ from regraft.tuning.anchor import Anchoring, anchored_objective, fisher
 from regraft.tuning.distill import Distillation, compute_teacher_outputs, distillation_objective
 from regraft.tuning.interpolate import Interpolation, interpolation_objective
 from regraft.tuning.order import plan_order
-from regraft.tuning.units import divide_outputs, standardised
+from regraft.tuning.units import standardise_outputs, standardised
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +104,7 @@ def tune_model(
         taught = compute_teacher_outputs(old, data.train, order, teacher.options, work)
         judge = old.signal(data.dev) if teacher.judges else None
         if isinstance(teacher.options, Interpolation):
-            divide_outputs(old.model, teacher.base, data)  # as the student's are, between which points are taken
+            standardise_outputs(old.model, teacher.base, data)  # as the student's are, between which points are taken
             objective = interpolation_objective(taught, old.model, teacher.options, likelihood, steps, recipe.seed)
         else:
             old.model.to("cpu")

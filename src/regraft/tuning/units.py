@@ -40,7 +40,7 @@ def standardised(model: Any, base: Base, data: TaskData) -> Iterator[None]:
         yield
         return
     layers = _output_layers(model, base, data)
-    divide_outputs(model, base, data)
+    standardise_outputs(model, base, data)
 
     def multiply(layer: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
         return output * units[1] + (units[0] if layer.bias is not None else 0)
@@ -54,7 +54,7 @@ def standardised(model: Any, base: Base, data: TaskData) -> Iterator[None]:
         restore_output_units(model, base, data)
 
 
-def divide_outputs(model: Any, base: Base, data: TaskData) -> None:
+def standardise_outputs(model: Any, base: Base, data: TaskData) -> None:
     """Have a model say in units of its task what it says in those of the targets.
 
     Args:
@@ -66,7 +66,7 @@ def divide_outputs(model: Any, base: Base, data: TaskData) -> None:
 
 
 def restore_output_units(model: Any, base: Base, data: TaskData) -> None:
-    """Have a model say in the targets' units what it says in those of its task: the reverse of `divide_outputs`.
+    """Have a model say in the targets' units what it says in those of its task: the reverse of `standardise_outputs`.
 
     Args:
         model: A model with a head for the task, as a fresh one.
