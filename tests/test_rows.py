@@ -18,7 +18,7 @@ from regraft.progress import quiet
 from regraft.task import load_data, score
 from regraft.task.types import Examples, TextClassification, task_types
 from regraft.task.types.likelihood import CATEGORICAL
-from regraft.tuning.units import restore_output_units, standardised
+from regraft.tuning.units import restore_output_units, standardised_outputs
 
 TOKENS = [[1, 7, 8, 9, 2], [1, 5, 2], [1, 6, 7, 8, 9, 10, 11, 2]]
 SPOKEN = [[1, 3], [], [4, 1, 6]]
@@ -173,7 +173,7 @@ def test_units_of_training_change_no_output(made, opened, task_file, texts, monk
     model = load_model(load_adaptation(folder), base, HEAD, trainable=True)
     stored = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     monkeypatch.setattr(TextClassification, "units", lambda self, targets: (3.0, 8.0))
-    with standardised(model, base, data):
+    with standardised_outputs(model, base, data):
         changed = {name for name, parameter in model.named_parameters() if not parameter.equal(stored[name])}
         assert torch.allclose(predict(model, texts[architecture], "fp32"), before, atol=1e-5)
     assert {name.rpartition(".")[2] for name in changed} == (

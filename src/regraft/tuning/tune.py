@@ -11,7 +11,7 @@ from regraft.tuning.anchor import Anchoring, anchored_objective, fisher
 from regraft.tuning.distill import Distillation, compute_teacher_outputs, distillation_objective
 from regraft.tuning.interpolate import Interpolation, interpolation_objective
 from regraft.tuning.order import plan_order
-from regraft.tuning.units import standardise_outputs, standardised
+from regraft.tuning.units import standardise_outputs, standardised_outputs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,7 +117,7 @@ def tune_model(
             return dict(zip(("score", "loss"), student.similarity_to(data.dev, judge), strict=True))
         return {"score": student.score(data.dev), "loss": student.loss(data.dev)}
 
-    with standardised(model, base, data):
+    with standardised_outputs(model, base, data):
         if anchor:
             weights = fisher(model, examples, order, likelihood, progress) if anchor.weighting == "fisher" else None
             objective = anchored_objective(objective, model, weights, anchor, steps)

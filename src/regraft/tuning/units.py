@@ -21,7 +21,7 @@ _WRAPPED = re.compile(r"^base_model\.model\.|modules_to_save\.\w+\.")
 
 
 @contextlib.contextmanager
-def standardised(model: Any, base: Base, data: TaskData) -> Iterator[None]:
+def standardised_outputs(model: Any, base: Base, data: TaskData) -> Iterator[None]:
     """Train a model's output layers in the units that its task says, whatever the targets' own are.
 
     The layers are divided by the unit while the block runs, and their outputs multiplied by it: what a model says of
