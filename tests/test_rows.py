@@ -172,7 +172,7 @@ def test_units_of_training_change_no_output(made, opened, task_file, texts, monk
     base, data = opened[architecture][0], load_data(task_file, 20)
     model = load_model(load_adaptation(folder), base, HEAD, trainable=True)
     stored = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    monkeypatch.setattr(TextClassification, "units", lambda self, targets: (3.0, 8.0))
+    monkeypatch.setattr(TextClassification, "target_scaling", lambda self, targets: (3.0, 8.0))
     with standardised_outputs(model, base, data):
         changed = {name for name, parameter in model.named_parameters() if not parameter.equal(stored[name])}
         assert torch.allclose(predict(model, texts[architecture], "fp32"), before, atol=1e-5)

@@ -73,7 +73,7 @@ class Deployment:
         """
         if split not in self._outputs:
             outputs = predict(self.model, self.examples(split), self.precision, self.progress)
-            if outputs.shape[1] != self.data.head.outputs:
+            if outputs.shape[1] != self.data.head.num_outputs:
                 raise MismatchError(
                     f"the head has {outputs.shape[1]} outputs, task {self.data.name!r} {self.data.head}. Give the task "
                     "that the models were tuned for."
