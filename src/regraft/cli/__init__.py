@@ -1,4 +1,4 @@
-"""The command line: reads arguments, calls one function of the package, prints what it gives."""
+"""The command line: a command reads its arguments, calls one function of the package, and prints the result."""
 
 import logging
 import os
@@ -13,12 +13,12 @@ from regraft.errors import RegraftError
 from regraft.printable import printable
 
 
-class Interrupted(Exception):
-    """Ctrl-C in a command, carried past Typer, which would end without a word."""
+class InterruptedCommand(Exception):
+    """Ctrl-C during a command, in a form that Typer lets through: it would end a KeyboardInterrupt silently."""
 
 
 class Commands(TyperGroup):
-    """The commands, of which an interruption is told."""
+    """The commands, whose interruptions and ends of files reach `main`."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command.
@@ -30,15 +30,15 @@ class Commands(TyperGroup):
             What the command returns.
 
         Raises:
-            Interrupted: Ctrl-C was pressed.
-            ValueError: A file that was read by a library ended early, of which Typer would say "Aborted".
+            InterruptedCommand: Ctrl-C was pressed.
+            ValueError: A library reached the end of a file too early; Typer would only print "Aborted".
         """
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise Interrupted("\n".join(getattr(error, "__notes__", ()))) from error
+            raise InterruptedCommand("\n".join(getattr(error, "__notes__", ()))) from error
         except EOFError as error:
-            raise ValueError(f"the end of a file where more is expected ({error})") from error
+            raise ValueError(f"a file ended too early ({error})") from error
 
 
 app = typer.Typer(
@@ -55,7 +55,7 @@ app.add_typer(adaptation.app, name="adaptation")
 app.add_typer(chain.app, name="chain")
 app.add_typer(task.app, name="task")
 app.add_typer(weights.app, name="weights")
-_settings = {"debug": False}
+_settings = {"debug": False}  # read by `main` after the command has ended
 
 
 @app.callback()
@@ -77,48 +77,48 @@ def main() -> None:
     try:
         app()
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads the output has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         _drop_output()
         sys.exit(1)
-    except (KeyboardInterrupt, Interrupted) as error:
+    except (KeyboardInterrupt, InterruptedCommand) as error:
         print(f"\ninterrupted: the same command goes on from here\n{error}".rstrip(), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if _settings["debug"]:
             raise
         _drop_output()
-        message = "\n".join([f"error: {_told(error)}", *getattr(error, "__notes__", ())])
-        print(_in_one_piece(message), file=sys.stderr)
+        message = "\n".join([f"error: {_message(error)}", *getattr(error, "__notes__", ())])
+        print(_indented(message), file=sys.stderr)
         sys.exit(2)
 
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _in_one_piece(super().format(record))
+        return _indented(super().format(record))
 
 
-def _in_one_piece(message: str) -> str:
-    """Indent what follows the first line: a newline in a name cannot begin a message of its own."""
+def _indented(message: str) -> str:
+    """Indent all lines but the first, so that a line break in a file's name cannot imitate a message."""
     return printable(message).replace("\n", "\n  ")
 
 
-def _told(error: Exception) -> str:
-    """Name the file of an error of the system's own, and the kind of one that no command foresaw."""
+def _message(error: Exception) -> str:
+    """Return an error's message, with the file of a system error; of an unexpected one, what to do."""
     from regraft.checkpoint import disk_full, is_disk_full
 
     if isinstance(error, RegraftError):
         return str(error)
     if not isinstance(error, OSError):
         return (
-            f"{type(error).__name__}: {error!s:.1000}\nregraft did not foresee this. Is a file of the model or of the "
-            "data damaged? `regraft --debug …` says where it came up: please report it with that."
+            f"{type(error).__name__}: {error!s:.1000}\nThis is unexpected. A file of the model or of the data may be "
+            "damaged; if not, please report the traceback that `regraft --debug …` prints."
         )
-    where = error.filename or "the output"
-    return str(disk_full(where)) if is_disk_full(error) else f"{where}: {error.strerror or error}."
+    file = error.filename or "the output"
+    return str(disk_full(file)) if is_disk_full(error) else f"{file}: {error.strerror or error}."
 
 
 def _drop_output() -> None:
-    """Keep Python from writing the rest of the output on exit, where that cannot be written."""
+    """Discard unwritten output if it cannot be written, which Python would try again on exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,59 +1,110 @@
-"""`regraft adaptation`: what an adaptation is, and other kinds made of it."""
+"""`regraft adaptation`: inspect an adaptation, or convert it to another kind."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import regraft
 from regraft.cli import options
 
-app = typer.Typer(help="What an adaptation is, and other kinds made of it.", no_args_is_help=True)
+app = typer.Typer(help="Inspect an adaptation, or convert it to another kind.", no_args_is_help=True)
+
+AdaptationArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="Adaptation: an outcome, or a folder saved by transformers or PEFT.",
+        metavar="ADAPTATION",
+        show_default=False,
+    ),
+]
+SETTINGS = (  # of an adapter's config; those that are set are shown
+    "r",
+    "lora_alpha",
+    "use_dora",
+    "use_rslora",
+    "init_lora_weights",
+    "num_virtual_tokens",
+    "inner_size",
+    "placement",
+    "activation",
+    "tune_norms",
+)
 
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="An outcome, or a folder of save_pretrained of transformers or PEFT.")],
-    base: Annotated[str | None, typer.Option(help="Its base: show whether it belongs to it and loads wholly.")] = None,
+    path: AdaptationArgument,
+    base: Annotated[
+        str | None, typer.Option(help="Base to load it on, to check its lineage and that all of it loads.")
+    ] = None,
 ) -> None:
-    """Say what an adaptation holds, and with its base whether it loads wholly."""
-    from regraft.adaptation import load_adaptation, load_model, stored_head
+    """Show what an adaptation consists of; with a base, also whether it belongs to it."""
+    from regraft.adaptation import load_model, stored_head
     from regraft.adaptation.tokens import with_own_tokens
-    from regraft.base import Base
-    from regraft.cli import show as print_
-    from regraft.upgrade import Upgrade
 
-    adaptation = load_adaptation(path)
+    adaptation = regraft.load_adaptation(path)
     lineage = None
     if base:
-        opened = Base.open(base)
+        opened = regraft.Base.open(base)
         lineage = adaptation.check_base(opened)
-        reading = with_own_tokens(adaptation, Upgrade(opened, opened)).old
-        load_model(adaptation, reading, stored_head(adaptation, opened))
-    print_.adaptation(adaptation, base, lineage)
+        own_base = with_own_tokens(adaptation, regraft.Upgrade(opened, opened)).old
+        load_model(adaptation, own_base, stored_head(adaptation, opened))
+    print_adaptation(adaptation, base, lineage)
 
 
 @app.command()
 def convert(
-    path: Annotated[Path, typer.Argument(help="What was tuned.")],
+    path: AdaptationArgument,
     old_base: options.OldBase,
-    out: Annotated[Path, typer.Option(help="The folder to make. If it is there, made from the same, nothing is done.")],
+    out: options.Out,
     to: Annotated[str, typer.Option(help="full, or lora.")],
-    new_base: Annotated[str | None, typer.Option(help="The upgraded base, if the result is for that.")] = None,
-    rank: Annotated[int | None, typer.Option(help="To a LoRA: the rank of every layer.", min=1)] = None,
-    energy: Annotated[float | None, typer.Option(help="To a LoRA: the share of each delta to keep, 0 to 1.")] = None,
+    new_base: Annotated[str | None, typer.Option(help="Upgraded base, if the result is for that.")] = None,
+    rank: Annotated[int | None, typer.Option(help="For lora: rank of every layer.", min=1)] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="For lora: share of each delta's squared norm to preserve, 0 to 1.")
+    ] = None,
     task: Annotated[
-        Path | None, typer.Option(help="To a LoRA: a task file; outputs on its texts are kept rather than weights.")
+        Path | None,
+        typer.Option(help="For lora: task file; the outputs on its texts are approximated rather than the weights."),
     ] = None,
     force: options.Force = False,
 ) -> None:
-    """Write an adaptation as another kind: a full fine-tune as a LoRA, an adapter as a full fine-tune."""
-    from regraft.cli import show as print_
-    from regraft.methods import convert as run
+    """Convert a full fine-tune to a LoRA, or an adapter to a full fine-tune."""
+    from regraft.cli.terminal import print_line, print_text, show_progress
 
-    with print_.progress() as progress:
-        result = run(
+    with show_progress() as progress:
+        conversion = regraft.convert(
             path, old_base, out, to, new=new_base, rank=rank, energy=energy, task=task, force=force, progress=progress
         )
-    print_.line(f"{result.kind}: {100 * result.kept:.1f} % of the delta's squared norm kept: {result.path}")
-    if result.left_out:
-        print_.line(f"{100 * result.left_out:.1f} % is in embeddings, norms and biases, for which a LoRA has no place.")
+    print_text(f"{conversion.kind}: {conversion.kept:.1%} of the delta's squared norm preserved")
+    if conversion.left_out:
+        print_text(f"{conversion.left_out:.1%} is in embeddings, norms and biases, which a LoRA cannot hold")
+    print_line(f"adaptation: {conversion.path}")
+
+
+def print_adaptation(adaptation: "regraft.Adaptation", base: str | None, lineage: str | None) -> None:
+    """Print an adaptation's kind, size, settings, labels and lineage.
+
+    Args:
+        adaptation: The adaptation.
+        base: The base that it was loaded on, if any.
+        lineage: What is known of its lineage with that base.
+    """
+    from regraft.cli.terminal import print_pairs, size
+
+    tensors = adaptation.checkpoint.tensors.values()
+    config = adaptation.config
+    pairs = {
+        "kind": adaptation.kind,
+        "tensors": f"{len(tensors):,}",
+        "parameters": f"{sum(math.prod(tensor.shape) for tensor in tensors):,}",
+        "size": size(sum(tensor.end - tensor.start for tensor in tensors)),
+        "settings": ", ".join(f"{name} {config[name]}" for name in SETTINGS if config.get(name)),
+        "labels": ", ".join(adaptation.labels) if adaptation.labels else "not named",
+        "tuned on": adaptation.base or "not recorded: its lineage is unproven",
+        "fingerprint": adaptation.fingerprint,
+        "on the base": f"{base}: loads wholly, lineage {lineage}" if base else "",
+    }
+    print_pairs([(name, value) for name, value in pairs.items() if value])

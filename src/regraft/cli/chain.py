@@ -1,41 +1,76 @@
-"""`regraft chain`: adaptations carried along a chain of bases."""
+"""`regraft chain`: carry adaptations along a chain of bases."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from regraft.cli import options
 
-app = typer.Typer(no_args_is_help=True)
+if TYPE_CHECKING:
+    from regraft.chain import ChainRow
 
-
-@app.callback()
-def main() -> None:
-    """Carry adaptations along a chain of bases, hop by hop or at once."""
+app = typer.Typer(help="Carry adaptations along a chain of bases, hop by hop or at once.", no_args_is_help=True)
 
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(help="The chain file (YAML).", metavar="FILE")],
-    out: Annotated[Path, typer.Option(help="The folder for everything; what is there is kept.")],
+    file: Annotated[Path, typer.Argument(help="Chain file (YAML).", metavar="FILE")],
+    out: Annotated[Path, typer.Option(help="Output folder. What is already in it is not made again.")],
     report_to: options.ReportTo = None,
 ) -> None:
-    """Tune on the first base and recycle along the chain; builds only what is missing."""
+    """Tune on the first base, and recycle along the chain."""
     from regraft.chain import Chain, run_chain
-    from regraft.cli import show
+    from regraft.cli.terminal import show_progress
     from regraft.tuning import tracking
 
     chain = Chain.load(file)
-    with show.progress() as progress, tracking(report_to or (), options.logs(out)):
+    with show_progress() as progress, tracking(report_to or (), options.log_folder(out)):
         rows = run_chain(chain, out, progress)
-    show.chain(list(chain.bases), rows)
+    print_chain(chain.bases, rows)
 
 
-@app.command(name="show")
-def show_chain(out: Annotated[Path, typer.Argument(help="A folder of `regraft chain run`.")]) -> None:
-    """Show the scores on every base, and what each hop loses."""
+@app.command()
+def show(out: Annotated[Path, typer.Argument(help="Output folder of `regraft chain run`.", metavar="OUT")]) -> None:
+    """Show the scores on every base, and how much each hop loses."""
     from regraft.chain import read_chain
-    from regraft.cli import show
 
-    show.chain(*read_chain(out))
+    print_chain(*read_chain(out))
+
+
+def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
+    """Print the scores along a chain: a table for each task and kind, a method and route a row.
+
+    Args:
+        bases: The names of the bases.
+        rows: The hops.
+    """
+    from rich.markup import escape
+
+    from regraft.chain import standings
+    from regraft.cli.terminal import MISSING, console, new_table, percent, print_text
+    from regraft.task import find_metric
+
+    print_text(" → ".join(f"{number} {base}" for number, base in enumerate(bases)))
+    summaries = standings(bases, rows)
+    columns = [*(f"base {number}" for number in range(len(bases))), "recovery,\nlast", "lost\na hop"]
+    for task, kind in dict.fromkeys((summary.task, summary.kind) for summary in summaries):
+        selected = [summary for summary in summaries if (summary.task, summary.kind) == (task, kind)]
+        table = new_table(f"{task}, {kind}", ("method", "route"), columns)
+        for summary in selected:
+            scores = [
+                MISSING if score is None else f"{score:.3f}" + ("" if deviation is None else f" ±{deviation:.3f}")
+                for score, deviation in zip(summary.scores, summary.deviations, strict=True)
+            ]
+            metric = find_metric(summary.metric)
+            decay = MISSING if summary.decay is None else f"{metric.describe(summary.decay)}{metric.unit}"
+            table.add_row(escape(summary.method), summary.route or "", *scores, percent(summary.recoveries[-1]), decay)
+        console.print(table)
+        for summary in selected:
+            if summary.refused:
+                print_text(f"{summary.method}: {summary.refused}")
+    print_text(
+        "Scores on test (dev where there is no test), mean over seeds. Recovery: 0 % is guessing, 100 % scratch on the "
+        "same base. Lost a hop: the slope over the bases."
+    )

@@ -1,67 +1,108 @@
-"""`regraft check`: will the old weights still work?"""
+"""`regraft check`: find out whether the old weights still work."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import regraft
 from regraft.cli import options
+from regraft.errors import RecipeError
 
 
 def check(
     old_base: options.OldBase,
     new_base: options.NewBase,
-    adaptation: options.AdaptationFolder,
-    task: options.TaskFile,
+    adaptation: options.Adaptation,
+    task: options.Task,
+    out: Annotated[
+        Path | None, typer.Option(help="With --deep: folder for diagnosis.json, which `regraft report` reads.")
+    ] = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Look at connectivity, attention heads, distances, flips, and more.")
+        bool, typer.Option("--deep", help="Examine connectivity, attention heads, distances, flips and more.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="A folder for diagnosis.json, which `regraft report` shows.")] = None,
     counterpart: Annotated[
         list[str] | None,
-        typer.Option(help="An outcome of the same task on the new base to compare with; further ones of other seeds."),
+        typer.Option(help="With --deep: outcome on the new base to compare with; repeat for other seeds."),
     ] = None,
     checkpoint: Annotated[
-        list[str] | None, typer.Option(help="A base on the way from the old to the new one; repeat it, in order.")
+        list[str] | None, typer.Option(help="With --deep: bases between the old and the new one, in order.")
     ] = None,
     text: Annotated[
-        list[str] | None, typer.Option(help="Unlabelled text of the new base's domain; by default the task's own.")
+        list[str] | None,
+        typer.Option(help="With --deep: unlabelled text of the new base's domain; by default the task's own."),
     ] = None,
-    points: Annotated[int, typer.Option(help="Points of the segment between the deployments.", min=3)] = 11,
-    plane: Annotated[int, typer.Option(help="Points a side of the loss plane; 0 for none.", min=0)] = 0,
+    points: Annotated[
+        int, typer.Option(help="With --deep: points on the segment between the two deployments.", min=3)
+    ] = 11,
+    plane: Annotated[int, typer.Option(help="With --deep: points per side of the loss plane; 0 for none.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    precision: options.Precision = "auto",
+    precision: Annotated[str, typer.Option(help="bf16, fp32, or auto: bf16 where the device computes in it.")] = "auto",
     force: options.Force = False,
 ) -> None:
-    """Put old weights on the new base as they are, and say what the upgrade did to them."""
-    import dataclasses
-    import json
+    """Put the old weights on the new base unchanged, and measure what the upgrade did to them."""
+    from regraft.cli.terminal import show_progress
 
-    from regraft.cli import findings, show
-    from regraft.diagnosis import Check, Diagnosis, Questions, diagnose
-    from regraft.diagnosis import check as run
-    from regraft.errors import RecipeError
-    from regraft.tuning import Recipe
-    from regraft.upgrade import Upgrade
-
-    if not deep and (out or counterpart or checkpoint or text or plane):
-        raise RecipeError("--out, --counterpart, --checkpoint, --text and --plane go with --deep.")
-    upgrade, recipe = Upgrade(old_base, new_base), Recipe(precision=precision)
-    result: Check | Diagnosis
-    with show.progress() as progress:
-        if deep:
-            asked = Questions(
-                points=points, counterparts=tuple(counterpart or ()), checkpoints=tuple(checkpoint or ()),
-                text=tuple(text or ()), plane=plane,
-            )  # fmt: skip
-            result = diagnose(
-                upgrade, adaptation, task, out, questions=asked, recipe=recipe, force=force, progress=progress
+    upgrade, recipe = regraft.Upgrade(old_base, new_base), regraft.Recipe(precision=precision)
+    if deep:
+        questions = regraft.Questions(
+            points=points,
+            counterparts=tuple(counterpart or ()),
+            checkpoints=tuple(checkpoint or ()),
+            text=tuple(text or ()),
+            plane=plane,
+        )
+        with show_progress() as progress:
+            diagnosis = regraft.diagnose(
+                upgrade, adaptation, task, out, questions=questions, recipe=recipe, force=force, progress=progress
             )
-        else:
-            result = run(upgrade, adaptation, task, recipe=recipe, force=force, progress=progress)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(result), indent=2))
-    elif isinstance(result, Diagnosis):
-        findings.diagnosis(result, out)
-    else:
-        findings.check(result)
+        _print_json(diagnosis) if as_json else print_diagnosis(diagnosis, out)
+        return
+    if out or counterpart or checkpoint or text or plane:
+        raise RecipeError("--out, --counterpart, --checkpoint, --text and --plane need --deep.")
+    with show_progress() as progress:
+        result = regraft.check(upgrade, adaptation, task, recipe=recipe, force=force, progress=progress)
+    _print_json(result) if as_json else print_check(result)
+
+
+def _print_json(result: "regraft.Check | regraft.Diagnosis") -> None:
+    import dataclasses
+
+    print(json.dumps(dataclasses.asdict(result), indent=2))
+
+
+def print_check(check: "regraft.Check") -> None:
+    """Print a check, a figure a line, with the verdict last.
+
+    Args:
+        check: The check.
+    """
+    from regraft.cli.terminal import print_pairs, print_text
+    from regraft.diagnosis.check import describe
+
+    print_pairs(describe(check))
+    print_text(check.verdict, style="bold")
+
+
+def print_diagnosis(diagnosis: "regraft.Diagnosis", out: Path | None) -> None:
+    """Print a diagnosis, a figure a line, with the verdict last.
+
+    Args:
+        diagnosis: The diagnosis.
+        out: The folder that its record was written to, if any.
+    """
+    from regraft.cli.terminal import print_line, print_pairs, print_text
+    from regraft.diagnosis import all_questions
+
+    answers = diagnosis.answers
+    answered = [question for question in all_questions() if question.name in answers]
+    pairs = [question.describe(answers[question.name], diagnosis.metric) for question in answered]
+    if diagnosis.compared != "direct":
+        pairs.insert(1, [("compared below", f"the old deployment with {diagnosis.compared}")])  # after the check
+    pairs.append([(f"no {name}", reason) for name, reason in diagnosis.left_out.items()])
+    print_pairs([pair for group in pairs for pair in group])
+    verdict = diagnosis.verdict
+    print_text(f"{verdict.choice} ({verdict.sure:.0%} sure): {verdict.advice}", style="bold")
+    if out is not None:
+        print_line(f"regraft report {out} --out report.html shows it all")

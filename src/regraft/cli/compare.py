@@ -1,71 +1,107 @@
-"""`regraft compare`: several methods on the same data, in one table."""
+"""`regraft compare`: compare methods on the same data, in one table."""
 
 from typing import Annotated
 
 import typer
 
+import regraft
 from regraft.cli import options
+from regraft.errors import RecipeError
 
 
+@options.recipe_flags(omit=("seed",))
 def compare(
     old_base: options.OldBase,
     new_base: options.NewBase,
-    adaptation: options.AdaptationFolder,
-    task: options.TaskFile,
+    adaptation: options.Adaptation,
+    task: options.Task,
     out: options.Out,
+    recipe: "regraft.Recipe",
     methods: Annotated[
-        str, typer.Option(help="Names, with commas between; scratch is the reference and always among them.")
+        str, typer.Option(help="Methods, separated by commas; scratch, the reference, is always run.")
     ] = "direct,init,distill,init+distill",
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "20",
-    option: options.MethodOption = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Option of one method, as in -o distill:alpha=0.9.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "20",
     shots: options.Shots = None,
-    steps: options.Steps = None,
-    epochs: options.Epochs = 3.0,
-    batch_size: options.BatchSize = 16,
-    learning_rate: options.LearningRate = None,
-    warmup: options.Warmup = 0.06,
-    eval_every: options.EvalEvery = None,
-    save_every: options.SaveEvery = 200,
-    precision: options.Precision = "auto",
     report_to: options.ReportTo = None,
     force: options.Force = False,
 ) -> None:
-    """Run several methods on the same data, seeds and order, and hold them against scratch."""
-    from regraft.cli import show
-    from regraft.errors import RecipeError
-    from regraft.methods import compare as run
+    """Run several methods on the same data and seeds, and compare them with scratch."""
+    from regraft.cli.terminal import print_line, show_progress
     from regraft.methods import parse_options
-    from regraft.task import Task
-    from regraft.tuning import Recipe, tracking
-    from regraft.upgrade import Upgrade
+    from regraft.tuning import tracking
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    try:
-        each = [int(seed) for seed in seeds.split(",") if seed.strip()]
-    except ValueError:
-        raise RecipeError(f"--seeds takes whole numbers with commas between, found {seeds!r}.") from None
-    chosen: dict[str, list[str]] = {}
-    for text in option or ():
-        name, colon, setting = text.partition(":")
-        if not colon or name not in names:
-            raise RecipeError(f"--option here is METHOD:NAME=VALUE of a method that is compared, found {text!r}.")
-        chosen.setdefault(name, []).append(setting)
-    recipe = Recipe(
-        steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
-        eval_every=eval_every, save_every=save_every, precision=precision,
-    )  # fmt: skip
-    with show.progress() as progress, tracking(report_to or (), options.logs(out)):
-        result = run(
-            Upgrade(old_base, new_base),
+    texts = _options_by_method(option or [], names)
+    with show_progress() as progress, tracking(report_to or (), options.log_folder(out)):
+        comparison = regraft.compare(
+            regraft.Upgrade(old_base, new_base),
             adaptation,
-            Task.load(task).with_shots(shots),
+            regraft.Task.load(task).with_shots(shots),
             names,
             out,
             recipe=recipe,
-            seeds=each,
+            seeds=_parse_seeds(seeds),
             force=force,
-            options={name: parse_options(name, settings) for name, settings in chosen.items()},
+            options={name: parse_options(name, settings) for name, settings in texts.items()},
             progress=progress,
         )
-    show.comparison(result)
-    show.console.print(f"outcome folders and comparison.json: {out}", highlight=False, markup=False, soft_wrap=True)
+    print_comparison(comparison)
+    print_line(f"outcome folders and comparison.json: {out}")
+
+
+def _parse_seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",") if seed.strip()]
+    except ValueError:
+        raise RecipeError(f"--seeds takes whole numbers separated by commas, found {text!r}.") from None
+
+
+def _options_by_method(texts: list[str], methods: list[str]) -> dict[str, list[str]]:
+    by_method: dict[str, list[str]] = {}
+    for text in texts:
+        method, colon, setting = text.partition(":")
+        if not colon or method not in methods:
+            raise RecipeError(f"--option takes METHOD:NAME=VALUE with a METHOD that --methods lists, found {text!r}.")
+        by_method.setdefault(method, []).append(setting)
+    return by_method
+
+
+def print_comparison(comparison: "regraft.Comparison") -> None:
+    """Print a comparison as a table, a method a row.
+
+    Args:
+        comparison: The comparison.
+    """
+    from rich.markup import escape
+
+    from regraft.cli.terminal import MISSING, console, new_table, percent, print_text
+
+    rows, split = comparison.rows, comparison.split
+    seeds = ", ".join(map(str, rows[0].seeds))
+    columns = ("dev at\nstep 0", "dev\nbest", split, "reco-\nvery", "to reach\nscratch", "negative\nflips", "labels")
+    table = new_table(f"{comparison.task}: {comparison.metric} on {split}, seeds {seeds}", ("method",), columns)
+    for row in rows:
+        deviation = "" if row.test_deviation is None else f" ±{row.test_deviation:.3f}"
+        to_scratch = MISSING
+        if row.steps_to_scratch is not None:
+            to_scratch = f"{row.steps_to_scratch:.0f} ({row.seconds_to_scratch or 0:.0f} s)"
+        table.add_row(
+            escape(row.method),
+            f"{row.start:.3f}",
+            f"{row.dev:.3f}",
+            f"{row.test:.3f}{deviation}",
+            percent(row.recovery),
+            to_scratch,
+            f"{100 * row.negative_flips:.1f} %",
+            f"{row.labels:.0f}",
+        )
+    console.print(table)
+    print_text(
+        f"old deployment (old weights, old base) {comparison.old:.3f}, guessing {comparison.majority:.3f}; "
+        f"scratch: {rows[0].steps:.0f} steps, {rows[0].seconds:.0f} s of training. Recovery: 0 % is guessing, 100 % "
+        "scratch. To reach scratch: steps (seconds) until dev is where scratch ends. Negative flips: right in the old "
+        "deployment, wrong here."
+    )

@@ -1,24 +1,27 @@
-"""`regraft demo`: the embedded default."""
+"""`regraft demo`: the whole job on real models and data, without arguments."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+OUT = Path("runs/demo")
+FULL_OUT = Path("runs/demo-full")
+
 
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder for everything.")] = Path("runs/demo"),
-    full: Annotated[bool, typer.Option("--full", help="All tasks, three seeds, longer (hours).")] = False,
+    out: Annotated[Path | None, typer.Option(help=f"Output folder; by default {OUT}, with --full {FULL_OUT}.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="All tasks, three seeds, longer training (hours).")] = False,
 ) -> None:
-    """Upgrade a real base, tune on the old one, recycle by every method, and compare: no arguments needed."""
-    from regraft.cli import findings, show
-    from regraft.demo.run import FULL, SHORT
-    from regraft.demo.run import demo as run
+    """Upgrade a real base, tune on the old one, recycle by every method, and compare."""
+    from regraft.cli.check import print_check
+    from regraft.cli.compare import print_comparison
+    from regraft.cli.terminal import print_line, show_progress
+    from regraft.demo import run
 
-    if full and out == Path("runs/demo"):
-        out = Path("runs/demo-full")
-    with show.progress() as progress:
-        for found, comparison in run(out, FULL if full else SHORT, progress):
-            findings.check(found)
-            show.comparison(comparison)
-            show.console.print("outcome folders:", *comparison.outcomes, sep="\n  ", highlight=False, markup=False)
+    size, default = (run.FULL, FULL_OUT) if full else (run.SHORT, OUT)
+    with show_progress() as progress:
+        for check, comparison in run.demo(out or default, size, progress):
+            print_check(check)
+            print_comparison(comparison)
+            print_line("\n  ".join(["outcome folders:", *comparison.outcomes]))

@@ -1,52 +1,83 @@
-"""Options that several commands share."""
+"""Arguments and options that several commands share, and the flags of a recipe."""
 
+import functools
+import inspect
 import os
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-OldBase = Annotated[str, typer.Option(help="The base the weights were tuned on: a folder or a hub id[@revision].")]
-NewBase = Annotated[str, typer.Option(help="The upgraded base.")]
-AdaptationFolder = Annotated[Path, typer.Option("--adaptation", help="What was tuned on the old base.")]
-TaskFile = Annotated[Path, typer.Option("--task", help="The task file (YAML).")]
-Out = Annotated[Path, typer.Option(help="The folder to make. If it is there, made from the same, nothing is done.")]
-Shots = Annotated[int | None, typer.Option(help="Take so many training examples a class.", min=1)]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps; by default --epochs, and at least 100.", min=1)]
-Epochs = Annotated[float, typer.Option(help="Passes over the data where --steps is not given.")]
-BatchSize = Annotated[int, typer.Option(help="Examples a step (blocks, for pretrain).", min=1)]
-LearningRate = Annotated[
-    float | None, typer.Option(help="Peak rate; by default 5e-5 (full), 5e-4 (LoRA, bottleneck), 1e-4 (pretrain).")
-]
-Warmup = Annotated[float, typer.Option(help="The fraction of the steps over which the rate rises.")]
-EvalEvery = Annotated[int | None, typer.Option(help="Steps between evaluations; by default about ten in all.", min=1)]
-SaveEvery = Annotated[int, typer.Option(help="Steps between the checkpoints an interrupted run goes on from.", min=1)]
-Seed = Annotated[int, typer.Option(help="Fixes fresh heads, few-shot draws, the order of the data and dropout.")]
-Precision = Annotated[str, typer.Option(help="bf16, fp32, or auto: bf16 where the device computes in it.")]
+from regraft.recipe import Recipe
+
+OldBase = Annotated[str, typer.Option(help="Base that the adaptation was tuned on: a folder or a hub id@revision.")]
+NewBase = Annotated[str, typer.Option(help="Upgraded base: a folder or a hub id@revision.")]
+Adaptation = Annotated[Path, typer.Option(help="Adaptation: an outcome, or a folder saved by transformers or PEFT.")]
+Task = Annotated[Path, typer.Option(help="Task file (YAML).")]
+Out = Annotated[Path, typer.Option(help="Output folder. One that was already made from the same inputs is left as is.")]
+Shots = Annotated[int | None, typer.Option(help="Tune on this many training examples of each class only.", min=1)]
 ReportTo = Annotated[
     list[str] | None,
-    typer.Option(
-        help="A tracker that training reports to: tensorboard (into OUT-logs), trackio, wandb, …; repeatable."
-    ),
+    typer.Option(help="Tracker to report to: tensorboard (writes to OUT-logs), trackio, wandb, …", show_default=False),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Take the old base though the weights record another one.")]
-Option = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", help="An option of the method, as in -o alpha=0.9; `regraft methods` lists them."),
-]
-MethodOption = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", help="An option of one of the methods, as in -o distill:alpha=0.9."),
-]
+Force = Annotated[bool, typer.Option("--force", help="Go on although the adaptation records another base.")]
 
 
-def logs(out: Path) -> Path:
-    """Return the folder for trackers' files, beside what a command makes.
+def recipe_flags(defaults: Recipe | None = None, omit: Collection[str] = ()) -> Callable[[Callable[..., None]], Any]:
+    """Add a flag for each field of `Recipe` to a command, which receives them as one parameter, `recipe`.
 
     Args:
-        out: What it makes.
+        defaults: The recipe whose values are the flags' defaults; None for those of `Recipe`.
+        omit: Fields that get no flag.
 
     Returns:
-        The folder.
+        The decorator.
+    """
+    values = defaults or Recipe()
+    types, descriptions = get_type_hints(Recipe), _field_descriptions(Recipe)
+    flags = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(values, name),
+            annotation=Annotated[types[name], typer.Option(help=descriptions[name], rich_help_panel="Training")],
+        )
+        for name in types
+        if name not in omit
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            settings = {flag.name: arguments.pop(flag.name) for flag in flags}
+            command(recipe=Recipe(**settings), **arguments)
+
+        own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "recipe"]
+        parameters = [*(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own), *flags]
+        # Typer reads a command's parameters from these two
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _field_descriptions(record: type) -> dict[str, str]:
+    """Read the descriptions of a dataclass's fields from the `Args` of its docstring."""
+    _, _, section = (inspect.getdoc(record) or "").partition("Args:\n")
+    entries = re.split(r"^    (\w+): ", section.partition("\n\n")[0], flags=re.MULTILINE)[1:]
+    return {
+        name: " ".join(description.replace("`", "").split())
+        for name, description in zip(entries[::2], entries[1::2], strict=True)
+    }
+
+
+def log_folder(out: Path) -> Path:
+    """Return the folder for trackers' files, next to a command's output folder.
+
+    Args:
+        out: The output folder.
     """
     return Path(f"{os.path.abspath(out)}-logs")

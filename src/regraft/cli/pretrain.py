@@ -1,61 +1,69 @@
-"""`regraft pretrain`: a base becomes its own upgrade."""
+"""`regraft pretrain`: pre-train a base further, which makes an upgrade of it."""
 
 from typing import Annotated
 
 import typer
 
+import regraft
 from regraft.cli import options
+from regraft.errors import RecipeError
 
 
+@options.recipe_flags(regraft.Recipe(epochs=1.0, batch_size=32))
 def pretrain(
-    base: Annotated[str, typer.Argument(help="The base to pre-train further: a folder or a hub id[@revision].")],
+    base: Annotated[str, typer.Argument(help="Base to pre-train further: a folder or a hub id@revision.")],
     corpus: Annotated[
         list[str],
-        typer.Argument(help="Text (a document a line), JSONL, CSV or Parquet files, or `datasets` names[:config]."),
+        typer.Argument(help="Text (a document a line), JSONL, CSV or Parquet files, or a `datasets` name(:config)."),
     ],
     out: options.Out,
+    recipe: "regraft.Recipe",
     domains: Annotated[
-        bool, typer.Option("--domains", help="Make a chain: each corpus is a domain, pre-trained on after the other.")
+        bool, typer.Option("--domains", help="Make a chain of bases: pre-train on one corpus after the other.")
     ] = False,
     replay: Annotated[
-        float, typer.Option(help="With --domains: the share of blocks of the domains before.", min=0, max=0.99)
+        float, typer.Option(help="With --domains: share of the blocks that replay earlier domains.", min=0, max=0.99)
     ] = 0.0,
     keep_every: Annotated[
-        int | None, typer.Option(help="Keep the base every so many steps, in a folder beside OUT.", min=1)
+        int | None, typer.Option(help="Steps between the bases to keep, in folders next to OUT.", min=1)
     ] = None,
-    text_column: Annotated[str, typer.Option(help="The text's name where the corpus has columns.")] = "text",
-    block: Annotated[int, typer.Option(help="Tokens a packed block.", min=8)] = 128,
-    steps: options.Steps = None,
-    epochs: options.Epochs = 1.0,
-    batch_size: options.BatchSize = 32,
-    learning_rate: options.LearningRate = None,
-    warmup: options.Warmup = 0.06,
-    eval_every: options.EvalEvery = None,
-    save_every: options.SaveEvery = 200,
-    seed: options.Seed = 20,
-    precision: options.Precision = "auto",
+    text_column: Annotated[str, typer.Option(help="Column of the text, where the corpus has columns.")] = "text",
+    block: Annotated[int, typer.Option(help="Tokens in a packed block.", min=8)] = 128,
     report_to: options.ReportTo = None,
 ) -> None:
     """Pre-train a base further on new text: masked for encoders, causal for decoders."""
-    from regraft.base import Base
-    from regraft.cli import show
-    from regraft.errors import RecipeError
-    from regraft.tuning import Corpus, Recipe, pretrain_chain, tracking
-    from regraft.tuning import pretrain as run
+    from regraft.cli.terminal import show_progress
+    from regraft.tuning import pretrain_chain, tracking
 
     if replay and not domains:
-        raise RecipeError("--replay is of the domains before, and goes with --domains.")
-    recipe = Recipe(
-        steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
-        eval_every=eval_every, save_every=save_every, seed=seed, precision=precision,
-    )  # fmt: skip
-    first = Base.open(base)
-    with show.progress() as progress, tracking(report_to or (), options.logs(out)):
+        raise RecipeError("--replay needs --domains: it replays the domains before.")
+    opened = regraft.Base.open(base)
+    with show_progress() as progress, tracking(report_to or (), options.log_folder(out)):
         if domains:
-            each = [Corpus((source,), text_column) for source in corpus]
-            made = pretrain_chain(first, each, out, recipe, block, progress, replay=replay, keep_every=keep_every)
+            corpora = [regraft.Corpus((source,), text_column) for source in corpus]
+            bases = pretrain_chain(opened, corpora, out, recipe, block, progress, replay=replay, keep_every=keep_every)
         else:
-            whole = Corpus(tuple(corpus), text_column)
-            made = [run(first, whole, out, recipe, block, progress, keep_every=keep_every)]
-    for upgraded in made:
-        show.pretrained(upgraded)
+            joined = regraft.Corpus(tuple(corpus), text_column)
+            bases = [regraft.pretrain(opened, joined, out, recipe, block, progress, keep_every=keep_every)]
+    for upgraded in bases:
+        print_base(upgraded)
+
+
+def print_base(base: "regraft.Base") -> None:
+    """Print the losses and the speed of a base's pre-training.
+
+    Args:
+        base: The upgraded base.
+    """
+    import json
+
+    from regraft.base import PRETRAINING
+    from regraft.cli.terminal import print_line, print_text
+
+    record = json.loads((base.path / PRETRAINING).read_text(encoding="utf-8"))
+    first, last = record["curve"][0], record["curve"][-1]
+    print_text(
+        f"held-out loss {first['loss']:.3f} → {last['loss']:.3f} in {last['step']:.0f} steps, "
+        f"{record['tokens']:,} tokens, {record['tokens'] / last['seconds']:,.0f} tokens/s"
+    )
+    print_line(f"upgraded base: {base.path}")

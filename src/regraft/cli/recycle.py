@@ -1,67 +1,92 @@
-"""`regraft recycle`: weights for the new base out of weights tuned on the old one."""
+"""`regraft recycle`: carry an adaptation over to the new base."""
 
 from typing import Annotated
 
 import typer
 
+import regraft
 from regraft.cli import options
 
 
+@options.recipe_flags()
 def recycle(
     old_base: options.OldBase,
     new_base: options.NewBase,
-    adaptation: options.AdaptationFolder,
-    task: options.TaskFile,
+    adaptation: options.Adaptation,
+    task: options.Task,
     out: options.Out,
-    method: Annotated[str, typer.Option(help="One that `regraft methods` lists, or START+OBJECTIVE.")] = "init+distill",
+    recipe: "regraft.Recipe",
+    method: Annotated[
+        str, typer.Option(help="Method: a name that `regraft methods` lists, or START+OBJECTIVE.")
+    ] = "init+distill",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Option of the method, as in -o alpha=0.9.")
+    ] = None,
     head: Annotated[
-        str, typer.Option(help="copy the old head; resize it to the task's labels, by name; or a fresh one.")
+        str,
+        typer.Option(help="copy: take the old head; resize: match its labels to the task's by name; fresh: a new one."),
     ] = "copy",
     replace: Annotated[
         bool,
-        typer.Option(
-            "--replace", help="Put embeddings, norms and biases that an adapter stores back as they are stored."
-        ),
+        typer.Option("--replace", help="Copy the embeddings, norms and biases that an adapter stores as they are."),
     ] = False,
-    option: options.Option = None,
     shots: options.Shots = None,
-    steps: options.Steps = None,
-    epochs: options.Epochs = 3.0,
-    batch_size: options.BatchSize = 16,
-    learning_rate: options.LearningRate = None,
-    warmup: options.Warmup = 0.06,
-    eval_every: options.EvalEvery = None,
-    save_every: options.SaveEvery = 200,
-    seed: options.Seed = 20,
-    precision: options.Precision = "auto",
     report_to: options.ReportTo = None,
     force: options.Force = False,
 ) -> None:
-    """Carry one adaptation over to the new base by one method."""
-    from regraft.cli import show
+    """Carry an adaptation over to the new base by one method."""
+    from regraft.cli.terminal import show_progress
     from regraft.methods import parse_options
-    from regraft.methods import recycle as run
-    from regraft.task import Task
-    from regraft.tuning import Recipe, tracking
-    from regraft.upgrade import Upgrade
+    from regraft.tuning import tracking
 
-    chosen = parse_options(method, option or ())
-    recipe = Recipe(
-        steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup=warmup,
-        eval_every=eval_every, save_every=save_every, seed=seed, precision=precision,
-    )  # fmt: skip
-    with show.progress() as progress, tracking(report_to or (), options.logs(out)):
-        result = run(
-            Upgrade(old_base, new_base),
+    method_options = parse_options(method, option or ())
+    with show_progress() as progress, tracking(report_to or (), options.log_folder(out)):
+        outcome = regraft.recycle(
+            regraft.Upgrade(old_base, new_base),
             adaptation,
-            Task.load(task).with_shots(shots),
+            regraft.Task.load(task).with_shots(shots),
             method,
             out,
             recipe=recipe,
-            options=chosen,
+            options=method_options,
             head=head,  # type: ignore[arg-type]
             replace=replace,
             force=force,
             progress=progress,
         )
-    show.outcome(result)
+    print_outcome(outcome)
+
+
+def print_outcome(outcome: "regraft.Outcome") -> None:
+    """Print an outcome's scores, notes, cost and folder.
+
+    Args:
+        outcome: The outcome.
+    """
+    from regraft.cli.terminal import print_line, print_text
+
+    record = outcome.record
+    scores, notes = record.scores, record.notes
+    figures = [f"{split} {score:.4f}" for split in ("dev", "test") if (score := scores.of(split)) is not None]
+    summary = f"{record.task.metric} {', '.join(figures)}" if figures else "not scored: the task has no labels"
+    if scores.dev_at_start is not None:
+        summary += f" (dev before the first step {scores.dev_at_start:.4f}, best at step {record.best_step})"
+    print_text(f"{record.method} ({record.kind}): {summary}")
+    for name in ("why", "cannot_know"):
+        if isinstance(note := notes.get(name), str):
+            print_text(note)
+    passed_over = notes.get("passed_over")
+    if passed_over and isinstance(passed_over, dict):
+        reasons = [f"{layer}: {reason}" for layer, reason in passed_over.items()]
+        print_text(f"{len(reasons)} layers carry their old delta unchanged ({_shortened(reasons, 3, '; ')})")
+    if grafted := notes.get("grafted_in_place_of_the_base"):
+        print_text(
+            f"{len(grafted)} stored tensors that replace the base's were grafted: only their change was carried over "
+            f"({_shortened(grafted, 2, ', ')})"
+        )
+    print_text(f"{record.cost.steps} steps, {record.cost.seconds:.0f} s, {record.cost.labels} labelled examples")
+    print_line(f"outcome: {outcome.path}")
+
+
+def _shortened(names: list[str], count: int, separator: str) -> str:
+    return separator.join(names[:count]) + f"{separator}…" * (len(names) > count)

@@ -1,4 +1,4 @@
-"""`regraft report`: what came of an upgrade, on one page."""
+"""`regraft report`: write one page about an upgrade."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,22 +9,20 @@ import typer
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Folders of outcomes, of `compare` and of `check --deep --out`, or that hold such."),
+        typer.Argument(help="Outcomes, output folders of compare and of check --deep, or folders that hold such."),
     ],
-    out: Annotated[Path, typer.Option(help="The file to write; a report that is there is replaced.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[Path, typer.Option(help="Output file; an old report there is replaced.")] = Path("report.html"),
     format: Annotated[
-        str | None, typer.Option(help="html, one file that needs no other, or md; by default as --out ends.")
+        str | None, typer.Option(help="html (one file that needs no other) or md; by default from --out's ending.")
     ] = None,
-    plots: Annotated[Path | None, typer.Option(help="A folder for the charts as SVG and PNG.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder to write the charts to as well, as SVG and PNG.")] = None,
 ) -> None:
-    """Show what came of an upgrade on one page: verdict, methods, curves, similarity, flips, cost."""
-    from regraft.cli import show
+    """Write one page about an upgrade: verdict, methods, curves, similarity, flips and cost."""
+    from regraft.cli.terminal import print_line
     from regraft.report import write_report
 
-    chosen = format or ("md" if out.suffix.lower() in (".md", ".markdown") else "html")
-    written = write_report(list(runs), out, chosen, plots)  # type: ignore[arg-type]
-    show.line(f"report: {written}")
+    by_ending = "md" if out.suffix.lower() in (".md", ".markdown") else "html"
+    written = write_report(list(runs), out, format or by_ending, plots)  # type: ignore[arg-type]
+    print_line(f"report: {written}")
     if plots:
-        show.line(f"charts: {plots}")
+        print_line(f"charts: {plots}")

