@@ -48,12 +48,12 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
     """
     from rich.markup import escape
 
-    from regraft.chain import standings
+    from regraft.chain import summarise_routes
     from regraft.cli.terminal import MISSING, console, new_table, percent, print_text
     from regraft.task import find_metric
 
     print_text(" → ".join(f"{number} {base}" for number, base in enumerate(bases)))
-    summaries = standings(bases, rows)
+    summaries = summarise_routes(bases, rows)
     columns = [*(f"base {number}" for number in range(len(bases))), "recovery,\nlast", "lost\na hop"]
     for task, kind in dict.fromkeys((summary.task, summary.kind) for summary in summaries):
         selected = [summary for summary in summaries if (summary.task, summary.kind) == (task, kind)]
