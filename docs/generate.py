@@ -1,9 +1,9 @@
-"""Writes the pages that the code itself can tell: the methods, the command line and the Python names.
+"""Generate the reference pages from the code: the methods, the command line and the Python names.
 
     python docs/generate.py
 
-`tests/test_docs.py` holds the committed pages to what this gives, so run it after a change to a method, a command or a
-public docstring.
+`tests/test_docs.py` fails while the committed pages are out of date, so run this after a change to a method, a command
+or a public docstring.
 """
 
 from __future__ import annotations
@@ -21,47 +21,48 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- Made by `python docs/generate.py`; edit the docstrings it comes from. -->\n\n"
-NEEDED = {
+NEEDS = {
     "labels": "labels",
     "text": "texts of the task, labelled or not",
     "tasks": "other tasks tuned on both bases, or on the old one",
 }
-LONG = 60
+MAX_DEFAULT = 60  # characters; a longer default would make its line unreadable
 ENTRY = re.compile(r"(\w+): (.*)")
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 SECTION = re.compile(r"(Args|Returns|Yields|Raises):")
 
 METHODS = """# Methods
 
-A method is a way to get an adaptation for the new base: a *start*, which puts the old weights onto it, and where it
-trains an *objective*. `regraft recycle --method NAME` runs one, `regraft compare --methods NAME,NAME` several on the
-same data, and `-o NAME=VALUE` (`compare`: `-o METHOD:NAME=VALUE`) sets an option. The table is what `regraft methods`
-lists. Any other START+OBJECTIVE is a method too, as `aligned+labels` or `trimmed+label-free`; an option that both parts
-have is qualified by one of them, as in `-o distill.decay=linear`.
+A method makes an adaptation for the new base. It consists of a *start*, which puts the old weights on the new base,
+and, if it trains, of an *objective*. `regraft recycle --method NAME` runs one method, `regraft compare --methods
+NAME,NAME` runs several on the same data, and `-o NAME=VALUE` (in `compare`, `-o METHOD:NAME=VALUE`) sets an option.
+`regraft methods` lists the methods below. Every other START+OBJECTIVE, such as `aligned+labels` or
+`trimmed+label-free`, is a method too. If both parts have an option of the same name, qualify it, as in
+`-o distill.decay=linear`.
 
-Which one?
+Which method to choose:
 
-- You do not know: `auto` tries the cheapest first and says why it stopped.
-- No labels, no time: `direct`, and `ridge` where `direct` loses much.
-- No labels, but time to train: `label-free`.
-- Labels: `init`; with few of them, `init+distill`.
-- The new base was trained again rather than on from the old one: `aligned`.
-- Other tasks were tuned on both bases already, or adapters of them on the old one: `project`.
-- A figure to hold the others against: `scratch`.
+- If you do not know: `auto`, which tries the cheapest methods first and records why it stopped.
+- Without labels and without time to train: `direct`, or `ridge` where `direct` loses much.
+- Without labels, but with time to train: `label-free`.
+- With labels: `init`; with few of them, `init+distill`.
+- If the new base was trained anew rather than from the old one: `aligned`.
+- If other tasks were tuned on both bases, or adapters for other tasks on the old one: `project`.
+- As a reference for the others: `scratch`.
 
-[Results](results.md) leads to what was measured of them.
+[Results](results.md) links to the measurements.
 
 """
 PYTHON = """# Python
 
-Everything in `regraft.__all__`. `import regraft` loads neither torch nor transformers; the names are imported when they
-are first used. What is refused is raised as a `RegraftError`.
+All names in `regraft.__all__`. `import regraft` loads neither torch nor transformers: each name is imported when it is
+first used. Bad input raises a `RegraftError`.
 
 """
 CLI = """# Command line
 
-Every command with its arguments and options. An error of regraft's own is printed and ends with status 2; an
-interruption ends with 130, and the same command goes on from there.
+All commands with their arguments and options. After an error, a command prints it and exits with status 2; after an
+interruption, it exits with status 130, and the same command resumes where it stopped.
 
 """
 
@@ -74,25 +75,22 @@ def main() -> None:
 
 
 def pages() -> dict[str, str]:
-    """Give the generated pages.
-
-    Returns:
-        Their Markdown, by the name inside `docs/`.
-    """
+    """Return the generated pages: Markdown by path inside `docs/`."""
     return {"methods.md": methods_page(), "reference/cli.md": cli_page(), "reference/python.md": python_page()}
 
 
 def methods_page() -> str:
-    """Describe every method of the registry in a table, and what methods consist of one after the other."""
-    listed = list(methods().values())
-    rows = [(f"`{m.name}`", m.summary, _formula(m), _when(m.needs()), "yes" if _trains(m) else "no") for m in listed]
-    table = _table(("method", "what it does", "start + objective", "when there are", "trains"), rows)
-    page = NOTE + METHODS + table
-    registered = {part.name: part for method in listed for part in method.parts}
+    """Return the page of the methods: a table of all, then a section for each start and objective."""
+    rows = [
+        (f"`{m.name}`", m.summary, _formula(m), _needs(m), "yes" if "training" in m.needs() else "no")
+        for m in methods().values()
+    ]
+    page = NOTE + METHODS + _table(("method", "what it does", "start + objective", "needs", "trains"), rows)
+    registered = {part.name: part for method in methods().values() for part in method.parts}
     for title, kind in (("Starts", Start), ("Objectives", Objective)):
         page += f"\n## {title}\n" + "".join(_part(registered[name]) for name in parts(kind))
-    neither = [part for part in registered.values() if not isinstance(part, (Start, Objective))]
-    return page + "\n## Others\n" + "".join(map(_part, neither))
+    others = [part for part in registered.values() if not isinstance(part, (Start, Objective))]
+    return page + "\n## Others\n" + "".join(map(_part, others))
 
 
 def _formula(method: Method) -> str:
@@ -101,41 +99,37 @@ def _formula(method: Method) -> str:
 
 def _part(part: Part) -> str:
     module = inspect.getmodule(part.run)
-    about = inspect.getdoc(module) or ""
-    heading = f"`{part.name}`: "  # of a file with this one alone
-    said, source = _parted(about.removeprefix(heading)) if about.startswith(heading) else ("", "")
-    said = said[:1].upper() + said[1:]
-    told, further = _parted(_split(inspect.getdoc(part.run) or "")[0])
-    method = Method(part.name, part.summary, (part,))
+    module_doc = inspect.getdoc(module) or ""
+    heading = f"`{part.name}`: "  # begins the docstring of a module that defines this part alone
+    about, module_source = _split_source(module_doc.removeprefix(heading) if module_doc.startswith(heading) else "")
+    details, function_source = _split_source(_split(inspect.getdoc(part.run) or "")[0])
+    needs = _needs(Method(part.name, part.summary, (part,)))
     lines = [f'\n<a id="{_anchor(part)}"></a>\n\n### {part.name}\n']
-    lines += [_prose(f"{said}\n\n{told}"), f"**When:** there are {_when(method.needs())}.\n"]
-    sources = [source, further]
+    lines += [_prose(f"{about[:1].upper()}{about[1:]}\n\n{details}"), f"**Needs:** {needs}.\n"]
+    sources = [module_source, function_source]
     if part.options:
-        where = inspect.getmodule(part.options)
-        sources += [_parted(inspect.getdoc(where) or "")[1]] if where is not module else []
+        options_module = inspect.getmodule(part.options)
+        if options_module is not module:
+            sources.append(_split_source(inspect.getdoc(options_module) or "")[1])
         lines.append(_table(("option", "default", "meaning"), _options(part.options)))
-    known: set[str] = set()
+    cited: set[str] = set()
     for text in filter(None, sources):
         papers = set(PAPER.findall(text))
-        if not papers or papers - known:
+        if not papers or papers - cited:
             lines.append(f"**Source:** {_prose(text)}")
-        known |= papers
+        cited |= papers
     return "\n".join(lines)
 
 
 def _options(options: Any) -> list[tuple[str, str, str]]:
     meanings: dict[str, str] = {}
-    for part in reversed(options.__mro__):  # those of a dataclass it is built on first
+    for part in reversed(options.__mro__):  # a subclass's descriptions replace its parent's
         meanings |= _entries(_split(inspect.getdoc(part) or "")[1].get("Args", "")) if part is not object else {}
     return [(f"`{f.name}`", f"`{_value(f.default)}`", meanings[f.name]) for f in dataclasses.fields(options)]
 
 
-def _when(needs: tuple[str, ...]) -> str:
-    return ", ".join(NEEDED.get(need, need) for need in needs if need != "training") or "only the old weights"
-
-
-def _trains(method: Method) -> bool:
-    return "training" in method.needs()
+def _needs(method: Method) -> str:
+    return ", ".join(NEEDS.get(need, need) for need in method.needs() if need != "training") or "only the old weights"
 
 
 def _anchor(part: Part) -> str:
@@ -143,7 +137,7 @@ def _anchor(part: Part) -> str:
 
 
 def cli_page() -> str:
-    """Describe every command of the app, its arguments and its options."""
+    """Return the page of the command line: every command with its arguments and options."""
     import typer
 
     from regraft.cli import app
@@ -165,32 +159,31 @@ def _commands(group: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
 
 
 def _usage(command: Any) -> Iterator[str]:
-    for one in command.params:
-        if not one.opts[0].startswith("-"):
-            shown = one.name.upper() + ("…" if one.nargs == -1 else "")
-            yield shown if one.required else f"[{shown}]"
-    for one in command.params:
-        if one.opts[0].startswith("-") and one.required:
-            yield f"{one.opts[0]} {one.name.upper()}"
-    if any(one.opts[0].startswith("-") and not one.required for one in command.params):
+    options = [parameter for parameter in command.params if parameter.opts[0].startswith("-")]
+    for argument in (parameter for parameter in command.params if parameter not in options):
+        name = argument.name.upper() + ("…" if argument.nargs == -1 else "")
+        yield name if argument.required else f"[{name}]"
+    yield from (f"{option.opts[0]} {option.name.upper()}" for option in options if option.required)
+    if not all(option.required for option in options):
         yield "[OPTIONS]"
 
 
 def _parameters(command: Any) -> str:
     rows = []
-    for one in command.params:
-        if one.name in ("help", "install_completion", "show_completion"):
+    for parameter in command.params:
+        if parameter.name == "help":
             continue
-        option = one.opts[0].startswith("-")
-        name = ", ".join(f"`{opt}`" for opt in one.opts) if option else f"`{one.name.upper()}`"
-        given = one.default not in (None, (), []) and not getattr(one, "is_flag", False)
-        default = "required" if one.required else f"`{one.default}`" if given else ""
-        rows.append((name, default, (one.help or "") + (" Repeatable." if getattr(one, "multiple", False) else "")))
-    return _table(("argument or option", "default", "what it is"), rows) if rows else ""
+        is_option = parameter.opts[0].startswith("-")
+        name = ", ".join(f"`{opt}`" for opt in parameter.opts) if is_option else f"`{parameter.name.upper()}`"
+        has_default = parameter.default not in (None, (), []) and not getattr(parameter, "is_flag", False)
+        default = "required" if parameter.required else f"`{parameter.default}`" if has_default else ""
+        repeatable = " Repeatable." if getattr(parameter, "multiple", False) else ""
+        rows.append((name, default, (parameter.help or "") + repeatable))
+    return _table(("argument or option", "default", "description"), rows) if rows else ""
 
 
 def python_page() -> str:
-    """Describe every public name of the package."""
+    """Return the page of the Python names: every public function and class."""
     import regraft
 
     classes = [name for name in regraft.__all__ if inspect.isclass(getattr(regraft, name))]
@@ -205,20 +198,20 @@ def python_page() -> str:
     return "".join(parts)
 
 
-def _class(name: str, found: type) -> Iterator[str]:
-    documented = _entries(_split(inspect.getdoc(found) or "")[1].get("Args", ""))
+def _class(name: str, cls: type) -> Iterator[str]:
+    documented = _entries(_split(inspect.getdoc(cls) or "")[1].get("Args", ""))
     if documented:
-        yield _code(_call(name, found, tuple(documented)))
-    yield _docstring(found)
-    for member, value in vars(found).items():
+        yield _code(_call(name, cls, tuple(documented)))
+    yield _docstring(cls)
+    for member, value in vars(cls).items():
         if member.startswith("_") or not (text := _member_doc(value)):
             continue
         inner = getattr(value, "__func__", value)
-        shown = _call(f"{name}.{member}", inner) if inspect.isfunction(inner) else f"{name}.{member}"
-        yield f"\n#### {name}.{member}\n\n" + _code(shown) + _docstring(text)
-    if below := sorted((one for one in found.__subclasses__() if one.__module__ == found.__module__), key=str):
-        yield "\nUnder it are:\n\n"
-        yield from (f"- `{one.__name__}`: {_prose(inspect.getdoc(one) or '')}" for one in below)
+        signature = _call(f"{name}.{member}", inner) if inspect.isfunction(inner) else f"{name}.{member}"
+        yield f"\n#### {name}.{member}\n\n" + _code(signature) + _docstring(text)
+    if subclasses := sorted((c for c in cls.__subclasses__() if c.__module__ == cls.__module__), key=str):
+        yield "\nSubclasses:\n\n"
+        yield from (f"- `{subclass.__name__}`: {_prose(inspect.getdoc(subclass) or '')}" for subclass in subclasses)
 
 
 def _member_doc(value: Any) -> str | None:
@@ -227,16 +220,16 @@ def _member_doc(value: Any) -> str | None:
     return inspect.cleandoc(value.__doc__) if hasattr(value, "attrname") else None  # a cached property
 
 
-def _call(name: str, found: Any, only: tuple[str, ...] | None = None) -> str:
-    """Write a call with types and defaults; of a class the documented parameters alone."""
-    fields = getattr(found, "model_fields", {})  # of pydantic, which takes them by name
-    shown, keyword = (["*"], True) if fields else ([], False)
-    for parameter in inspect.signature(found).parameters.values():
-        if parameter.name in ("self", "cls") or (only is not None and parameter.name not in only):
+def _call(name: str, called: Any, documented: tuple[str, ...] | None = None) -> str:
+    """Write a signature with types and defaults; of a class, with the documented parameters only."""
+    fields = getattr(called, "model_fields", {})  # a pydantic model takes them by name
+    parameters, is_keyword_only = (["*"], True) if fields else ([], False)
+    for parameter in inspect.signature(called).parameters.values():
+        if parameter.name in ("self", "cls") or (documented is not None and parameter.name not in documented):
             continue
-        if parameter.kind is parameter.KEYWORD_ONLY and not keyword:
-            keyword = True
-            shown.append("*")
+        if parameter.kind is parameter.KEYWORD_ONLY and not is_keyword_only:
+            is_keyword_only = True
+            parameters.append("*")
         text = parameter.name
         if parameter.annotation is not parameter.empty and not fields:
             text += f": {_type(parameter.annotation)}"
@@ -244,25 +237,25 @@ def _call(name: str, found: Any, only: tuple[str, ...] | None = None) -> str:
             text += f"={fields[parameter.name].default!r}"
         elif not fields and parameter.default is not parameter.empty:
             text += f" = {getattr(parameter.default, '__name__', None) or _python(parameter.default)}"
-        shown.append(text)
-    returns = inspect.signature(found).return_annotation
-    ending = f" -> {_type(returns)}" if inspect.isfunction(found) and returns is not inspect.Signature.empty else ""
-    flat = f"{name}({', '.join(shown)}){ending}"
-    return flat if len(flat) <= 100 else f"{name}(\n" + "".join(f"    {one},\n" for one in shown) + f"){ending}"
+        parameters.append(text)
+    returns = inspect.signature(called).return_annotation
+    ending = f" -> {_type(returns)}" if inspect.isfunction(called) and returns is not inspect.Signature.empty else ""
+    line = f"{name}({', '.join(parameters)}){ending}"
+    return line if len(line) <= 100 else f"{name}(\n" + "".join(f"    {text},\n" for text in parameters) + f"){ending}"
 
 
 def _type(annotation: Any) -> str:
     text = annotation.strip("'\"") if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return re.sub(r"\bCount\b", "int", text)  # what a record is checked for when it is read is no matter of its readers
+    return re.sub(r"\bCount\b", "int", text)  # a count is an int that is checked when a record is read
 
 
 def _python(default: Any) -> str:
-    return "…" if "factory" in repr(default) or len(repr(default)) > LONG else repr(default)
+    return "…" if "factory" in repr(default) or len(repr(default)) > MAX_DEFAULT else repr(default)
 
 
-def _docstring(found: Any) -> str:
-    """Turn a google docstring into Markdown."""
-    lead, sections = _split(found if isinstance(found, str) else inspect.getdoc(found) or "")
+def _docstring(documented: Any) -> str:
+    """Turn a google docstring, or that of an object, into Markdown."""
+    lead, sections = _split(documented if isinstance(documented, str) else inspect.getdoc(documented) or "")
     parts = [_prose(lead)]
     for title, name in (("Args", "Arguments"), ("Returns", "Returns"), ("Yields", "Yields"), ("Raises", "Raises")):
         if title not in sections:
@@ -276,7 +269,7 @@ def _docstring(found: Any) -> str:
 
 
 def _split(text: str) -> tuple[str, dict[str, str]]:
-    """Part a google docstring into what it says first and its sections."""
+    """Split a google docstring into its lead and its sections."""
     lead: list[str] = []
     sections: dict[str, list[str]] = {}
     into = lead
@@ -287,28 +280,30 @@ def _split(text: str) -> tuple[str, dict[str, str]]:
             if into is not lead and line and not line.startswith(" "):
                 into = lead  # a paragraph after the sections
             into.append(line)
-    return "\n".join(lead).strip(), {name: inspect.cleandoc("\n" + "\n".join(told)) for name, told in sections.items()}
+    return "\n".join(lead).strip(), {
+        name: inspect.cleandoc("\n" + "\n".join(lines)) for name, lines in sections.items()
+    }
 
 
 def _entries(section: str) -> dict[str, str]:
-    found: dict[str, str] = {}
+    entries: dict[str, str] = {}
     name = ""
     for line in section.splitlines():
         if (entry := ENTRY.fullmatch(line)) and not line.startswith(" "):
-            name, found[entry[1]] = entry[1], entry[2]
+            name, entries[entry[1]] = entry[1], entry[2]
         elif name and line.strip():
-            found[name] += f" {line.strip()}"
-    return found
+            entries[name] += f" {line.strip()}"
+    return entries
 
 
-def _parted(text: str) -> tuple[str, str]:
-    """Part a text from the source it cites."""
-    before, found, source = text.partition("Source: ")
-    return before.strip(), source.strip() if found else ""
+def _split_source(text: str) -> tuple[str, str]:
+    """Split a text into what precedes the source that it cites, and the source."""
+    before, _, source = text.partition("Source: ")
+    return before.strip(), source.strip()
 
 
 def _prose(text: str) -> str:
-    """Escape what Markdown would take for more than text, join lines, and link papers."""
+    """Write a docstring's text as Markdown: escape it, join its lines and link papers."""
     spans = re.split(r"(`[^`]*`)", text)
     spans[::2] = [re.sub(r"([*<>])", r"\\\1", span) for span in spans[::2]]
     paragraphs = [" ".join(part.split()) for part in "".join(spans).strip().split("\n\n")]
@@ -317,14 +312,15 @@ def _prose(text: str) -> str:
 
 
 def _value(default: Any) -> str:
-    """Write a default as `-o` takes it."""
+    """Format a default as `-o` takes it."""
     if isinstance(default, tuple):
         return f"[{','.join(map(_value, default))}]"
     return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default) or '""'
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *([_prose(cell).strip().replace("|", "\\|") for cell in row] for row in rows)]
+    cells = [[_prose(cell).strip().replace("|", "\\|") for cell in row] for row in rows]
+    lines = [head, ("---",) * len(head), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

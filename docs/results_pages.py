@@ -1,4 +1,4 @@
-"""A hook of MkDocs: takes the experiments' pages, which lie outside `docs/`, into the site."""
+"""MkDocs hook that adds the experiments' pages, which lie outside `docs/`, to the site."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add each page that an experiment wrote, with its pictures.
+    """Add the pages of the experiments, with their pictures.
 
     Args:
         files: MkDocs's files.
-        config: Its configuration.
+        config: MkDocs's configuration.
 
     Returns:
-        The files, with `experiments/…/README.md` and the pictures that it shows.
+        The files, with each `experiments/…/README.md` and its pictures.
     """
     from mkdocs.structure.files import File, InclusionLevel
 
@@ -28,15 +28,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Point links at those pages, which in the repository lead out of `docs/`.
+    """Rewrite links to the experiments' pages, which in the repository lead out of `docs/`.
 
     Args:
         markdown: The page's text.
         page: The page.
         config: MkDocs's configuration.
-        files: All files.
-
-    Returns:
-        The text.
+        files: MkDocs's files.
     """
     return markdown.replace("](../experiments/", "](experiments/")
