@@ -1,7 +1,8 @@
-"""How alike two models work inside, against naive computations and models whose likeness is known."""
+"""The similarity of two models, against naive computations and models whose similarity is known."""
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def data(task_file):
 
 @pytest.fixture(scope="module")
 def attentive(tmp_path_factory):
-    """A BERT of four heads a layer that attend to different places, as trained ones do."""
+    """A BERT with four heads a layer that attend to different tokens, as trained heads do."""
     base = Base.open(write_base(tmp_path_factory.mktemp("four") / "base", num_attention_heads=4))
     model = load(adapt(base, "full", base.path.parent / "tuned"), base)
     sharpen(model)
@@ -45,12 +46,12 @@ def sharpen(model):
                 parameter.mul_(8)
 
 
-def swap_heads(model, layer, one, other):
-    """Exchange two heads of a BERT layer; what the model computes stays as it is."""
+def swap_heads(model, layer, a, b):
+    """Swap two heads of a BERT layer, without changing what the model computes."""
     block = model.bert.encoder.layer[layer].attention
     width = block.self.attention_head_size
     order = list(range(block.self.num_attention_heads))
-    order[one], order[other] = other, one
+    order[a], order[b] = b, a
     rows = torch.cat([torch.arange(head * width, (head + 1) * width) for head in order])
     with torch.no_grad():
         for linear in (block.self.query, block.self.key, block.self.value):
@@ -65,25 +66,25 @@ def flat(table):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 5), st.integers(1, 6))
-def test_divergence_is_scipys(seed, heads, rows, keys):
+def test_divergence_equals_scipys(seed, heads, rows, keys):
     torch.manual_seed(seed)
     first, second = (torch.randn(heads, rows, keys).mul(3).softmax(dim=-1) for _ in range(2))
-    first[:, 0] = torch.nn.functional.one_hot(torch.tensor(keys - 1), keys).float()  # zeros are no trouble
-    found = head_divergences(first, second)
+    first[:, 0] = torch.nn.functional.one_hot(torch.tensor(keys - 1), keys).float()  # zeros are allowed
+    divergences = head_divergences(first, second)
     for i in range(heads):
         for j in range(heads):
             pairs = zip(first[i].double().numpy(), second[j].double().numpy(), strict=True)
             expected = sum(float(jensenshannon(p, q, base=2)) ** 2 for p, q in pairs)
-            assert float(found[i, j]) == pytest.approx(expected, abs=1e-6)
+            assert float(divergences[i, j]) == pytest.approx(expected, abs=1e-6)
     assert head_divergences(first, first).diagonal().abs().max() == 0
-    assert found.min() >= 0 and found.max() <= rows + 1e-6
+    assert divergences.min() >= 0 and divergences.max() <= rows + 1e-6
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 7), st.integers(1, 7), st.sampled_from([0.0, 1.0, 100.0]))
-def test_cka_is_the_naive_one_and_blind_to_rotation_and_scale(seed, left, right, mean):
+def test_cka_equals_the_naive_one_and_ignores_rotation_and_scale(seed, x_width, y_width, mean):
     torch.manual_seed(seed)
-    x, y = torch.randn(40, left) + mean, torch.randn(40, right) - mean
+    x, y = torch.randn(40, x_width) + mean, torch.randn(40, y_width) - mean
     y[:, 0] += x[:, 0]
 
     def streamed(a, b):
@@ -92,36 +93,37 @@ def test_cka_is_the_naive_one_and_blind_to_rotation_and_scale(seed, left, right,
             moments.add(a[start : start + 7], b[start : start + 7])
         return moments.cka()
 
-    a, b = ((side - side.mean(dim=0)).double() for side in (x, y))
-    gram, other = a @ a.T, b @ b.T
-    expected = float((gram * other).sum() / (gram.norm() * other.norm()))
+    a, b = ((features - features.mean(dim=0)).double() for features in (x, y))
+    x_gram, y_gram = a @ a.T, b @ b.T
+    expected = float((x_gram * y_gram).sum() / (x_gram.norm() * y_gram.norm()))
     assert streamed(x, y) == pytest.approx(expected, abs=1e-4)
-    turn = torch.linalg.qr(torch.randn(right, right)).Q
-    assert streamed(x, 3 * y @ turn + 2) == pytest.approx(expected, abs=1e-3)
+    rotation = torch.linalg.qr(torch.randn(y_width, y_width)).Q
+    assert streamed(x, 3 * y @ rotation + 2) == pytest.approx(expected, abs=1e-3)
     assert streamed(x, x) == pytest.approx(1)
 
 
 def test_cka_of_features_that_never_vary():
-    moments, still = Moments(), torch.ones(5, 3)
-    moments.add(still, torch.randn(5, 2))
+    constant = torch.ones(5, 3)
+    moments = Moments()
+    moments.add(constant, torch.randn(5, 2))
     assert moments.cka() == 0
-    same = Moments()
-    same.add(still, still)
-    assert same.cka() == 1
+    moments = Moments()
+    moments.add(constant, constant)
+    assert moments.cka() == 1
 
 
 def test_identical_models_are_alike_in_everything(attentive, data):
     base, model = attentive
-    for other in (model, copy.deepcopy(model)):
-        found = similarity(model, other, base, data, texts=20)
-        assert flat(found.divergence).max() == 0
-        assert flat(found.cosine).min() == pytest.approx(1)
-        assert found.best == ((0, 1, 2, 3),) * 2
-        assert found.cka == pytest.approx([1] * 3)
-        assert (found.kl, found.agreement, found.texts) == (0, 1, 20)
-        assert flat(found.others).min() > 0.01
-        assert found.control.name == "random weights (seed 0)"
-        assert flat(found.control.divergence).min() > 0.01 and min(found.control.cka) < 0.9
+    for identical in (model, copy.deepcopy(model)):
+        result = similarity(model, identical, base, data, texts=20)
+        assert flat(result.divergence).max() == 0
+        assert flat(result.cosine).min() == pytest.approx(1)
+        assert result.best == ((0, 1, 2, 3),) * 2
+        assert result.cka == pytest.approx([1] * 3)
+        assert (result.kl, result.agreement, result.texts) == (0, 1, 20)
+        assert flat(result.others).min() > 0.01
+        assert result.control.name == "random weights (seed 0)"
+        assert flat(result.control.divergence).min() > 0.01 and min(result.control.cka) < 0.9
 
 
 def test_swapped_heads_are_found(attentive, data):
@@ -130,81 +132,79 @@ def test_swapped_heads_are_found(attentive, data):
     swap_heads(swapped, 1, 0, 2)
     texts = encode(base, data, data.dev)
     torch.testing.assert_close(predict(model, texts, "fp32"), predict(swapped, texts, "fp32"), rtol=0, atol=1e-5)
-    found = similarity(model, swapped, base, data)
-    assert found.best == ((0, 1, 2, 3), (2, 1, 0, 3))
-    assert found.divergence[1][0] > 0.01 and found.divergence[1][2] > 0.01
-    assert max(found.divergence[0] + (found.divergence[1][1], found.divergence[1][3])) < 1e-6
-    assert found.kl < 1e-6 and found.agreement == 1
-    assert [(shown.layer, shown.head) in ((1, 0), (1, 2)) for shown in found.maps] == [True, False, False, True]
+    result = similarity(model, swapped, base, data)
+    assert result.best == ((0, 1, 2, 3), (2, 1, 0, 3))
+    assert result.divergence[1][0] > 0.01 and result.divergence[1][2] > 0.01
+    assert max(result.divergence[0] + (result.divergence[1][1], result.divergence[1][3])) < 1e-6
+    assert result.kl < 1e-6 and result.agreement == 1
+    assert [(shown.layer, shown.head) in ((1, 0), (1, 2)) for shown in result.maps] == [True, False, False, True]
 
 
-def test_figures_are_those_of_a_naive_loop_over_texts(attentive, data, opened, tmp_path):
-    """Text by text, without padding: what batches of the longest first must come to."""
+def test_figures_equal_those_of_a_naive_loop_over_texts(attentive, data):
+    """The loop takes one text at a time, without padding."""
     base, model = attentive
-    other = copy.deepcopy(model)
+    perturbed = copy.deepcopy(model)
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in other.parameters():
+        for parameter in perturbed.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    found = similarity(model, other, base, data, texts=12)
-    ids = [*range(0, 100, 9)]
-    examples = encode(base, data, data.test.take(ids))
-    assert found.texts == len(ids)
-    diverged, rows, logits, states = torch.zeros(2, 4, 4).double(), 0, [], []
-    with attention.eager_attention(model, other):
-        for i in range(len(ids)):
+    result = similarity(model, perturbed, base, data, texts=12)
+    indices = [*range(0, 100, 9)]
+    examples = encode(base, data, data.test.take(indices))
+    assert result.texts == len(indices)
+    divergences, rows, logits, states = torch.zeros(2, 4, 4).double(), 0, [], []
+    with attention.eager_attention(model, perturbed):
+        for i in range(len(indices)):
             inputs = model_inputs(examples.batch([i]))
             with torch.no_grad():
-                a, b = (m(**inputs, output_attentions=True, output_hidden_states=True) for m in (model, other))
-            for layer in range(2):
-                for one in range(4):
-                    for two in range(4):
-                        p, q = a.attentions[layer][0, one].double(), b.attentions[layer][0, two].double()
-                        diverged[layer, one, two] += float((jensenshannon(p, q, base=2, axis=1) ** 2).sum())
+                a, b = (m(**inputs, output_attentions=True, output_hidden_states=True) for m in (model, perturbed))
+            for layer, j, k in itertools.product(range(2), range(4), range(4)):
+                p, q = a.attentions[layer][0, j].double(), b.attentions[layer][0, k].double()
+                divergences[layer, j, k] += float((jensenshannon(p, q, base=2, axis=1) ** 2).sum())
             rows += len(examples.columns["input_ids"][i])
             logits.append((a.logits[0].double(), b.logits[0].double()))
             states.append((a.hidden_states[1][0], b.hidden_states[1][0]))
-    diverged /= rows
-    matched = diverged.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(torch.tensor(found.divergence).double(), matched, rtol=1e-4, atol=1e-7)
-    others = (diverged.sum(dim=2) - matched) / 3
-    torch.testing.assert_close(torch.tensor(found.others).double(), others, rtol=1e-4, atol=1e-7)
-    p, q = (torch.stack(side).softmax(dim=1) for side in zip(*logits, strict=True))
-    assert found.kl == pytest.approx(float((p * (p / q).log()).sum(dim=1).mean()), rel=1e-4)
-    assert found.agreement == float((p.argmax(dim=1) == q.argmax(dim=1)).double().mean())
+    divergences /= rows
+    matched = divergences.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(torch.tensor(result.divergence).double(), matched, rtol=1e-4, atol=1e-7)
+    mean_of_other_heads = (divergences.sum(dim=2) - matched) / 3
+    torch.testing.assert_close(torch.tensor(result.others).double(), mean_of_other_heads, rtol=1e-4, atol=1e-7)
+    p, q = (torch.stack(of_model).softmax(dim=1) for of_model in zip(*logits, strict=True))
+    assert result.kl == pytest.approx(float((p * (p / q).log()).sum(dim=1).mean()), rel=1e-4)
+    assert result.agreement == float((p.argmax(dim=1) == q.argmax(dim=1)).double().mean())
     moments = Moments()
-    moments.add(*(torch.cat(side) for side in zip(*states, strict=True)))
-    assert found.cka[1] == pytest.approx(moments.cka(), abs=1e-5)
+    moments.add(*(torch.cat(of_model) for of_model in zip(*states, strict=True)))
+    assert result.cka[1] == pytest.approx(moments.cka(), abs=1e-5)
 
 
 def test_the_size_of_batches_changes_nothing(attentive, data, monkeypatch):
     base, model = attentive
-    other = copy.deepcopy(model)
-    swap_heads(other, 0, 1, 3)
-    whole = similarity(model, other, base, data, texts=30)
-    told = []
+    swapped = copy.deepcopy(model)
+    swap_heads(swapped, 0, 1, 3)
+    large = similarity(model, swapped, base, data, texts=30)
+    updates = []
     monkeypatch.setattr(attention, "CELLS", 10_000)
-    parts = similarity(model, other, base, data, texts=30, progress=lambda *given: told.append(given[:3]))
-    assert len(told) > 3 and told[-1] == ("similarity", 30, 30)
+    small = similarity(model, swapped, base, data, texts=30, progress=lambda *update: updates.append(update[:3]))
+    assert len(updates) > 3 and updates[-1] == ("similarity", 30, 30)
     for name in ("divergence", "cosine", "others"):
-        torch.testing.assert_close(flat(getattr(whole, name)), flat(getattr(parts, name)), rtol=1e-4, atol=1e-6)
-    assert whole.best == parts.best and whole.cka == pytest.approx(parts.cka, abs=1e-4)
+        torch.testing.assert_close(flat(getattr(large, name)), flat(getattr(small, name)), rtol=1e-4, atol=1e-6)
+    assert large.best == small.best and large.cka == pytest.approx(small.cka, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_upgrade_is_nearer_than_a_stranger(opened, data, tmp_path, architecture, kind):
+def test_an_upgrade_is_nearer_than_an_unrelated_model(opened, data, tmp_path, architecture, kind):
     old, new = opened[architecture]
     first, second = (load(adapt(base, kind, tmp_path / name), base) for base, name in ((old, "old"), (new, "new")))
     before = attention.unwrap_model(first).config._attn_implementation
-    found = similarity(first, second, old, data, texts=10, maps=3)
+    result = similarity(first, second, old, data, texts=10, maps=3)
     assert attention.unwrap_model(first).config._attn_implementation == before != "eager"
-    assert (flat(found.divergence) < flat(found.control.divergence)).all()
-    assert (torch.tensor(found.cka) > torch.tensor(found.control.cka)).all()
-    assert flat(found.divergence).min() > 0 and flat(found.cosine).min() > 0.9
-    assert torch.tensor(found.divergence).shape == (2, 2) and len(found.cka) == 3 and len(found.maps) == 3
-    shown = found.maps[0]
-    assert shown.divergence == flat(found.divergence).max()
+    assert (flat(result.divergence) < flat(result.control.divergence)).all()
+    assert (torch.tensor(result.cka) > torch.tensor(result.control.cka)).all()
+    assert flat(result.divergence).min() > 0 and flat(result.cosine).min() > 0.9
+    assert torch.tensor(result.divergence).shape == (2, 2) and len(result.cka) == 3 and len(result.maps) == 3
+    shown = result.maps[0]
+    assert shown.divergence == flat(result.divergence).max()
     for rows in (shown.old, shown.new):
         assert torch.tensor(rows).shape == (len(shown.tokens),) * 2
         torch.testing.assert_close(torch.tensor(rows).sum(dim=1), torch.ones(len(rows)), rtol=0, atol=1e-3)
@@ -216,9 +216,9 @@ def test_query_heads_that_share_keys(data, tmp_path):
     base = Base.open(write_base(tmp_path / "old", "llama", num_attention_heads=4, num_key_value_heads=2))
     new = Base.open(move_base(base.path, tmp_path / "new", 0.02))
     first, second = (load(adapt(b, "full", tmp_path / f"tuned-{i}"), b) for i, b in enumerate((base, new)))
-    found = similarity(first, second, base, data, texts=10)
-    assert torch.tensor(found.divergence).shape == (2, 4)
-    assert (flat(found.divergence) < flat(found.control.divergence)).all()
+    result = similarity(first, second, base, data, texts=10)
+    assert torch.tensor(result.divergence).shape == (2, 4)
+    assert (flat(result.divergence) < flat(result.control.divergence)).all()
 
 
 @pytest.mark.parametrize(
@@ -229,28 +229,28 @@ def test_virtual_tokens_and_bottlenecks(opened, data, tmp_path, architecture, ki
     path = adapt(old, kind, tmp_path / "old")
     data = data.with_virtual_tokens(load_adaptation(path).virtual_tokens, old.longest)
     first, second = load(path, old), load(path, new)
-    same = similarity(first, load(path, old), old, data, texts=10)
-    assert flat(same.divergence).max() == 0 and same.kl == 0
-    found = similarity(first, second, old, data, texts=10)
-    assert 0 < flat(found.divergence).mean() < flat(found.control.divergence).mean()
-    assert torch.tensor(found.maps[0].old).shape == (len(found.maps[0].tokens),) * 2
+    identical = similarity(first, load(path, old), old, data, texts=10)
+    assert flat(identical.divergence).max() == 0 and identical.kl == 0
+    result = similarity(first, second, old, data, texts=10)
+    assert 0 < flat(result.divergence).mean() < flat(result.control.divergence).mean()
+    assert torch.tensor(result.maps[0].old).shape == (len(result.maps[0].tokens),) * 2
 
 
 def test_a_control_may_be_given(attentive, data):
     base, model = attentive
-    found = similarity(model, model, base, data, control=model, control_name="another seed", texts=5)
-    assert found.control.name == "another seed"
-    assert flat(found.control.divergence).max() == 0 and found.control.cka == pytest.approx([1] * 3)
+    result = similarity(model, model, base, data, control=model, control_name="another seed", texts=5)
+    assert result.control.name == "another seed"
+    assert flat(result.control.divergence).max() == 0 and result.control.cka == pytest.approx([1] * 3)
 
 
-def test_what_cannot_be_compared_is_refused(attentive, opened, data, tmp_path):
+def test_models_that_cannot_be_compared_are_refused(attentive, opened, data, tmp_path):
     base, model = attentive
     bert = opened["bert"][0]
     two_heads = load(adapt(bert, "full", tmp_path / "two"), bert)
     with pytest.raises(MismatchError, match=r"layer 0: heads, .* \(4, .* \(2, .*one architecture"):
         similarity(model, two_heads, base, data, control=model)
     deeper = Base.open(write_base(tmp_path / "deep", num_attention_heads=4, num_hidden_layers=3))
-    with pytest.raises(MismatchError, match="2 layers that attend, the other 3"):
+    with pytest.raises(MismatchError, match="2 attention layers, the other 3"):
         similarity(model, load(adapt(deeper, "full", tmp_path / "three"), deeper), base, data)
     with pytest.raises(RecipeError, match="found 0 and 4"):
         similarity(model, model, base, data, texts=0)
@@ -258,19 +258,19 @@ def test_what_cannot_be_compared_is_refused(attentive, opened, data, tmp_path):
 
 def test_a_model_without_attention_maps_is_refused(attentive, data, monkeypatch):
     base, model = attentive
-    silent_one, was_training = copy.deepcopy(model).train(), model.training
-    monkeypatch.setattr(type(silent_one), "set_attn_implementation", lambda *_: None)  # it stays with fused attention
+    fused, was_training = copy.deepcopy(model).train(), model.training
+    monkeypatch.setattr(type(fused), "set_attn_implementation", lambda *_: None)  # it keeps fused attention
     with pytest.raises(MismatchError, match="BertForSequenceClassification gives no attention maps"):
-        similarity(silent_one, model, base, data)
-    assert silent_one.training and model.training == was_training
+        similarity(fused, model, base, data)
+    assert fused.training and model.training == was_training
 
 
-def test_it_is_the_same_every_time_and_reads_no_labels(attentive, data):
+def test_similarity_is_deterministic_and_reads_no_labels(attentive, data):
     base, model = attentive
     torch.manual_seed(5)
-    one = similarity(model, model, base, data, texts=8)
+    result = similarity(model, model, base, data, texts=8)
     drawn = torch.rand(1)
     torch.manual_seed(5)
-    assert torch.equal(torch.rand(1), drawn)  # the caller's own random numbers are left alone
+    assert torch.equal(torch.rand(1), drawn)  # the caller's random state is unchanged
     unlabelled = dataclasses.replace(data, labelled=False, test=None, dev=data.test)
-    assert similarity(model, model, base, unlabelled, texts=8) == one
+    assert similarity(model, model, base, unlabelled, texts=8) == result

@@ -1,45 +1,44 @@
-"""Questions asked of an upgrade, one file each."""
+"""The diagnosis of an upgrade: one question a file."""
 
 from regraft.diagnosis.blend import Blend
 from regraft.diagnosis.check import Check, check, check_pair
-from regraft.diagnosis.compatibility import Point, compatibility
+from regraft.diagnosis.compatibility import CompatibilityPoint, compatibility
 from regraft.diagnosis.connectivity import Segment, barrier, segment
 from regraft.diagnosis.deep import diagnose
-from regraft.diagnosis.pair import Pair, load_pair
+from regraft.diagnosis.pair import DeploymentPair, load_pair
 from regraft.diagnosis.plane import Plane, plane
 from regraft.diagnosis.probe import probe_gain
 from regraft.diagnosis.question import Question, Questions, all_questions
 from regraft.diagnosis.record import Diagnosis, read_diagnosis
 from regraft.diagnosis.regressions import Regressions, mcnemar, noise_floor, regressions
-from regraft.diagnosis.retention import Kept, kept
+from regraft.diagnosis.retention import Retention, retention
 from regraft.diagnosis.shift import Shift, shift
-from regraft.diagnosis.similarity import Control, Map, Similarity, similarity
+from regraft.diagnosis.similarity import AttentionMap, Control, Similarity, similarity
 from regraft.diagnosis.verdict import Verdict, verdict
 
 __all__ = [
+    "AttentionMap",
     "Blend",
     "Check",
+    "CompatibilityPoint",
     "Control",
+    "DeploymentPair",
     "Diagnosis",
-    "Kept",
-    "Map",
-    "Pair",
     "Plane",
-    "Point",
     "Question",
     "Questions",
     "Regressions",
+    "Retention",
     "Segment",
     "Shift",
     "Similarity",
     "Verdict",
+    "all_questions",
     "barrier",
     "check",
     "check_pair",
     "compatibility",
     "diagnose",
-    "all_questions",
-    "kept",
     "load_pair",
     "mcnemar",
     "noise_floor",
@@ -47,6 +46,7 @@ __all__ = [
     "probe_gain",
     "read_diagnosis",
     "regressions",
+    "retention",
     "segment",
     "shift",
     "similarity",

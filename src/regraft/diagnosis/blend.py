@@ -1,4 +1,4 @@
-"""One model set to weighted sums of others."""
+"""One model whose tensors are linear combinations of those of others."""
 
 from __future__ import annotations
 
@@ -15,84 +15,93 @@ if TYPE_CHECKING:
 
 
 class Blend:
-    """A model whose tensors are set to weighted sums of those of others, in place: nothing is loaded anew.
+    """A model whose tensors are set, in place, to linear combinations of the tensors of other models.
 
-    Tensors that are the same in all ends are left alone, so that two adapters on one base cost next to nothing.
+    Tensors that are equal in all models are never rewritten, so blending two adapters on one base costs next to
+    nothing.
 
     Args:
-        ends: Two models or more of one kind, size and architecture; they are not changed.
-        names: What they are called, for messages.
+        models: At least two models of one kind, size and architecture; they are not changed.
+        names: The models' names, for messages.
 
     Attributes:
-        model: A copy of the first that `at` moves about.
+        model: A copy of the first model, whose tensors `set_coefficients` changes.
 
     Raises:
-        MismatchError: A tensor is in one of them only, or is of another shape or type, or holds other whole numbers.
+        MismatchError: A tensor is missing in one of the models, its shapes or types differ, or it holds integers that
+            differ.
     """
 
-    def __init__(self, ends: Sequence[Any], names: Sequence[str]):
-        tensors = [tensors_of(end) for end in ends]
-        for other, name in zip(tensors[1:], names[1:], strict=True):
-            _check_alike(tensors[0], other, names[0], name)
-        self.model = copy.deepcopy(ends[0])
-        self._moving = [
-            (target, tuple(end[name] for end in tensors))
-            for name, target in tensors_of(self.model).items()
-            if any(not tensors[0][name].equal(end[name].to(target.device)) for end in tensors[1:])
+    def __init__(self, models: Sequence[Any], names: Sequence[str]):
+        tensors = [named_tensors(model) for model in models]
+        for later_tensors, name in zip(tensors[1:], names[1:], strict=True):
+            _check_same_layout(tensors[0], later_tensors, names[0], name)
+        self.model = copy.deepcopy(models[0])
+        self._differing = [
+            (target, tuple(by_name[name] for by_name in tensors))
+            for name, target in named_tensors(self.model).items()
+            if any(not tensors[0][name].equal(by_name[name].to(target.device)) for by_name in tensors[1:])
         ]
 
-    def at(self, *shares: float) -> None:
-        """Go to (1 − Σ shares)·first + Σ share·end; at an end, to exactly its tensors.
+    def set_coefficients(self, *coefficients: float) -> None:
+        """Set the model to (1 − Σ cᵢ)·first + Σ cᵢ·modelᵢ; a combination of one model alone is exactly that model.
 
         Args:
-            shares: How much of each end but the first; they may be negative or above 1.
+            coefficients: The coefficient of each model but the first; negative ones and ones above 1 extrapolate.
         """
         import torch
 
-        every = (1 - math.fsum(shares), *shares)
-        whole = [i for i, share in enumerate(every) if share == 1 and sum(map(bool, every)) == 1]
+        all_coefficients = (1 - math.fsum(coefficients), *coefficients)
+        nonzero = [i for i, coefficient in enumerate(all_coefficients) if coefficient]
+        single = nonzero[0] if len(nonzero) == 1 and all_coefficients[nonzero[0]] == 1 else None
         with torch.no_grad():
-            for target, ends in self._moving:
-                first, *others = (end.to(target.device) for end in ends)
-                if whole:
-                    target.copy_(ends[whole[0]])
-                elif len(others) == 1:
-                    torch.lerp(first, others[0], shares[0], out=target)
+            for target, sources in self._differing:
+                first, *later = (source.to(target.device) for source in sources)
+                if single is not None:
+                    target.copy_(sources[single])
+                elif len(later) == 1:
+                    torch.lerp(first, later[0], coefficients[0], out=target)
                 else:
-                    torch.mul(first, every[0], out=target)
-                    for other, share in zip(others, shares, strict=True):
-                        target.add_(other, alpha=share)
+                    torch.mul(first, all_coefficients[0], out=target)
+                    for source, coefficient in zip(later, coefficients, strict=True):
+                        target.add_(source, alpha=coefficient)
 
 
-def tensors_of(model: Any) -> dict[str, torch.Tensor]:
-    """Return what a model computes with.
+def named_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a model.
 
     Args:
         model: A torch module.
 
     Returns:
-        Its parameters and buffers by name, without gradients.
+        The tensors by name, detached.
     """
-    return {name: t.detach() for part in (model.named_parameters(), model.named_buffers()) for name, t in part}
+    return {
+        name: tensor.detach()
+        for tensors in (model.named_parameters(), model.named_buffers())
+        for name, tensor in tensors
+    }
 
 
-def _check_alike(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], *names: str) -> None:
+def _check_same_layout(
+    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], first_name: str, second_name: str
+) -> None:
     remedy = "Write both as one kind: `regraft adaptation convert … --to full`."
-    for here, there, name in ((first, second, names[0]), (second, first, names[1])):
-        if alone := [tensor for tensor in here if tensor not in there]:
+    for tensors, reference, name in ((first, second, first_name), (second, first, second_name)):
+        if unmatched := [tensor_name for tensor_name in tensors if tensor_name not in reference]:
             raise MismatchError(
-                f"only the {name} has tensor {alone[0]!r} ({len(alone):,} such): no straight line leads to a model "
-                f"of another kind. {remedy}"
+                f"only the {name} has tensor {unmatched[0]!r} ({len(unmatched):,} such): models of different kinds "
+                f"cannot be interpolated. {remedy}"
             )
-    for tensor, value in first.items():
-        other = second[tensor]
-        if value.shape != other.shape or value.dtype != other.dtype:
+    for tensor_name, a in first.items():
+        b = second[tensor_name]
+        if a.shape != b.shape or a.dtype != b.dtype:
             raise MismatchError(
-                f"tensor {tensor!r} is {value.dtype} {tuple(value.shape)} in the {names[0]} and {other.dtype} "
-                f"{tuple(other.shape)} in the {names[1]}. {remedy}"
+                f"tensor {tensor_name!r} is {a.dtype} {tuple(a.shape)} in the {first_name} and {b.dtype} "
+                f"{tuple(b.shape)} in the {second_name}. {remedy}"
             )
-        if not value.is_floating_point() and not value.equal(other.to(value.device)):
+        if not a.is_floating_point() and not a.equal(b.to(a.device)):
             raise MismatchError(
-                f"tensor {tensor!r} holds whole numbers that differ between the {names[0]} and the {names[1]}: there "
-                f"is nothing between them. {remedy}"
+                f"tensor {tensor_name!r} holds integers that differ between the {first_name} and the {second_name}: "
+                f"they cannot be interpolated. {remedy}"
             )

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from regraft.adaptation import Adaptation
-    from regraft.diagnosis.pair import Pair
-    from regraft.diagnosis.question import Lines
+    from regraft.diagnosis.pair import DeploymentPair
+    from regraft.diagnosis.question import SummaryLines
     from regraft.recipe import Recipe
     from regraft.task import Task, TaskData
     from regraft.upgrade import Upgrade
@@ -27,28 +27,29 @@ _LINEAGE = {"proven": "records this old base", "unproven": "does not record its 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What the upgrade did to old weights, without any tuning.
+    """The effect of an upgrade on old weights that are not tuned again.
 
     Args:
         task: The task's name.
-        metric: Its metric.
-        split: What was measured on, `test` or `dev`.
-        examples: How many examples that has.
+        metric: The task's metric.
+        split: The split that was measured, `test` or `dev`.
+        examples: The number of examples in that split.
         old: The score of the old weights on the old base.
-        new: Their score on the new base, as they are.
+        new: The score of the same weights on the new base.
         floor: The score of guessing without looking at an input.
-        retained: (new − floor) / (old − floor), None where old is no better than the floor.
-        agreement: The share of examples on which both predict the same.
-        negative_flips: The share that was right and is wrong.
-        positive_flips: The share that was wrong and is right.
-        l2: The Euclidean distance of the bases' bodies.
-        relative: The same over the norm of the old body.
-        cosine: The cosine between the bodies.
-        effect: How much the adaptation changes what the head reads on the old base, relative to its norm.
-        lineage: `proven` if the adaptation records the old base's fingerprint, `forced` if another one, else
-            `unproven`.
+        retained: (new − floor) / (old − floor); None if old is no better than the floor.
+        agreement: The share of examples for which both deployments predict the same.
+        negative_flips: The share of examples that were right and are wrong now.
+        positive_flips: The share of examples that were wrong and are right now.
+        l2: The Euclidean distance between the bodies of the two bases.
+        relative: That distance divided by the norm of the old body.
+        cosine: The cosine between the two bodies.
+        effect: The norm of the change that the adaptation makes to the head's input on the old base, relative to the
+            norm of that input.
+        lineage: `proven` if the adaptation records the old base's fingerprint, `forced` if it records another one,
+            `unproven` if it records none.
         verdict: What to do, in one line.
-        guess: What that guess always is, in words.
+        guess: What the guess always predicts, in words.
     """
 
     task: str
@@ -80,43 +81,44 @@ def check(
     force: bool = False,
     progress: Progress = silent,
 ) -> Check:
-    """Put old weights on the new base as they are, and compare with the old deployment.
+    """Put old weights on the new base without tuning them, and compare with the old deployment.
 
     Args:
         upgrade: The old and the new base.
-        adaptation: What was tuned on the old base, or its folder.
+        adaptation: The weights tuned on the old base, or their folder.
         task: A task file, a `Task` or its data.
-        recipe: Whose seed and precision to use.
-        force: Take the old base in spite of another fingerprint.
-        progress: Told of each batch.
+        recipe: The recipe whose seed and precision are used.
+        force: Whether to accept an adaptation that records another old base.
+        progress: The callback for each batch.
 
     Returns:
-        The figures and a verdict; nothing is written.
+        The scores, flips and distances, and a verdict; nothing is written.
 
     Raises:
-        CheckpointError: A file of weights is not whole.
+        CheckpointError: A file of weights is incomplete.
         DataError: The task's data cannot be used.
-        MismatchError: Bases, adaptation and task do not belong together.
+        MismatchError: The bases, the adaptation and the task do not fit together.
     """
     with load_pair(upgrade, adaptation, task, recipe=recipe, force=force, progress=progress) as pair:
         return check_pair(pair)
 
 
-def check_pair(pair: Pair) -> Check:
+def check_pair(pair: DeploymentPair) -> Check:
     """Compare the old deployment with the same weights on the new base.
 
     Args:
-        pair: Both, loaded.
+        pair: The two deployments.
 
     Returns:
-        The figures and a verdict.
+        The scores, flips and distances, and a verdict.
     """
     data, split = pair.data, pair.split
-    before, after = pair.before, pair.after
+    old_predictions, new_predictions = pair.old_predictions, pair.new_predictions
     old, new, floor = pair.old.score(split), pair.new.score(split), chance_score(data, split)
-    flipped, moved = count_flips(pair.old.right(split), pair.new.right(split)), pair.upgrade.distance()
-    is_better = data.task.scoring.gain(old, floor) > 0
-    retained = (new - floor) / (old - floor) if is_better else None
+    flips = count_flips(pair.old.right(split), pair.new.right(split))
+    distance = pair.upgrade.distance()
+    beats_guessing = data.task.scoring.gain(old, floor) > 0
+    retained = (new - floor) / (old - floor) if beats_guessing else None
     return Check(
         task=data.name,
         metric=data.metric,
@@ -126,12 +128,12 @@ def check_pair(pair: Pair) -> Check:
         new=new,
         floor=floor,
         retained=retained,
-        agreement=score(data.task.metrics[0], data.task.as_targets(before), after),
-        negative_flips=flipped.negative_rate,
-        positive_flips=flipped.positive_rate,
-        l2=moved.l2,
-        relative=moved.relative,
-        cosine=moved.cosine,
+        agreement=score(data.task.metrics[0], data.task.as_targets(old_predictions), new_predictions),
+        negative_flips=flips.negative_rate,
+        positive_flips=flips.positive_rate,
+        l2=distance.l2,
+        relative=distance.relative,
+        cosine=distance.cosine,
         effect=pair.effect,
         lineage=pair.lineage,
         verdict=_verdict(retained),
@@ -145,26 +147,26 @@ def _verdict(retained: float | None) -> str:
     return f"{100 * retained:.0f} % of the old score above guessing survives: {ADVICE[choose(retained)]}."
 
 
-def describe(answer: Check) -> Lines:
-    """Say what a check came to.
+def describe(result: Check) -> SummaryLines:
+    """Summarise a check for a terminal.
 
     Args:
-        answer: The check.
+        result: The check.
 
     Returns:
-        A line a figure: its name, and the figure.
+        One line for each figure.
     """
-    moved = f"L2 {answer.l2:.2f}, {answer.relative:.2%} of the norm, cosine {answer.cosine:.6f}"
+    distance = f"L2 {result.l2:.2f}, {result.relative:.2%} of the norm, cosine {result.cosine:.6f}"
     return [
-        (f"{answer.metric} on {answer.split}", f"{answer.examples:,} examples of {answer.task}"),
-        ("  old weights, old base", f"{answer.old:.4f}"),
-        ("  old weights, new base", f"{answer.new:.4f}"),
-        ("  floor (guessing)", f"{answer.floor:.4f}"),
-        ("agreement of the two", f"{answer.agreement:.1%}"),
-        ("negative / positive flips", f"{answer.negative_flips:.1%} / {answer.positive_flips:.1%}"),
-        ("distance of the bases", moved),
-        ("effect on the old base", f"changes what the head reads by {answer.effect:.1%}"),
-        ("lineage", f"{answer.lineage}: the adaptation {_LINEAGE[answer.lineage]}"),
+        (f"{result.metric} on {result.split}", f"{result.examples:,} examples of {result.task}"),
+        ("  old weights, old base", f"{result.old:.4f}"),
+        ("  old weights, new base", f"{result.new:.4f}"),
+        ("  floor (guessing)", f"{result.floor:.4f}"),
+        ("agreement of the two", f"{result.agreement:.1%}"),
+        ("negative / positive flips", f"{result.negative_flips:.1%} / {result.positive_flips:.1%}"),
+        ("distance of the bases", distance),
+        ("effect on the old base", f"changes what the head reads by {result.effect:.1%}"),
+        ("lineage", f"{result.lineage}: the adaptation {_LINEAGE[result.lineage]}"),
     ]
 
 
@@ -172,7 +174,7 @@ QUESTION = Question(
     "check",
     10,
     Check,
-    ask=lambda asked: check_pair(asked.direct),
+    lambda context: check_pair(context.direct),
     is_required=True,
-    describe=lambda answer, _: describe(answer),
+    describe=lambda result, metric: describe(result),
 )

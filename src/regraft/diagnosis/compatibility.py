@@ -1,4 +1,4 @@
-"""How long old weights go on working while the base is pre-trained further."""
+"""How long do old weights keep working while the base is pre-trained further?"""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from regraft.base import Base
-    from regraft.diagnosis.pair import Pair
-    from regraft.diagnosis.question import Asked, Lines
+    from regraft.diagnosis.pair import DeploymentPair
+    from regraft.diagnosis.question import QuestionContext, SummaryLines
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
-    """Old weights on one checkpoint of the way from the old base to the new one.
+class CompatibilityPoint:
+    """The old weights, untuned, on one checkpoint between the old base and the new one.
 
     Args:
         name: The checkpoint.
         distance: Its L2 distance from the old base.
-        score: The old weights' score on it, without any tuning.
+        score: The score of the old weights on it.
         loss: Their mean cross-entropy.
-        agreement: How well they predict what they did on the old base, by the first metric of the type of task: the
-            share of examples, in classification.
-        steps: The pre-training steps that made it, if its folder says so.
+        agreement: How well their predictions match those on the old base, by the first metric of the task type: in
+            classification, the share of equal predictions.
+        steps: The number of pre-training steps that led to the checkpoint; None if its folder does not record it.
     """
 
     name: str
@@ -48,8 +48,8 @@ class Point:
     steps: Count | None
 
 
-def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple[Point, ...]:
-    """Put old weights on every checkpoint of continual pre-training as they are.
+def compatibility(pair: DeploymentPair, checkpoints: Sequence[Base | str | Path]) -> tuple[CompatibilityPoint, ...]:
+    """Put old weights, untuned, on every checkpoint of continual pre-training.
 
     Source: Qin et al., 2023 (arXiv:2305.08702), the pilot studies.
 
@@ -58,27 +58,27 @@ def compatibility(pair: Pair, checkpoints: Sequence[Base | str | Path]) -> tuple
         checkpoints: Bases on the way, in order; the old and the new one need not be among them.
 
     Returns:
-        A point each, after one for the old base itself.
+        A point for the old base itself, then one for each checkpoint.
 
     Raises:
         MismatchError: A checkpoint is no upgrade of the old base.
     """
     import numpy as np
 
-    split, data, old, before = pair.split, pair.data, pair.upgrade.old, pair.before
+    split, data, old_base, old_predictions = pair.split, pair.data, pair.upgrade.old, pair.old_predictions
     points = []
-    for number, name in enumerate([old, *checkpoints]):
-        upgrade = Upgrade(old, name)
-        deployment, after = pair.old, before
+    for number, checkpoint in enumerate([old_base, *checkpoints]):
+        upgrade = Upgrade(old_base, checkpoint)
+        deployment, new_predictions = pair.old, old_predictions
         if number:
             with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
                 write_graft(pair.adaptation, upgrade, Path(folder), pair.progress)
                 model = load_model(load_adaptation(folder), upgrade.new, data.head)
                 deployment = Deployment(model, upgrade.new, data, pair.precision, pair.progress)
-                after = deployment.predictions(split)
-        agreement = score(data.task.metrics[0].name, data.task.as_targets(before), after)
+                new_predictions = deployment.predictions(split)
+        agreement = score(data.task.metrics[0].name, data.task.as_targets(old_predictions), new_predictions)
         points.append(
-            Point(
+            CompatibilityPoint(
                 name=upgrade.new.name,
                 distance=upgrade.distance().l2,
                 score=deployment.score(split),
@@ -97,15 +97,17 @@ def _steps(base: Base) -> int | None:
     return None
 
 
-def _ask(asked: Asked) -> tuple[Point, ...] | None:
-    return compatibility(asked.direct, asked.options.checkpoints) if asked.options.checkpoints else None
+def _answer(context: QuestionContext) -> tuple[CompatibilityPoint, ...] | None:
+    if not context.options.checkpoints:
+        return None
+    return compatibility(context.direct, context.options.checkpoints)
 
 
-def _describe(points: tuple[Point, ...], metric: str) -> Lines:
+def _describe(points: tuple[CompatibilityPoint, ...], metric: str) -> SummaryLines:
     return [
         (f"on {point.name}", f"{metric} {point.score:.4f}, L2 {point.distance:.2f} from the old base")
         for point in points
     ]
 
 
-QUESTION = Question("compatibility", 80, tuple[Point, ...], _ask, describe=_describe)
+QUESTION = Question("compatibility", 80, tuple[CompatibilityPoint, ...], _answer, describe=_describe)

@@ -1,4 +1,4 @@
-"""Everything there is to ask of an upgrade and one adaptation, in one record."""
+"""All questions about an upgrade and one adaptation, answered into one record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from regraft.adaptation.outcome import versions
 from regraft.checkpoint import check_place, to_json, write_atomic
 from regraft.diagnosis.pair import load_counterpart, load_pair
-from regraft.diagnosis.question import Asked, Questions, all_questions
+from regraft.diagnosis.question import QuestionContext, Questions, all_questions
 from regraft.diagnosis.record import Diagnosis
 from regraft.errors import MismatchError, OutcomeError
 from regraft.model import Deployment
@@ -36,51 +36,39 @@ def diagnose(
     force: bool = False,
     progress: Progress = silent,
 ) -> Diagnosis:
-    """Ask everything of an upgrade and an adaptation.
+    """Answer every question about an upgrade and an adaptation.
 
     Args:
         upgrade: The old and the new base.
-        adaptation: What was tuned on the old base, or its folder.
+        adaptation: The weights tuned on the old base, or their folder.
         task: A task file, a `Task` or its data.
         out: A folder for `diagnosis.json`, which `regraft report` shows; None to write nothing.
-        questions: What else to look at.
-        recipe: Whose seed and precision to use.
-        force: Take the old base in spite of another fingerprint.
-        progress: Told of each piece of work.
+        questions: What to look at beyond the bases, the adaptation and the task.
+        recipe: The recipe whose seed and precision are used.
+        force: Whether to accept an adaptation that records another old base.
+        progress: The callback for each piece of work.
 
     Returns:
-        What was found. A question that this kind of model does not answer is in `left_out`, with the reason.
+        The diagnosis. A question that this kind of model cannot answer is in `left_out`, with the reason.
 
     Raises:
-        CheckpointError: A file of weights is not whole.
+        CheckpointError: A file of weights is incomplete.
         DataError: The task's data cannot be used.
-        MismatchError: Bases, adaptations and task do not belong together.
-        OutcomeError: `out` holds something else.
+        MismatchError: The bases, the adaptations and the task do not fit together.
+        OutcomeError: `out` holds something other than a diagnosis.
     """
     options, recipe = questions or Questions(), recipe or Recipe()
     if out is not None:
-        _check_place(Path(out))
-    left_out: dict[str, str] = {}
-    seconds: dict[str, float] = {}
+        _check_output_folder(Path(out))
+    counterpart = options.counterparts[0] if options.counterparts else None
     with load_pair(upgrade, adaptation, task, recipe=recipe, force=force, progress=progress) as direct:
-        pair, compared = direct, next(iter(options.counterparts), None)
-        if compared is not None:
-            model = load_counterpart(compared, upgrade.new, direct.data)
+        pair = direct
+        if counterpart is not None:
+            model = load_counterpart(counterpart, upgrade.new, direct.data)
             new = Deployment(model, direct.upgrade.new, direct.data, direct.precision, progress)
             pair = dataclasses.replace(direct, new=new)
-        asked = Asked(upgrade, direct, pair, options, {})
-        for question in all_questions():
-            started, answer = time.perf_counter(), None
-            try:
-                answer = question.ask(asked)
-            except MismatchError as error:
-                if question.is_required:
-                    raise
-                left_out[question.name] = str(error)
-            if answer is not None:
-                asked.answers[question.name] = answer
-            if answer is not None or question.name in left_out:
-                seconds[question.name] = round(time.perf_counter() - started, 2)
+        context = QuestionContext(upgrade, direct, pair, options, {})
+        left_out, seconds = _answer_all(context)
     result = Diagnosis(
         task=pair.data.name,
         metric=pair.data.metric,
@@ -89,8 +77,8 @@ def diagnose(
         new_base=upgrade.new.name,
         adaptation=str(pair.adaptation.path),
         kind=pair.adaptation.kind,
-        compared="direct" if compared is None else compared,
-        answers=asked.answers,
+        compared="direct" if counterpart is None else counterpart,
+        answers=context.answers,
         left_out=left_out,
         seconds=seconds,
         fingerprints={
@@ -106,7 +94,26 @@ def diagnose(
     return result
 
 
-def _check_place(out: Path) -> None:
+def _answer_all(context: QuestionContext) -> tuple[dict[str, str], dict[str, float]]:
+    """Answer the questions into the context; return why some were left out, and the seconds that each took."""
+    left_out: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    for question in all_questions():
+        start, answer = time.perf_counter(), None
+        try:
+            answer = question.answer(context)
+        except MismatchError as error:
+            if question.is_required:
+                raise
+            left_out[question.name] = str(error)
+        if answer is not None:
+            context.answers[question.name] = answer
+        if answer is not None or question.name in left_out:
+            seconds[question.name] = round(time.perf_counter() - start, 2)
+    return left_out, seconds
+
+
+def _check_output_folder(out: Path) -> None:
     check_place(out)
     if out.exists() and not (out.is_dir() and all(file.name == RECORD for file in out.iterdir())):
-        raise OutcomeError(f"{out}: holds something else than a diagnosis. Choose another --out or remove it.")
+        raise OutcomeError(f"{out}: holds something other than a diagnosis. Choose another --out or remove it.")

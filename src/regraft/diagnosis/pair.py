@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Pair:
-    """The old deployment, and what is to take its place.
+class DeploymentPair:
+    """The old deployment and its counterpart on the new base.
 
     Args:
-        upgrade: The two bases.
-        adaptation: What was tuned on the old one.
-        data: The task, its labels in the order of the heads.
-        lineage: Whether the adaptation is proven to be the old base's, as in `Check`.
-        effect: How much it changes what the head reads there.
+        upgrade: The old and the new base.
+        adaptation: The adaptation tuned on the old base.
+        data: The task, with its labels in the order of the heads.
+        lineage: Whether the adaptation is proven to belong to the old base, as in `Check`.
+        effect: How much the adaptation changes what the head reads on the old base, as in `Check`.
         old: The old deployment.
-        new: Its counterpart on the new base.
+        new: The deployment on the new base.
     """
 
     upgrade: Upgrade
@@ -51,44 +51,44 @@ class Pair:
 
     @property
     def precision(self) -> str:
-        """What both compute in, `bf16` or `fp32`."""
+        """The precision that both compute in, `bf16` or `fp32`."""
         return self.old.precision
 
     @property
     def progress(self) -> Progress:
-        """What is told of each batch."""
+        """The callback for each batch."""
         return self.old.progress
 
     @functools.cached_property
     def split(self) -> Split:
-        """What is measured on: test, or dev where there is none."""
+        """The split that is measured: test, or dev if the task has no test split."""
         return self.data.test or self.data.dev
 
     @property
-    def before(self) -> list[Any]:
-        """What the old deployment predicts."""
+    def old_predictions(self) -> list[Any]:
+        """The old deployment's predictions for the split."""
         return predictions(self.old, self.split)
 
     @property
-    def after(self) -> list[Any]:
-        """What the new one predicts."""
+    def new_predictions(self) -> list[Any]:
+        """The new deployment's predictions for the split."""
         return predictions(self.new, self.split)
 
 
 def predictions(deployment: Deployment, split: Split) -> list[Any]:
-    """Predict, and refuse what no prediction follows from.
+    """Return the predictions of a deployment whose outputs are all finite.
 
     Args:
-        deployment: A deployment.
-        split: Some of the task's examples.
+        deployment: The deployment.
+        split: The examples to predict.
 
     Returns:
-        The prediction for each example.
+        A prediction for each example.
 
     Raises:
-        MismatchError: The outputs are infinite or not a number.
+        MismatchError: An output is infinite or not a number.
     """
-    if not deployment.is_finite(split):  # the likeliest of them would be taken for the first
+    if not deployment.is_finite(split):  # the argmax of NaN would silently be the first class
         raise MismatchError(
             f"{deployment.base.path}: what the weights on it predict is infinite or not a number. Compute in fp32 "
             "(--precision), or look for such a number in its config.json."
@@ -106,25 +106,25 @@ def load_pair(
     recipe: Recipe | None = None,
     force: bool = False,
     progress: Progress = silent,
-) -> Iterator[Pair]:
-    """Load an adaptation on its old base, and what stands for it on the new one.
+) -> Iterator[DeploymentPair]:
+    """Load an adaptation on its old base, and its counterpart on the new base.
 
     Args:
         upgrade: The old and the new base.
-        adaptation: What was tuned on the old base, or its folder.
+        adaptation: The weights tuned on the old base, or their folder.
         task: A task file, a `Task` or its data.
         counterpart: An outcome or adaptation of the same task on the new base; None for the old weights as they are.
-        recipe: Whose seed and precision to use.
-        force: Take the old base in spite of another fingerprint.
-        progress: Told of each batch.
+        recipe: The recipe whose seed and precision are used.
+        force: Whether to accept an adaptation that records another old base.
+        progress: The callback for each batch.
 
     Yields:
-        Both.
+        The two deployments.
 
     Raises:
-        CheckpointError: A file of weights is not whole.
+        CheckpointError: A file of weights is incomplete.
         DataError: The task's data cannot be used.
-        MismatchError: Bases, adaptations and task do not belong together.
+        MismatchError: The bases, the adaptations and the task do not fit together.
     """
     recipe = recipe or Recipe()
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
@@ -134,28 +134,33 @@ def load_pair(
     data.require_labels("check")
     data = match_labels(adaptation, data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.longest))
     upgrade.check_finite()
-    old = check_compatibility(adaptation, upgrade, data.head)
-    effect = check_effect(old, adaptation, upgrade.old, data)
+    old_model = check_compatibility(adaptation, upgrade, data.head)
+    effect = check_effect(old_model, adaptation, upgrade.old, data)
     precision = recipe.resolve(len(data.train), 1.0).precision
     with temporary_folder() as folder:
         if counterpart is None:
             write_graft(adaptation, upgrade, folder / "direct", progress)
-            new = load_model(load_adaptation(folder / "direct"), upgrade.new, data.head)
+            new_model = load_model(load_adaptation(folder / "direct"), upgrade.new, data.head)
         else:
-            new = load_counterpart(counterpart, upgrade.new, data)
-        before = Deployment(old, upgrade.old, data, precision, progress)
-        yield Pair(
-            upgrade, adaptation, data, lineage, effect, before, Deployment(new, upgrade.new, data, precision, progress)
+            new_model = load_counterpart(counterpart, upgrade.new, data)
+        yield DeploymentPair(
+            upgrade=upgrade,
+            adaptation=adaptation,
+            data=data,
+            lineage=lineage,
+            effect=effect,
+            old=Deployment(old_model, upgrade.old, data, precision, progress),
+            new=Deployment(new_model, upgrade.new, data, precision, progress),
         )
 
 
 def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
-    """Load what was tuned for the same task on the new base.
+    """Load weights that were tuned for the same task on the new base.
 
     Args:
         path: An outcome or an adaptation.
         base: The new base.
-        data: The task, its classes in the order of the old head.
+        data: The task, with its classes in the order of the old head.
 
     Returns:
         The model.
@@ -168,7 +173,7 @@ def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
     check_type(adaptation, data.task)
     if data.labels and adaptation.labels is not None and tuple(adaptation.labels) != tuple(data.labels):
         raise MismatchError(
-            f"{path}: its head has the labels {', '.join(adaptation.labels[:8])}, the old one "
+            f"{path}: its head has the labels {', '.join(adaptation.labels[:8])}, but the old head has "
             f"{', '.join(data.labels[:8])}: their outputs cannot be compared one by one. Tune it with the task file's "
             "`labels` in that order."
         )

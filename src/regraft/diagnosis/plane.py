@@ -1,4 +1,4 @@
-"""How high is the loss around three models, on the plane that they span?"""
+"""How high is the loss on the plane through three models?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regraft.checkpoint.record import require_length, require_shape
-from regraft.diagnosis.blend import Blend, tensors_of
+from regraft.diagnosis.blend import Blend, named_tensors
 from regraft.diagnosis.question import Question
 from regraft.errors import MismatchError, RecipeError
 from regraft.model import Deployment
@@ -19,25 +19,28 @@ from regraft.weights import distance
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
-
     from regraft.base import Base
-    from regraft.diagnosis.question import Asked
+    from regraft.diagnosis.question import QuestionContext
     from regraft.task import Split, TaskData
+
+    Point = tuple[float, float]
+
+# Below this share of its length, what of c − a is orthogonal to b − a is rounding of float32 weights.
+MIN_RELATIVE_HEIGHT = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class Plane:
-    """The plane through three models, as a task sees it; coordinates are L2 distances in the space of weights.
+    """Loss and score on the plane through three models; coordinates are L2 distances between weights.
 
     Args:
-        names: What the three are called.
-        places: Where each of them is, (x, y): the first at the origin, the second on the x axis.
+        names: The names of the three models.
+        places: The models' coordinates (x, y): the first at the origin, the second on the x axis.
         x: The grid's columns.
-        y: Its rows.
-        loss: The mean cross-entropy at each point in nats, rows y × columns x.
-        score: The task's metric there.
-        split: What was measured on, `dev` or `test`.
+        y: The grid's rows.
+        loss: The mean cross-entropy in nats at each point, rows y × columns x.
+        score: The task's metric at each point, rows y × columns x.
+        split: The split that was measured, `dev` or `test`.
     """
 
     names: tuple[str, str, str]
@@ -49,7 +52,7 @@ class Plane:
     split: str
 
     def __post_init__(self) -> None:
-        """Check that there are three places, and a value at each point."""
+        """Check that there are three models, and a value at each point."""
         require_length(self.places, 3, "places")
         for name, values in (("loss", self.loss), ("score", self.score)):
             require_shape(values, len(self.y), len(self.x), name)
@@ -67,25 +70,25 @@ def plane(
     precision: str = "fp32",
     progress: Progress = silent,
 ) -> Plane:
-    """Measure the task on the plane through three models a, b and c.
+    """Measure loss and score on a grid in the plane through three models a, b and c.
 
-    The axes are orthonormal: one along u = b − a, the other along what of c − a is at a right angle to it.
+    The axes are orthonormal: x along u = b − a, y along the part of c − a that is orthogonal to u.
 
     Source: Garipov et al., 2018 (arXiv:1802.10026).
 
     Args:
         models: Three classifiers of one kind; they are not changed.
-        names: What they are called.
-        base: A base whose tokenizer they have.
-        data: The task, classes in the order of the heads.
-        size: Points a side; at least 2.
-        margin: How far beyond the three the grid goes, in units of their extent.
-        split: `test` (dev where there is none) or `dev`.
+        names: The names of the models.
+        base: A base with the tokenizer of all three.
+        data: The task, with its classes in the order of the heads.
+        size: The number of points along each side; at least 2.
+        margin: How far the grid goes beyond the three models, relative to their extent.
+        split: `test` (dev if there is none) or `dev`.
         precision: `bf16` or `fp32`.
-        progress: Told of each point, with the loss there.
+        progress: The callback for each point, with the loss there.
 
     Returns:
-        The grid, and the places of the three on it.
+        The grid, and the coordinates of the three models on it.
 
     Raises:
         DataError: The task has no labels.
@@ -94,71 +97,84 @@ def plane(
     """
     if size < 2 or margin < 0 or split not in ("dev", "test") or len(models) != 3:
         raise RecipeError(
-            f"a plane goes through 3 models, has 2 points a side or more, a margin of at least 0 and is of dev or "
-            f"test; found {len(models)} models, {size}, {margin} and {split!r}."
+            f"a plane needs 3 models, at least 2 points a side, a margin of at least 0 and the split dev or test; "
+            f"found {len(models)} models, {size}, {margin} and {split!r}."
         )
     data.require_labels("the loss on a plane")
-    chosen: Split = data.dev if split == "dev" or data.test is None else data.test
+    measured: Split = data.dev if split == "dev" or data.test is None else data.test
     blend = Blend(models, names)
     deployment = Deployment(blend.model, base, data, precision)
-    places = _places(models, names)
-    x, y = (_axis([position[i] for position in places], size, margin) for i in (0, 1))
+    corners = _corners(models, names)
+    x, y = (_axis([corner[i] for corner in corners], size, margin) for i in (0, 1))
     loss, scores = np.empty((size, size)), np.empty((size, size))
     for row, column in np.ndindex(size, size):
-        blend.at(*shares_at(x[column], y[row], places))
+        blend.set_coefficients(*blend_coefficients(x[column], y[row], corners))
         deployment.clear_outputs()
-        loss[row, column], scores[row, column] = deployment.losses(chosen).numpy().mean(), deployment.score(chosen)
-        progress("plane", row * size + column + 1, size * size, {f"{chosen.name} loss": float(loss[row, column])})
-    by_row: list[tuple[tuple[float, ...], ...]] = [tuple(map(tuple, grid.tolist())) for grid in (loss, scores)]
-    return Plane(names, places, x, y, by_row[0], by_row[1], chosen.name)
+        loss[row, column], scores[row, column] = deployment.losses(measured).numpy().mean(), deployment.score(measured)
+        progress("plane", row * size + column + 1, size * size, {f"{measured.name} loss": float(loss[row, column])})
+    return Plane(names, corners, x, y, _nested_tuples(loss), _nested_tuples(scores), measured.name)
 
 
-def shares_at(x: float, y: float, places: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return what of three models makes up a point of their plane.
+def blend_coefficients(x: float, y: float, corners: Sequence[Point]) -> tuple[float, float]:
+    """Express a point of the plane as a combination of its three models.
 
     Args:
-        x: Along b − a.
-        y: At a right angle to it, towards c.
-        places: Of a, b and c, from `plane`: a at the origin, b at (x_b, 0).
+        x: The coordinate along b − a.
+        y: The coordinate orthogonal to it, towards c.
+        corners: The coordinates of a, b and c, as in `Plane.places`: a at the origin, b at (x_b, 0).
 
     Returns:
         β and γ of (1 − β − γ)·a + β·b + γ·c.
     """
-    gamma = y / places[2][1]
-    return (x - gamma * places[2][0]) / places[1][0], gamma
+    _, (b_x, _), (c_x, c_y) = corners
+    gamma = y / c_y
+    return (x - gamma * c_x) / b_x, gamma
 
 
-def _places(models: Sequence[Any], names: Sequence[str]) -> tuple[tuple[float, float], ...]:
-    a, b, c = (_floating(model) for model in models)
-    ab, ac, bc = (distance((p[n], q[n]) for n in p).l2 for p, q in ((a, b), (a, c), (b, c)))
-    along = (ab**2 + ac**2 - bc**2) / (2 * ab) if ab else 0.0
-    beside = math.sqrt(max(0.0, ac**2 - along**2))
-    if beside <= 1e-5 * ac or not ab:
+def _corners(models: Sequence[Any], names: Sequence[str]) -> tuple[Point, Point, Point]:
+    """Return the coordinates of the three models, from their distances."""
+    a, b, c = (
+        {name: tensor for name, tensor in named_tensors(model).items() if tensor.is_floating_point()}
+        for model in models
+    )
+    ab, ac, bc = (
+        distance((first[name], second[name]) for name in first).l2 for first, second in ((a, b), (a, c), (b, c))
+    )
+    c_x = (ab**2 + ac**2 - bc**2) / (2 * ab) if ab else 0.0
+    c_y = math.sqrt(max(0.0, ac**2 - c_x**2))
+    if c_y <= MIN_RELATIVE_HEIGHT * ac or not ab:
         raise MismatchError(
-            f"{', '.join(names)} lie on one line: a plane needs three models of which none is between or the same as "
-            "the others. Walk the segment between two of them instead."
+            f"{', '.join(names)} lie on one line: a plane needs three different models, none of them between the "
+            "others. Measure the segment between two of them instead."
         )
-    return (0.0, 0.0), (ab, 0.0), (along, beside)
+    return (0.0, 0.0), (ab, 0.0), (c_x, c_y)
 
 
-def _axis(places: Sequence[float], size: int, margin: float) -> tuple[float, ...]:
-    room = margin * (max(places) - min(places))
-    return tuple(np.linspace(min(places) - room, max(places) + room, size).tolist())
+def _axis(coordinates: Sequence[float], size: int, margin: float) -> tuple[float, ...]:
+    low, high = min(coordinates), max(coordinates)
+    padding = margin * (high - low)
+    return tuple(np.linspace(low - padding, high + padding, size).tolist())
 
 
-def _floating(model: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.is_floating_point()}
+def _nested_tuples(grid: np.ndarray[Any, Any]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in grid.tolist())
 
 
-def _ask(asked: Asked) -> Plane | None:
-    if not asked.options.plane:
+def _answer(context: QuestionContext) -> Plane | None:
+    if not context.options.plane:
         return None
-    asked.require_same_tokens()
-    direct, pair, (old, new) = asked.direct, asked.pair, asked.ends
+    context.require_same_tokens()
+    direct, pair, (old_name, new_name) = context.direct, context.pair, context.endpoint_names
     return plane(
-        (direct.old.model, direct.new.model, pair.new.model), (old, "direct", new), asked.upgrade.old, pair.data,
-        size=asked.options.plane, split=pair.split.name, precision=pair.precision, progress=pair.progress,
-    )  # fmt: skip
+        (direct.old.model, direct.new.model, pair.new.model),
+        (old_name, "direct", new_name),
+        context.upgrade.old,
+        pair.data,
+        size=context.options.plane,
+        split=pair.split.name,
+        precision=pair.precision,
+        progress=pair.progress,
+    )
 
 
-QUESTION = Question("plane", 40, Plane, _ask)
+QUESTION = Question("plane", 40, Plane, _answer)

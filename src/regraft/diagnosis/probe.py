@@ -1,4 +1,4 @@
-"""Is the new base better at a task than the old one, whatever was tuned on it?"""
+"""Is the new base better at the task than the old one, regardless of any adaptation?"""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from regraft.diagnosis.question import Question
 from regraft.task import Interval, paired_difference
 
 if TYPE_CHECKING:
-    from regraft.diagnosis.pair import Pair
+    from regraft.diagnosis.pair import DeploymentPair
 
 
-def probe_gain(pair: Pair) -> Interval:
-    """Find out whether the new base is better at a task than the old one, by a linear probe on dev.
+def probe_gain(pair: DeploymentPair) -> Interval:
+    """Compare linear probes of the two bases on dev.
 
     Args:
-        pair: The deployments; only their bases and the task count.
+        pair: The deployments; only their bases and the task are used.
 
     Returns:
-        The difference of the probes' scores, with its interval.
+        The new base's probe score minus the old one's, with its interval.
     """
     from regraft.model.probe import probe
 
@@ -27,4 +27,4 @@ def probe_gain(pair: Pair) -> Interval:
     return paired_difference(data.task.scoring, data.dev.targets, new, old)
 
 
-QUESTION = Question("probe", 90, Interval, lambda asked: probe_gain(asked.direct))
+QUESTION = Question("probe", 90, Interval, lambda context: probe_gain(context.direct))

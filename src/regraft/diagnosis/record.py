@@ -1,4 +1,4 @@
-"""What `diagnosis.json` holds."""
+"""The content of `diagnosis.json`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ REMEDY = "regraft check --deep"
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What a diagnosis found.
+    """The answers to all questions about an upgrade and one adaptation.
 
     Args:
         task: The task's name.
-        metric: Its metric.
-        labels: Its labels, in the order of the heads.
+        metric: The task's metric.
+        labels: The task's labels, in the order of the heads.
         old_base: The old base.
-        new_base: The new one.
-        adaptation: What was tuned on the old base.
-        kind: Its kind.
-        compared: What the old deployment was compared with: `direct`, or an outcome.
-        answers: By question its answer, as `answers["connectivity"].barrier`; without what was left out or not asked.
-        left_out: Why a question was not answered, by its name.
-        seconds: What each took.
-        fingerprints: Of both bases and the adaptation.
-        versions: Of the libraries.
-        schema: Of this record.
+        new_base: The new base.
+        adaptation: The adaptation tuned on the old base.
+        kind: The adaptation's kind.
+        compared: The deployment that the old one was compared with: `direct`, or an outcome.
+        answers: The answer to each question by its name, as in `answers["connectivity"].barrier`; questions that were
+            left out or not asked are missing.
+        left_out: The reason why a question was not answered, by its name.
+        seconds: The time that each question took, by its name.
+        fingerprints: The fingerprints of both bases and the adaptation.
+        versions: The versions of the libraries.
+        schema: The version of this record's format.
     """
 
     task: str
@@ -56,29 +57,29 @@ class Diagnosis:
 
     @property
     def check(self) -> Check:
-        """The old weights on the new base as they are."""
+        """The effect of the upgrade on the old weights as they are."""
         answer: Check = self.answers["check"]
         return answer
 
     @property
     def verdict(self) -> Verdict:
-        """What to do."""
+        """The recommended action."""
         answer: Verdict = self.answers["verdict"]
         return answer
 
 
 def read_diagnosis(content: dict[str, Any], file: str) -> Diagnosis:
-    """Read a diagnosis.
+    """Validate the content of `diagnosis.json`.
 
     Args:
-        content: What `diagnosis.json` holds.
-        file: Its name, for the message.
+        content: The file's JSON.
+        file: The file's name, for messages.
 
     Returns:
-        The diagnosis, without answers to questions that this regraft does not know.
+        The diagnosis, without answers to questions that this version of regraft does not have.
 
     Raises:
-        OutcomeError: It has another schema, or a field is missing, of another type or of another shape.
+        OutcomeError: The schema is unknown, or a field is missing, of another type or of another shape.
     """
     schema = content.get("schema")
     if schema not in (schema_1.SCHEMA, SCHEMA):
@@ -86,20 +87,22 @@ def read_diagnosis(content: dict[str, Any], file: str) -> Diagnosis:
             f"{file}: has schema {schema!r:.40}, this regraft reads {schema_1.SCHEMA} and {SCHEMA}. Make it again with "
             f"this regraft's `{REMEDY}`."
         )
-    is_old = schema == schema_1.SCHEMA
-    content = schema_1.renewed(content) if is_old else content
+    is_schema_1 = schema == schema_1.SCHEMA
+    if is_schema_1:
+        content = schema_1.nest_answers(content)
     stored: Any = content.get("answers")
-    if isinstance(stored, dict):  # each is read by itself
+    if isinstance(stored, dict):  # each answer is validated by its own question's record
         content = {**content, "answers": {}}
     diagnosis = read_record(Diagnosis, content, file, REMEDY)
     answers = {}
     for question in all_questions():
-        answer = stored.get(question.name)
-        if answer not in (None, []):  # regraft 0.1 wrote an empty list where no checkpoint was named
-            record, where = schema_1.record_of(question) if is_old else question.record, f"{file}: {question.name}"
-            answers[question.name] = read_record(record, answer, where, REMEDY)
-        elif question.is_required:
-            raise OutcomeError(f"{file}: {question.name}: is missing. Make it again with `{REMEDY}`.")
-    if is_old:
-        answers = {name: schema_1.converted(name, answer) for name, answer in answers.items()}
+        answer, location = stored.get(question.name), f"{file}: {question.name}"
+        if answer in (None, []):  # regraft 0.1 wrote an empty list where no checkpoint was named
+            if question.is_required:
+                raise OutcomeError(f"{location}: is missing. Make it again with `{REMEDY}`.")
+        elif is_schema_1:
+            old_answer = read_record(schema_1.record_of(question), answer, location, REMEDY)
+            answers[question.name] = schema_1.convert(question.name, old_answer)
+        else:
+            answers[question.name] = read_record(question.record, answer, location, REMEDY)
     return dataclasses.replace(diagnosis, answers=answers, schema=SCHEMA)

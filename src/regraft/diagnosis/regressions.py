@@ -1,4 +1,4 @@
-"""What got worse and what got better, example by example."""
+"""Which examples got worse, and which got better?"""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from regraft.task.types import ModelPredictions, Scatter, View
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from regraft.diagnosis.pair import Pair
-    from regraft.diagnosis.question import Asked, Lines
+    from regraft.diagnosis.pair import DeploymentPair
+    from regraft.diagnosis.question import QuestionContext, SummaryLines
+    from regraft.task import Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Flip:
     """An example that the upgrade turned from right to wrong, or the reverse.
 
     Args:
-        row: Its number in the data.
-        text: What it says.
-        label: Its true label.
-        before: What the old deployment predicts.
-        after: What the new one predicts.
-        kind: `negative` if it was right before, `positive` if it is right after.
-        confidence: The probability the new one gives its prediction.
+        row: The example's row in the data.
+        text: The example's text.
+        label: The true label.
+        before: The old deployment's prediction.
+        after: The new deployment's prediction.
+        kind: `negative` if it was right before, `positive` if it is right now.
+        confidence: The probability that the new deployment gives its prediction; None if the task type has none.
     """
 
     row: Count
@@ -46,17 +47,18 @@ class Flip:
 
 @dataclasses.dataclass(frozen=True)
 class Regressions:
-    """What changed from one deployment to the other.
+    """The differences between the predictions of two deployments.
 
     Args:
-        split: What was looked at.
-        examples: How many there are.
-        negative: How many were right and are wrong.
-        positive: How many were wrong and are right.
-        flips: All of these.
-        views: What the type of task shows of both deployments.
+        split: The split that was measured.
+        examples: The number of examples in it.
+        negative: The number of examples that were right and are wrong now.
+        positive: The number of examples that were wrong and are right now.
+        flips: All of these examples.
+        views: The tables and charts that the task type shows of both deployments.
         mcnemar: The probability of so uneven flips if neither direction were likelier (exact, two-sided).
-        noise: The share of negative flips between two seeds of one recipe, both ways; None if it was not measured.
+        noise: The share of negative flips between two seeds of one recipe, averaged over both directions; None if it
+            was not measured.
     """
 
     split: str
@@ -69,26 +71,24 @@ class Regressions:
     noise: float | None
 
     def __post_init__(self) -> None:
-        """Check that no two charts have one name."""
+        """Check that no two charts have the same name."""
         names = [view.name for view in self.views if isinstance(view, Scatter)]
         if len(set(names)) < len(names):
-            raise ValueError(f"views: expected a name of its own for each chart, found {', '.join(names)}")
+            raise ValueError(f"views: expected a different name for each chart, found {', '.join(names)}")
 
 
-def regressions(pair: Pair, runs: Sequence[Sequence[bool]] = ()) -> Regressions:
+def regressions(pair: DeploymentPair, runs: Sequence[Sequence[bool]] = ()) -> Regressions:
     """Compare two deployments example by example.
 
     Args:
-        pair: The deployments.
-        runs: Which predictions are right of further runs of the recipe that the new one was made by, with other seeds.
+        pair: The two deployments.
+        runs: Further runs of the new deployment's recipe with other seeds: whether each prediction is right.
 
     Returns:
-        The flips with their examples, McNemar's test (1947), the noise floor, and what the type of task shows.
+        The flips with their examples, McNemar's test (1947), the noise floor, and the views of the task type.
     """
     split, task, labels = pair.split, pair.data.task, pair.data.labels
-    old, new = (
-        ModelPredictions(predictions(d, split), d.confidence(split), d.right(split)) for d in (pair.old, pair.new)
-    )
+    old, new = _predict(pair.old, split), _predict(pair.new, split)
     flips = [
         Flip(
             row=int(split.rows[i]),
@@ -102,30 +102,34 @@ def regressions(pair: Pair, runs: Sequence[Sequence[bool]] = ()) -> Regressions:
         for i, target in enumerate(split.targets.tolist())
         if old.right[i] != new.right[i]
     ]
-    count = count_flips(old.right, new.right)
+    counts = count_flips(old.right, new.right)
     return Regressions(
         split=split.name,
         examples=len(split),
-        negative=count.negative,
-        positive=count.positive,
+        negative=counts.negative,
+        positive=counts.positive,
         flips=tuple(flips),
         views=task.comparison_views(split.targets, old, new, labels),
-        mcnemar=mcnemar(count.negative, count.positive),
+        mcnemar=mcnemar(counts.negative, counts.positive),
         noise=noise_floor([new.right, *runs]),
     )
 
 
+def _predict(deployment: Deployment, split: Split) -> ModelPredictions:
+    return ModelPredictions(predictions(deployment, split), deployment.confidence(split), deployment.right(split))
+
+
 def mcnemar(negative: int, positive: int) -> float:
-    """Test whether flips in one direction are more than chance makes them.
+    """Test whether the flips in one direction are more than chance explains.
 
     Source: McNemar, 1947; the exact binomial form.
 
     Args:
-        negative: Examples that were right and are wrong.
-        positive: Examples that were wrong and are right.
+        negative: The number of examples that were right and are wrong now.
+        positive: The number of examples that were wrong and are right now.
 
     Returns:
-        The two-sided probability of so uneven a pair; 1 where there are no flips.
+        The two-sided probability of so uneven a pair; 1 if there are no flips.
     """
     from scipy.stats import binomtest
 
@@ -133,34 +137,35 @@ def mcnemar(negative: int, positive: int) -> float:
 
 
 def noise_floor(runs: Sequence[Sequence[bool]]) -> float | None:
-    """Return how many examples turn from right to wrong between runs that differ in their seed only.
+    """Return the share of examples that turn from right to wrong between runs that differ only in their seed.
 
     Args:
-        runs: Which predictions of each run are right.
+        runs: Whether each prediction is right, for each run.
 
     Returns:
-        The mean rate over all pairs, both ways; None for a single run.
+        The mean rate over all ordered pairs of runs; None for a single run.
     """
-    rates = [count_flips(*pair).negative_rate for pair in itertools.permutations(runs, 2)]
+    rates = [count_flips(first, second).negative_rate for first, second in itertools.permutations(runs, 2)]
     return statistics.fmean(rates) if rates else None
 
 
-def _ask(asked: Asked) -> Regressions:
-    pair, runs = asked.pair, []
-    for path in asked.options.counterparts[1:]:
+def _answer(context: QuestionContext) -> Regressions:
+    pair, runs = context.pair, []
+    for path in context.options.counterparts[1:]:
         model = load_counterpart(path, pair.upgrade.new, pair.data)
         deployment = Deployment(model, pair.upgrade.new, pair.data, pair.precision, pair.progress)
-        predictions(deployment, pair.split)
-        runs.append(deployment.right(pair.split))
+        runs.append(_predict(deployment, pair.split).right)
     return regressions(pair, runs)
 
 
-def _describe(answer: Regressions, _: str) -> Lines:
-    flipped = f"{answer.negative} negative, {answer.positive} positive of {answer.examples:,}"
-    flipped += f"; McNemar p {answer.mcnemar:.2g}"
-    if answer.noise is not None:
-        flipped += f"; {answer.noise:.1%} negative between seeds"
-    return [("flips", flipped), *(view.brief for view in answer.views if isinstance(view, Scatter))]
+def _describe(regressions: Regressions, _metric: str) -> SummaryLines:
+    flips = (
+        f"{regressions.negative} negative, {regressions.positive} positive of {regressions.examples:,}"
+        f"; McNemar p {regressions.mcnemar:.2g}"
+    )
+    if regressions.noise is not None:
+        flips += f"; {regressions.noise:.1%} negative between seeds"
+    return [("flips", flips), *(view.brief for view in regressions.views if isinstance(view, Scatter))]
 
 
-QUESTION = Question("regressions", 20, Regressions, _ask, is_required=True, describe=_describe)
+QUESTION = Question("regressions", 20, Regressions, _answer, is_required=True, describe=_describe)

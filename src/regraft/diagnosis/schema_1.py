@@ -1,4 +1,4 @@
-"""Diagnoses as regraft 0.1 wrote them: answers beside the other fields, some shares in percent, classes alone."""
+"""Reads the diagnoses of regraft 0.1, which had answers beside the other fields, percentages, and classes only."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from regraft.task.types.class_views import Calibration, ClassComparison, class_v
 
 SCHEMA = 1
 PERCENTAGES = {"check": "retained", "verdict": "predicted", "kept": "share"}
-GUESS = "the most frequent class"  # of the only type of task that there was
+"""The field of each answer that schema 1 wrote in percent."""
+GUESS = "the most frequent class"  # of classification, the only task type of regraft 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassRegressions:
-    """What changed from one classifier to the other.
+    """The answer that became `Regressions`, for classification only.
 
     Args:
         split: As in `Regressions`.
-        examples: As there.
-        negative: As there.
-        positive: As there.
-        flips: As there.
-        classes: Recall and flips by label.
-        mcnemar: As there.
-        noise: As there.
-        calibration: Of the `old` and the `new` deployment.
+        examples: As in `Regressions`.
+        negative: As in `Regressions`.
+        positive: As in `Regressions`.
+        flips: As in `Regressions`.
+        classes: Recall and flips of each label.
+        mcnemar: As in `Regressions`.
+        noise: As in `Regressions`.
+        calibration: The calibration of the `old` and the `new` deployment.
     """
 
     split: str
@@ -42,49 +43,54 @@ class ClassRegressions:
     calibration: dict[str, Calibration]
 
 
-def renewed(content: dict[str, Any]) -> dict[str, Any]:
-    """Put the answers where they are now.
+def nest_answers(content: dict[str, Any]) -> dict[str, Any]:
+    """Move the answers, which schema 1 had at the top level, under the key `answers`.
 
     Args:
-        content: What `diagnosis.json` holds.
+        content: The JSON of `diagnosis.json`.
 
     Returns:
-        The same by today's fields; the figures are unchanged.
+        The same figures under today's keys.
     """
     answers = {question.name: content.get(question.name) for question in all_questions()}
-    if isinstance(checked := answers.get("check"), dict):
-        answers["check"] = {**checked, "guess": GUESS}
+    if isinstance(check := answers.get("check"), dict):
+        answers["check"] = {**check, "guess": GUESS}
     return {**content, "answers": answers}
 
 
 def record_of(question: Question[Any]) -> Any:
-    """Return the type of a question's answer.
+    """Return the type that a question's answer had in schema 1.
 
     Args:
         question: The question.
 
     Returns:
-        A dataclass, or a tuple of some.
+        A dataclass, or a tuple of them.
     """
     return ClassRegressions if question.record is Regressions else question.record
 
 
-def converted(name: str, answer: Any) -> Any:
+def convert(name: str, answer: Any) -> Any:
     """Convert an answer to today's record.
 
     Args:
-        name: Its question.
-        answer: As it was read by `record_of`.
+        name: The question's name.
+        answer: The answer, validated as `record_of` says.
 
     Returns:
-        The same figures.
+        The same figures in today's record.
     """
     if isinstance(answer, ClassRegressions):
-        views = class_views(answer.classes, answer.calibration)
         return Regressions(
-            answer.split, answer.examples, answer.negative, answer.positive, answer.flips, views, answer.mcnemar,
-            answer.noise,
-        )  # fmt: skip
+            split=answer.split,
+            examples=answer.examples,
+            negative=answer.negative,
+            positive=answer.positive,
+            flips=answer.flips,
+            views=class_views(answer.classes, answer.calibration),
+            mcnemar=answer.mcnemar,
+            noise=answer.noise,
+        )
     if name in PERCENTAGES:
         field = PERCENTAGES[name]
         return dataclasses.replace(answer, **{field: share_of(getattr(answer, field))})

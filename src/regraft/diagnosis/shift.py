@@ -1,4 +1,4 @@
-"""How far the bases moved, against what tuning had changed."""
+"""How far did the upgrade move the base, compared with what tuning had changed?"""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation import Adaptation
-    from regraft.diagnosis.question import Asked, Lines
+    from regraft.diagnosis.question import QuestionContext, SummaryLines
     from regraft.upgrade import Upgrade
 
 
 @dataclasses.dataclass(frozen=True)
-class Moved:
-    """A group of tensors: what the upgrade did to it, and what tuning had done.
+class GroupShift:
+    """The upgrade's shift and the adaptation's delta of a group of tensors.
 
     Args:
-        name: Of the group.
+        name: The group's name.
         base: The norm of the old base's tensors.
         shift: The norm of the upgrade's shift, new − old.
-        delta: The norm of the adaptation's delta, tuned − old; 0 where it changes none of these tensors.
-        cosine: Of shift and delta, over the tensors that have both; None where none has.
-        signs: The share of entries in which both point the same way, among those where both are not 0; likewise.
-        overlap: How much the leading directions of both have in common, 0 to 1, averaged over matrices; likewise.
+        delta: The norm of the adaptation's delta, tuned − old; 0 if it changes none of these tensors.
+        cosine: The cosine of shift and delta, over the tensors that have both; None if no tensor has.
+        signs: The share of entries with the same sign in both, among those that are 0 in neither; None likewise.
+        overlap: The overlap of the leading directions of both, from 0 to 1, averaged over matrices; None likewise.
     """
 
     name: str
@@ -44,115 +44,127 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True)
 class Shift:
-    """The upgrade's shift against an adaptation's delta.
+    """The upgrade's shift compared with an adaptation's delta.
 
     Args:
-        whole: Over the whole body.
-        layers: By layer, the embeddings first.
-        kinds: By what tensors do, as attention or norms.
+        whole: The whole body.
+        layers: Each layer, the embeddings first.
+        kinds: Each kind of tensor, such as attention or norms.
     """
 
-    whole: Moved
-    layers: tuple[Moved, ...]
-    kinds: tuple[Moved, ...]
+    whole: GroupShift
+    layers: tuple[GroupShift, ...]
+    kinds: tuple[GroupShift, ...]
 
 
 def shift(upgrade: Upgrade, adaptation: Adaptation, progress: Progress = silent) -> Shift:
-    """Hold what the upgrade changed against what tuning had changed.
+    """Compare what the upgrade changed with what tuning had changed.
 
-    Of a full fine-tune and of a LoRA the delta is dense; other kinds have none, and only the shift is measured.
+    The delta of a full fine-tune and of a LoRA is dense; other kinds have none, and only the shift is measured.
 
     Args:
-        upgrade: The two bases.
-        adaptation: What was tuned on the old one.
-        progress: Told of each tensor.
+        upgrade: The old and the new base.
+        adaptation: The adaptation tuned on the old base.
+        progress: The callback for each tensor.
 
     Returns:
-        Norms, cosine, agreement of signs and overlap of leading directions: of all, by layer and by kind.
+        Norms, cosine, agreement of signs and overlap of leading directions: of the body, by layer and by kind.
     """
     old, new, tuned = upgrade.old, upgrade.new, adaptation.family.tuned_body(adaptation, upgrade.old)
-    groups: dict[str, dict[str, list[_Sums]]] = {"whole": {}, "layer": {}, "kind": {}}
-    names = sorted(old.body.keys() & new.body.keys(), key=_in_order)
-    for number, inner in enumerate(names, start=1):
-        before, after = old.checkpoint[old.body[inner]].double(), new.checkpoint[new.body[inner]].double()
-        base, upgraded = upgrade.shared_rows(inner, before, after)
-        moved, delta = upgraded - base, None
-        if tuned and inner in tuned[1] and tuned[0][tuned[1][inner]].shape == before.shape:
-            delta = upgrade.shared_rows(inner, tuned[0][tuned[1][inner]].double() - before, after)[0]
-        sums = _sums(base, moved, delta, matrix=kind_of(inner) in ("attention", "feed-forward") and base.dim() == 2)
-        for by, group in (("whole", "whole body"), ("layer", layer_of(inner)), ("kind", kind_of(inner))):
-            groups[by].setdefault(group, []).append(sums)
+    whole: list[_TensorSums] = []
+    layers: dict[str, list[_TensorSums]] = {}
+    kinds: dict[str, list[_TensorSums]] = {}
+    names = sorted(old.body.keys() & new.body.keys(), key=_model_order)
+    for number, name in enumerate(names, start=1):
+        old_tensor, new_tensor = old.checkpoint[old.body[name]].double(), new.checkpoint[new.body[name]].double()
+        old_rows, new_rows = upgrade.shared_rows(name, old_tensor, new_tensor)
+        delta = None
+        if tuned and name in tuned[1] and tuned[0][tuned[1][name]].shape == old_tensor.shape:
+            delta = upgrade.shared_rows(name, tuned[0][tuned[1][name]].double() - old_tensor, new_tensor)[0]
+        is_matrix = kind_of(name) in ("attention", "feed-forward") and old_rows.dim() == 2
+        sums = _tensor_sums(old_rows, new_rows - old_rows, delta, is_matrix=is_matrix)
+        whole.append(sums)
+        layers.setdefault(layer_of(name), []).append(sums)
+        kinds.setdefault(kind_of(name), []).append(sums)
         progress("distance", number, len(names), {})
-    whole, layers, kinds = (
-        tuple(_moved(name, parts) for name, parts in groups[by].items()) for by in ("whole", "layer", "kind")
+    return Shift(
+        whole=_group_shift("whole body", whole),
+        layers=tuple(_group_shift(layer, tensors) for layer, tensors in layers.items()),
+        kinds=tuple(_group_shift(kind, tensors) for kind, tensors in kinds.items()),
     )
-    return Shift(whole[0], layers, kinds)
 
 
-def _in_order(name: str) -> tuple[int, int, str]:
+def _model_order(name: str) -> tuple[int, int, str]:
+    """Sort the embeddings first, then the layers by number, then the rest."""
     layer = layer_of(name)
     number = layer.removeprefix("layer ")
-    return (1, int(number), name) if number.isdigit() else (0 if layer == "embeddings" else 2, 0, name)
+    if number.isdigit():
+        return 1, int(number), name
+    return (0 if layer == "embeddings" else 2), 0, name
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sums:
+class _TensorSums:
+    """Sums over one tensor's entries: squares, the product of shift and delta, and counts of signs."""
+
     base: float
     shift: float
     delta: float
     dot: float
-    shared: float  # the shift's part in tensors that have a delta
+    shift_with_delta: float  # the squares of the shift again, 0 if the tensor has no delta
     same_sign: int
-    compared: int
+    compared_signs: int
     overlap: float | None
 
 
-def _sums(base: torch.Tensor, moved: torch.Tensor, delta: torch.Tensor | None, *, matrix: bool) -> _Sums:
-    squares = float(moved.square().sum())
+def _tensor_sums(
+    base: torch.Tensor, shift: torch.Tensor, delta: torch.Tensor | None, *, is_matrix: bool
+) -> _TensorSums:
+    shift_squares = float(shift.square().sum())
     if delta is None or not delta.any():
-        return _Sums(float(base.square().sum()), squares, 0.0, 0.0, 0.0, 0, 0, None)
-    products = moved * delta
-    compared = int((products != 0).sum())
-    return _Sums(
+        return _TensorSums(float(base.square().sum()), shift_squares, 0.0, 0.0, 0.0, 0, 0, None)
+    products = shift * delta
+    compared_signs = int((products != 0).sum())
+    return _TensorSums(
         base=float(base.square().sum()),
-        shift=squares,
+        shift=shift_squares,
         delta=float(delta.square().sum()),
         dot=float(products.sum()),
-        shared=squares,
+        shift_with_delta=shift_squares,
         same_sign=int((products > 0).sum()),
-        compared=compared,
-        overlap=subspace_overlap(moved, delta) if matrix and compared else None,
+        compared_signs=compared_signs,
+        overlap=subspace_overlap(shift, delta) if is_matrix and compared_signs else None,
     )
 
 
-def _moved(name: str, parts: list[_Sums]) -> Moved:
+def _group_shift(name: str, tensors: list[_TensorSums]) -> GroupShift:
     def total(field: str) -> float:
-        return math.fsum(getattr(part, field) for part in parts)
+        return math.fsum(getattr(tensor, field) for tensor in tensors)
 
-    norms = math.sqrt(total("shared") * total("delta"))
-    compared = sum(part.compared for part in parts)
-    overlaps = [part.overlap for part in parts if part.overlap is not None]
-    return Moved(
+    norms = math.sqrt(total("shift_with_delta") * total("delta"))
+    compared_signs = sum(tensor.compared_signs for tensor in tensors)
+    overlaps = [tensor.overlap for tensor in tensors if tensor.overlap is not None]
+    return GroupShift(
         name=name,
         base=math.sqrt(total("base")),
         shift=math.sqrt(total("shift")),
         delta=math.sqrt(total("delta")),
         cosine=total("dot") / norms if norms else None,
-        signs=sum(part.same_sign for part in parts) / compared if compared else None,
+        signs=sum(tensor.same_sign for tensor in tensors) / compared_signs if compared_signs else None,
         overlap=math.fsum(overlaps) / len(overlaps) if overlaps else None,
     )
 
 
-def _ask(asked: Asked) -> Shift:
-    return shift(asked.upgrade, asked.direct.adaptation, asked.direct.progress)
+def _answer(context: QuestionContext) -> Shift:
+    return shift(context.upgrade, context.direct.adaptation, context.direct.progress)
 
 
-def _describe(answer: Shift, _: str) -> Lines:
-    moved = answer.whole
-    if moved.cosine is None:
+def _describe(shift: Shift, _metric: str) -> SummaryLines:
+    body = shift.whole
+    if body.cosine is None:
         return []
-    norms = f"{moved.shift:.2f} and {moved.delta:.2f} (L2)"
-    return [("shift against delta", f"{norms}, cosine {moved.cosine:+.3f}, signs agree {moved.signs:.0%}")]
+    norms = f"{body.shift:.2f} and {body.delta:.2f} (L2)"
+    return [("shift against delta", f"{norms}, cosine {body.cosine:+.3f}, signs agree {body.signs:.0%}")]
 
 
-QUESTION = Question("shift", 60, Shift, _ask, is_required=True, describe=_describe)
+QUESTION = Question("shift", 60, Shift, _answer, is_required=True, describe=_describe)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from regraft.checkpoint.record import Count, require_shape
-from regraft.diagnosis.comparison import Comparison
+from regraft.diagnosis.comparison import ModelComparison
 from regraft.diagnosis.question import Question
 from regraft.errors import RecipeError
 from regraft.model import Deployment
@@ -20,28 +22,28 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.base import Base
-    from regraft.diagnosis.question import Asked, Lines
+    from regraft.diagnosis.question import QuestionContext, SummaryLines
     from regraft.task import TaskData
     from regraft.task.types import Examples
 
 Table = tuple[tuple[float, ...], ...]
 
-SHOWN = 24
-DIGITS = 5
-MOMENT_BYTES = 2**28  # for CKA; models that need more for all layers are run once for every few of them
+MAP_TOKENS = 24  # a longer text's attention map cannot be read on a page
+MAP_DIGITS = 5  # a map's colours show fewer, and all digits of float32 would triple the record
+MOMENT_BYTES = 2**28  # for CKA; if all layers need more, the models are run once for every few layers
 
 
 @dataclasses.dataclass(frozen=True)
-class Map:
-    """What one head attends to on a short text, in both models.
+class AttentionMap:
+    """The attention of one head on a short text, in both models.
 
     Args:
-        layer: From 0.
-        head: From 0.
-        divergence: The head's, over all texts, in bits.
+        layer: The layer, from 0.
+        head: The head, from 0.
+        divergence: The head's divergence over all texts, in bits.
         tokens: The text.
-        old: Attention in the first model, rows attending × columns attended to; virtual tokens are left out.
-        new: The same in the second.
+        old: Attention in the first model, rows attending × columns attended to, without virtual tokens.
+        new: Attention in the second model.
     """
 
     layer: Count
@@ -52,20 +54,20 @@ class Map:
     new: Table
 
     def __post_init__(self) -> None:
-        """Check that there is a value for each two tokens."""
+        """Check that there is a value for each pair of tokens."""
         for name, values in (("old", self.old), ("new", self.new)):
             require_shape(values, len(self.tokens), len(self.tokens), name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """How alike the first model is to one that has nothing to do with it: what the figures are held against.
+    """How alike the first model is to an unrelated one: the reference for the figures of `Similarity`.
 
     Args:
-        name: What that is.
-        divergence: Layers × heads, as in `Similarity`.
-        cosine: The same.
-        cka: Embeddings, then each layer.
+        name: The unrelated model.
+        divergence: The mean divergence of corresponding heads, layers × heads, in bits.
+        cosine: The cosine of corresponding heads' maps, layers × heads.
+        cka: Linear CKA of the embeddings, then of each layer.
     """
 
     name: str
@@ -73,27 +75,24 @@ class Control:
     cosine: Table
     cka: tuple[float, ...]
 
-    def __post_init__(self) -> None:
-        """Check that there is a value for each head."""
-        _check_heads(self.divergence, cosine=self.cosine)
-
 
 @dataclasses.dataclass(frozen=True)
 class Similarity:
-    """How alike two models work on the same texts; padding and rows of virtual tokens do not count.
+    """How alike two models work on the same texts; padding and the rows of virtual tokens do not count.
 
     Args:
-        divergence: Layers × heads: the mean Jensen-Shannon divergence of corresponding heads' rows, 0 to 1 bits.
-        cosine: Layers × heads: the cosine of corresponding heads' maps, each taken as one long vector.
-        best: Layers × heads: which head of the second model's same layer is nearest by divergence.
-        others: Layers × heads: the mean divergence to the other heads of that layer; that to the only one, where a
-            layer has one head.
-        control: The same of the first model and one that has nothing to do with it.
-        cka: Linear CKA of the hidden states of tokens: embeddings, then each layer; from 0 to 1.
+        divergence: The mean Jensen-Shannon divergence of corresponding heads' rows, layers × heads, 0 to 1 bits.
+        cosine: The cosine of corresponding heads' maps, each flattened to one vector, layers × heads.
+        best: The head of the second model's same layer with the smallest divergence, layers × heads.
+        others: The mean divergence from the other heads of that layer, layers × heads; in a layer of one head, the
+            divergence from that one.
+        control: The same figures for the first model and an unrelated one.
+        cka: Linear CKA of the tokens' hidden states, of the embeddings, then of each layer; from 0 to 1.
         kl: The mean KL(first ‖ second) of predictions, in nats.
-        agreement: The share of outputs, of which a text has one or more, that both predict the same of.
-        maps: Some heads on one short text: the least alike, the most, the median, then the next to least alike.
-        texts: How many texts all this was measured on.
+        agreement: The share of outputs for which both models predict the same; a text has one or more outputs.
+        maps: Some heads on one short text: the most divergent, the least divergent, the median, then the next most
+            divergent.
+        texts: The number of texts measured.
     """
 
     divergence: Table
@@ -104,12 +103,20 @@ class Similarity:
     cka: tuple[float, ...]
     kl: float
     agreement: float
-    maps: tuple[Map, ...]
+    maps: tuple[AttentionMap, ...]
     texts: Count
 
     def __post_init__(self) -> None:
         """Check that there is a value for each head."""
-        _check_heads(self.divergence, cosine=self.cosine, best=self.best, others=self.others)
+        layers, heads = len(self.divergence), len(self.divergence[0]) if self.divergence else 0
+        tables: dict[str, Any] = {
+            "divergence": self.divergence,
+            "cosine": self.cosine,
+            "best": self.best,
+            "others": self.others,
+        }
+        for name, table in tables.items():
+            require_shape(table, layers, heads, name)
 
 
 def similarity(
@@ -132,21 +139,21 @@ def similarity(
     (arXiv:1905.00414).
 
     Args:
-        first: A classifier from `load_model`; modes and attention implementations are restored afterwards.
-        second: Another.
-        base: A base whose tokenizer both have.
-        data: Where the texts are taken from, evenly over test (dev where there is none); `max_length` leaves room for
-            virtual tokens. Labels are not read.
-        control: A classifier that has nothing to do with `first`; if None, one of its architecture with random weights.
-        control_name: What to call it.
-        maps: How many heads to show.
-        texts: How many texts; at least 1.
+        first: A classifier from `load_model`; its mode and attention implementation are restored afterwards.
+        second: Another classifier, likewise.
+        base: A base with the tokenizer of both.
+        data: The task. Texts are taken evenly from test (dev if there is none), labels are not read; `max_length`
+            leaves room for virtual tokens.
+        control: A classifier unrelated to `first`; if None, one of its architecture with random weights.
+        control_name: The name of the control.
+        maps: The number of heads whose attention maps are kept.
+        texts: The number of texts; at least 1.
         precision: `bf16` or `fp32`.
-        seed: What the random weights are drawn from.
-        progress: Told of each batch.
+        seed: The seed of the random weights.
+        progress: The callback for each batch.
 
     Returns:
-        The figures.
+        The figures of heads, hidden states and predictions.
 
     Raises:
         MismatchError: The architecture gives no attention, or the models have other layers, heads, widths, labels or
@@ -154,113 +161,136 @@ def similarity(
         RecipeError: A number is out of its range.
     """
     if texts < 1 or maps < 0:
-        raise RecipeError(f"texts is at least 1 and maps not negative, found {texts} and {maps}.")
-    import numpy as np
-
+        raise RecipeError(f"texts must be at least 1 and maps not negative, found {texts} and {maps}.")
     split = data.dev if data.test is None else data.test
     split = split.take(np.unique(np.linspace(0, len(split) - 1, min(texts, len(split))).round().astype(np.int64)))
     examples = Deployment(first, base, data, precision).examples(split)
     if control is None:
         control, control_name = random_model(first, seed), control_name or f"random weights (seed {seed})"
-    likelihood = data.likelihood
-    pair, unrelated = Comparison(likelihood, every_head=True), Comparison(likelihood, every_head=False)
-    short = int(np.abs(examples.lengths - SHOWN).argmin())
-    clipped = data.with_settings(max_length=min(data.max_length, SHOWN))
-    text = Deployment(first, base, clipped, precision).examples(split.take([short]))
+    pair = ModelComparison(data.likelihood, all_head_pairs=True)
+    unrelated = ModelComparison(data.likelihood, all_head_pairs=False)
+    # the text nearest in length to a map's is shown, cut to it if it is longer
+    map_split = split.take([int(np.abs(examples.lengths - MAP_TOKENS).argmin())])
+    map_data = data.with_settings(max_length=min(data.max_length, MAP_TOKENS))
+    map_text = Deployment(first, base, map_data, precision).examples(map_split)
     with eager_attention(first, second, control):
-        config = unwrap_model(first).config
-        at_once = max(1, MOMENT_BYTES // (2 * 3 * 4 * config.hidden_size**2))
-        states, done = config.num_hidden_layers + 1, 0
-        for start in range(0, states, at_once):
-            for indices in attention_batches(examples, config):
-                inputs = _inputs(examples, indices, first)
-                real, seen = inputs["attention_mask"].bool(), record_activations(first, inputs, precision)
-                for comparison, model in ((pair, second), (unrelated, control)):
-                    other = record_activations(model, inputs, precision)
-                    if not start:
-                        comparison.add(seen, other, real)
-                    comparison.add_hidden(seen, other, real, range(start, start + at_once))
-                done += len(indices)
-                progress("similarity", done, len(examples) * -(-states // at_once), {})
-            pair.finish_layers()
-            unrelated.finish_layers()
-        both = [record_activations(model, _inputs(text, [0], model), precision) for model in (first, second)]
+        _compare_in_batches(
+            first, [(second, pair), (control, unrelated)], examples, precision=precision, progress=progress
+        )
+        activations = [record_activations(model, _inputs(map_text, [0], model), precision) for model in (first, second)]
     matched = pair.divergences.diagonal(dim1=1, dim2=2)
-    tokens = tuple(base.tokenizer.convert_ids_to_tokens(text.columns["input_ids"][0]))
+    tokens = tuple(base.tokenizer.convert_ids_to_tokens(map_text.columns["input_ids"][0]))
     return Similarity(
         divergence=_table(matched),
         cosine=_table(pair.cosines),
-        best=tuple(tuple(_nearest(row, head) for head, row in enumerate(layer)) for layer in pair.divergences.tolist()),
-        others=_table(_mean_of_others(pair.divergences)),
+        best=tuple(_nearest_heads(layer) for layer in pair.divergences.tolist()),
+        others=_table(_mean_of_other_heads(pair.divergences)),
         control=Control(
-            control_name or "control",
-            _table(unrelated.divergences),
-            _table(unrelated.cosines),
-            unrelated.cka,
+            name=control_name or "control",
+            divergence=_table(unrelated.divergences),
+            cosine=_table(unrelated.cosines),
+            cka=unrelated.cka,
         ),
         cka=pair.cka,
         kl=pair.kl / pair.outputs,
         agreement=pair.agreed / pair.outputs,
-        maps=tuple(_map(place, matched, tokens, both) for place in _choose(matched.flatten().tolist(), maps)),
+        maps=tuple(
+            _attention_map(index, matched, tokens, activations)
+            for index in _representative_heads(matched.flatten().tolist(), maps)
+        ),
         texts=len(examples),
     )
 
 
+def _compare_in_batches(
+    first: Any,
+    comparisons: Sequence[tuple[Any, ModelComparison]],
+    examples: Examples,
+    *,
+    precision: str,
+    progress: Progress,
+) -> None:
+    """Add all examples to the comparison of the first model with each other one.
+
+    Hidden states are compared a few layers at a time, running the models again for each group of layers, so that the
+    moments of CKA (two comparisons × three float32 matrices of width² for a layer) stay within `MOMENT_BYTES`.
+    """
+    config = unwrap_model(first).config
+    states = config.num_hidden_layers + 1  # the embeddings, then each layer
+    states_per_run = max(1, MOMENT_BYTES // (len(comparisons) * 3 * 4 * config.hidden_size**2))
+    runs = -(-states // states_per_run)
+    compared = 0
+    for start in range(0, states, states_per_run):
+        for indices in attention_batches(examples, config):
+            inputs = _inputs(examples, indices, first)
+            token_mask, activations = inputs["attention_mask"].bool(), record_activations(first, inputs, precision)
+            for model, comparison in comparisons:
+                model_activations = record_activations(model, inputs, precision)
+                if start == 0:
+                    comparison.add(activations, model_activations, token_mask)
+                layers = range(start, start + states_per_run)
+                comparison.add_hidden(activations, model_activations, token_mask, layers)
+            compared += len(indices)
+            progress("similarity", compared, len(examples) * runs, {})
+        for _, comparison in comparisons:
+            comparison.finish_layers()
+
+
 def _inputs(examples: Examples, indices: Sequence[int], model: Any) -> dict[str, torch.Tensor]:
-    on = next(model.parameters()).device
-    return {name: tensor.to(on) for name, tensor in examples.batch(indices).items()}
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
 
 
-def _nearest(row: Sequence[float], head: int) -> int:
-    """Which of a layer's heads is nearest; the corresponding one where several are."""
-    return head if row[head] <= min(row) else row.index(min(row))
+def _nearest_heads(divergences: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """Return the nearest head for each head of a layer: the corresponding one if several are equally near."""
+    return tuple(head if row[head] <= min(row) else row.index(min(row)) for head, row in enumerate(divergences))
 
 
-def _mean_of_others(divergences: torch.Tensor) -> torch.Tensor:
+def _mean_of_other_heads(divergences: torch.Tensor) -> torch.Tensor:
     matched, heads = divergences.diagonal(dim1=1, dim2=2), divergences.shape[1]
     return (divergences.sum(dim=2) - matched) / (heads - 1) if heads > 1 else matched
 
 
-def _choose(divergences: Sequence[float], count: int) -> list[int]:
-    """Choose heads to show: the least alike, the most, the median, then the next to least alike."""
-    order = sorted(range(len(divergences)), key=lambda place: -divergences[place])
-    ranks = dict.fromkeys([0, len(order) - 1, len(order) // 2, *range(len(order))])
-    return [order[rank] for rank in list(ranks)[:count]]
+def _representative_heads(divergences: Sequence[float], count: int) -> list[int]:
+    """Return indices of heads: the most divergent, the least, the median, then the next most divergent."""
+    descending = sorted(range(len(divergences)), key=lambda index: -divergences[index])
+    ranks = dict.fromkeys([0, len(descending) - 1, len(descending) // 2, *range(len(descending))])
+    return [descending[rank] for rank in list(ranks)[:count]]
 
 
-def _map(place: int, divergences: torch.Tensor, tokens: tuple[str, ...], both: Sequence[Activations]) -> Map:
-    layer, head = divmod(place, divergences.shape[1])
-    old, new = (_rounded(seen.attention[layer][0, head, :, -len(tokens) :].tolist()) for seen in both)
-    return Map(layer, head, float(divergences[layer, head]), tokens, old, new)
+def _attention_map(
+    index: int, divergences: torch.Tensor, tokens: tuple[str, ...], activations: Sequence[Activations]
+) -> AttentionMap:
+    layer, head = divmod(index, divergences.shape[1])
+    old, new = (_rounded(seen.attention[layer][0, head, :, -len(tokens) :].tolist()) for seen in activations)
+    return AttentionMap(layer, head, float(divergences[layer, head]), tokens, old, new)
 
 
 def _rounded(rows: list[list[float]]) -> Table:
-    return tuple(tuple(round(value, DIGITS) for value in row) for row in rows)
+    return tuple(tuple(round(value, MAP_DIGITS) for value in row) for row in rows)
 
 
-def _table(figures: torch.Tensor) -> Table:
-    return tuple(map(tuple, figures.tolist()))
+def _table(matrix: torch.Tensor) -> Table:
+    return tuple(map(tuple, matrix.tolist()))
 
 
-def _check_heads(divergence: Table, **tables: Sequence[Sequence[float]]) -> None:
-    heads = len(divergence[0]) if divergence else 0
-    for name, table in (("divergence", divergence), *tables.items()):
-        require_shape(table, len(divergence), heads, name)
-
-
-def _ask(asked: Asked) -> Similarity:
-    asked.require_same_tokens()
-    pair = asked.pair
+def _answer(context: QuestionContext) -> Similarity:
+    context.require_same_tokens()
+    pair = context.pair
     return similarity(
-        pair.old.model, pair.new.model, asked.upgrade.old, pair.data, precision=pair.precision, progress=pair.progress
+        pair.old.model, pair.new.model, context.upgrade.old, pair.data, precision=pair.precision, progress=pair.progress
     )
 
 
-def _describe(answer: Similarity, _: str) -> Lines:
-    values = [value for row in answer.divergence for value in row]
-    own = sum(best == head for row in answer.best for head, best in enumerate(row))
-    heads = f"divergence {sum(values) / len(values):.3f} bits; {own} of {len(values)} heads are nearest to themselves"
-    return [("attention heads", heads), ("hidden states", f"CKA {min(answer.cka):.3f} at the least alike layer")]
+def _describe(similarity: Similarity, _metric: str) -> SummaryLines:
+    divergences = [value for layer in similarity.divergence for value in layer]
+    self_matched = sum(nearest == head for layer in similarity.best for head, nearest in enumerate(layer))
+    heads = (
+        f"divergence {sum(divergences) / len(divergences):.3f} bits; {self_matched} of {len(divergences)} heads are "
+        "nearest to themselves"
+    )
+    hidden = f"CKA {min(similarity.cka):.3f} at the least alike layer"
+    return [("attention heads", heads), ("hidden states", hidden)]
 
 
-QUESTION = Question("similarity", 50, Similarity, _ask, describe=_describe)
+QUESTION = Question("similarity", 50, Similarity, _answer, describe=_describe)

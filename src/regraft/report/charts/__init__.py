@@ -13,6 +13,7 @@ from regraft.report.charts.maps import draw_attention, draw_heads, draw_plane
 from regraft.report.charts.style import chart_style, save_figure
 
 __all__ = [
+    "chart_style",
     "draw_angles",
     "draw_attention",
     "draw_cka",
@@ -25,6 +26,5 @@ __all__ = [
     "draw_plane",
     "draw_scatter",
     "draw_segment",
-    "chart_style",
     "save_figure",
 ]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from regraft.diagnosis import Point
+    from regraft.diagnosis import CompatibilityPoint
     from regraft.task.types import Scatter
 
 
@@ -97,7 +97,7 @@ def draw_segment(
     return figure
 
 
-def draw_compatibility(points: Sequence[Point], metric: str, floor: float) -> Figure:
+def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, floor: float) -> Figure:
     """Draw how the old weights fare on later and later checkpoints of the base.
 
     Args:

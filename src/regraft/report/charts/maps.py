@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from regraft.diagnosis import Map, Plane
+    from regraft.diagnosis import AttentionMap, Plane
 
 _DARK, _LIGHT = "#000001", "#fffffe"  # on the colours of a map, which are the same in both themes
 _MOST_CELLS = 10
@@ -60,7 +60,7 @@ def draw_heads(rows: Sequence[Sequence[float]], best: Sequence[Sequence[int]] | 
     return figure
 
 
-def draw_attention(attention: Map) -> Figure:
+def draw_attention(attention: AttentionMap) -> Figure:
     """Draw where one head attends on a text, in the old model and in the new one.
 
     Args:

@@ -104,7 +104,7 @@ def cap_score_axis(axes: Axes, axis: Literal["x", "y"] = "y") -> None:
         getattr(axes, f"set_{axis}lim")(low, 1 + 0.02 * (1 - low))
 
 
-def legend(axes: Axes, columns: int = 2) -> None:
+def add_legend(axes: Axes, columns: int = 2) -> None:
     """Put a legend below a chart, out of the way of its lines.
 
     Args:

@@ -65,7 +65,7 @@ def _answers(diagnosis: Diagnosis, part: str) -> list[tuple[int, list[Section]]]
     """Show each answer by the module that has its question's name, if there is one, with that module's place."""
     answers = []
     for question in all_questions():
-        module, answer = f"{__package__}.{question.name}", diagnosis.answers.get(question.name)
+        module, answer = f"{__package__}.{question.section or question.name}", diagnosis.answers.get(question.name)
         if answer is not None and importlib.util.find_spec(module):
             section = importlib.import_module(module)
             answers.append((section.ORDER, section.show(answer, diagnosis, part)))

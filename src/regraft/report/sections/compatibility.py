@@ -9,12 +9,12 @@ from regraft.report.page import Chart, Charts, Section, Table
 from regraft.report.wording import base_name, number, percent, whole
 
 if TYPE_CHECKING:
-    from regraft.diagnosis import Diagnosis, Point
+    from regraft.diagnosis import CompatibilityPoint, Diagnosis
 
 ORDER = 50
 
 
-def show(points: tuple[Point, ...], diagnosis: Diagnosis, part: str) -> list[Section]:
+def show(points: tuple[CompatibilityPoint, ...], diagnosis: Diagnosis, part: str) -> list[Section]:
     """Show how the old weights fare on each checkpoint.
 
     Args:

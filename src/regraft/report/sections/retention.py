@@ -9,12 +9,12 @@ from regraft.report.page import Block, Chart, Charts, Facts, Section, Table
 from regraft.report.wording import number, percent
 
 if TYPE_CHECKING:
-    from regraft.diagnosis import Diagnosis, Kept
+    from regraft.diagnosis import Diagnosis, Retention
 
 ORDER = 80
 
 
-def show(kept: Kept, diagnosis: Diagnosis, part: str) -> list[Section]:
+def show(kept: Retention, diagnosis: Diagnosis, part: str) -> list[Section]:
     """Show the language-modelling losses.
 
     Args:

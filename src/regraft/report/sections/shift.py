@@ -10,7 +10,7 @@ from regraft.report.wording import NONE, number, percent
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Diagnosis, Shift
-    from regraft.diagnosis.shift import Moved
+    from regraft.diagnosis.shift import GroupShift
 
 ORDER = 70
 
@@ -69,11 +69,11 @@ def show(shift: Shift, diagnosis: Diagnosis, part: str) -> list[Section]:
     return [Section("distance", "Distance", lead, blocks)]
 
 
-def _relative(norm: float, group: Moved) -> float:
+def _relative(norm: float, group: GroupShift) -> float:
     return norm / group.base if group.base else 0.0
 
 
-def _cells(group: Moved) -> tuple[str, ...]:
+def _cells(group: GroupShift) -> tuple[str, ...]:
     moved = (percent(_relative(norm, group), 2) for norm in (group.shift, group.delta))
     return (*moved, number(group.cosine), percent(group.signs), number(group.overlap))
 

@@ -12,7 +12,7 @@ from regraft.report.wording import finite, number, percent
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from regraft.diagnosis import Control, Diagnosis, Map, Similarity
+    from regraft.diagnosis import AttentionMap, Control, Diagnosis, Similarity
     from regraft.report.page import Block
 
 ORDER = 60
@@ -81,7 +81,7 @@ def _heads(similarity: Similarity, part: str) -> Section:
     return Section("heads", "Similarity of attention heads", lead, blocks)
 
 
-def _attention(attention: Map, name: str) -> Chart:
+def _attention(attention: AttentionMap, name: str) -> Chart:
     title = f"Layer {attention.layer}, head {attention.head}: {number(attention.divergence)} bits apart"
     tokens = attention.tokens
 
