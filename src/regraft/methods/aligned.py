@@ -128,7 +128,7 @@ def _spaces(
     fed_sums: dict[str, torch.Tensor] = {}
     output_sums = dict(tables) if new.part == 0 else {}  # some are read without being called
 
-    def keep(name: str, _: int, fed: torch.Tensor, output: torch.Tensor) -> None:
+    def keep_outputs(name: str, _: int, fed: torch.Tensor, output: torch.Tensor) -> None:
         of_old[name] = fed, output
 
     def add(name: str, _: int, fed: torch.Tensor, output: torch.Tensor) -> None:
@@ -143,8 +143,8 @@ def _spaces(
         output_sums[name] = output_sums.get(name, 0) + output.T @ old_output if is_linear else fed_sums[name]
 
     for number in range(len(old.batches)):
-        old.run_batch(number, own[0], keep, keep=True)
-        new.run_batch(number, own[1], add, keep=True)
+        old.run_batch(number, own[0], keep, keep_outputs=True)
+        new.run_batch(number, own[1], add, keep_outputs=True)
         of_old.clear()
     for walk in walks:
         walk.part += 1

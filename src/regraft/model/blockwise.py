@@ -118,7 +118,7 @@ class BlockwiseForward:
             advance: Whether to keep what comes out and go on to the next part.
         """
         for number in range(len(self.batches)):
-            self.run_batch(number, watched, watch, keep=advance)
+            self.run_batch(number, watched, watch, keep_outputs=advance)
         self.part += advance
 
     def run_batch(
