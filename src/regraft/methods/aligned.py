@@ -143,7 +143,7 @@ def _spaces(
         output_sums[name] = output_sums.get(name, 0) + output.T @ old_output if is_linear else fed_sums[name]
 
     for number in range(len(old.batches)):
-        old.run_batch(number, own[0], keep, keep_outputs=True)
+        old.run_batch(number, own[0], keep_outputs, keep_outputs=True)
         new.run_batch(number, own[1], add, keep_outputs=True)
         of_old.clear()
     for walk in walks:
