@@ -192,7 +192,7 @@ def test_compressed_files_are_read_and_damaged_ones_refused(tmp_path: Path, endi
 
 
 def test_what_expands_as_no_text_does_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regraft.task.file.ALWAYS_READ", 1000)
+    monkeypatch.setattr("regraft.task.file.MIN_CHECKED_BYTES", 1000)
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(bytes(10_000_000)))
     with pytest.raises(DataError, match="expands to more than 100 times"):
         read_task(task(str(tmp_path / "a.csv.gz")))
@@ -224,7 +224,7 @@ def test_folders_of_save_to_disk_are_read_with_their_class_names(tmp_path: Path,
 
 @pytest.mark.parametrize(
     ("names", "said"),
-    [(["1", "1.0"], "are called '1'"), ([1, None], "not text"), (["a", "a"], "duplicated"), ({}, "cannot be used")],
+    [(["1", "1.0"], "are called '1'"), ([1, None], "not text"), (["a", "a"], "duplicated"), ({}, "is invalid")],
 )
 def test_class_names_that_are_none_are_refused(tmp_path: Path, names: Any, said: str) -> None:
     import pyarrow.parquet
@@ -314,18 +314,18 @@ KEYS = "train: a.csv\ntext: text\nlabel: label\n"
     ("text", "said"),
     [
         ("a0: &a0 [x, y]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
-         + "labels: *a9\n", "its aliases written out"),
+         + "labels: *a9\n", "after aliases are expanded"),
         ("m0: &m0 {k: v}\n" + "".join(f"m{i}: &m{i}\n  <<: [{', '.join([f'*m{i - 1}'] * 10)}]\n" for i in range(1, 9)),
-         "its aliases written out"),
-        ("labels: &a [*a, b]\n", "inside of what it stands for"),
-        ("labels: " + "[" * 50_000, "nested too deep"),
+         "after aliases are expanded"),
+        ("labels: &a [*a, b]\n", "refers to a value that contains it"),
+        ("labels: " + "[" * 50_000, "nested too deeply"),
         ("labels: " + "[" * 150 + "]" * 150, "'labels.0' is [[[...]]]"),
         ("max_length: !!int x\n", "line 4: is not valid YAML (the tag '!!int'"),
         ("name: !!timestamp x\n", "the tag '!!timestamp'"),
         ("name: !!python/object:os.system x\n", "the tag '!!python/object:os.system'"),
         ('labels: ["\\ud800", b]\n', "not valid Unicode"),
-        ("labels: [" + "[a], " * 5000 + "]", "4,980 more"),
-        ("#" * 600_000, "at most 500,000 bytes"),
+        ("labels: [" + "[a], " * 5000 + "]", "4,980 more problems"),
+        ("#" * 600_000, "larger than the 500,000 bytes"),
         ("max_length: " + "9" * 30, "a whole number of tokens"),
     ],
 )  # fmt: skip
@@ -382,7 +382,7 @@ def test_labels_that_look_alike_or_missing_are_pointed_out(tmp_path: Path, caplo
     alike, accents, missing = data_warnings(data)
     assert "'posi\\u200btive'" in alike and "'Positive'" in alike and "'positive '" in alike
     assert "'caf\\xe9'" in accents and "'cafe\\u0301'" in accents
-    assert "'N/A' reads as a missing value" in missing
+    assert "'N/A' looks like a missing value" in missing
     assert [record.getMessage() for record in caplog.records] == data_warnings(data)
     listed = task(str(tmp_path / "a.json"), labels=["positive", "caf\u00e9", "N/A", "fine"])
     with pytest.raises(DataError, match=r"'Positive' is not among .* differs from 'positive' only in case"):

@@ -14,7 +14,7 @@ from regraft import Base, Recipe, Upgrade, cli, convert, load_adaptation, recycl
 from regraft.adaptation import attach, fresh_model, load_model, load_strictly, new_config, save_model
 from regraft.model.batches import predict
 from regraft.model.blockwise import BlockwiseForward
-from regraft.model.outputs import forward, last_read
+from regraft.model.outputs import forward, last_token_indices
 from regraft.progress import quiet
 from regraft.task.types import Examples
 
@@ -98,12 +98,12 @@ def test_hidden_states_are_read_where_the_head_reads():
     batch = {k: v for k, v in examples_of(texts, UNK).batch(range(5)).items() if k in ("input_ids", "attention_mask")}
     places = [2, 0, 3, 0, 0]
     output = forward(model, batch, hidden=True)
-    assert output.token.tolist() == last_read(model, batch).tolist() == places
+    assert output.token.tolist() == last_token_indices(model, batch).tolist() == places
     read = output.hidden[-1][range(5), places]
     torch.testing.assert_close(model.score(read), output.logits, rtol=0, atol=1e-6)
     model.config.pad_token_id = None
-    assert last_read(model, batch).tolist() == [2, 1, 5, 1, 0]
-    assert last_read(classifier("bert", 0), batch) is None
+    assert last_token_indices(model, batch).tolist() == [2, 1, 5, 1, 0]
+    assert last_token_indices(classifier("bert", 0), batch) is None
 
 
 def test_a_walk_feeds_the_head_the_tokens_that_it_reads():

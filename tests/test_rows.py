@@ -147,7 +147,7 @@ def test_another_distribution_adds_a_task_type(tmp_path, monkeypatch, task_file)
             ("stance = stances:NAME", "is 'no task type', no subclass of regraft.Task"),
             (
                 "plain = regraft.task:TextClassification",
-                "names a task type 'text-classification', which there is already",
+                "defines a task type 'text-classification', which already exists",
             ),
         ):
             declare(entry)

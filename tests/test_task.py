@@ -154,7 +154,7 @@ def test_a_wrong_key_is_named_with_its_file_and_remedy(
     ("text", "said"),
     [
         ("train: [a\nlabel: b\n", ["line 2", "is not valid YAML", "Correct that line"]),
-        ("label: a\ntext: b\nlabel: c\n", ["line 3", "'label' stands here twice"]),
+        ("label: a\ntext: b\nlabel: c\n", ["line 3", "'label' is repeated"]),
         ("[a]: b\n", ["line 1", "is not valid YAML"]),
         ("", ["expected keys and values", "an empty file"]),
         ("- a\n", ["expected keys and values", "a list"]),
@@ -288,7 +288,7 @@ def test_hidden_labels_of_a_hub_test_split_are_an_error(tmp_path: Path, hub: Non
     Dataset.from_list(rows_of(4, (-1,)), features=features).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(DataError) as error:
         read_task(task(str(tmp_path / "train.parquet"), test=str(tmp_path / "test.parquet")))
-    says(error, tmp_path / "test.parquet", "row 1", "no label", "-1", "use another one")
+    says(error, tmp_path / "test.parquet", "row 1", "no label", "-1", "use another split")
 
 
 def test_dev_is_a_tenth_of_each_class_of_train(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_texts_of_test_that_are_in_train_are_counted_and_warned_of(
     dev = write(tmp_path / "d.csv", rows_of(10))
     data = load_data(task(train, dev=dev, test=test), seed=0)
     assert data.duplicates == 3
-    assert "3 of 5 examples of test are in train too (row 3 there is row 1 of" in caplog.text
+    assert "3 of 5 examples of test are also in train (row 3 is row 1 of" in caplog.text
     caplog.clear()
     load_data(task(train, dev=dev, test=write(tmp_path / "c.csv", rows_of(10, stem="new"))), seed=0)
     assert not caplog.records
@@ -319,12 +319,12 @@ def test_texts_of_test_that_are_in_train_are_counted_and_warned_of(
     ("name", "content", "said"),
     [
         ("a.xlsx", "x", ["files ending in '.xlsx'", ".parquet"]),
-        ("imdb", "x", ["files ending in 'nothing'", "{dataset: imdb, split: train}"]),
-        ("a.csv", "", ["holds no rows"]),
-        ("a.csv", "text,label\n", ["holds no rows", "Give a source"]),
-        ("a.jsonl", "\n\n", ["holds no rows"]),
+        ("imdb", "x", ["files without a suffix", "{dataset: imdb, split: train}"]),
+        ("a.csv", "", ["there are no rows"]),
+        ("a.csv", "text,label\n", ["there are no rows", "Give a source"]),
+        ("a.jsonl", "\n\n", ["there are no rows"]),
         ("a.csv", "txt,label\na,b\n", ["no column 'text'", "Did you mean 'txt'?", "'txt', 'label'"]),
-        ("a.csv", "text,label,text\na,b,c\n", ["'text' stands there twice", "Rename"]),
+        ("a.csv", "text,label,text\na,b,c\n", ["several columns 'text'", "Rename"]),
         ("a.jsonl", '{"text": "a"}\n{"tag": 1}\n', ["no column 'label'", "'text', 'tag'"]),
         ("a.csv", "text,label\na,b\nc,d,e\n", ["row 2", "names 2 columns, the row has 3", "double quotes"]),
         ("a.csv", "text,label\na,b\nc\n", ["row 2", "names 2 columns, the row has 1"]),
@@ -337,10 +337,10 @@ def test_texts_of_test_that_are_in_train_are_counted_and_warned_of(
         ("a.jsonl", '{"text": "\\ud800", "label": 1}\n{"text": "", "label": 2}\n', ["row 1", "Unicode", "in 2 rows"]),
         ("a.csv", "text,label\na,x\nb,\n", ["row 2", "no label in column 'label'", "Label the row"]),
         ("a.jsonl", '{"text": "a", "label": NaN}\n', ["row 1", "no label", "nan"]),
-        ("a.jsonl", '{"text": "a", "label": [1]}\n', ["row 1", "is a list", "text or a number"]),
+        ("a.jsonl", '{"text": "a", "label": [1]}\n', ["row 1", "is a list", "text or as a number"]),
         ("a.csv", "text,label\na,x\nb,x\n", ["every row has the label 'x'", "two labels", "'label'"]),
         ("a.csv", "text,label\na,x\nb,y\n", ["single example of each class", "`dev`"]),
-        ("a.parquet", "PAR0", ["not a Parquet file"]),
+        ("a.parquet", "PAR0", ["not a readable Parquet file"]),
     ],
 )
 def test_a_source_that_cannot_be_used_is_an_error_with_file_row_and_remedy(
@@ -422,7 +422,7 @@ def test_relabelling_to_other_labels_lists_both_sides(order: list[str]) -> None:
     with pytest.raises(MismatchError) as error:
         data_of([0, 1, 2]).relabel(order)
     says(error, "train.csv", "'t'", f"Only in the task: {'none' if 'c' in order else repr('c')}", "in `labels`")
-    says(error, f"Only there: {repr('x') if 'x' in order else 'none'}", f"Expected 3 labels, found {len(order)}")
+    says(error, f"Only in the head: {repr('x') if 'x' in order else 'none'}", f"Expected 3 labels, found {len(order)}")
 
 
 def test_the_digest_is_of_the_content_alone_and_fixed_for_all_time() -> None:
@@ -534,7 +534,7 @@ def test_task_check_shows_the_data(tmp_path: Path) -> None:
         "dev is held out",
     ):
         assert part in shown, shown
-    assert "1 of 5 examples of test are in train too" in shown
+    assert "1 of 5 examples of test are also in train" in shown
 
 
 def test_task_check_cuts_a_long_list_of_classes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Running a model, apart from training it: its outputs on examples, deployments, blockwise passes, second moments."""
+"""Running models: their outputs on examples, deployments, blockwise forward passes, second moments."""
 
 from regraft.model.batches import predict
 from regraft.model.deployment import Deployment, check_effect, match_labels

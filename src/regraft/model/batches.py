@@ -1,4 +1,4 @@
-"""A model's outputs on examples, batches being of similar length."""
+"""Running a model over examples, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ if TYPE_CHECKING:
     from regraft.task.types import Examples
 
 BATCH_SIZE = 64
-# architectures in which what fills up a batch reaches the texts past the attention mask: by convolutions over
-# neighbouring tokens, pooling, Fourier transforms, or approximate attention over blocks and hashes
-MIXING = {"canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "yoso"}
+PADDING_SENSITIVE = {"canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "yoso"}
+"""The architectures in which padding affects an example in spite of the attention mask: by convolutions over
+neighbouring tokens, pooling, Fourier transforms, or approximate attention over blocks and hashes."""
 
 
-def plan_batches(model: nn.Module, examples: Examples, *, equal: bool = False) -> list[list[int]]:
-    """Divide examples into batches of similar length, the longest first; of equal length for MIXING architectures.
+def plan_batches(model: nn.Module, examples: Examples, *, equal_length: bool = False) -> list[list[int]]:
+    """Divide examples into batches of similar length, the longest first; of equal length if padding affects outputs.
 
     Args:
         model: A model with a head.
-        examples: What it is to be run on.
-        equal: Whether the lengths are to be equal, whatever the architecture.
+        examples: The examples.
+        equal_length: Whether to form batches of equal length for any architecture.
 
     Returns:
         The indices of each batch's examples.
     """
     lengths = examples.lengths.tolist()
     order = sorted(range(len(examples)), key=lambda index: -lengths[index])
-    equal = equal or unwrap_model(model).config.model_type in MIXING
-    groups = [list(group) for _, group in itertools.groupby(order, lambda index: lengths[index] if equal else 0)]
+    groups = [order]
+    if equal_length or unwrap_model(model).config.model_type in PADDING_SENSITIVE:
+        groups = [list(group) for _, group in itertools.groupby(order, lambda index: lengths[index])]
     return [group[start : start + BATCH_SIZE] for group in groups for start in range(0, len(group), BATCH_SIZE)]
 
 
@@ -47,7 +48,7 @@ def for_each_batch(
     model: nn.Module,
     examples: Examples,
     precision: str,
-    use: Callable[[Output, dict[str, torch.Tensor], list[int]], None],
+    consume: Callable[[Output, dict[str, torch.Tensor], list[int]], None],
     progress: Progress = silent,
     stage: str = "predict",
     *,
@@ -56,27 +57,27 @@ def for_each_batch(
     """Run a model over examples in evaluation mode, without gradients.
 
     Args:
-        model: A model with a head; its mode is restored afterwards.
-        examples: What to run it on.
+        model: A model with a head; its mode is restored.
+        examples: The examples.
         precision: `bf16` or `fp32`.
-        use: Called with the output, the batch and the indices of its examples.
-        progress: Told of each batch.
-        stage: What to call this there.
-        hidden: Whether the output has hidden states.
+        consume: A function of the output, the batch and the indices of its examples, called for each batch.
+        progress: A callback for each batch.
+        stage: The name of the stage in progress messages.
+        hidden: Whether to return hidden states in the output.
     """
     import torch
 
-    on = next(model.parameters()).device
-    done = 0
+    device = next(model.parameters()).device
+    count = 0
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), autocast(precision, on):
+        with torch.inference_mode(), autocast(precision, device):
             for indices in plan_batches(model, examples):
-                batch = {name: tensor.to(on) for name, tensor in examples.batch(indices).items()}
-                use(forward(model, batch, hidden=hidden), batch, indices)
-                done += len(indices)
-                progress(stage, done, len(examples), {})
+                batch = {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
+                consume(forward(model, batch, hidden=hidden), batch, indices)
+                count += len(indices)
+                progress(stage, count, len(examples), {})
     finally:
         model.train(was_training)
 
@@ -86,21 +87,21 @@ def predict(model: nn.Module, examples: Examples, precision: str, progress: Prog
 
     Args:
         model: A model with a head.
-        examples: What to run it on.
+        examples: The examples.
         precision: `bf16` or `fp32`.
-        progress: Told of each batch.
+        progress: A callback for each batch.
 
     Returns:
-        Logits, rows × outputs, in float32 on the CPU, in the order of the examples.
+        The logits, rows × outputs, in float32 on the CPU, in the order of the examples.
     """
     import torch
 
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+    def collect(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
         parts.append((batch["row"].cpu(), output.logits.cpu()))
 
-    for_each_batch(model, examples, precision, keep, progress)
+    for_each_batch(model, examples, precision, collect, progress)
     logits = torch.empty(len(examples.targets), parts[0][1].shape[1])
     for rows, part in parts:
         logits[rows] = part

@@ -1,13 +1,14 @@
-"""A model run one block at a time on fixed examples, each block's outputs being kept as the next one's inputs."""
+"""Blockwise forward passes: a model is run one block at a time, on fixed examples."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import is_experts
 from regraft.model.batches import plan_batches
 from regraft.model.device import autocast, device
-from regraft.model.outputs import forward, last_read, model_inputs, unwrap_model
+from regraft.model.outputs import forward, last_token_indices, model_inputs, unwrap_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -16,19 +17,24 @@ if TYPE_CHECKING:
 
     from regraft.task.types import Examples
 
-    Watch = Callable[[str, int, torch.Tensor, torch.Tensor], None]
+    Observer = Callable[[str, int, torch.Tensor, torch.Tensor], None]
+    Runs = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 class BlockwiseForward:
-    """Goes through a model block by block; a block can be run again after its weights were changed.
+    """A forward pass in parts, each of which can be run again after its weights were changed.
 
-    The first part of the model is all up to the first block's end, the last one all after the last block. A model whose
-    blocks cannot be told apart, because they share layers as ALBERT's do or do not feed each other as XLM's, is one
-    part. Where a model lays out its tokens so that padding cannot be told apart, as XLNet, there is none.
+    A part is a block with what precedes it: the first part includes the embeddings. The last part is everything after
+    the last block. The outputs of a block are stored as the inputs of the next one.
+
+    Some models are a single part, because their blocks cannot be run separately: they share layers, as in ALBERT, or do
+    not feed each other, as in XLM. Batches of models that do not lay out tokens as examples × tokens, such as XLNet,
+    contain examples of equal length, because padding could not be told from tokens.
 
     Args:
-        model: A model with a head, of any kind that has no virtual tokens.
-        examples: What it is run on; two walks on the same ones see the same tokens in the same rows.
+        model: A model with a head and no virtual tokens.
+        examples: The examples to run it on. Two models that run on examples of the same lengths see corresponding
+            tokens in the same rows.
         precision: `bf16` or `fp32`.
     """
 
@@ -36,111 +42,72 @@ class BlockwiseForward:
         import torch
 
         self.model, self.precision = model.to(device()).eval(), precision
-        self.wide = torch.float64 if precision == "fp32" else torch.float32  # for sums that lose nothing
-        plain = unwrap_model(model)
-        count = plain.config.num_hidden_layers
-        lists = [m for m in plain.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-        self.blocks = list(lists[0]) if lists else []
-        inside = [module for block in self.blocks for module in block.modules()]
-        if len(set(inside)) < len(inside):
-            self.blocks = []
-        self.body = set(plain.base_model.modules())
+        # observers sum over many rows, so that they need more precision than the model does
+        self._row_dtype = torch.float64 if precision == "fp32" else torch.float32
+        inner = unwrap_model(model)
+        self.blocks = _blocks_of(inner)
+        self._body_modules = set(inner.base_model.modules())
         self.names = {module: name for name, module in model.named_modules()}
         plan = plan_batches(model, examples)
-        few = plan[0][: 2 if examples.lengths.max() == 3 else 3]  # other than the number of tokens
-        is_chain, is_padded = self._look(_inputs_of(examples, few))
+        count = 2 if examples.lengths.max() == 3 else 3  # examples, not as many as tokens, to tell apart the dimensions
+        is_chain, is_batch_first = self._inspect_layout(_batch_inputs(examples, plan[0][:count]))
         if not is_chain:
             self.blocks = []
-        if not is_padded:
-            plan = plan_batches(model, examples, equal=True)
-        self.batches = [_inputs_of(examples, indices) for indices in plan]
-        self.states: list[Any] = [None] * len(self.batches)
+        if not is_batch_first:
+            plan = plan_batches(model, examples, equal_length=True)
+        self.batches = [_batch_inputs(examples, indices) for indices in plan]
         self.part = 0
-        self.part_of: dict[str, int] = {}
-
-    def _look(self, batch: dict[str, torch.Tensor]) -> tuple[bool, bool]:
-        """Run a few texts: return whether each block feeds the next, and whether layers see texts × tokens × width."""
-        import torch
-
-        from regraft.adaptation.changes import multiplies
-
-        shape, inputs, outputs = batch["attention_mask"].shape, list[Any](), list[Any]()
-        is_padded = True
-
-        def see(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            nonlocal is_padded
-            tensor = [*args, *kwargs.values()][0]
-            is_fewer = tensor[..., 0].numel() < shape.numel()  # positions, or one token of each text
-            is_padded = is_padded and (tensor.dim() < 3 or is_fewer or tensor.shape[:2] == shape)
-
-        def spy(block: Any, run: Any) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                output = run(*args, **kwargs)
-                inputs.append((block, [*args, *kwargs.values()][0]))
-                parts = output.values() if isinstance(output, dict) else output  # a dict, as SqueezeBERT's
-                outputs.append(output if torch.is_tensor(output) else next(iter(parts)))
-                return output
-
-            return forward
-
-        handles = [
-            module.register_forward_pre_hook(see, with_kwargs=True) for module in self.names if multiplies(module)
-        ]
-        for block in self.blocks:
-            block.forward = spy(block, block.forward)
-        try:
-            with torch.no_grad(), autocast(self.precision, device()):
-                forward(self.model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for block in self.blocks:
-                del block.forward
-        steps = zip(outputs, inputs[1:], strict=False)
-        is_chain = [block for block, _ in inputs] == self.blocks and all(torch.equal(a, b) for a, (_, b) in steps)
-        return is_chain, is_padded
+        self._block_outputs: list[Any] = [None] * len(self.batches)  # of the block before the current part
+        self._part_by_module: dict[str, int] = {}
 
     @property
     def parts(self) -> int:
-        """How many parts the model has: its blocks, and what comes after them."""
+        """The number of parts: the blocks, and what comes after them."""
         return len(self.blocks) + 1
 
     def run(
-        self, watched: Iterable[torch.nn.Module] = (), watch: Watch | None = None, *, advance: bool = False
+        self, modules: Iterable[torch.nn.Module] = (), observe: Observer | None = None, *, advance: bool = False
     ) -> None:
-        """Run the current part on every text.
+        """Run the current part on all batches.
 
         Args:
-            watched: Modules that are watched where they belong to this part.
-            watch: Called with a module's name, the batch's number, what the module is fed and what it gives, each
-                tokens × width, padding left out, in `wide`; of a module that runs more than once, the tokens of all its
-                runs. What experts give is which of them each token is routed to.
-            advance: Whether to keep what comes out and go on to the next part.
+            modules: The modules to observe; those outside the current part are ignored.
+            observe: A function of a module's name, the index of the batch, and the module's inputs and outputs. Both
+                are tokens × width without padding, in higher precision than the model's; those of a module that runs
+                several times are concatenated. The outputs of experts are the experts that each token is routed to.
+            advance: Whether to store the outputs and to proceed to the next part.
         """
-        for number in range(len(self.batches)):
-            self.run_batch(number, watched, watch, keep_outputs=advance)
+        for index in range(len(self.batches)):
+            self.run_batch(index, modules, observe, keep_outputs=advance)
         self.part += advance
 
     def run_batch(
-        self, number: int, watched: Iterable[torch.nn.Module] = (), watch: Watch | None = None, *, keep: bool = False
+        self,
+        index: int,
+        modules: Iterable[torch.nn.Module] = (),
+        observe: Observer | None = None,
+        *,
+        keep_outputs: bool = False,
     ) -> None:
-        """Run the current part on one batch; who has kept them all goes on by adding 1 to `part`.
+        """Run the current part on one batch.
+
+        To proceed to the next part, run all batches with `keep_outputs`, then add 1 to `part`.
 
         Args:
-            number: The batch's.
-            watched: Modules that are watched where they belong to this part.
-            watch: As in `run`.
-            keep: Whether to keep what comes out.
+            index: The index of the batch.
+            modules: The modules to observe; those outside the current part are ignored.
+            observe: A function of what the modules compute; see `run`.
+            keep_outputs: Whether to store the outputs.
         """
         import torch
 
-        batch, before = self.batches[number], self.states[number]
-        runs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        handles = [self._watch(module, number, runs) for module in watched if watch]
-        for block in self.blocks[: self.part]:  # their outputs are known
-            block.forward = lambda *_, **__: before
+        batch, stored = self.batches[index], self._block_outputs[index]
+        runs: Runs = {}
+        handles = [self._record_runs(module, index, runs) for module in modules if observe]
+        for block in self.blocks[: self.part]:
+            block.forward = lambda *_, **__: stored
         if self.part < len(self.blocks):
-            self._end(number, keep)
+            self._stop_after_part(index, keep_outputs)
         try:
             with torch.no_grad(), autocast(self.precision, device()):
                 forward(self.model, batch)
@@ -151,53 +118,121 @@ class BlockwiseForward:
                 handle.remove()
             for block in self.blocks[: self.part + 1]:
                 del block.forward
-        if watch:
-            for name, sides in runs.items():
-                fed, output = (torch.cat(side) for side in zip(*sides, strict=True))
-                watch(name, number, fed, output)
+        if observe:
+            for name, module_runs in runs.items():
+                inputs, outputs = (torch.cat(rows) for rows in zip(*module_runs, strict=True))
+                observe(name, index, inputs, outputs)
 
-    def _watch(self, module: Any, number: int, runs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> Any:
-        name, routed = self.names[module], is_experts(module)
-        late = module not in self.body if not self.blocks else self.part == len(self.blocks)
-
-        def look(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if self.part_of.setdefault(name, self.part) != self.part:  # embeddings are computed with every part
-                return
-            inputs: list[Any] = [*args, *kwargs.values()]
-            fed = inputs[0]
-            result = inputs[1] if routed else output[0] if isinstance(output, tuple) else output
-            runs.setdefault(name, []).append((self._rows(fed, number, late), self._rows(result, number, late)))
-
-        return module.register_forward_hook(look, with_kwargs=True)
-
-    def _rows(self, tensor: torch.Tensor, number: int, late: bool) -> torch.Tensor:
+    def _inspect_layout(self, batch: dict[str, torch.Tensor]) -> tuple[bool, bool]:
+        """Run a small batch; return whether blocks feed each other, and whether layers read examples × tokens."""
         import torch
 
-        mask = self.batches[number]["attention_mask"].bool()
-        last = last_read(self.model, self.batches[number]) if late and tensor.dim() == 3 else None
+        from regraft.adaptation.changes import multiplies
+
+        shape = batch["attention_mask"].shape
+        runs: list[tuple[Any, Any, Any]] = []  # block, first input, first output
+        is_batch_first = True
+
+        def check_layout(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            nonlocal is_batch_first
+            tensor = [*args, *kwargs.values()][0]
+            is_partial = tensor[..., 0].numel() < shape.numel()  # position embeddings, or one token of each example
+            is_batch_first = is_batch_first and (tensor.dim() < 3 or is_partial or tensor.shape[:2] == shape)
+
+        def recorded(block: Any, block_forward: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = block_forward(*args, **kwargs)
+                runs.append((block, [*args, *kwargs.values()][0], _first_tensor(output)))
+                return output
+
+            return forward
+
+        layers = [module for module in self.names if multiplies(module)]
+        handles = [layer.register_forward_pre_hook(check_layout, with_kwargs=True) for layer in layers]
+        for block in self.blocks:
+            block.forward = recorded(block, block.forward)
+        try:
+            with torch.no_grad(), autocast(self.precision, device()):
+                forward(self.model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for block in self.blocks:
+                del block.forward
+        is_in_order = [block for block, _, _ in runs] == self.blocks
+        is_chain = is_in_order and all(
+            torch.equal(output, following_input) for (_, _, output), (_, following_input, _) in itertools.pairwise(runs)
+        )
+        return is_chain, is_batch_first
+
+    def _record_runs(self, module: Any, index: int, runs: Runs) -> Any:
+        """Register a hook that adds a module's inputs and outputs to `runs`, and return its handle."""
+        name, has_routing = self.names[module], is_experts(module)
+        is_head = self.part == len(self.blocks) if self.blocks else module not in self._body_modules
+
+        def record(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if self._part_by_module.setdefault(name, self.part) != self.part:
+                return  # embeddings are computed with every part
+            arguments: list[Any] = [*args, *kwargs.values()]
+            if has_routing:
+                output = arguments[1]
+            elif isinstance(output, tuple):
+                output = output[0]
+            rows = self._rows(arguments[0], index, is_head), self._rows(output, index, is_head)
+            runs.setdefault(name, []).append(rows)
+
+        return module.register_forward_hook(record, with_kwargs=True)
+
+    def _rows(self, tensor: torch.Tensor, index: int, is_head: bool) -> torch.Tensor:
+        """Return the rows of a tensor that belong to tokens; in the head of a decoder, to those that it reads."""
+        import torch
+
+        mask = self.batches[index]["attention_mask"].bool()
+        last = last_token_indices(self.model, self.batches[index]) if is_head and tensor.dim() == 3 else None
         if tensor.dim() > 2 and tensor.shape[:2] == mask.shape:
-            tensor = tensor[mask] if last is None else tensor[torch.arange(len(mask)), last]  # where the head reads
-        elif tensor.dim() == 2 and len(tensor) == mask.numel():  # as Conv1D and experts are fed: laid out flat
+            tensor = tensor[mask] if last is None else tensor[torch.arange(len(mask)), last]
+        elif tensor.dim() == 2 and len(tensor) == mask.numel():  # Conv1D and experts flatten examples × tokens
             tensor = tensor[mask.flatten()]
         rows = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor
-        return rows.to(self.wide) if rows.is_floating_point() else rows
+        return rows.to(self._row_dtype) if rows.is_floating_point() else rows
 
-    def _end(self, number: int, keep: bool) -> None:
+    def _stop_after_part(self, index: int, keep_outputs: bool) -> None:
+        """Make the current block end the forward pass, and optionally store its outputs."""
         block = self.blocks[self.part]
-        run = block.forward
+        block_forward = block.forward
 
-        def stop(*args: Any, **kwargs: Any) -> None:
-            output = run(*args, **kwargs)
-            if keep:
-                self.states[number] = output
+        def forward_and_stop(*args: Any, **kwargs: Any) -> None:
+            output = block_forward(*args, **kwargs)
+            if keep_outputs:
+                self._block_outputs[index] = output
             raise _PartDone
 
-        block.forward = stop  # no hook: some models call it without
+        block.forward = forward_and_stop  # not a hook, because some models call `forward` directly
 
 
 class _PartDone(Exception):
-    """What is wanted of a forward pass has been seen."""
+    """The current part of a forward pass is complete."""
 
 
-def _inputs_of(examples: Examples, indices: list[int]) -> dict[str, torch.Tensor]:
+def _blocks_of(model: Any) -> list[Any]:
+    """Return a model's blocks, the modules of its first list of as many as it has layers; none if they share layers."""
+    import torch
+
+    count = model.config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    blocks = list(lists[0]) if lists else []
+    submodules = [module for block in blocks for module in block.modules()]
+    return blocks if len(set(submodules)) == len(submodules) else []
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    import torch
+
+    if not torch.is_tensor(output):
+        output = next(iter(output.values() if isinstance(output, dict) else output))  # SqueezeBERT returns a dict
+    tensor: torch.Tensor = output
+    return tensor
+
+
+def _batch_inputs(examples: Examples, indices: list[int]) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device()) for name, tensor in model_inputs(examples.batch(indices)).items()}

@@ -1,4 +1,4 @@
-"""A model at work: what it says of a task's examples, and whether it belongs to the task at all."""
+"""Deployments: a base and an adaptation at work on a task, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROBED = 32
+MAX_CHECKED_EXAMPLES = 32
+"""The number of examples that `check_effect` runs; any effect at all shows on far fewer."""
 
 
 class Deployment:
-    """A model on its base, and what it says of a task's examples; each split is encoded and run once.
+    """A base with an adaptation, and its outputs for a task; each split is encoded and run once.
 
     Args:
-        model: The model; it is moved to the device.
-        base: The base it lives on, for its tokenizer.
-        data: The task, its labels in the order of the model's outputs.
-        precision: What to compute in, `bf16` or `fp32`.
-        progress: Told of each batch.
+        model: The model, which is moved to the device.
+        base: Its base, for the tokenizer.
+        data: The task, with labels in the order of the model's outputs.
+        precision: `bf16` or `fp32`.
+        progress: A callback for each batch.
     """
 
     def __init__(self, model: Any, base: Base, data: TaskData, precision: str, progress: Progress = silent):
@@ -46,14 +47,14 @@ class Deployment:
         self._outputs: dict[Split, torch.Tensor] = {}
 
     def clear_outputs(self) -> None:
-        """Forget all outputs, as the model's weights have changed."""
+        """Discard all outputs, after the model's weights have changed."""
         self._outputs.clear()
 
     def examples(self, split: Split) -> Examples:
-        """Return a split in the base's tokens.
+        """Tokenise a split with the base's tokenizer.
 
         Args:
-            split: Some of the task's examples.
+            split: A split of the task.
         """
         if split not in self._examples:
             self._examples[split] = encode(self.base, self.data, split)
@@ -63,13 +64,13 @@ class Deployment:
         """Compute the model's logits.
 
         Args:
-            split: Some of the task's examples.
+            split: A split of the task.
 
         Returns:
-            rows × outputs, in float32 on the CPU, in the order of the examples.
+            The logits, rows × outputs, in float32 on the CPU, in the order of the examples.
 
         Raises:
-            MismatchError: The head has other outputs than the task has labels.
+            MismatchError: The head's number of outputs is not what the task needs.
         """
         if split not in self._outputs:
             outputs = predict(self.model, self.examples(split), self.precision, self.progress)
@@ -82,14 +83,18 @@ class Deployment:
         return self._outputs[split]
 
     def is_finite(self, split: Split) -> bool:
-        """Whether all outputs on a split are numbers."""
+        """Return whether all outputs for a split are finite.
+
+        Args:
+            split: A split of the task.
+        """
         return bool(self.outputs(split).isfinite().all())
 
     def signal(self, split: Split) -> Signal:
-        """Return what a student learns from this model.
+        """Return what a student learns from this model as its teacher.
 
         Args:
-            split: Some of the task's examples.
+            split: A split of the task.
         """
         return self.data.likelihood.signal(self.outputs(split))
 
@@ -97,16 +102,16 @@ class Deployment:
         """Return the prediction for each example.
 
         Args:
-            split: Some of the task's examples.
+            split: A split of the task.
         """
         predictions: list[Any] = self.data.likelihood.predict(self.outputs(split)).tolist()
         return predictions
 
     def confidence(self, split: Split) -> list[float] | None:
-        """Return how probable each prediction is by the model itself; None where the task's outputs do not say so.
+        """Return the probability that the model gives to each prediction; None if its outputs do not tell.
 
         Args:
-            split: Some of the task's examples.
+            split: A split of the task.
         """
         confidence = self.data.likelihood.confidence(self.outputs(split))
         return None if confidence is None else confidence.tolist()
@@ -115,7 +120,7 @@ class Deployment:
         """Compute the loss of each row in nats, in float64.
 
         Args:
-            split: Some of the task's examples.
+            split: A split of the task.
         """
         return self.data.likelihood.loss(self.outputs(split).double(), self._targets(split))
 
@@ -123,7 +128,7 @@ class Deployment:
         """Compute the mean loss of the rows in nats.
 
         Args:
-            split: Some of the task's examples.
+            split: A split of the task.
         """
         return float(self.data.likelihood.loss(self.outputs(split), self._targets(split), "mean"))
 
@@ -131,28 +136,28 @@ class Deployment:
         """Score the predictions by the task's metric.
 
         Args:
-            split: Some of the task's examples.
+            split: A split of the task.
         """
         return score(self.data.task.scoring, split.targets, self.predictions(split))
 
     def right(self, split: Split) -> list[bool]:
-        """Say which predictions are right.
+        """Return whether each prediction is right.
 
         Args:
-            split: Some of the task's examples.
+            split: A split of the task.
         """
         return self.data.task.right(split.targets, self.predictions(split))
 
     def similarity_to(self, split: Split, signal: Signal) -> tuple[float, float]:
-        """Measure how near the model comes to what another one says.
+        """Measure how similar the model's distributions are to those of a teacher.
 
         Args:
-            split: Some of the task's examples.
-            signal: The other one's, of the same examples.
+            split: A split of the task.
+            signal: The teacher's signal for the same examples.
 
         Returns:
-            The mean overlap of their distributions, 1 − their total variation distance (if both are certain, on how
-            many rows they agree); and the mean of KL(other ‖ this one) in nats.
+            The mean over rows of 1 − the total variation distance (of certain models, the share of rows on which they
+            agree), and of KL(teacher ‖ this model) in nats.
         """
         likelihood, outputs = self.data.likelihood, self.outputs(split)
         divergence = likelihood.divergence_terms(outputs, signal).sum() / len(outputs)
@@ -165,24 +170,24 @@ class Deployment:
 
 
 def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
-    """Put a task's labels into the order of an adaptation's head.
+    """Reorder a task's labels to match an adaptation's head.
 
     Args:
-        adaptation: The old weights.
-        data: The task's examples.
+        adaptation: The adaptation.
+        data: The task's data.
 
     Returns:
-        The same examples, their labels in the order of the head's outputs.
+        The same examples, with labels in the order of the head's outputs.
 
     Raises:
-        MismatchError: The label names are not the same, or it is for another type of task.
+        MismatchError: The head has other labels, or is for another task type.
     """
     check_type(adaptation, data.task)
     if not data.labels:
         return data
     if adaptation.labels is None:
         logger.warning(
-            "%s does not name its labels: that its head has them in the order %s is unproven.",
+            "%s does not name its labels: whether its head has them in the order %s cannot be checked.",
             adaptation.path,
             ", ".join(data.labels[:8]),
         )
@@ -194,43 +199,43 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
 
 
 def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData) -> float:
-    """Prove on real text that an adaptation that was loaded does something.
+    """Check on real examples that a loaded adaptation changes what its base computes.
 
     Args:
         model: The adaptation on its base.
-        adaptation: What was loaded.
-        base: The base it was tuned on.
-        data: The texts.
+        adaptation: The adaptation that was loaded.
+        base: The base that it was tuned on.
+        data: The task's data, whose first training examples are used.
 
     Returns:
-        The change of what the head reads, relative to its norm on the base alone.
+        The norm of the change of the states that the head reads, relative to the norm of these states in the base.
 
     Raises:
-        MismatchError: An adapter changes nothing, or what comes out are no numbers.
+        MismatchError: The adaptation changes nothing, or its outputs are not finite.
     """
     import torch
 
-    split = data.train.take(range(min(PROBED, len(data.train))))
+    split = data.train.take(range(min(MAX_CHECKED_EXAMPLES, len(data.train))))
     examples = encode(base, data, split)
 
-    def read(classifier: Any) -> torch.Tensor:
-        rows: list[torch.Tensor] = []
+    def head_inputs(any_model: Any) -> torch.Tensor:
+        parts: list[torch.Tensor] = []
 
-        def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
-            fed = output.hidden[-1][output.example, output.token].float().cpu()
-            rows.append(fed if output.logits.isfinite().all() else torch.full_like(fed, torch.nan))
+        def collect(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+            states = output.hidden[-1][output.example, output.token].float().cpu()
+            parts.append(states if output.logits.isfinite().all() else torch.full_like(states, torch.nan))
 
-        for_each_batch(classifier.to(device()), examples, "fp32", keep, hidden=True)
-        return torch.cat(rows)
+        for_each_batch(any_model.to(device()), examples, "fp32", collect, hidden=True)
+        return torch.cat(parts)
 
-    bare = fresh_model(base, data.head, 0)
-    bare.config.pad_token_id = model.config.pad_token_id  # so that both are read at the same tokens
-    plain, adapted = read(bare), read(model)
-    effect = float((adapted - plain).norm() / plain.norm())
+    base_model = fresh_model(base, data.head, 0)
+    base_model.config.pad_token_id = model.config.pad_token_id  # so that both heads read the same tokens
+    base_states, adapted_states = head_inputs(base_model), head_inputs(model)
+    effect = float((adapted_states - base_states).norm() / base_states.norm())
     if not math.isfinite(effect):
         raise MismatchError(
-            f"{adaptation.path}: loaded wholly, and what it gives on {base.path} are no numbers: some of its values "
-            "are infinite or not a number (regraft weights inspect --check-finite names them)."
+            f"{adaptation.path}: all tensors were loaded, but the outputs on {base.path} are not finite, because some "
+            "weights are infinite or NaN. List them with `regraft weights inspect --check-finite`."
         )
     if not effect:
         adaptation.family.report_no_effect(adaptation, base, len(split))

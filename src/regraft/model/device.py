@@ -1,4 +1,4 @@
-"""Where models run, and in which precision."""
+"""The device and the precision that models run in."""
 
 from __future__ import annotations
 
@@ -10,27 +10,20 @@ if TYPE_CHECKING:
 
 
 def device() -> torch.device:
-    """Return where models run.
-
-    Returns:
-        The accelerator if there is one, else the CPU.
-    """
+    """Return the device to run models on: the accelerator if there is one, else the CPU."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
 
-def autocast(precision: str, on: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Compute in bfloat16 where that was asked for.
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context manager that computes in a precision.
 
     Args:
-        precision: `bf16` or `fp32`.
-        on: The device.
-
-    Returns:
-        A context manager.
+        precision: `bf16` for bfloat16 where autocasting allows it, or `fp32`.
+        device: The device of the computation.
     """
     import torch
 
-    return torch.autocast(on.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()

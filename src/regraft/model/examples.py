@@ -1,4 +1,4 @@
-"""A task's examples as token ids of a base."""
+"""Tokenising a task's examples for a base."""
 
 from __future__ import annotations
 
@@ -17,54 +17,55 @@ def encode(base: Base, data: TaskData, split: Split) -> Examples:
     """Tokenise a split with a base's tokenizer.
 
     Args:
-        base: Whose tokenizer.
-        data: The task; inputs are cut to its `max_length`, or to what the base takes.
-        split: Some of its examples.
+        base: The base.
+        data: The task; inputs are truncated to its `max_length`, or to the longest input that the base takes.
+        split: The examples.
 
     Returns:
-        The examples, in the order of the split.
+        The tokenised examples, in the order of the split.
 
     Raises:
-        DataError: The tokenizer makes no token of an input.
+        DataError: The tokenizer returns no token for an input.
     """
     tokenizer = base.tokenizer
     examples = data.task.encode(split, tokenizer, base.pad_id, min(data.max_length, base.longest))
-    encoded = examples.columns["input_ids"]
-    for row, ids in zip(split.rows.tolist(), encoded, strict=True):
+    input_ids = examples.columns["input_ids"]
+    for row, ids in zip(split.rows.tolist(), input_ids, strict=True):
         if not ids:
             raise DataError(
-                f"{split.source}, row {row}: the tokenizer of {base.path} makes no token of the text, so there is "
-                "nothing for a model to read. Remove the row."
+                f"{split.source}, row {row}: the tokenizer of {base.path} makes no token of the text, so a model "
+                "has nothing to read. Remove the row."
             )
-    base.check_tokens(tokenizer, {token for ids in encoded for token in ids})
+    base.check_tokens(tokenizer, {token for ids in input_ids for token in ids})
     return examples
 
 
 def encode_aligned(upgrade: Upgrade, data: TaskData, split: Split) -> tuple[Examples, Examples]:
-    """Tokenise a split for two models of which each token of the one is compared with one of the other.
+    """Tokenise a split for both bases of an upgrade, keeping the examples whose tokens are the same in both.
 
     Args:
-        upgrade: The two bases, each with a tokenizer of its own.
+        upgrade: The two bases, each with its own tokenizer.
         data: The task.
-        split: Some of its examples.
+        split: The examples.
 
     Returns:
-        The examples for the old and the new base that both tokenizers divide into the same tokens.
+        The tokenised examples for the old and for the new base.
 
     Raises:
-        KindError: Those are fewer than half.
+        KindError: Fewer than half of the examples have the same tokens.
     """
-    sides = [encode(base, data, split) for base in (upgrade.old, upgrade.new)]
-    tokens = [
-        [base.tokenizer.convert_ids_to_tokens(ids) for ids in side.columns["input_ids"]]
-        for base, side in zip((upgrade.old, upgrade.new), sides, strict=True)
-    ]
-    alike = [row for row, pair in enumerate(zip(*tokens, strict=True)) if pair[0] == pair[1]]
-    if 2 * len(alike) < len(split):
+    bases = (upgrade.old, upgrade.new)
+    encoded = [encode(base, data, split) for base in bases]
+    old_tokens, new_tokens = (
+        [base.tokenizer.convert_ids_to_tokens(ids) for ids in examples.columns["input_ids"]]
+        for base, examples in zip(bases, encoded, strict=True)
+    )
+    aligned = [i for i, (old, new) in enumerate(zip(old_tokens, new_tokens, strict=True)) if old == new]
+    if 2 * len(aligned) < len(split):
         raise KindError(
-            f"the tokenizers of {upgrade.old.path} and {upgrade.new.path} divide only {len(alike)} of {len(split)} "
-            "texts into the same tokens, and this holds the two models against each other token by token. Take direct, "
-            "init or distill."
+            f"the tokenizers of {upgrade.old.path} and {upgrade.new.path} divide only {len(aligned)} of {len(split)} "
+            "examples into the same tokens, but this method compares the two models token by token. Use direct, init "
+            "or distill."
         )
-    old, new = (side.take(alike) for side in sides)
-    return old, new
+    old_examples, new_examples = (examples.take(aligned) for examples in encoded)
+    return old_examples, new_examples

@@ -1,4 +1,4 @@
-"""What a model gives for a batch, each text's output being what it is alone."""
+"""Forward passes whose output for each example is the same as without the rest of the batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.task.types import ROWS
+from regraft.task.types import ROW_TENSORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a model gives for a batch.
+    """The output of a model for a batch.
 
     Args:
-        logits: rows × outputs, in float32 or wider.
-        example: Of which example of the batch each row is.
-        token: At which token of it each row is; virtual tokens come first, as in `hidden`.
-        hidden: Of the embeddings and each layer, batch × tokens × width.
+        logits: The logits, rows × outputs, in float32 or wider.
+        example: The index in the batch of each row's example.
+        token: The token index of each row, counted with virtual tokens, as in `hidden`.
+        hidden: The hidden states of the embeddings and of each layer, batch × tokens × width.
     """
 
     logits: torch.Tensor
@@ -34,23 +34,23 @@ class Output:
         """Return the hidden states at the rows, after the embeddings and after every layer but the last.
 
         Returns:
-            rows × layers × width, in float32 or wider.
+            The states, rows × layers × width, in float32 or wider.
         """
         import torch
 
-        return _full(torch.stack([layer[self.example, self.token] for layer in self.hidden[:-1]], dim=1))
+        return _at_least_float32(torch.stack([layer[self.example, self.token] for layer in self.hidden[:-1]], dim=1))
 
 
 def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what of a batch a model takes.
+    """Return the tensors of a batch that a model takes as arguments.
 
     Args:
-        batch: From `Examples.batch`.
+        batch: The batch, from `Examples.batch`.
 
     Returns:
-        Its tensors but for those that say which rows it has.
+        All tensors but those that describe the rows.
     """
-    return {name: tensor for name, tensor in batch.items() if name not in ROWS}
+    return {name: tensor for name, tensor in batch.items() if name not in ROW_TENSORS}
 
 
 def forward(
@@ -60,57 +60,63 @@ def forward(
     hidden: bool = False,
     parameters: Mapping[str, torch.Tensor] | None = None,
 ) -> Output:
-    """Run a model of any kind on a batch that is padded on the right; each example's output is what it has alone.
+    """Run a model on a batch that is padded on the right; each example's output is the same as without the others.
 
-    The head is computed at the batch's rows only. Two more things are done here that PEFT and transformers do not do:
-    hidden states under a prefix are returned, and a decoder's head that reads the last token of a text is fed that of
-    each text alone, whatever the batch is padded with.
+    The head is computed at the batch's rows only. In two respects this differs from calling the model: hidden states
+    are also returned under a prefix, where PEFT drops them; and a decoder's head that reads the last token of a text
+    reads the token that it would read of that text alone, whatever the batch is padded with.
 
     Args:
         model: A model with a head, with or without an adapter.
-        batch: Its inputs, `attention_mask` among them, and the rows if they are not one an example.
-        hidden: Whether hidden states are wanted.
-        parameters: By name, what to compute with in place of the model's own; gradients flow through them.
+        batch: Its inputs, including `attention_mask`, and the row tensors unless each example has a single row.
+        hidden: Whether to return hidden states.
+        parameters: Parameters by name to compute with instead of the model's own; gradients flow through them.
 
     Returns:
-        Its output.
+        The output.
     """
     import torch
 
-    classifier, inputs = unwrap_model(model), model_inputs(batch)
-    body, mask = classifier.base_model, inputs["attention_mask"]
-    by_token = "token" in batch
-    texts, last = torch.arange(len(mask), device=mask.device), None if by_token else last_read(model, inputs)
-    example, token = (batch["example"], batch["token"]) if by_token else (texts, torch.zeros_like(texts))
+    inner, inputs = unwrap_model(model), model_inputs(batch)
+    body, mask = inner.base_model, inputs["attention_mask"]
+    examples = torch.arange(len(mask), device=mask.device)
+    has_token_rows = "token" in batch
+    if has_token_rows:
+        example, token, last = batch["example"], batch["token"], None
+    else:
+        example, token, last = examples, torch.zeros_like(examples), last_token_indices(model, inputs)
     layers: tuple[torch.Tensor, ...] = ()
 
-    def ask(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def request_hidden(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "output_hidden_states": True}
 
-    def keep(_: Any, args: Any, output: Any) -> Any:
+    def take_hidden(_: Any, args: Any, output: Any) -> Any:
         nonlocal layers
         layers = output.hidden_states
         return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
 
-    def spread(_: Any, args: Any, output: Any) -> Any:
+    def select_rows(_: Any, args: Any, output: Any) -> Any:
+        """Leave the head nothing to read but the rows' states."""
         nonlocal token
         states = output.last_hidden_state
-        virtual = states.shape[1] - mask.shape[1]  # virtual tokens come first
-        if by_token:
-            token = token + virtual
+        virtual_tokens = states.shape[1] - mask.shape[1]  # they come first
+        if has_token_rows:
+            token = token + virtual_tokens
             states = states[example, token][None]
         else:
-            token = last + virtual
-            states = states[texts, token][:, None].expand_as(states)
+            token = last + virtual_tokens
+            states = states[examples, token][:, None].expand_as(states)  # at every token, whichever the head reads
         return type(output)(**{**output, "last_hidden_state": states})
 
     handles = []
     if hidden:
-        handles = [body.register_forward_pre_hook(ask, with_kwargs=True), body.register_forward_hook(keep)]
-    if by_token or last is not None:  # then it does not matter which token the class takes for the last one
-        handles.append(body.register_forward_hook(spread))
+        handles.append(body.register_forward_pre_hook(request_hidden, with_kwargs=True))
+        handles.append(body.register_forward_hook(take_hidden))
+    if has_token_rows or last is not None:
+        handles.append(body.register_forward_hook(select_rows))
+    config = inner.config.get_text_config()
     try:
-        with _any_padding(classifier.config.get_text_config()) if last is not None else contextlib.nullcontext():
+        with contextlib.nullcontext() if last is None else _with_padding_token(config):
             if parameters is None:
                 logits = model(**inputs).logits
             else:
@@ -120,57 +126,40 @@ def forward(
     finally:
         for handle in handles:
             handle.remove()
-    return Output(_full(logits[0] if by_token else logits), example, token, layers)
+    return Output(_at_least_float32(logits[0] if has_token_rows else logits), example, token, layers)
 
 
-def last_read(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Compute which token a decoder's head reads of each text alone, as its transformers class finds it.
+def last_token_indices(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return the token that a decoder's head reads of each text alone, as its transformers class determines it.
 
-    That is the last one that is not `config.pad_token_id`, or simply the last one where that is null, under a prompt
-    (the class sees no token ids then), and in XLNet. A text of nothing but that id is read at its first token.
+    It is the last token that is not `config.pad_token_id`. It is simply the last token if that id is null, if there are
+    virtual tokens in front of the embeddings (the class then sees no token ids), and in XLNet. Of a text that consists
+    of the padding token alone, it is the first token.
 
     Args:
-        model: A classifier, with or without an adapter.
+        model: A model with a head, with or without an adapter.
         batch: Its inputs, padded on the right.
 
     Returns:
-        The index of a token for each text, virtual tokens not counted; None for a model that does not read the last.
+        The index of a token for each text, not counting virtual tokens; None if the head does not read the last token.
     """
     import torch
 
     from regraft.base import is_causal
 
-    classifier, mask = unwrap_model(model), batch["attention_mask"]
-    summary = getattr(classifier, "sequence_summary", None)
-    if not is_causal(classifier.config) or (summary is not None and summary.summary_type != "last"):
+    inner, mask = unwrap_model(model), batch["attention_mask"]
+    summary = getattr(inner, "sequence_summary", None)
+    if not is_causal(inner.config) or (summary is not None and summary.summary_type != "last"):
         return None
-    padding = classifier.config.get_text_config().pad_token_id
-    if padding is None or summary is not None or _is_prompted(model):
+    pad_id = inner.config.get_text_config().pad_token_id
+    if pad_id is None or summary is not None or _has_soft_prompt(model):
         return mask.sum(dim=1) - 1
-    places: torch.Tensor = torch.arange(mask.shape[1], device=mask.device) * mask * (batch["input_ids"] != padding)
-    return places.amax(dim=1)
-
-
-def _full(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of half precision in float32: losses are computed in no less."""
-    import torch
-
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-@contextlib.contextmanager
-def _any_padding(config: Any) -> Iterator[None]:
-    """Make a config name some padding token for a while: without one, transformers refuses batches."""
-    before = config.pad_token_id
-    config.pad_token_id = before or 0
-    try:
-        yield
-    finally:
-        config.pad_token_id = before
+    indices: torch.Tensor = torch.arange(mask.shape[1], device=mask.device) * mask * (batch["input_ids"] != pad_id)
+    return indices.amax(dim=1)
 
 
 def unwrap_model(model: Any) -> Any:
-    """Return the transformers model inside what wraps it for many devices or for PEFT.
+    """Return the transformers model inside wrappers for several devices or for PEFT.
 
     Args:
         model: A model with a head, wrapped or not.
@@ -179,6 +168,25 @@ def unwrap_model(model: Any) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def _is_prompted(model: Any) -> bool:
+def _has_soft_prompt(model: Any) -> bool:
+    """Return whether an adapter prepends virtual tokens to the embeddings; a prefix acts on keys and values instead."""
     config = getattr(getattr(model, "module", model), "active_peft_config", None)
     return bool(config and config.is_prompt_learning and config.peft_type.value != "PREFIX_TUNING")
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Convert a tensor of half precision to float32, the least that losses are computed in."""
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def _with_padding_token(config: Any) -> Iterator[None]:
+    """Set some padding token in a config for a while: without one, transformers refuses batches."""
+    pad_id = config.pad_token_id
+    config.pad_token_id = pad_id or 0
+    try:
+        yield
+    finally:
+        config.pad_token_id = pad_id

@@ -1,4 +1,4 @@
-"""What a base knows of a task before any tuning: a linear probe on its features."""
+"""Linear probing: how well a base's features predict a task's targets before any tuning."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ if TYPE_CHECKING:
     from regraft.model.outputs import Output
     from regraft.task import Split, TaskData
 
-PROBED = 512
+MAX_TRAIN_EXAMPLES = 512
+"""The number of training examples of a probe: more of them cost time and hardly change its predictions."""
 
 
 def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
-    """Fit the task type's linear model to a base's features on train, and predict dev.
+    """Fit the task type's linear probe to a base's features of train, and predict dev.
 
     Source: Alain and Bengio, 2016 (arXiv:1610.01644).
 
     Args:
-        base: The base, as it is.
+        base: The base.
         data: The task; at most 512 examples of train are used.
         precision: `bf16` or `fp32`.
 
     Returns:
-        The prediction for each example of dev.
+        The predictions for dev, one an example.
     """
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     model = fresh_model(base, data.head, 0).to(device())
-    train = data.train.take(range(min(PROBED, len(data.train))))
+    train = data.train.take(range(min(MAX_TRAIN_EXAMPLES, len(data.train))))
     pipeline = make_pipeline(StandardScaler(), data.task.linear_probe())
     pipeline.fit(_features(model, base, data, train, precision), train.targets)
     predictions: list[Any] = pipeline.predict(_features(model, base, data, data.dev, precision)).tolist()
@@ -44,14 +45,14 @@ def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
 
 
 def _features(model: torch.nn.Module, base: Base, data: TaskData, split: Split, precision: str) -> torch.Tensor:
-    """Average the last hidden states over the tokens of each example."""
+    """Average the last hidden states over the tokens of each example; returns examples × width."""
     import torch
 
     features = torch.zeros(len(split), base.config.hidden_size)
 
-    def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+    def collect(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
         mask = batch["attention_mask"][..., None]
         features[indices] = ((output.hidden[-1].float() * mask).sum(dim=1) / mask.sum(dim=1)).cpu()
 
-    for_each_batch(model, encode(base, data, split), precision, keep, stage="probe", hidden=True)
+    for_each_batch(model, encode(base, data, split), precision, collect, stage="probe", hidden=True)
     return features

@@ -1,4 +1,4 @@
-"""Tasks: what users declare, its examples and labels, few-shot draws, scores."""
+"""Tasks: their declaration, examples, labels, few-shot samples, metrics and scores."""
 
 from regraft.task.bootstrap import Interval, paired_difference
 from regraft.task.data import TaskData

@@ -1,4 +1,4 @@
-"""How sure a difference between two models' scores is: the paired bootstrap over examples."""
+"""The paired bootstrap over examples: confidence intervals for the difference of two models' scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.task.score import find_metric, measure
+from regraft.task.score import evaluate, find_metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 RESAMPLES = 2000
-BLOCK = 1 << 22  # counts of examples, or sums, in memory at once: 32 MB
+"""The number of resamples: the ends of a 95 % interval have 100 of them outside, enough for stable quantiles."""
+BLOCK_ELEMENTS = 1 << 22
+"""The number of example counts or sums in memory at once, 32 MB of float64."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """An estimate with the interval that holds it.
+    """An estimate with its confidence interval.
 
     Args:
-        estimate: On the examples as they are.
-        low: The interval's lower end.
-        high: Its upper end.
+        estimate: The value on the examples as they are.
+        low: The lower end of the interval.
+        high: The upper end of the interval.
     """
 
     estimate: float
@@ -46,31 +48,32 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Return by how much a score is better than a reference's on the same examples, with its bootstrap interval.
+    """Compute by how much a model's score is better than a reference's on the same examples, with its interval.
 
     Source: Efron and Tibshirani, 1993, chapter 13 (percentile interval); paired as in Koehn, 2004.
 
     Args:
-        metric: The task's `scoring`, or the name of a metric, as `accuracy`.
-        labels: The target of each example.
-        predictions: What one model predicts for each.
-        reference: What the other one predicts.
-        confidence: Of each end by itself: with 0.95 one in 20 intervals lies wholly above the truth.
-        seed: What the resamples are drawn from.
+        metric: The metric, such as a task's `scoring`, or its name.
+        labels: One target an example.
+        predictions: The model's predictions, one an example.
+        reference: The reference's predictions, one an example.
+        confidence: The one-sided confidence of each end: at 0.95, one interval in 20 lies entirely above the truth.
+        seed: The seed of the resamples.
 
     Returns:
-        The difference: the score minus the reference's, or the reverse where less is better.
+        The difference, which is positive if the model is better.
 
     Raises:
-        RecipeError: The confidence is not between 0.5 and 1, or there is no such metric.
-        MismatchError: There are not as many predictions as labels.
+        RecipeError: The confidence is below 0.5 or not below 1, or there is no such metric.
+        MismatchError: The number of predictions differs from that of labels.
     """
     import numpy as np
 
     if not 0.5 <= confidence < 1:
-        raise RecipeError(f"the confidence is from 0.5 to below 1, found {confidence}.")
-    one, other = resampled_scores(metric, labels, [predictions, reference], seed=seed)
-    estimate, *differences = one - other if find_metric(metric).higher_is_better else other - one
+        raise RecipeError(f"confidence must be at least 0.5 and below 1, found {confidence}.")
+    model_scores, reference_scores = resampled_scores(metric, labels, [predictions, reference], seed=seed)
+    is_higher_better = find_metric(metric).higher_is_better
+    estimate, *differences = model_scores - reference_scores if is_higher_better else reference_scores - model_scores
     low, high = np.quantile(differences, [1 - confidence, confidence])
     return Interval(float(estimate), float(low), float(high))
 
@@ -83,32 +86,34 @@ def resampled_scores(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Floats:
-    """Score several models on the examples as they are, and on resamples of them that all share.
+    """Score several models on the examples as they are, and on resamples that all models share.
 
     Args:
-        metric: As `score` takes it.
-        labels: The target of each example.
-        predictions: The predictions of each model.
-        seed: What the resamples are drawn from.
-        resamples: How many are drawn.
+        metric: The metric, such as a task's `scoring`, or its name.
+        labels: One target an example.
+        predictions: The predictions of each model, one an example.
+        seed: The seed of the resamples.
+        resamples: The number of resamples.
 
     Returns:
-        The scores, models × (1 + resamples).
+        The scores, models × (1 + resamples); the first column is of the examples as they are.
 
     Raises:
         RecipeError: There is no such metric.
-        MismatchError: There are not as many predictions as labels.
+        MismatchError: The number of predictions differs from that of labels.
     """
     import numpy as np
 
-    models, total = [measure(metric, labels, guesses) for guesses in predictions], len(np.asarray(labels))
-    size = max(1, BLOCK // max(total, *(model.width for model in models)))
-    chance, even = np.random.default_rng(seed), np.full(total, 1 / total)
-    scores = np.empty((len(models), 1 + resamples))
-    for start in range(0, 1 + resamples, size):
-        count = min(size, 1 + resamples - start)
-        drawn = chance.multinomial(total, even, count - (not start))
-        counts = np.concatenate([np.ones((int(not start), total)), drawn])
-        for row, model in enumerate(models):
-            scores[row, start : start + count] = model.scores(counts)
+    evaluations = [evaluate(metric, labels, model_predictions) for model_predictions in predictions]
+    total = len(np.asarray(labels))
+    block_size = max(1, BLOCK_ELEMENTS // max(total, *(evaluation.width for evaluation in evaluations)))
+    generator, probabilities = np.random.default_rng(seed), np.full(total, 1 / total)
+    scores = np.empty((len(evaluations), 1 + resamples))
+    for start in range(0, 1 + resamples, block_size):
+        stop = min(start + block_size, 1 + resamples)
+        unresampled = np.ones((1 if start == 0 else 0, total))  # column 0: each example once
+        resampled = generator.multinomial(total, probabilities, stop - start - len(unresampled))
+        counts = np.concatenate([unresampled, resampled])
+        for model, evaluation in enumerate(evaluations):
+            scores[model, start:stop] = evaluation.scores(counts)
     return scores

@@ -1,4 +1,4 @@
-"""The examples of a task, read and encoded."""
+"""The data of a task: its examples, read and encoded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError, MismatchError, RecipeError
-from regraft.task.labels import listing, matching
-from regraft.task.sample import draw
-from regraft.task.split import Split  # noqa: TC001 (0.1 had it here)
+from regraft.task.labels import format_names, pair_names
+from regraft.task.sample import draw_indices
+from regraft.task.split import Split  # noqa: TC001 (importable from here since 0.1)
 from regraft.task.types.head import Head
 from regraft.task.types.type import DEFAULT_TYPE
 
@@ -27,13 +27,13 @@ class TaskData:
     """A task with its examples.
 
     Args:
-        task: What was declared.
+        task: The task as it was declared.
         labels: The label names, in the order of the outputs.
-        train: The examples to tune on.
-        dev: The examples to choose by.
-        test: The examples to report on, if there are any.
-        duplicates: How many examples of test have the very inputs of one of train.
-        labelled: Whether the examples have targets; if not, those are placeholders and mean nothing.
+        train: The examples to train on.
+        dev: The examples to select models on.
+        test: The examples to report results on, if there are any.
+        duplicates: The number of test examples whose inputs are also in train.
+        labelled: Whether the examples have targets; if not, `targets` of the splits are meaningless placeholders.
     """
 
     task: Task
@@ -46,17 +46,17 @@ class TaskData:
 
     @property
     def name(self) -> str:
-        """The task's name."""
+        """The name of the task."""
         return self.task.name
 
     @property
     def metric(self) -> str:
-        """What is reported."""
+        """The name of the metric that is reported."""
         return self.task.metric
 
     @property
     def max_length(self) -> int:
-        """How many tokens an input is cut to."""
+        """The number of tokens that inputs are truncated to."""
         return self.task.max_length
 
     @property
@@ -66,88 +66,90 @@ class TaskData:
 
     @functools.cached_property
     def likelihood(self) -> Likelihood:
-        """What a model's outputs are a distribution over."""
+        """The distribution over targets that a model's outputs parametrise."""
         return self.task.likelihood_for(self.train.targets)
 
-    def with_settings(self, **keys: Any) -> TaskData:
-        """Return the same examples of a task that declares other keys.
+    def with_settings(self, **settings: Any) -> TaskData:
+        """Return the same examples with other settings of the task.
 
         Args:
-            **keys: Those of the task file, as `metric`.
+            **settings: Keys of the task file to replace, such as `metric`.
         """
-        return dataclasses.replace(self, task=self.task.model_copy(update=keys))
+        return dataclasses.replace(self, task=self.task.model_copy(update=settings))
 
-    def with_virtual_tokens(self, tokens: int, longest: int) -> TaskData:
-        """Cut inputs so that virtual tokens fit in front of them.
+    def with_virtual_tokens(self, count: int, max_tokens: int) -> TaskData:
+        """Truncate inputs further where needed, so that virtual tokens fit in front of them.
 
         Args:
-            tokens: How many there are.
-            longest: The longest input the base takes.
+            count: The number of virtual tokens.
+            max_tokens: The longest input that the base takes, in tokens.
 
         Returns:
-            The task, with a smaller `max_length` where that is needed.
+            The same examples, possibly with a smaller `max_length`.
         """
-        return self.with_settings(max_length=min(self.max_length, longest - tokens)) if tokens else self
+        return self.with_settings(max_length=min(self.max_length, max_tokens - count)) if count else self
 
-    def require_labels(self, what: str) -> None:
-        """Refuse what labels are needed for where there are none.
+    def require_labels(self, purpose: str) -> None:
+        """Check that the examples are labelled.
 
         Args:
-            what: What they are needed for.
+            purpose: What needs the labels, for the error message.
 
         Raises:
-            DataError: There are none.
+            DataError: The examples are not labelled.
         """
         if not self.labelled:
             raise DataError(
-                f"{self.train.source}: task {self.name!r} has no labels, which {what} needs. Name their column under "
-                "`label`, or recycle by a method that reads none, such as ridge, label-free or auto -o labels=false."
+                f"{self.train.source}: task {self.name!r} has no labels, which {purpose} needs. Name their column "
+                "under `label`, or recycle with a method that reads no labels, such as ridge, label-free or "
+                "auto -o labels=false."
             )
 
     def few_shot(self, shots: int, seed: int) -> TaskData:
-        """Keep a few examples a class of train and of dev, and all of test.
+        """Keep a few examples of each stratum of train and dev, and all of test; in classification, strata are classes.
 
-        Which ones follows from the seed and the examples alone: neither the order of the rows nor any other use of
-        random numbers changes it, and a smaller number of shots is a part of a larger one.
+        The sample depends on the seed and the content of the examples alone: not on the order of the rows, nor on any
+        other use of random numbers. Samples of the same seed are nested: fewer shots are a subset of more.
 
         Args:
-            shots: Examples a class; dev gives what it has where that is less.
-            seed: What the examples are drawn from.
+            shots: The number of examples to keep of each stratum; dev keeps all of a stratum that has fewer.
+            seed: The seed of the sample.
 
         Returns:
-            The smaller task.
+            The same task with fewer examples.
 
         Raises:
-            DataError: Train has fewer examples of a class.
+            DataError: A stratum of train has fewer examples.
             RecipeError: `shots` is less than 1.
         """
         import numpy as np
 
-        self.require_labels("a few examples a class")
+        self.require_labels("a few-shot sample")
         if shots < 1:
             raise RecipeError(f"shots = {shots}: at least 1 example a class is needed.")
         strata, names = self.task.strata(self.train.targets, self.labels)
         counts = np.bincount(strata, minlength=len(names)).tolist()
+        required = self.task.sample_counts(shots, counts)
         if short := [
             f"{name!r} {count:,}"
-            for name, count, wanted in zip(names, counts, self.task.counts(shots, counts), strict=True)
-            if count < wanted
+            for name, count, minimum in zip(names, counts, required, strict=True)
+            if count < minimum
         ]:
-            held_out = " once dev is held out of it" if self.dev.source == self.train.source else ""
+            dev_note = " once dev is held out of it" if self.dev.source == self.train.source else ""
             raise DataError(
-                f"{self.train.source}: {shots} shots a class are wanted, but train has fewer{held_out} of: "
+                f"{self.train.source}: {shots} shots a class are requested, but train has fewer{dev_note} of: "
                 f"{', '.join(short)}. Add examples or lower `shots`."
             )
         train, dev = (self.sample(split, shots, seed) for split in (self.train, self.dev))
-        return dataclasses.replace(self, train=train, dev=dev, duplicates=len(duplicates(train, self.test)))
+        return dataclasses.replace(self, train=train, dev=dev, duplicates=len(find_duplicates(train, self.test)))
 
     def sample(self, split: Split, size: int, seed: int) -> Split:
-        """Draw examples of each stratum, which in classification is a class.
+        """Draw a stratified sample; in classification, strata are classes.
 
         Args:
-            split: What to draw from.
-            size: How many examples of each stratum; fewer where the split has fewer.
-            seed: What the examples are drawn from.
+            split: The examples to draw from.
+            size: The number of examples to draw from each stratum; all of a stratum that has fewer.
+            seed: The seed of the sample.
 
         Returns:
             The examples, in the order drawn.
@@ -155,50 +157,52 @@ class TaskData:
         import numpy as np
 
         strata, names = self.task.strata(split.targets, self.labels)
-        counts = self.task.counts(size, np.bincount(strata, minlength=len(names)).tolist())
-        return split.take(draw(split, self.task, self.labels, counts, seed))
+        counts = self.task.sample_counts(size, np.bincount(strata, minlength=len(names)).tolist())
+        return split.take(draw_indices(split, self.task, self.labels, counts, seed))
 
     def relabel(self, order: Sequence[str]) -> TaskData:
-        """Number and name the labels as a model's head does.
+        """Rename and reorder the labels to match the outputs of a head.
 
         Args:
-            order: The labels of the head's outputs. They may be written otherwise than the task's: `True` for `true`,
-                `1.0` for `1`, in another case, or with other blanks.
+            order: The label names of the head's outputs, in their order. Their spelling may differ from the task's in
+                case and blanks, and in how truth values (`True`, `true`) and whole numbers (`1.0`, `1`) are written.
 
         Returns:
-            The task with its labels encoded anew, named as in `order`.
+            The task with the labels of `order`, and targets encoded accordingly.
 
         Raises:
-            MismatchError: The labels are not the same, or which of them belong together is not clear.
+            MismatchError: The labels are different, or could be paired in more than one way.
         """
-        pairs = matching(self.labels, order)
-        if pairs is None:
-            here, there = set(self.labels), set(order)
-            only_here = [name for name in self.labels if name not in there]
-            only_there = [name for name in order if name not in here]
+        head_names = pair_names(self.labels, order)
+        if head_names is None:
+            only_task = [name for name in self.labels if name not in order]
+            only_head = [name for name in order if name not in self.labels]
+            remedy = "Spell them alike, in `labels` or in the data." if only_task else "List them all in `labels`."
             raise MismatchError(
-                f"{self.train.source}: the labels of task {self.name!r} are not those it is to be used with. "
-                f"Only in the task: {listing(only_here)}. Only there: {listing(only_there)}. "
-                f"Expected {len(self.labels)} labels, found {len(order)}. "
-                + ("Name them alike, in `labels` or in the data." if only_here else "List them all in `labels`.")
+                f"{self.train.source}: the labels of task {self.name!r} are not those of the head. "
+                f"Only in the task: {format_names(only_task)}. Only in the head: {format_names(only_head)}. "
+                f"Expected {len(self.labels)} labels, found {len(order)}. {remedy}"
             )
-        numbers = {name: number for number, name in enumerate(order)}
-        of_head = [numbers[pairs[name]] for name in self.labels]
+        outputs = {name: output for output, name in enumerate(order)}
+        output_by_label = [outputs[head_names[name]] for name in self.labels]
 
-        def encoded(split: Split) -> Split:
-            return dataclasses.replace(split, targets=self.task.relabel(split.targets, of_head))
+        def reencode(split: Split) -> Split:
+            return dataclasses.replace(split, targets=self.task.relabel(split.targets, output_by_label))
 
-        test = None if self.test is None else encoded(self.test)
         return dataclasses.replace(
-            self, labels=tuple(order), train=encoded(self.train), dev=encoded(self.dev), test=test
+            self,
+            labels=tuple(order),
+            train=reencode(self.train),
+            dev=reencode(self.dev),
+            test=None if self.test is None else reencode(self.test),
         )
 
     def digest(self) -> str:
-        """Hash what the task consists of, whatever it is called and wherever it is stored.
+        """Hash the content of the task, independent of its name and of where it is stored.
 
         Returns:
-            SHA-256 over label names, metric, max_length, and the inputs and targets of every split, in hexadecimal;
-            and over the type, but for text classification, whose digests are those of 0.1.
+            The hexadecimal SHA-256 of label names, metric, `max_length`, the inputs and targets of all splits, and the
+            task type; for text classification without the type, as in 0.1, where there was no other.
         """
         settings = [self.labels, self.metric, self.max_length]
         if self.task.type != DEFAULT_TYPE:
@@ -212,22 +216,24 @@ class TaskData:
         return digest.hexdigest()
 
 
-def duplicates(train: Split, test: Split | None) -> list[tuple[int, int]]:
-    """Find the examples of test whose inputs are in train, letter by letter.
+def find_duplicates(train: Split, test: Split | None) -> list[tuple[int, int]]:
+    """Find the test examples whose inputs are also in train, character by character.
 
     Args:
-        train: The examples tuned on.
-        test: The examples reported on, if any.
+        train: The training examples.
+        test: The test examples, if there are any.
 
     Returns:
-        Row of train, row of test; one pair for each such example of test.
+        For each such test example, the row number of the first equal training example and its own.
     """
     if test is None:
         return []
-    key = json.dumps  # inputs may be lists, as conversations are
-    rows = {key(inputs): row for inputs, row in zip(reversed(train.inputs), reversed(train.rows.tolist()), strict=True)}
-    return [
-        (rows[key(inputs)], row)
-        for inputs, row in zip(test.inputs, test.rows.tolist(), strict=True)
-        if key(inputs) in rows
-    ]
+    train_rows: dict[str, int] = {}
+    for inputs, row in zip(train.inputs, train.rows.tolist(), strict=True):
+        train_rows.setdefault(json.dumps(inputs), row)  # as JSON, because inputs may be lists, which have no hash
+    pairs = []
+    for inputs, row in zip(test.inputs, test.rows.tolist(), strict=True):
+        train_row = train_rows.get(json.dumps(inputs))
+        if train_row is not None:
+            pairs.append((train_row, row))
+    return pairs

@@ -1,4 +1,4 @@
-"""CSV and TSV files, whose quotes may delimit fields or be characters of them."""
+"""CSV and TSV files, in which double quotes may delimit fields or be ordinary characters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.errors import DataError
-from regraft.task.labels import label_name, listing
+from regraft.task.labels import format_names, label_name
 from regraft.task.yaml_file import did_you_mean
 
 if TYPE_CHECKING:
@@ -17,18 +17,21 @@ if TYPE_CHECKING:
 
 Quoting = Literal["quoted", "plain"]
 
-
-_DECLARE = "Declare in the task file whether fields are in double quotes (`quoting: quoted`) or not (`quoting: plain`)"
+_DECLARE_QUOTING = (
+    "Declare in the task file whether fields are in double quotes (`quoting: quoted`) or not (`quoting: plain`)"
+)
+_MAX_FIELD_SIZE = 2**31 - 1  # for `csv`, whose default of 128 KiB is less than some texts have
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reading:
-    """What a file holds if its quotes are taken in one way.
+class _Parsed:
+    """The content of a file under one interpretation of its quotes.
 
     Args:
         header: The names of all columns.
-        columns: The values of those asked for.
-        spans: Of each row that spans several lines: its number, its first line and the one past its last, from 0.
+        columns: The values of the requested columns.
+        spans: For each row that extends over several lines: its number, its first line, and the line after its last;
+            lines are counted from 0.
     """
 
     header: list[str]
@@ -36,138 +39,169 @@ class _Reading:
     spans: list[tuple[int, int, int]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file to parse.
+
+    Args:
+        path: The path, for messages.
+        text: The content.
+        delimiter: The character between fields.
+        columns: The names of the requested columns.
+        label: The name of the column of labels, if there is one.
+    """
+
+    path: Path
+    text: str
+    delimiter: str
+    columns: Sequence[str]
+    label: str | None
+
+
 def read_delimited(
     path: Path, text: str, delimiter: str, columns: Sequence[str], label: str | None, quoting: Quoting | None
 ) -> tuple[dict[str, list[Any]], range]:
-    """Read columns of CSV or TSV.
+    """Parse columns of CSV or TSV.
 
-    A TSV file does not say whether a double quote begins a field in quotes (pandas) or is a character (GLUE and most
-    corpora). Where nothing is declared and the two readings differ, the quotes decide: if each that begins a field
-    has its end, fields are quoted, unless one swallows what reads as rows; else they are characters, unless some are
-    doubled, as writers of quoted fields do.
+    A TSV file does not say whether a double quote at the start of a field opens a quoted field (as pandas writes it) or
+    is an ordinary character (as in GLUE and most corpora). If nothing is declared and the two interpretations differ,
+    the quotes decide. Fields are quoted if every quote that opens a field is also closed, unless such a field contains
+    what looks like several rows. Otherwise quotes are characters, unless some are doubled, as writers of quoted fields
+    do.
 
     Args:
         path: The file, for messages.
         text: Its content.
-        delimiter: Between fields.
-        columns: The columns to read.
-        label: The one that holds labels.
-        quoting: `quoted` or `plain` where the user declares it.
+        delimiter: The character between fields.
+        columns: The names of the columns to read.
+        label: The name of the column of labels, if there is one.
+        quoting: The declared interpretation of quotes, `quoted` or `plain`, if there is one.
 
     Returns:
-        The values of each column, and the number of each row.
+        The values of each column, and the row numbers.
 
     Raises:
-        DataError: A row is malformed, a column is missing, or neither reading is sure.
+        DataError: A row is malformed, a column is missing, or the interpretation of quotes is ambiguous.
     """
+    file = _File(path, text, delimiter, columns, label)
     if quoting or delimiter != "\t" or '"' not in text:
-        reading = _read(path, text, delimiter, columns, quoting or "quoted")
+        parsed = _parse(file, quoting or "quoted")
     else:
-        reading = _decided(path, text, delimiter, columns, label)
-    return reading.columns, range(1, len(next(iter(reading.columns.values()), ())) + 1)
+        parsed = _parse_undeclared(file)
+    row_count = len(next(iter(parsed.columns.values()), ()))
+    return parsed.columns, range(1, row_count + 1)
 
 
-def _decided(path: Path, text: str, delimiter: str, columns: Sequence[str], label: str | None) -> _Reading:
-    quoted = _read_or_problem(path, text, delimiter, columns, "quoted")
-    plain = _read_or_problem(path, text, delimiter, columns, "plain")
-    if isinstance(quoted, _Reading):
-        if plain_rows := _swallowed(text, delimiter, quoted, label, isinstance(plain, _Reading)):
-            row, lines = plain_rows
+def _parse_undeclared(file: _File) -> _Parsed:
+    """Parse a file whose quotes are not declared, under the interpretation that `read_delimited` describes."""
+    quoted, plain = _parse_or_error(file, "quoted"), _parse_or_error(file, "plain")
+    if isinstance(quoted, _Parsed):
+        if swallowed := _swallowed_rows(file, quoted, plain_is_valid=isinstance(plain, _Parsed)):
+            row, line_count = swallowed
             raise DataError(
-                f"{path}, row {row}: a double quote opens a field that goes on for {lines} lines, and the first and "
-                f"the last of them read as rows of their own. {_DECLARE}."
+                f"{file.path}, row {row}: a double quote opens a field that goes on for {line_count} lines, but the "
+                f"first and the last of them look like rows of their own. {_DECLARE_QUOTING}."
             )
         return quoted
-    if isinstance(plain, _Reading):
-        if '""' in text:
-            raise DataError(f"{quoted} Doubled quotes say that fields are in quotes, and this one is not. {_DECLARE}.")
+    if isinstance(plain, _Parsed):
+        if '""' in file.text:
+            raise DataError(
+                f"{quoted} Doubled quotes suggest that fields are quoted, but this one is not. {_DECLARE_QUOTING}."
+            )
         return plain
     if str(quoted) == str(plain):
         raise quoted
-    raise DataError(f"{quoted} With quotes as characters: {plain} {_DECLARE}, and correct the row.")
+    raise DataError(f"{quoted} With quotes as characters: {plain} {_DECLARE_QUOTING}, and correct the row.")
 
 
-def _read_or_problem(
-    path: Path, text: str, delimiter: str, columns: Sequence[str], quoting: Quoting
-) -> _Reading | DataError:
+def _parse_or_error(file: _File, quoting: Quoting) -> _Parsed | DataError:
     try:
-        return _read(path, text, delimiter, columns, quoting)
+        return _parse(file, quoting)
     except DataError as error:
         return error
 
 
-def _read(path: Path, text: str, delimiter: str, columns: Sequence[str], quoting: Quoting) -> _Reading:
-    rows, line, header, places, spans = 0, 0, list[str](), list[int](), []
-    values: list[list[Any]] = [[] for _ in columns]
-    limit = csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KiB that csv allows
+def _parse(file: _File, quoting: Quoting) -> _Parsed:
+    header: list[str] = []
+    field_indices: list[int] = []
+    values: list[list[Any]] = [[] for _ in file.columns]
+    spans = []
+    row = line = 0
+    # csv rather than pandas, which pads rows that are too short and shifts those that are too long
+    reader = csv.reader(
+        io.StringIO(file.text, newline=""),
+        delimiter=file.delimiter,
+        strict=True,
+        quoting=csv.QUOTE_NONE if quoting == "plain" else csv.QUOTE_MINIMAL,
+    )
+    size_limit = csv.field_size_limit(_MAX_FIELD_SIZE)
     try:
-        # The csv module rather than pandas: pandas fills up rows that are too short and shifts those that are too long.
-        reader = csv.reader(
-            io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
-            quoting=csv.QUOTE_NONE if quoting == "plain" else csv.QUOTE_MINIMAL,
-        )  # fmt: skip
         for record in reader:
             first_line, line = line, reader.line_num
             if not record:
                 continue
             if not header:
                 header = record
-                _check_delimiter(path, header, delimiter, columns)
-                places = [header.index(column) for column in require_columns(columns, header, str(path))]
+                _check_delimiter(file, header)
+                require_columns(file.columns, header, str(file.path))
+                field_indices = [header.index(column) for column in file.columns]
                 continue
-            rows += 1
+            row += 1
             if len(record) != len(header):
-                remedy = (
-                    f"Put fields that hold a {delimiter!r} or a line break in double quotes."
-                    if quoting == "quoted"
-                    else f"No field may hold a {delimiter!r} or a line break."
-                )
-                raise DataError(
-                    f"{path}, row {rows}: the header names {len(header)} columns, the row has {len(record)}. {remedy}"
-                )
+                raise DataError(_wrong_length(file, quoting, row, len(header), len(record)))
             if line - first_line > 1:
-                spans.append((rows, first_line, line))
-            for column, place in zip(values, places, strict=True):
-                column.append(record[place])
+                spans.append((row, first_line, line))
+            for column, index in zip(values, field_indices, strict=True):
+                column.append(record[index])
     except csv.Error as error:
         raise DataError(
-            f"{path}, row {rows + 1}: not valid CSV ({error}). Close every double quote; double those in a text; where "
-            "quotes are characters, declare `quoting: plain` in the task file."
+            f"{file.path}, row {row + 1}: not valid CSV ({error}). Close every double quote, and double those inside a "
+            "text. If quotes are ordinary characters, declare `quoting: plain` in the task file."
         ) from error
     finally:
-        csv.field_size_limit(limit)
-    return _Reading(header, dict(zip(columns, values, strict=True)) if header else {}, spans)
+        csv.field_size_limit(size_limit)
+    return _Parsed(header, dict(zip(file.columns, values, strict=True)) if header else {}, spans)
 
 
-def _check_delimiter(path: Path, header: list[str], delimiter: str, columns: Sequence[str]) -> None:
-    """Refuse a file whose header has all columns in one field, apart by what separates fields in other files."""
-    others = (other for other in ",;\t|" if other != delimiter and {*columns} <= {*header[0].split(other)})
-    if len(header) == 1 and len(columns) > 1 and (separator := next(others, None)):
-        remedy = {"\t": "Name it .tsv.", ",": "Name it .csv."}.get(separator, f"Write it with {delimiter!r}.")
-        raise DataError(f"{path}: its columns are separated by {separator!r}, and {delimiter!r} was expected. {remedy}")
+def _wrong_length(file: _File, quoting: Quoting, row: int, expected: int, found: int) -> str:
+    if quoting == "quoted":
+        remedy = f"Put fields that contain a {file.delimiter!r} or a line break in double quotes."
+    else:
+        remedy = f"No field may contain a {file.delimiter!r} or a line break."
+    return f"{file.path}, row {row}: the header names {expected} columns, the row has {found}. {remedy}"
 
 
-def _swallowed(
-    text: str, delimiter: str, quoted: _Reading, label: str | None, plain_is_valid: bool
-) -> tuple[int, int] | None:
-    """Find a row that looks like several rows between two quotes that do not belong together.
+def _check_delimiter(file: _File, header: list[str]) -> None:
+    """Refuse a file whose header is a single field that contains all columns, separated by another delimiter."""
+    if len(header) > 1 or len(file.columns) == 1:
+        return
+    for delimiter in ",;\t|":
+        if delimiter != file.delimiter and {*file.columns} <= {*header[0].split(delimiter)}:
+            remedy = {"\t": "Name it .tsv.", ",": "Name it .csv."}.get(delimiter, f"Write it with {file.delimiter!r}.")
+            raise DataError(
+                f"{file.path}: columns are separated by {delimiter!r}, but {file.delimiter!r} was expected. {remedy}"
+            )
 
-    A text in quotes that spans lines begins in one line and ends in another, so that neither has all fields of a row,
-    or, if the text holds delimiters, what stands at the label's is no label.
+
+def _swallowed_rows(file: _File, quoted: _Parsed, *, plain_is_valid: bool) -> tuple[int, int] | None:
+    """Find a row that looks like several rows between two unrelated quotes.
+
+    A quoted text that spans lines begins in one line and ends in another. Neither line has all fields of a row or, if
+    the text contains delimiters, a label in the label's field. Lines that do are rows of their own.
 
     Returns:
-        The number of the row, and of its lines.
+        The number of the row, and the number of its lines; None if there is no such row.
     """
     if not quoted.spans:
         return None
-    lines = list(io.StringIO(text, newline=""))
-    labels = {label_name(name) for name in quoted.columns[label]} if label else set()
+    lines = list(io.StringIO(file.text, newline=""))
+    labels = {label_name(name) for name in quoted.columns[file.label]} if file.label else set()
 
     def is_row(line: str) -> bool:
-        fields = line.rstrip("\r\n").split(delimiter)
+        fields = line.rstrip("\r\n").split(file.delimiter)
         if len(fields) != len(quoted.header):
             return False
-        return plain_is_valid or not label or label_name(fields[quoted.header.index(label)]) in labels
+        return plain_is_valid or not file.label or label_name(fields[quoted.header.index(file.label)]) in labels
 
     for row, first, end in quoted.spans:
         if is_row(lines[first]) and is_row(lines[end - 1]):
@@ -176,23 +210,23 @@ def _swallowed(
 
 
 def require_columns(columns: Sequence[str], present: Sequence[str], source: str) -> list[str]:
-    """Check that a source has each column once.
+    """Check that a source has each of some columns exactly once.
 
     Args:
-        columns: The columns to read.
-        present: Those it has.
-        source: How messages name it.
+        columns: The names of the columns to read.
+        present: The names of all columns of the source.
+        source: The name of the source, for messages.
 
     Returns:
-        The columns to read.
+        The names of the columns to read, as a list.
 
     Raises:
-        DataError: One is missing or there twice.
+        DataError: A column is missing or repeated.
     """
     for column in columns:
         if column not in present:
-            near = did_you_mean(column, present)
-            raise DataError(f"{source}: no column {column!r}.{near} The columns are: {listing(present)}.")
+            suggestion = did_you_mean(column, present)
+            raise DataError(f"{source}: no column {column!r}.{suggestion} The columns are: {format_names(present)}.")
         if list(present).count(column) > 1:
-            raise DataError(f"{source}: the column {column!r} stands there twice. Rename one of them.")
+            raise DataError(f"{source}: there are several columns {column!r}. Rename all but one.")
     return list(columns)

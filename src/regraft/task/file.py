@@ -1,4 +1,4 @@
-"""Files of data as bytes, compressed or not."""
+"""Reading of data files as bytes, compressed or not."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+COMPRESSED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
 MAX_EXPANSION = 100
-"""The most a compressed file may expand where that is much; text expands to 3 to 20 times, bombs to thousands."""
-ALWAYS_READ = 256 * 1024**2
-"""So many bytes are read of a compressed file, however far it expands."""
-_CHUNK = 1024**2
+"""The factor by which a large compressed file may expand: text expands 3 to 20 times, decompression bombs thousands."""
+MIN_CHECKED_BYTES = 256 * 1024**2
+"""The decompressed size up to which expansion is not limited: it fits in memory, whatever the factor."""
+_CHUNK_BYTES = 1024**2
 
 
 def data_suffix(path: Path) -> str:
-    """The ending that says what a file holds, in lower case: `.csv` of `a.csv` and of `a.csv.gz`."""
-    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-    return inner.suffix.lower()
+    """Return the suffix that tells a file's format, in lower case: `.csv` for `a.csv` and for `a.csv.gz`."""
+    uncompressed = path.with_suffix("") if path.suffix.lower() in COMPRESSED_SUFFIXES else path
+    return uncompressed.suffix.lower()
 
 
 def check_regular_file(path: Path) -> int:
-    """Refuse what is no regular file before it is opened: a pipe would keep its reader waiting.
+    """Check that a path is a regular file, before it is opened: opening a pipe would block.
 
     Args:
         path: The file.
@@ -39,15 +39,15 @@ def check_regular_file(path: Path) -> int:
         Its size in bytes.
 
     Raises:
-        DataError: It is missing, out of reach or no regular file.
+        DataError: The path is missing, inaccessible, or not a regular file.
     """
     try:
         status = os.stat(path)
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such file. Correct the path; relative ones start from the folder of the file that names them."
+            f"{path}: no such file. Correct the path; relative paths start from the folder of the file that names them."
         ) from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise DataError(f"{str(path)[:300]}: cannot be read ({_reason(error)}). Correct the path.") from error
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path}: is a folder, pipe or device, not a file. Give the path of a file.")
@@ -55,13 +55,13 @@ def check_regular_file(path: Path) -> int:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds a pipe or device, for which its reader would wait.
+    """Check that a folder contains no pipe or device: opening one would block.
 
     Args:
-        folder: The folder; nothing is checked where there is none.
+        folder: The folder, which need not exist.
 
     Raises:
-        DataError: There is one; the message names it.
+        DataError: The folder contains a pipe or device; the message names it.
     """
     if os.path.isdir(folder):
         for file in folder.rglob("*"):
@@ -70,7 +70,7 @@ def check_folder(folder: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file whole, decompressed where its name says that it is compressed.
+    """Read a file, and decompress it if its suffix says that it is compressed.
 
     Args:
         path: The file.
@@ -79,45 +79,45 @@ def read_bytes(path: Path) -> bytes:
         Its content.
 
     Raises:
-        DataError: It cannot be read or decompressed.
+        DataError: The file cannot be read or decompressed.
     """
     return b"".join(_chunks(path))
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Read a file line by line, decompressed where its name says that it is compressed.
+    """Read a file line by line, and decompress it if its suffix says that it is compressed.
 
     Args:
         path: The file.
 
     Yields:
-        Its lines, each with its line feed.
+        The lines, each with its line feed.
 
     Raises:
-        DataError: It cannot be read or decompressed.
+        DataError: The file cannot be read or decompressed.
     """
-    parts: list[bytes] = []  # of the line that a chunk ends in; a line may be long
+    unfinished: list[bytes] = []  # the parts of the current line, which may extend over many chunks
     for chunk in _chunks(path):
-        first, *others = chunk.split(b"\n")
-        parts.append(first)
-        for other in others:
-            yield b"".join(parts) + b"\n"
-            parts = [other]
-    if last := b"".join(parts):
-        yield last
+        head, *tails = chunk.split(b"\n")
+        unfinished.append(head)
+        for tail in tails:
+            yield b"".join(unfinished) + b"\n"
+            unfinished = [tail]
+    if last_line := b"".join(unfinished):
+        yield last_line
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Read JSON lines, or a file that is one JSON list.
+    """Read JSON lines, or a file that is a single JSON list.
 
     Args:
         path: The file.
 
     Yields:
-        The number of the line, or of the item of the list, from 1, and what stands there; blank lines are left out.
+        The number of each line or list item, counted from 1, and its value; blank lines are skipped.
 
     Raises:
-        DataError: It cannot be read or is no JSON.
+        DataError: The file cannot be read, or is not JSON.
     """
     lines, is_first = enumerate(read_lines(path), start=1), True
     for row, line in lines:
@@ -125,8 +125,8 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
         if not text.strip():
             continue
         is_list, is_first = is_first and text.lstrip().startswith(b"["), False
-        if is_list:  # as no file of objects, one a line, begins
-            text = b"".join([text, *(rest for _, rest in lines)])
+        if is_list:  # a file of one object a line does not begin with a bracket
+            text = b"".join([text, *(remaining_line for _, remaining_line in lines)])
         try:
             content = json.loads(text.decode())
         except (ValueError, RecursionError) as error:
@@ -144,23 +144,25 @@ def _chunks(path: Path) -> Iterator[bytes]:
     import lzma
 
     size, count = check_regular_file(path), 0
-    compressed = path.suffix.lower() in COMPRESSED
+    is_compressed = path.suffix.lower() in COMPRESSED_SUFFIXES
     try:
-        with _opened(path) as stream:
-            while chunk := stream.read(_CHUNK):
+        with _open(path) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
                 count += len(chunk)
-                if compressed and count > max(ALWAYS_READ, MAX_EXPANSION * size):
+                if is_compressed and count > max(MIN_CHECKED_BYTES, MAX_EXPANSION * size):
                     raise DataError(
-                        f"{path}: expands to more than {MAX_EXPANSION} times its {size:,} bytes, as no text does. "
-                        "Decompress it yourself if it is to be read."
+                        f"{path}: expands to more than {MAX_EXPANSION} times its {size:,} bytes, which no text does. "
+                        "If it is to be read nevertheless, decompress it yourself."
                     )
                 yield chunk
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        what = "be decompressed" if compressed else "be read"
-        raise DataError(f"{path}: cannot {what} ({_reason(error)}). Check that it is whole and may be read.") from error
+        verb = "decompressed" if is_compressed else "read"
+        raise DataError(
+            f"{path}: cannot be {verb} ({_reason(error)}). Check that it is complete and that you may read it."
+        ) from error
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes]:
     ending = path.suffix.lower()
     if ending == ".gz":
         import gzip
@@ -175,14 +177,14 @@ def _opened(path: Path) -> IO[bytes]:
 
         return bz2.open(path)
     if ending == ".zst":
-        import pyarrow  # it brings the codec, which Python has from 3.14 on
+        import pyarrow  # for the codec, which is in the standard library only from Python 3.14 on
 
         return cast("IO[bytes]", pyarrow.input_stream(path, compression="zstd"))
     return path.open("rb")
 
 
 def is_unicode(text: str) -> bool:
-    """Whether text can be written as UTF-8: escapes of JSON and YAML can spell half a character."""
+    """Return whether text can be encoded as UTF-8; escapes in JSON and YAML can spell lone surrogates, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

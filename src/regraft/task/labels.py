@@ -1,4 +1,4 @@
-"""Label values of every kind of file as label names, the order of the names, and names that are written alike."""
+"""Label names: how values of any file format are named, how names are ordered, and which names look alike."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-LISTED = 20
-"""So many labels a message lists; a task may have thousands."""
-_WHOLE = re.compile(r"([+-]?\d+)\.0+")
-_MISSING = frozenset(("na", "n/a", "#n/a", "nan", "none", "null", "nil", "<na>", "-", "?"))
-"""What spreadsheets, pandas and databases write where a value is missing, in lower case."""
+MAX_LISTED = 20
+"""The number of names that a message lists; a task may have thousands of labels."""
+_WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")
+_MISSING_VALUES = frozenset(("na", "n/a", "#n/a", "nan", "none", "null", "nil", "<na>", "-", "?"))
+"""What spreadsheets, pandas and databases write for a missing value, in lower case."""
 
 
 def label_name(value: object) -> str | None:
-    """Return the name of a label, the same one whichever format the value was stored in.
+    """Return the name of a label, which is the same whichever file format the value was stored in.
 
-    A whole number is named without its `.0` and a truth value in lower case, as text too: CSV files have only text,
-    and pandas writes whole numbers as `1.0` where a value is missing, and truth values as `True`.
+    Whole numbers lose a trailing `.0`, and truth values are in lower case, even where they are text: CSV files contain
+    only text, and pandas writes `1.0` for whole numbers in a column with missing values, and `True` for truth values.
 
     Args:
-        value: What the file holds.
+        value: The value as read from a file.
 
     Returns:
-        The name, or None where the label is missing.
+        The name, or None for a missing value.
 
     Raises:
         TypeError: The value is neither text, a number nor a truth value.
@@ -40,8 +40,8 @@ def label_name(value: object) -> str | None:
     if isinstance(value, str):
         if not value.strip():
             return None
-        if whole := _WHOLE.fullmatch(value):
-            return whole[1]
+        if whole_number := _WHOLE_NUMBER.fullmatch(value):
+            return whole_number[1]
         return value.lower() if value in ("True", "False") else value
     if isinstance(value, bool):
         return str(value).lower()
@@ -50,14 +50,14 @@ def label_name(value: object) -> str | None:
     raise TypeError(f"a {type(value).__name__}")
 
 
-def label_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Sort label names: by number if all are whole numbers, else by alphabet.
+def sort_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort label names: numerically if all are whole numbers, else alphabetically.
 
     Args:
-        names: The names, in any order, repeated or not.
+        names: The names, in any order, possibly repeated.
 
     Returns:
-        Each name once.
+        The distinct names.
     """
     distinct = sorted(set(names))
     if all(re.fullmatch(r"[+-]?\d+", name) for name in distinct):
@@ -65,70 +65,74 @@ def label_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(distinct)
 
 
-def matching(names: Sequence[str], others: Sequence[str]) -> dict[str, str] | None:
-    """Pair labels with the same labels as another tool wrote them.
+def pair_names(names: Sequence[str], head_names: Sequence[str]) -> dict[str, str] | None:
+    """Pair a task's label names with those of a head, which another tool may have spelled differently.
 
-    Names that are equal are paired if all are; else those that are equal once truth values and whole numbers are
-    named as `label_name` does; else those that differ in case, blanks or invisible characters alone.
+    Names are paired by the first of three keys under which the pairing is one to one: the name itself; the name with
+    truth values and whole numbers normalised by `label_name`; the name without case, blanks and invisible characters.
 
     Args:
-        names: The labels, each once.
-        others: The labels to pair them with.
+        names: The distinct label names of the task.
+        head_names: The distinct label names of the head.
 
     Returns:
-        The other name of each label; None where not all have a partner, or one of them could have several.
+        The head's name for each of the task's; None if no key pairs all of them one to one.
     """
 
-    def as_data(name: str) -> str:
+    def normalise(name: str) -> str:
         return label_name(name) or name
 
-    for key in (str, as_data, lambda name: folded(as_data(name))):
-        left, right = ({key(name): name for name in side} for side in (names, others))
-        if len(left) == len(names) and len(right) == len(others) and left.keys() == right.keys():
-            return {name: right[written] for written, name in left.items()}
+    for key in (str, normalise, lambda name: fold_name(normalise(name))):
+        by_key = {key(name): name for name in names}
+        head_by_key = {key(name): name for name in head_names}
+        is_distinct = len(by_key) == len(names) and len(head_by_key) == len(head_names)
+        if is_distinct and by_key.keys() == head_by_key.keys():
+            return {name: head_by_key[name_key] for name_key, name in by_key.items()}
     return None
 
 
-def folded(name: str) -> str:
-    """Reduce a name to what a reader sees of it: composed, in one case, blanks joined, nothing invisible.
+def fold_name(name: str) -> str:
+    """Reduce a name to what a reader sees: composed characters, one case, single blanks, nothing invisible.
 
     Args:
-        name: A label.
+        name: A label name.
 
     Returns:
-        The same text for names that look alike.
+        A text that is the same for all names that look alike.
     """
     composed = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
     return " ".join("".join(letter for letter in composed if unicodedata.category(letter) != "Cf").split())
 
 
 def lookalikes(names: Sequence[str]) -> list[list[str]]:
-    """Group labels that look alike and are different.
+    """Group different label names that look alike.
 
     Args:
-        names: The labels, each once.
+        names: The distinct label names.
 
     Returns:
-        The groups of two names or more.
+        The groups, each of two names or more.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(folded(name), []).append(name)
+        groups.setdefault(fold_name(name), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def reads_as_missing(name: str) -> bool:
-    """Whether a label is what other tools write where a value is missing, as `NaN` or `N/A`."""
-    return folded(name) in _MISSING
+def is_missing_value(name: str) -> bool:
+    """Return whether a label name is what other tools write for a missing value, such as `NaN` or `N/A`."""
+    return fold_name(name) in _MISSING_VALUES
 
 
-def listing(names: Sequence[str]) -> str:
-    """List labels for a message, the first ones of many.
+def format_names(names: Sequence[str]) -> str:
+    """Format names for a message, cutting a long list short.
 
     Args:
-        names: The labels.
+        names: The names.
 
     Returns:
-        Their names in quotes; `none` where there are none.
+        The names in quotes, or `none` if there are none.
     """
-    return ", ".join(f"{name!r:.100}" for name in names[:LISTED]) + (" …" if len(names) > LISTED else "") or "none"
+    return (
+        ", ".join(f"{name!r:.100}" for name in names[:MAX_LISTED]) + (" …" if len(names) > MAX_LISTED else "") or "none"
+    )

@@ -1,4 +1,4 @@
-"""What a score is, and what an upgrade turned from right to wrong."""
+"""Metrics, and what is derived from scores and predictions: recovery, deviation and flips."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 
 Score = TypeVar("Score", float, "Floats")
 
-MIN_HEADROOM = 0.03  # where a reference is less than this above guessing, a share of its gain says nothing
+MIN_HEADROOM = 0.03
+"""The least gain of a reference over guessing that recovery is computed for: a share of less is mostly noise."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """What a metric makes of one model's predictions: its score on any resample of the examples.
+class Evaluation:
+    """A metric applied to the predictions of one model, ready to score resamples of the examples.
 
     Args:
-        width: How many numbers a resample takes in memory.
-        scores: Returns the scores of counts of the examples, resamples × examples; without them, that of the examples
-            as they are.
+        width: The number of values in memory for each resample.
+        scores: A function that returns one score a resample. Its argument is how often each resample contains each
+            example, resamples × examples, or None to score the examples as they are.
     """
 
     width: int
@@ -39,118 +40,119 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A score of predictions.
+    """A metric of predictions.
 
     Args:
-        name: What a task file calls it.
-        measure: Returns what the metric makes of targets and predictions.
-        rises: Whether more is better.
-        is_bounded: Whether 1 bounds it, so that a hundredth means the same in every task. What is allowed of another
-            one, as a tolerance, is a share of what a reference gains over guessing.
+        name: The name in task files.
+        evaluate: A function that applies the metric to targets and predictions.
+        higher_is_better: Whether a higher score is better.
+        is_bounded: Whether 1 is the highest score, so that a hundredth means the same in every task. For other metrics,
+            differences such as a tolerance are relative to a reference's gain over guessing.
     """
 
     name: str
-    measure: Callable[[Targets, Targets], Measured]
+    evaluate: Callable[[Targets, Targets], Evaluation]
     higher_is_better: bool = True
     is_bounded: bool = True
 
     def merit(self, score: Score) -> Score:
-        """Return a number that is the larger the better a score is.
+        """Return the score, negated if lower is better: the higher the merit, the better the score.
 
         Args:
-            score: The score, or an array of them.
+            score: A score or an array of scores.
         """
         return score if self.higher_is_better else -score
 
     def gain(self, score: float, reference: float) -> float:
-        """Return by how much a score is better than a reference.
+        """Return by how much a score is better than a reference; negative if it is worse.
 
         Args:
             score: The score.
-            reference: The other one.
+            reference: The score to compare with.
         """
         return score - reference if self.higher_is_better else reference - score
 
     def share_to_difference(self, share: float, floor: float, reference: float) -> float:
-        """Return how large a difference is that is named as a share.
+        """Convert a share, such as a tolerance, to a difference of scores.
 
         Args:
-            share: The share.
+            share: The share, as a fraction.
             floor: The score of guessing.
-            reference: The score to measure by.
+            reference: The score of the reference.
 
         Returns:
-            The share itself of a metric that 1 bounds; of another one, of the difference between the two scores.
+            The share itself if the metric is bounded, else the share of the distance from floor to reference.
         """
         return share if self.is_bounded else share * abs(reference - floor)
 
     def describe(self, difference: float, form: str = "+.1f") -> str:
-        """Write a difference of scores: as a number of points, which are hundredths, where 1 bounds the metric.
+        """Format a difference of scores, in points (hundredths) if the metric is bounded.
 
         Args:
             difference: The difference.
-            form: How points are formatted; what is not in points has three digits.
+            form: The format specification for points; other differences have three significant digits.
 
         Returns:
             The number without its unit.
         """
-        return (
-            format(100 * difference, form) if self.is_bounded else format(difference, form[: form.index(".")] + ".3g")
-        )
+        if self.is_bounded:
+            return format(100 * difference, form)
+        sign = form[: form.index(".")]
+        return format(difference, f"{sign}.3g")
 
     @property
     def unit(self) -> str:
-        """What `describe` counts in, with a blank before it."""
+        """The unit of what `describe` returns, with a leading blank."""
         return " points" if self.is_bounded else ""
 
 
 def sum_metric(
     name: str,
     statistics: Callable[[Targets, Targets], csr_array],
-    value: Callable[[Floats], Floats],
+    score_sums: Callable[[Floats], Floats],
     *,
-    rises: bool = True,
+    higher_is_better: bool = True,
     is_bounded: bool = True,
 ) -> Metric:
-    """Make a metric that is a function of sums over examples, and so is known of any resample of them.
+    """Build a metric that is a function of sums over examples, so that resamples cost a matrix product only.
 
     Args:
-        name: What a task file calls it.
-        statistics: Returns what is summed, examples × k, of targets and predictions.
-        value: Returns the scores of sums, resamples × k.
-        rises: Whether more is better.
-        is_bounded: Whether 1 bounds it.
+        name: The name in task files.
+        statistics: A function that returns k statistics of each example, examples × k, from targets and predictions.
+        score_sums: A function that returns one score a resample from the sums of its statistics, resamples × k.
+        higher_is_better: Whether a higher score is better.
+        is_bounded: Whether 1 is the highest score.
 
     Returns:
         The metric.
     """
 
-    def measure(targets: Targets, predictions: Targets) -> Measured:
+    def evaluate(targets: Targets, predictions: Targets) -> Evaluation:
         import numpy as np
 
         summands = statistics(targets, predictions)
 
         def scores(counts: Floats | None) -> Floats:
             if counts is None:
-                return value(summands.sum(axis=0)[None])
-            return value(np.ascontiguousarray((summands.T @ counts.T).T))  # added up in the order of the line above
+                return score_sums(summands.sum(axis=0)[None])
+            return score_sums(np.ascontiguousarray((summands.T @ counts.T).T))  # the order of summation is as above
 
-        return Measured(summands.shape[1], scores)
+        return Evaluation(summands.shape[1], scores)
 
-    return Metric(name, measure, rises, is_bounded)
+    return Metric(name, evaluate, higher_is_better, is_bounded)
 
 
 def recovery(value: float, floor: float, reference: float, metric: Metric | None = None) -> float | None:
-    """Compute how much of a reference's gain over guessing a score reaches.
+    """Compute recovery: the share of a reference's gain over guessing that a score reaches.
 
     Args:
         value: The score.
-        floor: That of guessing.
-        reference: That of tuning from scratch.
-        metric: What they are scores by; None for one that rises and that 1 bounds.
+        floor: The score of guessing.
+        reference: The score of tuning from scratch.
+        metric: The metric of the scores; None for one that is bounded and better if higher.
 
     Returns:
-        The share, clipped neither at 0 nor at 1; None where the reference gains less than `MIN_HEADROOM`, or nothing.
+        The share, which may be below 0 or above 1; None if the reference gains nothing, or less than `MIN_HEADROOM`.
     """
     gain, headroom = reference - floor, MIN_HEADROOM
     if metric is not None:
@@ -160,12 +162,12 @@ def recovery(value: float, floor: float, reference: float, metric: Metric | None
 
 @dataclasses.dataclass(frozen=True)
 class Flips:
-    """Examples that two models differ on.
+    """The number of examples on which an upgrade changed whether the prediction is right.
 
     Args:
-        negative: How many were right before and are wrong after.
-        positive: How many were wrong before and are right after.
-        total: How many examples there are.
+        negative: The number of negative flips: right before the upgrade, wrong after it.
+        positive: The number of positive flips: wrong before the upgrade, right after it.
+        total: The number of examples.
     """
 
     negative: int
@@ -174,23 +176,23 @@ class Flips:
 
     @property
     def negative_rate(self) -> float:
-        """The share of negative flips in all examples (Yan et al., 2021, arXiv:2011.09161)."""
+        """The share of examples that are negative flips (Yan et al., 2021, arXiv:2011.09161)."""
         return self.negative / self.total if self.total else 0.0
 
     @property
     def positive_rate(self) -> float:
-        """The share of positive flips in all examples."""
+        """The share of examples that are positive flips."""
         return self.positive / self.total if self.total else 0.0
 
 
 def deviation(scores: Sequence[float]) -> float | None:
-    """Return the standard deviation of scores over seeds.
+    """Compute the standard deviation of scores over seeds.
 
     Args:
-        scores: A score a seed.
+        scores: One score a seed.
 
     Returns:
-        The deviation; None for fewer than two, and NaN where one is infinite or not a number.
+        The sample standard deviation; None for fewer than two scores, NaN if a score is not finite.
     """
     if len(scores) < 2:
         return None
@@ -198,17 +200,17 @@ def deviation(scores: Sequence[float]) -> float | None:
 
 
 def count_flips(was_right: Sequence[bool | None], is_right: Sequence[bool | None]) -> Flips:
-    """Count the examples that turned from right to wrong, and the reverse.
+    """Count negative and positive flips.
 
     Args:
-        was_right: Whether the prediction of each example was right before the upgrade; None counts as wrong.
-        is_right: Whether it is right after it.
+        was_right: Whether each prediction before the upgrade is right; None counts as wrong.
+        is_right: Whether each prediction after the upgrade is right; None counts as wrong.
 
     Returns:
         The counts.
 
     Raises:
-        MismatchError: They are not of one length.
+        MismatchError: The two have different lengths.
     """
     import numpy as np
 
@@ -218,14 +220,14 @@ def count_flips(was_right: Sequence[bool | None], is_right: Sequence[bool | None
 
 
 def require_equal_lengths(**lengths: int) -> None:
-    """Refuse sequences over the same examples that differ in length.
+    """Check that sequences over the same examples have the same length.
 
     Args:
-        **lengths: How long each is, by its name.
+        **lengths: The length of each sequence, by the name that messages use.
 
     Raises:
-        MismatchError: They differ.
+        MismatchError: The lengths differ.
     """
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{count:,} {name}" for name, count in lengths.items())
-        raise MismatchError(f"expected one value an example, found {counts}. Predict the very split the labels are of.")
+        raise MismatchError(f"expected one value an example, found {counts}. Give values of one and the same split.")

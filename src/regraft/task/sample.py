@@ -1,7 +1,8 @@
-"""Examples drawn by stratum, from a seed and their content alone."""
+"""Sampling of examples by stratum, determined by a seed and the examples' content alone."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from typing import TYPE_CHECKING
@@ -14,66 +15,65 @@ if TYPE_CHECKING:
     from regraft.task.split import Split
     from regraft.task.types import Task
 
-HELD_OUT = 0.1
+HELD_OUT_FRACTION = 0.1
+"""The fraction of each stratum of train that is held out as dev if the task has no dev source."""
 
 
-def draw(split: Split, task: Task, labels: Sequence[str], counts: Sequence[int], seed: int) -> list[int]:
-    """Draw a number of examples of each stratum, which in classification is a class.
+def draw_indices(split: Split, task: Task, labels: Sequence[str], counts: Sequence[int], seed: int) -> list[int]:
+    """Draw a number of examples from each stratum; in classification, a stratum is a class.
 
-    Examples are ranked by a hash of the seed and their content, so the draw is the same in whatever order they come.
+    Examples are ranked by a hash of the seed and their content, so the sample does not depend on their order.
 
     Args:
-        split: What to draw from.
+        split: The examples to draw from.
         task: The task.
         labels: The label names, in the order of the outputs.
-        counts: How many examples of each stratum; fewer where the split has fewer.
-        seed: What the examples are drawn from.
+        counts: The number of examples to draw from each stratum; all of a stratum that has fewer.
+        seed: The seed of the ranking.
 
     Returns:
-        Indices, in the order drawn.
+        The indices of the examples, in the order drawn.
     """
     strata = task.strata(split.targets, labels)[0].tolist()
-    keys = [
+    hashes = [
         hashlib.sha256(json.dumps([seed, inputs, task.describe(target, labels)]).encode()).digest()
         for inputs, target in zip(split.inputs, split.targets.tolist(), strict=True)
     ]
-    left, drawn = list(counts), []
-    for index in sorted(range(len(keys)), key=keys.__getitem__):
-        if left[strata[index]] > 0:
-            left[strata[index]] -= 1
-            drawn.append(index)
-    return drawn
+    remaining, indices = list(counts), []
+    for index in sorted(range(len(hashes)), key=hashes.__getitem__):
+        if remaining[strata[index]] > 0:
+            remaining[strata[index]] -= 1
+            indices.append(index)
+    return indices
 
 
 def hold_out(train: Split, task: Task, labels: Sequence[str], seed: int) -> tuple[Split, Split]:
-    """Part a dev split from train: a tenth of each stratum, at least one of each stratum that has two.
+    """Hold out a dev split from train: a tenth of each stratum, and at least one example of each that has two.
 
     Args:
-        train: What to part.
+        train: The examples to divide.
         task: The task.
         labels: The label names, in the order of the outputs.
-        seed: What the examples are drawn from.
+        seed: The seed of the sample.
 
     Returns:
-        What is left of train, and dev; both in the order of the source.
+        The remaining train and the held-out dev, both in the order of the source.
 
     Raises:
-        DataError: No stratum has an example to spare.
+        DataError: No stratum has more than one example.
     """
-    import dataclasses
-
     import numpy as np
 
     strata, names = task.strata(train.targets, labels)
     sizes = np.bincount(strata, minlength=len(names)).tolist()
-    counts = [max(1, round(HELD_OUT * size)) if size > 1 else 0 for size in sizes]
-    chosen = draw(train, task, labels, counts, seed)
-    if not chosen:
+    counts = [max(1, round(HELD_OUT_FRACTION * size)) if size > 1 else 0 for size in sizes]
+    indices = draw_indices(train, task, labels, counts, seed)
+    if not indices:
         raise DataError(
-            f"{train.source}: has a single example of each class, so none can be held out as dev. "
-            "Add examples, or name a file of them under `dev`."
+            f"{train.source}: there is a single example of each class, so none can be held out as dev. "
+            "Add examples, or give a dev source under `dev`."
         )
     is_dev = np.zeros(len(train), dtype=bool)
-    is_dev[chosen] = True
+    is_dev[indices] = True
     dev = dataclasses.replace(train.take(np.flatnonzero(is_dev)), name="dev")
     return train.take(np.flatnonzero(~is_dev)), dev

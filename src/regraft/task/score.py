@@ -1,4 +1,4 @@
-"""Scores of predictions by the metrics of the task types."""
+"""Scoring of predictions by the metrics of all task types."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from regraft.task.data import TaskData
-    from regraft.task.metric import Measured, Metric
+    from regraft.task.metric import Evaluation, Metric
     from regraft.task.split import Split
 
 
 def find_metric(metric: Metric | str) -> Metric:
-    """Look up a metric of any task type by its name.
+    """Look up a metric by its name, among those of all task types.
 
     Args:
-        metric: What a task file calls it, or the metric itself. Where several types have one of that name, that of text
-            classification is returned.
+        metric: The name in task files, or the metric itself. If several task types have a metric of that name, the one
+            of text classification is returned.
 
     Returns:
         The metric.
@@ -32,8 +32,10 @@ def find_metric(metric: Metric | str) -> Metric:
     if not isinstance(metric, str):
         return metric
     types = task_types()
-    last = types[DEFAULT_TYPE]  # which names of metrics stood for before there were types
-    metrics = {each.name: each for task_type in (*types.values(), last) for each in task_type.metrics}
+    default_type = types[DEFAULT_TYPE]  # last, so that its metrics win: before there were types, names stood for them
+    metrics = {
+        candidate.name: candidate for task_type in (*types.values(), default_type) for candidate in task_type.metrics
+    }
     if metric not in metrics:
         raise RecipeError(f"metric {metric!r}: there is no such metric. Use one of {', '.join(metrics)}.")
     return metrics[metric]
@@ -43,9 +45,9 @@ def score(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> fl
     """Score predictions.
 
     Args:
-        metric: The task's `scoring`, or the name of a metric, as `accuracy`.
-        labels: The target of each example.
-        predictions: The prediction of each example.
+        metric: The metric, such as a task's `scoring`, or its name.
+        labels: One target an example.
+        predictions: One prediction an example.
 
     Returns:
         The score.
@@ -53,64 +55,64 @@ def score(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> fl
     Raises:
         RecipeError: There is no such metric.
         DataError: There are no examples.
-        MismatchError: There are not as many predictions as targets.
+        MismatchError: The number of predictions differs from that of targets.
     """
-    return float(measure(metric, labels, predictions).scores(None)[0])
+    return float(evaluate(metric, labels, predictions).scores(None)[0])
 
 
-def measure(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> Measured:
-    """Return what a metric makes of predictions.
+def evaluate(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> Evaluation:
+    """Apply a metric to predictions, so that they can be scored on any resample of the examples.
 
     Args:
         metric: The metric or its name.
-        labels: The target of each example.
-        predictions: The prediction of each example.
+        labels: One target an example.
+        predictions: One prediction an example.
 
     Returns:
-        Its score on any resample of the examples.
+        The evaluation.
 
     Raises:
         RecipeError: There is no such metric.
         DataError: There are no examples.
-        MismatchError: There are not as many predictions as targets.
+        MismatchError: The number of predictions differs from that of targets.
     """
     import numpy as np
 
-    chosen = find_metric(metric)
+    metric = find_metric(metric)
     targets, predicted = np.asarray(labels), np.asarray(predictions)
     require_equal_lengths(labels=len(targets), predictions=len(predicted))
     if not len(targets):
         raise DataError("there are no examples to score. Give a split that has some.")
-    return chosen.measure(targets, predicted)
+    return metric.evaluate(targets, predicted)
 
 
 def chance_score(data: TaskData, split: Split) -> float:
-    """Score the best guess that looks at no input, as the most frequent class of train.
+    """Score the best constant prediction, such as the most frequent class of train.
 
     Args:
-        data: The task.
-        split: Its dev or test.
+        data: The task's data.
+        split: The split to score it on.
 
     Returns:
         The score by the task's metric.
     """
-    guess = data.task.chance_prediction(data.train.targets, data.labels)
-    return score(data.task.scoring, split.targets, [guess] * len(split))
+    prediction = data.task.chance_prediction(data.train.targets, data.labels)
+    return score(data.task.scoring, split.targets, [prediction] * len(split))
 
 
 def flips(labels: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:
-    """Count the examples that turned from right to wrong, and the reverse; a prediction is right if it is the target.
+    """Count negative and positive flips, where a prediction is right if it equals the target.
 
     Args:
-        labels: The target of each example.
-        before: The prediction before the upgrade.
-        after: The prediction after it.
+        labels: One target an example.
+        before: One prediction an example, before the upgrade.
+        after: One prediction an example, after the upgrade.
 
     Returns:
         The counts.
 
     Raises:
-        MismatchError: The three are not of one length.
+        MismatchError: The three have different lengths.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Columns of a file or a data set, as they stand there."""
+"""Reading of columns from files and data sets, without interpreting their values."""
 
 from __future__ import annotations
 
@@ -14,24 +14,32 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from regraft.errors import DataError
 from regraft.task.delimited import read_delimited, require_columns
-from regraft.task.file import COMPRESSED, check_folder, check_regular_file, data_suffix, read_bytes, read_json_rows
-from regraft.task.labels import label_name, listing
+from regraft.task.file import (
+    COMPRESSED_SUFFIXES,
+    check_folder,
+    check_regular_file,
+    data_suffix,
+    read_bytes,
+    read_json_rows,
+)
+from regraft.task.labels import format_names, label_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from regraft.task.delimited import Quoting
 
-READ = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+"""The suffixes of files that are read."""
 
 
 class HubSplit(BaseModel):
     """A split of a data set that `datasets` loads: one of the Hugging Face Hub, or a local folder of data files.
 
     Args:
-        dataset: Its name on the Hub, or a folder.
-        split: The split, also a slice of it such as `train[:1000]`.
-        config: The configuration (subset), where it has several.
+        dataset: The name of the data set on the Hub, or a folder.
+        split: The split, or a slice of it such as `train[:1000]`.
+        config: The configuration (subset), if the data set has several.
         revision: A branch, tag or commit on the Hub.
     """
 
@@ -47,46 +55,48 @@ class HubSplit(BaseModel):
         return ", ".join(part for part in parts if part)
 
 
-_File = Annotated[str, Field(min_length=1), BeforeValidator(lambda at: os.fspath(at) if isinstance(at, Path) else at)]
+def _path_as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, Path) else value
 
 
-def _kind_of_source(value: Any) -> str:
+_File = Annotated[str, Field(min_length=1), BeforeValidator(_path_as_text)]
+
+
+def _source_tag(value: Any) -> str:
     return "<data set>" if isinstance(value, dict | HubSplit) else "<file>"
 
 
-Source = Annotated[
-    Annotated[_File, Tag("<file>")] | Annotated[HubSplit, Tag("<data set>")], Discriminator(_kind_of_source)
-]
-"""Where a split is read from, as a task file names it."""
-SOURCE = "a file (.csv, .tsv, .jsonl, .json, .parquet) or {dataset: NAME, split: SPLIT}"
+Source = Annotated[Annotated[_File, Tag("<file>")] | Annotated[HubSplit, Tag("<data set>")], Discriminator(_source_tag)]
+"""The source of a split in a task file: the path of a file, or a split of a data set."""
+SOURCE_DESCRIPTION = "a file (.csv, .tsv, .jsonl, .json, .parquet) or {dataset: NAME, split: SPLIT}"
 
 
-def resolved(source: str | HubSplit | None, folder: Path) -> str | HubSplit | None:
-    """Return a source with its path absolute.
+def resolve_source(source: str | HubSplit | None, folder: Path) -> str | HubSplit | None:
+    """Make the path of a source absolute.
 
     Args:
-        source: A file, or a split of a data set; None stays None.
-        folder: Where relative paths start from.
+        source: A file, a split of a data set, or None.
+        folder: The folder that relative paths start from.
 
     Returns:
-        The source.
+        The source; names of data sets that are not folders stay as they are.
     """
     if isinstance(source, str):
         return os.path.abspath(folder / os.path.expanduser(source))
-    if source is not None and os.path.isdir(beside := folder / os.path.expanduser(source.dataset)):
-        return source.model_copy(update={"dataset": os.path.abspath(beside)})
+    if source is not None and os.path.isdir(dataset_folder := folder / os.path.expanduser(source.dataset)):
+        return source.model_copy(update={"dataset": os.path.abspath(dataset_folder)})
     return source
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """Some columns of a source.
+class SourceTable:
+    """The columns of a source that a task needs.
 
     Args:
-        source: How messages name it.
+        source: The name of the source, for messages.
         columns: The values of each column.
-        rows: Where each row stands in the source, from 1.
-        classes: By column, the label names where the source stores labels as numbers together with their names.
+        rows: The number of each row in the source, counted from 1.
+        classes: The class names of each column whose source stores labels as numbers along with their names.
     """
 
     source: str
@@ -97,58 +107,59 @@ class Table:
 
 def read_table(
     source: str | HubSplit, inputs: Sequence[str], targets: Sequence[str], quoting: Quoting | None = None
-) -> Table:
+) -> SourceTable:
     """Read the columns of a task.
 
     Args:
         source: A file, or a split of a data set.
-        inputs: The columns that a model reads.
-        targets: The columns of what it is to predict, if there are any.
-        quoting: How CSV and TSV files are written, as `Task` has it.
+        inputs: The names of the columns that a model reads.
+        targets: The names of the columns that it is to predict, if there are any.
+        quoting: How quotes in CSV and TSV files are interpreted; see `Task`.
 
     Returns:
-        These columns; there is at least one row.
+        These columns, with at least one row.
 
     Raises:
-        DataError: The source is missing, malformed or empty, of a kind that is not read, or lacks a column.
+        DataError: The source is missing, malformed, empty, of an unsupported format, or lacks a column.
     """
     if isinstance(source, str):
         table = _read_file(Path(source), inputs, targets, quoting)
     else:
         table = _read_dataset(source, inputs, targets)
     if not table.rows:
-        raise DataError(f"{table.source}: holds no rows. Give a source with examples.")
+        raise DataError(f"{table.source}: there are no rows. Give a source with examples.")
     return table
 
 
-def _read_file(path: Path, inputs: Sequence[str], targets: Sequence[str], quoting: Quoting | None) -> Table:
-    ending = data_suffix(path)
-    if ending == ".arrow" or (ending not in READ and os.path.isdir(path)):
+def _read_file(path: Path, inputs: Sequence[str], targets: Sequence[str], quoting: Quoting | None) -> SourceTable:
+    suffix = data_suffix(path)
+    if suffix == ".arrow" or (suffix not in SUFFIXES and os.path.isdir(path)):
         folder = path if os.path.isdir(path) else path.parent
         raise DataError(
-            f"{path}: is a folder, or a file of one, and a folder is read by its splits. Write {{dataset: "
-            f"{folder.name}, split: train}} in place of {path.name}."
+            f"{path}: is a data set folder or a file in one; data sets are read by split. Write {{dataset: "
+            f"{folder.name}, split: train}} instead of {path.name}."
         )
-    if ending not in READ:
+    if suffix not in SUFFIXES:
+        files = f"files ending in {path.suffix!r}" if path.suffix else "files without a suffix"
         raise DataError(
-            f"{path}: files ending in {path.suffix or 'nothing'!r} are not read as a task. Give a .csv, .tsv, "
-            ".jsonl, .json (an object a line, or a list of objects) or .parquet file, the text files also compressed "
-            f"({', '.join(COMPRESSED)}); for a data set of the Hub, write "
+            f"{path}: cannot read a task from {files}. Give a .csv, .tsv, "
+            ".jsonl, .json (one object a line, or a list of objects) or .parquet file; text files may be compressed "
+            f"({', '.join(COMPRESSED_SUFFIXES)}). For a data set of the Hub, write "
             f"{{dataset: {'NAME' if path.suffix else path.name}, split: train}}."
         )
     check_regular_file(path)
-    if ending == ".parquet":
+    if suffix == ".parquet":
         return _read_parquet(path, inputs, targets)
     columns = [*inputs, *targets]
-    if ending.startswith(".json"):
+    if suffix in (".json", ".jsonl"):
         return _read_json(path, columns)
-    delimiter = "\t" if ending == ".tsv" else ","
-    return Table(
-        str(path), *read_delimited(path, _decoded(path), delimiter, columns, targets[0] if targets else None, quoting)
-    )
+    delimiter = "\t" if suffix == ".tsv" else ","
+    label = targets[0] if targets else None
+    values, rows = read_delimited(path, _read_text(path), delimiter, columns, label, quoting)
+    return SourceTable(str(path), values, rows)
 
 
-def _read_json(path: Path, columns: Sequence[str]) -> Table:
+def _read_json(path: Path, columns: Sequence[str]) -> SourceTable:
     entries, rows = [], []
     for row, entry in read_json_rows(path):
         if not isinstance(entry, dict):
@@ -160,15 +171,16 @@ def _read_json(path: Path, columns: Sequence[str]) -> Table:
         rows.append(row)
     if len(entries) == 1 and isinstance(entries[0].get(columns[0], {}), dict | list):
         raise DataError(
-            f"{path}: is one object, whose keys are {listing(list(entries[0]))}, not an object for each example. Write "
-            "it as a list of those (pandas: orient='records')."
+            f"{path}: is a single object with the keys {format_names(list(entries[0]))}, not one object an example. "
+            "Write a list of objects (in pandas, orient='records')."
         )
     if entries:
-        require_columns(columns, list(dict.fromkeys(key for entry in entries for key in entry)), str(path))
-    return Table(str(path), {column: [entry.get(column) for entry in entries] for column in columns}, rows)
+        keys = dict.fromkeys(key for entry in entries for key in entry)
+        require_columns(columns, list(keys), str(path))
+    return SourceTable(str(path), {column: [entry.get(column) for entry in entries] for column in columns}, rows)
 
 
-def _read_parquet(path: Path, inputs: Sequence[str], targets: Sequence[str]) -> Table:
+def _read_parquet(path: Path, inputs: Sequence[str], targets: Sequence[str]) -> SourceTable:
     import pyarrow
     import pyarrow.parquet
 
@@ -178,30 +190,31 @@ def _read_parquet(path: Path, inputs: Sequence[str], targets: Sequence[str]) -> 
             table = file.read(columns=require_columns([*inputs, *targets], schema.names, str(path)))
         columns = table.to_pydict()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8
-        raise DataError(f"{path}: not a Parquet file that can be read ({_reason(error)}). Write it anew.") from error
+        raise DataError(f"{path}: not a readable Parquet file ({_reason(error)}). Write it again.") from error
     classes = {}
-    if b"huggingface" in (schema.metadata or {}):  # written by `datasets`, which keeps the names of classes there
+    if b"huggingface" in (schema.metadata or {}):  # `datasets` stores class names there
         from datasets import Features
 
         try:
             features = Features.from_arrow_schema(schema)
-        except Exception as error:  # the metadata is JSON of any shape, and `datasets` takes it for its own
+        except Exception as error:  # the metadata may be any JSON, which `datasets` does not check
             raise DataError(
-                f"{path}: what it says of its columns for `datasets` cannot be used ({_reason(error)}). "
-                "Write it anew, or without that metadata."
+                f"{path}: its metadata for `datasets` is invalid ({_reason(error)}). Write the file again, or without "
+                "that metadata."
             ) from error
-        classes = _classes(features, targets, str(path))
-    return Table(str(path), columns, range(1, table.num_rows + 1), classes)
+        classes = _class_names(features, targets, str(path))
+    return SourceTable(str(path), columns, range(1, table.num_rows + 1), classes)
 
 
-def _read_dataset(source: HubSplit, inputs: Sequence[str], targets: Sequence[str]) -> Table:
+def _read_dataset(source: HubSplit, inputs: Sequence[str], targets: Sequence[str]) -> SourceTable:
     dataset = _load_dataset(source)
     columns = require_columns([*inputs, *targets], dataset.column_names, str(source))
     try:
         values = dataset.select_columns(columns).with_format(None)[:]
-    except Exception as error:  # rows are decoded only now, by code for each type of column
-        raise DataError(f"{source}: its rows cannot be read ({_reason(error)}). Write the data set anew.") from error
-    return Table(str(source), values, range(1, len(dataset) + 1), _classes(dataset.features, targets, str(source)))
+    except Exception as error:  # rows are decoded only here, by code that depends on the type of column
+        raise DataError(f"{source}: its rows cannot be read ({_reason(error)}). Write the data set again.") from error
+    classes = _class_names(dataset.features, targets, str(source))
+    return SourceTable(str(source), values, range(1, len(dataset) + 1), classes)
 
 
 def _load_dataset(source: HubSplit) -> Any:
@@ -215,49 +228,52 @@ def _load_dataset(source: HubSplit) -> Any:
         return load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
     except DataError:
         raise
-    except Exception as error:  # datasets and its readers raise many kinds
+    except Exception as error:  # `datasets` and its readers raise exceptions of many types
         raise DataError(
             f"{source}: `datasets` cannot load it ({_reason(error)}). Check its name, config, split and revision."
         ) from error
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` of a Dataset or DatasetDict wrote a folder."""
-    names = ("dataset_dict.json",), ("state.json", "dataset_info.json")
-    return any(all(os.path.isfile(folder / name) for name in group) for group in names)
+    """Return whether a folder was written by `save_to_disk` of a Dataset or DatasetDict."""
+    is_dict = os.path.isfile(folder / "dataset_dict.json")
+    return is_dict or all(os.path.isfile(folder / name) for name in ("state.json", "dataset_info.json"))
 
 
 def load_saved_dataset(source: HubSplit) -> Any:
-    """Load a split, or slices of splits, of what `save_to_disk` wrote.
+    """Load a split, or slices of splits, from a folder that `save_to_disk` wrote.
 
     Args:
-        source: The folder and the split. A Dataset that does not know the name of its split has any.
+        source: The folder and the split; a Dataset without a split name is loaded under any name.
 
     Returns:
         A Dataset.
 
     Raises:
-        DataError: A file in it is no regular file or outside of it, or the source has a config or a revision.
+        DataError: The folder contains a pipe or device, or refers to files outside; or the source names a config or a
+            revision.
     """
     from datasets import Dataset, ReadInstruction, concatenate_datasets, load_from_disk
 
     folder = Path(source.dataset)
     if source.config or source.revision:
-        raise DataError(f"{source}: a folder of save_to_disk has no `config` and no `revision`. Leave them out.")
+        raise DataError(f"{source}: a folder from save_to_disk has no `config` and no `revision`. Leave them out.")
     check_folder(folder)
     for state in folder.rglob("state.json"):
         for file in json.loads(state.read_bytes())["_data_files"]:
             if Path(file["filename"]).name != file["filename"]:
                 raise DataError(f"{state}: names {file['filename']!r:.200}, which is outside of its folder.")
-    content = load_from_disk(str(folder))
-    if isinstance(content, Dataset):
-        content = {str(content.split or re.findall(r"\w*", source.split)[0]): content}
-    parts = ReadInstruction.from_spec(source.split).to_absolute({name: len(split) for name, split in content.items()})
-    return concatenate_datasets([content[part.splitname].select(range(part.from_, part.to)) for part in parts])
+    splits = load_from_disk(str(folder))
+    if isinstance(splits, Dataset):
+        requested_name = re.findall(r"\w*", source.split)[0]  # of `train[:10%]`, train
+        splits = {str(splits.split or requested_name): splits}
+    sizes = {name: len(split) for name, split in splits.items()}
+    slices = ReadInstruction.from_spec(source.split).to_absolute(sizes)
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in slices])
 
 
-def _classes(features: Any, targets: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
-    """Return the class names of target columns, also of those that are lists of classes."""
+def _class_names(features: Any, targets: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
+    """Return the class names of the target columns that have some, including columns of lists of classes."""
     classes: dict[str, tuple[str, ...]] = {}
     for column in targets:
         feature = features.get(column)
@@ -265,22 +281,24 @@ def _classes(features: Any, targets: Sequence[str], source: str) -> dict[str, tu
         if not names:
             continue
         if not all(isinstance(name, str) for name in names):
-            raise DataError(f"{source}: the class names of {column!r} are {names!r:.200}, not text. Write them anew.")
+            raise DataError(f"{source}: the class names of {column!r} are {names!r:.200}, not text. Correct them.")
         classes[column] = tuple(label_name(name) or name for name in names)
-        if twins := [name for name, count in Counter(classes[column]).items() if count > 1]:
-            raise DataError(f"{source}: several classes of {column!r} are called {twins[0]!r}. Give each its own name.")
+        if repeated := [name for name, count in Counter(classes[column]).items() if count > 1]:
+            raise DataError(
+                f"{source}: several classes of {column!r} are called {repeated[0]!r}. Give each a different name."
+            )
     return classes
 
 
-def _decoded(path: Path) -> str:
+def _read_text(path: Path) -> str:
     content = read_bytes(path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}, line {line}: is not UTF-8 text ({error.reason}). Save the file as UTF-8; one that is compressed "
-            f"needs the ending that says so ({', '.join(COMPRESSED)})."
+            f"{path}, line {line}: is not UTF-8 text ({error.reason}). Save the file as UTF-8; if it is compressed, "
+            f"give it the matching suffix ({', '.join(COMPRESSED_SUFFIXES)})."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Some examples of a task."""
+"""A split of a task's examples."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """Some examples of a task.
+    """A split of a task's examples.
 
     Args:
         name: `train`, `dev` or `test`.
-        source: The file or data set they were read from.
-        inputs: What a model reads of each example; in most types of task a tuple of one or two texts.
-        targets: What it is to predict, an entry an example; in classification an index into the task's labels.
-        rows: The row of each example in its source, from 1.
+        source: The file or data set that the examples were read from.
+        inputs: What a model reads, one entry an example; for task types of text, a tuple of one or two texts.
+        targets: What a model is to predict, one entry an example; in classification, indices of the task's labels.
+        rows: The row number of each example in its source, counted from 1.
     """
 
     name: str
@@ -37,25 +37,25 @@ class Split:
 
     @property
     def texts(self) -> list[Any]:
-        """The inputs, where they are texts."""
+        """The inputs, under the name that they have in tasks of text."""
         return self.inputs
 
     @property
     def labels(self) -> Targets:
-        """The targets, where they are classes."""
+        """The targets, under the name that they have in classification."""
         return self.targets
 
     def take(self, indices: Sequence[int] | Integers) -> Split:
-        """Keep some of the examples.
+        """Select examples.
 
         Args:
-            indices: Their positions, from 0, in the order wanted.
+            indices: The positions of the examples, counted from 0, in the order to return them in.
 
         Returns:
-            A split of the same name and source.
+            The selected examples, as a split of the same name and source.
         """
         import numpy as np
 
-        chosen = np.asarray(indices, dtype=np.int64)
-        inputs = [self.inputs[i] for i in chosen.tolist()]
-        return dataclasses.replace(self, inputs=inputs, targets=self.targets[chosen], rows=self.rows[chosen])
+        positions = np.asarray(indices, dtype=np.int64)
+        inputs = [self.inputs[i] for i in positions.tolist()]
+        return dataclasses.replace(self, inputs=inputs, targets=self.targets[positions], rows=self.rows[positions])

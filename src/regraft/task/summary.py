@@ -1,33 +1,33 @@
-"""What a task's examples look like, in figures, and what makes its scores doubtful."""
+"""Statistics of a task's examples, and warnings about what makes its scores unreliable."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING
 
-from regraft.task.data import duplicates
+from regraft.task.data import find_duplicates
 
 if TYPE_CHECKING:
     from regraft.task.data import TaskData
     from regraft.task.split import Split
 
-FEW = 10
-"""With fewer examples one of them moves accuracy by more than 10 points, and a bootstrap has too little to resample."""
+MIN_EXAMPLES = 10
+"""In a smaller split, one example moves accuracy by more than 10 points, and a bootstrap has too little to resample."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitSummary:
-    """The figures of a split.
+    """The statistics of a split.
 
     Args:
         name: `train`, `dev` or `test`.
-        source: What it was read from.
-        examples: How many there are.
-        counts: How many of each stratum, which in classification is a class.
-        absent: The strata that no example has.
-        median_words: Half of the examples have at most so many words (between blanks; a pair's texts together).
-        p95_words: 95 % of the examples have at most so many words.
-        max_words: The words of the longest example.
+        source: The file or data set that the examples were read from.
+        examples: The number of examples.
+        counts: The number of examples by stratum; in classification, a stratum is a class.
+        absent: The strata without examples.
+        median_words: The median number of words, separated by blanks; those of a pair's texts are added up.
+        p95_words: The 95th percentile of the number of words.
+        max_words: The number of words of the longest example.
     """
 
     name: str
@@ -41,70 +41,72 @@ class SplitSummary:
 
 
 def summarise(data: TaskData) -> list[SplitSummary]:
-    """Sum up the splits of a task.
+    """Summarise the splits of a task.
 
     Args:
-        data: The task.
+        data: The task's data.
 
     Returns:
-        The figures of train, of dev, and of test if there is one.
+        The statistics of train, of dev, and of test if there is one.
     """
-    return [_summary(split, data) for split in (data.train, data.dev, data.test) if split is not None]
+    return [_summarise_split(split, data) for split in (data.train, data.dev, data.test) if split is not None]
 
 
-def _summary(split: Split, data: TaskData) -> SplitSummary:
+def _summarise_split(split: Split, data: TaskData) -> SplitSummary:
     import numpy as np
 
     strata, names = data.task.strata(split.targets, data.labels)
     counts = dict(zip(names, np.bincount(strata, minlength=len(names)).tolist(), strict=True))
     words = np.array([data.task.count_words(inputs) for inputs in split.inputs])
     return SplitSummary(
-        split.name,
-        split.source,
-        len(split),
-        counts,
-        tuple(name for name, count in counts.items() if not count),
-        float(np.median(words)),
-        float(np.quantile(words, 0.95)),
-        int(words.max()),
+        name=split.name,
+        source=split.source,
+        examples=len(split),
+        counts=counts,
+        absent=tuple(name for name, count in counts.items() if not count),
+        median_words=float(np.median(words)),
+        p95_words=float(np.quantile(words, 0.95)),
+        max_words=int(words.max()),
     )
 
 
 def data_warnings(data: TaskData) -> list[str]:
-    """Find what makes the scores of a task doubtful.
+    """Describe what makes a task's scores unreliable.
 
     Args:
-        data: The task.
+        data: The task's data.
 
     Returns:
-        A sentence for each: labels that look alike or stand for missing ones, a dev or test split that is tiny or of a
-        single class, texts of test that are in train too.
+        One sentence for each problem: label names that look alike or look like missing values, a dev or test split
+        that is tiny or of a single class, test examples that are also in train.
     """
-    labels = data.task.label_warnings(data.labels) if data.labelled else []
-    sentences = [f"{data.train.source}: {doubt}" for doubt in labels]
+    label_warnings = data.task.label_warnings(data.labels) if data.labelled else []
+    warnings = [f"{data.train.source}: {warning}" for warning in label_warnings]
     for split in (data.dev, data.test):
-        if split is not None and (why := weakness(data, split)):
-            sentences.append(f"{split.source}: {split.name} has {why}.")
-    if data.test is not None and (pairs := duplicates(data.train, data.test)):
-        in_train, in_test = pairs[0]
-        sentences.append(
-            f"{data.test.source}: {len(pairs):,} of {len(data.test):,} examples of test are in train too (row "
-            f"{in_test} there is row {in_train} of {data.train.source}); scores on them tell nothing of new texts."
+        if split is not None and (problem := weakness(data, split)):
+            warnings.append(f"{split.source}: {split.name} has {problem}.")
+    if data.test is not None and (pairs := find_duplicates(data.train, data.test)):
+        train_row, test_row = pairs[0]
+        warnings.append(
+            f"{data.test.source}: {len(pairs):,} of {len(data.test):,} examples of test are also in train (row "
+            f"{test_row} is row {train_row} of {data.train.source}); scores on them say nothing about new texts."
         )
-    return sentences
+    return warnings
 
 
 def weakness(data: TaskData, split: Split) -> str | None:
-    """Say why scores on a split settle nothing, if so.
+    """Explain why scores on a split cannot tell models apart.
 
     Args:
-        data: The task.
-        split: Its dev or test.
+        data: The task's data.
+        split: Its dev or test split.
 
     Returns:
-        What it has, as `1 example, too few …`; None where it is large and mixed enough to measure on.
+        A noun phrase such as `1 example, too few …`; None if the split is large and varied enough.
     """
-    if len(split) < FEW:
+    if len(split) < MIN_EXAMPLES:
         plural = "s" if len(split) > 1 else ""
-        return f"{len(split)} example{plural}, too few to tell models apart: use {FEW} or more, better hundreds"
+        return (
+            f"{len(split)} example{plural}, too few to tell models apart: use at least {MIN_EXAMPLES}, better hundreds"
+        )
     return data.task.target_weakness(split.targets) if data.labelled else None

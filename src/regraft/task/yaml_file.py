@@ -1,4 +1,4 @@
-"""What users write in YAML: read as it is written, and checked key by key."""
+"""YAML files that users write: read without conversion of scalars, and validated key by key."""
 
 from __future__ import annotations
 
@@ -21,68 +21,75 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_BYTES = 500_000
-"""Of a file: more than 10,000 label names take; PyYAML needs up to 6 s for so much."""
+"""The size of a file: enough for more than 10,000 label names, which take PyYAML up to 6 s."""
 MAX_VALUES = 100_000
-"""Of a file whose aliases are written out: a few lines of aliases to aliases stand for billions of values."""
+"""The number of values after aliases are expanded: a few lines of nested aliases may stand for billions of values."""
 MAX_PROBLEMS = 20
-"""So many lines a message has; a list may be wrong in every item."""
+"""The number of lines of a message: every item of a long list may be invalid."""
 _PLAIN_TAGS = {yaml.ScalarNode: "str", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}
-_KEPT_TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother = 2, 100, 100  # values of a message, however deep and long they are
+_RESOLVED_TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+_short = reprlib.Repr()  # for messages: values may be deep and long
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 100, 100
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves scalars as text, so that labels such as `no`, `01` and `1.0` stay what was written."""
+    """A YAML loader that leaves scalars as text, so that labels such as `no`, `01` and `1.0` stay as written."""
 
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if node is not None:
-            _size(node, {})
+            _check_size(node, {})
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
+        keys = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise _wrong(key, f"the key {_short.repr(key.value)} stands here twice")
-            seen.add(key.value)
+            if key.value in keys:
+                raise _yaml_error(key, f"the key {_short.repr(key.value)} is repeated")
+            keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: kept
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    if (kept := [(tag, pattern) for tag, pattern in resolvers if tag in _KEPT_TAGS])
+    first_character: [(tag, pattern) for tag, pattern in resolvers if tag in _RESOLVED_TAGS]
+    for first_character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
-def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Count the values below a node with aliases written out, and refuse what cannot be plain text and lists of it."""
+def _check_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Count the values of a node with all aliases expanded, and refuse what is not made of text, lists and mappings.
+
+    Args:
+        node: The node.
+        sizes: The counts of all nodes that were visited, by their `id`; None for those that contain this node.
+
+    Returns:
+        The number of values.
+    """
     if id(node) in sizes:
         if (size := sizes[id(node)]) is None:
-            raise _wrong(node, "an alias stands inside of what it stands for")
+            raise _yaml_error(node, "an alias refers to a value that contains it")
         return size
-    plain = f"tag:yaml.org,2002:{_PLAIN_TAGS[type(node)]}"
-    if node.tag != plain and not (isinstance(node, yaml.ScalarNode) and node.tag in _KEPT_TAGS):
+    plain_tag = f"tag:yaml.org,2002:{_PLAIN_TAGS[type(node)]}"
+    if node.tag != plain_tag and not (isinstance(node, yaml.ScalarNode) and node.tag in _RESOLVED_TAGS):
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-        raise _wrong(node, f"the tag {_short.repr(tag)}: values are read as they are written, leave it out")
+        raise _yaml_error(node, f"the tag {_short.repr(tag)}: values are read as written, leave it out")
     sizes[id(node)] = None
     if isinstance(node, yaml.ScalarNode):
         if not is_unicode(node.value):
-            raise _wrong(node, f"{_short.repr(node.value)} is not valid Unicode")
+            raise _yaml_error(node, f"{_short.repr(node.value)} is not valid Unicode")
         size = 1
     elif isinstance(node, yaml.MappingNode):
-        size = 1 + sum(_size(part, sizes) for pair in node.value for part in pair)
+        size = 1 + sum(_check_size(child, sizes) for pair in node.value for child in pair)
     else:
-        size = 1 + sum(_size(part, sizes) for part in node.value)
+        size = 1 + sum(_check_size(child, sizes) for child in node.value)
     if size > MAX_VALUES:
-        raise _wrong(node, f"more than {MAX_VALUES:,} values, its aliases written out")
+        raise _yaml_error(node, f"more than {MAX_VALUES:,} values after aliases are expanded")
     sizes[id(node)] = size
     return size
 
 
-def _wrong(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
+def _yaml_error(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
@@ -93,13 +100,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         path: The file.
 
     Returns:
-        Its mapping. Scalars are text as written or None; the model they are validated by makes numbers of them.
+        The keys and values. Scalars are text as written, or None; validation converts them to numbers.
 
     Raises:
-        DataError: The file is missing, is not UTF-8 or YAML, is no mapping, or is larger or deeper than is read.
+        DataError: The file is missing, not UTF-8, not YAML, not a mapping, too large or too deeply nested.
     """
     if check_regular_file(path) > MAX_BYTES or len(content := read_bytes(path)) > MAX_BYTES:
-        raise DataError(f"{path}: a YAML file of at most {MAX_BYTES:,} bytes is read, and this one is larger.")
+        raise DataError(f"{path}: the file is larger than the {MAX_BYTES:,} bytes that a YAML file may have.")
     try:
         values = yaml.load(content.decode("utf-8-sig"), _Loader)  # a SafeLoader with fewer conversions
     except UnicodeDecodeError as error:
@@ -110,62 +117,63 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise DataError(f"{path}: is not valid YAML ({error}).") from error
     except RecursionError:
-        raise DataError(f"{path}: its lists or mappings are nested too deep to be read.") from None
+        raise DataError(f"{path}: its lists or mappings are nested too deeply.") from None
     if not isinstance(values, dict):
         found = "an empty file" if values is None else f"a {type(values).__name__}"
         raise DataError(f"{path}: expected keys and values (`key: value`), found {found}.")
     return {str(key): value for key, value in values.items()}
 
 
-def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
-    """Build a model from values a user wrote, and explain what is wrong with them if it cannot be built.
+def validate(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
+    """Build a pydantic model from values that a user wrote, and explain every invalid value.
 
-    What an error says of a key comes from the description of its field.
+    The expected value in a message is the description of the model's field.
 
     Args:
-        model: The model.
-        values: Its fields.
-        where: How messages name the origin of the values, as the file's path.
+        model: The class of the model.
+        values: The values of its fields.
+        origin: Where the values come from, such as the path of a file, for messages.
 
     Returns:
         The model.
 
     Raises:
-        DataError: Keys are unknown or missing, or values cannot be used; a line for each.
+        DataError: Keys are unknown or missing, or values are invalid; the message has one line for each.
     """
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        problems = [f"{where}: {_explain(model, problem)}" for problem in error.errors()[:MAX_PROBLEMS]]
-        more = error.error_count() - len(problems)
-        raise DataError("\n".join([*problems, *([f"{where}: {more:,} more of this kind"] if more else [])])) from None
+        problems = [f"{origin}: {_explain(model, problem)}" for problem in error.errors()[:MAX_PROBLEMS]]
+        if error.error_count() > MAX_PROBLEMS:
+            problems.append(f"{origin}: {error.error_count() - MAX_PROBLEMS:,} more problems")
+        raise DataError("\n".join(problems)) from None
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Suggest what a name may have been meant for.
+def did_you_mean(name: str, candidates: Sequence[str]) -> str:
+    """Suggest a valid name in place of an unknown one.
 
     Args:
-        name: The name that is not known.
-        known: Those that are.
+        name: The unknown name.
+        candidates: The valid names.
 
     Returns:
-        A sentence that begins with a space, or nothing where no name is near.
+        A sentence with a leading blank, or an empty text if no valid name is similar.
     """
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    similar = difflib.get_close_matches(name, candidates, n=1)
+    return f" Did you mean {similar[0]!r}?" if similar else ""
 
 
 def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
-    here, description = model, ""
+    innermost, description = model, ""
     for part in error["loc"]:
-        if isinstance(part, str) and part in here.model_fields:
-            field = here.model_fields[part]
-            description, here = field.description or "", _model_in(field.annotation) or here
+        if isinstance(part, str) and part in innermost.model_fields:
+            field = innermost.model_fields[part]
+            description, innermost = field.description or "", _model_in(field.annotation) or innermost
     key = ".".join(str(part) for part in error["loc"] if not str(part).startswith("<"))  # <…> are tags of unions
     if error["type"] == "extra_forbidden":
-        known = list(here.model_fields)
-        near = did_you_mean(str(error["loc"][-1]), known)
-        return f"unknown key {_short.repr(key)}.{near} The keys are: {', '.join(known)}."
+        keys = list(innermost.model_fields)
+        suggestion = did_you_mean(str(error["loc"][-1]), keys)
+        return f"unknown key {_short.repr(key)}.{suggestion} The keys are: {', '.join(keys)}."
     if error["type"] == "missing":
         return f"the key {key!r} is missing. Give {description}."
     if error["type"] == "value_error":
@@ -175,7 +183,8 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """Find the model in an annotation such as `list[Model] | None`."""
+    """Return the model in an annotation such as `list[Model] | None`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+    models = (_model_in(argument) for argument in get_args(annotation))
+    return next((model for model in models if model), None)

@@ -1,6 +1,6 @@
-"""Types of task, a file each: what a model reads and predicts, and how that is scored."""
+"""Task types, one file each: what a model reads, what it predicts, and how predictions are scored."""
 
-from regraft.task.types.examples import ROWS, Examples
+from regraft.task.types.examples import ROW_TENSORS, Examples
 from regraft.task.types.head import Head
 from regraft.task.types.likelihood import Likelihood, Signal
 from regraft.task.types.text_classification import TextClassification
@@ -9,7 +9,7 @@ from regraft.task.types.view import MarkedText, ModelPredictions, Scatter, Span,
 
 __all__ = [
     "DEFAULT_TYPE",
-    "ROWS",
+    "ROW_TENSORS",
     "Examples",
     "Head",
     "Likelihood",

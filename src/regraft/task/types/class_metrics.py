@@ -1,25 +1,25 @@
-"""Metrics of predictions that are one class an example."""
+"""Metrics of classifiers, for predictions that are one class an example."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regraft.task.metric import sum_metric
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+    from regraft.task.metric import Floats
+    from regraft.task.split import Integers
+
+
+def _hits(targets: Integers, predictions: Integers) -> csr_array:
+    """Return two columns: 1 where the prediction is right, and 1 for every example."""
     import numpy as np
     from scipy.sparse import csr_array
 
-    Classes = np.ndarray[Any, np.dtype[np.int64]]
-    Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-
-def _hits(true: Classes, predicted: Classes) -> csr_array:
-    """Return 1 where a prediction is right, and 1 for each example."""
-    import numpy as np
-    from scipy.sparse import csr_array
-
-    return csr_array(np.stack([true == predicted, np.ones(len(true), dtype=bool)], axis=1).astype(np.float64))
+    is_right = targets == predictions
+    return csr_array(np.stack([is_right, np.ones(len(targets), dtype=bool)], axis=1).astype(np.float64))
 
 
 def _accuracy(sums: Floats) -> Floats:
@@ -29,40 +29,40 @@ def _accuracy(sums: Floats) -> Floats:
     return np.asarray(right / total)
 
 
-def _by_class(true: Classes, predicted: Classes) -> csr_array:
-    """Return three ones an example: at its class if it is predicted, at its class, and at the predicted class."""
+def _class_counts(targets: Integers, predictions: Integers) -> csr_array:
+    """Return three columns a class that sum to its confusion counts: true positives, targets and predictions."""
     import numpy as np
     from scipy.sparse import csr_array
 
-    present, codes = np.unique(np.concatenate([true, predicted]), return_inverse=True)
-    of_class, guessed = np.split(codes, 2)
-    examples, hits = np.arange(len(true)), np.flatnonzero(true == predicted)
+    classes, codes = np.unique(np.concatenate([targets, predictions]), return_inverse=True)
+    target_codes, predicted_codes = np.split(codes, 2)
+    examples, hits = np.arange(len(targets)), np.flatnonzero(targets == predictions)
     rows = np.concatenate([hits, examples, examples])
-    columns = np.concatenate([of_class[hits], len(present) + of_class, 2 * len(present) + guessed])
-    return csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(true), 3 * len(present)))
+    columns = np.concatenate([target_codes[hits], len(classes) + target_codes, 2 * len(classes) + predicted_codes])
+    return csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(targets), 3 * len(classes)))
 
 
 def _macro_f1(sums: Floats) -> Floats:
     import numpy as np
 
-    hits, of_class, guessed = np.split(sums, 3, axis=1)
-    is_present = (of_class + guessed) > 0
-    f1 = np.divide(2 * hits, of_class + guessed, out=np.zeros_like(hits), where=is_present)
+    hits, targets, predictions = np.split(sums, 3, axis=1)
+    is_present = (targets + predictions) > 0
+    f1 = np.divide(2 * hits, targets + predictions, out=np.zeros_like(hits), where=is_present)
     return np.asarray(f1.sum(axis=1) / is_present.sum(axis=1))
 
 
 def _mcc(sums: Floats) -> Floats:
     import numpy as np
 
-    hits, of_class, guessed = np.split(sums, 3, axis=1)
-    right, total = hits.sum(axis=1), of_class.sum(axis=1)
-    covariance = right * total - (of_class * guessed).sum(axis=1)
-    spread = (total**2 - (of_class**2).sum(axis=1)) * (total**2 - (guessed**2).sum(axis=1))
-    return np.asarray(np.divide(covariance, np.sqrt(spread), out=np.zeros_like(covariance), where=spread > 0))
+    hits, targets, predictions = np.split(sums, 3, axis=1)
+    right, total = hits.sum(axis=1), targets.sum(axis=1)
+    covariance = right * total - (targets * predictions).sum(axis=1)
+    variance = (total**2 - (targets**2).sum(axis=1)) * (total**2 - (predictions**2).sum(axis=1))
+    return np.asarray(np.divide(covariance, np.sqrt(variance), out=np.zeros_like(covariance), where=variance > 0))
 
 
 ACCURACY = sum_metric("accuracy", _hits, _accuracy)
-MACRO_F1 = sum_metric("macro_f1", _by_class, _macro_f1)
-"""The mean F1 of the classes that are a target or a prediction of some example."""
-MCC = sum_metric("mcc", _by_class, _mcc)
-"""Matthews' correlation coefficient, from −1 to 1; 0 where all targets or all predictions are one class."""
+MACRO_F1 = sum_metric("macro_f1", _class_counts, _macro_f1)
+"""The mean F1 over the classes that are the target or the prediction of some example."""
+MCC = sum_metric("mcc", _class_counts, _mcc)
+"""Matthews' correlation coefficient, from −1 to 1; 0 if all targets or all predictions are one class."""

@@ -1,4 +1,4 @@
-"""What is shown of predictions that are one class an example: recall by class, and calibration."""
+"""Tables and charts that compare two classifiers: recall and flips by class, and calibration."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ if TYPE_CHECKING:
 
     from regraft.task.types.view import View
 
-BINS = 10  # of equal width, as Guo et al. (2017) have them
+BINS = 10
+"""The number of confidence bins, all of equal width; Guo et al. (2017) use 10 to 15."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassComparison:
-    """One label.
+    """The results of an old and a new classifier on the examples of one class.
 
     Args:
-        label: Its name.
-        examples: How many examples have it.
-        before: The share of them that the old deployment has right.
-        after: That the new one has right.
-        negative: Its examples that were right and are wrong.
-        positive: Its examples that were wrong and are right.
+        label: The name of the class.
+        examples: The number of examples of the class.
+        before: The recall of the old deployment.
+        after: The recall of the new deployment.
+        negative: The number of negative flips.
+        positive: The number of positive flips.
     """
 
     label: str
@@ -38,12 +39,12 @@ class ClassComparison:
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """The predictions of a range of confidence.
+    """The predictions whose confidence is in one range.
 
     Args:
-        low: Where the range begins.
-        high: Where it ends.
-        count: How many predictions are in it.
+        low: The lower end of the range, which it excludes.
+        high: The upper end of the range, which it includes.
+        count: The number of predictions in the bin.
         confidence: Their mean confidence.
         accuracy: The share of them that is right.
     """
@@ -57,11 +58,12 @@ class Bin:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Whether a classifier is as sure as it is right.
+    """How well a classifier's confidence agrees with its accuracy.
 
     Args:
-        ece: The expected calibration error: the mean gap of confidence and accuracy over bins, weighed by their sizes.
-        bins: Those that hold predictions.
+        ece: The expected calibration error: the mean absolute difference of confidence and accuracy over bins, weighted
+            by bin size.
+        bins: The bins that contain predictions.
     """
 
     ece: float
@@ -69,92 +71,109 @@ class Calibration:
 
 
 def calibration(confidence: Sequence[float], right: Sequence[bool]) -> Calibration:
-    """Measure whether confidence means what it says.
+    """Measure how well confidence agrees with accuracy.
 
     Source: Guo et al., 2017 (arXiv:1706.04599).
 
     Args:
-        confidence: How probable each prediction is by the model itself.
-        right: Which predictions are right.
+        confidence: The probability that the model gives to each of its predictions.
+        right: Whether each prediction is right.
 
     Returns:
         The expected calibration error and its bins.
     """
     import torch
 
-    sure, is_right = torch.tensor(confidence), torch.tensor(right)
-    number = (sure * BINS).ceil().long().clamp(1, BINS) - 1  # a bin holds its upper end
-    bins = [
-        Bin(
-            low=n / BINS,
-            high=(n + 1) / BINS,
-            count=int(inside.sum()),
-            confidence=float(sure[inside].mean()),
-            accuracy=float(is_right[inside].float().mean()),
-        )
-        for n in range(BINS)
-        if (inside := number == n).any()
-    ]
+    confidences, is_right = torch.tensor(confidence), torch.tensor(right)
+    bin_indices = (confidences * BINS).ceil().long().clamp(1, BINS) - 1  # a bin includes its upper end
+    bins = []
+    for index in range(BINS):
+        is_inside = bin_indices == index
+        if is_inside.any():
+            mean_confidence = float(confidences[is_inside].mean())
+            accuracy = float(is_right[is_inside].float().mean())
+            bins.append(Bin(index / BINS, (index + 1) / BINS, int(is_inside.sum()), mean_confidence, accuracy))
     ece = sum(bin.count * abs(bin.confidence - bin.accuracy) for bin in bins) / len(right)
     return Calibration(ece, tuple(bins))
 
 
-def per_class(
+def compare_classes(
     targets: Sequence[Any], was_right: Sequence[bool], is_right: Sequence[bool], labels: Sequence[str]
 ) -> list[ClassComparison]:
-    """Count by class what was right before an upgrade and is right after it.
+    """Compute recall and flips by class.
 
     Args:
-        targets: The class of each example.
-        was_right: Whether the old deployment has it right.
-        is_right: Whether the new one has it right.
+        targets: The class of each example, as an index.
+        was_right: Whether the old deployment's prediction of each example is right.
+        is_right: Whether the new deployment's prediction of each example is right.
         labels: The names of the classes.
 
     Returns:
-        One entry a class.
+        One comparison a class.
     """
-    rows = []
-    for number, label in enumerate(labels):
-        pairs = [pair for target, *pair in zip(targets, was_right, is_right, strict=True) if target == number]
-        old, new = (sum(pair[side] for pair in pairs) / len(pairs) if pairs else 0.0 for side in (0, 1))
-        negative, positive = (sum(pair == flip for pair in pairs) for flip in ([True, False], [False, True]))
-        rows.append(ClassComparison(label, len(pairs), old, new, negative, positive))
-    return rows
+    comparisons = []
+    for index, label in enumerate(labels):
+        pairs = [pair for target, *pair in zip(targets, was_right, is_right, strict=True) if target == index]
+        count = len(pairs)
+        old_recall = sum(old for old, _ in pairs) / count if count else 0.0
+        new_recall = sum(new for _, new in pairs) / count if count else 0.0
+        negative, positive = pairs.count([True, False]), pairs.count([False, True])
+        comparisons.append(ClassComparison(label, count, old_recall, new_recall, negative, positive))
+    return comparisons
 
 
 def class_views(classes: Sequence[ClassComparison], calibrations: Mapping[str, Calibration]) -> tuple[View, ...]:
-    """Return what is shown of two classifiers.
+    """Return the views that compare two classifiers.
 
     Args:
-        classes: What became of each class.
+        classes: The comparison of each class.
         calibrations: The calibration of the `old` and the `new` deployment.
 
     Returns:
-        A table of the classes and a chart of the calibration, where there are any.
+        A table of the classes and a chart of the calibration, each if there is data for it.
     """
     measured = {name: curve for name, curve in calibrations.items() if curve.bins}
-    views: list[View] = [_class_table(classes)] if classes else []
-    return (*views, _calibration_chart(measured)) if measured else tuple(views)
+    views: list[View] = []
+    if classes:
+        views.append(_class_table(classes))
+    if measured:
+        views.append(_calibration_chart(measured))
+    return tuple(views)
 
 
 def _class_table(classes: Sequence[ClassComparison]) -> Table:
     columns = (
-        Column("class", "text"), Column("examples", "count"), Column("recall before", "number"),
-        Column("recall after", "number"), Column("change", "change"), Column("negative flips", "count"),
+        Column("class", "text"),
+        Column("examples", "count"),
+        Column("recall before", "number"),
+        Column("recall after", "number"),
+        Column("change", "change"),
+        Column("negative flips", "count"),
         Column("positive flips", "count"),
-    )  # fmt: skip
+    )
     rows = tuple(
-        (row.label, row.examples, row.before, row.after, row.after - row.before, row.negative, row.positive)
-        for row in classes
+        (
+            comparison.label,
+            comparison.examples,
+            comparison.before,
+            comparison.after,
+            comparison.after - comparison.before,
+            comparison.negative,
+            comparison.positive,
+        )
+        for comparison in classes
     )
     return Table("Recall and flips by class", columns, rows)
 
 
 def _calibration_chart(calibrations: Mapping[str, Calibration]) -> Scatter:
     columns = (
-        Column("model", "text"), Column("confidence from", "text"), Column("examples", "count"),
-        Column("mean confidence", "number"), Column("share right", "number"),
-    )  # fmt: skip
+        Column("model", "text"),
+        Column("confidence from", "text"),
+        Column("examples", "count"),
+        Column("mean confidence", "number"),
+        Column("accuracy", "number"),
+    )
     rows = tuple(
         (name, f"{bin.low:.2f} to {bin.high:.2f}", bin.count, bin.confidence, bin.accuracy)
         for name, curve in calibrations.items()
@@ -170,18 +189,18 @@ def _calibration_chart(calibrations: Mapping[str, Calibration]) -> Scatter:
         for name, curve in calibrations.items()
     )
     errors = ", ".join(f"{name} model {curve.ece:.3f}" for name, curve in calibrations.items())
-    whens = {"old": "before", "new": "after"}
-    brief = ", ".join(f"{curve.ece:.3f} {whens.get(name, name)}" for name, curve in calibrations.items())
+    upgrade_sides = {"old": "before", "new": "after"}
+    brief = ", ".join(f"{curve.ece:.3f} {upgrade_sides.get(name, name)}" for name, curve in calibrations.items())
     return Scatter(
         name="calibration",
         title="Calibration",
-        lead="On the dotted line a model is as sure as it is right; below it, too sure. Larger marks hold more "
-        "examples.",
+        lead="On the dotted line, confidence equals accuracy; below it, a model is overconfident. Larger marks stand "
+        "for more examples.",
         finding=f"Expected calibration error: {errors}.",
         brief=("calibration error", brief),
         x="confidence",
-        y="share that is right",
-        diagonal="as sure as right",
+        y="accuracy",
+        diagonal="perfect calibration",
         joined=True,
         series=series,
         table=Table("Calibration by bin", columns, rows),

@@ -1,4 +1,4 @@
-"""Examples as token ids, and the rows at which a model speaks of them."""
+"""Tokenised examples, and the rows at which a model makes predictions for them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    Integers = np.ndarray[Any, np.dtype[np.int64]]
+    from regraft.task.split import Integers
 
-ROWS = ("targets", "row", "example", "token")
-"""The tensors of a batch that say which rows it has; the others are the model's inputs."""
+ROW_TENSORS = ("targets", "row", "example", "token")
+"""The tensors of a batch that describe its rows; all others are inputs of the model."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """Examples as a model takes them.
+    """Tokenised examples, ready to be batched.
 
-    A model speaks at some tokens of an example; each of them is a *row*, which has a target. The rows of all examples
-    are numbered through, example by example.
+    A model makes predictions at certain tokens of an example. Each of them is a *row* and has a target. Rows are
+    numbered consecutively over all examples.
 
     Args:
-        columns: For each of the model's inputs (`input_ids`, `token_type_ids`), a list of ids an example.
+        columns: For each input of the model (`input_ids`, `token_type_ids`), one list of ids an example.
         targets: The target of each row.
-        pad: The id that fills up a batch, for each column.
-        tokens: At which tokens of each example its rows are; None for one row an example, at the token that the
+        pad: The id that batches are padded with, for each column.
+        tokens: The token indices of each example's rows; None if each example has a single row, at the token that the
             model's head reads.
     """
 
@@ -49,50 +49,51 @@ class Examples:
         return np.array([len(ids) for ids in self.columns["input_ids"]], dtype=np.int64)
 
     @functools.cached_property
-    def _ends(self) -> Integers:
-        """Past which number the rows of each example are, computed once as every batch asks."""
+    def _row_ends(self) -> Integers:
+        """For each example, the number that follows its last row's; cached because every batch needs it."""
         import numpy as np
 
         return np.cumsum([len(tokens) for tokens in self.tokens or ()])
 
     def rows(self, indices: Sequence[int]) -> Integers:
-        """Return the numbers of some examples' rows.
+        """Return the row numbers of some examples.
 
         Args:
-            indices: Which examples.
+            indices: The indices of the examples.
 
         Returns:
-            One an example's row, in the order of the examples.
+            The numbers of all rows of these examples, in the order of the examples.
         """
         import numpy as np
 
         if self.tokens is None:
             return np.array(list(indices), dtype=np.int64)
-        ends = self._ends
+        ends = self._row_ends
         return np.concatenate([np.arange(ends[i] - len(self.tokens[i]), ends[i]) for i in indices]).astype(np.int64)
 
     def take(self, indices: Sequence[int]) -> Examples:
-        """Keep some of the examples.
+        """Select examples.
 
         Args:
-            indices: Which, in the order wanted.
+            indices: The indices of the examples, in the order to return them in.
 
         Returns:
-            The examples, whose rows are numbered anew.
+            The examples, with their rows renumbered.
         """
         columns = {name: [column[i] for i in indices] for name, column in self.columns.items()}
         tokens = None if self.tokens is None else [self.tokens[i] for i in indices]
         return Examples(columns, self.targets[self.rows(indices)], self.pad, tokens)
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Pad some examples to the longest of them, on the right.
+        """Collate examples, padded on the right to the longest of them.
 
         Args:
-            indices: Which examples.
+            indices: The indices of the examples.
 
         Returns:
-            The model's inputs (each examples × tokens) with `attention_mask`; of each row `targets` and `row`, its
-            number; and, where the rows are not one an example, `example` and `token`, where it is in the batch.
+            The model's inputs, each examples × tokens, with `attention_mask`; for each row, its target (`targets`) and
+            its number (`row`); and unless each example has a single row, its position in the batch (`example` and
+            `token`).
         """
         import torch
 
@@ -107,7 +108,7 @@ class Examples:
         rows = self.rows(indices)
         batch["targets"], batch["row"] = torch.as_tensor(self.targets[rows]), torch.as_tensor(rows)
         if self.tokens is not None:
-            tokens = [self.tokens[i] for i in indices]
-            batch["example"] = torch.tensor([place for place, at in enumerate(tokens) for _ in at], dtype=torch.long)
-            batch["token"] = torch.tensor([token for at in tokens for token in at], dtype=torch.long)
+            positions = [(example, token) for example, i in enumerate(indices) for token in self.tokens[i]]
+            batch["example"] = torch.tensor([example for example, _ in positions], dtype=torch.long)
+            batch["token"] = torch.tensor([token for _, token in positions], dtype=torch.long)
         return batch

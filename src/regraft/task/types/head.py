@@ -1,4 +1,4 @@
-"""The head of a model: which task type it is for, and the names of its outputs."""
+"""The head of a model: the task type it serves, and the names of its outputs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What turns a body's states into outputs.
+    """The layers that turn a model's hidden states into outputs for a task.
 
     Args:
-        type: The task type it is for.
-        labels: The names of its outputs, in their order; none of a number.
+        type: The task type that the head is for.
+        labels: The names of the outputs, in their order; empty if the outputs are numbers without names.
     """
 
     type: type[Task]
@@ -23,12 +23,12 @@ class Head:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the config of a model says of it."""
+        """The keys of a model's config that describe the head."""
         return self.type.head_settings(self.labels)
 
     @property
     def num_outputs(self) -> int:
-        """How many outputs it has."""
+        """The number of outputs."""
         return int(self.settings["num_labels"])
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What the outputs of a model are a distribution over, and the losses that follow from it."""
+"""Likelihoods: what the outputs of a model are a distribution over, and the losses that follow from it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Signal:
-    """What is kept of a teacher's outputs.
+    """The part of a teacher's outputs that a student learns from.
 
     Args:
-        logits: rows × outputs.
+        logits: The teacher's logits, rows × outputs.
     """
 
     logits: torch.Tensor
@@ -27,118 +27,125 @@ class Signal:
         """Return the signal of some rows.
 
         Args:
-            rows: Which rows, on the CPU.
-            like: A tensor of the device and type that are needed.
+            rows: The indices of the rows, on the CPU.
+            like: A tensor whose device and dtype the result is to have.
         """
         return Signal(self.logits[rows].to(like))
 
 
 class Likelihood(Protocol):
-    """A family of distributions; each row of logits is one of them."""
+    """A family of distributions over targets; each row of logits parametrises one distribution."""
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "none") -> torch.Tensor:
-        """Compute the negative log-likelihood of targets in nats.
+        """Compute the negative log-likelihood of targets, in nats.
 
         Args:
-            logits: rows × outputs.
-            targets: A target a row.
-            reduction: `none` for a number a row, or `mean` over them.
+            logits: The model's logits, rows × outputs.
+            targets: One target a row.
+            reduction: `none` for one value a row, or `mean` for their mean.
         """
 
     def signal(self, logits: torch.Tensor) -> Signal:
-        """Return what a student learns from.
+        """Extract from a teacher's logits what a student learns from.
 
         Args:
-            logits: The teacher's, rows × outputs.
+            logits: The teacher's logits, rows × outputs.
         """
 
     def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
-        """Compute the terms of KL(teacher ‖ student), both softened; their sum over a row is its divergence.
+        """Compute the terms of KL(teacher ‖ student), both softened by a temperature.
+
+        Their sum over a row is the divergence of that row. They are returned one by one because the distillation loss
+        weights them before it sums them.
 
         Args:
-            logits: The student's, rows × outputs.
-            signal: The teacher's, of the same rows.
-            temperature: What both models' logits are divided by.
+            logits: The student's logits, rows × outputs.
+            signal: The teacher's signal for the same rows.
+            temperature: The divisor of both models' logits.
 
         Returns:
-            rows × outputs, in nats.
+            The terms, rows × outputs, in nats.
         """
 
     def excess_loss(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
-        """Compute the expected loss of targets that the teacher draws, less the teacher's own: KL(teacher ‖ student).
+        """Compute the expected loss on targets drawn from the teacher, minus the teacher's own: KL(teacher ‖ student).
+
+        Up to rounding, these are the row sums of `divergence_terms` at temperature 1. The order of operations differs,
+        and with it the last bits: methods that judge weights by a teacher have always used this one, and the
+        distillation loss the other, so replacing either would change published results.
 
         Args:
-            logits: The student's, rows × outputs.
-            signal: The teacher's, of the same rows.
+            logits: The student's logits, rows × outputs.
+            signal: The teacher's signal for the same rows.
 
         Returns:
-            A number a row, in nats.
+            One value a row, in nats.
         """
 
     def overlap(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
-        """Compute 1 − the total variation distance of two models' distributions.
+        """Compute 1 − the total variation distance between the distributions of two models.
 
         Args:
-            logits: The one's, rows × outputs.
-            signal: The other's, of the same rows.
+            logits: One model's logits, rows × outputs.
+            signal: The other model's signal for the same rows.
 
         Returns:
-            A number a row, from 0 to 1.
+            One value a row, from 0 to 1.
         """
 
     def predict(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the likeliest target of each row.
+        """Return the most likely target of each row.
 
         Args:
-            logits: rows × outputs.
+            logits: The model's logits, rows × outputs.
         """
 
     def confidence(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Return how probable the likeliest target of each row is; None where that is the same for every row.
+        """Return the probability of each row's most likely target; None if it is the same for every row.
 
         Args:
-            logits: rows × outputs.
+            logits: The model's logits, rows × outputs.
         """
 
     def right(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return of each row whether its likeliest target is right.
+        """Return whether the most likely target of each row is right.
 
         Args:
-            logits: rows × outputs.
-            targets: A target a row.
+            logits: The model's logits, rows × outputs.
+            targets: One target a row.
         """
 
     def gradient_scale(self, temperature: float) -> float:
-        """Return what makes the gradients of a softened divergence as large as those of one that is not.
+        """Return the factor that makes gradients of a softened divergence as large as those at temperature 1.
 
         Args:
-            temperature: As for `divergence`.
+            temperature: The temperature of `divergence_terms`.
         """
 
     def chance_loss(self, targets: Sequence[Any], outputs: int) -> float:
-        """Return the loss of guessing without looking, in nats.
+        """Return the mean loss of a model that ignores its input, in nats.
 
         Args:
-            targets: Those to guess.
-            outputs: How many outputs a model has.
+            targets: One target a row.
+            outputs: The number of outputs of a model.
         """
 
 
 class Categorical:
-    """One of several classes: softmax over the outputs."""
+    """One class out of several: a softmax over the outputs."""
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "none") -> torch.Tensor:
-        """Compute the cross-entropy; see `Likelihood`."""
+        """Compute the cross-entropy; see `Likelihood.loss`."""
         from torch.nn import functional
 
         return functional.cross_entropy(logits, targets, reduction=reduction)
 
     def signal(self, logits: torch.Tensor) -> Signal:
-        """Return all logits; see `Likelihood`."""
+        """Return all logits; see `Likelihood.signal`."""
         return Signal(logits)
 
     def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
-        """Compute p_t·(log p_t − log p_s) for each class; see `Likelihood`."""
+        """Compute p_t·(log p_t − log p_s) for each class; see `Likelihood.divergence_terms`."""
         from torch.nn import functional
 
         return functional.kl_div(
@@ -149,36 +156,38 @@ class Categorical:
         )
 
     def excess_loss(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
-        """Compute cross-entropy − entropy of the teacher's probabilities; see `Likelihood`."""
+        """Compute Σ (p_t·log p_t − p_t·log p_s), cross-entropy minus entropy; see `Likelihood.excess_loss`."""
         import torch
         from torch.nn import functional
 
-        drawn = signal.logits.softmax(dim=1)
-        losses: torch.Tensor = torch.xlogy(drawn, drawn) - drawn * functional.log_softmax(logits, dim=-1)
+        probabilities = signal.logits.softmax(dim=1)
+        losses: torch.Tensor = torch.xlogy(probabilities, probabilities) - probabilities * functional.log_softmax(
+            logits, dim=-1
+        )
         return losses.sum(dim=1)
 
     def overlap(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
-        """Sum the smaller of both probabilities of each class; see `Likelihood`."""
+        """Sum the smaller of the two models' probabilities over classes; see `Likelihood.overlap`."""
         return logits.log_softmax(dim=1).exp().minimum(signal.logits.log_softmax(dim=1).exp()).sum(dim=1)
 
     def predict(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the class of the largest logit; see `Likelihood`."""
+        """Return the class with the largest logit; see `Likelihood.predict`."""
         return logits.argmax(dim=-1)
 
     def confidence(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the largest probability; see `Likelihood`."""
+        """Return the largest probability; see `Likelihood.confidence`."""
         return logits.softmax(dim=-1).amax(dim=-1)
 
     def right(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Compare classes; see `Likelihood`."""
+        """Compare the predicted class with the target; see `Likelihood.right`."""
         return self.predict(logits) == targets
 
     def gradient_scale(self, temperature: float) -> float:
-        """Return T² (Hinton et al., 2015, arXiv:1503.02531); see `Likelihood`."""
+        """Return T² (Hinton et al., 2015, arXiv:1503.02531); see `Likelihood.gradient_scale`."""
         return temperature**2
 
     def chance_loss(self, targets: Sequence[Any], outputs: int) -> float:
-        """Return ln(classes), the loss of the uniform distribution; see `Likelihood`."""
+        """Return ln(classes), the loss of the uniform distribution; see `Likelihood.chance_loss`."""
         import math
 
         return math.log(outputs)

@@ -1,4 +1,4 @@
-"""The task types that there are: this package's, and those that other distributions add."""
+"""Discovery of the task types of this package and of those that other distributions register."""
 
 from __future__ import annotations
 
@@ -11,35 +11,38 @@ from typing import Any
 from regraft.errors import DataError
 
 
-def discovered(base: Any, package: str, group: str) -> dict[str, Any]:
-    """Find the subclasses of a class that modules define as `TASK`, and that entry points name.
+def discover_types(base: Any, group: str) -> dict[str, Any]:
+    """Find the task types that modules of this package define as `TASK`, and those that entry points name.
 
     Args:
-        base: The class.
-        package: The package of the modules.
-        group: The group of the entry points.
+        base: The class that every task type is a subclass of.
+        group: The entry point group that is searched.
 
     Returns:
-        The classes by their type's name.
+        The classes by type name.
 
     Raises:
-        DataError: An entry point cannot be loaded, is no such class, or has a name that is taken.
+        DataError: An entry point cannot be loaded, is not a subclass, or uses a name that is taken.
     """
     types: dict[str, Any] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        own = getattr(importlib.import_module(f"{package}.{module.name}"), "TASK", None)
-        if own:
-            types[own.type_name()] = own
-    for entry in importlib.metadata.entry_points(group=group):
-        origin = f"the entry point {entry.name!r} of {entry.dist.name if entry.dist else 'a distribution'}"
+        built_in: Any = getattr(importlib.import_module(f"{__package__}.{module.name}"), "TASK", None)
+        if built_in:
+            types[built_in.type_name()] = built_in
+    for entry_point in importlib.metadata.entry_points(group=group):
+        distribution = entry_point.dist.name if entry_point.dist else "a distribution"
+        origin = f"the entry point {entry_point.name!r} of {distribution}"
         try:
-            task_type: Any = entry.load()
-        except Exception as error:  # its code may raise anything
-            raise DataError(f"{origin} cannot be loaded ({error!r:.300}). Mend or uninstall it.") from error
-        is_type = isinstance(task_type, type) and issubclass(task_type, base)
-        if not is_type:
-            raise DataError(f"{origin} is {task_type!r:.100}, no subclass of regraft.Task. Mend or uninstall it.")
-        if task_type.type_name() in types:
-            raise DataError(f"{origin} names a task type {task_type.type_name()!r}, which there is already. Rename it.")
-        types[task_type.type_name()] = task_type
+            task_type: Any = entry_point.load()
+        except Exception as error:  # third-party code may raise anything
+            raise DataError(f"{origin} cannot be loaded ({error!r:.300}). Fix or uninstall {distribution}.") from error
+        is_task_type = isinstance(task_type, type) and issubclass(task_type, base)
+        if not is_task_type:
+            raise DataError(
+                f"{origin} is {task_type!r:.100}, no subclass of regraft.Task. Fix or uninstall {distribution}."
+            )
+        name = task_type.type_name()
+        if name in types:
+            raise DataError(f"{origin} defines a task type {name!r}, which already exists. Rename it.")
+        types[name] = task_type
     return types

@@ -1,4 +1,4 @@
-"""Tasks whose inputs are one text or two."""
+"""The base class of task types whose inputs are a text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -13,64 +13,64 @@ from regraft.task.types.examples import Examples
 from regraft.task.types.type import Task
 
 if TYPE_CHECKING:
-    from regraft.task.source import Table
+    from regraft.task.source import SourceTable
     from regraft.task.split import Split
 
-Column = Annotated[str, Field(min_length=1)]
+ColumnName = Annotated[str, Field(min_length=1)]
 
 
-def _kind_of_text(value: Any) -> str:
+def _text_tag(value: Any) -> str:
     return "<pair>" if isinstance(value, list | tuple) else "<column>"
 
 
 _Text = Annotated[
-    Annotated[Column, Tag("<column>")] | Annotated[tuple[Column, Column], Tag("<pair>")],
-    Discriminator(_kind_of_text),
+    Annotated[ColumnName, Tag("<column>")] | Annotated[tuple[ColumnName, ColumnName], Tag("<pair>")],
+    Discriminator(_text_tag),
 ]
 
 
 class TextTask(Task, ABC):
-    """A task whose inputs are one text or two.
+    """A task whose inputs are a text or a pair of texts.
 
     Args:
-        text: The column that holds the text, or two columns for a pair of texts.
+        text: The column of the text, or the two columns of a pair of texts.
     """
 
     text: _Text = Field(description="the column that holds the text, or a list of two columns for a pair of texts")
 
     @property
     def input_columns(self) -> tuple[str, ...]:
-        """The columns that hold text, one or two."""
+        """The column of the text, or the two columns of a pair."""
         return (self.text,) if isinstance(self.text, str) else self.text
 
-    def texts(self, table: Table) -> list[tuple[str, ...]]:
+    def texts(self, table: SourceTable) -> list[tuple[str, ...]]:
         """Return the texts of a table.
 
         Args:
-            table: What was read.
+            table: The columns that were read.
 
         Returns:
-            One or two texts a row.
+            A tuple of one or two texts for each row.
 
         Raises:
-            DataError: A text is missing, empty or no text.
+            DataError: A text is missing, empty, or of another type.
         """
-        return list(zip(*(_checked(table, column) for column in self.input_columns), strict=True))
+        return list(zip(*(_checked_texts(table, column) for column in self.input_columns), strict=True))
 
     def as_text(self, inputs: tuple[str, ...]) -> str:
-        """Return the text, with a mark between the two of a pair."""
+        """Return the text, or the two texts of a pair with a mark between them; see `Task.as_text`."""
         return " ⏎ ".join(inputs)
 
     def as_inputs(self, text: str) -> tuple[str]:
-        """Return the text alone, also where the task is one of pairs."""
+        """Return the text alone, even for a task of pairs; see `Task.as_inputs`."""
         return (text,)
 
     def count_words(self, inputs: tuple[str, ...]) -> int:
-        """Count what stands between blanks, in a pair's texts together."""
+        """Count the words between blanks, for a pair in both texts together; see `Task.count_words`."""
         return sum(len(text.split()) for text in inputs)
 
     def encode(self, split: Split, tokenizer: Any, pad: int, max_length: int) -> Examples:
-        """Tokenise texts, whose row is at the token that the head reads; see `Task.encode`."""
+        """Tokenise texts, with one row each, at the token that the head reads; see `Task.encode`."""
         first = [texts[0] for texts in split.inputs]
         second = [texts[1] for texts in split.inputs] if len(split.inputs[0]) == 2 else None
         encoded = tokenizer(first, second, truncation=True, max_length=max_length, return_attention_mask=False)
@@ -79,26 +79,27 @@ class TextTask(Task, ABC):
 
     @field_validator("text")
     @classmethod
-    def _two_columns(cls, text: str | tuple[str, str]) -> str | tuple[str, str]:
+    def _check_columns(cls, text: str | tuple[str, str]) -> str | tuple[str, str]:
         if not isinstance(text, str) and text[0] == text[1]:
-            raise ValueError(f"names {text[0]!r} twice. Give two columns, or one alone.")
+            raise ValueError(f"names {text[0]!r} twice. Give one column, or two different ones.")
         return text
 
 
-def _checked(table: Table, column: str) -> list[str]:
-    """Return the texts of a column if all of them can be used."""
+def _checked_texts(table: SourceTable, column: str) -> list[str]:
+    """Return the texts of a column if all of them are valid."""
     texts: list[Any] = table.columns[column]
-    if bad := [row for row, text in zip(table.rows, texts, strict=True) if _fault(text)]:
-        fault = _fault(next(text for text in texts if _fault(text)))
-        count = f" (and so in {len(bad):,} rows)" if len(bad) > 1 else ""
+    problems = [(row, problem) for row, text in zip(table.rows, texts, strict=True) if (problem := _problem(text))]
+    if problems:
+        row, problem = problems[0]
+        count = f" (invalid texts in {len(problems):,} rows)" if len(problems) > 1 else ""
         raise DataError(
-            f"{table.source}, row {bad[0]}: the text in column {column!r} is {fault}{count}. "
+            f"{table.source}, row {row}: the text in column {column!r} is {problem}{count}. "
             "Give every row a text, or remove the row."
         )
     return texts
 
 
-def _fault(text: object) -> str | None:
+def _problem(text: object) -> str | None:
     if text is None:
         return "missing"
     if not isinstance(text, str):

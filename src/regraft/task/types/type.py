@@ -1,4 +1,9 @@
-"""What a task is, whatever its type: the keys of every task file, and what a type of task says of its own."""
+"""The base class of all task types: the keys that every task file has, and what a type has to define.
+
+A task type is a subclass of `Task`: in a module of this package, as `TASK`, or in another distribution, under the entry
+point group `regraft.task_types`. It defines which columns are inputs and targets, how inputs are tokenised, what the
+outputs of a model are a distribution over, and how predictions are scored and shown.
+"""
 
 from __future__ import annotations
 
@@ -10,163 +15,171 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from regraft.errors import DataError
-from regraft.task.labels import listing
+from regraft.task.labels import format_names
 from regraft.task.metric import Metric
-from regraft.task.source import SOURCE, Source, resolved
+from regraft.task.source import SOURCE_DESCRIPTION, Source, resolve_source
 from regraft.task.types.likelihood import Likelihood
-from regraft.task.types.registry import discovered
+from regraft.task.types.registry import discover_types
 from regraft.task.yaml_file import did_you_mean, read_yaml, validate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import numpy as np
-
-    from regraft.task.source import Table
-    from regraft.task.split import Split, Targets
+    from regraft.task.source import SourceTable
+    from regraft.task.split import Integers, Split, Targets
     from regraft.task.types.examples import Examples
     from regraft.task.types.view import ModelPredictions, View
 
-ENTRY_POINTS = "regraft.task_types"  # the group by which other distributions add task types
-DEFAULT_TYPE = "text-classification"  # task files of 0.1 name none
-LONGEST = 10_000_000  # tokens: more than any model takes, and few enough for a tokenizer to count
+ENTRY_POINT_GROUP = "regraft.task_types"
+"""The group under which other distributions register their task types."""
+DEFAULT_TYPE = "text-classification"
+"""The type of a task file without the key `type`, as those for regraft 0.1 are."""
+MAX_TOKENS = 10_000_000
+"""The largest `max_length` in tokens: longer than any model's context, yet small enough for a tokenizer's integers."""
 
 
 class Task(BaseModel, ABC):
-    """A task, as a task file declares it; its type is a subclass.
+    """A task as its task file declares it; each task type is a subclass.
 
     Args:
-        name: What the task is called; the stem of the task file if that names none.
-        train: The examples to tune on.
-        dev: The examples to choose by; a tenth of train is held out if there is none.
-        test: The examples to report on.
-        metric: What is reported.
-        quoting: Whether fields of CSV and TSV files are in double quotes where they hold delimiters (`quoted`) or
-            quotes are characters like others (`plain`). If not given, CSV is quoted, and of TSV its quotes decide.
-        shots: Examples a class to keep of train and of dev; all of them if not given.
-        max_length: How many tokens an input is cut to.
+        name: The name of the task; by default, the task file's name without its ending.
+        train: The source of the training examples.
+        dev: The source of the examples that models are selected on; by default, a tenth of train is held out.
+        test: The source of the examples that results are reported on.
+        metric: The name of the metric that is reported.
+        quoting: Whether double quotes in CSV and TSV files enclose fields (`quoted`) or are ordinary characters
+            (`plain`). By default, CSV is read as quoted, and TSV as its quotes suggest.
+        shots: The number of examples to keep of each stratum of train and dev; by default, all are kept.
+        max_length: The number of tokens that inputs are truncated to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     peft_type: ClassVar[str]
-    """PEFT's name of the task type."""
+    """PEFT's `task_type` of adapters for this type."""
     auto_class: ClassVar[str]
-    """The class of transformers that loads a model with a head for it."""
+    """The name of the transformers class that loads a model with a head for this type."""
     metrics: ClassVar[tuple[Metric, ...]]
-    """What can be reported; the first is the default, and what agreement of two models is measured by."""
+    """The metrics to choose from. The first is the default, and the one that agreement of two models is measured by."""
     likelihood: ClassVar[Likelihood]
+    """The distribution over targets that a model's outputs parametrise; see `likelihood_for`."""
     guess: ClassVar[str]
-    """What `chance` predicts, in words, as `the most frequent class`."""
+    """The prediction of `chance_prediction` in words, such as `the most frequent class`."""
     problem_types: ClassVar[tuple[str | None, ...]] = (None,)
-    """What the config of a model for it can have as `problem_type`; the first is written."""
-    head_policies: ClassVar[tuple[str, ...]] = ("copy", "resize", "fresh")  # what can become of an old head
+    """The values of `problem_type` that a model's config may have; the first is the one regraft writes."""
+    head_policies: ClassVar[tuple[str, ...]] = ("copy", "resize", "fresh")
+    """The ways in which an old head may be carried over to the new base."""
     pipeline_tag: ClassVar[str] = "text-classification"
-    """The hub's name of what models for it do."""
+    """The Hugging Face Hub's pipeline tag for models of this type."""
 
     type: str
     name: str = Field(min_length=1, description="a name for the task")
-    train: Source = Field(description=SOURCE)
-    dev: Source | None = Field(default=None, description=SOURCE)
-    test: Source | None = Field(default=None, description=SOURCE)
+    train: Source = Field(description=SOURCE_DESCRIPTION)
+    dev: Source | None = Field(default=None, description=SOURCE_DESCRIPTION)
+    test: Source | None = Field(default=None, description=SOURCE_DESCRIPTION)
     metric: str
     quoting: Literal["quoted", "plain"] | None = Field(default=None, description="quoted or plain, or leave it out")
     shots: int | None = Field(default=None, ge=1, description="a whole number of examples a class, 1 or more")
-    max_length: int = Field(default=128, ge=8, le=LONGEST, description="a whole number of tokens, 8 or more")
+    max_length: int = Field(default=128, ge=8, le=MAX_TOKENS, description="a whole number of tokens, 8 or more")
 
     @classmethod
     def load(cls, path: str | Path) -> Task:
         """Read a task file.
 
         Args:
-            path: A YAML file; relative paths in it start from its folder.
+            path: A YAML file; relative paths in it are relative to its folder.
 
         Returns:
-            The task, of the type that the file names, with absolute paths.
+            The task, an instance of the type that the file names, with absolute paths.
 
         Raises:
-            DataError: The file cannot be read, or a key is unknown, missing or of no use; the message names it.
+            DataError: The file cannot be read, or a key is unknown, missing or invalid; the message names the key.
         """
         path = Path(path)
         task = cls.from_mapping({"name": path.stem, **read_yaml(path)}, str(path))
-        return task.model_copy(
-            update={key: resolved(getattr(task, key), path.absolute().parent) for key in ("train", "dev", "test")}
-        )
+        folder = path.absolute().parent
+        sources = {split: resolve_source(getattr(task, split), folder) for split in ("train", "dev", "test")}
+        return task.model_copy(update=sources)
 
     @staticmethod
-    def from_mapping(values: Mapping[str, Any], where: str) -> Task:
-        """Build a task of the type that its keys name.
+    def from_mapping(values: Mapping[str, Any], origin: str) -> Task:
+        """Build a task of the type that the key `type` names.
 
         Args:
-            values: The keys of a task file.
-            where: How messages name their origin.
+            values: The keys and values of a task file.
+            origin: Where the values come from, for error messages.
 
         Raises:
-            DataError: A key is unknown, missing or of no use; the message names it.
+            DataError: A key is unknown, missing or invalid; the message names the key.
         """
         types, name = task_types(), values.get("type", DEFAULT_TYPE)
         if not isinstance(name, str) or name not in types:
-            near = did_you_mean(name, list(types)) if isinstance(name, str) else ""
+            suggestion = did_you_mean(name, list(types)) if isinstance(name, str) else ""
             raise DataError(
-                f"{where}: there is no task type {name!r:.100}.{near} The types are: {listing(list(types))}."
+                f"{origin}: there is no task type {name!r:.100}.{suggestion} The types are: "
+                f"{format_names(list(types))}."
             )
-        return validate(types[name], values, where)
+        return validate(types[name], values, origin)
 
     def likelihood_for(self, targets: Targets) -> Likelihood:
-        """Return what outputs are a distribution over.
+        """Return the likelihood of this task's models: `likelihood`, unless a type derives it from the targets.
 
         Args:
-            targets: Of train, which its spread may follow from.
+            targets: The training targets, which may determine its scale.
         """
         return self.likelihood
 
     def target_scaling(self, targets: Targets) -> tuple[float, float] | None:
-        """Return where outputs are 0, and how large 1 is, while a model is trained; None for those of the targets.
+        """Return the offset and the scale by which outputs are standardised during training.
 
         Args:
-            targets: Of train.
+            targets: The training targets.
+
+        Returns:
+            The value in target units that an output of 0 stands for, and the size of one output unit in target units;
+            None if models are trained in target units.
         """
         return None
 
-    def counts(self, size: int, strata: Sequence[int]) -> list[int]:
-        """Return how many examples of each stratum are drawn.
+    def sample_counts(self, size: int, stratum_sizes: Sequence[int]) -> list[int]:
+        """Return the number of examples to draw from each stratum.
 
         Args:
-            size: How many are asked for, of each stratum unless a type says otherwise.
-            strata: How many each of them has.
+            size: The requested number: examples a stratum, unless a type defines it otherwise.
+            stratum_sizes: The number of examples that each stratum has.
         """
-        return [size] * len(strata)
+        return [size] * len(stratum_sizes)
 
     @classmethod
     def type_name(cls) -> str:
-        """Return the name that a task file has as `type`."""
+        """Return the name of this type, the value of `type` in task files."""
         return str(cls.model_fields["type"].default)
 
     @classmethod
     def head_settings(cls, labels: Sequence[str]) -> dict[str, Any]:
-        """Return what the config of a model says of its head: how many outputs, their names, and the kind of problem.
+        """Return the keys of a model's config that describe its head: number and names of outputs, and problem type.
 
         Args:
-            labels: The names of the labels, an output each unless a type says otherwise.
+            labels: The label names; the head has one output for each, unless a type defines it otherwise.
         """
         return {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
-            "problem_type": cls.problem_types[0],  # a base's own may be another one
+            "problem_type": cls.problem_types[0],  # explicitly, because a base's own config may name another one
         }
 
     def with_shots(self, shots: int | None) -> Self:
-        """Return this task with a few training examples a class.
+        """Return a few-shot version of this task.
 
         Args:
-            shots: Examples a class; None leaves the task as it is.
+            shots: The number of examples to keep of each stratum; None returns the task as it is.
         """
         return self if shots is None else self.model_copy(update={"shots": shots})
 
     @property
     def scoring(self) -> Metric:
-        """The metric that is reported; other types of task may have another one of that name."""
+        """The reported metric; `metric` is its name, which another task type may use for a different metric."""
         return next(metric for metric in self.metrics if metric.name == self.metric)
 
     @property
@@ -177,174 +190,158 @@ class Task(BaseModel, ABC):
     @property
     @abstractmethod
     def target_columns(self) -> tuple[str, ...]:
-        """The columns of what it is to predict; none where the examples are not labelled."""
+        """The columns that a model is to predict; empty if the examples have no labels."""
 
     @abstractmethod
-    def read(self, tables: Mapping[str, Table]) -> tuple[tuple[str, ...], dict[str, Split]]:
-        """Check rows, and turn them into inputs and targets.
+    def read(self, tables: Mapping[str, SourceTable]) -> tuple[tuple[str, ...], dict[str, Split]]:
+        """Check the rows of the data, and turn them into inputs and targets.
 
         Args:
-            tables: By split, what was read.
+            tables: The columns that were read, by split.
 
         Returns:
-            The label names in the order of the outputs, and the splits. Without target columns every target is a
-            placeholder.
+            The label names in the order of the outputs, and the splits by name. Without target columns, all targets
+            are placeholders.
 
         Raises:
-            DataError: A row cannot be used; the message names it and its file.
+            DataError: A row is invalid; the message names its file and number.
         """
 
     @abstractmethod
     def encode(self, split: Split, tokenizer: Any, pad: int, max_length: int) -> Examples:
-        """Tokenise examples, and decide at which of their tokens a model speaks.
+        """Tokenise examples, and choose the tokens at which a model makes a prediction.
 
         Args:
             split: The examples.
-            tokenizer: A tokenizer of transformers.
-            pad: The id of the token that fills up a batch.
-            max_length: How many tokens an input is cut to.
+            tokenizer: A transformers tokenizer.
+            pad: The token id that batches are padded with.
+            max_length: The number of tokens to truncate inputs to.
 
         Returns:
-            The examples, in the order of the split.
+            The tokenised examples, in the order of the split.
         """
 
     @abstractmethod
     def count_words(self, inputs: Any) -> int:
-        """Count the words of an example's inputs.
-
-        Args:
-            inputs: Of one example.
-        """
+        """Count the words in the inputs of one example."""
 
     @abstractmethod
-    def strata(self, targets: Targets, labels: Sequence[str]) -> tuple[np.ndarray[Any, np.dtype[np.int64]], list[str]]:
-        """Divide examples into the strata that few-shot samples and a held-out dev are drawn from alike.
+    def strata(self, targets: Targets, labels: Sequence[str]) -> tuple[Integers, list[str]]:
+        """Divide examples into strata: few-shot samples and a held-out dev split draw from each of them.
 
         Args:
-            targets: Theirs.
+            targets: The targets of the examples.
             labels: The label names.
 
         Returns:
-            The stratum of each example, and the names of all strata.
+            The stratum of each example as an index, and the names of all strata.
         """
 
     @abstractmethod
     def chance_prediction(self, targets: Targets, labels: Sequence[str]) -> Any:
-        """Return the best prediction that looks at no input.
+        """Return the best constant prediction, the one to make without looking at the input.
 
         Args:
-            targets: Of train.
+            targets: The training targets.
             labels: The label names.
-
-        Returns:
-            One prediction, for every example.
         """
 
     @abstractmethod
     def relabel(self, targets: Targets, order: Sequence[int]) -> Targets:
-        """Number targets by the outputs of a head.
+        """Replace label indices in targets by the indices of a head's outputs.
 
         Args:
             targets: The targets.
-            order: For each label, the number of its output.
+            order: The index of the output for each label.
         """
 
     @abstractmethod
     def describe(self, target: Any, labels: Sequence[str]) -> str:
-        """Write a target or prediction as people read it.
+        """Format a target or a prediction for people to read.
 
         Args:
-            target: One of them.
+            target: The target or prediction of one example.
             labels: The label names.
         """
 
     @abstractmethod
     def as_targets(self, predictions: Sequence[Any]) -> Targets:
-        """Return predictions as the targets that a student of them learns.
+        """Convert a model's predictions to targets, as pseudo-labels.
 
         Args:
-            predictions: A prediction an example.
+            predictions: One prediction an example.
         """
 
     @abstractmethod
     def right(self, targets: Targets, predictions: Sequence[Any]) -> list[bool]:
-        """Say which predictions are right.
+        """Return whether each prediction is right.
 
         Args:
-            targets: A target an example.
-            predictions: A prediction an example.
+            targets: One target an example.
+            predictions: One prediction an example.
         """
 
     @abstractmethod
     def linear_probe(self) -> Any:
-        """Return a linear model of features, as scikit-learn has them, that a base is probed with."""
+        """Return an unfitted scikit-learn estimator that predicts targets linearly from a base's features."""
 
     def comparison_views(
         self, targets: Targets, old: ModelPredictions, new: ModelPredictions, labels: Sequence[str]
     ) -> tuple[View, ...]:
-        """Return what is to be shown of an old and a new model's predictions, beside their scores and flips.
+        """Return tables and charts that compare an old and a new model, in addition to their scores and flips.
 
         Args:
-            targets: A target an example.
-            old: What the old model predicts.
-            new: What the new one does.
+            targets: One target an example.
+            old: The old model's predictions.
+            new: The new model's predictions.
             labels: The label names.
-
-        Returns:
-            Tables and charts; none where there is nothing more to show.
         """
         return ()
 
     def label_warnings(self, labels: Sequence[str]) -> list[str]:
-        """Find what makes the labels of a task doubtful.
+        """Return one sentence for each problem of the label names, such as two names that look alike.
 
         Args:
-            labels: Their names.
-
-        Returns:
-            A sentence for each.
+            labels: The label names.
         """
         return []
 
     def as_text(self, inputs: Any) -> str:
-        """Write an example's inputs as people read them.
+        """Format one example's inputs for people to read.
 
         Args:
-            inputs: Of one example.
+            inputs: The inputs of one example.
         """
         return str(inputs)
 
     def as_inputs(self, text: str) -> Any:
-        """Return a text without a label as an example's inputs.
+        """Convert a plain, unlabelled text to the inputs of an example.
 
         Args:
-            text: Some text.
+            text: The text.
 
         Raises:
-            DataError: The inputs of this type of task are no text.
+            DataError: Inputs of this type are more than a text.
         """
         raise DataError(f"{text!r:.60}: a {self.type} task reads no plain text. Learn from its own examples.")
 
     def target_weakness(self, targets: Targets) -> str | None:
-        """Say why scores on some targets settle nothing, however many there are.
+        """Explain why scores on these targets cannot tell models apart, however many examples there are.
 
         Args:
-            targets: A target an example.
+            targets: One target an example.
 
         Returns:
-            What they are, as `examples of a single class, on which …`; None where they are mixed.
+            A noun phrase such as `examples of a single class, on which …`; None if the targets are varied enough.
         """
         return None
 
 
 @functools.cache
 def task_types() -> dict[str, type[Task]]:
-    """Find every task type: the modules beside this one that define `TASK`, and the entry points of distributions.
-
-    Returns:
-        The classes by the name that a task file has as `type`.
+    """Return all task types by name: those of this package, and those that other distributions register.
 
     Raises:
-        DataError: An entry point cannot be loaded, is no task type, or has a name that is taken.
+        DataError: An entry point cannot be loaded, is not a task type, or uses a name that is taken.
     """
-    return discovered(Task, __package__, ENTRY_POINTS)
+    return discover_types(Task, ENTRY_POINT_GROUP)

@@ -1,4 +1,4 @@
-"""What a type of task wants shown, as values; report and command line draw them, whatever the type."""
+"""Views: tables, charts and marked texts as plain values, which reports and the command line draw for any task type."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 Cell = str | int | float | None
 Size = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=40)]
-"""A name that is part of an anchor on the page, and of a file's."""
+"""A name in lower case that is used in anchors of a page and in file names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelPredictions:
-    """What a model predicts of some examples.
+    """A model's predictions for some examples.
 
     Args:
-        predictions: A prediction an example.
-        confidence: How probable each is by the model itself; None where the task's outputs do not say so.
-        right: Which are right.
+        predictions: One prediction an example.
+        confidence: The probability that the model gives to each prediction; None if its outputs do not tell.
+        right: Whether each prediction is right.
     """
 
     predictions: Sequence[Any]
@@ -36,8 +36,8 @@ class Column:
     """A column of a table.
 
     Args:
-        name: Its heading.
-        form: How its cells are written: words, whole numbers, numbers, numbers with their sign, or shares of 1 in %.
+        name: The heading.
+        form: The format of its cells: text, whole numbers, numbers, signed numbers, or fractions of 1 shown in %.
     """
 
     name: str
@@ -45,22 +45,25 @@ class Column:
 
 
 _NUMBER = ("a number or null", (int, float, type(None)))
-FORMS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "text": ("a text", (str,)), "count": ("a whole number or null", (int, type(None))), "number": _NUMBER,
-    "change": _NUMBER, "share": _NUMBER,
-}  # fmt: skip
-"""By form of a column, what its cells are, in words and as types."""
+CELL_TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
+    "text": ("a text", (str,)),
+    "count": ("a whole number or null", (int, type(None))),
+    "number": _NUMBER,
+    "change": _NUMBER,
+    "share": _NUMBER,
+}
+"""The description and the types of a column's cells, by the column's form."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Figures in rows and columns.
+    """A table of figures.
 
     Args:
-        title: What the table shows.
-        columns: The columns; the first names its row.
-        rows: A cell a column.
-        view: Which view this is.
+        title: The title.
+        columns: The columns; the first one names the rows.
+        rows: The rows, with one cell a column.
+        view: The kind of view, for serialisation.
     """
 
     title: str
@@ -69,25 +72,25 @@ class Table:
     view: Literal["table"] = "table"
 
     def __post_init__(self) -> None:
-        """Check that each row has a cell a column, and that each is of the column's form."""
-        for number, row in enumerate(self.rows):
+        """Check that each row has one cell a column, of a type that the column's form allows."""
+        for index, row in enumerate(self.rows):
             if len(row) != len(self.columns):
-                raise ValueError(f"rows[{number}]: expected {len(self.columns)} values, found {len(row)} values")
+                raise ValueError(f"rows[{index}]: expected {len(self.columns)} values, found {len(row)} values")
             for column, cell in zip(self.columns, row, strict=True):
-                expected, types = FORMS[column.form]
+                expected, types = CELL_TYPES[column.form]
                 if not isinstance(cell, types):
-                    raise ValueError(f"rows[{number}]: {column.name}: expected {expected}, found {cell!r:.80}")
+                    raise ValueError(f"rows[{index}]: {column.name}: expected {expected}, found {cell!r:.80}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Points that belong together.
+    """A series of points in a chart.
 
     Args:
-        name: What they are.
-        x: Where each is across.
-        y: Where each is upwards.
-        sizes: How many examples each stands for.
+        name: The name in the legend.
+        x: The horizontal coordinate of each point.
+        y: The vertical coordinate of each point.
+        sizes: The number of examples that each point stands for.
     """
 
     name: str
@@ -96,28 +99,28 @@ class Series:
     sizes: tuple[Size, ...]
 
     def __post_init__(self) -> None:
-        """Check that every point has both places and a size."""
+        """Check that there are as many x as y and sizes."""
         if not len(self.x) == len(self.y) == len(self.sizes):
             raise ValueError(f"{len(self.x)} x, {len(self.y)} y and {len(self.sizes)} sizes: expected as many of each")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scatter:
-    """Points in the plane, in series.
+    """A scatter chart.
 
     Args:
-        name: Unique among the views of a task type; lower-case words with hyphens between.
-        title: What is drawn, in a few words.
-        lead: How to read it.
-        finding: What it shows, in a sentence.
-        brief: The same for a terminal: a name and the figures.
-        x: What is across.
-        y: What is upwards.
-        diagonal: What the line of equal x and y means; empty for no line.
-        joined: Whether a line joins the points of a series, in their order.
+        name: The name, unique among the views of a task type: lower-case words joined by hyphens.
+        title: The title.
+        lead: How to read the chart, in one or two sentences.
+        finding: What the chart shows, in a sentence.
+        brief: The finding for a terminal, as a name and its figures.
+        x: The label of the horizontal axis.
+        y: The label of the vertical axis.
+        diagonal: The meaning of the line x = y; empty to draw no line.
+        joined: Whether a line joins the points of each series, in their order.
         series: The points.
-        table: The figures behind them.
-        view: Which view this is.
+        table: The figures behind the chart.
+        view: The kind of view, for serialisation.
     """
 
     name: Name
@@ -136,11 +139,11 @@ class Scatter:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A stretch of a text.
+    """A span of a text.
 
     Args:
-        text: What it says.
-        mark: What it is marked as, as a tag; empty for plain text.
+        text: The characters of the span.
+        mark: The mark, such as a tag; empty for plain text.
     """
 
     text: str
@@ -149,12 +152,12 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class MarkedText:
-    """Texts of which stretches are marked, as words by their tags.
+    """Texts with marked spans, such as words with their tags.
 
     Args:
-        title: What is marked.
-        texts: The stretches of each text, in their order.
-        view: Which view this is.
+        title: The title.
+        texts: The consecutive spans of each text.
+        view: The kind of view, for serialisation.
     """
 
     title: str
