@@ -218,14 +218,14 @@ def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData)
     split = data.train.take(range(min(MAX_CHECKED_EXAMPLES, len(data.train))))
     examples = encode(base, data, split)
 
-    def head_inputs(any_model: Any) -> torch.Tensor:
+    def head_inputs(probed_model: Any) -> torch.Tensor:
         parts: list[torch.Tensor] = []
 
         def collect(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
             states = output.hidden[-1][output.example, output.token].float().cpu()
             parts.append(states if output.logits.isfinite().all() else torch.full_like(states, torch.nan))
 
-        for_each_batch(any_model.to(device()), examples, "fp32", collect, hidden=True)
+        for_each_batch(probed_model.to(device()), examples, "fp32", collect, hidden=True)
         return torch.cat(parts)
 
     base_model = fresh_model(base, data.head, 0)

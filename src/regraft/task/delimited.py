@@ -148,7 +148,7 @@ def _parse(file: _File, quoting: Quoting) -> _Parsed:
                 continue
             row += 1
             if len(record) != len(header):
-                raise DataError(_wrong_length(file, quoting, row, len(header), len(record)))
+                raise DataError(_explain_length(file, quoting, row, len(header), len(record)))
             if line - first_line > 1:
                 spans.append((row, first_line, line))
             for column, index in zip(values, field_indices, strict=True):
@@ -163,12 +163,12 @@ def _parse(file: _File, quoting: Quoting) -> _Parsed:
     return _Parsed(header, dict(zip(file.columns, values, strict=True)) if header else {}, spans)
 
 
-def _wrong_length(file: _File, quoting: Quoting, row: int, expected: int, found: int) -> str:
+def _explain_length(file: _File, quoting: Quoting, row: int, column_count: int, field_count: int) -> str:
     if quoting == "quoted":
         remedy = f"Put fields that contain a {file.delimiter!r} or a line break in double quotes."
     else:
         remedy = f"No field may contain a {file.delimiter!r} or a line break."
-    return f"{file.path}, row {row}: the header names {expected} columns, the row has {found}. {remedy}"
+    return f"{file.path}, row {row}: the header names {column_count} columns, the row has {field_count}. {remedy}"
 
 
 def _check_delimiter(file: _File, header: list[str]) -> None:

@@ -119,8 +119,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise DataError(f"{path}: its lists or mappings are nested too deeply.") from None
     if not isinstance(values, dict):
-        found = "an empty file" if values is None else f"a {type(values).__name__}"
-        raise DataError(f"{path}: expected keys and values (`key: value`), found {found}.")
+        content_type = "an empty file" if values is None else f"a {type(values).__name__}"
+        raise DataError(f"{path}: expected keys and values (`key: value`), found {content_type}.")
     return {str(key): value for key, value in values.items()}
 
 
@@ -178,8 +178,8 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
         return f"the key {key!r} is missing. Give {description}."
     if error["type"] == "value_error":
         return f"the key {key!r} {error['ctx']['error']}"
-    found = "nothing" if error["input"] is None else _short.repr(error["input"])
-    return f"the key {key!r} is {found}. Give {description}."
+    value = "nothing" if error["input"] is None else _short.repr(error["input"])
+    return f"the key {key!r} is {value}. Give {description}."
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -206,7 +206,7 @@ class TextClassification(TextTask):
     def _check_labels(cls, labels: tuple[str, ...] | None, validation: ValidationInfo) -> tuple[str, ...] | None:
         if labels is None:
             if "label" in validation.data and validation.data["label"] is None:
-                raise ValueError("is required if there is no column of labels. List the label names of the old head.")
+                raise ValueError("is required if there is no column of them. List the label names of the old head.")
             return None
         if repeated := sorted(name for name, count in Counter(labels).items() if count > 1):
             raise ValueError(f"lists {format_names(repeated)} more than once. List each label once.")
