@@ -14,7 +14,7 @@ import os.path
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import Derived, Entry, Grouped, dtype_of, shape_of
+from regraft.checkpoint import DerivedTensors, Entry, Grouped, dtype_of, shape_of
 from regraft.errors import CheckpointError
 from regraft.weights import is_optional
 
@@ -145,7 +145,7 @@ class Architecture:
         """
         return self._locate(name)[0]
 
-    def in_memory(self, checkpoint: Mapping[str, torch.Tensor]) -> Derived:
+    def in_memory(self, checkpoint: Mapping[str, torch.Tensor]) -> DerivedTensors:
         """Present stored tensors as the parameters of the model that transformers makes of them.
 
         Args:
@@ -169,7 +169,7 @@ class Architecture:
             for target, shape in self._shapes_of(parameter).items():  # one stored tensor may be several parameters
                 rule = functools.partial(self._convert, parameter, target, names)
                 entries[target] = Entry(dtype, shape, operands, rule, elementwise=False)
-        return Derived(entries)
+        return DerivedTensors(entries)
 
     def on_disk(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return parameters as they are saved.
@@ -185,7 +185,7 @@ class Architecture:
         stored: dict[str, torch.Tensor] = revert_weight_conversion(self.model, dict(parameters))
         return stored
 
-    def saved(self, parameters: Derived) -> Derived:
+    def saved(self, parameters: DerivedTensors) -> DerivedTensors:
         """Present parameters as they are saved, computed when they are asked for.
 
         Args:

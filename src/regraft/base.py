@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from regraft.architecture import Architecture
-    from regraft.checkpoint import Derived
+    from regraft.checkpoint import DerivedTensors
     from regraft.weights import Named
 
 PRETRAINING = "pretraining.json"
@@ -208,7 +208,7 @@ class Base:
         return body_names(self.checkpoint, self.architecture)
 
     @functools.cached_property
-    def parameters(self) -> Derived:
+    def parameters(self) -> DerivedTensors:
         """The tensors of the body as transformers loads them, by their names in memory inside the body."""
         return self.architecture.in_memory(self.checkpoint)
 

@@ -12,7 +12,7 @@ from regraft.adaptation.layout import lay_out
 from regraft.adaptation.lora import PARTS, START
 from regraft.checkpoint import (
     TOKENIZER,
-    Derived,
+    DerivedTensors,
     copy_companions,
     piece,
     publish,
@@ -234,7 +234,7 @@ class _Lora:
 
 def _extract_experts(
     lora: _Lora,
-    deltas: Derived,
+    deltas: DerivedTensors,
     fused: list[str],
     stored: tuple[Tensors, Tensors],
     architecture: Architecture,
@@ -312,16 +312,16 @@ def _linear(tuned: Tensors, deltas: Tensors, changed: list[str], architecture: A
     return {n: isinstance(m, Conv1D) for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
 
 
-def _in_memory(side: Tensors, architecture: Architecture) -> Derived:
+def _in_memory(side: Tensors, architecture: Architecture) -> DerivedTensors:
     """Present a checkpoint as the class's parameters, without those that are others once more."""
     parameters = architecture.in_memory(side)
-    return Derived({name: entry for name, entry in parameters.entries.items() if name not in architecture.ties})
+    return DerivedTensors({name: entry for name, entry in parameters.entries.items() if name not in architecture.ties})
 
 
-def _square(deltas: Derived, name: str) -> float:
+def _square(deltas: DerivedTensors, name: str) -> float:
     """Return a delta's squared norm, from pieces of it where these are read by themselves; refuse one that is none."""
     sides = deltas.entries[name].operands
-    apart = all(not isinstance(side, Derived) or side.entries[own].elementwise for side, own in sides)
+    apart = all(not isinstance(side, DerivedTensors) or side.entries[own].elementwise for side, own in sides)
     size = math.prod(shape_of(deltas, name))
     step = PIECE if apart else max(size, 1)
     parts = (piece(deltas, name, at, min(step, size - at)) for at in range(0, size, step))

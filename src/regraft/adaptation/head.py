@@ -10,7 +10,7 @@ from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.lora import model_name
 from regraft.adaptation.record import write_lineage
 from regraft.adaptation.tokenizer import write_tokenizer
-from regraft.checkpoint import Derived, Entry, dtype_name
+from regraft.checkpoint import DerivedTensors, Entry, dtype_name
 from regraft.errors import MismatchError
 from regraft.progress import silent
 
@@ -65,6 +65,6 @@ def change_head(folder: Path, base: Base, head: Head, how: HeadPolicy, seed: int
             entries[name] = Entry(dtype_name(tensor.dtype), tuple(tensor.shape), (({name: tensor}, name),))
     into.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
-    family.write(into, Derived(entries), family.relabelled(adaptation.config, head), silent)
+    family.write(into, DerivedTensors(entries), family.relabelled(adaptation.config, head), silent)
     write_tokenizer(base, into)
     write_lineage(into, base, head.labels, head.type.type_name())

@@ -13,7 +13,7 @@ from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.tuned_class import nested, tuned_architecture, untied_by_setting
 from regraft.adaptation.update import Update
 from regraft.architecture import BUFFER
-from regraft.checkpoint import Derived, Entry, are_equal, read_json, shape_of, stored_dtype
+from regraft.checkpoint import DerivedTensors, Entry, are_equal, read_json, shape_of, stored_dtype
 from regraft.errors import CheckpointError, MismatchError
 from regraft.weights import is_optional
 
@@ -44,7 +44,7 @@ class MergedLora:
         config: What the base's `config.json` must say otherwise.
     """
 
-    tensors: Derived
+    tensors: DerivedTensors
     config: dict[str, Any]
 
 
@@ -102,7 +102,7 @@ def merge_lora(
                 "it there (merge_and_unload)."
             )
     _check_whole(absent, architecture, base)
-    merged = architecture.saved(Derived(entries))
+    merged = architecture.saved(DerivedTensors(entries))
     beside = {
         name: Entry(stored_dtype(base, name), shape_of(base, name), ((base, name),))
         for name in base

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.lora import model_name
-from regraft.checkpoint import Derived, Entry, dtype_of, shape_of
+from regraft.checkpoint import DerivedTensors, Entry, dtype_of, shape_of
 from regraft.errors import MismatchError
 from regraft.weights import graft, graft_rows
 
@@ -103,7 +103,7 @@ def graft_replaced(
             )
         else:
             entries[name] = Entry(dtype, shape, ((tensors, name),))
-    return Derived(entries), () if replace else tuple(name for name in replaced if name in entries)
+    return DerivedTensors(entries), () if replace else tuple(name for name in replaced if name in entries)
 
 
 def renumbered_settings(

@@ -1,6 +1,15 @@
 """Tensors on disk: a lazy reader, fingerprints, and folders that are whole or not there."""
 
-from regraft.checkpoint.derived import Derived, Entry, Grouped, are_equal, dtype_of, piece, shape_of, stored_dtype
+from regraft.checkpoint.derived import (
+    DerivedTensors,
+    Entry,
+    Grouped,
+    are_equal,
+    dtype_of,
+    piece,
+    shape_of,
+    stored_dtype,
+)
 from regraft.checkpoint.file import disk_full, is_disk_full, is_sealed, replacing, seal, to_json, write_atomic
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
@@ -26,7 +35,7 @@ __all__ = [
     "FLOATING",
     "TOKENIZER",
     "Checkpoint",
-    "Derived",
+    "DerivedTensors",
     "Entry",
     "Grouped",
     "Plan",

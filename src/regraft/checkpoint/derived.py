@@ -42,7 +42,7 @@ class Entry:
     elementwise: bool = True
 
 
-class Derived(Mapping[str, "torch.Tensor"]):
+class DerivedTensors(Mapping[str, "torch.Tensor"]):
     """A read-only mapping whose tensors are computed; it holds none of them.
 
     Args:
@@ -74,7 +74,7 @@ class Derived(Mapping[str, "torch.Tensor"]):
         return name in self.entries
 
 
-class Grouped(Derived):
+class Grouped(DerivedTensors):
     """Derived tensors of which some are made several at a time.
 
     Args:
@@ -120,7 +120,7 @@ def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
     """
     if isinstance(tensors, Checkpoint):
         return tensors.tensors[name].shape
-    return tensors.entries[name].shape if isinstance(tensors, Derived) else tuple(tensors[name].shape)
+    return tensors.entries[name].shape if isinstance(tensors, DerivedTensors) else tuple(tensors[name].shape)
 
 
 def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
@@ -135,7 +135,7 @@ def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
     """
     if isinstance(tensors, Checkpoint):
         return tensors.tensors[name].dtype
-    return tensors.entries[name].dtype if isinstance(tensors, Derived) else dtype_name(tensors[name].dtype)
+    return tensors.entries[name].dtype if isinstance(tensors, DerivedTensors) else dtype_name(tensors[name].dtype)
 
 
 def stored_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
@@ -149,7 +149,7 @@ def stored_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
         The tensor's own dtype; BF16 for a quantised one, which is computed in float32.
     """
     source, original = tensors, name
-    while isinstance(source, Derived):
+    while isinstance(source, DerivedTensors):
         entry = source.entries[original]
         if not entry.operands or (entry.elementwise and len(entry.operands) > 1):
             break  # arithmetic on several tensors, as a delta, has a dtype of its own; a conversion of names has not
@@ -173,7 +173,7 @@ def piece(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int
     """
     if isinstance(tensors, Checkpoint):
         return tensors.piece(name, start, count)
-    if isinstance(tensors, Derived) and tensors.entries[name].elementwise:
+    if isinstance(tensors, DerivedTensors) and tensors.entries[name].elementwise:
         entry = tensors.entries[name]
         result = entry.rule(*(piece(source, operand, start, count) for source, operand in entry.operands))
         return _stored(result, name, entry)

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint.derived import PIECE, Derived
+from regraft.checkpoint.derived import PIECE, DerivedTensors
 from regraft.checkpoint.file import write_atomic
 from regraft.checkpoint.folder import check_place, publish, resumable_folder, working_folder
 from regraft.checkpoint.json_file import read_json
@@ -222,14 +222,14 @@ def _kept(out: Path) -> int:
 
 
 def _read(tensors: Mapping[str, torch.Tensor], name: str) -> int:
-    if not isinstance(tensors, Derived):
+    if not isinstance(tensors, DerivedTensors):
         return size_of(tensors, name)
     return sum(_read(source, operand) for source, operand in tensors.entries[name].operands)
 
 
 def _memory(tensors: Mapping[str, torch.Tensor], name: str) -> int:
     """Estimate what computing takes: the operands, each also in float64, and the result, per core."""
-    if not isinstance(tensors, Derived):
+    if not isinstance(tensors, DerivedTensors):
         return size_of(tensors, name)
     entry = tensors.entries[name]
     if entry.elementwise:

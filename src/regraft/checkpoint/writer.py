@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint.derived import PIECE, Derived, dtype_of, piece, shape_of
+from regraft.checkpoint.derived import PIECE, DerivedTensors, dtype_of, piece, shape_of
 from regraft.checkpoint.file import replacing, write_atomic
 from regraft.checkpoint.header import ITEM_BYTES, torch_dtype
 from regraft.checkpoint.reader import INDEX, Checkpoint
@@ -221,7 +221,7 @@ def _for_each_piece(
 def _pieces(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     for name in names:
         count = math.prod(shape_of(tensors, name))
-        whole = isinstance(tensors, Derived) and not tensors.entries[name].elementwise
+        whole = isinstance(tensors, DerivedTensors) and not tensors.entries[name].elementwise
         size = count if whole else PIECE
         yield from ((name, start, min(size, count - start)) for start in range(0, count, max(size, 1)))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from regraft.checkpoint import Checkpoint, Derived
+    from regraft.checkpoint import Checkpoint, DerivedTensors
     from regraft.weights import RowMatch
 
 OPTIONS = {"new": "--new-base", "old": "--old-base", "tuned": "--adaptation", "adapter": "--adaptation"}
@@ -113,7 +113,7 @@ def check_separate(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
 
 
 def write_result(
-    tensors: Derived,
+    tensors: DerivedTensors,
     out: Path,
     checkpoints: dict[str, Checkpoint],
     template: str,

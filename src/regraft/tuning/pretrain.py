@@ -12,7 +12,7 @@ from regraft.adaptation import write_tokenizer
 from regraft.base import PRETRAINING, Base
 from regraft.checkpoint import (
     Checkpoint,
-    Derived,
+    DerivedTensors,
     Entry,
     check_place,
     dtype_of,
@@ -260,7 +260,9 @@ def _carry_over(base: Base, folder: Path) -> None:
     sources = {name: (saved, name) for name in saved} | {name: (base.checkpoint, old) for name, old in unused.items()}
     write_safetensors(
         saved.files[0],
-        Derived({name: Entry(dtype_of(*source), shape_of(*source), (source,)) for name, source in sources.items()}),
+        DerivedTensors(
+            {name: Entry(dtype_of(*source), shape_of(*source), (source,)) for name, source in sources.items()}
+        ),
     )
 
 

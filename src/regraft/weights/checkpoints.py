@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint import FLOATING, Derived, Entry, dtype_of, shape_of, stored_dtype
+from regraft.checkpoint import FLOATING, DerivedTensors, Entry, dtype_of, shape_of, stored_dtype
 from regraft.errors import MismatchError, RecipeError
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.names import Named, align, is_optional
@@ -93,7 +93,7 @@ def graft_all(
     old: Tensors,
     scale: float | Mapping[str, float] = 1.0,
     rows: RowMatch | None = None,
-) -> Derived:
+) -> DerivedTensors:
     """Graft the delta of every tuned tensor: new + λ·(tuned − old).
 
     Tensors of `tuned` that no base has, as heads, are copied; so are those that are not floating-point.
@@ -130,7 +130,7 @@ def graft_all(
             entries[name] = Entry(stored_dtype(tuned, name), shape, operands, rule, elementwise=False)
         else:
             entries[name] = _entry(tuned, name, operands, functools.partial(graft, scale=factor))
-    return Derived(entries)
+    return DerivedTensors(entries)
 
 
 def _by_token(tensors: Tensors) -> frozenset[str]:
@@ -139,7 +139,7 @@ def _by_token(tensors: Tensors) -> frozenset[str]:
     return frozenset(name for name in tensors if has_row_for_each_token(name))
 
 
-def delta_all(tuned: Tensors, old: Tensors) -> Derived:
+def delta_all(tuned: Tensors, old: Tensors) -> DerivedTensors:
     """Return the delta of every tuned tensor: tuned − old, in float32 so that nothing of it is rounded away.
 
     Args:
@@ -155,7 +155,7 @@ def delta_all(tuned: Tensors, old: Tensors) -> Derived:
     in_old = align(old, tuned)
     _same_shapes(tuned, (old, in_old))
     _something(in_old)
-    return Derived(
+    return DerivedTensors(
         {
             name: Entry(
                 "F64" if "F64" in (dtype_of(tuned, name), dtype_of(old, other)) else "F32",
@@ -169,7 +169,7 @@ def delta_all(tuned: Tensors, old: Tensors) -> Derived:
     )
 
 
-def interpolate_all(first: Tensors, second: Tensors, t: float) -> Derived:
+def interpolate_all(first: Tensors, second: Tensors, t: float) -> DerivedTensors:
     """Walk the straight line between two checkpoints: (1 − t)·first + t·second.
 
     Args:
@@ -193,7 +193,7 @@ def interpolate_all(first: Tensors, second: Tensors, t: float) -> Derived:
         raise MismatchError(f"{len(lost)} tensors are in one of the two only: {', '.join(lost[:4])}.")
     _same_shapes(first, (second, in_second))
     rule = functools.partial(interpolate, t=t)
-    return Derived(
+    return DerivedTensors(
         {
             name: _entry(first, name, ((first, name), (second, in_second[name])), rule)
             if dtype_of(first, name) in FLOATING
@@ -203,7 +203,9 @@ def interpolate_all(first: Tensors, second: Tensors, t: float) -> Derived:
     )
 
 
-def apply_all(rule: Callable[..., torch.Tensor], first: Tensors, *others: Tensors, elementwise: bool = True) -> Derived:
+def apply_all(
+    rule: Callable[..., torch.Tensor], first: Tensors, *others: Tensors, elementwise: bool = True
+) -> DerivedTensors:
     """Apply a rule to the tensors of the same name of any number of checkpoints, as `trim` to the deltas of one.
 
     Args:
@@ -227,7 +229,7 @@ def apply_all(rule: Callable[..., torch.Tensor], first: Tensors, *others: Tensor
     for name in first:
         operands = ((first, name), *((other, names[name]) for other, names in sides))
         entries[name] = Entry(stored_dtype(first, name), shape_of(first, name), operands, rule, elementwise)
-    return Derived(entries)
+    return DerivedTensors(entries)
 
 
 def _entry(

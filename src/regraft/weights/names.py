@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint import Derived, shape_of
+from regraft.checkpoint import DerivedTensors, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -28,7 +28,7 @@ _KINDS = (
 OPTIONAL = ("pooler",)  # what pre-training with a language-modelling head does not use and so leaves out
 
 
-class Named(Derived):
+class Named(DerivedTensors):
     """A checkpoint under the names that its transformers class writes, every tensor once.
 
     Args:

@@ -13,7 +13,7 @@ from regraft.adaptation.strict import load_strictly
 from regraft.adaptation.tokens import tuned_rows
 from regraft.adaptation.vector import Vector
 from regraft.base import body_names
-from regraft.checkpoint import Derived, Entry, shape_of, write_atomic, write_checkpoint
+from regraft.checkpoint import DerivedTensors, Entry, shape_of, write_atomic, write_checkpoint
 from regraft.errors import CheckpointError, MismatchError
 from regraft.naming import named
 from regraft.task.types import task_types
@@ -201,7 +201,7 @@ class Full(Family):
         rule_of: Callable[[str], RuleOfTensors],
         *,
         elementwise: bool = True,
-    ) -> Derived:
+    ) -> DerivedTensors:
         """Compute each tensor of the body from the new base's, the tuned and the old one when it is asked for.
 
         The rule of a tensor is asked for by its name inside the body; `elementwise` says whether a rule gives the same
@@ -222,7 +222,7 @@ class Full(Family):
                 entries[name] = Entry(entry.dtype, rows.shape(entry.shape), operands, by_row, elementwise=False)
             else:
                 entries[name] = Entry(entry.dtype, entry.shape, operands, rule, elementwise)
-        return Derived(entries)
+        return DerivedTensors(entries)
 
 
 def check_classifier(folder: Path, config: dict[str, Any]) -> None:
