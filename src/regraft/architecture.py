@@ -14,7 +14,7 @@ import os.path
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import DerivedTensors, Entry, Grouped, dtype_of, shape_of
+from regraft.checkpoint import DerivedTensors, Entry, GroupedTensors, dtype_of, shape_of
 from regraft.errors import CheckpointError
 from regraft.weights import is_optional
 
@@ -209,7 +209,9 @@ class Architecture:
                 dtype = parameters.entries[group[0]].dtype
                 entries[name] = Entry(dtype, tuple(self.stored[name].shape), operands, elementwise=False)
                 groups[name] = group
-        return Grouped(entries, groups, lambda group: self.on_disk({member: parameters[member] for member in group}))
+        return GroupedTensors(
+            entries, groups, lambda group: self.on_disk({member: parameters[member] for member in group})
+        )
 
     def parts_of(self, parameter: str) -> list[str]:
         """Name the tensors that a parameter is saved as.

@@ -3,7 +3,7 @@
 from regraft.checkpoint.derived import (
     DerivedTensors,
     Entry,
-    Grouped,
+    GroupedTensors,
     are_equal,
     dtype_of,
     piece,
@@ -37,7 +37,7 @@ __all__ = [
     "Checkpoint",
     "DerivedTensors",
     "Entry",
-    "Grouped",
+    "GroupedTensors",
     "Plan",
     "TensorInfo",
     "are_equal",

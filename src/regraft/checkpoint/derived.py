@@ -74,7 +74,7 @@ class DerivedTensors(Mapping[str, "torch.Tensor"]):
         return name in self.entries
 
 
-class Grouped(DerivedTensors):
+class GroupedTensors(DerivedTensors):
     """Derived tensors of which some are made several at a time.
 
     Args:
