@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
-from regraft.checkpoint import Checkpoint, DerivedTensors, Entry, piece, plan_checkpoint, write_checkpoint, write_folder
+from regraft.checkpoint import (
+    Checkpoint,
+    DerivedTensors,
+    TensorSpec,
+    piece,
+    plan_checkpoint,
+    write_checkpoint,
+    write_folder,
+)
 from regraft.checkpoint import derived as derived_module
 from regraft.errors import CheckpointError, MismatchError, OutcomeError
 from regraft.weights import (
@@ -115,9 +123,9 @@ def test_what_does_not_fit_is_refused(bases):
 def test_pieces_are_parts_of_the_whole(data):
     count = data.draw(st.integers(1, 700))
     one, two = torch.randn(count), torch.randn(count).to(torch.bfloat16)
-    entries = {"x": Entry("F16", (count,), (({"a": one}, "a"), ({"b": two}, "b")), lambda a, b: a * b)}
+    entries = {"x": TensorSpec("F16", (count,), (({"a": one}, "a"), ({"b": two}, "b")), lambda a, b: a * b)}
     inner = DerivedTensors(entries)
-    outer = DerivedTensors({"y": Entry("F32", (count,), ((inner, "x"), ({"a": one}, "a")), lambda x, a: x + a)})
+    outer = DerivedTensors({"y": TensorSpec("F32", (count,), ((inner, "x"), ({"a": one}, "a")), lambda x, a: x + a)})
     start = data.draw(st.integers(0, count - 1))
     size = data.draw(st.integers(0, count - start))
     wanted = (one * two).to(torch.float16) + one
@@ -181,7 +189,7 @@ def test_an_error_in_a_rule_leaves_no_file(tmp_path):
 
     tensors = {"a": torch.zeros(10)}
     for rule in (fail, lambda t: t[1:]):
-        broken = DerivedTensors({"a": Entry("F32", (10,), ((tensors, "a"),), rule)})
+        broken = DerivedTensors({"a": TensorSpec("F32", (10,), ((tensors, "a"),), rule)})
         with pytest.raises((MismatchError, CheckpointError)):
             write_checkpoint(tmp_path, broken)
         assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ import os.path
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import DerivedTensors, Entry, GroupedTensors, dtype_of, shape_of
+from regraft.checkpoint import DerivedTensors, GroupedTensors, TensorSpec, dtype_of, shape_of
 from regraft.errors import CheckpointError
 from regraft.weights import is_optional
 
@@ -164,11 +164,11 @@ class Architecture:
             operands = tuple((checkpoint, name) for name in names)
             dtype = dtype_of(checkpoint, names[0])
             if self._converter(names[0]) is None:
-                entries[parameter] = Entry(dtype, shape_of(checkpoint, names[0]), operands[:1])
+                entries[parameter] = TensorSpec(dtype, shape_of(checkpoint, names[0]), operands[:1])
                 continue
             for target, shape in self._shapes_of(parameter).items():  # one stored tensor may be several parameters
                 rule = functools.partial(self._convert, parameter, target, names)
-                entries[target] = Entry(dtype, shape, operands, rule, elementwise=False)
+                entries[target] = TensorSpec(dtype, shape, operands, rule, elementwise=False)
         return DerivedTensors(entries)
 
     def on_disk(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -194,7 +194,7 @@ class Architecture:
         Returns:
             By canonical name.
         """
-        entries: dict[str, Entry] = {}
+        entries: dict[str, TensorSpec] = {}
         groups: dict[str, tuple[str, ...]] = {}
         for parameter, names in self._parts.items():
             if self._converter(names[0]) is None:
@@ -207,7 +207,7 @@ class Architecture:
             for number, name in enumerate(names):
                 operands = tuple((parameters, member) for member in group) if number == 0 else ()  # counted once
                 dtype = parameters.entries[group[0]].dtype
-                entries[name] = Entry(dtype, tuple(self.stored[name].shape), operands, elementwise=False)
+                entries[name] = TensorSpec(dtype, tuple(self.stored[name].shape), operands, elementwise=False)
                 groups[name] = group
         return GroupedTensors(
             entries, groups, lambda group: self.on_disk({member: parameters[member] for member in group})

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from regraft.architecture import BUFFER, Architecture, architecture_of
-from regraft.checkpoint import Entry, are_equal, dtype_of, read_json, shape_of
+from regraft.checkpoint import TensorSpec, are_equal, dtype_of, read_json, shape_of
 from regraft.errors import CheckpointError
 from regraft.transformers_folder import read_config
 from regraft.weights import Named
@@ -93,7 +93,7 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
         if name:
             sources[name] = stored
     entries = {
-        name: Entry(dtype_of(checkpoint, stored), shape_of(checkpoint, stored), ((checkpoint, stored),))
+        name: TensorSpec(dtype_of(checkpoint, stored), shape_of(checkpoint, stored), ((checkpoint, stored),))
         for name, stored in sorted(sources.items())
     }
     keys = {name: name if head.is_tied(name) else key_of(name) for name in entries}

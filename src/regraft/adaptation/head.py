@@ -10,7 +10,7 @@ from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.lora import model_name
 from regraft.adaptation.record import write_lineage
 from regraft.adaptation.tokenizer import write_tokenizer
-from regraft.checkpoint import DerivedTensors, Entry, dtype_name
+from regraft.checkpoint import DerivedTensors, TensorSpec, dtype_name
 from regraft.errors import MismatchError
 from regraft.progress import silent
 
@@ -60,9 +60,9 @@ def change_head(folder: Path, base: Base, head: Head, how: HeadPolicy, seed: int
             rows = [old[rows_of[label]] if label in rows_of else drawn[inner][i] for i, label in enumerate(head.labels)]
             tensor = torch.stack([row.to(old.dtype) for row in rows])
         if tensor is None:
-            entries[name] = Entry(info.dtype, info.shape, ((adaptation.checkpoint, name),))
+            entries[name] = TensorSpec(info.dtype, info.shape, ((adaptation.checkpoint, name),))
         else:
-            entries[name] = Entry(dtype_name(tensor.dtype), tuple(tensor.shape), (({name: tensor}, name),))
+            entries[name] = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), (({name: tensor}, name),))
     into.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
     family.write(into, DerivedTensors(entries), family.relabelled(adaptation.config, head), silent)

@@ -13,7 +13,7 @@ from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.tuned_class import nested, tuned_architecture, untied_by_setting
 from regraft.adaptation.update import Update
 from regraft.architecture import BUFFER
-from regraft.checkpoint import DerivedTensors, Entry, are_equal, read_json, shape_of, stored_dtype
+from regraft.checkpoint import DerivedTensors, TensorSpec, are_equal, read_json, shape_of, stored_dtype
 from regraft.errors import CheckpointError, MismatchError
 from regraft.weights import is_optional
 
@@ -104,7 +104,7 @@ def merge_lora(
     _check_whole(absent, architecture, base)
     merged = architecture.saved(DerivedTensors(entries))
     beside = {
-        name: Entry(stored_dtype(base, name), shape_of(base, name), ((base, name),))
+        name: TensorSpec(stored_dtype(base, name), shape_of(base, name), ((base, name),))
         for name in base
         if architecture.identify(name) is None and not BUFFER.search(name)
     }
@@ -202,7 +202,7 @@ def _check_start(adapter: Tensors, start: Tensors, updates: Mapping[str, Update]
 
 def _entry(
     stored: Tensors, source: str | None, adapter: Tensors, update: Update | None, start: Tensors | None
-) -> Entry:
+) -> TensorSpec:
     """Return how one parameter is made."""
     if update is not None and update.copied:
         weight: tuple[Tensors, str] = (adapter, update.copied)
@@ -212,14 +212,14 @@ def _entry(
         raise MismatchError(f"the LoRA changes a tensor that the base lacks, by {(update and update.operands)!r:.200}.")
     dtype, shape = stored_dtype(*weight), shape_of(*weight)
     if update is None or not update.applied:
-        return Entry(dtype, shape, (weight,))
+        return TensorSpec(dtype, shape, (weight,))
     operands = (weight, *((adapter, name) for name in update.applied))
     if start is not None:
         operands += tuple((start, name) for name in update.applied)
     rule = functools.partial(update.apply, is_folded=start is not None)
     if source is not None and source in stored:
         dtype = stored_dtype(stored, source)
-    return Entry(dtype, shape, operands, rule, elementwise=False)
+    return TensorSpec(dtype, shape, operands, rule, elementwise=False)
 
 
 def _alike(adapter: Tensors, first: Update | None, second: Update | None) -> bool:

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.lora import model_name
-from regraft.checkpoint import DerivedTensors, Entry, dtype_of, shape_of
+from regraft.checkpoint import DerivedTensors, TensorSpec, dtype_of, shape_of
 from regraft.errors import MismatchError
 from regraft.weights import graft, graft_rows
 
@@ -95,14 +95,14 @@ def graft_replaced(
                 )
             if 0 not in grafted:  # else the new base has none of the tokens
                 operands = ((new, inner), (tensors, name), (old, inner))
-                entries[name] = Entry(dtype, grafted, operands, rule, elementwise=False)
+                entries[name] = TensorSpec(dtype, grafted, operands, rule, elementwise=False)
         elif match is not None and name.endswith(".lora_embedding_A"):  # a column for each token
             columns = functools.partial(_columns, rows=match.tuned_row)
-            entries[name] = Entry(
+            entries[name] = TensorSpec(
                 dtype, (shape[0], len(match.tuned_row)), ((tensors, name),), columns, elementwise=False
             )
         else:
-            entries[name] = Entry(dtype, shape, ((tensors, name),))
+            entries[name] = TensorSpec(dtype, shape, ((tensors, name),))
     return DerivedTensors(entries), () if replace else tuple(name for name in replaced if name in entries)
 
 

@@ -2,8 +2,8 @@
 
 from regraft.checkpoint.derived import (
     DerivedTensors,
-    Entry,
     GroupedTensors,
+    TensorSpec,
     are_equal,
     dtype_of,
     piece,
@@ -36,7 +36,7 @@ __all__ = [
     "TOKENIZER",
     "Checkpoint",
     "DerivedTensors",
-    "Entry",
+    "TensorSpec",
     "GroupedTensors",
     "Plan",
     "TensorInfo",

@@ -24,7 +24,7 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """How one tensor is made.
 
     Args:
@@ -49,7 +49,7 @@ class DerivedTensors(Mapping[str, "torch.Tensor"]):
         entries: How each is made, by name.
     """
 
-    def __init__(self, entries: Mapping[str, Entry]):
+    def __init__(self, entries: Mapping[str, TensorSpec]):
         self.entries = dict(entries)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -87,7 +87,7 @@ class GroupedTensors(DerivedTensors):
 
     def __init__(
         self,
-        entries: Mapping[str, Entry],
+        entries: Mapping[str, TensorSpec],
         groups: Mapping[str, tuple[str, ...]],
         make: Callable[[tuple[str, ...]], dict[str, torch.Tensor]],
     ):
@@ -204,7 +204,7 @@ def are_equal(first: Mapping[str, torch.Tensor], name: str, second: Mapping[str,
     )
 
 
-def _stored(result: torch.Tensor, name: str, entry: Entry) -> torch.Tensor:
+def _stored(result: torch.Tensor, name: str, entry: TensorSpec) -> torch.Tensor:
     """Round a result to the dtype it is stored in; what is copied may hold anything, as masks do."""
     result = result.to(torch_dtype(entry.dtype))
     is_computed = len(entry.operands) > 1 and entry.dtype in FLOATING and result.numel()

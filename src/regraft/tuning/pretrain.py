@@ -13,7 +13,7 @@ from regraft.base import PRETRAINING, Base
 from regraft.checkpoint import (
     Checkpoint,
     DerivedTensors,
-    Entry,
+    TensorSpec,
     check_place,
     dtype_of,
     publish,
@@ -261,7 +261,7 @@ def _carry_over(base: Base, folder: Path) -> None:
     write_safetensors(
         saved.files[0],
         DerivedTensors(
-            {name: Entry(dtype_of(*source), shape_of(*source), (source,)) for name, source in sources.items()}
+            {name: TensorSpec(dtype_of(*source), shape_of(*source), (source,)) for name, source in sources.items()}
         ),
     )
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from regraft.checkpoint import Entry
+    from regraft.checkpoint import TensorSpec
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _KINDS = (
@@ -42,7 +42,7 @@ class Named(DerivedTensors):
 
     def __init__(
         self,
-        entries: Mapping[str, Entry],
+        entries: Mapping[str, TensorSpec],
         keys: Mapping[str, str],
         ties: Mapping[str, str],
         expected: Collection[str],

@@ -13,7 +13,7 @@ from regraft.adaptation.strict import load_strictly
 from regraft.adaptation.tokens import tuned_rows
 from regraft.adaptation.vector import Vector
 from regraft.base import body_names
-from regraft.checkpoint import DerivedTensors, Entry, shape_of, write_atomic, write_checkpoint
+from regraft.checkpoint import DerivedTensors, TensorSpec, shape_of, write_atomic, write_checkpoint
 from regraft.errors import CheckpointError, MismatchError
 from regraft.naming import named
 from regraft.task.types import task_types
@@ -219,9 +219,9 @@ class Full(Family):
             rule = rule_of(tuned.keys_of[name])
             if rows is not None and name in tuned.by_token:
                 by_row = functools.partial(graft_rows, match=rows, rule=rule)
-                entries[name] = Entry(entry.dtype, rows.shape(entry.shape), operands, by_row, elementwise=False)
+                entries[name] = TensorSpec(entry.dtype, rows.shape(entry.shape), operands, by_row, elementwise=False)
             else:
-                entries[name] = Entry(entry.dtype, entry.shape, operands, rule, elementwise)
+                entries[name] = TensorSpec(entry.dtype, entry.shape, operands, rule, elementwise)
         return DerivedTensors(entries)
 
 
