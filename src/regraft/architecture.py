@@ -199,14 +199,14 @@ class Architecture:
         for parameter, names in self._parts.items():
             if self._converter(names[0]) is None:
                 if parameter in parameters:
-                    entries[names[0]] = parameters.entries[parameter]
+                    entries[names[0]] = parameters.specs[parameter]
                 continue
             group = tuple(self._shapes_of(parameter))
             if group[0] not in parameters:
                 continue
             for number, name in enumerate(names):
                 operands = tuple((parameters, member) for member in group) if number == 0 else ()  # counted once
-                dtype = parameters.entries[group[0]].dtype
+                dtype = parameters.specs[group[0]].dtype
                 entries[name] = TensorSpec(dtype, tuple(self.stored[name].shape), operands, elementwise=False)
                 groups[name] = group
         return GroupedTensors(

@@ -315,13 +315,13 @@ def _linear(tuned: Tensors, deltas: Tensors, changed: list[str], architecture: A
 def _in_memory(side: Tensors, architecture: Architecture) -> DerivedTensors:
     """Present a checkpoint as the class's parameters, without those that are others once more."""
     parameters = architecture.in_memory(side)
-    return DerivedTensors({name: entry for name, entry in parameters.entries.items() if name not in architecture.ties})
+    return DerivedTensors({name: entry for name, entry in parameters.specs.items() if name not in architecture.ties})
 
 
 def _square(deltas: DerivedTensors, name: str) -> float:
     """Return a delta's squared norm, from pieces of it where these are read by themselves; refuse one that is none."""
-    sides = deltas.entries[name].operands
-    apart = all(not isinstance(side, DerivedTensors) or side.entries[own].elementwise for side, own in sides)
+    sides = deltas.specs[name].operands
+    apart = all(not isinstance(side, DerivedTensors) or side.specs[own].elementwise for side, own in sides)
     size = math.prod(shape_of(deltas, name))
     step = PIECE if apart else max(size, 1)
     parts = (piece(deltas, name, at, min(step, size - at)) for at in range(0, size, step))

@@ -108,7 +108,7 @@ def merge_lora(
         for name in base
         if architecture.identify(name) is None and not BUFFER.search(name)
     }
-    merged.entries.update(beside)
+    merged.specs.update(beside)
     return MergedLora(merged, changed)
 
 

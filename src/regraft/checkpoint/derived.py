@@ -50,10 +50,10 @@ class DerivedTensors(Mapping[str, "torch.Tensor"]):
     """
 
     def __init__(self, entries: Mapping[str, TensorSpec]):
-        self.entries = dict(entries)
+        self.specs = dict(entries)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        entry = self.entries[name]
+        entry = self.specs[name]
         if not entry.elementwise:
             result = entry.rule(*(tensors[operand] for tensors, operand in entry.operands))
             return _stored(result, name, entry).reshape(entry.shape)
@@ -65,13 +65,13 @@ class DerivedTensors(Mapping[str, "torch.Tensor"]):
         return whole.reshape(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        return iter(self.specs)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.specs)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.entries
+        return name in self.specs
 
 
 class GroupedTensors(DerivedTensors):
@@ -105,7 +105,7 @@ class GroupedTensors(DerivedTensors):
                 while len(self._recent) >= self.RECENT:
                     del self._recent[next(iter(self._recent))]
                 self._recent[group] = self._make(group)
-            return self._recent[group][name].to(torch_dtype(self.entries[name].dtype))
+            return self._recent[group][name].to(torch_dtype(self.specs[name].dtype))
 
 
 def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
     """
     if isinstance(tensors, Checkpoint):
         return tensors.tensors[name].shape
-    return tensors.entries[name].shape if isinstance(tensors, DerivedTensors) else tuple(tensors[name].shape)
+    return tensors.specs[name].shape if isinstance(tensors, DerivedTensors) else tuple(tensors[name].shape)
 
 
 def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
@@ -135,7 +135,7 @@ def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
     """
     if isinstance(tensors, Checkpoint):
         return tensors.tensors[name].dtype
-    return tensors.entries[name].dtype if isinstance(tensors, DerivedTensors) else dtype_name(tensors[name].dtype)
+    return tensors.specs[name].dtype if isinstance(tensors, DerivedTensors) else dtype_name(tensors[name].dtype)
 
 
 def stored_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
@@ -150,7 +150,7 @@ def stored_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
     """
     source, original = tensors, name
     while isinstance(source, DerivedTensors):
-        entry = source.entries[original]
+        entry = source.specs[original]
         if not entry.operands or (entry.elementwise and len(entry.operands) > 1):
             break  # arithmetic on several tensors, as a delta, has a dtype of its own; a conversion of names has not
         source, original = entry.operands[0]
@@ -173,8 +173,8 @@ def piece(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int
     """
     if isinstance(tensors, Checkpoint):
         return tensors.piece(name, start, count)
-    if isinstance(tensors, DerivedTensors) and tensors.entries[name].elementwise:
-        entry = tensors.entries[name]
+    if isinstance(tensors, DerivedTensors) and tensors.specs[name].elementwise:
+        entry = tensors.specs[name]
         result = entry.rule(*(piece(source, operand, start, count) for source, operand in entry.operands))
         return _stored(result, name, entry)
     return tensors[name].reshape(-1)[start : start + count]

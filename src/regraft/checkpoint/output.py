@@ -224,14 +224,14 @@ def _kept(out: Path) -> int:
 def _read(tensors: Mapping[str, torch.Tensor], name: str) -> int:
     if not isinstance(tensors, DerivedTensors):
         return size_of(tensors, name)
-    return sum(_read(source, operand) for source, operand in tensors.entries[name].operands)
+    return sum(_read(source, operand) for source, operand in tensors.specs[name].operands)
 
 
 def _memory(tensors: Mapping[str, torch.Tensor], name: str) -> int:
     """Estimate what computing takes: the operands, each also in float64, and the result, per core."""
     if not isinstance(tensors, DerivedTensors):
         return size_of(tensors, name)
-    entry = tensors.entries[name]
+    entry = tensors.specs[name]
     if entry.elementwise:
         return PIECE * 8 * (2 * len(entry.operands) + 2) * cores()
     return 3 * (size_of(tensors, name) + sum(size_of(source, operand) for source, operand in entry.operands))

@@ -221,7 +221,7 @@ def _for_each_piece(
 def _pieces(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     for name in names:
         count = math.prod(shape_of(tensors, name))
-        whole = isinstance(tensors, DerivedTensors) and not tensors.entries[name].elementwise
+        whole = isinstance(tensors, DerivedTensors) and not tensors.specs[name].elementwise
         size = count if whole else PIECE
         yield from ((name, start, min(size, count - start)) for start in range(0, count, max(size, 1)))
 

@@ -56,12 +56,12 @@ class Named(DerivedTensors):
     @functools.cached_property
     def by_token(self) -> frozenset[str]:
         """The names of the tensors that grow with the vocabulary: [tokens, …], or [1, tokens]."""
-        return frozenset(self._by_token()) & self.entries.keys()
+        return frozenset(self._by_token()) & self.specs.keys()
 
     @functools.cached_property
     def names(self) -> dict[str, str]:
         """The name of the tensor that stands under each key; a tied key has that of its source."""
-        own = {self.keys_of[name]: name for name in self.entries}
+        own = {self.keys_of[name]: name for name in self.specs}
         return {tied: own[source] for tied, source in self.ties.items() if source in own} | own
 
 

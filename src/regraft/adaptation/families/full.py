@@ -211,7 +211,7 @@ class Full(Family):
         old, new, tuned = upgrade.old.named, upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation))
         pairs, rows = counterparts(new, tuned, old), tuned_rows(adaptation, upgrade)
         entries = {}
-        for name, entry in tuned.entries.items():
+        for name, entry in tuned.specs.items():
             if name not in pairs.new:  # the head, which is no difference between two bases but has its own values
                 entries[name] = entry
                 continue
