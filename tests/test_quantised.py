@@ -137,7 +137,7 @@ def test_fp8_is_dequantised_by_blocks(tmp_path, shape, scale_dtype, dtype):
     if not any(size % 128 for size in shape[-2:]):
         assert torch.equal(checkpoint["w"], Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32))
     for start, end in ((0, 1), (expected.numel() // 3, expected.numel() - 1), (1, min(700, expected.numel()))):
-        assert torch.equal(checkpoint.piece("w", start, end - start), expected.flatten()[start:end])
+        assert torch.equal(checkpoint.flat_slice("w", start, end - start), expected.flatten()[start:end])
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -155,7 +155,7 @@ def test_int8_is_dequantised_by_rows(tmp_path):
     expected = codes * scale[:, None] * 7.874015718698502e-3  # as transformers' dequantize_bnb_weight
     assert set(checkpoint) == {"a.weight", "a.mask"}
     assert torch.equal(checkpoint["a.weight"], expected)
-    assert torch.equal(checkpoint.piece("a.weight", 65, 300), expected.flatten()[65:365])
+    assert torch.equal(checkpoint.flat_slice("a.weight", 65, 300), expected.flatten()[65:365])
 
 
 @pytest.mark.parametrize(("model_type", "is_transposed"), [("gpt2", True), ("gpt_neo", False), (None, None)])
@@ -172,7 +172,7 @@ def test_int8_of_conv1d_layers_is_stored_transposed(tmp_path, model_type, is_tra
     expected = codes * scale[:, None] * 7.874015718698502e-3
     expected = expected.T if is_transposed else expected
     assert torch.equal(checkpoint["h.0.attn.c_proj.weight"], expected)
-    assert torch.equal(checkpoint.piece("h.0.attn.c_proj.weight", 65, 700), expected.flatten()[65:765])
+    assert torch.equal(checkpoint.flat_slice("h.0.attn.c_proj.weight", 65, 700), expected.flatten()[65:765])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from regraft.checkpoint import (
     Checkpoint,
     DerivedTensors,
     TensorSpec,
-    piece,
+    flat_slice,
     plan_checkpoint,
     write_checkpoint,
     write_folder,
@@ -129,7 +129,7 @@ def test_pieces_are_parts_of_the_whole(data):
     start = data.draw(st.integers(0, count - 1))
     size = data.draw(st.integers(0, count - start))
     wanted = (one * two).to(torch.float16) + one
-    assert torch.equal(piece(outer, "y", start, size), wanted[start : start + size])
+    assert torch.equal(flat_slice(outer, "y", start, size), wanted[start : start + size])
     assert torch.equal(outer["y"], wanted)
 
 

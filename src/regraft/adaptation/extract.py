@@ -14,7 +14,7 @@ from regraft.checkpoint import (
     TOKENIZER,
     DerivedTensors,
     copy_companions,
-    piece,
+    flat_slice,
     publish,
     resumable_folder,
     shape_of,
@@ -324,7 +324,7 @@ def _square(deltas: DerivedTensors, name: str) -> float:
     apart = all(not isinstance(side, DerivedTensors) or side.specs[own].elementwise for side, own in sides)
     size = math.prod(shape_of(deltas, name))
     step = PIECE if apart else max(size, 1)
-    parts = (piece(deltas, name, at, min(step, size - at)) for at in range(0, size, step))
+    parts = (flat_slice(deltas, name, at, min(step, size - at)) for at in range(0, size, step))
     square = math.fsum(float(part.double().square().sum()) for part in parts)
     if not math.isfinite(square):
         raise CheckpointError(

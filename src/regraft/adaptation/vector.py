@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import piece, shape_of
+from regraft.checkpoint import flat_slice, shape_of
 from regraft.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Vector:
         """The shape of each tensor."""
         return {name: tuple(shape_of(self.tensors, stored)) for name, stored in self.names.items()}
 
-    def piece(self, name: str, start: int, count: int) -> torch.Tensor:
+    def flat_slice(self, name: str, start: int, count: int) -> torch.Tensor:
         """Return some of its numbers.
 
         Args:
@@ -60,10 +60,10 @@ class Vector:
         Returns:
             [count], in float64.
         """
-        numbers = piece(self.tensors, self.names[name], start, count).double()
+        numbers = flat_slice(self.tensors, self.names[name], start, count).double()
         if self.base is None:
             return numbers
-        return numbers - piece(self.base[0], self.base[1][name], start, count).double()
+        return numbers - flat_slice(self.base[0], self.base[1][name], start, count).double()
 
 
 def pieces(vector: Vector) -> Iterator[tuple[str, int, int]]:

@@ -6,7 +6,7 @@ from regraft.checkpoint.derived import (
     TensorSpec,
     are_equal,
     dtype_of,
-    piece,
+    flat_slice,
     shape_of,
     stored_dtype,
 )
@@ -54,7 +54,7 @@ __all__ = [
     "is_made",
     "is_sealed",
     "parse_json",
-    "piece",
+    "flat_slice",
     "plan_checkpoint",
     "plan_shards",
     "publish",

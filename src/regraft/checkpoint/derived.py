@@ -61,7 +61,7 @@ class DerivedTensors(Mapping[str, "torch.Tensor"]):
 
         whole = torch.empty(math.prod(entry.shape), dtype=torch_dtype(entry.dtype))
         for start in range(0, len(whole), PIECE):
-            whole[start : start + PIECE] = piece(self, name, start, min(PIECE, len(whole) - start))
+            whole[start : start + PIECE] = flat_slice(self, name, start, min(PIECE, len(whole) - start))
         return whole.reshape(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -159,7 +159,7 @@ def stored_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
     return dtype_of(tensors, name)
 
 
-def piece(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int) -> torch.Tensor:
+def flat_slice(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int) -> torch.Tensor:
     """Return some numbers of a tensor, laid out flat, reading and computing no more than these where that is possible.
 
     Args:
@@ -172,10 +172,10 @@ def piece(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int
         A tensor of shape [count].
     """
     if isinstance(tensors, Checkpoint):
-        return tensors.piece(name, start, count)
+        return tensors.flat_slice(name, start, count)
     if isinstance(tensors, DerivedTensors) and tensors.specs[name].elementwise:
         entry = tensors.specs[name]
-        result = entry.rule(*(piece(source, operand, start, count) for source, operand in entry.operands))
+        result = entry.rule(*(flat_slice(source, operand, start, count) for source, operand in entry.operands))
         return _stored(result, name, entry)
     return tensors[name].reshape(-1)[start : start + count]
 
@@ -199,7 +199,9 @@ def are_equal(first: Mapping[str, torch.Tensor], name: str, second: Mapping[str,
         return False
     size = math.prod(shape)
     return all(
-        torch.equal(piece(first, name, at, min(PIECE, size - at)), piece(second, other, at, min(PIECE, size - at)))
+        torch.equal(
+            flat_slice(first, name, at, min(PIECE, size - at)), flat_slice(second, other, at, min(PIECE, size - at))
+        )
         for at in range(0, size, PIECE)
     )
 

@@ -40,7 +40,7 @@ def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Col
     for name, count in sizes.items():
         for start in range(0, count, PIECE):
             size = min(PIECE, count - start)
-            values = checkpoint.piece(name, start, size)
+            values = checkpoint.flat_slice(name, start, size)
             if not all(map(math.isfinite, values.aminmax())):  # forty times as fast as to count
                 found[name] = found.get(name, 0) + size - int(torch.isfinite(values).sum())
             done += size

@@ -85,9 +85,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         info = self.tensors[name]
-        return self.piece(name, 0, math.prod(info.shape)).reshape(info.shape)
+        return self.flat_slice(name, 0, math.prod(info.shape)).reshape(info.shape)
 
-    def piece(self, name: str, start: int, count: int) -> torch.Tensor:
+    def flat_slice(self, name: str, start: int, count: int) -> torch.Tensor:
         """Read some numbers of a tensor, laid out flat; safe to call from several threads.
 
         Args:

@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint.derived import PIECE, DerivedTensors, dtype_of, piece, shape_of
+from regraft.checkpoint.derived import PIECE, DerivedTensors, dtype_of, flat_slice, shape_of
 from regraft.checkpoint.file import replacing, write_atomic
 from regraft.checkpoint.header import ITEM_BYTES, torch_dtype
 from regraft.checkpoint.reader import INDEX, Checkpoint
@@ -204,7 +204,7 @@ def _for_each_piece(
             if task is None:
                 return
             name, start, count = task
-            data = piece(tensors, name, start, count).to(torch_dtype(dtype_of(tensors, name))).contiguous()
+            data = flat_slice(tensors, name, start, count).to(torch_dtype(dtype_of(tensors, name))).contiguous()
             if len(data) != count:
                 raise CheckpointError(f"{file}: tensor {name!r} has {len(data):,} numbers, expected {count:,}.")
             data = data.cpu().view(torch.uint8)
@@ -257,7 +257,7 @@ def _holds(file: Path, tensors: Mapping[str, torch.Tensor], names: Sequence[str]
 
         def compare(name: str, start: int, data: torch.Tensor) -> None:
             count = len(data) // ITEM_BYTES[dtype_of(tensors, name)]
-            if not stored.piece(name, start, count).view(torch.uint8).equal(data):
+            if not stored.flat_slice(name, start, count).view(torch.uint8).equal(data):
                 raise _DiffersError
 
         if same:

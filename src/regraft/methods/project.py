@@ -78,13 +78,13 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
     cross, apart, norms = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
     todo = list(pieces(vector))
     for done, (name, start, size) in enumerate(todo, 1):
-        old = torch.stack([first.piece(name, start, size) for first, _ in pairs])
-        new = torch.stack([second.piece(name, start, size) for _, second in pairs])
+        old = torch.stack([first.flat_slice(name, start, size) for first, _ in pairs])
+        new = torch.stack([second.flat_slice(name, start, size) for _, second in pairs])
         change = new - old
         target = change if options.residual else new
         gram += old @ old.T
         targets += target @ target.T
-        cross += old @ vector.piece(name, start, size)
+        cross += old @ vector.flat_slice(name, start, size)
         apart += change.square().sum(dim=1)
         norms += new.square().sum(dim=1)
         job.progress("pairs", done, len(todo), {})
@@ -115,11 +115,11 @@ def _map(
 
     shape = vector.shapes[name]
     size = math.prod(shape)
-    mapped = vector.piece(name, 0, size) if residual else torch.zeros(size, dtype=torch.float64)
+    mapped = vector.flat_slice(name, 0, size) if residual else torch.zeros(size, dtype=torch.float64)
     for (old, new), weight in zip(pairs, weights, strict=True):
-        mapped.add_(new.piece(name, 0, size), alpha=weight)
+        mapped.add_(new.flat_slice(name, 0, size), alpha=weight)
         if residual:
-            mapped.sub_(old.piece(name, 0, size), alpha=weight)
+            mapped.sub_(old.flat_slice(name, 0, size), alpha=weight)
     return mapped.reshape(shape)
 
 

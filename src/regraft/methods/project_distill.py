@@ -216,7 +216,7 @@ def _flatten(vector: Vector) -> torch.Tensor:
     import torch
 
     shapes = vector.shapes
-    return torch.cat([vector.piece(name, 0, math.prod(shapes[name])).float() for name in shapes])
+    return torch.cat([vector.flat_slice(name, 0, math.prod(shapes[name])).float() for name in shapes])
 
 
 def _parts(flat: torch.Tensor, vector: Vector) -> dict[str, torch.Tensor]:

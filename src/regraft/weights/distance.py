@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint import FLOATING, dtype_of, piece, shape_of
+from regraft.checkpoint import FLOATING, dtype_of, flat_slice, shape_of
 from regraft.errors import CheckpointError, MismatchError
 from regraft.progress import Progress, silent
 from regraft.weights.names import align, kind_of, layer_of
@@ -86,7 +86,7 @@ def distances(
         count = math.prod(shape_of(first, name))
         for start in range(0, count, PIECE):
             size = min(PIECE, count - start)
-            sums = _sums(piece(first, name, start, size), piece(second, other, start, size))
+            sums = _sums(flat_slice(first, name, start, size), flat_slice(second, other, start, size))
             if not math.isfinite(sums.difference + sums.first + sums.second):
                 raise CheckpointError(f"tensor {name!r} holds values that are infinite or not a number: {REMEDY}")
             for by, group in (("whole", "all"), ("layer", layer_of(name)), ("kind", kind_of(name))):
