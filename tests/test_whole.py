@@ -269,7 +269,7 @@ def test_names_on_the_command_line(tmp_path, bases, monkeypatch, capsys):
     run("interpolate", "--first", old, "--second", new, "--t", 0.5, "--out", tmp_path / "half")
     assert "layer 1" in run("distance", old, tmp_path / "half")
     assert "feed-forward" in run("inspect", tmp_path / "delta", "--full")
-    assert derived_module.PIECE == 1 << 18
+    assert derived_module.CHUNK_ELEMENTS == 1 << 18
 
 
 def test_a_base_with_new_tokens(tmp_path, bases, tuned):

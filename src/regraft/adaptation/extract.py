@@ -22,7 +22,7 @@ from regraft.checkpoint import (
     write_record,
     write_safetensors,
 )
-from regraft.checkpoint.derived import PIECE
+from regraft.checkpoint.derived import CHUNK_ELEMENTS
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.progress import Progress, silent
 from regraft.weights import align, delta, delta_all, inner, kind_of, low_rank
@@ -323,7 +323,7 @@ def _square(deltas: DerivedTensors, name: str) -> float:
     sides = deltas.specs[name].operands
     apart = all(not isinstance(side, DerivedTensors) or side.specs[own].elementwise for side, own in sides)
     size = math.prod(shape_of(deltas, name))
-    step = PIECE if apart else max(size, 1)
+    step = CHUNK_ELEMENTS if apart else max(size, 1)
     parts = (flat_slice(deltas, name, at, min(step, size - at)) for at in range(0, size, step))
     square = math.fsum(float(part.double().square().sum()) for part in parts)
     if not math.isfinite(square):

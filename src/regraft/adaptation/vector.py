@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-PIECE = 1 << 18  # numbers at a time: 2 MiB in float64
+CHUNK_ELEMENTS = 1 << 18  # numbers at a time: 2 MiB in float64
 # settings that say what an adapter's numbers mean
 MEANING = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
@@ -77,8 +77,8 @@ def pieces(vector: Vector) -> Iterator[tuple[str, int, int]]:
     """
     for name, shape in vector.shapes.items():
         count = math.prod(shape)
-        for start in range(0, count, PIECE):
-            yield name, start, min(PIECE, count - start)
+        for start in range(0, count, CHUNK_ELEMENTS):
+            yield name, start, min(CHUNK_ELEMENTS, count - start)
 
 
 def check_alike(vector: Vector, like: Vector) -> None:

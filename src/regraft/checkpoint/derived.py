@@ -16,7 +16,7 @@ from regraft.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-PIECE = 1 << 18
+CHUNK_ELEMENTS = 1 << 18
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,8 +60,10 @@ class DerivedTensors(Mapping[str, "torch.Tensor"]):
         import torch
 
         whole = torch.empty(math.prod(entry.shape), dtype=torch_dtype(entry.dtype))
-        for start in range(0, len(whole), PIECE):
-            whole[start : start + PIECE] = flat_slice(self, name, start, min(PIECE, len(whole) - start))
+        for start in range(0, len(whole), CHUNK_ELEMENTS):
+            whole[start : start + CHUNK_ELEMENTS] = flat_slice(
+                self, name, start, min(CHUNK_ELEMENTS, len(whole) - start)
+            )
         return whole.reshape(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -200,9 +202,10 @@ def are_equal(first: Mapping[str, torch.Tensor], name: str, second: Mapping[str,
     size = math.prod(shape)
     return all(
         torch.equal(
-            flat_slice(first, name, at, min(PIECE, size - at)), flat_slice(second, other, at, min(PIECE, size - at))
+            flat_slice(first, name, at, min(CHUNK_ELEMENTS, size - at)),
+            flat_slice(second, other, at, min(CHUNK_ELEMENTS, size - at)),
         )
-        for at in range(0, size, PIECE)
+        for at in range(0, size, CHUNK_ELEMENTS)
     )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint.reader import Checkpoint
 
-PIECE = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 
 
 def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Collection[str] | None = None) -> None:
@@ -38,8 +38,8 @@ def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Col
     total, done = sum(sizes.values()), 0
     found: dict[str, int] = {}
     for name, count in sizes.items():
-        for start in range(0, count, PIECE):
-            size = min(PIECE, count - start)
+        for start in range(0, count, CHUNK_ELEMENTS):
+            size = min(CHUNK_ELEMENTS, count - start)
             values = checkpoint.flat_slice(name, start, size)
             if not all(map(math.isfinite, values.aminmax())):  # forty times as fast as to count
                 found[name] = found.get(name, 0) + size - int(torch.isfinite(values).sum())

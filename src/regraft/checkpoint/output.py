@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint.derived import PIECE, DerivedTensors
+from regraft.checkpoint.derived import CHUNK_ELEMENTS, DerivedTensors
 from regraft.checkpoint.file import write_atomic
 from regraft.checkpoint.folder import check_place, publish, resumable_folder, working_folder
 from regraft.checkpoint.json_file import read_json
@@ -233,5 +233,5 @@ def _memory(tensors: Mapping[str, torch.Tensor], name: str) -> int:
         return size_of(tensors, name)
     entry = tensors.specs[name]
     if entry.elementwise:
-        return PIECE * 8 * (2 * len(entry.operands) + 2) * cores()
+        return CHUNK_ELEMENTS * 8 * (2 * len(entry.operands) + 2) * cores()
     return 3 * (size_of(tensors, name) + sum(size_of(source, operand) for source, operand in entry.operands))

@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint.derived import PIECE, DerivedTensors, dtype_of, flat_slice, shape_of
+from regraft.checkpoint.derived import CHUNK_ELEMENTS, DerivedTensors, dtype_of, flat_slice, shape_of
 from regraft.checkpoint.file import replacing, write_atomic
 from regraft.checkpoint.header import ITEM_BYTES, torch_dtype
 from regraft.checkpoint.reader import INDEX, Checkpoint
@@ -222,7 +222,7 @@ def _pieces(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Iterat
     for name in names:
         count = math.prod(shape_of(tensors, name))
         whole = isinstance(tensors, DerivedTensors) and not tensors.specs[name].elementwise
-        size = count if whole else PIECE
+        size = count if whole else CHUNK_ELEMENTS
         yield from ((name, start, min(size, count - start)) for start in range(0, count, max(size, 1)))
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-PIECE = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 REMEDY = "they have no distance (regraft weights inspect --check-finite counts them)."
 
 
@@ -84,8 +84,8 @@ def distances(
             shapes = f"{shape_of(first, name)} and {shape_of(second, other)}"
             raise MismatchError(f"tensor {name!r} is of shapes {shapes} in the two checkpoints.")
         count = math.prod(shape_of(first, name))
-        for start in range(0, count, PIECE):
-            size = min(PIECE, count - start)
+        for start in range(0, count, CHUNK_ELEMENTS):
+            size = min(CHUNK_ELEMENTS, count - start)
             sums = _sums(flat_slice(first, name, start, size), flat_slice(second, other, start, size))
             if not math.isfinite(sums.difference + sums.first + sums.second):
                 raise CheckpointError(f"tensor {name!r} holds values that are infinite or not a number: {REMEDY}")
