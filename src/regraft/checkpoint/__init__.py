@@ -29,7 +29,7 @@ from regraft.checkpoint.output import (
 )
 from regraft.checkpoint.quantised import check_plain
 from regraft.checkpoint.reader import Checkpoint
-from regraft.checkpoint.writer import plan_shards, size_of, write_checkpoint, write_safetensors
+from regraft.checkpoint.writer import byte_size, plan_shards, write_checkpoint, write_safetensors
 
 __all__ = [
     "FLOATING",
@@ -66,7 +66,7 @@ __all__ = [
     "resumable_folder",
     "seal",
     "shape_of",
-    "size_of",
+    "byte_size",
     "stored_dtype",
     "temporary_folder",
     "to_json",

@@ -12,7 +12,7 @@ from regraft.checkpoint.file import write_atomic
 from regraft.checkpoint.folder import check_place, publish, resumable_folder, working_folder
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.quantised import without_quantisation
-from regraft.checkpoint.writer import SHARD_BYTES, cores, holds_checkpoint, plan_shards, size_of, write_checkpoint
+from regraft.checkpoint.writer import SHARD_BYTES, byte_size, cores, holds_checkpoint, plan_shards, write_checkpoint
 from regraft.errors import CheckpointError, DiskFullError, OutcomeError
 from regraft.progress import Progress, silent
 
@@ -70,7 +70,7 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
     """
     check_place(out)
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
-    disk = sum(size_of(tensors, name) for name in tensors)
+    disk = sum(byte_size(tensors, name) for name in tensors)
     free = shutil.disk_usage(parent).free
     plan = Plan(
         tensors=len(tensors),
@@ -223,15 +223,15 @@ def _kept(out: Path) -> int:
 
 def _read(tensors: Mapping[str, torch.Tensor], name: str) -> int:
     if not isinstance(tensors, DerivedTensors):
-        return size_of(tensors, name)
+        return byte_size(tensors, name)
     return sum(_read(source, operand) for source, operand in tensors.specs[name].operands)
 
 
 def _memory(tensors: Mapping[str, torch.Tensor], name: str) -> int:
     """Estimate what computing takes: the operands, each also in float64, and the result, per core."""
     if not isinstance(tensors, DerivedTensors):
-        return size_of(tensors, name)
+        return byte_size(tensors, name)
     entry = tensors.specs[name]
     if entry.elementwise:
         return CHUNK_ELEMENTS * 8 * (2 * len(entry.operands) + 2) * cores()
-    return 3 * (size_of(tensors, name) + sum(size_of(source, operand) for source, operand in entry.operands))
+    return 3 * (byte_size(tensors, name) + sum(byte_size(source, operand) for source, operand in entry.operands))

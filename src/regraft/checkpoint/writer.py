@@ -36,7 +36,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def size_of(tensors: Mapping[str, torch.Tensor], name: str) -> int:
+def byte_size(tensors: Mapping[str, torch.Tensor], name: str) -> int:
     """Return the bytes a tensor takes on disk.
 
     Args:
@@ -62,7 +62,7 @@ def plan_shards(tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BY
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(tensors):
-        size = size_of(tensors, name)
+        size = byte_size(tensors, name)
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -92,8 +92,8 @@ def write_checkpoint(
     """
     shards = plan_shards(tensors, shard_bytes)
     todo = {file: names for file, names in shards.items() if not _holds(folder / file, tensors, names, progress)}
-    total = sum(size_of(tensors, name) for names in shards.values() for name in names)
-    missing = sum(size_of(tensors, name) for names in todo.values() for name in names)
+    total = sum(byte_size(tensors, name) for names in shards.values() for name in names)
+    missing = sum(byte_size(tensors, name) for names in todo.values() for name in names)
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise DiskFullError(f"{folder}: {missing:,} bytes are to be written, the disk has {free:,} left: make room.")
@@ -105,7 +105,7 @@ def write_checkpoint(
             progress(stage, before + part, total, figures)
 
         write_safetensors(folder / file, tensors, names, report)
-        done += sum(size_of(tensors, name) for name in names)
+        done += sum(byte_size(tensors, name) for name in names)
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -153,7 +153,7 @@ def write_safetensors(
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, position = {}, 0
     for name in order:
-        starts[name], end = position, position + size_of(tensors, name)
+        starts[name], end = position, position + byte_size(tensors, name)
         shape = list(shape_of(tensors, name))
         header[name] = {"dtype": dtype_of(tensors, name), "shape": shape, "data_offsets": [position, end]}
         position = end
@@ -186,7 +186,7 @@ def _for_each_piece(
     import torch
 
     todo, lock, done = _pieces(tensors, names), threading.Lock(), 0
-    total = sum(size_of(tensors, name) for name in names)
+    total = sum(byte_size(tensors, name) for name in names)
 
     def work() -> None:
         nonlocal todo
