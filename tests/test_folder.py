@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from regraft.checkpoint import (
     Checkpoint,
-    check_place,
+    check_output_path,
     fingerprint,
     is_sealed,
     publish,
@@ -87,7 +87,7 @@ def test_no_folder_can_be_made_there(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(OutcomeError, match=r"no name of a new folder|cannot be created"):
-        check_place(Path(out))
+        check_output_path(Path(out))
 
 
 def test_without_locks_it_goes_on_and_says_so(tmp_path, monkeypatch, caplog):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome
-from regraft.checkpoint import check_place, publish, read_json, read_json_lines, to_json, write_atomic
+from regraft.checkpoint import check_output_path, publish, read_json, read_json_lines, to_json, write_atomic
 from regraft.checkpoint.record import plain_text
 from regraft.errors import CheckpointError, OutcomeError, RegraftError
 from regraft.printable import printable
@@ -104,7 +104,7 @@ def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) 
     Raises:
         OutcomeError: Something else is in that place, or what is there has lost its weights or predictions.
     """
-    check_place(out)
+    check_output_path(out)
     if not out.exists():
         return None
     outcome = load_outcome(out)

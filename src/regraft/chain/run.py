@@ -10,7 +10,7 @@ from regraft.adaptation.outcome_record import BaseRecord
 from regraft.base import Base
 from regraft.chain.file import folder_name
 from regraft.chain.record import RECORD, ChainRecord, ChainRow
-from regraft.checkpoint import check_place, to_json, write_atomic
+from regraft.checkpoint import check_output_path, to_json, write_atomic
 from regraft.errors import CheckpointError, DataError, DiskFullError, MismatchError, RecipeError
 from regraft.methods import recycle, tune
 from regraft.progress import Progress, silent
@@ -44,7 +44,7 @@ def run_chain(chain: Chain, out: str | Path, progress: Progress = silent) -> lis
         RegraftError: A base or a task cannot be read, or an outcome cannot be written; what was done until then is
             kept. What one adaptation or method alone is to blame for is recorded as refused, and the rest is done.
     """
-    check_place(Path(out))
+    check_output_path(Path(out))
     run = _Run([Base.open(name) for name in chain.bases], chain, Path(out), progress)
     run.out.mkdir(parents=True, exist_ok=True)
     for seed in chain.seeds:

@@ -13,7 +13,7 @@ from regraft.checkpoint.derived import (
 from regraft.checkpoint.file import disk_full, is_disk_full, is_sealed, replacing, seal, to_json, write_atomic
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
-from regraft.checkpoint.folder import check_place, publish, resumable_folder, temporary_folder
+from regraft.checkpoint.folder import check_output_path, publish, resumable_folder, temporary_folder
 from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import parse_json, read_json, read_json_lines
@@ -42,7 +42,7 @@ __all__ = [
     "TensorInfo",
     "are_equal",
     "check_finite",
-    "check_place",
+    "check_output_path",
     "check_plain",
     "copy_companions",
     "disk_full",

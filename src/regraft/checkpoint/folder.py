@@ -45,7 +45,7 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
         DiskFullError: The disk is full; what was done so far is kept.
         OutcomeError: Another process is at work on the same `out`, or nothing can be written there.
     """
-    check_place(out)
+    check_output_path(out)
     work = working_folder(out)
     with _locked(work, out):
         try:
@@ -82,7 +82,7 @@ def working_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
-def check_place(out: Path) -> None:
+def check_output_path(out: Path) -> None:
     """Refuse a place in which no folder can be made, before any work is done.
 
     Args:
@@ -118,7 +118,7 @@ def publish(whole: Path, out: Path) -> None:
     Raises:
         OutcomeError: `out` exists, or cannot be made.
     """
-    check_place(out)
+    check_output_path(out)
     if out.exists():
         raise OutcomeError(f"{out}: exists already. Choose another --out or remove it.")
     mode = new_file_mode()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint.derived import CHUNK_ELEMENTS, DerivedTensors
 from regraft.checkpoint.file import write_atomic
-from regraft.checkpoint.folder import check_place, publish, resumable_folder, working_folder
+from regraft.checkpoint.folder import check_output_path, publish, resumable_folder, working_folder
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.quantised import without_quantisation
 from regraft.checkpoint.writer import SHARD_BYTES, byte_size, cores, holds_checkpoint, plan_shards, write_checkpoint
@@ -68,7 +68,7 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
         DiskFullError: The disk has not enough room.
         OutcomeError: No folder can be made at `out`.
     """
-    check_place(out)
+    check_output_path(out)
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     disk = sum(byte_size(tensors, name) for name in tensors)
     free = shutil.disk_usage(parent).free
@@ -148,7 +148,7 @@ def is_made(out: Path, made_from: Mapping[str, Any], renew: Callable[[dict[str, 
     Raises:
         OutcomeError: Something else is there.
     """
-    check_place(out)
+    check_output_path(out)
     if not out.exists():
         return False
     try:

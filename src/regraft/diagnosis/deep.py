@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.adaptation.outcome import versions
-from regraft.checkpoint import check_place, to_json, write_atomic
+from regraft.checkpoint import check_output_path, to_json, write_atomic
 from regraft.diagnosis.pair import load_counterpart, load_pair
 from regraft.diagnosis.question import QuestionContext, Questions, all_questions
 from regraft.diagnosis.record import Diagnosis
@@ -114,6 +114,6 @@ def _answer_all(context: QuestionContext) -> tuple[dict[str, str], dict[str, flo
 
 
 def _check_output_folder(out: Path) -> None:
-    check_place(out)
+    check_output_path(out)
     if out.exists() and not (out.is_dir() and all(file.name == RECORD for file in out.iterdir())):
         raise OutcomeError(f"{out}: holds something other than a diagnosis. Choose another --out or remove it.")

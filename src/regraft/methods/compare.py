@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_model
-from regraft.checkpoint import check_place, to_json, write_atomic
+from regraft.checkpoint import check_output_path, to_json, write_atomic
 from regraft.errors import RecipeError
 from regraft.methods.comparison import Comparison, Row
 from regraft.methods.recycle import recycle
@@ -66,7 +66,7 @@ def compare(
         raise RecipeError(f"seeds are one or more, each once, found {', '.join(map(str, seeds)) or 'none'}.")
     for seed in seeds:
         dataclasses.replace(recipe, seed=seed)
-    check_place(out)
+    check_output_path(out)
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     adaptation.check_base(upgrade.old, force=force)
     rows: dict[str, list[Row]] = {name: [] for name in names}

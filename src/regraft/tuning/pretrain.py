@@ -14,7 +14,7 @@ from regraft.checkpoint import (
     Checkpoint,
     DerivedTensors,
     TensorSpec,
-    check_place,
+    check_output_path,
     dtype_of,
     publish,
     read_json,
@@ -286,7 +286,7 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_done(out: Path, inputs: dict[str, Any], base: Base) -> bool:
-    check_place(out)
+    check_output_path(out)
     if not out.exists():
         return False
     if renewed(_recorded(out) or {}, [base]) == inputs:
