@@ -162,7 +162,7 @@ def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, ma
         out: The folder to be; seen whole or not at all.
         base: What its base is called.
         tokenizer_of: Whose tokenizer files are copied.
-        made_from: What it is made from, as JSON, for `is_made`.
+        made_from: What it is made from, as JSON, for `is_up_to_date`.
 
     Raises:
         OutcomeError: Something is at `out`.

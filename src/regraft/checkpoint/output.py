@@ -134,7 +134,9 @@ def write_folder(
         publish(whole, out)
 
 
-def is_made(out: Path, made_from: Mapping[str, Any], renew: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> bool:
+def is_up_to_date(
+    out: Path, made_from: Mapping[str, Any], renew: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> bool:
     """Return whether a folder is there already, made from the same; ask before the work.
 
     Args:
@@ -163,7 +165,7 @@ def is_made(out: Path, made_from: Mapping[str, Any], renew: Callable[[dict[str, 
 
 
 def write_record(folder: Path, made_from: Mapping[str, Any], results: Mapping[str, float] | None = None) -> None:
-    """Write what a folder is made from into it, for `is_made`.
+    """Write what a folder is made from into it, for `is_up_to_date`.
 
     Args:
         folder: The folder.
@@ -178,7 +180,7 @@ def read_results(folder: Path) -> dict[str, float]:
     """Read the figures that `write_record` wrote beside what a folder is made from.
 
     Args:
-        folder: The folder, for which `is_made` is true.
+        folder: The folder, for which `is_up_to_date` is true.
 
     Returns:
         The figures.
@@ -191,7 +193,7 @@ def _is_written(
     out: Path, made_from: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shard_bytes: int, progress: Progress
 ) -> bool:
     """Look for the result; its every number is compared, as fingerprints are of samples and disks lose data."""
-    if not is_made(out, made_from):
+    if not is_up_to_date(out, made_from):
         return False
     if not holds_checkpoint(out, tensors, shard_bytes, progress):
         raise OutcomeError(

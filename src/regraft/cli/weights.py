@@ -162,7 +162,7 @@ def extract_lora(
     """Extract a LoRA from a full fine-tune: the best low-rank approximation of its delta."""
     from regraft.adaptation import extract_lora as extract
     from regraft.adaptation import write_lora
-    from regraft.checkpoint import fingerprint, is_made
+    from regraft.checkpoint import fingerprint, is_up_to_date
     from regraft.cli.terminal import print_line, print_text, show_progress
     from regraft.naming import class_of
     from regraft.vocabulary import check_one_vocabulary
@@ -172,7 +172,7 @@ def extract_lora(
     check_separate(out, checkpoints)
     fingerprints = {role: fingerprint(checkpoint, full=True) for role, checkpoint in checkpoints.items()}
     provenance = {"operation": "extract-lora", "rank": rank, "energy": energy, **fingerprints}
-    if not is_made(out, provenance):
+    if not is_up_to_date(out, provenance):
         tensors = name_tensors(checkpoints)
         check_one_vocabulary({role: checkpoint.folder for role, checkpoint in checkpoints.items()}, tensors, "a LoRA")
         architecture = class_of(checkpoints["tuned"]) if isinstance(tensors["tuned"], Named) else None

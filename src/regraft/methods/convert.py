@@ -19,7 +19,7 @@ from regraft.adaptation import (
 )
 from regraft.adaptation.tokens import tuned_rows, with_own_tokens
 from regraft.base import Base
-from regraft.checkpoint import check_finite, is_made, publish, read_results, resumable_folder, write_record
+from regraft.checkpoint import check_finite, is_up_to_date, publish, read_results, resumable_folder, write_record
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.recycle import new_folder
 from regraft.naming import class_of
@@ -107,7 +107,7 @@ def convert(
         "new": upgrade.new.fingerprint if new is not None else None,
         "task": None if data is None else data.digest(),
     }  # fmt: skip
-    if is_made(out, made_from, lambda record: renewed(record, (upgrade.old, upgrade.new))):
+    if is_up_to_date(out, made_from, lambda record: renewed(record, (upgrade.old, upgrade.new))):
         return Conversion(out, to, **read_results(out))
     adaptation.check_base(old, force=force)
     upgrade = with_own_tokens(adaptation, upgrade)
