@@ -154,7 +154,7 @@ def _check_loads(tensors: Tensors, config: Mapping[str, Any], architecture: Arch
         ) from error
 
 
-def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, made_from: Mapping[str, Any]) -> None:
+def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, provenance: Mapping[str, Any]) -> None:
     """Write a LoRA as PEFT does.
 
     Args:
@@ -162,7 +162,7 @@ def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, ma
         out: The folder to be; seen whole or not at all.
         base: What its base is called.
         tokenizer_of: Whose tokenizer files are copied.
-        made_from: What it is made from, as JSON, for `is_up_to_date`.
+        provenance: What it is made from, as JSON, for `is_up_to_date`.
 
     Raises:
         OutcomeError: Something is at `out`.
@@ -175,7 +175,7 @@ def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, ma
         config = {**lora.config, "base_model_name_or_path": base}
         write_atomic(staging / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         copy_companions(tokenizer_of, staging, TOKENIZER)
-        write_record(staging, made_from)
+        write_record(staging, provenance)
         publish(staging, out)
 
 

@@ -89,7 +89,7 @@ def write_folder(
     tensors: Mapping[str, torch.Tensor],
     out: Path,
     like: Path,
-    made_from: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
     *,
@@ -102,7 +102,7 @@ def write_folder(
         tensors: What is to be written.
         out: Where to.
         like: The folder whose config and tokenizer files are copied.
-        made_from: What the tensors are made from, as JSON. If `out` is there, made from the same, nothing is done.
+        provenance: What the tensors are made from, as JSON. If `out` is there, made from the same, nothing is done.
         shard_bytes: The largest size of a file.
         progress: Told of each piece, in bytes.
         vocabulary: Changes tokenizer and configs in the folder, where the vocabulary is another than that of `like`.
@@ -112,12 +112,12 @@ def write_folder(
         DiskFullError: The disk has not enough room.
         OutcomeError: Something else is at `out`, or it cannot be written.
     """
-    made_from = {**made_from, "shard_bytes": shard_bytes}
-    if _is_written(out, made_from, tensors, shard_bytes, progress):
+    provenance = {**provenance, "shard_bytes": shard_bytes}
+    if _is_written(out, provenance, tensors, shard_bytes, progress):
         return
     plan_checkpoint(tensors, out, shard_bytes)
-    with resumable_folder(out, made_from) as work:
-        if _is_written(out, made_from, tensors, shard_bytes, progress):  # another process has made it since
+    with resumable_folder(out, provenance) as work:
+        if _is_written(out, provenance, tensors, shard_bytes, progress):  # another process has made it since
             return
         whole = work / "checkpoints" / "whole"
         whole.mkdir(parents=True, exist_ok=True)
@@ -130,18 +130,18 @@ def write_folder(
                 write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")
         if vocabulary:
             vocabulary(whole)
-        write_record(whole, made_from)
+        write_record(whole, provenance)
         publish(whole, out)
 
 
 def is_up_to_date(
-    out: Path, made_from: Mapping[str, Any], renew: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    out: Path, provenance: Mapping[str, Any], renew: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> bool:
     """Return whether a folder is there already, made from the same; ask before the work.
 
     Args:
         out: The folder.
-        made_from: What it would be made from, as JSON.
+        provenance: What it would be made from, as JSON.
         renew: Returns a record of regraft 0.1 as it would be written today.
 
     Returns:
@@ -156,7 +156,7 @@ def is_up_to_date(
     try:
         record = read_json(out / RECORD)
         recorded = {key: record[key] for key in record if key != RESULTS}
-        expected = json.loads(json.dumps(made_from))
+        expected = json.loads(json.dumps(provenance))
         if recorded == expected or renew(recorded) == expected:
             return True
     except (CheckpointError, TypeError):
@@ -164,15 +164,15 @@ def is_up_to_date(
     raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
 
 
-def write_record(folder: Path, made_from: Mapping[str, Any], results: Mapping[str, float] | None = None) -> None:
+def write_record(folder: Path, provenance: Mapping[str, Any], results: Mapping[str, float] | None = None) -> None:
     """Write what a folder is made from into it, for `is_up_to_date`.
 
     Args:
         folder: The folder.
-        made_from: What it is made from, as JSON.
+        provenance: What it is made from, as JSON.
         results: Figures to tell again where nothing is done.
     """
-    content = {**made_from, RESULTS: dict(results)} if results else dict(made_from)
+    content = {**provenance, RESULTS: dict(results)} if results else dict(provenance)
     write_atomic(folder / RECORD, json.dumps(content, sort_keys=True, indent=2) + "\n")
 
 
@@ -190,10 +190,10 @@ def read_results(folder: Path) -> dict[str, float]:
 
 
 def _is_written(
-    out: Path, made_from: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shard_bytes: int, progress: Progress
+    out: Path, provenance: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shard_bytes: int, progress: Progress
 ) -> bool:
     """Look for the result; its every number is compared, as fingerprints are of samples and disks lose data."""
-    if not is_up_to_date(out, made_from):
+    if not is_up_to_date(out, provenance):
         return False
     if not holds_checkpoint(out, tensors, shard_bytes, progress):
         raise OutcomeError(

@@ -101,13 +101,13 @@ def convert(
     if to == "full" and (rank is not None or energy is not None or task is not None):
         raise RecipeError("rank, energy and texts are for a LoRA.")
     data = None if task is None else load_data(task, 0)
-    made_from = {
+    provenance = {
         "operation": "convert", "to": to, "rank": rank, "energy": energy, "adaptation": adaptation.fingerprint,
         "settings": adaptation.config, "labels": adaptation.labels, "old": old.fingerprint,
         "new": upgrade.new.fingerprint if new is not None else None,
         "task": None if data is None else data.digest(),
     }  # fmt: skip
-    if is_up_to_date(out, made_from, lambda record: renewed(record, (upgrade.old, upgrade.new))):
+    if is_up_to_date(out, provenance, lambda record: renewed(record, (upgrade.old, upgrade.new))):
         return Conversion(out, to, **read_results(out))
     adaptation.check_base(old, force=force)
     upgrade = with_own_tokens(adaptation, upgrade)
@@ -148,7 +148,7 @@ def convert(
                 f"{adaptation.path}: what it would be as {to} does not load wholly on {target.path}: it can be "
                 f"recycled, but not converted ({error})"
             ) from error
-        write_record(staging, made_from, {"kept": kept, "left_out": left_out})
+        write_record(staging, provenance, {"kept": kept, "left_out": left_out})
         publish(staging, out)
     return Conversion(out, to, kept, left_out)
 
