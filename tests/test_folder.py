@@ -18,7 +18,7 @@ from regraft.checkpoint import (
     fingerprint,
     is_sealed,
     publish,
-    replacing,
+    replace_atomically,
     resumable_folder,
     seal,
     temporary_folder,
@@ -116,7 +116,10 @@ def test_without_locks_it_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
 )
 def test_a_full_disk_is_one_error_and_leaves_no_temporary_file(tmp_path, failure):
     (tmp_path / "file").write_text("before")
-    with pytest.raises(DiskFullError, match="Make room, and the same command goes on"), replacing(tmp_path / "file"):
+    with (
+        pytest.raises(DiskFullError, match="Make room, and the same command goes on"),
+        replace_atomically(tmp_path / "file"),
+    ):
         raise failure
     assert os.listdir(tmp_path) == ["file"]
     with pytest.raises(DiskFullError), resumable_folder(tmp_path / "out", {}) as work:

@@ -10,7 +10,7 @@ from regraft.checkpoint.derived import (
     shape_of,
     stored_dtype,
 )
-from regraft.checkpoint.file import disk_full, is_disk_full, is_sealed, replacing, seal, to_json, write_atomic
+from regraft.checkpoint.file import disk_full, is_disk_full, is_sealed, replace_atomically, seal, to_json, write_atomic
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
 from regraft.checkpoint.folder import check_output_path, publish, resumable_folder, temporary_folder
@@ -62,7 +62,7 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "read_results",
-    "replacing",
+    "replace_atomically",
     "resumable_folder",
     "seal",
     "shape_of",

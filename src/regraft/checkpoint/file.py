@@ -22,7 +22,7 @@ NO_ROOM = re.compile(r"os error (27|28|122)\b|No space left on device|file write
 
 
 @contextlib.contextmanager
-def replacing(file: Path, *, synced: bool = True) -> Iterator[Path]:
+def replace_atomically(file: Path, *, synced: bool = True) -> Iterator[Path]:
     """Write a file beside its place, sync it, and rename it: it is seen whole or not at all.
 
     Args:
@@ -69,7 +69,7 @@ def write_atomic(file: Path, text: str) -> None:
         DiskFullError: The disk is full.
         OutcomeError: The file cannot be written.
     """
-    with replacing(file) as beside:
+    with replace_atomically(file) as beside:
         beside.write_text(text, encoding="utf-8")
 
 

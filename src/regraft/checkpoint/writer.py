@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from regraft.checkpoint.derived import CHUNK_ELEMENTS, DerivedTensors, dtype_of, flat_slice, shape_of
-from regraft.checkpoint.file import replacing, write_atomic
+from regraft.checkpoint.file import replace_atomically, write_atomic
 from regraft.checkpoint.header import ITEM_BYTES, torch_dtype
 from regraft.checkpoint.reader import INDEX, Checkpoint
 from regraft.errors import CheckpointError, DiskFullError
@@ -160,7 +160,7 @@ def write_safetensors(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     first = 8 + len(encoded)
-    with replacing(file, synced=False) as beside, beside.open("wb") as stream:
+    with replace_atomically(file, synced=False) as beside, beside.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little"))
         stream.write(encoded)
         stream.flush()

@@ -144,13 +144,13 @@ def _save(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Optim
     """Write the state of the map's training, beside the one before, which goes once it is sealed."""
     import torch
 
-    from regraft.checkpoint import replacing, seal
+    from regraft.checkpoint import replace_atomically, seal
 
     folder = job.work / "map" / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{len(losses)}.pt"
     state = {"parameters": [p.detach() for p in parameters], "optimiser": optimiser.state_dict(), "losses": losses}
-    with replacing(file) as beside:
+    with replace_atomically(file) as beside:
         torch.save(state, beside)
     seal(folder / SEAL, [file], {"file": file.name})
     for other in folder.glob("step-*.pt"):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from regraft.checkpoint import replacing, write_atomic
+from regraft.checkpoint import replace_atomically, write_atomic
 from regraft.errors import OutcomeError, RecipeError
 from regraft.report.find import find_runs
 from regraft.report.html import to_html
@@ -92,7 +92,7 @@ def _write_plots(page: Page, pictures: dict[str, bytes], folder: Path, out: Path
     for chart in page.charts:
         for form, content in (("svg", pictures[chart.name]), ("png", save_figure(chart.figure, "png"))):
             file = folder / f"{chart.name}.{form}"
-            with replacing(file) as beside:
+            with replace_atomically(file) as beside:
                 beside.write_bytes(content)
         files[chart.name] = Path(os.path.relpath(folder, out.parent), f"{chart.name}.svg").as_posix()
     return files

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import is_sealed, replacing, seal
+from regraft.checkpoint import is_sealed, replace_atomically, seal
 from regraft.errors import DataError
 from regraft.task import HubSplit
 from regraft.task.file import check_folder, check_regular_file, data_suffix, is_unicode, read_json_rows, read_lines
@@ -163,7 +163,7 @@ def pack(
     record = file.with_suffix(".json")
     if not is_sealed(record):
         count = 0
-        with replacing(file, synced=False) as beside, beside.open("wb") as stream:
+        with replace_atomically(file, synced=False) as beside, beside.open("wb") as stream:
             documents = corpus.documents()
             while texts := list(islice(documents, DOCUMENTS_AT_ONCE)):
                 for ids in _tokenise(base, texts):

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import is_sealed, replacing, seal
+from regraft.checkpoint import is_sealed, replace_atomically, seal
 from regraft.errors import MismatchError, RecipeError
 from regraft.model.batches import for_each_batch
 from regraft.model.outputs import forward
@@ -206,7 +206,7 @@ def compute_teacher_outputs(
         stored.setdefault("hidden", torch.zeros(len(examples.targets), 0, dtype=torch.bfloat16))
         if not all(rows.isfinite().all() for rows in stored.values()):
             raise MismatchError("the old deployment's outputs are infinite or not a number: there is nothing to learn.")
-        with replacing(file, synced=False) as beside:
+        with replace_atomically(file, synced=False) as beside:
             save_file(stored, beside)
         seal(record, [file])
     stored = load_file(file)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from regraft.adaptation.outcome import versions
-from regraft.checkpoint import is_sealed, replacing, seal
+from regraft.checkpoint import is_sealed, replace_atomically, seal
 from regraft.errors import RecipeError
 from regraft.model.device import device
 from regraft.progress import quiet
@@ -274,7 +274,7 @@ class _Best:
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(file, synced=False) as beside:
+        with replace_atomically(file, synced=False) as beside:
             save_file(weights, beside)
 
     def _clear(self, curve: list[dict[str, float]]) -> None:
