@@ -10,7 +10,15 @@ from regraft.checkpoint.derived import (
     shape_of,
     stored_dtype,
 )
-from regraft.checkpoint.file import disk_full, is_disk_full, is_sealed, replace_atomically, seal, to_json, write_atomic
+from regraft.checkpoint.file import (
+    disk_full_error,
+    is_disk_full,
+    is_sealed,
+    replace_atomically,
+    seal,
+    to_json,
+    write_atomic,
+)
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
 from regraft.checkpoint.folder import check_output_path, publish, resumable_folder, temporary_folder
@@ -45,7 +53,7 @@ __all__ = [
     "check_output_path",
     "check_plain",
     "copy_companions",
-    "disk_full",
+    "disk_full_error",
     "dtype_name",
     "dtype_of",
     "find_path",

@@ -49,7 +49,7 @@ def replace_atomically(file: Path, *, synced: bool = True) -> Iterator[Path]:
             sync(file.parent)
     except Exception as error:
         if is_disk_full(error):
-            raise disk_full(file) from error
+            raise disk_full_error(file) from error
         if isinstance(error, OSError):
             raise OutcomeError(f"{file}: cannot be written ({error.strerror or error}).") from error
         raise
@@ -145,7 +145,7 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
-def disk_full(path: Path | str) -> DiskFullError:
+def disk_full_error(path: Path | str) -> DiskFullError:
     """Make the error of a disk without room.
 
     Args:

@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from regraft.checkpoint.file import disk_full, is_disk_full, new_file_mode, sync, write_atomic
+from regraft.checkpoint.file import disk_full_error, is_disk_full, new_file_mode, sync, write_atomic
 from regraft.errors import OutcomeError, RecipeError, RegraftError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
             if isinstance(error, RecipeError) or (refused and not any(work.rglob("checkpoints"))):
                 shutil.rmtree(work)
                 raise
-            raised = disk_full(work) if not refused and is_disk_full(error) else error
+            raised = disk_full_error(work) if not refused and is_disk_full(error) else error
             raised.add_note(f"What was done so far is kept in {work}: the same command goes on from it.")
             if raised is error:
                 raise
@@ -167,7 +167,7 @@ def _locked(work: Path, out: Path, mode: int = 0o777) -> Iterator[None]:
             continue
         except OSError as error:
             if is_disk_full(error):
-                raise disk_full(work) from error
+                raise disk_full_error(work) from error
             raise OutcomeError(f"{work}: cannot be created ({error.strerror or error}).") from error
         with lock:
             _lock(lock, out)

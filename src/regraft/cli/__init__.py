@@ -104,7 +104,7 @@ def _indented(message: str) -> str:
 
 def _message(error: Exception) -> str:
     """Return an error's message, with the file of a system error; of an unexpected one, what to do."""
-    from regraft.checkpoint import disk_full, is_disk_full
+    from regraft.checkpoint import disk_full_error, is_disk_full
 
     if isinstance(error, RegraftError):
         return str(error)
@@ -114,7 +114,7 @@ def _message(error: Exception) -> str:
             "damaged; if not, please report the traceback that `regraft --debug …` prints."
         )
     file = error.filename or "the output"
-    return str(disk_full(file)) if is_disk_full(error) else f"{file}: {error.strerror or error}."
+    return str(disk_full_error(file)) if is_disk_full(error) else f"{file}: {error.strerror or error}."
 
 
 def _drop_output() -> None:
