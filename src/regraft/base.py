@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from regraft.architecture import architecture_of
-from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_plain, find_path, fingerprint, read_json
+from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_unquantised, find_path, fingerprint, read_json
 from regraft.errors import CheckpointError
 from regraft.naming import named
 from regraft.transformers_folder import read_config, read_tokenizer
@@ -70,7 +70,7 @@ class Base:
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path}: holds no config.json. Copy the one that was saved with these weights.")
         base = cls(str(name), path, checkpoint)
-        check_plain(path, base.checkpoint.tensors)
+        check_unquantised(path, base.checkpoint.tensors)
         if base.is_encoder_decoder:
             raise CheckpointError(
                 f"{path}: a {base.config.model_type} is an encoder-decoder, which regraft does not run: carry its "

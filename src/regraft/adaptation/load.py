@@ -10,7 +10,7 @@ from regraft.adaptation.families import FULL, family_of
 from regraft.adaptation.families.full import check_classifier
 from regraft.adaptation.kinds import kind_of
 from regraft.adaptation.record import agreed_labels, configured_labels, recorded
-from regraft.checkpoint import Checkpoint, check_plain, read_json
+from regraft.checkpoint import Checkpoint, check_unquantised, read_json
 from regraft.errors import CheckpointError
 
 
@@ -61,7 +61,7 @@ def load_adaptation(path: str | Path) -> Adaptation:
     if not (folder / expected).is_file():
         raise CheckpointError(f"{folder}: holds no {expected}. Copy the one that was saved with these weights.")
     config = read_json(folder / "config.json")
-    check_plain(folder, checkpoint.tensors)
+    check_unquantised(folder, checkpoint.tensors)
     check_classifier(folder, config)
     labels = agreed_labels(labels, configured_labels(config, folder), folder)
     return Adaptation(folder, "full", FULL, labels, base, checkpoint, config, task_type)

@@ -35,7 +35,7 @@ from regraft.checkpoint.output import (
     write_folder,
     write_record,
 )
-from regraft.checkpoint.quantised import check_plain
+from regraft.checkpoint.quantised import check_unquantised
 from regraft.checkpoint.reader import Checkpoint
 from regraft.checkpoint.writer import byte_size, plan_shards, write_checkpoint, write_safetensors
 
@@ -51,7 +51,7 @@ __all__ = [
     "are_equal",
     "check_finite",
     "check_output_path",
-    "check_plain",
+    "check_unquantised",
     "copy_companions",
     "disk_full_error",
     "dtype_name",

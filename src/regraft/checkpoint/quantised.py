@@ -193,7 +193,7 @@ def dequantised(path: Path, stored: Mapping[str, TensorInfo], settings: Mapping[
     return {name: weights[name] for name in stored if name in weights}
 
 
-def check_plain(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+def check_unquantised(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse a quantised checkpoint where a model of it would be run.
 
     Args:
