@@ -7,7 +7,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import TOKENIZER, Checkpoint, read_json
+from regraft.checkpoint import TOKENIZER_FILES, Checkpoint, read_json
 from regraft.errors import CheckpointError
 from regraft.progress import quiet
 
@@ -193,7 +193,7 @@ def check_sizes(folder: Path) -> None:
     Raises:
         CheckpointError: One has more than 64 MiB.
     """
-    for file in (file for pattern in (*TOKENIZER, *BESIDE_TOKENIZER) for file in folder.glob(pattern)):
+    for file in (file for pattern in (*TOKENIZER_FILES, *BESIDE_TOKENIZER) for file in folder.glob(pattern)):
         if file.is_file() and (size := file.stat().st_size) > MAX_TOKENIZER_BYTES:
             raise CheckpointError(
                 f"{file}: has {size:,} bytes, more than the {MAX_TOKENIZER_BYTES:,} that are read of such a file."

@@ -26,7 +26,7 @@ from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_hea
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import parse_json, read_json, read_json_lines
 from regraft.checkpoint.output import (
-    TOKENIZER,
+    TOKENIZER_FILES,
     Plan,
     copy_companions,
     is_up_to_date,
@@ -41,7 +41,7 @@ from regraft.checkpoint.writer import byte_size, plan_shards, write_checkpoint, 
 
 __all__ = [
     "FLOATING",
-    "TOKENIZER",
+    "TOKENIZER_FILES",
     "Checkpoint",
     "DerivedTensors",
     "TensorSpec",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
-TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "tekken.json", "*.model",
     "*.spm", "*.jinja", "*.tiktoken",
 )  # fmt: skip
