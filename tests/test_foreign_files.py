@@ -151,13 +151,13 @@ def test_a_text_that_a_prompt_began_with_loads_no_tokenizer(tmp_path, bases):
 
 
 def test_only_files_that_are_no_code_are_copied_beside_weights(tmp_path, copied, bases):
-    from regraft.checkpoint import TOKENIZER_FILES, copy_companions
+    from regraft.checkpoint import TOKENIZER_FILES, copy_auxiliary_files
 
     folder = copied(bases["bert"][0])
     (folder / "tokenizer_of_somebody.py").write_text("")
     (folder / "vocab.txt").mkdir()
     (tmp_path / "into").mkdir()
-    copy_companions(folder, tmp_path / "into", TOKENIZER_FILES)
+    copy_auxiliary_files(folder, tmp_path / "into", TOKENIZER_FILES)
     assert sorted(file.name for file in (tmp_path / "into").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
 
 

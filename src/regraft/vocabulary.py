@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import TOKENIZER_FILES, copy_companions, read_json, shape_of, write_atomic
+from regraft.checkpoint import TOKENIZER_FILES, copy_auxiliary_files, read_json, shape_of, write_atomic
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import check_sizes, read_tokenizer
 from regraft.weights import Named, RowMatch, has_row_for_each_token, match_rows
@@ -159,7 +159,7 @@ def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowM
     if rows.own or _meaning(tokenizer) != _meaning(read_tokenizer(new)):
         tokenizer.save_pretrained(folder)
     else:
-        copy_companions(new, folder, TOKENIZER_FILES)
+        copy_auxiliary_files(new, folder, TOKENIZER_FILES)
     ids = tokenizer.get_vocab()
     source = read_tokenizer(tuned if has_tokenizer(tuned) else old)
     for name in ("config.json", "generation_config.json"):

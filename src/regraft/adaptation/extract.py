@@ -13,7 +13,7 @@ from regraft.adaptation.lora import PARTS, START
 from regraft.checkpoint import (
     TOKENIZER_FILES,
     DerivedTensors,
-    copy_companions,
+    copy_auxiliary_files,
     flat_slice,
     publish,
     resumable_folder,
@@ -174,7 +174,7 @@ def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, pr
         write_safetensors(staging / "adapter_model.safetensors", lora.tensors)
         config = {**lora.config, "base_model_name_or_path": base}
         write_atomic(staging / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        copy_companions(tokenizer_of, staging, TOKENIZER_FILES)
+        copy_auxiliary_files(tokenizer_of, staging, TOKENIZER_FILES)
         write_record(staging, provenance)
         publish(staging, out)
 

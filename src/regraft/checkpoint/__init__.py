@@ -28,7 +28,7 @@ from regraft.checkpoint.json_file import parse_json, read_json, read_json_lines
 from regraft.checkpoint.output import (
     TOKENIZER_FILES,
     Plan,
-    copy_companions,
+    copy_auxiliary_files,
     is_up_to_date,
     plan_checkpoint,
     read_results,
@@ -52,7 +52,7 @@ __all__ = [
     "check_finite",
     "check_output_path",
     "check_unquantised",
-    "copy_companions",
+    "copy_auxiliary_files",
     "disk_full_error",
     "dtype_name",
     "dtype_of",

@@ -122,7 +122,7 @@ def write_folder(
         whole = work / "checkpoints" / "whole"
         whole.mkdir(parents=True, exist_ok=True)
         write_checkpoint(whole, tensors, shard_bytes, progress)
-        copy_companions(like, whole, COMPANIONS)
+        copy_auxiliary_files(like, whole, COMPANIONS)
         if (whole / "config.json").is_file():
             settings = read_json(whole / "config.json")
             changed = without_quantisation(settings | dict(config or {}))
@@ -203,7 +203,7 @@ def _is_written(
     return True
 
 
-def copy_companions(source: Path, into: Path, patterns: tuple[str, ...]) -> None:
+def copy_auxiliary_files(source: Path, into: Path, patterns: tuple[str, ...]) -> None:
     """Copy the small files that belong to a checkpoint.
 
     Args:

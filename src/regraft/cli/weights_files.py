@@ -138,7 +138,7 @@ def write_result(
         config: Settings that take the place of the template's.
         tokenizer_folder: Folder to copy the tokenizer from, instead of the template's.
     """
-    from regraft.checkpoint import TOKENIZER_FILES, copy_companions, fingerprint, plan_checkpoint, write_folder
+    from regraft.checkpoint import TOKENIZER_FILES, copy_auxiliary_files, fingerprint, plan_checkpoint, write_folder
     from regraft.cli.terminal import print_line, show_progress, size
     from regraft.vocabulary import write_vocabulary
 
@@ -154,7 +154,7 @@ def write_result(
         return
     write_tokenizer: Callable[[Path], None] | None = None
     if tokenizer_folder:
-        write_tokenizer = partial(copy_companions, tokenizer_folder, patterns=TOKENIZER_FILES)
+        write_tokenizer = partial(copy_auxiliary_files, tokenizer_folder, patterns=TOKENIZER_FILES)
     if rows:
         folders = {role: checkpoints[role].folder for role in ("new", "tuned", "old")}
         write_tokenizer = partial(write_vocabulary, **folders, rows=rows)
