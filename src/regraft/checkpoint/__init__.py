@@ -27,7 +27,7 @@ from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import parse_json, read_json, read_json_lines
 from regraft.checkpoint.output import (
     TOKENIZER_FILES,
-    Plan,
+    WritePlan,
     copy_auxiliary_files,
     is_up_to_date,
     plan_checkpoint,
@@ -46,7 +46,7 @@ __all__ = [
     "DerivedTensors",
     "TensorSpec",
     "GroupedTensors",
-    "Plan",
+    "WritePlan",
     "TensorInfo",
     "are_equal",
     "check_finite",

@@ -33,7 +33,7 @@ NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapt
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """What writing a checkpoint takes.
 
     Args:
@@ -53,7 +53,7 @@ class Plan:
     free: int
 
 
-def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes: int = SHARD_BYTES) -> Plan:
+def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes: int = SHARD_BYTES) -> WritePlan:
     """Foresee what writing takes, and refuse if the disk has not enough room.
 
     Args:
@@ -72,7 +72,7 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     disk = sum(byte_size(tensors, name) for name in tensors)
     free = shutil.disk_usage(parent).free
-    plan = Plan(
+    plan = WritePlan(
         tensors=len(tensors),
         files=len(plan_shards(tensors, shard_bytes)),
         disk=disk,
