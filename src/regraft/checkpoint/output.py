@@ -12,7 +12,7 @@ from regraft.checkpoint.file import write_atomic
 from regraft.checkpoint.folder import check_output_path, publish, resumable_folder, working_folder
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.quantised import without_quantisation
-from regraft.checkpoint.writer import SHARD_BYTES, byte_size, cores, holds_checkpoint, plan_shards, write_checkpoint
+from regraft.checkpoint.writer import SHARD_BYTES, byte_size, cores, matches_checkpoint, plan_shards, write_checkpoint
 from regraft.errors import CheckpointError, DiskFullError, OutcomeError
 from regraft.progress import Progress, silent
 
@@ -195,7 +195,7 @@ def _is_written(
     """Look for the result; its every number is compared, as fingerprints are of samples and disks lose data."""
     if not is_up_to_date(out, provenance):
         return False
-    if not holds_checkpoint(out, tensors, shard_bytes, progress):
+    if not matches_checkpoint(out, tensors, shard_bytes, progress):
         raise OutcomeError(
             f"{out}: exists and holds other numbers than would be written now: what it was made from has changed, or "
             "it was damaged. Choose another --out or remove it."

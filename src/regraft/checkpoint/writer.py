@@ -112,7 +112,7 @@ def write_checkpoint(
         write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def holds_checkpoint(
+def matches_checkpoint(
     folder: Path, tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BYTES, progress: Progress = silent
 ) -> bool:
     """Compare a folder with what `write_checkpoint` would write into it, every number.
