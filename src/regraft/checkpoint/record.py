@@ -63,7 +63,7 @@ def read_record(kind: type[Record], content: Any, where: str, remedy: str) -> Re
     return record
 
 
-def share_of(percent: float | None) -> float | None:
+def percent_to_share(percent: float | None) -> float | None:
     """Convert a percentage of regraft 0.1, whose records had some, to a share.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from regraft.checkpoint.record import Count, share_of
+from regraft.checkpoint.record import Count, percent_to_share
 from regraft.diagnosis.question import Question, all_questions
 from regraft.diagnosis.regressions import Flip, Regressions
 from regraft.task.types.class_views import Calibration, ClassComparison, class_views
@@ -93,5 +93,5 @@ def convert(name: str, answer: Any) -> Any:
         )
     if name in PERCENTAGES:
         field = PERCENTAGES[name]
-        return dataclasses.replace(answer, **{field: share_of(getattr(answer, field))})
+        return dataclasses.replace(answer, **{field: percent_to_share(getattr(answer, field))})
     return answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from regraft.checkpoint.record import read_record, share_of
+from regraft.checkpoint.record import percent_to_share, read_record
 from regraft.errors import OutcomeError
 
 SCHEMA = 2  # regraft 0.1 wrote no schema, and recovery in percent
@@ -94,5 +94,5 @@ def read_comparison(content: dict[str, Any], file: str) -> Comparison:
     comparison = read_record(Comparison, content, file, "regraft compare")
     if schema == SCHEMA:
         return comparison
-    rows = (dataclasses.replace(row, recovery=share_of(row.recovery)) for row in comparison.rows)
+    rows = (dataclasses.replace(row, recovery=percent_to_share(row.recovery)) for row in comparison.rows)
     return dataclasses.replace(comparison, rows=tuple(rows), schema=SCHEMA)
