@@ -213,8 +213,8 @@ def test_the_writer_leaves_nothing_half_written(tmp_path, file):
 def test_the_fingerprint_is_of_the_weights_not_of_their_files(file, sharded):
     assert fingerprint(Checkpoint.open(file)) == fingerprint(Checkpoint.open(sharded))
     expected = fingerprint(Checkpoint.open(file))
-    renamed = fingerprint(Checkpoint.open(file), keep=lambda name: {"a": "z"}.get(name, name))
-    without = fingerprint(Checkpoint.open(file), keep=lambda name: None if name == "c" else name)
+    renamed = fingerprint(Checkpoint.open(file), hashed_name=lambda name: {"a": "z"}.get(name, name))
+    without = fingerprint(Checkpoint.open(file), hashed_name=lambda name: None if name == "c" else name)
     assert len({expected, renamed, without}) == 3
 
 

@@ -221,7 +221,7 @@ class Base:
     def fingerprint(self) -> str:
         """Which weights these are: heads, naming and sharding play no part."""
         stored = {name: inner for inner, name in self.body.items()}
-        return fingerprint(self.checkpoint, keep=stored.get)
+        return fingerprint(self.checkpoint, hashed_name=stored.get)
 
     def check_finite(self) -> None:
         """Refuse a base that holds values that are infinite or not a number; the body is read once.
@@ -242,7 +242,7 @@ class Base:
         floating = [name for name, info in self.checkpoint.tensors.items() if info.dtype in FLOATING]
         start = f"{self.prefix}."
         inside = [name for name in floating if name.startswith(start)] or floating
-        return fingerprint(self.checkpoint, keep={name: name.removeprefix(start) for name in inside}.get)
+        return fingerprint(self.checkpoint, hashed_name={name: name.removeprefix(start) for name in inside}.get)
 
     @functools.cached_property
     def made_from(self) -> str | None:
