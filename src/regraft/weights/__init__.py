@@ -10,7 +10,7 @@ from regraft.weights.names import Named, align, is_optional, kind_of, layer_of
 from regraft.weights.project import left_out_errors, project
 from regraft.weights.shrink import drop, mask_agreement, orthogonal_shift, trim
 from regraft.weights.subspace import subspace_overlap
-from regraft.weights.vocabulary import RowMatch, graft_rows, has_row_for_each_token, match_rows
+from regraft.weights.vocabulary import RowMatch, graft_rows, has_vocabulary_rows, match_rows
 
 __all__ = [
     "Counterparts",
@@ -32,7 +32,7 @@ __all__ = [
     "graft",
     "graft_all",
     "graft_rows",
-    "has_row_for_each_token",
+    "has_vocabulary_rows",
     "inner",
     "interpolate",
     "interpolate_all",

@@ -13,7 +13,7 @@ from regraft.checkpoint import FLOATING, DerivedTensors, TensorSpec, dtype_of, s
 from regraft.errors import MismatchError, RecipeError
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.names import Named, align, is_optional
-from regraft.weights.vocabulary import graft_rows, has_row_for_each_token
+from regraft.weights.vocabulary import graft_rows, has_vocabulary_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,7 +136,7 @@ def graft_all(
 def _by_token(tensors: Tensors) -> frozenset[str]:
     if isinstance(tensors, Named):
         return tensors.by_token
-    return frozenset(name for name in tensors if has_row_for_each_token(name))
+    return frozenset(name for name in tensors if has_vocabulary_rows(name))
 
 
 def delta_all(tuned: Tensors, old: Tensors) -> DerivedTensors:

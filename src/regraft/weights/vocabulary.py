@@ -22,7 +22,7 @@ _BY_TOKEN = re.compile(
 )
 
 
-def has_row_for_each_token(name: str) -> bool:
+def has_vocabulary_rows(name: str) -> bool:
     """Return whether a tensor's first dimension is the vocabulary.
 
     Args:
