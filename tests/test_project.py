@@ -18,7 +18,7 @@ from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.methods import parse_options
 from regraft.methods.project import Projection
 from regraft.methods.project_distill import _rates
-from regraft.weights.project import left_out_errors, project
+from regraft.weights.project import leave_one_out_errors, project
 
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
 LABELS = ("negative", "positive")
@@ -56,7 +56,7 @@ def test_the_map_is_the_dense_regression(seed, count, size, ridge, rank, interce
 def test_left_out_errors_are_those_of_maps_fitted_without(seed, count, ridge, rank, intercept):
     torch.manual_seed(seed)
     old, new = torch.randn(count, 8).double(), torch.randn(count, 8).double()
-    errors = left_out_errors(old @ old.T, new @ new.T, ridge, rank, intercept=intercept)
+    errors = leave_one_out_errors(old @ old.T, new @ new.T, ridge, rank, intercept=intercept)
     for out in range(count):
         rest = [i for i in range(count) if i != out]
         if count == 2 and intercept:

@@ -71,7 +71,7 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
     import torch
 
     from regraft.adaptation.vector import pieces
-    from regraft.weights import left_out_errors, project
+    from regraft.weights import leave_one_out_errors, project
 
     count = len(pairs)
     gram, targets = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
@@ -94,7 +94,7 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
     job.notes["learned_from"] = [[old.fingerprint, new.fingerprint] for old, new in pairs]
     warning = ""
     if count > 1:
-        errors = left_out_errors(gram, targets, options.ridge, options.rank, intercept=options.intercept)
+        errors = leave_one_out_errors(gram, targets, options.ridge, options.rank, intercept=options.intercept)
         error = math.sqrt(float(errors.sum())) / total
         job.notes["left_out_error"] = round(error, 4)
         if error > direct:

@@ -70,7 +70,7 @@ def project(
     return found
 
 
-def left_out_errors(
+def leave_one_out_errors(
     gram: torch.Tensor, target_gram: torch.Tensor, ridge: float, rank: int | None = None, *, intercept: bool = True
 ) -> torch.Tensor:
     """Measure for each pair how far the map that the others teach leaves its target.
