@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from regraft import Base, load_adaptation
 from regraft.architecture import architecture_of
-from regraft.checkpoint import Checkpoint, fingerprint, stored_dtype
+from regraft.checkpoint import Checkpoint, fingerprint, output_dtype
 from regraft.cli import app
 from regraft.errors import CheckpointError
 
@@ -363,4 +363,4 @@ def test_fused_experts_are_made_of_dequantised_ones(tmp_path):
     name, stored = "model.layers.0.mlp.experts.down_proj", "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
     expected = torch.stack([values(tensors, stored.format(number)) for number in range(3)])
     torch.testing.assert_close(experts[name].double(), expected)
-    assert stored_dtype(experts, name) == "BF16"
+    assert output_dtype(experts, name) == "BF16"

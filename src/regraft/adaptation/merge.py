@@ -13,7 +13,7 @@ from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.tuned_class import nested, tuned_architecture, untied_by_setting
 from regraft.adaptation.update import Update
 from regraft.architecture import BUFFER
-from regraft.checkpoint import DerivedTensors, TensorSpec, are_equal, read_json, shape_of, stored_dtype
+from regraft.checkpoint import DerivedTensors, TensorSpec, are_equal, output_dtype, read_json, shape_of
 from regraft.errors import CheckpointError, MismatchError
 from regraft.weights import is_optional
 
@@ -104,7 +104,7 @@ def merge_lora(
     _check_whole(absent, architecture, base)
     merged = architecture.saved(DerivedTensors(entries))
     beside = {
-        name: TensorSpec(stored_dtype(base, name), shape_of(base, name), ((base, name),))
+        name: TensorSpec(output_dtype(base, name), shape_of(base, name), ((base, name),))
         for name in base
         if architecture.identify(name) is None and not BUFFER.search(name)
     }
@@ -210,7 +210,7 @@ def _entry(
         weight = (stored, str(source))
     else:
         raise MismatchError(f"the LoRA changes a tensor that the base lacks, by {(update and update.operands)!r:.200}.")
-    dtype, shape = stored_dtype(*weight), shape_of(*weight)
+    dtype, shape = output_dtype(*weight), shape_of(*weight)
     if update is None or not update.applied:
         return TensorSpec(dtype, shape, (weight,))
     operands = (weight, *((adapter, name) for name in update.applied))
@@ -218,7 +218,7 @@ def _entry(
         operands += tuple((start, name) for name in update.applied)
     rule = functools.partial(update.apply, is_folded=start is not None)
     if source is not None and source in stored:
-        dtype = stored_dtype(stored, source)
+        dtype = output_dtype(stored, source)
     return TensorSpec(dtype, shape, operands, rule, elementwise=False)
 
 

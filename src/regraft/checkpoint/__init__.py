@@ -7,8 +7,8 @@ from regraft.checkpoint.derived import (
     are_equal,
     dtype_of,
     flat_slice,
+    output_dtype,
     shape_of,
-    stored_dtype,
 )
 from regraft.checkpoint.file import (
     disk_full_error,
@@ -75,7 +75,7 @@ __all__ = [
     "seal",
     "shape_of",
     "byte_size",
-    "stored_dtype",
+    "output_dtype",
     "temporary_folder",
     "to_json",
     "torch_dtype",

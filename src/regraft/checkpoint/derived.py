@@ -140,7 +140,7 @@ def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
     return tensors.specs[name].dtype if isinstance(tensors, DerivedTensors) else dtype_name(tensors[name].dtype)
 
 
-def stored_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
+def output_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
     """Return the dtype in which a result that takes the place of a tensor is written.
 
     Args:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint import FLOATING, DerivedTensors, TensorSpec, dtype_of, shape_of, stored_dtype
+from regraft.checkpoint import FLOATING, DerivedTensors, TensorSpec, dtype_of, output_dtype, shape_of
 from regraft.errors import MismatchError, RecipeError
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.names import Named, align, is_optional
@@ -127,7 +127,7 @@ def graft_all(
         if rows is not None and name in by_token:
             shape = rows.shape(shape_of(tuned, name))
             rule = functools.partial(graft_rows, match=rows, rule=functools.partial(graft, scale=factor))
-            entries[name] = TensorSpec(stored_dtype(tuned, name), shape, operands, rule, elementwise=False)
+            entries[name] = TensorSpec(output_dtype(tuned, name), shape, operands, rule, elementwise=False)
         else:
             entries[name] = _entry(tuned, name, operands, functools.partial(graft, scale=factor))
     return DerivedTensors(entries)
@@ -228,18 +228,18 @@ def apply_all(
     entries = {}
     for name in first:
         operands = ((first, name), *((other, names[name]) for other, names in sides))
-        entries[name] = TensorSpec(stored_dtype(first, name), shape_of(first, name), operands, rule, elementwise)
+        entries[name] = TensorSpec(output_dtype(first, name), shape_of(first, name), operands, rule, elementwise)
     return DerivedTensors(entries)
 
 
 def _entry(
     like: Tensors, name: str, operands: tuple[tuple[Tensors, str], ...], rule: Callable[..., torch.Tensor]
 ) -> TensorSpec:
-    return TensorSpec(stored_dtype(like, name), shape_of(like, name), operands, rule)
+    return TensorSpec(output_dtype(like, name), shape_of(like, name), operands, rule)
 
 
 def _copy(tensors: Tensors, name: str) -> TensorSpec:
-    return TensorSpec(stored_dtype(tensors, name), shape_of(tensors, name), ((tensors, name),))
+    return TensorSpec(output_dtype(tensors, name), shape_of(tensors, name), ((tensors, name),))
 
 
 def _scale(scale: float | Mapping[str, float], name: str) -> float:
