@@ -14,7 +14,7 @@ from regraft.adaptation import fresh_model, load_model
 from regraft.checkpoint import Checkpoint
 from regraft.errors import CheckpointError, MismatchError
 from regraft.naming import named_alike
-from regraft.weights import Named, counterparts
+from regraft.weights import NamedTensors, counterparts
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 
@@ -244,10 +244,10 @@ def test_stored_names_count_where_transformers_has_no_such_model(bases):
     old, new = bases["bert"]
     views, reason = named_alike({"old": Checkpoint.open(old), "new": Checkpoint.open(new / "model.safetensors")})
     assert "has no config.json beside it, so tensors are paired by their stored names" in reason
-    assert not any(isinstance(view, Named) for view in views.values())
+    assert not any(isinstance(view, NamedTensors) for view in views.values())
     views, reason = named_alike({"old": Checkpoint.open(old), "new": Checkpoint.open(new)})
     assert reason is None
-    assert all(isinstance(view, Named) for view in views.values())
+    assert all(isinstance(view, NamedTensors) for view in views.values())
 
 
 def test_the_one_graft_rule(bases, opened, tmp_path):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from regraft.architecture import Architecture
     from regraft.checkpoint import DerivedTensors
-    from regraft.weights import Named
+    from regraft.weights import NamedTensors
 
 PRETRAINING = "pretraining.json"
 FEWEST = 8  # tokens of text that make sense; models take hundreds
@@ -213,7 +213,7 @@ class Base:
         return self.architecture.in_memory(self.checkpoint)
 
     @functools.cached_property
-    def named(self) -> Named:
+    def named(self) -> NamedTensors:
         """All its tensors under the names that its class writes, every tensor once."""
         return named(self.checkpoint, self.config)
 

@@ -9,7 +9,7 @@ from regraft.architecture import BUFFER, Architecture, architecture_of
 from regraft.checkpoint import TensorSpec, are_equal, dtype_of, read_json, shape_of
 from regraft.errors import CheckpointError
 from regraft.transformers_folder import read_config
-from regraft.weights import Named
+from regraft.weights import NamedTensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +54,7 @@ def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig)
     return max(most, key=lambda name: most[name])
 
 
-def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
+def named(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
     """Present a checkpoint under the names that its transformers class writes, every tensor once.
 
     Buffers that no model has today are left out. What the class does not have otherwise keeps its stored name.
@@ -99,7 +99,7 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> Named:
     keys = {name: name if head.is_tied(name) else key_of(name) for name in entries}
     ties = {tied: key_of(str(head.identify(tied))) for tied in head.ties}
     expected = {key_of(name) for name in head.stored if not head.is_tied(name)}
-    return Named(entries, keys, ties, expected, lambda: head.by_token, head.embeddings)
+    return NamedTensors(entries, keys, ties, expected, lambda: head.by_token, head.embeddings)
 
 
 def class_of(checkpoint: Checkpoint) -> Architecture:

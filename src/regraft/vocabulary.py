@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.checkpoint import TOKENIZER_FILES, copy_auxiliary_files, read_json, shape_of, write_atomic
 from regraft.errors import CheckpointError, MismatchError
 from regraft.transformers_folder import check_sizes, read_tokenizer
-from regraft.weights import Named, RowMatch, has_vocabulary_rows, match_rows
+from regraft.weights import NamedTensors, RowMatch, has_vocabulary_rows, match_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -248,9 +248,9 @@ def _renumbered(
 
 
 def _rows(tensors: Mapping[str, torch.Tensor]) -> int:
-    if isinstance(tensors, Named) and tensors.embeddings in tensors:
+    if isinstance(tensors, NamedTensors) and tensors.embeddings in tensors:
         return shape_of(tensors, str(tensors.embeddings))[0]
-    by_token = tensors.by_token if isinstance(tensors, Named) else filter(has_vocabulary_rows, tensors)
+    by_token = tensors.by_token if isinstance(tensors, NamedTensors) else filter(has_vocabulary_rows, tensors)
     return max((shape_of(tensors, name)[0] for name in by_token), default=0)
 
 

@@ -75,7 +75,7 @@ def graft(
     """Graft a full fine-tune onto the new base: new + scale·(tuned − old). Heads are copied."""
     from regraft.cli.terminal import print_text
     from regraft.vocabulary import match_vocabularies, merged_tokenizer
-    from regraft.weights import Named, counterparts, graft_all
+    from regraft.weights import NamedTensors, counterparts, graft_all
 
     factors = parse_factors(scale_for or [])
     factors["*"] = factors.pop("*", require_finite("--scale", scale))  # last: the first pattern that matches counts
@@ -92,7 +92,7 @@ def graft(
     grafted = graft_all(tensors["new"], tensors["tuned"], tensors["old"], factors, rows)
     if copied := counterparts(tensors["new"], tensors["tuned"], tensors["old"]).left_out:
         print_text(f"copied unchanged, as one of the bases lacks it: {', '.join(copied)}")
-    settings = upgraded_config(checkpoints, has_class=isinstance(tensors["tuned"], Named), has_same_ids=not rows)
+    settings = upgraded_config(checkpoints, has_class=isinstance(tensors["tuned"], NamedTensors), has_same_ids=not rows)
     provenance = {"operation": "graft", "scale": factors}
     write_result(grafted, out, checkpoints, "tuned", provenance, shard_size, dry_run, rows, config=settings)
 
@@ -131,11 +131,11 @@ def interpolate(
     from regraft.adaptation import differing_settings
     from regraft.transformers_folder import read_config
     from regraft.vocabulary import check_same_rows
-    from regraft.weights import Named, interpolate_all
+    from regraft.weights import NamedTensors, interpolate_all
 
     checkpoints = open_checkpoints({"first": first, "second": second}, check_finite)
     tensors = name_tensors(checkpoints)
-    if isinstance(tensors["first"], Named):
+    if isinstance(tensors["first"], NamedTensors):
         start, end = checkpoints["first"], checkpoints["second"]
         if differing := differing_settings(read_config(end), end.path, read_config(start), start.path):
             raise MismatchError(
@@ -166,7 +166,7 @@ def extract_lora(
     from regraft.cli.terminal import print_line, print_text, show_progress
     from regraft.naming import class_of
     from regraft.vocabulary import check_one_vocabulary
-    from regraft.weights import Named
+    from regraft.weights import NamedTensors
 
     checkpoints = open_checkpoints({"tuned": adaptation, "old": old_base}, check_finite)
     check_separate(out, checkpoints)
@@ -175,7 +175,7 @@ def extract_lora(
     if not is_up_to_date(out, provenance):
         tensors = name_tensors(checkpoints)
         check_one_vocabulary({role: checkpoint.folder for role, checkpoint in checkpoints.items()}, tensors, "a LoRA")
-        architecture = class_of(checkpoints["tuned"]) if isinstance(tensors["tuned"], Named) else None
+        architecture = class_of(checkpoints["tuned"]) if isinstance(tensors["tuned"], NamedTensors) else None
         with show_progress() as progress:
             lora = extract(tensors["tuned"], tensors["old"], rank, energy, progress, architecture=architecture)
         write_lora(lora, out, old_base, checkpoints["tuned"].folder, provenance)

@@ -6,7 +6,7 @@ from regraft.weights.distance import Distance, distance, distances
 from regraft.weights.effect import match_effect, rotation
 from regraft.weights.lora import add, compress, dora_weight, fold, inner, lora_delta, merge_experts, scaling
 from regraft.weights.low_rank import low_rank
-from regraft.weights.names import Named, align, is_optional, kind_of, layer_of
+from regraft.weights.names import NamedTensors, align, is_optional, kind_of, layer_of
 from regraft.weights.project import leave_one_out_errors, project
 from regraft.weights.shrink import drop, mask_agreement, orthogonal_shift, trim
 from regraft.weights.subspace import subspace_overlap
@@ -15,7 +15,7 @@ from regraft.weights.vocabulary import RowMatch, graft_rows, has_vocabulary_rows
 __all__ = [
     "Counterparts",
     "Distance",
-    "Named",
+    "NamedTensors",
     "RowMatch",
     "add",
     "align",

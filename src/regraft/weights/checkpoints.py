@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from regraft.checkpoint import FLOATING, DerivedTensors, TensorSpec, dtype_of, output_dtype, shape_of
 from regraft.errors import MismatchError, RecipeError
 from regraft.weights.delta import delta, graft, interpolate
-from regraft.weights.names import Named, align, is_optional
+from regraft.weights.names import NamedTensors, align, is_optional
 from regraft.weights.vocabulary import graft_rows, has_vocabulary_rows
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
         MismatchError: A tensor is in one base only, or the fine-tune lacks one that both have.
     """
     in_new, in_old = align(new, tuned), align(old, tuned)
-    key_of = tuned.keys_of if isinstance(tuned, Named) else {name: name for name in tuned}
+    key_of = tuned.keys_of if isinstance(tuned, NamedTensors) else {name: name for name in tuned}
     one_sided = sorted(in_new.keys() ^ in_old.keys())
     left_out = tuple(name for name in one_sided if is_optional(key_of[name]))
     for which, names in (("new", in_new), ("old", in_old)):
@@ -66,13 +66,13 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
                 "the base that the weights were tuned on and the one pre-trained further from it, both with that."
             )
     _something(in_new)
-    if isinstance(new, Named) and isinstance(tuned, Named) and isinstance(old, Named):
+    if isinstance(new, NamedTensors) and isinstance(tuned, NamedTensors) and isinstance(old, NamedTensors):
         _check_complete(new, tuned, old)
     plain = {name: other for name, other in in_new.items() if name not in left_out}
     return Counterparts(plain, {name: in_old[name] for name in plain}, left_out)
 
 
-def _check_complete(new: Named, tuned: Named, old: Named) -> None:
+def _check_complete(new: NamedTensors, tuned: NamedTensors, old: NamedTensors) -> None:
     """Refuse a fine-tune that lacks what its class has and both bases store, or ties what a base has apart."""
     shared = {new.keys_of[name] for name in new} & {old.keys_of[name] for name in old}
     absent = sorted(key for key in shared & set(tuned.expected) - tuned.names.keys() if not is_optional(key))
@@ -134,7 +134,7 @@ def graft_all(
 
 
 def _by_token(tensors: Tensors) -> frozenset[str]:
-    if isinstance(tensors, Named):
+    if isinstance(tensors, NamedTensors):
         return tensors.by_token
     return frozenset(name for name in tensors if has_vocabulary_rows(name))
 

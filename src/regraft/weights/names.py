@@ -28,7 +28,7 @@ _KINDS = (
 OPTIONAL = ("pooler",)  # what pre-training with a language-modelling head does not use and so leaves out
 
 
-class Named(DerivedTensors):
+class NamedTensors(DerivedTensors):
     """A checkpoint under the names that its transformers class writes, every tensor once.
 
     Args:
@@ -114,7 +114,7 @@ def align(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor])
     Returns:
         The name in `tensors` for each name of `like` that has one there; in the order of `like`.
     """
-    if isinstance(tensors, Named) and isinstance(like, Named):
+    if isinstance(tensors, NamedTensors) and isinstance(like, NamedTensors):
         return {name: tensors.names[key] for name, key in like.keys_of.items() if key in tensors.names}
     best: dict[str, str] = {}
     for prefix in _prefixes(tensors):
