@@ -55,7 +55,7 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
         MismatchError: A tensor is in one base only, or the fine-tune lacks one that both have.
     """
     in_new, in_old = align(new, tuned), align(old, tuned)
-    key_of = tuned.keys_of if isinstance(tuned, NamedTensors) else {name: name for name in tuned}
+    key_of = tuned.key_by_name if isinstance(tuned, NamedTensors) else {name: name for name in tuned}
     one_sided = sorted(in_new.keys() ^ in_old.keys())
     left_out = tuple(name for name in one_sided if is_optional(key_of[name]))
     for which, names in (("new", in_new), ("old", in_old)):
@@ -74,12 +74,12 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
 
 def _check_complete(new: NamedTensors, tuned: NamedTensors, old: NamedTensors) -> None:
     """Refuse a fine-tune that lacks what its class has and both bases store, or ties what a base has apart."""
-    shared = {new.keys_of[name] for name in new} & {old.keys_of[name] for name in old}
+    shared = {new.key_by_name[name] for name in new} & {old.key_by_name[name] for name in old}
     absent = sorted(key for key in shared & set(tuned.expected) - tuned.names.keys() if not is_optional(key))
     if absent:
         raise MismatchError(f"the fine-tune lacks {len(absent)} tensors of its bases: {', '.join(absent[:4])}.")
-    own = {tuned.keys_of[name] for name in tuned}
-    untied = sorted(key for key in tuned.ties if key not in own and key in {new.keys_of[name] for name in new})
+    own = {tuned.key_by_name[name] for name in tuned}
+    untied = sorted(key for key in tuned.ties if key not in own and key in {new.key_by_name[name] for name in new})
     if untied:
         raise MismatchError(
             f"the fine-tune ties {untied[0]!r} to {tuned.ties[untied[0]]!r}, and in the new base they are two tensors: "

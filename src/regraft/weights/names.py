@@ -50,7 +50,7 @@ class NamedTensors(DerivedTensors):
         embeddings: str | None = None,
     ):
         super().__init__(entries)
-        self.keys_of, self.ties, self.expected, self._by_token = keys, ties, expected, by_token
+        self.key_by_name, self.ties, self.expected, self._by_token = keys, ties, expected, by_token
         self.embeddings = embeddings
 
     @functools.cached_property
@@ -61,7 +61,7 @@ class NamedTensors(DerivedTensors):
     @functools.cached_property
     def names(self) -> dict[str, str]:
         """The name of the tensor that stands under each key; a tied key has that of its source."""
-        own = {self.keys_of[name]: name for name in self.specs}
+        own = {self.key_by_name[name]: name for name in self.specs}
         return {tied: own[source] for tied, source in self.ties.items() if source in own} | own
 
 
@@ -115,7 +115,7 @@ def align(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor])
         The name in `tensors` for each name of `like` that has one there; in the order of `like`.
     """
     if isinstance(tensors, NamedTensors) and isinstance(like, NamedTensors):
-        return {name: tensors.names[key] for name, key in like.keys_of.items() if key in tensors.names}
+        return {name: tensors.names[key] for name, key in like.key_by_name.items() if key in tensors.names}
     best: dict[str, str] = {}
     for prefix in _prefixes(tensors):
         for other in _prefixes(like):
