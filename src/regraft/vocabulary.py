@@ -250,7 +250,7 @@ def _renumbered(
 def _rows(tensors: Mapping[str, torch.Tensor]) -> int:
     if isinstance(tensors, NamedTensors) and tensors.embeddings in tensors:
         return shape_of(tensors, str(tensors.embeddings))[0]
-    by_token = tensors.by_token if isinstance(tensors, NamedTensors) else filter(has_vocabulary_rows, tensors)
+    by_token = tensors.token_tensors if isinstance(tensors, NamedTensors) else filter(has_vocabulary_rows, tensors)
     return max((shape_of(tensors, name)[0] for name in by_token), default=0)
 
 

@@ -135,7 +135,7 @@ def graft_all(
 
 def _by_token(tensors: Tensors) -> frozenset[str]:
     if isinstance(tensors, NamedTensors):
-        return tensors.by_token
+        return tensors.token_tensors
     return frozenset(name for name in tensors if has_vocabulary_rows(name))
 
 

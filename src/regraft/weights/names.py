@@ -54,7 +54,7 @@ class NamedTensors(DerivedTensors):
         self.embeddings = embeddings
 
     @functools.cached_property
-    def by_token(self) -> frozenset[str]:
+    def token_tensors(self) -> frozenset[str]:
         """The names of the tensors that grow with the vocabulary: [tokens, …], or [1, tokens]."""
         return frozenset(self._by_token()) & self.specs.keys()
 

@@ -217,7 +217,7 @@ class Full(Family):
                 continue
             operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
             rule = rule_of(tuned.key_by_name[name])
-            if rows is not None and name in tuned.by_token:
+            if rows is not None and name in tuned.token_tensors:
                 by_row = functools.partial(graft_rows, match=rows, rule=rule)
                 entries[name] = TensorSpec(entry.dtype, rows.shape(entry.shape), operands, by_row, elementwise=False)
             else:
