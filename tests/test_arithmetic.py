@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from regraft.errors import RecipeError
 from regraft.progress import quiet
 from regraft.weights import (
-    add,
+    add_factors,
     compress,
     delta,
     dora_weight,
@@ -162,7 +162,7 @@ def test_factors_are_worked_on_without_forming_their_product(seed, rows, columns
     first = normal(seed, rows, rank), normal(seed + 1, rank, columns)
     second = normal(seed + 2, rows, other), normal(seed + 3, other, columns)
     formed = [b @ a for b, a in (first, second)]
-    b, a = add(first, second)
+    b, a = add_factors(first, second)
     torch.testing.assert_close(b @ a, formed[0] + formed[1])
     b, a = fold(first, second)
     torch.testing.assert_close(b @ a, formed[0] - formed[1])

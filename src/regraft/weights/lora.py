@@ -65,7 +65,7 @@ def compress(
     return result if wide else (result[0].float(), result[1].float())
 
 
-def add(first: Factors, second: Factors) -> Factors:
+def add_factors(first: Factors, second: Factors) -> Factors:
     """Add two changes exactly: their factors side by side.
 
     Args:
@@ -107,7 +107,7 @@ def fold(trained: Factors, start: Factors) -> Factors:
     Returns:
         Factors of twice the rank, to be used on the original base with the same scaling.
     """
-    return add(trained, (-start[0], start[1]))
+    return add_factors(trained, (-start[0], start[1]))
 
 
 def dora_weight(
