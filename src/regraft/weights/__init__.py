@@ -4,7 +4,16 @@ from regraft.weights.checkpoints import Counterparts, apply_all, counterparts, d
 from regraft.weights.delta import delta, graft, interpolate
 from regraft.weights.distance import Distance, distance, distances
 from regraft.weights.effect import match_effect, rotation
-from regraft.weights.lora import add_factors, compress, dora_weight, fold, inner, lora_delta, merge_experts, scaling
+from regraft.weights.lora import (
+    add_factors,
+    compress_factors,
+    dora_weight,
+    fold,
+    inner,
+    lora_delta,
+    merge_experts,
+    scaling,
+)
 from regraft.weights.low_rank import low_rank
 from regraft.weights.names import NamedTensors, align, is_optional, kind_of, layer_of
 from regraft.weights.project import leave_one_out_errors, project
@@ -20,7 +29,7 @@ __all__ = [
     "add_factors",
     "align",
     "apply_all",
-    "compress",
+    "compress_factors",
     "counterparts",
     "delta",
     "delta_all",

@@ -44,7 +44,7 @@ def lora_delta(b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
     return scale * (b.double() @ a.double())
 
 
-def compress(
+def compress_factors(
     b: torch.Tensor, a: torch.Tensor, rank: int | None = None, energy: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the closest factors of a lower rank: QR of both, and the SVD of a core of the size of their rank.
