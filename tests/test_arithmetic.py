@@ -16,7 +16,6 @@ from regraft.weights import (
     delta,
     dora_weight,
     drop,
-    fold,
     inner,
     interpolate,
     lora_delta,
@@ -24,6 +23,7 @@ from regraft.weights import (
     mask_agreement,
     orthogonal_shift,
     scaling,
+    subtract_factors,
     trim,
 )
 
@@ -164,7 +164,7 @@ def test_factors_are_worked_on_without_forming_their_product(seed, rows, columns
     formed = [b @ a for b, a in (first, second)]
     b, a = add_factors(first, second)
     torch.testing.assert_close(b @ a, formed[0] + formed[1])
-    b, a = fold(first, second)
+    b, a = subtract_factors(first, second)
     torch.testing.assert_close(b @ a, formed[0] - formed[1])
     assert inner(first, second) == pytest.approx((formed[0] * formed[1]).sum().item(), abs=1e-9)
     assert math.sqrt(max(inner(first, first), 0)) == pytest.approx(norm(formed[0]), abs=1e-7)

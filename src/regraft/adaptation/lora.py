@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import CheckpointError
-from regraft.weights import fold
+from regraft.weights import subtract_factors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +71,7 @@ def fold_start(
         b_name = a_name.removesuffix(PARTS[0]) + PARTS[1]
         if any(n not in side for n in (a_name, b_name) for side in (adapter, start)):
             raise CheckpointError(f"the LoRA's start does not go with it: {a_name!r} differs.")
-        b, a = fold((adapter[b_name], adapter[a_name]), (start[b_name], start[a_name]))
+        b, a = subtract_factors((adapter[b_name], adapter[a_name]), (start[b_name], start[a_name]))
         folded |= {a_name: a, b_name: b}
     wider = 2**0.5 if config.get("use_rslora") else 2
     changed = {

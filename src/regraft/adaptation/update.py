@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from regraft.adaptation.lora import PARTS
-from regraft.weights import dora_weight, fold, lora_delta, merge_experts
+from regraft.weights import dora_weight, lora_delta, merge_experts, subtract_factors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,7 +140,7 @@ class Factors(Update):
         b, a, *more = operands
         plain = weight.T if self.turned else weight
         if is_folded:
-            b, a = fold((b.double(), a.double()), (more[0].double(), more[1].double()))
+            b, a = subtract_factors((b.double(), a.double()), (more[0].double(), more[1].double()))
         if more and not is_folded:
             merged = dora_weight(plain, b, a, self.scale, more[0])
         else:

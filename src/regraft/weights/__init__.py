@@ -8,11 +8,11 @@ from regraft.weights.lora import (
     add_factors,
     compress_factors,
     dora_weight,
-    fold,
     inner,
     lora_delta,
     merge_experts,
     scaling,
+    subtract_factors,
 )
 from regraft.weights.low_rank import low_rank
 from regraft.weights.names import NamedTensors, align, is_optional, kind_of, layer_of
@@ -37,7 +37,7 @@ __all__ = [
     "distances",
     "dora_weight",
     "drop",
-    "fold",
+    "subtract_factors",
     "graft",
     "graft_all",
     "graft_rows",

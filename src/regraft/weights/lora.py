@@ -94,7 +94,7 @@ def inner(first: Factors, second: Factors) -> float:
     return float(((b.double().T @ c.double()) * (a.double() @ d.double().T)).sum())
 
 
-def fold(trained: Factors, start: Factors) -> Factors:
+def subtract_factors(trained: Factors, start: Factors) -> Factors:
     """Return the true change against the original base of an adapter whose start was taken out of its base.
 
     PiSSA and OLoRA begin with factors B₀·A₀ of the weight itself and subtract these from the base, so the change is
