@@ -16,7 +16,7 @@ from regraft.weights import (
     delta,
     dora_weight,
     drop,
-    inner,
+    inner_product,
     interpolate,
     lora_delta,
     low_rank,
@@ -166,8 +166,8 @@ def test_factors_are_worked_on_without_forming_their_product(seed, rows, columns
     torch.testing.assert_close(b @ a, formed[0] + formed[1])
     b, a = subtract_factors(first, second)
     torch.testing.assert_close(b @ a, formed[0] - formed[1])
-    assert inner(first, second) == pytest.approx((formed[0] * formed[1]).sum().item(), abs=1e-9)
-    assert math.sqrt(max(inner(first, first), 0)) == pytest.approx(norm(formed[0]), abs=1e-7)
+    assert inner_product(first, second) == pytest.approx((formed[0] * formed[1]).sum().item(), abs=1e-9)
+    assert math.sqrt(max(inner_product(first, first), 0)) == pytest.approx(norm(formed[0]), abs=1e-7)
     b, a = compress_factors(*first, rank=min(2, rank))
     best = low_rank(formed[0], rank=min(2, rank))
     torch.testing.assert_close(b @ a, best[0] @ best[1], atol=1e-8, rtol=1e-8)

@@ -25,7 +25,7 @@ from regraft.checkpoint import (
 from regraft.checkpoint.derived import CHUNK_ELEMENTS
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.progress import Progress, silent
-from regraft.weights import align, delta, delta_all, inner, kind_of, low_rank
+from regraft.weights import align, delta, delta_all, inner_product, kind_of, low_rank
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -69,7 +69,7 @@ class _Budget:
         b, a = low_rank(change, self.rank, self.energy, self.moments.get(module))
         b, a = b.float(), a.float()
         crossed = ((b.double().T @ change) * a.double()).sum()
-        return (b, a), float(change.square().sum() - 2 * crossed) + inner((b, a), (b, a))
+        return (b, a), float(change.square().sum() - 2 * crossed) + inner_product((b, a), (b, a))
 
 
 def extract_lora(

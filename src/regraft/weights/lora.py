@@ -80,7 +80,7 @@ def add_factors(first: Factors, second: Factors) -> Factors:
     return torch.cat([first[0], second[0]], dim=1), torch.cat([first[1], second[1]], dim=0)
 
 
-def inner(first: Factors, second: Factors) -> float:
+def inner_product(first: Factors, second: Factors) -> float:
     """Return the inner product of two changes, from products of the size of their ranks.
 
     Args:
