@@ -22,7 +22,7 @@ from regraft.checkpoint.file import (
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
 from regraft.checkpoint.folder import check_output_path, publish, resumable_folder, temporary_folder
-from regraft.checkpoint.header import FLOATING, TensorInfo, dtype_name, read_header, torch_dtype
+from regraft.checkpoint.header import FLOATING, StoredTensor, dtype_name, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import parse_json, read_json, read_json_lines
 from regraft.checkpoint.output import (
@@ -47,7 +47,7 @@ __all__ = [
     "TensorSpec",
     "GroupedTensors",
     "WritePlan",
-    "TensorInfo",
+    "StoredTensor",
     "are_equal",
     "check_finite",
     "check_output_path",

@@ -10,7 +10,7 @@ from regraft.checkpoint.quantised import Quantised, parts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from regraft.checkpoint.header import TensorInfo
+    from regraft.checkpoint.header import StoredTensor
     from regraft.checkpoint.reader import Checkpoint
 
 SAMPLES = 32
@@ -51,7 +51,7 @@ def fingerprint(checkpoint: Checkpoint, keep: Callable[[str], str | None] | None
     return ("full:" if full else "sample:") + hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:32]
 
 
-def _places(info: TensorInfo) -> list[tuple[int, int]]:
+def _places(info: StoredTensor) -> list[tuple[int, int]]:
     size = info.end - info.start
     if size <= SAMPLES * SAMPLE_BYTES:
         return [(info.start, size)]
@@ -59,5 +59,5 @@ def _places(info: TensorInfo) -> list[tuple[int, int]]:
     return [(info.start + (last - info.start) * i // (SAMPLES - 1), SAMPLE_BYTES) for i in range(SAMPLES)]
 
 
-def _pieces(info: TensorInfo) -> list[tuple[int, int]]:
+def _pieces(info: StoredTensor) -> list[tuple[int, int]]:
     return [(start, min(PIECE_BYTES, info.end - start)) for start in range(info.start, info.end, PIECE_BYTES)]

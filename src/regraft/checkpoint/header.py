@@ -70,7 +70,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class StoredTensor:
     """Where one tensor lies on disk.
 
     Args:
@@ -90,7 +90,7 @@ class TensorInfo:
     end: int
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """Read and check the header of one safetensors file.
 
     Args:
@@ -150,7 +150,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return {info.name: info for info in tensors}
 
 
-def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> StoredTensor:
     if not isinstance(entry, dict):
         raise _malformed(file, name, entry)
     dtype: Any = entry.get("dtype")
@@ -169,7 +169,7 @@ def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> Tenso
         raise CheckpointError(
             f"{file}: tensor {name!r:.200} of shape {shape} and dtype {dtype} cannot lie in bytes {offsets!s:.100}."
         )
-    return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
+    return StoredTensor(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
 
 
 def _malformed(file: Path, name: str, entry: object) -> CheckpointError:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint.header import FLOATING, TensorInfo
+from regraft.checkpoint.header import FLOATING, StoredTensor
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    Read = Callable[[TensorInfo, int, int], torch.Tensor]
+    Read = Callable[[StoredTensor, int, int], torch.Tensor]
 
 SETTINGS = ("quantization_config", "compression_config", "quantization")  # transformers, older vLLM, MLX
 BLOCK = (128, 128)  # of DeepSeek-V3 and of transformers' FineGrainedFP8Config
@@ -62,7 +62,7 @@ FORMATS = (
 
 
 @dataclass(frozen=True)
-class Quantised(TensorInfo):
+class Quantised(StoredTensor):
     """A weight that is stored in eight bits: its dtype is that of the computed numbers, its bytes are the stored ones.
 
     Args:
@@ -74,8 +74,8 @@ class Quantised(TensorInfo):
         transposed: Whether the stored numbers are those of the transposed weight, and blocks are its rows.
     """
 
-    codes: TensorInfo
-    scale: TensorInfo
+    codes: StoredTensor
+    scale: StoredTensor
     grid: tuple[int, int]
     block: tuple[int, int]
     unit: float
@@ -139,7 +139,7 @@ class Quantised(TensorInfo):
         return scales[:, torch.arange(column, column + columns) // self.block[1]]
 
 
-def parts(info: TensorInfo) -> tuple[TensorInfo, ...]:
+def parts(info: StoredTensor) -> tuple[StoredTensor, ...]:
     """Return what of the files a tensor is computed from.
 
     Args:
@@ -151,7 +151,7 @@ def parts(info: TensorInfo) -> tuple[TensorInfo, ...]:
     return (info.codes, info.scale) if isinstance(info, Quantised) else (info,)
 
 
-def dequantised(path: Path, stored: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> dict[str, TensorInfo]:
+def dequantised(path: Path, stored: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """Present the tensors of a checkpoint as weights: int8 with `SCB` and fp8 with `weight_scale_inv` as float32.
 
     Args:
@@ -166,7 +166,7 @@ def dequantised(path: Path, stored: Mapping[str, TensorInfo], settings: Mapping[
         CheckpointError: It is quantised in another way, or its scales do not fit.
     """
     quantisation = _quantisation_of(settings)
-    weights: dict[str, TensorInfo] = {}
+    weights: dict[str, StoredTensor] = {}
     for name, info in stored.items():
         scale = None
         if info.dtype in FP8:
@@ -193,7 +193,7 @@ def dequantised(path: Path, stored: Mapping[str, TensorInfo], settings: Mapping[
     return {name: weights[name] for name in stored if name in weights}
 
 
-def check_unquantised(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+def check_unquantised(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse a quantised checkpoint where a model of it would be run.
 
     Args:
@@ -237,7 +237,7 @@ def _quantisation_of(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
-def _is_code(info: TensorInfo) -> bool:
+def _is_code(info: StoredTensor) -> bool:
     """Return whether a tensor that is not dequantised holds something else than weights, masks and positions."""
     if BNB_4BIT.search(info.name) or SCALE.search(info.name):
         return True
@@ -247,7 +247,11 @@ def _is_code(info: TensorInfo) -> bool:
 
 
 def _quantised(
-    path: Path, stored: Mapping[str, TensorInfo], codes: TensorInfo, scale: TensorInfo, settings: Mapping[str, Any]
+    path: Path,
+    stored: Mapping[str, StoredTensor],
+    codes: StoredTensor,
+    scale: StoredTensor,
+    settings: Mapping[str, Any],
 ) -> Quantised:
     shape, transposed, unit = codes.shape, False, 1.0
     if codes.dtype == "I8":
@@ -301,7 +305,7 @@ def _edge(length: int, count: int, usual: int) -> int:
     return edge if edge * count == length and edge.bit_count() == 1 else usual
 
 
-def _is_transposed(path: Path, codes: TensorInfo, order: TensorInfo | None, settings: Mapping[str, Any]) -> bool:
+def _is_transposed(path: Path, codes: StoredTensor, order: StoredTensor | None, settings: Mapping[str, Any]) -> bool:
     """Return whether int8 numbers are of the transposed weight, and refuse those in an order that is not known."""
     inner = (value for key, value in settings.items() if key.endswith("config") and isinstance(value, dict))
     types = {str(level["model_type"]) for level in (settings, *inner) if level.get("model_type")}
@@ -321,14 +325,14 @@ def _is_transposed(path: Path, codes: TensorInfo, order: TensorInfo | None, sett
     return CONV1D.search(codes.name) is not None and not types.isdisjoint(CONV1D_TYPES)
 
 
-def _is_zero(info: TensorInfo) -> bool:
+def _is_zero(info: StoredTensor) -> bool:
     with info.file.open("rb") as stream:
         stream.seek(info.start)
         return not any(stream.read(min(info.end - info.start, 8)))  # the format is one number
 
 
 def _refusal(
-    path: Path, info: TensorInfo, stored: Mapping[str, TensorInfo], quantisation: Mapping[str, Any]
+    path: Path, info: StoredTensor, stored: Mapping[str, StoredTensor], quantisation: Mapping[str, Any]
 ) -> CheckpointError:
     kind, remedy = "", "Give it as it was before, in full precision."
     for pattern, format_name, how in FORMATS:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint.header import ITEM_BYTES, MAX_TENSORS, TensorInfo, read_header, torch_dtype
+from regraft.checkpoint.header import ITEM_BYTES, MAX_TENSORS, StoredTensor, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.quantised import Quantised, dequantised, parts
@@ -46,7 +46,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         tensors: What it holds, by name.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, TensorInfo]):
+    def __init__(self, path: Path, tensors: dict[str, StoredTensor]):
         self.path = path
         self.tensors = tensors
 
@@ -106,7 +106,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             return info.numbers(self._read, start, count)
         return self._read(info, start, count)
 
-    def _read(self, info: TensorInfo, start: int, count: int) -> torch.Tensor:
+    def _read(self, info: StoredTensor, start: int, count: int) -> torch.Tensor:
         import torch
 
         size = ITEM_BYTES[info.dtype]
@@ -139,7 +139,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return name in self.tensors
 
 
-def _read_tensors(path: Path) -> dict[str, TensorInfo]:
+def _read_tensors(path: Path) -> dict[str, StoredTensor]:
     if path.is_file():
         return read_header(path)
     if (path / INDEX).is_file():
@@ -180,7 +180,7 @@ def _hint(folder: Path) -> str:
     )
 
 
-def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
+def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
     index_file = folder / INDEX
     try:
         weight_map = read_json(index_file)["weight_map"]
@@ -191,7 +191,7 @@ def _read_sharded(folder: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{index_file}: not a safetensors index with a weight_map ({error!r:.200}).") from error
     if len(items) > MAX_TENSORS:
         raise CheckpointError(f"{index_file}: names {len(items):,} tensors; {MAX_TENSORS:,} are read of a checkpoint.")
-    shards: dict[str, dict[str, TensorInfo]] = {}
+    shards: dict[str, dict[str, StoredTensor]] = {}
     for shard in sorted({shard for _, shard in items}):
         if "\0" in shard or Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{index_file}: names {shard!r:.200}, not a file of its own folder: refused.")
