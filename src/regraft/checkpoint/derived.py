@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from regraft.checkpoint.header import FLOATING, dtype_name, torch_dtype
-from regraft.checkpoint.quantised import Quantised
+from regraft.checkpoint.quantised import QuantisedTensor
 from regraft.checkpoint.reader import Checkpoint
 from regraft.errors import CheckpointError
 
@@ -156,7 +156,7 @@ def output_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
         if not entry.operands or (entry.elementwise and len(entry.operands) > 1):
             break  # arithmetic on several tensors, as a delta, has a dtype of its own; a conversion of names has not
         source, original = entry.operands[0]
-    if isinstance(source, Checkpoint) and isinstance(source.tensors[original], Quantised):
+    if isinstance(source, Checkpoint) and isinstance(source.tensors[original], QuantisedTensor):
         return "BF16"
     return dtype_of(tensors, name)
 

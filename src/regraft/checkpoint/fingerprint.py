@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint.quantised import Quantised, parts
+from regraft.checkpoint.quantised import QuantisedTensor, parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ def fingerprint(checkpoint: Checkpoint, keep: Callable[[str], str | None] | None
                     for start, size in _pieces(part) if full else _places(part):
                         streams[part.file].seek(start)
                         digest.update(streams[part.file].read(size))
-                dtype = f"{info.codes.dtype} {info.block}" if isinstance(info, Quantised) else info.dtype
+                dtype = f"{info.codes.dtype} {info.block}" if isinstance(info, QuantisedTensor) else info.dtype
                 lines.append(f"{key}\0{dtype}\0{info.shape}\0{digest.hexdigest()}")
     finally:
         for stream in streams.values():

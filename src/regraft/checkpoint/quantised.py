@@ -62,7 +62,7 @@ FORMATS = (
 
 
 @dataclass(frozen=True)
-class Quantised(StoredTensor):
+class QuantisedTensor(StoredTensor):
     """A weight that is stored in eight bits: its dtype is that of the computed numbers, its bytes are the stored ones.
 
     Args:
@@ -148,7 +148,7 @@ def parts(info: StoredTensor) -> tuple[StoredTensor, ...]:
     Returns:
         Itself, or a quantised weight's codes and scales.
     """
-    return (info.codes, info.scale) if isinstance(info, Quantised) else (info,)
+    return (info.codes, info.scale) if isinstance(info, QuantisedTensor) else (info,)
 
 
 def dequantised(path: Path, stored: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, StoredTensor]:
@@ -175,7 +175,7 @@ def dequantised(path: Path, stored: Mapping[str, StoredTensor], settings: Mappin
             scale = stored.get(name.removesuffix("weight") + "SCB")
         if scale:
             weights[name] = _quantised(path, stored, info, scale, settings)
-    scales = {info.scale.name for info in weights.values() if isinstance(info, Quantised)}
+    scales = {info.scale.name for info in weights.values() if isinstance(info, QuantisedTensor)}
     if not weights and quantisation and not any(_is_code(info) for info in stored.values()):
         for info in stored.values():
             if info.dtype not in (*FLOATING, "BOOL", "I64"):  # masks, positions and counters lie in any checkpoint
@@ -203,7 +203,7 @@ def check_unquantised(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     Raises:
         CheckpointError: It is quantised; the message names the command that writes it dequantised.
     """
-    if name := next((name for name, info in tensors.items() if isinstance(info, Quantised)), None):
+    if name := next((name for name, info in tensors.items() if isinstance(info, QuantisedTensor)), None):
         raise CheckpointError(
             f"{path}: is quantised (tensor {name!r:.200} has scales beside it), and models are run from full "
             f"precision. Write it in bf16 first: regraft weights interpolate --first {path} --second {path} --t 0 "
@@ -252,7 +252,7 @@ def _quantised(
     codes: StoredTensor,
     scale: StoredTensor,
     settings: Mapping[str, Any],
-) -> Quantised:
+) -> QuantisedTensor:
     shape, transposed, unit = codes.shape, False, 1.0
     if codes.dtype == "I8":
         transposed = _is_transposed(path, codes, stored.get(codes.name + "_format"), settings)
@@ -274,7 +274,7 @@ def _quantised(
             f"{scale.shape} and dtype {scale.dtype}, expected {expected}. Give the files that were saved together."
         )
     shape = shape[::-1] if transposed else shape
-    return Quantised(
+    return QuantisedTensor(
         codes.name, "F32", shape, codes.file, codes.start, codes.end, codes, scale, grid, block, unit, transposed
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from regraft.checkpoint.header import ITEM_BYTES, MAX_TENSORS, StoredTensor, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import read_json
-from regraft.checkpoint.quantised import Quantised, dequantised, parts
+from regraft.checkpoint.quantised import QuantisedTensor, dequantised, parts
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             CheckpointError: The file ends early: it was changed since it was opened.
         """
         info = self.tensors[name]
-        if isinstance(info, Quantised):
+        if isinstance(info, QuantisedTensor):
             return info.numbers(self._read, start, count)
         return self._read(info, start, count)
 
