@@ -58,7 +58,7 @@ class RowMatch:
     new_row: tuple[int, ...]
     tuned_row: tuple[int, ...]
     old_row: tuple[int, ...]
-    new_rows: int
+    num_new_rows: int
     tuned_rows: int
     old_rows: int
     only_old: tuple[str, ...]
@@ -70,7 +70,7 @@ class RowMatch:
     @property
     def is_same(self) -> bool:
         """Whether every row stands for what it stood for."""
-        sides = ((self.new_row, self.new_rows), (self.tuned_row, self.tuned_rows), (self.old_row, self.old_rows))
+        sides = ((self.new_row, self.num_new_rows), (self.tuned_row, self.tuned_rows), (self.old_row, self.old_rows))
         return all(rows == tuple(range(count)) for rows, count in sides)
 
     def shape(self, tuned: tuple[int, ...]) -> tuple[int, ...]:
@@ -173,7 +173,7 @@ def match_rows(
         new_row=tuple(matched["new"]),
         tuned_row=tuple(matched["tuned"]),
         old_row=tuple(matched["old"]),
-        new_rows=new_rows,
+        num_new_rows=new_rows,
         tuned_rows=tuned_rows,
         old_rows=old_rows,
         only_old=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
@@ -213,7 +213,7 @@ def graft_rows(
     if match.is_row(tuple(tuned.shape)):
         return graft_rows(new.T, tuned.T, old.T, match, rule).T.contiguous()
     for side, tensor, rows in (
-        ("new", new, match.new_rows), ("tuned", tuned, match.tuned_rows), ("old", old, match.old_rows),
+        ("new", new, match.num_new_rows), ("tuned", tuned, match.tuned_rows), ("old", old, match.old_rows),
     ):  # fmt: skip
         if tensor.shape[0] != rows:
             raise MismatchError(
