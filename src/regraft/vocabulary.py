@@ -108,7 +108,7 @@ def check_one_vocabulary(
     if not rows.only_new and all(old in (-1, row) for row, old in enumerate(rows.old_row)):
         raise MismatchError(
             f"{folders['tuned']}: its embeddings have {rows.num_new_rows:,} rows and those of {folders['old']} "
-            f"{rows.old_rows:,} for the same tokens, so {what} of it would not fit. Give it as many with "
+            f"{rows.num_old_rows:,} for the same tokens, so {what} of it would not fit. Give it as many with "
             "resize_token_embeddings of transformers first, or graft it as it is (regraft weights graft)."
         )
     added = f" has {len(rows.only_new):,} tokens more ({', '.join(map(repr, rows.only_new[:4]))})"

@@ -60,7 +60,7 @@ class RowMatch:
     old_row: tuple[int, ...]
     num_new_rows: int
     tuned_rows: int
-    old_rows: int
+    num_old_rows: int
     only_old: tuple[str, ...]
     only_new: tuple[str, ...]
     own: Mapping[str, int]
@@ -70,7 +70,11 @@ class RowMatch:
     @property
     def is_same(self) -> bool:
         """Whether every row stands for what it stood for."""
-        sides = ((self.new_row, self.num_new_rows), (self.tuned_row, self.tuned_rows), (self.old_row, self.old_rows))
+        sides = (
+            (self.new_row, self.num_new_rows),
+            (self.tuned_row, self.tuned_rows),
+            (self.old_row, self.num_old_rows),
+        )
         return all(rows == tuple(range(count)) for rows, count in sides)
 
     def shape(self, tuned: tuple[int, ...]) -> tuple[int, ...]:
@@ -175,7 +179,7 @@ def match_rows(
         old_row=tuple(matched["old"]),
         num_new_rows=new_rows,
         tuned_rows=tuned_rows,
-        old_rows=old_rows,
+        num_old_rows=old_rows,
         only_old=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
         only_new=tuple(sorted(new_vocabulary.keys() - old_vocabulary.keys())),
         own=own,
@@ -213,7 +217,7 @@ def graft_rows(
     if match.is_row(tuple(tuned.shape)):
         return graft_rows(new.T, tuned.T, old.T, match, rule).T.contiguous()
     for side, tensor, rows in (
-        ("new", new, match.num_new_rows), ("tuned", tuned, match.tuned_rows), ("old", old, match.old_rows),
+        ("new", new, match.num_new_rows), ("tuned", tuned, match.tuned_rows), ("old", old, match.num_old_rows),
     ):  # fmt: skip
         if tensor.shape[0] != rows:
             raise MismatchError(
