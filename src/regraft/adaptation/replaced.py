@@ -142,7 +142,7 @@ def _rule_of(
     shape = shape_of(upgrade.old.parameters, inner)
     if TOKENS in name:
         rows = token_rows(adaptation, model_name(name).split(".token_adapter")[0].removesuffix(TOKENS))
-        count = shape[0] if match is None else match.tuned_rows
+        count = shape[0] if match is None else match.num_tuned_rows
         if rows and not 0 <= min(rows) <= max(rows) < count:
             raise MismatchError(
                 f"{adaptation.path}: was tuned on the rows of tokens up to {max(rows)}, and {upgrade.old.path} has "
@@ -168,7 +168,7 @@ def _rule_of(
         return functools.partial(_graft_lengths, along=along, rule=rule), lengths, lengths
     if match is not None and inner in upgrade.old.architecture.by_token:
         by_row = functools.partial(graft_rows, match=match, rule=rule)
-        return by_row, (match.tuned_rows, *shape[1:]), (len(match.new_row), *shape[1:])
+        return by_row, (match.num_tuned_rows, *shape[1:]), (len(match.new_row), *shape[1:])
     return rule, shape, shape
 
 

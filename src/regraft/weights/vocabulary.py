@@ -59,7 +59,7 @@ class RowMatch:
     tuned_row: tuple[int, ...]
     old_row: tuple[int, ...]
     num_new_rows: int
-    tuned_rows: int
+    num_tuned_rows: int
     num_old_rows: int
     only_old: tuple[str, ...]
     only_new: tuple[str, ...]
@@ -72,7 +72,7 @@ class RowMatch:
         """Whether every row stands for what it stood for."""
         sides = (
             (self.new_row, self.num_new_rows),
-            (self.tuned_row, self.tuned_rows),
+            (self.tuned_row, self.num_tuned_rows),
             (self.old_row, self.num_old_rows),
         )
         return all(rows == tuple(range(count)) for rows, count in sides)
@@ -98,7 +98,7 @@ class RowMatch:
         Returns:
             False for a row for each token.
         """
-        return len(tuned) == 2 and tuned[0] == 1 != self.tuned_rows
+        return len(tuned) == 2 and tuned[0] == 1 != self.num_tuned_rows
 
     def summary(self) -> str:
         """Say it in a line.
@@ -178,7 +178,7 @@ def match_rows(
         tuned_row=tuple(matched["tuned"]),
         old_row=tuple(matched["old"]),
         num_new_rows=new_rows,
-        tuned_rows=tuned_rows,
+        num_tuned_rows=tuned_rows,
         num_old_rows=old_rows,
         only_old=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
         only_new=tuple(sorted(new_vocabulary.keys() - old_vocabulary.keys())),
@@ -217,7 +217,7 @@ def graft_rows(
     if match.is_row(tuple(tuned.shape)):
         return graft_rows(new.T, tuned.T, old.T, match, rule).T.contiguous()
     for side, tensor, rows in (
-        ("new", new, match.num_new_rows), ("tuned", tuned, match.tuned_rows), ("old", old, match.num_old_rows),
+        ("new", new, match.num_new_rows), ("tuned", tuned, match.num_tuned_rows), ("old", old, match.num_old_rows),
     ):  # fmt: skip
         if tensor.shape[0] != rows:
             raise MismatchError(
