@@ -168,9 +168,9 @@ def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowM
             settings = _renumbered(read_json(folder / name), source, ids, instead)
             text = settings.get("text_config")
             if name == "config.json" and (not isinstance(text, dict) or "vocab_size" in settings):
-                settings["vocab_size"] = len(rows.new_row)
+                settings["vocab_size"] = len(rows.new_row_indices)
             if isinstance(text, dict):
-                text["vocab_size"] = len(rows.new_row)
+                text["vocab_size"] = len(rows.new_row_indices)
             write_atomic(folder / name, json.dumps(settings, indent=2) + "\n")
 
 

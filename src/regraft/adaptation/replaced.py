@@ -152,7 +152,7 @@ def _rule_of(
         if match is not None:
             at = {tuned: i for i, tuned in enumerate(match.tuned_row) if tuned >= 0}
             sides = [
-                (match.new_row[at[row]], match.old_row[at[row]], position)
+                (match.new_row_indices[at[row]], match.old_row[at[row]], position)
                 for position, row in enumerate(rows)
                 if row in at
             ]
@@ -168,7 +168,7 @@ def _rule_of(
         return functools.partial(_graft_lengths, along=along, rule=rule), lengths, lengths
     if match is not None and inner in upgrade.old.architecture.by_token:
         by_row = functools.partial(graft_rows, match=match, rule=rule)
-        return by_row, (match.num_tuned_rows, *shape[1:]), (len(match.new_row), *shape[1:])
+        return by_row, (match.num_tuned_rows, *shape[1:]), (len(match.new_row_indices), *shape[1:])
     return rule, shape, shape
 
 

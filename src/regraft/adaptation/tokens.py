@@ -96,4 +96,4 @@ def with_own_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
         return upgrade
     old = dataclasses.replace(upgrade.old, own_tokenizer=tokenizer, own_rows=count)
     merged = merged_tokenizer(upgrade.new.path, adaptation.path, rows)
-    return Upgrade(old, dataclasses.replace(upgrade.new, own_tokenizer=merged, own_rows=len(rows.new_row)))
+    return Upgrade(old, dataclasses.replace(upgrade.new, own_tokenizer=merged, own_rows=len(rows.new_row_indices)))

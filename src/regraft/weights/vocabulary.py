@@ -55,7 +55,7 @@ class RowMatch:
         both: Tokens that both bases have.
     """
 
-    new_row: tuple[int, ...]
+    new_row_indices: tuple[int, ...]
     tuned_row: tuple[int, ...]
     old_row: tuple[int, ...]
     num_new_rows: int
@@ -71,7 +71,7 @@ class RowMatch:
     def is_same(self) -> bool:
         """Whether every row stands for what it stood for."""
         sides = (
-            (self.new_row, self.num_new_rows),
+            (self.new_row_indices, self.num_new_rows),
             (self.tuned_row, self.num_tuned_rows),
             (self.old_row, self.num_old_rows),
         )
@@ -86,7 +86,7 @@ class RowMatch:
         Returns:
             The same with a row for each grafted one.
         """
-        count = len(self.new_row)
+        count = len(self.new_row_indices)
         return (1, count) if self.is_row(tuned) else (count, *tuned[1:])
 
     def is_row(self, tuned: tuple[int, ...]) -> bool:
@@ -108,7 +108,7 @@ class RowMatch:
         """
         own = f", {len(self.own):,} of the fine-tune alone{_some(self.own)}" if self.own else ""
         return (
-            f"{len(self.new_row):,} rows: {self.both:,} tokens in both, {len(self.only_new):,} only in the new "
+            f"{len(self.new_row_indices):,} rows: {self.both:,} tokens in both, {len(self.only_new):,} only in the new "
             f"vocabulary, {len(self.only_old):,} only in the old{_some(self.only_old)}{own}, {self.padding:,} rows of "
             "padding"
         )
@@ -174,7 +174,7 @@ def match_rows(
         for row, other in zip(empty, sorted(set(range(rows)) - set(ids.values())), strict=False):
             matched[which][row] = other
     return RowMatch(
-        new_row=tuple(matched["new"]),
+        new_row_indices=tuple(matched["new"]),
         tuned_row=tuple(matched["tuned"]),
         old_row=tuple(matched["old"]),
         num_new_rows=new_rows,
@@ -223,7 +223,7 @@ def graft_rows(
             raise MismatchError(
                 f"the {side} tensor has {tensor.shape[0]:,} rows, its vocabulary {rows:,}: they do not belong together."
             )
-    of_new, of_tuned, of_old = (torch.tensor(rows) for rows in (match.new_row, match.tuned_row, match.old_row))
+    of_new, of_tuned, of_old = (torch.tensor(rows) for rows in (match.new_row_indices, match.tuned_row, match.old_row))
     grafted = torch.zeros((len(of_new), *tuned.shape[1:]), dtype=tuned.dtype)
     everywhere = (of_new >= 0) & (of_tuned >= 0) & (of_old >= 0)
     own = (of_new < 0) & (of_tuned >= 0)

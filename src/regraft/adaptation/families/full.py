@@ -170,7 +170,7 @@ class Full(Family):
                 inner = name.removeprefix(new.prefix + ".")
                 if inner in new.parameters and inner in upgrade.old.parameters:
                     by_token = rows is not None and inner in new.architecture.token_parameters
-                    of_new = [row for row in rows.new_row if row >= 0] if rows and by_token else slice(None)
+                    of_new = [row for row in rows.new_row_indices if row >= 0] if rows and by_token else slice(None)
                     parameter[of_new] = new.parameters[inner][of_new].to(parameter)
         return model
 
