@@ -101,7 +101,7 @@ def test_the_same_vocabulary_is_a_plain_graft(names, padding, dtype, seed):
 
 def test_what_is_lost_is_said():
     match = match_rows(numbered(["a", "b", "c"]), numbered(["c", "d"]), 4, 4)
-    assert match.old_row == (2, -1, 3, -1)
+    assert match.old_row_indices == (2, -1, 3, -1)
     assert match.summary() == (
         "4 rows: 1 tokens in both, 1 only in the new vocabulary, 2 only in the old ('a', 'b'), 2 rows of padding"
     )

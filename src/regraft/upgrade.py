@@ -68,7 +68,11 @@ class Upgrade:
         """
         if self.rows is None or name not in self.old.architecture.by_token:
             return old, new
-        pairs = [(i, j) for i, j in zip(self.rows.old_row, self.rows.new_row_indices, strict=True) if i >= 0 and j >= 0]
+        pairs = [
+            (i, j)
+            for i, j in zip(self.rows.old_row_indices, self.rows.new_row_indices, strict=True)
+            if i >= 0 and j >= 0
+        ]
         return old[[i for i, _ in pairs]], new[[j for _, j in pairs]]
 
     def check_finite(self) -> None:

@@ -105,7 +105,7 @@ def check_one_vocabulary(
     rows = match_vocabularies(sides, {"old": tensors["old"], "new": tensors["tuned"]})
     if rows is None:
         return
-    if not rows.only_new and all(old in (-1, row) for row, old in enumerate(rows.old_row)):
+    if not rows.only_new and all(old in (-1, row) for row, old in enumerate(rows.old_row_indices)):
         raise MismatchError(
             f"{folders['tuned']}: its embeddings have {rows.num_new_rows:,} rows and those of {folders['old']} "
             f"{rows.num_old_rows:,} for the same tokens, so {what} of it would not fit. Give it as many with "

@@ -152,7 +152,7 @@ def _rule_of(
         if match is not None:
             at = {tuned: i for i, tuned in enumerate(match.tuned_row) if tuned >= 0}
             sides = [
-                (match.new_row_indices[at[row]], match.old_row[at[row]], position)
+                (match.new_row_indices[at[row]], match.old_row_indices[at[row]], position)
                 for position, row in enumerate(rows)
                 if row in at
             ]
