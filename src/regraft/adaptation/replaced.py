@@ -97,9 +97,9 @@ def graft_replaced(
                 operands = ((new, inner), (tensors, name), (old, inner))
                 entries[name] = TensorSpec(dtype, grafted, operands, rule, elementwise=False)
         elif match is not None and name.endswith(".lora_embedding_A"):  # a column for each token
-            columns = functools.partial(_columns, rows=match.tuned_row)
+            columns = functools.partial(_columns, rows=match.tuned_row_indices)
             entries[name] = TensorSpec(
-                dtype, (shape[0], len(match.tuned_row)), ((tensors, name),), columns, elementwise=False
+                dtype, (shape[0], len(match.tuned_row_indices)), ((tensors, name),), columns, elementwise=False
             )
         else:
             entries[name] = TensorSpec(dtype, shape, ((tensors, name),))
@@ -121,7 +121,7 @@ def renumbered_settings(
     """
     if match is None:
         return settings
-    ids = {tuned: row for row, tuned in enumerate(match.tuned_row) if tuned >= 0}
+    ids = {tuned: row for row, tuned in enumerate(match.tuned_row_indices) if tuned >= 0}
 
     def renumbered(rows: Any) -> Any:
         if isinstance(rows, dict):
@@ -150,7 +150,7 @@ def _rule_of(
             )
         sides = [(row, row, position) for position, row in enumerate(rows)]
         if match is not None:
-            at = {tuned: i for i, tuned in enumerate(match.tuned_row) if tuned >= 0}
+            at = {tuned: i for i, tuned in enumerate(match.tuned_row_indices) if tuned >= 0}
             sides = [
                 (match.new_row_indices[at[row]], match.old_row_indices[at[row]], position)
                 for position, row in enumerate(rows)

@@ -57,7 +57,7 @@ def graft_masked(job: Job, options: Masking) -> None:
     bare = job.adaptation.family.without_delta(job.grafted(), job.upgrade, job.rows)
     gradients = _gradients(bare, evidence, job)
     rows, counts = job.rows, list[tuple[int, int]]()
-    sides = zip(rows.new_row_indices, rows.tuned_row, rows.old_row_indices, strict=True) if rows else ()
+    sides = zip(rows.new_row_indices, rows.tuned_row_indices, rows.old_row_indices, strict=True) if rows else ()
     shared = [row for row, of_each in enumerate(sides) if min(of_each) >= 0]  # of tokens that have a delta
 
     def rule(name: str, delta: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

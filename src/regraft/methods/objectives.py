@@ -68,7 +68,7 @@ def distil_between(job: Job, model: Any, options: Interpolation) -> Curve:
         KindError: Student and teacher have other tokens in their rows, so that there is no line between them.
     """
     rows = job.rows
-    if rows is not None and rows.tuned_row != tuple(range(rows.num_tuned_rows)):
+    if rows is not None and rows.tuned_row_indices != tuple(range(rows.num_tuned_rows)):
         raise KindError(
             f"{job.upgrade.old.path} and {job.upgrade.new.path} have other vocabularies, so there is no line from the "
             "teacher to the student, tensor by tensor. Take init+distill."

@@ -56,7 +56,7 @@ class RowMatch:
     """
 
     new_row_indices: tuple[int, ...]
-    tuned_row: tuple[int, ...]
+    tuned_row_indices: tuple[int, ...]
     old_row_indices: tuple[int, ...]
     num_new_rows: int
     num_tuned_rows: int
@@ -72,7 +72,7 @@ class RowMatch:
         """Whether every row stands for what it stood for."""
         sides = (
             (self.new_row_indices, self.num_new_rows),
-            (self.tuned_row, self.num_tuned_rows),
+            (self.tuned_row_indices, self.num_tuned_rows),
             (self.old_row_indices, self.num_old_rows),
         )
         return all(rows == tuple(range(count)) for rows, count in sides)
@@ -175,7 +175,7 @@ def match_rows(
             matched[which][row] = other
     return RowMatch(
         new_row_indices=tuple(matched["new"]),
-        tuned_row=tuple(matched["tuned"]),
+        tuned_row_indices=tuple(matched["tuned"]),
         old_row_indices=tuple(matched["old"]),
         num_new_rows=new_rows,
         num_tuned_rows=tuned_rows,
@@ -224,7 +224,7 @@ def graft_rows(
                 f"the {side} tensor has {tensor.shape[0]:,} rows, its vocabulary {rows:,}: they do not belong together."
             )
     of_new, of_tuned, of_old = (
-        torch.tensor(rows) for rows in (match.new_row_indices, match.tuned_row, match.old_row_indices)
+        torch.tensor(rows) for rows in (match.new_row_indices, match.tuned_row_indices, match.old_row_indices)
     )
     grafted = torch.zeros((len(of_new), *tuned.shape[1:]), dtype=tuned.dtype)
     everywhere = (of_new >= 0) & (of_tuned >= 0) & (of_old >= 0)
