@@ -61,7 +61,7 @@ class RowMatch:
     num_new_rows: int
     num_tuned_rows: int
     num_old_rows: int
-    only_old: tuple[str, ...]
+    removed_tokens: tuple[str, ...]
     only_new: tuple[str, ...]
     own: Mapping[str, int]
     padding: int
@@ -109,7 +109,7 @@ class RowMatch:
         own = f", {len(self.own):,} of the fine-tune alone{_some(self.own)}" if self.own else ""
         return (
             f"{len(self.new_row_indices):,} rows: {self.both:,} tokens in both, {len(self.only_new):,} only in the new "
-            f"vocabulary, {len(self.only_old):,} only in the old{_some(self.only_old)}{own}, {self.padding:,} rows of "
+            f"vocabulary, {len(self.removed_tokens):,} only in the old{_some(self.removed_tokens)}{own}, {self.padding:,} rows of "
             "padding"
         )
 
@@ -180,7 +180,7 @@ def match_rows(
         num_new_rows=new_rows,
         num_tuned_rows=tuned_rows,
         num_old_rows=old_rows,
-        only_old=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
+        removed_tokens=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
         only_new=tuple(sorted(new_vocabulary.keys() - old_vocabulary.keys())),
         own=own,
         padding=len(empty),
