@@ -105,15 +105,15 @@ def check_one_vocabulary(
     rows = match_vocabularies(sides, {"old": tensors["old"], "new": tensors["tuned"]})
     if rows is None:
         return
-    if not rows.only_new and all(old in (-1, row) for row, old in enumerate(rows.old_row_indices)):
+    if not rows.added_tokens and all(old in (-1, row) for row, old in enumerate(rows.old_row_indices)):
         raise MismatchError(
             f"{folders['tuned']}: its embeddings have {rows.num_new_rows:,} rows and those of {folders['old']} "
             f"{rows.num_old_rows:,} for the same tokens, so {what} of it would not fit. Give it as many with "
             "resize_token_embeddings of transformers first, or graft it as it is (regraft weights graft)."
         )
-    added = f" has {len(rows.only_new):,} tokens more ({', '.join(map(repr, rows.only_new[:4]))})"
+    added = f" has {len(rows.added_tokens):,} tokens more ({', '.join(map(repr, rows.added_tokens[:4]))})"
     raise MismatchError(
-        f"{folders['tuned']}:{added if rows.only_new else ' has its tokens in other rows'} than {folders['old']}, "
+        f"{folders['tuned']}:{added if rows.added_tokens else ' has its tokens in other rows'} than {folders['old']}, "
         f"so its embeddings have no counterpart, and {what} of it would not know its tokens. Graft it as it is "
         "(regraft weights graft)."
     )

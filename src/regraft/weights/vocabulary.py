@@ -62,7 +62,7 @@ class RowMatch:
     num_tuned_rows: int
     num_old_rows: int
     removed_tokens: tuple[str, ...]
-    only_new: tuple[str, ...]
+    added_tokens: tuple[str, ...]
     own: Mapping[str, int]
     padding: int
     both: int
@@ -108,7 +108,7 @@ class RowMatch:
         """
         own = f", {len(self.own):,} of the fine-tune alone{_some(self.own)}" if self.own else ""
         return (
-            f"{len(self.new_row_indices):,} rows: {self.both:,} tokens in both, {len(self.only_new):,} only in the new "
+            f"{len(self.new_row_indices):,} rows: {self.both:,} tokens in both, {len(self.added_tokens):,} only in the new "
             f"vocabulary, {len(self.removed_tokens):,} only in the old{_some(self.removed_tokens)}{own}, {self.padding:,} rows of "
             "padding"
         )
@@ -181,7 +181,7 @@ def match_rows(
         num_tuned_rows=tuned_rows,
         num_old_rows=old_rows,
         removed_tokens=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
-        only_new=tuple(sorted(new_vocabulary.keys() - old_vocabulary.keys())),
+        added_tokens=tuple(sorted(new_vocabulary.keys() - old_vocabulary.keys())),
         own=own,
         padding=len(empty),
         both=len(old_vocabulary.keys() & new_vocabulary.keys()),
