@@ -61,7 +61,7 @@ def test_each_token_gets_its_own_delta(
     match = match_rows(ids["old"], ids["new"], len(sides["old"]), len(sides["new"]), ids["tuned"], len(sides["tuned"]))
     found = graft_rows(sides["new"], sides["tuned"], sides["old"], match, partial(graft, scale=scale))
     own = [name for name in tuned_names if name not in old_names and name not in new_names]
-    assert list(match.own) == own
+    assert list(match.tuned_only) == own
     assert len(found) == max(len(sides["new"]), len(new_names) + len(own))
 
     def row(side, name):

@@ -156,7 +156,7 @@ def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowM
     tokenizer = merged_tokenizer(new, tuned, rows)
     for stale in {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}:
         stale.unlink()
-    if rows.own or _meaning(tokenizer) != _meaning(read_tokenizer(new)):
+    if rows.tuned_only or _meaning(tokenizer) != _meaning(read_tokenizer(new)):
         tokenizer.save_pretrained(folder)
     else:
         copy_auxiliary_files(new, folder, TOKENIZER_FILES)
@@ -196,17 +196,17 @@ def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokeni
         return tokenizer
     source = read_tokenizer(tuned)
     added_before = {token.content: token for token in source.added_tokens_decoder.values()}
-    for token in sorted(rows.own, key=rows.own.__getitem__):
+    for token in sorted(rows.tuned_only, key=rows.tuned_only.__getitem__):
         added: Any = added_before.get(token, AddedToken(token, normalized=False))
         tokenizer.add_tokens([added], special_tokens=added.special)
     vocabulary = tokenizer.get_vocab()
-    misplaced = [token for token, row in rows.own.items() if vocabulary.get(token) != row]
+    misplaced = [token for token, row in rows.tuned_only.items() if vocabulary.get(token) != row]
     if misplaced:
         raise CheckpointError(
             f"{tuned}: its token {misplaced[0]!r} cannot be added to the tokenizer of {new}, whose ids have gaps. Add "
             "the fine-tune's tokens to the new base first (add_tokens and resize_token_embeddings of transformers)."
         )
-    texts = {token: source.convert_tokens_to_string([token]).strip() for token in rows.own}
+    texts = {token: source.convert_tokens_to_string([token]).strip() for token in rows.tuned_only}
     apart = [t for t, text in texts.items() if text and source.tokenize(text) == [t] != tokenizer.tokenize(text)]
     if apart:
         raise MismatchError(

@@ -64,7 +64,7 @@ def write_carried(
     family = adaptation.family
     family.write(into, carried.tensors, carried.settings, progress)
     rows = tuned_rows(adaptation, upgrade)
-    if rows is not None and (family.tunes_base or rows.own):
+    if rows is not None and (family.tunes_base or rows.tuned_only):
         write_vocabulary(into, upgrade.new.path, adaptation.path, upgrade.old.path, rows)
     else:
         write_tokenizer(upgrade.new, into)

@@ -63,7 +63,7 @@ class RowMatch:
     num_old_rows: int
     removed_tokens: tuple[str, ...]
     added_tokens: tuple[str, ...]
-    own: Mapping[str, int]
+    tuned_only: Mapping[str, int]
     padding: int
     both: int
 
@@ -106,7 +106,7 @@ class RowMatch:
         Returns:
             How many rows are kept, new, lost, the fine-tune's own and padding.
         """
-        own = f", {len(self.own):,} of the fine-tune alone{_some(self.own)}" if self.own else ""
+        own = f", {len(self.tuned_only):,} of the fine-tune alone{_some(self.tuned_only)}" if self.tuned_only else ""
         return (
             f"{len(self.new_row_indices):,} rows: {self.both:,} tokens in both, {len(self.added_tokens):,} only in the new "
             f"vocabulary, {len(self.removed_tokens):,} only in the old{_some(self.removed_tokens)}{own}, {self.padding:,} rows of "
@@ -182,7 +182,7 @@ def match_rows(
         num_old_rows=old_rows,
         removed_tokens=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
         added_tokens=tuple(sorted(new_vocabulary.keys() - old_vocabulary.keys())),
-        own=own,
+        tuned_only=own,
         padding=len(empty),
         both=len(old_vocabulary.keys() & new_vocabulary.keys()),
     )
