@@ -70,7 +70,7 @@ def match_vocabularies(
         vocabularies["old"], vocabularies.get("new", vocabularies["old"]), rows["old"], rows["new"],
         vocabularies.get("tuned"), rows.get("tuned"),
     )  # fmt: skip
-    return None if match.is_same else match
+    return None if match.is_identity else match
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:

@@ -55,7 +55,7 @@ def tuned_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
         match = match_rows(old.vocabulary, new.vocabulary, old.embedding_rows, new.embedding_rows, vocabulary, rows)
     except MismatchError as error:
         raise MismatchError(f"{adaptation.path}: {error}") from error
-    return None if match.is_same else match
+    return None if match.is_identity else match
 
 
 def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], int]:

@@ -68,7 +68,7 @@ class RowMatch:
     both: int
 
     @property
-    def is_same(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether every row stands for what it stood for."""
         sides = (
             (self.new_row_indices, self.num_new_rows),
