@@ -84,7 +84,7 @@ def test_each_token_gets_its_own_delta(
         torch.testing.assert_close(found[at].double(), expected, rtol=1e-6, atol=1e-6)
     assert set(match.removed_tokens) == set(old_names) - set(new_names)
     assert set(match.added_tokens) == set(new_names) - set(old_names)
-    assert match.padding == max(0, new_padding - len(own))
+    assert match.num_padding_rows == max(0, new_padding - len(own))
 
 
 @settings(deadline=None)

@@ -64,7 +64,7 @@ class RowMatch:
     removed_tokens: tuple[str, ...]
     added_tokens: tuple[str, ...]
     tuned_only: Mapping[str, int]
-    padding: int
+    num_padding_rows: int
     both: int
 
     @property
@@ -109,7 +109,7 @@ class RowMatch:
         own = f", {len(self.tuned_only):,} of the fine-tune alone{_some(self.tuned_only)}" if self.tuned_only else ""
         return (
             f"{len(self.new_row_indices):,} rows: {self.both:,} tokens in both, {len(self.added_tokens):,} only in the new "
-            f"vocabulary, {len(self.removed_tokens):,} only in the old{_some(self.removed_tokens)}{own}, {self.padding:,} rows of "
+            f"vocabulary, {len(self.removed_tokens):,} only in the old{_some(self.removed_tokens)}{own}, {self.num_padding_rows:,} rows of "
             "padding"
         )
 
@@ -183,7 +183,7 @@ def match_rows(
         removed_tokens=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
         added_tokens=tuple(sorted(new_vocabulary.keys() - old_vocabulary.keys())),
         tuned_only=own,
-        padding=len(empty),
+        num_padding_rows=len(empty),
         both=len(old_vocabulary.keys() & new_vocabulary.keys()),
     )
 
