@@ -147,7 +147,7 @@ def write_result(
     if dry_run:
         plan = plan_checkpoint(tensors, out, shard_bytes)
         print_line(
-            f"{out}: {plan.num_tensors:,} tensors in {plan.files} files\n"
+            f"{out}: {plan.num_tensors:,} tensors in {plan.num_files} files\n"
             f"reads {size(plan.read)}, writes {size(plan.disk)} (the disk has {size(plan.free)} left), "
             f"needs {size(plan.memory)} of memory for tensors\nnothing was written (--dry-run)"
         )
