@@ -149,7 +149,7 @@ def write_result(
         print_line(
             f"{out}: {plan.num_tensors:,} tensors in {plan.num_files} files\n"
             f"reads {size(plan.read_bytes)}, writes {size(plan.disk_bytes)} (the disk has {size(plan.free)} left), "
-            f"needs {size(plan.memory)} of memory for tensors\nnothing was written (--dry-run)"
+            f"needs {size(plan.memory_bytes)} of memory for tensors\nnothing was written (--dry-run)"
         )
         return
     write_tokenizer: Callable[[Path], None] | None = None
