@@ -140,7 +140,7 @@ def write_result(
     """
     from regraft.checkpoint import TOKENIZER_FILES, copy_auxiliary_files, fingerprint, plan_checkpoint, write_folder
     from regraft.cli.terminal import print_line, show_progress, size
-    from regraft.write_tokenizer import write_vocabulary
+    from regraft.vocabulary import write_vocabulary
 
     check_separate(out, checkpoints)
     shard_bytes = int(require_finite("--shard-size", shard_size) * 1e9)
