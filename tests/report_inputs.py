@@ -1,4 +1,4 @@
-"""What a report is made from, by hand: a diagnosis with realistic figures, and the outcome folders of a comparison."""
+"""Inputs of a report with realistic figures: a diagnosis, and the outcome folders of a comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, S
 
 ATTACK = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 LABELS = ("joy", "anger", f"</script>{ATTACK}")
-METHODS = {  # test score, steps until scratch's level, steps, labels
+METHODS = {  # test score, steps to scratch's last score, steps, labels
     "scratch": (0.902, None, 300, 2400),
     "direct": (0.843, None, 0, 0),
     "ridge": (0.881, None, 0, 0),
@@ -23,8 +23,8 @@ METHODS = {  # test score, steps until scratch's level, steps, labels
 
 
 def diagnosis(attack: str = ATTACK) -> dict:
-    """A whole diagnosis as regraft 0.1 wrote it, every question answered."""
-    chance = random.Random(3)
+    """Return a diagnosis in the format of regraft 0.1, with an answer to every question."""
+    rng = random.Random(3)
     layers, heads = 6, 8
     mu = [i / 10 for i in range(11)]
 
@@ -32,25 +32,25 @@ def diagnosis(attack: str = ATTACK) -> dict:
         return [start + m * (end - start) + height * math.sin(math.pi * m) for m in mu]
 
     def table(low, high):
-        return [[round(chance.uniform(low, high), 4) for _ in range(heads)] for _ in range(layers)]
+        return [[round(rng.uniform(low, high), 4) for _ in range(heads)] for _ in range(layers)]
 
-    def attention(sharp, tokens):
-        rows = [[math.exp(sharp * chance.random()) for _ in tokens] for _ in tokens]
+    def attention(sharpness, tokens):
+        rows = [[math.exp(sharpness * rng.random()) for _ in tokens] for _ in tokens]
         return [[value / sum(row) for value in row] for row in rows]
 
-    def moved(name, scale=1.0):
+    def group_shift(name, scale=1.0):
         return {
-            "name": name, "base": 40.0 * scale, "shift": 2.1 * scale * chance.uniform(0.6, 1.4), "delta": 0.9 * scale,
-            "cosine": chance.uniform(-0.05, 0.09), "signs": chance.uniform(0.48, 0.55),
-            "overlap": chance.uniform(0.1, 0.4),
+            "name": name, "base": 40.0 * scale, "shift": 2.1 * scale * rng.uniform(0.6, 1.4), "delta": 0.9 * scale,
+            "cosine": rng.uniform(-0.05, 0.09), "signs": rng.uniform(0.48, 0.55),
+            "overlap": rng.uniform(0.1, 0.4),
         }  # fmt: skip
 
-    def bins(bend):
+    def bins(exponent):
         edges = [i / 10 for i in range(11)]
         return [
             {
                 "low": low, "high": high, "count": round(8 + 300 * (low**3)), "confidence": (low + high) / 2,
-                "accuracy": ((low + high) / 2) ** bend,
+                "accuracy": ((low + high) / 2) ** exponent,
             }
             for low, high in itertools.pairwise(edges) if low >= 0.3
         ]  # fmt: skip
@@ -74,9 +74,9 @@ def diagnosis(attack: str = ATTACK) -> dict:
     grid = [round(-1 + 0.25 * i, 2) for i in range(13)]
     tokens = ["<s>", "they", "left", "us", "waiting", "again", "and", "nobody", "cared", attack[:40], "$x_2$", "</s>"]
     maps = [
-        {"layer": layer, "head": head, "divergence": apart, "tokens": tokens, "old": attention(3, tokens),
+        {"layer": layer, "head": head, "divergence": divergence, "tokens": tokens, "old": attention(3, tokens),
          "new": attention(4, tokens)}
-        for layer, head, apart in ((4, 2, 0.31), (0, 5, 0.02), (2, 1, 0.11))
+        for layer, head, divergence in ((4, 2, 0.31), (0, 5, 0.02), (2, 1, 0.11))
     ]  # fmt: skip
     best = [[head for head in range(heads)] for _ in range(layers)]
     best[4][2], best[5][6] = 3, 1
@@ -112,9 +112,9 @@ def diagnosis(attack: str = ATTACK) -> dict:
             "texts": 128,
         },
         "shift": {
-            "whole": moved("all", 6),
-            "layers": [moved(n) for n in ("embeddings", *(f"layer {i}" for i in range(1, 7)))],
-            "kinds": [moved(n) for n in ("embedding", "attention", "feed-forward", "norm", "bias")],
+            "whole": group_shift("all", 6),
+            "layers": [group_shift(name) for name in ("embeddings", *(f"layer {i}" for i in range(1, 7)))],
+            "kinds": [group_shift(name) for name in ("embedding", "attention", "feed-forward", "norm", "bias")],
         },
         "regressions": {
             "split": "test", "examples": 1000, "negative": 25, "positive": 12, "flips": flips, "mcnemar": 0.0473,
@@ -132,9 +132,9 @@ def diagnosis(attack: str = ATTACK) -> dict:
             "share": 92.0,
         },
         "compatibility": [
-            {"name": f"step-{s}", "distance": 0.06 * s**0.5, "score": 0.894 - 0.0016 * s**0.5,
-             "loss": 0.33 + 0.002 * s**0.5, "agreement": 1 - 0.004 * s**0.5, "steps": s}
-            for s in range(0, 1001, 100)
+            {"name": f"step-{steps}", "distance": 0.06 * steps**0.5, "score": 0.894 - 0.0016 * steps**0.5,
+             "loss": 0.33 + 0.002 * steps**0.5, "agreement": 1 - 0.004 * steps**0.5, "steps": steps}
+            for steps in range(0, 1001, 100)
         ],
         "verdict": {
             "choice": "short tuning", "sure": 0.86, "predicted": 89.4,
@@ -159,43 +159,56 @@ def write_diagnosis(folder: Path, content: dict) -> Path:
 
 
 def write_outcomes(folder: Path, seeds=(20, 21), task="feelings", attack: str = "") -> Path:
-    """The outcome folders of a comparison, and of the old deployment they came from."""
-    old = _outcome(
-        folder / "old", "tune", 20, task, ("models/small-v1", "sample:1a2b"), None, (0.894, None, 300, 2400), 5
+    """Write the outcome folders of a comparison, and of the old deployment."""
+    old_base, new_base = (
+        BaseRecord("models/small-v1", "sample:1a2b"),
+        BaseRecord(f"models/small-v2{attack}", "sample:3c4d"),
     )
+    old = _write_outcome(folder / "old", "tune", 20, task, old_base, None, (0.894, None, 300, 2400))
+    source = Source(f"{old.path}/adaptation", "sample:5e6f", old_base.name, old_base.fingerprint, "proven")
     for seed in seeds:
         for method, figures in METHODS.items():
-            source = Source(f"{old.path}/adaptation", "sample:5e6f", "models/small-v1", "sample:1a2b", "proven")
-            base = (f"models/small-v2{attack}", "sample:3c4d")
             name = f"{method.replace('+', '-')}-seed{seed}{'<b>' if attack else ''}"
-            _outcome(folder / name, method, seed, task, base, source, figures, seed)
+            _write_outcome(folder / name, method, seed, task, new_base, source, figures)
     return folder
 
 
-def _outcome(out, method, seed, task, base, source, figures, luck):
-    chance = random.Random(f"{method} {luck}")
-    score, reached, steps, labels = figures
+def _write_outcome(out, method, seed, task, base, source, figures):
+    rng = random.Random(f"{method} {seed}")
+    score, steps_to_scratch, steps, labels = figures
     score = round(score + 0.002 * (seed - 20.5), 4)
     staging = out.parent / f".{out.name}.staging"
     (staging / "adaptation").mkdir(parents=True)
-    at = range(0, steps + 1, 30)
-    pace = 75 if reached is None else reached / 2.5
-    lift = 0.42 if method in ("scratch", "tune") else 0.8 if steps else score
+    time_constant = 75 if steps_to_scratch is None else steps_to_scratch / 2.5
+    start = 0.42 if method in ("scratch", "tune") else 0.8 if steps else score
     curve = [
-        {"step": s, "seconds": 0.21 * s, "score": round(score - (score - lift) * math.exp(-s / pace), 4)} for s in at
+        {
+            "step": step,
+            "seconds": 0.21 * step,
+            "score": round(score - (score - start) * math.exp(-step / time_constant), 4),
+        }
+        for step in range(0, steps + 1, 30)
     ]
-    rows = []
+    predictions = []
     for split, count in (("dev", 40), ("test", 200)):
         for row in range(count):
             label = row % 3
-            guess = label if chance.random() < score else (label + 1) % 3
-            rows.append({"split": split, "row": row, "label": label, "prediction": guess})
+            prediction = label if rng.random() < score else (label + 1) % 3
+            predictions.append({"split": split, "row": row, "label": label, "prediction": prediction})
     record = OutcomeRecord(
-        method=method, kind="lora", inputs={"method": method, "options": {"alpha": 0.5} if "+" in method else None},
-        task=TaskRecord(task, "accuracy", "d", 2400), labels=LABELS, seed=seed,
+        method=method,
+        kind="lora",
+        inputs={"method": method, "options": {"alpha": 0.5} if "+" in method else None},
+        task=TaskRecord(task, "accuracy", "d", 2400),
+        labels=LABELS,
+        seed=seed,
         recipe={"steps": 300, "batch_size": 16, "learning_rate": 5e-4, "precision": "bf16", "seed": seed},
-        scores=Scores(score, 0.41, score, 0.412, curve[0]["score"]), best_step=steps,
-        cost=Cost(steps, 0.21 * steps + 1.4, labels), notes={}, base=BaseRecord(*base), recycled_from=source,
+        scores=Scores(score, 0.41, score, 0.412, curve[0]["score"]),
+        best_step=steps,
+        cost=Cost(steps, 0.21 * steps + 1.4, labels),
+        notes={},
+        base=base,
+        recycled_from=source,
         versions=versions(),
-    )  # fmt: skip
-    return write_outcome(staging, out, record, curve, rows)
+    )
+    return write_outcome(staging, out, record, curve, predictions)

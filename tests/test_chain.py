@@ -1,6 +1,7 @@
-"""Adaptations carried along a chain of bases: hop by hop and at once, gone on with, and its figures by hand."""
+"""Adaptations carried along a chain of bases: hop by hop and at once, resumed, refused, and summarised by hand."""
 
 import json
+import math
 
 import pytest
 from conftest import move_base, weights
@@ -22,7 +23,8 @@ precision: fp32
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, bases, task_file):
+def chain_folder(tmp_path_factory, bases, task_file):
+    """A folder with chain files of two and of three bases."""
     folder = tmp_path_factory.mktemp("chain")
     old, new = bases["bert"]
     last = move_base(new, folder / "third", 0.05, seed=4)
@@ -33,86 +35,93 @@ def place(tmp_path_factory, bases, task_file):
 
 
 @pytest.fixture(scope="module")
-def done(place):
-    """A chain of two bases that a third was added to; with what there was before that."""
-    run_chain(Chain.load(place / "short.yaml"), place / "out")
-    before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()}
-    rows = run_chain(Chain.load(place / "chain.yaml"), place / "out")
-    return rows, before
+def extended_run(chain_folder):
+    """The rows of a chain to which a third base was added, and the times of the files from before that."""
+    run_chain(Chain.load(chain_folder / "short.yaml"), chain_folder / "out")
+    times = {file: file.stat().st_mtime_ns for file in chain_folder.rglob("*") if file.is_file()}
+    rows = run_chain(Chain.load(chain_folder / "chain.yaml"), chain_folder / "out")
+    return rows, times
 
 
-def test_what_is_run(done):
-    rows, _ = done
+def test_every_method_runs_on_every_base_by_every_route(extended_run):
+    rows, _ = extended_run
     assert len(rows) == 2 * (1 + 2 + 2 * (1 + 2))
-    found = {(row.kind, row.base, row.method, row.route) for row in rows}
     for kind in ("full", "lora"):
-        assert (kind, 0, "tune", None) in found
-        assert {base for k, base, method, _ in found if (k, method) == (kind, "scratch")} == {1, 2}
-        assert {(base, route) for k, base, method, route in found if (k, method) == (kind, "init")} == {
-            (1, None), (2, "hop by hop"), (2, "at once"),
-        }  # fmt: skip
+        hops = {method: set() for method in ("tune", "scratch", "direct", "init")}
+        for row in rows:
+            if row.kind == kind:
+                hops[row.method].add((row.base, row.route))
+        assert hops["tune"] == {(0, None)}
+        assert hops["scratch"] == {(1, None), (2, None)}
+        assert hops["direct"] == hops["init"] == {(1, None), (2, "hop by hop"), (2, "at once")}
     assert all(row.refused is None and row.negative_flips is not None for row in rows)
 
 
-def test_direct_is_the_same_hop_by_hop_and_at_once(place, done):
-    rows, _ = done
+def test_direct_gives_equal_weights_hop_by_hop_and_at_once(chain_folder, extended_run):
+    rows, _ = extended_run
     for kind in ("full", "lora"):
-        one, other = (
+        hops, once = (
             next(row for row in rows if (row.kind, row.method, row.route) == (kind, "direct", route))
             for route in ("hop by hop", "at once")
         )
-        first, second = (weights(place / "out" / row.outcome / "adaptation") for row in (one, other))
+        first, second = (weights(chain_folder / "out" / row.outcome / "adaptation") for row in (hops, once))
         assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
-        assert one.score == other.score
-        assert one.steps == 0
+        assert hops.score == once.score
+        assert hops.steps == 0
 
 
-def test_each_hop_goes_on_from_the_last(place, done):
-    rows, _ = done
-    hop = next(row for row in rows if (row.kind, row.method, row.route) == ("full", "init", "hop by hop"))
-    once = next(row for row in rows if (row.kind, row.method, row.route) == ("full", "init", "at once"))
-    of = {name: json.loads((place / "out" / row.outcome / "outcome.json").read_text()) for name, row in
-          (("hop", hop), ("once", once))}  # fmt: skip
-    assert of["hop"]["recycled_from"]["adaptation"].endswith("1-init/adaptation")
-    assert of["once"]["recycled_from"]["adaptation"].endswith("0-tune/adaptation")
-    assert of["hop"]["recycled_from"]["lineage"] == of["once"]["recycled_from"]["lineage"] == "proven"
-    assert of["hop"]["recipe"]["learning_rate"] == 1e-4
+def test_each_hop_starts_from_the_last_outcome(chain_folder, extended_run):
+    rows, _ = extended_run
+    hops, once = (
+        next(row for row in rows if (row.kind, row.method, row.route) == ("full", "init", route))
+        for route in ("hop by hop", "at once")
+    )
+    hops_record, once_record = (
+        json.loads((chain_folder / "out" / row.outcome / "outcome.json").read_text()) for row in (hops, once)
+    )
+    assert hops_record["recycled_from"]["adaptation"].endswith("1-init/adaptation")
+    assert once_record["recycled_from"]["adaptation"].endswith("0-tune/adaptation")
+    assert hops_record["recycled_from"]["lineage"] == once_record["recycled_from"]["lineage"] == "proven"
+    assert hops_record["recipe"]["learning_rate"] == 1e-4
 
 
-def test_a_base_added_later_leaves_the_rest_alone(place, done):
-    _, before = done
-    changed = {file.name for file, time in before.items() if file.stat().st_mtime_ns != time}
+def test_existing_outcomes_are_reused(chain_folder, extended_run):
+    rows, times = extended_run
+    changed = {file.name for file, time in times.items() if file.stat().st_mtime_ns != time}
     assert changed <= {"chain.json"}
-    again = {file: file.stat().st_mtime_ns for file in (place / "out").rglob("*.safetensors")}
-    rows = run_chain(Chain.load(place / "chain.yaml"), place / "out")
-    assert rows == done[0]
-    assert {file: file.stat().st_mtime_ns for file in (place / "out").rglob("*.safetensors")} == again
-    names, stored = read_chain(place / "out")
+    weight_times = {file: file.stat().st_mtime_ns for file in (chain_folder / "out").rglob("*.safetensors")}
+    assert run_chain(Chain.load(chain_folder / "chain.yaml"), chain_folder / "out") == rows
+    assert {file: file.stat().st_mtime_ns for file in (chain_folder / "out").rglob("*.safetensors")} == weight_times
+    names, stored = read_chain(chain_folder / "out")
     assert stored == rows
     assert len(names) == 3
 
 
-def test_command(place, done):
-    shown = CliRunner().invoke(app, ["chain", "show", str(place / "out")], env={"COLUMNS": "160"})
+def test_command(chain_folder, extended_run):
+    rows, _ = extended_run
+    shown = CliRunner().invoke(app, ["chain", "show", str(chain_folder / "out")], env={"COLUMNS": "160"})
     assert shown.exit_code == 0
     scratch, first = (
-        next(row.score for row in done[0] if (row.kind, row.method, row.base) == ("full", method, base))
+        next(row.score for row in rows if (row.kind, row.method, row.base) == ("full", method, base))
         for method, base in (("scratch", 2), ("tune", 0))
     )
     assert f"{scratch:.3f}" in shown.stdout
     assert f"{first:.3f}" in shown.stdout
     assert "hop by hop" in shown.stdout
-    ran = CliRunner().invoke(app, ["chain", "run", str(place / "chain.yaml"), "--out", str(place / "out")])
-    assert ran.exit_code == 0
-    assert "mood, lora" in ran.stdout
+    arguments = ["chain", "run", str(chain_folder / "chain.yaml"), "--out", str(chain_folder / "out")]
+    repeated = CliRunner().invoke(app, arguments)
+    assert repeated.exit_code == 0
+    assert "mood, lora" in repeated.stdout
 
 
-def row(base, method, score, route=None, seed=20, **more):
-    given = {"start": 0.4, "majority": 0.5, "negative_flips": 0.1, "steps": 1, "labels": 1, "outcome": "x"}
-    return ChainRow("mood", "full", seed, base, method, route, score, **(given | more))
+def row(base, method, score, route=None, seed=20):
+    return ChainRow(
+        "mood", "full", seed, base, method, route, score, start=0.4, majority=0.5, negative_flips=0.1, steps=1,
+        labels=1, outcome="x",
+    )  # fmt: skip
 
 
-def test_standings_by_hand():
+def test_summaries_by_hand():
     rows = [
         row(0, "tune", 0.9), row(0, "tune", 0.8, seed=30),
         row(1, "scratch", 0.9), row(2, "scratch", 0.7), row(1, "scratch", 0.9, seed=30),
@@ -134,19 +143,19 @@ def test_standings_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ("methods: [direkt]", "direkt.*direct"), ("methods: [project]", "other tasks"), ("kinds: [lore]", "lore.*lora"),
         ("seeds: [20, 20]", "twice"), ("routes: [sideways]", "routes"), ("hops: 3", "hops"), ("shots: 0", "shots"),
         ("tuning: {step: 3}", "step"), ("bases: [one]", "bases"),
     ],
 )  # fmt: skip
-def test_bad_files(tmp_path, task_file, change, says):
+def test_bad_files(tmp_path, task_file, change, message):
     key = change.split(":")[0]
     lines = {"bases": "bases: [one, two]", "tasks": f"tasks: [{task_file}]"}
     lines[key] = change
     (tmp_path / "chain.yaml").write_text("\n".join(lines.values()))
-    with pytest.raises(DataError, match=rf"chain\.yaml.*{says}"):
+    with pytest.raises(DataError, match=rf"chain\.yaml.*{message}"):
         Chain.load(tmp_path / "chain.yaml")
 
 
@@ -155,14 +164,22 @@ def test_no_chain(tmp_path):
         read_chain(tmp_path)
 
 
-def test_a_method_that_does_not_carry_a_kind_is_told_and_passed_over(place, bases, task_file, tmp_path):
+def test_a_record_with_nan_is_refused(chain_folder, extended_run, tmp_path):
+    record = json.loads((chain_folder / "out" / "chain.json").read_text())
+    record["rows"][1]["majority"] = math.nan
+    (tmp_path / "chain.json").write_text(json.dumps(record))
+    with pytest.raises(OutcomeError, match=r"chain\.json: rows\[1\]: majority: .*finite number.*regraft chain run"):
+        read_chain(tmp_path)
+
+
+def test_a_method_that_does_not_carry_a_kind_is_recorded_as_refused(chain_folder, bases, task_file, tmp_path):
     old, new = bases["bert"]
     text = (
         FILE.replace("[full, lora]", "[bottleneck]")
         .replace("[direct, init]", "[masked, direct]")
         .replace("3e-3, eval", "2e-2, eval")
     )
-    (tmp_path / "chain.yaml").write_text(text.format(bases=f"{old}, {new}, {place / 'third'}", task=task_file))
+    (tmp_path / "chain.yaml").write_text(text.format(bases=f"{old}, {new}, {chain_folder / 'third'}", task=task_file))
     rows = run_chain(Chain.load(tmp_path / "chain.yaml"), tmp_path / "out")
     refused = [row for row in rows if row.refused]
     assert {row.method for row in refused} == {"masked"}
@@ -170,7 +187,7 @@ def test_a_method_that_does_not_carry_a_kind_is_told_and_passed_over(place, base
     assert "bottleneck" in summarise_routes(["a", "b", "c"], rows)[1].refused
 
 
-def test_an_adaptation_that_learned_nothing_ends_no_chain(place, bases, task_file, tmp_path):
+def test_an_adaptation_that_learned_nothing_does_not_end_the_chain(bases, task_file, tmp_path):
     old, new = bases["bert"]
     text = FILE.replace("[full, lora]", "[ia3, lora]").replace("steps: 40, learning_rate: 3e-3", "steps: 40")
     text = text.replace("tuning: {{", "tuning: {{learning_rate: {{ia3: 1e-30, lora: 3e-3}}, ").replace("direct, ", "")
@@ -183,16 +200,16 @@ def test_an_adaptation_that_learned_nothing_ends_no_chain(place, bases, task_fil
     assert "changes nothing" in rows[1].refused
 
 
-def test_a_disk_that_is_full_ends_a_chain(place, tmp_path, monkeypatch):
-    def full(*_, **__):
+def test_a_full_disk_ends_the_chain(chain_folder, tmp_path, monkeypatch):
+    def raise_disk_full(*_, **__):
         raise DiskFullError("no room")
 
-    monkeypatch.setattr("regraft.chain.run.tune", full)
+    monkeypatch.setattr("regraft.chain.run.tune", raise_disk_full)
     with pytest.raises(DiskFullError):
-        run_chain(Chain.load(place / "short.yaml"), tmp_path / "out")
+        run_chain(Chain.load(chain_folder / "short.yaml"), tmp_path / "out")
 
 
-def test_two_tasks_of_one_folder_are_refused(place, task_file, tmp_path):
+def test_two_tasks_that_would_share_a_folder_are_refused(task_file, tmp_path):
     for number, name in enumerate(("my task", "my/task")):
         text = task_file.read_text().replace("name: mood", f"name: {name}")
         (tmp_path / f"{number}.yaml").write_text(text.replace(": t", f": {task_file.parent}/t", 1))

@@ -1,4 +1,4 @@
-"""The page that shows what came of an upgrade, opened in a browser as people open it."""
+"""The report's page, opened in a browser as users open it, its Markdown, and the files it is made from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from report_inputs import ATTACK, METHODS, diagnosis, write_diagnosis, write_out
 from regraft.diagnosis import read_diagnosis
 from regraft.errors import OutcomeError, RecipeError
 from regraft.report import write_report
-from regraft.report.find import clean
+from regraft.report.find import sanitise
 from regraft.task.types import MarkedText, Scatter, Span, Table
 from regraft.task.types.view import Column, Series
 
@@ -30,11 +30,11 @@ CHARTS = {
 CONTRAST = """
 () => {
   const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length > 3 ? n : [...n, 1]; };
-  const light = (c) => { const [r, g, b] = c.slice(0, 3).map((v) => { v /= 255;
+  const luminance = (c) => { const [r, g, b] = c.slice(0, 3).map((v) => { v /= 255;
     return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const behind = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
+  const background = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
     if (c[3] > 0) return c; } return [255, 255, 255, 1]; };
-  const found = [];
+  const contrasts = [];
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const e = texts.currentNode.parentElement;
@@ -42,12 +42,12 @@ CONTRAST = """
     let ink = parse(getComputedStyle(e).color);
     if (e.closest('svg')) {
       ink = parse(getComputedStyle(e).fill);
-      if (e.closest('[id*=plane]') || (ink[0] < 2 && ink[2] < 2) || ink[0] > 254) continue;  // on a map's own colours
+      if (e.closest('[id*=plane]') || (ink[0] < 2 && ink[2] < 2) || ink[0] > 254) continue;  // on a colour map
     }
-    const [a, b] = [light(ink), light(behind(e))].sort((x, y) => y - x);
-    found.push([(a + 0.05) / (b + 0.05), e.tagName, texts.currentNode.textContent.trim().slice(0, 40)]);
+    const [a, b] = [luminance(ink), luminance(background(e))].sort((x, y) => y - x);
+    contrasts.push([(a + 0.05) / (b + 0.05), e.tagName, texts.currentNode.textContent.trim().slice(0, 40)]);
   }
-  return found;
+  return contrasts;
 }
 """
 
@@ -85,33 +85,33 @@ def page_file(runs):
 
 @pytest.fixture
 def visit(chromium):
-    """Opens a page, and fails the test if it writes to the console, raises, or asks the network for anything."""
-    contexts, noise = [], []
+    """Open a page; the test fails if the page writes to the console, raises, or makes a request."""
+    contexts, events = [], []
 
     def open_page(file, width=1280, scheme="light"):
         context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: noise.append(message.text))
-        page.on("pageerror", lambda error: noise.append(str(error)))
-        page.on("dialog", lambda dialog: noise.append(dialog.message))
-        page.on("request", lambda request: noise.append(request.url) if _is_fetched(request.url, file) else None)
+        page.on("console", lambda message: events.append(message.text))
+        page.on("pageerror", lambda error: events.append(str(error)))
+        page.on("dialog", lambda dialog: events.append(dialog.message))
+        page.on("request", lambda request: events.append(request.url) if _is_external(request.url, file) else None)
         page.goto(file.as_uri())
         return page
 
     yield open_page
     for context in contexts:
         context.close()
-    assert noise == []
+    assert events == []
 
 
-def _is_fetched(url, file):
+def _is_external(url, file):
     return not url.startswith("data:") and url != file.as_uri()
 
 
-def test_page_is_whole(page_file, visit):
+def test_page_is_complete(page_file, visit):
     page = visit(page_file)
-    names = {mark.removeprefix("part-1-") for mark in _chart_names(page_file)}
+    names = {name.removeprefix("part-1-") for name in _chart_names(page_file)}
     assert names >= CHARTS
     assert page.locator("svg[role=img]").count() == len(CHARTS)
     for chart in page.locator("svg[role=img]").all():
@@ -155,7 +155,7 @@ def test_flips_are_searched_and_filtered(page_file, visit):
     page.get_by_label("Search").fill("needle <script>")
     assert rows.count() == 1
     page.get_by_label("Search").fill("nothing like it")
-    assert rows.count() == 0 and page.get_by_text("No flip fits").is_visible()
+    assert rows.count() == 0 and page.get_by_text("No flip matches").is_visible()
     page.get_by_label("Search").fill("")
     page.locator("select[data-kind]").select_option("positive")
     assert rows.count() == 12
@@ -166,26 +166,26 @@ def test_flips_are_searched_and_filtered(page_file, visit):
 
 def test_theme_is_chosen_and_remembered(page_file, visit):
     page = visit(page_file, scheme="dark")
-    ground = "getComputedStyle(document.body).backgroundColor"
-    dark = page.evaluate(ground)
+    background = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(background)
     page.get_by_role("button", name="Light theme").click()
-    light = page.evaluate(ground)
+    light = page.evaluate(background)
     assert light != dark
     page.reload()
-    assert page.evaluate(ground) == light
+    assert page.evaluate(background) == light
     button = page.get_by_role("button", name="Dark theme")
     button.focus()
     page.keyboard.press("Enter")
-    assert page.evaluate(ground) == dark
+    assert page.evaluate(background) == dark
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast(page_file, visit, scheme):
     page = visit(page_file, scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-    found = page.evaluate(CONTRAST)
-    assert len(found) > 1000
-    assert [one for one in found if one[0] < 4.5] == []
+    contrasts = page.evaluate(CONTRAST)
+    assert len(contrasts) > 1000
+    assert [entry for entry in contrasts if entry[0] < 4.5] == []
 
 
 @pytest.mark.parametrize("width", [360, 768])
@@ -196,18 +196,17 @@ def test_page_never_scrolls_sideways(page_file, visit, width):
     assert page.locator("h1").bounding_box()["width"] <= width
 
 
-def test_figures_are_those_of_the_runs(page_file, runs, visit):
+def test_figures_equal_those_of_the_runs(page_file, runs, visit):
     text = visit(page_file).locator("main").inner_text()
-    found = diagnosis()
     for figure in ("86 %", "0.062", "0.071", "p = 0.047", "92 %", "25 (2.5 %)", "0.083", "93.1 %", "0.061", "0.034"):
         assert figure in text, figure
     assert "a short tuning from the old weights should close the gap" in text.lower()
-    assert found["left_out"]["noise of seeds"] in text
+    assert diagnosis()["left_out"]["noise of seeds"] in text
     row = next(line for line in text.splitlines() if line.startswith("init+distill"))
     # two seeds, 0.9160 and 0.9180; scratch's 0.902 above a majority of 0.412 is 100 %
     assert re.split(r"\s*\t\s*", row)[3:6] == ["0.917 ± 0.001", "103 %", "30"]
-    old = json.loads((runs / "compare" / "init-seed20<b>" / "outcome.json").read_text())
-    assert old["recycled_from"]["old_base"] in text
+    outcome = json.loads((runs / "compare" / "init-seed20<b>" / "outcome.json").read_text())
+    assert outcome["recycled_from"]["old_base"] in text
 
 
 def test_negative_flips_are_counted_against_the_old_deployment(runs, visit, page_file):
@@ -225,24 +224,24 @@ def test_negative_flips_are_counted_against_the_old_deployment(runs, visit, page
 
 
 @pytest.mark.slow
-def test_whatever_a_type_of_task_wants_shown_is_drawn(tmp_path, visit):
-    content = dataclasses.asdict(read_diagnosis(clean(diagnosis()), ""))
+def test_views_of_any_task_type_are_drawn(tmp_path, visit):
+    content = dataclasses.asdict(read_diagnosis(sanitise(diagnosis()), ""))
     table = Table("Errors", (Column("tag", "text"), Column("mean", "change")), ((f"B-PER{ATTACK}", 0.5), ("O", None)))
     points = Series("new", (-5.0, 90.0), (20.0, 70.0), (1, 3))
     views = (
         table,
         Scatter(
-            "spread",
-            "Spread",
-            "Lead.",
-            "A finding.",
-            ("spread", "0.1"),
-            "true",
-            "predicted",
-            "",
-            False,
-            (points,),
-            table,
+            name="spread",
+            title="Spread",
+            lead="Lead.",
+            finding="A finding.",
+            brief=("spread", "0.1"),
+            x="true",
+            y="predicted",
+            diagonal="",
+            joined=False,
+            series=(points,),
+            table=table,
         ),
         MarkedText(
             "Tags in context", ((Span("Ada "), Span("Lovelace", f"PER{ATTACK}"), Span(" wrote.")), (Span(ATTACK),))
@@ -251,7 +250,7 @@ def test_whatever_a_type_of_task_wants_shown_is_drawn(tmp_path, visit):
     content["answers"]["regressions"]["views"] = [dataclasses.asdict(view) for view in views]
     write_diagnosis(tmp_path / "check", json.loads(json.dumps(content)))
     page = visit(write_report(tmp_path, tmp_path / "page.html"))
-    assert page.locator("caption", has_text="Errors").count() == 2  # by itself, and behind the points
+    assert page.locator("caption", has_text="Errors").count() == 2  # the view, and the table of the scatter plot
     assert page.locator("section[id$=spread] svg").count() == 1
     assert page.locator("ul.marked li").first.inner_text() == f"Ada LovelacePER{ATTACK} wrote."
     assert page.locator("ul.marked mark").count() == 1
@@ -275,24 +274,21 @@ def test_markdown_has_the_same_figures(runs, tmp_path):
         assert f"plots/part-1-{chart}.svg" in text
         assert (tmp_path / "plots" / f"part-1-{chart}.svg").read_bytes().startswith(b"<?xml")
         assert (tmp_path / "plots" / f"part-1-{chart}.png").read_bytes().startswith(b"\x89PNG")
-    outside = re.sub(r"^(```+)sh$.*?^\1$", "", text, flags=re.M | re.S)
-    assert "<script" not in outside and "<img" not in outside and "@someone" not in outside and "~~y" not in outside
-    widths = {}
-    for line in text.splitlines():  # every row of a table has its head's columns, whatever is in the cells
-        cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else None
-        if cells:
-            assert cells == widths.setdefault("now", cells)
-        else:
-            widths.clear()
+    outside_code = re.sub(r"^(```+)sh$.*?^\1$", "", text, flags=re.M | re.S)
+    for markup in ("<script", "<img", "@someone", "~~y"):
+        assert markup not in outside_code
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        if is_table:  # all rows have as many cells as the head, whatever is in the cells
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
 @pytest.mark.slow
-def test_same_runs_give_same_bytes(runs, page_file, tmp_path):
-    again = write_report(runs, tmp_path / "again.html", plots=tmp_path / "one")
-    assert again.read_bytes() == page_file.read_bytes()
-    write_report(runs, tmp_path / "again.md", "md", plots=tmp_path / "two")
-    for one in sorted((tmp_path / "one").iterdir()):
-        assert one.read_bytes() == (tmp_path / "two" / one.name).read_bytes(), one.name
+def test_equal_runs_give_equal_bytes(runs, page_file, tmp_path):
+    second = write_report(runs, tmp_path / "second.html", plots=tmp_path / "html-plots")
+    assert second.read_bytes() == page_file.read_bytes()
+    write_report(runs, tmp_path / "second.md", "md", plots=tmp_path / "md-plots")
+    for plot in sorted((tmp_path / "html-plots").iterdir()):
+        assert plot.read_bytes() == (tmp_path / "md-plots" / plot.name).read_bytes(), plot.name
 
 
 def test_sections_without_data_are_left_out(tmp_path, visit):
@@ -319,7 +315,7 @@ def test_outcomes_alone_make_a_page(tmp_path, visit):
     assert page.locator("#part-1-methods table").first.locator("tbody tr").count() == len(METHODS)
 
 
-def test_comparison_is_shown_where_its_outcomes_are_elsewhere(tmp_path, visit):
+def test_comparison_is_shown_without_its_outcomes(tmp_path, visit):
     row = {
         "method": "init", "seeds": [1], "start": 0.5, "dev": 0.9, "test": 0.876, "test_deviation": None,
         "recovery": 97.0, "steps_to_scratch": None, "seconds_to_scratch": None, "negative_flips": 0.031,
@@ -335,7 +331,7 @@ def test_comparison_is_shown_where_its_outcomes_are_elsewhere(tmp_path, visit):
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
         (lambda d: d.update(schema=3), "schema 3"),
         (lambda d: d.pop("verdict"), "verdict"),
@@ -353,25 +349,25 @@ def test_comparison_is_shown_where_its_outcomes_are_elsewhere(tmp_path, visit):
         (lambda d: d["seconds"].update(check=[]), "seconds: check: expected a number, found []"),
     ],
 )
-def test_malformed_diagnosis_is_named(tmp_path, change, named):
+def test_malformed_diagnosis_is_named(tmp_path, change, message):
     content = diagnosis()
     change(content)
     folder = write_diagnosis(tmp_path / "check", content)
     with pytest.raises(OutcomeError) as error:
         write_report(tmp_path, tmp_path / "report.html")
-    assert str(folder / "diagnosis.json") in str(error.value) and named in str(error.value)
+    assert str(folder / "diagnosis.json") in str(error.value) and message in str(error.value)
     assert "regraft check --deep" in str(error.value)
     assert not (tmp_path / "report.html").exists()
 
 
-def test_what_regraft_0_1_wrote_shows_the_same_as_what_is_written_now(tmp_path):
+def test_a_diagnosis_of_regraft_0_1_shows_the_same_figures(tmp_path):
     content = json.loads(json.dumps(diagnosis("")))
     write_diagnosis(tmp_path / "check", content)
-    before = write_report(tmp_path, tmp_path / "before.md", "md").read_text(encoding="utf-8")
-    renewed = dataclasses.asdict(read_diagnosis(clean(content), ""))
-    (tmp_path / "check" / "diagnosis.json").write_text(json.dumps(renewed))
-    assert write_report(tmp_path, tmp_path / "after.md", "md").read_text(encoding="utf-8") == before
-    assert "predicted recovery 89 %" in before and "92 %" in before
+    of_schema_1 = write_report(tmp_path, tmp_path / "schema-1.md", "md").read_text(encoding="utf-8")
+    converted = dataclasses.asdict(read_diagnosis(sanitise(content), ""))
+    (tmp_path / "check" / "diagnosis.json").write_text(json.dumps(converted))
+    assert write_report(tmp_path, tmp_path / "schema-2.md", "md").read_text(encoding="utf-8") == of_schema_1
+    assert "predicted recovery 89 %" in of_schema_1 and "92 %" in of_schema_1
 
 
 def test_broken_files_and_missing_runs_are_named(tmp_path):
@@ -390,54 +386,59 @@ def test_broken_files_and_missing_runs_are_named(tmp_path):
     write_outcomes(tmp_path / "runs", seeds=(20,))
     for line in ("{}", '{"split": "test", "row": 0, "right": "no"}'):
         (tmp_path / "runs" / "direct-seed20" / "predictions.jsonl").write_text(line + "\n")
-        with pytest.raises(OutcomeError, match=r"direct-seed20: is not whole"):
+        with pytest.raises(OutcomeError, match=r"direct-seed20: is incomplete"):
             write_report(tmp_path, tmp_path / "report.html")
 
 
 def test_command_writes_the_report_and_help_stays_light(tmp_path):
     write_diagnosis(tmp_path / "check", diagnosis())
-    code = "import sys; from typer.testing import CliRunner; from regraft.cli import app\n"
-    code += "shown = CliRunner().invoke(app, ['--help']); assert 'report' in shown.output\n"
-    code += "import regraft.report\nheavy = {'torch', 'transformers', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
-    code += "assert not heavy, heavy\n"
-    code += (
-        f"out = CliRunner().invoke(app, ['report', {str(tmp_path / 'check')!r}, '--out', {str(tmp_path / 'a.md')!r}])\n"
-    )
-    code += "assert out.exit_code == 0, out.output; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from regraft.cli import app
+help = CliRunner().invoke(app, ["--help"])
+assert "report" in help.output
+import regraft.report
+heavy = {{"torch", "transformers", "matplotlib", "jinja2"}} & set(sys.modules)
+assert not heavy, heavy
+result = CliRunner().invoke(app, ["report", {str(tmp_path / "check")!r}, "--out", {str(tmp_path / "a.md")!r}])
+assert result.exit_code == 0, result.output
+assert "torch" not in sys.modules
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "a.md").read_text(encoding="utf-8").startswith("# What the upgrade did to feelings")
 
 
-def test_figures_that_diverged_are_said_to_be_not_finite(tmp_path):
-    def spoiled(value):
+def test_diverged_figures_are_shown_as_not_finite(tmp_path):
+    def diverged(value):
         if isinstance(value, dict):
-            return {name: spoiled(entry) for name, entry in value.items()}
+            return {name: diverged(entry) for name, entry in value.items()}
         if isinstance(value, list):
-            return [spoiled(entry) for entry in value]
+            return [diverged(entry) for entry in value]
         return float("inf" if value > 0.3 else "nan") if isinstance(value, float) else value
 
-    write_diagnosis(tmp_path / "check", spoiled(diagnosis()))
+    write_diagnosis(tmp_path / "check", diverged(diagnosis()))
     text = write_report(tmp_path, tmp_path / "report.md", "md").read_text(encoding="utf-8")
     assert "the barrier is not finite on dev and not finite on test" in text
 
 
-def test_files_that_hold_no_records_are_named(tmp_path):
+def test_files_without_records_are_named(tmp_path):
     run = write_outcomes(tmp_path / "runs", seeds=(20,)) / "direct-seed20"
     for name in ("outcome.json", "curve.jsonl", "predictions.jsonl", "comparison.json"):
         file = run / name
-        before = file.read_bytes() if file.exists() else None
+        original = file.read_bytes() if file.exists() else None
         for content in ("[]", "7", "[" * 100_000, " " * 33_000_000, None):
             file.unlink(missing_ok=True)
             if content is None:
-                os.mkfifo(file)  # nobody writes into it: reading would never end
+                os.mkfifo(file)  # no process writes into it: reading would never end
             else:
                 file.write_text(content)
             with pytest.raises(OutcomeError, match=re.escape(str(run))):
                 write_report(tmp_path, tmp_path / "report.html")
         file.unlink()
-        if before is not None:
-            file.write_bytes(before)
+        if original is not None:
+            file.write_bytes(original)
 
 
 def test_only_a_report_is_replaced(runs, page_file, tmp_path):

@@ -1,4 +1,4 @@
-"""Upgrade chains: adaptations carried from base to base to base, hop by hop or at once."""
+"""Upgrade chains: adaptations carried along a series of bases, hop by hop or at once."""
 
 from regraft.chain.file import Chain
 from regraft.chain.record import ChainRow, read_chain

@@ -1,4 +1,4 @@
-"""What is to be carried along a chain of bases, as a YAML file says."""
+"""The chain file: the bases, tasks, kinds and methods of an upgrade chain, in YAML."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from regraft.task.yaml_file import did_you_mean, read_yaml, validate
 
 Route = Literal["hop by hop", "at once"]
 ROUTES: tuple[Route, ...] = ("hop by hop", "at once")
-_STRINGS = "a list of names"
+_NAMES = "a list of names"
 
 
 class Training(BaseModel):
-    """How long and how fast is trained.
+    """The length and learning rate of training.
 
     Args:
-        steps: Optimiser steps; None for `epochs`.
-        epochs: Passes over the data where `steps` is not given.
-        batch_size: Examples a step.
-        learning_rate: The peak; None for the kind's own.
-        eval_every: Steps between evaluations; None for about ten in all.
+        steps: The number of optimiser steps; None to train for `epochs`.
+        epochs: The number of passes over the data if `steps` is None.
+        batch_size: The number of examples a step.
+        learning_rate: The peak learning rate, or one for each kind; None for the kind's default.
+        eval_every: The number of steps between evaluations; None for about ten evaluations in all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,36 +43,44 @@ class Training(BaseModel):
         """Return the recipe for a kind of adaptation.
 
         Args:
-            kind: The kind.
-            seed: The seed.
+            kind: The kind, which selects the learning rate.
+            seed: The random seed.
             precision: `auto`, `bf16` or `fp32`.
 
         Returns:
             The recipe.
         """
-        rate = self.learning_rate.get(kind) if isinstance(self.learning_rate, dict) else self.learning_rate
+        learning_rate = self.learning_rate
+        if isinstance(learning_rate, dict):
+            learning_rate = learning_rate.get(kind)
         return Recipe(
-            steps=self.steps, epochs=self.epochs, batch_size=self.batch_size, learning_rate=rate,
-            eval_every=self.eval_every, seed=seed, precision=precision,
-        )  # fmt: skip
+            steps=self.steps,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=learning_rate,
+            eval_every=self.eval_every,
+            seed=seed,
+            precision=precision,
+        )
 
 
-_KEYS = ", ".join(Training.model_fields)
+_TRAINING = f"keys {', '.join(Training.model_fields)}"
 
 
 class Chain(BaseModel):
-    """A chain of bases, and what is carried along it.
+    """A chain of bases, and the adaptations to carry along it.
 
     Args:
-        bases: Folders or hub ids, each pre-trained further from the one before.
+        bases: Folders or hub ids; each base is pre-trained further from the one before.
         tasks: Task files.
-        kinds: Kinds of adaptation to tune on the first base.
-        methods: How they are recycled; `scratch` is always run on each base, as the reference.
-        routes: `hop by hop`: from each base to the next, from what was last recycled; `at once`: from the first.
-        seeds: A run of everything with each.
-        shots: Training examples a class on later bases; None for all.
-        tuning: How the first base is tuned.
-        recycling: How later ones are.
+        kinds: The kinds of adaptation to tune on the first base.
+        methods: The methods that recycle them; `scratch` always runs on each base, as the reference.
+        routes: `hop by hop` recycles from each base to the next, starting from the last outcome; `at once` recycles
+            from the first base to each later one.
+        seeds: The seeds; everything runs once with each.
+        shots: The number of training examples a class on later bases; None for all.
+        tuning: The training on the first base.
+        recycling: The training on later bases.
         precision: `auto`, `bf16` or `fp32`.
     """
 
@@ -80,19 +88,15 @@ class Chain(BaseModel):
 
     bases: tuple[str, ...] = Field(min_length=2, description="a list of at least two bases, in order")
     tasks: tuple[str, ...] = Field(min_length=1, description="a list of task files")
-    kinds: tuple[str, ...] = Field(default=("full",), min_length=1, description=_STRINGS)
-    methods: tuple[str, ...] = Field(default=("direct", "init+distill"), min_length=1, description=_STRINGS)
+    kinds: tuple[str, ...] = Field(default=("full",), min_length=1, description=_NAMES)
+    methods: tuple[str, ...] = Field(default=("direct", "init+distill"), min_length=1, description=_NAMES)
     routes: tuple[Route, ...] = Field(default=ROUTES, min_length=1, description=f"a list of {' and '.join(ROUTES)}")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(20,), min_length=1, description="a list of whole numbers"
     )
     shots: int | None = Field(default=None, ge=1, description="a whole number of examples a class, 1 or more")
-    tuning: Training = Field(
-        default=Training(), description="keys steps, epochs, batch_size, learning_rate, eval_every"
-    )
-    recycling: Training = Field(
-        default=Training(), description="keys steps, epochs, batch_size, learning_rate, eval_every"
-    )
+    tuning: Training = Field(default=Training(), description=_TRAINING)
+    recycling: Training = Field(default=Training(), description=_TRAINING)
     precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", description="one of auto, bf16, fp32")
 
     @classmethod
@@ -103,53 +107,54 @@ class Chain(BaseModel):
             path: A YAML file; relative paths in it start from its folder.
 
         Returns:
-            The chain, with absolute paths where there are such files and folders.
+            The chain, with absolute paths of its tasks and of the bases that are folders.
 
         Raises:
-            DataError: The file cannot be read, or a key is unknown, missing or of no use; the message names it.
+            DataError: The file cannot be read, or a key is unknown, missing or invalid; the message names the key.
         """
         path = Path(path)
-        read = validate(cls, read_yaml(path), str(path))
+        parsed = validate(cls, read_yaml(path), str(path))
         folder = path.absolute().parent
-        bases = tuple(_beside(folder, base) for base in read.bases)
-        tasks = tuple(os.path.abspath(folder / os.path.expanduser(task)) for task in read.tasks)
-        chain: Chain = read.model_copy(update={"bases": bases, "tasks": tasks})
-        names = [task.name for task in chain.loaded_tasks()]
+        bases = tuple(_resolve_base(folder, base) for base in parsed.bases)
+        tasks = tuple(os.path.abspath(folder / os.path.expanduser(task)) for task in parsed.tasks)
+        chain: Chain = parsed.model_copy(update={"bases": bases, "tasks": tasks})
+        names = [task.name for task in chain.load_tasks()]
         folders = [folder_name(name) for name in names]
-        if twice := sorted({name for name in names if folders.count(folder_name(name)) > 1}):
-            alike = " and ".join(map(repr, twice)) if len(twice) > 1 else repr(twice[0])
-            raise DataError(f"{path}: two tasks are called {alike}, a folder's name. Give one of them another `name`.")
+        if duplicates := sorted({name for name in names if folders.count(folder_name(name)) > 1}):
+            listed = " and ".join(map(repr, duplicates))
+            raise DataError(
+                f"{path}: two tasks are called {listed}, and would share a folder. Give one of them another `name`."
+            )
         return chain
 
-    def loaded_tasks(self) -> list[Task]:
+    def load_tasks(self) -> list[Task]:
         """Read the task files.
 
         Returns:
-            The tasks.
+            The tasks, in the order of the file.
 
         Raises:
-            DataError: One cannot be read.
+            DataError: A task file cannot be read.
         """
         return [Task.load(task) for task in self.tasks]
 
     @field_validator("methods")
     @classmethod
-    def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         from regraft.methods import find_method, methods
 
         for name in names:
             try:
                 method = find_method(name)
             except RecipeError as error:
-                near = did_you_mean(name, list(methods()))
-                raise ValueError(f"names {name!r}, which is no method.{near}") from error
+                raise ValueError(f"names {name!r}, which is no method.{did_you_mean(name, list(methods()))}") from error
             if "tasks" in method.needs():
                 raise ValueError(f"names {name!r}, which learns from other tasks. Run it by `regraft recycle`.")
         return tuple(dict.fromkeys(name for name in names if name != "scratch"))
 
     @field_validator("kinds")
     @classmethod
-    def _known_kinds(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_kinds(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         from regraft.adaptation import KINDS
 
         for name in names:
@@ -159,24 +164,26 @@ class Chain(BaseModel):
 
     @field_validator("bases", "seeds")
     @classmethod
-    def _once_each(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _check_unique(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
-            raise ValueError(f"lists {next(v for v in values if values.count(v) > 1)!r} twice. List each once.")
+            duplicate = next(value for value in values if values.count(value) > 1)
+            raise ValueError(f"lists {duplicate!r} twice. List each once.")
         return values
 
 
 def folder_name(name: str) -> str:
-    """Make a name of a folder out of any text.
+    """Turn a task's name, which may be any text, into the name of a folder.
 
     Args:
-        name: As of a task.
+        name: The name.
 
     Returns:
-        The same with a hyphen for what not every file system takes.
+        The name, with a hyphen for each character that not every file system takes.
     """
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    return "".join(character if character.isalnum() or character in "-_." else "-" for character in name)
 
 
-def _beside(folder: Path, base: str) -> str:
-    beside = folder / os.path.expanduser(base)
-    return os.path.abspath(beside) if os.path.exists(beside) else base
+def _resolve_base(folder: Path, base: str) -> str:
+    """Return the absolute path of a base that is a folder; a hub id stays as it is."""
+    path = folder / os.path.expanduser(base)
+    return os.path.abspath(path) if os.path.exists(path) else base

@@ -1,10 +1,12 @@
-"""What `chain.json` holds: a chain of bases, and what came of each hop along it."""
+"""The content of `chain.json`: a chain of bases, and the result of each hop along it."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from regraft.adaptation.outcome_record import BaseRecord  # noqa: TC001 (pydantic reads annotations)
 from regraft.chain.file import Route  # noqa: TC001
@@ -14,6 +16,8 @@ from regraft.errors import CheckpointError, OutcomeError
 
 RECORD = "chain.json"
 SCHEMA = 1
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+"""A figure; no run writes an infinite one or NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +29,18 @@ class ChainRow:
         kind: The adaptation's kind.
         seed: The seed.
         base: The number of the base, 0 for the first.
-        method: How it came to be; `tune` on the first base.
-        route: `hop by hop` or `at once`; None where they are the same: on the first two bases, and for scratch.
-        score: On test, or on dev where there is none.
+        method: The method that made it; `tune` on the first base.
+        route: `hop by hop` or `at once`; None where there is only one way: on the first two bases, and for scratch.
+        score: The score on test, or on dev if there is no test split.
         start: The score on dev before the first step.
-        majority: The score of guessing there.
+        majority: The score of guessing on the split of `score`.
         negative_flips: The share of examples that were right on the first base and are wrong here.
-        steps: The steps of training on this base alone.
-        labels: The labelled examples that were seen on it.
-        outcome: The outcome folder, relative to the chain's.
-        refused: Why nothing came of it, if so, as where the method does not carry this kind; the figures are None then.
-        metric: The task's; regraft 0.1 recorded none, and all of its metrics rise and are bounded by 1.
+        steps: The number of training steps on this base alone.
+        labels: The number of labelled examples seen on this base.
+        outcome: The outcome folder, relative to the chain's folder.
+        refused: Why there is no outcome, for instance because the method does not carry this kind; the figures are None
+            then.
+        metric: The task's metric. Regraft 0.1 recorded none; all of its metrics rise and are bounded by 1.
     """
 
     task: str
@@ -44,10 +49,10 @@ class ChainRow:
     base: Count
     method: str
     route: Route | None
-    score: float | None
-    start: float | None
-    majority: float | None
-    negative_flips: float | None
+    score: Finite | None
+    start: Finite | None
+    majority: Finite | None
+    negative_flips: Finite | None
     steps: Count
     labels: Count
     outcome: str
@@ -57,13 +62,13 @@ class ChainRow:
 
 @dataclasses.dataclass(frozen=True)
 class ChainRecord:
-    """A chain and what it has come to so far.
+    """A chain and its results so far.
 
     Args:
         bases: The bases, in order.
-        chain: The chain file as it was read.
-        rows: Every hop.
-        schema: Of this record.
+        chain: The content of the chain file.
+        rows: The results, one for each hop.
+        schema: The version of this record's format.
     """
 
     bases: tuple[BaseRecord, ...]
@@ -73,13 +78,13 @@ class ChainRecord:
 
 
 def read_chain(out: str | Path) -> tuple[list[str], list[ChainRow]]:
-    """Read what a chain has come to so far.
+    """Read the results of a chain so far.
 
     Args:
-        out: Its folder.
+        out: The chain's folder.
 
     Returns:
-        The names of the bases, and every hop.
+        The names of the bases, and the result of each hop.
 
     Raises:
         OutcomeError: There is no chain, or its record is malformed.
@@ -89,14 +94,13 @@ def read_chain(out: str | Path) -> tuple[list[str], list[ChainRow]]:
         content = read_json(file)
     except CheckpointError as error:
         raise OutcomeError(f"{file}: cannot be read ({error}). `{remedy}` writes it.") from error
-    if content.get("schema") != SCHEMA:
-        schema = content.get("schema")
+    if (schema := content.get("schema")) != SCHEMA:
         raise OutcomeError(f"{file}: has schema {schema!r:.40}, this regraft reads {SCHEMA}. `{remedy}` writes it.")
     record = read_record(ChainRecord, content, str(file), remedy)
-    for place, row in enumerate(record.rows):
+    for number, row in enumerate(record.rows):
         if row.base >= len(record.bases):
             raise OutcomeError(
-                f"{file}: rows[{place}]: base: expected a number below {len(record.bases)}, found {row.base}. "
+                f"{file}: rows[{number}]: base: expected a number below {len(record.bases)}, found {row.base}. "
                 f"Make it again with `{remedy}`."
             )
     return [base.name for base in record.bases], list(record.rows)

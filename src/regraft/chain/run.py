@@ -23,112 +23,171 @@ if TYPE_CHECKING:
     from regraft.errors import RegraftError
     from regraft.task import Task
 
-# what an adaptation, a task or a method is to blame for; a disk, a lock or a folder in the way ends the chain
+# errors of one adaptation, task or method, which the chain records; a full disk, a lock or a file in the way ends it
 REFUSALS = (RecipeError, MismatchError, CheckpointError, DataError)
 
 
 def run_chain(chain: Chain, out: str | Path, progress: Progress = silent) -> list[ChainRow]:
-    """Tune on the first base, and carry on to each of the others by every method and route.
+    """Tune on the first base, and recycle to each later base by every method and route.
 
-    What is there already is kept: bases, methods and seeds can be added to a chain, and an interrupted one goes on.
+    Outcomes that exist are reused: bases, methods and seeds can be added to a chain, and an interrupted one resumes.
 
     Args:
-        chain: What to do.
+        chain: The chain.
         out: The folder for all outcomes and `chain.json`.
-        progress: Told of each step.
+        progress: The callback for each step.
 
     Returns:
-        What came of each hop.
+        The result of each hop.
 
     Raises:
-        RegraftError: A base or a task cannot be read, or an outcome cannot be written; what was done until then is
-            kept. What one adaptation or method alone is to blame for is recorded as refused, and the rest is done.
+        RegraftError: A base or a task cannot be read, or an outcome cannot be written; earlier outcomes are kept. An
+            error of one adaptation or method is recorded as refused instead, and the others go on.
     """
     check_output_path(Path(out))
-    run = _Run([Base.open(name) for name in chain.bases], chain, Path(out), progress)
+    run = _ChainRun([Base.open(name) for name in chain.bases], chain, Path(out), progress)
     run.out.mkdir(parents=True, exist_ok=True)
     for seed in chain.seeds:
-        for task in chain.loaded_tasks():
+        for task in chain.load_tasks():
             for kind in chain.kinds:
-                run.carry(task, kind, seed)
+                run.carry(_Series(task, kind, seed))
     return run.rows
 
 
+@dataclasses.dataclass(frozen=True)
+class _Series:
+    """The adaptations of one task, kind and seed on all bases."""
+
+    task: Task
+    kind: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        return folder_name(f"{self.task.name}-{self.kind}-seed{self.seed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hop:
+    """One way from the base of the old weights to the base of the new ones, by their numbers."""
+
+    old_base: int
+    new_base: int
+    method: str
+    route: Route | None = None
+
+    @property
+    def folder(self) -> str:
+        words = [str(self.new_base), self.method.replace("+", "-")]
+        if self.route:
+            words.append(self.route.replace(" ", "-"))
+        return "-".join(words)
+
+
 @dataclasses.dataclass
-class _Run:
+class _ChainRun:
     bases: list[Base]
     chain: Chain
     out: Path
     progress: Progress
     rows: list[ChainRow] = dataclasses.field(default_factory=list)
 
-    def carry(self, task: Task, kind: str, seed: int) -> None:
-        """Carry one adaptation along the chain."""
-        place = self.out / folder_name(f"{task.name}-{kind}-seed{seed}")
-        recipe = self.chain.tuning.recipe(kind, seed, self.chain.precision)
-        try:
-            first = tune(
-                self.bases[0], task, place / "0-tune", kind=kind, recipe=recipe, progress=self._told(place.name, "tune")
-            )
-        except REFUSALS as error:
-            self._refuse(error, task, kind, seed, 0, "tune", None)
+    def carry(self, series: _Series) -> None:
+        """Tune on the first base, and recycle along the chain."""
+        first = self._tune(series)
+        if first is None:
             return
-        self._keep(first, first, task, kind, seed, 0, "tune", None)
-        for number in range(1, len(self.bases)):
-            self._hop(first, first, place, task, kind, seed, number - 1, number, "scratch", None)
+        later_bases = range(1, len(self.bases))
+        for number in later_bases:  # scratch takes only the labels from the first outcome
+            self._recycle(series, _Hop(0, number, "scratch"), first, first)
         for method in self.chain.methods:
             last: Outcome | None = first
-            for number in range(1, len(self.bases)):
+            for number in later_bases:
                 if number == 1 or "hop by hop" in self.chain.routes:
-                    route: Route | None = None if number == 1 else "hop by hop"
-                    last = last and self._hop(first, last, place, task, kind, seed, number - 1, number, method, route)
+                    hop = _Hop(number - 1, number, method, None if number == 1 else "hop by hop")
+                    last = self._recycle(series, hop, last, first) if last is not None else None
                 if number > 1 and "at once" in self.chain.routes:
-                    self._hop(first, first, place, task, kind, seed, 0, number, method, "at once")
+                    self._recycle(series, _Hop(0, number, method, "at once"), first, first)
 
-    def _hop(
-        self, first: Outcome, source: Outcome, place: Path, task: Task, kind: str, seed: int, old: int, new: int,
-        method: str, route: Route | None,
-    ) -> Outcome | None:  # fmt: skip
-        name = "-".join([str(new), method.replace("+", "-"), *([route.replace(" ", "-")] if route else [])])
-        if method == "scratch":
-            old, source = 0, first  # it starts from nothing: what it is given is for the labels
-        recipe = self.chain.recycling.recipe(kind, seed, self.chain.precision)
+    def _tune(self, series: _Series) -> Outcome | None:
+        hop = _Hop(0, 0, "tune")
         try:
-            done = recycle(
-                Upgrade(self.bases[old], self.bases[new]), source.path, task.with_shots(self.chain.shots), method,
-                place / name, recipe=recipe, progress=self._told(place.name, name),
-            )  # fmt: skip
+            outcome = tune(
+                self.bases[0],
+                series.task,
+                self.out / series.folder / hop.folder,
+                kind=series.kind,
+                recipe=self.chain.tuning.recipe(series.kind, series.seed, self.chain.precision),
+                progress=self._prefixed_progress(f"{series.folder} tune"),
+            )
         except REFUSALS as error:
-            self._refuse(error, task, kind, seed, new, method, route)
+            self._add_refusal(series, hop, error)
             return None
-        self._keep(done, first, task, kind, seed, new, method, route)
-        return done
+        self._add_outcome(series, hop, outcome, outcome)
+        return outcome
 
-    def _keep(
-        self, done: Outcome, first: Outcome, task: Task, kind: str, seed: int, base: int, method: str,
-        route: Route | None,
-    ) -> None:  # fmt: skip
-        scores, cost = done.record.scores, done.record.cost
+    def _recycle(self, series: _Series, hop: _Hop, source: Outcome, first: Outcome) -> Outcome | None:
+        try:
+            outcome = recycle(
+                Upgrade(self.bases[hop.old_base], self.bases[hop.new_base]),
+                source.path,
+                series.task.with_shots(self.chain.shots),
+                hop.method,
+                self.out / series.folder / hop.folder,
+                recipe=self.chain.recycling.recipe(series.kind, series.seed, self.chain.precision),
+                progress=self._prefixed_progress(f"{series.folder} {hop.folder}"),
+            )
+        except REFUSALS as error:
+            self._add_refusal(series, hop, error)
+            return None
+        self._add_outcome(series, hop, outcome, first)
+        return outcome
+
+    def _add_outcome(self, series: _Series, hop: _Hop, outcome: Outcome, first: Outcome) -> None:
+        """Record an outcome, with its negative flips since the outcome on the first base."""
+        scores, cost = outcome.record.scores, outcome.record.cost
         split = "dev" if scores.test is None else "test"
-        before, after = first.right(split), done.right(split)
-        is_known = len(before) == len(after) and None not in (*before, *after)
-        lost = count_flips(before, after).negative_rate if is_known else None
+        before, after = first.right(split), outcome.right(split)
+        are_comparable = len(before) == len(after) and None not in (*before, *after)
         self._add(
             ChainRow(
-                task.name, kind, seed, base, method, route, scores.of(split), scores.dev_at_start,
-                scores.majority(split), lost, cost.steps, cost.labels, str(done.path.relative_to(self.out)),
-                metric=task.metric,
+                task=series.task.name,
+                kind=series.kind,
+                seed=series.seed,
+                base=hop.new_base,
+                method=hop.method,
+                route=hop.route,
+                score=scores.of(split),
+                start=scores.dev_at_start,
+                majority=scores.majority(split),
+                negative_flips=count_flips(before, after).negative_rate if are_comparable else None,
+                steps=cost.steps,
+                labels=cost.labels,
+                outcome=str(outcome.path.relative_to(self.out)),
+                metric=series.task.metric,
             )
-        )  # fmt: skip
+        )
 
-    def _refuse(
-        self, error: RegraftError, task: Task, kind: str, seed: int, base: int, method: str, route: Route | None
-    ) -> None:
+    def _add_refusal(self, series: _Series, hop: _Hop, error: RegraftError) -> None:
         if isinstance(error, DiskFullError):
             raise error
         self._add(
             ChainRow(
-                task.name, kind, seed, base, method, route, None, None, None, None, 0, 0, "", str(error), task.metric
+                task=series.task.name,
+                kind=series.kind,
+                seed=series.seed,
+                base=hop.new_base,
+                method=hop.method,
+                route=hop.route,
+                score=None,
+                start=None,
+                majority=None,
+                negative_flips=None,
+                steps=0,
+                labels=0,
+                outcome="",
+                refused=str(error),
+                metric=series.task.metric,
             )
         )
 
@@ -138,5 +197,5 @@ class _Run:
         record = ChainRecord(bases, self.chain.model_dump(mode="json"), tuple(self.rows))
         write_atomic(self.out / RECORD, to_json(dataclasses.asdict(record), RECORD, indent=1) + "\n")
 
-    def _told(self, place: str, name: str) -> Progress:
-        return lambda stage, *rest: self.progress(f"{place} {name}: {stage}", *rest)
+    def _prefixed_progress(self, prefix: str) -> Progress:
+        return lambda stage, *figures: self.progress(f"{prefix}: {stage}", *figures)

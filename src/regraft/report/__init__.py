@@ -1,4 +1,4 @@
-"""The report: what came of an upgrade, on one page that needs nothing else."""
+"""The report: the results of an upgrade on one self-contained page."""
 
 from regraft.report.write import FORMATS, write_report
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from regraft.report.page import Browser, Charts, Commands, Facts, MarkedTexts, Prose, Table
-from regraft.report.wording import clip, number, percent
+from regraft.report.page import Charts, Commands, Facts, FlipBrowser, MarkedTexts, Prose, Table
+from regraft.report.wording import number, percent, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from regraft.report.page import Block, Card, Chart, Page
+    from regraft.report.page import Block, Card, Chart, Fact, Page
 
-MOST_FLIPS, MOST_CHARACTERS = 50, 300
+MAX_FLIPS, MAX_FLIP_CHARACTERS = 50, 300  # a comment on a pull request takes 65,536 characters
 _SPECIAL = re.compile(r"([\\`*_\[\]~|])")
 
 
-def to_markdown(page: Page, plots: Mapping[str, str]) -> str:
+def to_markdown(page: Page, links: Mapping[str, str]) -> str:
     """Write a page as Markdown.
 
     Args:
         page: The page.
-        plots: By chart the file of its picture, as the Markdown is to name it; empty if there are none.
+        links: The link to each chart's file, by the chart's name; empty if there are no files.
 
     Returns:
-        The text. What comes from files is escaped: no markup, no mentions.
+        The text. Everything from files is escaped: it makes no markup and mentions nobody.
     """
     lines = [f"# {_escape(page.title)}", ""]
     for part in page.parts:
@@ -33,82 +33,100 @@ def to_markdown(page: Page, plots: Mapping[str, str]) -> str:
         if len(page.parts) > 1:
             lines += [f"## {_escape(part.title)}", ""]
             level = "###"
-        lines += [_escape(part.about), "", *_card(part.card)]
+        lines += [_escape(part.subtitle), "", *_card(part.card)]
         for section in part.sections:
             lines += [f"{level} {_escape(section.title)}", "", _escape(section.lead), ""]
             for block in section.blocks:
-                lines += _block(block, plots)
+                lines += _block(block, links)
     lines.append(f"Made by regraft {_escape(page.version)}.")
     return "\n".join(lines) + "\n"
 
 
 def _card(card: Card) -> list[str]:
-    answer = f"> **{card.label}: {_escape(card.choice)}**"
+    conclusion = f"> **{card.label}: {_escape(card.choice)}**"
     if card.sure is not None:
-        answer += f" ({percent(card.sure, 0)} sure)"
+        conclusion += f" ({percent(card.sure, 0)} sure)"
     if card.predicted is not None:
-        answer += f", predicted recovery {percent(card.predicted, 0)}"
-    return [answer, ">", f"> {_escape(card.advice)}", "", *_table(("figure", "value", "meaning"), card.reasons, 1)]
+        conclusion += f", predicted recovery {percent(card.predicted, 0)}"
+    return [conclusion, ">", f"> {_escape(card.advice)}", "", *_facts(card.reasons)]
 
 
-def _block(block: Block, plots: Mapping[str, str]) -> list[str]:
+def _block(block: Block, links: Mapping[str, str]) -> list[str]:
     if isinstance(block, Prose):
         return [_escape(block.text), ""]
     if isinstance(block, Facts):
-        return _table(("figure", "value", "meaning"), block.pairs, 1)
+        return _facts(block.facts)
     if isinstance(block, Table):
-        return [f"**{_escape(block.caption)}**", "", *_table(block.head, block.rows, block.prose)]
+        return [f"**{_escape(block.caption)}**", "", *_table(block.columns, block.rows, block.text_columns)]
     if isinstance(block, Commands):
-        longest = max((len(run) for line in block.lines for run in re.findall("`+", line)), default=0)
-        fence = "`" * max(3, longest + 1)
-        lines = [line.replace("\r", " ").replace("\n", " ") for line in block.lines]
-        return [f"{_escape(block.caption)}:", "", f"{fence}sh", *lines, fence, ""]
+        return _commands(block)
     if isinstance(block, MarkedTexts):
-        texts = ["".join(_span(*span) for span in spans) for spans in block.texts]
+        texts = ["".join(_span(text, mark) for text, mark in spans) for spans in block.texts]
         return [f"**{_escape(block.caption)}**", "", *(f"- {text}" for text in texts), ""]
-    if isinstance(block, Browser):
+    if isinstance(block, FlipBrowser):
         return _flips(block)
     assert isinstance(block, Charts)
-    return [line for chart in block.charts for line in _chart(chart, plots)]
+    return [line for chart in block.charts for line in _chart(chart, links)]
+
+
+def _commands(block: Commands) -> list[str]:
+    """Write a code block whose fence is longer than any backticks in it."""
+    backticks = [run for line in block.lines for run in re.findall("`+", line)]
+    fence = "`" * max(3, 1 + max(map(len, backticks), default=0))
+    lines = [line.replace("\r", " ").replace("\n", " ") for line in block.lines]
+    return [f"{_escape(block.caption)}:", "", f"{fence}sh", *lines, fence, ""]
 
 
 def _span(text: str, mark: str) -> str:
-    """Write a stretch of a text: marked in bold, with the mark after it; blanks at its ends stay."""
-    words = _escape(text)
-    if not words:
+    """Write a span of a text: bold if marked, with the mark after it; spaces at its ends stay outside."""
+    escaped = _escape(text)
+    if not escaped:
         return " " if text else ""
-    before, after = (" " if blank.isspace() else "" for blank in (text[0], text[-1]))
-    return f"{before}{f'**{words}** ({_escape(mark)})' if mark else words}{after}"
+    leading, trailing = (" " if character.isspace() else "" for character in (text[0], text[-1]))
+    return f"{leading}{f'**{escaped}** ({_escape(mark)})' if mark else escaped}{trailing}"
 
 
-def _chart(chart: Chart, plots: Mapping[str, str]) -> list[str]:
+def _chart(chart: Chart, links: Mapping[str, str]) -> list[str]:
     lines = [f"**{_escape(chart.title)}.** {_escape(chart.finding)}", ""]
-    if chart.name in plots:
-        lines += [f"![{_escape(chart.finding)}](<{plots[chart.name]}>)", ""]
-    table = _table(chart.table.head, chart.table.rows, chart.table.prose)
+    if chart.name in links:
+        lines += [f"![{_escape(chart.finding)}](<{links[chart.name]}>)", ""]
+    table = _table(chart.table.columns, chart.table.rows, chart.table.text_columns)
     return [*lines, "<details><summary>Figures</summary>", "", *table, "</details>", ""]
 
 
-def _flips(browser: Browser) -> list[str]:
-    head = ("row", "flip", "label", "before", "after", "confidence", "text")
-    shown = [
+def _flips(browser: FlipBrowser) -> list[str]:
+    columns = ("row", "flip", "label", "before", "after", "confidence", "text")
+    rows = [
         (
-            str(flip.row), flip.kind, flip.label, flip.before, flip.after, number(flip.confidence, 2),
-            clip(flip.text, MOST_CHARACTERS),
+            str(flip.row),
+            flip.kind,
+            flip.label,
+            flip.before,
+            flip.after,
+            number(flip.confidence, 2),
+            shorten(flip.text, MAX_FLIP_CHARACTERS),
         )
-        for flip in browser.flips[:MOST_FLIPS]
-    ]  # fmt: skip
-    rest = len(browser.flips) - len(shown)
-    more = [f"{rest:,} more are in the HTML report and in `diagnosis.json`.", ""] if rest > 0 else []
-    return ["**Flips**", "", *_table(head, shown, 7), *more]
+        for flip in browser.flips[:MAX_FLIPS]
+    ]
+    lines = ["**Flips**", "", *_table(columns, rows, len(columns))]
+    omitted = len(browser.flips) - len(rows)
+    if omitted > 0:
+        lines += [f"{omitted:,} more are in the HTML report and in `diagnosis.json`.", ""]
+    return lines
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], prose: int) -> list[str]:
-    rules = [":--" if place < prose else "--:" for place in range(len(head))]
-    if head == ("figure", "value", "meaning"):
-        rules[-1] = ":--"
-    lines = [_row(map(_escape, head)), _row(rules), *(_row(map(_escape, row)) for row in rows)]
-    return [*lines, ""] if len(lines) > 2 else []
+def _facts(facts: Iterable[Fact]) -> list[str]:
+    return _aligned_table(("figure", "value", "meaning"), (":--", "--:", ":--"), facts)
+
+
+def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], text_columns: int) -> list[str]:
+    return _aligned_table(columns, [":--" if i < text_columns else "--:" for i in range(len(columns))], rows)
+
+
+def _aligned_table(columns: tuple[str, ...], alignments: Iterable[str], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Write a table; nothing if it has no rows."""
+    body = [_row(map(_escape, row)) for row in rows]
+    return [_row(map(_escape, columns)), _row(alignments), *body, ""] if body else []
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -116,7 +134,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Make text show as it is: no markup, on one line, and nobody mentioned and no issue referred to by it."""
+    """Escape text so that it shows as it is, on one line, and mentions no user and links no issue."""
     line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = _SPECIAL.sub(r"\\\1", line)
     line = re.sub(r"([@#])(?=\w)", r"\1<!-- -->", line)

@@ -1,47 +1,47 @@
 (function () {
   "use strict";
   var root = document.documentElement, key = "regraft-theme";
-  function remembered() { try { return localStorage.getItem(key); } catch (error) { return null; } }
-  function remember(theme) { try { localStorage.setItem(key, theme); } catch (error) { /* a page from a file may not */ } }
-  function dark() {
+  function savedTheme() { try { return localStorage.getItem(key); } catch (error) { return null; } }
+  function saveTheme(theme) { try { localStorage.setItem(key, theme); } catch (error) { /* a local file may have no storage */ } }
+  function isDark() {
     return root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   }
-  var before = remembered();
-  if (before === "light" || before === "dark") { root.dataset.theme = before; }
+  var saved = savedTheme();
+  if (saved === "light" || saved === "dark") { root.dataset.theme = saved; }
 
   document.addEventListener("DOMContentLoaded", function () {
     var button = document.querySelector("[data-theme-button]");
-    function name() { button.textContent = dark() ? "Light theme" : "Dark theme"; }
+    function updateLabel() { button.textContent = isDark() ? "Light theme" : "Dark theme"; }
     button.hidden = false;
     button.addEventListener("click", function () {
-      root.dataset.theme = dark() ? "light" : "dark";
-      remember(root.dataset.theme);
-      name();
+      root.dataset.theme = isDark() ? "light" : "dark";
+      saveTheme(root.dataset.theme);
+      updateLabel();
     });
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", name);
-    name();
-    document.querySelectorAll("[data-browser]").forEach(browse);
-    follow();
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", updateLabel);
+    updateLabel();
+    document.querySelectorAll("[data-browser]").forEach(enableFilter);
+    highlightCurrentSection();
   });
 
-  function browse(box) {
-    var form = box.querySelector("[data-controls]"), search = form.querySelector("[data-search]");
+  function enableFilter(browser) {
+    var form = browser.querySelector("[data-controls]"), search = form.querySelector("[data-search]");
     var kind = form.querySelector("[data-kind]"), label = form.querySelector("[data-label]");
-    var count = box.querySelector("[data-count]"), nothing = box.querySelector("[data-nothing]");
-    var rows = Array.from(box.querySelectorAll("tbody tr"), function (row) {
+    var count = browser.querySelector("[data-count]"), noMatch = browser.querySelector("[data-no-match]");
+    var entries = Array.from(browser.querySelectorAll("tbody tr"), function (row) {
       return { row: row, text: row.textContent.toLowerCase() };
     });
     function filter() {
       var words = search.value.toLowerCase().split(/\s+/).filter(Boolean), shown = 0;
-      rows.forEach(function (one) {
-        var fits = (!kind.value || one.row.dataset.kind === kind.value) &&
-          (!label.value || one.row.dataset.label === label.value) &&
-          words.every(function (word) { return one.text.includes(word); });
-        one.row.hidden = !fits;
-        shown += fits;
+      entries.forEach(function (entry) {
+        var matches = (!kind.value || entry.row.dataset.kind === kind.value) &&
+          (!label.value || entry.row.dataset.label === label.value) &&
+          words.every(function (word) { return entry.text.includes(word); });
+        entry.row.hidden = !matches;
+        shown += matches;
       });
       count.textContent = shown;
-      nothing.hidden = shown > 0;
+      noMatch.hidden = shown > 0;
     }
     form.hidden = false;
     form.addEventListener("input", filter);
@@ -49,7 +49,7 @@
     filter();
   }
 
-  function follow() {
+  function highlightCurrentSection() {
     var links = new Map();
     document.querySelectorAll("nav a").forEach(function (link) { links.set(link.hash.slice(1), link); });
     if (!("IntersectionObserver" in window)) { return; }

@@ -1,4 +1,4 @@
-"""What a page is made of, whatever it is written as: parts of sections of blocks."""
+"""The content of a page, regardless of its format: parts made of sections, made of blocks."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ if TYPE_CHECKING:
 
     from regraft.diagnosis.regressions import Flip
 
+Fact = tuple[str, str, str]
+"""A figure's name, value and meaning."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Figures in rows and columns.
+    """A table of text and figures.
 
     Args:
         caption: What the table shows.
-        head: The columns' names; the first column names its row.
-        rows: The cells, as they are to be read.
-        prose: How many of the first columns are words rather than figures.
+        columns: The names of the columns; the first column names its row.
+        rows: The cells, formatted.
+        text_columns: The number of leading columns that hold text rather than figures.
     """
 
     caption: str
-    head: tuple[str, ...]
+    columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    prose: int = 1
+    text_columns: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A picture of figures.
+    """A chart with the figures behind it.
 
     Args:
-        name: Unique on the page, and the name of its file.
+        name: The name of its file, unique on the page.
         title: What is drawn, in a few words.
-        finding: What it shows, in a sentence: for those who cannot see it, and below it for all.
+        finding: What the chart shows, in a sentence: its caption, and its label for screen readers.
         figure: The drawing.
         table: The figures behind it.
-        wide: Whether it takes the page's whole width.
+        wide: Whether it takes the page's full width.
     """
 
     name: str
@@ -51,7 +54,7 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Charts:
-    """Charts to be seen side by side where there is room.
+    """Charts that are shown side by side if there is room.
 
     Args:
         charts: The charts.
@@ -62,13 +65,13 @@ class Charts:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """A few figures that matter, each with its name.
+    """A few figures of note.
 
     Args:
-        pairs: Name, value, and what the value means.
+        facts: Name, value and meaning of each.
     """
 
-    pairs: tuple[tuple[str, str, str], ...]
+    facts: tuple[Fact, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +87,10 @@ class Prose:
 
 @dataclasses.dataclass(frozen=True)
 class Commands:
-    """Commands to copy.
+    """Shell commands to copy.
 
     Args:
-        caption: What they do.
+        caption: What the commands do.
         lines: The commands.
     """
 
@@ -97,11 +100,11 @@ class Commands:
 
 @dataclasses.dataclass(frozen=True)
 class MarkedTexts:
-    """Texts of which stretches are marked.
+    """Texts with marked spans.
 
     Args:
         caption: What is marked.
-        texts: The stretches of each text and what they are marked as, empty for plain text.
+        texts: The spans of each text, with the mark of each, which is empty for plain text.
     """
 
     caption: str
@@ -109,8 +112,8 @@ class MarkedTexts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Browser:
-    """Examples to search through.
+class FlipBrowser:
+    """A searchable table of flips.
 
     Args:
         flips: The flips of a diagnosis.
@@ -124,7 +127,7 @@ class Browser:
         return sorted({flip.label for flip in self.flips})
 
 
-Block = Table | Charts | Facts | Prose | Commands | MarkedTexts | Browser
+Block = Table | Charts | Facts | Prose | Commands | MarkedTexts | FlipBrowser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +135,13 @@ class Section:
     """One question and its answer.
 
     Args:
-        name: Its anchor, unique in its part.
+        anchor: Its anchor, unique in its part.
         title: Its heading.
-        lead: What it is about and how it came out.
-        blocks: What it shows.
+        lead: Its subject and result, in a sentence or two.
+        blocks: Its content.
     """
 
-    name: str
+    anchor: str
     title: str
     lead: str
     blocks: tuple[Block, ...]
@@ -146,16 +149,16 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a part comes to: the first thing that is read.
+    """The conclusion of a part, which comes first.
 
     Args:
-        label: What kind of answer it is.
-        choice: The answer.
+        label: The kind of conclusion, such as `Verdict`.
+        choice: The conclusion.
         tone: How good it is: `good`, `fair`, `poor` or `plain`.
         advice: What to do, in a sentence.
-        sure: How sure the answer is, from 0 to 1, None where it is a measurement.
-        predicted: The recovery that is expected, from 0 to 1, None where it is measured.
-        reasons: Name, value and meaning of the figures that led there.
+        sure: How sure the conclusion is, from 0 to 1; None for a measurement.
+        predicted: The expected recovery, from 0 to 1; None for a measurement.
+        reasons: The figures that led there.
     """
 
     label: str
@@ -164,24 +167,24 @@ class Card:
     advice: str
     sure: float | None
     predicted: float | None
-    reasons: tuple[tuple[str, str, str], ...]
+    reasons: tuple[Fact, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """All of one task, or of one adaptation for it.
+    """Everything about one task, or about one adaptation for it.
 
     Args:
-        name: Its anchor, unique on the page.
+        anchor: Its anchor, unique on the page.
         title: Its heading.
-        about: What it is about, in a line.
-        card: What it comes to.
+        subtitle: The bases, the adaptation and the data, in a line.
+        card: Its conclusion.
         sections: Its sections.
     """
 
-    name: str
+    anchor: str
     title: str
-    about: str
+    subtitle: str
     card: Card
     sections: tuple[Section, ...]
 
@@ -193,7 +196,7 @@ class Page:
     Args:
         title: Its heading.
         parts: Its parts.
-        version: Of the regraft that made it.
+        version: The version of regraft that made it.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Puts outcomes together: by task and setting, over seeds, held against scratch and the old deployment."""
+"""Summarises runs: by task and setting, averaged over seeds, compared with scratch and the old deployment."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from regraft.methods import Comparison
-    from regraft.report.find import Run, Runs
+    from regraft.report.find import ReportInputs, Run
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
-    """One method, over its seeds.
+class MethodSummary:
+    """One method in one setting, averaged over seeds.
 
     Args:
-        method: Its name.
+        method: The method's name.
         seeds: The seeds.
         start: The score on dev before the first step.
-        dev: The best score on dev.
-        test: The score on the setting's split.
-        deviation: Its standard deviation over seeds, None for one seed.
+        best_dev: The best score on dev.
+        score: The score on the setting's split.
+        deviation: The standard deviation of that score over seeds; None for one seed.
         recovery: (score − floor) / (scratch's score − floor).
-        steps_to_scratch: Steps until dev first reached scratch's last score; None if a seed never did.
-        negative_flips: The share of examples the old deployment had right and this has wrong.
-        labels: Labelled training examples that were seen.
-        steps: Steps of the whole training.
-        seconds: Seconds of it.
-        curve: Step and mean score on dev.
+        steps_to_scratch: The number of steps until dev first reaches scratch's last score; None if a seed never does.
+        negative_flips: The share of examples that the old deployment has right and this method has wrong.
+        labels: The number of labelled training examples seen.
+        steps: The number of training steps.
+        seconds: The training time.
+        curve: The learning curve: steps and mean score on dev.
     """
 
     method: str
     seeds: tuple[int, ...]
     start: float | None
-    dev: float | None
-    test: float | None
+    best_dev: float | None
+    score: float | None
     deviation: float | None
     recovery: float | None
     steps_to_scratch: float | None
@@ -56,101 +56,118 @@ class Standing:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Standings that may be compared: one task, base, kind and amount of training data.
+    """Methods that may be compared: one task, base, kind and amount of training data.
 
     Args:
-        about: What they have in common.
-        metric: The task's.
-        split: What the scores are measured on.
-        standings: Scratch first, then the best.
-        level: Scratch's last score on dev, None without scratch.
-        old: The old deployment's score, if it is known.
+        description: The kind, the base and the amount of training data.
+        metric: The task's metric.
+        split: The split of the scores.
+        summaries: Scratch first, then the best method.
+        scratch_dev: Scratch's last score on dev; None without scratch.
+        old_score: The old deployment's score, if it is known.
         floor: The score of guessing.
-        outcomes: The outcomes they come from.
+        runs: The runs behind the summaries.
     """
 
-    about: str
+    description: str
     metric: str
     split: str
-    standings: tuple[Standing, ...]
-    level: float | None
-    old: float | None
+    summaries: tuple[MethodSummary, ...]
+    scratch_dev: float | None
+    old_score: float | None
     floor: float | None
-    outcomes: tuple[Run, ...]
+    runs: tuple[Run, ...]
 
 
-def settings_by_task(runs: Runs) -> dict[str, list[Setting]]:
-    """Group outcomes.
+def settings_by_task(inputs: ReportInputs) -> dict[str, list[Setting]]:
+    """Group runs and comparisons into settings.
 
     Args:
-        runs: What there is.
+        inputs: The runs and comparisons.
 
     Returns:
-        By task the settings, those with most outcomes first.
+        The settings of each task, by its name, those with most runs first.
     """
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
-    for run in runs.outcomes:
+    for run in inputs.runs:
         task = run.record.task
         groups[task.name, task.metric, run.record.base.fingerprint, run.record.kind, task.train].append(run)
     settings: dict[str, list[Setting]] = defaultdict(list)
-    for (task_name, *_), group in sorted(groups.items(), key=lambda entry: -len(entry[1])):
-        settings[task_name].append(_setting(group, runs))
-    for folder, comparison in runs.comparisons.items():
-        if not any(folder in run.path.parents for run in runs.outcomes):
-            settings[comparison.task].append(_stored(comparison))
+    for (task_name, *_), runs in sorted(groups.items(), key=lambda group: -len(group[1])):
+        settings[task_name].append(_setting(runs, inputs))
+    for folder, comparison in inputs.comparisons.items():
+        if not any(folder in run.path.parents for run in inputs.runs):
+            settings[comparison.task].append(_setting_of_comparison(comparison))
     return dict(settings)
 
 
-def _setting(group: list[Run], runs: Runs) -> Setting:
-    record = group[0].record
-    split = "test" if all(run.record.scores.test is not None for run in group) else "dev"
-    scratch = {run.record.seed: run for run in group if run.record.method == "scratch"}
-    comparison = next((c for f, c in runs.comparisons.items() if f in group[0].path.parents), None)
-    compared_flips = {row.method: row.negative_flips for row in comparison.rows} if comparison else {}
-    by_method: dict[str, list[Run]] = defaultdict(list)
-    for run in group:
-        by_method[run.record.method].append(run)
-    before = {run.path: _old_deployment(run, runs.outcomes) for run in group}
-    standings = []
-    for method, seeds in by_method.items():
-        figures = [_figures(run, scratch.get(run.record.seed), before[run.path], split) for run in seeds]
-        tests = [row["test"] for row in figures if row["test"] is not None]
-        mean = {name: _mean([row[name] for row in figures]) for name in figures[0]}
-        if mean["negative_flips"] is None:
-            mean["negative_flips"] = compared_flips.get(method)
-        spread = deviation(tests) if len(tests) == len(figures) else None
-        numbers = tuple(run.record.seed for run in seeds)
-        standings.append(Standing(method, numbers, deviation=spread, curve=_curve(seeds), **mean))
-    scores = [old.record.scores.of(split) for old in before.values() if old]
-    old = comparison.old if comparison and comparison.split == split else _mean(scores)
+def _setting(runs: list[Run], inputs: ReportInputs) -> Setting:
+    record = runs[0].record
+    split = "test" if all(run.record.scores.test is not None for run in runs) else "dev"
+    scratch_runs = {run.record.seed: run for run in runs if run.record.method == "scratch"}
+    old_runs = {run.path: _find_old_deployment(run, inputs.runs) for run in runs}
+    comparison = next((found for folder, found in inputs.comparisons.items() if folder in runs[0].path.parents), None)
+    runs_by_method: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        runs_by_method[run.record.method].append(run)
+    summaries = []
+    for method, method_runs in runs_by_method.items():
+        figures = [
+            _run_figures(run, scratch_runs.get(run.record.seed), old_runs[run.path], split) for run in method_runs
+        ]
+        means = {name: _mean([row[name] for row in figures]) for name in figures[0]}
+        if means["negative_flips"] is None and comparison:
+            means["negative_flips"] = next(
+                (row.negative_flips for row in comparison.rows if row.method == method), None
+            )
+        scores = [row["score"] for row in figures if row["score"] is not None]
+        summaries.append(
+            MethodSummary(
+                method=method,
+                seeds=tuple(run.record.seed for run in method_runs),
+                deviation=deviation(scores) if len(scores) == len(figures) else None,
+                curve=_mean_curve(method_runs),
+                **means,
+            )
+        )
+    if comparison and comparison.split == split:
+        old_score = comparison.old
+    else:
+        old_score = _mean([old_run.record.scores.of(split) for old_run in old_runs.values() if old_run])
     return Setting(
-        about=f"{record.kind} on {base_name(record.base.name)}, {record.task.train:,} training examples",
+        description=f"{record.kind} on {base_name(record.base.name)}, {record.task.train:,} training examples",
         metric=record.task.metric,
         split=split,
-        standings=_ordered(standings, record.task.metric),
-        level=_mean([run.curve[-1]["score"] for run in scratch.values()]),
-        old=old,
-        floor=_mean([run.record.scores.majority(split) for run in group]),
-        outcomes=tuple(group),
+        summaries=_ranked(summaries, record.task.metric),
+        scratch_dev=_mean([run.curve[-1]["score"] for run in scratch_runs.values()]),
+        old_score=old_score,
+        floor=_mean([run.record.scores.majority(split) for run in runs]),
+        runs=tuple(runs),
     )
 
 
-def _figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> dict[str, float | None]:
+def _run_figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> dict[str, float | None]:
+    """Return the figures of one run, by the names of the fields of `MethodSummary` that average them."""
     scores, cost, metric = run.record.scores, run.record.cost, find_metric(run.record.task.metric)
-    share = steps = None
-    floor, value = scores.majority(split), scores.of(split)
+    floor, score = scores.majority(split), scores.of(split)
+    share = steps_to_scratch = None
     if scratch:
         reference = scratch.record.scores.of(split)
-        if reference is not None and floor is not None and value is not None:
-            share = recovery(value, floor, reference, metric)
+        if reference is not None and floor is not None and score is not None:
+            share = recovery(score, floor, reference, metric)
         target = scratch.curve[-1]["score"]
-        steps = next((point["step"] for point in run.curve if metric.gain(point["score"], target) >= 0), None)
+        steps_to_scratch = next(
+            (point["step"] for point in run.curve if metric.gain(point["score"], target) >= 0), None
+        )
+    best_dev = None
+    if scores.dev is not None:
+        best_dev = max((point["score"] for point in run.curve), key=metric.merit)
     return {
         "start": scores.dev_at_start,
-        "dev": max((point["score"] for point in run.curve), key=metric.merit) if scores.dev is not None else None,
-        "test": value,
+        "best_dev": best_dev,
+        "score": score,
         "recovery": share,
-        "steps_to_scratch": steps,
+        "steps_to_scratch": steps_to_scratch,
         "negative_flips": _negative_flips(old, run, split) if old else None,
         "labels": cost.labels,
         "steps": cost.steps,
@@ -158,27 +175,28 @@ def _figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> dict
     }
 
 
-def _old_deployment(run: Run, outcomes: Sequence[Run]) -> Run | None:
-    """Find the outcome, if it is among them, that an adaptation was recycled from."""
+def _find_old_deployment(run: Run, runs: Sequence[Run]) -> Run | None:
+    """Return the run whose adaptation was recycled into this one, if it is among the runs."""
     source = run.record.recycled_from
     if not source:
         return None
     folder = Path(source.adaptation).resolve()
-    for other in outcomes:
-        is_of_old_base = other.record.base.fingerprint == source.old_base_fingerprint
-        if is_of_old_base and folder in (other.path.resolve(), other.path.resolve() / "adaptation"):
-            return other
+    for candidate in runs:
+        same_base = candidate.record.base.fingerprint == source.old_base_fingerprint
+        if same_base and folder in (candidate.path.resolve(), candidate.path.resolve() / "adaptation"):
+            return candidate
     return None
 
 
 def _negative_flips(old: Run, new: Run, split: str) -> float | None:
-    rows = [key for key in new.right if key[0] == split]
-    if not rows or any(old.right.get(key) is None or new.right[key] is None for key in rows):
+    rows = [key for key in new.is_right if key[0] == split]
+    before, after = [old.is_right.get(key) for key in rows], [new.is_right[key] for key in rows]
+    if not rows or None in before or None in after:
         return None
-    return count_flips([old.right[key] for key in rows], [new.right[key] for key in rows]).negative_rate
+    return count_flips(before, after).negative_rate
 
 
-def _curve(runs: list[Run]) -> tuple[tuple[float, float], ...]:
+def _mean_curve(runs: list[Run]) -> tuple[tuple[float, float], ...]:
     """Average learning curves over the steps that all of them have."""
     curves = [{point["step"]: point["score"] for point in run.curve} for run in runs]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
@@ -186,39 +204,49 @@ def _curve(runs: list[Run]) -> tuple[tuple[float, float], ...]:
 
 
 def _mean(values: list[Any]) -> Any:
-    """Average; a figure that one seed lacks is lacking (a target not reached is not an average)."""
+    """Average; None if a value is missing, because a target that one seed never reached has no mean."""
     return None if None in values or not values else statistics.fmean(values)
 
 
-def _ordered(standings: list[Standing], metric: str) -> tuple[Standing, ...]:
-    def rank(standing: Standing) -> tuple[bool, float, str]:
-        is_measured = standing.test is not None and math.isfinite(standing.test)
-        return (
-            standing.method != "scratch",
-            -find_metric(metric).merit(standing.test or 0.0) if is_measured else math.inf,
-            standing.method,
-        )
+def _ranked(summaries: list[MethodSummary], metric: str) -> tuple[MethodSummary, ...]:
+    """Sort scratch first, then by score, then those without a finite score."""
 
-    return tuple(sorted(standings, key=rank))
+    def rank(summary: MethodSummary) -> tuple[bool, float, str]:
+        merit = -math.inf
+        if summary.score is not None and math.isfinite(summary.score):
+            merit = find_metric(metric).merit(summary.score)
+        return summary.method != "scratch", -merit, summary.method
+
+    return tuple(sorted(summaries, key=rank))
 
 
-def _stored(comparison: Comparison) -> Setting:
-    """Take a comparison's own rows, where its outcome folders are gone."""
-    standings = [
-        Standing(
-            method=row.method, seeds=row.seeds, start=row.start, dev=row.dev, test=row.test,
-            deviation=row.test_deviation, recovery=row.recovery, steps_to_scratch=row.steps_to_scratch,
-            negative_flips=row.negative_flips, labels=row.labels, steps=row.steps, seconds=row.seconds, curve=(),
+def _setting_of_comparison(comparison: Comparison) -> Setting:
+    """Use the rows of a comparison whose outcome folders are not among the inputs."""
+    summaries = [
+        MethodSummary(
+            method=row.method,
+            seeds=row.seeds,
+            start=row.start,
+            best_dev=row.dev,
+            score=row.test,
+            deviation=row.test_deviation,
+            recovery=row.recovery,
+            steps_to_scratch=row.steps_to_scratch,
+            negative_flips=row.negative_flips,
+            labels=row.labels,
+            steps=row.steps,
+            seconds=row.seconds,
+            curve=(),
         )
         for row in comparison.rows
-    ]  # fmt: skip
+    ]
     return Setting(
-        about="as compared; the outcome folders are elsewhere",
+        description="as compared; the outcome folders are elsewhere",
         metric=comparison.metric,
         split=comparison.split,
-        standings=_ordered(standings, comparison.metric),
-        level=None,
-        old=comparison.old,
+        summaries=_ranked(summaries, comparison.metric),
+        scratch_dev=None,
+        old_score=comparison.old,
         floor=comparison.majority,
-        outcomes=(),
+        runs=(),
     )

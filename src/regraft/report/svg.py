@@ -1,4 +1,4 @@
-"""Puts a figure into a page: an inline SVG whose colours follow the page's theme."""
+"""Turns a chart's SVG file into an element of a page, with colours that follow the page's theme."""
 
 from __future__ import annotations
 
@@ -11,33 +11,30 @@ from regraft.report.charts.style import THEMED
 if TYPE_CHECKING:
     from regraft.report.page import Chart
 
-_SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+_SVG, _HREF = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 _COLOUR = re.compile("|".join(THEMED))
 _FONT = re.compile(r"font-family: [^;\"]*;? ?")
 
 
-def inline_svg(chart: Chart, drawn: bytes) -> str:
+def inline_svg(chart: Chart, svg_file: bytes) -> str:
     """Return a chart as an SVG element for a page that holds many.
 
     Args:
         chart: The chart.
-        drawn: Its figure as an SVG file.
+        svg_file: Its figure as an SVG file.
 
     Returns:
-        Markup with a label for those who cannot see it, ids no other chart has, and the page's fonts and colours.
+        Markup with a label for screen readers, ids that no other chart has, and the page's fonts and colours.
     """
-    root = ElementTree.fromstring(drawn)
+    root = ElementTree.fromstring(svg_file)
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.endswith("}metadata") or child.tag == f"{_SVG}style":
                 parent.remove(child)
-    used = set()
+    referenced_ids = _referenced_ids(root)
     for element in root.iter():
-        used |= {link[1:] for link in [element.get(_LINK, "")] if link.startswith("#")}
-        used |= {mark for value in element.attrib.values() for mark in _REFERENCE.findall(value)}
-    for element in root.iter():
-        _adapt(element, chart.name, used)
+        _adapt_attributes(element.attrib, chart.name, referenced_ids)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
     width = float((root.get("viewBox") or "0 0 0 0").split()[2])
@@ -47,17 +44,28 @@ def inline_svg(chart: Chart, drawn: bytes) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _adapt(element: ElementTree.Element, name: str, used: set[str]) -> None:
-    found = element.attrib
-    if found.get("id") in used:
-        found["id"] = f"{name}-{found['id']}"
+def _referenced_ids(root: ElementTree.Element) -> set[str]:
+    ids = set()
+    for element in root.iter():
+        href = element.get(_HREF, "")
+        if href.startswith("#"):
+            ids.add(href[1:])
+        for value in element.attrib.values():
+            ids.update(_REFERENCE.findall(value))
+    return ids
+
+
+def _adapt_attributes(attributes: dict[str, str], prefix: str, referenced_ids: set[str]) -> None:
+    """Prefix the ids that are referenced, drop the others, and use the page's colours and fonts."""
+    if attributes.get("id") in referenced_ids:
+        attributes["id"] = f"{prefix}-{attributes['id']}"
     else:
-        found.pop("id", None)
-    if found.get(_LINK, "").startswith("#"):
-        found[_LINK] = f"#{name}-{found[_LINK][1:]}"
-    for key, value in found.items():
+        attributes.pop("id", None)
+    if attributes.get(_HREF, "").startswith("#"):
+        attributes[_HREF] = f"#{prefix}-{attributes[_HREF][1:]}"
+    for key, value in attributes.items():
         if "url(#" in value:
-            found[key] = _REFERENCE.sub(rf"url(#{name}-\1)", value)
-    if "style" in found:
-        style = _COLOUR.sub(lambda match: f"var(--{THEMED[match.group()]})", found["style"])
-        found["style"] = _FONT.sub("", style)
+            attributes[key] = _REFERENCE.sub(rf"url(#{prefix}-\1)", value)
+    if "style" in attributes:
+        style = _COLOUR.sub(lambda match: f"var(--{THEMED[match.group()]})", attributes["style"])
+        attributes["style"] = _FONT.sub("", style)

@@ -1,4 +1,4 @@
-"""Draws what a type of task wants shown, whatever the type."""
+"""Converts the views of a task type to blocks of a page."""
 
 from __future__ import annotations
 
@@ -6,60 +6,60 @@ from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_scatter
 from regraft.report.page import Chart, MarkedTexts, Table
-from regraft.report.wording import NONE, number, percent, whole
+from regraft.report.wording import MISSING, integer, number, percent
 
 if TYPE_CHECKING:
     from regraft.task import types
     from regraft.task.types.view import Cell, Column
 
 
-def table_of(view: types.Table) -> Table:
-    """Write the figures of a table.
+def table_block(view: types.Table) -> Table:
+    """Format the cells of a table.
 
     Args:
         view: The table.
 
     Returns:
-        The same as it is read.
+        The block.
     """
     rows = tuple(
-        tuple(_cell(column, cell) for column, cell in zip(view.columns, row, strict=True)) for row in view.rows
+        tuple(_format_cell(column, cell) for column, cell in zip(view.columns, row, strict=True)) for row in view.rows
     )
     forms = [column.form for column in view.columns]
-    prose = next((place for place, form in enumerate(forms) if form != "text"), len(forms))
-    return Table(view.title, tuple(column.name for column in view.columns), rows, prose)
+    text_columns = next((i for i, form in enumerate(forms) if form != "text"), len(forms))
+    return Table(view.title, tuple(column.name for column in view.columns), rows, text_columns)
 
 
-def chart_of(view: types.Scatter, part: str) -> Chart:
-    """Draw points.
+def scatter_chart(view: types.Scatter, prefix: str) -> Chart:
+    """Draw series of points.
 
     Args:
-        view: The points.
-        part: The part's name.
+        view: The series.
+        prefix: The prefix of the chart's name.
 
     Returns:
         The chart.
     """
-    return Chart(f"{part}-{view.name}", view.title, view.finding, draw_scatter(view), table_of(view.table))
+    return Chart(f"{prefix}-{view.name}", view.title, view.finding, draw_scatter(view), table_block(view.table))
 
 
-def texts_of(view: types.MarkedText) -> MarkedTexts:
-    """Write texts with their marks.
+def marked_texts_block(view: types.MarkedText) -> MarkedTexts:
+    """Convert texts with marked spans.
 
     Args:
         view: The texts.
 
     Returns:
-        The same as they are read.
+        The block.
     """
     return MarkedTexts(view.title, tuple(tuple((span.text, span.mark) for span in text) for text in view.texts))
 
 
-def _cell(column: Column, cell: Cell) -> str:
+def _format_cell(column: Column, cell: Cell) -> str:
     if cell is None or isinstance(cell, str):
-        return NONE if cell is None else cell
+        return MISSING if cell is None else cell
     if column.form == "count":
-        return whole(cell)
+        return integer(cell)
     if column.form == "share":
         return percent(cell)
     return f"+{number(cell)}" if column.form == "change" and cell > 0 else number(cell)

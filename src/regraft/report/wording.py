@@ -1,4 +1,4 @@
-"""How figures are written, the same everywhere on the page."""
+"""How the page formats figures and words."""
 
 from __future__ import annotations
 
@@ -8,90 +8,90 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-NONE = "–"
+MISSING = "–"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Write a number.
+    """Format a number.
 
     Args:
-        value: The number, None where it is lacking.
-        digits: Behind the point.
+        value: The number; None if it is missing.
+        digits: The number of decimals.
 
     Returns:
-        As in 0.912; a minus is a minus sign.
+        As in 0.912, with a true minus sign.
     """
     if value is None:
-        return NONE
+        return MISSING
     if not math.isfinite(value):
         return "not finite"
-    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
+    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # adding 0.0 turns −0 into 0
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Write a share of one as a percentage.
+    """Format a share of one as a percentage.
 
     Args:
-        share: From 0 to 1.
-        digits: Behind the point.
+        share: From 0 to 1; None if it is missing.
+        digits: The number of decimals.
 
     Returns:
         As in 4.2 %.
     """
-    return NONE if share is None else f"{number(100 * share, digits)} %"
+    return MISSING if share is None else f"{number(100 * share, digits)} %"
 
 
-def whole(value: float | None) -> str:
-    """Write a count.
+def integer(value: float | None) -> str:
+    """Format a count.
 
     Args:
-        value: The count; a mean of counts is rounded.
+        value: The count, or a mean of counts, which is rounded; None if it is missing.
 
     Returns:
         As in 1,200.
     """
-    return NONE if value is None else f"{value:,.0f}"
+    return MISSING if value is None else f"{value:,.0f}"
 
 
-def seconds(value: float | None) -> str:
-    """Write a time.
+def duration(seconds: float | None) -> str:
+    """Format a time.
 
     Args:
-        value: In seconds.
+        seconds: The time in seconds; None if it is missing.
 
     Returns:
         As in 0.4 s, 35 s, 2 min 10 s or 1 h 5 min.
     """
-    if value is None or not math.isfinite(value):
-        return NONE
-    if value < 10:
-        return f"{value:.1f} s"
-    rest = round(value)
-    if rest < 60:
-        return f"{rest} s"
-    if rest < 3600:
-        return f"{rest // 60} min {rest % 60} s"
-    return f"{rest // 3600} h {rest % 3600 // 60} min"
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60} min"
 
 
-def finite(values: Iterable[float | None]) -> list[float]:
-    """Keep the values that can be compared: what diverged is not finite, and what was not measured is None.
+def finite_values(values: Iterable[float | None]) -> list[float]:
+    """Drop the values that cannot be compared: None, infinity and NaN.
 
     Args:
         values: The values.
 
     Returns:
-        Those that are numbers.
+        The finite ones, in order.
     """
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-def clip(text: str, length: int) -> str:
-    """Shorten a text to fit a chart, on one line.
+def shorten(text: str, length: int) -> str:
+    """Cut a text to fit a chart or a cell, on one line.
 
     Args:
         text: The text.
-        length: How many characters fit.
+        length: The number of characters that fit.
 
     Returns:
         The text, with an ellipsis if it was longer.
@@ -101,19 +101,19 @@ def clip(text: str, length: int) -> str:
 
 
 def base_name(name: str) -> str:
-    """Return the last part of a base's name, which is what people call it.
+    """Return the last part of a base's path or hub id.
 
     Args:
         name: A folder or a hub id.
 
     Returns:
-        Its last part.
+        The last part, or the whole name if that is empty.
     """
     return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or name
 
 
-def listing(words: Iterable[str]) -> str:
-    """Join words as prose does.
+def join_words(words: Iterable[str]) -> str:
+    """Join words as in a sentence.
 
     Args:
         words: The words.
@@ -121,5 +121,5 @@ def listing(words: Iterable[str]) -> str:
     Returns:
         As in a, b and c.
     """
-    several = list(words)
-    return " and ".join([", ".join(several[:-1]), several[-1]]) if len(several) > 1 else "".join(several)
+    *initial, last = list(words) or [""]
+    return f"{', '.join(initial)} and {last}" if initial else last

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from regraft.checkpoint import replace_atomically, write_atomic
 from regraft.errors import OutcomeError, RecipeError
-from regraft.report.find import find_runs
+from regraft.report.find import find_inputs
 from regraft.report.html import to_html
 from regraft.report.markdown import to_markdown
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 Format = Literal["html", "md"]
 FORMATS: tuple[str, ...] = get_args(Format)
-MARKS = (b'<meta name="generator" content="regraft ', b"# What the upgrade did")
+REPORT_MARKERS = (b'<meta name="generator" content="regraft ', b"# What the upgrade did")
 """What every report has near its start, as HTML and as Markdown."""
-LONGEST_START = 4096
+MARKER_BYTES = 4096
+"""How far into a file a marker is looked for; the HTML's is in the first kilobyte."""
 
 
 def write_report(
@@ -30,13 +31,13 @@ def write_report(
     format: Format = "html",
     plots: str | Path | None = None,
 ) -> Path:
-    """Write what came of an upgrade onto one page.
+    """Write the results of an upgrade onto one page.
 
     Args:
-        runs: Folders that hold outcomes, comparisons or diagnoses, themselves or anywhere below.
-        out: The file to write; a report that is there is replaced.
-        format: `html`, one file that needs no other, or `md`.
-        plots: A folder for the charts as SVG and PNG, if they are wanted.
+        runs: Folders with outcomes, comparisons or diagnoses, in them or anywhere below.
+        out: The file to write; an existing report is replaced.
+        format: `html` for one self-contained file, or `md`.
+        plots: A folder for the charts as SVG and PNG; None to save none.
 
     Returns:
         The file. The same runs give the same bytes.
@@ -49,20 +50,20 @@ def write_report(
     out = Path(out)
     if format not in FORMATS:
         raise RecipeError(f"format {format!r}: there is no such format. Use one of {', '.join(FORMATS)}.")
-    _check_place(out)
+    _check_replaceable(out)
     if not folders:
         raise RecipeError("no runs are named. Name outcome folders, or folders that hold some.")
-    reported = find_runs(folders)
+    inputs = find_inputs(folders)
     from regraft.report.charts import chart_style, save_figure
     from regraft.report.sections import build_page
 
     try:
         with chart_style():
-            page = build_page(reported)
-            # drawn once, before all else: drawing a figure a second time may lay it out a little differently
-            pictures = {chart.name: save_figure(chart.figure, "svg") for chart in page.charts}
-            names = _write_plots(page, pictures, Path(plots), out) if plots is not None else {}
-            text = to_html(page, pictures) if format == "html" else to_markdown(page, names)
+            page = build_page(inputs)
+            # each figure is saved as SVG once, before any PNG: saving it again may move its layout a little
+            svg_files = {chart.name: save_figure(chart.figure, "svg") for chart in page.charts}
+            links = _write_plots(page, svg_files, Path(plots), out) if plots is not None else {}
+            text = to_html(page, svg_files) if format == "html" else to_markdown(page, links)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, text)
     except OSError as error:
@@ -71,28 +72,27 @@ def write_report(
     return out
 
 
-def _check_place(out: Path) -> None:
-    """Refuse to replace what is no report: a device, a link, a folder, or a file that something else has written."""
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace anything but a report: a device, a link, a folder, or another program's file."""
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_file():
-        raise OutcomeError(f"{out}: is no regular file, and a report replaces no other. Choose another --out.")
+        raise OutcomeError(f"{out}: is not a regular file, and a report replaces nothing else. Choose another --out.")
     with out.open("rb") as stream:
-        start = stream.read(LONGEST_START)
-    if start.strip() and not any(mark in start for mark in MARKS):
+        start = stream.read(MARKER_BYTES)
+    if start.strip() and not any(marker in start for marker in REPORT_MARKERS):
         raise OutcomeError(f"{out}: is not a report of regraft's, and would be lost. Choose another --out.")
 
 
-def _write_plots(page: Page, pictures: dict[str, bytes], folder: Path, out: Path) -> dict[str, str]:
-    """Save the charts, and give each one's file as a page at `out` names it."""
+def _write_plots(page: Page, svg_files: dict[str, bytes], folder: Path, out: Path) -> dict[str, str]:
+    """Save the charts, and return the link from the page at `out` to each, by the chart's name."""
     from regraft.report.charts import save_figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
+    links = {}
     for chart in page.charts:
-        for form, content in (("svg", pictures[chart.name]), ("png", save_figure(chart.figure, "png"))):
-            file = folder / f"{chart.name}.{form}"
-            with replace_atomically(file) as beside:
-                beside.write_bytes(content)
-        files[chart.name] = Path(os.path.relpath(folder, out.parent), f"{chart.name}.svg").as_posix()
-    return files
+        for suffix, content in (("svg", svg_files[chart.name]), ("png", save_figure(chart.figure, "png"))):
+            with replace_atomically(folder / f"{chart.name}.{suffix}") as temporary_file:
+                temporary_file.write_bytes(content)
+        links[chart.name] = Path(os.path.relpath(folder, out.parent), f"{chart.name}.svg").as_posix()
+    return links

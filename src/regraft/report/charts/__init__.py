@@ -1,30 +1,30 @@
-"""One function a chart; each gives a matplotlib figure and touches no global state."""
+"""The report's charts: a function for each, which returns a matplotlib figure and touches no global state."""
 
-from regraft.report.charts.bars import draw_kept, draw_methods, draw_moved
+from regraft.report.charts.bars import draw_group_shifts, draw_method_scores, draw_retention
 from regraft.report.charts.curves import (
-    draw_angles,
     draw_cka,
     draw_compatibility,
-    draw_learning,
+    draw_learning_curves,
     draw_scatter,
     draw_segment,
+    draw_shift_angles,
 )
 from regraft.report.charts.maps import draw_attention, draw_heads, draw_plane
 from regraft.report.charts.style import chart_style, save_figure
 
 __all__ = [
     "chart_style",
-    "draw_angles",
     "draw_attention",
     "draw_cka",
     "draw_compatibility",
+    "draw_group_shifts",
     "draw_heads",
-    "draw_kept",
-    "draw_learning",
-    "draw_methods",
-    "draw_moved",
+    "draw_learning_curves",
+    "draw_method_scores",
     "draw_plane",
+    "draw_retention",
     "draw_scatter",
     "draw_segment",
+    "draw_shift_angles",
     "save_figure",
 ]

@@ -1,4 +1,4 @@
-"""Charts of amounts: bars and dots."""
+"""Bar charts and dot plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regraft.report.charts.style import (
     cap_score_axis,
     new_figure,
 )
-from regraft.report.wording import clip, number
+from regraft.report.wording import number, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from regraft.report.summaries import Setting
 
 
-def draw_methods(setting: Setting) -> Figure:
-    """Draw the score of each method, with its spread, against scratch, the old deployment and a guess.
+def draw_method_scores(setting: Setting) -> Figure:
+    """Draw the score of each method with its deviation, and the levels of guessing and of the old deployment.
 
     Args:
         setting: The methods.
@@ -34,28 +34,40 @@ def draw_methods(setting: Setting) -> Figure:
     Returns:
         The figure.
     """
-    shown = [one for one in setting.standings if one.test is not None]
-    figure = new_figure(MIDDLE, 1.2 + 0.27 * len(shown))
+    scores = {summary.method: summary.score for summary in setting.summaries if summary.score is not None}
+    deviations = {summary.method: summary.deviation or 0.0 for summary in setting.summaries}
+    figure = new_figure(MIDDLE, 1.2 + 0.27 * len(scores))
     axes = figure.add_subplot()
-    for place, one in enumerate(shown):
-        spread = one.deviation or 0.0
-        colour = INK if one.method == "scratch" else BLUE
+    for y, (method, score) in enumerate(scores.items()):
+        is_scratch = method == "scratch"
         axes.errorbar(
-            one.test or 0.0, place, xerr=spread or None, color=colour, marker="s" if colour == INK else "o",
-            markersize=6, capsize=3, linewidth=1.4,
-        )  # fmt: skip
+            score,
+            y,
+            xerr=deviations[method] or None,
+            color=INK if is_scratch else BLUE,
+            marker="s" if is_scratch else "o",
+            markersize=6,
+            capsize=3,
+            linewidth=1.4,
+        )
         axes.annotate(
-            number(one.test), ((one.test or 0.0) + spread, place), xytext=(8, 0), textcoords="offset points",
-            va="center", fontsize=8, color=INK, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.2},
-        )  # fmt: skip
-    values = [one.test or 0.0 for one in shown]
-    levels = ((setting.floor, "guessing", (0, (1, 2))), (setting.old, "old deployment", (0, (5, 2))))
-    for value, name, dashes in levels:
-        if value is not None and min(values) - value < max(values) - min(values):  # far off, it would squeeze the rest
-            axes.axvline(value, color=SOFT, linewidth=1.1, linestyle=dashes, label=f"{name} {number(value)}")
-    axes.set_yticks(range(len(shown)), [clip(one.method, 28) for one in shown], color=INK)
+            number(score),
+            (score + deviations[method], y),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=INK,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.2},
+        )
+    low, high = min(scores.values()), max(scores.values())
+    levels = ((setting.floor, "guessing", (0, (1, 2))), (setting.old_score, "old deployment", (0, (5, 2))))
+    for level, name, dashes in levels:
+        if level is not None and low - level < high - low:  # a level far below would squeeze the methods together
+            axes.axvline(level, color=SOFT, linewidth=1.1, linestyle=dashes, label=f"{name} {number(level)}")
+    axes.set_yticks(range(len(scores)), [shorten(method, 28) for method in scores], color=INK)
     axes.invert_yaxis()
-    axes.margins(x=0.1, y=0.6 / max(1, len(shown)))
+    axes.margins(x=0.1, y=0.6 / max(1, len(scores)))
     cap_score_axis(axes, "x")
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"{setting.metric} on {setting.split}")
@@ -63,13 +75,13 @@ def draw_methods(setting: Setting) -> Figure:
     return figure
 
 
-def draw_moved(names: Sequence[str], shift: Sequence[float], delta: Sequence[float]) -> Figure:
-    """Draw how far the upgrade and the tuning moved each part, relative to its norm.
+def draw_group_shifts(names: Sequence[str], shift: Sequence[float], delta: Sequence[float]) -> Figure:
+    """Draw how far the upgrade and the tuning moved each group of tensors, relative to its norm.
 
     Args:
-        names: The parts.
-        shift: The base shift of each, in %.
-        delta: The delta of each, in %.
+        names: The names of the groups.
+        shift: The base shift of each group, in %.
+        delta: The delta of each group, in %.
 
     Returns:
         The figure.
@@ -81,7 +93,7 @@ def draw_moved(names: Sequence[str], shift: Sequence[float], delta: Sequence[flo
     axes.barh(
         [row + 0.19 for row in rows], delta, 0.36, facecolor="none", edgecolor=VERMILLION, hatch="//////", label="delta"
     )
-    axes.set_yticks(rows, [clip(name, 18) for name in names])
+    axes.set_yticks(rows, [shorten(name, 18) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("% of the old base's norm")
@@ -90,22 +102,22 @@ def draw_moved(names: Sequence[str], shift: Sequence[float], delta: Sequence[flo
     return figure
 
 
-def draw_kept(loss: Mapping[str, float]) -> Figure:
+def draw_retention(loss: Mapping[str, float]) -> Figure:
     """Draw the language-modelling loss of bases and deployments.
 
     Args:
-        loss: By model, in nats a token.
+        loss: The loss of each model in nats a token, by the model's name.
 
     Returns:
         The figure.
     """
     figure = new_figure(MIDDLE, 0.8 + 0.3 * len(loss))
     axes = figure.add_subplot()
-    for place, (name, value) in enumerate(loss.items()):
+    for y, (name, value) in enumerate(loss.items()):
         colour = BLUE if name.startswith("new") else VERMILLION
-        axes.plot(value, place, marker="o" if "base" in name else "s", markersize=8, color=colour, linestyle="none")
-        axes.annotate(number(value), (value, place), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(loss)), [clip(name, 24) for name in loss], color=INK)
+        axes.plot(value, y, marker="o" if "base" in name else "s", markersize=8, color=colour, linestyle="none")
+        axes.annotate(number(value), (value, y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(loss)), [shorten(name, 24) for name in loss], color=INK)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("language-modelling loss (nats a token), lower is better")

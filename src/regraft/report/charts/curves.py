@@ -1,7 +1,8 @@
-"""Charts of something over something: lines."""
+"""Line charts and scatter plots."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.report.charts.style import (
@@ -19,7 +20,7 @@ from regraft.report.charts.style import (
     cap_score_axis,
     new_figure,
 )
-from regraft.report.wording import base_name, clip, finite, number
+from regraft.report.wording import base_name, finite_values, number, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,26 +31,27 @@ if TYPE_CHECKING:
     from regraft.task.types import Scatter
 
 
-def draw_learning(curves: Mapping[str, Sequence[tuple[float, float]]], level: float | None, metric: str) -> Figure:
-    """Draw learning curves, and the level that scratch ends at.
+def draw_learning_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], scratch_dev: float | None, metric: str
+) -> Figure:
+    """Draw learning curves, and scratch's last score.
 
     Args:
-        curves: By method, step and score on dev.
-        level: Scratch's last score.
-        metric: What the score is.
+        curves: The steps and scores on dev of each method, by its name.
+        scratch_dev: Scratch's last score on dev; None without scratch.
+        metric: The name of the score.
 
     Returns:
         The figure.
     """
     figure = new_figure(WIDE, 3.5)
     axes = figure.add_subplot()
-    for place, (method, curve) in enumerate(curves.items()):
+    for i, (method, curve) in enumerate(curves.items()):
         steps, scores = zip(*curve, strict=True)
-        axes.plot(steps, scores, label=clip(method, 28), **_look(place))
-    if level is not None:
-        axes.axhline(
-            level, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1, label=f"scratch ends at {number(level)}"
-        )
+        axes.plot(steps, scores, label=shorten(method, 28), **_line_style(i))
+    if scratch_dev is not None:
+        label = f"scratch ends at {number(scratch_dev)}"
+        axes.axhline(scratch_dev, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1, label=label)
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel(f"{metric} on dev")
     axes.margins(y=0.12)
@@ -59,37 +61,37 @@ def draw_learning(curves: Mapping[str, Sequence[tuple[float, float]]], level: fl
 
 
 def draw_segment(
-    mu: Sequence[float], values: Mapping[str, Sequence[float]], what: str, ends: Sequence[str], *, barrier: bool
+    mu: Sequence[float], values: Mapping[str, Sequence[float]], label: str, ends: Sequence[str], *, barrier: bool
 ) -> Figure:
     """Draw loss or score along the straight line between two models.
 
     Args:
-        mu: Where on the line, 0 to 1.
-        values: By split, the value there.
-        what: What the value is.
-        ends: What the models at 0 and 1 are called.
-        barrier: Whether to mark the largest excess over the line between the ends.
+        mu: The points on the line, from 0 to 1.
+        values: The value at each point, by split.
+        label: The name of the value.
+        ends: The names of the models at 0 and 1.
+        barrier: Whether to mark the largest excess over the line between the end values.
 
     Returns:
         The figure.
     """
     figure = new_figure(height=3.15)
     axes = figure.add_subplot()
-    for place, (split, along) in enumerate(values.items()):
-        look = _look(place)
+    for i, (split, y) in enumerate(values.items()):
+        style = _line_style(i)
         if not barrier:
-            axes.plot(mu, along, label=split, **look)
+            axes.plot(mu, y, label=split, **style)
             continue
-        straight = [along[0] + point * (along[-1] - along[0]) for point in mu]
-        excess, top = max((value - line, i) for i, (value, line) in enumerate(zip(along, straight, strict=True)))
-        axes.plot(mu, along, label=f"{split}, barrier {number(max(0.0, excess))}", **look)
-        axes.plot((mu[0], mu[-1]), (along[0], along[-1]), color=look["color"], linewidth=0.9, linestyle=(0, (2, 2)))
+        chord = [y[0] + point * (y[-1] - y[0]) for point in mu]
+        excess, top = max((value - line, j) for j, (value, line) in enumerate(zip(y, chord, strict=True)))
+        axes.plot(mu, y, label=f"{split}, barrier {number(max(0.0, excess))}", **style)
+        axes.plot((mu[0], mu[-1]), (y[0], y[-1]), color=style["color"], linewidth=0.9, linestyle=(0, (2, 2)))
         if excess > 0:
-            at = mu[top] + 0.012 * (2 * place - 1)  # beside each other where both are at one place
-            axes.plot((at, at), (straight[top], along[top]), color=INK, linewidth=1.3, marker="_", zorder=4)
+            x = mu[top] + 0.012 * (2 * i - 1)  # side by side if the barriers of both splits are at the same point
+            axes.plot((x, x), (chord[top], y[top]), color=INK, linewidth=1.3, marker="_", zorder=4)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    axes.set_xlabel(f"μ   (0 = {clip(ends[0], 20)}, 1 = {clip(ends[1], 20)})")
-    axes.set_ylabel(what)
+    axes.set_xlabel(f"μ   (0 = {shorten(ends[0], 20)}, 1 = {shorten(ends[1], 20)})")
+    axes.set_ylabel(label)
     axes.margins(y=0.16)
     if not barrier:
         cap_score_axis(axes)
@@ -98,11 +100,11 @@ def draw_segment(
 
 
 def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, floor: float) -> Figure:
-    """Draw how the old weights fare on later and later checkpoints of the base.
+    """Draw the score and agreement of the old weights on later and later checkpoints of the base.
 
     Args:
-        points: The points of a diagnosis, in their order.
-        metric: What the score is.
+        points: The points of a diagnosis, in order.
+        metric: The name of the score.
         floor: The score of guessing.
 
     Returns:
@@ -111,16 +113,16 @@ def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, floor:
     figure = new_figure(WIDE, 3.1)
     axes = figure.add_subplot()
     steps = [point.steps for point in points if point.steps is not None]
-    at = steps if len(steps) == len(points) else list(range(len(points)))
-    axes.plot(at, [point.score for point in points], label=f"{metric} of the old weights", **_look(0))
-    axes.plot(at, [point.agreement for point in points], label="agreement with the old deployment", **_look(1))
+    has_steps = len(steps) == len(points)
+    x = steps if has_steps else list(range(len(points)))
+    axes.plot(x, [point.score for point in points], label=f"{metric} of the old weights", **_line_style(0))
+    axes.plot(x, [point.agreement for point in points], label="agreement with the old deployment", **_line_style(1))
     axes.axhline(floor, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label="guessing")
-    if len(steps) == len(points):
+    if has_steps:
         axes.set_xlabel("pre-training steps since the old base")
     else:
-        axes.set_xticks(
-            at, [clip(base_name(point.name), 14) for point in points], rotation=30 if len(points) > 6 else 0
-        )
+        names = [shorten(base_name(point.name), 14) for point in points]
+        axes.set_xticks(x, names, rotation=30 if len(points) > 6 else 0)
         axes.set_xlabel("checkpoint")
     axes.set_ylabel("share of examples" if metric == "accuracy" else metric)
     axes.margins(y=0.12)
@@ -130,33 +132,39 @@ def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, floor:
 
 
 def draw_scatter(view: Scatter) -> Figure:
-    """Draw series of points; larger marks stand for more examples, and shares have an axis from 0 to 1.
+    """Draw series of points; larger markers mean more examples, and shares have an axis from 0 to 1.
 
     Args:
-        view: The points.
+        view: The series.
 
     Returns:
         The figure.
     """
     figure = new_figure(height=3.4)
     axes = figure.add_subplot()
-    values = finite(value for series in view.series for value in (*series.x, *series.y))
+    values = finite_values(value for series in view.series for value in (*series.x, *series.y))
     low, high = min(values, default=0.0), max(values, default=1.0)
     are_shares = low >= 0 and high <= 1
     ends = (0, 1) if are_shares else (low, high)
     if view.diagonal:
         axes.plot(ends, ends, color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label=view.diagonal)
-    looks: tuple[tuple[str, str, Any], ...] = ((VERMILLION, "s", (0, (5, 2))), (BLUE, "o", "-"), (INK, "^", "-"))
-    most = max((size for series in view.series for size in series.sizes), default=1) or 1
-    for place, series in enumerate(view.series):
-        colour, marker, dashes = looks[min(place, len(looks) - 1)]
+    styles: tuple[tuple[str, str, Any], ...] = ((VERMILLION, "s", (0, (5, 2))), (BLUE, "o", "-"), (INK, "^", "-"))
+    max_size = max((size for series in view.series for size in series.sizes), default=1) or 1
+    for i, series in enumerate(view.series):
+        colour, marker, dashes = styles[min(i, len(styles) - 1)]
         if view.joined:
             axes.plot(series.x, series.y, color=colour, linestyle=dashes, label=series.name)
-        sizes = [14 + 60 * size / most for size in series.sizes]
         axes.scatter(
-            series.x, series.y, s=sizes, color=colour, marker=marker, edgecolors=LINE, linewidths=0.5, zorder=3,
+            series.x,
+            series.y,
+            s=[14 + 60 * size / max_size for size in series.sizes],
+            color=colour,
+            marker=marker,
+            edgecolors=LINE,
+            linewidths=0.5,
+            zorder=3,
             label=None if view.joined else series.name,
-        )  # fmt: skip
+        )
     axes.set_xlabel(view.x)
     axes.set_ylabel(view.y)
     if are_shares:
@@ -166,54 +174,51 @@ def draw_scatter(view: Scatter) -> Figure:
 
 
 def draw_cka(cka: Sequence[float], control: Sequence[float] | None, control_name: str) -> Figure:
-    """Draw how alike the hidden states are, layer by layer.
+    """Draw how alike the hidden states of two models are, layer by layer.
 
     Args:
-        cka: Linear CKA: embeddings, then each layer.
-        control: The same of a control pair.
-        control_name: What that is.
+        cka: Linear CKA of the embeddings, then of each layer.
+        control: Linear CKA of the first model and an unrelated one; None without a control.
+        control_name: The name of the unrelated model.
 
     Returns:
         The figure.
     """
     figure = new_figure(WIDE, 2.8)
     axes = figure.add_subplot()
-    axes.plot(range(len(cka)), cka, label="old and new model", **_look(0))
+    axes.plot(range(len(cka)), cka, label="old and new model", **_line_style(0))
     if control:
-        axes.plot(range(len(control)), control, label=f"control: {clip(control_name, 40)}", **_look(1))
+        axes.plot(range(len(control)), control, label=f"control: {shorten(control_name, 40)}", **_line_style(1))
     names = ["embed."] + [str(layer) for layer in range(len(cka) - 1)]
-    every = max(1, len(cka) // 16)
-    axes.set_xticks(range(0, len(cka), every), names[::every])
+    tick_step = max(1, len(cka) // 16)
+    axes.set_xticks(range(0, len(cka), tick_step), names[::tick_step])
     axes.set_xlabel("layer")
     axes.set_ylabel("linear CKA")
-    low = min(finite([*cka, *(control or ())]), default=0.0)
+    low = min(finite_values([*cka, *(control or ())]), default=0.0)
     axes.set_ylim(min(0.0, low) if low < 0.5 else low - 0.1 * (1.02 - low) - 0.02, 1.02)
     add_legend(axes, 2)
     return figure
 
 
-def draw_angles(names: Sequence[str], cosine: Sequence[Any], signs: Sequence[Any], overlap: Sequence[Any]) -> Figure:
-    """Draw how base shift and delta point, part by part.
+def draw_shift_angles(names: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> Figure:
+    """Draw how the directions of base shift and delta compare in each group of tensors.
 
     Args:
-        names: The parts.
-        cosine: Of shift and delta.
-        signs: Share of entries with equal sign.
-        overlap: Mean squared cosine of principal angles.
+        names: The names of the groups.
+        series: Cosine, share of equal signs and subspace overlap of each group, by label; None leaves a gap.
 
     Returns:
-        The figure; None leaves a gap.
+        The figure.
     """
     figure = new_figure(height=max(2.6, 1.3 + 0.2 * len(names)))
     axes = figure.add_subplot()
     rows = range(len(names))
-    series = (("cosine", cosine, BLUE), ("equal signs", signs, VERMILLION), ("subspace overlap", overlap, GREEN))
-    for place, (name, values, colour) in enumerate(series):
+    for (label, values), colour, marker in zip(series.items(), (BLUE, VERMILLION, GREEN), MARKERS, strict=False):
         if any(value is not None for value in values):
-            known = [float("nan") if value is None else value for value in values]
-            axes.plot(known, rows, color=colour, marker=MARKERS[place], linestyle="none", label=name)
+            x = [math.nan if value is None else value for value in values]
+            axes.plot(x, rows, color=colour, marker=marker, linestyle="none", label=label)
     axes.axvline(0, color=SOFT, linewidth=0.9)
-    axes.set_yticks(rows, [clip(name, 18) for name in names])
+    axes.set_yticks(rows, [shorten(name, 18) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("shift against delta")
@@ -222,9 +227,10 @@ def draw_angles(names: Sequence[str], cosine: Sequence[Any], signs: Sequence[Any
     return figure
 
 
-def _look(place: int) -> dict[str, Any]:
+def _line_style(i: int) -> dict[str, Any]:
+    """Return the colour, marker and dashes of the i-th line; they differ from line to line as long as possible."""
     return {
-        "color": SERIES[place % len(SERIES)],
-        "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": DASHES[place // len(SERIES) % len(DASHES)] if place >= len(SERIES) else DASHES[place % 2],
+        "color": SERIES[i % len(SERIES)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": DASHES[i // len(SERIES) % len(DASHES)] if i >= len(SERIES) else DASHES[i % 2],
     }

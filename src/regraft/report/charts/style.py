@@ -1,4 +1,4 @@
-"""How charts look: sizes, fonts, and Okabe and Ito's colours, which the colour-blind can tell apart."""
+"""The style of the charts: sizes, fonts, and the colours of Okabe and Ito, which are safe for the colour-blind."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito (2008), jfly.uni-koeln.de/color; the page's style sheet knows them by these names and may lighten them
+# Okabe & Ito (2008), jfly.uni-koeln.de/color; the page replaces each by the variable of its style sheet in THEMED
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 INK, SOFT, LINE, PAPER = "#1b1f24", "#5b636d", "#dfe2e6", "#fefefe"
 THEMED = {
-    INK: "ink", SOFT: "soft", LINE: "line", PAPER: "card", BLUE: "blue", VERMILLION: "vermillion", GREEN: "green",
-    PURPLE: "purple", ORANGE: "orange", SKY: "sky",
-}  # fmt: skip
+    INK: "ink",
+    SOFT: "soft",
+    LINE: "line",
+    PAPER: "card",
+    BLUE: "blue",
+    VERMILLION: "vermillion",
+    GREEN: "green",
+    PURPLE: "purple",
+    ORANGE: "orange",
+    SKY: "sky",
+}
 SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
-NARROW, MIDDLE, WIDE = 4.1, 5.0, 6.4
-_SETTINGS: dict[str, Any] = {
+NARROW, MIDDLE, WIDE = 4.1, 5.0, 6.4  # inches; the page scales charts to its columns
+_RC_PARAMS: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "regraft",
     "text.parse_math": False,  # a dollar sign in an example is a dollar sign
@@ -63,13 +71,13 @@ _SETTINGS: dict[str, Any] = {
 
 @contextlib.contextmanager
 def chart_style() -> Iterator[None]:
-    """Set matplotlib up for our charts while they are drawn and saved, and back afterwards."""
+    """Apply the charts' style to matplotlib while they are drawn and saved; restore its settings afterwards."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # a user's own matplotlibrc would change the pages
-        matplotlib.rcParams.update(cast("Any", _SETTINGS))  # the stubs ask for literal keys
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the page's fonts have more of them
+        matplotlib.rcParams.update(cast("Any", _RC_PARAMS))  # the stubs ask for literal keys
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the page's own fonts have more glyphs
         warnings.filterwarnings("ignore", "Matplotlib currently does not support .* natively", UserWarning)
         yield
 
@@ -77,12 +85,12 @@ def chart_style() -> Iterator[None]:
 def new_figure(
     width: float = NARROW, height: float = 2.9, layout: Literal["constrained", "compressed"] = "constrained"
 ) -> Figure:
-    """Make an empty figure.
+    """Create an empty figure.
 
     Args:
-        width: In inches.
-        height: In inches.
-        layout: How it is laid out; `compressed` for axes of a fixed shape.
+        width: The width in inches.
+        height: The height in inches.
+        layout: The layout engine; `compressed` for axes of a fixed aspect ratio.
 
     Returns:
         The figure.
@@ -93,11 +101,11 @@ def new_figure(
 
 
 def cap_score_axis(axes: Axes, axis: Literal["x", "y"] = "y") -> None:
-    """Let the axis of a score end where scores end.
+    """End the axis of a score at 1, if the margin around the data goes beyond it.
 
     Args:
         axes: The chart's axes.
-        axis: Which of them the score is on.
+        axis: The axis of the score.
     """
     low, high = getattr(axes, f"get_{axis}lim")()
     if high > 1 > low:
@@ -105,11 +113,11 @@ def cap_score_axis(axes: Axes, axis: Literal["x", "y"] = "y") -> None:
 
 
 def add_legend(axes: Axes, columns: int = 2) -> None:
-    """Put a legend below a chart, out of the way of its lines.
+    """Add a legend below a chart, outside its axes.
 
     Args:
         axes: The chart's axes.
-        columns: How many entries stand side by side.
+        columns: The number of entries side by side.
     """
     figure: Any = axes.figure
     handles, names = axes.get_legend_handles_labels()
@@ -117,17 +125,18 @@ def add_legend(axes: Axes, columns: int = 2) -> None:
         figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.4)
 
 
-def save_figure(figure: Figure, form: str) -> bytes:
-    """Return a figure as a file; the same figure gives the same bytes.
+def save_figure(figure: Figure, file_format: str) -> bytes:
+    """Return a figure as a file; equal figures give equal bytes.
 
     Args:
         figure: The figure.
-        form: `svg` or `png`.
+        file_format: `svg` or `png`.
 
     Returns:
         The file's content.
     """
     stream = io.BytesIO()
-    nothing = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
-    figure.savefig(stream, format=form, dpi=200, metadata=nothing)
+    # None removes the fields that change with the time or with matplotlib's version
+    metadata = {"Date": None, "Creator": None} if file_format == "svg" else {"Software": None}
+    figure.savefig(stream, format=file_format, dpi=200, metadata=metadata)
     return stream.getvalue()

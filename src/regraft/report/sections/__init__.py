@@ -1,4 +1,4 @@
-"""One file a subject; each gives sections, and none where there is nothing to show."""
+"""The report's sections: a file for each question of a diagnosis, for the methods, and for the provenance."""
 
 from regraft.report.sections.assemble import build_page
 

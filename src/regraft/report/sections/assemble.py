@@ -1,4 +1,4 @@
-"""Puts the page together: a part a task, and one more for each further diagnosis of it."""
+"""Assembles the page: a part for each task, and one more for each further diagnosis of it."""
 
 from __future__ import annotations
 
@@ -18,65 +18,66 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from regraft.diagnosis import Diagnosis
-    from regraft.report.find import Runs
+    from regraft.report.find import ReportInputs
     from regraft.report.page import Section
 
-    Diagnosed = tuple[Path, Diagnosis]
+    FolderAndDiagnosis = tuple[Path, Diagnosis]
 
 
-def build_page(runs: Runs) -> Page:
+def build_page(inputs: ReportInputs) -> Page:
     """Build the page.
 
     Args:
-        runs: What there is to report.
+        inputs: What the report is made from.
 
     Returns:
-        The page; its figures are drawn and not yet saved.
+        The page; its figures are drawn, but not yet saved.
     """
     import regraft
 
-    settings = settings_by_task(runs)
-    by_task: dict[str, list[Diagnosed]] = {}
-    for folder, diagnosis in runs.diagnoses.items():
-        by_task.setdefault(diagnosis.task, []).append((folder, diagnosis))
+    settings = settings_by_task(inputs)
+    diagnoses: dict[str, list[FolderAndDiagnosis]] = {}
+    for folder, diagnosis in inputs.diagnoses.items():
+        diagnoses.setdefault(diagnosis.task, []).append((folder, diagnosis))
     parts: list[Part] = []
-    for task in dict.fromkeys([*by_task, *settings]):
-        diagnoses: list[Diagnosed | None] = [*by_task.get(task, [])] or [None]
-        for number_of_task, diagnosed in enumerate(diagnoses):
-            name, is_first = f"part-{len(parts) + 1}", number_of_task == 0
-            title = task if is_first or diagnosed is None else f"{task}: {base_name(diagnosed[1].adaptation)}"
-            parts.append(_part(name, title, settings.get(task, []) if is_first else [], diagnosed))
+    for task in dict.fromkeys([*diagnoses, *settings]):
+        task_diagnoses = diagnoses.get(task, [])
+        first = task_diagnoses[0] if task_diagnoses else None
+        parts.append(_part(f"part-{len(parts) + 1}", task, settings.get(task, []), first))
+        for folder, diagnosis in task_diagnoses[1:]:  # the runs are in the first part of the task
+            title = f"{task}: {base_name(diagnosis.adaptation)}"
+            parts.append(_part(f"part-{len(parts) + 1}", title, [], (folder, diagnosis)))
     title = f"What the upgrade did to {parts[0].title}" if len(parts) == 1 else "What the upgrade did"
     return Page(title, tuple(parts), regraft.__version__)
 
 
-def _part(name: str, title: str, settings: list[Setting], diagnosed: Diagnosed | None) -> Part:
+def _part(anchor: str, title: str, settings: list[Setting], diagnosed: FolderAndDiagnosis | None) -> Part:
     diagnosis = diagnosed[1] if diagnosed else None
-    ordered = [(methods.ORDER, methods.method_sections(settings, name))]
+    groups = [(methods.ORDER, methods.method_sections(settings, anchor))]
     if diagnosis:
-        ordered += _answers(diagnosis, name)
-    sections = [section for _, several in sorted(ordered, key=lambda entry: entry[0]) for section in several]
+        groups += _answer_sections(diagnosis, anchor)
+    sections = [section for _, group in sorted(groups, key=lambda group: group[0]) for section in group]
     sections += provenance_sections(settings, diagnosed)
     card = verdict_card(diagnosis) if diagnosis else outcome_card(settings)
-    return Part(name, title, _about(settings, diagnosis), card, tuple(sections))
+    return Part(anchor, title, _subtitle(settings, diagnosis), card, tuple(sections))
 
 
-def _answers(diagnosis: Diagnosis, part: str) -> list[tuple[int, list[Section]]]:
-    """Show each answer by the module that has its question's name, if there is one, with that module's place."""
-    answers = []
+def _answer_sections(diagnosis: Diagnosis, prefix: str) -> list[tuple[int, list[Section]]]:
+    """Return the sections of each answer with their order, from the module named by the question, if it exists."""
+    groups = []
     for question in all_questions():
-        module, answer = f"{__package__}.{question.section or question.name}", diagnosis.answers.get(question.name)
-        if answer is not None and importlib.util.find_spec(module):
-            section = importlib.import_module(module)
-            answers.append((section.ORDER, section.show(answer, diagnosis, part)))
-    return answers
+        module_name, answer = f"{__package__}.{question.section or question.name}", diagnosis.answers.get(question.name)
+        if answer is not None and importlib.util.find_spec(module_name):
+            module = importlib.import_module(module_name)
+            groups.append((module.ORDER, module.show(answer, diagnosis, prefix)))
+    return groups
 
 
-def _about(settings: list[Setting], diagnosis: Diagnosis | None) -> str:
+def _subtitle(settings: list[Setting], diagnosis: Diagnosis | None) -> str:
     if diagnosis:
         check = diagnosis.check
-        about = f"{base_name(diagnosis.old_base)} → {base_name(diagnosis.new_base)}"
-        about += f" · {diagnosis.kind} · {check.examples:,} examples of {check.split}"
-        return f"{about} · {diagnosis.metric} {number(check.old)} before"
-    count = sum(len(setting.standings) for setting in settings)
+        bases = f"{base_name(diagnosis.old_base)} → {base_name(diagnosis.new_base)}"
+        examples = f"{check.examples:,} examples of {check.split}"
+        return f"{bases} · {diagnosis.kind} · {examples} · {diagnosis.metric} {number(check.old)} before"
+    count = sum(len(setting.summaries) for setting in settings)
     return f"{settings[0].metric} on {settings[0].split} · {count} method{'' if count == 1 else 's'}"

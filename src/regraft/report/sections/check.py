@@ -1,11 +1,11 @@
-"""What became of the old weights on the new base, as they are."""
+"""The effect of the upgrade on the old weights as they are."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from regraft.report.page import Facts, Section
-from regraft.report.wording import listing, number, percent
+from regraft.report.wording import join_words, number, percent
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Check, Diagnosis
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 ORDER = 10
 
 
-def show(check: Check, diagnosis: Diagnosis, part: str) -> list[Section]:
-    """Show the scores before and after, and what changed with them.
+def show(check: Check, diagnosis: Diagnosis, prefix: str) -> list[Section]:
+    """Show the scores before and after the upgrade, and the flips between them.
 
     Args:
         check: The answer.
         diagnosis: The whole diagnosis.
-        part: The part's name.
+        prefix: The prefix of the charts' names.
 
     Returns:
         The section.
@@ -37,6 +37,6 @@ def show(check: Check, diagnosis: Diagnosis, part: str) -> list[Section]:
     )
     lead = check.verdict
     if diagnosis.left_out:
-        names = listing(sorted(diagnosis.left_out))
+        names = join_words(sorted(diagnosis.left_out))
         lead += f" Not answered here: {names}; the reasons are under provenance."
     return [Section("upgrade", "Old weights on the new base", lead, (Facts(facts),))]

@@ -1,4 +1,4 @@
-"""How the outdated weights, as they are, fare on later and later checkpoints of the base."""
+"""The old weights, untuned, on later and later checkpoints of the base."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_compatibility
 from regraft.report.page import Chart, Charts, Section, Table
-from regraft.report.wording import base_name, number, percent, whole
+from regraft.report.wording import base_name, integer, number, percent
 
 if TYPE_CHECKING:
     from regraft.diagnosis import CompatibilityPoint, Diagnosis
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 ORDER = 50
 
 
-def show(points: tuple[CompatibilityPoint, ...], diagnosis: Diagnosis, part: str) -> list[Section]:
-    """Show how the old weights fare on each checkpoint.
+def show(points: tuple[CompatibilityPoint, ...], diagnosis: Diagnosis, prefix: str) -> list[Section]:
+    """Show the score, loss and agreement of the old weights on each checkpoint.
 
     Args:
         points: The answer.
         diagnosis: The whole diagnosis.
-        part: The part's name, for those of the charts.
+        prefix: The prefix of the charts' names.
 
     Returns:
         The section.
@@ -31,16 +31,20 @@ def show(points: tuple[CompatibilityPoint, ...], diagnosis: Diagnosis, part: str
         f"({base_name(first.name)}) to {number(last.score)} ({base_name(last.name)}), with "
         f"{percent(last.agreement)} of predictions unchanged at the end."
     )
+    columns = ("checkpoint", "steps", "distance from the old base", metric, "loss", "agreement")
     rows = tuple(
         (
-            point.name, whole(point.steps), number(point.distance, 2), number(point.score), number(point.loss),
+            point.name,
+            integer(point.steps),
+            number(point.distance, 2),
+            number(point.score),
+            number(point.loss),
             percent(point.agreement),
         )
         for point in points
-    )  # fmt: skip
-    head = ("checkpoint", "steps", "distance from the old base", metric, "loss", "agreement")
+    )
+    title = "Old weights on later checkpoints"
     figure = draw_compatibility(points, metric, diagnosis.check.floor)
-    table = Table("Old weights on later checkpoints", head, rows)
-    chart = Chart(f"{part}-compatibility", "Old weights on later checkpoints", finding, figure, table, wide=True)
-    lead = "How the outdated weights, as they are, fare on checkpoints of the base further and further on."
+    chart = Chart(f"{prefix}-compatibility", title, finding, figure, Table(title, columns, rows), wide=True)
+    lead = "How well the old weights, without any tuning, work on later and later checkpoints of the base."
     return [Section("compatibility", "Compatibility over checkpoints", lead, (Charts((chart,)),))]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_segment
 from regraft.report.page import Chart, Charts, Section, Table
-from regraft.report.wording import listing, number
+from regraft.report.wording import join_words, number
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Diagnosis, Segment
@@ -14,51 +14,70 @@ if TYPE_CHECKING:
 ORDER = 30
 
 
-def show(segment: Segment, diagnosis: Diagnosis, part: str) -> list[Section]:
+def show(segment: Segment, diagnosis: Diagnosis, prefix: str) -> list[Section]:
     """Show loss and score along the segment.
 
     Args:
         segment: The answer.
         diagnosis: The whole diagnosis.
-        part: The part's name, for those of the charts.
+        prefix: The prefix of the charts' names.
 
     Returns:
-        The section; none without points.
+        The section; none if the segment has no points.
     """
     if not segment.mu or not segment.loss:
         return []
-    ends = segment.ends
-    barriers = listing(f"{number(height)} on {split}" for split, height in segment.barrier.items())
+    barriers = join_words(f"{number(height)} on {split}" for split, height in segment.barrier.items())
+    charts = [_loss_chart(segment, barriers, prefix)]
+    if segment.score:
+        charts.append(_score_chart(segment, diagnosis.metric, prefix))
+    first, second = segment.ends
     verdict = "are linearly connected" if segment.connected else "are not linearly connected"
-    between = f"{ends[0]} (μ = 0) and {ends[1]} (μ = 1)"
-    charts = []
-    for what, values in (("loss", segment.loss), ("score", segment.score)):
-        if not values:
-            continue
-        measure = "cross-entropy loss" if what == "loss" else diagnosis.metric
-        finding = f"Between {between} the {measure} "
-        finding += listing(
-            f"on {split} goes from {number(along[0])} to {number(along[-1])}, at {_worst(what)} "
-            f"{number(max(along) if what == 'loss' else min(along))}"
-            for split, along in values.items()
-        )
-        finding += f"; the barrier is {barriers}." if what == "loss" and barriers else "."
-        columns = tuple(zip(segment.mu, *values.values(), strict=True))
-        rows = tuple((number(at, 2), *(number(value, 4) for value in rest)) for at, *rest in columns)
-        table = Table(f"{measure} along the segment", ("μ", *values), rows)
-        figure = draw_segment(segment.mu, values, measure, ends, barrier=what == "loss")
-        title = f"{'Loss' if what == 'loss' else f'Score ({diagnosis.metric})'} along the segment"
-        charts.append(Chart(f"{part}-connectivity-{what}", title, finding, figure, table))
     lead = (
-        f"{_upper(ends[0])} and {ends[1]} {verdict}: walking straight from one to the other, the loss rises above the "
-        f"line between its ends by at most {barriers}."
+        f"{first[:1].upper()}{first[1:]} and {second} {verdict}: on the straight line from one to the other, the loss "
+        f"rises above the line between its end values by at most {barriers}."
     )
     return [Section("connectivity", "Linear mode connectivity", lead, (Charts(tuple(charts)),))]
 
 
-def _upper(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _loss_chart(segment: Segment, barriers: str, prefix: str) -> Chart:
+    measure = "cross-entropy loss"
+    courses = join_words(
+        f"on {split} goes from {number(losses[0])} to {number(losses[-1])}, at most {number(max(losses))}"
+        for split, losses in segment.loss.items()
+    )
+    finding = f"{_between(segment)} the {measure} {courses}"
+    finding += f"; the barrier is {barriers}." if barriers else "."
+    return Chart(
+        name=f"{prefix}-connectivity-loss",
+        title="Loss along the segment",
+        finding=finding,
+        figure=draw_segment(segment.mu, segment.loss, measure, segment.ends, barrier=True),
+        table=_table(segment.mu, segment.loss, measure),
+    )
 
 
-def _worst(what: str) -> str:
-    return "most" if what == "loss" else "least"
+def _score_chart(segment: Segment, metric: str, prefix: str) -> Chart:
+    courses = join_words(
+        f"on {split} goes from {number(scores[0])} to {number(scores[-1])}, at least {number(min(scores))}"
+        for split, scores in segment.score.items()
+    )
+    return Chart(
+        name=f"{prefix}-connectivity-score",
+        title=f"Score ({metric}) along the segment",
+        finding=f"{_between(segment)} the {metric} {courses}.",
+        figure=draw_segment(segment.mu, segment.score, metric, segment.ends, barrier=False),
+        table=_table(segment.mu, segment.score, metric),
+    )
+
+
+def _between(segment: Segment) -> str:
+    return f"Between {segment.ends[0]} (μ = 0) and {segment.ends[1]} (μ = 1)"
+
+
+def _table(mu: tuple[float, ...], values: dict[str, tuple[float, ...]], measure: str) -> Table:
+    rows = tuple(
+        (number(point, 2), *(number(value, 4) for value in point_values))
+        for point, *point_values in zip(mu, *values.values(), strict=True)
+    )
+    return Table(f"{measure} along the segment", ("μ", *values), rows)

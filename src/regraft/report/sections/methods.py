@@ -1,136 +1,156 @@
-"""Which method gives what: the table, the scores, the learning curves and the cost."""
+"""What each method achieves: the table, the scores, the learning curves and the cost."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regraft.report.charts import draw_learning, draw_methods
+from regraft.report.charts import draw_learning_curves, draw_method_scores
 from regraft.report.page import Block, Chart, Charts, Prose, Section, Table
-from regraft.report.wording import NONE, listing, number, percent, seconds, whole
+from regraft.report.wording import MISSING, duration, integer, join_words, number, percent
 
 if TYPE_CHECKING:
-    from regraft.report.summaries import Setting, Standing
-
+    from regraft.report.summaries import MethodSummary, Setting
 
 ORDER = 20
 
 
-def method_sections(settings: list[Setting], part: str) -> list[Section]:
-    """Show a task's outcomes.
+def method_sections(settings: list[Setting], prefix: str) -> list[Section]:
+    """Show a task's runs.
 
     Args:
-        settings: The task's.
-        part: The part's name, for those of the charts.
+        settings: The task's settings.
+        prefix: The prefix of the charts' names.
 
     Returns:
-        Methods, learning curves and cost; none without outcomes.
+        The sections of methods, learning curves and cost; none without runs.
     """
     if not settings:
         return []
     methods: list[Block] = []
     curves: list[Block] = []
-    cost: list[Block] = []
-    for place, setting in enumerate(settings, 1):
-        name = f"{part}-{place}"
-        methods.append(_table(setting))
-        if sum(one.test is not None for one in setting.standings) > 1:
-            methods.append(Charts((_scores(setting, name),)))
+    costs: list[Block] = []
+    for setting_number, setting in enumerate(settings, start=1):
+        name = f"{prefix}-{setting_number}"
+        methods.append(_method_table(setting))
+        if sum(summary.score is not None for summary in setting.summaries) > 1:
+            methods.append(Charts((_score_chart(setting, name),)))
         methods += [Prose(note) for note in _notes(setting)]
-        compared = len(setting.standings) > 1 or len(settings) == 1  # not the old deployment alone
-        if compared and any(len(one.curve) > 1 for one in setting.standings):
-            curves.append(Charts((_learning(setting, name),)))
-        cost.append(_cost(setting))
+        # a setting of one method beside others is the old deployment's, whose curve compares with none
+        has_comparison = len(setting.summaries) > 1 or len(settings) == 1
+        if has_comparison and any(len(summary.curve) > 1 for summary in setting.summaries):
+            curves.append(Charts((_learning_chart(setting, name),)))
+        costs.append(_cost_table(setting))
     lead = (
         "Recovery: 0 % is guessing, 100 % is scratch. Steps to scratch: until dev is where scratch ends. "
         "Negative flips: right in the old deployment, wrong here."
     )
     sections = [Section("methods", "Methods", lead, tuple(methods))]
     if curves:
-        lead = "Score on dev after so many steps, mean over seeds; a single mark is a method that trains nothing."
+        lead = "Score on dev over the training steps, mean over seeds; a single mark is a method that trains nothing."
         sections.append(Section("learning", "Learning curves", lead, tuple(curves)))
     lead = "What each method took, mean over seeds: optimiser steps, time, and labelled examples seen."
-    return [*sections, Section("cost", "Cost", lead, tuple(cost))]
+    return [*sections, Section("cost", "Cost", lead, tuple(costs))]
 
 
-def _table(setting: Setting) -> Table:
-    head = (
-        "method", "dev at step 0", "dev best", setting.split, "recovery", "steps to scratch", "negative flips",
-        "labels", "seeds",
-    )  # fmt: skip
+def _method_table(setting: Setting) -> Table:
+    columns = (
+        "method",
+        "dev at step 0",
+        "dev best",
+        setting.split,
+        "recovery",
+        "steps to scratch",
+        "negative flips",
+        "labels",
+        "seeds",
+    )
     rows = tuple(
         (
-            one.method,
-            number(one.start),
-            number(one.dev),
-            number(one.test) + (f" ± {number(one.deviation)}" if one.deviation is not None else ""),
-            percent(one.recovery, 0),
-            "–" if one.steps_to_scratch is None else whole(one.steps_to_scratch),
-            percent(one.negative_flips),
-            whole(one.labels),
-            ", ".join(map(str, one.seeds)),
+            summary.method,
+            number(summary.start),
+            number(summary.best_dev),
+            _score_with_deviation(summary),
+            percent(summary.recovery, 0),
+            integer(summary.steps_to_scratch),
+            percent(summary.negative_flips),
+            integer(summary.labels),
+            ", ".join(map(str, summary.seeds)),
         )
-        for one in setting.standings
+        for summary in setting.summaries
     )
-    return Table(f"{setting.metric} by method: {setting.about}", head, rows)
+    return Table(f"{setting.metric} by method: {setting.description}", columns, rows)
 
 
-def _scores(setting: Setting, name: str) -> Chart:
-    shown = [one for one in setting.standings if one.test is not None]
-    best = max(shown, key=lambda one: one.test or 0.0)
-    finding = f"{best.method} has the highest {setting.metric} on {setting.split}, {number(best.test)}"
-    if best.deviation is not None:
-        finding += f" ± {number(best.deviation)}"
-    others = [one for one in shown if one.method == "scratch" and one is not best]
-    finding += "".join(f"; scratch has {number(one.test)}" for one in others)
-    if setting.old is not None:
-        finding += f"; the old deployment had {number(setting.old)}"
-    rows = tuple((one.method, number(one.test), number(one.deviation)) for one in shown)
-    levels = (("old deployment", setting.old), ("guessing", setting.floor))
-    rows += tuple((level, number(value), NONE) for level, value in levels if value is not None)
-    table = Table("Scores by method", ("method", f"{setting.metric} on {setting.split}", "deviation over seeds"), rows)
-    return Chart(f"{name}-methods", "Scores by method", f"{finding}.", draw_methods(setting), table, wide=True)
+def _score_with_deviation(summary: MethodSummary) -> str:
+    deviation = "" if summary.deviation is None else f" ± {number(summary.deviation)}"
+    return number(summary.score) + deviation
 
 
-def _learning(setting: Setting, name: str) -> Chart:
-    shown = [one for one in setting.standings if one.curve]
-    curves = {one.method: one.curve for one in shown}
-    finding = f"Learning curves of {len(shown)} method{'' if len(shown) == 1 else 's'}"
-    if setting.level is not None:
-        finding += f": scratch ends at {number(setting.level)}"
-        reached = [one for one in shown if one.steps_to_scratch is not None and one.method != "scratch"]
-        never = [one.method for one in shown if one.steps_to_scratch is None]
-        finding += "".join(
-            f"; {one.method} is there {'before the first step' if not one.steps_to_scratch else _after(one)}"
-            for one in sorted(reached, key=lambda one: one.steps_to_scratch or 0.0)
-        )
-        finding += f"; {listing(never)} {'does' if len(never) == 1 else 'do'} not get there" if never else ""
-    rows = tuple((one.method, whole(step), number(score)) for one in shown for step, score in one.curve)
+def _score_chart(setting: Setting, name: str) -> Chart:
+    measured = [summary for summary in setting.summaries if summary.score is not None]
+    best = max(measured, key=lambda summary: summary.score or 0.0)
+    finding = f"{best.method} has the highest {setting.metric} on {setting.split}, {_score_with_deviation(best)}"
+    if best.method != "scratch":
+        finding += "".join(f"; scratch has {number(row.score)}" for row in measured if row.method == "scratch")
+    if setting.old_score is not None:
+        finding += f"; the old deployment had {number(setting.old_score)}"
+    rows = [(summary.method, number(summary.score), number(summary.deviation)) for summary in measured]
+    for level, score in (("old deployment", setting.old_score), ("guessing", setting.floor)):
+        if score is not None:
+            rows.append((level, number(score), MISSING))
+    columns = ("method", f"{setting.metric} on {setting.split}", "deviation over seeds")
+    title = "Scores by method"
+    table = Table(title, columns, tuple(rows))
+    return Chart(f"{name}-methods", title, f"{finding}.", draw_method_scores(setting), table, wide=True)
+
+
+def _learning_chart(setting: Setting, name: str) -> Chart:
+    summaries = [summary for summary in setting.summaries if summary.curve]
+    finding = f"Learning curves of {len(summaries)} method{'' if len(summaries) == 1 else 's'}"
+    if setting.scratch_dev is not None:
+        finding += f": scratch ends at {number(setting.scratch_dev)}{_reached_by(summaries)}"
+    curves = {summary.method: summary.curve for summary in summaries}
+    rows = tuple((method, integer(step), number(score)) for method, curve in curves.items() for step, score in curve)
     table = Table("Learning curves", ("method", "steps", f"{setting.metric} on dev"), rows)
-    figure = draw_learning(curves, setting.level, setting.metric)
-    title = f"Learning curves: {setting.about}"
+    figure = draw_learning_curves(curves, setting.scratch_dev, setting.metric)
+    title = f"Learning curves: {setting.description}"
     return Chart(f"{name}-learning", title, f"{finding}.", figure, table, wide=True)
 
 
-def _after(one: Standing) -> str:
-    return f"after {whole(one.steps_to_scratch)} steps"
+def _reached_by(summaries: list[MethodSummary]) -> str:
+    """Say when each method reaches scratch's last score, the earliest first, and which never do."""
+    steps = {
+        summary.method: summary.steps_to_scratch
+        for summary in summaries
+        if summary.steps_to_scratch is not None and summary.method != "scratch"
+    }
+    clauses = [
+        f"{method} is there {f'after {integer(count)} steps' if count else 'before the first step'}"
+        for method, count in sorted(steps.items(), key=lambda entry: entry[1])
+    ]
+    if never := [summary.method for summary in summaries if summary.steps_to_scratch is None]:
+        clauses.append(f"{join_words(never)} {'does' if len(never) == 1 else 'do'} not get there")
+    return "".join(f"; {clause}" for clause in clauses)
 
 
-def _cost(setting: Setting) -> Table:
-    rows = tuple((one.method, whole(one.steps), seconds(one.seconds), whole(one.labels)) for one in setting.standings)
-    return Table(f"Cost by method: {setting.about}", ("method", "steps", "time", "labelled examples"), rows)
+def _cost_table(setting: Setting) -> Table:
+    rows = tuple(
+        (summary.method, integer(summary.steps), duration(summary.seconds), integer(summary.labels))
+        for summary in setting.summaries
+    )
+    return Table(f"Cost by method: {setting.description}", ("method", "steps", "time", "labelled examples"), rows)
 
 
 def _notes(setting: Setting) -> list[str]:
-    said = []
-    for record in (run.record for run in setting.outcomes):
+    """Return what the runs recorded about their own limits, each note once."""
+    notes = []
+    for record in (run.record for run in setting.runs):
+        run = f"{record.method}, seed {record.seed}"
         for name in ("why", "cannot_know"):
-            note = record.notes.get(name)
-            if isinstance(note, str):
-                said.append(f"{record.method}, seed {record.seed}: {note}")
-        left = record.notes.get("passed_over")
-        if left and isinstance(left, dict):
-            said.append(
-                f"{record.method}, seed {record.seed}: {len(left)} layers carry their old delta unchanged: "
-                f"{', '.join(list(left)[:3])}{' …' * (len(left) > 3)}"
-            )
-    return list(dict.fromkeys(said))
+            if isinstance(note := record.notes.get(name), str):
+                notes.append(f"{run}: {note}")
+        unchanged = record.notes.get("passed_over")
+        if unchanged and isinstance(unchanged, dict):
+            layers = ", ".join(list(unchanged)[:3]) + (" …" if len(unchanged) > 3 else "")
+            notes.append(f"{run}: {len(unchanged)} layers carry their old delta unchanged: {layers}")
+    return list(dict.fromkeys(notes))

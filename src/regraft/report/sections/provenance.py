@@ -1,4 +1,4 @@
-"""Where it all comes from, what was left out and why, and how to make it again."""
+"""The inputs and versions behind the figures, what was left out and why, and the commands to reproduce them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from regraft.report.page import Block, Commands, Section, Table
-from regraft.report.wording import NONE, seconds
+from regraft.report.wording import MISSING, duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -17,87 +17,93 @@ if TYPE_CHECKING:
     from regraft.report.summaries import Setting
 
 TASK_FILE = "TASK.yaml"
-AS_THEY_ARE = "the old weights as they are"
-_RECIPE = ("steps", "batch_size", "learning_rate", "warmup", "eval_every", "save_every", "precision")
+_RECIPE_FIELDS = ("steps", "batch_size", "learning_rate", "warmup", "eval_every", "save_every", "precision")
 
 
 def provenance_sections(settings: list[Setting], diagnosed: tuple[Path, Diagnosis] | None) -> list[Section]:
-    """Show bases, fingerprints, versions, recipes and the commands.
+    """Show bases, fingerprints, versions, recipes and commands.
 
     Args:
-        settings: The part's outcomes.
-        diagnosed: Its diagnosis, with the folder it lies in.
+        settings: The part's settings.
+        diagnosed: The part's diagnosis and its folder; None without a diagnosis.
 
     Returns:
-        The section.
+        The section; none if there is nothing to show.
     """
-    runs = [run for setting in settings for run in setting.outcomes]
+    runs = [run for setting in settings for run in setting.runs]
     blocks: list[Block] = []
+    versions: list[Mapping[str, str]] = []
+    commands: list[str] = []
     if diagnosed:
-        blocks += _diagnosis(diagnosed[1])
+        folder, diagnosis = diagnosed
+        blocks += _diagnosis_tables(diagnosis)
+        versions.append(diagnosis.versions)
+        commands.append(_check_command(folder, diagnosis))
     if runs:
-        blocks += _outcomes(runs)
-    versions = [diagnosed[1].versions] if diagnosed else []
-    versions += [run.record.versions for run in runs]
-    if rows := _versions(versions):
-        blocks.append(Table("Versions", ("package", "version"), rows, prose=2))
-    commands = [_check_command(*diagnosed)] if diagnosed else []
-    commands += [command for run in runs if (command := _outcome_command(run))]
+        blocks += _run_tables(runs)
+        versions += [run.record.versions for run in runs]
+        commands += [command for run in runs if (command := _run_command(run))]
+    if rows := _version_rows(versions):
+        blocks.append(Table("Versions", ("package", "version"), rows, text_columns=2))
     if commands:
         blocks.append(Commands(f"To make it again, with your task file for {TASK_FILE}", tuple(commands)))
     if not blocks:
         return []
-    lead = "What the figures come from. A fingerprint says whether weights are the very same."
+    lead = "The inputs behind the figures. Weights with equal fingerprints are identical."
     return [Section("provenance", "Provenance", lead, tuple(blocks))]
 
 
-def _diagnosis(diagnosis: Diagnosis) -> list[Block]:
-    marks = diagnosis.fingerprints
+def _diagnosis_tables(diagnosis: Diagnosis) -> list[Block]:
+    compared = "the old weights as they are" if diagnosis.compared == "direct" else diagnosis.compared
+    fingerprints = diagnosis.fingerprints
     rows = (
-        ("old base", diagnosis.old_base, marks.get("old_base", NONE)),
-        ("new base", diagnosis.new_base, marks.get("new_base", NONE)),
-        ("adaptation", diagnosis.adaptation, marks.get("adaptation", NONE)),
-        ("compared with", AS_THEY_ARE if diagnosis.compared == "direct" else diagnosis.compared, NONE),
+        ("old base", diagnosis.old_base, fingerprints.get("old_base", MISSING)),
+        ("new base", diagnosis.new_base, fingerprints.get("new_base", MISSING)),
+        ("adaptation", diagnosis.adaptation, fingerprints.get("adaptation", MISSING)),
+        ("compared with", compared, MISSING),
     )
-    blocks: list[Block] = [Table("What was diagnosed", ("what", "name", "fingerprint"), rows, prose=3)]
+    blocks: list[Block] = [Table("What was diagnosed", ("what", "name", "fingerprint"), rows, text_columns=3)]
     if diagnosis.left_out:
         reasons = tuple(sorted(diagnosis.left_out.items()))
-        blocks.append(Table("Left out, and why", ("question", "reason"), reasons, prose=2))
+        blocks.append(Table("Left out, and why", ("question", "reason"), reasons, text_columns=2))
     if diagnosis.seconds:
-        cost = [(name, seconds(value)) for name, value in diagnosis.seconds.items()]
-        cost.append(("all", seconds(sum(diagnosis.seconds.values()))))
-        blocks.append(Table("What the diagnosis cost", ("question", "time"), tuple(cost)))
+        times = [(name, duration(seconds)) for name, seconds in diagnosis.seconds.items()]
+        times.append(("all", duration(sum(diagnosis.seconds.values()))))
+        blocks.append(Table("What the diagnosis cost", ("question", "time"), tuple(times)))
     return blocks
 
 
-def _outcomes(runs: list[Run]) -> list[Block]:
-    bases: dict[tuple[str, ...], None] = {}
+def _run_tables(runs: list[Run]) -> list[Block]:
+    inputs: dict[tuple[str, ...], None] = {}  # the keys are an ordered set: many runs have the same bases
     for record in (run.record for run in runs):
         if source := record.recycled_from:
-            bases["old base", source.old_base, source.old_base_fingerprint] = None
-            bases["adaptation", source.adaptation, source.fingerprint] = None
-        bases["base", record.base.name, record.base.fingerprint] = None
+            inputs["old base", source.old_base, source.old_base_fingerprint] = None
+            inputs["adaptation", source.adaptation, source.fingerprint] = None
+        inputs["base", record.base.name, record.base.fingerprint] = None
     rows = tuple((run.record.method, str(run.record.seed), str(run.path), _recipe(run.record.recipe)) for run in runs)
     return [
-        Table("Bases and adaptations of the outcomes", ("what", "name", "fingerprint"), tuple(bases), prose=3),
-        Table("Outcomes", ("method", "seed", "folder", "recipe"), rows, prose=4),
+        Table("Bases and adaptations of the outcomes", ("what", "name", "fingerprint"), tuple(inputs), text_columns=3),
+        Table("Outcomes", ("method", "seed", "folder", "recipe"), rows, text_columns=4),
     ]
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {_plain(recipe[name])}" for name in _RECIPE if recipe.get(name))
+    return ", ".join(
+        f"{name.replace('_', ' ')} {_format_value(recipe[name])}" for name in _RECIPE_FIELDS if recipe.get(name)
+    )
 
 
-def _plain(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _versions(several: Iterable[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
-    known: dict[str, dict[str, None]] = {}
-    for versions in several:
+def _version_rows(version_records: Iterable[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Merge the versions of several records: a row for each package, with every version of it."""
+    versions_by_package: dict[str, dict[str, None]] = {}
+    for versions in version_records:
         for package, version in versions.items():
-            known.setdefault(package, {})[version] = None
-    return tuple((package, ", ".join(versions)) for package, versions in sorted(known.items()))
+            versions_by_package.setdefault(package, {})[version] = None
+    return tuple((package, ", ".join(versions)) for package, versions in sorted(versions_by_package.items()))
 
 
 def _check_command(folder: Path, diagnosis: Diagnosis) -> str:
@@ -114,7 +120,8 @@ def _check_command(folder: Path, diagnosis: Diagnosis) -> str:
     return shlex.join([*words, "--out", str(folder)])
 
 
-def _outcome_command(run: Run) -> str | None:
+def _run_command(run: Run) -> str | None:
+    """Return the command that makes a run again; None if it came neither from `recycle` nor from `tune`."""
     record = run.record
     source, base = record.recycled_from, record.base.name
     if source:
@@ -129,7 +136,7 @@ def _outcome_command(run: Run) -> str | None:
     else:
         return None
     words += ["--task", TASK_FILE, "--seed", str(record.seed)]
-    for name in _RECIPE:
+    for name in _RECIPE_FIELDS:
         if record.recipe.get(name) is not None:
-            words += [f"--{name.replace('_', '-')}", _plain(record.recipe[name])]
+            words += [f"--{name.replace('_', '-')}", _format_value(record.recipe[name])]
     return shlex.join([*words, "--out", str(run.path)])

@@ -1,11 +1,11 @@
-"""Which examples changed, and what the type of task shows of it."""
+"""The examples that changed, and what the task type shows of them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regraft.report.page import Block, Browser, Charts, Facts, Section
-from regraft.report.views import chart_of, table_of, texts_of
+from regraft.report.page import Block, Charts, Facts, FlipBrowser, Section
+from regraft.report.views import marked_texts_block, scatter_chart, table_block
 from regraft.report.wording import number, percent
 from regraft.task.types import MarkedText, Scatter, Table
 
@@ -13,55 +13,51 @@ if TYPE_CHECKING:
     from regraft.diagnosis import Diagnosis, Regressions
 
 ORDER = 90
-MARGIN = 0.05
+SIGNIFICANCE = 0.05
 """The usual level of significance."""
 
 
-def show(regressions: Regressions, diagnosis: Diagnosis, part: str) -> list[Section]:
-    """Show flips, and what the type of task shows of them.
+def show(regressions: Regressions, diagnosis: Diagnosis, prefix: str) -> list[Section]:
+    """Show the flips, and the views of the task type.
 
     Args:
         regressions: The answer.
         diagnosis: The whole diagnosis.
-        part: The part's name, for those of the charts.
+        prefix: The prefix of the charts' names.
 
     Returns:
-        Regressions, and a section a chart of the type.
+        A section for the flips and tables, and one for each chart of the task type.
     """
-    examples = regressions.examples or 1
+    examples, p = regressions.examples, regressions.mcnemar
     facts = [
-        (
-            "negative flips",
-            f"{regressions.negative:,} ({percent(regressions.negative / examples)})",
-            "right before, wrong now",
-        ),
-        (
-            "positive flips",
-            f"{regressions.positive:,} ({percent(regressions.positive / examples)})",
-            "wrong before, right now",
-        ),
-        ("McNemar's test", f"p = {_p(regressions.mcnemar)}", _significance(regressions.mcnemar)),
+        ("negative flips", _count_and_share(regressions.negative, examples), "right before, wrong now"),
+        ("positive flips", _count_and_share(regressions.positive, examples), "wrong before, right now"),
+        ("McNemar's test", f"p = {_p_value(p)}", _significance(p)),
     ]
     if regressions.noise is not None:
         facts.append(("noise floor", percent(regressions.noise), "negative flips between two seeds of one recipe"))
     blocks: list[Block] = [Facts(tuple(facts))]
-    blocks += [table_of(view) for view in regressions.views if isinstance(view, Table)]
-    blocks += [texts_of(view) for view in regressions.views if isinstance(view, MarkedText)]
+    blocks += [table_block(view) for view in regressions.views if isinstance(view, Table)]
+    blocks += [marked_texts_block(view) for view in regressions.views if isinstance(view, MarkedText)]
     if regressions.flips:
-        blocks.append(Browser(regressions.flips))
-    lead = f"Predictions on {regressions.examples:,} examples of {regressions.split} that changed with the upgrade."
+        blocks.append(FlipBrowser(regressions.flips))
+    lead = f"Predictions on {examples:,} examples of {regressions.split} that changed with the upgrade."
     sections = [Section("regressions", "Regressions", lead, tuple(blocks))]
     sections += [
-        Section(view.name, view.title, view.lead, (Charts((chart_of(view, part),)),))
+        Section(view.name, view.title, view.lead, (Charts((scatter_chart(view, prefix),)),))
         for view in regressions.views
         if isinstance(view, Scatter)
     ]
     return sections
 
 
-def _p(value: float) -> str:
-    return number(value) if value >= 0.001 else f"{value:.1e}".replace("-", "−")
+def _count_and_share(count: int, examples: int) -> str:
+    return f"{count:,} ({percent(count / (examples or 1))})"
+
+
+def _p_value(p: float) -> str:
+    return number(p) if p >= 0.001 else f"{p:.1e}".replace("-", "−")
 
 
 def _significance(p: float) -> str:
-    return "more than chance explains" if p < MARGIN else "chance alone could explain the difference"
+    return "more than chance explains" if p < SIGNIFICANCE else "chance alone could explain the difference"

@@ -1,10 +1,10 @@
-"""Whether what the new base learnt survives in the deployment."""
+"""How much of what the new base learnt survives in the deployment."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regraft.report.charts import draw_kept
+from regraft.report.charts import draw_retention
 from regraft.report.page import Block, Chart, Charts, Facts, Section, Table
 from regraft.report.wording import number, percent
 
@@ -14,25 +14,29 @@ if TYPE_CHECKING:
 ORDER = 80
 
 
-def show(kept: Retention, diagnosis: Diagnosis, part: str) -> list[Section]:
+def show(retention: Retention, diagnosis: Diagnosis, prefix: str) -> list[Section]:
     """Show the language-modelling losses.
 
     Args:
-        kept: The answer.
+        retention: The answer.
         diagnosis: The whole diagnosis.
-        part: The part's name, for those of the charts.
+        prefix: The prefix of the charts' names.
 
     Returns:
-        The section; none without losses.
+        The section; none if there are no losses.
     """
-    if not kept.loss:
+    if not retention.loss:
         return []
-    finding = f"Language-modelling loss: {', '.join(f'{name} {number(value)}' for name, value in kept.loss.items())}"
-    share = None if kept.share is None else percent(kept.share, 0)
-    finding += "." if share is None else f"; the recycled model keeps {share} of the new base's gain."
-    rows = tuple((name, number(value, 4)) for name, value in kept.loss.items())
-    table = Table("Language-modelling loss", ("model", "nats a token"), rows)
-    chart = Chart(f"{part}-kept", "Language-modelling loss", finding, draw_kept(kept.loss), table, wide=True)
-    lead = f"Whether what the new base learnt survives in the deployment, measured on {kept.text}."
-    blocks: list[Block] = [] if share is None else [Facts((("kept", share, "of the new base's gain"),))]
-    return [Section("kept", "Keeps the upgrade", lead, (*blocks, Charts((chart,))))]
+    title = "Language-modelling loss"
+    finding = f"{title}: {', '.join(f'{name} {number(loss)}' for name, loss in retention.loss.items())}"
+    blocks: list[Block] = []
+    if retention.share is not None:
+        share = percent(retention.share, 0)
+        finding += f"; the recycled model keeps {share} of the new base's gain"
+        blocks.append(Facts((("kept", share, "of the new base's gain"),)))
+    rows = tuple((name, number(loss, 4)) for name, loss in retention.loss.items())
+    table = Table(title, ("model", "nats a token"), rows)
+    figure = draw_retention(retention.loss)
+    blocks.append(Charts((Chart(f"{prefix}-kept", title, f"{finding}.", figure, table, wide=True),)))
+    lead = f"Whether what the new base learnt survives in the deployment, measured on {retention.text}."
+    return [Section("kept", "Keeps the upgrade", lead, tuple(blocks))]

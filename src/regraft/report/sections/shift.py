@@ -1,12 +1,12 @@
-"""How far the upgrade moved the base, against what tuning had moved."""
+"""How far the upgrade moved the base, compared with how far tuning had moved it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regraft.report.charts import draw_angles, draw_moved
-from regraft.report.page import Chart, Charts, Facts, Section, Table
-from regraft.report.wording import NONE, number, percent
+from regraft.report.charts import draw_group_shifts, draw_shift_angles
+from regraft.report.page import Block, Chart, Charts, Facts, Section, Table
+from regraft.report.wording import MISSING, number, percent
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Diagnosis, Shift
@@ -15,67 +15,83 @@ if TYPE_CHECKING:
 ORDER = 70
 
 
-def show(shift: Shift, diagnosis: Diagnosis, part: str) -> list[Section]:
+def show(shift: Shift, diagnosis: Diagnosis, prefix: str) -> list[Section]:
     """Show distances by layer and by kind of tensor.
 
     Args:
         shift: The answer.
         diagnosis: The whole diagnosis.
-        part: The part's name, for those of the charts.
+        prefix: The prefix of the charts' names.
 
     Returns:
         The section.
     """
-    whole = shift.whole
-    charts = []
-    for name, groups in (("layer", shift.layers), ("kind", shift.kinds)):
-        if not groups:
-            continue
-        names = [group.name for group in groups]
-        shifts = [100 * _relative(group.shift, group) for group in groups]
-        deltas = [100 * _relative(group.delta, group) for group in groups]
-        top = max(range(len(groups)), key=shifts.__getitem__)
-        finding = (
-            f"By {name}: the upgrade moved {names[top]} most, by {number(shifts[top], 1)} % of its norm, where tuning "
-            f"moved it by {number(deltas[top], 1)} %."
-        )
-        rows = tuple((group.name, number(group.base, 2), *_cells(group)) for group in groups)
-        head = (name, "norm of the base", "base shift", "delta", "cosine", "equal signs", "subspace overlap")
-        table = Table(f"Distance by {name}", head, rows)
-        figure = draw_moved(names, shifts, deltas)
-        charts.append(Chart(f"{part}-distance-{name}s", f"Distance by {name}", finding, figure, table))
-        angles = {
-            "cosine": [group.cosine for group in groups],
-            "share of equal signs": [group.signs for group in groups],
-            "subspace overlap": [group.overlap for group in groups],
-        }
-        if any(value is not None for values in angles.values() for value in values):
-            figure = draw_angles(names, *angles.values())
-            finding = f"By {name}: " + "; ".join(_range(what, values) for what, values in angles.items() if any(values))
-            title = f"Shift against delta by {name}"
-            charts.append(Chart(f"{part}-angles-{name}s", title, f"{finding}.", figure, table))
+    body = shift.whole
     facts = (
-        ("base shift", percent(_relative(whole.shift, whole)), f"of the old base's norm of {number(whole.base, 2)}"),
-        ("delta", percent(_relative(whole.delta, whole)), "how far tuning had moved it, the same way"),
-        ("cosine", number(whole.cosine), "of shift and delta: 0 is neither with nor against"),
-        ("equal signs", percent(whole.signs), "entries that both move the same way"),
-        ("overlap", number(whole.overlap), "of leading subspaces: mean squared cosine"),
+        ("base shift", percent(_relative(body.shift, body)), f"of the old base's norm of {number(body.base, 2)}"),
+        ("delta", percent(_relative(body.delta, body)), "how far tuning had moved it, the same way"),
+        ("cosine", number(body.cosine), "of shift and delta: 0 is neither with nor against"),
+        ("equal signs", percent(body.signs), "entries that both move the same way"),
+        ("overlap", number(body.overlap), "of leading subspaces: mean squared cosine"),
     )
+    blocks: list[Block] = [Facts(tuple(fact for fact in facts if fact[1] != MISSING))]
+    charts = [
+        chart
+        for grouping, groups in (("layer", shift.layers), ("kind", shift.kinds))
+        if groups
+        for chart in _group_charts(grouping, groups, prefix)
+    ]
+    if charts:
+        blocks.append(Charts(tuple(charts)))
     lead = (
         "The base shift is new base minus old base, the delta is tuned minus old base; both relative to the old base."
     )
-    measured = tuple(fact for fact in facts if fact[1] != NONE)
-    blocks = (Facts(measured), Charts(tuple(charts))) if charts else (Facts(measured),)
-    return [Section("distance", "Distance", lead, blocks)]
+    return [Section("distance", "Distance", lead, tuple(blocks))]
+
+
+def _group_charts(grouping: str, groups: tuple[GroupShift, ...], prefix: str) -> list[Chart]:
+    """Return the chart of the norms of shift and delta, and, where there are deltas, the chart of their angles."""
+    names = [group.name for group in groups]
+    shifts = [100 * _relative(group.shift, group) for group in groups]
+    deltas = [100 * _relative(group.delta, group) for group in groups]
+    largest = max(range(len(groups)), key=shifts.__getitem__)
+    finding = (
+        f"By {grouping}: the upgrade moved {names[largest]} most, by {number(shifts[largest], 1)} % of its norm, where "
+        f"tuning moved it by {number(deltas[largest], 1)} %."
+    )
+    title = f"Distance by {grouping}"
+    columns = (grouping, "norm of the base", "base shift", "delta", "cosine", "equal signs", "subspace overlap")
+    table = Table(title, columns, tuple(_row(group) for group in groups))
+    figure = draw_group_shifts(names, shifts, deltas)
+    charts = [Chart(f"{prefix}-distance-{grouping}s", title, finding, figure, table)]
+    angles = {
+        "cosine": [group.cosine for group in groups],
+        "equal signs": [group.signs for group in groups],
+        "subspace overlap": [group.overlap for group in groups],
+    }
+    ranges = [_range(name, values) for name, values in angles.items() if any(value is not None for value in values)]
+    if ranges:
+        title = f"Shift against delta by {grouping}"
+        finding = f"By {grouping}: {'; '.join(ranges)}."
+        figure = draw_shift_angles(names, angles)
+        charts.append(Chart(f"{prefix}-angles-{grouping}s", title, finding, figure, table))
+    return charts
 
 
 def _relative(norm: float, group: GroupShift) -> float:
     return norm / group.base if group.base else 0.0
 
 
-def _cells(group: GroupShift) -> tuple[str, ...]:
-    moved = (percent(_relative(norm, group), 2) for norm in (group.shift, group.delta))
-    return (*moved, number(group.cosine), percent(group.signs), number(group.overlap))
+def _row(group: GroupShift) -> tuple[str, ...]:
+    return (
+        group.name,
+        number(group.base, 2),
+        percent(_relative(group.shift, group), 2),
+        percent(_relative(group.delta, group), 2),
+        number(group.cosine),
+        percent(group.signs),
+        number(group.overlap),
+    )
 
 
 def _range(name: str, values: list[float | None]) -> str:

@@ -1,129 +1,145 @@
-"""Whether the two models do the same inside: attention, hidden states, predictions."""
+"""How alike the two models are inside: attention, hidden states and predictions."""
 
 from __future__ import annotations
 
 import statistics
 from typing import TYPE_CHECKING
 
+from regraft.diagnosis import Similarity
 from regraft.report.charts import draw_attention, draw_cka, draw_heads
 from regraft.report.page import Chart, Charts, Facts, Section, Table
-from regraft.report.wording import finite, number, percent
+from regraft.report.wording import finite_values, number, percent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from regraft.diagnosis import AttentionMap, Control, Diagnosis, Similarity
-    from regraft.report.page import Block
+    from regraft.diagnosis import AttentionMap, Control, Diagnosis
 
 ORDER = 60
 
 
-def show(similarity: Similarity, diagnosis: Diagnosis, part: str) -> list[Section]:
-    """Show how alike the old tuned and the new model are in what they do.
+def show(similarity: Similarity, diagnosis: Diagnosis, prefix: str) -> list[Section]:
+    """Show how alike the old and the new deployment attend, represent and predict.
 
     Args:
         similarity: The answer.
         diagnosis: The whole diagnosis.
-        part: The part's name, for those of the charts.
+        prefix: The prefix of the charts' names.
 
     Returns:
-        Heads, attention maps and hidden states.
+        The sections of heads, of attention maps, and of hidden states and predictions.
     """
     sections = []
-    if similarity.divergence and similarity.divergence[0]:
-        sections.append(_heads(similarity, part))
+    if _has_heads(similarity):
+        sections.append(_heads_section(similarity, prefix))
     if similarity.maps:
-        charts = tuple(_attention(map_, f"{part}-attention-{n}") for n, map_ in enumerate(similarity.maps, 1))
-        lead = "Where chosen heads look on one text, in both models: rows attend to columns, bright is much."
+        charts = tuple(
+            _attention_chart(attention, f"{prefix}-attention-{i}")
+            for i, attention in enumerate(similarity.maps, start=1)
+        )
+        lead = "The attention of some heads on one text, in both models: rows attend to columns, bright is much."
         sections.append(Section("attention", "Attention maps", lead, (Charts(charts),)))
     if similarity.cka:
-        sections.append(_hidden(similarity, part))
+        sections.append(_hidden_section(similarity, prefix))
     return sections
 
 
-def _heads(similarity: Similarity, part: str) -> Section:
-    control = similarity.control
-    pairs: list[tuple[str, Similarity | Control, str]] = [("old and new model", similarity, "heads")]
-    if control and control.divergence and control.divergence[0]:
-        pairs.append((f"control: {control.name}", control, "control"))
-    top = max(finite(value for _, pair, _ in pairs for row in pair.divergence for value in row), default=0.0) or 1.0
-    charts = []
-    for title, pair, name in pairs:
-        best = similarity.best if pair is similarity else None
-        flat = {(i, j): v for i, row in enumerate(pair.divergence) for j, v in enumerate(row)}
-        most, least = max(flat, key=flat.__getitem__), min(flat, key=flat.__getitem__)
-        finding = (
-            f"{title[0].upper()}{title[1:]}: mean divergence {number(statistics.fmean(flat.values()))} bits, most in "
-            f"layer {most[0]}, head {most[1]} ({number(flat[most])}), least in layer {least[0]}, head {least[1]} "
-            f"({number(flat[least])})."
-        )
-        head: tuple[str, ...] = ("layer", "head", "divergence (bits)", "cosine")
-        rows: list[tuple[str, ...]] = [
-            (str(i), str(j), number(v), number(pair.cosine[i][j])) for (i, j), v in flat.items()
-        ]
-        if best:
-            head += ("divergence to other heads", "nearest head")
-            rows = [
-                (*row, number(similarity.others[i][j]), str(best[i][j])) for row, (i, j) in zip(rows, flat, strict=True)
-            ]
-        figure = draw_heads(pair.divergence, best, top)
-        table = Table(f"Head by head, {title}", head, tuple(rows), prose=2)
-        charts.append(Chart(f"{part}-{name}", f"Heads, {title}", finding, figure, table))
-    own = sum(nearest == head for row in similarity.best for head, nearest in enumerate(row))
+def _has_heads(figures: Similarity | Control) -> bool:
+    return bool(figures.divergence and figures.divergence[0])
+
+
+def _heads_section(similarity: Similarity, prefix: str) -> Section:
+    control = similarity.control if similarity.control and _has_heads(similarity.control) else None
+    compared: list[Similarity | Control] = [similarity, control] if control else [similarity]
+    values = finite_values(value for figures in compared for row in figures.divergence for value in row)
+    top = max(values, default=0.0) or 1.0  # one colour scale for both charts
+    charts = [_heads_chart(similarity, "old and new model", f"{prefix}-heads", top)]
+    if control:
+        charts.append(_heads_chart(control, f"control: {control.name}", f"{prefix}-control", top))
+    self_matched = sum(nearest == head for row in similarity.best for head, nearest in enumerate(row))
     total = sum(map(len, similarity.best))
-    facts = [("matched heads", f"{own} of {total}", "are nearest to the head in their own place")]
+    facts = Facts((("matched heads", f"{self_matched} of {total}", "are nearest to the head in their own place"),))
     lead = (
         f"How differently matched heads attend on {similarity.texts:,} texts: 0 bits is the same, 1 bit is nothing in "
         "common. A ring marks a head that is nearer to another one of its layer. "
         "Layers and heads are counted from 0, as in the names of tensors."
     )
-    blocks: tuple[Block, ...] = (Facts(tuple(facts)), Charts(tuple(charts)))
-    return Section("heads", "Similarity of attention heads", lead, blocks)
+    return Section("heads", "Similarity of attention heads", lead, (facts, Charts(tuple(charts))))
 
 
-def _attention(attention: AttentionMap, name: str) -> Chart:
-    title = f"Layer {attention.layer}, head {attention.head}: {number(attention.divergence)} bits apart"
+def _heads_chart(figures: Similarity | Control, title: str, name: str, top: float) -> Chart:
+    columns: tuple[str, ...] = ("layer", "head", "divergence (bits)", "cosine")
+    if isinstance(figures, Similarity):
+        columns += ("divergence to other heads", "nearest head")
+    rows: list[tuple[str, ...]] = []
+    divergences: dict[tuple[int, int], float] = {}
+    for layer, layer_divergences in enumerate(figures.divergence):
+        for head, divergence in enumerate(layer_divergences):
+            divergences[layer, head] = divergence
+            row: tuple[str, ...] = (str(layer), str(head), number(divergence), number(figures.cosine[layer][head]))
+            if isinstance(figures, Similarity):
+                row += (number(figures.others[layer][head]), str(figures.best[layer][head]))
+            rows.append(row)
+    most, least = max(divergences, key=divergences.__getitem__), min(divergences, key=divergences.__getitem__)
+    finding = (
+        f"{title[0].upper()}{title[1:]}: mean divergence {number(statistics.fmean(divergences.values()))} bits, most "
+        f"in layer {most[0]}, head {most[1]} ({number(divergences[most])}), least in layer {least[0]}, head {least[1]} "
+        f"({number(divergences[least])})."
+    )
+    table = Table(f"Head by head, {title}", columns, tuple(rows), text_columns=2)
+    best = figures.best if isinstance(figures, Similarity) else None
+    return Chart(name, f"Heads, {title}", finding, draw_heads(figures.divergence, best, top), table)
+
+
+def _attention_chart(attention: AttentionMap, name: str) -> Chart:
+    head, distance = f"Layer {attention.layer}, head {attention.head}", f"{number(attention.divergence)} bits apart"
     tokens = attention.tokens
 
     def strongest(rows: Sequence[Sequence[float]]) -> str:
-        weight, at, to = max((value, i, j) for i, row in enumerate(rows) for j, value in enumerate(row))
-        return f"“{tokens[at]}” attends to “{tokens[to]}” ({number(weight, 2)})"
+        weight, query, key = max((value, i, j) for i, row in enumerate(rows) for j, value in enumerate(row))
+        return f"“{tokens[query]}” attends to “{tokens[key]}” ({number(weight, 2)})"
 
-    finding = f"Layer {attention.layer}, head {attention.head}, {number(attention.divergence)} bits apart."
+    finding = f"{head}, {distance}"
     if tokens:
-        finding = finding[:-1] + f": most strongly, in the old model {strongest(attention.old)}, in the new "
-        finding += f"{strongest(attention.new)}."
+        finding += (
+            f": most strongly, in the old model {strongest(attention.old)}, in the new {strongest(attention.new)}"
+        )
     rows = tuple(
-        (at, to, number(attention.old[i][j]), number(attention.new[i][j]))
-        for i, at in enumerate(tokens)
-        for j, to in enumerate(tokens)
+        (query, key, number(attention.old[i][j]), number(attention.new[i][j]))
+        for i, query in enumerate(tokens)
+        for j, key in enumerate(tokens)
     )
-    table = Table(title, ("token", "attends to", "old", "new"), rows, prose=2)
-    return Chart(name, title, finding, draw_attention(attention), table, wide=True)
+    title = f"{head}: {distance}"
+    table = Table(title, ("token", "attends to", "old", "new"), rows, text_columns=2)
+    return Chart(name, title, f"{finding}.", draw_attention(attention), table, wide=True)
 
 
-def _hidden(similarity: Similarity, part: str) -> Section:
-    cka, control = similarity.cka, similarity.control
-    other = control.cka if control and len(control.cka) == len(cka) else None
-    low = min(range(len(cka)), key=cka.__getitem__)
-    finding = f"CKA is lowest {_layer(low)}, {number(cka[low])}"
-    finding += f", and {number(cka[-1])} in the last layer" if low < len(cka) - 1 else ", the last"
-    finding += f"; the control's last layer has {number(other[-1])}." if other else "."
-    names = ["embeddings", *(f"layer {i}" for i in range(len(cka) - 1))]
-    columns = [cka, *([other] if other else [])]
-    rows = tuple((name, *(number(c[i]) for c in columns)) for i, name in enumerate(names))
-    name = control.name if control else ""
-    head = ("layer", "old and new", *([f"control: {name}"] if other else []))
-    figure = draw_cka(cka, other, name)
-    table = Table("Linear CKA by layer", head, rows)
-    chart = Chart(f"{part}-cka", "Linear CKA of hidden states", finding, figure, table, wide=True)
+def _hidden_section(similarity: Similarity, prefix: str) -> Section:
     facts = (
         ("agreement", percent(similarity.agreement), "of predictions are the same"),
         ("KL", number(similarity.kl), "nats from the old model's predictions to the new one's"),
     )
     lead = "Linear CKA compares what a layer represents: 1 is the same up to rotation and scale."
-    return Section("hidden", "Hidden states and predictions", lead, (Facts(facts), Charts((chart,))))
+    blocks = (Facts(facts), Charts((_cka_chart(similarity, f"{prefix}-cka"),)))
+    return Section("hidden", "Hidden states and predictions", lead, blocks)
 
 
-def _layer(place: int) -> str:
-    return f"in layer {place - 1}" if place else "in the embeddings"
+def _cka_chart(similarity: Similarity, name: str) -> Chart:
+    cka, control = similarity.cka, similarity.control
+    control_name = control.name if control else ""
+    control_cka = control.cka if control and len(control.cka) == len(cka) else None
+    lowest = min(range(len(cka)), key=cka.__getitem__)
+    finding = f"CKA is lowest {f'in layer {lowest - 1}' if lowest else 'in the embeddings'}, {number(cka[lowest])}"
+    finding += f", and {number(cka[-1])} in the last layer" if lowest < len(cka) - 1 else ", the last"
+    finding += f"; the control's last layer has {number(control_cka[-1])}." if control_cka else "."
+    columns: tuple[str, ...] = ("layer", "old and new")
+    series = [cka]
+    if control_cka:
+        columns += (f"control: {control_name}",)
+        series.append(control_cka)
+    layers = ["embeddings", *(f"layer {i}" for i in range(len(cka) - 1))]
+    rows = tuple((layer, *map(number, values)) for layer, *values in zip(layers, *series, strict=True))
+    figure = draw_cka(cka, control_cka, control_name)
+    return Chart(
+        name, "Linear CKA of hidden states", finding, figure, Table("Linear CKA by layer", columns, rows), wide=True
+    )

@@ -1,25 +1,28 @@
-"""What comes first: the verdict and what it rests on."""
+"""The card at the top of a part: the verdict, or the best method, and the figures behind it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from regraft.report.page import Card
-from regraft.report.wording import number, percent, seconds, whole
+from regraft.report.wording import duration, integer, number, percent
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Diagnosis
+    from regraft.report.page import Fact
     from regraft.report.summaries import Setting
 
 TONES = {"use as is": "good", "training-free": "good", "short tuning": "fair", "scratch": "poor"}
-_NAMES = {
-    "use as is": "Use as is", "training-free": "Recycle without training", "short tuning": "Tune a little",
+_TITLES = {
+    "use as is": "Use as is",
+    "training-free": "Recycle without training",
+    "short tuning": "Tune a little",
     "scratch": "Tune from scratch",
-}  # fmt: skip
+}
 
 
 def verdict_card(diagnosis: Diagnosis) -> Card:
-    """Return what a diagnosis comes to.
+    """Return the card of a diagnosis.
 
     Args:
         diagnosis: The diagnosis.
@@ -30,7 +33,7 @@ def verdict_card(diagnosis: Diagnosis) -> Card:
     verdict = diagnosis.verdict
     return Card(
         label="Verdict",
-        choice=_NAMES[verdict.choice],
+        choice=_TITLES[verdict.choice],
         tone=TONES[verdict.choice],
         advice=_sentence(verdict.advice),
         sure=verdict.sure,
@@ -45,34 +48,39 @@ def _sentence(text: str) -> str:
 
 
 def outcome_card(settings: list[Setting]) -> Card:
-    """Return what outcomes come to, where there is no diagnosis: the best of the first setting.
+    """Return the card of runs without a diagnosis: the best method of the first setting.
 
     Args:
-        settings: The task's.
+        settings: The task's settings.
 
     Returns:
         The card.
     """
     setting = settings[0]
-    recycled = [
-        standing for standing in setting.standings if standing.test is not None and standing.method != "scratch"
-    ]
+    recycled = [summary for summary in setting.summaries if summary.score is not None and summary.method != "scratch"]
     if not recycled:
-        first = setting.standings[0]
-        advice = f"It is the only method here: {whole(first.steps)} steps, {seconds(first.seconds)}."
-        return Card("Outcome", first.method, "plain", advice, None, None, _scores(setting))
+        summary = setting.summaries[0]
+        advice = f"It is the only method here: {integer(summary.steps)} steps, {duration(summary.seconds)}."
+        return _measured_card("Outcome", summary.method, advice, _reference_scores(setting))
     best = recycled[0]
-    advice = f"It has the best {setting.metric} on {setting.split} of {len(setting.standings)} methods"
+    advice = f"It has the best {setting.metric} on {setting.split} of {len(setting.summaries)} methods"
     if best.recovery is not None:
         advice += f" and recovers {percent(best.recovery, 0)} of what tuning from scratch gains"
-    reasons = [(f"{setting.metric} on {setting.split}", number(best.test), "the best of the recycled")]
+    reasons = [(f"{setting.metric} on {setting.split}", number(best.score), "the best of the recycled")]
     if best.steps_to_scratch is not None:
-        reasons.append(("steps to scratch", whole(best.steps_to_scratch), "until dev is where scratch ends"))
+        reasons.append(("steps to scratch", integer(best.steps_to_scratch), "until dev is where scratch ends"))
     if best.negative_flips is not None:
         reasons.append(("negative flips", percent(best.negative_flips), "right before the upgrade, wrong after it"))
-    return Card("Best method", best.method, "plain", f"{advice}.", None, None, (*reasons, *_scores(setting)))
+    return _measured_card("Best method", best.method, f"{advice}.", (*reasons, *_reference_scores(setting)))
 
 
-def _scores(setting: Setting) -> tuple[tuple[str, str, str], ...]:
-    levels = (("old deployment", setting.old, "old weights on the old base"), ("guessing", setting.floor, "0 %"))
-    return tuple((name, number(value), says) for name, value, says in levels if value is not None)
+def _measured_card(label: str, method: str, advice: str, reasons: tuple[Fact, ...]) -> Card:
+    return Card(label, method, "plain", advice, sure=None, predicted=None, reasons=reasons)
+
+
+def _reference_scores(setting: Setting) -> tuple[Fact, ...]:
+    scores = (
+        ("old deployment", setting.old_score, "old weights on the old base"),
+        ("guessing", setting.floor, "0 %"),
+    )
+    return tuple((name, number(score), meaning) for name, score, meaning in scores if score is not None)
