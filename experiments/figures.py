@@ -1,4 +1,4 @@
-"""From outcome folders to the figures of an experiment, as plain JSON."""
+"""The figures of the experiment over all methods, as plain JSON, computed from outcome folders."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from grid import cell_folder, cells, old_folder
-from runner import refusal
+from grid import cell_entry, cell_folder, iterate_cells, old_folder
+from runner import has_outcome, refusal_file
 
 from regraft import Upgrade, load_outcome
 from regraft.methods import methods
@@ -21,36 +21,31 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from grid import Cell, Grid
+    from tables import Row
 
     from regraft import Outcome
 
+DIGITS = 5
+"""Decimal places of published figures: more differ from machine to machine."""
 
-def collect(grid: Grid) -> dict[str, Any]:
+
+def collect_results(grid: Grid) -> dict[str, Any]:
     """Compute all figures of what has been run so far.
 
     Args:
         grid: The experiment.
 
     Returns:
-        `made`: versions, seeds, recipes and sizes; `upgrades`: distances; `methods`: what each needs; `runs`: one a
-        method, cell and seed; `differences`: of methods to their reference over all seeds; `noise`: negative flips
-        between seeds of scratch; `refused`: what methods do not take.
+        `made`: versions, seeds, recipes and sizes; `upgrades`: distances of the bases; `methods`: what each needs;
+        `runs`: one row a method, cell and seed; `differences`: of each method to its reference over all seeds;
+        `noise`: negative flips between seeds of scratch; `refused`: what methods refused.
     """
-    found = {cell: load_outcome(cell_folder(grid, cell)) for cell in cells(grid) if _is_there(grid, cell)}
-    old = {
-        (task, kind, seed): load_outcome(old_folder(grid, task, kind, seed))
-        for task, kind, seed in {(cell.task, cell.kind, cell.seed) for cell in found}
+    outcomes = {
+        cell: load_outcome(folder) for cell in iterate_cells(grid) if has_outcome(folder := cell_folder(grid, cell))
     }
-    runs = []
-    for cell, outcome in found.items():
-        scratch = found.get(baseline(grid, cell))
-        reference = found.get(dataclasses.replace(cell, entry="scratch", regime=grid.regimes[0].name))
-        if scratch and reference:
-            before = old[cell.task, cell.kind, cell.seed]
-            runs.append({**dataclasses.asdict(cell), **run_figures(outcome, scratch, reference, before)})
     return {
-        "made": _made(grid, list(found.values())),
-        "upgrades": {name: _moved(grid, name) for name in grid.upgrades},
+        "made": _collect_provenance(grid, list(outcomes.values())),
+        "upgrades": {name: _collect_distance(grid, name) for name in grid.upgrades},
         "methods": {
             entry.name: {
                 "method": entry.method,
@@ -61,19 +56,34 @@ def collect(grid: Grid) -> dict[str, Any]:
             for regime in grid.regimes
             for entry in grid.entries(regime)
         },
-        "runs": runs,
-        "differences": _differences(grid, found),
-        "noise": _noise(found),
+        "runs": _collect_runs(grid, outcomes),
+        "differences": _collect_differences(grid, outcomes),
+        "noise": _collect_noise(outcomes),
         "refused": [
-            {**dataclasses.asdict(cell), "why": refusal(grid, cell).read_text(encoding="utf-8").strip()}
-            for cell in cells(grid)
-            if refusal(grid, cell).is_file()
+            {**dataclasses.asdict(cell), "why": file.read_text(encoding="utf-8").strip()}
+            for cell in iterate_cells(grid)
+            if (file := refusal_file(grid, cell)).is_file()
         ],
     }
 
 
-def baseline(grid: Grid, cell: Cell) -> Cell:
-    """Give the scratch that a cell is held against: its regime's own, or where that has none the reference.
+def _collect_runs(grid: Grid, outcomes: dict[Cell, Outcome]) -> list[Row]:
+    old_outcomes = {
+        (task, kind, seed): load_outcome(old_folder(grid, task, kind, seed))
+        for task, kind, seed in {(cell.task, cell.kind, cell.seed) for cell in outcomes}
+    }
+    rows = []
+    for cell, outcome in outcomes.items():
+        scratch = outcomes.get(scratch_cell(grid, cell))
+        reference = outcomes.get(dataclasses.replace(cell, entry="scratch", regime=grid.regimes[0].name))
+        if scratch and reference:
+            old = old_outcomes[cell.task, cell.kind, cell.seed]
+            rows.append({**dataclasses.asdict(cell), **run_figures(outcome, scratch, reference, old)})
+    return rows
+
+
+def scratch_cell(grid: Grid, cell: Cell) -> Cell:
+    """Return the run of scratch that a cell is compared with: its regime's, or else the reference regime's.
 
     Args:
         grid: The experiment.
@@ -82,18 +92,19 @@ def baseline(grid: Grid, cell: Cell) -> Cell:
     Returns:
         The cell of scratch with the same task, upgrade, kind and seed.
     """
-    regime = next(regime for regime in grid.regimes if regime.name == cell.regime)
-    own = any(entry.name == "scratch" for entry in grid.entries(regime))
-    return dataclasses.replace(cell, entry="scratch", regime=regime.name if own else grid.regimes[0].name)
+    regime = grid.regime(cell.regime)
+    if not any(entry.name == "scratch" for entry in grid.entries(regime)):
+        regime = grid.regimes[0]
+    return dataclasses.replace(cell, entry="scratch", regime=regime.name)
 
 
 def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Outcome) -> dict[str, Any]:
-    """Give the figures of one run.
+    """Compute the figures of one run.
 
     Args:
-        outcome: What came of the method.
-        scratch: Of the scratch it is held against, of the same seed and cell.
-        reference: Of scratch with all labels and the whole budget.
+        outcome: The outcome of the method.
+        scratch: The outcome of scratch that it is compared with, of the same cell and seed.
+        reference: The outcome of scratch with all labels and the whole budget.
         old: The old deployment, of the same seed.
 
     Returns:
@@ -102,108 +113,127 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
         last score in % of scratch's steps, None if it never did; `negative_flips` against the old deployment; `steps`,
         `seconds` and `labels`, and in % of scratch's.
     """
-    scores, cost, most = outcome.record.scores, outcome.record.cost, scratch.record.cost
-    floor, best = reference.record.scores.test_majority, reference.record.scores.test
-    share = recovery(scores.test, floor, best)
-    target = scratch.curve[-1]["score"]
-    reached = next((point["step"] for point in outcome.curve if point["score"] >= target), None)
-    labels = test_labels(outcome)
+    scores, cost, scratch_cost = outcome.record.scores, outcome.record.cost, scratch.record.cost
+    floor, reference_score = reference.record.scores.test_majority, reference.record.scores.test
+    recovered = recovery(scores.test, floor, reference_score)
+    target_score = scratch.curve[-1]["score"]
+    reached_step = next((point["step"] for point in outcome.curve if point["score"] >= target_score), None)
+    labels = read_test_labels(outcome)
     figures = {
         "test": scores.test,
         "dev": max(point["score"] for point in outcome.curve),
         "start": scores.dev_at_start,
         "old": old.record.scores.test,
         "majority": floor,
-        "headroom": best - floor,
-        "recovery": None if share is None else 100 * share,
-        "share": None if reached is None else 100 * reached / most.steps,
+        "headroom": reference_score - floor,
+        "recovery": None if recovered is None else 100 * recovered,
+        "share": None if reached_step is None else 100 * reached_step / scratch_cost.steps,
         "negative_flips": flips(labels, old.predictions("test"), outcome.predictions("test")).negative_rate,
     }
     for name in ("steps", "seconds", "labels"):
-        took, most_took = getattr(cost, name), getattr(most, name)
-        figures |= {name: took, f"{name}_share": 100 * took / most_took if most_took else None}
+        amount, scratch_amount = getattr(cost, name), getattr(scratch_cost, name)
+        figures[name] = amount
+        figures[f"{name}_share"] = 100 * amount / scratch_amount if scratch_amount else None
+    rounded = {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in figures.items()}
     notes = outcome.record.notes
-    rounded = {name: round(value, 5) if isinstance(value, float) else value for name, value in figures.items()}
     return rounded | {name: notes[name] for name in ("chosen", "why") if name in notes}
 
 
-def test_labels(outcome: Outcome) -> list[int]:
-    """Give the true classes of test, in the order of the predictions."""
+def read_test_labels(outcome: Outcome) -> list[int]:
+    """Read the true classes of test, in the order of the predictions."""
     lines = (outcome.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return [row["label"] for row in map(json.loads, lines) if row["split"] == "test"]
 
 
-def difference(
-    metric: str, labels: Sequence[int], ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], seed: int = 0
+def bootstrap_difference(
+    metric: str,
+    labels: Sequence[int],
+    predictions: Sequence[Sequence[int]],
+    reference_predictions: Sequence[Sequence[int]],
+    seed: int = 0,
 ) -> dict[str, float]:
-    """Give a difference of two methods' mean scores over seeds with a 95 % interval by the paired bootstrap.
+    """Compute the difference of two methods' mean scores over seeds, with a 95 % interval by the paired bootstrap.
 
-    The examples of test are drawn, all runs being scored on the same draw (Koehn, 2004): the interval is about other
-    examples, and the standard deviation over seeds about other runs.
+    The examples of test are resampled, and all runs are scored on the same draw (Koehn, 2004): the interval is about
+    other examples, whereas the standard deviation over seeds is about other runs.
 
     Args:
-        metric: The task's.
+        metric: The task's metric.
         labels: The true class of each example.
-        ours: What one method predicts, a row a seed.
-        theirs: What the other does, likewise.
-        seed: What the resamples are drawn from.
+        predictions: The predicted classes of one method, one row a seed.
+        reference_predictions: Those of the method that it is compared with.
+        seed: The seed of the resampling.
 
     Returns:
         `estimate`, `low` and `high`.
     """
-    scores = resampled_scores(metric, labels, [*ours, *theirs], seed=seed)
-    estimate, *differences = np.mean(scores[: len(ours)] - scores[len(ours) :], axis=0)
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return {"estimate": round(float(estimate), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
+    scores = resampled_scores(metric, labels, [*predictions, *reference_predictions], seed=seed)
+    num_runs = len(predictions)
+    estimate, *resampled = np.mean(scores[:num_runs] - scores[num_runs:], axis=0)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return {
+        "estimate": round(float(estimate), DIGITS),
+        "low": round(float(low), DIGITS),
+        "high": round(float(high), DIGITS),
+    }
 
 
-def _differences(grid: Grid, found: dict[Cell, Outcome]) -> list[dict[str, Any]]:
-    """Hold methods without training against direct, the others against scratch, over the seeds that both have."""
+def _without_seed(cell: Cell) -> Cell:
+    return dataclasses.replace(cell, seed=0)
+
+
+def _collect_differences(grid: Grid, outcomes: dict[Cell, Outcome]) -> list[Row]:
+    """Compare methods without training with direct, the others with scratch, over the seeds that both have."""
     rows = []
-    for cell in dict.fromkeys(dataclasses.replace(cell, seed=0) for cell in found):
-        entry = next(e for r in grid.regimes if r.name == cell.regime for e in grid.entries(r) if e.name == cell.entry)
-        against = "scratch" if "training" in methods()[entry.method].needs() else "direct"
-        pairs = [
-            (found[mine], found[other])
-            for mine in (dataclasses.replace(cell, seed=seed) for seed in grid.seeds)
-            if mine in found and (other := _against(grid, mine, against)) in found
-        ]
-        if cell.entry != against and pairs:
-            ours, theirs = ([pair[side].predictions("test") for pair in pairs] for side in (0, 1))
-            metric = pairs[0][0].record.task.metric
-            row = dataclasses.asdict(cell) | {"against": against, "seeds": len(pairs)}
+    for cell in dict.fromkeys(map(_without_seed, outcomes)):
+        reference = "scratch" if "training" in methods()[cell_entry(grid, cell).method].needs() else "direct"
+        if cell.entry == reference:
+            continue
+        pairs = []
+        for seed in grid.seeds:
+            seed_cell = dataclasses.replace(cell, seed=seed)
+            reference_cell = (
+                scratch_cell(grid, seed_cell)
+                if reference == "scratch"
+                else dataclasses.replace(seed_cell, entry=reference)
+            )
+            if seed_cell in outcomes and reference_cell in outcomes:
+                pairs.append((outcomes[seed_cell], outcomes[reference_cell]))
+        if pairs:
+            row = dataclasses.asdict(cell) | {"against": reference, "seeds": len(pairs)}
             del row["seed"]
-            rows.append(row | difference(metric, test_labels(pairs[0][0]), ours, theirs))
+            difference = bootstrap_difference(
+                pairs[0][0].record.task.metric,
+                read_test_labels(pairs[0][0]),
+                [outcome.predictions("test") for outcome, _ in pairs],
+                [outcome.predictions("test") for _, outcome in pairs],
+            )
+            rows.append(row | difference)
     return rows
 
 
-def _against(grid: Grid, cell: Cell, entry: str) -> Cell:
-    return baseline(grid, cell) if entry == "scratch" else dataclasses.replace(cell, entry=entry)
-
-
-def _noise(found: dict[Cell, Outcome]) -> list[dict[str, Any]]:
-    """Count negative flips between each two seeds of scratch, both ways."""
+def _collect_noise(outcomes: dict[Cell, Outcome]) -> list[Row]:
+    """Compute the rate of negative flips between two seeds of scratch, averaged over all ordered pairs."""
     rows = []
-    scratch = {cell: outcome for cell, outcome in found.items() if cell.entry == "scratch"}
-    for cell in dict.fromkeys(dataclasses.replace(cell, seed=0) for cell in scratch):
-        same = [outcome for other, outcome in scratch.items() if dataclasses.replace(other, seed=0) == cell]
-        pairs = list(itertools.permutations(same, 2))
-        if pairs:
-            rates = [
-                flips(test_labels(one), one.predictions("test"), other.predictions("test")).negative_rate
-                for one, other in pairs
-            ]
-            row = dataclasses.asdict(cell) | {"negative_flips": round(statistics.fmean(rates), 5)}
+    scratch = {cell: outcome for cell, outcome in outcomes.items() if cell.entry == "scratch"}
+    for cell in dict.fromkeys(map(_without_seed, scratch)):
+        repetitions = [outcome for seed_cell, outcome in scratch.items() if _without_seed(seed_cell) == cell]
+        rates = [
+            flips(read_test_labels(first), first.predictions("test"), second.predictions("test")).negative_rate
+            for first, second in itertools.permutations(repetitions, 2)
+        ]
+        if rates:
+            row = dataclasses.asdict(cell) | {"negative_flips": round(statistics.fmean(rates), DIGITS)}
             rows.append({name: value for name, value in row.items() if name not in ("seed", "entry")})
     return rows
 
 
-def _made(grid: Grid, outcomes: list[Outcome]) -> dict[str, Any]:
+def _collect_provenance(grid: Grid, outcomes: list[Outcome]) -> dict[str, Any]:
     versions = sorted({json.dumps(outcome.record.versions, sort_keys=True) for outcome in outcomes})
     return {
         "versions": [json.loads(text) for text in versions],
         "seeds": list(grid.seeds),
-        "old_tuning": {kind: dataclasses.asdict(recipe) for kind, recipe in grid.tuning.items()},
+        "old_tuning": {kind: dataclasses.asdict(recipe) for kind, recipe in grid.old_recipes.items()},
         "regimes": [
             {
                 "name": regime.name,
@@ -219,10 +249,10 @@ def _made(grid: Grid, outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def _moved(grid: Grid, name: str) -> dict[str, float]:
-    moved = Upgrade(grid.old, grid.upgrades[name]).distance()
-    return {"l2": round(moved.l2, 3), "relative": round(moved.relative, 4), "cosine": round(moved.cosine, 5)}
-
-
-def _is_there(grid: Grid, cell: Cell) -> bool:
-    return (cell_folder(grid, cell) / "outcome.json").is_file()
+def _collect_distance(grid: Grid, upgrade: str) -> dict[str, float]:
+    distance = Upgrade(grid.old_base, grid.upgrades[upgrade]).distance()
+    return {
+        "l2": round(distance.l2, 3),
+        "relative": round(distance.relative, 4),
+        "cosine": round(distance.cosine, DIGITS),
+    }

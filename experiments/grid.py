@@ -1,4 +1,4 @@
-"""What an experiment consists of: tasks × upgrades × kinds × seeds, and the methods that are run on each."""
+"""What the experiment over all methods consists of: tasks × upgrades × kinds × seeds × methods."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from regraft import Recipe, Task
 
-OLD_SEED = 1
-"""Added to a run's seed for the tuning on the old base, whose very head scratch would begin with otherwise."""
+OLD_SEED_OFFSET = 1
+"""Added to a run's seed for the tuning on the old base, so that scratch does not begin with the same fresh head."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Entry:
     """A method with its options.
 
     Args:
-        name: What it is called in the tables.
+        name: Its name in the tables.
         method: The method's name.
-        options: As on the command line, `name=value`.
-        average: The recipe's: the fraction of the steps after which weights are averaged, 0 for not at all.
+        options: `name=value`, as on the command line.
+        average: The recipe's `average`: the fraction of the steps after which weights are averaged, 0 for never.
     """
 
     name: str
@@ -39,16 +39,16 @@ class Regime:
     """How many labels and steps there are on the new base.
 
     Args:
-        name: What it is called in the tables.
+        name: Its name in the tables.
         shots: Labelled examples a class; None for all.
-        recipes: How to train, by kind of adaptation; the seed is each run's.
-        entries: Names of the methods to run; None for all there are.
+        recipes: Recipes by kind of adaptation; each run sets its own seed.
+        entry_names: Names of the entries to run; None for all.
     """
 
     name: str
     shots: int | None
     recipes: dict[str, Recipe]
-    entries: tuple[str, ...] | None = None
+    entry_names: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,33 +56,34 @@ class Grid:
     """The whole experiment.
 
     Args:
-        out: The folder for everything it makes.
-        old: The base that tasks are tuned on first.
-        upgrades: The new bases by name, all made from the old one.
-        tasks: By name.
-        tuning: How the old base is tuned, by kind of adaptation; its keys are the kinds.
-        regimes: The first is the reference of all recoveries.
-        seeds: A run of everything with each.
-        extras: Methods with options, beside those with their defaults.
-        without: Names of methods that are left out.
+        out: The folder for everything that it makes.
+        old_base: The base that tasks are tuned on first.
+        upgrades: The new bases by name of the upgrade, all made from the old base.
+        tasks: Tasks by name.
+        old_recipes: Recipes of the tuning on the old base, by kind of adaptation; the keys are the kinds of the grid.
+        regimes: The regimes; the first is the reference of all recoveries.
+        seeds: Everything is run with each of them.
+        extra_entries: Methods with options, in addition to all methods with their defaults.
     """
 
     out: Path
-    old: Path
+    old_base: Path
     upgrades: dict[str, Path]
     tasks: dict[str, Task]
-    tuning: dict[str, Recipe]
+    old_recipes: dict[str, Recipe]
     regimes: tuple[Regime, ...]
     seeds: tuple[int, ...]
-    extras: tuple[Entry, ...] = ()
-    without: tuple[str, ...] = ()
+    extra_entries: tuple[Entry, ...] = ()
+
+    def regime(self, name: str) -> Regime:
+        """Return the regime of this name."""
+        return next(regime for regime in self.regimes if regime.name == name)
 
     def entries(self, regime: Regime) -> list[Entry]:
-        """Give the methods of a regime that are there, as they are registered, then those with options."""
-        known = [Entry(name, name) for name in methods()]
-        known += [extra for extra in self.extras if extra.method in methods()]
-        wanted = regime.entries
-        return [e for e in known if e.name not in self.without and (wanted is None or e.name in wanted)]
+        """Return the entries of a regime: registered methods in their order, then those with options."""
+        entries = [Entry(name, name) for name in methods()]
+        entries += [entry for entry in self.extra_entries if entry.method in methods()]
+        return [entry for entry in entries if regime.entry_names is None or entry.name in regime.entry_names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,64 +102,72 @@ class Cell:
 
 
 def old_folder(grid: Grid, task: str, kind: str, seed: int) -> Path:
-    """Give the place of an old adaptation."""
+    """Return the outcome folder of an old adaptation."""
     return grid.out / "old" / f"{task}-{kind}-seed{seed}"
 
 
 def cell_folder(grid: Grid, cell: Cell) -> Path:
-    """Give the place of an outcome."""
-    name = "".join(letter if letter.isalnum() else "-" for letter in cell.entry)
-    return grid.out / "cells" / f"{cell.task}-{cell.upgrade}-{cell.kind}-{cell.regime}" / f"{name}-seed{cell.seed}"
+    """Return the outcome folder of a cell."""
+    entry = "".join(character if character.isalnum() else "-" for character in cell.entry)
+    return grid.out / "cells" / f"{cell.task}-{cell.upgrade}-{cell.kind}-{cell.regime}" / f"{entry}-seed{cell.seed}"
 
 
-def cells(grid: Grid) -> Iterator[Cell]:
-    """Go through the experiment; scratch comes first in each cell, and whole seeds one after the other."""
+def iterate_cells(grid: Grid) -> Iterator[Cell]:
+    """Yield all cells, one seed after the other; scratch comes first among the methods."""
     for seed in grid.seeds:
         for regime in grid.regimes:
             for task in grid.tasks:
-                for kind in grid.tuning:
+                for kind in grid.old_recipes:
                     for upgrade in grid.upgrades:
                         for entry in grid.entries(regime):
                             yield Cell(task, upgrade, kind, regime.name, entry.name, seed)
 
 
-def recipe_of(grid: Grid, cell: Cell) -> Recipe:
-    """Give the recipe of a cell."""
-    regime, entry = _regime_and_entry(grid, cell)
-    return dataclasses.replace(regime.recipes[cell.kind], seed=cell.seed, average=entry.average)
+def cell_entry(grid: Grid, cell: Cell) -> Entry:
+    """Return the method of a cell, with its options."""
+    return next(entry for entry in grid.entries(grid.regime(cell.regime)) if entry.name == cell.entry)
 
 
-def _regime_and_entry(grid: Grid, cell: Cell) -> tuple[Regime, Entry]:
-    regime = next(regime for regime in grid.regimes if regime.name == cell.regime)
-    return regime, next(entry for entry in grid.entries(regime) if entry.name == cell.entry)
+def cell_recipe(grid: Grid, cell: Cell) -> Recipe:
+    """Return the recipe of a cell."""
+    recipe = grid.regime(cell.regime).recipes[cell.kind]
+    return dataclasses.replace(recipe, seed=cell.seed, average=cell_entry(grid, cell).average)
 
 
-def task_of(grid: Grid, cell: Cell) -> Task:
-    """Give the task of a cell, with the labels that its regime has."""
-    regime = next(regime for regime in grid.regimes if regime.name == cell.regime)
-    return grid.tasks[cell.task].with_shots(regime.shots)
+def cell_task(grid: Grid, cell: Cell) -> Task:
+    """Return the task of a cell, with as many labels as its regime has."""
+    return grid.tasks[cell.task].with_shots(grid.regime(cell.regime).shots)
 
 
-def method_of(grid: Grid, cell: Cell) -> tuple[str, Any]:
-    """Give the name and the options of a cell's method."""
-    _, entry = _regime_and_entry(grid, cell)
+def cell_options(grid: Grid, cell: Cell) -> Any:
+    """Return the parsed options of a cell's method."""
+    entry = cell_entry(grid, cell)
     options = parse_options(entry.method, entry.options)
-    if needs_tasks(cell, grid):
-        options = dataclasses.replace(options, pairs=other_tasks(grid, cell))
-    return entry.method, options
+    if needs_other_tasks(grid, cell):
+        options = dataclasses.replace(options, pairs=other_task_pairs(grid, cell))
+    return options
 
 
-def needs_tasks(cell: Cell, grid: Grid) -> bool:
-    """Tell whether a cell's method learns from other tasks that were tuned on both bases."""
-    method = next((extra.method for extra in grid.extras if extra.name == cell.entry), cell.entry)
-    return "tasks" in methods()[method].needs()
+def needs_other_tasks(grid: Grid, cell: Cell) -> bool:
+    """Return whether a cell's method learns from other tasks that were tuned on both bases."""
+    return "tasks" in methods()[cell_entry(grid, cell).method].needs()
 
 
-def other_tasks(grid: Grid, cell: Cell) -> tuple[str, ...]:
-    """Give `OLD=NEW` for each other task and seed: what was tuned on the old base, and scratch on the new one."""
+def other_task_pairs(grid: Grid, cell: Cell) -> tuple[str, ...]:
+    """Return what a cell's method may learn from: every other task, tuned on both bases.
+
+    Args:
+        grid: The experiment.
+        cell: A cell.
+
+    Returns:
+        `OLD=NEW` for each other task and seed: the folder of the old adaptation and that of scratch on the new base.
+    """
     pairs = []
     for task in grid.tasks:
-        for seed in grid.seeds if task != cell.task else ():
-            new = dataclasses.replace(cell, task=task, seed=seed, entry="scratch", regime=grid.regimes[0].name)
-            pairs.append(f"{old_folder(grid, task, cell.kind, seed)}={cell_folder(grid, new)}")
+        if task == cell.task:
+            continue
+        for seed in grid.seeds:
+            scratch = dataclasses.replace(cell, task=task, seed=seed, entry="scratch", regime=grid.regimes[0].name)
+            pairs.append(f"{old_folder(grid, task, cell.kind, seed)}={cell_folder(grid, scratch)}")
     return tuple(pairs)

@@ -3,12 +3,13 @@
     python experiments/reproduce.py [NAME …] [--size machine|paper] [--workers 2] [--write-only]
 
 NAME is an experiment's folder in `experiments/paper`, or its number; all seven by default. Everything that is made
-(bases, then tunings, then cells) is kept in `runs/experiments-paper`; interrupted, it goes on where it was, and a
-second run builds only what is missing. Figures, pages and plots are written to `experiments/paper/NAME`, and an index
-of the paper's claims to `experiments/paper/README.md`; `--write-only` writes pages and plots from the figures alone.
+(bases, then tunings, then cells) is kept in `runs/experiments-paper`: an interrupted run continues where it stopped,
+and a second run builds only what is missing. Figures, pages and plots are written to `experiments/paper/NAME`, and an
+index of the paper's claims to `experiments/paper/README.md`; `--write-only` writes pages and plots from the figures
+alone.
 
-At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.8 core-hours, so
-about 3.4 hours on two cores; in core-seconds:
+At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.8 core-hours, about 3.4 hours on two
+cores; in core-seconds:
 
     4 bases                               2,700
     168 tunings of 42                     7,100     shared by all experiments
@@ -40,167 +41,167 @@ if TYPE_CHECKING:
     from findings.experiment import Experiment
     from findings.store import Store
 
-HERE = Path(__file__).parent / "paper"
-OUT = {"machine": Path("runs/experiments-paper"), "paper": Path("runs/experiments-paper-size")}
+PUBLISHED = Path(__file__).parent / "paper"
+OUT_BY_SIZE = {"machine": Path("runs/experiments-paper"), "paper": Path("runs/experiments-paper-size")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be run.
+    """What to run.
 
     Args:
-        store: Where, and at what size.
-        chosen: The experiments, each with its config.
+        store: The folder and the size of everything that is made.
+        selected: The experiments to run, each with its config.
     """
 
     store: Store
-    chosen: tuple[tuple[Experiment, Any], ...]
+    selected: tuple[tuple[Experiment, Any], ...]
 
 
-def experiments() -> tuple[Experiment, ...]:
-    """Give all experiments in their order."""
-    from findings import (
-        chained,
-        compatibility,
-        connectivity,
-        distillation,
-        initialisation,
-        projection,
-        similarity,
-    )
+def list_experiments() -> tuple[Experiment, ...]:
+    """Return all experiments in their order."""
+    from findings import chain, compatibility, connectivity, distillation, initialisation, projection, similarity
 
-    rooms = (compatibility, connectivity, similarity, initialisation, distillation, projection, chained)
-    return tuple(room.EXPERIMENT for room in rooms)
+    modules = (compatibility, connectivity, similarity, initialisation, distillation, projection, chain)
+    return tuple(module.EXPERIMENT for module in modules)
 
 
-def prepare(size: Path, out: Path, names: Sequence[str] = (), configs: Path = HERE) -> Plan:
+def make_plan(size_file: Path, out: Path, names: Sequence[str] = (), configs: Path = PUBLISHED) -> Plan:
     """Read the size and the configs.
 
     Args:
-        size: A YAML file as `machine.yaml`.
+        size_file: A YAML file such as `machine.yaml`.
         out: The folder for everything that is made.
-        names: Experiments, by their folder, its number or its word; none for all.
-        configs: Where the folders with their `config.yaml` are.
+        names: Experiments by their folder, its number or its word; none for all.
+        configs: The folder that holds a folder with a `config.yaml` for each experiment.
 
     Returns:
         The plan.
 
     Raises:
-        DataError: A file cannot be read, a key is of no use, or there is no such experiment.
+        DataError: A file cannot be read, a key is not allowed, or an experiment does not exist.
     """
-    from findings.settings import Size, load
+    from findings.settings import Size, load_settings
     from findings.store import Store
 
     from regraft.errors import DataError
     from regraft.task.yaml_file import did_you_mean
 
-    known = {experiment.name: experiment for experiment in experiments()}
-    chosen = []
-    for name in names or known:
-        found = next((full for full in known if name in (full, *full.split("-", 1))), None)
-        if found is None:
-            raise DataError(
-                f"there is no experiment {name!r} among {', '.join(known)}.{did_you_mean(name, list(known))}"
-            )
-        chosen.append((known[found], load(known[found].config, configs / found / "config.yaml")))
-    return Plan(Store(out, load(Size, size)), tuple(chosen))
+    experiments = {experiment.name: experiment for experiment in list_experiments()}
+    selected = []
+    for name in names or experiments:
+        full_name = next((full for full in experiments if name in (full, *full.split("-", 1))), None)
+        if full_name is None:
+            suggestion = did_you_mean(name, list(experiments))
+            raise DataError(f"there is no experiment {name!r} among {', '.join(experiments)}.{suggestion}")
+        experiment = experiments[full_name]
+        selected.append((experiment, load_settings(experiment.config, configs / full_name / "config.yaml")))
+    return Plan(Store(out, load_settings(Size, size_file)), tuple(selected))
 
 
-def build(plan: Plan, workers: int, say: Callable[[str], None] = print) -> list[str]:
-    """Make what is missing: texts, tasks and bases; tunings; cells.
+def build_missing(plan: Plan, workers: int, report: Callable[[str], None] = print) -> list[str]:
+    """Make what is missing: texts, tasks and bases, then tunings, then cells.
 
     Args:
-        plan: What.
-        workers: Processes of one thread each; 0 to stay in this one.
-        say: Told of each part that is done.
+        plan: What to run.
+        workers: Processes of one thread each; 0 to run in this one.
+        report: Called with a line for each finished job.
 
     Returns:
-        What failed, a line each; the next run tries it again.
+        A line for each job that failed; the next run tries it again.
 
     Raises:
-        OutcomeError: What is there was made at another size.
+        OutcomeError: The store was made at another size.
     """
-    from findings.experiment import make_cell
-    from findings.store import check_size, make_bases, make_tuning, write_data
-    from runner import run_jobs
+    from findings.experiment import measure_cell
+    from findings.store import check_size, make_tuning, pretrain_bases, write_inputs
+    from runner import Job, run_jobs
 
     store = plan.store
     check_size(store)
-    write_data(store)
-    bases = len(store.size.domains) + 1
-    wanted = {t for experiment, config in plan.chosen for t in experiment.tunings(config, store.size.seeds, bases)}
-    absent = sorted(t for t in wanted if not store.has(t.task, t.kind, t.base, t.seed))
-    first = [] if all(Path(store.base(n)).is_dir() for n in range(1, bases)) else [("bases", make_bases, (store,))]
-    for on_first in (True, False):  # the first base need not wait for the others
-        now = [(f"{t.task} {t.kind}, M_{t.base}, seed {t.seed}", make_tuning, (store, t))
-               for t in absent if (t.base == 0) == on_first]  # fmt: skip
-        if failed := run_jobs([*(first if on_first else []), *now], workers, say):
-            return failed
-    todo = [
-        (f"{experiment.name} {cell.name}", make_cell, (store, cell, experiment.file(store, cell)))
-        for experiment, config in plan.chosen for cell in experiment.missing(store, config)
-    ]  # fmt: skip
-    return run_jobs(todo, workers, say)
+    write_inputs(store)
+    tunings = {
+        tuning
+        for experiment, config in plan.selected
+        for tuning in experiment.list_tunings(config, store.size.seeds, store.num_bases)
+    }
+    first_base_jobs, later_base_jobs = [], []
+    if not all(Path(store.base_name(number)).is_dir() for number in range(1, store.num_bases)):
+        first_base_jobs.append(Job("bases", pretrain_bases, (store,)))
+    for tuning in sorted(tunings):
+        if not store.has_tuning(tuning.task, tuning.kind, tuning.base, tuning.seed):
+            name = f"{tuning.task} {tuning.kind}, M_{tuning.base}, seed {tuning.seed}"
+            jobs = later_base_jobs if tuning.base else first_base_jobs  # tunings on M_0 need not wait for the others
+            jobs.append(Job(name, make_tuning, (store, tuning)))
+    for jobs in (first_base_jobs, later_base_jobs):
+        if failures := run_jobs(jobs, workers, report):
+            return failures
+    cell_jobs = [
+        Job(f"{experiment.name} {cell.name}", measure_cell, (store, cell, experiment.cell_file(store, cell)))
+        for experiment, config in plan.selected
+        for cell in experiment.missing_cells(store, config)
+    ]
+    return run_jobs(cell_jobs, workers, report)
 
 
-def write(plan: Plan, folder: Path) -> None:
-    """Write results, pages, plots and the index of what has been run.
+def write_measured(plan: Plan, folder: Path) -> None:
+    """Write results, pages, plots and the index of what has been run so far.
 
     Args:
-        plan: What.
-        folder: Where the experiments' folders go.
+        plan: What to write.
+        folder: The folder that holds the experiments' published folders.
 
     Raises:
-        OutcomeError: One has the results of more cells.
+        OutcomeError: A published folder has the results of more cells.
     """
-    from findings.pages import write_experiment, write_index
+    from findings import pages
 
-    for experiment, config in plan.chosen:
-        write_experiment(plan.store, experiment, config, folder / experiment.name)
-    write_index(experiments(), folder)
+    for experiment, config in plan.selected:
+        pages.write_measured(plan.store, experiment, config, folder / experiment.name)
+    pages.write_index(list_experiments(), folder)
 
 
 def write_pages(plan: Plan, folder: Path) -> None:
-    """Write pages, plots and the index from the results of a folder alone.
+    """Write pages, plots and the index from published results alone.
 
     Args:
-        plan: What.
-        folder: Where the experiments' folders are.
+        plan: What to write.
+        folder: The folder that holds the experiments' published folders.
     """
-    from findings.pages import write_index, write_page
+    from findings import pages
 
-    for experiment, _ in plan.chosen:
-        write_page(experiment, folder / experiment.name)
-    write_index(experiments(), folder)
+    for experiment, _ in plan.selected:
+        pages.write_page(experiment, folder / experiment.name)
+    pages.write_index(list_experiments(), folder)
 
 
 def main() -> None:
-    """Build what is missing, write the results."""
+    """Build what is missing and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, by folder or number; all by default")
-    parser.add_argument("--size", choices=tuple(OUT), default="machine", help="the machine's or the paper's")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: this one, as it is")
-    parser.add_argument("--write-only", action="store_true", help="write the pages of what has been measured")
-    given = parser.parse_args()
-    if given.size == "machine":  # before torch and the hub's client are loaded
+    parser.add_argument("--size", choices=tuple(OUT_BY_SIZE), default="machine", help="the machine's or the paper's")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: this process")
+    parser.add_argument("--write-only", action="store_true", help="write the pages from the published figures alone")
+    arguments = parser.parse_args()
+    if arguments.size == "machine":  # before torch and the hub's client are loaded
         os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    elif given.workers:
+    elif arguments.workers:
         sys.exit("--size paper downloads from the hub and computes on a GPU: run it with --workers 0")
     from regraft.errors import RegraftError
 
-    out = OUT[given.size]
-    pages = HERE if given.size == "machine" else out / "pages"
+    out = OUT_BY_SIZE[arguments.size]
+    published = PUBLISHED if arguments.size == "machine" else out / "pages"
     try:
-        plan = prepare(HERE / f"{given.size}.yaml", out, given.names)
-        if given.write_only:
-            write_pages(plan, pages)
+        plan = make_plan(PUBLISHED / f"{arguments.size}.yaml", out, arguments.names)
+        if arguments.write_only:
+            write_pages(plan, published)
             return
-        failed = build(plan, given.workers)
-        write(plan, pages)
+        failures = build_missing(plan, arguments.workers)
+        write_measured(plan, published)
     except RegraftError as error:
         sys.exit(str(error))
-    if failed:
-        sys.exit(f"{len(failed)} failed; run again to try them again:\n" + "\n".join(failed))
+    if failures:
+        sys.exit(f"{len(failures)} failed; run again to try them again:\n" + "\n".join(failures))
 
 
 if __name__ == "__main__":

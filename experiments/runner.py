@@ -1,4 +1,4 @@
-"""Runs an experiment's missing parts in processes of one thread each; what is there is left alone."""
+"""Runs what an experiment still lacks, in processes of one thread each, and keeps what it already has."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ import shutil
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from grid import OLD_SEED, cell_folder, cells, method_of, needs_tasks, old_folder, recipe_of, task_of
+from grid import (
+    OLD_SEED_OFFSET,
+    cell_entry,
+    cell_folder,
+    cell_options,
+    cell_recipe,
+    cell_task,
+    iterate_cells,
+    needs_other_tasks,
+    old_folder,
+)
 
-from regraft import Upgrade, load_adaptation, load_outcome, recycle, tune
+from regraft import Task, Upgrade, load_adaptation, load_outcome, recycle, tune
 from regraft.checkpoint import write_atomic
 from regraft.errors import OutcomeError, RecipeError
 from regraft.task import load_data
@@ -29,180 +39,227 @@ if TYPE_CHECKING:
 
     from regraft import Recipe
 
-    Job = tuple[str, Callable[..., str], tuple[Any, ...]]
+
+class Job(NamedTuple):
+    """A function to run in a worker.
+
+    Args:
+        name: Its name in reports.
+        function: Returns a line on its result.
+        arguments: The function's arguments.
+    """
+
+    name: str
+    function: Callable[..., str]
+    arguments: tuple[Any, ...] = ()
 
 
-def run(grid: Grid, workers: int = 2, say: Callable[[str], None] = print) -> list[str]:
+class Attempt(NamedTuple):
+    """How a job ended.
+
+    Args:
+        succeeded: Whether it returned.
+        message: What it returned, or the traceback.
+        seconds: How long it took.
+    """
+
+    succeeded: bool
+    message: str
+    seconds: float
+
+
+def run_missing(grid: Grid, workers: int = 2, report: Callable[[str], None] = print) -> list[str]:
     """Make all outcomes that are missing.
 
     Args:
-        grid: The experiment; its bases must be there.
-        workers: Processes of one thread each; 0 to stay in this one.
-        say: Told of each part that is done.
+        grid: The experiment; its bases must exist.
+        workers: Processes of one thread each; 0 to run in this one.
+        report: Called with a line for each finished job.
 
     Returns:
-        What failed, a line each; the next run tries it again.
+        A line for each job that failed; the next run tries it again.
 
     Raises:
-        OutcomeError: What is there was made by another recipe or with other options.
+        OutcomeError: Existing outcomes were made by another recipe or with other options.
     """
     check_recipes(grid)
-    old = [
-        (f"{task} {kind}, old base, seed {seed}", run_old, (grid, task, kind, seed))
+    old_jobs = [
+        Job(f"{task} {kind}, old base, seed {seed}", tune_old_base, (grid, task, kind, seed))
         for seed in grid.seeds
         for task in grid.tasks
-        for kind in grid.tuning
-        if not (old_folder(grid, task, kind, seed) / "outcome.json").is_file()
+        for kind in grid.old_recipes
+        if not has_outcome(old_folder(grid, task, kind, seed))
     ]
-    failed = run_jobs(old, workers, say)
-    if failed:
-        return failed
-    for later in (False, True):  # what learns from other tasks waits for these
-        todo = [cell for cell in missing(grid) if needs_tasks(cell, grid) == later]
-        failed += run_jobs([(str(cell), run_cell, (grid, cell)) for cell in todo], workers, say)
-    return failed
+    failures = run_jobs(old_jobs, workers, report)
+    if failures:
+        return failures
+    for learns_from_others in (False, True):  # a method that learns from other tasks needs their outcomes first
+        cells = [cell for cell in missing_cells(grid) if needs_other_tasks(grid, cell) == learns_from_others]
+        failures += run_jobs([Job(str(cell), recycle_cell, (grid, cell)) for cell in cells], workers, report)
+    return failures
+
+
+def has_outcome(folder: Path) -> bool:
+    """Return whether a folder holds a finished outcome."""
+    return (folder / "outcome.json").is_file()
 
 
 def check_recipes(grid: Grid) -> None:
-    """Refuse to mix what was made by other recipes or options into a table.
+    """Check that all existing outcomes were made by the experiment's recipes and options.
 
     Args:
         grid: The experiment.
 
     Raises:
-        OutcomeError: There are such outcomes; the message names them.
+        OutcomeError: Some were not; the message names the first.
     """
-    wanted: dict[Path, tuple[Recipe, Any]] = {}
-    for cell in cells(grid):
-        wanted[cell_folder(grid, cell)] = (recipe_of(grid, cell), method_of(grid, cell)[1])
-        old = dataclasses.replace(grid.tuning[cell.kind], seed=cell.seed + OLD_SEED)
-        wanted[old_folder(grid, cell.task, cell.kind, cell.seed)] = (old, None)
-    others = [folder for folder, (recipe, options) in wanted.items() if _differs(folder, recipe, options)]
-    if others:
+    inputs_by_folder: dict[Path, tuple[Recipe, Any]] = {}
+    for cell in iterate_cells(grid):
+        inputs_by_folder[cell_folder(grid, cell)] = (cell_recipe(grid, cell), cell_options(grid, cell))
+        folder = old_folder(grid, cell.task, cell.kind, cell.seed)
+        inputs_by_folder[folder] = (_old_recipe(grid, cell.kind, cell.seed), None)
+    differing = [
+        folder
+        for folder, (recipe, options) in inputs_by_folder.items()
+        if has_outcome(folder) and not _was_made_by(folder, recipe, options)
+    ]
+    if differing:
         raise OutcomeError(
-            f"{len(others)} outcomes were made by another recipe or with other options than the experiment's, such as "
-            f"{others[0]}. Remove them and run again."
+            f"{len(differing)} outcomes were made by another recipe or with other options than the experiment's, such "
+            f"as {differing[0]}. Remove them and run again."
         )
 
 
-def _differs(folder: Path, recipe: Recipe, options: Any) -> bool:
-    if not (folder / "outcome.json").is_file():
-        return False
+def _old_recipe(grid: Grid, kind: str, seed: int) -> Recipe:
+    return dataclasses.replace(grid.old_recipes[kind], seed=seed + OLD_SEED_OFFSET)
+
+
+def _was_made_by(folder: Path, recipe: Recipe, options: Any) -> bool:
     inputs = load_outcome(folder).record.inputs
-    given = {} if options is None else dataclasses.asdict(options)
-    found = {"recipe": inputs["recipe"], "options": inputs.get("options") or {}}
-    return found != json.loads(json.dumps({"recipe": dataclasses.asdict(recipe), "options": given}))
+    recorded = {"recipe": inputs["recipe"], "options": inputs.get("options") or {}}
+    expected = {
+        "recipe": dataclasses.asdict(recipe),
+        "options": {} if options is None else dataclasses.asdict(options),
+    }
+    return recorded == json.loads(json.dumps(expected))
 
 
-def missing(grid: Grid) -> list[Cell]:
-    """Give the cells that have neither an outcome nor a refusal."""
+def missing_cells(grid: Grid) -> list[Cell]:
+    """Return the cells that have neither an outcome nor a refusal."""
     return [
         cell
-        for cell in cells(grid)
-        if not (cell_folder(grid, cell) / "outcome.json").is_file() and not refusal(grid, cell).is_file()
+        for cell in iterate_cells(grid)
+        if not has_outcome(cell_folder(grid, cell)) and not refusal_file(grid, cell).is_file()
     ]
 
 
-def refusal(grid: Grid, cell: Cell) -> Path:
-    """Give the file that says why a method does not take a kind of adaptation."""
+def refusal_file(grid: Grid, cell: Cell) -> Path:
+    """Return the file with the reason why a method refused a cell."""
     folder = cell_folder(grid, cell)
     return folder.with_name(f"{folder.name}.refused.txt")
 
 
-def run_old(grid: Grid, task: str, kind: str, seed: int) -> str:
-    """Tune the old base."""
-    recipe = dataclasses.replace(grid.tuning[kind], seed=seed + OLD_SEED)
-    out = old_folder(grid, task, kind, seed)
-    done = tune(_upgrade(grid.old, next(iter(grid.upgrades.values()))).old, grid.tasks[task], out, kind=kind,
-                recipe=recipe)  # fmt: skip
-    return f"test {done.scores['test']:.3f}"
+def tune_old_base(grid: Grid, task: str, kind: str, seed: int) -> str:
+    """Tune the old base on a task."""
+    base = _load_upgrade(grid.old_base, next(iter(grid.upgrades.values()))).old
+    folder = old_folder(grid, task, kind, seed)
+    outcome = tune(base, grid.tasks[task], folder, kind=kind, recipe=_old_recipe(grid, kind, seed))
+    return f"test {outcome.scores['test']:.3f}"
 
 
-def run_cell(grid: Grid, cell: Cell) -> str:
-    """Recycle by one method, and keep no weights but the reference's, which other tasks learn from: all are 50 GB."""
-    method, options = method_of(grid, cell)
-    out = cell_folder(grid, cell)
-    old = load_outcome(old_folder(grid, cell.task, cell.kind, cell.seed)).path
-    data = _data(task_of(grid, cell).model_dump_json(), cell.seed)
+def recycle_cell(grid: Grid, cell: Cell) -> str:
+    """Recycle an old adaptation by a cell's method.
+
+    Of the weights, only the reference's are kept, from which other tasks learn: all of them would take 50 GB.
+    """
+    folder = cell_folder(grid, cell)
+    adaptation_folder = load_outcome(old_folder(grid, cell.task, cell.kind, cell.seed)).path
+    method = cell_entry(grid, cell).method
     try:
-        done = recycle(
-            _upgrade(grid.old, grid.upgrades[cell.upgrade]), _adaptation(old), data, method, out,
-            recipe=recipe_of(grid, cell), options=options,
-        )  # fmt: skip
+        outcome = recycle(
+            _load_upgrade(grid.old_base, grid.upgrades[cell.upgrade]),
+            _load_adaptation(adaptation_folder),
+            _load_data(cell_task(grid, cell).model_dump_json(), cell.seed),
+            method,
+            folder,
+            recipe=cell_recipe(grid, cell),
+            options=cell_options(grid, cell),
+        )
     except RecipeError as error:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(refusal(grid, cell), f"{error}\n")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(refusal_file(grid, cell), f"{error}\n")
         return f"refused: {error}"
     if method != "scratch" or cell.regime != grid.regimes[0].name:
-        shutil.rmtree(out / "adaptation", ignore_errors=True)
-    return f"test {done.scores['test']:.3f}"
+        shutil.rmtree(folder / "adaptation", ignore_errors=True)
+    return f"test {outcome.scores['test']:.3f}"
 
 
 @functools.lru_cache(maxsize=4)
-def _upgrade(old: Path, new: Path) -> Upgrade:
+def _load_upgrade(old: Path, new: Path) -> Upgrade:
     return Upgrade(old, new)
 
 
 @functools.lru_cache(maxsize=8)
-def _adaptation(folder: Path) -> Any:
+def _load_adaptation(folder: Path) -> Any:
     return load_adaptation(folder)
 
 
 @functools.lru_cache(maxsize=8)
-def _data(task: str, seed: int) -> Any:
-    from regraft import Task
-
-    return load_data(Task.from_mapping(json.loads(task), "the task"), seed)
+def _load_data(task_json: str, seed: int) -> Any:
+    return load_data(Task.from_mapping(json.loads(task_json), "the task"), seed)
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, say: Callable[[str], None]) -> list[str]:
-    """Run jobs, each a description, a function and its arguments, and go on past those that fail.
+def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[str], None]) -> list[str]:
+    """Run jobs and continue past those that fail.
 
     Args:
-        jobs: What to run, in this order as processes become free.
-        workers: Processes of one thread each; 0 to stay in this one.
-        say: Told of each job that is done.
+        jobs: The jobs, started in this order as processes become free.
+        workers: Processes of one thread each; 0 to run in this one.
+        report: Called with a line for each finished job.
 
     Returns:
-        A line for each that failed.
+        A line for each job that failed.
     """
     if not jobs:
         return []
+    failures: list[str] = []
     if workers == 0:
-        return [line for job in jobs for line in _report(job[0], _attempt(*job[1:]), say)]
-    failed: list[str] = []
+        for job in jobs:
+            failures += _report_attempt(job.name, _attempt(job.function, job.arguments), report)
+        return failures
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        running = {pool.submit(_attempt, function, arguments): name for name, function, arguments in jobs}
+        names = {pool.submit(_attempt, job.function, job.arguments): job.name for job in jobs}
         try:
-            for count, future in enumerate(concurrent.futures.as_completed(running), start=1):
+            for count, future in enumerate(concurrent.futures.as_completed(names), start=1):
                 elapsed = time.monotonic() - started
-                left = elapsed / count * (len(jobs) - count) / 60
-                prefix = f"[{count}/{len(jobs)}, {elapsed / 60:.0f} min, about {left:.0f} left] "
-                failed += _report(prefix + running[future], future.result(), say)
+                remaining = elapsed / count * (len(jobs) - count)
+                progress = f"[{count}/{len(jobs)}, {elapsed / 60:.0f} min, about {remaining / 60:.0f} left]"
+                failures += _report_attempt(f"{progress} {names[future]}", future.result(), report)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return failed
+    return failures
 
 
-def _report(name: str, result: tuple[bool, str, float], say: Callable[[str], None]) -> list[str]:
-    good, text, seconds = result
-    say(f"{name}: {text} ({seconds:.0f} s)")
-    return [] if good else [f"{name}: {text}"]
+def _report_attempt(name: str, attempt: Attempt, report: Callable[[str], None]) -> list[str]:
+    """Report how a job ended; the list holds its failure, if it failed."""
+    report(f"{name}: {attempt.message} ({attempt.seconds:.0f} s)")
+    return [] if attempt.succeeded else [f"{name}: {attempt.message}"]
 
 
-def _attempt(function: Callable[..., str], arguments: tuple[Any, ...]) -> tuple[bool, str, float]:
+def _attempt(function: Callable[..., str], arguments: tuple[Any, ...]) -> Attempt:
     started = time.monotonic()
     try:
-        return True, function(*arguments), time.monotonic() - started
-    except Exception:  # hours of other results are not lost for one method's fault
-        return False, f"failed\n{traceback.format_exc()}", time.monotonic() - started
+        message = function(*arguments)
+    except Exception:  # one method's fault must not lose hours of other results
+        return Attempt(False, f"failed\n{traceback.format_exc()}", time.monotonic() - started)
+    return Attempt(True, message, time.monotonic() - started)
 
 
 def _start_worker() -> None:
-    """Compute in one thread, and end with the process that started this one, however that ended."""
+    """Compute in one thread, and exit when the parent process ends, however it ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

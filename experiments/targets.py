@@ -1,85 +1,99 @@
-"""What the methods were meant to reach, held against what was measured."""
+"""What the methods were meant to reach, and whether the measured figures reach it."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-ENOUGH = 3.0
-"""Points that the best method without training is to be above direct on a heavy upgrade."""
+from tables import distinct_keys, distinct_values, select
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from tables import Row
+
+MIN_GAIN = 3.0
+"""Points by which the best method without training is to be above direct on a heavy upgrade."""
+RUN_KEYS = ("task", "upgrade", "kind", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A target.
+    """A target and its outcome.
 
     Args:
-        what: What was wanted.
-        reached: Whether it was.
-        found: The measured figure, in words.
+        description: What a method is meant to reach.
+        is_reached: Whether one does.
+        measured: The measured figure, in words.
     """
 
-    what: str
-    reached: bool
-    found: str
+    description: str
+    is_reached: bool
+    measured: str
 
 
-def targets(results: dict[str, Any]) -> list[Target]:
-    """Judge every target that there are runs for.
+def judge_targets(results: dict[str, Any]) -> list[Target]:
+    """Judge every target for which there are runs.
 
     Args:
-        results: From `figures.collect`.
+        results: From `figures.collect_results`.
 
     Returns:
-        The targets.
+        The judged targets.
     """
-    first, *others = results["made"]["regimes"]
-    all_labels = [regime["name"] for regime in others if regime["shots"] is None]
-    heavy = list(results["upgrades"])[-1]
-    tuned = [name for name, about in results["methods"].items() if "training" in about["needs"]]
-    autos = [name for name, about in results["methods"].items() if about["method"] == "auto"]
-    tuned = [name for name in tuned if name not in ("scratch", *autos)]
-
-    def of(name: str, regimes: list[str]) -> list[dict[str, Any]]:
-        return [row for row in results[name] if row["regime"] in regimes]
-
-    whole = [first["name"]]
-    found = [
-        _free(of("differences", whole), heavy),
-        _speed(of("runs", all_labels or whole), tuned),
-        _few(of("runs", [regime["name"] for regime in others if regime["shots"] is not None]), tuned),
-        _end(of("differences", whole), of("runs", whole), tuned),
-        *(_auto(name, of("runs", whole + all_labels), autos) for name in autos),
+    reference, *other_regimes = results["made"]["regimes"]
+    reference_name = reference["name"]
+    all_label_names = [regime["name"] for regime in other_regimes if regime["shots"] is None]
+    few_label_names = [regime["name"] for regime in other_regimes if regime["shots"] is not None]
+    heavy_upgrade = list(results["upgrades"])[-1]
+    autos = [name for name, method in results["methods"].items() if method["method"] == "auto"]
+    tuned = [
+        name
+        for name, method in results["methods"].items()
+        if "training" in method["needs"] and name not in ("scratch", *autos)
     ]
-    return [target for target in found if target]
+
+    def runs_in(regimes: Collection[str]) -> list[Row]:
+        return [run for run in results["runs"] if run["regime"] in regimes]
+
+    differences = select(results["differences"], regime=reference_name)
+    targets = [
+        _judge_training_free(differences, heavy_upgrade),
+        _judge_speed(runs_in(all_label_names or [reference_name]), tuned),
+        _judge_few_labels(runs_in(few_label_names), tuned),
+        _judge_final_score(differences, runs_in([reference_name]), tuned),
+        *(_judge_auto(name, runs_in([reference_name, *all_label_names]), autos) for name in autos),
+    ]
+    return [target for target in targets if target]
 
 
-def _free(differences: list[dict[str, Any]], heavy: str) -> Target | None:
-    rows = [row for row in differences if row["against"] == "direct"]
+def _judge_training_free(differences: list[Row], heavy_upgrade: str) -> Target | None:
+    rows = select(differences, against="direct")
+    heavy_rows = select(rows, upgrade=heavy_upgrade)
     gains = {
-        entry: 100
-        * statistics.fmean(row["estimate"] for row in rows if (row["entry"], row["upgrade"]) == (entry, heavy))
-        for entry in dict.fromkeys(row["entry"] for row in rows if row["upgrade"] == heavy)
+        entry: 100 * statistics.fmean(row["estimate"] for row in select(heavy_rows, entry=entry))
+        for entry in distinct_values(heavy_rows, "entry")
     }
     if not gains:
         return None
     best = max(gains, key=lambda entry: gains[entry])
-    mine = [row for row in rows if row["entry"] == best]
-    worse = sum(row["high"] < 0 for row in mine)
+    best_rows = select(rows, entry=best)
+    num_worse = sum(row["high"] < 0 for row in best_rows)
     return Target(
-        f"the best method without training is nowhere worse than direct and {ENOUGH:.0f} points better on {heavy}",
-        gains[best] >= ENOUGH and not worse,
-        f"{best}: {gains[best]:+.1f} points on {heavy}, worse in {worse} of {len(mine)} cells",
+        "the best method without training is nowhere worse than direct and "
+        f"{MIN_GAIN:.0f} points better on {heavy_upgrade}",
+        gains[best] >= MIN_GAIN and not num_worse,
+        f"{best}: {gains[best]:+.1f} points on {heavy_upgrade}, worse in {num_worse} of {len(best_rows)} cells",
     )
 
 
-def _speed(runs: list[dict[str, Any]], tuned: list[str]) -> Target | None:
-    medians = {
-        name: statistics.median(shares)
-        for name in tuned
-        if (shares := [_share(run) for run in runs if run["entry"] == name])
-    }
+def _judge_speed(runs: list[Row], tuned: list[str]) -> Target | None:
+    medians = {}
+    for name in tuned:
+        shares = [run["share"] for run in select(runs, entry=name)]
+        if shares:
+            medians[name] = statistics.median(float("inf") if share is None else share for share in shares)
     if not medians:
         return None
     best = min(medians, key=lambda name: medians[name])
@@ -90,16 +104,12 @@ def _speed(runs: list[dict[str, Any]], tuned: list[str]) -> Target | None:
     )
 
 
-def _share(run: dict[str, Any]) -> float:
-    return float("inf") if run["share"] is None else run["share"]
-
-
-def _few(runs: list[dict[str, Any]], tuned: list[str]) -> Target | None:
-    medians = {
-        name: statistics.median(recoveries)
-        for name in tuned
-        if (recoveries := [run["recovery"] for run in runs if run["entry"] == name and run["recovery"] is not None])
-    }
+def _judge_few_labels(runs: list[Row], tuned: list[str]) -> Target | None:
+    medians = {}
+    for name in tuned:
+        recoveries = [run["recovery"] for run in select(runs, entry=name) if run["recovery"] is not None]
+        if recoveries:
+            medians[name] = statistics.median(recoveries)
     if not medians:
         return None
     best = max(medians, key=lambda name: medians[name])
@@ -110,49 +120,55 @@ def _few(runs: list[dict[str, Any]], tuned: list[str]) -> Target | None:
     )
 
 
-def _end(differences: list[dict[str, Any]], runs: list[dict[str, Any]], tuned: list[str]) -> Target | None:
-    below = {
-        name: sum(row["high"] < 0 for row in mine)
+def _judge_final_score(differences: list[Row], runs: list[Row], tuned: list[str]) -> Target | None:
+    num_worse = {
+        name: sum(row["high"] < 0 for row in select(differences, entry=name))
         for name in tuned
-        if (mine := [row for row in differences if row["entry"] == name])
+        if select(differences, entry=name)
     }
-    if not below:
+    if not num_worse:
         return None
-    best = min(below, key=lambda name: below[name])
-    cells = sum(row["entry"] == best for row in differences)
-    direct = {_where(run): run["start"] for run in runs if run["entry"] == "direct"}
-    starts = [run["start"] - direct[_where(run)] for run in runs if run["entry"] == best and _where(run) in direct]
+    best = min(num_worse, key=lambda name: num_worse[name])
+    num_cells = len(select(differences, entry=best))
+    direct_starts = {_run_key(run): run["start"] for run in select(runs, entry="direct")}
+    start_gaps = [
+        run["start"] - direct_starts[_run_key(run)]
+        for run in select(runs, entry=best)
+        if _run_key(run) in direct_starts
+    ]
     return Target(
         "a tuned method ends nowhere significantly below scratch with the same steps, and starts nowhere below direct",
-        not below[best] and min(starts, default=0.0) >= 0,
-        f"{best}: below scratch in {below[best]} of {cells} cells, below direct at the start in "
-        f"{sum(gap < 0 for gap in starts)} of {len(starts)} runs",
+        not num_worse[best] and min(start_gaps, default=0.0) >= 0,
+        f"{best}: below scratch in {num_worse[best]} of {num_cells} cells, below direct at the start in "
+        f"{sum(gap < 0 for gap in start_gaps)} of {len(start_gaps)} runs",
     )
 
 
-def _where(run: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[name] for name in ("task", "upgrade", "kind", "seed"))
+def _run_key(run: Row) -> tuple[Any, ...]:
+    return tuple(run[name] for name in RUN_KEYS)
 
 
-def _auto(name: str, runs: list[dict[str, Any]], autos: list[str]) -> Target | None:
-    cells: dict[tuple[str, ...], dict[tuple[str, str], list[dict[str, Any]]]] = {}
-    for run in runs:
-        cell = cells.setdefault((run["task"], run["upgrade"], run["kind"]), {})
-        cell.setdefault((run["entry"], run["regime"]), []).append(run)
-    behind, costs = [], []
-    for cell in cells.values():
-        scores = {entry: statistics.fmean(run["test"] for run in several) for entry, several in cell.items()}
-        mine = [entry for entry in scores if entry[0] == name]
-        others = [score for entry, score in scores.items() if entry[0] not in autos]
-        if mine and others:
-            behind.append(100 * (max(others) - scores[mine[0]]))
-            costs.append(statistics.fmean(run["steps_share"] for run in cell[mine[0]]))
-    if not behind:
+def _judge_auto(name: str, runs: list[Row], autos: list[str]) -> Target | None:
+    gaps, costs = [], []
+    for task, upgrade, kind in distinct_keys(runs, "task", "upgrade", "kind"):
+        cell_runs = select(runs, task=task, upgrade=upgrade, kind=kind)
+        scores = {
+            (entry, regime): statistics.fmean(run["test"] for run in select(cell_runs, entry=entry, regime=regime))
+            for entry, regime in distinct_keys(cell_runs, "entry", "regime")
+        }
+        auto_keys = [key for key in scores if key[0] == name]
+        other_scores = [score for (entry, _), score in scores.items() if entry not in autos]
+        if auto_keys and other_scores:
+            entry, regime = auto_keys[0]
+            gaps.append(100 * (max(other_scores) - scores[entry, regime]))
+            auto_runs = select(cell_runs, entry=entry, regime=regime)
+            costs.append(statistics.fmean(run["steps_share"] for run in auto_runs))
+    if not gaps:
         return None
-    good = sum(gap <= 1 and cost <= 50 for gap, cost in zip(behind, costs, strict=True))
+    num_good = sum(gap <= 1 and cost <= 50 for gap, cost in zip(gaps, costs, strict=True))
     return Target(
         f"{name} is within 1 point of the best method at no more than half of scratch's steps, in every cell",
-        good == len(behind),
-        f"in {good} of {len(behind)} cells; median {statistics.median(behind):.1f} points behind the best at "
+        num_good == len(gaps),
+        f"in {num_good} of {len(gaps)} cells; median {statistics.median(gaps):.1f} points behind the best at "
         f"{statistics.median(costs):.0f} % of the steps",
     )

@@ -1,4 +1,4 @@
-"""The charts that the experiments share, in the look of the reports."""
+"""The charts that the experiments share, in the style of the reports."""
 
 from __future__ import annotations
 
@@ -10,87 +10,104 @@ from regraft.report.charts.style import DASHES, MARKERS, SERIES, SOFT, WIDE, add
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+HEIGHT = 3.4
+"""Inches of each chart."""
+BAR_GROUP_WIDTH = 0.8
+"""The share of the axis that the bars of a group take, so that groups stay apart."""
+MAX_LABEL_CHARACTERS = 80
+"""Group labels with more characters in total would overlap: they are rotated."""
 
-def lines(
+
+def draw_lines(
     series: Mapping[str, Sequence[tuple[float, float, float]]],
-    x: str,
-    y: str,
+    x_label: str,
+    y_label: str,
     *,
     levels: Mapping[str, float] | None = None,
     marks: Sequence[float] = (),
     ticks: Sequence[float] = (),
-    score: bool = True,
+    is_score: bool = True,
 ) -> bytes:
-    """Draw several means over something, with their standard deviations as bands.
+    """Draw means as lines, with their standard deviations as bands.
 
     Args:
-        series: By name, points of x, mean and deviation.
-        x: What x is.
-        y: What the means are of.
-        levels: Values to draw straight across, by name.
-        marks: Values of x to mark, such as the ends of hops.
-        ticks: All values that x can have, where those are few; they then stand at equal distances.
-        score: Whether y is a score that ends at 1.
+        series: Points by series name: x, mean and deviation.
+        x_label: The label of the x axis.
+        y_label: The label of the y axis.
+        levels: Heights of horizontal lines, by name.
+        marks: Values of x to mark with a vertical line, such as the ends of hops.
+        ticks: All values that x can have, where they are few; they are then drawn at equal distances.
+        is_score: Whether y is a score, which ends at 1.
 
     Returns:
         An SVG file.
     """
     with chart_style():
-        figure = new_figure(WIDE, 3.4)
+        figure = new_figure(WIDE, HEIGHT)
         axes = figure.add_subplot()
-        for place, (name, points) in enumerate(series.items()):
-            at, means, spreads = zip(*points, strict=True)
-            where, look = [ticks.index(value) if ticks else value for value in at], _look(place)
-            axes.plot(where, means, label=name, **look)
-            low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-            axes.fill_between(where, low, high, color=look["color"], alpha=0.15, linewidth=0)
-        for place, (name, value) in enumerate((levels or {}).items()):
-            axes.axhline(value, color=SOFT, linewidth=1, linestyle=DASHES[(place + 1) % len(DASHES)], label=name)
+        for index, (name, points) in enumerate(series.items()):
+            x, means, deviations = zip(*points, strict=True)
+            positions = [ticks.index(value) for value in x] if ticks else list(x)
+            line_style = _line_style(index)
+            axes.plot(positions, means, label=name, **line_style)
+            low, high = (
+                [mean + sign * deviation for mean, deviation in zip(means, deviations, strict=True)] for sign in (-1, 1)
+            )
+            axes.fill_between(positions, low, high, color=line_style["color"], alpha=0.15, linewidth=0)
+        for index, (name, height) in enumerate((levels or {}).items()):
+            axes.axhline(height, color=SOFT, linewidth=1, linestyle=DASHES[(index + 1) % len(DASHES)], label=name)
         for mark in marks:
             axes.axvline(mark, color=SOFT, linewidth=0.7, linestyle=(0, (1, 3)))
         if ticks:
             axes.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         axes.margins(y=0.1)
-        if score:
+        if is_score:
             cap_score_axis(axes)
         add_legend(axes, 3)
         return save_figure(figure, "svg")
 
 
-def bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float]]], y: str) -> bytes:
-    """Draw several means side by side for each of several groups, with their standard deviations.
+def draw_bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float]]], y_label: str) -> bytes:
+    """Draw means as bars side by side in groups, with their standard deviations.
 
     Args:
-        groups: What stands along the axis.
-        series: By name, mean and deviation for each group; NaN where there is none.
-        y: What the means are of.
+        groups: The labels of the groups along the axis.
+        series: Mean and deviation for each group, by series name; NaN where there is none.
+        y_label: The label of the y axis.
 
     Returns:
         An SVG file.
     """
     with chart_style():
-        figure = new_figure(WIDE, 3.4)
+        figure = new_figure(WIDE, HEIGHT)
         axes = figure.add_subplot()
-        width = 0.8 / max(1, len(series))
-        for place, (name, values) in enumerate(series.items()):
-            means, spreads = zip(*values, strict=True)
-            at = [i - 0.4 + (place + 0.5) * width for i in range(len(groups))]
-            again = {"hatch": "////", "edgecolor": "white"} if place >= len(SERIES) else {}
-            axes.bar(at, means, 0.92 * width, yerr=spreads, color=SERIES[place % len(SERIES)], label=name,
-                     error_kw={"ecolor": SOFT, "elinewidth": 1}, **again)  # fmt: skip
-        axes.set_xticks(range(len(groups)), groups, rotation=20 if sum(map(len, groups)) > 80 else 0)
+        width = BAR_GROUP_WIDTH / max(1, len(series))
+        for index, (name, bars) in enumerate(series.items()):
+            means, deviations = zip(*bars, strict=True)
+            axes.bar(
+                [group - BAR_GROUP_WIDTH / 2 + (index + 0.5) * width for group in range(len(groups))],
+                means,
+                0.92 * width,
+                yerr=deviations,
+                color=SERIES[index % len(SERIES)],
+                label=name,
+                error_kw={"ecolor": SOFT, "elinewidth": 1},
+                **({"hatch": "////", "edgecolor": "white"} if index >= len(SERIES) else {}),
+            )
+        is_crowded = sum(map(len, groups)) > MAX_LABEL_CHARACTERS
+        axes.set_xticks(range(len(groups)), groups, rotation=20 if is_crowded else 0)
         axes.grid(axis="x", visible=False)
-        axes.set_ylabel(y)
+        axes.set_ylabel(y_label)
         add_legend(axes, 3)
         return save_figure(figure, "svg")
 
 
-def _look(place: int) -> dict[str, Any]:
+def _line_style(index: int) -> dict[str, Any]:
     return {
-        "color": SERIES[place % len(SERIES)],
-        "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": DASHES[place // len(SERIES) % len(DASHES)],
+        "color": SERIES[index % len(SERIES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index // len(SERIES) % len(DASHES)],
         "markersize": 3.5,
     }

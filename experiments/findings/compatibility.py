@@ -1,4 +1,4 @@
-"""Experiment 1: how long outdated weights go on working while the base is pre-trained further."""
+"""Experiment 1: how long outdated weights continue to work while the base is pre-trained further."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from tables import mean_sd, table
+from tables import distinct_keys, distinct_values, format_mean, markdown_table, mean_and_deviation, select
 
-from findings.charts import lines
-from findings.experiment import Cell, Experiment, Page, tell
-from findings.settings import Settings, Tasks
+from findings.charts import draw_lines
+from findings.experiment import Cell, CellRecord, Experiment, Finding, Page, judge_claim
+from findings.settings import Settings, TasksByKind, list_task_kinds
 from findings.store import Tuning
 from regraft.diagnosis import compatibility, load_pair
 from regraft.task import MIN_HEADROOM
@@ -20,167 +20,187 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from tables import Row
+
     from findings.store import Store
 
-FAR = 0.5
-"""Of what tuning the new base gains above guessing, the share that outdated weights must reach to be far above it."""
-SLOWLY = 10.0
-"""Percent of what the old deployment has above guessing that may be lost a hop."""
+MIN_KEPT_SHARE = 0.5
+"""Outdated weights score far above an untuned base if they keep this share of what tuning gains above guessing."""
+MAX_LOSS_PER_HOP = 10.0
+"""The score falls slowly if a hop costs at most this percentage of what the old deployment has above guessing."""
+ROW_LABELS = {"outdated": "tuned on M_0, put on", "tuned": "tuned on", "agreement": "agreement with M_0's deployment"}
 
 
 class Config(Settings):
     """What is measured.
 
     Args:
-        tasks: By kind of adaptation.
+        tasks: Tasks by kind of adaptation.
     """
 
-    tasks: Tasks = Field(description="lists of tasks by kind of adaptation")
+    tasks: TasksByKind = Field(description="lists of tasks by kind of adaptation")
 
 
-def places(config: Config) -> list[tuple[str, str]]:
-    """Give each task and kind."""
-    return [(task, kind) for kind, tasks in config.tasks.items() for task in tasks]
-
-
-def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning]:
-    """Give the tunings on every base of the chain."""
-    return [Tuning(*place, base, seed) for place in places(config) for base in range(bases) for seed in seeds]
-
-
-def cells(store: Store, config: Config) -> list[Cell]:
-    """Give one for each adaptation of M_0."""
-    bases = len(store.size.domains) + 1
+def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
+    """Return the tunings on every base of the chain."""
     return [
-        Cell(f"{task}-{kind}-seed{seed}", measure, (task, kind, seed, bases))
-        for seed in store.size.seeds for task, kind in places(config)
-    ]  # fmt: skip
+        Tuning(task, kind, base, seed)
+        for task, kind in list_task_kinds(config.tasks)
+        for base in range(num_bases)
+        for seed in seeds
+    ]
 
 
-def measure(store: Store, work: Path, task: str, kind: str, seed: int, bases: int) -> dict[str, Any]:
-    """Put what was tuned on M_0 on every base that was kept, as it is."""
-    kept = store.checkpoints()
-    upgrade = store.upgrade(0, 1)
-    with load_pair(upgrade, store.tuned(task, kind, 0, seed), store.task(task),
-                   recipe=store.recipe(kind, seed, 0)) as pair:  # fmt: skip
-        points = compatibility(pair, [folder for _, _, folder in kept])
-    where = [(0, 0), *((hop, steps) for hop, steps, _ in kept)]
+def list_cells(store: Store, config: Config) -> list[Cell]:
+    """Return a cell for each adaptation of M_0."""
+    return [
+        Cell(f"{task}-{kind}-seed{seed}", measure, (task, kind, seed, store.num_bases))
+        for seed in store.size.seeds
+        for task, kind in list_task_kinds(config.tasks)
+    ]
+
+
+def measure(store: Store, work: Path, task: str, kind: str, seed: int, num_bases: int) -> dict[str, Any]:
+    """Evaluate an adaptation of M_0, unchanged, on every base that was kept."""
+    checkpoints = store.list_base_checkpoints()
+    recipe = store.recipe(kind, seed, 0)
+    adaptation = store.tuning_folder(task, kind, 0, seed)
+    with load_pair(store.load_upgrade(0, 1), adaptation, store.load_task(task), recipe=recipe) as pair:
+        points = compatibility(pair, [checkpoint.folder for checkpoint in checkpoints])
+    positions = [(0, 0), *((checkpoint.hop, checkpoint.steps) for checkpoint in checkpoints)]
     rows = []
-    for (hop, steps), point in zip(where, points, strict=True):
-        figures = {name: getattr(point, name) for name in ("distance", "score", "loss", "agreement")}
-        rows.append({"hop": hop, "steps": steps, **{name: round(value, 5) for name, value in figures.items()}})
+    for (hop, steps), point in zip(positions, points, strict=True):
+        figures = {name: round(getattr(point, name), 5) for name in ("distance", "score", "loss", "agreement")}
+        rows.append({"hop": hop, "steps": steps, **figures})
     return {"points": rows}
 
 
-def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put the scores of what was tuned on each base beside those of the outdated weights."""
-    ends = {hop: steps for hop, steps, _ in store.checkpoints()} | {0: 0}
-    runs = []
-    for cell in found:
-        task, kind, seed, _ = cell["arguments"]
-        for base, steps in sorted(ends.items()):
-            scores = store.outcome(task, kind, base, seed).scores
-            outdated = next(point for point in cell["found"]["points"] if point["steps"] == steps)
-            runs.append({
-                "task": task, "kind": kind, "seed": seed, "base": base, "outdated": outdated["score"],
-                "tuned": scores["test"], "majority": scores["test_majority"], "untuned": scores["dev_at_start"],
-                "agreement": outdated["agreement"], "distance": outdated["distance"],
-            })  # fmt: skip
-    keys = ("task", "kind", "seed")
-    points = [
-        dict(zip(keys, cell["arguments"], strict=False)) | row for cell in found for row in cell["found"]["points"]
+def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
+    """Pair the scores of outdated weights with those of weights tuned on each base."""
+    steps_by_base = {0: 0} | {checkpoint.hop: checkpoint.steps for checkpoint in store.list_base_checkpoints()}
+    runs, points = [], []
+    for record in records:
+        task, kind, seed, _ = record.arguments
+        cell_points = record.figures["points"]
+        points += [{"task": task, "kind": kind, "seed": seed} | point for point in cell_points]
+        for base, steps in sorted(steps_by_base.items()):
+            tuned_scores = store.load_tuning(task, kind, base, seed).scores
+            outdated = next(point for point in cell_points if point["steps"] == steps)
+            runs.append(
+                {
+                    "task": task,
+                    "kind": kind,
+                    "seed": seed,
+                    "base": base,
+                    "outdated": outdated["score"],
+                    "tuned": tuned_scores["test"],
+                    "majority": tuned_scores["test_majority"],
+                    "untuned": tuned_scores["dev_at_start"],
+                    "agreement": outdated["agreement"],
+                    "distance": outdated["distance"],
+                }
+            )
+    return {"runs": runs, "points": points, "ends": [steps for _, steps in sorted(steps_by_base.items())]}
+
+
+def build_page(results: dict[str, Any]) -> Page:
+    """Write the scores on every base as tables, and draw them over the steps."""
+    runs = results["runs"]
+    bases = sorted(set(distinct_values(runs, "base")))
+    sections, pictures = [], {}
+    for kind in distinct_values(runs, "kind"):
+        kind_runs = select(runs, kind=kind)
+        rows = [row for task in distinct_values(kind_runs, "task") for row in _task_rows(kind_runs, task, bases)]
+        sections.append(f"## {kind}\n\n" + markdown_table(["task", "", *(f"M_{base}" for base in bases)], rows))
+        sections.append(f"![Score over steps](score-{kind}.svg)\n\n![Agreement over steps](agreement-{kind}.svg)")
+        for figure, label in (("score", "accuracy on test"), ("agreement", "agreement with M_0's")):
+            pictures[f"{figure}-{kind}.svg"] = draw_lines(
+                _series_over_steps(select(results["points"], kind=kind), figure),
+                "pre-training steps since M_0 (dotted: the end of a domain)",
+                label,
+                marks=results["ends"][1:],
+            )
+    distances = [f"M_{base} {select(runs, base=base)[0]['distance']:.1f}" for base in bases]
+    sections.append("L2 distance from M_0: " + ", ".join(distances))
+    return Page("\n\n".join(sections), pictures, _judge_claims(runs))
+
+
+def _task_rows(runs: list[Row], task: str, bases: list[int]) -> list[list[str]]:
+    task_runs = select(runs, task=task)
+
+    def row(label: str, figure: str) -> list[str]:
+        return [task, label, *(format_mean([run[figure] for run in select(task_runs, base=base)]) for base in bases)]
+
+    return [
+        *(row(label, figure) for figure, label in ROW_LABELS.items()),
+        [task, "majority guess", *[f"{task_runs[0]['majority']:.3f}"] * len(bases)],
+        row("an untrained head (dev)", "untuned"),
     ]
-    return {"runs": runs, "points": points, "ends": [steps for _, steps in sorted(ends.items())]}
+
+
+def _series_over_steps(points: list[Row], figure: str) -> dict[str, list[tuple[float, float, float]]]:
+    series = {}
+    for task in distinct_values(points, "task"):
+        task_points = select(points, task=task)
+        series[task] = [
+            (steps, *mean_and_deviation([point[figure] for point in select(task_points, steps=steps)]))
+            for steps in sorted(distinct_values(task_points, "steps"))
+        ]
+    return series
 
 
 @dataclasses.dataclass(frozen=True)
-class _Means:
-    """One task and kind on one base, over seeds."""
+class _MeanScores:
+    """The mean scores of one task and kind on one base, over seeds."""
 
     outdated: float
     tuned: float
     majority: float
 
 
-def _means(runs: list[dict[str, Any]]) -> dict[tuple[str, str, int], _Means]:
-    found = {}
-    for place in dict.fromkeys((run["task"], run["kind"], run["base"]) for run in runs):
-        mine = [run for run in runs if (run["task"], run["kind"], run["base"]) == place]
-        found[place] = _Means(
-            *(statistics.fmean(run[name] for run in mine) for name in ("outdated", "tuned", "majority"))
-        )
-    return found
+def _mean_scores(runs: list[Row]) -> _MeanScores:
+    return _MeanScores(*(statistics.fmean(run[name] for run in runs) for name in ("outdated", "tuned", "majority")))
 
 
-def page(results: dict[str, Any]) -> Page:
-    """Write the tables and the charts of scores over steps."""
-    runs, points = results["runs"], results["points"]
-    means = _means(runs)
-    parts, pictures = [], {}
-    bases = sorted({run["base"] for run in runs})
-    for kind in dict.fromkeys(run["kind"] for run in runs):
-        rows = []
-        for task in dict.fromkeys(run["task"] for run in runs if run["kind"] == kind):
-            for name in ("outdated", "tuned", "agreement"):
-                mine = [[r[name] for r in runs if (r["task"], r["kind"], r["base"]) == (task, kind, b)] for b in bases]
-                rows.append([task, LABELS[name], *(mean_sd(values) for values in mine)])
-            of = [run for run in runs if (run["task"], run["kind"]) == (task, kind)]
-            rows.append([task, "majority guess", *[f"{of[0]['majority']:.3f}"] * len(bases)])
-            levels = [[r["untuned"] for r in of if r["base"] == base] for base in bases]
-            rows.append([task, "an untrained head (dev)", *(mean_sd(values) for values in levels)])
-        for what, label in (
-            ("score", "accuracy on test"),
-            ("agreement", "agreement with M_0's"),
-        ):
-            pictures[f"{what}-{kind}.svg"] = lines(
-                _series(points, kind, what), "pre-training steps since M_0 (dotted: the end of a domain)", label,
-                marks=results["ends"][1:],
-            )  # fmt: skip
-        parts.append(f"## {kind}\n\n" + table(["task", "", *(f"M_{base}" for base in bases)], rows))
-        parts.append(f"![Score over steps](score-{kind}.svg)\n\n![Agreement over steps](agreement-{kind}.svg)")
-    distances = [next((run["distance"] for run in runs if run["base"] == base), 0.0) for base in bases]
-    parts.append("L2 distance from M_0: " + ", ".join(f"M_{b} {d:.1f}" for b, d in zip(bases, distances, strict=True)))
-    return Page("\n\n".join(parts), pictures, _findings(means))
-
-
-LABELS = {"outdated": "tuned on M_0, put on", "tuned": "tuned on", "agreement": "agreement with M_0's deployment"}
-
-
-def _findings(means: dict[tuple[str, str, int], _Means]) -> tuple[Any, ...]:
-    later = {place: one for place, one in means.items() if place[2]}
-    shares = [(one.outdated - one.majority) / (one.tuned - one.majority) for one in later.values()
-              if one.tuned - one.majority >= MIN_HEADROOM]  # fmt: skip
-    median = f"median {100 * statistics.median(shares):.0f} % of that gain" if shares else ""
-    gaps = [100 * (one.tuned - one.outdated) for one in later.values()]
-    losses, falls = [], []
-    for task, kind in dict.fromkeys(place[:2] for place in means):
-        along = [one for place, one in sorted(means.items()) if place[:2] == (task, kind)]
-        room, last = along[0].outdated - along[0].majority, along[-1].outdated
-        if len(along) > 1 and room >= MIN_HEADROOM:
-            losses.append(100 * (along[0].outdated - last) / room / (len(along) - 1))
-            falls.append(last < along[0].outdated)
-    lost = f"median {statistics.median(losses):.1f} % a hop, at most {max(losses):.1f} %" if losses else ""
+def _judge_claims(runs: list[Row]) -> tuple[Finding, ...]:
+    kept_shares, gaps, losses, is_falling = [], [], [], []
+    for task, kind in distinct_keys(runs, "task", "kind"):
+        task_runs = select(runs, task=task, kind=kind)
+        first, *later = [
+            _mean_scores(select(task_runs, base=base)) for base in sorted(distinct_values(task_runs, "base"))
+        ]
+        for scores in later:
+            gaps.append(100 * (scores.tuned - scores.outdated))
+            if scores.tuned - scores.majority >= MIN_HEADROOM:
+                kept_shares.append((scores.outdated - scores.majority) / (scores.tuned - scores.majority))
+        headroom = first.outdated - first.majority
+        if later and headroom >= MIN_HEADROOM:
+            losses.append(100 * (first.outdated - later[-1].outdated) / headroom / len(later))
+            is_falling.append(later[-1].outdated < first.outdated)
+    kept_figure = f"median {100 * statistics.median(kept_shares):.0f} % of that gain" if kept_shares else ""
+    gap_figure = f"{statistics.fmean(gaps):.1f} points below on average" if gaps else ""
+    loss_figure = f"median {statistics.median(losses):.1f} % a hop, at most {max(losses):.1f} %" if losses else ""
     part = "1. compatibility; method `direct`"
     return (
-        tell("Outdated weights score far above an untuned new base: they keep at least half of what tuning it gains "
-             "above guessing.", part, [share >= FAR for share in shares], median),
-        tell("Outdated weights score below a tuned new base.", part, [gap > 0 for gap in gaps],
-             f"{statistics.fmean(gaps):.1f} points below on average" if gaps else ""),
-        tell("The score of outdated weights falls as pre-training of the base goes on.", part, falls, lost),
-        tell(f"It falls slowly: a hop costs outdated weights at most {SLOWLY:.0f} % of what they had above guessing.",
-             part, [loss <= SLOWLY for loss in losses], lost),
-    )  # fmt: skip
-
-
-def _series(points: list[dict[str, Any]], kind: str, what: str) -> dict[str, list[tuple[float, float, float]]]:
-    series: dict[str, list[tuple[float, float, float]]] = {}
-    for task in dict.fromkeys(point["task"] for point in points if point["kind"] == kind):
-        mine = [point for point in points if (point["task"], point["kind"]) == (task, kind)]
-        for steps in sorted({point["steps"] for point in mine}):
-            values = [point[what] for point in mine if point["steps"] == steps]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            series.setdefault(task, []).append((steps, statistics.fmean(values), spread))
-    return series
+        judge_claim(
+            "Outdated weights score far above an untuned new base: they keep at least half of what tuning it gains "
+            "above guessing.",
+            part,
+            [share >= MIN_KEPT_SHARE for share in kept_shares],
+            kept_figure,
+        ),
+        judge_claim("Outdated weights score below a tuned new base.", part, [gap > 0 for gap in gaps], gap_figure),
+        judge_claim(
+            "The score of outdated weights falls as pre-training of the base goes on.", part, is_falling, loss_figure
+        ),
+        judge_claim(
+            f"It falls slowly: a hop costs outdated weights at most {MAX_LOSS_PER_HOP:.0f} % of what they had above "
+            "guessing.",
+            part,
+            [loss <= MAX_LOSS_PER_HOP for loss in losses],
+            loss_figure,
+        ),
+    )
 
 
 EXPERIMENT = Experiment(
@@ -188,5 +208,9 @@ EXPERIMENT = Experiment(
     "1 · Compatibility of outdated weights",
     "What was tuned on M_0 is put on every later base as it is (`direct`). How much of its score is left, after how "
     "many steps of pre-training and how many hops?",
-    Config, tunings, cells, collect, page,
-)  # fmt: skip
+    Config,
+    list_tunings,
+    list_cells,
+    collect_results,
+    build_page,
+)

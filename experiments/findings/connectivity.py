@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from tables import mean_sd, table
+from tables import distinct_keys, distinct_values, format_mean, markdown_table, mean_and_deviation, select
 
-from findings.charts import lines
-from findings.experiment import OURS, Cell, Experiment, Page, tell
-from findings.settings import Number, Settings, Tasks
+from findings.charts import draw_lines
+from findings.experiment import NOT_STATED, Cell, CellRecord, Experiment, Finding, Page, judge_claim
+from findings.settings import BasePair, Settings, TasksByKind, list_task_kinds
 from findings.store import Tuning
 from regraft.diagnosis import segment
 from regraft.diagnosis.pair import load_counterpart
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from tables import Row
+
     from findings.store import Store
 
 
@@ -27,179 +28,214 @@ class Config(Settings):
     """What is measured.
 
     Args:
-        tasks: By kind of adaptation.
-        pairs: Numbers of two bases each, tuned with seeds of their own; a base twice stands for two seeds on it.
-        one_seed: Pairs that are tuned with one seed too: from the same fresh head, on the data in the same order.
-        points: Places on the line, ends included.
+        tasks: Tasks by kind of adaptation.
+        pairs: Pairs of bases whose tunings differ in their seeds; a base paired with itself stands for two seeds on it.
+        one_seed: Pairs of bases whose tunings share one seed: the same fresh head, and the data in the same order.
+        points: The number of points on each line, ends included.
     """
 
-    tasks: Tasks = Field(description="lists of tasks by kind of adaptation")
-    pairs: tuple[tuple[Number, Number], ...] = Field(min_length=1, description="a list of pairs of bases")
-    one_seed: tuple[tuple[Number, Number], ...] = Field(default=(), description="a list of pairs of bases")
+    tasks: TasksByKind = Field(description="lists of tasks by kind of adaptation")
+    pairs: tuple[BasePair, ...] = Field(min_length=1, description="a list of pairs of bases")
+    one_seed: tuple[BasePair, ...] = Field(default=(), description="a list of pairs of bases")
     points: int = Field(default=11, ge=3, description="a whole number of points, 3 or more")
 
 
-def ends(config: Config, seeds: Sequence[int]) -> list[tuple[Tuning, Tuning]]:
-    """Give the tunings that lines run between."""
-    following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
-    places = [(task, kind) for kind, tasks in config.tasks.items() for task in tasks]
-    found = []
+def list_lines(config: Config, seeds: Sequence[int]) -> list[tuple[Tuning, Tuning]]:
+    """Return the pairs of tunings that the lines connect."""
+    next_seed = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
+    lines = []
     for seed in seeds:
-        for place in places:
-            found += [
-                (Tuning(*place, i, seed), Tuning(*place, j, following[seed] if i == j else seed))
-                for i, j in config.pairs
-            ]
-            # a base's number is added to the seed of what is tuned on it
-            found += [(Tuning(*place, i, seed), Tuning(*place, j, seed + i - j)) for i, j in config.one_seed]
-    return found
+        for task, kind in list_task_kinds(config.tasks):
+            for i, j in config.pairs:
+                second_seed = next_seed[seed] if i == j else seed
+                lines.append((Tuning(task, kind, i, seed), Tuning(task, kind, j, second_seed)))
+            for i, j in config.one_seed:  # a base's number is added to the seed of its tunings: here that cancels out
+                lines.append((Tuning(task, kind, i, seed), Tuning(task, kind, j, seed + i - j)))
+    return lines
 
 
-def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning]:
-    """Give the ends of all lines."""
-    return [end for line in ends(config, seeds) for end in line]
+def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
+    """Return the ends of all lines."""
+    return [tuning for line in list_lines(config, seeds) for tuning in line]
 
 
-def cells(store: Store, config: Config) -> list[Cell]:
-    """Give one for each line."""
-    found = []
-    for first, second in ends(config, store.size.seeds):
-        task, kind, i, seed = dataclasses.astuple(first)
-        beside = "-one" if i != second.base and second.seed != seed else ""
-        arguments = (task, kind, i, second.base, seed, second.seed, config.points)
-        found.append(Cell(f"{task}-{kind}-M{i}-M{second.base}{beside}-seed{seed}", measure, arguments))
-    return found
+def list_cells(store: Store, config: Config) -> list[Cell]:
+    """Return a cell for each line."""
+    cells = []
+    for first, second in list_lines(config, store.size.seeds):
+        suffix = "-one" if first.base != second.base and first.seed != second.seed else ""
+        name = f"{first.task}-{first.kind}-M{first.base}-M{second.base}{suffix}-seed{first.seed}"
+        arguments = (first.task, first.kind, first.base, second.base, first.seed, second.seed, config.points)
+        cells.append(Cell(name, measure, arguments))
+    return cells
 
 
 def measure(
-    store: Store, work: Path, task: str, kind: str, i: int, j: int, seed: int, other: int, points: int
+    store: Store, work: Path, task: str, kind: str, i: int, j: int, seed: int, second_seed: int, num_points: int
 ) -> dict[str, Any]:
-    """Walk from what was tuned on M_i to what was tuned on M_j; of adapters the base is walked too."""
-    data, bases = store.data(task), store.upgrade(i, j)
+    """Evaluate models on the line from a tuning on M_i to one on M_j; for adapters the base is interpolated too."""
+    data, upgrade = store.load_data(task), store.load_upgrade(i, j)
     recipe = store.recipe(kind, seed, i).resolve(len(data.train), 1.0)
-    first = load_counterpart(store.tuned(task, kind, i, seed), bases.old, data)
-    second = load_counterpart(store.tuned(task, kind, j, other), bases.new, data)
-    line = segment(first, second, bases.old, data, points=points, precision=recipe.precision)
+    first = load_counterpart(store.tuning_folder(task, kind, i, seed), upgrade.old, data)
+    second = load_counterpart(store.tuning_folder(task, kind, j, second_seed), upgrade.new, data)
+    line = segment(first, second, upgrade.old, data, points=num_points, precision=recipe.precision)
     return {
         "mu": list(line.mu),
-        "loss": {split: [round(value, 5) for value in along] for split, along in line.loss.items()},
-        "score": {split: [round(value, 5) for value in along] for split, along in line.score.items()},
+        "loss": {split: [round(value, 5) for value in values] for split, values in line.loss.items()},
+        "score": {split: [round(value, 5) for value in values] for split, values in line.score.items()},
         "barrier": {split: round(value, 5) for split, value in line.barrier.items()},
         "connected": line.connected,
     }
 
 
-def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Give each line with its pair and its hops."""
-    keys = ("task", "kind", "first", "second", "seed", "other")
+def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
+    """Return each line with its bases, its number of hops, and whether its ends share one seed."""
     runs = []
-    for cell in found:
-        run = dict(zip(keys, cell["arguments"], strict=False)) | cell["found"]
-        hops, other = run["second"] - run["first"], run.pop("other")
-        runs.append(run | {"hops": hops, "one_seed": bool(hops) and other != run["seed"]})
+    for record in records:
+        task, kind, first, second, seed, second_seed, _ = record.arguments
+        hops = second - first
+        runs.append(
+            {"task": task, "kind": kind, "first": first, "second": second, "seed": seed}
+            | record.figures
+            | {"hops": hops, "one_seed": bool(hops) and second_seed != seed}
+        )
     return {"runs": runs}
 
 
-def _where(run: dict[str, Any]) -> tuple[Any, ...]:
-    return run["task"], run["kind"], run["first"], run["second"], run["one_seed"]
+def build_page(results: dict[str, Any]) -> Page:
+    """Write a table of barriers, and draw the losses along the lines and the barriers over hops."""
+    runs, sections, pictures = results["runs"], [], {}
+    head = [
+        "task",
+        "line",
+        "barrier (dev)",
+        "barrier (test)",
+        "connected",
+        "score at μ = 0",
+        "at μ = 1",
+        "lowest against the lower end, points",
+    ]
+    for kind in distinct_values(runs, "kind"):
+        kind_runs = select(runs, kind=kind)
+        rows = [
+            _line_row(select(kind_runs, task=task, first=first, second=second, one_seed=one_seed))
+            for task, first, second, one_seed in distinct_keys(kind_runs, "task", "first", "second", "one_seed")
+        ]
+        pictures[f"barrier-{kind}.svg"] = draw_lines(
+            _barriers_over_hops(kind_runs),
+            "hops between the bases (0: two seeds on one)",
+            "barrier on test (nats)",
+            ticks=sorted(distinct_values(kind_runs, "hops")),
+            is_score=False,
+        )
+        pictures[f"lines-{kind}.svg"] = draw_lines(
+            _losses_over_mu(kind_runs), "μ", "mean loss on test (nats)", is_score=False
+        )
+        table = markdown_table(head, rows)
+        sections.append(f"## {kind}\n\nBarriers in nats, means ± deviations over seeds.\n\n{table}")
+        sections.append(f"![Barrier over hops](barrier-{kind}.svg)\n\n![Loss along the lines](lines-{kind}.svg)")
+    return Page("\n\n".join(sections), pictures, tuple(_judge_claims(runs)))
 
 
-def _line(run: dict[str, Any]) -> str:
+def _line_row(runs: list[Row]) -> list[str]:
+    """Write the row of one line, from its runs, a seed each."""
+    return [
+        runs[0]["task"],
+        _line_label(runs[0]),
+        format_mean([run["barrier"]["dev"] for run in runs]),
+        format_mean([run["barrier"]["test"] for run in runs]),
+        f"{sum(run['connected'] for run in runs)} of {len(runs)}",
+        format_mean([run["score"]["test"][0] for run in runs]),
+        format_mean([run["score"]["test"][-1] for run in runs]),
+        format_mean([_score_dip(run) for run in runs], 1),
+    ]
+
+
+def _line_label(run: Row) -> str:
     if not run["hops"]:
         return f"M_{run['first']}, two seeds"
     return f"M_{run['first']} → M_{run['second']}" + (", one seed" if run["one_seed"] else "")
 
 
-def _dip(run: dict[str, Any]) -> float:
-    """How many points the score on test falls below the lower end, at its lowest."""
+def _score_dip(run: Row) -> float:
+    """Return the lowest score on test along the line minus that of the lower end, in points."""
     scores = run["score"]["test"]
     return 100 * float(min(scores) - min(scores[0], scores[-1]))
 
 
-def page(results: dict[str, Any]) -> Page:
-    """Write a table of barriers, and draw the lines and the barriers over hops."""
-    runs, parts, pictures = results["runs"], [], {}
-    for kind in dict.fromkeys(run["kind"] for run in runs):
-        mine, rows = [run for run in runs if run["kind"] == kind], []
-        for place in dict.fromkeys(map(_where, mine)):
-            of = [run for run in mine if _where(run) == place]
-            ends = [[run["score"]["test"][at] for run in of] for at in (0, -1)]
-            lowest = [_dip(run) for run in of]
-            rows.append([
-                place[0], _line(of[0]),
-                *(mean_sd([run["barrier"][split] for run in of]) for split in ("dev", "test")),
-                f"{sum(run['connected'] for run in of)} of {len(of)}", *map(mean_sd, ends), mean_sd(lowest, 1),
-            ])  # fmt: skip
-        head = ["task", "line", "barrier (dev)", "barrier (test)", "connected", "score at μ = 0", "at μ = 1",
-                "lowest against the lower end, points"]  # fmt: skip
-        pictures[f"barrier-{kind}.svg"] = lines(
-            _barriers(mine), "hops between the bases (0: two seeds on one)", "barrier on test (nats)",
-            ticks=sorted({run["hops"] for run in mine}), score=False,
-        )  # fmt: skip
-        pictures[f"lines-{kind}.svg"] = lines(_losses(mine), "μ", "mean loss on test (nats)", score=False)
-        parts.append(f"## {kind}\n\nBarriers in nats, means ± deviations over seeds.\n\n" + table(head, rows))
-        parts.append(f"![Barrier over hops](barrier-{kind}.svg)\n\n![Loss along the lines](lines-{kind}.svg)")
-    return Page("\n\n".join(parts), pictures, tuple(_findings(runs)))
-
-
-def _spread(values: list[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _barriers(runs: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
+def _barriers_over_hops(runs: list[Row]) -> dict[str, list[tuple[float, float, float]]]:
     series = {}
-    for task, shared in dict.fromkeys((run["task"], run["one_seed"]) for run in runs):
-        mine = [run for run in runs if (run["task"], run["one_seed"]) == (task, shared)]
-        series[task + (", one seed" if shared else "")] = [
-            (hops, *_spread([run["barrier"]["test"] for run in mine if run["hops"] == hops]))
-            for hops in sorted({run["hops"] for run in mine})
+    for task, one_seed in distinct_keys(runs, "task", "one_seed"):
+        line_runs = select(runs, task=task, one_seed=one_seed)
+        series[task + (", one seed" if one_seed else "")] = [
+            (hops, *mean_and_deviation([run["barrier"]["test"] for run in select(line_runs, hops=hops)]))
+            for hops in sorted(distinct_values(line_runs, "hops"))
         ]
     return series
 
 
-def _losses(runs: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
+def _losses_over_mu(runs: list[Row]) -> dict[str, list[tuple[float, float, float]]]:
     series = {}
-    for hops, shared in sorted({(run["hops"], run["one_seed"]) for run in runs}):
-        mine = [run for run in runs if (run["hops"], run["one_seed"]) == (hops, shared)]
-        along = zip(*(run["loss"]["test"] for run in mine), strict=True)
-        series[_hops(hops) + (", one seed" if shared else "")] = [
-            (mu, statistics.fmean(values), 0.0) for mu, values in zip(mine[0]["mu"], along, strict=True)
+    for hops, one_seed in sorted(distinct_keys(runs, "hops", "one_seed")):
+        line_runs = select(runs, hops=hops, one_seed=one_seed)
+        losses = zip(*(run["loss"]["test"] for run in line_runs), strict=True)
+        series[_hops_label(hops) + (", one seed" if one_seed else "")] = [
+            (mu, statistics.fmean(values), 0.0) for mu, values in zip(line_runs[0]["mu"], losses, strict=True)
         ]
     return series
 
 
-def _hops(count: int) -> str:
-    return "two seeds" if not count else "1 hop" if count == 1 else f"{count} hops"
+def _hops_label(hops: int) -> str:
+    if not hops:
+        return "two seeds"
+    return "1 hop" if hops == 1 else f"{hops} hops"
 
 
-def _findings(runs: list[dict[str, Any]]) -> Iterable[Any]:
-    part = "2. mode connectivity"
-    for kind in dict.fromkeys(run["kind"] for run in runs):
-        for shared in (True, False):
-            how = f"{kind}; the same fresh head and order of data" if shared else f"{kind}; a head of its own each"
-            for name, wanted in (("consecutive", range(1, 2)), ("distant", range(2, 100))):
-                mine = [r for r in runs if (r["kind"], r["one_seed"]) == (kind, shared) and r["hops"] in wanted]
-                if not mine:
-                    continue
-                heights = [run["barrier"]["test"] for run in mine]
-                dips = [_dip(run) for run in mine]
-                figure = (
-                    f"mean barrier {statistics.fmean(heights):.3f} nats on test, highest {max(heights):.3f}; at its "
-                    f"lowest the score is {statistics.fmean(dips):+.1f} points from the lower end"
-                )
-                yield tell(f"Models tuned on {name} bases ({how}) are linearly connected: no barrier of loss.",
-                           part if shared else part + OURS, [run["connected"] for run in mine], figure)  # fmt: skip
-        grows = []
-        for task in dict.fromkeys(run["task"] for run in runs if run["kind"] == kind):
-            mine = [r for r in runs if (r["task"], r["kind"]) == (task, kind) and r["hops"] and not r["one_seed"]]
-            points = _barriers(mine).get(task, [])
-            if len(points) > 1:
-                grows.append((points[0][1], points[-1][1]))
-        if grows:
-            first, last = (statistics.fmean(values) for values in zip(*grows, strict=True))
-            yield tell(f"The farther apart the bases, the higher the barrier ({kind}).", part + OURS,
-                       [high > low for low, high in grows],
-                       f"{first:.3f} nats after the fewest hops, {last:.3f} after the most")  # fmt: skip
+def _judge_claims(runs: list[Row]) -> Iterable[Finding]:
+    for kind in distinct_values(runs, "kind"):
+        kind_runs = select(runs, kind=kind)
+        for one_seed in (True, False):
+            seed_runs = select(kind_runs, one_seed=one_seed)
+            condition = f"{kind}; " + (
+                "the same fresh head and order of data" if one_seed else "a head of its own each"
+            )
+            part = PART if one_seed else PART + NOT_STATED
+            for name, pair_runs in (
+                ("consecutive", [run for run in seed_runs if run["hops"] == 1]),
+                ("distant", [run for run in seed_runs if run["hops"] > 1]),
+            ):
+                if pair_runs:
+                    claim = f"Models tuned on {name} bases ({condition}) are linearly connected: no barrier of loss."
+                    yield _judge_connection(claim, part, pair_runs)
+        if finding := _judge_growth(kind, select(kind_runs, one_seed=False)):
+            yield finding
+
+
+PART = "2. mode connectivity"
+
+
+def _judge_connection(claim: str, part: str, runs: list[Row]) -> Finding:
+    barriers = [run["barrier"]["test"] for run in runs]
+    figure = (
+        f"mean barrier {statistics.fmean(barriers):.3f} nats on test, highest {max(barriers):.3f}; at its lowest the "
+        f"score is {statistics.fmean(map(_score_dip, runs)):+.1f} points from the lower end"
+    )
+    return judge_claim(claim, part, [run["connected"] for run in runs], figure)
+
+
+def _judge_growth(kind: str, runs: list[Row]) -> Finding | None:
+    """Judge whether barriers grow with the hops; None if no task has lines of different length."""
+    barriers_by_task = _barriers_over_hops([run for run in runs if run["hops"]])
+    ends = [(points[0][1], points[-1][1]) for points in barriers_by_task.values() if len(points) > 1]
+    if not ends:
+        return None
+    nearest, farthest = (statistics.fmean(barriers) for barriers in zip(*ends, strict=True))
+    return judge_claim(
+        f"The farther apart the bases, the higher the barrier ({kind}).",
+        PART + NOT_STATED,
+        [high > low for low, high in ends],
+        f"{nearest:.3f} nats after the fewest hops, {farthest:.3f} after the most",
+    )
 
 
 EXPERIMENT = Experiment(
@@ -208,5 +244,9 @@ EXPERIMENT = Experiment(
     "The straight line between what was tuned on M_i and on M_j for the same task, on dev and test: does the loss rise "
     "in between, and does the barrier grow with the hops? The ends are tuned with seeds of their own, or with one: "
     "from the same fresh head, on the data in the same order. Two seeds on one base are the control.",
-    Config, tunings, cells, collect, page,
-)  # fmt: skip
+    Config,
+    list_tunings,
+    list_cells,
+    collect_results,
+    build_page,
+)

@@ -2,54 +2,71 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from tables import mean_sd, select, table
+from tables import distinct_values, format_difference, format_mean, markdown_table, mean_and_deviation, select
 
-from findings.charts import lines
-from findings.experiment import OURS, Cell, Experiment, Finding, Page, tell_difference
-from findings.runs import compare, labels_of, points, run_method, without_predictions
-from findings.settings import Number, Settings
-from findings.store import Tuning, figures_of
+from findings.charts import draw_lines
+from findings.experiment import NOT_STATED, Cell, CellRecord, Experiment, Finding, Page, judge_difference
+from findings.runs import TaskUpgrade, accuracy_difference, drop_predictions, read_labels, run_method
+from findings.settings import NonNegativeInt, Settings
+from findings.store import Tuning, outcome_figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from tables import Row
+
     from findings.store import Store
 
-TEACHER, WHOLE = "teacher", "scratch, all labels"
+    RunKey = tuple[str, str, int | None, str, int]
+    """Task, kind, labels a class (None for all), method and seed."""
+
+TEACHER, SCRATCH_ALL_LABELS = "teacher", "scratch, all labels"
+LONGER_SUFFIX = ", longer"
+COMPARISONS = (
+    ("distill", "scratch"),
+    ("init", "scratch"),
+    ("init+distill", "scratch"),
+    ("interpolation", "scratch"),
+    ("init+distill", "distill"),
+    ("init+distill", "init"),
+    ("interpolation", "init+distill"),
+    ("init+distill", TEACHER),
+    ("distill", TEACHER),
+)
+"""The methods whose differences are computed, each with the method that it is compared with."""
 
 
-class Upgraded(Settings):
-    """A task and the bases it is carried between.
+class TeacherUpgrade(Settings):
+    """A task and the bases that it is carried between.
 
     Args:
         task: The task.
         old: The number of the teacher's base.
-        new: The number of the student's.
+        new: The number of the student's base.
         kinds: Kinds of adaptation.
     """
 
     task: str = Field(description="the name of a task")
-    old: Number = Field(description="the number of a base")
-    new: Number = Field(description="the number of a base")
+    old: NonNegativeInt = Field(description="the number of a base")
+    new: NonNegativeInt = Field(description="the number of a base")
     kinds: tuple[str, ...] = Field(min_length=1, description="a list of kinds")
 
 
-class Longer(Settings):
-    """What is run with more steps as well.
+class LongerRuns(Settings):
+    """What is run with more steps too.
 
     Args:
-        times: How many times the steps.
+        times: Multiplies the steps.
         shots: Labelled examples a class.
-        methods: By name, scratch among them.
+        methods: Methods by name, scratch included.
     """
 
     times: float = Field(gt=1, description="a number above 1")
-    shots: tuple[Number, ...] = Field(min_length=1, description="a list of whole numbers, 1 or more")
+    shots: tuple[NonNegativeInt, ...] = Field(min_length=1, description="a list of whole numbers, 1 or more")
     methods: tuple[str, ...] = Field(min_length=1, description="a list of methods")
 
 
@@ -59,161 +76,229 @@ class Config(Settings):
     Args:
         upgrades: The tasks and their bases.
         shots: Labelled examples a class.
-        methods: By name; scratch is what the others are held against.
-        longer: What is run with more steps as well.
+        methods: Methods by name; the others are compared with scratch.
+        longer: What is run with more steps too.
     """
 
-    upgrades: tuple[Upgraded, ...] = Field(min_length=1, description="a list with task, old, new, kinds")
-    shots: tuple[Number, ...] = Field(min_length=1, description="a list of whole numbers, 1 or more")
+    upgrades: tuple[TeacherUpgrade, ...] = Field(min_length=1, description="a list with task, old, new, kinds")
+    shots: tuple[NonNegativeInt, ...] = Field(min_length=1, description="a list of whole numbers, 1 or more")
     methods: tuple[str, ...] = Field(
         default=("scratch", "distill", "init", "init+distill", "interpolation"), description="a list of methods"
     )
-    longer: Longer | None = Field(default=None, description="times, shots and methods")
+    longer: LongerRuns | None = Field(default=None, description="times, shots and methods")
 
 
-def places(config: Config) -> list[tuple[str, str, int, int]]:
-    """Give each task, kind, old and new base."""
-    return [(one.task, kind, one.old, one.new) for one in config.upgrades for kind in one.kinds]
-
-
-def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning]:
-    """Give the teachers, and scratch with all labels."""
-    return [Tuning(task, kind, base, seed) for task, kind, *both in places(config) for base in both for seed in seeds]
-
-
-def cells(store: Store, config: Config) -> list[Cell]:
-    """Give one for each method, number of labels and seed."""
-    longer = config.longer
-    wanted: list[tuple[int, str, tuple[float, ...]]] = [
-        (n, method, ()) for n in config.shots for method in config.methods
-    ]
-    if longer is not None:
-        wanted += [(n, method, (longer.times,)) for n in longer.shots for method in longer.methods]
+def list_upgrades(config: Config) -> list[TaskUpgrade]:
+    """Return each task, kind, old and new base."""
     return [
-        Cell(f"{task}-{kind}-{shots}-{method.replace('+', '-')}{'-longer' if times else ''}-seed{seed}", measure,
-             (task, kind, old, new, shots, method, seed, *times))
-        for seed in store.size.seeds for task, kind, old, new in places(config) for shots, method, times in wanted
-    ]  # fmt: skip
+        TaskUpgrade(upgrade.task, kind, upgrade.old, upgrade.new)
+        for upgrade in config.upgrades
+        for kind in upgrade.kinds
+    ]
+
+
+def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
+    """Return the teachers, and scratch with all labels."""
+    return [
+        Tuning(upgrade.task, upgrade.kind, base, seed)
+        for upgrade in list_upgrades(config)
+        for base in (upgrade.old, upgrade.new)
+        for seed in seeds
+    ]
+
+
+def list_cells(store: Store, config: Config) -> list[Cell]:
+    """Return a cell for each method, number of labels and seed."""
+    cells = []
+    for seed in store.size.seeds:
+        for upgrade in list_upgrades(config):
+            prefix = f"{upgrade.task}-{upgrade.kind}"
+            for shots in config.shots:
+                for method in config.methods:
+                    name = f"{prefix}-{shots}-{method.replace('+', '-')}-seed{seed}"
+                    cells.append(Cell(name, measure, (*upgrade, shots, method, seed)))
+            if config.longer is None:
+                continue
+            for shots in config.longer.shots:
+                for method in config.longer.methods:
+                    name = f"{prefix}-{shots}-{method.replace('+', '-')}-longer-seed{seed}"
+                    cells.append(Cell(name, measure, (*upgrade, shots, method, seed, config.longer.times)))
+    return cells
 
 
 def measure(
-    store: Store, work: Path, task: str, kind: str, old: int, new: int, shots: int, method: str, seed: int,
-    times: float = 1.0,
-) -> dict[str, Any]:  # fmt: skip
+    store: Store,
+    work: Path,
+    task: str,
+    kind: str,
+    old: int,
+    new: int,
+    shots: int,
+    method: str,
+    seed: int,
+    steps_factor: float = 1.0,
+) -> dict[str, Any]:
     """Recycle with a few labels."""
-    teacher = store.tuned(task, kind, old, seed)
-    return run_method(store, work, task, teacher, kind, (old, new), seed, method, shots=shots, times=times)
+    teacher = store.tuning_folder(task, kind, old, seed)
+    upgrade = TaskUpgrade(task, kind, old, new)
+    return run_method(store, work, upgrade, teacher, seed, method, shots=shots, steps_factor=steps_factor)
 
 
-def _long(method: str) -> str:
-    return f"{method}, longer"
+def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
+    """Return each run, and the differences between methods with the same number of labels."""
+    runs: dict[RunKey, Row] = {}
+    for record in records:
+        task, kind, _, _, shots, method, seed, *steps_factor = record.arguments
+        runs[task, kind, shots, method + LONGER_SUFFIX if steps_factor else method, seed] = record.figures
+    for task, kind, old, new in list_upgrades(config):
+        for name, base in ((TEACHER, old), (SCRATCH_ALL_LABELS, new)):
+            for seed in store.size.seeds:
+                if store.has_tuning(task, kind, base, seed):
+                    runs[task, kind, None, name, seed] = outcome_figures(store.load_tuning(task, kind, base, seed))
+    rows = [
+        {"task": task, "kind": kind, "shots": shots, "method": method, "seed": seed, **drop_predictions(run)}
+        for (task, kind, shots, method, seed), run in runs.items()
+    ]
+    return {
+        "upgrades": [list(upgrade) for upgrade in list_upgrades(config)],
+        "longer": config.longer.model_dump(mode="json") if config.longer else None,
+        "runs": rows,
+        "differences": _collect_differences(store, config, runs),
+    }
 
 
-def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Give each run, and the differences between methods with as few labels."""
-    there, rows = {}, []
-    for cell in found:
-        task, kind, _, _, shots, method, seed, *times = cell["arguments"]
-        method = _long(method) if times else method
-        there[task, kind, shots, method, seed] = cell["found"]
-        where = {"task": task, "kind": kind, "shots": shots, "method": method, "seed": seed}
-        rows.append(where | without_predictions(cell["found"]))
-    for task, kind, old, new in places(config):
-        for name, base in ((TEACHER, old), (WHOLE, new)):
-            for seed in (seed for seed in store.size.seeds if store.has(task, kind, base, seed)):
-                run = figures_of(store.outcome(task, kind, base, seed))
-                there[task, kind, None, name, seed] = run
-                where = {"task": task, "kind": kind, "shots": None, "method": name, "seed": seed}
-                rows.append(where | without_predictions(run))
-    longer = config.longer.model_dump(mode="json") if config.longer else None
-    return {"upgrades": [list(place) for place in places(config)], "longer": longer, "runs": rows,
-            "differences": _differences(store, config, there)}  # fmt: skip
-
-
-PAIRS = (("distill", "scratch"), ("init", "scratch"), ("init+distill", "scratch"), ("interpolation", "scratch"),
-         ("init+distill", "distill"), ("init+distill", "init"), ("interpolation", "init+distill"),
-         ("init+distill", TEACHER), ("distill", TEACHER))  # fmt: skip
-AGAINST = (*PAIRS, *((_long(one), other if other == TEACHER else _long(other)) for one, other in PAIRS))
-
-
-def _differences(store: Store, config: Config, there: dict[tuple[Any, ...], Any]) -> list[dict[str, Any]]:
+def _collect_differences(store: Store, config: Config, runs: dict[RunKey, Row]) -> list[Row]:
+    longer_comparisons = [
+        (method + LONGER_SUFFIX, reference if reference == TEACHER else reference + LONGER_SUFFIX)
+        for method, reference in COMPARISONS
+    ]
     rows = []
-    for task, kind, _, new in places(config):
+    for task, kind, _, new in list_upgrades(config):
         for shots in dict.fromkeys([*config.shots, *(config.longer.shots if config.longer else ())]):
-            for one, other in AGAINST:
-                beside = None if other == TEACHER else shots
-                pairs = [
-                    (there[task, kind, shots, one, seed], there[task, kind, beside, other, seed])
-                    for seed in store.size.seeds
-                    if (task, kind, shots, one, seed) in there and (task, kind, beside, other, seed) in there
-                ]
-                if pairs:
-                    labels = labels_of(store, task, kind, new, store.size.seeds[0])
-                    gap = compare(labels, *map(list, zip(*pairs, strict=True)))
-                    rows.append({"task": task, "kind": kind, "shots": shots, "method": one, "against": other, **gap})
+            for method, reference in (*COMPARISONS, *longer_comparisons):
+                reference_shots = None if reference == TEACHER else shots
+                method_runs, reference_runs = [], []
+                for seed in store.size.seeds:
+                    run = runs.get((task, kind, shots, method, seed))
+                    reference_run = runs.get((task, kind, reference_shots, reference, seed))
+                    if run and reference_run:
+                        method_runs.append(run)
+                        reference_runs.append(reference_run)
+                if method_runs:
+                    labels = read_labels(store, task, kind, new, store.size.seeds[0])
+                    key = {"task": task, "kind": kind, "shots": shots, "method": method, "against": reference}
+                    rows.append(key | accuracy_difference(labels, method_runs, reference_runs))
     return rows
 
 
-def page(results: dict[str, Any]) -> Page:
+def build_page(results: dict[str, Any]) -> Page:
     """Write a table of methods by number of labels, and draw them."""
-    runs, parts, pictures = results["runs"], [], {}
-    shots = sorted({run["shots"] for run in runs if run["shots"] is not None})
+    sections, pictures = [], {}
+    shots = sorted({run["shots"] for run in results["runs"] if run["shots"] is not None})
+    head = ["method", *(f"{count} a class" for count in shots)]
     for task, kind, old, new in results["upgrades"]:
-        mine = [run for run in runs if (run["task"], run["kind"]) == (task, kind)]
-        levels = {name: [run["test"] for run in mine if run["method"] == name] for name in (TEACHER, WHOLE)}
-        rows: list[list[str]] = []
-        series: dict[str, list[tuple[float, float, float]]] = {}
-        for method in dict.fromkeys(run["method"] for run in mine if run["shots"] is not None):
-            line = [method]
-            for count in shots:
-                values = [run["test"] for run in mine if (run["method"], run["shots"]) == (method, count)]
-                of = {"task": task, "kind": kind, "shots": count, "method": method}
-                long = method.endswith(_long(""))
-                gaps = select(results["differences"], against=_long("scratch") if long else "scratch", **of)
-                line.append(mean_sd(values) + (f"; {points(gaps[0])}" if gaps else ""))
-                if values and not long:
-                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                    series.setdefault(method, []).append((count, statistics.fmean(values), spread))
-            rows.append(line)
-        rows += [[name, *[mean_sd(values)] * len(shots)] for name, values in levels.items()]
+        runs = select(results["runs"], task=task, kind=kind)
+        differences = select(results["differences"], task=task, kind=kind)
+        methods = distinct_values([run for run in runs if run["shots"] is not None], "method")
+        rows = [_method_row(method, shots, runs, differences) for method in methods]
+        levels = {}
+        for name in (TEACHER, SCRATCH_ALL_LABELS):
+            scores = [run["test"] for run in select(runs, method=name)]
+            rows.append([name, *[format_mean(scores)] * len(shots)])
+            if scores:
+                levels[name] = mean_and_deviation(scores)[0]
         name = f"shots-{task}-{kind}.svg"
-        known = {name_: statistics.fmean(values) for name_, values in levels.items() if values}
-        pictures[name] = lines(series, "labelled examples a class", "accuracy on test", levels=known, ticks=shots)
-        parts.append(
+        pictures[name] = draw_lines(
+            _series_over_shots(methods, shots, runs),
+            "labelled examples a class",
+            "accuracy on test",
+            levels=levels,
+            ticks=shots,
+        )
+        sections.append(
             f"## {task}, {kind}: M_{old} → M_{new}\n\n"
             "Accuracy on test; difference to scratch with as few labels in points.\n\n"
-            + table(["method", *(f"{count} a class" for count in shots)], rows)
-            + f"\n\n![Accuracy over labels]({name})"
+            f"{markdown_table(head, rows)}\n\n![Accuracy over labels]({name})"
         )
     if results["longer"]:
-        parts.append(f"Longer: {results['longer']['times']:g} times the steps, held against scratch with as many. This "
-                     "was asked after the other runs had been seen.")  # fmt: skip
-    return Page("\n\n".join(parts), pictures, _findings(results["differences"], results["longer"]))
+        sections.append(
+            f"Longer: {results['longer']['times']:g} times the steps, held against scratch with as many. This was "
+            "asked after the other runs had been seen."
+        )
+    return Page("\n\n".join(sections), pictures, _judge_claims(results["differences"], results["longer"]))
 
 
-def _findings(rows: list[dict[str, Any]], longer: dict[str, Any] | None) -> tuple[Finding, ...]:
-    def of(one: str, other: str) -> list[dict[str, Any]]:
-        return [row for row in rows if (row["method"], row["against"]) == (one, other)]
+def _method_row(method: str, shots: list[int], runs: list[Row], differences: list[Row]) -> list[str]:
+    scratch = "scratch" + LONGER_SUFFIX if method.endswith(LONGER_SUFFIX) else "scratch"
+    row = [method]
+    for count in shots:
+        cell = format_mean([run["test"] for run in select(runs, method=method, shots=count)])
+        scratch_differences = select(differences, shots=count, method=method, against=scratch)
+        if scratch_differences:
+            cell += f"; {format_difference(scratch_differences[0])}"
+        row.append(cell)
+    return row
 
-    more = []
+
+def _series_over_shots(
+    methods: list[str], shots: list[int], runs: list[Row]
+) -> dict[str, list[tuple[float, float, float]]]:
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for method in methods:
+        if method.endswith(LONGER_SUFFIX):
+            continue
+        for count in shots:
+            scores = [run["test"] for run in select(runs, method=method, shots=count)]
+            if scores:
+                series.setdefault(method, []).append((count, *mean_and_deviation(scores)))
+    return series
+
+
+def _judge_claims(differences: list[Row], longer: dict[str, Any] | None) -> tuple[Finding, ...]:
+    def judge(claim: str, part: str, method: str, reference: str) -> Finding:
+        return judge_difference(claim, part, select(differences, method=method, against=reference))
+
+    findings = [
+        judge(
+            "With few labels, distilling from the old model is better than scratch.",
+            "method `distill`",
+            "distill",
+            "scratch",
+        )
+    ]
     if longer is not None:
         claim = (
             f"With few labels and {longer['times']:g} times the steps, distilling is better than scratch with as many."
         )
-        more.append(tell_difference(claim, "method `distill`", of(_long("distill"), _long("scratch"))))
+        findings.append(judge(claim, "method `distill`", "distill" + LONGER_SUFFIX, "scratch" + LONGER_SUFFIX))
+    part = "method `init+distill`"
     return (
-        tell_difference("With few labels, distilling from the old model is better than scratch.", "method `distill`",
-                        of("distill", "scratch")),
-        *more,
-        tell_difference("With few labels, starting from the old weights and distilling beats distilling alone.",
-                        "method `init+distill`", of("init+distill", "distill")),
-        tell_difference("With few labels, that beats starting from the old weights without a teacher.",
-                        "method `init+distill`", of("init+distill", "init")),
-        tell_difference("The student becomes better than its teacher, the old deployment.",
-                        "method `init+distill`" + OURS, of("init+distill", TEACHER)),
-        tell_difference("Distilling at points between student and teacher too is better still.", "`interpolation`",
-                        of("interpolation", "init+distill")),
-    )  # fmt: skip
+        *findings,
+        judge(
+            "With few labels, starting from the old weights and distilling beats distilling alone.",
+            part,
+            "init+distill",
+            "distill",
+        ),
+        judge(
+            "With few labels, that beats starting from the old weights without a teacher.",
+            part,
+            "init+distill",
+            "init",
+        ),
+        judge(
+            "The student becomes better than its teacher, the old deployment.",
+            part + NOT_STATED,
+            "init+distill",
+            TEACHER,
+        ),
+        judge(
+            "Distilling at points between student and teacher too is better still.",
+            "`interpolation`",
+            "interpolation",
+            "init+distill",
+        ),
+    )
 
 
 EXPERIMENT = Experiment(
@@ -221,5 +306,9 @@ EXPERIMENT = Experiment(
     "5 · Distillation with few labels",
     "The old deployment, tuned with all labels, teaches the new base, for which there are few: scratch, `distill`, "
     "`init`, `init+distill` and distillation at points between student and teacher.",
-    Config, tunings, cells, collect, page,
-)  # fmt: skip
+    Config,
+    list_tunings,
+    list_cells,
+    collect_results,
+    build_page,
+)

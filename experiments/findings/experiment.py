@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from findings.store import clear
 from regraft.adaptation.outcome import versions
 from regraft.checkpoint import write_atomic
 from regraft.errors import MismatchError, RecipeError
@@ -17,42 +17,43 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pydantic import BaseModel
+    from tables import Row
 
     from findings.store import Store, Tuning
 
-Told = Literal["holds", "mixed", "does not hold", "not measured"]
-OURS = " (ours)"
-"""Said of a claim that goes with the paper's and that it does not state."""
-MOST = 0.9
-"""Of the cells that a finding is looked for in: if it is found in at least this share it holds, if it is found in at
-most one less this share it does not."""
+Verdict = Literal["holds", "mixed", "does not hold", "not measured"]
+NOT_STATED = " (ours)"
+"""Appended to the part of a claim that goes with the paper's claims but that the paper does not state."""
+MIN_SHARE_HOLDS = 0.9
+"""A claim holds if it is found in at least this share of its cells, and does not hold if it is found in at most one
+less this share. Fixed before anything was run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One claim of the paper, and what came of it.
+    """A claim and its verdict.
 
     Args:
-        claim: In a sentence.
+        claim: The claim, in one sentence.
         verdict: Whether it holds.
-        figure: What decides that, in words and numbers.
-        part: Which part of the paper it is of: a finding or a method.
+        figure: The figures that decide, in words and numbers.
+        part: The part of the paper that the claim belongs to: a finding or a method.
     """
 
     claim: str
-    verdict: Told
+    verdict: Verdict
     figure: str
     part: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What is shown.
+    """The content of an experiment's page.
 
     Args:
         text: Markdown, without a title.
         pictures: SVG files by name.
-        findings: What the text leads to.
+        findings: The claims that the experiment tests.
     """
 
     text: str
@@ -62,17 +63,36 @@ class Page:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One measurement, kept in a file of its own.
+    """One measurement, kept in its own file.
 
     Args:
-        name: Of the file.
-        run: Makes it, given the store, a folder for what it needs on the way, and the arguments; gives JSON.
-        arguments: JSON; if they change the cell is made anew.
+        name: The name of the file, without its suffix.
+        measure: Returns the figures as JSON, given the store, a working folder and the arguments.
+        arguments: JSON values; if they change, the cell is measured again.
     """
 
     name: str
-    run: Callable[..., dict[str, Any]]
+    measure: Callable[..., dict[str, Any]]
     arguments: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CellRecord:
+    """The content of a cell's file.
+
+    Args:
+        arguments: The cell's arguments.
+        figures: What was measured; None if it was refused.
+        refusal: The reason of a refusal; None if it was measured.
+        seconds: How long the measurement took.
+        versions: Versions of the packages.
+    """
+
+    arguments: list[Any]
+    figures: dict[str, Any] | None
+    refusal: str | None
+    seconds: float
+    versions: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,114 +100,142 @@ class Experiment:
     """An experiment.
 
     Args:
-        name: Its folder's, number and all.
-        title: Of its page.
+        name: The name of its folder, with its number.
+        title: The title of its page.
         question: What it asks, in a sentence or two.
-        config: What its `config.yaml` says.
-        tunings: The tunings it needs, given the config, the seeds and the number of bases.
-        cells: Its measurements, given the store and the config.
-        collect: From the cells that there are, each with its arguments and figures, to the results, as JSON.
-        page: From the results to its page.
+        config: The model of its `config.yaml`.
+        list_tunings: Returns the tunings it needs, given the config, the seeds and the number of bases.
+        list_cells: Returns its measurements, given the store and the config.
+        collect_results: Returns the results as JSON, given the store, the config and the records of measured cells.
+        build_page: Returns the page of its results.
     """
 
     name: str
     title: str
     question: str
     config: type[BaseModel]
-    tunings: Callable[[Any, Sequence[int], int], Iterable[Tuning]]
-    cells: Callable[[Store, Any], list[Cell]]
-    collect: Callable[[Store, Any, list[dict[str, Any]]], dict[str, Any]]
-    page: Callable[[dict[str, Any]], Page]
+    list_tunings: Callable[[Any, Sequence[int], int], Iterable[Tuning]]
+    list_cells: Callable[[Store, Any], list[Cell]]
+    collect_results: Callable[[Store, Any, list[CellRecord]], dict[str, Any]]
+    build_page: Callable[[dict[str, Any]], Page]
 
-    def file(self, store: Store, cell: Cell) -> Path:
-        """Give the file of a cell."""
+    def cell_file(self, store: Store, cell: Cell) -> Path:
+        """Return the file of a cell."""
         return store.out / self.name / f"{cell.name}.json"
 
-    def missing(self, store: Store, config: Any) -> list[Cell]:
-        """Give the cells that have not been made, or with other arguments."""
-        return [cell for cell in self.cells(store, config) if read_cell(self.file(store, cell), cell) is None]
+    def missing_cells(self, store: Store, config: Any) -> list[Cell]:
+        """Return the cells that have no record, or one with other arguments."""
+        cells = self.list_cells(store, config)
+        return [cell for cell in cells if read_record(self.cell_file(store, cell), cell) is None]
 
-    def found(self, store: Store, config: Any) -> list[dict[str, Any]]:
-        """Read the cells that have been made: `arguments`, `found`, `versions` and `seconds` of each."""
-        read = (read_cell(self.file(store, cell), cell) for cell in self.cells(store, config))
-        return [cell for cell in read if cell is not None and cell["found"] is not None]
+    def read_records(self, store: Store, config: Any) -> list[CellRecord]:
+        """Read the records of the cells that have been measured, in the order of the cells."""
+        records = (read_record(self.cell_file(store, cell), cell) for cell in self.list_cells(store, config))
+        return [record for record in records if record is not None and record.figures is not None]
 
-    def refused(self, store: Store, config: Any) -> dict[str, str]:
-        """Give the reasons of cells that could not be made, by their names."""
-        read = {cell.name: read_cell(self.file(store, cell), cell) for cell in self.cells(store, config)}
-        return {name: cell["refused"] for name, cell in read.items() if cell is not None and cell["found"] is None}
+    def read_refusals(self, store: Store, config: Any) -> dict[str, str]:
+        """Read why cells were refused, by their names."""
+        refusals = {}
+        for cell in self.list_cells(store, config):
+            record = read_record(self.cell_file(store, cell), cell)
+            if record is not None and record.refusal is not None:
+                refusals[cell.name] = record.refusal
+        return refusals
 
 
-def read_cell(file: Path, cell: Cell) -> dict[str, Any] | None:
-    """Read a cell, if it has been made with these arguments."""
+def read_record(file: Path, cell: Cell) -> CellRecord | None:
+    """Read the record of a cell; None if it has not been measured with these arguments."""
     if not file.is_file():
         return None
-    read: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return read if read["arguments"] == json.loads(json.dumps(cell.arguments)) else None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content["arguments"] != json.loads(json.dumps(cell.arguments)):
+        return None
+    return CellRecord(
+        content["arguments"], content["found"], content["refused"], content["seconds"], content["versions"]
+    )
 
 
-def make_cell(store: Store, cell: Cell, file: Path) -> str:
-    """Make a cell and write it whole; what it left on the way is cleared away once it is there.
+def measure_cell(store: Store, cell: Cell, file: Path) -> str:
+    """Measure a cell, write its record and remove its working folder.
 
-    What a method refuses, as an adapter that tuning left as it was, is written down with the reason: it would be
-    refused again. To try it again, remove its file.
+    A refusal, such as of an adapter that tuning left unchanged, is recorded with its reason, since the same inputs
+    would be refused again. Remove the file to measure the cell again.
+
+    Args:
+        store: The store.
+        cell: The cell.
+        file: Gets the record; the working folder is beside it.
+
+    Returns:
+        A line for the report.
     """
     started, work = time.perf_counter(), file.with_suffix("")
     work.parent.mkdir(parents=True, exist_ok=True)
-    found, why = None, None
+    figures, refusal = None, None
     try:
-        found = cell.run(store, work, *cell.arguments)
+        figures = cell.measure(store, work, *cell.arguments)
     except (MismatchError, RecipeError) as error:
-        why = str(error)
+        refusal = str(error)
     record = {
         "arguments": cell.arguments,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
-        "found": found,
-        "refused": why,
+        "found": figures,
+        "refused": refusal,
     }
     write_atomic(file, json.dumps(record) + "\n")
-    clear(work)
-    return "made" if why is None else f"refused: {why}"
+    shutil.rmtree(work, ignore_errors=True)
+    return "made" if refusal is None else f"refused: {refusal}"
 
 
-def tell(claim: str, part: str, held: Sequence[bool], figure: str) -> Finding:
-    """Judge a claim by the cells in which it is found.
+def judge_claim(claim: str, part: str, confirmations: Sequence[bool], figure: str) -> Finding:
+    """Judge a claim by the share of cells in which it is found.
 
     Args:
         claim: The claim.
-        part: Of the paper.
-        held: For each cell, whether it is found there.
-        figure: What decides, beside the number of cells.
+        part: The part of the paper that it belongs to.
+        confirmations: Whether it is found, a cell each.
+        figure: The figures that decide, besides the number of cells.
 
     Returns:
         The finding.
     """
-    if not held:
+    if not confirmations:
         return Finding(claim, "not measured", "nothing has been run", part)
-    share = sum(held) / len(held)
-    verdict: Told = "holds" if share >= MOST else "does not hold" if share <= 1 - MOST + 1e-9 else "mixed"
-    return Finding(claim, verdict, f"in {sum(held)} of {len(held)} cells; {figure}", part)
+    num_cells, num_found = len(confirmations), sum(confirmations)
+    share = num_found / num_cells
+    verdict: Verdict = "mixed"
+    if share >= MIN_SHARE_HOLDS:
+        verdict = "holds"
+    elif share <= 1 - MIN_SHARE_HOLDS + 1e-9:
+        verdict = "does not hold"
+    return Finding(claim, verdict, f"in {num_found} of {num_cells} cells; {figure}", part)
 
 
-def tell_difference(claim: str, part: str, rows: Sequence[dict[str, Any]]) -> Finding:
-    """Judge the claim that one thing is better than another by differences with their intervals.
+def judge_difference(claim: str, part: str, differences: Sequence[Row]) -> Finding:
+    """Judge the claim that one method is better than another, by differences with their intervals.
 
-    It holds if the interval is wholly above 0 in at least half of the cells and wholly below 0 in none, and does not
-    if it is wholly above 0 in none.
+    It holds if the interval is wholly above 0 in at least half of the cells and wholly below 0 in none; it does not
+    hold if the interval is wholly above 0 in none.
 
     Args:
         claim: The claim.
-        part: Of the paper.
-        rows: From `difference`, one a cell.
+        part: The part of the paper that it belongs to.
+        differences: Differences with `estimate`, `low` and `high`, a cell each.
 
     Returns:
         The finding.
     """
-    if not rows:
+    if not differences:
         return Finding(claim, "not measured", "nothing has been run", part)
-    better, worse = sum(row["low"] > 0 for row in rows), sum(row["high"] < 0 for row in rows)
-    verdict: Told = "holds" if 2 * better >= len(rows) and not worse else "mixed" if better else "does not hold"
-    mean = 100 * sum(row["estimate"] for row in rows) / len(rows)
-    figure = f"{mean:+.1f} points on average; better in {better} and worse in {worse} of {len(rows)} cells"
+    num_cells = len(differences)
+    num_better = sum(difference["low"] > 0 for difference in differences)
+    num_worse = sum(difference["high"] < 0 for difference in differences)
+    verdict: Verdict = "does not hold"
+    if 2 * num_better >= num_cells and not num_worse:
+        verdict = "holds"
+    elif num_better:
+        verdict = "mixed"
+    mean = 100 * sum(difference["estimate"] for difference in differences) / num_cells
+    figure = f"{mean:+.1f} points on average; better in {num_better} and worse in {num_worse} of {num_cells} cells"
     return Finding(claim, verdict, figure, part)

@@ -6,41 +6,44 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from tables import mean_sd, table
+from tables import distinct_keys, format_difference, format_mean, markdown_table, select
 
-from findings.charts import lines
-from findings.experiment import Cell, Experiment, Finding, Page, tell, tell_difference
+from findings.charts import draw_lines
+from findings.experiment import Cell, CellRecord, Experiment, Finding, Page, judge_claim, judge_difference
 from findings.runs import (
-    area,
-    compare,
-    labels_of,
-    mean_curve,
-    points,
+    TaskUpgrade,
+    accuracy_difference,
+    average_curves,
+    drop_predictions,
+    mean_dev_score,
+    read_labels,
     run_method,
-    steps_to,
-    without_predictions,
+    steps_to_score,
 )
-from findings.settings import Number, Settings
-from findings.store import Tuning, figures_of
+from findings.settings import NonNegativeInt, Settings
+from findings.store import Tuning, outcome_figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from tables import Row
+
     from findings.store import Store
 
 ROLES = ("same", "similar", "unrelated")
-QUICKLY = 50.0
-"""Percent of scratch's steps in which its last score is to be reached."""
+"""How the task of the outdated weights relates to the one that is tuned."""
+MAX_STEPS_SHARE = 50.0
+"""Tuning converges faster if it reaches scratch's last score in this percentage of scratch's steps."""
 
 
 class Target(Settings):
-    """A task on the new base, and where tuning may begin.
+    """A task on the new base, and the tasks whose outdated weights tuning may begin at.
 
     Args:
         task: The task.
-        similar: Another task of its sort.
-        unrelated: One that has nothing to do with it.
+        similar: A similar task.
+        unrelated: An unrelated task.
         kinds: Kinds of adaptation.
     """
 
@@ -49,144 +52,192 @@ class Target(Settings):
     unrelated: str = Field(description="the name of an unrelated task")
     kinds: tuple[str, ...] = Field(min_length=1, description="a list of kinds")
 
+    def source_task(self, role: str) -> str:
+        """Return the task whose outdated weights play a role."""
+        return {"same": self.task, "similar": self.similar, "unrelated": self.unrelated}[role]
+
 
 class Config(Settings):
     """What is run.
 
     Args:
-        old: The number of the base that the sources were tuned on.
-        new: The number of the one that is tuned.
+        old: The number of the base that the outdated weights were tuned on.
+        new: The number of the base that is tuned.
         targets: The tasks.
     """
 
-    old: Number = Field(description="the number of a base")
-    new: Number = Field(description="the number of a base")
+    old: NonNegativeInt = Field(description="the number of a base")
+    new: NonNegativeInt = Field(description="the number of a base")
     targets: tuple[Target, ...] = Field(min_length=1, description="a list with task, similar, unrelated, kinds")
 
 
-def places(config: Config) -> list[tuple[str, str, str, str]]:
-    """Give each task and kind with each source and the part it plays."""
+def list_starts(config: Config) -> list[tuple[str, str, str, str]]:
+    """Return each task and kind with each role and the task that plays it."""
     return [
-        (target.task, kind, role, target.task if role == "same" else getattr(target, role))
-        for target in config.targets for kind in target.kinds for role in ROLES
-    ]  # fmt: skip
+        (target.task, kind, role, target.source_task(role))
+        for target in config.targets
+        for kind in target.kinds
+        for role in ROLES
+    ]
 
 
-def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning]:
-    """Give the sources, and scratch."""
-    for task, kind, _, source in places(config):
+def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
+    """Yield the outdated weights, and scratch."""
+    for task, kind, _, source_task in list_starts(config):
         for seed in seeds:
-            yield Tuning(source, kind, config.old, seed)
+            yield Tuning(source_task, kind, config.old, seed)
             yield Tuning(task, kind, config.new, seed)
 
 
-def cells(store: Store, config: Config) -> list[Cell]:
-    """Give one for each source and seed."""
-    return [
-        Cell(f"{task}-{kind}-from-{role}-seed{seed}", measure, (task, kind, role, source, config.old, config.new, seed))
-        for seed in store.size.seeds for task, kind, role, source in places(config)
-    ]  # fmt: skip
+def list_cells(store: Store, config: Config) -> list[Cell]:
+    """Return a cell for each start and seed."""
+    cells = []
+    for seed in store.size.seeds:
+        for task, kind, role, source_task in list_starts(config):
+            arguments = (task, kind, role, source_task, config.old, config.new, seed)
+            cells.append(Cell(f"{task}-{kind}-from-{role}-seed{seed}", measure, arguments))
+    return cells
 
 
 def measure(
-    store: Store, work: Path, task: str, kind: str, role: str, source: str, old: int, new: int, seed: int
+    store: Store, work: Path, task: str, kind: str, role: str, source_task: str, old: int, new: int, seed: int
 ) -> dict[str, Any]:
     """Tune the new base from outdated weights; the head is copied where the labels are the same."""
-    fresh = role == "unrelated" or store.data(source).labels != store.data(task).labels
-    tuned = store.tuned(source, kind, old, seed)
-    return run_method(store, work, task, tuned, kind, (old, new), seed, "init", fresh=fresh)
+    fresh_head = role == "unrelated" or store.load_data(source_task).labels != store.load_data(task).labels
+    source = store.tuning_folder(source_task, kind, old, seed)
+    return run_method(store, work, TaskUpgrade(task, kind, old, new), source, seed, "init", fresh_head=fresh_head)
 
 
-def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Hold every start against scratch."""
-    cells_, rows = {}, []
-    for cell in found:
-        task, kind, role, _, _, _, seed = cell["arguments"]
-        cells_[task, kind, role, seed] = cell["found"]
+def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
+    """Compare every start with scratch."""
+    runs = {}
+    for record in records:
+        task, kind, role, _, _, _, seed = record.arguments
+        runs[task, kind, role, seed] = record.figures
     for target in config.targets:
         for kind in target.kinds:
             for seed in store.size.seeds:
-                if store.has(target.task, kind, config.new, seed):
-                    outcome = store.outcome(target.task, kind, config.new, seed)
-                    cells_[target.task, kind, "scratch", seed] = figures_of(outcome)
-    for (task, kind, role, seed), run in cells_.items():
-        scratch = cells_[task, kind, "scratch", seed]
-        reached = steps_to(run, scratch["curve"][-1][1])
-        rows.append({
-            "task": task, "kind": kind, "from": role, "seed": seed, **without_predictions(run),
-            "area": round(area(run), 5),
-            "share": None if reached is None else round(100 * reached / scratch["steps"], 2),
-        })  # fmt: skip
-    return {"old": config.old, "new": config.new, "runs": rows, "differences": _differences(store, config, cells_)}
-
-
-def _differences(store: Store, config: Config, found: dict[tuple[str, str, str, int], Any]) -> list[dict[str, Any]]:
+                if store.has_tuning(target.task, kind, config.new, seed):
+                    scratch = store.load_tuning(target.task, kind, config.new, seed)
+                    runs[target.task, kind, "scratch", seed] = outcome_figures(scratch)
     rows = []
-    for task, kind, role in dict.fromkeys(place[:3] for place in found):
-        seeds = [seed for seed in store.size.seeds if (task, kind, role, seed) in found]
-        if role != "scratch":
-            ours, theirs = ([found[task, kind, one, seed] for seed in seeds] for one in (role, "scratch"))
-            labels = labels_of(store, task, kind, config.new, seeds[0])
-            rows.append({"task": task, "kind": kind, "from": role, **compare(labels, ours, theirs)})
+    for (task, kind, role, seed), run in runs.items():
+        scratch_run = runs[task, kind, "scratch", seed]
+        reached_step = steps_to_score(run, scratch_run["curve"][-1][1])
+        rows.append(
+            {
+                "task": task,
+                "kind": kind,
+                "from": role,
+                "seed": seed,
+                **drop_predictions(run),
+                "area": round(mean_dev_score(run), 5),
+                "share": None if reached_step is None else round(100 * reached_step / scratch_run["steps"], 2),
+            }
+        )
+    differences = _collect_differences(store, config, runs)
+    return {"old": config.old, "new": config.new, "runs": rows, "differences": differences}
+
+
+def _collect_differences(store: Store, config: Config, runs: dict[tuple[str, str, str, int], Row]) -> list[Row]:
+    rows = []
+    for task, kind, role in dict.fromkeys((task, kind, role) for task, kind, role, _ in runs):
+        if role == "scratch":
+            continue
+        seeds = [seed for seed in store.size.seeds if (task, kind, role, seed) in runs]
+        difference = accuracy_difference(
+            read_labels(store, task, kind, config.new, seeds[0]),
+            [runs[task, kind, role, seed] for seed in seeds],
+            [runs[task, kind, "scratch", seed] for seed in seeds],
+        )
+        rows.append({"task": task, "kind": kind, "from": role, **difference})
     return rows
 
 
-def page(results: dict[str, Any]) -> Page:
+def build_page(results: dict[str, Any]) -> Page:
     """Write a table of all starts, and draw the learning curves."""
-    runs, parts, pictures = results["runs"], [], {}
-    head = ["from", "dev at the start", "mean dev over the steps", "steps to scratch's last dev, % (median)", "never",
-            "test", "points above scratch [95 %]"]  # fmt: skip
-    for task, kind in dict.fromkeys((run["task"], run["kind"]) for run in runs):
-        mine = [run for run in runs if (run["task"], run["kind"]) == (task, kind)]
+    sections, pictures = [], {}
+    head = [
+        "from",
+        "dev at the start",
+        "mean dev over the steps",
+        "steps to scratch's last dev, % (median)",
+        "never",
+        "test",
+        "points above scratch [95 %]",
+    ]
+    for task, kind in distinct_keys(results["runs"], "task", "kind"):
+        runs = select(results["runs"], task=task, kind=kind)
+        differences = select(results["differences"], task=task, kind=kind)
         rows, curves = [], {}
         for role in ("scratch", *ROLES):
-            of = [run for run in mine if run["from"] == role]
-            if not of:
-                continue
-            gaps = [d for d in results["differences"] if (d["task"], d["kind"], d["from"]) == (task, kind, role)]
-            curves[role] = mean_curve(of)
-            middle = _median([run["share"] for run in of])
-            rows.append([
-                role, *(mean_sd([run[name] for run in of]) for name in ("start", "area")),
-                "never" if middle == float("inf") else f"{middle:.0f}",
-                f"{sum(run['share'] is None for run in of)} of {len(of)}",
-                mean_sd([run["test"] for run in of]), points(gaps[0] if gaps else None),
-            ])  # fmt: skip
+            role_runs = select(runs, **{"from": role})
+            if role_runs:
+                curves[role] = average_curves(role_runs)
+                rows.append(_start_row(role, role_runs, select(differences, **{"from": role})))
         name = f"curves-{task}-{kind}.svg"
-        pictures[name] = lines(curves, f"optimiser steps on M_{results['new']}", "accuracy on dev")
-        parts.append(f"## {task}, {kind}\n\n" + table(head, rows) + f"\n\n![Learning curves]({name})")
-    return Page("\n\n".join(parts), pictures, _findings(results))
+        pictures[name] = draw_lines(curves, f"optimiser steps on M_{results['new']}", "accuracy on dev")
+        sections.append(f"## {task}, {kind}\n\n{markdown_table(head, rows)}\n\n![Learning curves]({name})")
+    findings = (*_judge_starts(results["runs"], results["differences"]), _judge_sources(results["runs"]))
+    return Page("\n\n".join(sections), pictures, findings)
 
 
-def _median(shares: Sequence[float | None]) -> float:
-    return statistics.median([float("inf") if share is None else share for share in shares])
+def _start_row(role: str, runs: list[Row], differences: list[Row]) -> list[str]:
+    share = _median_share(runs)
+    return [
+        role,
+        format_mean([run["start"] for run in runs]),
+        format_mean([run["area"] for run in runs]),
+        "never" if share == float("inf") else f"{share:.0f}",
+        f"{sum(run['share'] is None for run in runs)} of {len(runs)}",
+        format_mean([run["test"] for run in runs]),
+        format_difference(differences[0] if differences else None),
+    ]
 
 
-def _findings(results: dict[str, Any]) -> tuple[Finding, ...]:
-    part, found = "method `init`", []
-    runs, differences = results["runs"], results["differences"]
-    places_ = list(dict.fromkeys((run["task"], run["kind"]) for run in runs))
+def _median_share(runs: list[Row]) -> float:
+    """Return the median share, in %, of scratch's steps; infinite if most runs never reach its score."""
+    return statistics.median([float("inf") if run["share"] is None else run["share"] for run in runs])
 
-    def of(role: str, place: tuple[str, str]) -> list[dict[str, Any]]:
-        return [run for run in runs if (run["task"], run["kind"]) == place and run["from"] == role]
 
-    for role in ("same", "similar"):
-        shares = [_median([run["share"] for run in of(role, place)]) for place in places_ if of(role, place)]
-        told = ", ".join("never" if share == float("inf") else f"{share:.0f} %" for share in shares)
-        what = "the same task" if role == "same" else "a similar task"
-        found.append(tell(f"From outdated weights of {what}, tuning converges faster: scratch's last score on dev is "
-                          "reached in at most half of its steps.", part, [share <= QUICKLY for share in shares],
-                          f"medians {told} of the steps"))  # fmt: skip
-        rows = [row for row in differences if row["from"] == role]
-        found.append(tell_difference(f"From {what} the final score is better than scratch's.", part, rows))
+PART = "method `init`"
+
+
+def _judge_starts(runs: list[Row], differences: list[Row]) -> list[Finding]:
+    """Judge speed and final score of the starts from the same and from a similar task."""
+    findings = []
+    for role, source in (("same", "the same task"), ("similar", "a similar task")):
+        role_runs = select(runs, **{"from": role})
+        shares = [
+            _median_share(select(role_runs, task=task, kind=kind))
+            for task, kind in distinct_keys(runs, "task", "kind")
+            if select(role_runs, task=task, kind=kind)
+        ]
+        medians = ", ".join("never" if share == float("inf") else f"{share:.0f} %" for share in shares)
+        speed_claim = (
+            f"From outdated weights of {source}, tuning converges faster: scratch's last score on dev is reached in at "
+            "most half of its steps."
+        )
+        is_fast = [share <= MAX_STEPS_SHARE for share in shares]
+        findings.append(judge_claim(speed_claim, PART, is_fast, f"medians {medians} of the steps"))
+        score_claim = f"From {source} the final score is better than scratch's."
+        findings.append(judge_difference(score_claim, PART, select(differences, **{"from": role})))
+    return findings
+
+
+def _judge_sources(runs: list[Row]) -> Finding:
+    """Judge whether a similar task is a better source than an unrelated one."""
     gaps = []
-    for place in places_:
-        both = [[run["area"] for run in of(role, place)] for role in ("similar", "unrelated")]
-        gaps += [100 * (statistics.fmean(both[0]) - statistics.fmean(both[1]))] if all(both) else []
+    for task, kind in distinct_keys(runs, "task", "kind"):
+        cell_runs = select(runs, task=task, kind=kind)
+        similar, unrelated = (
+            [run["area"] for run in select(cell_runs, **{"from": role})] for role in ("similar", "unrelated")
+        )
+        if similar and unrelated:
+            gaps.append(100 * (statistics.fmean(similar) - statistics.fmean(unrelated)))
     claim = "A similar task is the better source than an unrelated one (mean dev score over the steps)."
     figure = f"{statistics.fmean(gaps):+.1f} points on average" if gaps else ""
-    found.append(tell(claim, part, [gap > 0 for gap in gaps], figure))
-    return tuple(found)
+    return judge_claim(claim, PART, [gap > 0 for gap in gaps], figure)
 
 
 EXPERIMENT = Experiment(
@@ -194,5 +245,9 @@ EXPERIMENT = Experiment(
     "4 · Initialisation",
     "Tuning the new base from outdated weights of the same task, of a similar one (head copied where its labels are "
     "the same) and of an unrelated one (fresh head), against scratch with the same recipe: how fast, and how good?",
-    Config, tunings, cells, collect, page,
-)  # fmt: skip
+    Config,
+    list_tunings,
+    list_cells,
+    collect_results,
+    build_page,
+)

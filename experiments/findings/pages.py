@@ -1,4 +1,4 @@
-"""From results to JSON, pages and the index of the paper's claims."""
+"""The published files of an experiment, and the index of the paper's claims."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from tables import read_results, table, write_results
+from results_file import read_results, write_results
+from tables import MISSING, markdown_table
 
 from regraft.checkpoint import write_atomic
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from findings.experiment import Experiment, Page
     from findings.store import Store
 
-INDEX = """# The paper's claims, tested
+INDEX_INTRODUCTION = """# The paper's claims, tested
 
 *Recyclable Tuning for Continual Pre-training* (Qin et al., Findings of ACL 2023, arXiv:2305.08702): each of its
 findings and methods, the experiment that tests it, and whether it holds at this size. `scratch`, the paper's baseline,
@@ -31,10 +32,43 @@ not hold if it is wholly above 0 in none. The thresholds were fixed before anyth
 paper does not state; it goes with what it states."""
 
 
-def made(store: Store, experiment: Experiment, config: Any) -> dict[str, Any]:
-    """Say what results were made from: seeds, sizes, the config, and how much of it is there."""
-    found, refused, size = experiment.found(store, config), experiment.refused(store, config), store.size
-    versions = sorted({json.dumps(cell["versions"], sort_keys=True) for cell in found})
+def write_measured(store: Store, experiment: Experiment, config: Any, folder: Path) -> None:
+    """Write an experiment's results, pictures and page, as far as it has been run.
+
+    Args:
+        store: The store.
+        experiment: The experiment.
+        config: Its config.
+        folder: Its published folder; nothing is written if no cell has been measured.
+
+    Raises:
+        OutcomeError: The folder has the results of more cells.
+    """
+    records = experiment.read_records(store, config)
+    if not records:
+        return
+    collected = experiment.collect_results(store, config, records)
+    results = _round_figures({"made": collect_provenance(store, experiment, config), **collected})
+    results["findings"] = [dataclasses.asdict(finding) for finding in experiment.build_page(results).findings]
+    write_results(folder, results, lambda results: int(results["made"]["cells"][0]))
+    write_page(experiment, folder)
+
+
+def collect_provenance(store: Store, experiment: Experiment, config: Any) -> dict[str, Any]:
+    """Return what results were made from.
+
+    Args:
+        store: The store.
+        experiment: The experiment.
+        config: Its config.
+
+    Returns:
+        Seeds, bases, recipes, tasks, config and versions; `cells`: how many have been made, and how many there are;
+        `refused`: the reasons of refused cells; `seconds`: the time of all cells.
+    """
+    records, size = experiment.read_records(store, config), store.size
+    refusals = experiment.read_refusals(store, config)
+    versions = sorted({json.dumps(record.versions, sort_keys=True) for record in records})
     return {
         "seeds": list(size.seeds),
         "base": size.base,
@@ -42,41 +76,29 @@ def made(store: Store, experiment: Experiment, config: Any) -> dict[str, Any]:
         "max_length": size.max_length,
         "config": config.model_dump(mode="json"),
         "pretraining": size.pretraining.model_dump(mode="json"),
-        "tuning": {kind: one.model_dump(mode="json") for kind, one in size.tuning.items()},
-        "few_shot": {kind: one.model_dump(mode="json") for kind, one in size.few_shot.items()},
-        "tasks": {name: _rows(store, name) for name in size.tasks},
-        "cells": [len(found) + len(refused), len(experiment.cells(store, config))],
-        "refused": refused,
-        "seconds": round(sum(cell["seconds"] for cell in found)),
+        "tuning": {kind: training.model_dump(mode="json") for kind, training in size.tuning.items()},
+        "few_shot": {kind: training.model_dump(mode="json") for kind, training in size.few_shot.items()},
+        "tasks": {name: _task_figures(store, name) for name in size.tasks},
+        "cells": [len(records) + len(refusals), len(experiment.list_cells(store, config))],
+        "refused": refusals,
+        "seconds": round(sum(record.seconds for record in records)),
         "versions": [json.loads(text) for text in versions],
     }
 
 
-def _rows(store: Store, name: str) -> dict[str, Any]:
-    data = store.data(name)
-    sizes = {split.name: len(split) for split in (data.train, data.dev, data.test) if split is not None}
-    return {"name": data.name, "domain": store.size.tasks[name].domain, "labels": len(data.labels), **sizes}
+def _task_figures(store: Store, name: str) -> dict[str, Any]:
+    data = store.load_data(name)
+    num_rows = {split.name: len(split) for split in (data.train, data.dev, data.test) if split is not None}
+    return {"name": data.name, "domain": store.size.tasks[name].domain, "labels": len(data.labels), **num_rows}
 
 
-def write_experiment(store: Store, experiment: Experiment, config: Any, folder: Path) -> None:
-    """Write an experiment's results, pictures and page, as far as it has been run.
-
-    Args:
-        store: Where its cells are.
-        experiment: The experiment.
-        config: Its config.
-        folder: Where to; nothing is written if no cell is there.
-
-    Raises:
-        OutcomeError: It has the results of more cells.
-    """
-    found = experiment.found(store, config)
-    if not found:
-        return
-    results = _rounded({"made": made(store, experiment, config), **experiment.collect(store, config, found)})
-    results["findings"] = [dataclasses.asdict(finding) for finding in experiment.page(results).findings]
-    write_results(folder, results, lambda some: int(some["made"]["cells"][0]))
-    write_page(experiment, folder)
+def _round_figures(value: Any) -> Any:
+    """Round every number to six digits: more differ from machine to machine."""
+    if isinstance(value, dict):
+        return {name: _round_figures(member) for name, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_round_figures(member) for member in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def write_page(experiment: Experiment, folder: Path) -> None:
@@ -84,90 +106,85 @@ def write_page(experiment: Experiment, folder: Path) -> None:
 
     Args:
         experiment: The experiment.
-        folder: Where that is; nothing is written if it is not there.
+        folder: Its published folder; nothing is written if it has no `results.json`.
     """
     if not (folder / "results.json").is_file():
         return
     results = read_results(folder)
-    page = experiment.page({name: value for name, value in results.items() if name != "findings"})
-    for old in folder.glob("*.svg"):
-        if old.name not in page.pictures:
-            old.unlink()
+    page = experiment.build_page({name: value for name, value in results.items() if name != "findings"})
+    for picture_file in folder.glob("*.svg"):
+        if picture_file.name not in page.pictures:
+            picture_file.unlink()
     for name, picture in page.pictures.items():
         write_atomic(folder / name, picture.decode("utf-8"))
-    write_atomic(folder / "README.md", _page(experiment, results["made"], page))
+    write_atomic(folder / "README.md", _format_page(experiment, results["made"], page))
 
 
-def _page(experiment: Experiment, made: dict[str, Any], page: Page) -> str:
-    there, every = made["cells"]
-    parts = [
+def _format_page(experiment: Experiment, provenance: dict[str, Any], page: Page) -> str:
+    num_made, num_cells = provenance["cells"]
+    domains = ", ".join(f"M_{number} ({name})" for number, name in enumerate(provenance["domains"], start=1))
+    seeds = provenance["seeds"]
+    sections = [
         f"# {experiment.title}",
-        f"{experiment.question}",
+        experiment.question,
         f"Made by `python experiments/reproduce.py {experiment.name}`; the figures are in `results.json`. "
-        f"M_0 is {made['base']}; then, pre-trained on one after the other, {_names(made['domains'])}. ± is the "
-        f"standard deviation over {len(made['seeds'])} seeds ({', '.join(map(str, made['seeds']))}).",
+        f"M_0 is {provenance['base']}; then, pre-trained on one after the other, {domains}. ± is the "
+        f"standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}).",
     ]
-    if there < every:
-        parts.append(f"**Not complete: {there} of {every} cells so far; the same command makes the others.**")
+    if num_made < num_cells:
+        sections.append(f"**Not complete: {num_made} of {num_cells} cells so far; the same command makes the others.**")
     rows = [[finding.claim, f"**{finding.verdict}**", finding.figure] for finding in page.findings]
-    parts += [page.text, "## Which findings hold here", table(["finding", "", "what decides"], rows)]
-    if made["refused"]:
-        parts.append("## What was refused\n\n" + "\n".join(f"- {name}: {why}" for name, why in made["refused"].items()))
-    parts.append(_made(made))
-    return "\n\n".join(parts) + "\n"
+    findings_table = markdown_table(["finding", "", "what decides"], rows)
+    sections += [page.text, "## Which findings hold here", findings_table]
+    if refusals := provenance["refused"]:
+        lines = [f"- {name}: {reason}" for name, reason in refusals.items()]
+        sections.append("## What was refused\n\n" + "\n".join(lines))
+    sections.append(_format_provenance(provenance))
+    return "\n\n".join(sections) + "\n"
 
 
-def _names(domains: list[str]) -> str:
-    return ", ".join(f"M_{number} ({name})" for number, name in enumerate(domains, start=1))
+def _format_provenance(provenance: dict[str, Any]) -> str:
+    pretraining, max_length = provenance["pretraining"], provenance["max_length"]
+    lines = [f"pre-training a base: {_format_training(pretraining)}, blocks of {pretraining['block']} tokens"]
+    for kind, training in provenance["tuning"].items():
+        lines.append(f"tuning, {kind}: {_format_training(training)}")
+    for kind, training in provenance["few_shot"].items():
+        lines.append(f"few labels and hops of a chain, {kind}: {_format_training(training)}")
+    for name, task in provenance["tasks"].items():
+        lines.append(f"{name}: {_format_task(name, task)}, {max_length} tokens")
+    hours = provenance["seconds"] / 3600
+    lines.append(f"{provenance['cells'][0]} cells, {hours:.2f} core-hours without the tunings they share")
+    for versions in provenance["versions"]:
+        lines.append(", ".join(f"{package} {version}" for package, version in versions.items()))
+    return "## What was run\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def _made(made: dict[str, Any]) -> str:
-    lines = [
-        f"- pre-training a base: {_training(made['pretraining'])}, blocks of {made['pretraining']['block']} tokens",
-        *(f"- tuning, {kind}: {_training(one)}" for kind, one in made["tuning"].items()),
-        *(f"- few labels and hops of a chain, {kind}: {_training(one)}" for kind, one in made["few_shot"].items()),
-        *(f"- {name}: {_task(name, one)}, {made['max_length']} tokens" for name, one in made["tasks"].items()),
-        f"- {made['cells'][0]} cells, {made['seconds'] / 3600:.2f} core-hours without the tunings they share",
-        *(f"- {', '.join(f'{name} {number}' for name, number in one.items())}" for one in made["versions"]),
-    ]
-    return "## What was run\n\n" + "\n".join(lines)
+def _format_training(training: dict[str, Any]) -> str:
+    length = f"{training['steps']} steps" if training["steps"] else f"{training['epochs']:g} epochs"
+    rate = training["learning_rate"]
+    return f"{length} of {training['batch_size']}" + (f", peak rate {rate:g}" if isinstance(rate, float) else "")
 
 
-def _training(one: dict[str, Any]) -> str:
-    length = f"{one['steps']} steps" if one["steps"] else f"{one['epochs']:g} epochs"
-    rate = one["learning_rate"]
-    return f"{length} of {one['batch_size']}" + (f", peak rate {rate:g}" if isinstance(rate, float) else "")
-
-
-def _task(name: str, one: dict[str, Any]) -> str:
-    sizes = " / ".join(f"{one[split]:,} {split}" for split in ("train", "dev", "test") if split in one)
-    called = "" if one["name"] == name else f"{one['name']}, "
-    return f"{called}{one['domain']}, {one['labels']} classes, {sizes}"
+def _format_task(name: str, task: dict[str, Any]) -> str:
+    num_rows = " / ".join(f"{task[split]:,} {split}" for split in ("train", "dev", "test") if split in task)
+    own_name = "" if task["name"] == name else f"{task['name']}, "
+    return f"{own_name}{task['domain']}, {task['labels']} classes, {num_rows}"
 
 
 def write_index(experiments: tuple[Experiment, ...], folder: Path) -> None:
-    """Write the table of all claims, from the results that are there.
+    """Write the table of all claims from the published results.
 
     Args:
-        experiments: All of them.
-        folder: Where their folders are.
+        experiments: All experiments.
+        folder: The folder that holds their published folders.
     """
     rows = []
     for experiment in experiments:
         file, link = folder / experiment.name / "results.json", f"[{experiment.name}]({experiment.name}/README.md)"
         if not file.is_file():
-            rows.append(["–", experiment.title, "not measured", "", experiment.name])
+            rows.append([MISSING, experiment.title, "not measured", "", experiment.name])
             continue
         for finding in json.loads(file.read_text(encoding="utf-8"))["findings"]:
             rows.append([finding["part"], finding["claim"], f"**{finding['verdict']}**", finding["figure"], link])
-    head = ["of the paper", "claim", "", "what decides", "experiment"]
-    write_atomic(folder / "README.md", f"{INDEX}\n\n{table(head, rows)}\n")
-
-
-def _rounded(value: Any) -> Any:
-    """Round every number to six digits: more say nothing, and differ from machine to machine."""
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    table = markdown_table(["of the paper", "claim", "", "what decides", "experiment"], rows)
+    write_atomic(folder / "README.md", f"{INDEX_INTRODUCTION}\n\n{table}\n")

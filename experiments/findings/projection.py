@@ -1,46 +1,54 @@
-"""Experiment 6: a map from old to new weights, learned from the other tasks, without any training on this one."""
+"""Experiment 6: a map from old to new weights, learned from other tasks, without any training on the task itself."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from tables import mean_sd, table
+from tables import distinct_keys, distinct_values, format_difference, format_mean, markdown_table, select
 
-from findings.charts import bars
-from findings.experiment import Cell, Experiment, Finding, Page, tell_difference
-from findings.runs import compare, labels_of, points, run_method, without_predictions
-from findings.settings import Number, Settings, Tasks
-from findings.store import Tuning, figures_of
+from findings.charts import draw_bars
+from findings.experiment import Cell, CellRecord, Experiment, Finding, Page, judge_difference
+from findings.runs import TaskUpgrade, accuracy_difference, drop_predictions, read_labels, run_method
+from findings.settings import BasePair, Settings, TasksByKind
+from findings.store import Tuning, outcome_figures
 from regraft.methods.project import Projection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from tables import Row
+
     from findings.store import Store
 
-DIRECT, SCRATCH, OLD = "direct", "scratch", "old deployment"
-NAMES = {
+    RunKey = tuple[str, str, int, int, str, int]
+    """Task, kind, old base, new base, method and seed."""
+
+DIRECT, SCRATCH, OLD_DEPLOYMENT = "direct", "scratch", "old deployment"
+METHOD_BY_FIT = {
     "regression": "project, by regression",
     "distill": "project, by distillation",
     "paper": "project, as in the paper",
 }
+"""The names in the tables of the ways to learn the map."""
+MAX_REGRESSION_RANK = 16
+"""The rank of the regression, where there are enough pairs of tunings to learn from."""
 
 
 class Config(Settings):
     """What is run.
 
     Args:
-        tasks: By kind of adaptation; the map for each is learned from all others of its kind.
-        upgrades: Numbers of an old and a new base each.
-        fits: How the map is learned: by regression, by distillation, or by that as in the paper, P(v) alone.
-        rank: Of the map learned by distillation.
-        steps: Of that learning.
+        tasks: Tasks by kind of adaptation; the map for each is learned from all others of its kind.
+        upgrades: Pairs of an old and a new base.
+        fits: How the map is learned: by regression, by distillation, or as in the paper, by distillation of P(v) alone.
+        rank: The rank of the map that is learned by distillation.
+        steps: The steps of that distillation.
     """
 
-    tasks: Tasks = Field(description="lists of tasks by kind of adaptation")
-    upgrades: tuple[tuple[Number, Number], ...] = Field(min_length=1, description="a list of pairs of bases")
+    tasks: TasksByKind = Field(description="lists of tasks by kind of adaptation")
+    upgrades: tuple[BasePair, ...] = Field(min_length=1, description="a list of pairs of bases")
     fits: tuple[Literal["regression", "distill", "paper"], ...] = Field(
         default=("regression", "distill", "paper"), description="a list of regression, distill, paper"
     )
@@ -48,105 +56,138 @@ class Config(Settings):
     steps: int = Field(default=100, ge=1, description="a whole number of steps, 1 or more")
 
 
-def places(config: Config) -> list[tuple[str, str, int, int]]:
-    """Give each task, kind, old and new base."""
-    return [(task, kind, *pair) for kind, tasks in config.tasks.items() for task in tasks for pair in config.upgrades]
+def list_upgrades(config: Config) -> list[TaskUpgrade]:
+    """Return each task, kind, old and new base."""
+    return [
+        TaskUpgrade(task, kind, old, new)
+        for kind, tasks in config.tasks.items()
+        for task in tasks
+        for old, new in config.upgrades
+    ]
 
 
-def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning]:
-    """Give every task on both bases."""
-    return [Tuning(task, kind, base, seed) for task, kind, *both in places(config) for base in both for seed in seeds]
+def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
+    """Return every task on both bases."""
+    return [
+        Tuning(upgrade.task, upgrade.kind, base, seed)
+        for upgrade in list_upgrades(config)
+        for base in (upgrade.old, upgrade.new)
+        for seed in seeds
+    ]
 
 
-def cells(store: Store, config: Config) -> list[Cell]:
-    """Give one for each method and seed."""
-    found = []
+def list_cells(store: Store, config: Config) -> list[Cell]:
+    """Return a cell for each method and seed."""
+    cells = []
     for seed in store.size.seeds:
-        for task, kind, old, new in places(config):
-            others = [other for other in config.tasks[kind] if other != task]
-            name = f"{task}-{kind}-M{old}-M{new}"
-            found.append(Cell(f"{name}-direct-seed{seed}", measure, (task, kind, old, new, DIRECT, seed, [], [], 0, 0)))
+        for upgrade in list_upgrades(config):
+            prefix = f"{upgrade.task}-{upgrade.kind}-M{upgrade.old}-M{upgrade.new}"
+            cells.append(Cell(f"{prefix}-direct-seed{seed}", measure, (*upgrade, DIRECT, seed, [], [], 0, 0)))
+            source_tasks = [task for task in config.tasks[upgrade.kind] if task != upgrade.task]
             for fit in config.fits:
-                seeds = list(store.size.seeds) if fit == "regression" else [seed]
-                more = (0, 0) if fit == "regression" else (config.rank, config.steps)
-                given = (task, kind, old, new, fit, seed, others, seeds, *more)
-                found.append(Cell(f"{name}-{fit}-seed{seed}", measure, given))
-    return found
+                if fit == "regression":  # from the weights of all seeds; rank and steps are those of distillation
+                    source = (source_tasks, list(store.size.seeds), 0, 0)
+                else:
+                    source = (source_tasks, [seed], config.rank, config.steps)
+                cells.append(Cell(f"{prefix}-{fit}-seed{seed}", measure, (*upgrade, fit, seed, *source)))
+    return cells
 
 
 def measure(
-    store: Store, work: Path, task: str, kind: str, old: int, new: int, fit: str, seed: int, others: list[str],
-    seeds: list[int], rank: int, steps: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Put the old weights on the new base, as they are or mapped."""
-    source = store.tuned(task, kind, old, seed)
+    store: Store,
+    work: Path,
+    task: str,
+    kind: str,
+    old: int,
+    new: int,
+    fit: str,
+    seed: int,
+    source_tasks: list[str],
+    source_seeds: list[int],
+    rank: int,
+    steps: int,
+) -> dict[str, Any]:
+    """Evaluate old weights on the new base, unchanged or projected by a map learned from other tasks."""
+    upgrade, adaptation = TaskUpgrade(task, kind, old, new), store.tuning_folder(task, kind, old, seed)
     if fit == DIRECT:
-        return run_method(store, work, task, source, kind, (old, new), seed, "direct")
+        return run_method(store, work, upgrade, adaptation, seed, "direct")
     pairs = []
-    for other in others:
-        for one in seeds:
-            beside = store.tuned(other, kind, new, one) if fit == "regression" else store.task_file(other)
-            pairs.append(f"{store.tuned(other, kind, old, one)}={beside}")
+    for source_task in source_tasks:
+        for source_seed in source_seeds:
+            old_folder = store.tuning_folder(source_task, kind, old, source_seed)
+            if fit == "regression":
+                pairs.append(f"{old_folder}={store.tuning_folder(source_task, kind, new, source_seed)}")
+            else:
+                pairs.append(f"{old_folder}={store.task_file(source_task)}")
     if fit == "regression":
-        options = Projection(pairs=tuple(pairs), rank=max(1, min(16, len(pairs) - 1)))
+        options = Projection(pairs=tuple(pairs), rank=max(1, min(MAX_REGRESSION_RANK, len(pairs) - 1)))
     else:
-        residual = fit == "distill"
-        options = Projection(pairs=tuple(pairs), fit="distill", rank=rank, steps=steps, residual=residual)
-    return run_method(store, work, task, source, kind, (old, new), seed, "project", options=options)
+        options = Projection(pairs=tuple(pairs), fit="distill", rank=rank, steps=steps, residual=fit == "distill")
+    return run_method(store, work, upgrade, adaptation, seed, "project", options=options)
 
 
-def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Give each run, beside what was tuned on both bases, and the differences to direct."""
-    there, rows = {}, []
-    for cell in found:
-        task, kind, old, new, fit, seed, *_ = cell["arguments"]
-        there[task, kind, old, new, NAMES.get(fit, fit), seed] = cell["found"]
-    for place in places(config):
-        task, kind, old, new = place
+def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
+    """Return each run, the tunings on both bases, and the differences to direct."""
+    runs: dict[RunKey, Row] = {}
+    for record in records:
+        task, kind, old, new, fit, seed, *_ = record.arguments
+        runs[task, kind, old, new, METHOD_BY_FIT.get(fit, fit), seed] = record.figures
+    for upgrade in list_upgrades(config):
         for seed in store.size.seeds:
-            for name, base in ((SCRATCH, new), (OLD, old)):
-                if store.has(task, kind, base, seed):
-                    there[(*place, name, seed)] = figures_of(store.outcome(task, kind, base, seed))
-    keys = ("task", "kind", "old", "new", "method", "seed")
-    rows = [dict(zip(keys, place, strict=True)) | without_predictions(run) for place, run in there.items()]
-    differences = []
-    for place in places(config):
-        for name in NAMES.values():
-            seeds = [seed for seed in store.size.seeds if all((*place, one, seed) in there for one in (name, DIRECT))]
+            for name, base in ((SCRATCH, upgrade.new), (OLD_DEPLOYMENT, upgrade.old)):
+                if store.has_tuning(upgrade.task, upgrade.kind, base, seed):
+                    outcome = store.load_tuning(upgrade.task, upgrade.kind, base, seed)
+                    runs[(*upgrade, name, seed)] = outcome_figures(outcome)
+    rows = [
+        {"task": task, "kind": kind, "old": old, "new": new, "method": method, "seed": seed, **drop_predictions(run)}
+        for (task, kind, old, new, method, seed), run in runs.items()
+    ]
+    return {"runs": rows, "differences": _collect_differences(store, config, runs)}
+
+
+def _collect_differences(store: Store, config: Config, runs: dict[RunKey, Row]) -> list[Row]:
+    rows = []
+    for upgrade in list_upgrades(config):
+        for method in METHOD_BY_FIT.values():
+            seeds = [
+                seed
+                for seed in store.size.seeds
+                if (*upgrade, method, seed) in runs and (*upgrade, DIRECT, seed) in runs
+            ]
             if seeds:
-                ours, theirs = ([there[(*place, one, seed)] for seed in seeds] for one in (name, DIRECT))
-                gap = compare(labels_of(store, place[0], place[1], place[3], seeds[0]), ours, theirs)
-                differences.append(dict(zip(keys, (*place, name), strict=False)) | gap)
-    return {"runs": rows, "differences": differences}
+                difference = accuracy_difference(
+                    read_labels(store, upgrade.task, upgrade.kind, upgrade.new, seeds[0]),
+                    [runs[(*upgrade, method, seed)] for seed in seeds],
+                    [runs[(*upgrade, DIRECT, seed)] for seed in seeds],
+                )
+                rows.append({**upgrade._asdict(), "method": method, **difference})
+    return rows
 
 
-def page(results: dict[str, Any]) -> Page:
-    """Write a table for each upgrade."""
-    runs, parts, pictures = results["runs"], [], {}
-    for kind, old, new in dict.fromkeys((run["kind"], run["old"], run["new"]) for run in runs):
-        mine = [run for run in runs if (run["kind"], run["old"], run["new"]) == (kind, old, new)]
-        tasks = list(dict.fromkeys(run["task"] for run in mine))
-        methods = [name for name in (OLD, DIRECT, *NAMES.values(), SCRATCH)
-                   if any(run["method"] == name for run in mine)]  # fmt: skip
-        rows: list[list[str]] = []
-        series: dict[str, list[tuple[float, float]]] = {}
-        for method in methods:
-            line, series[method] = [method], []
-            for task in tasks:
-                values = [run["test"] for run in mine if (run["task"], run["method"]) == (task, method)]
-                gaps = [d for d in results["differences"] if (d["task"], d["kind"], d["old"], d["new"], d["method"])
-                        == (task, kind, old, new, method)]  # fmt: skip
-                line.append(mean_sd(values) + (f"; {points(gaps[0])}" if gaps else ""))
-                mean = sum(values) / len(values) if values else float("nan")
-                series[method].append((mean, 0.0))
-            rows.append(line)
-        floor = {task: next(run["majority"] for run in mine if run["task"] == task) for task in tasks}
-        rows.append(["majority guess", *(f"{floor[task]:.3f}" for task in tasks)])
+def build_page(results: dict[str, Any]) -> Page:
+    """Write a table for each kind and upgrade, and draw the methods."""
+    sections, pictures = [], {}
+    for kind, old, new in distinct_keys(results["runs"], "kind", "old", "new"):
+        runs = select(results["runs"], kind=kind, old=old, new=new)
+        differences = select(results["differences"], kind=kind, old=old, new=new)
+        tasks = distinct_values(runs, "task")
+        methods = [
+            method
+            for method in (OLD_DEPLOYMENT, DIRECT, *METHOD_BY_FIT.values(), SCRATCH)
+            if select(runs, method=method)
+        ]
+        rows = [_method_row(method, tasks, runs, differences) for method in methods]
+        rows.append(["majority guess", *(f"{select(runs, task=task)[0]['majority']:.3f}" for task in tasks)])
+        means = {
+            method: [(_mean_score(select(runs, task=task, method=method)), 0.0) for task in tasks] for method in methods
+        }
         name = f"methods-{kind}-M{old}-M{new}.svg"
-        pictures[name] = bars(tasks, series, "accuracy on test")
-        parts.append(f"## {kind}, M_{old} → M_{new}\n\nAccuracy on test; difference to `direct` in points.\n\n"
-                     + table(["", *tasks], rows) + f"\n\n![Methods]({name})")  # fmt: skip
-    parts.append(
+        pictures[name] = draw_bars(tasks, means, "accuracy on test")
+        sections.append(
+            f"## {kind}, M_{old} → M_{new}\n\nAccuracy on test; difference to `direct` in points.\n\n"
+            f"{markdown_table(['', *tasks], rows)}\n\n![Methods]({name})"
+        )
+    sections.append(
         "The head is left out of the map and copied, so the tasks need not have as many classes (in the paper's they "
         "must). By regression the map is learned from what the other tasks had tuned on both bases, all seeds; by "
         "distillation from their old models and texts. Both learn the change, v + P(v), and so begin at `direct`; the "
@@ -154,16 +195,38 @@ def page(results: dict[str, Any]) -> Page:
         "by distillation was set by the scores on dev of pilots with three of these tasks and two of "
         "these seeds."
     )
-    return Page("\n\n".join(parts), pictures, _findings(results["differences"]))
+    return Page("\n\n".join(sections), pictures, _judge_claims(results["differences"]))
 
 
-def _findings(rows: list[dict[str, Any]]) -> tuple[Finding, ...]:
+def _method_row(method: str, tasks: list[str], runs: list[Row], differences: list[Row]) -> list[str]:
+    row = [method]
+    for task in tasks:
+        cell = format_mean([run["test"] for run in select(runs, task=task, method=method)])
+        task_differences = select(differences, task=task, method=method)
+        if task_differences:
+            cell += f"; {format_difference(task_differences[0])}"
+        row.append(cell)
+    return row
+
+
+def _mean_score(runs: list[Row]) -> float:
+    return sum(run["test"] for run in runs) / len(runs) if runs else float("nan")
+
+
+def _judge_claims(differences: list[Row]) -> tuple[Finding, ...]:
+    descriptions = {
+        "regression": "regression",
+        "distill": "distillation",
+        "paper": "distillation, P(v) alone as in the paper",
+    }
     return tuple(
-        tell_difference(f"A map learned from other tasks carries weights over better than `direct` does ({how}).",
-                        "method `project`", [row for row in rows if row["method"] == name])
-        for how, name in (("regression", NAMES["regression"]), ("distillation", NAMES["distill"]),
-                          ("distillation, P(v) alone as in the paper", NAMES["paper"]))
-    )  # fmt: skip
+        judge_difference(
+            f"A map learned from other tasks carries weights over better than `direct` does ({description}).",
+            "method `project`",
+            select(differences, method=METHOD_BY_FIT[fit]),
+        )
+        for fit, description in descriptions.items()
+    )
 
 
 EXPERIMENT = Experiment(
@@ -171,5 +234,9 @@ EXPERIMENT = Experiment(
     "6 · Projection without training",
     "A map from outdated to upgraded weights, learned from the other tasks and applied to the one that was left out, "
     "against `direct`.",
-    Config, tunings, cells, collect, page,
-)  # fmt: skip
+    Config,
+    list_tunings,
+    list_cells,
+    collect_results,
+    build_page,
+)

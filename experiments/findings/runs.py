@@ -1,67 +1,96 @@
-"""What the experiments share that train on the new base: running a method, differences, speeds, tables."""
+"""What the experiments share that train on the new base: running a method, comparing runs, learning curves."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from figures import difference, test_labels
+from figures import bootstrap_difference, read_test_labels
+from tables import mean_and_deviation
 
-from findings.store import figures_of
+from findings.store import outcome_figures
 from regraft import recycle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from tables import Row
+
     from findings.store import Store
 
-Run = dict[str, Any]
+
+class TaskUpgrade(NamedTuple):
+    """A task with a kind of adaptation that is carried from one base to another.
+
+    Args:
+        task: The name of the task.
+        kind: The kind of adaptation.
+        old: The number of the old base.
+        new: The number of the new base.
+    """
+
+    task: str
+    kind: str
+    old: int
+    new: int
 
 
 def run_method(
-    store: Store, work: Path, task: str, source: Path, kind: str, bases: tuple[int, int], seed: int, method: str,
-    *, shots: int | None = None, times: float = 1.0, fresh: bool = False, options: Any = None,
-) -> Run:  # fmt: skip
-    """Recycle an adaptation, and give the figures of the outcome.
+    store: Store,
+    work: Path,
+    upgrade: TaskUpgrade,
+    source: Path,
+    seed: int,
+    method: str,
+    *,
+    shots: int | None = None,
+    steps_factor: float = 1.0,
+    fresh_head: bool = False,
+    options: Any = None,
+) -> Row:
+    """Recycle an adaptation and return the figures of its outcome.
 
     Args:
-        store: Where everything is.
+        store: The store.
         work: A folder for the outcome.
-        task: The task that it does on the new base.
-        source: The adaptation of the old base.
-        kind: Its kind.
-        bases: The numbers of the old and the new base.
+        upgrade: The task on the new base, the kind and the bases.
+        source: The outcome folder of the adaptation of the old base, which may be of another task.
         seed: The seed.
-        method: The method.
-        shots: Labelled examples a class; None for all, and the recipe for all.
-        times: How many times the recipe's steps are tuned for.
-        fresh: Whether the head is drawn anew.
-        options: The method's.
+        method: The method's name.
+        shots: Labelled examples a class, with the recipe for few labels; None for all labels and their recipe.
+        steps_factor: Multiplies the recipe's steps.
+        fresh_head: Whether to initialise a new head instead of copying the old one.
+        options: The method's options.
 
     Returns:
-        As `figures_of`.
+        The figures of `outcome_figures`.
     """
-    recipe = store.recipe(kind, seed, bases[1], few=shots is not None)
-    if times != 1:
-        steps = round(times * recipe.steps) if recipe.steps else None
-        recipe = dataclasses.replace(recipe, steps=steps, epochs=times * recipe.epochs)
-    done = recycle(
-        store.upgrade(*bases), source, store.task(task).with_shots(shots), method, work, recipe=recipe, options=options,
-        head="fresh" if fresh else "copy",
-    )  # fmt: skip
-    return figures_of(done)
+    recipe = store.recipe(upgrade.kind, seed, upgrade.new, few_labels=shots is not None)
+    if steps_factor != 1:
+        steps = round(steps_factor * recipe.steps) if recipe.steps else None
+        recipe = dataclasses.replace(recipe, steps=steps, epochs=steps_factor * recipe.epochs)
+    outcome = recycle(
+        store.load_upgrade(upgrade.old, upgrade.new),
+        source,
+        store.load_task(upgrade.task).with_shots(shots),
+        method,
+        work,
+        recipe=recipe,
+        options=options,
+        head="fresh" if fresh_head else "copy",
+    )
+    return outcome_figures(outcome)
 
 
-def steps_to(run: Run, target: float) -> float | None:
-    """Tell at which step dev first reached a score; None if it never did."""
-    return next((step for step, score in run["curve"] if score >= target), None)
+def steps_to_score(run: Row, score: float) -> float | None:
+    """Return the step at which dev first reached a score; None if it never did."""
+    return next((step for step, dev_score in run["curve"] if dev_score >= score), None)
 
 
-def area(run: Run) -> float:
-    """Give the mean score on dev over the steps, by the trapezoid rule."""
+def mean_dev_score(run: Row) -> float:
+    """Return the mean score on dev over the steps, by the trapezoid rule."""
     curve = run["curve"]
     if len(curve) < 2:
         return float(curve[0][1])
@@ -69,44 +98,42 @@ def area(run: Run) -> float:
     return float(total / (curve[-1][0] - curve[0][0]))
 
 
-def compare(labels: Sequence[int], ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, float]:
-    """Give the difference in accuracy of two methods over seeds, with its 95 % interval.
+def accuracy_difference(labels: Sequence[int], runs: Sequence[Row], reference_runs: Sequence[Row]) -> Row:
+    """Compute the difference in accuracy of two methods over seeds, with its 95 % interval.
 
     Args:
         labels: The true classes of test.
-        ours: The runs of one, a seed each.
-        theirs: Those of the other, likewise.
+        runs: The runs of one method, a seed each.
+        reference_runs: Those of the method that it is compared with.
 
     Returns:
-        `estimate`, `low`, `high`, and how many `seeds`.
+        `estimate`, `low`, `high`, and the number of `seeds`.
     """
-    both = [[run["predictions"] for run in runs] for runs in (ours, theirs)]
-    return {**difference("accuracy", labels, *both), "seeds": len(both[0])}
+    predictions = [run["predictions"] for run in runs]
+    reference_predictions = [run["predictions"] for run in reference_runs]
+    difference = bootstrap_difference("accuracy", labels, predictions, reference_predictions)
+    return {**difference, "seeds": len(predictions)}
 
 
-def labels_of(store: Store, task: str, kind: str, base: int, seed: int) -> list[int]:
-    """Give the true classes of a task's test."""
-    return test_labels(store.outcome(task, kind, base, seed))
+def read_labels(store: Store, task: str, kind: str, base: int, seed: int) -> list[int]:
+    """Read the true classes of a task's test from the outcome of a tuning."""
+    return read_test_labels(store.load_tuning(task, kind, base, seed))
 
 
-def without_predictions(run: Run) -> Run:
-    """Leave out what is too long for the results."""
+def drop_predictions(run: Row) -> Row:
+    """Return a run without its predictions, which are too long to publish."""
     return {name: value for name, value in run.items() if name != "predictions"}
 
 
-def points(row: dict[str, float] | None) -> str:
-    """Write a difference with its interval, in points."""
-    if row is None:
-        return "–"
-    low, high = 100 * row["low"], 100 * row["high"]
-    return f"{100 * row['estimate']:+.1f} [{low:+.1f}, {high:+.1f}]"
+def average_curves(runs: Sequence[Row]) -> list[tuple[float, float, float]]:
+    """Average learning curves over seeds, at the steps that all of them have.
 
+    Args:
+        runs: The runs, a seed each.
 
-def mean_curve(runs: Sequence[Run]) -> list[tuple[float, float, float]]:
-    """Average learning curves over seeds, at the steps that all have."""
-    shared = sorted(set.intersection(*({step for step, _ in run["curve"]} for run in runs)))
-    found = []
-    for step in shared:
-        values = [dict(map(tuple, run["curve"]))[step] for run in runs]
-        found.append((step, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0))
-    return found
+    Returns:
+        Step, mean score and standard deviation of each point.
+    """
+    curves = [{step: score for step, score in run["curve"]} for run in runs]
+    shared_steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return [(step, *mean_and_deviation([curve[step] for curve in curves])) for step in shared_steps]

@@ -1,4 +1,4 @@
-"""What `machine.yaml`, `paper.yaml` and the experiments' `config.yaml` say, checked key by key."""
+"""The models of `machine.yaml`, `paper.yaml` and the experiments' `config.yaml`, which check every key."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from regraft.task.yaml_file import read_yaml, validate
 if TYPE_CHECKING:
     from pathlib import Path
 
-_TRAINING = "keys steps, epochs, batch_size, learning_rate, eval_every"
-_A_KIND = "for each kind of adaptation, " + _TRAINING
-Number = Annotated[int, Field(ge=0)]
-Tasks = Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
+_TRAINING_KEYS = "keys steps, epochs, batch_size, learning_rate, eval_every"
+_TRAINING_BY_KIND = "for each kind of adaptation, " + _TRAINING_KEYS
+NonNegativeInt = Annotated[int, Field(ge=0)]
+TasksByKind = Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
 """The names of tasks by kind of adaptation."""
+BasePair = tuple[NonNegativeInt, NonNegativeInt]
+"""The numbers of two bases of the chain."""
 
 
 class Settings(BaseModel):
-    """Keys and values of a YAML file, none of them unknown."""
+    """The content of a YAML file; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Pretraining(Training):
-    """How a base is pre-trained further.
+    """The pre-training of a base on one domain.
 
     Args:
         block: Tokens a packed block.
-        keep_every: Steps between the bases that are kept on the way.
+        keep_every: Steps between the checkpoints that are kept.
     """
 
     block: int = Field(default=128, ge=8, description="a number of tokens, 8 or more")
@@ -42,11 +44,11 @@ class Domain(Settings):
     """The unlabelled text of one upgrade.
 
     Args:
-        name: What it is called.
+        name: Its name.
         demo: A domain of the demo's packages; None for `sources`.
-        sources: Files or `datasets` names, as `Corpus` takes them.
-        column: The text's name in sources that have columns.
-        characters: About how many characters to take.
+        sources: Files or data sets of the hub, as in `Corpus`.
+        column: The column that holds the text, in sources that have columns.
+        characters: How many characters to read; the last document is read to its end.
     """
 
     name: str = Field(min_length=1, description="a name for the domain")
@@ -56,19 +58,19 @@ class Domain(Settings):
     characters: int = Field(ge=1, description="a whole number of characters, 1 or more")
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Domain:
+    def _check_source(self) -> Domain:
         if (self.demo is None) == (not self.sources):
             raise ValueError(f"of domain {self.name} needs either `demo` or `sources`.")
         return self
 
 
 class TaskSource(Settings):
-    """Where a task's examples come from.
+    """The source of a task's examples.
 
     Args:
-        domain: Its domain's name.
-        demo: Rows of train, dev and test of the demo's task of that name; None for `task`.
-        task: The task, as a task file declares it.
+        domain: The name of its domain.
+        demo: The numbers of rows to read of train, dev and test of the demo's task of this name; None for `task`.
+        task: The task as declared in a task file; None for `demo`.
     """
 
     domain: str = Field(min_length=1, description="the name of a domain")
@@ -78,7 +80,7 @@ class TaskSource(Settings):
     task: TextClassification | None = Field(default=None, description="the keys of a task file")
 
     @model_validator(mode="after")
-    def _one_origin(self) -> TaskSource:
+    def _check_source(self) -> TaskSource:
         if (self.demo is None) == (self.task is None):
             raise ValueError("needs either `demo` or `task`.")
         if self.task is not None and (self.task.test is None or self.task.label is None):
@@ -87,45 +89,50 @@ class TaskSource(Settings):
 
 
 class Size(Settings):
-    """How large everything is: the whole reproduction at the size of a machine.
+    """The size of the whole reproduction: its bases, tasks, recipes and seeds.
 
     Args:
         base: The first base M_0: `minilm` for the demo's, else a folder or a hub id.
-        domains: In the order of the upgrades: M_1 is M_0 pre-trained on the first.
-        pretraining: How each is trained on.
-        tasks: By the names that the experiments' configs have for them; a task's own may be another.
-        max_length: Tokens a text is cut to.
-        tuning: How tasks are tuned with all labels, by kind of adaptation.
-        few_shot: How they are with few, and on each hop of a chain.
-        seeds: A run of everything with each.
+        domains: The domains in the order of the upgrades: M_1 is M_0 pre-trained on the first.
+        pretraining: The pre-training of each base.
+        tasks: Tasks by the names used in the experiments' configs; a task's own name may differ.
+        max_length: The number of tokens that a text is cut to.
+        tuning: Recipes of tuning with all labels, by kind of adaptation.
+        few_shot: Recipes of tuning with few labels and on each hop of a chain, by kind of adaptation.
+        seeds: Everything is run with each of them.
         precision: `auto`, `bf16` or `fp32`.
     """
 
     base: str = Field(min_length=1, description="minilm, a folder or a hub id")
     domains: tuple[Domain, ...] = Field(min_length=1, description="a list of domains")
-    pretraining: Pretraining = Field(description=f"{_TRAINING}, block, keep_every")
+    pretraining: Pretraining = Field(description=f"{_TRAINING_KEYS}, block, keep_every")
     tasks: dict[str, TaskSource] = Field(min_length=1, description="tasks by name")
     max_length: int = Field(ge=8, description="a whole number of tokens, 8 or more")
-    tuning: dict[str, Training] = Field(min_length=1, description=_A_KIND)
-    few_shot: dict[str, Training] = Field(min_length=1, description=_A_KIND)
-    seeds: tuple[Number, ...] = Field(min_length=2, description="a list of two whole numbers or more")
+    tuning: dict[str, Training] = Field(min_length=1, description=_TRAINING_BY_KIND)
+    few_shot: dict[str, Training] = Field(min_length=1, description=_TRAINING_BY_KIND)
+    seeds: tuple[NonNegativeInt, ...] = Field(min_length=2, description="a list of two whole numbers or more")
     precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", description="one of auto, bf16, fp32")
+
+
+def list_task_kinds(tasks: TasksByKind) -> list[tuple[str, str]]:
+    """Return each task with each kind that it is tuned with."""
+    return [(task, kind) for kind, names in tasks.items() for task in names]
 
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load(model: type[Model], path: Path) -> Model:
+def load_settings(model: type[Model], path: Path) -> Model:
     """Read a YAML file.
 
     Args:
-        model: What its keys are.
+        model: The model of its content.
         path: The file.
 
     Returns:
-        What it says.
+        The checked content.
 
     Raises:
-        DataError: It cannot be read, or a key is unknown, missing or of no use.
+        DataError: The file cannot be read, or a key is unknown, missing or has a value that is not allowed.
     """
     return validate(model, read_yaml(path), str(path))

