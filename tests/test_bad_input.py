@@ -1,4 +1,4 @@
-"""Bad input on the command line: exit status 2, a message that names what and where, and nothing written."""
+"""Invalid input on the command line: exit status 2, a message that names the input, and nothing written."""
 
 import json
 import os
@@ -14,24 +14,24 @@ from regraft import cli
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command that must be refused; give what it said."""
+def refused(monkeypatch, capsys):
+    """A function that runs a command, which must be refused, and returns its message."""
 
-    def refused(*arguments):
+    def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["regraft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(SystemExit) as end:
             cli.main()
-        said = capsys.readouterr().err
-        assert caught.value.code == 2, said
-        assert "Traceback" not in said
-        return said
+        message = capsys.readouterr().err
+        assert end.value.code == 2, message
+        assert "Traceback" not in message
+        return message
 
-    return refused
+    return run
 
 
 @pytest.fixture
-def place(tmp_path, bases, tuned, task_file):
-    """A copy of a good upgrade, adaptation and task, to be broken."""
+def folder(tmp_path, bases, tuned, task_file):
+    """A folder with copies of a valid upgrade, adaptations and task, for tests to break."""
     old, new = bases["bert"]
     shutil.copytree(old, tmp_path / "old")
     shutil.copytree(new, tmp_path / "new")
@@ -42,227 +42,219 @@ def place(tmp_path, bases, tuned, task_file):
     return tmp_path
 
 
-def contents(place):
-    return {p: p.is_file() and p.stat().st_mtime_ns for p in place.rglob("*")}
+def inputs_of(folder, kind="full"):
+    bases = ["--old-base", folder / "old", "--new-base", folder / "new"]
+    return [*bases, "--adaptation", folder / kind, "--task", folder / "task" / "task.yaml"]
 
 
-def check_and_recycle(run, place, kind="full", methods=("direct", "init", "init+distill", "scratch")):
-    """Give both commands what is in the place; each must refuse it and leave nothing."""
-    given = [
-        "--old-base", place / "old", "--new-base", place / "new", "--adaptation", place / kind,
-        "--task", place / "task" / "task.yaml",
-    ]  # fmt: skip
-    before = contents(place)
-    said = [run("check", *given)]
-    said += [run("recycle", *given, "--method", m, "--steps", 2, "--out", place / "out" / "o") for m in methods]
-    said += [run("compare", *given, "--methods", ",".join(methods), "--steps", 2, "--out", place / "out" / "o")]
-    assert contents(place) == before
-    return said
+def modification_times(folder):
+    return {path: path.is_file() and path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def replace_base(place, which, **changes):
-    shutil.rmtree(place / which)
-    write_base(place / which, "bert", **changes)
+def refusals(refused, folder, kind="full", methods=("direct", "init", "init+distill", "scratch")):
+    """Run check, recycle and compare on a folder's inputs: each must be refused and write nothing. Return messages."""
+    inputs, out, times = inputs_of(folder, kind), folder / "out" / "o", modification_times(folder)
+    messages = [refused("check", *inputs)]
+    for method in methods:
+        messages.append(refused("recycle", *inputs, "--method", method, "--steps", 2, "--out", out))
+    messages.append(refused("compare", *inputs, "--methods", ",".join(methods), "--steps", 2, "--out", out))
+    assert modification_times(folder) == times
+    return messages
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_new_base_of_another_size(run, place, kind):
-    replace_base(place, "new", hidden_size=48)
-    for said in check_and_recycle(run, place, kind):
-        assert f"{place / 'old'} and {place / 'new'} are not an upgrade of one another" in said
-        assert "embeddings.LayerNorm.bias: (32,) and (48,)" in said
-
-
-def test_a_new_base_with_more_layers(run, place):
-    replace_base(place, "new", num_hidden_layers=3)
-    for said in check_and_recycle(run, place):
-        assert "16 tensors only in the new base: encoder.layer.2." in said
-
-
-def test_a_new_base_of_another_kind(run, place, bases):
-    shutil.rmtree(place / "new")
-    shutil.copytree(bases["roberta"][1], place / "new")
-    for said in check_and_recycle(run, place):
-        assert "different kinds" in said
-        assert "is a bert" in said
-        assert "a roberta" in said
+def replace_base(folder, name, **changes):
+    shutil.rmtree(folder / name)
+    write_base(folder / name, "bert", **changes)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_an_old_base_that_is_not_the_one(run, place, kind):
-    shutil.rmtree(place / "old")
-    shutil.copytree(place / "new", place / "old")
-    for said in check_and_recycle(run, place, kind):
-        assert f"{place / kind / 'adaptation'} was not tuned on {place / 'old'}" in said
+def test_a_new_base_of_another_size(refused, folder, kind):
+    replace_base(folder, "new", hidden_size=48)
+    for message in refusals(refused, folder, kind):
+        assert f"{folder / 'old'} and {folder / 'new'} are not an upgrade of one another" in message
+        assert "embeddings.LayerNorm.bias: (32,) and (48,)" in message
+
+
+def test_a_new_base_with_more_layers(refused, folder):
+    replace_base(folder, "new", num_hidden_layers=3)
+    for message in refusals(refused, folder):
+        assert "16 tensors only in the new base: encoder.layer.2." in message
+
+
+def test_a_new_base_of_another_architecture(refused, folder, bases):
+    shutil.rmtree(folder / "new")
+    shutil.copytree(bases["roberta"][1], folder / "new")
+    for message in refusals(refused, folder):
+        assert "different kinds" in message
+        assert "is a bert" in message
+        assert "a roberta" in message
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_made_elsewhere_on_a_base_of_another_size(run, place, kind):
-    """Without a record of the base, the tensors themselves do not fit."""
-    (place / kind / "outcome.json").unlink()
-    (place / kind / "adaptation" / "lineage.json").unlink()
-    for which in ("old", "new"):
-        replace_base(place, which, hidden_size=48)
-    for said in check_and_recycle(run, place, kind, methods=("direct", "init", "init+distill")):
-        assert str(place / kind / "adaptation") in said
-        assert "32" in said
-        assert "48" in said
+def test_an_adaptation_of_another_base(refused, folder, kind):
+    shutil.rmtree(folder / "old")
+    shutil.copytree(folder / "new", folder / "old")
+    for message in refusals(refused, folder, kind):
+        assert f"{folder / kind / 'adaptation'} was not tuned on {folder / 'old'}" in message
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_an_adaptation_of_another_size_without_a_record(refused, folder, kind):
+    (folder / kind / "outcome.json").unlink()
+    (folder / kind / "adaptation" / "lineage.json").unlink()
+    for base in ("old", "new"):
+        replace_base(folder, base, hidden_size=48)
+    for message in refusals(refused, folder, kind, methods=("direct", "init", "init+distill")):
+        assert str(folder / kind / "adaptation") in message
+        assert "32" in message
+        assert "48" in message
 
 
 @pytest.mark.parametrize(
     "name",
-    ["old/model.safetensors", "new/model.safetensors", "full/adaptation/model.safetensors",
-     "lora/adaptation/adapter_model.safetensors"],
-)  # fmt: skip
-def test_a_truncated_file(run, place, name):
-    os.truncate(place / name, (place / name).stat().st_size - 1)
-    for said in check_and_recycle(run, place, "lora" if "lora" in name else "full"):
-        assert f"{place / name}: the file ends early" in said
-        assert "fetch it again" in said
+    [
+        "old/model.safetensors",
+        "new/model.safetensors",
+        "full/adaptation/model.safetensors",
+        "lora/adaptation/adapter_model.safetensors",
+    ],
+)
+def test_a_truncated_file(refused, folder, name):
+    os.truncate(folder / name, (folder / name).stat().st_size - 1)
+    for message in refusals(refused, folder, "lora" if "lora" in name else "full"):
+        assert f"{folder / name}: the file ends early" in message
+        assert "fetch it again" in message
 
 
-@pytest.mark.parametrize("which", ["old", "new", "full/adaptation"])
-def test_a_missing_shard(run, place, which):
-    folder = place / which
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
+@pytest.mark.parametrize("name", ["old", "new", "full/adaptation"])
+def test_a_missing_shard(refused, folder, name):
+    checkpoint = folder / name
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
-    for shard, part in parts.items():
-        save_file({name: tensors[name] for name in part}, folder / shard, metadata={"format": "pt"})
-    weight_map = {name: shard for shard, part in parts.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    for said in check_and_recycle(run, place):
-        assert f"{folder}: shard model-00002-of-00002.safetensors named by" in said
-        assert "is missing" in said
+    shards = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
+    for shard, shard_names in shards.items():
+        save_file({name: tensors[name] for name in shard_names}, checkpoint / shard, metadata={"format": "pt"})
+    weight_map = {name: shard for shard, shard_names in shards.items() for name in shard_names}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (checkpoint / "model-00002-of-00002.safetensors").unlink()
+    for message in refusals(refused, folder):
+        assert f"{checkpoint}: shard model-00002-of-00002.safetensors named by" in message
+        assert "is missing" in message
 
 
-def add_a_label(place):
-    for name in ("train", "dev", "test"):
-        with (place / "task" / f"{name}.csv").open("a") as stream:
-            stream.writelines(f"{name} says the film was {i} and so so,neutral\n" for i in range(8))
-
-
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_label_map_of_another_size(run, place, kind):
-    add_a_label(place)
-    for said in check_and_recycle(run, place, kind):
-        assert f"{place / kind / 'adaptation'} was not tuned for the labels of task mood" in said
-        assert "neutral" in said
+def add_label(folder):
+    for split in ("train", "dev", "test"):
+        with (folder / "task" / f"{split}.csv").open("a") as stream:
+            stream.writelines(f"{split} says the film was {i} and so so,neutral\n" for i in range(8))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_head_of_another_size_where_no_labels_are_recorded(run, place, kind):
-    add_a_label(place)
-    (place / kind / "outcome.json").unlink()
-    (place / kind / "adaptation" / "lineage.json").unlink()
-    config_file = place / kind / "adaptation" / "config.json"
+def test_a_task_with_more_labels(refused, folder, kind):
+    add_label(folder)
+    for message in refusals(refused, folder, kind):
+        assert f"{folder / kind / 'adaptation'} was not tuned for the labels of task mood" in message
+        assert "neutral" in message
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_task_with_more_labels_where_the_head_does_not_name_its_own(refused, folder, kind):
+    add_label(folder)
+    (folder / kind / "outcome.json").unlink()
+    (folder / kind / "adaptation" / "lineage.json").unlink()
+    config_file = folder / kind / "adaptation" / "config.json"
     if kind == "full":
         config = json.loads(config_file.read_text())
         config |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
         config_file.write_text(json.dumps(config))
-    for said in check_and_recycle(run, place, kind, methods=("direct", "init", "init+distill")):
-        assert str(place / kind / "adaptation") in said
-        assert "negative, neutral, positive" in said
+    for message in refusals(refused, folder, kind, methods=("direct", "init", "init+distill")):
+        assert str(folder / kind / "adaptation") in message
+        assert "negative, neutral, positive" in message
 
 
-def test_a_tensor_missing_from_an_adaptation(run, place):
-    for kind, file, lost in (
+@pytest.mark.parametrize(
+    ("kind", "file", "name"),
+    [
         ("full", "model", "bert.encoder.layer.1.output.dense.weight"),
         ("lora", "adapter_model", "base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"),
-    ):
-        path = place / kind / "adaptation" / f"{file}.safetensors"
-        tensors = load_file(path)
-        del tensors[lost]
-        save_file(tensors, path, metadata={"format": "pt"})
-        for said in check_and_recycle(run, place, kind, methods=("direct", "init")):
-            assert str(path.parent) in said
-            assert "encoder.layer.1.output.dense" in said
+    ],
+)
+def test_missing_and_unexpected_tensors(refused, folder, kind, file, name):
+    path = folder / kind / "adaptation" / f"{file}.safetensors"
+    tensors = load_file(path)
+    removed = tensors.pop(name)
+    save_file(tensors, path, metadata={"format": "pt"})
+    for message in refusals(refused, folder, kind, methods=("direct", "init")):
+        assert str(path.parent) in message
+        assert "encoder.layer.1.output.dense" in message
+    tensors |= {name: removed, name.replace("layer.1.", "layer.7."): removed.clone()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    for message in refusals(refused, folder, kind, methods=("direct", "init")):
+        assert str(path.parent) in message
+        assert "layer.7." in message
 
 
-def test_a_tensor_without_a_place(run, place):
-    for kind, file in (("full", "model"), ("lora", "adapter_model")):
-        path = place / kind / "adaptation" / f"{file}.safetensors"
-        tensors = load_file(path)
-        name = next(n for n in sorted(tensors) if "layer.1." in n)
-        tensors[name.replace("layer.1.", "layer.7.")] = tensors[name].clone()
-        save_file(tensors, path, metadata={"format": "pt"})
-        for said in check_and_recycle(run, place, kind, methods=("direct", "init")):
-            assert str(path.parent) in said
-            assert "layer.7." in said
-
-
-def test_adaptations_of_other_kinds(run, place):
-    config = place / "lora" / "adaptation" / "adapter_config.json"
-    given = json.loads(config.read_text())
-    for changed, says in (
-        (given | {"peft_type": "LORE"}, "type LORE, which the installed PEFT does not know"),
+def test_adaptations_of_unsupported_kinds(refused, folder):
+    config_file = folder / "lora" / "adaptation" / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    for changed, expected in (
+        (config | {"peft_type": "LORE"}, "type LORE, which the installed PEFT does not know"),
         ({"peft_type": "IA3", "task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}, "without a place"),
-        (given | {"init_lora_weights": "pissa_niter_4"}, "cannot be found again"),
+        (config | {"init_lora_weights": "pissa_niter_4"}, "cannot be found again"),
     ):
-        config.write_text(json.dumps(changed))
-        assert says in check_and_recycle(run, place, "lora")[0]
-    for said in check_and_recycle(run, place, "old"):
-        assert "is no sequence classifier" in said
-    for said in check_and_recycle(run, place, "nothing"):
-        assert f"{place / 'nothing'}: no such folder" in said
+        config_file.write_text(json.dumps(changed))
+        assert expected in refusals(refused, folder, "lora")[0]
+    for message in refusals(refused, folder, "old"):
+        assert "is no sequence classifier" in message
+    for message in refusals(refused, folder, "nothing"):
+        assert f"{folder / 'nothing'}: no such folder" in message
 
 
-def test_bad_rows_are_named_and_nothing_is_written(run, place):
-    with (place / "task" / "dev.csv").open("a") as stream:
+def test_invalid_rows(refused, folder):
+    with (folder / "task" / "dev.csv").open("a") as stream:
         stream.write("   ,positive\n")
-    for said in check_and_recycle(run, place):
-        assert "dev.csv" in said
-        assert "61" in said
-    assert "dev.csv" in run("tune", place / "old", "--task", place / "task" / "task.yaml", "--out", place / "out" / "o")
-    assert not list((place / "out").iterdir())
+    for message in refusals(refused, folder):
+        assert "dev.csv" in message
+        assert "61" in message
+    task, out = folder / "task" / "task.yaml", folder / "out" / "o"
+    assert "dev.csv" in refused("tune", folder / "old", "--task", task, "--out", out)
+    assert not list((folder / "out").iterdir())
 
 
-def test_tune_and_pretrain_refuse_before_they_write(run, place):
-    task, out = place / "task" / "task.yaml", place / "out" / "o"
-    for arguments, says in [
-        (("tune", place / "none", "--task", task), f"{place / 'none'}: no such file or folder"),
-        (("tune", place / "task", "--task", task), "holds none of model.safetensors"),
-        (("tune", place / "old" / "config.json", "--task", task), "is a file. Give the folder"),
-        (("tune", place / "old", "--task", task, "--kind", "lore"), "there is no kind 'lore'"),
-        (("tune", place / "old", "--task", place / "none.yaml"), "none.yaml"),
-        (("pretrain", place / "old", place / "none.txt", "--block", 32), "none.txt"),
-        (("pretrain", place / "old", place / "task" / "train.csv", "--block", 512), "--block 512 is more than the 64"),
+def test_tune_and_pretrain_check_their_inputs_first(refused, folder):
+    task, out = folder / "task" / "task.yaml", folder / "out" / "o"
+    for arguments, expected in [
+        (("tune", folder / "none", "--task", task), f"{folder / 'none'}: no such file or folder"),
+        (("tune", folder / "task", "--task", task), "holds none of model.safetensors"),
+        (("tune", folder / "old" / "config.json", "--task", task), "is a file. Give the folder"),
+        (("tune", folder / "old", "--task", task, "--kind", "lore"), "there is no kind 'lore'"),
+        (("tune", folder / "old", "--task", folder / "none.yaml"), "none.yaml"),
+        (("pretrain", folder / "old", folder / "none.txt", "--block", 32), "none.txt"),
+        (("pretrain", folder / "old", folder / "task" / "train.csv", "--block", 512), "512 is more than the 64"),
     ]:
-        assert says in run(*arguments, "--out", out)
-    os.truncate(place / "old" / "model.safetensors", 1000)
-    for arguments in (("tune", place / "old", "--task", task), ("pretrain", place / "old", task, "--block", 32)):
-        assert f"{place / 'old' / 'model.safetensors'}: not a whole safetensors file" in run(*arguments, "--out", out)
-    assert not list((place / "out").iterdir())
+        assert expected in refused(*arguments, "--out", out)
+    os.truncate(folder / "old" / "model.safetensors", 1000)
+    for arguments in (("tune", folder / "old", "--task", task), ("pretrain", folder / "old", task, "--block", 32)):
+        message = refused(*arguments, "--out", out)
+        assert f"{folder / 'old' / 'model.safetensors'}: not a whole safetensors file" in message
+    assert not list((folder / "out").iterdir())
 
 
-def test_a_folder_that_is_there_is_never_replaced(run, place):
-    (place / "out" / "o").mkdir()
-    (place / "out" / "o" / "precious").write_text("x")
-    assert "is no outcome folder" in check_and_recycle_one(run, place)
-    assert "is no outcome folder" in run(
-        "tune", place / "old", "--task", place / "task" / "task.yaml", "--out", place / "out" / "o"
-    )
-    assert "made from something else" in run(
-        "pretrain", place / "old", place / "task" / "train.csv", "--block", 32, "--out", place / "out" / "o"
-    )
-    assert [p.name for p in (place / "out").rglob("*")] == ["o", "precious"]
+def test_an_existing_folder_is_never_replaced(refused, folder):
+    task, out = folder / "task", folder / "out" / "o"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    for arguments, expected in [
+        (("recycle", *inputs_of(folder), "--method", "direct"), "is no outcome folder"),
+        (("tune", folder / "old", "--task", task / "task.yaml"), "is no outcome folder"),
+        (("pretrain", folder / "old", task / "train.csv", "--block", 32), "made from something else"),
+    ]:
+        assert expected in refused(*arguments, "--out", out)
+    assert [path.name for path in (folder / "out").rglob("*")] == ["o", "precious"]
 
 
-def check_and_recycle_one(run, place):
-    return run(
-        "recycle", "--old-base", place / "old", "--new-base", place / "new", "--adaptation", place / "full",
-        "--task", place / "task" / "task.yaml", "--method", "direct", "--out", place / "out" / "o",
-    )  # fmt: skip
-
-
-def test_options_out_of_range(run, place):
-    common = [
-        "--old-base", place / "old", "--new-base", place / "new", "--adaptation", place / "full",
-        "--task", place / "task" / "task.yaml", "--out", place / "out" / "o",
-    ]  # fmt: skip
-    for given, says in [
+def test_options_out_of_range(refused, folder):
+    for (command, *options), expected in [
         (["recycle", "--method", "distil"], "Did you mean distill?"),
         (["recycle", "--method", "init", "-o", "alpha=0.5"], "method init has no option alpha"),
         (["recycle", "--method", "distill", "-o", "alpha=1.5"], "alpha"),
@@ -284,63 +276,64 @@ def test_options_out_of_range(run, place):
         (["recycle", "--method", "auto", "-o", "tolerance=nan"], "tolerance"),
         (["compare", "--seeds", "20,20"], "each once"),
         (["compare", "--seeds", "²"], "--seeds takes whole numbers"),
-        (["recycle", "--method", "init", "--steps", 0], "--steps"),
+        (["recycle", "--method", "init", "--steps", 0], "steps must be a number above 0"),
         (["recycle", "--method", "init", "--shots", 10_000], "10000"),
         (["compare", "--seeds", "20,x"], "--seeds takes whole numbers"),
     ]:
-        assert says in run(given[0], *common, *given[1:]).replace(",000", "000")
-    assert not list((place / "out").iterdir())
+        message = refused(command, *inputs_of(folder), "--out", folder / "out" / "o", *options)
+        assert expected in message.replace(",000", "000")
+    assert not list((folder / "out").iterdir())
 
 
-def test_numbers_of_other_commands(run, place):
-    out = place / "out" / "o"
-    bases = ["--old", place / "old", "--new", place / "new", "--tuned", place / "full" / "adaptation", "--out", out]
-    tune = ["tune", place / "old", "--task", place / "task" / "task.yaml", "--out", out]
-    for given, says in [
-        (["weights", "graft", *bases, "--scale", "nan"], "--scale is a finite number"),
-        (["weights", "graft", *bases, "--scale-for", "*=inf"], "--scale-for * is a finite number"),
-        (["weights", "graft", *bases, "--scale-for", "none.*=0.5"], "--scale-for none.*: fits no tensor"),
-        (["weights", "graft", *bases, "--shard-size", "inf"], "--shard-size is a finite number"),
+def test_numbers_of_other_commands(refused, folder):
+    out = folder / "out" / "o"
+    graft = ["weights", "graft", "--old-base", folder / "old", "--new-base", folder / "new"]
+    graft += ["--adaptation", folder / "full" / "adaptation", "--out", out]
+    tune = ["tune", folder / "old", "--task", folder / "task" / "task.yaml", "--out", out]
+    for arguments, expected in [
+        ([*graft, "--scale", "nan"], "--scale takes a finite number"),
+        ([*graft, "--scale-for", "*=inf"], "--scale-for * takes a finite number"),
+        ([*graft, "--scale-for", "none.*=0.5"], "--scale-for none.*: matches no tensor"),
+        ([*graft, "--shard-size", "inf"], "--shard-size takes a finite number"),
         ([*tune, "--kind", "lora", "--rank", 10**6], "a LoRA's rank is up to"),
         ([*tune, "--kind", "bottleneck", "--inner-size", 10**6], "a bottleneck's inner size is up to"),
     ]:
-        assert says in run(*given)
-    assert not list((place / "out").iterdir())
+        assert expected in refused(*arguments)
+    assert not list((folder / "out").iterdir())
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_output_that_cannot_be_written_is_one_line():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "regraft", "methods"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: the output: the disk is full")
-    assert len(done.stderr.splitlines()) == 1
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: the output: the disk is full")
+    assert len(result.stderr.splitlines()) == 1
 
 
-def test_the_message_alone_goes_to_stderr(place):
-    """As a user sees it: a process of its own, no traceback unless it is asked for."""
-    command = [sys.executable, "-m", "regraft", "task", "check", str(place / "none.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert "none.yaml" in done.stderr
+def test_stderr_has_the_message_and_with_debug_the_traceback(folder):
+    command = [sys.executable, "-m", "regraft", "task", "check", str(folder / "none.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert "none.yaml" in result.stderr
     command.insert(3, "--debug")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), AssertionError(), MemoryError(), EOFError("Ran out of input")])
-def test_an_error_that_no_command_foresaw_is_told_without_a_traceback(run, monkeypatch, tmp_path, error):
-    def failing(*_):
+def test_an_unforeseen_error_is_reported_without_a_traceback(refused, monkeypatch, tmp_path, error):
+    def fail(*_):
         raise error
 
-    monkeypatch.setattr("regraft.task.Task.load", failing)
-    said = run("task", "check", tmp_path / "task.yaml")
-    assert said.startswith("error: ")
-    assert "regraft did not foresee this" in said
+    monkeypatch.setattr("regraft.task.Task.load", fail)
+    message = refused("task", "check", tmp_path / "task.yaml")
+    assert message.startswith("error: ")
+    assert "This is unexpected" in message
 
 
 def test_help_and_import_load_no_torch():
@@ -348,5 +341,5 @@ def test_help_and_import_load_no_torch():
     code += "from typer.testing import CliRunner; from regraft.cli import app\n"
     code += "out = CliRunner().invoke(app, ['recycle', '--help']); assert out.exit_code == 0, out.output\n"
     code += "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'pandas'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stdout + done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""What a deployment gives for a text is what its transformers class gives for that text alone, however it is padded."""
+"""Padding changes no output: each text gets what its transformers class returns for that text alone."""
 
 import csv
 import json
@@ -14,51 +14,50 @@ from regraft import Base, Recipe, Upgrade, cli, convert, load_adaptation, recycl
 from regraft.adaptation import attach, fresh_model, load_model, load_strictly, new_config, save_model
 from regraft.model.batches import predict
 from regraft.model.blockwise import BlockwiseForward
-from regraft.model.outputs import forward, last_token_indices
+from regraft.model.outputs import forward, last_token_indices, model_inputs
 from regraft.progress import quiet
 from regraft.task.types import Examples
 
 VOCABULARY = 5 + len(WORDS)
 EOS, UNK = 2, 3
 NAMED_LABELS = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
-# in the words of all architectures' configs, each of which takes those it has
+# under the names of all architectures; each config takes those that it knows
 SIZES = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
-    "intermediate_size": 64, "ffn_dim": 64, "d_inner": 64, "word_embed_proj_dim": 32, "embedding_size": 32,
-    "d_head": 16,
-}  # fmt: skip
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2),
+    **dict.fromkeys(("head_dim", "d_head"), 16),
+    **dict.fromkeys(("hidden_size", "word_embed_proj_dim", "embedding_size"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_inner"), 64),
+}
 DECODERS = ("llama", "gpt2", "gpt_neox", "mistral", "qwen2", "opt", "bloom", "falcon", "gemma", "phi", "xlnet")
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "albert", "deberta-v2", "modernbert", "mpnet", "xlm-roberta")
-MIXING = ("convbert", "mobilebert")  # whose convolutions and neighbouring tokens would see the padding
+PADDING_SENSITIVE = ("convbert", "mobilebert")  # by convolutions over neighbouring tokens
 
 
-def token_ids():
-    """Texts of several lengths that end in words, in what may be padding, or are nothing else."""
+def make_texts():
+    """Texts of several lengths: some end in tokens that may be padding, and some consist of them."""
     random.seed(0)
     endings = ([], [EOS], [UNK], [EOS, EOS], [0], [UNK, EOS])
     texts = [random.choices(range(5, VOCABULARY), k=random.randint(2, 14)) + ending for ending in endings * 2]
     return [*texts, [EOS, EOS, EOS], [UNK]]
 
 
-def examples_of(texts, padding=EOS):
+def make_examples(texts, padding=EOS):
     return Examples({"input_ids": texts}, np.zeros(len(texts), dtype=np.int64), {"input_ids": padding})
 
 
-def alone(model, texts):
+def logits_alone(model, texts):
+    """Run a model on each text by itself, without padding."""
     model.eval()
+    inputs = [torch.tensor([ids]) for ids in texts]
     with torch.no_grad():
-        return torch.cat([model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in rows(texts)])
+        return torch.cat([model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in inputs])
 
 
-def rows(texts):
-    return [torch.tensor([ids]) for ids in texts]
-
-
-def classifier(architecture, padding):
+def make_classifier(architecture, padding):
     default = AutoConfig.for_model(architecture)
     sizes = {name: size for name, size in SIZES.items() if hasattr(default, name)}
     if architecture == "falcon":
-        del sizes["head_dim"]  # is computed
+        del sizes["head_dim"]  # Falcon computes it
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, num_labels=3, pad_token_id=padding, **sizes)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)
@@ -68,83 +67,88 @@ def classifier(architecture, padding):
     return model
 
 
-@pytest.mark.parametrize("architecture", DECODERS + ENCODERS + MIXING)
-def test_a_batch_gives_each_text_what_it_gives_alone(architecture):
-    texts, model = token_ids(), classifier(architecture, EOS)
-    # position embeddings of RoBERTa and its kind are built for the padding that the config names
+@pytest.mark.parametrize("architecture", DECODERS + ENCODERS + PADDING_SENSITIVE)
+def test_a_batch_returns_for_each_text_the_same_as_alone(architecture):
+    texts, model = make_texts(), make_classifier(architecture, EOS)
+    # RoBERTa-like encoders build their position embeddings for the padding token of the config
     for padding in (EOS, UNK, None) if architecture in DECODERS else (EOS,):
         model.config.pad_token_id = padding
-        torch.testing.assert_close(predict(model, examples_of(texts), "fp32"), alone(model, texts), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            predict(model, make_examples(texts), "fp32"), logits_alone(model, texts), rtol=0, atol=1e-5
+        )
         assert model.config.pad_token_id == padding
 
 
 @pytest.mark.parametrize("padding", [EOS, UNK, None])
-def test_the_loss_of_a_batch_is_that_of_its_texts_alone(padding):
-    texts, model = token_ids(), classifier("llama", padding).eval()
-    batch = examples_of(texts).batch(range(len(texts)))
+def test_gradients_of_a_batch_equal_those_of_its_texts_alone(padding):
+    texts, model = make_texts(), make_classifier("llama", padding).eval()
+    batch = make_examples(texts).batch(range(len(texts)))
     labels = torch.arange(len(texts)) % 3
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    torch.nn.functional.cross_entropy(forward(model, inputs).logits, labels).backward()
-    ours = [parameter.grad.clone() for parameter in model.parameters()]
+    torch.nn.functional.cross_entropy(forward(model, model_inputs(batch)).logits, labels).backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    for ids, label in zip(rows(texts), labels, strict=True):
-        (torch.nn.functional.cross_entropy(model(input_ids=ids).logits, label[None]) / len(texts)).backward()
-    for gradient, parameter in zip(ours, model.parameters(), strict=True):
+    for ids, label in zip(texts, labels, strict=True):
+        logits = model(input_ids=torch.tensor([ids])).logits
+        (torch.nn.functional.cross_entropy(logits, label[None]) / len(texts)).backward()
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_hidden_states_are_read_where_the_head_reads():
-    texts, model = [[7, 8, 9], [7, EOS], [7, 8, EOS, 9, EOS, EOS], [EOS, EOS], [7]], classifier("llama", EOS).eval()
-    batch = {k: v for k, v in examples_of(texts, UNK).batch(range(5)).items() if k in ("input_ids", "attention_mask")}
-    places = [2, 0, 3, 0, 0]
+    texts, model = (
+        [[7, 8, 9], [7, EOS], [7, 8, EOS, 9, EOS, EOS], [EOS, EOS], [7]],
+        make_classifier("llama", EOS).eval(),
+    )
+    batch = model_inputs(make_examples(texts, UNK).batch(range(5)))
+    indices = [2, 0, 3, 0, 0]
     output = forward(model, batch, hidden=True)
-    assert output.token.tolist() == last_token_indices(model, batch).tolist() == places
-    read = output.hidden[-1][range(5), places]
-    torch.testing.assert_close(model.score(read), output.logits, rtol=0, atol=1e-6)
+    assert output.token.tolist() == last_token_indices(model, batch).tolist() == indices
+    states = output.hidden[-1][range(5), indices]
+    torch.testing.assert_close(model.score(states), output.logits, rtol=0, atol=1e-6)
     model.config.pad_token_id = None
     assert last_token_indices(model, batch).tolist() == [2, 1, 5, 1, 0]
-    assert last_token_indices(classifier("bert", 0), batch) is None
+    assert last_token_indices(make_classifier("bert", 0), batch) is None
 
 
-def test_a_walk_feeds_the_head_the_tokens_that_it_reads():
-    texts, model = token_ids(), classifier("llama", None)
-    walk, fed = BlockwiseForward(model, examples_of(texts), "fp32"), []
-    for _ in range(walk.parts):
-        walk.run([model.score], lambda name, number, inputs, outputs: fed.append(outputs.float()), advance=True)
-    longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    torch.testing.assert_close(torch.cat(fed), alone(model, [texts[i] for i in longest_first]), rtol=0, atol=1e-5)
+def test_a_blockwise_forward_observes_the_head_at_the_tokens_that_it_reads():
+    texts, model = make_texts(), make_classifier("llama", None)
+    blockwise, logits = BlockwiseForward(model, make_examples(texts), "fp32"), []
+    for _ in range(blockwise.parts):
+        blockwise.run([model.score], lambda name, batch, inputs, outputs: logits.append(outputs.float()), advance=True)
+    longest_first = sorted(texts, key=lambda ids: -len(ids))
+    torch.testing.assert_close(torch.cat(logits), logits_alone(model, longest_first), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["xlm", "xlnet"])
-def test_a_walk_sees_the_tokens_that_each_text_has_alone(architecture):
-    """Though layers see tokens × texts × width (XLNet), or blocks are no list of modules that feed each other (XLM)."""
+def test_a_blockwise_forward_observes_no_padding(architecture):
+    """Even if layers read tokens × texts × width (XLNet), or blocks do not feed each other (XLM)."""
     sizes = {"d_inner": 24} if architecture == "xlnet" else {"pad_index": 0}
     config = AutoConfig.for_model(architecture, vocab_size=50, d_model=16, emb_dim=16, n_layer=2, n_head=2, **sizes)
     config.n_layers = config.n_heads = 2
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    texts = [ids for ids in token_ids() if 0 not in ids]
-    walk, seen, expected = BlockwiseForward(model, examples_of(texts), "fp32"), {}, {}
-    linear = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+    texts = [ids for ids in make_texts() if 0 not in ids]
+    blockwise, moments, expected = BlockwiseForward(model, make_examples(texts), "fp32"), {}, {}
+    layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
 
     def add(sums, name, rows):
         sums[name] = sums.get(name, 0) + rows.T @ rows
 
-    for _ in range(walk.parts):
-        walk.run(linear, lambda name, _, fed, __: add(seen, name, fed), advance=True)
-    for module in linear:
-        module.register_forward_hook(
-            lambda module, args, _: add(expected, walk.names[module], args[0].flatten(0, -2).double())
+    for _ in range(blockwise.parts):
+        blockwise.run(layers, lambda name, _, inputs, __: add(moments, name, inputs), advance=True)
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda layer, args, _: add(expected, blockwise.names[layer], args[0].flatten(0, -2).double())
         )
-    alone(model, texts)
-    assert seen.keys() == expected.keys()
-    for name, moments in seen.items():
-        torch.testing.assert_close(moments, expected[name], rtol=1e-5, atol=1e-5)
+    logits_alone(model, texts)
+    assert moments.keys() == expected.keys()
+    for name, moment in moments.items():
+        torch.testing.assert_close(moment, expected[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A decoder and its upgrade without a padding token, and an encoder whose texts may hold its padding."""
+    """A decoder without a padding token and its upgrade, and an encoder whose texts may contain its padding token."""
     folder = tmp_path_factory.mktemp("bases")
     old = write_base(folder / "llama", "llama", pad_token_id=None)
     tokenizer = make_tokenizer("llama")
@@ -158,7 +162,7 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """Texts of which some end in the end-of-text or in an unknown token."""
+    """A task some of whose texts end in the end-of-text token or in an unknown word."""
     folder, chance = tmp_path_factory.mktemp("task"), random.Random(5)
     for name, count in (("train", 48), ("dev", 24), ("test", 36)):
         with (folder / f"{name}.csv").open("w", newline="") as stream:
@@ -173,14 +177,14 @@ def texts_of(task):
         return [row["text"] for row in csv.DictReader(stream)]
 
 
-def published(outcome):
+def published_predictions(outcome):
     lines = map(json.loads, (outcome / "predictions.jsonl").read_text().splitlines())
     return [line["prediction"] for line in lines if line["split"] == "test"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "roberta"])
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
-def test_an_adapter_gives_each_text_what_peft_gives_alone(bases, tmp_path, architecture, kind):
+def test_an_adapter_returns_for_each_text_what_peft_returns_alone(bases, tmp_path, architecture, kind):
     from peft import PeftModel
 
     base = Base.open(bases[architecture][0])
@@ -191,19 +195,19 @@ def test_an_adapter_gives_each_text_what_peft_gives_alone(bases, tmp_path, archi
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     save_model(model, base, HEAD, tmp_path)
-    texts = [ids for ids in token_ids() if architecture == "llama" or 0 not in ids]
+    texts = [ids for ids in make_texts() if architecture == "llama" or 0 not in ids]
     with quiet():
         plain = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=2)
-        expected = alone(PeftModel.from_pretrained(plain, tmp_path), texts)
-    for ours in (model, load_model(load_adaptation(tmp_path), base, HEAD)):
-        torch.testing.assert_close(predict(ours, examples_of(texts), "fp32"), expected, rtol=0, atol=1e-5)
+        expected = logits_alone(PeftModel.from_pretrained(plain, tmp_path), texts)
+    for candidate in (model, load_model(load_adaptation(tmp_path), base, HEAD)):
+        torch.testing.assert_close(predict(candidate, make_examples(texts), "fp32"), expected, rtol=0, atol=1e-5)
 
 
-def test_pieces_that_divide_no_batch_are_not_asked_for(tmp_path):
+def test_chunked_feed_forward_runs_on_any_length(tmp_path):
     config = AutoConfig.for_model("bert", vocab_size=VOCABULARY, **SIZES, chunk_size_feed_forward=5, **NAMED_LABELS)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     model, _ = load_strictly(AutoModelForSequenceClassification, tmp_path, "bert")
-    assert predict(model, examples_of(token_ids()), "fp32").shape == (14, 2)
+    assert predict(model, make_examples(make_texts()), "fp32").shape == (14, 2)
     assert model.config.chunk_size_feed_forward == 5
 
 
@@ -219,35 +223,40 @@ def test_an_outcome_predicts_what_plain_transformers_predicts(bases, task, tmp_p
         tuned.config.pad_token_id = padding
         tuned.save_pretrained(tmp_path / "tuned")
     make_tokenizer("llama").save_pretrained(tmp_path / "tuned")
-    few = Recipe(steps=2, batch_size=8, eval_every=1, precision="fp32")
+    recipe = Recipe(steps=2, batch_size=8, eval_every=1, precision="fp32")
     for method in ("direct", "init"):
-        out = recycle(Upgrade(old, new), tmp_path / "tuned", task, method, tmp_path / method, recipe=few).path
+        out = recycle(Upgrade(old, new), tmp_path / "tuned", task, method, tmp_path / method, recipe=recipe).path
         tokenizer = AutoTokenizer.from_pretrained(out / "adaptation")
         with quiet():
             model = AutoModelForSequenceClassification.from_pretrained(out / "adaptation")
         assert model.config.pad_token_id == padding
         texts = texts_of(task)
-        assert published(out) == alone(model, [tokenizer(text)["input_ids"] for text in texts]).argmax(dim=1).tolist()
-        if padding is not None:  # in batches too, padded on the left as the tokenizer has it
+        assert (
+            published_predictions(out)
+            == logits_alone(model, [tokenizer(text)["input_ids"] for text in texts]).argmax(dim=1).tolist()
+        )
+        if padding is not None:  # also in batches, padded on the left as the tokenizer is configured
             assert tokenizer.pad_token_id == padding
             with torch.no_grad():
                 batch = model(**tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)).logits
-            assert published(out) == batch.argmax(dim=1).tolist()
+            assert published_predictions(out) == batch.argmax(dim=1).tolist()
 
 
-def test_what_is_tuned_and_converted_reads_the_same_tokens(bases, task, tmp_path):
+def test_tuned_and_converted_models_read_the_same_tokens(bases, task, tmp_path):
     old = bases["llama"][0]
-    few = Recipe(steps=3, batch_size=8, eval_every=1, learning_rate=3e-3, precision="fp32")
-    full = tune(old, task, tmp_path / "full", recipe=few, kind="full").path
-    lora = tune(old, task, tmp_path / "lora", recipe=few, kind="lora").path
+    recipe = Recipe(steps=3, batch_size=8, eval_every=1, learning_rate=3e-3, precision="fp32")
+    full = tune(old, task, tmp_path / "full", recipe=recipe, kind="full").path
+    lora = tune(old, task, tmp_path / "lora", recipe=recipe, kind="lora").path
     merged = convert(lora / "adaptation", old, tmp_path / "merged", "full").path
     tokenizer = AutoTokenizer.from_pretrained(old)
     ids = [tokenizer(text)["input_ids"] for text in texts_of(task)]
     for outcome, folder in ((full, full / "adaptation"), (lora, merged)):
         with quiet():
             model = AutoModelForSequenceClassification.from_pretrained(folder)
-        assert published(outcome) == alone(model, ids).argmax(dim=1).tolist()
-    assert AutoConfig.from_pretrained(full / "adaptation").pad_token_id == EOS  # for its users to predict in batches
+        assert published_predictions(outcome) == logits_alone(model, ids).argmax(dim=1).tolist()
+    assert (
+        AutoConfig.from_pretrained(full / "adaptation").pad_token_id == EOS
+    )  # so that its users can predict in batches
 
 
 @pytest.mark.parametrize("architecture", ["t5", "bart"])

@@ -1,4 +1,4 @@
-"""A model's outputs at rows are those of transformers at these tokens; a deployment computes each split once."""
+"""Rows: outputs at them equal those of transformers at the same tokens. Deployments run each split once."""
 
 import dataclasses
 import importlib
@@ -21,28 +21,28 @@ from regraft.task.types.likelihood import CATEGORICAL
 from regraft.tuning.units import restore_output_units, standardised_outputs
 
 TOKENS = [[1, 7, 8, 9, 2], [1, 5, 2], [1, 6, 7, 8, 9, 10, 11, 2]]
-SPOKEN = [[1, 3], [], [4, 1, 6]]
+ROW_TOKENS = [[1, 3], [], [4, 1, 6]]
 
 
-def rows_of(classes):
-    targets = np.arange(sum(map(len, SPOKEN)), dtype=np.int64) % classes
-    return Examples({"input_ids": TOKENS}, targets, {"input_ids": 0}, SPOKEN)
+def make_examples(classes):
+    targets = np.arange(sum(map(len, ROW_TOKENS)), dtype=np.int64) % classes
+    return Examples({"input_ids": TOKENS}, targets, {"input_ids": 0}, ROW_TOKENS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("adapted", [False, True])
-def test_rows_of_words_are_those_of_a_token_classifier(architecture, adapted):
+def test_outputs_at_rows_equal_those_of_a_token_classifier(architecture, adapted):
     from peft import PrefixTuningConfig, get_peft_model
 
     model = AutoModelForTokenClassification.from_config(make_config(architecture, num_labels=3)).eval()
-    if adapted and architecture != "distilbert":  # which takes no prefix
+    if adapted and architecture != "distilbert":  # DistilBERT supports no prefix
         with quiet():
             model = get_peft_model(model, PrefixTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=4)).eval()
     check_rows(model, 3)
 
 
 @pytest.mark.parametrize("virtual", [0, 3])
-def test_rows_of_a_decoder_are_those_of_its_language_model(virtual):
+def test_outputs_at_rows_equal_those_of_a_language_model(virtual):
     from peft import PromptTuningConfig, get_peft_model
 
     model = AutoModelForCausalLM.from_config(make_config("llama")).eval()
@@ -53,43 +53,43 @@ def test_rows_of_a_decoder_are_those_of_its_language_model(virtual):
 
 
 def check_rows(model, outputs, virtual=0):
-    """Compare logits, losses and gradients with those of each example alone, at all of its tokens."""
-    examples = rows_of(outputs)
-    chosen = [2, 0, 1]
-    batch = examples.batch(chosen)
+    """Compare logits and gradients with those of each example alone."""
+    examples = make_examples(outputs)
+    indices = [2, 0, 1]
+    batch = examples.batch(indices)
     output = forward(model, batch)
     alone = [model(input_ids=torch.tensor([ids])).logits[0][virtual:] for ids in TOKENS]
-    expected = torch.cat([alone[i][SPOKEN[i]] for i in chosen])
+    expected = torch.cat([alone[i][ROW_TOKENS[i]] for i in indices])
     torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
     assert batch["row"].tolist() == [2, 3, 4, 0, 1]
     assert batch["targets"].tolist() == examples.targets[[2, 3, 4, 0, 1]].tolist()
     torch.testing.assert_close(
-        predict(model, examples, "fp32"), torch.cat([alone[i][at] for i, at in enumerate(SPOKEN)])
+        predict(model, examples, "fp32"), torch.cat([alone[i][tokens] for i, tokens in enumerate(ROW_TOKENS)])
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ours, theirs = (
+    gradients, expected_gradients = (
         torch.autograd.grad(CATEGORICAL.loss(logits, batch["targets"], "mean"), trained, allow_unused=True)
         for logits in (output.logits, expected)
     )
-    for one, other in zip(ours, theirs, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert (gradient is None) == (expected_gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_hidden_states_are_those_at_the_rows():
+def test_hidden_states_at_rows_equal_those_of_transformers():
     model = AutoModelForTokenClassification.from_config(make_config("bert", num_labels=3)).eval()
-    states = forward(model, rows_of(3).batch([0, 2]), hidden=True).row_states()
+    states = forward(model, make_examples(3).batch([0, 2]), hidden=True).row_states()
     for row, (example, token) in enumerate([(0, 1), (0, 3), (2, 4), (2, 1), (2, 6)]):
         alone = model(input_ids=torch.tensor([TOKENS[example]]), output_hidden_states=True).hidden_states
         expected = torch.stack([layer[0, token] for layer in alone[:-1]])
         torch.testing.assert_close(states[row], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_examples_that_are_taken_bring_their_rows():
-    part = rows_of(3).take([2, 1])
-    assert (part.tokens, part.targets.tolist(), part.lengths.tolist()) == ([[4, 1, 6], []], [2, 0, 1], [8, 3])
-    assert part.rows([1, 0]).tolist() == [0, 1, 2]
+def test_selected_examples_keep_their_rows():
+    taken = make_examples(3).take([2, 1])
+    assert (taken.tokens, taken.targets.tolist(), taken.lengths.tolist()) == ([[4, 1, 6], []], [2, 0, 1], [8, 3])
+    assert taken.rows([1, 0]).tolist() == [0, 1, 2]
 
 
 def test_a_deployment_runs_each_split_once(opened, tuned, task_file):
@@ -101,7 +101,8 @@ def test_a_deployment_runs_each_split_once(opened, tuned, task_file):
     logits = deployment.outputs(data.dev)
     count = len(calls)
     assert deployment.predictions(data.dev) == logits.argmax(dim=1).tolist()
-    right = [guess == label for guess, label in zip(deployment.predictions(data.dev), data.dev.labels, strict=True)]
+    predictions = deployment.predictions(data.dev)
+    right = [prediction == label for prediction, label in zip(predictions, data.dev.labels, strict=True)]
     assert deployment.right(data.dev) == right
     assert deployment.score(data.dev) == score("accuracy", data.dev.labels, logits.argmax(dim=1)) == np.mean(right)
     assert deployment.loss(data.dev) == pytest.approx(float(deployment.losses(data.dev).mean()))
@@ -112,24 +113,24 @@ def test_a_deployment_runs_each_split_once(opened, tuned, task_file):
     deployment.clear_outputs()
     deployment.outputs(data.dev)
     assert len(calls) == 2 * count
-    wrong = Deployment(model, base, dataclasses.replace(data, labels=(*LABELS, "mixed")), "fp32")
+    mismatched = Deployment(model, base, dataclasses.replace(data, labels=(*LABELS, "mixed")), "fp32")
     with pytest.raises(MismatchError, match="2 outputs, task 'mood' 3 labels"):
-        wrong.outputs(data.dev)
+        mismatched.outputs(data.dev)
 
 
-def test_another_distribution_adds_a_task_type(tmp_path, monkeypatch, task_file):
+def test_another_distribution_can_add_a_task_type(tmp_path, monkeypatch, task_file):
     code = (
         "from typing import Literal\nfrom regraft.task import TextClassification\n"
         "class Stance(TextClassification):\n    type: Literal['stance'] = 'stance'\nNAME = 'no task type'\n"
     )
     (tmp_path / "stances.py").write_text(code)
-    info = tmp_path / "stances-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stances\nVersion: 1.0\n")
+    metadata = tmp_path / "stances-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stances\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
 
     def declare(entry):
-        (info / "entry_points.txt").write_text(f"[regraft.task_types]\n{entry}\n")
+        (metadata / "entry_points.txt").write_text(f"[regraft.task_types]\n{entry}\n")
         importlib.invalidate_caches()
         task_types.cache_clear()
 
@@ -141,7 +142,7 @@ def test_another_distribution_adds_a_task_type(tmp_path, monkeypatch, task_file)
         data = load_data(file, 20)
         assert data.task.type == "stance"
         assert data.train.inputs == plain.train.inputs
-        assert data.digest() != plain.digest()  # the same examples, and another task
+        assert data.digest() != plain.digest()  # the same examples, but another task
         for entry, message in (
             ("stance = stances:Nobody", "'stance' of stances cannot be loaded"),
             ("stance = stances:NAME", "is 'no task type', no subclass of regraft.Task"),
@@ -166,8 +167,8 @@ def test_another_distribution_adds_a_task_type(tmp_path, monkeypatch, task_file)
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "llama"])
 @pytest.mark.parametrize("kind", ["full", "lora", "bottleneck"])
-def test_units_of_training_change_no_output(made, opened, task_file, texts, monkeypatch, architecture, kind):
-    """Of a head of one layer, of two, and of a decoder's, which has no bias."""
+def test_standardised_training_changes_no_output(made, opened, task_file, texts, monkeypatch, architecture, kind):
+    """The head has one layer (bert), two (roberta), or one without a bias (llama)."""
     folder, before = made[architecture, kind]
     base, data = opened[architecture][0], load_data(task_file, 20)
     model = load_model(load_adaptation(folder), base, HEAD, trainable=True)
