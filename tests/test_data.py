@@ -160,8 +160,12 @@ def test_the_digest_depends_on_the_content_alone_and_never_changes() -> None:
 def test_chance_is_the_majority_class_and_examples_can_be_selected() -> None:
     data = make_data([2, 2, 0, 1], dev=[2, 0])
     assert (data.task.chance_prediction(data.train.targets, data.labels), chance_score(data, data.dev)) == (2, 0.5)
-    taken = data.train.take([3, 0])
-    assert (taken.texts, taken.labels.tolist(), taken.rows.tolist()) == ([("train 3",), ("train 0",)], [1, 2], [4, 1])
+    selected = data.train.take([3, 0])
+    assert (selected.texts, selected.labels.tolist(), selected.rows.tolist()) == (
+        [("train 3",), ("train 0",)],
+        [1, 2],
+        [4, 1],
+    )
 
 
 # ---- splits that cannot tell models apart

@@ -87,9 +87,13 @@ def test_hidden_states_at_rows_equal_those_of_transformers():
 
 
 def test_selected_examples_keep_their_rows():
-    taken = make_examples(3).take([2, 1])
-    assert (taken.tokens, taken.targets.tolist(), taken.lengths.tolist()) == ([[4, 1, 6], []], [2, 0, 1], [8, 3])
-    assert taken.rows([1, 0]).tolist() == [0, 1, 2]
+    selected = make_examples(3).take([2, 1])
+    assert (selected.tokens, selected.targets.tolist(), selected.lengths.tolist()) == (
+        [[4, 1, 6], []],
+        [2, 0, 1],
+        [8, 3],
+    )
+    assert selected.rows([1, 0]).tolist() == [0, 1, 2]
 
 
 def test_a_deployment_runs_each_split_once(opened, tuned, task_file):

@@ -49,8 +49,9 @@ class BlockwiseForward:
         self._body_modules = set(inner.base_model.modules())
         self.names = {module: name for name, module in model.named_modules()}
         plan = plan_batches(model, examples)
-        count = 2 if examples.lengths.max() == 3 else 3  # examples, not as many as tokens, to tell apart the dimensions
-        is_chain, is_batch_first = self._inspect_layout(_batch_inputs(examples, plan[0][:count]))
+        # the layout shows in the order of dimensions, so the number of examples must differ from that of tokens
+        example_count = 2 if examples.lengths.max() == 3 else 3
+        is_chain, is_batch_first = self._inspect_layout(_batch_inputs(examples, plan[0][:example_count]))
         if not is_chain:
             self.blocks = []
         if not is_batch_first:
@@ -215,7 +216,7 @@ class _PartDone(Exception):
 
 
 def _blocks_of(model: Any) -> list[Any]:
-    """Return a model's blocks, the modules of its first list of as many as it has layers; none if they share layers."""
+    """Return the first module list that is as long as the model has layers; empty if its blocks share modules."""
     import torch
 
     count = model.config.num_hidden_layers

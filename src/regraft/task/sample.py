@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from regraft.task.split import Split
     from regraft.task.types import Task
 
-HELD_OUT_FRACTION = 0.1
+DEV_FRACTION = 0.1
 """The fraction of each stratum of train that is held out as dev if the task has no dev source."""
 
 
@@ -66,7 +66,7 @@ def hold_out(train: Split, task: Task, labels: Sequence[str], seed: int) -> tupl
 
     strata, names = task.strata(train.targets, labels)
     sizes = np.bincount(strata, minlength=len(names)).tolist()
-    counts = [max(1, round(HELD_OUT_FRACTION * size)) if size > 1 else 0 for size in sizes]
+    counts = [max(1, round(DEV_FRACTION * size)) if size > 1 else 0 for size in sizes]
     indices = draw_indices(train, task, labels, counts, seed)
     if not indices:
         raise DataError(

@@ -37,6 +37,7 @@ class TextClassification(TextTask):
 
     peft_type: ClassVar[str] = "SEQ_CLS"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    pipeline_tag: ClassVar[str] = "text-classification"
     metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY, MACRO_F1, MCC)
     problem_types: ClassVar[tuple[str | None, ...]] = (None, "single_label_classification")
     likelihood: ClassVar[Likelihood] = CATEGORICAL
@@ -132,6 +133,7 @@ class TextClassification(TextTask):
         """Return a logistic regression; see `Task.linear_probe`."""
         from sklearn.linear_model import LogisticRegression
 
+        # strongly regularised, because a base has more features than a probe has examples
         return LogisticRegression(C=0.01, max_iter=1000)
 
     def target_weakness(self, targets: Targets) -> str | None:
@@ -187,7 +189,7 @@ class TextClassification(TextTask):
 
     @field_validator("label")
     @classmethod
-    def _check_is_no_text(cls, label: str | None, validation: ValidationInfo) -> str | None:
+    def _check_label(cls, label: str | None, validation: ValidationInfo) -> str | None:
         text = validation.data.get("text", ())
         if label is not None and label in ([text] if isinstance(text, str) else text):
             raise ValueError(f"names {label!r}, which is already a column of text. Give the column of labels.")

@@ -69,7 +69,7 @@ class Task(BaseModel, ABC):
     """The values of `problem_type` that a model's config may have; the first is the one regraft writes."""
     head_policies: ClassVar[tuple[str, ...]] = ("copy", "resize", "fresh")
     """The ways in which an old head may be carried over to the new base."""
-    pipeline_tag: ClassVar[str] = "text-classification"
+    pipeline_tag: ClassVar[str]
     """The Hugging Face Hub's pipeline tag for models of this type."""
 
     type: str
