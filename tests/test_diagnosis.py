@@ -176,10 +176,10 @@ def test_shift_of_a_lora_equals_that_of_its_full_conversion(tmp_path, bases, arc
     upgrade = Upgrade(*bases[architecture])
     path = adapt(upgrade.old, "lora", tmp_path / "lora" / "adaptation")
     full = convert(path, upgrade.old, tmp_path / "full", "full").path
-    of_lora, of_full = (shift(upgrade, load_adaptation(folder)).whole for folder in (path, full))
-    assert of_lora.delta == pytest.approx(of_full.delta, rel=1e-4)
-    assert of_lora.cosine == pytest.approx(of_full.cosine, abs=1e-4)
-    assert of_lora.shift == of_full.shift
+    lora_shift, full_shift = (shift(upgrade, load_adaptation(folder)).whole for folder in (path, full))
+    assert lora_shift.delta == pytest.approx(full_shift.delta, rel=1e-4)
+    assert lora_shift.cosine == pytest.approx(full_shift.cosine, abs=1e-4)
+    assert lora_shift.shift == full_shift.shift
 
 
 def test_shift_without_a_dense_delta(tmp_path, bases):
@@ -282,8 +282,8 @@ def test_verdicts():
     assert lost.choice == "scratch"
     assert lost.sure > 0.9
     assert "from scratch" in lost.advice
-    slightly_worse = np.where(random.random(400) < 0.03, 1 - accurate, accurate)
-    borderline = verdict(ACCURACY, labels, accurate, slightly_worse, 0.5)
+    perturbed = np.where(random.random(400) < 0.03, 1 - accurate, accurate)
+    borderline = verdict(ACCURACY, labels, accurate, perturbed, 0.5)
     assert 0.3 < borderline.sure < 1
     with_gain = verdict(ACCURACY, labels, accurate, accurate, 0.5, gain=Interval(0.1, 0.05, 0.15))
     expected = ((accurate == labels).mean() - 0.5) / ((accurate == labels).mean() + 0.1 - 0.5)

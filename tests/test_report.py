@@ -363,11 +363,11 @@ def test_malformed_diagnosis_is_named(tmp_path, change, message):
 def test_a_diagnosis_of_regraft_0_1_shows_the_same_figures(tmp_path):
     content = json.loads(json.dumps(diagnosis("")))
     write_diagnosis(tmp_path / "check", content)
-    of_schema_1 = write_report(tmp_path, tmp_path / "schema-1.md", "md").read_text(encoding="utf-8")
+    report_of_schema_1 = write_report(tmp_path, tmp_path / "schema-1.md", "md").read_text(encoding="utf-8")
     converted = dataclasses.asdict(read_diagnosis(sanitise(content), ""))
     (tmp_path / "check" / "diagnosis.json").write_text(json.dumps(converted))
-    assert write_report(tmp_path, tmp_path / "schema-2.md", "md").read_text(encoding="utf-8") == of_schema_1
-    assert "predicted recovery 89 %" in of_schema_1 and "92 %" in of_schema_1
+    assert write_report(tmp_path, tmp_path / "schema-2.md", "md").read_text(encoding="utf-8") == report_of_schema_1
+    assert "predicted recovery 89 %" in report_of_schema_1 and "92 %" in report_of_schema_1
 
 
 def test_broken_files_and_missing_runs_are_named(tmp_path):

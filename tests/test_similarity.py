@@ -167,13 +167,13 @@ def test_figures_equal_those_of_a_naive_loop_over_texts(attentive, data):
     divergences /= rows
     matched = divergences.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(torch.tensor(result.divergence).double(), matched, rtol=1e-4, atol=1e-7)
-    mean_of_other_heads = (divergences.sum(dim=2) - matched) / 3
-    torch.testing.assert_close(torch.tensor(result.others).double(), mean_of_other_heads, rtol=1e-4, atol=1e-7)
-    p, q = (torch.stack(of_model).softmax(dim=1) for of_model in zip(*logits, strict=True))
+    expected = (divergences.sum(dim=2) - matched) / 3
+    torch.testing.assert_close(torch.tensor(result.others).double(), expected, rtol=1e-4, atol=1e-7)
+    p, q = (torch.stack(model_logits).softmax(dim=1) for model_logits in zip(*logits, strict=True))
     assert result.kl == pytest.approx(float((p * (p / q).log()).sum(dim=1).mean()), rel=1e-4)
     assert result.agreement == float((p.argmax(dim=1) == q.argmax(dim=1)).double().mean())
     moments = Moments()
-    moments.add(*(torch.cat(of_model) for of_model in zip(*states, strict=True)))
+    moments.add(*(torch.cat(model_states) for model_states in zip(*states, strict=True)))
     assert result.cka[1] == pytest.approx(moments.cka(), abs=1e-5)
 
 
@@ -181,14 +181,16 @@ def test_the_size_of_batches_changes_nothing(attentive, data, monkeypatch):
     base, model = attentive
     swapped = copy.deepcopy(model)
     swap_heads(swapped, 0, 1, 3)
-    large = similarity(model, swapped, base, data, texts=30)
+    one_batch = similarity(model, swapped, base, data, texts=30)
     updates = []
-    monkeypatch.setattr(attention, "CELLS", 10_000)
-    small = similarity(model, swapped, base, data, texts=30, progress=lambda *update: updates.append(update[:3]))
+    monkeypatch.setattr(attention, "MAX_ATTENTION_ELEMENTS", 10_000)
+    many_batches = similarity(model, swapped, base, data, texts=30, progress=lambda *update: updates.append(update[:3]))
     assert len(updates) > 3 and updates[-1] == ("similarity", 30, 30)
     for name in ("divergence", "cosine", "others"):
-        torch.testing.assert_close(flat(getattr(large, name)), flat(getattr(small, name)), rtol=1e-4, atol=1e-6)
-    assert large.best == small.best and large.cka == pytest.approx(small.cka, abs=1e-4)
+        torch.testing.assert_close(
+            flat(getattr(one_batch, name)), flat(getattr(many_batches, name)), rtol=1e-4, atol=1e-6
+        )
+    assert one_batch.best == many_batches.best and one_batch.cka == pytest.approx(many_batches.cka, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

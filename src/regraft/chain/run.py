@@ -150,13 +150,8 @@ class _ChainRun:
         before, after = first.right(split), outcome.right(split)
         are_comparable = len(before) == len(after) and None not in (*before, *after)
         self._add(
-            ChainRow(
-                task=series.task.name,
-                kind=series.kind,
-                seed=series.seed,
-                base=hop.new_base,
-                method=hop.method,
-                route=hop.route,
+            dataclasses.replace(
+                _empty_row(series, hop),
                 score=scores.of(split),
                 start=scores.dev_at_start,
                 majority=scores.majority(split),
@@ -164,32 +159,13 @@ class _ChainRun:
                 steps=cost.steps,
                 labels=cost.labels,
                 outcome=str(outcome.path.relative_to(self.out)),
-                metric=series.task.metric,
             )
         )
 
     def _add_refusal(self, series: _Series, hop: _Hop, error: RegraftError) -> None:
         if isinstance(error, DiskFullError):
             raise error
-        self._add(
-            ChainRow(
-                task=series.task.name,
-                kind=series.kind,
-                seed=series.seed,
-                base=hop.new_base,
-                method=hop.method,
-                route=hop.route,
-                score=None,
-                start=None,
-                majority=None,
-                negative_flips=None,
-                steps=0,
-                labels=0,
-                outcome="",
-                refused=str(error),
-                metric=series.task.metric,
-            )
-        )
+        self._add(dataclasses.replace(_empty_row(series, hop), refused=str(error)))
 
     def _add(self, row: ChainRow) -> None:
         self.rows.append(row)
@@ -199,3 +175,23 @@ class _ChainRun:
 
     def _prefixed_progress(self, prefix: str) -> Progress:
         return lambda stage, *figures: self.progress(f"{prefix}: {stage}", *figures)
+
+
+def _empty_row(series: _Series, hop: _Hop) -> ChainRow:
+    """Return the row of a hop without figures."""
+    return ChainRow(
+        task=series.task.name,
+        kind=series.kind,
+        seed=series.seed,
+        base=hop.new_base,
+        method=hop.method,
+        route=hop.route,
+        score=None,
+        start=None,
+        majority=None,
+        negative_flips=None,
+        steps=0,
+        labels=0,
+        outcome="",
+        metric=series.task.metric,
+    )

@@ -34,13 +34,13 @@ class Blend:
 
     def __init__(self, models: Sequence[Any], names: Sequence[str]):
         tensors = [named_tensors(model) for model in models]
-        for later_tensors, name in zip(tensors[1:], names[1:], strict=True):
-            _check_same_layout(tensors[0], later_tensors, names[0], name)
+        for model_tensors, name in zip(tensors[1:], names[1:], strict=True):
+            _check_same_layout(tensors[0], model_tensors, names[0], name)
         self.model = copy.deepcopy(models[0])
         self._differing = [
-            (target, tuple(by_name[name] for by_name in tensors))
+            (target, tuple(model_tensors[name] for model_tensors in tensors))
             for name, target in named_tensors(self.model).items()
-            if any(not tensors[0][name].equal(by_name[name].to(target.device)) for by_name in tensors[1:])
+            if any(not tensors[0][name].equal(model_tensors[name].to(target.device)) for model_tensors in tensors[1:])
         ]
 
     def set_coefficients(self, *coefficients: float) -> None:
@@ -53,17 +53,17 @@ class Blend:
 
         all_coefficients = (1 - math.fsum(coefficients), *coefficients)
         nonzero = [i for i, coefficient in enumerate(all_coefficients) if coefficient]
-        single = nonzero[0] if len(nonzero) == 1 and all_coefficients[nonzero[0]] == 1 else None
+        is_single_model = len(nonzero) == 1 and all_coefficients[nonzero[0]] == 1
         with torch.no_grad():
             for target, sources in self._differing:
-                first, *later = (source.to(target.device) for source in sources)
-                if single is not None:
-                    target.copy_(sources[single])
-                elif len(later) == 1:
-                    torch.lerp(first, later[0], coefficients[0], out=target)
+                first, *further = (source.to(target.device) for source in sources)
+                if is_single_model:
+                    target.copy_(sources[nonzero[0]])
+                elif len(further) == 1:
+                    torch.lerp(first, further[0], coefficients[0], out=target)
                 else:
                     torch.mul(first, all_coefficients[0], out=target)
-                    for source, coefficient in zip(later, coefficients, strict=True):
+                    for source, coefficient in zip(further, coefficients, strict=True):
                         target.add_(source, alpha=coefficient)
 
 

@@ -195,7 +195,10 @@ def _check_same_shapes(first: Activations, second: Activations) -> None:
                 f"layer {layer}: heads, queries and keys are {a} in one model and {b} in the other. {remedy}, with as "
                 "many virtual tokens."
             )
-    a, b = ((seen.hidden[0].shape[-1], len(seen.hidden), seen.outputs.shape[1]) for seen in (first, second))
+    a, b = (
+        (activations.hidden[0].shape[-1], len(activations.hidden), activations.outputs.shape[1])
+        for activations in (first, second)
+    )
     if a != b:
         raise MismatchError(
             f"width, hidden states and labels are {a} in one model and {b} in the other. {remedy}, with the same "

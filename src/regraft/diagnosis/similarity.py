@@ -262,7 +262,10 @@ def _attention_map(
     index: int, divergences: torch.Tensor, tokens: tuple[str, ...], activations: Sequence[Activations]
 ) -> AttentionMap:
     layer, head = divmod(index, divergences.shape[1])
-    old, new = (_rounded(seen.attention[layer][0, head, :, -len(tokens) :].tolist()) for seen in activations)
+    old, new = (
+        _rounded(model_activations.attention[layer][0, head, :, -len(tokens) :].tolist())
+        for model_activations in activations
+    )
     return AttentionMap(layer, head, float(divergences[layer, head]), tokens, old, new)
 
 

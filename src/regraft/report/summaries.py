@@ -13,7 +13,7 @@ from regraft.report.wording import base_name
 from regraft.task import count_flips, deviation, find_metric, recovery
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from regraft.methods import Comparison
     from regraft.report.find import ReportInputs, Run
@@ -106,7 +106,7 @@ def _setting(runs: list[Run], inputs: ReportInputs) -> Setting:
     split = "test" if all(run.record.scores.test is not None for run in runs) else "dev"
     scratch_runs = {run.record.seed: run for run in runs if run.record.method == "scratch"}
     old_runs = {run.path: _find_old_deployment(run, inputs.runs) for run in runs}
-    comparison = next((found for folder, found in inputs.comparisons.items() if folder in runs[0].path.parents), None)
+    comparison = _find_comparison(runs[0], inputs.comparisons)
     runs_by_method: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         runs_by_method[run.record.method].append(run)
@@ -175,6 +175,14 @@ def _run_figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> 
     }
 
 
+def _find_comparison(run: Run, comparisons: Mapping[Path, Comparison]) -> Comparison | None:
+    """Return the comparison that a run belongs to: the one in a folder above it."""
+    for folder, comparison in comparisons.items():
+        if folder in run.path.parents:
+            return comparison
+    return None
+
+
 def _find_old_deployment(run: Run, runs: Sequence[Run]) -> Run | None:
     """Return the run whose adaptation was recycled into this one, if it is among the runs."""
     source = run.record.recycled_from
@@ -182,8 +190,8 @@ def _find_old_deployment(run: Run, runs: Sequence[Run]) -> Run | None:
         return None
     folder = Path(source.adaptation).resolve()
     for candidate in runs:
-        same_base = candidate.record.base.fingerprint == source.old_base_fingerprint
-        if same_base and folder in (candidate.path.resolve(), candidate.path.resolve() / "adaptation"):
+        is_on_old_base = candidate.record.base.fingerprint == source.old_base_fingerprint
+        if is_on_old_base and folder in (candidate.path.resolve(), candidate.path.resolve() / "adaptation"):
             return candidate
     return None
 
