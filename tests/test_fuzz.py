@@ -145,10 +145,19 @@ def test_indexes(tmp_path, seed):
     (folder / "folder.safetensors").mkdir()
     os.mkfifo(folder / "pipe.safetensors")
     invalid_shards = [
-        "../outside.safetensors", str(tmp_path / "outside.safetensors"), "folder.safetensors", "pipe.safetensors",
-        "sharded/../model-00001-of-00002.safetensors", "./model-00001-of-00002.safetensors", "..\\outside",
-        ".", "..", "", "\0", "n" * 5000,
-    ]  # fmt: skip
+        "../outside.safetensors",
+        str(tmp_path / "outside.safetensors"),
+        "folder.safetensors",
+        "pipe.safetensors",
+        "sharded/../model-00001-of-00002.safetensors",
+        "./model-00001-of-00002.safetensors",
+        "..\\outside",
+        ".",
+        "..",
+        "",
+        "\0",
+        "n" * 5000,
+    ]
     weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
     valid = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     file = folder / "model.safetensors.index.json"

@@ -106,14 +106,17 @@ def test_importing_tasks_loads_no_heavy_library() -> None:
 
 # ---- hostile YAML
 
+NESTED_ALIASES = "a0: &a0 [x, y]\n"
+NESTED_ALIASES += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)) + "labels: *a9\n"
+NESTED_MERGES = "m0: &m0 {k: v}\n"
+NESTED_MERGES += "".join(f"m{i}: &m{i}\n  <<: [{', '.join([f'*m{i - 1}'] * 10)}]\n" for i in range(1, 9))
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a0: &a0 [x, y]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
-         + "labels: *a9\n", "after aliases are expanded"),
-        ("m0: &m0 {k: v}\n" + "".join(f"m{i}: &m{i}\n  <<: [{', '.join([f'*m{i - 1}'] * 10)}]\n" for i in range(1, 9)),
-         "after aliases are expanded"),
+        (NESTED_ALIASES, "after aliases are expanded"),
+        (NESTED_MERGES, "after aliases are expanded"),
         ("labels: &a [*a, b]\n", "refers to a value that contains it"),
         ("labels: " + "[" * 50_000, "nested too deeply"),
         ("labels: " + "[" * 150 + "]" * 150, "'labels.0' is [[[...]]]"),
@@ -125,7 +128,7 @@ def test_importing_tasks_loads_no_heavy_library() -> None:
         ("#" * 600_000, "larger than the 500,000 bytes"),
         ("max_length: " + "9" * 30, "a whole number of tokens"),
     ],
-)  # fmt: skip
+)
 def test_yaml_made_to_exhaust_its_parser_is_refused_quickly(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.yaml").write_text(REQUIRED_KEYS + text)
     started = time.monotonic()

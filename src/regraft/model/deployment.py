@@ -1,4 +1,4 @@
-"""Deployments: a base and an adaptation at work on a task, and checks that they fit together."""
+"""Deployments: a base with an adaptation at work on a task, and checks that the adaptation matches both."""
 
 from __future__ import annotations
 
