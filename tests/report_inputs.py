@@ -40,20 +40,28 @@ def diagnosis(attack: str = ATTACK) -> dict:
 
     def group_shift(name, scale=1.0):
         return {
-            "name": name, "base": 40.0 * scale, "shift": 2.1 * scale * rng.uniform(0.6, 1.4), "delta": 0.9 * scale,
-            "cosine": rng.uniform(-0.05, 0.09), "signs": rng.uniform(0.48, 0.55),
+            "name": name,
+            "base": 40.0 * scale,
+            "shift": 2.1 * scale * rng.uniform(0.6, 1.4),
+            "delta": 0.9 * scale,
+            "cosine": rng.uniform(-0.05, 0.09),
+            "signs": rng.uniform(0.48, 0.55),
             "overlap": rng.uniform(0.1, 0.4),
-        }  # fmt: skip
+        }
 
     def bins(exponent):
         edges = [i / 10 for i in range(11)]
         return [
             {
-                "low": low, "high": high, "count": round(8 + 300 * (low**3)), "confidence": (low + high) / 2,
+                "low": low,
+                "high": high,
+                "count": round(8 + 300 * (low**3)),
+                "confidence": (low + high) / 2,
                 "accuracy": ((low + high) / 2) ** exponent,
             }
-            for low, high in itertools.pairwise(edges) if low >= 0.3
-        ]  # fmt: skip
+            for low, high in itertools.pairwise(edges)
+            if low >= 0.3
+        ]
 
     texts = [
         "i cannot believe how well this went",
@@ -62,53 +70,103 @@ def diagnosis(attack: str = ATTACK) -> dict:
     ]
     flips = [
         {
-            "row": 7 + 13 * i, "text": f"{texts[i % 3]}, example {i}", "label": LABELS[i % 2], "before": LABELS[i % 2],
-            "after": LABELS[(i + 1) % 2], "kind": "negative" if i % 3 else "positive", "confidence": 0.5 + 0.011 * i,
+            "row": 7 + 13 * i,
+            "text": f"{texts[i % 3]}, example {i}",
+            "label": LABELS[i % 2],
+            "before": LABELS[i % 2],
+            "after": LABELS[(i + 1) % 2],
+            "kind": "negative" if i % 3 else "positive",
+            "confidence": 0.5 + 0.011 * i,
         }
         for i in range(36)
-    ]  # fmt: skip
-    flips.append({
-        "row": 990, "text": f"needle {attack} \ud83d \x00 | @someone #12 `x` ~~y~~", "label": LABELS[2],
-        "before": LABELS[2], "after": "joy", "kind": "negative", "confidence": None,
-    })  # fmt: skip
+    ]
+    flips.append(
+        {
+            "row": 990,
+            "text": f"needle {attack} \ud83d \x00 | @someone #12 `x` ~~y~~",
+            "label": LABELS[2],
+            "before": LABELS[2],
+            "after": "joy",
+            "kind": "negative",
+            "confidence": None,
+        }
+    )
     grid = [round(-1 + 0.25 * i, 2) for i in range(13)]
     tokens = ["<s>", "they", "left", "us", "waiting", "again", "and", "nobody", "cared", attack[:40], "$x_2$", "</s>"]
     maps = [
-        {"layer": layer, "head": head, "divergence": divergence, "tokens": tokens, "old": attention(3, tokens),
-         "new": attention(4, tokens)}
+        {
+            "layer": layer,
+            "head": head,
+            "divergence": divergence,
+            "tokens": tokens,
+            "old": attention(3, tokens),
+            "new": attention(4, tokens),
+        }
         for layer, head, divergence in ((4, 2, 0.31), (0, 5, 0.02), (2, 1, 0.11))
-    ]  # fmt: skip
+    ]
     best = [[head for head in range(heads)] for _ in range(layers)]
     best[4][2], best[5][6] = 3, 1
     return {
-        "schema": 1, "task": "feelings", "metric": "accuracy", "labels": list(LABELS), "old_base": "models/small-v1",
-        "new_base": f"models/small-v2{attack}", "adaptation": "runs/feelings-v1/adaptation", "kind": "lora",
+        "schema": 1,
+        "task": "feelings",
+        "metric": "accuracy",
+        "labels": list(LABELS),
+        "old_base": "models/small-v1",
+        "new_base": f"models/small-v2{attack}",
+        "adaptation": "runs/feelings-v1/adaptation",
+        "kind": "lora",
         "compared": "runs/compare/init-distill-seed20",
         "check": {
-            "task": "feelings", "metric": "accuracy", "split": "test", "examples": 1000, "old": 0.894, "new": 0.843,
-            "floor": 0.412, "retained": 89.4, "agreement": 0.871, "negative_flips": 0.089, "positive_flips": 0.038,
-            "l2": 12.31, "relative": 0.051, "cosine": 0.9987, "effect": 0.21, "lineage": "proven",
+            "task": "feelings",
+            "metric": "accuracy",
+            "split": "test",
+            "examples": 1000,
+            "old": 0.894,
+            "new": 0.843,
+            "floor": 0.412,
+            "retained": 89.4,
+            "agreement": 0.871,
+            "negative_flips": 0.089,
+            "positive_flips": 0.038,
+            "l2": 12.31,
+            "relative": 0.051,
+            "cosine": 0.9987,
+            "effect": 0.21,
+            "lineage": "proven",
             "verdict": "89 % of the old score above guessing survives: a short tuning should close the gap.",
         },
         "connectivity": {
-            "ends": ["old deployment", "init+distill"], "mu": mu,
+            "ends": ["old deployment", "init+distill"],
+            "mu": mu,
             "loss": {"dev": hump(0.31, 0.27, 0.062), "test": hump(0.33, 0.285, 0.071)},
             "score": {"dev": hump(0.897, 0.921, -0.018), "test": hump(0.894, 0.917, -0.021)},
-            "barrier": {"dev": 0.062, "test": 0.071}, "connected": True,
+            "barrier": {"dev": 0.062, "test": 0.071},
+            "connected": True,
         },
         "plane": {
             "names": ["old deployment", "old weights, new base", "init+distill"],
-            "places": [[0.0, 0.0], [1.2, 0.0], [0.6, 1.0]], "x": grid, "y": grid, "split": "dev",
+            "places": [[0.0, 0.0], [1.2, 0.0], [0.6, 1.0]],
+            "x": grid,
+            "y": grid,
+            "split": "dev",
             "loss": [[0.3 + 0.5 * ((x - 0.6) ** 2 + (y - 0.4) ** 2) for x in grid] for y in grid],
             "score": [[0.9 - 0.2 * ((x - 0.6) ** 2 + (y - 0.4) ** 2) for x in grid] for y in grid],
         },
         "similarity": {
-            "divergence": table(0.02, 0.31), "cosine": table(0.8, 0.99), "best": best, "others": table(0.4, 0.7),
+            "divergence": table(0.02, 0.31),
+            "cosine": table(0.8, 0.99),
+            "best": best,
+            "others": table(0.4, 0.7),
             "control": {
-                "name": "another seed", "divergence": table(0.35, 0.62), "cosine": table(0.3, 0.5),
+                "name": "another seed",
+                "divergence": table(0.35, 0.62),
+                "cosine": table(0.3, 0.5),
                 "cka": [0.41, 0.44, 0.37, 0.33, 0.29, 0.31, 0.35],
             },
-            "cka": [0.998, 0.991, 0.984, 0.972, 0.961, 0.944, 0.921], "kl": 0.083, "agreement": 0.931, "maps": maps,
+            "cka": [0.998, 0.991, 0.984, 0.972, 0.961, 0.944, 0.921],
+            "kl": 0.083,
+            "agreement": 0.931,
+            "maps": maps,
             "texts": 128,
         },
         "shift": {
@@ -117,7 +175,12 @@ def diagnosis(attack: str = ATTACK) -> dict:
             "kinds": [group_shift(name) for name in ("embedding", "attention", "feed-forward", "norm", "bias")],
         },
         "regressions": {
-            "split": "test", "examples": 1000, "negative": 25, "positive": 12, "flips": flips, "mcnemar": 0.0473,
+            "split": "test",
+            "examples": 1000,
+            "negative": 25,
+            "positive": 12,
+            "flips": flips,
+            "mcnemar": 0.0473,
             "noise": 0.021,
             "classes": [
                 {"label": "joy", "examples": 412, "before": 0.932, "after": 0.941, "negative": 6, "positive": 9},
@@ -132,12 +195,20 @@ def diagnosis(attack: str = ATTACK) -> dict:
             "share": 92.0,
         },
         "compatibility": [
-            {"name": f"step-{steps}", "distance": 0.06 * steps**0.5, "score": 0.894 - 0.0016 * steps**0.5,
-             "loss": 0.33 + 0.002 * steps**0.5, "agreement": 1 - 0.004 * steps**0.5, "steps": steps}
+            {
+                "name": f"step-{steps}",
+                "distance": 0.06 * steps**0.5,
+                "score": 0.894 - 0.0016 * steps**0.5,
+                "loss": 0.33 + 0.002 * steps**0.5,
+                "agreement": 1 - 0.004 * steps**0.5,
+                "steps": steps,
+            }
             for steps in range(0, 1001, 100)
         ],
         "verdict": {
-            "choice": "short tuning", "sure": 0.86, "predicted": 89.4,
+            "choice": "short tuning",
+            "sure": 0.86,
+            "predicted": 89.4,
             "reasons": [
                 {"name": "survives", "value": "89 %", "says": "of the old score above guessing, without any tuning"},
                 {"name": "barrier", "value": "0.071", "says": "both models lie in one basin"},
@@ -149,7 +220,7 @@ def diagnosis(attack: str = ATTACK) -> dict:
         "seconds": {"check": 4.2, "connectivity": 31.7, "similarity": 12.9, "shift": 1.3},
         "versions": {"regraft": "0.1.0", "torch": "2.13.0"},
         "fingerprints": {"old_base": "sample:1a2b", "new_base": "sample:3c4d", "adaptation": "sample:5e6f"},
-    }  # fmt: skip
+    }
 
 
 def write_diagnosis(folder: Path, content: dict) -> Path:

@@ -116,9 +116,20 @@ def test_command(chain_folder, extended_run):
 
 def row(base, method, score, route=None, seed=20):
     return ChainRow(
-        "mood", "full", seed, base, method, route, score, start=0.4, majority=0.5, negative_flips=0.1, steps=1,
-        labels=1, outcome="x",
-    )  # fmt: skip
+        "mood",
+        "full",
+        seed,
+        base,
+        method,
+        route,
+        score,
+        start=0.4,
+        majority=0.5,
+        negative_flips=0.1,
+        steps=1,
+        labels=1,
+        outcome="x",
+    )
 
 
 def test_summaries_by_hand():
@@ -145,11 +156,17 @@ def test_summaries_by_hand():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("methods: [direkt]", "direkt.*direct"), ("methods: [project]", "other tasks"), ("kinds: [lore]", "lore.*lora"),
-        ("seeds: [20, 20]", "twice"), ("routes: [sideways]", "routes"), ("hops: 3", "hops"), ("shots: 0", "shots"),
-        ("tuning: {step: 3}", "step"), ("bases: [one]", "bases"),
+        ("methods: [direkt]", "direkt.*direct"),
+        ("methods: [project]", "other tasks"),
+        ("kinds: [lore]", "lore.*lora"),
+        ("seeds: [20, 20]", "twice"),
+        ("routes: [sideways]", "routes"),
+        ("hops: 3", "hops"),
+        ("shots: 0", "shots"),
+        ("tuning: {step: 3}", "step"),
+        ("bases: [one]", "bases"),
     ],
-)  # fmt: skip
+)
 def test_bad_files(tmp_path, task_file, change, message):
     key = change.split(":")[0]
     lines = {"bases": "bases: [one, two]", "tasks": f"tasks: [{task_file}]"}
@@ -194,9 +211,13 @@ def test_an_adaptation_that_learned_nothing_does_not_end_the_chain(bases, task_f
     (tmp_path / "chain.yaml").write_text(text.format(bases=f"{old}, {new}", task=task_file))
     rows = run_chain(Chain.load(tmp_path / "chain.yaml"), tmp_path / "out")
     assert [(row.kind, row.method, bool(row.refused)) for row in rows] == [
-        ("ia3", "tune", False), ("ia3", "scratch", True), ("ia3", "init", True),
-        ("lora", "tune", False), ("lora", "scratch", False), ("lora", "init", False),
-    ]  # fmt: skip
+        ("ia3", "tune", False),
+        ("ia3", "scratch", True),
+        ("ia3", "init", True),
+        ("lora", "tune", False),
+        ("lora", "scratch", False),
+        ("lora", "init", False),
+    ]
     assert "changes nothing" in rows[1].refused
 
 

@@ -265,9 +265,16 @@ def test_compatibility_over_checkpoints(tmp_path, load_exact_pair, bases, tuned)
 
 @pytest.mark.parametrize(
     ("share", "gain", "choice"),
-    [(1.2, 0, "use as is"), (0.95, 0, "use as is"), (0.9, 0, "training-free"), (0.9, 0.02, "short tuning"),
-     (0.5, 0, "short tuning"), (0.1, 0, "scratch"), (-1, 0, "scratch")],
-)  # fmt: skip
+    [
+        (1.2, 0, "use as is"),
+        (0.95, 0, "use as is"),
+        (0.9, 0, "training-free"),
+        (0.9, 0.02, "short tuning"),
+        (0.5, 0, "short tuning"),
+        (0.1, 0, "scratch"),
+        (-1, 0, "scratch"),
+    ],
+)
 def test_choices(share, gain, choice):
     assert choose(share, gain) == choice
 

@@ -23,10 +23,25 @@ from regraft.task.types import MarkedText, Scatter, Span, Table
 from regraft.task.types.view import Column, Series
 
 CHARTS = {
-    "1-methods", "1-learning", "connectivity-loss", "connectivity-score", "plane", "compatibility", "heads", "control",
-    "attention-1", "attention-2", "attention-3", "cka", "distance-layers", "angles-layers", "distance-kinds",
-    "angles-kinds", "kept", "calibration",
-}  # fmt: skip
+    "1-methods",
+    "1-learning",
+    "connectivity-loss",
+    "connectivity-score",
+    "plane",
+    "compatibility",
+    "heads",
+    "control",
+    "attention-1",
+    "attention-2",
+    "attention-3",
+    "cka",
+    "distance-layers",
+    "angles-layers",
+    "distance-kinds",
+    "angles-kinds",
+    "kept",
+    "calibration",
+}
 CONTRAST = """
 () => {
   const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length > 3 ? n : [...n, 1]; };
@@ -317,14 +332,29 @@ def test_outcomes_alone_make_a_page(tmp_path, visit):
 
 def test_comparison_is_shown_without_its_outcomes(tmp_path, visit):
     row = {
-        "method": "init", "seeds": [1], "start": 0.5, "dev": 0.9, "test": 0.876, "test_deviation": None,
-        "recovery": 97.0, "steps_to_scratch": None, "seconds_to_scratch": None, "negative_flips": 0.031,
-        "labels": 100, "steps": 50, "seconds": 9.0,
-    }  # fmt: skip
+        "method": "init",
+        "seeds": [1],
+        "start": 0.5,
+        "dev": 0.9,
+        "test": 0.876,
+        "test_deviation": None,
+        "recovery": 97.0,
+        "steps_to_scratch": None,
+        "seconds_to_scratch": None,
+        "negative_flips": 0.031,
+        "labels": 100,
+        "steps": 50,
+        "seconds": 9.0,
+    }
     content = {
-        "task": "mood", "metric": "accuracy", "split": "test", "old": 0.88, "majority": 0.5, "outcomes": [],
+        "task": "mood",
+        "metric": "accuracy",
+        "split": "test",
+        "old": 0.88,
+        "majority": 0.5,
+        "outcomes": [],
         "rows": [row],
-    }  # fmt: skip
+    }
     (tmp_path / "comparison.json").write_text(json.dumps(content))
     text = visit(write_report(tmp_path, tmp_path / "report.html")).locator("main").inner_text()
     assert "0.876" in text and "97 %" in text and "3.1 %" in text
