@@ -14,7 +14,7 @@ from conftest import LABELS, logits_of, sentence, weights, write_rows
 from test_experiments import accuracy, modification_times, read_curve, read_test_predictions
 
 from regraft import Base, load_outcome
-from regraft.model import encode
+from regraft.model.examples import encode
 from regraft.task import load_data
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
