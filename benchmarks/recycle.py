@@ -53,7 +53,9 @@ def show_progress():
     """Yield a progress callback that draws a bar."""
     with Progress(transient=True) as bars:
         bar = bars.add_task("")
-        yield lambda stage, done, total, figures: bars.update(bar, description=stage, completed=done, total=total)
+        yield lambda stage, completed, total, figures: bars.update(
+            bar, description=stage, completed=completed, total=total
+        )
 
 
 def compare_methods(upgrade, task):

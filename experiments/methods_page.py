@@ -43,17 +43,8 @@ def write_page(results: dict[str, Any], introduction: str) -> str:
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
-def list_methods(results: dict[str, Any], regime: str, *, training: bool | None = None) -> list[str]:
-    """Return the methods that were run in a regime.
-
-    Args:
-        results: From `figures.collect_results`.
-        regime: The regime's name.
-        training: True for methods that train, False for those that do not, None for all.
-
-    Returns:
-        Entry names, in the order of `results["methods"]`.
-    """
+def _list_methods(results: dict[str, Any], regime: str, *, training: bool | None = None) -> list[str]:
+    """Return the methods that were run in a regime: those that train, those that do not, or (None) all."""
     entries = {run["entry"] for run in results["runs"] if run["regime"] == regime}
     return [
         name
@@ -128,7 +119,7 @@ def _format_baselines(runs: list[Row]) -> str:
 
 
 def _training_free_sections(results: dict[str, Any], regime: str) -> list[str]:
-    methods = list_methods(results, regime, training=False)
+    methods = _list_methods(results, regime, training=False)
     upgrades = list(results["upgrades"])
     rows = []
     for method in methods:
@@ -166,15 +157,8 @@ def _format_score_cell(runs: list[Row], difference: Row | None) -> str:
     return f"{score} ({recovery})" + (f"; {format_difference(difference)}" if difference else "")
 
 
-def median_steps_share(runs: list[Row]) -> float:
-    """Return the median share, in %, of scratch's steps after which its last score is reached.
-
-    Args:
-        runs: Rows of results; a `share` of None means that the score was never reached.
-
-    Returns:
-        The median; infinite if most runs never reach the score.
-    """
+def _median_steps_share(runs: list[Row]) -> float:
+    """Return the median share, in %, of scratch's steps to its last score; infinite if most runs never reach it."""
     return statistics.median([float("inf") if run["share"] is None else run["share"] for run in runs])
 
 
@@ -184,7 +168,7 @@ def _format_steps_share(share: float) -> str:
 
 def _tuning_sections(results: dict[str, Any], regime: dict[str, Any]) -> list[str]:
     name, reference = regime["name"], results["made"]["regimes"][0]
-    methods = list_methods(results, name, training=True)
+    methods = _list_methods(results, name, training=True)
     if not methods:
         return []
     budget = ", ".join(
@@ -231,7 +215,7 @@ def _tuning_row(results: dict[str, Any], regime: str, method: str) -> list[str]:
     recoveries = [run["recovery"] for run in runs if run["recovery"] is not None]
     return [
         method,
-        _format_steps_share(median_steps_share(runs)),
+        _format_steps_share(_median_steps_share(runs)),
         f"{sum(run['share'] is None for run in runs)} of {len(runs)}",
         f"{statistics.fmean(recoveries):.0f}" if recoveries else MISSING,
         str(sum(difference["low"] > 0 for difference in differences)),
@@ -246,7 +230,7 @@ def _format_tuning_cell(runs: list[Row], difference: Row | None, noise: dict[tup
     test = f"test {format_mean(_values_by_seed(runs, 'test'))} ({format_mean(_values_by_seed(runs, 'recovery'), 0)})"
     if difference:
         test += f", {format_difference(difference)}"
-    steps = f"{_format_steps_share(median_steps_share(runs))} %"
+    steps = f"{_format_steps_share(_median_steps_share(runs))} %"
     if num_never := sum(run["share"] is None for run in runs):
         steps += f" [{num_never}]"
     flips = f"flips {_mean_flips(runs):.1f}"
@@ -258,7 +242,7 @@ def _format_tuning_cell(runs: list[Row], difference: Row | None, noise: dict[tup
 
 def _few_label_sections(results: dict[str, Any], regime: dict[str, Any]) -> list[str]:
     name, shots = regime["name"], regime["shots"]
-    methods = list_methods(results, name)
+    methods = _list_methods(results, name)
     rows = []
     for method in methods:
         runs = select(results["runs"], regime=name, entry=method)
@@ -314,7 +298,7 @@ def _auto_sections(results: dict[str, Any]) -> list[str]:
 def _auto_row(entry: str, cell: tuple[str, ...], runs: list[Row], autos: Collection[str]) -> list[str]:
     cell_runs = select(runs, **dict(zip(CELL_KEYS, cell, strict=True)))
     auto_runs = sorted(select(cell_runs, entry=entry), key=lambda run: run["seed"])
-    best, best_score = best_method(cell_runs, autos)
+    best, best_score = _best_method(cell_runs, autos)
     return [
         entry,
         *cell,
@@ -329,16 +313,8 @@ def _auto_row(entry: str, cell: tuple[str, ...], runs: list[Row], autos: Collect
     ]
 
 
-def best_method(runs: list[Row], autos: Collection[str]) -> tuple[str, float]:
-    """Return the method with the highest mean test score, auto aside.
-
-    Args:
-        runs: The runs of one cell.
-        autos: Entry names of `auto`.
-
-    Returns:
-        The method with its regime, and its score.
-    """
+def _best_method(runs: list[Row], autos: Collection[str]) -> tuple[str, float]:
+    """Return the method of a cell with the highest mean test score, auto aside, and that score."""
     scores = {
         f"{entry} ({regime})": statistics.fmean(run["test"] for run in select(runs, entry=entry, regime=regime))
         for entry, regime in distinct_keys(runs, "entry", "regime")

@@ -147,18 +147,19 @@ def measure_truth(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> 
         `left`: the share, in %, of the old score above guessing that each choice keeps; `real_survives`: that of the
         old weights as they are; `real_recovery`: their recovery; `right_choice`: the cheapest that keeps enough.
     """
-    whole, quarter = (regime.name for regime in grid.regimes[:2])
+    whole_budget, quarter_budget = (regime.name for regime in grid.regimes[:2])
 
     def test_score(regime: str, entry: str) -> float:
         cell = Cell(task, upgrade, kind, regime, entry, seed)
         return float(load_outcome(cell_folder(grid, cell)).record.scores.test)
 
     old = load_outcome(old_folder(grid, task, kind, seed)).record.scores
-    floor, scratch, direct = old.test_majority, test_score(whole, "scratch"), test_score(whole, "direct")
-    kept_shares = {
-        choice: (test_score(quarter if choice == "short tuning" else whole, method) - floor) / (old.test - floor)
-        for choice, method in METHOD_BY_CHOICE.items()
-    }
+    floor = old.test_majority
+    scratch, direct = test_score(whole_budget, "scratch"), test_score(whole_budget, "direct")
+    kept_shares = {}
+    for choice, method in METHOD_BY_CHOICE.items():
+        regime = quarter_budget if choice == "short tuning" else whole_budget
+        kept_shares[choice] = (test_score(regime, method) - floor) / (old.test - floor)
     sufficient = (choice for choice, share in kept_shares.items() if share >= MIN_SHARE_AS_IS)
     return {
         "real_survives": round(100 * kept_shares["use as is"], 2),

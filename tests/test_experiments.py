@@ -397,6 +397,6 @@ def test_workers_end_with_the_runner(tmp_path, interrupt):
         time.sleep(0.05)
     process.send_signal(interrupt)
     process.wait()
-    while alive := [worker for worker in workers if Path("/proc", worker).exists()]:
-        assert time.monotonic() < deadline, alive
+    while running := [worker for worker in workers if Path("/proc", worker).exists()]:
+        assert time.monotonic() < deadline, running
         time.sleep(0.05)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 HOP_BY_HOP, AT_ONCE = "hop by hop", "at once"
 SCRATCH_ALL_STEPS = "scratch, all steps"
 PART = "upgrade chains" + NOT_STATED
+"""The part of the paper that the claims belong to."""
 
 
 class Config(Settings):

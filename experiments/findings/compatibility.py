@@ -166,17 +166,17 @@ def _judge_claims(runs: list[Row]) -> tuple[Finding, ...]:
     kept_shares, gaps, losses, is_falling = [], [], [], []
     for task, kind in distinct_keys(runs, "task", "kind"):
         task_runs = select(runs, task=task, kind=kind)
-        first, *later = [
+        first, *later_scores = [
             _mean_scores(select(task_runs, base=base)) for base in sorted(distinct_values(task_runs, "base"))
         ]
-        for scores in later:
+        for scores in later_scores:
             gaps.append(100 * (scores.tuned - scores.outdated))
             if scores.tuned - scores.majority >= MIN_HEADROOM:
                 kept_shares.append((scores.outdated - scores.majority) / (scores.tuned - scores.majority))
         headroom = first.outdated - first.majority
-        if later and headroom >= MIN_HEADROOM:
-            losses.append(100 * (first.outdated - later[-1].outdated) / headroom / len(later))
-            is_falling.append(later[-1].outdated < first.outdated)
+        if later_scores and headroom >= MIN_HEADROOM:
+            losses.append(100 * (first.outdated - later_scores[-1].outdated) / headroom / len(later_scores))
+            is_falling.append(later_scores[-1].outdated < first.outdated)
     kept_figure = f"median {100 * statistics.median(kept_shares):.0f} % of that gain" if kept_shares else ""
     gap_figure = f"{statistics.fmean(gaps):.1f} points below on average" if gaps else ""
     loss_figure = f"median {statistics.median(losses):.1f} % a hop, at most {max(losses):.1f} %" if losses else ""

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from findings.store import Store
 
+PART = "2. mode connectivity"
+"""The part of the paper that the claims belong to."""
+
 
 class Config(Settings):
     """What is measured.
@@ -209,9 +212,6 @@ def _judge_claims(runs: list[Row]) -> Iterable[Finding]:
                     yield _judge_connection(claim, part, pair_runs)
         if finding := _judge_growth(kind, select(kind_runs, one_seed=False)):
             yield finding
-
-
-PART = "2. mode connectivity"
 
 
 def _judge_connection(claim: str, part: str, runs: list[Row]) -> Finding:

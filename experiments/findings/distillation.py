@@ -9,9 +9,16 @@ from tables import distinct_values, format_difference, format_mean, markdown_tab
 
 from findings.charts import draw_lines
 from findings.experiment import NOT_STATED, Cell, CellRecord, Experiment, Finding, Page, judge_difference
-from findings.runs import TaskUpgrade, accuracy_difference, drop_predictions, read_labels, run_method
+from findings.runs import (
+    TaskUpgrade,
+    accuracy_difference,
+    drop_predictions,
+    list_upgrade_tunings,
+    read_labels,
+    run_method,
+)
 from findings.settings import NonNegativeInt, Settings
-from findings.store import Tuning, outcome_figures
+from findings.store import outcome_figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
 
     from tables import Row
 
-    from findings.store import Store
+    from findings.store import Store, Tuning
 
     RunKey = tuple[str, str, int | None, str, int]
     """Task, kind, labels a class (None for all), method and seed."""
@@ -99,12 +106,7 @@ def list_upgrades(config: Config) -> list[TaskUpgrade]:
 
 def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
     """Return the teachers, and scratch with all labels."""
-    return [
-        Tuning(upgrade.task, upgrade.kind, base, seed)
-        for upgrade in list_upgrades(config)
-        for base in (upgrade.old, upgrade.new)
-        for seed in seeds
-    ]
+    return list_upgrade_tunings(list_upgrades(config), seeds)
 
 
 def list_cells(store: Store, config: Config) -> list[Cell]:

@@ -36,6 +36,9 @@ ROLES = ("same", "similar", "unrelated")
 MAX_STEPS_SHARE = 50.0
 """Tuning converges faster if it reaches scratch's last score in this percentage of scratch's steps."""
 
+PART = "method `init`"
+"""The part of the paper that the claims belong to."""
+
 
 class Target(Settings):
     """A task on the new base, and the tasks whose outdated weights tuning may begin at.
@@ -198,9 +201,6 @@ def _start_row(role: str, runs: list[Row], differences: list[Row]) -> list[str]:
 def _median_share(runs: list[Row]) -> float:
     """Return the median share, in %, of scratch's steps; infinite if most runs never reach its score."""
     return statistics.median([float("inf") if run["share"] is None else run["share"] for run in runs])
-
-
-PART = "method `init`"
 
 
 def _judge_starts(runs: list[Row], differences: list[Row]) -> list[Finding]:

@@ -9,9 +9,16 @@ from tables import distinct_keys, distinct_values, format_difference, format_mea
 
 from findings.charts import draw_bars
 from findings.experiment import Cell, CellRecord, Experiment, Finding, Page, judge_difference
-from findings.runs import TaskUpgrade, accuracy_difference, drop_predictions, read_labels, run_method
+from findings.runs import (
+    TaskUpgrade,
+    accuracy_difference,
+    drop_predictions,
+    list_upgrade_tunings,
+    read_labels,
+    run_method,
+)
 from findings.settings import BasePair, Settings, TasksByKind
-from findings.store import Tuning, outcome_figures
+from findings.store import outcome_figures
 from regraft.methods.project import Projection
 
 if TYPE_CHECKING:
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
 
     from tables import Row
 
-    from findings.store import Store
+    from findings.store import Store, Tuning
 
     RunKey = tuple[str, str, int, int, str, int]
     """Task, kind, old base, new base, method and seed."""
@@ -68,12 +75,7 @@ def list_upgrades(config: Config) -> list[TaskUpgrade]:
 
 def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
     """Return every task on both bases."""
-    return [
-        Tuning(upgrade.task, upgrade.kind, base, seed)
-        for upgrade in list_upgrades(config)
-        for base in (upgrade.old, upgrade.new)
-        for seed in seeds
-    ]
+    return list_upgrade_tunings(list_upgrades(config), seeds)
 
 
 def list_cells(store: Store, config: Config) -> list[Cell]:

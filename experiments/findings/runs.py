@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from figures import bootstrap_difference, read_test_labels
 from tables import mean_and_deviation
 
-from findings.store import outcome_figures
+from findings.store import Tuning, outcome_figures
 from regraft import recycle
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from tables import Row
@@ -35,6 +35,16 @@ class TaskUpgrade(NamedTuple):
     kind: str
     old: int
     new: int
+
+
+def list_upgrade_tunings(upgrades: Iterable[TaskUpgrade], seeds: Sequence[int]) -> list[Tuning]:
+    """Return the tunings on the old and on the new base of each upgrade, with each seed."""
+    return [
+        Tuning(upgrade.task, upgrade.kind, base, seed)
+        for upgrade in upgrades
+        for base in (upgrade.old, upgrade.new)
+        for seed in seeds
+    ]
 
 
 def run_method(
