@@ -125,7 +125,7 @@ class Adaptation:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Carried:
+class CarriedAdaptation:
     """What an adaptation became on another base.
 
     Args:
@@ -205,7 +205,7 @@ class Family(ABC):
         """Warn of an adaptation that changes nothing its base computes for some texts, or refuse it if an adapter."""
 
     @abstractmethod
-    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> Carried:
+    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> CarriedAdaptation:
         """Put an adaptation onto the new base: new + (tuned − old), or the same adapter.
 
         Args:
@@ -224,7 +224,7 @@ class Family(ABC):
     @abstractmethod
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
-    ) -> Carried:
+    ) -> CarriedAdaptation:
         """Apply a rule to every delta of an adaptation, as `write_transform` describes."""
 
     @abstractmethod
@@ -237,7 +237,7 @@ class Family(ABC):
         progress: Progress,
         *,
         replace: bool = False,
-    ) -> Carried:
+    ) -> CarriedAdaptation:
         """Put an adaptation onto the new base with other numbers in its vector.
 
         Args:

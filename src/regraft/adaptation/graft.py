@@ -12,7 +12,7 @@ from regraft.vocabulary import write_vocabulary
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from regraft.adaptation.adaptation import Adaptation, Carried
+    from regraft.adaptation.adaptation import Adaptation, CarriedAdaptation
     from regraft.progress import Progress
     from regraft.upgrade import Upgrade
 
@@ -46,7 +46,7 @@ def write_graft(
 
 
 def write_carried(
-    adaptation: Adaptation, upgrade: Upgrade, carried: Carried, into: Path, progress: Progress
+    adaptation: Adaptation, upgrade: Upgrade, carried: CarriedAdaptation, into: Path, progress: Progress
 ) -> dict[str, list[str]]:
     """Write what an adaptation became on the new base, with the tokenizer and whose base it is.
 

@@ -6,7 +6,7 @@ import dataclasses
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from regraft.adaptation.adaptation import Carried, Family
+from regraft.adaptation.adaptation import CarriedAdaptation, Family
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.fresh import fresh_parts, fresh_poolers
 from regraft.adaptation.layout import HARMLESS, named_twice
@@ -165,18 +165,20 @@ class Adapter(Family):
         """
         return adaptation.checkpoint, adaptation.config
 
-    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> Carried:
+    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> CarriedAdaptation:
         """Take the adapter as it is, and graft what it stores in place of its base's tensors."""
         _check_pooler(adaptation, upgrade)
         tensors, settings = self.plain(adaptation, upgrade.old)
         rows = tuned_rows(adaptation, upgrade)
         grafted, replaced = graft_replaced(adaptation, tensors, upgrade, rows, replace=replace)
         settings = renumbered_settings(adaptation, settings, rows)
-        return Carried(grafted, {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None}, replaced)
+        return CarriedAdaptation(
+            grafted, {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None}, replaced
+        )
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
-    ) -> Carried:
+    ) -> CarriedAdaptation:
         """Refuse: it is no change of its base's tensors."""
         raise KindError(f"{adaptation.path}: a {adaptation.kind} has no deltas of its base's tensors.")
 
@@ -193,7 +195,7 @@ class Adapter(Family):
         progress: Progress,
         *,
         replace: bool = False,
-    ) -> Carried:
+    ) -> CarriedAdaptation:
         """Graft the adapter, and put the numbers in the place of its own."""
         carried = self.graft(adaptation, upgrade, replace=replace)
         tensors = {

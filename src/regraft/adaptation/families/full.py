@@ -7,7 +7,7 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adaptation import Carried, Family
+from regraft.adaptation.adaptation import CarriedAdaptation, Family
 from regraft.adaptation.compatibility import check_beside_body, check_body, check_computing, config_of
 from regraft.adaptation.strict import load_strictly
 from regraft.adaptation.tokens import tuned_rows
@@ -99,21 +99,21 @@ class Full(Family):
         """Warn that only the head was tuned."""
         logger.warning("%s has the body of its base unchanged: only its head was tuned.", adaptation.path)
 
-    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> Carried:
+    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> CarriedAdaptation:
         """Add to the new base's body what tuning added to the old one's."""
         body = self._body(adaptation, upgrade, lambda _: graft)
-        return Carried(body, _grafted_config(adaptation, upgrade))
+        return CarriedAdaptation(body, _grafted_config(adaptation, upgrade))
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
-    ) -> Carried:
+    ) -> CarriedAdaptation:
         """Add to the new base's body what the rule makes of each delta."""
 
         def rule_of(name: str) -> RuleOfTensors:
             return functools.partial(_add_reworked, name=name, rule=rule)
 
         body = self._body(adaptation, upgrade, rule_of, elementwise=False)
-        return Carried(body, _grafted_config(adaptation, upgrade))
+        return CarriedAdaptation(body, _grafted_config(adaptation, upgrade))
 
     def substitute(
         self,
@@ -124,7 +124,7 @@ class Full(Family):
         progress: Progress,
         *,
         replace: bool = False,
-    ) -> Carried:
+    ) -> CarriedAdaptation:
         """Add other deltas to the new base's body."""
         return self.transform(adaptation, upgrade, lambda name, _, __: numbers(name), progress)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from regraft.adaptation.adaptation import Adaptation, Carried, Rule, Tensors
+    from regraft.adaptation.adaptation import Adaptation, CarriedAdaptation, Rule, Tensors
     from regraft.architecture import Architecture
     from regraft.base import Base
     from regraft.progress import Progress
@@ -79,7 +79,7 @@ class Lora(Peft):
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
-    ) -> Carried:
+    ) -> CarriedAdaptation:
         """Give the rule scaling·B·A of each layer, and take the closest LoRA of the same rank to its result."""
         carried = self.graft(adaptation, upgrade, replace=replace)
         loaded, updates = lay_out(carried.tensors, carried.settings, _classifier(adaptation, upgrade.new))
