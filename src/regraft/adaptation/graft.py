@@ -42,10 +42,10 @@ def write_graft(
         MismatchError: A tensor of the body is not in the bases, or has another shape there.
     """
     carried = adaptation.family.graft(adaptation, upgrade, replace=replace)
-    return write_carried(adaptation, upgrade, carried, into, progress)
+    return write_carried_adaptation(adaptation, upgrade, carried, into, progress)
 
 
-def write_carried(
+def write_carried_adaptation(
     adaptation: Adaptation, upgrade: Upgrade, carried: CarriedAdaptation, into: Path, progress: Progress
 ) -> dict[str, list[str]]:
     """Write what an adaptation became on the new base, with the tokenizer and whose base it is.

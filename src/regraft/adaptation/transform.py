@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regraft.adaptation.graft import write_carried
+from regraft.adaptation.graft import write_carried_adaptation
 from regraft.errors import KindError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def write_transform(
     """
     check_transformable(adaptation)
     carried = adaptation.family.transform(adaptation, upgrade, rule, progress, replace=replace)
-    return write_carried(adaptation, upgrade, carried, into, progress)
+    return write_carried_adaptation(adaptation, upgrade, carried, into, progress)
 
 
 def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = TRANSFORMABLE) -> None:

@@ -125,13 +125,13 @@ def _map(
 
 def _write(job: Job, names: Collection[str], numbers: Callable[[str], torch.Tensor]) -> None:
     """Write the adaptation with the numbers that the map returns for the names of its vector."""
-    from regraft.adaptation.graft import write_carried
+    from regraft.adaptation.graft import write_carried_adaptation
 
     adaptation, upgrade = job.adaptation, job.upgrade
 
     def write(into: Path) -> None:
         carried = adaptation.family.substitute(adaptation, upgrade, names, numbers, job.progress, replace=job.replace)
-        job.notes.update(write_carried(adaptation, upgrade, carried, into, job.progress))
+        job.notes.update(write_carried_adaptation(adaptation, upgrade, carried, into, job.progress))
 
     job.fill(write)
 
