@@ -146,7 +146,7 @@ class Family(ABC):
     """Whether the base's own tensors are tuned, so that a delta is tuned − base, tensor by tensor."""
 
     @abstractmethod
-    def fitting_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
+    def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
         """Return the types of task that an adaptation of these settings can be for."""
 
     def virtual_tokens(self, config: Mapping[str, Any]) -> int:

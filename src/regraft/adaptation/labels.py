@@ -29,7 +29,7 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
     Raises:
         MismatchError: It has no head of that architecture.
     """
-    fitting = adaptation.family.fitting_types(adaptation.config)
+    fitting = adaptation.family.matching_task_types(adaptation.config)
     task_type = task_types().get(adaptation.task_type or DEFAULT_TYPE, TextClassification)
     if adaptation.task_type is None and fitting and task_type not in fitting:
         task_type = fitting[0]
@@ -52,7 +52,7 @@ def check_type(adaptation: Adaptation, task: Task) -> None:
     Raises:
         MismatchError: It records another type, or its settings are of another kind of problem.
     """
-    recorded, fitting = adaptation.task_type, adaptation.family.fitting_types(adaptation.config)
+    recorded, fitting = adaptation.task_type, adaptation.family.matching_task_types(adaptation.config)
     if recorded == task.type or (recorded is None and (not fitting or type(task) in fitting)):
         return  # where no type fits, what cannot be loaded is said when that is tried
     names = recorded or " or ".join(of.type_name() for of in fitting)

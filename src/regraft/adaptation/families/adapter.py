@@ -41,7 +41,7 @@ class Adapter(Family):
     needs_task_type: ClassVar[bool] = False
     """Whether PEFT builds another model where the settings name no type of task."""
 
-    def fitting_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
+    def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
         """Return those of PEFT's task type; all where none is named."""
         named = config.get("task_type")
         return [of for of in task_types().values() if named in (None, of.peft_type)]

@@ -44,7 +44,7 @@ class Full(Family):
 
     tunes_base = True
 
-    def fitting_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
+    def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
         """Return those whose class of transformers the model is, and whose kind of problem it names."""
         names = config.get("architectures")
         if not isinstance(names, list) or not names:
@@ -235,9 +235,9 @@ def check_classifier(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         CheckpointError: It is of another class, or was tuned for another kind of problem.
     """
-    if Full().fitting_types(config):
+    if Full().matching_task_types(config):
         return
-    if Full().fitting_types({**config, "problem_type": None}):
+    if Full().matching_task_types({**config, "problem_type": None}):
         kinds = {str(kind) for of in task_types().values() for kind in of.problem_types if kind}
         raise CheckpointError(
             f"{folder}: was tuned for {config['problem_type']!r:.100}, and what can be recycled is for "
