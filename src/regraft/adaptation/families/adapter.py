@@ -51,7 +51,7 @@ class Adapter(Family):
         """Return the dataclass whose fields are the settings of `adapter_config.json`."""
 
     @abstractmethod
-    def put_on(
+    def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
         """Put a fresh adapter on a model, and have modules saved whole.
@@ -92,7 +92,7 @@ class Adapter(Family):
         modules = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads, *fresh_poolers(base)})
         set_seed(seed)
         model.config.pad_token_id = base.config.pad_token_id  # an adapter's folder names none of its own
-        return self.put_on(model, base, head, config, heads, modules)
+        return self.attach_adapter(model, base, head, config, heads, modules)
 
     def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
         """Put the adapter on its base, and account for every tensor."""

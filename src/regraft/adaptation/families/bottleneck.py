@@ -38,7 +38,7 @@ class Bottlenecks(Adapter):
 
         return BottleneckConfig.from_dict(adaptation.config, f"{adaptation.path}/adapter_config.json")
 
-    def put_on(
+    def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
         """Wrap the layers that the settings name; of what these have saved whole, only heads and poolers are."""

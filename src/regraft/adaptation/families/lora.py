@@ -38,11 +38,11 @@ class Lora(Peft):
         """Return whether it was initialised as PiSSA is."""
         return begins_in_base(config.get("init_lora_weights", True))
 
-    def put_on(
+    def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
         """Have PEFT wrap the model, and check that its matrices have as many directions as are taken out of them."""
-        adapted = super().put_on(model, base, head, config, heads, modules)
+        adapted = super().attach_adapter(model, base, head, config, heads, modules)
         if begins_in_base(config.init_lora_weights):
             _check_ranks(adapted, base)
         return adapted

@@ -49,7 +49,7 @@ class Peft(Adapter):
             config.init_lora_weights = True
         return config
 
-    def put_on(
+    def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
         """Have PEFT wrap the model."""
