@@ -69,7 +69,7 @@ class Adapter(Family):
         """
 
     @abstractmethod
-    def load_onto(
+    def load_adapter(
         self, model: Any, adaptation: Adaptation, head: Head, *, trainable: bool
     ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
         """Put a stored adapter on a base with a fresh head.
@@ -98,7 +98,7 @@ class Adapter(Family):
         """Put the adapter on its base, and account for every tensor."""
         self.check_settings(adaptation, base, head)
         model, fresh = fresh_parts(base, head, seed=0)
-        adapted, landed, stored = self.load_onto(model, adaptation, head, trainable=trainable)
+        adapted, landed, stored = self.load_adapter(model, adaptation, head, trainable=trainable)
         _account(adaptation, base, head, fresh, landed, stored)
         return adapted
 

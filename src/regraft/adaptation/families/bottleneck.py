@@ -49,7 +49,7 @@ class Bottlenecks(Adapter):
             model, dataclasses.replace(config, modules_to_save=present, task_type=head.type.peft_type)
         )
 
-    def load_onto(
+    def load_adapter(
         self, model: Any, adaptation: Adaptation, head: Head, *, trainable: bool
     ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
         """Fill the adapters if all of them are stored and fit."""

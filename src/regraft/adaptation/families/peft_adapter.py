@@ -64,7 +64,7 @@ class Peft(Adapter):
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise KindError(f"{base.path}: PEFT cannot put {config.peft_type} on it ({error}).") from error
 
-    def load_onto(
+    def load_adapter(
         self, model: Any, adaptation: Adaptation, head: Head, *, trainable: bool
     ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
         """Have PEFT load it, which leaves out in silence what does not fit."""
