@@ -317,7 +317,7 @@ class Family(ABC):
         return tensors
 
     @abstractmethod
-    def tunes_whole(self, module: str, base: Base) -> bool:
+    def tunes_module_weight(self, module: str, base: Base) -> bool:
         """Return whether the own weight of a module of the model is tuned, rather than something beside it."""
 
     def proportional(self, parameter: str, model: Any) -> str | None:

@@ -94,7 +94,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
             continue
         elif name.endswith(".bottleneck.down"):
             changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
-        elif adaptation.family.tunes_whole(name, old):
+        elif adaptation.family.tunes_module_weight(name, old):
             moved, turned = delta(f"{name}.weight"), is_transposed(module)
             factor = module.weight.detach().clone() if moved is None else moved
             changes.append(Change(name, module, module.weight, factor.T if turned else factor, moved is None, turned))

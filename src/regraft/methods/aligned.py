@@ -235,7 +235,7 @@ class _Turned:
             _plain(name): weight for name, weight in tuned.named_parameters() if "original_module" not in name
         }
         self.old = old
-        self.whole = {_plain(name) for name, _ in modules if family.tunes_whole(name, old)}
+        self.whole = {_plain(name) for name, _ in modules if family.tunes_module_weight(name, old)}
         self.names: set[str] = set()  # of the modules that were turned, heads left out
 
     def is_head(self, name: str) -> bool:

@@ -76,7 +76,7 @@ class Bottlenecks(Adapter):
         settings = {**config_in(model).to_dict(), "base_model_name_or_path": base.name}
         write_adapter(into, {START + name: tensor for name, tensor in bottleneck_state(model).items()}, settings)
 
-    def tunes_whole(self, module: str, base: Base) -> bool:
+    def tunes_module_weight(self, module: str, base: Base) -> bool:
         """Return whether the base has no such weight: heads alone are tuned so."""
         return in_base(f"{module}.weight", base) is None
 

@@ -178,7 +178,7 @@ class Full(Family):
         """Convert parameters to the tensors on disk, which are those that are grafted."""
         return body.on_disk(tensors)
 
-    def tunes_whole(self, module: str, base: Base) -> bool:
+    def tunes_module_weight(self, module: str, base: Base) -> bool:
         """Return True: every module's own weight is tuned."""
         return True
 

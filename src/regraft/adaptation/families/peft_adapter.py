@@ -115,7 +115,7 @@ class Peft(Adapter):
         """Have PEFT take the adapter off."""
         return model.unload()
 
-    def tunes_whole(self, module: str, base: Base) -> bool:
+    def tunes_module_weight(self, module: str, base: Base) -> bool:
         """Return whether the module is the copy that PEFT tunes and saves whole."""
         return f".modules_to_save.{ADAPTER}" in module
 
