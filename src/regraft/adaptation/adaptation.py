@@ -265,7 +265,7 @@ class Family(ABC):
         """Count the rows of the embeddings that an adaptation stores; None if it stores none."""
 
     @abstractmethod
-    def has_numbers_by_token(self, adaptation: Adaptation) -> bool:
+    def has_token_rows(self, adaptation: Adaptation) -> bool:
         """Return whether numbers of an adaptation's vector belong to single tokens."""
 
     @abstractmethod

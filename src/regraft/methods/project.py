@@ -47,7 +47,7 @@ def graft_mapped(job: Job, options: Projection) -> None:
         job.graft()
         return
     adaptation = job.adaptation
-    if adaptation.family.has_numbers_by_token(adaptation) and job.rows is not None:
+    if adaptation.family.has_token_rows(adaptation) and job.rows is not None:
         raise KindError(
             f"{job.upgrade.old.path} and {job.upgrade.new.path} have other vocabularies, and a map is learned from "
             "number to number. Take direct."

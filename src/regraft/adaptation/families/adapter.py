@@ -220,7 +220,7 @@ class Adapter(Family):
         """Count the rows of embeddings that it stores whole, or that a LoRA is on."""
         return rows_in_adapter(adaptation, base)
 
-    def has_numbers_by_token(self, adaptation: Adaptation) -> bool:
+    def has_token_rows(self, adaptation: Adaptation) -> bool:
         """Return whether a LoRA is on embeddings."""
         return any("lora_embedding_A" in name for name in adaptation.checkpoint)
 

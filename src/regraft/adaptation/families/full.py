@@ -142,7 +142,7 @@ class Full(Family):
         tensors = named(adaptation.checkpoint, config_of(adaptation))
         return shape_of(tensors, str(tensors.embeddings))[0] if tensors.embeddings in tensors else None
 
-    def has_numbers_by_token(self, adaptation: Adaptation) -> bool:
+    def has_token_rows(self, adaptation: Adaptation) -> bool:
         """Return True: the embeddings are part of the body."""
         return True
 
