@@ -84,10 +84,12 @@ def test_few_shot_names_the_classes_that_have_too_few(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 3), min_size=1), st.permutations("abcd"))
 def test_relabelling_is_reversible(labels: list[int], order: list[str]) -> None:
     data = make_data(labels, labels="abcd")
-    relabelled = data.relabel(order)
-    assert [relabelled.labels[i] for i in relabelled.train.labels] == [data.labels[i] for i in data.train.labels]
-    assert relabelled.relabel(data.labels).digest() == data.digest()
-    assert (relabelled.digest() == data.digest()) == (order == list("abcd"))
+    settings_for_head = data.relabel(order)
+    assert [settings_for_head.labels[i] for i in settings_for_head.train.labels] == [
+        data.labels[i] for i in data.train.labels
+    ]
+    assert settings_for_head.relabel(data.labels).digest() == data.digest()
+    assert (settings_for_head.digest() == data.digest()) == (order == list("abcd"))
 
 
 @pytest.mark.parametrize("order", [["a", "b", "x"], ["a", "b"], ["a", "b", "c", "c"]])

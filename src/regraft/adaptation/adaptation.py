@@ -192,7 +192,7 @@ class Family(ABC):
     def write(self, into: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
         """Write tensors by stored name, and settings, into a folder as plain transformers or PEFT reads them."""
 
-    def relabelled(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
+    def settings_for_head(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
         """Return settings with another head; an adapter's name none, and stay what they are."""
         return settings
 

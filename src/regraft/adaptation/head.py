@@ -65,6 +65,6 @@ def change_head(folder: Path, base: Base, head: Head, how: HeadPolicy, seed: int
             entries[name] = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), (({name: tensor}, name),))
     into.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
-    family.write(into, DerivedTensors(entries), family.relabelled(adaptation.config, head), silent)
+    family.write(into, DerivedTensors(entries), family.settings_for_head(adaptation.config, head), silent)
     write_tokenizer(base, into)
     write_lineage(into, base, head.labels, head.type.type_name())

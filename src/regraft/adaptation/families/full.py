@@ -82,7 +82,7 @@ class Full(Family):
         write_checkpoint(into, tensors, progress=lambda _, *rest: progress("graft", *rest))
         write_atomic(into / "config.json", json.dumps(settings, indent=2) + "\n")
 
-    def relabelled(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
+    def settings_for_head(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
         """Name the labels as transformers does, and the kind of problem where it is another one."""
         new = head.settings
         changed = {"id2label": {str(i): label for i, label in new["id2label"].items()}, "label2id": new["label2id"]}
