@@ -72,7 +72,7 @@ def check_body(adaptation: Adaptation, base: Base) -> None:
         )
 
 
-def check_computing(adaptation: Adaptation, base: Base) -> None:
+def check_computation(adaptation: Adaptation, base: Base) -> None:
     """Refuse a full fine-tune whose `config.json` would have its body compute otherwise than its base does.
 
     Args:

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import CarriedAdaptation, Family
-from regraft.adaptation.compatibility import check_beside_body, check_body, check_computing, config_of
+from regraft.adaptation.compatibility import check_beside_body, check_body, check_computation, config_of
 from regraft.adaptation.strict import load_strictly
 from regraft.adaptation.tokens import tuned_rows
 from regraft.adaptation.vector import Vector
@@ -63,7 +63,7 @@ class Full(Family):
         """Load the folder by transformers, and compare it with its base."""
         import transformers
 
-        check_computing(adaptation, base)
+        check_computation(adaptation, base)
         auto = getattr(transformers, head.type.auto_class)
         model, _ = load_strictly(auto, adaptation.path, None, dtype="float32")
         check_body(adaptation, base)
