@@ -253,7 +253,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def left_out(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
+    def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Name the stored tensors that one of the bases lacks, as pre-training left them out, and that are copied."""
 
     @abstractmethod

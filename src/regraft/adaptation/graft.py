@@ -71,6 +71,6 @@ def write_carried_adaptation(
     write_lineage(into, upgrade.new, adaptation.labels, adaptation.task_type)
     notes = {
         "grafted_in_place_of_the_base": list(carried.replaced),
-        "copied_as_a_base_lacks_it": family.left_out(adaptation, upgrade),
+        "copied_as_a_base_lacks_it": family.unmatched_tensors(adaptation, upgrade),
     }
     return {key: names for key, names in notes.items() if names}

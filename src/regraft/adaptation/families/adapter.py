@@ -204,7 +204,7 @@ class Adapter(Family):
         }
         return dataclasses.replace(carried, tensors=tensors)
 
-    def left_out(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
+    def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Name the stored tensors that take the place of the base's in one of the bases alone."""
         in_old, in_new = (
             {name for name in adaptation.checkpoint if replaced_parameter(name, base)}

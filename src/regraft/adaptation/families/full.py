@@ -128,10 +128,10 @@ class Full(Family):
         """Add other deltas to the new base's body."""
         return self.transform(adaptation, upgrade, lambda name, _, __: numbers(name), progress)
 
-    def left_out(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
+    def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Name the tensors of the body that have no counterpart in one of the bases."""
         tuned = named(adaptation.checkpoint, config_of(adaptation))
-        return list(counterparts(upgrade.new.named, tuned, upgrade.old.named).left_out)
+        return list(counterparts(upgrade.new.named, tuned, upgrade.old.named).unmatched_tensors)
 
     def replaces(self, adaptation: Adaptation, base: Base) -> bool:
         """Return False: all of its body is a delta against its base's."""
