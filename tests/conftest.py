@@ -227,7 +227,7 @@ def made(tmp_path_factory, opened, texts):
     """Every kind on every old base, with every tuned number moved; and the logits it gave before it was saved."""
     import torch
 
-    from regraft.adaptation import KINDS, attach, fresh_model, new_config, save_model, start_of
+    from regraft.adaptation import KINDS, attach, fresh_model, initial_factors, new_config, save_model
     from regraft.model import predict
 
     folder, found = tmp_path_factory.mktemp("made"), {}
@@ -236,7 +236,7 @@ def made(tmp_path_factory, opened, texts):
         model = fresh_model(base, HEAD, 1)
         if kind != "full":
             model = attach(model, base, HEAD, new_config(kind, base, HEAD, rank=3, inner_size=5, virtual_tokens=4), 1)
-        start = start_of(model)
+        start = initial_factors(model)
         torch.manual_seed(2)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -262,13 +262,13 @@ def adapt(base, kind, folder, seed=2, labels=LABELS, rank=3):
     """Write an adaptation of a kind whose every tuned number is moved."""
     import torch
 
-    from regraft.adaptation import attach, fresh_model, new_config, save_model, start_of
+    from regraft.adaptation import attach, fresh_model, initial_factors, new_config, save_model
 
     head = head_of(*labels)
     model = fresh_model(base, head, 1)
     if kind != "full":
         model = attach(model, base, head, new_config(kind, base, head, rank=rank, inner_size=5), 1)
-    start = start_of(model)
+    start = initial_factors(model)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from regraft import Base, Distillation, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import attach, fresh_model, load_model, new_config, save_model, start_of, write_graft
+from regraft.adaptation import attach, fresh_model, initial_factors, load_model, new_config, save_model, write_graft
 from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.model import Deployment, encode
@@ -59,7 +59,7 @@ def adaptations(tmp_path_factory, opened, tuned, data):
         model = attach(
             fresh_model(base, data.head, 1), base, data.head, new_config(kind, base, data.head, rank=3, inner_size=5), 1
         )
-        start = start_of(model)
+        start = initial_factors(model)
         torch.manual_seed(2)
         with torch.no_grad():
             for parameter in model.parameters():

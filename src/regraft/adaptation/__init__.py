@@ -11,7 +11,7 @@ from regraft.adaptation.kinds import KINDS, kind_of_config, new_config, settings
 from regraft.adaptation.labels import check_type, label_rows, stored_head
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.merge import MergedLora, lora_settings, merge_lora
-from regraft.adaptation.model import attach, check_compatibility, load_model, save_model, start_of
+from regraft.adaptation.model import attach, check_compatibility, initial_factors, load_model, save_model
 from regraft.adaptation.outcome import Outcome, find_outcome, is_right, load_outcome, write_outcome
 from regraft.adaptation.record import write_lineage
 from regraft.adaptation.strict import load_strictly
@@ -45,7 +45,7 @@ __all__ = [
     "new_config",
     "save_model",
     "settings",
-    "start_of",
+    "initial_factors",
     "stored_head",
     "write_adapter",
     "write_graft",

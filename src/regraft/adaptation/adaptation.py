@@ -177,7 +177,7 @@ class Family(ABC):
         """Put a fresh adapter on a model that has a fresh head: the function `attach` says how."""
 
     def start(self, model: Any) -> Tensors:
-        """Copy what an adapter took out of its base, before the first step: the function `start_of` says how."""
+        """Copy what an adapter took out of its base, before the first step: the function `initial_factors` says how."""
         return {}
 
     @abstractmethod

@@ -80,7 +80,7 @@ def attach(model: Any, base: Base, head: Head, config: Config | None, seed: int)
     return family_of_config(config).attach(model, base, head, config, seed)
 
 
-def start_of(model: Any) -> Mapping[str, torch.Tensor]:
+def initial_factors(model: Any) -> Mapping[str, torch.Tensor]:
     """Copy what an adapter took out of its base when it was drawn.
 
     Args:
@@ -103,7 +103,7 @@ def save_model(model: Any, base: Base, head: Head, into: Path, start: Mapping[st
         base: The base it lives on.
         head: The task's head.
         into: The folder to fill.
-        start: From `start_of`, of a model that was attached; None of others.
+        start: From `initial_factors`, of a model that was attached; None of others.
     """
     with quiet():
         family_of_model(model).save(model, base, into, start or {})

@@ -9,10 +9,10 @@ from regraft.adaptation import (
     attach,
     change_head,
     fresh_model,
+    initial_factors,
     load_adaptation,
     load_model,
     save_model,
-    start_of,
     write_graft,
 )
 from regraft.adaptation.transform import write_transform
@@ -195,7 +195,7 @@ class Job:
         Returns:
             The learning curve.
         """
-        start = start_of(model)
+        start = initial_factors(model)
         teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_judges) if options else None
         curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher, anchor)
         save_model(model, self.upgrade.new, self.data.head, self.into, start)

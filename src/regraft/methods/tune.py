@@ -12,11 +12,11 @@ from regraft.adaptation import (
     attach,
     find_outcome,
     fresh_model,
+    initial_factors,
     kind_of_config,
     new_config,
     save_model,
     settings,
-    start_of,
 )
 from regraft.base import Base
 from regraft.checkpoint import resumable_folder
@@ -93,7 +93,7 @@ def tune(
         fresh = fresh_model(base, data.head, resolved.seed)
         restore_output_units(fresh, base, data)
         model = attach(fresh, base, data.head, config, resolved.seed)
-        start = start_of(model)
+        start = initial_factors(model)
         curve = tune_model(model, base, data, resolved, work, progress)
         if not best_step(curve, data.task.scoring.merit):
             why = weakness(data, data.dev)
