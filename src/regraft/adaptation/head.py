@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from regraft.adaptation.fresh import fresh_model
-from regraft.adaptation.labels import label_rows
+from regraft.adaptation.labels import label_tensors
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.lora import model_name
 from regraft.adaptation.record import write_lineage
@@ -49,7 +49,7 @@ def change_head(folder: Path, base: Base, head: Head, how: HeadPolicy, seed: int
             f"{', '.join(head.labels[:8])}: there is nothing of its head to keep. Take a fresh head."
         )
     drawn = fresh_model(base, head, seed).state_dict()
-    outputs, prefix = label_rows(base, head.type), base.prefix + "."
+    outputs, prefix = label_tensors(base, head.type), base.prefix + "."
     entries = {}
     for name, info in adaptation.checkpoint.tensors.items():
         inner, tensor = model_name(name), None

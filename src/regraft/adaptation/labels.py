@@ -35,7 +35,7 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
         task_type = fitting[0]
     if adaptation.labels:
         return Head(task_type, adaptation.labels)
-    outputs, stored = label_rows(base, task_type), adaptation.checkpoint.tensors
+    outputs, stored = label_tensors(base, task_type), adaptation.checkpoint.tensors
     sizes = {info.shape[0] for name, info in stored.items() if model_name(name) in outputs and info.shape}
     if len(sizes) != 1:
         raise MismatchError(f"{adaptation.path}: has no head of a {base.config.model_type} ({', '.join(outputs)}).")
@@ -62,7 +62,7 @@ def check_type(adaptation: Adaptation, task: Task) -> None:
     )
 
 
-def label_rows(base: Base, task_type: type[Task]) -> list[str]:
+def label_tensors(base: Base, task_type: type[Task]) -> list[str]:
     """Name the head's tensors that have a row for each label: those that grow with the number of labels.
 
     Args:

@@ -6,7 +6,7 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import label_rows
+from regraft.adaptation import label_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +93,7 @@ def _output_layers(model: Any, base: Base, data: TaskData) -> list[Any]:
     """Find the layers whose outputs are the task's, a PEFT adapter's copies among them."""
     import torch
 
-    names = {name.rpartition(".")[0] for name in label_rows(base, data.head.type)}
+    names = {name.rpartition(".")[0] for name in label_tensors(base, data.head.type)}
     modules = getattr(model, "module", model).named_modules()
     layers = [(name, module) for name, module in modules if isinstance(module, torch.nn.Linear)]
     return [layer for name, layer in layers if _WRAPPED.sub("", f"{name}.").removesuffix(".") in names]
