@@ -9,7 +9,7 @@ from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, c
 from regraft.adaptation.families import FULL, family_of
 from regraft.adaptation.families.full import check_classifier
 from regraft.adaptation.kinds import kind_of
-from regraft.adaptation.record import agreed_labels, configured_labels, recorded
+from regraft.adaptation.record import agreed_labels, configured_labels, read_lineage
 from regraft.checkpoint import Checkpoint, check_unquantised, read_json
 from regraft.errors import CheckpointError
 
@@ -36,7 +36,7 @@ def load_adaptation(path: str | Path) -> Adaptation:
     if not folder.is_dir():
         remedy = f"is a file. Give its folder, {folder.parent}" if folder.is_file() else "no such folder"
         raise CheckpointError(f"{path}: {remedy}.")
-    labels, base, task_type = recorded(folder)
+    labels, base, task_type = read_lineage(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         config = read_json(folder / ADAPTER_CONFIG)
         check_adapter(folder, config)

@@ -19,7 +19,7 @@ RECORD = "lineage.json"
 OUTCOME = "outcome.json"
 
 
-def recorded(folder: Path) -> tuple[tuple[str, ...] | None, str | None, str | None]:
+def read_lineage(folder: Path) -> tuple[tuple[str, ...] | None, str | None, str | None]:
     """Read what regraft wrote beside an adaptation, in its own folder and in the outcome that it is part of.
 
     Args:
