@@ -70,7 +70,7 @@ def configured_labels(config: dict[str, Any], folder: Path) -> tuple[str, ...] |
     return labels if labels and labels != placeholders else None
 
 
-def agreed_labels(
+def reconcile_labels(
     known: tuple[str, ...] | None, configured: tuple[str, ...] | None, folder: Path
 ) -> tuple[str, ...] | None:
     """Hold the labels that regraft recorded against those of `config.json`.
