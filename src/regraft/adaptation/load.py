@@ -9,7 +9,7 @@ from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, c
 from regraft.adaptation.families import FULL, family_of
 from regraft.adaptation.families.full import check_classifier
 from regraft.adaptation.kinds import kind_of
-from regraft.adaptation.record import configured_labels, read_lineage, reconcile_labels
+from regraft.adaptation.record import labels_of_config, read_lineage, reconcile_labels
 from regraft.checkpoint import Checkpoint, check_unquantised, read_json
 from regraft.errors import CheckpointError
 
@@ -63,5 +63,5 @@ def load_adaptation(path: str | Path) -> Adaptation:
     config = read_json(folder / "config.json")
     check_unquantised(folder, checkpoint.tensors)
     check_classifier(folder, config)
-    labels = reconcile_labels(labels, configured_labels(config, folder), folder)
+    labels = reconcile_labels(labels, labels_of_config(config, folder), folder)
     return Adaptation(folder, "full", FULL, labels, base, checkpoint, config, task_type)

@@ -44,7 +44,7 @@ def read_lineage(folder: Path) -> tuple[tuple[str, ...] | None, str | None, str 
     return labels, base, next((entry[3] for entry in found if entry[3] is not None), None)
 
 
-def configured_labels(config: dict[str, Any], folder: Path) -> tuple[str, ...] | None:
+def labels_of_config(config: dict[str, Any], folder: Path) -> tuple[str, ...] | None:
     """Read the label names of a classifier's `config.json`.
 
     Args:
@@ -77,7 +77,7 @@ def reconcile_labels(
 
     Args:
         known: From `recorded`.
-        configured: From `configured_labels`.
+        configured: From `labels_of_config`.
         folder: The adaptation's folder.
 
     Returns:
