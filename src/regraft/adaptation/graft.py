@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from regraft.adaptation.record import write_lineage
 from regraft.adaptation.tokenizer import write_tokenizer
-from regraft.adaptation.tokens import tuned_rows
+from regraft.adaptation.tokens import match_token_rows
 from regraft.vocabulary import write_vocabulary
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def write_carried_adaptation(
     into.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
     family.write(into, carried.tensors, carried.settings, progress)
-    rows = tuned_rows(adaptation, upgrade)
+    rows = match_token_rows(adaptation, upgrade)
     if rows is not None and (family.tunes_base or rows.tuned_only):
         write_vocabulary(into, upgrade.new.path, adaptation.path, upgrade.old.path, rows)
     else:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=1)  # the steps of carrying one adaptation over all ask for it
-def tuned_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
+def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
     """Match the rows of an adaptation's embeddings with those of both bases, by token.
 
     Args:
@@ -91,7 +91,7 @@ def with_own_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
         )  # fmt: skip
     if vocabulary == upgrade.old.vocabulary and count == upgrade.old.embedding_rows:
         return upgrade
-    rows = tuned_rows(adaptation, upgrade)
+    rows = match_token_rows(adaptation, upgrade)
     if rows is None:
         return upgrade
     old = dataclasses.replace(upgrade.old, own_tokenizer=tokenizer, own_rows=count)

@@ -23,7 +23,7 @@ from regraft.adaptation import (
 )
 from regraft.adaptation.outcome import versions
 from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, Source, TaskRecord
-from regraft.adaptation.tokens import tuned_rows, with_own_tokens
+from regraft.adaptation.tokens import match_token_rows, with_own_tokens
 from regraft.checkpoint import check_finite, resumable_folder
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.job import Job
@@ -143,7 +143,7 @@ def recycle(
         if done := find_outcome(out, inputs, (upgrade.old, upgrade.new)):  # another process has made it since
             return done
         staging = new_folder(work / "whole")
-        rows, into = tuned_rows(adaptation, upgrade), staging / "adaptation"
+        rows, into = match_token_rows(adaptation, upgrade), staging / "adaptation"
         job = Job(upgrade, adaptation, data, resolved, work, into, progress, rows, head, replace)
         if rows:
             job.notes["vocabulary"] = rows.summary()

@@ -13,7 +13,7 @@ from regraft.adaptation.layout import HARMLESS, named_twice
 from regraft.adaptation.lora import START, model_name
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.replaced import graft_replaced, renumbered_settings, replaced_parameter, rows_in_adapter
-from regraft.adaptation.tokens import tuned_rows
+from regraft.adaptation.tokens import match_token_rows
 from regraft.adaptation.vector import Vector
 from regraft.checkpoint import FLOATING, dtype_of, shape_of
 from regraft.errors import CheckpointError, KindError, MismatchError, RecipeError
@@ -169,7 +169,7 @@ class Adapter(Family):
         """Take the adapter as it is, and graft what it stores in place of its base's tensors."""
         _check_pooler(adaptation, upgrade)
         tensors, settings = self.plain(adaptation, upgrade.old)
-        rows = tuned_rows(adaptation, upgrade)
+        rows = match_token_rows(adaptation, upgrade)
         grafted, replaced = graft_replaced(adaptation, tensors, upgrade, rows, replace=replace)
         settings = renumbered_settings(adaptation, settings, rows)
         return CarriedAdaptation(

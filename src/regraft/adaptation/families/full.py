@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.adaptation import CarriedAdaptation, Family
 from regraft.adaptation.compatibility import check_beside_body, check_body, check_computation, config_of
 from regraft.adaptation.strict import load_strictly
-from regraft.adaptation.tokens import tuned_rows
+from regraft.adaptation.tokens import match_token_rows
 from regraft.adaptation.vector import Vector
 from regraft.base import body_names
 from regraft.checkpoint import DerivedTensors, TensorSpec, shape_of, write_atomic, write_checkpoint
@@ -209,7 +209,7 @@ class Full(Family):
         """
         self.check_bodies(adaptation, upgrade)
         old, new, tuned = upgrade.old.named, upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation))
-        pairs, rows = counterparts(new, tuned, old), tuned_rows(adaptation, upgrade)
+        pairs, rows = counterparts(new, tuned, old), match_token_rows(adaptation, upgrade)
         entries = {}
         for name, entry in tuned.specs.items():
             if name not in pairs.new:  # the head, which is no difference between two bases but has its own values
@@ -260,7 +260,7 @@ def _add_reworked(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, nam
 def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
     """Return what `config.json` says on the new base, whose settings it has wherever the tuning changed none."""
     tuned, old, new = config_of(adaptation).to_dict(), upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
-    same = tuned_rows(adaptation, upgrade) is None
+    same = match_token_rows(adaptation, upgrade) is None
     return adaptation.config | upgraded_settings(tuned, old, new, is_decoder=upgrade.old.is_decoder, has_same_ids=same)
 
 
