@@ -70,7 +70,7 @@ def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedToken
     return {**old.vocabulary, **own}, max([old.embedding_rows, *(row + 1 for row in own.values())])
 
 
-def with_own_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
+def with_adaptation_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
     """Make both bases read texts as the adaptation does: with the tokens that it alone has.
 
     Args:

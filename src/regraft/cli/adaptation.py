@@ -42,14 +42,14 @@ def show(
 ) -> None:
     """Show what an adaptation consists of; with a base, also whether it belongs to it."""
     from regraft.adaptation import load_model, stored_head
-    from regraft.adaptation.tokens import with_own_tokens
+    from regraft.adaptation.tokens import with_adaptation_tokens
 
     adaptation = regraft.load_adaptation(path)
     lineage = None
     if base:
         opened = regraft.Base.open(base)
         lineage = adaptation.check_base(opened)
-        own_base = with_own_tokens(adaptation, regraft.Upgrade(opened, opened)).old
+        own_base = with_adaptation_tokens(adaptation, regraft.Upgrade(opened, opened)).old
         load_model(adaptation, own_base, stored_head(adaptation, opened))
     print_adaptation(adaptation, base, lineage)
 

@@ -8,7 +8,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Adaptation, check_compatibility, check_type, load_adaptation, load_model, write_graft
-from regraft.adaptation.tokens import with_own_tokens
+from regraft.adaptation.tokens import with_adaptation_tokens
 from regraft.checkpoint import temporary_folder
 from regraft.errors import MismatchError
 from regraft.model import Deployment, match_labels
@@ -129,7 +129,7 @@ def load_pair(
     recipe = recipe or Recipe()
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     lineage = adaptation.check_base(upgrade.old, force=force)
-    upgrade = with_own_tokens(adaptation, upgrade)
+    upgrade = with_adaptation_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
     data.require_labels("check")
     data = match_labels(adaptation, data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.longest))

@@ -17,7 +17,7 @@ from regraft.adaptation import (
     write_lineage,
     write_tokenizer,
 )
-from regraft.adaptation.tokens import match_token_rows, with_own_tokens
+from regraft.adaptation.tokens import match_token_rows, with_adaptation_tokens
 from regraft.base import Base
 from regraft.checkpoint import check_finite, is_up_to_date, publish, read_results, resumable_folder, write_record
 from regraft.errors import CheckpointError, MismatchError, RecipeError
@@ -110,7 +110,7 @@ def convert(
     if is_up_to_date(out, provenance, lambda record: renewed(record, (upgrade.old, upgrade.new))):
         return Conversion(out, to, **read_results(out))
     adaptation.check_base(old, force=force)
-    upgrade = with_own_tokens(adaptation, upgrade)
+    upgrade = with_adaptation_tokens(adaptation, upgrade)
     old, target = upgrade.old, upgrade.new
     if to == "lora" and not refold and match_token_rows(adaptation, Upgrade(old, old)) is not None:
         raise MismatchError(

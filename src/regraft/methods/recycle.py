@@ -23,7 +23,7 @@ from regraft.adaptation import (
 )
 from regraft.adaptation.outcome import versions
 from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, Source, TaskRecord
-from regraft.adaptation.tokens import match_token_rows, with_own_tokens
+from regraft.adaptation.tokens import match_token_rows, with_adaptation_tokens
 from regraft.checkpoint import check_finite, resumable_folder
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.methods.job import Job
@@ -100,7 +100,7 @@ def recycle(
         taken = " or ".join(heads)
         raise RecipeError(f"method {method} goes by the old head's outputs: it takes head {taken} only, found {head}.")
     lineage = adaptation.check_base(upgrade.old, force=force)
-    upgrade = with_own_tokens(adaptation, upgrade)
+    upgrade = with_adaptation_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
     if "labels" in chosen.needs(options):
         data.require_labels(f"method {method}")
