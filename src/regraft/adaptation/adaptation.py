@@ -320,7 +320,7 @@ class Family(ABC):
     def tunes_module_weight(self, module: str, base: Base) -> bool:
         """Return whether the own weight of a module of the model is tuned, rather than something beside it."""
 
-    def proportional(self, parameter: str, model: Any) -> str | None:
+    def proportional_parameter(self, parameter: str, model: Any) -> str | None:
         """Name the base's parameter that changes in proportion to a parameter of the model; None if none does."""
         return None
 

@@ -193,7 +193,7 @@ class _Deltas:
         from regraft.adaptation.lora_transform import shift_of
 
         family, upgrade, value = job.adaptation.family, job.upgrade, parameter.detach().clone()
-        changed = family.proportional(name, self.model)
+        changed = family.proportional_parameter(name, self.model)
         if changed is None:
             return None
         inner = changed.removeprefix(START).removeprefix(self.prefix)

@@ -80,7 +80,7 @@ class Bottlenecks(Adapter):
         """Return whether the base has no such weight: heads alone are tuned so."""
         return in_base(f"{module}.weight", base) is None
 
-    def proportional(self, parameter: str, model: Any) -> str | None:
+    def proportional_parameter(self, parameter: str, model: Any) -> str | None:
         """Name the weight of the layer whose output the second projection is added to."""
         module, is_second, _ = parameter.partition(".bottleneck.up.")
         return parameter_of(module, model.get_submodule(module)) if is_second else None

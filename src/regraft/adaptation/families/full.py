@@ -182,7 +182,7 @@ class Full(Family):
         """Return True: every module's own weight is tuned."""
         return True
 
-    def proportional(self, parameter: str, model: Any) -> str | None:
+    def proportional_parameter(self, parameter: str, model: Any) -> str | None:
         """Name the parameter itself."""
         return parameter
 

@@ -109,7 +109,7 @@ class Lora(Peft):
                 "convert it to full first."
             )
 
-    def proportional(self, parameter: str, model: Any) -> str | None:
+    def proportional_parameter(self, parameter: str, model: Any) -> str | None:
         """Name what B's product with A is added to."""
         module, is_factor, _ = parameter.partition(f".lora_B.{ADAPTER}.")
         return parameter_of(module, model.get_submodule(module)) if is_factor else None
