@@ -312,7 +312,7 @@ class Family(ABC):
             The new base under the old head.
         """
 
-    def as_transformed(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
+    def rule_tensors(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
         """Give parameters of the body in memory the names by which the rule of `rework` is asked for them."""
         return tensors
 

@@ -96,7 +96,7 @@ def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tens
         inner = name.removeprefix(prefix)
         side = inside if inner in body.parameters else outside
         side[inner if side is inside else name] = gradient.cpu()
-    return job.adaptation.family.as_transformed(inside, body) | outside
+    return job.adaptation.family.rule_tensors(inside, body) | outside
 
 
 MASKED = Start(

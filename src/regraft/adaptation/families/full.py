@@ -174,7 +174,7 @@ class Full(Family):
                     parameter[of_new] = new.parameters[inner][of_new].to(parameter)
         return model
 
-    def as_transformed(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
+    def rule_tensors(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
         """Convert parameters to the tensors on disk, which are those that are grafted."""
         return body.on_disk(tensors)
 
