@@ -261,7 +261,7 @@ class Family(ABC):
         """Return whether an adapter stores tensors in place of its base's."""
 
     @abstractmethod
-    def stored_rows(self, adaptation: Adaptation, base: Base) -> int | None:
+    def num_embedding_rows(self, adaptation: Adaptation, base: Base) -> int | None:
         """Count the rows of the embeddings that an adaptation stores; None if it stores none."""
 
     @abstractmethod

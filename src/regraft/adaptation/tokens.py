@@ -39,7 +39,7 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
         MismatchError: A tokenizer has more tokens than there are rows.
     """
     old, new = upgrade.old, upgrade.new
-    count = adaptation.family.stored_rows(adaptation, old)
+    count = adaptation.family.num_embedding_rows(adaptation, old)
     if adaptation.tokenizer is None:
         if count not in (None, old.embedding_rows):
             raise CheckpointError(
@@ -60,7 +60,7 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
 
 def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], int]:
     """Return the tokens that an adaptation's tokenizer has and its weights have rows for, and the number of rows."""
-    count = adaptation.family.stored_rows(adaptation, old)
+    count = adaptation.family.num_embedding_rows(adaptation, old)
     if count is not None:
         return tokens_of(tokenizer, count), count
     module = f"{old.prefix}.{old.architecture.embeddings}".removesuffix(".weight")

@@ -216,7 +216,7 @@ class Adapter(Family):
         """Return whether a stored tensor has the name of one of the base's body."""
         return any(replaced_parameter(name, base) for name in adaptation.checkpoint)
 
-    def stored_rows(self, adaptation: Adaptation, base: Base) -> int | None:
+    def num_embedding_rows(self, adaptation: Adaptation, base: Base) -> int | None:
         """Count the rows of embeddings that it stores whole, or that a LoRA is on."""
         return rows_in_adapter(adaptation, base)
 

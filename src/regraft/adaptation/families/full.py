@@ -137,7 +137,7 @@ class Full(Family):
         """Return False: all of its body is a delta against its base's."""
         return False
 
-    def stored_rows(self, adaptation: Adaptation, base: Base) -> int | None:
+    def num_embedding_rows(self, adaptation: Adaptation, base: Base) -> int | None:
         """Count the rows of its own embeddings; None of a class that has none."""
         tensors = named(adaptation.checkpoint, config_of(adaptation))
         return shape_of(tensors, str(tensors.embeddings))[0] if tensors.embeddings in tensors else None
