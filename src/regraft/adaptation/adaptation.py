@@ -257,7 +257,7 @@ class Family(ABC):
         """Name the stored tensors that one of the bases lacks, as pre-training left them out, and that are copied."""
 
     @abstractmethod
-    def replaces(self, adaptation: Adaptation, base: Base) -> bool:
+    def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
         """Return whether an adapter stores tensors in place of its base's."""
 
     @abstractmethod

@@ -121,7 +121,7 @@ def recycle(
         "new_base": upgrade.new.fingerprint,
         "adaptation": adaptation.fingerprint,
     }
-    if adaptation.family.replaces(adaptation, upgrade.old):
+    if adaptation.family.replaces_base_tensors(adaptation, upgrade.old):
         inputs["replace"] = replace
     elif replace:
         raise RecipeError(f"{adaptation.path}: stores nothing in place of its base's tensors: leave out replace.")

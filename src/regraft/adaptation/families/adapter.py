@@ -212,7 +212,7 @@ class Adapter(Family):
         )
         return sorted(in_old ^ in_new)
 
-    def replaces(self, adaptation: Adaptation, base: Base) -> bool:
+    def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
         """Return whether a stored tensor has the name of one of the base's body."""
         return any(replaced_parameter(name, base) for name in adaptation.checkpoint)
 

@@ -133,7 +133,7 @@ class Full(Family):
         tuned = named(adaptation.checkpoint, config_of(adaptation))
         return list(counterparts(upgrade.new.named, tuned, upgrade.old.named).unmatched_tensors)
 
-    def replaces(self, adaptation: Adaptation, base: Base) -> bool:
+    def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
         """Return False: all of its body is a delta against its base's."""
         return False
 
