@@ -300,7 +300,7 @@ class Family(ABC):
         """Refuse an adapter that adds to more than the weights of linear layers."""
 
     @abstractmethod
-    def without_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
+    def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
         """Take the delta of a kind that has one off a grafted model, and leave the head.
 
         Args:

@@ -54,7 +54,7 @@ def graft_masked(job: Job, options: Masking) -> None:
 
     check_transformable(job.adaptation)
     evidence = gather(job, options.labels)
-    bare = job.adaptation.family.without_delta(job.grafted(), job.upgrade, job.rows)
+    bare = job.adaptation.family.remove_delta(job.grafted(), job.upgrade, job.rows)
     gradients = _gradients(bare, evidence, job)
     rows, counts = job.rows, list[tuple[int, int]]()
     sides = zip(rows.new_row_indices, rows.tuned_row_indices, rows.old_row_indices, strict=True) if rows else ()

@@ -182,7 +182,7 @@ class Adapter(Family):
         """Refuse: it is no change of its base's tensors."""
         raise KindError(f"{adaptation.path}: a {adaptation.kind} has no deltas of its base's tensors.")
 
-    def without_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
+    def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
         """Refuse: there is none."""
         raise KindError(f"{upgrade.new.path}: what is put on it has no deltas of the base's tensors.")
 

@@ -160,7 +160,7 @@ class Full(Family):
     def check_linear(self, adaptation: Adaptation) -> None:
         """Accept it: each of its tensors has a delta."""
 
-    def without_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
+    def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
         """Copy the new base's tensors into the body; tokens that the fine-tune alone has keep their rows."""
         import torch
 

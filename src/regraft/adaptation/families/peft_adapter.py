@@ -111,7 +111,7 @@ class Peft(Adapter):
         (into / "README.md").unlink(missing_ok=True)  # the outcome has a model card with figures in it
         write_settings(into, json.loads((into / ADAPTER_CONFIG).read_text(encoding="utf-8")))
 
-    def without_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
+    def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
         """Have PEFT take the adapter off."""
         return model.unload()
 
