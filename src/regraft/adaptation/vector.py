@@ -81,7 +81,7 @@ def pieces(vector: Vector) -> Iterator[tuple[str, int, int]]:
             yield name, start, min(CHUNK_ELEMENTS, count - start)
 
 
-def check_alike(vector: Vector, like: Vector) -> None:
+def check_same_layout(vector: Vector, like: Vector) -> None:
     """Refuse a vector whose numbers stand for something else.
 
     Args:

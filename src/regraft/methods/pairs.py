@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.adaptation import load_adaptation
-from regraft.adaptation.vector import check_alike
+from regraft.adaptation.vector import check_same_layout
 from regraft.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def open_alike(folder: str, base: Base, like: Vector) -> tuple[Adaptation, Vecto
     other = load_adaptation(folder)
     other.check_base(base)
     vector = other.family.vector(other, base)
-    check_alike(vector, like)
+    check_same_layout(vector, like)
     return other, vector
 
 
