@@ -42,7 +42,7 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
     return Head(task_type, tuple(f"LABEL_{i}" for i in range(sizes.pop())))
 
 
-def check_type(adaptation: Adaptation, task: Task) -> None:
+def check_task_type(adaptation: Adaptation, task: Task) -> None:
     """Refuse an adaptation that is for another type of task.
 
     Args:

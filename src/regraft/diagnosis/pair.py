@@ -7,7 +7,14 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import Adaptation, check_compatibility, check_type, load_adaptation, load_model, write_graft
+from regraft.adaptation import (
+    Adaptation,
+    check_compatibility,
+    check_task_type,
+    load_adaptation,
+    load_model,
+    write_graft,
+)
 from regraft.adaptation.tokens import with_adaptation_tokens
 from regraft.checkpoint import temporary_folder
 from regraft.errors import MismatchError
@@ -170,7 +177,7 @@ def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
     """
     adaptation = load_adaptation(path)
     adaptation.check_base(base)
-    check_type(adaptation, data.task)
+    check_task_type(adaptation, data.task)
     if data.labels and adaptation.labels is not None and tuple(adaptation.labels) != tuple(data.labels):
         raise MismatchError(
             f"{path}: its head has the labels {', '.join(adaptation.labels[:8])}, but the old head has "

@@ -14,7 +14,7 @@ from regraft.adaptation import (
     HeadPolicy,
     Outcome,
     check_compatibility,
-    check_type,
+    check_task_type,
     find_outcome,
     load_adaptation,
     load_model,
@@ -108,7 +108,7 @@ def recycle(
     if head not in data.task.head_policies:
         raise RecipeError(f"the head of a {data.task.type} is {' or '.join(data.task.head_policies)}, found {head}.")
     if head != "fresh":
-        check_type(adaptation, data.task)
+        check_task_type(adaptation, data.task)
     if head == "copy":
         data = match_labels(adaptation, data)
     inputs: dict[str, Any] = {

@@ -6,7 +6,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import check_type, fresh_model
+from regraft.adaptation import check_task_type, fresh_model
 from regraft.errors import MismatchError
 from regraft.model.batches import for_each_batch, predict
 from regraft.model.device import device
@@ -182,7 +182,7 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
     Raises:
         MismatchError: The head has other labels, or is for another task type.
     """
-    check_type(adaptation, data.task)
+    check_task_type(adaptation, data.task)
     if not data.labels:
         return data
     if adaptation.labels is None:
