@@ -66,7 +66,7 @@ class Vector:
         return numbers - flat_slice(self.base[0], self.base[1][name], start, count).double()
 
 
-def pieces(vector: Vector) -> Iterator[tuple[str, int, int]]:
+def chunks(vector: Vector) -> Iterator[tuple[str, int, int]]:
     """Cut a vector into pieces.
 
     Args:

@@ -70,13 +70,13 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
     """Return the weight of each pair in what the vector is mapped to, and note how far the map can be trusted."""
     import torch
 
-    from regraft.adaptation.vector import pieces
+    from regraft.adaptation.vector import chunks
     from regraft.weights import leave_one_out_errors, project
 
     count = len(pairs)
     gram, targets = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
     cross, apart, norms = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
-    todo = list(pieces(vector))
+    todo = list(chunks(vector))
     for done, (name, start, size) in enumerate(todo, 1):
         old = torch.stack([first.flat_slice(name, start, size) for first, _ in pairs])
         new = torch.stack([second.flat_slice(name, start, size) for _, second in pairs])
