@@ -228,7 +228,7 @@ class Family(ABC):
         """Apply a rule to every delta of an adaptation, as `write_transform` describes."""
 
     @abstractmethod
-    def substitute(
+    def replace_vector(
         self,
         adaptation: Adaptation,
         upgrade: Upgrade,

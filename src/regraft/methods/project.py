@@ -130,7 +130,9 @@ def _write(job: Job, names: Collection[str], numbers: Callable[[str], torch.Tens
     adaptation, upgrade = job.adaptation, job.upgrade
 
     def write(into: Path) -> None:
-        carried = adaptation.family.substitute(adaptation, upgrade, names, numbers, job.progress, replace=job.replace)
+        carried = adaptation.family.replace_vector(
+            adaptation, upgrade, names, numbers, job.progress, replace=job.replace
+        )
         job.notes.update(write_carried_adaptation(adaptation, upgrade, carried, into, job.progress))
 
     job.fill(write)

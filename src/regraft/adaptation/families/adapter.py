@@ -186,7 +186,7 @@ class Adapter(Family):
         """Refuse: there is none."""
         raise KindError(f"{upgrade.new.path}: what is put on it has no deltas of the base's tensors.")
 
-    def substitute(
+    def replace_vector(
         self,
         adaptation: Adaptation,
         upgrade: Upgrade,

@@ -115,7 +115,7 @@ class Full(Family):
         body = self._body(adaptation, upgrade, rule_of, elementwise=False)
         return CarriedAdaptation(body, _grafted_config(adaptation, upgrade))
 
-    def substitute(
+    def replace_vector(
         self,
         adaptation: Adaptation,
         upgrade: Upgrade,
