@@ -283,7 +283,7 @@ class Family(ABC):
             KindError: Nothing is left of it.
         """
 
-    def tuned_body(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]] | None:
+    def tuned_body_tensors(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]] | None:
         """Return what the body's tensors became by tuning.
 
         Args:

@@ -148,12 +148,12 @@ class Full(Family):
 
     def vector(self, adaptation: Adaptation, base: Base) -> Vector:
         """See the deltas of the body's tensors as a vector."""
-        tensors, names = self.tuned_body(adaptation, base)
+        tensors, names = self.tuned_body_tensors(adaptation, base)
         shared = {inner: stored for inner, stored in names.items() if inner in base.body}
         subtracted = (base.checkpoint, base.body)
         return Vector(str(adaptation.path), adaptation.kind, adaptation.fingerprint, tensors, {}, subtracted, shared)
 
-    def tuned_body(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]]:
+    def tuned_body_tensors(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]]:
         """Return the checkpoint, and which of its tensors are the body's."""
         return adaptation.checkpoint, body_names(adaptation.checkpoint, old.architecture)
 

@@ -92,7 +92,7 @@ class Lora(Peft):
             carried, tensors=transform_factors(carried.tensors, updates, upgrade, rule, progress)
         )
 
-    def tuned_body(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]] | None:
+    def tuned_body_tensors(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]] | None:
         """Merge it into the base; None of one that is more than a change of weights."""
         if any(adaptation.config.get(key) for key in CANNOT_MERGE):
             return None
