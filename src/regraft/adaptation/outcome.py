@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.load import load_adaptation
-from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome
+from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome_record
 from regraft.checkpoint import check_output_path, publish, read_json, read_json_lines, to_json, write_atomic
 from regraft.checkpoint.record import plain_text
 from regraft.errors import CheckpointError, OutcomeError, RegraftError
@@ -141,7 +141,7 @@ def load_outcome(path: str | Path) -> Outcome:
         content = read_json(file)
     except CheckpointError as error:
         raise OutcomeError(f"{path}: is no outcome folder ({error}). Choose another, or remove it.") from error
-    return Outcome(Path(path), read_outcome(content, str(file)))
+    return Outcome(Path(path), read_outcome_record(content, str(file)))
 
 
 def write_outcome(
@@ -172,7 +172,7 @@ def write_outcome(
         write_atomic(staging / name, "".join(to_json(row, name) + "\n" for row in rows))
     write_atomic(staging / "README.md", _card(record))
     publish(staging, out)
-    return Outcome(out, read_outcome(json.loads(content), "outcome.json"))
+    return Outcome(out, read_outcome_record(json.loads(content), "outcome.json"))
 
 
 def versions() -> dict[str, str]:

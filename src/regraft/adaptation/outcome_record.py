@@ -159,7 +159,7 @@ class OutcomeRecord:
     schema: int = SCHEMA
 
 
-def read_outcome(content: dict[str, Any], file: str) -> OutcomeRecord:
+def read_outcome_record(content: dict[str, Any], file: str) -> OutcomeRecord:
     """Read the record of an outcome.
 
     Args:

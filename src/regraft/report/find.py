@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Outcome, is_right
-from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome
+from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome_record
 from regraft.checkpoint import read_json, read_json_lines
 from regraft.diagnosis import Diagnosis, read_diagnosis
 from regraft.errors import CheckpointError, OutcomeError
@@ -76,7 +76,7 @@ def find_inputs(folders: Sequence[str | Path]) -> ReportInputs:
             visited.add(resolved)
             if OUTCOME_FILE in file_names:
                 file = folder / OUTCOME_FILE
-                inputs.runs.append(_load_run(folder, read_outcome(_read_sanitised(file), str(file))))
+                inputs.runs.append(_load_run(folder, read_outcome_record(_read_sanitised(file), str(file))))
             if COMPARISON_FILE in file_names:
                 file = folder / COMPARISON_FILE
                 inputs.comparisons[folder] = read_comparison(_read_sanitised(file), str(file))
