@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Family
 
 FULL, PEFT, PROMPT, BOTTLENECKS = Full(), Peft(), Prompt(), Bottlenecks()
-OF_TYPES: dict[str, Family] = {  # by `peft_type`, those that differ from PEFT's others
+FAMILY_BY_PEFT_TYPE: dict[str, Family] = {  # by `peft_type`, those that differ from PEFT's others
     "BOTTLENECK": BOTTLENECKS, "LORA": Lora(), "PREFIX_TUNING": Prefix(), "P_TUNING": PTuning(),
 }  # fmt: skip
 
@@ -31,8 +31,8 @@ def family_of(peft_type: str) -> Family | None:
     from peft.config import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    if peft_type in OF_TYPES:
-        return OF_TYPES[peft_type]
+    if peft_type in FAMILY_BY_PEFT_TYPE:
+        return FAMILY_BY_PEFT_TYPE[peft_type]
     config = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)  # type: ignore[call-overload]
     return config and (PROMPT if issubclass(config, PromptLearningConfig) else PEFT)
 
