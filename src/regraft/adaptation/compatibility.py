@@ -129,7 +129,7 @@ def config_of(adaptation: Adaptation) -> PretrainedConfig:
     return read_config(adaptation.checkpoint)
 
 
-def check_beside_body(adaptation: Adaptation, base: Base) -> None:
+def check_unplaced_tensors(adaptation: Adaptation, base: Base) -> None:
     """Refuse a full fine-tune that stores a tensor twice or under a name that transformers only guesses.
 
     Args:

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import CarriedAdaptation, Family
-from regraft.adaptation.compatibility import check_beside_body, check_body, check_computation, config_of
+from regraft.adaptation.compatibility import check_body, check_computation, check_unplaced_tensors, config_of
 from regraft.adaptation.strict import load_strictly
 from regraft.adaptation.tokens import match_token_rows
 from regraft.adaptation.vector import Vector
@@ -67,7 +67,7 @@ class Full(Family):
         auto = getattr(transformers, head.type.auto_class)
         model, _ = load_strictly(auto, adaptation.path, None, dtype="float32")
         check_body(adaptation, base)
-        check_beside_body(adaptation, base)
+        check_unplaced_tensors(adaptation, base)
         _check_tokens(adaptation, model, base)
         if model.config.num_labels != head.num_outputs:
             raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, head))
