@@ -26,7 +26,7 @@ WIDEST = 4  # a larger adapter has more numbers than the layer that it is put on
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class AdapterSize:
     """What adapters are for, and how large they are made.
 
     Args:
@@ -76,7 +76,7 @@ def new_config(
     for what, number in (("a LoRA's rank", rank), ("a bottleneck's inner size", inner_size)):
         if number > WIDEST * widest:
             raise RecipeError(f"{what} is up to {WIDEST} times the width of {base.path}, {widest:,}; found {number:,}.")
-    return set_up(base, Setting(head.type.peft_type, rank, inner_size, virtual_tokens))
+    return set_up(base, AdapterSize(head.type.peft_type, rank, inner_size, virtual_tokens))
 
 
 def kind_of(peft_type: str) -> str:
@@ -121,7 +121,7 @@ def settings(config: Config | None) -> Mapping[str, Any] | None:
     }
 
 
-def _lora(base: Base, setting: Setting, **variant: Any) -> Config:
+def _lora(base: Base, setting: AdapterSize, **variant: Any) -> Config:
     from peft import LoraConfig
 
     turned = any(type(module).__name__ == "Conv1D" for module in base.bare.modules())  # GPT-2's weights are [in, out]
@@ -135,7 +135,7 @@ def _lora(base: Base, setting: Setting, **variant: Any) -> Config:
     )
 
 
-def _ia3(base: Base, setting: Setting) -> Config:
+def _ia3(base: Base, setting: AdapterSize) -> Config:
     from peft import IA3Config
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
@@ -151,14 +151,14 @@ def _ia3(base: Base, setting: Setting) -> Config:
     )
 
 
-def _layernorm(base: Base, setting: Setting) -> Config:
+def _layernorm(base: Base, setting: AdapterSize) -> Config:
     from peft import LNTuningConfig
 
     norms = {n.rpartition(".")[2] for n, module in base.bare.named_modules() if "Norm" in type(module).__name__}
     return LNTuningConfig(task_type=setting.task_type, target_modules=sorted(norms))
 
 
-def _prefix(base: Base, setting: Setting) -> Config:
+def _prefix(base: Base, setting: AdapterSize) -> Config:
     from peft import PrefixTuningConfig
 
     if "past_key_values" not in inspect.signature(base.bare.forward).parameters:
@@ -166,13 +166,13 @@ def _prefix(base: Base, setting: Setting) -> Config:
     return PrefixTuningConfig(task_type=setting.task_type, **_virtual(base, setting))
 
 
-def _prompt(base: Base, setting: Setting) -> Config:
+def _prompt(base: Base, setting: AdapterSize) -> Config:
     from peft import PromptTuningConfig
 
     return PromptTuningConfig(task_type=setting.task_type, **_virtual(base, setting))
 
 
-def _virtual(base: Base, setting: Setting) -> dict[str, Any]:
+def _virtual(base: Base, setting: AdapterSize) -> dict[str, Any]:
     """Return the number of virtual tokens, and sizes of the model where PEFT does not find them."""
     if setting.virtual_tokens >= base.longest:
         raise RecipeError(
@@ -188,13 +188,13 @@ def _virtual(base: Base, setting: Setting) -> dict[str, Any]:
     return fields
 
 
-def _bottleneck(base: Base, setting: Setting, placement: str) -> Config:
+def _bottleneck(base: Base, setting: AdapterSize, placement: str) -> Config:
     from regraft.adaptation.bottleneck import BottleneckConfig
 
     return BottleneckConfig(inner_size=setting.inner_size, placement=placement, task_type=setting.task_type)
 
 
-SET_UPS: dict[str, Callable[[Base, Setting], Config] | None] = {
+SET_UPS: dict[str, Callable[[Base, AdapterSize], Config] | None] = {
     "full": None,
     "lora": _lora,
     "rslora": functools.partial(_lora, use_rslora=True),
