@@ -47,8 +47,8 @@ def same(first, second):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr("regraft.checkpoint.writer.PIECE", 100)
-    monkeypatch.setattr("regraft.checkpoint.derived.PIECE", 100)
+    monkeypatch.setattr("regraft.checkpoint.writer.CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("regraft.checkpoint.derived.CHUNK_ELEMENTS", 100)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -173,7 +173,7 @@ def test_an_interrupted_write_goes_on_from_its_shard(tmp_path, bases):
 def test_a_full_disk_is_foreseen(tmp_path, bases, monkeypatch):
     old = Checkpoint.open(bases["bert"][0])
     plan = plan_checkpoint(old, tmp_path / "deep" / "out")
-    assert plan.disk == plan.read == sum(t.numel() * t.element_size() for t in old.values())
+    assert plan.disk_bytes == plan.read_bytes == sum(t.numel() * t.element_size() for t in old.values())
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(CheckpointError, match=r"bytes are to be written, the disk has 1,000 left"):

@@ -1,4 +1,4 @@
-"""What tuning left behind, whatever its kind, and what each family of such adaptations knows to do with it."""
+"""An adaptation of any kind, and the interface of the families of adaptations."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Adaptation:
     Args:
         path: A plain transformers folder (full fine-tune) or PEFT folder (all other kinds).
         kind: `full`, `lora`, `ia3`, `prefix`, `prompt`, `layernorm`, `bottleneck`, or PEFT's name of another type.
-        family: What is done with adaptations of this kind.
-        labels: The label names in the order of the head's outputs; None if the folder does not tell.
-        base: The fingerprint of the base it was tuned on; None if it was made elsewhere.
-        checkpoint: Its tensors, unread.
-        config: The content of its `config.json` or `adapter_config.json`.
-        task_type: The name of the type of task that it is for; None if it was made elsewhere, or by regraft 0.1.
+        family: The operations on adaptations of this kind.
+        labels: The label names in the order of the head's outputs; None if the folder does not record them.
+        base: The fingerprint of the base it was tuned on; None if another tool wrote it.
+        checkpoint: The tensors, which are read when they are used.
+        config: The content of `config.json` or `adapter_config.json`.
+        task_type: The name of its task type; None if another tool or regraft 0.1 wrote it.
     """
 
     path: Path
@@ -63,42 +63,42 @@ class Adaptation:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Which weights these are."""
+        """The fingerprint of the weights."""
         return fingerprint(self.checkpoint)
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Its own tokenizer, which may have tokens that its base's has not; None if its folder holds none."""
+        """The tokenizer in its folder, which may have tokens that its base's lacks; None if there is none."""
         return read_tokenizer(self.path) if has_tokenizer(self.path) else None
 
     @property
     def variant(self) -> str:
-        """Its kind, a DoRA told from a LoRA."""
+        """The kind, where a DoRA is `dora` rather than `lora`."""
         return "dora" if self.config.get("use_dora") else self.kind
 
     @property
     def changed_base(self) -> bool:
-        """Whether its start was taken out of its base, as PiSSA's: it means nothing without that base."""
+        """Whether its initialisation changed its base, as PiSSA's does: it has no meaning on another base."""
         return self.family.changed_base(self.config)
 
     @property
     def virtual_tokens(self) -> int:
-        """How many tokens it puts before every input."""
+        """The number of virtual tokens that it puts before each input."""
         return self.family.virtual_tokens(self.config)
 
     def check_base(self, base: Base, *, force: bool = False) -> Lineage:
-        """Refuse a base that is not the one this was tuned on.
+        """Check that this was tuned on a base.
 
         Args:
-            base: The base in hand.
-            force: Take it in spite of that.
+            base: The base.
+            force: Whether to accept another base.
 
         Returns:
-            `proven` if the recorded fingerprint is the base's, `unproven` if none is recorded, `forced` if it is
-            another one and that was wanted.
+            `proven` if the recorded fingerprint is the base's, `unproven` if none is recorded, `forced` if another one
+            is recorded and `force` is set.
 
         Raises:
-            MismatchError: The recorded fingerprint is another one, or the revision is.
+            MismatchError: It records the fingerprint or the revision of another base.
         """
         if self.base in (base.fingerprint, base.stored_fingerprint):
             return "proven"
@@ -106,32 +106,30 @@ class Adaptation:
         name, _, revision = base.name.partition("@")
         recorded = str(self.config.get("revision") or "")
         if self.base and base.made_from == self.base:
-            problem = (
-                f"it was tuned on the base that {base.path} was pre-trained from: give {base.path} as the new base"
-            )
+            problem = f"it was tuned on the base that {base.path} was pre-trained from, so {base.path} is the new base"
         elif self.base:
-            problem = f"it records the base {self.base}, and this one is {base.fingerprint}"
+            problem = f"it records the base {self.base}, but this one is {base.fingerprint}"
         elif recorded and revision and recorded != revision and self.config.get("base_model_name_or_path") == name:
-            problem = f"it records revision {recorded} of {name}, and this is {revision}"
+            problem = f"it records revision {recorded} of {name}, but this one is {revision}"
         if problem and not force:
             raise MismatchError(
-                f"{self.path} was not tuned on {base.path}: {problem}. Give the base it was tuned on (or --force)."
+                f"{self.path} was not tuned on {base.path}: {problem}. Give the base it was tuned on, or --force."
             )
         if problem:
-            logger.warning("%s was not tuned on %s: %s. Used by force.", self.path, base.path, problem)
+            logger.warning("%s was not tuned on %s: %s. Used because of --force.", self.path, base.path, problem)
             return "forced"
-        logger.warning("%s does not record its base: that it was tuned on %s is unproven.", self.path, base.path)
+        logger.warning("%s does not record its base, so it is unproven that it was tuned on %s.", self.path, base.path)
         return "unproven"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CarriedAdaptation:
-    """What an adaptation became on another base.
+    """The content of an adaptation that was carried over to another base.
 
     Args:
-        tensors: By stored name.
-        settings: The content of its `config.json` or `adapter_config.json`.
-        replaced: The names of an adapter's tensors that were grafted in place of the base's.
+        tensors: The tensors by stored name.
+        settings: The content of `config.json` or `adapter_config.json`.
+        replaced: Of an adapter, the names of the grafted tensors that it stores in place of the base's.
     """
 
     tensors: Tensors
@@ -140,85 +138,96 @@ class CarriedAdaptation:
 
 
 class Family(ABC):
-    """How the adaptations of a family are loaded, saved and grafted, and what their deltas are; it holds no state."""
+    """The operations on a family of adaptations: loading, saving, grafting, and their deltas. A family has no state."""
 
     tunes_base: ClassVar[bool] = False
-    """Whether the base's own tensors are tuned, so that a delta is tuned − base, tensor by tensor."""
+    """Whether the base's own tensors are tuned, so that the delta is tuned − base, tensor by tensor."""
 
     @abstractmethod
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
-        """Return the types of task that an adaptation of these settings can be for."""
+        """Return the task types that an adaptation with these settings can belong to."""
 
     def virtual_tokens(self, config: Mapping[str, Any]) -> int:
-        """Return how many tokens an adaptation of these settings puts before every input."""
+        """Return the number of virtual tokens that an adaptation with these settings puts before each input."""
         return 0
 
     def changed_base(self, config: Mapping[str, Any]) -> bool:
-        """Return whether an adaptation of these settings took its start out of its base."""
+        """Return whether the initialisation of an adaptation with these settings changed its base."""
         return False
 
     @abstractmethod
     def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> Any:
-        """Read how an adaptation was set up.
+        """Read an adaptation's config.
 
         Args:
-            adaptation: The tuned weights.
-            afresh: Whether a fresh one like it is made: a start that needs data is then replaced by the usual one.
+            adaptation: The adaptation.
+            afresh: Whether the config is for a new adapter like it: an initialisation that needs data is then replaced
+                by PEFT's default.
 
         Returns:
-            PEFT's config, or ours; None of a full fine-tune.
+            PEFT's or regraft's config; None for a full fine-tune.
 
         Raises:
-            CheckpointError: PEFT cannot read it.
+            CheckpointError: PEFT cannot read the config.
         """
 
     @abstractmethod
     def attach(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
-        """Put a fresh adapter on a model that has a fresh head: the function `attach` says how."""
+        """Implement the function `attach`."""
 
     def start(self, model: Any) -> Tensors:
-        """Copy what an adapter took out of its base, before the first step: the function `initial_factors` says how."""
+        """Implement the function `initial_factors`."""
         return {}
 
     @abstractmethod
     def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
-        """Load an adaptation as a model, wholly or not at all: the function `load_model` says how."""
+        """Implement the function `load_model`."""
 
     @abstractmethod
     def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
-        """Write a tuned model's tensors and settings: the function `save_model` says how."""
+        """Write a tuned model's tensors and settings; see the function `save_model`."""
 
     @abstractmethod
     def write(self, into: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
-        """Write tensors by stored name, and settings, into a folder as plain transformers or PEFT reads them."""
+        """Write tensors and settings as a plain transformers or PEFT folder.
+
+        Args:
+            into: The folder.
+            tensors: The tensors by stored name.
+            settings: The content of `config.json` or `adapter_config.json`.
+            progress: Called for each tensor.
+        """
 
     def settings_for_head(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
-        """Return settings with another head; an adapter's name none, and stay what they are."""
+        """Return settings for another head. Those of an adapter do not depend on the head."""
         return settings
 
     @abstractmethod
     def check_bodies(self, adaptation: Adaptation, upgrade: Upgrade) -> None:
-        """Refuse an adaptation that stores another body than the bases', before anything is loaded."""
+        """Check that the stored body has the tensors of both bases, before anything is loaded."""
 
     @abstractmethod
     def report_no_effect(self, adaptation: Adaptation, base: Base, texts: int) -> None:
-        """Warn of an adaptation that changes nothing its base computes for some texts, or refuse it if an adapter."""
+        """Report that an adaptation does not change its base's hidden states: a warning, or an error for an adapter.
+
+        Args:
+            adaptation: The adaptation.
+            base: Its base.
+            texts: The number of texts for which they were compared.
+        """
 
     @abstractmethod
     def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> CarriedAdaptation:
-        """Put an adaptation onto the new base: new + (tuned − old), or the same adapter.
+        """Graft an adaptation onto the new base: new + (tuned − old), or the same adapter.
 
         Args:
-            adaptation: What was tuned on `upgrade.old`.
+            adaptation: An adaptation of `upgrade.old`.
             upgrade: The two bases.
-            replace: Whether an adapter's tensors take the place of the new base's as they are stored.
-
-        Returns:
-            What it is there.
+            replace: Whether the tensors that an adapter stores in place of the base's are copied, not grafted.
 
         Raises:
-            CheckpointError: Its start cannot be found again from the base alone.
-            MismatchError: A tensor has another shape than the base's, or the new base lacks the old one's pooler.
+            CheckpointError: Its initialisation cannot be reproduced from the base alone.
+            MismatchError: A tensor's shape differs from the base's, or the new base lacks the old one's pooler.
         """
 
     @abstractmethod
@@ -233,28 +242,25 @@ class Family(ABC):
         adaptation: Adaptation,
         upgrade: Upgrade,
         names: Collection[str],
-        numbers: Callable[[str], torch.Tensor],
+        read_tensor: Callable[[str], torch.Tensor],
         progress: Progress,
         *,
         replace: bool = False,
     ) -> CarriedAdaptation:
-        """Put an adaptation onto the new base with other numbers in its vector.
+        """Graft an adaptation onto the new base with another vector in place of its own.
 
         Args:
-            adaptation: What was tuned on `upgrade.old`.
+            adaptation: An adaptation of `upgrade.old`.
             upgrade: The two bases.
-            names: Those of the vector.
-            numbers: Returns a tensor of the vector by its name there.
-            progress: Told of each tensor.
+            names: The names of the vector's tensors.
+            read_tensor: Returns a tensor of the new vector by its name.
+            progress: Called for each tensor.
             replace: As for `graft`.
-
-        Returns:
-            What it is there.
         """
 
     @abstractmethod
     def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
-        """Name the stored tensors that one of the bases lacks, as pre-training left them out, and that are copied."""
+        """Return the names of stored tensors that only one base has, such as a pooler; they are copied."""
 
     @abstractmethod
     def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
@@ -262,86 +268,87 @@ class Family(ABC):
 
     @abstractmethod
     def num_embedding_rows(self, adaptation: Adaptation, base: Base) -> int | None:
-        """Count the rows of the embeddings that an adaptation stores; None if it stores none."""
+        """Return the number of rows of the stored embeddings; None if no embeddings are stored."""
 
     @abstractmethod
     def has_token_rows(self, adaptation: Adaptation) -> bool:
-        """Return whether numbers of an adaptation's vector belong to single tokens."""
+        """Return whether an adaptation's vector has tensors with a row for each token."""
 
     @abstractmethod
     def vector(self, adaptation: Adaptation, base: Base) -> Vector:
-        """See an adaptation as a vector, without its head and what an adapter stores in place of its base's tensors.
+        """Return an adaptation as a vector, without its head and the tensors stored in place of its base's.
 
         Args:
-            adaptation: The tuned weights.
-            base: The base they were tuned on.
+            adaptation: The adaptation.
+            base: The base it was tuned on.
 
         Returns:
-            The vector; nothing has been read of it but where a LoRA's start had to be found.
+            The vector, whose tensors are read when they are used.
 
         Raises:
-            KindError: Nothing is left of it.
+            KindError: The vector is empty.
         """
 
     def tuned_body_tensors(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]] | None:
-        """Return what the body's tensors became by tuning.
+        """Return the tuned tensors of the body.
 
         Args:
-            adaptation: The tuned weights.
-            old: The base they were tuned on.
+            adaptation: The adaptation.
+            old: The base it was tuned on.
 
         Returns:
-            The tensors, and their names by the inner ones; None of a kind that is no change of its base's tensors.
+            The tensors, and their names by the names inside the body; None for kinds that do not change the base's
+            tensors.
         """
         return None
 
     @abstractmethod
     def check_linear(self, adaptation: Adaptation) -> None:
-        """Refuse an adapter that adds to more than the weights of linear layers."""
+        """Check that an adapter changes the weights of linear layers only."""
 
     @abstractmethod
     def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
-        """Take the delta of a kind that has one off a grafted model, and leave the head.
+        """Remove the delta from a grafted model; the head stays.
 
         Args:
-            model: The adaptation put on the new base; it may be changed.
+            model: The grafted model, which may be modified.
             upgrade: The two bases.
-            rows: How the rows of the vocabularies match, if they are not the same.
+            rows: How the rows of the vocabularies match; None if they are the same.
 
         Returns:
-            The new base under the old head.
+            The new base with the old head.
         """
 
     def rule_tensors(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
-        """Give parameters of the body in memory the names by which the rule of `rework` is asked for them."""
+        """Return parameters of the body under the names that the rule of `transform` gets."""
         return tensors
 
     @abstractmethod
     def tunes_module_weight(self, module: str, base: Base) -> bool:
-        """Return whether the own weight of a module of the model is tuned, rather than something beside it."""
+        """Return whether a module's own weight is tuned, rather than an adapter on it."""
 
     def proportional_parameter(self, parameter: str, model: Any) -> str | None:
-        """Name the base's parameter that changes in proportion to a parameter of the model; None if none does."""
+        """Return the name of the base's parameter whose delta is proportional to a parameter of the model, if any."""
         return None
 
     @abstractmethod
     def parameter_names(self, model: Any) -> dict[str, str]:
-        """Return the name of a model's parameter by the name under which it is stored."""
+        """Return the names of a model's parameters by their stored names."""
 
     @abstractmethod
     def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
         """Merge an adaptation into its base.
 
         Args:
-            adaptation: The tuned weights.
-            model: These as a model; it may be changed.
-            old: The base they were tuned on.
+            adaptation: The adaptation.
+            model: The adaptation as a model, which may be modified.
+            old: The base it was tuned on.
             head: Its head.
 
         Returns:
-            A full fine-tune that computes the same; the same model if it is one.
+            A full fine-tune that computes the same; the same model if it is one already.
 
         Raises:
             MismatchError: It changes nothing in its base.
-            RecipeError: It works beside the weights of its base, or PEFT cannot merge it.
+            RecipeError: It does not change weights of its base, or PEFT cannot merge it.
         """

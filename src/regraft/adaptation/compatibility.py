@@ -1,4 +1,4 @@
-"""Whether tuned weights belong to a base, told from names, shapes and settings alone, before any number is read."""
+"""Checks that an adaptation belongs to a base, by names, shapes and settings, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -21,29 +21,32 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation
     from regraft.base import Base
 
-# settings of a model that change what it computes, and the shape of no tensor
-COMPUTING = re.compile(
+# settings that change what a model computes, but not the shape of a tensor
+COMPUTATION_SETTINGS = re.compile(
     r"heads$|^n_head$|head_dim|^(hidden_)?act(ivation)?(_fn|_function)?$|eps(ilon)?$|^rope_|rotary|position_embedding|"
     r"sliding|attention_window|soft_?cap|multiplier|scal(e|ing)|^is_decoder$"
 )
-# settings that classes of transformers 5 ignore, with the value of what they now do
-NEUTRAL = {"position_embedding_type": "absolute"}
-# settings that transformers 5 reads into `rope_parameters`, by the name that they have in it
-ROTARY = {
-    "rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "partial_rotary_factor": "partial_rotary_factor",
-    "rotary_pct": "partial_rotary_factor", "rope_scaling": None,
-}  # fmt: skip
+# settings that classes of transformers 5 ignore, with the value that describes what they compute
+IGNORED_SETTINGS = {"position_embedding_type": "absolute"}
+# settings that transformers 5 moves into `rope_parameters`, with their names in it
+ROTARY_SETTINGS = {
+    "rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor",
+    "rope_scaling": None,
+}
 
 
 def check_body(adaptation: Adaptation, base: Base) -> None:
-    """Refuse a full fine-tune whose body has other tensors than its base, or another size.
+    """Check that the body of a full fine-tune has the tensors of a base, in their shapes.
 
     Args:
-        adaptation: A full fine-tune.
-        base: Its base.
+        adaptation: The full fine-tune.
+        base: The base.
 
     Raises:
-        MismatchError: A tensor of one has no counterpart in the other, or another shape there.
+        MismatchError: A tensor of one has no counterpart in the other, or the shapes differ.
     """
     tuned, body = adaptation.checkpoint, base.body
     for name in body_names(tuned, architecture_of(config_of(adaptation))).values():
@@ -59,116 +62,108 @@ def check_body(adaptation: Adaptation, base: Base) -> None:
             )
         if inner not in body or base.checkpoint.tensors[body[inner]].shape == tuned.tensors[name].shape:
             continue
-        if inner not in base.architecture.by_token:  # those are matched by token
+        if inner not in base.architecture.by_token:  # rows are matched by token
             raise MismatchError(
                 f"{adaptation.path}: tensor {name!r} has shape {tuned.tensors[name].shape}, in {base.path} it has "
                 f"{base.checkpoint.tensors[body[inner]].shape}. Was it tuned on that base?"
             )
-    lost = sorted(inner for inner in body if inner not in inner_names and not is_optional(inner))
-    if lost:
+    missing = sorted(inner for inner in body if inner not in inner_names and not is_optional(inner))
+    if missing:
         raise MismatchError(
-            f"{adaptation.path}: {len(lost)} tensors of {base.path} are not in it (or not as floating-point numbers): "
-            f"{', '.join(lost[:4])}. Was it tuned on that base?"
+            f"{adaptation.path}: lacks {len(missing)} tensors of {base.path}, or does not store them as floating-point "
+            f"numbers: {', '.join(missing[:4])}. Was it tuned on that base?"
         )
 
 
 def check_computation(adaptation: Adaptation, base: Base) -> None:
-    """Refuse a full fine-tune whose `config.json` would have its body compute otherwise than its base does.
+    """Check that the `config.json` of a full fine-tune makes its body compute as its base does.
 
     Args:
-        adaptation: A full fine-tune.
+        adaptation: The full fine-tune.
         base: Its base.
 
     Raises:
         CheckpointError: transformers cannot read the config.
-        MismatchError: A setting differs that no tensor's shape tells of, as the number of attention heads.
+        MismatchError: A setting differs that no tensor's shape depends on, such as the number of attention heads.
     """
     if differing := differing_settings(config_of(adaptation), adaptation.path, base.config, base.path):
         raise MismatchError(
-            f"{adaptation.path}/config.json does not go with {base.path}: {'; '.join(differing[:4])}. The same weights "
-            "would compute something else. Was it tuned on that base?"
+            f"{adaptation.path}/config.json differs from that of {base.path}: {'; '.join(differing[:4])}. The same "
+            "weights would compute something else. Was it tuned on that base?"
         )
 
 
-def differing_settings(config: PretrainedConfig, folder: Path, other: PretrainedConfig, beside: Path) -> list[str]:
-    """Say in which settings two configs would have the same weights compute something else.
+def differing_settings(
+    config: PretrainedConfig, folder: Path, reference: PretrainedConfig, reference_folder: Path
+) -> list[str]:
+    """Describe the settings with which two configs make the same weights compute something else.
 
     Args:
         config: A config.
-        folder: The folder it is in.
-        other: The config that it is compared with.
-        beside: The folder of that one.
+        folder: Its folder.
+        reference: The config that it is compared with.
+        reference_folder: The folder of that config.
 
     Returns:
-        A phrase for each setting.
+        A phrase for each differing setting.
 
     Raises:
-        MismatchError: One of them has a setting that transformers no longer reads.
+        MismatchError: A config has a setting that transformers no longer supports.
     """
-    tuned, own = config.to_dict(), other.to_dict()
-    ignored = _ignored_settings(config, folder) | _ignored_settings(other, beside)
+    settings, expected = config.to_dict(), reference.to_dict()
+    ignored = _ignored_settings(config, folder) | _ignored_settings(reference, reference_folder)
     return [
-        f"{key} is {tuned.get(key)!r:.80}, not {own.get(key)!r:.80}"
-        for key in sorted(tuned.keys() | own.keys())
-        if COMPUTING.search(key) and key not in ignored and tuned.get(key) != own.get(key)
+        f"{key} is {settings.get(key)!r:.80}, not {expected.get(key)!r:.80}"
+        for key in sorted(settings.keys() | expected.keys())
+        if COMPUTATION_SETTINGS.search(key) and key not in ignored and settings.get(key) != expected.get(key)
     ]
 
 
 def config_of(adaptation: Adaptation) -> PretrainedConfig:
-    """Read the `config.json` of a full fine-tune with the defaults that it leaves out.
+    """Read the config of a full fine-tune, with its class's defaults.
 
     Args:
-        adaptation: A full fine-tune.
-
-    Returns:
-        Its config.
+        adaptation: The full fine-tune.
 
     Raises:
-        CheckpointError: Transformers cannot read it.
+        CheckpointError: transformers cannot read it.
     """
     return read_config(adaptation.checkpoint)
 
 
 def check_unplaced_tensors(adaptation: Adaptation, base: Base) -> None:
-    """Refuse a full fine-tune that stores a tensor twice or under a name that transformers only guesses.
+    """Check that each stored tensor of a full fine-tune is a different parameter of its class, or an obsolete buffer.
 
     Args:
-        adaptation: A full fine-tune.
+        adaptation: The full fine-tune.
         base: Its base.
 
     Raises:
-        CheckpointError: A tensor beside the body is none of the head.
+        CheckpointError: A tensor is no parameter of the class, is stored twice, or is not floating-point.
     """
-    head = class_of(adaptation.checkpoint)
-    strays, taken = [], set()
+    architecture = class_of(adaptation.checkpoint)
+    unplaced, parameters = [], set()
     for name, info in adaptation.checkpoint.tensors.items():
-        parameter = head.identify(name)
+        parameter = architecture.identify(name)
         if parameter is None:
             if BUFFER.search(name) or is_optional(base.architecture.identify(name) or ""):
                 continue
-            strays.append(name)
-        elif parameter in taken or info.dtype not in FLOATING:
-            strays.append(name)
-        taken.add(parameter)
-    if strays:
+            unplaced.append(name)
+        elif parameter in parameters or info.dtype not in FLOATING:
+            unplaced.append(name)
+        parameters.add(parameter)
+    if unplaced:
         raise CheckpointError(
-            f"{adaptation.path}: {len(strays)} tensors are without a place of their own in the model, or are no "
-            f"floating-point numbers: {', '.join(strays[:4])}. Load it with transformers and call save_pretrained."
+            f"{adaptation.path}: {len(unplaced)} tensors are no parameter of the model, are stored twice, or are not "
+            f"floating-point: {', '.join(unplaced[:4])}. Load it with transformers and call save_pretrained."
         )
 
 
 def _ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
-    """Name the settings that a config's class ignores, where they say what the class does anyway.
-
-    Args:
-        config: As transformers read it.
-        folder: The folder it is in.
-
-    Returns:
-        Their names.
+    """Return the names of settings that a config's class ignores, because they describe what it computes anyway.
 
     Raises:
-        MismatchError: One of them says otherwise: the weights were trained in a model that transformers no longer has.
+        MismatchError: A setting contradicts the class: the weights are of a model that transformers no longer has.
     """
     settings = config.to_dict()
     known = type(config)().to_dict()
@@ -176,11 +171,15 @@ def _ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
     ignored = set()
     for key in settings.keys() - known.keys():
         value = settings[key]
-        if key in NEUTRAL and value not in (None, NEUTRAL[key]):
+        if key in IGNORED_SETTINGS and value not in (None, IGNORED_SETTINGS[key]):
             raise MismatchError(
-                f"{folder}/config.json: {key} is {value!r:.80}, which transformers no longer reads: its class today "
-                f"computes what {NEUTRAL[key]!r} means, and these weights were not trained for that."
+                f"{folder}/config.json: {key} is {value!r:.80}, which transformers no longer supports: its class now "
+                f"computes {IGNORED_SETTINGS[key]!r}, for which these weights were not trained."
             )
-        if key in NEUTRAL or value is None or (key in ROTARY and value in (rotary, rotary.get(ROTARY[key]))):
+        if (
+            key in IGNORED_SETTINGS
+            or value is None
+            or (key in ROTARY_SETTINGS and value in (rotary, rotary.get(ROTARY_SETTINGS[key])))
+        ):
             ignored.add(key)
-    return ignored | {key for key in NEUTRAL if key not in known}
+    return ignored | {key for key in IGNORED_SETTINGS if key not in known}

@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 def fresh_model(base: Base, head: Head, seed: int) -> Any:
-    """Load a base with an untrained classification head.
+    """Load a base with an untrained head.
 
-    A decoder is given the tokenizer's padding token, for plain transformers to read batches right once it is saved.
+    A decoder's config gets the padding token, so that plain transformers reads batches correctly once it is saved.
 
     Args:
         base: The base.
         head: The task's head.
-        seed: What the head is drawn from.
+        seed: The seed of the head's initialisation.
 
     Returns:
-        The model, in float32 on the CPU; every tensor of the body comes from the base.
+        The model, in float32 on the CPU; all tensors of the body are the base's.
 
     Raises:
-        CheckpointError: A tensor of the body is missing, has another shape, or has no place in the model.
+        CheckpointError: A tensor of the body is missing, unexpected or of another shape.
     """
     model = fresh_parts(base, head, seed)[0]
     if base.is_decoder:
@@ -35,43 +35,43 @@ def fresh_model(base: Base, head: Head, seed: int) -> Any:
 
 
 def fresh_parts(base: Base, head: Head, seed: int) -> tuple[Any, list[str]]:
-    """Load a base with an untrained classification head, and name what of the model is untrained.
+    """Load a base with an untrained head, and name the untrained tensors.
 
     Args:
         base: The base.
         head: The task's head.
-        seed: What the head is drawn from.
+        seed: The seed of the head's initialisation.
 
     Returns:
-        The model, and the names of the tensors that were drawn: the head's, and a pooler's that the base lacks.
+        The model, and the names of the untrained tensors: the head's, and those of a pooler that the base lacks.
 
     Raises:
-        CheckpointError: A tensor of the body is missing, has another shape, or has no place in the model.
+        CheckpointError: A tensor of the body is missing, unexpected or of another shape.
     """
     import transformers
 
-    auto: Any = getattr(transformers, head.type.auto_class)
+    auto_class: Any = getattr(transformers, head.type.auto_class)
     transformers.set_seed(seed)
-    model, fresh = load_strictly(auto, base.path, base.prefix, **head.settings, dtype="float32")
+    model, fresh_names = load_strictly(auto_class, base.path, base.prefix, **head.settings, dtype="float32")
     if base.own_rows:
         model.resize_token_embeddings(base.own_rows, mean_resizing=False)
-    heads = {n: t for n, t in model.state_dict().items() if not n.startswith(base.prefix + ".")}
-    if not heads.keys() & set(fresh):  # the base is a classifier itself: its head is for labels of its own
+    heads = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(base.prefix + ".")}
+    if not heads.keys() & set(fresh_names):  # the base is a classifier itself, with a head for its own labels
         transformers.set_seed(seed)
-        drawn = auto.from_config(model.config).state_dict()
+        initial = auto_class.from_config(model.config).state_dict()
         for name, tensor in heads.items():
-            tensor.copy_(drawn[name])
-        fresh = sorted({*fresh, *heads})
-    return model, fresh
+            tensor.copy_(initial[name])
+        fresh_names = sorted({*fresh_names, *heads})
+    return model, fresh_names
 
 
 def fresh_poolers(base: Base) -> list[str]:
-    """Name the poolers that a base's classifier has and the base lacks.
+    """Return the name of the pooler that a base's classifier has and the base lacks, if any.
 
     Args:
         base: The base.
 
     Returns:
-        `pooler`, or nothing.
+        `["pooler"]` or an empty list.
     """
     return [] if any(is_optional(name) for name in base.body) else ["pooler"] * base.has_pooler

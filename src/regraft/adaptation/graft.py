@@ -1,4 +1,4 @@
-"""Old weights put onto the new base, without any tuning, straight from files to files."""
+"""Writing old weights for the new base, from files to files, without tuning."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 def write_graft(
     adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress, *, replace: bool = False
 ) -> dict[str, list[str]]:
-    """Write old tuned weights for the new base: new + (tuned − old), or the adapter; the head is copied.
+    """Write an adaptation for the new base: new + (tuned − old), or the adapter. The head is copied.
 
-    A LoRA that took its start out of the old base is written as the plain LoRA that it amounts to there. What an
-    adapter stores in place of its base's tensors is grafted like a full fine-tune's.
+    A LoRA whose initialisation changed the old base is written as the equivalent plain LoRA. Tensors that an adapter
+    stores in place of its base's are grafted like those of a full fine-tune.
 
     Source: Qin et al., 2023 (arXiv:2305.08702), section 4.1.
 
     Args:
-        adaptation: What was tuned on `upgrade.old`.
+        adaptation: An adaptation of `upgrade.old`.
         upgrade: The two bases.
-        into: The folder to fill, plain transformers or PEFT.
-        progress: Told of each tensor.
-        replace: Whether an adapter's tensors take the place of the new base's as they are stored.
+        into: The folder to write, in the format of transformers or PEFT.
+        progress: Called for each tensor.
+        replace: Whether tensors that an adapter stores in place of its base's are copied, not grafted.
 
     Returns:
-        Tensors that the outcome's notes name: `grafted_in_place_of_the_base`, those of an adapter that take the place
-        of the base's; `copied_as_a_base_lacks_it`, those of a full fine-tune that pre-training left out of one base.
+        Names of tensors, for the outcome's notes: `grafted_in_place_of_the_base`, those that an adapter stores in place
+        of the base's; `copied_as_a_base_lacks_it`, those of a full fine-tune that only one base has.
 
     Raises:
-        MismatchError: A tensor of the body is not in the bases, or has another shape there.
+        MismatchError: A tensor of the body is missing in a base, or has another shape in it.
     """
     carried = adaptation.family.graft(adaptation, upgrade, replace=replace)
     return write_carried_adaptation(adaptation, upgrade, carried, into, progress)
@@ -48,17 +48,17 @@ def write_graft(
 def write_carried_adaptation(
     adaptation: Adaptation, upgrade: Upgrade, carried: CarriedAdaptation, into: Path, progress: Progress
 ) -> dict[str, list[str]]:
-    """Write what an adaptation became on the new base, with the tokenizer and whose base it is.
+    """Write a carried adaptation, with its tokenizer and lineage.
 
     Args:
-        adaptation: What was tuned on `upgrade.old`.
+        adaptation: The adaptation of `upgrade.old`.
         upgrade: The two bases.
-        carried: What it became.
-        into: The folder to fill, plain transformers or PEFT.
-        progress: Told of each piece.
+        carried: Its content on the new base.
+        into: The folder to write, in the format of transformers or PEFT.
+        progress: Called for each tensor.
 
     Returns:
-        Tensors that the outcome's notes name, as `write_graft` does.
+        Names of tensors, as `write_graft` returns.
     """
     into.mkdir(parents=True, exist_ok=True)
     family = adaptation.family

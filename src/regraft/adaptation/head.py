@@ -1,4 +1,4 @@
-"""Heads taken to another set of labels."""
+"""Changing the head of an adaptation to other labels."""
 
 from __future__ import annotations
 
@@ -24,40 +24,43 @@ HeadPolicy = Literal["copy", "fresh", "resize"]
 HEAD_POLICIES = ("copy", "fresh", "resize")
 
 
-def change_head(folder: Path, base: Base, head: Head, how: HeadPolicy, seed: int, into: Path) -> None:
+def change_head(folder: Path, base: Base, head: Head, policy: HeadPolicy, seed: int, into: Path) -> None:
     """Write an adaptation with a head for other labels.
 
     Args:
         folder: The adaptation.
-        base: The base it lives on.
-        head: What is wanted.
-        how: `fresh` draws the whole head anew; `resize` keeps it and, of its outputs, those whose label is wanted,
-            whatever their place, and draws only those of new labels.
-        seed: What is new is drawn from it.
-        into: The folder to fill.
+        base: Its base.
+        head: The new head.
+        policy: `fresh` initialises the whole head; `resize` keeps the head, with the outputs of labels that the new
+            head has too, and initialises the outputs of other labels.
+        seed: The seed of the initialisation.
+        into: The folder to write.
 
     Raises:
-        MismatchError: `resize`, and the adaptation does not name its labels or has none that is wanted.
+        MismatchError: With `resize`, the adaptation records no label that the new head has.
     """
     import torch
 
     adaptation = load_adaptation(folder)
-    rows_of = {label: row for row, label in enumerate(adaptation.labels or ())}
-    if how == "resize" and not rows_of.keys() & set(head.labels):
+    row_by_label = {label: row for row, label in enumerate(adaptation.labels or ())}
+    if policy == "resize" and not row_by_label.keys() & set(head.labels):
         raise MismatchError(
-            f"{folder}: its labels ({', '.join(rows_of) or 'it names none'}) have none of "
-            f"{', '.join(head.labels[:8])}: there is nothing of its head to keep. Take a fresh head."
+            f"{folder}: its labels ({', '.join(row_by_label) or 'none are recorded'}) include none of "
+            f"{', '.join(head.labels[:8])}, so no output can be kept. Take a fresh head."
         )
-    drawn = fresh_model(base, head, seed).state_dict()
+    initial = fresh_model(base, head, seed).state_dict()
     outputs, prefix = label_tensors(base, head.type), base.prefix + "."
     entries = {}
     for name, info in adaptation.checkpoint.tensors.items():
-        inner, tensor = model_name(name), None
-        if how == "fresh" and inner in drawn and not inner.startswith(prefix):
-            tensor = drawn[inner]
-        elif how == "resize" and inner in outputs:
+        parameter, tensor = model_name(name), None
+        if policy == "fresh" and parameter in initial and not parameter.startswith(prefix):
+            tensor = initial[parameter]
+        elif policy == "resize" and parameter in outputs:
             old = adaptation.checkpoint[name]
-            rows = [old[rows_of[label]] if label in rows_of else drawn[inner][i] for i, label in enumerate(head.labels)]
+            rows = [
+                old[row_by_label[label]] if label in row_by_label else initial[parameter][index]
+                for index, label in enumerate(head.labels)
+            ]
             tensor = torch.stack([row.to(old.dtype) for row in rows])
         if tensor is None:
             entries[name] = TensorSpec(info.dtype, info.shape, ((adaptation.checkpoint, name),))

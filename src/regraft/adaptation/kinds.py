@@ -1,4 +1,4 @@
-"""The kinds of adaptation that can be tuned afresh, each with the settings its field uses."""
+"""The kinds of adaptation that can be tuned, each with its customary settings."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     Config = PeftConfig | BottleneckConfig
 
 SHORT_NAMES = {"prefix_tuning": "prefix", "prompt_tuning": "prompt", "p_tuning": "p-tuning", "ln_tuning": "layernorm"}
-WIDEST = 4  # a larger adapter has more numbers than the layer that it is put on
+MAX_SIZE_RATIO = 4  # an adapter that is larger by far has more parameters than the layer that it adapts
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSize:
-    """What adapters are for, and how large they are made.
+    """The task type and the size of an adapter.
 
     Args:
-        task_type: PEFT's name of the type of task.
-        rank: A LoRA's rank; its alpha is twice that.
+        task_type: PEFT's name of the task type.
+        rank: The rank of a LoRA; its alpha is twice the rank.
         inner_size: The width of bottleneck adapters.
-        virtual_tokens: How many a prefix or a prompt has.
+        virtual_tokens: The number of virtual tokens of a prefix or a prompt.
     """
 
     task_type: str
@@ -45,72 +45,66 @@ class AdapterSize:
 def new_config(
     kind: str, base: Base, head: Head, *, rank: int = 8, inner_size: int = 24, virtual_tokens: int = 20
 ) -> Config | None:
-    """Set up a kind of adaptation for a base.
+    """Return the config of an adaptation for a base.
 
     Args:
         kind: One of `KINDS`.
         base: The base.
-        head: What the task needs.
-        rank: A LoRA's rank; its alpha is twice that.
+        head: The task's head.
+        rank: The rank of a LoRA; its alpha is twice the rank.
         inner_size: The width of bottleneck adapters.
-        virtual_tokens: How many a prefix or a prompt has.
+        virtual_tokens: The number of virtual tokens of a prefix or a prompt.
 
     Returns:
-        PEFT's config, or ours for bottleneck adapters; None for `full`.
+        A config of PEFT, or of regraft for bottleneck adapters; None for `full`.
 
     Raises:
-        RecipeError: There is no such kind, a number is out of its range, or the architecture cannot take it.
+        RecipeError: There is no such kind, a size is out of range, or the architecture does not support the kind.
     """
-    if kind not in SET_UPS:
+    if kind not in CONFIG_BUILDERS:
         close = difflib.get_close_matches(kind, KINDS, n=1)
         raise RecipeError(
-            f"there is no kind {kind!r}; there are {', '.join(KINDS)}.{f' Did you mean {close[0]}?' if close else ''}"
+            f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}."
+            f"{f' Did you mean {close[0]}?' if close else ''}"
         )
-    for what, number in (("a LoRA's rank", rank), ("the number of virtual tokens", virtual_tokens)):
-        if number < 1:
-            raise RecipeError(f"{what} is at least 1, found {number}.")
-    set_up = SET_UPS[kind]
-    if set_up is None:
+    for name, size in (("a LoRA's rank", rank), ("the number of virtual tokens", virtual_tokens)):
+        if size < 1:
+            raise RecipeError(f"{name} must be at least 1, found {size}.")
+    build_config = CONFIG_BUILDERS[kind]
+    if build_config is None:
         return None
-    widest = max((min(info.shape) for info in base.checkpoint.tensors.values() if len(info.shape) == 2), default=0)
-    for what, number in (("a LoRA's rank", rank), ("a bottleneck's inner size", inner_size)):
-        if number > WIDEST * widest:
-            raise RecipeError(f"{what} is up to {WIDEST} times the width of {base.path}, {widest:,}; found {number:,}.")
-    return set_up(base, AdapterSize(head.type.peft_type, rank, inner_size, virtual_tokens))
+    width = max((min(info.shape) for info in base.checkpoint.tensors.values() if len(info.shape) == 2), default=0)
+    for name, size in (("a LoRA's rank", rank), ("a bottleneck's inner size", inner_size)):
+        if size > MAX_SIZE_RATIO * width:
+            raise RecipeError(
+                f"{name} must be at most {MAX_SIZE_RATIO} times the width of {base.path}, {width:,}; found {size:,}."
+            )
+    return build_config(base, AdapterSize(head.type.peft_type, rank, inner_size, virtual_tokens))
 
 
 def kind_of(peft_type: str) -> str:
-    """Return what regraft calls one of PEFT's types, or of its own.
+    """Return the kind of adaptation of a PEFT type.
 
     Args:
-        peft_type: As in `adapter_config.json`.
-
-    Returns:
-        The kind, as in `Adaptation`.
+        peft_type: The value in `adapter_config.json`.
     """
     return SHORT_NAMES.get(peft_type.lower(), peft_type.lower())
 
 
 def kind_of_config(config: Config | None) -> str:
-    """Name the kind of adaptation that a config sets up, as `Adaptation.kind` does.
+    """Return the kind of the adaptations that a config describes.
 
     Args:
-        config: PEFT's, ours or None.
-
-    Returns:
-        The kind.
+        config: A config of PEFT or regraft; None for `full`.
     """
     return "full" if config is None else kind_of(str(config.to_dict()["peft_type"]).rpartition(".")[2])
 
 
 def settings(config: Config | None) -> Mapping[str, Any] | None:
-    """Return a config as JSON can hold it, to tell one run from another.
+    """Return a config's settings in a form that JSON can represent, to identify a run.
 
     Args:
-        config: PEFT's, ours or None.
-
-    Returns:
-        What is set in it.
+        config: A config of PEFT or regraft, or None.
     """
     if config is None:
         return None
@@ -121,65 +115,65 @@ def settings(config: Config | None) -> Mapping[str, Any] | None:
     }
 
 
-def _lora(base: Base, setting: AdapterSize, **variant: Any) -> Config:
+def _lora(base: Base, size: AdapterSize, **variant: Any) -> Config:
     from peft import LoraConfig
 
-    turned = any(type(module).__name__ == "Conv1D" for module in base.bare.modules())  # GPT-2's weights are [in, out]
+    is_transposed = any(type(module).__name__ == "Conv1D" for module in base.bare.modules())  # GPT-2: [in, out]
     return LoraConfig(
-        task_type=setting.task_type,
-        r=setting.rank,
-        lora_alpha=2 * setting.rank,
+        task_type=size.task_type,
+        r=size.rank,
+        lora_alpha=2 * size.rank,
         target_modules="all-linear",
-        fan_in_fan_out=turned,
+        fan_in_fan_out=is_transposed,
         **variant,
     )
 
 
-def _ia3(base: Base, setting: AdapterSize) -> Config:
+def _ia3(base: Base, size: AdapterSize) -> Config:
     from peft import IA3Config
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
     from regraft.adaptation.bottleneck import AFTER_FEED_FORWARD
 
     if base.config.model_type in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
-        return IA3Config(task_type=setting.task_type)
+        return IA3Config(task_type=size.task_type)
     feed_forward = f".*{AFTER_FEED_FORWARD}"
     return IA3Config(
-        task_type=setting.task_type,
+        task_type=size.task_type,
         target_modules=rf"(.*\.(key|value|k_lin|v_lin|k_proj|v_proj)$|{feed_forward})",
         feedforward_modules=feed_forward,
     )
 
 
-def _layernorm(base: Base, setting: AdapterSize) -> Config:
+def _layernorm(base: Base, size: AdapterSize) -> Config:
     from peft import LNTuningConfig
 
-    norms = {n.rpartition(".")[2] for n, module in base.bare.named_modules() if "Norm" in type(module).__name__}
-    return LNTuningConfig(task_type=setting.task_type, target_modules=sorted(norms))
+    norms = {name.rpartition(".")[2] for name, module in base.bare.named_modules() if "Norm" in type(module).__name__}
+    return LNTuningConfig(task_type=size.task_type, target_modules=sorted(norms))
 
 
-def _prefix(base: Base, setting: AdapterSize) -> Config:
+def _prefix(base: Base, size: AdapterSize) -> Config:
     from peft import PrefixTuningConfig
 
     if "past_key_values" not in inspect.signature(base.bare.forward).parameters:
-        raise KindError(f"a {base.config.model_type} takes no prefix (past_key_values). Choose prompt, or lora.")
-    return PrefixTuningConfig(task_type=setting.task_type, **_virtual(base, setting))
+        raise KindError(f"{base.config.model_type} models take no prefix (past_key_values). Choose prompt or lora.")
+    return PrefixTuningConfig(task_type=size.task_type, **_virtual(base, size))
 
 
-def _prompt(base: Base, setting: AdapterSize) -> Config:
+def _prompt(base: Base, size: AdapterSize) -> Config:
     from peft import PromptTuningConfig
 
-    return PromptTuningConfig(task_type=setting.task_type, **_virtual(base, setting))
+    return PromptTuningConfig(task_type=size.task_type, **_virtual(base, size))
 
 
-def _virtual(base: Base, setting: AdapterSize) -> dict[str, Any]:
-    """Return the number of virtual tokens, and sizes of the model where PEFT does not find them."""
-    if setting.virtual_tokens >= base.longest:
+def _virtual(base: Base, size: AdapterSize) -> dict[str, Any]:
+    """Return the number of virtual tokens, and the sizes of the model if PEFT does not find them."""
+    if size.virtual_tokens >= base.longest:
         raise RecipeError(
-            f"{setting.virtual_tokens} virtual tokens leave no room in the {base.longest} that {base.path} takes."
+            f"{size.virtual_tokens} virtual tokens leave no room for text: {base.path} takes {base.longest} tokens."
         )
-    fields: dict[str, Any] = {"num_virtual_tokens": setting.virtual_tokens}
-    if "hidden_size" not in base.config.to_dict():  # PEFT looks for BERT's names only
+    fields: dict[str, Any] = {"num_virtual_tokens": size.virtual_tokens}
+    if "hidden_size" not in base.config.to_dict():  # PEFT knows only the names of BERT's settings
         fields |= {
             "token_dim": base.config.hidden_size,
             "num_layers": base.config.num_hidden_layers,
@@ -188,13 +182,13 @@ def _virtual(base: Base, setting: AdapterSize) -> dict[str, Any]:
     return fields
 
 
-def _bottleneck(base: Base, setting: AdapterSize, placement: str) -> Config:
+def _bottleneck(base: Base, size: AdapterSize, placement: str) -> Config:
     from regraft.adaptation.bottleneck import BottleneckConfig
 
-    return BottleneckConfig(inner_size=setting.inner_size, placement=placement, task_type=setting.task_type)
+    return BottleneckConfig(inner_size=size.inner_size, placement=placement, task_type=size.task_type)
 
 
-SET_UPS: dict[str, Callable[[Base, AdapterSize], Config] | None] = {
+CONFIG_BUILDERS: dict[str, Callable[[Base, AdapterSize], Config] | None] = {
     "full": None,
     "lora": _lora,
     "rslora": functools.partial(_lora, use_rslora=True),
@@ -208,4 +202,4 @@ SET_UPS: dict[str, Callable[[Base, AdapterSize], Config] | None] = {
     "bottleneck": functools.partial(_bottleneck, placement="houlsby"),
     "pfeiffer": functools.partial(_bottleneck, placement="pfeiffer"),
 }
-KINDS = tuple(SET_UPS)
+KINDS = tuple(CONFIG_BUILDERS)

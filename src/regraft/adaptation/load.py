@@ -1,4 +1,4 @@
-"""Adaptations opened from their folders, whatever their kind."""
+"""Opening adaptations of any kind from their folders."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from regraft.errors import CheckpointError
 
 
 def load_adaptation(path: str | Path) -> Adaptation:
-    """Find tuned weights and check that their files are whole.
+    """Open an adaptation, and check that its files are complete.
 
     Args:
         path: An outcome folder, or a folder written by `save_pretrained` of transformers or PEFT.
 
     Returns:
-        The adaptation; no weights have been read.
+        The adaptation, whose tensors are read when they are used.
 
     Raises:
-        CheckpointError: A file is missing, truncated, malformed or of a kind that is not supported.
+        CheckpointError: A file is missing, truncated, malformed or of an unsupported kind.
     """
     folder = Path(path)
     if (folder / "adaptation").is_dir():
-        if own := [name for name in (ADAPTER_CONFIG, "config.json") if (folder / name).is_file()]:
+        if configs := [name for name in (ADAPTER_CONFIG, "config.json") if (folder / name).is_file()]:
             raise CheckpointError(
-                f"{folder}: holds {own[0]} and a folder adaptation/ too: which of them was tuned? Give that one alone."
+                f"{folder}: has both {configs[0]} and a folder adaptation/. Give the one that was tuned."
             )
         folder = folder / "adaptation"
     if not folder.is_dir():
-        remedy = f"is a file. Give its folder, {folder.parent}" if folder.is_file() else "no such folder"
-        raise CheckpointError(f"{path}: {remedy}.")
+        problem = f"is a file. Give its folder, {folder.parent}" if folder.is_file() else "no such folder"
+        raise CheckpointError(f"{path}: {problem}.")
     labels, base, task_type = read_lineage(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         config = read_json(folder / ADAPTER_CONFIG)
@@ -46,20 +46,19 @@ def load_adaptation(path: str | Path) -> Adaptation:
         family = family_of(peft_type)
         if family is None:
             raise CheckpointError(
-                f"{folder}/{ADAPTER_CONFIG}: is of type {peft_type}, which the installed PEFT does not know. Is PEFT "
-                "too old?"
+                f"{folder}/{ADAPTER_CONFIG}: peft_type is {peft_type}, which the installed PEFT lacks. Update PEFT."
             )
         return Adaptation(folder, kind_of(peft_type), family, labels, base, checkpoint, config, task_type)
-    below = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
-    if below and not (folder / "config.json").is_file():
+    named_adapters = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if named_adapters and not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: holds no adapter, but folders that do: {', '.join(below[:4])}. PEFT saves an adapter that has "
-            f"a name in a folder of that name. Give {folder / below[0]}."
+            f"{folder}: has no adapter, but its subfolders do: {', '.join(named_adapters[:4])}. PEFT saves a named "
+            f"adapter in a folder of that name. Give {folder / named_adapters[0]}."
         )
     checkpoint = Checkpoint.open(folder)
     expected = ADAPTER_CONFIG if (folder / ADAPTER_WEIGHTS).is_file() else "config.json"
     if not (folder / expected).is_file():
-        raise CheckpointError(f"{folder}: holds no {expected}. Copy the one that was saved with these weights.")
+        raise CheckpointError(f"{folder}: has no {expected}. Copy the one that was saved with these weights.")
     config = read_json(folder / "config.json")
     check_unquantised(folder, checkpoint.tensors)
     check_classifier(folder, config)

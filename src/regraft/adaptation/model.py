@@ -1,4 +1,4 @@
-"""Adaptations as models in memory, whatever their family: wholly loaded, or an error that lists what did not fit."""
+"""Adaptations of any family as models in memory: completely loaded, or an error that lists what does not fit."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 
 
 def load_model(adaptation: Adaptation, base: Base, head: Head, *, trainable: bool = False) -> Any:
-    """Load an adaptation as a model: wholly, or not at all.
+    """Load an adaptation as a model, completely or not at all.
 
     Args:
-        adaptation: The tuned weights.
-        base: The base an adapter is put on, or that a full fine-tune came from.
+        adaptation: The adaptation.
+        base: The base of the adapter or full fine-tune.
         head: The task's head.
-        trainable: Whether an adapter can be tuned further, rather than being frozen.
+        trainable: Whether an adapter will be tuned further, rather than being frozen.
 
     Returns:
-        The model in float32 on the CPU. Every stored tensor is in it, and nothing in it is left as it was drawn.
+        The model, in float32 on the CPU, with all stored tensors and no untrained ones.
 
     Raises:
-        CheckpointError: A tensor of the adaptation is missing or has no place in the model.
-        MismatchError: The adaptation's head or matrices have other sizes, or its settings are for another base.
+        CheckpointError: A tensor of the adaptation is missing or unexpected.
+        MismatchError: The head or other tensors have other sizes, or the settings are for another base.
     """
     return adaptation.family.load(adaptation, base, head, trainable=trainable)
 
 
 def check_compatibility(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
-    """Refuse an adaptation that does not fit its base or its task, before anything is written.
+    """Check that an adaptation is compatible with both bases and the task's head, before anything is written.
 
     Args:
-        adaptation: What was tuned on `upgrade.old`.
+        adaptation: An adaptation of `upgrade.old`.
         upgrade: The two bases.
         head: The task's head.
 
@@ -53,41 +53,41 @@ def check_compatibility(adaptation: Adaptation, upgrade: Upgrade, head: Head) ->
         The old deployment: the adaptation on the old base, as a model.
 
     Raises:
-        CheckpointError: A tensor of the adaptation is missing or has no place in the model.
-        MismatchError: The adaptation has other sizes than its base, or another number of labels.
+        CheckpointError: A tensor of the adaptation is missing or unexpected.
+        MismatchError: Tensors have other sizes than the base's, or the number of labels differs.
     """
     adaptation.family.check_bodies(adaptation, upgrade)
     return load_model(adaptation, upgrade.old, head)
 
 
 def attach(model: Any, base: Base, head: Head, config: Config | None, seed: int) -> Any:
-    """Put a fresh adapter on a model that has a fresh head.
+    """Put a fresh adapter on a model with a fresh head.
 
     Args:
-        model: From `fresh_model`.
-        base: The base it came from.
-        head: The head that it has.
-        config: What kind of adapter; the heads, and a pooler that the base lacks, are added to what it tunes. None to
-            tune the model itself.
-        seed: What the adapter is drawn from.
+        model: A model from `fresh_model`.
+        base: Its base.
+        head: Its head.
+        config: The adapter's config; None for a full fine-tune. The head, and a pooler that the base lacks, are tuned
+            in addition.
+        seed: The seed of the adapter's initialisation.
 
     Returns:
-        The model with the adapter: that and the head are trained, its body is frozen.
+        The model with the adapter. The adapter and the head are trainable; the body is frozen.
 
     Raises:
-        KindError: The architecture cannot take that kind.
+        KindError: The architecture does not support that kind of adapter.
     """
     return family_of_config(config).attach(model, base, head, config, seed)
 
 
 def initial_factors(model: Any) -> Mapping[str, torch.Tensor]:
-    """Copy what an adapter took out of its base when it was drawn.
+    """Return the initial factors of a LoRA whose initialisation changed its base, such as PiSSA.
 
     Args:
-        model: From `attach`, before the first step.
+        model: A model from `attach`, before the first step.
 
     Returns:
-        A and B of a LoRA such as PiSSA, which its deltas are counted from; nothing of other kinds.
+        Copies of A and B, which have to be subtracted from the tuned ones; empty for other kinds.
     """
     return family_of_model(model).start(model)
 
@@ -95,15 +95,15 @@ def initial_factors(model: Any) -> Mapping[str, torch.Tensor]:
 def save_model(model: Any, base: Base, head: Head, into: Path, start: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write a tuned model as a plain transformers or PEFT folder.
 
-    A LoRA that took its start out of its base is written as the plain LoRA of twice the rank that it amounts to, if
-    the start is at hand, and else as it is: PEFT takes the start out of the base again wherever it loads that.
+    A LoRA whose initialisation changed its base is written as the equivalent plain LoRA of twice the rank if its
+    initial factors are passed; otherwise unchanged: PEFT repeats the initialisation when it loads the adapter.
 
     Args:
-        model: From `fresh_model`, `attach` or `load_model`.
-        base: The base it lives on.
-        head: The task's head.
-        into: The folder to fill.
-        start: From `initial_factors`, of a model that was attached; None of others.
+        model: A model from `fresh_model`, `attach` or `load_model`.
+        base: Its base.
+        head: Its head.
+        into: The folder to write.
+        start: The result of `initial_factors`, for a model from `attach`.
     """
     with quiet():
         family_of_model(model).save(model, base, into, start or {})

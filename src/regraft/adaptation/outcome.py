@@ -1,4 +1,4 @@
-"""The outcome folder: an adaptation with its scores, cost and provenance; the only record there is."""
+"""The outcome folder: an adaptation with its scores, cost and provenance."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A finished outcome folder.
+    """A complete outcome folder.
 
     Args:
         path: The folder.
-        record: What its `outcome.json` holds.
+        record: The content of `outcome.json`.
     """
 
     path: Path
@@ -39,12 +39,12 @@ class Outcome:
 
     @property
     def scores(self) -> dict[str, float | None]:
-        """The record's scores by name: `dev`, `test`, `dev_at_start`, `test_majority`, …."""
+        """The scores by name: `dev`, `test`, `dev_at_start`, `test_majority`, …."""
         return dataclasses.asdict(self.record.scores)
 
     @property
     def curve(self) -> list[dict[str, float]]:
-        """The learning curve: one entry an evaluation, from step 0 on."""
+        """The learning curve: an entry for each evaluation, from step 0 on."""
         return list(read_json_lines(self.path / "curve.jsonl"))
 
     def predictions(self, split: str) -> list[Any]:
@@ -54,35 +54,32 @@ class Outcome:
             split: `dev` or `test`.
 
         Returns:
-            As the type of task has them, in the order of the data; of classes the indices into the record's `labels`.
+            The predictions in the order of the data; for classification, indices into the record's `labels`.
         """
         rows = read_json_lines(self.path / "predictions.jsonl")
         return [row["prediction"] for row in rows if row["split"] == split]
 
     def right(self, split: str) -> list[bool | None]:
-        """Return which predictions of a split are right.
+        """Return for each example of a split whether its prediction is right.
 
         Args:
             split: `dev` or `test`.
 
         Returns:
-            One value an example, in the order of the data; None where there is no label.
+            A value for each example, in the order of the data; None for an example without a label.
         """
         rows = read_json_lines(self.path / "predictions.jsonl")
         return [is_right(row) for row in rows if row["split"] == split]
 
 
 def is_right(row: Mapping[str, Any]) -> bool | None:
-    """Return whether a prediction is right.
+    """Return whether a prediction is right; None without a label.
 
     Args:
         row: A line of `predictions.jsonl`.
 
-    Returns:
-        None where there is no label.
-
     Raises:
-        ValueError: The line has something else there than true, false or null.
+        ValueError: `right` is not true, false or null.
     """
     right = row.get("right", None if row["label"] is None else row["label"] == row["prediction"])
     if right is None or isinstance(right, bool):
@@ -91,18 +88,15 @@ def is_right(row: Mapping[str, Any]) -> bool | None:
 
 
 def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) -> Outcome | None:
-    """Look whether the work was done before.
+    """Return the outcome of an earlier run with the same inputs, if there is one.
 
     Args:
-        out: Where the outcome would be.
-        inputs: What it is made from.
-        bases: The bases among them: regraft 0.1 recorded fingerprints of their stored names.
-
-    Returns:
-        The outcome that is there, or None if nothing is.
+        out: The outcome folder.
+        inputs: The inputs.
+        bases: The bases among the inputs, of which regraft 0.1 recorded other fingerprints.
 
     Raises:
-        OutcomeError: Something else is in that place, or what is there has lost its weights or predictions.
+        OutcomeError: The folder is something else, has other inputs, or has lost its weights or predictions.
     """
     check_output_path(out)
     if not out.exists():
@@ -110,15 +104,15 @@ def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) 
     outcome = load_outcome(out)
     expected, recorded = json.loads(plain_text(inputs)), outcome.record.inputs
     learned_from = outcome.record.notes.get("learned_from")
-    if learned_from:  # where regraft 0.1 recorded the content of pairs
+    if learned_from:  # regraft 0.1 recorded the content of pairs in the notes
         recorded = {"pairs": learned_from, **recorded}
     if recorded != expected:
         recorded = renewed(recorded, bases)
     if recorded != expected:
         differing = sorted(key for key in {*expected, *recorded} if recorded.get(key) != expected.get(key))
         raise OutcomeError(
-            f"{out}: holds the outcome of another run (it differs in {', '.join(differing)}). Choose another --out or "
-            "remove it."
+            f"{out}: is the outcome of another run (its inputs differ in {', '.join(differing)}). Choose another --out "
+            "or remove it."
         )
     _check_complete(outcome)
     return outcome
@@ -134,7 +128,7 @@ def load_outcome(path: str | Path) -> Outcome:
         The outcome.
 
     Raises:
-        OutcomeError: It is none.
+        OutcomeError: The folder is no outcome folder.
     """
     file = Path(path) / "outcome.json"
     try:
@@ -151,20 +145,20 @@ def write_outcome(
     curve: list[dict[str, float]],
     predictions: list[dict[str, Any]],
 ) -> Outcome:
-    """Complete an outcome folder around the adaptation in it and move it into its place.
+    """Write the files of an outcome next to its adaptation, and publish the folder.
 
     Args:
-        staging: A folder that holds `adaptation/`, on the same disk as `out`.
-        out: Where the outcome is written.
-        record: What is written as `outcome.json`.
+        staging: A folder that contains `adaptation/`, on the same disk as `out`.
+        out: The outcome folder, which must not exist.
+        record: The content of `outcome.json`.
         curve: The learning curve.
-        predictions: Row, label, prediction, whether it is right, and its confidence, of each example of dev and test.
+        predictions: The lines of `predictions.jsonl`: one for each example of dev and test.
 
     Returns:
-        The outcome in its place.
+        The published outcome.
 
     Raises:
-        OutcomeError: A figure is infinite or not a number, or something is at `out`.
+        OutcomeError: A figure is infinite or NaN, or `out` exists.
     """
     content = to_json(dataclasses.asdict(record), "outcome.json", indent=2) + "\n"
     write_atomic(staging / "outcome.json", content)
@@ -176,35 +170,30 @@ def write_outcome(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result was made with.
-
-    Returns:
-        By package, Python's among them.
-    """
+    """Return the versions of Python and of the packages that results depend on."""
     packages = ("regraft", "torch", "transformers", "peft", "accelerate", "safetensors")
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 
 
 def _check_complete(outcome: Outcome) -> None:
-    """Refuse an outcome of which files were deleted or emptied after it was written."""
+    """Check that no file of an outcome was deleted or truncated after it was written."""
     try:
         load_adaptation(outcome.path)
         scored = [split for split in ("dev", "test") if outcome.scores.get(split) is not None]
         if not outcome.curve or not all(
             outcome.predictions(split) and outcome.right(split) for split in scored or ["dev"]
         ):
-            raise ValueError("curve.jsonl or predictions.jsonl is cut short")
+            raise ValueError("curve.jsonl or predictions.jsonl is truncated")
     except (RegraftError, OSError, ValueError, KeyError, TypeError) as error:
         raise OutcomeError(
-            f"{outcome.path}: is an outcome that is no longer complete ({error}). Remove it, and the same command "
-            "makes it again."
+            f"{outcome.path}: is no longer a complete outcome ({error}). Remove it, and run the same command again."
         ) from error
 
 
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree without installation
         return "unknown"
 
 
@@ -248,12 +237,12 @@ def _made_with(record: OutcomeRecord) -> str:
 
 
 def _code(text: str) -> str:
-    """Show text from files as it is: in a code span, Markdown has no markup, links or HTML."""
+    """Format text from files as a code span, in which Markdown interprets no markup, links or HTML."""
     return f"`{' '.join(printable(text).replace('`', chr(39)).split())}`"
 
 
 def _plain(text: str) -> str:
-    """Show text from files without a code span where it has no character that Markdown gives a meaning to."""
+    """Format text from files as plain text, or as a code span if Markdown might interpret it."""
     return text if re.fullmatch(r"(?!.*www\.)\w[\w .,+-]*", text) else _code(text)
 
 

@@ -1,4 +1,4 @@
-"""What `outcome.json` holds."""
+"""The record of an outcome, as in `outcome.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from regraft.errors import OutcomeError
 from regraft.task.types.type import DEFAULT_TYPE
 
 SCHEMA = 2
-READ = (1, 2)  # the first has no `right` in predictions.jsonl, which follows from labels and predictions
+READABLE_SCHEMAS = (1, 2)  # predictions.jsonl of schema 1 lacks `right`, which follows from labels and predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,11 @@ class TaskRecord:
     """The task of an outcome.
 
     Args:
-        name: Its name.
-        metric: Its metric.
-        digest: Of its data.
-        train: The number of its training examples.
-        type: Its type; regraft 0.1 recorded none and had one alone.
+        name: The task's name.
+        metric: The metric's name.
+        digest: The digest of the data.
+        train: The number of training examples.
+        type: The task type. Records of regraft 0.1 lack it, which had only the default type.
     """
 
     name: str
@@ -34,14 +34,14 @@ class TaskRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The scores of an outcome; None where there is no such split, or no label.
+    """The scores of an outcome; None without that split or without labels.
 
     Args:
-        dev: Of the final weights on dev.
-        dev_majority: Of guessing without looking at an input there.
-        test: Of the final weights on test.
-        test_majority: Of guessing there.
-        dev_at_start: On dev before the first step.
+        dev: The final weights' score on dev.
+        dev_majority: The score of guessing without looking at the input, on dev.
+        test: The final weights' score on test.
+        test_majority: The score of guessing without looking at the input, on test.
+        dev_at_start: The score on dev before the first step.
     """
 
     dev: float | None = None
@@ -51,36 +51,30 @@ class Scores:
     dev_at_start: float | None = None
 
     def of(self, split: str) -> float | None:
-        """Return the score of the final weights.
+        """Return the final weights' score.
 
         Args:
             split: `dev` or `test`.
-
-        Returns:
-            The score.
         """
         return self.test if split == "test" else self.dev
 
     def majority(self, split: str) -> float | None:
-        """Return the score of guessing without looking at an input.
+        """Return the score of guessing without looking at the input.
 
         Args:
             split: `dev` or `test`.
-
-        Returns:
-            The score.
         """
         return self.test_majority if split == "test" else self.dev_majority
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What an outcome took.
+    """The cost of an outcome.
 
     Args:
         steps: Optimiser steps.
-        seconds: Seconds of training, or of the whole method where nothing is trained.
-        labels: How many labelled training examples were seen.
+        seconds: Seconds of training, or of the whole method if it does not train.
+        labels: The number of labelled training examples used.
     """
 
     steps: Count
@@ -90,11 +84,11 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class BaseRecord:
-    """A base model by its name.
+    """A base model.
 
     Args:
-        name: Its folder or hub id.
-        fingerprint: Of its weights.
+        name: The folder or hub id.
+        fingerprint: The fingerprint of the weights.
     """
 
     name: str
@@ -103,14 +97,14 @@ class BaseRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What an adaptation was recycled from.
+    """The adaptation that an outcome was recycled from.
 
     Args:
-        adaptation: The outdated adaptation's folder.
-        fingerprint: Of its weights.
+        adaptation: The folder of the old adaptation.
+        fingerprint: The fingerprint of its weights.
         old_base: The base it was tuned on.
-        old_base_fingerprint: Of that base's weights.
-        lineage: Whether it is proven to be of that base: `proven`, `unproven` or `forced`.
+        old_base_fingerprint: The fingerprint of that base's weights.
+        lineage: Whether it belongs to that base: `proven`, `unproven` or `forced`.
     """
 
     adaptation: str
@@ -125,21 +119,21 @@ class OutcomeRecord:
     """The record of an outcome.
 
     Args:
-        method: The method's name; `tune` for what was tuned.
+        method: The method's name; `tune` for an outcome of `tune`.
         kind: The kind of adaptation.
-        inputs: What the outcome is made from: options, recipe, digest of the data, fingerprints.
+        inputs: The inputs of the run: options, recipe, digest of the data, fingerprints.
         task: The task.
         labels: The label names, in the order of the head's outputs.
-        seed: The seed of this run.
-        recipe: How it was trained, with what followed from the data filled in.
-        scores: Its scores.
-        best_step: The step whose weights were kept.
-        cost: What it took.
-        notes: What the method found out.
-        base: The base that the adaptation lives on.
-        recycled_from: Where it comes from; None of what was tuned.
-        versions: Of the libraries.
-        schema: Of this record.
+        seed: The seed.
+        recipe: The recipe, with the values that depend on the data filled in.
+        scores: The scores.
+        best_step: The step whose weights were selected.
+        cost: The cost.
+        notes: What the method measured or decided.
+        base: The adaptation's base.
+        recycled_from: The old adaptation; None for an outcome of `tune`.
+        versions: The versions of Python and packages.
+        schema: The version of this format.
     """
 
     method: str
@@ -163,15 +157,14 @@ def read_outcome_record(content: dict[str, Any], file: str) -> OutcomeRecord:
     """Read the record of an outcome.
 
     Args:
-        content: What `outcome.json` holds.
-        file: Its name, for the message.
-
-    Returns:
-        The record.
+        content: The content of `outcome.json`.
+        file: Its path, for error messages.
 
     Raises:
-        OutcomeError: It has another schema, or a field is missing or of another type.
+        OutcomeError: The schema is unknown, or a field is missing or of another type.
     """
-    if content.get("schema") not in READ:
-        raise OutcomeError(f"{file}: has schema {content.get('schema')!r:.40}, this regraft reads {READ}.")
+    if content.get("schema") not in READABLE_SCHEMAS:
+        raise OutcomeError(
+            f"{file}: has schema {content.get('schema')!r:.40}, this version of regraft reads {READABLE_SCHEMAS}."
+        )
     return read_record(OutcomeRecord, content, file, "the method that made it")

@@ -1,10 +1,10 @@
-"""The small files beside an adaptation's tensors: what it records of its base and its labels."""
+"""The records in an adaptation's folder: its base, labels and task type."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.checkpoint import read_json, write_atomic
 from regraft.errors import CheckpointError
@@ -15,47 +15,59 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
 
-RECORD = "lineage.json"
-OUTCOME = "outcome.json"
+LINEAGE_FILE = "lineage.json"
+OUTCOME_FILE = "outcome.json"
 
 
-def read_lineage(folder: Path) -> tuple[tuple[str, ...] | None, str | None, str | None]:
-    """Read what regraft wrote beside an adaptation, in its own folder and in the outcome that it is part of.
+class LineageRecord(NamedTuple):
+    """What is recorded of an adaptation; None for what is unknown.
+
+    Args:
+        labels: The label names, in the order of the head's outputs.
+        base: The fingerprint of the base.
+        task_type: The name of the task type.
+    """
+
+    labels: tuple[str, ...] | None = None
+    base: str | None = None
+    task_type: str | None = None
+
+
+def read_lineage(folder: Path) -> LineageRecord:
+    """Read what regraft recorded in an adaptation's folder, and in the outcome that it is part of.
 
     Args:
         folder: The adaptation's folder.
 
-    Returns:
-        The label names in the order of the head's outputs, the fingerprint of the base, and the type of task; None
-        what is unknown.
-
     Raises:
         CheckpointError: A record is malformed, or the two contradict each other.
     """
-    files = [folder / RECORD, *([folder.parent / OUTCOME] if folder.name == "adaptation" else [])]
-    found = [(file, *_lineage(read_json(file), file)) for file in files if file.is_file()]
-    for what, place in (("labels", 1), ("base", 2), ("task type", 3)):
-        said = [entry for entry in found if entry[place] is not None]
-        if len({entry[place] for entry in said}) > 1:
-            told = " and ".join(f"{entry[0]} says {entry[place]!r:.100}" for entry in said)
-            raise CheckpointError(f"{folder}: its records contradict each other on its {what}: {told}. Which is right?")
-    labels = next((entry[1] for entry in found if entry[1] is not None), None)
-    base = next((entry[2] for entry in found if entry[2] is not None), None)
-    return labels, base, next((entry[3] for entry in found if entry[3] is not None), None)
+    files = [folder / LINEAGE_FILE, *([folder.parent / OUTCOME_FILE] if folder.name == "adaptation" else [])]
+    records = {file: _parse_lineage(read_json(file), file) for file in files if file.is_file()}
+    merged = {}
+    for field, name in (("labels", "labels"), ("base", "base"), ("task_type", "task type")):
+        values = {file: value for file, record in records.items() if (value := getattr(record, field)) is not None}
+        if len(set(values.values())) > 1:
+            listed = " and ".join(f"{file} says {value!r:.100}" for file, value in values.items())
+            raise CheckpointError(
+                f"{folder}: its records contradict each other on its {name}: {listed}. Remove the wrong one."
+            )
+        merged[field] = next(iter(values.values()), None)
+    return LineageRecord(**merged)
 
 
 def labels_of_config(config: dict[str, Any], folder: Path) -> tuple[str, ...] | None:
-    """Read the label names of a classifier's `config.json`.
+    """Read the label names from the `config.json` of a classifier.
 
     Args:
-        config: Its content.
-        folder: The folder it is in.
+        config: The content of `config.json`.
+        folder: Its folder.
 
     Returns:
-        The names in the order of the head's outputs; None if there are only transformers' placeholders.
+        The names in the order of the head's outputs; None if there are only the placeholders of transformers.
 
     Raises:
-        CheckpointError: They are no names of outputs from 0 on, or its two maps contradict each other.
+        CheckpointError: The names do not number the outputs from 0 on, or the two maps contradict each other.
     """
     names, numbers = config.get("id2label") or {}, config.get("label2id") or {}
     if not isinstance(names, dict) or sorted(map(str, names)) != sorted(map(str, range(len(names)))):
@@ -63,69 +75,70 @@ def labels_of_config(config: dict[str, Any], folder: Path) -> tuple[str, ...] | 
     labels = tuple(str(names[str(i)]) for i in range(len(names)))
     if isinstance(numbers, dict) and any(str(numbers.get(label, i)) != str(i) for i, label in enumerate(labels)):
         raise CheckpointError(
-            f"{folder}/config.json: id2label is {names!r:.100} and label2id {numbers!r:.100}: which is right?"
+            f"{folder}/config.json: id2label is {names!r:.100}, but label2id is {numbers!r:.100}. Correct one of them."
         )
-    _refuse_twins(labels, f"{folder}/config.json: id2label")
+    _check_distinct(labels, f"{folder}/config.json: id2label")
     placeholders = tuple(f"LABEL_{i}" for i in range(len(labels)))
     return labels if labels and labels != placeholders else None
 
 
 def reconcile_labels(
-    known: tuple[str, ...] | None, configured: tuple[str, ...] | None, folder: Path
+    recorded: tuple[str, ...] | None, configured: tuple[str, ...] | None, folder: Path
 ) -> tuple[str, ...] | None:
-    """Hold the labels that regraft recorded against those of `config.json`.
+    """Return the labels that regraft recorded, or else those of `config.json`.
 
     Args:
-        known: From `recorded`.
-        configured: From `labels_of_config`.
+        recorded: The labels of `read_lineage`.
+        configured: The result of `labels_of_config`.
         folder: The adaptation's folder.
 
-    Returns:
-        The labels.
-
     Raises:
-        CheckpointError: They are not the same names in the same order.
+        CheckpointError: Both are known, and they differ in names or order.
     """
-    if known and configured and known != configured:
+    if recorded and configured and recorded != configured:
         raise CheckpointError(
-            f"{folder}: its records contradict each other on its labels: {RECORD} says {', '.join(known[:8])}, "
-            f"config.json {', '.join(configured[:8])}. Which is the order of the head's outputs?"
+            f"{folder}: its records contradict each other on its labels: {LINEAGE_FILE} has {', '.join(recorded[:8])}, "
+            f"config.json {', '.join(configured[:8])}. Correct the one that is not in the order of the head's outputs."
         )
-    return known or configured
+    return recorded or configured
 
 
 def write_lineage(folder: Path, base: Base, labels: Sequence[str] | None, task_type: str | None) -> None:
-    """Write beside an adaptation's tensors what neither transformers nor PEFT records: base, labels, type of task.
+    """Write an adaptation's base, labels and task type, which transformers and PEFT do not record.
 
     Args:
         folder: The adaptation's folder.
-        base: The base it lives on.
+        base: The base.
         labels: The label names, in the order of the head's outputs; None if unknown.
-        task_type: The type of task that it is for; None if unknown.
+        task_type: The name of the task type; None if unknown.
     """
     record = {
         "base": {"name": base.name, "fingerprint": base.fingerprint},
         "labels": list(labels) if labels is not None else None,
         "task_type": task_type,
     }
-    write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    write_atomic(folder / LINEAGE_FILE, json.dumps(record, indent=2) + "\n")
 
 
-def _lineage(record: dict[str, Any], file: Path) -> tuple[tuple[str, ...] | None, str | None, str | None]:
+def _parse_lineage(record: dict[str, Any], file: Path) -> LineageRecord:
     labels, base = record.get("labels"), record.get("base") or {}
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
         raise CheckpointError(f"{file}: labels is {labels!r:.100}, not a list of names.")
     if not isinstance(base, dict):
         raise CheckpointError(f"{file}: base is {base!r:.100}, not an object with a fingerprint.")
-    _refuse_twins(labels or [], f"{file}: labels")
-    mark = base.get("fingerprint")
+    _check_distinct(labels or [], f"{file}: labels")
+    fingerprint = base.get("fingerprint")
     task, task_type = record.get("task"), record.get("task_type")
-    if isinstance(task, dict):  # as in the record of an outcome
+    if isinstance(task, dict):  # in the record of an outcome
         task_type = task.get("type")
-    return tuple(labels) if labels else None, str(mark) if mark else None, str(task_type) if task_type else None
+    return LineageRecord(
+        tuple(labels) if labels else None,
+        str(fingerprint) if fingerprint else None,
+        str(task_type) if task_type else None,
+    )
 
 
-def _refuse_twins(labels: tuple[str, ...] | list[str], where: str) -> None:
-    twins = sorted(label for label, count in Counter(labels).items() if count > 1)
-    if twins:
-        raise CheckpointError(f"{where} names {', '.join(map(repr, twins[:4]))} more than once.")
+def _check_distinct(labels: Sequence[str], origin: str) -> None:
+    repeated = sorted(label for label, count in Counter(labels).items() if count > 1)
+    if repeated:
+        raise CheckpointError(f"{origin} names {', '.join(map(repr, repeated[:4]))} more than once.")

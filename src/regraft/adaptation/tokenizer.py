@@ -1,4 +1,4 @@
-"""The tokenizer of a base, written beside tuned weights."""
+"""Writing a base's tokenizer into the folder of an adaptation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ if TYPE_CHECKING:
 
 
 def write_tokenizer(base: Base, into: Path) -> None:
-    """Write a base's tokenizer beside tuned weights; a full fine-tune of a decoder has it pad with what its head skips.
+    """Write a base's tokenizer into an adaptation's folder.
+
+    For a full fine-tune of a decoder, it pads with the token that the head skips.
 
     Args:
         base: The base.
-        into: The folder, with its `config.json` if it is a full fine-tune.
+        into: The folder, which has a `config.json` if it is a full fine-tune.
     """
     from transformers import AutoConfig
 
-    # not the one that texts were encoded with: encoding changes settings of a tokenizer
+    # a new copy, because encoding texts changes the settings of a tokenizer
     tokenizer = copy.deepcopy(base.own_tokenizer) if base.own_tokenizer else read_tokenizer(base.path)
     if base.is_decoder and (into / "config.json").is_file():
         padding = AutoConfig.from_pretrained(into, trust_remote_code=False).get_text_config().pad_token_id
-        if padding in tokenizer.all_special_ids:  # any other token would be split off from texts once it is special
+        if padding in tokenizer.all_special_ids:  # making another token special would change how texts are split
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
     tokenizer.save_pretrained(into)

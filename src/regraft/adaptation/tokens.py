@@ -1,4 +1,4 @@
-"""The tokens of an adaptation against those of the bases: rows matched, and both bases with the tokens it alone has."""
+"""Matching the tokens of an adaptation with those of both bases."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@functools.lru_cache(maxsize=1)  # the steps of carrying one adaptation over all ask for it
+@functools.lru_cache(maxsize=1)  # recycling an adaptation needs the match several times
 def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | None:
     """Match the rows of an adaptation's embeddings with those of both bases, by token.
 
     Args:
-        adaptation: What was tuned on `upgrade.old`.
+        adaptation: An adaptation of `upgrade.old`.
         upgrade: The two bases.
 
     Returns:
-        The match; None where all three have the same tokens in the same rows.
+        The match; None if all three have the same tokens in the same rows.
 
     Raises:
-        CheckpointError: It has other rows than the old base and no tokenizer to match them by.
+        CheckpointError: It has another number of rows than the old base, and no tokenizer to match them by.
         MismatchError: A tokenizer has more tokens than there are rows.
     """
     old, new = upgrade.old, upgrade.new
@@ -43,8 +43,8 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
     if adaptation.tokenizer is None:
         if count not in (None, old.embedding_rows):
             raise CheckpointError(
-                f"{adaptation.path}: its embeddings have {count:,} rows, those of {old.path} "
-                f"{old.embedding_rows:,}, and it holds no tokenizer to match them by. Copy the one it was "
+                f"{adaptation.path}: its embeddings have {count:,} rows, those of {old.path} have "
+                f"{old.embedding_rows:,}, and its folder has no tokenizer to match them by. Copy the one that it was "
                 "tuned with into it."
             )
         return upgrade.rows
@@ -59,36 +59,38 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
 
 
 def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], int]:
-    """Return the tokens that an adaptation's tokenizer has and its weights have rows for, and the number of rows."""
+    """Return the tokens of an adaptation for which it stores rows, with their ids, and the number of rows."""
     count = adaptation.family.num_embedding_rows(adaptation, old)
     if count is not None:
         return tokens_of(tokenizer, count), count
     module = f"{old.prefix}.{old.architecture.embeddings}".removesuffix(".weight")
     is_tuned = any(TOKENS in name for name in adaptation.checkpoint.tensors)
     tuned = set(token_rows(adaptation, module) if is_tuned else ())
-    own = {token: row for token, row in tokenizer.get_vocab().items() if row in tuned and token not in old.vocabulary}
-    return {**old.vocabulary, **own}, max([old.embedding_rows, *(row + 1 for row in own.values())])
+    added = {token: row for token, row in tokenizer.get_vocab().items() if row in tuned and token not in old.vocabulary}
+    return {**old.vocabulary, **added}, max([old.embedding_rows, *(row + 1 for row in added.values())])
 
 
 def with_adaptation_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
-    """Make both bases read texts as the adaptation does: with the tokens that it alone has.
+    """Return an upgrade whose bases read texts as the adaptation does, with the tokens that only it has.
 
     Args:
-        adaptation: What was tuned on `upgrade.old`.
+        adaptation: An adaptation of `upgrade.old`.
         upgrade: The two bases.
 
     Returns:
-        The upgrade; the same where the adaptation has the old base's tokens, or stores no rows for its own.
+        The upgrade; unchanged if the adaptation has the old base's tokens, or stores no rows for its additional ones.
     """
     tokenizer = adaptation.tokenizer
     if tokenizer is None:
         return upgrade
     vocabulary, count = _stored_tokens(adaptation, upgrade.old, tokenizer)
-    if without := sorted(tokenizer.get_vocab().keys() - vocabulary.keys()):
+    if rowless := sorted(tokenizer.get_vocab().keys() - vocabulary.keys()):
         logger.warning(
-            "%s: its tokenizer has tokens that %s has not (%s), and it stores no rows for them.",
-            adaptation.path, upgrade.old.path, ", ".join(without[:4]),
-        )  # fmt: skip
+            "%s: its tokenizer has tokens that %s lacks (%s), and it stores no rows for them.",
+            adaptation.path,
+            upgrade.old.path,
+            ", ".join(rowless[:4]),
+        )
     if vocabulary == upgrade.old.vocabulary and count == upgrade.old.embedding_rows:
         return upgrade
     rows = match_token_rows(adaptation, upgrade)

@@ -1,4 +1,4 @@
-"""Grafts whose delta is changed on the way, tensor by tensor: what methods of pure arithmetic have in common."""
+"""Grafts with a transformed delta, the common part of methods that do arithmetic on tensors."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ TRANSFORMABLE = ("full", "lora")
 def write_transform(
     adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Path, progress: Progress, *, replace: bool = False
 ) -> dict[str, list[str]]:
-    """Write old tuned weights for the new base, every delta changed by a rule: new + rule(delta); the head is copied.
+    """Write an adaptation for the new base with transformed deltas: new + rule(delta). The head is copied.
 
-    Of a LoRA the rule gets the dense delta scaling·B·A of each layer, and the closest LoRA of the same rank is written;
-    one that took its start out of the old base is written as a plain one. Where the upgrade left a tensor exactly as it
-    was, its delta stays as it is, to the bit.
+    For a LoRA, the rule gets the dense delta scaling·B·A of each layer, and the closest LoRA of the same rank is
+    written; one whose initialisation changed the old base is written as a plain LoRA. If the upgrade did not change a
+    tensor, its delta is preserved bit by bit.
 
     Args:
-        adaptation: What was tuned on `upgrade.old`.
+        adaptation: An adaptation of `upgrade.old`.
         upgrade: The two bases.
-        rule: Gives the delta to add, of the name inside the body, the delta (tuned − old) and the upgrade's shift
-            (new − old), both in float32 or float64 and laid out as the tensor is; it may be called from several threads
-            at once.
-        into: The folder to fill, plain transformers or PEFT.
-        progress: Told of each tensor.
-        replace: Whether what an adapter stores in place of its base's tensors stays as it is stored.
+        rule: Returns the transformed delta, given the tensor's name inside the body, the delta (tuned − old) and the
+            upgrade's shift (new − old), both in float32 or float64 and in the tensor's shape. Several threads may call
+            it at the same time.
+        into: The folder to write, in the format of transformers or PEFT.
+        progress: Called for each tensor.
+        replace: Whether tensors that an adapter stores in place of its base's are copied, not grafted.
 
     Returns:
-        Tensors that the outcome's notes name, as `write_graft` does.
+        Names of tensors, as `write_graft` returns.
 
     Raises:
-        MismatchError: A tensor of the body is not in the bases, or has another shape there.
-        KindError: The adaptation's kind has no deltas of its base's tensors.
+        MismatchError: A tensor of the body is missing in a base, or has another shape in it.
+        KindError: The adaptation's kind has no deltas.
     """
     check_transformable(adaptation)
     carried = adaptation.family.transform(adaptation, upgrade, rule, progress, replace=replace)
@@ -49,18 +49,18 @@ def write_transform(
 
 
 def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = TRANSFORMABLE) -> None:
-    """Refuse kinds that are no change of their base's tensors.
+    """Check that an adaptation has deltas that can be transformed.
 
     Args:
-        adaptation: The tuned weights.
-        variants: Those that can be worked on.
+        adaptation: The adaptation.
+        variants: The supported kinds.
 
     Raises:
-        KindError: It is of another kind, or a LoRA that is more than B·A.
+        KindError: It is of another kind, or a LoRA with more than B·A for linear layers.
     """
     if adaptation.variant not in variants:
         raise KindError(
-            f"{adaptation.path}: this method works on the deltas of kinds {', '.join(variants)}; a "
-            f"{adaptation.variant} it cannot carry. Take direct or init, or convert it to full or lora first."
+            f"{adaptation.path}: this method cannot carry a {adaptation.variant}: it needs the deltas of "
+            f"{' or '.join(variants)}. Take direct or init, or convert it to full or lora first."
         )
     adaptation.family.check_linear(adaptation)

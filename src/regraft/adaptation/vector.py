@@ -1,4 +1,4 @@
-"""An adaptation as one long vector that is never held whole."""
+"""An adaptation as a vector, which is read in chunks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ if TYPE_CHECKING:
 
     import torch
 
-CHUNK_ELEMENTS = 1 << 18  # numbers at a time: 2 MiB in float64
-# settings that say what an adapter's numbers mean
-MEANING = (
-    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "num_virtual_tokens", "inner_size", "activation", "placement",
-)  # fmt: skip
+CHUNK_ELEMENTS = 1 << 18  # 2 MiB in float64
+LAYOUT_SETTINGS = (  # vectors of adapters are comparable only if these are equal
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "num_virtual_tokens",
+    "inner_size",
+    "activation",
+    "placement",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,13 +36,13 @@ class Vector:
     """An adaptation without its head: the deltas of a full fine-tune's body, or an adapter's own tensors.
 
     Args:
-        source: Where it is stored, for messages.
-        kind: The adaptation's.
-        fingerprint: Which weights these are.
-        tensors: The tensors as they are stored; of a LoRA that began in its base, those of the plain one.
-        settings: The content of an adapter's config; nothing for a full fine-tune.
-        base: What is taken off each tensor, and its name there; None for an adapter.
-        names: The stored name of each tensor, by its name in the vector.
+        source: The adaptation's folder, for error messages.
+        kind: The kind of adaptation.
+        fingerprint: The fingerprint of the weights.
+        tensors: The stored tensors; of a LoRA whose initialisation changed its base, those of the plain LoRA.
+        settings: The content of an adapter's config; empty for a full fine-tune.
+        base: The base's tensors to subtract, and their names by the names in the vector; None for an adapter.
+        names: The stored names of the tensors, by their names in the vector.
     """
 
     source: str
@@ -46,34 +55,34 @@ class Vector:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor."""
+        """The shapes of the tensors."""
         return {name: tuple(shape_of(self.tensors, stored)) for name, stored in self.names.items()}
 
     def flat_slice(self, name: str, start: int, count: int) -> torch.Tensor:
-        """Return some of its numbers.
+        """Return a slice of a flattened tensor.
 
         Args:
-            name: A tensor's name in the vector.
-            start: The first number in that tensor, laid out flat.
-            count: How many.
+            name: The tensor's name in the vector.
+            start: The index of the first element.
+            count: The number of elements.
 
         Returns:
             [count], in float64.
         """
-        numbers = flat_slice(self.tensors, self.names[name], start, count).double()
+        values = flat_slice(self.tensors, self.names[name], start, count).double()
         if self.base is None:
-            return numbers
-        return numbers - flat_slice(self.base[0], self.base[1][name], start, count).double()
+            return values
+        return values - flat_slice(self.base[0], self.base[1][name], start, count).double()
 
 
 def chunks(vector: Vector) -> Iterator[tuple[str, int, int]]:
-    """Cut a vector into pieces.
+    """Divide a vector into chunks.
 
     Args:
         vector: The vector.
 
     Yields:
-        A tensor's name in the vector, the first number in it, and how many.
+        A tensor's name in the vector, the index of the chunk's first element in it, and the number of elements.
     """
     for name, shape in vector.shapes.items():
         count = math.prod(shape)
@@ -81,32 +90,32 @@ def chunks(vector: Vector) -> Iterator[tuple[str, int, int]]:
             yield name, start, min(CHUNK_ELEMENTS, count - start)
 
 
-def check_same_layout(vector: Vector, like: Vector) -> None:
-    """Refuse a vector whose numbers stand for something else.
+def check_same_layout(vector: Vector, reference: Vector) -> None:
+    """Check that the elements of two vectors have the same meaning.
 
     Args:
-        vector: What is compared.
-        like: What it is compared with.
+        vector: A vector.
+        reference: The vector that it is compared with.
 
     Raises:
         MismatchError: They differ in their kind, a shape or a setting.
     """
-    if vector.kind != like.kind:
+    if vector.kind != reference.kind:
         raise MismatchError(
-            f"{vector.source}: is a {vector.kind}, and {like.source} a {like.kind}: a map is learned from adaptations "
-            "of one kind."
+            f"{vector.source} is a {vector.kind}, but {reference.source} is a {reference.kind}: a map is learned from "
+            "adaptations of one kind."
         )
-    shapes, expected = vector.shapes, like.shapes
+    shapes, expected = vector.shapes, reference.shapes
     if differing := sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name)):
         first = "; ".join(f"{name}: {shapes.get(name)} and {expected.get(name)}" for name in differing[:4])
         raise MismatchError(
-            f"{vector.source} and {like.source} differ in {len(differing)} tensors ({first}): a map is learned from "
-            "adaptations of one shape."
+            f"{vector.source} and {reference.source} differ in {len(differing)} tensors ({first}): a map is learned "
+            "from adaptations of the same shapes."
         )
-    for key in MEANING:
-        own, other = vector.settings.get(key) or None, like.settings.get(key) or None
-        if own != other:
+    for key in LAYOUT_SETTINGS:
+        value, expected_value = vector.settings.get(key) or None, reference.settings.get(key) or None
+        if value != expected_value:
             raise MismatchError(
-                f"{vector.source} and {like.source} differ in {key}: {own!r} and {other!r}. The same numbers would "
-                "mean something else."
+                f"{vector.source} and {reference.source} differ in {key}: {value!r} and {expected_value!r}. Their "
+                "elements have different meanings."
             )

@@ -1,4 +1,4 @@
-"""Named tensors made from others when they are asked for, whole or a piece at a time."""
+"""Tensors computed from other tensors on demand, as a whole or one flat slice at a time."""
 
 from __future__ import annotations
 
@@ -10,61 +10,60 @@ from typing import TYPE_CHECKING
 
 from regraft.checkpoint.header import FLOATING, dtype_name, torch_dtype
 from regraft.checkpoint.quantised import QuantisedTensor
-from regraft.checkpoint.reader import Checkpoint
+from regraft.checkpoint.reader import Checkpoint, chunk_ranges
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
+# elements computed at once: 2 MiB in float64, so that the operands of a rule stay in a core's cache
 CHUNK_ELEMENTS = 1 << 18
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How one tensor is made.
+    """How one tensor is computed.
 
     Args:
-        dtype: Its safetensors dtype, as in `F32` or `BF16`.
-        shape: Its size along each dimension.
-        operands: What it is made from: a mapping, and a name in it.
-        rule: Makes it from these, as tensors; by default it is a copy of the one there is.
-        elementwise: Whether the rule gives the same on flat pieces of the operands as on the whole.
+        dtype: The safetensors dtype of the result, such as `F32` or `BF16`.
+        shape: The shape of the result.
+        operands: The tensors it is computed from, each as a mapping and a name in that mapping.
+        rule: Computes the result from the operands; by default it copies its only operand.
+        elementwise: Whether the rule can be applied to flat slices of the operands.
     """
 
     dtype: str
     shape: tuple[int, ...]
     operands: tuple[tuple[Mapping[str, torch.Tensor], str], ...]
-    rule: Callable[..., torch.Tensor] = _same
+    rule: Callable[..., torch.Tensor] = _copy
     elementwise: bool = True
 
 
 class DerivedTensors(Mapping[str, "torch.Tensor"]):
-    """A read-only mapping whose tensors are computed; it holds none of them.
+    """A read-only mapping whose tensors are computed on access and not kept.
 
     Args:
-        entries: How each is made, by name.
+        specs: How to compute each tensor, by name.
     """
 
-    def __init__(self, entries: Mapping[str, TensorSpec]):
-        self.specs = dict(entries)
+    def __init__(self, specs: Mapping[str, TensorSpec]):
+        self.specs = dict(specs)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        entry = self.specs[name]
-        if not entry.elementwise:
-            result = entry.rule(*(tensors[operand] for tensors, operand in entry.operands))
-            return _stored(result, name, entry).reshape(entry.shape)
+        spec = self.specs[name]
+        if not spec.elementwise:
+            result = spec.rule(*(tensors[operand] for tensors, operand in spec.operands))
+            return _round_to_spec(result, name, spec).reshape(spec.shape)
         import torch
 
-        whole = torch.empty(math.prod(entry.shape), dtype=torch_dtype(entry.dtype))
-        for start in range(0, len(whole), CHUNK_ELEMENTS):
-            whole[start : start + CHUNK_ELEMENTS] = flat_slice(
-                self, name, start, min(CHUNK_ELEMENTS, len(whole) - start)
-            )
-        return whole.reshape(entry.shape)
+        values = torch.empty(math.prod(spec.shape), dtype=torch_dtype(spec.dtype))
+        for start, count in chunk_ranges(len(values), CHUNK_ELEMENTS):
+            values[start : start + count] = flat_slice(self, name, start, count)
+        return values.reshape(spec.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -77,48 +76,50 @@ class DerivedTensors(Mapping[str, "torch.Tensor"]):
 
 
 class GroupedTensors(DerivedTensors):
-    """Derived tensors of which some are made several at a time.
+    """Derived tensors, some of which are computed several at a time.
 
     Args:
-        entries: How each is made; of what is made in a group, only dtype, shape and operands count.
-        groups: By name, the group it is made in; those that are made by themselves are not in it.
-        make: Makes a group, by name.
+        specs: How to compute each tensor; for members of a group, only dtype, shape and operands are used.
+        groups: The group of each tensor that is computed with others, by the tensor's name.
+        compute_group: Computes the tensors of a group, by name.
     """
 
-    RECENT = 4  # fused experts are two groups a layer, and at a layer's end two layers are being written
+    # Fused experts are two groups per layer, and at a layer's end two layers are being written.
+    MAX_CACHED_GROUPS = 4
 
     def __init__(
         self,
-        entries: Mapping[str, TensorSpec],
+        specs: Mapping[str, TensorSpec],
         groups: Mapping[str, tuple[str, ...]],
-        make: Callable[[tuple[str, ...]], dict[str, torch.Tensor]],
+        compute_group: Callable[[tuple[str, ...]], dict[str, torch.Tensor]],
     ):
-        super().__init__(entries)
-        self._groups, self._make = groups, make
+        super().__init__(specs)
+        self._groups, self._compute_group = groups, compute_group
         self._lock = threading.Lock()
-        self._recent: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        self._cache: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         group = self._groups.get(name)
         if group is None:
             return super().__getitem__(name)
         with self._lock:
-            if group not in self._recent:
-                while len(self._recent) >= self.RECENT:
-                    del self._recent[next(iter(self._recent))]
-                self._recent[group] = self._make(group)
-            return self._recent[group][name].to(torch_dtype(self.specs[name].dtype))
+            if group not in self._cache:
+                while len(self._cache) >= self.MAX_CACHED_GROUPS:
+                    oldest = next(iter(self._cache))
+                    del self._cache[oldest]
+                self._cache[group] = self._compute_group(group)
+            return self._cache[group][name].to(torch_dtype(self.specs[name].dtype))
 
 
 def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
-    """Return the shape of a tensor without reading it, where that is possible.
+    """Return the shape of a tensor, without reading data unless the mapping is a plain state dict.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        name: A name in it.
+        name: The tensor's name.
 
     Returns:
-        The shape.
+        The size of each dimension.
     """
     if isinstance(tensors, Checkpoint):
         return tensors.tensors[name].shape
@@ -126,14 +127,14 @@ def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
 
 
 def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
-    """Return the safetensors dtype of a tensor without reading it, where that is possible.
+    """Return the safetensors dtype of a tensor, without reading data unless the mapping is a plain state dict.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        name: A name in it.
+        name: The tensor's name.
 
     Returns:
-        The dtype, as in `F32` or `BF16`.
+        The dtype, such as `F32` or `BF16`.
     """
     if isinstance(tensors, Checkpoint):
         return tensors.tensors[name].dtype
@@ -141,34 +142,35 @@ def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
 
 
 def output_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
-    """Return the dtype in which a result that takes the place of a tensor is written.
+    """Return the dtype in which a result that replaces a tensor is written.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        name: A name in it.
+        name: The tensor's name.
 
     Returns:
-        The tensor's own dtype; BF16 for a quantised one, which is computed in float32.
+        The tensor's own dtype; BF16 for a quantised tensor, which is computed in float32.
     """
-    source, original = tensors, name
+    source, source_name = tensors, name
     while isinstance(source, DerivedTensors):
-        entry = source.specs[original]
-        if not entry.operands or (entry.elementwise and len(entry.operands) > 1):
-            break  # arithmetic on several tensors, as a delta, has a dtype of its own; a conversion of names has not
-        source, original = entry.operands[0]
-    if isinstance(source, Checkpoint) and isinstance(source.tensors[original], QuantisedTensor):
+        spec = source.specs[source_name]
+        is_arithmetic = spec.elementwise and len(spec.operands) > 1
+        if not spec.operands or is_arithmetic:
+            break  # arithmetic on several tensors has a dtype of its own; a renamed or reshaped tensor has its source's
+        source, source_name = spec.operands[0]
+    if isinstance(source, Checkpoint) and isinstance(source.tensors[source_name], QuantisedTensor):
         return "BF16"
     return dtype_of(tensors, name)
 
 
 def flat_slice(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int) -> torch.Tensor:
-    """Return some numbers of a tensor, laid out flat, reading and computing no more than these where that is possible.
+    """Return consecutive elements of a flattened tensor, computing only those where the mapping allows it.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        name: A name in it.
-        start: The first number.
-        count: How many.
+        name: The tensor's name.
+        start: The index of the first element.
+        count: The number of elements.
 
     Returns:
         A tensor of shape [count].
@@ -176,46 +178,41 @@ def flat_slice(tensors: Mapping[str, torch.Tensor], name: str, start: int, count
     if isinstance(tensors, Checkpoint):
         return tensors.flat_slice(name, start, count)
     if isinstance(tensors, DerivedTensors) and tensors.specs[name].elementwise:
-        entry = tensors.specs[name]
-        result = entry.rule(*(flat_slice(source, operand, start, count) for source, operand in entry.operands))
-        return _stored(result, name, entry)
+        spec = tensors.specs[name]
+        result = spec.rule(*(flat_slice(source, operand, start, count) for source, operand in spec.operands))
+        return _round_to_spec(result, name, spec)
     return tensors[name].reshape(-1)[start : start + count]
 
 
-def are_equal(first: Mapping[str, torch.Tensor], name: str, second: Mapping[str, torch.Tensor], other: str) -> bool:
-    """Compare two tensors, a piece at a time.
+def are_equal(
+    first: Mapping[str, torch.Tensor], first_name: str, second: Mapping[str, torch.Tensor], second_name: str
+) -> bool:
+    """Return whether two tensors have the same dtype, shape and elements; compare them chunk by chunk.
 
     Args:
         first: A checkpoint, derived tensors or a state dict.
-        name: A name in it.
-        second: The same or another.
-        other: A name in that.
-
-    Returns:
-        Whether they have the same dtype, shape and numbers.
+        first_name: The name of a tensor in `first`.
+        second: A checkpoint, derived tensors or a state dict; may be `first`.
+        second_name: The name of a tensor in `second`.
     """
     import torch
 
-    shape = shape_of(first, name)
-    if shape != shape_of(second, other) or dtype_of(first, name) != dtype_of(second, other):
+    shape = shape_of(first, first_name)
+    if shape != shape_of(second, second_name) or dtype_of(first, first_name) != dtype_of(second, second_name):
         return False
-    size = math.prod(shape)
     return all(
-        torch.equal(
-            flat_slice(first, name, at, min(CHUNK_ELEMENTS, size - at)),
-            flat_slice(second, other, at, min(CHUNK_ELEMENTS, size - at)),
-        )
-        for at in range(0, size, CHUNK_ELEMENTS)
+        torch.equal(flat_slice(first, first_name, start, count), flat_slice(second, second_name, start, count))
+        for start, count in chunk_ranges(math.prod(shape), CHUNK_ELEMENTS)
     )
 
 
-def _stored(result: torch.Tensor, name: str, entry: TensorSpec) -> torch.Tensor:
-    """Round a result to the dtype it is stored in; what is copied may hold anything, as masks do."""
-    result = result.to(torch_dtype(entry.dtype))
-    is_computed = len(entry.operands) > 1 and entry.dtype in FLOATING and result.numel()
+def _round_to_spec(result: torch.Tensor, name: str, spec: TensorSpec) -> torch.Tensor:
+    """Convert a result to its spec's dtype, and refuse non-finite arithmetic; copies (masks, say) may hold anything."""
+    result = result.to(torch_dtype(spec.dtype))
+    is_computed = len(spec.operands) > 1 and spec.dtype in FLOATING and result.numel()
     if is_computed and not all(map(math.isfinite, result.aminmax())):
         raise CheckpointError(
-            f"tensor {name!r} would be infinite or not a number in {entry.dtype}: an input is (regraft weights inspect "
-            "--check-finite tells), or the result is too large for that dtype."
+            f"tensor {name!r} would be infinite or not a number in {spec.dtype}: an input is (check it with regraft "
+            "weights inspect --check-finite), or the result is too large for that dtype."
         )
     return result

@@ -1,4 +1,4 @@
-"""The one way in which files are written: beside their place, synced, then renamed into it."""
+"""Atomic file writing: every file is written under a temporary name, synced and renamed."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-# how safetensors (Rust) and torch's zip writer report a write that failed; neither keeps the error number
-NO_ROOM = re.compile(r"os error (27|28|122)\b|No space left on device|file write failed|unexpected pos \d+ vs \d+")
+# How safetensors (Rust) and torch's zip writer report a failed write; neither keeps the errno.
+DISK_FULL_MESSAGE = re.compile(
+    r"os error (27|28|122)\b|No space left on device|file write failed|unexpected pos \d+ vs \d+"
+)
 
 
 @contextlib.contextmanager
 def replace_atomically(file: Path, *, synced: bool = True) -> Iterator[Path]:
-    """Write a file beside its place, sync it, and rename it: it is seen whole or not at all.
+    """Write a temporary file in the same folder, sync it and rename it, so that readers see all of it or nothing.
 
     Args:
-        file: The file to write; one that exists is replaced.
-        synced: Whether it must survive a loss of power from now on; not where `seal` or `publish` syncs it later.
+        file: The file to write; an existing one is replaced.
+        synced: Whether the file must survive a power loss as soon as this returns. Pass False where `seal` or
+            `publish` syncs it later.
 
     Yields:
-        The temporary file to write to, removed again if that fails.
+        The temporary file to write to; it is removed if writing fails.
 
     Raises:
         DiskFullError: The disk is full.
         OutcomeError: The file cannot be written.
     """
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        beside.unlink(missing_ok=True)
-        beside.touch(exist_ok=False)  # refuses a link that somebody else puts there
-        yield beside
-        os.chmod(beside, new_file_mode())  # safetensors leaves 0600
+        temporary.unlink(missing_ok=True)
+        temporary.touch(exist_ok=False)  # fails on a symbolic link that another process created meanwhile
+        yield temporary
+        os.chmod(temporary, new_file_mode())  # safetensors creates files with mode 0600
         if synced:
-            sync(beside)
-        os.replace(beside, file)
+            sync(temporary)
+        os.replace(temporary, file)
         if synced:
             sync(file.parent)
     except Exception as error:
@@ -55,118 +58,121 @@ def replace_atomically(file: Path, *, synced: bool = True) -> Iterator[Path]:
         raise
     finally:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomic(file: Path, text: str) -> None:
-    """Write a text file so that it is seen whole or not at all.
+    """Write a text file atomically.
 
     Args:
         file: The file to write.
-        text: Its content, written as UTF-8.
+        text: The content, written as UTF-8.
 
     Raises:
         DiskFullError: The disk is full.
         OutcomeError: The file cannot be written.
     """
-    with replace_atomically(file) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with replace_atomically(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def to_json(record: Any, name: str, indent: int | None = None) -> str:
-    """Write a record as JSON, in which every number is one.
+    """Convert a record to JSON, and refuse infinities and NaN.
 
     Args:
-        record: What JSON can hold.
-        name: What it is a record of, for the message.
-        indent: As of `json.dumps`.
+        record: Any value that JSON can represent.
+        name: The record's name in the error message.
+        indent: The indentation, as for `json.dumps`.
 
     Returns:
-        The text, without a newline at its end.
+        The text, without a trailing newline.
 
     Raises:
-        OutcomeError: A figure in it is infinite or not a number; the message names it.
+        OutcomeError: A figure in the record is infinite or not a number; the message names its field.
     """
     try:
         return json.dumps(record, indent=indent, allow_nan=False)
     except ValueError:
-        field = next(_not_finite(record, ""), None)
+        field = next(_nonfinite_fields(record, ""), None)
         if field is None:
             raise
         raise OutcomeError(f"{name}: the figure {field} is infinite or not a number, so nothing is recorded.") from None
 
 
-def new_file_mode() -> int:
-    """Compute the permissions of a new file.
+def equals_json(recorded: Any, value: Any) -> bool:
+    """Return whether a value read from JSON equals a value that may hold tuples and other types JSON has no word for.
 
-    Returns:
-        Read and write, less what the umask takes away; which can only be read by setting it.
+    Args:
+        recorded: The value read from a file.
+        value: The value that would be written.
+
+    Raises:
+        TypeError: `value` cannot be written as JSON.
     """
-    umask = os.umask(0o077)
+    return bool(recorded == json.loads(json.dumps(value)))
+
+
+def new_file_mode() -> int:
+    """Return the permissions of a new file: read and write for all, less the umask."""
+    umask = os.umask(0o077)  # the umask can be read only by setting it
     os.umask(umask)
     return 0o666 & ~umask
 
 
 def sync(path: Path) -> None:
-    """Wait until what was written of a file, or the names in a folder, would survive a loss of power.
+    """Flush a file's content, or a folder's entries, to the disk.
 
     Args:
         path: A file or a folder.
 
     Raises:
-        OSError: The disk cannot keep the file.
+        OSError: The disk cannot store the file.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that sync no folders
+        if error.errno != errno.EINVAL:  # file systems that cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or one that it came of, is that of a disk without room.
+    """Return whether an error, or one of its causes, means that the disk is full.
 
     Args:
-        error: Any error, of Python's, safetensors' or torch's.
-
-    Returns:
-        Whether it is.
+        error: An error of Python, safetensors or torch.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if not isinstance(cause, CheckpointError) and NO_ROOM.search(str(cause)):
+        if not isinstance(cause, CheckpointError) and DISK_FULL_MESSAGE.search(str(cause)):
             return True
         cause = cause.__cause__ or cause.__context__
     return False
 
 
 def disk_full_error(path: Path | str) -> DiskFullError:
-    """Make the error of a disk without room.
+    """Return the error to raise when the disk is full.
 
     Args:
-        path: What could not be written.
-
-    Returns:
-        The error, for raising.
+        path: The file or folder that could not be written.
     """
     return DiskFullError(
-        f"{path}: the disk is full (or your quota of it, or a limit on a file's size is reached). Make room, and the "
-        "same command goes on."
+        f"{path}: the disk is full (or your quota or a limit on file sizes is reached). Make room, then run the same "
+        "command again: it resumes."
     )
 
 
 def seal(record: Path, files: Iterable[Path], facts: Mapping[str, Any] | None = None) -> None:
-    """Sync files and record their digests, so that a later run can tell whether they are still what was written.
+    """Sync files and record their digests, so that a later run can check that they are unchanged.
 
     Args:
-        record: The file to write, in a folder that the files are in or below.
-        files: What to seal; paths may go through `..`.
-        facts: What must also be the same later, as JSON.
+        record: The file to write.
+        files: The files to seal; their paths are recorded relative to the folder of `record`.
+        facts: Values that must also be unchanged later, such as library versions; anything JSON can represent.
     """
     digests = {}
     for file in files:
@@ -176,36 +182,33 @@ def seal(record: Path, files: Iterable[Path], facts: Mapping[str, Any] | None = 
 
 
 def is_sealed(record: Path, facts: Mapping[str, Any] | None = None) -> bool:
-    """Check sealed files.
+    """Return whether every sealed file still has its recorded content, and the facts are the recorded ones.
 
     Args:
-        record: As of `seal`.
-        facts: As of `seal`.
-
-    Returns:
-        Whether every sealed file exists with the content that it had, and the facts are the same.
+        record: The file that `seal` wrote.
+        facts: The facts to compare with the recorded ones.
     """
     try:
         content = json.loads(record.read_bytes())
-        same = all(_digest(record.parent / name) == digest for name, digest in content["files"].items())
-        return same and content["facts"] == json.loads(json.dumps(dict(facts or {})))
+        is_unchanged = all(_digest(record.parent / name) == digest for name, digest in content["files"].items())
+        return is_unchanged and equals_json(content["facts"], dict(facts or {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
 def _digest(file: Path) -> str:
-    if not file.is_file():  # a pipe would keep its reader waiting
-        raise FileNotFoundError(errno.ENOENT, "is no file", str(file))
+    if not file.is_file():  # reading a pipe would block
+        raise FileNotFoundError(errno.ENOENT, "is not a regular file", str(file))
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _not_finite(value: Any, where: str) -> Iterator[str]:
+def _nonfinite_fields(value: Any, path: str) -> Iterator[str]:
     if isinstance(value, float) and not math.isfinite(value):
-        yield where
+        yield path
     elif isinstance(value, dict):
         for name, entry in value.items():
-            yield from _not_finite(entry, f"{where}.{name}".removeprefix("."))
+            yield from _nonfinite_fields(entry, f"{path}.{name}".removeprefix("."))
     elif isinstance(value, (list, tuple)):
-        for number, entry in enumerate(value):
-            yield from _not_finite(entry, f"{where}[{number}]")
+        for index, entry in enumerate(value):
+            yield from _nonfinite_fields(entry, f"{path}[{index}]")

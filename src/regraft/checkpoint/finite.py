@@ -1,4 +1,4 @@
-"""Numbers that are none: a check of every value of a checkpoint."""
+"""A check of every value of a checkpoint for infinities and NaN."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from regraft.checkpoint.header import FLOATING
+from regraft.checkpoint.reader import chunk_ranges
 from regraft.errors import CheckpointError
 from regraft.progress import Progress, silent
 
@@ -14,40 +15,42 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint.reader import Checkpoint
 
-CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 22  # 16 MiB in float32: large reads, as nothing is computed but a minimum and a maximum
+MAX_LISTED = 4  # tensors named in the message
 
 
 def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Collection[str] | None = None) -> None:
-    """Refuse a checkpoint with values that are infinite or not a number.
+    """Refuse a checkpoint that holds infinite values or NaN.
 
     Args:
-        checkpoint: The weights, read in pieces of a few megabytes.
-        progress: Told of each piece, in numbers.
+        checkpoint: The weights, read a few megabytes at a time.
+        progress: The callback for each chunk, in elements.
         names: The tensors to check; None for all.
 
     Raises:
-        CheckpointError: There are some; the message counts them by tensor.
+        CheckpointError: Some values are not finite; the message counts them by tensor.
     """
     import torch
 
     sizes = {
-        name: math.prod(info.shape)
-        for name, info in checkpoint.tensors.items()
-        if info.dtype in FLOATING and (names is None or name in names)
+        name: math.prod(tensor.shape)
+        for name, tensor in checkpoint.tensors.items()
+        if tensor.dtype in FLOATING and (names is None or name in names)
     }
-    total, done = sum(sizes.values()), 0
-    found: dict[str, int] = {}
-    for name, count in sizes.items():
-        for start in range(0, count, CHUNK_ELEMENTS):
-            size = min(CHUNK_ELEMENTS, count - start)
-            values = checkpoint.flat_slice(name, start, size)
-            if not all(map(math.isfinite, values.aminmax())):  # forty times as fast as to count
-                found[name] = found.get(name, 0) + size - int(torch.isfinite(values).sum())
-            done += size
-            progress("check", done, total, {})
-    if found:
-        named = ", ".join(f"{name} ({count:,} of {sizes[name]:,})" for name, count in list(found.items())[:4])
+    total, checked = sum(sizes.values()), 0
+    nonfinite_counts: dict[str, int] = {}
+    for name, size in sizes.items():
+        for start, count in chunk_ranges(size, CHUNK_ELEMENTS):
+            values = checkpoint.flat_slice(name, start, count)
+            if not all(map(math.isfinite, values.aminmax())):  # forty times as fast as counting
+                nonfinite = count - int(torch.isfinite(values).sum())
+                nonfinite_counts[name] = nonfinite_counts.get(name, 0) + nonfinite
+            checked += count
+            progress("check", checked, total, {})
+    if nonfinite_counts:
+        listed = [f"{name} ({count:,} of {sizes[name]:,})" for name, count in nonfinite_counts.items()]
         raise CheckpointError(
-            f"{checkpoint.path}: {len(found)} tensors hold values that are infinite or not a number: {named}"
-            f"{' …' if len(found) > 4 else ''}. The training that wrote it diverged: take an earlier checkpoint."
+            f"{checkpoint.path}: {len(listed)} tensors hold values that are infinite or not a number: "
+            f"{', '.join(listed[:MAX_LISTED])}{' …' if len(listed) > MAX_LISTED else ''}. The training that wrote it "
+            "diverged: take an earlier checkpoint."
         )

@@ -37,20 +37,20 @@ class WritePlan:
     """What writing a checkpoint takes.
 
     Args:
-        tensors: How many tensors.
-        files: How many files of tensors.
-        disk: Bytes on disk.
-        read: Bytes that are read.
-        memory: Bytes in memory for tensors, beside what Python and torch take.
-        free: Bytes the disk has left.
+        num_tensors: How many tensors.
+        num_files: How many files of tensors.
+        disk_bytes: Bytes on disk.
+        read_bytes: Bytes that are read.
+        memory_bytes: Bytes in memory for tensors, beside what Python and torch take.
+        free_bytes: Bytes the disk has left.
     """
 
-    tensors: int
-    files: int
-    disk: int
-    read: int
-    memory: int
-    free: int
+    num_tensors: int
+    num_files: int
+    disk_bytes: int
+    read_bytes: int
+    memory_bytes: int
+    free_bytes: int
 
 
 def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes: int = SHARD_BYTES) -> WritePlan:
@@ -73,12 +73,12 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
     disk = sum(byte_size(tensors, name) for name in tensors)
     free = shutil.disk_usage(parent).free
     plan = WritePlan(
-        tensors=len(tensors),
-        files=len(plan_shards(tensors, shard_bytes)),
-        disk=disk,
-        read=sum(_read(tensors, name) for name in tensors),
-        memory=max((_memory(tensors, name) for name in tensors), default=0),
-        free=free,
+        num_tensors=len(tensors),
+        num_files=len(plan_shards(tensors, shard_bytes)),
+        disk_bytes=disk,
+        read_bytes=sum(_read(tensors, name) for name in tensors),
+        memory_bytes=max((_memory(tensors, name) for name in tensors), default=0),
+        free_bytes=free,
     )
     if disk > free + _kept(out):
         raise DiskFullError(f"{out}: {disk:,} bytes are to be written, the disk has {free:,} left: make room.")
@@ -88,25 +88,25 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
 def write_folder(
     tensors: Mapping[str, torch.Tensor],
     out: Path,
-    like: Path,
+    template: Path,
     provenance: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
     *,
-    vocabulary: Callable[[Path], None] | None = None,
+    write_tokenizer: Callable[[Path], None] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint folder: whole or not at all, and going on from the shard at which it was interrupted.
+    """Write a checkpoint folder, completely or not at all; an interrupted call resumes at the shard it had reached.
 
     Args:
-        tensors: What is to be written.
-        out: Where to.
-        like: The folder whose config and tokenizer files are copied.
-        provenance: What the tensors are made from, as JSON. If `out` is there, made from the same, nothing is done.
-        shard_bytes: The largest size of a file.
-        progress: Told of each piece, in bytes.
-        vocabulary: Changes tokenizer and configs in the folder, where the vocabulary is another than that of `like`.
-        config: What to change in its `config.json`.
+        tensors: The tensors.
+        out: The output folder. If it exists with the same provenance, nothing is done.
+        template: The folder whose config and tokenizer files are copied.
+        provenance: The inputs of the tensors, as JSON.
+        shard_bytes: The maximal size of a file.
+        progress: Called for each chunk, in bytes.
+        write_tokenizer: Writes tokenizer and config files into a folder, if the vocabulary differs from the template's.
+        config: Settings of `config.json` to change.
 
     Raises:
         DiskFullError: The disk has not enough room.
@@ -122,14 +122,14 @@ def write_folder(
         whole = work / "checkpoints" / "whole"
         whole.mkdir(parents=True, exist_ok=True)
         write_checkpoint(whole, tensors, shard_bytes, progress)
-        copy_auxiliary_files(like, whole, COMPANIONS)
+        copy_auxiliary_files(template, whole, COMPANIONS)
         if (whole / "config.json").is_file():
             settings = read_json(whole / "config.json")
             changed = without_quantisation(settings | dict(config or {}))
             if changed != settings:
                 write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")
-        if vocabulary:
-            vocabulary(whole)
+        if write_tokenizer:
+            write_tokenizer(whole)
         write_record(whole, provenance)
         publish(whole, out)
 

@@ -13,37 +13,33 @@ from typing import TYPE_CHECKING
 from regraft.checkpoint.header import ITEM_BYTES, MAX_TENSORS, StoredTensor, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import read_json
-from regraft.checkpoint.quantised import QuantisedTensor, dequantised, parts
+from regraft.checkpoint.quantised import QuantisedTensor, dequantised, stored_parts
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-NAMES = ("model.safetensors", "adapter_model.safetensors")
+WEIGHT_FILES = ("model.safetensors", "adapter_model.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-OF_TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # pickles that hold no weights
-# what else weights are stored as, which is not read
-OTHER_FORMATS = (
-    ("*.gguf", "of llama.cpp. Give the model that it was made from"),
-    ("*.h5", "of TensorFlow. Load it with transformers 4, from_tf=True, and call save_pretrained"),
-    ("*.msgpack", "of Flax. Load it with transformers 4, from_flax=True, and call save_pretrained"),
-    ("*.onnx", "exported to ONNX. Give the model that it was made from"),
-    ("onnx/*.onnx", "exported to ONNX. Give the model that it was made from"),
-    ("openvino_model.*", "exported to OpenVINO. Give the model that it was made from"),
-    (
-        "*.safetensors",
-        "none of these. If it holds all, as transformers writes it, rename it to model.safetensors",
-    ),
+TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # pickles without weights
+UNSUPPORTED_FORMATS = (  # file patterns, with what to say of them
+    ("*.gguf", "a model of llama.cpp. Give the model that it was converted from"),
+    ("*.h5", "a model of TensorFlow. Load it with transformers 4, from_tf=True, and call save_pretrained"),
+    ("*.msgpack", "a model of Flax. Load it with transformers 4, from_flax=True, and call save_pretrained"),
+    ("*.onnx", "a model exported to ONNX. Give the model that it was exported from"),
+    ("onnx/*.onnx", "a model exported to ONNX. Give the model that it was exported from"),
+    ("openvino_model.*", "a model exported to OpenVINO. Give the model that it was exported from"),
+    ("*.safetensors", "not called model.safetensors. If it has all tensors, as transformers writes them, rename it"),
 )
 INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
-    """Named tensors of a safetensors file or folder; shapes are known at once, data is read when asked for.
+    """The tensors of a safetensors file or folder by name; their data is read when it is used.
 
     Args:
-        path: Where it was opened.
-        tensors: What it holds, by name.
+        path: The file or folder.
+        tensors: The dtypes, shapes and positions of the tensors, by name.
     """
 
     def __init__(self, path: Path, tensors: dict[str, StoredTensor]):
@@ -52,82 +48,84 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @classmethod
     def open(cls, path: str | Path, *, as_stored: bool = False) -> Checkpoint:
-        """Open a checkpoint and check that every byte it promises is there.
+        """Open a checkpoint, and check that its files are complete.
 
         Args:
-            path: A safetensors file, a transformers or PEFT folder that holds one file or an index with shards, or a
-                hub id with an optional `@revision`.
-            as_stored: Whether codes and scales of a quantised checkpoint are presented, rather than its weights.
+            path: A safetensors file, a transformers or PEFT folder with one file or an index and shards, or a hub id
+                with an optional `@revision`.
+            as_stored: Whether to return the codes and scales of a quantised checkpoint, rather than its weights.
 
         Returns:
-            The checkpoint; no tensor data has been read.
+            The checkpoint; no tensor has been read.
 
         Raises:
-            CheckpointError: A file or shard is missing, truncated, malformed, or outside the folder; or the checkpoint
-                is quantised in a way that is not read.
+            CheckpointError: A file or shard is missing, truncated, malformed or outside the folder, or the checkpoint
+                is quantised in an unsupported way.
         """
         path = find_path(path)
         tensors = _read_tensors(path)
         config = (path if path.is_dir() else path.parent) / "config.json"
-        is_adapter = all(info.file.name == NAMES[1] for info in tensors.values())  # its base's config may lie beside it
+        # next to an adapter there may be the config of its base
+        is_adapter = all(tensor.file.name == WEIGHT_FILES[1] for tensor in tensors.values())
         settings = read_json(config) if config.is_file() and not is_adapter else {}
         return cls(path, tensors if as_stored else dequantised(path, tensors, settings))
 
     @property
     def folder(self) -> Path:
-        """The folder that it is in."""
+        """The folder of its files."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def files(self) -> list[Path]:
-        """The safetensors files that are read, sorted."""
-        return sorted({part.file for info in self.tensors.values() for part in parts(info)})
+        """The safetensors files, sorted."""
+        return sorted({part.file for tensor in self.tensors.values() for part in stored_parts(tensor)})
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        info = self.tensors[name]
-        return self.flat_slice(name, 0, math.prod(info.shape)).reshape(info.shape)
+        shape = self.tensors[name].shape
+        return self.flat_slice(name, 0, math.prod(shape)).reshape(shape)
 
     def flat_slice(self, name: str, start: int, count: int) -> torch.Tensor:
-        """Read some numbers of a tensor, laid out flat; safe to call from several threads.
+        """Read a slice of a flattened tensor. Several threads may call this at the same time.
 
         Args:
             name: The tensor's name.
-            start: The first number.
-            count: How many.
+            start: The index of the first element.
+            count: The number of elements.
 
         Returns:
-            A tensor of shape [count] that shares memory with nothing.
+            [count], in memory of its own.
 
         Raises:
-            CheckpointError: The file ends early: it was changed since it was opened.
+            CheckpointError: The file was truncated after it was opened.
         """
-        info = self.tensors[name]
-        if isinstance(info, QuantisedTensor):
-            return info.numbers(self._read, start, count)
-        return self._read(info, start, count)
+        tensor = self.tensors[name]
+        if isinstance(tensor, QuantisedTensor):
+            return tensor.dequantise(self._read, start, count)
+        return self._read(tensor, start, count)
 
-    def _read(self, info: StoredTensor, start: int, count: int) -> torch.Tensor:
+    def _read(self, tensor: StoredTensor, start: int, count: int) -> torch.Tensor:
         import torch
 
-        size = ITEM_BYTES[info.dtype]
-        buffer = torch.empty(count * size, dtype=torch.uint8)
-        view, done = buffer.numpy().data, 0
-        while done < len(view):
-            read = os.preadv(self._descriptors[info.file], [view[done:]], info.start + start * size + done)
-            if not read:
+        item_bytes = ITEM_BYTES[tensor.dtype]
+        buffer = torch.empty(count * item_bytes, dtype=torch.uint8)
+        view, position = buffer.numpy().data, 0
+        while position < len(view):
+            offset = tensor.start + start * item_bytes + position
+            num_read = os.preadv(self._descriptors[tensor.file], [view[position:]], offset)
+            if not num_read:
                 raise CheckpointError(
-                    f"{info.file}: ends inside tensor {info.name!r}: it was changed while it was read."
+                    f"{tensor.file}: ends inside tensor {tensor.name!r}: it was changed while it was read."
                 )
-            done += read
-        return buffer.view(torch_dtype(info.dtype))
+            position += num_read
+        return buffer.view(torch_dtype(tensor.dtype))
 
     @functools.cached_property
     def _descriptors(self) -> dict[Path, int]:
-        found = {}
+        descriptors = {}
         for file in self.files:
-            found[file] = descriptor = os.open(file, os.O_RDONLY)
-            weakref.finalize(self, os.close, descriptor)
-        return found
+            descriptors[file] = os.open(file, os.O_RDONLY)
+            weakref.finalize(self, os.close, descriptors[file])
+        return descriptors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -139,44 +137,57 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return name in self.tensors
 
 
+def chunk_ranges(length: int, chunk_length: int) -> Iterator[tuple[int, int]]:
+    """Divide a length into chunks.
+
+    Args:
+        length: The length.
+        chunk_length: The length of all chunks but the last.
+
+    Yields:
+        The start and the length of each chunk.
+    """
+    for start in range(0, length, chunk_length):
+        yield start, min(chunk_length, length - start)
+
+
 def _read_tensors(path: Path) -> dict[str, StoredTensor]:
     if path.is_file():
         return read_header(path)
     if (path / INDEX).is_file():
-        if (path / NAMES[0]).is_file():
+        if (path / WEIGHT_FILES[0]).is_file():
             raise CheckpointError(
-                f"{path}: holds {NAMES[0]} and {INDEX}, two checkpoints of which transformers would read the "
-                "first. Remove what does not belong here."
+                f"{path}: has both {WEIGHT_FILES[0]} and {INDEX}, two checkpoints of which transformers would read the "
+                "first. Remove the wrong one."
             )
         return _read_sharded(path)
-    for name in NAMES:
+    for name in WEIGHT_FILES:
         if (path / name).is_file():
             return read_header(path / name)
-    raise CheckpointError(f"{path}: holds none of {', '.join((*NAMES, INDEX))}. {_hint(path)}")
+    raise CheckpointError(f"{path}: has none of {', '.join((*WEIGHT_FILES, INDEX))}. {_describe_content(path)}")
 
 
-def _hint(folder: Path) -> str:
-    """Say what a folder without a checkpoint holds, and what to do."""
-    patterns = ("*", "snapshots/*", "*/*")  # those of a Trainer, of the hub's cache, of named adapters inside those
-    below = [
-        file.parent for pattern in patterns for name in (*NAMES, INDEX) for file in folder.glob(f"{pattern}/{name}")
-    ]
-    if folders := list(dict.fromkeys(str(inner.relative_to(folder)) for inner in sorted(below))):
-        more = f" (or {', '.join(folders[1:4])})" if folders[1:] else ""
-        return f"Its folder {folders[0]}{more} does: give that."
+def _describe_content(folder: Path) -> str:
+    """Say what a folder without a checkpoint contains, and what to do."""
+    patterns = ("*", "snapshots/*", "*/*")  # folders of a Trainer, of the hub's cache, of named adapters in those
+    names = [f"{pattern}/{name}" for pattern in patterns for name in (*WEIGHT_FILES, INDEX)]
+    checkpoints = sorted({file.parent.relative_to(folder) for name in names for file in folder.glob(name)})
+    if checkpoints:
+        alternatives = f" (or {', '.join(map(str, checkpoints[1:4]))})" if checkpoints[1:] else ""
+        return f"Its folder {checkpoints[0]}{alternatives} has: give that."
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles := [name for name in pickles if not name.startswith(OF_TRAINING)]:
+    if pickles := [name for name in pickles if not name.startswith(TRAINING_STATE)]:
         library = "PEFT" if "adapter" in pickles[0] else "transformers"
         return (
-            f"{pickles[0]} is a pickle, which can run code and is not read: if you trust it, load it with {library} "
+            f"{pickles[0]} is a pickle, which can run code and is not read. If you trust it, load it with {library} "
             "and call save_pretrained."
         )
-    for pattern, what in OTHER_FORMATS:
+    for pattern, description in UNSUPPORTED_FORMATS:
         if files := sorted(folder.glob(pattern)):
-            return f"{files[0].relative_to(folder)} is {what}."
+            return f"{files[0].relative_to(folder)} is {description}."
     return (
-        "Give the folder that save_pretrained wrote. If this is a repository of the hub whose weights are not in "
-        "safetensors, load it with transformers and call save_pretrained."
+        "Give the folder that save_pretrained wrote. If this is a repository of the hub without safetensors, load it "
+        "with transformers and call save_pretrained."
     )
 
 
@@ -186,33 +197,33 @@ def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
         weight_map = read_json(index_file)["weight_map"]
         items = sorted((name, shard) for name, shard in weight_map.items() if isinstance(shard, str))
         if not items or len(items) != len(weight_map):
-            raise ValueError("no tensors, or files that are not names")
+            raise ValueError("no tensors, or a file that is no name")
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index_file}: not a safetensors index with a weight_map ({error!r:.200}).") from error
     if len(items) > MAX_TENSORS:
-        raise CheckpointError(f"{index_file}: names {len(items):,} tensors; {MAX_TENSORS:,} are read of a checkpoint.")
+        raise CheckpointError(f"{index_file}: names {len(items):,} tensors; at most {MAX_TENSORS:,} are read.")
     shards: dict[str, dict[str, StoredTensor]] = {}
     for shard in sorted({shard for _, shard in items}):
         if "\0" in shard or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{index_file}: names {shard!r:.200}, not a file of its own folder: refused.")
+            raise CheckpointError(f"{index_file}: names {shard!r:.200}, which is no file in its own folder.")
         if not _is_file(folder / shard):
-            raise CheckpointError(f"{folder}: shard {shard:.200} named by {INDEX} is missing. Fetch it again.")
+            raise CheckpointError(f"{folder}: shard {shard:.200}, which {INDEX} names, is missing. Download it again.")
         shards[shard] = read_header(folder / shard)
     tensors = {}
     for name, shard in items:
         if name not in shards[shard]:
-            raise CheckpointError(f"{folder}: {INDEX} says tensor {name!r:.200} is in {shard}, and it is not there.")
+            raise CheckpointError(f"{folder}: {INDEX} says that tensor {name!r:.200} is in {shard}, but it is not.")
         tensors[name] = shards[shard][name]
     unlisted = [
-        f"{name:.200} ({shard:.200})" for shard, found in shards.items() for name in found if name not in tensors
+        f"{name:.200} ({shard:.200})" for shard, names in shards.items() for name in names if name not in tensors
     ]
     if unlisted:
         raise CheckpointError(f"{folder}: {len(unlisted)} tensors are not in {INDEX}: {', '.join(unlisted[:5])}.")
-    strangers = sorted(file.name for file in folder.glob("model-*-of-*.safetensors") if file.name not in shards)
-    if strangers:
+    unlisted_shards = sorted(file.name for file in folder.glob("model-*-of-*.safetensors") if file.name not in shards)
+    if unlisted_shards:
         raise CheckpointError(
-            f"{folder}: {INDEX} does not name {', '.join(strangers[:4])}: shards of two checkpoints are mixed. Remove "
-            "those that do not belong here."
+            f"{folder}: {INDEX} does not name {', '.join(unlisted_shards[:4])}: shards of two checkpoints are mixed. "
+            "Remove those that do not belong to it."
         )
     return tensors
 
@@ -220,5 +231,5 @@ def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
 def _is_file(file: Path) -> bool:
     try:
         return file.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # the name is invalid for a file
         return False

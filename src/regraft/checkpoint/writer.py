@@ -1,4 +1,4 @@
-"""Writes named tensors as safetensors, piece by piece on every core: what is in memory is a few megabytes."""
+"""Writing tensors as safetensors, in chunks on all cores, with a few megabytes in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from regraft.checkpoint.derived import CHUNK_ELEMENTS, DerivedTensors, dtype_of, flat_slice, shape_of
 from regraft.checkpoint.file import replace_atomically, write_atomic
 from regraft.checkpoint.header import ITEM_BYTES, torch_dtype
-from regraft.checkpoint.reader import INDEX, Checkpoint
+from regraft.checkpoint.reader import INDEX, Checkpoint, chunk_ranges
 from regraft.errors import CheckpointError, DiskFullError
 from regraft.progress import Progress, silent
 
@@ -24,50 +24,43 @@ if TYPE_CHECKING:
 
     import torch
 
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * 10**9  # the default of transformers up to version 4
 
 
 def cores() -> int:
-    """Return how many cores this process may use.
-
-    Returns:
-        Their number.
-    """
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def byte_size(tensors: Mapping[str, torch.Tensor], name: str) -> int:
-    """Return the bytes a tensor takes on disk.
+    """Return the number of bytes of a tensor on disk.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        name: A name in it.
-
-    Returns:
-        The bytes.
+        name: The tensor's name.
     """
     return ITEM_BYTES[dtype_of(tensors, name)] * math.prod(shape_of(tensors, name))
 
 
 def plan_shards(tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """Divide tensors into files no larger than a given size, but for a tensor that is larger by itself.
+    """Divide tensors into files of at most a given size, unless a single tensor is larger.
 
     Args:
-        tensors: What is to be written.
-        shard_bytes: The size.
+        tensors: The tensors to write.
+        shard_bytes: The maximal size of a file.
 
     Returns:
-        The names in each file, by the file's name: `model.safetensors` if one is enough.
+        The tensors' names by the name of their file, which is `model.safetensors` if one file is enough.
     """
     shards: list[list[str]] = [[]]
-    filled = 0
+    shard_size = 0
     for name in sorted(tensors):
         size = byte_size(tensors, name)
-        if shards[-1] and filled + size > shard_bytes:
+        if shards[-1] and shard_size + size > shard_bytes:
             shards.append([])
-            filled = 0
+            shard_size = 0
         shards[-1].append(name)
-        filled += size
+        shard_size += size
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
@@ -78,56 +71,57 @@ def write_checkpoint(
 ) -> None:
     """Write tensors into a folder as transformers does: one file, or shards and their index.
 
-    A shard that an interrupted call left is not written again if it holds the same numbers.
+    A shard that an interrupted call has written is not written again if it has the same content.
 
     Args:
-        folder: Where to; it exists.
+        folder: An existing folder.
         tensors: A checkpoint, derived tensors or a state dict.
-        shard_bytes: The largest size of a file.
-        progress: Told of each piece, in bytes.
+        shard_bytes: The maximal size of a file.
+        progress: Called for each chunk, in bytes.
 
     Raises:
-        DiskFullError: The disk has not enough room.
+        DiskFullError: The disk has not enough space.
         OutcomeError: A file cannot be written.
     """
     shards = plan_shards(tensors, shard_bytes)
-    todo = {file: names for file, names in shards.items() if not _holds(folder / file, tensors, names, progress)}
-    total = sum(byte_size(tensors, name) for names in shards.values() for name in names)
-    missing = sum(byte_size(tensors, name) for names in todo.values() for name in names)
-    free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise DiskFullError(f"{folder}: {missing:,} bytes are to be written, the disk has {free:,} left: make room.")
-    done = total - missing
-    for file, names in todo.items():
-        before = done
+    remaining = {file: names for file, names in shards.items() if not _matches(folder / file, tensors, names, progress)}
+    total_bytes = sum(byte_size(tensors, name) for names in shards.values() for name in names)
+    remaining_bytes = sum(byte_size(tensors, name) for names in remaining.values() for name in names)
+    free_bytes = shutil.disk_usage(folder).free
+    if remaining_bytes > free_bytes:
+        raise DiskFullError(
+            f"{folder}: {remaining_bytes:,} bytes have to be written, but the disk has {free_bytes:,} left. Free some "
+            "space."
+        )
+    written_bytes = total_bytes - remaining_bytes
+    for file, names in remaining.items():
 
-        def report(stage: str, part: int, _: int, figures: Mapping[str, float], before: int = before) -> None:
-            progress(stage, before + part, total, figures)
+        def report(
+            stage: str, done: int, _: int, figures: Mapping[str, float], written_before: int = written_bytes
+        ) -> None:
+            progress(stage, written_before + done, total_bytes, figures)
 
         write_safetensors(folder / file, tensors, names, report)
-        done += sum(byte_size(tensors, name) for name in names)
+        written_bytes += sum(byte_size(tensors, name) for name in names)
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def matches_checkpoint(
     folder: Path, tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BYTES, progress: Progress = silent
 ) -> bool:
-    """Compare a folder with what `write_checkpoint` would write into it, every number.
+    """Return whether a folder already has what `write_checkpoint` would write, byte by byte.
 
     Args:
-        folder: A folder that was written before.
+        folder: The folder.
         tensors: A checkpoint, derived tensors or a state dict.
-        shard_bytes: The largest size of a file.
-        progress: Told of each piece, in bytes.
-
-    Returns:
-        Whether it would be the same.
+        shard_bytes: The maximal size of a file.
+        progress: Called for each chunk, in bytes.
     """
     shards = plan_shards(tensors, shard_bytes)
-    return all(_holds(folder / file, tensors, names, progress) for file, names in shards.items())
+    return all(_matches(folder / file, tensors, names, progress) for file, names in shards.items())
 
 
 def write_safetensors(
@@ -136,20 +130,20 @@ def write_safetensors(
     names: Sequence[str] | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write one safetensors file.
+    """Write a safetensors file.
 
     Args:
-        file: Where to; seen whole or not at all.
+        file: The file, which never exists incomplete.
         tensors: A checkpoint, derived tensors or a state dict.
-        names: Which of them; None for all.
-        progress: Told of each piece, in bytes.
+        names: The names of the tensors to write; None for all.
+        progress: Called for each chunk, in bytes.
 
     Raises:
-        CheckpointError: A derived tensor has another size than announced.
+        CheckpointError: A derived tensor has another size than its specification.
         DiskFullError: The disk is full.
         OutcomeError: The file cannot be written.
     """
-    order = sorted(tensors if names is None else names, key=lambda n: (-ITEM_BYTES[dtype_of(tensors, n)], n))
+    order = sorted(tensors if names is None else names, key=lambda name: (-ITEM_BYTES[dtype_of(tensors, name)], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, position = {}, 0
     for name in order:
@@ -159,22 +153,22 @@ def write_safetensors(
         position = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    first = 8 + len(encoded)
-    with replace_atomically(file, synced=False) as beside, beside.open("wb") as stream:
+    data_start = 8 + len(encoded)
+    with replace_atomically(file, synced=False) as temporary, temporary.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little"))
         stream.write(encoded)
         stream.flush()
 
-        def put(name: str, start: int, data: torch.Tensor) -> None:
-            view, offset = data.numpy().data, first + starts[name] + start * ITEM_BYTES[dtype_of(tensors, name)]
+        def write_chunk(name: str, start: int, data: torch.Tensor) -> None:
+            view, offset = data.numpy().data, data_start + starts[name] + start * ITEM_BYTES[dtype_of(tensors, name)]
             while view:
-                written = os.pwrite(stream.fileno(), view, offset)
-                view, offset = view[written:], offset + written
+                num_written = os.pwrite(stream.fileno(), view, offset)
+                view, offset = view[num_written:], offset + num_written
 
-        _for_each_piece(tensors, order, put, file, progress, "write")
+        _for_each_chunk(tensors, order, write_chunk, file, progress, "write")
 
 
-def _for_each_piece(
+def _for_each_chunk(
     tensors: Mapping[str, torch.Tensor],
     names: Sequence[str],
     use: Callable[[str, int, torch.Tensor], None],
@@ -182,53 +176,53 @@ def _for_each_piece(
     progress: Progress,
     stage: str,
 ) -> None:
-    """Let each core compute a piece and use its bytes until none is left."""
+    """Compute the chunks of tensors on all cores, and call a function with the bytes of each."""
     import torch
 
-    todo, lock, done = _pieces(tensors, names), threading.Lock(), 0
+    chunks, lock, done = _chunks(tensors, names), threading.Lock(), 0
     total = sum(byte_size(tensors, name) for name in names)
 
     def work() -> None:
-        nonlocal todo
+        nonlocal chunks
         try:
-            compute()
+            process_chunks()
         except BaseException:
-            todo = iter(())  # the others end with the piece they are at
+            chunks = iter(())  # the other threads stop after their current chunk
             raise
 
-    def compute() -> None:
+    def process_chunks() -> None:
         nonlocal done
         while True:
             with lock:
-                task = next(todo, None)
-            if task is None:
+                chunk = next(chunks, None)
+            if chunk is None:
                 return
-            name, start, count = task
+            name, start, count = chunk
             data = flat_slice(tensors, name, start, count).to(torch_dtype(dtype_of(tensors, name))).contiguous()
             if len(data) != count:
-                raise CheckpointError(f"{file}: tensor {name!r} has {len(data):,} numbers, expected {count:,}.")
+                raise CheckpointError(f"{file}: tensor {name!r} has {len(data):,} elements, expected {count:,}.")
             data = data.cpu().view(torch.uint8)
             use(name, start, data)
             with lock:
                 done += len(data)
                 progress(stage, done, total, {})
 
-    with _one_thread_each(), ThreadPoolExecutor(cores()) as pool:
+    with _single_torch_thread(), ThreadPoolExecutor(cores()) as pool:
         for worker in [pool.submit(work) for _ in range(cores())]:
             worker.result()
 
 
-def _pieces(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+def _chunks(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     for name in names:
-        count = math.prod(shape_of(tensors, name))
-        whole = isinstance(tensors, DerivedTensors) and not tensors.specs[name].elementwise
-        size = count if whole else CHUNK_ELEMENTS
-        yield from ((name, start, min(size, count - start)) for start in range(0, count, max(size, 1)))
+        size = math.prod(shape_of(tensors, name))
+        is_divisible = not isinstance(tensors, DerivedTensors) or tensors.specs[name].elementwise
+        chunk_size = CHUNK_ELEMENTS if is_divisible else max(size, 1)
+        yield from ((name, start, count) for start, count in chunk_ranges(size, chunk_size))
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Keep torch from dividing each piece among threads of its own: the pieces are already divided."""
+def _single_torch_thread() -> Iterator[None]:
+    """Make torch use one thread for each chunk, because the chunks are already divided among threads."""
     import torch
 
     threads = torch.get_num_threads()
@@ -239,29 +233,28 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _DiffersError(Exception):
-    """A file holds another number than it would be written with."""
+class _DifferenceError(Exception):
+    """The content of a file differs from what would be written."""
 
 
-def _holds(file: Path, tensors: Mapping[str, torch.Tensor], names: Sequence[str], progress: Progress) -> bool:
-    """Whether a file holds these tensors, to the last byte: a header alone says nothing of the data behind it."""
+def _matches(file: Path, tensors: Mapping[str, torch.Tensor], names: Sequence[str], progress: Progress) -> bool:
+    """Return whether a file has exactly these tensors; all bytes are compared, because a header may lack its data."""
     import torch
 
     if not file.is_file():
         return False
     try:
         stored = Checkpoint.open(file)
-        same = {n: (i.dtype, i.shape) for n, i in stored.tensors.items()} == {
-            n: (dtype_of(tensors, n), shape_of(tensors, n)) for n in names
-        }
+        stored_specs = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.tensors.items()}
+        if stored_specs != {name: (dtype_of(tensors, name), shape_of(tensors, name)) for name in names}:
+            return False
 
         def compare(name: str, start: int, data: torch.Tensor) -> None:
             count = len(data) // ITEM_BYTES[dtype_of(tensors, name)]
             if not stored.flat_slice(name, start, count).view(torch.uint8).equal(data):
-                raise _DiffersError
+                raise _DifferenceError
 
-        if same:
-            _for_each_piece(tensors, names, compare, file, progress, "compare")
-    except (CheckpointError, _DiffersError):
+        _for_each_chunk(tensors, names, compare, file, progress, "compare")
+    except (CheckpointError, _DifferenceError):
         return False
-    return same
+    return True

@@ -37,7 +37,6 @@ __all__ = [
     "distances",
     "dora_weight",
     "drop",
-    "subtract_factors",
     "graft",
     "graft_all",
     "graft_rows",
@@ -60,5 +59,6 @@ __all__ = [
     "rotation",
     "scaling",
     "subspace_overlap",
+    "subtract_factors",
     "trim",
 ]

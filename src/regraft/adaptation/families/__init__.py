@@ -1,4 +1,4 @@
-"""The families of adaptations, and which of them a kind, a config or a model belongs to."""
+"""The families of adaptations, and look-ups of the family of a PEFT type, a config or a model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Family
 
 FULL, PEFT, PROMPT, BOTTLENECKS = Full(), Peft(), Prompt(), Bottlenecks()
-FAMILY_BY_PEFT_TYPE: dict[str, Family] = {  # by `peft_type`, those that differ from PEFT's others
-    "BOTTLENECK": BOTTLENECKS, "LORA": Lora(), "PREFIX_TUNING": Prefix(), "P_TUNING": PTuning(),
-}  # fmt: skip
+FAMILY_BY_PEFT_TYPE: dict[str, Family] = {  # the types with a family of their own
+    "BOTTLENECK": BOTTLENECKS,
+    "LORA": Lora(),
+    "PREFIX_TUNING": Prefix(),
+    "P_TUNING": PTuning(),
+}
 
 
 def family_of(peft_type: str) -> Family | None:
-    """Look up the family of an adapter.
+    """Return the family of an adapter.
 
     Args:
-        peft_type: From its `adapter_config.json`.
+        peft_type: The value in its `adapter_config.json`.
 
     Returns:
-        The family; None of a type that the installed PEFT does not have.
+        The family; None for a type that the installed PEFT lacks.
     """
     from peft.config import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -38,13 +41,10 @@ def family_of(peft_type: str) -> Family | None:
 
 
 def family_of_config(config: Any) -> Family:
-    """Look up the family of what a config sets up.
+    """Return the family of the adaptations that a config describes.
 
     Args:
-        config: PEFT's, ours or None.
-
-    Returns:
-        The family.
+        config: A config of PEFT or regraft; None for a full fine-tune.
     """
     if config is None:
         return FULL
@@ -52,13 +52,10 @@ def family_of_config(config: Any) -> Family:
 
 
 def family_of_model(model: Any) -> Family:
-    """Look up the family of a model in memory.
+    """Return the family of a model in memory.
 
     Args:
-        model: A classifier, with or without an adapter.
-
-    Returns:
-        The family.
+        model: A model with a head, with or without an adapter.
     """
     from peft import PeftModel
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters as a family: attached and stored by regraft itself, in PEFT's layout."""
+"""The family of bottleneck adapters, which regraft implements itself and stores in PEFT's layout."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class Bottlenecks(Adapter):
-    """Small residual layers in a frozen body."""
+    """Bottleneck adapters: small residual layers in a frozen body."""
 
     def config_class(self, config: Mapping[str, Any]) -> Any:
-        """Return our own."""
+        """Return regraft's config class."""
         from regraft.adaptation.bottleneck import BottleneckConfig
 
         return BottleneckConfig
 
     def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> BottleneckConfig:
-        """Read our own settings."""
+        """Read regraft's config."""
         from regraft.adaptation.bottleneck import BottleneckConfig
 
         return BottleneckConfig.from_dict(adaptation.config, f"{adaptation.path}/adapter_config.json")
@@ -41,18 +41,17 @@ class Bottlenecks(Adapter):
     def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
-        """Wrap the layers that the settings name; of what these have saved whole, only heads and poolers are."""
+        """Wrap the layers that the config names. Of the modules to save, only heads and poolers are tuned."""
         from regraft.adaptation.bottleneck import attach_bottlenecks
 
-        present = tuple(name for name in modules if name in heads or name == "pooler")
-        return attach_bottlenecks(
-            model, dataclasses.replace(config, modules_to_save=present, task_type=head.type.peft_type)
-        )
+        saved = tuple(name for name in modules if name in heads or name == "pooler")
+        config = dataclasses.replace(config, modules_to_save=saved, task_type=head.type.peft_type)
+        return attach_bottlenecks(model, config)
 
     def load_adapter(
         self, model: Any, adaptation: Adaptation, head: Head, *, trainable: bool
     ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
-        """Fill the adapters if all of them are stored and fit."""
+        """Wrap the layers, and load the adapters if the stored tensors have the expected names and shapes."""
         from regraft.adaptation.bottleneck import attach_bottlenecks, bottleneck_state, set_bottleneck_state
 
         try:
@@ -60,31 +59,31 @@ class Bottlenecks(Adapter):
         except MismatchError as error:
             raise MismatchError(f"{adaptation.path}: {error}") from error
         expected = bottleneck_state(model)
-        stored = {name.removeprefix(START): name for name in adaptation.checkpoint}
-        infos = adaptation.checkpoint.tensors
-        if {name: tuple(t.shape) for name, t in expected.items()} == {n: infos[s].shape for n, s in stored.items()}:
-            set_bottleneck_state(model, {name: adaptation.checkpoint[stored[name]] for name in expected})
+        stored_names = {name.removeprefix(START): name for name in adaptation.checkpoint}
+        stored_shapes = {name: adaptation.checkpoint.tensors[stored].shape for name, stored in stored_names.items()}
+        if {name: tuple(tensor.shape) for name, tensor in expected.items()} == stored_shapes:
+            set_bottleneck_state(model, {name: adaptation.checkpoint[stored_names[name]] for name in expected})
         if not trainable:
             model.requires_grad_(False)
         state = {START + name: tensor for name, tensor in bottleneck_state(model).items()}
         return model, state, adaptation.checkpoint
 
     def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
-        """Write the adapters and what is saved whole."""
+        """Write the adapters and the fully tuned modules."""
         from regraft.adaptation.bottleneck import bottleneck_state, config_in
 
         settings = {**config_in(model).to_dict(), "base_model_name_or_path": base.name}
         write_adapter(into, {START + name: tensor for name, tensor in bottleneck_state(model).items()}, settings)
 
     def tunes_module_weight(self, module: str, base: Base) -> bool:
-        """Return whether the base has no such weight: heads alone are tuned so."""
+        """Return whether the base lacks the weight: only heads and poolers are fully tuned."""
         return in_base(f"{module}.weight", base) is None
 
     def proportional_parameter(self, parameter: str, model: Any) -> str | None:
-        """Name the weight of the layer whose output the second projection is added to."""
-        module, is_second, _ = parameter.partition(".bottleneck.up.")
-        return parameter_of(module, model.get_submodule(module)) if is_second else None
+        """Return the weight of the layer whose output the up-projection is added to."""
+        module, is_up_projection, _ = parameter.partition(".bottleneck.up.")
+        return parameter_of(module, model.get_submodule(module)) if is_up_projection else None
 
     def parameter_names(self, model: Any) -> dict[str, str]:
-        """Return the names by those under PEFT's prefix."""
+        """Return the names of the parameters by the names with PEFT's prefix."""
         return {START + name: name for name, _ in model.named_parameters()}

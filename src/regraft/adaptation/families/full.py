@@ -1,4 +1,4 @@
-"""Full fine-tunes: every tensor of the base tuned, stored as a plain transformers folder."""
+"""Full fine-tunes: all tensors of the base are tuned, and stored as a plain transformers folder."""
 
 from __future__ import annotations
 
@@ -34,33 +34,37 @@ if TYPE_CHECKING:
     from regraft.upgrade import Upgrade
     from regraft.weights import RowMatch
 
-    RuleOfTensors = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    TensorRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 logger = logging.getLogger(__name__)
 
 
 class Full(Family):
-    """A full fine-tune: its body is grafted tensor by tensor, and what no base has, as its head, is copied."""
+    """A full fine-tune: its body is grafted tensor by tensor, and its head is copied."""
 
     tunes_base = True
 
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
-        """Return those whose class of transformers the model is, and whose kind of problem it names."""
+        """Return the types of the model's transformers class and `problem_type`."""
         names = config.get("architectures")
         if not isinstance(names, list) or not names:
             return []
-        types = [of for of in task_types().values() if config.get("problem_type") in of.problem_types]
-        return [of for of in types if all(of.auto_class.removeprefix("AutoModelFor") in str(name) for name in names)]
+        return [
+            task_type
+            for task_type in task_types().values()
+            if config.get("problem_type") in task_type.problem_types
+            and all(task_type.auto_class.removeprefix("AutoModelFor") in str(name) for name in names)
+        ]
 
     def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> None:
-        """Return None: nothing is put beside the base."""
+        """Return None: a full fine-tune has no adapter."""
 
     def attach(self, model: Any, base: Base, head: Head, config: None, seed: int) -> Any:
-        """Return the model as it is: all of it is trained."""
+        """Return the model unchanged: all of it is trained."""
         return model
 
     def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
-        """Load the folder by transformers, and compare it with its base."""
+        """Load the folder with transformers, and compare it with its base."""
         import transformers
 
         check_computation(adaptation, base)
@@ -70,7 +74,11 @@ class Full(Family):
         check_unplaced_tensors(adaptation, base)
         _check_tokens(adaptation, model, base)
         if model.config.num_labels != head.num_outputs:
-            raise MismatchError(_wrong_labels(adaptation, model.config.num_labels, head))
+            labels = f" ({', '.join(adaptation.labels)})" if adaptation.labels else ""
+            raise MismatchError(
+                f"{adaptation.path}: its head has {model.config.num_labels} outputs{labels}, the task has {head}. Give "
+                "the task it was tuned on."
+            )
         return model
 
     def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
@@ -83,7 +91,7 @@ class Full(Family):
         write_atomic(into / "config.json", json.dumps(settings, indent=2) + "\n")
 
     def settings_for_head(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
-        """Name the labels as transformers does, and the kind of problem where it is another one."""
+        """Return the settings with the head's labels, and with its `problem_type` unless the current one is valid."""
         new = head.settings
         changed = {"id2label": {str(i): label for i, label in new["id2label"].items()}, "label2id": new["label2id"]}
         if settings.get("problem_type") not in head.type.problem_types:
@@ -91,7 +99,7 @@ class Full(Family):
         return {**settings, **changed}
 
     def check_bodies(self, adaptation: Adaptation, upgrade: Upgrade) -> None:
-        """Refuse a body with other tensors than the bases', or of another size."""
+        """Check that the body has the tensors of both bases, in their shapes."""
         for base in (upgrade.old, upgrade.new):
             check_body(adaptation, base)
 
@@ -100,17 +108,17 @@ class Full(Family):
         logger.warning("%s has the body of its base unchanged: only its head was tuned.", adaptation.path)
 
     def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> CarriedAdaptation:
-        """Add to the new base's body what tuning added to the old one's."""
+        """Add the delta to the new base's body."""
         body = self._body(adaptation, upgrade, lambda _: graft)
         return CarriedAdaptation(body, _grafted_config(adaptation, upgrade))
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
     ) -> CarriedAdaptation:
-        """Add to the new base's body what the rule makes of each delta."""
+        """Add the transformed delta to the new base's body."""
 
-        def rule_of(name: str) -> RuleOfTensors:
-            return functools.partial(_add_reworked, name=name, rule=rule)
+        def rule_of(name: str) -> TensorRule:
+            return functools.partial(_add_transformed, name=name, rule=rule)
 
         body = self._body(adaptation, upgrade, rule_of, elementwise=False)
         return CarriedAdaptation(body, _grafted_config(adaptation, upgrade))
@@ -120,25 +128,25 @@ class Full(Family):
         adaptation: Adaptation,
         upgrade: Upgrade,
         names: Collection[str],
-        numbers: Callable[[str], torch.Tensor],
+        read_tensor: Callable[[str], torch.Tensor],
         progress: Progress,
         *,
         replace: bool = False,
     ) -> CarriedAdaptation:
-        """Add other deltas to the new base's body."""
-        return self.transform(adaptation, upgrade, lambda name, _, __: numbers(name), progress)
+        """Add the new vector's deltas to the new base's body."""
+        return self.transform(adaptation, upgrade, lambda name, _delta, _shift: read_tensor(name), progress)
 
     def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
-        """Name the tensors of the body that have no counterpart in one of the bases."""
+        """Return the names of the body's tensors that only one base has."""
         tuned = named(adaptation.checkpoint, config_of(adaptation))
-        return list(counterparts(upgrade.new.named, tuned, upgrade.old.named).unmatched_tensors)
+        return list(counterparts(upgrade.new.named, tuned, upgrade.old.named).left_out)
 
     def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
-        """Return False: all of its body is a delta against its base's."""
+        """Return False: the whole body has a delta."""
         return False
 
     def num_embedding_rows(self, adaptation: Adaptation, base: Base) -> int | None:
-        """Count the rows of its own embeddings; None of a class that has none."""
+        """Return the number of rows of the embeddings; None for a class without embeddings."""
         tensors = named(adaptation.checkpoint, config_of(adaptation))
         return shape_of(tensors, str(tensors.embeddings))[0] if tensors.embeddings in tensors else None
 
@@ -147,21 +155,21 @@ class Full(Family):
         return True
 
     def vector(self, adaptation: Adaptation, base: Base) -> Vector:
-        """See the deltas of the body's tensors as a vector."""
+        """Return the deltas of the body's tensors as a vector."""
         tensors, names = self.tuned_body_tensors(adaptation, base)
-        shared = {inner: stored for inner, stored in names.items() if inner in base.body}
+        common = {inner: stored for inner, stored in names.items() if inner in base.body}
         subtracted = (base.checkpoint, base.body)
-        return Vector(str(adaptation.path), adaptation.kind, adaptation.fingerprint, tensors, {}, subtracted, shared)
+        return Vector(str(adaptation.path), adaptation.kind, adaptation.fingerprint, tensors, {}, subtracted, common)
 
     def tuned_body_tensors(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]]:
-        """Return the checkpoint, and which of its tensors are the body's."""
+        """Return the checkpoint's tensors, and the names of those of the body."""
         return adaptation.checkpoint, body_names(adaptation.checkpoint, old.architecture)
 
     def check_linear(self, adaptation: Adaptation) -> None:
-        """Accept it: each of its tensors has a delta."""
+        """Do nothing: all tensors have deltas."""
 
     def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
-        """Copy the new base's tensors into the body; tokens that the fine-tune alone has keep their rows."""
+        """Copy the new base's tensors into the body; tokens that only the fine-tune has keep their rows."""
         import torch
 
         new = upgrade.new
@@ -169,79 +177,82 @@ class Full(Family):
             for name, parameter in model.named_parameters():
                 inner = name.removeprefix(new.prefix + ".")
                 if inner in new.parameters and inner in upgrade.old.parameters:
-                    by_token = rows is not None and inner in new.architecture.token_parameters
-                    of_new = [row for row in rows.new_row_indices if row >= 0] if rows and by_token else slice(None)
-                    parameter[of_new] = new.parameters[inner][of_new].to(parameter)
+                    has_token_rows = rows is not None and inner in new.architecture.token_parameters
+                    indices = (
+                        [row for row in rows.new_row_indices if row >= 0] if rows and has_token_rows else slice(None)
+                    )
+                    parameter[indices] = new.parameters[inner][indices].to(parameter)
         return model
 
     def rule_tensors(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
-        """Convert parameters to the tensors on disk, which are those that are grafted."""
+        """Convert parameters to the tensors on disk, which are the ones that are grafted."""
         return body.on_disk(tensors)
 
     def tunes_module_weight(self, module: str, base: Base) -> bool:
-        """Return True: every module's own weight is tuned."""
+        """Return True: all weights are tuned."""
         return True
 
     def proportional_parameter(self, parameter: str, model: Any) -> str | None:
-        """Name the parameter itself."""
+        """Return the parameter itself."""
         return parameter
 
     def parameter_names(self, model: Any) -> dict[str, str]:
-        """Return the names of the parameters as they are, which they are stored under."""
+        """Return the parameters' names, which are also their stored names."""
         return {name: name for name, _ in model.named_parameters()}
 
     def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
-        """Return the model as it is."""
+        """Return the model unchanged."""
         return model
 
     def _body(
         self,
         adaptation: Adaptation,
         upgrade: Upgrade,
-        rule_of: Callable[[str], RuleOfTensors],
+        rule_of: Callable[[str], TensorRule],
         *,
         elementwise: bool = True,
     ) -> DerivedTensors:
-        """Compute each tensor of the body from the new base's, the tuned and the old one when it is asked for.
+        """Return the grafted tensors of the body, which are computed when they are read, and the stored head.
 
-        The rule of a tensor is asked for by its name inside the body; `elementwise` says whether a rule gives the same
-        on flat pieces. Tensors have the fine-tune's dtypes and the names that its class writes.
+        `rule_of` returns the rule of a tensor by its name inside the body; `elementwise` tells whether a rule can be
+        applied to flat slices. The tensors have the fine-tune's dtypes, and the names under which its class is saved.
         """
         self.check_bodies(adaptation, upgrade)
         old, new, tuned = upgrade.old.named, upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation))
         pairs, rows = counterparts(new, tuned, old), match_token_rows(adaptation, upgrade)
         entries = {}
         for name, entry in tuned.specs.items():
-            if name not in pairs.new:  # the head, which is no difference between two bases but has its own values
+            if name not in pairs.new:  # the head, which has no delta
                 entries[name] = entry
                 continue
             operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
             rule = rule_of(tuned.key_by_name[name])
             if rows is not None and name in tuned.token_tensors:
-                by_row = functools.partial(graft_rows, match=rows, rule=rule)
-                entries[name] = TensorSpec(entry.dtype, rows.shape(entry.shape), operands, by_row, elementwise=False)
+                row_rule = functools.partial(graft_rows, match=rows, rule=rule)
+                entries[name] = TensorSpec(entry.dtype, rows.shape(entry.shape), operands, row_rule, elementwise=False)
             else:
                 entries[name] = TensorSpec(entry.dtype, entry.shape, operands, rule, elementwise)
         return DerivedTensors(entries)
 
 
 def check_classifier(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a model that no type of task is for.
+    """Check that a model belongs to a task type.
 
     Args:
         folder: The model's folder.
         config: The content of its `config.json`.
 
     Raises:
-        CheckpointError: It is of another class, or was tuned for another kind of problem.
+        CheckpointError: No task type has its class or its `problem_type`.
     """
     if Full().matching_task_types(config):
         return
     if Full().matching_task_types({**config, "problem_type": None}):
-        kinds = {str(kind) for of in task_types().values() for kind in of.problem_types if kind}
+        supported = {
+            str(problem) for task_type in task_types().values() for problem in task_type.problem_types if problem
+        }
         raise CheckpointError(
-            f"{folder}: was tuned for {config['problem_type']!r:.100}, and what can be recycled is for "
-            f"{' or '.join(sorted(kinds))}."
+            f"{folder}: was tuned for {config['problem_type']!r:.100}; supported are {' or '.join(sorted(supported))}."
         )
     raise CheckpointError(
         f"{folder}: is no sequence classifier (its config.json names {config.get('architectures')}). Give the "
@@ -249,7 +260,7 @@ def check_classifier(folder: Path, config: dict[str, Any]) -> None:
     )
 
 
-def _add_reworked(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, name: str, rule: Rule) -> torch.Tensor:
+def _add_transformed(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, name: str, rule: Rule) -> torch.Tensor:
     import torch
 
     if torch.equal(new, old):
@@ -258,31 +269,25 @@ def _add_reworked(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, nam
 
 
 def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
-    """Return what `config.json` says on the new base, whose settings it has wherever the tuning changed none."""
+    """Return the content of `config.json` on the new base, with the new base's settings unless tuning changed them."""
     tuned, old, new = config_of(adaptation).to_dict(), upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
-    same = match_token_rows(adaptation, upgrade) is None
-    return adaptation.config | upgraded_settings(tuned, old, new, is_decoder=upgrade.old.is_decoder, has_same_ids=same)
+    has_same_ids = match_token_rows(adaptation, upgrade) is None
+    return adaptation.config | upgraded_settings(
+        tuned, old, new, is_decoder=upgrade.old.is_decoder, has_same_ids=has_same_ids
+    )
 
 
 def _check_tokens(adaptation: Adaptation, model: Any, base: Base) -> None:
-    """Refuse a fine-tune whose embeddings have no row for a token that texts are read with."""
-    if base.architecture.embeddings is None:  # as CANINE, which hashes characters
+    """Check that the embeddings have a row for every token of the base's tokenizer."""
+    if base.architecture.embeddings is None:  # CANINE hashes characters
         return
     rows = model.get_input_embeddings().weight.shape[0]
-    # tokens beyond the base's own rows are refused where texts hold them
+    # tokens beyond the base's own rows are refused when texts contain them
     token, highest = max(
         ((token, i) for token, i in base.tokenizer.get_vocab().items() if i < base.rows), key=lambda item: item[1]
     )
     if highest >= rows:
         raise MismatchError(
-            f"{adaptation.path}: its embeddings have {rows:,} rows, and its texts are read with tokens up to {token!r} "
-            f"({highest:,}). Was it tuned on {base.path}? If tokens were taken out, copy its tokenizer into it."
+            f"{adaptation.path}: its embeddings have {rows:,} rows, but the tokenizer has ids up to {highest:,} "
+            f"({token!r}). Was it tuned on {base.path}? If tokens were removed, copy its tokenizer into its folder."
         )
-
-
-def _wrong_labels(adaptation: Adaptation, outputs: int, head: Head) -> str:
-    return (
-        f"{adaptation.path}: its head has {outputs} outputs"
-        f"{' (' + ', '.join(adaptation.labels) + ')' if adaptation.labels else ''}, the task has {head}. "
-        "Give the task it was tuned on."
-    )

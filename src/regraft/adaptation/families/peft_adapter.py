@@ -1,4 +1,4 @@
-"""Adapters that PEFT loads and saves: any of its types, a LoRA and prompts in files of their own."""
+"""The family of adapters that PEFT loads and saves, apart from LoRAs and prompts."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Peft(Adapter):
     """An adapter of one of PEFT's types."""
 
     def config_class(self, config: Mapping[str, Any]) -> Any:
-        """Return PEFT's own class for the type."""
+        """Return PEFT's config class of the type."""
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         return PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
 
     def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> Any:
-        """Have PEFT read it."""
+        """Read the config with PEFT."""
         from peft import PeftConfig
 
         try:
@@ -52,7 +52,7 @@ class Peft(Adapter):
     def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
-        """Have PEFT wrap the model."""
+        """Wrap the model with PEFT."""
         from peft import get_peft_model
 
         config = copy.deepcopy(config)
@@ -67,7 +67,7 @@ class Peft(Adapter):
     def load_adapter(
         self, model: Any, adaptation: Adaptation, head: Head, *, trainable: bool
     ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
-        """Have PEFT load it, which leaves out in silence what does not fit."""
+        """Load the adapter with PEFT, which silently ignores tensors that do not fit."""
         from peft import PeftModel
 
         config = self.read_config(adaptation)
@@ -84,10 +84,10 @@ class Peft(Adapter):
                 if trainable:
                     self.make_trainable(adapted, config)
                 state = peft_state(adapted)
-                if others := adaptation.checkpoint.tensors.keys() - state.keys():
-                    # embeddings under a LoRA, or with rows more
-                    every = peft_state(adapted, embeddings=True)
-                    state |= {name: every[name] for name in others if name in every}
+                if absent := adaptation.checkpoint.tensors.keys() - state.keys():
+                    # embeddings to which a LoRA is applied, or that have more rows than the base's
+                    with_embeddings = peft_state(adapted, embeddings=True)
+                    state |= {name: with_embeddings[name] for name in absent if name in with_embeddings}
             except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OSError, ImportError) as error:
                 raise MismatchError(
                     f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {head}: "
@@ -96,35 +96,35 @@ class Peft(Adapter):
         return adapted, state, self.stored(adaptation, adapted)
 
     def make_trainable(self, adapted: Any, config: Any) -> None:
-        """Prepare a loaded model for tuning where PEFT does not of its own accord."""
+        """Make a loaded adapter trainable, if PEFT has not done so."""
 
     def stored(self, adaptation: Adaptation, adapted: Any) -> Tensors:
-        """Return the stored tensors as PEFT names them in the model."""
+        """Return the stored tensors under PEFT's names in the model."""
         return adaptation.checkpoint
 
     def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
-        """Have PEFT write it, with embeddings only where they are not the base's."""
+        """Write the adapter with PEFT, with embeddings only if they differ from the base's."""
         config = model.peft_config[ADAPTER]
         config.base_model_name_or_path = base.name
         config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
         model.save_pretrained(str(into), save_embedding_layers=_are_embeddings_tuned(model, base))
-        (into / "README.md").unlink(missing_ok=True)  # the outcome has a model card with figures in it
+        (into / "README.md").unlink(missing_ok=True)  # the outcome has a model card with its scores
         write_settings(into, json.loads((into / ADAPTER_CONFIG).read_text(encoding="utf-8")))
 
     def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
-        """Have PEFT take the adapter off."""
+        """Remove the adapter."""
         return model.unload()
 
     def tunes_module_weight(self, module: str, base: Base) -> bool:
-        """Return whether the module is the copy that PEFT tunes and saves whole."""
+        """Return whether the module is a copy that PEFT tunes and saves in full."""
         return f".modules_to_save.{ADAPTER}" in module
 
     def parameter_names(self, model: Any) -> dict[str, str]:
-        """Return the names with the adapter's own name in them by those without."""
+        """Return the names of the parameters by the names without the adapter's name."""
         return {name.replace(f".{ADAPTER}.", "."): name for name, _ in model.named_parameters()}
 
     def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
-        """Have PEFT add it to the weights, and take these into a plain model."""
+        """Merge the adapter with PEFT, and copy the merged weights into a plain model."""
         import torch
 
         if not hasattr(model, "merge_adapter") or adaptation.virtual_tokens:
@@ -135,12 +135,12 @@ class Peft(Adapter):
             except (ValueError, AttributeError, NotImplementedError) as error:
                 raise RecipeError(f"{adaptation.path}: PEFT cannot merge a {adaptation.kind} ({error}).") from error
             merged = fresh_model(old, head, 0)
-            merged.config.pad_token_id = model.config.pad_token_id  # it reads the tokens that the adapter's model reads
+            merged.config.pad_token_id = model.config.pad_token_id  # the head reads the same token as with the adapter
             state, bare = _merged_state(model), merged.state_dict()
-            if odd := sorted(state.keys() ^ bare.keys()):
+            if unmatched := sorted(state.keys() ^ bare.keys()):
                 raise RecipeError(
-                    f"{adaptation.path}: what PEFT merges is no full fine-tune of {old.path}: {len(odd)} tensors are "
-                    f"in one of them only ({', '.join(odd[:4])}). It can be recycled, but not converted."
+                    f"{adaptation.path}: merged by PEFT, it is no full fine-tune of {old.path}: {len(unmatched)} "
+                    f"tensors are in one of them only ({', '.join(unmatched[:4])}). It can be recycled, not converted."
                 )
             inner = {name: name.removeprefix(old.prefix + ".") for name in bare if name.startswith(old.prefix + ".")}
             if all(torch.equal(state[name], bare[name]) for name in inner if not is_optional(inner[name])):
@@ -150,11 +150,11 @@ class Peft(Adapter):
 
 
 def peft_state(model: Any, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
-    """Return the tensors of a PEFT model as they are stored.
+    """Return the tensors that PEFT stores of a model.
 
     Args:
         model: A PEFT model.
-        embeddings: Whether the base's embeddings are among them, which PEFT stores under a LoRA on them by default.
+        embeddings: Whether to include the base's embeddings.
 
     Returns:
         The tensors by stored name.
@@ -168,7 +168,7 @@ def peft_state(model: Any, *, embeddings: bool = False) -> dict[str, torch.Tenso
 
 
 def _are_embeddings_tuned(model: Any, base: Base) -> bool:
-    """Return whether the embeddings under a LoRA are others than the base's: then they belong to the adapter."""
+    """Return whether embeddings to which a LoRA is applied differ from the base's, so that they must be stored."""
     import torch
 
     layer = model.get_input_embeddings()
@@ -181,17 +181,19 @@ def _are_embeddings_tuned(model: Any, base: Base) -> bool:
 
 
 def _merged_state(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a merged PEFT model without what PEFT put around them; its own unloading loses heads."""
-    state = model.state_dict().items()  # what kinds share among layers, as VeRA, lies beside the model
+    """Return the tensors of a merged PEFT model under their plain names; PEFT's own `unload` would lose heads."""
+    state = model.state_dict().items()  # some kinds, such as VeRA, have shared tensors outside the model
     wrapped = {name.removeprefix(START): tensor for name, tensor in state if name.startswith(START)}
-    layers = {name[: at.start()] for name in wrapped for at in re.finditer(r"\.base_layer(?=\.)", name)}
+    layers = {name[: match.start()] for name in wrapped for match in re.finditer(r"\.base_layer(?=\.)", name)}
     plain = {}
     for name, tensor in wrapped.items():
         parts = name.split(".")
-        is_own = any(".".join(parts[:at]) in layers and parts[at] != "base_layer" for at in range(1, len(parts)))
-        if not is_own and ".original_module." not in name:
+        is_adapter_tensor = any(
+            ".".join(parts[:depth]) in layers and parts[depth] != "base_layer" for depth in range(1, len(parts))
+        )
+        if not is_adapter_tensor and ".original_module." not in name:
             name = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(".token_adapter.", ".")
-            while ".base_layer." in name:  # parameters of one module are wrapped one around the other
+            while ".base_layer." in name:  # wrappers of several parameters of a module are nested
                 name = name.replace(".base_layer.", ".")
             plain[name] = tensor
     return plain

@@ -1,4 +1,4 @@
-"""Adapters that put virtual tokens before every text: prompts and prefixes."""
+"""The families of adapters that put virtual tokens before each text: prompts and prefixes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Prompt(Peft):
-    """Virtual tokens, as embeddings or as what attention makes of them."""
+    """Virtual tokens, stored as embeddings or as the keys and values of every layer."""
 
     needs_task_type = True
 
@@ -27,7 +27,7 @@ class Prompt(Peft):
         return int(config.get("num_virtual_tokens") or 0)
 
     def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> Any:
-        """Have PEFT read it, without a text that it began with: PEFT loads whatever tokenizer is named for that."""
+        """Read the config with PEFT, without an initial text, for which PEFT would load the tokenizer that it names."""
         config = super().read_config(adaptation, afresh=afresh)
         if getattr(config, "prompt_tuning_init", None) == "TEXT":
             config.prompt_tuning_init, config.prompt_tuning_init_text = "RANDOM", None
@@ -35,55 +35,55 @@ class Prompt(Peft):
         return config
 
     def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
-        """Refuse virtual tokens that are for a model of another depth, too."""
+        """Check also that the virtual tokens are for a model with this number of layers."""
         super().check_settings(adaptation, base, head)
-        config, where = adaptation.config, f"{adaptation.path}/{ADAPTER_CONFIG}"
+        config, file = adaptation.config, f"{adaptation.path}/{ADAPTER_CONFIG}"
         if not config.get("num_virtual_tokens"):
-            raise CheckpointError(f"{where}: num_virtual_tokens is missing.")
+            raise CheckpointError(f"{file}: num_virtual_tokens is missing.")
         if config.get("num_transformer_submodules") not in (None, 1):
-            raise MismatchError(f"{where}: num_transformer_submodules is not 1: it is not for a classifier.")
+            raise MismatchError(f"{file}: num_transformer_submodules is not 1: the adapter is not for a classifier.")
         layers = config.get("num_layers")
-        if layers not in (None, base.config.num_hidden_layers):  # PEFT would drop what is for the others
+        if layers not in (None, base.config.num_hidden_layers):  # PEFT would drop those of the other layers
             raise MismatchError(
-                f"{adaptation.path}: was made for a model of {layers} layers, {base.path} has "
-                f"{base.config.num_hidden_layers}: tensors would be left without a place."
+                f"{adaptation.path}: is for a model with {layers} layers, {base.path} has "
+                f"{base.config.num_hidden_layers}: tensors would not be loaded."
             )
 
     def make_trainable(self, adapted: Any, config: Any) -> None:
-        """Have stored virtual tokens tuned further, which PEFT refuses where it loads them."""
+        """Make stored virtual tokens trainable, which PEFT refuses to do when it loads them."""
         config.inference_mode = False
         self.skip_projection(adapted.prompt_encoder[ADAPTER], config)
         for name, parameter in adapted.named_parameters():
             parameter.requires_grad_("prompt_encoder." in name or ".modules_to_save." in name)
 
     def skip_projection(self, encoder: Any, config: Any) -> None:
-        """Take out what made the virtual tokens of smaller ones, and was not saved: they are tuned themselves."""
+        """Remove the network that computed the virtual tokens: it is not saved, and they are tuned directly."""
 
 
 class Prefix(Prompt):
-    """Keys and values of virtual tokens, for every layer."""
+    """A prefix: keys and values of virtual tokens for every layer."""
 
     def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
-        """Refuse keys and values of another number of heads, too."""
+        """Check also that the keys and values have the base's number of heads."""
         super().check_settings(adaptation, base, head)
         expected = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
         heads = adaptation.config.get("num_attention_heads")
         if heads not in (None, expected):
             raise MismatchError(
-                f"{adaptation.path}/{ADAPTER_CONFIG}: num_attention_heads is {heads!r}, and keys and values of "
+                f"{adaptation.path}/{ADAPTER_CONFIG}: num_attention_heads is {heads!r}, but keys and values of "
                 f"{base.path} have {expected} heads. Was it tuned on that base?"
             )
 
     def skip_projection(self, encoder: Any, config: Any) -> None:
-        """Have PEFT read the stored keys and values as they are."""
+        """Make PEFT use the stored keys and values directly."""
         encoder.prefix_projection = config.prefix_projection = False
 
 
 class PTuning(Prompt):
-    """Embeddings of virtual tokens that a small network made."""
+    """P-tuning: embeddings of virtual tokens that were computed by a small network."""
 
     def skip_projection(self, encoder: Any, config: Any) -> None:
-        """Put nothing in the place of the network."""
+        """Replace the network by the identity."""
         import torch
 
         encoder.encoder_type, encoder.mlp_head = "MLP", torch.nn.Identity()
