@@ -61,15 +61,15 @@ def test_a_change_between_the_samples_of_the_fingerprint_is_no_longer_the_same_r
     sampled = fingerprint(Checkpoint.open(tmp_path / "in"))
     save_file({"a": changed}, tmp_path / "in" / "model.safetensors")
     assert fingerprint(Checkpoint.open(tmp_path / "in")) == sampled
-    with pytest.raises(OutcomeError, match="holds other numbers than would be written now"):
+    with pytest.raises(OutcomeError, match="its content differs from what would be written"):
         write()
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda place: place.symlink_to("nothing"), "is a link to nothing"),
-        (Path.touch, "is a file, where a folder is to be"),
+        (lambda place: place.symlink_to("nothing"), "is a broken link"),
+        (Path.touch, "is a file, not a folder"),
         (lambda place: (place.parent / f".{place.name}.partial").symlink_to(place.parent), "is a link"),
     ],
 )
@@ -86,7 +86,7 @@ def test_what_is_in_the_way_is_named_and_left_alone(tmp_path, make, says):
 def test_no_folder_can_be_made_there(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(OutcomeError, match=r"no name of a new folder|cannot be created"):
+    with pytest.raises(OutcomeError, match=r"no name for a folder|cannot be created"):
         check_output_path(Path(out))
 
 
@@ -117,7 +117,7 @@ def test_without_locks_it_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
 def test_a_full_disk_is_one_error_and_leaves_no_temporary_file(tmp_path, failure):
     (tmp_path / "file").write_text("before")
     with (
-        pytest.raises(DiskFullError, match="Make room, and the same command goes on"),
+        pytest.raises(DiskFullError, match="Make room, then run the same command again"),
         replace_atomically(tmp_path / "file"),
     ):
         raise failure

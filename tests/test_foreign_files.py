@@ -81,17 +81,17 @@ def test_arithmetic_never_gives_what_is_no_number(copied, bases, tuned):
     full = Checkpoint.open(tuned["bert", "full"] / "adaptation")
     spoilt = Checkpoint.open(change_tensors(copied(bases["bert"][1]), poison))
     for factor in (math.nan, math.inf):
-        with pytest.raises(RecipeError, match="λ is a finite number"):
+        with pytest.raises(RecipeError, match="λ must be a finite number"):
             graft_all(new, full, old, factor)
-        with pytest.raises(RecipeError, match="t is a finite number"):
+        with pytest.raises(RecipeError, match="t must be a finite number"):
             interpolate_all(old, new, factor)
     with pytest.raises(CheckpointError, match=MATRIX):
         distances(old, spoilt)
-    with pytest.raises(CheckpointError, match="infinite or not a number"):
+    with pytest.raises(CheckpointError, match=r"infinite or (NaN|not a number)"):
         distance([(torch.tensor([1.0, math.inf]), torch.ones(2))])
     with pytest.raises(CheckpointError, match=f"{MATRIX}' would be infinite"):
         graft_all(spoilt, full, old)[MATRIX]
-    with pytest.raises(CheckpointError, match="infinite or not a number"):
+    with pytest.raises(CheckpointError, match=r"infinite or (NaN|not a number)"):
         low_rank(torch.full((3, 3), math.nan), rank=1)
     lora = Checkpoint.open(tuned["bert", "lora"] / "adaptation")
     config = json.loads((tuned["bert", "lora"] / "adaptation" / "adapter_config.json").read_text())
@@ -133,7 +133,7 @@ def test_no_code_of_a_checkpoint_runs_and_nothing_asks(copied, bases, tuned, tmp
     lora = copied(
         tuned["bert", "lora"] / "adaptation", "adapter_config.json", megatron_config={"a": 1}, megatron_core="evil"
     )
-    with pytest.raises(CheckpointError, match="has PEFT import 'evil'"):
+    with pytest.raises(CheckpointError, match="makes PEFT import 'evil'"):
         load_adaptation(lora)
     assert not (tmp_path / "ran").exists()
 
@@ -177,7 +177,7 @@ def test_only_files_that_are_no_code_are_copied_beside_weights(tmp_path, copied,
         ({"architectures": 5}, "architectures is 5|names 5"),
         ({"num_labels": 10**9}, r"num_labels is 1,000,000,000, and at most 100,000"),
         ({"num_hidden_layers": 100_000}, r"num_hidden_layers is 100,000, and at most \d+ are built"),
-        ({"max_position_embeddings": 10**12}, r"describes a model of [\d,]+ numbers|does not go with"),
+        ({"max_position_embeddings": 10**12}, r"describes a model of [\d,]+ numbers|differs from"),
         ({"hidden_act": "nope"}, "nope"),
         ({"attn_implementation": "nope"}, "nope"),
         ({"attn_implementation": 3}, "cannot"),
@@ -367,7 +367,7 @@ def test_headers_and_labels_take_time_in_proportion_to_their_length(copied, tune
     entries = ",".join(f'"{i}":{ENTRY}' for i in range(40_000))
     lora = tuned["bert", "lora"] / "adaptation"
     began = time.monotonic()
-    with pytest.raises(CheckpointError, match="'7' is there twice"):
+    with pytest.raises(CheckpointError, match="the name '7' is repeated"):
         load_adaptation(write_header(copied(lora, "adapter_config.json"), f'{{{entries},"7":{ENTRY}}}'))
     with pytest.raises(CheckpointError, match="'0' more than once"):
         load_adaptation(copied(lora, "lineage.json", labels=[str(i % 39_999) for i in range(40_000)]))
@@ -394,7 +394,7 @@ def test_what_is_no_adapter_of_peft_is_told_apart(tmp_path, copied, tuned, bases
     shutil.copytree(lora, tmp_path / "peft" / "reviewer")
     with pytest.raises(CheckpointError, match=re.escape(f"Give {tmp_path / 'peft' / 'reviewer'}")):
         load_adaptation(tmp_path / "peft")
-    with pytest.raises(CheckpointError, match="Its folder reviewer does: give that"):
+    with pytest.raises(CheckpointError, match="Its folder reviewer has: give that"):
         Checkpoint.open(tmp_path / "peft")
     pickled = copied(lora, "adapter_config.json")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")

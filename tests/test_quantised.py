@@ -164,7 +164,7 @@ def test_int8_of_conv1d_layers_is_stored_transposed(tmp_path, model_type, is_tra
     codes, scale = torch.randint(-127, 128, (300, 70), dtype=torch.int8), torch.rand(300)
     write(tmp_path / "model.safetensors", **{"h.0.attn.c_proj.weight": codes, "h.0.attn.c_proj.SCB": scale})
     if model_type is None:
-        with pytest.raises(CheckpointError, match=r"no config\.json says"):
+        with pytest.raises(CheckpointError, match=r"there is no config\.json"):
             Checkpoint.open(tmp_path)
         return
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "quantization_config": INT8}))
@@ -297,22 +297,26 @@ CODES = torch.ones(4, 4, dtype=torch.int8)
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
             "bitsandbytes.*dequantize.*-bnb-4bit",
         ),
-        ({f"{W}.qweight": INTEGERS, f"{W}.qzeros": INTEGERS, f"{W}.scales": ONES.half()}, {}, "GPTQ or AWQ.*made from"),
+        (
+            {f"{W}.qweight": INTEGERS, f"{W}.qzeros": INTEGERS, f"{W}.scales": ONES.half()},
+            {},
+            "GPTQ or AWQ.*quantised from",
+        ),
         ({"mlp.experts.down_proj_blocks": BYTES, "mlp.experts.down_proj_scales": BYTES}, {}, "MXFP4.*Mxfp4Config"),
         (
             {f"{W}.weight_packed": INTEGERS, f"{W}.weight_scale": ONES},
             {},
             "compressed-tensors.*CompressedTensorsConfig",
         ),
-        ({f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale": ONES}, {}, "compressed-tensors.*made from"),
-        ({f"{W}.weight": CODES, f"{W}.weight_scale": ONES[:, :1]}, {}, "compressed-tensors.*made from"),
+        ({f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale": ONES}, {}, "compressed-tensors.*quantised from"),
+        ({f"{W}.weight": CODES, f"{W}.weight_scale": ONES[:, :1]}, {}, "compressed-tensors.*quantised from"),
         ({f"{W}.weight": INTEGERS.view(torch.uint32), f"{W}.scales": ONES}, {}, "U32.*full precision"),
-        ({f"{W}.weight:qdata": INTEGERS, f"{W}.weight:scale": ONES}, {}, "I32. holds no weights"),
+        ({f"{W}.weight:qdata": INTEGERS, f"{W}.weight:scale": ONES}, {}, "I32. is no weight"),
         ({f"{W}.weight": ONES.to(E5M2)}, {"quantization_config": FP8}, "'fp8'.*F8_E5M2.*full precision"),
-        ({f"{W}.weight": CODES}, {}, "I8. holds no weights.*full precision"),
+        ({f"{W}.weight": CODES}, {}, "I8. is no weight.*full precision"),
         ({f"{W}.weight": ONES, f"{W}.weight_scale_inv": ONES[:1, :1]}, {}, "scale of no eight-bit weight"),
         ({f"{W}.weight": ONES}, {"quantization_config": {"quant_method": "hqq"}}, "'hqq'.*remove quantization_config"),
-        ({f"{W}.weight": CODES, f"{W}.SCB": ONES[0, :3]}, {}, "a number for each row"),
+        ({f"{W}.weight": CODES, f"{W}.SCB": ONES[0, :3]}, {}, "one for each row"),
         ({f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale_inv": ONES[:3, :3]}, {}, "each block of 128 × 128"),
         (
             {f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale_inv": ONES[:2, :2]},
@@ -327,7 +331,7 @@ CODES = torch.ones(4, 4, dtype=torch.int8)
         (
             {f"{W}.indices": INTEGERS, f"{W}.centroids": ONES},
             {"quantization_config": {"quant_method": "vptq"}},
-            "'vptq'.*indices.*holds no weights",
+            "'vptq'.*indices.*is no weight",
         ),
     ],
 )

@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused(bases):
     name = "bert.encoder.layer.0.output.dense.weight"
     with pytest.raises(MismatchError, match=rf"1 tuned tensors are in one base only, the old one: {name}"):
         graft_all({n: t for n, t in new.items() if n != name}, new, old)
-    with pytest.raises(MismatchError, match=rf"1 tensors are of another shape: {name}"):
+    with pytest.raises(MismatchError, match=rf"1 tensors have different shapes: {name}"):
         graft_all(new, new, old | {name: old[name][1:]})
     with pytest.raises(MismatchError, match="not of one architecture"):
         delta_all({"a": old[name]}, {"b": old[name]})
@@ -166,7 +166,7 @@ def test_an_interrupted_write_goes_on_from_its_shard(tmp_path, bases):
         assert stage == "compare"
 
     write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 1}, 20_000, compare_alone)
-    with pytest.raises(OutcomeError, match="made from something else"):
+    with pytest.raises(OutcomeError, match="made from other inputs"):
         write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 2}, 20_000)
 
 
@@ -176,9 +176,9 @@ def test_a_full_disk_is_foreseen(tmp_path, bases, monkeypatch):
     assert plan.disk_bytes == plan.read_bytes == sum(t.numel() * t.element_size() for t in old.values())
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(CheckpointError, match=r"bytes are to be written, the disk has 1,000 left"):
+    with pytest.raises(CheckpointError, match=r"bytes have to be written, but the disk has 1,000 left"):
         write_folder(old, tmp_path / "deep" / "out", bases["bert"][0], {})
-    with pytest.raises(CheckpointError, match=r"bytes are to be written, the disk has 1,000 left"):
+    with pytest.raises(CheckpointError, match=r"bytes have to be written, but the disk has 1,000 left"):
         write_checkpoint(tmp_path, old)
     assert not list(tmp_path.iterdir())
 

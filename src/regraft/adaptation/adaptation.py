@@ -189,14 +189,7 @@ class Family(ABC):
 
     @abstractmethod
     def write(self, into: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
-        """Write tensors and settings as a plain transformers or PEFT folder.
-
-        Args:
-            into: The folder.
-            tensors: The tensors by stored name.
-            settings: The content of `config.json` or `adapter_config.json`.
-            progress: Called for each tensor.
-        """
+        """Write tensors by stored name, and the settings, as a plain transformers or PEFT folder."""
 
     def settings_for_head(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
         """Return settings for another head. Those of an adapter do not depend on the head."""
@@ -208,13 +201,7 @@ class Family(ABC):
 
     @abstractmethod
     def report_no_effect(self, adaptation: Adaptation, base: Base, texts: int) -> None:
-        """Report that an adaptation does not change its base's hidden states: a warning, or an error for an adapter.
-
-        Args:
-            adaptation: The adaptation.
-            base: Its base.
-            texts: The number of texts for which they were compared.
-        """
+        """Report that an adaptation changes nothing on a number of texts: a warning, or an error for an adapter."""
 
     @abstractmethod
     def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> CarriedAdaptation:

@@ -36,7 +36,7 @@ from regraft.checkpoint.output import (
     write_record,
 )
 from regraft.checkpoint.quantised import check_unquantised
-from regraft.checkpoint.reader import Checkpoint
+from regraft.checkpoint.reader import Checkpoint, chunk_ranges
 from regraft.checkpoint.writer import byte_size, plan_shards, write_checkpoint, write_safetensors
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "check_finite",
     "check_output_path",
     "check_unquantised",
+    "chunk_ranges",
     "copy_auxiliary_files",
     "disk_full_error",
     "dtype_name",

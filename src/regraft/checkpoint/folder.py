@@ -1,4 +1,4 @@
-"""Folders that exist only when they are whole: written beside their place, then renamed into it."""
+"""Folders that never exist incomplete: they are written under a temporary name, and renamed when complete."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOCK = "lock"
-TEMPORARY = "regraft-"
-ATTEMPTS = 100  # each is lost only to another process that ends between two system calls
+TEMPORARY_PREFIX = "regraft-"
+MAX_ATTEMPTS = 100  # one fails only if another process ends between two system calls
 
 
 @contextlib.contextmanager
 def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
-    """Make a hidden working folder beside `out` that survives an interruption, and lock it.
+    """Create and lock a hidden working folder next to `out`, which survives an interruption.
 
-    What a killed run left there is kept if that run had the same inputs, and cleared otherwise. The caller ends by
-    `publish`; whatever remains in the working folder is then removed. So it is after an error of regraft's own, unless
-    there are `checkpoints` in it to go on from; a recipe that cannot be carried out leaves nothing. Another process may
-    have published `out` before the folder was locked: the caller looks for it again.
+    The content that a killed run left in it is kept if that run had the same inputs, and removed otherwise. The caller
+    calls `publish` at the end, after which the working folder is removed. It is also removed after a `RecipeError`, and
+    after other errors of regraft unless it has `checkpoints` to resume from. Another process may have published `out`
+    before the folder was locked, so the caller has to look for `out` again.
 
     Args:
-        out: The folder that will exist when the work is whole.
-        inputs: What the work is made from, as JSON; another value is another work.
+        out: The output folder.
+        inputs: The inputs of the run, as JSON, which identify it.
 
     Yields:
         The working folder.
 
     Raises:
-        DiskFullError: The disk is full; what was done so far is kept.
-        OutcomeError: Another process is at work on the same `out`, or nothing can be written there.
+        DiskFullError: The disk is full. The working folder is kept.
+        OutcomeError: Another process is writing `out`, or it cannot be written.
     """
     check_output_path(out)
     work = working_folder(out)
@@ -57,12 +57,12 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
                 write_atomic(record, expected)
             yield work
         except BaseException as error:
-            refused = isinstance(error, RegraftError)
-            if isinstance(error, RecipeError) or (refused and not any(work.rglob("checkpoints"))):
+            is_expected = isinstance(error, RegraftError)
+            if isinstance(error, RecipeError) or (is_expected and not any(work.rglob("checkpoints"))):
                 shutil.rmtree(work)
                 raise
-            raised = disk_full_error(work) if not refused and is_disk_full(error) else error
-            raised.add_note(f"What was done so far is kept in {work}: the same command goes on from it.")
+            raised = disk_full_error(work) if not is_expected and is_disk_full(error) else error
+            raised.add_note(f"The work so far is in {work}. The same command resumes it.")
             if raised is error:
                 raise
             raise raised from error
@@ -71,76 +71,73 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
 
 
 def working_folder(out: Path) -> Path:
-    """Name the hidden folder in which a folder is made.
+    """Return the path of the hidden working folder of an output folder.
 
     Args:
-        out: The folder that is to be.
-
-    Returns:
-        The path, beside it.
+        out: The output folder.
     """
     return out.parent / f".{out.name}.partial"
 
 
 def check_output_path(out: Path) -> None:
-    """Refuse a place in which no folder can be made, before any work is done.
+    """Check that an output folder can be created, before any work is done.
 
     Args:
-        out: The folder that is to be; it may be there.
+        out: The output folder, which may exist.
 
     Raises:
-        OutcomeError: It is a file, a link to nothing or no name, or lies under a file or a folder that is read-only.
+        OutcomeError: It is a file, a broken link or no name, or its parent is a file or not writable.
     """
     if out.name in ("", ".."):
-        raise OutcomeError(f"--out {str(out)!r}: is no name of a new folder. Choose another --out.")
+        raise OutcomeError(f"--out {str(out)!r}: is no name for a folder. Choose another --out.")
     try:
         if out.is_dir():
             return
         if os.path.lexists(out):
-            what = "a link to nothing" if out.is_symlink() else "a file"
-            raise OutcomeError(f"{out}: is {what}, where a folder is to be. Choose another --out or remove it.")
+            kind = "a broken link" if out.is_symlink() else "a file"
+            raise OutcomeError(f"{out}: is {kind}, not a folder. Choose another --out or remove it.")
         parent = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
         if not parent.is_dir():
             raise OutcomeError(f"{out}: cannot be created ({parent} is no folder). Choose another --out.")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutcomeError(f"{out}: cannot be created ({parent} is not writable). Choose another --out.")
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # the name is too long, or a folder may not be entered
         raise OutcomeError(f"{out}: cannot be created ({error.strerror or error}). Choose another --out.") from error
 
 
-def publish(whole: Path, out: Path) -> None:
-    """Rename a whole folder into its place, its files synced and as readable as any new file.
+def publish(staging: Path, out: Path) -> None:
+    """Rename a complete folder to its final name, after syncing its files and setting their permissions.
 
     Args:
-        whole: The folder that is complete.
-        out: Its place; must not exist.
+        staging: The complete folder.
+        out: Its final path, which must not exist.
 
     Raises:
-        OutcomeError: `out` exists, or cannot be made.
+        OutcomeError: `out` exists or cannot be created.
     """
     check_output_path(out)
     if out.exists():
         raise OutcomeError(f"{out}: exists already. Choose another --out or remove it.")
     mode = new_file_mode()
-    for path in (*whole.rglob("*"), whole):
+    for path in (*staging.rglob("*"), staging):
         if path.is_file():
-            os.chmod(path, mode)  # safetensors leaves 0600, whatever the umask says
+            os.chmod(path, mode)  # safetensors sets 0600 regardless of the umask
         sync(path)
-    os.rename(whole, out)
+    os.rename(staging, out)
     sync(out.absolute().parent)
 
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Make a folder for a while; those that killed processes left are removed on the way.
+    """Create a temporary folder, and remove those that killed processes have left.
 
     Yields:
-        The folder, empty but for a lock that tells other processes that it is in use.
+        The folder, which has nothing but a lock that shows other processes that it is in use.
     """
     folder = Path(tempfile.gettempdir())
-    for left in folder.glob(f"{TEMPORARY}*"):
-        _remove_abandoned(left)
-    work = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+    for abandoned in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        _remove_unlocked(abandoned)
+    work = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     with _locked(work, work, mode=0o700):
         try:
             yield work
@@ -148,7 +145,7 @@ def temporary_folder() -> Iterator[Path]:
             shutil.rmtree(work)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def _remove_unlocked(folder: Path) -> None:
     with contextlib.suppress(OSError, OutcomeError), (folder / LOCK).open("r+") as lock:
         if not folder.is_symlink() and _lock(lock, folder):
             shutil.rmtree(folder)
@@ -156,12 +153,12 @@ def _remove_abandoned(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(work: Path, out: Path, mode: int = 0o777) -> Iterator[None]:
-    """Make a folder and lock it; one that its owner removes before it is locked is made again."""
-    for _ in range(ATTEMPTS):
+    """Create a folder and lock it, again if its owner removes it before it is locked."""
+    for _ in range(MAX_ATTEMPTS):
         try:
             work.mkdir(mode, parents=True, exist_ok=True)
             if work.is_symlink():
-                raise OutcomeError(f"{work}: is a link, and regraft works in a folder of its own there. Remove it.")
+                raise OutcomeError(f"{work}: is a link, but regraft needs a working folder of that name. Remove it.")
             lock = (work / LOCK).open("a")
         except FileNotFoundError:
             continue
@@ -174,7 +171,7 @@ def _locked(work: Path, out: Path, mode: int = 0o777) -> Iterator[None]:
             if _is_at(lock, work / LOCK):
                 yield
                 return
-    raise OutcomeError(f"{work}: cannot be created, or vanishes at once. Choose another --out.")
+    raise OutcomeError(f"{work}: cannot be created, or is removed immediately. Choose another --out.")
 
 
 def _is_at(stream: IO[str], file: Path) -> bool:
@@ -185,18 +182,20 @@ def _is_at(stream: IO[str], file: Path) -> bool:
 
 
 def _lock(lock: IO[str], out: Path) -> bool:
-    """Lock a file, as long as it is open; return whether the file system has locks."""
+    """Lock a file while it is open; return whether the file system supports locks."""
     try:
         import fcntl
-    except ImportError:  # Windows: two runs on one folder at once are then the user's to avoid
+    except ImportError:  # Windows: the user has to avoid two runs on one folder at the same time
         return False
     try:
         fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise OutcomeError(f"{out}: another regraft is writing it. Wait for it, or choose another --out.") from None
+        raise OutcomeError(
+            f"{out}: another regraft process is writing it. Wait for it, or choose another --out."
+        ) from None
     except OSError as error:  # NFS without a lock daemon, Lustre without -o flock
         logger.warning(
-            "%s: its file system has no locks (%s), so nothing keeps two runs on one --out apart: start one at a time.",
+            "%s: the file system has no locks (%s), so do not start two runs on one --out at the same time.",
             out,
             error.strerror or error,
         )

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and checked without touching the data.
+"""Reading and checking the header of a safetensors file, without reading its tensors.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
 
     import torch
 
-MAX_HEADER_BYTES = 32_000_000  # Python's objects take up to twenty times as much
+MAX_HEADER_BYTES = 32_000_000  # the parsed objects take up to twenty times as much memory
 MAX_TENSORS = 150_000  # the largest open models have 142,000: weights and scales of 384 experts in 61 layers
-MAX_DIMENSIONS = 64  # torch's own
+MAX_DIMENSIONS = 64  # the limit of torch
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-FLOATING = ("F64", "F32", "F16", "BF16")  # those that weights are in; eight bits are a quantised weight's
-
-
+FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes of weights; eight-bit weights are quantised
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
@@ -36,13 +34,10 @@ TORCH_NAMES = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return torch's dtype for one of safetensors.
+    """Return the torch dtype of a safetensors dtype.
 
     Args:
-        name: As in `F32` or `BF16`.
-
-    Returns:
-        The dtype.
+        name: The name of the dtype, such as `F32` or `BF16`.
     """
     import torch
 
@@ -51,35 +46,31 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return safetensors' name of a torch dtype.
+    """Return the safetensors name of a torch dtype, such as `F32` or `BF16`.
 
     Args:
         dtype: The dtype.
 
-    Returns:
-        As in `F32` or `BF16`.
-
     Raises:
         CheckpointError: safetensors has no such dtype.
     """
-    wanted = str(dtype).removeprefix("torch.")
-    for name, known in TORCH_NAMES.items():
-        if known == wanted:
+    for name, torch_name in TORCH_NAMES.items():
+        if f"torch.{torch_name}" == str(dtype):
             return name
     raise CheckpointError(f"a tensor of dtype {dtype} cannot be stored as safetensors.")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies on disk.
+    """The position of a tensor on disk.
 
     Args:
         name: The tensor's name in the file.
-        dtype: The safetensors dtype, as in `F32` or `BF16`.
-        shape: Its size along each dimension.
-        file: The safetensors file that holds it.
-        start: First byte of its data in the file.
-        end: One past the last byte of its data in the file.
+        dtype: The safetensors dtype, such as `F32` or `BF16`.
+        shape: The shape.
+        file: The safetensors file.
+        start: The position of its first byte in the file.
+        end: The position after its last byte in the file.
     """
 
     name: str
@@ -91,16 +82,16 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Read and check the header of one safetensors file.
+    """Read and check the header of a safetensors file.
 
     Args:
         file: The safetensors file.
 
     Returns:
-        Every tensor of the file by name, in the order of their data.
+        The tensors of the file by name, in the order of their data.
 
     Raises:
-        CheckpointError: The file is missing, ends early, or its header is malformed.
+        CheckpointError: The file is missing or truncated, or its header is malformed.
     """
     try:
         size = file.stat().st_size
@@ -108,56 +99,58 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             start = stream.read(8)
             if start == b"version ":
                 raise CheckpointError(
-                    f"{file}: is a pointer of Git LFS, not the file itself. Fetch that: git lfs pull."
+                    f"{file}: is a pointer of Git LFS, not the file itself. Download the file: git lfs pull."
                 )
             length = int.from_bytes(start, "little")
             if size >= 8 + length and length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{file}: its header has {length:,} bytes; {MAX_HEADER_BYTES:,} are read of a file."
+                    f"{file}: its header has {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read."
                 )
             if size < 8 or length > size - 8:
                 raise CheckpointError(
-                    f"{file}: not a whole safetensors file: its header claims {length:,} bytes and the file has "
-                    f"{size:,}. It was probably cut off while it was copied: fetch it again."
+                    f"{file}: not a complete safetensors file: its header claims {length:,} bytes, but the file has "
+                    f"{size:,}. It was probably truncated while it was copied. Copy it again."
                 )
             header = parse_json(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}).") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: its safetensors header is not valid JSON ({error}). Fetch it again.") from error
+        raise CheckpointError(
+            f"{file}: its safetensors header is not valid JSON ({error}). Copy the file again."
+        ) from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: its safetensors header is not a JSON object. Fetch the file again.")
+        raise CheckpointError(f"{file}: its safetensors header is not a JSON object. Copy the file again.")
     if len(header) > MAX_TENSORS:
-        raise CheckpointError(f"{file}: names {len(header):,} tensors; {MAX_TENSORS:,} are read of a file.")
+        raise CheckpointError(f"{file}: names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.")
     data_start = 8 + length
-    tensors = [_tensor_info(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"]
-    tensors.sort(key=lambda info: (info.start, info.end))
+    tensors = [_parse_entry(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     position = data_start
-    for info in tensors:
-        if info.start != position:
+    for tensor in tensors:
+        if tensor.start != position:
             raise CheckpointError(
-                f"{file}: tensor {info.name!r:.200} starts at byte {info.start:,}, expected {position:,}: the header "
-                "has a gap or an overlap. Fetch the file again."
+                f"{file}: tensor {tensor.name!r:.200} starts at byte {tensor.start:,}, expected {position:,}: the "
+                "header has a gap or an overlap. Copy the file again."
             )
-        if info.end > size:
+        if tensor.end > size:
             raise CheckpointError(
-                f"{file}: the file ends early: tensor {info.name!r:.200} needs bytes up to {info.end:,} and the file "
-                f"has {size:,}. It was probably cut off while it was copied: fetch it again."
+                f"{file}: the file is truncated: tensor {tensor.name!r:.200} ends at byte {tensor.end:,}, but the file "
+                f"has {size:,}. Copy it again."
             )
-        position = info.end
+        position = tensor.end
     if position != size:
-        raise CheckpointError(f"{file}: {size - position:,} bytes after the last tensor. Fetch the file again.")
-    return {info.name: info for info in tensors}
+        raise CheckpointError(f"{file}: {size - position:,} bytes after the last tensor. Copy the file again.")
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+def _parse_entry(file: Path, name: str, entry: object, data_start: int) -> StoredTensor:
     if not isinstance(entry, dict):
         raise _malformed(file, name, entry)
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+    for integers in (shape, offsets):
+        if not isinstance(integers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in integers):
             raise _malformed(file, name, entry)
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(
@@ -167,7 +160,7 @@ def _tensor_info(file: Path, name: str, entry: object, data_start: int) -> Store
         raise _malformed(file, name, entry)
     if len(offsets) != 2 or offsets[1] - offsets[0] != ITEM_BYTES[dtype] * math.prod(shape):
         raise CheckpointError(
-            f"{file}: tensor {name!r:.200} of shape {shape} and dtype {dtype} cannot lie in bytes {offsets!s:.100}."
+            f"{file}: tensor {name!r:.200} of shape {shape} and dtype {dtype} cannot be bytes {offsets!s:.100}."
         )
     return StoredTensor(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
 

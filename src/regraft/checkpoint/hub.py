@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder or file of this disk, or a repository of the hub."""
+"""Finding a checkpoint on the disk or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from regraft.errors import CheckpointError
 
 
 def find_path(name: str | Path) -> Path:
-    """Find a checkpoint by what the user called it.
+    """Return the path of a checkpoint, after downloading it if it is on the hub and not in the local cache.
 
     Args:
-        name: A folder or file, or a hub id with an optional `@revision`; what is in the local cache is not fetched.
-
-    Returns:
-        Its place on this disk.
+        name: A folder, a file, or a hub id with an optional `@revision`.
 
     Raises:
-        CheckpointError: There is no such place, and the hub does not give it.
+        CheckpointError: There is no such path, and it cannot be downloaded.
     """
     path = Path(name)
     if path.exists():
@@ -32,6 +29,8 @@ def find_path(name: str | Path) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, **arguments))
     except HFValidationError:
         raise CheckpointError(f"{name}: no such file or folder, and no hub id either.") from None
-    except Exception as error:  # the hub's client raises many kinds: offline, no such repository, no access
+    except Exception as error:  # many types: offline, unknown repository, no access
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{name}: no such file or folder, and the hub does not give it ({reason})") from error
+        raise CheckpointError(
+            f"{name}: no such file or folder, and it cannot be downloaded from the hub ({reason})"
+        ) from error

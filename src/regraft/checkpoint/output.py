@@ -1,4 +1,4 @@
-"""A checkpoint folder made from others: tensors, and the small files that belong to them."""
+"""Writing a checkpoint folder: the tensors, and copies of the small files that belong to them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,17 @@ if TYPE_CHECKING:
 
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
 TOKENIZER_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "tekken.json", "*.model",
-    "*.spm", "*.jinja", "*.tiktoken",
-)  # fmt: skip
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "*.model",
+    "*.spm",
+    "*.jinja",
+    "*.tiktoken",
+)
 RECORD = "regraft.json"
 RESULTS = "results"
 NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapter_config.json")
@@ -34,15 +42,15 @@ NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapt
 
 @dataclass(frozen=True)
 class WritePlan:
-    """What writing a checkpoint takes.
+    """The resources that writing a checkpoint needs.
 
     Args:
-        num_tensors: How many tensors.
-        num_files: How many files of tensors.
-        disk_bytes: Bytes on disk.
-        read_bytes: Bytes that are read.
-        memory_bytes: Bytes in memory for tensors, beside what Python and torch take.
-        free_bytes: Bytes the disk has left.
+        num_tensors: The number of tensors.
+        num_files: The number of safetensors files.
+        disk_bytes: The bytes to write.
+        read_bytes: The bytes to read.
+        memory_bytes: The memory for tensors, in addition to that of Python and torch.
+        free_bytes: The free bytes of the disk.
     """
 
     num_tensors: int
@@ -54,34 +62,33 @@ class WritePlan:
 
 
 def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes: int = SHARD_BYTES) -> WritePlan:
-    """Foresee what writing takes, and refuse if the disk has not enough room.
+    """Compute the resources that writing a checkpoint needs, and check the disk's free space.
 
     Args:
-        tensors: What is to be written.
-        out: Where to.
-        shard_bytes: The largest size of a file.
-
-    Returns:
-        The plan.
+        tensors: The tensors.
+        out: The output folder.
+        shard_bytes: The maximal size of a file.
 
     Raises:
-        DiskFullError: The disk has not enough room.
-        OutcomeError: No folder can be made at `out`.
+        DiskFullError: The disk has not enough space.
+        OutcomeError: The output folder cannot be created.
     """
     check_output_path(out)
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
-    disk = sum(byte_size(tensors, name) for name in tensors)
-    free = shutil.disk_usage(parent).free
+    disk_bytes = sum(byte_size(tensors, name) for name in tensors)
+    free_bytes = shutil.disk_usage(parent).free
     plan = WritePlan(
         num_tensors=len(tensors),
         num_files=len(plan_shards(tensors, shard_bytes)),
-        disk_bytes=disk,
-        read_bytes=sum(_read(tensors, name) for name in tensors),
-        memory_bytes=max((_memory(tensors, name) for name in tensors), default=0),
-        free_bytes=free,
+        disk_bytes=disk_bytes,
+        read_bytes=sum(_read_bytes(tensors, name) for name in tensors),
+        memory_bytes=max((_memory_bytes(tensors, name) for name in tensors), default=0),
+        free_bytes=free_bytes,
     )
-    if disk > free + _kept(out):
-        raise DiskFullError(f"{out}: {disk:,} bytes are to be written, the disk has {free:,} left: make room.")
+    if disk_bytes > free_bytes + _resumable_bytes(out):
+        raise DiskFullError(
+            f"{out}: {disk_bytes:,} bytes have to be written, but the disk has {free_bytes:,} left. Free some space."
+        )
     return plan
 
 
@@ -109,46 +116,43 @@ def write_folder(
         config: Settings of `config.json` to change.
 
     Raises:
-        DiskFullError: The disk has not enough room.
-        OutcomeError: Something else is at `out`, or it cannot be written.
+        DiskFullError: The disk has not enough space.
+        OutcomeError: The output folder exists with another provenance, or cannot be written.
     """
     provenance = {**provenance, "shard_bytes": shard_bytes}
     if _is_written(out, provenance, tensors, shard_bytes, progress):
         return
     plan_checkpoint(tensors, out, shard_bytes)
     with resumable_folder(out, provenance) as work:
-        if _is_written(out, provenance, tensors, shard_bytes, progress):  # another process has made it since
+        if _is_written(out, provenance, tensors, shard_bytes, progress):  # another process wrote it in the meantime
             return
-        whole = work / "checkpoints" / "whole"
-        whole.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(whole, tensors, shard_bytes, progress)
-        copy_auxiliary_files(template, whole, COMPANIONS)
-        if (whole / "config.json").is_file():
-            settings = read_json(whole / "config.json")
+        folder = work / "checkpoints" / "whole"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(folder, tensors, shard_bytes, progress)
+        copy_auxiliary_files(template, folder, COMPANIONS)
+        if (folder / "config.json").is_file():
+            settings = read_json(folder / "config.json")
             changed = without_quantisation(settings | dict(config or {}))
             if changed != settings:
-                write_atomic(whole / "config.json", json.dumps(changed, indent=2) + "\n")
+                write_atomic(folder / "config.json", json.dumps(changed, indent=2) + "\n")
         if write_tokenizer:
-            write_tokenizer(whole)
-        write_record(whole, provenance)
-        publish(whole, out)
+            write_tokenizer(folder)
+        write_record(folder, provenance)
+        publish(folder, out)
 
 
 def is_up_to_date(
     out: Path, provenance: Mapping[str, Any], renew: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> bool:
-    """Return whether a folder is there already, made from the same; ask before the work.
+    """Return whether a folder already exists with a given provenance.
 
     Args:
         out: The folder.
-        provenance: What it would be made from, as JSON.
-        renew: Returns a record of regraft 0.1 as it would be written today.
-
-    Returns:
-        Whether it is there.
+        provenance: The inputs that it would be written from, as JSON.
+        renew: Converts a record of regraft 0.1 to the current form.
 
     Raises:
-        OutcomeError: Something else is there.
+        OutcomeError: The folder exists with another provenance.
     """
     check_output_path(out)
     if not out.exists():
@@ -160,30 +164,27 @@ def is_up_to_date(
         if recorded == expected or renew(recorded) == expected:
             return True
     except (CheckpointError, TypeError):
-        pass  # nothing that regraft wrote as a whole
-    raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
+        pass  # not a complete folder of regraft
+    raise OutcomeError(f"{out}: exists, but was made from other inputs. Choose another --out or remove it.")
 
 
 def write_record(folder: Path, provenance: Mapping[str, Any], results: Mapping[str, float] | None = None) -> None:
-    """Write what a folder is made from into it, for `is_up_to_date`.
+    """Write a folder's provenance into it, for `is_up_to_date`.
 
     Args:
         folder: The folder.
-        provenance: What it is made from, as JSON.
-        results: Figures to tell again where nothing is done.
+        provenance: The inputs, as JSON.
+        results: Figures to print again when the folder is reused.
     """
     content = {**provenance, RESULTS: dict(results)} if results else dict(provenance)
     write_atomic(folder / RECORD, json.dumps(content, sort_keys=True, indent=2) + "\n")
 
 
 def read_results(folder: Path) -> dict[str, float]:
-    """Read the figures that `write_record` wrote beside what a folder is made from.
+    """Read the figures that `write_record` wrote.
 
     Args:
-        folder: The folder, for which `is_up_to_date` is true.
-
-    Returns:
-        The figures.
+        folder: A folder for which `is_up_to_date` is true.
     """
     results: dict[str, float] = json.loads((folder / RECORD).read_text(encoding="utf-8")).get(RESULTS, {})
     return results
@@ -192,13 +193,13 @@ def read_results(folder: Path) -> dict[str, float]:
 def _is_written(
     out: Path, provenance: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shard_bytes: int, progress: Progress
 ) -> bool:
-    """Look for the result; its every number is compared, as fingerprints are of samples and disks lose data."""
+    """Return whether the result exists; all bytes are compared, because fingerprints are of samples."""
     if not is_up_to_date(out, provenance):
         return False
     if not matches_checkpoint(out, tensors, shard_bytes, progress):
         raise OutcomeError(
-            f"{out}: exists and holds other numbers than would be written now: what it was made from has changed, or "
-            "it was damaged. Choose another --out or remove it."
+            f"{out}: exists, but its content differs from what would be written: its inputs have changed, or it was "
+            "damaged. Choose another --out or remove it."
         )
     return True
 
@@ -207,33 +208,33 @@ def copy_auxiliary_files(source: Path, into: Path, patterns: tuple[str, ...]) ->
     """Copy the small files that belong to a checkpoint.
 
     Args:
-        source: The folder they are in.
-        into: Where to.
-        patterns: Which, as `*.json`; indexes of shards, code, and records of how a folder was made are left out.
+        source: The checkpoint's folder.
+        into: The folder to copy them to.
+        patterns: Patterns of their names, such as `*.json`. Indexes of shards, code and records are not copied.
     """
     for pattern in patterns:
         for file in source.glob(pattern):
-            left_out = file.name.endswith((".index.json", ".py")) or file.name in NOT_COPIED
-            if file.is_file() and not left_out:
+            is_excluded = file.name.endswith((".index.json", ".py")) or file.name in NOT_COPIED
+            if file.is_file() and not is_excluded:
                 shutil.copyfile(file, into / file.name)
 
 
-def _kept(out: Path) -> int:
-    """Count the bytes that an interrupted run left and the next one goes on from."""
+def _resumable_bytes(out: Path) -> int:
+    """Return the number of bytes that an interrupted run has written, from which this one resumes."""
     return sum(file.stat().st_size for file in working_folder(out).rglob("*.safetensors"))
 
 
-def _read(tensors: Mapping[str, torch.Tensor], name: str) -> int:
+def _read_bytes(tensors: Mapping[str, torch.Tensor], name: str) -> int:
     if not isinstance(tensors, DerivedTensors):
         return byte_size(tensors, name)
-    return sum(_read(source, operand) for source, operand in tensors.specs[name].operands)
+    return sum(_read_bytes(source, operand) for source, operand in tensors.specs[name].operands)
 
 
-def _memory(tensors: Mapping[str, torch.Tensor], name: str) -> int:
-    """Estimate what computing takes: the operands, each also in float64, and the result, per core."""
+def _memory_bytes(tensors: Mapping[str, torch.Tensor], name: str) -> int:
+    """Estimate the memory of a computation: the operands, each also in float64, and the result, for each core."""
     if not isinstance(tensors, DerivedTensors):
         return byte_size(tensors, name)
-    entry = tensors.specs[name]
-    if entry.elementwise:
-        return CHUNK_ELEMENTS * 8 * (2 * len(entry.operands) + 2) * cores()
-    return 3 * (byte_size(tensors, name) + sum(byte_size(source, operand) for source, operand in entry.operands))
+    spec = tensors.specs[name]
+    if spec.elementwise:
+        return CHUNK_ELEMENTS * 8 * (2 * len(spec.operands) + 2) * cores()
+    return 3 * (byte_size(tensors, name) + sum(byte_size(source, operand) for source, operand in spec.operands))

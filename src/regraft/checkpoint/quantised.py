@@ -178,8 +178,8 @@ def dequantised(path: Path, stored: Mapping[str, StoredTensor], settings: Mappin
             if tensor.dtype not in (*FLOATING, "BOOL", "I64"):  # any checkpoint may have masks, positions and counters
                 raise _refusal(path, tensor, stored, quantisation)
         raise CheckpointError(
-            f"{path}: its config.json says that it is quantised ({quantisation.get('quant_method')!r:.80}), but no tensor "
-            "is. If these are its weights, remove quantization_config from config.json."
+            f"{path}: its config.json declares quantisation ({quantisation.get('quant_method')!r:.80}), but no tensor "
+            "is quantised. If these are its weights, remove quantization_config from config.json."
         )
     for name, tensor in stored.items():
         if name in weights or name in scales or (weights and COMPANION.search(name)):

@@ -1,4 +1,4 @@
-"""Typed records: frozen dataclasses that are written as JSON and read back field by field."""
+"""Typed records: frozen dataclasses that are written as JSON and validated when they are read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from regraft.errors import OutcomeError
 
 Record = TypeVar("Record")
 
-LARGEST = 1e100  # no figure comes near it, and sums and charts of larger ones overflow
-MOST = 2**53  # above it floating point, and with it JSON in other languages, no longer tells whole numbers apart
-Count = Annotated[int, Field(ge=0, le=MOST)]
-"""How many there are of something."""
+MAX_FIGURE = 1e100  # far above any figure; sums and charts of larger ones overflow
+MAX_COUNT = 2**53  # larger whole numbers are not exact in floating point, which JSON in other languages uses
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+"""A number of things."""
 _EXPECTED = {
+    "finite_number": "a finite number",
     "string_type": "a text",
     "float_type": "a number",
     "int_type": "a whole number",
@@ -34,55 +35,46 @@ _EXPECTED = {
 }
 
 
-def read_record(kind: type[Record], content: Any, where: str, remedy: str) -> Record:
-    """Read a record strictly: nothing is converted, and fields that a newer version may have added are passed over.
+def read_record(kind: type[Record], content: Any, origin: str, remedy: str) -> Record:
+    """Read a record strictly: values are not converted; unknown fields, which a newer version may write, are ignored.
 
     Args:
-        kind: The dataclass, or a type made of some.
-        content: What the file holds, from `read_json`.
-        where: The file, and the place in it.
+        kind: The dataclass, or a type that is composed of dataclasses.
+        content: The content of the file, from `read_json`.
+        origin: The file, and the position in it, for error messages.
         remedy: The command that writes such a file.
 
-    Returns:
-        The record.
-
     Raises:
-        OutcomeError: A field is missing, of another type, out of its range or of another shape; the message names it.
+        OutcomeError: A field is missing, out of range, or of another type or shape.
     """
     hashable: Any = kind
     try:
         if (location := _too_large(content)) is not None:
-            raise OutcomeError(f"{where}{location}: expected at most {LARGEST:g}. Make it again with `{remedy}`.")
+            raise OutcomeError(f"{origin}{location}: expected at most {MAX_FIGURE:g}. Make it again with `{remedy}`.")
         record: Record = _adapter(hashable).validate_json(plain_text(content), strict=True)
     except RecursionError:
-        raise OutcomeError(f"{where}: is nested too deep. Make it again with `{remedy}`.") from None
+        raise OutcomeError(f"{origin}: is nested too deeply. Make it again with `{remedy}`.") from None
     except ValidationError as error:
         first, count = error.errors()[0], error.error_count()
-        more = f" It is the first of {count:,} fields that are wrong." if count > 1 else ""
-        raise OutcomeError(f"{where}{_explain(first)}. Make it again with `{remedy}`.{more}") from None
+        more = f" {count - 1:,} more fields are wrong." if count > 1 else ""
+        raise OutcomeError(f"{origin}{_explain(first)}. Make it again with `{remedy}`.{more}") from None
     return record
 
 
 def percent_to_share(percent: float | None) -> float | None:
-    """Convert a percentage of regraft 0.1, whose records had some, to a share.
+    """Convert a percentage, as in records of regraft 0.1, to a share.
 
     Args:
-        percent: The percentage; None where there is none.
-
-    Returns:
-        The share of 1.
+        percent: The percentage, or None.
     """
     return None if percent is None else percent / 100
 
 
 def plain_text(content: Any) -> str:
-    """Write JSON that every parser reads.
+    """Format JSON in valid UTF-8.
 
     Args:
-        content: Any JSON; halves of surrogate pairs, as of a path that is no UTF-8, become question marks.
-
-    Returns:
-        The text.
+        content: Any JSON. Lone surrogates, such as in paths that are no UTF-8, become question marks.
     """
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
 
@@ -93,16 +85,16 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _too_large(value: Any) -> str | None:
-    """Locate the first finite number that is larger than any figure; None if there is none."""
+    """Return the location of the first finite number that is too large for a figure, if any."""
     if isinstance(value, dict):
         for name, entry in value.items():
             if (location := _too_large(entry)) is not None:
                 return f": {name}{location}"
     elif isinstance(value, list):
-        for number, entry in enumerate(value):
+        for index, entry in enumerate(value):
             if (location := _too_large(entry)) is not None:
-                return f"[{number}]{location}"
-    elif isinstance(value, (int, float)) and LARGEST < abs(value) < math.inf:
+                return f"[{index}]{location}"
+    elif isinstance(value, (int, float)) and MAX_FIGURE < abs(value) < math.inf:
         return ""
     return None
 
@@ -111,7 +103,7 @@ def _explain(error: Any) -> str:
     location = "".join(f"[{part}]" if isinstance(part, int) else f": {part}" for part in error["loc"])
     if error["type"] == "missing":
         return f"{location}: is missing"
-    if error["type"] == "value_error":  # from `__post_init__`, which says where in the record
+    if error["type"] == "value_error":  # raised in `__post_init__`, with the location in the record
         return f"{location}: {error['ctx']['error']}"
     expected = _EXPECTED.get(error["type"])
     if expected is None:
@@ -120,31 +112,31 @@ def _explain(error: Any) -> str:
 
 
 def require_length(values: Any, length: int, name: str) -> None:
-    """Check how many values a field of a record has.
+    """Check the length of a record's field.
 
     Args:
         values: The field.
-        length: How many there are to be.
-        name: The field's, for the message.
+        length: The expected length.
+        name: The field's name, for the message.
 
     Raises:
-        ValueError: There are more or fewer.
+        ValueError: The length differs.
     """
     if len(values) != length:
-        raise ValueError(f"{name}: expected {length} values, found {len(values)} values")
+        raise ValueError(f"{name}: expected {length} values, found {len(values)}")
 
 
 def require_shape(matrix: Any, rows: int, columns: int, name: str) -> None:
     """Check the shape of a matrix in a record.
 
     Args:
-        matrix: Rows of values.
-        rows: How many rows there are to be.
-        columns: How many values are to be in each.
-        name: The field's, for the message.
+        matrix: The field: a list of rows.
+        rows: The expected number of rows.
+        columns: The expected number of columns.
+        name: The field's name, for the message.
 
     Raises:
-        ValueError: It has another shape.
+        ValueError: The shape differs.
     """
     require_length(matrix, rows, name)
     for row in matrix:

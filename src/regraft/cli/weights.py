@@ -90,7 +90,7 @@ def graft(
         if pattern != "*" and not fnmatch.filter(tensors["tuned"], pattern):
             raise RecipeError(f"--scale-for {pattern}: matches no tensor, such as {next(iter(tensors['tuned']))}.")
     grafted = graft_all(tensors["new"], tensors["tuned"], tensors["old"], factors, rows)
-    if copied := counterparts(tensors["new"], tensors["tuned"], tensors["old"]).left_out:
+    if copied := counterparts(tensors["new"], tensors["tuned"], tensors["old"]).unmatched:
         print_text(f"copied unchanged, as one of the bases lacks it: {', '.join(copied)}")
     settings = upgraded_config(checkpoints, has_class=isinstance(tensors["tuned"], NamedTensors), has_same_ids=not rows)
     provenance = {"operation": "graft", "scale": factors}

@@ -148,7 +148,7 @@ def write_result(
         plan = plan_checkpoint(tensors, out, shard_bytes)
         print_line(
             f"{out}: {plan.num_tensors:,} tensors in {plan.num_files} files\n"
-            f"reads {size(plan.read_bytes)}, writes {size(plan.disk_bytes)} (the disk has {size(plan.free_bytes)} left), "
+            f"reads {size(plan.read_bytes)}, writes {size(plan.disk_bytes)} (disk: {size(plan.free_bytes)} left), "
             f"needs {size(plan.memory_bytes)} of memory for tensors\nnothing was written (--dry-run)"
         )
         return

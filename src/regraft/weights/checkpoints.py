@@ -1,4 +1,4 @@
-"""The arithmetic on whole checkpoints: every tensor by its name, computed when it is written."""
+"""Arithmetic on whole checkpoints, whose tensors are computed when they are written."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Counterparts:
-    """What of two bases stands for the same as each tuned tensor.
+    """The tensors of two bases that correspond to those of a fine-tune.
 
     Args:
-        new: The new base's tensor, by the tuned one's name.
-        old: The old base's.
-        left_out: Tuned tensors that one base has, and that pre-training leaves out of the other (a pooler).
+        new: The names of the new base's tensors, by the fine-tune's names.
+        old: The names of the old base's tensors, by the fine-tune's names.
+        unmatched: The names of fine-tuned tensors that only one base has (a pooler, which pre-training leaves out).
     """
 
     new: dict[str, str]
     old: dict[str, str]
-    left_out: tuple[str, ...]
+    unmatched: tuple[str, ...]
 
 
 def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
@@ -45,45 +45,46 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
 
     Args:
         new: The upgraded base.
-        tuned: What was tuned on the old base.
+        tuned: The fine-tune of the old base.
         old: The old base.
 
     Returns:
-        The pairs; a tensor that is tied to another one has that one's counterparts.
+        The corresponding tensors. A tensor that is tied to another one has that one's counterparts.
 
     Raises:
-        MismatchError: A tensor is in one base only, or the fine-tune lacks one that both have.
+        MismatchError: Only one base has a tensor, or the fine-tune lacks a tensor of both bases.
     """
     in_new, in_old = align(new, tuned), align(old, tuned)
     key_of = tuned.key_by_name if isinstance(tuned, NamedTensors) else {name: name for name in tuned}
     one_sided = sorted(in_new.keys() ^ in_old.keys())
-    left_out = tuple(name for name in one_sided if is_optional(key_of[name]))
-    for which, names in (("new", in_new), ("old", in_old)):
-        alone = [name for name in one_sided if name in names and name not in left_out]
-        if alone:
+    unmatched = tuple(name for name in one_sided if is_optional(key_of[name]))
+    for role, names in (("new", in_new), ("old", in_old)):
+        missing = [name for name in one_sided if name in names and name not in unmatched]
+        if missing:
             raise MismatchError(
-                f"{len(alone)} tuned tensors are in one base only, the {which} one: {', '.join(alone[:4])}. Give "
-                "the base that the weights were tuned on and the one pre-trained further from it, both with that."
+                f"{len(missing)} tuned tensors are in one base only, the {role} one: {', '.join(missing[:4])}. Give "
+                "the base that the weights were tuned on, and the one pre-trained further from it."
             )
-    _something(in_new)
+    _check_common(in_new)
     if isinstance(new, NamedTensors) and isinstance(tuned, NamedTensors) and isinstance(old, NamedTensors):
         _check_complete(new, tuned, old)
-    plain = {name: other for name, other in in_new.items() if name not in left_out}
-    return Counterparts(plain, {name: in_old[name] for name in plain}, left_out)
+    matched = [name for name in in_new if name not in unmatched]
+    return Counterparts({n: in_new[n] for n in matched}, {n: in_old[n] for n in matched}, unmatched)
 
 
 def _check_complete(new: NamedTensors, tuned: NamedTensors, old: NamedTensors) -> None:
-    """Refuse a fine-tune that lacks what its class has and both bases store, or ties what a base has apart."""
-    shared = {new.key_by_name[name] for name in new} & {old.key_by_name[name] for name in old}
-    absent = sorted(key for key in shared & set(tuned.expected) - tuned.names.keys() if not is_optional(key))
+    """Check that a fine-tune has all tensors of both bases, and ties none that are separate in the new base."""
+    common = {new.key_by_name[name] for name in new} & {old.key_by_name[name] for name in old}
+    absent = sorted(key for key in common & set(tuned.expected) - tuned.names.keys() if not is_optional(key))
     if absent:
         raise MismatchError(f"the fine-tune lacks {len(absent)} tensors of its bases: {', '.join(absent[:4])}.")
-    own = {tuned.key_by_name[name] for name in tuned}
-    untied = sorted(key for key in tuned.ties if key not in own and key in {new.key_by_name[name] for name in new})
+    tuned_keys = {tuned.key_by_name[name] for name in tuned}
+    new_keys = {new.key_by_name[name] for name in new}
+    untied = sorted(key for key in tuned.ties if key not in tuned_keys and key in new_keys)
     if untied:
         raise MismatchError(
-            f"the fine-tune ties {untied[0]!r} to {tuned.ties[untied[0]]!r}, and in the new base they are two tensors: "
-            "the fine-tune has no room for both. Untie them in the fine-tune first (tie_word_embeddings: false)."
+            f"the fine-tune ties {untied[0]!r} to {tuned.ties[untied[0]]!r}, but in the new base they are two tensors. "
+            "Untie them in the fine-tune first (tie_word_embeddings: false)."
         )
 
 
@@ -96,65 +97,66 @@ def graft_all(
 ) -> DerivedTensors:
     """Graft the delta of every tuned tensor: new + λ·(tuned − old).
 
-    Tensors of `tuned` that no base has, as heads, are copied; so are those that are not floating-point.
+    Tensors that no base has, such as heads, are copied, and so are integer tensors.
 
     Args:
         new: The upgraded base.
-        tuned: What was tuned on the old base.
+        tuned: The fine-tune of the old base.
         old: The old base.
-        scale: λ, or λ by name pattern (as in `*.attention.*`; the first that fits counts, else 1).
-        rows: How the rows of the vocabularies match, if they are not the same.
+        scale: The factor λ; or factors by name pattern, such as `*.attention.*`, of which the first match counts
+            (without a match, 1).
+        rows: How the rows of the vocabularies match; None if they are the same.
 
     Returns:
-        The grafted tensors, under the names of `tuned` and in its dtypes; what is quantised there, in bfloat16.
+        The grafted tensors, with the names and dtypes of `tuned` (bfloat16 for quantised ones).
 
     Raises:
-        MismatchError: A tensor has different shapes, or is in one base only.
-        RecipeError: λ is infinite or not a number.
+        MismatchError: A tensor has different shapes, or only one base has it.
+        RecipeError: λ is infinite or NaN.
     """
-    _check_factors("λ", *(scale.values() if isinstance(scale, Mapping) else (scale,)))
+    _check_finite_factors("λ", *(scale.values() if isinstance(scale, Mapping) else (scale,)))
     pairs = counterparts(new, tuned, old)
-    by_token = _by_token(tuned) & pairs.new.keys() if rows is not None else frozenset()
-    for side, names in ((new, pairs.new), (old, pairs.old)):
-        _same_shapes(tuned, (side, {name: other for name, other in names.items() if name not in by_token}))
-    entries = {}
+    with_token_rows = _token_tensors(tuned) & pairs.new.keys() if rows is not None else frozenset()
+    for base, names in ((new, pairs.new), (old, pairs.old)):
+        _check_shapes(tuned, (base, {name: other for name, other in names.items() if name not in with_token_rows}))
+    specs = {}
     for name in tuned:
-        factor = _scale(scale, name)
+        factor = _scale_of(scale, name)
         if name not in pairs.new or dtype_of(tuned, name) not in FLOATING:
-            entries[name] = _copy(tuned, name)
+            specs[name] = _copy(tuned, name)
             continue
         operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
-        if rows is not None and name in by_token:
+        if rows is not None and name in with_token_rows:
             shape = rows.shape(shape_of(tuned, name))
             rule = functools.partial(graft_rows, match=rows, rule=functools.partial(graft, scale=factor))
-            entries[name] = TensorSpec(output_dtype(tuned, name), shape, operands, rule, elementwise=False)
+            specs[name] = TensorSpec(output_dtype(tuned, name), shape, operands, rule, elementwise=False)
         else:
-            entries[name] = _entry(tuned, name, operands, functools.partial(graft, scale=factor))
-    return DerivedTensors(entries)
+            specs[name] = _spec_like(tuned, name, operands, functools.partial(graft, scale=factor))
+    return DerivedTensors(specs)
 
 
-def _by_token(tensors: Tensors) -> frozenset[str]:
+def _token_tensors(tensors: Tensors) -> frozenset[str]:
     if isinstance(tensors, NamedTensors):
         return tensors.token_tensors
     return frozenset(name for name in tensors if has_vocabulary_rows(name))
 
 
 def delta_all(tuned: Tensors, old: Tensors) -> DerivedTensors:
-    """Return the delta of every tuned tensor: tuned − old, in float32 so that nothing of it is rounded away.
+    """Return the delta of every tuned tensor: tuned − old, in float32 or wider.
 
     Args:
-        tuned: What was tuned.
-        old: The base it was tuned on.
+        tuned: The fine-tune.
+        old: The base that it was tuned on.
 
     Returns:
-        The deltas, under the names of `tuned`; what the base has not, as a head, is left out.
+        The deltas, with the names of `tuned`. Tensors that the base lacks, such as heads, are left out.
 
     Raises:
-        MismatchError: A tensor has different shapes, or nothing corresponds.
+        MismatchError: A tensor has different shapes, or no tensors correspond.
     """
     in_old = align(old, tuned)
-    _same_shapes(tuned, (old, in_old))
-    _something(in_old)
+    _check_shapes(tuned, (old, in_old))
+    _check_common(in_old)
     return DerivedTensors(
         {
             name: TensorSpec(
@@ -170,32 +172,31 @@ def delta_all(tuned: Tensors, old: Tensors) -> DerivedTensors:
 
 
 def interpolate_all(first: Tensors, second: Tensors, t: float) -> DerivedTensors:
-    """Walk the straight line between two checkpoints: (1 − t)·first + t·second.
+    """Interpolate linearly between two checkpoints: (1 − t)·first + t·second.
 
     Args:
-        first: Where t is 0.
-        second: Where t is 1.
-        t: The place on the line; outside of 0 to 1 the line goes on.
+        first: The checkpoint at t = 0.
+        second: The checkpoint at t = 1.
+        t: The coefficient of the second checkpoint; outside of 0 to 1 it extrapolates.
 
     Returns:
-        The tensors under the names of `first` and in its dtypes; what is in one only, or not floating-point, must be
-        in `first` and is copied. What is quantised there is written in bfloat16.
+        The tensors, with the names and dtypes of `first` (bfloat16 for quantised ones). Integer tensors are copied from
+        `first`.
 
     Raises:
-        MismatchError: A tensor has different shapes, or is in the second only.
-        RecipeError: t is infinite or not a number.
+        MismatchError: A tensor has different shapes, or only one checkpoint has it.
+        RecipeError: t is infinite or NaN.
     """
-    _check_factors("t", t)
+    _check_finite_factors("t", t)
     in_second = align(second, first)
-    left_over = sorted(set(second) - set(in_second.values()))
-    if left_over or len(in_second) < len(first):
-        lost = sorted(set(first) - set(in_second)) + left_over
-        raise MismatchError(f"{len(lost)} tensors are in one of the two only: {', '.join(lost[:4])}.")
-    _same_shapes(first, (second, in_second))
+    unmatched = sorted(set(first) - set(in_second)) + sorted(set(second) - set(in_second.values()))
+    if unmatched:
+        raise MismatchError(f"{len(unmatched)} tensors are in one of the two only: {', '.join(unmatched[:4])}.")
+    _check_shapes(first, (second, in_second))
     rule = functools.partial(interpolate, t=t)
     return DerivedTensors(
         {
-            name: _entry(first, name, ((first, name), (second, in_second[name])), rule)
+            name: _spec_like(first, name, ((first, name), (second, in_second[name])), rule)
             if dtype_of(first, name) in FLOATING
             else _copy(first, name)
             for name in first
@@ -206,64 +207,62 @@ def interpolate_all(first: Tensors, second: Tensors, t: float) -> DerivedTensors
 def apply_all(
     rule: Callable[..., torch.Tensor], first: Tensors, *others: Tensors, elementwise: bool = True
 ) -> DerivedTensors:
-    """Apply a rule to the tensors of the same name of any number of checkpoints, as `trim` to the deltas of one.
+    """Apply a rule to the corresponding tensors of any number of checkpoints, such as `trim` to deltas.
 
     Args:
-        rule: Makes a tensor from one of each, of the shape of the first.
-        first: The side whose names, shapes and dtypes count.
-        others: What else the rule takes.
-        elementwise: Whether the rule gives the same on flat pieces as on whole tensors.
-
-    Returns:
-        What the rule makes.
+        rule: Computes a tensor from one tensor of each checkpoint, in the shape of the first.
+        first: The checkpoint whose names, shapes and dtypes the result has.
+        others: The other checkpoints.
+        elementwise: Whether the rule can be applied to slices of flattened tensors.
 
     Raises:
-        MismatchError: A tensor is not in all, or has different shapes.
+        MismatchError: A checkpoint lacks a tensor, or a tensor has different shapes.
     """
-    sides = [(other, align(other, first)) for other in others]
-    lost = sorted(name for name in first if any(name not in names for _, names in sides))
-    if lost:
-        raise MismatchError(f"{len(lost)} tensors are not in all checkpoints: {', '.join(lost[:4])}.")
-    _same_shapes(first, *sides)
-    entries = {}
+    aligned = [(other, align(other, first)) for other in others]
+    missing = sorted(name for name in first if any(name not in names for _, names in aligned))
+    if missing:
+        raise MismatchError(f"{len(missing)} tensors are not in all checkpoints: {', '.join(missing[:4])}.")
+    _check_shapes(first, *aligned)
+    specs = {}
     for name in first:
-        operands = ((first, name), *((other, names[name]) for other, names in sides))
-        entries[name] = TensorSpec(output_dtype(first, name), shape_of(first, name), operands, rule, elementwise)
-    return DerivedTensors(entries)
+        operands = ((first, name), *((other, names[name]) for other, names in aligned))
+        specs[name] = TensorSpec(output_dtype(first, name), shape_of(first, name), operands, rule, elementwise)
+    return DerivedTensors(specs)
 
 
-def _entry(
-    like: Tensors, name: str, operands: tuple[tuple[Tensors, str], ...], rule: Callable[..., torch.Tensor]
+def _spec_like(
+    template: Tensors, name: str, operands: tuple[tuple[Tensors, str], ...], rule: Callable[..., torch.Tensor]
 ) -> TensorSpec:
-    return TensorSpec(output_dtype(like, name), shape_of(like, name), operands, rule)
+    return TensorSpec(output_dtype(template, name), shape_of(template, name), operands, rule)
 
 
 def _copy(tensors: Tensors, name: str) -> TensorSpec:
     return TensorSpec(output_dtype(tensors, name), shape_of(tensors, name), ((tensors, name),))
 
 
-def _scale(scale: float | Mapping[str, float], name: str) -> float:
+def _scale_of(scale: float | Mapping[str, float], name: str) -> float:
     if isinstance(scale, int | float):
         return scale
     return next((factor for pattern, factor in scale.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
 
 
-def _check_factors(what: str, *factors: float) -> None:
-    if wrong := [factor for factor in factors if not math.isfinite(factor)]:
-        raise RecipeError(f"{what} is a finite number, found {wrong[0]}.")
+def _check_finite_factors(name: str, *factors: float) -> None:
+    for factor in factors:
+        if not math.isfinite(factor):
+            raise RecipeError(f"{name} must be a finite number, found {factor}.")
 
 
-def _same_shapes(like: Tensors, *sides: tuple[Tensors, Mapping[str, str]]) -> None:
+def _check_shapes(reference: Tensors, *aligned: tuple[Tensors, Mapping[str, str]]) -> None:
     differing = [
-        f"{name}: {shape_of(like, name)} and {shape_of(side, other)}"
-        for side, names in sides
+        f"{name}: {shape_of(reference, name)} and {shape_of(tensors, other)}"
+        for tensors, names in aligned
         for name, other in names.items()
-        if shape_of(like, name) != shape_of(side, other)
+        if shape_of(reference, name) != shape_of(tensors, other)
     ]
     if differing:
-        raise MismatchError(f"{len(differing)} tensors are of another shape: {'; '.join(differing[:4])}.")
+        raise MismatchError(f"{len(differing)} tensors have different shapes: {'; '.join(differing[:4])}.")
 
 
-def _something(names: Mapping[str, str]) -> None:
+def _check_common(names: Mapping[str, str]) -> None:
     if not names:
         raise MismatchError("no tensor has the same name in both: these checkpoints are not of one architecture.")

@@ -1,4 +1,4 @@
-"""How far apart two sets of weights are."""
+"""Distances between two sets of weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from regraft.checkpoint import FLOATING, dtype_of, flat_slice, shape_of
+from regraft.checkpoint import FLOATING, chunk_ranges, dtype_of, flat_slice, shape_of
 from regraft.errors import CheckpointError, MismatchError
 from regraft.progress import Progress, silent
 from regraft.weights.names import align, kind_of, layer_of
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
     import torch
 
-CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 22  # 32 MiB in float64
 REMEDY = "they have no distance (regraft weights inspect --check-finite counts them)."
 
 
 @dataclass(frozen=True)
 class Distance:
-    """The distance between two sets of weights, taken as one long vector each.
+    """The distance between two sets of weights, each taken as a vector.
 
     Args:
-        l2: The Euclidean norm of their difference.
-        cosine: The cosine of the angle between them, 1 for the same direction.
-        relative: The norm of the difference over the norm of the first.
-        parameters: How many numbers each holds.
+        l2: The Euclidean norm of the difference.
+        cosine: The cosine of the angle between them.
+        relative: The norm of the difference relative to the norm of the first.
+        parameters: The number of parameters.
     """
 
     l2: float
@@ -38,21 +38,18 @@ class Distance:
 
     @property
     def per_parameter(self) -> float:
-        """The L2 norm over the number of parameters."""
+        """The L2 norm divided by the number of parameters."""
         return self.l2 / self.parameters if self.parameters else 0.0
 
 
 def distance(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Distance:
-    """Measure two sets of weights against each other, a pair of tensors at a time.
+    """Return the distance between two sets of weights, computed in float64.
 
     Args:
-        pairs: Tensors of equal shape, one of each set; any floating-point dtype.
-
-    Returns:
-        Their distance, summed in float64.
+        pairs: The corresponding tensors of both sets, of equal shapes and any floating-point dtype.
 
     Raises:
-        CheckpointError: They hold values that are infinite or not a number.
+        CheckpointError: There are infinite or NaN values.
     """
     return _distance([_sums(a, b) for a, b in pairs])
 
@@ -60,40 +57,41 @@ def distance(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Distance:
 def distances(
     first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor], progress: Progress = silent
 ) -> dict[str, dict[str, Distance]]:
-    """Measure two checkpoints against each other: as wholes, by layer, and by what tensors do.
+    """Return the distances between two checkpoints: in all, by layer, and by kind of tensor.
 
     Args:
-        first: The one side, whose names count.
-        second: The other; its names may carry the prefix of a model with a head, or not.
-        progress: Told of each piece, in numbers.
+        first: A checkpoint, whose names are used.
+        second: Another checkpoint; its names may have the prefix of a model with a head, or not.
+        progress: Called for each chunk, in elements.
 
     Returns:
-        Distances by `whole`, `layer` and `kind`, and by the name in each; tensors of one side only are left out.
+        The distances by grouping (`whole`, `layer`, `kind`) and group. Tensors of only one checkpoint are left out.
 
     Raises:
-        CheckpointError: A tensor holds values that are infinite or not a number.
-        MismatchError: A tensor has different shapes, or no tensor is in both.
+        CheckpointError: A tensor has infinite or NaN values.
+        MismatchError: A tensor has different shapes, or no tensor is in both checkpoints.
     """
-    names = {n: o for n, o in align(second, first).items() if dtype_of(first, n) in FLOATING}
-    if not names:
+    pairs = {name: other for name, other in align(second, first).items() if dtype_of(first, name) in FLOATING}
+    if not pairs:
         raise MismatchError("no tensor has the same name in both: these checkpoints are not of one architecture.")
     groups: dict[str, dict[str, list[_Sums]]] = {"whole": {}, "layer": {}, "kind": {}}
-    total, done = sum(math.prod(shape_of(first, name)) for name in names), 0
-    for name, other in names.items():
+    total, done = sum(math.prod(shape_of(first, name)) for name in pairs), 0
+    for name, other in pairs.items():
         if shape_of(first, name) != shape_of(second, other):
             shapes = f"{shape_of(first, name)} and {shape_of(second, other)}"
             raise MismatchError(f"tensor {name!r} is of shapes {shapes} in the two checkpoints.")
-        count = math.prod(shape_of(first, name))
-        for start in range(0, count, CHUNK_ELEMENTS):
-            size = min(CHUNK_ELEMENTS, count - start)
-            sums = _sums(flat_slice(first, name, start, size), flat_slice(second, other, start, size))
+        for start, count in chunk_ranges(math.prod(shape_of(first, name)), CHUNK_ELEMENTS):
+            sums = _sums(flat_slice(first, name, start, count), flat_slice(second, other, start, count))
             if not math.isfinite(sums.difference + sums.first + sums.second):
-                raise CheckpointError(f"tensor {name!r} holds values that are infinite or not a number: {REMEDY}")
-            for by, group in (("whole", "all"), ("layer", layer_of(name)), ("kind", kind_of(name))):
-                groups[by].setdefault(group, []).append(sums)
-            done += size
+                raise CheckpointError(f"tensor {name!r} has infinite or NaN values: {REMEDY}")
+            for grouping, group in (("whole", "all"), ("layer", layer_of(name)), ("kind", kind_of(name))):
+                groups[grouping].setdefault(group, []).append(sums)
+            done += count
             progress("distance", done, total, {})
-    return {by: {group: _distance(parts) for group, parts in several.items()} for by, several in groups.items()}
+    return {
+        grouping: {group: _distance(parts) for group, parts in by_group.items()}
+        for grouping, by_group in groups.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def _distance(parts: list[_Sums]) -> Distance:
     norms = math.sqrt(first) * math.sqrt(second)
     l2 = math.sqrt(difference)
     if not math.isfinite(l2 + norms):
-        raise CheckpointError(f"there are weights that are infinite or not a number: {REMEDY}")
+        raise CheckpointError(f"there are infinite or NaN weights: {REMEDY}")
     return Distance(
         l2=l2,
         cosine=min(1.0, max(-1.0, dot / norms)) if norms else float(difference == 0),

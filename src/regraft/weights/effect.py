@@ -1,4 +1,4 @@
-"""A delta made to have on one base's activations the effect it had on another's."""
+"""Deltas that have the same effect on one base's activations as on another's."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 def match_effect(factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return the factor D' with the least E‖D'·x_n − D·x_o‖² + λ·‖D' − D‖²: (D·C_on + λ·D)·(C_nn + λ·I)⁻¹.
+    """Return the D' that minimises E‖D'·x_n − D·x_o‖² + λ·‖D' − D‖²: (D·C_on + λ·D)·(C_nn + λ·I)⁻¹.
 
-    As λ goes to infinity D' goes to D. Where the second moments are those of one layer input, D' is D. This is
-    regression with a prior, layer by layer; of the literature, RegMean (Jin et al., 2023, arXiv:2212.09849) is near.
+    As λ goes to infinity, D' goes to D. If both bases have the same inputs, D' is D. This is a regression with a
+    prior for each layer, similar to RegMean (Jin et al., 2023, arXiv:2212.09849).
 
     Args:
-        factor: D, [k, in]: what is applied to the input, as a delta or a LoRA's A.
-        cross: C_on = E[x_o·x_nᵀ], [in, in], of the inputs the layer had (o) and has (n) on the same tokens.
+        factor: D, [k, in], which is applied to the input: a delta, or a LoRA's A.
+        cross: C_on = E[x_o·x_nᵀ], [in, in], of the layer's inputs in the old and the new base on the same tokens.
         second: C_nn = E[x_n·x_nᵀ], [in, in].
-        ridge: λ in units of the mean of the diagonal of C_nn; above 0.
+        ridge: λ relative to the mean of the diagonal of C_nn; above 0.
 
     Returns:
         D', [k, in], in the dtype of `factor`; computed in float64.
@@ -36,7 +36,7 @@ def match_effect(factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor
         return factor.clone()
     d, c_on, c_nn = factor.double(), cross.double(), second.double()
     strength = ridge * c_nn.diagonal().mean()
-    if not strength > 0:  # the layer is fed nothing
+    if not strength > 0:  # the layer's inputs are zero
         return factor.clone()
     damped = c_nn + strength * torch.eye(len(c_nn), dtype=torch.float64, device=c_nn.device)
     matched: torch.Tensor = torch.linalg.solve(damped, (d @ c_on + strength * d).T).T  # C_nn is symmetric
@@ -44,10 +44,10 @@ def match_effect(factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor
 
 
 def rotation(cross: torch.Tensor, shrink: float) -> torch.Tensor:
-    """Return the orthogonal map R with the least E‖R·x_o − x_n‖², drawn towards the identity.
+    """Return the orthogonal map R that minimises E‖R·x_o − x_n‖², shrunk towards the identity.
 
-    Orthogonal Procrustes (Schönemann, 1966): of C = E[x_n·xᵀ_o] = U·Σ·Vᵀ, R = U·Vᵀ. Shrunk: of
-    (1 − s)·C/mean(Σ) + s·I, so that directions which no activation has are left as they are.
+    This is the orthogonal Procrustes problem (Schönemann, 1966): for C = E[x_n·xᵀ_o] = U·Σ·Vᵀ, R = U·Vᵀ. With
+    shrinkage, C is replaced by (1 − s)·C/mean(Σ) + s·I, so that directions without activations are not rotated.
 
     Args:
         cross: C, [width, width], in float32 or float64.
@@ -57,16 +57,16 @@ def rotation(cross: torch.Tensor, shrink: float) -> torch.Tensor:
         R, [width, width], computed in the dtype of `cross`.
 
     Raises:
-        RecipeError: The shrinkage is out of its range.
+        RecipeError: The shrinkage is out of range.
     """
     import torch
 
     if not 0 <= shrink <= 1:
-        raise RecipeError(f"the shrinkage is from 0 to 1, found {shrink}.")
+        raise RecipeError(f"the shrinkage must be from 0 to 1, found {shrink}.")
     identity = torch.eye(len(cross)).to(cross)
     if shrink == 1:
         return identity
     scale = torch.linalg.svdvals(cross.float()).mean() if shrink else 1.0
     u, _, vt = torch.linalg.svd((1 - shrink) * cross / scale + shrink * identity)
-    turned: torch.Tensor = u @ vt
-    return turned
+    rotated: torch.Tensor = u @ vt
+    return rotated

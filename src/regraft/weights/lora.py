@@ -1,4 +1,4 @@
-"""A LoRA as tensors: the change scaling · B · A, worked on without forming B · A wherever that is possible.
+"""Arithmetic on the factors of LoRAs, whose delta is scaling · B · A; most of it does not form B · A.
 
 B is [out, r] and A is [r, in]. Source: Hu et al., 2021 (arXiv:2106.09685).
 """
@@ -22,21 +22,19 @@ def scaling(rank: int, alpha: float, rank_stabilised: bool = False) -> float:
     Args:
         rank: r.
         alpha: PEFT's `lora_alpha`.
-        rank_stabilised: Whether it is rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732): alpha / √r rather than alpha / r.
-
-    Returns:
-        The factor.
+        rank_stabilised: Whether it is an rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732), with alpha / √r rather than
+            alpha / r.
     """
     return alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
 
 
 def lora_delta(b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
-    """Form the change of the weight.
+    """Return the dense delta of a LoRA.
 
     Args:
         b: [out, r].
         a: [r, in].
-        scale: From `scaling`.
+        scale: The result of `scaling`.
 
     Returns:
         scale · B · A, [out, in], in float64.
@@ -47,26 +45,25 @@ def lora_delta(b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
 def compress_factors(
     b: torch.Tensor, a: torch.Tensor, rank: int | None = None, energy: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the closest factors of a lower rank: QR of both, and the SVD of a core of the size of their rank.
+    """Return the closest factors of a lower rank, by QR of both factors and the SVD of a small core.
 
     Args:
         b: [out, r].
         a: [r, in].
-        rank: The rank to keep; or
-        energy: the share of the squared norm to keep.
+        rank: The new rank. Either this or `energy` is required.
+        energy: The share of the squared norm to preserve.
 
     Returns:
-        New factors B [out, r'] and A [r', in], in float32 or float64 as `b` is.
+        B [out, r'] and A [r', in], in float64 if `b` is, and else in float32.
     """
     (qb, rb), (qa, ra) = _qr(b), _qr(a.T)
     left, right = low_rank(rb @ ra.T, rank, energy)
-    wide = b.dtype if b.dtype.itemsize == 8 else None
-    result = qb @ left, right @ qa.T
-    return result if wide else (result[0].float(), result[1].float())
+    factors = qb @ left, right @ qa.T
+    return factors if b.dtype.itemsize == 8 else (factors[0].float(), factors[1].float())
 
 
 def add_factors(first: Factors, second: Factors) -> Factors:
-    """Add two changes exactly: their factors side by side.
+    """Return factors of the sum of two deltas, by concatenating theirs.
 
     Args:
         first: B [out, r] and A [r, in].
@@ -81,31 +78,31 @@ def add_factors(first: Factors, second: Factors) -> Factors:
 
 
 def inner_product(first: Factors, second: Factors) -> float:
-    """Return the inner product of two changes, from products of the size of their ranks.
+    """Return the inner product of two deltas, from products in the size of their ranks.
 
     Args:
         first: B [out, r] and A [r, in].
         second: B [out, s] and A [s, in].
 
     Returns:
-        The sum over all entries of (B·A) ∘ (B'·A'); of a change with itself, its squared norm.
+        The sum over all entries of (B·A) ∘ (B'·A'); of a delta with itself, its squared norm.
     """
     (b, a), (c, d) = first, second
     return float(((b.double().T @ c.double()) * (a.double() @ d.double().T)).sum())
 
 
 def subtract_factors(trained: Factors, start: Factors) -> Factors:
-    """Return the true change against the original base of an adapter whose start was taken out of its base.
+    """Return factors of the delta, relative to the original base, of a LoRA that was initialised from its base.
 
-    PiSSA and OLoRA begin with factors B₀·A₀ of the weight itself and subtract these from the base, so the change is
+    PiSSA and OLoRA start with factors B₀·A₀ of the weight itself, and subtract them from the base, so the delta is
     B·A − B₀·A₀. Source: Meng et al., 2024 (arXiv:2404.02948), appendix.
 
     Args:
         trained: B and A after tuning.
-        start: B₀ and A₀, as they were initialised.
+        start: The initial factors, B₀ and A₀.
 
     Returns:
-        Factors of twice the rank, to be used on the original base with the same scaling.
+        Factors of twice the rank, for the original base and the same scaling.
     """
     return add_factors(trained, (-start[0], start[1]))
 
@@ -113,7 +110,7 @@ def subtract_factors(trained: Factors, start: Factors) -> Factors:
 def dora_weight(
     weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, magnitude: torch.Tensor
 ) -> torch.Tensor:
-    """Merge a DoRA into its weight: the direction of W + scale · B · A, at the learned length of each row.
+    """Merge a DoRA into its weight: the direction of W + scale · B · A, with the learned norm of each row.
 
     Source: Liu et al., 2024 (arXiv:2402.09353).
 
@@ -121,41 +118,41 @@ def dora_weight(
         weight: [out, in].
         b: [out, r].
         a: [r, in].
-        scale: From `scaling`.
+        scale: The result of `scaling`.
         magnitude: [out].
 
     Returns:
         The merged weight, [out, in], in float64.
     """
-    moved = weight.double() + lora_delta(b, a, scale)
-    lengths = moved.norm(dim=1, keepdim=True)
-    merged: torch.Tensor = magnitude.double().reshape(-1, 1) * moved / lengths
+    tuned = weight.double() + lora_delta(b, a, scale)
+    norms = tuned.norm(dim=1, keepdim=True)
+    merged: torch.Tensor = magnitude.double().reshape(-1, 1) * tuned / norms
     return merged
 
 
 def merge_experts(
-    weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, turned: bool = False
+    weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, transposed: bool = False
 ) -> torch.Tensor:
-    """Merge a LoRA into the weights of all experts of a layer, expert by expert.
+    """Merge a LoRA into the fused weights of the experts of a layer.
 
     Args:
         weight: [experts, out, in].
-        b: [out, r · experts], a rank's experts side by side, as PEFT keeps them.
-        a: [r · experts, in], an expert's ranks one under the other.
-        scale: From `scaling`.
-        turned: Whether the weight is [experts, in, out].
+        b: [out, r · experts], in PEFT's layout, where the expert varies fastest.
+        a: [r · experts, in], in PEFT's layout, where the rank varies fastest.
+        scale: The result of `scaling`.
+        transposed: Whether the weight is [experts, in, out].
 
     Returns:
         The merged weights, in the shape and dtype of `weight`.
     """
     import torch
 
-    of_b = b.reshape(len(b), -1, len(weight))
-    of_a = a.reshape(len(weight), -1, a.shape[1])
+    expert_b = b.reshape(len(b), -1, len(weight))
+    expert_a = a.reshape(len(weight), -1, a.shape[1])
     merged = torch.empty_like(weight)
     for expert in range(len(weight)):
-        change = lora_delta(of_b[:, :, expert], of_a[expert], scale)
-        merged[expert] = weight[expert].double() + (change.T if turned else change)
+        change = lora_delta(expert_b[:, :, expert], expert_a[expert], scale)
+        merged[expert] = weight[expert].double() + (change.T if transposed else change)
     return merged
 
 

@@ -1,4 +1,4 @@
-"""What tensor names tell: which stand for the same tensor, which layer they are of, and what they do in it."""
+"""Names of tensors: which of two checkpoints correspond, and the layer and kind that a name belongs to."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ _KINDS = (
     ("head", re.compile(r"^(?:classifier|score|lm_head|cls|vocab_|qa_outputs|predictions|pre_classifier)")),
 )
 
-OPTIONAL = ("pooler",)  # what pre-training with a language-modelling head does not use and so leaves out
+OPTIONAL_MODULES = ("pooler",)  # pre-training with a language-modelling head does not use them, and leaves them out
 
 
 class NamedTensors(DerivedTensors):
-    """A checkpoint under the names that its transformers class writes, every tensor once.
+    """A checkpoint under the names with which its transformers class is saved, without tied duplicates.
 
     Args:
-        entries: How each tensor is read.
-        keys: By name, what the tensor is called in any class of the architecture: inside the body without a prefix.
-        ties: Which keys a tensor is tied to, by its own; tied tensors are one, under the key of their source.
-        expected: The keys of all tensors that the class has.
-        by_token: Returns the names of the tensors that grow with the vocabulary.
+        entries: The specifications of the tensors by name.
+        keys: The keys of the tensors by name. A key is a name that does not depend on the class's head: for the body,
+            the name without its prefix.
+        ties: The keys of the tensors that tied tensors are tied to, by their own keys.
+        expected: The keys of all tensors of the class.
+        find_token_tensors: Returns the names of the tensors whose size depends on the vocabulary.
         embeddings: The name of the token embeddings.
     """
 
@@ -46,91 +47,83 @@ class NamedTensors(DerivedTensors):
         keys: Mapping[str, str],
         ties: Mapping[str, str],
         expected: Collection[str],
-        by_token: Callable[[], Collection[str]],
+        find_token_tensors: Callable[[], Collection[str]],
         embeddings: str | None = None,
     ):
         super().__init__(entries)
-        self.key_by_name, self.ties, self.expected, self._by_token = keys, ties, expected, by_token
-        self.embeddings = embeddings
+        self.key_by_name, self.ties, self.expected, self.embeddings = keys, ties, expected, embeddings
+        self._find_token_tensors = find_token_tensors
 
     @functools.cached_property
     def token_tensors(self) -> frozenset[str]:
-        """The names of the tensors that grow with the vocabulary: [tokens, …], or [1, tokens]."""
-        return frozenset(self._by_token()) & self.specs.keys()
+        """The names of the tensors whose size depends on the vocabulary: [tokens, …] or [1, tokens]."""
+        return frozenset(self._find_token_tensors()) & self.specs.keys()
 
     @functools.cached_property
     def names(self) -> dict[str, str]:
-        """The name of the tensor that stands under each key; a tied key has that of its source."""
-        own = {self.key_by_name[name]: name for name in self.specs}
-        return {tied: own[source] for tied, source in self.ties.items() if source in own} | own
+        """The names of the tensors by key; the key of a tied tensor has the name of its source."""
+        name_by_key = {self.key_by_name[name]: name for name in self.specs}
+        tied = {key: name_by_key[source] for key, source in self.ties.items() if source in name_by_key}
+        return tied | name_by_key
 
 
 def is_optional(key: str) -> bool:
-    """Return whether a body tensor may be absent from a base, because pre-training does not use it.
+    """Return whether a base may lack a tensor of the body, because pre-training does not use it (a pooler).
 
     Args:
-        key: A name inside the body.
-
-    Returns:
-        True for the pooler, which models with a language-modelling head leave out.
+        key: The tensor's name inside the body.
     """
-    return key.split(".")[0] in OPTIONAL
+    return key.split(".")[0] in OPTIONAL_MODULES
 
 
 def layer_of(name: str) -> str:
-    """Return which layer a tensor is of.
+    """Return the layer of a tensor: `layer 3`, `embeddings` or `outside the layers`.
 
     Args:
-        name: Its name.
-
-    Returns:
-        As in `layer 3`; outside of the layers, `embeddings` or the name's first part that is no wrapper.
+        name: The tensor's name.
     """
-    found = _LAYER.search(name)
-    if found:
-        return f"layer {int(found[1])}"
+    if match := _LAYER.search(name):
+        return f"layer {int(match[1])}"
     return "embeddings" if kind_of(name) == "embedding" or "embeddings." in name else "outside the layers"
 
 
 def kind_of(name: str) -> str:
-    """Return what a tensor does.
+    """Return the kind of a tensor: `norm`, `embedding`, `attention`, `feed-forward`, `head` or `other`.
 
     Args:
-        name: Its name.
-
-    Returns:
-        `norm`, `embedding`, `attention`, `feed-forward`, `head` or `other`.
+        name: The tensor's name.
     """
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
 
 
-def align(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Find the tensors that stand for the same, whether or not names carry the prefix of a model with a head.
+def align(tensors: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Match the tensors of two checkpoints by name, with or without the prefix of a model with a head.
 
     Args:
-        tensors: The side whose names are given back.
-        like: The side whose names they are given for.
+        tensors: A checkpoint.
+        reference: Another checkpoint.
 
     Returns:
-        The name in `tensors` for each name of `like` that has one there; in the order of `like`.
+        The names in `tensors` by the corresponding names in `reference`, in the order of `reference`.
     """
-    if isinstance(tensors, NamedTensors) and isinstance(like, NamedTensors):
-        return {name: tensors.names[key] for name, key in like.key_by_name.items() if key in tensors.names}
+    if isinstance(tensors, NamedTensors) and isinstance(reference, NamedTensors):
+        return {name: tensors.names[key] for name, key in reference.key_by_name.items() if key in tensors.names}
     best: dict[str, str] = {}
+    best_matches = 0
     for prefix in _prefixes(tensors):
-        for other in _prefixes(like):
-            found = {
-                name: prefix + name.removeprefix(other)
-                for name in like
-                if name.startswith(other) and prefix + name.removeprefix(other) in tensors
+        for reference_prefix in _prefixes(reference):
+            aligned = {
+                name: prefix + name.removeprefix(reference_prefix)
+                for name in reference
+                if name.startswith(reference_prefix) and prefix + name.removeprefix(reference_prefix) in tensors
             }
-            fitting = sum(shape_of(tensors, mine) == shape_of(like, name) for name, mine in found.items())
-            if fitting > sum(shape_of(tensors, mine) == shape_of(like, name) for name, mine in best.items()):
-                best = found
+            matches = sum(shape_of(tensors, other) == shape_of(reference, name) for name, other in aligned.items())
+            if matches > best_matches:
+                best, best_matches = aligned, matches
     return best
 
 
 def _prefixes(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return the empty prefix and those that more than half of the names begin with."""
-    firsts = Counter(name.split(".")[0] + "." for name in tensors)
-    return ["", *sorted(first for first, count in firsts.items() if count * 2 > len(tensors))]
+    """Return the empty prefix, and the first part of the names if more than half of them share it."""
+    counts = Counter(name.split(".")[0] + "." for name in tensors)
+    return ["", *sorted(prefix for prefix, count in counts.items() if count * 2 > len(tensors))]

@@ -1,4 +1,4 @@
-"""Deltas made smaller: fewer entries, or less of what the upgrade itself changed."""
+"""Reducing deltas: to fewer entries, or to what the upgrade did not change itself."""
 
 from __future__ import annotations
 
@@ -11,63 +11,55 @@ if TYPE_CHECKING:
 
 
 def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
-    """Keep the largest entries of a delta and set the others to zero.
+    """Keep the largest entries of a delta, and set the others to zero.
 
     Source: TIES-Merging (Yadav et al., 2023, arXiv:2306.01708), its first step.
 
     Args:
-        delta: Of any shape.
-        density: The share of entries to keep, 0 to 1; among equals the first ones stay.
-
-    Returns:
-        The trimmed delta.
+        delta: The delta, of any shape.
+        density: The share of entries to keep, 0 to 1. Of equal entries, the first are kept.
 
     Raises:
-        RecipeError: The density is out of its range.
+        RecipeError: The density is out of range.
     """
     import torch
 
-    kept = round(_density(density) * delta.numel())
+    _check_density(density)
     flat = delta.flatten()
-    places = torch.sort(flat.abs(), descending=True, stable=True).indices[:kept]
-    result = torch.zeros_like(flat)
-    result[places] = flat[places]
-    return result.reshape(delta.shape)
+    largest = torch.sort(flat.abs(), descending=True, stable=True).indices[: round(density * delta.numel())]
+    trimmed = torch.zeros_like(flat)
+    trimmed[largest] = flat[largest]
+    return trimmed.reshape(delta.shape)
 
 
 def drop(delta: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
-    """Keep entries of a delta at random, scaled up so that its expectation stays.
+    """Keep random entries of a delta, scaled so that its expectation does not change.
 
     Source: DARE (Yu et al., 2024, arXiv:2311.03099).
 
     Args:
-        delta: Of any shape.
-        density: The chance of an entry to be kept, above 0 and up to 1; what is kept is divided by it.
-        generator: What the draw is made from.
-
-    Returns:
-        The thinned delta.
+        delta: The delta, of any shape.
+        density: The probability of keeping an entry, above 0 and up to 1, by which kept entries are divided.
+        generator: The random generator.
 
     Raises:
-        RecipeError: The density is out of its range.
+        RecipeError: The density is out of range.
     """
     import torch
 
-    if not _density(density):
+    _check_density(density)
+    if not density:
         raise RecipeError("a density of 0 leaves nothing of the delta.")
-    kept = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
-    return torch.where(kept, delta / density, torch.zeros_like(delta))
+    mask = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
+    return torch.where(mask, delta / density, torch.zeros_like(delta))
 
 
 def mask_agreement(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Keep what tuning changed in the direction in which the upgrade moved too, or where it did not move.
+    """Set the entries of a delta to zero whose sign is opposite to that of the upgrade's shift.
 
     Args:
-        delta: Tuned minus old, of any shape.
-        shift: New minus old base, of the same shape.
-
-    Returns:
-        The delta, with zero where its sign is opposite to the shift's.
+        delta: Tuned − old, of any shape.
+        shift: New − old base, of the same shape.
     """
     import torch
 
@@ -75,23 +67,22 @@ def mask_agreement(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def orthogonal_shift(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Take out of a delta what lies along the upgrade's own shift, so that it is not added twice.
+    """Return the part of a delta that is orthogonal to the upgrade's shift, which is not added twice.
 
     Args:
-        delta: Tuned minus old, of any shape; taken as one vector.
-        shift: New minus old base, of the same shape.
+        delta: Tuned − old, of any shape, taken as a vector.
+        shift: New − old base, of the same shape.
 
     Returns:
-        The delta's part that is orthogonal to the shift, in the delta's dtype.
+        The orthogonal part, in the delta's dtype.
     """
     import torch
 
     x, y = delta.to(torch.float64), shift.to(torch.float64)
-    along = y.square().sum()
-    return (x - y * ((x * y).sum() / along)).to(delta.dtype) if along else delta.clone()
+    squared_norm = y.square().sum()
+    return (x - y * ((x * y).sum() / squared_norm)).to(delta.dtype) if squared_norm else delta.clone()
 
 
-def _density(density: float) -> float:
+def _check_density(density: float) -> None:
     if not 0 <= density <= 1:
-        raise RecipeError(f"a density is from 0 to 1, found {density}.")
-    return density
+        raise RecipeError(f"a density must be from 0 to 1, found {density}.")

@@ -1,4 +1,4 @@
-"""Rows of embeddings and language-modelling heads, matched by the token they stand for."""
+"""Matching the rows of embeddings and language-modelling heads by token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_BY_TOKEN = re.compile(
+_TOKEN_ROWS = re.compile(
     r"(?:^|\.)(?:word_embeddings|embed_tokens|tok_embeddings|embed_in|wte|shared|lm_head|embed_out|decoder)"
     r"\.(?:weight|bias)$|^(?:(?:backbone|model)\.)?embeddings\.weight$"
     r"|predictions\.bias$|lm_head\.bias$|vocab_projector\.(?:weight|bias)$"
@@ -23,36 +23,33 @@ _BY_TOKEN = re.compile(
 
 
 def has_vocabulary_rows(name: str) -> bool:
-    """Return whether a tensor's first dimension is the vocabulary.
+    """Return whether a tensor has a row for each token: embeddings, or the output layer of a language-modelling head.
 
     Args:
-        name: Its name.
-
-    Returns:
-        True for token embeddings and for the output layer of a language-modelling head.
+        name: The tensor's name.
     """
-    return bool(_BY_TOKEN.search(name))
+    return bool(_TOKEN_ROWS.search(name))
 
 
 @dataclass(frozen=True)
 class RowMatch:
-    """Which rows of three vocabularies stand for the token of each row of a grafted tensor.
+    """The rows of the new base, the fine-tune and the old base that have the token of each row of a grafted tensor.
 
-    The grafted rows are those of the new base, and then those of tokens that the fine-tune alone has: in rows that the
-    new base has for no token, or appended.
+    The grafted rows are those of the new base, and those of tokens that only the fine-tune has: the latter take rows
+    of the new base without a token, or are appended.
 
     Args:
-        new_row: For each grafted row the new base's, −1 where it has none.
-        tuned_row: The fine-tune's.
-        old_row: The old base's.
-        new_rows: How many rows the new base's tensors have.
-        tuned_rows: The fine-tune's.
-        old_rows: The old base's.
-        only_old: Tokens that the new base no longer has.
-        only_new: Tokens that it has and the old one had not.
-        own: The grafted row of each token that the fine-tune alone has.
-        padding: Grafted rows that stand for no token; they match others of that kind in order.
-        both: Tokens that both bases have.
+        new_row_indices: The new base's row for each grafted row; −1 if it has none.
+        tuned_row_indices: The fine-tune's row for each grafted row; −1 if it has none.
+        old_row_indices: The old base's row for each grafted row; −1 if it has none.
+        num_new_rows: The number of rows of the new base's tensors.
+        num_tuned_rows: The number of rows of the fine-tune's tensors.
+        num_old_rows: The number of rows of the old base's tensors.
+        removed_tokens: The tokens that only the old base has.
+        added_tokens: The tokens that only the new base has.
+        tuned_only: The grafted rows of the tokens that only the fine-tune has.
+        num_padding_rows: The number of grafted rows without a token, which are matched in order.
+        num_common_tokens: The number of tokens that both bases have.
     """
 
     new_row_indices: tuple[int, ...]
@@ -65,56 +62,49 @@ class RowMatch:
     added_tokens: tuple[str, ...]
     tuned_only: Mapping[str, int]
     num_padding_rows: int
-    both: int
+    num_common_tokens: int
 
     @property
     def is_identity(self) -> bool:
-        """Whether every row stands for what it stood for."""
-        sides = (
+        """Whether all rows have the same tokens."""
+        matches = (
             (self.new_row_indices, self.num_new_rows),
             (self.tuned_row_indices, self.num_tuned_rows),
             (self.old_row_indices, self.num_old_rows),
         )
-        return all(rows == tuple(range(count)) for rows, count in sides)
+        return all(rows == tuple(range(count)) for rows, count in matches)
 
     def shape(self, tuned: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a grafted tensor.
 
         Args:
-            tuned: The shape of the fine-tune's: the vocabulary comes first, or second after a 1.
-
-        Returns:
-            The same with a row for each grafted one.
+            tuned: The shape of the fine-tune's tensor: [tokens, …] or [1, tokens].
         """
         count = len(self.new_row_indices)
         return (1, count) if self.is_row(tuned) else (count, *tuned[1:])
 
     def is_row(self, tuned: tuple[int, ...]) -> bool:
-        """Return whether a tensor holds a number for each token in a single row, as BART's `final_logits_bias`.
+        """Return whether a tensor is a single row with a value for each token, such as BART's `final_logits_bias`.
 
         Args:
-            tuned: The shape of the fine-tune's.
-
-        Returns:
-            False for a row for each token.
+            tuned: The shape of the fine-tune's tensor.
         """
         return len(tuned) == 2 and tuned[0] == 1 != self.num_tuned_rows
 
     def summary(self) -> str:
-        """Say it in a line.
-
-        Returns:
-            How many rows are kept, new, lost, the fine-tune's own and padding.
-        """
-        own = f", {len(self.tuned_only):,} of the fine-tune alone{_some(self.tuned_only)}" if self.tuned_only else ""
+        """Describe the match in a line."""
+        tuned_only = ""
+        if self.tuned_only:
+            tuned_only = f", {len(self.tuned_only):,} only in the fine-tune{_first_tokens(self.tuned_only)}"
         return (
-            f"{len(self.new_row_indices):,} rows: {self.both:,} tokens in both, {len(self.added_tokens):,} only in the new "
-            f"vocabulary, {len(self.removed_tokens):,} only in the old{_some(self.removed_tokens)}{own}, {self.num_padding_rows:,} rows of "
-            "padding"
+            f"{len(self.new_row_indices):,} rows: {self.num_common_tokens:,} tokens in both, "
+            f"{len(self.added_tokens):,} only in the new vocabulary, {len(self.removed_tokens):,} only in the old"
+            f"{_first_tokens(self.removed_tokens)}{tuned_only}, "
+            f"{self.num_padding_rows:,} rows of padding"
         )
 
 
-def _some(tokens: Collection[str]) -> str:
+def _first_tokens(tokens: Collection[str]) -> str:
     first = sorted(tokens)[:4]
     return f" ({', '.join(map(repr, first))}{' …' * (len(tokens) > len(first))})" if tokens else ""
 
@@ -129,50 +119,46 @@ def match_rows(
 ) -> RowMatch:
     """Match the rows of the vocabularies of two bases and a fine-tune by token.
 
-    Rows that no token has, as those that round the size up to a multiple of 64, match their like in order.
+    Rows without a token, such as those that pad the size to a multiple of 64, are matched in order.
 
     Args:
         old_vocabulary: The old tokenizer's ids by token.
-        new_vocabulary: The new tokenizer's.
-        old_rows: Rows of the old embeddings, at least its ids.
-        new_rows: Rows of the new embeddings.
-        tuned_vocabulary: The fine-tune's; None for the old base's.
-        tuned_rows: Rows of its embeddings; None for as many as the old base's.
-
-    Returns:
-        The match.
+        new_vocabulary: The new tokenizer's ids by token.
+        old_rows: The number of rows of the old embeddings.
+        new_rows: The number of rows of the new embeddings.
+        tuned_vocabulary: The fine-tune's ids by token; None for the old base's.
+        tuned_rows: The number of rows of its embeddings; None for the old base's.
 
     Raises:
         MismatchError: A token's id is beyond the rows.
     """
     tuned_vocabulary = old_vocabulary if tuned_vocabulary is None else tuned_vocabulary
     tuned_rows = old_rows if tuned_rows is None else tuned_rows
-    sides = {
-        "old": (old_vocabulary, old_rows), "new": (new_vocabulary, new_rows), "tuned": (tuned_vocabulary, tuned_rows),
-    }  # fmt: skip
-    for which, (vocabulary, rows) in sides.items():
-        beyond = next(((token, i) for token, i in vocabulary.items() if not 0 <= i < rows), None)
-        if beyond:
-            raise MismatchError(
-                f"the {which} vocabulary has token {beyond[0]!r} with id {beyond[1]}, and its embeddings have {rows:,} "
-                "rows. Give the tokenizer that belongs to the weights."
-            )
+    vocabularies = {"old": old_vocabulary, "new": new_vocabulary, "tuned": tuned_vocabulary}
+    num_rows = {"old": old_rows, "new": new_rows, "tuned": tuned_rows}
+    for role, vocabulary in vocabularies.items():
+        for token, row in vocabulary.items():
+            if not 0 <= row < num_rows[role]:
+                raise MismatchError(
+                    f"the {role} vocabulary has token {token!r} with id {row}, but its embeddings have "
+                    f"{num_rows[role]:,} rows. Use the tokenizer that belongs to the weights."
+                )
     added = tuned_vocabulary.keys() - old_vocabulary.keys() - new_vocabulary.keys()
-    first = max(new_vocabulary.values(), default=-1) + 1  # where a tokenizer puts what is added to it
-    own = {token: first + i for i, token in enumerate(sorted(added, key=tuned_vocabulary.__getitem__))}
-    vocabulary = {**new_vocabulary, **own}
-    count = max(new_rows, first + len(own))
-    matched = {which: [-1] * count for which in sides}
-    for token, row in vocabulary.items():
-        for which, (ids, _) in sides.items():
-            matched[which][row] = max(matched[which][row], ids.get(token, -1))
-    empty = sorted(set(range(new_rows)) - set(vocabulary.values()))
-    for row in empty:
+    first_added_row = max(new_vocabulary.values(), default=-1) + 1  # where a tokenizer appends added tokens
+    tuned_only = {token: first_added_row + i for i, token in enumerate(sorted(added, key=tuned_vocabulary.__getitem__))}
+    grafted_vocabulary = {**new_vocabulary, **tuned_only}
+    num_grafted_rows = max(new_rows, first_added_row + len(tuned_only))
+    matched = {role: [-1] * num_grafted_rows for role in vocabularies}
+    for token, row in grafted_vocabulary.items():
+        for role, vocabulary in vocabularies.items():
+            matched[role][row] = max(matched[role][row], vocabulary.get(token, -1))
+    padding_rows = sorted(set(range(new_rows)) - set(grafted_vocabulary.values()))
+    for row in padding_rows:
         matched["new"][row] = row
-    for which in ("old", "tuned"):
-        ids, rows = sides[which]
-        for row, other in zip(empty, sorted(set(range(rows)) - set(ids.values())), strict=False):
-            matched[which][row] = other
+    for role in ("old", "tuned"):
+        unused_rows = sorted(set(range(num_rows[role])) - set(vocabularies[role].values()))
+        for row, unused_row in zip(padding_rows, unused_rows, strict=False):
+            matched[role][row] = unused_row
     return RowMatch(
         new_row_indices=tuple(matched["new"]),
         tuned_row_indices=tuple(matched["tuned"]),
@@ -182,9 +168,9 @@ def match_rows(
         num_old_rows=old_rows,
         removed_tokens=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
         added_tokens=tuple(sorted(new_vocabulary.keys() - old_vocabulary.keys())),
-        tuned_only=own,
-        num_padding_rows=len(empty),
-        both=len(old_vocabulary.keys() & new_vocabulary.keys()),
+        tuned_only=tuned_only,
+        num_padding_rows=len(padding_rows),
+        num_common_tokens=len(old_vocabulary.keys() & new_vocabulary.keys()),
     )
 
 
@@ -195,44 +181,49 @@ def graft_rows(
     match: RowMatch,
     rule: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = graft,
 ) -> torch.Tensor:
-    """Graft a tensor with a row for each token: a rule's new + (tuned − old) where all three have the token.
+    """Graft a tensor with a row for each token: new + (tuned − old), by the rule, where all three have the token.
+
+    The row of a token that only the fine-tune has is the fine-tune's. The row of a token that the old base lacks is
+    the new base's, even if the fine-tune has it too, because its delta is unknown.
 
     Args:
-        new: The upgraded base's tensor, [new rows, …] or, of biases that are laid out so, [1, new rows].
+        new: The new base's tensor, [new rows, …], or [1, new rows].
         tuned: The tuned tensor, [tuned rows, …].
-        old: The old base's, [old rows, …].
-        match: From `match_rows`.
-        rule: Makes rows from those of the new base, the tuned and the old ones.
+        old: The old base's tensor, [old rows, …].
+        match: The result of `match_rows`.
+        rule: Computes grafted rows from the new, the tuned and the old rows.
 
     Returns:
-        [grafted rows, …], or [1, grafted rows], in the dtype of `tuned`. The row of a token that the fine-tune alone
-        has is the fine-tune's; one that the new base has and the old one had not is the new base's, though the
-        fine-tune had added it too: what tuning changed in it cannot be known.
+        [grafted rows, …], or [1, grafted rows], in the dtype of `tuned`.
 
     Raises:
-        MismatchError: The tensors have not the rows of the match.
+        MismatchError: A tensor's number of rows is not that of the match.
     """
     import torch
 
     if match.is_row(tuple(tuned.shape)):
         return graft_rows(new.T, tuned.T, old.T, match, rule).T.contiguous()
-    for side, tensor, rows in (
-        ("new", new, match.num_new_rows), ("tuned", tuned, match.num_tuned_rows), ("old", old, match.num_old_rows),
-    ):  # fmt: skip
-        if tensor.shape[0] != rows:
+    expected = (
+        ("new", new, match.num_new_rows),
+        ("tuned", tuned, match.num_tuned_rows),
+        ("old", old, match.num_old_rows),
+    )
+    for role, tensor, count in expected:
+        if tensor.shape[0] != count:
             raise MismatchError(
-                f"the {side} tensor has {tensor.shape[0]:,} rows, its vocabulary {rows:,}: they do not belong together."
+                f"the {role} tensor has {tensor.shape[0]:,} rows, but its vocabulary has {count:,}. Use files that "
+                "were saved together."
             )
-    of_new, of_tuned, of_old = (
+    new_rows, tuned_rows, old_rows = (
         torch.tensor(rows) for rows in (match.new_row_indices, match.tuned_row_indices, match.old_row_indices)
     )
-    grafted = torch.zeros((len(of_new), *tuned.shape[1:]), dtype=tuned.dtype)
-    everywhere = (of_new >= 0) & (of_tuned >= 0) & (of_old >= 0)
-    own = (of_new < 0) & (of_tuned >= 0)
-    rest = (of_new >= 0) & ~everywhere
-    grafted[rest] = new[of_new[rest]].to(grafted.dtype)
-    grafted[own] = tuned[of_tuned[own]]
-    if everywhere.any():
-        changed = rule(new[of_new[everywhere]], tuned[of_tuned[everywhere]], old[of_old[everywhere]])
-        grafted[everywhere] = changed.to(grafted.dtype)
+    grafted = torch.zeros((len(new_rows), *tuned.shape[1:]), dtype=tuned.dtype)
+    in_all = (new_rows >= 0) & (tuned_rows >= 0) & (old_rows >= 0)
+    in_tuned_only = (new_rows < 0) & (tuned_rows >= 0)
+    from_new = (new_rows >= 0) & ~in_all
+    grafted[from_new] = new[new_rows[from_new]].to(grafted.dtype)
+    grafted[in_tuned_only] = tuned[tuned_rows[in_tuned_only]]
+    if in_all.any():
+        common = rule(new[new_rows[in_all]], tuned[tuned_rows[in_all]], old[old_rows[in_all]])
+        grafted[in_all] = common.to(grafted.dtype)
     return grafted

@@ -146,7 +146,7 @@ class Adapter(Family):
     def report_no_effect(self, adaptation: Adaptation, base: Base, texts: int) -> None:
         """Raise an error: the adapter changes nothing."""
         raise MismatchError(
-            f"{adaptation.path}: loaded completely, but does not change the output of {base.path} on {texts} texts. "
+            f"{adaptation.path}: loaded completely, but changes nothing in the output of {base.path} on {texts} texts. "
             "Was it ever tuned?"
         )
 

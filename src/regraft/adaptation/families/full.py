@@ -139,7 +139,7 @@ class Full(Family):
     def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Return the names of the body's tensors that only one base has."""
         tuned = named(adaptation.checkpoint, config_of(adaptation))
-        return list(counterparts(upgrade.new.named, tuned, upgrade.old.named).left_out)
+        return list(counterparts(upgrade.new.named, tuned, upgrade.old.named).unmatched)
 
     def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
         """Return False: the whole body has a delta."""

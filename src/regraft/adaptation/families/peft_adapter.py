@@ -140,7 +140,8 @@ class Peft(Adapter):
             if unmatched := sorted(state.keys() ^ bare.keys()):
                 raise RecipeError(
                     f"{adaptation.path}: merged by PEFT, it is no full fine-tune of {old.path}: {len(unmatched)} "
-                    f"tensors are in one of them only ({', '.join(unmatched[:4])}). It can be recycled, not converted."
+                    f"tensors are in one of them only ({', '.join(unmatched[:4])}). It can be recycled, but not "
+                    "converted."
                 )
             inner = {name: name.removeprefix(old.prefix + ".") for name in bare if name.startswith(old.prefix + ".")}
             if all(torch.equal(state[name], bare[name]) for name in inner if not is_optional(inner[name])):
