@@ -245,10 +245,10 @@ class Architecture:
     @property
     def token_parameters(self) -> frozenset[str]:
         """The names in memory of the parameters that grow with the vocabulary."""
-        return frozenset(self.parameter_of(name) for name in self.by_token)
+        return frozenset(self.parameter_of(name) for name in self.token_tensors)
 
     @functools.cached_property
-    def by_token(self) -> frozenset[str]:
+    def token_tensors(self) -> frozenset[str]:
         """The canonical names of the tensors that grow with the vocabulary: [tokens, …], or [1, tokens] as in BART."""
         own = copy.deepcopy(self.config)
         text: Any = own.get_text_config()

@@ -99,7 +99,7 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
     keys = {name: name if head.is_tied(name) else key_of(name) for name in entries}
     ties = {tied: key_of(str(head.identify(tied))) for tied in head.ties}
     expected = {key_of(name) for name in head.stored if not head.is_tied(name)}
-    return NamedTensors(entries, keys, ties, expected, lambda: head.by_token, head.embeddings)
+    return NamedTensors(entries, keys, ties, expected, lambda: head.token_tensors, head.embeddings)
 
 
 def class_of(checkpoint: Checkpoint) -> Architecture:

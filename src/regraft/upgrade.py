@@ -66,7 +66,7 @@ class Upgrade:
         Returns:
             Both as they are; of embeddings, where the vocabularies differ, the rows of the tokens that both have.
         """
-        if self.rows is None or name not in self.old.architecture.by_token:
+        if self.rows is None or name not in self.old.architecture.token_tensors:
             return old, new
         pairs = [
             (i, j)
@@ -109,7 +109,7 @@ class Upgrade:
     def _check_tensors(self) -> None:
         old, new = _shapes(self.old), _shapes(self.new)
         unlike = sorted(n for n in old.keys() & new.keys() if old[n] != new[n])
-        by_token = self.old.architecture.by_token if unlike else ()
+        by_token = self.old.architecture.token_tensors if unlike else ()
         differing = [f"{n}: {old[n]} and {new[n]}" for n in unlike if n not in by_token or old[n][1:] != new[n][1:]]
         only_old = sorted(n for n in old.keys() - new.keys() if not is_optional(n))
         only_new = sorted(n for n in new.keys() - old.keys() if not is_optional(n))

@@ -62,7 +62,7 @@ def check_body(adaptation: Adaptation, base: Base) -> None:
             )
         if inner not in body or base.checkpoint.tensors[body[inner]].shape == tuned.tensors[name].shape:
             continue
-        if inner not in base.architecture.by_token:  # rows are matched by token
+        if inner not in base.architecture.token_tensors:  # rows are matched by token
             raise MismatchError(
                 f"{adaptation.path}: tensor {name!r} has shape {tuned.tensors[name].shape}, in {base.path} it has "
                 f"{base.checkpoint.tensors[body[inner]].shape}. Was it tuned on that base?"

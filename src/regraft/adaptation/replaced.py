@@ -166,7 +166,7 @@ def _rule_of(
         along = 1 if type(module).__name__ == "Linear" else 0  # PEFT turns the weights of Conv1D and of embeddings
         lengths = (shape[1 - along],)
         return functools.partial(_graft_lengths, along=along, rule=rule), lengths, lengths
-    if match is not None and inner in upgrade.old.architecture.by_token:
+    if match is not None and inner in upgrade.old.architecture.token_tensors:
         by_row = functools.partial(graft_rows, match=match, rule=rule)
         return by_row, (match.num_tuned_rows, *shape[1:]), (len(match.new_row_indices), *shape[1:])
     return rule, shape, shape

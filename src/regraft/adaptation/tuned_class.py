@@ -141,7 +141,7 @@ def _vocabulary(adapter: Tensors, architecture: Architecture) -> int | None:
     sizes = set()
     for stored in adapter:
         name = f"{_module_of(stored)}.weight"
-        if name in architecture.parameters and str(architecture.identify(name)) in architecture.by_token:
+        if name in architecture.parameters and str(architecture.identify(name)) in architecture.token_tensors:
             if stored.endswith((".weight", ".lora_B.weight")) and ".lora_A" not in stored:
                 sizes.add(shape_of(adapter, stored)[0])
             elif stored.endswith(".lora_embedding_A"):

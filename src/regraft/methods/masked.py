@@ -62,7 +62,7 @@ def graft_masked(job: Job, options: Masking) -> None:
 
     def rule(name: str, delta: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         gradient = gradients[name]
-        if rows and name in job.upgrade.new.architecture.by_token:
+        if rows and name in job.upgrade.new.architecture.token_tensors:
             gradient = gradient[shared]
         masked = mask_agreement(delta, -gradient.to(delta))
         counts.append((int(masked.count_nonzero()), int(delta.count_nonzero())))
