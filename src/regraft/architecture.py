@@ -89,7 +89,7 @@ class Architecture:
         source = self.ties.get(parameter, parameter)
         return str(self._canonical.get((source, part), source))
 
-    def has_no_room_for(self, name: str) -> bool:
+    def is_unknown_body_tensor(self, name: str) -> bool:
         """Return whether a stored tensor lies inside the body and is none of it, as one of a layer beyond the config's.
 
         Args:

@@ -294,7 +294,7 @@ def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, 
         if info.dtype not in FLOATING:
             continue
         inner = architecture.identify(name)
-        if inner is None and architecture.has_no_room_for(name):
+        if inner is None and architecture.is_unknown_body_tensor(name):
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name!r} is none of a {type(architecture.model).__name__} of the sizes in "
                 "config.json, and would be passed over. Load it with what saved it and call save_pretrained."
