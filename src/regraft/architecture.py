@@ -107,7 +107,7 @@ class Architecture:
         tops = {stored.removeprefix(start).split(".")[0] for stored in self.stored}
         return name.startswith(start) or name.split(".")[0] in tops
 
-    def stranger(self, checkpoint: Checkpoint) -> CheckpointError:
+    def unrelated_checkpoint_error(self, checkpoint: Checkpoint) -> CheckpointError:
         """Return the error for a checkpoint of which the class has no tensor.
 
         Args:

@@ -307,5 +307,5 @@ def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, 
         if inner is not None:
             names.setdefault(inner, name)
     if not names:
-        raise architecture.stranger(checkpoint)
+        raise architecture.unrelated_checkpoint_error(checkpoint)
     return names

@@ -76,7 +76,7 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
         return body.identify(name) or name
 
     if not any(map(body.identify, checkpoint)) and not any(map(head.identify, checkpoint)):
-        raise body.stranger(checkpoint)
+        raise body.unrelated_checkpoint_error(checkpoint)
     sources: dict[str, str] = {}
     for stored in sorted(checkpoint, key=head.is_tied):  # a tensor before what is tied to it
         inner = body.identify(stored)
