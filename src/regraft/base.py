@@ -37,14 +37,14 @@ class Base:
         name: What the user called it, a folder or a hub id (`id@revision` pins it).
         path: The folder on this disk.
         checkpoint: Its tensors, unread.
-        own_tokenizer: What reads texts in place of its tokenizer, for an adaptation that has tokens of its own.
+        tokenizer_override: What reads texts in place of its tokenizer, for an adaptation that has tokens of its own.
         own_rows: How many rows its embeddings are given for that.
     """
 
     name: str
     path: Path
     checkpoint: Checkpoint
-    own_tokenizer: PreTrainedTokenizerBase | None = dataclasses.field(default=None, repr=False, compare=False)
+    tokenizer_override: PreTrainedTokenizerBase | None = dataclasses.field(default=None, repr=False, compare=False)
     own_rows: int | None = None
 
     @classmethod
@@ -93,7 +93,7 @@ class Base:
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a padding token wherever it has a special one for that."""
-        tokenizer = copy.deepcopy(self.own_tokenizer) if self.own_tokenizer else read_tokenizer(self.path)
+        tokenizer = copy.deepcopy(self.tokenizer_override) if self.tokenizer_override else read_tokenizer(self.path)
         self.check_tokens(tokenizer, tokenizer("")["input_ids"])
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= self.rows:
             tokenizer.pad_token = None  # was added, and the embeddings were not resized
@@ -110,7 +110,9 @@ class Base:
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
         """The ids of its tokens, an adaptation's own not among them."""
-        vocabulary: dict[str, int] = (read_tokenizer(self.path) if self.own_tokenizer else self.tokenizer).get_vocab()
+        vocabulary: dict[str, int] = (
+            read_tokenizer(self.path) if self.tokenizer_override else self.tokenizer
+        ).get_vocab()
         if max(vocabulary.values(), default=0) < self.embedding_rows:
             return vocabulary
         return tokens_of(read_tokenizer(self.path), self.embedding_rows)

@@ -25,7 +25,7 @@ def write_tokenizer(base: Base, into: Path) -> None:
     from transformers import AutoConfig
 
     # a new copy, because encoding texts changes the settings of a tokenizer
-    tokenizer = copy.deepcopy(base.own_tokenizer) if base.own_tokenizer else read_tokenizer(base.path)
+    tokenizer = copy.deepcopy(base.tokenizer_override) if base.tokenizer_override else read_tokenizer(base.path)
     if base.is_decoder and (into / "config.json").is_file():
         padding = AutoConfig.from_pretrained(into, trust_remote_code=False).get_text_config().pad_token_id
         if padding in tokenizer.all_special_ids:  # making another token special would change how texts are split
