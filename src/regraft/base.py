@@ -38,14 +38,14 @@ class Base:
         path: The folder on this disk.
         checkpoint: Its tensors, unread.
         tokenizer_override: What reads texts in place of its tokenizer, for an adaptation that has tokens of its own.
-        own_rows: How many rows its embeddings are given for that.
+        rows_override: How many rows its embeddings are given for that.
     """
 
     name: str
     path: Path
     checkpoint: Checkpoint
     tokenizer_override: PreTrainedTokenizerBase | None = dataclasses.field(default=None, repr=False, compare=False)
-    own_rows: int | None = None
+    rows_override: int | None = None
 
     @classmethod
     def open(cls, name: str | Path) -> Base:
@@ -126,7 +126,7 @@ class Base:
     @functools.cached_property
     def rows(self) -> int:
         """How many tokens its embeddings have a row for."""
-        return self.own_rows or int(getattr(self.config.get_text_config(), "vocab_size", None) or sys.maxsize)
+        return self.rows_override or int(getattr(self.config.get_text_config(), "vocab_size", None) or sys.maxsize)
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
         """Refuse tokens for which the embeddings have no row.

@@ -53,8 +53,8 @@ def fresh_parts(base: Base, head: Head, seed: int) -> tuple[Any, list[str]]:
     auto_class: Any = getattr(transformers, head.type.auto_class)
     transformers.set_seed(seed)
     model, fresh_names = load_strictly(auto_class, base.path, base.prefix, **head.settings, dtype="float32")
-    if base.own_rows:
-        model.resize_token_embeddings(base.own_rows, mean_resizing=False)
+    if base.rows_override:
+        model.resize_token_embeddings(base.rows_override, mean_resizing=False)
     heads = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(base.prefix + ".")}
     if not heads.keys() & set(fresh_names):  # the base is a classifier itself, with a head for its own labels
         transformers.set_seed(seed)

@@ -96,6 +96,8 @@ def with_adaptation_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
     rows = match_token_rows(adaptation, upgrade)
     if rows is None:
         return upgrade
-    old = dataclasses.replace(upgrade.old, tokenizer_override=tokenizer, own_rows=count)
+    old = dataclasses.replace(upgrade.old, tokenizer_override=tokenizer, rows_override=count)
     merged = merged_tokenizer(upgrade.new.path, adaptation.path, rows)
-    return Upgrade(old, dataclasses.replace(upgrade.new, tokenizer_override=merged, own_rows=len(rows.new_row_indices)))
+    return Upgrade(
+        old, dataclasses.replace(upgrade.new, tokenizer_override=merged, rows_override=len(rows.new_row_indices))
+    )

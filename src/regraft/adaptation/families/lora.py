@@ -152,7 +152,7 @@ def _classifier(adaptation: Adaptation, base: Base) -> Architecture:
     config, head = copy.deepcopy(base.config), stored_head(adaptation, base)
     config.id2label = dict(enumerate(head.labels))
     config.label2id = {label: i for i, label in enumerate(head.labels)}
-    if base.own_rows:
-        config.get_text_config().vocab_size = base.own_rows
+    if base.rows_override:
+        config.get_text_config().vocab_size = base.rows_override
     auto = getattr(transformers, head.type.auto_class)
     return architecture_of(config, auto._model_mapping[type(config)].__name__)
