@@ -188,7 +188,7 @@ class Base:
         return self.config.is_encoder_decoder or type(self.config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
     @functools.cached_property
-    def longest(self) -> int:
+    def max_input_length(self) -> int:
         """The longest input the base takes, in tokens."""
         positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         if positions < 0:  # as XLNet says that it has no limit

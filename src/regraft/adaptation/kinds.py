@@ -168,9 +168,9 @@ def _prompt(base: Base, size: AdapterSize) -> Config:
 
 def _virtual(base: Base, size: AdapterSize) -> dict[str, Any]:
     """Return the number of virtual tokens, and the sizes of the model if PEFT does not find them."""
-    if size.virtual_tokens >= base.longest:
+    if size.virtual_tokens >= base.max_input_length:
         raise RecipeError(
-            f"{size.virtual_tokens} virtual tokens leave no room for text: {base.path} takes {base.longest} tokens."
+            f"{size.virtual_tokens} virtual tokens leave no room for text: {base.path} takes {base.max_input_length} tokens."
         )
     fields: dict[str, Any] = {"num_virtual_tokens": size.virtual_tokens}
     if "hidden_size" not in base.config.to_dict():  # PEFT knows only the names of BERT's settings
