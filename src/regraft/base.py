@@ -247,7 +247,7 @@ class Base:
         return fingerprint(self.checkpoint, hashed_name={name: name.removeprefix(start) for name in inside}.get)
 
     @functools.cached_property
-    def made_from(self) -> str | None:
+    def parent_fingerprint(self) -> str | None:
         """The fingerprint of the base that this one was pre-trained from, if regraft did it."""
         try:
             record = read_json(self.path / PRETRAINING)

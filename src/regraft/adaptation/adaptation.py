@@ -105,7 +105,7 @@ class Adaptation:
         problem = None
         name, _, revision = base.name.partition("@")
         recorded = str(self.config.get("revision") or "")
-        if self.base and base.made_from == self.base:
+        if self.base and base.parent_fingerprint == self.base:
             problem = f"it was tuned on the base that {base.path} was pre-trained from, so {base.path} is the new base"
         elif self.base:
             problem = f"it records the base {self.base}, but this one is {base.fingerprint}"
