@@ -13,7 +13,7 @@ from regraft import Base, Upgrade, load_adaptation
 from regraft.adaptation import fresh_model, load_model
 from regraft.checkpoint import Checkpoint
 from regraft.errors import CheckpointError, MismatchError
-from regraft.naming import named_alike
+from regraft.naming import name_consistently
 from regraft.weights import NamedTensors, counterparts
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
@@ -93,7 +93,7 @@ def test_what_is_no_base_is_told_apart(tmp_path, bases):
     with pytest.raises(CheckpointError, match=r"base: holds no tokenizer"):
         Upgrade(tmp_path / "base", bases["bert"][1])
     wrapped = rewritten(bases["bert"][0], tmp_path / "wrapped", lambda t: {f"module.{n}": x for n, x in t.items()})
-    for read in (Base.open, lambda folder: named_alike({"old": Checkpoint.open(folder)})):
+    for read in (Base.open, lambda folder: name_consistently({"old": Checkpoint.open(folder)})):
         with pytest.raises(CheckpointError, match=r"names tensors as 'module.* transformers would load none of these"):
             read(wrapped)
 
@@ -242,10 +242,10 @@ def test_a_text_model_inside_a_multimodal_one_is_refused_by_name(tmp_path):
 
 def test_stored_names_count_where_transformers_has_no_such_model(bases):
     old, new = bases["bert"]
-    views, reason = named_alike({"old": Checkpoint.open(old), "new": Checkpoint.open(new / "model.safetensors")})
+    views, reason = name_consistently({"old": Checkpoint.open(old), "new": Checkpoint.open(new / "model.safetensors")})
     assert "has no config.json beside it, so tensors are paired by their stored names" in reason
     assert not any(isinstance(view, NamedTensors) for view in views.values())
-    views, reason = named_alike({"old": Checkpoint.open(old), "new": Checkpoint.open(new)})
+    views, reason = name_consistently({"old": Checkpoint.open(old), "new": Checkpoint.open(new)})
     assert reason is None
     assert all(isinstance(view, NamedTensors) for view in views.values())
 

@@ -118,7 +118,7 @@ def class_of(checkpoint: Checkpoint) -> Architecture:
     return architecture_of(config, class_name(checkpoint, config))
 
 
-def named_alike(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:
+def name_consistently(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:
     """Present checkpoints under the names that their transformers classes write, or all as they are stored.
 
     Args:

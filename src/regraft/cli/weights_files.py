@@ -56,7 +56,7 @@ def name_tensors(checkpoints: dict[str, Checkpoint]) -> dict[str, Mapping[str, t
         CheckpointError: Some checkpoints are adapters and some are models.
     """
     from regraft.cli.terminal import print_text
-    from regraft.naming import named_alike
+    from regraft.naming import name_consistently
 
     folders = [checkpoint.folder for checkpoint in checkpoints.values()]
     adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
@@ -65,7 +65,7 @@ def name_tensors(checkpoints: dict[str, Checkpoint]) -> dict[str, Mapping[str, t
             f"{adapters[0]}: is an adapter, but the other checkpoint is a model. Merge the adapter into its base first "
             "(regraft weights merge-lora)."
         )
-    tensors, reason = named_alike(checkpoints)
+    tensors, reason = name_consistently(checkpoints)
     if reason:
         print_text(reason)
     return tensors
