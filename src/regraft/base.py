@@ -13,7 +13,7 @@ from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_unquant
 from regraft.errors import CheckpointError
 from regraft.naming import named
 from regraft.transformers_folder import read_config, read_tokenizer
-from regraft.vocabulary import tokens_of
+from regraft.vocabulary import ids_by_token
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -115,7 +115,7 @@ class Base:
         ).get_vocab()
         if max(vocabulary.values(), default=0) < self.embedding_rows:
             return vocabulary
-        return tokens_of(read_tokenizer(self.path), self.embedding_rows)
+        return ids_by_token(read_tokenizer(self.path), self.embedding_rows)
 
     @functools.cached_property
     def embedding_rows(self) -> int:

@@ -65,7 +65,7 @@ def match_vocabularies(
             f"{unknown}: no tensor of it is known to have a row for each token, and the tokenizers differ, so rows "
             "cannot be matched. Give checkpoints of a class that transformers has, or of one vocabulary."
         )
-    vocabularies = {side: tokens_of(tokenizer, rows[side]) for side, tokenizer in tokenizers.items()}
+    vocabularies = {side: ids_by_token(tokenizer, rows[side]) for side, tokenizer in tokenizers.items()}
     match = match_rows(
         vocabularies["old"], vocabularies.get("new", vocabularies["old"]), rows["old"], rows["new"],
         vocabularies.get("tuned"), rows.get("tuned"),
@@ -73,7 +73,7 @@ def match_vocabularies(
     return None if match.is_identity else match
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
+def ids_by_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
     """Return the ids of a tokenizer's tokens, but for a padding token that was added without a row of its own.
 
     Args:
@@ -133,7 +133,7 @@ def check_same_rows(folders: Mapping[str, Path], tensors: Mapping[str, Mapping[s
     files = [_files(folder) for folder in folders.values()]
     if not all(files) or files[0] == files[1]:
         return
-    ids = {side: tokens_of(read_tokenizer(folder), _rows(tensors[side])) for side, folder in folders.items()}
+    ids = {side: ids_by_token(read_tokenizer(folder), _rows(tensors[side])) for side, folder in folders.items()}
     moved = sorted(token for token, row in ids[first].items() if ids[second].get(token, row) != row)
     if moved:
         raise MismatchError(

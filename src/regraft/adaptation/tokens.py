@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from regraft.adaptation.replaced import TOKENS, token_rows
 from regraft.errors import CheckpointError, MismatchError
 from regraft.upgrade import Upgrade
-from regraft.vocabulary import merged_tokenizer, tokens_of
+from regraft.vocabulary import ids_by_token, merged_tokenizer
 from regraft.weights import match_rows
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedToken
     """Return the tokens of an adaptation for which it stores rows, with their ids, and the number of rows."""
     count = adaptation.family.num_embedding_rows(adaptation, old)
     if count is not None:
-        return tokens_of(tokenizer, count), count
+        return ids_by_token(tokenizer, count), count
     module = f"{old.prefix}.{old.architecture.embeddings}".removesuffix(".weight")
     is_tuned = any(TOKENS in name for name in adaptation.checkpoint.tensors)
     tuned = set(token_rows(adaptation, module) if is_tuned else ())
