@@ -126,7 +126,7 @@ class Upgrade:
             raise MismatchError("\n".join(lines))
 
 
-def renewed(record: Mapping[str, Any], bases: Iterable[Base]) -> dict[str, Any]:
+def with_current_fingerprints(record: Mapping[str, Any], bases: Iterable[Base]) -> dict[str, Any]:
     """Replace fingerprints of bases by the rule of regraft 0.1 by today's.
 
     Args:

@@ -17,7 +17,7 @@ from regraft.checkpoint.record import plain_text
 from regraft.errors import CheckpointError, OutcomeError, RegraftError
 from regraft.printable import printable
 from regraft.task.types import task_types
-from regraft.upgrade import renewed
+from regraft.upgrade import with_current_fingerprints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -107,7 +107,7 @@ def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) 
     if learned_from:  # regraft 0.1 recorded the content of pairs in the notes
         recorded = {"pairs": learned_from, **recorded}
     if recorded != expected:
-        recorded = renewed(recorded, bases)
+        recorded = with_current_fingerprints(recorded, bases)
     if recorded != expected:
         differing = sorted(key for key in {*expected, *recorded} if recorded.get(key) != expected.get(key))
         raise OutcomeError(

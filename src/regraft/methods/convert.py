@@ -25,7 +25,7 @@ from regraft.methods.recycle import new_folder
 from regraft.naming import class_of
 from regraft.progress import Progress, quiet, silent
 from regraft.task import load_data
-from regraft.upgrade import Upgrade, renewed
+from regraft.upgrade import Upgrade, with_current_fingerprints
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def convert(
         "new": upgrade.new.fingerprint if new is not None else None,
         "task": None if data is None else data.digest(),
     }  # fmt: skip
-    if is_up_to_date(out, provenance, lambda record: renewed(record, (upgrade.old, upgrade.new))):
+    if is_up_to_date(out, provenance, lambda record: with_current_fingerprints(record, (upgrade.old, upgrade.new))):
         return Conversion(out, to, **read_results(out))
     adaptation.check_base(old, force=force)
     upgrade = with_adaptation_tokens(adaptation, upgrade)

@@ -30,7 +30,7 @@ from regraft.progress import Progress, quiet, silent
 from regraft.recipe import SEEDS, check_trained
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import LEARNING_RATE, LanguageModelling, load_language_model
-from regraft.upgrade import renewed
+from regraft.upgrade import with_current_fingerprints
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -269,7 +269,7 @@ def _carry_over(base: Base, folder: Path) -> None:
 def _check_kept(folder: Path, inputs: dict[str, Any], base: Base) -> None:
     """Refuse to mix bases on the way with those that another run has kept in the same folder."""
     for kept in sorted(folder.glob("step-*")):
-        found = renewed(_recorded(kept) or {}, [base])
+        found = with_current_fingerprints(_recorded(kept) or {}, [base])
         if {**found, "keep_every": None} != {**inputs, "keep_every": None}:
             raise OutcomeError(
                 f"{kept}: is a base on the way of another run. Remove {folder}, or choose another --out: bases on the "
@@ -289,6 +289,6 @@ def _is_done(out: Path, inputs: dict[str, Any], base: Base) -> bool:
     check_output_path(out)
     if not out.exists():
         return False
-    if renewed(_recorded(out) or {}, [base]) == inputs:
+    if with_current_fingerprints(_recorded(out) or {}, [base]) == inputs:
         return True
     raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
