@@ -90,7 +90,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
                 assert moved is not None  # a base has all its experts
                 factor = moved.mT if turned else moved
                 changes.append(Change(f"{name}.{part}", module, getattr(module, part), factor, False, turned))
-        elif not multiplies(module) or name.endswith(".bottleneck.up"):
+        elif not is_linear_map(module) or name.endswith(".bottleneck.up"):
             continue
         elif name.endswith(".bottleneck.down"):
             changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
@@ -150,7 +150,7 @@ def passed_over(model: Any, tuned: Any, adaptation: Adaptation, old: Base, chang
     return dict.fromkeys(names, "no layer whose inputs can be watched")
 
 
-def multiplies(module: Any) -> bool:
+def is_linear_map(module: Any) -> bool:
     """Return whether all that a module does with its weight is to multiply its input by it.
 
     Args:
@@ -209,6 +209,6 @@ def _of_lora(changed: str, name: str, module: Any) -> list[Change]:
     layer, part = module.get_base_layer(), module.parameter_name
     if is_experts(layer) and part in projections(layer):
         factor = factor.reshape(len(getattr(layer, part)), -1, factor.shape[1])
-    elif not multiplies(layer) or is_transposed(layer) or part != "weight":
+    elif not is_linear_map(layer) or is_transposed(layer) or part != "weight":
         return []
     return [Change(changed, layer, weight, factor, is_head=False)]

@@ -128,7 +128,7 @@ class BlockwiseForward:
         """Run a small batch; return whether blocks feed each other, and whether layers read examples × tokens."""
         import torch
 
-        from regraft.adaptation.changes import multiplies
+        from regraft.adaptation.changes import is_linear_map
 
         shape = batch["attention_mask"].shape
         runs: list[tuple[Any, Any, Any]] = []  # block, first input, first output
@@ -148,7 +148,7 @@ class BlockwiseForward:
 
             return forward
 
-        layers = [module for module in self.names if multiplies(module)]
+        layers = [module for module in self.names if is_linear_map(module)]
         handles = [layer.register_forward_pre_hook(check_layout, with_kwargs=True) for layer in layers]
         for block in self.blocks:
             block.forward = recorded(block, block.forward)
