@@ -41,7 +41,7 @@ class Change:
     is_head: bool
     is_transposed: bool = False
 
-    def become(self, factor: torch.Tensor) -> None:
+    def set_factor(self, factor: torch.Tensor) -> None:
         """Put another factor in its place, in the model.
 
         Args:

@@ -181,7 +181,7 @@ class _Fit:
                 self.passed_over[change.name] = "fed other tokens in the two models"
                 continue
             matched = self._match(change, change.factor, cross, second)
-            change.become(matched)
+            change.set_factor(matched)
 
     def experts(
         self,
@@ -225,7 +225,7 @@ class _Fit:
                     rows = [Expert(side, number, own).inner(x) for side, own, x in pairs]
                 cross, second = rows[0].T @ rows[1], rows[1].T @ rows[1]
                 matched[number] = self._match(change, matched[number], cross, second)
-            change.become(matched)
+            change.set_factor(matched)
             if few:
                 experts = f"experts {', '.join(map(str, few))}" if len(few) < len(matched) else "all experts"
                 self.passed_over[change.name] = f"{experts}: reached by fewer tokens than their width of {width}"
