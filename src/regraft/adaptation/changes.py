@@ -78,7 +78,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
 
     def delta(name: str) -> torch.Tensor | None:
         value: torch.Tensor = before[name].detach()
-        base = in_base(name, old)
+        base = base_tensor(name, old)
         return None if base is None else value - base.to(value)
 
     for name, module in model.named_modules():
@@ -101,7 +101,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
     return changes
 
 
-def in_base(name: str, base: Base) -> torch.Tensor | None:
+def base_tensor(name: str, base: Base) -> torch.Tensor | None:
     """Return what a base has for a parameter of a classifier, to which tuning adds a delta.
 
     Args:
@@ -142,7 +142,7 @@ def passed_over(model: Any, tuned: Any, adaptation: Adaptation, old: Base, chang
             names += [name] * (ADAPTER in module.lora_A and id(module.lora_A[ADAPTER].weight) not in weights)
         elif adaptation.family.tunes_base and not isinstance(module, nn.Embedding):
             for part, weight in module.named_parameters(recurse=False):
-                base = in_base(f"{name}.{part}", old)
+                base = base_tensor(f"{name}.{part}", old)
                 if base is None or weight.dim() < 2 or id(weight) in weights or part.endswith("bias"):
                     continue
                 value = tuned.get_parameter(f"{name}.{part}")

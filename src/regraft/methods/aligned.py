@@ -240,9 +240,9 @@ class _Turned:
 
     def is_head(self, name: str) -> bool:
         """Return whether a module is not in the base."""
-        from regraft.adaptation.changes import in_base
+        from regraft.adaptation.changes import base_tensor
 
-        return in_base(f"{name}.weight", self.old) is None
+        return base_tensor(f"{name}.weight", self.old) is None
 
     def turn(self, name: str, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> None:
         """Turn what the adaptation changes in a module.
@@ -254,7 +254,7 @@ class _Turned:
         """
         from torch import nn
 
-        from regraft.adaptation.changes import in_base, is_transposed
+        from regraft.adaptation.changes import base_tensor, is_transposed
 
         module = self.modules[name]
         if outputs is not None and self._is_changed(name, module):
@@ -263,7 +263,7 @@ class _Turned:
             _set(module.weight, module.weight, inputs, None)
         elif name in self.whole:
             for part, weight in module.named_parameters(recurse=False):
-                value, base = self.tuned[f"{name}.{part}"], in_base(f"{name}.{part}", self.old)
+                value, base = self.tuned[f"{name}.{part}"], base_tensor(f"{name}.{part}", self.old)
                 delta = value - (0 if base is None else base.to(value))
                 if isinstance(module, nn.Embedding):
                     _set(weight, delta, outputs, None)
@@ -293,12 +293,12 @@ class _Turned:
     def _is_changed(self, name: str, module: Any) -> bool:
         import torch
 
-        from regraft.adaptation.changes import in_base
+        from regraft.adaptation.changes import base_tensor
 
         if name not in self.whole:
             return hasattr(module, "bottleneck") or ADAPTER in getattr(module, "lora_A", ())
         parts = [f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)]
-        bases = {part: in_base(part, self.old) for part in parts}
+        bases = {part: base_tensor(part, self.old) for part in parts}
         return any(
             base is not None and not torch.equal(self.tuned[part], base.to(self.tuned[part]))
             for part, base in bases.items()

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adapter_folder import write_adapter
-from regraft.adaptation.changes import in_base, parameter_of
+from regraft.adaptation.changes import base_tensor, parameter_of
 from regraft.adaptation.families.adapter import Adapter
 from regraft.adaptation.lora import START
 from regraft.errors import MismatchError
@@ -77,7 +77,7 @@ class Bottlenecks(Adapter):
 
     def tunes_module_weight(self, module: str, base: Base) -> bool:
         """Return whether the base lacks the weight: only heads and poolers are fully tuned."""
-        return in_base(f"{module}.weight", base) is None
+        return base_tensor(f"{module}.weight", base) is None
 
     def proportional_parameter(self, parameter: str, model: Any) -> str | None:
         """Return the weight of the layer whose output the up-projection is added to."""
