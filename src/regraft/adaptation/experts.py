@@ -79,7 +79,7 @@ class Expert:
         return weight.double() + lora_delta(b, a, wrapper.scaling[ADAPTER])
 
 
-def wrappers_of(model: Any) -> dict[Any, dict[str, Any]]:
+def lora_wrappers(model: Any) -> dict[Any, dict[str, Any]]:
     """Find the parameters that PEFT has put a LoRA on by name.
 
     Args:

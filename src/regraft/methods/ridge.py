@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.experts import Expert, is_experts, projections, wrappers_of
+from regraft.adaptation.experts import Expert, is_experts, lora_wrappers, projections
 from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Start
 
@@ -84,7 +84,7 @@ def refit(job: Job, options: Ridge) -> Any:
         if options.head or not change.is_head:
             layers.setdefault(above.names[change.module], []).append(change)
     modules = [tuned.get_submodule(name) for name in layers]
-    around = wrappers_of(tuned), wrappers_of(new)
+    around = lora_wrappers(tuned), lora_wrappers(new)
     for part in range(above.parts):
         fed = _inputs(below, modules)
         for stage in _stages(fed, layers):
