@@ -274,8 +274,8 @@ def mean_test_score(runs, method):
 @pytest.mark.slow
 def test_projection_is_compared_with_direct(results):
     projection = results("6-projection")
-    projections = {"project, by regression", "project, by distillation", "project, as in the paper"}
-    assert {run["method"] for run in projection["runs"]} == {"direct", "scratch", "old deployment"} | projections
+    projection_names = {"project, by regression", "project, by distillation", "project, as in the paper"}
+    assert {run["method"] for run in projection["runs"]} == {"direct", "scratch", "old deployment"} | projection_names
     for difference in projection["differences"]:
         runs = select(projection["runs"], task=difference["task"])
         gap = mean_test_score(runs, difference["method"]) - mean_test_score(runs, "direct")

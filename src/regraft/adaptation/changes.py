@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.experts import is_experts, projections
+from regraft.adaptation.experts import is_experts, projection_names
 from regraft.adaptation.lora import ADAPTER, START
 from regraft.adaptation.transform import check_transformable
 
@@ -85,7 +85,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
         if isinstance(module, LoraLayer):
             changes += _of_lora(parameter_of(name, module), name, module)
         elif is_experts(module) and adaptation.family.tunes_base:
-            for part in projections(module):
+            for part in projection_names(module):
                 moved, turned = delta(f"{name}.{part}"), module.is_transposed
                 assert moved is not None  # a base has all its experts
                 factor = moved.mT if turned else moved
@@ -207,7 +207,7 @@ def _of_lora(changed: str, name: str, module: Any) -> list[Change]:
     if not isinstance(module, ParamWrapper):
         return [Change(name, module, weight, factor, is_head=False)]
     layer, part = module.get_base_layer(), module.parameter_name
-    if is_experts(layer) and part in projections(layer):
+    if is_experts(layer) and part in projection_names(layer):
         factor = factor.reshape(len(getattr(layer, part)), -1, factor.shape[1])
     elif not is_linear_map(layer) or is_transposed(layer) or part != "weight":
         return []

@@ -24,7 +24,7 @@ def is_experts(module: Any) -> bool:
     return hasattr(module, "_apply_gate") and all(hasattr(module, name) for name in ("has_gate", "down_proj"))
 
 
-def projections(module: Any) -> tuple[str, str]:
+def projection_names(module: Any) -> tuple[str, str]:
     """Name the parameters that an expert multiplies by, in the order in which it does.
 
     Args:
@@ -59,7 +59,7 @@ class Expert:
         """
         import torch
 
-        first, _ = projections(self.module)
+        first, _ = projection_names(self.module)
         with torch.no_grad():
             projected = hidden @ self._weight(first).to(hidden).T
             if self.module.has_bias:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.experts import Expert, is_experts, lora_wrappers, projections
+from regraft.adaptation.experts import Expert, is_experts, lora_wrappers, projection_names
 from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Start
 
@@ -208,7 +208,7 @@ class _Fit:
         walk.run([sides[1]], lambda _, __, rows, routed: runs.append((rows, routed)))
         hidden, routed = (torch.cat(side) for side in zip(*runs, strict=True))
         old = torch.cat(old_hidden).to(hidden)
-        for position, part in enumerate(projections(sides[1])):
+        for position, part in enumerate(projection_names(sides[1])):
             change = next((change for change in changes if change.name.endswith(f".{part}")), None)
             if change is None:
                 continue
