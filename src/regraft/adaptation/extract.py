@@ -8,7 +8,7 @@ import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.layout import lay_out
+from regraft.adaptation.layout import resolve_updates
 from regraft.adaptation.lora import PARTS, START
 from regraft.checkpoint import (
     TOKENIZER_FILES,
@@ -146,7 +146,7 @@ def extract_lora(
 def _check_loads(tensors: Tensors, config: Mapping[str, Any], architecture: Architecture) -> None:
     """Refuse a LoRA that PEFT could not load on the class that it is drawn out of."""
     try:
-        lay_out({name: tensor.to("meta") for name, tensor in tensors.items()}, config, architecture)
+        resolve_updates({name: tensor.to("meta") for name, tensor in tensors.items()}, config, architecture)
     except (CheckpointError, MismatchError) as error:
         raise MismatchError(
             f"a LoRA of this {type(architecture.model).__name__} is nothing that PEFT loads: {error} Keep the full "

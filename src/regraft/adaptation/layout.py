@@ -38,7 +38,7 @@ HARMLESS = {"merge_weights", "enable_lora"}  # what old PEFT wrote, whose value 
 TURNED_UNTIL = (0, 19)  # the version of PEFT that exchanged A and B of target_parameters of three dimensions
 
 
-def lay_out(
+def resolve_updates(
     adapter: Tensors, config: Mapping[str, Any], architecture: Architecture
 ) -> tuple[Tensors, dict[str, Update]]:
     """Find out what a LoRA does to each parameter of the model that it was tuned in.

@@ -44,7 +44,7 @@ def transform_factors(
 
     Args:
         adapter: Its tensors by stored name, on the new base.
-        updates: What each does, by parameter, from `lay_out`.
+        updates: What each does, by parameter, from `resolve_updates`.
         upgrade: The two bases.
         rule: As in `write_transform`.
         progress: Told of each layer.

@@ -7,7 +7,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adapter_folder import check_peft
-from regraft.adaptation.layout import lay_out
+from regraft.adaptation.layout import resolve_updates
 from regraft.adaptation.lora import START, begins_in_base
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.tuned_class import nested, tuned_architecture, untied_by_setting
@@ -78,7 +78,7 @@ def merge_lora(
     _check_kind(config, start)
     architecture, changed = tuned_architecture(adapter, config, base, labels)
     stored = architecture.in_memory(base)
-    adapter, updates = lay_out(adapter, config, architecture)
+    adapter, updates = resolve_updates(adapter, config, architecture)
     if start is not None:
         _check_start(adapter, start, updates)
     sources, untied = _follow_ties(stored, adapter, updates, architecture)

@@ -11,7 +11,7 @@ from regraft.adaptation.changes import parameter_of
 from regraft.adaptation.families.peft_adapter import Peft, peft_state
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import stored_head
-from regraft.adaptation.layout import as_loaded, lay_out
+from regraft.adaptation.layout import as_loaded, resolve_updates
 from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PARTS, START, begins_in_base, fold_start
 from regraft.adaptation.lora_transform import transform_factors
 from regraft.adaptation.merge import CANNOT_MERGE, merge_lora
@@ -82,7 +82,7 @@ class Lora(Peft):
     ) -> CarriedAdaptation:
         """Apply the rule to scaling·B·A of each layer, and take the closest LoRA of the same rank."""
         carried = self.graft(adaptation, upgrade, replace=replace)
-        by_name, updates = lay_out(carried.tensors, carried.settings, _classifier(adaptation, upgrade.new))
+        by_name, updates = resolve_updates(carried.tensors, carried.settings, _classifier(adaptation, upgrade.new))
         if by_name.keys() != carried.tensors.keys():
             raise KindError(
                 f"{adaptation.path}: stores a LoRA for each expert separately, but the installed transformers fuses "
