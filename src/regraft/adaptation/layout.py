@@ -64,7 +64,7 @@ def resolve_updates(
     if absent := sorted(expected.keys() - adapter.keys()):
         raise CheckpointError(
             f"the LoRA tunes {len(absent)} tensors of a {name_of} that it does not hold: {', '.join(absent[:4])}. "
-            f"Either it is not whole, or it is of another base.{named_twice(adapter)}"
+            f"Either it is not whole, or it is of another base.{adapter_name_hint(adapter)}"
         )
     updates = _updates_of_modules(tuned, adapter, config)
     strays = _add_stored_whole(updates, adapter, architecture)
@@ -88,7 +88,7 @@ def resolve_updates(
     return adapter, updates
 
 
-def named_twice(names: Iterable[str]) -> str:
+def adapter_name_hint(names: Iterable[str]) -> str:
     """Return what to do about names that hold the adapter's name, as a model's state has them and PEFT's files do not.
 
     Args:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from regraft.adaptation.adaptation import CarriedAdaptation, Family
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.fresh import fresh_parts, fresh_poolers
-from regraft.adaptation.layout import HARMLESS, named_twice
+from regraft.adaptation.layout import HARMLESS, adapter_name_hint
 from regraft.adaptation.lora import START, model_name
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.replaced import graft_replaced, renumbered_settings, replaced_parameter, rows_in_adapter
@@ -306,7 +306,7 @@ def _check_loaded(
         error: type[RegraftError] = MismatchError if misshapen else CheckpointError
         raise error(
             f"{adaptation.path}: does not fit {base.path} with {head}. Tensors {problems}."
-            f"{named_twice(stored.keys() - loaded.keys())}"
+            f"{adapter_name_hint(stored.keys() - loaded.keys())}"
         )
     for name in common:
         value = loaded[name].cpu()
