@@ -134,7 +134,7 @@ def peft_settings(config: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"the LoRA's adapter_config.json: PEFT cannot read it ({error}).") from error
 
 
-def as_loaded(adapter: Tensors, tuned: Any) -> Tensors:
+def as_loaded_by_peft(adapter: Tensors, tuned: Any) -> Tensors:
     """Present a LoRA's tensors as PEFT converts them on loading: those of single experts become those of fused ones.
 
     Args:
@@ -173,7 +173,7 @@ def _attach(adapter: Tensors, config: Mapping[str, Any], architecture: Architect
         try:
             model = copy.deepcopy(architecture.model)
             tuned: Any = get_peft_model(model, settings, adapter_name=ADAPTER, low_cpu_mem_usage=True)
-            return tuned, as_loaded(adapter, tuned)
+            return tuned, as_loaded_by_peft(adapter, tuned)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, re.error) as error:
             raise CheckpointError(
                 f"PEFT cannot put the LoRA on a {type(architecture.model).__name__} ({str(error).strip()[:300]}). "

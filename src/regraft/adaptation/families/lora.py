@@ -11,7 +11,7 @@ from regraft.adaptation.changes import parameter_of
 from regraft.adaptation.families.peft_adapter import Peft, peft_state
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import stored_head
-from regraft.adaptation.layout import as_loaded, resolve_updates
+from regraft.adaptation.layout import as_loaded_by_peft, resolve_updates
 from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PARTS, START, begins_in_base, fold_start
 from regraft.adaptation.lora_transform import transform_factors
 from regraft.adaptation.merge import CANNOT_MERGE, merge_lora
@@ -60,7 +60,7 @@ class Lora(Peft):
 
     def stored(self, adaptation: Adaptation, adapted: Any) -> Tensors:
         """Convert the factors of separate experts to those of fused experts, as PEFT does."""
-        return as_loaded(adaptation.checkpoint, adapted)
+        return as_loaded_by_peft(adaptation.checkpoint, adapted)
 
     def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
         """Write it with PEFT; given its initial factors, write the equivalent plain LoRA."""
