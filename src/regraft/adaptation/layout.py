@@ -34,7 +34,7 @@ OF_TRAINING = {
     "init_lora_weights", "corda_config", "eva_config", "loftq_config", "lora_ga_config", "inference_mode",
     "megatron_config", "megatron_core", "runtime_config",
 }  # fmt: skip
-HARMLESS = {"merge_weights", "enable_lora"}  # what old PEFT wrote, whose value changed nothing
+OBSOLETE_SETTINGS = {"merge_weights", "enable_lora"}  # what old PEFT wrote, whose value changed nothing
 TURNED_UNTIL = (0, 19)  # the version of PEFT that exchanged A and B of target_parameters of three dimensions
 
 
@@ -121,7 +121,9 @@ def peft_settings(config: Mapping[str, Any]) -> Any:
     from peft import LoraConfig
 
     fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init} - {"peft_type"}
-    strangers = sorted(key for key, value in config.items() if value and key not in fields | HARMLESS | {"peft_type"})
+    strangers = sorted(
+        key for key, value in config.items() if value and key not in fields | OBSOLETE_SETTINGS | {"peft_type"}
+    )
     if strangers:
         raise CheckpointError(
             f"the LoRA's adapter_config.json: the settings {', '.join(strangers[:4])} are not known to the installed "

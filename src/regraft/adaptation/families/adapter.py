@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from regraft.adaptation.adaptation import CarriedAdaptation, Family
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.fresh import fresh_parts, fresh_poolers
-from regraft.adaptation.layout import HARMLESS, adapter_name_hint
+from regraft.adaptation.layout import OBSOLETE_SETTINGS, adapter_name_hint
 from regraft.adaptation.lora import START, model_name
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.replaced import graft_replaced, renumbered_settings, replaced_parameter, rows_in_adapter
@@ -119,7 +119,9 @@ class Adapter(Family):
         config, file = adaptation.config, f"{adaptation.path}/{ADAPTER_CONFIG}"
         check_patterns(config, [f"{base.prefix}.{name}" for name, _ in base.bare.named_modules()], file)
         fields = {field.name for cls in (self.config_class(config), PeftConfig) for field in dataclasses.fields(cls)}
-        unknown = sorted(key for key, value in config.items() if value and key not in fields and key not in HARMLESS)
+        unknown = sorted(
+            key for key, value in config.items() if value and key not in fields and key not in OBSOLETE_SETTINGS
+        )
         if unknown:
             listed = ", ".join(f"{key}: {config[key]!r:.60}" for key in unknown[:4])
             raise CheckpointError(
