@@ -34,7 +34,7 @@ def model_name(stored: str) -> str:
     return stored.removeprefix(START).removeprefix("base_model.")
 
 
-def begins_in_base(init: object) -> bool:
+def is_initialised_from_base(init: object) -> bool:
     """Return whether a LoRA takes its start out of its base, and so means nothing without that base.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adapter_folder import check_peft
 from regraft.adaptation.layout import resolve_updates
-from regraft.adaptation.lora import START, begins_in_base
+from regraft.adaptation.lora import START, is_initialised_from_base
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.tuned_class import nested, tuned_architecture, untied_by_setting
 from regraft.adaptation.update import Update
@@ -148,7 +148,7 @@ def _check_kind(config: Mapping[str, Any], start: Tensors | None) -> None:
             f"be merged here. {remedy}"
         )
     init = str(config.get("init_lora_weights", True)).lower()
-    if start is None and begins_in_base(init):
+    if start is None and is_initialised_from_base(init):
         raise CheckpointError(
             f"the LoRA was initialised by {init!r}, which took its start out of its base: give the adapter as it was "
             "before the first step (--start)."

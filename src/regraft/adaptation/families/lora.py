@@ -12,7 +12,7 @@ from regraft.adaptation.families.peft_adapter import Peft, peft_state
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import stored_head
 from regraft.adaptation.layout import as_loaded_by_peft, resolve_updates
-from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PARTS, START, begins_in_base, fold_start
+from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PARTS, START, fold_start, is_initialised_from_base
 from regraft.adaptation.lora_transform import transform_factors
 from regraft.adaptation.merge import CANNOT_MERGE, merge_lora
 from regraft.architecture import architecture_of
@@ -36,14 +36,14 @@ class Lora(Peft):
 
     def changed_base(self, config: Mapping[str, Any]) -> bool:
         """Return whether it was initialised from the base's weights, as PiSSA is."""
-        return begins_in_base(config.get("init_lora_weights", True))
+        return is_initialised_from_base(config.get("init_lora_weights", True))
 
     def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
         """Wrap the model with PEFT, and check that an initialisation from the weights finds enough directions."""
         adapted = super().attach_adapter(model, base, head, config, heads, modules)
-        if begins_in_base(config.init_lora_weights):
+        if is_initialised_from_base(config.init_lora_weights):
             _check_ranks(adapted, base)
         return adapted
 
@@ -54,7 +54,7 @@ class Lora(Peft):
 
     def start(self, model: Any) -> Tensors:
         """Copy A and B if they were initialised from the base's weights."""
-        if not begins_in_base(model.peft_config[ADAPTER].init_lora_weights):
+        if not is_initialised_from_base(model.peft_config[ADAPTER].init_lora_weights):
             return {}
         return {name: tensor.clone() for name, tensor in peft_state(model).items() if ".lora_" in name}
 
