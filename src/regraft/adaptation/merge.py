@@ -194,7 +194,7 @@ def _check_whole(absent: Sequence[str], architecture: Architecture, base: Checkp
 
 def _check_start(adapter: Tensors, start: Tensors, updates: Mapping[str, Update]) -> None:
     for update in updates.values():
-        if not update.goes_with(start):
+        if not update.accepts_start(start):
             raise CheckpointError(
                 f"the LoRA's start does not go with it: {(update.operands or ('a tensor',))[0]!r} differs."
             )

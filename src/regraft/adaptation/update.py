@@ -57,7 +57,7 @@ class Update:
         """
         return weight
 
-    def goes_with(self, start: Mapping[str, torch.Tensor]) -> bool:
+    def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
         """Return whether a start can be subtracted from it."""
         return True
 
@@ -103,7 +103,7 @@ class Rows(Update):
 
         return weight.index_copy(0, torch.tensor(self.rows), operands[0].to(weight))
 
-    def goes_with(self, start: Mapping[str, torch.Tensor]) -> bool:
+    def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
         """Return False: rows have no start."""
         return False
 
@@ -121,7 +121,7 @@ class Bias(Update):
         """Add the scaled bias, in float64."""
         return weight.double() + self.scale * operands[0].double()
 
-    def goes_with(self, start: Mapping[str, torch.Tensor]) -> bool:
+    def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
         """Return False: a bias has no start."""
         return False
 
@@ -147,7 +147,7 @@ class Factors(Update):
             merged = plain.double() + lora_delta(b, a, self.scale)
         return merged.T if self.turned else merged
 
-    def goes_with(self, start: Mapping[str, torch.Tensor]) -> bool:
+    def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
         """Return whether the start has B and A, and there is no magnitude."""
         factors = [name for name in self.operands if name.endswith(PARTS[:2])]
         return len(self.operands) == 2 and all(name in start for name in factors)
@@ -165,7 +165,7 @@ class Experts(Factors):
         """Add scale·B·A expert by expert."""
         return merge_experts(weight, operands[0], operands[1], self.scale, self.turned)
 
-    def goes_with(self, start: Mapping[str, torch.Tensor]) -> bool:
+    def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
         """Return False: experts take no start out of their base."""
         return False
 
