@@ -188,7 +188,7 @@ def token_rows(adaptation: Adaptation, module: str) -> list[int]:
     return list(rows)
 
 
-def rows_in_adapter(adaptation: Adaptation, base: Base) -> int | None:
+def num_adapter_rows(adaptation: Adaptation, base: Base) -> int | None:
     """Count the rows of the embeddings that an adapter stores, or that a LoRA in it is on.
 
     Args:

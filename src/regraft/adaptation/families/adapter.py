@@ -12,7 +12,7 @@ from regraft.adaptation.fresh import fresh_parts, fresh_poolers
 from regraft.adaptation.layout import OBSOLETE_SETTINGS, adapter_name_hint
 from regraft.adaptation.lora import START, model_name
 from regraft.adaptation.patterns import check_patterns
-from regraft.adaptation.replaced import graft_replaced, renumbered_settings, replaced_parameter, rows_in_adapter
+from regraft.adaptation.replaced import graft_replaced, num_adapter_rows, renumbered_settings, replaced_parameter
 from regraft.adaptation.tokens import match_token_rows
 from regraft.adaptation.vector import Vector
 from regraft.checkpoint import FLOATING, dtype_of, shape_of
@@ -224,7 +224,7 @@ class Adapter(Family):
 
     def num_embedding_rows(self, adaptation: Adaptation, base: Base) -> int | None:
         """Return the number of rows of embeddings that are stored, or to which a LoRA is applied."""
-        return rows_in_adapter(adaptation, base)
+        return num_adapter_rows(adaptation, base)
 
     def has_token_rows(self, adaptation: Adaptation) -> bool:
         """Return whether a LoRA is applied to embeddings."""
