@@ -10,7 +10,7 @@ from regraft.adaptation.adapter_folder import check_peft
 from regraft.adaptation.layout import resolve_updates
 from regraft.adaptation.lora import START, is_initialised_from_base
 from regraft.adaptation.patterns import check_patterns
-from regraft.adaptation.tuned_class import nested, tuned_architecture, untied_by_setting
+from regraft.adaptation.tuned_class import text_config_change, tuned_architecture, untied_by_setting
 from regraft.adaptation.update import Update
 from regraft.architecture import BUFFER
 from regraft.checkpoint import DerivedTensors, TensorSpec, are_equal, output_dtype, read_json, shape_of
@@ -83,7 +83,7 @@ def merge_lora(
         _check_start(adapter, start, updates)
     sources, untied = _follow_ties(stored, adapter, updates, architecture)
     if untied and (freed := untied_by_setting(architecture)).issuperset(untied):
-        changed |= nested(base, architecture, changed, "tie_word_embeddings", False)
+        changed |= text_config_change(base, architecture, changed, "tie_word_embeddings", False)
         untied = sorted(freed)  # the setting unties all of them
     absent, entries = [], {}
     for name, tensor in architecture.parameters.items():

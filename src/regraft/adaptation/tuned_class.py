@@ -84,7 +84,7 @@ def tuned_architecture(
         own = copy.deepcopy(own)
         text: Any = own.get_text_config()
         text.vocab_size = rows
-        changed |= nested(base, architecture, changed, "vocab_size", rows)
+        changed |= text_config_change(base, architecture, changed, "vocab_size", rows)
         architecture = architecture_of(own, name)
     full_name = type(architecture.model).__name__
     if full_name != (own.architectures or [""])[0]:
@@ -92,7 +92,7 @@ def tuned_architecture(
     return architecture, changed
 
 
-def nested(
+def text_config_change(
     base: Checkpoint, architecture: Architecture, changed: dict[str, Any], key: str, value: Any
 ) -> dict[str, Any]:
     """Return the change of a setting of the language model, which may be in a config of its own.
