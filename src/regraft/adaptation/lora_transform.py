@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from regraft.upgrade import Upgrade
 
 
-def shift_of(upgrade: Upgrade, inner: str) -> torch.Tensor | None:
+def parameter_shift(upgrade: Upgrade, inner: str) -> torch.Tensor | None:
     """Return what the upgrade changed in a tensor of the body.
 
     Args:
@@ -58,7 +58,7 @@ def transform_factors(
     factors = {name: update for name, update in updates.items() if isinstance(update, Factors)}
     for done, (name, update) in enumerate(factors.items(), 1):
         inner = name.removeprefix(upgrade.old.prefix + ".")
-        shift = shift_of(upgrade, inner)
+        shift = parameter_shift(upgrade, inner)
         if shift is not None:
             b_name, a_name = update.operands
             shapes = result[b_name].shape, result[a_name].shape

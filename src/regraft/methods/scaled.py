@@ -190,14 +190,14 @@ class _Deltas:
     def _part(self, job: Job, name: str, parameter: torch.Tensor) -> Any:
         """Return a parameter that carries a delta, its value grafted and without it, and its group."""
         from regraft.adaptation.lora import START
-        from regraft.adaptation.lora_transform import shift_of
+        from regraft.adaptation.lora_transform import parameter_shift
 
         family, upgrade, value = job.adaptation.family, job.upgrade, parameter.detach().clone()
         changed = family.proportional_parameter(name, self.model)
         if changed is None:
             return None
         inner = changed.removeprefix(START).removeprefix(self.prefix)
-        if shift_of(upgrade, inner) is None:
+        if parameter_shift(upgrade, inner) is None:
             return None
         new = upgrade.new.parameters[inner].to(value) if family.tunes_base else None
         return None if new is not None and new.equal(value) else (parameter.data, value, new, self.group(inner))
