@@ -249,7 +249,7 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
         update = Factors((b, a), scale=module.scaling[ADAPTER])
         if weight.dim() == 3:
             turned = not module._did_swap_in_out_features or _is_of_old_peft(module, adapter, (b, a), config)
-            update = Experts((b, a), scale=module.scaling[ADAPTER], turned=turned)
+            update = Experts((b, a), scale=module.scaling[ADAPTER], transposed=turned)
         return {f"{name}.{module.parameter_name}": update}
     factors = ("lora_B.weight", "lora_A.weight")
     if isinstance(module, lora.Embedding):
@@ -263,7 +263,7 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
     if module.use_dora[ADAPTER]:
         operands += (f"{stored}.lora_magnitude_vector",)
     turned = isinstance(module, lora.Embedding) or bool(module.fan_in_fan_out)
-    updates: dict[str, Update] = {f"{name}.weight": Factors(operands, scale=module.scaling[ADAPTER], turned=turned)}
+    updates: dict[str, Update] = {f"{name}.weight": Factors(operands, scale=module.scaling[ADAPTER], transposed=turned)}
     if module.lora_bias[ADAPTER]:
         updates[f"{name}.bias"] = Bias((f"{stored}.lora_B.bias",), scale=module.scaling[ADAPTER])
     return updates

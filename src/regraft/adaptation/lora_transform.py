@@ -66,10 +66,10 @@ def transform_factors(
             b = result[b_name].reshape(len(result[b_name]), -1, experts).permute(2, 0, 1)  # as PEFT keeps them
             a = result[a_name].reshape(experts, -1, shapes[1][1])
             dense = lora_delta(b, a, update.scale)
-            dense = dense.mT if update.turned else dense
+            dense = dense.mT if update.transposed else dense
             transformed = rule(inner, dense.reshape(shift.shape), shift).reshape(dense.shape)
             if not torch.equal(transformed, dense):
-                changes = (transformed.mT if update.turned else transformed).double() / update.scale
+                changes = (transformed.mT if update.transposed else transformed).double() / update.scale
                 pairs = [_closest(*of_one) for of_one in zip(changes, a, b, strict=True)]
                 result[a_name] = torch.stack([a for a, _ in pairs]).reshape(shapes[1])
                 result[b_name] = torch.stack([b for _, b in pairs]).permute(1, 2, 0).reshape(shapes[0])

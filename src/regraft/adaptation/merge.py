@@ -231,7 +231,7 @@ def _alike(adapter: Tensors, first: Update | None, second: Update | None) -> boo
     pairs = [(first.weight, second.weight), *zip(first.operands, second.operands, strict=False)]
     if len(first.operands) != len(second.operands):
         return False
-    if first.turned == second.turned:
+    if first.transposed == second.transposed:
         return all(a == b or (a and b and are_equal(adapter, a, adapter, b)) for a, b in pairs)
     (b, a), (other_b, other_a) = first.operands[:2], second.operands[:2]
     same_weight = first.weight == second.weight or (

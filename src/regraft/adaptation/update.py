@@ -31,7 +31,7 @@ class Update:
     operands: tuple[str, ...] = ()
     weight: str | None = None
     scale: float = 1.0
-    turned: bool = False
+    transposed: bool = False
     rows: tuple[int, ...] = ()
 
     @property
@@ -138,14 +138,14 @@ class Factors(Update):
     def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
         """Add scale·B·A, in float64."""
         b, a, *more = operands
-        plain = weight.T if self.turned else weight
+        plain = weight.T if self.transposed else weight
         if is_folded:
             b, a = subtract_factors((b.double(), a.double()), (more[0].double(), more[1].double()))
         if more and not is_folded:
             merged = dora_weight(plain, b, a, self.scale, more[0])
         else:
             merged = plain.double() + lora_delta(b, a, self.scale)
-        return merged.T if self.turned else merged
+        return merged.T if self.transposed else merged
 
     def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
         """Return whether the start has B and A, and there is no magnitude."""
@@ -163,7 +163,7 @@ class Experts(Factors):
 
     def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
         """Add scale·B·A expert by expert."""
-        return merge_experts(weight, operands[0], operands[1], self.scale, self.turned)
+        return merge_experts(weight, operands[0], operands[1], self.scale, self.transposed)
 
     def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
         """Return False: experts take no start out of their base."""
@@ -172,7 +172,7 @@ class Experts(Factors):
     def shapes(self, parameter: Shape, expected: Mapping[str, Shape]) -> dict[str, Shape]:
         """Return those of all experts' factors, which differ by the version of PEFT."""
         _, *sizes = parameter
-        out, inner = reversed(sizes) if self.turned else sizes
+        out, inner = reversed(sizes) if self.transposed else sizes
         ranks = expected[self.operands[1]][0]
         replaced = super().shapes(parameter, expected)
         return {**replaced, self.operands[0]: (out, ranks), self.operands[1]: (ranks, inner)}
