@@ -10,7 +10,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.lora import ADAPTER, START
-from regraft.adaptation.update import Bias, Experts, Factors, Rows, Update, Whole
+from regraft.adaptation.update import Bias, Experts, Factors, ReplacedModule, Rows, Update
 from regraft.checkpoint import dtype_of, shape_of, torch_dtype
 from regraft.errors import CheckpointError, MismatchError
 from regraft.progress import quiet
@@ -236,7 +236,7 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
     stored, name = f"{START}{path}", _plain(path)
     if isinstance(module, ModulesToSaveWrapper):
         own = module.modules_to_save[ADAPTER].state_dict()
-        return {f"{name}.{part}": Whole((f"{stored}.{part}",)) for part in own}
+        return {f"{name}.{part}": ReplacedModule((f"{stored}.{part}",)) for part in own}
     if isinstance(module, TrainableTokensWrapper):
         chosen = module.token_adapter.token_indices[ADAPTER]
         rows = tuple(chosen) if isinstance(chosen, list | tuple) else (-1,)  # refused, with other rows that are none

@@ -75,7 +75,7 @@ class Update:
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole(Update):
+class ReplacedModule(Update):
     """The module has a copy of its own, tuned and stored whole."""
 
     @property
