@@ -153,7 +153,7 @@ def test_the_example_method_passes_its_own_tests(tmp_path):
 
 
 def test_the_page_of_architectures_names_the_rows_of_the_table():
-    from test_architectures import TABLE
+    from test_contract import TABLE
 
     page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \|", page, flags=re.MULTILINE)
