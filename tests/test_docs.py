@@ -153,8 +153,8 @@ def test_the_example_method_passes_its_own_tests(tmp_path):
 
 
 def test_the_page_of_architectures_names_the_rows_of_the_table():
-    from test_contract import TABLE
+    from test_contract import ARCHITECTURES
 
     page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \|", page, flags=re.MULTILINE)
-    assert rows == [(name, row.head) for name, row in TABLE.items()]
+    assert rows == [(name, row.head) for name, row in ARCHITECTURES.items()]
