@@ -308,13 +308,13 @@ def test_a_text_of_no_tokens_is_named(copied, bases, task_file):
 def test_a_longest_text_of_no_tokens_is_refused(copied, bases, length):
     base = Base.open(copied(bases["bert"][0], "tokenizer_config.json", model_max_length=length))
     with pytest.raises(CheckpointError, match="model_max_length"):
-        _ = base.longest
+        _ = base.max_input_length
 
 
 def test_a_longest_text_written_as_a_float_is_read(copied, bases):
     for length, longest in ((1e30, 66), (40.0, 40)):
         base = Base.open(copied(bases["bert"][0], "tokenizer_config.json", model_max_length=length))
-        assert base.longest == longest
+        assert base.max_input_length == longest
 
 
 def test_outcomes_have_the_tokenizer_of_their_base_whatever_it_was_used_for(tmp_path, bases, tuned, task_file):

@@ -229,7 +229,7 @@ def test_query_heads_that_share_keys(data, tmp_path):
 def test_virtual_tokens_and_bottlenecks(opened, data, tmp_path, architecture, kind):
     old, new = opened[architecture]
     path = adapt(old, kind, tmp_path / "old")
-    data = data.with_virtual_tokens(load_adaptation(path).virtual_tokens, old.longest)
+    data = data.with_virtual_tokens(load_adaptation(path).virtual_tokens, old.max_input_length)
     first, second = load(path, old), load(path, new)
     identical = similarity(first, load(path, old), old, data, texts=10)
     assert flat(identical.divergence).max() == 0 and identical.kl == 0

@@ -62,7 +62,7 @@ def test_the_longest_input_runs(tmp_path, architecture):
     """It is what the positions hold, or what the tokenizer says where that is less."""
     for positions, longest in ((40, 39 if architecture == "roberta" else 40), (100, 64)):
         base = Base.open(write_base(tmp_path / str(positions), architecture, max_position_embeddings=positions))
-        assert base.longest == longest
+        assert base.max_input_length == longest
         AutoModel.from_pretrained(base.path)(torch.full((1, longest), 7))
 
 
@@ -72,8 +72,8 @@ def test_positions_from_past_the_padding_shorten_texts(tmp_path):
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
     make_tokenizer("roberta").save_pretrained(tmp_path)
     base = Base.open(tmp_path)
-    assert base.longest == 36
-    AutoModel.from_pretrained(tmp_path)(torch.full((1, base.longest), 7))
+    assert base.max_input_length == 36
+    AutoModel.from_pretrained(tmp_path)(torch.full((1, base.max_input_length), 7))
 
 
 def test_what_is_no_base_is_told_apart(tmp_path, bases):

@@ -139,7 +139,7 @@ def load_pair(
     upgrade = with_adaptation_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
     data.require_labels("check")
-    data = match_labels(adaptation, data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.longest))
+    data = match_labels(adaptation, data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length))
     upgrade.check_finite()
     old_model = check_compatibility(adaptation, upgrade, data.head)
     effect = check_effect(old_model, adaptation, upgrade.old, data)

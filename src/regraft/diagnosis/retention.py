@@ -92,7 +92,9 @@ def _token_blocks(pair: DeploymentPair, text: Sequence[str]) -> np.ndarray[Any, 
             lines = (json.dumps({"text": part}) + "\n" for part in itertools.chain(*pair.data.train.texts))
             file.write_text("".join(lines), encoding="utf-8")
             sources = (str(file),)
-        blocks = pack(Corpus(sources), base, min(BLOCK_TOKENS, base.longest), folder / "tokens.bin", pair.progress)
+        blocks = pack(
+            Corpus(sources), base, min(BLOCK_TOKENS, base.max_input_length), folder / "tokens.bin", pair.progress
+        )
         return np.array(blocks[:MAX_BLOCKS])
 
 

@@ -72,7 +72,7 @@ def compare(
     rows: dict[str, list[Row]] = {name: [] for name in names}
     outcomes, old, majority = [], [], []
     for seed in seeds:
-        data = load_data(task, seed).with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.longest)
+        data = load_data(task, seed).with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length)
         data = match_labels(adaptation, data)
         split = data.test or data.dev
         precision = recipe.resolve(len(data.train), 1.0).precision

@@ -104,7 +104,7 @@ def recycle(
     data = load_data(task, recipe.seed)
     if "labels" in chosen.needs(options):
         data.require_labels(f"method {method}")
-    data = data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.longest)
+    data = data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length)
     if head not in data.task.head_policies:
         raise RecipeError(f"the head of a {data.task.type} is {' or '.join(data.task.head_policies)}, found {head}.")
     if head != "fresh":

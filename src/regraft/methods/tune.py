@@ -74,7 +74,7 @@ def tune(
     data = load_data(task, recipe.seed)
     config = new_config(kind, base, data.head, **sizes) if isinstance(kind, str) else kind
     data.require_labels("tuning")
-    data = data.with_virtual_tokens(getattr(config, "num_virtual_tokens", None) or 0, base.longest)
+    data = data.with_virtual_tokens(getattr(config, "num_virtual_tokens", None) or 0, base.max_input_length)
     inputs = {
         "method": "tune",
         "adapter": settings(config),

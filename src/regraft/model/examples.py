@@ -28,7 +28,7 @@ def encode(base: Base, data: TaskData, split: Split) -> Examples:
         DataError: The tokenizer returns no token for an input.
     """
     tokenizer = base.tokenizer
-    examples = data.task.encode(split, tokenizer, base.pad_id, min(data.max_length, base.longest))
+    examples = data.task.encode(split, tokenizer, base.pad_id, min(data.max_length, base.max_input_length))
     input_ids = examples.columns["input_ids"]
     for row, ids in zip(split.rows.tolist(), input_ids, strict=True):
         if not ids:

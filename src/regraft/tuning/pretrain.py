@@ -145,8 +145,8 @@ def pretrain(
     """
     from transformers import set_seed
 
-    if block > base.longest:
-        raise RecipeError(f"--block {block} is more than the {base.longest} tokens that {base.path} takes.")
+    if block > base.max_input_length:
+        raise RecipeError(f"--block {block} is more than the {base.max_input_length} tokens that {base.path} takes.")
     inputs = {
         "base": base.fingerprint,
         "corpus": corpus.digest(),
