@@ -365,8 +365,8 @@ def test_a_chain_of_domains_with_bases_kept_on_the_way(tmp_path, bases):
 
     chain = make(tmp_path / "chain")
     assert [base.path.name for base in chain] == ["1-bio", "2-news"]
-    assert chain[0].made_from == first.fingerprint
-    assert chain[1].made_from == chain[0].fingerprint
+    assert chain[0].parent_fingerprint == first.fingerprint
+    assert chain[1].parent_fingerprint == chain[0].fingerprint
     plain = pretrain(first, domains[0], tmp_path / "plain", recipe, 16)
     assert plain.fingerprint == chain[0].fingerprint  # there is nothing to replay at first, and keeping changes nothing
     assert chain[1].fingerprint != pretrain(chain[0], domains[1], tmp_path / "without", recipe, 16).fingerprint
