@@ -13,7 +13,7 @@ test: .venv/ready
 	$(PYTEST) -m "not contract"
 
 contract: .venv/ready
-	$(PYTEST) tests/test_architectures.py tests/test_merge.py
+	$(PYTEST) --contract whole tests/test_contract.py tests/test_merge.py tests/test_figures.py
 
 test-fast: .venv/ready
 	$(PYTEST) -m "not slow"

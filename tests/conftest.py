@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 import random
 from pathlib import Path
@@ -137,6 +138,20 @@ def move_base(source: Path, folder: Path, amount: float, seed: int = 1) -> Path:
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make contract` run the whole table of test_contract."""
+    parser.addoption("--contract", choices=("cover", "whole"), default="cover", help="which cells test_contract runs")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the imported libraries out of garbage collection.
+
+    Each training asks for one (in `accelerate`), which takes 0.25 s over them.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def task_file(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("task")
@@ -225,28 +240,18 @@ def texts(opened, task_file):
 @pytest.fixture(scope="session")
 def made(tmp_path_factory, opened, texts):
     """Every kind on every old base, with every tuned number moved; and the logits it gave before it was saved."""
-    import torch
-
-    from regraft.adaptation import KINDS, attach, fresh_model, initial_factors, new_config, save_model
+    from regraft.adaptation import KINDS, save_model
     from regraft.model import predict
 
-    folder, found = tmp_path_factory.mktemp("made"), {}
+    folder, adaptations = tmp_path_factory.mktemp("made"), {}
     for architecture, kind in ((a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")):
         base = opened[architecture][0]
-        model = fresh_model(base, HEAD, 1)
-        if kind != "full":
-            model = attach(model, base, HEAD, new_config(kind, base, HEAD, rank=3, inner_size=5, virtual_tokens=4), 1)
-        start = initial_factors(model)
-        torch.manual_seed(2)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model, start = make_adapted_model(base, kind)
         into = folder / f"{architecture}-{kind}" / "adaptation"
         into.mkdir(parents=True)
         save_model(model, base, HEAD, into, start)
-        found[architecture, kind] = into, predict(model, texts[architecture], "fp32")
-    return found
+        adaptations[architecture, kind] = into, predict(model, texts[architecture], "fp32")
+    return adaptations
 
 
 def logits_of(path, base, texts):
@@ -258,22 +263,42 @@ def logits_of(path, base, texts):
     return predict(load_model(load_adaptation(path), base, HEAD), texts, "fp32")
 
 
-def adapt(base, kind, folder, seed=2, labels=LABELS, rank=3):
-    """Write an adaptation of a kind whose every tuned number is moved."""
+def make_adapted_model(base, kind, head=HEAD, seed=2, **sizes):
+    """Build a model with an adaptation of a kind whose every tuned number is moved.
+
+    Args:
+        base: The opened base.
+        kind: One of regraft's kinds of adaptation.
+        head: The head that a task needs.
+        seed: The seed of the random numbers.
+        **sizes: The size of the adapter, as in `new_config`.
+
+    Returns:
+        The model, and the factors that its LoRAs took their start from, which `save_model` takes.
+    """
     import torch
 
-    from regraft.adaptation import attach, fresh_model, initial_factors, new_config, save_model
+    from regraft.adaptation import attach, fresh_model, initial_factors, new_config
 
-    head = head_of(*labels)
     model = fresh_model(base, head, 1)
     if kind != "full":
-        model = attach(model, base, head, new_config(kind, base, head, rank=rank, inner_size=5), 1)
+        config = new_config(kind, base, head, **{"rank": 3, "inner_size": 5, "virtual_tokens": 4, **sizes})
+        model = attach(model, base, head, config, 1)
     start = initial_factors(model)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, start
+
+
+def adapt(base, kind, folder, seed=2, labels=LABELS, **sizes):
+    """Write the adaptation that `make_adapted_model` builds, and return its folder."""
+    from regraft.adaptation import save_model
+
+    head = head_of(*labels)
+    model, start = make_adapted_model(base, kind, head, seed, **sizes)
     folder.mkdir(parents=True)
     save_model(model, base, head, folder, start)
     return folder

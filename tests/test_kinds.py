@@ -1,66 +1,18 @@
-"""The same contract for every kind of adaptation on every architecture."""
+"""What each kind of adaptation has of its own: heads, bottleneck adapters, prompts, and how it learns."""
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, HEAD, LABELS, logits_of, move_base, write_base
+from conftest import HEAD, LABELS, move_base, write_base
 from safetensors.torch import load_file
 
-from regraft import Base, BottleneckConfig, Recipe, Upgrade, check, compare, load_adaptation, recycle, tune
-from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, write_graft
+from regraft import BottleneckConfig, Recipe, Upgrade, check, load_adaptation, recycle, tune
+from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config
 from regraft.adaptation.bottleneck import attach_bottlenecks
 from regraft.errors import MismatchError, RecipeError
 from regraft.model import predict
-from regraft.progress import quiet, silent
 
-CELLS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")]
-FOLDED = ("pissa", "olora")  # saved as the plain LoRA that they amount to
-LORAS = ("rslora", "dora", *FOLDED)
+LEARNING_RATES = {"full": 3e-3, **dict.fromkeys(("ia3", "prefix", "prompt", "layernorm"), 0.03)}  # of others: 0.01
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
-
-
-@pytest.mark.parametrize(("architecture", "kind"), CELLS)
-def test_what_is_saved_is_what_is_loaded(made, opened, texts, architecture, kind):
-    path, expected = made[architecture, kind]
-    adaptation = load_adaptation(path)
-    assert adaptation.kind == {"pfeiffer": "bottleneck", **dict.fromkeys(LORAS, "lora")}.get(kind, kind)
-    assert adaptation.labels == LABELS
-    assert adaptation.check_base(opened[architecture][0]) == "proven"
-    found = logits_of(path, opened[architecture][0], texts[architecture])
-    torch.testing.assert_close(found, expected, atol=1e-4 if kind in FOLDED else 0, rtol=0)
-    bare = predict(fresh_model(opened[architecture][0], HEAD, 1), texts[architecture], "fp32")
-    assert (found - bare).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("architecture", "kind"), [cell for cell in CELLS if cell[1] not in ("bottleneck", "pfeiffer")]
-)
-def test_transformers_and_peft_load_it_without_regraft(made, opened, texts, architecture, kind):
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
-
-    path, _ = made[architecture, kind]
-    base = opened[architecture][0]
-    with quiet():
-        if kind == "full":
-            model = AutoModelForSequenceClassification.from_pretrained(path)
-        else:
-            model = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=2, pad_token_id=0)
-            model = PeftModel.from_pretrained(model, path)
-    model.eval()
-    expected = logits_of(path, base, texts[architecture])
-    for i in range(4):
-        batch = texts[architecture].batch([i])
-        found = model(**{name: batch[name] for name in batch if name not in ("labels", "index")}).logits
-        torch.testing.assert_close(found, expected[i : i + 1], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("architecture", "kind"), CELLS)
-def test_direct_onto_the_same_base_gives_the_same_outputs(tmp_path, made, opened, texts, architecture, kind):
-    path, _ = made[architecture, kind]
-    old = opened[architecture][0]
-    write_graft(load_adaptation(path), Upgrade(old, old), tmp_path / "out", silent)
-    found = logits_of(tmp_path / "out", old, texts[architecture])
-    torch.testing.assert_close(found, logits_of(path, old, texts[architecture]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +116,7 @@ def encode_one(examples, i):
 def test_kinds_that_cannot_be(opened):
     with pytest.raises(RecipeError, match="Did you mean lora"):
         new_config("loora", opened["bert"][0], HEAD)
-    with pytest.raises(RecipeError, match="takes no prefix"):
+    with pytest.raises(RecipeError, match="take no prefix"):
         new_config("prefix", opened["distilbert"][0], HEAD)
     with pytest.raises(RecipeError, match="leave no room"):
         new_config("prompt", opened["bert"][0], HEAD, virtual_tokens=100)
@@ -175,29 +127,17 @@ def test_kinds_that_cannot_be(opened):
     ("architecture", "kind"),
     [*(("bert", kind) for kind in KINDS), ("llama", "bottleneck"), ("roberta", "prefix")],
 )
-def test_every_kind_is_tuned_checked_and_recycled(tmp_path, task_file, architecture, kind):
+def test_every_kind_learns_and_is_checked(tmp_path, task_file, architecture, kind):
     old = write_base(tmp_path / "old-base", architecture, initializer_range=0.2)  # heads see more than their own token
     new = move_base(old, tmp_path / "new-base", 0.02)
-    rate = {"full": 3e-3, "lora": 0.01, "bottleneck": 0.01, "pfeiffer": 0.01}.get(kind, 0.01 if kind in LORAS else 0.03)
+    rate = LEARNING_RATES.get(kind, 0.01)
     recipe = Recipe(steps=120, batch_size=16, learning_rate=rate, eval_every=20, precision="fp32")
     outcome = tune(old, task_file, tmp_path / "old", kind=kind, recipe=recipe)
     assert outcome.scores["dev"] > outcome.scores["dev_majority"] + 0.1
-    found = check(Upgrade(old, new), outcome.path, task_file, recipe=recipe)
-    assert found.effect > 1e-4
-    assert found.old == outcome.scores["test"]
-    assert found.new > found.floor
-    starts = {"init": "direct", "distill": "scratch"} if kind in ("full", "lora") else {}
-    compared = compare(
-        Upgrade(old, new), outcome.path, task_file, ["direct", *starts, "init+distill"], tmp_path / "all",
-        recipe=Recipe(steps=6, batch_size=16, learning_rate=rate / 10, eval_every=3, precision="fp32"),
-    )  # fmt: skip
-    rows = {row.method: row for row in compared.rows}
-    for method, start in {**starts, "init+distill": "direct"}.items():
-        assert rows[method].start == rows[start].start
-    for path in compared.outcomes:
-        again = load_adaptation(path)
-        assert again.kind == outcome.record.kind
-        assert again.base == Base.open(new).fingerprint
+    checked = check(Upgrade(old, new), outcome.path, task_file, recipe=recipe)
+    assert checked.effect > 1e-4
+    assert checked.old == outcome.scores["test"]
+    assert checked.new > checked.floor
 
 
 def test_the_command_line_shows_and_converts(tmp_path, made, bases, capsys, monkeypatch):
@@ -216,7 +156,7 @@ def test_the_command_line_shows_and_converts(tmp_path, made, bases, capsys, monk
     assert "loads wholly, lineage proven" in said
     arguments = ("--old-base", old, "--to", "lora", "--rank", 2, "--out", tmp_path / "lora")
     said = run("adaptation", "convert", made["bert", "full"][0], *arguments)
-    assert "of the delta's squared norm kept" in said
+    assert "of the delta's squared norm preserved" in said
     assert load_adaptation(tmp_path / "lora").config["r"] == 2
 
 
