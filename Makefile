@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # the tests' models are too small for more than a thread; two files of tests at a time take two cores
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
+PYTEST := $(BIN)/pytest --numprocesses 2
 
 .PHONY: demo test contract test-fast check bench clean
 
@@ -10,13 +10,14 @@ demo: .venv/ready
 	$(BIN)/regraft demo
 
 test: .venv/ready
-	$(PYTEST) -m "not contract"
+	$(PYTEST) --dist loadfile -m "not contract"
 
+# every combination of architecture, kind, start, objective and task type: about an hour
 contract: .venv/ready
-	$(PYTEST) --contract whole tests/test_contract.py tests/test_merge.py tests/test_figures.py
+	$(PYTEST) --dist load --contract whole tests/test_contract.py tests/test_merge.py tests/test_figures.py
 
 test-fast: .venv/ready
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --dist loadfile -m "not slow"
 
 check: .venv/ready
 	$(BIN)/ruff check .

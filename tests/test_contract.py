@@ -267,22 +267,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_every_two_values_that_can_meet_do_in_the_cover():
-    cover, whole = pairwise_cover(), list(all_cells())
-    assert set(cover) <= set(whole)
+    cover, table = pairwise_cover(), list(all_cells())
+    assert set(cover) <= set(table)
     for i, j in itertools.combinations(range(len(DIMENSIONS)), 2):
-        missing = {(cell[i], cell[j]) for cell in whole} - {(cell[i], cell[j]) for cell in cover}
+        missing = {(cell[i], cell[j]) for cell in table} - {(cell[i], cell[j]) for cell in cover}
         assert all(i == 0 and second in ON_ANY_ARCHITECTURE for _, second in missing)
 
 
 def write_task(folder: Path) -> Path:
     """Write a task of text classification."""
     folder.mkdir()
-    chance = random.Random(0)
+    rng = random.Random(0)
     for split, count in (("train", 48), ("dev", 10), ("test", 10)):
         with (folder / f"{split}.csv").open("w", newline="") as stream:
             rows = csv.writer(stream)
             rows.writerow(["text", "label"])
-            rows.writerows([sentence(chance, bool(i % 2)), LABELS[i % 2]] for i in range(count))
+            rows.writerows([sentence(rng, bool(i % 2)), LABELS[i % 2]] for i in range(count))
     (folder / "task.yaml").write_text(
         "train: train.csv\ndev: dev.csv\ntest: test.csv\ntext: text\nlabel: label\nmax_length: 32\n"
     )
@@ -598,7 +598,7 @@ def write_classifier_lora(case: Case, folder: Path) -> Path:
 
 
 def load_with_peft(base: Path, adapter: Path):
-    """PEFT's own model of an adapter on a base."""
+    """Load an adapter onto a base by PEFT alone."""
     from peft import PeftModel
 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, key_mapping=COMPILED_PREFIX)
@@ -618,8 +618,8 @@ def test_a_full_fine_tune_is_grafted_as_in_memory(case, tmp_path):
 def test_a_lora_is_carried_as_it_is(case, tmp_path):
     adapter = write_classifier_lora(case, tmp_path / "adapter")
     recycle_case(case, "direct", adapter, tmp_path / "out")
-    found = load_file(tmp_path / "out" / "adaptation" / "adapter_model.safetensors")
-    assert_close(found, load_file(adapter / "adapter_model.safetensors"))
+    carried = load_file(tmp_path / "out" / "adaptation" / "adapter_model.safetensors")
+    assert_close(carried, load_file(adapter / "adapter_model.safetensors"))
     predictions = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     model = load_with_peft(case.new, tmp_path / "out" / "adaptation").eval()
     for text, entry in zip(texts_of(case, "test"), [p for p in predictions if p["split"] == "test"], strict=True):
@@ -696,8 +696,8 @@ def test_an_adaptation_is_converted_both_ways(case, tmp_path):
     run_command(
         *convert, tmp_path / "full", "--to", "lora", "--old-base", case.old, "--rank", 4, "--out", tmp_path / "lora"
     )
-    again = load_with_peft(case.old, tmp_path / "lora").merge_and_unload()
-    assert_close(dict(again.state_dict()), dict(merged.state_dict()), 2e-5)
+    converted = load_with_peft(case.old, tmp_path / "lora").merge_and_unload()
+    assert_close(dict(converted.state_dict()), dict(merged.state_dict()), 2e-5)
 
 
 @on_architectures(6, but="albert")  # its layers are one: what it is fed changes with its own refit
@@ -716,26 +716,26 @@ def test_ridge_is_its_closed_form(case, tmp_path):
     assert names
     examples = [encoded(case, text) for text in texts_of(case, "train")]
     inputs = [inputs_of(model, names, examples) for model in (tuned, refitted)]
-    state, states = refitted.state_dict(), tuned.state_dict()
+    refitted_tensors, tuned_tensors = refitted.state_dict(), tuned.state_dict()
     for name in names:
         weight = f"{name}.weight"
         is_transposed = isinstance(tuned.get_submodule(name), Conv1D)
-        delta, found = (
+        delta, refitted_delta = (
             t.double().T if is_transposed else t.double()
-            for t in (states[weight] - old[weight], state[weight] - new[weight])
+            for t in (tuned_tensors[weight] - old[weight], refitted_tensors[weight] - new[weight])
         )
         if name not in inputs[0]:  # a layer that the classifier never runs
             continue
-        before, after = (torch.cat(side[name]).double() for side in inputs)
+        before, after = (torch.cat(rows[name]).double() for rows in inputs)
         second = after.T @ after
         strength = 0.3 * second.diagonal().mean()
         eye = torch.eye(len(second), dtype=torch.float64)
         expected = (delta @ (before.T @ after) + strength * delta) @ torch.linalg.inv(second + strength * eye)
-        assert float((found - expected).abs().max()) < 2e-4 * max(1, float(expected.abs().max())), name
+        assert float((refitted_delta - expected).abs().max()) < 2e-4 * max(1, float(expected.abs().max())), name
 
 
 def inputs_of(model, names, examples) -> dict[str, list[torch.Tensor]]:
-    """What each layer is fed on texts run one by one, without padding: read by hooks."""
+    """Run texts one by one, without padding, and return the rows that each layer is fed."""
     rows: dict[str, list[torch.Tensor]] = {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -752,7 +752,7 @@ def inputs_of(model, names, examples) -> dict[str, list[torch.Tensor]]:
 
 
 def run_command(*arguments):
-    """The command line, in this process."""
+    """Run a command in this process."""
     from typer.testing import CliRunner
 
     from regraft.cli import app

@@ -28,7 +28,7 @@ RECYCLING = {"full": 5e-4, "lora": 2e-3}
 TOLERANCES = {"losses": 5e-3}
 """Of losses in training, which differ between processors by up to 6e-4; of all other figures `TOLERANCE`."""
 TOLERANCE = 1e-4
-OLDER = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+OLDER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 
 
 def write_inputs(folder: Path) -> tuple[Path, Path, list[Path]]:
@@ -62,10 +62,10 @@ def compute(kind: str, folder: Path, old: Path, new: Path, tasks: list[Path]) ->
     def recipe(steps: int, rate: float) -> Recipe:
         return Recipe(steps=steps, batch_size=8, eval_every=steps // 2, learning_rate=rate, precision="fp32")
 
-    (task, other), upgrade = tasks, Upgrade(old, new)
+    (task, second_task), upgrade = tasks, Upgrade(old, new)
     many, few = recipe(*TUNING[kind]), recipe(8, RECYCLING[kind])
     source = tune(old, task, folder / "tuned", kind=kind, recipe=many)
-    pair = [tune(base, other, folder / base.name, kind=kind, recipe=many).path for base in (old, new)]
+    pair = [tune(base, second_task, folder / base.name, kind=kind, recipe=many).path for base in (old, new)]
     options = {"project": parse_options("project", [f"pairs=[{pair[0]}={pair[1]}]"])}
     compared = compare(upgrade, source.path, task, list(methods()), folder / "recycled", recipe=few, options=options)
     rows = zip(compared.rows, compared.outcomes, strict=True)
@@ -103,28 +103,28 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[P
 def test_every_method_has_the_committed_figures(
     kind: str, inputs: tuple[Path, Path, list[Path]], tmp_path: Path
 ) -> None:
-    found, expected = compute(kind, tmp_path, *inputs), json.loads(FIGURES.read_text(encoding="utf-8"))[kind]
-    assert list(found) == list(expected)
+    computed, expected = compute(kind, tmp_path, *inputs), json.loads(FIGURES.read_text(encoding="utf-8"))[kind]
+    assert list(computed) == list(expected)
     for name, figures in expected.items():
         for figure, value in figures.items():
             if figure != "predictions":
                 value = pytest.approx(value, abs=TOLERANCES.get(figure, TOLERANCE))
-            assert found[name][figure] == value, f"{name}: {figure}"
+            assert computed[name][figure] == value, f"{name}: {figure}"
 
 
 def main() -> None:
-    """Write the file of figures; with `OLDER` set, print the figures instead."""
+    """Write the file of figures; with `OLDER_PROCESSOR` set, print the figures instead."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = write_inputs(Path(folder))
-        found = {kind: compute(kind, Path(folder) / kind, *inputs) for kind in TUNING}
-    if OLDER.items() <= os.environ.items():
-        print(json.dumps(found))
+        computed = {kind: compute(kind, Path(folder) / kind, *inputs) for kind in TUNING}
+    if OLDER_PROCESSOR.items() <= os.environ.items():
+        print(json.dumps(computed))
         return
-    again = subprocess.run(
-        [sys.executable, __file__], env=os.environ | OLDER, stdout=subprocess.PIPE, text=True, check=True
+    older_run = subprocess.run(
+        [sys.executable, __file__], env=os.environ | OLDER_PROCESSOR, stdout=subprocess.PIPE, text=True, check=True
     )
-    older = json.loads(again.stdout.splitlines()[-1])
-    for kind, methods in found.items():
+    older = json.loads(older_run.stdout.splitlines()[-1])
+    for kind, methods in computed.items():
         for name, figures in methods.items():
             if figures.get("predictions") != older[kind][name].get("predictions"):
                 sys.exit(f"{kind}, {name}: predictions depend on the processor. Choose other steps or rates.")
@@ -132,7 +132,7 @@ def main() -> None:
         f" {json.dumps(kind)}: {{\n"
         + ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in methods.items())
         + "\n }"
-        for kind, methods in found.items()
+        for kind, methods in computed.items()
     )
     FIGURES.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

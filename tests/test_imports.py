@@ -26,7 +26,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def imported() -> dict[str, set[str]]:
+def read_imports() -> dict[str, set[str]]:
     """The modules of the package, by those that import them, whether at the top or inside a function."""
     files = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
     files = {name.removesuffix(".__init__"): file for name, file in files.items()}
@@ -35,7 +35,7 @@ def imported() -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "regraft":
                 inner = {f"{node.module}.{alias.name}" for alias in node.names}
-                modules[name] |= {one if one in files else str(node.module) for one in inner}
+                modules[name] |= {module if module in files else str(node.module) for module in inner}
     return modules
 
 
@@ -44,19 +44,19 @@ def room_of(module: str) -> str:
 
 
 def test_a_room_imports_from_floors_below():
-    modules = imported()
+    modules = read_imports()
     assert len(modules) > 100
     upward = [
-        f"{name} imports {other}"
-        for name, others in modules.items()
-        for other in others
-        if room_of(other) != room_of(name) and FLOOR[room_of(other)] >= FLOOR[room_of(name)]
+        f"{name} imports {imported}"
+        for name, imports in modules.items()
+        for imported in imports
+        if room_of(imported) != room_of(name) and FLOOR[room_of(imported)] >= FLOOR[room_of(name)]
     ]
     assert not upward
 
 
 def test_no_module_imports_itself_through_others():
-    modules = imported()
+    modules = read_imports()
     for start in modules:
         reached, ahead = set(), list(modules[start])
         while ahead:

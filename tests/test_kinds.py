@@ -36,27 +36,27 @@ def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file
     with pytest.raises(MismatchError, match="worse"):
         recycle(upgrade, path, task, "direct", tmp_path / "copy", recipe=FEW)
     file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
-    for how in ("resize", "fresh"):
+    for policy in ("resize", "fresh"):
         with pytest.raises(RecipeError, match="head copy only"):
-            recycle(upgrade, path, task, "init+distill", tmp_path / how, recipe=FEW, head=how)
-        outcome = recycle(upgrade, path, task, "direct", tmp_path / how, recipe=FEW, head=how)
+            recycle(upgrade, path, task, "init+distill", tmp_path / policy, recipe=FEW, head=policy)
+        outcome = recycle(upgrade, path, task, "direct", tmp_path / policy, recipe=FEW, head=policy)
         assert outcome.record.labels == ("neutral", "positive", "worse")
         before, after = load_file(path / file)[row], load_file(outcome.path / "adaptation" / file)[row]
         assert after.shape == (3, before.shape[1])
-        assert torch.equal(after[1], before[1]) == (how == "resize")
+        assert torch.equal(after[1], before[1]) == (policy == "resize")
         assert not torch.equal(after[2], before[0])
-    tuned_on = recycle(upgrade, path, task, "init", tmp_path / "init", recipe=FEW, head="resize")
-    assert tuned_on.record.cost.steps == 4
+    tuned = recycle(upgrade, path, task, "init", tmp_path / "init", recipe=FEW, head="resize")
+    assert tuned.record.cost.steps == 4
 
 
 def test_labels_in_another_order_are_permuted(tmp_path, made, opened, task_file):
     task = task_file.parent / "other-order.yaml"
     task.write_text(task_file.read_text() + "labels: [positive, negative]\n")
     upgrade, path = Upgrade(*opened["bert"]), made["bert", "lora"][0]
-    one = recycle(upgrade, path, task_file, "direct", tmp_path / "one", recipe=FEW)
-    other = recycle(upgrade, path, task, "direct", tmp_path / "other", recipe=FEW)
-    assert one.scores == other.scores
-    assert other.record.labels == LABELS
+    as_tuned = recycle(upgrade, path, task_file, "direct", tmp_path / "as-tuned", recipe=FEW)
+    permuted = recycle(upgrade, path, task, "direct", tmp_path / "permuted", recipe=FEW)
+    assert permuted.scores == as_tuned.scores
+    assert permuted.record.labels == LABELS
 
 
 def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts):
@@ -150,13 +150,13 @@ def test_the_command_line_shows_and_converts(tmp_path, made, bases, capsys, monk
         return " ".join(capsys.readouterr().out.split())
 
     old = bases["bert"][0]
-    said = run("adaptation", "show", made["bert", "bottleneck"][0], "--base", old)
-    assert "kind bottleneck" in said
-    assert "inner_size 5" in said
-    assert "loads wholly, lineage proven" in said
+    output = run("adaptation", "show", made["bert", "bottleneck"][0], "--base", old)
+    assert "kind bottleneck" in output
+    assert "inner_size 5" in output
+    assert "loads wholly, lineage proven" in output
     arguments = ("--old-base", old, "--to", "lora", "--rank", 2, "--out", tmp_path / "lora")
-    said = run("adaptation", "convert", made["bert", "full"][0], *arguments)
-    assert "of the delta's squared norm preserved" in said
+    output = run("adaptation", "convert", made["bert", "full"][0], *arguments)
+    assert "of the delta's squared norm preserved" in output
     assert load_adaptation(tmp_path / "lora").config["r"] == 2
 
 
@@ -167,20 +167,22 @@ def test_an_interrupted_tuning_goes_on_to_the_same_weights(tmp_path, bases, task
     class Stopped(Exception):
         pass
 
-    def interrupt(stage, done, total, figures):
-        if (stage, done) == ("tune", 7):
+    def interrupt(stage, step, total, figures):
+        if (stage, step) == ("tune", 7):
             raise Stopped
 
     with pytest.raises(Stopped):
-        tune(bases["bert"][0], task_file, tmp_path / "one", kind=kind, recipe=recipe, progress=interrupt)
-    assert not (tmp_path / "one").exists()
+        tune(bases["bert"][0], task_file, tmp_path / "resumed", kind=kind, recipe=recipe, progress=interrupt)
+    assert not (tmp_path / "resumed").exists()
     steps = []
-    for name in ("one", "other"):
+    for name in ("resumed", "uninterrupted"):
         tune(
             bases["bert"][0], task_file, tmp_path / name, kind=kind, recipe=recipe,
-            progress=lambda stage, done, *_: steps.append(done) if stage == "tune" else None,
+            progress=lambda stage, step, *_: steps.append(step) if stage == "tune" else None,
         )  # fmt: skip
     assert steps == [7, 8, 9, *range(1, 10)]
-    one, other = (load_file(tmp_path / n / "adaptation" / "adapter_model.safetensors") for n in ("one", "other"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    resumed, uninterrupted = (
+        load_file(tmp_path / name / "adaptation" / "adapter_model.safetensors") for name in ("resumed", "uninterrupted")
+    )
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)

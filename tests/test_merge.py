@@ -103,10 +103,10 @@ def tune(folder, name, base, settings, rows=None):
 def outputs(name, model):
     more = {"decoder_input_ids": torch.tensor([[0, 7, 8]])} if name == "t5" else {}
     with torch.no_grad():
-        given = model.eval()(
+        output = model.eval()(
             input_ids=torch.tensor([[7, 9, 12, 20, 8], [11, 30, 6, 15, 22]])[: 1 if more else 2], **more
         )
-    return given.logits if hasattr(given, "logits") else given.last_hidden_state
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
 def reload(name, folder):
@@ -123,7 +123,7 @@ def as_peft_loads(name, base, adapter):
 
 
 @pytest.fixture(scope="module")
-def base_of(tmp_path_factory):
+def get_base(tmp_path_factory):
     """The base of an architecture and its outputs, made when they are first asked for."""
     folder = tmp_path_factory.mktemp("bases")
 
@@ -134,8 +134,8 @@ def base_of(tmp_path_factory):
     return build
 
 
-def check_merged(tmp_path, base_of, name, settings):
-    base, plain = base_of(name)
+def check_merged(tmp_path, get_base, name, settings):
+    base, plain = get_base(name)
     tune(tmp_path / "adapter", name, base, settings)
     if "task_type" in settings:  # nor does the base name its class
         config = json.loads((base / "config.json").read_text())
@@ -150,8 +150,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::pef
 
 
 @pytest.mark.parametrize(("name", "settings"), FAST)
-def test_what_is_merged_is_the_tuned_model(tmp_path, base_of, name, settings):
-    check_merged(tmp_path, base_of, name, settings)
+def test_what_is_merged_is_the_tuned_model(tmp_path, get_base, name, settings):
+    check_merged(tmp_path, get_base, name, settings)
 
 
 SETTINGS = {
@@ -163,15 +163,15 @@ SETTINGS = {
     "whole-head": {"target_modules": "linear", "modules_to_save": "head"},
 }
 TABLE = [  # every third cell in turn, so that each architecture and each setting is met; `make contract` runs them all
-    pytest.param(name, settings, id=f"{name}-{which}", marks=[pytest.mark.contract] * bool((row + column) % 3))
+    pytest.param(name, settings, id=f"{name}-{setting}", marks=[pytest.mark.contract] * bool((row + column) % 3))
     for row, name in enumerate(sorted(MODELS))
-    for column, (which, settings) in enumerate(SETTINGS.items())
+    for column, (setting, settings) in enumerate(SETTINGS.items())
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), TABLE)
-def test_every_architecture_is_merged(tmp_path, base_of, name, settings):
+def test_every_architecture_is_merged(tmp_path, get_base, name, settings):
     auto, family, sizes = MODELS[name]
     with torch.device("meta"):
         model = auto.from_config(getattr(transformers, f"{family}Config")(**sizes))
@@ -186,7 +186,7 @@ def test_every_architecture_is_merged(tmp_path, base_of, name, settings):
         "head": [paths.get(id(head))],
         "ends": [paths[id(end)] for end in (embeddings, head) if end is not None],
     }
-    check_merged(tmp_path, base_of, name, {key: parts.get(str(value), value) for key, value in settings.items()})
+    check_merged(tmp_path, get_base, name, {key: parts.get(str(value), value) for key, value in settings.items()})
 
 
 @pytest.mark.parametrize(
@@ -198,15 +198,15 @@ def test_every_architecture_is_merged(tmp_path, base_of, name, settings):
         ({"trainable_token_indices": [4, 5]}, True),
     ],
 )
-def test_tied_tensors_are_two_where_one_side_was_tuned(tmp_path, base_of, settings, is_tied):
-    check_merged(tmp_path, base_of, "llama-tied", {"target_modules": ["q_proj"], **settings})
+def test_tied_tensors_are_two_where_one_side_was_tuned(tmp_path, get_base, settings, is_tied):
+    check_merged(tmp_path, get_base, "llama-tied", {"target_modules": ["q_proj"], **settings})
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is is_tied
     assert ("lm_head.weight" in Checkpoint.open(tmp_path / "out")) is not is_tied
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
-def test_added_tokens_are_in_what_is_merged(tmp_path, base_of, name):
-    base, _ = base_of(name)
+def test_added_tokens_are_in_what_is_merged(tmp_path, get_base, name):
+    base, _ = get_base(name)
     model = tune(tmp_path / "adapter", name, base, {"target_modules": ["q_proj"]}, rows=45)
     tokenizer = make_tokenizer("llama")
     tokenizer.add_tokens(["<a>", "<b>"])
@@ -218,7 +218,7 @@ def test_added_tokens_are_in_what_is_merged(tmp_path, base_of, name):
 
 
 def test_a_text_model_inside_another_has_its_settings_in_their_place(tmp_path):
-    """Tokens added and the head untied: both changes are in `text_config`, where the class reads them."""
+    """Write the sizes of added tokens and of an untied head into `text_config`, where the class reads them."""
     text = {**SIZE, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 16}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.Gemma3Config(
@@ -229,8 +229,8 @@ def test_a_text_model_inside_another_has_its_settings_in_their_place(tmp_path):
         model = transformers.Gemma3ForConditionalGeneration(config)
         model.save_pretrained(tmp_path / "base")
         model.resize_token_embeddings(45, mean_resizing=False)
-        whole = ["embed_tokens", "lm_head"]
-        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole))
+        modules = ["embed_tokens", "lm_head"]
+        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=modules))
         with torch.no_grad():
             for name, parameter in tuned.named_parameters():
                 parameter.add_(("modules_to_save" in name) * 0.1 * torch.randn_like(parameter))
@@ -258,8 +258,8 @@ def test_a_model_that_reads_no_tokens_is_merged(tmp_path):
         torch.testing.assert_close(merged[name], expected[name], atol=1e-6, rtol=0)
 
 
-def test_rows_that_were_not_saved_are_missed(tmp_path, base_of):
-    base, _ = base_of("llama")
+def test_rows_that_were_not_saved_are_missed(tmp_path, get_base):
+    base, _ = get_base("llama")
     model = tune(tmp_path / "adapter", "llama", base, {"target_modules": ["q_proj", "embed_tokens"]}, rows=45)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(MismatchError, match=r"embed_tokens\.weight' is \(40, 32\).* room for \(45, 32\)"):
@@ -268,8 +268,8 @@ def test_rows_that_were_not_saved_are_missed(tmp_path, base_of):
         )  # fmt: skip
 
 
-def test_experts_one_by_one_as_transformers_4_had_them(tmp_path, base_of):
-    base, _ = base_of("qwen3-moe")
+def test_experts_one_by_one_as_transformers_4_had_them(tmp_path, get_base):
+    base, _ = get_base("qwen3-moe")
     tune(tmp_path / "adapter", "qwen3-moe", base, {"target_modules": ["q_proj"]})
     file = tmp_path / "adapter/adapter_model.safetensors"
     tensors, names = load_file(file), ("gate_proj", "up_proj", "down_proj")
@@ -283,43 +283,43 @@ def test_experts_one_by_one_as_transformers_4_had_them(tmp_path, base_of):
     invoke("merge-lora", "--adapter", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out")
     expected = as_peft_loads("qwen3-moe", base, tmp_path / "adapter")
     torch.testing.assert_close(reload("qwen3-moe", tmp_path / "out"), expected, atol=2e-6, rtol=1e-4)
-    some = {name: tensor for name, tensor in tensors.items() if "experts.2.up_proj" not in name}
+    incomplete = {name: tensor for name, tensor in tensors.items() if "experts.2.up_proj" not in name}
     with pytest.raises(CheckpointError, match="PEFT cannot put the LoRA on a Qwen3MoeForCausalLM"):
-        merge_lora(some, config, Checkpoint.open(base))
+        merge_lora(incomplete, config, Checkpoint.open(base))
 
 
-def test_experts_as_peft_before_0_19_had_them(tmp_path, base_of):
+def test_experts_as_peft_before_0_19_had_them(tmp_path, get_base):
     """A and B were exchanged: [experts, in, out] was taken for the order of the dimensions."""
-    base, _ = base_of("qwen3-moe")
+    base, _ = get_base("qwen3-moe")
     tune(tmp_path / "adapter", "qwen3-moe", base, {"target_modules": ["q_proj"], "target_parameters": EXPERTS})
     adapter, config = load_file(tmp_path / "adapter/adapter_model.safetensors"), lora_settings(tmp_path / "adapter")
     merged = merge_lora(adapter, config, Checkpoint.open(base)).tensors
     exchanged = dict(adapter)
     for name in (n for n in adapter if "experts" in n and "lora_A" in n):
-        other = name.replace("lora_A", "lora_B")
-        a, b = adapter[name].reshape(4, 3, -1), adapter[other].reshape(len(adapter[other]), 3, 4)
-        exchanged |= {name: b.permute(2, 1, 0).flatten(0, 1), other: a.permute(2, 1, 0).flatten(1)}
-    again = merge_lora(exchanged, config | {"peft_version": "0.18.1"}, Checkpoint.open(base)).tensors
+        b_name = name.replace("lora_A", "lora_B")
+        a, b = adapter[name].reshape(4, 3, -1), adapter[b_name].reshape(len(adapter[b_name]), 3, 4)
+        exchanged |= {name: b.permute(2, 1, 0).flatten(0, 1), b_name: a.permute(2, 1, 0).flatten(1)}
+    merged_exchanged = merge_lora(exchanged, config | {"peft_version": "0.18.1"}, Checkpoint.open(base)).tensors
     for name in merged:
-        torch.testing.assert_close(again[name], merged[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(merged_exchanged[name], merged[name], atol=1e-6, rtol=0)
 
 
-def test_a_refusal_leaves_nothing_behind(tmp_path, base_of):
-    base, _ = base_of("llama")
+def test_a_refusal_leaves_nothing_behind(tmp_path, get_base):
+    base, _ = get_base("llama")
     tune(tmp_path / "adapter", "llama", base, {"target_modules": ["q_proj"], "lora_bias": True})
     options = ["weights", "merge-lora", "--adapter", str(tmp_path / "adapter"), "--base", str(base), "--out"]
-    done = CliRunner().invoke(app, [*options, str(tmp_path / "out")])
-    assert isinstance(done.exception, CheckpointError)
-    assert "biases to 2 layers that have none" in str(done.exception)
+    result = CliRunner().invoke(app, [*options, str(tmp_path / "out")])
+    assert isinstance(result.exception, CheckpointError)
+    assert "biases to 2 layers that have none" in str(result.exception)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter"]
     tune(tmp_path / "adapter", "llama", base, {"target_modules": ["q_proj"]})
     adapter = Checkpoint.open(tmp_path / "adapter")
     state = {name.replace(".weight", ".default.weight"): adapter[name] for name in adapter}  # that of PEFT's model
     with pytest.raises(CheckpointError, match=r"take `\.default` out of them"):
         merge_lora(state, lora_settings(tmp_path / "adapter"), Checkpoint.open(base))
-    done = CliRunner().invoke(app, [*options, str(base)])
-    assert isinstance(done.exception, OutcomeError)
-    assert "is the folder of --base" in str(done.exception)
+    result = CliRunner().invoke(app, [*options, str(base)])
+    assert isinstance(result.exception, OutcomeError)
+    assert "is the folder of --base" in str(result.exception)
 
 
 @pytest.mark.parametrize(
@@ -332,8 +332,8 @@ def test_a_refusal_leaves_nothing_behind(tmp_path, base_of):
         ({"r": "3"}, "not a number"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(tmp_path, base_of, setting, reason):
-    base, _ = base_of("llama")
+def test_settings_that_make_no_sense_are_refused(tmp_path, get_base, setting, reason):
+    base, _ = get_base("llama")
     tune(tmp_path / "adapter", "llama", base, {"target_modules": ["q_proj"], "trainable_token_indices": [4, 5]})
     config = lora_settings(tmp_path / "adapter") | setting
     with pytest.raises(CheckpointError, match=reason):
@@ -341,9 +341,9 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, base_of, setting, rea
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt2", "nomic"])
-def test_a_lora_drawn_out_is_one_that_peft_loads(tmp_path, base_of, name):
+def test_a_lora_drawn_out_is_one_that_peft_loads(tmp_path, get_base, name):
     """At any energy, experts of one parameter have one rank; at the whole energy it is the fine-tune."""
-    base, _ = base_of(name)
+    base, _ = get_base(name)
     with quiet():
         model = MODELS[name][0].from_pretrained(base)
         layers = {path for path, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
@@ -356,8 +356,8 @@ def test_a_lora_drawn_out_is_one_that_peft_loads(tmp_path, base_of, name):
         model.save_pretrained(tmp_path / "tuned")
     for energy in (1.0, 0.7):
         out = tmp_path / f"lora-{energy}"
-        given = ("extract-lora", "--tuned", tmp_path / "tuned", "--old", base, "--energy", energy, "--out", out)
-        invoke(*given)
+        arguments = ("extract-lora", "--tuned", tmp_path / "tuned", "--old", base, "--energy", energy, "--out", out)
+        invoke(*arguments)
         expected = as_peft_loads(name, base, out)
         merged = merge_lora(Checkpoint.open(out), lora_settings(out), Checkpoint.open(base)).tensors
         if energy == 1:
@@ -366,10 +366,10 @@ def test_a_lora_drawn_out_is_one_that_peft_loads(tmp_path, base_of, name):
             for tensor in tuned:
                 torch.testing.assert_close(merged[tensor], tuned[tensor], atol=1e-5, rtol=0)
     before = (out / "adapter_model.safetensors").stat().st_mtime_ns
-    invoke(*given)  # the same again: nothing is done
+    invoke(*arguments)  # the same again: nothing is result
     assert (out / "adapter_model.safetensors").stat().st_mtime_ns == before
-    done = CliRunner().invoke(app, ["weights", *map(str, given[:-3]), "0.5", "--out", str(out)])
-    assert "made from something else" in str(done.exception)
+    result = CliRunner().invoke(app, ["weights", *map(str, arguments[:-3]), "0.5", "--out", str(out)])
+    assert "made from other inputs" in str(result.exception)
 
 
 def test_experts_that_peft_fuses_from_no_names_are_drawn_out_fused(tmp_path):
@@ -390,8 +390,8 @@ def test_experts_that_peft_fuses_from_no_names_are_drawn_out_fused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lora_of_experts_is_converted_both_ways(tmp_path, base_of):
-    base = Base.open(base_of("qwen3-moe")[0])
+def test_a_lora_of_experts_is_converted_both_ways(tmp_path, get_base):
+    base = Base.open(get_base("qwen3-moe")[0])
     labels = ("negative", "positive")
     with quiet():
         auto = transformers.AutoModelForSequenceClassification
@@ -409,5 +409,5 @@ def test_a_lora_of_experts_is_converted_both_ways(tmp_path, base_of):
     convert(tmp_path / "adapter", base, tmp_path / "full", "full")
     convert(tmp_path / "full", base, tmp_path / "lora", "lora", energy=1.0)
     for folder in ("full", "lora"):
-        again = load_model(load_adaptation(tmp_path / folder), base, head_of("LABEL_0", "LABEL_1"))
-        torch.testing.assert_close(outputs("qwen3-moe", again), expected, atol=2e-6, rtol=1e-3)
+        converted = load_model(load_adaptation(tmp_path / folder), base, head_of("LABEL_0", "LABEL_1"))
+        torch.testing.assert_close(outputs("qwen3-moe", converted), expected, atol=2e-6, rtol=1e-3)

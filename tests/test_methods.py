@@ -16,7 +16,7 @@ from regraft.methods.scaled import Scaling
 from regraft.methods.trimmed import Trimming
 
 FEW = Recipe(steps=2, batch_size=8, learning_rate=1e-3, precision="fp32")
-OLDER = {  # the options that outcomes of 0.1 record
+OPTIONS_OF_0_1 = {  # as outcomes record them
     "init": None, "ridge+init": dataclasses.asdict(Ridge()), "ridge+distill": dataclasses.asdict(Distillation()),
 }  # fmt: skip
 
@@ -27,8 +27,8 @@ def formula(name: str) -> str:
 
 def test_the_papers_names_stand_for_starts_and_objectives():
     paper = {"scratch": "scratch+labels", "init": "direct+labels", "distill": "scratch+distill"}
-    for name, same in {**paper, "init+distill": "direct+distill", "ridge+init": "ridge+labels"}.items():
-        assert formula(name) == formula(same) == same
+    for name, expanded in {**paper, "init+distill": "direct+distill", "ridge+init": "ridge+labels"}.items():
+        assert formula(name) == formula(expanded) == expanded
     for name in ("anchored", "interpolation", "label-free"):
         assert formula(name) == f"direct+{name}"
     assert formula("ridge") == "ridge"
@@ -54,14 +54,14 @@ def test_a_method_declares_what_it_needs_and_takes_given_its_options():
 
 def test_options_belong_to_a_start_or_an_objective():
     assert parse_options("ridge+distill", ["alpha=0.9"]) == (Ridge(), Distillation(alpha=0.9))
-    both = parse_options("ridge+distill", ["distill.alpha=0.9", "ridge.ridge=0.1", "texts=8"])
-    assert both == (Ridge(ridge=0.1, texts=8), Distillation(alpha=0.9))
+    all_options = parse_options("ridge+distill", ["distill.alpha=0.9", "ridge.ridge=0.1", "texts=8"])
+    assert all_options == (Ridge(ridge=0.1, texts=8), Distillation(alpha=0.9))
     assert parse_options("init+distill", ["distill.alpha=0.9"]) == Distillation(alpha=0.9)
-    for name, options in OLDER.items():
+    for name, options in OPTIONS_OF_0_1.items():
         assert find_method(name).record() == options
     recorded = {**dataclasses.asdict(Distillation(alpha=0.9)), "ridge.ridge": 0.1, "ridge.texts": 8}
-    assert find_method("ridge+distill").record(both) == recorded
-    assert find_method("ridge+distill").record(both[1]) == dataclasses.asdict(both[1])
+    assert find_method("ridge+distill").record(all_options) == recorded
+    assert find_method("ridge+distill").record(all_options[1]) == dataclasses.asdict(all_options[1])
     for wrong in ("direct.alpha=0.9", "alfa=1"):
         with pytest.raises(RecipeError, match=r"did you mean alpha|has no option direct\.alpha"):
             parse_options("init+distill", [wrong])
@@ -162,12 +162,12 @@ def test_methods_of_other_packages_are_found_and_run(tmp_path, opened, task_file
         main()
     assert ended.value.code in (0, None), capsys.readouterr().out
     scaled = recycle(upgrade, source, task_file, "scaled", tmp_path / "scaled", options=Scaling(scale=0.25))
-    one, other = (weights(folder / "adaptation") for folder in (tmp_path / "out", scaled.path))
-    assert all(one[name].equal(other[name]) for name in one)
+    halved, expected = (weights(folder / "adaptation") for folder in (tmp_path / "out", scaled.path))
+    assert all(halved[name].equal(expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
-    ("points", "module", "says"),
+    ("entry_points", "module", "message"),
     [
         (
             "broken = bad_code:X",
@@ -183,9 +183,9 @@ def test_methods_of_other_packages_are_found_and_run(tmp_path, opened, task_file
         ("ending = bad_code:X", "import sys; sys.exit(3)", r"bad 1\.0: .*cannot be imported \(SystemExit: 3\)"),
     ],
 )
-def test_a_broken_package_is_named(install, points, module, says):
-    install("bad", points, module)
-    with pytest.raises(RecipeError, match=says):
+def test_a_broken_package_is_named(install, entry_points, module, message):
+    install("bad", entry_points, module)
+    with pytest.raises(RecipeError, match=message):
         methods()
-    if points.startswith("broken"):
+    if entry_points.startswith("broken"):
         assert formula("ridge+distill") == "ridge+distill"  # the others work as before
