@@ -14,7 +14,7 @@ test: .venv/ready
 
 # every combination of architecture, kind, start, objective and task type: about an hour
 contract: .venv/ready
-	$(PYTEST) --dist load --contract whole tests/test_contract.py tests/test_merge.py tests/test_figures.py
+	$(PYTEST) --dist load --contract whole tests/test_contract.py tests/test_merge.py tests/test_figures.py tests/test_tuned_methods.py
 
 test-fast: .venv/ready
 	$(PYTEST) --dist loadfile -m "not slow"
