@@ -64,12 +64,12 @@ def graft_aligned(job: Job, options: Alignment) -> Any:
         KindError: The adaptation is of another kind, or nothing of it can be turned.
     """
     from regraft.adaptation import fresh_model, load_model
-    from regraft.adaptation.changes import KINDS
+    from regraft.adaptation.changes import SUPPORTED_KINDS
     from regraft.adaptation.transform import check_transformable
     from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_aligned
 
-    check_transformable(job.adaptation, KINDS)
+    check_transformable(job.adaptation, SUPPORTED_KINDS)
     upgrade, head = job.upgrade, job.data.head
     grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, head)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))

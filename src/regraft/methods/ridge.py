@@ -63,12 +63,12 @@ def refit(job: Job, options: Ridge) -> Any:
         KindError: The adaptation is of another kind, or nothing of it can be refitted.
     """
     from regraft.adaptation import load_model
-    from regraft.adaptation.changes import KINDS, linear_changes, passed_over
+    from regraft.adaptation.changes import SUPPORTED_KINDS, linear_changes, passed_over
     from regraft.adaptation.transform import check_transformable
     from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_aligned
 
-    check_transformable(job.adaptation, KINDS)
+    check_transformable(job.adaptation, SUPPORTED_KINDS)
     new = job.grafted()
     tuned = load_model(job.adaptation, job.upgrade.old, job.data.head)
     changes = linear_changes(new, tuned, job.adaptation, job.upgrade.old)
