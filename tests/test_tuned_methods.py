@@ -25,7 +25,7 @@ from regraft.task import load_data
 from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
 from regraft.tuning import Anchoring, Interpolation, distillation_loss, plan_order
-from regraft.tuning.anchor import anchored_objective, fisher
+from regraft.tuning.anchor import anchored_objective, fisher_information
 from regraft.tuning.distill import compute_teacher_outputs, distillation_objective, teacher_loss
 from regraft.tuning.interpolate import blend, draw_points, interpolation_objective
 from regraft.tuning.trainer import train
@@ -211,7 +211,7 @@ def test_the_anchors_gradient_is_the_pull_to_the_start(opened, data, weighting, 
     model = fresh_model(opened["bert"][1], data.head, 1).eval()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     examples, batch = batch_of(opened["bert"][1], data)
-    weighed = fisher(model, examples, np.arange(20), CATEGORICAL, silent) if weighting == "fisher" else None
+    weighed = fisher_information(model, examples, np.arange(20), CATEGORICAL, silent) if weighting == "fisher" else None
     pulled = anchored_objective(OBJECTIVE, model, weighed, Anchoring(0.7, weighting, decay), 10)
     start = {name: p.detach().clone() for name, p in trained.items()}
     assert pulled(model, batch(), 0).item() == OBJECTIVE(model, batch(), 0).item()
@@ -234,7 +234,7 @@ def test_the_fisher_information_is_the_mean_squared_gradient(opened, data):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1" in name or "score" in name)
     examples = encode(base, data, data.train)
-    found = fisher(model, examples, np.array([7, 3, 7, 5]), CATEGORICAL, silent)
+    found = fisher_information(model, examples, np.array([7, 3, 7, 5]), CATEGORICAL, silent)
     assert model.training
     model.eval()
     squares = []

@@ -86,7 +86,7 @@ def anchored_objective(
     return anchored
 
 
-def fisher(
+def fisher_information(
     model: Any,
     examples: Examples,
     order: np.ndarray[Any, np.dtype[np.int64]],

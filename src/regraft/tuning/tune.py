@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.model import Deployment
 from regraft.model.outputs import forward
-from regraft.tuning.anchor import Anchoring, anchored_objective, fisher
+from regraft.tuning.anchor import Anchoring, anchored_objective, fisher_information
 from regraft.tuning.distill import Distillation, compute_teacher_outputs, distillation_objective
 from regraft.tuning.interpolate import Interpolation, interpolation_objective
 from regraft.tuning.order import plan_order
@@ -119,7 +119,11 @@ def tune_model(
 
     with standardised_outputs(model, base, data):
         if anchor:
-            weights = fisher(model, examples, order, likelihood, progress) if anchor.weighting == "fisher" else None
+            weights = (
+                fisher_information(model, examples, order, likelihood, progress)
+                if anchor.weighting == "fisher"
+                else None
+            )
             objective = anchored_objective(objective, model, weights, anchor, steps)
         return train(
             model,
