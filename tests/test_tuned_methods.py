@@ -20,7 +20,7 @@ from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.model import Deployment, encode
 from regraft.progress import silent
-from regraft.recipe import fade
+from regraft.recipe import fade_factor
 from regraft.task import load_data
 from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
@@ -176,7 +176,7 @@ def test_flip_weights_leave_the_true_labels_share_alone():
 
 @given(st.integers(1, 500), st.sampled_from(["none", "linear", "cosine"]))
 def test_what_fades_starts_whole_and_ends_at_nothing(steps, how):
-    left = [fade(how, step, steps) for step in range(steps + 1)]
+    left = [fade_factor(how, step, steps) for step in range(steps + 1)]
     assert left[0] == 1
     assert left[-1] == pytest.approx(1 if how == "none" else 0)
     assert all(later <= sooner for sooner, later in itertools.pairwise(left))

@@ -145,7 +145,7 @@ def check_fade(name: str, how: str) -> None:
         raise RecipeError(f"{name} is one of {', '.join(FADES)}, found {how!r}.")
 
 
-def fade(how: str, step: int, steps: int) -> float:
+def fade_factor(how: str, step: int, steps: int) -> float:
     """Return what is left, at a step, of a weight that falls from 1 to 0 over a training.
 
     Args:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.errors import RecipeError
 from regraft.model.device import device
 from regraft.model.outputs import forward
-from regraft.recipe import check_fade, fade
+from regraft.recipe import check_fade, fade_factor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,7 +75,7 @@ def anchored_objective(
 
     def anchored(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         loss = objective(model, batch, step)
-        strength = options.strength * fade(options.decay, step, steps)
+        strength = options.strength * fade_factor(options.decay, step, steps)
         if not strength:
             return loss
         for name, parameter in _trained(model).items():

@@ -15,7 +15,7 @@ from regraft.checkpoint import is_sealed, replace_atomically, seal
 from regraft.errors import MismatchError, RecipeError
 from regraft.model.batches import for_each_batch
 from regraft.model.outputs import forward
-from regraft.recipe import check_fade, fade
+from regraft.recipe import check_fade, fade_factor
 from regraft.task.types import Signal
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Distillation:
         Returns:
             The same with alpha and beta as far down as they are by then.
         """
-        left = fade(self.decay, step, steps)
+        left = fade_factor(self.decay, step, steps)
         return dataclasses.replace(self, alpha=self.alpha * left, beta=self.beta * left)
 
 
