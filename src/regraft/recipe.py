@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FEWEST_STEPS = 100
 """Where the steps follow from the data: a few examples a class are seen many times over."""
-SEEDS = 2**32
+NUM_SEEDS = 2**32
 """How many seeds there are: NumPy's generator takes no larger ones."""
 LARGEST_BATCH = 2**16
 """Far above any batch that a language model is tuned with; a larger one is a slip, and ends in memory."""
@@ -70,8 +70,8 @@ class Recipe:
             self._check_examples(self.steps)
         if not 0 <= self.weight_decay < math.inf:
             raise RecipeError(f"weight_decay must be a number that is not negative, found {self.weight_decay}.")
-        if not 0 <= self.seed < SEEDS:
-            raise RecipeError(f"a seed is from 0 to {SEEDS - 1:,}, found {self.seed:,}.")
+        if not 0 <= self.seed < NUM_SEEDS:
+            raise RecipeError(f"a seed is from 0 to {NUM_SEEDS - 1:,}, found {self.seed:,}.")
         if not 0 <= self.warmup < 1:
             raise RecipeError(f"warmup is a fraction of the steps, from 0 to below 1, found {self.warmup}.")
         if not 0 <= self.average < 1:

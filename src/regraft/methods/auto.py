@@ -14,7 +14,7 @@ from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Method, Part
 from regraft.methods.objectives import DISTILL
 from regraft.methods.target import pseudo_labelled, set_target, write_record
-from regraft.recipe import SEEDS
+from regraft.recipe import NUM_SEEDS
 from regraft.tuning.distill import Distillation
 
 HOPELESS = 0.5  # of the old score above guessing: with less, a fresh start is likely to be as good
@@ -162,7 +162,7 @@ class _Climb:
         share = max(1, round(steps * budget) - round(steps * done))
         recipe = dataclasses.replace(
             self.job.recipe, steps=share, eval_every=min(share, self.job.recipe.eval_every or share),
-            seed=(self.job.recipe.seed + round(steps * done)) % SEEDS,
+            seed=(self.job.recipe.seed + round(steps * done)) % NUM_SEEDS,
         )  # fmt: skip
 
         def tune_further(part: Job) -> Curve:

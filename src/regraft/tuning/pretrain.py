@@ -27,7 +27,7 @@ from regraft.checkpoint import (
 from regraft.errors import CheckpointError, OutcomeError, RecipeError
 from regraft.model.device import device
 from regraft.progress import Progress, quiet, silent
-from regraft.recipe import SEEDS, check_trained
+from regraft.recipe import NUM_SEEDS, check_trained
 from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import LEARNING_RATE, LanguageModelling, load_language_model
 from regraft.upgrade import with_current_fingerprints
@@ -179,7 +179,11 @@ def pretrain(
             head_steps = (resolved.steps or 0) // 10
             model.base_model.requires_grad_(False)
             head_recipe = dataclasses.replace(
-                resolved, steps=head_steps, eval_every=head_steps, learning_rate=1e-3, seed=(recipe.seed + 1) % SEEDS
+                resolved,
+                steps=head_steps,
+                eval_every=head_steps,
+                learning_rate=1e-3,
+                seed=(recipe.seed + 1) % NUM_SEEDS,
             )
             LanguageModelling(base, blocks, shuffled[held_out:], shuffled[:held_out], head_recipe).run(
                 model, work / "head", progress, "pretrain head"
