@@ -28,7 +28,7 @@ from regraft.weights import (
 )
 
 seeds = st.integers(0, 2**31)
-sides = st.integers(1, 12)
+lengths = st.integers(1, 12)
 quick = settings(deadline=None, max_examples=60)
 
 
@@ -41,19 +41,19 @@ def norm(tensor):
 
 
 @quick
-@given(seeds, sides, sides)
-def test_full_rank_is_the_delta(seed, rows, columns):
+@given(seeds, lengths, lengths)
+def test_full_rank_reproduces_the_delta(seed, rows, columns):
     change = normal(seed, rows, columns)
     b, a = low_rank(change, rank=max(rows, columns))
     assert b.shape == (rows, min(rows, columns))
     torch.testing.assert_close(b @ a, change, atol=1e-10, rtol=1e-10)
-    narrow = low_rank(change.to(torch.bfloat16), rank=min(rows, columns))
-    assert narrow[0].dtype == narrow[1].dtype == torch.float32
+    factors = low_rank(change.to(torch.bfloat16), rank=min(rows, columns))
+    assert factors[0].dtype == factors[1].dtype == torch.float32
 
 
 @quick
-@given(seeds, sides, sides, st.integers(1, 12))
-def test_the_error_is_that_of_eckart_and_young(seed, rows, columns, rank):
+@given(seeds, lengths, lengths, st.integers(1, 12))
+def test_error_equals_that_of_eckart_and_young(seed, rows, columns, rank):
     change = normal(seed, rows, columns)
     values = np.linalg.svd(change.numpy(), compute_uv=False)
     b, a = low_rank(change, rank=rank)
@@ -61,8 +61,8 @@ def test_the_error_is_that_of_eckart_and_young(seed, rows, columns, rank):
 
 
 @quick
-@given(seeds, sides, sides, st.floats(0.01, 1))
-def test_energy_takes_the_smallest_rank_that_has_it(seed, rows, columns, energy):
+@given(seeds, lengths, lengths, st.floats(0.01, 1))
+def test_energy_selects_the_smallest_sufficient_rank(seed, rows, columns, energy):
     change = normal(seed, rows, columns)
     a = low_rank(change, energy=energy)[1]
     values = np.linalg.svd(change.numpy(), compute_uv=False) ** 2
@@ -71,8 +71,8 @@ def test_energy_takes_the_smallest_rank_that_has_it(seed, rows, columns, energy)
 
 
 @quick
-@given(seeds, sides, sides, st.integers(1, 4), st.booleans())
-def test_weighing_by_inputs_is_the_best_for_these_inputs(seed, rows, columns, rank, diagonal):
+@given(seeds, lengths, lengths, st.integers(1, 4), st.booleans())
+def test_second_moments_minimise_the_error_of_the_outputs(seed, rows, columns, rank, diagonal):
     change, inputs = (
         normal(seed, rows, columns),
         normal(seed + 1, columns, 40) * torch.logspace(-1, 1, columns)[:, None],
@@ -83,15 +83,16 @@ def test_weighing_by_inputs_is_the_best_for_these_inputs(seed, rows, columns, ra
     b, a = low_rank(change, rank, second_moment=moments.diagonal() if diagonal else moments)
     plain_b, plain_a = low_rank(change, rank)
 
-    def error(found):
-        return torch.trace((change - found) @ moments @ (change - found).T).item()
+    def output_error(approximation):
+        error = change - approximation
+        return torch.trace(error @ moments @ error.T).item()
 
     values = np.linalg.svd((change @ torch.linalg.cholesky(moments)).numpy(), compute_uv=False)
-    assert error(b @ a) == pytest.approx((values[rank:] ** 2).sum(), abs=1e-8)
-    assert error(b @ a) <= error(plain_b @ plain_a) + 1e-9
+    assert output_error(b @ a) == pytest.approx((values[rank:] ** 2).sum(), abs=1e-8)
+    assert output_error(b @ a) <= output_error(plain_b @ plain_a) + 1e-9
 
 
-def test_inputs_that_never_come_cost_no_rank():
+def test_inputs_that_are_always_zero_take_no_rank():
     change = normal(0, 4, 6)
     moments = torch.tensor([1.0, 0, 2, 0, 0, 0])
     b, a = low_rank(change, 2, second_moment=moments)
@@ -100,29 +101,29 @@ def test_inputs_that_never_come_cost_no_rank():
     torch.testing.assert_close(full[0] @ full[1], change, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("given", [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}])
-def test_low_rank_out_of_range(given):
+@pytest.mark.parametrize("options", [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}])
+def test_low_rank_refuses_options_out_of_range(options):
     with pytest.raises(RecipeError, match=r"rank|energy"):
-        low_rank(torch.ones(2, 2), **given)
+        low_rank(torch.ones(2, 2), **options)
 
 
 @quick
-@given(seeds, sides, sides, st.floats(0, 1))
-def test_trim_keeps_the_largest(seed, rows, columns, density):
+@given(seeds, lengths, lengths, st.floats(0, 1))
+def test_trim_keeps_the_largest_elements(seed, rows, columns, density):
     change = normal(seed, rows, columns)
-    found = trim(change, density)
-    kept = found != 0
-    assert int(kept.sum()) == round(density * change.numel())
-    assert torch.equal(found[kept], change[kept])
-    if kept.any() and not kept.all():
-        assert change[kept].abs().min() >= change[~kept].abs().max()
+    trimmed = trim(change, density)
+    is_kept = trimmed != 0
+    assert int(is_kept.sum()) == round(density * change.numel())
+    assert torch.equal(trimmed[is_kept], change[is_kept])
+    if is_kept.any() and not is_kept.all():
+        assert change[is_kept].abs().min() >= change[~is_kept].abs().max()
 
 
 def test_drop_keeps_the_expectation():
     change = torch.full((200_000,), 3.0)
-    found = drop(change, 0.25, torch.Generator().manual_seed(0))
-    assert set(found.unique().tolist()) == {0.0, 12.0}
-    assert found.mean().item() == pytest.approx(3.0, rel=0.02)
+    dropped = drop(change, 0.25, torch.Generator().manual_seed(0))
+    assert set(dropped.unique().tolist()) == {0.0, 12.0}
+    assert dropped.mean().item() == pytest.approx(3.0, rel=0.02)
     assert torch.equal(drop(change, 1.0, torch.Generator()), change)
     for density in (0.0, -0.1, 1.1):
         with pytest.raises(RecipeError, match="density"):
@@ -130,51 +131,51 @@ def test_drop_keeps_the_expectation():
 
 
 @quick
-@given(seeds, sides)
-def test_masks_and_shifts(seed, size):
+@given(seeds, lengths)
+def test_mask_agreement_and_orthogonal_shift(seed, size):
     change, shift = normal(seed, size), normal(seed + 1, size)
     masked = mask_agreement(change, shift)
     assert ((masked == 0) | (masked * shift > 0)).all()
     assert torch.equal(masked + mask_agreement(change, -shift), change)
     assert torch.equal(mask_agreement(change, torch.zeros(size)), change)
-    turned = orthogonal_shift(change, shift)
-    assert (turned @ shift).item() == pytest.approx(0, abs=1e-9 * norm(change) * norm(shift) + 1e-12)
-    assert norm(turned) ** 2 + norm(change - turned) ** 2 == pytest.approx(norm(change) ** 2)
+    orthogonal = orthogonal_shift(change, shift)
+    assert (orthogonal @ shift).item() == pytest.approx(0, abs=1e-9 * norm(change) * norm(shift) + 1e-12)
+    assert norm(orthogonal) ** 2 + norm(change - orthogonal) ** 2 == pytest.approx(norm(change) ** 2)
     assert torch.equal(orthogonal_shift(change, torch.zeros(size)), change)
     torch.testing.assert_close(orthogonal_shift(shift, shift), torch.zeros_like(shift), atol=1e-12, rtol=0)
 
 
 @quick
-@given(seeds, sides, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.floats(-1, 2))
-def test_interpolation(seed, size, dtype, t):
-    one, two = normal(seed, size).to(dtype), normal(seed + 1, size).to(dtype)
-    assert torch.equal(interpolate(one, two, 0.0), one)
-    assert torch.equal(interpolate(one, two, 1.0), two)
-    exact = (1 - t) * one.double() + t * two.double()
-    bound = torch.finfo(dtype).eps * (exact.abs() + 1e-3 * (one.double().abs() + two.double().abs()))
-    assert ((interpolate(one, two, t).double() - exact).abs() <= bound).all()
-    assert torch.equal(delta(two, one), two.float() - one.float())
+@given(seeds, lengths, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.floats(-1, 2))
+def test_interpolate_equals_the_formula(seed, size, dtype, t):
+    first, second = normal(seed, size).to(dtype), normal(seed + 1, size).to(dtype)
+    assert torch.equal(interpolate(first, second, 0.0), first)
+    assert torch.equal(interpolate(first, second, 1.0), second)
+    exact = (1 - t) * first.double() + t * second.double()
+    bound = torch.finfo(dtype).eps * (exact.abs() + 1e-3 * (first.double().abs() + second.double().abs()))
+    assert ((interpolate(first, second, t).double() - exact).abs() <= bound).all()
+    assert torch.equal(delta(second, first), second.float() - first.float())
 
 
 @quick
-@given(seeds, sides, sides, st.integers(1, 5), st.integers(1, 5))
-def test_factors_are_worked_on_without_forming_their_product(seed, rows, columns, rank, other):
+@given(seeds, lengths, lengths, st.integers(1, 5), st.integers(1, 5))
+def test_operations_on_factors_equal_those_on_their_products(seed, rows, columns, rank, second_rank):
     first = normal(seed, rows, rank), normal(seed + 1, rank, columns)
-    second = normal(seed + 2, rows, other), normal(seed + 3, other, columns)
-    formed = [b @ a for b, a in (first, second)]
+    second = normal(seed + 2, rows, second_rank), normal(seed + 3, second_rank, columns)
+    first_product, second_product = (b @ a for b, a in (first, second))
     b, a = add_factors(first, second)
-    torch.testing.assert_close(b @ a, formed[0] + formed[1])
+    torch.testing.assert_close(b @ a, first_product + second_product)
     b, a = subtract_factors(first, second)
-    torch.testing.assert_close(b @ a, formed[0] - formed[1])
-    assert inner_product(first, second) == pytest.approx((formed[0] * formed[1]).sum().item(), abs=1e-9)
-    assert math.sqrt(max(inner_product(first, first), 0)) == pytest.approx(norm(formed[0]), abs=1e-7)
+    torch.testing.assert_close(b @ a, first_product - second_product)
+    assert inner_product(first, second) == pytest.approx((first_product * second_product).sum().item(), abs=1e-9)
+    assert math.sqrt(max(inner_product(first, first), 0)) == pytest.approx(norm(first_product), abs=1e-7)
     b, a = compress_factors(*first, rank=min(2, rank))
-    best = low_rank(formed[0], rank=min(2, rank))
+    best = low_rank(first_product, rank=min(2, rank))
     torch.testing.assert_close(b @ a, best[0] @ best[1], atol=1e-8, rtol=1e-8)
 
 
 @pytest.fixture
-def plain():
+def plain_model():
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -183,13 +184,15 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}]
+    "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}]
 )
-def test_scalings_and_dora_are_those_of_peft(plain, given):
+def test_scalings_and_dora_equal_those_of_peft(plain_model, options):
     from peft import LoraConfig, get_peft_model
 
     with quiet():
-        model = get_peft_model(plain, LoraConfig(r=4, lora_alpha=6, target_modules=["query", "output.dense"], **given))
+        model = get_peft_model(
+            plain_model, LoraConfig(r=4, lora_alpha=6, target_modules=["query", "output.dense"], **options)
+        )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -198,12 +201,14 @@ def test_scalings_and_dora_are_those_of_peft(plain, given):
     layers = [m for m in model.modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
     assert len(layers) == 3
     for layer in layers:
-        weight, a, b = (x.weight.data for x in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]))
-        factor = scaling(4, 6, given.get("use_rslora", False))
+        weight, a, b = (
+            module.weight.data for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
+        )
+        factor = scaling(4, 6, options.get("use_rslora", False))
         assert factor == layer.scaling["default"]
-        if given.get("use_dora"):
-            ours = dora_weight(weight, b, a, factor, layer.lora_magnitude_vector["default"].weight.data)
+        if options.get("use_dora"):
+            merged = dora_weight(weight, b, a, factor, layer.lora_magnitude_vector["default"].weight.data)
         else:
-            ours = weight.double() + lora_delta(b, a, factor)
+            merged = weight.double() + lora_delta(b, a, factor)
         layer.merge()
-        torch.testing.assert_close(ours.float(), layer.base_layer.weight.data, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(merged.float(), layer.base_layer.weight.data, atol=1e-5, rtol=1e-5)

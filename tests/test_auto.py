@@ -78,9 +78,9 @@ def test_a_score_that_falls_leads_to_the_same_choices():
     assert "+0.5 [-0.1, +1]" in verdict(error, labels, old, new, 0.7, gain=Interval(0.5, -0.1, 1)).reasons[3].value
     share = error.share_to_difference(0.01, np.sqrt(0.5), np.sqrt(0.1))
     assert share == pytest.approx(0.01 * (np.sqrt(0.5) - np.sqrt(0.1)))
-    bar = Target(error, labels.tolist(), old.tolist(), 0.316, 0.707, 0.316, None, share, 0.9, None)
-    assert (bar.measure(labels)["verdict"], bar.measure(1 - labels)["verdict"]) == ("passes", "fails")
-    assert bar.survival(0.5) == pytest.approx(0.53, abs=0.01)
+    target = Target(error, labels.tolist(), old.tolist(), 0.316, 0.707, 0.316, None, share, 0.9, None)
+    assert (target.measure(labels)["verdict"], target.measure(1 - labels)["verdict"]) == ("passes", "fails")
+    assert target.recovered_share(0.5) == pytest.approx(0.53, abs=0.01)
     assert recovery(0.5, 0.7, 0.3, error) == pytest.approx(0.5)
     assert recovery(0.5, 0.7, 0.8, error) is None
     curve = [{"step": 0, "score": 0.5}, {"step": 5, "score": 0.2}, {"step": 9, "score": 0.2}]
@@ -103,19 +103,19 @@ def test_the_interval_of_a_difference_is_the_binomials():
         paired_difference("accuracy", labels, one, other, confidence=1.0)
 
 
-def test_a_rung_passes_fails_or_is_undecided():
+def test_a_stage_passes_fails_or_is_undecided():
     labels = [0, 1] * 200
     reference = list(labels)
-    bar = Target(ACCURACY, labels, reference, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=None)
-    assert [bar.survival(score) for score in (1.0, 0.75, 0.5)] == [1.0, 0.5, 0.0]
+    target = Target(ACCURACY, labels, reference, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=None)
+    assert [target.recovered_share(score) for score in (1.0, 0.75, 0.5)] == [1.0, 0.5, 0.0]
     wrong = {"passes": 2, "undecided": 9, "fails": 60}
     for outcome, count in wrong.items():
         guesses = [1 - label if i < count else label for i, label in enumerate(labels)]
-        found = bar.measure(guesses)
+        found = target.measure(guesses)
         assert found["verdict"] == outcome
         assert found["score"] == pytest.approx(1 - count / 400, abs=1e-4)
-    raised = dataclasses.replace(bar, target=1.1)
-    assert raised.measure(reference)["verdict"] == "fails"
+    above = dataclasses.replace(target, score=1.1)
+    assert above.measure(reference)["verdict"] == "fails"
 
 
 def test_a_probe_reads_what_a_base_knows(bases, task_file):
@@ -136,7 +136,7 @@ def test_auto_stops_at_direct_where_that_is_enough(tmp_path, bases, tuned, task_
     notes = outcome.record.notes
     assert notes["chosen"] == "direct"
     assert "direct passes" in notes["why"]
-    assert [rung["rung"] for rung in notes["tried"]] == ["direct"]
+    assert [stage["rung"] for stage in notes["tried"]] == ["direct"]
     direct = recycle(upgrade, source, task_file, "direct", tmp_path / "direct", recipe=FEW)
     assert outcome.scores == direct.scores
     assert outcome.record.cost.steps == outcome.record.cost.labels == 0
@@ -151,14 +151,14 @@ def far(tmp_path_factory, bases):
 def test_auto_climbs_where_direct_is_not_enough(tmp_path, far, tuned, task_file):
     outcome = climb(tmp_path, far, tuned["bert", "lora"], task_file)
     notes = outcome.record.notes
-    tried = [rung["rung"] for rung in notes["tried"]]
+    tried = [stage["rung"] for stage in notes["tried"]]
     assert tried[:2] == ["direct", "ridge"]
     assert tried[2] in ("direct, tuned 25 %", "ridge, tuned 25 %")
     assert "scratch" not in tried  # most of the old score survives
-    assert all(rung["verdict"] != "passes" for rung in notes["tried"][:-1])
-    scores = [rung["score"] for rung in notes["tried"]]
+    assert all(stage["verdict"] != "passes" for stage in notes["tried"][:-1])
+    scores = [stage["score"] for stage in notes["tried"]]
     assert outcome.scores["dev"] >= max(scores) - 0.01 - 1e-4
-    assert outcome.record.cost.steps == sum(rung["steps"] for rung in notes["tried"]) > 0
+    assert outcome.record.cost.steps == sum(stage["steps"] for stage in notes["tried"]) > 0
     assert outcome.curve[-1]["step"] == outcome.record.cost.steps
     steps = [point["step"] for point in outcome.curve]
     assert steps == sorted(steps)
@@ -171,7 +171,7 @@ def test_scratch_is_tried_where_little_survives(tmp_path, bases, tuned, task_fil
         training_free=("direct",), budgets=(0.05,),
     )  # fmt: skip
     notes = outcome.record.notes
-    assert [rung["rung"] for rung in notes["tried"]] == ["direct", "direct, tuned 5 %", "scratch"]
+    assert [stage["rung"] for stage in notes["tried"]] == ["direct", "direct, tuned 5 %", "scratch"]
     assert notes["chosen"] == "scratch"
     scratch = recycle(
         other, tuned["bert", "lora"], task_file, "scratch", tmp_path / "scratch",
@@ -186,7 +186,7 @@ def test_a_given_target_is_met_or_climbed_for(tmp_path, bases, tuned, task_file)
     assert low.record.notes["chosen"] == "direct"
     high = climb(tmp_path, upgrade, source, task_file, "high", target=1.5, budgets=(0.5,), scratch=False)
     assert "nothing passes" in high.record.notes["why"]
-    tried = [rung["rung"] for rung in high.record.notes["tried"]]
+    tried = [stage["rung"] for stage in high.record.notes["tried"]]
     assert tried[:2] == ["direct", "ridge"]  # a better start is worth having even where it cannot pass
     assert tried[2:] in (["direct, tuned 50 %"], ["ridge, tuned 50 %"])
 
@@ -278,7 +278,7 @@ def test_an_interrupted_climb_goes_on_where_it_was(tmp_path, far, tuned, task_fi
     assert not (tmp_path / "one").exists()
     seen.clear()
     one = work("one", lambda stage, done, *_: seen.append((stage, done)))
-    assert next(done for stage, done in seen if stage == "tune") in (1, 2)  # not the first rung's steps again
+    assert next(done for stage, done in seen if stage == "tune") in (1, 2)  # not the first stage's steps again
     assert sum(stage == "tune" for stage, _ in seen) <= 6
     other = work("other", lambda *_: None)
     first, second = (load_file(out.path / "adaptation" / "adapter_model.safetensors") for out in (one, other))
@@ -289,9 +289,9 @@ def test_options_that_cannot_be():
     for wrong, says in (
         ({"tolerance": -0.1}, "tolerance"),
         ({"confidence": 1.0}, "confidence"),
-        ({"training_free": ("ridge",)}, "begins"),
-        ({"budgets": (0.5, 0.25)}, "rise"),
-        ({"budgets": (2.0,)}, "rise"),
+        ({"training_free": ("ridge",)}, "must start with direct"),
+        ({"budgets": (0.5, 0.25)}, "must be increasing"),
+        ({"budgets": (2.0,)}, "must be increasing"),
         ({"labels": False, "target": 0.5}, "needs labels"),
     ):
         with pytest.raises(RecipeError, match=says):

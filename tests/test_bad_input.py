@@ -71,7 +71,7 @@ def replace_base(folder, name, **changes):
 def test_a_new_base_of_another_size(refused, folder, kind):
     replace_base(folder, "new", hidden_size=48)
     for message in refusals(refused, folder, kind):
-        assert f"{folder / 'old'} and {folder / 'new'} are not an upgrade of one another" in message
+        assert f"{folder / 'new'} is no upgrade of {folder / 'old'}" in message
         assert "embeddings.LayerNorm.bias: (32,) and (48,)" in message
 
 
@@ -85,7 +85,7 @@ def test_a_new_base_of_another_architecture(refused, folder, bases):
     shutil.rmtree(folder / "new")
     shutil.copytree(bases["roberta"][1], folder / "new")
     for message in refusals(refused, folder):
-        assert "different kinds" in message
+        assert "different architectures" in message
         assert "is a bert" in message
         assert "a roberta" in message
 
@@ -122,8 +122,8 @@ def test_an_adaptation_of_another_size_without_a_record(refused, folder, kind):
 def test_a_truncated_file(refused, folder, name):
     os.truncate(folder / name, (folder / name).stat().st_size - 1)
     for message in refusals(refused, folder, "lora" if "lora" in name else "full"):
-        assert f"{folder / name}: the file ends early" in message
-        assert "fetch it again" in message
+        assert f"{folder / name}: the file is truncated" in message
+        assert "Copy it again" in message
 
 
 @pytest.mark.parametrize("name", ["old", "new", "full/adaptation"])
@@ -139,7 +139,9 @@ def test_a_missing_shard(refused, folder, name):
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (checkpoint / "model-00002-of-00002.safetensors").unlink()
     for message in refusals(refused, folder):
-        assert f"{checkpoint}: shard model-00002-of-00002.safetensors named by" in message
+        assert (
+            f"{checkpoint}: shard model-00002-of-00002.safetensors, which model.safetensors.index.json names" in message
+        )
         assert "is missing" in message
 
 
@@ -198,9 +200,9 @@ def test_adaptations_of_unsupported_kinds(refused, folder):
     config_file = folder / "lora" / "adaptation" / "adapter_config.json"
     config = json.loads(config_file.read_text())
     for changed, expected in (
-        (config | {"peft_type": "LORE"}, "type LORE, which the installed PEFT does not know"),
-        ({"peft_type": "IA3", "task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}, "without a place"),
-        (config | {"init_lora_weights": "pissa_niter_4"}, "cannot be found again"),
+        (config | {"peft_type": "LORE"}, "peft_type is LORE, which the installed PEFT lacks"),
+        ({"peft_type": "IA3", "task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}, "unexpected"),
+        (config | {"init_lora_weights": "pissa_niter_4"}, "cannot be reproduced from its base"),
     ):
         config_file.write_text(json.dumps(changed))
         assert expected in refusals(refused, folder, "lora")[0]
@@ -225,7 +227,7 @@ def test_tune_and_pretrain_check_their_inputs_first(refused, folder):
     task, out = folder / "task" / "task.yaml", folder / "out" / "o"
     for arguments, expected in [
         (("tune", folder / "none", "--task", task), f"{folder / 'none'}: no such file or folder"),
-        (("tune", folder / "task", "--task", task), "holds none of model.safetensors"),
+        (("tune", folder / "task", "--task", task), "has none of model.safetensors"),
         (("tune", folder / "old" / "config.json", "--task", task), "is a file. Give the folder"),
         (("tune", folder / "old", "--task", task, "--kind", "lore"), "there is no kind 'lore'"),
         (("tune", folder / "old", "--task", folder / "none.yaml"), "none.yaml"),
@@ -236,7 +238,7 @@ def test_tune_and_pretrain_check_their_inputs_first(refused, folder):
     os.truncate(folder / "old" / "model.safetensors", 1000)
     for arguments in (("tune", folder / "old", "--task", task), ("pretrain", folder / "old", task, "--block", 32)):
         message = refused(*arguments, "--out", out)
-        assert f"{folder / 'old' / 'model.safetensors'}: not a whole safetensors file" in message
+        assert f"{folder / 'old' / 'model.safetensors'}: not a complete safetensors file" in message
     assert not list((folder / "out").iterdir())
 
 
@@ -255,12 +257,12 @@ def test_an_existing_folder_is_never_replaced(refused, folder):
 
 def test_options_out_of_range(refused, folder):
     for (command, *options), expected in [
-        (["recycle", "--method", "distil"], "Did you mean distill?"),
-        (["recycle", "--method", "init", "-o", "alpha=0.5"], "method init has no option alpha"),
+        (["recycle", "--method", "distil"], "Did you mean 'distill'?"),
+        (["recycle", "--method", "init", "-o", "alpha=0.5"], "method init has no option 'alpha'"),
         (["recycle", "--method", "distill", "-o", "alpha=1.5"], "alpha"),
         (["recycle", "--method", "distill", "-o", "kl_reduction=sum"], "sum"),
         (["recycle", "--method", "distill", "-o", "beta=much"], "of type float"),
-        (["recycle", "--method", "distill", "-o", "alfa=1"], "did you mean alpha?"),
+        (["recycle", "--method", "distill", "-o", "alfa=1"], "Did you mean 'alpha'?"),
         (["compare", "-o", "alpha=0.5"], "METHOD:NAME=VALUE"),
         (["recycle", "--method", "init", "--precision", "fp8"], "fp8"),
         (["recycle", "--method", "init", "--seed", -1], "a seed is from 0"),
@@ -270,11 +272,11 @@ def test_options_out_of_range(refused, folder):
         (["recycle", "--method", "init", "--steps", 10**20], "whose order is held in memory"),
         (["recycle", "--method", "init", "--batch-size", 10**12], "batch_size is up to"),
         (["recycle", "--method", "distill", "-o", "temperature=1e300"], "temperature above 0 and up to"),
-        (["recycle", "--method", "auto", "-o", "target=nan"], "target is a score"),
+        (["recycle", "--method", "auto", "-o", "target=nan"], "target must be a score"),
         (["recycle", "--method", "auto", "-o", "target=high"], "of type float"),
         (["recycle", "--method", "auto", "-o", "budgets=[1e-9, nan]"], "budgets"),
         (["recycle", "--method", "auto", "-o", "tolerance=nan"], "tolerance"),
-        (["compare", "--seeds", "20,20"], "each once"),
+        (["compare", "--seeds", "20,20"], "one or more different numbers"),
         (["compare", "--seeds", "²"], "--seeds takes whole numbers"),
         (["recycle", "--method", "init", "--steps", 0], "steps must be a number above 0"),
         (["recycle", "--method", "init", "--shots", 10_000], "10000"),
@@ -295,8 +297,8 @@ def test_numbers_of_other_commands(refused, folder):
         ([*graft, "--scale-for", "*=inf"], "--scale-for * takes a finite number"),
         ([*graft, "--scale-for", "none.*=0.5"], "--scale-for none.*: matches no tensor"),
         ([*graft, "--shard-size", "inf"], "--shard-size takes a finite number"),
-        ([*tune, "--kind", "lora", "--rank", 10**6], "a LoRA's rank is up to"),
-        ([*tune, "--kind", "bottleneck", "--inner-size", 10**6], "a bottleneck's inner size is up to"),
+        ([*tune, "--kind", "lora", "--rank", 10**6], "a LoRA's rank must be at most"),
+        ([*tune, "--kind", "bottleneck", "--inner-size", 10**6], "a bottleneck's inner size must be at most"),
     ]:
         assert expected in refused(*arguments)
     assert not list((folder / "out").iterdir())

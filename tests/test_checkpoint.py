@@ -1,4 +1,4 @@
-"""Safetensors on disk against the safetensors library, broken files, fingerprints, and folders that appear whole."""
+"""Reading and writing safetensors, broken files, fingerprints, and folders that appear only when complete."""
 
 import json
 import os
@@ -25,7 +25,7 @@ state_dicts = st.dictionaries(
 )
 
 
-def make(spec):
+def make_tensors(spec):
     tensors = {}
     for name, (dtype, shape, seed) in spec.items():
         values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10
@@ -33,48 +33,48 @@ def make(spec):
     return tensors
 
 
-def same(first, second):
+def tensors_equal(first, second):
     return first.keys() == second.keys() and all(
-        first[n].dtype == second[n].dtype and torch.equal(first[n], second[n]) for n in first
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
     )
 
 
 @on_disk
 @given(spec=state_dicts)
-def test_reads_what_safetensors_writes_and_writes_what_it_reads(tmp_path, spec):
-    tensors = make(spec)
+def test_round_trip_with_safetensors(tmp_path, spec):
+    tensors = make_tensors(spec)
     save_file(tensors, tmp_path / "one.safetensors", metadata={"format": "pt"})
     checkpoint = Checkpoint.open(tmp_path / "one.safetensors", as_stored=True)
-    assert same(dict(checkpoint), tensors)
+    assert tensors_equal(dict(checkpoint), tensors)
     for name, tensor in tensors.items():
         assert checkpoint.tensors[name].shape == tuple(tensor.shape)
     write_safetensors(tmp_path / "two.safetensors", checkpoint)
-    assert same(load_file(tmp_path / "two.safetensors"), tensors)
+    assert tensors_equal(load_file(tmp_path / "two.safetensors"), tensors)
     assert sorted(os.listdir(tmp_path)) == ["one.safetensors", "two.safetensors"]
 
 
-def test_shapes_are_known_without_reading_the_data(tmp_path):
+def test_opening_reads_no_data(tmp_path):
     file = tmp_path / "big.safetensors"
     header = json.dumps({"big": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
     with file.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
-        stream.truncate(8 + len(header) + 2**40)  # a terabyte, all of it a hole
+        stream.truncate(8 + len(header) + 2**40)  # a sparse file of one terabyte
     checkpoint = Checkpoint.open(file)
     assert checkpoint.tensors["big"].shape == (2**38,)
     assert fingerprint(checkpoint).startswith("sample:")
 
 
-SOME = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(2, 2)}
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(2, 2)}
 
 
 @pytest.fixture
 def file(tmp_path):
-    save_file(SOME, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
     return tmp_path / "model.safetensors"
 
 
-def rewrite(file, change):
-    """Write a file's header anew, its data untouched."""
+def rewrite_header(file, change):
+    """Change a file's header and keep its data."""
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -83,16 +83,16 @@ def rewrite(file, change):
     file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
 
 
-@pytest.mark.parametrize("kept", [0, 7, 8, 40, -1])
-def test_a_file_cut_short_at_any_place_is_named(file, kept):
+@pytest.mark.parametrize("length", [0, 7, 8, 40, -1])
+def test_truncated_file_is_refused(file, length):
     content = file.read_bytes()
-    file.write_bytes(content[:kept])
+    file.write_bytes(content[:length])
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*(not a complete safetensors file|is truncated)"):
         read_header(file)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda h: h["b"].update(dtype="F12"), "'b' has dtype 'F12'"),
         (lambda h: h["a"].update(shape=[2, 4]), r"'a' of shape \[2, 4\] and dtype F32 cannot be bytes"),
@@ -109,14 +109,14 @@ def test_a_file_cut_short_at_any_place_is_named(file, kept):
         (lambda _: b"[" * 100_000, "not valid JSON"),
     ],
 )
-def test_a_malformed_header_is_named(file, change, says):
-    rewrite(file, change)
-    with pytest.raises(CheckpointError, match=says) as caught:
+def test_malformed_header_is_refused(file, change, message):
+    rewrite_header(file, change)
+    with pytest.raises(CheckpointError, match=message) as error_info:
         read_header(file)
-    assert str(file) in str(caught.value)
+    assert str(file) in str(error_info.value)
 
 
-def test_bytes_after_the_data_are_refused(file):
+def test_trailing_bytes_are_refused(file):
     file.write_bytes(file.read_bytes() + b"more")
     with pytest.raises(CheckpointError, match="4 bytes after the last tensor"):
         read_header(file)
@@ -124,11 +124,11 @@ def test_bytes_after_the_data_are_refused(file):
 
 @settings(on_disk, max_examples=500)
 @given(data=st.data())
-def test_a_mutated_file_is_read_or_refused(tmp_path, data):
-    save_file(SOME, tmp_path / "m.safetensors", metadata={"format": "pt"})
+def test_mutated_file_is_read_or_refused(tmp_path, data):
+    save_file(TENSORS, tmp_path / "m.safetensors", metadata={"format": "pt"})
     content = bytearray((tmp_path / "m.safetensors").read_bytes())
-    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)))):
-        content[place] = value
+    for position, value in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)))):
+        content[position] = value
     (tmp_path / "m.safetensors").write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
         checkpoint = Checkpoint.open(tmp_path / "m.safetensors")
@@ -142,8 +142,8 @@ def test_a_mutated_file_is_read_or_refused(tmp_path, data):
 def sharded(tmp_path):
     folder = tmp_path / "sharded"
     folder.mkdir()
-    save_file({"a": SOME["a"]}, folder / "model-1.safetensors")
-    save_file({"b": SOME["b"], "c": SOME["c"]}, folder / "model-2.safetensors")
+    save_file({"a": TENSORS["a"]}, folder / "model-1.safetensors")
+    save_file({"b": TENSORS["b"], "c": TENSORS["c"]}, folder / "model-2.safetensors")
     write_index(folder, {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"})
     return folder
 
@@ -152,34 +152,37 @@ def write_index(folder, weight_map):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def test_a_sharded_folder_reads_like_a_file(sharded, file):
-    assert same(dict(Checkpoint.open(sharded)), SOME)
+def test_sharded_folder_reads_like_a_file(sharded, file):
+    assert tensors_equal(dict(Checkpoint.open(sharded)), TENSORS)
     assert [f.name for f in Checkpoint.open(sharded).files] == ["model-1.safetensors", "model-2.safetensors"]
 
 
-def test_broken_indexes_are_named(sharded, tmp_path):
-    whole = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
-    save_file({"x": SOME["a"]}, tmp_path / "outside.safetensors")
-    for weight_map, says in [
-        ({**whole, "b": "model-3.safetensors"}, r"shard model-3\.safetensors.* is missing"),
-        ({**whole, "d": "model-1.safetensors"}, r"tensor 'd' is in model-1\.safetensors, but it is not"),
-        ({k: v for k, v in whole.items() if k != "c"}, r"1 tensors are not in .*: c \(model-2\.safetensors\)"),
-        ({**whole, "x": "../outside.safetensors"}, r"no file in its own folder"),
-        ({**whole, "x": str(tmp_path / "outside.safetensors")}, r"no file in its own folder"),
+def test_broken_index_is_refused(sharded, tmp_path):
+    valid = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
+    save_file({"x": TENSORS["a"]}, tmp_path / "outside.safetensors")
+    for weight_map, message in [
+        ({**valid, "b": "model-3.safetensors"}, r"shard model-3\.safetensors.* is missing"),
+        ({**valid, "d": "model-1.safetensors"}, r"tensor 'd' is in model-1\.safetensors, but it is not"),
+        (
+            {name: shard for name, shard in valid.items() if name != "c"},
+            r"1 tensors are not in .*: c \(model-2\.safetensors\)",
+        ),
+        ({**valid, "x": "../outside.safetensors"}, r"no file in its own folder"),
+        ({**valid, "x": str(tmp_path / "outside.safetensors")}, r"no file in its own folder"),
         (["a"], "not a safetensors index"),
     ]:
         write_index(sharded, weight_map)
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(CheckpointError, match=message):
             Checkpoint.open(sharded)
     (sharded / "model.safetensors.index.json").write_text('{"weight_map": ')
     with pytest.raises(CheckpointError, match="not a safetensors index"):
         Checkpoint.open(sharded)
 
 
-def test_what_is_no_checkpoint_is_told_apart(tmp_path):
+def test_other_formats_are_refused_with_a_remedy(tmp_path):
     with pytest.raises(CheckpointError, match="no such file or folder, and"):
         Checkpoint.open(tmp_path / "none")
-    for name, says in [
+    for name, message in [
         ("training_args.bin", "Give the folder that save_pretrained wrote"),
         ("weights.safetensors", "not called model.safetensors"),
         ("model.onnx", "exported to ONNX"),
@@ -192,15 +195,15 @@ def test_what_is_no_checkpoint_is_told_apart(tmp_path):
     ]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1")
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(CheckpointError, match=message):
             Checkpoint.open(tmp_path)
     (tmp_path / "pickle").mkdir()
-    torch.save(SOME, tmp_path / "pickle" / "pytorch_model.bin")
+    torch.save(TENSORS, tmp_path / "pickle" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="is a pickle, which can run code and is not read"):
         Checkpoint.open(tmp_path / "pickle")
 
 
-def test_the_writer_leaves_nothing_half_written(tmp_path, file):
+def test_failed_write_leaves_no_file(tmp_path, file):
     checkpoint = Checkpoint.open(file)
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(CheckpointError, match="it was changed while it was read"):
@@ -210,35 +213,35 @@ def test_the_writer_leaves_nothing_half_written(tmp_path, file):
         write_safetensors(tmp_path / "none" / "model.safetensors", {"a": torch.zeros(1)})
 
 
-def test_the_fingerprint_is_of_the_weights_not_of_their_files(file, sharded):
+def test_fingerprint_does_not_depend_on_sharding(file, sharded):
     assert fingerprint(Checkpoint.open(file)) == fingerprint(Checkpoint.open(sharded))
-    expected = fingerprint(Checkpoint.open(file))
+    original = fingerprint(Checkpoint.open(file))
     renamed = fingerprint(Checkpoint.open(file), hashed_name=lambda name: {"a": "z"}.get(name, name))
-    without = fingerprint(Checkpoint.open(file), hashed_name=lambda name: None if name == "c" else name)
-    assert len({expected, renamed, without}) == 3
+    reduced = fingerprint(Checkpoint.open(file), hashed_name=lambda name: None if name == "c" else name)
+    assert len({original, renamed, reduced}) == 3
 
 
 @on_disk
-@given(name=st.sampled_from(sorted(SOME)), place=st.integers(0, 100))
-def test_the_fingerprint_changes_with_any_number(tmp_path, name, place):
-    save_file(SOME, tmp_path / "one.safetensors")
-    changed = {n: t.clone() for n, t in SOME.items()}
+@given(name=st.sampled_from(sorted(TENSORS)), index=st.integers(0, 100))
+def test_fingerprint_changes_with_any_element(tmp_path, name, index):
+    save_file(TENSORS, tmp_path / "one.safetensors")
+    changed = {key: tensor.clone() for key, tensor in TENSORS.items()}
     flat = changed[name].view(-1)
-    flat[place % len(flat)] += 0.5
+    flat[index % len(flat)] += 0.5
     save_file(changed, tmp_path / "two.safetensors")
-    one, two = (fingerprint(Checkpoint.open(tmp_path / f"{which}.safetensors")) for which in ("one", "two"))
-    assert one != two
+    first, second = (fingerprint(Checkpoint.open(tmp_path / file)) for file in ("one.safetensors", "two.safetensors"))
+    assert first != second
 
 
-def test_the_fingerprint_sees_a_training_step_in_large_tensors(tmp_path):
+def test_fingerprint_changes_with_a_training_step_in_large_tensors(tmp_path):
     large = torch.randn(1000, 1000)
     save_file({"w": large}, tmp_path / "one.safetensors")
     save_file({"w": large + 1e-4 * torch.randn(1000, 1000)}, tmp_path / "two.safetensors")
-    one, two = (fingerprint(Checkpoint.open(tmp_path / f"{which}.safetensors")) for which in ("one", "two"))
-    assert one != two
+    first, second = (fingerprint(Checkpoint.open(tmp_path / file)) for file in ("one.safetensors", "two.safetensors"))
+    assert first != second
 
 
-def test_a_folder_appears_whole(tmp_path):
+def test_folder_appears_only_when_complete(tmp_path):
     out = tmp_path / "deep" / "out"
     with resumable_folder(out, {"a": 1}) as work:
         (work / "whole").mkdir()
@@ -249,48 +252,48 @@ def test_a_folder_appears_whole(tmp_path):
     assert (out / "file").read_text() == "x"
 
 
-def test_what_an_interruption_left_is_kept_for_the_same_work_only(tmp_path):
+def test_working_folder_is_reused_only_for_the_same_inputs(tmp_path):
     out = tmp_path / "out"
 
     def run(inputs):
         with resumable_folder(out, inputs) as work:
-            found = (work / "half").exists()
+            is_resumed = (work / "half").exists()
             (work / "half").mkdir(exist_ok=True)
-            raise KeyboardInterrupt(found)
+            raise KeyboardInterrupt(is_resumed)
 
-    found = []
+    resumed = []
     for inputs in ({"a": 1}, {"a": 1}, {"a": 2}):
-        with pytest.raises(KeyboardInterrupt) as caught:
+        with pytest.raises(KeyboardInterrupt) as interruption:
             run(inputs)
-        found.append(caught.value.args[0])
-    assert found == [False, True, False]
+        resumed.append(interruption.value.args[0])
+    assert resumed == [False, True, False]
     assert not out.exists()
 
 
-def test_a_refusal_leaves_nothing_unless_there_is_work_to_go_on_from(tmp_path):
-    kept = [".out.partial"]
-    for name, refusal, left in (
+def test_error_removes_the_working_folder_unless_it_has_checkpoints(tmp_path):
+    working = [".out.partial"]
+    for name, error, remaining in (
         ("whole", OutcomeError, []),
-        ("checkpoints", OutcomeError, kept),
+        ("checkpoints", OutcomeError, working),
         ("checkpoints", RecipeError, []),  # the same recipe fails again
     ):
-        with pytest.raises(refusal) as caught, resumable_folder(tmp_path / "out", {}) as work:
+        with pytest.raises(error) as error_info, resumable_folder(tmp_path / "out", {}) as work:
             (work / "body" / name).mkdir(parents=True, exist_ok=True)
-            raise refusal("no")
-        assert os.listdir(tmp_path) == left
-        assert [str(work) in note for note in getattr(caught.value, "__notes__", [])] == [True] * len(left)
+            raise error("no")
+        assert os.listdir(tmp_path) == remaining
+        assert [str(work) in note for note in getattr(error_info.value, "__notes__", [])] == [True] * len(remaining)
 
 
-def test_two_runs_at_once_on_one_folder_are_refused(tmp_path):
+def test_concurrent_runs_on_one_folder_are_refused(tmp_path):
     code = "import sys, pathlib; from regraft.checkpoint import resumable_folder\n"
     code += "with resumable_folder(pathlib.Path(sys.argv[1]), {}): pass"
     with resumable_folder(tmp_path / "out", {}):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "another regraft process is writing it" in done.stderr
+        process = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "another regraft process is writing it" in process.stderr
 
 
-def test_nothing_that_is_there_is_replaced(tmp_path):
+def test_existing_output_is_never_replaced(tmp_path):
     for name in ("whole", "out"):
         (tmp_path / name).mkdir()
     (tmp_path / "out" / "precious").write_text("x")

@@ -38,10 +38,10 @@ def test_a_full_fine_tune_becomes_a_lora_within_its_energy(tmp_path, made, opene
     path, _ = made[architecture, "full"]
     old, new = opened[architecture]
     done = convert(path, old, tmp_path / "most", "lora", energy=0.9)
-    assert 0.9 * (1 - done.left_out) <= done.kept < 1
+    assert 0.9 * (1 - done.excluded) <= done.preserved < 1
     convert(made[architecture, "lora"][0], old, tmp_path / "full", "full")
     again = convert(tmp_path / "full", old, tmp_path / "again", "lora", rank=3)
-    assert again.kept == pytest.approx(1, abs=1e-6)
+    assert again.preserved == pytest.approx(1, abs=1e-6)
     expected = logits_of(made[architecture, "lora"][0], old, texts[architecture])
     torch.testing.assert_close(logits_of(tmp_path / "again", old, texts[architecture]), expected, atol=2e-5, rtol=1e-4)
     convert(tmp_path / "full", old, tmp_path / "there", "lora", rank=3, new=new)
@@ -227,5 +227,5 @@ def test_conversions_in_other_architectures(tmp_path, task_file, kind):
     expected = predict(model, dev, "fp32")
     convert(tmp_path / "made", base, tmp_path / "full", "full")
     torch.testing.assert_close(logits_of(tmp_path / "full", base, dev), expected, atol=2e-5, rtol=1e-4)
-    assert convert(tmp_path / "full", base, tmp_path / "lora", "lora", rank=3).kept == pytest.approx(1, abs=1e-6)
+    assert convert(tmp_path / "full", base, tmp_path / "lora", "lora", rank=3).preserved == pytest.approx(1, abs=1e-6)
     torch.testing.assert_close(logits_of(tmp_path / "lora", base, dev), expected, atol=2e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""What is written: whole or not at all, on full disks, without locks, with something in the way."""
+"""Atomic writing of files and folders: after a power loss, on a full disk, without locks, next to other files."""
 
 import errno
 import os
@@ -29,8 +29,8 @@ from regraft.checkpoint import (
 from regraft.errors import DiskFullError, OutcomeError
 
 
-def test_a_shard_with_the_right_header_and_other_data_is_written_again(tmp_path):
-    """What a machine that lost its power leaves: sizes and headers say nothing of the data."""
+def test_shard_with_damaged_data_is_written_again(tmp_path):
+    """After a power loss, a file may have its size and header but not its data."""
     tensors = {name: torch.randn(8, generator=torch.Generator().manual_seed(ord(name))) for name in "abc"}
     (tmp_path / "out").mkdir()
     write_checkpoint(tmp_path / "out", tensors, shard_bytes=64)
@@ -43,7 +43,7 @@ def test_a_shard_with_the_right_header_and_other_data_is_written_again(tmp_path)
     assert {shard.name: shard.read_bytes() for shard in (tmp_path / "out").glob("*.safetensors")} == expected
 
 
-def test_a_change_between_the_samples_of_the_fingerprint_is_no_longer_the_same_result(tmp_path):
+def test_input_that_changed_between_the_samples_of_its_fingerprint_is_detected(tmp_path):
     numbers = torch.zeros(200_000)
     (tmp_path / "in").mkdir()
     save_file({"a": numbers}, tmp_path / "in" / "model.safetensors")
@@ -66,31 +66,31 @@ def test_a_change_between_the_samples_of_the_fingerprint_is_no_longer_the_same_r
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("create", "message"),
     [
-        (lambda place: place.symlink_to("nothing"), "is a broken link"),
+        (lambda path: path.symlink_to("nothing"), "is a broken link"),
         (Path.touch, "is a file, not a folder"),
-        (lambda place: (place.parent / f".{place.name}.partial").symlink_to(place.parent), "is a link"),
+        (lambda path: (path.parent / f".{path.name}.partial").symlink_to(path.parent), "is a link"),
     ],
 )
-def test_what_is_in_the_way_is_named_and_left_alone(tmp_path, make, says):
+def test_existing_files_are_reported_and_kept(tmp_path, create, message):
     (tmp_path / "precious").touch()
-    make(tmp_path / "out")
+    create(tmp_path / "out")
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(OutcomeError, match=says), resumable_folder(tmp_path / "out", {}):
+    with pytest.raises(OutcomeError, match=message), resumable_folder(tmp_path / "out", {}):
         pytest.fail("no work may begin")
     assert sorted(os.listdir(tmp_path)) == before
 
 
 @pytest.mark.parametrize("out", ["", "..", "/", "file/out", "a" * 300])
-def test_no_folder_can_be_made_there(tmp_path, monkeypatch, out):
+def test_impossible_output_paths_are_refused(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(OutcomeError, match=r"no name for a folder|cannot be created"):
         check_output_path(Path(out))
 
 
-def test_without_locks_it_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
+def test_missing_locks_are_a_warning(tmp_path, monkeypatch, caplog):
     import fcntl
 
     def unsupported(*_):
@@ -114,7 +114,7 @@ def test_without_locks_it_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
         RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
     ],
 )
-def test_a_full_disk_is_one_error_and_leaves_no_temporary_file(tmp_path, failure):
+def test_full_disk_is_one_error_and_leaves_no_temporary_file(tmp_path, failure):
     (tmp_path / "file").write_text("before")
     with (
         pytest.raises(DiskFullError, match="Make room, then run the same command again"),
@@ -129,7 +129,7 @@ def test_a_full_disk_is_one_error_and_leaves_no_temporary_file(tmp_path, failure
     assert (tmp_path / "file").read_text() == "before"
 
 
-def test_a_pipe_in_place_of_a_sealed_file_keeps_nobody_waiting(tmp_path):
+def test_pipe_instead_of_a_sealed_file_does_not_block(tmp_path):
     (tmp_path / "a").write_text("a")
     seal(tmp_path / "seal.json", [tmp_path / "a"])
     assert is_sealed(tmp_path / "seal.json")
@@ -138,7 +138,7 @@ def test_a_pipe_in_place_of_a_sealed_file_keeps_nobody_waiting(tmp_path):
     assert not is_sealed(tmp_path / "seal.json")
 
 
-def test_published_files_are_as_readable_as_any_new_file(tmp_path):
+def test_published_files_have_the_permissions_of_new_files(tmp_path):
     with resumable_folder(tmp_path / "out", {}) as work:
         (work / "whole").mkdir()
         save_file({"a": torch.zeros(1)}, work / "whole" / "model.safetensors")
@@ -148,24 +148,24 @@ def test_published_files_are_as_readable_as_any_new_file(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
-def test_a_temporary_folder_of_a_killed_process_is_removed_by_the_next(tmp_path, monkeypatch):
+def test_temporary_folder_of_a_killed_process_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = "import os, signal\nfrom regraft.checkpoint import temporary_folder\n"
     code += "with temporary_folder() as folder: print(folder, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    left = Path(killed.stdout.strip())
-    assert left.is_dir()
+    abandoned = Path(killed.stdout.strip())
+    assert abandoned.is_dir()
     (tmp_path / "regraft-of-another-tool").mkdir()
     with temporary_folder() as first, temporary_folder() as second:
-        assert not left.exists()
+        assert not abandoned.exists()
         assert first.is_dir()
         assert second.is_dir()
         assert first != second
     assert os.listdir(tmp_path) == ["regraft-of-another-tool"]
 
 
-def test_json_names_the_figure_that_is_no_number():
+def test_json_refuses_nonfinite_figures():
     assert to_json({"a": [1.5, None]}, "record") == '{"a": [1.5, null]}'
     for number in (float("nan"), float("inf")):
         with pytest.raises(OutcomeError, match=r"record: the figure a\.b\[1\] is infinite or not a number"):

@@ -210,17 +210,17 @@ def spoil(value):
 @pytest.mark.parametrize(
     ("kind", "change", "says"),
     [
-        ("full", config(num_hidden_layers=1), "none of a BertModel of the sizes"),
+        ("full", config(num_hidden_layers=1), "does not belong to a BertModel with the sizes"),
         ("full", config(num_hidden_layers=3), "missing"),
         ("full", config(id2label={"a": "negative"}), "not names of the outputs"),
         ("full", lineage(labels=["a", "b", "c"]), "contradict each other on its labels"),
         ("full", lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "two checkpoints"),
         ("full", spoil(float("nan")), "not finite"),
-        ("full", stored(lambda t: t | {n.removeprefix("bert."): 2 * t[n] for n in t}), "are the same tensor"),
+        ("full", stored(lambda t: t | {n.removeprefix("bert."): 2 * t[n] for n in t}), "stores the same tensor as"),
         (
             "full",
             stored(lambda t: t | {n.replace("Norm.weight", "Norm.gamma"): 2 * t[n] for n in t}),
-            "are the same tensor",
+            "stores the same tensor as",
         ),
         ("full", stored(lambda t: t | {MATRIX: t[MATRIX].to(torch.int8)}), "is no weight"),
         ("full", stored(lambda t: t | {EMBEDDINGS: t[EMBEDDINGS][:-1]}, vocab_size=42), "42 rows"),

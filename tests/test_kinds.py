@@ -37,7 +37,7 @@ def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file
         recycle(upgrade, path, task, "direct", tmp_path / "copy", recipe=FEW)
     file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
     for policy in ("resize", "fresh"):
-        with pytest.raises(RecipeError, match="head copy only"):
+        with pytest.raises(RecipeError, match="head must be copy"):
             recycle(upgrade, path, task, "init+distill", tmp_path / policy, recipe=FEW, head=policy)
         outcome = recycle(upgrade, path, task, "direct", tmp_path / policy, recipe=FEW, head=policy)
         assert outcome.record.labels == ("neutral", "positive", "worse")
@@ -77,7 +77,7 @@ def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts
     for wrong in ({"inner_size": 0}, {"activation": "tanh"}, {"placement": "everywhere"}):
         with pytest.raises(RecipeError, match=str(next(iter(wrong.values())))):
             BottleneckConfig(**wrong)
-    with pytest.raises(MismatchError, match="finds 0 layers"):
+    with pytest.raises(MismatchError, match="matches 0 layers"):
         attach(fresh_model(base, HEAD, 0), base, HEAD, BottleneckConfig(after_attention="nothing"), 0)
 
 
@@ -114,7 +114,7 @@ def encode_one(examples, i):
 
 
 def test_kinds_that_cannot_be(opened):
-    with pytest.raises(RecipeError, match="Did you mean lora"):
+    with pytest.raises(RecipeError, match="Did you mean 'lora'"):
         new_config("loora", opened["bert"][0], HEAD)
     with pytest.raises(RecipeError, match="take no prefix"):
         new_config("prefix", opened["distilbert"][0], HEAD)

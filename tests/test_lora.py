@@ -1,4 +1,4 @@
-"""LoRAs merged into a base and drawn out of a fine-tune, as PEFT and transformers see them."""
+"""Merge LoRAs into a base and extract them from a fine-tune; the references are PEFT and transformers."""
 
 import json
 
@@ -8,6 +8,7 @@ from conftest import HEAD, LABELS
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
 
 from regraft import Base, load_adaptation
 from regraft.adaptation import extract_lora, load_model, lora_settings, merge_lora, write_lora
@@ -17,49 +18,56 @@ from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeE
 from regraft.progress import quiet
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
-IDS = torch.tensor([[7, 9, 12, 20, 8], [11, 30, 6, 15, 22]])
+INPUT_IDS = torch.tensor([[7, 9, 12, 20, 8], [11, 30, 6, 15, 22]])
 
 
 def invoke(*arguments):
-    from typer.testing import CliRunner
-
-    done = CliRunner().invoke(app, ["weights", *map(str, arguments)], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.output
+    result = CliRunner().invoke(app, ["weights", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
-def test_a_fine_tune_that_changed_in_one_number_is_another(tmp_path):
-    sides = {"old": torch.zeros(64, 64), "tuned": torch.randn(64, 64)}
-    for side, weight in sides.items():
-        (tmp_path / side).mkdir()
-        save_file({"layer.weight": weight}, tmp_path / side / "model.safetensors")
-    given = "extract-lora", "--tuned", tmp_path / "tuned", "--old", tmp_path / "old", "--rank", 2, "--out"
-    invoke(*given, tmp_path / "out")
-    sides["tuned"][1, 3] += 1  # between the places of which a fingerprint hashes a sample
-    save_file({"layer.weight": sides["tuned"]}, tmp_path / "tuned" / "model.safetensors")
-    with pytest.raises(OutcomeError, match="made from something else"):
-        invoke(*given, tmp_path / "out")
-
-
-def logits(model):
+def compute_logits(model):
     model.config.pad_token_id = 0
     with torch.no_grad():
-        return model.eval()(IDS).logits
+        return model.eval()(INPUT_IDS).logits
+
+
+def randomise_lora(model, scale):
+    """Add noise to the LoRA's parameters, of which PEFT starts half at zero."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += scale * torch.randn_like(parameter)
+
+
+def test_output_folder_is_refused_after_one_weight_of_the_fine_tune_changed(tmp_path):
+    weights = {"old": torch.zeros(64, 64), "tuned": torch.randn(64, 64)}
+    for folder, weight in weights.items():
+        (tmp_path / folder).mkdir()
+        save_file({"layer.weight": weight}, tmp_path / folder / "model.safetensors")
+    command = "extract-lora", "--tuned", tmp_path / "tuned", "--old", tmp_path / "old", "--rank", 2, "--out"
+    invoke(*command, tmp_path / "out")
+    weights["tuned"][1, 3] += 1  # an element that a fingerprint of sampled elements would miss
+    save_file({"layer.weight": weights["tuned"]}, tmp_path / "tuned" / "model.safetensors")
+    with pytest.raises(OutcomeError, match="made from other inputs"):
+        invoke(*command, tmp_path / "out")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_merged_lora_is_the_model_it_was(tmp_path, bases, tuned, architecture):
+def test_merged_lora_computes_the_same_logits(tmp_path, bases, tuned, architecture):
     base, adaptation = Base.open(bases[architecture][0]), load_adaptation(tuned[architecture, "lora"])
     invoke("merge-lora", "--adapter", adaptation.path, "--base", base.path, "--out", tmp_path / "out")
     model, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] | report["mismatched_keys"]
-    assert report["unexpected_keys"] <= Checkpoint.open(base.path).tensors.keys()  # the head of its pre-training
+    assert report["unexpected_keys"] <= Checkpoint.open(base.path).tensors.keys()  # the head of pre-training
     assert tuple(model.config.id2label[i] for i in range(2)) == LABELS
-    torch.testing.assert_close(logits(model), logits(load_model(adaptation, base, HEAD)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        compute_logits(model), compute_logits(load_model(adaptation, base, HEAD)), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
-    "given",
+    "settings",
     [
         {"use_rslora": True},
         {"use_dora": True},
@@ -67,7 +75,7 @@ def test_a_merged_lora_is_the_model_it_was(tmp_path, bases, tuned, architecture)
     ],
     ids=["rslora", "dora", "patterns"],
 )
-def test_relatives_are_merged_as_peft_does(tmp_path, bases, given):
+def test_variants_of_lora_are_merged_as_peft_does(tmp_path, bases, settings):
     base = bases["bert"][0]
     torch.manual_seed(0)
     with quiet():
@@ -78,27 +86,23 @@ def test_relatives_are_merged_as_peft_does(tmp_path, bases, given):
             lora_alpha=6,
             target_modules=["query", "output.dense"],
             modules_to_save=["pooler"],
-            **given,
+            **settings,
         )
         model = get_peft_model(plain, config)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data += 0.3 * torch.randn_like(parameter)
+        randomise_lora(model, 0.3)
         model.save_pretrained(tmp_path / "adapter")
     adapter, source = Checkpoint.open(tmp_path / "adapter"), Checkpoint.open(base)
     merged = merge_lora(adapter, lora_settings(tmp_path / "adapter"), source).tensors
-    wanted = model.merge_and_unload().state_dict()
-    assert wanted.keys() <= merged.keys()
-    compared = 0
-    for name, tensor in wanted.items():
-        tensor = merged[name]
-        torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=1e-5)
-        compared += not torch.equal(tensor, source[name]) if name in source else 0
-    assert compared == 6
+    expected = model.merge_and_unload().state_dict()
+    assert expected.keys() <= merged.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-5, rtol=1e-5)
+    changed = [name for name in expected if name in source and not torch.equal(merged[name], source[name])]
+    assert len(changed) == 6  # query and the two output.dense of both layers
 
 
-def test_a_layer_that_keeps_its_weight_turned(tmp_path):
-    """GPT-2's Conv1D holds [in, out]."""
+def test_merge_into_a_transposed_weight(tmp_path):
+    """GPT-2's Conv1D stores its weight as [in, out]."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     torch.manual_seed(0)
@@ -107,99 +111,98 @@ def test_a_layer_that_keeps_its_weight_turned(tmp_path):
     with quiet():
         config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
         model = get_peft_model(plain, config)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data += torch.randn_like(parameter)
+        randomise_lora(model, 1)
         model.save_pretrained(tmp_path / "adapter")
     merged = merge_lora(
         Checkpoint.open(tmp_path / "adapter"), lora_settings(tmp_path / "adapter"), Checkpoint.open(tmp_path / "base")
     ).tensors
-    wanted = model.merge_and_unload().state_dict()
+    expected = model.merge_and_unload().state_dict()
     name = "transformer.h.0.attn.c_attn.weight"
-    torch.testing.assert_close(merged[name], wanted[name], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged[name], expected[name], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_lora_of_full_rank_is_the_fine_tune_in_its_linear_layers(tmp_path, bases, tuned, architecture):
+def test_extracted_lora_of_full_rank_equals_the_fine_tune_in_linear_layers(tmp_path, bases, tuned, architecture):
     old, source = bases[architecture][0], tuned[architecture, "full"] / "adaptation"
-    found = extract_lora(Checkpoint.open(source), Checkpoint.open(old), energy=1.0)
-    assert found.kept + found.left_out == pytest.approx(1)
-    write_lora(found, tmp_path / "lora", str(old), source, {})
+    lora = extract_lora(Checkpoint.open(source), Checkpoint.open(old), energy=1.0)
+    assert lora.preserved + lora.excluded == pytest.approx(1)
+    write_lora(lora, tmp_path / "lora", str(old), source, {})
     with quiet():
         plain = AutoModelForSequenceClassification.from_pretrained(old, num_labels=2, dtype="float32")
         model = PeftModel.from_pretrained(plain, tmp_path / "lora").merge_and_unload()
     fine_tune, state = Checkpoint.open(source), model.state_dict()
-    linear = [
-        name for name in fine_tune if f"base_model.model.{name.removesuffix('weight')}lora_A.weight" in found.tensors
+    linear_weights = [
+        name for name in fine_tune if f"base_model.model.{name.removesuffix('weight')}lora_A.weight" in lora.tensors
     ]
-    assert len(linear) >= 12
-    for name in linear:
+    assert len(linear_weights) >= 12
+    for name in linear_weights:
         torch.testing.assert_close(state[name], fine_tune[name], atol=1e-5, rtol=1e-4)
     for name in ("classifier.weight", "score.weight", "pre_classifier.weight"):
         if name in fine_tune:
             assert torch.equal(state[name], fine_tune[name])
 
 
-def test_the_rank_bounds_the_error(tmp_path, bases, tuned):
-    old, source = (Checkpoint.open(p) for p in (bases["bert"][0], tuned["bert", "full"] / "adaptation"))
-    kept = [extract_lora(source, old, rank=rank).kept for rank in (1, 4, 16)]
-    assert kept == sorted(kept)
-    assert kept[0] < kept[-1] < 1
-    some = extract_lora(source, old, energy=0.8)
-    assert {len(t) for n, t in some.tensors.items() if "lora_A" in n} > {some.config["r"]}
-    write_lora(some, tmp_path / "some", "base", tmp_path, {})
-    merged = merge_lora(Checkpoint.open(tmp_path / "some"), some.config, old).tensors
-    for name in (n for n in merged if n in old and n in source and "dense.weight" in n):
-        change, wanted = merged[name].double() - old[name].double(), source[name].double() - old[name].double()
-        assert (change - wanted).square().sum() <= 0.2 * wanted.square().sum() + 1e-9
+def test_rank_and_energy_bound_the_error_of_an_extracted_lora(tmp_path, bases, tuned):
+    old, source = map(Checkpoint.open, (bases["bert"][0], tuned["bert", "full"] / "adaptation"))
+    energy_by_rank = [extract_lora(source, old, rank=rank).preserved for rank in (1, 4, 16)]
+    assert energy_by_rank == sorted(energy_by_rank)
+    assert energy_by_rank[0] < energy_by_rank[-1] < 1
+    lora = extract_lora(source, old, energy=0.8)
+    assert {len(tensor) for name, tensor in lora.tensors.items() if "lora_A" in name} > {lora.config["r"]}
+    write_lora(lora, tmp_path / "lora", "base", tmp_path, {})
+    merged = merge_lora(Checkpoint.open(tmp_path / "lora"), lora.config, old).tensors
+    for name in merged.keys() & set(old) & set(source):
+        if "dense.weight" in name:
+            delta, expected = merged[name].double() - old[name].double(), source[name].double() - old[name].double()
+            assert (delta - expected).square().sum() <= 0.2 * expected.square().sum() + 1e-9
 
 
-def test_extract_on_the_command_line(tmp_path, bases, tuned):
+def test_extract_lora_command(tmp_path, bases, tuned):
     old, source = bases["bert"][0], tuned["bert", "full"] / "adaptation"
-    said = invoke("extract-lora", "--tuned", source, "--old", old, "--rank", 4, "--out", tmp_path / "lora")
-    assert "of the squared norm of what tuning changed" in said
+    output = invoke("extract-lora", "--tuned", source, "--old", old, "--rank", 4, "--out", tmp_path / "lora")
+    assert "of the delta's squared norm preserved" in output
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(old)
     load_model(load_adaptation(tmp_path / "lora"), Base.open(old), HEAD)
-    for given in ({}, {"rank": 1, "energy": 0.5}):
+    for options in ({}, {"rank": 1, "energy": 0.5}):
         with pytest.raises(RecipeError, match="either a rank or the energy"):
-            extract_lora(Checkpoint.open(source), Checkpoint.open(old), **given)
+            extract_lora(Checkpoint.open(source), Checkpoint.open(old), **options)
 
 
-def test_what_cannot_be_merged_is_refused(bases, tuned):
+def test_invalid_adapters_are_not_merged(bases, tuned):
     source = tuned["bert", "lora"] / "adaptation"
     adapter, config, base = dict(Checkpoint.open(source)), lora_settings(source), Checkpoint.open(bases["bert"][0])
     name = "base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"
-    with pytest.raises(CheckpointError, match=r"tunes 1 tensors .* does not hold: .*layer\.1\.output\.dense\.lora_B"):
-        merge_lora({n: t for n, t in adapter.items() if n != name}, config, base)
-    with pytest.raises(CheckpointError, match=r"no place .* would be lost: .*lora_embedding_A"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors .* tunes: .*layer\.1\.output\.dense\.lora_B"):
+        merge_lora({key: tensor for key, tensor in adapter.items() if key != name}, config, base)
+    with pytest.raises(CheckpointError, match=r"unexpected .* would be ignored: .*lora_embedding_A"):
         merge_lora(adapter | {name.replace("lora_B.weight", "lora_embedding_A"): adapter[name]}, config, base)
-    with pytest.raises(CheckpointError, match=r"2 tensors of the LoRA have no place .*bert\.nothing"):
-        more = {f"base_model.model.bert.{part}.weight": torch.ones(2) for part in ("nothing", "nowhere")}
-        merge_lora(adapter | more, config, base)
+    with pytest.raises(CheckpointError, match=r"2 tensors of the LoRA are unexpected .*bert\.nothing"):
+        unknown = {f"base_model.model.bert.{module}.weight": torch.ones(2) for module in ("nothing", "nowhere")}
+        merge_lora(adapter | unknown, config, base)
     for setting, remedy in (
-        ({"alora_invocation_tokens": [5]}, "PEFT merges no such adapter"),
+        ({"alora_invocation_tokens": [5]}, "PEFT does not merge it either"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "Merge it with PEFT"),
     ):
         with pytest.raises(CheckpointError, match=f"{next(iter(setting))}.* {remedy}"):
             merge_lora(adapter, config | setting, base)
-    with pytest.raises(CheckpointError, match=r"novelty.* not known to the installed PEFT"):
+    with pytest.raises(CheckpointError, match=r"novelty.* unknown to the installed PEFT"):
         merge_lora(adapter, config | {"novelty": 1}, base)
     with pytest.raises(MismatchError, match=r"do not fit the base: .*layer\.1\.output\.dense\.lora_B"):
         merge_lora(adapter | {name: adapter[name][:-1]}, config, base)
 
 
-def test_what_a_merged_model_would_lack_is_refused(tmp_path, bases):
-    """BERT's pooler is drawn at random where the base has none: a LoRA that did not save it cannot be merged."""
+def test_lora_that_lacks_a_randomly_initialised_weight_is_not_merged(tmp_path, bases):
+    """The base has no pooler, so BERT's is drawn at random, and this LoRA did not save it."""
     with quiet():
         plain = AutoModelForSequenceClassification.from_pretrained(bases["bert"][0])
         get_peft_model(plain, LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(tmp_path)
-    with pytest.raises(MismatchError, match=r"drawn at random: bert\.pooler\.dense\.weight"):
+    with pytest.raises(MismatchError, match=r"neither in .* nor in the LoRA: bert\.pooler\.dense\.weight"):
         merge_lora(Checkpoint.open(tmp_path), lora_settings(tmp_path), Checkpoint.open(bases["bert"][0]))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_an_adapter_that_took_its_start_out_of_its_base(tmp_path, bases, init):
-    """Its true change is against the original base: folded, it gives what PEFT's model computes."""
+def test_adapter_whose_initial_weights_were_subtracted_from_the_base(tmp_path, bases, init):
+    """PEFT subtracts the initial LoRA from the base: a merge into the original base needs that LoRA too."""
     base = bases["bert"][0]
     torch.manual_seed(0)
     with quiet():
@@ -209,20 +212,16 @@ def test_an_adapter_that_took_its_start_out_of_its_base(tmp_path, bases, init):
         )
         model = get_peft_model(plain, config)
         model.save_pretrained(tmp_path / "start")
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data += 0.1 * torch.randn_like(parameter)
+        randomise_lora(model, 0.1)
         model.peft_config["default"].init_lora_weights = init
         model.save_pretrained(tmp_path / "adapter")
-    wanted = model.merge_and_unload().state_dict()
-    invoke(
-        "merge-lora", "--adapter", tmp_path / "adapter", "--start", tmp_path / "start", "--base", base,
-        "--out", tmp_path / "out",
-    )  # fmt: skip
+    expected = model.merge_and_unload().state_dict()
+    folders = "--adapter", tmp_path / "adapter", "--start", tmp_path / "start", "--base", base
+    invoke("merge-lora", *folders, "--out", tmp_path / "out")
     merged = Checkpoint.open(tmp_path / "out")
     name = "bert.encoder.layer.0.attention.self.query.weight"
-    torch.testing.assert_close(merged[name], wanted[name], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged[name], expected[name], atol=1e-5, rtol=1e-5)
     settings = lora_settings(tmp_path / "adapter")
     assert str(settings["init_lora_weights"]) == init
-    with pytest.raises(CheckpointError, match="took its start out of its base"):
+    with pytest.raises(CheckpointError, match=f"was initialised by '{init}' from its base"):
         merge_lora(Checkpoint.open(tmp_path / "adapter"), settings, Checkpoint.open(base))

@@ -113,7 +113,7 @@ def test_hidden_states_are_read_where_the_head_reads():
 def test_a_blockwise_forward_observes_the_head_at_the_tokens_that_it_reads():
     texts, model = make_texts(), make_classifier("llama", None)
     blockwise, logits = BlockwiseForward(model, make_examples(texts), "fp32"), []
-    for _ in range(blockwise.parts):
+    for _ in range(blockwise.num_parts):
         blockwise.run([model.score], lambda name, batch, inputs, outputs: logits.append(outputs.float()), advance=True)
     longest_first = sorted(texts, key=lambda ids: -len(ids))
     torch.testing.assert_close(torch.cat(logits), logits_alone(model, longest_first), rtol=0, atol=1e-5)
@@ -134,7 +134,7 @@ def test_a_blockwise_forward_observes_no_padding(architecture):
     def add(sums, name, rows):
         sums[name] = sums.get(name, 0) + rows.T @ rows
 
-    for _ in range(blockwise.parts):
+    for _ in range(blockwise.num_parts):
         blockwise.run(layers, lambda name, _, inputs, __: add(moments, name, inputs), advance=True)
     for layer in layers:
         layer.register_forward_hook(

@@ -1,4 +1,4 @@
-"""Names from files where they are shown: on a terminal, in messages and in a model card, none of them acts."""
+"""Names from files are shown as text: on a terminal, in messages and in a model card."""
 
 import json
 import re
@@ -13,45 +13,45 @@ from regraft.adaptation.outcome import _card
 from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, TaskRecord
 from regraft.printable import printable
 
-ACTING = "\x1b]0;x\x07\x1b[31m\u202eb\x9b\u2066"
+CONTROL_CHARACTERS = "\x1b]0;x\x07\x1b[31m\u202eb\x9b\u2066"
 
 
-def run(monkeypatch, capsys, *arguments):
+def run_cli(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["regraft", *map(str, arguments)])
     code = 0
     try:
         cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    except SystemExit as exit_info:
+        code = exit_info.code or 0
+    output = capsys.readouterr()
+    return code, output.out, output.err
 
 
-def test_text_from_files_cannot_steer_a_terminal(monkeypatch, capsys, tmp_path, bases, tuned):
+def test_text_from_files_cannot_control_the_terminal(monkeypatch, capsys, tmp_path, bases, tuned):
     assert (
-        printable(f"a{ACTING}\tü\n")
+        printable(f"a{CONTROL_CHARACTERS}\tü\n")
         == "a" + "\ufffd" + "]0;x" + 2 * "\ufffd" + "[31m" + "\ufffdb" + 2 * "\ufffd" + "\tü\n"
     )
     lora = tuned["bert", "lora"] / "adaptation"
     shown = shutil.copytree(lora, tmp_path / "shown")
     record = json.loads((shown / "lineage.json").read_text())
-    (shown / "lineage.json").write_text(json.dumps({**record, "labels": ["negative", "positive" + ACTING]}))
-    code, out, _ = run(monkeypatch, capsys, "adaptation", "show", shown)
+    (shown / "lineage.json").write_text(json.dumps({**record, "labels": ["negative", "positive" + CONTROL_CHARACTERS]}))
+    code, out, _ = run_cli(monkeypatch, capsys, "adaptation", "show", shown)
     assert code == 0
     assert "positive" in out
-    assert not set(ACTING) & {"\x1b", "\x07", "\u202e"} & set(out)
-    name = f"x{ACTING}\nerror: all is well"
+    assert not set(CONTROL_CHARACTERS) & {"\x1b", "\x07", "\u202e"} & set(out)
+    name = f"x{CONTROL_CHARACTERS}\nerror: all is well"
     forged = shutil.copytree(lora, tmp_path / "forged")
     tensors = load_file(forged / "adapter_model.safetensors")
     save_file({**tensors, name: torch.ones(2)}, forged / "adapter_model.safetensors", metadata={"format": "pt"})
-    code, _, error = run(monkeypatch, capsys, "adaptation", "show", forged, "--base", bases["bert"][0])
+    code, _, error = run_cli(monkeypatch, capsys, "adaptation", "show", forged, "--base", bases["bert"][0])
     assert code == 2
-    assert "without a place" in error
+    assert "1 unexpected" in error
     assert not {"\x1b", "\x07", "\u202e"} & set(error)
     assert [line[:6] for line in error.splitlines() if line.startswith("error")] == ["error:"]
 
 
-def test_a_model_card_shows_names_as_they_are():
+def test_model_card_escapes_markup_in_names():
     markup = "<img src=http://x/y.png> ![a](http://x) `c`\n# heading www.x.org"
     record = OutcomeRecord(
         method="direct", kind="full", inputs={}, task=TaskRecord(markup, "accuracy", "d", 1),
@@ -59,8 +59,8 @@ def test_a_model_card_shows_names_as_they_are():
         notes={}, base=BaseRecord(markup, "f"), recycled_from=None, versions={},
     )  # fmt: skip
     card = _card(record)
-    outside = re.sub(r"`[^`]*`", "", card)
-    assert "positive" in outside
-    for active in ("<", "![", "](", "http", "www", "heading"):
-        assert active not in outside
+    text_outside_code = re.sub(r"`[^`]*`", "", card)
+    assert "positive" in text_outside_code
+    for markup_token in ("<", "![", "](", "http", "www", "heading"):
+        assert markup_token not in text_outside_code
     assert sum(line.startswith("#") for line in card.splitlines()) == 1

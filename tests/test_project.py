@@ -17,7 +17,7 @@ from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
 from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.methods import parse_options
 from regraft.methods.project import Projection
-from regraft.methods.project_distill import _rates
+from regraft.methods.project_distill import _learning_rates
 from regraft.weights.project import leave_one_out_errors, project
 
 FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
@@ -232,7 +232,7 @@ def test_it_says_when_the_map_is_worse_than_direct(tmp_path, moved, task_file, c
     path = adapt(upgrade.old, "lora", tmp_path / "mine" / "adaptation", 99)
     with caplog.at_level(logging.WARNING):
         out = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW, options=Projection(noisy))
-    assert "mapped worse" in caplog.text
+    assert "the map is worse" in caplog.text
     assert out.record.notes["left_out_error"] > out.record.notes["direct_error"]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -257,12 +257,12 @@ def test_what_does_not_belong_together_is_refused(tmp_path, moved, task_file):
         recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW, options=Projection(pairs, **more))
 
     for pairs, error, told in (
-        ((), RecipeError, "give pairs"),
+        ((), RecipeError, "pass pairs"),
         ((f"{old}",), RecipeError, "OLD=NEW"),
         ((f"{old}=",), RecipeError, "OLD=NEW"),
         ((f"{old}={old}",), MismatchError, "was not tuned on"),
         ((f"{new}={new}",), MismatchError, "was not tuned on"),
-        ((f"{old}={wide}",), MismatchError, "one shape"),
+        ((f"{old}={wide}",), MismatchError, "the same shapes"),
         ((f"{full}={new}",), MismatchError, "one kind"),
         ((f"{old}={strong}",), MismatchError, "lora_alpha"),
     ):
@@ -319,7 +319,7 @@ def test_a_step_of_each_part_of_the_map_moves_a_weight_as_far(part, size, rank, 
     v = scale * torch.randn(size, generator=drawn, dtype=torch.float64)
     shapes = ((size, rank), (rank, size), (size,))
     parts = [0.02 * torch.randn(shape, generator=drawn, dtype=torch.float64) for shape in shapes]
-    rate = _rates([v], Projection(("a=b",), rank=rank, learning_rate=1e-3))[part]
+    rate = _learning_rates([v], Projection(("a=b",), rank=rank, learning_rate=1e-3))[part]
     moved = [tensor.clone().requires_grad_(number == part) for number, tensor in enumerate(parts)]
     before = v @ parts[0] @ parts[1] + parts[2]
     (v @ moved[0] @ moved[1] + moved[2])[0].backward()  # each moves as this weight of the map's result would have it
@@ -383,5 +383,5 @@ def test_an_outcome_is_of_the_content_of_its_pairs(tmp_path, bases, tuned, task_
     assert recycle(*given, recipe=FEW, options=options).record.inputs == record["inputs"]
     shutil.rmtree(new)
     adapt(upgrade.new, "lora", new, seed=4, rank=8)
-    with pytest.raises(OutcomeError, match="it differs in pairs"):
+    with pytest.raises(OutcomeError, match="inputs differ in pairs"):
         recycle(*given, recipe=FEW, options=options)

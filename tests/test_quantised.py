@@ -1,4 +1,4 @@
-"""Quantised checkpoints: int8 and fp8 are the weights that transformers makes of them, all others are refused."""
+"""Quantised checkpoints: int8 and fp8 are dequantised as by transformers, all other formats are refused."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 24]}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 PROJECTION = "model.layers.0.self_attn.q_proj.weight"
-W = "model.layers.0.mlp.up_proj"
+LAYER = "model.layers.0.mlp.up_proj"
 
 
 def write(file, **tensors):
@@ -30,8 +30,8 @@ def write(file, **tensors):
     return file
 
 
-def spread(scales, block, shape):
-    """Give each number of a matrix the scale of its block."""
+def expand_scales(scales, block, shape):
+    """Expand the scales of blocks to the elements of a matrix."""
     rows, columns = (torch.arange(size) // edge for size, edge in zip(shape[-2:], block, strict=True))
     return scales.float()[..., rows, :][..., columns]
 
@@ -60,31 +60,34 @@ def to_fp8(tensors, layers="_proj.weight"):
         if name.endswith(layers):
             grid = [-(-size // edge) for size, edge in zip(tensor.shape, FP8["weight_block_size"], strict=True)]
             scale = torch.rand(grid, generator=torch.Generator().manual_seed(5)) / 1000 + 1e-3
-            quantised[name] = (tensor / spread(scale, FP8["weight_block_size"], tensor.shape)).to(E4M3)
+            quantised[name] = (tensor / expand_scales(scale, FP8["weight_block_size"], tensor.shape)).to(E4M3)
             quantised[name + "_scale_inv"] = scale
     return quantised
 
 
-def values(tensors, name):
-    """Compute a weight from what is stored, by the published formulas."""
+def dequantise(tensors, name):
+    """Dequantise a weight by the published formulas."""
     tensor = tensors[name]
     if tensor.dtype == torch.int8:
         return tensor.double() * tensors[name.replace("weight", "SCB")].double()[:, None] / 127
     if tensor.dtype == E4M3:
-        return tensor.double() * spread(tensors[name + "_scale_inv"], FP8["weight_block_size"], tensor.shape).double()
+        return (
+            tensor.double()
+            * expand_scales(tensors[name + "_scale_inv"], FP8["weight_block_size"], tensor.shape).double()
+        )
     return tensor.double()
 
 
-def quantise(folder, into, how, settings):
+def quantise(folder, into, quantise_tensors, settings):
     shutil.copytree(folder, into)
-    write(into / "model.safetensors", **how(load_file(into / "model.safetensors")))
+    write(into / "model.safetensors", **quantise_tensors(load_file(into / "model.safetensors")))
     config = json.loads((into / "config.json").read_text())
     (into / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     return into
 
 
 def shard(folder):
-    """Divide a folder's file into two shards, so that scales are not beside their weights."""
+    """Divide a folder's file into two shards, with scales and codes in different ones."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     files = {name: f"model-0000{1 + (tensors[name].dim() == 2)}-of-00002.safetensors" for name in tensors}
@@ -93,27 +96,30 @@ def shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
-def regraft(*arguments):
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if isinstance(done.exception, CheckpointError):
-        return str(done.exception)
-    assert done.exit_code == 0, done.output
-    return done.output
+def run_cli(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(result.exception, CheckpointError):
+        return str(result.exception)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 @pytest.fixture(scope="module")
-def sides(tmp_path_factory, bases):
+def llamas(tmp_path_factory, bases):
     """Llamas in full precision, in int8 and in fp8: the old base, the new one, and a fine-tune."""
     folder, written = tmp_path_factory.mktemp("quantised"), {}
     old, new = bases["llama"]
     tuned = shutil.copytree(old, folder / "tuned")
     tensors = load_file(old / "model.safetensors")
-    moved = {n: t + 0.02 * torch.randn(t.shape, generator=torch.Generator().manual_seed(4)) for n, t in tensors.items()}
-    write(tuned / "model.safetensors", **moved)
-    for which, path in (("old", old), ("new", new), ("tuned", tuned)):
-        written[which, "plain"] = path
-        written[which, "int8"] = quantise(path, folder / f"{which}-int8", to_int8, INT8)
-        written[which, "fp8"] = quantise(path, folder / f"{which}-fp8", to_fp8, FP8)
+    changed = {
+        name: tensor + 0.02 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(4))
+        for name, tensor in tensors.items()
+    }
+    write(tuned / "model.safetensors", **changed)
+    for role, path in (("old", old), ("new", new), ("tuned", tuned)):
+        written[role, "plain"] = path
+        written[role, "int8"] = quantise(path, folder / f"{role}-int8", to_int8, INT8)
+        written[role, "fp8"] = quantise(path, folder / f"{role}-fp8", to_fp8, FP8)
     return written
 
 
@@ -131,7 +137,7 @@ def test_fp8_is_dequantised_by_blocks(tmp_path, shape, scale_dtype, dtype):
         scale = torch.rand(grid).to(scale_dtype)
         factors = scale.float()
     checkpoint = Checkpoint.open(write(tmp_path / "w.safetensors", w=codes, w_scale_inv=scale))
-    expected = codes.float() * spread(factors, (128, 128), shape)
+    expected = codes.float() * expand_scales(factors, (128, 128), shape)
     assert set(checkpoint) == {"w"}
     assert torch.equal(checkpoint["w"], expected)
     if not any(size % 128 for size in shape[-2:]):
@@ -141,7 +147,7 @@ def test_fp8_is_dequantised_by_blocks(tmp_path, shape, scale_dtype, dtype):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_one_scale_is_for_the_whole_tensor(tmp_path, shape):
+def test_single_scale_applies_to_the_whole_tensor(tmp_path, shape):
     codes = torch.randn(3, 20, 30).to(E4M3)
     file = write(tmp_path / "w.safetensors", w=codes, w_scale_inv=torch.full(shape, 0.3))
     assert torch.equal(Checkpoint.open(file)["w"], codes.float() * 0.3)
@@ -179,14 +185,14 @@ def test_int8_of_conv1d_layers_is_stored_transposed(tmp_path, model_type, is_tra
     ("shape", "grid"), [((40, 72), (5, 9)), ((48, 30), (48, 1)), ((4, 256, 200), (4, 1, 1)), ((256, 200), (4, 1))]
 )
 @pytest.mark.parametrize("settings", [{}, {"quantization_config": FP8 | {"weight_block_size": None}}])
-def test_blocks_that_no_config_names_divide_the_weight(tmp_path, shape, grid, settings):
+def test_blocks_without_a_config_divide_the_weight(tmp_path, shape, grid, settings):
     codes, scale = torch.randn(shape).to(E4M3), torch.rand(grid)
     write(tmp_path / "model.safetensors", w=codes, w_scale_inv=scale)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert torch.equal(Checkpoint.open(tmp_path)["w"], Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32))
 
 
-def test_blocks_that_may_be_cut_off_are_not_guessed(tmp_path):
+def test_ambiguous_blocks_are_refused(tmp_path):
     file = write(tmp_path / "w.safetensors", w=torch.ones(36, 32).to(E4M3), w_scale_inv=torch.ones(3, 2))  # of 16 × 16
     with pytest.raises(CheckpointError, match="weight_block_size"):
         Checkpoint.open(file)
@@ -195,14 +201,14 @@ def test_blocks_that_may_be_cut_off_are_not_guessed(tmp_path):
 @pytest.mark.parametrize(
     "kinds", ["int8 int8 int8", "fp8 fp8 fp8", "plain plain int8", "fp8 plain plain", "plain fp8 int8"]
 )
-def test_grafts_what_the_stored_numbers_stand_for(tmp_path, sides, kinds):
-    new, tuned, old = (sides[side] for side in zip(("new", "tuned", "old"), kinds.split(), strict=True))
-    regraft("weights", "graft", "--new", new, "--tuned", tuned, "--old", old, "--out", tmp_path / "out")
-    operands = [load_file(side / "model.safetensors") for side in (new, tuned, old)]
+def test_grafts_dequantised_weights(tmp_path, llamas, kinds):
+    new, tuned, old = (llamas[key] for key in zip(("new", "tuned", "old"), kinds.split(), strict=True))
+    run_cli("weights", "graft", "--new", new, "--tuned", tuned, "--old", old, "--out", tmp_path / "out")
+    operands = [load_file(path / "model.safetensors") for path in (new, tuned, old)]
     grafted = load_file(tmp_path / "out/model.safetensors")
-    assert set(grafted) == set(load_file(sides["tuned", "plain"] / "model.safetensors"))
+    assert set(grafted) == set(load_file(llamas["tuned", "plain"] / "model.safetensors"))
     for name, tensor in grafted.items():
-        n, t, o = (values(tensors, name) for tensors in operands)
+        n, t, o = (dequantise(tensors, name) for tensors in operands)
         stored = operands[1][name].dtype
         assert tensor.dtype == (stored if stored not in (torch.int8, E4M3) else torch.bfloat16)
         torch.testing.assert_close(tensor.double(), n + t - o, rtol=2**-8, atol=1e-6)
@@ -211,21 +217,21 @@ def test_grafts_what_the_stored_numbers_stand_for(tmp_path, sides, kinds):
     assert not any(report.values())
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")  # PEFT asks for what transformers renamed
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")  # renamed by transformers
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_merges_a_lora_into_a_quantised_base(tmp_path, sides, kind):
-    tensors = load_file(sides["old", kind] / "model.safetensors")
-    names = load_file(sides["old", "plain"] / "model.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(sides["old", "plain"])
-    model.load_state_dict({name: values(tensors, name).float() for name in names}, strict=False)
+def test_merges_a_lora_into_a_quantised_base(tmp_path, llamas, kind):
+    tensors = load_file(llamas["old", kind] / "model.safetensors")
+    names = load_file(llamas["old", "plain"] / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(llamas["old", "plain"])
+    model.load_state_dict({name: dequantise(tensors, name).float() for name in names}, strict=False)
     torch.manual_seed(0)
     model = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
     )
     model.save_pretrained(tmp_path / "adapter")
-    shutil.copyfile(sides["old", kind] / "config.json", tmp_path / "adapter/config.json")  # as some trainers leave it
-    shard(shutil.copytree(sides["old", kind], tmp_path / "base"))
-    regraft(
+    shutil.copyfile(llamas["old", kind] / "config.json", tmp_path / "adapter/config.json")  # as some trainers save it
+    shard(shutil.copytree(llamas["old", kind], tmp_path / "base"))
+    run_cli(
         "weights",
         "merge-lora",
         "--adapter",
@@ -241,42 +247,44 @@ def test_merges_a_lora_into_a_quantised_base(tmp_path, sides, kind):
         torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=2**-7, atol=1e-6)
 
 
-def test_measures_and_draws_out_what_changed(tmp_path, sides):
-    tuned, old = sides["tuned", "plain"], sides["old", "int8"]
-    regraft("weights", "delta", "--tuned", tuned, "--old", old, "--out", tmp_path / "delta")
+def test_delta_distance_and_extracted_lora_of_quantised_weights(tmp_path, llamas):
+    tuned, old = llamas["tuned", "plain"], llamas["old", "int8"]
+    run_cli("weights", "delta", "--tuned", tuned, "--old", old, "--out", tmp_path / "delta")
     delta = load_file(tmp_path / "delta/model.safetensors")
-    first, second = (load_file(side / "model.safetensors") for side in (tuned, old))
-    torch.testing.assert_close(delta[PROJECTION].double(), values(first, PROJECTION) - values(second, PROJECTION))
-    regraft("weights", "extract-lora", "--tuned", tuned, "--old", old, "--rank", 32, "--out", tmp_path / "lora")
+    first, second = (load_file(path / "model.safetensors") for path in (tuned, old))
+    torch.testing.assert_close(
+        delta[PROJECTION].double(), dequantise(first, PROJECTION) - dequantise(second, PROJECTION)
+    )
+    run_cli("weights", "extract-lora", "--tuned", tuned, "--old", old, "--rank", 32, "--out", tmp_path / "lora")
     lora = load_file(tmp_path / "lora/adapter_model.safetensors")
     b, a = (lora["base_model.model." + PROJECTION.replace("weight", f"lora_{part}.weight")] for part in "BA")
     torch.testing.assert_close(b @ a, delta[PROJECTION], rtol=1e-3, atol=1e-5)
-    assert "0.00%" not in regraft("weights", "distance", tuned, old)
+    assert "0.00%" not in run_cli("weights", "distance", tuned, old)
 
 
-def test_a_fingerprint_counts_scales_wherever_they_lie(tmp_path, sides):
-    whole = shutil.copytree(sides["old", "fp8"], tmp_path / "whole")
-    divided = shutil.copytree(whole, tmp_path / "divided")
-    shard(divided)
-    assert fingerprint(Checkpoint.open(whole)) == fingerprint(Checkpoint.open(divided))
-    before = fingerprint(Checkpoint.open(whole))
-    tensors = load_file(whole / "model.safetensors")
-    write(whole / "model.safetensors", **tensors | {PROJECTION + "_scale_inv": 2 * tensors[PROJECTION + "_scale_inv"]})
-    assert fingerprint(Checkpoint.open(whole)) != before
+def test_fingerprint_covers_scales_in_any_shard(tmp_path, llamas):
+    single = shutil.copytree(llamas["old", "fp8"], tmp_path / "single")
+    sharded = shutil.copytree(single, tmp_path / "sharded")
+    shard(sharded)
+    assert fingerprint(Checkpoint.open(single)) == fingerprint(Checkpoint.open(sharded))
+    before = fingerprint(Checkpoint.open(single))
+    tensors = load_file(single / "model.safetensors")
+    write(single / "model.safetensors", **tensors | {PROJECTION + "_scale_inv": 2 * tensors[PROJECTION + "_scale_inv"]})
+    assert fingerprint(Checkpoint.open(single)) != before
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_models_are_run_from_full_precision_alone(tmp_path, sides, kind):
+def test_quantised_base_is_refused(tmp_path, llamas, kind):
     with pytest.raises(CheckpointError, match="regraft weights interpolate") as refusal:
-        Base.open(sides["old", kind])
+        Base.open(llamas["old", kind])
     command = str(refusal.value).split("regraft ")[1].rstrip(".").replace("FOLDER", str(tmp_path / "full"))
-    regraft(*command.split())
+    run_cli(*command.split())
     assert Base.open(tmp_path / "full").checkpoint.tensors[PROJECTION].dtype == "BF16"
-    assert {"int8": "I8", "fp8": "F8_E4M3"}[kind] in regraft("weights", "inspect", sides["old", kind])
+    assert {"int8": "I8", "fp8": "F8_E4M3"}[kind] in run_cli("weights", "inspect", llamas["old", kind])
 
 
 @pytest.mark.parametrize("settings", [{"quantization_config": INT8}, {}])
-def test_a_quantised_fine_tune_is_refused(tmp_path, opened, settings):
+def test_quantised_fine_tune_is_refused(tmp_path, opened, settings):
     folder = adapt(opened["llama"][0], "full", tmp_path / "tuned")
     write(folder / "model.safetensors", **to_int8(load_file(folder / "model.safetensors")))
     config = json.loads((folder / "config.json").read_text())
@@ -285,69 +293,89 @@ def test_a_quantised_fine_tune_is_refused(tmp_path, opened, settings):
         load_adaptation(folder)
 
 
-BYTES, INTEGERS, ONES = torch.ones(4, 4, dtype=torch.uint8), torch.ones(4, 4, dtype=torch.int32), torch.ones(4, 4)
-CODES = torch.ones(4, 4, dtype=torch.int8)
+BYTES, CODES, INTEGERS = (torch.ones(4, 4, dtype=dtype) for dtype in (torch.uint8, torch.int8, torch.int32))
+MATRIX = torch.ones(4, 4)
 
 
 @pytest.mark.parametrize(
     ("stored", "settings", "expected"),
     [
         (
-            {f"{W}.weight": BYTES, f"{W}.weight.absmax": ONES, f"{W}.weight.quant_state.bitsandbytes__nf4": BYTES},
+            {
+                f"{LAYER}.weight": BYTES,
+                f"{LAYER}.weight.absmax": MATRIX,
+                f"{LAYER}.weight.quant_state.bitsandbytes__nf4": BYTES,
+            },
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
             "bitsandbytes.*dequantize.*-bnb-4bit",
         ),
         (
-            {f"{W}.qweight": INTEGERS, f"{W}.qzeros": INTEGERS, f"{W}.scales": ONES.half()},
+            {f"{LAYER}.qweight": INTEGERS, f"{LAYER}.qzeros": INTEGERS, f"{LAYER}.scales": MATRIX.half()},
             {},
             "GPTQ or AWQ.*quantised from",
         ),
         ({"mlp.experts.down_proj_blocks": BYTES, "mlp.experts.down_proj_scales": BYTES}, {}, "MXFP4.*Mxfp4Config"),
         (
-            {f"{W}.weight_packed": INTEGERS, f"{W}.weight_scale": ONES},
+            {f"{LAYER}.weight_packed": INTEGERS, f"{LAYER}.weight_scale": MATRIX},
             {},
             "compressed-tensors.*CompressedTensorsConfig",
         ),
-        ({f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale": ONES}, {}, "compressed-tensors.*quantised from"),
-        ({f"{W}.weight": CODES, f"{W}.weight_scale": ONES[:, :1]}, {}, "compressed-tensors.*quantised from"),
-        ({f"{W}.weight": INTEGERS.view(torch.uint32), f"{W}.scales": ONES}, {}, "U32.*full precision"),
-        ({f"{W}.weight:qdata": INTEGERS, f"{W}.weight:scale": ONES}, {}, "I32. is no weight"),
-        ({f"{W}.weight": ONES.to(E5M2)}, {"quantization_config": FP8}, "'fp8'.*F8_E5M2.*full precision"),
-        ({f"{W}.weight": CODES}, {}, "I8. is no weight.*full precision"),
-        ({f"{W}.weight": ONES, f"{W}.weight_scale_inv": ONES[:1, :1]}, {}, "scale of no eight-bit weight"),
-        ({f"{W}.weight": ONES}, {"quantization_config": {"quant_method": "hqq"}}, "'hqq'.*remove quantization_config"),
-        ({f"{W}.weight": CODES, f"{W}.SCB": ONES[0, :3]}, {}, "one for each row"),
-        ({f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale_inv": ONES[:3, :3]}, {}, "each block of 128 × 128"),
         (
-            {f"{W}.weight": ONES.to(E4M3), f"{W}.weight_scale_inv": ONES[:2, :2]},
+            {f"{LAYER}.weight": MATRIX.to(E4M3), f"{LAYER}.weight_scale": MATRIX},
+            {},
+            "compressed-tensors.*quantised from",
+        ),
+        ({f"{LAYER}.weight": CODES, f"{LAYER}.weight_scale": MATRIX[:, :1]}, {}, "compressed-tensors.*quantised from"),
+        ({f"{LAYER}.weight": INTEGERS.view(torch.uint32), f"{LAYER}.scales": MATRIX}, {}, "U32.*full precision"),
+        ({f"{LAYER}.weight:qdata": INTEGERS, f"{LAYER}.weight:scale": MATRIX}, {}, "I32. is no weight"),
+        ({f"{LAYER}.weight": MATRIX.to(E5M2)}, {"quantization_config": FP8}, "'fp8'.*F8_E5M2.*full precision"),
+        ({f"{LAYER}.weight": CODES}, {}, "I8. is no weight.*full precision"),
+        ({f"{LAYER}.weight": MATRIX, f"{LAYER}.weight_scale_inv": MATRIX[:1, :1]}, {}, "scale of no eight-bit weight"),
+        (
+            {f"{LAYER}.weight": MATRIX},
+            {"quantization_config": {"quant_method": "hqq"}},
+            "'hqq'.*remove quantization_config",
+        ),
+        ({f"{LAYER}.weight": CODES, f"{LAYER}.SCB": MATRIX[0, :3]}, {}, "one for each row"),
+        (
+            {f"{LAYER}.weight": MATRIX.to(E4M3), f"{LAYER}.weight_scale_inv": MATRIX[:3, :3]},
+            {},
+            "each block of 128 × 128",
+        ),
+        (
+            {f"{LAYER}.weight": MATRIX.to(E4M3), f"{LAYER}.weight_scale_inv": MATRIX[:2, :2]},
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, "many"]}},
             "weight_block_size is .*many",
         ),
         (
-            {f"{W}.weight": CODES, f"{W}.SCB": ONES[0], f"{W}.weight_format": torch.tensor(2, dtype=torch.uint8)},
+            {
+                f"{LAYER}.weight": CODES,
+                f"{LAYER}.SCB": MATRIX[0],
+                f"{LAYER}.weight_format": torch.tensor(2, dtype=torch.uint8),
+            },
             {},
             "GPU's tiles",
         ),
         (
-            {f"{W}.indices": INTEGERS, f"{W}.centroids": ONES},
+            {f"{LAYER}.indices": INTEGERS, f"{LAYER}.centroids": MATRIX},
             {"quantization_config": {"quant_method": "vptq"}},
             "'vptq'.*indices.*is no weight",
         ),
     ],
 )
-def test_other_formats_are_refused_with_their_remedy(tmp_path, stored, settings, expected):
-    write(tmp_path / "model.safetensors", norm=ONES[0], **stored)
+def test_other_formats_are_refused_with_a_remedy(tmp_path, stored, settings, expected):
+    write(tmp_path / "model.safetensors", norm=MATRIX[0], **stored)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
     for path in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(CheckpointError, match=expected):
             Checkpoint.open(path)
     out = ("--out", tmp_path / "out")
-    assert str(tmp_path) in regraft("weights", "delta", "--tuned", tmp_path, "--old", tmp_path, *out)
+    assert str(tmp_path) in run_cli("weights", "delta", "--tuned", tmp_path, "--old", tmp_path, *out)
     assert not (tmp_path / "out").exists()
-    assert "norm" in regraft("weights", "inspect", tmp_path)
+    assert "norm" in run_cli("weights", "inspect", tmp_path)
 
 
-def test_integers_that_are_no_weights_are_no_codes(tmp_path):
+def test_masks_and_positions_are_not_codes(tmp_path):
     masks = {
         "h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
         "h.0.attn.mask": torch.ones(1, 1, 4, 4, dtype=torch.bool),
@@ -357,7 +385,7 @@ def test_integers_that_are_no_weights_are_no_codes(tmp_path):
     assert set(Checkpoint.open(write(tmp_path / "m.safetensors", **masks))) == set(masks)
 
 
-def test_fused_experts_are_made_of_dequantised_ones(tmp_path):
+def test_fused_experts_are_built_from_dequantised_weights(tmp_path):
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MixtralConfig(vocab_size=20, num_local_experts=3, num_key_value_heads=2, **settings)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
@@ -365,6 +393,6 @@ def test_fused_experts_are_made_of_dequantised_ones(tmp_path):
     checkpoint, tensors = Checkpoint.open(folder), load_file(folder / "model.safetensors")
     experts = architecture_of(config, "MixtralForCausalLM").in_memory(checkpoint)
     name, stored = "model.layers.0.mlp.experts.down_proj", "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
-    expected = torch.stack([values(tensors, stored.format(number)) for number in range(3)])
+    expected = torch.stack([dequantise(tensors, stored.format(number)) for number in range(3)])
     torch.testing.assert_close(experts[name].double(), expected)
     assert output_dtype(experts, name) == "BF16"

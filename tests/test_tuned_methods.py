@@ -394,10 +394,10 @@ def test_label_free_learns_from_texts_of_another_file(tmp_path, far, adaptations
     assert same_weights(plain.path, learn("same.jsonl").path)
     assert not same_weights(plain.path, learn("other.txt").path)
     (tmp_path / "same.txt").write_text("another text\n" * 40)  # a file of the same name is no longer the same run
-    with pytest.raises(OutcomeError, match="differs in text"):
+    with pytest.raises(OutcomeError, match="inputs differ in text"):
         learn("same.txt")
     (tmp_path / "empty.txt").write_text("\n\n")
-    for name, says in (("empty.txt", "holds no text"), ("none.txt", "no such file")):
+    for name, says in (("empty.txt", "has no text"), ("none.txt", "no such file")):
         with pytest.raises(DataError, match=says):
             learn(name)
 
@@ -419,7 +419,7 @@ def test_options_out_of_range_are_refused(options, given):
 def test_old_outputs_are_learnt_with_the_old_head_only(tmp_path, opened, adaptations, task_file):
     upgrade, source = Upgrade(*opened["bert"]), adaptations["bert", "lora"]
     for method in ("interpolation", "label-free"):
-        with pytest.raises(RecipeError, match="head copy only"):
+        with pytest.raises(RecipeError, match="head must be copy"):
             recycle(upgrade, source, task_file, method, tmp_path / "out", recipe=FEW, head="fresh")
     recycle(upgrade, source, task_file, "anchored", tmp_path / "anchored", recipe=FEW, head="fresh")
 

@@ -1,4 +1,4 @@
-"""Bases and upgrades as users have them: with and without heads, sharded or whole, on disk or on the hub."""
+"""Open bases with and without heads, sharded, renamed or invalid, and compare them in upgrades."""
 
 import json
 import shutil
@@ -7,9 +7,21 @@ import pytest
 import torch
 from conftest import HEAD, adapt, head_of, make_tokenizer, write_base
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    Gemma3Config,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NomicBertConfig,
+    NomicBertForMaskedLM,
+)
 
-from regraft import Base, Upgrade, load_adaptation
+from regraft import Base, Upgrade, convert, load_adaptation, recycle, tune
 from regraft.adaptation import fresh_model, load_model
 from regraft.checkpoint import Checkpoint
 from regraft.errors import CheckpointError, MismatchError
@@ -17,25 +29,32 @@ from regraft.naming import name_consistently
 from regraft.weights import NamedTensors, counterparts
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
+MODEL_SIZE = {  # small enough for tests to write and open the models in seconds
+    "vocab_size": 33,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_base_is_its_body_whatever_head_it_was_saved_with(tmp_path, bases, architecture):
+def test_base_body_is_the_same_with_any_head(tmp_path, bases, architecture):
     base = Base.open(bases[architecture][0])
     for name, auto in (("bare", AutoModel), ("classifier", AutoModelForSequenceClassification)):
         model = auto.from_pretrained(base.path, dtype="float32")
         model.save_pretrained(tmp_path / name, max_shard_size="20KB")
         base.tokenizer.save_pretrained(tmp_path / name)
-        other = Base.open(tmp_path / name)
-        moved = Upgrade(base, other).distance()
-        assert moved.l2 == 0
-        assert moved.cosine == pytest.approx(1)
-        assert {n for n in other.body if "pooler" not in n} == set(base.body)
+        resaved = Base.open(tmp_path / name)
+        distance = Upgrade(base, resaved).distance()
+        assert distance.l2 == 0
+        assert distance.cosine == pytest.approx(1)
+        assert {parameter_name for parameter_name in resaved.body if "pooler" not in parameter_name} == set(base.body)
     assert set(base.body) <= set(AutoModel.from_pretrained(base.path).state_dict())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_fingerprint_is_of_the_body(tmp_path, bases, architecture):
+def test_fingerprint_covers_the_body_alone(tmp_path, bases, architecture):
     old, new = (Base.open(path) for path in bases[architecture])
     assert old.fingerprint != new.fingerprint
     without_pooler = {"add_pooling_layer": False} if architecture in ("bert", "roberta") else {}
@@ -46,27 +65,29 @@ def test_the_fingerprint_is_of_the_body(tmp_path, bases, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_distance_is_that_of_the_stored_bodies(bases, architecture):
+def test_distance_equals_that_of_the_stored_tensors(bases, architecture):
     upgrade = Upgrade(*bases[architecture])
     old, new = (load_file(path / "model.safetensors") for path in bases[architecture])
     names = [name for name in old if name.startswith(upgrade.old.prefix + ".")]
-    a, b = (torch.cat([side[name].double().flatten() for name in names]) for side in (old, new))
-    moved = upgrade.distance()
-    assert moved.parameters == len(a)
-    assert moved.l2 == pytest.approx((a - b).norm().item(), rel=1e-9)
-    assert moved.cosine == pytest.approx((a @ b / a.norm() / b.norm()).item(), rel=1e-9)
+    a, b = (torch.cat([tensors[name].double().flatten() for name in names]) for tensors in (old, new))
+    distance = upgrade.distance()
+    assert distance.parameters == len(a)
+    assert distance.l2 == pytest.approx((a - b).norm().item(), rel=1e-9)
+    assert distance.cosine == pytest.approx((a @ b / a.norm() / b.norm()).item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_longest_input_runs(tmp_path, architecture):
-    """It is what the positions hold, or what the tokenizer says where that is less."""
-    for positions, longest in ((40, 39 if architecture == "roberta" else 40), (100, 64)):
+def test_model_runs_on_the_longest_input(tmp_path, architecture):
+    """The smaller of the model's and the tokenizer's limit counts."""
+    model_limit = 39 if architecture == "roberta" else 40
+    for positions, max_input_length in ((40, model_limit), (100, 64)):
         base = Base.open(write_base(tmp_path / str(positions), architecture, max_position_embeddings=positions))
-        assert base.max_input_length == longest
-        AutoModel.from_pretrained(base.path)(torch.full((1, longest), 7))
+        assert base.max_input_length == max_input_length
+        AutoModel.from_pretrained(base.path)(torch.full((1, max_input_length), 7))
 
 
-def test_positions_from_past_the_padding_shorten_texts(tmp_path):
+def test_position_offset_of_padding_shortens_the_longest_input(tmp_path):
+    """Data2Vec numbers positions from the id of the padding token plus one."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = AutoConfig.for_model("data2vec-text", vocab_size=50, max_position_embeddings=40, pad_token_id=3, **sizes)
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
@@ -76,8 +97,8 @@ def test_positions_from_past_the_padding_shorten_texts(tmp_path):
     AutoModel.from_pretrained(tmp_path)(torch.full((1, base.max_input_length), 7))
 
 
-def test_what_is_no_base_is_told_apart(tmp_path, bases):
-    with pytest.raises(CheckpointError, match="no such file or folder, and the hub does not give it"):
+def test_invalid_bases_are_refused(tmp_path, bases):
+    with pytest.raises(CheckpointError, match="no such file or folder, and it cannot be downloaded from the hub"):
         Base.open("nobody/nothing-of-the-kind@v1")
     with pytest.raises(CheckpointError, match="no such file or folder, and no hub id either"):
         Base.open("not a name/at/all")
@@ -90,94 +111,99 @@ def test_what_is_no_base_is_told_apart(tmp_path, bases):
     shutil.copytree(bases["bert"][0], tmp_path / "base")
     for file in (tmp_path / "base").glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(CheckpointError, match=r"base: holds no tokenizer"):
+    with pytest.raises(CheckpointError, match="base: has no tokenizer"):
         Upgrade(tmp_path / "base", bases["bert"][1])
-    wrapped = rewritten(bases["bert"][0], tmp_path / "wrapped", lambda t: {f"module.{n}": x for n, x in t.items()})
+    wrapped = rewrite(bases["bert"][0], tmp_path / "wrapped", rename_tensors(lambda name: f"module.{name}"))
     for read in (Base.open, lambda folder: name_consistently({"old": Checkpoint.open(folder)})):
-        with pytest.raises(CheckpointError, match=r"names tensors as 'module.* transformers would load none of these"):
+        with pytest.raises(CheckpointError, match=r"names such as 'module.* none of which transformers would load"):
             read(wrapped)
 
 
-def test_tensors_that_differ_are_listed(tmp_path, bases):
+def test_differing_tensors_are_listed(tmp_path, bases):
     old = bases["bert"][0]
     shutil.copytree(old, tmp_path / "new")
     tensors = load_file(tmp_path / "new" / "model.safetensors")
     added = "bert.encoder.layer.9.output.dense.weight"
-    lost = tensors.pop("bert.encoder.layer.0.output.dense.weight")
-    short = "bert.embeddings.position_embeddings.weight"
-    tensors[short] = tensors[short][:-1].clone()
+    removed = tensors.pop("bert.encoder.layer.0.output.dense.weight")
+    shortened = "bert.embeddings.position_embeddings.weight"
+    tensors[shortened] = tensors[shortened][:-1].clone()
     save_file(tensors, tmp_path / "new" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MismatchError) as caught:
+    with pytest.raises(MismatchError) as error:
         Upgrade(old, tmp_path / "new")
-    rows = load_file(old / "model.safetensors")[short].shape[0]
-    for says in (
+    rows = load_file(old / "model.safetensors")[shortened].shape[0]
+    for problem in (
         f"1 tensors of another shape: embeddings.position_embeddings.weight: ({rows}, 32) and ({rows - 1}, 32)",
         "1 tensors only in the old base: encoder.layer.0.output.dense.weight",
     ):
-        assert says in str(caught.value)
-    save_file(tensors | {added: lost}, tmp_path / "new" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"tensor '{added}' is none of a BertModel of the sizes in config.json"):
+        assert problem in str(error.value)
+    save_file(tensors | {added: removed}, tmp_path / "new" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"tensor '{added}' does not belong to a BertModel with the sizes"):
         Base.open(tmp_path / "new")
 
 
-def rewritten(source, folder, change, **config):
-    """Copy a checkpoint with its tensors renamed and its config changed: other writers' files of the same weights."""
+def rewrite(source, folder, edit_tensors, **config):
+    """Copy a checkpoint with edited tensors and settings, as another program may write the same weights."""
     shutil.copytree(source, folder)
-    tensors = {n: t.clone() for n, t in change(load_file(source / "model.safetensors")).items()}
+    edited = edit_tensors(load_file(source / "model.safetensors"))
+    tensors = {name: tensor.clone() for name, tensor in edited.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((source / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
-WRITINGS = {
+def rename_tensors(rename):
+    """Return an edit of a checkpoint's tensors that gives each the name `rename(name)`."""
+    return lambda tensors: {rename(name): tensor for name, tensor in tensors.items()}
+
+
+def add_rotary_buffers(tensors):
+    return tensors | {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+
+
+def add_tied_decoder(tensors):
+    return tensors | {"cls.predictions.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"]}
+
+
+def add_second_head(tensors):
+    return tensors | {"cls.seq_relationship.weight": torch.ones(2, 32)}
+
+
+# Name of the layout: the architecture, and the edit of its tensors.
+LAYOUTS = {
     "legacy norms": (
         "bert",
-        lambda t: {n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): x for n, x in t.items()},
+        rename_tensors(lambda name: name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")),
     ),
-    "compiled": ("roberta", lambda t: {f"_orig_mod.{n}": x for n, x in t.items()}),
-    "compiled inside": ("llama", lambda t: {n.replace("model.", "model._orig_mod.", 1): x for n, x in t.items()}),
-    "rotary buffers": (
-        "llama",
-        lambda t: t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)},
-    ),
-    "a tied head twice": (
-        "bert",
-        lambda t: t | {"cls.predictions.decoder.weight": t["bert.embeddings.word_embeddings.weight"]},
-    ),
-    "another head": ("bert", lambda t: t | {"cls.seq_relationship.weight": torch.ones(2, 32)}),
+    "compiled": ("roberta", rename_tensors(lambda name: f"_orig_mod.{name}")),
+    "compiled body": ("llama", rename_tensors(lambda name: name.replace("model.", "model._orig_mod.", 1))),
+    "rotary buffers": ("llama", add_rotary_buffers),
+    "tied head stored twice": ("bert", add_tied_decoder),
+    "second head": ("bert", add_second_head),
 }
 
 
-@pytest.mark.parametrize("writing", WRITINGS)
-def test_the_same_weights_in_another_writing_are_the_same_base(tmp_path, bases, writing):
-    architecture, change = WRITINGS[writing]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_weights_in_another_layout_are_the_same_base(tmp_path, bases, layout):
+    architecture, edit_tensors = LAYOUTS[layout]
     old = Base.open(bases[architecture][0])
-    other = Base.open(rewritten(old.path, tmp_path / "other", change))
-    assert other.fingerprint == old.fingerprint
-    assert other.body.keys() == old.body.keys()
-    assert Upgrade(old, other).distance().l2 == 0
-    model, again = (fresh_model(base, head_of("a", "b"), 1).state_dict() for base in (old, other))
-    assert all(torch.equal(model[name], again[name]) for name in model)
+    rewritten = Base.open(rewrite(old.path, tmp_path / "rewritten", edit_tensors))
+    assert rewritten.fingerprint == old.fingerprint
+    assert rewritten.body.keys() == old.body.keys()
+    assert Upgrade(old, rewritten).distance().l2 == 0
+    expected, parameters = (fresh_model(base, head_of("a", "b"), 1).state_dict() for base in (old, rewritten))
+    assert all(torch.equal(expected[name], parameters[name]) for name in expected)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_fingerprint_of_a_base_that_transformers_5_wrote_is_that_of_regraft_0_1(bases, architecture):
+def test_fingerprint_of_a_transformers_5_base_is_that_of_regraft_0_1(bases, architecture):
     base = Base.open(bases[architecture][0])
     assert base.fingerprint == base.stored_fingerprint
 
 
-def test_the_parameters_of_a_base_are_those_of_the_model(tmp_path):
-    """Fused experts and renamed modules too: what is on disk is converted as transformers does on loading."""
-    from transformers import MixtralConfig, MixtralForCausalLM, NomicBertConfig, NomicBertForMaskedLM
-
-    size = {
-        "vocab_size": 33,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
+def test_base_parameters_equal_those_of_the_loaded_model(tmp_path):
+    """Stored tensors are converted as transformers converts them on loading, with fused experts and renamed modules."""
+    size = MODEL_SIZE | {"num_hidden_layers": 2}
     torch.manual_seed(0)
     for model in (
         MixtralForCausalLM(MixtralConfig(**size, num_local_experts=4)),
@@ -191,121 +217,118 @@ def test_the_parameters_of_a_base_are_those_of_the_model(tmp_path):
         assert all(torch.equal(base.parameters[name], parameters[name]) for name in parameters)
         stored = base.architecture.on_disk(dict(base.parameters))
         assert stored.keys() == base.body.keys()
-        assert all(torch.equal(stored[inner], base.checkpoint[name]) for inner, name in base.body.items())
+        assert all(
+            torch.equal(stored[parameter_name], base.checkpoint[stored_name])
+            for parameter_name, stored_name in base.body.items()
+        )
 
 
-def test_a_tensor_stored_under_two_names_is_refused(tmp_path, bases):
+def test_tensor_stored_under_two_names_is_refused(tmp_path, bases):
     old = bases["bert"][0]
     name = "bert.embeddings.LayerNorm.weight"
-    folder = rewritten(old, tmp_path / "base", lambda t: t | {name.replace("weight", "gamma"): 2 * t[name]})
-    with pytest.raises(CheckpointError, match=r"LayerNorm\.gamma' and .*LayerNorm\.weight', which are the same tensor"):
+
+    def add_legacy_name(tensors):
+        return tensors | {name.replace("weight", "gamma"): 2 * tensors[name]}
+
+    folder = rewrite(old, tmp_path / "base", add_legacy_name)
+    with pytest.raises(CheckpointError, match=r"the same tensor as .*LayerNorm\.gamma' and .*LayerNorm\.weight'"):
         Base.open(folder)
 
 
-def test_tied_tensors_that_differ_are_two(tmp_path):
-    """As transformers has it: it ties no tensors that the checkpoint stores with different values, be it one number."""
-    name, source = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
-    large = write_base(tmp_path / "large", vocab_size=512)  # of which a fingerprint hashes a sample
+def test_tied_tensors_that_differ_in_one_element_stay_apart(tmp_path):
+    """Transformers does not tie tensors that the checkpoint stores with different values."""
+    decoder, embeddings = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
+    large = write_base(tmp_path / "large", vocab_size=512)  # so large that a fingerprint samples its elements
 
-    def with_head(tensors):
-        head = tensors[source].clone()
-        head[7, 26] += 1
-        return tensors | {name: head}
+    def add_different_decoder(tensors):
+        weight = tensors[embeddings].clone()
+        weight[7, 26] += 1
+        return tensors | {decoder: weight}
 
-    named = Base.open(rewritten(large, tmp_path / "base", with_head)).named
-    assert (named[name] != named[source]).nonzero().tolist() == [[7, 26]]
+    named = Base.open(rewrite(large, tmp_path / "base", add_different_decoder)).named
+    assert (named[decoder] != named[embeddings]).nonzero().tolist() == [[7, 26]]
 
 
-def test_what_transformers_would_compute_otherwise_is_refused(tmp_path, bases):
+def test_base_with_relative_positions_is_refused(tmp_path, bases):
+    """Transformers would load it, but compute with absolute positions."""
     old = bases["bert"][0]
-    relative = Base.open(rewritten(old, tmp_path / "relative", dict, position_embedding_type="relative_key"))
+    relative = Base.open(rewrite(old, tmp_path / "relative", dict, position_embedding_type="relative_key"))
     tuned = adapt(Base.open(old), "full", tmp_path / "tuned")
     with pytest.raises(MismatchError, match=r"position_embedding_type is 'relative_key', which transformers no longer"):
         load_model(load_adaptation(tuned), relative, HEAD)
 
 
-def test_a_text_model_inside_a_multimodal_one_is_refused_by_name(tmp_path):
-    from transformers import Gemma3Config
-
-    text = {
-        "vocab_size": 33,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    Gemma3Config(text_config=text, architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(tmp_path)
+def test_multimodal_base_is_refused(tmp_path):
+    config = Gemma3Config(text_config=MODEL_SIZE, architectures=["Gemma3ForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
     save_file({"language_model.model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="is a gemma3, a text model inside one for other input too"):
+    with pytest.raises(CheckpointError, match="is a gemma3, a multimodal model"):
         Base.open(tmp_path)
 
 
-def test_stored_names_count_where_transformers_has_no_such_model(bases):
+def test_tensors_are_paired_by_stored_name_without_a_config(bases):
     old, new = bases["bert"]
     views, reason = name_consistently({"old": Checkpoint.open(old), "new": Checkpoint.open(new / "model.safetensors")})
-    assert "has no config.json beside it, so tensors are paired by their stored names" in reason
+    assert "there is no config.json, so tensors are paired by their stored names" in reason
     assert not any(isinstance(view, NamedTensors) for view in views.values())
     views, reason = name_consistently({"old": Checkpoint.open(old), "new": Checkpoint.open(new)})
     assert reason is None
     assert all(isinstance(view, NamedTensors) for view in views.values())
 
 
-def test_the_one_graft_rule(bases, opened, tmp_path):
-    """Both bases have it: grafted. Neither: copied. One alone: an error, unless pre-training leaves it out."""
+def test_counterparts_of_tensors_in_both_in_one_and_in_no_base(bases, opened, tmp_path):
+    """A tensor in one base alone is an error unless pre-training leaves it out, as it does BERT's pooler."""
     old, new = (base.named for base in opened["bert"])
     head = "cls.predictions.bias"
     pairs = counterparts(new, new, old)
     assert head in pairs.new
     assert pairs.new.keys() == new.keys()
-    bare = Base.open(bare_copy(bases["bert"][0], tmp_path / "bare"))
+    bare = Base.open(save_body(bases["bert"][0], tmp_path / "bare"))
     with pytest.raises(MismatchError, match=r"in one base only, the new one: cls\.predictions"):
         counterparts(new, new, bare.named)
-    pooled = Base.open(bare_copy(bases["bert"][1], tmp_path / "pooled", pooler=True))
+    pooled = Base.open(save_body(bases["bert"][1], tmp_path / "pooled", pooler=True))
     pairs = counterparts(pooled.named, pooled.named, bare.named)
-    assert pairs.left_out == ("pooler.dense.bias", "pooler.dense.weight")
-    assert pairs.new.keys() == pooled.named.keys() - set(pairs.left_out)
+    assert pairs.unmatched == ("pooler.dense.bias", "pooler.dense.weight")
+    assert pairs.new.keys() == pooled.named.keys() - set(pairs.unmatched)
     name = "bert.encoder.layer.0.output.dense.weight"
-    lacking = Base.open(
-        rewritten(bases["bert"][0], tmp_path / "lacking", lambda t: {n: x for n, x in t.items() if n != name})
-    )
+
+    def remove_weight(tensors):
+        return {key: tensor for key, tensor in tensors.items() if key != name}
+
+    incomplete = Base.open(rewrite(bases["bert"][0], tmp_path / "incomplete", remove_weight))
     with pytest.raises(MismatchError, match=r"the fine-tune lacks 1 tensors of its bases: encoder\.layer\.0\.output"):
-        counterparts(new, lacking.named, old)
+        counterparts(new, incomplete.named, old)
 
 
-def bare_copy(source, folder, pooler=False):
+def save_body(source, folder, pooler=False):
+    """Write a base's body without its head of pre-training, with or without a pooler."""
     AutoModel.from_pretrained(source, add_pooling_layer=pooler).save_pretrained(folder)
     Base.open(source).tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_a_base_that_transformers_has_no_classifier_for_is_refused_in_a_sentence(tmp_path):
-    from transformers import MambaConfig, MambaForCausalLM
-
-    MambaForCausalLM(MambaConfig(vocab_size=33, hidden_size=32, num_hidden_layers=1, state_size=4)).save_pretrained(
-        tmp_path
-    )
+def test_base_without_a_classifier_in_transformers_is_refused(tmp_path):
+    config = MambaConfig(vocab_size=33, hidden_size=32, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="transformers has no mamba for SequenceClassification"):
         fresh_model(Base.open(tmp_path), head_of("a", "b"), 1)
 
 
-def test_what_regraft_0_1_made_of_a_base_in_another_writing_is_found(tmp_path, bases, task_file, quick):
-    """0.1 took the fingerprint of tensors as they were named in the file."""
-    from regraft import convert, recycle, tune
-
-    architecture, change = WRITINGS["legacy norms"]
-    old = Base.open(rewritten(bases[architecture][0], tmp_path / "old", change))
+def test_outputs_of_regraft_0_1_match_a_base_with_renamed_tensors(tmp_path, bases, task_file, quick):
+    """Version 0.1 computed the fingerprint from the names of tensors in the file."""
+    architecture, edit_tensors = LAYOUTS["legacy norms"]
+    old = Base.open(rewrite(bases[architecture][0], tmp_path / "old", edit_tensors))
     assert old.stored_fingerprint != old.fingerprint
-    recipe = quick
-    tuned = tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=recipe)
+    tuned = tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=quick)
     upgrade = Upgrade(old, bases[architecture][1])
-    recycled = recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=recipe)
+    recycled = recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=quick)
     converted = convert(tuned.path, old, tmp_path / "full", to="full")
     for outcome in (tuned, recycled, converted):
         for file in outcome.path.rglob("*.json"):
             file.write_text(file.read_text().replace(old.fingerprint, old.stored_fingerprint))
     before = (recycled.path / "outcome.json").read_bytes()
     assert load_adaptation(tuned.path).check_base(old) == "proven"
-    tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=recipe)
-    recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=recipe)
+    tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=quick)
+    recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=quick)
     convert(tuned.path, old, tmp_path / "full", to="full")
     assert (recycled.path / "outcome.json").read_bytes() == before

@@ -1,4 +1,4 @@
-"""Arithmetic on whole checkpoints, written shard by shard, against transformers and plain state dicts."""
+"""Arithmetic on whole checkpoints, compared with transformers and plain state dicts."""
 
 import json
 import shutil
@@ -41,102 +41,104 @@ from regraft.weights import (
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 
 
-def same(first, second):
+def tensors_equal(first, second):
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture
-def small_pieces(monkeypatch):
+def small_chunks(monkeypatch):
     monkeypatch.setattr("regraft.checkpoint.writer.CHUNK_ELEMENTS", 100)
     monkeypatch.setattr("regraft.checkpoint.derived.CHUNK_ELEMENTS", 100)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("shard_bytes", [10_000, 10**9])
-def test_transformers_loads_what_is_written(tmp_path, bases, small_pieces, architecture, shard_bytes):
+def test_transformers_loads_the_written_checkpoint(tmp_path, bases, small_chunks, architecture, shard_bytes):
     old, new = (Checkpoint.open(path) for path in bases[architecture])
     write_folder(graft_all(new, new, old), tmp_path / "out", bases[architecture][1], {}, shard_bytes)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (shard_bytes == 10_000)
     model, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert {n for n in report["missing_keys"] if "pooler" not in n} == set()
+    assert all("pooler" in name for name in report["missing_keys"])
     state = model.state_dict()
-    for name, other in align(new, state).items():
-        wanted = new[other].double() + (new[other].double() - old[other].double())
-        torch.testing.assert_close(state[name].double(), wanted, rtol=1e-6, atol=1e-7)
+    for model_name, name in align(new, state).items():
+        expected = new[name].double() + (new[name].double() - old[name].double())
+        torch.testing.assert_close(state[model_name].double(), expected, rtol=1e-6, atol=1e-7)
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_identities(tmp_path, bases, small_pieces, dtype):
+def test_grafts_and_interpolations_satisfy_identities(tmp_path, bases, small_chunks, dtype):
     paths = [bases["bert"][0], move_base(bases["bert"][0], tmp_path / "tuned", 0.1, seed=5), bases["bert"][1]]
-    old, tuned, new = ({n: t.to(dtype) for n, t in load_file(path / "model.safetensors").items()} for path in paths)
-    assert same(graft_all(old, tuned, old), tuned)
-    assert same(graft_all(new, old, old), new)
-    assert same(interpolate_all(old, tuned, 0.0), old)
-    assert same(interpolate_all(old, tuned, 1.0), tuned)
-    half = interpolate_all(old, tuned, 0.5)
+    old, tuned, new = (
+        {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()} for path in paths
+    )
+    assert tensors_equal(graft_all(old, tuned, old), tuned)
+    assert tensors_equal(graft_all(new, old, old), new)
+    assert tensors_equal(interpolate_all(old, tuned, 0.0), old)
+    assert tensors_equal(interpolate_all(old, tuned, 1.0), tuned)
+    midpoint = interpolate_all(old, tuned, 0.5)
     for name, tensor in delta_all(tuned, old).items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, tuned[name].float() - old[name].float())
-        wanted = ((old[name].double() + tuned[name].double()) / 2).to(dtype)
-        torch.testing.assert_close(half[name], wanted, rtol=torch.finfo(dtype).eps, atol=0)
+        expected = ((old[name].double() + tuned[name].double()) / 2).to(dtype)
+        torch.testing.assert_close(midpoint[name], expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
-def test_scale_by_pattern(bases):
+def test_scale_by_name_pattern(bases):
     old, new = (Checkpoint.open(path) for path in bases["bert"])
-    found = graft_all(new, new, old, {"*.attention.*": 0.0, "*": 2.0})
+    grafted = graft_all(new, new, old, {"*.attention.*": 0.0, "*": 2.0})
     for name in new:
-        wanted = new[name] if ".attention." in name else graft(new[name], new[name], old[name], 2.0)
-        assert torch.equal(found[name], wanted)
+        expected = new[name] if ".attention." in name else graft(new[name], new[name], old[name], 2.0)
+        assert torch.equal(grafted[name], expected)
 
 
-def test_heads_are_copied_and_names_aligned(bases, tuned, tmp_path):
+def test_heads_are_copied_and_prefixes_aligned(bases, tuned, tmp_path):
     old, new = bases["bert"]
-    for which in ("old", "new"):
-        model = AutoModel.from_pretrained(old if which == "old" else new, add_pooling_layer=False, dtype="float32")
-        model.save_pretrained(tmp_path / which)  # without the prefix that the fine-tune's names carry
+    for role, path in (("old", old), ("new", new)):
+        model = AutoModel.from_pretrained(path, add_pooling_layer=False, dtype="float32")
+        model.save_pretrained(tmp_path / role)  # without the prefix that the fine-tune's names carry
     fine_tune = Checkpoint.open(tuned["bert", "full"] / "adaptation")
-    bare = graft_all(Checkpoint.open(tmp_path / "new"), fine_tune, Checkpoint.open(tmp_path / "old"))
-    whole = graft_all(Checkpoint.open(new), fine_tune, Checkpoint.open(old))
-    assert same(bare, whole)
-    assert torch.equal(bare["classifier.weight"], fine_tune["classifier.weight"])
+    from_bodies = graft_all(Checkpoint.open(tmp_path / "new"), fine_tune, Checkpoint.open(tmp_path / "old"))
+    from_full_bases = graft_all(Checkpoint.open(new), fine_tune, Checkpoint.open(old))
+    assert tensors_equal(from_bodies, from_full_bases)
+    assert torch.equal(from_bodies["classifier.weight"], fine_tune["classifier.weight"])
     assert not torch.equal(
-        bare["bert.encoder.layer.0.output.dense.weight"], fine_tune["bert.encoder.layer.0.output.dense.weight"]
+        from_bodies["bert.encoder.layer.0.output.dense.weight"], fine_tune["bert.encoder.layer.0.output.dense.weight"]
     )
 
 
-def test_what_does_not_fit_is_refused(bases):
+def test_mismatched_checkpoints_are_refused(bases):
     old, new = (dict(Checkpoint.open(path)) for path in bases["bert"])
     name = "bert.encoder.layer.0.output.dense.weight"
     with pytest.raises(MismatchError, match=rf"1 tuned tensors are in one base only, the old one: {name}"):
-        graft_all({n: t for n, t in new.items() if n != name}, new, old)
+        graft_all({key: new[key] for key in new if key != name}, new, old)
     with pytest.raises(MismatchError, match=rf"1 tensors have different shapes: {name}"):
         graft_all(new, new, old | {name: old[name][1:]})
     with pytest.raises(MismatchError, match="not of one architecture"):
         delta_all({"a": old[name]}, {"b": old[name]})
     with pytest.raises(MismatchError, match=rf"1 tensors are in one of the two only: {name}"):
-        interpolate_all(old, {n: t for n, t in new.items() if n != name}, 0.5)
+        interpolate_all(old, {key: new[key] for key in new if key != name}, 0.5)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.data())
-def test_pieces_are_parts_of_the_whole(data):
+def test_flat_slices_equal_slices_of_the_tensor(data):
     count = data.draw(st.integers(1, 700))
-    one, two = torch.randn(count), torch.randn(count).to(torch.bfloat16)
-    entries = {"x": TensorSpec("F16", (count,), (({"a": one}, "a"), ({"b": two}, "b")), lambda a, b: a * b)}
+    a, b = torch.randn(count), torch.randn(count).to(torch.bfloat16)
+    entries = {"x": TensorSpec("F16", (count,), (({"a": a}, "a"), ({"b": b}, "b")), lambda a, b: a * b)}
     inner = DerivedTensors(entries)
-    outer = DerivedTensors({"y": TensorSpec("F32", (count,), ((inner, "x"), ({"a": one}, "a")), lambda x, a: x + a)})
+    outer = DerivedTensors({"y": TensorSpec("F32", (count,), ((inner, "x"), ({"a": a}, "a")), lambda x, a: x + a)})
     start = data.draw(st.integers(0, count - 1))
     size = data.draw(st.integers(0, count - start))
-    wanted = (one * two).to(torch.float16) + one
-    assert torch.equal(flat_slice(outer, "y", start, size), wanted[start : start + size])
-    assert torch.equal(outer["y"], wanted)
+    expected = (a * b).to(torch.float16) + a
+    assert torch.equal(flat_slice(outer, "y", start, size), expected[start : start + size])
+    assert torch.equal(outer["y"], expected)
 
 
-def test_an_interrupted_write_goes_on_from_its_shard(tmp_path, bases):
+def test_interrupted_write_resumes_at_its_shard(tmp_path, bases):
     old, new = (Checkpoint.open(path) for path in bases["bert"])
     grafted = graft_all(new, new, old)
-    write_folder(grafted, tmp_path / "whole", bases["bert"][1], {"a": 1}, 20_000)
+    write_folder(grafted, tmp_path / "uninterrupted", bases["bert"][1], {"a": 1}, 20_000)
     written = 0
 
     def interrupt(stage, done, total, figures):
@@ -148,32 +150,32 @@ def test_an_interrupted_write_goes_on_from_its_shard(tmp_path, bases):
     with pytest.raises(KeyboardInterrupt):
         write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 1}, 20_000, interrupt)
     assert not (tmp_path / "out").exists()
-    kept = {f.name: f.stat().st_mtime_ns for f in (tmp_path / ".out.partial").rglob("model-*.safetensors")}
-    assert len(kept) >= 2
-    seen = []
+    reused = {f.name: f.stat().st_mtime_ns for f in (tmp_path / ".out.partial").rglob("model-*.safetensors")}
+    assert len(reused) >= 2
+    written_bytes = []
 
-    def watch(stage, done, total, figures):
+    def record_writes(stage, done, total, figures):
         if stage == "write":
-            seen.append(done)
+            written_bytes.append(done)
 
-    write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 1}, 20_000, watch)
-    assert min(seen) > sum((tmp_path / "out" / name).stat().st_size for name in kept) * 0.8
-    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
-    for file in (tmp_path / "whole").iterdir():
+    write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 1}, 20_000, record_writes)
+    assert min(written_bytes) > sum((tmp_path / "out" / name).stat().st_size for name in reused) * 0.8
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in reused} == reused
+    for file in (tmp_path / "uninterrupted").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
-    def compare_alone(stage, *_):
+    def expect_comparison_only(stage, *_):
         assert stage == "compare"
 
-    write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 1}, 20_000, compare_alone)
+    write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 1}, 20_000, expect_comparison_only)
     with pytest.raises(OutcomeError, match="made from other inputs"):
         write_folder(grafted, tmp_path / "out", bases["bert"][1], {"a": 2}, 20_000)
 
 
-def test_a_full_disk_is_foreseen(tmp_path, bases, monkeypatch):
+def test_full_disk_is_detected_before_writing(tmp_path, bases, monkeypatch):
     old = Checkpoint.open(bases["bert"][0])
     plan = plan_checkpoint(old, tmp_path / "deep" / "out")
-    assert plan.disk_bytes == plan.read_bytes == sum(t.numel() * t.element_size() for t in old.values())
+    assert plan.disk_bytes == plan.read_bytes == sum(tensor.nbytes for tensor in old.values())
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(CheckpointError, match=r"bytes have to be written, but the disk has 1,000 left"):
@@ -183,7 +185,7 @@ def test_a_full_disk_is_foreseen(tmp_path, bases, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_in_a_rule_leaves_no_file(tmp_path):
+def test_error_in_a_rule_leaves_no_file(tmp_path):
     def fail(_):
         raise MismatchError("no")
 
@@ -196,20 +198,20 @@ def test_an_error_in_a_rule_leaves_no_file(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_distances_add_up(bases, architecture):
+def test_distances_of_groups_add_up(bases, architecture):
     old, new = (Checkpoint.open(path) for path in bases[architecture])
-    found = distances(old, new)
-    whole = found["whole"]["all"]
+    by_grouping = distances(old, new)
+    total = by_grouping["whole"]["all"]
     expected = distance((old[name], new[name]) for name in old)
-    assert whole.l2 == pytest.approx(expected.l2, rel=1e-12)
-    assert whole.cosine == pytest.approx(expected.cosine, rel=1e-12)
-    assert whole.parameters == expected.parameters
-    assert whole.per_parameter == pytest.approx(expected.l2 / expected.parameters)
-    for by in ("layer", "kind"):
-        assert sum(part.parameters for part in found[by].values()) == whole.parameters
-        assert sum(part.l2**2 for part in found[by].values()) == pytest.approx(whole.l2**2)
-    assert {"layer 0", "layer 1", "embeddings"} <= found["layer"].keys()
-    assert {"attention", "feed-forward", "norm", "embedding"} <= found["kind"].keys()
+    assert total.l2 == pytest.approx(expected.l2, rel=1e-12)
+    assert total.cosine == pytest.approx(expected.cosine, rel=1e-12)
+    assert total.parameters == expected.parameters
+    assert total.per_parameter == pytest.approx(expected.l2 / expected.parameters)
+    for grouping in ("layer", "kind"):
+        assert sum(part.parameters for part in by_grouping[grouping].values()) == total.parameters
+        assert sum(part.l2**2 for part in by_grouping[grouping].values()) == pytest.approx(total.l2**2)
+    assert {"layer 0", "layer 1", "embeddings"} <= by_grouping["layer"].keys()
+    assert {"attention", "feed-forward", "norm", "embedding"} <= by_grouping["kind"].keys()
 
 
 @pytest.mark.parametrize(
@@ -231,19 +233,19 @@ def test_distances_add_up(bases, architecture):
         ("lm_head.weight", "outside the layers", "head"),
     ],
 )
-def test_what_names_tell(name, layer, kind):
+def test_layer_and_kind_of_names(name, layer, kind):
     assert (layer_of(name), kind_of(name)) == (layer, kind)
 
 
-def test_tied_weights_are_stored_once(tmp_path, bases):
-    """A base whose LM head is its embedding stores one of the two; the graft is of that one."""
+def test_tied_weights_are_grafted_once(tmp_path, bases):
+    """A base whose language-modelling head is tied to its embeddings stores them once."""
     old, new = bases["bert"]
     write_folder(graft_all(Checkpoint.open(new), Checkpoint.open(new), Checkpoint.open(old)), tmp_path / "out", new, {})
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
-def test_names_on_the_command_line(tmp_path, bases, monkeypatch, capsys):
+def test_commands_of_weights(tmp_path, bases, monkeypatch, capsys):
     import sys
 
     from regraft import cli
@@ -252,18 +254,18 @@ def test_names_on_the_command_line(tmp_path, bases, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["regraft", "weights", *map(str, arguments)])
         try:
             cli.main()
-        except SystemExit as ended:
-            assert not ended.code, capsys.readouterr().err
+        except SystemExit as exit_info:
+            assert not exit_info.code, capsys.readouterr().err
         return capsys.readouterr().out
 
     old, new = bases["bert"]
-    sides = ["--new", new, "--tuned", new, "--old", old]
-    assert "nothing was written" in run("graft", *sides, "--out", tmp_path / "out", "--dry-run")
+    checkpoints = ["--new", new, "--tuned", new, "--old", old]
+    assert "nothing was written" in run("graft", *checkpoints, "--out", tmp_path / "out", "--dry-run")
     assert not list(tmp_path.iterdir())
-    run("graft", *sides, "--scale-for", "*.attention.*=0", "--check-finite", "--out", tmp_path / "out")
-    found, source = Checkpoint.open(tmp_path / "out"), Checkpoint.open(new)
+    run("graft", *checkpoints, "--scale-for", "*.attention.*=0", "--check-finite", "--out", tmp_path / "out")
+    grafted, source = Checkpoint.open(tmp_path / "out"), Checkpoint.open(new)
     name = "bert.encoder.layer.0.attention.self.query.weight"
-    assert torch.equal(found[name], source[name])
+    assert torch.equal(grafted[name], source[name])
     assert json.loads((tmp_path / "out" / "regraft.json").read_text())["operation"] == "graft"
     run("delta", "--tuned", new, "--old", old, "--out", tmp_path / "delta")
     run("interpolate", "--first", old, "--second", new, "--t", 0.5, "--out", tmp_path / "half")
@@ -272,8 +274,8 @@ def test_names_on_the_command_line(tmp_path, bases, monkeypatch, capsys):
     assert derived_module.CHUNK_ELEMENTS == 1 << 18
 
 
-def test_a_base_with_new_tokens(tmp_path, bases, tuned):
-    """The upgraded base has learned tokens: their rows are its own, those of the others get their deltas."""
+def test_graft_onto_a_base_with_new_tokens(tmp_path, bases, tuned):
+    """Rows of tokens that only the new base has are copied from it, the other rows are grafted."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     old, fine_tune = bases["bert"][0], tuned["bert", "full"] / "adaptation"
@@ -283,20 +285,22 @@ def test_a_base_with_new_tokens(tmp_path, bases, tuned):
     model.resize_token_embeddings(64, mean_resizing=False)
     model.save_pretrained(tmp_path / "new")
     tokenizer.save_pretrained(tmp_path / "new")
-    sides = ["--new", tmp_path / "new", "--tuned", fine_tune, "--old", old]
+    checkpoints = ["--new", tmp_path / "new", "--tuned", fine_tune, "--old", old]
     from typer.testing import CliRunner
 
     from regraft.cli import app
 
-    said = CliRunner().invoke(app, ["weights", "graft", *map(str, sides), "--out", str(tmp_path / "out")])
-    assert said.exit_code == 0, said.output
-    assert "2 only in the new vocabulary, 0 only in the old" in said.output
-    found, new, before, base = (Checkpoint.open(p) for p in (tmp_path / "out", tmp_path / "new", fine_tune, old))
+    result = CliRunner().invoke(app, ["weights", "graft", *map(str, checkpoints), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "2 only in the new vocabulary, 0 only in the old" in result.output
+    grafted, new, tuned_weights, base = (
+        Checkpoint.open(path) for path in (tmp_path / "out", tmp_path / "new", fine_tune, old)
+    )
     name = "bert.embeddings.word_embeddings.weight"
-    count = before.tensors[name].shape[0]
-    assert torch.equal(found[name][count:], new[name][count:])
-    wanted = new[name][:count].double() + (before[name].double() - base[name].double())
-    torch.testing.assert_close(found[name][:count].double(), wanted, rtol=1e-6, atol=1e-7)
+    count = tuned_weights.tensors[name].shape[0]
+    assert torch.equal(grafted[name][count:], new[name][count:])
+    expected = new[name][:count].double() + (tuned_weights[name].double() - base[name].double())
+    torch.testing.assert_close(grafted[name][:count].double(), expected, rtol=1e-6, atol=1e-7)
     model, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("a zebra was good", return_tensors="pt")
@@ -304,21 +308,21 @@ def test_a_base_with_new_tokens(tmp_path, bases, tuned):
     assert int(ids["input_ids"].max()) >= count
 
 
-def test_any_rule_goes_over_whole_checkpoints(bases):
+def test_apply_all_composes_rules(bases):
     old, new = (Checkpoint.open(path) for path in bases["bert"])
     change = delta_all(new, old)
     trimmed = apply_all(lambda tensor: trim(tensor, 0.2), change, elementwise=False)
-    turned = apply_all(orthogonal_shift, trimmed, change, elementwise=False)
-    masked = apply_all(mask_agreement, turned, change)
+    orthogonal = apply_all(orthogonal_shift, trimmed, change, elementwise=False)
+    masked = apply_all(mask_agreement, orthogonal, change)
     name = "bert.encoder.layer.0.output.dense.weight"
-    wanted = new[name] - old[name]
-    assert torch.equal(trimmed[name], trim(wanted, 0.2))
-    assert torch.equal(masked[name], mask_agreement(orthogonal_shift(trim(wanted, 0.2), wanted), wanted))
+    expected = new[name] - old[name]
+    assert torch.equal(trimmed[name], trim(expected, 0.2))
+    assert torch.equal(masked[name], mask_agreement(orthogonal_shift(trim(expected, 0.2), expected), expected))
     with pytest.raises(MismatchError, match="are not in all"):
-        apply_all(mask_agreement, change, {n: t for n, t in change.items() if n != name})
+        apply_all(mask_agreement, change, {key: change[key] for key in change if key != name})
 
 
-def test_values_that_are_none(tmp_path):
+def test_nonfinite_values_are_counted_by_tensor(tmp_path):
     from regraft.checkpoint import check_finite
 
     tensors = {"a": torch.ones(10), "b": torch.tensor([1.0, float("nan"), float("inf")]), "n": torch.tensor([1])}
@@ -329,18 +333,18 @@ def test_values_that_are_none(tmp_path):
     check_finite(Checkpoint.open(tmp_path / "m.safetensors"))
 
 
-def test_the_full_fingerprint_sees_every_byte(tmp_path):
+def test_full_fingerprint_covers_every_byte(tmp_path):
     from regraft.checkpoint import fingerprint
 
     large = torch.zeros(100_000)
     save_file({"w": large}, tmp_path / "one.safetensors")
-    large[12_345] = 1.0  # between the places that are sampled
+    large[12_345] = 1.0  # between the samples
     save_file({"w": large}, tmp_path / "two.safetensors")
-    one, two = (Checkpoint.open(tmp_path / f"{which}.safetensors") for which in ("one", "two"))
-    assert fingerprint(one) == fingerprint(two)
-    assert fingerprint(one, full=True) != fingerprint(two, full=True)
+    first, second = (Checkpoint.open(tmp_path / file) for file in ("one.safetensors", "two.safetensors"))
+    assert fingerprint(first) == fingerprint(second)
+    assert fingerprint(first, full=True) != fingerprint(second, full=True)
     write_checkpoint(tmp_path, {"w": large}, 10)
-    assert fingerprint(Checkpoint.open(tmp_path), full=True) == fingerprint(two, full=True)
+    assert fingerprint(Checkpoint.open(tmp_path), full=True) == fingerprint(second, full=True)
 
 
 NAMES = (
@@ -350,14 +354,14 @@ NAMES = (
     "classifier.weight",
     "pooler.dense.weight",
 )
-COMMON = "layer.1.second.weight"  # by which bare names are aligned
+COMMON = "layer.1.second.weight"  # a tensor that is always in both, so that names can be aligned
 
 
 @settings(deadline=None)
 @given(*[st.sets(st.sampled_from(NAMES), min_size=1)] * 3)
-def test_what_is_stored_decides_what_is_grafted(new_names, tuned_names, old_names):
-    """Any subsets: both bases have it: grafted; neither: copied; one alone: an error, but for a pooler."""
-    sides = [
+def test_graft_of_any_subsets_of_tensors(new_names, tuned_names, old_names):
+    """Tensors of both bases are grafted, of neither copied; of one base only, refused except for poolers."""
+    checkpoints = [
         {
             name: torch.full((2,), amount + index)
             for index, name in enumerate((*NAMES, COMMON))
@@ -365,7 +369,7 @@ def test_what_is_stored_decides_what_is_grafted(new_names, tuned_names, old_name
         }
         for amount, names in ((100.0, new_names), (30.0, tuned_names), (7.0, old_names))
     ]
-    new, tuned, old = sides
+    new, tuned, old = checkpoints
     if any("pooler" not in name for name in (new_names ^ old_names) & tuned_names):
         with pytest.raises(MismatchError):
             graft_all(new, tuned, old)
@@ -373,5 +377,5 @@ def test_what_is_stored_decides_what_is_grafted(new_names, tuned_names, old_name
     grafted = graft_all(new, tuned, old)
     assert set(grafted) == set(tuned)
     for name in tuned:
-        both = name in new and name in old
-        assert torch.equal(grafted[name], new[name] + tuned[name] - old[name] if both else tuned[name])
+        is_grafted = name in new and name in old
+        assert torch.equal(grafted[name], new[name] + tuned[name] - old[name] if is_grafted else tuned[name])

@@ -1,8 +1,8 @@
-"""What the tensors of a transformers class are called, in memory and on disk, without any weights.
+"""The names and shapes of a transformers class's tensors, in memory and on disk, without any weights.
 
-Names on disk differ from names in memory (fused experts, renamed modules), and from one writer to another
-(LayerNorm.gamma, `_orig_mod.`, buffers that no model has today). Transformers' own conversions say which stand for the
-same tensor; the name that counts is the one that a fresh model of the class is saved under.
+Names on disk differ from names in memory (fused experts, renamed modules), and between writers (LayerNorm.gamma,
+`_orig_mod.`, obsolete buffers). The conversions of transformers map them to each other. The canonical name of a tensor
+is the one under which a new model of the class is saved.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint import Checkpoint
 
-COMPILED = "_orig_mod."  # torch.compile's wrapper, saved with the names of what it wraps
-# buffers that models compute for themselves and older versions stored: causal masks, positions, rotary tables
+COMPILED = "_orig_mod."  # torch.compile adds this to the names of the module that it wraps
+# buffers that older versions stored and current models compute: causal masks, positions, rotary tables
 BUFFER = re.compile(
     r"(?:^|\.)(?:(?:cross)?att(?:entio)?n\.bias|masked_bias|causal_mask|inv_freq|original_inv_freq|(?:cos|sin)_cached|"
     r"position_ids|token_type_ids|embed_positions\.weights)$"
@@ -35,14 +35,14 @@ BUFFER = re.compile(
 
 
 class Architecture:
-    """A transformers class of one config, on the meta device.
+    """A transformers class with a config, on the meta device.
 
     Args:
         config: The model's config.
-        name: The class, as `architectures` of a config names it; None for the bare body.
+        name: The name of the class, as in `architectures` of a config; None for the body.
 
     Raises:
-        CheckpointError: Transformers cannot build it.
+        CheckpointError: transformers cannot build the class.
     """
 
     def __init__(self, config: PretrainedConfig, name: str | None = None):
@@ -54,13 +54,15 @@ class Architecture:
         self.config = config
         body: Any = transformers.AutoModel
         named_class: Any = getattr(transformers, name, None) if name else None
-        if not issubclass(type(config), getattr(named_class, "config_class", None) or ()):  # none, or of another config
+        if not issubclass(
+            type(config), getattr(named_class, "config_class", None) or ()
+        ):  # unknown, or of another config
             named_class = None
         try:
             with torch.device("meta"):
-                own = copy.deepcopy(config)
-                self.model: Any = named_class._from_config(own) if named_class else body.from_config(own)
-        except Exception as error:  # whatever a class raises on settings that contradict one another
+                copied = copy.deepcopy(config)
+                self.model: Any = named_class._from_config(copied) if named_class else body.from_config(copied)
+        except Exception as error:  # classes raise many types of errors for inconsistent settings
             raise CheckpointError(
                 f"transformers cannot build a {name or config.model_type} from this config.json ({error!r:.200})."
             ) from error
@@ -74,14 +76,13 @@ class Architecture:
         self._canonical = {self._locate(name): name for name in self.stored}
 
     def identify(self, name: str) -> str | None:
-        """Return the name that a stored tensor has where a fresh model of this class is saved.
+        """Return the canonical name of a stored tensor.
 
         Args:
-            name: Its name in a checkpoint, whoever wrote it.
+            name: The name in a checkpoint.
 
         Returns:
-            The canonical name, that of its source where the tensor is tied to another; None if the class has no such
-            tensor.
+            The canonical name; of a tied tensor, that of its source. None if the class has no such tensor.
         """
         parameter, part = self._locate(name)
         if parameter not in self.parameters:
@@ -90,72 +91,66 @@ class Architecture:
         return str(self._canonical.get((source, part), source))
 
     def is_unknown_body_tensor(self, name: str) -> bool:
-        """Return whether a stored tensor lies inside the body and is none of it, as one of a layer beyond the config's.
+        """Return whether a stored tensor seems to belong to the body, but is unknown to the class.
+
+        An example is a tensor of a layer beyond the number of the config. Heads, poolers and obsolete buffers do not
+        count.
 
         Args:
-            name: Its name in a checkpoint.
-
-        Returns:
-            False for tensors of the class, for heads and poolers, and for what it passes over by intent: old buffers.
+            name: The name in a checkpoint.
         """
-        passed_over = (BUFFER.pattern, *(self.model._keys_to_ignore_on_load_unexpected or ()))
-        if self.identify(name) is not None or any(re.search(pattern, name) for pattern in passed_over):
+        ignored = (BUFFER.pattern, *(self.model._keys_to_ignore_on_load_unexpected or ()))
+        if self.identify(name) is not None or any(re.search(pattern, name) for pattern in ignored):
             return False
-        start = f"{self.prefix}."
-        if is_optional(name.removeprefix(start)):  # a head's class may have a pooler that the bare body has not
+        prefix = f"{self.prefix}."
+        if is_optional(name.removeprefix(prefix)):  # a class with a head may have a pooler that the body lacks
             return False
-        tops = {stored.removeprefix(start).split(".")[0] for stored in self.stored}
-        return name.startswith(start) or name.split(".")[0] in tops
+        top_level = {stored.removeprefix(prefix).split(".")[0] for stored in self.stored}
+        return name.startswith(prefix) or name.split(".")[0] in top_level
 
     def unrelated_checkpoint_error(self, checkpoint: Checkpoint) -> CheckpointError:
-        """Return the error for a checkpoint of which the class has no tensor.
+        """Return the error for a checkpoint without any tensor of the class.
 
         Args:
             checkpoint: The stored tensors.
-
-        Returns:
-            The error, with what tensors are called there and what to do.
         """
         names = ", ".join(map(repr, sorted(checkpoint)[:2]))
         return CheckpointError(
-            f"{checkpoint.path}: holds no weights of a {type(self.model).__name__}: it names tensors as {names}, and "
-            "transformers would load none of these. Load it with what saved it and call save_pretrained of the model "
-            "itself, not of a wrapper (`module.`, `base_model.`)."
+            f"{checkpoint.path}: has no weights of a {type(self.model).__name__}: its tensors have names such as "
+            f"{names}, none of which transformers would load. Load it with the tool that saved it, and call "
+            "save_pretrained of the model itself, not of a wrapper (`module.`, `base_model.`)."
         )
 
     def is_tied(self, name: str) -> bool:
-        """Return whether a stored tensor is another one once more.
+        """Return whether a stored tensor is tied to another one, such as an output layer to the embeddings.
 
         Args:
-            name: Its name in a checkpoint.
-
-        Returns:
-            True for an output layer that is tied to the embeddings, and its like.
+            name: The name in a checkpoint.
         """
         return self._locate(name)[0] in self.ties
 
     def parameter_of(self, name: str) -> str:
-        """Return the name in memory of the parameter that a stored tensor goes into, or its first of several.
+        """Return the name in memory of the (first) parameter that a stored tensor is part of.
 
         Args:
-            name: Its name in a checkpoint.
+            name: The name in a checkpoint.
 
         Returns:
-            As in `layers.0.mlp.experts.down_proj`; the name itself if the class has no such tensor.
+            A name such as `layers.0.mlp.experts.down_proj`; `name` if the class has no such tensor.
         """
         return self._locate(name)[0]
 
     def in_memory(self, checkpoint: Mapping[str, torch.Tensor]) -> DerivedTensors:
-        """Present stored tensors as the parameters of the model that transformers makes of them.
+        """Return the parameters that transformers loads from stored tensors.
 
         Args:
             checkpoint: The stored tensors.
 
         Returns:
-            The parameters that the checkpoint has, by their names in memory, computed when they are asked for.
+            The parameters by their names in memory, which are computed when they are read.
         """
         parts: dict[str, list[str]] = {}
-        for name in sorted(checkpoint, key=_natural):
+        for name in sorted(checkpoint, key=_natural_key):
             parameter = self._locate(name)[0]
             if parameter in self.parameters:
                 parts.setdefault(parameter, []).append(name)
@@ -166,19 +161,20 @@ class Architecture:
             if self._converter(names[0]) is None:
                 entries[parameter] = TensorSpec(dtype, shape_of(checkpoint, names[0]), operands[:1])
                 continue
-            for target, shape in self._shapes_of(parameter).items():  # one stored tensor may be several parameters
+            for target, shape in self._shapes_of(parameter).items():  # a stored tensor may be several parameters
                 rule = functools.partial(self._convert, parameter, target, names)
                 entries[target] = TensorSpec(dtype, shape, operands, rule, elementwise=False)
         return DerivedTensors(entries)
 
     def on_disk(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return parameters as they are saved.
+        """Convert parameters to the tensors that are saved.
 
         Args:
-            parameters: By their names in memory; all of those that are saved as parts of one tensor, or none.
+            parameters: The parameters by their names in memory. Of parameters that are saved in common tensors, either
+                all or none. Gradients are converted like weights.
 
         Returns:
-            By canonical name; values of any linear kind, as gradients, are converted as weights are.
+            The tensors by canonical name.
         """
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -186,13 +182,14 @@ class Architecture:
         return stored
 
     def saved(self, parameters: DerivedTensors) -> DerivedTensors:
-        """Present parameters as they are saved, computed when they are asked for.
+        """Return the tensors that parameters are saved as, which are computed when they are read.
 
         Args:
-            parameters: By their names in memory; all of those that are saved as parts of one tensor, or none.
+            parameters: The parameters by their names in memory. Of parameters that are saved in common tensors, either
+                all or none.
 
         Returns:
-            By canonical name.
+            The tensors by canonical name.
         """
         entries: dict[str, TensorSpec] = {}
         groups: dict[str, tuple[str, ...]] = {}
@@ -204,8 +201,9 @@ class Architecture:
             group = tuple(self._shapes_of(parameter))
             if group[0] not in parameters:
                 continue
-            for number, name in enumerate(names):
-                operands = tuple((parameters, member) for member in group) if number == 0 else ()  # counted once
+            for index, name in enumerate(names):
+                # only the first names the operands, so that they are counted once
+                operands = tuple((parameters, member) for member in group) if index == 0 else ()
                 dtype = parameters.specs[group[0]].dtype
                 entries[name] = TensorSpec(dtype, tuple(self.stored[name].shape), operands, elementwise=False)
                 groups[name] = group
@@ -214,21 +212,18 @@ class Architecture:
         )
 
     def parts_of(self, parameter: str) -> list[str]:
-        """Name the tensors that a parameter is saved as.
+        """Return the canonical names of the tensors that a parameter is saved as.
 
         Args:
-            parameter: Its name in memory.
-
-        Returns:
-            Their canonical names; of parameters that are saved in common parts, under the first of them.
+            parameter: The name in memory; of parameters that are saved in common tensors, that of the first.
         """
         return self._parts.get(parameter, [])
 
     @functools.cached_property
     def _parts(self) -> dict[str, list[str]]:
-        """The canonical names of the tensors that go into each parameter; of several in common, into their first."""
+        """The canonical names of the tensors by the (first) parameter that they are part of."""
         parts: dict[str, list[str]] = {}
-        for name in sorted(self.stored, key=_natural):
+        for name in sorted(self.stored, key=_natural_key):
             parts.setdefault(self._locate(name)[0], []).append(name)
         return parts
 
@@ -237,33 +232,33 @@ class Architecture:
         """The canonical name of the token embeddings."""
         try:
             module = self.model.get_input_embeddings()
-        except NotImplementedError:  # models that read no tokens
+        except NotImplementedError:  # the model reads no tokens
             return None
-        names = (f"{name}.weight" for name, each in self.model.named_modules() if each is module)
+        names = (f"{name}.weight" for name, candidate in self.model.named_modules() if candidate is module)
         return next((self._canonical.get((name, ""), name) for name in names), None)
 
     @property
     def token_parameters(self) -> frozenset[str]:
-        """The names in memory of the parameters that grow with the vocabulary."""
+        """The names in memory of the parameters whose size depends on the vocabulary."""
         return frozenset(self.parameter_of(name) for name in self.token_tensors)
 
     @functools.cached_property
     def token_tensors(self) -> frozenset[str]:
-        """The canonical names of the tensors that grow with the vocabulary: [tokens, …], or [1, tokens] as in BART."""
-        own = copy.deepcopy(self.config)
-        text: Any = own.get_text_config()
-        if getattr(text, "vocab_size", None) is None:  # models that read no tokens
+        """The canonical names of the tensors whose size depends on the vocabulary: [tokens, …] or [1, tokens]."""
+        config = copy.deepcopy(self.config)
+        text: Any = config.get_text_config()
+        if getattr(text, "vocab_size", None) is None:  # the model reads no tokens
             return frozenset()
         text.vocab_size += 1
-        grown = Architecture(own, type(self.model).__name__)
+        grown = Architecture(config, type(self.model).__name__)
         return frozenset(
             str(self.identify(name))
             for name, tensor in self.stored.items()
-            if tensor.dim() and tuple(grown.stored[name].shape) in _grown(tuple(tensor.shape))
+            if tensor.dim() and tuple(grown.stored[name].shape) in _shapes_with_another_token(tuple(tensor.shape))
         )
 
     def _locate(self, name: str) -> tuple[str, str]:
-        """Return the parameter a stored tensor goes into, and which part of it it is ('' for the whole)."""
+        """Return the parameter that a stored tensor is part of, and an identifier of the part ('' for the whole)."""
         from transformers.core_model_loading import apply_renamings, rename_source_key
 
         name = name.replace(COMPILED, "")
@@ -271,9 +266,9 @@ class Architecture:
         if pattern is None:
             return parameter, ""
         renamed = apply_renamings(name, self._renamings)
-        start = self.prefix + "."
-        short = [text.removeprefix(start) for text in (renamed, parameter)]
-        return parameter, short[0][len(os.path.commonprefix(short)) :]  # noqa: RUF071 - the names are no paths
+        prefix = self.prefix + "."
+        suffixes = [text.removeprefix(prefix) for text in (renamed, parameter)]
+        return parameter, suffixes[0][len(os.path.commonprefix(suffixes)) :]  # noqa: RUF071 - the names are no paths
 
     def _converter(self, name: str) -> Any:
         from transformers.core_model_loading import apply_converters, apply_renamings
@@ -282,7 +277,7 @@ class Architecture:
         return next((entry for entry in self._converters if pattern and pattern in entry.source_patterns), None)
 
     def _convert(self, parameter: str, target: str, names: list[str], *tensors: torch.Tensor) -> torch.Tensor:
-        """Make one of the parameters that stored tensors amount to together, as transformers does on loading."""
+        """Compute a parameter from the stored tensors that it consists of, as transformers does on loading."""
         from transformers.core_model_loading import apply_converters, apply_renamings
 
         converter = copy.deepcopy(self._converter(names[0]))
@@ -294,7 +289,7 @@ class Architecture:
         return result
 
     def _shapes_of(self, parameter: str) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all parameters that are made of the same stored tensors as this one."""
+        """Return the shapes of all parameters that are computed from the same stored tensors as this one."""
         names = self._parts[parameter]
         first = self._converter(names[0])
         if len(first.target_patterns) == 1:
@@ -310,34 +305,32 @@ class Architecture:
 
 
 @functools.lru_cache(maxsize=16)
-def _cached(settings: str, name: str | None, kind: type[PretrainedConfig]) -> Architecture:
-    return Architecture(kind.from_dict(json.loads(settings)), name)
+def _cached_architecture(settings: str, name: str | None, config_class: type[PretrainedConfig]) -> Architecture:
+    return Architecture(config_class.from_dict(json.loads(settings)), name)
 
 
 def architecture_of(config: PretrainedConfig, name: str | None = None) -> Architecture:
-    """Build a transformers class on the meta device, once for equal configs.
+    """Return the architecture of a config, which is built once for equal configs.
 
     Args:
         config: The model's config.
-        name: The class, as `architectures` of a config names it; None for the bare body.
-
-    Returns:
-        The architecture.
+        name: The name of the class, as in `architectures` of a config; None for the body.
 
     Raises:
-        CheckpointError: Transformers cannot build it.
+        CheckpointError: transformers cannot build the class.
     """
-    kind: Any = type(config)
+    config_class: Any = type(config)
     settings = config.to_dict()
-    settings.pop("_name_or_path", None)  # equal models of different folders are one architecture
-    return _cached(json.dumps(settings, sort_keys=True, default=str), name, kind)
+    settings.pop("_name_or_path", None)  # the folder does not matter
+    return _cached_architecture(json.dumps(settings, sort_keys=True, default=str), name, config_class)
 
 
-def _grown(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes that a tensor would have with a token more."""
-    grown = ((shape[0] + 1, *shape[1:]),)
-    return (*grown, (1, shape[1] + 1)) if len(shape) == 2 and shape[0] == 1 else grown
+def _shapes_with_another_token(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    shapes = [(shape[0] + 1, *shape[1:])]
+    if len(shape) == 2 and shape[0] == 1:
+        shapes.append((1, shape[1] + 1))
+    return shapes
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

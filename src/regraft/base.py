@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from regraft.weights import NamedTensors
 
 PRETRAINING = "pretraining.json"
-FEWEST = 8  # tokens of text that make sense; models take hundreds
+MIN_TEXT_TOKENS = 8  # less is no sensible limit; models take hundreds of tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base model: a plain transformers folder that tasks are tuned from.
+    """A base model: a transformers folder from which models are tuned for tasks.
 
     Args:
-        name: What the user called it, a folder or a hub id (`id@revision` pins it).
+        name: The name that the user gave: a folder or a hub id (`id@revision` pins a revision).
         path: The folder on this disk.
-        checkpoint: Its tensors, unread.
-        tokenizer_override: What reads texts in place of its tokenizer, for an adaptation that has tokens of its own.
-        rows_override: How many rows its embeddings are given for that.
+        checkpoint: The tensors, which are read when they are used.
+        tokenizer_override: A tokenizer to use instead of the base's, for an adaptation with additional tokens.
+        rows_override: The number of rows that the embeddings get for those tokens.
     """
 
     name: str
@@ -49,38 +49,38 @@ class Base:
 
     @classmethod
     def open(cls, name: str | Path) -> Base:
-        """Find a base model and check that its files are whole.
+        """Open a base model, and check that its files are complete.
 
         Args:
             name: A folder, or a hub id with an optional `@revision`.
 
         Returns:
-            The base; no weights have been read.
+            The base, whose tensors are read when they are used.
 
         Raises:
-            CheckpointError: There is no such base, a file of it is missing, truncated or malformed, it is quantised,
-                or it is an encoder-decoder.
+            CheckpointError: There is no such base, a file is missing, truncated or malformed, or it is quantised or an
+                encoder-decoder.
         """
         path = find_path(name)
         if path.is_file():
             raise CheckpointError(f"{path}: is a file. Give the folder that save_pretrained of transformers wrote.")
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise CheckpointError(f"{path}: holds an adapter and no base. Give the base that it was tuned on.")
+            raise CheckpointError(f"{path}: is an adapter, not a base. Give the base that it was tuned on.")
         checkpoint = Checkpoint.open(path)
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path}: holds no config.json. Copy the one that was saved with these weights.")
+            raise CheckpointError(f"{path}: has no config.json. Copy the one that was saved with these weights.")
         base = cls(str(name), path, checkpoint)
         check_unquantised(path, base.checkpoint.tensors)
         if base.is_encoder_decoder:
             raise CheckpointError(
-                f"{path}: a {base.config.model_type} is an encoder-decoder, which regraft does not run: carry its "
-                "weights over by arithmetic alone (regraft weights graft)."
+                f"{path}: a {base.config.model_type} is an encoder-decoder, which regraft does not run. Carry its "
+                "weights over by arithmetic (regraft weights graft)."
             )
         if getattr(base.config, "text_config", None) is not None:
             raise CheckpointError(
-                f"{path}: is a {base.config.model_type}, a text model inside one for other input too, and regraft "
-                "carries over text models. Save its text model by itself: load it with the class for causal language "
-                "models of that name, as Gemma3ForCausalLM, and call save_pretrained."
+                f"{path}: is a {base.config.model_type}, a multimodal model, but regraft carries over text models. "
+                "Save its text model separately: load it with its class for causal language models, such as "
+                "Gemma3ForCausalLM, and call save_pretrained."
             )
         _ = base.body
         return base
@@ -92,24 +92,24 @@ class Base:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a padding token wherever it has a special one for that."""
+        """The tokenizer, with a padding token if it has any suitable special token."""
         tokenizer = copy.deepcopy(self.tokenizer_override) if self.tokenizer_override else read_tokenizer(self.path)
         self.check_tokens(tokenizer, tokenizer("")["input_ids"])
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= self.rows:
-            tokenizer.pad_token = None  # was added, and the embeddings were not resized
+            tokenizer.pad_token = None  # it was added without resizing the embeddings
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         return tokenizer
 
     @property
     def pad_id(self) -> int:
-        """What fills up a batch, and is masked: the tokenizer's padding token, or any where it has none."""
+        """The id that pads batches and is masked: that of the padding token, or 0 if there is none."""
         padding = self.tokenizer.pad_token_id
         return 0 if padding is None else int(padding)
 
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
-        """The ids of its tokens, an adaptation's own not among them."""
+        """The ids of the base's tokens, without additional ones of an adaptation."""
         vocabulary: dict[str, int] = (
             read_tokenizer(self.path) if self.tokenizer_override else self.tokenizer
         ).get_vocab()
@@ -119,117 +119,118 @@ class Base:
 
     @functools.cached_property
     def embedding_rows(self) -> int:
-        """How many rows its token embeddings have, those that stand for no token among them."""
+        """The number of rows of the token embeddings, including rows without a token."""
         stored = self.body.get(str(self.architecture.embeddings))
         return self.checkpoint.tensors[stored].shape[0] if stored else len(self.tokenizer)
 
     @functools.cached_property
     def rows(self) -> int:
-        """How many tokens its embeddings have a row for."""
+        """The number of tokens that have a row in the embeddings, including additional ones of an adaptation."""
         return self.rows_override or int(getattr(self.config.get_text_config(), "vocab_size", None) or sys.maxsize)
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
-        """Refuse tokens for which the embeddings have no row.
+        """Check that the embeddings have a row for every token.
 
         Args:
-            tokenizer: The base's.
-            ids: What it made of texts.
+            tokenizer: The tokenizer that produced the ids.
+            ids: The ids of tokens.
 
         Raises:
             CheckpointError: An id is beyond the embeddings.
         """
         if (highest := max(ids, default=0)) >= self.rows:
             raise CheckpointError(
-                f"{self.path}: its tokenizer makes token {tokenizer.convert_ids_to_tokens(highest)!r} ({highest:,}) of "
-                f"texts, and its embeddings have {self.rows:,} rows: it was added without resize_token_embeddings. "
-                "Give the tokenizer that was saved with these weights."
+                f"{self.path}: its tokenizer produces token {tokenizer.convert_ids_to_tokens(highest)!r} "
+                f"({highest:,}), but its embeddings have {self.rows:,} rows: the token was added without "
+                "resize_token_embeddings. Use the tokenizer that was saved with these weights."
             )
 
     @functools.cached_property
     def architecture(self) -> Architecture:
-        """What the tensors of the bare body are called, in memory and on disk."""
+        """The architecture of the body."""
         return architecture_of(self.config)
 
     @property
     def prefix(self) -> str:
-        """The name of the body inside a model with a head, as `bert` in `bert.encoder.layer.0…`."""
+        """The name of the body inside a model with a head, such as `bert` in `bert.encoder.layer.0…`."""
         return self.architecture.prefix
 
     @functools.cached_property
     def has_pooler(self) -> bool:
-        """Whether a classifier on it has a pooler, which the base itself may lack."""
+        """Whether a classifier on the base has a pooler, which the base itself may lack."""
         return getattr(self.bare, "pooler", None) is not None
 
     @functools.cached_property
     def classifier(self) -> Any:
-        """A classifier on it, without any weights."""
+        """A classifier on the base, on the meta device."""
         import torch
         from transformers import AutoModelForSequenceClassification
 
-        auto: Any = AutoModelForSequenceClassification
+        auto_class: Any = AutoModelForSequenceClassification
         with torch.device("meta"):
-            return auto.from_config(self.config)
+            return auto_class.from_config(self.config)
 
     @property
     def bare(self) -> Any:
-        """The body of a classifier on it, without any weights."""
+        """The body of `classifier`, on the meta device."""
         return self.classifier.base_model
 
     @functools.cached_property
     def is_decoder(self) -> bool:
-        """Whether it is a causal language model, whose head reads the last token rather than the first."""
+        """Whether it is a causal language model, whose classifier reads the last token."""
         return is_causal(self.config)
 
     @functools.cached_property
     def is_encoder_decoder(self) -> bool:
-        """Whether its classifier has an encoder and a decoder, as T5 and BART, whatever part of it is stored."""
+        """Whether its classifier has an encoder and a decoder, such as T5 and BART, even if only one is stored."""
         from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
         return self.config.is_encoder_decoder or type(self.config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
     @functools.cached_property
     def max_input_length(self) -> int:
-        """The longest input the base takes, in tokens."""
+        """The maximal number of tokens of an input."""
         positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
-        if positions < 0:  # as XLNet says that it has no limit
+        if positions < 0:  # XLNet has no limit
             positions = sys.maxsize
         for name, module in self.architecture.model.named_modules():
             if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                positions -= module.padding_idx + 1  # RoBERTa and its kind count positions from past the padding's id
-        longest, special = min(positions, self.tokenizer.model_max_length), self.tokenizer.num_special_tokens_to_add()
-        if longest < special + FEWEST:
+                positions -= module.padding_idx + 1  # positions of RoBERTa start after the padding's id
+        length, special = min(positions, self.tokenizer.model_max_length), self.tokenizer.num_special_tokens_to_add()
+        if length < special + MIN_TEXT_TOKENS:
             raise CheckpointError(
-                f"{self.path}: takes {longest} tokens (max_position_embeddings in config.json, model_max_length in "
-                f"tokenizer_config.json), of which {special} are special ones: no text is left of that. Correct these."
+                f"{self.path}: takes {length} tokens (max_position_embeddings in config.json, model_max_length in "
+                f"tokenizer_config.json), of which {special} are special tokens: no room is left for text. Correct "
+                "these settings."
             )
-        return longest
+        return length
 
     @functools.cached_property
     def body(self) -> dict[str, str]:
-        """The stored name of each floating-point tensor of the body, by the canonical name inside the body."""
+        """The stored names of the body's floating-point tensors, by their canonical names inside the body."""
         return body_names(self.checkpoint, self.architecture)
 
     @functools.cached_property
     def parameters(self) -> DerivedTensors:
-        """The tensors of the body as transformers loads them, by their names in memory inside the body."""
+        """The parameters of the body as transformers loads them, by their names in memory inside the body."""
         return self.architecture.in_memory(self.checkpoint)
 
     @functools.cached_property
     def named(self) -> NamedTensors:
-        """All its tensors under the names that its class writes, every tensor once."""
+        """All tensors by their canonical names."""
         return named(self.checkpoint, self.config)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Which weights these are: heads, naming and sharding play no part."""
-        stored = {name: inner for inner, name in self.body.items()}
-        return fingerprint(self.checkpoint, hashed_name=stored.get)
+        """The fingerprint of the body, which does not depend on the head, on stored names or on shards."""
+        canonical_names = {name: inner for inner, name in self.body.items()}
+        return fingerprint(self.checkpoint, hashed_name=canonical_names.get)
 
     def check_finite(self) -> None:
-        """Refuse a base that holds values that are infinite or not a number; the body is read once.
+        """Check that the body has no infinite or NaN values; it is read once.
 
         Raises:
-            CheckpointError: Tensors of the body hold some; the message counts them by tensor.
+            CheckpointError: There are such values; the message counts them by tensor.
         """
         _ = self._is_finite
 
@@ -240,15 +241,15 @@ class Base:
 
     @functools.cached_property
     def stored_fingerprint(self) -> str:
-        """The fingerprint by the rule of regraft 0.1: every tensor under the body's prefix, named as it is stored."""
-        floating = [name for name, info in self.checkpoint.tensors.items() if info.dtype in FLOATING]
-        start = f"{self.prefix}."
-        inside = [name for name in floating if name.startswith(start)] or floating
-        return fingerprint(self.checkpoint, hashed_name={name: name.removeprefix(start) for name in inside}.get)
+        """The fingerprint of regraft 0.1: all tensors under the body's prefix, with their stored names."""
+        floating = [name for name, tensor in self.checkpoint.tensors.items() if tensor.dtype in FLOATING]
+        prefix = f"{self.prefix}."
+        body = [name for name in floating if name.startswith(prefix)] or floating
+        return fingerprint(self.checkpoint, hashed_name={name: name.removeprefix(prefix) for name in body}.get)
 
     @functools.cached_property
     def parent_fingerprint(self) -> str | None:
-        """The fingerprint of the base that this one was pre-trained from, if regraft did it."""
+        """The fingerprint of the base that this one was pre-trained from, if regraft pre-trained it."""
         try:
             record = read_json(self.path / PRETRAINING)
             return str(record["base"]["fingerprint"])
@@ -257,13 +258,10 @@ class Base:
 
 
 def is_causal(config: PretrainedConfig) -> bool:
-    """Return whether a config is a causal language model's, and no masked one's.
+    """Return whether a config is that of a causal language model, not of a masked one.
 
     Args:
         config: The transformers config.
-
-    Returns:
-        True for decoders.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -272,24 +270,22 @@ def is_causal(config: PretrainedConfig) -> bool:
     )
     from transformers.modeling_layers import GenericForSequenceClassification
 
-    kind = type(config)
-    classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(kind, ())
-    reads_last = isinstance(classifier, type) and issubclass(classifier, GenericForSequenceClassification)
-    return (reads_last or kind in MODEL_FOR_CAUSAL_LM_MAPPING) and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    config_class = type(config)
+    classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(config_class, ())
+    reads_last_token = isinstance(classifier, type) and issubclass(classifier, GenericForSequenceClassification)
+    is_causal_lm = config_class in MODEL_FOR_CAUSAL_LM_MAPPING
+    return (reads_last_token or is_causal_lm) and config_class not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:
-    """Name the tensors of the body, whoever wrote them.
+    """Return the stored names of the body's floating-point tensors, by their canonical names inside the body.
 
     Args:
-        checkpoint: The tensors, heads among them.
-        architecture: The bare body's.
-
-    Returns:
-        The stored name of each floating-point body tensor, by the canonical name inside the body.
+        checkpoint: The tensors, with or without a head.
+        architecture: The architecture of the body.
 
     Raises:
-        CheckpointError: A tensor is stored under two names, or is of the body and the class has no such, or none is.
+        CheckpointError: A tensor is stored twice or unknown to the class, or there are no tensors of the body.
     """
     names: dict[str, str] = {}
     for name, info in sorted(checkpoint.tensors.items(), key=lambda item: architecture.is_tied(item[0])):
@@ -298,12 +294,13 @@ def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, 
         inner = architecture.identify(name)
         if inner is None and architecture.is_unknown_body_tensor(name):
             raise CheckpointError(
-                f"{checkpoint.path}: tensor {name!r} is none of a {type(architecture.model).__name__} of the sizes in "
-                "config.json, and would be passed over. Load it with what saved it and call save_pretrained."
+                f"{checkpoint.path}: tensor {name!r} does not belong to a {type(architecture.model).__name__} with the "
+                "sizes in config.json, and would be ignored. Load it with the tool that saved it, and call "
+                "save_pretrained."
             )
         if inner in names and not architecture.is_tied(name):
             raise CheckpointError(
-                f"{checkpoint.path}: stores {names[inner]!r} and {name!r}, which are the same tensor. Load it with "
+                f"{checkpoint.path}: stores the same tensor as {names[inner]!r} and {name!r}. Load it with "
                 "transformers and call save_pretrained."
             )
         if inner is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints under the names that their transformers classes write, every tensor once."""
+"""Checkpoints under the canonical names of their transformers classes, without tied duplicates."""
 
 from __future__ import annotations
 
@@ -19,75 +19,84 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint import Checkpoint
 
-# the classes that there are for a type of model, by transformers' tables: those that pre-training writes come first
-TASKS = (
-    "MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "PRETRAINING", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION",
+# transformers' tables of classes, in the order in which they are tried: those of pre-training first
+CLASS_TABLES = (
+    "MASKED_LM",
+    "CAUSAL_LM",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "PRETRAINING",
+    "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLASSIFICATION",
     "QUESTION_ANSWERING",
-)  # fmt: skip
+)
 
 
 def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig) -> str:
-    """Name the transformers class of a checkpoint: the one with a head that its config names, or that has most of it.
+    """Return the transformers class of a checkpoint: that of its config, or else the one with most of its tensors.
 
     Args:
         checkpoint: The stored tensors.
-        config: The config beside them, which may name no class, none of transformers, or the bare body.
+        config: Its config, which may name no class, an unknown one, or the body.
 
     Returns:
-        The class; empty for the bare body.
+        The name of the class; empty for the body.
 
     Raises:
-        CheckpointError: Transformers cannot build the class that the config names.
+        CheckpointError: transformers cannot build the class that the config names.
     """
     import transformers.models.auto.modeling_auto as auto
 
     declared, body = (config.architectures or [""])[0], architecture_of(config)
     if type(architecture_of(config, declared).model) is not type(body.model):
         return declared
-    tables = (getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in TASKS)
-    most = {"": _count(checkpoint, body)}
+    tables = (getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in CLASS_TABLES)
+    counts = {"": _count_known(checkpoint, body)}
     for name in dict.fromkeys(str(table.get(config.model_type)) for table in tables):
-        if max(most.values()) == len(checkpoint):
+        if max(counts.values()) == len(checkpoint):
             break
         with contextlib.suppress(CheckpointError):
-            most[name] = _count(checkpoint, architecture_of(config, name))
-    return max(most, key=lambda name: most[name])
+            counts[name] = _count_known(checkpoint, architecture_of(config, name))
+    return max(counts, key=lambda name: counts[name])
 
 
 def named(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
-    """Present a checkpoint under the names that its transformers class writes, every tensor once.
+    """Return a checkpoint under the canonical names of its transformers class.
 
-    Buffers that no model has today are left out. What the class does not have otherwise keeps its stored name.
+    Obsolete buffers and tied duplicates are left out. Tensors that are unknown to the class keep their stored names.
 
     Args:
         checkpoint: The stored tensors.
-        config: The config beside them.
+        config: Its config.
 
     Returns:
-        The tensors, read when they are asked for.
+        The tensors, which are read when they are used.
 
     Raises:
-        CheckpointError: Transformers cannot build the class, or it has none of the tensors, or one is stored twice.
+        CheckpointError: transformers cannot build the class, it has none of the tensors, or one is stored twice.
     """
-    head, body = architecture_of(config, class_name(checkpoint, config)), architecture_of(config)
-    start = f"{head.prefix}." if any(name.startswith(f"{head.prefix}.") for name in head.stored) else ""
+    model, body = architecture_of(config, class_name(checkpoint, config)), architecture_of(config)
+    prefix = f"{model.prefix}." if any(name.startswith(f"{model.prefix}.") for name in model.stored) else ""
 
     def key_of(name: str) -> str:
         return body.identify(name) or name
 
-    if not any(map(body.identify, checkpoint)) and not any(map(head.identify, checkpoint)):
+    if not any(map(body.identify, checkpoint)) and not any(map(model.identify, checkpoint)):
         raise body.unrelated_checkpoint_error(checkpoint)
     sources: dict[str, str] = {}
-    for stored in sorted(checkpoint, key=head.is_tied):  # a tensor before what is tied to it
+    for stored in sorted(checkpoint, key=model.is_tied):  # sources before tensors that are tied to them
         inner = body.identify(stored)
-        name = head.identify(stored) or (start + inner if inner else None if BUFFER.search(stored) else stored)
-        if name in sources and head.is_tied(stored):
+        name: str | None = model.identify(stored)
+        if name is None and inner:
+            name = prefix + inner
+        elif name is None and not BUFFER.search(stored):
+            name = stored
+        if name in sources and model.is_tied(stored):
             if are_equal(checkpoint, sources[name], checkpoint, stored):
                 continue
-            name = stored  # transformers ties no two tensors that differ in the checkpoint
+            name = stored  # transformers does not tie tensors that differ in the checkpoint
         if name in sources:
             raise CheckpointError(
-                f"{checkpoint.path}: stores {sources[name]!r} and {stored!r}, which are the same tensor. Load it with "
+                f"{checkpoint.path}: stores the same tensor as {sources[name]!r} and {stored!r}. Load it with "
                 "transformers and call save_pretrained."
             )
         if name:
@@ -96,56 +105,54 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
         name: TensorSpec(dtype_of(checkpoint, stored), shape_of(checkpoint, stored), ((checkpoint, stored),))
         for name, stored in sorted(sources.items())
     }
-    keys = {name: name if head.is_tied(name) else key_of(name) for name in entries}
-    ties = {tied: key_of(str(head.identify(tied))) for tied in head.ties}
-    expected = {key_of(name) for name in head.stored if not head.is_tied(name)}
-    return NamedTensors(entries, keys, ties, expected, lambda: head.token_tensors, head.embeddings)
+    keys = {name: name if model.is_tied(name) else key_of(name) for name in entries}
+    ties = {tied: key_of(str(model.identify(tied))) for tied in model.ties}
+    expected = {key_of(name) for name in model.stored if not model.is_tied(name)}
+    return NamedTensors(entries, keys, ties, expected, lambda: model.token_tensors, model.embeddings)
 
 
 def class_of(checkpoint: Checkpoint) -> Architecture:
-    """Build the class that a checkpoint's `config.json` names.
+    """Return the architecture of a checkpoint's class.
 
     Args:
         checkpoint: A transformers folder.
 
-    Returns:
-        The class on the meta device.
-
     Raises:
-        CheckpointError: Transformers cannot read the config, or cannot build the class.
+        CheckpointError: transformers cannot read the config, or cannot build the class.
     """
     config = read_config(checkpoint)
     return architecture_of(config, class_name(checkpoint, config))
 
 
-def name_consistently(sides: Mapping[str, Checkpoint]) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:
-    """Present checkpoints under the names that their transformers classes write, or all as they are stored.
+def name_consistently(
+    checkpoints: Mapping[str, Checkpoint],
+) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:
+    """Return checkpoints under their canonical names; if one has no transformers class, all under their stored names.
 
     Args:
-        sides: The checkpoints, by what they are.
+        checkpoints: The checkpoints by role.
 
     Returns:
-        The tensors of each side; and why stored names count, where a side is of no class that transformers has.
+        The tensors by role; and the reason, if they have their stored names.
 
     Raises:
         CheckpointError: A config contradicts its tensors, or a tensor is stored twice.
     """
     from transformers import CONFIG_MAPPING
 
-    views: dict[str, Mapping[str, torch.Tensor]] = {}
-    for which, checkpoint in sides.items():
+    named_tensors: dict[str, Mapping[str, torch.Tensor]] = {}
+    for role, checkpoint in checkpoints.items():
+        reason = None
         if checkpoint.path.is_file() or not (checkpoint.path / "config.json").is_file():
-            return dict(
-                sides
-            ), f"{checkpoint.path}: has no config.json beside it, so tensors are paired by their stored names"
-        kind = read_json(checkpoint.path / "config.json").get("model_type")
-        if str(kind) not in CONFIG_MAPPING:
+            reason = "there is no config.json"
+        elif str(kind := read_json(checkpoint.path / "config.json").get("model_type")) not in CONFIG_MAPPING:
             reason = f"transformers has no model of type {kind!r:.80}"
-            return dict(sides), f"{checkpoint.path}: {reason}, so tensors are paired by their stored names"
-        views[which] = named(checkpoint, read_config(checkpoint))
-    return views, None
+        if reason:
+            return dict(checkpoints), f"{checkpoint.path}: {reason}, so tensors are paired by their stored names"
+        named_tensors[role] = named(checkpoint, read_config(checkpoint))
+    return named_tensors, None
 
 
-def _count(checkpoint: Mapping[str, torch.Tensor], architecture: Architecture) -> int:
-    """Count the tensors that a class has or leaves out by intent."""
+def _count_known(checkpoint: Mapping[str, torch.Tensor], architecture: Architecture) -> int:
+    """Count the tensors that a class has or ignores."""
     return sum(bool(architecture.identify(name) or BUFFER.search(name)) for name in checkpoint)

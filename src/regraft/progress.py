@@ -1,4 +1,4 @@
-"""How long work says where it is: one callback, silent unless somebody listens; and how transformers is kept quiet."""
+"""The progress callback, and a context that silences transformers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
-"""Called with what is being done, how much of it is done, how much there is, and figures to show beside it."""
+"""A function of the stage, the amount done, the total amount, and figures to show."""
 
 
 def silent(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-    """Show nothing."""
+    """Ignore the progress."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from printing load reports and bars of its own: what they would say is checked here."""
+    """Silence the reports and progress bars of transformers, whose content regraft checks itself."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
@@ -29,17 +29,17 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT asks for a property that transformers 5.23 renamed
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            # PEFT says so of the very layers that its layer-norm tuning is for
+            # PEFT warns of the layers that its layer-norm tuning is for
             warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
-            # PEFT says so of the pattern that it adds itself for experts that were stored one by one
+            # PEFT warns of the pattern that it adds itself for experts that were stored separately
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-            for refused in (
+            for checked in (  # regraft raises an error for these
                 "Found missing adapter keys",
                 "Some weights of .* were not initialized",
                 "Unexpected keyword arguments",
                 r"Adapter .* LoRA tensor\(s\) have invalid shape",
             ):
-                warnings.filterwarnings("ignore", refused)  # an error of ours names them
+                warnings.filterwarnings("ignore", checked)
             yield
     finally:
         logging.set_verbosity(level)

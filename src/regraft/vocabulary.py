@@ -1,4 +1,4 @@
-"""The vocabularies of two bases and a fine-tune: rows matched by token, and the vocabulary of what comes of them."""
+"""The vocabularies of two bases and a fine-tune: matching their rows by token, and merging their tokenizers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-FILES = ("tokenizer.json", "vocab.*", "added_tokens.json", "tekken.json", "*.model", "*.spm", "*.tiktoken")
-TOKEN_IDS = re.compile(r"_token_(?:id|index)$|suppress_tokens$")  # settings that name tokens by their ids
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "added_tokens.json", "tekken.json", "*.model", "*.spm", "*.tiktoken")
+TOKEN_ID_SETTINGS = re.compile(r"_token_(?:id|index)$|suppress_tokens$")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def match_vocabularies(
@@ -29,59 +29,60 @@ def match_vocabularies(
     """Match the rows of the embeddings of two bases and a fine-tune by the tokens of their tokenizers.
 
     Args:
-        folders: Of the sides `old`, `new` and, if there is one, `tuned`; a fine-tune without a tokenizer of its own has
-            the old base's.
-        tensors: Their tensors, as their classes name them if they have one.
+        folders: The folders of the roles `old`, `new` and, if there is a fine-tune, `tuned`. A fine-tune without a
+            tokenizer has the old base's.
+        tensors: Their tensors, under canonical names if they have a class.
 
     Returns:
-        The match; None where the vocabularies are the same, or a side has no tokenizer and equally many rows.
+        The match; None if the vocabularies are the same, or a tokenizer is missing and the numbers of rows are equal.
 
     Raises:
-        CheckpointError: The embeddings differ in size and there is no tokenizer to match them by.
+        CheckpointError: The embeddings differ in size, and there is no tokenizer to match them by.
         MismatchError: A tokenizer has more tokens than its embeddings have rows.
     """
-    rows = {side: _rows(tensors[side]) for side in folders}
-    files = {side: _files(folder) for side, folder in folders.items()}
+    rows = {role: _num_rows(tensors[role]) for role in folders}
+    files = {role: _read_vocabulary_files(folder) for role, folder in folders.items()}
     if "tuned" in files and not files["tuned"] and rows["tuned"] == rows["old"]:
         files["tuned"] = files["old"]
     if not all(files.values()):
         if len(set(rows.values())) > 1:
-            bare = next(folder for side, folder in folders.items() if not files[side])
-            sizes = " and ".join(f"{folders[side]} has {count:,}" for side, count in rows.items())
+            without_tokenizer = next(folder for role, folder in folders.items() if not files[role])
+            sizes = " and ".join(f"{folders[role]} has {count:,}" for role, count in rows.items())
             raise CheckpointError(
-                f"the embeddings differ in size: {sizes} rows, and {bare} holds no tokenizer to match them by. Copy "
-                "the base's tokenizer files into it."
+                f"the embeddings differ in size: {sizes} rows, and {without_tokenizer} has no tokenizer to match them "
+                "by. Copy the base's tokenizer files into it."
             )
         return None
     if all(content == files["old"] for content in files.values()) and len(set(rows.values())) == 1:
         return None
-    others = {side: read_tokenizer(folder) for side, folder in folders.items() if files[side] != files["old"]}
-    tokenizers = {"old": read_tokenizer(folders["old"]), **others}
+    tokenizers = {"old": read_tokenizer(folders["old"])}
+    tokenizers |= {role: read_tokenizer(folder) for role, folder in folders.items() if files[role] != files["old"]}
     if not all(rows.values()):
         if all(tokenizer.get_vocab() == tokenizers["old"].get_vocab() for tokenizer in tokenizers.values()):
             return None
-        unknown = next(folder for side, folder in folders.items() if not rows[side])
+        without_embeddings = next(folder for role, folder in folders.items() if not rows[role])
         raise CheckpointError(
-            f"{unknown}: no tensor of it is known to have a row for each token, and the tokenizers differ, so rows "
-            "cannot be matched. Give checkpoints of a class that transformers has, or of one vocabulary."
+            f"{without_embeddings}: none of its tensors is known to have a row for each token, but the tokenizers "
+            "differ. Give checkpoints of a transformers class, or with the same vocabulary."
         )
-    vocabularies = {side: ids_by_token(tokenizer, rows[side]) for side, tokenizer in tokenizers.items()}
+    vocabularies = {role: ids_by_token(tokenizer, rows[role]) for role, tokenizer in tokenizers.items()}
     match = match_rows(
-        vocabularies["old"], vocabularies.get("new", vocabularies["old"]), rows["old"], rows["new"],
-        vocabularies.get("tuned"), rows.get("tuned"),
-    )  # fmt: skip
+        vocabularies["old"],
+        vocabularies.get("new", vocabularies["old"]),
+        rows["old"],
+        rows["new"],
+        vocabularies.get("tuned"),
+        rows.get("tuned"),
+    )
     return None if match.is_identity else match
 
 
 def ids_by_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
-    """Return the ids of a tokenizer's tokens, but for a padding token that was added without a row of its own.
+    """Return the ids of a tokenizer's tokens, except a padding token for which the embeddings have no row.
 
     Args:
         tokenizer: The tokenizer.
-        rows: How many rows the embeddings have.
-
-    Returns:
-        The ids by token.
+        rows: The number of rows of the embeddings.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     padding = tokenizer.pad_token
@@ -89,74 +90,77 @@ def ids_by_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int
 
 
 def check_one_vocabulary(
-    folders: Mapping[str, Path], tensors: Mapping[str, Mapping[str, torch.Tensor]], what: str
+    folders: Mapping[str, Path], tensors: Mapping[str, Mapping[str, torch.Tensor]], result: str
 ) -> None:
-    """Refuse a fine-tune with other tokens than its base, where there is no new base whose vocabulary would count.
+    """Check that a fine-tune has the same tokens in the same rows as its base.
 
     Args:
-        folders: Of the sides `old` and `tuned`.
+        folders: The folders of the roles `old` and `tuned`.
         tensors: Their tensors.
-        what: What is to be made of the two, as in `a LoRA`.
+        result: What will be computed from the two, such as `a LoRA`, for error messages.
 
     Raises:
-        MismatchError: Tokens were added, or stand in other rows, or the embeddings have others that stand for none.
+        MismatchError: The tokens, their rows or the numbers of rows differ.
     """
-    sides = {"old": folders["old"], "new": folders["tuned"]}
-    rows = match_vocabularies(sides, {"old": tensors["old"], "new": tensors["tuned"]})
+    rows = match_vocabularies(
+        {"old": folders["old"], "new": folders["tuned"]}, {"old": tensors["old"], "new": tensors["tuned"]}
+    )
     if rows is None:
         return
     if not rows.added_tokens and all(old in (-1, row) for row, old in enumerate(rows.old_row_indices)):
         raise MismatchError(
             f"{folders['tuned']}: its embeddings have {rows.num_new_rows:,} rows and those of {folders['old']} "
-            f"{rows.num_old_rows:,} for the same tokens, so {what} of it would not fit. Give it as many with "
-            "resize_token_embeddings of transformers first, or graft it as it is (regraft weights graft)."
+            f"{rows.num_old_rows:,} for the same tokens, so {result} of it would not fit. Resize them with "
+            "resize_token_embeddings of transformers first, or graft the fine-tune (regraft weights graft)."
         )
-    added = f" has {len(rows.added_tokens):,} tokens more ({', '.join(map(repr, rows.added_tokens[:4]))})"
+    difference = "its tokens are in other rows than those"
+    if rows.added_tokens:
+        added = ", ".join(map(repr, rows.added_tokens[:4]))
+        difference = f"it has {len(rows.added_tokens):,} tokens ({added}) in addition to those"
     raise MismatchError(
-        f"{folders['tuned']}:{added if rows.added_tokens else ' has its tokens in other rows'} than {folders['old']}, "
-        f"so its embeddings have no counterpart, and {what} of it would not know its tokens. Graft it as it is "
+        f"{folders['tuned']}: {difference} of {folders['old']}, so {result} of it would lack them. Graft the fine-tune "
         "(regraft weights graft)."
     )
 
 
 def check_same_rows(folders: Mapping[str, Path], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Refuse two checkpoints that have a token in different rows: by number, one token would stand for another.
+    """Check that two checkpoints have no token in different rows.
 
     Args:
-        folders: Of both; one without a tokenizer is passed over.
+        folders: Both folders. If one has no tokenizer, nothing is checked.
         tensors: Their tensors.
 
     Raises:
-        MismatchError: A token has another id in each.
+        MismatchError: A token has different ids.
     """
     first, second = folders
-    files = [_files(folder) for folder in folders.values()]
+    files = [_read_vocabulary_files(folder) for folder in folders.values()]
     if not all(files) or files[0] == files[1]:
         return
-    ids = {side: ids_by_token(read_tokenizer(folder), _rows(tensors[side])) for side, folder in folders.items()}
+    ids = {role: ids_by_token(read_tokenizer(folder), _num_rows(tensors[role])) for role, folder in folders.items()}
     moved = sorted(token for token, row in ids[first].items() if ids[second].get(token, row) != row)
     if moved:
         raise MismatchError(
-            f"{folders[first]} and {folders[second]} have {len(moved):,} tokens in different rows, as {moved[0]!r} in "
-            f"{ids[first][moved[0]]} and {ids[second][moved[0]]}: row by row, one token would be held against another. "
-            "Give two of one vocabulary."
+            f"{folders[first]} and {folders[second]} have {len(moved):,} tokens in different rows, such as "
+            f"{moved[0]!r} in {ids[first][moved[0]]} and {ids[second][moved[0]]}. Give checkpoints with the same "
+            "vocabulary."
         )
 
 
 def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowMatch) -> None:
-    """Write the tokenizer of a graft, and have its configs name tokens by their ids there.
+    """Write the tokenizer of a graft, and update the ids of tokens in its configs.
 
     Args:
-        folder: The graft, with the configs of the fine-tune; its tokenizer files are replaced.
-        new: The new base.
-        tuned: The fine-tune.
-        old: The old base, whose tokenizer a fine-tune without one has.
+        folder: The graft's folder, with the fine-tune's configs. Its tokenizer files are replaced.
+        new: The new base's folder.
+        tuned: The fine-tune's folder.
+        old: The old base's folder, whose tokenizer is used if the fine-tune has none.
         rows: The match of their rows.
     """
     tokenizer = merged_tokenizer(new, tuned, rows)
     for stale in {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}:
         stale.unlink()
-    if rows.tuned_only or _meaning(tokenizer) != _meaning(read_tokenizer(new)):
+    if rows.tuned_only or _special_settings(tokenizer) != _special_settings(read_tokenizer(new)):
         tokenizer.save_pretrained(folder)
     else:
         copy_auxiliary_files(new, folder, TOKENIZER_FILES)
@@ -164,8 +168,8 @@ def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowM
     source = read_tokenizer(tuned if has_tokenizer(tuned) else old)
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            instead = read_json(new / name) if (new / name).is_file() else {}
-            settings = _renumbered(read_json(folder / name), source, ids, instead)
+            fallback = read_json(new / name) if (new / name).is_file() else {}
+            settings = _with_new_ids(read_json(folder / name), source, ids, fallback)
             text = settings.get("text_config")
             if name == "config.json" and (not isinstance(text, dict) or "vocab_size" in settings):
                 settings["vocab_size"] = len(rows.new_row_indices)
@@ -175,19 +179,16 @@ def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowM
 
 
 def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokenizerBase:
-    """Make the tokenizer of the new base with the fine-tune's own tokens, special tokens and chat template.
+    """Return the new base's tokenizer with the fine-tune's additional tokens, special tokens and chat template.
 
     Args:
-        new: The new base.
-        tuned: The fine-tune.
+        new: The new base's folder.
+        tuned: The fine-tune's folder.
         rows: The match of their rows.
 
-    Returns:
-        The tokenizer.
-
     Raises:
-        CheckpointError: The tokens cannot be added where the match has them.
-        MismatchError: The new tokenizer would not divide texts into them.
+        CheckpointError: The tokens cannot be added with the ids of the match.
+        MismatchError: The new tokenizer would not split texts into the tokens.
     """
     from transformers import AddedToken
 
@@ -195,9 +196,9 @@ def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokeni
     if not has_tokenizer(tuned):
         return tokenizer
     source = read_tokenizer(tuned)
-    added_before = {token.content: token for token in source.added_tokens_decoder.values()}
+    source_tokens = {token.content: token for token in source.added_tokens_decoder.values()}
     for token in sorted(rows.tuned_only, key=rows.tuned_only.__getitem__):
-        added: Any = added_before.get(token, AddedToken(token, normalized=False))
+        added: Any = source_tokens.get(token, AddedToken(token, normalized=False))
         tokenizer.add_tokens([added], special_tokens=added.special)
     vocabulary = tokenizer.get_vocab()
     misplaced = [token for token, row in rows.tuned_only.items() if vocabulary.get(token) != row]
@@ -207,14 +208,16 @@ def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokeni
             "the fine-tune's tokens to the new base first (add_tokens and resize_token_embeddings of transformers)."
         )
     texts = {token: source.convert_tokens_to_string([token]).strip() for token in rows.tuned_only}
-    apart = [t for t, text in texts.items() if text and source.tokenize(text) == [t] != tokenizer.tokenize(text)]
-    if apart:
+    learned = [
+        token for token, text in texts.items() if text and source.tokenize(text) == [token] != tokenizer.tokenize(text)
+    ]
+    if learned:
         raise MismatchError(
-            f"{tuned}: {len(apart):,} tokens of its own ({', '.join(map(repr, apart[:4]))}) are part of what its "
-            f"tokenizer learned, rather than added to it, and the tokenizer of {new} cannot be taught them. Give the "
-            "new base a tokenizer with these tokens, and rows for them, first."
+            f"{tuned}: {len(learned):,} of its additional tokens ({', '.join(map(repr, learned[:4]))}) were learned by "
+            f"its tokenizer, and cannot be added to that of {new}. Give the new base a tokenizer with these tokens, "
+            "and rows for them, first."
         )
-    for name in SPECIAL:
+    for name in SPECIAL_TOKENS:
         special = getattr(source, name, None)
         if special is not None and special in vocabulary:
             setattr(tokenizer, name, special)
@@ -223,51 +226,49 @@ def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokeni
     return tokenizer
 
 
-def _meaning(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], Any]:
+def _special_settings(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], Any]:
     return dict(tokenizer.special_tokens_map), getattr(tokenizer, "chat_template", None)
 
 
-def _renumbered(
-    settings: Mapping[str, Any], source: PreTrainedTokenizerBase, ids: Mapping[str, int], instead: Mapping[str, Any]
+def _with_new_ids(
+    settings: Mapping[str, Any], source: PreTrainedTokenizerBase, ids: Mapping[str, int], fallback: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return settings with the ids of the grafted vocabulary, the new base's where a token is in it no longer."""
+    """Return settings with the ids of the grafted vocabulary, or with the new base's if a token was removed."""
 
-    def renumber(key: str, value: Any) -> Any:
+    def convert(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            inner = instead.get(key)
-            return _renumbered(value, source, ids, inner if isinstance(inner, dict) else {})
-        numbers = value if isinstance(value, list) else [value]
-        if not TOKEN_IDS.search(key) or not all(type(each) is int and 0 <= each < len(source) for each in numbers):
+            inner = fallback.get(key)
+            return _with_new_ids(value, source, ids, inner if isinstance(inner, dict) else {})
+        old_ids = value if isinstance(value, list) else [value]
+        are_ids = all(type(old_id) is int and 0 <= old_id < len(source) for old_id in old_ids)
+        if not TOKEN_ID_SETTINGS.search(key) or not are_ids:
             return value
-        present = [ids[token] for token in source.convert_ids_to_tokens(numbers) if token in ids]
-        if numbers and not present:
-            return instead.get(key)
-        return present if isinstance(value, list) else present[0]
+        new_ids = [ids[token] for token in source.convert_ids_to_tokens(old_ids) if token in ids]
+        if old_ids and not new_ids:
+            return fallback.get(key)
+        return new_ids if isinstance(value, list) else new_ids[0]
 
-    return {key: renumber(key, value) for key, value in settings.items()}
+    return {key: convert(key, value) for key, value in settings.items()}
 
 
-def _rows(tensors: Mapping[str, torch.Tensor]) -> int:
+def _num_rows(tensors: Mapping[str, torch.Tensor]) -> int:
     if isinstance(tensors, NamedTensors) and tensors.embeddings in tensors:
         return shape_of(tensors, str(tensors.embeddings))[0]
-    by_token = tensors.token_tensors if isinstance(tensors, NamedTensors) else filter(has_vocabulary_rows, tensors)
-    return max((shape_of(tensors, name)[0] for name in by_token), default=0)
+    names = tensors.token_tensors if isinstance(tensors, NamedTensors) else filter(has_vocabulary_rows, tensors)
+    return max((shape_of(tensors, name)[0] for name in names), default=0)
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder holds a tokenizer of its own.
+    """Return whether a folder has a tokenizer.
 
     Args:
-        folder: An adaptation's or a base's.
-
-    Returns:
-        True if it has a vocabulary's file.
+        folder: The folder of an adaptation or a base.
     """
-    return any(file.is_file() for pattern in FILES for file in folder.glob(pattern))
+    return any(file.is_file() for pattern in VOCABULARY_FILES for file in folder.glob(pattern))
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    """Read the files of a tokenizer's vocabulary; equal files are one vocabulary."""
+def _read_vocabulary_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of a tokenizer's vocabulary files; equal files mean equal vocabularies."""
     check_sizes(folder)
-    files = {file.name: file for pattern in FILES for file in folder.glob(pattern) if file.is_file()}
+    files = {file.name: file for pattern in VOCABULARY_FILES for file in folder.glob(pattern) if file.is_file()}
     return {name: file.read_bytes() for name, file in sorted(files.items())}

@@ -31,21 +31,21 @@ AFTER_FEED_FORWARD = (
 
 @dataclasses.dataclass(frozen=True)
 class BottleneckConfig:
-    """How bottleneck adapters are set up.
+    """The config of bottleneck adapters.
 
     Args:
         inner_size: The width of the bottleneck.
         activation: `gelu` or `relu`.
         placement: `houlsby`, after attention and after the feed-forward, or `pfeiffer`, after the feed-forward only.
-        tune_norms: Whether the body's LayerNorms are tuned, and saved.
-        tune_head: Whether the classification head is tuned; it is saved in any case.
-        modules_to_save: Further modules that are tuned and saved whole; the head is added to them.
-        after_attention: A regular expression that finds the linear layer each attention ends with.
-        after_feed_forward: The same for each feed-forward.
-        task_type: PEFT's name of the type of task; that of the head once it is attached.
+        tune_norms: Whether the body's LayerNorms are tuned and saved.
+        tune_head: Whether the head is tuned; it is saved in any case.
+        modules_to_save: Names of further modules that are fully tuned and saved, in addition to the head.
+        after_attention: A regular expression that matches the last linear layer of each attention.
+        after_feed_forward: A regular expression that matches the last linear layer of each feed-forward.
+        task_type: PEFT's name of the task type; set to that of the head when the adapters are attached.
 
     Raises:
-        RecipeError: A value is out of its range.
+        RecipeError: A value is out of range.
     """
 
     inner_size: int = 24
@@ -88,32 +88,32 @@ class BottleneckConfig:
         return {"peft_type": "BOTTLENECK", **fields}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any], where: str) -> BottleneckConfig:
+    def from_dict(cls, stored: Mapping[str, Any], source: str) -> BottleneckConfig:
         """Read what `adapter_config.json` holds.
 
         Args:
-            stored: Its content.
-            where: Its path, for messages.
+            stored: The content of the file.
+            source: The path of the file, for error messages.
 
         Returns:
             The config.
 
         Raises:
-            CheckpointError: A value is none that can be.
+            CheckpointError: A value is invalid.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
+        field_names = {field.name for field in dataclasses.fields(cls)}
         try:
-            return cls(**{name: value for name, value in stored.items() if name in known})
+            return cls(**{name: value for name, value in stored.items() if name in field_names})
         except (RecipeError, TypeError) as error:
-            raise CheckpointError(f"{where}: {error}") from error
+            raise CheckpointError(f"{source}: {error}") from error
 
 
 class Bottleneck(nn.Module):
-    """x + W_up·σ(W_down·x): the identity at the start, for W_up begins at 0.
+    """A bottleneck adapter, x + W_up·σ(W_down·x). It is initialised to the identity, with W_up = 0.
 
     Args:
-        width: The model's width, to which it projects back.
-        config: How it is set up; from here it is read again when the model is saved.
+        width: The width of the model.
+        config: The config, which is saved with the model.
     """
 
     def __init__(self, width: int, config: BottleneckConfig):
@@ -127,95 +127,94 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Change x, [..., width], by what passes the bottleneck."""
-        changed: torch.Tensor = x + self.up(self.activation(self.down(x)))
-        return changed
+        """Apply the adapter to x, [..., width]."""
+        adapted: torch.Tensor = x + self.up(self.activation(self.down(x)))
+        return adapted
 
 
 def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
-    """Put fresh bottleneck adapters into a classifier, in place; only what the config names is left to be tuned.
+    """Attach fresh bottleneck adapters to a model, in place, and freeze the parameters that the config does not name.
 
     Args:
-        model: A transformers classifier.
-        config: Size, placement and what else is tuned.
+        model: A transformers model with a head.
+        config: The config.
 
     Returns:
-        The model, with a module `bottleneck` in each layer that was wrapped.
+        The model, with a module `bottleneck` in each adapted layer.
 
     Raises:
-        MismatchError: The patterns do not find one layer a block, or a module that is saved is not there.
+        MismatchError: A pattern does not match one layer of each block, or the model lacks a module to save.
     """
     body = model.base_model
     modules = {name for part in (model, body) for name, _ in part.named_modules()}
-    if strangers := [name for name in config.modules_to_save if name not in modules]:
-        raise MismatchError(f"modules_to_save names {', '.join(strangers[:4])}, which a {type(model).__name__} lacks.")
+    if absent := [name for name in config.modules_to_save if name not in modules]:
+        raise MismatchError(f"modules_to_save names {', '.join(absent[:4])}, which a {type(model).__name__} lacks.")
     patterns = [config.after_feed_forward] + [config.after_attention] * (config.placement == "houlsby")
     for pattern in patterns:
         layers = [name for name, _ in body.named_modules() if re.search(pattern, name)]
         if len(layers) != model.config.num_hidden_layers:
             raise MismatchError(
-                f"the pattern {pattern!r} finds {len(layers)} layers in a {type(model).__name__} of "
-                f"{model.config.num_hidden_layers} blocks ({', '.join(layers[:3])}). Give after_attention and "
-                "after_feed_forward that find the linear layer each attention and each feed-forward ends with."
+                f"the pattern {pattern!r} matches {len(layers)} layers in a {type(model).__name__} of "
+                f"{model.config.num_hidden_layers} blocks ({', '.join(layers[:3])}). Set after_attention and "
+                "after_feed_forward to match the last linear layer of each attention and each feed-forward."
             )
         for name in layers:
             layer = body.get_submodule(name)
-            layer.bottleneck = Bottleneck(model.config.hidden_size, config)  # which stores it under that name
-            layer.register_forward_hook(_pass_through)
+            layer.bottleneck = Bottleneck(model.config.hidden_size, config)  # registers it as a submodule
+            layer.register_forward_hook(_apply_bottleneck)
     model.requires_grad_(False)
-    for name, parameter in _stored(model).items():
+    for name, parameter in _saved_parameters(model).items():
         in_head = any(name.startswith(module + ".") for module in config.modules_to_save)
         parameter.requires_grad_(config.tune_head or not in_head)
     return model
 
 
 def config_in(model: Any) -> BottleneckConfig:
-    """Return how a model's adapters are set up.
+    """Return the config of a model's adapters.
 
     Args:
-        model: From `attach_bottlenecks`.
-
-    Returns:
-        The config, which is the same in all of them.
+        model: A model from `attach_bottlenecks`.
     """
     return next(module.config for module in model.modules() if isinstance(module, Bottleneck))
 
 
 def bottleneck_state(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model's adapters as they are stored.
+    """Return the tensors that are saved of a model: adapters, fully tuned modules, and tuned LayerNorms.
 
     Args:
-        model: From `attach_bottlenecks`.
+        model: A model from `attach_bottlenecks`.
 
     Returns:
-        The tensors by name in the model: adapters, whole modules, and LayerNorms if they are tuned.
+        The tensors by their names in the model.
     """
-    return {name: parameter.detach() for name, parameter in _stored(model).items()}
+    return {name: parameter.detach() for name, parameter in _saved_parameters(model).items()}
 
 
 def set_bottleneck_state(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill a model's adapters.
+    """Copy saved tensors into a model.
 
     Args:
-        model: From `attach_bottlenecks`.
-        tensors: One for each name of `bottleneck_state`, of the same shape.
+        model: A model from `attach_bottlenecks`.
+        tensors: A tensor for each name of `bottleneck_state`, of the same shape.
     """
     with torch.no_grad():
-        for name, parameter in _stored(model).items():
+        for name, parameter in _saved_parameters(model).items():
             parameter.copy_(tensors[name])
 
 
-def _stored(model: Any) -> dict[str, nn.Parameter]:
+def _saved_parameters(model: Any) -> dict[str, nn.Parameter]:
     config, prefix = config_in(model), model.base_model_prefix + "."
-    norms = tuple(f"{n}." for n, m in model.named_modules() if config.tune_norms and "Norm" in type(m).__name__)
-    whole = tuple(f"{name}." for name in config.modules_to_save) + norms
+    prefixes = [f"{name}." for name in config.modules_to_save]
+    if config.tune_norms:
+        prefixes += [f"{name}." for name, module in model.named_modules() if "Norm" in type(module).__name__]
+    saved = tuple(prefixes)
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if ".bottleneck." in name or name.startswith(whole) or name.removeprefix(prefix).startswith(whole)
+        if ".bottleneck." in name or name.startswith(saved) or name.removeprefix(prefix).startswith(saved)
     }
 
 
-def _pass_through(layer: Any, inputs: Iterable[Any], output: torch.Tensor) -> torch.Tensor:
-    changed: torch.Tensor = layer.bottleneck(output)
-    return changed
+def _apply_bottleneck(layer: Any, inputs: Iterable[Any], output: torch.Tensor) -> torch.Tensor:
+    adapted: torch.Tensor = layer.bottleneck(output)
+    return adapted

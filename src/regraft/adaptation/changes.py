@@ -1,4 +1,4 @@
-"""The matrices of a classifier that an adaptation changes, and what of the change reads the layer's input."""
+"""The matrices that an adaptation changes, and the factors of these changes that read the layers' inputs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation
     from regraft.base import Base
 
-KINDS = ("full", "lora", "bottleneck")
+SUPPORTED_KINDS = ("full", "lora", "bottleneck")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Change:
-    """What an adaptation does to the inputs of one layer, or of each expert of a mixture.
+    """The change that an adaptation makes to the inputs of a layer, or of the experts of a layer.
 
     Args:
-        name: What is changed: the layer's module in the model; of experts, and of parameters that a LoRA is on, the
-            parameter.
-        module: The module whose input the factor reads; of experts, which read it where they are routed to, or what
-            they make of it in between.
-        weight: The parameter that holds the factor, alone or added to the base's weight.
-        factor: [k, in], of experts [experts, k, in]: the whole delta of a full fine-tune, a LoRA's A, a bottleneck's
-            first layer, or the whole weight of a head.
-        is_head: Whether it is a head, which is no change of a base's weight.
-        is_transposed: Whether the parameter holds the factor as [in, k].
+        name: The name of the layer's module; for experts, and for parameters that PEFT adapts, that of the parameter.
+        module: The module whose inputs the factor reads. Experts read those of the tokens that are routed to them, or
+            their own intermediate states.
+        weight: The parameter that is the factor, or to which the factor was added.
+        factor: [k, in], for experts [experts, k, in]: the delta of a full fine-tune, a LoRA's A, a bottleneck's
+            down-projection, or the weight of a head.
+        is_head: Whether it is a head, of which the base has no weight.
+        is_transposed: Whether the parameter stores the factor as [in, k].
     """
 
     name: str
@@ -42,10 +41,10 @@ class Change:
     is_transposed: bool = False
 
     def set_factor(self, factor: torch.Tensor) -> None:
-        """Put another factor in its place, in the model.
+        """Replace the factor in the model.
 
         Args:
-            factor: Of the shape of the one there is.
+            factor: The new factor, of the same shape.
         """
         import torch
 
@@ -56,80 +55,83 @@ class Change:
 
 
 def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) -> list[Change]:
-    """Find the layers of a grafted model that multiply by a matrix which its adaptation changes.
+    """Return the changes that an adaptation makes to the linear layers of a grafted model.
 
     Args:
-        model: The adaptation put on the new base.
+        model: The adaptation on the new base.
         tuned: The adaptation on the old base.
         adaptation: A full fine-tune, a plain LoRA or bottleneck adapters.
         old: The old base.
 
     Returns:
-        A change a layer, in no order that matters; of experts one for each of their projections.
+        A change for each layer, and for each projection of experts.
 
     Raises:
-        KindError: The adaptation's kind changes no inputs of linear layers in this sense.
+        KindError: The adaptation's kind is not supported.
     """
     from peft.tuners.lora import LoraLayer
 
-    check_transformable(adaptation, KINDS)
-    before = dict(tuned.named_parameters())
+    check_transformable(adaptation, SUPPORTED_KINDS)
+    tuned_parameters = dict(tuned.named_parameters())
     changes = []
 
     def delta(name: str) -> torch.Tensor | None:
-        value: torch.Tensor = before[name].detach()
+        value: torch.Tensor = tuned_parameters[name].detach()
         base = base_tensor(name, old)
         return None if base is None else value - base.to(value)
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            changes += _of_lora(parameter_of(name, module), name, module)
+            changes += _lora_changes(parameter_of(name, module), name, module)
         elif is_experts(module) and adaptation.family.tunes_base:
             for part in projection_names(module):
-                moved, turned = delta(f"{name}.{part}"), module.is_transposed
-                assert moved is not None  # a base has all its experts
-                factor = moved.mT if turned else moved
-                changes.append(Change(f"{name}.{part}", module, getattr(module, part), factor, False, turned))
+                expert_delta, transposed = delta(f"{name}.{part}"), module.is_transposed
+                assert expert_delta is not None  # a base has all its experts
+                factor = expert_delta.mT if transposed else expert_delta
+                changes.append(Change(f"{name}.{part}", module, getattr(module, part), factor, False, transposed))
         elif not is_linear_map(module) or name.endswith(".bottleneck.up"):
             continue
         elif name.endswith(".bottleneck.down"):
             changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
         elif adaptation.family.tunes_module_weight(name, old):
-            moved, turned = delta(f"{name}.weight"), is_transposed(module)
-            factor = module.weight.detach().clone() if moved is None else moved
-            changes.append(Change(name, module, module.weight, factor.T if turned else factor, moved is None, turned))
+            layer_delta, transposed = delta(f"{name}.weight"), is_transposed(module)
+            is_head = layer_delta is None
+            factor = module.weight.detach().clone() if layer_delta is None else layer_delta
+            factor = factor.T if transposed else factor
+            changes.append(Change(name, module, module.weight, factor, is_head, transposed))
     return changes
 
 
 def base_tensor(name: str, base: Base) -> torch.Tensor | None:
-    """Return what a base has for a parameter of a classifier, to which tuning adds a delta.
+    """Return the base's tensor for a parameter of a model with a head.
 
     Args:
-        name: The parameter's name in the model, with an adapter or without.
+        name: The parameter's name in the model, with or without an adapter.
         base: The base.
 
     Returns:
-        The base's tensor; None for a parameter of the head, or of a pooler that the base lacks.
+        The tensor; None for a parameter of the head, or of a pooler that the base lacks.
     """
     plain = name.removeprefix(START).replace(f".modules_to_save.{ADAPTER}", "")
-    inner, shared = plain.removeprefix(base.prefix + "."), base.named.names.get(plain)
+    inner = plain.removeprefix(base.prefix + ".")
     if inner in base.parameters:
         return base.parameters[inner]
-    return None if shared is None else base.named[shared]  # a layer that classifiers and language models both end with
+    name_in_base = base.named.names.get(plain)  # a layer of the head that language models have too
+    return None if name_in_base is None else base.named[name_in_base]
 
 
 def passed_over(model: Any, tuned: Any, adaptation: Adaptation, old: Base, changes: list[Change]) -> dict[str, str]:
-    """Name the matrices that an adaptation changes and that are none of a layer whose inputs can be watched.
+    """Return the changed matrices that do not belong to a layer whose inputs can be observed.
 
     Args:
-        model: As for `linear_changes`.
-        tuned: As there.
-        adaptation: As there.
-        old: As there.
-        changes: From there.
+        model: The adaptation on the new base.
+        tuned: The adaptation on the old base.
+        adaptation: The adaptation.
+        old: The old base.
+        changes: The result of `linear_changes`.
 
     Returns:
-        Why each is passed over, by its name.
+        The reason for each matrix, by its name.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -139,43 +141,39 @@ def passed_over(model: Any, tuned: Any, adaptation: Adaptation, old: Base, chang
     names = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            names += [name] * (ADAPTER in module.lora_A and id(module.lora_A[ADAPTER].weight) not in weights)
+            if ADAPTER in module.lora_A and id(module.lora_A[ADAPTER].weight) not in weights:
+                names.append(name)
         elif adaptation.family.tunes_base and not isinstance(module, nn.Embedding):
             for part, weight in module.named_parameters(recurse=False):
                 base = base_tensor(f"{name}.{part}", old)
                 if base is None or weight.dim() < 2 or id(weight) in weights or part.endswith("bias"):
                     continue
                 value = tuned.get_parameter(f"{name}.{part}")
-                names += [f"{name}.{part}"] * (not torch.equal(value, base.to(value)))
+                if not torch.equal(value, base.to(value)):
+                    names.append(f"{name}.{part}")
     return dict.fromkeys(names, "no layer whose inputs can be watched")
 
 
 def is_linear_map(module: Any) -> bool:
-    """Return whether all that a module does with its weight is to multiply its input by it.
+    """Return whether a module multiplies its input by its weight: linear layers, Conv1D of GPT-2, routers of experts.
 
     Args:
-        module: Any module of a model.
-
-    Returns:
-        True for linear layers, GPT-2's Conv1D among them, and for what routes tokens to experts.
+        module: A module.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear | Conv1D):
         return True
-    weight = module._parameters.get("weight")  # transformers' routers are all called so, and all alike
+    weight = module._parameters.get("weight")  # the classes of transformers' routers all end so
     return weight is not None and weight.dim() == 2 and type(module).__name__.endswith("Router")
 
 
 def is_transposed(module: Any) -> bool:
-    """Return whether a module keeps its weight as [in, out].
+    """Return whether a module stores its weight as [in, out], like a Conv1D.
 
     Args:
-        module: One that multiplies.
-
-    Returns:
-        True for a Conv1D.
+        module: A module.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -183,21 +181,21 @@ def is_transposed(module: Any) -> bool:
 
 
 def parameter_of(name: str, module: Any) -> str:
-    """Name the parameter that a LoRA or a bottleneck on a module changes.
+    """Return the name of the parameter that a LoRA or a bottleneck on a module changes.
 
     Args:
         name: The module's name.
-        module: The module, as PEFT wraps it.
+        module: The module, possibly PEFT's wrapper.
 
     Returns:
-        The parameter's name in the model without it, under the prefix that PEFT has for all.
+        The name in the model without the adapter, but with PEFT's prefix.
     """
     parameter = getattr(module, "parameter_name", "weight")
-    return f"{name.replace('.base_layer', '')}.{parameter}"  # of one module several may be wrapped
+    return f"{name.replace('.base_layer', '')}.{parameter}"  # there may be several wrappers
 
 
-def _of_lora(changed: str, name: str, module: Any) -> list[Change]:
-    """Return what a LoRA reads by its A; nothing of a parameter of which it is not known what it multiplies."""
+def _lora_changes(parameter: str, name: str, module: Any) -> list[Change]:
+    """Return the change of a LoRA; nothing if the input of its parameter is unknown."""
     from peft.tuners.lora.layer import ParamWrapper
 
     if ADAPTER not in module.lora_A:
@@ -211,4 +209,4 @@ def _of_lora(changed: str, name: str, module: Any) -> list[Change]:
         factor = factor.reshape(len(getattr(layer, part)), -1, factor.shape[1])
     elif not is_linear_map(layer) or is_transposed(layer) or part != "weight":
         return []
-    return [Change(changed, layer, weight, factor, is_head=False)]
+    return [Change(parameter, layer, weight, factor, is_head=False)]

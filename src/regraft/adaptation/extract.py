@@ -1,11 +1,10 @@
-"""A LoRA drawn out of a full fine-tune, in PEFT's format, without a model."""
+"""Extracting a LoRA in PEFT's format from a full fine-tune, without a model in memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.layout import resolve_updates
@@ -13,7 +12,9 @@ from regraft.adaptation.lora import PARTS, START
 from regraft.checkpoint import (
     TOKENIZER_FILES,
     DerivedTensors,
+    chunk_ranges,
     copy_auxiliary_files,
+    empty_folder,
     flat_slice,
     publish,
     resumable_folder,
@@ -41,35 +42,37 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ExtractedLora:
-    """A LoRA drawn out of a full fine-tune.
+    """A LoRA extracted from a full fine-tune.
 
     Args:
-        tensors: Those of `adapter_model.safetensors`.
+        tensors: The tensors of `adapter_model.safetensors`.
         config: The content of `adapter_config.json`.
-        kept: The share of the squared norm of all deltas that is in it.
-        left_out: The share that is in tensors for which a LoRA has no place.
+        preserved: The share of the squared norm of all deltas that the LoRA preserves.
+        excluded: The share that is in tensors which a LoRA cannot change.
     """
 
     tensors: dict[str, torch.Tensor]
     config: dict[str, Any]
-    kept: float
-    left_out: float
+    preserved: float
+    excluded: float
 
 
 @dataclasses.dataclass(frozen=True)
 class _Budget:
-    """How much of each delta is kept: a rank, or a share of the squared norm."""
+    """The rank of each delta's approximation, or the share of its squared norm to preserve."""
 
     rank: int | None
     energy: float | None
     moments: Mapping[str, torch.Tensor]
 
     def factors(self, change: torch.Tensor, module: str = "") -> tuple[Factors, float]:
-        """Return B and A of a delta [out, in] in float64, and the squared norm of what they leave of it."""
+        """Return B and A of a delta [out, in] in float64, and the squared norm of the error; an expert's may be 0."""
+        if not change.any():
+            return (change.new_zeros(len(change), 1).float(), change.new_zeros(1, change.shape[1]).float()), 0.0
         b, a = low_rank(change, self.rank, self.energy, self.moments.get(module))
         b, a = b.float(), a.float()
-        crossed = ((b.double().T @ change) * a.double()).sum()
-        return (b, a), float(change.square().sum() - 2 * crossed) + inner_product((b, a), (b, a))
+        cross_term = ((b.double().T @ change) * a.double()).sum()
+        return (b, a), float(change.square().sum() - 2 * cross_term) + inner_product((b, a), (b, a))
 
 
 def extract_lora(
@@ -82,123 +85,123 @@ def extract_lora(
     heads: Collection[str] = (),
     architecture: Architecture | None = None,
 ) -> ExtractedLora:
-    """Draw a LoRA out of a full fine-tune: the best low-rank approximation of each linear layer's delta.
+    """Extract a LoRA from a full fine-tune: the best low-rank approximation of each linear layer's delta.
 
-    Experts that are one parameter in memory get one rank, as PEFT needs it: the largest that any of them takes. Heads
-    are kept whole; changes of embeddings, norms and biases have no place in a LoRA and are left out.
+    Fused experts get a common rank, which PEFT requires: the largest that any of them needs. Heads are stored in full.
+    Changes of embeddings, norms and biases are left out, because a LoRA cannot represent them.
 
     Args:
         tuned: The full fine-tune.
         old: The base it was tuned on.
-        rank: The rank of every layer; or
-        energy: the share of each delta's squared norm to keep, which fixes its rank.
-        progress: Told of each layer.
-        moments: By layer, the second moments of its inputs, that weigh its delta; None to weigh all alike.
-        heads: Tensors that are kept whole though the base has them too; those that it lacks are in any case.
-        architecture: The fine-tune's class, by whose names in memory PEFT finds layers; None if transformers has none:
-            then the stored names are taken for these.
-
-    Returns:
-        The LoRA.
+        rank: The rank of every layer. Either this or `energy` is required.
+        energy: The share of each delta's squared norm to preserve, which determines its rank.
+        progress: Called for each layer.
+        moments: The second moments of the inputs by layer, which weight the errors; None for equal weights.
+        heads: The names of tensors to store in full although the base has them; others that it lacks always are.
+        architecture: The fine-tune's class, for the names in memory that PEFT uses; None to use the stored names, if
+            transformers has no such class.
 
     Raises:
-        CheckpointError: One of the two holds values that are infinite or not a number.
-        RecipeError: Not one of rank and energy is given.
-        MismatchError: The two have nothing in common, or differ in shapes, or PEFT cannot load such a LoRA.
+        CheckpointError: A checkpoint has infinite or NaN values.
+        RecipeError: Both or neither of rank and energy are set.
+        MismatchError: The two have no common tensors or differ in shapes, or PEFT cannot load such a LoRA.
     """
     if (rank is None) == (energy is None):
-        raise RecipeError("give either a rank or the energy to keep.")
+        raise RecipeError("set either a rank or the energy to preserve.")
     budget = _Budget(rank, energy, moments or {})
     stored = (tuned, old)
     if architecture is not None:
-        tuned, old = (_in_memory(side, architecture) for side in stored)
+        tuned, old = (_parameters(checkpoint, architecture) for checkpoint in stored)
     deltas = delta_all(tuned, old)
     changed = [name for name in deltas if name not in heads]
-    shared = {name for name in align(old, tuned) if name not in heads}
-    fresh = [name for name in tuned if name not in shared]
-    linear = _linear(tuned, deltas, changed, architecture)
-    fused = [n for n in changed if architecture is not None and len(shape_of(deltas, n)) == 3]
+    in_base = {name for name in align(old, tuned) if name not in heads}
+    stored_in_full = [name for name in tuned if name not in in_base]
+    linear = _linear_weights(tuned, deltas, changed, architecture)
+    fused = [name for name in changed if architecture is not None and len(shape_of(deltas, name)) == 3]
     lora = _Lora(fan_in_fan_out=any(linear.values()))
-    total = lost = left_out = 0.0
-    for done, name in enumerate(changed, 1):
-        norm = _square(deltas, name)
-        total += norm
+    total = errors = excluded = 0.0  # squared norms
+    for number, name in enumerate(changed, 1):
+        squared_norm = _squared_norm(deltas, name)
+        total += squared_norm
         if name not in linear and name not in fused:
-            left_out += norm
-        elif norm and name in linear:
+            excluded += squared_norm
+        elif squared_norm and name in linear:
             module, change = name.removesuffix(".weight"), deltas[name].double()
             lora.layers[module], error = budget.factors(change.T if linear[name] else change, module)
-            lost += error
-        progress("extract", done, len(changed), {})
-    if architecture is not None and any(_square(deltas, name) for name in fused):
-        lost += _extract_experts(lora, deltas, fused, stored, architecture, budget)
+            errors += error
+        progress("extract", number, len(changed), {})
+    if architecture is not None and any(_squared_norm(deltas, name) for name in fused):
+        errors += _extract_experts(lora, deltas, fused, stored, architecture, budget)
     if not lora.layers and not lora.parameters:
-        raise MismatchError("the fine-tune has changed no linear layer: there is nothing to draw a LoRA from.")
-    tops = {name.split(".")[0] for name in shared}
-    modules = sorted({n.rpartition(".")[0] if n.split(".")[0] in tops else n.split(".")[0] for n in fresh})
-    tensors, config = lora.as_peft(modules)
-    tensors |= {START + name: tuned[name].contiguous() for name in fresh}
+        raise MismatchError("the fine-tune has changed no linear layer, so no LoRA can be extracted.")
+    shared_modules = {name.split(".")[0] for name in in_base}
+    modules = {
+        name.rpartition(".")[0] if name.split(".")[0] in shared_modules else name.split(".")[0]
+        for name in stored_in_full
+    }
+    tensors, config = lora.as_peft(sorted(modules))
+    tensors |= {START + name: tuned[name].contiguous() for name in stored_in_full}
     if architecture is not None:
         _check_loads(tensors, config, architecture)
-    return ExtractedLora(tensors, config, (total - left_out - lost) / total, left_out / total)
+    return ExtractedLora(tensors, config, (total - excluded - errors) / total, excluded / total)
 
 
 def _check_loads(tensors: Tensors, config: Mapping[str, Any], architecture: Architecture) -> None:
-    """Refuse a LoRA that PEFT could not load on the class that it is drawn out of."""
+    """Check that PEFT can load a LoRA on the class that it was extracted from."""
     try:
         resolve_updates({name: tensor.to("meta") for name, tensor in tensors.items()}, config, architecture)
     except (CheckpointError, MismatchError) as error:
         raise MismatchError(
-            f"a LoRA of this {type(architecture.model).__name__} is nothing that PEFT loads: {error} Keep the full "
-            "fine-tune, or carry its delta (regraft weights delta)."
+            f"PEFT cannot load a LoRA of this {type(architecture.model).__name__}: {error} Keep the full fine-tune, or "
+            "use its delta (regraft weights delta)."
         ) from error
 
 
-def write_lora(lora: ExtractedLora, out: Path, base: str, tokenizer_of: Path, provenance: Mapping[str, Any]) -> None:
-    """Write a LoRA as PEFT does.
+def write_lora(
+    lora: ExtractedLora, out: Path, base: str, tokenizer_folder: Path, provenance: Mapping[str, Any]
+) -> None:
+    """Write a LoRA in PEFT's format.
 
     Args:
-        lora: From `extract_lora`.
-        out: The folder to be; seen whole or not at all.
-        base: What its base is called.
-        tokenizer_of: Whose tokenizer files are copied.
-        provenance: What it is made from, as JSON, for `is_up_to_date`.
+        lora: The result of `extract_lora`.
+        out: The output folder, which never exists incomplete.
+        base: The name of its base.
+        tokenizer_folder: The folder to copy the tokenizer from.
+        provenance: The inputs, as JSON, for `is_up_to_date`.
 
     Raises:
-        OutcomeError: Something is at `out`.
+        OutcomeError: The output folder exists.
     """
     with resumable_folder(out, {}) as work:
-        staging = work / "whole"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        staging = empty_folder(work / "whole")
         write_safetensors(staging / "adapter_model.safetensors", lora.tensors)
         config = {**lora.config, "base_model_name_or_path": base}
         write_atomic(staging / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        copy_auxiliary_files(tokenizer_of, staging, TOKENIZER_FILES)
+        copy_auxiliary_files(tokenizer_folder, staging, TOKENIZER_FILES)
         write_record(staging, provenance)
         publish(staging, out)
 
 
 @dataclasses.dataclass
 class _Lora:
-    """Factors by the names under which PEFT finds what they change.
+    """The factors of a LoRA by PEFT's names of modules and parameters.
 
     Args:
-        fan_in_fan_out: Whether any layer keeps its weight as [in, out].
-        layers: B and A of modules.
-        parameters: B and A of each expert of a parameter.
-        inside: By parameter, how many others of its module are wrapped around it.
-        shared_rank: The one rank of experts that are stored apart and one parameter in memory.
+        fan_in_fan_out: Whether a layer stores its weight as [in, out].
+        layers: B and A of each module.
+        parameters: B and A of each expert of a fused parameter.
+        num_outer_wrappers: The number of PEFT's wrappers around that of each parameter.
+        shared_rank: The common rank of experts that are stored separately and fused in memory.
     """
 
     fan_in_fan_out: bool = False
     layers: dict[str, Factors] = dataclasses.field(default_factory=dict)
     parameters: dict[str, list[Factors]] = dataclasses.field(default_factory=dict)
-    inside: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_outer_wrappers: dict[str, int] = dataclasses.field(default_factory=dict)
     shared_rank: int | None = None
 
     def as_peft(self, modules_to_save: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the tensors and the config as PEFT stores them."""
+        """Return the tensors and the config in PEFT's format."""
         import torch
         from peft import __version__
 
@@ -209,7 +212,7 @@ class _Lora:
         for parameter, experts in self.parameters.items():
             ranks[parameter] = max(len(a) for _, a in experts)
             padded = [_padded(factors, ranks[parameter]) for factors in experts]
-            path = START + parameter.rpartition(".")[0] + ".base_layer" * self.inside[parameter]
+            path = START + parameter.rpartition(".")[0] + ".base_layer" * self.num_outer_wrappers[parameter]
             tensors[path + PARTS[0]] = torch.cat([a for _, a in padded])
             tensors[path + PARTS[1]] = torch.stack([b for b, _ in padded], dim=2).flatten(1)
         rank = self.shared_rank or max(ranks.values())
@@ -240,58 +243,54 @@ def _extract_experts(
     architecture: Architecture,
     budget: _Budget,
 ) -> float:
-    """Add the factors of fused experts, by the names of single experts if PEFT fuses these; return what they lose."""
+    """Add the factors of fused experts, named as separate experts if PEFT fuses those; return their squared error."""
     names = [name for parameter in fused for name in architecture.parts_of(parameter)]
-    lost = 0.0
-    if _fuses(lora, names, architecture):
-        sides = [{architecture.identify(name): name for name in side} for side in stored]
+    errors = 0.0
+    if _can_peft_fuse(lora, names, architecture):
+        tuned, old = stored
+        tuned_names = {architecture.identify(name): name for name in tuned}
+        old_names = {architecture.identify(name): name for name in old}
         factors = {}
         for name in names:
-            change = delta(*(side[own[name]] for side, own in zip(stored, sides, strict=True))).double()
-            factors[name.removesuffix(".weight")], error = _of_expert(change, budget)
-            lost += error
+            change = delta(tuned[tuned_names[name]], old[old_names[name]]).double()
+            factors[name.removesuffix(".weight")], error = budget.factors(change)
+            errors += error
         lora.shared_rank = max(len(a) for _, a in factors.values())
-        lora.layers |= {module: _padded(both, lora.shared_rank) for module, both in factors.items()}
-        return lost
-    touched = [name for name in fused if _square(deltas, name)]
-    for parameter in touched:
-        path, _, own = parameter.rpartition(".")
+        lora.layers |= {module: _padded(pair, lora.shared_rank) for module, pair in factors.items()}
+        return errors
+    changed = [name for name in fused if _squared_norm(deltas, name)]
+    for parameter in changed:
+        path, _, parameter_name = parameter.rpartition(".")
         module = architecture.model.get_submodule(path)
-        order = [n for n, _ in module.named_parameters(recurse=False) if f"{path}.{n}" in touched]
-        lora.inside[parameter] = len(order) - 1 - order.index(own)
-        turned = bool(getattr(module, "is_transposed", False))
-        experts = [_of_expert((e.T if turned else e).double(), budget) for e in deltas[parameter]]
+        order = [name for name, _ in module.named_parameters(recurse=False) if f"{path}.{name}" in changed]
+        lora.num_outer_wrappers[parameter] = len(order) - 1 - order.index(parameter_name)
+        transposed = bool(getattr(module, "is_transposed", False))
+        experts = [budget.factors((expert.T if transposed else expert).double()) for expert in deltas[parameter]]
         lora.parameters[parameter] = [factors for factors, _ in experts]
-        lost += sum(error for _, error in experts)
-    return lost
-
-
-def _of_expert(change: torch.Tensor, budget: _Budget) -> tuple[Factors, float]:
-    if change.any():
-        return budget.factors(change)
-    return (change.new_zeros(len(change), 1).float(), change.new_zeros(1, change.shape[1]).float()), 0.0
+        errors += sum(error for _, error in experts)
+    return errors
 
 
 def _padded(factors: Factors, rank: int) -> Factors:
-    """Fill factors up to a rank with zeros, which changes nothing of their product."""
+    """Pad factors with zeros to a rank, which does not change their product."""
     b, a = factors
-    wide_b, wide_a = b.new_zeros(len(b), rank), a.new_zeros(rank, a.shape[1])
-    wide_b[:, : b.shape[1]], wide_a[: len(a)] = b, a
-    return wide_b, wide_a
+    padded_b, padded_a = b.new_zeros(len(b), rank), a.new_zeros(rank, a.shape[1])
+    padded_b[:, : b.shape[1]], padded_a[: len(a)] = b, a
+    return padded_b, padded_a
 
 
-def _fuses(lora: _Lora, names: list[str], architecture: Architecture) -> bool:
-    """Return whether PEFT makes a LoRA of fused experts of LoRAs of these, beside the layers that there are."""
+def _can_peft_fuse(lora: _Lora, names: list[str], architecture: Architecture) -> bool:
+    """Return whether PEFT converts LoRAs of separate experts to one of fused experts, beside the other layers."""
     import torch
 
-    apart = _Lora(layers=dict(lora.layers), shared_rank=1)
+    candidate = _Lora(layers=dict(lora.layers), shared_rank=1)
     for name in names:
         shape = architecture.stored[name].shape
         if len(shape) != 2:
             return False
-        ends = torch.empty(shape[0], 1, device="meta"), torch.empty(1, shape[1], device="meta")
-        apart.layers[name.removesuffix(".weight")] = ends
-    tensors, config = apart.as_peft([])
+        factors = torch.empty(shape[0], 1, device="meta"), torch.empty(1, shape[1], device="meta")
+        candidate.layers[name.removesuffix(".weight")] = factors
+    tensors, config = candidate.as_peft([])
     try:
         _check_loads(tensors, config, architecture)
     except MismatchError:
@@ -299,47 +298,53 @@ def _fuses(lora: _Lora, names: list[str], architecture: Architecture) -> bool:
     return True
 
 
-def _linear(tuned: Tensors, deltas: Tensors, changed: list[str], architecture: Architecture | None) -> dict[str, bool]:
-    """Name the weights of linear layers, with whether they are kept as [in, out]."""
-    matrices = [n for n in changed if len(shape_of(deltas, n)) == 2 and n.endswith(".weight")]
+def _linear_weights(
+    tuned: Tensors, deltas: Tensors, changed: list[str], architecture: Architecture | None
+) -> dict[str, bool]:
+    """Return the names of the weights of linear layers, and whether each is stored as [in, out]."""
+    matrices = [name for name in changed if len(shape_of(deltas, name)) == 2 and name.endswith(".weight")]
     if architecture is None:
-        linear = [n for n in matrices if kind_of(n) != "embedding"]
-        return dict.fromkeys(linear, _are_turned(tuned, linear))
+        linear = [name for name in matrices if kind_of(name) != "embedding"]
+        return dict.fromkeys(linear, _are_transposed(tuned, linear))
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     modules = {name: architecture.model.get_submodule(name.removesuffix(".weight")) for name in matrices}
-    return {n: isinstance(m, Conv1D) for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+    return {
+        name: isinstance(module, Conv1D) for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)
+    }
 
 
-def _in_memory(side: Tensors, architecture: Architecture) -> DerivedTensors:
-    """Present a checkpoint as the class's parameters, without those that are others once more."""
-    parameters = architecture.in_memory(side)
+def _parameters(checkpoint: Tensors, architecture: Architecture) -> DerivedTensors:
+    """Return the class's parameters of a checkpoint, without tied duplicates."""
+    parameters = architecture.in_memory(checkpoint)
     return DerivedTensors({name: entry for name, entry in parameters.specs.items() if name not in architecture.ties})
 
 
-def _square(deltas: DerivedTensors, name: str) -> float:
-    """Return a delta's squared norm, from pieces of it where these are read by themselves; refuse one that is none."""
-    sides = deltas.specs[name].operands
-    apart = all(not isinstance(side, DerivedTensors) or side.specs[own].elementwise for side, own in sides)
+def _squared_norm(deltas: DerivedTensors, name: str) -> float:
+    """Return a delta's squared norm, computed in chunks if its operands can be read so; check that it is finite."""
+    is_divisible = all(
+        not isinstance(tensors, DerivedTensors) or tensors.specs[operand].elementwise
+        for tensors, operand in deltas.specs[name].operands
+    )
     size = math.prod(shape_of(deltas, name))
-    step = CHUNK_ELEMENTS if apart else max(size, 1)
-    parts = (flat_slice(deltas, name, at, min(step, size - at)) for at in range(0, size, step))
-    square = math.fsum(float(part.double().square().sum()) for part in parts)
-    if not math.isfinite(square):
+    ranges = chunk_ranges(size, CHUNK_ELEMENTS if is_divisible else max(size, 1))
+    chunks = (flat_slice(deltas, name, start, count) for start, count in ranges)
+    squared_norm = math.fsum(float(chunk.double().square().sum()) for chunk in chunks)
+    if not math.isfinite(squared_norm):
         raise CheckpointError(
-            f"tensor {name!r}: what tuning changed is infinite or not a number (regraft weights inspect --check-finite "
-            "counts such values): take a checkpoint from before the training diverged."
+            f"tensor {name!r}: the delta has infinite or NaN values (regraft weights inspect --check-finite counts "
+            "them). Take a checkpoint from before the training diverged."
         )
-    return square
+    return squared_norm
 
 
-def _are_turned(tuned: Tensors, linear: list[str]) -> bool:
-    """Judge by their biases whether layers keep their weights as [in, out], as GPT-2's do."""
-    sides = [
+def _are_transposed(tuned: Tensors, linear: list[str]) -> bool:
+    """Infer from the sizes of biases whether layers store their weights as [in, out], like GPT-2."""
+    sizes = [
         (shape_of(tuned, name), shape_of(tuned, bias)[0])
         for name in linear
         if (bias := name.removesuffix("weight") + "bias") in tuned
     ]
-    telling = [(shape, size) for shape, size in sides if shape[0] != shape[1]]
-    return bool(telling) and all(shape[1] == size for shape, size in telling)
+    rectangular = [(shape, size) for shape, size in sizes if shape[0] != shape[1]]
+    return bool(rectangular) and all(shape[1] == size for shape, size in rectangular)

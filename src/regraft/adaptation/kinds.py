@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import KindError, RecipeError
+from regraft.errors import KindError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,11 +61,7 @@ def new_config(
         RecipeError: There is no such kind, a size is out of range, or the architecture does not support the kind.
     """
     if kind not in CONFIG_BUILDERS:
-        close = difflib.get_close_matches(kind, KINDS, n=1)
-        raise RecipeError(
-            f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}."
-            f"{f' Did you mean {close[0]}?' if close else ''}"
-        )
+        raise RecipeError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
     for name, size in (("a LoRA's rank", rank), ("the number of virtual tokens", virtual_tokens)):
         if size < 1:
             raise RecipeError(f"{name} must be at least 1, found {size}.")
@@ -170,7 +165,8 @@ def _virtual(base: Base, size: AdapterSize) -> dict[str, Any]:
     """Return the number of virtual tokens, and the sizes of the model if PEFT does not find them."""
     if size.virtual_tokens >= base.max_input_length:
         raise RecipeError(
-            f"{size.virtual_tokens} virtual tokens leave no room for text: {base.path} takes {base.max_input_length} tokens."
+            f"{size.virtual_tokens} virtual tokens leave no room for text: {base.path} takes {base.max_input_length} "
+            "tokens."
         )
     fields: dict[str, Any] = {"num_virtual_tokens": size.virtual_tokens}
     if "hidden_size" not in base.config.to_dict():  # PEFT knows only the names of BERT's settings

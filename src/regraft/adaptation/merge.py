@@ -1,4 +1,4 @@
-"""A LoRA merged into its base: from files to tensors, without a model."""
+"""Merging a LoRA into its base, from files to files, without a model in memory."""
 
 from __future__ import annotations
 
@@ -28,11 +28,17 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, torch.Tensor]
 
-# settings with which a LoRA is not W + scaling · B · A of the base's own layers, and whether PEFT merges it
+# settings with which a LoRA is not W + scaling · B · A for layers of the base, and whether PEFT merges it
 CANNOT_MERGE = {
-    "alora_invocation_tokens": False, "arrow_config": False, "kasa_config": True, "layer_replication": True,
-    "monteclora_config": True, "use_bdlora": True, "use_qalora": False, "velora_config": True,
-}  # fmt: skip
+    "alora_invocation_tokens": False,
+    "arrow_config": False,
+    "kasa_config": True,
+    "layer_replication": True,
+    "monteclora_config": True,
+    "use_bdlora": True,
+    "use_qalora": False,
+    "velora_config": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +46,8 @@ class MergedLora:
     """A LoRA merged into its base.
 
     Args:
-        tensors: Those of the tuned model, computed when they are asked for, by the names it is saved under.
-        config: What the base's `config.json` must say otherwise.
+        tensors: The tensors of the merged model by canonical name, which are computed when they are read.
+        config: The settings of the base's `config.json` that change.
     """
 
     tensors: DerivedTensors
@@ -55,23 +61,23 @@ def merge_lora(
     start: Tensors | None = None,
     labels: Sequence[str] | None = None,
 ) -> MergedLora:
-    """Merge a LoRA into its base, as PEFT does: W + scaling·B·A, or DoRA's renormalised weight; whole tensors replaced.
+    """Merge a LoRA into its base, as PEFT does: W + scaling·B·A, or a DoRA's renormalised weight, and replaced tensors.
 
-    Everything else of the base is kept. Tied tensors of which one side alone was tuned are two in the result.
+    All other tensors of the base are kept. Tied tensors of which only one was tuned are untied in the result.
 
     Args:
         adapter: The tensors of `adapter_model.safetensors`.
         config: The content of `adapter_config.json`.
         base: The base, a transformers folder with or without a head.
-        start: The adapter as it was initialised, for kinds that take their start out of the base (PiSSA, OLoRA).
-        labels: The names of a classifier's labels, where they are known.
+        start: The initial adapter, for kinds that are initialised from the base (PiSSA, OLoRA).
+        labels: The names of a classifier's labels, if they are known.
 
     Returns:
-        The merged model, in the base's dtypes; what is quantised there, in bfloat16.
+        The merged model, in the base's dtypes (bfloat16 for quantised ones).
 
     Raises:
-        CheckpointError: A tensor of the adapter has no place in the model, or its start is needed and missing.
-        MismatchError: The base lacks what the model needs, or has another shape there.
+        CheckpointError: A tensor of the adapter is unexpected, or the initial adapter is needed.
+        MismatchError: The base lacks tensors of the model, or has them in another shape.
     """
     modules = {name.removeprefix(START).rpartition(".")[0] for name in (*base, *adapter)}
     check_patterns(config, modules, "the LoRA's adapter_config.json")
@@ -82,9 +88,9 @@ def merge_lora(
     if start is not None:
         _check_start(adapter, start, updates)
     sources, untied = _follow_ties(stored, adapter, updates, architecture)
-    if untied and (freed := untied_by_setting(architecture)).issuperset(untied):
+    if untied and (tied_by_setting := untied_by_setting(architecture)).issuperset(untied):
         changed |= text_config_change(base, architecture, changed, "tie_word_embeddings", False)
-        untied = sorted(freed)  # the setting unties all of them
+        untied = sorted(tied_by_setting)  # the setting unties all of them
     absent, entries = [], {}
     for name, tensor in architecture.parameters.items():
         if name in architecture.ties and name not in untied:
@@ -93,45 +99,41 @@ def merge_lora(
         if update is None and sources.get(name) not in stored:
             absent.append(name)
             continue
-        entries[name] = _entry(stored, sources.get(name), adapter, update, start)
+        entries[name] = _merged_spec(stored, sources.get(name), adapter, update, start)
         if entries[name].shape != tuple(tensor.shape):
             raise MismatchError(
-                f"{base.path}: tensor {name!r} is {entries[name].shape}, and the model that the LoRA was tuned in has "
-                f"room for {tuple(tensor.shape)}. If tokens were added, the LoRA must hold all rows of both the "
-                "embeddings and the head: save it again where it was tuned, with save_embedding_layers=True, or merge "
-                "it there (merge_and_unload)."
+                f"{base.path}: tensor {name!r} is {entries[name].shape}, expected {tuple(tensor.shape)} as in the "
+                "model that the LoRA was tuned in. If tokens were added, the LoRA must store the embeddings and the "
+                "head: save it again with save_embedding_layers=True, or merge it with PEFT (merge_and_unload)."
             )
-    _check_whole(absent, architecture, base)
+    _check_complete(absent, architecture, base)
     merged = architecture.saved(DerivedTensors(entries))
-    beside = {
+    unknown_tensors = {
         name: TensorSpec(output_dtype(base, name), shape_of(base, name), ((base, name),))
         for name in base
         if architecture.identify(name) is None and not BUFFER.search(name)
     }
-    merged.specs.update(beside)
+    merged.specs.update(unknown_tensors)
     return MergedLora(merged, changed)
 
 
 def lora_settings(folder: Path) -> dict[str, Any]:
-    """Read how a LoRA was set up.
+    """Return the content of a LoRA's `adapter_config.json`.
 
     Args:
         folder: A PEFT folder.
-
-    Returns:
-        The content of its `adapter_config.json`.
 
     Raises:
         CheckpointError: It is no LoRA.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
-        raise CheckpointError(f"{folder}: holds no {file.name}, so it is no adapter, which is what can be merged.")
+        raise CheckpointError(f"{folder}: has no {file.name}, so it is no adapter. Give the folder of a LoRA.")
     config = read_json(file)
     check_peft(folder, config)
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        raise CheckpointError(f"{file}: is of type {peft_type}; only LORA can be merged.")
+        raise CheckpointError(f"{file}: peft_type is {peft_type}; only LORA can be merged.")
     return config
 
 
@@ -141,54 +143,57 @@ def _check_kind(config: Mapping[str, Any], start: Tensors | None) -> None:
         remedy = (
             "Merge it with PEFT: merge_and_unload, then save_pretrained."
             if all(CANNOT_MERGE[key] for key in special)
-            else "PEFT merges no such adapter either: serve it beside its base."
+            else "PEFT does not merge it either: serve it as an adapter."
         )
         raise CheckpointError(
-            f"the LoRA was set up with {', '.join(special)}, and is more than a change of its base's weights that can "
-            f"be merged here. {remedy}"
+            f"the LoRA has the settings {', '.join(special)}, with which regraft cannot merge it. {remedy}"
         )
     init = str(config.get("init_lora_weights", True)).lower()
     if start is None and is_initialised_from_base(init):
         raise CheckpointError(
-            f"the LoRA was initialised by {init!r}, which took its start out of its base: give the adapter as it was "
-            "before the first step (--start)."
+            f"the LoRA was initialised by {init!r} from its base: give the adapter as it was before the first step "
+            "(--start)."
         )
 
 
 def _follow_ties(
     stored: Tensors, adapter: Tensors, updates: dict[str, Update], architecture: Architecture
 ) -> tuple[dict[str, str], list[str]]:
-    """Have tied parameters share what takes the place of one of them.
+    """Apply the replacement of a tied parameter to the other one too.
 
     Returns:
-        The stored tensor of each parameter, and the parameters that are no longer equal to what they are tied to.
+        The stored tensor of each parameter, and the parameters that are no longer equal to those they are tied to.
     """
     sources = {name: name for name in stored}
     untied = []
     for tied, source in architecture.ties.items():
         if tied in stored and source in stored and not are_equal(stored, tied, stored, source):
-            untied.append(tied)  # transformers ties no two tensors that differ in the checkpoint
+            untied.append(tied)  # transformers does not tie tensors that differ in the checkpoint
             continue
         sources.setdefault(tied, sources.get(source, tied))
-        for ours, theirs in ((tied, source), (source, tied)):
-            weight = updates[theirs].weight if theirs in updates else None
-            if weight and not (ours in updates and updates[ours].weight):
-                updates[ours] = dataclasses.replace(updates.get(ours) or Update(), weight=weight)
-        if not _alike(adapter, updates.get(tied), updates.get(source)):
+        for parameter, partner in ((tied, source), (source, tied)):
+            weight = updates[partner].weight if partner in updates else None
+            if weight and not (parameter in updates and updates[parameter].weight):
+                updates[parameter] = dataclasses.replace(updates.get(parameter) or Update(), weight=weight)
+        if not _have_equal_results(adapter, updates.get(tied), updates.get(source)):
             untied.append(tied)
     return sources, untied
 
 
-def _check_whole(absent: Sequence[str], architecture: Architecture, base: Checkpoint) -> None:
-    start = f"{architecture.prefix}."
-    classifies = "Classification" in type(architecture.model).__name__
-    computed = architecture.model._keys_to_ignore_on_save or ()  # as Marian's positions, which no file holds
-    lost = [n for n in absent if n not in computed and (classifies or not is_optional(n.removeprefix(start)))]
-    if lost:
+def _check_complete(absent: Sequence[str], architecture: Architecture, base: Checkpoint) -> None:
+    prefix = f"{architecture.prefix}."
+    is_classifier = "Classification" in type(architecture.model).__name__
+    computed = architecture.model._keys_to_ignore_on_save or ()  # such as Marian's positions, which are not saved
+    missing = [
+        name
+        for name in absent
+        if name not in computed and (is_classifier or not is_optional(name.removeprefix(prefix)))
+    ]
+    if missing:
         raise MismatchError(
-            f"{len(lost)} tensors of the {type(architecture.model).__name__} that was tuned are neither in {base.path} "
-            f"nor in the LoRA, and would be drawn at random: {', '.join(lost[:4])}. Give the base that it was tuned "
-            "on; if these were drawn before tuning, they had to be saved with it (modules_to_save)."
+            f"{len(missing)} tensors of the tuned {type(architecture.model).__name__} are neither in {base.path} nor "
+            f"in the LoRA: {', '.join(missing[:4])}. Give the base that it was tuned on. If they were initialised "
+            "before tuning, the LoRA should have saved them (modules_to_save)."
         )
 
 
@@ -196,20 +201,22 @@ def _check_start(adapter: Tensors, start: Tensors, updates: Mapping[str, Update]
     for update in updates.values():
         if not update.accepts_start(start):
             raise CheckpointError(
-                f"the LoRA's start does not go with it: {(update.operands or ('a tensor',))[0]!r} differs."
+                f"the initial adapter does not match the LoRA: {(update.operands or ('a tensor',))[0]!r} differs."
             )
 
 
-def _entry(
+def _merged_spec(
     stored: Tensors, source: str | None, adapter: Tensors, update: Update | None, start: Tensors | None
 ) -> TensorSpec:
-    """Return how one parameter is made."""
+    """Return the specification of a merged parameter."""
     if update is not None and update.copied:
         weight: tuple[Tensors, str] = (adapter, update.copied)
     elif source in stored:
         weight = (stored, str(source))
     else:
-        raise MismatchError(f"the LoRA changes a tensor that the base lacks, by {(update and update.operands)!r:.200}.")
+        raise MismatchError(
+            f"the LoRA changes a tensor that the base lacks, with {(update and update.operands)!r:.200}."
+        )
     dtype, shape = output_dtype(*weight), shape_of(*weight)
     if update is None or not update.applied:
         return TensorSpec(dtype, shape, (weight,))
@@ -222,8 +229,8 @@ def _entry(
     return TensorSpec(dtype, shape, operands, rule, elementwise=False)
 
 
-def _alike(adapter: Tensors, first: Update | None, second: Update | None) -> bool:
-    """Return whether two parameters that are tied in the base are still the same once they are updated."""
+def _have_equal_results(adapter: Tensors, first: Update | None, second: Update | None) -> bool:
+    """Return whether two parameters that are tied in the base are still equal after their updates."""
     if first is None or second is None:
         return first is second
     if type(first) is not type(second) or (first.scale, first.rows) != (second.scale, second.rows):
@@ -233,13 +240,13 @@ def _alike(adapter: Tensors, first: Update | None, second: Update | None) -> boo
         return False
     if first.transposed == second.transposed:
         return all(a == b or (a and b and are_equal(adapter, a, adapter, b)) for a, b in pairs)
-    (b, a), (other_b, other_a) = first.operands[:2], second.operands[:2]
-    same_weight = first.weight == second.weight or (
+    (first_b, first_a), (second_b, second_a) = first.operands[:2], second.operands[:2]
+    has_same_weight = first.weight == second.weight or (
         first.weight and second.weight and are_equal(adapter, first.weight, adapter, second.weight)
     )
     return (
-        bool(same_weight)
-        and len(first.operands) == 2  # a DoRA's lengths are of rows in one and of columns in the other
-        and adapter[b].T.equal(adapter[other_a])
-        and adapter[a].T.equal(adapter[other_b])
+        bool(has_same_weight)
+        and len(first.operands) == 2  # a DoRA scales the rows of one and the columns of the other
+        and adapter[first_b].T.equal(adapter[second_a])
+        and adapter[first_a].T.equal(adapter[second_b])
     )

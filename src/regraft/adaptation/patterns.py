@@ -1,4 +1,4 @@
-"""The patterns in an adapter's settings, tried where they can be stopped before PEFT matches them here."""
+"""Checking the regular expressions of an adapter's config in a process that can be stopped."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from regraft.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
-SECONDS = 5  # a pattern that is meant to name layers takes milliseconds
-MOST = 4096  # entries of a list, each of which is held against every module
-SINGLE = ("layers_pattern", "after_attention", "after_feed_forward")
-PLAIN = re.compile(r"[\w.-]*")
-# the forms in which PEFT matches: tuners_utils.check_target_module_exists, utils.other.get_pattern_key, _set_trainable
-TRIAL = r"""
+TIMEOUT_SECONDS = 5  # sensible patterns take milliseconds
+MAX_ENTRIES = 4096  # PEFT compares each entry of a list with every module
+PATTERN_SETTINGS = ("layers_pattern", "after_attention", "after_feed_forward")
+LITERAL_NAME = re.compile(r"[\w.-]*")
+# PEFT matches in these forms: tuners_utils.check_target_module_exists, utils.other.get_pattern_key, _set_trainable
+MATCH_SCRIPT = r"""
 import json, re, sys
 FORMS = "%s", r"(.*\.)?(%s)$", r"(^|.*\.)%s($|\..*)", r"(?:^|.*?\.)%s\.(?P<idx>\d+)\."
 patterns, names = json.load(sys.stdin)
@@ -34,48 +34,50 @@ for pattern in patterns:
 """
 
 
-def check_patterns(config: Mapping[str, Any], names: Collection[str], where: str) -> None:
-    """Refuse patterns of layers' names that are no regular expressions, or that take for ever to match.
+def check_patterns(config: Mapping[str, Any], names: Collection[str], source: str) -> None:
+    """Check that the patterns of an adapter's config are valid, and that matching them does not take too long.
 
-    A match cannot be interrupted, so those with more than names in them are first tried in a process of their own.
+    A match cannot be interrupted, so patterns that are not plain names are first matched in a separate process.
 
     Args:
         config: The content of `adapter_config.json`.
-        names: The modules that they will be held against.
-        where: What to call the file.
+        names: The names of the modules that they will be matched with.
+        source: The path of the file, for error messages.
 
     Raises:
         CheckpointError: A pattern is invalid, or matching takes more than 5 seconds.
     """
-    most = max(MOST, len(names))
+    max_entries = max(MAX_ENTRIES, len(names))
     for name, value in config.items():
-        if isinstance(value, list | dict) and ("module" in name or "pattern" in name) and len(value) > most:
-            raise CheckpointError(f"{where}: {name} has {len(value):,} entries, and the base {len(names):,} modules.")
-    patterns = sorted({pattern for pattern in _expressions(config) if not PLAIN.fullmatch(pattern)})
+        if isinstance(value, list | dict) and ("module" in name or "pattern" in name) and len(value) > max_entries:
+            raise CheckpointError(
+                f"{source}: {name} has {len(value):,} entries, but the base has {len(names):,} modules."
+            )
+    patterns = sorted({pattern for pattern in _expressions(config) if not LITERAL_NAME.fullmatch(pattern)})
     if not patterns:
         return
     try:
-        trial = subprocess.run(
-            [sys.executable, "-I", "-c", TRIAL],
+        process = subprocess.run(
+            [sys.executable, "-I", "-c", MATCH_SCRIPT],
             input=json.dumps([patterns, sorted(names)]),
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=TIMEOUT_SECONDS,
         )
     except subprocess.TimeoutExpired:
         first = ", ".join(f"{pattern!r:.80}" for pattern in patterns[:4])
         raise CheckpointError(
-            f"{where}: matching its patterns of layers' names ({first}) takes more than {SECONDS} seconds. Write them "
+            f"{source}: matching its patterns ({first}) takes more than {TIMEOUT_SECONDS} seconds. Write them "
             "without repeats inside repeats, or list the layers."
         ) from None
-    if trial.returncode:
-        raise CheckpointError(f"{where}: {(trial.stderr.strip().splitlines() or ['its patterns fail'])[-1]:.400}.")
+    if process.returncode:
+        raise CheckpointError(f"{source}: {(process.stderr.strip().splitlines() or ['its patterns fail'])[-1]:.400}.")
 
 
 def _expressions(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what PEFT takes for regular expressions: lists of modules are names, but for those that are saved."""
+    """Return the settings that PEFT uses as regular expressions. Entries of lists are names, with two exceptions."""
     for name, value in config.items():
-        if isinstance(value, str) and ("module" in name or name in SINGLE):
+        if isinstance(value, str) and ("module" in name or name in PATTERN_SETTINGS):
             yield value
         elif isinstance(value, dict) and name.endswith("pattern"):
             yield from value

@@ -1,7 +1,7 @@
-"""What an adapter stores in place of its base's tensors: embeddings, norms, biases, rows of tokens, DoRA's magnitudes.
+"""Grafting tensors that an adapter stores in place of its base's: embeddings, norms, biases, token rows, magnitudes.
 
-Loaded onto another base, such a tensor would undo what the upgrade changed in it. It is a delta against the old base
-like everything else that was tuned, and grafted as one.
+Copied to another base, such a tensor would undo the upgrade's change of it. So its delta is grafted, as for a full
+fine-tune.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 MAGNITUDE = ".lora_magnitude_vector"
-TOKENS = ".trainable_tokens_delta"  # rows as they are, whatever its name says
-# what PEFT puts between a module's name and its parameter's where it wraps the module
+TOKENS = ".trainable_tokens_delta"  # in spite of its name, it stores the rows, not their deltas
+# the parts that PEFT's wrappers insert between the names of a module and its parameter
 WRAPPER = re.compile(r"\.(?:base_layer|ln_tuning_layers|modules_to_save(?:\.default)?|original_module|token_adapter)\b")
 
 
 def replaced_parameter(stored: str, base: Base) -> str | None:
-    """Return which parameter of the body an adapter's tensor takes the place of, in part or whole.
+    """Return the parameter of the body that an adapter's tensor replaces, completely or in part.
 
     Args:
         stored: The tensor's name in the adapter.
         base: A base of the adapter's architecture.
 
     Returns:
-        The parameter's name in memory inside the body; None for a tensor that adds to the base's, as A and B of a LoRA,
-        and for a head.
+        The parameter's name in memory inside the body; None for a tensor that replaces none, such as A and B of a LoRA
+        and the head.
     """
     name = WRAPPER.sub("", model_name(stored).removesuffix(".weight" if MAGNITUDE in stored else ""))
     for part in (MAGNITUDE, TOKENS):
@@ -60,22 +60,22 @@ def graft_replaced(
     *,
     replace: bool = False,
 ) -> tuple[Mapping[str, torch.Tensor], tuple[str, ...]]:
-    """Graft what an adapter stores in place of its base's tensors: new + (stored − old).
+    """Graft the tensors that an adapter stores in place of its base's: new + (stored − old).
 
-    A magnitude m of a DoRA, the length of each of the weight's rows, becomes ‖W_new‖ + (m − ‖W_old‖).
+    The magnitude m of a DoRA, the norms of the weight's rows, becomes ‖W_new‖ + (m − ‖W_old‖).
 
     Args:
-        adaptation: Any but a full fine-tune.
-        tensors: Its tensors by stored name, or what they became so far.
+        adaptation: An adaptation that is no full fine-tune.
+        tensors: Its tensors by stored name.
         upgrade: The two bases.
-        match: How the rows of the vocabularies match, if they are not the same.
-        replace: Whether they stay as they are stored, token by token.
+        match: How the rows of the vocabularies match; None if they are the same.
+        replace: Whether the tensors are copied, not grafted; rows are still matched by token.
 
     Returns:
-        The tensors for the new base, and the names of those that were grafted.
+        The tensors for the new base, and the names of the grafted ones.
 
     Raises:
-        MismatchError: A tensor has another shape than the base's, or rows of tokens that the base does not have.
+        MismatchError: A tensor has another shape than the base's, or rows of tokens that the base lacks.
     """
     inners = {name: inner for name in tensors if (inner := replaced_parameter(name, upgrade.old)) is not None}
     replaced = {name: inner for name, inner in inners.items() if inner in upgrade.new.parameters}
@@ -87,13 +87,15 @@ def graft_replaced(
         dtype, shape = dtype_of(tensors, name), shape_of(tensors, name)
         if name in replaced:
             inner = replaced[name]
-            rule, expected, grafted = _rule_of(name, inner, adaptation, upgrade, match, _stored if replace else graft)
+            rule, expected, grafted = _graft_rule(
+                name, inner, adaptation, upgrade, match, _keep_stored if replace else graft
+            )
             if shape != expected:
                 raise MismatchError(
-                    f"{adaptation.path}: tensor {name!r} has shape {shape}, and takes the place of {inner!r} in "
-                    f"{upgrade.old.path}, where {expected} is expected. Was it tuned on that base?"
+                    f"{adaptation.path}: tensor {name!r} has shape {shape}, but replaces {inner!r} of "
+                    f"{upgrade.old.path}, for which {expected} is expected. Was it tuned on that base?"
                 )
-            if 0 not in grafted:  # else the new base has none of the tokens
+            if 0 not in grafted:  # otherwise the new base has none of the tokens
                 operands = ((new, inner), (tensors, name), (old, inner))
                 entries[name] = TensorSpec(dtype, grafted, operands, rule, elementwise=False)
         elif match is not None and name.endswith(".lora_embedding_A"):  # a column for each token
@@ -109,35 +111,36 @@ def graft_replaced(
 def renumbered_settings(
     adaptation: Adaptation, settings: Mapping[str, Any], match: RowMatch | None
 ) -> Mapping[str, Any]:
-    """Name the tokens that an adapter tuned by their ids in the grafted vocabulary.
+    """Return an adapter's settings with the ids of its tuned tokens in the grafted vocabulary.
 
     Args:
-        adaptation: Any but a full fine-tune.
-        settings: The content of its `adapter_config.json`, or what it became so far.
-        match: How the rows of the vocabularies match, if they are not the same.
+        adaptation: An adaptation that is no full fine-tune.
+        settings: The content of its `adapter_config.json`.
+        match: How the rows of the vocabularies match; None if they are the same.
 
     Returns:
-        The settings; tokens that the new base no longer has are left out.
+        The settings, without the ids of tokens that the new base lacks.
     """
     if match is None:
         return settings
-    ids = {tuned: row for row, tuned in enumerate(match.tuned_row_indices) if tuned >= 0}
+    new_rows = {tuned_row: row for row, tuned_row in enumerate(match.tuned_row_indices) if tuned_row >= 0}
 
-    def renumbered(rows: Any) -> Any:
+    def renumber(rows: Any) -> Any:
         if isinstance(rows, dict):
-            return {module: ids_of for module, each in rows.items() if (ids_of := renumbered(each))} or None
-        return [ids[row] for row in rows if row in ids] or None
+            by_module = {module: renumber(module_rows) for module, module_rows in rows.items()}
+            return {module: module_rows for module, module_rows in by_module.items() if module_rows} or None
+        return [new_rows[row] for row in rows if row in new_rows] or None
 
-    named = {key: settings[key] for key in ("trainable_token_indices", "token_indices") if settings.get(key)}
-    return {**settings, **{key: renumbered(rows) for key, rows in named.items()}}
+    indices = {key: settings[key] for key in ("trainable_token_indices", "token_indices") if settings.get(key)}
+    return {**settings, **{key: renumber(rows) for key, rows in indices.items()}}
 
 
-def _rule_of(
+def _graft_rule(
     name: str, inner: str, adaptation: Adaptation, upgrade: Upgrade, match: RowMatch | None, rule: Rule
 ) -> tuple[Callable[..., torch.Tensor], tuple[int, ...], tuple[int, ...]]:
-    """Return what makes a tensor from the new base's, the stored and the old one, and its shape before and after.
+    """Return the rule that grafts a stored tensor, with the tensor's shape before and after.
 
-    The rule makes rows, or all of a tensor, of those three.
+    `rule` computes a tensor, or its rows, from those of the new base, the adapter and the old base.
     """
     shape = shape_of(upgrade.old.parameters, inner)
     if TOKENS in name:
@@ -145,84 +148,75 @@ def _rule_of(
         count = shape[0] if match is None else match.num_tuned_rows
         if rows and not 0 <= min(rows) <= max(rows) < count:
             raise MismatchError(
-                f"{adaptation.path}: was tuned on the rows of tokens up to {max(rows)}, and {upgrade.old.path} has "
-                f"{count:,} rows. Was it tuned on that base?"
+                f"{adaptation.path}: tunes rows of tokens up to {max(rows)}, but {upgrade.old.path} has {count:,} "
+                "rows. Was it tuned on that base?"
             )
-        sides = [(row, row, position) for position, row in enumerate(rows)]
+        row_triples = [(row, row, position) for position, row in enumerate(rows)]
         if match is not None:
-            at = {tuned: i for i, tuned in enumerate(match.tuned_row_indices) if tuned >= 0}
-            sides = [
-                (match.new_row_indices[at[row]], match.old_row_indices[at[row]], position)
+            grafted_rows = {tuned_row: row for row, tuned_row in enumerate(match.tuned_row_indices) if tuned_row >= 0}
+            row_triples = [
+                (match.new_row_indices[grafted_rows[row]], match.old_row_indices[grafted_rows[row]], position)
                 for position, row in enumerate(rows)
-                if row in at
+                if row in grafted_rows
             ]
-        return (
-            functools.partial(_graft_tokens, sides=sides, rule=rule),
-            (len(rows), *shape[1:]),
-            (len(sides), *shape[1:]),
-        )
+        token_rule = functools.partial(_graft_tokens, row_triples=row_triples, rule=rule)
+        return token_rule, (len(rows), *shape[1:]), (len(row_triples), *shape[1:])
     if MAGNITUDE in name:
         module = upgrade.old.architecture.model.get_submodule(inner.removesuffix(".weight"))
-        along = 1 if type(module).__name__ == "Linear" else 0  # PEFT turns the weights of Conv1D and of embeddings
-        lengths = (shape[1 - along],)
-        return functools.partial(_graft_lengths, along=along, rule=rule), lengths, lengths
+        dim = 1 if type(module).__name__ == "Linear" else 0  # PEFT transposes the weights of Conv1D and embeddings
+        magnitude_shape = (shape[1 - dim],)
+        return functools.partial(_graft_magnitude, dim=dim, rule=rule), magnitude_shape, magnitude_shape
     if match is not None and inner in upgrade.old.architecture.token_tensors:
-        by_row = functools.partial(graft_rows, match=match, rule=rule)
-        return by_row, (match.num_tuned_rows, *shape[1:]), (len(match.new_row_indices), *shape[1:])
+        row_rule = functools.partial(graft_rows, match=match, rule=rule)
+        return row_rule, (match.num_tuned_rows, *shape[1:]), (len(match.new_row_indices), *shape[1:])
     return rule, shape, shape
 
 
 def token_rows(adaptation: Adaptation, module: str) -> list[int]:
-    """Return the ids of the tokens that an adapter tuned, in the order of its rows.
+    """Return the ids of the tokens that an adapter tunes, in the order of its rows.
 
     Args:
-        adaptation: A LoRA with `trainable_token_indices`, or one of PEFT's trainable tokens.
+        adaptation: A LoRA with `trainable_token_indices`, or an adapter of PEFT's trainable tokens.
         module: The name of the embeddings in the model.
-
-    Returns:
-        The ids.
     """
     rows = adaptation.config.get("trainable_token_indices") or adaptation.config.get("token_indices") or []
-    if isinstance(rows, dict):  # by the end of the module's name
-        rows = next((ids for end, ids in rows.items() if module == end or module.endswith(f".{end}")), [])
+    if isinstance(rows, dict):  # by a suffix of the module's name
+        rows = next((ids for suffix, ids in rows.items() if module == suffix or module.endswith(f".{suffix}")), [])
     return list(rows)
 
 
 def num_adapter_rows(adaptation: Adaptation, base: Base) -> int | None:
-    """Count the rows of the embeddings that an adapter stores, or that a LoRA in it is on.
+    """Return the number of rows of embeddings that an adapter stores or adapts; None if there are none.
 
     Args:
-        adaptation: Any but a full fine-tune.
+        adaptation: An adaptation that is no full fine-tune.
         base: A base of its architecture.
-
-    Returns:
-        Their number; None for an adapter that stores none.
     """
-    ends = (f"{base.prefix}.{base.architecture.embeddings}", str(base.architecture.embeddings))
-    for name, info in adaptation.checkpoint.tensors.items():
+    names = (f"{base.prefix}.{base.architecture.embeddings}", str(base.architecture.embeddings))
+    for name, tensor in adaptation.checkpoint.tensors.items():
         plain = WRAPPER.sub("", model_name(name))
-        if plain in ends and info.shape:
-            return info.shape[0]
-        if name.endswith(".lora_embedding_A") and f"{plain.removesuffix('.lora_embedding_A')}.weight" in ends:
-            return info.shape[-1]
+        if plain in names and tensor.shape:
+            return tensor.shape[0]
+        if name.endswith(".lora_embedding_A") and f"{plain.removesuffix('.lora_embedding_A')}.weight" in names:
+            return tensor.shape[-1]
     return None
 
 
 def _graft_tokens(
-    new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, sides: list[tuple[int, int, int]], rule: Rule
+    new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, row_triples: list[tuple[int, int, int]], rule: Rule
 ) -> torch.Tensor:
-    """Graft rows of tokens: each from a row of the new and one of the old base; −1 where it has none."""
+    """Graft rows of tokens, each by its row in the new base, in the old base (−1 if it has none) and in the adapter."""
     import torch
 
     rows = [
         stored[position] if i < 0 else new[i] if j < 0 else rule(new[i], stored[position], old[j])
-        for i, j, position in sides
+        for i, j, position in row_triples
     ]
     return torch.stack([row.to(stored.dtype) for row in rows]) if rows else stored[:0]
 
 
 def _columns(stored: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
-    """Take a column for each token to the grafted vocabulary; a token that the adapter does not know has none."""
+    """Return the columns of the tokens of the grafted vocabulary; zeros for tokens that the adapter lacks."""
     import torch
 
     indices = torch.tensor(rows)
@@ -230,9 +224,9 @@ def _columns(stored: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
     return columns
 
 
-def _graft_lengths(new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, along: int, rule: Rule) -> torch.Tensor:
-    return rule(new.double().norm(dim=along), stored, old.double().norm(dim=along))
+def _graft_magnitude(new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, dim: int, rule: Rule) -> torch.Tensor:
+    return rule(new.double().norm(dim=dim), stored, old.double().norm(dim=dim))
 
 
-def _stored(_: torch.Tensor, stored: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
+def _keep_stored(_new: torch.Tensor, stored: torch.Tensor, _old: torch.Tensor) -> torch.Tensor:
     return stored

@@ -1,4 +1,4 @@
-"""Models of transformers, loaded with every tensor accounted for."""
+"""Loading models with transformers, such that every tensor is accounted for."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: Any) -> tuple[Any, list[str]]:
-    """Load a model so that every stored tensor of its body lands and every one it has is filled.
+    """Load a model, and check that its tensors are exactly those that are stored.
 
     Args:
         architecture: A transformers auto class.
         path: The folder.
-        prefix: Only tensors under this name must match, heads and poolers may be fresh; None if all must match.
-        options: Passed to `from_pretrained`.
+        prefix: The prefix of the body; heads and poolers may then be untrained. None if all tensors must match.
+        options: Options of `from_pretrained`.
 
     Returns:
-        The model in evaluation mode, and the names of what is fresh in it.
+        The model in evaluation mode, and the names of its untrained tensors.
 
     Raises:
-        CheckpointError: Something is missing, left over or misshapen; the message lists it.
+        CheckpointError: A tensor is missing, unexpected or of another shape.
     """
     check_model(architecture, Checkpoint.open(path))
     with quiet():
@@ -43,30 +43,34 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
                 trust_remote_code=False,
                 **options,
             )
-        except Exception as error:  # what a config says is met all over transformers, and so is what it raises
+        except Exception as error:  # transformers raises many types of errors
             raise CheckpointError(f"{path}: transformers cannot load it ({error}).") from error
 
-    def matters(name: str) -> bool:
+    def is_required(name: str) -> bool:
         if prefix is None:
             return True
         inner = name.removeprefix(prefix + ".")
         return (name != inner or name in body) and not is_optional(inner)
 
     for module in model.modules():
-        if getattr(module, "chunk_size_feed_forward", 0):  # saves memory, and asks for batches that it divides
+        if getattr(module, "chunk_size_feed_forward", 0):  # it saves memory, but restricts the lengths of batches
             module.chunk_size_feed_forward = 0
-    model.config.return_dict = True  # outputs are read by name, whatever the file says
-    model.config.output_attentions = model.config.output_hidden_states = False  # where wanted, they are asked for
-    # transformers' own mark of how the names in a file were read; without it, a model is saved under those that its
-    # class writes, whatever this file had (`save_original_format` has no value for that)
+    model.config.return_dict = True  # outputs are read by name
+    model.config.output_attentions = model.config.output_hidden_states = False  # they are requested where needed
+    # transformers records how it converted the names of a file, and would save the model under those names; without the
+    # record it saves canonical names (`save_original_format` has no value for that)
     model._weight_conversions = None
     body = set(model.base_model.state_dict())
     problems = {
-        "missing": sorted(filter(matters, report["missing_keys"])),
-        "without a place": sorted(n for n in report["unexpected_keys"] if matters(n) and not BUFFER.search(n)),
-        "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"] if matters(entry[0])),
+        "missing": sorted(filter(is_required, report["missing_keys"])),
+        "unexpected": sorted(
+            name for name in report["unexpected_keys"] if is_required(name) and not BUFFER.search(name)
+        ),
+        "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"] if is_required(entry[0])),
     }
     if any(problems.values()):
-        lists = "; ".join(f"{len(names)} {what}: {', '.join(names[:4])}" for what, names in problems.items() if names)
+        lists = "; ".join(
+            f"{len(names)} {problem}: {', '.join(names[:4])}" for problem, names in problems.items() if names
+        )
         raise CheckpointError(f"{path}: its tensors do not fit a {type(model).__name__}: {lists}.")
     return model, sorted(report["missing_keys"])

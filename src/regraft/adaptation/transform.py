@@ -60,7 +60,7 @@ def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = TRAN
     """
     if adaptation.variant not in variants:
         raise KindError(
-            f"{adaptation.path}: this method cannot carry a {adaptation.variant}: it needs the deltas of "
-            f"{' or '.join(variants)}. Take direct or init, or convert it to full or lora first."
+            f"{adaptation.path}: this method supports {', '.join(variants)}, not {adaptation.variant}. Use direct or "
+            "init, or convert the adaptation to full or lora first."
         )
     adaptation.family.check_linear(adaptation)

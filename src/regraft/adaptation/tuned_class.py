@@ -1,4 +1,4 @@
-"""The class of transformers that a LoRA was tuned in, told from its tensors: its head, its labels, its tokens."""
+"""The transformers class that a LoRA was tuned in, inferred from its tensors: its head, labels and tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, torch.Tensor]
 
-TASKS = {  # PEFT's task types, by the transformers table of the classes that it has for them
+CLASS_TABLES = {  # transformers' tables of classes by PEFT's task types
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
@@ -35,18 +35,18 @@ HEAD = re.compile(r"^(?:classifier|score)\.(?:.*\.)?weight$")
 
 
 def tuned_architecture(
-    adapter: Tensors, config: Mapping[str, Any], base: Checkpoint, labels: Sequence[str] | None
+    adapter: Tensors, adapter_config: Mapping[str, Any], base: Checkpoint, labels: Sequence[str] | None
 ) -> tuple[Architecture, dict[str, Any]]:
-    """Find the class that a LoRA was tuned in.
+    """Return the class that a LoRA was tuned in.
 
     Args:
         adapter: The tensors of `adapter_model.safetensors`.
-        config: The content of `adapter_config.json`.
+        adapter_config: The content of `adapter_config.json`.
         base: The base, a transformers folder.
-        labels: The names of a classifier's labels, where they are known.
+        labels: The names of a classifier's labels, if they are known.
 
     Returns:
-        The class, of the sizes that it was tuned with, and what the base's `config.json` must say otherwise.
+        The class with the sizes that it had, and the settings of the base's `config.json` that differ.
 
     Raises:
         CheckpointError: The base has no config, or the LoRA's embeddings and heads differ in their number of tokens.
@@ -54,40 +54,40 @@ def tuned_architecture(
     import transformers.models.auto.modeling_auto as auto
 
     if not base.path.is_dir() or not (base.path / "config.json").is_file():
-        raise CheckpointError(f"{base.path}: has no config.json, which says what model a LoRA is merged into.")
-    own = read_config(base)
-    tasks = getattr(auto, TASKS.get(str(config.get("task_type")), ""), {})
-    own_class = [*filter(None, (tasks.get(own.model_type), class_name(base, own)))]
+        raise CheckpointError(f"{base.path}: has no config.json. Give a transformers folder to merge a LoRA into.")
+    config = read_config(base)
+    task_classes = getattr(auto, CLASS_TABLES.get(str(adapter_config.get("task_type")), ""), {})
+    declared = [*filter(None, (task_classes.get(config.model_type), class_name(base, config)))]
     tables = ("MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
-    others = [*filter(None, (getattr(auto, f"MODEL_FOR_{t}_MAPPING_NAMES").get(own.model_type) for t in tables))]
-    classes = [*own_class, None, *others] if own_class or own.architectures else [*others, None]
+    fallbacks = [*filter(None, (getattr(auto, f"MODEL_FOR_{t}_MAPPING_NAMES").get(config.model_type) for t in tables))]
+    candidates = [*declared, None, *fallbacks] if declared or config.architectures else [*fallbacks, None]
     modules = {_module_of(name) for name in adapter}
-    fitting: dict[str | None, int] = {}
-    for name in dict.fromkeys(classes):
-        fitting[name] = len(modules & dict(architecture_of(own, name).model.named_modules()).keys())
-        if fitting[name] == len(modules):
+    num_matches: dict[str | None, int] = {}
+    for name in dict.fromkeys(candidates):
+        num_matches[name] = len(modules & dict(architecture_of(config, name).model.named_modules()).keys())
+        if num_matches[name] == len(modules):
             break
-    name = max(fitting, key=lambda candidate: fitting[candidate])
+    name = max(num_matches, key=lambda candidate: num_matches[candidate])
     changed: dict[str, Any] = {}
     heads = {n.removeprefix(START): shape_of(adapter, n)[0] for n in adapter if HEAD.search(n.removeprefix(START))}
     if heads and name and name.endswith(("ForSequenceClassification", "ForTokenClassification")):
-        inner = getattr(own.get_text_config(), "hidden_size", 0)
-        count = len(labels or ()) or min([n for n in heads.values() if n != inner] or heads.values())
+        hidden_size = getattr(config.get_text_config(), "hidden_size", 0)
+        count = len(labels or ()) or min([n for n in heads.values() if n != hidden_size] or heads.values())
         names = labels or [f"LABEL_{i}" for i in range(count)]
         changed["id2label"] = {str(i): label for i, label in enumerate(names)}
         changed["label2id"] = {label: i for i, label in enumerate(names)}
-        own = copy.deepcopy(own)
-        own.id2label, own.label2id = dict(enumerate(names)), changed["label2id"]
-    architecture = architecture_of(own, name)
-    rows = _vocabulary(adapter, architecture)
-    if rows is not None:
-        own = copy.deepcopy(own)
-        text: Any = own.get_text_config()
-        text.vocab_size = rows
-        changed |= text_config_change(base, architecture, changed, "vocab_size", rows)
-        architecture = architecture_of(own, name)
+        config = copy.deepcopy(config)
+        config.id2label, config.label2id = dict(enumerate(names)), changed["label2id"]
+    architecture = architecture_of(config, name)
+    vocab_size = _tuned_vocab_size(adapter, architecture)
+    if vocab_size is not None:
+        config = copy.deepcopy(config)
+        text: Any = config.get_text_config()
+        text.vocab_size = vocab_size
+        changed |= text_config_change(base, architecture, changed, "vocab_size", vocab_size)
+        architecture = architecture_of(config, name)
     full_name = type(architecture.model).__name__
-    if full_name != (own.architectures or [""])[0]:
+    if full_name != (config.architectures or [""])[0]:
         changed["architectures"] = [full_name]
     return architecture, changed
 
@@ -95,17 +95,17 @@ def tuned_architecture(
 def text_config_change(
     base: Checkpoint, architecture: Architecture, changed: dict[str, Any], key: str, value: Any
 ) -> dict[str, Any]:
-    """Return the change of a setting of the language model, which may be in a config of its own.
+    """Return the change of a setting of the language model, which may have its own config inside `config.json`.
 
     Args:
         base: The base, a transformers folder.
         architecture: The class that was tuned.
-        changed: What is changed of the base's `config.json` already.
+        changed: The settings of the base's `config.json` that have been changed before.
         key: The setting.
         value: Its value.
 
     Returns:
-        What to change of `config.json`, what was changed beside it included.
+        The settings of `config.json` to change.
     """
     settings = read_json(base.path / "config.json") | changed
     change = {key: value}
@@ -117,17 +117,16 @@ def text_config_change(
 
 
 def untied_by_setting(architecture: Architecture) -> set[str]:
-    """Name what `tie_word_embeddings` unties; where it does not, transformers leaves what is stored twice as it is.
+    """Return the parameters that are tied only if `tie_word_embeddings` is true.
+
+    Others are untied by storing them twice.
 
     Args:
-        architecture: A class.
-
-    Returns:
-        The parameters that are tied to others only as long as the setting is true.
+        architecture: The class.
     """
-    own = copy.deepcopy(architecture.config)
-    own.tie_word_embeddings = own.get_text_config().tie_word_embeddings = False
-    return architecture.ties.keys() - architecture_of(own, type(architecture.model).__name__).ties.keys()
+    config = copy.deepcopy(architecture.config)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return architecture.ties.keys() - architecture_of(config, type(architecture.model).__name__).ties.keys()
 
 
 def _module_of(stored: str) -> str:
@@ -135,9 +134,9 @@ def _module_of(stored: str) -> str:
     return ".".join(part for part in path.split(".") if part not in {*WRAPPERS, "weight", "bias"})
 
 
-def _vocabulary(adapter: Tensors, architecture: Architecture) -> int | None:
-    """Return how many tokens the tuned model has, where these are not the base's."""
-    own = getattr(architecture.config.get_text_config(), "vocab_size", None)  # of models that read no tokens: none
+def _tuned_vocab_size(adapter: Tensors, architecture: Architecture) -> int | None:
+    """Return the vocabulary size of the tuned model if it differs from the base's."""
+    base_size = getattr(architecture.config.get_text_config(), "vocab_size", None)  # None if it reads no tokens
     sizes = set()
     for stored in adapter:
         name = f"{_module_of(stored)}.weight"
@@ -148,7 +147,7 @@ def _vocabulary(adapter: Tensors, architecture: Architecture) -> int | None:
                 sizes.add(shape_of(adapter, stored)[1])
     if len(sizes) > 1:
         raise CheckpointError(
-            f"the LoRA holds embeddings or heads of {sorted(sizes)} rows, and one model has as many in each. Save it "
-            "again where it was tuned, after resize_token_embeddings, or merge it there (merge_and_unload)."
+            f"the LoRA has embeddings and heads of different numbers of rows, {sorted(sizes)}. Save it again after "
+            "resize_token_embeddings, or merge it with PEFT (merge_and_unload)."
         )
-    return None if sizes <= {own} else sizes.pop()
+    return None if sizes <= {base_size} else sizes.pop()

@@ -1,4 +1,4 @@
-"""What a LoRA does to one parameter of its model: a class for each way."""
+"""The updates that a LoRA makes to a parameter of its model, a class for each form."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """A tensor of the adapter takes the place of the base's, and nothing else is done.
+    """A tensor of the adapter replaces the base's; subclasses add further changes.
 
     Args:
-        operands: The adapter's tensors that the rest is done with.
-        weight: The adapter's tensor that takes the place of the base's, and of what is tied to that, before the rest.
-        scale: The factor on what is added.
-        turned: Whether the weight is B·A transposed, as that of a Conv1D or of embeddings.
-        rows: Which rows are replaced.
+        operands: The names of the adapter's tensors for further changes.
+        weight: The name of the adapter's tensor that replaces the base's, and those tied to it, before further changes.
+        scale: The factor on the added delta.
+        transposed: Whether the weight has the shape of (B·A)ᵀ, as in a Conv1D or embeddings.
+        rows: The rows that are replaced.
     """
 
     operands: tuple[str, ...] = ()
@@ -36,37 +36,34 @@ class Update:
 
     @property
     def copied(self) -> str | None:
-        """The adapter's tensor that is taken in place of the base's."""
+        """The adapter's tensor that replaces the base's."""
         return self.weight
 
     @property
     def applied(self) -> tuple[str, ...]:
-        """The adapter's tensors that are worked into that."""
+        """The adapter's tensors for `apply`."""
         return ()
 
     def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
-        """Compute what the parameter becomes.
+        """Return the updated parameter.
 
         Args:
-            weight: What it is before, or what takes its place.
-            operands: The tensors `applied`, and then their starts where these are subtracted.
-            is_folded: Whether they are.
-
-        Returns:
-            The parameter.
+            weight: The base's parameter, or the tensor that replaces it.
+            operands: The tensors of `applied`, followed by their initial values if these are to be subtracted.
+            is_folded: Whether the initial values are subtracted.
         """
         return weight
 
     def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
-        """Return whether a start can be subtracted from it."""
+        """Return whether the factors of an initial adapter can be subtracted."""
         return True
 
     def shapes(self, parameter: Shape, expected: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Return the shapes that its tensors must have where PEFT's model does not say it.
+        """Return the shapes that the adapter's tensors must have, if they differ from those of PEFT's model.
 
         Args:
-            parameter: The shape of what is updated.
-            expected: Those of the tensors as PEFT's model has them.
+            parameter: The shape of the updated parameter.
+            expected: The shapes of PEFT's model, by stored name.
 
         Returns:
             The shapes by stored name.
@@ -76,21 +73,21 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class ReplacedModule(Update):
-    """The module has a copy of its own, tuned and stored whole."""
+    """The parameter belongs to a module that is fully tuned and stored."""
 
     @property
     def copied(self) -> str:
-        """The copy, whatever is tied to the base's."""
+        """The stored tensor, which is not tied to others."""
         return self.operands[0]
 
     def shapes(self, parameter: Shape, expected: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Return the parameter's own, for the copy and for what takes the place of the base's."""
+        """Return the parameter's shape for the stored tensors."""
         return dict.fromkeys((name for name in (self.weight, *self.operands) if name), parameter)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows(Update):
-    """Some rows are replaced."""
+    """Rows of the parameter are replaced."""
 
     @property
     def applied(self) -> tuple[str, ...]:
@@ -98,13 +95,13 @@ class Rows(Update):
         return self.operands
 
     def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
-        """Copy the rows into their places."""
+        """Copy the rows."""
         import torch
 
         return weight.index_copy(0, torch.tensor(self.rows), operands[0].to(weight))
 
     def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
-        """Return False: rows have no start."""
+        """Return False: rows have no initial factors."""
         return False
 
 
@@ -122,13 +119,13 @@ class Bias(Update):
         return weight.double() + self.scale * operands[0].double()
 
     def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
-        """Return False: a bias has no start."""
+        """Return False: a bias has no initial factors."""
         return False
 
 
 @dataclasses.dataclass(frozen=True)
 class Factors(Update):
-    """B·A is added, and of a DoRA the sum brought to its magnitude; the operands are B, A and the magnitude."""
+    """scale·B·A is added; a DoRA then scales the rows to their magnitudes. The operands are B, A and the magnitude."""
 
     @property
     def applied(self) -> tuple[str, ...]:
@@ -137,40 +134,40 @@ class Factors(Update):
 
     def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
         """Add scale·B·A, in float64."""
-        b, a, *more = operands
+        b, a, *others = operands  # the magnitude, or the initial factors
         plain = weight.T if self.transposed else weight
         if is_folded:
-            b, a = subtract_factors((b.double(), a.double()), (more[0].double(), more[1].double()))
-        if more and not is_folded:
-            merged = dora_weight(plain, b, a, self.scale, more[0])
+            b, a = subtract_factors((b.double(), a.double()), (others[0].double(), others[1].double()))
+        if others and not is_folded:
+            merged = dora_weight(plain, b, a, self.scale, others[0])
         else:
             merged = plain.double() + lora_delta(b, a, self.scale)
         return merged.T if self.transposed else merged
 
     def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
-        """Return whether the start has B and A, and there is no magnitude."""
+        """Return whether the initial adapter has B and A, and there is no magnitude."""
         factors = [name for name in self.operands if name.endswith(PARTS[:2])]
         return len(self.operands) == 2 and all(name in start for name in factors)
 
     def count(self, parameter: torch.Tensor) -> int:
-        """Return how many products there are for a parameter."""
+        """Return the number of products B·A of a parameter."""
         return 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts(Factors):
-    """B·A is added for each expert of a mixture, of which all are one parameter."""
+    """scale·B·A is added for each expert of a fused parameter."""
 
     def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
-        """Add scale·B·A expert by expert."""
+        """Add scale·B·A to each expert."""
         return merge_experts(weight, operands[0], operands[1], self.scale, self.transposed)
 
     def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
-        """Return False: experts take no start out of their base."""
+        """Return False: PEFT does not initialise LoRAs of experts from the base."""
         return False
 
     def shapes(self, parameter: Shape, expected: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Return those of all experts' factors, which differ by the version of PEFT."""
+        """Return the shapes of the experts' factors, which depend on the version of PEFT."""
         _, *sizes = parameter
         out, inner = reversed(sizes) if self.transposed else sizes
         ranks = expected[self.operands[1]][0]

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from regraft.errors import DataError, RecipeError
+from regraft.errors import DataError, RecipeError, did_you_mean
 from regraft.recipe import Recipe
 from regraft.task import Task
-from regraft.task.yaml_file import did_you_mean, read_yaml, validate
+from regraft.task.yaml_file import read_yaml, validate
 
 Route = Literal["hop by hop", "at once"]
 ROUTES: tuple[Route, ...] = ("hop by hop", "at once")

@@ -10,7 +10,7 @@ from regraft.adaptation.outcome_record import BaseRecord
 from regraft.base import Base
 from regraft.chain.file import folder_name
 from regraft.chain.record import RECORD, ChainRecord, ChainRow
-from regraft.checkpoint import check_output_path, to_json, write_atomic
+from regraft.checkpoint import check_output_path, write_json
 from regraft.errors import CheckpointError, DataError, DiskFullError, MismatchError, RecipeError
 from regraft.methods import recycle, tune
 from regraft.progress import Progress, silent
@@ -171,7 +171,7 @@ class _ChainRun:
         self.rows.append(row)
         bases = tuple(BaseRecord(base.name, base.fingerprint) for base in self.bases)
         record = ChainRecord(bases, self.chain.model_dump(mode="json"), tuple(self.rows))
-        write_atomic(self.out / RECORD, to_json(dataclasses.asdict(record), RECORD, indent=1) + "\n")
+        write_json(self.out / RECORD, dataclasses.asdict(record), indent=1)
 
     def _prefixed_progress(self, prefix: str) -> Progress:
         return lambda stage, *figures: self.progress(f"{prefix}: {stage}", *figures)

@@ -18,10 +18,11 @@ from regraft.checkpoint.file import (
     seal,
     to_json,
     write_atomic,
+    write_json,
 )
 from regraft.checkpoint.fingerprint import fingerprint
 from regraft.checkpoint.finite import check_finite
-from regraft.checkpoint.folder import check_output_path, publish, resumable_folder, temporary_folder
+from regraft.checkpoint.folder import check_output_path, empty_folder, publish, resumable_folder, temporary_folder
 from regraft.checkpoint.header import FLOATING, StoredTensor, dtype_name, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import parse_json, read_json, read_json_lines
@@ -58,6 +59,7 @@ __all__ = [
     "disk_full_error",
     "dtype_name",
     "dtype_of",
+    "empty_folder",
     "find_path",
     "fingerprint",
     "flat_slice",
@@ -83,6 +85,7 @@ __all__ = [
     "write_atomic",
     "write_checkpoint",
     "write_folder",
+    "write_json",
     "write_record",
     "write_safetensors",
 ]

@@ -99,6 +99,20 @@ def to_json(record: Any, name: str, indent: int | None = None) -> str:
         raise OutcomeError(f"{name}: the figure {field} is infinite or not a number, so nothing is recorded.") from None
 
 
+def write_json(file: Path, record: Any, indent: int | None = None) -> None:
+    """Write a record as JSON, atomically.
+
+    Args:
+        file: The file to write; its name is the record's name in error messages.
+        record: Any value that JSON can represent.
+        indent: The indentation, as for `json.dumps`.
+
+    Raises:
+        OutcomeError: A figure in the record is infinite or not a number.
+    """
+    write_atomic(file, to_json(record, file.name, indent) + "\n")
+
+
 def equals_json(recorded: Any, value: Any) -> bool:
     """Return whether a value read from JSON equals a value that may hold tuples and other types JSON has no word for.
 

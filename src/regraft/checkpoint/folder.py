@@ -127,6 +127,20 @@ def publish(staging: Path, out: Path) -> None:
     sync(out.absolute().parent)
 
 
+def empty_folder(folder: Path) -> Path:
+    """Create an empty folder, and remove what an interrupted run left at its path.
+
+    Args:
+        folder: The folder to create.
+
+    Returns:
+        The folder.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Create a temporary folder, and remove those that killed processes have left.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint.derived import CHUNK_ELEMENTS, DerivedTensors
-from regraft.checkpoint.file import write_atomic
+from regraft.checkpoint.file import equals_json, write_atomic
 from regraft.checkpoint.folder import check_output_path, publish, resumable_folder, working_folder
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.quantised import without_quantisation
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     import torch
 
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
+# configs, tokenizers and chat templates: all that transformers may need besides the weights
+AUXILIARY_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -36,7 +37,8 @@ TOKENIZER_FILES = (
     "*.tiktoken",
 )
 RECORD = "regraft.json"
-RESULTS = "results"
+RESULTS = "results"  # a key of the record that is not part of the provenance
+# records of how a folder was made, which are not true of another one, and the config of an adapter
 NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapter_config.json")
 
 
@@ -129,7 +131,7 @@ def write_folder(
         folder = work / "checkpoints" / "whole"
         folder.mkdir(parents=True, exist_ok=True)
         write_checkpoint(folder, tensors, shard_bytes, progress)
-        copy_auxiliary_files(template, folder, COMPANIONS)
+        copy_auxiliary_files(template, folder, AUXILIARY_FILES)
         if (folder / "config.json").is_file():
             settings = read_json(folder / "config.json")
             changed = without_quantisation(settings | dict(config or {}))
@@ -160,8 +162,7 @@ def is_up_to_date(
     try:
         record = read_json(out / RECORD)
         recorded = {key: record[key] for key in record if key != RESULTS}
-        expected = json.loads(json.dumps(provenance))
-        if recorded == expected or renew(recorded) == expected:
+        if equals_json(recorded, provenance) or equals_json(renew(recorded), provenance):
             return True
     except (CheckpointError, TypeError):
         pass  # not a complete folder of regraft

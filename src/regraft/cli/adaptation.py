@@ -78,9 +78,9 @@ def convert(
         conversion = regraft.convert(
             path, old_base, out, to, new=new_base, rank=rank, energy=energy, task=task, force=force, progress=progress
         )
-    print_text(f"{conversion.kind}: {conversion.kept:.1%} of the delta's squared norm preserved")
-    if conversion.left_out:
-        print_text(f"{conversion.left_out:.1%} is in embeddings, norms and biases, which a LoRA cannot hold")
+    print_text(f"{conversion.kind}: {conversion.preserved:.1%} of the delta's squared norm preserved")
+    if conversion.excluded:
+        print_text(f"{conversion.excluded:.1%} is in embeddings, norms and biases, which a LoRA cannot change")
     print_line(f"adaptation: {conversion.path}")
 
 

@@ -180,8 +180,8 @@ def extract_lora(
             lora = extract(tensors["tuned"], tensors["old"], rank, energy, progress, architecture=architecture)
         write_lora(lora, out, old_base, checkpoints["tuned"].folder, provenance)
         print_text(
-            f"{lora.kept:.1%} of the delta's squared norm preserved; {lora.left_out:.1%} is in embeddings, norms and "
-            "biases, which a LoRA cannot hold"
+            f"{lora.preserved:.1%} of the delta's squared norm preserved; {lora.excluded:.1%} is in embeddings, norms "
+            "and biases, which a LoRA cannot change"
         )
     print_line(f"adapter: {out}")
 

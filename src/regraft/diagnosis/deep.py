@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.adaptation.outcome import versions
-from regraft.checkpoint import check_output_path, to_json, write_atomic
+from regraft.checkpoint import check_output_path, write_json
 from regraft.diagnosis.pair import load_counterpart, load_pair
 from regraft.diagnosis.question import QuestionContext, Questions, all_questions
 from regraft.diagnosis.record import Diagnosis
@@ -90,7 +90,7 @@ def diagnose(
     )
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(out) / RECORD, to_json(dataclasses.asdict(result), RECORD) + "\n")
+        write_json(Path(out) / RECORD, dataclasses.asdict(result))
     return result
 
 

@@ -1,7 +1,7 @@
-"""`aligned`: the old delta, turned into the new base's own coordinates.
+"""`aligned`: the old delta, rotated into the coordinates of the new base.
 
-For bases that were re-trained rather than continued: their features may be the same up to a rotation. Source: the
-Procrustes transport of task vectors, as in Theseus and in Re-Basin (Ainsworth et al., 2023, arXiv:2209.04836).
+For bases that were re-trained rather than continually pre-trained: their features may agree up to a rotation. Source:
+the Procrustes transport of task vectors, as in Theseus and in Re-Basin (Ainsworth et al., 2023, arXiv:2209.04836).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """How the bases' features are aligned.
+    """The rotations between the bases' features, and the texts they are computed from.
 
     Args:
-        shrink: How far the maps are drawn to the identity, from 0 (not at all) to 1 (then it is `direct`).
-        texts: How many of the task's training texts, without labels, the activations are measured on.
+        shrink: The shrinkage of the rotations towards the identity, from 0 (none) to 1 (which is `direct`).
+        texts: The number of the task's training texts, without labels, on which activations are measured.
 
     Raises:
-        RecipeError: A number is out of its range.
+        RecipeError: A number is out of range.
     """
 
     shrink: float = 0.5
@@ -42,26 +42,26 @@ class Alignment:
     def __post_init__(self) -> None:
         """Check every number."""
         if not 0 <= self.shrink <= 1 or self.texts < 1:
-            raise RecipeError(f"shrink is from 0 to 1 (found {self.shrink}), texts at least 1 ({self.texts}).")
+            raise RecipeError(f"shrink must be from 0 to 1 (found {self.shrink}), texts at least 1 ({self.texts}).")
 
 
 def graft_aligned(job: Job, options: Alignment) -> Any:
-    """Find an orthogonal map for the inputs and the outputs of each module, and turn its delta by both.
+    """Compute rotations of the inputs and outputs of each module, and rotate its delta by both.
 
-    With x_n ≈ R·x_o and y_n ≈ S·y_o on the same tokens of the task's texts, a linear layer's D becomes S·D·Rᵀ, of a
-    LoRA B becomes S·B and A becomes A·Rᵀ; a bias d becomes S·d, an embedding's row e becomes S·e, a norm's gain g the
-    diagonal of S·diag(g)·Sᵀ; a head W becomes W·Rᵀ. Experts and other modules keep their delta, and are named in the
-    outcome's notes.
+    With x_n ≈ R·x_o and y_n ≈ S·y_o on the same tokens of the task's texts, the delta D of a linear layer becomes
+    S·D·Rᵀ; in a LoRA, B becomes S·B and A becomes A·Rᵀ. The delta d of a bias becomes S·d, that of an embedding row e
+    S·e, that of a norm's gain g the diagonal of S·diag(g)·Sᵀ, and a head W becomes W·Rᵀ. Experts and other modules keep
+    their delta, and the outcome's notes name them.
 
     Args:
-        job: What and where.
-        options: How.
+        job: The job.
+        options: The rotations and the texts.
 
     Returns:
-        The model, ready to be tuned.
+        The model, ready for tuning.
 
     Raises:
-        KindError: The adaptation is of another kind, or nothing of it can be turned.
+        KindError: The kind of the adaptation is not supported, or none of its modules can be rotated.
     """
     from regraft.adaptation import fresh_model, load_model
     from regraft.adaptation.changes import SUPPORTED_KINDS
@@ -73,31 +73,29 @@ def graft_aligned(job: Job, options: Alignment) -> Any:
     upgrade, head = job.upgrade, job.data.head
     grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, head)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
-    sides = encode_aligned(upgrade, job.data, texts)
-    precision = job.recipe.precision
-    walks = [
-        BlockwiseForward(fresh_model(base, head, 0), examples, precision)
-        for base, examples in zip((upgrade.old, upgrade.new), sides, strict=True)
+    forwards = [
+        BlockwiseForward(fresh_model(base, head, 0), examples, job.recipe.precision)
+        for base, examples in zip((upgrade.old, upgrade.new), encode_aligned(upgrade, job.data, texts), strict=True)
     ]
-    turned, rotations = _Turned(grafted, tuned, upgrade.old, job.adaptation.family), _Rotations(options.shrink)
+    rotated, rotations = _RotatedModel(grafted, tuned, upgrade.old, job.adaptation.family), _Rotations(options.shrink)
     is_head = False
-    tables = _tables(walks, () if job.rows is None else upgrade.old.architecture.token_parameters)
-    for part in range(walks[0].parts):
-        for name, (fed, output) in _spaces(walks, tables).items():
-            if is_head:  # what comes after a head's first layer has that one's coordinates, which stay
+    tables = _table_moments(forwards, () if job.rows is None else upgrade.old.architecture.token_parameters)
+    for part in range(forwards[0].num_parts):
+        for name, (inputs, outputs) in _cross_moments(forwards, tables).items():
+            if is_head:  # later layers of a head have the coordinates of its first layer's output, which stay
                 break
-            is_head = turned.is_head(name)
-            turned.turn(name, None if fed is None else rotations(fed), None if is_head else rotations(output))
-        rotations.forget()
-        job.progress("align", part + 1, walks[0].parts, {})
-    passed_over = turned.passed_over()
-    if not turned.names:
+            is_head = rotated.is_head(name)
+            input_rotation = None if inputs is None else rotations(inputs)
+            rotated.rotate(name, input_rotation, None if is_head else rotations(outputs))
+        rotations.clear()
+        job.progress("align", part + 1, forwards[0].num_parts, {})
+    passed_over = rotated.passed_over()
+    if not rotated.names:
         raise KindError(
-            f"{job.adaptation.path}: aligned can turn none of the {len(passed_over)} modules that were tuned "
-            f"({', '.join(passed_over[:4])}). Take direct or init."
+            f"{job.adaptation.path}: aligned can rotate none of the {len(passed_over)} tuned modules "
+            f"({', '.join(passed_over[:4])}). Use direct or init."
         )
-    moved = rotations.moved
-    job.notes["turned"] = round(sum(moved) / len(moved), 4)  # mean of ‖R − I‖ / √width
+    job.notes["turned"] = round(sum(rotations.distances) / len(rotations.distances), 4)
     if passed_over:
         job.notes["passed_over"] = dict.fromkeys(
             passed_over, "no linear layer or norm, nor an embedding of the same tokens"
@@ -105,57 +103,59 @@ def graft_aligned(job: Job, options: Alignment) -> Any:
     return grafted
 
 
-def _spaces(
-    walks: Sequence[BlockwiseForward], tables: Mapping[str, torch.Tensor]
+def _cross_moments(
+    forwards: Sequence[BlockwiseForward], tables: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
-    """Run a part of both bases; return, for each module with weights of its own, E[x_n·xᵀ_o] of what tells its maps.
+    """Run a part of both bases; return E[x_n·xᵀ_o] of the inputs and outputs of each module with weights of its own.
 
-    A linear layer's input is what it is fed. Its output is what it gives; but where it is wider than its input, so that
-    what it gives has not the rank to tell, what the next layer of that width is fed. A norm's output has the
-    coordinates of its input, and all embeddings those of the tables.
+    The moment of a linear layer's output is that of its output; but if the output is wider than the input, and so of
+    too low a rank, it is the input's moment of the next layer with that width. The moment of a norm's output is that of
+    its input, and that of an embedding's output comes from the tables.
 
     Args:
-        walks: Through the old and the new base.
-        tables: From `_tables`.
+        forwards: The forward passes of the old and the new base.
+        tables: The result of `_table_moments`.
 
     Returns:
-        The moments of inputs (None but for linear layers) and of outputs by name, in the order in which modules run.
+        The moments of inputs (None except for linear layers) and of outputs by name, in the order of execution.
     """
-    old, new = walks
-    own = [[module for module in walk.model.modules() if _is_linear(module) or _is_norm(module)] for walk in walks]
-    modules = {new.names[module]: module for module in own[1]}
-    of_old: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    fed_sums: dict[str, torch.Tensor] = {}
-    output_sums = dict(tables) if new.part == 0 else {}  # some are read without being called
+    old, new = forwards
+    observed = [[m for m in forward.model.modules() if _is_linear(m) or _is_norm(m)] for forward in forwards]
+    modules = {new.names[module]: module for module in observed[1]}
+    old_rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    input_moments: dict[str, torch.Tensor] = {}
+    output_moments = dict(tables) if new.part == 0 else {}  # of all tables, as some are read without a call
 
-    def keep_outputs(name: str, _: int, fed: torch.Tensor, output: torch.Tensor) -> None:
-        of_old[name] = fed, output
+    def store_old_rows(name: str, _: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        old_rows[name] = inputs, outputs
 
-    def add(name: str, _: int, fed: torch.Tensor, output: torch.Tensor) -> None:
-        old_fed, old_output = of_old[name]
+    def add_moments(name: str, _: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        old_inputs, old_outputs = old_rows[name]
         is_linear = _is_linear(modules[name])
-        if (
-            not is_linear
-            and not fed.shape[1] == output.shape[1] == next(modules[name].parameters(recurse=False)).numel()
-        ):
-            return  # an attention with weights of its own, and no norm
-        fed_sums[name] = fed_sums.get(name, 0) + fed.T @ old_fed
-        output_sums[name] = output_sums.get(name, 0) + output.T @ old_output if is_linear else fed_sums[name]
+        if not is_linear:
+            width = next(modules[name].parameters(recurse=False)).numel()
+            if not inputs.shape[1] == outputs.shape[1] == width:
+                return  # no norm, but an attention with weights of its own
+        input_moments[name] = input_moments.get(name, 0) + inputs.T @ old_inputs
+        output_moments[name] = (
+            output_moments.get(name, 0) + outputs.T @ old_outputs if is_linear else input_moments[name]
+        )
 
-    for number in range(len(old.batches)):
-        old.run_batch(number, own[0], keep_outputs, keep_outputs=True)
-        new.run_batch(number, own[1], add, keep_outputs=True)
-        of_old.clear()
-    for walk in walks:
-        walk.part += 1
-    spaces: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
-    read: dict[int, torch.Tensor] = {}
-    for name, output in reversed(output_sums.items()):
-        fed = fed_sums[name] if name in modules and _is_linear(modules[name]) else None
-        spaces[name] = fed, read.get(len(output), output) if fed is not None and len(output) > len(fed) else output
-        if fed is not None:
-            read[len(fed)] = fed
-    return dict(reversed(spaces.items()))
+    for index in range(len(old.batches)):
+        old.run_batch(index, observed[0], store_old_rows, keep_outputs=True)
+        new.run_batch(index, observed[1], add_moments, keep_outputs=True)
+        old_rows.clear()
+    for forward in forwards:
+        forward.part += 1
+    moments: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
+    next_inputs: dict[int, torch.Tensor] = {}  # the moment of the next linear layer's input, by width
+    for name, outputs in reversed(output_moments.items()):
+        inputs = input_moments[name] if name in modules and _is_linear(modules[name]) else None
+        is_widening = inputs is not None and len(outputs) > len(inputs)
+        moments[name] = inputs, next_inputs.get(len(outputs), outputs) if is_widening else outputs
+        if inputs is not None:
+            next_inputs[len(inputs)] = inputs
+    return dict(reversed(moments.items()))
 
 
 def _is_linear(module: Any) -> bool:
@@ -166,16 +166,17 @@ def _is_linear(module: Any) -> bool:
 
 
 def _is_norm(module: Any) -> bool:
-    own = dict(module.named_parameters(recurse=False))
-    return "weight" in own and all(weight.dim() == 1 for weight in own.values())
+    parameters = dict(module.named_parameters(recurse=False))
+    return "weight" in parameters and all(parameter.dim() == 1 for parameter in parameters.values())
 
 
-def _tables(walks: Sequence[BlockwiseForward], apart: Collection[str]) -> dict[str, torch.Tensor]:
-    """Compute the cross moments of all embedding tables of each one's width: the first block reads sums of their rows.
+def _table_moments(forwards: Sequence[BlockwiseForward], excluded: Collection[str]) -> dict[str, torch.Tensor]:
+    """Compute the cross moments of embedding tables, summed by width: the first block reads sums of their rows.
 
     Args:
-        walks: Through the old and the new base.
-        apart: The tables whose rows stand for other tokens in the two, by parameter inside the body; they are left out.
+        forwards: The forward passes of the old and the new base.
+        excluded: The tables to leave out, because their rows stand for different tokens in the two bases; parameter
+            names inside the body.
 
     Returns:
         The moments, [width, width], by the table's name.
@@ -183,10 +184,15 @@ def _tables(walks: Sequence[BlockwiseForward], apart: Collection[str]) -> dict[s
     from torch import nn
 
     old, new = (
-        {name: m.weight.detach().double() for m, name in w.names.items() if isinstance(m, nn.Embedding)} for w in walks
+        {
+            name: module.weight.detach().double()
+            for module, name in forward.names.items()
+            if isinstance(module, nn.Embedding)
+        }
+        for forward in forwards
     )
-    start = f"{walks[0].model.base_model_prefix}."
-    names = [name for name in old if f"{name}.weight".removeprefix(start) not in apart]
+    prefix = f"{forwards[0].model.base_model_prefix}."
+    names = [name for name in old if f"{name}.weight".removeprefix(prefix) not in excluded]
     sums: dict[int, torch.Tensor] = {}
     for name in names:
         sums[old[name].shape[1]] = sums.get(old[name].shape[1], 0) + new[name].T @ old[name]
@@ -194,49 +200,59 @@ def _tables(walks: Sequence[BlockwiseForward], apart: Collection[str]) -> dict[s
 
 
 class _Rotations:
-    """The rotation of each space, computed once however many modules read it."""
+    """Rotations by cross moments, each computed once for all modules with the same moments.
+
+    Args:
+        shrink: The shrinkage towards the identity, 0–1.
+
+    Attributes:
+        distances: ‖R − I‖ / √width of each rotation R.
+    """
 
     def __init__(self, shrink: float):
-        self.shrink, self.moved = shrink, list[float]()
-        self.spaces: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.shrink, self.distances = shrink, list[float]()
+        self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, cross: torch.Tensor) -> torch.Tensor:
         import torch
 
         from regraft.weights import rotation
 
-        for other, turn in self.spaces:
-            if cross.shape == other.shape and torch.equal(cross, other):
-                return turn
-        turn = rotation(cross, self.shrink)
-        self.moved.append(float((turn - torch.eye(len(turn)).to(turn)).norm() / len(turn) ** 0.5))
-        self.spaces.append((cross, turn))
-        return turn
+        for cached_cross, cached_rotation in self._cache:
+            if cross.shape == cached_cross.shape and torch.equal(cross, cached_cross):
+                return cached_rotation
+        matrix = rotation(cross, self.shrink)
+        self.distances.append(float((matrix - torch.eye(len(matrix)).to(matrix)).norm() / len(matrix) ** 0.5))
+        self._cache.append((cross, matrix))
+        return matrix
 
-    def forget(self) -> None:
-        """Forget the spaces of a part that is done."""
-        self.spaces.clear()
+    def clear(self) -> None:
+        """Clear the cache, which no later part uses."""
+        self._cache.clear()
 
 
-class _Turned:
-    """The grafted model, whose deltas are turned in place.
+class _RotatedModel:
+    """The grafted model, whose deltas are rotated in place.
 
     Args:
-        grafted: The adaptation put on the new base.
-        tuned: The adaptation on the old base.
+        grafted: The adaptation on the new base, as a model.
+        tuned: The adaptation on the old base, as a model.
         old: The old base.
-        family: The adaptation's.
+        family: The family of the adaptation.
+
+    Attributes:
+        names: The names of the rotated modules, without heads.
     """
 
     def __init__(self, grafted: Any, tuned: Any, old: Base, family: Family):
         modules = [(name, module) for name, module in grafted.named_modules() if "original_module" not in name]
-        self.modules = {_plain(name): module for name, module in modules}
+        self.modules = {_plain_name(name): module for name, module in modules}
         self.tuned = {
-            _plain(name): weight for name, weight in tuned.named_parameters() if "original_module" not in name
+            _plain_name(name): weight for name, weight in tuned.named_parameters() if "original_module" not in name
         }
         self.old = old
-        self.whole = {_plain(name) for name, _ in modules if family.tunes_module_weight(name, old)}
-        self.names: set[str] = set()  # of the modules that were turned, heads left out
+        self.fully_tuned = {_plain_name(name) for name, _ in modules if family.tunes_module_weight(name, old)}
+        self.names: set[str] = set()
 
     def is_head(self, name: str) -> bool:
         """Return whether a module is not in the base."""
@@ -244,13 +260,13 @@ class _Turned:
 
         return base_tensor(f"{name}.weight", self.old) is None
 
-    def turn(self, name: str, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> None:
-        """Turn what the adaptation changes in a module.
+    def rotate(self, name: str, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> None:
+        """Rotate the delta of a module.
 
         Args:
-            name: The module's, in a model without an adapter.
-            inputs: R, of a linear layer.
-            outputs: S; None for a head.
+            name: The module's name in a model without an adapter.
+            inputs: R, the rotation of a linear layer's inputs.
+            outputs: S, the rotation of the outputs; None for a head.
         """
         from torch import nn
 
@@ -260,66 +276,68 @@ class _Turned:
         if outputs is not None and self._is_changed(name, module):
             self.names.add(name)
         if outputs is None:
-            _set(module.weight, module.weight, inputs, None)
-        elif name in self.whole:
-            for part, weight in module.named_parameters(recurse=False):
-                value, base = self.tuned[f"{name}.{part}"], base_tensor(f"{name}.{part}", self.old)
+            _replace_delta(module.weight, module.weight, inputs, None)
+        elif name in self.fully_tuned:
+            for parameter_name, weight in module.named_parameters(recurse=False):
+                value = self.tuned[f"{name}.{parameter_name}"]
+                base = base_tensor(f"{name}.{parameter_name}", self.old)
                 delta = value - (0 if base is None else base.to(value))
                 if isinstance(module, nn.Embedding):
-                    _set(weight, delta, outputs, None)
+                    _replace_delta(weight, delta, outputs, None)
                 elif weight.dim() == 2 and is_transposed(module):
-                    _set(weight, delta, outputs, inputs)
+                    _replace_delta(weight, delta, outputs, inputs)
                 elif weight.dim() == 2:
-                    _set(weight, delta, inputs, outputs)
+                    _replace_delta(weight, delta, inputs, outputs)
                 else:
-                    is_gain = part == "weight"
-                    _set(weight, delta[:, None], None, outputs.square() if is_gain else outputs)
+                    is_gain = parameter_name == "weight"
+                    _replace_delta(weight, delta[:, None], None, outputs.square() if is_gain else outputs)
         elif hasattr(module, "lora_A"):
-            _set(module.lora_A[ADAPTER].weight, module.lora_A[ADAPTER].weight, inputs, None)
-            _set(module.lora_B[ADAPTER].weight, module.lora_B[ADAPTER].weight, None, outputs)
+            _replace_delta(module.lora_A[ADAPTER].weight, module.lora_A[ADAPTER].weight, inputs, None)
+            _replace_delta(module.lora_B[ADAPTER].weight, module.lora_B[ADAPTER].weight, None, outputs)
         elif hasattr(module, "bottleneck"):
             down, up = module.bottleneck.down, module.bottleneck.up
-            _set(down.weight, down.weight, outputs, None)
-            _set(up.weight, up.weight, None, outputs)
-            _set(up.bias, up.bias[:, None], None, outputs)
+            _replace_delta(down.weight, down.weight, outputs, None)
+            _replace_delta(up.weight, up.weight, None, outputs)
+            _replace_delta(up.bias, up.bias[:, None], None, outputs)
 
     def passed_over(self) -> list[str]:
-        """Name the modules of the body that tuning changed and that were not turned."""
+        """List the modules of the body that tuning changed and that were not rotated."""
         from regraft.adaptation.changes import parameter_of
 
-        left = [n for n, module in self.modules.items() if n not in self.names and self._is_changed(n, module)]
-        return [n if n in self.whole else parameter_of(n, self.modules[n]) for n in left]
+        names = [n for n, module in self.modules.items() if n not in self.names and self._is_changed(n, module)]
+        return [n if n in self.fully_tuned else parameter_of(n, self.modules[n]) for n in names]
 
     def _is_changed(self, name: str, module: Any) -> bool:
         import torch
 
         from regraft.adaptation.changes import base_tensor
 
-        if name not in self.whole:
+        if name not in self.fully_tuned:
             return hasattr(module, "bottleneck") or ADAPTER in getattr(module, "lora_A", ())
-        parts = [f"{name}.{part}" for part, _ in module.named_parameters(recurse=False)]
-        bases = {part: base_tensor(part, self.old) for part in parts}
-        return any(
-            base is not None and not torch.equal(self.tuned[part], base.to(self.tuned[part]))
-            for part, base in bases.items()
-        )
+        for parameter_name, _ in module.named_parameters(recurse=False):
+            tuned, base = self.tuned[f"{name}.{parameter_name}"], base_tensor(f"{name}.{parameter_name}", self.old)
+            if base is not None and not torch.equal(tuned, base.to(tuned)):
+                return True
+        return False
 
 
-def _plain(name: str) -> str:
+def _plain_name(name: str) -> str:
     return name.removeprefix(START).replace(f".modules_to_save.{ADAPTER}", "")
 
 
-def _set(weight: torch.Tensor, delta: torch.Tensor, right: torch.Tensor | None, left: torch.Tensor | None) -> None:
-    """Put left·delta·rightᵀ into a weight in the place of the delta that is in it."""
+def _replace_delta(
+    weight: torch.Tensor, delta: torch.Tensor, right: torch.Tensor | None, left: torch.Tensor | None
+) -> None:
+    """Replace the delta that is part of a weight by left·delta·rightᵀ, in place."""
     import torch
 
     with torch.no_grad():
-        turned = delta.double()
-        turned = turned if right is None else turned @ right.T.to(turned)
-        turned = turned if left is None else left.to(turned) @ turned
-        weight.add_((turned - delta.double()).reshape(weight.shape).to(weight))
+        rotated = delta.double()
+        rotated = rotated if right is None else rotated @ right.T.to(rotated)
+        rotated = rotated if left is None else left.to(rotated) @ rotated
+        weight.add_((rotated - delta.double()).reshape(weight.shape).to(weight))
 
 
 ALIGNED = Start(
-    "aligned", graft_aligned, Alignment, summary="turn the old delta into the new base's coordinates", needs=("text",)
+    "aligned", graft_aligned, Alignment, summary="rotate the old delta into the new base's coordinates", needs=("text",)
 )

@@ -1,4 +1,4 @@
-"""`auto`: the cheapest method whose result passes, by a ladder from no training to scratch."""
+"""`auto`: the cheapest method whose result passes, in stages from no training to scratch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import is_sealed, seal
+from regraft.checkpoint import is_sealed, seal, write_json
 from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Method, Part
 from regraft.methods.objectives import DISTILL
-from regraft.methods.target import pseudo_labelled, set_target, write_record
+from regraft.methods.target import pseudo_labelled, set_target
 from regraft.recipe import NUM_SEEDS
 from regraft.tuning.distill import Distillation
 
-HOPELESS = 0.5  # of the old score above guessing: with less, a fresh start is likely to be as good
+SCRATCH_BELOW_SHARE = 0.5  # of the old score above chance: below it, scratch is likely to be as good
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from regraft.methods.job import Job
@@ -29,17 +30,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Auto:
-    """What is good enough, and what may be tried.
+    """The stages to run, and the target that ends them.
 
     Args:
-        tolerance: How much of the metric may be lost against the target: 0.01 is a point, or a hundredth of what the
-            old deployment has above guessing where 1 does not bound the metric.
-        target: A score on dev to reach; None for the old deployment's, raised where the new base is better at the task.
-        confidence: How sure it must be that no more is lost, by the paired bootstrap over dev.
-        labels: Whether labels may be used; without, the old model's predictions stand for them.
-        training_free: Methods that are tried before any tuning, in order.
-        budgets: The shares of the recipe's steps after which tuning is looked at; each goes on from the one before.
-        scratch: Whether to tune from scratch where all else keeps less than half of the old score above guessing.
+        tolerance: How far below the target the score may be: 0.01 is one point, or if 1 does not bound the metric, a
+            hundredth of the old deployment's score above chance.
+        target: A score on dev to reach; None for the old deployment's, raised if the new base is better at the task.
+        confidence: The confidence that no more is lost, by the paired bootstrap over dev.
+        labels: Whether to use labels; if not, the old model's predictions replace them.
+        training_free: The methods to try before any tuning, in order.
+        budgets: The shares of the recipe's steps after which tuning is tested; each continues the one before.
+        scratch: Whether to tune from scratch if everything else keeps less than half of the old score above chance.
 
     Raises:
         RecipeError: A number is out of its range.
@@ -61,162 +62,173 @@ class Auto:
                 f"({self.confidence})."
             )
         if self.target is not None and not math.isfinite(self.target):
-            raise RecipeError(f"target is a score, found {self.target}.")
+            raise RecipeError(f"target must be a score, found {self.target}.")
         if not self.training_free or self.training_free[0] != "direct":
-            raise RecipeError(f"the ladder begins with direct, found {self.training_free}.")
-        rising = [0.0, *self.budgets, 1.0]
-        if sorted(set(rising[:-1])) != rising[:-1] or not rising[-2] <= 1:
-            raise RecipeError(f"budgets are shares of the steps that rise to at most 1, found {self.budgets}.")
+            raise RecipeError(f"training_free must start with direct, found {list(self.training_free)}.")
+        shares = [0.0, *self.budgets]
+        if sorted(set(shares)) != shares or not shares[-1] <= 1:
+            raise RecipeError(f"budgets must be increasing shares of the steps, at most 1, found {list(self.budgets)}.")
         if not self.labels and self.target is not None:
-            raise RecipeError("a target needs labels on dev; without labels the old model is what is to be met.")
+            raise RecipeError("a target needs labels on dev; without labels, the target is the old model.")
 
 
-def climb_ladder(job: Job, options: Auto) -> list[dict[str, float]]:
-    """Climb the ladder until a rung passes, or until climbing no longer helps.
+def find_cheapest(job: Job, options: Auto) -> Curve:
+    """Run stage after stage until one passes, or until more tuning no longer helps.
 
-    A rung passes if its score on dev, minus the target's, is above −tolerance with the wanted confidence. The target
-    is the old deployment; where a linear probe on the bases' features finds the new one better at the task, its gain
-    is added. Tuning starts from the best rung so far; where it gains less than the tolerance the ladder ends. If no
-    rung passes, the cheapest is taken that no dearer one beats by the tolerance.
+    A stage passes if its score on dev is less than the tolerance below the target, with the chosen confidence. The
+    target is the old deployment's score; if a linear probe on the bases' features scores higher on the new base, its
+    gain is added. Tuning starts from the best stage so far, and ends once it gains less than the tolerance. If no stage
+    passes, the result is the cheapest stage that no more expensive one beats by the tolerance.
 
     Args:
-        job: What and where.
-        options: What is good enough.
+        job: The job.
+        options: The stages and the target.
 
     Returns:
-        The learning curve of all tuning that was done, one after the other; empty if none was.
+        The learning curves of all tuning, joined; empty if nothing was tuned.
     """
     if not options.labels:
         job = dataclasses.replace(job, data=pseudo_labelled(job))
-    bar = set_target(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
-    climb = _Climb(job, bar)
-    chosen, why = _choose(climb, bar, options)
+    target = set_target(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
+    stages = _Stages(job, target)
+    chosen, reason = _choose(stages, target, options)
     notes = {
         "chosen": chosen["rung"],
-        "why": why,
-        "target": round(bar.target, 4),
-        "old_deployment": round(bar.old, 4),
-        "probe_gain": None if bar.gain is None else dataclasses.asdict(bar.gain),
-        "tried": [{name: value for name, value in rung.items() if name != "curve"} for rung in climb.rungs],
-        "seconds": round(sum(rung["seconds"] for rung in climb.rungs), 2),
+        "why": reason,
+        "target": round(target.score, 4),
+        "old_deployment": round(target.old, 4),
+        "probe_gain": None if target.gain is None else dataclasses.asdict(target.gain),
+        "tried": [{name: value for name, value in stage.items() if name != "curve"} for stage in stages.results],
+        "seconds": round(sum(stage["seconds"] for stage in stages.results), 2),
     }
     job.notes.update(notes)
-    if left := chosen["notes"].get("passed_over"):
-        job.notes["passed_over"] = left
+    if passed_over := chosen["notes"].get("passed_over"):
+        job.notes["passed_over"] = passed_over
     if not options.labels:
         job.notes["labels"] = 0
         job.notes["cannot_know"] = (
             "without labels, scores here are agreement with the old model: whether it is right where the two differ, "
             "and what the new base could do better, cannot be known"
         )
-    shutil.copytree(climb.folder(chosen["rung"]) / "adaptation", job.into)
-    return climb.curve()
+    shutil.copytree(stages.folder(chosen["rung"]) / "adaptation", job.into)
+    return stages.curve()
 
 
-class _Climb:
-    """The rungs that were tried, each in a folder of its own that an interrupted climb finds again.
+class _Stages:
+    """The stages of a run, each in a folder of its own that a resumed run reads instead of running the stage again.
 
     Args:
-        job: The job they are for.
-        bar: What they are tested against.
+        job: The job.
+        target: The target that the stages are tested against.
+
+    Attributes:
+        results: The results so far; the name of a stage is its `rung`, as in outcomes of regraft 0.1.
     """
 
-    def __init__(self, job: Job, bar: Target):
-        self.job, self.bar = job, bar
-        self.rungs: list[dict[str, Any]] = []
+    def __init__(self, job: Job, target: Target):
+        self.job, self.target = job, target
+        self.results: list[dict[str, Any]] = []
 
-    def folder(self, rung: str) -> Path:
-        return self.job.work / "rungs" / rung.replace("+", "-").replace(" ", "-")
+    def folder(self, name: str) -> Path:
+        return self.job.work / "stages" / name.replace("+", "-").replace(" ", "-")
 
-    def curve(self) -> list[dict[str, float]]:
-        """Join the learning curves of all rungs that were trained."""
-        joined: list[dict[str, float]] = []
-        for rung in self.rungs:
+    def curve(self) -> Curve:
+        """Join the learning curves of all stages that were tuned."""
+        joined: Curve = []
+        for result in self.results:
             steps, seconds = (joined[-1]["step"], joined[-1]["seconds"]) if joined else (0, 0.0)
-            points = rung["curve"][1:] if joined and rung["rung"] != "scratch" else rung["curve"]
+            points = result["curve"][1:] if joined and result["rung"] != "scratch" else result["curve"]
             joined += [{**p, "step": p["step"] + steps, "seconds": p["seconds"] + seconds} for p in points]
         return joined
 
     def best(self, margin: float) -> dict[str, Any]:
-        """Return the best rung; a dearer one must be better by more than a margin."""
-        best, metric = self.rungs[0], self.bar.metric
-        for rung in self.rungs[1:]:
-            if metric.merit(rung["score"]) > metric.merit(best["score"]) + margin:
-                best = rung
+        """Return the best stage; a more expensive one must be better by more than a margin."""
+        best, metric = self.results[0], self.target.metric
+        for result in self.results[1:]:
+            if metric.merit(result["score"]) > metric.merit(best["score"]) + margin:
+                best = result
         return best
 
-    def try_method(self, name: str) -> dict[str, Any] | None:
-        """Run a method with its defaults as a rung; None if it cannot carry this kind of adaptation."""
+    def run_method(self, name: str) -> dict[str, Any] | None:
+        """Run a method with its default options; return None if it does not support this kind of adaptation."""
         from regraft.methods.registry import find_method
 
         method = find_method(name)
         try:
-            return self._rung(name, method.run)
+            return self._run(name, method.run)
         except KindError:
             return None
 
-    def tune_on(self, done: float, budget: float) -> dict[str, Any]:
-        """Tune from the best rung so far, from a share of the steps to a larger one, a fading teacher beside labels."""
-        best = self.best(0.0)["rung"]
-        steps = self.job.recipe.steps or 1
-        share = max(1, round(steps * budget) - round(steps * done))
-        recipe = dataclasses.replace(
-            self.job.recipe, steps=share, eval_every=min(share, self.job.recipe.eval_every or share),
-            seed=(self.job.recipe.seed + round(steps * done)) % NUM_SEEDS,
-        )  # fmt: skip
+    def tune(self, start_share: float, end_share: float) -> dict[str, Any]:
+        """Tune the best stage so far on labels and a teacher whose weight decays.
 
-        def tune_further(part: Job) -> Curve:
-            model = dataclasses.replace(part, into=self.folder(best) / "adaptation").load()
-            curve: Curve = DISTILL.run(dataclasses.replace(part, recipe=recipe), model, Distillation(decay="linear"))
+        Args:
+            start_share: The share of the recipe's steps that earlier stages took.
+            end_share: The share of the recipe's steps after this stage.
+        """
+        best = self.best(0.0)["rung"]
+        total = self.job.recipe.steps or 1
+        steps = max(1, round(total * end_share) - round(total * start_share))
+        recipe = dataclasses.replace(
+            self.job.recipe,
+            steps=steps,
+            eval_every=min(steps, self.job.recipe.eval_every or steps),
+            seed=(self.job.recipe.seed + round(total * start_share)) % NUM_SEEDS,
+        )
+
+        def tune_further(stage: Job) -> Curve:
+            model = dataclasses.replace(stage, into=self.folder(best) / "adaptation").load()
+            curve: Curve = DISTILL.run(dataclasses.replace(stage, recipe=recipe), model, Distillation(decay="linear"))
             return curve
 
-        return self._rung(f"{best.partition(',')[0]}, tuned {100 * budget:.0f} %", tune_further)
+        return self._run(f"{best.partition(',')[0]}, tuned {100 * end_share:.0f} %", tune_further)
 
-    def _rung(self, name: str, run: Any) -> dict[str, Any]:
+    def _run(self, name: str, run: Callable[[Job], Curve]) -> dict[str, Any]:
         folder = self.folder(name)
-        record, whole = folder / "rung.json", folder / "sealed.json"
-        if not is_sealed(whole):
+        file, seal_file = folder / "stage.json", folder / "sealed.json"
+        if not is_sealed(seal_file):
             shutil.rmtree(folder / "adaptation", ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
-            part = dataclasses.replace(self.job, work=folder, into=folder / "adaptation", notes={}, labelled=set())
+            stage = dataclasses.replace(self.job, work=folder, into=folder / "adaptation", notes={}, labelled=set())
             started = time.perf_counter()
-            curve = run(part)
+            curve = run(stage)
             seconds = curve[-1]["seconds"] if curve else time.perf_counter() - started
-            entry: dict[str, Any] = {
+            result: dict[str, Any] = {
                 "rung": name,
                 "steps": int(curve[-1]["step"]) if curve else 0,
                 "seconds": round(seconds, 2),
             }
-            entry |= self.bar.measure(part.deploy(part.load(trainable=False)).predictions(part.data.dev))
-            write_record(record, {**entry, "notes": part.notes, "curve": curve})
-            seal(whole, [record, *(file for file in part.into.rglob("*") if file.is_file())])
-        self.rungs.append(json.loads(record.read_text(encoding="utf-8")))
-        return self.rungs[-1]
+            result |= self.target.measure(stage.deploy(stage.load(trainable=False)).predictions(stage.data.dev))
+            write_json(file, {**result, "notes": stage.notes, "curve": curve})
+            seal(seal_file, [file, *(path for path in stage.into.rglob("*") if path.is_file())])
+        self.results.append(json.loads(file.read_text(encoding="utf-8")))
+        return self.results[-1]
 
 
-def _choose(climb: _Climb, bar: Target, options: Auto) -> tuple[dict[str, Any], str]:
-    """Try rung after rung; return the one to take, and why."""
+def _choose(stages: _Stages, target: Target, options: Auto) -> tuple[dict[str, Any], str]:
+    """Run stage after stage; return the one to use, and the reason."""
     for name in options.training_free:
-        rung = climb.try_method(name)
-        if rung and rung["verdict"] == "passes":
-            return rung, f"{name} passes: {bar.describe(rung)}"
-    done, why = 0.0, "the whole budget of tuning was spent"
+        stage = stages.run_method(name)
+        if stage and stage["verdict"] == "passes":
+            return stage, f"{name} passes: {target.describe(stage)}"
+    spent, reason, metric = 0.0, "the whole budget of tuning was spent", target.metric
     for budget in options.budgets:
-        before = climb.best(0.0)["score"]
-        rung = climb.tune_on(done, budget)
-        if rung["verdict"] == "passes":
-            return rung, f"{rung['rung']} passes: {bar.describe(rung)}"
-        gained, metric = bar.improvement(rung["score"], before), bar.metric
-        if gained < bar.tolerance and (done or rung["verdict"] != "fails"):  # what is far below gets a second look
-            gain = f"{metric.describe(gained, '.1f')}{metric.unit}"
-            why = f"the last {100 * (budget - done):.0f} % of the steps gained {gain}"
+        score_before = stages.best(0.0)["score"]
+        stage = stages.tune(spent, budget)
+        if stage["verdict"] == "passes":
+            return stage, f"{stage['rung']} passes: {target.describe(stage)}"
+        gain = metric.gain(stage["score"], score_before)
+        # a stage that clearly fails at first is tuned once more: far from the target, progress may start late
+        if gain < target.tolerance and (spent or stage["verdict"] != "fails"):
+            description = f"{metric.describe(gain, '.1f')}{metric.unit}"
+            reason = f"the last {100 * (budget - spent):.0f} % of the steps gained {description}"
             break
-        done = budget
-    if options.scratch and bar.survival(climb.best(0.0)["score"]) < HOPELESS:
-        climb.try_method("scratch")
-        why += "; little of the old weights survives, so scratch was tried"
-    best = climb.best(bar.tolerance)
-    return best, f"nothing passes ({why}): {best['rung']} is taken, {bar.describe(best)}"
+        spent = budget
+    if options.scratch and target.recovered_share(stages.best(0.0)["score"]) < SCRATCH_BELOW_SHARE:
+        stages.run_method("scratch")
+        reason += "; little of the old weights survives, so scratch was tried"
+    best = stages.best(target.tolerance)
+    return best, f"nothing passes ({reason}): {best['rung']} is taken, {target.describe(best)}"
 
 
 def _needs(options: Auto) -> tuple[str, ...]:
@@ -224,5 +236,7 @@ def _needs(options: Auto) -> tuple[str, ...]:
 
 
 AUTO = Method(
-    "auto", "the cheapest of the methods that passes a test", (Part("auto", climb_ladder, Auto, needs=_needs),)
+    "auto",
+    "the cheapest of the methods that passes a test",
+    (Part("auto", find_cheapest, Auto, needs=_needs, scores_agreement=lambda options: not options.labels),),
 )

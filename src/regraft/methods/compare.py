@@ -1,4 +1,4 @@
-"""Several methods on the same data, seeds and order, held against tuning from scratch."""
+"""Compares methods with tuning from scratch on the same data, seeds and order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_model
-from regraft.checkpoint import check_output_path, to_json, write_atomic
+from regraft.checkpoint import check_output_path, write_json
 from regraft.errors import RecipeError
 from regraft.methods.comparison import Comparison, Row
 from regraft.methods.recycle import recycle
@@ -38,19 +38,19 @@ def compare(
     force: bool = False,
     progress: Progress = silent,
 ) -> Comparison:
-    """Run methods on the same data, seeds and order, and hold them against scratch and the old deployment.
+    """Run methods on the same data, seeds and order, and compare them with scratch and the old deployment.
 
     Args:
         upgrade: The old and the new base.
-        adaptation: What was tuned on the old base, or its folder.
-        task: A task file, a `Task` or its data.
-        methods: Their names; scratch is added if it is missing, as the reference.
-        out: The folder for the outcome folders and `comparison.json`; outcomes that are there are kept.
-        recipe: How to train, the same for all.
-        seeds: One run each; they take the place of the recipe's seed.
-        options: A method's options by its name.
-        force: Take the old base in spite of another fingerprint.
-        progress: Told of each step.
+        adaptation: The adaptation to the old base, or its folder.
+        task: The task: a task file, a `Task` or its data.
+        methods: The names of the methods; scratch is added as the reference if it is missing.
+        out: The folder for the outcome folders and `comparison.json`; existing outcomes of the same inputs are reused.
+        recipe: The recipe for training, the same for all methods.
+        seeds: The seeds, in place of the recipe's; each method runs once per seed.
+        options: The methods' options by name.
+        force: Whether to accept an old base with another fingerprint than the recorded one.
+        progress: Called at each step.
 
     Returns:
         The comparison.
@@ -63,7 +63,7 @@ def compare(
         find_method(name)
     recipe, out = recipe or Recipe(), Path(out)
     if not seeds or len(set(seeds)) < len(seeds):
-        raise RecipeError(f"seeds are one or more, each once, found {', '.join(map(str, seeds)) or 'none'}.")
+        raise RecipeError(f"seeds must be one or more different numbers, found {', '.join(map(str, seeds)) or 'none'}.")
     for seed in seeds:
         dataclasses.replace(recipe, seed=seed)
     check_output_path(out)
@@ -78,7 +78,7 @@ def compare(
         precision = recipe.resolve(len(data.train), 1.0).precision
         deployment = Deployment(load_model(adaptation, upgrade.old, data.head), upgrade.old, data, precision, progress)
         old.append(deployment.score(split))
-        was_right = deployment.right(split)
+        old_right = deployment.right(split)
         runs: dict[str, Outcome] = {}
         for name in names:
             runs[name] = recycle(
@@ -90,9 +90,9 @@ def compare(
                 recipe=dataclasses.replace(recipe, seed=seed),
                 options=(options or {}).get(name),
                 force=force,
-                progress=lambda stage, *rest, name=name: progress(f"{name}: {stage}", *rest),
+                progress=lambda stage, *details, name=name: progress(f"{name}: {stage}", *details),
             )
-            rows[name].append(_row(runs[name], runs["scratch"], split.name, was_right))
+            rows[name].append(_row(runs[name], runs["scratch"], split.name, old_right))
             outcomes.append(str(runs[name].path))
         majority.append(runs["scratch"].scores[f"{split.name}_majority"] or 0.0)
     comparison = Comparison(
@@ -101,18 +101,18 @@ def compare(
         split=split.name,
         old=statistics.fmean(old),
         majority=statistics.fmean(majority),
-        rows=tuple(_mean(several) for several in rows.values()),
+        rows=tuple(_mean(rows_by_seed) for rows_by_seed in rows.values()),
         outcomes=tuple(outcomes),
     )
-    write_atomic(out / "comparison.json", to_json(dataclasses.asdict(comparison), "comparison.json", indent=2) + "\n")
+    write_json(out / "comparison.json", dataclasses.asdict(comparison), indent=2)
     return comparison
 
 
-def _row(outcome: Outcome, scratch: Outcome, split: str, was_right: Sequence[bool]) -> Row:
+def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[bool]) -> Row:
     record, curve, scores = outcome.record, outcome.curve, outcome.record.scores
     start, test = scores.dev_at_start, scores.of(split)
-    floor, reference = scratch.record.scores.majority(split), scratch.record.scores.of(split)
-    assert start is not None and test is not None and floor is not None and reference is not None  # there are labels
+    chance, reference = scratch.record.scores.majority(split), scratch.record.scores.of(split)
+    assert start is not None and test is not None and chance is not None and reference is not None  # as it has labels
     metric, target = find_metric(record.task.metric), scratch.curve[-1]["score"]
     reached = next((point for point in curve if metric.gain(point["score"], target) >= 0), None)
     return Row(
@@ -122,10 +122,10 @@ def _row(outcome: Outcome, scratch: Outcome, split: str, was_right: Sequence[boo
         dev=max((point["score"] for point in curve), key=metric.merit),
         test=test,
         test_deviation=None,
-        recovery=recovery(test, floor, reference, metric),
+        recovery=recovery(test, chance, reference, metric),
         steps_to_scratch=reached["step"] if reached else None,
         seconds_to_scratch=reached["seconds"] if reached else None,
-        negative_flips=count_flips(was_right, outcome.right(split)).negative_rate,
+        negative_flips=count_flips(old_right, outcome.right(split)).negative_rate,
         labels=record.cost.labels,
         steps=record.cost.steps,
         seconds=record.cost.seconds,
@@ -133,7 +133,7 @@ def _row(outcome: Outcome, scratch: Outcome, split: str, was_right: Sequence[boo
 
 
 def _mean(rows: list[Row]) -> Row:
-    """Average over seeds; a figure that one seed lacks is lacking (a target not reached is not an average)."""
+    """Average over seeds; a figure that one seed lacks is None, since a target that is not reached has no average."""
 
     def mean(name: str) -> Any:
         values = [getattr(row, name) for row in rows]

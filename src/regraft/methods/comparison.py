@@ -1,4 +1,4 @@
-"""What came of several methods, as `comparison.json` holds it."""
+"""The record of a comparison of methods, `comparison.json`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ SCHEMA = 2  # regraft 0.1 wrote no schema, and recovery in percent
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One method with one seed, or the mean over seeds.
+    """The results of one method with one seed, or their mean over seeds.
 
     Args:
-        method: Its name.
-        seeds: The seeds it stands for.
+        method: The name of the method.
+        seeds: The seeds.
         start: The score on dev before the first step.
         dev: The best score on dev.
-        test: The score on test; on dev where there is no test. The figures below are of the same split.
-        test_deviation: Its standard deviation over seeds, None for one seed.
-        recovery: (score − majority) / (scratch's score − majority), None where that gap is below 3 points.
-        steps_to_scratch: Steps until dev first reached scratch's last score, None if it never did.
+        test: The score on test, or on dev if there is no test. The figures below are of the same split.
+        test_deviation: The standard deviation of that score over seeds; None for one seed.
+        recovery: (score − majority) / (scratch's score − majority); None if that gap is below 3 points.
+        steps_to_scratch: The steps until dev first reached scratch's last score; None if it never did.
         seconds_to_scratch: The same in seconds of training.
-        negative_flips: The share of examples the old deployment had right and this has wrong.
-        labels: Labelled training examples that were seen.
-        steps: Steps of the whole training.
-        seconds: Seconds of it; of the whole method where nothing is trained.
+        negative_flips: The share of examples that the old deployment has right and this one wrong, 0–1.
+        labels: The number of labelled training examples that were used.
+        steps: The number of training steps.
+        seconds: The seconds of training, or of the whole method if nothing is trained.
     """
 
     method: str
@@ -48,18 +48,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What came of several methods.
+    """The results of several methods on one task.
 
     Args:
-        task: The task's name.
-        metric: Its metric.
-        split: What the final scores are measured on, `test` or `dev`.
-        old: The old deployment's score there: the old weights on the old base. The mean over seeds, as few-shot draws
-            and splits may change with them.
-        majority: The score of guessing without looking at an input, likewise.
-        rows: One a method, over all seeds.
+        task: The name of the task.
+        metric: The name of its metric.
+        split: The split of the final scores, `test` or `dev`.
+        old: The old deployment's score on it: the mean over seeds, on which few-shot draws and splits may depend.
+        majority: The score of the best prediction that ignores the input, likewise.
+        rows: One row per method, over all seeds.
         outcomes: The outcome folders.
-        schema: Of this record.
+        schema: The schema of this record.
     """
 
     task: str
@@ -73,23 +72,23 @@ class Comparison:
 
 
 def read_comparison(content: dict[str, Any], file: str) -> Comparison:
-    """Read a comparison.
+    """Read a comparison from its JSON.
 
     Args:
-        content: What `comparison.json` holds.
-        file: Its name, for the message.
+        content: The content of `comparison.json`.
+        file: The file's name for error messages.
 
     Returns:
         The comparison.
 
     Raises:
-        OutcomeError: It has another schema, or a field is missing or of another type.
+        OutcomeError: The schema is unknown, or a field is missing or of another type.
     """
     schema = content.get("schema", 1)
     if schema not in (1, SCHEMA):
         raise OutcomeError(
-            f"{file}: has schema {schema!r:.40}, this regraft reads 1 and {SCHEMA}. Make it again with this regraft's "
-            "`regraft compare`."
+            f"{file}: has schema {schema!r:.40}, and this version of regraft reads 1 and {SCHEMA}. Run regraft compare "
+            "again."
         )
     comparison = read_record(Comparison, content, file, "regraft compare")
     if schema == SCHEMA:

@@ -1,4 +1,4 @@
-"""The examples that starts judge weights on, and what these should be taken for."""
+"""The examples on which starts measure losses, with labels or the old model's outputs as the reference."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from regraft.task import Split
     from regraft.task.types import Likelihood, Signal
 
-MOST = 256
+MAX_EXAMPLES = 256  # a balance: few enough that a start takes seconds on a CPU
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evidence:
-    """Examples that weights are judged on, and what they should be taken for.
+    """Examples, and the reference for losses on them: their targets, or the old tuned model's outputs.
 
     Args:
         split: The examples.
-        likelihood: What outputs are a distribution over.
-        signal: The old tuned model's outputs on them; None where their targets judge.
+        likelihood: The likelihood of the model's outputs.
+        signal: The old tuned model's outputs on the examples; None to use their targets.
     """
 
     split: Split
@@ -35,47 +35,47 @@ class Evidence:
         """Compute the loss of each row: that of its target, or the divergence from the old tuned model.
 
         Args:
-            logits: rows × outputs.
-            targets: The targets of these rows, which are not read where the old tuned model judges.
-            rows: The numbers of these rows, on the CPU; None for all in their order.
+            logits: The outputs, [rows, outputs].
+            targets: The targets of the rows; unused if there is a signal.
+            rows: The indices of the rows, on the CPU; None for all rows in order.
 
         Returns:
-            A number a row, in nats.
+            The losses in nats, [rows].
         """
         if self.signal is None:
             return self.likelihood.loss(logits, targets)
         return self.likelihood.excess_loss(logits, self.signal.take(slice(None) if rows is None else rows, logits))
 
 
-def gather(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
-    """Draw training examples and find out what they should be taken for.
+def sample_evidence(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
+    """Draw training examples, with their targets or the old tuned model's outputs as the reference.
 
     Args:
-        job: Whose task.
-        labels: Examples a stratum, with their targets; 0 to take inputs and the old tuned model's outputs on them.
-        confidence: Without labels: how probable the old model's prediction must be for an example to be used.
+        job: The job, with the task.
+        labels: The number of examples per stratum, with their targets; 0 to use the old tuned model's outputs.
+        confidence: Without labels: the least confidence of the old model's prediction for an example to be used.
 
     Returns:
-        At most 256 examples; none if the old model is confident nowhere.
+        At most 256 examples; none if the old model is confident on none.
 
     Raises:
-        RecipeError: A confidence is asked for, and the task's outputs have none.
+        RecipeError: A confidence is required, and the task's outputs have none.
     """
     import numpy as np
 
     data, likelihood = job.data, job.data.likelihood
     if labels:
         strata = data.task.strata(data.train.targets, data.labels)[1]
-        split = data.sample(data.train, min(labels, max(1, MOST // len(strata))), job.recipe.seed)
+        split = data.sample(data.train, min(labels, max(1, MAX_EXAMPLES // len(strata))), job.recipe.seed)
         job.labelled.update(split.rows.tolist())
         job.notes["labels"] = len(job.labelled)
         return Evidence(split, likelihood)
-    split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MOST])
+    split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MAX_EXAMPLES])
     job.notes["labels"] = 0
     old = job.old_deployment()
-    measured = old.confidence(split)
-    if measured is None and confidence:
-        raise RecipeError(f"a {data.task.type} has no confidence to choose texts by: leave `confidence` out.")
-    values = [1.0] * len(split) if measured is None else measured
-    sure = np.flatnonzero(np.array(values, dtype=np.float32) >= confidence)
-    return Evidence(split.take(sure), likelihood, old.signal(split).take(sure, old.outputs(split)))
+    old_confidence = old.confidence(split)
+    if old_confidence is None and confidence:
+        raise RecipeError(f"the outputs of a {data.task.type} have no confidence. Leave out the option confidence.")
+    values = [1.0] * len(split) if old_confidence is None else old_confidence
+    confident = np.flatnonzero(np.array(values, dtype=np.float32) >= confidence)
+    return Evidence(split.take(confident), likelihood, old.signal(split).take(confident, old.outputs(split)))

@@ -1,4 +1,4 @@
-"""The job of a method: what is carried over, and where to."""
+"""The job of a method: the adaptation to carry over, and the folder to write."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One adaptation to carry over, and where.
+    """One adaptation to carry over, and the folder to write.
 
     Args:
         upgrade: The old and the new base.
-        adaptation: What was tuned on the old one.
-        data: The task's examples, classes in the order of the new head.
-        recipe: Resolved for this data.
-        work: A folder from which an interrupted job resumes.
-        into: The folder to fill with the new adaptation.
+        adaptation: The adaptation to the old base.
+        data: The task's examples, with classes in the order of the new head.
+        recipe: The recipe, resolved for this data.
+        work: The folder for the state from which an interrupted job resumes.
+        into: The folder for the new adaptation.
         progress: Called at each step.
-        rows: How the rows of the adaptation's embeddings match those of both bases, by token; None where they are the
-            same.
-        head: What becomes of the old head where the old weights are put onto the new base.
-        replace: Whether what an adapter stores in place of its base's tensors is put onto the new base as it is stored.
-        notes: What the method finds out, recorded in the outcome as JSON; `labels`, if present, is how many labelled
-            examples were used in all, which are otherwise counted from the learning curve's steps.
-        labelled: Rows of the training examples whose labels a start read.
+        rows: The match by token between the rows of the adaptation's embeddings and those of both bases; None if the
+            rows are the same.
+        head: The policy for the old head.
+        replace: Whether tensors that an adapter stores in place of its base's are used on the new base as they are.
+        notes: The method's notes, recorded in the outcome as JSON; `labels`, if present, is the number of labelled
+            examples in all, which is otherwise counted from the steps of the learning curve.
+        labelled: The row numbers of training examples whose labels a start has read.
     """
 
     upgrade: Upgrade
@@ -67,7 +67,7 @@ class Job:
     labelled: set[int] = dataclasses.field(default_factory=set)
 
     def fresh(self) -> Any:
-        """Return the new base as scratch tunes it: with a fresh head, and a fresh adapter if the old weights are one.
+        """Build the model that scratch tunes: the new base with a fresh head, and a fresh adapter for an adapter.
 
         Returns:
             The model.
@@ -79,18 +79,18 @@ class Job:
         return attach(model, base, head, config, seed)
 
     def graft(self) -> None:
-        """Fill the job's folder with the old weights put onto the new base."""
+        """Write the old delta or adapter, grafted onto the new base, to the job's folder."""
 
         def write(folder: Path) -> None:
             self.notes.update(write_graft(self.adaptation, self.upgrade, folder, self.progress, replace=self.replace))
 
-        self.fill(write)
+        self.write_with_head(write)
 
     def graft_transformed(self, rule: Rule) -> None:
-        """Fill the job's folder with the old weights put onto the new base, every delta changed by a rule.
+        """Write the old delta or adapter, transformed and grafted onto the new base, to the job's folder.
 
         Args:
-            rule: As in `write_transform`.
+            rule: The transform of each delta, as in `write_transform`.
         """
 
         def write(folder: Path) -> None:
@@ -98,26 +98,26 @@ class Job:
                 write_transform(self.adaptation, self.upgrade, rule, folder, self.progress, replace=self.replace)
             )
 
-        self.fill(write)
+        self.write_with_head(write)
 
-    def fill(self, write: Callable[[Path], None]) -> None:
-        """Fill the job's folder with an adaptation that has the old head, which becomes what the job's policy says.
+    def write_with_head(self, write: Callable[[Path], None]) -> None:
+        """Write an adaptation to the job's folder, with the head that the job's policy asks for.
 
         Args:
-            write: Fills a folder with the adaptation.
+            write: Writes the adaptation with the old head to a folder.
         """
         if self.head == "copy":
             write(self.into)
             return
-        copied = self.work / "graft" / "kept"
-        write(copied)
-        change_head(copied, self.upgrade.new, self.data.head, self.head, self.recipe.seed, self.into)
+        with_old_head = self.work / "graft" / "old-head"
+        write(with_old_head)
+        change_head(with_old_head, self.upgrade.new, self.data.head, self.head, self.recipe.seed, self.into)
 
     def load(self, *, trainable: bool = True) -> Any:
         """Load the adaptation in the job's folder.
 
         Args:
-            trainable: Whether the model is to be tuned.
+            trainable: Whether the model will be tuned.
 
         Returns:
             The model.
@@ -125,54 +125,54 @@ class Job:
         return load_model(load_adaptation(self.into), self.upgrade.new, self.data.head, trainable=trainable)
 
     def grafted(self) -> Any:
-        """Return the new base with the old weights put onto it.
+        """Graft the old delta or adapter onto the new base.
 
         Returns:
-            The model, ready to be tuned.
+            The model, ready for tuning.
         """
         graft = dataclasses.replace(self, into=self.work / "graft" / "weights")
         graft.graft()
         return graft.load()
 
     def deploy(self, model: Any) -> Deployment:
-        """Deploy a model on the new base, for its outputs on the task's examples.
+        """Deploy a model of the new base on the task's examples.
 
         Args:
-            model: From `fresh`, `load` or `grafted`.
+            model: A model of `fresh`, `load` or `grafted`.
 
         Returns:
-            The deployment, which computes each split once.
+            The deployment, which runs each split once.
         """
         return Deployment(model, self.upgrade.new, self.data, self.recipe.precision, self.progress)
 
     def old_deployment(self) -> Deployment:
-        """Deploy the old adaptation on the old base, for its outputs on the task's examples.
+        """Deploy the old adaptation on the task's examples.
 
         Returns:
-            The deployment, which computes each split once.
+            The deployment, which runs each split once.
         """
         old = self.upgrade.old
         model = load_model(self.adaptation, old, self.data.head)
         return Deployment(model, old, self.data, self.recipe.precision, self.progress)
 
     def teacher(self) -> Any:
-        """Return the old adaptation on the old base, as a model whose parameters are named and shaped as the new one's.
+        """Load the old adaptation, as a model whose parameters have the names and shapes of the new model's.
 
         Returns:
             The model, frozen if the adaptation is an adapter.
         """
         old, adaptation = self.upgrade.old, self.adaptation
-        if adaptation.changed_base:  # its plain form has other sizes
+        if adaptation.changed_base:  # PEFT's plain form of it has other sizes
             folder = self.work / "teacher"
             write_graft(adaptation, Upgrade(old, old), folder, self.progress)
             adaptation = load_adaptation(folder)
         return load_model(adaptation, old, self.data.head)
 
     def save(self, model: Any) -> None:
-        """Fill the job's folder with a model's adaptation.
+        """Write a model's adaptation to the job's folder.
 
         Args:
-            model: From `load` or `grafted`.
+            model: A model of `load` or `grafted`.
         """
         save_model(model, self.upgrade.new, self.data.head, self.into)
 
@@ -184,13 +184,13 @@ class Job:
         *,
         teacher_judges: bool = False,
     ) -> list[dict[str, float]]:
-        """Tune a model on the task, from a teacher if options are passed, and fill the job's folder with it.
+        """Tune a model on the task, with a teacher if options are passed, and write it to the job's folder.
 
         Args:
-            model: From `fresh`, `load` or `grafted`.
-            options: The distillation's weights; the teacher is the old adaptation on the old base.
-            anchor: How the weights are held to where they start, if they are.
-            teacher_judges: Whether the best weights are those closest to the teacher, whatever the labels say.
+            model: A model of `fresh`, `load` or `grafted`.
+            options: The options of distillation, with the old adaptation as the teacher; None for no teacher.
+            anchor: The penalty on the distance from the start; None for no penalty.
+            teacher_judges: Whether to select the best weights by agreement with the teacher rather than by labels.
 
         Returns:
             The learning curve.

@@ -1,6 +1,6 @@
-"""`label-free`: learn from the old tuned model on raw text alone.
+"""`label-free`: learn from the old tuned model on unlabelled text.
 
-Source: the start and the loss are those of Qin et al., 2023 (arXiv:2305.08702), section 5, without its labels.
+Source: the start and the loss of Qin et al., 2023 (arXiv:2305.08702), section 5, without its labels.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LabelFree:
-    """What is learnt from the teacher, and on which texts.
+    """The loss against the teacher, and the texts.
 
     Args:
-        beta: The weight of the hidden states' mean squared error, 0 for none.
-        temperature: Softens both models' outputs.
-        text: A text file (a text a line) or JSONL file (column `text`) to learn on, in place of the task's training
-            texts; the steps stay as many.
+        beta: The weight of the mean squared error of hidden states; 0 for none.
+        temperature: The temperature of both models' outputs.
+        text: A text file (one text per line) or JSONL file (column `text`) to learn from in place of the task's
+            training texts; the number of steps stays the same.
 
     Raises:
-        RecipeError: A number is out of its range.
+        RecipeError: A number is out of range.
     """
 
     beta: float = 1.0
@@ -38,21 +38,19 @@ class LabelFree:
     def __post_init__(self) -> None:
         """Check every number."""
         if self.beta < 0 or self.temperature <= 0:
-            raise RecipeError(
-                f"beta must not be negative (found {self.beta}), temperature above 0 ({self.temperature})."
-            )
+            raise RecipeError(f"beta must be at least 0 (found {self.beta}), temperature above 0 ({self.temperature}).")
 
 
 def distil_on_texts(job: Job, model: Any, options: LabelFree) -> Curve:
-    """Bring the new model to say what the old one says; no label is read.
+    """Train the new model to reproduce the old one's outputs, without any label.
 
-    The best weights are those whose outputs on dev are closest to the old model's. How much both err there, and what
-    the new base knows better, cannot be seen so.
+    The best weights are those whose outputs on dev are closest to the old model's. Errors that both make, and what the
+    new base could do better, cannot be measured without labels.
 
     Args:
-        job: What and where.
-        model: What is tuned.
-        options: What is learnt, and from which texts.
+        job: The job.
+        model: The model to tune.
+        options: The loss, and the texts.
 
     Returns:
         The learning curve; its `score` is the mean overlap of the class probabilities with the old model's.
@@ -68,14 +66,14 @@ def distil_on_texts(job: Job, model: Any, options: LabelFree) -> Curve:
 
 
 def contents(options: LabelFree, seed: int) -> dict[str, Any]:
-    """Identify the text that is learned on.
+    """Identify the content of the text file.
 
     Args:
-        options: Which file, if any.
-        seed: Plays no part.
+        options: The options, with the file's path if there is one.
+        seed: Unused, as nothing is drawn.
 
     Returns:
-        Its digest as `text`.
+        The file's digest as `text`; nothing without a file.
     """
     from regraft.tuning import Corpus
 
@@ -90,10 +88,10 @@ def read_texts(file: str, data: TaskData) -> Split:
         data: The task.
 
     Returns:
-        The texts, whose targets are placeholders.
+        The texts, with placeholders as targets.
 
     Raises:
-        DataError: The file is missing, has no text, or a row of it cannot be read.
+        DataError: The file is missing, has no text, or has a row that cannot be read.
     """
     import numpy as np
 
@@ -102,10 +100,10 @@ def read_texts(file: str, data: TaskData) -> Split:
     from regraft.tuning import Corpus
 
     corpus = Corpus((file,))
-    corpus.digest()  # says so if there is no such file
+    corpus.digest()  # raises if there is no such file
     inputs = [data.task.as_inputs(text) for text in corpus.documents()]
     if not inputs:
-        raise DataError(f"{file}: holds no text. Give a file with a text a line.")
+        raise DataError(f"{file}: has no text. Pass a file with one text per line.")
     placeholders = np.repeat(data.train.targets[:1], len(inputs), axis=0)
     return Split("train", file, inputs, placeholders, np.arange(1, len(inputs) + 1))
 
@@ -118,4 +116,5 @@ LABEL_FREE = Objective(
     needs=("text", "training"),
     heads=OLD_HEAD_ONLY,
     contents=contents,
+    scores_agreement=True,
 )

@@ -1,9 +1,9 @@
-"""`masked`: the part of the old delta that goes downhill on the new base.
+"""`masked`: the part of the old delta that lowers the loss on the new base.
 
 Source: GradFix, Gradient-Sign Masking for Task Vector Transport Across Pre-Trained Models (Rinaldi et al., 2025,
-arXiv:2510.09658): a coordinate of the delta stays if its sign is that of −∂L/∂θ at the new base. There a gradient of
-exactly zero drops the coordinate; here it is no evidence, and keeps it (embeddings of tokens that the few examples do
-not have would be lost). There the signs may be voted on example by example; here they are of the mean loss.
+arXiv:2510.09658): an entry of the delta is kept if its sign is that of −∂L/∂θ at the new base. In the paper, a gradient
+of exactly zero drops the entry; here it keeps it, so that embeddings of tokens outside the few examples are not lost.
+In the paper, examples may vote on the sign; here it is that of the mean loss.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.methods.evidence import gather
+from regraft.methods.evidence import sample_evidence
 from regraft.methods.method import OLD_HEAD_ONLY, Start
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """What the gradient is measured on.
+    """The examples that the gradient is computed on.
 
     Args:
-        labels: Training examples a class; 0 to read no label and take the divergence from the old tuned model's
-            outputs on training texts for the loss.
+        labels: The number of training examples per class; 0 to use the divergence from the old tuned model's outputs on
+            training texts as the loss, without labels.
 
     Raises:
-        RecipeError: The number is out of its range.
+        RecipeError: The number is negative.
     """
 
     labels: int = 32
@@ -39,26 +39,26 @@ class Masking:
     def __post_init__(self) -> None:
         """Check the number."""
         if self.labels < 0:
-            raise RecipeError(f"labels is 0 or more examples a class, found {self.labels}.")
+            raise RecipeError(f"labels must be 0 or more examples per class, found {self.labels}.")
 
 
 def graft_masked(job: Job, options: Masking) -> None:
-    """Measure the gradient at the new base under the old head, and keep what of the delta agrees with it.
+    """Compute the gradient at the new base with the old head, and graft the entries of the delta that agree with it.
 
     Args:
-        job: What and where.
-        options: What on.
+        job: The job.
+        options: The examples.
     """
     from regraft.adaptation.transform import check_transformable
     from regraft.weights import mask_agreement
 
     check_transformable(job.adaptation)
-    evidence = gather(job, options.labels)
-    bare = job.adaptation.family.remove_delta(job.grafted(), job.upgrade, job.rows)
-    gradients = _gradients(bare, evidence, job)
+    evidence = sample_evidence(job, options.labels)
+    without_delta = job.adaptation.family.remove_delta(job.grafted(), job.upgrade, job.rows)
+    gradients = _gradients(without_delta, evidence, job)
     rows, counts = job.rows, list[tuple[int, int]]()
-    sides = zip(rows.new_row_indices, rows.tuned_row_indices, rows.old_row_indices, strict=True) if rows else ()
-    shared = [row for row, of_each in enumerate(sides) if min(of_each) >= 0]  # of tokens that have a delta
+    triples = zip(rows.new_row_indices, rows.tuned_row_indices, rows.old_row_indices, strict=True) if rows else ()
+    shared = [row for row, indices in enumerate(triples) if min(indices) >= 0]  # rows of tokens that have a delta
 
     def rule(name: str, delta: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         gradient = gradients[name]
@@ -74,7 +74,7 @@ def graft_masked(job: Job, options: Masking) -> None:
 
 
 def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
-    """Compute the gradient of the mean loss, by the name that `write_transform` calls a tensor of the body."""
+    """Compute the gradient of the mean loss, by tensor names as in `write_transform`."""
     from regraft.model import device
     from regraft.model.batches import BATCH_SIZE
     from regraft.model.outputs import forward
@@ -89,21 +89,23 @@ def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tens
         (losses.sum() / len(examples.targets)).backward()
         job.progress("gradient", end, count, {})
     body, prefix = job.upgrade.new.architecture, job.upgrade.new.prefix + "."
-    inside: dict[str, torch.Tensor] = {}
-    outside: dict[str, torch.Tensor] = {}
+    body_gradients: dict[str, torch.Tensor] = {}
+    head_gradients: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad if parameter.grad is not None else parameter.detach().new_zeros(parameter.shape)
         inner = name.removeprefix(prefix)
-        side = inside if inner in body.parameters else outside
-        side[inner if side is inside else name] = gradient.cpu()
-    return job.adaptation.family.rule_tensors(inside, body) | outside
+        if inner in body.parameters:
+            body_gradients[inner] = gradient.cpu()
+        else:
+            head_gradients[name] = gradient.cpu()
+    return job.adaptation.family.rule_tensors(body_gradients, body) | head_gradients
 
 
 MASKED = Start(
     "masked",
     graft_masked,
     Masking,
-    summary="keep what of the old delta agrees with the new base's gradient",
+    summary="keep the entries of the old delta that agree with the new base's gradient",
     needs=lambda options: ("labels",) if options.labels else ("text",),
     heads=OLD_HEAD_ONLY,
 )

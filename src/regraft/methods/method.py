@@ -1,8 +1,10 @@
-"""What a method is: a start, and where it trains an objective; each declares what it takes and needs."""
+"""Methods: a start, and for methods that train an objective; each part declares what it needs and accepts."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -19,23 +21,29 @@ if TYPE_CHECKING:
     Heads = tuple[str, ...]
 
 NEEDS = ("labels", "text", "tasks", "training")
-OLD_HEAD_ONLY: Heads = ("copy",)  # for what goes by the outputs of the old head
+OPTION_TYPE = re.compile(r"((bool|int|float|str)|tuple\[(int|float|str)(, \.\.\.)?\])( \| None)?")
+OLD_HEAD_ONLY: Heads = ("copy",)  # of parts that use the outputs of the old head
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a method consists of: a function with options, and what it takes and needs.
+    """A function with options that a method consists of, and what it needs and accepts.
 
     Args:
-        name: Its name, which also qualifies its options.
-        run: What it does.
+        name: The part's name, which also qualifies its options.
+        run: The function.
         options: The dataclass of its options, if it has any.
         summary: One line on what it does; an objective's continues "start from …".
-        needs: Of `labels`, `text` (of the task, unlabelled), `tasks` (others, tuned on both bases) and `training`, what
-            it needs, or a function of its options that returns that.
-        heads: The policies for the old head that it takes, or a function of its options that returns them.
-        contents: Identifies the content of files that the options name, from the options and the seed, as JSON by
-            name: part of what an outcome is made from.
+        needs: What it needs of `labels`, `text` (of the task, unlabelled), `tasks` (other tasks, tuned on both bases)
+            and `training`, or a function of its options that returns that.
+        heads: The policies for the old head that it accepts, or a function of its options that returns them.
+        contents: A function of the options and the seed that identifies the content of files named in the options, as
+            JSON by name, for the provenance of an outcome.
+        scores_agreement: Whether the scores of its learning curve are agreement with the old model rather than the
+            task's metric, or a function of its options that returns that.
+
+    Raises:
+        RecipeError: The options are not a dataclass with defaults, or one is of a type without notation in text.
     """
 
     name: str
@@ -45,30 +53,46 @@ class Part:
     needs: Needs | Callable[[Any], Needs] = ()
     heads: Heads | Callable[[Any], Heads] = HEAD_POLICIES
     contents: Callable[[Any, int], dict[str, Any]] | None = None
+    scores_agreement: bool | Callable[[Any], bool] = False
+
+    def __post_init__(self) -> None:
+        """Check that the options can be read from a command line."""
+        if self.options is None:
+            return
+        if not (isinstance(self.options, type) and dataclasses.is_dataclass(self.options)):
+            raise RecipeError(f"{self.name}: its options must be a dataclass, found {self.options!r}.")
+        for field in dataclasses.fields(self.options):
+            if not OPTION_TYPE.fullmatch(declared_type(field)):
+                raise RecipeError(
+                    f"{self.name}: its option {field.name} is of type {declared_type(field)}. Declare it as bool, int, "
+                    "float or str, as tuple[…, ...] of these, or with | None."
+                )
+            if dataclasses.MISSING is field.default and dataclasses.MISSING is field.default_factory:
+                raise RecipeError(f"{self.name}: its option {field.name} needs a default.")
 
 
 class Start(Part):
-    """A way to put old weights onto the new base; by itself it is a method without training.
+    """A way to carry old weights to the new base; by itself a method without training.
 
-    `run(job, options)` returns the model, or fills `job.into` and returns None.
+    `run(job, options)` returns the model, or writes the adaptation to `job.into` and returns None.
     """
 
 
 class Objective(Part):
-    """A way to tune a model: `run(job, model, options)` fills `job.into` and returns the learning curve."""
+    """A way to tune a model: `run(job, model, options)` writes to `job.into` and returns the learning curve."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A way to get an adaptation for the new base.
 
-    Its functions take the options of its parts: those of one part, several in a tuple, or None; what is left out has
-    its defaults.
+    The methods of this class accept the options of one part, those of several parts in a tuple, or None; parts without
+    options use their defaults.
 
     Args:
-        name: Its name on the command line and in outcomes.
-        summary: One line on what it does.
-        parts: A start; or a start and an objective; or a part that is neither, whose `run(job, options)` fills
+        name: The name on the command line and in outcomes.
+        summary: One line on what the method does.
+        parts: A start; a start and an objective; or a part that is neither, whose `run(job, options)` writes to
             `job.into` and returns the learning curve.
     """
 
@@ -77,25 +101,27 @@ class Method:
     parts: tuple[Part, ...]
 
     def complete(self, options: Any = None) -> tuple[Any, ...]:
-        """Return the options of each part.
+        """Complete the options with defaults.
 
         Args:
-            options: Of one part, of several in a tuple, or None.
+            options: Those of one part, of several in a tuple, or None.
 
         Returns:
-            A dataclass a part, with defaults where none was passed; None for a part without options.
+            One dataclass per part; None for a part without options.
 
         Raises:
             RecipeError: The method has no such options, or some are passed twice.
         """
         passed = list(options) if isinstance(options, tuple) else [options]
-        passed = [each for each in passed if each is not None]
+        passed = [option_set for option_set in passed if option_set is not None]
         complete = []
         for part in self.parts:
-            own = next((each for each in passed if part.options and type(each) is part.options), None)
-            if own is not None:
-                passed.remove(own)
-            complete.append(part.options() if own is None and part.options else own)
+            part_options = next((o for o in passed if part.options and type(o) is part.options), None)
+            if part_options is not None:
+                passed.remove(part_options)
+            elif part.options:
+                part_options = part.options()
+            complete.append(part_options)
         if passed:
             kinds = [part.options.__name__ for part in self.parts if part.options]
             raise RecipeError(f"method {self.name} takes {' and '.join(kinds) or 'no options'}, found {passed[0]!r}.")
@@ -108,15 +134,15 @@ class Method:
             options: As in `complete`.
 
         Returns:
-            Some of `NEEDS`, in that order; a labelled task has texts, so that `text` is never beside `labels`.
+            Some of `NEEDS`, in that order; `text` is left out beside `labels`, as a labelled task has texts.
         """
-        needed: set[str] = set()
-        for part, own in self._with(options):
-            needed.update(part.needs(own) if callable(part.needs) else part.needs)
-        return tuple(need for need in NEEDS if need in needed and not (need == "text" and "labels" in needed))
+        needs: set[str] = set()
+        for part, part_options in self._with_options(options):
+            needs.update(_resolve(part.needs, part_options))
+        return tuple(need for need in NEEDS if need in needs and not (need == "text" and "labels" in needs))
 
     def heads(self, options: Any = None) -> Heads:
-        """Return the policies for the old head that the method takes.
+        """Return the policies for the old head that the method accepts.
 
         Args:
             options: As in `complete`.
@@ -124,23 +150,34 @@ class Method:
         Returns:
             Some of `HEAD_POLICIES`.
         """
-        heads = [part.heads(own) if callable(part.heads) else part.heads for part, own in self._with(options)]
-        return tuple(head for head in HEAD_POLICIES if all(head in each for each in heads))
+        accepted = [_resolve(part.heads, part_options) for part, part_options in self._with_options(options)]
+        return tuple(head for head in HEAD_POLICIES if all(head in policies for policies in accepted))
 
-    def contents(self, options: Any, seed: int) -> dict[str, Any]:
-        """Identify the content of the files that the options name.
+    def scores_agreement(self, options: Any = None) -> bool:
+        """Return whether the scores of the learning curve are agreement with the old model.
 
         Args:
             options: As in `complete`.
-            seed: What few-shot draws follow from.
 
         Returns:
-            JSON by name: part of what an outcome is made from.
+            True for agreement, which rises as the model improves; False for the task's metric.
         """
-        named: dict[str, Any] = {}
-        for part, own in self._with(options):
-            named |= part.contents(own, seed) if part.contents else {}
-        return named
+        return any(_resolve(part.scores_agreement, part_options) for part, part_options in self._with_options(options))
+
+    def contents(self, options: Any, seed: int) -> dict[str, Any]:
+        """Identify the content of the files that are named in the options.
+
+        Args:
+            options: As in `complete`.
+            seed: The seed of few-shot draws.
+
+        Returns:
+            JSON by name, for the provenance of an outcome.
+        """
+        contents: dict[str, Any] = {}
+        for part, part_options in self._with_options(options):
+            contents |= part.contents(part_options, seed) if part.contents else {}
+        return contents
 
     def record(self, options: Any = None) -> dict[str, Any] | None:
         """Return the options as outcomes record them.
@@ -149,48 +186,62 @@ class Method:
             options: As in `complete`.
 
         Returns:
-            None without options. Where start and objective both have some, those of the objective, and as `START.NAME`
-            those of the start that are not at their defaults: outcomes of `ridge+distill` never recorded the others.
+            None without options. If both start and objective have options: those of the objective, and as `START.NAME`
+            those of the start that differ from their defaults, since outcomes of `ridge+distill` never recorded the
+            others.
         """
-        chosen = [(part, own) for part, own in self._with(options) if own is not None]
+        chosen = [(part, part_options) for part, part_options in self._with_options(options) if part_options]
         if not chosen:
             return None
         recorded = dataclasses.asdict(chosen[-1][1])
-        for part, own in chosen[:-1]:
+        for part, part_options in chosen[:-1]:
             defaults = dataclasses.asdict(part.options())
-            changed = {name: value for name, value in dataclasses.asdict(own).items() if value != defaults[name]}
+            changed = {n: value for n, value in dataclasses.asdict(part_options).items() if value != defaults[n]}
             recorded |= {f"{part.name}.{name}": value for name, value in changed.items()}
         return recorded
 
     def run(self, job: Job, options: Any = None) -> Curve:
-        """Fill a job's folder with an adaptation.
+        """Write an adaptation for the new base to a job's folder.
 
         Args:
-            job: What and where.
+            job: The job.
             options: As in `complete`.
 
         Returns:
             The learning curve; empty without training.
         """
-        (start, own), *rest = self._with(options)
+        (start, start_options), *objectives = self._with_options(options)
         if not isinstance(start, Start):
-            whole: Curve = start.run(job, own)
-            return whole
-        if not rest:
-            model = start.run(job, own)
+            curve: Curve = start.run(job, start_options)
+            return curve
+        if not objectives:
+            model = start.run(job, start_options)
             if model is not None:
                 job.save(model.cpu())
             return []
         into = job.work / "start"
-        shutil.rmtree(into, ignore_errors=True)  # what an interrupted run left
-        begun = dataclasses.replace(job, into=into)
-        model = start.run(begun, own)
+        shutil.rmtree(into, ignore_errors=True)  # the rest of an interrupted run
+        start_job = dataclasses.replace(job, into=into)
+        model = start.run(start_job, start_options)
         if model is None:
-            model = begun.load()
-        job.notes.pop("labels", None)  # they are counted together with those of the steps
-        ((objective, own),) = rest
-        curve: Curve = objective.run(job, model, own)
+            model = start_job.load()
+        job.notes.pop("labels", None)  # they are counted together with those of the training steps
+        ((objective, objective_options),) = objectives
+        curve = objective.run(job, model, objective_options)
         return curve
 
-    def _with(self, options: Any) -> list[tuple[Part, Any]]:
+    def _with_options(self, options: Any) -> list[tuple[Part, Any]]:
         return list(zip(self.parts, self.complete(options), strict=True))
+
+
+def declared_type(field: dataclasses.Field[Any]) -> str:
+    """Return the declared type of an option, as source text.
+
+    Args:
+        field: The option's field of its dataclass.
+    """
+    return field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+
+
+def _resolve(declaration: Any, options: Any) -> Any:
+    return declaration(options) if callable(declaration) else declaration

@@ -1,4 +1,4 @@
-"""The objectives that are a call: the labels, the old model as a teacher, and a penalty on leaving the start."""
+"""Objectives: the labels, the old model as a teacher, and a penalty on the distance from the start."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from regraft.methods.job import Job
     from regraft.methods.method import Curve
 
-TRAINS_ON_LABELS = ("labels", "training")
+NEEDS_LABELS = ("labels", "training")
 
 
 def tune_on_labels(job: Job, model: Any, options: None) -> Curve:
-    """Tune as usual, on the labels.
+    """Tune on the labels, without a teacher.
 
     Source: Qin et al., 2023 (arXiv:2305.08702), section 5.1 (initialization-based recyclable tuning).
 
     Args:
-        job: What and where.
-        model: What is tuned.
+        job: The job.
+        model: The model to tune.
         options: None.
 
     Returns:
@@ -34,14 +34,14 @@ def tune_on_labels(job: Job, model: Any, options: None) -> Curve:
 
 
 def distil(job: Job, model: Any, options: Distillation) -> Curve:
-    """Tune under the distillation loss, with the old tuned model as the teacher.
+    """Tune on the distillation loss, with the old tuned model as the teacher.
 
     Source: Qin et al., 2023 (arXiv:2305.08702), section 5.2 (distillation-based recyclable tuning).
 
     Args:
-        job: What and where.
-        model: What is tuned.
-        options: The loss's weights.
+        job: The job.
+        model: The model to tune.
+        options: The weights of the loss's terms.
 
     Returns:
         The learning curve.
@@ -50,42 +50,42 @@ def distil(job: Job, model: Any, options: Distillation) -> Curve:
 
 
 def distil_between(job: Job, model: Any, options: Interpolation) -> Curve:
-    """Tune under the distillation loss, taken at several points of the line between student and teacher.
+    """Tune on the distillation loss at several points of the line between student and teacher.
 
-    Each point costs a step's time again.
+    Each point costs as much time as a step of plain distillation.
 
     Source: the reference implementation of Qin et al., 2023 (arXiv:2305.08702).
 
     Args:
-        job: What and where.
-        model: What is tuned.
-        options: The loss's weights, and the points.
+        job: The job.
+        model: The model to tune.
+        options: The weights of the loss's terms, and the points.
 
     Returns:
         The learning curve.
 
     Raises:
-        KindError: Student and teacher have other tokens in their rows, so that there is no line between them.
+        KindError: The rows of student and teacher stand for different tokens, so there is no line between the two.
     """
     rows = job.rows
     if rows is not None and rows.tuned_row_indices != tuple(range(rows.num_tuned_rows)):
         raise KindError(
-            f"{job.upgrade.old.path} and {job.upgrade.new.path} have other vocabularies, so there is no line from the "
-            "teacher to the student, tensor by tensor. Take init+distill."
+            f"{job.upgrade.old.path} and {job.upgrade.new.path} have different vocabularies, so there is no line "
+            "from the teacher's weights to the student's. Use init+distill."
         )
     return job.tune(model, options)
 
 
 def tune_anchored(job: Job, model: Any, options: Anchoring) -> Curve:
-    """Tune as usual plus a penalty on leaving the start, which fades.
+    """Tune on the labels, with a penalty on the distance from the start that decays over training.
 
-    Source: the penalty is Xuhong et al.'s L2-SP (arXiv:1802.01483) or Kirkpatrick et al.'s (arXiv:1612.00796), here
-    fading away.
+    Source: the penalty is L2-SP (Xuhong et al., arXiv:1802.01483) or EWC (Kirkpatrick et al., arXiv:1612.00796); its
+    decay is our own.
 
     Args:
-        job: What and where.
-        model: What is tuned.
-        options: How strong the penalty is, and how it fades.
+        job: The job.
+        model: The model to tune.
+        options: The strength of the penalty, and its decay.
 
     Returns:
         The learning curve.
@@ -93,13 +93,13 @@ def tune_anchored(job: Job, model: Any, options: Anchoring) -> Curve:
     return job.tune(model, anchor=options)
 
 
-LABELS = Objective("labels", tune_on_labels, summary="then tune as usual", needs=TRAINS_ON_LABELS)
+LABELS = Objective("labels", tune_on_labels, summary="then tune as usual", needs=NEEDS_LABELS)
 DISTILL = Objective(
     "distill",
     distil,
     Distillation,
     summary="with the old model as teacher",
-    needs=TRAINS_ON_LABELS,
+    needs=NEEDS_LABELS,
     heads=OLD_HEAD_ONLY,
 )
 INTERPOLATION = Objective(
@@ -107,9 +107,9 @@ INTERPOLATION = Objective(
     distil_between,
     Interpolation,
     summary="distil at points between student and teacher",
-    needs=TRAINS_ON_LABELS,
+    needs=NEEDS_LABELS,
     heads=OLD_HEAD_ONLY,
 )
 ANCHORED = Objective(
-    "anchored", tune_anchored, Anchoring, summary="held to it by a penalty that fades", needs=TRAINS_ON_LABELS
+    "anchored", tune_anchored, Anchoring, summary="held to it by a penalty that fades", needs=NEEDS_LABELS
 )

@@ -1,7 +1,7 @@
-"""`orthogonal`: the old delta without what lies along the upgrade's own shift.
+"""`orthogonal`: the old delta without its component along the upgrade's shift.
 
-What tuning and continual pre-training both changed would otherwise be added twice. A baseline of our own, after the
-projections that keep merged task vectors from adding what they have in common.
+Changes that tuning and continual pre-training have in common would otherwise be added twice. This is a baseline of our
+own, after the projections that remove common components of merged task vectors.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def graft_orthogonal(job: Job, options: None) -> None:
-    """Take the component along the shift out of every tensor's delta.
+    """Remove the component along the shift from the delta of every tensor.
 
     Args:
-        job: What and where.
+        job: The job.
         options: None.
     """
     from regraft.weights import orthogonal_shift
@@ -31,4 +31,4 @@ def graft_orthogonal(job: Job, options: None) -> None:
     job.graft_transformed(rule)
 
 
-ORTHOGONAL = Start("orthogonal", graft_orthogonal, summary="take out of the old delta what the upgrade itself changed")
+ORTHOGONAL = Start("orthogonal", graft_orthogonal, summary="remove the upgrade's own shift from the old delta")

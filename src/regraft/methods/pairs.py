@@ -1,4 +1,4 @@
-"""Tasks that were tuned on both bases: pairs of adaptations."""
+"""Pairs of adaptations of the same task, tuned on the old base and on the new one."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ if TYPE_CHECKING:
     from regraft.upgrade import Upgrade
 
 
-def read_pairs(pairs: Sequence[str], like: Vector, upgrade: Upgrade) -> list[tuple[Vector, Vector]]:
-    """Open pairs of adaptations, and compare them with what is carried over.
+def read_pairs(pairs: Sequence[str], layout: Vector, upgrade: Upgrade) -> list[tuple[Vector, Vector]]:
+    """Load pairs of adaptations of other tasks.
 
     Args:
-        pairs: `OLD=NEW` each: the folders of what was tuned on the old and on the new base.
-        like: The vector of what is carried over.
+        pairs: `OLD=NEW`, the folders of the adaptations of one task to the old and to the new base.
+        layout: A vector whose kind, shapes and settings all must have.
         upgrade: The two bases.
 
     Returns:
-        The vectors on the old and on the new base.
+        The vectors of each pair: on the old base, on the new base.
 
     Raises:
-        CheckpointError: A folder holds no adaptation.
-        MismatchError: One was tuned on another base, or is of another kind, shape or setting.
-        RecipeError: A pair is not written as a pair.
+        CheckpointError: A folder has no adaptation.
+        MismatchError: An adaptation was tuned on another base, or differs in kind, shapes or settings.
+        RecipeError: A pair is not written OLD=NEW.
     """
     vectors = []
     for pair in pairs:
         old, new = split_pair(pair)
-        vectors.append((open_alike(old, upgrade.old, like)[1], open_alike(new, upgrade.new, like)[1]))
+        vectors.append((load_alike(old, upgrade.old, layout)[1], load_alike(new, upgrade.new, layout)[1]))
     return vectors
 
 
-def open_alike(folder: str, base: Base, like: Vector) -> tuple[Adaptation, Vector]:
-    """Open what was tuned for another task, and compare it with what is carried over.
+def load_alike(folder: str, base: Base, layout: Vector) -> tuple[Adaptation, Vector]:
+    """Load an adaptation of another task.
 
     Args:
-        folder: The other adaptation's.
+        folder: The adaptation's folder.
         base: The base that it was tuned on.
-        like: The vector of what is carried over.
+        layout: A vector whose kind, shapes and settings it must have.
 
     Returns:
-        The other adaptation and its vector.
+        The adaptation and its vector.
 
     Raises:
-        CheckpointError: The folder holds no adaptation.
-        MismatchError: It was tuned on another base, or is of another kind, shape or setting.
+        CheckpointError: The folder has no adaptation.
+        MismatchError: The adaptation was tuned on another base, or differs in kind, shapes or settings.
     """
-    other = load_adaptation(folder)
-    other.check_base(base)
-    vector = other.family.vector(other, base)
-    check_same_layout(vector, like)
-    return other, vector
+    adaptation = load_adaptation(folder)
+    adaptation.check_base(base)
+    vector = adaptation.family.vector(adaptation, base)
+    check_same_layout(vector, layout)
+    return adaptation, vector
 
 
 def split_pair(pair: str) -> tuple[str, str]:
-    """Read what stands for a pair.
+    """Split a pair at its first `=`.
 
     Args:
-        pair: As in `old/adaptation=new/adaptation`.
+        pair: A pair, as in `old/adaptation=new/adaptation`.
 
     Returns:
-        What is before and after the first `=`.
+        The two sides.
 
     Raises:
-        RecipeError: There is no `=`, or nothing on one side of it.
+        RecipeError: There is no `=`, or one side is empty.
     """
     first, _, second = str(pair).partition("=")
     if not first.strip() or not second.strip():

@@ -1,7 +1,7 @@
-"""`project`: a map from outdated to upgraded weights, learned from other tasks.
+"""`project`: a map from old to new weights, learned from other tasks.
 
-Source: Qin et al., 2023 (arXiv:2305.08702): P(v) = v·W1·W2 + b, v the old weights as one vector, learned there by
-distillation on the tasks at hand. Here it can also be a regression from old weights onto new ones.
+Source: Qin et al., 2023 (arXiv:2305.08702): P(v) = v·W1·W2 + b, where v is the vector of old weights. The paper learns
+P by distillation on the tasks at hand; here it can also be a regression of new weights on old ones.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FEWEST = 3
+MIN_PAIRS = 3  # leaving one out of two leaves a single pair, from which no direction of change can be learned
 
 
 def graft_mapped(job: Job, options: Projection) -> None:
-    """Learn the map, and put what it makes of the old weights onto the new base; the head is copied.
+    """Learn the map, and write the old weights, mapped, as an adaptation of the new base; the head is copied.
 
     Args:
-        job: What and where.
-        options: What from, and how.
+        job: The job.
+        options: What the map is learned from, and how.
 
     Raises:
-        KindError: The weights have numbers for each token, and the vocabularies differ.
+        KindError: The weights have a row for each token, and the vocabularies differ.
+        RecipeError: There are no pairs.
     """
     if not options.pairs:
         raise RecipeError(
-            "method project learns from other tasks: give pairs, as in pairs=[old1=new1,old2=new2], of what was tuned "
-            "on the old and on the new base."
+            "method project learns from other tasks: pass pairs of adaptations that were tuned on the old and on the "
+            "new base, as in pairs=[old1=new1,old2=new2]."
         )
-    if job.upgrade.old.fingerprint == job.upgrade.new.fingerprint:  # nothing to be mapped to
+    if job.upgrade.old.fingerprint == job.upgrade.new.fingerprint:  # there is no change to learn
         job.graft()
         return
     adaptation = job.adaptation
     if adaptation.family.has_token_rows(adaptation) and job.rows is not None:
         raise KindError(
-            f"{job.upgrade.old.path} and {job.upgrade.new.path} have other vocabularies, and a map is learned from "
-            "number to number. Take direct."
+            f"{job.upgrade.old.path} and {job.upgrade.new.path} have different vocabularies, and the map needs the "
+            "same rows in both. Use direct."
         )
     if options.fit == "distill":
         from regraft.methods.project_distill import distil_map
@@ -67,7 +68,7 @@ def graft_mapped(job: Job, options: Projection) -> None:
 
 
 def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Projection, job: Job) -> list[float]:
-    """Return the weight of each pair in what the vector is mapped to, and note how far the map can be trusted."""
+    """Return the weight of each pair in the mapped vector, and note the errors of the map."""
     import torch
 
     from regraft.adaptation.vector import chunks
@@ -75,9 +76,9 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
 
     count = len(pairs)
     gram, targets = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
-    cross, apart, norms = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
-    todo = list(chunks(vector))
-    for done, (name, start, size) in enumerate(todo, 1):
+    cross, change_norms, new_norms = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+    all_chunks = list(chunks(vector))
+    for number, (name, start, size) in enumerate(all_chunks, 1):
         old = torch.stack([first.flat_slice(name, start, size) for first, _ in pairs])
         new = torch.stack([second.flat_slice(name, start, size) for _, second in pairs])
         change = new - old
@@ -85,24 +86,24 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
         gram += old @ old.T
         targets += target @ target.T
         cross += old @ vector.flat_slice(name, start, size)
-        apart += change.square().sum(dim=1)
-        norms += new.square().sum(dim=1)
-        job.progress("pairs", done, len(todo), {})
-    total = math.sqrt(float(norms.sum())) or 1.0
-    direct = math.sqrt(float(apart.sum())) / total
-    job.notes["pairs"], job.notes["direct_error"] = count, round(direct, 4)
+        change_norms += change.square().sum(dim=1)
+        new_norms += new.square().sum(dim=1)
+        job.progress("pairs", number, len(all_chunks), {})
+    total = math.sqrt(float(new_norms.sum())) or 1.0
+    direct_error = math.sqrt(float(change_norms.sum())) / total
+    job.notes["pairs"], job.notes["direct_error"] = count, round(direct_error, 4)
     job.notes["learned_from"] = [[old.fingerprint, new.fingerprint] for old, new in pairs]
     warning = ""
     if count > 1:
         errors = leave_one_out_errors(gram, targets, options.ridge, options.rank, intercept=options.intercept)
         error = math.sqrt(float(errors.sum())) / total
         job.notes["left_out_error"] = round(error, 4)
-        if error > direct:
-            warning = f"left out in turn, each pair is mapped worse ({error:.3f}) than direct does ({direct:.3f})"
-    if count < FEWEST:
-        warning = f"{count} pairs are too few to learn a map from, or to tell whether it is any good"
+        if error > direct_error:
+            warning = f"on pairs left out in turn, the map is worse ({error:.3f}) than direct ({direct_error:.3f})"
+    if count < MIN_PAIRS:
+        warning = f"{count} pairs are too few to learn a map, or to test it"
     if warning:
-        logger.warning("project: %s (distances relative to the new weights). Take direct, or give more pairs.", warning)
+        logger.warning("project: %s (distances relative to the new weights). Use direct, or pass more pairs.", warning)
     weights = project(gram, targets, cross, options.ridge, options.rank, intercept=options.intercept)
     return [float(weight) for weight in weights]
 
@@ -110,7 +111,7 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
 def _map(
     name: str, vector: Vector, pairs: Sequence[tuple[Vector, Vector]], weights: list[float], *, residual: bool
 ) -> torch.Tensor:
-    """Return one tensor of what the vector is mapped to, in float64."""
+    """Return one tensor of the mapped vector, in float64."""
     import torch
 
     shape = vector.shapes[name]
@@ -123,30 +124,31 @@ def _map(
     return mapped.reshape(shape)
 
 
-def _write(job: Job, names: Collection[str], numbers: Callable[[str], torch.Tensor]) -> None:
-    """Write the adaptation with the numbers that the map returns for the names of its vector."""
+def _write(job: Job, names: Collection[str], read_mapped: Callable[[str], torch.Tensor]) -> None:
+    """Write the adaptation with the mapped tensors in place of those of its vector."""
     from regraft.adaptation.graft import write_carried_adaptation
 
     adaptation, upgrade = job.adaptation, job.upgrade
 
     def write(into: Path) -> None:
-        carried = adaptation.family.replace_vector(
-            adaptation, upgrade, names, numbers, job.progress, replace=job.replace
+        mapped = adaptation.family.replace_vector(
+            adaptation, upgrade, names, read_mapped, job.progress, replace=job.replace
         )
-        job.notes.update(write_carried_adaptation(adaptation, upgrade, carried, into, job.progress))
+        job.notes.update(write_carried_adaptation(adaptation, upgrade, mapped, into, job.progress))
 
-    job.fill(write)
+    job.write_with_head(write)
 
 
 def contents(options: Projection, seed: int) -> dict[str, Any]:
-    """Identify what the map is learned from.
+    """Identify the content of the pairs.
 
     Args:
-        options: The pairs.
-        seed: What few-shot draws of their tasks follow from.
+        options: The options, with the pairs.
+        seed: The seed of few-shot draws of the pairs' tasks.
 
     Returns:
-        As `pairs` the fingerprints of the old and the new weights of each, or of the old ones and the task's data.
+        As `pairs`, for each pair the fingerprints of its old and its new weights; or by distillation, of its old
+        weights and its task's data.
     """
     from regraft.adaptation import load_adaptation
     from regraft.methods.pairs import split_pair
@@ -163,7 +165,7 @@ PROJECT = Start(
     "project",
     graft_mapped,
     Projection,
-    summary="map old weights to new ones, as other tasks tell",
+    summary="map old weights to new ones, as learned from other tasks",
     needs=("tasks",),
     contents=contents,
 )

@@ -1,4 +1,4 @@
-"""The map of `project` learned by distillation, as the paper has it: from tasks tuned on the old base only."""
+"""Learns the map of `project` by distillation, as in the paper: from adaptations to the old base only."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from regraft.tuning import Distillation
     from regraft.tuning.distill import TeacherOutputs
 
-KINDS = ("lora", "bottleneck")
-MOST = 4_000_000
-SPREAD = 0.02
-SMALLEST = 1e-12
+SUPPORTED_KINDS = ("lora", "bottleneck")  # small enough for W1 and W2, and differentiable as parameters of the student
+MAX_SIZE = 4_000_000  # W1 and W2 of rank 16 take 2 GB, with gradients and Adam's moments
+INITIAL_STD = 0.02  # of the paper
+MIN_NORM = 1e-12  # of all-zero weights, in place of a division by 0
 SEAL = "sealed.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Lesson:
-    """One task: its old weights, the student that is given mapped ones, and what the teacher says of its texts."""
+class _Task:
+    """One task: its old weights, the student that runs with mapped weights, and the outputs of the teacher."""
 
     vector: torch.Tensor
     student: Any
     examples: Examples
-    taught: TeacherOutputs
+    teacher_outputs: TeacherOutputs
     order: list[int]
     likelihood: Likelihood
 
@@ -43,19 +43,19 @@ class _Lesson:
 def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
     """Learn P(v) = v·W1·W2 + b from the old tuned models' outputs on their own tasks, and apply it to the job's v.
 
-    All of W1 [|v|, d], W2 [d, |v|] and b are drawn from N(0, 0.02) at first; with a residual, W2 and b are 0, so that
-    it begins at `direct`.
+    W1 [|v|, d], W2 [d, |v|] and b are initialised from N(0, 0.02); for a residual map W2 and b are 0, so that it starts
+    at `direct`.
 
     Args:
-        job: What is mapped.
+        job: The job, with the adaptation to map.
         options: The tasks, the rank and the training.
 
     Returns:
         The mapped tensors by stored name.
 
     Raises:
-        MismatchError: A task was tuned on another base, or its weights are of another kind or shape.
-        KindError: The kind is none that can be mapped so, or it has too many numbers.
+        MismatchError: A task was tuned on another base, or its weights have another kind or shape.
+        KindError: The kind is not supported, or the adaptation is too large.
         RecipeError: The loss became infinite or not a number.
     """
     import torch
@@ -65,43 +65,50 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
 
     vector = job.adaptation.family.vector(job.adaptation, job.upgrade.old)
     size = sum(math.prod(shape) for shape in vector.shapes.values())
-    if job.adaptation.variant not in KINDS:
+    if job.adaptation.variant not in SUPPORTED_KINDS:
         raise KindError(
-            f"{job.adaptation.path}: by distillation the kinds {', '.join(KINDS)} are mapped, not a "
-            f"{job.adaptation.variant}: take fit=regression."
+            f"{job.adaptation.path}: the map can be learned by distillation for {', '.join(SUPPORTED_KINDS)}, not for "
+            f"{job.adaptation.variant}. Use fit=regression."
         )
-    if size > MOST:
+    if size > MAX_SIZE:
         raise KindError(
-            f"{job.adaptation.path}: has {size:,} numbers, and a map of up to {MOST:,} is learned by distillation: "
-            "take fit=regression."
+            f"{job.adaptation.path}: has {size:,} parameters, and the map can be learned by distillation for up to "
+            f"{MAX_SIZE:,}. Use fit=regression."
         )
     loss = Distillation()
-    each = math.ceil(options.steps / len(options.pairs))
-    lessons = [_prepare(job, pair, i, vector, loss, each) for i, pair in enumerate(options.pairs)]
-    drawn = torch.Generator().manual_seed(job.recipe.seed)
+    steps_per_task = math.ceil(options.steps / len(options.pairs))
+    tasks = [_prepare(job, pair, i, vector, loss, steps_per_task) for i, pair in enumerate(options.pairs)]
+    generator = torch.Generator().manual_seed(job.recipe.seed)
     shapes = ((size, options.rank), (options.rank, size), (size,))
-    first = [SPREAD * torch.randn(shape, generator=drawn) for shape in shapes]
+    initial = [INITIAL_STD * torch.randn(shape, generator=generator) for shape in shapes]
     if options.residual:
-        first[1:] = [torch.zeros_like(tensor) for tensor in first[1:]]
-    w1, w2, b = parameters = [tensor.to(device()).requires_grad_() for tensor in first]
+        initial[1:] = [torch.zeros_like(tensor) for tensor in initial[1:]]
+    w1, w2, b = parameters = [tensor.to(device()).requires_grad_() for tensor in initial]
 
     def apply(v: torch.Tensor) -> torch.Tensor:
         mapped: torch.Tensor = v @ w1 @ w2 + b
         return v + mapped if options.residual else mapped
 
-    losses = list(_train(job, options, lessons, vector, parameters, apply, loss))
-    ends = [sum(part) / len(part) for part in (losses[: len(lessons)], losses[-len(lessons) :])]
-    job.notes.update(pairs=len(lessons), fit_loss=[round(end, 4) for end in ends], fit_steps=options.steps)
+    losses = list(_train(job, options, tasks, vector, parameters, apply, loss))
+    means = [
+        sum(part) / len(part) for part in (losses[: len(tasks)], losses[-len(tasks) :])
+    ]  # of the start and the end
+    job.notes.update(pairs=len(tasks), fit_loss=[round(mean, 4) for mean in means], fit_steps=options.steps)
     with torch.no_grad():
         mapped = apply(_flatten(vector).to(device())).cpu()
-    return _parts(mapped, vector)
+    return _unflatten(mapped, vector)
 
 
 def _train(
-    job: Job, options: Projection, lessons: list[_Lesson], vector: Vector, parameters: list[torch.Tensor],
-    apply: Any, loss: Distillation,
-) -> Iterator[float]:  # fmt: skip
-    """Go from task to task, a batch of each, and yield the loss of each step; what a killed run did is gone on from."""
+    job: Job,
+    options: Projection,
+    tasks: list[_Task],
+    vector: Vector,
+    parameters: list[torch.Tensor],
+    apply: Any,
+    loss: Distillation,
+) -> Iterator[float]:
+    """Train on one batch of each task in turn and yield the loss of each step; an interrupted run is resumed."""
     import torch
 
     from regraft.model import device
@@ -109,20 +116,22 @@ def _train(
     from regraft.model.outputs import forward
     from regraft.tuning import distillation_loss
 
-    rates = _rates([lesson.vector for lesson in lessons], options)
+    rates = _learning_rates([task.vector for task in tasks], options)
     optimiser = torch.optim.Adam([{"params": [tensor]} for tensor in parameters])
-    losses = _resume(job, parameters, optimiser)
+    losses = _load_state(job, parameters, optimiser)
     yield from losses
     for step in range(len(losses), options.steps):
-        lesson = lessons[step % len(lessons)]
-        start = step // len(lessons) * job.recipe.batch_size
-        rows = lesson.order[start : start + job.recipe.batch_size]
-        batch = {name: tensor.to(device()) for name, tensor in lesson.examples.batch(rows).items()}
-        names = job.adaptation.family.parameter_names(lesson.student)
-        mapped = {names[stored]: part for stored, part in _parts(apply(lesson.vector.to(device())), vector).items()}
+        task = tasks[step % len(tasks)]
+        start = step // len(tasks) * job.recipe.batch_size
+        rows = task.order[start : start + job.recipe.batch_size]
+        batch = {name: tensor.to(device()) for name, tensor in task.examples.batch(rows).items()}
+        names = job.adaptation.family.parameter_names(task.student)
+        tensors = _unflatten(apply(task.vector.to(device())), vector)
         with autocast(job.recipe.precision, device()):
-            output = forward(lesson.student, batch, hidden=True, parameters=mapped)
-        value: Any = distillation_loss(output, batch, lesson.taught, loss, lesson.likelihood)
+            output = forward(
+                task.student, batch, hidden=True, parameters={names[stored]: t for stored, t in tensors.items()}
+            )
+        value: Any = distillation_loss(output, batch, task.teacher_outputs, loss, task.likelihood)
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / options.steps)
         optimiser.zero_grad()
@@ -131,17 +140,19 @@ def _train(
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
             raise RecipeError(
-                f"the map's loss became {losses[-1]} at step {step + 1}. Lower its learning rate "
-                f"({options.learning_rate:g}), or train in fp32."
+                f"the map's loss became {losses[-1]} at step {step + 1}. Lower its learning_rate "
+                f"({options.learning_rate:g}), or train in fp32 (--precision)."
             )
         if (step + 1) % job.recipe.save_every == 0:
-            _save(job, parameters, optimiser, losses)
+            _save_state(job, parameters, optimiser, losses)
         job.progress("map", step + 1, options.steps, {"loss": losses[-1]})
         yield losses[-1]
 
 
-def _save(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Optimizer, losses: list[float]) -> None:
-    """Write the state of the map's training, beside the one before, which goes once it is sealed."""
+def _save_state(
+    job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Optimizer, losses: list[float]
+) -> None:
+    """Save the state of the map's training, and remove the one before once the new one is complete."""
     import torch
 
     from regraft.checkpoint import replace_atomically, seal
@@ -150,16 +161,16 @@ def _save(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Optim
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{len(losses)}.pt"
     state = {"parameters": [p.detach() for p in parameters], "optimiser": optimiser.state_dict(), "losses": losses}
-    with replace_atomically(file) as beside:
-        torch.save(state, beside)
+    with replace_atomically(file) as temporary:
+        torch.save(state, temporary)
     seal(folder / SEAL, [file], {"file": file.name})
-    for other in folder.glob("step-*.pt"):
-        if other != file:
-            other.unlink()
+    for earlier in folder.glob("step-*.pt"):
+        if earlier != file:
+            earlier.unlink()
 
 
-def _resume(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Optimizer) -> list[float]:
-    """Load the last state of the map's training; a damaged one is passed over. Return the losses so far."""
+def _load_state(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Optimizer) -> list[float]:
+    """Load the last undamaged state of the map's training, and return the losses so far."""
     import torch
 
     from regraft.checkpoint import is_sealed
@@ -177,20 +188,20 @@ def _resume(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Opt
     return losses
 
 
-def _rates(vectors: list[torch.Tensor], options: Projection) -> tuple[float, float, float]:
-    """Return Adam's rates for W1, W2 and b with which a step of each moves a mapped weight about as far.
+def _learning_rates(vectors: list[torch.Tensor], options: Projection) -> tuple[float, float, float]:
+    """Return Adam's learning rates for W1, W2 and b with which a step of each moves a mapped weight about as far.
 
-    One rate for all would move it ‖v‖₁ times as far by W1 as by b: away from anything that works, in a few steps.
+    With one rate for all, a step of W1 would move it ‖v‖₁ times as far as a step of b, and training would diverge.
     """
-    l1, l2 = (max(sum(float(v.norm(p)) for v in vectors) / len(vectors), SMALLEST) for p in (1, 2))
-    rate, share = options.learning_rate, options.rank * SPREAD
-    return rate / (share * l1), rate / (share * l2), rate
+    l1, l2 = (max(sum(float(v.norm(p)) for v in vectors) / len(vectors), MIN_NORM) for p in (1, 2))
+    rate, scale = options.learning_rate, options.rank * INITIAL_STD
+    return rate / (scale * l1), rate / (scale * l2), rate
 
 
-def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation, steps: int) -> _Lesson:
-    """Open a task, its old tuned model as the teacher, and a student with the old weights on the new base."""
+def _prepare(job: Job, pair: str, number: int, layout: Vector, loss: Distillation, steps: int) -> _Task:
+    """Load a task, its old tuned model as the teacher, and its old weights grafted onto the new base as the student."""
     from regraft.adaptation import load_adaptation, load_model, write_graft
-    from regraft.methods.pairs import open_alike, split_pair
+    from regraft.methods.pairs import load_alike, split_pair
     from regraft.model import Deployment, match_labels
     from regraft.task import load_data
     from regraft.tuning import plan_order
@@ -198,7 +209,7 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
 
     folder, task = split_pair(pair)
     old, new = job.upgrade.old, job.upgrade.new
-    adaptation, vector = open_alike(folder, old, like)
+    adaptation, vector = load_alike(folder, old, layout)
     data = match_labels(adaptation, load_data(task, job.recipe.seed))
     work = job.work / f"task-{number}"
     write_graft(adaptation, job.upgrade, work / "graft", job.progress)
@@ -208,8 +219,8 @@ def _prepare(job: Job, pair: str, number: int, like: Vector, loss: Distillation,
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
     teacher = Deployment(load_model(adaptation, old, data.head), old, data, precision, job.progress)
-    taught = compute_teacher_outputs(teacher, data.train, order, loss, work)
-    return _Lesson(_flatten(vector), student.model, examples, taught, order.tolist(), likelihood)
+    outputs = compute_teacher_outputs(teacher, data.train, order, loss, work)
+    return _Task(_flatten(vector), student.model, examples, outputs, order.tolist(), likelihood)
 
 
 def _flatten(vector: Vector) -> torch.Tensor:
@@ -219,9 +230,9 @@ def _flatten(vector: Vector) -> torch.Tensor:
     return torch.cat([vector.flat_slice(name, 0, math.prod(shapes[name])).float() for name in shapes])
 
 
-def _parts(flat: torch.Tensor, vector: Vector) -> dict[str, torch.Tensor]:
+def _unflatten(flat: torch.Tensor, vector: Vector) -> dict[str, torch.Tensor]:
     shapes = vector.shapes
     sizes = [math.prod(shape) for shape in shapes.values()]
-    cuts = itertools.accumulate(sizes, initial=0)
-    parts = zip(shapes.items(), sizes, cuts, strict=False)
+    starts = itertools.accumulate(sizes, initial=0)
+    parts = zip(shapes.items(), sizes, starts, strict=False)
     return {name: flat[start : start + size].reshape(shape) for (name, shape), size, start in parts}

@@ -1,8 +1,7 @@
-"""The methods there are: the starts and objectives of this package and of installed distributions, and their names."""
+"""The registry of methods: starts and objectives of this package and of installed distributions, and their names."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import pkgutil
@@ -10,15 +9,15 @@ import re
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-from regraft.errors import RecipeError
+from regraft.errors import RecipeError, did_you_mean
 from regraft.methods.method import Method, Objective, Part, Start
 
 Registered = Start | Objective | Method
 
 GROUP = "regraft.methods"
 NAME = re.compile(r"\w[\w-]*")  # folders are named after methods; + parts a start from an objective, a dot its options
-# What each listed name stands for, in the order of the list: the paper's, those without training, those with. Whatever
-# else is registered comes after them; other combinations are looked up and not listed.
+# The parts of each listed method, in the order of the list: methods of the paper, those without training, those with.
+# Whatever else is registered follows them; other combinations are methods too, but not listed.
 NAMES = {
     "scratch": "scratch+labels",
     "direct": "direct",
@@ -42,31 +41,31 @@ SUMMARIES = {
 
 @functools.cache
 def methods() -> dict[str, Method]:
-    """List the methods that have a name of their own; any START+OBJECTIVE is a method besides.
+    """List the methods with names of their own; any other START+OBJECTIVE is a method too.
 
     Returns:
-        The methods by name: the paper's, those without training, those with; then those of other distributions.
+        The methods by name: those of the paper, those without training, those with, and those of other distributions.
 
     Raises:
-        RecipeError: A distribution registers what is no method, or under a name that is taken.
+        RecipeError: A distribution registers something that is no method, or a name that is in use.
     """
     return {name: find_method(name) for name in (*NAMES, *(name for name in _registered() if name not in ORDER))}
 
 
 def parts(kind: type[Part]) -> list[str]:
-    """List what methods are composed of.
+    """List the registered starts or objectives.
 
     Args:
         kind: `Start` or `Objective`.
 
     Returns:
-        The names of those that are registered.
+        Their names.
     """
     return [name for name in _registered() if isinstance(find_registered(name), kind)]
 
 
 def find_method(name: str) -> Method:
-    """Look a method up.
+    """Look up a method.
 
     Args:
         name: One of `methods()`, or START+OBJECTIVE.
@@ -75,7 +74,7 @@ def find_method(name: str) -> Method:
         The method.
 
     Raises:
-        RecipeError: There is none of that name.
+        RecipeError: No method has that name.
     """
     formula = NAMES.get(name, name)
     registered = find_registered(formula)
@@ -90,25 +89,24 @@ def find_method(name: str) -> Method:
         return Method(name, summary, (start, objective))
     starts, objectives = parts(Start), parts(Objective)
     names = [*methods(), *(f"{start}+{objective}" for start in starts for objective in objectives)]
-    close = difflib.get_close_matches(name, names, n=1)
     raise RecipeError(
         f"there is no method {name!r}; there are {', '.join(methods())}, and START+OBJECTIVE of the starts "
         f"{', '.join(starts)} and the objectives {', '.join(objectives)}."
-        f"{f' Did you mean {close[0]}?' if close else ''}"
+        f"{did_you_mean(name, names)}"
     )
 
 
 def find_registered(name: str) -> Registered | None:
-    """Look up what a module of this package or a distribution registers; only that distribution is imported.
+    """Look up a start, an objective or a method that is neither; only the distribution that registers it is imported.
 
     Args:
-        name: Of a start, an objective or a method that is neither.
+        name: The registered name.
 
     Returns:
-        It, or None.
+        The start, objective or method; None if nothing has that name.
 
     Raises:
-        RecipeError: A distribution registers what is no method, or under a name that is taken.
+        RecipeError: A distribution registers something that is no method, or a name that is in use.
     """
     registered = _registered().get(name)
     return _load(registered) if isinstance(registered, EntryPoint) else registered
@@ -117,20 +115,22 @@ def find_registered(name: str) -> Registered | None:
 @functools.cache
 def _registered() -> dict[str, Registered | EntryPoint]:
     registered: dict[str, Registered | EntryPoint] = {}
-    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        module = importlib.import_module(f"regraft.methods.{info.name}")
+    for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f"regraft.methods.{module_info.name}")
         registered |= {r.name: r for r in vars(module).values() if isinstance(r, Registered)}
     order = sorted(registered, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     registered = {name: registered[name] for name in order}
-    taken = dict.fromkeys([*NAMES, *registered], "regraft")
+    owners = dict.fromkeys([*NAMES, *registered], "regraft")
     for point in entry_points(group=GROUP):
-        if point.name in taken or not NAME.fullmatch(point.name):
-            why = f"{taken[point.name]} has one" if point.name in taken else "names are of letters, digits, - and _"
-            raise RecipeError(
-                f"{_distribution(point)} registers a method called {point.name!r}, but {why}. Uninstall it, or update "
-                "it to a version with another name."
+        if point.name in owners or not NAME.fullmatch(point.name):
+            problem = (
+                f"{owners[point.name]} has one" if point.name in owners else "names are of letters, digits, - and _"
             )
-        taken[point.name], registered[point.name] = _distribution(point), point
+            raise RecipeError(
+                f"{_distribution(point)} registers a method called {point.name!r}, but {problem}. Uninstall it, or "
+                "update it to a version with another name."
+            )
+        owners[point.name], registered[point.name] = _distribution(point), point
     return registered
 
 
@@ -138,7 +138,7 @@ def _registered() -> dict[str, Registered | EntryPoint]:
 def _load(point: EntryPoint) -> Registered:
     try:
         registered = point.load()
-    except (Exception, SystemExit) as error:  # whatever code of others raises
+    except (Exception, SystemExit) as error:  # code of others may raise anything
         raise RecipeError(
             f"{_distribution(point)}: its method {point.name!r} ({point.value}) cannot be imported "
             f"({type(error).__name__}: {error}). Update it or uninstall it."

@@ -1,4 +1,4 @@
-"""`ridge`: the old delta, made to have on the new base's activations the effect it had on the old one's."""
+"""`ridge`: the old delta, refitted to have the same effect on the new base's activations as on the old base's."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Ridge:
-    """How the effect is matched.
+    """The ridge regression, and the texts it is fitted on.
 
     Args:
-        ridge: λ, in units of the mean square of each layer's inputs: how strongly the factor is held to what it was.
-        texts: How many of the task's training texts, without labels, the activations are measured on.
-        head: Whether the head is matched too, so that it gives on the new features what it gave on the old.
+        ridge: λ, the strength of the penalty on the change of the delta, in units of the mean square of each layer's
+            inputs.
+        texts: The number of the task's training texts, without labels, on which activations are measured.
+        head: Whether to refit the head too, so that its outputs on the new features match those on the old ones.
 
     Raises:
-        RecipeError: A number is out of its range.
+        RecipeError: A number is out of range.
     """
 
     ridge: float = 0.3
@@ -41,26 +42,26 @@ class Ridge:
 
 
 def refit(job: Job, options: Ridge) -> Any:
-    """Go through the layers in order, and fit each one's delta to what the new model feeds it.
+    """Refit the delta of layer after layer to the layer's inputs in the new model.
 
-    In every layer that was tuned and multiplies by a matrix, the old model added D·x_o to what its base gives. In the
-    new model, grafted and already refitted below, the same token brings x_n, and D' is the ridge regression of D·x_o on
-    x_n that is drawn to D. Of a LoRA only A changes, of bottleneck adapters the first layer: rank and cost of serving
-    stay.
+    In every tuned layer that multiplies by a matrix, the old model adds D·x_o to the output of its base. In the new
+    model, grafted and with all earlier layers refitted, the same token has the input x_n, and D' is the ridge
+    regression of D·x_o on x_n with a penalty on D' − D. In a LoRA only A changes, in bottleneck adapters the first
+    layer, so that the rank and the cost of serving stay the same.
 
-    Layers are refitted that multiply by a matrix: linear ones, Conv1D, routers and experts, each expert on the tokens
-    that the new model routes to it; where these are fewer than its width, its delta stays. A layer that runs more than
-    once is refitted once, on all that it is fed. What is passed over is named in the outcome's notes.
+    Layers that multiply by a matrix are linear layers, Conv1D, routers and experts. An expert is refitted on the tokens
+    that the new model routes to it; if these are fewer than its width, it keeps its delta. A layer that runs more than
+    once is refitted once, on all of its inputs. The outcome's notes name the layers that are passed over.
 
     Args:
-        job: What and where.
-        options: How.
+        job: The job.
+        options: The regression and the texts.
 
     Returns:
-        The model, ready to be tuned further.
+        The model, ready for tuning.
 
     Raises:
-        KindError: The adaptation is of another kind, or nothing of it can be refitted.
+        KindError: The kind of the adaptation is not supported, or none of its layers can be refitted.
     """
     from regraft.adaptation import load_model
     from regraft.adaptation.changes import SUPPORTED_KINDS, linear_changes, passed_over
@@ -72,191 +73,195 @@ def refit(job: Job, options: Ridge) -> Any:
     new = job.grafted()
     tuned = load_model(job.adaptation, job.upgrade.old, job.data.head)
     changes = linear_changes(new, tuned, job.adaptation, job.upgrade.old)
-    fit = _Fit(options.ridge, passed_over(new, tuned, job.adaptation, job.upgrade.old, changes))
+    refitter = _Refitter(options.ridge, passed_over(new, tuned, job.adaptation, job.upgrade.old, changes))
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     old_examples, new_examples = encode_aligned(job.upgrade, job.data, texts)
-    above, below = (
-        BlockwiseForward(new, new_examples, job.recipe.precision),
-        BlockwiseForward(tuned, old_examples, job.recipe.precision),
-    )
+    new_forward = BlockwiseForward(new, new_examples, job.recipe.precision)
+    old_forward = BlockwiseForward(tuned, old_examples, job.recipe.precision)
     layers: dict[str, list[Change]] = {}
     for change in changes:
         if options.head or not change.is_head:
-            layers.setdefault(above.names[change.module], []).append(change)
+            layers.setdefault(new_forward.names[change.module], []).append(change)
     modules = [tuned.get_submodule(name) for name in layers]
-    around = lora_wrappers(tuned), lora_wrappers(new)
-    for part in range(above.parts):
-        fed = _inputs(below, modules)
-        for stage in _stages(fed, layers):
-            first = layers[stage[0]][0]
+    model_wrappers = lora_wrappers(tuned), lora_wrappers(new)
+    for part in range(new_forward.num_parts):
+        inputs = _layer_inputs(old_forward, modules)
+        for group in _groups_of_equal_input(inputs, layers):
+            first = layers[group[0]][0]
             if is_experts(first.module):
-                sides = tuned.get_submodule(stage[0]), first.module
-                wrappers = [wrapped.get(side, {}) for wrapped, side in zip(around, sides, strict=True)]
-                fit.experts(layers[stage[0]], sides, wrappers, fed[stage[0]], above)
+                experts = tuned.get_submodule(group[0]), first.module
+                wrappers = [w.get(e, {}) for w, e in zip(model_wrappers, experts, strict=True)]
+                refitter.refit_experts(layers[group[0]], experts, wrappers, inputs[group[0]], new_forward)
             else:
-                fit.layers([change for name in stage for change in layers[name]], fed[stage[0]], above)
-        above.run(advance=True)
-        job.progress("ridge", part + 1, above.parts, {})
-    fit.finish(changes if options.head else [change for change in changes if not change.is_head])
-    if all(change.is_head for change in fit.moved):
+                group_changes = [change for name in group for change in layers[name]]
+                refitter.refit_layers(group_changes, inputs[group[0]], new_forward)
+        new_forward.run(advance=True)
+        job.progress("ridge", part + 1, new_forward.num_parts, {})
+    refitter.note_unreached(changes if options.head else [change for change in changes if not change.is_head])
+    if all(change.is_head for change in refitter.relative_changes):
         raise KindError(
-            f"{job.adaptation.path}: ridge can refit none of the layers that were tuned: {fit.describe()}. Take direct "
-            "or init."
+            f"{job.adaptation.path}: ridge can refit none of the tuned layers: {refitter.describe_passed_over()}. Use "
+            "direct or init."
         )
-    job.notes["moved"] = round(fit.mean(), 4)
-    if fit.passed_over:
-        job.notes["passed_over"] = fit.passed_over
+    job.notes["moved"] = round(refitter.mean_relative_change(), 4)
+    if refitter.passed_over:
+        job.notes["passed_over"] = refitter.passed_over
     return new
 
 
-def _inputs(walk: BlockwiseForward, modules: list[Any]) -> dict[str, list[torch.Tensor]]:
-    """Run a part of the old model and keep what each layer in it is fed, by batch, in the order they are used."""
+def _layer_inputs(forward: BlockwiseForward, modules: list[Any]) -> dict[str, list[torch.Tensor]]:
+    """Run a part of the old model, and return the inputs of each layer in it, by batch, in the order of execution."""
     import torch
 
-    fed: dict[str, list[torch.Tensor]] = {}
+    inputs: dict[str, list[torch.Tensor]] = {}
     last: torch.Tensor | None = None
 
-    def keep(name: str, _: int, rows: torch.Tensor, __: torch.Tensor) -> None:
+    def append_input(name: str, _: int, rows: torch.Tensor, __: torch.Tensor) -> None:
         nonlocal last
-        narrow = rows.float()  # all there is to them: models run in float32 at most
-        last = last if last is not None and torch.equal(last, narrow) else narrow  # once for all that read the same
-        fed.setdefault(name, []).append(last)
+        narrow = rows.float()  # nothing is lost: models run in float32 at most
+        last = last if last is not None and torch.equal(last, narrow) else narrow  # stored once if layers share it
+        inputs.setdefault(name, []).append(last)
 
-    walk.run(modules, keep, advance=True)
-    return fed
+    forward.run(modules, append_input, advance=True)
+    return inputs
 
 
-def _stages(fed: dict[str, list[torch.Tensor]], layers: dict[str, list[Change]]) -> list[list[str]]:
-    """Put layers together that read the same, as queries, keys and values do; experts are by themselves."""
+def _groups_of_equal_input(inputs: dict[str, list[torch.Tensor]], layers: dict[str, list[Change]]) -> list[list[str]]:
+    """Group consecutive layers with the same input, such as queries, keys and values; experts are never grouped."""
     import torch
 
-    stages: list[list[str]] = []
-    alone = True
-    for name, rows in fed.items():
-        is_alone = is_experts(layers[name][0].module)
-        if stages and not alone and not is_alone and torch.equal(fed[stages[-1][0]][0], rows[0]):
-            stages[-1].append(name)
+    groups: list[list[str]] = []
+    last_is_experts = True
+    for name, rows in inputs.items():
+        is_experts_layer = is_experts(layers[name][0].module)
+        ungrouped = last_is_experts or is_experts_layer
+        if groups and not ungrouped and torch.equal(inputs[groups[-1][0]][0], rows[0]):
+            groups[-1].append(name)
         else:
-            stages.append([name])
-        alone = is_alone
-    return stages
+            groups.append([name])
+        last_is_experts = is_experts_layer
+    return groups
 
 
-class _Fit:
-    """Fits changes to what the new model feeds them, and keeps account of them.
+class _Refitter:
+    """Refits changes to the layers' inputs in the new model, and records how far they move.
 
     Args:
         ridge: λ.
-        passed_over: Why what cannot be fitted is passed over, by name.
+        passed_over: The reason for each layer that cannot be refitted, by name.
+
+    Attributes:
+        relative_changes: ‖D' − D‖ / ‖D‖ of each refitted change, of experts one number each.
     """
 
     def __init__(self, ridge: float, passed_over: dict[str, str]):
         self.ridge, self.passed_over = ridge, dict(passed_over)
-        self.moved: dict[Change, list[float]] = {}  # ‖D' − D‖ / ‖D‖
+        self.relative_changes: dict[Change, list[float]] = {}
 
-    def layers(self, changes: list[Change], old_inputs: list[torch.Tensor], walk: BlockwiseForward) -> None:
-        """Fit layers that read the same.
+    def refit_layers(self, changes: list[Change], old_inputs: list[torch.Tensor], forward: BlockwiseForward) -> None:
+        """Refit layers with the same input.
 
         Args:
-            changes: Theirs.
-            old_inputs: What the old model feeds them, by batch.
-            walk: Through the new model.
+            changes: The changes of the layers.
+            old_inputs: Their input in the old model, by batch, [rows, width].
+            forward: The forward pass of the new model, at the part with the layers.
         """
         import torch
 
         width = changes[0].factor.shape[-1]
         cross, second = (torch.zeros(width, width, dtype=torch.float64, device=old_inputs[0].device) for _ in range(2))
-        paired = True
+        aligned = True
 
-        def add(_: str, number: int, rows: torch.Tensor, __: torch.Tensor) -> None:
-            nonlocal paired
-            paired = paired and rows.shape == old_inputs[number].shape
-            if paired:
+        def add_moments(_: str, number: int, rows: torch.Tensor, __: torch.Tensor) -> None:
+            nonlocal aligned
+            aligned = aligned and rows.shape == old_inputs[number].shape
+            if aligned:
                 cross.add_(old_inputs[number].to(rows).T @ rows)
                 second.add_(rows.T @ rows)
 
-        walk.run([changes[0].module], add)
+        forward.run([changes[0].module], add_moments)
         for change in changes:
-            if not paired:
+            if not aligned:
                 self.passed_over[change.name] = "fed other tokens in the two models"
                 continue
-            matched = self._match(change, change.factor, cross, second)
-            change.set_factor(matched)
+            change.set_factor(self._refit(change, change.factor, cross, second))
 
-    def experts(
+    def refit_experts(
         self,
         changes: list[Change],
-        sides: tuple[Any, Any],
+        experts: tuple[Any, Any],
         wrappers: list[dict[str, Any]],
         old_hidden: list[torch.Tensor],
-        walk: BlockwiseForward,
+        forward: BlockwiseForward,
     ) -> None:
-        """Fit each of a block's experts on the tokens that the new model routes to it.
+        """Refit each expert of a block on the tokens that the new model routes to it.
 
-        The old model's expert is asked for the same tokens, whether or not that routes them there.
+        The old model's expert runs on the same tokens, whether or not the old model routes them to it.
 
         Args:
-            changes: What is changed of the experts' projections.
-            sides: The old and the new model's experts.
-            wrappers: PEFT's wrappers of their parameters.
-            old_hidden: What the old model feeds its experts, by batch.
-            walk: Through the new model.
+            changes: The changes of the experts' projections.
+            experts: The experts modules of the old and the new model.
+            wrappers: PEFT's wrappers of the parameters of each.
+            old_hidden: The experts' input in the old model, by batch, [rows, width].
+            forward: The forward pass of the new model, at the part with the experts.
         """
         import torch
 
-        runs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        walk.run([sides[1]], lambda _, __, rows, routed: runs.append((rows, routed)))
-        hidden, routed = (torch.cat(side) for side in zip(*runs, strict=True))
+        batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        forward.run([experts[1]], lambda _, __, rows, routed: batches.append((rows, routed)))
+        hidden, routed = (torch.cat(parts) for parts in zip(*batches, strict=True))
         old = torch.cat(old_hidden).to(hidden)
-        for position, part in enumerate(projection_names(sides[1])):
-            change = next((change for change in changes if change.name.endswith(f".{part}")), None)
+        for position, projection in enumerate(projection_names(experts[1])):
+            change = next((change for change in changes if change.name.endswith(f".{projection}")), None)
             if change is None:
                 continue
-            matched, width = change.factor.clone(), change.factor.shape[-1]
-            few = []
-            for number in range(len(matched)):
-                reached = (routed == number).any(dim=1)
-                rows = [side[reached] for side in (old, hidden)]
-                if len(rows[0]) < width:  # as many unknowns for each output: fewer tell nothing of some directions
-                    few.append(number)
+            refitted, width = change.factor.clone(), change.factor.shape[-1]
+            undetermined = []
+            for number in range(len(refitted)):
+                is_routed = (routed == number).any(dim=1)
+                rows = [old[is_routed], hidden[is_routed]]
+                if len(rows[0]) < width:  # fewer equations than unknowns
+                    undetermined.append(number)
                     continue
                 if position:
-                    pairs = zip(sides, wrappers, rows, strict=True)
-                    rows = [Expert(side, number, own).inner(x) for side, own, x in pairs]
+                    models = zip(experts, wrappers, rows, strict=True)
+                    rows = [Expert(module, number, wrapper).inner(x) for module, wrapper, x in models]
                 cross, second = rows[0].T @ rows[1], rows[1].T @ rows[1]
-                matched[number] = self._match(change, matched[number], cross, second)
-            change.set_factor(matched)
-            if few:
-                experts = f"experts {', '.join(map(str, few))}" if len(few) < len(matched) else "all experts"
-                self.passed_over[change.name] = f"{experts}: reached by fewer tokens than their width of {width}"
+                refitted[number] = self._refit(change, refitted[number], cross, second)
+            change.set_factor(refitted)
+            if undetermined:
+                all_experts = len(undetermined) == len(refitted)
+                names = "all experts" if all_experts else f"experts {', '.join(map(str, undetermined))}"
+                self.passed_over[change.name] = f"{names}: reached by fewer tokens than their width of {width}"
 
-    def finish(self, changes: list[Change]) -> None:
-        """Name what no text has shown.
+    def note_unreached(self, changes: list[Change]) -> None:
+        """Add the layers that no text reached to those that are passed over.
 
         Args:
-            changes: All that were to be fitted.
+            changes: The changes of all layers to refit.
         """
         for change in changes:
-            if change not in self.moved:
+            if change not in self.relative_changes:
                 self.passed_over.setdefault(change.name, "not run by itself")
 
-    def mean(self) -> float:
+    def mean_relative_change(self) -> float:
         """Return the mean of ‖D' − D‖ / ‖D‖."""
-        moved = [number for numbers in self.moved.values() for number in numbers]
-        return sum(moved) / len(moved)
+        relative_changes = [number for numbers in self.relative_changes.values() for number in numbers]
+        return sum(relative_changes) / len(relative_changes)
 
-    def describe(self) -> str:
-        """Say why layers were passed over, by the first of them."""
-        named = [f"{name} ({why})" for name, why in self.passed_over.items()]
-        return "; ".join(named[:3]) + (" …" if len(named) > 3 else "") or "the adaptation changes no matrix"
+    def describe_passed_over(self) -> str:
+        """Describe the first three of the layers that are passed over, with reasons."""
+        layers = [f"{name} ({reason})" for name, reason in self.passed_over.items()]
+        return "; ".join(layers[:3]) + (" …" if len(layers) > 3 else "") or "the adaptation changes no matrix"
 
-    def _match(self, change: Change, factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    def _refit(self, change: Change, factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         from regraft.weights import match_effect
 
-        before = factor.to(second.device)
-        matched = match_effect(before, cross, second, self.ridge)
-        self.moved.setdefault(change, []).append(float((matched - before).norm() / before.norm().clamp(min=1e-12)))
-        return matched
+        factor = factor.to(second.device)
+        refitted = match_effect(factor, cross, second, self.ridge)
+        relative_change = float((refitted - factor).norm() / factor.norm().clamp(min=1e-12))
+        self.relative_changes.setdefault(change, []).append(relative_change)
+        return refitted
 
 
 RIDGE = Start(

@@ -1,4 +1,4 @@
-"""The two starts that are a call: the new base by itself, and the old weights on it as they are."""
+"""The two simplest starts: the new base alone, and the old delta or adapter on it, unchanged."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from regraft.methods.job import Job
 
 
-def begin_fresh(job: Job, options: None) -> Any:
-    """Return the new base with a fresh head, as if there were no old weights.
+def start_fresh(job: Job, options: None) -> Any:
+    """Return the new base with a fresh head and without the old weights.
 
     Args:
-        job: What and where.
+        job: The job.
         options: None.
 
     Returns:
@@ -29,11 +29,11 @@ def graft(job: Job, options: None) -> None:
     Source: Qin et al., 2023 (arXiv:2305.08702), section 4.1: θ = M_new + (θ_old − M_old), or the old adapter unchanged.
 
     Args:
-        job: What and where.
+        job: The job.
         options: None.
     """
     job.graft()
 
 
-SCRATCH = Start("scratch", begin_fresh, summary="tune the new base from a fresh head")
+SCRATCH = Start("scratch", start_fresh, summary="tune the new base from a fresh head")
 DIRECT = Start("direct", graft, summary="put the old delta or adapter on the new base, no tuning")

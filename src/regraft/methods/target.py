@@ -1,4 +1,4 @@
-"""The bar that the rungs of `auto`'s ladder are tested against."""
+"""The target that the stages of `auto` are tested against."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import is_sealed, seal, to_json, write_atomic
+from regraft.checkpoint import is_sealed, seal, write_json
 from regraft.task import chance_score, paired_difference, score, weakness
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from regraft.methods.job import Job
     from regraft.task import Interval, Metric, TaskData
@@ -20,155 +19,148 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The target, and how a rung is tested against it.
+    """A score on dev to reach, and the test of whether predictions reach it.
 
     Args:
-        metric: The task's.
-        targets: Those of dev.
-        reference: What the old deployment predicts on dev; the comparison is paired with it.
-        old: Its score.
-        floor: The score of the best guess that looks at no input.
-        target: The score to reach.
-        gain: How much better a linear probe is on the new base than on the old; None where none was made.
-        tolerance: How much may be lost against the target, in the metric.
-        confidence: Of the test.
-        weakness: Why dev settles nothing, if so.
+        metric: The task's metric.
+        targets: The targets of dev.
+        reference: The old deployment's predictions on dev, with which the test is paired.
+        old: The old deployment's score.
+        chance: The score of the best prediction that ignores the input.
+        score: The score to reach.
+        gain: How much higher a linear probe scores on the new base than on the old one; None without probes.
+        tolerance: How far below the target a score may be, in the metric.
+        confidence: The confidence of the test.
+        weakness: Why no test on dev can decide; None if it can.
     """
 
     metric: Metric
     targets: Targets
     reference: list[Any]
     old: float
-    floor: float
-    target: float
+    chance: float
+    score: float
     gain: Interval | None
     tolerance: float
     confidence: float
     weakness: str | None
 
-    def survival(self, score: float) -> float:
-        """Return which share of what the old deployment has above guessing a score has.
+    def recovered_share(self, score: float) -> float:
+        """Return the share of the old deployment's score above chance that a score has.
 
         Args:
-            score: A rung's.
+            score: The score of a stage.
 
         Returns:
-            1 for the old deployment's, 0 for guessing; 0 where the old deployment is no better than that.
+            1 for the old deployment's score, 0 for chance; 0 if the old deployment is no better than chance.
         """
-        is_better = self.metric.gain(self.old, self.floor) > 0
-        return (score - self.floor) / (self.old - self.floor) if is_better else 0.0
-
-    def improvement(self, score: float, other: float) -> float:
-        """Return by how much a rung's score is better than another one.
-
-        Args:
-            score: The score.
-            other: The other one.
-        """
-        return self.metric.gain(score, other)
+        beats_chance = self.metric.gain(self.old, self.chance) > 0
+        return (score - self.chance) / (self.old - self.chance) if beats_chance else 0.0
 
     def measure(self, predictions: list[Any]) -> dict[str, Any]:
-        """Test a rung.
+        """Test the predictions of a stage.
 
         Args:
-            predictions: Its predictions on dev.
+            predictions: The predictions on dev.
 
         Returns:
-            Its `score`, the `difference` to the target with `low` and `high`, and the `verdict`: it `passes` if low is
-            above −tolerance, `fails` if high is below, else the examples of dev leave it `undecided`: so they do
-            where they are too few or all alike.
+            The `score`; its `difference` to the target with the bounds `low` and `high` of its confidence interval;
+            and the `verdict`: `passes`, `fails` or `undecided`. Examples of dev that are too few or all alike never
+            decide.
         """
-        to_old = paired_difference(self.metric, self.targets, predictions, self.reference, confidence=self.confidence)
-        raised = self.improvement(self.target, self.old)
-        low, high = to_old.low - raised, to_old.high - raised
+        difference = paired_difference(
+            self.metric, self.targets, predictions, self.reference, confidence=self.confidence
+        )
+        required_gain = self.metric.gain(self.score, self.old)
+        low, high = difference.low - required_gain, difference.high - required_gain
         verdict = "passes" if low >= -self.tolerance else "fails" if high < -self.tolerance else "undecided"
         if self.weakness:
             verdict = "undecided"
         return {
             "score": round(score(self.metric, self.targets, predictions), 4),
-            "difference": round(to_old.estimate - raised, 4),
+            "difference": round(difference.estimate - required_gain, 4),
             "low": round(low, 4),
             "high": round(high, 4),
             "verdict": verdict,
         }
 
-    def describe(self, rung: Mapping[str, Any]) -> str:
-        """Say in words how a rung stands.
+    def describe(self, stage: Mapping[str, Any]) -> str:
+        """Describe the result of a stage in words.
 
         Args:
-            rung: From `measure`.
+            stage: A result of `measure`.
 
         Returns:
             Its score and its difference to the target.
         """
         metric = self.metric
-        sure = (
+        certainty = (
             f"dev has {self.weakness}"
             if self.weakness
-            else f"{100 * self.confidence:.0f} % sure: from {metric.describe(rung['low'])} up"
+            else f"{100 * self.confidence:.0f} % sure: from {metric.describe(stage['low'])} up"
         )
         return (
-            f"{metric.name} {rung['score']:.3f} on dev, {metric.describe(rung['difference'])}{metric.unit} to the "
-            f"target of {self.target:.3f} ({sure}; {metric.describe(self.tolerance, '.1f')} may be lost)"
+            f"{metric.name} {stage['score']:.3f} on dev, {metric.describe(stage['difference'])}{metric.unit} to the "
+            f"target of {self.score:.3f} ({certainty}; {metric.describe(self.tolerance, '.1f')} may be lost)"
         )
 
 
 def set_target(job: Job, tolerance: float, confidence: float, target: float | None, *, labelled: bool) -> Target:
-    """Find out what is to be reached.
+    """Determine the score to reach.
 
     Args:
-        job: The job; its dev is what all is measured on.
-        tolerance: How much may be lost; where the metric is not bounded by 1, of what the old deployment has above
-            guessing.
-        confidence: Of the tests.
-        target: A score; None for the old deployment's, raised by what the new base adds to it.
+        job: The job; everything is measured on its dev.
+        tolerance: How far below the target a score may be: in the metric, or if 1 does not bound the metric, as a share
+            of the old deployment's score above chance.
+        confidence: The confidence of the tests.
+        target: A score; None for the old deployment's, plus what the new base adds to it.
         labelled: Whether dev has labels. If not, its targets are the old deployment's predictions, and what the new
             base adds cannot be known.
 
     Returns:
-        The bar.
+        The target.
     """
-    file, whole = job.work / "bar.json", job.work / "bar.sealed.json"
-    if not is_sealed(whole):
+    file, seal_file = job.work / "target.json", job.work / "target.sealed.json"
+    if not is_sealed(seal_file):
         from regraft.model.probe import probe
 
         dev, probes = job.data.dev, []
         reference = job.old_deployment().predictions(dev) if labelled else dev.targets.tolist()
         if target is None and labelled:
             probes = [probe(base, job.data, job.recipe.precision) for base in (job.upgrade.old, job.upgrade.new)]
-        write_record(file, {"reference": reference, "probes": probes})
-        seal(whole, [file])
+        write_json(file, {"reference": reference, "probes": probes})
+        seal(seal_file, [file])
     record = json.loads(file.read_text(encoding="utf-8"))
     metric, targets = job.data.task.scoring, job.data.dev.targets
     old, gain = score(metric, targets, record["reference"]), None
     if record["probes"]:
         gain = paired_difference(metric, targets, record["probes"][1], record["probes"][0], confidence=confidence)
     if target is None:
-        better = gain.estimate if gain and gain.low > 0 else 0.0
-        target = old + better if metric.higher_is_better else old - better
-    floor = chance_score(job.data, job.data.dev)
+        certain_gain = gain.estimate if gain and gain.low > 0 else 0.0
+        target = old + certain_gain if metric.higher_is_better else old - certain_gain
+    chance = chance_score(job.data, job.data.dev)
     return Target(
-        metric,
-        targets,
-        record["reference"],
-        old,
-        floor,
-        target,
-        gain,
-        metric.share_to_difference(tolerance, floor, old),
-        confidence,
-        weakness(job.data, job.data.dev),
+        metric=metric,
+        targets=targets,
+        reference=record["reference"],
+        old=old,
+        chance=chance,
+        score=target,
+        gain=gain,
+        tolerance=metric.share_to_difference(tolerance, chance, old),
+        confidence=confidence,
+        weakness=weakness(job.data, job.data.dev),
     )
 
 
 def pseudo_labelled(job: Job) -> TaskData:
-    """Return the task with what the old model predicts in place of every target of train and dev.
+    """Return the task with the old model's predictions as the targets of train and dev.
 
     Args:
         job: The job.
 
     Returns:
-        The task.
+        The task's data.
     """
     old, task = job.old_deployment(), job.data.task
     train, dev = (
@@ -177,13 +169,3 @@ def pseudo_labelled(job: Job) -> TaskData:
     )
     agreement = job.data.with_settings(metric=task.metrics[0].name)
     return dataclasses.replace(agreement, train=train, dev=dev, labelled=True)
-
-
-def write_record(file: Path, record: Mapping[str, Any]) -> None:
-    """Write what an interrupted climb resumes from, whole or not at all.
-
-    Args:
-        file: Where to.
-        record: As JSON.
-    """
-    write_atomic(file, to_json(record, file.name) + "\n")

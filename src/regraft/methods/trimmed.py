@@ -1,7 +1,7 @@
 """`trimmed`: the old delta with fewer entries.
 
-Source: the largest ones are kept as in TIES-Merging (Yadav et al., 2023, arXiv:2306.01708), or random ones, scaled up,
-as in DARE (Yu et al., 2024, arXiv:2311.03099). Neither paper carries deltas to another base: this is a baseline.
+Source: the largest entries as in TIES-Merging (Yadav et al., 2023, arXiv:2306.01708), or random ones, rescaled, as in
+DARE (Yu et al., 2024, arXiv:2311.03099). Neither paper moves deltas to another base: this is a baseline.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Trimming:
-    """What is kept of a delta.
+    """The entries of a delta to keep.
 
     Args:
-        density: The share of each tensor's entries that is kept, above 0 and up to 1.
-        drop: Keep random entries rather than the largest, divided by the density so that the expectation stays.
+        density: The share of each tensor's entries to keep, above 0 and up to 1.
+        drop: Whether to keep random entries, divided by the density to preserve the expectation, rather than the
+            largest.
 
     Raises:
-        RecipeError: The density is out of its range.
+        RecipeError: The density is out of range.
     """
 
     density: float = 0.7
@@ -37,15 +38,15 @@ class Trimming:
     def __post_init__(self) -> None:
         """Check the density."""
         if not 0 < self.density <= 1:
-            raise RecipeError(f"density is above 0 and up to 1, found {self.density}.")
+            raise RecipeError(f"density must be above 0 and at most 1, found {self.density}.")
 
 
 def graft_trimmed(job: Job, options: Trimming) -> None:
-    """Trim every tensor's delta, and of a LoRA the dense delta, which is then brought back to its rank.
+    """Trim the delta of every tensor; for a LoRA the dense delta, which is then compressed to its rank.
 
     Args:
-        job: What and where.
-        options: How much is kept.
+        job: The job.
+        options: The entries to keep.
     """
     import torch
 
@@ -54,8 +55,9 @@ def graft_trimmed(job: Job, options: Trimming) -> None:
     def rule(name: str, delta: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         if not options.drop:
             return trim(delta, options.density)
-        drawn = torch.Generator().manual_seed(zlib.crc32(f"{job.recipe.seed} {name}".encode()))  # whatever the order
-        return drop(delta, options.density, drawn)
+        # a generator per tensor, so that the order of tensors does not matter
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{job.recipe.seed} {name}".encode()))
+        return drop(delta, options.density, generator)
 
     job.graft_transformed(rule)
 

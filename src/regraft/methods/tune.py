@@ -1,4 +1,4 @@
-"""Tunes a base on a task: how adaptations come to be."""
+"""Tunes a base on a task from scratch, which makes an adaptation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from regraft.adaptation import (
     settings,
 )
 from regraft.base import Base
-from regraft.checkpoint import resumable_folder
-from regraft.methods.recycle import new_folder, record_outcome
+from regraft.checkpoint import empty_folder, resumable_folder
+from regraft.methods.record import record_outcome
 from regraft.progress import Progress, silent
 from regraft.recipe import best_step
 from regraft.task import load_data, weakness
@@ -48,25 +48,25 @@ def tune(
     """Tune a base on a task from a fresh head.
 
     Args:
-        base: A folder, a hub id or an opened base.
-        task: A task file, a `Task` or its data.
-        out: Where the outcome folder is written. If it is there, made from the same, nothing is done.
+        base: The base: a folder, a hub id or an opened base.
+        task: The task: a task file, a `Task` or its data.
+        out: The outcome folder to write; an outcome of the same inputs is returned as it is.
         kind: `full`; `lora`, `rslora`, `dora`, `pissa` or `olora` on every linear layer of the body; `ia3`, `prefix`,
-            `prompt`, `layernorm`; `bottleneck` or `pfeiffer`; or a config of PEFT's or a `BottleneckConfig`.
-        rank: A LoRA's rank; its alpha is twice that.
+            `prompt`, `layernorm`; `bottleneck` or `pfeiffer`; or a config of PEFT or a `BottleneckConfig`.
+        rank: The rank of a LoRA; its alpha is twice that.
         inner_size: The width of bottleneck adapters.
-        virtual_tokens: How many a prefix or a prompt has.
-        recipe: How to train.
-        progress: Told of each step.
+        virtual_tokens: The number of virtual tokens of a prefix or a prompt.
+        recipe: The recipe for training.
+        progress: Called at each step.
 
     Returns:
-        The outcome, with the weights that were best on dev.
+        The outcome, with the weights that scored best on dev.
 
     Raises:
-        CheckpointError: A file of the base is not whole.
+        CheckpointError: A weight file of the base is incomplete or damaged.
         DataError: The task's data cannot be used.
-        OutcomeError: Something else is at `out`.
-        RecipeError: An option is out of its range.
+        OutcomeError: `out` exists, and is not an outcome of the same inputs.
+        RecipeError: An option is out of range.
     """
     recipe, out = recipe or Recipe(), Path(out)
     base = base if isinstance(base, Base) else Base.open(base)
@@ -82,28 +82,30 @@ def tune(
         "task": data.digest(),
         "base": base.fingerprint,
     }
-    if done := find_outcome(out, inputs, (base,)):
-        return done
+    if existing := find_outcome(out, inputs, (base,)):
+        return existing
     base.check_finite()
     resolved = recipe.resolve(len(data.train), learning_rate(kind_of_config(config)))
     with resumable_folder(out, inputs) as work:
-        if done := find_outcome(out, inputs, (base,)):  # another process has made it since
-            return done
-        staging = new_folder(work / "whole")
+        if existing := find_outcome(out, inputs, (base,)):  # of another process, meanwhile
+            return existing
+        staging = empty_folder(work / "whole")
         fresh = fresh_model(base, data.head, resolved.seed)
         restore_output_units(fresh, base, data)
         model = attach(fresh, base, data.head, config, resolved.seed)
         start = initial_factors(model)
         curve = tune_model(model, base, data, resolved, work, progress)
         if not best_step(curve, data.task.scoring.merit):
-            why = weakness(data, data.dev)
+            dev_weakness = weakness(data, data.dev)
             logger.warning(
-                "%s: %d steps at a rate of %g brought no better score on dev than the untrained head has, so the "
-                "weights are those before the first step. %s",
-                out, resolved.steps, resolved.learning_rate,
-                f"dev has {why}." if why else "Take more steps or another learning rate.",
-            )  # fmt: skip
+                "%s: after %d steps at a learning rate of %g, no score on dev is better than that of the untrained "
+                "head, so the weights are those before the first step. %s",
+                out,
+                resolved.steps,
+                resolved.learning_rate,
+                f"dev has {dev_weakness}." if dev_weakness else "Take more steps or another learning rate.",
+            )
         save_model(model, base, data.head, staging / "adaptation", start)
         return record_outcome(
-            staging, out, base, data, resolved, curve, inputs, method="tune", recycled_from=None, progress=progress,
-        )  # fmt: skip
+            staging, out, base, data, resolved, curve, inputs, method="tune", recycled_from=None, progress=progress
+        )

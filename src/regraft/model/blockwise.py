@@ -62,7 +62,7 @@ class BlockwiseForward:
         self._part_by_module: dict[str, int] = {}
 
     @property
-    def parts(self) -> int:
+    def num_parts(self) -> int:
         """The number of parts: the blocks, and what comes after them."""
         return len(self.blocks) + 1
 

@@ -7,9 +7,8 @@ import dataclasses
 import io
 from typing import TYPE_CHECKING, Any, Literal
 
-from regraft.errors import DataError
+from regraft.errors import DataError, did_you_mean
 from regraft.task.labels import format_names, label_name
-from regraft.task.yaml_file import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

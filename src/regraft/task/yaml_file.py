@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from regraft.errors import DataError
+from regraft.errors import DataError, did_you_mean
 from regraft.task.file import check_regular_file, is_unicode, read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Hashable, Mapping
     from pathlib import Path
 
     from pydantic_core import ErrorDetails
@@ -147,20 +146,6 @@ def validate(model: type[Model], values: Mapping[str, Any], origin: str) -> Mode
         if error.error_count() > MAX_PROBLEMS:
             problems.append(f"{origin}: {error.error_count() - MAX_PROBLEMS:,} more problems")
         raise DataError("\n".join(problems)) from None
-
-
-def did_you_mean(name: str, candidates: Sequence[str]) -> str:
-    """Suggest a valid name in place of an unknown one.
-
-    Args:
-        name: The unknown name.
-        candidates: The valid names.
-
-    Returns:
-        A sentence with a leading blank, or an empty text if no valid name is similar.
-    """
-    similar = difflib.get_close_matches(name, candidates, n=1)
-    return f" Did you mean {similar[0]!r}?" if similar else ""
 
 
 def _explain(model: type[BaseModel], error: ErrorDetails) -> str:

@@ -32,7 +32,7 @@ class NamedTensors(DerivedTensors):
     """A checkpoint under the names with which its transformers class is saved, without tied duplicates.
 
     Args:
-        entries: The specifications of the tensors by name.
+        specs: How to compute each tensor, by name.
         keys: The keys of the tensors by name. A key is a name that does not depend on the class's head: for the body,
             the name without its prefix.
         ties: The keys of the tensors that tied tensors are tied to, by their own keys.
@@ -43,14 +43,14 @@ class NamedTensors(DerivedTensors):
 
     def __init__(
         self,
-        entries: Mapping[str, TensorSpec],
+        specs: Mapping[str, TensorSpec],
         keys: Mapping[str, str],
         ties: Mapping[str, str],
         expected: Collection[str],
         find_token_tensors: Callable[[], Collection[str]],
         embeddings: str | None = None,
     ):
-        super().__init__(entries)
+        super().__init__(specs)
         self.key_by_name, self.ties, self.expected, self.embeddings = keys, ties, expected, embeddings
         self._find_token_tensors = find_token_tensors
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from regraft.errors import DataError
+from regraft.errors import DataError, did_you_mean
 from regraft.task.labels import format_names
 from regraft.task.metric import Metric
 from regraft.task.source import SOURCE_DESCRIPTION, Source, resolve_source
 from regraft.task.types.likelihood import Likelihood
 from regraft.task.types.registry import discover_types
-from regraft.task.yaml_file import did_you_mean, read_yaml, validate
+from regraft.task.yaml_file import read_yaml, validate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,0 +1,145 @@
+"""Evaluates the weights that a method has written, and records them as an outcome."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from regraft.adaptation import Outcome, load_adaptation, load_model, write_outcome
+from regraft.adaptation.outcome import versions
+from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, TaskRecord
+from regraft.checkpoint import check_finite
+from regraft.errors import CheckpointError, MismatchError
+from regraft.model import Deployment
+from regraft.recipe import best_step, check_trained
+from regraft.task import chance_score
+from regraft.tuning import plan_order
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    from regraft.adaptation.outcome_record import Source
+    from regraft.base import Base
+    from regraft.checkpoint import Checkpoint
+    from regraft.progress import Progress
+    from regraft.recipe import Recipe
+    from regraft.task import TaskData
+
+SPLITS = ("dev", "test")
+
+
+def record_outcome(
+    staging: Path,
+    out: Path,
+    base: Base,
+    data: TaskData,
+    recipe: Recipe,
+    curve: list[dict[str, float]],
+    inputs: dict[str, Any],
+    *,
+    method: str,
+    recycled_from: Source | None,
+    notes: dict[str, Any] | None = None,
+    labelled: Collection[int] = (),
+    scores_agreement: bool = False,
+    progress: Progress,
+) -> Outcome:
+    """Load a newly written adaptation, evaluate it on dev and test, and publish the outcome.
+
+    Args:
+        staging: A folder with the adaptation in `adaptation/`, which becomes the outcome folder.
+        out: The final path of the outcome folder.
+        base: The base of the adaptation.
+        data: The task's examples.
+        recipe: The resolved recipe.
+        curve: The learning curve; empty if nothing was trained.
+        inputs: The provenance of the outcome.
+        method: The name of the method.
+        recycled_from: The adaptation it was carried over from; None for one tuned from scratch.
+        notes: The method's notes, of which `labels` and `seconds` become the cost.
+        labelled: The row numbers of training examples whose labels were read in addition to those of training steps.
+        scores_agreement: Whether the scores of the curve are agreement with the old model, not the task's metric.
+        progress: Called at each batch.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        MismatchError: Weights or outputs are infinite or not a number, and nothing was trained.
+        RecipeError: They are infinite or not a number after training.
+    """
+    import numpy as np
+
+    adaptation = load_adaptation(staging / "adaptation")
+    if curve:
+        check_trained(adaptation.checkpoint, recipe)
+    else:
+        _check_grafted(adaptation.checkpoint, base)
+    deployment = Deployment(load_model(adaptation, base, data.head), base, data, recipe.precision, progress)
+    notes = dict(notes or {})
+    rows: list[dict[str, Any]] = []
+    scores: dict[str, float | None] = {}
+    for name in SPLITS:
+        split = getattr(data, name)
+        scores |= {name: None, f"{name}_majority": None}
+        if split is None:
+            continue
+        if not deployment.is_finite(split):
+            raise MismatchError(
+                f"{base.path}: with the new weights on it, the outputs on {name} are infinite or not a number. Compute "
+                "in fp32 (--precision), or choose another method."
+            )
+        unknown, confidence = [None] * len(split), deployment.confidence(split)
+        columns = {
+            "row": split.rows.tolist(),
+            "label": split.targets.tolist() if data.labelled else unknown,
+            "prediction": deployment.predictions(split),
+            "right": deployment.right(split) if data.labelled else unknown,
+            "confidence": unknown if confidence is None else [round(value, 4) for value in confidence],
+        }
+        rows += [{"split": name, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
+        if data.labelled:
+            scores |= {name: deployment.score(split), f"{name}_majority": chance_score(data, split)}
+    dev = scores["dev"]
+    trained = bool(curve)
+    curve = curve or [{"step": 0, "seconds": 0.0, "score": float(dev or 0.0)}]
+    steps = int(curve[-1]["step"])
+    merit = float if scores_agreement else data.task.scoring.merit
+    labels_read = set(labelled)
+    if steps:
+        lengths = np.zeros(len(data.train), dtype=np.int64)  # they decide when an example comes, not whether
+        order = plan_order(lengths, recipe.batch_size, steps, recipe.seed)
+        labels_read.update(data.train.rows[order].tolist())
+    record = OutcomeRecord(
+        method=method,
+        kind=adaptation.kind,
+        inputs=inputs,
+        task=TaskRecord(data.name, data.metric, data.digest(), len(data.train), data.task.type),
+        labels=tuple(data.labels),
+        seed=recipe.seed,
+        recipe=dataclasses.asdict(recipe),
+        scores=Scores(**scores, dev_at_start=curve[0]["score"] if trained or data.labelled else None),
+        best_step=best_step(curve, merit),
+        cost=Cost(
+            steps=steps,
+            seconds=notes.pop("seconds", round(curve[-1]["seconds"], 2)),
+            labels=notes.pop("labels", len(labels_read)),
+        ),
+        notes=notes,
+        base=BaseRecord(base.name, base.fingerprint),
+        recycled_from=recycled_from,
+        versions=versions(),
+    )
+    return write_outcome(staging, out, record, curve, rows)
+
+
+def _check_grafted(checkpoint: Checkpoint, base: Base) -> None:
+    """Refuse to publish weights that are infinite or not a number without any training."""
+    try:
+        check_finite(checkpoint)
+    except CheckpointError as error:
+        raise MismatchError(
+            f"{base.path}: with this method, the new weights on it are infinite or not a number. A base or the "
+            "adaptation has such values (regraft weights inspect --check-finite names them), or an option is too large."
+        ) from error
