@@ -184,12 +184,12 @@ def test_what_fades_starts_whole_and_ends_at_nothing(steps, how):
 
 def test_the_teachers_share_fades():
     options = Distillation(alpha=0.8, beta=2.0, decay="linear")
-    assert options.at(0, 10) == options
-    halfway = options.at(5, 10)
+    assert options.faded(0, 10) == options
+    halfway = options.faded(5, 10)
     assert (halfway.alpha, halfway.beta) == (pytest.approx(0.4), pytest.approx(1.0))
     assert halfway.temperature == options.temperature
     kept = Distillation(alpha=0.8, beta=2.0)
-    assert kept.at(9, 10) == kept
+    assert kept.faded(9, 10) == kept
 
 
 OBJECTIVE = label_objective(CATEGORICAL)
