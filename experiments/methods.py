@@ -55,8 +55,8 @@ BLOCK_TOKENS = 64
 """Tokens a packed block of pre-training."""
 LEARNING_RATES = {"full": 2e-4, "lora": 1e-3}
 FLIP_AWARE, AVERAGED, AUTO_BEST = "init+distill, flip-aware", "init, averaged", "auto, on to the best"
-WHOLE_BUDGET_ENTRIES = ("scratch", "init", "init+distill, fading", "auto", AUTO_BEST)
-"""Run with all labels and the whole budget, beside all methods without training. By default `auto` stops at what is as
+FULL_BUDGET_ENTRIES = ("scratch", "init", "init+distill, fading", "auto", AUTO_BEST)
+"""Run with all labels and the full budget, beside all methods without training. By default `auto` stops at what is as
 good as the old deployment; with an unreachable target and no tolerance it searches for the best, here with half of the
 steps."""
 QUARTER_BUDGET_ENTRIES = ("init", AVERAGED, "init+distill", FLIP_AWARE, "ridge+init", "ridge+distill", "anchored")
@@ -116,7 +116,7 @@ def prepare_grid(workers: int) -> Grid:
         tasks={name: Task.load(file).model_copy(update=changes) for name, file in files.items()},
         old_recipes=make_recipes(120, 40, 16),
         regimes=(
-            Regime("whole", None, make_recipes(120, 30, 16), (*training_free, *WHOLE_BUDGET_ENTRIES)),
+            Regime("whole", None, make_recipes(120, 30, 16), (*training_free, *FULL_BUDGET_ENTRIES)),
             Regime("quarter", None, make_recipes(30, 10, 16), QUARTER_BUDGET_ENTRIES),
             Regime("few", 32, make_recipes(32, 16, 8), FEW_LABEL_ENTRIES),
         ),

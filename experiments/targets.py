@@ -42,10 +42,10 @@ def judge_targets(results: dict[str, Any]) -> list[Target]:
     Returns:
         The judged targets.
     """
-    reference, *other_regimes = results["made"]["regimes"]
+    reference, *tuning_regimes = results["made"]["regimes"]
     reference_name = reference["name"]
-    all_label_names = [regime["name"] for regime in other_regimes if regime["shots"] is None]
-    few_label_names = [regime["name"] for regime in other_regimes if regime["shots"] is not None]
+    all_label_names = [regime["name"] for regime in tuning_regimes if regime["shots"] is None]
+    few_label_names = [regime["name"] for regime in tuning_regimes if regime["shots"] is not None]
     heavy_upgrade = list(results["upgrades"])[-1]
     autos = [name for name, method in results["methods"].items() if method["method"] == "auto"]
     tuned = [
@@ -79,12 +79,12 @@ def _judge_training_free(differences: list[Row], heavy_upgrade: str) -> Target |
         return None
     best = max(gains, key=lambda entry: gains[entry])
     best_rows = select(rows, entry=best)
-    num_worse = sum(row["high"] < 0 for row in best_rows)
+    num_losses = sum(row["high"] < 0 for row in best_rows)
     return Target(
         "the best method without training is nowhere worse than direct and "
         f"{MIN_GAIN:.0f} points better on {heavy_upgrade}",
-        gains[best] >= MIN_GAIN and not num_worse,
-        f"{best}: {gains[best]:+.1f} points on {heavy_upgrade}, worse in {num_worse} of {len(best_rows)} cells",
+        gains[best] >= MIN_GAIN and not num_losses,
+        f"{best}: {gains[best]:+.1f} points on {heavy_upgrade}, worse in {num_losses} of {len(best_rows)} cells",
     )
 
 
@@ -121,14 +121,14 @@ def _judge_few_labels(runs: list[Row], tuned: list[str]) -> Target | None:
 
 
 def _judge_final_score(differences: list[Row], runs: list[Row], tuned: list[str]) -> Target | None:
-    num_worse = {
+    num_losses = {
         name: sum(row["high"] < 0 for row in select(differences, entry=name))
         for name in tuned
         if select(differences, entry=name)
     }
-    if not num_worse:
+    if not num_losses:
         return None
-    best = min(num_worse, key=lambda name: num_worse[name])
+    best = min(num_losses, key=lambda name: num_losses[name])
     num_cells = len(select(differences, entry=best))
     direct_starts = {_run_key(run): run["start"] for run in select(runs, entry="direct")}
     start_gaps = [
@@ -138,8 +138,8 @@ def _judge_final_score(differences: list[Row], runs: list[Row], tuned: list[str]
     ]
     return Target(
         "a tuned method ends nowhere significantly below scratch with the same steps, and starts nowhere below direct",
-        not num_worse[best] and min(start_gaps, default=0.0) >= 0,
-        f"{best}: below scratch in {num_worse[best]} of {num_cells} cells, below direct at the start in "
+        not num_losses[best] and min(start_gaps, default=0.0) >= 0,
+        f"{best}: below scratch in {num_losses[best]} of {num_cells} cells, below direct at the start in "
         f"{sum(gap < 0 for gap in start_gaps)} of {len(start_gaps)} runs",
     )
 
@@ -157,18 +157,18 @@ def _judge_auto(name: str, runs: list[Row], autos: list[str]) -> Target | None:
             for entry, regime in distinct_keys(cell_runs, "entry", "regime")
         }
         auto_keys = [key for key in scores if key[0] == name]
-        other_scores = [score for (entry, _), score in scores.items() if entry not in autos]
-        if auto_keys and other_scores:
+        manual_scores = [score for (entry, _), score in scores.items() if entry not in autos]
+        if auto_keys and manual_scores:
             entry, regime = auto_keys[0]
-            gaps.append(100 * (max(other_scores) - scores[entry, regime]))
+            gaps.append(100 * (max(manual_scores) - scores[entry, regime]))
             auto_runs = select(cell_runs, entry=entry, regime=regime)
             costs.append(statistics.fmean(run["steps_share"] for run in auto_runs))
     if not gaps:
         return None
-    num_good = sum(gap <= 1 and cost <= 50 for gap, cost in zip(gaps, costs, strict=True))
+    num_successes = sum(gap <= 1 and cost <= 50 for gap, cost in zip(gaps, costs, strict=True))
     return Target(
         f"{name} is within 1 point of the best method at no more than half of scratch's steps, in every cell",
-        num_good == len(gaps),
-        f"in {num_good} of {len(gaps)} cells; median {statistics.median(gaps):.1f} points behind the best at "
+        num_successes == len(gaps),
+        f"in {num_successes} of {len(gaps)} cells; median {statistics.median(gaps):.1f} points behind the best at "
         f"{statistics.median(costs):.0f} % of the steps",
     )

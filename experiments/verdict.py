@@ -147,7 +147,7 @@ def measure_truth(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> 
         `left`: the share, in %, of the old score above guessing that each choice keeps; `real_survives`: that of the
         old weights as they are; `real_recovery`: their recovery; `right_choice`: the cheapest that keeps enough.
     """
-    whole_budget, quarter_budget = (regime.name for regime in grid.regimes[:2])
+    full_budget, quarter_budget = (regime.name for regime in grid.regimes[:2])
 
     def test_score(regime: str, entry: str) -> float:
         cell = Cell(task, upgrade, kind, regime, entry, seed)
@@ -155,17 +155,17 @@ def measure_truth(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> 
 
     old = load_outcome(old_folder(grid, task, kind, seed)).record.scores
     floor = old.test_majority
-    scratch, direct = test_score(whole_budget, "scratch"), test_score(whole_budget, "direct")
-    kept_shares = {}
+    scratch, direct = test_score(full_budget, "scratch"), test_score(full_budget, "direct")
+    recovered_shares = {}
     for choice, method in METHOD_BY_CHOICE.items():
-        regime = quarter_budget if choice == "short tuning" else whole_budget
-        kept_shares[choice] = (test_score(regime, method) - floor) / (old.test - floor)
-    sufficient = (choice for choice, share in kept_shares.items() if share >= MIN_SHARE_AS_IS)
+        regime = quarter_budget if choice == "short tuning" else full_budget
+        recovered_shares[choice] = (test_score(regime, method) - floor) / (old.test - floor)
+    sufficient = (choice for choice, share in recovered_shares.items() if share >= MIN_SHARE_AS_IS)
     return {
-        "real_survives": round(100 * kept_shares["use as is"], 2),
+        "real_survives": round(100 * recovered_shares["use as is"], 2),
         "real_recovery": round(100 * (direct - floor) / (scratch - floor), 2),
         "right_choice": next(sufficient, "scratch"),
-        "left": {choice: round(100 * share, 2) for choice, share in kept_shares.items()},
+        "left": {choice: round(100 * share, 2) for choice, share in recovered_shares.items()},
     }
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from findings.store import Store
 
-MIN_KEPT_SHARE = 0.5
+MIN_RETAINED_SHARE = 0.5
 """Outdated weights score far above an untuned base if they keep this share of what tuning gains above guessing."""
 MAX_LOSS_PER_HOP = 10.0
 """The score falls slowly if a hop costs at most this percentage of what the old deployment has above guessing."""
@@ -163,7 +163,7 @@ def _mean_scores(runs: list[Row]) -> _MeanScores:
 
 
 def _judge_claims(runs: list[Row]) -> tuple[Finding, ...]:
-    kept_shares, gaps, losses, is_falling = [], [], [], []
+    retained_shares, gaps, losses, is_falling = [], [], [], []
     for task, kind in distinct_keys(runs, "task", "kind"):
         task_runs = select(runs, task=task, kind=kind)
         first, *later_scores = [
@@ -172,12 +172,12 @@ def _judge_claims(runs: list[Row]) -> tuple[Finding, ...]:
         for scores in later_scores:
             gaps.append(100 * (scores.tuned - scores.outdated))
             if scores.tuned - scores.majority >= MIN_HEADROOM:
-                kept_shares.append((scores.outdated - scores.majority) / (scores.tuned - scores.majority))
+                retained_shares.append((scores.outdated - scores.majority) / (scores.tuned - scores.majority))
         headroom = first.outdated - first.majority
         if later_scores and headroom >= MIN_HEADROOM:
             losses.append(100 * (first.outdated - later_scores[-1].outdated) / headroom / len(later_scores))
             is_falling.append(later_scores[-1].outdated < first.outdated)
-    kept_figure = f"median {100 * statistics.median(kept_shares):.0f} % of that gain" if kept_shares else ""
+    retention = f"median {100 * statistics.median(retained_shares):.0f} % of that gain" if retained_shares else ""
     gap_figure = f"{statistics.fmean(gaps):.1f} points below on average" if gaps else ""
     loss_figure = f"median {statistics.median(losses):.1f} % a hop, at most {max(losses):.1f} %" if losses else ""
     part = "1. compatibility; method `direct`"
@@ -186,8 +186,8 @@ def _judge_claims(runs: list[Row]) -> tuple[Finding, ...]:
             "Outdated weights score far above an untuned new base: they keep at least half of what tuning it gains "
             "above guessing.",
             part,
-            [share >= MIN_KEPT_SHARE for share in kept_shares],
-            kept_figure,
+            [share >= MIN_RETAINED_SHARE for share in retained_shares],
+            retention,
         ),
         judge_claim("Outdated weights score below a tuned new base.", part, [gap > 0 for gap in gaps], gap_figure),
         judge_claim(

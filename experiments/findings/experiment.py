@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Verdict = Literal["holds", "mixed", "does not hold", "not measured"]
 NOT_STATED = " (ours)"
 """Appended to the part of a claim that goes with the paper's claims but that the paper does not state."""
-MIN_SHARE_HOLDS = 0.9
+MIN_CONFIRMED_SHARE = 0.9
 """A claim holds if it is found in at least this share of its cells, and does not hold if it is found in at most one
 less this share. Fixed before anything was run."""
 
@@ -202,14 +202,14 @@ def judge_claim(claim: str, part: str, confirmations: Sequence[bool], figure: st
     """
     if not confirmations:
         return Finding(claim, "not measured", "nothing has been run", part)
-    num_cells, num_found = len(confirmations), sum(confirmations)
-    share = num_found / num_cells
+    num_cells, num_confirmed = len(confirmations), sum(confirmations)
+    share = num_confirmed / num_cells
     verdict: Verdict = "mixed"
-    if share >= MIN_SHARE_HOLDS:
+    if share >= MIN_CONFIRMED_SHARE:
         verdict = "holds"
-    elif share <= 1 - MIN_SHARE_HOLDS + 1e-9:
+    elif share <= 1 - MIN_CONFIRMED_SHARE + 1e-9:
         verdict = "does not hold"
-    return Finding(claim, verdict, f"in {num_found} of {num_cells} cells; {figure}", part)
+    return Finding(claim, verdict, f"in {num_confirmed} of {num_cells} cells; {figure}", part)
 
 
 def judge_difference(claim: str, part: str, differences: Sequence[Row]) -> Finding:

@@ -121,7 +121,7 @@ def write_page(experiment: Experiment, folder: Path) -> None:
 
 
 def _format_page(experiment: Experiment, provenance: dict[str, Any], page: Page) -> str:
-    num_made, num_cells = provenance["cells"]
+    num_complete, num_cells = provenance["cells"]
     domains = ", ".join(f"M_{number} ({name})" for number, name in enumerate(provenance["domains"], start=1))
     seeds = provenance["seeds"]
     sections = [
@@ -131,8 +131,10 @@ def _format_page(experiment: Experiment, provenance: dict[str, Any], page: Page)
         f"M_0 is {provenance['base']}; then, pre-trained on one after the other, {domains}. ± is the "
         f"standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}).",
     ]
-    if num_made < num_cells:
-        sections.append(f"**Not complete: {num_made} of {num_cells} cells so far; the same command makes the others.**")
+    if num_complete < num_cells:
+        sections.append(
+            f"**Not complete: {num_complete} of {num_cells} cells so far; the same command makes the others.**"
+        )
     rows = [[finding.claim, f"**{finding.verdict}**", finding.figure] for finding in page.findings]
     findings_table = markdown_table(["finding", "", "what decides"], rows)
     sections += [page.text, "## Which findings hold here", findings_table]
@@ -167,8 +169,8 @@ def _format_training(training: dict[str, Any]) -> str:
 
 def _format_task(name: str, task: dict[str, Any]) -> str:
     num_rows = " / ".join(f"{task[split]:,} {split}" for split in ("train", "dev", "test") if split in task)
-    own_name = "" if task["name"] == name else f"{task['name']}, "
-    return f"{own_name}{task['domain']}, {task['labels']} classes, {num_rows}"
+    name_prefix = "" if task["name"] == name else f"{task['name']}, "
+    return f"{name_prefix}{task['domain']}, {task['labels']} classes, {num_rows}"
 
 
 def write_index(experiments: tuple[Experiment, ...], folder: Path) -> None:

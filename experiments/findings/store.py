@@ -92,12 +92,10 @@ class Store:
         for number in range(1, self.num_bases):
             folder = Path(self.base_name(number))
             steps = read_pretraining_steps(folder)
-            kept_folders = folder.with_name(f"{folder.name}-steps").glob("step-*")
-            for kept_steps, kept_folder in sorted(
-                (int(path.name.removeprefix("step-")), path) for path in kept_folders
-            ):
-                if kept_steps < steps:
-                    checkpoints.append(BaseCheckpoint(number, steps_before + kept_steps, kept_folder))
+            step_folders = folder.with_name(f"{folder.name}-steps").glob("step-*")
+            for num_steps, step_folder in sorted((int(path.name.removeprefix("step-")), path) for path in step_folders):
+                if num_steps < steps:
+                    checkpoints.append(BaseCheckpoint(number, steps_before + num_steps, step_folder))
             steps_before += steps
             checkpoints.append(BaseCheckpoint(number, steps_before, folder))
         return checkpoints

@@ -288,8 +288,8 @@ def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, 
         CheckpointError: A tensor is stored twice or unknown to the class, or there are no tensors of the body.
     """
     names: dict[str, str] = {}
-    for name, info in sorted(checkpoint.tensors.items(), key=lambda item: architecture.is_tied(item[0])):
-        if info.dtype not in FLOATING:
+    for name, stored_tensor in sorted(checkpoint.tensors.items(), key=lambda item: architecture.is_tied(item[0])):
+        if stored_tensor.dtype not in FLOATING:
             continue
         inner = architecture.identify(name)
         if inner is None and architecture.is_unknown_body_tensor(name):

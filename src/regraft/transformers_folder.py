@@ -132,7 +132,7 @@ def check_model(architecture: Any, checkpoint: Checkpoint) -> None:
     except Exception as error:  # see read_config
         raise CheckpointError(f"{file}: transformers cannot build a model of it ({_reason(error)}).") from error
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    stored = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    stored = sum(math.prod(stored_tensor.shape) for stored_tensor in checkpoint.tensors.values())
     if described > 2 * stored + MAX_ADDITIONAL_PARAMETERS:
         raise CheckpointError(
             f"{file}: describes a model of {described:,} parameters, but {checkpoint.path} has {stored:,}. Use the "

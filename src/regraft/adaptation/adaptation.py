@@ -123,7 +123,7 @@ class Adaptation:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class CarriedAdaptation:
+class GraftedAdaptation:
     """The content of an adaptation that was carried over to another base.
 
     Args:
@@ -204,7 +204,7 @@ class Family(ABC):
         """Report that an adaptation changes nothing on a number of texts: a warning, or an error for an adapter."""
 
     @abstractmethod
-    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> CarriedAdaptation:
+    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> GraftedAdaptation:
         """Graft an adaptation onto the new base: new + (tuned − old), or the same adapter.
 
         Args:
@@ -220,7 +220,7 @@ class Family(ABC):
     @abstractmethod
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
-    ) -> CarriedAdaptation:
+    ) -> GraftedAdaptation:
         """Apply a rule to every delta of an adaptation, as `write_transform` describes."""
 
     @abstractmethod
@@ -233,7 +233,7 @@ class Family(ABC):
         progress: Progress,
         *,
         replace: bool = False,
-    ) -> CarriedAdaptation:
+    ) -> GraftedAdaptation:
         """Graft an adaptation onto the new base with another vector in place of its own.
 
         Args:

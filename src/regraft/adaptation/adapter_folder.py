@@ -105,7 +105,7 @@ def check_sizes(checkpoint: Checkpoint, config: dict[str, Any], file: Path) -> N
     Raises:
         CheckpointError: A rank or a number of virtual tokens is larger than all stored tensors.
     """
-    largest = max((size for info in checkpoint.tensors.values() for size in info.shape), default=0)
+    largest = max((size for stored_tensor in checkpoint.tensors.values() for size in stored_tensor.shape), default=0)
     ranks = config.get("rank_pattern")
     sizes = {name: config.get(name) for name in ("r", "num_virtual_tokens")} if config["peft_type"] != "LOKR" else {}
     for name, size in [*sizes.items(), *(ranks.items() if isinstance(ranks, dict) else ())]:

@@ -143,13 +143,13 @@ def check_unplaced_tensors(adaptation: Adaptation, base: Base) -> None:
     """
     architecture = class_of(adaptation.checkpoint)
     unplaced, parameters = [], set()
-    for name, info in adaptation.checkpoint.tensors.items():
+    for name, stored_tensor in adaptation.checkpoint.tensors.items():
         parameter = architecture.identify(name)
         if parameter is None:
             if BUFFER.search(name) or is_optional(base.architecture.identify(name) or ""):
                 continue
             unplaced.append(name)
-        elif parameter in parameters or info.dtype not in FLOATING:
+        elif parameter in parameters or stored_tensor.dtype not in FLOATING:
             unplaced.append(name)
         parameters.add(parameter)
     if unplaced:
@@ -166,10 +166,10 @@ def _ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
         MismatchError: A setting contradicts the class: the weights are of a model that transformers no longer has.
     """
     settings = config.to_dict()
-    known = type(config)().to_dict()
+    defaults = type(config)().to_dict()
     rotary = settings.get("rope_parameters") or {}
     ignored = set()
-    for key in settings.keys() - known.keys():
+    for key in settings.keys() - defaults.keys():
         value = settings[key]
         if key in IGNORED_SETTINGS and value not in (None, IGNORED_SETTINGS[key]):
             raise MismatchError(
@@ -182,4 +182,4 @@ def _ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
             or (key in ROTARY_SETTINGS and value in (rotary, rotary.get(ROTARY_SETTINGS[key])))
         ):
             ignored.add(key)
-    return ignored | {key for key in IGNORED_SETTINGS if key not in known}
+    return ignored | {key for key in IGNORED_SETTINGS if key not in defaults}

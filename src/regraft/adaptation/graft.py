@@ -12,7 +12,7 @@ from regraft.vocabulary import write_vocabulary
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from regraft.adaptation.adaptation import Adaptation, CarriedAdaptation
+    from regraft.adaptation.adaptation import Adaptation, GraftedAdaptation
     from regraft.progress import Progress
     from regraft.upgrade import Upgrade
 
@@ -41,19 +41,19 @@ def write_graft(
     Raises:
         MismatchError: A tensor of the body is missing in a base, or has another shape in it.
     """
-    carried = adaptation.family.graft(adaptation, upgrade, replace=replace)
-    return write_carried_adaptation(adaptation, upgrade, carried, into, progress)
+    grafted = adaptation.family.graft(adaptation, upgrade, replace=replace)
+    return write_grafted_adaptation(adaptation, upgrade, grafted, into, progress)
 
 
-def write_carried_adaptation(
-    adaptation: Adaptation, upgrade: Upgrade, carried: CarriedAdaptation, into: Path, progress: Progress
+def write_grafted_adaptation(
+    adaptation: Adaptation, upgrade: Upgrade, grafted: GraftedAdaptation, into: Path, progress: Progress
 ) -> dict[str, list[str]]:
-    """Write a carried adaptation, with its tokenizer and lineage.
+    """Write a grafted adaptation, with its tokenizer and lineage.
 
     Args:
         adaptation: The adaptation of `upgrade.old`.
         upgrade: The two bases.
-        carried: Its content on the new base.
+        grafted: Its content on the new base.
         into: The folder to write, in the format of transformers or PEFT.
         progress: Called for each tensor.
 
@@ -62,7 +62,7 @@ def write_carried_adaptation(
     """
     into.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
-    family.write(into, carried.tensors, carried.settings, progress)
+    family.write(into, grafted.tensors, grafted.settings, progress)
     rows = match_token_rows(adaptation, upgrade)
     if rows is not None and (family.tunes_base or rows.tuned_only):
         write_vocabulary(into, upgrade.new.path, adaptation.path, upgrade.old.path, rows)
@@ -70,7 +70,7 @@ def write_carried_adaptation(
         write_tokenizer(upgrade.new, into)
     write_lineage(into, upgrade.new, adaptation.labels, adaptation.task_type)
     notes = {
-        "grafted_in_place_of_the_base": list(carried.replaced),
+        "grafted_in_place_of_the_base": list(grafted.replaced),
         "copied_as_a_base_lacks_it": family.unmatched_tensors(adaptation, upgrade),
     }
     return {key: names for key, names in notes.items() if names}

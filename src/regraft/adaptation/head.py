@@ -51,7 +51,7 @@ def change_head(folder: Path, base: Base, head: Head, policy: HeadPolicy, seed: 
     initial = fresh_model(base, head, seed).state_dict()
     outputs, prefix = label_tensors(base, head.type), base.prefix + "."
     entries = {}
-    for name, info in adaptation.checkpoint.tensors.items():
+    for name, stored_tensor in adaptation.checkpoint.tensors.items():
         parameter, tensor = model_name(name), None
         if policy == "fresh" and parameter in initial and not parameter.startswith(prefix):
             tensor = initial[parameter]
@@ -63,7 +63,7 @@ def change_head(folder: Path, base: Base, head: Head, policy: HeadPolicy, seed: 
             ]
             tensor = torch.stack([row.to(old.dtype) for row in rows])
         if tensor is None:
-            entries[name] = TensorSpec(info.dtype, info.shape, ((adaptation.checkpoint, name),))
+            entries[name] = TensorSpec(stored_tensor.dtype, stored_tensor.shape, ((adaptation.checkpoint, name),))
         else:
             entries[name] = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), (({name: tensor}, name),))
     into.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,11 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
     if adaptation.labels:
         return Head(task_type, adaptation.labels)
     outputs, stored = label_tensors(base, task_type), adaptation.checkpoint.tensors
-    sizes = {info.shape[0] for name, info in stored.items() if model_name(name) in outputs and info.shape}
+    sizes = {
+        stored_tensor.shape[0]
+        for name, stored_tensor in stored.items()
+        if model_name(name) in outputs and stored_tensor.shape
+    }
     if len(sizes) != 1:
         raise MismatchError(
             f"{adaptation.path}: lacks the head of a {base.config.model_type} classifier ({', '.join(outputs)})."

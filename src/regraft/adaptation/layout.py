@@ -162,9 +162,9 @@ def as_loaded_by_peft(adapter: Tensors, tuned: Any) -> Tensors:
     if convert(tuned, settings, shapes, ADAPTER).keys() == adapter.keys():
         return adapter
     factors = {name: adapter[name] for name in adapter if ".lora_" in name}
-    other_tensors = {name: adapter[name] for name in adapter if name not in factors}
+    remaining = {name: adapter[name] for name in adapter if name not in factors}
     converted: dict[str, torch.Tensor] = convert(tuned, settings, factors, ADAPTER)
-    return other_tensors | converted
+    return remaining | converted
 
 
 def _attach(adapter: Tensors, config: Mapping[str, Any], architecture: Architecture) -> tuple[Any, Tensors]:

@@ -56,7 +56,7 @@ def transform_factors(
 
     result = {name: adapter[name] for name in adapter}
     factors = {name: update for name, update in updates.items() if isinstance(update, Factors)}
-    for done, (name, update) in enumerate(factors.items(), 1):
+    for number, (name, update) in enumerate(factors.items(), 1):
         inner = name.removeprefix(upgrade.old.prefix + ".")
         shift = parameter_shift(upgrade, inner)
         if shift is not None:
@@ -73,7 +73,7 @@ def transform_factors(
                 pairs = [_closest(*expert) for expert in zip(changes, a, b, strict=True)]
                 result[a_name] = torch.stack([a for a, _ in pairs]).reshape(shapes[1])
                 result[b_name] = torch.stack([b for _, b in pairs]).permute(1, 2, 0).reshape(shapes[0])
-        progress("graft", done, len(factors), {})
+        progress("graft", number, len(factors), {})
     return result
 
 

@@ -127,8 +127,8 @@ def renumbered_settings(
 
     def renumber(rows: Any) -> Any:
         if isinstance(rows, dict):
-            by_module = {module: renumber(module_rows) for module, module_rows in rows.items()}
-            return {module: module_rows for module, module_rows in by_module.items() if module_rows} or None
+            tensors_by_module = {module: renumber(module_rows) for module, module_rows in rows.items()}
+            return {module: module_rows for module, module_rows in tensors_by_module.items() if module_rows} or None
         return [new_rows[row] for row in rows if row in new_rows] or None
 
     indices = {key: settings[key] for key in ("trainable_token_indices", "token_indices") if settings.get(key)}

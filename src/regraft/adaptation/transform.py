@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regraft.adaptation.graft import write_carried_adaptation
+from regraft.adaptation.graft import write_grafted_adaptation
 from regraft.errors import KindError
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def write_transform(
         KindError: The adaptation's kind has no deltas.
     """
     check_transformable(adaptation)
-    carried = adaptation.family.transform(adaptation, upgrade, rule, progress, replace=replace)
-    return write_carried_adaptation(adaptation, upgrade, carried, into, progress)
+    transformed = adaptation.family.transform(adaptation, upgrade, rule, progress, replace=replace)
+    return write_grafted_adaptation(adaptation, upgrade, transformed, into, progress)
 
 
 def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = TRANSFORMABLE) -> None:

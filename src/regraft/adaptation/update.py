@@ -77,7 +77,7 @@ class ReplacedModule(Update):
 
     @property
     def copied(self) -> str:
-        """The stored tensor, which is not tied to others."""
+        """The stored tensor, which is not tied to extra_operands."""
         return self.operands[0]
 
     def shapes(self, parameter: Shape, expected: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -134,12 +134,12 @@ class Factors(Update):
 
     def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
         """Add scale·B·A, in float64."""
-        b, a, *others = operands  # the magnitude, or the initial factors
+        b, a, *extra_operands = operands  # the magnitude, or the initial factors
         plain = weight.T if self.transposed else weight
         if is_folded:
-            b, a = subtract_factors((b.double(), a.double()), (others[0].double(), others[1].double()))
-        if others and not is_folded:
-            merged = dora_weight(plain, b, a, self.scale, others[0])
+            b, a = subtract_factors((b.double(), a.double()), (extra_operands[0].double(), extra_operands[1].double()))
+        if extra_operands and not is_folded:
+            merged = dora_weight(plain, b, a, self.scale, extra_operands[0])
         else:
             merged = plain.double() + lora_delta(b, a, self.scale)
         return merged.T if self.transposed else merged

@@ -97,9 +97,9 @@ def write_checkpoint(
     for file, names in remaining.items():
 
         def report(
-            stage: str, done: int, _: int, figures: Mapping[str, float], written_before: int = written_bytes
+            stage: str, written_here: int, _: int, figures: Mapping[str, float], written_before: int = written_bytes
         ) -> None:
-            progress(stage, written_before + done, total_bytes, figures)
+            progress(stage, written_before + written_here, total_bytes, figures)
 
         write_safetensors(folder / file, tensors, names, report)
         written_bytes += sum(byte_size(tensors, name) for name in names)
@@ -179,7 +179,7 @@ def _for_each_chunk(
     """Compute the chunks of tensors on all cores, and call a function with the bytes of each."""
     import torch
 
-    chunks, lock, done = _chunks(tensors, names), threading.Lock(), 0
+    chunks, lock, num_written = _chunks(tensors, names), threading.Lock(), 0
     total = sum(byte_size(tensors, name) for name in names)
 
     def work() -> None:
@@ -191,7 +191,7 @@ def _for_each_chunk(
             raise
 
     def process_chunks() -> None:
-        nonlocal done
+        nonlocal num_written
         while True:
             with lock:
                 chunk = next(chunks, None)
@@ -204,8 +204,8 @@ def _for_each_chunk(
             data = data.cpu().view(torch.uint8)
             use(name, start, data)
             with lock:
-                done += len(data)
-                progress(stage, done, total, {})
+                num_written += len(data)
+                progress(stage, num_written, total, {})
 
     with _single_torch_thread(), ThreadPoolExecutor(cores()) as pool:
         for worker in [pool.submit(work) for _ in range(cores())]:

@@ -49,8 +49,8 @@ def show(
     if base:
         opened = regraft.Base.open(base)
         lineage = adaptation.check_base(opened)
-        own_base = with_adaptation_tokens(adaptation, regraft.Upgrade(opened, opened)).old
-        load_model(adaptation, own_base, stored_head(adaptation, opened))
+        adapted_base = with_adaptation_tokens(adaptation, regraft.Upgrade(opened, opened)).old
+        load_model(adaptation, adapted_base, stored_head(adaptation, opened))
     print_adaptation(adaptation, base, lineage)
 
 

@@ -60,13 +60,13 @@ def _parse_seeds(text: str) -> list[int]:
 
 
 def _options_by_method(texts: list[str], methods: list[str]) -> dict[str, list[str]]:
-    by_method: dict[str, list[str]] = {}
+    texts_by_method: dict[str, list[str]] = {}
     for text in texts:
         method, colon, setting = text.partition(":")
         if not colon or method not in methods:
             raise RecipeError(f"--option takes METHOD:NAME=VALUE with a METHOD that --methods lists, found {text!r}.")
-        by_method.setdefault(method, []).append(setting)
-    return by_method
+        texts_by_method.setdefault(method, []).append(setting)
+    return texts_by_method
 
 
 def print_comparison(comparison: "regraft.Comparison") -> None:

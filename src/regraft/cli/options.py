@@ -54,8 +54,13 @@ def recipe_flags(defaults: Recipe | None = None, omit: Collection[str] = ()) -> 
             settings = {flag.name: arguments.pop(flag.name) for flag in flags}
             command(recipe=Recipe(**settings), **arguments)
 
-        own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "recipe"]
-        parameters = [*(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own), *flags]
+        command_parameters = [
+            parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "recipe"
+        ]
+        parameters = [
+            *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in command_parameters),
+            *flags,
+        ]
         # Typer reads a command's parameters from these two
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

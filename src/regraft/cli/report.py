@@ -21,8 +21,8 @@ def report(
     from regraft.cli.terminal import print_line
     from regraft.report import write_report
 
-    by_ending = "md" if out.suffix.lower() in (".md", ".markdown") else "html"
-    written = write_report(list(runs), out, format or by_ending, plots)  # type: ignore[arg-type]
+    format_of_ending = "md" if out.suffix.lower() in (".md", ".markdown") else "html"
+    written = write_report(list(runs), out, format or format_of_ending, plots)  # type: ignore[arg-type]
     print_line(f"report: {written}")
     if plots:
         print_line(f"charts: {plots}")

@@ -52,9 +52,9 @@ def split_rows(
     """
     train, dev, test = sizes["train"], sizes["dev"], sizes["test"]
     salt = f"{name}/{draw}"
-    max_other, max_test = math.inf, math.inf
+    max_train_and_dev, max_test = math.inf, math.inf
     if stop_early and train and dev and test:
-        max_other, max_test = 1_000 + 2 * (train + dev), 1_000 + 2 * test
+        max_train_and_dev, max_test = 1_000 + 2 * (train + dev), 1_000 + 2 * test
     keys: set[bytes] = set()
     pools: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
     train_and_dev: list[Row] = []
@@ -64,7 +64,7 @@ def split_rows(
             continue
         keys.add(key)
         (pools["test"] if _position(salt, row.group) < test_share else train_and_dev).append(row)
-        if len(train_and_dev) >= max_other and len(pools["test"]) >= max_test:
+        if len(train_and_dev) >= max_train_and_dev and len(pools["test"]) >= max_test:
             break
     dev_groups = _dev_groups(salt, train_and_dev, max(dev or 0, len(train_and_dev) // 10))
     for row in train_and_dev:

@@ -126,7 +126,7 @@ def _map(
 
 def _write(job: Job, names: Collection[str], read_mapped: Callable[[str], torch.Tensor]) -> None:
     """Write the adaptation with the mapped tensors in place of those of its vector."""
-    from regraft.adaptation.graft import write_carried_adaptation
+    from regraft.adaptation.graft import write_grafted_adaptation
 
     adaptation, upgrade = job.adaptation, job.upgrade
 
@@ -134,7 +134,7 @@ def _write(job: Job, names: Collection[str], read_mapped: Callable[[str], torch.
         mapped = adaptation.family.replace_vector(
             adaptation, upgrade, names, read_mapped, job.progress, replace=job.replace
         )
-        job.notes.update(write_carried_adaptation(adaptation, upgrade, mapped, into, job.progress))
+        job.notes.update(write_grafted_adaptation(adaptation, upgrade, mapped, into, job.progress))
 
     job.write_with_head(write)
 

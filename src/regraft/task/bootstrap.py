@@ -72,8 +72,8 @@ def paired_difference(
     if not 0.5 <= confidence < 1:
         raise RecipeError(f"confidence must be at least 0.5 and below 1, found {confidence}.")
     model_scores, reference_scores = resampled_scores(metric, labels, [predictions, reference], seed=seed)
-    is_higher_better = find_metric(metric).higher_is_better
-    estimate, *differences = model_scores - reference_scores if is_higher_better else reference_scores - model_scores
+    raw_differences = model_scores - reference_scores
+    estimate, *differences = raw_differences if find_metric(metric).higher_is_better else -raw_differences
     low, high = np.quantile(differences, [1 - confidence, confidence])
     return Interval(float(estimate), float(low), float(high))
 

@@ -83,11 +83,11 @@ def pair_names(names: Sequence[str], head_names: Sequence[str]) -> dict[str, str
         return label_name(name) or name
 
     for key in (str, normalise, lambda name: fold_name(normalise(name))):
-        by_key = {key(name): name for name in names}
+        name_by_key = {key(name): name for name in names}
         head_by_key = {key(name): name for name in head_names}
-        is_distinct = len(by_key) == len(names) and len(head_by_key) == len(head_names)
-        if is_distinct and by_key.keys() == head_by_key.keys():
-            return {name: head_by_key[name_key] for name_key, name in by_key.items()}
+        is_distinct = len(name_by_key) == len(names) and len(head_by_key) == len(head_names)
+        if is_distinct and name_by_key.keys() == head_by_key.keys():
+            return {name: head_by_key[name_key] for name_key, name in name_by_key.items()}
     return None
 
 

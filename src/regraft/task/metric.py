@@ -199,11 +199,11 @@ def deviation(scores: Sequence[float]) -> float | None:
     return statistics.stdev(scores) if all(map(math.isfinite, scores)) else math.nan
 
 
-def count_flips(was_right: Sequence[bool | None], is_right: Sequence[bool | None]) -> Flips:
+def count_flips(old_right: Sequence[bool | None], is_right: Sequence[bool | None]) -> Flips:
     """Count negative and positive flips.
 
     Args:
-        was_right: Whether each prediction before the upgrade is right; None counts as wrong.
+        old_right: Whether each prediction before the upgrade is right; None counts as wrong.
         is_right: Whether each prediction after the upgrade is right; None counts as wrong.
 
     Returns:
@@ -214,7 +214,7 @@ def count_flips(was_right: Sequence[bool | None], is_right: Sequence[bool | None
     """
     import numpy as np
 
-    before, after = np.asarray(was_right, dtype=bool), np.asarray(is_right, dtype=bool)
+    before, after = np.asarray(old_right, dtype=bool), np.asarray(is_right, dtype=bool)
     require_equal_lengths(before=len(before), after=len(after))
     return Flips(int((before & ~after).sum()), int((~before & after).sum()), len(before))
 

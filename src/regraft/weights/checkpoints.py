@@ -56,10 +56,10 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
     """
     in_new, in_old = align(new, tuned), align(old, tuned)
     key_of = tuned.key_by_name if isinstance(tuned, NamedTensors) else {name: name for name in tuned}
-    one_sided = sorted(in_new.keys() ^ in_old.keys())
-    unmatched = tuple(name for name in one_sided if is_optional(key_of[name]))
+    in_one_base = sorted(in_new.keys() ^ in_old.keys())
+    unmatched = tuple(name for name in in_one_base if is_optional(key_of[name]))
     for role, names in (("new", in_new), ("old", in_old)):
-        missing = [name for name in one_sided if name in names and name not in unmatched]
+        missing = [name for name in in_one_base if name in names and name not in unmatched]
         if missing:
             raise MismatchError(
                 f"{len(missing)} tuned tensors are in one base only, the {role} one: {', '.join(missing[:4])}. Give "
@@ -205,27 +205,27 @@ def interpolate_all(first: Tensors, second: Tensors, t: float) -> DerivedTensors
 
 
 def apply_all(
-    rule: Callable[..., torch.Tensor], first: Tensors, *others: Tensors, elementwise: bool = True
+    rule: Callable[..., torch.Tensor], first: Tensors, *further: Tensors, elementwise: bool = True
 ) -> DerivedTensors:
     """Apply a rule to the corresponding tensors of any number of checkpoints, such as `trim` to deltas.
 
     Args:
         rule: Computes a tensor from one tensor of each checkpoint, in the shape of the first.
         first: The checkpoint whose names, shapes and dtypes the result has.
-        others: The other checkpoints.
+        further: The checkpoints of the further operands.
         elementwise: Whether the rule can be applied to slices of flattened tensors.
 
     Raises:
         MismatchError: A checkpoint lacks a tensor, or a tensor has different shapes.
     """
-    aligned = [(other, align(other, first)) for other in others]
+    aligned = [(tensors, align(tensors, first)) for tensors in further]
     missing = sorted(name for name in first if any(name not in names for _, names in aligned))
     if missing:
         raise MismatchError(f"{len(missing)} tensors are not in all checkpoints: {', '.join(missing[:4])}.")
     _check_shapes(first, *aligned)
     specs = {}
     for name in first:
-        operands = ((first, name), *((other, names[name]) for other, names in aligned))
+        operands = ((first, name), *((tensors, names[name]) for tensors, names in aligned))
         specs[name] = TensorSpec(output_dtype(first, name), shape_of(first, name), operands, rule, elementwise)
     return DerivedTensors(specs)
 

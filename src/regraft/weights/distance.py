@@ -75,22 +75,22 @@ def distances(
     if not pairs:
         raise MismatchError("no tensor has the same name in both: these checkpoints are not of one architecture.")
     groups: dict[str, dict[str, list[_Sums]]] = {"whole": {}, "layer": {}, "kind": {}}
-    total, done = sum(math.prod(shape_of(first, name)) for name in pairs), 0
-    for name, other in pairs.items():
-        if shape_of(first, name) != shape_of(second, other):
-            shapes = f"{shape_of(first, name)} and {shape_of(second, other)}"
+    total, num_processed = sum(math.prod(shape_of(first, name)) for name in pairs), 0
+    for name, second_name in pairs.items():
+        if shape_of(first, name) != shape_of(second, second_name):
+            shapes = f"{shape_of(first, name)} and {shape_of(second, second_name)}"
             raise MismatchError(f"tensor {name!r} is of shapes {shapes} in the two checkpoints.")
         for start, count in chunk_ranges(math.prod(shape_of(first, name)), CHUNK_ELEMENTS):
-            sums = _sums(flat_slice(first, name, start, count), flat_slice(second, other, start, count))
+            sums = _sums(flat_slice(first, name, start, count), flat_slice(second, second_name, start, count))
             if not math.isfinite(sums.difference + sums.first + sums.second):
                 raise CheckpointError(f"tensor {name!r} has infinite or NaN values: {REMEDY}")
             for grouping, group in (("whole", "all"), ("layer", layer_of(name)), ("kind", kind_of(name))):
                 groups[grouping].setdefault(group, []).append(sums)
-            done += count
-            progress("distance", done, total, {})
+            num_processed += count
+            progress("distance", num_processed, total, {})
     return {
-        grouping: {group: _distance(parts) for group, parts in by_group.items()}
-        for grouping, by_group in groups.items()
+        grouping: {group: _distance(parts) for group, parts in distances_by_group.items()}
+        for grouping, distances_by_group in groups.items()
     }
 
 

@@ -60,9 +60,9 @@ def project(
     damped = values + ridge * k.diagonal().mean()
     weights = vectors @ ((vectors.T @ c) / damped)
     if rank is not None and rank < len(values):
-        half = vectors * (values / damped).sqrt()
-        squares, directions = torch.linalg.eigh(half.T @ t @ half)
-        leading = half @ directions[:, -rank:]
+        scaled = vectors * (values / damped).sqrt()
+        squares, directions = torch.linalg.eigh(scaled.T @ t @ scaled)
+        leading = scaled @ directions[:, -rank:]
         floor = RELATIVE_EPSILON * squares[-1].clamp(min=RELATIVE_EPSILON)
         weights = leading @ ((leading.T @ t @ weights) / squares[-rank:].clamp(min=floor))
     beta: torch.Tensor = centre @ weights + (1 / count if intercept else 0)

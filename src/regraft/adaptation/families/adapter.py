@@ -6,7 +6,7 @@ import dataclasses
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from regraft.adaptation.adaptation import CarriedAdaptation, Family
+from regraft.adaptation.adaptation import Family, GraftedAdaptation
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.fresh import fresh_parts, fresh_poolers
 from regraft.adaptation.layout import OBSOLETE_SETTINGS, adapter_name_hint
@@ -167,20 +167,20 @@ class Adapter(Family):
         """
         return adaptation.checkpoint, adaptation.config
 
-    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> CarriedAdaptation:
+    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> GraftedAdaptation:
         """Copy the adapter, and graft the tensors that it stores in place of its base's."""
         _check_pooler(adaptation, upgrade)
         tensors, settings = self.plain(adaptation, upgrade.old)
         rows = match_token_rows(adaptation, upgrade)
         grafted, replaced = graft_replaced(adaptation, tensors, upgrade, rows, replace=replace)
         settings = renumbered_settings(adaptation, settings, rows)
-        return CarriedAdaptation(
+        return GraftedAdaptation(
             grafted, {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None}, replaced
         )
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
-    ) -> CarriedAdaptation:
+    ) -> GraftedAdaptation:
         """Raise an error: the adapter does not change its base's tensors."""
         raise KindError(
             f"{adaptation.path}: a {adaptation.kind} does not change its base's tensors, so it has no deltas."
@@ -201,14 +201,14 @@ class Adapter(Family):
         progress: Progress,
         *,
         replace: bool = False,
-    ) -> CarriedAdaptation:
+    ) -> GraftedAdaptation:
         """Graft the adapter with the tensors of the new vector in place of its own."""
-        carried = self.graft(adaptation, upgrade, replace=replace)
+        grafted = self.graft(adaptation, upgrade, replace=replace)
         tensors = {
             name: read_tensor(name).to(tensor.dtype) if name in names else tensor
-            for name, tensor in carried.tensors.items()
+            for name, tensor in grafted.tensors.items()
         }
-        return dataclasses.replace(carried, tensors=tensors)
+        return dataclasses.replace(grafted, tensors=tensors)
 
     def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Return the names of tensors that are stored in place of a tensor that only one base has."""

@@ -7,7 +7,7 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adaptation import CarriedAdaptation, Family
+from regraft.adaptation.adaptation import Family, GraftedAdaptation
 from regraft.adaptation.compatibility import check_body, check_computation, check_unplaced_tensors, config_of
 from regraft.adaptation.strict import load_strictly
 from regraft.adaptation.tokens import match_token_rows
@@ -107,21 +107,21 @@ class Full(Family):
         """Warn that only the head was tuned."""
         logger.warning("%s has the body of its base unchanged: only its head was tuned.", adaptation.path)
 
-    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> CarriedAdaptation:
+    def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> GraftedAdaptation:
         """Add the delta to the new base's body."""
         body = self._body(adaptation, upgrade, lambda _: graft)
-        return CarriedAdaptation(body, _grafted_config(adaptation, upgrade))
+        return GraftedAdaptation(body, _grafted_config(adaptation, upgrade))
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
-    ) -> CarriedAdaptation:
+    ) -> GraftedAdaptation:
         """Add the transformed delta to the new base's body."""
 
         def rule_of(name: str) -> TensorRule:
             return functools.partial(_add_transformed, name=name, rule=rule)
 
         body = self._body(adaptation, upgrade, rule_of, elementwise=False)
-        return CarriedAdaptation(body, _grafted_config(adaptation, upgrade))
+        return GraftedAdaptation(body, _grafted_config(adaptation, upgrade))
 
     def replace_vector(
         self,
@@ -132,7 +132,7 @@ class Full(Family):
         progress: Progress,
         *,
         replace: bool = False,
-    ) -> CarriedAdaptation:
+    ) -> GraftedAdaptation:
         """Add the new vector's deltas to the new base's body."""
         return self.transform(adaptation, upgrade, lambda name, _delta, _shift: read_tensor(name), progress)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from regraft.adaptation.adaptation import Adaptation, CarriedAdaptation, Rule, Tensors
+    from regraft.adaptation.adaptation import Adaptation, GraftedAdaptation, Rule, Tensors
     from regraft.architecture import Architecture
     from regraft.base import Base
     from regraft.progress import Progress
@@ -79,17 +79,17 @@ class Lora(Peft):
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
-    ) -> CarriedAdaptation:
+    ) -> GraftedAdaptation:
         """Apply the rule to scaling·B·A of each layer, and take the closest LoRA of the same rank."""
-        carried = self.graft(adaptation, upgrade, replace=replace)
-        by_name, updates = resolve_updates(carried.tensors, carried.settings, _classifier(adaptation, upgrade.new))
-        if by_name.keys() != carried.tensors.keys():
+        grafted = self.graft(adaptation, upgrade, replace=replace)
+        name_map, updates = resolve_updates(grafted.tensors, grafted.settings, _classifier(adaptation, upgrade.new))
+        if name_map.keys() != grafted.tensors.keys():
             raise KindError(
                 f"{adaptation.path}: stores a LoRA for each expert separately, but the installed transformers fuses "
                 "the experts. Load it with PEFT and save it again."
             )
-        tensors = transform_factors(carried.tensors, updates, upgrade, rule, progress)
-        return dataclasses.replace(carried, tensors=tensors)
+        tensors = transform_factors(grafted.tensors, updates, upgrade, rule, progress)
+        return dataclasses.replace(grafted, tensors=tensors)
 
     def tuned_body_tensors(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]] | None:
         """Return the tensors of the merged model; None for a LoRA that cannot be merged."""
@@ -102,8 +102,8 @@ class Lora(Peft):
         """Check that all of its tensors are factors of linear layers."""
         unsupported = [
             name
-            for name, info in adaptation.checkpoint.tensors.items()
-            if ".lora_" in name and (not name.endswith(PARTS[:2]) or len(info.shape) != 2)
+            for name, stored_tensor in adaptation.checkpoint.tensors.items()
+            if ".lora_" in name and (not name.endswith(PARTS[:2]) or len(stored_tensor.shape) != 2)
         ]
         if unsupported:
             raise KindError(

@@ -98,13 +98,13 @@ def calibration(confidence: Sequence[float], right: Sequence[bool]) -> Calibrati
 
 
 def compare_classes(
-    targets: Sequence[Any], was_right: Sequence[bool], is_right: Sequence[bool], labels: Sequence[str]
+    targets: Sequence[Any], old_right: Sequence[bool], is_right: Sequence[bool], labels: Sequence[str]
 ) -> list[ClassComparison]:
     """Compute recall and flips by class.
 
     Args:
         targets: The class of each example, as an index.
-        was_right: Whether the old deployment's prediction of each example is right.
+        old_right: Whether the old deployment's prediction of each example is right.
         is_right: Whether the new deployment's prediction of each example is right.
         labels: The names of the classes.
 
@@ -113,7 +113,7 @@ def compare_classes(
     """
     comparisons = []
     for index, label in enumerate(labels):
-        pairs = [pair for target, *pair in zip(targets, was_right, is_right, strict=True) if target == index]
+        pairs = [pair for target, *pair in zip(targets, old_right, is_right, strict=True) if target == index]
         count = len(pairs)
         old_recall = sum(old for old, _ in pairs) / count if count else 0.0
         new_recall = sum(new for _, new in pairs) / count if count else 0.0
@@ -189,8 +189,8 @@ def _calibration_chart(calibrations: Mapping[str, Calibration]) -> Scatter:
         for name, curve in calibrations.items()
     )
     errors = ", ".join(f"{name} model {curve.ece:.3f}" for name, curve in calibrations.items())
-    upgrade_sides = {"old": "before", "new": "after"}
-    brief = ", ".join(f"{curve.ece:.3f} {upgrade_sides.get(name, name)}" for name, curve in calibrations.items())
+    time_by_name = {"old": "before", "new": "after"}
+    brief = ", ".join(f"{curve.ece:.3f} {time_by_name.get(name, name)}" for name, curve in calibrations.items())
     return Scatter(
         name="calibration",
         title="Calibration",
