@@ -22,8 +22,7 @@ from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.progress import silent
 from regraft.tuning import Replay, pretrain_chain
 from regraft.tuning.corpus import pack
-from regraft.tuning.language import LanguageModelling
-from regraft.tuning.language import architecture as architecture_of
+from regraft.tuning.language import LanguageModelling, auto_model_class
 from regraft.tuning.pretrain import _with_replay
 
 ENCODERS = ("bert", "roberta", "distilbert")
@@ -93,7 +92,7 @@ def some_blocks(base, count, block=32, seed=3):
 @pytest.mark.parametrize("architecture", ENCODERS)
 def test_logits_at_masked_places_only_give_the_whole_loss(bases, architecture):
     base = Base.open(bases[architecture][0])
-    model = architecture_of(base).from_pretrained(base.path).eval()
+    model = auto_model_class(base).from_pretrained(base.path).eval()
     run = a_run(base, some_blocks(base, 8))
     batch = run.batch([(i, i) for i in range(8)], seed=1)
     loss = run.loss(model, dict(batch))
@@ -111,7 +110,7 @@ def test_logits_at_masked_places_only_give_the_whole_loss(bases, architecture):
 
 def test_causal_loss_is_that_of_the_next_token(bases):
     base = Base.open(bases["llama"][0])
-    model = architecture_of(base).from_pretrained(base.path).eval()
+    model = auto_model_class(base).from_pretrained(base.path).eval()
     run = a_run(base, some_blocks(base, 4))
     batch = run.batch([(i, i) for i in range(4)], seed=1)
     logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
@@ -345,7 +344,7 @@ def test_replay_takes_the_places_of_its_share(opened):
     assert (order[~replayed] == plain[~replayed]).all()
     assert {tuple(row) for row in mixed.blocks[40:].tolist()} <= {tuple(row) for row in earlier.tolist()}
     assert len(set(order[replayed].tolist())) == 60
-    assert (mixed.held_out == run.held_out).all()
+    assert (mixed.evaluation_blocks == run.evaluation_blocks).all()
     for share in (0, 1, -0.5):
         with pytest.raises(RecipeError, match="share"):
             Replay(Corpus(("a.txt",)), share)
@@ -388,6 +387,6 @@ def test_bases_on_the_way_of_another_run_are_not_taken_for_this_ones(opened, tex
     shutil.rmtree(tmp_path / "out")
     run(1e-4)  # the same are kept
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(OutcomeError, match=r"out-steps/step-2: is a base on the way of another run"):
+    with pytest.raises(OutcomeError, match=r"out-steps/step-2: is an intermediate base of another run"):
         run(1e-2)
     assert os.listdir(tmp_path) == ["out-steps"]

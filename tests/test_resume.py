@@ -253,9 +253,9 @@ def test_an_outcome_that_lost_its_files_is_not_taken_for_done(tmp_path, bases, t
     arguments = Upgrade(*bases["bert"]), tuned["bert", "lora"], task_file, "direct", tmp_path / "out"
     recycle(*arguments)
     for damage, name, says in [
-        (empty, "predictions.jsonl", "cut short"),
+        (empty, "predictions.jsonl", "is truncated"),
         (Path.unlink, "adaptation/adapter_model.safetensors", "adapter_model.safetensors"),
     ]:
         damage(tmp_path / "out" / name)
-        with pytest.raises(OutcomeError, match=rf"no longer complete .*{says}.* Remove it"):
+        with pytest.raises(OutcomeError, match=rf"no longer a complete outcome .*{says}.* Remove it"):
             recycle(*arguments)

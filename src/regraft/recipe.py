@@ -1,4 +1,4 @@
-"""How something is trained: the few numbers that decide it."""
+"""The hyperparameters of a training run."""
 
 from __future__ import annotations
 
@@ -13,59 +13,61 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint import Checkpoint
 
-FEWEST_STEPS = 100
-"""Where the steps follow from the data: a few examples a class are seen many times over."""
+MIN_STEPS = 100
+"""The fewest steps that epochs are converted to: three epochs of 32 few-shot examples would be 6 steps."""
 NUM_SEEDS = 2**32
-"""How many seeds there are: NumPy's generator takes no larger ones."""
-LARGEST_BATCH = 2**16
-"""Far above any batch that a language model is tuned with; a larger one is a slip, and ends in memory."""
-MOST_EXAMPLES = 10**8
-"""Steps times batch size: the order of the examples is held in memory, 8 bytes each."""
-FADES = ("none", "linear", "cosine")
+"""Seeds are below this number: transformers' `set_seed` seeds NumPy's legacy generator, which takes 32-bit seeds."""
+MAX_BATCH_SIZE = 2**16
+"""Above every batch size in use for tuning: a larger one is a slip, and would run out of memory at the first step."""
+MAX_EXAMPLES = 10**8
+"""Steps × batch size: the order of the examples is an int64 array in memory, 800 MB at this size."""
+FADE_SCHEDULES = ("none", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model is trained; the same for every method that is compared.
+    """Hyperparameters of training, the same for all methods that are compared.
+
+    The command line derives its flags from these fields, and their help from the descriptions below.
 
     Args:
-        steps: Optimiser steps; None for `epochs` times the data, and at least 100.
-        epochs: Passes over the data where `steps` is not given.
-        batch_size: Examples (or packed blocks) a step.
-        learning_rate: The peak of the linear schedule; None for 5e-5 (full), 5e-4 (LoRA), 1e-4 (pre-training).
-        warmup: The fraction of steps over which the rate rises to its peak.
-        weight_decay: AdamW's, on matrices only.
-        eval_every: Steps between evaluations; None for about ten in all.
-        save_every: Steps between the checkpoints an interrupted run goes on from.
-        seed: Fixes fresh heads, the order of the data, dropout and masking.
-        precision: `bf16` (autocast), `fp32`, or `auto`: bf16 where the device computes in it.
-        average: Where above 0, the mean of the weights at the evaluations after this fraction of the steps is one more
-            candidate for the best weights (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407).
+        steps: Optimiser steps; by default as many as `epochs` takes, but at least 100.
+        epochs: Passes over the training data, unless `steps` is set.
+        batch_size: Examples per step; in pre-training, packed blocks.
+        learning_rate: Peak learning rate; by default 5e-5 (full), 5e-4 (LoRA), 1e-4 (pre-training), … by kind.
+        warmup: Fraction of the steps over which the learning rate rises to its peak.
+        weight_decay: Weight decay of AdamW, applied to matrices only.
+        eval_every: Steps between evaluations; by default about ten evaluations in all.
+        save_every: Steps between the checkpoints from which an interrupted run resumes.
+        seed: Seed of fresh heads, few-shot samples, the order of the data, dropout and masking.
+        precision: `bf16` (autocast), `fp32`, or `auto`: bf16 if the device has bf16 arithmetic, else fp32.
+        average: Fraction of the steps after which the evaluated weights are averaged, as one more candidate for the
+            best weights (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407); 0 for no average.
 
     Raises:
-        RecipeError: A number is out of its range.
+        RecipeError: A value is out of range.
     """
 
     steps: int | None = None
-    epochs: float = 3.0
+    epochs: float = 3.0  # epochs and batch size: BERT's fine-tuning ranges (Devlin et al. 2019, appendix A.3)
     batch_size: int = 16
     learning_rate: float | None = None
-    warmup: float = 0.06
-    weight_decay: float = 0.01
+    warmup: float = 0.06  # as RoBERTa is fine-tuned on GLUE (Liu et al. 2019, table 10)
+    weight_decay: float = 0.01  # BERT's (Devlin et al. 2019, appendix A.2)
     eval_every: int | None = None
-    save_every: int = 200
+    save_every: int = 200  # an interruption loses at most so many steps; a checkpoint is up to three times the model
     seed: int = 20
     precision: str = "auto"
     average: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check every number."""
+        """Check that every value is in its range."""
         for name in ("steps", "epochs", "batch_size", "learning_rate", "eval_every", "save_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RecipeError(f"{name} must be a number above 0, found {value}.")
-        if self.batch_size > LARGEST_BATCH:
-            raise RecipeError(f"batch_size is up to {LARGEST_BATCH:,}, found {self.batch_size:,}.")
+        if self.batch_size > MAX_BATCH_SIZE:
+            raise RecipeError(f"batch_size is up to {MAX_BATCH_SIZE:,}, found {self.batch_size:,}.")
         if self.steps:
             self._check_examples(self.steps)
         if not 0 <= self.weight_decay < math.inf:
@@ -80,45 +82,45 @@ class Recipe:
             raise RecipeError(f"precision is auto, bf16 or fp32, found {self.precision!r}.")
 
     def resolve(self, examples: int, learning_rate: float) -> Recipe:
-        """Fill in what depends on the data and the kind of training.
+        """Set the fields that depend on the data, the kind of training and the device.
 
         Args:
-            examples: How many examples there are.
-            learning_rate: What to take where none is given.
+            examples: The number of training examples.
+            learning_rate: The learning rate if the recipe has none.
 
         Returns:
             The recipe with `steps`, `learning_rate`, `eval_every` and `precision` set.
 
         Raises:
-            RecipeError: Its steps see more examples than the order of which can be held in memory.
+            RecipeError: Steps × batch size is above `MAX_EXAMPLES`.
         """
-        steps = self.steps or max(FEWEST_STEPS, round(self.epochs * examples / self.batch_size))
+        steps = self.steps or max(MIN_STEPS, round(self.epochs * examples / self.batch_size))
         self._check_examples(steps)
         return dataclasses.replace(
             self,
             steps=steps,
             learning_rate=self.learning_rate or learning_rate,
             eval_every=min(steps, self.eval_every or _round_interval(steps)),
-            precision=precision() if self.precision == "auto" else self.precision,
+            precision=preferred_precision() if self.precision == "auto" else self.precision,
         )
 
     def _check_examples(self, steps: int) -> None:
-        if steps * self.batch_size > MOST_EXAMPLES:
+        if steps * self.batch_size > MAX_EXAMPLES:
             raise RecipeError(
-                f"{steps:,} steps of {self.batch_size:,} examples see more than the {MOST_EXAMPLES:,} whose order is "
-                "held in memory. Take fewer steps or epochs."
+                f"{steps:,} steps of {self.batch_size:,} examples are more than the {MAX_EXAMPLES:,} examples whose "
+                "order is held in memory. Lower --steps or --epochs."
             )
 
 
 def check_trained(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Refuse to publish what a training that diverged has left.
+    """Check that training has not diverged, before its weights are published.
 
     Args:
-        checkpoint: The weights, as they were saved.
-        recipe: How they were trained.
+        checkpoint: The saved weights.
+        recipe: The recipe that they were trained with.
 
     Raises:
-        RecipeError: Some are infinite or not a number.
+        RecipeError: A weight is infinite or not a number.
     """
     from regraft.checkpoint import check_finite
 
@@ -131,42 +133,42 @@ def check_trained(checkpoint: Checkpoint, recipe: Recipe) -> None:
         ) from error
 
 
-def check_fade(name: str, how: str) -> None:
-    """Refuse a schedule that there is not.
+def check_fade_schedule(option: str, schedule: str) -> None:
+    """Check the name of a schedule.
 
     Args:
-        name: What the option is called.
-        how: Its value.
+        option: The option's name, for the error message.
+        schedule: The option's value.
 
     Raises:
-        RecipeError: It is none of `FADES`.
+        RecipeError: The value is none of `FADE_SCHEDULES`.
     """
-    if how not in FADES:
-        raise RecipeError(f"{name} is one of {', '.join(FADES)}, found {how!r}.")
+    if schedule not in FADE_SCHEDULES:
+        raise RecipeError(f"{option} is one of {', '.join(FADE_SCHEDULES)}, found {schedule!r}.")
 
 
-def fade_factor(how: str, step: int, steps: int) -> float:
-    """Return what is left, at a step, of a weight that falls from 1 to 0 over a training.
+def fade_factor(schedule: str, step: int, steps: int) -> float:
+    """Compute the factor by which a schedule scales a weight of the loss at a step.
 
     Args:
-        how: `none` (stays 1), `linear` or `cosine`.
-        step: Steps done so far.
-        steps: Steps in all.
+        schedule: `none` (constant), `linear` or `cosine`.
+        step: The number of completed steps.
+        steps: The number of steps of the training.
 
     Returns:
-        1 at first; 0 once all steps are done, unless it is `none`.
+        A number from 1 at step 0 to 0 after the last step; always 1 for `none`.
     """
-    if how == "none":
+    if schedule == "none":
         return 1.0
-    done = step / steps
-    return 1 - done if how == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    progress = step / steps
+    return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def precision() -> str:
-    """Return which precision the device computes fast in.
+def preferred_precision() -> str:
+    """Return the precision in which the device computes fastest without a loss of range.
 
     Returns:
-        `bf16` where the accelerator or the processor has bfloat16 arithmetic, else `fp32`.
+        `bf16` if the accelerator or the processor has bfloat16 arithmetic, else `fp32`.
     """
     import torch
 
@@ -175,14 +177,14 @@ def precision() -> str:
     if torch.accelerator.is_available():
         return "fp32"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
-    if not capabilities and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
-        native = torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if native else "fp32"
+    has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    if not capabilities and hasattr(torch.cpu, "_is_avx512_bf16_supported"):  # before `get_capabilities`
+        has_bf16 = torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_bf16 else "fp32"
 
 
 def _round_interval(steps: int) -> int:
-    """Return a round number of steps that comes to between five and twelve evaluations."""
+    """Return the smallest interval of 1, 2 or 5 × 10^n steps that comes to at most twelve evaluations."""
     scale = 1
     while True:
         for digit in (1, 2, 5):
@@ -192,10 +194,13 @@ def _round_interval(steps: int) -> int:
 
 
 def best_step(curve: Sequence[Mapping[str, float]], merit: Callable[[float], float]) -> int:
-    """Return the first step of the best score.
+    """Return the first step with the best score.
 
     Args:
-        curve: A learning curve.
-        merit: Returns a number that is the larger the better a score is.
+        curve: A learning curve: entries with `step` and `score`.
+        merit: Maps a score to a number that is higher for a better score.
+
+    Returns:
+        The step.
     """
     return int(max(curve, key=lambda point: (merit(point["score"]), -point["step"]))["step"])

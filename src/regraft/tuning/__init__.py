@@ -22,10 +22,10 @@ __all__ = [
     "Teacher",
     "distillation_loss",
     "learning_rate",
-    "restore_output_units",
     "plan_order",
     "pretrain",
     "pretrain_chain",
+    "restore_output_units",
     "tracking",
     "tune_model",
 ]

@@ -1,4 +1,4 @@
-"""The old tuned model as a teacher: the distillation loss, and the teacher's outputs computed once.
+"""Distillation from the old tuned model: the loss, and the cache of the teacher's outputs.
 
 Source: Qin et al., Recyclable Tuning for Continual Pre-training, 2023 (arXiv:2305.08702), section 5.2, and the
 authors' reference implementation; the hidden-state term is Sun et al.'s patient knowledge distillation
@@ -15,7 +15,7 @@ from regraft.checkpoint import is_sealed, replace_atomically, seal
 from regraft.errors import MismatchError, RecipeError
 from regraft.model.batches import for_each_batch
 from regraft.model.outputs import forward
-from regraft.recipe import check_fade, fade_factor
+from regraft.recipe import check_fade_schedule, fade_factor
 from regraft.task.types import Signal
 
 if TYPE_CHECKING:
@@ -31,27 +31,28 @@ if TYPE_CHECKING:
     from regraft.task.types import Likelihood
     from regraft.tuning.trainer import Objective
 
-HOTTEST = 10_000  # softened so far, outputs are alike in every digit of float32
+MAX_TEMPERATURE = 10_000
+"""The KL falls as 1/T², until float32 rounds it away: for two classes and logits of standard deviation 5, it is off by
+0.25 % at T = 1,000, by 24 % here, and by 18 times its value at 100,000."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """The weights of the distillation loss.
+    """Options of the distillation loss.
 
     Args:
-        alpha: The share of the teacher's soft labels; 1 − alpha is left for the true labels.
-        beta: The weight of the hidden states' mean squared error, 0 for none.
-        temperature: Softens both models' outputs.
-        kl_reduction: `batchmean` sums the divergence over classes and averages it over the batch (the textbook's);
-            `mean` averages over both, as the paper's reference does.
-        flip_weight: Where above 0, the teacher counts 1 + flip_weight times as much on examples it has right as on
-            those it has wrong, the mean over the batch staying 1: what was right is to stay right.
-        decay: How alpha and beta fall to 0 over the training, so that the labels win in the end: `none` (they stay, as
-            in the paper), `linear` or `cosine`. Where the new base is much the better one, a teacher that stays holds
-            the student down to what it knew.
+        alpha: The weight of the teacher's soft labels; the true labels have 1 − alpha.
+        beta: The weight of the mean squared error of the hidden states; 0 for none.
+        temperature: The temperature that both models' outputs are softened by.
+        kl_reduction: `batchmean` sums the divergence over classes and averages it over the batch, as is usual; `mean`
+            averages over both, as the paper's reference implementation does.
+        flip_weight: Above 0, examples that the teacher has right weigh 1 + flip_weight times as much in the teacher's
+            terms as those it has wrong, with a mean of 1 over the batch, against negative flips.
+        decay: How alpha and beta fall to 0 over the training: `none` (they stay, as in the paper), `linear` or
+            `cosine`. On a much better new base, a teacher at full weight holds the student back to the end.
 
     Raises:
-        RecipeError: A number is out of its range.
+        RecipeError: An option is out of its range.
     """
 
     alpha: float = 0.7
@@ -62,41 +63,38 @@ class Distillation:
     decay: str = "none"
 
     def __post_init__(self) -> None:
-        """Check every number."""
+        """Check that every option is in its range."""
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha must be from 0 to 1, found {self.alpha}.")
-        if not 0 <= self.beta < math.inf or not 0 < self.temperature <= HOTTEST:
+        if not 0 <= self.beta < math.inf or not 0 < self.temperature <= MAX_TEMPERATURE:
             raise RecipeError(
-                f"beta must not be negative (found {self.beta}), temperature above 0 and up to {HOTTEST:,} "
+                f"beta must not be negative (found {self.beta}), temperature above 0 and up to {MAX_TEMPERATURE:,} "
                 f"({self.temperature})."
             )
         if self.kl_reduction not in ("batchmean", "mean"):
             raise RecipeError(f"kl_reduction is batchmean or mean, found {self.kl_reduction!r}.")
         if not 0 <= self.flip_weight < math.inf:
             raise RecipeError(f"flip_weight must be a number that is not negative, found {self.flip_weight}.")
-        check_fade("decay", self.decay)
+        check_fade_schedule("decay", self.decay)
 
-    def at(self, step: int, steps: int) -> Distillation:
-        """Return what the weights have become.
+    def faded(self, step: int, steps: int) -> Distillation:
+        """Return the options with alpha and beta as they are at a step.
 
         Args:
-            step: Steps done so far.
-            steps: Steps in all.
-
-        Returns:
-            The same with alpha and beta as far down as they are by then.
+            step: The number of completed steps.
+            steps: The number of steps of the training.
         """
-        left = fade_factor(self.decay, step, steps)
-        return dataclasses.replace(self, alpha=self.alpha * left, beta=self.beta * left)
+        factor = fade_factor(self.decay, step, steps)
+        return dataclasses.replace(self, alpha=self.alpha * factor, beta=self.beta * factor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TeacherOutputs:
-    """What a teacher says of the examples of a training, computed once.
+    """A teacher's outputs for the rows of a training split.
 
     Args:
-        signal: At each row.
-        hidden: The hidden states there, rows × layers × width; of width 0 where they are not learned.
+        signal: The teacher's signal, one row per target.
+        hidden: The teacher's hidden states, rows × layers × width; of width 0 if they are not distilled.
     """
 
     signal: Signal
@@ -106,18 +104,18 @@ class TeacherOutputs:
 def teacher_loss(
     output: Output,
     batch: Mapping[str, torch.Tensor],
-    taught: TeacherOutputs,
+    teacher_outputs: TeacherOutputs,
     options: Distillation,
     likelihood: Likelihood,
 ) -> torch.Tensor:
-    """α·T²·KL(teacher ‖ student, softened by T) + β·½·MSE(h_s, h_t), rows weighted by whether the teacher is right.
+    """Compute α·T²·KL(teacher ‖ student, softened by T) + β·½·MSE(h_s, h_t), rows weighted by `flip_weight`.
 
     Args:
-        output: The student's, with hidden states if β is not 0.
-        batch: Its `targets`, unused where flip_weight is 0, and the numbers of its rows.
-        taught: What the teacher says of all rows.
-        options: α, β, T, the reduction of the KL and flip_weight.
-        likelihood: What outputs are a distribution over.
+        output: The student's output, with hidden states if β is not 0.
+        batch: The batch; `row` has the indices of its rows, `targets` is unused if `flip_weight` is 0.
+        teacher_outputs: The teacher's outputs for all rows.
+        options: α, β, T, the reduction of the KL and `flip_weight`.
+        likelihood: The distribution that the outputs parametrise.
 
     Returns:
         The loss, a scalar.
@@ -125,42 +123,43 @@ def teacher_loss(
     from torch.nn import functional
 
     logits, rows, targets = output.logits, batch["row"].cpu(), batch["targets"]
-    signal = taught.signal.take(rows, logits)
+    signal = teacher_outputs.signal.take(rows, logits)
     divergence = likelihood.divergence_terms(logits, signal, options.temperature)
-    apart = None
+    distances = None
     if options.beta:
-        apart = functional.mse_loss(output.row_states(), taught.hidden[rows].to(logits), reduction="none")
+        hidden = teacher_outputs.hidden[rows].to(logits)
+        distances = functional.mse_loss(output.row_states(), hidden, reduction="none")
     if options.flip_weight:
         is_right = likelihood.right(signal.logits, targets)
         weights = 1 + options.flip_weight * is_right.to(logits.dtype)
         weights = weights / weights.mean()
         divergence = divergence * weights[:, None]
-        apart = apart * weights[:, None, None] if apart is not None else None
+        distances = distances * weights[:, None, None] if distances is not None else None
     count = len(logits) if options.kl_reduction == "batchmean" else logits.numel()
     loss = options.alpha * likelihood.gradient_scale(options.temperature) * (divergence.sum() / count)
-    return loss if apart is None else loss + options.beta * 0.5 * apart.mean()
+    return loss if distances is None else loss + options.beta * 0.5 * distances.mean()
 
 
 def distillation_loss(
     output: Output,
     batch: Mapping[str, torch.Tensor],
-    taught: TeacherOutputs,
+    teacher_outputs: TeacherOutputs,
     options: Distillation,
     likelihood: Likelihood,
 ) -> torch.Tensor:
-    """(1 − α)·L(student, targets) + α·T²·KL(teacher ‖ student, softened by T) + β·½·MSE(h_s, h_t).
+    """Compute (1 − α)·L(student, targets) + α·T²·KL(teacher ‖ student, softened by T) + β·½·MSE(h_s, h_t).
 
     Args:
-        output: The student's, with hidden states if β is not 0.
-        batch: Its `targets` and the numbers of its rows.
-        taught: What the teacher says of all rows.
-        options: α, β, T, the reduction of the KL and flip_weight.
-        likelihood: What outputs are a distribution over, and so L; the cross-entropy of classes.
+        output: The student's output, with hidden states if β is not 0.
+        batch: The batch, with `targets` and with the indices of its rows in `row`.
+        teacher_outputs: The teacher's outputs for all rows.
+        options: α, β, T, the reduction of the KL and `flip_weight`.
+        likelihood: The distribution that the outputs parametrise; L is its negative log-likelihood.
 
     Returns:
         The loss, a scalar.
     """
-    loss = teacher_loss(output, batch, taught, options, likelihood)
+    loss = teacher_loss(output, batch, teacher_outputs, options, likelihood)
     if options.alpha < 1:
         loss = loss + (1 - options.alpha) * likelihood.loss(output.logits, batch["targets"], "mean")
     return loss
@@ -169,17 +168,20 @@ def distillation_loss(
 def compute_teacher_outputs(
     teacher: Deployment, split: Split, order: Integers, options: Distillation, work: Path
 ) -> TeacherOutputs:
-    """Compute the teacher's signal and hidden states once; a later call reads them, undamaged, in the working folder.
+    """Compute the teacher's signal and hidden states, or read them from an undamaged cache in the working folder.
 
     Args:
         teacher: The old tuned model on the old base.
-        split: What the student is trained on.
-        order: Indices of the examples that the training will draw.
-        options: Hidden states are stored only if its beta needs them.
-        work: The folder for the cache.
+        split: The student's training split.
+        order: Indices of the examples that the training draws.
+        options: The options of the loss; hidden states are computed only if β is not 0.
+        work: The folder of the cache.
 
     Returns:
-        The signal in float32, the hidden states in bfloat16; rows of examples that are not in the order are 0.
+        The signal in float32 and the hidden states in bfloat16; 0 in rows of examples that are not in `order`.
+
+    Raises:
+        MismatchError: An output is infinite or not a number.
     """
     import numpy as np
     import torch
@@ -188,48 +190,51 @@ def compute_teacher_outputs(
     file, record = work / "teacher.safetensors", work / "teacher.json"
     if not is_sealed(record):
         likelihood, examples = teacher.data.likelihood, teacher.examples(split)
-        drawn = np.unique(order).tolist()
-        numbers = torch.as_tensor(examples.rows(drawn))
+        used = np.unique(order).tolist()
+        row_indices = torch.as_tensor(examples.rows(used))
         stored: dict[str, torch.Tensor] = {}
 
-        def keep(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
-            parts = {"logits": likelihood.signal(output.logits).logits}
+        def store(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+            outputs = {"logits": likelihood.signal(output.logits).logits}
             if options.beta:
-                parts["hidden"] = output.row_states().bfloat16()
-            for name, part in parts.items():
+                outputs["hidden"] = output.row_states().bfloat16()
+            for name, rows in outputs.items():
                 if name not in stored:
-                    stored[name] = torch.zeros(len(examples.targets), *part.shape[1:], dtype=part.dtype)
-                stored[name][numbers[batch["row"].cpu()]] = part.cpu()
+                    stored[name] = torch.zeros(len(examples.targets), *rows.shape[1:], dtype=rows.dtype)
+                stored[name][row_indices[batch["row"].cpu()]] = rows.cpu()
 
-        some, learns_states = examples.take(drawn), bool(options.beta)
-        for_each_batch(teacher.model, some, teacher.precision, keep, teacher.progress, "teacher", hidden=learns_states)
+        model, subset, has_hidden = teacher.model, examples.take(used), bool(options.beta)
+        for_each_batch(model, subset, teacher.precision, store, teacher.progress, "teacher", hidden=has_hidden)
         stored.setdefault("hidden", torch.zeros(len(examples.targets), 0, dtype=torch.bfloat16))
         if not all(rows.isfinite().all() for rows in stored.values()):
-            raise MismatchError("the old deployment's outputs are infinite or not a number: there is nothing to learn.")
-        with replace_atomically(file, synced=False) as beside:
-            save_file(stored, beside)
+            raise MismatchError(
+                f"{teacher.base.path}: the outputs of the old tuned model are infinite or not a number, so it cannot "
+                "be a teacher. Compute in fp32 (--precision fp32), or use a method without a teacher."
+            )
+        with replace_atomically(file, synced=False) as temporary:
+            save_file(stored, temporary)
         seal(record, [file])
     stored = load_file(file)
     return TeacherOutputs(Signal(stored["logits"]), stored["hidden"])
 
 
 def distillation_objective(
-    taught: TeacherOutputs, options: Distillation, likelihood: Likelihood, steps: int
+    teacher_outputs: TeacherOutputs, options: Distillation, likelihood: Likelihood, steps: int
 ) -> Objective:
-    """Make the loss of a batch from the teacher's cached outputs.
+    """Return the distillation loss as an objective.
 
     Args:
-        taught: From `teach`.
-        options: The loss's weights.
-        likelihood: What outputs are a distribution over.
-        steps: Steps of the training in all.
+        teacher_outputs: From `compute_teacher_outputs`.
+        options: The options of the loss.
+        likelihood: The distribution that the outputs parametrise.
+        steps: The number of steps of the training.
 
     Returns:
-        A function of the student, a batch and the steps done so far.
+        A function of the student, a batch and the number of completed steps.
     """
 
     def objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         output = forward(model, batch, hidden=bool(options.beta))
-        return distillation_loss(output, batch, taught, options.at(step, steps), likelihood)
+        return distillation_loss(output, batch, teacher_outputs, options.faded(step, steps), likelihood)
 
     return objective

@@ -1,4 +1,4 @@
-"""Language modelling on packed blocks of tokens: what is masked, the loss, and how good a model is at it."""
+"""Language modelling on packed blocks of tokens: masking, the loss, training and evaluation."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ if TYPE_CHECKING:
     from regraft.progress import Progress
     from regraft.recipe import Recipe
 
-    Numbers = np.ndarray[Any, np.dtype[np.int64]]
+    Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 LEARNING_RATE = 1e-4
-MASKED = 0.15
+"""The peak rate of BERT's pre-training (Devlin et al. 2019, appendix A.2)."""
+MASK_PROBABILITY = 0.15
+"""The share of tokens that are predicted (Devlin et al. 2019, section 3.1), as are the next two."""
+MASK_TOKEN_SHARE = 0.8
+"""The share of predicted tokens that the mask token replaces."""
+RANDOM_TOKEN_SHARE = 0.1
+"""The share of predicted tokens that a random token replaces; the remaining tenth is unchanged."""
 
 
 def load_language_model(base: Base) -> tuple[Any, list[str]]:
@@ -32,185 +38,195 @@ def load_language_model(base: Base) -> tuple[Any, list[str]]:
         base: The base.
 
     Returns:
-        The model in float32 on the CPU, and the names of what its folder does not hold, a fresh head's.
+        The model in float32 on the CPU, and the names of the tensors that its folder lacks: those of a fresh head.
 
     Raises:
-        CheckpointError: A tensor of the body is missing or has no place in the model.
+        CheckpointError: A tensor of the body is missing or unexpected.
         RecipeError: An encoder's tokenizer has no mask token.
     """
     from regraft.adaptation import load_strictly
 
-    return load_strictly(architecture(base), base.path, base.prefix, dtype="float32")
+    return load_strictly(auto_model_class(base), base.path, base.prefix, dtype="float32")
 
 
 def language_loss(model: Any, base: Base, blocks: np.ndarray[Any, np.dtype[np.uint32]], precision: str) -> float:
-    """Measure a language model on text.
+    """Compute a language model's loss on text.
 
     Args:
-        model: Of the base's architecture.
-        base: Whose tokenizer made the blocks.
-        blocks: Blocks × tokens, from `pack`.
+        model: A model of the base's architecture.
+        base: The base, for its tokenizer.
+        blocks: Token ids, blocks × tokens, from `pack`.
         precision: `bf16` or `fp32`.
 
     Returns:
-        The mean cross-entropy in nats: of masked tokens for encoders, the masks being always the same, of each next
-        token for decoders.
+        The mean cross-entropy in nats: for encoders of the masked tokens, with the same masks at each call; for
+        decoders of each next token.
     """
     import numpy as np
 
     from regraft.recipe import Recipe
 
-    recipe, nothing = Recipe(steps=1, precision=precision).resolve(len(blocks), LEARNING_RATE), np.arange(0)
-    return LanguageModelling(base, blocks, nothing, np.arange(len(blocks)), recipe).evaluate(model)["loss"]
+    recipe = Recipe(steps=1, precision=precision).resolve(len(blocks), LEARNING_RATE)
+    no_training = np.arange(0)
+    return LanguageModelling(base, blocks, no_training, np.arange(len(blocks)), recipe).evaluate(model)["loss"]
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelling:
-    """One run over blocks: which of them at which step, and which tokens are masked there.
+    """A training of a language model on blocks: their order, their masks, the loss and its evaluation.
 
     Args:
-        base: Whose tokenizer made the blocks.
-        blocks: Blocks × tokens.
-        training: The numbers of those to train on, in passes.
-        held_out: Of those to evaluate on.
-        recipe: Resolved.
-        replayed: Of those that take the places of others at random, once each.
+        base: The base, for its tokenizer.
+        blocks: Token ids, blocks × tokens.
+        training_blocks: Indices of the blocks to train on.
+        evaluation_blocks: Indices of the blocks to evaluate on.
+        recipe: A resolved recipe.
+        replayed_blocks: Indices of the blocks that replace training blocks at random positions of the order, once each.
     """
 
     base: Base
     blocks: np.ndarray[Any, np.dtype[np.uint32]]
-    training: Numbers
-    held_out: Numbers
+    training_blocks: Integers
+    evaluation_blocks: Integers
     recipe: Recipe
-    replayed: Sequence[int] = ()
+    replayed_blocks: Sequence[int] = ()
 
-    def order(self) -> Numbers:
-        """Return the block of each place of the training, steps × batch size."""
+    def order(self) -> Integers:
+        """Return the indices of the blocks in the order of the training, of shape (steps × batch size,)."""
         import numpy as np
 
         random = np.random.default_rng(self.recipe.seed)
         total = (self.recipe.steps or 1) * self.recipe.batch_size
-        passes = [random.permutation(self.training) for _ in range(-(-total // len(self.training)))]
+        passes = [random.permutation(self.training_blocks) for _ in range(-(-total // len(self.training_blocks)))]
         order = np.concatenate(passes)[:total]
-        if len(self.replayed):
-            order[random.choice(total, len(self.replayed), replace=False)] = self.replayed
+        if len(self.replayed_blocks):
+            order[random.choice(total, len(self.replayed_blocks), replace=False)] = self.replayed_blocks
         return order
 
     def run(
-        self, model: Any, work: Path, progress: Progress, stage: str, each: Callable[[int], None] | None = None
+        self, model: Any, work: Path, progress: Progress, stage: str, after_step: Callable[[int], None] | None = None
     ) -> list[dict[str, float]]:
-        """Train a model in place, and leave it with its best weights.
+        """Train a model in place; it ends with its best weights on the evaluation blocks.
 
         Args:
             model: The language model.
             work: A folder for checkpoints.
-            progress: Told of each step.
-            stage: What to call this there.
-            each: Called after each step, with its number.
+            progress: Called after each step.
+            stage: The name of the training in progress messages.
+            after_step: Called after each step with its number.
 
         Returns:
-            The learning curve on the blocks held out.
+            The learning curve on the evaluation blocks.
         """
         from regraft.tuning.trainer import train
 
         recipe, order = self.recipe, self.order()
         tokens = recipe.batch_size * self.blocks.shape[1]
 
-        def report(stage: str, done: int, total: int, figures: Any) -> None:
+        def report(stage: str, step: int, steps: int, figures: Any) -> None:
             shown = {"loss": figures["loss"]} if "loss" in figures else {}
             if "steps/s" in figures:
                 shown["tokens/s"] = figures["steps/s"] * tokens
-            progress(stage, done, total, shown)
+            progress(stage, step, steps, shown)
 
         return train(
             model,
             range(len(order)),
-            lambda places: self.batch([(int(order[place]), place) for place in places], recipe.seed),
+            lambda positions: self.batch([(int(order[position]), position) for position in positions], recipe.seed),
             lambda model, batch, _: self.loss(model, batch),
             self.evaluate,
             recipe,
             work,
             report,
             stage=stage,
-            each=each,
+            after_step=after_step,
         )
 
     def batch(self, items: list[tuple[int, int]], seed: int) -> dict[str, torch.Tensor]:
-        """Make a batch of (block, its number in the training); the number fixes its mask."""
+        """Return a batch of blocks with their labels, masked for encoders.
+
+        Args:
+            items: The index of each block, and its position in the order, which seeds its mask.
+            seed: The seed of the masks.
+        """
         import numpy as np
         import torch
 
         ids = torch.from_numpy(self.blocks[[block for block, _ in items]].astype(np.int64))
         if self.base.is_decoder:
             return {"input_ids": ids, "labels": ids}
-        masked = [self._mask(row, seed, number) for row, (_, number) in zip(ids, items, strict=True)]
+        masked = [self._mask(block, seed, position) for block, (_, position) in zip(ids, items, strict=True)]
         return {"input_ids": torch.stack([m[0] for m in masked]), "labels": torch.stack([m[1] for m in masked])}
 
-    def _mask(self, row: torch.Tensor, seed: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mask(self, block: torch.Tensor, seed: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         import numpy as np
         import torch
 
-        tokenizer, random = self.base.tokenizer, np.random.default_rng((seed, number))
-        special = torch.isin(row, torch.tensor(tokenizer.all_special_ids))
-        draws = torch.from_numpy(random.random((2, len(row))))
-        chosen = (draws[0] < MASKED) & ~special
-        if not chosen.any():
-            places = torch.arange(len(row))[~special if not special.all() else special]
-            chosen[places[random.integers(len(places))]] = True
-        labels = torch.where(chosen, row, -100)
-        replaced = row.clone()
-        replaced[chosen & (draws[1] < 0.8)] = tokenizer.mask_token_id
-        anything = chosen & (draws[1] >= 0.9)
-        replaced[anything] = torch.from_numpy(random.integers(len(tokenizer), size=int(anything.sum())))
-        return replaced, labels
+        tokenizer, random = self.base.tokenizer, np.random.default_rng((seed, position))
+        special = torch.isin(block, torch.tensor(tokenizer.all_special_ids))
+        draws = torch.from_numpy(random.random((2, len(block))))
+        predicted = (draws[0] < MASK_PROBABILITY) & ~special
+        if not predicted.any():  # the loss of a batch without any predicted token would be NaN
+            candidates = torch.arange(len(block))[~special if not special.all() else special]
+            predicted[candidates[random.integers(len(candidates))]] = True
+        labels = torch.where(predicted, block, -100)
+        masked = block.clone()
+        masked[predicted & (draws[1] < MASK_TOKEN_SHARE)] = tokenizer.mask_token_id
+        randomised = predicted & (draws[1] >= 1 - RANDOM_TOKEN_SHARE)
+        masked[randomised] = torch.from_numpy(random.integers(len(tokenizer), size=int(randomised.sum())))
+        return masked, labels
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the mean cross-entropy; for masked models, logits are computed at the masked positions only."""
+        """Compute the mean cross-entropy, for encoders with logits at the masked positions only.
+
+        The vocabulary projection of BERT-base takes as many operations as three of its layers (23.4 and 7.1 million
+        multiplications per token), and is needed for 15 % of the tokens.
+        """
         from torch.nn import functional
 
         if self.base.is_decoder:
             loss: torch.Tensor = model(**batch).loss
             return loss
-        chosen = batch["labels"] != -100
+        predicted = batch["labels"] != -100
 
-        def keep_masked(module: Any, arguments: Any, output: Any) -> Any:
-            output["last_hidden_state"] = output["last_hidden_state"][chosen][None]
+        def select_predicted(module: Any, arguments: Any, output: Any) -> Any:
+            output["last_hidden_state"] = output["last_hidden_state"][predicted][None]
             return output
 
-        inner = getattr(model, "module", model)  # the model itself where it is wrapped for many devices
-        hook = inner.base_model.register_forward_hook(keep_masked)
+        inner = getattr(model, "module", model)  # DistributedDataParallel wraps the model
+        hook = inner.base_model.register_forward_hook(select_predicted)
         try:
             logits = model(input_ids=batch["input_ids"]).logits[0]
         finally:
             hook.remove()
-        return functional.cross_entropy(logits.float(), batch["labels"][chosen])
+        return functional.cross_entropy(logits.float(), batch["labels"][predicted])
 
     def evaluate(self, model: Any) -> dict[str, float]:
-        """Return the loss on the held-out blocks, their masks being always the same."""
+        """Compute the loss on the evaluation blocks, with the same masks at each call."""
         import torch
 
-        was_training, on = model.training, next(model.parameters()).device
+        was_training, device = model.training, next(model.parameters()).device
         model.eval()
         losses = []
-        with torch.inference_mode(), autocast(self.recipe.precision, on):
-            for start in range(0, len(self.held_out), self.recipe.batch_size):
-                part = self.held_out[start : start + self.recipe.batch_size]
-                batch = self.batch([(int(block), start + i) for i, block in enumerate(part)], seed=0)
-                batch = {name: tensor.to(on) for name, tensor in batch.items()}
-                losses += [float(self.loss(model, batch))] * len(part)
+        with torch.inference_mode(), autocast(self.recipe.precision, device):
+            for start in range(0, len(self.evaluation_blocks), self.recipe.batch_size):
+                blocks = self.evaluation_blocks[start : start + self.recipe.batch_size]
+                batch = self.batch([(int(block), start + i) for i, block in enumerate(blocks)], seed=0)
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                losses += [float(self.loss(model, batch))] * len(blocks)
         model.train(was_training)
         loss = sum(losses) / len(losses)
         return {"score": -loss, "loss": loss}
 
 
-def architecture(base: Base) -> Any:
-    """Choose how a base is loaded as a language model.
+def auto_model_class(base: Base) -> Any:
+    """Return the auto class of transformers that loads a base as a language model.
 
     Args:
         base: The base.
 
     Returns:
-        transformers' auto class for masked models, or for causal ones.
+        `AutoModelForCausalLM` for a decoder, `AutoModelForMaskedLM` for an encoder.
 
     Raises:
         RecipeError: An encoder's tokenizer has no mask token.
@@ -218,5 +234,8 @@ def architecture(base: Base) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     if not base.is_decoder and base.tokenizer.mask_token_id is None:
-        raise RecipeError(f"{base.path}: its tokenizer has no mask token, so it cannot be pre-trained as an encoder.")
+        raise RecipeError(
+            f"{base.path}: the tokenizer has no mask token, which pre-training an encoder needs. Choose a base whose "
+            "tokenizer has one."
+        )
     return AutoModelForCausalLM if base.is_decoder else AutoModelForMaskedLM

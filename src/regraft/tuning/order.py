@@ -8,24 +8,25 @@ if TYPE_CHECKING:
     import numpy as np
 
 GROUPED_BATCHES = 50
+"""Batches that examples are sorted by length within, as transformers' `get_length_grouped_indices` has it."""
 
 
 def plan_order(
     lengths: np.ndarray[Any, np.dtype[np.int64]], batch_size: int, steps: int, seed: int
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Fix which examples each step of a training sees, batches being of similar length.
+    """Return the order in which a training sees examples, each batch of similar length.
 
-    The order depends on nothing but its arguments, so methods can be compared on it and an interrupted run finds
-    its place in it.
+    The order depends on the arguments only: methods that are compared see the same batches, and an interrupted
+    training resumes at the same example.
 
     Args:
         lengths: The length of each example, in tokens.
-        batch_size: Examples a step.
-        steps: How many steps.
-        seed: What the order is drawn from.
+        batch_size: Examples per step.
+        steps: The number of steps.
+        seed: The seed of the order.
 
     Returns:
-        Example indices, steps × batch_size in one row: as many whole passes over the data as that takes.
+        Example indices, of shape (steps × batch_size,), from successive passes over the data; the last may be partial.
     """
     import numpy as np
 
@@ -34,8 +35,8 @@ def plan_order(
     order = np.concatenate([random.permutation(examples) for _ in range(-(-total // examples))])[:total]
     window = batch_size * min(GROUPED_BATCHES, max(1, examples // batch_size))
     for start in range(0, total, window):
-        part = order[start : start + window]
-        part = part[np.argsort(-lengths[part], kind="stable")]
-        batches = part.reshape(-1, batch_size)
+        grouped = order[start : start + window]
+        grouped = grouped[np.argsort(-lengths[grouped], kind="stable")]
+        batches = grouped.reshape(-1, batch_size)
         order[start : start + window] = batches[random.permutation(len(batches))].reshape(-1)
     return order

@@ -1,4 +1,4 @@
-"""Experiment trackers that training reports to, as transformers' Trainer knows them."""
+"""Experiment trackers that training reports to, through transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ _trackers: contextvars.ContextVar[tuple[tuple[str, ...], Path]] = contextvars.Co
 
 @contextlib.contextmanager
 def tracking(report_to: Sequence[str], folder: str | Path) -> Iterator[None]:
-    """Report every training inside the context to trackers; what comes of it is the same with and without.
+    """Report every training inside the context to experiment trackers; results do not depend on it.
 
     Args:
-        report_to: Trackers by the names transformers has for them, as `tensorboard`, `trackio` or `wandb`.
-        folder: Where TensorBoard's files go, a folder a run; `TENSORBOARD_LOGGING_DIR` takes its place if it is set.
-
-    Yields:
-        Nothing.
+        report_to: Names of trackers, as in transformers' `TrainingArguments`: `tensorboard`, `trackio`, `wandb`, ….
+        folder: The folder for TensorBoard's files, which has a folder per run. The environment variable
+            `TENSORBOARD_LOGGING_DIR` takes precedence.
     """
     token = _trackers.set((tuple(report_to), Path(os.environ.get("TENSORBOARD_LOGGING_DIR", folder))))
     try:
@@ -35,13 +33,13 @@ def tracking(report_to: Sequence[str], folder: str | Path) -> Iterator[None]:
 
 
 def run_name(work: Path) -> str:
-    """Return the name of a training among others.
+    """Return the name of a training in trackers.
 
     Args:
-        work: The folder it works in.
+        work: The training's working folder.
 
     Returns:
-        The name of the outcome it is for, and what follows it in the path.
+        The outcome's name and the rest of the path below it, joined by hyphens: `out-head` for `.out.partial/head`.
     """
     parts = list(work.parts)
     start = next((i for i, part in enumerate(parts) if part.endswith(".partial")), len(parts) - 1)
@@ -49,16 +47,16 @@ def run_name(work: Path) -> str:
 
 
 def trackers(run: str) -> tuple[list[str], list[Any]]:
-    """Return what a Trainer reports to.
+    """Return the trackers of the current context, in the form that a Trainer takes.
 
     Args:
         run: The training's name.
 
     Returns:
-        What to give it as `report_to`, and as further callbacks.
+        The value of `report_to`, and further callbacks.
 
     Raises:
-        RecipeError: There is no such tracker, or it is not installed.
+        RecipeError: A tracker does not exist or is not installed.
     """
     from transformers.integrations.integration_utils import (
         INTEGRATION_TO_CALLBACK,
@@ -70,12 +68,12 @@ def trackers(run: str) -> tuple[list[str], list[Any]]:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise RecipeError(
-                f"--report-to {name}: there is no such tracker. Use {', '.join(INTEGRATION_TO_CALLBACK)}."
+                f"--report-to {name}: there is no such tracker. Use one of {', '.join(INTEGRATION_TO_CALLBACK)}."
             )
         if name not in get_available_reporting_integrations():  # type: ignore[no-untyped-call]
             raise RecipeError(f"--report-to {name}: the package is not installed. Install it with pip.")
     callbacks: list[Any] = []
-    if "tensorboard" in names:
+    if "tensorboard" in names:  # `report_to` would write to a folder of the Trainer's choice
         from torch.utils.tensorboard import SummaryWriter
 
         callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / run))))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""transformers' Trainer with a fixed order of data, any objective, and an exact continuation after an interruption."""
+"""transformers' Trainer with a fixed order of data, any objective, and an exact resumption after an interruption."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from regraft.recipe import Recipe
 
     Objective = Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]
-    """The loss of a model on a batch after so many steps."""
+    """The loss as a function of the model, a batch and the number of completed steps."""
 
 SEAL = "sealed.json"
+LOGGING_STEPS = 10
+"""Steps between logged losses; each reads the loss from the device, which waits for the computation."""
 
 
 def train(
@@ -44,42 +46,43 @@ def train(
     *,
     stage: str,
     merit: Callable[[float], float] = float,
-    each: Callable[[int], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train a model in place, leave it with its best weights, and return its learning curve.
+    """Train a model in place; it ends with its best weights.
 
-    What a killed run left in `work` is gone on from; the result is that of an uninterrupted run. A checkpoint that is
-    damaged is discarded.
+    An interrupted run resumes from its last checkpoint in `work`, with the result of an uninterrupted run. A damaged
+    checkpoint is discarded.
 
     Args:
-        model: What to train.
-        data: Its item n is what the training sees n-th: steps × batch_size items.
-        collate: Makes a batch of such items.
-        objective: Gives the loss of a batch, from the model, the batch and the steps done so far.
-        evaluate: Gives figures of the model, among them `score`.
-        recipe: Resolved.
+        model: The model to train.
+        data: The items in the order of the training, steps × batch_size.
+        collate: Makes a batch from a list of items.
+        objective: The loss as a function of the model, a batch and the number of completed steps.
+        evaluate: Computes the figures of the model, among them `score`.
+        recipe: A resolved recipe.
         work: A folder for checkpoints.
-        progress: Told of each step.
-        stage: What to call this there.
-        merit: Returns a number that is the larger the better a score is.
-        each: Called after each step, with its number.
+        progress: Called after each step.
+        stage: The name of the training in progress messages.
+        merit: Maps a score to a number that is higher for a better score.
+        after_step: Called after each step with its number.
 
     Returns:
-        One entry an evaluation, from step 0 on: `step`, `seconds` of training so far, and the figures. If the mean of
-        weights is the best, its figures come last, with how many evaluations it is of as `averaged`.
+        The learning curve, an entry per evaluation from step 0 on: `step`, `seconds` of training so far, and the
+        figures. If the averaged weights are the best, a last entry has their figures, and in `averaged` the number of
+        evaluations that they are averaged over.
 
     Raises:
-        RecipeError: A loss or a score became infinite or not a number, or there is no such tracker.
+        RecipeError: A loss or a score became infinite or not a number, or a tracker does not exist.
     """
     checkpoints = work / "checkpoints"
-    last, name = _last_whole(checkpoints), run_name(work)
+    last, name = _last_undamaged_checkpoint(checkpoints), run_name(work)
     report_to, callbacks = trackers(name)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=recipe.steps or 1,
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate or 0.0,
-        warmup_steps=recipe.warmup,
+        warmup_steps=recipe.warmup,  # below 1, a fraction of the steps
         weight_decay=recipe.weight_decay,
         bf16=recipe.precision == "bf16",
         use_cpu=device().type == "cpu",
@@ -87,8 +90,8 @@ def train(
         eval_steps=recipe.eval_every,
         eval_on_start=last is None,
         save_steps=recipe.save_every,
-        save_total_limit=None,  # an older one is removed once the newer one is sealed
-        logging_steps=min(10, recipe.eval_every or 10),
+        save_total_limit=None,  # the callback below removes older checkpoints once a newer one is sealed
+        logging_steps=min(LOGGING_STEPS, recipe.eval_every or LOGGING_STEPS),
         logging_nan_inf_filter=False,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -99,7 +102,8 @@ def train(
         disable_tqdm=True,
         seed=recipe.seed,
     )
-    best = _Best(work / "best", recipe.average * (recipe.steps or 1) if recipe.average else math.inf, merit)
+    average_after = recipe.average * (recipe.steps or 1) if recipe.average else math.inf
+    best = _BestWeights(work / "best", average_after, merit)
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -107,18 +111,18 @@ def train(
         eval_dataset=data,
         data_collator=collate,
         objective=objective,
-        figures=evaluate,
+        compute_figures=evaluate,
         best=best,
         callbacks=callbacks,
     )
-    trainer.add_callback(_Watch(trainer, progress, stage, each))
+    trainer.add_callback(_CheckpointCallback(trainer, progress, stage, after_step))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     with quiet():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     curve = trainer.curve
     if (count := best.count(curve)) > 1:
-        best.restore_mean(model, curve)
+        best.restore_average(model, curve)
         figures = evaluate(model)
         if merit(figures["score"]) > max(merit(point["score"]) for point in curve):
             return [*curve, {**curve[-1], **figures, "averaged": count}]
@@ -127,21 +131,29 @@ def train(
 
 
 class _Trainer(Trainer):
-    """A Trainer whose loss, evaluation and learning rates are given from outside."""
+    """A Trainer with an objective and an evaluation of the caller's.
 
-    def __init__(self, *, objective: Any, figures: Any, best: _Best, **given: Any):
-        super().__init__(**given)
+    Args:
+        objective: The loss as a function of the model, a batch and the number of completed steps.
+        compute_figures: Computes the figures of a model, among them `score`.
+        best: The best weights so far.
+        arguments: The arguments of `transformers.Trainer`.
+    """
+
+    def __init__(self, *, objective: Any, compute_figures: Any, best: _BestWeights, **arguments: Any):
+        super().__init__(**arguments)
         self.objective: Any = objective
-        self.figures: Any = figures
+        self.compute_figures: Any = compute_figures
         self.best = best
         self.model_accepts_loss_kwargs = False  # the objective's loss is a mean over the batch
         self.seconds = 0.0
 
     @property
     def curve(self) -> list[dict[str, float]]:
-        names = ("step", "seconds")
+        """The learning curve so far, from the Trainer's log, which is part of its checkpoints."""
         return [
-            {name: entry[name] for name in names} | {k[5:]: v for k, v in entry.items() if k.startswith("eval_")}
+            {"step": entry["step"], "seconds": entry["seconds"]}
+            | {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
             for entry in self.state.log_history
             if "eval_score" in entry
         ]
@@ -149,120 +161,129 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Compute the loss of a batch."""
         return self.objective(model, inputs, self.state.global_step)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Take the figures and keep the weights if they are the best so far."""
-        metrics = {f"eval_{name}": value for name, value in self.figures(self.model).items()}
+        """Compute the figures, and store the weights if they are the best so far."""
+        metrics = {f"eval_{name}": value for name, value in self.compute_figures(self.model).items()}
         for name, value in metrics.items():
             self._check_finite(name.removeprefix("eval_"), value, "held-out ")
         self.log(metrics)
-        self.best.offer(self.model, self.curve)
+        self.best.update(self.model, self.curve)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log figures with the seconds of training so far."""
         super().log({**logs, "seconds": self.seconds}, start_time)
         if "loss" in logs:
             self._check_finite("loss", logs["loss"])
 
-    def _check_finite(self, name: str, value: float, where: str = "") -> None:
+    def _check_finite(self, name: str, value: float, prefix: str = "") -> None:
         if not math.isfinite(value):
             raise RecipeError(
-                f"the {where}{name} became {value} at step {self.state.global_step}. Lower the learning rate "
+                f"the {prefix}{name} became {value} at step {self.state.global_step}. Lower the learning rate "
                 f"({self.args.learning_rate}), or train in fp32."
             )
 
 
-class _Watch(TrainerCallback):
-    """Times the steps, tells how far the training is, and ties the best weights to the checkpoints."""
+class _CheckpointCallback(TrainerCallback):
+    """Seals each checkpoint together with the best weights so far, removes older ones, and reports timed progress.
 
-    def __init__(self, trainer: _Trainer, progress: Progress, stage: str, each: Callable[[int], None] | None):
-        self.trainer, self.progress, self.stage, self.each = trainer, progress, stage, each
-        self.started, self.figures = 0.0, dict[str, float]()
+    Args:
+        trainer: The trainer.
+        progress: Called after each step.
+        stage: The name of the training in progress messages.
+        after_step: Called after each step with its number.
+    """
+
+    def __init__(self, trainer: _Trainer, progress: Progress, stage: str, after_step: Callable[[int], None] | None):
+        self.trainer, self.progress, self.stage, self.after_step = trainer, progress, stage, after_step
+        self.step_start, self.figures = 0.0, dict[str, float]()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.curve:
             self.trainer.seconds = state.log_history[-1]["seconds"]
-            self.trainer.best.secure(self.trainer.curve)
+            self.trainer.best.pin(self.trainer.curve)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         best, checkpoints = self.trainer.best, Path(args.output_dir)
         folder = checkpoints / f"checkpoint-{state.global_step}"
         files = [file for file in folder.rglob("*") if file.is_file() and file.name != SEAL]
         seal(folder / SEAL, [*files, *best.files(self.trainer.curve)], versions())
-        best.secure(self.trainer.curve)
-        for other in checkpoints.iterdir():
-            if other != folder:
-                shutil.rmtree(other)
+        best.pin(self.trainer.curve)
+        for checkpoint in checkpoints.iterdir():
+            if checkpoint != folder:
+                shutil.rmtree(checkpoint)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.perf_counter()
+        self.step_start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.seconds += time.perf_counter() - self.started
+        self.trainer.seconds += time.perf_counter() - self.step_start
         self.figures["steps/s"] = state.global_step / self.trainer.seconds
         self.progress(self.stage, state.global_step, state.max_steps, self.figures)
-        if self.each:
-            self.each(state.global_step)
+        if self.after_step:
+            self.after_step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        shown = {"loss": "loss", "eval_score": "score"}
-        self.figures |= {shown[name]: value for name, value in (logs or {}).items() if name in shown}
+        labels = {"loss": "loss", "eval_score": "score"}
+        self.figures |= {labels[name]: value for name, value in (logs or {}).items() if name in labels}
 
 
-class _Best:
-    """The trained parameters at the best evaluation so far, in a file, and their mean over the late evaluations.
+class _BestWeights:
+    """Files of the trained parameters at the best evaluation so far, and of their average over the late evaluations.
 
-    What they were as of the last checkpoint is kept beside: from there an interrupted run goes on.
+    The files that the last checkpoint refers to are pinned: an interrupted run resumes from them.
 
     Args:
-        folder: Where.
-        after: The mean is of the evaluations after this step.
-        merit: Returns a number that is the larger the better a score is.
+        folder: The folder of the files.
+        average_after: The average is over the evaluations after this step.
+        merit: Maps a score to a number that is higher for a better score.
     """
 
-    def __init__(self, folder: Path, after: float, merit: Callable[[float], float]):
-        self.folder, self.after, self.merit = folder, after, merit
-        self.secured: tuple[Path, ...] = ()
+    def __init__(self, folder: Path, average_after: float, merit: Callable[[float], float]):
+        self.folder, self.average_after, self.merit = folder, average_after, merit
+        self.pinned: tuple[Path, ...] = ()
 
     def count(self, curve: list[dict[str, float]]) -> int:
-        """Return how many evaluations the mean is of."""
-        return sum(point["step"] > self.after for point in curve)
+        """Return the number of evaluations that the average is over."""
+        return sum(point["step"] > self.average_after for point in curve)
 
-    def offer(self, model: Any, curve: list[dict[str, float]]) -> None:
-        """Write the weights if the last point of the curve is the best, and take them into the mean if it is late."""
-        weights = {name: p.detach().contiguous() for name, p in _trained(model)}
+    def update(self, model: Any, curve: list[dict[str, float]]) -> None:
+        """Write the weights if the last point of the curve is the best, and add them to the average if it is late."""
+        weights = {name: p.detach().contiguous() for name, p in _trained_parameters(model)}
         if best_step(curve, self.merit) == int(curve[-1]["step"]):
-            self._write(self._best(curve), weights)
-        if curve[-1]["step"] > self.after:
+            self._write(self._best_file(curve), weights)
+        if curve[-1]["step"] > self.average_after:
             if (count := self.count(curve)) > 1:
-                mean = self._read(self._mean(count - 1))
-                weights = {n: mean[n].to(p.device).lerp(p, 1 / count) for n, p in weights.items()}
-            self._write(self._mean(count), weights)
-        self._clear(curve)
+                average = self._read(self._average_file(count - 1))
+                weights = {n: average[n].to(p.device).lerp(p, 1 / count) for n, p in weights.items()}
+            self._write(self._average_file(count), weights)
+        self._remove_unused(curve)
 
     def files(self, curve: list[dict[str, float]]) -> list[Path]:
-        """Name the files that a run goes on from: the best weights, and the mean if there is one."""
-        return [self._best(curve), *([self._mean(count)] if (count := self.count(curve)) else [])]
+        """Return the files that a run resumes from: the best weights, and the average if there is one."""
+        return [self._best_file(curve), *([self._average_file(count)] if (count := self.count(curve)) else [])]
 
-    def secure(self, curve: list[dict[str, float]]) -> None:
-        """Keep what there is now until this is called again."""
-        self.secured = tuple(self.files(curve))
-        self._clear(curve)
+    def pin(self, curve: list[dict[str, float]]) -> None:
+        """Protect the current files from removal until the next call."""
+        self.pinned = tuple(self.files(curve))
+        self._remove_unused(curve)
 
     def restore(self, model: Any, curve: list[dict[str, float]]) -> None:
-        """Put the best weights back into the model."""
-        self._fill(model, self._best(curve))
+        """Load the best weights into the model."""
+        self._load(model, self._best_file(curve))
 
-    def restore_mean(self, model: Any, curve: list[dict[str, float]]) -> None:
-        """Put the mean of the late weights into the model."""
-        self._fill(model, self._mean(self.count(curve)))
+    def restore_average(self, model: Any, curve: list[dict[str, float]]) -> None:
+        """Load the average of the late weights into the model."""
+        self._load(model, self._average_file(self.count(curve)))
 
-    def _fill(self, model: Any, file: Path) -> None:
+    def _load(self, model: Any, file: Path) -> None:
         stored = self._read(file)
         with torch.no_grad():
-            for name, parameter in _trained(model):
+            for name, parameter in _trained_parameters(model):
                 parameter.copy_(stored[name])
 
     def _read(self, file: Path) -> dict[str, torch.Tensor]:
@@ -274,35 +295,35 @@ class _Best:
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replace_atomically(file, synced=False) as beside:
-            save_file(weights, beside)
+        with replace_atomically(file, synced=False) as temporary:
+            save_file(weights, temporary)
 
-    def _clear(self, curve: list[dict[str, float]]) -> None:
-        kept = (*self.files(curve), *self.secured)
+    def _remove_unused(self, curve: list[dict[str, float]]) -> None:
+        used = (*self.files(curve), *self.pinned)
         for file in [*self.folder.glob("step-*"), *self.folder.glob("mean-*")]:
-            if file not in kept:
+            if file not in used:
                 file.unlink()
 
-    def _best(self, curve: list[dict[str, float]]) -> Path:
+    def _best_file(self, curve: list[dict[str, float]]) -> Path:
         return self.folder / f"step-{best_step(curve, self.merit)}.safetensors"
 
-    def _mean(self, count: int) -> Path:
+    def _average_file(self, count: int) -> Path:
         return self.folder / f"mean-{count}.safetensors"
 
 
-def _trained(model: Any) -> list[tuple[str, Any]]:
+def _trained_parameters(model: Any) -> list[tuple[str, Any]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _last_whole(checkpoints: Path) -> Path | None:
-    """Find the newest checkpoint whose every file is as it was written, and clear away all others."""
-    whole: dict[int, Path] = {}
+def _last_undamaged_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the newest checkpoint whose files all match its seal, and remove damaged ones."""
+    undamaged: dict[int, Path] = {}
     for entry in checkpoints.glob("*"):
         step = entry.name.removeprefix("checkpoint-")
         if step.isdecimal() and is_sealed(entry / SEAL, versions()):
-            whole[int(step)] = entry
+            undamaged[int(step)] = entry
         elif entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    return whole[max(whole)] if whole else None
+    return undamaged[max(undamaged)] if undamaged else None

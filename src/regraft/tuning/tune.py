@@ -26,44 +26,43 @@ if TYPE_CHECKING:
     from regraft.tuning.trainer import Objective
 
 LEARNING_RATES = {
-    "full": 5e-5,
-    "lora": 5e-4,
-    "bottleneck": 5e-4,
-    "layernorm": 1e-3,
-    "ia3": 5e-3,
-    "prefix": 1e-2,
-    "prompt": 1e-2,
+    "full": 5e-5,  # in BERT's range, 2e-5 to 5e-5 (Devlin et al. 2019, appendix A.3)
+    "lora": 5e-4,  # RoBERTa-base on MNLI in the reference implementation of Hu et al. 2021
+    "bottleneck": 5e-4,  # in the range of Houlsby et al. 2019, 3e-5 to 3e-3
+    "layernorm": 1e-3,  # between LoRA's and IA3's, as is the number of parameters
+    "ia3": 5e-3,  # as in PEFT's method comparison
+    "prefix": 1e-2,  # as in PEFT's example of prefix tuning
+    "prompt": 1e-2,  # a prefix before the first layer only
 }
-ADAPTER_RATE = 5e-4  # of any other kind: a LoRA's
+"""The default peak learning rate by kind of adaptation."""
+OTHER_LEARNING_RATE = LEARNING_RATES["lora"]
+"""The default for all other kinds of PEFT, most of which are variants of LoRA."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """Whom a student is distilled from.
+    """The teacher of a distillation.
 
     Args:
         model: The old tuned model.
-        base: The base it lives on, for its tokenizer.
-        options: The loss's weights, and whether the student learns at points between the two as well.
-        judges: Whether the best weights are those closest to it on dev, whose labels are then not read.
+        base: The old base, for its tokenizer.
+        options: The options of the loss; those of an `Interpolation` add points between student and teacher.
+        selects_best: Whether the best weights are those most similar to the teacher on dev; labels are then not read.
     """
 
     model: Any
     base: Base
     options: Distillation
-    judges: bool = False
+    selects_best: bool = False
 
 
 def learning_rate(kind: str) -> float:
-    """Return the learning rate for a kind of adaptation where the recipe names none.
+    """Return the default learning rate for a kind of adaptation.
 
     Args:
-        kind: As in `Adaptation`.
-
-    Returns:
-        The rate.
+        kind: The kind, as in `Adaptation`.
     """
-    return LEARNING_RATES.get(kind, ADAPTER_RATE)
+    return LEARNING_RATES.get(kind, OTHER_LEARNING_RATE)
 
 
 def tune_model(
@@ -76,21 +75,22 @@ def tune_model(
     teacher: Teacher | None = None,
     anchor: Anchoring | None = None,
 ) -> list[dict[str, float]]:
-    """Tune a model in place and leave it with its best weights on dev.
+    """Tune a model in place; it ends with its best weights on dev.
 
     Args:
-        model: The model, full or with an adapter; what requires gradients is tuned.
-        base: The base it lives on, for its tokenizer.
-        data: The task's examples; labels in the order of the model's outputs.
-        recipe: Resolved for this data.
-        work: A folder in which an interrupted tuning is gone on from.
-        progress: Told of each step.
+        model: The model, full or with an adapter; parameters that require gradients are tuned.
+        base: The model's base, for its tokenizer.
+        data: The task's examples, with labels in the order of the model's outputs.
+        recipe: The recipe, resolved for this data.
+        work: The working folder, from which an interrupted tuning resumes.
+        progress: Called after each step.
         teacher: The old tuned model to distil from, if any.
-        anchor: How the weights are held to those the model comes with, if they are.
+        anchor: The penalty on the distance from the starting weights, if any.
 
     Returns:
-        The learning curve on dev, from step 0 on: `step`, `seconds`, `score` and `loss`, which is the mean over rows;
-        or the two figures of `Deployment.closeness` if the teacher judges.
+        The learning curve on dev, from step 0 on: entries with `step`, `seconds`, `score` and `loss` (the mean over
+        rows). If the teacher selects the best weights, `score` and `loss` are the two figures of
+        `Deployment.similarity_to`.
     """
     from regraft.tuning.trainer import train
 
@@ -98,55 +98,53 @@ def tune_model(
     student = Deployment(model, base, data, recipe.precision)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
-    judge, objective = None, label_objective(likelihood)
+    dev_signal, objective = None, label_objective(likelihood)
     if teacher:
         old = Deployment(teacher.model, teacher.base, data, recipe.precision, progress)
-        taught = compute_teacher_outputs(old, data.train, order, teacher.options, work)
-        judge = old.signal(data.dev) if teacher.judges else None
+        outputs = compute_teacher_outputs(old, data.train, order, teacher.options, work)
+        dev_signal = old.signal(data.dev) if teacher.selects_best else None
         if isinstance(teacher.options, Interpolation):
-            standardise_outputs(old.model, teacher.base, data)  # as the student's are, between which points are taken
-            objective = interpolation_objective(taught, old.model, teacher.options, likelihood, steps, recipe.seed)
+            standardise_outputs(old.model, teacher.base, data)  # the student is interpolated in these units, too
+            objective = interpolation_objective(outputs, old.model, teacher.options, likelihood, steps, recipe.seed)
         else:
             old.model.to("cpu")
-            objective = distillation_objective(taught, teacher.options, likelihood, steps)
+            objective = distillation_objective(outputs, teacher.options, likelihood, steps)
 
-    def figures(current: Any) -> dict[str, float]:
+    def evaluate(current: Any) -> dict[str, float]:
         student.model = current
         student.clear_outputs()
-        if judge is not None:
-            return dict(zip(("score", "loss"), student.similarity_to(data.dev, judge), strict=True))
+        if dev_signal is not None:
+            return dict(zip(("score", "loss"), student.similarity_to(data.dev, dev_signal), strict=True))
         return {"score": student.score(data.dev), "loss": student.loss(data.dev)}
 
     with standardised_outputs(model, base, data):
         if anchor:
-            weights = (
-                fisher_information(model, examples, order, likelihood, progress)
-                if anchor.weighting == "fisher"
-                else None
-            )
+            weights = None
+            if anchor.weighting == "fisher":
+                weights = fisher_information(model, examples, order, likelihood, progress)
             objective = anchored_objective(objective, model, weights, anchor, steps)
         return train(
             model,
             range(len(order)),
-            lambda places: examples.batch(order[places].tolist()),
+            lambda positions: examples.batch(order[positions].tolist()),
             objective,
-            figures,
+            evaluate,
             recipe,
             work,
             progress,
             stage="tune",
-            merit=metric.merit if judge is None else float,
+            merit=metric.merit if dev_signal is None else float,
         )
 
 
 def label_objective(likelihood: Likelihood) -> Objective:
-    """Make the mean loss of a batch's targets.
+    """Return the mean negative log-likelihood of a batch's targets as an objective.
 
     Args:
-        likelihood: What outputs are a distribution over.
+        likelihood: The distribution that the outputs parametrise.
 
     Returns:
-        A function of the model, a batch and the steps done so far.
+        A function of the model, a batch and the number of completed steps.
     """
 
     def objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:

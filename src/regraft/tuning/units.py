@@ -1,4 +1,4 @@
-"""Output layers in other units than a task's targets have, for the time of a training."""
+"""Training output layers on standardised targets, and restoring the targets' own units."""
 
 from __future__ import annotations
 
@@ -16,24 +16,21 @@ if TYPE_CHECKING:
     from regraft.base import Base
     from regraft.task import TaskData
 
-_WRAPPED = re.compile(r"^base_model\.model\.|modules_to_save\.\w+\.")
-"""What PEFT puts into the names of a model's heads."""
+_PEFT_NAME_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.\w+\.")
+"""The parts that PEFT adds to the names of a model's heads."""
 
 
 @contextlib.contextmanager
 def standardised_outputs(model: Any, base: Base, data: TaskData) -> Iterator[None]:
-    """Train a model's output layers in the units that its task says, whatever the targets' own are.
+    """Standardise a model's output layers inside the context, without a change of its outputs.
 
-    The layers are divided by the unit while the block runs, and their outputs multiplied by it: what a model says of
-    an input stays as it is. An optimiser's steps are then as large as they are where targets are of the size of 1.
+    The layers' weights are divided by the targets' scale, and their outputs multiplied by it: the model predicts the
+    same, and an optimiser's steps are as large, relative to the outputs, as with targets of unit scale.
 
     Args:
         model: A model with a head for the task, with or without an adapter.
-        base: The base it lives on.
-        data: The task.
-
-    Yields:
-        Nothing; where the task says no units, nothing is done.
+        base: The model's base.
+        data: The task; if it does not scale its targets, the context does nothing.
     """
     units = data.task.target_scaling(data.train.targets)
     if units is None:
@@ -42,10 +39,12 @@ def standardised_outputs(model: Any, base: Base, data: TaskData) -> Iterator[Non
     layers = _output_layers(model, base, data)
     standardise_outputs(model, base, data)
 
-    def multiply(layer: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * units[1] + (units[0] if layer.bias is not None else 0)
+    mean, scale = units
 
-    handles = [layer.register_forward_hook(multiply) for layer in layers]
+    def rescale(layer: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * scale + (mean if layer.bias is not None else 0)
+
+    handles = [layer.register_forward_hook(rescale) for layer in layers]
     try:
         yield
     finally:
@@ -55,45 +54,46 @@ def standardised_outputs(model: Any, base: Base, data: TaskData) -> Iterator[Non
 
 
 def standardise_outputs(model: Any, base: Base, data: TaskData) -> None:
-    """Have a model say in units of its task what it says in those of the targets.
+    """Change a model's output layers from the units of the targets to standardised ones, in place.
 
     Args:
         model: A model with a head for the task.
-        base: The base it lives on.
-        data: The task.
+        base: The model's base.
+        data: The task; if it does not scale its targets, nothing changes.
     """
-    _change(model, base, data, lambda value, offset, unit: (value - offset) / unit)
+    _transform_output_layers(model, base, data, lambda value, mean, scale: (value - mean) / scale)
 
 
 def restore_output_units(model: Any, base: Base, data: TaskData) -> None:
-    """Have a model say in the targets' units what it says in those of its task: the reverse of `standardise_outputs`.
+    """Change a model's output layers from standardised units to those of the targets: undo `standardise_outputs`.
 
     Args:
-        model: A model with a head for the task, as a fresh one.
-        base: The base it lives on.
-        data: The task.
+        model: A model with a head for the task; a fresh head's outputs are in standardised units.
+        base: The model's base.
+        data: The task; if it does not scale its targets, nothing changes.
     """
-    _change(model, base, data, lambda value, offset, unit: value * unit + offset)
+    _transform_output_layers(model, base, data, lambda value, mean, scale: value * scale + mean)
 
 
-def _change(model: Any, base: Base, data: TaskData, rule: Any) -> None:
+def _transform_output_layers(model: Any, base: Base, data: TaskData, transform: Any) -> None:
     import torch
 
     units = data.task.target_scaling(data.train.targets)
     if units is None:
         return
+    mean, scale = units
     with torch.no_grad():
         for layer in _output_layers(model, base, data):
-            layer.weight.copy_(rule(layer.weight, 0.0, units[1]))
+            layer.weight.copy_(transform(layer.weight, 0.0, scale))
             if layer.bias is not None:
-                layer.bias.copy_(rule(layer.bias, *units))
+                layer.bias.copy_(transform(layer.bias, mean, scale))
 
 
 def _output_layers(model: Any, base: Base, data: TaskData) -> list[Any]:
-    """Find the layers whose outputs are the task's, a PEFT adapter's copies among them."""
+    """Return the linear layers that produce the task's outputs, including a PEFT adapter's copies of them."""
     import torch
 
     names = {name.rpartition(".")[0] for name in label_tensors(base, data.head.type)}
     modules = getattr(model, "module", model).named_modules()
     layers = [(name, module) for name, module in modules if isinstance(module, torch.nn.Linear)]
-    return [layer for name, layer in layers if _WRAPPED.sub("", f"{name}.").removesuffix(".") in names]
+    return [layer for name, layer in layers if _PEFT_NAME_PARTS.sub("", f"{name}.").removesuffix(".") in names]
