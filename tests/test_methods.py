@@ -17,15 +17,17 @@ from regraft.methods.trimmed import Trimming
 
 FEW = Recipe(steps=2, batch_size=8, learning_rate=1e-3, precision="fp32")
 OPTIONS_OF_0_1 = {  # as outcomes record them
-    "init": None, "ridge+init": dataclasses.asdict(Ridge()), "ridge+distill": dataclasses.asdict(Distillation()),
-}  # fmt: skip
+    "init": None,
+    "ridge+init": dataclasses.asdict(Ridge()),
+    "ridge+distill": dataclasses.asdict(Distillation()),
+}
 
 
 def formula(name: str) -> str:
     return "+".join(part.name for part in find_method(name).parts)
 
 
-def test_the_papers_names_stand_for_starts_and_objectives():
+def test_named_methods_are_starts_and_objectives():
     paper = {"scratch": "scratch+labels", "init": "direct+labels", "distill": "scratch+distill"}
     for name, expanded in {**paper, "init+distill": "direct+distill", "ridge+init": "ridge+labels"}.items():
         assert formula(name) == formula(expanded) == expanded
@@ -41,7 +43,7 @@ def test_the_papers_names_stand_for_starts_and_objectives():
             find_method(wrong)
 
 
-def test_a_method_declares_what_it_needs_and_takes_given_its_options():
+def test_needs_and_heads_of_a_method_depend_on_its_options():
     assert find_method("masked").needs() == find_method("scaled").needs(Scaling(labels=8)) == ("labels",)
     assert find_method("masked").needs(Masking(labels=0)) == find_method("scaled").needs() == ("text",)
     assert find_method("masked+label-free").needs(Masking(labels=0)) == ("text", "training")
@@ -62,6 +64,10 @@ def test_options_belong_to_a_start_or_an_objective():
     recorded = {**dataclasses.asdict(Distillation(alpha=0.9)), "ridge.ridge": 0.1, "ridge.texts": 8}
     assert find_method("ridge+distill").record(all_options) == recorded
     assert find_method("ridge+distill").record(all_options[1]) == dataclasses.asdict(all_options[1])
+    for name, option, kind in (("ridge", "texts=2.7", "int"), ("auto", "budgets=[true]", r"tuple\[float, \.\.\.\]")):
+        with pytest.raises(RecipeError, match=f"must be of type {kind}"):
+            parse_options(name, [option])
+    assert parse_options("ridge", ["texts=8.0"]) == Ridge(texts=8)
     for wrong in ("direct.alpha=0.9", "alfa=1"):
         with pytest.raises(RecipeError, match=r"Did you mean 'alpha'|has no option 'direct\.alpha'"):
             parse_options("init+distill", [wrong])
@@ -76,6 +82,24 @@ def test_an_option_of_both_parts_is_qualified(monkeypatch):
     with pytest.raises(RecipeError, match=r"use first\.texts or second\.texts"):
         parse_options("twice", ["texts=8"])
     assert parse_options("twice", ["second.texts=8"]) == (Ridge(), Ridge(texts=8))
+
+
+def make_options(annotation, default):
+    """Make a dataclass with one option."""
+    return dataclasses.make_dataclass("Options", [("option", annotation, default)])
+
+
+def test_options_that_no_text_can_express_are_refused():
+    for annotation in ("bool", "int | None", "tuple[float, ...]", str):
+        Part("part", print, make_options(annotation, None))
+    for annotation in (list[int], "dict[str, int]", "int | str", "Optional[int]"):
+        with pytest.raises(RecipeError, match=r"part: its option option is of type .* Declare it as bool, int"):
+            Part("part", print, make_options(annotation, None))
+    with pytest.raises(RecipeError, match="its option option needs a default"):
+        Part("part", print, make_options("int", dataclasses.field()))
+    for options in (dict, Ridge()):
+        with pytest.raises(RecipeError, match="its options must be a dataclass"):
+            Part("part", print, options)
 
 
 def test_a_start_and_an_objective_are_run_with_their_options(tmp_path, opened, task_file):

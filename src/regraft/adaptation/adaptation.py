@@ -175,7 +175,7 @@ class Family(ABC):
     def attach(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
         """Implement the function `attach`."""
 
-    def start(self, model: Any) -> Tensors:
+    def initial_factors(self, model: Any) -> Tensors:
         """Implement the function `initial_factors`."""
         return {}
 
@@ -323,7 +323,7 @@ class Family(ABC):
         """Return the names of a model's parameters by their stored names."""
 
     @abstractmethod
-    def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
+    def merge(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
         """Merge an adaptation into its base.
 
         Args:

@@ -16,14 +16,11 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint import Checkpoint
 
+MAX_UNCHECKED_SIZE = 1024  # a rank or prompt of this size takes little memory even if no tensor confirms it
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-NAME_SETS = (
-    "target_modules",
-    "exclude_modules",
-    "feedforward_modules",
-    "modules_to_save",
-)  # PEFT writes them unordered
+# settings that PEFT writes in arbitrary order
+NAME_SETS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 
 
 def check_peft(folder: Path, config: dict[str, Any]) -> None:
@@ -41,8 +38,8 @@ def check_peft(folder: Path, config: dict[str, Any]) -> None:
         if isinstance(config.get("config"), dict | str) or "model_class" in config:
             raise CheckpointError(
                 f"{file}: has no peft_type: it is of the adapters library (AdapterHub, adapter-transformers), which "
-                " neither PEFT nor regraft reads. Tune it anew (regraft tune --kind bottleneck or pfeiffer), or "
-                "merge it with that library and give the merged model."
+                "neither PEFT nor regraft reads. Tune it again (regraft tune --kind bottleneck or pfeiffer), or merge "
+                "it with that library and use the merged model."
             )
         raise CheckpointError(
             f"{file}: has no peft_type, so it is no adapter of PEFT. Was it saved by save_pretrained?"
@@ -109,7 +106,7 @@ def check_sizes(checkpoint: Checkpoint, config: dict[str, Any], file: Path) -> N
     ranks = config.get("rank_pattern")
     sizes = {name: config.get(name) for name in ("r", "num_virtual_tokens")} if config["peft_type"] != "LOKR" else {}
     for name, size in [*sizes.items(), *(ranks.items() if isinstance(ranks, dict) else ())]:
-        if type(size) is int and size > max(largest, 1024):
+        if type(size) is int and size > max(largest, MAX_UNCHECKED_SIZE):
             raise CheckpointError(f"{file}: {name} is {size:,}, and no stored tensor has more than {largest:,} rows.")
 
 

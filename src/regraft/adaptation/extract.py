@@ -334,7 +334,7 @@ def _squared_norm(deltas: DerivedTensors, name: str) -> float:
     if not math.isfinite(squared_norm):
         raise CheckpointError(
             f"tensor {name!r}: the delta has infinite or NaN values (regraft weights inspect --check-finite counts "
-            "them). Take a checkpoint from before the training diverged."
+            "them). Use a checkpoint from before the training diverged."
         )
     return squared_norm
 

@@ -28,13 +28,13 @@ def fresh_model(base: Base, head: Head, seed: int) -> Any:
     Raises:
         CheckpointError: A tensor of the body is missing, unexpected or of another shape.
     """
-    model = fresh_parts(base, head, seed)[0]
+    model = load_with_fresh_head(base, head, seed)[0]
     if base.is_decoder:
         model.config.pad_token_id = base.pad_id
     return model
 
 
-def fresh_parts(base: Base, head: Head, seed: int) -> tuple[Any, list[str]]:
+def load_with_fresh_head(base: Base, head: Head, seed: int) -> tuple[Any, list[str]]:
     """Load a base with an untrained head, and name the untrained tensors.
 
     Args:

@@ -46,7 +46,7 @@ def change_head(folder: Path, base: Base, head: Head, policy: HeadPolicy, seed: 
     if policy == "resize" and not row_by_label.keys() & set(head.labels):
         raise MismatchError(
             f"{folder}: its labels ({', '.join(row_by_label) or 'none are recorded'}) include none of "
-            f"{', '.join(head.labels[:8])}, so no output can be kept. Take a fresh head."
+            f"{', '.join(head.labels[:8])}, so no output can be kept. Use a fresh head."
         )
     initial = fresh_model(base, head, seed).state_dict()
     outputs, prefix = label_tensors(base, head.type), base.prefix + "."

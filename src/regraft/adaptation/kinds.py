@@ -68,14 +68,8 @@ def new_config(
     build_config = CONFIG_BUILDERS[kind]
     if build_config is None:
         return None
-    width = max(
-        (
-            min(stored_tensor.shape)
-            for stored_tensor in base.checkpoint.tensors.values()
-            if len(stored_tensor.shape) == 2
-        ),
-        default=0,
-    )
+    matrix_sizes = [min(tensor.shape) for tensor in base.checkpoint.tensors.values() if len(tensor.shape) == 2]
+    width = max(matrix_sizes, default=0)
     for name, size in (("a LoRA's rank", rank), ("a bottleneck's inner size", inner_size)):
         if size > MAX_SIZE_RATIO * width:
             raise RecipeError(

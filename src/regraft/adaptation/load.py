@@ -30,7 +30,7 @@ def load_adaptation(path: str | Path) -> Adaptation:
     if (folder / "adaptation").is_dir():
         if configs := [name for name in (ADAPTER_CONFIG, "config.json") if (folder / name).is_file()]:
             raise CheckpointError(
-                f"{folder}: has both {configs[0]} and a folder adaptation/. Give the one that was tuned."
+                f"{folder}: has both {configs[0]} and a folder adaptation/. Use the one that was tuned."
             )
         folder = folder / "adaptation"
     if not folder.is_dir():

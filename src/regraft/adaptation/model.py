@@ -89,7 +89,7 @@ def initial_factors(model: Any) -> Mapping[str, torch.Tensor]:
     Returns:
         Copies of A and B, which have to be subtracted from the tuned ones; empty for other kinds.
     """
-    return family_of_model(model).start(model)
+    return family_of_model(model).initial_factors(model)
 
 
 def save_model(model: Any, base: Base, head: Head, into: Path, start: Mapping[str, torch.Tensor] | None = None) -> None:

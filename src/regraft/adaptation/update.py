@@ -77,7 +77,7 @@ class ReplacedModule(Update):
 
     @property
     def copied(self) -> str:
-        """The stored tensor, which is not tied to extra_operands."""
+        """The stored tensor, which is not tied to others."""
         return self.operands[0]
 
     def shapes(self, parameter: Shape, expected: Mapping[str, Shape]) -> dict[str, Shape]:

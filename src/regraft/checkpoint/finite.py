@@ -52,5 +52,5 @@ def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Col
         raise CheckpointError(
             f"{checkpoint.path}: {len(listed)} tensors hold values that are infinite or not a number: "
             f"{', '.join(listed[:MAX_LISTED])}{' …' if len(listed) > MAX_LISTED else ''}. The training that wrote it "
-            "diverged: take an earlier checkpoint."
+            "diverged: use an earlier checkpoint."
         )

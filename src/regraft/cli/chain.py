@@ -49,7 +49,8 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
     from rich.markup import escape
 
     from regraft.chain import summarise_routes
-    from regraft.cli.terminal import MISSING, console, new_table, percent, print_text
+    from regraft.cli.terminal import console, new_table, print_text
+    from regraft.report.wording import MISSING, percent
     from regraft.task import find_metric
 
     print_text(" → ".join(f"{number} {base}" for number, base in enumerate(bases)))
@@ -65,7 +66,9 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
             ]
             metric = find_metric(summary.metric)
             decay = MISSING if summary.decay is None else f"{metric.describe(summary.decay)}{metric.unit}"
-            table.add_row(escape(summary.method), summary.route or "", *scores, percent(summary.recoveries[-1]), decay)
+            table.add_row(
+                escape(summary.method), summary.route or "", *scores, percent(summary.recoveries[-1], 0), decay
+            )
         console.print(table)
         for summary in selected:
             if summary.refused:

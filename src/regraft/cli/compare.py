@@ -77,7 +77,8 @@ def print_comparison(comparison: "regraft.Comparison") -> None:
     """
     from rich.markup import escape
 
-    from regraft.cli.terminal import MISSING, console, new_table, percent, print_text
+    from regraft.cli.terminal import console, new_table, print_text
+    from regraft.report.wording import MISSING, percent
 
     rows, split = comparison.rows, comparison.split
     seeds = ", ".join(map(str, rows[0].seeds))
@@ -93,7 +94,7 @@ def print_comparison(comparison: "regraft.Comparison") -> None:
             f"{row.start:.3f}",
             f"{row.dev:.3f}",
             f"{row.test:.3f}{deviation}",
-            percent(row.recovery),
+            percent(row.recovery, 0),
             to_scratch,
             f"{100 * row.negative_flips:.1f} %",
             f"{row.labels:.0f}",

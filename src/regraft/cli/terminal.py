@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from regraft.progress import Progress as Callback
 
-MISSING = "–"
 SECONDS_BETWEEN_LINES = 10.0  # a log of an hour's training stays readable
 
 
@@ -141,15 +140,6 @@ def new_table(title: str | None, names: Sequence[str], figures: Sequence[str]) -
     for head in figures:
         table.add_column(head, justify="right", no_wrap=True)
     return table
-
-
-def percent(share: float | None) -> str:
-    """Format a share as a whole percentage.
-
-    Args:
-        share: The share, 1 for all; None where it is missing.
-    """
-    return MISSING if share is None else f"{100 * share:.0f} %"
 
 
 def size(count: float) -> str:

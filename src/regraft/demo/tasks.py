@@ -35,7 +35,7 @@ class TaskSource:
             was chosen for shares like those of all rows.
         metric: `accuracy` or `macro_f1`.
         max_length: Tokens to which texts are cut.
-        is_shuffled: Whether the rows are in no order, so that a too_small task can be read from their beginning.
+        is_shuffled: Whether the rows are in no order, so that a small task can be read from their beginning.
     """
 
     domain: str
@@ -161,7 +161,7 @@ def write_task(
     sizes = {"train": train, "dev": dev if dev is not None or train is None else max(1, train // 10), "test": test}
     too_small = [f"{split}={size}" for split, size in sizes.items() if size is not None and size < 1]
     if too_small:
-        raise RecipeError(f"{name}: {', '.join(too_small)} is too too_small: take at least 1 row.")
+        raise RecipeError(f"{name}: {', '.join(too_small)} is too small: use at least 1 row.")
     source = TASKS[name]
     request = ", ".join(f"{split} {size or 'all'}" for split, size in sizes.items())
     header = f"# {name} from {source.package.name} {source.package.version}: {request}, seed {seed}\n"

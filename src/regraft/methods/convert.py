@@ -172,7 +172,7 @@ def convert(
 def _materialise(adaptation: Adaptation, old: Base, head: Head, folder: Path) -> tuple[Adaptation, Any]:
     """Return an adaptation as a full fine-tune of its base, and its model."""
     model = load_model(adaptation, old, head)
-    merged = adaptation.family.merged(adaptation, model, old, head)
+    merged = adaptation.family.merge(adaptation, model, old, head)
     if merged is model:
         return adaptation, model
     with quiet():

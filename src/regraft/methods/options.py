@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError, did_you_mean
@@ -80,7 +81,7 @@ def parse_options(method: str, texts: Sequence[str]) -> Any:
             raise RecipeError(f"both parts of {method} have an option {name}: use {qualified}.")
         ((part, field),) = matches
         try:
-            values[part][field.name] = _as_type(yaml.safe_load(value), field)
+            values[part][field.name] = _convert_value(yaml.safe_load(value), field)
         except (ValueError, TypeError, OverflowError, RecursionError, yaml.YAMLError) as error:
             declared = declared_type(field)
             kind = "true or false" if declared == "bool" else f"of type {declared}"
@@ -118,7 +119,7 @@ def _format_default(default: Any) -> str:
     return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def _as_type(value: Any, field: dataclasses.Field[Any]) -> Any:
+def _convert_value(value: Any, field: dataclasses.Field[Any]) -> Any:
     """Convert a value to the option's type.
 
     A single value may stand for a list, an integer for a float, and a string for a number: YAML reads 1e-9 as a string,
@@ -128,9 +129,16 @@ def _as_type(value: Any, field: dataclasses.Field[Any]) -> Any:
     declared, optional = declared.removesuffix(" | None"), declared.endswith(" | None")
     if value is None and optional:
         return None
-    if declared.startswith("tuple["):
-        entry_type = TYPES[declared.removeprefix("tuple[").partition(",")[0]]
-        return tuple(entry_type(entry) for entry in (value if isinstance(value, list) else [value]))
-    if isinstance(value, bool) != (declared == "bool"):
+    if not declared.startswith("tuple["):
+        return _convert_scalar(value, TYPES[declared])
+    entry_type = TYPES[re.split(r"[,\]]", declared.removeprefix("tuple["))[0]]
+    return tuple(_convert_scalar(entry, entry_type) for entry in (value if isinstance(value, list) else [value]))
+
+
+def _convert_scalar(value: Any, scalar_type: type) -> Any:
+    if isinstance(value, bool) != (scalar_type is bool):
         raise TypeError
-    return TYPES[declared](value)
+    converted = scalar_type(value)
+    if scalar_type is int and converted != float(value):
+        raise ValueError  # int() would silently truncate a fraction
+    return converted

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from regraft.adaptation.adaptation import Family, GraftedAdaptation
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
-from regraft.adaptation.fresh import fresh_parts, fresh_poolers
+from regraft.adaptation.fresh import fresh_poolers, load_with_fresh_head
 from regraft.adaptation.layout import OBSOLETE_SETTINGS, adapter_name_hint
 from regraft.adaptation.lora import START, model_name
 from regraft.adaptation.patterns import check_patterns
@@ -43,8 +43,8 @@ class Adapter(Family):
 
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
         """Return the types with the PEFT task type of the settings, or all types if the settings have none."""
-        peft_type = config.get("task_type")
-        return [task_type for task_type in task_types().values() if peft_type in (None, task_type.peft_type)]
+        peft_task_type = config.get("task_type")
+        return [task_type for task_type in task_types().values() if peft_task_type in (None, task_type.peft_type)]
 
     @abstractmethod
     def config_class(self, config: Mapping[str, Any]) -> Any:
@@ -97,7 +97,7 @@ class Adapter(Family):
     def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
         """Load the adapter onto its base, and check that every tensor was loaded."""
         self.check_settings(adaptation, base, head)
-        model, fresh_names = fresh_parts(base, head, seed=0)
+        model, fresh_names = load_with_fresh_head(base, head, seed=0)
         adapted, loaded, stored = self.load_adapter(model, adaptation, head, trainable=trainable)
         _check_loaded(adaptation, base, head, fresh_names, loaded, stored)
         return adapted
@@ -152,7 +152,7 @@ class Adapter(Family):
             "Was it ever tuned?"
         )
 
-    def plain(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, Mapping[str, Any]]:
+    def plain_adapter(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, Mapping[str, Any]]:
         """Return an adapter's tensors and config in a form that makes the same change to any base.
 
         Args:
@@ -170,7 +170,7 @@ class Adapter(Family):
     def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> GraftedAdaptation:
         """Copy the adapter, and graft the tensors that it stores in place of its base's."""
         _check_pooler(adaptation, upgrade)
-        tensors, settings = self.plain(adaptation, upgrade.old)
+        tensors, settings = self.plain_adapter(adaptation, upgrade.old)
         rows = match_token_rows(adaptation, upgrade)
         grafted, replaced = graft_replaced(adaptation, tensors, upgrade, rows, replace=replace)
         settings = renumbered_settings(adaptation, settings, rows)
@@ -212,11 +212,9 @@ class Adapter(Family):
 
     def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Return the names of tensors that are stored in place of a tensor that only one base has."""
-        in_old, in_new = (
-            {name for name in adaptation.checkpoint if replaced_parameter(name, base)}
-            for base in (upgrade.old, upgrade.new)
-        )
-        return sorted(in_old ^ in_new)
+        old, new = upgrade.old, upgrade.new
+        names = adaptation.checkpoint
+        return sorted(n for n in names if bool(replaced_parameter(n, old)) != bool(replaced_parameter(n, new)))
 
     def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
         """Return whether a stored tensor has the name of a tensor of the base's body."""
@@ -232,12 +230,12 @@ class Adapter(Family):
 
     def vector(self, adaptation: Adaptation, base: Base) -> Vector:
         """Return the adapter's tensors as a vector, those of `plain`."""
-        tensors, settings = self.plain(adaptation, base)
+        tensors, settings = self.plain_adapter(adaptation, base)
         head_names = _head_names(base)
         names = [name for name in tensors if model_name(name) not in head_names and not replaced_parameter(name, base)]
         if not names:
             raise KindError(
-                f"{adaptation.path}: stores only tensors in place of its base's, for which no map is learned. Take "
+                f"{adaptation.path}: stores only tensors in place of its base's, for which no map is learned. Use "
                 "direct."
             )
         return Vector(
@@ -250,7 +248,7 @@ class Adapter(Family):
             {n: n for n in names},
         )
 
-    def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
+    def merge(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
         """Raise an error: the adapter does not change weights."""
         raise RecipeError(
             f"{adaptation.path}: a {adaptation.kind} does not change the weights of its base, so it can be recycled, "
@@ -314,6 +312,6 @@ def _check_loaded(
         value = loaded[name].cpu()
         if not torch.equal(value.nan_to_num(), stored[name].to(value.dtype).nan_to_num()):
             raise CheckpointError(
-                f"{adaptation.path}: tensor {name!r} was loaded with other values than it is stored with: PEFT cannot "
-                f"load a {adaptation.kind} with these settings exactly, or cannot tune it further."
+                f"{adaptation.path}: tensor {name!r} has other values than the stored ones after loading: PEFT "
+                f"cannot load a {adaptation.kind} with these settings exactly, or cannot tune it further."
             )

@@ -200,7 +200,7 @@ class Full(Family):
         """Return the parameters' names, which are also their stored names."""
         return {name: name for name, _ in model.named_parameters()}
 
-    def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
+    def merge(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
         """Return the model unchanged."""
         return model
 
@@ -283,11 +283,11 @@ def _check_tokens(adaptation: Adaptation, model: Any, base: Base) -> None:
         return
     rows = model.get_input_embeddings().weight.shape[0]
     # tokens beyond the base's own rows are refused when texts contain them
-    token, highest = max(
+    token, largest_id = max(
         ((token, i) for token, i in base.tokenizer.get_vocab().items() if i < base.rows), key=lambda item: item[1]
     )
-    if highest >= rows:
+    if largest_id >= rows:
         raise MismatchError(
-            f"{adaptation.path}: its embeddings have {rows:,} rows, but the tokenizer has ids up to {highest:,} "
+            f"{adaptation.path}: its embeddings have {rows:,} rows, but the tokenizer has ids up to {largest_id:,} "
             f"({token!r}). Was it tuned on {base.path}? If tokens were removed, copy its tokenizer into its folder."
         )

@@ -52,13 +52,13 @@ class Lora(Peft):
         check_reproducible_init(adaptation)
         return super().load(adaptation, base, head, trainable=trainable)
 
-    def start(self, model: Any) -> Tensors:
+    def initial_factors(self, model: Any) -> Tensors:
         """Copy A and B if they were initialised from the base's weights."""
         if not is_initialised_from_base(model.peft_config[ADAPTER].init_lora_weights):
             return {}
         return {name: tensor.clone() for name, tensor in peft_state(model).items() if ".lora_" in name}
 
-    def stored(self, adaptation: Adaptation, adapted: Any) -> Tensors:
+    def stored_tensors(self, adaptation: Adaptation, adapted: Any) -> Tensors:
         """Convert the factors of separate experts to those of fused experts, as PEFT does."""
         return as_loaded_by_peft(adaptation.checkpoint, adapted)
 
@@ -68,14 +68,14 @@ class Lora(Peft):
         if start:
             write_adapter(into, *fold_start(peft_state(model), start, read_json(into / ADAPTER_CONFIG)))
 
-    def plain(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, Mapping[str, Any]]:
+    def plain_adapter(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, Mapping[str, Any]]:
         """Subtract the initial factors, which are reproduced from the base."""
         if not adaptation.changed_base:
-            return super().plain(adaptation, old)
+            return super().plain_adapter(adaptation, old)
         check_reproducible_init(adaptation)
         head = stored_head(adaptation, old)
         model = self.attach(fresh_model(old, head, 0), old, head, self.read_config(adaptation), 0)
-        return fold_start(adaptation.checkpoint, self.start(model), adaptation.config)
+        return fold_start(adaptation.checkpoint, self.initial_factors(model), adaptation.config)
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
@@ -95,7 +95,7 @@ class Lora(Peft):
         """Return the tensors of the merged model; None for a LoRA that cannot be merged."""
         if any(adaptation.config.get(key) for key in CANNOT_MERGE):
             return None
-        merged = merge_lora(*self.plain(adaptation, old), old.checkpoint, labels=adaptation.labels).tensors
+        merged = merge_lora(*self.plain_adapter(adaptation, old), old.checkpoint, labels=adaptation.labels).tensors
         return merged, {inner: name for name in merged if (inner := old.architecture.identify(name)) in old.body}
 
     def check_linear(self, adaptation: Adaptation) -> None:
@@ -107,7 +107,7 @@ class Lora(Peft):
         ]
         if unsupported:
             raise KindError(
-                f"{adaptation.path}: tensor {unsupported[0]!r} is no B or A of a linear layer. Take direct or init, or "
+                f"{adaptation.path}: tensor {unsupported[0]!r} is no B or A of a linear layer. Use direct or init, or "
                 "convert it to full first."
             )
 

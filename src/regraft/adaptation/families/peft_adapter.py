@@ -93,12 +93,12 @@ class Peft(Adapter):
                     f"{adaptation.path}: PEFT cannot load it on {model.config.name_or_path} with {head}: "
                     f"{str(error).strip()[:400]}"
                 ) from error
-        return adapted, state, self.stored(adaptation, adapted)
+        return adapted, state, self.stored_tensors(adaptation, adapted)
 
     def make_trainable(self, adapted: Any, config: Any) -> None:
         """Make a loaded adapter trainable, if PEFT has not done so."""
 
-    def stored(self, adaptation: Adaptation, adapted: Any) -> Tensors:
+    def stored_tensors(self, adaptation: Adaptation, adapted: Any) -> Tensors:
         """Return the stored tensors under PEFT's names in the model."""
         return adaptation.checkpoint
 
@@ -123,12 +123,12 @@ class Peft(Adapter):
         """Return the names of the parameters by the names without the adapter's name."""
         return {name.replace(f".{ADAPTER}.", "."): name for name, _ in model.named_parameters()}
 
-    def merged(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
+    def merge(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
         """Merge the adapter with PEFT, and copy the merged weights into a plain model."""
         import torch
 
         if not hasattr(model, "merge_adapter") or adaptation.virtual_tokens:
-            return super().merged(adaptation, model, old, head)
+            return super().merge(adaptation, model, old, head)
         with quiet():
             try:
                 model.merge_adapter(safe_merge=True)
