@@ -1,4 +1,4 @@
-"""Continual pre-training: the corpus in blocks, the masks, the loss, and the upgraded base as others load it."""
+"""Continual pre-training: packed blocks, masks, the loss, and the upgraded base as transformers loads it."""
 
 import csv
 import dataclasses
@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import random
-import re
 import shutil
 import warnings
 
@@ -30,7 +29,7 @@ RECIPE = Recipe(steps=40, batch_size=16, learning_rate=3e-3, eval_every=20, prec
 LONG = "the film was good and " * 40
 
 
-def sentences(count=1200, seed=5):
+def make_sentences(count=1200, seed=5):
     chance = random.Random(seed)
     return [sentence(chance, i % 2 == 0) for i in range(count)]
 
@@ -38,7 +37,7 @@ def sentences(count=1200, seed=5):
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("corpus") / "text.txt"
-    file.write_text("\n".join([*sentences(), "", LONG]) + "\n", encoding="utf-8")
+    file.write_text("\n".join([*make_sentences(), "", LONG]) + "\n", encoding="utf-8")
     return file
 
 
@@ -52,7 +51,7 @@ def upgraded(tmp_path_factory, bases, text_file):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_it_learns_and_leaves_a_plain_folder(upgraded, bases, architecture):
+def test_pretraining_lowers_the_loss_and_writes_a_transformers_folder(upgraded, bases, architecture):
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     path = upgraded[architecture].path
@@ -77,12 +76,12 @@ def test_it_learns_and_leaves_a_plain_folder(upgraded, bases, architecture):
     assert [entry.name for entry in path.parent.iterdir() if entry.name.startswith(".")] == []
 
 
-def a_run(base, blocks, recipe=RECIPE):
+def make_training(base, blocks, recipe=RECIPE):
     numbers = np.arange(len(blocks))
     return LanguageModelling(base, np.asarray(blocks, dtype=np.uint32), numbers, numbers, recipe)
 
 
-def some_blocks(base, count, block=32, seed=3):
+def random_blocks(base, count, block=32, seed=3):
     chance = np.random.default_rng(seed)
     blocks = chance.integers(5, len(base.tokenizer), size=(count, block))
     blocks[:, 0], blocks[:, 9], blocks[:, 10] = 1, 2, 1
@@ -90,62 +89,64 @@ def some_blocks(base, count, block=32, seed=3):
 
 
 @pytest.mark.parametrize("architecture", ENCODERS)
-def test_logits_at_masked_places_only_give_the_whole_loss(bases, architecture):
+def test_logits_at_masked_positions_give_the_full_loss_and_gradients(bases, architecture):
     base = Base.open(bases[architecture][0])
     model = auto_model_class(base).from_pretrained(base.path).eval()
-    run = a_run(base, some_blocks(base, 8))
-    batch = run.batch([(i, i) for i in range(8)], seed=1)
-    loss = run.loss(model, dict(batch))
-    chosen = batch["labels"] != -100
+    training = make_training(base, random_blocks(base, 8))
+    batch = training.batch([(i, i) for i in range(8)], seed=1)
+    loss = training.loss(model, dict(batch))
+    masked = batch["labels"] != -100
     logits = model(input_ids=batch["input_ids"]).logits
-    assert logits.shape == (8, 32, len(base.tokenizer))  # the model is itself again
-    torch.testing.assert_close(loss, functional.cross_entropy(logits[chosen], batch["labels"][chosen]))
-    whole = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
-    ours, theirs = (torch.autograd.grad(value, list(model.parameters()), allow_unused=True) for value in (loss, whole))
-    for one, other in zip(ours, theirs, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    assert logits.shape == (8, 32, len(base.tokenizer))  # the loss has removed its hook
+    torch.testing.assert_close(loss, functional.cross_entropy(logits[masked], batch["labels"][masked]))
+    full_loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+    gradients, expected = (
+        torch.autograd.grad(value, list(model.parameters()), allow_unused=True) for value in (loss, full_loss)
+    )
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        assert (gradient is None) == (expected_gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_causal_loss_is_that_of_the_next_token(bases):
+def test_causal_loss_is_the_cross_entropy_of_the_next_token(bases):
     base = Base.open(bases["llama"][0])
     model = auto_model_class(base).from_pretrained(base.path).eval()
-    run = a_run(base, some_blocks(base, 4))
-    batch = run.batch([(i, i) for i in range(4)], seed=1)
+    training = make_training(base, random_blocks(base, 4))
+    batch = training.batch([(i, i) for i in range(4)], seed=1)
     logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
     expected = functional.cross_entropy(logits, batch["input_ids"][:, 1:].flatten())
-    torch.testing.assert_close(run.loss(model, batch), expected)
+    torch.testing.assert_close(training.loss(model, batch), expected)
 
 
-def test_masking(bases):
+def test_masks_follow_bert(bases):
     base = Base.open(bases["bert"][0])
-    blocks = some_blocks(base, 2000)
-    run = a_run(base, blocks)
+    blocks = random_blocks(base, 2000)
+    training = make_training(base, blocks)
     items = [(i, i) for i in range(2000)]
-    batch = run.batch(items, seed=1)
+    batch = training.batch(items, seed=1)
     ids, labels, original = batch["input_ids"], batch["labels"], torch.from_numpy(blocks)
-    chosen = labels != -100
+    predicted = labels != -100
     special = original < 5
-    assert not (chosen & special).any()
-    assert torch.equal(labels[chosen], original[chosen])
-    assert torch.equal(ids[~chosen], original[~chosen])
-    assert chosen.any(dim=1).all()
-    assert chosen.sum() / (~special).sum() == pytest.approx(0.15, abs=0.01)
-    masked = ids[chosen] == base.tokenizer.mask_token_id
-    kept = ids[chosen] == original[chosen]
+    assert not (predicted & special).any()
+    assert torch.equal(labels[predicted], original[predicted])
+    assert torch.equal(ids[~predicted], original[~predicted])
+    assert predicted.any(dim=1).all()
+    assert predicted.sum() / (~special).sum() == pytest.approx(0.15, abs=0.01)
+    masked = ids[predicted] == base.tokenizer.mask_token_id
+    unchanged = ids[predicted] == original[predicted]
     chance = 1 / len(base.tokenizer)  # a random token may be the mask or the token itself
     assert masked.float().mean() == pytest.approx(0.8 + 0.1 * chance, abs=0.015)
-    assert kept.float().mean() == pytest.approx(0.1 + 0.1 * chance, abs=0.015)
-    again = run.batch(items[:5], seed=1)["input_ids"]
-    assert torch.equal(again, ids[:5])
-    assert not torch.equal(run.batch([(i, i + 5000) for i in range(5)], seed=1)["input_ids"], again)
-    assert not torch.equal(run.batch(items[:5], seed=2)["input_ids"], again)
+    assert unchanged.float().mean() == pytest.approx(0.1 + 0.1 * chance, abs=0.015)
+    repeated = training.batch(items[:5], seed=1)["input_ids"]
+    assert torch.equal(repeated, ids[:5])
+    assert not torch.equal(training.batch([(i, i + 5000) for i in range(5)], seed=1)["input_ids"], repeated)
+    assert not torch.equal(training.batch(items[:5], seed=2)["input_ids"], repeated)
 
 
 @pytest.fixture(scope="module")
 def headless(tmp_path_factory):
-    """A body as some hubs have it: without a prefix, without a head, with a pooler."""
+    """Write a bare body as some repositories of the Hub have it: no prefix, no head, a pooler."""
     from transformers import BertModel
 
     torch.manual_seed(0)
@@ -156,21 +157,21 @@ def headless(tmp_path_factory):
     return folder
 
 
-def test_a_body_without_head_gets_one(tmp_path, headless, text_file, monkeypatch):
+def test_fresh_head_is_trained_before_the_body(tmp_path, headless, text_file, monkeypatch):
     from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     from regraft.tuning import trainer
 
     stages, train = {}, trainer.train
 
-    def watch(model, *given, stage, **named):
+    def train_and_count_changed_tensors(model, *arguments, stage, **options):
         before = {name: tensor.clone() for name, tensor in model.base_model.state_dict().items()}
-        curve = train(model, *given, stage=stage, **named)
+        curve = train(model, *arguments, stage=stage, **options)
         after = model.base_model.state_dict()
         stages[stage] = (sum(not torch.equal(before[name], after[name]) for name in before), curve)
         return curve
 
-    monkeypatch.setattr(trainer, "train", watch)
+    monkeypatch.setattr(trainer, "train", train_and_count_changed_tensors)
     base = Base.open(headless)
     new = pretrain(base, Corpus((str(text_file),)), tmp_path / "new", RECIPE, block=32)
     assert list(stages) == ["pretrain head", "pretrain"]
@@ -192,18 +193,18 @@ def test_a_body_without_head_gets_one(tmp_path, headless, text_file, monkeypatch
     Upgrade(headless, new.path)
 
 
-def test_a_fresh_head_follows_from_the_seed(tmp_path, headless, text_file):
+def test_fresh_head_depends_on_the_seed_only(tmp_path, headless, text_file):
     recipe = Recipe(steps=2, batch_size=4, precision="fp32")
     corpus = Corpus((str(text_file),))
-    for name, steps_before in (("one", 0), ("other", 3)):
-        torch.rand(steps_before)
+    for name, draws_before in (("first", 0), ("second", 3)):
+        torch.rand(draws_before)
         pretrain(Base.open(headless), corpus, tmp_path / name, recipe, block=32)
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_blocks_are_what_the_tokenizer_gives(tmp_path, bases):
-    texts = [*sentences(600), LONG]
+def test_blocks_equal_the_tokenizers_output(tmp_path, bases):
+    texts = [*make_sentences(600), LONG]
     file = tmp_path / "text.txt"
     file.write_text("\n\n".join(texts), encoding="utf-8")
     for name in ARCHITECTURES:
@@ -217,11 +218,11 @@ def test_blocks_are_what_the_tokenizer_gives(tmp_path, bases):
         assert blocks.reshape(-1).tolist() == expected[: len(blocks) * 16]
 
 
-ODD = ["good film", "NA", "null", "1.5", 'a "quoted" word, and more', "größe é 漢字", " padded "]
+UNUSUAL_TEXTS = ["good film", "NA", "null", "1.5", 'a "quoted" word, and more', "größe é 漢字", " padded "]
 
 
 def write_corpus(folder, texts):
-    """The same documents in every form there is."""
+    """Write the same documents in every supported format."""
     import pandas as pd
 
     (folder / "text.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
@@ -237,27 +238,27 @@ def write_corpus(folder, texts):
     return [folder / name for name in ("text.txt", "text.jsonl", "text.csv", "text.parquet", "data")]
 
 
-def test_every_form_gives_the_same_documents_and_blocks(tmp_path, bases):
-    texts = [*ODD, *sentences(100)]
+def test_formats_have_the_same_documents_and_blocks(tmp_path, bases):
+    texts = [*UNUSUAL_TEXTS, *make_sentences(100)]
     base = Base.open(bases["bert"][0])
     sources = write_corpus(tmp_path, texts)
-    found = []
+    packed = []
     for source in sources:
         assert list(Corpus((str(source),)).documents()) == texts, source.name
-        found.append(pack(Corpus((str(source),)), base, 32, tmp_path / f"{source.name}.bin", silent))
-    for blocks in found[1:]:
-        assert np.array_equal(blocks, found[0])
-    several = list(Corpus((str(sources[1]), str(sources[0]))).documents())
-    assert several == [*texts, *texts]
+        packed.append(pack(Corpus((str(source),)), base, 32, tmp_path / f"{source.name}.bin", silent))
+    for blocks in packed[1:]:
+        assert np.array_equal(blocks, packed[0])
+    documents = list(Corpus((str(sources[1]), str(sources[0]))).documents())
+    assert documents == [*texts, *texts]
 
 
-def test_another_column(tmp_path):
+def test_text_column(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "one", "text": "no"}\n', encoding="utf-8")
     assert list(Corpus((str(tmp_path / "a.jsonl"),), column="body").documents()) == ["one"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "one"}\n{"text": 5}\n', r"a\.jsonl, row 2: no text in column 'text'"),
         ("a.jsonl", b'{"text": "one"}\n{"words": "two"}\n', r"row 2: no text in column 'text' \(found: words\)"),
@@ -270,29 +271,22 @@ def test_another_column(tmp_path):
         ("a.parquet", b"no parquet", r"a\.parquet"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, name, content, says):
+def test_invalid_rows_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-
-    def read():
-        try:
-            return list(Corpus((str(tmp_path / name),)).documents())
-        except DataError as error:
-            return str(error)
-
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # pandas leaves a file it cannot read open
-        message = read()
+        warnings.simplefilter("ignore", ResourceWarning)  # pandas does not close a file that it cannot read
+        with pytest.raises(DataError, match=message):
+            list(Corpus((str(tmp_path / name),)).documents())
         gc.collect()
-    assert re.search(says, str(message))
 
 
 @pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.csv", "none.parquet"])
-def test_a_missing_file_is_named(tmp_path, bases, name):
+def test_missing_file_is_named(tmp_path, bases, name):
     with pytest.raises(DataError, match=rf"{name}: no such file"):
         pretrain(Base.open(bases["bert"][0]), Corpus((str(tmp_path / name),)), tmp_path / "out", RECIPE, block=32)
 
 
-def test_too_little_text_and_too_long_a_block(tmp_path, bases):
+def test_short_text_and_long_block_are_refused(tmp_path, bases):
     base, file = Base.open(bases["roberta"][0]), tmp_path / "a.txt"
     file.write_text("good film\n", encoding="utf-8")
     with pytest.raises(DataError, match="4 tokens of text make 0 blocks of 32, and at least 2 are needed"):
@@ -302,16 +296,16 @@ def test_too_little_text_and_too_long_a_block(tmp_path, bases):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_second_call_does_nothing(tmp_path, upgraded, bases, text_file, monkeypatch):
+def test_second_run_trains_nothing(tmp_path, upgraded, bases, text_file, monkeypatch):
     out = tmp_path / "new"
     shutil.copytree(upgraded["bert"].path, out)
     base, corpus = Base.open(bases["bert"][0]), Corpus((str(text_file),))
     files = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
-    monkeypatch.setattr("regraft.tuning.trainer.train", lambda *_, **__: pytest.fail("trained again"))
-    moved = tmp_path / "moved.txt"  # the same text in another place is the same corpus
+    monkeypatch.setattr("regraft.tuning.trainer.train", lambda *_, **__: pytest.fail("training ran"))
+    moved = tmp_path / "moved.txt"
     shutil.copy(text_file, moved)
-    for same in (corpus, Corpus((str(moved),))):
-        assert pretrain(base, same, out, RECIPE, block=32).fingerprint == upgraded["bert"].fingerprint
+    for equal_corpus in (corpus, Corpus((str(moved),))):
+        assert pretrain(base, equal_corpus, out, RECIPE, block=32).fingerprint == upgraded["bert"].fingerprint
     more = tmp_path / "more.txt"
     more.write_text(text_file.read_text(encoding="utf-8") + "good\n", encoding="utf-8")
     with pytest.raises(OutcomeError, match="made from something else"):
@@ -321,7 +315,7 @@ def test_a_second_call_does_nothing(tmp_path, upgraded, bases, text_file, monkey
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == files
 
 
-def test_a_folder_of_data_is_known_by_its_content(tmp_path):
+def test_digest_of_a_folder_depends_on_its_content(tmp_path):
     (tmp_path / "data").mkdir()
     file = tmp_path / "data" / "train.jsonl"
     file.write_text('{"text": "one"}\n', encoding="utf-8")
@@ -332,29 +326,29 @@ def test_a_folder_of_data_is_known_by_its_content(tmp_path):
     assert corpus.digest() != before
 
 
-def test_replay_takes_the_places_of_its_share(opened):
+def test_replay_replaces_its_share_of_the_order(opened):
     base = opened["bert"][0]
     blocks, earlier = (np.arange(start, start + 40 * 8, dtype=np.uint32).reshape(40, 8) % 20 + 5 for start in (0, 7))
-    run = a_run(base, blocks, dataclasses.replace(RECIPE, steps=30, batch_size=10))
-    plain = run.order()
-    mixed = _with_replay(run, earlier, 0.2)
+    training = make_training(base, blocks, dataclasses.replace(RECIPE, steps=30, batch_size=10))
+    plain = training.order()
+    mixed = _with_replay(training, earlier, 0.2)
     order = mixed.order()
     replayed = order >= 40
     assert replayed.sum() == 0.2 * 300
     assert (order[~replayed] == plain[~replayed]).all()
     assert {tuple(row) for row in mixed.blocks[40:].tolist()} <= {tuple(row) for row in earlier.tolist()}
     assert len(set(order[replayed].tolist())) == 60
-    assert (mixed.evaluation_blocks == run.evaluation_blocks).all()
+    assert (mixed.evaluation_blocks == training.evaluation_blocks).all()
     for share in (0, 1, -0.5):
         with pytest.raises(RecipeError, match="share"):
             Replay(Corpus(("a.txt",)), share)
 
 
-def test_a_chain_of_domains_with_bases_kept_on_the_way(tmp_path, bases):
+def test_chain_of_domains_with_intermediate_bases(tmp_path, bases):
     files = []
     for number, name in enumerate(("bio", "news")):
         files.append(tmp_path / f"{name}.txt")
-        files[-1].write_text("\n".join(sentences(300, seed=number)), encoding="utf-8")
+        files[-1].write_text("\n".join(make_sentences(300, seed=number)), encoding="utf-8")
     recipe = dataclasses.replace(RECIPE, steps=6, eval_every=3)
     domains = [Corpus((str(file),)) for file in files]
     first = Base.open(bases["bert"][0])
@@ -367,25 +361,25 @@ def test_a_chain_of_domains_with_bases_kept_on_the_way(tmp_path, bases):
     assert chain[0].parent_fingerprint == first.fingerprint
     assert chain[1].parent_fingerprint == chain[0].fingerprint
     plain = pretrain(first, domains[0], tmp_path / "plain", recipe, 16)
-    assert plain.fingerprint == chain[0].fingerprint  # there is nothing to replay at first, and keeping changes nothing
+    assert plain.fingerprint == chain[0].fingerprint  # neither replay nor keep_every changes the first base
     assert chain[1].fingerprint != pretrain(chain[0], domains[1], tmp_path / "without", recipe, 16).fingerprint
-    kept = [Base.open(tmp_path / "chain" / "2-news-steps" / f"step-{step}") for step in (3, 6)]
-    distances = [Upgrade(chain[0], base).distance().l2 for base in kept]
+    intermediate = [Base.open(tmp_path / "chain" / "2-news-steps" / f"step-{step}") for step in (3, 6)]
+    distances = [Upgrade(chain[0], base).distance().l2 for base in intermediate]
     assert 0 < distances[0] < distances[1]
-    assert [json.loads((base.path / "pretraining.json").read_text())["steps"] for base in kept] == [3, 6]
+    assert [json.loads((base.path / "pretraining.json").read_text())["steps"] for base in intermediate] == [3, 6]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "chain").rglob("*")}
     assert [base.fingerprint for base in make(tmp_path / "chain")] == [base.fingerprint for base in chain]
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "chain").rglob("*")} == before
 
 
-def test_bases_on_the_way_of_another_run_are_not_taken_for_this_ones(opened, text_file, tmp_path):
+def test_intermediate_bases_of_another_run_are_refused(opened, text_file, tmp_path):
     def run(rate):
         recipe = Recipe(steps=4, batch_size=4, eval_every=2, precision="fp32", learning_rate=rate)
         return pretrain(opened["bert"][0], Corpus((str(text_file),)), tmp_path / "out", recipe, 32, keep_every=2)
 
     run(1e-4)
     shutil.rmtree(tmp_path / "out")
-    run(1e-4)  # the same are kept
+    run(1e-4)  # the intermediate bases are its own
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(OutcomeError, match=r"out-steps/step-2: is an intermediate base of another run"):
         run(1e-2)

@@ -1,4 +1,4 @@
-"""What training reports to TensorBoard, through the command line and from Python."""
+"""Reports of training to TensorBoard, through the command line and from Python."""
 
 import filecmp
 import json
@@ -14,22 +14,22 @@ from regraft.tuning import tracking
 from regraft.upgrade import Upgrade
 
 
-def scalars(folder):
+def read_scalars(folder):
     events = EventAccumulator(str(folder))
     events.Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_tuning_reports_its_curve_and_is_the_same_with_and_without(tmp_path, bases, task_file, quick):
+def test_tuning_reports_its_curve_without_effect_on_its_result(tmp_path, bases, task_file, quick):
     plain = tune(bases["bert"][0], task_file, tmp_path / "plain", recipe=quick)
     with tracking(["tensorboard"], tmp_path / "logs"):
         tracked = tune(bases["bert"][0], task_file, tmp_path / "tracked", recipe=quick)
-    found = scalars(tmp_path / "logs" / "tracked")
-    assert [step for step, _ in found["eval/score"]] == [point["step"] for point in tracked.curve]
-    assert [score for _, score in found["eval/score"]] == pytest.approx([point["score"] for point in tracked.curve])
-    assert len(found["train/loss"]) == 60 // 10
-    one, other = (weights(outcome.path / "adaptation") for outcome in (plain, tracked))
-    assert all((one[name] == other[name]).all() for name in one)
+    logged = read_scalars(tmp_path / "logs" / "tracked")
+    assert [step for step, _ in logged["eval/score"]] == [point["step"] for point in tracked.curve]
+    assert [score for _, score in logged["eval/score"]] == pytest.approx([point["score"] for point in tracked.curve])
+    assert len(logged["train/loss"]) == 60 // 10
+    plain_weights, tracked_weights = (weights(outcome.path / "adaptation") for outcome in (plain, tracked))
+    assert all((plain_weights[name] == tracked_weights[name]).all() for name in plain_weights)
     assert json.dumps(plain.record.inputs) == json.dumps(tracked.record.inputs)
     assert filecmp.cmp(plain.path / "predictions.jsonl", tracked.path / "predictions.jsonl", shallow=False)
     confidences = [
@@ -38,7 +38,7 @@ def test_tuning_reports_its_curve_and_is_the_same_with_and_without(tmp_path, bas
     assert all(0.5 <= confidence <= 1 for confidence in confidences)
 
 
-def test_a_tracker_that_there_is_not(tmp_path, bases, tuned, task_file, quick):
+def test_unknown_or_missing_tracker_is_refused(tmp_path, bases, tuned, task_file, quick):
     with tracking(["tensorbord"], tmp_path / "logs"), pytest.raises(RecipeError, match=r"tensorbord.*tensorboard"):
         recycle(Upgrade(*bases["bert"]), tuned["bert", "full"], task_file, "init", tmp_path / "out", recipe=quick)
     with tracking(["swanlab"], tmp_path / "logs"), pytest.raises(RecipeError, match="not installed"):
@@ -46,11 +46,11 @@ def test_a_tracker_that_there_is_not(tmp_path, bases, tuned, task_file, quick):
     assert not (tmp_path / "out").exists()
 
 
-def test_command(tmp_path, bases, task_file, monkeypatch):
-    given = ["--task", str(task_file), "--steps", "10", "--eval-every", "5", "--precision", "fp32"]
-    command = ["regraft", "tune", str(bases["bert"][0]), *given, "--out", str(tmp_path / "run")]
+def test_report_to_option(tmp_path, bases, task_file, monkeypatch):
+    options = ["--task", str(task_file), "--steps", "10", "--eval-every", "5", "--precision", "fp32"]
+    command = ["regraft", "tune", str(bases["bert"][0]), *options, "--out", str(tmp_path / "run")]
     monkeypatch.setattr("sys.argv", [*command, "--report-to", "tensorboard"])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         main()
-    assert stopped.value.code == 0
-    assert len(scalars(tmp_path / "run-logs" / "run")["eval/score"]) == 3
+    assert exit_info.value.code == 0
+    assert len(read_scalars(tmp_path / "run-logs" / "run")["eval/score"]) == 3

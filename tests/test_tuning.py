@@ -1,4 +1,4 @@
-"""Tuning and distillation: what is seen when, and whether the numbers are those of the formulas."""
+"""Tuning and distillation: the order of examples, batches, losses, recipes and the selection of the best weights."""
 
 import math
 
@@ -30,24 +30,24 @@ orders = st.tuples(
 
 
 @given(orders)
-def test_order_is_whole_passes_over_the_examples(case):
+def test_order_is_made_of_passes_over_the_examples(case):
     lengths, batch_size, steps, seed = case
     order = plan_order(np.array(lengths), batch_size, steps, seed)
     assert len(order) == batch_size * steps
-    times = np.bincount(order, minlength=len(lengths))
+    counts = np.bincount(order, minlength=len(lengths))
     total = batch_size * steps
-    assert times.min() >= total // len(lengths)
-    assert times.max() <= math.ceil(total / len(lengths))
+    assert counts.min() >= total // len(lengths)
+    assert counts.max() <= math.ceil(total / len(lengths))
     assert (order == plan_order(np.array(lengths), batch_size, steps, seed)).all()
 
 
-def test_another_seed_gives_another_order():
+def test_order_depends_on_the_seed():
     lengths = np.arange(1, 101)
     first, second = (plan_order(lengths, 10, 20, seed) for seed in (20, 30))
     assert (first != second).any()
 
 
-def test_passes_do_not_run_into_each_other_where_batches_fill_them():
+def test_passes_of_full_batches_do_not_mix():
     order = plan_order(np.arange(1, 101), 10, 30, seed=20)
     for start in (0, 100, 200):
         assert sorted(order[start : start + 100]) == list(range(100))
@@ -95,26 +95,26 @@ def opened(bases):
     ],
     ids=["single", "pairs"],
 )
-def test_batch_is_what_the_tokenizer_pads(opened, architecture, texts):
+def test_batch_equals_the_tokenizers_padded_batch(opened, architecture, texts):
     base = opened[architecture]
     examples = encode_texts(base, texts, 64)
-    chosen = [2, 0, 1]
-    batch = examples.batch(chosen)
+    indices = [2, 0, 1]
+    batch = examples.batch(indices)
     base.tokenizer.padding_side = "right"
     expected = base.tokenizer(
-        [texts[i][0] for i in chosen],
-        [texts[i][1] for i in chosen] if len(texts[0]) == 2 else None,
+        [texts[i][0] for i in indices],
+        [texts[i][1] for i in indices] if len(texts[0]) == 2 else None,
         padding=True,
         return_tensors="pt",
     )
     assert model_inputs(batch).keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(batch[name], tensor), name
-    assert batch["row"].tolist() == chosen
+    assert batch["row"].tolist() == indices
     assert batch["targets"].tolist() == [0, 0, 1]
 
 
-def test_pairs_have_token_types_where_the_tokenizer_gives_them(tmp_path, bases):
+def test_pairs_have_token_types_if_the_tokenizer_has_them(tmp_path, bases):
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -132,14 +132,14 @@ def test_pairs_have_token_types_where_the_tokenizer_gives_them(tmp_path, bases):
     assert batch["attention_mask"].sum(dim=1).tolist() == [9, 5]
 
 
-def test_long_texts_are_cut(opened):
+def test_long_texts_are_truncated(opened):
     examples = encode_texts(opened["bert"], [("good " * 200,), ("film",)], 32)
     assert examples.lengths.tolist() == [32, 3]
     assert encode_texts(opened["roberta"], [("good " * 200,)], 512).lengths.tolist() == [64]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_predict_is_the_plain_forward_in_the_examples_order(opened, task_file, architecture):
+def test_predict_equals_plain_forward_passes_in_the_order_of_the_examples(opened, task_file, architecture):
     base = opened[architecture]
     data = load_data(task_file, 20)
     model = fresh_model(base, data.head, seed=1).train()
@@ -153,8 +153,8 @@ def test_predict_is_the_plain_forward_in_the_examples_order(opened, task_file, a
             torch.testing.assert_close(logits[row], plain, atol=1e-5, rtol=0)
 
 
-def literal_loss(z_s, y, z_t, h_s, h_t, alpha, beta, hot, reduction):
-    """The formula, number by number, for arrays; the gradient comes from autograd on these plain operations."""
+def reference_loss(z_s, y, z_t, h_s, h_t, alpha, beta, temperature, reduction):
+    """Compute the distillation loss element by element, with a gradient from autograd."""
 
     def softmax(z):
         e = torch.exp(z - z.max(dim=1, keepdim=True).values)
@@ -162,48 +162,51 @@ def literal_loss(z_s, y, z_t, h_s, h_t, alpha, beta, hot, reduction):
 
     batch, classes = z_s.shape
     ce = -sum(torch.log(softmax(z_s))[i, y[i]] for i in range(batch)) / batch
-    p_t, p_s = softmax(z_t / hot), softmax(z_s / hot)
+    p_t, p_s = softmax(z_t / temperature), softmax(z_s / temperature)
     kl = sum(p_t[i, c] * torch.log(p_t[i, c] / p_s[i, c]) for i in range(batch) for c in range(classes))
     kl = kl / (batch if reduction == "batchmean" else batch * classes)
     mse = ((h_s - h_t) ** 2).sum() / h_s.numel()
-    return (1 - alpha) * ce + alpha * hot**2 * kl + beta * 0.5 * mse
+    return (1 - alpha) * ce + alpha * temperature**2 * kl + beta * 0.5 * mse
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 5), st.integers(2, 6), st.integers(1, 3), st.integers(1, 7), st.sampled_from([0.0, 0.7, 1.0]),
-    st.sampled_from([0.0, 2.0]), st.sampled_from([1.0, 5.0, 20.0]), st.sampled_from(["batchmean", "mean"]),
-    st.integers(0, 1000),
-)  # fmt: skip
-def test_distillation_loss_is_the_formula(batch, classes, layers, width, alpha, beta, hot, reduction, seed):
+    batch=st.integers(1, 5),
+    classes=st.integers(2, 6),
+    layers=st.integers(1, 3),
+    width=st.integers(1, 7),
+    alpha=st.sampled_from([0.0, 0.7, 1.0]),
+    beta=st.sampled_from([0.0, 2.0]),
+    temperature=st.sampled_from([1.0, 5.0, 20.0]),
+    reduction=st.sampled_from(["batchmean", "mean"]),
+    seed=st.integers(0, 1000),
+)
+def test_distillation_loss_equals_the_formula(batch, classes, layers, width, alpha, beta, temperature, reduction, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * 3
 
     z_t, h_t = draw(batch, classes), draw(batch, layers, width)
-    start_z, start_h = draw(batch, classes), draw(batch, layers, width)
+    z_s, h_s = draw(batch, classes).requires_grad_(), draw(batch, layers, width).requires_grad_()
     y = torch.randint(classes, (batch,), generator=generator)
-    found = []
-    for formula in (distillation_loss, None):
-        z, h = start_z.clone().requires_grad_(), start_h.clone().requires_grad_()
-        if formula:
-            loss = loss_of(formula, z, y, z_t, h, h_t, Distillation(alpha, beta, hot, reduction))
-        else:
-            loss = literal_loss(z, y, z_t, h, h_t, alpha, beta, hot, reduction)
-        gradients = torch.autograd.grad(loss, (z, h), allow_unused=True, materialize_grads=True)
-        found.append((loss.detach(), *gradients))
-    for ours, literal in zip(*found, strict=True):
-        torch.testing.assert_close(ours, literal, rtol=1e-9, atol=1e-9)
+    options = Distillation(alpha, beta, temperature, reduction)
+    loss = loss_of(distillation_loss, z_s, y, z_t, h_s, h_t, options)
+    expected = reference_loss(z_s, y, z_t, h_s, h_t, alpha, beta, temperature, reduction)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    gradients, expected_gradients = (
+        torch.autograd.grad(value, (z_s, h_s), allow_unused=True, materialize_grads=True) for value in (loss, expected)
+    )
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-9)
 
 
-def test_distillation_loss_known_values():
+def test_known_values_of_the_distillation_loss():
     hidden = torch.zeros(1, 1, 1)
     student, teacher, label = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3), 0.0]]), torch.tensor([0])
 
     def loss(**options):
-        given = Distillation(**{"alpha": 1.0, "beta": 0.0, "temperature": 1.0, **options})
-        return loss_of(distillation_loss, student, label, teacher, hidden + 3, hidden + 1, given).item()
+        distillation = Distillation(**{"alpha": 1.0, "beta": 0.0, "temperature": 1.0, **options})
+        return loss_of(distillation_loss, student, label, teacher, hidden + 3, hidden + 1, distillation).item()
 
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert loss() == pytest.approx(divergence)
@@ -213,7 +216,7 @@ def test_distillation_loss_known_values():
     assert loss(beta=2.0) == pytest.approx(divergence + 4.0)  # 2 · ½ · 2²
 
 
-def test_no_gradient_where_the_student_is_the_teacher():
+def test_gradient_is_zero_if_the_student_equals_the_teacher():
     logits = torch.randn(4, 3, requires_grad=True)
     hidden = torch.randn(4, 2, 5, requires_grad=True)
     options = Distillation(alpha=1.0, beta=5.0, temperature=5.0)
@@ -234,7 +237,7 @@ def test_distillation_options_out_of_range_are_refused(options):
         Distillation(**options)
 
 
-def test_hidden_states_are_those_of_the_heads_token():
+def test_row_states_are_hidden_states_at_the_heads_token():
     layers = tuple(torch.randn(3, 5, 4) for _ in range(4))
     states = Output(torch.zeros(3, 2), torch.arange(3), torch.tensor([2, 4, 0]), layers).row_states()
     assert states.shape == (3, 3, 4)  # embeddings and all layers but the last
@@ -245,73 +248,81 @@ def test_hidden_states_are_those_of_the_heads_token():
 
 
 @pytest.mark.parametrize("architecture", ["roberta", "llama"])
-def test_the_teacher_computes_each_wanted_example_once(opened, tuned, task_file, tmp_path, architecture):
+def test_teacher_runs_each_used_example_once(opened, tuned, task_file, tmp_path, architecture):
     base = opened[architecture]
     data = load_data(task_file, 20)
     teacher = load_model(load_adaptation(tuned[architecture, "full"]), base, data.head)
     data = data.with_settings(max_length=32)
     examples = encode(base, data, data.train)
-    wanted = np.array([5, 3, 5, 200, 3, 77])
-    seen = []
+    order = np.array([5, 3, 5, 200, 3, 77])
+    batch_sizes = []
     teacher.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        lambda module, args, kwargs: batch_sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
 
-    def call():
-        taught = compute_teacher_outputs(
-            Deployment(teacher, base, data, "fp32"), data.train, wanted, Distillation(), tmp_path
-        )
-        return taught.signal.logits, taught.hidden
+    def compute():
+        deployment = Deployment(teacher, base, data, "fp32")
+        outputs = compute_teacher_outputs(deployment, data.train, order, Distillation(), tmp_path)
+        return outputs.signal.logits, outputs.hidden
 
-    logits, hidden = call()
-    assert sum(seen) == 4
-    again = call()
-    assert sum(seen) == 4
-    assert torch.equal(again[0], logits)
-    assert torch.equal(again[1], hidden)
+    logits, hidden = compute()
+    assert sum(batch_sizes) == 4
+    cached_logits, cached_hidden = compute()
+    assert sum(batch_sizes) == 4
+    assert torch.equal(cached_logits, logits)
+    assert torch.equal(cached_hidden, hidden)
     with torch.no_grad():
-        for i in set(wanted.tolist()):
+        for i in set(order.tolist()):
             ids = torch.tensor([examples.columns["input_ids"][i]])
             plain = teacher(input_ids=ids, output_hidden_states=True)
             position = -1 if base.is_decoder else 0
             states = torch.stack([layer[0, position] for layer in plain.hidden_states[:-1]])
             torch.testing.assert_close(logits[i], plain.logits[0], atol=1e-5, rtol=0)
-            torch.testing.assert_close(hidden[i].float(), states, atol=1e-2, rtol=1e-2)  # kept in bfloat16
-    unseen = sorted(set(range(len(examples))) - set(wanted.tolist()))
-    assert logits[unseen].abs().sum() == 0
+            torch.testing.assert_close(hidden[i].float(), states, atol=1e-2, rtol=1e-2)  # stored in bfloat16
+    unused = sorted(set(range(len(examples))) - set(order.tolist()))
+    assert logits[unused].abs().sum() == 0
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("name", "value"),
     [
-        {"steps": 0}, {"epochs": 0}, {"epochs": -1}, {"batch_size": 0}, {"learning_rate": 0}, {"eval_every": 0},
-        {"save_every": 0}, {"warmup": 1.0}, {"warmup": -0.1}, {"precision": "fp16"}, {"learning_rate": math.nan},
+        ("steps", 0),
+        ("epochs", 0),
+        ("epochs", -1),
+        ("batch_size", 0),
+        ("learning_rate", 0),
+        ("learning_rate", math.nan),
+        ("eval_every", 0),
+        ("save_every", 0),
+        ("warmup", 1.0),
+        ("warmup", -0.1),
+        ("precision", "fp16"),
     ],
-)  # fmt: skip
-def test_recipe_numbers_out_of_range_are_refused(given):
-    with pytest.raises(RecipeError, match=next(iter(given))):
-        Recipe(**given)
+)
+def test_recipe_values_out_of_range_are_refused(name, value):
+    with pytest.raises(RecipeError, match=name):
+        Recipe(**{name: value})
 
 
 @given(st.integers(5, 10**6))
-def test_five_to_twelve_evaluations(steps):
+def test_number_of_evaluations_is_five_to_twelve(steps):
     resolved = Recipe(steps=steps).resolve(1000, 1e-3)
-    assert 5 <= math.ceil(steps / resolved.eval_every) <= 12  # the last step is always among them
+    assert 5 <= math.ceil(steps / resolved.eval_every) <= 12  # the last step is always evaluated
     assert resolved.eval_every == Recipe(steps=steps, seed=7).resolve(5, 1e-5).eval_every
 
 
-def test_recipe_fills_in_what_is_not_given():
+def test_resolve_sets_missing_values_only():
     resolved = Recipe(epochs=3, batch_size=16).resolve(3200, LEARNING_RATES["lora"])
     assert (resolved.steps, resolved.learning_rate) == (600, 5e-4)
     assert resolved.precision in ("bf16", "fp32")
     assert Recipe(epochs=0.5).resolve(32000, LEARNING_RATES["full"]).steps == 1000
-    given = Recipe(steps=7, learning_rate=0.25, eval_every=100, precision="bf16").resolve(320, 1.0)
-    assert (given.steps, given.learning_rate, given.eval_every, given.precision) == (7, 0.25, 7, "bf16")
+    complete = Recipe(steps=7, learning_rate=0.25, eval_every=100, precision="bf16").resolve(320, 1.0)
+    assert (complete.steps, complete.learning_rate, complete.eval_every, complete.precision) == (7, 0.25, 7, "bf16")
     assert Recipe(epochs=0.001).resolve(3, 1.0).steps >= 1
     assert LEARNING_RATES["full"] == 5e-5
 
 
-def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(opened, task_file, tmp_path):
+def test_nan_loss_is_an_error_that_names_the_step(opened, task_file, tmp_path):
     base, data = opened["bert"], load_data(task_file, 20)
     model = fresh_model(base, data.head, seed=1)
     recipe = Recipe(steps=30, eval_every=10, learning_rate=1e-3, precision="fp32").resolve(len(data.train), 1.0)
@@ -321,18 +332,18 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_step(opened, task_f
         tune_model(model, base, data, recipe, tmp_path, silent)
 
 
-def test_a_training_that_diverges_after_the_last_logged_loss_publishes_nothing(bases, task_file, tmp_path):
+def test_divergence_after_the_last_logged_loss_publishes_nothing(bases, task_file, tmp_path):
     recipe = Recipe(steps=13, eval_every=13, warmup=0.95, batch_size=8, learning_rate=1500.0, precision="fp32", seed=23)
     with pytest.raises(RecipeError, match=r"became nan at step 1\d\. Lower the learning rate \(1500\.0\)"):
         tune(bases["bert"][0], task_file, tmp_path / "out", recipe=recipe)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_model_is_left_with_its_best_weights(opened, task_file, tmp_path):
+def test_model_ends_with_its_best_weights(opened, task_file, tmp_path):
     base, data = opened["bert"], load_data(task_file, 20)
     recipe = Recipe(steps=30, eval_every=3, learning_rate=0.02, precision="fp32").resolve(len(data.train), 1.0)
     model = fresh_model(base, data.head, seed=1)
     curve = tune_model(model, base, data, recipe, tmp_path, silent)
-    found = predict(model, encode(base, data.with_settings(max_length=32), data.dev), "fp32").argmax(dim=1).numpy()
-    assert (found == data.dev.labels).mean() == pytest.approx(max(point["score"] for point in curve))
+    predicted = predict(model, encode(base, data.with_settings(max_length=32), data.dev), "fp32").argmax(dim=1).numpy()
+    assert (predicted == data.dev.labels).mean() == pytest.approx(max(point["score"] for point in curve))
     assert [point["step"] for point in curve] == list(range(0, 31, 3))

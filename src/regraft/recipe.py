@@ -18,7 +18,7 @@ MIN_STEPS = 100
 NUM_SEEDS = 2**32
 """Seeds are below this number: transformers' `set_seed` seeds NumPy's legacy generator, which takes 32-bit seeds."""
 MAX_BATCH_SIZE = 2**16
-"""Above every batch size in use for tuning: a larger one is a slip, and would run out of memory at the first step."""
+"""Above every batch size in use for tuning: a larger one is a mistake, and would run out of memory at once."""
 MAX_EXAMPLES = 10**8
 """Steps × batch size: the order of the examples is an int64 array in memory, 800 MB at this size."""
 FADE_SCHEDULES = ("none", "linear", "cosine")
@@ -56,7 +56,7 @@ class Recipe:
     weight_decay: float = 0.01  # BERT's (Devlin et al. 2019, appendix A.2)
     eval_every: int | None = None
     save_every: int = 200  # an interruption loses at most so many steps; a checkpoint is up to three times the model
-    seed: int = 20
+    seed: int = 20  # arbitrary
     precision: str = "auto"
     average: float = 0.0
 
@@ -67,19 +67,19 @@ class Recipe:
             if value is not None and not 0 < value < math.inf:
                 raise RecipeError(f"{name} must be a number above 0, found {value}.")
         if self.batch_size > MAX_BATCH_SIZE:
-            raise RecipeError(f"batch_size is up to {MAX_BATCH_SIZE:,}, found {self.batch_size:,}.")
+            raise RecipeError(f"batch_size must be at most {MAX_BATCH_SIZE:,}, found {self.batch_size:,}.")
         if self.steps:
             self._check_examples(self.steps)
         if not 0 <= self.weight_decay < math.inf:
             raise RecipeError(f"weight_decay must be a number that is not negative, found {self.weight_decay}.")
         if not 0 <= self.seed < NUM_SEEDS:
-            raise RecipeError(f"a seed is from 0 to {NUM_SEEDS - 1:,}, found {self.seed:,}.")
+            raise RecipeError(f"seed must be from 0 to {NUM_SEEDS - 1:,}, found {self.seed:,}.")
         if not 0 <= self.warmup < 1:
-            raise RecipeError(f"warmup is a fraction of the steps, from 0 to below 1, found {self.warmup}.")
+            raise RecipeError(f"warmup must be a fraction of the steps, from 0 to below 1, found {self.warmup}.")
         if not 0 <= self.average < 1:
-            raise RecipeError(f"average is a fraction of the steps, from 0 to below 1, found {self.average}.")
+            raise RecipeError(f"average must be a fraction of the steps, from 0 to below 1, found {self.average}.")
         if self.precision not in ("auto", "bf16", "fp32"):
-            raise RecipeError(f"precision is auto, bf16 or fp32, found {self.precision!r}.")
+            raise RecipeError(f"precision must be auto, bf16 or fp32, found {self.precision!r}.")
 
     def resolve(self, examples: int, learning_rate: float) -> Recipe:
         """Set the fields that depend on the data, the kind of training and the device.
@@ -144,7 +144,7 @@ def check_fade_schedule(option: str, schedule: str) -> None:
         RecipeError: The value is none of `FADE_SCHEDULES`.
     """
     if schedule not in FADE_SCHEDULES:
-        raise RecipeError(f"{option} is one of {', '.join(FADE_SCHEDULES)}, found {schedule!r}.")
+        raise RecipeError(f"{option} must be one of {', '.join(FADE_SCHEDULES)}, found {schedule!r}.")
 
 
 def fade_factor(schedule: str, step: int, steps: int) -> float:

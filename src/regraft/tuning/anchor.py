@@ -44,7 +44,7 @@ class Anchoring:
         RecipeError: An option is out of its range.
     """
 
-    strength: float = 0.1
+    strength: float = 0.1  # higher stays closer to the start, lower fits the labels sooner
     weighting: str = "plain"
     decay: str = "linear"
 
@@ -53,7 +53,7 @@ class Anchoring:
         if not 0 <= self.strength < math.inf:
             raise RecipeError(f"strength must be a number that is not negative, found {self.strength}.")
         if self.weighting not in WEIGHTINGS:
-            raise RecipeError(f"weighting is one of {', '.join(WEIGHTINGS)}, found {self.weighting!r}.")
+            raise RecipeError(f"weighting must be one of {', '.join(WEIGHTINGS)}, found {self.weighting!r}.")
         check_fade_schedule("decay", self.decay)
 
 

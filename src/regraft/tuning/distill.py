@@ -46,8 +46,8 @@ class Distillation:
         temperature: The temperature that both models' outputs are softened by.
         kl_reduction: `batchmean` sums the divergence over classes and averages it over the batch, as is usual; `mean`
             averages over both, as the paper's reference implementation does.
-        flip_weight: Above 0, examples that the teacher has right weigh 1 + flip_weight times as much in the teacher's
-            terms as those it has wrong, with a mean of 1 over the batch, against negative flips.
+        flip_weight: Against negative flips, the teacher's terms weigh 1 + flip_weight on examples that the teacher
+            predicts correctly and 1 on the others, scaled to a mean of 1 over the batch.
         decay: How alpha and beta fall to 0 over the training: `none` (they stay, as in the paper), `linear` or
             `cosine`. On a much better new base, a teacher at full weight holds the student back to the end.
 
@@ -55,9 +55,9 @@ class Distillation:
         RecipeError: An option is out of its range.
     """
 
-    alpha: float = 0.7
-    beta: float = 1.0
-    temperature: float = 5.0
+    alpha: float = 0.7  # higher follows the teacher, lower the labels
+    beta: float = 1.0  # higher also holds the student's layers to the teacher's
+    temperature: float = 5.0  # higher gives small probabilities more weight (Hinton et al. 2015, arXiv:1503.02531)
     kl_reduction: str = "batchmean"
     flip_weight: float = 0.0
     decay: str = "none"
@@ -72,7 +72,7 @@ class Distillation:
                 f"({self.temperature})."
             )
         if self.kl_reduction not in ("batchmean", "mean"):
-            raise RecipeError(f"kl_reduction is batchmean or mean, found {self.kl_reduction!r}.")
+            raise RecipeError(f"kl_reduction must be batchmean or mean, found {self.kl_reduction!r}.")
         if not 0 <= self.flip_weight < math.inf:
             raise RecipeError(f"flip_weight must be a number that is not negative, found {self.flip_weight}.")
         check_fade_schedule("decay", self.decay)
@@ -203,8 +203,15 @@ def compute_teacher_outputs(
                     stored[name] = torch.zeros(len(examples.targets), *rows.shape[1:], dtype=rows.dtype)
                 stored[name][row_indices[batch["row"].cpu()]] = rows.cpu()
 
-        model, subset, has_hidden = teacher.model, examples.take(used), bool(options.beta)
-        for_each_batch(model, subset, teacher.precision, store, teacher.progress, "teacher", hidden=has_hidden)
+        for_each_batch(
+            teacher.model,
+            examples.take(used),
+            teacher.precision,
+            store,
+            teacher.progress,
+            "teacher",
+            hidden=bool(options.beta),
+        )
         stored.setdefault("hidden", torch.zeros(len(examples.targets), 0, dtype=torch.bfloat16))
         if not all(rows.isfinite().all() for rows in stored.values()):
             raise MismatchError(

@@ -42,7 +42,7 @@ class Interpolation(Distillation):
         """Check that every option is in its range."""
         super().__post_init__()
         if not all(0 <= x < 1 for x in self.points):
-            raise RecipeError(f"points are from 0 to below 1 (1 is always used), found {self.points}.")
+            raise RecipeError(f"points must be from 0 to below 1 (1 is always used), found {self.points}.")
         if self.drawn < 0:
             raise RecipeError(f"drawn must not be negative, found {self.drawn}.")
 

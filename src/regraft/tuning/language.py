@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LEARNING_RATE = 1e-4
 """The peak rate of BERT's pre-training (Devlin et al. 2019, appendix A.2)."""
 MASK_PROBABILITY = 0.15
-"""The share of tokens that are predicted (Devlin et al. 2019, section 3.1), as are the next two."""
+"""The share of tokens that are predicted, BERT's as the two shares below (Devlin et al. 2019, section 3.1)."""
 MASK_TOKEN_SHARE = 0.8
 """The share of predicted tokens that the mask token replaces."""
 RANDOM_TOKEN_SHARE = 0.1
@@ -146,8 +146,11 @@ class LanguageModelling:
         """Return a batch of blocks with their labels, masked for encoders.
 
         Args:
-            items: The index of each block, and its position in the order, which seeds its mask.
+            items: For each block its index, and its position in the order, which seeds its mask.
             seed: The seed of the masks.
+
+        Returns:
+            `input_ids` and `labels`, blocks × tokens; the label of a token that is not predicted is −100.
         """
         import numpy as np
         import torch

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from regraft.recipe import Recipe
 
 MAX_EVALUATION_BLOCKS = 64
-"""8,192 tokens of the default 128 per block, at most a twentieth of the text; more make each evaluation slower."""
+"""8,192 tokens in blocks of the default 128, and at most a twentieth of the text; more make evaluations slower."""
 HEAD_STEPS_DIVISOR = 10
 """A fresh head is first trained alone for a tenth of the steps, which adds less than a tenth to the cost."""
 HEAD_LEARNING_RATE = 1e-3
@@ -60,7 +60,7 @@ class Replay:
     """
 
     corpus: Corpus
-    share: float = 0.1
+    share: float = 0.1  # higher forgets less, lower leaves more steps to the new text
 
     def __post_init__(self) -> None:
         """Check that the share is in its range."""
@@ -156,7 +156,9 @@ def pretrain(
     from transformers import set_seed
 
     if block > base.max_input_length:
-        raise RecipeError(f"--block {block} is more than the {base.max_input_length} tokens that {base.path} takes.")
+        raise RecipeError(
+            f"--block {block} is more than the {base.max_input_length} tokens that {base.path} takes. Lower --block."
+        )
     inputs = {
         "base": base.fingerprint,
         "corpus": corpus.digest(),
@@ -220,7 +222,7 @@ class _BaseWriter:
     Args:
         base: The base before pre-training.
         corpus: The text.
-        inputs: What the result depends on, for the record.
+        inputs: Everything that the result depends on, for the record.
         recipe: The resolved recipe.
         block: Tokens per block.
     """

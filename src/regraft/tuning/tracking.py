@@ -73,7 +73,7 @@ def trackers(run: str) -> tuple[list[str], list[Any]]:
         if name not in get_available_reporting_integrations():  # type: ignore[no-untyped-call]
             raise RecipeError(f"--report-to {name}: the package is not installed. Install it with pip.")
     callbacks: list[Any] = []
-    if "tensorboard" in names:  # `report_to` would write to a folder of the Trainer's choice
+    if "tensorboard" in names:  # by `report_to`, the Trainer would choose the folder
         from torch.utils.tensorboard import SummaryWriter
 
         callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / run))))  # type: ignore[no-untyped-call]

@@ -29,13 +29,13 @@ LEARNING_RATES = {
     "full": 5e-5,  # in BERT's range, 2e-5 to 5e-5 (Devlin et al. 2019, appendix A.3)
     "lora": 5e-4,  # RoBERTa-base on MNLI in the reference implementation of Hu et al. 2021
     "bottleneck": 5e-4,  # in the range of Houlsby et al. 2019, 3e-5 to 3e-3
-    "layernorm": 1e-3,  # between LoRA's and IA3's, as is the number of parameters
+    "layernorm": 1e-3,  # between LoRA's and IA3's; no source
     "ia3": 5e-3,  # as in PEFT's method comparison
     "prefix": 1e-2,  # as in PEFT's example of prefix tuning
     "prompt": 1e-2,  # a prefix before the first layer only
 }
 """The default peak learning rate by kind of adaptation."""
-OTHER_LEARNING_RATE = LEARNING_RATES["lora"]
+DEFAULT_ADAPTER_LEARNING_RATE = LEARNING_RATES["lora"]
 """The default for all other kinds of PEFT, most of which are variants of LoRA."""
 
 
@@ -62,7 +62,7 @@ def learning_rate(kind: str) -> float:
     Args:
         kind: The kind, as in `Adaptation`.
     """
-    return LEARNING_RATES.get(kind, OTHER_LEARNING_RATE)
+    return LEARNING_RATES.get(kind, DEFAULT_ADAPTER_LEARNING_RATE)
 
 
 def tune_model(

@@ -36,10 +36,9 @@ def standardised_outputs(model: Any, base: Base, data: TaskData) -> Iterator[Non
     if units is None:
         yield
         return
+    mean, scale = units
     layers = _output_layers(model, base, data)
     standardise_outputs(model, base, data)
-
-    mean, scale = units
 
     def rescale(layer: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
         return output * scale + (mean if layer.bias is not None else 0)
