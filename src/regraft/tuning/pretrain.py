@@ -20,8 +20,7 @@ from regraft.checkpoint import (
     read_json,
     resumable_folder,
     shape_of,
-    to_json,
-    write_atomic,
+    write_json,
     write_safetensors,
 )
 from regraft.errors import CheckpointError, OutcomeError, RecipeError
@@ -257,7 +256,7 @@ class _BaseWriter:
             "tokens": steps * self.recipe.batch_size * self.block,
             "curve": curve,
         }
-        write_atomic(staging / PRETRAINING, to_json(record, PRETRAINING, indent=2) + "\n")
+        write_json(staging / PRETRAINING, record, indent=2)
         publish(staging, out)
 
 
