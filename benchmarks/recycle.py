@@ -41,7 +41,8 @@ def main():
     recipe = Recipe(steps=100, batch_size=16)
     with show_progress() as progress:
         new = pretrain(old, Corpus((str(corpus),)), OUT / "new-base", recipe, progress=progress)
-    upgrade, task = Upgrade(old, new), Task.load(file)
+    upgrade = Upgrade(old, new)
+    task = Task.load(file)
     if "--kinds" in sys.argv:
         compare_kinds(upgrade, task)
     else:

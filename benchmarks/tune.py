@@ -37,7 +37,8 @@ NUM_REPETITIONS = 3
 EXAMPLES_BY_TASK = {"section-role": 640, "imdb": 128}
 """Training examples of each run: fewer where texts are long."""
 WARM_UP_EXAMPLES = 64
-TRAINER_BATCH_SIZE, REGRAFT_BATCH_SIZE = 8, Recipe().batch_size
+TRAINER_BATCH_SIZE = 8
+REGRAFT_BATCH_SIZE = Recipe().batch_size
 """The defaults of both."""
 
 

@@ -150,7 +150,8 @@ def write_measured(grid: Grid, folder: Path) -> None:
     Raises:
         OutcomeError: The folder has the results of more runs.
     """
-    results, num_cells = collect_results(grid), len(list(iterate_cells(grid)))
+    results = collect_results(grid)
+    num_cells = len(list(iterate_cells(grid)))
     if len(results["runs"]) < num_cells:
         results["made"]["of"] = num_cells
     write_readme(write_results(folder, results, count_runs), folder)
@@ -168,7 +169,8 @@ def write_readme(results: dict[str, Any], folder: Path) -> None:
         results: The content of `results.json`.
         folder: Gets `README.md`.
     """
-    introduction, num_runs = INTRODUCTION, count_runs(results)
+    introduction = INTRODUCTION
+    num_runs = count_runs(results)
     if num_cells := results["made"].get("of"):
         introduction += (
             f"\n\n**Not complete: {num_runs} of {num_cells} runs so far; the same command makes the others.**"

@@ -167,7 +167,8 @@ def _format_steps_share(share: float) -> str:
 
 
 def _tuning_sections(results: dict[str, Any], regime: dict[str, Any]) -> list[str]:
-    name, reference = regime["name"], results["made"]["regimes"][0]
+    name = regime["name"]
+    reference = results["made"]["regimes"][0]
     methods = _list_methods(results, name, training=True)
     if not methods:
         return []

@@ -100,7 +100,8 @@ def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
     data = dataclasses.replace(load_data(grid.tasks[task], seed), test=None)
     bases = Upgrade(grid.old_base, grid.upgrades[upgrade])
     with load_pair(bases, old_folder(grid, task, kind, seed), data, recipe=Recipe(seed=seed)) as pair:
-        checked, gain = check_pair(pair), probe_gain(pair)
+        checked = check_pair(pair)
+        gain = probe_gain(pair)
         likeness = similarity(pair.old.model, pair.new.model, bases.old, pair.data, precision=pair.precision)
         judgement = verdict(
             pair.data.task.scoring,

@@ -59,7 +59,10 @@ def _make_split(name: str, targets: Sequence[int]) -> Split:
 
 def read_texts(data: TaskData) -> list[str]:
     """Return all texts of train and dev in the order of their source."""
-    rows = [*zip(data.train.rows, data.train.texts, strict=True), *zip(data.dev.rows, data.dev.texts, strict=True)]
+    rows = [
+        *zip(data.train.row_numbers, data.train.texts, strict=True),
+        *zip(data.dev.row_numbers, data.dev.texts, strict=True),
+    ]
     return [texts[0] for _, texts in sorted(rows)]
 
 

@@ -183,7 +183,7 @@ def test_other_formats_are_refused_with_a_remedy(tmp_path):
     with pytest.raises(CheckpointError, match="no such file or folder, and"):
         Checkpoint.open(tmp_path / "none")
     for name, message in [
-        ("training_args.bin", "Give the folder that save_pretrained wrote"),
+        ("training_args.bin", "Use the folder that save_pretrained wrote"),
         ("weights.safetensors", "not called model.safetensors"),
         ("model.onnx", "exported to ONNX"),
         ("flax_model.msgpack", "from_flax=True"),

@@ -29,7 +29,7 @@ def test_dev_is_a_tenth_of_each_class_of_train(tmp_path: Path) -> None:
     data, repeated = read_task(make_task(path)), read_task(make_task(path))
     reseeded = read_task(make_task(path), seed=1)
     assert np.bincount(data.dev.labels).tolist() == [6, 3]  # the only c stays in train
-    assert sorted([*data.train.rows, *data.dev.rows]) == list(range(1, 92))
+    assert sorted([*data.train.row_numbers, *data.dev.row_numbers]) == list(range(1, 92))
     assert data.digest() == repeated.digest() != reseeded.digest()
 
 
@@ -146,7 +146,7 @@ def test_labels_that_look_alike_or_missing_are_warned_about(tmp_path: Path, capl
 def test_the_digest_depends_on_the_content_alone_and_never_changes() -> None:
     data = make_data([0, 1, 2])
     assert data.digest() == "a180bd6cca648023d34fff1bce7c1aea975b63df061405ff7c0b223f2c2fe727"
-    moved_train = dataclasses.replace(data.train, source="b", rows=data.dev.rows)
+    moved_train = dataclasses.replace(data.train, source="b", row_numbers=data.dev.row_numbers)
     renamed = dataclasses.replace(data.with_settings(name="renamed"), train=moved_train)
     assert renamed.digest() == data.digest()
     changed = [
@@ -163,7 +163,7 @@ def test_chance_is_the_majority_class_and_examples_can_be_selected() -> None:
     data = make_data([2, 2, 0, 1], dev=[2, 0])
     assert (data.task.chance_prediction(data.train.targets, data.labels), chance_score(data, data.dev)) == (2, 0.5)
     selected = data.train.take([3, 0])
-    assert (selected.texts, selected.labels.tolist(), selected.rows.tolist()) == (
+    assert (selected.texts, selected.labels.tolist(), selected.row_numbers.tolist()) == (
         [("train 3",), ("train 0",)],
         [1, 2],
         [4, 1],

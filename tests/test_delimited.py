@@ -75,7 +75,7 @@ def test_quotes_that_no_csv_writer_leaves_are_characters(
 ) -> None:
     data = read_task(make_task(write_tsv(tmp_path / "a.tsv", make_texts(replaced))))
     assert read_texts(data) == make_texts(replaced | as_read)
-    assert data.train.labels.tolist() == [(row - 1) % 2 for row in data.train.rows]
+    assert data.train.labels.tolist() == [(row - 1) % 2 for row in data.train.row_numbers]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_declared_quoting_applies_to_csv_too(tmp_path: Path) -> None:
         read_task(make_task(str(tmp_path / "a.csv")))
     assert read_texts(read_task(make_task(str(tmp_path / "a.csv"), quoting="plain")))[0] == '"open 0'
     (tmp_path / "t.yaml").write_text("train: a.csv\ntext: text\nlabel: label\nquoting: none\n")
-    with pytest.raises(DataError, match=r"'quoting' is 'none'\. Give quoted or plain"):
+    with pytest.raises(DataError, match=r"'quoting' is 'none'\. Set it to quoted or plain"):
         Task.load(tmp_path / "t.yaml")
 
 

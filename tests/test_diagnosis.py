@@ -61,7 +61,9 @@ def test_flips_by_hand(load_exact_pair, bases, tuned):
         pair.new._outputs[pair.split] = 2.0 * one_hot(after, 2)
         result = regressions(pair, [[True] * 100])
         assert (result.negative, result.positive, result.examples) == (5, 3, 100)
-        assert [flip.row for flip in result.flips] == [int(pair.split.rows[i]) for i in (0, 1, 2, 10, 11, 12, 13, 14)]
+        assert [flip.row for flip in result.flips] == [
+            int(pair.split.row_numbers[i]) for i in (0, 1, 2, 10, 11, 12, 13, 14)
+        ]
         assert [flip.kind for flip in result.flips] == ["positive"] * 3 + ["negative"] * 5
         flip = result.flips[3]
         assert flip.text == pair.split.texts[10][0]

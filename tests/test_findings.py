@@ -147,7 +147,7 @@ TASK_WITHOUT_TEST = {"name": "mood", "train": "a.csv", "text": "t", "label": "l"
         ({"domains": [{"name": "a", "characters": 5}]}, "needs either `demo` or `sources`"),
         ({"tasks": {"mood": {"domain": "first"}}}, "needs either `demo` or `task`"),
         ({"tasks": {"mood": {"domain": "first", "task": TASK_WITHOUT_TEST}}}, "of task mood needs a `test`"),
-        ({"max_length": "long"}, "the key 'max_length' is 'long'. Give a whole number of tokens"),
+        ({"max_length": "long"}, "the key 'max_length' is 'long'. Set it to a whole number of tokens"),
     ],
 )
 def test_an_invalid_size_is_refused(tmp_path, folder, change, message):

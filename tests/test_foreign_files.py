@@ -274,7 +274,7 @@ def test_tokenizer_without_padding_token_makes_the_same_batches(tmp_path, copied
         base = Base.open(copied(source, "tokenizer_config.json", **changes))
         encoded = encode(base, data.with_settings(max_length=32), data.dev)
         assert encoded.columns["input_ids"] == expected.columns["input_ids"]
-        assert 0 <= encoded.pad["input_ids"] < base.rows
+        assert 0 <= encoded.pad["input_ids"] < base.vocabulary_size
         assert encoded.batch([0, 1])["attention_mask"].equal(expected.batch([0, 1])["attention_mask"])
 
 
@@ -307,7 +307,7 @@ def test_text_without_tokens_is_refused(copied, bases, task_file):
     data = load_data(task_file, 0)
     dev = data.dev
     dev.texts[3] = ("\x01",)
-    with pytest.raises(DataError, match=rf"dev\.csv, row {dev.rows[3]}: .* makes no token of the text"):
+    with pytest.raises(DataError, match=rf"dev\.csv, row {dev.row_numbers[3]}: .* makes no token of the text"):
         encode(Base.open(folder), data, dev)
 
 
@@ -395,11 +395,11 @@ def test_other_adapter_formats_are_refused_with_a_remedy(tmp_path, copied, tuned
             load_adaptation(folder)
         merge = ["weights", "merge-lora", "--adapter", str(folder), "--base", "none", "--out", str(tmp_path / "out")]
         assert "of the adapters library" in str(CliRunner().invoke(app, merge).exception)
-    with pytest.raises(CheckpointError, match=re.escape(f"is a file. Give its folder, {lora}")):
+    with pytest.raises(CheckpointError, match=re.escape(f"is a file. Use its folder, {lora}")):
         load_adaptation(lora / "adapter_model.safetensors")
     (tmp_path / "peft").mkdir()
     shutil.copytree(lora, tmp_path / "peft" / "reviewer")
-    with pytest.raises(CheckpointError, match=re.escape(f"Give {tmp_path / 'peft' / 'reviewer'}")):
+    with pytest.raises(CheckpointError, match=re.escape(f"Use {tmp_path / 'peft' / 'reviewer'}")):
         load_adaptation(tmp_path / "peft")
     with pytest.raises(CheckpointError, match="Its folder reviewer has: give that"):
         Checkpoint.open(tmp_path / "peft")

@@ -46,7 +46,7 @@ def test_every_format_yields_the_same_unchanged_texts(tmp_path: Path, ending: st
 
     data = read(ending)
     assert [texts[0] for texts in data.train.texts] == UNUSUAL_TEXTS
-    assert data.train.rows.tolist() == list(range(1, len(UNUSUAL_TEXTS) + 1))
+    assert data.train.row_numbers.tolist() == list(range(1, len(UNUSUAL_TEXTS) + 1))
     assert data.labels == ("0", "1")
     assert data.digest() == read("jsonl").digest()
 
@@ -71,7 +71,7 @@ def test_labels_have_the_same_names_and_order_in_every_format(
 def test_two_columns_of_text_make_pairs(tmp_path: Path) -> None:
     rows = [{"label": i % 2, "p": f"premise {i}", "h": f"hypothesis {i}"} for i in range(20)]
     data = read_task(make_task(write_table(tmp_path / "a.csv", rows), text=("h", "p")))
-    first = data.train.rows[0] - 1
+    first = data.train.row_numbers[0] - 1
     assert data.train.texts[0] == (f"hypothesis {first}", f"premise {first}")
 
 
@@ -81,7 +81,7 @@ def test_listed_labels_fix_the_order_and_the_source_can_be_a_path(tmp_path: Path
         TextClassification.model_validate(KEYS | {"name": "t", "train": tmp_path / "a.csv", "labels": ["pos", "neg"]})
     )
     assert data.labels == ("pos", "neg")
-    assert data.train.labels[0] == {"pos": 0, "neg": 1}[make_rows(10)[int(data.train.rows[0]) - 1]["label"]]
+    assert data.train.labels[0] == {"pos": 0, "neg": 1}[make_rows(10)[int(data.train.row_numbers[0]) - 1]["label"]]
 
 
 def test_a_folder_of_files_is_read_through_datasets(tmp_path: Path, hub_cache: None) -> None:
@@ -115,7 +115,7 @@ def test_class_names_of_datasets_are_used_in_their_order(tmp_path: Path, hub_cac
     train: str | HubSplit = HubSplit(dataset=str(tmp_path / "set"), split="train")
     data = read_task(make_task(train if source == "data set" else str(tmp_path / "set" / "train.parquet")))
     assert data.labels == ("world", "arts", "unused")
-    assert data.train.labels.tolist() == [(row - 1) % 2 for row in data.train.rows]
+    assert data.train.labels.tolist() == [(row - 1) % 2 for row in data.train.row_numbers]
     assert summarise(data)[0].absent == ("unused",)
 
 
@@ -152,7 +152,7 @@ def test_hidden_labels_of_a_hub_test_split_are_an_error(tmp_path: Path, hub_cach
         ("a.xlsx", "x", ["files ending in '.xlsx'", ".parquet"]),
         ("imdb", "x", ["files without a suffix", "{dataset: imdb, split: train}"]),
         ("a.csv", "", ["there are no rows"]),
-        ("a.csv", "text,label\n", ["there are no rows", "Give a source"]),
+        ("a.csv", "text,label\n", ["there are no rows", "Use a source"]),
         ("a.jsonl", "\n\n", ["there are no rows"]),
         ("a.csv", "txt,label\na,b\n", ["no column 'text'", "Did you mean 'txt'?", "'txt', 'label'"]),
         ("a.csv", "text,label,text\na,b,c\n", ["several columns 'text'", "Rename"]),
@@ -274,7 +274,7 @@ def test_json_that_is_deep_or_cut_off_is_refused(tmp_path: Path, content: str) -
         ("a.json", '{"version": 1, "data": [{"text": "a", "label": 1}]}', "orient='records'"),
         ("a.jsonl", '{"text": "a", "label": 1}\n'.encode("utf-16"), "Save the file as UTF-8"),
         ("data.arrow", "ARROW1", r"Write \{dataset: .*, split: train\}"),
-        ("a.xlsx", "PK", r"Give a \.csv"),
+        ("a.xlsx", "PK", r"Use a \.csv"),
     ],
 )
 def test_unreadable_files_of_other_tools_are_refused_with_a_remedy(

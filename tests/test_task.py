@@ -78,7 +78,7 @@ def test_an_invalid_key_is_named_with_its_file_and_remedy(
         ("[a]: b\n", ["line 1", "is not valid YAML"]),
         ("", ["expected keys and values", "an empty file"]),
         ("- a\n", ["expected keys and values", "a list"]),
-        ("text: text\nlabel: label\n", ["the key 'train' is missing", "Give a file (.csv"]),
+        ("text: text\nlabel: label\n", ["the key 'train' is missing", "Set it to a file (.csv"]),
         ("label: a\nname:\ntext: b\nmetirc: mcc\n", ["'train'", "'name'", "'metirc'"]),  # all at once
     ],
 )

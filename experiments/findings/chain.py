@@ -158,7 +158,8 @@ def summary_in_percent(summary: RouteSummary) -> Row:
 
 def build_page(results: dict[str, Any]) -> Page:
     """Write a table of scores along the chain for each task and kind, and draw them."""
-    sections, pictures = [], {}
+    sections = []
+    pictures = {}
     num_bases = len(results["bases"])
     head = [
         "",
@@ -169,7 +170,8 @@ def build_page(results: dict[str, Any]) -> Page:
     ]
     for task, kind in distinct_keys(results["standings"], "task", "kind"):
         runs = select(results["runs"], task=task, kind=kind)
-        rows, series = [], {}
+        rows = []
+        series = {}
         for summary in select(results["standings"], task=task, kind=kind):
             label = summary["method"] + (f", {summary['route']}" if summary["route"] else "")
             scores_by_base = [_route_scores(runs, summary, base) for base in range(num_bases)]

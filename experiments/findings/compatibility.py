@@ -107,7 +107,8 @@ def build_page(results: dict[str, Any]) -> Page:
     """Write the scores on every base as tables, and draw them over the steps."""
     runs = results["runs"]
     bases = sorted(set(distinct_values(runs, "base")))
-    sections, pictures = [], {}
+    sections = []
+    pictures = {}
     for kind in distinct_values(runs, "kind"):
         kind_runs = select(runs, kind=kind)
         rows = [row for task in distinct_values(kind_runs, "task") for row in _task_rows(kind_runs, task, bases)]

@@ -77,7 +77,8 @@ def measure(
     store: Store, work: Path, task: str, kind: str, i: int, j: int, seed: int, second_seed: int, num_points: int
 ) -> dict[str, Any]:
     """Evaluate models on the line from a tuning on M_i to one on M_j; for adapters the base is interpolated too."""
-    data, upgrade = store.load_data(task), store.load_upgrade(i, j)
+    data = store.load_data(task)
+    upgrade = store.load_upgrade(i, j)
     recipe = store.recipe(kind, seed, i).resolve(len(data.train), 1.0)
     first = load_counterpart(store.tuning_folder(task, kind, i, seed), upgrade.old, data)
     second = load_counterpart(store.tuning_folder(task, kind, j, second_seed), upgrade.new, data)
@@ -107,7 +108,9 @@ def collect_results(store: Store, config: Config, records: list[CellRecord]) -> 
 
 def build_page(results: dict[str, Any]) -> Page:
     """Write a table of barriers, and draw the losses along the lines and the barriers over hops."""
-    runs, sections, pictures = results["runs"], [], {}
+    runs = results["runs"]
+    sections = []
+    pictures = {}
     head = [
         "task",
         "line",

@@ -195,7 +195,8 @@ def _collect_differences(store: Store, config: Config, runs: dict[RunKey, Row]) 
 
 def build_page(results: dict[str, Any]) -> Page:
     """Write a table of methods by number of labels, and draw them."""
-    sections, pictures = [], {}
+    sections = []
+    pictures = {}
     shots = sorted({run["shots"] for run in results["runs"] if run["shots"] is not None})
     head = ["method", *(f"{count} a class" for count in shots)]
     for task, kind, old, new in results["upgrades"]:

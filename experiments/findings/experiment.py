@@ -169,7 +169,8 @@ def measure_cell(store: Store, cell: Cell, file: Path) -> str:
     Returns:
         A line for the report.
     """
-    started, work = time.perf_counter(), file.with_suffix("")
+    started = time.perf_counter()
+    work = file.with_suffix("")
     work.parent.mkdir(parents=True, exist_ok=True)
     figures, refusal = None, None
     try:
@@ -202,7 +203,8 @@ def judge_claim(claim: str, part: str, confirmations: Sequence[bool], figure: st
     """
     if not confirmations:
         return Finding(claim, "not measured", "nothing has been run", part)
-    num_cells, num_confirmed = len(confirmations), sum(confirmations)
+    num_cells = len(confirmations)
+    num_confirmed = sum(confirmations)
     share = num_confirmed / num_cells
     verdict: Verdict = "mixed"
     if share >= MIN_CONFIRMED_SHARE:

@@ -159,7 +159,8 @@ def _collect_differences(store: Store, config: Config, runs: dict[tuple[str, str
 
 def build_page(results: dict[str, Any]) -> Page:
     """Write a table of all starts, and draw the learning curves."""
-    sections, pictures = [], {}
+    sections = []
+    pictures = {}
     head = [
         "from",
         "dev at the start",
@@ -172,7 +173,8 @@ def build_page(results: dict[str, Any]) -> Page:
     for task, kind in distinct_keys(results["runs"], "task", "kind"):
         runs = select(results["runs"], task=task, kind=kind)
         differences = select(results["differences"], task=task, kind=kind)
-        rows, curves = [], {}
+        rows = []
+        curves = {}
         for role in ("scratch", *ROLES):
             role_runs = select(runs, **{"from": role})
             if role_runs:

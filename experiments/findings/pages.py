@@ -66,7 +66,8 @@ def collect_provenance(store: Store, experiment: Experiment, config: Any) -> dic
         Seeds, bases, recipes, tasks, config and versions; `cells`: how many have been made, and how many there are;
         `refused`: the reasons of refused cells; `seconds`: the time of all cells.
     """
-    records, size = experiment.read_records(store, config), store.size
+    records = experiment.read_records(store, config)
+    size = store.size
     refusals = experiment.read_refusals(store, config)
     versions = sorted({json.dumps(record.versions, sort_keys=True) for record in records})
     return {
@@ -182,7 +183,8 @@ def write_index(experiments: tuple[Experiment, ...], folder: Path) -> None:
     """
     rows = []
     for experiment in experiments:
-        file, link = folder / experiment.name / "results.json", f"[{experiment.name}]({experiment.name}/README.md)"
+        file = folder / experiment.name / "results.json"
+        link = f"[{experiment.name}]({experiment.name}/README.md)"
         if not file.is_file():
             rows.append([MISSING, experiment.title, "not measured", "", experiment.name])
             continue

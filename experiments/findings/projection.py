@@ -110,7 +110,8 @@ def measure(
     steps: int,
 ) -> dict[str, Any]:
     """Evaluate old weights on the new base, unchanged or projected by a map learned from other tasks."""
-    upgrade, adaptation = TaskUpgrade(task, kind, old, new), store.tuning_folder(task, kind, old, seed)
+    upgrade = TaskUpgrade(task, kind, old, new)
+    adaptation = store.tuning_folder(task, kind, old, seed)
     if fit == DIRECT:
         return run_method(store, work, upgrade, adaptation, seed, "direct")
     pairs = []
@@ -168,7 +169,8 @@ def _collect_differences(store: Store, config: Config, runs: dict[RunKey, Row]) 
 
 def build_page(results: dict[str, Any]) -> Page:
     """Write a table for each kind and upgrade, and draw the methods."""
-    sections, pictures = [], {}
+    sections = []
+    pictures = {}
     for kind, old, new in distinct_keys(results["runs"], "kind", "old", "new"):
         runs = select(results["runs"], kind=kind, old=old, new=new)
         differences = select(results["differences"], kind=kind, old=old, new=new)

@@ -82,7 +82,8 @@ def measure(
     num_texts: int,
 ) -> dict[str, Any]:
     """Compare a tuning on M_0 with those on later bases, with another seed and task, and with random weights."""
-    data, first_base = store.load_data(task), store.load_upgrade(0, 1).old
+    data = store.load_data(task)
+    first_base = store.load_upgrade(0, 1).old
     precision = store.recipe(kind, seed, 0).resolve(len(data.train), 1.0).precision
     first_folder = store.tuning_folder(task, kind, 0, seed)
     first_model = load_counterpart(first_folder, first_base, data)
@@ -110,9 +111,11 @@ def measure(
             "best": [list(layer) for layer in comparison.best],
         }
 
-    comparisons, distances = {}, []
+    comparisons = {}
+    distances = []
     for base in range(1, num_bases):
-        upgrade, folder = store.load_upgrade(0, base), store.tuning_folder(task, kind, base, seed)
+        upgrade = store.load_upgrade(0, base)
+        folder = store.tuning_folder(task, kind, base, seed)
         comparisons[f"M_{base}"] = compare_with(load_counterpart(folder, upgrade.new, data))
         weights_distance = _tuned_distance((first_folder, upgrade.old), (folder, upgrade.new))
         distances.append({"base": base, **_distance_figures(weights_distance)})

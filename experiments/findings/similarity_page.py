@@ -26,7 +26,9 @@ MIN_COSINE = 0.9
 
 def build_page(results: dict[str, Any]) -> Page:
     """Write the tables of similarities and of distances, and draw the heads."""
-    runs, sections, pictures = results["runs"], [], {}
+    runs = results["runs"]
+    sections = []
+    pictures = {}
     head = ["task", "against", "divergence (bits)", "cosine", "heads nearest to themselves", "CKA", "agreement"]
     for kind in distinct_values(runs, "kind"):
         kind_runs = select(runs, kind=kind)

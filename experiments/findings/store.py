@@ -88,7 +88,8 @@ class Store:
 
     def list_base_checkpoints(self) -> list[BaseCheckpoint]:
         """Return all bases after M_0 that were kept, those between two hops included, in order of their steps."""
-        checkpoints, steps_before = [], 0
+        checkpoints = []
+        steps_before = 0
         for number in range(1, self.num_bases):
             folder = Path(self.base_name(number))
             steps = read_pretraining_steps(folder)
@@ -178,7 +179,8 @@ def check_size(store: Store) -> None:
     Raises:
         OutcomeError: It was made at another size; the message names the keys that differ.
     """
-    file, size = store.out / "size.json", store.size.model_dump(mode="json")
+    file = store.out / "size.json"
+    size = store.size.model_dump(mode="json")
     if file.is_file():
         recorded = json.loads(file.read_text(encoding="utf-8"))
         differing = [

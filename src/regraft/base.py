@@ -63,9 +63,9 @@ class Base:
         """
         path = find_path(name)
         if path.is_file():
-            raise CheckpointError(f"{path}: is a file. Give the folder that save_pretrained of transformers wrote.")
+            raise CheckpointError(f"{path}: is a file. Use the folder that save_pretrained of transformers wrote.")
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise CheckpointError(f"{path}: is an adapter, not a base. Give the base that it was tuned on.")
+            raise CheckpointError(f"{path}: is an adapter, not a base. Use the base that it was tuned on.")
         checkpoint = Checkpoint.open(path)
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path}: has no config.json. Copy the one that was saved with these weights.")
@@ -95,7 +95,7 @@ class Base:
         """The tokenizer, with a padding token if it has any suitable special token."""
         tokenizer = copy.deepcopy(self.tokenizer_override) if self.tokenizer_override else read_tokenizer(self.path)
         self.check_tokens(tokenizer, tokenizer("")["input_ids"])
-        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= self.rows:
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= self.vocabulary_size:
             tokenizer.pad_token = None  # it was added without resizing the embeddings
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -124,7 +124,7 @@ class Base:
         return self.checkpoint.tensors[stored].shape[0] if stored else len(self.tokenizer)
 
     @functools.cached_property
-    def rows(self) -> int:
+    def vocabulary_size(self) -> int:
         """The number of tokens that have a row in the embeddings, including additional ones of an adaptation."""
         return self.rows_override or int(getattr(self.config.get_text_config(), "vocab_size", None) or sys.maxsize)
 
@@ -138,10 +138,10 @@ class Base:
         Raises:
             CheckpointError: An id is beyond the embeddings.
         """
-        if (highest := max(ids, default=0)) >= self.rows:
+        if (highest := max(ids, default=0)) >= self.vocabulary_size:
             raise CheckpointError(
                 f"{self.path}: its tokenizer produces token {tokenizer.convert_ids_to_tokens(highest)!r} "
-                f"({highest:,}), but its embeddings have {self.rows:,} rows: the token was added without "
+                f"({highest:,}), but its embeddings have {self.vocabulary_size:,} rows: the token was added without "
                 "resize_token_embeddings. Use the tokenizer that was saved with these weights."
             )
 
@@ -196,7 +196,8 @@ class Base:
         for name, module in self.architecture.model.named_modules():
             if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 positions -= module.padding_idx + 1  # positions of RoBERTa start after the padding's id
-        length, special = min(positions, self.tokenizer.model_max_length), self.tokenizer.num_special_tokens_to_add()
+        length = min(positions, self.tokenizer.model_max_length)
+        special = self.tokenizer.num_special_tokens_to_add()
         if length < special + MIN_TEXT_TOKENS:
             raise CheckpointError(
                 f"{self.path}: takes {length} tokens (max_position_embeddings in config.json, model_max_length in "

@@ -46,7 +46,8 @@ def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig)
     """
     import transformers.models.auto.modeling_auto as auto
 
-    declared, body = (config.architectures or [""])[0], architecture_of(config)
+    declared = (config.architectures or [""])[0]
+    body = architecture_of(config)
     if type(architecture_of(config, declared).model) is not type(body.model):
         return declared
     tables = (getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in CLASS_TABLES)

@@ -119,7 +119,8 @@ def check_model(architecture: Any, checkpoint: Checkpoint) -> None:
     """
     import torch
 
-    config, file = read_config(checkpoint), checkpoint.folder / "config.json"
+    config = read_config(checkpoint)
+    file = checkpoint.folder / "config.json"
     if type(config) not in architecture._model_mapping:
         kind = architecture.__name__.removeprefix("AutoModelFor")
         raise CheckpointError(

@@ -43,10 +43,10 @@ class Upgrade:
         object.__setattr__(self, "new", new if isinstance(new, Base) else Base.open(new))
         self._check_architecture()
         self._check_tensors()
-        _ = self.rows
+        _ = self.row_match
 
     @functools.cached_property
-    def rows(self) -> RowMatch | None:
+    def row_match(self) -> RowMatch | None:
         """How the rows of the vocabularies match by token; None if they are the same."""
         old, new = self.old, self.new
         if old.vocabulary == new.vocabulary and old.embedding_rows == new.embedding_rows:
@@ -65,11 +65,11 @@ class Upgrade:
             old: The old base's tensor.
             new: The new base's tensor.
         """
-        if self.rows is None or name not in self.old.architecture.token_tensors:
+        if self.row_match is None or name not in self.old.architecture.token_tensors:
             return old, new
         pairs = [
             (i, j)
-            for i, j in zip(self.rows.old_row_indices, self.rows.new_row_indices, strict=True)
+            for i, j in zip(self.row_match.old_row_indices, self.row_match.new_row_indices, strict=True)
             if i >= 0 and j >= 0
         ]
         return old[[i for i, _ in pairs]], new[[j for _, j in pairs]]
@@ -98,7 +98,7 @@ class Upgrade:
         if old.model_type != new.model_type:
             raise MismatchError(
                 f"the bases have different architectures: {self.old.path} is a {old.model_type}, {self.new.path} a "
-                f"{new.model_type}. Give a base that was pre-trained from the other."
+                f"{new.model_type}. Use a base that was pre-trained from the other."
             )
 
     def _check_tensors(self) -> None:
@@ -121,7 +121,7 @@ class Upgrade:
             ):
                 if names:
                     lines.append(f"  {len(names)} tensors {problem}: {_first_names(names)}")
-            lines.append("Give the base that the weights were tuned on and the one pre-trained further from it.")
+            lines.append("Use the base that the weights were tuned on and the one pre-trained further from it.")
             raise MismatchError("\n".join(lines))
 
 

@@ -63,7 +63,7 @@ def match_vocabularies(
         without_embeddings = next(folder for role, folder in folders.items() if not rows[role])
         raise CheckpointError(
             f"{without_embeddings}: none of its tensors is known to have a row for each token, but the tokenizers "
-            "differ. Give checkpoints of a transformers class, or with the same vocabulary."
+            "differ. Use checkpoints of a transformers class, or with the same vocabulary."
         )
     vocabularies = {role: ids_by_token(tokenizer, rows[role]) for role, tokenizer in tokenizers.items()}
     match = match_rows(
@@ -142,7 +142,7 @@ def check_same_rows(folders: Mapping[str, Path], tensors: Mapping[str, Mapping[s
     if moved:
         raise MismatchError(
             f"{folders[first]} and {folders[second]} have {len(moved):,} tokens in different rows, such as "
-            f"{moved[0]!r} in {ids[first][moved[0]]} and {ids[second][moved[0]]}. Give checkpoints with the same "
+            f"{moved[0]!r} in {ids[first][moved[0]]} and {ids[second][moved[0]]}. Use checkpoints with the same "
             "vocabulary."
         )
 

@@ -113,7 +113,7 @@ class Adaptation:
             problem = f"it records revision {recorded} of {name}, but this one is {revision}"
         if problem and not force:
             raise MismatchError(
-                f"{self.path} was not tuned on {base.path}: {problem}. Give the base it was tuned on, or --force."
+                f"{self.path} was not tuned on {base.path}: {problem}. Use the base it was tuned on, or --force."
             )
         if problem:
             logger.warning("%s was not tuned on %s: %s. Used because of --force.", self.path, base.path, problem)

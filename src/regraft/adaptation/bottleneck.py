@@ -203,7 +203,8 @@ def set_bottleneck_state(model: Any, tensors: Mapping[str, torch.Tensor]) -> Non
 
 
 def _saved_parameters(model: Any) -> dict[str, nn.Parameter]:
-    config, prefix = config_in(model), model.base_model_prefix + "."
+    config = config_in(model)
+    prefix = model.base_model_prefix + "."
     prefixes = [f"{name}." for name in config.modules_to_save]
     if config.tune_norms:
         prefixes += [f"{name}." for name, module in model.named_modules() if "Norm" in type(module).__name__]

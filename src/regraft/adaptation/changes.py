@@ -85,7 +85,8 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
             changes += _lora_changes(parameter_of(name, module), name, module)
         elif is_experts(module) and adaptation.family.tunes_base:
             for part in projection_names(module):
-                expert_delta, transposed = delta(f"{name}.{part}"), module.is_transposed
+                expert_delta = delta(f"{name}.{part}")
+                transposed = module.is_transposed
                 assert expert_delta is not None  # a base has all its experts
                 factor = expert_delta.mT if transposed else expert_delta
                 changes.append(Change(f"{name}.{part}", module, getattr(module, part), factor, False, transposed))
@@ -94,7 +95,8 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
         elif name.endswith(".bottleneck.down"):
             changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
         elif adaptation.family.tunes_module_weight(name, old):
-            layer_delta, transposed = delta(f"{name}.weight"), is_transposed(module)
+            layer_delta = delta(f"{name}.weight")
+            transposed = is_transposed(module)
             is_head = layer_delta is None
             factor = module.weight.detach().clone() if layer_delta is None else layer_delta
             factor = factor.T if transposed else factor
@@ -204,7 +206,8 @@ def _lora_changes(parameter: str, name: str, module: Any) -> list[Change]:
     factor = weight.detach().clone()
     if not isinstance(module, ParamWrapper):
         return [Change(name, module, weight, factor, is_head=False)]
-    layer, part = module.get_base_layer(), module.parameter_name
+    layer = module.get_base_layer()
+    part = module.parameter_name
     if is_experts(layer) and part in projection_names(layer):
         factor = factor.reshape(len(getattr(layer, part)), -1, factor.shape[1])
     elif not is_linear_map(layer) or is_transposed(layer) or part != "weight":

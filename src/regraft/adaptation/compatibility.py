@@ -142,7 +142,8 @@ def check_unplaced_tensors(adaptation: Adaptation, base: Base) -> None:
         CheckpointError: A tensor is no parameter of the class, is stored twice, or is not floating-point.
     """
     architecture = class_of(adaptation.checkpoint)
-    unplaced, parameters = [], set()
+    unplaced = []
+    parameters = set()
     for name, stored_tensor in adaptation.checkpoint.tensors.items():
         parameter = architecture.identify(name)
         if parameter is None:

@@ -68,7 +68,8 @@ class Expert:
         weight = weight.T if self.module.is_transposed else weight
         if name not in self.wrappers:
             return weight
-        wrapper, experts = self.wrappers[name], len(getattr(self.module, name))
+        wrapper = self.wrappers[name]
+        experts = len(getattr(self.module, name))
         a, b = (factor[ADAPTER].weight.detach() for factor in (wrapper.lora_A, wrapper.lora_B))
         a, b = a.reshape(experts, -1, a.shape[1])[self.index], b.reshape(len(b), -1, experts)[..., self.index]
         return weight.double() + lora_delta(b, a, wrapper.scaling[ADAPTER])

@@ -126,7 +126,8 @@ def extract_lora(
         if name not in linear and name not in fused:
             excluded += squared_norm
         elif squared_norm and name in linear:
-            module, change = name.removesuffix(".weight"), deltas[name].double()
+            module = name.removesuffix(".weight")
+            change = deltas[name].double()
             lora.layers[module], error = budget.factors(change.T if linear[name] else change, module)
             errors += error
         progress("extract", number, len(changed), {})

@@ -49,10 +49,12 @@ def change_head(folder: Path, base: Base, head: Head, policy: HeadPolicy, seed: 
             f"{', '.join(head.labels[:8])}, so no output can be kept. Use a fresh head."
         )
     initial = fresh_model(base, head, seed).state_dict()
-    outputs, prefix = label_tensors(base, head.type), base.prefix + "."
+    outputs = label_tensors(base, head.type)
+    prefix = base.prefix + "."
     entries = {}
     for name, stored_tensor in adaptation.checkpoint.tensors.items():
-        parameter, tensor = model_name(name), None
+        parameter = model_name(name)
+        tensor = None
         if policy == "fresh" and parameter in initial and not parameter.startswith(prefix):
             tensor = initial[parameter]
         elif policy == "resize" and parameter in outputs:

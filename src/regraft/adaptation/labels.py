@@ -32,7 +32,8 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
         task_type = matching_types[0]
     if adaptation.labels:
         return Head(task_type, adaptation.labels)
-    outputs, stored = label_tensors(base, task_type), adaptation.checkpoint.tensors
+    outputs = label_tensors(base, task_type)
+    stored = adaptation.checkpoint.tensors
     sizes = {
         stored_tensor.shape[0]
         for name, stored_tensor in stored.items()
@@ -55,12 +56,13 @@ def check_task_type(adaptation: Adaptation, task: Task) -> None:
     Raises:
         MismatchError: It records another type, or its settings belong to another type.
     """
-    recorded, matching_types = adaptation.task_type, adaptation.family.matching_task_types(adaptation.config)
+    recorded = adaptation.task_type
+    matching_types = adaptation.family.matching_task_types(adaptation.config)
     if recorded == task.type or (recorded is None and (not matching_types or type(task) in matching_types)):
         return  # if no type matches, loading raises an error with the reason
     names = recorded or " or ".join(task_type.type_name() for task_type in matching_types)
     raise MismatchError(
-        f"{adaptation.path} was tuned for {names}, but task {task.name!r} is of type {task.type}. Give the task it was "
+        f"{adaptation.path} was tuned for {names}, but task {task.name!r} is of type {task.type}. Use the task it was "
         "tuned on, with its `type`."
     )
 

@@ -238,7 +238,8 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    stored, name = f"{START}{path}", _plain(path)
+    stored = f"{START}{path}"
+    name = _plain(path)
     if isinstance(module, ModulesToSaveWrapper):
         parameters = module.modules_to_save[ADAPTER].state_dict()
         return {f"{name}.{parameter}": ReplacedModule((f"{stored}.{parameter}",)) for parameter in parameters}

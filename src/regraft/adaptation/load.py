@@ -34,7 +34,7 @@ def load_adaptation(path: str | Path) -> Adaptation:
             )
         folder = folder / "adaptation"
     if not folder.is_dir():
-        problem = f"is a file. Give its folder, {folder.parent}" if folder.is_file() else "no such folder"
+        problem = f"is a file. Use its folder, {folder.parent}" if folder.is_file() else "no such folder"
         raise CheckpointError(f"{path}: {problem}.")
     labels, base, task_type = read_lineage(folder)
     if (folder / ADAPTER_CONFIG).is_file():
@@ -53,7 +53,7 @@ def load_adaptation(path: str | Path) -> Adaptation:
     if named_adapters and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: has no adapter, but its subfolders do: {', '.join(named_adapters[:4])}. PEFT saves a named "
-            f"adapter in a folder of that name. Give {folder / named_adapters[0]}."
+            f"adapter in a folder of that name. Use {folder / named_adapters[0]}."
         )
     checkpoint = Checkpoint.open(folder)
     expected = ADAPTER_CONFIG if (folder / ADAPTER_WEIGHTS).is_file() else "config.json"

@@ -91,7 +91,8 @@ def merge_lora(
     if untied and (tied_by_setting := untied_by_setting(architecture)).issuperset(untied):
         changed |= text_config_change(base, architecture, changed, "tie_word_embeddings", False)
         untied = sorted(tied_by_setting)  # the setting unties all of them
-    absent, entries = [], {}
+    absent = []
+    entries = {}
     for name, tensor in architecture.parameters.items():
         if name in architecture.ties and name not in untied:
             continue
@@ -128,7 +129,7 @@ def lora_settings(folder: Path) -> dict[str, Any]:
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
-        raise CheckpointError(f"{folder}: has no {file.name}, so it is no adapter. Give the folder of a LoRA.")
+        raise CheckpointError(f"{folder}: has no {file.name}, so it is no adapter. Use the folder of a LoRA.")
     config = read_json(file)
     check_peft(folder, config)
     peft_type = config.get("peft_type")
@@ -192,7 +193,7 @@ def _check_complete(absent: Sequence[str], architecture: Architecture, base: Che
     if missing:
         raise MismatchError(
             f"{len(missing)} tensors of the tuned {type(architecture.model).__name__} are neither in {base.path} nor "
-            f"in the LoRA: {', '.join(missing[:4])}. Give the base that it was tuned on. If they were initialised "
+            f"in the LoRA: {', '.join(missing[:4])}. Use the base that it was tuned on. If they were initialised "
             "before tuning, the LoRA should have saved them (modules_to_save)."
         )
 
@@ -217,7 +218,8 @@ def _merged_spec(
         raise MismatchError(
             f"the LoRA changes a tensor that the base lacks, with {(update and update.operands)!r:.200}."
         )
-    dtype, shape = output_dtype(*weight), shape_of(*weight)
+    dtype = output_dtype(*weight)
+    shape = shape_of(*weight)
     if update is None or not update.applied:
         return TensorSpec(dtype, shape, (weight,))
     operands = (weight, *((adapter, name) for name in update.applied))

@@ -102,7 +102,8 @@ def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) 
     if not out.exists():
         return None
     outcome = load_outcome(out)
-    expected, recorded = json.loads(plain_text(inputs)), outcome.record.inputs
+    expected = json.loads(plain_text(inputs))
+    recorded = outcome.record.inputs
     learned_from = outcome.record.notes.get("learned_from")
     if learned_from:  # regraft 0.1 recorded the content of pairs in the notes
         recorded = {"pairs": learned_from, **recorded}
@@ -229,7 +230,8 @@ def _card(record: OutcomeRecord) -> str:
 
 
 def _made_with(record: OutcomeRecord) -> str:
-    recipe, options = record.recipe, record.inputs.get("options") or {}
+    recipe = record.recipe
+    options = record.inputs.get("options") or {}
     parts = [_plain(f"{name} {value}") for name, value in options.items() if value not in (None, "", [], ())]
     if record.cost.steps:
         parts.append(f"batches of {recipe['batch_size']}, peak learning rate {recipe['learning_rate']:g}")

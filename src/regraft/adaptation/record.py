@@ -121,7 +121,8 @@ def write_lineage(folder: Path, base: Base, labels: Sequence[str] | None, task_t
 
 
 def _parse_lineage(record: dict[str, Any], file: Path) -> LineageRecord:
-    labels, base = record.get("labels"), record.get("base") or {}
+    labels = record.get("labels")
+    base = record.get("base") or {}
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
         raise CheckpointError(f"{file}: labels is {labels!r:.100}, not a list of names.")
     if not isinstance(base, dict):

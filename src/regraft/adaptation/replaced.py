@@ -84,7 +84,8 @@ def graft_replaced(
     old, new = upgrade.old.parameters, upgrade.new.parameters
     entries = {}
     for name in tensors:
-        dtype, shape = dtype_of(tensors, name), shape_of(tensors, name)
+        dtype = dtype_of(tensors, name)
+        shape = shape_of(tensors, name)
         if name in replaced:
             inner = replaced[name]
             rule, expected, grafted = _graft_rule(

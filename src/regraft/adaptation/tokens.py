@@ -47,10 +47,10 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
                 f"{old.embedding_rows:,}, and its folder has no tokenizer to match them by. Copy the one that it was "
                 "tuned with into it."
             )
-        return upgrade.rows
+        return upgrade.row_match
     vocabulary, rows = _stored_tokens(adaptation, old, adaptation.tokenizer)
     if vocabulary == old.vocabulary and rows == old.embedding_rows:
-        return upgrade.rows
+        return upgrade.row_match
     try:
         match = match_rows(old.vocabulary, new.vocabulary, old.embedding_rows, new.embedding_rows, vocabulary, rows)
     except MismatchError as error:

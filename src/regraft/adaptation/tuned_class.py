@@ -54,7 +54,7 @@ def tuned_architecture(
     import transformers.models.auto.modeling_auto as auto
 
     if not base.path.is_dir() or not (base.path / "config.json").is_file():
-        raise CheckpointError(f"{base.path}: has no config.json. Give a transformers folder to merge a LoRA into.")
+        raise CheckpointError(f"{base.path}: has no config.json. Use a transformers folder to merge a LoRA into.")
     config = read_config(base)
     task_classes = getattr(auto, CLASS_TABLES.get(str(adapter_config.get("task_type")), ""), {})
     declared = [*filter(None, (task_classes.get(config.model_type), class_name(base, config)))]

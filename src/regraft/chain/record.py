@@ -89,7 +89,8 @@ def read_chain(out: str | Path) -> tuple[list[str], list[ChainRow]]:
     Raises:
         OutcomeError: There is no chain, or its record is malformed.
     """
-    file, remedy = Path(out) / RECORD, "regraft chain run FILE --out DIR"
+    file = Path(out) / RECORD
+    remedy = "regraft chain run FILE --out DIR"
     try:
         content = read_json(file)
     except CheckpointError as error:

@@ -37,7 +37,8 @@ def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Col
         for name, tensor in checkpoint.tensors.items()
         if tensor.dtype in FLOATING and (names is None or name in names)
     }
-    total, checked = sum(sizes.values()), 0
+    total = sum(sizes.values())
+    checked = 0
     nonfinite_counts: dict[str, int] = {}
     for name, size in sizes.items():
         for start, count in chunk_ranges(size, CHUNK_ELEMENTS):

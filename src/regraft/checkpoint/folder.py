@@ -49,7 +49,8 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     work = working_folder(out)
     with _locked(work, out):
         try:
-            expected, record = json.dumps(inputs, sort_keys=True), work / "inputs.json"
+            expected = json.dumps(inputs, sort_keys=True)
+            record = work / "inputs.json"
             if not record.is_file() or record.read_bytes() != expected.encode():
                 for entry in work.iterdir():
                     if entry.name != LOCK:

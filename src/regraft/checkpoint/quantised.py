@@ -44,7 +44,7 @@ FORMATS = (
     (
         re.compile(r"\.(?:qweight|qzeros)$"),
         "GPTQ or AWQ",
-        "Give the model that it was quantised from (on the hub the name without -GPTQ or -AWQ).",
+        "Use the model that it was quantised from (on the hub the name without -GPTQ or -AWQ).",
     ),
     (
         re.compile(r"_blocks$"),
@@ -55,7 +55,7 @@ FORMATS = (
     (
         re.compile(r"\.weight_(?:packed|scale)$"),
         "compressed-tensors or similar",
-        "Give the model that it was quantised from; or, if compressed-tensors wrote it, load it with transformers, "
+        "Use the model that it was quantised from; or, if compressed-tensors wrote it, load it with transformers, "
         "quantization_config=CompressedTensorsConfig(dequantize=True), and call save_pretrained.",
     ),
 )
@@ -106,20 +106,25 @@ class QuantisedTensor(StoredTensor):
 
     def _dequantise_transposed(self, read: Reader, start: int, count: int) -> torch.Tensor:
         width = self.shape[1]
-        first, last = start // width, -(-(start + count) // width)
+        first = start // width
+        last = -(-(start + count) // width)
         codes = read(self.codes, 0, math.prod(self.shape)).view(self.codes.shape)[:, first:last]
         values = codes.float() * read(self.scale, 0, width).float()[:, None] * self.unit
         return values.T.reshape(-1)[start - first * width :][:count].clone()
 
     def _rectangles(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
         """Divide a slice of the flattened matrix into rectangles: first row, rows, first column, columns."""
-        width, position, end = self.shape[-1], start, start + count
+        width = self.shape[-1]
+        position = start
+        end = start + count
         while position < end:
             row, column = divmod(position, width)
             if column or end - position < width or width > CHUNK_ELEMENTS:
-                rows, columns = 1, min(width - column, end - position, CHUNK_ELEMENTS)
+                rows = 1
+                columns = min(width - column, end - position, CHUNK_ELEMENTS)
             else:
-                rows, columns = min(end - position, CHUNK_ELEMENTS) // width, width
+                rows = min(end - position, CHUNK_ELEMENTS) // width
+                columns = width
             yield row, rows, column, columns
             position += rows * columns
 
@@ -252,10 +257,13 @@ def _quantised(
     scale: StoredTensor,
     settings: Mapping[str, Any],
 ) -> QuantisedTensor:
-    shape, transposed, unit = codes.shape, False, 1.0
+    shape = codes.shape
+    transposed = False
+    unit = 1.0
     if codes.dtype == "I8":
         transposed = _is_transposed(path, codes, stored.get(codes.name + "_format"), settings)
-        expected, unit = "one for each row", INT8_UNIT
+        expected = "one for each row"
+        unit = INT8_UNIT
         grid, block = (shape[0] if shape else 0, 1), (1, shape[-1] if shape else 0)
         fits = len(shape) == 2 and math.prod(scale.shape) == shape[0] and scale.dtype in FLOATING
     else:
@@ -265,7 +273,9 @@ def _quantised(
         grid = -(-rows // block[0]), -(-columns // block[1])
         fits = len(shape) > 1 and scale.shape == (*shape[:-2], *grid)
         if math.prod(scale.shape) == 1:
-            grid, block, fits = (1, 1), (math.prod(shape[:-1]), columns), len(shape) > 1
+            grid = (1, 1)
+            block = (math.prod(shape[:-1]), columns)
+            fits = len(shape) > 1
         fits = fits and scale.dtype in (*FLOATING, *EXPONENTS)
     if not fits:
         raise CheckpointError(
@@ -317,7 +327,7 @@ def _is_transposed(path: Path, codes: StoredTensor, order: StoredTensor | None, 
     elif CONV1D.search(codes.name) and not types:
         problem = (
             "is stored transposed in some models (GPT-2) and not in others (StarCoder), and there is no config.json. "
-            "Give the folder that save_pretrained wrote."
+            "Use the folder that save_pretrained wrote."
         )
     if problem:
         raise CheckpointError(f"{path}: tensor {codes.name!r:.200} {problem}")
@@ -333,10 +343,11 @@ def _is_zero(tensor: StoredTensor) -> bool:
 def _refusal(
     path: Path, tensor: StoredTensor, stored: Mapping[str, StoredTensor], quantisation: Mapping[str, Any]
 ) -> CheckpointError:
-    kind, remedy = "", "Give the model in full precision that it was quantised from."
+    kind, remedy = "", "Use the model in full precision that it was quantised from."
     for pattern, format_name, format_remedy in FORMATS:
         if any(pattern.search(name) for name in stored):
-            kind, remedy = f" ({format_name})", format_remedy
+            kind = f" ({format_name})"
+            remedy = format_remedy
             break
     else:
         if method := quantisation.get("quant_method"):

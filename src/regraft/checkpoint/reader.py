@@ -23,12 +23,12 @@ WEIGHT_FILES = ("model.safetensors", "adapter_model.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # pickles without weights
 UNSUPPORTED_FORMATS = (  # file patterns, with what to say of them
-    ("*.gguf", "a model of llama.cpp. Give the model that it was converted from"),
+    ("*.gguf", "a model of llama.cpp. Use the model that it was converted from"),
     ("*.h5", "a model of TensorFlow. Load it with transformers 4, from_tf=True, and call save_pretrained"),
     ("*.msgpack", "a model of Flax. Load it with transformers 4, from_flax=True, and call save_pretrained"),
-    ("*.onnx", "a model exported to ONNX. Give the model that it was exported from"),
-    ("onnx/*.onnx", "a model exported to ONNX. Give the model that it was exported from"),
-    ("openvino_model.*", "a model exported to OpenVINO. Give the model that it was exported from"),
+    ("*.onnx", "a model exported to ONNX. Use the model that it was exported from"),
+    ("onnx/*.onnx", "a model exported to ONNX. Use the model that it was exported from"),
+    ("openvino_model.*", "a model exported to OpenVINO. Use the model that it was exported from"),
     ("*.safetensors", "not called model.safetensors. If it has all tensors, as transformers writes them, rename it"),
 )
 INDEX = "model.safetensors.index.json"
@@ -108,7 +108,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
         item_bytes = ITEM_BYTES[tensor.dtype]
         buffer = torch.empty(count * item_bytes, dtype=torch.uint8)
-        view, position = buffer.numpy().data, 0
+        view = buffer.numpy().data
+        position = 0
         while position < len(view):
             offset = tensor.start + start * item_bytes + position
             num_read = os.preadv(self._descriptors[tensor.file], [view[position:]], offset)
@@ -186,7 +187,7 @@ def _describe_content(folder: Path) -> str:
         if files := sorted(folder.glob(pattern)):
             return f"{files[0].relative_to(folder)} is {description}."
     return (
-        "Give the folder that save_pretrained wrote. If this is a repository of the hub without safetensors, load it "
+        "Use the folder that save_pretrained wrote. If this is a repository of the hub without safetensors, load it "
         "with transformers and call save_pretrained."
     )
 

@@ -55,7 +55,8 @@ def read_record(kind: type[Record], content: Any, origin: str, remedy: str) -> R
     except RecursionError:
         raise OutcomeError(f"{origin}: is nested too deeply. Make it again with `{remedy}`.") from None
     except ValidationError as error:
-        first, count = error.errors()[0], error.error_count()
+        first = error.errors()[0]
+        count = error.error_count()
         more = f" {count - 1:,} more fields are wrong." if count > 1 else ""
         raise OutcomeError(f"{origin}{_explain(first)}. Make it again with `{remedy}`.{more}") from None
     return record

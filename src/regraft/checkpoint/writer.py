@@ -145,7 +145,8 @@ def write_safetensors(
     """
     order = sorted(tensors if names is None else names, key=lambda name: (-ITEM_BYTES[dtype_of(tensors, name)], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, position = {}, 0
+    starts = {}
+    position = 0
     for name in order:
         starts[name], end = position, position + byte_size(tensors, name)
         shape = list(shape_of(tensors, name))
@@ -160,10 +161,12 @@ def write_safetensors(
         stream.flush()
 
         def write_chunk(name: str, start: int, data: torch.Tensor) -> None:
-            view, offset = data.numpy().data, data_start + starts[name] + start * ITEM_BYTES[dtype_of(tensors, name)]
+            view = data.numpy().data
+            offset = data_start + starts[name] + start * ITEM_BYTES[dtype_of(tensors, name)]
             while view:
                 num_written = os.pwrite(stream.fileno(), view, offset)
-                view, offset = view[num_written:], offset + num_written
+                view = view[num_written:]
+                offset = offset + num_written
 
         _for_each_chunk(tensors, order, write_chunk, file, progress, "write")
 
@@ -179,7 +182,9 @@ def _for_each_chunk(
     """Compute the chunks of tensors on all cores, and call a function with the bytes of each."""
     import torch
 
-    chunks, lock, num_written = _chunks(tensors, names), threading.Lock(), 0
+    chunks = _chunks(tensors, names)
+    lock = threading.Lock()
+    num_written = 0
     total = sum(byte_size(tensors, name) for name in names)
 
     def work() -> None:

@@ -81,7 +81,7 @@ def main() -> None:
         _drop_output()
         sys.exit(1)
     except (KeyboardInterrupt, InterruptedCommand) as error:
-        print(f"\ninterrupted: the same command goes on from here\n{error}".rstrip(), file=sys.stderr)
+        print(f"\ninterrupted\n{error}".rstrip(), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if _settings["debug"]:

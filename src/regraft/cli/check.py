@@ -44,7 +44,8 @@ def check(
     """Put the old weights on the new base unchanged, and measure what the upgrade did to them."""
     from regraft.cli.terminal import show_progress
 
-    upgrade, recipe = regraft.Upgrade(old_base, new_base), regraft.Recipe(precision=precision)
+    upgrade = regraft.Upgrade(old_base, new_base)
+    recipe = regraft.Recipe(precision=precision)
     if deep:
         questions = regraft.Questions(
             points=points,

@@ -36,7 +36,8 @@ def recipe_flags(defaults: Recipe | None = None, omit: Collection[str] = ()) -> 
         The decorator.
     """
     values = defaults or Recipe()
-    types, descriptions = get_type_hints(Recipe), _field_descriptions(Recipe)
+    types = get_type_hints(Recipe)
+    descriptions = _field_descriptions(Recipe)
     flags = [
         inspect.Parameter(
             name,

@@ -11,10 +11,15 @@ from regraft.errors import RecipeError
 
 @options.recipe_flags(regraft.Recipe(epochs=1.0, batch_size=32))
 def pretrain(
-    base: Annotated[str, typer.Argument(help="Base to pre-train further: a folder or a hub id@revision.")],
+    base: Annotated[
+        str, typer.Argument(help="Base to pre-train further: a folder or a hub id@revision.", metavar="BASE")
+    ],
     corpus: Annotated[
         list[str],
-        typer.Argument(help="Text (a document a line), JSONL, CSV or Parquet files, or a `datasets` name(:config)."),
+        typer.Argument(
+            help="Text (one document per line), JSONL, CSV or Parquet files, or a `datasets` name(:config).",
+            metavar="CORPUS",
+        ),
     ],
     out: options.Out,
     recipe: "regraft.Recipe",

@@ -9,7 +9,10 @@ import typer
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Outcomes, output folders of compare and of check --deep, or folders that hold such."),
+        typer.Argument(
+            help="Outcomes, output folders of compare and of check --deep, or folders with any of these.",
+            metavar="RUNS",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Output file; an old report there is replaced.")] = Path("report.html"),
     format: Annotated[

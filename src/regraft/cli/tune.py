@@ -11,7 +11,7 @@ from regraft.cli.recycle import print_outcome
 
 @options.recipe_flags()
 def tune(
-    base: Annotated[str, typer.Argument(help="Base to tune: a folder or a hub id@revision.")],
+    base: Annotated[str, typer.Argument(help="Base to tune: a folder or a hub id@revision.", metavar="BASE")],
     task: options.Task,
     out: options.Out,
     recipe: "regraft.Recipe",

@@ -45,7 +45,10 @@ ShardSize = Annotated[float, typer.Option(help="Largest size of an output file, 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it takes in disk and memory, and write nothing.")]
 CheckFinite = Annotated[bool, typer.Option("--check-finite", help="Refuse inputs with infinite or NaN values.")]
 CheckpointArgument = Annotated[
-    str, typer.Argument(help="Checkpoint: a folder, a safetensors file or a hub id@revision.", show_default=False)
+    str,
+    typer.Argument(
+        help="Checkpoint: a folder, a safetensors file or a hub id@revision.", metavar="CHECKPOINT", show_default=False
+    ),
 ]
 
 

@@ -89,9 +89,11 @@ def upgraded_config(checkpoints: Mapping[str, Checkpoint], has_class: bool, has_
     ordered = [checkpoints[role] for role in ("tuned", "old", "new")]
     if has_class:
         configs = [read_config(checkpoint) for checkpoint in ordered]
-        settings, is_decoder = [config.to_dict() for config in configs], is_causal(configs[1])
+        settings = [config.to_dict() for config in configs]
+        is_decoder = is_causal(configs[1])
     elif all((checkpoint.folder / "config.json").is_file() for checkpoint in ordered):
-        settings, is_decoder = [read_json(checkpoint.folder / "config.json") for checkpoint in ordered], True
+        settings = [read_json(checkpoint.folder / "config.json") for checkpoint in ordered]
+        is_decoder = True
     else:
         return {}
     return upgraded_settings(*settings, is_decoder=is_decoder, has_same_ids=has_same_ids)
@@ -191,7 +193,8 @@ def parse_factors(entries: list[str]) -> dict[str, float]:
         try:
             factor = float(number)
         except ValueError:
-            factor, pattern = math.nan, ""
+            factor = math.nan
+            pattern = ""
         if not pattern:
             raise RecipeError(f"--scale-for takes PATTERN=NUMBER, found {entry!r}.")
         factors[pattern] = require_finite(f"--scale-for {pattern}", factor)

@@ -114,7 +114,9 @@ def check_pair(pair: DeploymentPair) -> Check:
     """
     data, split = pair.data, pair.split
     old_predictions, new_predictions = pair.old_predictions, pair.new_predictions
-    old, new, floor = pair.old.score(split), pair.new.score(split), chance_score(data, split)
+    old = pair.old.score(split)
+    new = pair.new.score(split)
+    floor = chance_score(data, split)
     flips = count_flips(pair.old.right(split), pair.new.right(split))
     distance = pair.upgrade.distance()
     beats_guessing = data.task.scoring.gain(old, floor) > 0

@@ -98,8 +98,11 @@ class ModelComparison:
 
     def __init__(self, likelihood: Likelihood, *, all_head_pairs: bool) -> None:
         self._likelihood = likelihood
-        self.kl, self.agreed, self.outputs = 0.0, 0, 0
-        self._all_head_pairs, self._tokens = all_head_pairs, 0
+        self.kl = 0.0
+        self.agreed = 0
+        self.outputs = 0
+        self._all_head_pairs = all_head_pairs
+        self._tokens = 0
         self._moments: dict[int, Moments] = {}
         self._cka: list[float] = []
 
@@ -118,7 +121,8 @@ class ModelComparison:
 
         _check_same_shapes(first, second)
         if not self._tokens:
-            layers, heads = len(first.attention), first.attention[0].shape[1]
+            layers = len(first.attention)
+            heads = first.attention[0].shape[1]
             shape = (layers, heads, heads) if self._all_head_pairs else (layers, heads)
             self._divergence = torch.zeros(shape, dtype=torch.float64)
             self._products = torch.zeros(3, layers, heads, dtype=torch.float64)

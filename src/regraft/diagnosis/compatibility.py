@@ -69,7 +69,8 @@ def compatibility(pair: DeploymentPair, checkpoints: Sequence[Base | str | Path]
     points = []
     for number, checkpoint in enumerate([old_base, *checkpoints]):
         upgrade = Upgrade(old_base, checkpoint)
-        deployment, new_predictions = pair.old, old_predictions
+        deployment = pair.old
+        new_predictions = old_predictions
         if number:
             with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
                 write_graft(pair.adaptation, upgrade, Path(folder), pair.progress)

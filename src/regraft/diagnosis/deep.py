@@ -99,7 +99,8 @@ def _answer_all(context: QuestionContext) -> tuple[dict[str, str], dict[str, flo
     left_out: dict[str, str] = {}
     seconds: dict[str, float] = {}
     for question in all_questions():
-        start, answer = time.perf_counter(), None
+        start = time.perf_counter()
+        answer = None
         try:
             answer = question.answer(context)
         except MismatchError as error:

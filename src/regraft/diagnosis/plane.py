@@ -151,7 +151,8 @@ def _corners(models: Sequence[Any], names: Sequence[str]) -> tuple[Point, Point,
 
 
 def _axis(coordinates: Sequence[float], size: int, margin: float) -> tuple[float, ...]:
-    low, high = min(coordinates), max(coordinates)
+    low = min(coordinates)
+    high = max(coordinates)
     padding = margin * (high - low)
     return tuple(np.linspace(low - padding, high + padding, size).tolist())
 

@@ -101,7 +101,7 @@ class QuestionContext:
             MismatchError: Their vocabularies differ.
         """
         upgrade = self.pair.upgrade
-        if upgrade.rows is not None or upgrade.new.tokenizer_override is not None:
+        if upgrade.row_match is not None or upgrade.new.tokenizer_override is not None:
             raise MismatchError(
                 "the two models have different vocabularies, but this question compares them token by token"
             )

@@ -96,7 +96,8 @@ def read_diagnosis(content: dict[str, Any], file: str) -> Diagnosis:
     diagnosis = read_record(Diagnosis, content, file, REMEDY)
     answers = {}
     for question in all_questions():
-        answer, location = stored.get(question.name), f"{file}: {question.name}"
+        answer = stored.get(question.name)
+        location = f"{file}: {question.name}"
         if answer in (None, []):  # regraft 0.1 wrote an empty list where no checkpoint was named
             if question.is_required:
                 raise OutcomeError(f"{location}: is missing. Make it again with `{REMEDY}`.")

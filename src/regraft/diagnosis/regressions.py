@@ -91,7 +91,7 @@ def regressions(pair: DeploymentPair, runs: Sequence[Sequence[bool]] = ()) -> Re
     old, new = _predict(pair.old, split), _predict(pair.new, split)
     flips = [
         Flip(
-            row=int(split.rows[i]),
+            row=int(split.row_numbers[i]),
             text=task.as_text(split.inputs[i]),
             label=task.describe(target, labels),
             before=task.describe(old.predictions[i], labels),
@@ -150,7 +150,8 @@ def noise_floor(runs: Sequence[Sequence[bool]]) -> float | None:
 
 
 def _answer(context: QuestionContext) -> Regressions:
-    pair, runs = context.pair, []
+    pair = context.pair
+    runs = []
     for path in context.options.counterparts[1:]:
         model = load_counterpart(path, pair.upgrade.new, pair.data)
         deployment = Deployment(model, pair.upgrade.new, pair.data, pair.precision, pair.progress)

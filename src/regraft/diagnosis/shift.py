@@ -70,7 +70,9 @@ def shift(upgrade: Upgrade, adaptation: Adaptation, progress: Progress = silent)
     Returns:
         Norms, cosine, agreement of signs and overlap of leading directions: of the body, by layer and by kind.
     """
-    old, new, tuned = upgrade.old, upgrade.new, adaptation.family.tuned_body_tensors(adaptation, upgrade.old)
+    old = upgrade.old
+    new = upgrade.new
+    tuned = adaptation.family.tuned_body_tensors(adaptation, upgrade.old)
     whole: list[_TensorSums] = []
     layers: dict[str, list[_TensorSums]] = {}
     kinds: dict[str, list[_TensorSums]] = {}

@@ -108,7 +108,8 @@ class Similarity:
 
     def __post_init__(self) -> None:
         """Check that there is a value for each head."""
-        layers, heads = len(self.divergence), len(self.divergence[0]) if self.divergence else 0
+        layers = len(self.divergence)
+        heads = len(self.divergence[0]) if self.divergence else 0
         tables: dict[str, Any] = {
             "divergence": self.divergence,
             "cosine": self.cosine,
@@ -166,7 +167,8 @@ def similarity(
     split = split.take(np.unique(np.linspace(0, len(split) - 1, min(texts, len(split))).round().astype(np.int64)))
     examples = Deployment(first, base, data, precision).examples(split)
     if control is None:
-        control, control_name = random_model(first, seed), control_name or f"random weights (seed {seed})"
+        control = random_model(first, seed)
+        control_name = control_name or f"random weights (seed {seed})"
     pair = ModelComparison(data.likelihood, all_head_pairs=True)
     unrelated = ModelComparison(data.likelihood, all_head_pairs=False)
     # the text nearest in length to a map's is shown, cut to it if it is longer
@@ -223,7 +225,8 @@ def _compare_in_batches(
     for start in range(0, states, states_per_run):
         for indices in attention_batches(examples, config):
             inputs = _inputs(examples, indices, first)
-            token_mask, activations = inputs["attention_mask"].bool(), record_activations(first, inputs, precision)
+            token_mask = inputs["attention_mask"].bool()
+            activations = record_activations(first, inputs, precision)
             for model, comparison in comparisons:
                 model_activations = record_activations(model, inputs, precision)
                 if start == 0:
@@ -247,7 +250,8 @@ def _nearest_heads(divergences: Sequence[Sequence[float]]) -> tuple[int, ...]:
 
 
 def _mean_of_other_heads(divergences: torch.Tensor) -> torch.Tensor:
-    matched, heads = divergences.diagonal(dim1=1, dim2=2), divergences.shape[1]
+    matched = divergences.diagonal(dim1=1, dim2=2)
+    heads = divergences.shape[1]
     return (divergences.sum(dim=2) - matched) / (heads - 1) if heads > 1 else matched
 
 

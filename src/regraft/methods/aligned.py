@@ -71,15 +71,17 @@ def graft_aligned(job: Job, options: Alignment) -> Any:
 
     check_transformable(job.adaptation, SUPPORTED_KINDS)
     upgrade, head = job.upgrade, job.data.head
-    grafted, tuned = job.grafted(), load_model(job.adaptation, upgrade.old, head)
+    grafted = job.grafted()
+    tuned = load_model(job.adaptation, upgrade.old, head)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     forwards = [
         BlockwiseForward(fresh_model(base, head, 0), examples, job.recipe.precision)
         for base, examples in zip((upgrade.old, upgrade.new), encode_aligned(upgrade, job.data, texts), strict=True)
     ]
-    rotated, rotations = _RotatedModel(grafted, tuned, upgrade.old, job.adaptation.family), _Rotations(options.shrink)
+    rotated = _RotatedModel(grafted, tuned, upgrade.old, job.adaptation.family)
+    rotations = _Rotations(options.shrink)
     is_head = False
-    tables = _table_moments(forwards, () if job.rows is None else upgrade.old.architecture.token_parameters)
+    tables = _table_moments(forwards, () if job.row_match is None else upgrade.old.architecture.token_parameters)
     for part in range(forwards[0].num_parts):
         for name, (inputs, outputs) in _cross_moments(forwards, tables).items():
             if is_head:  # later layers of a head have the coordinates of its first layer's output, which stay
@@ -210,7 +212,8 @@ class _Rotations:
     """
 
     def __init__(self, shrink: float):
-        self.shrink, self.distances = shrink, list[float]()
+        self.shrink = shrink
+        self.distances = list[float]()
         self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, cross: torch.Tensor) -> torch.Tensor:
@@ -315,7 +318,8 @@ class _RotatedModel:
         if name not in self.fully_tuned:
             return hasattr(module, "bottleneck") or ADAPTER in getattr(module, "lora_A", ())
         for parameter_name, _ in module.named_parameters(recurse=False):
-            tuned, base = self.tuned[f"{name}.{parameter_name}"], base_tensor(f"{name}.{parameter_name}", self.old)
+            tuned = self.tuned[f"{name}.{parameter_name}"]
+            base = base_tensor(f"{name}.{parameter_name}", self.old)
             if base is not None and not torch.equal(tuned, base.to(tuned)):
                 return True
         return False

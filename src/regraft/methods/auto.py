@@ -143,7 +143,8 @@ class _Stages:
 
     def best(self, margin: float) -> dict[str, Any]:
         """Return the best stage; a more expensive one must be better by more than a margin."""
-        best, metric = self.results[0], self.target.metric
+        best = self.results[0]
+        metric = self.target.metric
         for result in self.results[1:]:
             if metric.merit(result["score"]) > metric.merit(best["score"]) + margin:
                 best = result
@@ -211,7 +212,9 @@ def _choose(stages: _Stages, target: Target, options: Auto) -> tuple[dict[str, A
         stage = stages.run_method(name)
         if stage and stage["verdict"] == "passes":
             return stage, f"{name} passes: {target.describe(stage)}"
-    spent, reason, metric = 0.0, "the whole budget of tuning was spent", target.metric
+    spent = 0.0
+    reason = "the whole budget of tuning was spent"
+    metric = target.metric
     for budget in options.budgets:
         score_before = stages.best(0.0)["score"]
         stage = stages.tune(spent, budget)

@@ -61,7 +61,8 @@ def compare(
     names = list(dict.fromkeys(["scratch", *methods]))
     for name in names:
         find_method(name)
-    recipe, out = recipe or Recipe(), Path(out)
+    recipe = recipe or Recipe()
+    out = Path(out)
     if not seeds or len(set(seeds)) < len(seeds):
         raise RecipeError(f"seeds must be one or more different numbers, found {', '.join(map(str, seeds)) or 'none'}.")
     for seed in seeds:
@@ -110,10 +111,13 @@ def compare(
 
 def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[bool]) -> Row:
     record, curve, scores = outcome.record, outcome.curve, outcome.record.scores
-    start, test = scores.dev_at_start, scores.of(split)
-    chance, reference = scratch.record.scores.majority(split), scratch.record.scores.of(split)
+    start = scores.dev_at_start
+    test = scores.of(split)
+    chance = scratch.record.scores.majority(split)
+    reference = scratch.record.scores.of(split)
     assert start is not None and test is not None and chance is not None and reference is not None  # as it has labels
-    metric, target = find_metric(record.task.metric), scratch.curve[-1]["score"]
+    metric = find_metric(record.task.metric)
+    target = scratch.curve[-1]["score"]
     reached = next((point for point in curve if metric.gain(point["score"], target) >= 0), None)
     return Row(
         method=record.method,

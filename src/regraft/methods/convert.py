@@ -99,7 +99,8 @@ def convert(
     """
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     old = old if isinstance(old, Base) else Base.open(old)
-    upgrade, out = Upgrade(old, new if new is not None else old), Path(out)
+    upgrade = Upgrade(old, new if new is not None else old)
+    out = Path(out)
     keeps_kind = to == adaptation.kind and (adaptation.family.tunes_base or (rank is None and energy is None))
     if to not in ("full", "lora"):
         raise RecipeError(f"an adaptation can be converted to full or lora, found {to!r}.")

@@ -19,12 +19,12 @@ MAX_EXAMPLES = 256  # a balance: few enough that a start takes seconds on a CPU
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evidence:
-    """Examples, and the reference for losses on them: their targets, or the old tuned model's outputs.
+    """Examples, and the reference for losses on them: their targets, or the old model's outputs.
 
     Args:
         split: The examples.
         likelihood: The likelihood of the model's outputs.
-        signal: The old tuned model's outputs on the examples; None to use their targets.
+        signal: The old model's outputs on the examples; None to use their targets.
     """
 
     split: Split
@@ -32,7 +32,7 @@ class Evidence:
     signal: Signal | None = None
 
     def losses(self, logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute the loss of each row: that of its target, or the divergence from the old tuned model.
+        """Compute the loss of each row: that of its target, or the divergence from the old model.
 
         Args:
             logits: The outputs, [rows, outputs].
@@ -48,11 +48,11 @@ class Evidence:
 
 
 def sample_evidence(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
-    """Draw training examples, with their targets or the old tuned model's outputs as the reference.
+    """Draw training examples, with their targets or the old model's outputs as the reference.
 
     Args:
         job: The job, with the task.
-        labels: The number of examples per stratum, with their targets; 0 to use the old tuned model's outputs.
+        labels: The number of examples per stratum, with their targets; 0 to use the old model's outputs.
         confidence: Without labels: the least confidence of the old model's prediction for an example to be used.
 
     Returns:
@@ -67,7 +67,7 @@ def sample_evidence(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
     if labels:
         strata = data.task.strata(data.train.targets, data.labels)[1]
         split = data.sample(data.train, min(labels, max(1, MAX_EXAMPLES // len(strata))), job.recipe.seed)
-        job.labelled.update(split.rows.tolist())
+        job.labelled.update(split.row_numbers.tolist())
         job.notes["labels"] = len(job.labelled)
         return Evidence(split, likelihood)
     split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MAX_EXAMPLES])

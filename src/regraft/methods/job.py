@@ -44,8 +44,8 @@ class Job:
         work: The folder for the state from which an interrupted job resumes.
         into: The folder for the new adaptation.
         progress: Called at each step.
-        rows: The match by token between the rows of the adaptation's embeddings and those of both bases; None if the
-            rows are the same.
+        row_match: The match by token between the rows of the adaptation's embeddings and those of both bases; None if
+            the rows are the same.
         head: The policy for the old head.
         replace: Whether tensors that an adapter stores in place of its base's are used on the new base as they are.
         notes: The method's notes, recorded in the outcome as JSON; `labels`, if present, is the number of labelled
@@ -60,7 +60,7 @@ class Job:
     work: Path
     into: Path
     progress: Progress
-    rows: RowMatch | None = None
+    row_match: RowMatch | None = None
     head: HeadPolicy = "copy"
     replace: bool = False
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""`label-free`: learn from the old tuned model on unlabelled text.
+"""`label-free`: learn from the old model on unlabelled text.
 
 Source: the start and the loss of Qin et al., 2023 (arXiv:2305.08702), section 5, without its labels.
 """

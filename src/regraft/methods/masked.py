@@ -27,7 +27,7 @@ class Masking:
     """The examples that the gradient is computed on.
 
     Args:
-        labels: The number of training examples per class; 0 to use the divergence from the old tuned model's outputs on
+        labels: The number of training examples per class; 0 to use the divergence from the old model's outputs on
             training texts as the loss, without labels.
 
     Raises:
@@ -54,9 +54,10 @@ def graft_masked(job: Job, options: Masking) -> None:
 
     check_transformable(job.adaptation)
     evidence = sample_evidence(job, options.labels)
-    without_delta = job.adaptation.family.remove_delta(job.grafted(), job.upgrade, job.rows)
+    without_delta = job.adaptation.family.remove_delta(job.grafted(), job.upgrade, job.row_match)
     gradients = _gradients(without_delta, evidence, job)
-    rows, counts = job.rows, list[tuple[int, int]]()
+    rows = job.row_match
+    counts = list[tuple[int, int]]()
     triples = zip(rows.new_row_indices, rows.tuned_row_indices, rows.old_row_indices, strict=True) if rows else ()
     shared = [row for row, indices in enumerate(triples) if min(indices) >= 0]  # rows of tokens that have a delta
 
@@ -88,7 +89,8 @@ def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tens
         losses: Any = evidence.losses(forward(model, batch).logits, batch["targets"], batch["row"].cpu())
         (losses.sum() / len(examples.targets)).backward()
         job.progress("gradient", end, count, {})
-    body, prefix = job.upgrade.new.architecture, job.upgrade.new.prefix + "."
+    body = job.upgrade.new.architecture
+    prefix = job.upgrade.new.prefix + "."
     body_gradients: dict[str, torch.Tensor] = {}
     head_gradients: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():

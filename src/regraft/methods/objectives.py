@@ -34,7 +34,7 @@ def tune_on_labels(job: Job, model: Any, options: None) -> Curve:
 
 
 def distil(job: Job, model: Any, options: Distillation) -> Curve:
-    """Tune on the distillation loss, with the old tuned model as the teacher.
+    """Tune on the distillation loss, with the old model as the teacher.
 
     Source: Qin et al., 2023 (arXiv:2305.08702), section 5.2 (distillation-based recyclable tuning).
 
@@ -67,7 +67,7 @@ def distil_between(job: Job, model: Any, options: Interpolation) -> Curve:
     Raises:
         KindError: The rows of student and teacher stand for different tokens, so there is no line between the two.
     """
-    rows = job.rows
+    rows = job.row_match
     if rows is not None and rows.tuned_row_indices != tuple(range(rows.num_tuned_rows)):
         raise KindError(
             f"{job.upgrade.old.path} and {job.upgrade.new.path} have different vocabularies, so there is no line "

@@ -48,7 +48,7 @@ def graft_mapped(job: Job, options: Projection) -> None:
         job.graft()
         return
     adaptation = job.adaptation
-    if adaptation.family.has_token_rows(adaptation) and job.rows is not None:
+    if adaptation.family.has_token_rows(adaptation) and job.row_match is not None:
         raise KindError(
             f"{job.upgrade.old.path} and {job.upgrade.new.path} have different vocabularies, and the map needs the "
             "same rows in both. Use direct."

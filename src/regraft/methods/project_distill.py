@@ -41,7 +41,7 @@ class _Task:
 
 
 def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
-    """Learn P(v) = v·W1·W2 + b from the old tuned models' outputs on their own tasks, and apply it to the job's v.
+    """Learn P(v) = v·W1·W2 + b from the old models' outputs on their own tasks, and apply it to the job's v.
 
     W1 [|v|, d], W2 [d, |v|] and b are initialised from N(0, 0.02); for a residual map W2 and b are 0, so that it starts
     at `direct`.
@@ -194,12 +194,13 @@ def _learning_rates(vectors: list[torch.Tensor], options: Projection) -> tuple[f
     With one rate for all, a step of W1 would move it ‖v‖₁ times as far as a step of b, and training would diverge.
     """
     l1, l2 = (max(sum(float(v.norm(p)) for v in vectors) / len(vectors), MIN_NORM) for p in (1, 2))
-    rate, scale = options.learning_rate, options.rank * INITIAL_STD
+    rate = options.learning_rate
+    scale = options.rank * INITIAL_STD
     return rate / (scale * l1), rate / (scale * l2), rate
 
 
 def _prepare(job: Job, pair: str, number: int, layout: Vector, loss: Distillation, steps: int) -> _Task:
-    """Load a task, its old tuned model as the teacher, and its old weights grafted onto the new base as the student."""
+    """Load a task, its old model as the teacher, and its old weights grafted onto the new base as the student."""
     from regraft.adaptation import load_adaptation, load_model, write_graft
     from regraft.methods.pairs import load_alike, split_pair
     from regraft.model import Deployment, match_labels

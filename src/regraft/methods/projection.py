@@ -18,7 +18,7 @@ class Projection:
         pairs: One pair for each other task. By regression `OLD=NEW`, the folders of its adaptations to the old and to
             the new base; by distillation `OLD=TASK`, the folder of its adaptation to the old base and its task file.
         rank: The rank d of the map; by regression at most one less than the number of pairs.
-        fit: `regression` of new weights on old ones, for any kind and size; or `distill`, with the old tuned models as
+        fit: `regression` of new weights on old ones, for any kind and size; or `distill`, with the old models as
             teachers on their tasks, for LoRAs and bottleneck adapters.
         residual: Whether the map predicts the change, u ≈ v + P(v): of full rank, and close to `direct` with a strong
             ridge, few pairs or few steps. If not, u ≈ P(v) as in the paper: of rank d.

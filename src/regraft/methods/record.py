@@ -90,9 +90,10 @@ def record_outcome(
                 f"{base.path}: with the new weights on it, the outputs on {name} are infinite or not a number. Compute "
                 "in fp32 (--precision), or choose another method."
             )
-        unknown, confidence = [None] * len(split), deployment.confidence(split)
+        unknown = [None] * len(split)
+        confidence = deployment.confidence(split)
         columns = {
-            "row": split.rows.tolist(),
+            "row": split.row_numbers.tolist(),
             "label": split.targets.tolist() if data.labelled else unknown,
             "prediction": deployment.predictions(split),
             "right": deployment.right(split) if data.labelled else unknown,
@@ -110,7 +111,7 @@ def record_outcome(
     if steps:
         lengths = np.zeros(len(data.train), dtype=np.int64)  # they decide when an example comes, not whether
         order = plan_order(lengths, recipe.batch_size, steps, recipe.seed)
-        labels_read.update(data.train.rows[order].tolist())
+        labels_read.update(data.train.row_numbers[order].tolist())
     record = OutcomeRecord(
         method=method,
         kind=adaptation.kind,

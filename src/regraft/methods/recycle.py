@@ -78,7 +78,9 @@ def recycle(
         OutcomeError: `out` exists, and is not an outcome of the same inputs.
         RecipeError: There is no such method, or an option is out of range.
     """
-    chosen, recipe, out = find_method(method), recipe or Recipe(), Path(out)
+    chosen = find_method(method)
+    recipe = recipe or Recipe()
+    out = Path(out)
     options = chosen.complete(options)
     check_options(method, options)
     if not isinstance(adaptation, Adaptation):
@@ -133,7 +135,8 @@ def recycle(
         if existing := find_outcome(out, inputs, (upgrade.old, upgrade.new)):  # of another process, meanwhile
             return existing
         staging = empty_folder(work / "whole")
-        rows, into = match_token_rows(adaptation, upgrade), staging / "adaptation"
+        rows = match_token_rows(adaptation, upgrade)
+        into = staging / "adaptation"
         job = Job(upgrade, adaptation, data, resolved, work, into, progress, rows, head, replace)
         if rows:
             job.notes["vocabulary"] = rows.summary()

@@ -155,7 +155,8 @@ class _Refitter:
     """
 
     def __init__(self, ridge: float, passed_over: dict[str, str]):
-        self.ridge, self.passed_over = ridge, dict(passed_over)
+        self.ridge = ridge
+        self.passed_over = dict(passed_over)
         self.relative_changes: dict[Change, list[float]] = {}
 
     def refit_layers(self, changes: list[Change], old_inputs: list[torch.Tensor], forward: BlockwiseForward) -> None:
@@ -215,7 +216,8 @@ class _Refitter:
             change = next((change for change in changes if change.name.endswith(f".{projection}")), None)
             if change is None:
                 continue
-            refitted, width = change.factor.clone(), change.factor.shape[-1]
+            refitted = change.factor.clone()
+            width = change.factor.shape[-1]
             undetermined = []
             for number in range(len(refitted)):
                 is_routed = (routed == number).any(dim=1)

@@ -118,7 +118,8 @@ def _choose_scales(scalable: _ScalableModel, evidence: Evidence, grouped: bool, 
     lowest = min(grid.values(), key=lambda trial: float(trial.mean()))
     for value, trial in sorted(grid.items(), key=lambda item: abs(item[0] - 1)):  # the closest to 1 that is as good
         if _gain(first, trial) > MIN_STANDARD_ERRORS and _gain(trial, lowest) <= 1:
-            best, scales = trial, dict.fromkeys(scales, value)
+            best = trial
+            scales = dict.fromkeys(scales, value)
             break
     for group in scalable.groups if grouped and len(scalable.groups) > 1 else ():
         for step in (GROUP_STEP, -GROUP_STEP):
@@ -178,7 +179,9 @@ class _ScalableModel:
         from regraft.adaptation.lora import START
         from regraft.adaptation.lora_transform import parameter_shift
 
-        family, upgrade, value = job.adaptation.family, job.upgrade, parameter.detach().clone()
+        family = job.adaptation.family
+        upgrade = job.upgrade
+        value = parameter.detach().clone()
         base_name = family.proportional_parameter(name, self.model)
         if base_name is None:
             return None

@@ -124,7 +124,8 @@ def set_target(job: Job, tolerance: float, confidence: float, target: float | No
     if not is_sealed(seal_file):
         from regraft.model.probe import probe
 
-        dev, probes = job.data.dev, []
+        dev = job.data.dev
+        probes = []
         reference = job.old_deployment().predictions(dev) if labelled else dev.targets.tolist()
         if target is None and labelled:
             probes = [probe(base, job.data, job.recipe.precision) for base in (job.upgrade.old, job.upgrade.new)]
@@ -132,7 +133,8 @@ def set_target(job: Job, tolerance: float, confidence: float, target: float | No
         seal(seal_file, [file])
     record = json.loads(file.read_text(encoding="utf-8"))
     metric, targets = job.data.task.scoring, job.data.dev.targets
-    old, gain = score(metric, targets, record["reference"]), None
+    old = score(metric, targets, record["reference"])
+    gain = None
     if record["probes"]:
         gain = paired_difference(metric, targets, record["probes"][1], record["probes"][0], confidence=confidence)
     if target is None:
@@ -162,7 +164,8 @@ def pseudo_labelled(job: Job) -> TaskData:
     Returns:
         The task's data.
     """
-    old, task = job.old_deployment(), job.data.task
+    old = job.old_deployment()
+    task = job.data.task
     train, dev = (
         dataclasses.replace(split, targets=task.as_targets(old.predictions(split)))
         for split in (job.data.train, job.data.dev)

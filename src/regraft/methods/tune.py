@@ -68,7 +68,8 @@ def tune(
         OutcomeError: `out` exists, and is not an outcome of the same inputs.
         RecipeError: An option is out of range.
     """
-    recipe, out = recipe or Recipe(), Path(out)
+    recipe = recipe or Recipe()
+    out = Path(out)
     base = base if isinstance(base, Base) else Base.open(base)
     sizes = {"rank": rank, "inner_size": inner_size, "virtual_tokens": virtual_tokens}
     data = load_data(task, recipe.seed)

@@ -41,7 +41,8 @@ class BlockwiseForward:
     def __init__(self, model: Any, examples: Examples, precision: str):
         import torch
 
-        self.model, self.precision = model.to(device()).eval(), precision
+        self.model = model.to(device()).eval()
+        self.precision = precision
         # observers sum over many rows, so that they need more precision than the model does
         self._row_dtype = torch.float64 if precision == "fp32" else torch.float32
         inner = unwrap_model(model)
@@ -102,7 +103,8 @@ class BlockwiseForward:
         """
         import torch
 
-        batch, stored = self.batches[index], self._block_outputs[index]
+        batch = self.batches[index]
+        stored = self._block_outputs[index]
         runs: Runs = {}
         handles = [self._record_runs(module, index, runs) for module in modules if observe]
         for block in self.blocks[: self.part]:
@@ -168,7 +170,8 @@ class BlockwiseForward:
 
     def _record_runs(self, module: Any, index: int, runs: Runs) -> Any:
         """Register a hook that adds a module's inputs and outputs to `runs`, and return its handle."""
-        name, has_routing = self.names[module], is_experts(module)
+        name = self.names[module]
+        has_routing = is_experts(module)
         is_head = self.part == len(self.blocks) if self.blocks else module not in self._body_modules
 
         def record(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -41,7 +41,9 @@ class Deployment:
     """
 
     def __init__(self, model: Any, base: Base, data: TaskData, precision: str, progress: Progress = silent):
-        self.model, self.base, self.data = model.to(device()), base, data
+        self.model = model.to(device())
+        self.base = base
+        self.data = data
         self.precision, self.progress = precision, progress
         self._examples: dict[Split, Examples] = {}
         self._outputs: dict[Split, torch.Tensor] = {}
@@ -76,7 +78,7 @@ class Deployment:
             outputs = predict(self.model, self.examples(split), self.precision, self.progress)
             if outputs.shape[1] != self.data.head.num_outputs:
                 raise MismatchError(
-                    f"the head has {outputs.shape[1]} outputs, task {self.data.name!r} {self.data.head}. Give the task "
+                    f"the head has {outputs.shape[1]} outputs, task {self.data.name!r} {self.data.head}. Use the task "
                     "that the models were tuned for."
                 )
             self._outputs[split] = outputs
@@ -159,7 +161,8 @@ class Deployment:
             The mean over rows of 1 − the total variation distance (of certain models, the share of rows on which they
             agree), and of KL(teacher ‖ this model) in nats.
         """
-        likelihood, outputs = self.data.likelihood, self.outputs(split)
+        likelihood = self.data.likelihood
+        outputs = self.outputs(split)
         divergence = likelihood.divergence_terms(outputs, signal).sum() / len(outputs)
         return float(likelihood.overlap(outputs, signal).mean()), float(divergence)
 

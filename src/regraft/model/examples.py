@@ -30,7 +30,7 @@ def encode(base: Base, data: TaskData, split: Split) -> Examples:
     tokenizer = base.tokenizer
     examples = data.task.encode(split, tokenizer, base.pad_id, min(data.max_length, base.max_input_length))
     input_ids = examples.columns["input_ids"]
-    for row, ids in zip(split.rows.tolist(), input_ids, strict=True):
+    for row, ids in zip(split.row_numbers.tolist(), input_ids, strict=True):
         if not ids:
             raise DataError(
                 f"{split.source}, row {row}: the tokenizer of {base.path} makes no token of the text, so a model "

@@ -77,14 +77,20 @@ def forward(
     """
     import torch
 
-    inner, inputs = unwrap_model(model), model_inputs(batch)
-    body, mask = inner.base_model, inputs["attention_mask"]
+    inner = unwrap_model(model)
+    inputs = model_inputs(batch)
+    body = inner.base_model
+    mask = inputs["attention_mask"]
     examples = torch.arange(len(mask), device=mask.device)
     has_token_rows = "token" in batch
     if has_token_rows:
-        example, token, last = batch["example"], batch["token"], None
+        example = batch["example"]
+        token = batch["token"]
+        last = None
     else:
-        example, token, last = examples, torch.zeros_like(examples), last_token_indices(model, inputs)
+        example = examples
+        token = torch.zeros_like(examples)
+        last = last_token_indices(model, inputs)
     layers: tuple[torch.Tensor, ...] = ()
 
     def request_hidden(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -147,7 +153,8 @@ def last_token_indices(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.T
 
     from regraft.base import is_causal
 
-    inner, mask = unwrap_model(model), batch["attention_mask"]
+    inner = unwrap_model(model)
+    mask = batch["attention_mask"]
     summary = getattr(inner, "sequence_summary", None)
     if not is_causal(inner.config) or (summary is not None and summary.summary_type != "last"):
         return None
@@ -158,19 +165,28 @@ def last_token_indices(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.T
     return indices.amax(dim=1)
 
 
+def unwrap_parallel(model: Any) -> Any:
+    """Return the model inside DistributedDataParallel.
+
+    Args:
+        model: A model, wrapped or not.
+    """
+    return getattr(model, "module", model)
+
+
 def unwrap_model(model: Any) -> Any:
     """Return the transformers model inside wrappers for several devices or for PEFT.
 
     Args:
         model: A model with a head, wrapped or not.
     """
-    inner = getattr(model, "module", model)
+    inner = unwrap_parallel(model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _has_soft_prompt(model: Any) -> bool:
     """Return whether an adapter prepends virtual tokens to the embeddings; a prefix acts on keys and values instead."""
-    config = getattr(getattr(model, "module", model), "active_peft_config", None)
+    config = getattr(unwrap_parallel(model), "active_peft_config", None)
     return bool(config and config.is_prompt_learning and config.peft_type.value != "PREFIX_TUNING")
 
 

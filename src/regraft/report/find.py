@@ -66,7 +66,8 @@ def find_inputs(folders: Sequence[str | Path]) -> ReportInputs:
     Raises:
         OutcomeError: A folder does not exist, a file in it is malformed, or nothing is found.
     """
-    inputs, visited = ReportInputs([], {}, {}), set()
+    inputs = ReportInputs([], {}, {})
+    visited = set()
     for top in map(Path, folders):
         if not top.exists():
             raise OutcomeError(f"{top}: there is no such folder. Name outcome folders, or folders that hold some.")

@@ -148,8 +148,11 @@ def _setting(runs: list[Run], inputs: ReportInputs) -> Setting:
 
 def _run_figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> dict[str, float | None]:
     """Return the figures of one run, by the names of the fields of `MethodSummary` that average them."""
-    scores, cost, metric = run.record.scores, run.record.cost, find_metric(run.record.task.metric)
-    floor, score = scores.majority(split), scores.of(split)
+    scores = run.record.scores
+    cost = run.record.cost
+    metric = find_metric(run.record.task.metric)
+    floor = scores.majority(split)
+    score = scores.of(split)
     share = steps_to_scratch = None
     if scratch:
         reference = scratch.record.scores.of(split)

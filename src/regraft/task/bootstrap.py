@@ -107,7 +107,8 @@ def resampled_scores(
     evaluations = [evaluate(metric, labels, model_predictions) for model_predictions in predictions]
     total = len(np.asarray(labels))
     block_size = max(1, BLOCK_ELEMENTS // max(total, *(evaluation.width for evaluation in evaluations)))
-    generator, probabilities = np.random.default_rng(seed), np.full(total, 1 / total)
+    generator = np.random.default_rng(seed)
+    probabilities = np.full(total, 1 / total)
     scores = np.empty((len(evaluations), 1 + resamples))
     for start in range(0, 1 + resamples, block_size):
         stop = min(start + block_size, 1 + resamples)

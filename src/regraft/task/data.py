@@ -229,10 +229,10 @@ def find_duplicates(train: Split, test: Split | None) -> list[tuple[int, int]]:
     if test is None:
         return []
     train_rows: dict[str, int] = {}
-    for inputs, row in zip(train.inputs, train.rows.tolist(), strict=True):
+    for inputs, row in zip(train.inputs, train.row_numbers.tolist(), strict=True):
         train_rows.setdefault(json.dumps(inputs), row)  # as JSON, because inputs may be lists, which have no hash
     pairs = []
-    for inputs, row in zip(test.inputs, test.rows.tolist(), strict=True):
+    for inputs, row in zip(test.inputs, test.row_numbers.tolist(), strict=True):
         train_row = train_rows.get(json.dumps(inputs))
         if train_row is not None:
             pairs.append((train_row, row))

@@ -136,7 +136,8 @@ def _parse(file: _File, quoting: Quoting) -> _Parsed:
     size_limit = csv.field_size_limit(_MAX_FIELD_SIZE)
     try:
         for record in reader:
-            first_line, line = line, reader.line_num
+            first_line = line
+            line = reader.line_num
             if not record:
                 continue
             if not header:

@@ -50,7 +50,7 @@ def check_regular_file(path: Path) -> int:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise DataError(f"{str(path)[:300]}: cannot be read ({_reason(error)}). Correct the path.") from error
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path}: is a folder, pipe or device, not a file. Give the path of a file.")
+        raise DataError(f"{path}: is a folder, pipe or device, not a file. Use the path of a file.")
     return status.st_size
 
 
@@ -119,12 +119,14 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: The file cannot be read, or is not JSON.
     """
-    lines, is_first = enumerate(read_lines(path), start=1), True
+    lines = enumerate(read_lines(path), start=1)
+    is_first = True
     for row, line in lines:
         text = line.removeprefix(codecs.BOM_UTF8) if row == 1 else line
         if not text.strip():
             continue
-        is_list, is_first = is_first and text.lstrip().startswith(b"["), False
+        is_list = is_first and text.lstrip().startswith(b"[")
+        is_first = False
         if is_list:  # a file of one object a line does not begin with a bracket
             text = b"".join([text, *(remaining_line for _, remaining_line in lines)])
         try:
@@ -143,7 +145,8 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _chunks(path: Path) -> Iterator[bytes]:
     import lzma
 
-    size, count = check_regular_file(path), 0
+    size = check_regular_file(path)
+    count = 0
     is_compressed = path.suffix.lower() in COMPRESSED_SUFFIXES
     try:
         with _open(path) as stream:

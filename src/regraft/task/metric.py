@@ -154,9 +154,11 @@ def recovery(value: float, floor: float, reference: float, metric: Metric | None
     Returns:
         The share, which may be below 0 or above 1; None if the reference gains nothing, or less than `MIN_HEADROOM`.
     """
-    gain, headroom = reference - floor, MIN_HEADROOM
+    gain = reference - floor
+    headroom = MIN_HEADROOM
     if metric is not None:
-        gain, headroom = metric.gain(reference, floor), metric.share_to_difference(MIN_HEADROOM, floor, reference)
+        gain = metric.gain(reference, floor)
+        headroom = metric.share_to_difference(MIN_HEADROOM, floor, reference)
     return (value - floor) / (reference - floor) if gain >= headroom and gain > 0 else None
 
 
@@ -230,4 +232,4 @@ def require_equal_lengths(**lengths: int) -> None:
     """
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{count:,} {name}" for name, count in lengths.items())
-        raise MismatchError(f"expected one value an example, found {counts}. Give values of one and the same split.")
+        raise MismatchError(f"expected one value an example, found {counts}. Use values of one and the same split.")

@@ -40,7 +40,9 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
         if source
     }
     labels, splits = task.read(tables)
-    train, dev, test = splits["train"], splits.get("dev"), splits.get("test")
+    train = splits["train"]
+    dev = splits.get("dev")
+    test = splits.get("test")
     if dev is None:
         train, dev = hold_out(train, task, labels, seed)
     duplicates = len(find_duplicates(train, test))

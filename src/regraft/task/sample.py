@@ -39,7 +39,8 @@ def draw_indices(split: Split, task: Task, labels: Sequence[str], counts: Sequen
         hashlib.sha256(json.dumps([seed, inputs, task.describe(target, labels)]).encode()).digest()
         for inputs, target in zip(split.inputs, split.targets.tolist(), strict=True)
     ]
-    remaining, indices = list(counts), []
+    remaining = list(counts)
+    indices = []
     for index in sorted(range(len(hashes)), key=hashes.__getitem__):
         if remaining[strata[index]] > 0:
             remaining[strata[index]] -= 1

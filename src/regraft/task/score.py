@@ -82,7 +82,7 @@ def evaluate(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) ->
     targets, predicted = np.asarray(labels), np.asarray(predictions)
     require_equal_lengths(labels=len(targets), predictions=len(predicted))
     if not len(targets):
-        raise DataError("there are no examples to score. Give a split that has some.")
+        raise DataError("there are no examples to score. Use a split that has some.")
     return metric.evaluate(targets, predicted)
 
 

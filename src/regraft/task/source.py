@@ -95,13 +95,13 @@ class SourceTable:
     Args:
         source: The name of the source, for messages.
         columns: The values of each column.
-        rows: The number of each row in the source, counted from 1.
+        row_numbers: The number of each row in the source, counted from 1.
         classes: The class names of each column whose source stores labels as numbers along with their names.
     """
 
     source: str
     columns: dict[str, list[Any]]
-    rows: Sequence[int]
+    row_numbers: Sequence[int]
     classes: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
@@ -126,8 +126,8 @@ def read_table(
         table = _read_file(Path(source), inputs, targets, quoting)
     else:
         table = _read_dataset(source, inputs, targets)
-    if not table.rows:
-        raise DataError(f"{table.source}: there are no rows. Give a source with examples.")
+    if not table.row_numbers:
+        raise DataError(f"{table.source}: there are no rows. Use a source with examples.")
     return table
 
 
@@ -142,7 +142,7 @@ def _read_file(path: Path, inputs: Sequence[str], targets: Sequence[str], quotin
     if suffix not in SUFFIXES:
         files = f"files ending in {path.suffix!r}" if path.suffix else "files without a suffix"
         raise DataError(
-            f"{path}: cannot read a task from {files}. Give a .csv, .tsv, "
+            f"{path}: cannot read a task from {files}. Use a .csv, .tsv, "
             ".jsonl, .json (one object a line, or a list of objects) or .parquet file; text files may be compressed "
             f"({', '.join(COMPRESSED_SUFFIXES)}). For a data set of the Hub, write "
             f"{{dataset: {'NAME' if path.suffix else path.name}, split: train}}."

@@ -23,14 +23,14 @@ class Split:
         source: The file or data set that the examples were read from.
         inputs: What a model reads, one entry an example; for task types of text, a tuple of one or two texts.
         targets: What a model is to predict, one entry an example; in classification, indices of the task's labels.
-        rows: The row number of each example in its source, counted from 1.
+        row_numbers: The row number of each example in its source, counted from 1.
     """
 
     name: str
     source: str
     inputs: list[Any]
     targets: Targets
-    rows: Integers
+    row_numbers: Integers
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -58,4 +58,6 @@ class Split:
 
         positions = np.asarray(indices, dtype=np.int64)
         inputs = [self.inputs[i] for i in positions.tolist()]
-        return dataclasses.replace(self, inputs=inputs, targets=self.targets[positions], rows=self.rows[positions])
+        return dataclasses.replace(
+            self, inputs=inputs, targets=self.targets[positions], row_numbers=self.row_numbers[positions]
+        )

@@ -149,7 +149,8 @@ def validate(model: type[Model], values: Mapping[str, Any], origin: str) -> Mode
 
 
 def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
-    innermost, description = model, ""
+    innermost = model
+    description = ""
     for part in error["loc"]:
         if isinstance(part, str) and part in innermost.model_fields:
             field = innermost.model_fields[part]
@@ -160,11 +161,11 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
         suggestion = did_you_mean(str(error["loc"][-1]), keys)
         return f"unknown key {_short.repr(key)}.{suggestion} The keys are: {', '.join(keys)}."
     if error["type"] == "missing":
-        return f"the key {key!r} is missing. Give {description}."
+        return f"the key {key!r} is missing. Set it to {description}."
     if error["type"] == "value_error":
         return f"the key {key!r} {error['ctx']['error']}"
     value = "nothing" if error["input"] is None else _short.repr(error["input"])
-    return f"the key {key!r} is {value}. Give {description}."
+    return f"the key {key!r} is {value}. Set it to {description}."
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

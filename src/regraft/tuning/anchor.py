@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
 from regraft.model.device import device
-from regraft.model.outputs import forward
+from regraft.model.outputs import forward, unwrap_parallel
 from regraft.recipe import check_fade_schedule, fade_factor
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def fisher_information(
     """
     import torch
 
-    parameters, was_training = _trained_parameters(model), model.training
+    parameters = _trained_parameters(model)
+    was_training = model.training
     indices = list(dict.fromkeys(order.tolist()))[:FISHER_EXAMPLES]
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     model.eval()
@@ -128,5 +129,5 @@ def fisher_information(
 
 
 def _trained_parameters(model: Any) -> dict[str, torch.Tensor]:
-    inner = getattr(model, "module", model)  # DistributedDataParallel wraps the model
+    inner = unwrap_parallel(model)
     return {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}

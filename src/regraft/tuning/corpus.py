@@ -184,7 +184,7 @@ def pack(
     if blocks < 2:
         raise DataError(
             f"{', '.join(corpus.sources)}: {tokens:,} tokens of text make {blocks} blocks of {block}, and at least 2 "
-            "are needed. Give more text or a smaller --block."
+            "are needed. Use more text or a smaller --block."
         )
     return np.memmap(file, dtype=np.uint32, mode="r")[: blocks * block].reshape(blocks, block)
 

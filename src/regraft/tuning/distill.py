@@ -1,4 +1,4 @@
-"""Distillation from the old tuned model: the loss, and the cache of the teacher's outputs.
+"""Distillation from the old model: the loss, and the cache of the teacher's outputs.
 
 Source: Qin et al., Recyclable Tuning for Continual Pre-training, 2023 (arXiv:2305.08702), section 5.2, and the
 authors' reference implementation; the hidden-state term is Sun et al.'s patient knowledge distillation
@@ -122,7 +122,9 @@ def teacher_loss(
     """
     from torch.nn import functional
 
-    logits, rows, targets = output.logits, batch["row"].cpu(), batch["targets"]
+    logits = output.logits
+    rows = batch["row"].cpu()
+    targets = batch["targets"]
     signal = teacher_outputs.signal.take(rows, logits)
     divergence = likelihood.divergence_terms(logits, signal, options.temperature)
     distances = None
@@ -171,7 +173,7 @@ def compute_teacher_outputs(
     """Compute the teacher's signal and hidden states, or read them from an undamaged cache in the working folder.
 
     Args:
-        teacher: The old tuned model on the old base.
+        teacher: The old model on the old base.
         split: The student's training split.
         order: Indices of the examples that the training draws.
         options: The options of the loss; hidden states are computed only if β is not 0.
@@ -189,7 +191,8 @@ def compute_teacher_outputs(
 
     file, record = work / "teacher.safetensors", work / "teacher.json"
     if not is_sealed(record):
-        likelihood, examples = teacher.data.likelihood, teacher.examples(split)
+        likelihood = teacher.data.likelihood
+        examples = teacher.examples(split)
         used = np.unique(order).tolist()
         row_indices = torch.as_tensor(examples.rows(used))
         stored: dict[str, torch.Tensor] = {}
@@ -215,7 +218,7 @@ def compute_teacher_outputs(
         stored.setdefault("hidden", torch.zeros(len(examples.targets), 0, dtype=torch.bfloat16))
         if not all(rows.isfinite().all() for rows in stored.values()):
             raise MismatchError(
-                f"{teacher.base.path}: the outputs of the old tuned model are infinite or not a number, so it cannot "
+                f"{teacher.base.path}: the outputs of the old model are infinite or not a number, so it cannot "
                 "be a teacher. Compute in fp32 (--precision fp32), or use a method without a teacher."
             )
         with replace_atomically(file, synced=False) as temporary:

@@ -10,7 +10,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
-from regraft.model.outputs import forward
+from regraft.model.outputs import forward, unwrap_parallel
 from regraft.tuning.distill import Distillation, teacher_loss
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def interpolation_objective(
 
     Args:
         teacher_outputs: From `compute_teacher_outputs`.
-        teacher: The old tuned model; its parameters have the student's names and shapes.
+        teacher: The old model; its parameters have the student's names and shapes.
         options: The options of the loss, and the points.
         likelihood: The distribution that the outputs parametrise; L is its negative log-likelihood.
         steps: The number of steps of the training.
@@ -71,8 +71,9 @@ def interpolation_objective(
     teacher_parameters = {name: parameter.detach() for name, parameter in teacher.named_parameters()}
 
     def objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        faded, points = options.faded(step, steps), [1.0, *options.points, *draw_points(options.drawn, seed, step)]
-        inner = getattr(model, "module", model)  # DistributedDataParallel wraps the model
+        faded = options.faded(step, steps)
+        points = [1.0, *options.points, *draw_points(options.drawn, seed, step)]
+        inner = unwrap_parallel(model)
         losses: list[torch.Tensor] = []
         for x in points:
             parameters = None if x == 1 else blend(inner, teacher_parameters, x)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
 from regraft.model.device import autocast
+from regraft.model.outputs import unwrap_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,7 +121,8 @@ class LanguageModelling:
         """
         from regraft.tuning.trainer import train
 
-        recipe, order = self.recipe, self.order()
+        recipe = self.recipe
+        order = self.order()
         tokens = recipe.batch_size * self.blocks.shape[1]
 
         def report(stage: str, step: int, steps: int, figures: Any) -> None:
@@ -165,7 +167,8 @@ class LanguageModelling:
         import numpy as np
         import torch
 
-        tokenizer, random = self.base.tokenizer, np.random.default_rng((seed, position))
+        tokenizer = self.base.tokenizer
+        random = np.random.default_rng((seed, position))
         special = torch.isin(block, torch.tensor(tokenizer.all_special_ids))
         draws = torch.from_numpy(random.random((2, len(block))))
         predicted = (draws[0] < MASK_PROBABILITY) & ~special
@@ -196,7 +199,7 @@ class LanguageModelling:
             output["last_hidden_state"] = output["last_hidden_state"][predicted][None]
             return output
 
-        inner = getattr(model, "module", model)  # DistributedDataParallel wraps the model
+        inner = unwrap_parallel(model)
         hook = inner.base_model.register_forward_hook(select_predicted)
         try:
             logits = model(input_ids=batch["input_ids"]).logits[0]

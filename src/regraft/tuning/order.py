@@ -31,7 +31,8 @@ def plan_order(
     import numpy as np
 
     random = np.random.default_rng(seed)
-    total, examples = steps * batch_size, len(lengths)
+    total = steps * batch_size
+    examples = len(lengths)
     order = np.concatenate([random.permutation(examples) for _ in range(-(-total // examples))])[:total]
     window = batch_size * min(GROUPED_BATCHES, max(1, examples // batch_size))
     for start in range(0, total, window):

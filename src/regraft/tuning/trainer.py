@@ -75,7 +75,8 @@ def train(
         RecipeError: A loss or a score became infinite or not a number, or a tracker does not exist.
     """
     checkpoints = work / "checkpoints"
-    last, name = _last_undamaged_checkpoint(checkpoints), run_name(work)
+    last = _last_undamaged_checkpoint(checkpoints)
+    name = run_name(work)
     report_to, callbacks = trackers(name)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -200,7 +201,8 @@ class _CheckpointCallback(TrainerCallback):
 
     def __init__(self, trainer: _Trainer, progress: Progress, stage: str, after_step: Callable[[int], None] | None):
         self.trainer, self.progress, self.stage, self.after_step = trainer, progress, stage, after_step
-        self.step_start, self.figures = 0.0, dict[str, float]()
+        self.step_start = 0.0
+        self.figures = dict[str, float]()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.curve:
@@ -208,7 +210,8 @@ class _CheckpointCallback(TrainerCallback):
             self.trainer.best.pin(self.trainer.curve)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        best, checkpoints = self.trainer.best, Path(args.output_dir)
+        best = self.trainer.best
+        checkpoints = Path(args.output_dir)
         folder = checkpoints / f"checkpoint-{state.global_step}"
         files = [file for file in folder.rglob("*") if file.is_file() and file.name != SEAL]
         seal(folder / SEAL, [*files, *best.files(self.trainer.curve)], versions())

@@ -44,7 +44,7 @@ class Teacher:
     """The teacher of a distillation.
 
     Args:
-        model: The old tuned model.
+        model: The old model.
         base: The old base, for its tokenizer.
         options: The options of the loss; those of an `Interpolation` add points between student and teacher.
         selects_best: Whether the best weights are those most similar to the teacher on dev; labels are then not read.
@@ -84,7 +84,7 @@ def tune_model(
         recipe: The recipe, resolved for this data.
         work: The working folder, from which an interrupted tuning resumes.
         progress: Called after each step.
-        teacher: The old tuned model to distil from, if any.
+        teacher: The old model to distil from, if any.
         anchor: The penalty on the distance from the starting weights, if any.
 
     Returns:
@@ -94,11 +94,14 @@ def tune_model(
     """
     from regraft.tuning.trainer import train
 
-    likelihood, steps, metric = data.likelihood, recipe.steps or 1, data.task.scoring
+    likelihood = data.likelihood
+    steps = recipe.steps or 1
+    metric = data.task.scoring
     student = Deployment(model, base, data, recipe.precision)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
-    dev_signal, objective = None, label_objective(likelihood)
+    dev_signal = None
+    objective = label_objective(likelihood)
     if teacher:
         old = Deployment(teacher.model, teacher.base, data, recipe.precision, progress)
         outputs = compute_teacher_outputs(old, data.train, order, teacher.options, work)

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import label_tensors
+from regraft.model.outputs import unwrap_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,6 +94,6 @@ def _output_layers(model: Any, base: Base, data: TaskData) -> list[Any]:
     import torch
 
     names = {name.rpartition(".")[0] for name in label_tensors(base, data.head.type)}
-    modules = getattr(model, "module", model).named_modules()
+    modules = unwrap_parallel(model).named_modules()
     layers = [(name, module) for name, module in modules if isinstance(module, torch.nn.Linear)]
     return [layer for name, layer in layers if _PEFT_NAME_PARTS.sub("", f"{name}.").removesuffix(".") in names]

@@ -62,7 +62,7 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
         missing = [name for name in in_one_base if name in names and name not in unmatched]
         if missing:
             raise MismatchError(
-                f"{len(missing)} tuned tensors are in one base only, the {role} one: {', '.join(missing[:4])}. Give "
+                f"{len(missing)} tuned tensors are in one base only, the {role} one: {', '.join(missing[:4])}. Use "
                 "the base that the weights were tuned on, and the one pre-trained further from it."
             )
     _check_common(in_new)

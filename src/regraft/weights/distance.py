@@ -75,7 +75,8 @@ def distances(
     if not pairs:
         raise MismatchError("no tensor has the same name in both: these checkpoints are not of one architecture.")
     groups: dict[str, dict[str, list[_Sums]]] = {"whole": {}, "layer": {}, "kind": {}}
-    total, num_processed = sum(math.prod(shape_of(first, name)) for name in pairs), 0
+    total = sum(math.prod(shape_of(first, name)) for name in pairs)
+    num_processed = 0
     for name, second_name in pairs.items():
         if shape_of(first, name) != shape_of(second, second_name):
             shapes = f"{shape_of(first, name)} and {shape_of(second, second_name)}"

@@ -56,7 +56,8 @@ def project(
         k, t = centre @ k @ centre, centre @ t @ centre
     values, vectors = torch.linalg.eigh((k + k.T) / 2)
     is_positive = values > RELATIVE_EPSILON * gram.double().diagonal().amax()
-    values, vectors = values[is_positive], vectors[:, is_positive]
+    values = values[is_positive]
+    vectors = vectors[:, is_positive]
     damped = values + ridge * k.diagonal().mean()
     weights = vectors @ ((vectors.T @ c) / damped)
     if rank is not None and rank < len(values):

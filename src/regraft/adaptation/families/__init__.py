@@ -13,7 +13,10 @@ from regraft.adaptation.families.prompt import Prefix, Prompt, PTuning
 if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Family
 
-FULL, PEFT, PROMPT, BOTTLENECKS = Full(), Peft(), Prompt(), Bottlenecks()
+FULL = Full()
+PEFT = Peft()
+PROMPT = Prompt()
+BOTTLENECKS = Bottlenecks()
 FAMILY_BY_PEFT_TYPE: dict[str, Family] = {  # the types with a family of their own
     "BOTTLENECK": BOTTLENECKS,
     "LORA": Lora(),

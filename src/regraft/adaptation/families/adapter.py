@@ -116,7 +116,8 @@ class Adapter(Family):
         """
         from peft import PeftConfig
 
-        config, file = adaptation.config, f"{adaptation.path}/{ADAPTER_CONFIG}"
+        config = adaptation.config
+        file = f"{adaptation.path}/{ADAPTER_CONFIG}"
         check_patterns(config, [f"{base.prefix}.{name}" for name, _ in base.bare.named_modules()], file)
         fields = {field.name for cls in (self.config_class(config), PeftConfig) for field in dataclasses.fields(cls)}
         unknown = sorted(

@@ -76,7 +76,7 @@ class Full(Family):
         if model.config.num_labels != head.num_outputs:
             labels = f" ({', '.join(adaptation.labels)})" if adaptation.labels else ""
             raise MismatchError(
-                f"{adaptation.path}: its head has {model.config.num_labels} outputs{labels}, the task has {head}. Give "
+                f"{adaptation.path}: its head has {model.config.num_labels} outputs{labels}, the task has {head}. Use "
                 "the task it was tuned on."
             )
         return model
@@ -218,8 +218,11 @@ class Full(Family):
         applied to flat slices. The tensors have the fine-tune's dtypes, and the names under which its class is saved.
         """
         self.check_bodies(adaptation, upgrade)
-        old, new, tuned = upgrade.old.named, upgrade.new.named, named(adaptation.checkpoint, config_of(adaptation))
-        pairs, rows = counterparts(new, tuned, old), match_token_rows(adaptation, upgrade)
+        old = upgrade.old.named
+        new = upgrade.new.named
+        tuned = named(adaptation.checkpoint, config_of(adaptation))
+        pairs = counterparts(new, tuned, old)
+        rows = match_token_rows(adaptation, upgrade)
         entries = {}
         for name, entry in tuned.specs.items():
             if name not in pairs.new:  # the head, which has no delta
@@ -255,7 +258,7 @@ def check_classifier(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: was tuned for {config['problem_type']!r:.100}; supported are {' or '.join(sorted(supported))}."
         )
     raise CheckpointError(
-        f"{folder}: is no sequence classifier (its config.json names {config.get('architectures')}). Give the "
+        f"{folder}: is no sequence classifier (its config.json names {config.get('architectures')}). Use the "
         "folder of a tuned model."
     )
 
@@ -284,7 +287,8 @@ def _check_tokens(adaptation: Adaptation, model: Any, base: Base) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     # tokens beyond the base's own rows are refused when texts contain them
     token, largest_id = max(
-        ((token, i) for token, i in base.tokenizer.get_vocab().items() if i < base.rows), key=lambda item: item[1]
+        ((token, i) for token, i in base.tokenizer.get_vocab().items() if i < base.vocabulary_size),
+        key=lambda item: item[1],
     )
     if largest_id >= rows:
         raise MismatchError(

@@ -149,7 +149,8 @@ def _classifier(adaptation: Adaptation, base: Base) -> Architecture:
     """Build the class that an adapter was tuned in, with its number of labels."""
     import transformers
 
-    config, head = copy.deepcopy(base.config), stored_head(adaptation, base)
+    config = copy.deepcopy(base.config)
+    head = stored_head(adaptation, base)
     config.id2label = dict(enumerate(head.labels))
     config.label2id = {label: i for i, label in enumerate(head.labels)}
     if base.rows_override:

@@ -136,7 +136,8 @@ class Peft(Adapter):
                 raise RecipeError(f"{adaptation.path}: PEFT cannot merge a {adaptation.kind} ({error}).") from error
             merged = fresh_model(old, head, 0)
             merged.config.pad_token_id = model.config.pad_token_id  # the head reads the same token as with the adapter
-            state, bare = _merged_state(model), merged.state_dict()
+            state = _merged_state(model)
+            bare = merged.state_dict()
             if unmatched := sorted(state.keys() ^ bare.keys()):
                 raise RecipeError(
                     f"{adaptation.path}: merged by PEFT, it is no full fine-tune of {old.path}: {len(unmatched)} "

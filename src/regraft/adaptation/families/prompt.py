@@ -37,7 +37,8 @@ class Prompt(Peft):
     def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
         """Check also that the virtual tokens are for a model with this number of layers."""
         super().check_settings(adaptation, base, head)
-        config, file = adaptation.config, f"{adaptation.path}/{ADAPTER_CONFIG}"
+        config = adaptation.config
+        file = f"{adaptation.path}/{ADAPTER_CONFIG}"
         if not config.get("num_virtual_tokens"):
             raise CheckpointError(f"{file}: num_virtual_tokens is missing.")
         if config.get("num_transformer_submodules") not in (None, 1):

@@ -60,7 +60,8 @@ def draw_method_scores(setting: Setting) -> Figure:
             color=INK,
             bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.2},
         )
-    low, high = min(scores.values()), max(scores.values())
+    low = min(scores.values())
+    high = max(scores.values())
     levels = ((setting.floor, "guessing", (0, (1, 2))), (setting.old_score, "old deployment", (0, (5, 2))))
     for level, name, dashes in levels:
         if level is not None and low - level < high - low:  # a level far below would squeeze the methods together

@@ -143,7 +143,8 @@ def draw_scatter(view: Scatter) -> Figure:
     figure = new_figure(height=3.4)
     axes = figure.add_subplot()
     values = finite_values(value for series in view.series for value in (*series.x, *series.y))
-    low, high = min(values, default=0.0), max(values, default=1.0)
+    low = min(values, default=0.0)
+    high = max(values, default=1.0)
     are_shares = low >= 0 and high <= 1
     ends = (0, 1) if are_shares else (low, high)
     if view.diagonal:

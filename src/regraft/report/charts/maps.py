@@ -78,7 +78,8 @@ def draw_attention(attention: AttentionMap) -> Figure:
     import numpy as np
 
     tokens = [shorten(token, 11) for token in attention.tokens]
-    count, tick_step = len(tokens), max(1, len(tokens) // 28)
+    count = len(tokens)
+    tick_step = max(1, len(tokens) // 28)
     figure = new_figure(WIDE, 4.0 if count <= 16 else 4.4, layout="compressed")
     subplots = figure.subplots(1, 2, sharey=True)
     values = finite_values(value for rows in (attention.old, attention.new) for row in rows for value in row)

@@ -66,7 +66,8 @@ def _answer_sections(diagnosis: Diagnosis, prefix: str) -> list[tuple[int, list[
     """Return the sections of each answer with their order, from the module named by the question, if it exists."""
     groups = []
     for question in all_questions():
-        module_name, answer = f"{__package__}.{question.section or question.name}", diagnosis.answers.get(question.name)
+        module_name = f"{__package__}.{question.section or question.name}"
+        answer = diagnosis.answers.get(question.name)
         if answer is not None and importlib.util.find_spec(module_name):
             module = importlib.import_module(module_name)
             groups.append((module.ORDER, module.show(answer, diagnosis, prefix)))

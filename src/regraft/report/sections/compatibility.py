@@ -25,7 +25,9 @@ def show(points: tuple[CompatibilityPoint, ...], diagnosis: Diagnosis, prefix: s
     Returns:
         The section.
     """
-    first, last, metric = points[0], points[-1], diagnosis.metric
+    first = points[0]
+    last = points[-1]
+    metric = diagnosis.metric
     finding = (
         f"Over {len(points)} checkpoints the {metric} of the old weights goes from {number(first.score)} "
         f"({base_name(first.name)}) to {number(last.score)} ({base_name(last.name)}), with "

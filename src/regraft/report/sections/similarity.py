@@ -80,7 +80,8 @@ def _heads_chart(figures: Similarity | Control, title: str, name: str, top: floa
             if isinstance(figures, Similarity):
                 row += (number(figures.others[layer][head]), str(figures.best[layer][head]))
             rows.append(row)
-    most, least = max(divergences, key=divergences.__getitem__), min(divergences, key=divergences.__getitem__)
+    most = max(divergences, key=divergences.__getitem__)
+    least = min(divergences, key=divergences.__getitem__)
     finding = (
         f"{title[0].upper()}{title[1:]}: mean divergence {number(statistics.fmean(divergences.values()))} bits, most "
         f"in layer {most[0]}, head {most[1]} ({number(divergences[most])}), least in layer {least[0]}, head {least[1]} "

@@ -36,7 +36,8 @@ def _class_counts(targets: Integers, predictions: Integers) -> csr_array:
 
     classes, codes = np.unique(np.concatenate([targets, predictions]), return_inverse=True)
     target_codes, predicted_codes = np.split(codes, 2)
-    examples, hits = np.arange(len(targets)), np.flatnonzero(targets == predictions)
+    examples = np.arange(len(targets))
+    hits = np.flatnonzero(targets == predictions)
     rows = np.concatenate([hits, examples, examples])
     columns = np.concatenate([target_codes[hits], len(classes) + target_codes, 2 * len(classes) + predicted_codes])
     return csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(targets), 3 * len(classes)))

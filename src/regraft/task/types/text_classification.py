@@ -145,7 +145,7 @@ class TextClassification(TextTask):
     def _label_names(self, table: SourceTable) -> list[str]:
         """Return the label name of each row; unlabelled rows get the first of all labels as a placeholder."""
         if self.label is None:
-            return [(self.labels or ("",))[0]] * len(table.rows)
+            return [(self.labels or ("",))[0]] * len(table.row_numbers)
         classes = table.classes.get(self.label)
 
         def name(value: object) -> str | None:
@@ -154,7 +154,7 @@ class TextClassification(TextTask):
             return classes[value] if 0 <= value < len(classes) else None  # hidden labels are stored as −1
 
         names: list[str] = []
-        for row, value in zip(table.rows, table.columns[self.label], strict=True):
+        for row, value in zip(table.row_numbers, table.columns[self.label], strict=True):
             try:
                 label = name(value)
             except TypeError as error:
@@ -174,7 +174,7 @@ class TextClassification(TextTask):
         import numpy as np
 
         indices = {name: index for index, name in enumerate(labels)}
-        for row, name in zip(table.rows, names, strict=True):
+        for row, name in zip(table.row_numbers, names, strict=True):
             if name not in indices:
                 alike = [label for label in labels if fold_name(label) == fold_name(name)]
                 hint = f" It differs from {alike[0]!a} only in case, blanks or invisible characters." if alike else ""
@@ -185,14 +185,14 @@ class TextClassification(TextTask):
                     f"{hint} {remedy}, or correct the row."
                 )
         targets = np.array([indices[name] for name in names], dtype=np.int64)
-        return Split(split, table.source, self.texts(table), targets, np.array(table.rows, dtype=np.int64))
+        return Split(split, table.source, self.texts(table), targets, np.array(table.row_numbers, dtype=np.int64))
 
     @field_validator("label")
     @classmethod
     def _check_label(cls, label: str | None, validation: ValidationInfo) -> str | None:
         text = validation.data.get("text", ())
         if label is not None and label in ([text] if isinstance(text, str) else text):
-            raise ValueError(f"names {label!r}, which is already a column of text. Give the column of labels.")
+            raise ValueError(f"names {label!r}, which is already a column of text. Use the column of labels.")
         return label
 
     @field_validator("labels", mode="before")

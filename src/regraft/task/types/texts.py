@@ -81,14 +81,16 @@ class TextTask(Task, ABC):
     @classmethod
     def _check_columns(cls, text: str | tuple[str, str]) -> str | tuple[str, str]:
         if not isinstance(text, str) and text[0] == text[1]:
-            raise ValueError(f"names {text[0]!r} twice. Give one column, or two different ones.")
+            raise ValueError(f"names {text[0]!r} twice. Use one column, or two different ones.")
         return text
 
 
 def _checked_texts(table: SourceTable, column: str) -> list[str]:
     """Return the texts of a column if all of them are valid."""
     texts: list[Any] = table.columns[column]
-    problems = [(row, problem) for row, text in zip(table.rows, texts, strict=True) if (problem := _problem(text))]
+    problems = [
+        (row, problem) for row, text in zip(table.row_numbers, texts, strict=True) if (problem := _problem(text))
+    ]
     if problems:
         row, problem = problems[0]
         count = f" (invalid texts in {len(problems):,} rows)" if len(problems) > 1 else ""

@@ -112,7 +112,8 @@ class Task(BaseModel, ABC):
         Raises:
             DataError: A key is unknown, missing or invalid; the message names the key.
         """
-        types, name = task_types(), values.get("type", DEFAULT_TYPE)
+        types = task_types()
+        name = values.get("type", DEFAULT_TYPE)
         if not isinstance(name, str) or name not in types:
             suggestion = did_you_mean(name, list(types)) if isinstance(name, str) else ""
             raise DataError(
