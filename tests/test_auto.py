@@ -63,7 +63,7 @@ def test_resampling_a_thousand_labels_needs_little_memory(metric):
     assert peak < 250 * 2**20
 
 
-def test_a_metric_to_minimize_leads_to_the_same_choices():
+def test_a_metric_to_minimise_leads_to_the_same_choices():
     """The root mean squared error of labels 0 and 1 ranks predictions as accuracy does, in reverse."""
     error = sum_metric(
         "error",
@@ -164,7 +164,8 @@ def stage_names(outcome):
 
 
 def assert_same_adapters(outcome, reference):
-    tensors, expected = (load_file(o.path / "adaptation" / "adapter_model.safetensors") for o in (outcome, reference))
+    tensors = load_file(outcome.path / "adaptation" / "adapter_model.safetensors")
+    expected = load_file(reference.path / "adaptation" / "adapter_model.safetensors")
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
 
 
@@ -176,7 +177,7 @@ def large_upgrade(tmp_path_factory, bases):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_auto_stops_at_direct_where_direct_passes(tmp_path, bases, tuned, task_file, kind):
+def test_auto_stops_at_direct_if_it_passes(tmp_path, bases, tuned, task_file, kind):
     upgrade, source = Upgrade(*bases["bert"]), tuned["bert", kind]
     outcome = run_auto(tmp_path, upgrade, source, task_file)
     assert outcome.record.notes["chosen"] == "direct"
@@ -187,7 +188,7 @@ def test_auto_stops_at_direct_where_direct_passes(tmp_path, bases, tuned, task_f
     assert outcome.record.cost.steps == outcome.record.cost.labels == 0
 
 
-def test_auto_tunes_where_direct_fails(tmp_path, large_upgrade, tuned, task_file):
+def test_auto_tunes_if_direct_fails(tmp_path, large_upgrade, tuned, task_file):
     outcome = run_auto(tmp_path, large_upgrade, tuned["bert", "lora"], task_file)
     names = stage_names(outcome)
     assert names[:2] == ["direct", "ridge"]
@@ -202,7 +203,7 @@ def test_auto_tunes_where_direct_fails(tmp_path, large_upgrade, tuned, task_file
     assert steps == sorted(steps)
 
 
-def test_auto_tries_scratch_where_little_of_the_score_survives(tmp_path, bases, tuned, task_file):
+def test_auto_tries_scratch_if_little_of_the_score_survives(tmp_path, bases, tuned, task_file):
     unrelated_base = write_base(tmp_path / "unrelated", "bert", seed=9)
     upgrade, source = Upgrade(bases["bert"][0], unrelated_base), tuned["bert", "lora"]
     recipe = dataclasses.replace(RECIPE, steps=60, eval_every=20)
@@ -220,7 +221,7 @@ def test_a_low_target_needs_no_tuning_and_a_high_one_does(tmp_path, bases, tuned
     high = run_auto(tmp_path, upgrade, source, task_file, "high", target=1.5, budgets=(0.5,), scratch=False)
     assert "nothing passes" in high.record.notes["why"]
     names = stage_names(high)
-    # Even where ridge cannot pass, it may be a better start for tuning.
+    # Ridge cannot pass either, but may be a better start for tuning.
     assert names[:2] == ["direct", "ridge"]
     assert names[2:] in (["direct, tuned 50 %"], ["ridge, tuned 50 %"])
 

@@ -83,7 +83,7 @@ def assert_adaptation_has_deltas(upgrade, path, result_path, expected, rtol=1e-5
     new, prefix = upgrade.new, upgrade.new.prefix + "."
     deltas, shifts = compute_deltas(upgrade, path)
     for body_name, expected_delta in expected.items():
-        if not shifts[body_name].any():  # tensors that the upgrade left unchanged keep their delta
+        if not shifts[body_name].any():  # a tensor that the upgrade left unchanged keeps its delta
             expected_delta = deltas[body_name]
         if is_peft(result_path):
             module = f"base_model.model.{prefix}{body_name.removesuffix('.weight')}"
@@ -104,7 +104,8 @@ def assert_adaptation_has_deltas(upgrade, path, result_path, expected, rtol=1e-5
 
 
 def assert_config_names_another_base(path, result_path):
-    config, result_config = (json.loads((p / "adapter_config.json").read_text()) for p in (path, result_path))
+    config = json.loads((path / "adapter_config.json").read_text())
+    result_config = json.loads((result_path / "adapter_config.json").read_text())
     keys = {*config, *result_config}
     differing = {key for key in keys if config.get(key) != result_config.get(key)}
     assert differing <= {"base_model_name_or_path", "revision"}
@@ -153,7 +154,7 @@ def test_scaled_multiplies_the_delta_by_a_fixed_scale(tmp_path, upgrade_and_path
     assert set(outcome.record.notes["scales"].values()) == {0.5}
     unscaled = run("scaled", upgrade, path, task_file, tmp_path / "unscaled", Scaling(scale=1))
     direct = run("direct", upgrade, path, task_file, tmp_path / "direct")
-    direct_tensors, unscaled_tensors = (weights(o.path / "adaptation") for o in (direct, unscaled))
+    direct_tensors, unscaled_tensors = weights(direct.path / "adaptation"), weights(unscaled.path / "adaptation")
     assert all(torch.equal(direct_tensors[name], unscaled_tensors[name]) for name in direct_tensors)
 
 
@@ -351,7 +352,7 @@ def test_modules_with_different_lora_scalings_are_projected_alike(tmp_path, base
         torch.testing.assert_close(actual, truncate(expected, RANK), rtol=1e-5, atol=1e-6)
 
 
-def test_a_pissa_adapter_is_trimmed_as_the_change_since_its_initialization(tmp_path, bases, task_file):
+def test_a_pissa_adapter_is_trimmed_as_the_change_since_its_initialisation(tmp_path, bases, task_file):
     upgrade = Upgrade(*bases["bert"])
     config = new_config("pissa", upgrade.old, HEAD, rank=RANK)
     model = attach(fresh_model(upgrade.old, HEAD, 1), upgrade.old, HEAD, config, 1)

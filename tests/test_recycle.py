@@ -53,17 +53,17 @@ def test_outcomes_list_correct_predictions_in_schemas_1_and_2(tuned, tmp_path):
     rows = [json.loads(line) for line in (outcome.path / "predictions.jsonl").read_text().splitlines()]
 
     # In schema 1, predictions had no field `right`.
-    copy = shutil.copytree(outcome.path, tmp_path / "copy")
-    (copy / "outcome.json").write_text(json.dumps(record | {"schema": 1}))
-    write_jsonl(copy / "predictions.jsonl", [{k: v for k, v in row.items() if k != "right"} for row in rows])
+    old_copy = shutil.copytree(outcome.path, tmp_path / "copy")
+    (old_copy / "outcome.json").write_text(json.dumps(record | {"schema": 1}))
+    write_jsonl(old_copy / "predictions.jsonl", [{k: v for k, v in row.items() if k != "right"} for row in rows])
     for split in ("dev", "test"):
         expected = [row["label"] == row["prediction"] for row in rows if row["split"] == split]
-        assert outcome.right(split) == load_outcome(copy).right(split) == expected
+        assert outcome.right(split) == load_outcome(old_copy).right(split) == expected
         assert sum(expected) / len(expected) == pytest.approx(outcome.scores[split])
 
-    (copy / "outcome.json").write_text(json.dumps(record | {"schema": 3}))
+    (old_copy / "outcome.json").write_text(json.dumps(record | {"schema": 3}))
     with pytest.raises(OutcomeError, match="has schema 3"):
-        load_outcome(copy)
+        load_outcome(old_copy)
 
 
 @pytest.mark.parametrize(("architecture", "kind"), ARCHITECTURES_AND_KINDS)
@@ -135,7 +135,7 @@ def single_task_methods():
 
 @pytest.fixture(scope="module")
 def comparisons(tmp_path_factory, bases, tuned, task_file, quick):
-    """All methods on a full fine-tune of BERT; on a LoRA the first five, as test_figures.py covers the others."""
+    """Comparisons of all methods on a full fine-tune of BERT, and of five on a LoRA (test_figures.py covers all)."""
     folder = tmp_path_factory.mktemp("comparisons")
     upgrade, names = Upgrade(*bases["bert"]), single_task_methods()
     return {
@@ -217,7 +217,7 @@ import json
 import os
 import sys
 
-sys.modules["regraft"] = None  # lets any import of regraft fail
+sys.modules["regraft"] = None  # any import of regraft fails
 try:
     import regraft
 except ImportError:

@@ -131,8 +131,8 @@ def explicit_teacher_loss(logits, labels, teacher_logits, hidden, teacher_hidden
     """The teacher's loss with flip weights, written out as loops over examples and classes."""
     batch, num_classes = logits.shape
     is_right = [int(teacher_logits[i].argmax()) == int(labels[i]) for i in range(batch)]
-    unnormalized = [1 + options.flip_weight if is_right[i] else 1.0 for i in range(batch)]
-    weight = [value * batch / sum(unnormalized) for value in unnormalized]
+    unnormalised = [1 + options.flip_weight if is_right[i] else 1.0 for i in range(batch)]
+    weight = [value * batch / sum(unnormalised) for value in unnormalised]
     assert sum(weight) == pytest.approx(batch)
     kl = mse = 0.0
     for i in range(batch):
@@ -314,7 +314,7 @@ def test_interpolation_is_the_mean_over_models_between_teacher_and_student(
     label_term = distillation_objective(teacher_outputs, Distillation(0.0, 0.0), CATEGORICAL, 10)
     teacher_term = distillation_objective(teacher_outputs, Distillation(1.0, 2.0 / 0.6, 3.0), CATEGORICAL, 10)
     label_loss = 0.4 * label_term(student, batch(), 0)
-    expected_gradients = [*compute_gradients(student, label_loss)]
+    expected_gradients = list(compute_gradients(student, label_loss))
     expected = label_loss.detach()
     for x in (1.0, 0.25, 0.5):
         with torch.no_grad():

@@ -296,7 +296,7 @@ def save_adapter(model, tokenizer, folder):
 
 
 def test_an_adapter_with_added_tokens_is_recycled(tmp_path, extended, task_file):
-    """In the format of TRL and Axolotl: the whole embeddings are stored with rows for the added tokens."""
+    """In the format of TRL and Axolotl: all embeddings are stored, with rows for the added tokens."""
     old, _ = extended
     text = "<added> good film <new2>"
     tokenizer, model = make_adapter_with_tokens(old, ["<added>", "<new2>"])
@@ -395,7 +395,7 @@ def test_models_without_a_vocabulary_are_grafted(tmp_path):
 
 @pytest.mark.parametrize("eos_token", ["</s>", "<end>"])
 def test_token_ids_in_the_config_are_those_of_the_new_vocabulary(tmp_path, bases, eos_token):
-    """Even if the fine-tune has no tokenizer. If the new base lacks the token, its own setting is used."""
+    """This holds even if the fine-tune has no tokenizer, and if the new base lacks the token."""
     old, tuned = bases["llama"]
     new = shutil.copytree(old, tmp_path / "new")
     without_tokenizer = shutil.copytree(tuned, tmp_path / "without-tokenizer")
@@ -431,12 +431,10 @@ def test_models_with_different_settings_are_not_interpolated(bases, tmp_path):
 
 
 def test_learned_tokens_are_not_added_to_another_tokenizer(tmp_path):
-    """As an added token, `Ġab` would match these characters literally."""
+    """As an added token, `Ġab` would match these characters in texts, not a space and `ab`."""
     vocabularies = {}
     for role, merges in (("old", []), ("new", []), ("tuned", [("a", "b"), ("Ġ", "ab")])):
-        vocabularies[role] = vocabulary = enumerate_tokens(
-            ["<unk>", "Ġ", "a", "b", *("".join(pair) for pair in merges)]
-        )
+        vocabularies[role] = vocabulary = enumerate_tokens(["<unk>", "Ġ", "a", "b", *map("".join, merges)])
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / role)
@@ -467,7 +465,7 @@ def test_methods_that_need_equal_rows_refuse_different_vocabularies(tmp_path, ex
         recycle(upgrade, source, task_file, method, out, recipe=ONE_STEP, options=options)
 
 
-def test_auto_skips_methods_that_need_equal_tokenization(tmp_path, extended, tuned, task_file):
+def test_auto_skips_methods_that_need_equal_tokenisation(tmp_path, extended, tuned, task_file):
     new = shutil.copytree(extended[1], tmp_path / "new")
     content = json.loads((new / "tokenizer.json").read_text())
     renamed = {token: f"{token}~" for token in ("the", "a", "of", "and")}
@@ -482,7 +480,7 @@ def test_auto_skips_methods_that_need_equal_tokenization(tmp_path, extended, tun
 
 
 def test_an_added_padding_token_needs_no_row(tmp_path, bases, tuned, task_file):
-    """Tuning with a batch size of 1 never uses it."""
+    """Such a token is left by tuning with a batch size of 1, which never pads."""
     upgrade, source = Upgrade(*bases["llama"]), tuned["llama", "full"]
     padded = shutil.copytree(source / "adaptation", tmp_path / "padded")
     tokenizer = AutoTokenizer.from_pretrained(padded)
