@@ -8,7 +8,7 @@ from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.graft import write_graft
 from regraft.adaptation.head import HEAD_POLICIES, HeadPolicy, change_head
 from regraft.adaptation.kinds import KINDS, kind_of_config, new_config, settings
-from regraft.adaptation.labels import check_task_type, label_tensors, stored_head
+from regraft.adaptation.labels import check_task_type, label_tensor_names, stored_head
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.merge import MergedLora, lora_settings, merge_lora
 from regraft.adaptation.model import attach, check_compatibility, initial_factors, load_model, save_model
@@ -36,7 +36,7 @@ __all__ = [
     "initial_factors",
     "is_right",
     "kind_of_config",
-    "label_tensors",
+    "label_tensor_names",
     "load_adaptation",
     "load_model",
     "load_outcome",

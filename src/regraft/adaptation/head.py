@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from regraft.adaptation.fresh import fresh_model
-from regraft.adaptation.labels import label_tensors
+from regraft.adaptation.labels import label_tensor_names
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.lora import model_name
 from regraft.adaptation.record import write_lineage
@@ -49,7 +49,7 @@ def change_head(folder: Path, base: Base, head: Head, policy: HeadPolicy, seed: 
             f"{', '.join(head.labels[:8])}, so no output can be kept. Use a fresh head."
         )
     initial = fresh_model(base, head, seed).state_dict()
-    outputs = label_tensors(base, head.type)
+    outputs = label_tensor_names(base, head.type)
     prefix = base.prefix + "."
     entries = {}
     for name, stored_tensor in adaptation.checkpoint.tensors.items():

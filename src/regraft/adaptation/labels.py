@@ -32,7 +32,7 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
         task_type = matching_types[0]
     if adaptation.labels:
         return Head(task_type, adaptation.labels)
-    outputs = label_tensors(base, task_type)
+    outputs = label_tensor_names(base, task_type)
     stored = adaptation.checkpoint.tensors
     sizes = {
         stored_tensor.shape[0]
@@ -67,7 +67,7 @@ def check_task_type(adaptation: Adaptation, task: Task) -> None:
     )
 
 
-def label_tensors(base: Base, task_type: type[Task]) -> list[str]:
+def label_tensor_names(base: Base, task_type: type[Task]) -> list[str]:
     """Return the names of the head's tensors with a row for each label: their shapes depend on the number of labels.
 
     Args:

@@ -6,7 +6,7 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import label_tensors
+from regraft.adaptation import label_tensor_names
 from regraft.model.outputs import unwrap_parallel
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _output_layers(model: Any, base: Base, data: TaskData) -> list[Any]:
     """Return the linear layers that produce the task's outputs, including a PEFT adapter's copies of them."""
     import torch
 
-    names = {name.rpartition(".")[0] for name in label_tensors(base, data.head.type)}
+    names = {name.rpartition(".")[0] for name in label_tensor_names(base, data.head.type)}
     modules = unwrap_parallel(model).named_modules()
     layers = [(name, module) for name, module in modules if isinstance(module, torch.nn.Linear)]
     return [layer for name, layer in layers if _PEFT_NAME_PARTS.sub("", f"{name}.").removesuffix(".") in names]
