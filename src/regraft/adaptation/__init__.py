@@ -11,7 +11,7 @@ from regraft.adaptation.kinds import KINDS, kind_of_config, new_config, settings
 from regraft.adaptation.labels import check_task_type, label_tensor_names, stored_head
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.merge import MergedLora, lora_settings, merge_lora
-from regraft.adaptation.model import attach, check_compatibility, initial_factors, load_model, save_model
+from regraft.adaptation.model import attach, initial_factors, load_model, load_old_model, save_model
 from regraft.adaptation.outcome import Outcome, find_outcome, is_right, load_outcome, write_outcome
 from regraft.adaptation.record import write_lineage
 from regraft.adaptation.strict import load_strictly
@@ -27,7 +27,7 @@ __all__ = [
     "Outcome",
     "attach",
     "change_head",
-    "check_compatibility",
+    "load_old_model",
     "check_task_type",
     "differing_settings",
     "extract_lora",

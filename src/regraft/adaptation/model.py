@@ -41,7 +41,7 @@ def load_model(adaptation: Adaptation, base: Base, head: Head, *, trainable: boo
     return adaptation.family.load(adaptation, base, head, trainable=trainable)
 
 
-def check_compatibility(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
+def load_old_model(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
     """Check that an adaptation is compatible with both bases and the task's head, before anything is written.
 
     Args:

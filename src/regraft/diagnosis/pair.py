@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import (
     Adaptation,
-    check_compatibility,
     check_task_type,
     load_adaptation,
     load_model,
+    load_old_model,
     write_graft,
 )
 from regraft.adaptation.tokens import with_adaptation_tokens
@@ -141,7 +141,7 @@ def load_pair(
     data.require_labels("check")
     data = match_labels(adaptation, data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length))
     upgrade.check_finite()
-    old_model = check_compatibility(adaptation, upgrade, data.head)
+    old_model = load_old_model(adaptation, upgrade, data.head)
     effect = check_effect(old_model, adaptation, upgrade.old, data)
     precision = recipe.resolve(len(data.train), 1.0).precision
     with temporary_folder() as folder:

@@ -12,10 +12,10 @@ from regraft.adaptation import (
     Adaptation,
     HeadPolicy,
     Outcome,
-    check_compatibility,
     check_task_type,
     find_outcome,
     load_adaptation,
+    load_old_model,
     stored_head,
 )
 from regraft.adaptation.outcome_record import Source
@@ -122,7 +122,7 @@ def recycle(
         return existing
     upgrade.check_finite()
     old_head = data.head if head == "copy" else stored_head(adaptation, upgrade.old)
-    check_effect(check_compatibility(adaptation, upgrade, old_head), adaptation, upgrade.old, data)
+    check_effect(load_old_model(adaptation, upgrade, old_head), adaptation, upgrade.old, data)
     resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
     source = Source(
         adaptation=str(adaptation.path),
