@@ -151,7 +151,7 @@ def test_prompt_initialised_from_text_loads_no_tokenizer(tmp_path, bases):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file({"prompt_embeddings": torch.ones(2, 32)}, tmp_path / "adapter_model.safetensors")
     base, adaptation = Base.open(bases["bert"][0]), load_adaptation(tmp_path)
-    config = adaptation.family.read_config(adaptation, afresh=True)
+    config = adaptation.family.read_config(adaptation, for_new_adapter=True)
     attach(fresh_model(base, head_of("a", "b"), 0), base, head_of("a", "b"), config, 0)
 
 

@@ -156,7 +156,7 @@ class Family(ABC):
         return False
 
     @abstractmethod
-    def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> Any:
+    def read_config(self, adaptation: Adaptation, *, for_new_adapter: bool = False) -> Any:
         """Read an adaptation's config.
 
         Args:

@@ -73,7 +73,7 @@ class Job:
             The model.
         """
         base, head, seed = self.upgrade.new, self.data.head, self.recipe.seed
-        config = self.adaptation.family.read_config(self.adaptation, afresh=True)
+        config = self.adaptation.family.read_config(self.adaptation, for_new_adapter=True)
         model = fresh_model(base, head, seed)
         restore_output_units(model, base, self.data)
         return attach(model, base, head, config, seed)

@@ -32,7 +32,7 @@ class Bottlenecks(Adapter):
 
         return BottleneckConfig
 
-    def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> BottleneckConfig:
+    def read_config(self, adaptation: Adaptation, *, for_new_adapter: bool = False) -> BottleneckConfig:
         """Read regraft's config."""
         from regraft.adaptation.bottleneck import BottleneckConfig
 

@@ -56,7 +56,7 @@ class Full(Family):
             and all(task_type.auto_class.removeprefix("AutoModelFor") in str(name) for name in names)
         ]
 
-    def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> None:
+    def read_config(self, adaptation: Adaptation, *, for_new_adapter: bool = False) -> None:
         """Return None: a full fine-tune has no adapter."""
 
     def attach(self, model: Any, base: Base, head: Head, config: None, seed: int) -> Any:

@@ -37,7 +37,7 @@ class Peft(Adapter):
 
         return PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
 
-    def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> Any:
+    def read_config(self, adaptation: Adaptation, *, for_new_adapter: bool = False) -> Any:
         """Read the config with PEFT."""
         from peft import PeftConfig
 
@@ -45,7 +45,7 @@ class Peft(Adapter):
             config: Any = PeftConfig.from_pretrained(str(adaptation.path))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{adaptation.path}/adapter_config.json: PEFT cannot read it ({error}).") from error
-        if afresh and str(getattr(config, "init_lora_weights", True)).lower() not in DETERMINED_INITS:
+        if for_new_adapter and str(getattr(config, "init_lora_weights", True)).lower() not in DETERMINED_INITS:
             config.init_lora_weights = True
         return config
 

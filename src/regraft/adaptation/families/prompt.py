@@ -26,9 +26,9 @@ class Prompt(Peft):
         """Return `num_virtual_tokens`."""
         return int(config.get("num_virtual_tokens") or 0)
 
-    def read_config(self, adaptation: Adaptation, *, afresh: bool = False) -> Any:
+    def read_config(self, adaptation: Adaptation, *, for_new_adapter: bool = False) -> Any:
         """Read the config with PEFT, without an initial text, for which PEFT would load the tokenizer that it names."""
-        config = super().read_config(adaptation, afresh=afresh)
+        config = super().read_config(adaptation, for_new_adapter=for_new_adapter)
         if getattr(config, "prompt_tuning_init", None) == "TEXT":
             config.prompt_tuning_init, config.prompt_tuning_init_text = "RANDOM", None
             config.tokenizer_name_or_path = config.tokenizer_kwargs = None
