@@ -122,7 +122,7 @@ def base_tensor(name: str, base: Base) -> torch.Tensor | None:
     return None if name_in_base is None else base.named[name_in_base]
 
 
-def passed_over(model: Any, tuned: Any, adaptation: Adaptation, old: Base, changes: list[Change]) -> dict[str, str]:
+def skip_reasons(model: Any, tuned: Any, adaptation: Adaptation, old: Base, changes: list[Change]) -> dict[str, str]:
     """Return the changed matrices that do not belong to a layer whose inputs can be observed.
 
     Args:

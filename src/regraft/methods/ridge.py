@@ -64,7 +64,7 @@ def refit(job: Job, options: Ridge) -> Any:
         KindError: The kind of the adaptation is not supported, or none of its layers can be refitted.
     """
     from regraft.adaptation import load_model
-    from regraft.adaptation.changes import SUPPORTED_KINDS, linear_changes, passed_over
+    from regraft.adaptation.changes import SUPPORTED_KINDS, linear_changes, skip_reasons
     from regraft.adaptation.transform import check_transformable
     from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_aligned
@@ -73,7 +73,7 @@ def refit(job: Job, options: Ridge) -> Any:
     new = job.grafted()
     tuned = load_model(job.adaptation, job.upgrade.old, job.data.head)
     changes = linear_changes(new, tuned, job.adaptation, job.upgrade.old)
-    refitter = _Refitter(options.ridge, passed_over(new, tuned, job.adaptation, job.upgrade.old, changes))
+    refitter = _Refitter(options.ridge, skip_reasons(new, tuned, job.adaptation, job.upgrade.old, changes))
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     old_examples, new_examples = encode_aligned(job.upgrade, job.data, texts)
     new_forward = BlockwiseForward(new, new_examples, job.recipe.precision)
@@ -104,8 +104,8 @@ def refit(job: Job, options: Ridge) -> Any:
             "direct or init."
         )
     job.notes["moved"] = round(refitter.mean_relative_change(), 4)
-    if refitter.passed_over:
-        job.notes["passed_over"] = refitter.passed_over
+    if refitter.skip_reasons:
+        job.notes["passed_over"] = refitter.skip_reasons
     return new
 
 
@@ -148,15 +148,15 @@ class _Refitter:
 
     Args:
         ridge: λ.
-        passed_over: The reason for each layer that cannot be refitted, by name.
+        skip_reasons: The reason for each layer that cannot be refitted, by name.
 
     Attributes:
         relative_changes: ‖D' − D‖ / ‖D‖ of each refitted change, of experts one number each.
     """
 
-    def __init__(self, ridge: float, passed_over: dict[str, str]):
+    def __init__(self, ridge: float, skip_reasons: dict[str, str]):
         self.ridge = ridge
-        self.passed_over = dict(passed_over)
+        self.skip_reasons = dict(skip_reasons)
         self.relative_changes: dict[Change, list[float]] = {}
 
     def refit_layers(self, changes: list[Change], old_inputs: list[torch.Tensor], forward: BlockwiseForward) -> None:
@@ -183,7 +183,7 @@ class _Refitter:
         forward.run([changes[0].module], add_moments)
         for change in changes:
             if not aligned:
-                self.passed_over[change.name] = "fed other tokens in the two models"
+                self.skip_reasons[change.name] = "fed other tokens in the two models"
                 continue
             change.set_factor(self._refit(change, change.factor, cross, second))
 
@@ -234,7 +234,7 @@ class _Refitter:
             if undetermined:
                 all_experts = len(undetermined) == len(refitted)
                 names = "all experts" if all_experts else f"experts {', '.join(map(str, undetermined))}"
-                self.passed_over[change.name] = f"{names}: reached by fewer tokens than their width of {width}"
+                self.skip_reasons[change.name] = f"{names}: reached by fewer tokens than their width of {width}"
 
     def note_unreached(self, changes: list[Change]) -> None:
         """Add the layers that no text reached to those that are passed over.
@@ -244,7 +244,7 @@ class _Refitter:
         """
         for change in changes:
             if change not in self.relative_changes:
-                self.passed_over.setdefault(change.name, "not run by itself")
+                self.skip_reasons.setdefault(change.name, "not run by itself")
 
     def mean_relative_change(self) -> float:
         """Return the mean of ‖D' − D‖ / ‖D‖."""
@@ -253,7 +253,7 @@ class _Refitter:
 
     def describe_passed_over(self) -> str:
         """Describe the first three of the layers that are passed over, with reasons."""
-        layers = [f"{name} ({reason})" for name, reason in self.passed_over.items()]
+        layers = [f"{name} ({reason})" for name, reason in self.skip_reasons.items()]
         return "; ".join(layers[:3]) + (" …" if len(layers) > 3 else "") or "the adaptation changes no matrix"
 
     def _refit(self, change: Change, factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
