@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import is_experts, projection_names
-from regraft.adaptation.lora import ADAPTER, START
+from regraft.adaptation.lora import ADAPTER, PEFT_PREFIX
 from regraft.adaptation.transform import check_transformable
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def base_tensor(name: str, base: Base) -> torch.Tensor | None:
     Returns:
         The tensor; None for a parameter of the head, or of a pooler that the base lacks.
     """
-    plain = name.removeprefix(START).replace(f".modules_to_save.{ADAPTER}", "")
+    plain = name.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{ADAPTER}", "")
     inner = plain.removeprefix(base.prefix + ".")
     if inner in base.parameters:
         return base.parameters[inner]

@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.layout import resolve_updates
-from regraft.adaptation.lora import PARTS, START
+from regraft.adaptation.lora import PARTS, PEFT_PREFIX
 from regraft.checkpoint import (
     TOKENIZER_FILES,
     DerivedTensors,
@@ -141,7 +141,7 @@ def extract_lora(
         for name in stored_in_full
     }
     tensors, config = lora.as_peft(sorted(modules))
-    tensors |= {START + name: tuned[name].contiguous() for name in stored_in_full}
+    tensors |= {PEFT_PREFIX + name: tuned[name].contiguous() for name in stored_in_full}
     if architecture is not None:
         _check_loads(tensors, config, architecture)
     return ExtractedLora(tensors, config, (total - excluded - errors) / total, excluded / total)
@@ -209,11 +209,14 @@ class _Lora:
         ranks = {module: len(a) for module, (_, a) in self.layers.items()}
         tensors: dict[str, torch.Tensor] = {}
         for module, (b, a) in self.layers.items():
-            tensors |= {f"{START}{module}{PARTS[0]}": a.contiguous(), f"{START}{module}{PARTS[1]}": b.contiguous()}
+            tensors |= {
+                f"{PEFT_PREFIX}{module}{PARTS[0]}": a.contiguous(),
+                f"{PEFT_PREFIX}{module}{PARTS[1]}": b.contiguous(),
+            }
         for parameter, experts in self.parameters.items():
             ranks[parameter] = max(len(a) for _, a in experts)
             padded = [_padded(factors, ranks[parameter]) for factors in experts]
-            path = START + parameter.rpartition(".")[0] + ".base_layer" * self.num_outer_wrappers[parameter]
+            path = PEFT_PREFIX + parameter.rpartition(".")[0] + ".base_layer" * self.num_outer_wrappers[parameter]
             tensors[path + PARTS[0]] = torch.cat([a for _, a in padded])
             tensors[path + PARTS[1]] = torch.stack([b for b, _ in padded], dim=2).flatten(1)
         rank = self.shared_rank or max(ranks.values())

@@ -9,7 +9,7 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.lora import ADAPTER, START
+from regraft.adaptation.lora import ADAPTER, PEFT_PREFIX
 from regraft.adaptation.update import Bias, Experts, Factors, ReplacedModule, Rows, Update
 from regraft.checkpoint import dtype_of, shape_of, torch_dtype
 from regraft.errors import CheckpointError, MismatchError
@@ -197,7 +197,7 @@ def _updates_of_modules(tuned: Any, adapter: Tensors, config: Mapping[str, Any])
         tied = getattr(getattr(module, "token_adapter", None), "tied_adapter", None)
         if tied is not None:  # rows of a tied output layer are stored with the embeddings
             owner = next(name for name, candidate in modules.items() if candidate is tied)
-            rows = dataclasses.replace(updates[f"{_plain(path)}.weight"], operands=(f"{START}{owner}.{ROWS}",))
+            rows = dataclasses.replace(updates[f"{_plain(path)}.weight"], operands=(f"{PEFT_PREFIX}{owner}.{ROWS}",))
             updates[f"{_plain(path)}.weight"] = rows
     return updates
 
@@ -207,7 +207,7 @@ def _add_replacements(updates: dict[str, Update], adapter: Tensors, architecture
     used = {name for update in updates.values() for name in (update.weight, *update.operands) if name}
     unplaced = []
     for stored in sorted(adapter.keys() - used):
-        name = _plain(stored.removeprefix(START))
+        name = _plain(stored.removeprefix(PEFT_PREFIX))
         update = updates.get(name)
         if ".original_module." in stored or ".modules_to_save." in stored or stored.endswith(ROWS):
             if name.removesuffix(ROWS) + "weight" * stored.endswith(ROWS) not in updates:  # otherwise it is a duplicate
@@ -238,7 +238,7 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    stored = f"{START}{path}"
+    stored = f"{PEFT_PREFIX}{path}"
     name = _plain(path)
     if isinstance(module, ModulesToSaveWrapper):
         parameters = module.modules_to_save[ADAPTER].state_dict()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, torch.Tensor]
 
 ADAPTER = "default"  # PEFT's name of the only adapter of a model
-START = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 CONVERT_REMEDY = "convert it to full (regraft adaptation convert)"
 PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -28,7 +28,7 @@ def model_name(stored: str) -> str:
     Args:
         stored: The stored name.
     """
-    return stored.removeprefix(START).removeprefix("base_model.")
+    return stored.removeprefix(PEFT_PREFIX).removeprefix("base_model.")
 
 
 def is_initialised_from_base(init: object) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adapter_folder import check_peft
 from regraft.adaptation.layout import resolve_updates
-from regraft.adaptation.lora import START, is_initialised_from_base
+from regraft.adaptation.lora import PEFT_PREFIX, is_initialised_from_base
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.tuned_class import text_config_change, tuned_architecture, untied_by_setting
 from regraft.adaptation.update import Update
@@ -79,7 +79,7 @@ def merge_lora(
         CheckpointError: A tensor of the adapter is unexpected, or the initial adapter is needed.
         MismatchError: The base lacks tensors of the model, or has them in another shape.
     """
-    modules = {name.removeprefix(START).rpartition(".")[0] for name in (*base, *adapter)}
+    modules = {name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in (*base, *adapter)}
     check_patterns(config, modules, "the LoRA's adapter_config.json")
     _check_kind(config, start)
     architecture, changed = tuned_architecture(adapter, config, base, labels)

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.layout import WRAPPERS
-from regraft.adaptation.lora import START
+from regraft.adaptation.lora import PEFT_PREFIX
 from regraft.architecture import architecture_of
 from regraft.checkpoint import read_json, shape_of
 from regraft.errors import CheckpointError
@@ -69,7 +69,11 @@ def tuned_architecture(
             break
     name = max(num_matches, key=lambda candidate: num_matches[candidate])
     changed: dict[str, Any] = {}
-    heads = {n.removeprefix(START): shape_of(adapter, n)[0] for n in adapter if HEAD.search(n.removeprefix(START))}
+    heads = {
+        n.removeprefix(PEFT_PREFIX): shape_of(adapter, n)[0]
+        for n in adapter
+        if HEAD.search(n.removeprefix(PEFT_PREFIX))
+    }
     if heads and name and name.endswith(("ForSequenceClassification", "ForTokenClassification")):
         hidden_size = getattr(config.get_text_config(), "hidden_size", 0)
         count = len(labels or ()) or min([n for n in heads.values() if n != hidden_size] or heads.values())
@@ -130,7 +134,7 @@ def untied_by_setting(architecture: Architecture) -> set[str]:
 
 
 def _module_of(stored: str) -> str:
-    path = stored.removeprefix(START).partition(".lora_")[0]
+    path = stored.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
     return ".".join(part for part in path.split(".") if part not in {*WRAPPERS, "weight", "bias"})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.lora import ADAPTER, START
+from regraft.adaptation.lora import ADAPTER, PEFT_PREFIX
 from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Start
 
@@ -326,7 +326,7 @@ class _RotatedModel:
 
 
 def _plain_name(name: str) -> str:
-    return name.removeprefix(START).replace(f".modules_to_save.{ADAPTER}", "")
+    return name.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{ADAPTER}", "")
 
 
 def _replace_delta(

@@ -176,7 +176,7 @@ class _ScalableModel:
 
     def _scalable(self, job: Job, name: str, parameter: torch.Tensor) -> Any:
         """Return a parameter with a delta, its values with and without the delta, and its group; None for others."""
-        from regraft.adaptation.lora import START
+        from regraft.adaptation.lora import PEFT_PREFIX
         from regraft.adaptation.lora_transform import parameter_shift
 
         family = job.adaptation.family
@@ -185,7 +185,7 @@ class _ScalableModel:
         base_name = family.proportional_parameter(name, self.model)
         if base_name is None:
             return None
-        inner = base_name.removeprefix(START).removeprefix(self.prefix)
+        inner = base_name.removeprefix(PEFT_PREFIX).removeprefix(self.prefix)
         if parameter_shift(upgrade, inner) is None:
             return None
         new = upgrade.new.parameters[inner].to(value) if family.tunes_base else None

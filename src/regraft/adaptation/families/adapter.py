@@ -10,7 +10,7 @@ from regraft.adaptation.adaptation import Family, GraftedAdaptation
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.fresh import fresh_poolers, load_with_fresh_head
 from regraft.adaptation.layout import OBSOLETE_SETTINGS, adapter_name_hint
-from regraft.adaptation.lora import START, model_name
+from regraft.adaptation.lora import PEFT_PREFIX, model_name
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.replaced import graft_replaced, num_adapter_rows, renumbered_settings, replaced_parameter
 from regraft.adaptation.tokens import match_token_rows
@@ -288,7 +288,9 @@ def _check_loaded(
     import torch
 
     unfilled = [
-        name for name in fresh_names if not {START + name, START.replace("model.", "", 1) + name} & loaded.keys()
+        name
+        for name in fresh_names
+        if not {PEFT_PREFIX + name, PEFT_PREFIX.replace("model.", "", 1) + name} & loaded.keys()
     ]
     common = sorted(loaded.keys() & stored.keys())
     misshapen = [name for name in common if tuple(loaded[name].shape) != shape_of(stored, name)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.adapter_folder import write_adapter
 from regraft.adaptation.changes import base_tensor, parameter_of
 from regraft.adaptation.families.adapter import Adapter
-from regraft.adaptation.lora import START
+from regraft.adaptation.lora import PEFT_PREFIX
 from regraft.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ class Bottlenecks(Adapter):
         except MismatchError as error:
             raise MismatchError(f"{adaptation.path}: {error}") from error
         expected = bottleneck_state(model)
-        stored_names = {name.removeprefix(START): name for name in adaptation.checkpoint}
+        stored_names = {name.removeprefix(PEFT_PREFIX): name for name in adaptation.checkpoint}
         stored_shapes = {name: adaptation.checkpoint.tensors[stored].shape for name, stored in stored_names.items()}
         if {name: tuple(tensor.shape) for name, tensor in expected.items()} == stored_shapes:
             set_bottleneck_state(model, {name: adaptation.checkpoint[stored_names[name]] for name in expected})
         if not trainable:
             model.requires_grad_(False)
-        state = {START + name: tensor for name, tensor in bottleneck_state(model).items()}
+        state = {PEFT_PREFIX + name: tensor for name, tensor in bottleneck_state(model).items()}
         return model, state, adaptation.checkpoint
 
     def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
@@ -73,7 +73,7 @@ class Bottlenecks(Adapter):
         from regraft.adaptation.bottleneck import bottleneck_state, config_in
 
         settings = {**config_in(model).to_dict(), "base_model_name_or_path": base.name}
-        write_adapter(into, {START + name: tensor for name, tensor in bottleneck_state(model).items()}, settings)
+        write_adapter(into, {PEFT_PREFIX + name: tensor for name, tensor in bottleneck_state(model).items()}, settings)
 
     def tunes_module_weight(self, module: str, base: Base) -> bool:
         """Return whether the base lacks the weight: only heads and poolers are fully tuned."""
@@ -86,4 +86,4 @@ class Bottlenecks(Adapter):
 
     def parameter_names(self, model: Any) -> dict[str, str]:
         """Return the names of the parameters by the names with PEFT's prefix."""
-        return {START + name: name for name, _ in model.named_parameters()}
+        return {PEFT_PREFIX + name: name for name, _ in model.named_parameters()}

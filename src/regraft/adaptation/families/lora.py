@@ -12,7 +12,7 @@ from regraft.adaptation.families.peft_adapter import Peft, peft_state
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import stored_head
 from regraft.adaptation.layout import as_loaded_by_peft, resolve_updates
-from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PARTS, START, fold_start, is_initialised_from_base
+from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PARTS, PEFT_PREFIX, fold_start, is_initialised_from_base
 from regraft.adaptation.lora_transform import transform_factors
 from regraft.adaptation.merge import CANNOT_MERGE, merge_lora
 from regraft.architecture import architecture_of
@@ -141,7 +141,7 @@ def _check_ranks(adapted: Any, base: Base) -> None:
         if ADAPTER in factor and factor[ADAPTER].weight.shape[0] < rank[ADAPTER]:
             raise RecipeError(
                 f"{base.path}: rank {rank[ADAPTER]} is more than the {factor[ADAPTER].weight.shape[0]} directions of "
-                f"{name.removeprefix(START)}, from which this LoRA is initialised. Choose at most that rank."
+                f"{name.removeprefix(PEFT_PREFIX)}, from which this LoRA is initialised. Choose at most that rank."
             )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_settings
 from regraft.adaptation.families.adapter import Adapter
 from regraft.adaptation.fresh import fresh_model
-from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, START
+from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PEFT_PREFIX
 from regraft.errors import CheckpointError, KindError, MismatchError, RecipeError
 from regraft.progress import quiet
 from regraft.weights import is_optional
@@ -185,7 +185,7 @@ def _are_embeddings_tuned(model: Any, base: Base) -> bool:
 def _merged_state(model: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of a merged PEFT model under their plain names; PEFT's own `unload` would lose heads."""
     state = model.state_dict().items()  # some kinds, such as VeRA, have shared tensors outside the model
-    wrapped = {name.removeprefix(START): tensor for name, tensor in state if name.startswith(START)}
+    wrapped = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state if name.startswith(PEFT_PREFIX)}
     layers = {name[: match.start()] for name in wrapped for match in re.finditer(r"\.base_layer(?=\.)", name)}
     plain = {}
     for name, tensor in wrapped.items():
