@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from regraft import Base, load_adaptation
-from regraft.adaptation import extract_lora, load_model, lora_settings, merge_lora, write_lora
+from regraft.adaptation import extract_lora, load_model, merge_lora, read_lora_config, write_lora
 from regraft.checkpoint import Checkpoint
 from regraft.cli import app
 from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeError
@@ -92,7 +92,7 @@ def test_variants_of_lora_are_merged_as_peft_does(tmp_path, bases, settings):
         randomise_lora(model, 0.3)
         model.save_pretrained(tmp_path / "adapter")
     adapter, source = Checkpoint.open(tmp_path / "adapter"), Checkpoint.open(base)
-    merged = merge_lora(adapter, lora_settings(tmp_path / "adapter"), source).tensors
+    merged = merge_lora(adapter, read_lora_config(tmp_path / "adapter"), source).tensors
     expected = model.merge_and_unload().state_dict()
     assert expected.keys() <= merged.keys()
     for name, tensor in expected.items():
@@ -114,7 +114,9 @@ def test_merge_into_a_transposed_weight(tmp_path):
         randomise_lora(model, 1)
         model.save_pretrained(tmp_path / "adapter")
     merged = merge_lora(
-        Checkpoint.open(tmp_path / "adapter"), lora_settings(tmp_path / "adapter"), Checkpoint.open(tmp_path / "base")
+        Checkpoint.open(tmp_path / "adapter"),
+        read_lora_config(tmp_path / "adapter"),
+        Checkpoint.open(tmp_path / "base"),
     ).tensors
     expected = model.merge_and_unload().state_dict()
     name = "transformer.h.0.attn.c_attn.weight"
@@ -170,7 +172,7 @@ def test_extract_lora_command(tmp_path, bases, tuned):
 
 def test_invalid_adapters_are_not_merged(bases, tuned):
     source = tuned["bert", "lora"] / "adaptation"
-    adapter, config, base = dict(Checkpoint.open(source)), lora_settings(source), Checkpoint.open(bases["bert"][0])
+    adapter, config, base = dict(Checkpoint.open(source)), read_lora_config(source), Checkpoint.open(bases["bert"][0])
     name = "base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors .* tunes: .*layer\.1\.output\.dense\.lora_B"):
         merge_lora({key: tensor for key, tensor in adapter.items() if key != name}, config, base)
@@ -197,7 +199,7 @@ def test_lora_that_lacks_a_randomly_initialised_weight_is_not_merged(tmp_path, b
         plain = AutoModelForSequenceClassification.from_pretrained(bases["bert"][0])
         get_peft_model(plain, LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(tmp_path)
     with pytest.raises(MismatchError, match=r"neither in .* nor in the LoRA: bert\.pooler\.dense\.weight"):
-        merge_lora(Checkpoint.open(tmp_path), lora_settings(tmp_path), Checkpoint.open(bases["bert"][0]))
+        merge_lora(Checkpoint.open(tmp_path), read_lora_config(tmp_path), Checkpoint.open(bases["bert"][0]))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -221,7 +223,7 @@ def test_adapter_whose_initial_weights_were_subtracted_from_the_base(tmp_path, b
     merged = Checkpoint.open(tmp_path / "out")
     name = "bert.encoder.layer.0.attention.self.query.weight"
     torch.testing.assert_close(merged[name], expected[name], atol=1e-5, rtol=1e-5)
-    settings = lora_settings(tmp_path / "adapter")
+    settings = read_lora_config(tmp_path / "adapter")
     assert str(settings["init_lora_weights"]) == init
     with pytest.raises(CheckpointError, match=f"was initialised by '{init}' from its base"):
         merge_lora(Checkpoint.open(tmp_path / "adapter"), settings, Checkpoint.open(base))

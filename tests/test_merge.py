@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from typer.testing import CliRunner
 
 from regraft import Base, convert, load_adaptation
-from regraft.adaptation import extract_lora, load_model, lora_settings, merge_lora
+from regraft.adaptation import extract_lora, load_model, merge_lora, read_lora_config
 from regraft.checkpoint import Checkpoint
 from regraft.cli import app
 from regraft.errors import CheckpointError, MismatchError, OutcomeError
@@ -252,7 +252,7 @@ def test_a_model_that_reads_no_tokens_is_merged(tmp_path):
         tuned.save_pretrained(tmp_path / "adapter")
         tuned.merge_and_unload().save_pretrained(tmp_path / "expected")
     expected, adapter = Checkpoint.open(tmp_path / "expected"), Checkpoint.open(tmp_path / "adapter")
-    merged = merge_lora(adapter, lora_settings(tmp_path / "adapter"), Checkpoint.open(tmp_path / "base")).tensors
+    merged = merge_lora(adapter, read_lora_config(tmp_path / "adapter"), Checkpoint.open(tmp_path / "base")).tensors
     assert merged.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(merged[name], expected[name], atol=1e-6, rtol=0)
@@ -264,7 +264,7 @@ def test_rows_that_were_not_saved_are_missed(tmp_path, get_base):
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(MismatchError, match=r"embed_tokens\.weight' is \(40, 32\), expected \(45, 32\)"):
         merge_lora(
-            Checkpoint.open(tmp_path / "adapter"), lora_settings(tmp_path / "adapter"), Checkpoint.open(base)
+            Checkpoint.open(tmp_path / "adapter"), read_lora_config(tmp_path / "adapter"), Checkpoint.open(base)
         )  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def test_experts_one_by_one_as_transformers_4_had_them(tmp_path, get_base):
         tensors[f"base_model.model.model.{path}.lora_A.weight"] = 0.1 * torch.randn(3, inside)
         tensors[f"base_model.model.model.{path}.lora_B.weight"] = 0.1 * torch.randn(outside, 3)
     save_file(tensors, file)
-    config = lora_settings(tmp_path / "adapter") | {"target_modules": ["q_proj", *names]}
+    config = read_lora_config(tmp_path / "adapter") | {"target_modules": ["q_proj", *names]}
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
     invoke("merge-lora", "--adapter", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out")
     expected = as_peft_loads("qwen3-moe", base, tmp_path / "adapter")
@@ -292,7 +292,7 @@ def test_experts_as_peft_before_0_19_had_them(tmp_path, get_base):
     """A and B were exchanged: [experts, in, out] was taken for the order of the dimensions."""
     base, _ = get_base("qwen3-moe")
     tune(tmp_path / "adapter", "qwen3-moe", base, {"target_modules": ["q_proj"], "target_parameters": EXPERTS})
-    adapter, config = load_file(tmp_path / "adapter/adapter_model.safetensors"), lora_settings(tmp_path / "adapter")
+    adapter, config = load_file(tmp_path / "adapter/adapter_model.safetensors"), read_lora_config(tmp_path / "adapter")
     merged = merge_lora(adapter, config, Checkpoint.open(base)).tensors
     exchanged = dict(adapter)
     for name in (n for n in adapter if "experts" in n and "lora_A" in n):
@@ -316,7 +316,7 @@ def test_a_refusal_leaves_nothing_behind(tmp_path, get_base):
     adapter = Checkpoint.open(tmp_path / "adapter")
     state = {name.replace(".weight", ".default.weight"): adapter[name] for name in adapter}  # that of PEFT's model
     with pytest.raises(CheckpointError, match=r"remove `\.default`"):
-        merge_lora(state, lora_settings(tmp_path / "adapter"), Checkpoint.open(base))
+        merge_lora(state, read_lora_config(tmp_path / "adapter"), Checkpoint.open(base))
     result = CliRunner().invoke(app, [*options, str(base)])
     assert isinstance(result.exception, OutcomeError)
     assert "is the folder of --base" in str(result.exception)
@@ -335,7 +335,7 @@ def test_a_refusal_leaves_nothing_behind(tmp_path, get_base):
 def test_settings_that_make_no_sense_are_refused(tmp_path, get_base, setting, reason):
     base, _ = get_base("llama")
     tune(tmp_path / "adapter", "llama", base, {"target_modules": ["q_proj"], "trainable_token_indices": [4, 5]})
-    config = lora_settings(tmp_path / "adapter") | setting
+    config = read_lora_config(tmp_path / "adapter") | setting
     with pytest.raises(CheckpointError, match=reason):
         merge_lora(Checkpoint.open(tmp_path / "adapter"), config, Checkpoint.open(base))
 
@@ -359,7 +359,7 @@ def test_a_lora_drawn_out_is_one_that_peft_loads(tmp_path, get_base, name):
         arguments = ("extract-lora", "--tuned", tmp_path / "tuned", "--old", base, "--energy", energy, "--out", out)
         invoke(*arguments)
         expected = as_peft_loads(name, base, out)
-        merged = merge_lora(Checkpoint.open(out), lora_settings(out), Checkpoint.open(base)).tensors
+        merged = merge_lora(Checkpoint.open(out), read_lora_config(out), Checkpoint.open(base)).tensors
         if energy == 1:
             torch.testing.assert_close(expected, outputs(name, model), atol=5e-6, rtol=1e-3)
             tuned = Checkpoint.open(tmp_path / "tuned")

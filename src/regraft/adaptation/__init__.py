@@ -10,7 +10,7 @@ from regraft.adaptation.head import HEAD_POLICIES, HeadPolicy, change_head
 from regraft.adaptation.kinds import KINDS, kind_of_config, new_config, settings
 from regraft.adaptation.labels import check_task_type, label_tensor_names, stored_head
 from regraft.adaptation.load import load_adaptation
-from regraft.adaptation.merge import MergedLora, lora_settings, merge_lora
+from regraft.adaptation.merge import MergedLora, merge_lora, read_lora_config
 from regraft.adaptation.model import attach, initial_factors, load_model, load_old_model, save_model
 from regraft.adaptation.outcome import Outcome, find_outcome, is_right, load_outcome, write_outcome
 from regraft.adaptation.record import write_lineage
@@ -41,7 +41,7 @@ __all__ = [
     "load_model",
     "load_outcome",
     "load_strictly",
-    "lora_settings",
+    "read_lora_config",
     "merge_lora",
     "new_config",
     "save_model",

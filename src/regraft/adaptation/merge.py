@@ -118,7 +118,7 @@ def merge_lora(
     return MergedLora(merged, changed)
 
 
-def lora_settings(folder: Path) -> dict[str, Any]:
+def read_lora_config(folder: Path) -> dict[str, Any]:
     """Return the content of a LoRA's `adapter_config.json`.
 
     Args:

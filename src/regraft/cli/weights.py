@@ -200,14 +200,14 @@ def merge_lora(
     dry_run: DryRun = False,
 ) -> None:
     """Merge a LoRA, and all else that the adapter tuned, into a base: a transformers folder."""
-    from regraft.adaptation import load_adaptation, lora_settings
+    from regraft.adaptation import load_adaptation, read_lora_config
     from regraft.adaptation import merge_lora as merge
     from regraft.checkpoint import find_path
     from regraft.vocabulary import has_tokenizer
 
     path = find_path(adaptation)
     adapter = load_adaptation(path.parent if path.is_file() else path)
-    settings = lora_settings(adapter.path)
+    settings = read_lora_config(adapter.path)
     paths = {"adapter": str(adapter.path), "base": base} | ({"start": start} if start else {})
     checkpoints = open_checkpoints(paths, check_finite)
     merged = merge(checkpoints["adapter"], settings, checkpoints["base"], checkpoints.get("start"), adapter.labels)
