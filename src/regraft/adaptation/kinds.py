@@ -96,7 +96,7 @@ def kind_of_config(config: Config | None) -> str:
     return "full" if config is None else kind_of(str(config.to_dict()["peft_type"]).rpartition(".")[2])
 
 
-def settings(config: Config | None) -> Mapping[str, Any] | None:
+def json_settings(config: Config | None) -> Mapping[str, Any] | None:
     """Return a config's settings in a form that JSON can represent, to identify a run.
 
     Args:

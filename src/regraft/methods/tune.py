@@ -13,10 +13,10 @@ from regraft.adaptation import (
     find_outcome,
     fresh_model,
     initial_factors,
+    json_settings,
     kind_of_config,
     new_config,
     save_model,
-    settings,
 )
 from regraft.base import Base
 from regraft.checkpoint import empty_folder, resumable_folder
@@ -78,7 +78,7 @@ def tune(
     data = data.with_virtual_tokens(getattr(config, "num_virtual_tokens", None) or 0, base.max_input_length)
     inputs = {
         "method": "tune",
-        "adapter": settings(config),
+        "adapter": json_settings(config),
         "recipe": dataclasses.asdict(recipe),
         "task": data.digest(),
         "base": base.fingerprint,
