@@ -278,12 +278,12 @@ def make_adapted_model(base, kind, head=HEAD, seed=2, **sizes):
     """
     import torch
 
-    from regraft.adaptation import attach, fresh_model, initial_factors, new_config
+    from regraft.adaptation import fresh_model, initial_factors, new_config, prepare_for_tuning
 
     model = fresh_model(base, head, 1)
     if kind != "full":
         config = new_config(kind, base, head, **{"rank": 3, "inner_size": 5, "virtual_tokens": 4, **sizes})
-        model = attach(model, base, head, config, 1)
+        model = prepare_for_tuning(model, base, head, config, 1)
     start = initial_factors(model)
     torch.manual_seed(seed)
     with torch.no_grad():

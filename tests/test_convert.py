@@ -6,7 +6,7 @@ from conftest import ARCHITECTURES, HEAD, LABELS, logits_of
 from safetensors.torch import load_file
 
 from regraft import Base, Upgrade, convert, load_adaptation
-from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config, save_model, write_graft
+from regraft.adaptation import KINDS, fresh_model, load_model, new_config, prepare_for_tuning, save_model, write_graft
 from regraft.errors import OutcomeError, RecipeError, RegraftError
 from regraft.model import encode, predict
 from regraft.progress import quiet, silent
@@ -219,7 +219,7 @@ def test_conversions_in_other_architectures(tmp_path, task_file, kind):
         assert not (tmp_path / "lora").exists()
         return
     with quiet():
-        model = attach(model, base, HEAD, new_config("lora", base, HEAD, rank=3), 1)
+        model = prepare_for_tuning(model, base, HEAD, new_config("lora", base, HEAD, rank=3), 1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import attach, fresh_model, load_model, new_config
+from regraft.adaptation import fresh_model, load_model, new_config, prepare_for_tuning
 from regraft.errors import RecipeError
 from regraft.methods import parse_options
 from regraft.methods.evidence import Evidence
@@ -355,7 +355,7 @@ def test_modules_with_different_lora_scalings_are_projected_alike(tmp_path, base
 def test_a_pissa_adapter_is_trimmed_as_the_change_since_its_initialisation(tmp_path, bases, task_file):
     upgrade = Upgrade(*bases["bert"])
     config = new_config("pissa", upgrade.old, HEAD, rank=RANK)
-    model = attach(fresh_model(upgrade.old, HEAD, 1), upgrade.old, HEAD, config, 1)
+    model = prepare_for_tuning(fresh_model(upgrade.old, HEAD, 1), upgrade.old, HEAD, config, 1)
     model.save_pretrained(str(tmp_path / "initial"), save_embedding_layers=False)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,7 +15,7 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from regraft import Base, Upgrade, check, load_adaptation, recycle, tune
-from regraft.adaptation import attach, fresh_model, load_model, merge_lora
+from regraft.adaptation import fresh_model, load_model, merge_lora, prepare_for_tuning
 from regraft.checkpoint import Checkpoint
 from regraft.cli import app
 from regraft.errors import CheckpointError, DataError, MismatchError, RecipeError, RegraftError
@@ -152,7 +152,7 @@ def test_prompt_initialised_from_text_loads_no_tokenizer(tmp_path, bases):
     save_file({"prompt_embeddings": torch.ones(2, 32)}, tmp_path / "adapter_model.safetensors")
     base, adaptation = Base.open(bases["bert"][0]), load_adaptation(tmp_path)
     config = adaptation.family.read_config(adaptation, for_new_adapter=True)
-    attach(fresh_model(base, head_of("a", "b"), 0), base, head_of("a", "b"), config, 0)
+    prepare_for_tuning(fresh_model(base, head_of("a", "b"), 0), base, head_of("a", "b"), config, 0)
 
 
 def test_code_is_not_copied_with_weights(tmp_path, copied, bases):

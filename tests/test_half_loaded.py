@@ -12,11 +12,11 @@ from test_lora import invoke
 from regraft import Base, Recipe, Upgrade, check, convert, load_adaptation, recycle
 from regraft.adaptation import (
     KINDS,
-    attach,
     fresh_model,
     initial_factors,
     load_model,
     new_config,
+    prepare_for_tuning,
     save_model,
     write_graft,
 )
@@ -310,7 +310,7 @@ def test_no_half_loaded_adaptation_can_be_made(tmp_path, made, opened, task_file
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("full", "prefix", "prompt")])
 def test_an_adapter_that_changes_nothing_is_refused(tmp_path, opened, task_file, kind):
     old, new = opened["bert"]
-    model = attach(fresh_model(old, HEAD, 0), old, HEAD, new_config(kind, old, HEAD), 0)
+    model = prepare_for_tuning(fresh_model(old, HEAD, 0), old, HEAD, new_config(kind, old, HEAD), 0)
     save_model(model, old, HEAD, tmp_path / "made", initial_factors(model))
     if kind in FOLDED:  # B·A − B₀·A₀ is 0 up to rounding
         assert check(Upgrade(old, new), tmp_path / "made", task_file).effect < 1e-4

@@ -6,7 +6,7 @@ from conftest import HEAD, LABELS, move_base, write_base
 from safetensors.torch import load_file
 
 from regraft import BottleneckConfig, Recipe, Upgrade, check, load_adaptation, recycle, tune
-from regraft.adaptation import KINDS, attach, fresh_model, load_model, new_config
+from regraft.adaptation import KINDS, fresh_model, load_model, new_config, prepare_for_tuning
 from regraft.adaptation.bottleneck import attach_bottlenecks
 from regraft.errors import MismatchError, RecipeError
 from regraft.model import predict
@@ -67,7 +67,7 @@ def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts
         (BottleneckConfig(placement="pfeiffer", activation="relu"), 2),
         (BottleneckConfig(inner_size=7, tune_norms=True, tune_head=False), 4),
     ):
-        model = attach(fresh_model(base, HEAD, 0), base, HEAD, config, 0)
+        model = prepare_for_tuning(fresh_model(base, HEAD, 0), base, HEAD, config, 0)
         assert torch.equal(predict(model, texts["bert"], "fp32"), bare)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert sum(name.endswith("bottleneck.down.weight") for name in trained) == expected
@@ -78,7 +78,7 @@ def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts
         with pytest.raises(RecipeError, match=str(next(iter(wrong.values())))):
             BottleneckConfig(**wrong)
     with pytest.raises(MismatchError, match="matches 0 layers"):
-        attach(fresh_model(base, HEAD, 0), base, HEAD, BottleneckConfig(after_attention="nothing"), 0)
+        prepare_for_tuning(fresh_model(base, HEAD, 0), base, HEAD, BottleneckConfig(after_attention="nothing"), 0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from conftest import HEAD, LABELS, WORDS, adapt, make_tokenizer, move_base, weig
 from transformers.pytorch_utils import Conv1D
 
 from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import attach, fresh_model, load_model, save_model
+from regraft.adaptation import fresh_model, load_model, prepare_for_tuning, save_model
 from regraft.errors import KindError
 from regraft.methods.masked import Masking
 from regraft.methods.ridge import Ridge
@@ -98,7 +98,7 @@ def adapt_experts(base, folder, modules):
     from peft import LoraConfig
 
     config = LoraConfig(r=3, target_modules=modules, target_parameters=EXPERTS)
-    model = attach(fresh_model(base, HEAD, 1), base, HEAD, config, 1)
+    model = prepare_for_tuning(fresh_model(base, HEAD, 1), base, HEAD, config, 1)
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -11,7 +11,7 @@ from conftest import HEAD, LABELS, WORDS, make_tokenizer, move_base, sentence, w
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from regraft import Base, Recipe, Upgrade, cli, convert, load_adaptation, recycle, tune
-from regraft.adaptation import attach, fresh_model, load_model, load_strictly, new_config, save_model
+from regraft.adaptation import fresh_model, load_model, load_strictly, new_config, prepare_for_tuning, save_model
 from regraft.model.batches import predict
 from regraft.model.blockwise import BlockwiseForward
 from regraft.model.outputs import forward, last_token_indices, model_inputs
@@ -188,7 +188,9 @@ def test_an_adapter_returns_for_each_text_what_peft_returns_alone(bases, tmp_pat
     from peft import PeftModel
 
     base = Base.open(bases[architecture][0])
-    model = attach(fresh_model(base, HEAD, 1), base, HEAD, new_config(kind, base, HEAD, virtual_tokens=4), 1)
+    model = prepare_for_tuning(
+        fresh_model(base, HEAD, 1), base, HEAD, new_config(kind, base, HEAD, virtual_tokens=4), 1
+    )
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

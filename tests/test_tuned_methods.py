@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from regraft import Base, Distillation, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import attach, fresh_model, initial_factors, load_model, new_config, save_model, write_graft
+from regraft.adaptation import (
+    fresh_model,
+    initial_factors,
+    load_model,
+    new_config,
+    prepare_for_tuning,
+    save_model,
+    write_graft,
+)
 from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.model import Deployment, encode
@@ -58,7 +66,7 @@ def adaptations(tmp_path_factory, opened, tuned, data):
     for name, kind in (("bert", "bottleneck"), ("llama", "bottleneck"), ("bert", "pissa")):
         base = opened[name][0]
         config = new_config(kind, base, data.head, rank=3, inner_size=5)
-        model = attach(fresh_model(base, data.head, 1), base, data.head, config, 1)
+        model = prepare_for_tuning(fresh_model(base, data.head, 1), base, data.head, config, 1)
         factors = initial_factors(model)
         torch.manual_seed(2)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from regraft.adaptation.kinds import KINDS, kind_of_config, new_config, settings
 from regraft.adaptation.labels import check_task_type, label_tensor_names, stored_head
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.merge import MergedLora, merge_lora, read_lora_config
-from regraft.adaptation.model import attach, initial_factors, load_model, load_old_model, save_model
+from regraft.adaptation.model import initial_factors, load_model, load_old_model, prepare_for_tuning, save_model
 from regraft.adaptation.outcome import Outcome, find_outcome, is_right, load_outcome, write_outcome
 from regraft.adaptation.record import write_lineage
 from regraft.adaptation.strict import load_strictly
@@ -25,7 +25,7 @@ __all__ = [
     "HeadPolicy",
     "MergedLora",
     "Outcome",
-    "attach",
+    "prepare_for_tuning",
     "change_head",
     "load_old_model",
     "check_task_type",

@@ -172,7 +172,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def attach(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
+    def prepare_for_tuning(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
         """Implement the function `attach`."""
 
     def initial_factors(self, model: Any) -> Tensors:

@@ -60,7 +60,7 @@ def load_old_model(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
     return load_model(adaptation, upgrade.old, head)
 
 
-def attach(model: Any, base: Base, head: Head, config: Config | None, seed: int) -> Any:
+def prepare_for_tuning(model: Any, base: Base, head: Head, config: Config | None, seed: int) -> Any:
     """Put a fresh adapter on a model with a fresh head.
 
     Args:
@@ -77,7 +77,7 @@ def attach(model: Any, base: Base, head: Head, config: Config | None, seed: int)
     Raises:
         KindError: The architecture does not support that kind of adapter.
     """
-    return family_of_config(config).attach(model, base, head, config, seed)
+    return family_of_config(config).prepare_for_tuning(model, base, head, config, seed)
 
 
 def initial_factors(model: Any) -> Mapping[str, torch.Tensor]:

@@ -6,12 +6,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import (
-    attach,
     change_head,
     fresh_model,
     initial_factors,
     load_adaptation,
     load_model,
+    prepare_for_tuning,
     save_model,
     write_graft,
 )
@@ -76,7 +76,7 @@ class Job:
         config = self.adaptation.family.read_config(self.adaptation, for_new_adapter=True)
         model = fresh_model(base, head, seed)
         restore_output_units(model, base, self.data)
-        return attach(model, base, head, config, seed)
+        return prepare_for_tuning(model, base, head, config, seed)
 
     def graft(self) -> None:
         """Write the old delta or adapter, grafted onto the new base, to the job's folder."""

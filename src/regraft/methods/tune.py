@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from regraft.adaptation import (
     Outcome,
-    attach,
     find_outcome,
     fresh_model,
     initial_factors,
     json_settings,
     kind_of_config,
     new_config,
+    prepare_for_tuning,
     save_model,
 )
 from regraft.base import Base
@@ -93,7 +93,7 @@ def tune(
         staging = empty_folder(work / "whole")
         fresh = fresh_model(base, data.head, resolved.seed)
         restore_output_units(fresh, base, data)
-        model = attach(fresh, base, data.head, config, resolved.seed)
+        model = prepare_for_tuning(fresh, base, data.head, config, resolved.seed)
         start = initial_factors(model)
         curve = tune_model(model, base, data, resolved, work, progress)
         if not best_step(curve, data.task.scoring.merit):

@@ -84,7 +84,7 @@ class Adapter(Family):
             The model, the adapter's tensors in it by stored name, and the stored tensors that they must equal.
         """
 
-    def attach(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
+    def prepare_for_tuning(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
         """Attach the adapter; the heads, and a pooler that the base lacks, are fully tuned."""
         from transformers import set_seed
 

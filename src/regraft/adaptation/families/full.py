@@ -59,7 +59,7 @@ class Full(Family):
     def read_config(self, adaptation: Adaptation, *, for_new_adapter: bool = False) -> None:
         """Return None: a full fine-tune has no adapter."""
 
-    def attach(self, model: Any, base: Base, head: Head, config: None, seed: int) -> Any:
+    def prepare_for_tuning(self, model: Any, base: Base, head: Head, config: None, seed: int) -> Any:
         """Return the model unchanged: all of it is trained."""
         return model
 

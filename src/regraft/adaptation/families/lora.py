@@ -74,7 +74,7 @@ class Lora(Peft):
             return super().plain_adapter(adaptation, old)
         check_reproducible_init(adaptation)
         head = stored_head(adaptation, old)
-        model = self.attach(fresh_model(old, head, 0), old, head, self.read_config(adaptation), 0)
+        model = self.prepare_for_tuning(fresh_model(old, head, 0), old, head, self.read_config(adaptation), 0)
         return fold_start(adaptation.checkpoint, self.initial_factors(model), adaptation.config)
 
     def transform(
