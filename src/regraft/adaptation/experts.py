@@ -43,7 +43,7 @@ class Expert:
     def __init__(self, module: Any, index: int, wrappers: dict[str, Any]):
         self.module, self.index, self.wrappers = module, index, wrappers
 
-    def inner(self, hidden: torch.Tensor) -> torch.Tensor:
+    def down_projection_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the inputs of the expert's down-projection.
 
         Args:

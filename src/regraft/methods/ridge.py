@@ -227,7 +227,7 @@ class _Refitter:
                     continue
                 if position:
                     models = zip(experts, wrappers, rows, strict=True)
-                    rows = [Expert(module, number, wrapper).inner(x) for module, wrapper, x in models]
+                    rows = [Expert(module, number, wrapper).down_projection_inputs(x) for module, wrapper, x in models]
                 cross, second = rows[0].T @ rows[1], rows[1].T @ rows[1]
                 refitted[number] = self._refit(change, refitted[number], cross, second)
             change.set_factor(refitted)
