@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import HEAD, LABELS, adapt, move_base, weights, write_base
+from helpers import HEAD, LABELS, read_weights, write_adaptation, write_base, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -105,11 +105,11 @@ def test_blockwise_forward_records_the_activations_of_a_forward_pass(bases, task
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_upgrade_to_the_same_base_keeps_the_weights(tmp_path, bases, task_file, architecture, kind):
     old = Base.open(bases[architecture][0])
-    path = adapt(old, kind, tmp_path / "old" / "adaptation")
-    before = weights(path)
+    path = write_adaptation(old, kind, tmp_path / "old" / "adaptation")
+    before = read_weights(path)
     for method in ("ridge", "aligned"):
         out = recycle(Upgrade(old, old), path, task_file, method, tmp_path / method, recipe=RECIPE)
-        after = weights(out.path / "adaptation")
+        after = read_weights(out.path / "adaptation")
         assert before.keys() == after.keys()
         for name in before:
             torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-5 if method == "aligned" else 0)
@@ -118,11 +118,13 @@ def test_upgrade_to_the_same_base_keeps_the_weights(tmp_path, bases, task_file, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ridge_and_aligned_approach_direct_under_strong_regularisation(tmp_path, bases, task_file, kind):
     upgrade = Upgrade(*bases["bert"])
-    path = adapt(upgrade.old, kind, tmp_path / "old" / "adaptation")
-    direct = weights(recycle(upgrade, path, task_file, "direct", tmp_path / "d", recipe=RECIPE).path / "adaptation")
+    path = write_adaptation(upgrade.old, kind, tmp_path / "old" / "adaptation")
+    direct = read_weights(
+        recycle(upgrade, path, task_file, "direct", tmp_path / "d", recipe=RECIPE).path / "adaptation"
+    )
     for method, options in (("ridge", Ridge(ridge=1e9)), ("aligned", Alignment(shrink=1))):
         out = recycle(upgrade, path, task_file, method, tmp_path / method, recipe=RECIPE, options=options)
-        recycled = weights(out.path / "adaptation")
+        recycled = read_weights(out.path / "adaptation")
         for name, tensor in direct.items():
             torch.testing.assert_close(recycled[name], tensor, rtol=0, atol=1e-6)
         assert out.record.cost.steps == out.record.cost.labels == 0
@@ -131,8 +133,8 @@ def test_ridge_and_aligned_approach_direct_under_strong_regularisation(tmp_path,
 @pytest.mark.parametrize("kind", KINDS)
 def test_ridge_is_closer_to_the_old_logits_than_direct_on_a_distant_base(tmp_path, bases, task_file, kind):
     old = Base.open(bases["bert"][0])
-    new = Base.open(move_base(old.path, tmp_path / "new", 0.2))
-    path = adapt(old, kind, tmp_path / "old" / "adaptation")
+    new = Base.open(write_upgrade(old.path, tmp_path / "new", 0.2))
+    path = write_adaptation(old, kind, tmp_path / "old" / "adaptation")
     expected = compute_logits(path, old, task_file)
     errors = {}
     for method, options in (("direct", None), ("ridge", Ridge(ridge=0.1))):
@@ -207,7 +209,7 @@ def test_aligned_recovers_the_tuned_function_on_a_permuted_or_rotated_base(tmp_p
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     old = Base.open(folder)
     new = (permute_bert if architecture == "bert" else rotate_llama)(old, tmp_path / "new")
-    path = adapt(old, kind, tmp_path / "old" / "adaptation")
+    path = write_adaptation(old, kind, tmp_path / "old" / "adaptation")
     expected = compute_logits(path, old, task_file)
     errors = {}
     for method, options in (("direct", None), ("aligned", Alignment(shrink=0.0))):
@@ -220,7 +222,7 @@ def test_aligned_recovers_the_tuned_function_on_a_permuted_or_rotated_base(tmp_p
 @pytest.mark.parametrize("kind", ["prefix", "dora", "ia3"])
 def test_kinds_that_change_no_linear_layer_are_refused(tmp_path, bases, task_file, method, kind):
     upgrade = Upgrade(*bases["bert"])
-    path = adapt(upgrade.old, kind, tmp_path / "old" / "adaptation")
+    path = write_adaptation(upgrade.old, kind, tmp_path / "old" / "adaptation")
     with pytest.raises(RecipeError, match=f"this method supports .*, not {kind}"):
         recycle(upgrade, path, task_file, method, tmp_path / "out", recipe=RECIPE)
     assert not (tmp_path / "out").exists()

@@ -73,10 +73,8 @@ def test_energy_selects_the_smallest_sufficient_rank(seed, rows, columns, energy
 @quick
 @given(seeds, lengths, lengths, st.integers(1, 4), st.booleans())
 def test_second_moments_minimise_the_error_of_the_outputs(seed, rows, columns, rank, diagonal):
-    change, inputs = (
-        normal(seed, rows, columns),
-        normal(seed + 1, columns, 40) * torch.logspace(-1, 1, columns)[:, None],
-    )
+    change = normal(seed, rows, columns)
+    inputs = normal(seed + 1, columns, 40) * torch.logspace(-1, 1, columns)[:, None]
     moments = inputs @ inputs.T / 40
     if diagonal:
         moments = torch.diag(moments.diagonal())

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import move_base, write_base
+from helpers import write_base, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -172,13 +172,14 @@ def assert_same_adapters(outcome, reference):
 @pytest.fixture(scope="module")
 def large_upgrade(tmp_path_factory, bases):
     """An upgrade whose base moved so far that old weights are of no use."""
-    new = move_base(bases["bert"][0], tmp_path_factory.mktemp("large-upgrade") / "new", 2.0)
+    new = write_upgrade(bases["bert"][0], tmp_path_factory.mktemp("large-upgrade") / "new", 2.0)
     return Upgrade(bases["bert"][0], new)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_auto_stops_at_direct_if_it_passes(tmp_path, bases, tuned, task_file, kind):
-    upgrade, source = Upgrade(*bases["bert"]), tuned["bert", kind]
+def test_auto_stops_at_direct_if_it_passes(tmp_path, bases, tuned_outcomes, task_file, kind):
+    upgrade = Upgrade(*bases["bert"])
+    source = tuned_outcomes["bert", kind]
     outcome = run_auto(tmp_path, upgrade, source, task_file)
     assert outcome.record.notes["chosen"] == "direct"
     assert "direct passes" in outcome.record.notes["why"]
@@ -188,8 +189,8 @@ def test_auto_stops_at_direct_if_it_passes(tmp_path, bases, tuned, task_file, ki
     assert outcome.record.cost.steps == outcome.record.cost.labels == 0
 
 
-def test_auto_tunes_if_direct_fails(tmp_path, large_upgrade, tuned, task_file):
-    outcome = run_auto(tmp_path, large_upgrade, tuned["bert", "lora"], task_file)
+def test_auto_tunes_if_direct_fails(tmp_path, large_upgrade, tuned_outcomes, task_file):
+    outcome = run_auto(tmp_path, large_upgrade, tuned_outcomes["bert", "lora"], task_file)
     names = stage_names(outcome)
     assert names[:2] == ["direct", "ridge"]
     assert names[2] in ("direct, tuned 25 %", "ridge, tuned 25 %")
@@ -203,9 +204,10 @@ def test_auto_tunes_if_direct_fails(tmp_path, large_upgrade, tuned, task_file):
     assert steps == sorted(steps)
 
 
-def test_auto_tries_scratch_if_little_of_the_score_survives(tmp_path, bases, tuned, task_file):
+def test_auto_tries_scratch_if_little_of_the_score_survives(tmp_path, bases, tuned_outcomes, task_file):
     unrelated_base = write_base(tmp_path / "unrelated", "bert", seed=9)
-    upgrade, source = Upgrade(bases["bert"][0], unrelated_base), tuned["bert", "lora"]
+    upgrade = Upgrade(bases["bert"][0], unrelated_base)
+    source = tuned_outcomes["bert", "lora"]
     recipe = dataclasses.replace(RECIPE, steps=60, eval_every=20)
     outcome = run_auto(tmp_path, upgrade, source, task_file, recipe=recipe, training_free=("direct",), budgets=(0.05,))
     assert stage_names(outcome) == ["direct", "direct, tuned 5 %", "scratch"]
@@ -214,8 +216,9 @@ def test_auto_tries_scratch_if_little_of_the_score_survives(tmp_path, bases, tun
     assert outcome.scores == {**scratch.scores, "dev_at_start": outcome.curve[0]["score"]}
 
 
-def test_a_low_target_needs_no_tuning_and_a_high_one_does(tmp_path, bases, tuned, task_file):
-    upgrade, source = Upgrade(*bases["bert"]), tuned["bert", "lora"]
+def test_a_low_target_needs_no_tuning_and_a_high_one_does(tmp_path, bases, tuned_outcomes, task_file):
+    upgrade = Upgrade(*bases["bert"])
+    source = tuned_outcomes["bert", "lora"]
     low = run_auto(tmp_path, upgrade, source, task_file, "low", target=0.5)
     assert low.record.notes["chosen"] == "direct"
     high = run_auto(tmp_path, upgrade, source, task_file, "high", target=1.5, budgets=(0.5,), scratch=False)
@@ -235,14 +238,21 @@ def flip_labels(file):
     file.write_text("\n".join([header, *flipped_rows]) + "\n")
 
 
-def test_auto_without_labels_ignores_the_labels_of_the_task(tmp_path, large_upgrade, tuned, task_file):
+def test_auto_without_labels_ignores_the_labels_of_the_task(tmp_path, large_upgrade, tuned_outcomes, task_file):
     flipped_task = tmp_path / "task"
     shutil.copytree(task_file.parent, flipped_task)
     for split in ("train", "dev"):
         flip_labels(flipped_task / f"{split}.csv")
     outcomes = [
         run_auto(
-            tmp_path, large_upgrade, tuned["bert", "lora"], task, name, labels=False, budgets=(0.5,), scratch=False
+            tmp_path,
+            large_upgrade,
+            tuned_outcomes["bert", "lora"],
+            task,
+            name,
+            labels=False,
+            budgets=(0.5,),
+            scratch=False,
         )
         for name, task in (("true", task_file), ("flipped", flipped_task / "task.yaml"))
     ]
@@ -268,8 +278,10 @@ def unlabelled_task(tmp_path, task_file):
     return tmp_path / "task.yaml"
 
 
-def test_methods_without_labels_recycle_an_unlabelled_task(tmp_path, large_upgrade, tuned, task_file, unlabelled_task):
-    source = tuned["bert", "lora"]
+def test_methods_without_labels_recycle_an_unlabelled_task(
+    tmp_path, large_upgrade, tuned_outcomes, task_file, unlabelled_task
+):
+    source = tuned_outcomes["bert", "lora"]
     data = load_data(unlabelled_task, 20)
     assert not data.labelled
     assert (len(data.train), len(data.dev), data.labels) == (240, 60, ("negative", "positive"))
@@ -287,8 +299,9 @@ def test_methods_without_labels_recycle_an_unlabelled_task(tmp_path, large_upgra
     assert outcome.record.notes["cannot_know"]
 
 
-def test_methods_with_labels_refuse_an_unlabelled_task(tmp_path, large_upgrade, tuned, unlabelled_task):
-    source, out = tuned["bert", "lora"], tmp_path / "out"
+def test_methods_with_labels_refuse_an_unlabelled_task(tmp_path, large_upgrade, tuned_outcomes, unlabelled_task):
+    source = tuned_outcomes["bert", "lora"]
+    out = tmp_path / "out"
     for method in ("init", "masked", "auto"):
         with pytest.raises(DataError, match="has no labels"):
             recycle(large_upgrade, source, unlabelled_task, method, out, recipe=RECIPE)
@@ -310,7 +323,7 @@ class InterruptedRunError(Exception):
     """Raised by a progress callback to interrupt a run."""
 
 
-def test_an_interrupted_run_resumes_at_its_stage(tmp_path, large_upgrade, tuned, task_file):
+def test_an_interrupted_run_resumes_at_its_stage(tmp_path, large_upgrade, tuned_outcomes, task_file):
     options = Auto(budgets=(0.25, 0.75), target=1.5, scratch=False, tolerance=0.0)
     tuning_steps = []
 
@@ -326,7 +339,7 @@ def test_an_interrupted_run_resumes_at_its_stage(tmp_path, large_upgrade, tuned,
     def run(name, progress):
         return recycle(
             large_upgrade,
-            tuned["bert", "lora"],
+            tuned_outcomes["bert", "lora"],
             task_file,
             "auto",
             tmp_path / name,
@@ -363,10 +376,11 @@ def test_invalid_options_of_auto_are_refused(options, message):
 
 
 @pytest.mark.parametrize(("method", "options"), [("init", None), ("auto", Auto(target=2.0))])
-def test_a_learning_rate_that_diverges_is_an_error(tmp_path, bases, tuned, task_file, method, options):
+def test_a_learning_rate_that_diverges_is_an_error(tmp_path, bases, tuned_outcomes, task_file, method, options):
     """`auto` skips methods that do not fit the kind of adaptation; it must not skip a tuning that diverged."""
     recipe = dataclasses.replace(RECIPE, learning_rate=1e30)
-    upgrade, source = Upgrade(*bases["bert"]), tuned["bert", "lora"]
+    upgrade = Upgrade(*bases["bert"])
+    source = tuned_outcomes["bert", "lora"]
     with pytest.raises(RecipeError, match=r"became (nan|inf) at step \d+\. Lower the learning rate \(1e\+30\)"):
         recycle(upgrade, source, task_file, method, tmp_path / "out", recipe=recipe, options=options)
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import write_base
+from helpers import write_base
 from safetensors.torch import load_file, save_file
 
 from regraft import cli
@@ -30,13 +30,13 @@ def refused(monkeypatch, capsys):
 
 
 @pytest.fixture
-def folder(tmp_path, bases, tuned, task_file):
+def folder(tmp_path, bases, tuned_outcomes, task_file):
     """A folder with copies of a valid upgrade, adaptations and task, for tests to break."""
     old, new = bases["bert"]
     shutil.copytree(old, tmp_path / "old")
     shutil.copytree(new, tmp_path / "new")
     for kind in ("full", "lora"):
-        shutil.copytree(tuned["bert", kind], tmp_path / kind)
+        shutil.copytree(tuned_outcomes["bert", kind], tmp_path / kind)
     shutil.copytree(task_file.parent, tmp_path / "task")
     (tmp_path / "out").mkdir()
     return tmp_path
@@ -53,7 +53,9 @@ def modification_times(folder):
 
 def refusals(refused, folder, kind="full", methods=("direct", "init", "init+distill", "scratch")):
     """Run check, recycle and compare on a folder's inputs: each must be refused and write nothing. Return messages."""
-    inputs, out, times = inputs_of(folder, kind), folder / "out" / "o", modification_times(folder)
+    inputs = inputs_of(folder, kind)
+    out = folder / "out" / "o"
+    times = modification_times(folder)
     messages = [refused("check", *inputs)]
     for method in methods:
         messages.append(refused("recycle", *inputs, "--method", method, "--steps", 2, "--out", out))

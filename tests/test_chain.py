@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import move_base, weights
+from helpers import read_weights, write_upgrade
 from typer.testing import CliRunner
 
 from regraft.chain import Chain, ChainRow, read_chain, run_chain, summarise_routes
@@ -27,7 +27,7 @@ def chain_folder(tmp_path_factory, bases, task_file):
     """A folder with chain files of two and of three bases."""
     folder = tmp_path_factory.mktemp("chain")
     old, new = bases["bert"]
-    last = move_base(new, folder / "third", 0.05, seed=4)
+    last = write_upgrade(new, folder / "third", 0.05, seed=4)
     (folder / "short.yaml").write_text(FILE.format(bases=f"{old}, {new}", task=task_file))
     (folder / "chain.yaml").write_text(FILE.format(bases=f"{old}, {new}, third", task=task_file))
     assert Chain.load(folder / "chain.yaml").bases[2] == str(last)
@@ -64,7 +64,7 @@ def test_direct_gives_equal_weights_hop_by_hop_and_at_once(chain_folder, extende
             next(row for row in rows if (row.kind, row.method, row.route) == (kind, "direct", route))
             for route in ("hop by hop", "at once")
         )
-        first, second = (weights(chain_folder / "out" / row.outcome / "adaptation") for row in (hops, once))
+        first, second = (read_weights(chain_folder / "out" / row.outcome / "adaptation") for row in (hops, once))
         assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
         assert hops.score == once.score
         assert hops.steps == 0

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import HEAD, LABELS, adapt, write_base
+from helpers import HEAD, LABELS, write_adaptation, write_base
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -32,11 +32,13 @@ def data(task_file):
 
 
 @pytest.fixture(scope="module")
-def pair(opened, tmp_path_factory):
+def pair(opened_bases, tmp_path_factory):
     """Two full fine-tunes of a BERT that differ in every tensor."""
     folder = tmp_path_factory.mktemp("pair")
-    old, new = opened["bert"]
-    return load(adapt(old, "full", folder / "a"), old), load(adapt(new, "full", folder / "b", seed=3), new)
+    old, new = opened_bases["bert"]
+    return load(write_adaptation(old, "full", folder / "a"), old), load(
+        write_adaptation(new, "full", folder / "b", seed=3), new
+    )
 
 
 def load(path, base):
@@ -56,7 +58,8 @@ class VectorModel(torch.nn.Module):
 
 
 def barrier_between(loss, first, second, points=11):
-    blend, losses = Blend((first, second), ["a", "b"]), []
+    blend = Blend((first, second), ["a", "b"])
+    losses = []
     for mu in unit_grid(points):
         blend.set_coefficients(mu)
         losses.append(float(loss(blend.model.vector.detach())))
@@ -102,17 +105,20 @@ def test_a_barrier_needs_finite_losses_at_ascending_positions():
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "bottleneck", "prefix"])
-def test_the_ends_are_exactly_the_models(opened, tmp_path, texts, kind):
-    old, new = opened["bert"]
-    models = load(adapt(old, kind, tmp_path / "a"), old), load(adapt(new, kind, tmp_path / "b", seed=3), new)
+def test_the_ends_are_exactly_the_models(opened_bases, tmp_path, encoded_dev, kind):
+    old, new = opened_bases["bert"]
+    models = (
+        load(write_adaptation(old, kind, tmp_path / "a"), old),
+        load(write_adaptation(new, kind, tmp_path / "b", seed=3), new),
+    )
     copies = [{name: tensor.clone() for name, tensor in named_tensors(model).items()} for model in models]
     blend = Blend(models, ["old", "new"])
     for mu in (0.3, 1, 0.7, 0, 0.5):
         blend.set_coefficients(mu)
         if mu in (0, 1):
             assert all(tensor.equal(copies[mu][name]) for name, tensor in named_tensors(blend.model).items())
-            logits = predict(blend.model, texts["bert"], "fp32")
-            assert logits.equal(predict(models[mu], texts["bert"], "fp32"))
+            logits = predict(blend.model, encoded_dev["bert"], "fp32")
+            assert logits.equal(predict(models[mu], encoded_dev["bert"], "fp32"))
         for name, tensor in named_tensors(blend.model).items():
             if tensor.is_floating_point():
                 expected = torch.lerp(copies[0][name], copies[1][name], mu)
@@ -121,8 +127,9 @@ def test_the_ends_are_exactly_the_models(opened, tmp_path, texts, kind):
         assert all(tensor.equal(tensors[name]) for name, tensor in named_tensors(model).items())
 
 
-def test_losses_and_scores_match_models_averaged_by_hand(pair, opened, data):
-    base, updates = opened["bert"][0], []
+def test_losses_and_scores_match_models_averaged_by_hand(pair, opened_bases, data):
+    base = opened_bases["bert"][0]
+    updates = []
     result = segment(*pair, base, data, points=3, ends=("a", "b"), progress=lambda *update: updates.append(update))
     assert result.ends == ("a", "b") and result.mu == (0, 0.5, 1)
     middle = copy.deepcopy(pair[0])
@@ -143,15 +150,15 @@ def test_losses_and_scores_match_models_averaged_by_hand(pair, opened, data):
     assert updates[1][3] == {f"{name} loss": pytest.approx(result.loss[name][1]) for name in ("dev", "test")}
 
 
-def test_a_model_is_connected_with_itself(pair, opened, data):
-    result = segment(pair[0], pair[0], opened["bert"][0], dataclasses.replace(data, test=None), points=4)
+def test_a_model_is_connected_with_itself(pair, opened_bases, data):
+    result = segment(pair[0], pair[0], opened_bases["bert"][0], dataclasses.replace(data, test=None), points=4)
     assert result.connected and result.barrier == {"dev": 0} and len(set(result.loss["dev"])) == 1
 
 
-def test_a_barrier_between_two_models_is_measured(opened, tuned, data):
+def test_a_barrier_between_two_models_is_measured(opened_bases, tuned_outcomes, data):
     """A model and the same function with the pooler's signs flipped: the ends are equal, the middle is useless."""
-    base = opened["bert"][0]
-    first = load(tuned["bert", "full"], base)
+    base = opened_bases["bert"][0]
+    first = load(tuned_outcomes["bert", "full"], base)
     second = copy.deepcopy(first)
     with torch.no_grad():  # tanh(−x) = −tanh(x)
         for parameter in (*second.bert.pooler.parameters(), second.classifier.weight):
@@ -162,14 +169,14 @@ def test_a_barrier_between_two_models_is_measured(opened, tuned, data):
         assert result.score[name][0] == result.score[name][-1] > 0.9 > result.score[name][5]
         assert result.barrier[name] == pytest.approx(result.loss[name][5] - result.loss[name][0], abs=1e-3)
     assert not result.connected
-    assert segment(first, load(tuned["bert", "full"], base), base, data).connected
+    assert segment(first, load(tuned_outcomes["bert", "full"], base), base, data).connected
 
 
-def test_an_adapter_is_connected_across_an_upgrade(opened, tuned, data):
+def test_an_adapter_is_connected_across_an_upgrade(opened_bases, tuned_outcomes, data):
     """One LoRA on its own base and, untuned, on the new base."""
-    old, new = opened["llama"]
-    first = load(tuned["llama", "lora"], old)
-    result = segment(first, load(tuned["llama", "lora"], new), old, data, points=5)
+    old, new = opened_bases["llama"]
+    first = load(tuned_outcomes["llama", "lora"], old)
+    result = segment(first, load(tuned_outcomes["llama", "lora"], new), old, data, points=5)
     assert result.connected and min(result.score["test"]) > 0.9 and len(set(result.loss["test"])) == 5
 
 
@@ -195,9 +202,10 @@ def test_a_plane_goes_through_its_three_models(points):
         torch.testing.assert_close(blend.model.vector.detach(), expected, rtol=0, atol=1e-8)
 
 
-def test_a_plane_of_losses(pair, opened, data, tmp_path):
-    base, updates = opened["bert"][0], []
-    third = load(adapt(base, "full", tmp_path / "c", seed=9), base)
+def test_a_plane_of_losses(pair, opened_bases, data, tmp_path):
+    base = opened_bases["bert"][0]
+    updates = []
+    third = load(write_adaptation(base, "full", tmp_path / "c", seed=9), base)
     models = (*pair, third)
     result = plane(
         models, ("a", "b", "c"), base, data, size=3, margin=0, progress=lambda *update: updates.append(update[:3])
@@ -220,21 +228,21 @@ def test_a_plane_of_losses(pair, opened, data, tmp_path):
     assert wide.split == "dev" and wide.y == pytest.approx((-c_y / 2, c_y * 1.5))
 
 
-def test_three_models_on_a_line_span_no_plane(pair, opened, data):
+def test_three_models_on_a_line_span_no_plane(pair, opened_bases, data):
     blend = Blend(pair, ["a", "b"])
     blend.set_coefficients(0.5)
-    base = opened["bert"][0]
+    base = opened_bases["bert"][0]
     for models in ((*pair, blend.model), (*pair, pair[0]), (pair[0], pair[0], pair[1])):
         with pytest.raises(MismatchError, match="a, b, c lie on one line"):
             plane(models, ("a", "b", "c"), base, data, size=2)
 
 
-def test_models_that_cannot_be_interpolated_are_refused(pair, opened, data, tmp_path):
-    base = opened["bert"][0]
-    lora = load(adapt(base, "lora", tmp_path / "lora"), base)
+def test_models_that_cannot_be_interpolated_are_refused(pair, opened_bases, data, tmp_path):
+    base = opened_bases["bert"][0]
+    lora = load(write_adaptation(base, "lora", tmp_path / "lora"), base)
     with pytest.raises(MismatchError, match=r"only the old deployment has tensor .*convert … --to full"):
         segment(lora, pair[0], base, data)
-    wider = load(adapt(base, "lora", tmp_path / "wider", rank=4), base)
+    wider = load(write_adaptation(base, "lora", tmp_path / "wider", rank=4), base)
     with pytest.raises(MismatchError, match=r"lora_A.* \(3, 32\) in the old .* \(4, 32\) in the new .*--to full"):
         segment(lora, wider, base, data)
     shifted = copy.deepcopy(pair[0])
@@ -259,7 +267,7 @@ def test_eleven_points_cost_no_more_than_eleven_evaluations(tmp_path, task_file)
             tmp_path / "base", hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768
         )
     )
-    first, second = (load(adapt(base, "full", tmp_path / str(seed), seed=seed), base) for seed in (2, 3))
+    first, second = (load(write_adaptation(base, "full", tmp_path / str(seed), seed=seed), base) for seed in (2, 3))
     data = load_data(task_file, 20).relabel(LABELS)
     data = dataclasses.replace(data, test=dataclasses.replace(data.train, name="test"))
 

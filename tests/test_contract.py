@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import transformers
-from conftest import HEAD, LABELS, WORDS, logits_of, make_adapted_model, make_tokenizer, sentence
+from helpers import HEAD, LABELS, WORDS, compute_logits, make_adapted_model, make_sentence, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -269,7 +269,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_every_two_values_that_can_meet_do_in_the_cover():
-    cover, table = pairwise_cover(), list(all_cells())
+    cover = pairwise_cover()
+    table = list(all_cells())
     assert set(cover) <= set(table)
     for i, j in itertools.combinations(range(len(DIMENSIONS)), 2):
         missing = {(cell[i], cell[j]) for cell in table} - {(cell[i], cell[j]) for cell in cover}
@@ -284,7 +285,7 @@ def write_task(folder: Path) -> Path:
         with (folder / f"{split}.csv").open("w", newline="") as stream:
             rows = csv.writer(stream)
             rows.writerow(["text", "label"])
-            rows.writerows([sentence(rng, bool(i % 2)), LABELS[i % 2]] for i in range(count))
+            rows.writerows([make_sentence(rng, bool(i % 2)), LABELS[i % 2]] for i in range(count))
     (folder / "task.yaml").write_text(
         "train: train.csv\ndev: dev.csv\ntest: test.csv\ntext: text\nlabel: label\nmax_length: 32\n"
     )
@@ -341,7 +342,8 @@ class Lab:
 
     def _write_upgrade(self, name: str) -> Upgrade:
         """Write an old base as the hub stores it, and its upgrade."""
-        architecture, folder = ARCHITECTURES[name], self.folder / name.replace(", ", "-")
+        architecture = ARCHITECTURES[name]
+        folder = self.folder / name.replace(", ", "-")
         model_class = getattr(transformers, architecture.head)
         torch.manual_seed(0)
         model = model_class(model_class.config_class(**{**SIZE, **architecture.settings}))
@@ -364,7 +366,8 @@ class Lab:
         self, architecture: str, kind: str, task_type: str, seed: int = 2, side: str = "old"
     ) -> tuple[Path, torch.Tensor]:
         """Write an adaptation of a base, and compute the logits that its model gives before it is saved."""
-        base, head = getattr(self.upgrade(architecture), side), TASKS[task_type][1]
+        base = getattr(self.upgrade(architecture), side)
+        head = TASKS[task_type][1]
         folder = base.path.parent / f"{side}-{kind}-{task_type}-{seed}" / "adaptation"
         folder.mkdir(parents=True)
         model, start = make_adapted_model(base, kind, head, seed)
@@ -394,7 +397,8 @@ def lab(tmp_path_factory) -> Lab:
 
 def test_every_cell_brings_weights_that_load_and_work(lab, tmp_path, architecture, kind, start, objective, task_type):
     """The stored weights name their base, and give the recorded predictions: in regraft, and without it."""
-    upgrade, task = lab.upgrade(architecture), lab.task(task_type)
+    upgrade = lab.upgrade(architecture)
+    task = lab.task(task_type)
     method = start if objective == UNTRAINED else f"{start}+{objective}"
     source, _ = lab.adaptation(architecture, kind, task_type)
     options = lab.options(start, architecture, kind, task_type)
@@ -415,7 +419,7 @@ def test_every_cell_brings_weights_that_load_and_work(lab, tmp_path, architectur
         assert outcome.scores["dev_at_start"] == begun.scores["dev"]
 
     examples = lab.examples(architecture, task_type)
-    logits = logits_of(outcome.path, upgrade.new, examples)
+    logits = compute_logits(outcome.path, upgrade.new, examples)
     assert outcome.predictions("test") == logits.argmax(dim=1).tolist()
     if kind not in BOTTLENECKS:
         plain = logits_without_regraft(outcome.path / "adaptation", upgrade.new, examples)
@@ -447,21 +451,23 @@ def logits_without_regraft(folder: Path, base: Base, examples: Examples) -> torc
 def test_every_kind_loads_as_it_was_saved(lab, architecture, kind, task_type):
     """The loaded weights give the outputs from before they were saved, which differ from those of the bare base."""
     folder, expected = lab.adaptation(architecture, kind, task_type)
-    base, examples = lab.upgrade(architecture).old, lab.examples(architecture, task_type)
+    base = lab.upgrade(architecture).old
+    examples = lab.examples(architecture, task_type)
     stored = load_adaptation(folder)
     assert (stored.kind, stored.labels, stored.check_base(base)) == (stored_kind(kind), LABELS, "proven")
     tolerance = 1e-4 if kind in FOLDED else 1e-6
-    torch.testing.assert_close(logits_of(folder, base, examples), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(compute_logits(folder, base, examples), expected, atol=tolerance, rtol=tolerance)
     untuned = predict(fresh_model(base, TASKS[task_type][1], 1), examples, "fp32")
     assert (expected - untuned).abs().max() > 1e-3
 
 
 def test_an_unchanged_base_leaves_the_outputs(lab, tmp_path, architecture, kind, start, task_type):
-    old, examples = lab.upgrade(architecture).old, lab.examples(architecture, task_type)
+    old = lab.upgrade(architecture).old
+    examples = lab.examples(architecture, task_type)
     source, expected = lab.adaptation(architecture, kind, task_type)
     outcome = recycle(Upgrade(old, old), source, lab.task(task_type), start, tmp_path / "out", recipe=ONE_STEP)
     tolerance = 1e-4 if kind in FOLDED else 2e-5
-    torch.testing.assert_close(logits_of(outcome.path, old, examples), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(compute_logits(outcome.path, old, examples), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +535,8 @@ def on_architectures(turn: int, but: str = "") -> pytest.MarkDecorator:
 @pytest.fixture(scope="module")
 def case(request, lab) -> Case:
     """Write the bases of an architecture, and a fine-tune of the old one as transformers saves it."""
-    upgrade, folder = lab.upgrade(request.param), lab.folder / f"{request.param} tuned"
+    upgrade = lab.upgrade(request.param)
+    folder = lab.folder / f"{request.param} tuned"
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
     if not folder.exists():
         torch.manual_seed(1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, HEAD, LABELS, logits_of
+from helpers import ARCHITECTURES, HEAD, LABELS, compute_logits
 from safetensors.torch import load_file
 
 from regraft import Base, Upgrade, convert, load_adaptation
@@ -17,9 +17,11 @@ UNMERGEABLE = ("prefix", "prompt", "bottleneck", "pfeiffer")
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CELLS)
-def test_conversion_to_full_gives_the_same_outputs(tmp_path, made, opened, texts, architecture, kind):
-    path, _ = made[architecture, kind]
-    base = opened[architecture][0]
+def test_conversion_to_full_gives_the_same_outputs(
+    tmp_path, saved_adaptations, opened_bases, encoded_dev, architecture, kind
+):
+    path, _ = saved_adaptations[architecture, kind]
+    base = opened_bases[architecture][0]
     if kind in UNMERGEABLE or kind == "full":
         with pytest.raises(RecipeError, match="does not change the weights" if kind != "full" else "already"):
             convert(path, base, tmp_path / "full", "full")
@@ -28,44 +30,52 @@ def test_conversion_to_full_gives_the_same_outputs(tmp_path, made, opened, texts
     convert(path, base, tmp_path / "full", "full")
     adaptation = load_adaptation(tmp_path / "full")
     assert (adaptation.kind, adaptation.labels, adaptation.base) == ("full", LABELS, base.fingerprint)
-    expected = logits_of(path, base, texts[architecture])
-    torch.testing.assert_close(logits_of(tmp_path / "full", base, texts[architecture]), expected, atol=2e-5, rtol=1e-4)
+    expected = compute_logits(path, base, encoded_dev[architecture])
+    torch.testing.assert_close(
+        compute_logits(tmp_path / "full", base, encoded_dev[architecture]), expected, atol=2e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_full_fine_tune_becomes_a_lora_within_its_energy(tmp_path, made, opened, texts, architecture):
+def test_a_full_fine_tune_becomes_a_lora_within_its_energy(
+    tmp_path, saved_adaptations, opened_bases, encoded_dev, architecture
+):
     """Head and nested head survive; what is kept is what was asked for."""
-    path, _ = made[architecture, "full"]
-    old, new = opened[architecture]
+    path, _ = saved_adaptations[architecture, "full"]
+    old, new = opened_bases[architecture]
     done = convert(path, old, tmp_path / "most", "lora", energy=0.9)
     assert 0.9 * (1 - done.excluded) <= done.preserved < 1
-    convert(made[architecture, "lora"][0], old, tmp_path / "full", "full")
+    convert(saved_adaptations[architecture, "lora"][0], old, tmp_path / "full", "full")
     again = convert(tmp_path / "full", old, tmp_path / "again", "lora", rank=3)
     assert again.preserved == pytest.approx(1, abs=1e-6)
-    expected = logits_of(made[architecture, "lora"][0], old, texts[architecture])
-    torch.testing.assert_close(logits_of(tmp_path / "again", old, texts[architecture]), expected, atol=2e-5, rtol=1e-4)
+    expected = compute_logits(saved_adaptations[architecture, "lora"][0], old, encoded_dev[architecture])
+    torch.testing.assert_close(
+        compute_logits(tmp_path / "again", old, encoded_dev[architecture]), expected, atol=2e-5, rtol=1e-4
+    )
     convert(tmp_path / "full", old, tmp_path / "there", "lora", rank=3, new=new)
-    expected = logits_of(made[architecture, "lora"][0], new, texts[architecture])
-    torch.testing.assert_close(logits_of(tmp_path / "there", new, texts[architecture]), expected, atol=2e-5, rtol=1e-4)
+    expected = compute_logits(saved_adaptations[architecture, "lora"][0], new, encoded_dev[architecture])
+    torch.testing.assert_close(
+        compute_logits(tmp_path / "there", new, encoded_dev[architecture]), expected, atol=2e-5, rtol=1e-4
+    )
     assert load_adaptation(tmp_path / "there").base == new.fingerprint
 
 
-def test_the_same_conversion_again_does_nothing(tmp_path, made, opened):
-    path, _ = made["bert", "lora"]
-    first = convert(path, opened["bert"][0], tmp_path / "full", "full")
+def test_the_same_conversion_again_does_nothing(tmp_path, saved_adaptations, opened_bases):
+    path, _ = saved_adaptations["bert", "lora"]
+    first = convert(path, opened_bases["bert"][0], tmp_path / "full", "full")
     before = (tmp_path / "full/model.safetensors").stat().st_mtime_ns
-    assert convert(path, opened["bert"][0], tmp_path / "full", "full") == first
+    assert convert(path, opened_bases["bert"][0], tmp_path / "full", "full") == first
     assert (tmp_path / "full/model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(OutcomeError, match="made from other inputs"):
-        convert(made["bert", "ia3"][0], opened["bert"][0], tmp_path / "full", "full")
+        convert(saved_adaptations["bert", "ia3"][0], opened_bases["bert"][0], tmp_path / "full", "full")
 
 
-def test_weighing_by_inputs_keeps_the_outputs_better(tmp_path, made, opened, task_file):
+def test_weighing_by_inputs_keeps_the_outputs_better(tmp_path, saved_adaptations, opened_bases, task_file):
     """At the same rank, a layer's outputs on the texts are nearer to those of the fine-tune."""
     from regraft.model import input_moments
 
-    path, _ = made["bert", "full"]
-    old = opened["bert"][0]
+    path, _ = saved_adaptations["bert", "full"]
+    old = opened_bases["bert"][0]
     convert(path, old, tmp_path / "plain", "lora", rank=2)
     convert(path, old, tmp_path / "weighed", "lora", rank=2, task=task_file)
     data = load_data(task_file, 0)
@@ -86,9 +96,11 @@ def test_weighing_by_inputs_keeps_the_outputs_better(tmp_path, made, opened, tas
     assert all(error(tmp_path / "weighed", layer) < error(tmp_path / "plain", layer) for layer in layers)
 
 
-def test_a_multiplicative_kind_on_a_new_base_is_the_change_it_made_to_the_old_one(tmp_path, made, opened):
-    old, new = opened["bert"]
-    path, _ = made["bert", "ia3"]
+def test_a_multiplicative_kind_on_a_new_base_is_the_change_it_made_to_the_old_one(
+    tmp_path, saved_adaptations, opened_bases
+):
+    old, new = opened_bases["bert"]
+    path, _ = saved_adaptations["bert", "ia3"]
     convert(path, old, tmp_path / "old", "full")
     convert(path, old, tmp_path / "new", "full", new=new)
     on_old, on_new = (load_file(tmp_path / side / "model.safetensors") for side in ("old", "new"))
@@ -99,11 +111,11 @@ def test_a_multiplicative_kind_on_a_new_base_is_the_change_it_made_to_the_old_on
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_foreign_lora_that_took_its_start_from_its_base_is_folded(tmp_path, opened, texts, init):
+def test_a_foreign_lora_that_took_its_start_from_its_base_is_folded(tmp_path, opened_bases, encoded_dev, init):
     """Saved by PEFT as it is, it is right on the old base only; direct makes it the same change on any base."""
     from peft import LoraConfig, get_peft_model
 
-    old, new = opened["bert"]
+    old, new = opened_bases["bert"]
     model = fresh_model(old, HEAD, 0)
     with quiet():
         config = LoraConfig(
@@ -162,10 +174,10 @@ FOREIGN = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", FOREIGN)
-def test_other_kinds_that_peft_saved_are_read_and_put_on_a_base(tmp_path, opened, texts, name):
+def test_other_kinds_that_peft_saved_are_read_and_put_on_a_base(tmp_path, opened_bases, encoded_dev, name):
     import peft
 
-    old = opened["bert"][0]
+    old = opened_bases["bert"][0]
     targets = {} if name.startswith("Pr") else {"target_modules": ["query", "value"]}
     given = {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"], **targets, **FOREIGN[name]}
     with quiet():
@@ -176,27 +188,27 @@ def test_other_kinds_that_peft_saved_are_read_and_put_on_a_base(tmp_path, opened
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
         model.save_pretrained(tmp_path / "made", save_embedding_layers=False)
-    expected = predict(model, texts["bert"], "fp32")
+    expected = predict(model, encoded_dev["bert"], "fp32")
     made = load_adaptation(tmp_path / "made")
     for further in (False, True):
         model = load_model(made, old, HEAD, trainable=further)
         assert further <= any(parameter.requires_grad for parameter in model.parameters())
-        found = predict(model, texts["bert"], "fp32")
+        found = predict(model, encoded_dev["bert"], "fp32")
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     write_graft(made, Upgrade(old, old), tmp_path / "out", silent)
-    torch.testing.assert_close(logits_of(tmp_path / "out", old, texts["bert"]), found, atol=1e-6, rtol=0)
+    torch.testing.assert_close(compute_logits(tmp_path / "out", old, encoded_dev["bert"]), found, atol=1e-6, rtol=0)
     if not targets or "twice" in name:
         with pytest.raises(RecipeError, match="recycled, but not converted"):
             convert(made, old, tmp_path / "full", "full")
         return
     convert(made, old, tmp_path / "full", "full")
-    torch.testing.assert_close(logits_of(tmp_path / "full", old, texts["bert"]), found, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(compute_logits(tmp_path / "full", old, encoded_dev["bert"]), found, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mpnet", "modernbert", "mixtral"])
 def test_conversions_in_other_architectures(tmp_path, task_file, kind):
     """GPT-2's turned layers, MPNet's biases by distance, ModernBERT's second head; and experts, which have no LoRA."""
-    from conftest import WORDS, make_tokenizer
+    from helpers import WORDS, make_tokenizer
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -208,7 +220,8 @@ def test_conversions_in_other_architectures(tmp_path, task_file, kind):
     torch.manual_seed(0)
     (AutoModelForCausalLM if decoder else AutoModelForMaskedLM).from_config(given).save_pretrained(tmp_path / "base")
     make_tokenizer("llama" if decoder else "bert").save_pretrained(tmp_path / "base")
-    base, data = Base.open(tmp_path / "base"), load_data(task_file, 20)
+    base = Base.open(tmp_path / "base")
+    data = load_data(task_file, 20)
     dev = encode(base, data, data.dev)
     model = fresh_model(base, HEAD, 1)
     if kind == "mixtral":
@@ -226,6 +239,6 @@ def test_conversions_in_other_architectures(tmp_path, task_file, kind):
     save_model(model, base, HEAD, tmp_path / "made")
     expected = predict(model, dev, "fp32")
     convert(tmp_path / "made", base, tmp_path / "full", "full")
-    torch.testing.assert_close(logits_of(tmp_path / "full", base, dev), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(compute_logits(tmp_path / "full", base, dev), expected, atol=2e-5, rtol=1e-4)
     assert convert(tmp_path / "full", base, tmp_path / "lora", "lora", rank=3).preserved == pytest.approx(1, abs=1e-6)
-    torch.testing.assert_close(logits_of(tmp_path / "lora", base, dev), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(compute_logits(tmp_path / "lora", base, dev), expected, atol=2e-5, rtol=1e-4)

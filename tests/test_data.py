@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from helpers import assert_mentions, make_data, make_rows, make_task, write_table
 from hypothesis import given
 from hypothesis import strategies as st
-from task_inputs import assert_mentions, make_data, make_rows, make_task, write_table
 
 from regraft.diagnosis.verdict import verdict
 from regraft.errors import DataError, MismatchError, RecipeError

@@ -12,9 +12,9 @@ from pathlib import Path
 import pandas
 import pyarrow
 import pytest
+from helpers import assert_mentions, make_task, read_texts
 from hypothesis import given
 from hypothesis import strategies as st
-from task_inputs import assert_mentions, make_task, read_texts
 
 from regraft.errors import DataError
 from regraft.task import Task, read_task

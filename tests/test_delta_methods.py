@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import HEAD, adapt, weights
+from helpers import HEAD, read_weights, write_adaptation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -60,7 +60,9 @@ def trim_densely(delta, density):
 
 def compute_deltas(upgrade, path):
     """The dense delta of an adaptation by name inside the body, and the change of the base by the same names."""
-    tensors, old, new = weights(path), upgrade.old, upgrade.new
+    tensors = read_weights(path)
+    old = upgrade.old
+    new = upgrade.new
     deltas = {}
     for name, tensor in tensors.items():
         if is_peft(path):
@@ -78,9 +80,10 @@ def compute_deltas(upgrade, path):
 
 def assert_adaptation_has_deltas(upgrade, path, result_path, expected, rtol=1e-5):
     """Compare a result with expected deltas: a full fine-tune exactly, a LoRA with their truncated SVD."""
-    before, after = weights(path), weights(result_path)
+    before, after = read_weights(path), read_weights(result_path)
     assert after.keys() == before.keys()
-    new, prefix = upgrade.new, upgrade.new.prefix + "."
+    new = upgrade.new
+    prefix = upgrade.new.prefix + "."
     deltas, shifts = compute_deltas(upgrade, path)
     for body_name, expected_delta in expected.items():
         if not shifts[body_name].any():  # a tensor that the upgrade left unchanged keeps its delta
@@ -128,11 +131,11 @@ def test_delta_methods_reproduce_the_old_weights_on_an_equal_base(
     tmp_path, bases, task_file, architecture, kind, method
 ):
     base = Base.open(bases[architecture][0])
-    path = adapt(base, kind, tmp_path / "old" / "adaptation")
-    before = weights(path)
+    path = write_adaptation(base, kind, tmp_path / "old" / "adaptation")
+    before = read_weights(path)
     for i, options in enumerate(OPTIONS[method]):
         outcome = run(method, Upgrade(base, base), path, task_file, tmp_path / str(i), options)
-        after = weights(outcome.path / "adaptation")
+        after = read_weights(outcome.path / "adaptation")
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -142,7 +145,7 @@ def upgrade_and_path(request, tmp_path, bases):
     """An upgrade, and the path of an adaptation to its old base."""
     architecture, kind = request.param
     upgrade = Upgrade(*bases[architecture])
-    return upgrade, adapt(upgrade.old, kind, tmp_path / "old" / "adaptation")
+    return upgrade, write_adaptation(upgrade.old, kind, tmp_path / "old" / "adaptation")
 
 
 def test_scaled_multiplies_the_delta_by_a_fixed_scale(tmp_path, upgrade_and_path, task_file):
@@ -154,7 +157,10 @@ def test_scaled_multiplies_the_delta_by_a_fixed_scale(tmp_path, upgrade_and_path
     assert set(outcome.record.notes["scales"].values()) == {0.5}
     unscaled = run("scaled", upgrade, path, task_file, tmp_path / "unscaled", Scaling(scale=1))
     direct = run("direct", upgrade, path, task_file, tmp_path / "direct")
-    direct_tensors, unscaled_tensors = weights(direct.path / "adaptation"), weights(unscaled.path / "adaptation")
+    direct_tensors, unscaled_tensors = (
+        read_weights(direct.path / "adaptation"),
+        read_weights(unscaled.path / "adaptation"),
+    )
     assert all(torch.equal(direct_tensors[name], unscaled_tensors[name]) for name in direct_tensors)
 
 
@@ -167,10 +173,10 @@ def test_trimmed_keeps_the_largest_entries_of_each_tensor(tmp_path, upgrade_and_
 
 def test_dropping_entries_is_seeded_and_preserves_the_expectation(tmp_path, bases, task_file):
     upgrade = Upgrade(*bases["bert"])
-    path = adapt(upgrade.old, "full", tmp_path / "old" / "adaptation")
+    path = write_adaptation(upgrade.old, "full", tmp_path / "old" / "adaptation")
     options = Trimming(0.5, drop=True)
     first, repeated = (
-        weights(run("trimmed", upgrade, path, task_file, tmp_path / name, options).path / "adaptation")
+        read_weights(run("trimmed", upgrade, path, task_file, tmp_path / name, options).path / "adaptation")
         for name in ("first", "repeated")
     )
     assert all(torch.equal(first[name], repeated[name]) for name in first)
@@ -187,7 +193,7 @@ def test_dropping_entries_is_seeded_and_preserves_the_expectation(tmp_path, base
     reseeded_outcome = recycle(
         upgrade, path, task_file, "trimmed", tmp_path / "reseeded", recipe=recipe, options=options
     )
-    reseeded = weights(reseeded_outcome.path / "adaptation")
+    reseeded = read_weights(reseeded_outcome.path / "adaptation")
     assert not torch.equal(first["bert." + name], reseeded["bert." + name])
 
 
@@ -208,7 +214,9 @@ def gradients_by_autograd(upgrade, path, task_file, num_labels):
     data = load_data(task_file, RECIPE.seed).relabel(LABELS)
     model = fresh_model(upgrade.new, HEAD, 0)
     prefix = upgrade.new.prefix + "."
-    tensors = {name.removeprefix("base_model.model."): t for name, t in weights(path).items() if "lora_" not in name}
+    tensors = {
+        name.removeprefix("base_model.model."): t for name, t in read_weights(path).items() if "lora_" not in name
+    }
     head_tensors = {name: t for name, t in tensors.items() if name.removeprefix(prefix) not in upgrade.new.body}
     assert head_tensors
     model.load_state_dict(head_tensors, strict=False)
@@ -251,7 +259,8 @@ def test_masked_keeps_the_entries_that_lower_the_loss(tmp_path, upgrade_and_path
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(2, 4))
 def test_evidence_measures_cross_entropy_and_divergence(seed, count, num_classes):
     torch.manual_seed(seed)
-    logits, labels = torch.randn(count, num_classes), torch.randint(num_classes, (count,))
+    logits = torch.randn(count, num_classes)
+    labels = torch.randint(num_classes, (count,))
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(Evidence(None, CATEGORICAL).losses(logits, labels), expected)
     teacher_logits = torch.randn(count, num_classes)
@@ -276,7 +285,7 @@ def test_a_gain_is_measured_in_standard_errors():
 def write_shrunk_adaptation(source, base, folder, factor):
     """Copy an adaptation with its delta multiplied by a factor."""
     shutil.copytree(source, folder)
-    tensors = weights(source)
+    tensors = read_weights(source)
     for name, tensor in tensors.items():
         body_name = name.removeprefix(base.prefix + ".")
         if name.endswith("lora_B.weight"):
@@ -291,10 +300,10 @@ def write_shrunk_adaptation(source, base, folder, factor):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("num_labels", [32, 0])
-def test_scaled_enlarges_a_shrunk_delta_if_it_has_labels(tmp_path, bases, tuned, task_file, kind, num_labels):
+def test_scaled_enlarges_a_shrunk_delta_if_it_has_labels(tmp_path, bases, tuned_outcomes, task_file, kind, num_labels):
     """Labels show that the delta is too small; the outputs of the shrunk adaptation itself cannot."""
     upgrade = Upgrade(*bases["bert"])
-    source = tuned["bert", kind] / "adaptation"
+    source = tuned_outcomes["bert", kind] / "adaptation"
     path = write_shrunk_adaptation(source, upgrade.old, tmp_path / "shrunk" / "adaptation", 0.4)
     options = Scaling(labels=num_labels, grouped=False)
     outcome = run("scaled", upgrade, path, task_file, tmp_path / "out", options)
@@ -310,11 +319,11 @@ def test_scaled_enlarges_a_shrunk_delta_if_it_has_labels(tmp_path, bases, tuned,
         assert scale == 1
 
 
-def test_scaled_by_group_shrinks_a_group_of_noise(tmp_path, bases, tuned, task_file):
+def test_scaled_by_group_shrinks_a_group_of_noise(tmp_path, bases, tuned_outcomes, task_file):
     upgrade = Upgrade(*bases["bert"])
     path = tmp_path / "noisy" / "adaptation"
-    shutil.copytree(tuned["bert", "full"] / "adaptation", path)
-    tensors = weights(path)
+    shutil.copytree(tuned_outcomes["bert", "full"] / "adaptation", path)
+    tensors = read_weights(path)
     torch.manual_seed(4)
     for name, tensor in tensors.items():
         if ".layer." in name and kind_of(name) == "feed-forward" and tensor.dim() == 2:
@@ -333,12 +342,12 @@ def test_scaled_by_group_shrinks_a_group_of_noise(tmp_path, bases, tuned, task_f
 def test_modules_with_different_lora_scalings_are_projected_alike(tmp_path, bases, task_file):
     """The scaling is alpha / √rank in rsLoRA, and an alpha pattern changes it for some modules."""
     upgrade = Upgrade(*bases["bert"])
-    path = adapt(upgrade.old, "rslora", tmp_path / "rslora" / "adaptation")
+    path = write_adaptation(upgrade.old, "rslora", tmp_path / "rslora" / "adaptation")
     config = json.loads((path / "adapter_config.json").read_text())
     config["alpha_pattern"] = {"intermediate.dense": 9}
     (path / "adapter_config.json").write_text(json.dumps(config))
-    before = weights(path)
-    after = weights(run("orthogonal", upgrade, path, task_file, tmp_path / "out").path / "adaptation")
+    before = read_weights(path)
+    after = read_weights(run("orthogonal", upgrade, path, task_file, tmp_path / "out").path / "adaptation")
     for a_name in before:
         if not a_name.endswith("lora_A.weight"):
             continue
@@ -366,7 +375,11 @@ def test_a_pissa_adapter_is_trimmed_as_the_change_since_its_initialisation(tmp_p
     model.save_pretrained(str(path), save_embedding_layers=False)
     assert load_adaptation(path).changed_base
     outcome = run("trimmed", upgrade, path, task_file, tmp_path / "out", Trimming(0.5))
-    after, before, initial = weights(outcome.path / "adaptation"), weights(path), weights(tmp_path / "initial")
+    after, before, initial = (
+        read_weights(outcome.path / "adaptation"),
+        read_weights(path),
+        read_weights(tmp_path / "initial"),
+    )
     for a_name in before:
         if a_name.endswith("lora_A.weight"):
             b_name = a_name.replace("lora_A", "lora_B")
@@ -388,7 +401,7 @@ UNSUPPORTED = [
 @pytest.mark.parametrize(("method", "kind"), UNSUPPORTED)
 def test_kinds_without_a_weight_delta_are_refused(tmp_path, bases, task_file, method, kind):
     upgrade = Upgrade(*bases["bert"])
-    path = adapt(upgrade.old, kind, tmp_path / "old" / "adaptation")
+    path = write_adaptation(upgrade.old, kind, tmp_path / "old" / "adaptation")
     with pytest.raises(RecipeError, match=rf"supports .*, not {kind}"):
         run(method, upgrade, path, task_file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -396,22 +409,22 @@ def test_kinds_without_a_weight_delta_are_refused(tmp_path, bases, task_file, me
 
 def test_bottlenecks_are_scaled_at_their_second_layer(tmp_path, bases, task_file):
     upgrade = Upgrade(*bases["bert"])
-    path = adapt(upgrade.old, "bottleneck", tmp_path / "old" / "adaptation")
+    path = write_adaptation(upgrade.old, "bottleneck", tmp_path / "old" / "adaptation")
     outcome = run("scaled", upgrade, path, task_file, tmp_path / "out", Scaling(scale=0.5))
-    before, after = weights(path), weights(outcome.path / "adaptation")
+    before, after = read_weights(path), read_weights(outcome.path / "adaptation")
     for name in before:
         assert torch.equal(after[name], before[name] * (0.5 if ".up." in name else 1)), name
 
 
 def test_methods_that_measure_losses_refuse_a_fresh_head(tmp_path, bases, task_file):
     upgrade = Upgrade(*bases["bert"])
-    path = adapt(upgrade.old, "full", tmp_path / "old" / "adaptation")
+    path = write_adaptation(upgrade.old, "full", tmp_path / "old" / "adaptation")
     for method in ("scaled", "masked"):
         with pytest.raises(RecipeError, match="head must be copy"):
             run(method, upgrade, path, task_file, tmp_path / method, head="fresh")
     trimmed = run("trimmed", upgrade, path, task_file, tmp_path / "trimmed", head="fresh")
     direct = run("direct", upgrade, path, task_file, tmp_path / "direct", head="fresh")
-    heads = [weights(outcome.path / "adaptation")["classifier.weight"] for outcome in (trimmed, direct)]
+    heads = [read_weights(outcome.path / "adaptation")["classifier.weight"] for outcome in (trimmed, direct)]
     assert torch.equal(*heads)
 
 

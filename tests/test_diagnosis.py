@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, adapt, move_base, weights
+from helpers import LABELS, read_weights, write_adaptation, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -49,8 +49,8 @@ def load_exact_pair(task_file):
     return load
 
 
-def test_flips_by_hand(load_exact_pair, bases, tuned):
-    with load_exact_pair(Upgrade(*bases["bert"]), tuned["bert", "full"]) as pair:
+def test_flips_by_hand(load_exact_pair, bases, tuned_outcomes):
+    with load_exact_pair(Upgrade(*bases["bert"]), tuned_outcomes["bert", "full"]) as pair:
         labels = pair.split.labels.tolist()
         targets = torch.tensor(labels)
         before, after = targets.clone(), targets.clone()
@@ -148,8 +148,8 @@ def test_shift_against_delta(tmp_path, bases):
     old_body = {name: tensor.double() for name, tensor in old_tensors.items() if name.startswith("bert.")}
     upgrade_shift = {name: new_tensors[name].double() - tensor for name, tensor in old_body.items()}
     upgrade = Upgrade(old, new)
-    path = adapt(upgrade.old, "full", tmp_path / "full")
-    tensors = weights(path)
+    path = write_adaptation(upgrade.old, "full", tmp_path / "full")
+    tensors = read_weights(path)
     for name, tensor in old_body.items():  # the delta is half of the upgrade's shift, and its opposite in one tensor
         tensors[name] = tensor.add(upgrade_shift[name] / 2).float()
     opposite = "bert.encoder.layer.1.output.dense.weight"
@@ -176,7 +176,7 @@ def test_shift_of_a_lora_equals_that_of_its_full_conversion(tmp_path, bases, arc
     from regraft import convert
 
     upgrade = Upgrade(*bases[architecture])
-    path = adapt(upgrade.old, "lora", tmp_path / "lora" / "adaptation")
+    path = write_adaptation(upgrade.old, "lora", tmp_path / "lora" / "adaptation")
     full = convert(path, upgrade.old, tmp_path / "full", "full").path
     lora_shift, full_shift = (shift(upgrade, load_adaptation(folder)).whole for folder in (path, full))
     assert lora_shift.delta == pytest.approx(full_shift.delta, rel=1e-4)
@@ -186,15 +186,15 @@ def test_shift_of_a_lora_equals_that_of_its_full_conversion(tmp_path, bases, arc
 
 def test_shift_without_a_dense_delta(tmp_path, bases):
     upgrade = Upgrade(*bases["bert"])
-    body = shift(upgrade, load_adaptation(adapt(upgrade.old, "bottleneck", tmp_path / "bottleneck"))).whole
+    body = shift(upgrade, load_adaptation(write_adaptation(upgrade.old, "bottleneck", tmp_path / "bottleneck"))).whole
     assert body.shift > 0
     assert (body.delta, body.cosine, body.signs, body.overlap) == (0, None, None, None)
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "full"), ("llama", "lora"), ("roberta", "full")])
-def test_retention_of_an_upgrade_that_changed_nothing(load_exact_pair, bases, tuned, architecture, kind):
+def test_retention_of_an_upgrade_that_changed_nothing(load_exact_pair, bases, tuned_outcomes, architecture, kind):
     old = bases[architecture][0]
-    with load_exact_pair(Upgrade(old, old), tuned[architecture, kind]) as pair:
+    with load_exact_pair(Upgrade(old, old), tuned_outcomes[architecture, kind]) as pair:
         result = retention(pair)
     assert result.loss["old base"] == result.loss["new base"]
     assert result.loss["old deployment"] == pytest.approx(result.loss["new deployment"], rel=1e-5)
@@ -212,9 +212,9 @@ def test_retention_of_a_gain(tmp_path, load_exact_pair, bases, task_file):
     new = pretrain(
         old, Corpus((str(text),)), tmp_path / "new", Recipe(steps=40, learning_rate=3e-3, precision="fp32"), 16
     )
-    path = adapt(old, "full", tmp_path / "full")
+    path = write_adaptation(old, "full", tmp_path / "full")
     base_tensors = load_file(old.path / "model.safetensors")
-    tensors = {name: base_tensors.get(name, tensor) for name, tensor in weights(path).items()}
+    tensors = {name: base_tensors.get(name, tensor) for name, tensor in read_weights(path).items()}
     tensors["classifier.weight"] = tensors["classifier.weight"] + 1
     bias = "bert.encoder.layer.1.output.LayerNorm.bias"
     tensors[bias] = tensors[bias] + 1e-5  # an adaptation that changes nothing at all is refused
@@ -229,7 +229,7 @@ def test_retention_of_a_gain(tmp_path, load_exact_pair, bases, task_file):
     assert result.text == str(text)
 
 
-def test_retention_needs_a_language_model(tmp_path, load_exact_pair, bases, tuned, made):
+def test_retention_needs_a_language_model(tmp_path, load_exact_pair, bases, tuned_outcomes, saved_adaptations):
     headless = tmp_path / "headless"
     headless.mkdir()
     old = bases["bert"][0]
@@ -239,28 +239,30 @@ def test_retention_needs_a_language_model(tmp_path, load_exact_pair, bases, tune
     tensors = load_file(old / "model.safetensors")
     body = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
     save_file(body, headless / "model.safetensors", metadata={"format": "pt"})
-    upgrade, message = Upgrade(headless, headless), "no language-modelling head"
-    with load_exact_pair(upgrade, tuned["bert", "full"]) as pair, pytest.raises(MismatchError, match=message):
+    upgrade = Upgrade(headless, headless)
+    message = "no language-modelling head"
+    with load_exact_pair(upgrade, tuned_outcomes["bert", "full"]) as pair, pytest.raises(MismatchError, match=message):
         retention(pair)
-    prompt = made["bert", "prompt"][0].parent
-    upgrade, message = Upgrade(*bases["bert"]), "virtual tokens"
+    prompt = saved_adaptations["bert", "prompt"][0].parent
+    upgrade = Upgrade(*bases["bert"])
+    message = "virtual tokens"
     with load_exact_pair(upgrade, prompt) as pair, pytest.raises(MismatchError, match=message):
         retention(pair)
 
 
-def test_compatibility_over_checkpoints(tmp_path, load_exact_pair, bases, tuned):
+def test_compatibility_over_checkpoints(tmp_path, load_exact_pair, bases, tuned_outcomes):
     old, new = bases["bert"]
-    checkpoints = [move_base(old, tmp_path / f"step{n}", amount) for n, amount in enumerate((0.05, 0.3, 3.0))]
-    with load_exact_pair(Upgrade(old, new), tuned["bert", "full"]) as pair:
+    checkpoints = [write_upgrade(old, tmp_path / f"step{n}", amount) for n, amount in enumerate((0.05, 0.3, 3.0))]
+    with load_exact_pair(Upgrade(old, new), tuned_outcomes["bert", "full"]) as pair:
         points = compatibility(pair, checkpoints)
     assert [point.name for point in points] == [str(old), *map(str, checkpoints)]
     assert points[0].distance == 0
     assert points[0].agreement == 1
-    assert points[0].score == check(Upgrade(old, new), tuned["bert", "full"], pair.data, recipe=EXACT).old
+    assert points[0].score == check(Upgrade(old, new), tuned_outcomes["bert", "full"], pair.data, recipe=EXACT).old
     distances = [point.distance for point in points]
     assert distances == sorted(distances)
     assert points[1].agreement >= points[3].agreement
-    second = check(Upgrade(old, checkpoints[1]), tuned["bert", "full"], pair.data, recipe=EXACT)
+    second = check(Upgrade(old, checkpoints[1]), tuned_outcomes["bert", "full"], pair.data, recipe=EXACT)
     assert points[2].score == second.new
     assert points[2].agreement == pytest.approx(second.agreement)
 
@@ -305,9 +307,11 @@ def test_verdicts():
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "full"), ("llama", "lora")])
-def test_diagnosis_of_an_upgrade_that_changed_nothing(tmp_path, bases, tuned, task_file, architecture, kind):
+def test_diagnosis_of_an_upgrade_that_changed_nothing(tmp_path, bases, tuned_outcomes, task_file, architecture, kind):
     old = bases[architecture][0]
-    diagnosis = diagnose(Upgrade(old, old), tuned[architecture, kind], task_file, tmp_path / "out", recipe=EXACT)
+    diagnosis = diagnose(
+        Upgrade(old, old), tuned_outcomes[architecture, kind], task_file, tmp_path / "out", recipe=EXACT
+    )
     assert diagnosis.verdict.choice == "use as is"
     assert diagnosis.verdict.predicted == 1
     segment, similarity, flips = (diagnosis.answers[name] for name in ("connectivity", "similarity", "regressions"))
@@ -324,14 +328,16 @@ def test_diagnosis_of_an_upgrade_that_changed_nothing(tmp_path, bases, tuned, ta
     assert read_diagnosis(stored, "diagnosis.json") == diagnosis
 
 
-def test_diagnosis_with_counterparts_and_checkpoints(tmp_path, bases, tuned, task_file, quick):
+def test_diagnosis_with_counterparts_and_checkpoints(tmp_path, bases, tuned_outcomes, task_file, quick_recipe):
     old, new = bases["bert"]
     counterparts = tuple(
-        str(tune(new, task_file, tmp_path / f"new{seed}", recipe=dataclasses.replace(quick, seed=seed)).path)
+        str(tune(new, task_file, tmp_path / f"new{seed}", recipe=dataclasses.replace(quick_recipe, seed=seed)).path)
         for seed in (20, 30)
     )
     questions = Questions(points=5, counterparts=counterparts, checkpoints=(str(new),), plane=3)
-    diagnosis = diagnose(Upgrade(old, new), tuned["bert", "full"], task_file, questions=questions, recipe=EXACT)
+    diagnosis = diagnose(
+        Upgrade(old, new), tuned_outcomes["bert", "full"], task_file, questions=questions, recipe=EXACT
+    )
     assert diagnosis.compared == counterparts[0]
     segment, points, plane = (diagnosis.answers[name] for name in ("connectivity", "compatibility", "plane"))
     assert len(segment.mu) == 5
@@ -343,9 +349,9 @@ def test_diagnosis_with_counterparts_and_checkpoints(tmp_path, bases, tuned, tas
     assert segment.score["test"][0] == diagnosis.check.old
 
 
-def test_questions_without_an_answer_are_left_out_with_the_reason(bases, made, task_file):
+def test_questions_without_an_answer_are_left_out_with_the_reason(bases, saved_adaptations, task_file):
     old, new = bases["bert"]
-    diagnosis = diagnose(Upgrade(old, new), made["bert", "prompt"][0].parent, task_file, recipe=EXACT)
+    diagnosis = diagnose(Upgrade(old, new), saved_adaptations["bert", "prompt"][0].parent, task_file, recipe=EXACT)
     assert "kept" not in diagnosis.answers
     assert "virtual tokens" in diagnosis.left_out["kept"]
     assert "similarity" in diagnosis.answers
@@ -362,7 +368,7 @@ def test_questions_and_their_sections():
     assert without_section == {"probe", "verdict"}  # the verdict is the card at the top
 
 
-def test_bad_requests(tmp_path, bases, tuned, task_file):
+def test_bad_requests(tmp_path, bases, tuned_outcomes, task_file):
     with pytest.raises(RecipeError, match="from 3 to 1,000 points"):
         Questions(points=2)
     with pytest.raises(RecipeError, match="counterpart"):
@@ -372,17 +378,20 @@ def test_bad_requests(tmp_path, bases, tuned, task_file):
     (folder / "thesis.txt").write_text("")
     upgrade = Upgrade(*bases["bert"])
     with pytest.raises(OutcomeError, match="documents"):
-        diagnose(upgrade, tuned["bert", "full"], task_file, folder)
+        diagnose(upgrade, tuned_outcomes["bert", "full"], task_file, folder)
     with pytest.raises(MismatchError, match="was tuned on"):
         diagnose(
-            upgrade, tuned["bert", "full"], task_file, questions=Questions(counterparts=(str(tuned["bert", "full"]),))
+            upgrade,
+            tuned_outcomes["bert", "full"],
+            task_file,
+            questions=Questions(counterparts=(str(tuned_outcomes["bert", "full"]),)),
         )
     assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_command(tmp_path, bases, tuned, task_file, monkeypatch, capsys):
+def test_command(tmp_path, bases, tuned_outcomes, task_file, monkeypatch, capsys):
     old, new = bases["bert"]
-    upgrade = ["--old-base", str(old), "--new-base", str(new), "--adaptation", str(tuned["bert", "full"])]
+    upgrade = ["--old-base", str(old), "--new-base", str(new), "--adaptation", str(tuned_outcomes["bert", "full"])]
     command = ["regraft", "check", *upgrade, "--task", str(task_file), "--precision", "fp32"]
 
     def run(*options):

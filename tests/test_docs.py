@@ -142,7 +142,8 @@ def test_the_example_method_passes_its_own_tests(tmp_path):
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "src/regraft/methods/clipped.py").write_text(method, encoding="utf-8")
     (tmp_path / "tests").mkdir()
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path / "tests")
+    for name in ("conftest.py", "helpers.py"):
+        shutil.copy(Path(__file__).with_name(name), tmp_path / "tests")
     (tmp_path / "tests/test_clipped.py").write_text(tests, encoding="utf-8")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],

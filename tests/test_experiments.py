@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import move_base
+from helpers import write_upgrade
 
 from regraft import Recipe, Task
 from regraft.errors import OutcomeError
@@ -73,7 +73,7 @@ def test_results_of_fewer_runs_do_not_replace_those_of_more(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory, bases, task_file, quick):
+def grid(tmp_path_factory, bases, task_file, quick_recipe):
     folder = tmp_path_factory.mktemp("experiment")
     old, mild = bases["bert"]
     recipe = Recipe(steps=60, batch_size=16, learning_rate=3e-3, eval_every=5, precision="fp32")
@@ -81,9 +81,9 @@ def grid(tmp_path_factory, bases, task_file, quick):
     return plan.Grid(
         out=folder / "out",
         old_base=old,
-        upgrades={"mild": mild, "heavy": move_base(old, folder / "heavy", 0.5)},
+        upgrades={"mild": mild, "heavy": write_upgrade(old, folder / "heavy", 0.5)},
         tasks={"mood": Task.load(task_file)},
-        old_recipes={"lora": quick},
+        old_recipes={"lora": quick_recipe},
         regimes=(
             plan.Regime("all", None, {"lora": recipe}, METHODS),
             plan.Regime("few", 8, {"lora": few}, ("scratch", "init", "there is no such method")),
@@ -115,7 +115,8 @@ def test_the_scratch_that_a_cell_is_compared_with(grid):
 
 @pytest.mark.slow
 def test_an_interrupted_run_continues(grid, monkeypatch):
-    recycle, calls = runner.recycle, []
+    recycle = runner.recycle
+    calls = []
 
     def recycle_until_interrupted(*arguments, **options):
         if len(calls) == 7:

@@ -103,7 +103,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[P
 def test_every_method_has_the_committed_figures(
     kind: str, inputs: tuple[Path, Path, list[Path]], tmp_path: Path
 ) -> None:
-    computed, expected = compute(kind, tmp_path, *inputs), json.loads(FIGURES.read_text(encoding="utf-8"))[kind]
+    computed = compute(kind, tmp_path, *inputs)
+    expected = json.loads(FIGURES.read_text(encoding="utf-8"))[kind]
     assert list(computed) == list(expected)
     for name, figures in expected.items():
         for figure, value in figures.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import write_rows
+from helpers import write_sentences
 
 from regraft.errors import DataError, MismatchError, OutcomeError
 
@@ -126,7 +126,7 @@ def write_task_stand_in(folder, task):
     folder.mkdir(parents=True)
     splits = dict.fromkeys(task[name]["split"] for name in ("train", "dev", "test") if name in task)
     for seed, split in enumerate(splits):
-        write_rows(folder / f"{split}.csv", 40, seed)
+        write_sentences(folder / f"{split}.csv", 40, seed)
         _, *rows = (folder / f"{split}.csv").read_text().splitlines()
         (folder / f"{split}.csv").write_text("\n".join([f"{task['text']},{task['label']}", *rows]) + "\n")
     if config_name := task["train"].get("config"):
@@ -176,7 +176,8 @@ def test_a_record_is_read_for_the_same_arguments_alone(tmp_path, plan):
         work.mkdir()
         return {"number": number}
 
-    cell, file = experiment.Cell("three", measure, (3,)), tmp_path / "1-x" / "three.json"
+    cell = experiment.Cell("three", measure, (3,))
+    file = tmp_path / "1-x" / "three.json"
     assert experiment.read_record(file, cell) is None
     assert experiment.measure_cell(plan.store, cell, file) == "made"
     assert experiment.read_record(file, cell).figures == {"number": 3}

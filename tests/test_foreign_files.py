@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import HEAD, adapt, head_of, make_tokenizer
+from helpers import HEAD, make_head, make_tokenizer, write_adaptation
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -61,14 +61,14 @@ def write_header(folder, text):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_base_with_nan_is_refused(copied, bases, tuned, task_file, tmp_path, index):
+def test_base_with_nan_is_refused(copied, bases, tuned_outcomes, task_file, tmp_path, index):
     pair = list(bases["bert"])
     pair[index] = change_tensors(copied(pair[index]), insert_nan)
     message = re.escape(
         f"{pair[index]}: 1 tensors hold values that are infinite or not a number: {MATRIX} (1 of 2,048)"
     )
     upgrade = Upgrade(*pair)
-    adaptation = load_adaptation(tuned["bert", "lora"])
+    adaptation = load_adaptation(tuned_outcomes["bert", "lora"])
     with pytest.raises(CheckpointError, match=message):
         check(upgrade, adaptation, task_file, force=True)
     with pytest.raises(CheckpointError, match=message):
@@ -78,9 +78,9 @@ def test_base_with_nan_is_refused(copied, bases, tuned, task_file, tmp_path, ind
     assert not (tmp_path / "out").exists()
 
 
-def test_arithmetic_refuses_nonfinite_values(copied, bases, tuned):
+def test_arithmetic_refuses_nonfinite_values(copied, bases, tuned_outcomes):
     old, new = (Checkpoint.open(path) for path in bases["bert"])
-    full = Checkpoint.open(tuned["bert", "full"] / "adaptation")
+    full = Checkpoint.open(tuned_outcomes["bert", "full"] / "adaptation")
     with_nan = Checkpoint.open(change_tensors(copied(bases["bert"][1]), insert_nan))
     for factor in (math.nan, math.inf):
         with pytest.raises(RecipeError, match="λ must be a finite number"):
@@ -95,8 +95,8 @@ def test_arithmetic_refuses_nonfinite_values(copied, bases, tuned):
         graft_all(with_nan, full, old)[MATRIX]
     with pytest.raises(CheckpointError, match=r"infinite or (NaN|not a number)"):
         low_rank(torch.full((3, 3), math.nan), rank=1)
-    lora = Checkpoint.open(tuned["bert", "lora"] / "adaptation")
-    config = json.loads((tuned["bert", "lora"] / "adaptation" / "adapter_config.json").read_text())
+    lora = Checkpoint.open(tuned_outcomes["bert", "lora"] / "adaptation")
+    config = json.loads((tuned_outcomes["bert", "lora"] / "adaptation" / "adapter_config.json").read_text())
     for alpha in (math.nan, math.inf, "16", None):
         with pytest.raises(CheckpointError, match="lora_alpha"):
             merge_lora(lora, {**config, "lora_alpha": alpha}, old)
@@ -111,7 +111,7 @@ def test_result_beyond_the_range_of_its_dtype_is_refused():
 # code in checkpoints
 
 
-def test_code_of_a_checkpoint_never_runs(copied, bases, tuned, tmp_path, monkeypatch):
+def test_code_of_a_checkpoint_never_runs(copied, bases, tuned_outcomes, tmp_path, monkeypatch):
     def add_code(folder):
         (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
         return folder
@@ -124,9 +124,9 @@ def test_code_of_a_checkpoint_never_runs(copied, bases, tuned, tmp_path, monkeyp
     base = Base.open(bases["bert"][0])
     with pytest.raises(CheckpointError, match="needs code from the folder, which regraft does not run"):
         Base.open(add_code(copied(base.path, **custom_code)))
-    full = load_adaptation(add_code(copied(tuned["bert", "full"] / "adaptation", **custom_code)))
+    full = load_adaptation(add_code(copied(tuned_outcomes["bert", "full"] / "adaptation", **custom_code)))
     with pytest.raises(CheckpointError, match="needs code from the folder, which regraft does not run"):
-        load_model(full, base, head_of(*full.labels))
+        load_model(full, base, make_head(*full.labels))
     with pytest.raises(CheckpointError, match="attn_implementation is 'somebody/kernel', code from the hub"):
         Base.open(copied(base.path, attn_implementation="somebody/kernel"))
     tokenizer = add_code(
@@ -136,7 +136,10 @@ def test_code_of_a_checkpoint_never_runs(copied, bases, tuned, tmp_path, monkeyp
     )
     assert Base.open(tokenizer).tokenizer.get_vocab() == base.tokenizer.get_vocab()
     lora = copied(
-        tuned["bert", "lora"] / "adaptation", "adapter_config.json", megatron_config={"a": 1}, megatron_core="evil"
+        tuned_outcomes["bert", "lora"] / "adaptation",
+        "adapter_config.json",
+        megatron_config={"a": 1},
+        megatron_core="evil",
     )
     with pytest.raises(CheckpointError, match="makes PEFT import 'evil'"):
         load_adaptation(lora)
@@ -150,9 +153,10 @@ def test_prompt_initialised_from_text_loads_no_tokenizer(tmp_path, bases):
     }  # fmt: skip
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file({"prompt_embeddings": torch.ones(2, 32)}, tmp_path / "adapter_model.safetensors")
-    base, adaptation = Base.open(bases["bert"][0]), load_adaptation(tmp_path)
+    base = Base.open(bases["bert"][0])
+    adaptation = load_adaptation(tmp_path)
     config = adaptation.family.read_config(adaptation, for_new_adapter=True)
-    prepare_for_tuning(fresh_model(base, head_of("a", "b"), 0), base, head_of("a", "b"), config, 0)
+    prepare_for_tuning(fresh_model(base, make_head("a", "b"), 0), base, make_head("a", "b"), config, 0)
 
 
 def test_code_is_not_copied_with_weights(tmp_path, copied, bases):
@@ -193,13 +197,13 @@ def test_code_is_not_copied_with_weights(tmp_path, copied, bases):
     ],
 )
 @pytest.mark.parametrize("source", ["base", "full"])
-def test_invalid_config_is_refused_quickly(copied, bases, tuned, source, changes, message):
+def test_invalid_config_is_refused_quickly(copied, bases, tuned_outcomes, source, changes, message):
     start = time.monotonic()
     with pytest.raises(RegraftError, match=message):
         if source == "base":
-            fresh_model(Base.open(copied(bases["bert"][0], **changes)), head_of("a", "b"), 0)
+            fresh_model(Base.open(copied(bases["bert"][0], **changes)), make_head("a", "b"), 0)
         else:
-            full = load_adaptation(copied(tuned["bert", "full"] / "adaptation", **changes))
+            full = load_adaptation(copied(tuned_outcomes["bert", "full"] / "adaptation", **changes))
             load_model(full, Base.open(bases["bert"][0]), HEAD)
     assert time.monotonic() - start < 5
 
@@ -209,20 +213,20 @@ def test_large_widths_are_accepted(copied, bases):
     assert Base.open(copied(bases["llama"][0], **sizes)).config.num_hidden_layers == 2
 
 
-def test_config_that_returns_tuples_changes_no_result(copied, bases, tuned, task_file):
+def test_config_that_returns_tuples_changes_no_result(copied, bases, tuned_outcomes, task_file):
     old, new = bases["bert"]
-    lora = tuned["bert", "lora"]
+    lora = tuned_outcomes["bert", "lora"]
     plain = check(Upgrade(Base.open(old), Base.open(new)), lora, task_file)
     unused = {"max_window_layers": 80}  # as in Qwen's configs with 24 layers
     odd = copied(new, return_dict=False, output_attentions=True, output_hidden_states=True, **unused)
     assert check(Upgrade(Base.open(old), Base.open(odd)), lora, task_file) == plain
 
 
-def test_nonfinite_predictions_are_refused(copied, bases, tuned, task_file):
+def test_nonfinite_predictions_are_refused(copied, bases, tuned_outcomes, task_file):
     old, new = bases["bert"]
     folder = copied(new, layer_norm_eps=math.nan)
     with pytest.raises(MismatchError, match=f"{re.escape(str(folder))}: what the weights on it predict is infinite"):
-        check(Upgrade(Base.open(old), Base.open(folder)), tuned["bert", "lora"], task_file)
+        check(Upgrade(Base.open(old), Base.open(folder)), tuned_outcomes["bert", "lora"], task_file)
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"a":' * 100_000, '{"a": 1, "a": 2}', "\ud800"])
@@ -324,11 +328,11 @@ def test_model_max_length_may_be_a_float(copied, bases):
         assert base.max_input_length == expected
 
 
-def test_outcomes_have_the_unchanged_tokenizer_of_their_base(tmp_path, bases, tuned, task_file):
+def test_outcomes_have_the_unchanged_tokenizer_of_their_base(tmp_path, bases, tuned_outcomes, task_file):
     expected = json.loads((bases["bert"][0] / "tokenizer.json").read_text())
     upgrade = Upgrade(*bases["bert"])
-    outcome = recycle(upgrade, tuned["bert", "lora"], task_file, "direct", tmp_path / "out")
-    for folder in (tuned["bert", "full"], outcome.path):
+    outcome = recycle(upgrade, tuned_outcomes["bert", "lora"], task_file, "direct", tmp_path / "out")
+    for folder in (tuned_outcomes["bert", "full"], outcome.path):
         assert json.loads((folder / "adaptation" / "tokenizer.json").read_text()) == expected
 
 
@@ -348,9 +352,9 @@ def test_outcomes_have_the_unchanged_tokenizer_of_their_base(tmp_path, bases, tu
         ({"r": 10**9}, "r is 1,000,000,000"),
     ],
 )
-def test_expensive_patterns_and_sizes_are_refused(monkeypatch, copied, bases, tuned, changes, message):
+def test_expensive_patterns_and_sizes_are_refused(monkeypatch, copied, bases, tuned_outcomes, changes, message):
     monkeypatch.setattr("regraft.adaptation.patterns.TIMEOUT_SECONDS", 2)
-    folder = copied(tuned["bert", "lora"] / "adaptation", "adapter_config.json", **changes)
+    folder = copied(tuned_outcomes["bert", "lora"] / "adaptation", "adapter_config.json", **changes)
     base = Base.open(bases["bert"][0])
     with pytest.raises(CheckpointError, match=message):
         load_model(load_adaptation(folder), base, HEAD)
@@ -360,19 +364,21 @@ def test_expensive_patterns_and_sizes_are_refused(monkeypatch, copied, bases, tu
             merge_lora(Checkpoint.open(folder), config, base.checkpoint)
 
 
-def test_regular_expressions_of_peft_are_accepted(copied, bases, tuned):
+def test_regular_expressions_of_peft_are_accepted(copied, bases, tuned_outcomes):
     changes = {
         "target_modules": r"(?:.*?(?:encoder|text).*?(?:attention|output|intermediate).*?(?:query|key|value|dense))",
         "exclude_modules": r"^(cls|classifier)\..*",
         "alpha_pattern": {r"layer\.\d+\.attention\.self\.query": 16},
     }
-    adaptation = load_adaptation(copied(tuned["bert", "lora"] / "adaptation", "adapter_config.json", **changes))
-    load_model(adaptation, Base.open(bases["bert"][0]), head_of(*adaptation.labels))
+    adaptation = load_adaptation(
+        copied(tuned_outcomes["bert", "lora"] / "adaptation", "adapter_config.json", **changes)
+    )
+    load_model(adaptation, Base.open(bases["bert"][0]), make_head(*adaptation.labels))
 
 
-def test_headers_and_labels_are_read_in_linear_time(copied, tuned):
+def test_headers_and_labels_are_read_in_linear_time(copied, tuned_outcomes):
     entries = ",".join(f'"{i}":{ENTRY}' for i in range(40_000))
-    lora = tuned["bert", "lora"] / "adaptation"
+    lora = tuned_outcomes["bert", "lora"] / "adaptation"
     start = time.monotonic()
     with pytest.raises(CheckpointError, match="the name '7' is repeated"):
         load_adaptation(write_header(copied(lora, "adapter_config.json"), f'{{{entries},"7":{ENTRY}}}'))
@@ -383,8 +389,8 @@ def test_headers_and_labels_are_read_in_linear_time(copied, tuned):
     assert time.monotonic() - start < 10
 
 
-def test_other_adapter_formats_are_refused_with_a_remedy(tmp_path, copied, tuned, bases):
-    lora = tuned["bert", "lora"] / "adaptation"
+def test_other_adapter_formats_are_refused_with_a_remedy(tmp_path, copied, tuned_outcomes, bases):
+    lora = tuned_outcomes["bert", "lora"] / "adaptation"
     for file in ("pytorch_adapter.bin", "adapter.safetensors"):
         folder = tmp_path / file.replace(".", "-")
         folder.mkdir()
@@ -416,7 +422,7 @@ def test_command_in_the_message_adds_the_missing_pooler(tmp_path, bases, task_fi
     AutoModel.from_pretrained(bases["bert"][0]).save_pretrained(tmp_path / "old")
     make_tokenizer("bert").save_pretrained(tmp_path / "old")
     old = Base.open(tmp_path / "old")
-    lora = adapt(old, "lora", tmp_path / "lora")
+    lora = write_adaptation(old, "lora", tmp_path / "lora")
     with pytest.raises(MismatchError, match=r"lacks pooler\.dense\.bias, pooler\.dense\.weight") as refusal:
         recycle(Upgrade(old, new), lora, task_file, "direct", tmp_path / "out")
     command = str(refusal.value).split("regraft ")[1].rstrip(".").replace("FOLDER", str(tmp_path / "new"))
@@ -431,11 +437,11 @@ def test_command_in_the_message_adds_the_missing_pooler(tmp_path, bases, task_fi
 # refusals before any training
 
 
-def test_base_with_a_regression_config_is_tuned_as_a_classifier(tmp_path, copied, bases, task_file, quick):
+def test_base_with_a_regression_config_is_tuned_as_a_classifier(tmp_path, copied, bases, task_file, quick_recipe):
     import dataclasses
 
     base = copied(bases["bert"][0], problem_type="regression", output_attentions=True, output_hidden_states=True)
-    recipe = dataclasses.replace(quick, steps=2, eval_every=2)
+    recipe = dataclasses.replace(quick_recipe, steps=2, eval_every=2)
     outcome = tune(base, task_file, tmp_path / "out", recipe=recipe)
     assert load_adaptation(outcome.path).config.get("problem_type") in (None, "single_label_classification")
 

@@ -93,7 +93,8 @@ def encode(value, generator):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_headers(tmp_path, seed):
-    generator, file = random.Random(seed), tmp_path / "m.safetensors"
+    generator = random.Random(seed)
+    file = tmp_path / "m.safetensors"
     save_file(TENSORS, file, metadata={"format": "pt"})
     valid = file.read_bytes()
     length = int.from_bytes(valid[:8], "little")
@@ -136,7 +137,8 @@ def bytes_of(tensor):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_indexes(tmp_path, seed):
-    generator, folder = random.Random(seed), tmp_path / "sharded"
+    generator = random.Random(seed)
+    folder = tmp_path / "sharded"
     folder.mkdir()
     shards = {"model-00001-of-00002.safetensors": TENSORS, "model-00002-of-00002.safetensors": {"last": torch.ones(2)}}
     for shard, tensors in shards.items():

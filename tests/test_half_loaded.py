@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, HEAD, LABELS, head_of, write_base
+from helpers import ARCHITECTURES, HEAD, LABELS, make_head, run_command, write_base
 from safetensors.torch import load_file, save_file
-from test_lora import invoke
 
 from regraft import Base, Recipe, Upgrade, check, convert, load_adaptation, recycle
 from regraft.adaptation import (
@@ -51,30 +50,34 @@ def break_(path, into, how):
 
 @pytest.mark.parametrize("how", ["renamed", "missing", "extra", "cut"])
 @pytest.mark.parametrize(("architecture", "kind"), CELLS)
-def test_a_tensor_that_does_not_belong_is_named_and_refused(tmp_path, made, opened, architecture, kind, how):
-    path, _ = made[architecture, kind]
+def test_a_tensor_that_does_not_belong_is_named_and_refused(
+    tmp_path, saved_adaptations, opened_bases, architecture, kind, how
+):
+    path, _ = saved_adaptations[architecture, kind]
     name = break_(path, tmp_path / "broken", how)
     with pytest.raises(RegraftError) as refused:
-        load_model(load_adaptation(tmp_path / "broken"), opened[architecture][0], HEAD)
+        load_model(load_adaptation(tmp_path / "broken"), opened_bases[architecture][0], HEAD)
     assert str(tmp_path / "broken") in str(refused.value)
     said = str(refused.value)
     assert name in said or name.removeprefix("base_model.model.") in said or "PEFT cannot load it" in said
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CELLS)
-def test_another_base_is_refused_unless_forced(made, opened, architecture, kind):
-    old, new = opened[architecture]
-    adaptation = load_adaptation(made[architecture, kind][0])
+def test_another_base_is_refused_unless_forced(saved_adaptations, opened_bases, architecture, kind):
+    old, new = opened_bases[architecture]
+    adaptation = load_adaptation(saved_adaptations[architecture, kind][0])
     with pytest.raises(MismatchError, match="was not tuned on"):
         adaptation.check_base(new)
     assert adaptation.check_base(new, force=True) == "forced"
     assert adaptation.check_base(old) == "proven"
 
 
-def test_records_that_contradict_each_other_are_refused_and_those_of_others_not_taken(tmp_path, made, opened):
+def test_records_that_contradict_each_other_are_refused_and_those_of_others_not_taken(
+    tmp_path, saved_adaptations, opened_bases
+):
     record = {"schema": 1, "labels": list(LABELS[::-1]), "base": {"fingerprint": "another"}}
     for name in ("adaptation", "made-elsewhere"):
-        shutil.copytree(made["bert", "lora"][0], tmp_path / name)
+        shutil.copytree(saved_adaptations["bert", "lora"][0], tmp_path / name)
     (tmp_path / "outcome.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"contradict each other on its labels.*outcome\.json"):
         load_adaptation(tmp_path / "adaptation")
@@ -86,21 +89,24 @@ def test_records_that_contradict_each_other_are_refused_and_those_of_others_not_
     assert (found.labels, found.base) == (None, None)
 
 
-def test_the_upgraded_base_is_recognised_as_such(tmp_path, made, opened):
-    shutil.copytree(opened["bert"][1].path, tmp_path / "new")
+def test_the_upgraded_base_is_recognised_as_such(tmp_path, saved_adaptations, opened_bases):
+    shutil.copytree(opened_bases["bert"][1].path, tmp_path / "new")
     (tmp_path / "new" / "pretraining.json").write_text(
-        json.dumps({"base": {"fingerprint": opened["bert"][0].fingerprint}})
+        json.dumps({"base": {"fingerprint": opened_bases["bert"][0].fingerprint}})
     )
     with pytest.raises(MismatchError, match="is the new base"):
-        load_adaptation(made["bert", "lora"][0]).check_base(Base.open(tmp_path / "new"))
+        load_adaptation(saved_adaptations["bert", "lora"][0]).check_base(Base.open(tmp_path / "new"))
 
 
-def test_without_a_record_lineage_is_unproven_and_another_revision_is_refused(tmp_path, made, opened, bases):
-    shutil.copytree(made["bert", "lora"][0], tmp_path / "made")
+def test_without_a_record_lineage_is_unproven_and_another_revision_is_refused(
+    tmp_path, saved_adaptations, opened_bases, bases
+):
+    shutil.copytree(saved_adaptations["bert", "lora"][0], tmp_path / "made")
     (tmp_path / "made" / "lineage.json").unlink()
     file = tmp_path / "made" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": "v1", "base_model_name_or_path": "us/base"}))
-    adaptation, base = load_adaptation(tmp_path / "made"), opened["bert"][0]
+    adaptation = load_adaptation(tmp_path / "made")
+    base = opened_bases["bert"][0]
     assert adaptation.check_base(base) == "unproven"
     assert adaptation.check_base(Base("us/base@v1", base.path, base.checkpoint)) == "unproven"
     with pytest.raises(MismatchError, match="revision v1"):
@@ -108,19 +114,19 @@ def test_without_a_record_lineage_is_unproven_and_another_revision_is_refused(tm
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "full"])
-def test_a_base_of_fewer_layers_is_refused(tmp_path, made, kind):
+def test_a_base_of_fewer_layers_is_refused(tmp_path, saved_adaptations, kind):
     """PEFT alone drops the tensors of the layers that are not there, and says nothing."""
     small = Base.open(write_base(tmp_path / "small", "bert", num_hidden_layers=1))
     with pytest.raises(RegraftError, match=r"unexpected|another shape|missing|PEFT cannot|not be loaded"):
-        load_model(load_adaptation(made["bert", kind][0]), small, HEAD)
+        load_model(load_adaptation(saved_adaptations["bert", kind][0]), small, HEAD)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_head_that_was_not_saved_is_no_silent_fresh_one(tmp_path, opened, architecture):
+def test_a_head_that_was_not_saved_is_no_silent_fresh_one(tmp_path, opened_bases, architecture):
     """PEFT without a task type neither tunes nor saves the head: what loads then has a random one."""
     from peft import LoraConfig, get_peft_model
 
-    base = opened[architecture][0]
+    base = opened_bases[architecture][0]
     with quiet():
         model = get_peft_model(
             fresh_model(base, HEAD, 0), LoraConfig(target_modules="all-linear", init_lora_weights=False)
@@ -128,7 +134,7 @@ def test_a_head_that_was_not_saved_is_no_silent_fresh_one(tmp_path, opened, arch
         model.save_pretrained(tmp_path / "made", save_embedding_layers=False)
     with pytest.raises(CheckpointError, match="neither the base nor the adaptation"):
         load_model(load_adaptation(tmp_path / "made"), base, HEAD)
-    fresh_model(base, head_of(*LABELS[::-1]), 3).save_pretrained(tmp_path / "tuned")  # a classifier, given as a base
+    fresh_model(base, make_head(*LABELS[::-1]), 3).save_pretrained(tmp_path / "tuned")  # a classifier, given as a base
     base.tokenizer.save_pretrained(tmp_path / "tuned")
     tuned = Base.open(tmp_path / "tuned")
     assert tuned.fingerprint == base.fingerprint or tuned.has_pooler
@@ -297,10 +303,12 @@ def spoil(value):
         ("pfeiffer", adapter_config(placement="houlsby"), "missing"),
     ],
 )
-def test_no_half_loaded_adaptation_can_be_made(tmp_path, made, opened, task_file, kind, change, says):
-    shutil.copytree(made["bert", kind][0], tmp_path / "made")
+def test_no_half_loaded_adaptation_can_be_made(
+    tmp_path, saved_adaptations, opened_bases, task_file, kind, change, says
+):
+    shutil.copytree(saved_adaptations["bert", kind][0], tmp_path / "made")
     change(tmp_path / "made")
-    upgrade = Upgrade(*opened["bert"])
+    upgrade = Upgrade(*opened_bases["bert"])
     with pytest.raises(RegraftError, match=says) as refused:
         recycle(upgrade, tmp_path / "made", task_file, "init", tmp_path / "out", recipe=FEW, head="resize")
     assert str(tmp_path / "made") in str(refused.value)
@@ -308,8 +316,8 @@ def test_no_half_loaded_adaptation_can_be_made(tmp_path, made, opened, task_file
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("full", "prefix", "prompt")])
-def test_an_adapter_that_changes_nothing_is_refused(tmp_path, opened, task_file, kind):
-    old, new = opened["bert"]
+def test_an_adapter_that_changes_nothing_is_refused(tmp_path, opened_bases, task_file, kind):
+    old, new = opened_bases["bert"]
     model = prepare_for_tuning(fresh_model(old, HEAD, 0), old, HEAD, new_config(kind, old, HEAD), 0)
     save_model(model, old, HEAD, tmp_path / "made", initial_factors(model))
     if kind in FOLDED:  # B·A − B₀·A₀ is 0 up to rounding
@@ -322,16 +330,18 @@ def test_an_adapter_that_changes_nothing_is_refused(tmp_path, opened, task_file,
             convert(tmp_path / "made", old, tmp_path / "full", "full")
 
 
-def test_what_the_upgrade_changed_in_the_config_is_the_new_bases(tmp_path, made, opened):
+def test_what_the_upgrade_changed_in_the_config_is_the_new_bases(tmp_path, saved_adaptations, opened_bases):
     """A new base trained for longer texts turns its positions otherwise: so must what is put onto it."""
-    old, new = opened["llama"]
+    old, new = opened_bases["llama"]
     shutil.copytree(new.path, tmp_path / "new")
     rotary = {"rope_type": "default", "rope_theta": 50.0}
     config(rope_parameters=rotary, eos_token_id=3, tie_word_embeddings=True)(tmp_path / "new")
     new = Base.open(tmp_path / "new")
-    tuned = made["llama", "full"][0]
+    tuned = saved_adaptations["llama", "full"][0]
     write_graft(load_adaptation(tuned), Upgrade(old, new), tmp_path / "out", silent)
-    invoke("graft", "--new", new.path, "--tuned", tuned, "--old", old.path, "--out", tmp_path / "on-disk")
+    run_command(
+        "weights", "graft", "--new", new.path, "--tuned", tuned, "--old", old.path, "--out", tmp_path / "on-disk"
+    )
     for folder in ("out", "on-disk"):
         written = json.loads((tmp_path / folder / "config.json").read_text())
         assert (written["rope_parameters"]["rope_theta"], written["eos_token_id"]) == (50.0, 3)
@@ -344,10 +354,11 @@ def test_what_the_upgrade_changed_in_the_config_is_the_new_bases(tmp_path, made,
         load_model(load_adaptation(tmp_path / "out"), old, HEAD)
 
 
-def test_weights_for_another_type_of_task_are_refused(made, task_file, tmp_path):
+def test_weights_for_another_type_of_task_are_refused(saved_adaptations, task_file, tmp_path):
     folder = tmp_path / "lora"
-    shutil.copytree(made["bert", "lora"][0], folder)
-    data, file = load_data(task_file, 20), folder / "lineage.json"
+    shutil.copytree(saved_adaptations["bert", "lora"][0], folder)
+    data = load_data(task_file, 20)
+    file = folder / "lineage.json"
     record = json.loads(file.read_text())
     assert record["task_type"] == "text-classification"
     assert match_labels(load_adaptation(folder), data).labels == data.labels

@@ -58,7 +58,8 @@ def test_a_room_imports_from_floors_below():
 def test_no_module_imports_itself_through_others():
     modules = read_imports()
     for start in modules:
-        reached, ahead = set(), list(modules[start])
+        reached = set()
+        ahead = list(modules[start])
         while ahead:
             if (module := ahead.pop()) not in reached:
                 reached.add(module)

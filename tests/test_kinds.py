@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HEAD, LABELS, move_base, write_base
+from helpers import HEAD, LABELS, write_base, write_upgrade
 from safetensors.torch import load_file
 
 from regraft import BottleneckConfig, Recipe, Upgrade, check, load_adaptation, recycle, tune
@@ -23,7 +23,9 @@ FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision=
         ("bert", "prompt", "base_model.classifier.weight"),
     ],
 )
-def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file, architecture, kind, row):
+def test_heads_are_resized_by_the_labels_names(
+    tmp_path, saved_adaptations, opened_bases, task_file, architecture, kind, row
+):
     (tmp_path / "task").mkdir()
     for split in ("train", "dev", "test"):
         text = (task_file.parent / f"{split}.csv").read_text()
@@ -32,7 +34,8 @@ def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file
         )
     task = tmp_path / "task" / "task.yaml"
     task.write_text(task_file.read_text())
-    path, upgrade = made[architecture, kind][0], Upgrade(*opened[architecture])
+    path = saved_adaptations[architecture, kind][0]
+    upgrade = Upgrade(*opened_bases[architecture])
     with pytest.raises(MismatchError, match="worse"):
         recycle(upgrade, path, task, "direct", tmp_path / "copy", recipe=FEW)
     file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
@@ -49,26 +52,27 @@ def test_heads_are_resized_by_the_labels_names(tmp_path, made, opened, task_file
     assert tuned.record.cost.steps == 4
 
 
-def test_labels_in_another_order_are_permuted(tmp_path, made, opened, task_file):
+def test_labels_in_another_order_are_permuted(tmp_path, saved_adaptations, opened_bases, task_file):
     task = task_file.parent / "other-order.yaml"
     task.write_text(task_file.read_text() + "labels: [positive, negative]\n")
-    upgrade, path = Upgrade(*opened["bert"]), made["bert", "lora"][0]
+    upgrade = Upgrade(*opened_bases["bert"])
+    path = saved_adaptations["bert", "lora"][0]
     as_tuned = recycle(upgrade, path, task_file, "direct", tmp_path / "as-tuned", recipe=FEW)
     permuted = recycle(upgrade, path, task, "direct", tmp_path / "permuted", recipe=FEW)
     assert permuted.scores == as_tuned.scores
     assert permuted.record.labels == LABELS
 
 
-def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened, texts):
-    base = opened["bert"][0]
-    bare = predict(fresh_model(base, HEAD, 0), texts["bert"], "fp32")
+def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened_bases, encoded_dev):
+    base = opened_bases["bert"][0]
+    bare = predict(fresh_model(base, HEAD, 0), encoded_dev["bert"], "fp32")
     for config, expected in (
         (BottleneckConfig(), 4),
         (BottleneckConfig(placement="pfeiffer", activation="relu"), 2),
         (BottleneckConfig(inner_size=7, tune_norms=True, tune_head=False), 4),
     ):
         model = prepare_for_tuning(fresh_model(base, HEAD, 0), base, HEAD, config, 0)
-        assert torch.equal(predict(model, texts["bert"], "fp32"), bare)
+        assert torch.equal(predict(model, encoded_dev["bert"], "fp32"), bare)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert sum(name.endswith("bottleneck.down.weight") for name in trained) == expected
         assert any("LayerNorm" in name for name in trained) == config.tune_norms
@@ -97,11 +101,13 @@ def test_bottlenecks_find_their_places_in_other_architectures(kind):
     assert sum(name.endswith("bottleneck.up.weight") for name, _ in model.named_parameters()) == 4
 
 
-def test_a_prompt_before_a_decoder_reads_the_last_token_whatever_the_padding(made, opened, texts):
-    path, together = made["llama", "prompt"]
-    model = load_model(load_adaptation(path), opened["llama"][0], HEAD)
+def test_a_prompt_before_a_decoder_reads_the_last_token_whatever_the_padding(
+    saved_adaptations, opened_bases, encoded_dev
+):
+    path, together = saved_adaptations["llama", "prompt"]
+    model = load_model(load_adaptation(path), opened_bases["llama"][0], HEAD)
     for i in range(5):
-        alone = predict(model, encode_one(texts["llama"], i), "fp32")
+        alone = predict(model, encode_one(encoded_dev["llama"], i), "fp32")
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-4)
 
 
@@ -113,13 +119,13 @@ def encode_one(examples, i):
     )
 
 
-def test_kinds_that_cannot_be(opened):
+def test_kinds_that_cannot_be(opened_bases):
     with pytest.raises(RecipeError, match="Did you mean 'lora'"):
-        new_config("loora", opened["bert"][0], HEAD)
+        new_config("loora", opened_bases["bert"][0], HEAD)
     with pytest.raises(RecipeError, match="take no prefix"):
-        new_config("prefix", opened["distilbert"][0], HEAD)
+        new_config("prefix", opened_bases["distilbert"][0], HEAD)
     with pytest.raises(RecipeError, match="leave no room"):
-        new_config("prompt", opened["bert"][0], HEAD, virtual_tokens=100)
+        new_config("prompt", opened_bases["bert"][0], HEAD, virtual_tokens=100)
 
 
 @pytest.mark.slow
@@ -129,7 +135,7 @@ def test_kinds_that_cannot_be(opened):
 )
 def test_every_kind_learns_and_is_checked(tmp_path, task_file, architecture, kind):
     old = write_base(tmp_path / "old-base", architecture, initializer_range=0.2)  # heads see more than their own token
-    new = move_base(old, tmp_path / "new-base", 0.02)
+    new = write_upgrade(old, tmp_path / "new-base", 0.02)
     rate = LEARNING_RATES.get(kind, 0.01)
     recipe = Recipe(steps=120, batch_size=16, learning_rate=rate, eval_every=20, precision="fp32")
     outcome = tune(old, task_file, tmp_path / "old", kind=kind, recipe=recipe)
@@ -140,7 +146,7 @@ def test_every_kind_learns_and_is_checked(tmp_path, task_file, architecture, kin
     assert checked.new > checked.floor
 
 
-def test_the_command_line_shows_and_converts(tmp_path, made, bases, capsys, monkeypatch):
+def test_the_command_line_shows_and_converts(tmp_path, saved_adaptations, bases, capsys, monkeypatch):
     from regraft.cli import app
 
     def run(*arguments):
@@ -150,12 +156,12 @@ def test_the_command_line_shows_and_converts(tmp_path, made, bases, capsys, monk
         return " ".join(capsys.readouterr().out.split())
 
     old = bases["bert"][0]
-    output = run("adaptation", "show", made["bert", "bottleneck"][0], "--base", old)
+    output = run("adaptation", "show", saved_adaptations["bert", "bottleneck"][0], "--base", old)
     assert "kind bottleneck" in output
     assert "inner_size 5" in output
     assert "loads wholly, lineage proven" in output
     arguments = ("--old-base", old, "--to", "lora", "--rank", 2, "--out", tmp_path / "lora")
-    output = run("adaptation", "convert", made["bert", "full"][0], *arguments)
+    output = run("adaptation", "convert", saved_adaptations["bert", "full"][0], *arguments)
     assert "of the delta's squared norm preserved" in output
     assert load_adaptation(tmp_path / "lora").config["r"] == 2
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HEAD, LABELS, WORDS, adapt, make_tokenizer, move_base, weights, write_rows
+from helpers import HEAD, LABELS, WORDS, make_tokenizer, read_weights, write_adaptation, write_sentences, write_upgrade
 from transformers.pytorch_utils import Conv1D
 
 from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
@@ -69,13 +69,14 @@ def write_base(name, folder):
 @pytest.fixture(scope="module")
 def upgrades(tmp_path_factory):
     """A function that returns an upgrade of an architecture, built once, and a full fine-tune of the old base."""
-    folder, cache = tmp_path_factory.mktemp("layers"), {}
+    folder = tmp_path_factory.mktemp("layers")
+    cache = {}
 
     def build(name):
         if name not in cache:
             old = write_base(name, folder / f"{name}-old")
-            new = Base.open(move_base(old.path, folder / f"{name}-new", 0.3))
-            cache[name] = Upgrade(old, new), adapt(old, "full", folder / name / "adaptation")
+            new = Base.open(write_upgrade(old.path, folder / f"{name}-new", 0.3))
+            cache[name] = Upgrade(old, new), write_adaptation(old, "full", folder / name / "adaptation")
         return cache[name]
 
     return build
@@ -86,7 +87,7 @@ def task_file(tmp_path_factory):
     """A task whose training examples fit into one batch."""
     folder = tmp_path_factory.mktemp("task")
     for name, count, seed in (("train", 40, 1), ("dev", 10, 2), ("test", 10, 3)):
-        write_rows(folder / f"{name}.csv", count, seed)
+        write_sentences(folder / f"{name}.csv", count, seed)
     (folder / "task.yaml").write_text(
         "name: mood\ntrain: train.csv\ndev: dev.csv\ntest: test.csv\ntext: text\nlabel: label\nmax_length: 32\n"
     )
@@ -169,7 +170,8 @@ def test_ridge_equals_the_closed_form_in_every_layer(tmp_path, upgrades, task_fi
     tuned = load_model(load_adaptation(path), upgrade.old, HEAD)
     result = load_model(load_adaptation(out.path / "adaptation"), upgrade.new, HEAD)
     old_calls, new_calls = record_calls(tuned, batch), record_calls(result, batch)
-    passed_over, count = out.record.notes.get("passed_over", {}), 0
+    passed_over = out.record.notes.get("passed_over", {})
+    count = 0
     prefix = upgrade.old.prefix + "."
 
     def deltas(parameter):
@@ -190,7 +192,8 @@ def test_ridge_equals_the_closed_form_in_every_layer(tmp_path, upgrades, task_fi
                     if part == "down_proj":
                         models = (module, result.get_submodule(module_name))
                         rows = [inner_rows(experts, expert, x) for experts, x in zip(models, rows, strict=True)]
-                    old, new = old_deltas[expert], new_deltas[expert]
+                    old = old_deltas[expert]
+                    new = new_deltas[expert]
                     if module.is_transposed:
                         old, new = old.T, new.T
                     if len(rows[0]) < rows[0].shape[1]:  # too few to determine the weights: the delta stays
@@ -216,7 +219,7 @@ def test_ridge_refits_a_lora_on_experts_expert_by_expert(tmp_path, upgrades, tas
     upgrade, _ = upgrades("qwen3-moe")
     path = adapt_experts(upgrade.old, tmp_path / "old", ["q_proj"])
     out = recycle(upgrade, path, task_file, "ridge", tmp_path / "ridge", recipe=FLOAT32, options=Ridge(RIDGE, 40))
-    before, after = weights(path), weights(out.path / "adaptation")
+    before, after = read_weights(path), read_weights(out.path / "adaptation")
     batch = batch_of(upgrade.new, task_file)
     mask = batch["attention_mask"].bool()
     models = [
@@ -247,9 +250,9 @@ def test_delta_methods_change_every_expert_of_a_lora(tmp_path, upgrades, task_fi
     """They change the dense delta of all experts, then reduce each expert's to its rank."""
     upgrade, _ = upgrades("qwen3-moe")
     path = adapt_experts(upgrade.old, tmp_path / "old", ["q_proj"])
-    before = weights(path)
+    before = read_weights(path)
     halved = recycle(upgrade, path, task_file, "scaled", tmp_path / "half", recipe=FLOAT32, options=Scaling(scale=0.5))
-    for name, tensor in weights(halved.path / "adaptation").items():
+    for name, tensor in read_weights(halved.path / "adaptation").items():
         torch.testing.assert_close(tensor, before[name] * (0.5 if "lora_B" in name else 1))
 
     def dense(stored, module):
@@ -258,7 +261,7 @@ def test_delta_methods_change_every_expert_of_a_lora(tmp_path, upgrades, task_fi
 
     for method in ("trimmed", "orthogonal", "masked"):
         out = recycle(upgrade, path, task_file, method, tmp_path / method, recipe=FLOAT32)
-        after = weights(out.path / "adaptation")
+        after = read_weights(out.path / "adaptation")
         assert before.keys() == after.keys()
         for layer in range(2):
             for suffix, part in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
@@ -283,10 +286,10 @@ def test_delta_methods_change_every_expert_of_a_lora(tmp_path, upgrades, task_fi
 @pytest.mark.parametrize("name", ["albert", "deberta-v2", "gpt2", "nomic-bert", "qwen3-moe"])
 def test_an_upgrade_without_changes_returns_the_old_weights(tmp_path, upgrades, task_file, name):
     upgrade, path = upgrades(name)
-    before = weights(path)
+    before = read_weights(path)
     for method in ("direct", "ridge", "scaled", "aligned", "orthogonal", "masked"):
         unchanged = Upgrade(upgrade.old, upgrade.old)
-        after = weights(
+        after = read_weights(
             recycle(unchanged, path, task_file, method, tmp_path / method, recipe=FLOAT32).path / "adaptation"
         )
         assert before.keys() == after.keys()
@@ -331,17 +334,19 @@ def test_masked_matches_gradients_to_stored_tensors(tmp_path, upgrades, task_fil
 
 def test_aligned_rotates_conv1d_and_passes_over_experts(tmp_path, upgrades, task_file):
     upgrade, path = upgrades("gpt2")
-    direct = weights(
+    direct = read_weights(
         recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=FLOAT32).path / "adaptation"
     )
     out = recycle(upgrade, path, task_file, "aligned", tmp_path / "gpt2", recipe=FLOAT32)
-    rotated = weights(out.path / "adaptation")
+    rotated = read_weights(out.path / "adaptation")
     assert "passed_over" not in out.record.notes
     assert not [name for name in direct if torch.equal(direct[name], rotated[name])]
     upgrade, path = upgrades("qwen3-moe")
-    direct = weights(recycle(upgrade, path, task_file, "direct", tmp_path / "moe", recipe=FLOAT32).path / "adaptation")
+    direct = read_weights(
+        recycle(upgrade, path, task_file, "direct", tmp_path / "moe", recipe=FLOAT32).path / "adaptation"
+    )
     out = recycle(upgrade, path, task_file, "aligned", tmp_path / "out", recipe=FLOAT32)
-    rotated = weights(out.path / "adaptation")
+    rotated = read_weights(out.path / "adaptation")
     unchanged = {name for name in direct if torch.equal(direct[name], rotated[name])}
     assert out.record.notes["passed_over"].keys() == {
         f"model.layers.{layer}.mlp.{part}" for layer in (0, 1) for part in ("gate", "experts")

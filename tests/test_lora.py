@@ -4,27 +4,19 @@ import json
 
 import pytest
 import torch
-from conftest import HEAD, LABELS
+from helpers import HEAD, LABELS, run_command
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
-from typer.testing import CliRunner
 
 from regraft import Base, load_adaptation
 from regraft.adaptation import extract_lora, load_model, merge_lora, read_lora_config, write_lora
 from regraft.checkpoint import Checkpoint
-from regraft.cli import app
 from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeError
 from regraft.progress import quiet
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 INPUT_IDS = torch.tensor([[7, 9, 12, 20, 8], [11, 30, 6, 15, 22]])
-
-
-def invoke(*arguments):
-    result = CliRunner().invoke(app, ["weights", *map(str, arguments)], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def compute_logits(model):
@@ -46,17 +38,18 @@ def test_output_folder_is_refused_after_one_weight_of_the_fine_tune_changed(tmp_
         (tmp_path / folder).mkdir()
         save_file({"layer.weight": weight}, tmp_path / folder / "model.safetensors")
     command = "extract-lora", "--tuned", tmp_path / "tuned", "--old", tmp_path / "old", "--rank", 2, "--out"
-    invoke(*command, tmp_path / "out")
+    run_command("weights", *command, tmp_path / "out")
     weights["tuned"][1, 3] += 1  # an element that a fingerprint of sampled elements would miss
     save_file({"layer.weight": weights["tuned"]}, tmp_path / "tuned" / "model.safetensors")
     with pytest.raises(OutcomeError, match="made from other inputs"):
-        invoke(*command, tmp_path / "out")
+        run_command("weights", *command, tmp_path / "out")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_merged_lora_computes_the_same_logits(tmp_path, bases, tuned, architecture):
-    base, adaptation = Base.open(bases[architecture][0]), load_adaptation(tuned[architecture, "lora"])
-    invoke("merge-lora", "--adapter", adaptation.path, "--base", base.path, "--out", tmp_path / "out")
+def test_merged_lora_computes_the_same_logits(tmp_path, bases, tuned_outcomes, architecture):
+    base = Base.open(bases[architecture][0])
+    adaptation = load_adaptation(tuned_outcomes[architecture, "lora"])
+    run_command("weights", "merge-lora", "--adapter", adaptation.path, "--base", base.path, "--out", tmp_path / "out")
     model, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] | report["mismatched_keys"]
     assert report["unexpected_keys"] <= Checkpoint.open(base.path).tensors.keys()  # the head of pre-training
@@ -124,15 +117,19 @@ def test_merge_into_a_transposed_weight(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_extracted_lora_of_full_rank_equals_the_fine_tune_in_linear_layers(tmp_path, bases, tuned, architecture):
-    old, source = bases[architecture][0], tuned[architecture, "full"] / "adaptation"
+def test_extracted_lora_of_full_rank_equals_the_fine_tune_in_linear_layers(
+    tmp_path, bases, tuned_outcomes, architecture
+):
+    old = bases[architecture][0]
+    source = tuned_outcomes[architecture, "full"] / "adaptation"
     lora = extract_lora(Checkpoint.open(source), Checkpoint.open(old), energy=1.0)
     assert lora.preserved + lora.excluded == pytest.approx(1)
     write_lora(lora, tmp_path / "lora", str(old), source, {})
     with quiet():
         plain = AutoModelForSequenceClassification.from_pretrained(old, num_labels=2, dtype="float32")
         model = PeftModel.from_pretrained(plain, tmp_path / "lora").merge_and_unload()
-    fine_tune, state = Checkpoint.open(source), model.state_dict()
+    fine_tune = Checkpoint.open(source)
+    state = model.state_dict()
     linear_weights = [
         name for name in fine_tune if f"base_model.model.{name.removesuffix('weight')}lora_A.weight" in lora.tensors
     ]
@@ -144,8 +141,8 @@ def test_extracted_lora_of_full_rank_equals_the_fine_tune_in_linear_layers(tmp_p
             assert torch.equal(state[name], fine_tune[name])
 
 
-def test_rank_and_energy_bound_the_error_of_an_extracted_lora(tmp_path, bases, tuned):
-    old, source = map(Checkpoint.open, (bases["bert"][0], tuned["bert", "full"] / "adaptation"))
+def test_rank_and_energy_bound_the_error_of_an_extracted_lora(tmp_path, bases, tuned_outcomes):
+    old, source = map(Checkpoint.open, (bases["bert"][0], tuned_outcomes["bert", "full"] / "adaptation"))
     energy_by_rank = [extract_lora(source, old, rank=rank).preserved for rank in (1, 4, 16)]
     assert energy_by_rank == sorted(energy_by_rank)
     assert energy_by_rank[0] < energy_by_rank[-1] < 1
@@ -159,9 +156,12 @@ def test_rank_and_energy_bound_the_error_of_an_extracted_lora(tmp_path, bases, t
             assert (delta - expected).square().sum() <= 0.2 * expected.square().sum() + 1e-9
 
 
-def test_extract_lora_command(tmp_path, bases, tuned):
-    old, source = bases["bert"][0], tuned["bert", "full"] / "adaptation"
-    output = invoke("extract-lora", "--tuned", source, "--old", old, "--rank", 4, "--out", tmp_path / "lora")
+def test_extract_lora_command(tmp_path, bases, tuned_outcomes):
+    old = bases["bert"][0]
+    source = tuned_outcomes["bert", "full"] / "adaptation"
+    output = run_command(
+        "weights", "extract-lora", "--tuned", source, "--old", old, "--rank", 4, "--out", tmp_path / "lora"
+    )
     assert "of the delta's squared norm preserved" in output
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(old)
     load_model(load_adaptation(tmp_path / "lora"), Base.open(old), HEAD)
@@ -170,9 +170,11 @@ def test_extract_lora_command(tmp_path, bases, tuned):
             extract_lora(Checkpoint.open(source), Checkpoint.open(old), **options)
 
 
-def test_invalid_adapters_are_not_merged(bases, tuned):
-    source = tuned["bert", "lora"] / "adaptation"
-    adapter, config, base = dict(Checkpoint.open(source)), read_lora_config(source), Checkpoint.open(bases["bert"][0])
+def test_invalid_adapters_are_not_merged(bases, tuned_outcomes):
+    source = tuned_outcomes["bert", "lora"] / "adaptation"
+    adapter = dict(Checkpoint.open(source))
+    config = read_lora_config(source)
+    base = Checkpoint.open(bases["bert"][0])
     name = "base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors .* tunes: .*layer\.1\.output\.dense\.lora_B"):
         merge_lora({key: tensor for key, tensor in adapter.items() if key != name}, config, base)
@@ -219,7 +221,7 @@ def test_adapter_whose_initial_weights_were_subtracted_from_the_base(tmp_path, b
         model.save_pretrained(tmp_path / "adapter")
     expected = model.merge_and_unload().state_dict()
     folders = "--adapter", tmp_path / "adapter", "--start", tmp_path / "start", "--base", base
-    invoke("merge-lora", *folders, "--out", tmp_path / "out")
+    run_command("weights", "merge-lora", *folders, "--out", tmp_path / "out")
     merged = Checkpoint.open(tmp_path / "out")
     name = "bert.encoder.layer.0.attention.self.query.weight"
     torch.testing.assert_close(merged[name], expected[name], atol=1e-5, rtol=1e-5)

@@ -6,10 +6,9 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import head_of, make_tokenizer
+from helpers import make_head, make_tokenizer, run_command
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_lora import invoke
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
@@ -140,7 +139,7 @@ def check_merged(tmp_path, get_base, name, settings):
     if "task_type" in settings:  # nor does the base name its class
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps(config | {"architectures": None}))
-    invoke("merge-lora", "--adapter", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out")
+    run_command("weights", "merge-lora", "--adapter", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out")
     expected = as_peft_loads(name, base, tmp_path / "adapter")
     assert (expected - plain).abs().max() > 1e-3
     torch.testing.assert_close(reload(name, tmp_path / "out"), expected, atol=2e-6, rtol=1e-4)
@@ -177,7 +176,8 @@ def test_every_architecture_is_merged(tmp_path, get_base, name, settings):
         model = auto.from_config(getattr(transformers, f"{family}Config")(**sizes))
     paths = {id(module): path for path, module in model.named_modules()}
     inside = [p for p, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and ".0." in p]
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if head is None and "head" in settings.values():
         pytest.skip("the bare body has no output layer")
     parts = {
@@ -211,7 +211,7 @@ def test_added_tokens_are_in_what_is_merged(tmp_path, get_base, name):
     tokenizer = make_tokenizer("llama")
     tokenizer.add_tokens(["<a>", "<b>"])
     tokenizer.save_pretrained(tmp_path / "adapter")
-    invoke("merge-lora", "--adapter", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out")
+    run_command("weights", "merge-lora", "--adapter", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 45
     assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "out")) == len(tokenizer)
     torch.testing.assert_close(reload(name, tmp_path / "out"), outputs(name, model), atol=2e-6, rtol=1e-4)
@@ -235,7 +235,16 @@ def test_a_text_model_inside_another_has_its_settings_in_their_place(tmp_path):
             for name, parameter in tuned.named_parameters():
                 parameter.add_(("modules_to_save" in name) * 0.1 * torch.randn_like(parameter))
         tuned.save_pretrained(tmp_path / "adapter")
-    invoke("merge-lora", "--adapter", tmp_path / "adapter", "--base", tmp_path / "base", "--out", tmp_path / "out")
+    run_command(
+        "weights",
+        "merge-lora",
+        "--adapter",
+        tmp_path / "adapter",
+        "--base",
+        tmp_path / "base",
+        "--out",
+        tmp_path / "out",
+    )
     with quiet():
         merged = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert merged.config.text_config.vocab_size == 45
@@ -272,7 +281,8 @@ def test_experts_one_by_one_as_transformers_4_had_them(tmp_path, get_base):
     base, _ = get_base("qwen3-moe")
     tune(tmp_path / "adapter", "qwen3-moe", base, {"target_modules": ["q_proj"]})
     file = tmp_path / "adapter/adapter_model.safetensors"
-    tensors, names = load_file(file), ("gate_proj", "up_proj", "down_proj")
+    tensors = load_file(file)
+    names = ("gate_proj", "up_proj", "down_proj")
     for path in (f"layers.{layer}.mlp.experts.{expert}.{n}" for layer in (0, 1) for expert in range(4) for n in names):
         inside, outside = (24, 32) if "down" in path else (32, 24)
         tensors[f"base_model.model.model.{path}.lora_A.weight"] = 0.1 * torch.randn(3, inside)
@@ -280,7 +290,7 @@ def test_experts_one_by_one_as_transformers_4_had_them(tmp_path, get_base):
     save_file(tensors, file)
     config = read_lora_config(tmp_path / "adapter") | {"target_modules": ["q_proj", *names]}
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
-    invoke("merge-lora", "--adapter", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out")
+    run_command("weights", "merge-lora", "--adapter", tmp_path / "adapter", "--base", base, "--out", tmp_path / "out")
     expected = as_peft_loads("qwen3-moe", base, tmp_path / "adapter")
     torch.testing.assert_close(reload("qwen3-moe", tmp_path / "out"), expected, atol=2e-6, rtol=1e-4)
     incomplete = {name: tensor for name, tensor in tensors.items() if "experts.2.up_proj" not in name}
@@ -292,7 +302,8 @@ def test_experts_as_peft_before_0_19_had_them(tmp_path, get_base):
     """A and B were exchanged: [experts, in, out] was taken for the order of the dimensions."""
     base, _ = get_base("qwen3-moe")
     tune(tmp_path / "adapter", "qwen3-moe", base, {"target_modules": ["q_proj"], "target_parameters": EXPERTS})
-    adapter, config = load_file(tmp_path / "adapter/adapter_model.safetensors"), read_lora_config(tmp_path / "adapter")
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    config = read_lora_config(tmp_path / "adapter")
     merged = merge_lora(adapter, config, Checkpoint.open(base)).tensors
     exchanged = dict(adapter)
     for name in (n for n in adapter if "experts" in n and "lora_A" in n):
@@ -357,7 +368,7 @@ def test_a_lora_drawn_out_is_one_that_peft_loads(tmp_path, get_base, name):
     for energy in (1.0, 0.7):
         out = tmp_path / f"lora-{energy}"
         arguments = ("extract-lora", "--tuned", tmp_path / "tuned", "--old", base, "--energy", energy, "--out", out)
-        invoke(*arguments)
+        run_command("weights", *arguments)
         expected = as_peft_loads(name, base, out)
         merged = merge_lora(Checkpoint.open(out), read_lora_config(out), Checkpoint.open(base)).tensors
         if energy == 1:
@@ -366,7 +377,7 @@ def test_a_lora_drawn_out_is_one_that_peft_loads(tmp_path, get_base, name):
             for tensor in tuned:
                 torch.testing.assert_close(merged[tensor], tuned[tensor], atol=1e-5, rtol=0)
     before = (out / "adapter_model.safetensors").stat().st_mtime_ns
-    invoke(*arguments)  # the same again: nothing is result
+    run_command("weights", *arguments)  # the same again: nothing is result
     assert (out / "adapter_model.safetensors").stat().st_mtime_ns == before
     result = CliRunner().invoke(app, ["weights", *map(str, arguments[:-3]), "0.5", "--out", str(out)])
     assert "made from other inputs" in str(result.exception)
@@ -409,5 +420,5 @@ def test_a_lora_of_experts_is_converted_both_ways(tmp_path, get_base):
     convert(tmp_path / "adapter", base, tmp_path / "full", "full")
     convert(tmp_path / "full", base, tmp_path / "lora", "lora", energy=1.0)
     for folder in ("full", "lora"):
-        converted = load_model(load_adaptation(tmp_path / folder), base, head_of("LABEL_0", "LABEL_1"))
+        converted = load_model(load_adaptation(tmp_path / folder), base, make_head("LABEL_0", "LABEL_1"))
         torch.testing.assert_close(outputs("qwen3-moe", converted), expected, atol=2e-6, rtol=1e-3)

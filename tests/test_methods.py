@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import adapt, weights
+from helpers import read_weights, write_adaptation
 
 from regraft import Distillation, Recipe, Upgrade, recycle
 from regraft.errors import OutcomeError, RecipeError
@@ -102,9 +102,9 @@ def test_options_that_no_text_can_express_are_refused():
             Part("part", print, options)
 
 
-def test_a_start_and_an_objective_are_run_with_their_options(tmp_path, opened, task_file):
-    upgrade = Upgrade(*opened["bert"])
-    source = adapt(upgrade.old, "lora", tmp_path / "old")
+def test_a_start_and_an_objective_are_run_with_their_options(tmp_path, opened_bases, task_file):
+    upgrade = Upgrade(*opened_bases["bert"])
+    source = write_adaptation(upgrade.old, "lora", tmp_path / "old")
     options = (Masking(labels=3), Distillation(alpha=0.9))
     tuned = recycle(upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=FEW, options=options)
     record = tuned.record
@@ -114,7 +114,7 @@ def test_a_start_and_an_objective_are_run_with_their_options(tmp_path, opened, t
     start = recycle(upgrade, source, task_file, "masked", tmp_path / "start", recipe=FEW, options=options[0])
     assert start.record.cost.labels == 6
     assert tuned.curve[0]["score"] == start.record.scores.dev
-    assert weights(tuned.path / "adaptation").keys() == weights(start.path / "adaptation").keys()
+    assert read_weights(tuned.path / "adaptation").keys() == read_weights(start.path / "adaptation").keys()
     with pytest.raises(OutcomeError, match="options"):
         recycle(upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=FEW, options=options[1])
 
@@ -165,7 +165,7 @@ def install(tmp_path, monkeypatch):
     clear()
 
 
-def test_methods_of_other_packages_are_found_and_run(tmp_path, opened, task_file, install, monkeypatch, capsys):
+def test_methods_of_other_packages_are_found_and_run(tmp_path, opened_bases, task_file, install, monkeypatch, capsys):
     from regraft.cli import main
 
     install("other", "halved = other_code:HALVED\nlonger = other_code:LONGER")
@@ -174,8 +174,8 @@ def test_methods_of_other_packages_are_found_and_run(tmp_path, opened, task_file
     assert list(methods())[18:] == ["halved", "longer"]
     assert formula("longer") == "direct+longer"
     assert formula("halved+distill") == "halved+distill"
-    upgrade = Upgrade(*opened["bert"])
-    source = adapt(upgrade.old, "full", tmp_path / "old")
+    upgrade = Upgrade(*opened_bases["bert"])
+    source = write_adaptation(upgrade.old, "full", tmp_path / "old")
     arguments = {
         "--old-base": upgrade.old.path, "--new-base": upgrade.new.path, "--adaptation": source, "--task": task_file,
         "--method": "halved", "-o": "share=0.25", "--out": tmp_path / "out",
@@ -186,7 +186,7 @@ def test_methods_of_other_packages_are_found_and_run(tmp_path, opened, task_file
         main()
     assert ended.value.code in (0, None), capsys.readouterr().out
     scaled = recycle(upgrade, source, task_file, "scaled", tmp_path / "scaled", options=Scaling(scale=0.25))
-    halved, expected = (weights(folder / "adaptation") for folder in (tmp_path / "out", scaled.path))
+    halved, expected = (read_weights(folder / "adaptation") for folder in (tmp_path / "out", scaled.path))
     assert all(halved[name].equal(expected[name]) for name in expected)
 
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import HEAD, LABELS, WORDS, make_tokenizer, move_base, sentence, write_base
+from helpers import HEAD, LABELS, WORDS, make_sentence, make_tokenizer, write_base, write_upgrade
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from regraft import Base, Recipe, Upgrade, cli, convert, load_adaptation, recycle, tune
@@ -69,7 +69,8 @@ def make_classifier(architecture, padding):
 
 @pytest.mark.parametrize("architecture", DECODERS + ENCODERS + PADDING_SENSITIVE)
 def test_a_batch_returns_for_each_text_the_same_as_alone(architecture):
-    texts, model = make_texts(), make_classifier(architecture, EOS)
+    texts = make_texts()
+    model = make_classifier(architecture, EOS)
     # RoBERTa-like encoders build their position embeddings for the padding token of the config
     for padding in (EOS, UNK, None) if architecture in DECODERS else (EOS,):
         model.config.pad_token_id = padding
@@ -81,7 +82,8 @@ def test_a_batch_returns_for_each_text_the_same_as_alone(architecture):
 
 @pytest.mark.parametrize("padding", [EOS, UNK, None])
 def test_gradients_of_a_batch_equal_those_of_its_texts_alone(padding):
-    texts, model = make_texts(), make_classifier("llama", padding).eval()
+    texts = make_texts()
+    model = make_classifier("llama", padding).eval()
     batch = make_examples(texts).batch(range(len(texts)))
     labels = torch.arange(len(texts)) % 3
     torch.nn.functional.cross_entropy(forward(model, model_inputs(batch)).logits, labels).backward()
@@ -95,10 +97,8 @@ def test_gradients_of_a_batch_equal_those_of_its_texts_alone(padding):
 
 
 def test_hidden_states_are_read_where_the_head_reads():
-    texts, model = (
-        [[7, 8, 9], [7, EOS], [7, 8, EOS, 9, EOS, EOS], [EOS, EOS], [7]],
-        make_classifier("llama", EOS).eval(),
-    )
+    texts = [[7, 8, 9], [7, EOS], [7, 8, EOS, 9, EOS, EOS], [EOS, EOS], [7]]
+    model = make_classifier("llama", EOS).eval()
     batch = model_inputs(make_examples(texts, UNK).batch(range(5)))
     indices = [2, 0, 3, 0, 0]
     output = forward(model, batch, hidden=True)
@@ -111,8 +111,10 @@ def test_hidden_states_are_read_where_the_head_reads():
 
 
 def test_a_blockwise_forward_observes_the_head_at_the_tokens_that_it_reads():
-    texts, model = make_texts(), make_classifier("llama", None)
-    blockwise, logits = BlockwiseForward(model, make_examples(texts), "fp32"), []
+    texts = make_texts()
+    model = make_classifier("llama", None)
+    blockwise = BlockwiseForward(model, make_examples(texts), "fp32")
+    logits = []
     for _ in range(blockwise.num_parts):
         blockwise.run([model.score], lambda name, batch, inputs, outputs: logits.append(outputs.float()), advance=True)
     longest_first = sorted(texts, key=lambda ids: -len(ids))
@@ -128,7 +130,9 @@ def test_a_blockwise_forward_observes_no_padding(architecture):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     texts = [ids for ids in make_texts() if 0 not in ids]
-    blockwise, moments, expected = BlockwiseForward(model, make_examples(texts), "fp32"), {}, {}
+    blockwise = BlockwiseForward(model, make_examples(texts), "fp32")
+    moments = {}
+    expected = {}
     layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
 
     def add(sums, name, rows):
@@ -155,7 +159,7 @@ def bases(tmp_path_factory):
     tokenizer.pad_token, tokenizer.padding_side = None, "left"
     tokenizer.save_pretrained(old)
     return {
-        "llama": (old, move_base(old, folder / "llama-new", 0.02)),
+        "llama": (old, write_upgrade(old, folder / "llama-new", 0.02)),
         "roberta": (write_base(folder / "r", "roberta"),),
     }
 
@@ -163,10 +167,13 @@ def bases(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """A task some of whose texts end in the end-of-text token or in an unknown word."""
-    folder, chance = tmp_path_factory.mktemp("task"), random.Random(5)
+    folder = tmp_path_factory.mktemp("task")
+    chance = random.Random(5)
     for name, count in (("train", 48), ("dev", 24), ("test", 36)):
         with (folder / f"{name}.csv").open("w", newline="") as stream:
-            lines = [(sentence(chance, i % 2 == 0) + ("", " </s>", " huh")[i % 3], LABELS[i % 2]) for i in range(count)]
+            lines = [
+                (make_sentence(chance, i % 2 == 0) + ("", " </s>", " huh")[i % 3], LABELS[i % 2]) for i in range(count)
+            ]
             csv.writer(stream).writerows([("text", "label"), *lines])
     (folder / "task.yaml").write_text("train: train.csv\ndev: dev.csv\ntest: test.csv\ntext: text\nlabel: label\n")
     return folder / "task.yaml"

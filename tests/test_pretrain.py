@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_config, make_tokenizer, sentence
+from helpers import ARCHITECTURES, make_config, make_sentence, make_tokenizer
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -31,7 +31,7 @@ LONG = "the film was good and " * 40
 
 def make_sentences(count=1200, seed=5):
     chance = random.Random(seed)
-    return [sentence(chance, i % 2 == 0) for i in range(count)]
+    return [make_sentence(chance, i % 2 == 0) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,9 @@ def test_masks_follow_bert(bases):
     training = make_training(base, blocks)
     items = [(i, i) for i in range(2000)]
     batch = training.batch(items, seed=1)
-    ids, labels, original = batch["input_ids"], batch["labels"], torch.from_numpy(blocks)
+    ids = batch["input_ids"]
+    labels = batch["labels"]
+    original = torch.from_numpy(blocks)
     predicted = labels != -100
     special = original < 5
     assert not (predicted & special).any()
@@ -162,7 +164,8 @@ def test_fresh_head_is_trained_before_the_body(tmp_path, headless, text_file, mo
 
     from regraft.tuning import trainer
 
-    stages, train = {}, trainer.train
+    stages = {}
+    train = trainer.train
 
     def train_and_count_changed_tensors(model, *arguments, stage, **options):
         before = {name: tensor.clone() for name, tensor in model.base_model.state_dict().items()}
@@ -287,7 +290,8 @@ def test_missing_file_is_named(tmp_path, bases, name):
 
 
 def test_short_text_and_long_block_are_refused(tmp_path, bases):
-    base, file = Base.open(bases["roberta"][0]), tmp_path / "a.txt"
+    base = Base.open(bases["roberta"][0])
+    file = tmp_path / "a.txt"
     file.write_text("good film\n", encoding="utf-8")
     with pytest.raises(DataError, match="4 tokens of text make 0 blocks of 32, and at least 2 are needed"):
         pretrain(base, Corpus((str(file),)), tmp_path / "out", RECIPE, block=32)
@@ -299,7 +303,8 @@ def test_short_text_and_long_block_are_refused(tmp_path, bases):
 def test_second_run_trains_nothing(tmp_path, upgraded, bases, text_file, monkeypatch):
     out = tmp_path / "new"
     shutil.copytree(upgraded["bert"].path, out)
-    base, corpus = Base.open(bases["bert"][0]), Corpus((str(text_file),))
+    base = Base.open(bases["bert"][0])
+    corpus = Corpus((str(text_file),))
     files = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     monkeypatch.setattr("regraft.tuning.trainer.train", lambda *_, **__: pytest.fail("training ran"))
     moved = tmp_path / "moved.txt"
@@ -326,8 +331,8 @@ def test_digest_of_a_folder_depends_on_its_content(tmp_path):
     assert corpus.digest() != before
 
 
-def test_replay_replaces_its_share_of_the_order(opened):
-    base = opened["bert"][0]
+def test_replay_replaces_its_share_of_the_order(opened_bases):
+    base = opened_bases["bert"][0]
     blocks, earlier = (np.arange(start, start + 40 * 8, dtype=np.uint32).reshape(40, 8) % 20 + 5 for start in (0, 7))
     training = make_training(base, blocks, dataclasses.replace(RECIPE, steps=30, batch_size=10))
     plain = training.order()
@@ -372,10 +377,10 @@ def test_chain_of_domains_with_intermediate_bases(tmp_path, bases):
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "chain").rglob("*")} == before
 
 
-def test_intermediate_bases_of_another_run_are_refused(opened, text_file, tmp_path):
+def test_intermediate_bases_of_another_run_are_refused(opened_bases, text_file, tmp_path):
     def run(rate):
         recipe = Recipe(steps=4, batch_size=4, eval_every=2, precision="fp32", learning_rate=rate)
-        return pretrain(opened["bert"][0], Corpus((str(text_file),)), tmp_path / "out", recipe, 32, keep_every=2)
+        return pretrain(opened_bases["bert"][0], Corpus((str(text_file),)), tmp_path / "out", recipe, 32, keep_every=2)
 
     run(1e-4)
     shutil.rmtree(tmp_path / "out")

@@ -27,12 +27,12 @@ def run_cli(monkeypatch, capsys, *arguments):
     return code, output.out, output.err
 
 
-def test_text_from_files_cannot_control_the_terminal(monkeypatch, capsys, tmp_path, bases, tuned):
+def test_text_from_files_cannot_control_the_terminal(monkeypatch, capsys, tmp_path, bases, tuned_outcomes):
     assert (
         printable(f"a{CONTROL_CHARACTERS}\tü\n")
         == "a" + "\ufffd" + "]0;x" + 2 * "\ufffd" + "[31m" + "\ufffdb" + 2 * "\ufffd" + "\tü\n"
     )
-    lora = tuned["bert", "lora"] / "adaptation"
+    lora = tuned_outcomes["bert", "lora"] / "adaptation"
     shown = shutil.copytree(lora, tmp_path / "shown")
     record = json.loads((shown / "lineage.json").read_text())
     (shown / "lineage.json").write_text(json.dumps({**record, "labels": ["negative", "positive" + CONTROL_CHARACTERS]}))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import adapt, move_base, weights
+from helpers import read_weights, write_adaptation, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -104,7 +104,7 @@ def is_peft(path):
 def read_vector(path, base):
     """The tensors of an adaptation that the map covers, in float64: a LoRA's factors, or a full fine-tune's deltas."""
     vector = {}
-    for name, tensor in weights(path).items():
+    for name, tensor in read_weights(path).items():
         body_name = name.removeprefix(base.prefix + ".")
         if is_peft(path):
             if "classifier" not in name and "score" not in name and "pooler" not in name:
@@ -117,7 +117,7 @@ def read_vector(path, base):
 def write_upgraded(path, upgrade, vector, folder):
     """Write a copy of an adaptation for the new base with the tensors of another vector."""
     shutil.copytree(path, folder)
-    tensors = weights(path)
+    tensors = read_weights(path)
     for name, values in vector.items():
         body_name = name.removeprefix(upgrade.new.prefix + ".")
         base_values = 0 if is_peft(path) else upgrade.new.checkpoint[upgrade.new.body[body_name]].double()
@@ -135,7 +135,7 @@ def upgrades(tmp_path_factory, bases):
     folder = tmp_path_factory.mktemp("upgrades")
     upgrades = {}
     for name in ("bert", "llama"):
-        new = move_base(bases[name][0], folder / name, 0.05)
+        new = write_upgrade(bases[name][0], folder / name, 0.05)
         tensors = load_file(new / "model.safetensors")
         torch.manual_seed(0)
         tensors = {n: t + 0.01 * torch.randn_like(t) if t.is_floating_point() else t for n, t in tensors.items()}
@@ -148,7 +148,7 @@ def write_pairs(upgrade, kind, tmp_path, transform, count=3):
     """Write pairs of adaptations of which the new one has the transformed vector of the old one."""
     pairs = []
     for seed in range(count):
-        old = adapt(upgrade.old, kind, tmp_path / f"old{seed}", 10 + seed)
+        old = write_adaptation(upgrade.old, kind, tmp_path / f"old{seed}", 10 + seed)
         vector = transform(read_vector(old, upgrade.old))
         new = write_upgraded(old, upgrade, vector, tmp_path / f"new{seed}")
         pairs.append(f"{old}={new}")
@@ -171,14 +171,14 @@ def test_a_constant_change_is_recovered(tmp_path, upgrades, task_file, architect
         return {name: values + offsets[name] for name, values in vector.items()}
 
     pairs = write_pairs(upgrade, kind, tmp_path, add_offsets)
-    path = adapt(upgrade.old, kind, tmp_path / "source" / "adaptation", 99)
+    path = write_adaptation(upgrade.old, kind, tmp_path / "source" / "adaptation", 99)
     outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=Projection(pairs))
     mapped = read_vector(outcome.path / "adaptation", upgrade.new)
     expected = add_offsets(read_vector(path, upgrade.old))
     assert mapped.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(mapped[name], expected[name], rtol=0, atol=2e-6)
-    before, after = weights(path), weights(outcome.path / "adaptation")
+    before, after = read_weights(path), read_weights(outcome.path / "adaptation")
     head_names = before.keys() - expected.keys()
     assert head_names
     assert all(torch.equal(before[name], after[name]) for name in head_names)
@@ -195,7 +195,7 @@ def test_a_recycled_adaptation_equals_the_dense_regression(tmp_path, upgrades, t
     upgrade = upgrades["bert"]
     torch.manual_seed(1)
     pairs = write_pairs(upgrade, kind, tmp_path, add_noise(0.1), 4)
-    path = adapt(upgrade.old, kind, tmp_path / "source" / "adaptation", 99)
+    path = write_adaptation(upgrade.old, kind, tmp_path / "source" / "adaptation", 99)
     options = Projection(pairs, rank=2, residual=residual, ridge=0.3)
     outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
 
@@ -218,10 +218,10 @@ def test_a_strong_ridge_without_an_intercept_equals_direct(tmp_path, upgrades, t
     pairs = write_pairs(
         upgrade, "lora", tmp_path, lambda vector: {name: values + 0.1 for name, values in vector.items()}
     )
-    path = adapt(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
+    path = write_adaptation(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
     options = Projection(pairs, ridge=1e12, intercept=False)
     outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
-    before, after = weights(path), weights(outcome.path / "adaptation")
+    before, after = read_weights(path), read_weights(outcome.path / "adaptation")
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-7)
 
@@ -229,11 +229,11 @@ def test_a_strong_ridge_without_an_intercept_equals_direct(tmp_path, upgrades, t
 @PARAMETRIZE_KINDS
 def test_project_reproduces_the_old_weights_on_an_equal_base(tmp_path, bases, task_file, architecture, kind):
     base = Base.open(bases[architecture][0])
-    path = adapt(base, kind, tmp_path / "old" / "adaptation", 2)
-    pair_path = adapt(base, kind, tmp_path / "pair", 3)
+    path = write_adaptation(base, kind, tmp_path / "old" / "adaptation", 2)
+    pair_path = write_adaptation(base, kind, tmp_path / "pair", 3)
     options = Projection((f"{pair_path}={pair_path}",))
     outcome = recycle(Upgrade(base, base), path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
-    before, after = weights(path), weights(outcome.path / "adaptation")
+    before, after = read_weights(path), read_weights(outcome.path / "adaptation")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -242,7 +242,7 @@ def test_a_map_that_is_worse_than_direct_is_warned_about(tmp_path, upgrades, tas
     upgrade = upgrades["bert"]
     torch.manual_seed(1)
     pairs = write_pairs(upgrade, "lora", tmp_path / "pairs", add_noise(0.02))
-    path = adapt(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
+    path = write_adaptation(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
 
     def run(name, pairs):
         options = Projection(pairs)
@@ -261,11 +261,15 @@ def test_a_map_that_is_worse_than_direct_is_warned_about(tmp_path, upgrades, tas
 
 
 def test_mismatched_pairs_are_refused(tmp_path, upgrades, task_file):
-    upgrade, out = upgrades["bert"], tmp_path / "out"
-    path = adapt(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
-    old, new = adapt(upgrade.old, "lora", tmp_path / "old", 1), adapt(upgrade.new, "lora", tmp_path / "new", 1)
-    new_of_higher_rank = adapt(upgrade.new, "lora", tmp_path / "rank", 1, rank=4)
-    old_full = adapt(upgrade.old, "full", tmp_path / "full", 1)
+    upgrade = upgrades["bert"]
+    out = tmp_path / "out"
+    path = write_adaptation(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
+    old, new = (
+        write_adaptation(upgrade.old, "lora", tmp_path / "old", 1),
+        write_adaptation(upgrade.new, "lora", tmp_path / "new", 1),
+    )
+    new_of_higher_rank = write_adaptation(upgrade.new, "lora", tmp_path / "rank", 1, rank=4)
+    old_full = write_adaptation(upgrade.old, "full", tmp_path / "full", 1)
     new_of_higher_alpha = tmp_path / "alpha"
     shutil.copytree(new, new_of_higher_alpha)
     config = json.loads((new_of_higher_alpha / "adapter_config.json").read_text())
@@ -288,7 +292,7 @@ def test_mismatched_pairs_are_refused(tmp_path, upgrades, task_file):
 
 def test_distilling_the_map_of_a_full_fine_tune_is_refused(tmp_path, upgrades, task_file):
     upgrade = upgrades["bert"]
-    path = adapt(upgrade.old, "full", tmp_path / "full", 1)
+    path = write_adaptation(upgrade.old, "full", tmp_path / "full", 1)
     options = Projection((f"{path}={task_file}",), fit="distill")
     with pytest.raises(RecipeError, match="fit=regression"):
         recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
@@ -296,21 +300,21 @@ def test_distilling_the_map_of_a_full_fine_tune_is_refused(tmp_path, upgrades, t
 
 def test_pairs_of_tasks_with_other_labels_are_accepted(tmp_path, upgrades, task_file):
     upgrade = upgrades["bert"]
-    old = adapt(upgrade.old, "lora", tmp_path / "old", 1, labels=("a", "b", "c"))
-    new = adapt(upgrade.new, "lora", tmp_path / "new", 1, labels=("a", "b", "c"))
-    path = adapt(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
+    old = write_adaptation(upgrade.old, "lora", tmp_path / "old", 1, labels=("a", "b", "c"))
+    new = write_adaptation(upgrade.new, "lora", tmp_path / "new", 1, labels=("a", "b", "c"))
+    path = write_adaptation(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
     options = Projection((f"{old}={new}",))
     outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
-    assert len(weights(outcome.path / "adaptation")["base_model.model.classifier.weight"]) == 2
+    assert len(read_weights(outcome.path / "adaptation")["base_model.model.classifier.weight"]) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "residual"), [("bert", True), ("bert", False), ("llama", True)])
 def test_distilling_the_map_lowers_the_loss_and_a_residual_map_starts_at_direct(
-    tmp_path, bases, tuned, task_file, architecture, residual
+    tmp_path, bases, tuned_outcomes, task_file, architecture, residual
 ):
-    upgrade = Upgrade(bases[architecture][0], move_base(bases[architecture][0], tmp_path / "new", 0.3))
-    path = tuned[architecture, "lora"] / "adaptation"
+    upgrade = Upgrade(bases[architecture][0], write_upgrade(bases[architecture][0], tmp_path / "new", 0.3))
+    path = tuned_outcomes[architecture, "lora"] / "adaptation"
     options = Projection(
         (f"{path}={task_file}",), fit="distill", residual=residual, steps=60, learning_rate=3e-3, rank=4
     )
@@ -320,7 +324,7 @@ def test_distilling_the_map_lowers_the_loss_and_a_residual_map_starts_at_direct(
 
     untrained = dataclasses.replace(options, steps=1, learning_rate=1e-9)
     initial = recycle(upgrade, path, task_file, "project", tmp_path / "initial", recipe=RECIPE, options=untrained)
-    before, after = weights(path), weights(initial.path / "adaptation")
+    before, after = read_weights(path), read_weights(initial.path / "adaptation")
     largest_change = max(float((before[name] - after[name]).abs().max()) for name in before)
     assert largest_change < 1e-6 if residual else largest_change > 0.01
     direct = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=RECIPE)
@@ -363,8 +367,8 @@ def test_a_negative_ridge_and_a_rank_of_0_are_refused(ridge, rank):
         project(torch.eye(2), torch.eye(2), torch.ones(2), ridge, rank)
 
 
-def test_interrupted_distillation_of_the_map_resumes(tmp_path, bases, tuned, task_file):
-    path = tuned["bert", "lora"] / "adaptation"
+def test_interrupted_distillation_of_the_map_resumes(tmp_path, bases, tuned_outcomes, task_file):
+    path = tuned_outcomes["bert", "lora"] / "adaptation"
     arguments = (Upgrade(*bases["bert"]), path, task_file, "project")
     options = Projection((f"{path}={task_file}",), fit="distill", steps=8, learning_rate=3e-3, rank=2)
     recipe = dataclasses.replace(RECIPE, save_every=3)
@@ -386,16 +390,16 @@ def test_interrupted_distillation_of_the_map_resumes(tmp_path, bases, tuned, tas
         run_interrupted()
     resumed = run_interrupted()
     assert steps == [1, 2, 3, 4, 5, 6, 7, 7, 8]  # the state was saved after step 6
-    expected, tensors = weights(uninterrupted.path / "adaptation"), weights(resumed.path / "adaptation")
+    expected, tensors = read_weights(uninterrupted.path / "adaptation"), read_weights(resumed.path / "adaptation")
     assert all(expected[name].equal(tensors[name]) for name in expected)
     assert resumed.record.notes["fit_loss"] == uninterrupted.record.notes["fit_loss"]
 
 
-def test_an_outcome_depends_on_the_content_of_its_pairs(tmp_path, bases, tuned, task_file):
+def test_an_outcome_depends_on_the_content_of_its_pairs(tmp_path, bases, tuned_outcomes, task_file):
     upgrade = Upgrade(*bases["bert"])
-    path, old, new = tuned["bert", "lora"] / "adaptation", tmp_path / "old", tmp_path / "new"
-    adapt(upgrade.old, "lora", old, rank=8)
-    adapt(upgrade.new, "lora", new, seed=3, rank=8)
+    path, old, new = tuned_outcomes["bert", "lora"] / "adaptation", tmp_path / "old", tmp_path / "new"
+    write_adaptation(upgrade.old, "lora", old, rank=8)
+    write_adaptation(upgrade.new, "lora", new, seed=3, rank=8)
     options = Projection((f"{old}={new}",))
 
     def run():
@@ -411,6 +415,6 @@ def test_an_outcome_depends_on_the_content_of_its_pairs(tmp_path, bases, tuned, 
     assert run().record.inputs == record["inputs"]
 
     shutil.rmtree(new)
-    adapt(upgrade.new, "lora", new, seed=4, rank=8)
+    write_adaptation(upgrade.new, "lora", new, seed=4, rank=8)
     with pytest.raises(OutcomeError, match="inputs differ in pairs"):
         run()

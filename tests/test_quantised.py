@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import adapt
+from helpers import write_adaptation
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -107,7 +107,8 @@ def run_cli(*arguments):
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory, bases):
     """Llamas in full precision, in int8 and in fp8: the old base, the new one, and a fine-tune."""
-    folder, written = tmp_path_factory.mktemp("quantised"), {}
+    folder = tmp_path_factory.mktemp("quantised")
+    written = {}
     old, new = bases["llama"]
     tuned = shutil.copytree(old, folder / "tuned")
     tensors = load_file(old / "model.safetensors")
@@ -155,7 +156,8 @@ def test_single_scale_applies_to_the_whole_tensor(tmp_path, shape):
 
 def test_int8_is_dequantised_by_rows(tmp_path):
     torch.manual_seed(0)
-    codes, scale = torch.randint(-127, 128, (300, 70), dtype=torch.int8), torch.rand(300)
+    codes = torch.randint(-127, 128, (300, 70), dtype=torch.int8)
+    scale = torch.rand(300)
     file = write(tmp_path / "w.safetensors", **{"a.weight": codes, "a.SCB": scale, "a.mask": codes[0] > 0})
     checkpoint = Checkpoint.open(file)
     expected = codes * scale[:, None] * 7.874015718698502e-3  # as transformers' dequantize_bnb_weight
@@ -167,7 +169,8 @@ def test_int8_is_dequantised_by_rows(tmp_path):
 @pytest.mark.parametrize(("model_type", "is_transposed"), [("gpt2", True), ("gpt_neo", False), (None, None)])
 def test_int8_of_conv1d_layers_is_stored_transposed(tmp_path, model_type, is_transposed):
     torch.manual_seed(0)
-    codes, scale = torch.randint(-127, 128, (300, 70), dtype=torch.int8), torch.rand(300)
+    codes = torch.randint(-127, 128, (300, 70), dtype=torch.int8)
+    scale = torch.rand(300)
     write(tmp_path / "model.safetensors", **{"h.0.attn.c_proj.weight": codes, "h.0.attn.c_proj.SCB": scale})
     if model_type is None:
         with pytest.raises(CheckpointError, match=r"there is no config\.json"):
@@ -186,7 +189,8 @@ def test_int8_of_conv1d_layers_is_stored_transposed(tmp_path, model_type, is_tra
 )
 @pytest.mark.parametrize("settings", [{}, {"quantization_config": FP8 | {"weight_block_size": None}}])
 def test_blocks_without_a_config_divide_the_weight(tmp_path, shape, grid, settings):
-    codes, scale = torch.randn(shape).to(E4M3), torch.rand(grid)
+    codes = torch.randn(shape).to(E4M3)
+    scale = torch.rand(grid)
     write(tmp_path / "model.safetensors", w=codes, w_scale_inv=scale)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert torch.equal(Checkpoint.open(tmp_path)["w"], Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32))
@@ -241,7 +245,8 @@ def test_merges_a_lora_into_a_quantised_base(tmp_path, llamas, kind):
         "--out",
         tmp_path / "out",
     )
-    merged, expected = load_file(tmp_path / "out/model.safetensors"), model.merge_and_unload().state_dict()
+    merged = load_file(tmp_path / "out/model.safetensors")
+    expected = model.merge_and_unload().state_dict()
     assert merged.keys() == names.keys()
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=2**-7, atol=1e-6)
@@ -284,8 +289,8 @@ def test_quantised_base_is_refused(tmp_path, llamas, kind):
 
 
 @pytest.mark.parametrize("settings", [{"quantization_config": INT8}, {}])
-def test_quantised_fine_tune_is_refused(tmp_path, opened, settings):
-    folder = adapt(opened["llama"][0], "full", tmp_path / "tuned")
+def test_quantised_fine_tune_is_refused(tmp_path, opened_bases, settings):
+    folder = write_adaptation(opened_bases["llama"][0], "full", tmp_path / "tuned")
     write(folder / "model.safetensors", **to_int8(load_file(folder / "model.safetensors")))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | settings))
@@ -390,7 +395,8 @@ def test_fused_experts_are_built_from_dequantised_weights(tmp_path):
     config = MixtralConfig(vocab_size=20, num_local_experts=3, num_key_value_heads=2, **settings)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
     folder = quantise(tmp_path / "plain", tmp_path / "fp8", lambda tensors: to_fp8(tensors, ".w2.weight"), FP8)
-    checkpoint, tensors = Checkpoint.open(folder), load_file(folder / "model.safetensors")
+    checkpoint = Checkpoint.open(folder)
+    tensors = load_file(folder / "model.safetensors")
     experts = architecture_of(config, "MixtralForCausalLM").in_memory(checkpoint)
     name, stored = "model.layers.0.mlp.experts.down_proj", "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
     expected = torch.stack([dequantise(tensors, stored.format(number)) for number in range(3)])

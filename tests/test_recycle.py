@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import adapt, weights
+from helpers import read_weights, write_adaptation
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -30,7 +30,8 @@ RECIPE = Recipe(steps=12, batch_size=8, learning_rate=1e-3, eval_every=4, precis
 
 def compute_logits(path, base, task_file):
     """The logits of an adaptation on the test split."""
-    adaptation, base = load_adaptation(path), Base.open(base)
+    adaptation = load_adaptation(path)
+    base = Base.open(base)
     data = load_data(task_file, 20).relabel(adaptation.labels)
     return predict(load_model(adaptation, base, data.head), encode(base, data, data.test), "fp32")
 
@@ -40,15 +41,15 @@ def write_jsonl(file, rows):
 
 
 @pytest.mark.parametrize(("architecture", "kind"), ARCHITECTURES_AND_KINDS)
-def test_tuning_learns_the_task(tuned, architecture, kind):
-    outcome = load_outcome(tuned[architecture, kind])
+def test_tuning_learns_the_task(tuned_outcomes, architecture, kind):
+    outcome = load_outcome(tuned_outcomes[architecture, kind])
     assert outcome.scores["test"] > 0.8
     assert outcome.curve[0]["step"] == 0
     assert [point["step"] for point in outcome.curve] == [0, 20, 40, 60]
 
 
-def test_outcomes_list_correct_predictions_in_schemas_1_and_2(tuned, tmp_path):
-    outcome = load_outcome(tuned["bert", "full"])
+def test_outcomes_list_correct_predictions_in_schemas_1_and_2(tuned_outcomes, tmp_path):
+    outcome = load_outcome(tuned_outcomes["bert", "full"])
     record = dataclasses.asdict(outcome.record)
     rows = [json.loads(line) for line in (outcome.path / "predictions.jsonl").read_text().splitlines()]
 
@@ -67,10 +68,13 @@ def test_outcomes_list_correct_predictions_in_schemas_1_and_2(tuned, tmp_path):
 
 
 @pytest.mark.parametrize(("architecture", "kind"), ARCHITECTURES_AND_KINDS)
-def test_direct_on_an_equal_base_reproduces_the_old_model(tmp_path, bases, tuned, task_file, architecture, kind):
-    old, source = bases[architecture][0], tuned[architecture, kind]
+def test_direct_on_an_equal_base_reproduces_the_old_model(
+    tmp_path, bases, tuned_outcomes, task_file, architecture, kind
+):
+    old = bases[architecture][0]
+    source = tuned_outcomes[architecture, kind]
     outcome = recycle(Upgrade(old, old), source, task_file, "direct", tmp_path / "out", recipe=RECIPE)
-    before, after = weights(source / "adaptation"), weights(tmp_path / "out" / "adaptation")
+    before, after = read_weights(source / "adaptation"), read_weights(tmp_path / "out" / "adaptation")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     logits, expected = compute_logits(outcome.path, old, task_file), compute_logits(source, old, task_file)
@@ -79,12 +83,14 @@ def test_direct_on_an_equal_base_reproduces_the_old_model(tmp_path, bases, tuned
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_direct_adds_the_delta_to_the_body_and_copies_the_head(tmp_path, bases, tuned, task_file, architecture):
+def test_direct_adds_the_delta_to_the_body_and_copies_the_head(
+    tmp_path, bases, tuned_outcomes, task_file, architecture
+):
     old, new = bases[architecture]
-    source = tuned[architecture, "full"]
+    source = tuned_outcomes[architecture, "full"]
     out = recycle(Upgrade(old, new), source, task_file, "direct", tmp_path / "out", recipe=RECIPE).path
     old_tensors, new_tensors = load_file(old / "model.safetensors"), load_file(new / "model.safetensors")
-    before, after = weights(source / "adaptation"), weights(out / "adaptation")
+    before, after = read_weights(source / "adaptation"), read_weights(out / "adaptation")
     assert before.keys() == after.keys()
     body_names = [name for name in before if name in old_tensors]
     head_names = [name for name in before if name not in old_tensors]
@@ -98,9 +104,9 @@ def test_direct_adds_the_delta_to_the_body_and_copies_the_head(tmp_path, bases, 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_direct_copies_a_lora_and_names_the_new_base(tmp_path, bases, tuned, task_file, architecture):
+def test_direct_copies_a_lora_and_names_the_new_base(tmp_path, bases, tuned_outcomes, task_file, architecture):
     old, new = bases[architecture]
-    source = tuned[architecture, "lora"]
+    source = tuned_outcomes[architecture, "lora"]
     out = recycle(Upgrade(old, new), source, task_file, "direct", tmp_path / "out", recipe=RECIPE).path
     source_bytes = (source / "adaptation" / "adapter_model.safetensors").read_bytes()
     assert (out / "adaptation" / "adapter_model.safetensors").read_bytes() == source_bytes
@@ -110,9 +116,12 @@ def test_direct_copies_a_lora_and_names_the_new_base(tmp_path, bases, tuned, tas
     assert before == after
 
 
-@pytest.mark.parametrize(("architecture", "kind"), ARCHITECTURES_AND_KINDS)
-def test_learning_curves_begin_at_the_start_of_the_method(tmp_path, bases, tuned, task_file, architecture, kind):
-    upgrade, source = Upgrade(*bases[architecture]), tuned[architecture, kind]
+@pytest.mark.parametrize(("architecture", "kind"), [("bert", "full"), ("llama", "lora")])  # test_contract has all
+def test_learning_curves_begin_at_the_start_of_the_method(
+    tmp_path, bases, tuned_outcomes, task_file, architecture, kind
+):
+    upgrade = Upgrade(*bases[architecture])
+    source = tuned_outcomes[architecture, kind]
     recipe = dataclasses.replace(RECIPE, steps=2, eval_every=2)
     outcomes = {
         name: recycle(upgrade, source, task_file, name, tmp_path / name.replace("+", "-"), recipe=recipe)
@@ -134,18 +143,19 @@ def single_task_methods():
 
 
 @pytest.fixture(scope="module")
-def comparisons(tmp_path_factory, bases, tuned, task_file, quick):
+def comparisons(tmp_path_factory, bases, tuned_outcomes, task_file, quick_recipe):
     """Comparisons of all methods on a full fine-tune of BERT, and of five on a LoRA (test_figures.py covers all)."""
     folder = tmp_path_factory.mktemp("comparisons")
-    upgrade, names = Upgrade(*bases["bert"]), single_task_methods()
+    upgrade = Upgrade(*bases["bert"])
+    names = single_task_methods()
     return {
-        kind: compare(upgrade, tuned["bert", kind], task_file, kind_names, folder / kind, recipe=quick)
+        kind: compare(upgrade, tuned_outcomes["bert", kind], task_file, kind_names, folder / kind, recipe=quick_recipe)
         for kind, kind_names in (("full", names), ("lora", names[:5]))
     }
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_compare_measures_every_method_against_scratch(comparisons, tuned, kind):
+def test_compare_measures_every_method_against_scratch(comparisons, tuned_outcomes, kind):
     comparison = comparisons[kind]
     rows = {row.method: row for row in comparison.rows}
     names = single_task_methods()
@@ -153,7 +163,7 @@ def test_compare_measures_every_method_against_scratch(comparisons, tuned, kind)
     assert list(rows) == (names if kind == "full" else names[:5])
     assert rows["scratch"].recovery == 1
     assert comparison.majority == 0.5
-    assert comparison.old == load_outcome(tuned["bert", kind]).scores["test"]
+    assert comparison.old == load_outcome(tuned_outcomes["bert", kind]).scores["test"]
     scratch_gain = rows["scratch"].test - comparison.majority
     for row in rows.values():
         assert row.recovery == pytest.approx((row.test - comparison.majority) / scratch_gain)
@@ -177,8 +187,9 @@ def test_tuning_that_does_not_improve_the_score_is_warned_about(tmp_path, bases,
     assert str(tmp_path / "out") in caplog.text
 
 
-def test_compare_averages_scores_over_seeds(tmp_path, bases, tuned, task_file):
-    upgrade, source = Upgrade(*bases["bert"]), tuned["bert", "lora"]
+def test_compare_averages_scores_over_seeds(tmp_path, bases, tuned_outcomes, task_file):
+    upgrade = Upgrade(*bases["bert"])
+    source = tuned_outcomes["bert", "lora"]
     comparison = compare(upgrade, source, task_file, ["scratch"], tmp_path, recipe=RECIPE, seeds=(20, 30))
     outcomes = [load_outcome(path) for path in comparison.outcomes]
     scores = [outcome.scores["test"] for outcome in outcomes]
@@ -193,8 +204,10 @@ def modification_times(folder):
     return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
 
-def test_a_repeated_run_returns_the_outcome_without_training(tmp_path, bases, tuned, task_file, monkeypatch):
-    upgrade, source, out = Upgrade(*bases["bert"]), tuned["bert", "full"], tmp_path / "out"
+def test_a_repeated_run_returns_the_outcome_without_training(tmp_path, bases, tuned_outcomes, task_file, monkeypatch):
+    upgrade = Upgrade(*bases["bert"])
+    source = tuned_outcomes["bert", "full"]
+    out = tmp_path / "out"
     outcome = recycle(upgrade, source, task_file, "init+distill", out, recipe=RECIPE)
     times = modification_times(out)
     monkeypatch.setattr("regraft.methods.job.tune_model", lambda *_: pytest.fail("trained a second time"))
@@ -226,55 +239,64 @@ else:
     raise SystemExit("regraft can be imported")
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-folder, labels = sys.argv[1], json.loads(sys.argv[2])
-config = folder + "/adapter_config.json"
-if os.path.exists(config):
-    from peft import PeftModel
-
-    base = json.load(open(config))["base_model_name_or_path"]
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels))
-    model.config.pad_token_id = 0
-    model = PeftModel.from_pretrained(model, folder)
-else:
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    assert [model.config.id2label[i] for i in range(len(labels))] == labels
-tokenizer = AutoTokenizer.from_pretrained(folder)
-tokenizer.padding_side = "right"
-model.eval()
-with torch.no_grad():
-    batch = tokenizer(json.load(sys.stdin), padding=True, return_tensors="pt")
-    print("LOGITS", json.dumps(model(**batch).logits.tolist()))
+texts, labels, folders = json.load(sys.stdin)
+logits = []
+for folder in folders:
+    config = folder + "/adapter_config.json"
+    if os.path.exists(config):
+        base = json.load(open(config))["base_model_name_or_path"]
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels))
+        model.config.pad_token_id = 0
+        model = PeftModel.from_pretrained(model, folder)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert [model.config.id2label[i] for i in range(len(labels))] == labels
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side = "right"
+    model.eval()
+    with torch.no_grad():
+        logits.append(model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.tolist())
+print("LOGITS", json.dumps(logits))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "kind", "method"),
-    [("bert", "full", "direct"), ("bert", "lora", "init"), ("llama", "full", "init"), ("llama", "lora", "direct")],
-)
-def test_outcomes_load_without_regraft(tmp_path, bases, tuned, task_file, architecture, kind, method):
-    old, new = bases[architecture]
-    outcome = recycle(Upgrade(old, new), tuned[architecture, kind], task_file, method, tmp_path / "out", recipe=RECIPE)
+def test_outcomes_load_without_regraft(tmp_path, bases, tuned_outcomes, task_file):
+    cells = [
+        ("bert", "full", "direct"),
+        ("bert", "lora", "init"),
+        ("llama", "full", "init"),
+        ("llama", "lora", "direct"),
+    ]
+    outcomes = []
+    for architecture, kind, method in cells:
+        upgrade = Upgrade(*bases[architecture])
+        out = tmp_path / f"{architecture}-{kind}"
+        outcomes.append(recycle(upgrade, tuned_outcomes[architecture, kind], task_file, method, out, recipe=RECIPE))
     texts = [text for (text,) in load_data(task_file, 20).test.texts[:20]]
-    arguments = [str(outcome.path / "adaptation"), json.dumps(outcome.record.labels)]
+    folders = [str(outcome.path / "adaptation") for outcome in outcomes]
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT_WITHOUT_REGRAFT, *arguments],
-        input=json.dumps(texts),
+        [sys.executable, "-c", SCRIPT_WITHOUT_REGRAFT],
+        input=json.dumps([texts, outcomes[0].record.labels, folders]),
         capture_output=True,
         text=True,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
-    logits = torch.tensor(json.loads(result.stdout.split("LOGITS")[1]))
-    torch.testing.assert_close(logits, compute_logits(outcome.path, new, task_file)[:20], atol=1e-5, rtol=0)
+    all_logits = json.loads(result.stdout.split("LOGITS")[1])
+    for (architecture, _), outcome, logits in zip(cells, outcomes, all_logits, strict=True):
+        expected = compute_logits(outcome.path, bases[architecture][1], task_file)[:20]
+        torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=0)
 
 
-def test_the_record_describes_the_provenance_of_the_weights(tmp_path, bases, tuned, task_file):
+def test_the_record_describes_the_provenance_of_the_weights(tmp_path, bases, tuned_outcomes, task_file):
     old, new = bases["roberta"]
-    source, out = tuned["roberta", "lora"], tmp_path / "out"
+    source = tuned_outcomes["roberta", "lora"]
+    out = tmp_path / "out"
     outcome = recycle(Upgrade(old, new), source, task_file, "init", out, recipe=RECIPE)
     record = json.loads((out / "outcome.json").read_text())
     assert load_outcome(out).record == outcome.record
@@ -298,8 +320,9 @@ def test_the_record_describes_the_provenance_of_the_weights(tmp_path, bases, tun
 
 
 @pytest.mark.parametrize("method", ["direct", "init"])
-def test_the_order_of_a_tasks_labels_does_not_matter(tmp_path, bases, tuned, task_file, method):
-    upgrade, source = Upgrade(*bases["bert"]), tuned["bert", "full"]
+def test_the_order_of_a_tasks_labels_does_not_matter(tmp_path, bases, tuned_outcomes, task_file, method):
+    upgrade = Upgrade(*bases["bert"])
+    source = tuned_outcomes["bert", "full"]
     labels = load_outcome(source).record.labels
     shutil.copytree(task_file.parent, tmp_path / "task")
     reversed_task = tmp_path / "task" / "task.yaml"
@@ -314,23 +337,25 @@ def test_the_order_of_a_tasks_labels_does_not_matter(tmp_path, bases, tuned, tas
         assert expected.scores["test"] > 0.8
 
 
-def test_a_sharded_fine_tune_is_recycled_like_an_unsharded_one(tmp_path, bases, tuned, task_file):
-    source, upgrade = tuned["bert", "full"] / "adaptation", Upgrade(*bases["bert"])
+def test_a_sharded_fine_tune_is_recycled_like_an_unsharded_one(tmp_path, bases, tuned_outcomes, task_file):
+    source = tuned_outcomes["bert", "full"] / "adaptation"
+    upgrade = Upgrade(*bases["bert"])
     sharded_source = tmp_path / "source"
     model = AutoModelForSequenceClassification.from_pretrained(source)
     model.save_pretrained(sharded_source, max_shard_size="20KB")
     assert len(list(sharded_source.glob("*.safetensors"))) > 2
     unsharded, sharded = (
-        weights(recycle(upgrade, path, task_file, "direct", tmp_path / name, recipe=RECIPE).path / "adaptation")
+        read_weights(recycle(upgrade, path, task_file, "direct", tmp_path / name, recipe=RECIPE).path / "adaptation")
         for name, path in (("unsharded", source), ("sharded", sharded_source))
     )
     assert unsharded.keys() == sharded.keys()
     assert all(torch.equal(unsharded[name], sharded[name]) for name in unsharded)
 
 
-def test_invalid_arguments_are_refused_before_anything_is_written(tmp_path, bases, tuned, task_file):
+def test_invalid_arguments_are_refused_before_anything_is_written(tmp_path, bases, tuned_outcomes, task_file):
     old, new = bases["bert"]
-    source, out = tuned["bert", "full"], tmp_path / "out"
+    source = tuned_outcomes["bert", "full"]
+    out = tmp_path / "out"
     with pytest.raises(MismatchError, match="was not tuned on"):
         recycle(Upgrade(new, old), source, task_file, "direct", out, recipe=RECIPE)
     with pytest.raises(RecipeError, match=r"Did you mean 'distill'\?"):
@@ -342,12 +367,14 @@ def test_invalid_arguments_are_refused_before_anything_is_written(tmp_path, base
     assert not list(tmp_path.iterdir())
 
 
-def test_distillation_brings_the_student_close_to_the_teacher(tmp_path, bases, tuned, task_file, quick):
+def test_distillation_brings_the_student_close_to_the_teacher(tmp_path, bases, tuned_outcomes, task_file, quick_recipe):
     """With soft labels alone, the student agrees with the teacher on the test split as well."""
     old, new = bases["bert"]
-    source = tuned["bert", "full"]
+    source = tuned_outcomes["bert", "full"]
     options = Distillation(alpha=1.0, beta=0.0, temperature=2.0)
-    outcome = recycle(Upgrade(old, new), source, task_file, "distill", tmp_path / "out", recipe=quick, options=options)
+    outcome = recycle(
+        Upgrade(old, new), source, task_file, "distill", tmp_path / "out", recipe=quick_recipe, options=options
+    )
     student = compute_logits(outcome.path, new, task_file).log_softmax(dim=1)
     teacher = compute_logits(source, old, task_file).softmax(dim=1)
     divergence = torch.nn.functional.kl_div(student, teacher, reduction="batchmean")
@@ -362,25 +389,28 @@ def test_the_readme_lists_all_methods():
     assert table.splitlines() == expected
 
 
-def test_the_old_score_of_a_comparison_is_the_mean_over_seeds(bases, tuned, task_file, tmp_path, monkeypatch):
+def test_the_old_score_of_a_comparison_is_the_mean_over_seeds(bases, tuned_outcomes, task_file, tmp_path, monkeypatch):
     scores = iter([1.0, 0.5])  # one per seed
     monkeypatch.setattr(
         sys.modules["regraft.methods.compare"],
         "Deployment",
         lambda *_: SimpleNamespace(score=lambda split: next(scores), right=lambda split: [True] * len(split)),
     )
-    upgrade, source = Upgrade(*bases["bert"]), tuned["bert", "lora"]
+    upgrade = Upgrade(*bases["bert"])
+    source = tuned_outcomes["bert", "lora"]
     comparison = compare(upgrade, source, task_file, ["direct"], tmp_path, recipe=RECIPE, seeds=(20, 30))
     assert comparison.old == 0.75
 
 
-def test_a_pooler_that_the_new_base_lacks_is_copied_and_noted(tmp_path, bases, task_file, quick):
+def test_a_pooler_that_the_new_base_lacks_is_copied_and_noted(tmp_path, bases, task_file, quick_recipe):
     old = tmp_path / "pooled"
     AutoModel.from_pretrained(bases["bert"][0], add_pooling_layer=True).save_pretrained(old)
     Base.open(bases["bert"][0]).tokenizer.save_pretrained(old)
-    source = adapt(Base.open(old), "full", tmp_path / "source")
-    outcome = recycle(Upgrade(old, bases["bert"][1]), source, task_file, "direct", tmp_path / "out", recipe=quick)
+    source = write_adaptation(Base.open(old), "full", tmp_path / "source")
+    outcome = recycle(
+        Upgrade(old, bases["bert"][1]), source, task_file, "direct", tmp_path / "out", recipe=quick_recipe
+    )
     names = ["bert.pooler.dense.bias", "bert.pooler.dense.weight"]
     assert outcome.record.notes["copied_as_a_base_lacks_it"] == names
-    before, after = weights(source), weights(outcome.path / "adaptation")
+    before, after = read_weights(source), read_weights(outcome.path / "adaptation")
     assert all(torch.equal(after[name], before[name]) for name in names)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, make_tokenizer, move_base, sentence, weights, write_base
+from helpers import LABELS, make_sentence, make_tokenizer, read_weights, write_base, write_upgrade
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
@@ -44,18 +44,20 @@ def pairs(tmp_path_factory):
     make_tokenizer("llama").save_pretrained(folder / "gpt2-old")
     names = ("llama", "bert", "gpt2")
     return {
-        name: (folder / f"{name}-old", move_base(folder / f"{name}-old", folder / f"{name}-new", 0.3)) for name in names
+        name: (folder / f"{name}-old", write_upgrade(folder / f"{name}-old", folder / f"{name}-new", 0.3))
+        for name in names
     }
 
 
 @pytest.fixture(scope="module")
 def small_task(tmp_path_factory):
-    folder, generator = tmp_path_factory.mktemp("small"), random.Random(0)
+    folder = tmp_path_factory.mktemp("small")
+    generator = random.Random(0)
     for split in ("train", "dev"):
         with (folder / f"{split}.csv").open("w", newline="") as stream:
             rows = csv.writer(stream)
             rows.writerow(["text", "label"])
-            rows.writerows([sentence(generator, bool(i % 2)), LABELS[i % 2]] for i in range(8))
+            rows.writerows([make_sentence(generator, bool(i % 2)), LABELS[i % 2]] for i in range(8))
     (folder / "task.yaml").write_text("train: train.csv\ndev: dev.csv\ntext: text\nlabel: label\n")
     return folder / "task.yaml"
 
@@ -182,7 +184,7 @@ def test_replaced_tensors_are_grafted(tmp_path, pairs, open_adapter, small_task,
     old, new = pairs[architecture]
     source = open_adapter(case)
     outcome = recycle(Upgrade(old, new), source, small_task, "direct", tmp_path / "out", recipe=RECIPE)
-    before, after = weights(source), weights(outcome.path / "adaptation")
+    before, after = read_weights(source), read_weights(outcome.path / "adaptation")
     assert before.keys() == after.keys()
     grafted = outcome.record.notes["grafted_in_place_of_the_base"]
     for suffix, (base_name, compute_stored_value) in replaced.items():
@@ -201,11 +203,12 @@ def test_replaced_tensors_are_grafted(tmp_path, pairs, open_adapter, small_task,
 
 @pytest.mark.parametrize("method", ["direct", "trimmed"])
 def test_replace_keeps_the_stored_tensors(tmp_path, pairs, open_adapter, small_task, method):
-    upgrade, source = Upgrade(*pairs["llama"]), open_adapter("norm")
+    upgrade = Upgrade(*pairs["llama"])
+    source = open_adapter("norm")
     outcome = recycle(upgrade, source, small_task, method, tmp_path / "out", recipe=RECIPE, replace=True)
     assert outcome.record.inputs["replace"] is True
     assert "grafted_in_place_of_the_base" not in outcome.record.notes
-    before, after = weights(source), weights(outcome.path / "adaptation")
+    before, after = read_weights(source), read_weights(outcome.path / "adaptation")
     assert all(torch.equal(before[name], after[name]) for name in before if method == "direct" or "norm" in name)
     plain = recycle(upgrade, source, small_task, method, tmp_path / "grafted", recipe=RECIPE)
     assert "base_model.model.model.norm.weight" in plain.record.notes["grafted_in_place_of_the_base"]
@@ -225,12 +228,12 @@ def test_tuning_keeps_the_embeddings_that_an_adapter_stores(tmp_path, pairs, sma
     """PEFT stores the embeddings that a LoRA is on; here they differ from the base's."""
     old, new = pairs["llama"]
     source = write_adapter(old, CASES["embeddings under a LoRA"][1], tmp_path / "adapter")
-    tensors = weights(source)
+    tensors = read_weights(source)
     name = find_name(tensors, "embed_tokens.base_layer.weight")
     tensors[name] = tensors[name] + 0.1
     save_file(tensors, source / "adapter_model.safetensors", metadata={"format": "pt"})
     outcome = recycle(Upgrade(old, new), source, small_task, "init", tmp_path / "out", recipe=RECIPE)
-    tuned = weights(outcome.path / "adaptation")
+    tuned = read_weights(outcome.path / "adaptation")
     assert torch.allclose(tuned[name], read_base(new)["model.embed_tokens.weight"] + 0.1, atol=1e-6)
     assert json.loads((outcome.path / "outcome.json").read_text())["kind"] == "lora"
 
@@ -243,9 +246,10 @@ def test_pooler_that_one_base_lacks_is_copied_and_named(tmp_path, pairs, small_t
     save_file(read_base(old) | pooler, old / "model.safetensors", metadata={"format": "pt"})
     source = write_adapter(old, CASES["biases of the LoRA"][1], tmp_path / "adapter")
     for first, second in ((old, new), (new, old)):
-        upgrade, out = Upgrade(first, second), tmp_path / f"from-{first.name}"
+        upgrade = Upgrade(first, second)
+        out = tmp_path / f"from-{first.name}"
         outcome = recycle(upgrade, source, small_task, "direct", out, recipe=RECIPE)
-        before, after = weights(source), weights(outcome.path / "adaptation")
+        before, after = read_weights(source), read_weights(outcome.path / "adaptation")
         names = [f"base_model.model.{name}" for name in sorted(pooler)]
         assert outcome.record.notes["copied_as_a_base_lacks_it"] == names
         assert all(torch.equal(before[name], after[name]) for name in names)
@@ -289,12 +293,15 @@ def test_rows_of_tokens_follow_their_tokens(padded, data):
         edit_json(new / "config.json", vocab_size=num_rows)
         shutil.copy(old / "tokenizer_config.json", folder)
         write_vocabulary(folder / "tokenizer.json", tokens | adapter_tokens, old / "tokenizer.json")
-        name = find_name(weights(folder), "trainable_tokens_delta")
+        name = find_name(read_weights(folder), "trainable_tokens_delta")
         before = torch.randn(len(tuned), 32, generator=generator)
-        save_file(weights(folder) | {name: before}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(
+            read_weights(folder) | {name: before}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+        )
         tuned_ids = [(tokens | adapter_tokens)[token] for token in tuned]
         edit_json(folder / "adapter_config.json", trainable_token_indices=tuned_ids)
-        upgrade, adaptation = Upgrade(old, new), load_adaptation(folder)
+        upgrade = Upgrade(old, new)
+        adaptation = load_adaptation(folder)
         grafted = adaptation.family.graft(adaptation, upgrade, replace=False)
         replaced = adaptation.family.graft(adaptation, upgrade, replace=True)
         kept_tokens = [token for token in tuned if token in new_tokens or token in adapter_tokens]
@@ -336,10 +343,10 @@ def test_token_in_a_row_of_padding_keeps_its_tuned_row(tmp_path, pairs, padded, 
     tokenizer.add_tokens(["<own>"])
     tokenizer.save_pretrained(folder)
     edit_json(folder / "adapter_config.json", trainable_token_indices=[5, 43, 6])
-    new = move_base(old, tmp_path / "new", 0.3) if has_padding else pairs["llama"][1]
+    new = write_upgrade(old, tmp_path / "new", 0.3) if has_padding else pairs["llama"][1]
     outcome = recycle(Upgrade(old, new), folder, small_task, method, tmp_path / "out", recipe=RECIPE)
     assert "'<own>'" in outcome.record.notes["vocabulary"]
     written = AutoTokenizer.from_pretrained(outcome.path / "adaptation")
     assert written.convert_tokens_to_ids("<own>") == 43
-    name = find_name(weights(folder), "trainable_tokens_delta")
-    assert torch.equal(weights(outcome.path / "adaptation")[name][1], weights(folder)[name][1])
+    name = find_name(read_weights(folder), "trainable_tokens_delta")
+    assert torch.equal(read_weights(outcome.path / "adaptation")[name][1], read_weights(folder)[name][1])

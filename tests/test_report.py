@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from report_inputs import ATTACK, METHODS, diagnosis, write_diagnosis, write_outcomes
+from helpers import ATTACK, REPORT_METHODS, make_diagnosis, write_diagnosis, write_outcomes
 
 from regraft.diagnosis import read_diagnosis
 from regraft.errors import OutcomeError, RecipeError
@@ -88,7 +88,7 @@ def runs(tmp_path_factory):
     """A diagnosis and a comparison with two seeds, with hostile examples, labels, names and paths."""
     folder = tmp_path_factory.mktemp("report") / "runs <i>&"
     folder.mkdir()
-    write_diagnosis(folder / "check", diagnosis())
+    write_diagnosis(folder / "check", make_diagnosis())
     write_outcomes(folder / "compare", attack=ATTACK)
     return folder
 
@@ -216,7 +216,7 @@ def test_figures_equal_those_of_the_runs(page_file, runs, visit):
     for figure in ("86 %", "0.062", "0.071", "p = 0.047", "92 %", "25 (2.5 %)", "0.083", "93.1 %", "0.061", "0.034"):
         assert figure in text, figure
     assert "a short tuning from the old weights should close the gap" in text.lower()
-    assert diagnosis()["left_out"]["noise of seeds"] in text
+    assert make_diagnosis()["left_out"]["noise of seeds"] in text
     row = next(line for line in text.splitlines() if line.startswith("init+distill"))
     # two seeds, 0.9160 and 0.9180; scratch's 0.902 above a majority of 0.412 is 100 %
     assert re.split(r"\s*\t\s*", row)[3:6] == ["0.917 ± 0.001", "103 %", "30"]
@@ -229,7 +229,8 @@ def test_negative_flips_are_counted_against_the_old_deployment(runs, visit, page
         lines = (runs / "compare" / name / "predictions.jsonl").read_text().splitlines()
         return [row for row in map(json.loads, lines) if row["split"] == "test"]
 
-    before, shares = predictions("old"), []
+    before = predictions("old")
+    shares = []
     for seed in (20, 21):
         after = predictions(f"direct-seed{seed}<b>")
         pairs = zip(before, after, strict=True)
@@ -240,7 +241,7 @@ def test_negative_flips_are_counted_against_the_old_deployment(runs, visit, page
 
 @pytest.mark.slow
 def test_views_of_any_task_type_are_drawn(tmp_path, visit):
-    content = dataclasses.asdict(read_diagnosis(sanitise(diagnosis()), ""))
+    content = dataclasses.asdict(read_diagnosis(sanitise(make_diagnosis()), ""))
     table = Table("Errors", (Column("tag", "text"), Column("mean", "change")), ((f"B-PER{ATTACK}", 0.5), ("O", None)))
     points = Series("new", (-5.0, 90.0), (20.0, 70.0), (1, 3))
     views = (
@@ -281,7 +282,7 @@ def test_views_of_any_task_type_are_drawn(tmp_path, visit):
 def test_markdown_has_the_same_figures(runs, tmp_path):
     file = write_report([runs], tmp_path / "report.md", "md", tmp_path / "plots")
     text = file.read_text(encoding="utf-8")
-    for method in METHODS:
+    for method in REPORT_METHODS:
         assert re.search(rf"^\| {re.escape(method)} \| ", text, re.M)
     for figure in ("0.917 ± 0.001", "103 %", "0.062", "p = 0.047", "25 (2.5 %)", "92 %", "86 % sure"):
         assert figure in text, figure
@@ -307,7 +308,7 @@ def test_equal_runs_give_equal_bytes(runs, page_file, tmp_path):
 
 
 def test_sections_without_data_are_left_out(tmp_path, visit):
-    content = diagnosis(attack="")
+    content = make_diagnosis(attack="")
     for question in ("connectivity", "plane", "similarity", "kept"):
         content[question] = None
     content["compatibility"] = []
@@ -327,7 +328,7 @@ def test_outcomes_alone_make_a_page(tmp_path, visit):
     page = visit(write_report([tmp_path / "one", tmp_path / "two", tmp_path], tmp_path / "report.html"))
     assert page.locator("h2").all_inner_texts() == ["feelings", "toxicity"]
     assert page.locator(".choice").all_inner_texts() == ["init+distill", "init+distill"]
-    assert page.locator("#part-1-methods table").first.locator("tbody tr").count() == len(METHODS)
+    assert page.locator("#part-1-methods table").first.locator("tbody tr").count() == len(REPORT_METHODS)
 
 
 def test_comparison_is_shown_without_its_outcomes(tmp_path, visit):
@@ -380,7 +381,7 @@ def test_comparison_is_shown_without_its_outcomes(tmp_path, visit):
     ],
 )
 def test_malformed_diagnosis_is_named(tmp_path, change, message):
-    content = diagnosis()
+    content = make_diagnosis()
     change(content)
     folder = write_diagnosis(tmp_path / "check", content)
     with pytest.raises(OutcomeError) as error:
@@ -391,7 +392,7 @@ def test_malformed_diagnosis_is_named(tmp_path, change, message):
 
 
 def test_a_diagnosis_of_regraft_0_1_shows_the_same_figures(tmp_path):
-    content = json.loads(json.dumps(diagnosis("")))
+    content = json.loads(json.dumps(make_diagnosis("")))
     write_diagnosis(tmp_path / "check", content)
     report_of_schema_1 = write_report(tmp_path, tmp_path / "schema-1.md", "md").read_text(encoding="utf-8")
     converted = dataclasses.asdict(read_diagnosis(sanitise(content), ""))
@@ -421,7 +422,7 @@ def test_broken_files_and_missing_runs_are_named(tmp_path):
 
 
 def test_command_writes_the_report_and_help_stays_light(tmp_path):
-    write_diagnosis(tmp_path / "check", diagnosis())
+    write_diagnosis(tmp_path / "check", make_diagnosis())
     code = f"""
 import sys
 from typer.testing import CliRunner
@@ -448,7 +449,7 @@ def test_diverged_figures_are_shown_as_not_finite(tmp_path):
             return [diverged(entry) for entry in value]
         return float("inf" if value > 0.3 else "nan") if isinstance(value, float) else value
 
-    write_diagnosis(tmp_path / "check", diverged(diagnosis()))
+    write_diagnosis(tmp_path / "check", diverged(make_diagnosis()))
     text = write_report(tmp_path, tmp_path / "report.md", "md").read_text(encoding="utf-8")
     assert "the barrier is not finite on dev and not finite on test" in text
 

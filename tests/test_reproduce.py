@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LABELS, logits_of, sentence, weights, write_rows
+from helpers import LABELS, compute_logits, make_sentence, read_weights, write_sentences
 from test_experiments import accuracy, modification_times, read_curve, read_test_predictions
 
 from regraft import Base, load_outcome
@@ -58,13 +58,13 @@ def write_inputs(folder, base):
         data_folder.mkdir(parents=True)
         files = {split: str(data_folder / f"{split}.csv") for split in ("train", "dev", "test")}
         for split, count in (("train", 64), ("dev", 24), ("test", 40)):
-            write_rows(data_folder / f"{split}.csv", count, 10 * index + len(split))
+            write_sentences(data_folder / f"{split}.csv", count, 10 * index + len(split))
             corrupt_labels(data_folder / f"{split}.csv")
         tasks[name] = {"domain": "first", "task": {"name": name, "text": "text", "label": "label", **files}}
     domains = []
     for index, name in enumerate(("first", "second")):
         generator = random.Random(index)
-        (folder / f"{name}.txt").write_text("\n".join(sentence(generator, index == 0) for _ in range(300)))
+        (folder / f"{name}.txt").write_text("\n".join(make_sentence(generator, index == 0) for _ in range(300)))
         domains.append({"name": name, "sources": [str(folder / f"{name}.txt")], "characters": 10_000})
     size = {
         "base": str(base),
@@ -86,7 +86,8 @@ def write_inputs(folder, base):
 def corrupt_labels(file):
     """Swap the label of one row in five, so that no model gets all right and models differ in their errors."""
     head, *rows = file.read_text().splitlines()
-    generator, swapped = random.Random(file.name), {"negative": "positive", "positive": "negative"}
+    generator = random.Random(file.name)
+    swapped = {"negative": "positive", "positive": "negative"}
     for index in generator.sample(range(len(rows)), len(rows) // 5):
         text, label = rows[index].rsplit(",", 1)
         rows[index] = f"{text},{swapped[label]}"
@@ -108,7 +109,9 @@ def plan(folder):
 @pytest.fixture(scope="module")
 def reports(folder, plan):
     """Run everything, interrupted once among the cells; return the reports of the first and of the second run."""
-    measure_cell, first, second = experiment.measure_cell, [], []
+    measure_cell = experiment.measure_cell
+    first = []
+    second = []
 
     def measure_until_interrupted(*arguments):
         if sum(": made" in line for line in first) == 5:
@@ -156,7 +159,8 @@ def test_an_interrupted_run_continues_and_then_builds_nothing(folder, plan, repo
 def test_every_experiment_has_results_and_a_page(folder, results):
     index = (folder / "pages" / "README.md").read_text(encoding="utf-8")
     for name in CONFIGS:
-        experiment_results, published = results(name), folder / "pages" / name
+        experiment_results = results(name)
+        published = folder / "pages" / name
         num_made, num_cells = experiment_results["made"]["cells"]
         assert num_made == num_cells > 0
         assert experiment_results["made"]["seeds"] == [20, 30]
@@ -198,14 +202,15 @@ def test_compatibility_agrees_with_outcomes_and_with_the_chain(plan, results):
 
 @pytest.mark.slow
 def test_connectivity_agrees_with_the_losses_of_deployments(plan, results):
-    store, runs = plan.store, results("2-connectivity")["runs"]
+    store = plan.store
+    runs = results("2-connectivity")["runs"]
     data = load_data(store.task_file("mood"), 0).with_settings(max_length=16)
     assert data.labels == LABELS
 
     def deployment_loss(base_number, seed, text_base):
         base = Base.open(store.base_name(base_number))
         texts = encode(text_base, data, data.test)
-        logits = logits_of(store.tuning_folder("mood", "full", base_number, seed), base, texts)
+        logits = compute_logits(store.tuning_folder("mood", "full", base_number, seed), base, texts)
         return float(torch.nn.functional.cross_entropy(logits, torch.tensor(data.test.labels).long()))
 
     text_base = Base.open(store.base_name(2))
@@ -225,7 +230,7 @@ def test_connectivity_agrees_with_the_losses_of_deployments(plan, results):
 def test_distances_agree_with_the_weights_without_the_head(plan, results):
     similarity = results("3-similarity")
     (distance,) = select(similarity["distances"], seed=30, base=1)
-    old, new = (weights(plan.store.tuning_folder("mood", "full", base, 30) / "adaptation") for base in (0, 1))
+    old, new = (read_weights(plan.store.tuning_folder("mood", "full", base, 30) / "adaptation") for base in (0, 1))
     names = [name for name in sorted(old) if name.startswith("bert.") and "pooler" not in name]
     old_vector, new_vector = (torch.cat([tensors[name].flatten().double() for name in names]) for tensors in (old, new))
     assert distance["l2"] == pytest.approx(float((old_vector - new_vector).norm()), rel=1e-4)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import sentence
+from helpers import make_sentence
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -50,7 +50,8 @@ def run(*arguments):
 def run_and_kill(out, *arguments, stage="", checkpoints=2):
     """Run a command, kill it after a number of checkpoints of a stage, and return its working folder."""
     process = subprocess.Popen(**popen_arguments(*arguments))
-    written, work = set(), out.parent / f".{out.name}.partial"
+    written = set()
+    work = out.parent / f".{out.name}.partial"
     deadline = time.monotonic() + 240
     try:
         while len(written) < checkpoints:
@@ -105,9 +106,9 @@ def test_tune_resumes_after_a_kill(tmp_path, bases, task_file):
 
 
 @pytest.mark.slow
-def test_recycle_with_a_teacher_resumes_after_a_kill(tmp_path, bases, tuned, task_file):
+def test_recycle_with_a_teacher_resumes_after_a_kill(tmp_path, bases, tuned_outcomes, task_file):
     old, new = bases["llama"]
-    arguments = ["recycle", "--old-base", old, "--new-base", new, "--adaptation", tuned["llama", "lora"]]
+    arguments = ["recycle", "--old-base", old, "--new-base", new, "--adaptation", tuned_outcomes["llama", "lora"]]
     arguments += ["--task", task_file, "--method", "init+distill", *MANY_STEPS]
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     work = run_and_kill(killed, *arguments, "--out", killed)
@@ -120,7 +121,7 @@ def test_recycle_with_a_teacher_resumes_after_a_kill(tmp_path, bases, tuned, tas
 @pytest.mark.slow
 def test_pretrain_resumes_after_a_kill_in_each_stage(tmp_path):
     import torch
-    from conftest import make_config, make_tokenizer
+    from helpers import make_config, make_tokenizer
     from transformers import BertModel
 
     torch.manual_seed(0)
@@ -128,7 +129,7 @@ def test_pretrain_resumes_after_a_kill_in_each_stage(tmp_path):
     BertModel(make_config("bert")).save_pretrained(base)  # without a head, so that there are two stages
     make_tokenizer("bert").save_pretrained(base)
     chance = random.Random(0)
-    text.write_text("\n".join(sentence(chance, i % 2 == 0) for i in range(500)), encoding="utf-8")
+    text.write_text("\n".join(make_sentence(chance, i % 2 == 0) for i in range(500)), encoding="utf-8")
     arguments = ["pretrain", base, text, "--block", "32", *COMMON, "--save-every", "5", "--steps", "200"]
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     run_and_kill(killed, *arguments, "--out", killed, stage="head", checkpoints=1)
@@ -171,7 +172,9 @@ def test_damaged_files_are_discarded_and_undamaged_files_are_used(tmp_path, base
         recipe = Recipe(steps=12, eval_every=2, save_every=4, learning_rate=3e-3, precision="fp32", batch_size=8)
         return tune(bases["bert"][0], task_file, out, recipe=recipe, progress=progress)
 
-    uninterrupted, out, copy = run(tmp_path / "uninterrupted"), tmp_path / "out", tmp_path / "copy"
+    uninterrupted = run(tmp_path / "uninterrupted")
+    out = tmp_path / "out"
+    copy = tmp_path / "copy"
     with pytest.raises(Interrupted):
         run(out, interrupt("tune", 10))
     work = tmp_path / ".out.partial"
@@ -204,8 +207,9 @@ def test_damaged_files_are_discarded_and_undamaged_files_are_used(tmp_path, base
     assert not work.exists()
 
 
-def test_damaged_caches_are_recomputed(tmp_path, opened, task_file):
-    base, data = opened["bert"][0], load_data(task_file, 20)
+def test_damaged_caches_are_recomputed(tmp_path, opened_bases, task_file):
+    base = opened_bases["bert"][0]
+    data = load_data(task_file, 20)
     text = tmp_path / "text.txt"
     text.write_text("good film\n" * 50, encoding="utf-8")
 
@@ -214,10 +218,12 @@ def test_damaged_caches_are_recomputed(tmp_path, opened, task_file):
 
     def compute_logits():
         teacher = Deployment(fresh_model(base, data.head, 1), base, data, "fp32")
-        order, options = range(len(data.dev)), Distillation(beta=0.0)
+        order = range(len(data.dev))
+        options = Distillation(beta=0.0)
         return compute_teacher_outputs(teacher, data.dev, order, options, tmp_path).signal.logits.clone()
 
-    tokens, logits = tokenise(), compute_logits()
+    tokens = tokenise()
+    logits = compute_logits()
     for damage in (fill_with_zeros, truncate, Path.unlink):
         for name in ("tokens.bin", "teacher.safetensors"):
             damage(tmp_path / name)
@@ -240,9 +246,9 @@ def test_ctrl_c_prints_how_to_resume(tmp_path, bases, task_file):
     assert f"The work so far is in {tmp_path / '.out.partial'}. The same command resumes it." in output
 
 
-def test_outcome_of_a_faster_process_is_used(tmp_path, bases, tuned, task_file, monkeypatch):
+def test_outcome_of_a_faster_process_is_used(tmp_path, bases, tuned_outcomes, task_file, monkeypatch):
     """Publish an outcome between the first search for one and the lock: it is used, and no working folder remains."""
-    arguments = Upgrade(*bases["bert"]), tuned["bert", "lora"], task_file, "direct", tmp_path / "out"
+    arguments = Upgrade(*bases["bert"]), tuned_outcomes["bert", "lora"], task_file, "direct", tmp_path / "out"
     first = recycle(*arguments)
     searches = []
 
@@ -256,8 +262,8 @@ def test_outcome_of_a_faster_process_is_used(tmp_path, bases, tuned, task_file, 
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_damaged_outcome_is_refused(tmp_path, bases, tuned, task_file):
-    arguments = Upgrade(*bases["bert"]), tuned["bert", "lora"], task_file, "direct", tmp_path / "out"
+def test_damaged_outcome_is_refused(tmp_path, bases, tuned_outcomes, task_file):
+    arguments = Upgrade(*bases["bert"]), tuned_outcomes["bert", "lora"], task_file, "direct", tmp_path / "out"
     recycle(*arguments)
     for damage, name, problem in [
         (truncate, "predictions.jsonl", "is truncated"),

@@ -6,7 +6,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, HEAD, LABELS, make_config
+from helpers import ARCHITECTURES, HEAD, LABELS, make_config
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from regraft import RegraftError, Task
@@ -96,9 +96,10 @@ def test_selected_examples_keep_their_rows():
     assert selected.rows([1, 0]).tolist() == [0, 1, 2]
 
 
-def test_a_deployment_runs_each_split_once(opened, tuned, task_file):
-    base, data = opened["bert"][0], load_data(task_file, 20).relabel(LABELS)
-    model = load_model(load_adaptation(tuned["bert", "lora"]), base, data.head)
+def test_a_deployment_runs_each_split_once(opened_bases, tuned_outcomes, task_file):
+    base = opened_bases["bert"][0]
+    data = load_data(task_file, 20).relabel(LABELS)
+    model = load_model(load_adaptation(tuned_outcomes["bert", "lora"]), base, data.head)
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     deployment = Deployment(model, base, data, "fp32")
@@ -171,21 +172,24 @@ def test_another_distribution_can_add_a_task_type(tmp_path, monkeypatch, task_fi
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "llama"])
 @pytest.mark.parametrize("kind", ["full", "lora", "bottleneck"])
-def test_standardised_training_changes_no_output(made, opened, task_file, texts, monkeypatch, architecture, kind):
+def test_standardised_training_changes_no_output(
+    saved_adaptations, opened_bases, task_file, encoded_dev, monkeypatch, architecture, kind
+):
     """The head has one layer (bert), two (roberta), or one without a bias (llama)."""
-    folder, before = made[architecture, kind]
-    base, data = opened[architecture][0], load_data(task_file, 20)
+    folder, before = saved_adaptations[architecture, kind]
+    base = opened_bases[architecture][0]
+    data = load_data(task_file, 20)
     model = load_model(load_adaptation(folder), base, HEAD, trainable=True)
     stored = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     monkeypatch.setattr(TextClassification, "target_scaling", lambda self, targets: (3.0, 8.0))
     with standardised_outputs(model, base, data):
         changed = {name for name, parameter in model.named_parameters() if not parameter.equal(stored[name])}
-        assert torch.allclose(predict(model, texts[architecture], "fp32"), before, atol=1e-5)
+        assert torch.allclose(predict(model, encoded_dev[architecture], "fp32"), before, atol=1e-5)
     assert {name.rpartition(".")[2] for name in changed} == (
         {"weight"} if architecture == "llama" else {"weight", "bias"}
     )
     assert all("classifier" in name or "score" in name for name in changed)
-    assert torch.allclose(predict(model, texts[architecture], "fp32"), before, atol=1e-5)
+    assert torch.allclose(predict(model, encoded_dev[architecture], "fp32"), before, atol=1e-5)
     restore_output_units(model, base, data)
     offset = 0 if architecture == "llama" else 3
-    assert torch.allclose(predict(model, texts[architecture], "fp32"), 8 * before + offset, atol=1e-4)
+    assert torch.allclose(predict(model, encoded_dev[architecture], "fp32"), 8 * before + offset, atol=1e-4)

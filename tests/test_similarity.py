@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, HEAD, LABELS, adapt, move_base, write_base
+from helpers import ARCHITECTURES, HEAD, LABELS, write_adaptation, write_base, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
@@ -30,7 +30,7 @@ def data(task_file):
 def attentive(tmp_path_factory):
     """A BERT with four heads a layer that attend to different tokens, as trained heads do."""
     base = Base.open(write_base(tmp_path_factory.mktemp("four") / "base", num_attention_heads=4))
-    model = load(adapt(base, "full", base.path.parent / "tuned"), base)
+    model = load(write_adaptation(base, "full", base.path.parent / "tuned"), base)
     sharpen(model)
     return base, model
 
@@ -152,7 +152,10 @@ def test_figures_equal_those_of_a_naive_loop_over_texts(attentive, data):
     indices = [*range(0, 100, 9)]
     examples = encode(base, data, data.test.take(indices))
     assert result.texts == len(indices)
-    divergences, rows, logits, states = torch.zeros(2, 4, 4).double(), 0, [], []
+    divergences = torch.zeros(2, 4, 4).double()
+    rows = 0
+    logits = []
+    states = []
     with attention.eager_attention(model, perturbed):
         for i in range(len(indices)):
             inputs = model_inputs(examples.batch([i]))
@@ -195,9 +198,11 @@ def test_the_size_of_batches_changes_nothing(attentive, data, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_upgrade_is_nearer_than_an_unrelated_model(opened, data, tmp_path, architecture, kind):
-    old, new = opened[architecture]
-    first, second = (load(adapt(base, kind, tmp_path / name), base) for base, name in ((old, "old"), (new, "new")))
+def test_an_upgrade_is_nearer_than_an_unrelated_model(opened_bases, data, tmp_path, architecture, kind):
+    old, new = opened_bases[architecture]
+    first, second = (
+        load(write_adaptation(base, kind, tmp_path / name), base) for base, name in ((old, "old"), (new, "new"))
+    )
     before = attention.unwrap_model(first).config._attn_implementation
     result = similarity(first, second, old, data, texts=10, maps=3)
     assert attention.unwrap_model(first).config._attn_implementation == before != "eager"
@@ -216,8 +221,8 @@ def test_an_upgrade_is_nearer_than_an_unrelated_model(opened, data, tmp_path, ar
 
 def test_query_heads_that_share_keys(data, tmp_path):
     base = Base.open(write_base(tmp_path / "old", "llama", num_attention_heads=4, num_key_value_heads=2))
-    new = Base.open(move_base(base.path, tmp_path / "new", 0.02))
-    first, second = (load(adapt(b, "full", tmp_path / f"tuned-{i}"), b) for i, b in enumerate((base, new)))
+    new = Base.open(write_upgrade(base.path, tmp_path / "new", 0.02))
+    first, second = (load(write_adaptation(b, "full", tmp_path / f"tuned-{i}"), b) for i, b in enumerate((base, new)))
     result = similarity(first, second, base, data, texts=10)
     assert torch.tensor(result.divergence).shape == (2, 4)
     assert (flat(result.divergence) < flat(result.control.divergence)).all()
@@ -226,9 +231,9 @@ def test_query_heads_that_share_keys(data, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "kind"), [("bert", "prefix"), ("roberta", "prompt"), ("llama", "prefix"), ("bert", "bottleneck")]
 )
-def test_virtual_tokens_and_bottlenecks(opened, data, tmp_path, architecture, kind):
-    old, new = opened[architecture]
-    path = adapt(old, kind, tmp_path / "old")
+def test_virtual_tokens_and_bottlenecks(opened_bases, data, tmp_path, architecture, kind):
+    old, new = opened_bases[architecture]
+    path = write_adaptation(old, kind, tmp_path / "old")
     data = data.with_virtual_tokens(load_adaptation(path).virtual_tokens, old.max_input_length)
     first, second = load(path, old), load(path, new)
     identical = similarity(first, load(path, old), old, data, texts=10)
@@ -245,22 +250,23 @@ def test_a_control_may_be_given(attentive, data):
     assert flat(result.control.divergence).max() == 0 and result.control.cka == pytest.approx([1] * 3)
 
 
-def test_models_that_cannot_be_compared_are_refused(attentive, opened, data, tmp_path):
+def test_models_that_cannot_be_compared_are_refused(attentive, opened_bases, data, tmp_path):
     base, model = attentive
-    bert = opened["bert"][0]
-    two_heads = load(adapt(bert, "full", tmp_path / "two"), bert)
+    bert = opened_bases["bert"][0]
+    two_heads = load(write_adaptation(bert, "full", tmp_path / "two"), bert)
     with pytest.raises(MismatchError, match=r"layer 0: heads, .* \(4, .* \(2, .*one architecture"):
         similarity(model, two_heads, base, data, control=model)
     deeper = Base.open(write_base(tmp_path / "deep", num_attention_heads=4, num_hidden_layers=3))
     with pytest.raises(MismatchError, match="2 attention layers, the other 3"):
-        similarity(model, load(adapt(deeper, "full", tmp_path / "three"), deeper), base, data)
+        similarity(model, load(write_adaptation(deeper, "full", tmp_path / "three"), deeper), base, data)
     with pytest.raises(RecipeError, match="found 0 and 4"):
         similarity(model, model, base, data, texts=0)
 
 
 def test_a_model_without_attention_maps_is_refused(attentive, data, monkeypatch):
     base, model = attentive
-    fused, was_training = copy.deepcopy(model).train(), model.training
+    fused = copy.deepcopy(model).train()
+    was_training = model.training
     monkeypatch.setattr(type(fused), "set_attn_implementation", lambda *_: None)  # it keeps fused attention
     with pytest.raises(MismatchError, match="BertForSequenceClassification gives no attention maps"):
         similarity(fused, model, base, data)

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from task_inputs import KEYS, assert_mentions, make_rows, make_task, read_texts, write_table
+from helpers import TASK_KEYS, assert_mentions, make_rows, make_task, read_texts, write_table
 
 from regraft.errors import DataError
 from regraft.task import HubSplit, Task, TaskData, TextClassification, read_task, summarise
@@ -78,7 +78,9 @@ def test_two_columns_of_text_make_pairs(tmp_path: Path) -> None:
 def test_listed_labels_fix_the_order_and_the_source_can_be_a_path(tmp_path: Path) -> None:
     write_table(tmp_path / "a.csv", make_rows(10))
     data = read_task(
-        TextClassification.model_validate(KEYS | {"name": "t", "train": tmp_path / "a.csv", "labels": ["pos", "neg"]})
+        TextClassification.model_validate(
+            TASK_KEYS | {"name": "t", "train": tmp_path / "a.csv", "labels": ["pos", "neg"]}
+        )
     )
     assert data.labels == ("pos", "neg")
     assert data.train.labels[0] == {"pos": 0, "neg": 1}[make_rows(10)[int(data.train.row_numbers[0]) - 1]["label"]]

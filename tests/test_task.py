@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from task_inputs import KEYS, assert_mentions, make_data, make_rows, write_table
+from helpers import TASK_KEYS, assert_mentions, make_data, make_rows, write_table
 
 from regraft.errors import DataError
 from regraft.task import HubSplit, Task, summarise
@@ -19,7 +19,7 @@ from regraft.task import HubSplit, Task, summarise
 if TYPE_CHECKING:
     from pathlib import Path
 
-REQUIRED_KEYS = "".join(f"{key}: {value}\n" for key, value in KEYS.items())
+REQUIRED_KEYS = "".join(f"{key}: {value}\n" for key, value in TASK_KEYS.items())
 
 
 def test_a_task_file_is_read_with_its_paths_from_its_folder(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_an_invalid_key_is_named_with_its_file_and_remedy(
     tmp_path: Path, changes: dict[str, Any], parts: list[str]
 ) -> None:
     file = tmp_path / "t.yaml"
-    file.write_text(json.dumps(KEYS | changes))
+    file.write_text(json.dumps(TASK_KEYS | changes))
     with pytest.raises(DataError) as error:
         Task.load(file)
     assert_mentions(error, f"{file}: ", *parts)

@@ -9,21 +9,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import loss_of, move_base
+from helpers import compute_distillation_loss, write_adaptation, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from regraft import Base, Distillation, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import (
-    fresh_model,
-    initial_factors,
-    load_model,
-    new_config,
-    prepare_for_tuning,
-    save_model,
-    write_graft,
-)
+from regraft.adaptation import fresh_model, load_model, write_graft
 from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.model import Deployment, encode
@@ -50,7 +42,7 @@ LABEL_OBJECTIVE = label_objective(CATEGORICAL)
 
 
 @pytest.fixture(scope="module")
-def opened(bases):
+def opened_bases(bases):
     return {name: tuple(Base.open(path) for path in bases[name]) for name in ("bert", "llama")}
 
 
@@ -60,21 +52,14 @@ def data(task_file):
 
 
 @pytest.fixture(scope="module")
-def adaptations(tmp_path_factory, opened, tuned, data):
+def adaptations(tmp_path_factory, opened_bases, tuned_outcomes, data):
     """The adaptations of `tuned`, and adapters of more kinds with all trainable parameters changed."""
-    folder, adaptations = tmp_path_factory.mktemp("adaptations"), dict(tuned)
+    folder = tmp_path_factory.mktemp("adaptations")
+    kinds = [(name, kind) for name in ("bert", "llama") for kind in ("full", "lora")]
+    adaptations = {key: tuned_outcomes[key] for key in kinds}
     for name, kind in (("bert", "bottleneck"), ("llama", "bottleneck"), ("bert", "pissa")):
-        base = opened[name][0]
-        config = new_config(kind, base, data.head, rank=3, inner_size=5)
-        model = prepare_for_tuning(fresh_model(base, data.head, 1), base, data.head, config, 1)
-        factors = initial_factors(model)
-        torch.manual_seed(2)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
         adaptations[name, kind] = folder / f"{name}-{kind}"
-        save_model(model, base, data.head, adaptations[name, kind] / "adaptation", factors)
+        write_adaptation(opened_bases[name][0], kind, adaptations[name, kind] / "adaptation", labels=data.labels)
     return adaptations
 
 
@@ -100,23 +85,24 @@ def interrupt_at(interrupted_step):
     return progress
 
 
-@pytest.mark.parametrize("method", OPTIONS)
-@pytest.mark.parametrize(
-    ("architecture", "kind"),
-    [
-        ("bert", "full"),
-        ("llama", "lora"),
-        pytest.param("bert", "lora", marks=pytest.mark.slow),
-        pytest.param("bert", "bottleneck", marks=pytest.mark.slow),
-        pytest.param("bert", "pissa", marks=pytest.mark.slow),
-        pytest.param("llama", "full", marks=pytest.mark.slow),
-        pytest.param("llama", "bottleneck", marks=pytest.mark.slow),
-    ],
-)
+FAST_CELLS = [("bert", "full"), ("llama", "lora")]
+SLOW_CELLS = [("bert", "lora"), ("bert", "bottleneck"), ("bert", "pissa"), ("llama", "full"), ("llama", "bottleneck")]
+INTERRUPTED_CELLS = [
+    *(pytest.param(*cell, method) for cell in FAST_CELLS for method in OPTIONS),
+    *(  # every second cell, so that each kind and each method is tested; `make contract` runs all
+        pytest.param(*cell, method, marks=[pytest.mark.slow, *[pytest.mark.contract] * ((row + column) % 2)])
+        for row, cell in enumerate(SLOW_CELLS)
+        for column, method in enumerate(OPTIONS)
+    ),
+]
+
+
+@pytest.mark.parametrize(("architecture", "kind", "method"), INTERRUPTED_CELLS)
 def test_an_interrupted_run_resumes_to_the_same_weights(
-    tmp_path, opened, adaptations, task_file, architecture, kind, method
+    tmp_path, opened_bases, adaptations, task_file, architecture, kind, method
 ):
-    upgrade, source = Upgrade(*opened[architecture]), adaptations[architecture, kind]
+    upgrade = Upgrade(*opened_bases[architecture])
+    source = adaptations[architecture, kind]
     arguments = {"recipe": dataclasses.replace(RECIPE, average=0.3), "options": OPTIONS[method]}
     uninterrupted = recycle(upgrade, source, task_file, method, tmp_path / "uninterrupted", **arguments)
     out = tmp_path / "resumed"
@@ -183,15 +169,20 @@ def test_the_teachers_loss_equals_the_formula(
         gradients = torch.autograd.grad(loss, (logits, hidden), allow_unused=True, materialize_grads=True)
         return loss.detach(), *gradients
 
-    actual, expected = loss_and_gradients(partial(loss_of, teacher_loss)), loss_and_gradients(explicit_teacher_loss)
+    actual, expected = (
+        loss_and_gradients(partial(compute_distillation_loss, teacher_loss)),
+        loss_and_gradients(explicit_teacher_loss),
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_flip_weights_do_not_change_the_loss_of_true_labels():
-    logits, labels, teacher_logits = torch.randn(6, 3), torch.randint(3, (6,)), torch.randn(6, 3)
+    logits = torch.randn(6, 3)
+    labels = torch.randint(3, (6,))
+    teacher_logits = torch.randn(6, 3)
     hidden = torch.zeros(6, 1, 1)
     unweighted, weighted = (
-        loss_of(
+        compute_distillation_loss(
             distillation_loss, logits, labels, teacher_logits, hidden, hidden, Distillation(0.0, 0.0, flip_weight=w)
         )
         for w in (0.0, 3.0)
@@ -224,8 +215,8 @@ def compute_gradients(model, loss):
 
 @pytest.mark.parametrize("weighting", ["plain", "fisher"])
 @pytest.mark.parametrize("decay", ["none", "linear", "cosine"])
-def test_the_gradient_of_the_anchor_is_the_weighted_distance_from_the_start(opened, data, weighting, decay):
-    base = opened["bert"][1]
+def test_the_gradient_of_the_anchor_is_the_weighted_distance_from_the_start(opened_bases, data, weighting, decay):
+    base = opened_bases["bert"][1]
     model = fresh_model(base, data.head, 1).eval()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     examples = encode(base, data, data.train)
@@ -250,8 +241,8 @@ def test_the_gradient_of_the_anchor_is_the_weighted_distance_from_the_start(open
         torch.testing.assert_close(gradient - label_gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_fisher_information_is_the_mean_squared_gradient(opened, data):
-    base = opened["llama"][0]
+def test_the_fisher_information_is_the_mean_squared_gradient(opened_bases, data):
+    base = opened_bases["llama"][0]
     model = fresh_model(base, data.head, 1).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.1" in name or "score" in name)
@@ -272,11 +263,11 @@ def test_the_fisher_information_is_the_mean_squared_gradient(opened, data):
 
 
 @pytest.fixture
-def make_student_and_teacher(tmp_path, opened, adaptations, data):
+def make_student_and_teacher(tmp_path, opened_bases, adaptations, data):
     """Builds a student and a teacher that differ, the teacher's outputs, and a function that returns a batch."""
 
     def make(architecture, kind, options):
-        old, new = opened[architecture]
+        old, new = opened_bases[architecture]
         adaptation = load_adaptation(adaptations[architecture, kind])
         write_graft(adaptation, Upgrade(old, new), tmp_path / "graft", silent)
         student = load_model(load_adaptation(tmp_path / "graft"), new, data.head, trainable=True).eval()
@@ -369,7 +360,7 @@ def test_drawn_points_are_determined_by_seed_and_step():
 @pytest.fixture(scope="module")
 def large_upgrade(tmp_path_factory, bases):
     """An upgrade after which the student has much to learn from the teacher."""
-    new = move_base(bases["bert"][0], tmp_path_factory.mktemp("large-upgrade") / "new", 0.8)
+    new = write_upgrade(bases["bert"][0], tmp_path_factory.mktemp("large-upgrade") / "new", 0.8)
     return Upgrade(bases["bert"][0], new)
 
 
@@ -467,8 +458,9 @@ def test_invalid_options_of_tuned_methods_are_refused(options_type, values):
         options_type(**values)
 
 
-def test_methods_that_learn_from_old_outputs_refuse_a_fresh_head(tmp_path, opened, adaptations, task_file):
-    upgrade, source = Upgrade(*opened["bert"]), adaptations["bert", "lora"]
+def test_methods_that_learn_from_old_outputs_refuse_a_fresh_head(tmp_path, opened_bases, adaptations, task_file):
+    upgrade = Upgrade(*opened_bases["bert"])
+    source = adaptations["bert", "lora"]
     for method in ("interpolation", "label-free"):
         with pytest.raises(RecipeError, match="head must be copy"):
             recycle(upgrade, source, task_file, method, tmp_path / "out", recipe=RECIPE, head="fresh")
@@ -482,9 +474,10 @@ def train_with_averaging(model, base, data, evaluate, folder):
     return train(model, order, examples.batch, LABEL_OBJECTIVE, evaluate, recipe, folder, silent, stage="tune")
 
 
-def test_averaged_weights_are_the_mean_of_the_last_evaluated_weights(opened, data, tmp_path):
-    base = opened["bert"][1]
-    model, evaluated = fresh_model(base, data.head, 1), []
+def test_averaged_weights_are_the_mean_of_the_last_evaluated_weights(opened_bases, data, tmp_path):
+    base = opened_bases["bert"][1]
+    model = fresh_model(base, data.head, 1)
+    evaluated = []
 
     def evaluate(current):
         evaluated.append({name: p.detach().clone() for name, p in current.named_parameters()})
@@ -499,9 +492,11 @@ def test_averaged_weights_are_the_mean_of_the_last_evaluated_weights(opened, dat
         assert torch.equal(evaluated[5][name], parameter)
 
 
-def test_averaged_weights_with_a_lower_score_are_discarded(opened, data, tmp_path):
-    base = opened["bert"][1]
-    model, scores, classifiers = fresh_model(base, data.head, 1), iter([0.1, 0.5, 0.9, 0.2, 0.3, 0.8]), []
+def test_averaged_weights_with_a_lower_score_are_discarded(opened_bases, data, tmp_path):
+    base = opened_bases["bert"][1]
+    model = fresh_model(base, data.head, 1)
+    scores = iter([0.1, 0.5, 0.9, 0.2, 0.3, 0.8])
+    classifiers = []
 
     def evaluate(current):
         classifiers.append(current.classifier.weight.detach().clone())

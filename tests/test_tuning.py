@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import data_of, loss_of
+from helpers import compute_distillation_loss, make_task_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,11 +78,11 @@ def test_batch_order_does_not_fall_from_long_to_short():
 def encode_texts(base, texts, max_length):
     count = len(texts)
     split = Split("train", "memory", texts, np.arange(count) % 2, np.arange(count) + 1)
-    return encode(base, data_of(split, max_length=max_length), split)
+    return encode(base, make_task_data(split, max_length=max_length), split)
 
 
 @pytest.fixture
-def opened(bases):
+def opened_bases(bases):
     return {name: Base.open(old) for name, (old, _) in bases.items()}
 
 
@@ -95,8 +95,8 @@ def opened(bases):
     ],
     ids=["single", "pairs"],
 )
-def test_batch_equals_the_tokenizers_padded_batch(opened, architecture, texts):
-    base = opened[architecture]
+def test_batch_equals_the_tokenizers_padded_batch(opened_bases, architecture, texts):
+    base = opened_bases[architecture]
     examples = encode_texts(base, texts, 64)
     indices = [2, 0, 1]
     batch = examples.batch(indices)
@@ -132,15 +132,15 @@ def test_pairs_have_token_types_if_the_tokenizer_has_them(tmp_path, bases):
     assert batch["attention_mask"].sum(dim=1).tolist() == [9, 5]
 
 
-def test_long_texts_are_truncated(opened):
-    examples = encode_texts(opened["bert"], [("good " * 200,), ("film",)], 32)
+def test_long_texts_are_truncated(opened_bases):
+    examples = encode_texts(opened_bases["bert"], [("good " * 200,), ("film",)], 32)
     assert examples.lengths.tolist() == [32, 3]
-    assert encode_texts(opened["roberta"], [("good " * 200,)], 512).lengths.tolist() == [64]
+    assert encode_texts(opened_bases["roberta"], [("good " * 200,)], 512).lengths.tolist() == [64]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_predict_equals_plain_forward_passes_in_the_order_of_the_examples(opened, task_file, architecture):
-    base = opened[architecture]
+def test_predict_equals_plain_forward_passes_in_the_order_of_the_examples(opened_bases, task_file, architecture):
+    base = opened_bases[architecture]
     data = load_data(task_file, 20)
     model = fresh_model(base, data.head, seed=1).train()
     split = data.test.take(range(70))
@@ -191,7 +191,7 @@ def test_distillation_loss_equals_the_formula(batch, classes, layers, width, alp
     z_s, h_s = draw(batch, classes).requires_grad_(), draw(batch, layers, width).requires_grad_()
     y = torch.randint(classes, (batch,), generator=generator)
     options = Distillation(alpha, beta, temperature, reduction)
-    loss = loss_of(distillation_loss, z_s, y, z_t, h_s, h_t, options)
+    loss = compute_distillation_loss(distillation_loss, z_s, y, z_t, h_s, h_t, options)
     expected = reference_loss(z_s, y, z_t, h_s, h_t, alpha, beta, temperature, reduction)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     gradients, expected_gradients = (
@@ -206,7 +206,9 @@ def test_known_values_of_the_distillation_loss():
 
     def loss(**options):
         distillation = Distillation(**{"alpha": 1.0, "beta": 0.0, "temperature": 1.0, **options})
-        return loss_of(distillation_loss, student, label, teacher, hidden + 3, hidden + 1, distillation).item()
+        return compute_distillation_loss(
+            distillation_loss, student, label, teacher, hidden + 3, hidden + 1, distillation
+        ).item()
 
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert loss() == pytest.approx(divergence)
@@ -220,7 +222,7 @@ def test_gradient_is_zero_if_the_student_equals_the_teacher():
     logits = torch.randn(4, 3, requires_grad=True)
     hidden = torch.randn(4, 2, 5, requires_grad=True)
     options = Distillation(alpha=1.0, beta=5.0, temperature=5.0)
-    loss = loss_of(
+    loss = compute_distillation_loss(
         distillation_loss, logits, torch.zeros(4, dtype=torch.long), logits.detach(), hidden, hidden.detach(), options
     )
     loss.backward()
@@ -248,10 +250,10 @@ def test_row_states_are_hidden_states_at_the_heads_token():
 
 
 @pytest.mark.parametrize("architecture", ["roberta", "llama"])
-def test_teacher_runs_each_used_example_once(opened, tuned, task_file, tmp_path, architecture):
-    base = opened[architecture]
+def test_teacher_runs_each_used_example_once(opened_bases, tuned_outcomes, task_file, tmp_path, architecture):
+    base = opened_bases[architecture]
     data = load_data(task_file, 20)
-    teacher = load_model(load_adaptation(tuned[architecture, "full"]), base, data.head)
+    teacher = load_model(load_adaptation(tuned_outcomes[architecture, "full"]), base, data.head)
     data = data.with_settings(max_length=32)
     examples = encode(base, data, data.train)
     order = np.array([5, 3, 5, 200, 3, 77])
@@ -322,8 +324,9 @@ def test_resolve_sets_missing_values_only():
     assert LEARNING_RATES["full"] == 5e-5
 
 
-def test_nan_loss_is_an_error_that_names_the_step(opened, task_file, tmp_path):
-    base, data = opened["bert"], load_data(task_file, 20)
+def test_nan_loss_is_an_error_that_names_the_step(opened_bases, task_file, tmp_path):
+    base = opened_bases["bert"]
+    data = load_data(task_file, 20)
     model = fresh_model(base, data.head, seed=1)
     recipe = Recipe(steps=30, eval_every=10, learning_rate=1e-3, precision="fp32").resolve(len(data.train), 1.0)
     with torch.no_grad():
@@ -339,8 +342,9 @@ def test_divergence_after_the_last_logged_loss_publishes_nothing(bases, task_fil
     assert not list(tmp_path.iterdir())
 
 
-def test_model_ends_with_its_best_weights(opened, task_file, tmp_path):
-    base, data = opened["bert"], load_data(task_file, 20)
+def test_model_ends_with_its_best_weights(opened_bases, task_file, tmp_path):
+    base = opened_bases["bert"]
+    data = load_data(task_file, 20)
     recipe = Recipe(steps=30, eval_every=3, learning_rate=0.02, precision="fp32").resolve(len(data.train), 1.0)
     model = fresh_model(base, data.head, seed=1)
     curve = tune_model(model, base, data, recipe, tmp_path, silent)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import HEAD, adapt, head_of, make_tokenizer, write_base
+from helpers import HEAD, make_head, make_tokenizer, write_adaptation, write_base
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -191,7 +191,7 @@ def test_same_weights_in_another_layout_are_the_same_base(tmp_path, bases, layou
     assert rewritten.fingerprint == old.fingerprint
     assert rewritten.body.keys() == old.body.keys()
     assert Upgrade(old, rewritten).distance().l2 == 0
-    expected, parameters = (fresh_model(base, head_of("a", "b"), 1).state_dict() for base in (old, rewritten))
+    expected, parameters = (fresh_model(base, make_head("a", "b"), 1).state_dict() for base in (old, rewritten))
     assert all(torch.equal(expected[name], parameters[name]) for name in expected)
 
 
@@ -253,7 +253,7 @@ def test_base_with_relative_positions_is_refused(tmp_path, bases):
     """Transformers would load it, but compute with absolute positions."""
     old = bases["bert"][0]
     relative = Base.open(rewrite(old, tmp_path / "relative", dict, position_embedding_type="relative_key"))
-    tuned = adapt(Base.open(old), "full", tmp_path / "tuned")
+    tuned = write_adaptation(Base.open(old), "full", tmp_path / "tuned")
     with pytest.raises(MismatchError, match=r"position_embedding_type is 'relative_key', which transformers no longer"):
         load_model(load_adaptation(tuned), relative, HEAD)
 
@@ -276,9 +276,9 @@ def test_tensors_are_paired_by_stored_name_without_a_config(bases):
     assert all(isinstance(view, NamedTensors) for view in views.values())
 
 
-def test_counterparts_of_tensors_in_both_in_one_and_in_no_base(bases, opened, tmp_path):
+def test_counterparts_of_tensors_in_both_in_one_and_in_no_base(bases, opened_bases, tmp_path):
     """A tensor in one base alone is an error unless pre-training leaves it out, as it does BERT's pooler."""
-    old, new = (base.named for base in opened["bert"])
+    old, new = (base.named for base in opened_bases["bert"])
     head = "cls.predictions.bias"
     pairs = counterparts(new, new, old)
     assert head in pairs.new
@@ -311,24 +311,24 @@ def test_base_without_a_classifier_in_transformers_is_refused(tmp_path):
     config = MambaConfig(vocab_size=33, hidden_size=32, num_hidden_layers=1, state_size=4)
     MambaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="transformers has no mamba for SequenceClassification"):
-        fresh_model(Base.open(tmp_path), head_of("a", "b"), 1)
+        fresh_model(Base.open(tmp_path), make_head("a", "b"), 1)
 
 
-def test_outputs_of_regraft_0_1_match_a_base_with_renamed_tensors(tmp_path, bases, task_file, quick):
+def test_outputs_of_regraft_0_1_match_a_base_with_renamed_tensors(tmp_path, bases, task_file, quick_recipe):
     """Version 0.1 computed the fingerprint from the names of tensors in the file."""
     architecture, edit_tensors = LAYOUTS["legacy norms"]
     old = Base.open(rewrite(bases[architecture][0], tmp_path / "old", edit_tensors))
     assert old.stored_fingerprint != old.fingerprint
-    tuned = tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=quick)
+    tuned = tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=quick_recipe)
     upgrade = Upgrade(old, bases[architecture][1])
-    recycled = recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=quick)
+    recycled = recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=quick_recipe)
     converted = convert(tuned.path, old, tmp_path / "full", to="full")
     for outcome in (tuned, recycled, converted):
         for file in outcome.path.rglob("*.json"):
             file.write_text(file.read_text().replace(old.fingerprint, old.stored_fingerprint))
     before = (recycled.path / "outcome.json").read_bytes()
     assert load_adaptation(tuned.path).check_base(old) == "proven"
-    tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=quick)
-    recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=quick)
+    tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=quick_recipe)
+    recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=quick_recipe)
     convert(tuned.path, old, tmp_path / "full", to="full")
     assert (recycled.path / "outcome.json").read_bytes() == before

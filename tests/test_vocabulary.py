@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import LABELS, make_tokenizer
+from helpers import LABELS, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -182,7 +182,8 @@ def assert_rows_are_grafted(ids, tensors):
 @pytest.fixture(scope="module")
 def folders_with_added_tokens(tmp_path_factory, bases):
     """An old base, a new base and a fine-tune with a chat template, which add overlapping tokens."""
-    folder, old = tmp_path_factory.mktemp("added-tokens"), bases["llama"][0]
+    folder = tmp_path_factory.mktemp("added-tokens")
+    old = bases["llama"][0]
     new = write_model_with_tokens(old, folder / "new", ["<new1>", "<new2>"], 1)
     chat_tokens = ["<|im_start|>", "<|im_end|>", "<new2>"]
     tuned = write_model_with_tokens(old, folder / "tuned", chat_tokens, 2, eos_token="<|im_end|>")
@@ -245,8 +246,8 @@ def read_embeddings(folder):
 
 
 @pytest.mark.parametrize("method", ["direct", "ridge", "aligned", "init+distill"])
-def test_a_fine_tune_is_recycled_for_another_vocabulary(tmp_path, extended, tuned, task_file, method):
-    source = tuned["llama", "full"] / "adaptation"
+def test_a_fine_tune_is_recycled_for_another_vocabulary(tmp_path, extended, tuned_outcomes, task_file, method):
+    source = tuned_outcomes["llama", "full"] / "adaptation"
     outcome = recycle(Upgrade(*extended), source, task_file, method, tmp_path / "out", recipe=TWO_STEPS)
     assert outcome.scores["dev"] >= 0.5
     old, new, before = (read_embeddings(folder) for folder in (*extended, source))
@@ -260,8 +261,10 @@ def test_a_fine_tune_is_recycled_for_another_vocabulary(tmp_path, extended, tune
     assert classifier("the film was good")[0]["label"] in LABELS
 
 
-def test_check_and_diagnose_compare_bases_with_different_vocabularies(extended, tuned, task_file):
-    upgrade, source, recipe = Upgrade(*extended), tuned["llama", "lora"], Recipe(precision="fp32")
+def test_check_and_diagnose_compare_bases_with_different_vocabularies(extended, tuned_outcomes, task_file):
+    upgrade = Upgrade(*extended)
+    source = tuned_outcomes["llama", "lora"]
+    recipe = Recipe(precision="fp32")
     result = check(upgrade, source, task_file, recipe=recipe)
     old_ids, new_ids = (read_vocabulary(folder) for folder in extended)
     old, new = (read_model(folder) for folder in extended)
@@ -358,7 +361,8 @@ def test_token_rows_are_found_without_a_class_in_the_config(tmp_path, model_type
     """Also in BART's bias of logits, [1, tokens], and in Gemma's text model beside one of images."""
     torch.manual_seed(0)
     for role, added_tokens in (("old", []), ("new", ["<new>"]), ("tuned", ["<added>"])):
-        tokenizer, model = make_tokenizer("bert"), model_type(copy.deepcopy(config))
+        tokenizer = make_tokenizer("bert")
+        model = model_type(copy.deepcopy(config))
         tokenizer.add_tokens(added_tokens)
         if role == "new":  # exchange the rows of two tokens
             vocabulary = tokenizer.get_vocab()
@@ -446,7 +450,8 @@ def test_learned_tokens_are_not_added_to_another_tokenizer(tmp_path):
 def test_a_fine_tune_may_lack_the_padding_rows_of_its_base(tmp_path, bases):
     """`resize_token_embeddings(len(tokenizer))` removes them."""
     old = write_model_with_tokens(bases["llama"][0], tmp_path / "old", [], 1)
-    tuned, model = tmp_path / "tuned", AutoModelForCausalLM.from_pretrained(old)
+    tuned = tmp_path / "tuned"
+    model = AutoModelForCausalLM.from_pretrained(old)
     model.resize_token_embeddings(43, mean_resizing=False)
     model.save_pretrained(tuned)
     AutoTokenizer.from_pretrained(old).save_pretrained(tuned)
@@ -458,20 +463,25 @@ def test_a_fine_tune_may_lack_the_padding_rows_of_its_base(tmp_path, bases):
 
 
 @pytest.mark.parametrize("method", ["interpolation", "project"])
-def test_methods_that_need_equal_rows_refuse_different_vocabularies(tmp_path, extended, tuned, task_file, method):
-    upgrade, source, out = Upgrade(*extended), tuned["llama", "full"], tmp_path / "out"
+def test_methods_that_need_equal_rows_refuse_different_vocabularies(
+    tmp_path, extended, tuned_outcomes, task_file, method
+):
+    upgrade = Upgrade(*extended)
+    source = tuned_outcomes["llama", "full"]
+    out = tmp_path / "out"
     options = Projection(pairs=(f"{source}={source}",)) if method == "project" else None
     with pytest.raises(KindError, match="have different vocabularies"):
         recycle(upgrade, source, task_file, method, out, recipe=ONE_STEP, options=options)
 
 
-def test_auto_skips_methods_that_need_equal_tokenisation(tmp_path, extended, tuned, task_file):
+def test_auto_skips_methods_that_need_equal_tokenisation(tmp_path, extended, tuned_outcomes, task_file):
     new = shutil.copytree(extended[1], tmp_path / "new")
     content = json.loads((new / "tokenizer.json").read_text())
     renamed = {token: f"{token}~" for token in ("the", "a", "of", "and")}
     content["model"]["vocab"] = {renamed.get(t, t): i for t, i in content["model"]["vocab"].items()}
     (new / "tokenizer.json").write_text(json.dumps(content))
-    upgrade, source = Upgrade(extended[0], new), tuned["llama", "lora"]
+    upgrade = Upgrade(extended[0], new)
+    source = tuned_outcomes["llama", "lora"]
     options = Auto(target=1.0, training_free=("direct", "ridge"), budgets=(0.5,))
     with pytest.raises(KindError, match="divide only"):
         recycle(upgrade, source, task_file, "ridge", tmp_path / "ridge", recipe=TWO_STEPS)
@@ -479,9 +489,10 @@ def test_auto_skips_methods_that_need_equal_tokenisation(tmp_path, extended, tun
     assert "ridge" not in [stage["rung"] for stage in outcome.record.notes["tried"]]
 
 
-def test_an_added_padding_token_needs_no_row(tmp_path, bases, tuned, task_file):
+def test_an_added_padding_token_needs_no_row(tmp_path, bases, tuned_outcomes, task_file):
     """Such a token is left by tuning with a batch size of 1, which never pads."""
-    upgrade, source = Upgrade(*bases["llama"]), tuned["llama", "full"]
+    upgrade = Upgrade(*bases["llama"])
+    source = tuned_outcomes["llama", "full"]
     padded = shutil.copytree(source / "adaptation", tmp_path / "padded")
     tokenizer = AutoTokenizer.from_pretrained(padded)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})

@@ -88,7 +88,8 @@ def test_distance_equals_that_of_the_concatenated_vectors(first, second):
 
 
 def test_distance_of_zeros():
-    zeros, ones = torch.zeros(3), torch.ones(3)
+    zeros = torch.zeros(3)
+    ones = torch.ones(3)
     assert distance([(zeros, zeros)]).cosine == 1
     assert distance([(zeros, zeros)]).relative == 0
     assert distance([(zeros, ones)]).cosine == 0

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import move_base
+from helpers import write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -68,7 +68,7 @@ def test_transformers_loads_the_written_checkpoint(tmp_path, bases, small_chunks
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_grafts_and_interpolations_satisfy_identities(tmp_path, bases, small_chunks, dtype):
-    paths = [bases["bert"][0], move_base(bases["bert"][0], tmp_path / "tuned", 0.1, seed=5), bases["bert"][1]]
+    paths = [bases["bert"][0], write_upgrade(bases["bert"][0], tmp_path / "tuned", 0.1, seed=5), bases["bert"][1]]
     old, tuned, new = (
         {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()} for path in paths
     )
@@ -92,12 +92,12 @@ def test_scale_by_name_pattern(bases):
         assert torch.equal(grafted[name], expected)
 
 
-def test_heads_are_copied_and_prefixes_aligned(bases, tuned, tmp_path):
+def test_heads_are_copied_and_prefixes_aligned(bases, tuned_outcomes, tmp_path):
     old, new = bases["bert"]
     for role, path in (("old", old), ("new", new)):
         model = AutoModel.from_pretrained(path, add_pooling_layer=False, dtype="float32")
         model.save_pretrained(tmp_path / role)  # without the prefix that the fine-tune's names carry
-    fine_tune = Checkpoint.open(tuned["bert", "full"] / "adaptation")
+    fine_tune = Checkpoint.open(tuned_outcomes["bert", "full"] / "adaptation")
     from_bodies = graft_all(Checkpoint.open(tmp_path / "new"), fine_tune, Checkpoint.open(tmp_path / "old"))
     from_full_bases = graft_all(Checkpoint.open(new), fine_tune, Checkpoint.open(old))
     assert tensors_equal(from_bodies, from_full_bases)
@@ -124,7 +124,8 @@ def test_mismatched_checkpoints_are_refused(bases):
 @given(st.data())
 def test_flat_slices_equal_slices_of_the_tensor(data):
     count = data.draw(st.integers(1, 700))
-    a, b = torch.randn(count), torch.randn(count).to(torch.bfloat16)
+    a = torch.randn(count)
+    b = torch.randn(count).to(torch.bfloat16)
     entries = {"x": TensorSpec("F16", (count,), (({"a": a}, "a"), ({"b": b}, "b")), lambda a, b: a * b)}
     inner = DerivedTensors(entries)
     outer = DerivedTensors({"y": TensorSpec("F32", (count,), ((inner, "x"), ({"a": a}, "a")), lambda x, a: x + a)})
@@ -274,11 +275,12 @@ def test_commands_of_weights(tmp_path, bases, monkeypatch, capsys):
     assert derived_module.CHUNK_ELEMENTS == 1 << 18
 
 
-def test_graft_onto_a_base_with_new_tokens(tmp_path, bases, tuned):
+def test_graft_onto_a_base_with_new_tokens(tmp_path, bases, tuned_outcomes):
     """Rows of tokens that only the new base has are copied from it, the other rows are grafted."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    old, fine_tune = bases["bert"][0], tuned["bert", "full"] / "adaptation"
+    old = bases["bert"][0]
+    fine_tune = tuned_outcomes["bert", "full"] / "adaptation"
     tokenizer = AutoTokenizer.from_pretrained(old)
     tokenizer.add_tokens(["zebra", "yak"])
     model = AutoModelForMaskedLM.from_pretrained(bases["bert"][1], dtype="float32")
