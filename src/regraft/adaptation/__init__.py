@@ -1,4 +1,4 @@
-"""Adaptations: what tuning left behind, on disk and as models, and the outcome folder that records one."""
+"""Adaptations, the results of tuning a base: as files, as models in memory, and as outcome folders."""
 
 from regraft.adaptation.adaptation import Adaptation
 from regraft.adaptation.adapter_folder import write_adapter
@@ -7,7 +7,7 @@ from regraft.adaptation.extract import ExtractedLora, extract_lora, write_lora
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.graft import write_graft
 from regraft.adaptation.head import HEAD_POLICIES, HeadPolicy, change_head
-from regraft.adaptation.kinds import KINDS, kind_of_config, new_config, settings
+from regraft.adaptation.kinds import KINDS, json_settings, kind_of_config, new_config
 from regraft.adaptation.labels import check_task_type, label_tensor_names, stored_head
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.merge import MergedLora, merge_lora, read_lora_config
@@ -25,9 +25,7 @@ __all__ = [
     "HeadPolicy",
     "MergedLora",
     "Outcome",
-    "prepare_for_tuning",
     "change_head",
-    "load_old_model",
     "check_task_type",
     "differing_settings",
     "extract_lora",
@@ -35,17 +33,19 @@ __all__ = [
     "fresh_model",
     "initial_factors",
     "is_right",
+    "json_settings",
     "kind_of_config",
     "label_tensor_names",
     "load_adaptation",
     "load_model",
+    "load_old_model",
     "load_outcome",
     "load_strictly",
-    "read_lora_config",
     "merge_lora",
     "new_config",
+    "prepare_for_tuning",
+    "read_lora_config",
     "save_model",
-    "settings",
     "stored_head",
     "write_adapter",
     "write_graft",

@@ -1,4 +1,4 @@
-"""An adaptation of any kind, and the interface of the families of adaptations."""
+"""Adaptations on disk, and the interface that each family of adaptations implements."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ Lineage = Literal["proven", "unproven", "forced"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adaptation:
-    """Weights tuned for a task on some base, on disk.
+    """Weights on disk that were tuned for a task on a base.
 
     Args:
         path: A plain transformers folder (full fine-tune) or PEFT folder (all other kinds).
         kind: `full`, `lora`, `ia3`, `prefix`, `prompt`, `layernorm`, `bottleneck`, or PEFT's name of another type.
         family: The operations on adaptations of this kind.
         labels: The label names in the order of the head's outputs; None if the folder does not record them.
-        base: The fingerprint of the base it was tuned on; None if another tool wrote it.
+        base: The fingerprint of the base it was tuned on; None if another tool wrote the folder.
         checkpoint: The tensors, which are read when they are used.
         config: The content of `config.json` or `adapter_config.json`.
-        task_type: The name of its task type; None if another tool or regraft 0.1 wrote it.
+        task_type: The name of its task type; None if another tool or regraft 0.1 wrote the folder.
     """
 
     path: Path
@@ -78,27 +78,27 @@ class Adaptation:
 
     @property
     def changed_base(self) -> bool:
-        """Whether its initialisation changed its base, as PiSSA's does: it has no meaning on another base."""
+        """Whether its initialisation changed its base, as PiSSA's does, so that it has no meaning on another base."""
         return self.family.changed_base(self.config)
 
     @property
     def virtual_tokens(self) -> int:
-        """The number of virtual tokens that it puts before each input."""
+        """The number of virtual tokens that the adapter puts before each input."""
         return self.family.virtual_tokens(self.config)
 
     def check_base(self, base: Base, *, force: bool = False) -> Lineage:
-        """Check that this was tuned on a base.
+        """Check that the adaptation was tuned on a base.
 
         Args:
-            base: The base.
-            force: Whether to accept another base.
+            base: The base that the adaptation will be loaded on.
+            force: Whether to accept a base that differs from the recorded one, with a warning.
 
         Returns:
             `proven` if the recorded fingerprint is the base's, `unproven` if none is recorded, `forced` if another one
             is recorded and `force` is set.
 
         Raises:
-            MismatchError: It records the fingerprint or the revision of another base.
+            MismatchError: The adaptation records the fingerprint or the revision of another base.
         """
         if self.base in (base.fingerprint, base.stored_fingerprint):
             return "proven"
@@ -124,12 +124,12 @@ class Adaptation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GraftedAdaptation:
-    """The content of an adaptation that was carried over to another base.
+    """The content of an adaptation that was grafted onto another base.
 
     Args:
         tensors: The tensors by stored name.
         settings: The content of `config.json` or `adapter_config.json`.
-        replaced: Of an adapter, the names of the grafted tensors that it stores in place of the base's.
+        replaced: The names of the grafted tensors that an adapter stores in place of its base's.
     """
 
     tensors: Tensors
@@ -138,7 +138,7 @@ class GraftedAdaptation:
 
 
 class Family(ABC):
-    """The operations on a family of adaptations: loading, saving, grafting, and their deltas. A family has no state."""
+    """The operations that differ between families of adaptations, such as loading and grafting. It has no state."""
 
     tunes_base: ClassVar[bool] = False
     """Whether the base's own tensors are tuned, so that the delta is tuned − base, tensor by tensor."""
@@ -161,8 +161,8 @@ class Family(ABC):
 
         Args:
             adaptation: The adaptation.
-            afresh: Whether the config is for a new adapter like it: an initialisation that needs data is then replaced
-                by PEFT's default.
+            for_new_adapter: Whether a new adapter will be initialised with the config. An initialisation that needs
+                data is then replaced by PEFT's default.
 
         Returns:
             PEFT's or regraft's config; None for a full fine-tune.
@@ -184,15 +184,15 @@ class Family(ABC):
         """Implement the function `load_model`."""
 
     @abstractmethod
-    def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
+    def save(self, model: Any, base: Base, folder: Path, initial_factors: Tensors) -> None:
         """Write a tuned model's tensors and settings; see the function `save_model`."""
 
     @abstractmethod
-    def write(self, into: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
+    def write(self, folder: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
         """Write tensors by stored name, and the settings, as a plain transformers or PEFT folder."""
 
     def settings_for_head(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
-        """Return settings for another head. Those of an adapter do not depend on the head."""
+        """Return the settings for another head. An adapter's settings do not depend on the head."""
         return settings
 
     @abstractmethod
@@ -200,8 +200,8 @@ class Family(ABC):
         """Check that the stored body has the tensors of both bases, before anything is loaded."""
 
     @abstractmethod
-    def report_no_effect(self, adaptation: Adaptation, base: Base, texts: int) -> None:
-        """Report that an adaptation changes nothing on a number of texts: a warning, or an error for an adapter."""
+    def report_no_effect(self, adaptation: Adaptation, base: Base, num_texts: int) -> None:
+        """Report that a model's outputs equal the base's on some texts: warn, or raise an error for an adapter."""
 
     @abstractmethod
     def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> GraftedAdaptation:
@@ -213,8 +213,8 @@ class Family(ABC):
             replace: Whether the tensors that an adapter stores in place of the base's are copied, not grafted.
 
         Raises:
-            CheckpointError: Its initialisation cannot be reproduced from the base alone.
-            MismatchError: A tensor's shape differs from the base's, or the new base lacks the old one's pooler.
+            CheckpointError: The adapter's initialisation cannot be reproduced from the base alone.
+            MismatchError: A tensor's shape differs from the base's, or the new base lacks the old base's pooler.
         """
 
     @abstractmethod
@@ -234,19 +234,19 @@ class Family(ABC):
         *,
         replace: bool = False,
     ) -> GraftedAdaptation:
-        """Graft an adaptation onto the new base with another vector in place of its own.
+        """Graft an adaptation onto the new base with a different vector.
 
         Args:
             adaptation: An adaptation of `upgrade.old`.
             upgrade: The two bases.
             names: The names of the vector's tensors.
-            read_tensor: Returns a tensor of the new vector by its name.
+            read_tensor: Returns the tensor of the new vector with a name.
             progress: Called for each tensor.
             replace: As for `graft`.
         """
 
     @abstractmethod
-    def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
+    def unmatched_tensor_names(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Return the names of stored tensors that only one base has, such as a pooler; they are copied."""
 
     @abstractmethod
@@ -259,7 +259,7 @@ class Family(ABC):
 
     @abstractmethod
     def has_token_rows(self, adaptation: Adaptation) -> bool:
-        """Return whether an adaptation's vector has tensors with a row for each token."""
+        """Return whether an adaptation's vector has tensors with a row per token."""
 
     @abstractmethod
     def vector(self, adaptation: Adaptation, base: Base) -> Vector:
@@ -284,8 +284,8 @@ class Family(ABC):
             old: The base it was tuned on.
 
         Returns:
-            The tensors, and their names by the names inside the body; None for kinds that do not change the base's
-            tensors.
+            The tensors by stored name, and the stored names by the names inside the body; None for kinds that do not
+            change the base's tensors.
         """
         return None
 
@@ -300,7 +300,7 @@ class Family(ABC):
         Args:
             model: The grafted model, which may be modified.
             upgrade: The two bases.
-            rows: How the rows of the vocabularies match; None if they are the same.
+            rows: The match of the vocabularies' rows; None if both bases have the same tokens in the same rows.
 
         Returns:
             The new base with the old head.
@@ -315,7 +315,7 @@ class Family(ABC):
         """Return whether a module's own weight is tuned, rather than an adapter on it."""
 
     def proportional_parameter(self, parameter: str, model: Any) -> str | None:
-        """Return the name of the base's parameter whose delta is proportional to a parameter of the model, if any."""
+        """Return the name of the base's parameter whose delta is proportional to a parameter of the model, or None."""
         return None
 
     @abstractmethod
@@ -333,9 +333,9 @@ class Family(ABC):
             head: Its head.
 
         Returns:
-            A full fine-tune that computes the same; the same model if it is one already.
+            A full fine-tune with the same outputs; for a full fine-tune, `model` itself.
 
         Raises:
-            MismatchError: It changes nothing in its base.
-            RecipeError: It does not change weights of its base, or PEFT cannot merge it.
+            MismatchError: The adapter changes no weight of its base.
+            RecipeError: The adapter's kind does not change weights of its base, or PEFT cannot merge it.
         """

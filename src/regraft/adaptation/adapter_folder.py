@@ -1,4 +1,4 @@
-"""The files of an adapter in PEFT's layout: their names, checks before anything is read, and writing."""
+"""The files of an adapter in PEFT's layout: names, checks before tensors are read, and writing."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint import Checkpoint
 
-MAX_UNCHECKED_SIZE = 1024  # a rank or prompt of this size takes little memory even if no tensor confirms it
+# a rank or prompt up to this size takes so little memory that no stored tensor need confirm it; arbitrary
+MAX_UNCHECKED_SIZE = 1024
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# settings that PEFT writes in arbitrary order
+# PEFT writes these settings in an order that differs from run to run
 NAME_SETS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 
 
 def check_peft(folder: Path, config: dict[str, Any]) -> None:
-    """Check that an adapter is one of PEFT's, and does not make PEFT run code that it names.
+    """Check that an adapter is in PEFT's format, and does not make PEFT import a module that it names.
 
     Args:
         folder: The adapter's folder.
         config: The content of its `adapter_config.json`.
 
     Raises:
-        CheckpointError: It is of another library, or names code.
+        CheckpointError: The adapter is in the format of another library, or names a module to import.
     """
     file = f"{folder}/{ADAPTER_CONFIG}"
     if config.get("peft_type") is None:
         if isinstance(config.get("config"), dict | str) or "model_class" in config:
             raise CheckpointError(
-                f"{file}: has no peft_type: it is of the adapters library (AdapterHub, adapter-transformers), which "
-                "neither PEFT nor regraft reads. Tune it again (regraft tune --kind bottleneck or pfeiffer), or merge "
-                "it with that library and use the merged model."
+                f"{file}: has no peft_type: it is in the format of the adapters library (AdapterHub, "
+                "adapter-transformers), which neither PEFT nor regraft reads. Tune it again (regraft tune "
+                "--kind bottleneck or pfeiffer), or merge it with that library and use the merged model."
             )
         raise CheckpointError(
-            f"{file}: has no peft_type, so it is no adapter of PEFT. Was it saved by save_pretrained?"
+            f"{file}: has no peft_type, so it is not an adapter of PEFT. Was it saved by save_pretrained?"
         )
     if config.get("megatron_config"):
         raise CheckpointError(
@@ -62,7 +63,8 @@ def check_adapter(folder: Path, config: dict[str, Any]) -> None:
         CheckpointError: Files are missing, ambiguous, or written by another tool.
     """
     check_peft(folder, config)
-    if model_files := sorted(entry.name for entry in folder.glob("model*.safetensors*")):
+    model_files = sorted(entry.name for entry in folder.glob("model*.safetensors*"))
+    if model_files:
         raise CheckpointError(
             f"{folder}: has an adapter and a whole model ({', '.join(model_files[:4])}). Which of them was tuned? "
             "Move them to separate folders."
@@ -73,22 +75,20 @@ def check_adapter(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: has {', '.join(shards[:4])}, but PEFT reads an adapter from {ADAPTER_WEIGHTS} only. Load it "
             "with the tool that saved it, and call save_pretrained of PEFT."
         )
-    virtual = config.get("num_virtual_tokens")
-    if virtual is not None and (type(virtual) is not int or virtual < 1):
+    num_virtual_tokens = config.get("num_virtual_tokens")
+    if num_virtual_tokens is not None and (type(num_virtual_tokens) is not int or num_virtual_tokens < 1):
         raise CheckpointError(
-            f"{folder}/{ADAPTER_CONFIG}: num_virtual_tokens is {virtual!r}, not a whole number above 0."
+            f"{folder}/{ADAPTER_CONFIG}: num_virtual_tokens is {num_virtual_tokens!r}, not a whole number above 0."
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
-        raise CheckpointError(
-            f"{folder}: has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}. "
-            + (
+        remedy = "Download the folder again, or call save_pretrained of PEFT again."
+        if pickles:
+            remedy = (
                 f"{pickles[0]} is a pickle, which can run code and is not read. If you trust it, load it with PEFT and "
                 "call save_pretrained."
-                if pickles
-                else "Download the folder again, or call save_pretrained of PEFT again."
             )
-        )
+        raise CheckpointError(f"{folder}: has {ADAPTER_CONFIG}, but no {ADAPTER_WEIGHTS}. {remedy}")
 
 
 def check_sizes(checkpoint: Checkpoint, config: dict[str, Any], file: Path) -> None:
@@ -100,35 +100,38 @@ def check_sizes(checkpoint: Checkpoint, config: dict[str, Any], file: Path) -> N
         file: The path of that file.
 
     Raises:
-        CheckpointError: A rank or a number of virtual tokens is larger than all stored tensors.
+        CheckpointError: A rank or a number of virtual tokens exceeds every dimension of every stored tensor.
     """
     largest = max((size for stored_tensor in checkpoint.tensors.values() for size in stored_tensor.shape), default=0)
-    ranks = config.get("rank_pattern")
-    sizes = {name: config.get(name) for name in ("r", "num_virtual_tokens")} if config["peft_type"] != "LOKR" else {}
-    for name, size in [*sizes.items(), *(ranks.items() if isinstance(ranks, dict) else ())]:
+    sizes: list[tuple[str, Any]] = []
+    if config["peft_type"] != "LOKR":  # a LoKr's r only bounds the ranks of its factors
+        sizes += [(name, config.get(name)) for name in ("r", "num_virtual_tokens")]
+    if isinstance(config.get("rank_pattern"), dict):
+        sizes += config["rank_pattern"].items()
+    for name, size in sizes:
         if type(size) is int and size > max(largest, MAX_UNCHECKED_SIZE):
             raise CheckpointError(f"{file}: {name} is {size:,}, and no stored tensor has more than {largest:,} rows.")
 
 
-def write_adapter(into: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
     """Write an adapter in PEFT's layout.
 
     Args:
-        into: The folder.
+        folder: The folder to write; created if it does not exist.
         tensors: The tensors by stored name.
         config: The content of `adapter_config.json`.
     """
-    into.mkdir(parents=True, exist_ok=True)
-    write_safetensors(into / ADAPTER_WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
-    write_settings(into, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / ADAPTER_WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    write_settings(folder, config)
 
 
-def write_settings(into: Path, config: Mapping[str, Any]) -> None:
-    """Write `adapter_config.json`; lists that PEFT writes in an order that differs from run to run are sorted.
+def write_settings(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `adapter_config.json`, with sorted `NAME_SETS` so that equal adapters have equal files.
 
     Args:
-        into: The adapter's folder.
+        folder: The adapter's folder.
         config: The content of `adapter_config.json`.
     """
     ordered = {name: sorted(config[name]) for name in NAME_SETS if isinstance(config.get(name), (list, set))}
-    write_atomic(into / ADAPTER_CONFIG, json.dumps({**config, **ordered}, indent=2, sort_keys=True) + "\n")
+    write_atomic(folder / ADAPTER_CONFIG, json.dumps({**config, **ordered}, indent=2, sort_keys=True) + "\n")

@@ -1,7 +1,7 @@
 """Bottleneck adapters: small residual layers in a frozen body, saved in PEFT's folder layout.
 
-Source: Houlsby et al., 2019 (arXiv:1902.00751): after attention and after the feed-forward; Pfeiffer et al., 2021
-(arXiv:2005.00247): after the feed-forward only.
+Source: Houlsby et al., 2019 (arXiv:1902.00751), for adapters after attention and after the feed-forward; Pfeiffer et
+al., 2021 (arXiv:2005.00247), for adapters after the feed-forward only.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from regraft.adaptation.kinds import DEFAULT_INNER_SIZE
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+INIT_STD = 0.01  # as in Houlsby et al.
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 PLACEMENTS = ("houlsby", "pfeiffer")
-# the layer that projects back to the model's width: BERT's kin, DistilBERT, Llama's kin, GPT-2, OPT, ModernBERT
+# The last linear layer of an attention or feed-forward, which projects back to the model's width, as it is called in
+# BERT and its variants, DistilBERT, Llama and its variants, GPT-2, GPT-NeoX, OPT and ModernBERT.
 AFTER_ATTENTION = (
     r"(attention\.(output\.dense|out_lin|dense|attn\.o)|self_attn\.(o_proj|out_proj|dense)|attn\.(c_proj|out_proj|Wo))$"
 )
@@ -31,7 +34,7 @@ AFTER_FEED_FORWARD = (
 
 @dataclasses.dataclass(frozen=True)
 class BottleneckConfig:
-    """The config of bottleneck adapters.
+    """The settings of bottleneck adapters.
 
     Args:
         inner_size: The width of the bottleneck.
@@ -42,13 +45,13 @@ class BottleneckConfig:
         modules_to_save: Names of further modules that are fully tuned and saved, in addition to the head.
         after_attention: A regular expression that matches the last linear layer of each attention.
         after_feed_forward: A regular expression that matches the last linear layer of each feed-forward.
-        task_type: PEFT's name of the task type; set to that of the head when the adapters are attached.
+        task_type: PEFT's name of the task type; replaced by the head's when the adapters are attached.
 
     Raises:
-        RecipeError: A value is out of range.
+        RecipeError: The inner size is below 1, or a value is not one of those listed or of another type.
     """
 
-    inner_size: int = 24
+    inner_size: int = DEFAULT_INNER_SIZE
     activation: str = "gelu"
     placement: str = "houlsby"
     tune_norms: bool = False
@@ -59,7 +62,7 @@ class BottleneckConfig:
     task_type: str = "SEQ_CLS"
 
     def __post_init__(self) -> None:
-        """Check every value."""
+        """Refuse values that the class docstring excludes, and make `modules_to_save` a tuple."""
         if type(self.inner_size) is not int or self.inner_size < 1:
             raise RecipeError(f"a bottleneck's inner size is at least 1, found {self.inner_size!r}.")
         if self.activation not in ACTIVATIONS:
@@ -75,28 +78,21 @@ class BottleneckConfig:
             try:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
-                raise RecipeError(f"the pattern {pattern!r} is no regular expression ({error}).") from error
+                raise RecipeError(f"the pattern {pattern!r} is not a regular expression ({error}).") from error
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `adapter_config.json` holds.
-
-        Returns:
-            The fields, and `peft_type` as PEFT writes it.
-        """
+        """Return the content of `adapter_config.json`: the fields, and the `peft_type` BOTTLENECK."""
         fields = dataclasses.asdict(self) | {"modules_to_save": list(self.modules_to_save)}
         return {"peft_type": "BOTTLENECK", **fields}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], source: str) -> BottleneckConfig:
-        """Read what `adapter_config.json` holds.
+        """Read the content of `adapter_config.json`.
 
         Args:
-            stored: The content of the file.
+            stored: The content of the file; settings that are not fields are ignored.
             source: The path of the file, for error messages.
-
-        Returns:
-            The config.
 
         Raises:
             CheckpointError: A value is invalid.
@@ -112,8 +108,8 @@ class Bottleneck(nn.Module):
     """A bottleneck adapter, x + W_up·σ(W_down·x). It is initialised to the identity, with W_up = 0.
 
     Args:
-        width: The width of the model.
-        config: The config, which is saved with the model.
+        width: The width of the model's hidden states.
+        config: The settings, which `bottleneck_config` returns to save them with the model.
     """
 
     def __init__(self, width: int, config: BottleneckConfig):
@@ -122,7 +118,7 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(width, config.inner_size)
         self.activation = ACTIVATIONS[config.activation]()
         self.up = nn.Linear(config.inner_size, width)
-        nn.init.normal_(self.down.weight, std=0.01)
+        nn.init.normal_(self.down.weight, std=INIT_STD)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
 
@@ -137,7 +133,7 @@ def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
 
     Args:
         model: A transformers model with a head.
-        config: The config.
+        config: The placement and size of the adapters, and the modules to tune in full.
 
     Returns:
         The model, with a module `bottleneck` in each adapted layer.
@@ -146,10 +142,13 @@ def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
         MismatchError: A pattern does not match one layer of each block, or the model lacks a module to save.
     """
     body = model.base_model
-    modules = {name for part in (model, body) for name, _ in part.named_modules()}
-    if absent := [name for name in config.modules_to_save if name not in modules]:
+    modules = {name for root in (model, body) for name, _ in root.named_modules()}
+    absent = [name for name in config.modules_to_save if name not in modules]
+    if absent:
         raise MismatchError(f"modules_to_save names {', '.join(absent[:4])}, which a {type(model).__name__} lacks.")
-    patterns = [config.after_feed_forward] + [config.after_attention] * (config.placement == "houlsby")
+    patterns = [config.after_feed_forward]
+    if config.placement == "houlsby":
+        patterns.append(config.after_attention)
     for pattern in patterns:
         layers = [name for name, _ in body.named_modules() if re.search(pattern, name)]
         if len(layers) != model.config.num_hidden_layers:
@@ -169,8 +168,8 @@ def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
     return model
 
 
-def config_in(model: Any) -> BottleneckConfig:
-    """Return the config of a model's adapters.
+def bottleneck_config(model: Any) -> BottleneckConfig:
+    """Return the settings of a model's adapters.
 
     Args:
         model: A model from `attach_bottlenecks`.
@@ -179,7 +178,7 @@ def config_in(model: Any) -> BottleneckConfig:
 
 
 def bottleneck_state(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors that are saved of a model: adapters, fully tuned modules, and tuned LayerNorms.
+    """Return the tensors of a model that are saved: adapters, fully tuned modules, and tuned LayerNorms.
 
     Args:
         model: A model from `attach_bottlenecks`.
@@ -195,7 +194,7 @@ def set_bottleneck_state(model: Any, tensors: Mapping[str, torch.Tensor]) -> Non
 
     Args:
         model: A model from `attach_bottlenecks`.
-        tensors: A tensor for each name of `bottleneck_state`, of the same shape.
+        tensors: Tensors with the names and shapes of `bottleneck_state`.
     """
     with torch.no_grad():
         for name, parameter in _saved_parameters(model).items():
@@ -203,19 +202,25 @@ def set_bottleneck_state(model: Any, tensors: Mapping[str, torch.Tensor]) -> Non
 
 
 def _saved_parameters(model: Any) -> dict[str, nn.Parameter]:
-    config = config_in(model)
+    """Return the parameters of `bottleneck_state` by their names in the model."""
+    config = bottleneck_config(model)
     prefix = model.base_model_prefix + "."
     prefixes = [f"{name}." for name in config.modules_to_save]
     if config.tune_norms:
         prefixes += [f"{name}." for name, module in model.named_modules() if "Norm" in type(module).__name__]
-    saved = tuple(prefixes)
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if ".bottleneck." in name or name.startswith(saved) or name.removeprefix(prefix).startswith(saved)
-    }
+    saved_prefixes = tuple(prefixes)
+
+    def is_saved(name: str) -> bool:  # modules_to_save may name modules of the model or of its body
+        return (
+            ".bottleneck." in name
+            or name.startswith(saved_prefixes)
+            or name.removeprefix(prefix).startswith(saved_prefixes)
+        )
+
+    return {name: parameter for name, parameter in model.named_parameters() if is_saved(name)}
 
 
 def _apply_bottleneck(layer: Any, inputs: Iterable[Any], output: torch.Tensor) -> torch.Tensor:
+    """Apply the adapter of a layer to its output; a forward hook."""
     adapted: torch.Tensor = layer.bottleneck(output)
     return adapted

@@ -1,4 +1,4 @@
-"""The matrices that an adaptation changes, and the factors of these changes that read the layers' inputs."""
+"""The matrices that an adaptation changes, and the factors of the changes that multiply the layers' inputs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from regraft.adaptation.transform import check_transformable
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from regraft.adaptation.adaptation import Adaptation
     from regraft.base import Base
@@ -20,16 +21,16 @@ SUPPORTED_KINDS = ("full", "lora", "bottleneck")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Change:
-    """The change that an adaptation makes to the inputs of a layer, or of the experts of a layer.
+    """The factor with which an adaptation multiplies the inputs of a linear layer or of fused experts.
 
     Args:
-        name: The name of the layer's module; for experts, and for parameters that PEFT adapts, that of the parameter.
-        module: The module whose inputs the factor reads. Experts read those of the tokens that are routed to them, or
-            their own intermediate states.
+        name: The name of the layer's module; for experts, and for parameters that PEFT adapts, the parameter's name.
+        module: The module whose inputs the factor multiplies. Experts multiply the inputs of the tokens that are routed
+            to them, or their intermediate states.
         weight: The parameter that is the factor, or to which the factor was added.
         factor: [k, in], for experts [experts, k, in]: the delta of a full fine-tune, a LoRA's A, a bottleneck's
             down-projection, or the weight of a head.
-        is_head: Whether it is a head, of which the base has no weight.
+        is_head: Whether the layer belongs to the head, so that the base has no weight of it.
         is_transposed: Whether the parameter stores the factor as [in, k].
     """
 
@@ -44,7 +45,7 @@ class Change:
         """Replace the factor in the model.
 
         Args:
-            factor: The new factor, of the same shape.
+            factor: The new factor, in the shape of `self.factor`.
         """
         import torch
 
@@ -58,13 +59,13 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
     """Return the changes that an adaptation makes to the linear layers of a grafted model.
 
     Args:
-        model: The adaptation on the new base.
-        tuned: The adaptation on the old base.
+        model: The adaptation on the new base, as a model.
+        tuned: The old model.
         adaptation: A full fine-tune, a plain LoRA or bottleneck adapters.
         old: The old base.
 
     Returns:
-        A change for each layer, and for each projection of experts.
+        A change per changed layer, and per projection of fused experts.
 
     Raises:
         KindError: The adaptation's kind is not supported.
@@ -76,6 +77,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
     changes = []
 
     def delta(name: str) -> torch.Tensor | None:
+        """Return tuned − old; None if the old base lacks the parameter."""
         value: torch.Tensor = tuned_parameters[name].detach()
         base = base_tensor(name, old)
         return None if base is None else value - base.to(value)
@@ -84,12 +86,13 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
         if isinstance(module, LoraLayer):
             changes += _lora_changes(parameter_of(name, module), name, module)
         elif is_experts(module) and adaptation.family.tunes_base:
-            for part in projection_names(module):
-                expert_delta = delta(f"{name}.{part}")
+            for projection in projection_names(module):
+                parameter = f"{name}.{projection}"
+                expert_delta = delta(parameter)
                 transposed = module.is_transposed
                 assert expert_delta is not None  # a base has all its experts
                 factor = expert_delta.mT if transposed else expert_delta
-                changes.append(Change(f"{name}.{part}", module, getattr(module, part), factor, False, transposed))
+                changes.append(Change(parameter, module, getattr(module, projection), factor, False, transposed))
         elif not is_linear_map(module) or name.endswith(".bottleneck.up"):
             continue
         elif name.endswith(".bottleneck.down"):
@@ -109,7 +112,7 @@ def base_tensor(name: str, base: Base) -> torch.Tensor | None:
 
     Args:
         name: The parameter's name in the model, with or without an adapter.
-        base: The base.
+        base: The base that the model was made from.
 
     Returns:
         The tensor; None for a parameter of the head, or of a pooler that the base lacks.
@@ -123,60 +126,54 @@ def base_tensor(name: str, base: Base) -> torch.Tensor | None:
 
 
 def skip_reasons(model: Any, tuned: Any, adaptation: Adaptation, old: Base, changes: list[Change]) -> dict[str, str]:
-    """Return the changed matrices that do not belong to a layer whose inputs can be observed.
+    """Return why changed matrices that `linear_changes` does not cover are skipped.
 
     Args:
-        model: The adaptation on the new base.
-        tuned: The adaptation on the old base.
-        adaptation: The adaptation.
+        model: The adaptation on the new base, as a model.
+        tuned: The old model.
+        adaptation: The adaptation on disk.
         old: The old base.
         changes: The result of `linear_changes`.
 
     Returns:
-        The reason for each matrix, by its name.
+        The reason for each matrix, by its name: no layer is known whose inputs it multiplies.
     """
     import torch
     from peft.tuners.lora import LoraLayer
-    from torch import nn
+    from torch.nn import Embedding
 
-    weights = {id(change.weight) for change in changes}
+    weights = {id(change.weight) for change in changes}  # parameters have no usable equality
     names = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             if ADAPTER in module.lora_A and id(module.lora_A[ADAPTER].weight) not in weights:
                 names.append(name)
-        elif adaptation.family.tunes_base and not isinstance(module, nn.Embedding):
-            for part, weight in module.named_parameters(recurse=False):
-                base = base_tensor(f"{name}.{part}", old)
-                if base is None or weight.dim() < 2 or id(weight) in weights or part.endswith("bias"):
+        elif adaptation.family.tunes_base and not isinstance(module, Embedding):
+            for attribute, weight in module.named_parameters(recurse=False):
+                parameter = f"{name}.{attribute}"
+                base = base_tensor(parameter, old)
+                if base is None or weight.dim() < 2 or id(weight) in weights or attribute.endswith("bias"):
                     continue
-                value = tuned.get_parameter(f"{name}.{part}")
+                value = tuned.get_parameter(parameter)
                 if not torch.equal(value, base.to(value)):
-                    names.append(f"{name}.{part}")
+                    names.append(parameter)
     return dict.fromkeys(names, "no layer whose inputs can be watched")
 
 
-def is_linear_map(module: Any) -> bool:
-    """Return whether a module multiplies its input by its weight: linear layers, Conv1D of GPT-2, routers of experts.
-
-    Args:
-        module: A module.
-    """
-    from torch import nn
+def is_linear_map(module: nn.Module) -> bool:
+    """Return whether a module multiplies its input by its weight: a linear layer, GPT-2's Conv1D, a router."""
+    from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, nn.Linear | Conv1D):
+    if isinstance(module, Linear | Conv1D):
         return True
-    weight = module._parameters.get("weight")  # the classes of transformers' routers all end so
+    weight = module._parameters.get("weight")
+    # transformers has no common class of routers, but the names of all of them end in Router
     return weight is not None and weight.dim() == 2 and type(module).__name__.endswith("Router")
 
 
-def is_transposed(module: Any) -> bool:
-    """Return whether a module stores its weight as [in, out], like a Conv1D.
-
-    Args:
-        module: A module.
-    """
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module stores its weight as [in, out], like a Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
@@ -193,11 +190,11 @@ def parameter_of(name: str, module: Any) -> str:
         The name in the model without the adapter, but with PEFT's prefix.
     """
     parameter = getattr(module, "parameter_name", "weight")
-    return f"{name.replace('.base_layer', '')}.{parameter}"  # there may be several wrappers
+    return f"{name.replace('.base_layer', '')}.{parameter}"  # wrappers of several parameters of a module are nested
 
 
 def _lora_changes(parameter: str, name: str, module: Any) -> list[Change]:
-    """Return the change of a LoRA; nothing if the input of its parameter is unknown."""
+    """Return the change of a LoRA; an empty list if the input of its parameter is unknown."""
     from peft.tuners.lora.layer import ParamWrapper
 
     if ADAPTER not in module.lora_A:
@@ -207,9 +204,9 @@ def _lora_changes(parameter: str, name: str, module: Any) -> list[Change]:
     if not isinstance(module, ParamWrapper):
         return [Change(name, module, weight, factor, is_head=False)]
     layer = module.get_base_layer()
-    part = module.parameter_name
-    if is_experts(layer) and part in projection_names(layer):
-        factor = factor.reshape(len(getattr(layer, part)), -1, factor.shape[1])
-    elif not is_linear_map(layer) or is_transposed(layer) or part != "weight":
+    attribute = module.parameter_name
+    if is_experts(layer) and attribute in projection_names(layer):
+        factor = factor.reshape(len(getattr(layer, attribute)), -1, factor.shape[1])
+    elif not is_linear_map(layer) or is_transposed(layer) or attribute != "weight":
         return []
     return [Change(parameter, layer, weight, factor, is_head=False)]

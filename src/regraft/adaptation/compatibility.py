@@ -1,4 +1,4 @@
-"""Checks that an adaptation belongs to a base, by names, shapes and settings, before any tensor is read."""
+"""Checks by names, shapes and settings that a full fine-tune belongs to a base, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation
     from regraft.base import Base
 
-# settings that change what a model computes, but not the shape of a tensor
+# settings that change a model's outputs, but not the shape of a tensor
 COMPUTATION_SETTINGS = re.compile(
     r"heads$|^n_head$|head_dim|^(hidden_)?act(ivation)?(_fn|_function)?$|eps(ilon)?$|^rope_|rotary|position_embedding|"
     r"sliding|attention_window|soft_?cap|multiplier|scal(e|ing)|^is_decoder$"
 )
-# settings that classes of transformers 5 ignore, with the value that describes what they compute
+# settings that classes of transformers 5 ignore, with the only value that they implement
 IGNORED_SETTINGS = {"position_embedding_type": "absolute"}
 # settings that transformers 5 moves into `rope_parameters`, with their names in it
 ROTARY_SETTINGS = {
@@ -34,7 +34,7 @@ ROTARY_SETTINGS = {
     "rotary_emb_base": "rope_theta",
     "partial_rotary_factor": "partial_rotary_factor",
     "rotary_pct": "partial_rotary_factor",
-    "rope_scaling": None,
+    "rope_scaling": None,  # the whole of `rope_parameters`
 }
 
 
@@ -43,13 +43,13 @@ def check_body(adaptation: Adaptation, base: Base) -> None:
 
     Args:
         adaptation: The full fine-tune.
-        base: The base.
+        base: The old or the new base.
 
     Raises:
         MismatchError: A tensor of one has no counterpart in the other, or the shapes differ.
     """
     tuned, body = adaptation.checkpoint, base.body
-    for name in body_names(tuned, architecture_of(config_of(adaptation))).values():
+    for name in body_names(tuned, architecture_of(read_tuned_config(adaptation))).values():
         if base.architecture.identify(name) is None:
             raise MismatchError(
                 f"{adaptation.path}: tensor {name!r} has no counterpart in {base.path}. Was it tuned on that base?"
@@ -84,9 +84,9 @@ def check_computation(adaptation: Adaptation, base: Base) -> None:
 
     Raises:
         CheckpointError: transformers cannot read the config.
-        MismatchError: A setting differs that no tensor's shape depends on, such as the number of attention heads.
+        MismatchError: A setting that no tensor's shape depends on differs, such as the number of attention heads.
     """
-    if differing := differing_settings(config_of(adaptation), adaptation.path, base.config, base.path):
+    if differing := differing_settings(read_tuned_config(adaptation), adaptation.path, base.config, base.path):
         raise MismatchError(
             f"{adaptation.path}/config.json differs from that of {base.path}: {'; '.join(differing[:4])}. The same "
             "weights would compute something else. Was it tuned on that base?"
@@ -100,12 +100,12 @@ def differing_settings(
 
     Args:
         config: A config.
-        folder: Its folder.
-        reference: The config that it is compared with.
-        reference_folder: The folder of that config.
+        folder: The folder of `config`, for error messages.
+        reference: The config that `config` is compared with.
+        reference_folder: The folder of `reference`, for error messages.
 
     Returns:
-        A phrase for each differing setting.
+        A phrase per differing setting.
 
     Raises:
         MismatchError: A config has a setting that transformers no longer supports.
@@ -119,27 +119,27 @@ def differing_settings(
     ]
 
 
-def config_of(adaptation: Adaptation) -> PretrainedConfig:
-    """Read the config of a full fine-tune, with its class's defaults.
+def read_tuned_config(adaptation: Adaptation) -> PretrainedConfig:
+    """Read the config of a full fine-tune, completed by its class's defaults.
 
     Args:
         adaptation: The full fine-tune.
 
     Raises:
-        CheckpointError: transformers cannot read it.
+        CheckpointError: transformers cannot read the config.
     """
     return read_config(adaptation.checkpoint)
 
 
 def check_unplaced_tensors(adaptation: Adaptation, base: Base) -> None:
-    """Check that each stored tensor of a full fine-tune is a different parameter of its class, or an obsolete buffer.
+    """Check that each stored tensor of a full fine-tune is a distinct parameter of its class, or an obsolete buffer.
 
     Args:
         adaptation: The full fine-tune.
         base: Its base.
 
     Raises:
-        CheckpointError: A tensor is no parameter of the class, is stored twice, or is not floating-point.
+        CheckpointError: A tensor is not a parameter of the class, is stored twice, or is not floating-point.
     """
     architecture = class_of(adaptation.checkpoint)
     unplaced = []
@@ -155,16 +155,16 @@ def check_unplaced_tensors(adaptation: Adaptation, base: Base) -> None:
         parameters.add(parameter)
     if unplaced:
         raise CheckpointError(
-            f"{adaptation.path}: {len(unplaced)} tensors are no parameter of the model, are stored twice, or are not "
+            f"{adaptation.path}: {len(unplaced)} tensors are not parameters of the model, are stored twice, or are not "
             f"floating-point: {', '.join(unplaced[:4])}. Load it with transformers and call save_pretrained."
         )
 
 
 def _ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
-    """Return the names of settings that a config's class ignores, because they describe what it computes anyway.
+    """Return the names of settings that a config's class ignores, and that describe its outputs correctly.
 
     Raises:
-        MismatchError: A setting contradicts the class: the weights are of a model that transformers no longer has.
+        MismatchError: An ignored setting contradicts the class, so the weights need a model that transformers lacks.
     """
     settings = config.to_dict()
     defaults = type(config)().to_dict()
@@ -177,10 +177,7 @@ def _ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
                 f"{folder}/config.json: {key} is {value!r:.80}, which transformers no longer supports: its class now "
                 f"computes {IGNORED_SETTINGS[key]!r}, for which these weights were not trained."
             )
-        if (
-            key in IGNORED_SETTINGS
-            or value is None
-            or (key in ROTARY_SETTINGS and value in (rotary, rotary.get(ROTARY_SETTINGS[key])))
-        ):
+        is_in_rotary = key in ROTARY_SETTINGS and value in (rotary, rotary.get(ROTARY_SETTINGS[key]))
+        if key in IGNORED_SETTINGS or value is None or is_in_rotary:
             ignored.add(key)
     return ignored | {key for key in IGNORED_SETTINGS if key not in defaults}

@@ -1,4 +1,4 @@
-"""Mixtures of experts as transformers fuses them: one parameter for each projection of all experts of a block."""
+"""Mixtures of experts as transformers fuses them: all experts of a block share one parameter per projection."""
 
 from __future__ import annotations
 
@@ -14,20 +14,13 @@ if TYPE_CHECKING:
 def is_experts(module: Any) -> bool:
     """Return whether a module consists of fused experts with the interface of transformers.
 
-    These are the experts of Qwen-MoE, Mixtral, OLMoE, DeepSeek, GPT-OSS and others.
-
-    Args:
-        module: A module.
+    Qwen-MoE, Mixtral, OLMoE, DeepSeek and GPT-OSS, for example, have such modules.
     """
     return hasattr(module, "_apply_gate") and all(hasattr(module, name) for name in ("has_gate", "down_proj"))
 
 
 def projection_names(module: Any) -> tuple[str, str]:
-    """Return the names of the up- and the down-projection.
-
-    Args:
-        module: Fused experts.
-    """
+    """Return the parameter names of the up- and the down-projection of fused experts."""
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
@@ -36,21 +29,23 @@ class Expert:
 
     Args:
         module: The fused experts.
-        index: The index of the expert.
+        index: The index of the expert in the first dimension of the parameters.
         wrappers: PEFT's wrappers of the module's parameters, by the parameter's name.
     """
 
     def __init__(self, module: Any, index: int, wrappers: dict[str, Any]):
-        self.module, self.index, self.wrappers = module, index, wrappers
+        self.module = module
+        self.index = index
+        self.wrappers = wrappers
 
     def down_projection_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the inputs of the expert's down-projection.
 
         Args:
-            hidden: The inputs of the expert, tokens × width.
+            hidden: The inputs of the expert, [tokens, width].
 
         Returns:
-            tokens × inner width.
+            [tokens, inner width].
         """
         import torch
 
@@ -59,8 +54,9 @@ class Expert:
             projected = hidden @ self._weight(up_projection).to(hidden).T
             if self.module.has_bias:
                 projected += getattr(self.module, f"{up_projection}_bias")[self.index]
-            gated: torch.Tensor = (self.module._apply_gate if self.module.has_gate else self.module.act_fn)(projected)
-        return gated
+            activation = self.module._apply_gate if self.module.has_gate else self.module.act_fn
+            activated: torch.Tensor = activation(projected)
+        return activated
 
     def _weight(self, name: str) -> torch.Tensor:
         """Return the weight of a projection with its LoRA, [out, in]."""
@@ -69,14 +65,16 @@ class Expert:
         if name not in self.wrappers:
             return weight
         wrapper = self.wrappers[name]
-        experts = len(getattr(self.module, name))
-        a, b = (factor[ADAPTER].weight.detach() for factor in (wrapper.lora_A, wrapper.lora_B))
-        a, b = a.reshape(experts, -1, a.shape[1])[self.index], b.reshape(len(b), -1, experts)[..., self.index]
+        num_experts = len(getattr(self.module, name))
+        fused_a = wrapper.lora_A[ADAPTER].weight.detach()
+        fused_b = wrapper.lora_B[ADAPTER].weight.detach()
+        a = fused_a.reshape(num_experts, -1, fused_a.shape[1])[self.index]
+        b = fused_b.reshape(len(fused_b), -1, num_experts)[..., self.index]  # PEFT stores the experts of B last
         return weight.double() + lora_delta(b, a, wrapper.scaling[ADAPTER])
 
 
 def lora_wrappers(model: Any) -> dict[Any, dict[str, Any]]:
-    """Return PEFT's wrappers of parameters with a LoRA, by the module that owns them and by parameter.
+    """Return PEFT's wrappers of parameters with a LoRA, by the module that owns the parameter and by its name.
 
     Args:
         model: A model, with or without an adapter.

@@ -1,4 +1,4 @@
-"""Extracting a LoRA in PEFT's format from a full fine-tune, without a model in memory."""
+"""Extraction of a LoRA in PEFT's format from the tensors of a full fine-tune."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.layout import resolve_updates
-from regraft.adaptation.lora import PARTS, PEFT_PREFIX
+from regraft.adaptation.lora import PEFT_PREFIX
+from regraft.adaptation.lora_factors import LoraFactors, pad_factors
 from regraft.checkpoint import (
     TOKENIZER_FILES,
     DerivedTensors,
@@ -47,8 +48,8 @@ class ExtractedLora:
     Args:
         tensors: The tensors of `adapter_model.safetensors`.
         config: The content of `adapter_config.json`.
-        preserved: The share of the squared norm of all deltas that the LoRA preserves.
-        excluded: The share that is in tensors which a LoRA cannot change.
+        preserved: The share of the squared norm of all deltas that the LoRA preserves, from 0 to 1.
+        excluded: The share of the squared norm of all deltas that is in tensors a LoRA cannot change.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -58,19 +59,22 @@ class ExtractedLora:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Budget:
-    """The rank of each delta's approximation, or the share of its squared norm to preserve."""
+class _Approximation:
+    """The criterion by which deltas are approximated: a rank, or the share of the squared norm to preserve.
+
+    `moments` are the second moments of the inputs by layer, which weight the errors.
+    """
 
     rank: int | None
     energy: float | None
     moments: Mapping[str, torch.Tensor]
 
     def factors(self, change: torch.Tensor, module: str = "") -> tuple[Factors, float]:
-        """Return B and A of a delta [out, in] in float64, and the squared norm of the error; an expert's may be 0."""
-        if not change.any():
+        """Approximate a delta [out, in] in float64 by B and A in float32, and return them with the squared error."""
+        if not change.any():  # a single expert may be unchanged; PEFT requires a rank of at least 1
             return (change.new_zeros(len(change), 1).float(), change.new_zeros(1, change.shape[1]).float()), 0.0
         b, a = low_rank(change, self.rank, self.energy, self.moments.get(module))
-        b, a = b.float(), a.float()
+        b, a = b.float(), a.float()  # as they are stored, so that the error includes rounding
         cross_term = ((b.double().T @ change) * a.double()).sum()
         return (b, a), float(change.square().sum() - 2 * cross_term) + inner_product((b, a), (b, a))
 
@@ -91,24 +95,25 @@ def extract_lora(
     Changes of embeddings, norms and biases are left out, because a LoRA cannot represent them.
 
     Args:
-        tuned: The full fine-tune.
-        old: The base it was tuned on.
+        tuned: The tensors of the full fine-tune.
+        old: The tensors of the base it was tuned on.
         rank: The rank of every layer. Either this or `energy` is required.
         energy: The share of each delta's squared norm to preserve, which determines its rank.
-        progress: Called for each layer.
+        progress: Called per changed tensor.
         moments: The second moments of the inputs by layer, which weight the errors; None for equal weights.
-        heads: The names of tensors to store in full although the base has them; others that it lacks always are.
+        heads: The names of tensors to store in full although the base has them. Tensors that it lacks always are.
         architecture: The fine-tune's class, for the names in memory that PEFT uses; None to use the stored names, if
             transformers has no such class.
 
     Raises:
         CheckpointError: A checkpoint has infinite or NaN values.
         RecipeError: Both or neither of rank and energy are set.
-        MismatchError: The two have no common tensors or differ in shapes, or PEFT cannot load such a LoRA.
+        MismatchError: `tuned` and `old` have no common tensors, differ in shapes, or differ in no linear layer, or PEFT
+            cannot load such a LoRA.
     """
     if (rank is None) == (energy is None):
         raise RecipeError("set either a rank or the energy to preserve.")
-    budget = _Budget(rank, energy, moments or {})
+    approximation = _Approximation(rank, energy, moments or {})
     stored = (tuned, old)
     if architecture is not None:
         tuned, old = (_parameters(checkpoint, architecture) for checkpoint in stored)
@@ -118,9 +123,9 @@ def extract_lora(
     stored_in_full = [name for name in tuned if name not in in_base]
     linear = _linear_weights(tuned, deltas, changed, architecture)
     fused = [name for name in changed if architecture is not None and len(shape_of(deltas, name)) == 3]
-    lora = _Lora(fan_in_fan_out=any(linear.values()))
+    lora = LoraFactors(fan_in_fan_out=any(linear.values()))
     total = errors = excluded = 0.0  # squared norms
-    for number, name in enumerate(changed, 1):
+    for count, name in enumerate(changed, 1):
         squared_norm = _squared_norm(deltas, name)
         total += squared_norm
         if name not in linear and name not in fused:
@@ -128,23 +133,28 @@ def extract_lora(
         elif squared_norm and name in linear:
             module = name.removesuffix(".weight")
             change = deltas[name].double()
-            lora.layers[module], error = budget.factors(change.T if linear[name] else change, module)
+            lora.layers[module], error = approximation.factors(change.T if linear[name] else change, module)
             errors += error
-        progress("extract", number, len(changed), {})
+        progress("extract", count, len(changed), {})
     if architecture is not None and any(_squared_norm(deltas, name) for name in fused):
-        errors += _extract_experts(lora, deltas, fused, stored, architecture, budget)
+        errors += _extract_experts(lora, deltas, fused, stored, architecture, approximation)
     if not lora.layers and not lora.parameters:
         raise MismatchError("the fine-tune has changed no linear layer, so no LoRA can be extracted.")
-    shared_modules = {name.split(".")[0] for name in in_base}
-    modules = {
-        name.rpartition(".")[0] if name.split(".")[0] in shared_modules else name.split(".")[0]
-        for name in stored_in_full
-    }
-    tensors, config = lora.as_peft(sorted(modules))
+    tensors, config = lora.as_peft(_modules_to_save(stored_in_full, in_base))
     tensors |= {PEFT_PREFIX + name: tuned[name].contiguous() for name in stored_in_full}
     if architecture is not None:
         _check_loads(tensors, config, architecture)
     return ExtractedLora(tensors, config, (total - excluded - errors) / total, excluded / total)
+
+
+def _modules_to_save(stored_in_full: Collection[str], in_base: Collection[str]) -> list[str]:
+    """Return the modules of tensors that are stored in full: top-level ones, unless the base has a part of them."""
+    shared = {name.split(".")[0] for name in in_base}
+    modules = set()
+    for name in stored_in_full:
+        top_level = name.split(".")[0]
+        modules.add(name.rpartition(".")[0] if top_level in shared else top_level)
+    return sorted(modules)
 
 
 def _check_loads(tensors: Tensors, config: Mapping[str, Any], architecture: Architecture) -> None:
@@ -166,15 +176,15 @@ def write_lora(
     Args:
         lora: The result of `extract_lora`.
         out: The output folder, which never exists incomplete.
-        base: The name of its base.
+        base: The name of the LoRA's base, for `base_model_name_or_path`.
         tokenizer_folder: The folder to copy the tokenizer from.
         provenance: The inputs, as JSON, for `is_up_to_date`.
 
     Raises:
         OutcomeError: The output folder exists.
     """
-    with resumable_folder(out, {}) as work:
-        staging = empty_folder(work / "whole")
+    with resumable_folder(out, {}) as work_folder:
+        staging = empty_folder(work_folder / "whole")
         write_safetensors(staging / "adapter_model.safetensors", lora.tensors)
         config = {**lora.config, "base_model_name_or_path": base}
         write_atomic(staging / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -183,71 +193,19 @@ def write_lora(
         publish(staging, out)
 
 
-@dataclasses.dataclass
-class _Lora:
-    """The factors of a LoRA by PEFT's names of modules and parameters.
-
-    Args:
-        fan_in_fan_out: Whether a layer stores its weight as [in, out].
-        layers: B and A of each module.
-        parameters: B and A of each expert of a fused parameter.
-        num_outer_wrappers: The number of PEFT's wrappers around that of each parameter.
-        shared_rank: The common rank of experts that are stored separately and fused in memory.
-    """
-
-    fan_in_fan_out: bool = False
-    layers: dict[str, Factors] = dataclasses.field(default_factory=dict)
-    parameters: dict[str, list[Factors]] = dataclasses.field(default_factory=dict)
-    num_outer_wrappers: dict[str, int] = dataclasses.field(default_factory=dict)
-    shared_rank: int | None = None
-
-    def as_peft(self, modules_to_save: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the tensors and the config in PEFT's format."""
-        import torch
-        from peft import __version__
-
-        ranks = {module: len(a) for module, (_, a) in self.layers.items()}
-        tensors: dict[str, torch.Tensor] = {}
-        for module, (b, a) in self.layers.items():
-            tensors |= {
-                f"{PEFT_PREFIX}{module}{PARTS[0]}": a.contiguous(),
-                f"{PEFT_PREFIX}{module}{PARTS[1]}": b.contiguous(),
-            }
-        for parameter, experts in self.parameters.items():
-            ranks[parameter] = max(len(a) for _, a in experts)
-            padded = [_padded(factors, ranks[parameter]) for factors in experts]
-            path = PEFT_PREFIX + parameter.rpartition(".")[0] + ".base_layer" * self.num_outer_wrappers[parameter]
-            tensors[path + PARTS[0]] = torch.cat([a for _, a in padded])
-            tensors[path + PARTS[1]] = torch.stack([b for b, _ in padded], dim=2).flatten(1)
-        rank = self.shared_rank or max(ranks.values())
-        pattern = {name: r for name, r in ranks.items() if r != rank}
-        config = {
-            "peft_type": "LORA",
-            "peft_version": __version__,
-            "task_type": "SEQ_CLS" if {"classifier", "score"} & set(modules_to_save) else None,
-            "r": rank,
-            "lora_alpha": rank,
-            "rank_pattern": pattern,
-            "alpha_pattern": pattern,
-            "target_modules": sorted(self.layers),
-            "modules_to_save": modules_to_save or None,
-            "lora_dropout": 0.0,
-            "fan_in_fan_out": self.fan_in_fan_out and not self.parameters,
-            "bias": "none",
-            "inference_mode": True,
-        }
-        return tensors, config | ({"target_parameters": sorted(self.parameters)} if self.parameters else {})
-
-
 def _extract_experts(
-    lora: _Lora,
+    lora: LoraFactors,
     deltas: DerivedTensors,
     fused: list[str],
     stored: tuple[Tensors, Tensors],
     architecture: Architecture,
-    budget: _Budget,
+    approximation: _Approximation,
 ) -> float:
-    """Add the factors of fused experts, named as separate experts if PEFT fuses those; return their squared error."""
+    """Add the factors of fused experts to a LoRA, as separate experts if PEFT can fuse those.
+
+    Returns:
+        The squared error of the factors.
+    """
     names = [name for parameter in fused for name in architecture.parts_of(parameter)]
     errors = 0.0
     if _can_peft_fuse(lora, names, architecture):
@@ -257,10 +215,10 @@ def _extract_experts(
         factors = {}
         for name in names:
             change = delta(tuned[tuned_names[name]], old[old_names[name]]).double()
-            factors[name.removesuffix(".weight")], error = budget.factors(change)
+            factors[name.removesuffix(".weight")], error = approximation.factors(change)
             errors += error
         lora.shared_rank = max(len(a) for _, a in factors.values())
-        lora.layers |= {module: _padded(pair, lora.shared_rank) for module, pair in factors.items()}
+        lora.layers |= {module: pad_factors(pair, lora.shared_rank) for module, pair in factors.items()}
         return errors
     changed = [name for name in fused if _squared_norm(deltas, name)]
     for parameter in changed:
@@ -269,25 +227,17 @@ def _extract_experts(
         order = [name for name, _ in module.named_parameters(recurse=False) if f"{path}.{name}" in changed]
         lora.num_outer_wrappers[parameter] = len(order) - 1 - order.index(parameter_name)
         transposed = bool(getattr(module, "is_transposed", False))
-        experts = [budget.factors((expert.T if transposed else expert).double()) for expert in deltas[parameter]]
+        experts = [approximation.factors((expert.T if transposed else expert).double()) for expert in deltas[parameter]]
         lora.parameters[parameter] = [factors for factors, _ in experts]
         errors += sum(error for _, error in experts)
     return errors
 
 
-def _padded(factors: Factors, rank: int) -> Factors:
-    """Pad factors with zeros to a rank, which does not change their product."""
-    b, a = factors
-    padded_b, padded_a = b.new_zeros(len(b), rank), a.new_zeros(rank, a.shape[1])
-    padded_b[:, : b.shape[1]], padded_a[: len(a)] = b, a
-    return padded_b, padded_a
-
-
-def _can_peft_fuse(lora: _Lora, names: list[str], architecture: Architecture) -> bool:
+def _can_peft_fuse(lora: LoraFactors, names: list[str], architecture: Architecture) -> bool:
     """Return whether PEFT converts LoRAs of separate experts to one of fused experts, beside the other layers."""
     import torch
 
-    candidate = _Lora(layers=dict(lora.layers), shared_rank=1)
+    candidate = LoraFactors(layers=dict(lora.layers), shared_rank=1)
     for name in names:
         shape = architecture.stored[name].shape
         if len(shape) != 2:
@@ -305,7 +255,7 @@ def _can_peft_fuse(lora: _Lora, names: list[str], architecture: Architecture) ->
 def _linear_weights(
     tuned: Tensors, deltas: Tensors, changed: list[str], architecture: Architecture | None
 ) -> dict[str, bool]:
-    """Return the names of the weights of linear layers, and whether each is stored as [in, out]."""
+    """Return whether the weights of linear layers are stored as [in, out], by name."""
     matrices = [name for name in changed if len(shape_of(deltas, name)) == 2 and name.endswith(".weight")]
     if architecture is None:
         linear = [name for name in matrices if kind_of(name) != "embedding"]
@@ -326,13 +276,17 @@ def _parameters(checkpoint: Tensors, architecture: Architecture) -> DerivedTenso
 
 
 def _squared_norm(deltas: DerivedTensors, name: str) -> float:
-    """Return a delta's squared norm, computed in chunks if its operands can be read so; check that it is finite."""
+    """Return a delta's squared norm, computed in chunks if its operands can be read in slices.
+
+    Raises:
+        CheckpointError: The delta has infinite or NaN values.
+    """
     is_divisible = all(
         not isinstance(tensors, DerivedTensors) or tensors.specs[operand].elementwise
         for tensors, operand in deltas.specs[name].operands
     )
-    size = math.prod(shape_of(deltas, name))
-    ranges = chunk_ranges(size, CHUNK_ELEMENTS if is_divisible else max(size, 1))
+    num_elements = math.prod(shape_of(deltas, name))
+    ranges = chunk_ranges(num_elements, CHUNK_ELEMENTS if is_divisible else max(num_elements, 1))
     chunks = (flat_slice(deltas, name, start, count) for start, count in ranges)
     squared_norm = math.fsum(float(chunk.double().square().sum()) for chunk in chunks)
     if not math.isfinite(squared_norm):
@@ -345,10 +299,10 @@ def _squared_norm(deltas: DerivedTensors, name: str) -> float:
 
 def _are_transposed(tuned: Tensors, linear: list[str]) -> bool:
     """Infer from the sizes of biases whether layers store their weights as [in, out], like GPT-2."""
-    sizes = [
-        (shape_of(tuned, name), shape_of(tuned, bias)[0])
-        for name in linear
-        if (bias := name.removesuffix("weight") + "bias") in tuned
-    ]
-    rectangular = [(shape, size) for shape, size in sizes if shape[0] != shape[1]]
-    return bool(rectangular) and all(shape[1] == size for shape, size in rectangular)
+    evidence = []  # square weights tell nothing
+    for name in linear:
+        num_rows, num_columns = shape_of(tuned, name)
+        bias = name.removesuffix("weight") + "bias"
+        if bias in tuned and num_rows != num_columns:
+            evidence.append(shape_of(tuned, bias)[0] == num_columns)
+    return bool(evidence) and all(evidence)

@@ -1,4 +1,4 @@
-"""Bases with an untrained head."""
+"""Loading a base with an untrained head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def fresh_model(base: Base, head: Head, seed: int) -> Any:
     """Load a base with an untrained head.
 
-    A decoder's config gets the padding token, so that plain transformers reads batches correctly once it is saved.
+    A decoder's config gets the padding token, so that plain transformers reads batches correctly with the saved model.
 
     Args:
         base: The base.
@@ -26,16 +26,16 @@ def fresh_model(base: Base, head: Head, seed: int) -> Any:
         The model, in float32 on the CPU; all tensors of the body are the base's.
 
     Raises:
-        CheckpointError: A tensor of the body is missing, unexpected or of another shape.
+        CheckpointError: A tensor of the body is missing or unexpected, or has a different shape.
     """
-    model = load_with_fresh_head(base, head, seed)[0]
+    model, _ = load_with_fresh_head(base, head, seed)
     if base.is_decoder:
         model.config.pad_token_id = base.pad_id
     return model
 
 
 def load_with_fresh_head(base: Base, head: Head, seed: int) -> tuple[Any, list[str]]:
-    """Load a base with an untrained head, and name the untrained tensors.
+    """Load a base with an untrained head, and return the names of the untrained tensors too.
 
     Args:
         base: The base.
@@ -46,7 +46,7 @@ def load_with_fresh_head(base: Base, head: Head, seed: int) -> tuple[Any, list[s
         The model, and the names of the untrained tensors: the head's, and those of a pooler that the base lacks.
 
     Raises:
-        CheckpointError: A tensor of the body is missing, unexpected or of another shape.
+        CheckpointError: A tensor of the body is missing or unexpected, or has a different shape.
     """
     import transformers
 
@@ -66,12 +66,6 @@ def load_with_fresh_head(base: Base, head: Head, seed: int) -> tuple[Any, list[s
 
 
 def fresh_poolers(base: Base) -> list[str]:
-    """Return the name of the pooler that a base's classifier has and the base lacks, if any.
-
-    Args:
-        base: The base.
-
-    Returns:
-        `["pooler"]` or an empty list.
-    """
-    return [] if any(is_optional(name) for name in base.body) else ["pooler"] * base.has_pooler
+    """Return `["pooler"]` if a base's classifier has a pooler that the base lacks, and else an empty list."""
+    stores_pooler = any(is_optional(name) for name in base.body)
+    return ["pooler"] if base.has_pooler and not stores_pooler else []

@@ -1,4 +1,4 @@
-"""Writing old weights for the new base, from files to files, without tuning."""
+"""Grafting an adaptation onto the new base, from files to files, without tuning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def write_graft(
-    adaptation: Adaptation, upgrade: Upgrade, into: Path, progress: Progress, *, replace: bool = False
+    adaptation: Adaptation, upgrade: Upgrade, folder: Path, progress: Progress, *, replace: bool = False
 ) -> dict[str, list[str]]:
     """Write an adaptation for the new base: new + (tuned − old), or the adapter. The head is copied.
 
@@ -30,47 +30,47 @@ def write_graft(
     Args:
         adaptation: An adaptation of `upgrade.old`.
         upgrade: The two bases.
-        into: The folder to write, in the format of transformers or PEFT.
+        folder: The folder to write, in the format of transformers or PEFT.
         progress: Called for each tensor.
         replace: Whether tensors that an adapter stores in place of its base's are copied, not grafted.
 
     Returns:
-        Names of tensors, for the outcome's notes: `grafted_in_place_of_the_base`, those that an adapter stores in place
-        of the base's; `copied_as_a_base_lacks_it`, those of a full fine-tune that only one base has.
+        Names of tensors, for the outcome's notes: `grafted_in_place_of_the_base` lists tensors that an adapter stores
+        in place of the base's, `copied_as_a_base_lacks_it` tensors that only one base has.
 
     Raises:
-        MismatchError: A tensor of the body is missing in a base, or has another shape in it.
+        MismatchError: A tensor of the body is missing in a base, or has a different shape there.
     """
     grafted = adaptation.family.graft(adaptation, upgrade, replace=replace)
-    return write_grafted_adaptation(adaptation, upgrade, grafted, into, progress)
+    return write_grafted_adaptation(adaptation, upgrade, grafted, folder, progress)
 
 
 def write_grafted_adaptation(
-    adaptation: Adaptation, upgrade: Upgrade, grafted: GraftedAdaptation, into: Path, progress: Progress
+    adaptation: Adaptation, upgrade: Upgrade, grafted: GraftedAdaptation, folder: Path, progress: Progress
 ) -> dict[str, list[str]]:
     """Write a grafted adaptation, with its tokenizer and lineage.
 
     Args:
         adaptation: The adaptation of `upgrade.old`.
         upgrade: The two bases.
-        grafted: Its content on the new base.
-        into: The folder to write, in the format of transformers or PEFT.
+        grafted: The content of the adaptation on the new base.
+        folder: The folder to write, in the format of transformers or PEFT.
         progress: Called for each tensor.
 
     Returns:
         Names of tensors, as `write_graft` returns.
     """
-    into.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
-    family.write(into, grafted.tensors, grafted.settings, progress)
+    family.write(folder, grafted.tensors, grafted.settings, progress)
     rows = match_token_rows(adaptation, upgrade)
     if rows is not None and (family.tunes_base or rows.tuned_only):
-        write_vocabulary(into, upgrade.new.path, adaptation.path, upgrade.old.path, rows)
+        write_vocabulary(folder, upgrade.new.path, adaptation.path, upgrade.old.path, rows)
     else:
-        write_tokenizer(upgrade.new, into)
-    write_lineage(into, upgrade.new, adaptation.labels, adaptation.task_type)
+        write_tokenizer(upgrade.new, folder)
+    write_lineage(folder, upgrade.new, adaptation.labels, adaptation.task_type)
     notes = {
         "grafted_in_place_of_the_base": list(grafted.replaced),
-        "copied_as_a_base_lacks_it": family.unmatched_tensors(adaptation, upgrade),
+        "copied_as_a_base_lacks_it": family.unmatched_tensor_names(adaptation, upgrade),
     }
     return {key: names for key, names in notes.items() if names}

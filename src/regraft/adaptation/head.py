@@ -1,8 +1,8 @@
-"""Changing the head of an adaptation to other labels."""
+"""Replacing the head of an adaptation by a head for different labels."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import label_tensor_names
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
     from regraft.task import Head
 
 HeadPolicy = Literal["copy", "fresh", "resize"]
-HEAD_POLICIES = ("copy", "fresh", "resize")
+HEAD_POLICIES: tuple[HeadPolicy, ...] = get_args(HeadPolicy)
 
 
-def change_head(folder: Path, base: Base, head: Head, policy: HeadPolicy, seed: int, into: Path) -> None:
-    """Write an adaptation with a head for other labels.
+def change_head(path: Path, base: Base, head: Head, policy: HeadPolicy, seed: int, folder: Path) -> None:
+    """Write an adaptation with a head for different labels.
 
     Args:
-        folder: The adaptation.
-        base: Its base.
+        path: The folder of the adaptation.
+        base: The base that the adaptation is for.
         head: The new head.
-        policy: `fresh` initialises the whole head; `resize` keeps the head, with the outputs of labels that the new
-            head has too, and initialises the outputs of other labels.
+        policy: `fresh` initialises all tensors of the head. `resize` copies them, apart from the outputs of labels that
+            the adaptation lacks, which are initialised. `copy` copies all of them.
         seed: The seed of the initialisation.
-        into: The folder to write.
+        folder: The folder to write.
 
     Raises:
-        MismatchError: With `resize`, the adaptation records no label that the new head has.
+        MismatchError: The policy is `resize`, and the adaptation records no label that the new head has.
     """
     import torch
 
-    adaptation = load_adaptation(folder)
+    adaptation = load_adaptation(path)
     row_by_label = {label: row for row, label in enumerate(adaptation.labels or ())}
     if policy == "resize" and not row_by_label.keys() & set(head.labels):
         raise MismatchError(
-            f"{folder}: its labels ({', '.join(row_by_label) or 'none are recorded'}) include none of "
+            f"{path}: its labels ({', '.join(row_by_label) or 'none are recorded'}) include none of "
             f"{', '.join(head.labels[:8])}, so no output can be kept. Use a fresh head."
         )
     initial = fresh_model(base, head, seed).state_dict()
-    outputs = label_tensor_names(base, head.type)
+    output_names = label_tensor_names(base, head.type)
     prefix = base.prefix + "."
     entries = {}
     for name, stored_tensor in adaptation.checkpoint.tensors.items():
@@ -57,7 +57,7 @@ def change_head(folder: Path, base: Base, head: Head, policy: HeadPolicy, seed: 
         tensor = None
         if policy == "fresh" and parameter in initial and not parameter.startswith(prefix):
             tensor = initial[parameter]
-        elif policy == "resize" and parameter in outputs:
+        elif policy == "resize" and parameter in output_names:
             old = adaptation.checkpoint[name]
             rows = [
                 old[row_by_label[label]] if label in row_by_label else initial[parameter][index]
@@ -68,8 +68,8 @@ def change_head(folder: Path, base: Base, head: Head, policy: HeadPolicy, seed: 
             entries[name] = TensorSpec(stored_tensor.dtype, stored_tensor.shape, ((adaptation.checkpoint, name),))
         else:
             entries[name] = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), (({name: tensor}, name),))
-    into.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
-    family.write(into, DerivedTensors(entries), family.settings_for_head(adaptation.config, head), silent)
-    write_tokenizer(base, into)
-    write_lineage(into, base, head.labels, head.type.type_name())
+    family.write(folder, DerivedTensors(entries), family.settings_for_head(adaptation.config, head), silent)
+    write_tokenizer(base, folder)
+    write_lineage(folder, base, head.labels, head.type.type_name())

@@ -1,11 +1,11 @@
-"""The kinds of adaptation that can be tuned, each with its customary settings."""
+"""The kinds of adaptation that can be tuned, and the configs of new adapters of each kind."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from regraft.errors import KindError, RecipeError, did_you_mean
 
@@ -18,19 +18,24 @@ if TYPE_CHECKING:
     from regraft.base import Base
     from regraft.task import Head
 
-    Config = PeftConfig | BottleneckConfig
+    Config: TypeAlias = PeftConfig | BottleneckConfig
 
 SHORT_NAMES = {"prefix_tuning": "prefix", "prompt_tuning": "prompt", "p_tuning": "p-tuning", "ln_tuning": "layernorm"}
-MAX_SIZE_RATIO = 4  # an adapter that is larger by far has more parameters than the layer that it adapts
+# a LoRA of half its layer's width already has as many parameters as the layer; the margin beyond that is arbitrary
+MAX_SIZE_RATIO = 4
+DEFAULT_RANK = 8  # PEFT's default
+# arbitrary: wider bottlenecks fit more, but take more memory and disk
+DEFAULT_INNER_SIZE = 24
+DEFAULT_VIRTUAL_TOKENS = 20  # arbitrary: more virtual tokens fit more, but leave less room for text
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSize:
-    """The task type and the size of an adapter.
+    """The task type of an adapter, and the sizes that its kind may use.
 
     Args:
         task_type: PEFT's name of the task type.
-        rank: The rank of a LoRA; its alpha is twice the rank.
+        rank: The rank of a LoRA. Alpha is twice the rank.
         inner_size: The width of bottleneck adapters.
         virtual_tokens: The number of virtual tokens of a prefix or a prompt.
     """
@@ -42,15 +47,21 @@ class AdapterSize:
 
 
 def new_config(
-    kind: str, base: Base, head: Head, *, rank: int = 8, inner_size: int = 24, virtual_tokens: int = 20
+    kind: str,
+    base: Base,
+    head: Head,
+    *,
+    rank: int = DEFAULT_RANK,
+    inner_size: int = DEFAULT_INNER_SIZE,
+    virtual_tokens: int = DEFAULT_VIRTUAL_TOKENS,
 ) -> Config | None:
-    """Return the config of an adaptation for a base.
+    """Return the config of a new adaptation of a base.
 
     Args:
         kind: One of `KINDS`.
-        base: The base.
+        base: The base to tune, whose architecture and width the settings depend on.
         head: The task's head.
-        rank: The rank of a LoRA; its alpha is twice the rank.
+        rank: The rank of a LoRA. Alpha is twice the rank.
         inner_size: The width of bottleneck adapters.
         virtual_tokens: The number of virtual tokens of a prefix or a prompt.
 
@@ -58,7 +69,9 @@ def new_config(
         A config of PEFT, or of regraft for bottleneck adapters; None for `full`.
 
     Raises:
-        RecipeError: There is no such kind, a size is out of range, or the architecture does not support the kind.
+        RecipeError: There is no such kind, or a size is below 1, above `MAX_SIZE_RATIO` times the base's width, or, for
+            virtual tokens, leaves no room for text.
+        KindError: The architecture does not support the kind.
     """
     if kind not in CONFIG_BUILDERS:
         raise RecipeError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
@@ -66,7 +79,7 @@ def new_config(
         if size < 1:
             raise RecipeError(f"{name} must be at least 1, found {size}.")
     build_config = CONFIG_BUILDERS[kind]
-    if build_config is None:
+    if build_config is None:  # a full fine-tune
         return None
     matrix_sizes = [min(tensor.shape) for tensor in base.checkpoint.tensors.values() if len(tensor.shape) == 2]
     width = max(matrix_sizes, default=0)
@@ -82,7 +95,7 @@ def kind_of(peft_type: str) -> str:
     """Return the kind of adaptation of a PEFT type.
 
     Args:
-        peft_type: The value in `adapter_config.json`.
+        peft_type: The value of `peft_type` in `adapter_config.json`.
     """
     return SHORT_NAMES.get(peft_type.lower(), peft_type.lower())
 
@@ -97,10 +110,10 @@ def kind_of_config(config: Config | None) -> str:
 
 
 def json_settings(config: Config | None) -> Mapping[str, Any] | None:
-    """Return a config's settings in a form that JSON can represent, to identify a run.
+    """Return the settings of a config that are not None, as JSON values that identify a run.
 
     Args:
-        config: A config of PEFT or regraft, or None.
+        config: A config of PEFT or regraft; None for `full`.
     """
     if config is None:
         return None
@@ -153,17 +166,17 @@ def _prefix(base: Base, size: AdapterSize) -> Config:
 
     if "past_key_values" not in inspect.signature(base.bare.forward).parameters:
         raise KindError(f"{base.config.model_type} models take no prefix (past_key_values). Choose prompt or lora.")
-    return PrefixTuningConfig(task_type=size.task_type, **_virtual(base, size))
+    return PrefixTuningConfig(task_type=size.task_type, **_virtual_token_settings(base, size))
 
 
 def _prompt(base: Base, size: AdapterSize) -> Config:
     from peft import PromptTuningConfig
 
-    return PromptTuningConfig(task_type=size.task_type, **_virtual(base, size))
+    return PromptTuningConfig(task_type=size.task_type, **_virtual_token_settings(base, size))
 
 
-def _virtual(base: Base, size: AdapterSize) -> dict[str, Any]:
-    """Return the number of virtual tokens, and the sizes of the model if PEFT does not find them."""
+def _virtual_token_settings(base: Base, size: AdapterSize) -> dict[str, Any]:
+    """Return the number of virtual tokens, and the sizes of a model in whose config PEFT does not find them."""
     if size.virtual_tokens >= base.max_input_length:
         raise RecipeError(
             f"{size.virtual_tokens} virtual tokens leave no room for text: {base.path} takes {base.max_input_length} "

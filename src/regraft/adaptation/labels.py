@@ -1,4 +1,4 @@
-"""The head that an adaptation stores: its task type, its labels, and the tensors with a row for each label."""
+"""The head that an adaptation stores: its task type, its labels, and the tensors with a row per label."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ if TYPE_CHECKING:
 
 
 def stored_head(adaptation: Adaptation, base: Base) -> Head:
-    """Return the head of an adaptation; if no labels are recorded, with a placeholder for each output.
+    """Return the task type and the labels of the head that an adaptation stores.
 
     Args:
         adaptation: The adaptation.
         base: A base of its architecture.
 
+    Returns:
+        The head, with the recorded labels; without a record, `LABEL_0`, `LABEL_1` … for the outputs. Its task type is
+        the recorded one, or else one that the settings can belong to.
+
     Raises:
-        MismatchError: It has no head of that architecture.
+        MismatchError: No labels are recorded, and the adaptation stores no head of the base's architecture.
     """
     matching_types = adaptation.family.matching_task_types(adaptation.config)
     task_type = task_types().get(adaptation.task_type or DEFAULT_TYPE, TextClassification)
@@ -32,18 +36,17 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
         task_type = matching_types[0]
     if adaptation.labels:
         return Head(task_type, adaptation.labels)
-    outputs = label_tensor_names(base, task_type)
-    stored = adaptation.checkpoint.tensors
-    sizes = {
+    output_names = label_tensor_names(base, task_type)
+    output_counts = {
         stored_tensor.shape[0]
-        for name, stored_tensor in stored.items()
-        if model_name(name) in outputs and stored_tensor.shape
+        for name, stored_tensor in adaptation.checkpoint.tensors.items()
+        if model_name(name) in output_names and stored_tensor.shape
     }
-    if len(sizes) != 1:
+    if len(output_counts) != 1:
         raise MismatchError(
-            f"{adaptation.path}: lacks the head of a {base.config.model_type} classifier ({', '.join(outputs)})."
+            f"{adaptation.path}: lacks the head of a {base.config.model_type} classifier ({', '.join(output_names)})."
         )
-    return Head(task_type, tuple(f"LABEL_{i}" for i in range(sizes.pop())))
+    return Head(task_type, tuple(f"LABEL_{i}" for i in range(output_counts.pop())))
 
 
 def check_task_type(adaptation: Adaptation, task: Task) -> None:
@@ -51,10 +54,10 @@ def check_task_type(adaptation: Adaptation, task: Task) -> None:
 
     Args:
         adaptation: The adaptation.
-        task: The task.
+        task: The task, whose type is compared.
 
     Raises:
-        MismatchError: It records another type, or its settings belong to another type.
+        MismatchError: The adaptation records a different type, or has settings of different types.
     """
     recorded = adaptation.task_type
     matching_types = adaptation.family.matching_task_types(adaptation.config)
@@ -68,10 +71,10 @@ def check_task_type(adaptation: Adaptation, task: Task) -> None:
 
 
 def label_tensor_names(base: Base, task_type: type[Task]) -> list[str]:
-    """Return the names of the head's tensors with a row for each label: their shapes depend on the number of labels.
+    """Return the names of the head's tensors with a row per label.
 
     Args:
-        base: The base.
+        base: The base, whose architecture determines the head.
         task_type: The head's task type.
     """
     import torch
@@ -79,9 +82,9 @@ def label_tensor_names(base: Base, task_type: type[Task]) -> list[str]:
 
     auto_class: Any = getattr(transformers, task_type.auto_class)
     shapes = []
-    for count in (3, 4):
+    for num_labels in (3, 4):  # any two numbers: tensors whose shapes differ have a row per label
         config = copy.deepcopy(base.config)
-        config.num_labels = count
+        config.num_labels = num_labels
         with torch.device("meta"):
             model = auto_class.from_config(config)
         shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})

@@ -58,7 +58,7 @@ def merge_lora(
     adapter: Tensors,
     config: Mapping[str, Any],
     base: Checkpoint,
-    start: Tensors | None = None,
+    initial_factors: Tensors | None = None,
     labels: Sequence[str] | None = None,
 ) -> MergedLora:
     """Merge a LoRA into its base, as PEFT does: W + scaling·B·A, or a DoRA's renormalised weight, and replaced tensors.
@@ -69,7 +69,7 @@ def merge_lora(
         adapter: The tensors of `adapter_model.safetensors`.
         config: The content of `adapter_config.json`.
         base: The base, a transformers folder with or without a head.
-        start: The initial adapter, for kinds that are initialised from the base (PiSSA, OLoRA).
+        initial_factors: The initial adapter, for kinds that are initialised from the base (PiSSA, OLoRA).
         labels: The names of a classifier's labels, if they are known.
 
     Returns:
@@ -81,12 +81,12 @@ def merge_lora(
     """
     modules = {name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in (*base, *adapter)}
     check_patterns(config, modules, "the LoRA's adapter_config.json")
-    _check_kind(config, start)
+    _check_kind(config, initial_factors)
     architecture, changed = tuned_architecture(adapter, config, base, labels)
     stored = architecture.in_memory(base)
     adapter, updates = resolve_updates(adapter, config, architecture)
-    if start is not None:
-        _check_start(adapter, start, updates)
+    if initial_factors is not None:
+        _check_initial_factors(adapter, initial_factors, updates)
     sources, untied = _follow_ties(stored, adapter, updates, architecture)
     if untied and (tied_by_setting := untied_by_setting(architecture)).issuperset(untied):
         changed |= text_config_change(base, architecture, changed, "tie_word_embeddings", False)
@@ -100,7 +100,7 @@ def merge_lora(
         if update is None and sources.get(name) not in stored:
             absent.append(name)
             continue
-        entries[name] = _merged_spec(stored, sources.get(name), adapter, update, start)
+        entries[name] = _merged_spec(stored, sources.get(name), adapter, update, initial_factors)
         if entries[name].shape != tuple(tensor.shape):
             raise MismatchError(
                 f"{base.path}: tensor {name!r} is {entries[name].shape}, expected {tuple(tensor.shape)} as in the "
@@ -138,7 +138,7 @@ def read_lora_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_kind(config: Mapping[str, Any], start: Tensors | None) -> None:
+def _check_kind(config: Mapping[str, Any], initial_factors: Tensors | None) -> None:
     special = [key for key in CANNOT_MERGE if config.get(key)]
     if special:
         remedy = (
@@ -150,7 +150,7 @@ def _check_kind(config: Mapping[str, Any], start: Tensors | None) -> None:
             f"the LoRA has the settings {', '.join(special)}, with which regraft cannot merge it. {remedy}"
         )
     init = str(config.get("init_lora_weights", True)).lower()
-    if start is None and is_initialised_from_base(init):
+    if initial_factors is None and is_initialised_from_base(init):
         raise CheckpointError(
             f"the LoRA was initialised by {init!r} from its base: give the adapter as it was before the first step "
             "(--start)."
@@ -198,16 +198,16 @@ def _check_complete(absent: Sequence[str], architecture: Architecture, base: Che
         )
 
 
-def _check_start(adapter: Tensors, start: Tensors, updates: Mapping[str, Update]) -> None:
+def _check_initial_factors(adapter: Tensors, initial_factors: Tensors, updates: Mapping[str, Update]) -> None:
     for update in updates.values():
-        if not update.accepts_start(start):
+        if not update.accepts_initial_factors(initial_factors):
             raise CheckpointError(
                 f"the initial adapter does not match the LoRA: {(update.operands or ('a tensor',))[0]!r} differs."
             )
 
 
 def _merged_spec(
-    stored: Tensors, source: str | None, adapter: Tensors, update: Update | None, start: Tensors | None
+    stored: Tensors, source: str | None, adapter: Tensors, update: Update | None, initial_factors: Tensors | None
 ) -> TensorSpec:
     """Return the specification of a merged parameter."""
     if update is not None and update.copied:
@@ -223,9 +223,9 @@ def _merged_spec(
     if update is None or not update.applied:
         return TensorSpec(dtype, shape, (weight,))
     operands = (weight, *((adapter, name) for name in update.applied))
-    if start is not None:
-        operands += tuple((start, name) for name in update.applied)
-    rule = functools.partial(update.apply, is_folded=start is not None)
+    if initial_factors is not None:
+        operands += tuple((initial_factors, name) for name in update.applied)
+    rule = functools.partial(update.apply, is_folded=initial_factors is not None)
     if source is not None and source in stored:
         dtype = output_dtype(stored, source)
     return TensorSpec(dtype, shape, operands, rule, elementwise=False)

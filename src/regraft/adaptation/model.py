@@ -1,4 +1,4 @@
-"""Adaptations of any family as models in memory: completely loaded, or an error that lists what does not fit."""
+"""Adaptations of any family as models in memory: loading, attaching fresh adapters, and saving."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def load_model(adaptation: Adaptation, base: Base, head: Head, *, trainable: boo
     """Load an adaptation as a model, completely or not at all.
 
     Args:
-        adaptation: The adaptation.
-        base: The base of the adapter or full fine-tune.
+        adaptation: The adaptation on disk.
+        base: The base it was tuned on, or was carried over to.
         head: The task's head.
-        trainable: Whether an adapter will be tuned further, rather than being frozen.
+        trainable: Whether an adapter will be tuned further; otherwise it is frozen.
 
     Returns:
         The model, in float32 on the CPU, with all stored tensors and no untrained ones.
 
     Raises:
         CheckpointError: A tensor of the adaptation is missing or unexpected.
-        MismatchError: The head or other tensors have other sizes, or the settings are for another base.
+        MismatchError: A tensor's shape, the number of labels or a setting differs from the base's or the head's.
     """
     return adaptation.family.load(adaptation, base, head, trainable=trainable)
 
 
 def load_old_model(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
-    """Check that an adaptation is compatible with both bases and the task's head, before anything is written.
+    """Load an adaptation on the old base, if its stored body has the tensors of both bases.
 
     Args:
         adaptation: An adaptation of `upgrade.old`.
@@ -50,29 +50,29 @@ def load_old_model(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
         head: The task's head.
 
     Returns:
-        The old deployment: the adaptation on the old base, as a model.
+        The old model, in float32 on the CPU.
 
     Raises:
         CheckpointError: A tensor of the adaptation is missing or unexpected.
-        MismatchError: Tensors have other sizes than the base's, or the number of labels differs.
+        MismatchError: A tensor's shape differs from the one in either base, or the number of labels differs.
     """
     adaptation.family.check_bodies(adaptation, upgrade)
     return load_model(adaptation, upgrade.old, head)
 
 
 def prepare_for_tuning(model: Any, base: Base, head: Head, config: Config | None, seed: int) -> Any:
-    """Put a fresh adapter on a model with a fresh head.
+    """Prepare a model with a fresh head for tuning: attach a fresh adapter, or nothing for a full fine-tune.
 
     Args:
-        model: A model from `fresh_model`.
+        model: A model from `fresh_model`, which is modified.
         base: Its base.
         head: Its head.
-        config: The adapter's config; None for a full fine-tune. The head, and a pooler that the base lacks, are tuned
-            in addition.
+        config: The adapter's config; None for a full fine-tune.
         seed: The seed of the adapter's initialisation.
 
     Returns:
-        The model with the adapter. The adapter and the head are trainable; the body is frozen.
+        The model with the adapter. The adapter, the head, and a pooler that the base lacks are trainable; the rest of
+        the body is frozen. For a full fine-tune, `model` itself, of which all parameters are trainable.
 
     Raises:
         KindError: The architecture does not support that kind of adapter.
@@ -87,25 +87,27 @@ def initial_factors(model: Any) -> Mapping[str, torch.Tensor]:
         model: A model from `attach`, before the first step.
 
     Returns:
-        Copies of A and B, which have to be subtracted from the tuned ones; empty for other kinds.
+        Copies of the tensors of A and B by stored name, for `save_model`; empty for other kinds.
     """
     return family_of_model(model).initial_factors(model)
 
 
-def save_model(model: Any, base: Base, head: Head, into: Path, start: Mapping[str, torch.Tensor] | None = None) -> None:
+def save_model(
+    model: Any, base: Base, head: Head, folder: Path, initial_factors: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Write a tuned model as a plain transformers or PEFT folder.
 
-    A LoRA whose initialisation changed its base is written as the equivalent plain LoRA of twice the rank if its
-    initial factors are passed; otherwise unchanged: PEFT repeats the initialisation when it loads the adapter.
+    With its initial factors, a LoRA whose initialisation changed its base is written as the equivalent plain LoRA of
+    twice the rank. Without them, it is written unchanged: PEFT repeats the initialisation when it loads the adapter.
 
     Args:
         model: A model from `fresh_model`, `attach` or `load_model`.
         base: Its base.
         head: Its head.
-        into: The folder to write.
-        start: The result of `initial_factors`, for a model from `attach`.
+        folder: The folder to write.
+        initial_factors: The result of the function `initial_factors`, for a model from `attach`.
     """
     with quiet():
-        family_of_model(model).save(model, base, into, start or {})
-    write_tokenizer(base, into)
-    write_lineage(into, base, head.labels, head.type.type_name())
+        family_of_model(model).save(model, base, folder, initial_factors or {})
+    write_tokenizer(base, folder)
+    write_lineage(folder, base, head.labels, head.type.type_name())

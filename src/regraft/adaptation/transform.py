@@ -18,7 +18,7 @@ TRANSFORMABLE = ("full", "lora")
 
 
 def write_transform(
-    adaptation: Adaptation, upgrade: Upgrade, rule: Rule, into: Path, progress: Progress, *, replace: bool = False
+    adaptation: Adaptation, upgrade: Upgrade, rule: Rule, folder: Path, progress: Progress, *, replace: bool = False
 ) -> dict[str, list[str]]:
     """Write an adaptation for the new base with transformed deltas: new + rule(delta). The head is copied.
 
@@ -32,7 +32,7 @@ def write_transform(
         rule: Returns the transformed delta, given the tensor's name inside the body, the delta (tuned − old) and the
             upgrade's shift (new − old), both in float32 or float64 and in the tensor's shape. Several threads may call
             it at the same time.
-        into: The folder to write, in the format of transformers or PEFT.
+        folder: The folder to write, in the format of transformers or PEFT.
         progress: Called for each tensor.
         replace: Whether tensors that an adapter stores in place of its base's are copied, not grafted.
 
@@ -45,7 +45,7 @@ def write_transform(
     """
     check_transformable(adaptation)
     transformed = adaptation.family.transform(adaptation, upgrade, rule, progress, replace=replace)
-    return write_grafted_adaptation(adaptation, upgrade, transformed, into, progress)
+    return write_grafted_adaptation(adaptation, upgrade, transformed, folder, progress)
 
 
 def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = TRANSFORMABLE) -> None:

@@ -54,7 +54,7 @@ class Update:
         """
         return weight
 
-    def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
+    def accepts_initial_factors(self, initial_factors: Mapping[str, torch.Tensor]) -> bool:
         """Return whether the factors of an initial adapter can be subtracted."""
         return True
 
@@ -100,7 +100,7 @@ class Rows(Update):
 
         return weight.index_copy(0, torch.tensor(self.rows), operands[0].to(weight))
 
-    def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
+    def accepts_initial_factors(self, initial_factors: Mapping[str, torch.Tensor]) -> bool:
         """Return False: rows have no initial factors."""
         return False
 
@@ -118,7 +118,7 @@ class Bias(Update):
         """Add the scaled bias, in float64."""
         return weight.double() + self.scale * operands[0].double()
 
-    def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
+    def accepts_initial_factors(self, initial_factors: Mapping[str, torch.Tensor]) -> bool:
         """Return False: a bias has no initial factors."""
         return False
 
@@ -144,10 +144,10 @@ class Factors(Update):
             merged = plain.double() + lora_delta(b, a, self.scale)
         return merged.T if self.transposed else merged
 
-    def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
+    def accepts_initial_factors(self, initial_factors: Mapping[str, torch.Tensor]) -> bool:
         """Return whether the initial adapter has B and A, and there is no magnitude."""
         factors = [name for name in self.operands if name.endswith(PARTS[:2])]
-        return len(self.operands) == 2 and all(name in start for name in factors)
+        return len(self.operands) == 2 and all(name in initial_factors for name in factors)
 
     def count(self, parameter: torch.Tensor) -> int:
         """Return the number of products B·A of a parameter."""
@@ -162,7 +162,7 @@ class Experts(Factors):
         """Add scale·B·A to each expert."""
         return merge_experts(weight, operands[0], operands[1], self.scale, self.transposed)
 
-    def accepts_start(self, start: Mapping[str, torch.Tensor]) -> bool:
+    def accepts_initial_factors(self, initial_factors: Mapping[str, torch.Tensor]) -> bool:
         """Return False: PEFT does not initialise LoRAs of experts from the base."""
         return False
 

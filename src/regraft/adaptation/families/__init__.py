@@ -1,4 +1,4 @@
-"""The families of adaptations, and look-ups of the family of a PEFT type, a config or a model."""
+"""The families of adaptations, and functions that return the family of a PEFT type, a config or a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ FULL = Full()
 PEFT = Peft()
 PROMPT = Prompt()
 BOTTLENECKS = Bottlenecks()
-FAMILY_BY_PEFT_TYPE: dict[str, Family] = {  # the types with a family of their own
+# all other types belong to PROMPT or PEFT
+FAMILY_BY_PEFT_TYPE: dict[str, Family] = {
     "BOTTLENECK": BOTTLENECKS,
     "LORA": Lora(),
     "PREFIX_TUNING": Prefix(),
@@ -29,7 +30,7 @@ def family_of(peft_type: str) -> Family | None:
     """Return the family of an adapter.
 
     Args:
-        peft_type: The value in its `adapter_config.json`.
+        peft_type: The value of `peft_type` in its `adapter_config.json`.
 
     Returns:
         The family; None for a type that the installed PEFT lacks.
@@ -39,8 +40,10 @@ def family_of(peft_type: str) -> Family | None:
 
     if peft_type in FAMILY_BY_PEFT_TYPE:
         return FAMILY_BY_PEFT_TYPE[peft_type]
-    config = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)  # type: ignore[call-overload]
-    return config and (PROMPT if issubclass(config, PromptLearningConfig) else PEFT)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)  # type: ignore[call-overload]
+    if config_class is None:
+        return None
+    return PROMPT if issubclass(config_class, PromptLearningConfig) else PEFT
 
 
 def family_of_config(config: Any) -> Family:

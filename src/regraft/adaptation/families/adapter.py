@@ -1,4 +1,4 @@
-"""The common part of PEFT's adapters and bottleneck adapters: a frozen base, and a folder in PEFT's layout."""
+"""The operations that PEFT's adapters and bottleneck adapters have in common."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from regraft.adaptation.adaptation import Family, GraftedAdaptation
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.fresh import fresh_poolers, load_with_fresh_head
 from regraft.adaptation.layout import OBSOLETE_SETTINGS, adapter_name_hint
-from regraft.adaptation.lora import PEFT_PREFIX, model_name
+from regraft.adaptation.lora import PEFT_PREFIX, PROMPT_PREFIX, model_name
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.replaced import graft_replaced, num_adapter_rows, renumbered_settings, replaced_parameter
 from regraft.adaptation.tokens import match_token_rows
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 
 class Adapter(Family):
-    """An adapter on a frozen base, with a fully tuned head."""
+    """An adapter on a frozen base, with a fully tuned head, stored in PEFT's layout."""
 
     needs_task_type: ClassVar[bool] = False
-    """Whether PEFT builds another model if the settings name no task type."""
+    """Whether PEFT builds a model without a head if the settings name no task type."""
 
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
         """Return the types with the PEFT task type of the settings, or all types if the settings have none."""
@@ -54,13 +54,13 @@ class Adapter(Family):
     def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
-        """Put a fresh adapter on a model.
+        """Attach a fresh adapter to a model.
 
         Args:
-            model: A model from `fresh_model`.
+            model: A model from `fresh_model`, which is modified.
             base: Its base.
             head: Its head.
-            config: The adapter's config.
+            config: The adapter's config, of the class that `config_class` returns.
             heads: The names of the modules outside the body.
             modules: The names of all modules that are fully tuned and saved, including the heads.
 
@@ -78,20 +78,20 @@ class Adapter(Family):
             model: The base with a fresh head.
             adaptation: The adapter.
             head: The task's head.
-            trainable: Whether it will be tuned further.
+            trainable: Whether the adapter will be tuned further.
 
         Returns:
             The model, the adapter's tensors in it by stored name, and the stored tensors that they must equal.
         """
 
     def prepare_for_tuning(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
-        """Attach the adapter; the heads, and a pooler that the base lacks, are fully tuned."""
+        """Attach a fresh adapter, and mark the heads and a pooler that the base lacks as fully tuned."""
         from transformers import set_seed
 
         heads = [name for name, _ in model.named_children() if name != model.base_model_prefix and name != "dropout"]
         modules = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads, *fresh_poolers(base)})
         set_seed(seed)
-        model.config.pad_token_id = base.config.pad_token_id  # the folder of an adapter does not record one
+        model.config.pad_token_id = base.config.pad_token_id  # an adapter's folder records no padding token
         return self.attach_adapter(model, base, head, config, heads, modules)
 
     def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
@@ -103,7 +103,7 @@ class Adapter(Family):
         return adapted
 
     def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
-        """Check that PEFT knows the settings, and that they are for this base and head.
+        """Check that PEFT knows the settings, and that they fit the base and the head.
 
         Args:
             adaptation: The adaptation.
@@ -111,18 +111,18 @@ class Adapter(Family):
             head: The task's head.
 
         Raises:
-            CheckpointError: The installed PEFT does not know a setting, or the number of virtual tokens is missing.
-            MismatchError: It is for another task type, or its virtual tokens are for another model.
+            CheckpointError: A setting is unknown to the installed PEFT, a pattern is invalid, or the number of virtual
+                tokens is missing.
+            MismatchError: The adapter is for another task type, or its virtual tokens are for another model.
         """
         from peft import PeftConfig
 
         config = adaptation.config
         file = f"{adaptation.path}/{ADAPTER_CONFIG}"
         check_patterns(config, [f"{base.prefix}.{name}" for name, _ in base.bare.named_modules()], file)
-        fields = {field.name for cls in (self.config_class(config), PeftConfig) for field in dataclasses.fields(cls)}
-        unknown = sorted(
-            key for key, value in config.items() if value and key not in fields and key not in OBSOLETE_SETTINGS
-        )
+        config_classes = (self.config_class(config), PeftConfig)
+        known = {field.name for cls in config_classes for field in dataclasses.fields(cls)} | OBSOLETE_SETTINGS
+        unknown = sorted(key for key, value in config.items() if value and key not in known)
         if unknown:
             listed = ", ".join(f"{key}: {config[key]!r:.60}" for key in unknown[:4])
             raise CheckpointError(
@@ -136,9 +136,9 @@ class Adapter(Family):
                 "If it is one, correct task_type."
             )
 
-    def write(self, into: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
+    def write(self, folder: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
         """Write the adapter in PEFT's layout."""
-        write_adapter(into, tensors, settings)
+        write_adapter(folder, tensors, settings)
 
     def check_bodies(self, adaptation: Adaptation, upgrade: Upgrade) -> None:
         """Do nothing: an adapter stores no body."""
@@ -146,11 +146,11 @@ class Adapter(Family):
     def check_linear(self, adaptation: Adaptation) -> None:
         """Do nothing: apart from LoRAs, adapters do not change weights."""
 
-    def report_no_effect(self, adaptation: Adaptation, base: Base, texts: int) -> None:
-        """Raise an error: the adapter changes nothing."""
+    def report_no_effect(self, adaptation: Adaptation, base: Base, num_texts: int) -> None:
+        """Raise an error: an adapter without an effect was probably never tuned."""
         raise MismatchError(
-            f"{adaptation.path}: loaded completely, but changes nothing in the output of {base.path} on {texts} texts. "
-            "Was it ever tuned?"
+            f"{adaptation.path}: loaded completely, but changes nothing in the output of {base.path} on {num_texts} "
+            "texts. Was it ever tuned?"
         )
 
     def plain_adapter(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, Mapping[str, Any]]:
@@ -161,7 +161,8 @@ class Adapter(Family):
             old: The base it was tuned on.
 
         Returns:
-            The stored tensors and config; of a LoRA whose initialisation changed its base, those of the plain LoRA.
+            The stored tensors and config. For a LoRA whose initialisation changed its base, the tensors and config of
+            the equivalent plain LoRA.
 
         Raises:
             CheckpointError: The initialisation cannot be reproduced from the base alone.
@@ -175,9 +176,8 @@ class Adapter(Family):
         rows = match_token_rows(adaptation, upgrade)
         grafted, replaced = graft_replaced(adaptation, tensors, upgrade, rows, replace=replace)
         settings = renumbered_settings(adaptation, settings, rows)
-        return GraftedAdaptation(
-            grafted, {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None}, replaced
-        )
+        settings = {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None}
+        return GraftedAdaptation(grafted, settings, replaced)
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
@@ -203,7 +203,7 @@ class Adapter(Family):
         *,
         replace: bool = False,
     ) -> GraftedAdaptation:
-        """Graft the adapter with the tensors of the new vector in place of its own."""
+        """Graft the adapter, and replace its tensors by those of the new vector."""
         grafted = self.graft(adaptation, upgrade, replace=replace)
         tensors = {
             name: read_tensor(name).to(tensor.dtype) if name in names else tensor
@@ -211,11 +211,13 @@ class Adapter(Family):
         }
         return dataclasses.replace(grafted, tensors=tensors)
 
-    def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
+    def unmatched_tensor_names(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Return the names of tensors that are stored in place of a tensor that only one base has."""
-        old, new = upgrade.old, upgrade.new
-        names = adaptation.checkpoint
-        return sorted(n for n in names if bool(replaced_parameter(n, old)) != bool(replaced_parameter(n, new)))
+
+        def is_unmatched(name: str) -> bool:
+            return bool(replaced_parameter(name, upgrade.old)) != bool(replaced_parameter(name, upgrade.new))
+
+        return sorted(filter(is_unmatched, adaptation.checkpoint))
 
     def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
         """Return whether a stored tensor has the name of a tensor of the base's body."""
@@ -230,7 +232,7 @@ class Adapter(Family):
         return any("lora_embedding_A" in name for name in adaptation.checkpoint)
 
     def vector(self, adaptation: Adaptation, base: Base) -> Vector:
-        """Return the adapter's tensors as a vector, those of `plain`."""
+        """Return the tensors of `plain_adapter` as a vector."""
         tensors, settings = self.plain_adapter(adaptation, base)
         head_names = _head_names(base)
         names = [name for name in tensors if model_name(name) not in head_names and not replaced_parameter(name, base)]
@@ -239,18 +241,13 @@ class Adapter(Family):
                 f"{adaptation.path}: stores only tensors in place of its base's, for which no map is learned. Use "
                 "direct."
             )
+        stored_names = {name: name for name in names}
         return Vector(
-            str(adaptation.path),
-            adaptation.kind,
-            adaptation.fingerprint,
-            tensors,
-            settings,
-            None,
-            {n: n for n in names},
+            str(adaptation.path), adaptation.kind, adaptation.fingerprint, tensors, settings, None, stored_names
         )
 
     def merge(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
-        """Raise an error: the adapter does not change weights."""
+        """Raise an error: an adapter of this kind does not change weights, so it cannot be merged into them."""
         raise RecipeError(
             f"{adaptation.path}: a {adaptation.kind} does not change the weights of its base, so it can be recycled, "
             "but not converted."
@@ -266,8 +263,8 @@ def _head_names(base: Base) -> set[str]:
 def _check_pooler(adaptation: Adaptation, upgrade: Upgrade) -> None:
     """Check that the new base has the pooler that the adapter was tuned with, unless the adapter stores it."""
     old, new = upgrade.old, upgrade.new
-    missing = [name for name in sorted(old.body.keys() - new.body.keys()) if is_optional(name)]
-    missing = [name for name in missing if not any(stored.endswith(f".{name}") for stored in adaptation.checkpoint)]
+    poolers = [name for name in sorted(old.body.keys() - new.body.keys()) if is_optional(name)]
+    missing = [name for name in poolers if not any(stored.endswith(f".{name}") for stored in adaptation.checkpoint)]
     if missing and new.has_pooler:
         raise MismatchError(
             f"{new.path}: lacks {', '.join(missing)}, which {adaptation.path} was tuned with on {old.path}; "
@@ -284,21 +281,20 @@ def _check_loaded(
     loaded: dict[str, torch.Tensor],
     stored: Tensors,
 ) -> None:
-    """Check that the model has exactly the stored tensors, with their values, and no fresh tensor is left in it."""
+    """Check that a model's adapter equals the stored tensors, and that they replace all fresh tensors of the model."""
     import torch
 
-    unfilled = [
-        name
-        for name in fresh_names
-        if not {PEFT_PREFIX + name, PEFT_PREFIX.replace("model.", "", 1) + name} & loaded.keys()
-    ]
+    prefixes = (PEFT_PREFIX, PROMPT_PREFIX)
+    unfilled = [name for name in fresh_names if not any(prefix + name in loaded for prefix in prefixes)]
     common = sorted(loaded.keys() & stored.keys())
     misshapen = [name for name in common if tuple(loaded[name].shape) != shape_of(stored, name)]
     quantised = [name for name in common if loaded[name].is_floating_point() and dtype_of(stored, name) not in FLOATING]
     names_by_problem = {
         "missing": sorted(loaded.keys() - stored.keys()),
         "unexpected": sorted(stored.keys() - loaded.keys()),
-        "of another shape": [f"{n} {shape_of(stored, n)}, expected {tuple(loaded[n].shape)}" for n in misshapen],
+        "of another shape": [
+            f"{name} {shape_of(stored, name)}, expected {tuple(loaded[name].shape)}" for name in misshapen
+        ],
         "stored as integers": [f"{name} ({dtype_of(stored, name)})" for name in quantised],
         "of the model in neither the base nor the adaptation": unfilled,
     }
@@ -306,8 +302,8 @@ def _check_loaded(
         problems = "; ".join(
             f"{len(names)} {problem}: {', '.join(names[:4])}" for problem, names in names_by_problem.items() if names
         )
-        error: type[RegraftError] = MismatchError if misshapen else CheckpointError
-        raise error(
+        error_class: type[RegraftError] = MismatchError if misshapen else CheckpointError
+        raise error_class(
             f"{adaptation.path}: does not fit {base.path} with {head}. Tensors {problems}."
             f"{adapter_name_hint(stored.keys() - loaded.keys())}"
         )

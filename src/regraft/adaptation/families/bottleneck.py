@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Bottlenecks(Adapter):
-    """Bottleneck adapters: small residual layers in a frozen body."""
+    """Bottleneck adapters, small residual layers in a frozen body."""
 
     def config_class(self, config: Mapping[str, Any]) -> Any:
         """Return regraft's config class."""
@@ -41,7 +41,7 @@ class Bottlenecks(Adapter):
     def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
-        """Wrap the layers that the config names. Of the modules to save, only heads and poolers are tuned."""
+        """Add an adapter to each layer that the config names; of `modules`, only heads and poolers are tuned."""
         from regraft.adaptation.bottleneck import attach_bottlenecks
 
         saved = tuple(name for name in modules if name in heads or name == "pooler")
@@ -51,7 +51,7 @@ class Bottlenecks(Adapter):
     def load_adapter(
         self, model: Any, adaptation: Adaptation, head: Head, *, trainable: bool
     ) -> tuple[Any, dict[str, torch.Tensor], Tensors]:
-        """Wrap the layers, and load the adapters if the stored tensors have the expected names and shapes."""
+        """Add adapters to the layers, and load the stored tensors if all have the expected names and shapes."""
         from regraft.adaptation.bottleneck import attach_bottlenecks, bottleneck_state, set_bottleneck_state
 
         try:
@@ -61,19 +61,22 @@ class Bottlenecks(Adapter):
         expected = bottleneck_state(model)
         stored_names = {name.removeprefix(PEFT_PREFIX): name for name in adaptation.checkpoint}
         stored_shapes = {name: adaptation.checkpoint.tensors[stored].shape for name, stored in stored_names.items()}
-        if {name: tuple(tensor.shape) for name, tensor in expected.items()} == stored_shapes:
+        expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        if expected_shapes == stored_shapes:  # otherwise the caller raises an error that lists the differences
             set_bottleneck_state(model, {name: adaptation.checkpoint[stored_names[name]] for name in expected})
         if not trainable:
             model.requires_grad_(False)
         state = {PEFT_PREFIX + name: tensor for name, tensor in bottleneck_state(model).items()}
         return model, state, adaptation.checkpoint
 
-    def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
+    def save(self, model: Any, base: Base, folder: Path, initial_factors: Tensors) -> None:
         """Write the adapters and the fully tuned modules."""
-        from regraft.adaptation.bottleneck import bottleneck_state, config_in
+        from regraft.adaptation.bottleneck import bottleneck_config, bottleneck_state
 
-        settings = {**config_in(model).to_dict(), "base_model_name_or_path": base.name}
-        write_adapter(into, {PEFT_PREFIX + name: tensor for name, tensor in bottleneck_state(model).items()}, settings)
+        settings = {**bottleneck_config(model).to_dict(), "base_model_name_or_path": base.name}
+        write_adapter(
+            folder, {PEFT_PREFIX + name: tensor for name, tensor in bottleneck_state(model).items()}, settings
+        )
 
     def tunes_module_weight(self, module: str, base: Base) -> bool:
         """Return whether the base lacks the weight: only heads and poolers are fully tuned."""
@@ -85,5 +88,5 @@ class Bottlenecks(Adapter):
         return parameter_of(module, model.get_submodule(module)) if is_up_projection else None
 
     def parameter_names(self, model: Any) -> dict[str, str]:
-        """Return the names of the parameters by the names with PEFT's prefix."""
+        """Return the names of the parameters by their stored names, which have PEFT's prefix."""
         return {PEFT_PREFIX + name: name for name, _ in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Full fine-tunes: all tensors of the base are tuned, and stored as a plain transformers folder."""
+"""The family of full fine-tunes: all tensors of the base are tuned, and stored as a plain transformers folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import Family, GraftedAdaptation
-from regraft.adaptation.compatibility import check_body, check_computation, check_unplaced_tensors, config_of
+from regraft.adaptation.compatibility import check_body, check_computation, check_unplaced_tensors, read_tuned_config
 from regraft.adaptation.strict import load_strictly
 from regraft.adaptation.tokens import match_token_rows
 from regraft.adaptation.vector import Vector
@@ -45,7 +45,7 @@ class Full(Family):
     tunes_base = True
 
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
-        """Return the types of the model's transformers class and `problem_type`."""
+        """Return the task types with the model's transformers class and `problem_type`."""
         names = config.get("architectures")
         if not isinstance(names, list) or not names:
             return []
@@ -68,8 +68,8 @@ class Full(Family):
         import transformers
 
         check_computation(adaptation, base)
-        auto = getattr(transformers, head.type.auto_class)
-        model, _ = load_strictly(auto, adaptation.path, None, dtype="float32")
+        auto_class = getattr(transformers, head.type.auto_class)
+        model, _ = load_strictly(auto_class, adaptation.path, None, dtype="float32")
         check_body(adaptation, base)
         check_unplaced_tensors(adaptation, base)
         _check_tokens(adaptation, model, base)
@@ -81,21 +81,25 @@ class Full(Family):
             )
         return model
 
-    def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
+    def save(self, model: Any, base: Base, folder: Path, initial_factors: Tensors) -> None:
         """Write a plain transformers folder."""
-        model.save_pretrained(into)
+        model.save_pretrained(folder)
 
-    def write(self, into: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
+    def write(self, folder: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
         """Write a checkpoint, in shards if it is large, and its `config.json`."""
-        write_checkpoint(into, tensors, progress=lambda _, *rest: progress("graft", *rest))
-        write_atomic(into / "config.json", json.dumps(settings, indent=2) + "\n")
+
+        def report(_stage: str, completed: int, total: int, figures: Mapping[str, Any]) -> None:
+            progress("graft", completed, total, figures)
+
+        write_checkpoint(folder, tensors, progress=report)
+        write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
     def settings_for_head(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
         """Return the settings with the head's labels, and with its `problem_type` unless the current one is valid."""
-        new = head.settings
-        changed = {"id2label": {str(i): label for i, label in new["id2label"].items()}, "label2id": new["label2id"]}
+        names = {str(i): label for i, label in head.settings["id2label"].items()}
+        changed = {"id2label": names, "label2id": head.settings["label2id"]}
         if settings.get("problem_type") not in head.type.problem_types:
-            changed["problem_type"] = new["problem_type"]
+            changed["problem_type"] = head.settings["problem_type"]
         return {**settings, **changed}
 
     def check_bodies(self, adaptation: Adaptation, upgrade: Upgrade) -> None:
@@ -103,8 +107,8 @@ class Full(Family):
         for base in (upgrade.old, upgrade.new):
             check_body(adaptation, base)
 
-    def report_no_effect(self, adaptation: Adaptation, base: Base, texts: int) -> None:
-        """Warn that only the head was tuned."""
+    def report_no_effect(self, adaptation: Adaptation, base: Base, num_texts: int) -> None:
+        """Warn that only the head was tuned, which is legitimate."""
         logger.warning("%s has the body of its base unchanged: only its head was tuned.", adaptation.path)
 
     def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> GraftedAdaptation:
@@ -134,20 +138,24 @@ class Full(Family):
         replace: bool = False,
     ) -> GraftedAdaptation:
         """Add the new vector's deltas to the new base's body."""
-        return self.transform(adaptation, upgrade, lambda name, _delta, _shift: read_tensor(name), progress)
 
-    def unmatched_tensors(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
+        def rule(name: str, _delta: torch.Tensor, _shift: torch.Tensor) -> torch.Tensor:
+            return read_tensor(name)
+
+        return self.transform(adaptation, upgrade, rule, progress)
+
+    def unmatched_tensor_names(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Return the names of the body's tensors that only one base has."""
-        tuned = named(adaptation.checkpoint, config_of(adaptation))
+        tuned = named(adaptation.checkpoint, read_tuned_config(adaptation))
         return list(counterparts(upgrade.new.named, tuned, upgrade.old.named).unmatched)
 
     def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
-        """Return False: the whole body has a delta."""
+        """Return False: all tensors of the body have deltas."""
         return False
 
     def num_embedding_rows(self, adaptation: Adaptation, base: Base) -> int | None:
         """Return the number of rows of the embeddings; None for a class without embeddings."""
-        tensors = named(adaptation.checkpoint, config_of(adaptation))
+        tensors = named(adaptation.checkpoint, read_tuned_config(adaptation))
         return shape_of(tensors, str(tensors.embeddings))[0] if tensors.embeddings in tensors else None
 
     def has_token_rows(self, adaptation: Adaptation) -> bool:
@@ -158,11 +166,11 @@ class Full(Family):
         """Return the deltas of the body's tensors as a vector."""
         tensors, names = self.tuned_body_tensors(adaptation, base)
         common = {inner: stored for inner, stored in names.items() if inner in base.body}
-        subtracted = (base.checkpoint, base.body)
-        return Vector(str(adaptation.path), adaptation.kind, adaptation.fingerprint, tensors, {}, subtracted, common)
+        subtrahend = (base.checkpoint, base.body)
+        return Vector(str(adaptation.path), adaptation.kind, adaptation.fingerprint, tensors, {}, subtrahend, common)
 
     def tuned_body_tensors(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]]:
-        """Return the checkpoint's tensors, and the names of those of the body."""
+        """Return the checkpoint's tensors, and the stored names of the body's tensors by the names inside the body."""
         return adaptation.checkpoint, body_names(adaptation.checkpoint, old.architecture)
 
     def check_linear(self, adaptation: Adaptation) -> None:
@@ -176,12 +184,12 @@ class Full(Family):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 inner = name.removeprefix(new.prefix + ".")
-                if inner in new.parameters and inner in upgrade.old.parameters:
-                    has_token_rows = rows is not None and inner in new.architecture.token_parameters
-                    indices = (
-                        [row for row in rows.new_row_indices if row >= 0] if rows and has_token_rows else slice(None)
-                    )
-                    parameter[indices] = new.parameters[inner][indices].to(parameter)
+                if inner not in new.parameters or inner not in upgrade.old.parameters:
+                    continue
+                indices: list[int] | slice = slice(None)
+                if rows is not None and inner in new.architecture.token_parameters:
+                    indices = [row for row in rows.new_row_indices if row >= 0]
+                parameter[indices] = new.parameters[inner][indices].to(parameter)
         return model
 
     def rule_tensors(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
@@ -214,13 +222,18 @@ class Full(Family):
     ) -> DerivedTensors:
         """Return the grafted tensors of the body, which are computed when they are read, and the stored head.
 
-        `rule_of` returns the rule of a tensor by its name inside the body; `elementwise` tells whether a rule can be
-        applied to flat slices. The tensors have the fine-tune's dtypes, and the names under which its class is saved.
+        The tensors have the fine-tune's dtypes, and the names under which its class is saved.
+
+        Args:
+            adaptation: The full fine-tune.
+            upgrade: The two bases.
+            rule_of: Returns the rule that computes a tensor from the new, tuned and old ones, by its name in the body.
+            elementwise: Whether the rules can be applied to flat slices.
         """
         self.check_bodies(adaptation, upgrade)
         old = upgrade.old.named
         new = upgrade.new.named
-        tuned = named(adaptation.checkpoint, config_of(adaptation))
+        tuned = named(adaptation.checkpoint, read_tuned_config(adaptation))
         pairs = counterparts(new, tuned, old)
         rows = match_token_rows(adaptation, upgrade)
         entries = {}
@@ -242,7 +255,7 @@ def check_classifier(folder: Path, config: dict[str, Any]) -> None:
     """Check that a model belongs to a task type.
 
     Args:
-        folder: The model's folder.
+        folder: The model's folder, for error messages.
         config: The content of its `config.json`.
 
     Raises:
@@ -251,19 +264,21 @@ def check_classifier(folder: Path, config: dict[str, Any]) -> None:
     if Full().matching_task_types(config):
         return
     if Full().matching_task_types({**config, "problem_type": None}):
-        supported = {
-            str(problem) for task_type in task_types().values() for problem in task_type.problem_types if problem
+        problem_types = {
+            problem_type for task_type in task_types().values() for problem_type in task_type.problem_types
         }
+        supported = {str(problem_type) for problem_type in problem_types if problem_type}
         raise CheckpointError(
             f"{folder}: was tuned for {config['problem_type']!r:.100}; supported are {' or '.join(sorted(supported))}."
         )
     raise CheckpointError(
-        f"{folder}: is no sequence classifier (its config.json names {config.get('architectures')}). Use the "
+        f"{folder}: is not a sequence classifier (its config.json names {config.get('architectures')}). Use the "
         "folder of a tuned model."
     )
 
 
 def _add_transformed(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, name: str, rule: Rule) -> torch.Tensor:
+    """Return new + rule(delta), or the tuned tensor bit by bit if the upgrade did not change it."""
     import torch
 
     if torch.equal(new, old):
@@ -273,7 +288,8 @@ def _add_transformed(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, 
 
 def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
     """Return the content of `config.json` on the new base, with the new base's settings unless tuning changed them."""
-    tuned, old, new = config_of(adaptation).to_dict(), upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
+    tuned = read_tuned_config(adaptation).to_dict()
+    old, new = upgrade.old.config.to_dict(), upgrade.new.config.to_dict()
     has_same_ids = match_token_rows(adaptation, upgrade) is None
     return adaptation.config | upgraded_settings(
         tuned, old, new, is_decoder=upgrade.old.is_decoder, has_same_ids=has_same_ids
@@ -284,14 +300,13 @@ def _check_tokens(adaptation: Adaptation, model: Any, base: Base) -> None:
     """Check that the embeddings have a row for every token of the base's tokenizer."""
     if base.architecture.embeddings is None:  # CANINE hashes characters
         return
-    rows = model.get_input_embeddings().weight.shape[0]
-    # tokens beyond the base's own rows are refused when texts contain them
-    token, largest_id = max(
-        ((token, i) for token, i in base.tokenizer.get_vocab().items() if i < base.vocabulary_size),
-        key=lambda item: item[1],
-    )
-    if largest_id >= rows:
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    # tokens for which the base has no rows either are refused when texts contain them
+    ids = {token: i for token, i in base.tokenizer.get_vocab().items() if i < base.vocabulary_size}
+    token = max(ids, key=lambda candidate: ids[candidate])
+    largest_id = ids[token]
+    if largest_id >= num_rows:
         raise MismatchError(
-            f"{adaptation.path}: its embeddings have {rows:,} rows, but the tokenizer has ids up to {largest_id:,} "
+            f"{adaptation.path}: its embeddings have {num_rows:,} rows, but the tokenizer has ids up to {largest_id:,} "
             f"({token!r}). Was it tuned on {base.path}? If tokens were removed, copy its tokenizer into its folder."
         )

@@ -1,4 +1,4 @@
-"""The family of LoRAs: their product scaling·B·A is a dense delta of a weight."""
+"""The family of LoRAs, whose product scaling·B·A is a dense delta of a weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from regraft.adaptation.families.peft_adapter import Peft, peft_state
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import stored_head
 from regraft.adaptation.layout import as_loaded_by_peft, resolve_updates
-from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PARTS, PEFT_PREFIX, fold_start, is_initialised_from_base
+from regraft.adaptation.lora import (
+    ADAPTER,
+    DETERMINED_INITS,
+    PARTS,
+    PEFT_PREFIX,
+    is_initialised_from_base,
+    subtract_initial_factors,
+)
 from regraft.adaptation.lora_transform import transform_factors
 from regraft.adaptation.merge import CANNOT_MERGE, merge_lora
 from regraft.architecture import architecture_of
@@ -32,16 +39,16 @@ if TYPE_CHECKING:
 
 
 class Lora(Peft):
-    """LoRAs and DoRAs. One whose initialisation changed its base is saved and grafted as a plain LoRA."""
+    """LoRAs and DoRAs. A LoRA whose initialisation changed its base is saved and grafted as a plain LoRA."""
 
     def changed_base(self, config: Mapping[str, Any]) -> bool:
-        """Return whether it was initialised from the base's weights, as PiSSA is."""
+        """Return whether the LoRA was initialised from the base's weights, as PiSSA is."""
         return is_initialised_from_base(config.get("init_lora_weights", True))
 
     def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
     ) -> Any:
-        """Wrap the model with PEFT, and check that an initialisation from the weights finds enough directions."""
+        """Wrap the model with PEFT, and check that an initialisation from the weights reaches the full rank."""
         adapted = super().attach_adapter(model, base, head, config, heads, modules)
         if is_initialised_from_base(config.init_lora_weights):
             _check_ranks(adapted, base)
@@ -62,20 +69,22 @@ class Lora(Peft):
         """Convert the factors of separate experts to those of fused experts, as PEFT does."""
         return as_loaded_by_peft(adaptation.checkpoint, adapted)
 
-    def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
-        """Write it with PEFT; given its initial factors, write the equivalent plain LoRA."""
-        super().save(model, base, into, start)
-        if start:
-            write_adapter(into, *fold_start(peft_state(model), start, read_json(into / ADAPTER_CONFIG)))
+    def save(self, model: Any, base: Base, folder: Path, initial_factors: Tensors) -> None:
+        """Write the LoRA with PEFT; if it has initial factors, write the equivalent plain LoRA."""
+        super().save(model, base, folder, initial_factors)
+        if initial_factors:
+            config = read_json(folder / ADAPTER_CONFIG)
+            tensors, plain_config = subtract_initial_factors(peft_state(model), initial_factors, config)
+            write_adapter(folder, tensors, plain_config)
 
     def plain_adapter(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, Mapping[str, Any]]:
-        """Subtract the initial factors, which are reproduced from the base."""
+        """Subtract the initial factors of a LoRA that changed its base, which are reproduced from the base."""
         if not adaptation.changed_base:
             return super().plain_adapter(adaptation, old)
         check_reproducible_init(adaptation)
         head = stored_head(adaptation, old)
         model = self.prepare_for_tuning(fresh_model(old, head, 0), old, head, self.read_config(adaptation), 0)
-        return fold_start(adaptation.checkpoint, self.initial_factors(model), adaptation.config)
+        return subtract_initial_factors(adaptation.checkpoint, self.initial_factors(model), adaptation.config)
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
@@ -95,11 +104,13 @@ class Lora(Peft):
         """Return the tensors of the merged model; None for a LoRA that cannot be merged."""
         if any(adaptation.config.get(key) for key in CANNOT_MERGE):
             return None
-        merged = merge_lora(*self.plain_adapter(adaptation, old), old.checkpoint, labels=adaptation.labels).tensors
-        return merged, {inner: name for name in merged if (inner := old.architecture.identify(name)) in old.body}
+        adapter, config = self.plain_adapter(adaptation, old)
+        merged = merge_lora(adapter, config, old.checkpoint, labels=adaptation.labels).tensors
+        inner_names = {name: old.architecture.identify(name) for name in merged}
+        return merged, {inner: name for name, inner in inner_names.items() if inner is not None and inner in old.body}
 
     def check_linear(self, adaptation: Adaptation) -> None:
-        """Check that all of its tensors are factors of linear layers."""
+        """Check that all of the LoRA's tensors are factors of linear layers."""
         unsupported = [
             name
             for name, stored_tensor in adaptation.checkpoint.tensors.items()
@@ -107,8 +118,8 @@ class Lora(Peft):
         ]
         if unsupported:
             raise KindError(
-                f"{adaptation.path}: tensor {unsupported[0]!r} is no B or A of a linear layer. Use direct or init, or "
-                "convert it to full first."
+                f"{adaptation.path}: tensor {unsupported[0]!r} is not a B or A of a linear layer. Use direct or init, "
+                "or convert it to full first."
             )
 
     def proportional_parameter(self, parameter: str, model: Any) -> str | None:
@@ -124,7 +135,7 @@ def check_reproducible_init(adaptation: Adaptation) -> None:
         adaptation: The adaptation.
 
     Raises:
-        CheckpointError: It was initialised from the base's weights in a way that depends on data or chance.
+        CheckpointError: The LoRA was initialised from the base's weights in a way that depends on data or chance.
     """
     init = adaptation.config.get("init_lora_weights")
     if adaptation.changed_base and str(init).lower() not in DETERMINED_INITS:
@@ -135,18 +146,22 @@ def check_reproducible_init(adaptation: Adaptation) -> None:
 
 
 def _check_ranks(adapted: Any, base: Base) -> None:
-    """Check that no matrix has fewer directions than the rank, with which PEFT could not load the adapter."""
+    """Check that the initialisation yields as many directions as the rank, without which PEFT cannot load the LoRA."""
     for name, module in adapted.named_modules():
-        rank, factor = getattr(module, "r", {}), getattr(module, "lora_A", {})
-        if ADAPTER in factor and factor[ADAPTER].weight.shape[0] < rank[ADAPTER]:
+        factors = getattr(module, "lora_A", {})
+        if ADAPTER not in factors:
+            continue
+        rank = module.r[ADAPTER]
+        num_directions = factors[ADAPTER].weight.shape[0]
+        if num_directions < rank:
             raise RecipeError(
-                f"{base.path}: rank {rank[ADAPTER]} is more than the {factor[ADAPTER].weight.shape[0]} directions of "
+                f"{base.path}: rank {rank} is more than the {num_directions} directions of "
                 f"{name.removeprefix(PEFT_PREFIX)}, from which this LoRA is initialised. Choose at most that rank."
             )
 
 
 def _classifier(adaptation: Adaptation, base: Base) -> Architecture:
-    """Build the class that an adapter was tuned in, with its number of labels."""
+    """Build the classifier that an adapter was tuned in on the meta device, with its labels and rows of embeddings."""
     import transformers
 
     config = copy.deepcopy(base.config)
@@ -155,5 +170,5 @@ def _classifier(adaptation: Adaptation, base: Base) -> Architecture:
     config.label2id = {label: i for i, label in enumerate(head.labels)}
     if base.rows_override:
         config.get_text_config().vocab_size = base.rows_override
-    auto = getattr(transformers, head.type.auto_class)
-    return architecture_of(config, auto._model_mapping[type(config)].__name__)
+    auto_class = getattr(transformers, head.type.auto_class)
+    return architecture_of(config, auto_class._model_mapping[type(config)].__name__)

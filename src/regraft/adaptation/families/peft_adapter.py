@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Peft(Adapter):
-    """An adapter of one of PEFT's types."""
+    """An adapter of a type without a family of its own."""
 
     def config_class(self, config: Mapping[str, Any]) -> Any:
         """Return PEFT's config class of the type."""
@@ -56,8 +56,10 @@ class Peft(Adapter):
         from peft import get_peft_model
 
         config = copy.deepcopy(config)
-        config.task_type, config.inference_mode = head.type.peft_type, False
-        config.modules_to_save, config.base_model_name_or_path = modules, base.name
+        config.task_type = head.type.peft_type
+        config.inference_mode = False
+        config.modules_to_save = modules
+        config.base_model_name_or_path = base.name
         with quiet():
             try:
                 return get_peft_model(model, config, adapter_name=ADAPTER)
@@ -84,7 +86,8 @@ class Peft(Adapter):
                 if trainable:
                     self.make_trainable(adapted, config)
                 state = peft_state(adapted)
-                if absent := adaptation.checkpoint.tensors.keys() - state.keys():
+                absent = adaptation.checkpoint.tensors.keys() - state.keys()
+                if absent:
                     # embeddings to which a LoRA is applied, or that have more rows than the base's
                     with_embeddings = peft_state(adapted, embeddings=True)
                     state |= {name: with_embeddings[name] for name in absent if name in with_embeddings}
@@ -96,31 +99,31 @@ class Peft(Adapter):
         return adapted, state, self.stored_tensors(adaptation, adapted)
 
     def make_trainable(self, adapted: Any, config: Any) -> None:
-        """Make a loaded adapter trainable, if PEFT has not done so."""
+        """Make a loaded adapter trainable where PEFT does not; nothing to do for most types."""
 
     def stored_tensors(self, adaptation: Adaptation, adapted: Any) -> Tensors:
         """Return the stored tensors under PEFT's names in the model."""
         return adaptation.checkpoint
 
-    def save(self, model: Any, base: Base, into: Path, start: Tensors) -> None:
-        """Write the adapter with PEFT, with embeddings only if they differ from the base's."""
+    def save(self, model: Any, base: Base, folder: Path, initial_factors: Tensors) -> None:
+        """Write the adapter with PEFT, including embeddings only if they differ from the base's."""
         config = model.peft_config[ADAPTER]
         config.base_model_name_or_path = base.name
         config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
-        model.save_pretrained(str(into), save_embedding_layers=_are_embeddings_tuned(model, base))
-        (into / "README.md").unlink(missing_ok=True)  # the outcome has a model card with its scores
-        write_settings(into, json.loads((into / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+        model.save_pretrained(str(folder), save_embedding_layers=_are_embeddings_tuned(model, base))
+        (folder / "README.md").unlink(missing_ok=True)  # the outcome has a model card with its scores
+        write_settings(folder, json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
 
     def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
         """Remove the adapter."""
         return model.unload()
 
     def tunes_module_weight(self, module: str, base: Base) -> bool:
-        """Return whether the module is a copy that PEFT tunes and saves in full."""
+        """Return whether the module is a copy of the base's that PEFT tunes and saves in full."""
         return f".modules_to_save.{ADAPTER}" in module
 
     def parameter_names(self, model: Any) -> dict[str, str]:
-        """Return the names of the parameters by the names without the adapter's name."""
+        """Return the names of the parameters by their stored names, which lack the adapter's name."""
         return {name.replace(f".{ADAPTER}.", "."): name for name, _ in model.named_parameters()}
 
     def merge(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
@@ -138,9 +141,10 @@ class Peft(Adapter):
             merged.config.pad_token_id = model.config.pad_token_id  # the head reads the same token as with the adapter
             state = _merged_state(model)
             bare = merged.state_dict()
-            if unmatched := sorted(state.keys() ^ bare.keys()):
+            unmatched = sorted(state.keys() ^ bare.keys())
+            if unmatched:
                 raise RecipeError(
-                    f"{adaptation.path}: merged by PEFT, it is no full fine-tune of {old.path}: {len(unmatched)} "
+                    f"{adaptation.path}: merged by PEFT, it is not a full fine-tune of {old.path}: {len(unmatched)} "
                     f"tensors are in one of them only ({', '.join(unmatched[:4])}). It can be recycled, but not "
                     "converted."
                 )
@@ -152,7 +156,7 @@ class Peft(Adapter):
 
 
 def peft_state(model: Any, *, embeddings: bool = False) -> dict[str, torch.Tensor]:
-    """Return the tensors that PEFT stores of a model.
+    """Return the tensors of a model that PEFT stores.
 
     Args:
         model: A PEFT model.
@@ -183,19 +187,24 @@ def _are_embeddings_tuned(model: Any, base: Base) -> bool:
 
 
 def _merged_state(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a merged PEFT model under their plain names; PEFT's own `unload` would lose heads."""
+    """Return the tensors of a merged PEFT model under their plain names; PEFT's `unload` would lose heads."""
     state = model.state_dict().items()  # some kinds, such as VeRA, have shared tensors outside the model
     wrapped = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state if name.startswith(PEFT_PREFIX)}
-    layers = {name[: match.start()] for name in wrapped for match in re.finditer(r"\.base_layer(?=\.)", name)}
+    adapted_layers = {name[: match.start()] for name in wrapped for match in re.finditer(r"\.base_layer(?=\.)", name)}
+
+    def is_adapter_tensor(name: str) -> bool:
+        """Return whether a tensor is in a wrapper, but not in the layer that it wraps."""
+        path = name.split(".")
+        return any(
+            ".".join(path[:depth]) in adapted_layers and path[depth] != "base_layer" for depth in range(1, len(path))
+        )
+
     plain = {}
     for name, tensor in wrapped.items():
-        parts = name.split(".")
-        is_adapter_tensor = any(
-            ".".join(parts[:depth]) in layers and parts[depth] != "base_layer" for depth in range(1, len(parts))
-        )
-        if not is_adapter_tensor and ".original_module." not in name:
-            name = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(".token_adapter.", ".")
-            while ".base_layer." in name:  # wrappers of several parameters of a module are nested
-                name = name.replace(".base_layer.", ".")
-            plain[name] = tensor
+        if is_adapter_tensor(name) or ".original_module." in name:
+            continue
+        plain_name = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(".token_adapter.", ".")
+        while ".base_layer." in plain_name:  # wrappers of several parameters of a module are nested
+            plain_name = plain_name.replace(".base_layer.", ".")
+        plain[plain_name] = tensor
     return plain

@@ -1,4 +1,4 @@
-"""The families of adapters that put virtual tokens before each text: prompts and prefixes."""
+"""The families of adapters that put virtual tokens before each text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Prompt(Peft):
-    """Virtual tokens, stored as embeddings or as the keys and values of every layer."""
+    """Prompts: embeddings of virtual tokens. The base of all families with virtual tokens."""
 
     needs_task_type = True
 
@@ -30,12 +30,13 @@ class Prompt(Peft):
         """Read the config with PEFT, without an initial text, for which PEFT would load the tokenizer that it names."""
         config = super().read_config(adaptation, for_new_adapter=for_new_adapter)
         if getattr(config, "prompt_tuning_init", None) == "TEXT":
-            config.prompt_tuning_init, config.prompt_tuning_init_text = "RANDOM", None
+            config.prompt_tuning_init = "RANDOM"
+            config.prompt_tuning_init_text = None
             config.tokenizer_name_or_path = config.tokenizer_kwargs = None
         return config
 
     def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
-        """Check also that the virtual tokens are for a model with this number of layers."""
+        """Check the settings as for any adapter, and that the virtual tokens fit the base's number of layers."""
         super().check_settings(adaptation, base, head)
         config = adaptation.config
         file = f"{adaptation.path}/{ADAPTER_CONFIG}"
@@ -44,7 +45,7 @@ class Prompt(Peft):
         if config.get("num_transformer_submodules") not in (None, 1):
             raise MismatchError(f"{file}: num_transformer_submodules is not 1: the adapter is not for a classifier.")
         layers = config.get("num_layers")
-        if layers not in (None, base.config.num_hidden_layers):  # PEFT would drop those of the other layers
+        if layers not in (None, base.config.num_hidden_layers):  # PEFT would ignore the surplus layers
             raise MismatchError(
                 f"{adaptation.path}: is for a model with {layers} layers, {base.path} has "
                 f"{base.config.num_hidden_layers}: tensors would not be loaded."
@@ -58,14 +59,14 @@ class Prompt(Peft):
             parameter.requires_grad_("prompt_encoder." in name or ".modules_to_save." in name)
 
     def skip_projection(self, encoder: Any, config: Any) -> None:
-        """Remove the network that computed the virtual tokens: it is not saved, and they are tuned directly."""
+        """Skip the network that computed the virtual tokens, which is not saved: they are tuned directly."""
 
 
 class Prefix(Prompt):
-    """A prefix: keys and values of virtual tokens for every layer."""
+    """Prefixes: keys and values of virtual tokens for every layer."""
 
     def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
-        """Check also that the keys and values have the base's number of heads."""
+        """Check the settings as for any prompt, and that keys and values have the base's number of heads."""
         super().check_settings(adaptation, base, head)
         expected = getattr(base.config, "num_key_value_heads", None) or base.config.num_attention_heads
         heads = adaptation.config.get("num_attention_heads")
@@ -87,4 +88,5 @@ class PTuning(Prompt):
         """Replace the network by the identity."""
         import torch
 
-        encoder.encoder_type, encoder.mlp_head = "MLP", torch.nn.Identity()
+        encoder.encoder_type = "MLP"
+        encoder.mlp_head = torch.nn.Identity()
