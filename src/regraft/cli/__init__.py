@@ -14,20 +14,20 @@ from regraft.printable import printable
 
 
 class InterruptedCommand(Exception):
-    """Ctrl-C during a command, in a form that Typer lets through: it would end a KeyboardInterrupt silently."""
+    """Ctrl-C during a command: Typer would end a KeyboardInterrupt without a message."""
 
 
 class Commands(TyperGroup):
-    """The commands, whose interruptions and ends of files reach `main`."""
+    """A group of commands that passes interruptions and unexpected ends of files on to `main`."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command.
 
         Args:
-            ctx: Click's context.
+            ctx: Click's context, with the command's name and arguments.
 
         Returns:
-            What the command returns.
+            The command's return value.
 
         Raises:
             InterruptedCommand: Ctrl-C was pressed.
@@ -118,7 +118,7 @@ def _message(error: Exception) -> str:
 
 
 def _drop_output() -> None:
-    """Discard unwritten output if it cannot be written, which Python would try again on exit."""
+    """Discard output that cannot be written; Python would try to write it again on exit."""
     try:
         sys.stdout.flush()
     except OSError:

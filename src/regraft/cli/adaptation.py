@@ -19,7 +19,7 @@ AdaptationArgument = Annotated[
         show_default=False,
     ),
 ]
-SETTINGS = (  # of an adapter's config; those that are set are shown
+SETTINGS = (  # of an adapter's config, in the order in which those that are set are printed
     "r",
     "lora_alpha",
     "use_dora",
@@ -59,7 +59,7 @@ def convert(
     path: AdaptationArgument,
     old_base: options.OldBase,
     out: options.Out,
-    to: Annotated[str, typer.Option(help="full, or lora.")],
+    kind: Annotated[str, typer.Option("--to", help="full, or lora.")],
     new_base: Annotated[str | None, typer.Option(help="Upgraded base, if the result is for that.")] = None,
     rank: Annotated[int | None, typer.Option(help="For lora: rank of every layer.", min=1)] = None,
     energy: Annotated[
@@ -76,7 +76,7 @@ def convert(
 
     with show_progress() as progress:
         conversion = regraft.convert(
-            path, old_base, out, to, new=new_base, rank=rank, energy=energy, task=task, force=force, progress=progress
+            path, old_base, out, kind, new=new_base, rank=rank, energy=energy, task=task, force=force, progress=progress
         )
     print_text(f"{conversion.kind}: {conversion.preserved:.1%} of the delta's squared norm preserved")
     if conversion.excluded:
@@ -88,9 +88,9 @@ def print_adaptation(adaptation: "regraft.Adaptation", base: str | None, lineage
     """Print an adaptation's kind, size, settings, labels and lineage.
 
     Args:
-        adaptation: The adaptation.
+        adaptation: The adaptation, of which the headers of the weight files are read.
         base: The base that it was loaded on, if any.
-        lineage: What is known of its lineage with that base.
+        lineage: The relation of the two, in a word, as `Adaptation.check_base` returns it; None without a base.
     """
     from regraft.cli.terminal import print_pairs, size
 

@@ -40,11 +40,11 @@ def show(out: Annotated[Path, typer.Argument(help="Output folder of `regraft cha
 
 
 def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
-    """Print the scores along a chain: a table for each task and kind, a method and route a row.
+    """Print the scores along a chain: a table per task and kind, with a row per method and route.
 
     Args:
-        bases: The names of the bases.
-        rows: The hops.
+        bases: Names of the bases, in the chain's order.
+        rows: The results of all hops, as `run_chain` returns them.
     """
     from rich.markup import escape
 
@@ -53,9 +53,9 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
     from regraft.report.wording import MISSING, percent
     from regraft.task import find_metric
 
-    print_text(" → ".join(f"{number} {base}" for number, base in enumerate(bases)))
+    print_text(" → ".join(f"{index} {base}" for index, base in enumerate(bases)))
     summaries = summarise_routes(bases, rows)
-    columns = [*(f"base {number}" for number in range(len(bases))), "recovery,\nlast", "lost\na hop"]
+    columns = [*(f"base {index}" for index in range(len(bases))), "recovery,\nlast", "lost\na hop"]
     for task, kind in dict.fromkeys((summary.task, summary.kind) for summary in summaries):
         selected = [summary for summary in summaries if (summary.task, summary.kind) == (task, kind)]
         table = new_table(f"{task}, {kind}", ("method", "route"), columns)

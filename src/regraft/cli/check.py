@@ -1,5 +1,6 @@
-"""`regraft check`: find out whether the old weights still work."""
+"""`regraft check`: measure whether the old weights still work on the new base."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -68,16 +69,14 @@ def check(
 
 
 def _print_json(result: "regraft.Check | regraft.Diagnosis") -> None:
-    import dataclasses
-
     print(json.dumps(dataclasses.asdict(result), indent=2))
 
 
 def print_check(check: "regraft.Check") -> None:
-    """Print a check, a figure a line, with the verdict last.
+    """Print the figures of a check, one per line, then its verdict.
 
     Args:
-        check: The check.
+        check: The result of `regraft.check`.
     """
     from regraft.cli.terminal import print_pairs, print_text
     from regraft.diagnosis.check import describe
@@ -87,10 +86,10 @@ def print_check(check: "regraft.Check") -> None:
 
 
 def print_diagnosis(diagnosis: "regraft.Diagnosis", out: Path | None) -> None:
-    """Print a diagnosis, a figure a line, with the verdict last.
+    """Print the figures of a diagnosis, one per line, then its verdict.
 
     Args:
-        diagnosis: The diagnosis.
+        diagnosis: The result of `regraft.diagnose`.
         out: The folder that its record was written to, if any.
     """
     from regraft.cli.terminal import print_line, print_pairs, print_text
@@ -100,7 +99,8 @@ def print_diagnosis(diagnosis: "regraft.Diagnosis", out: Path | None) -> None:
     answered = [question for question in all_questions() if question.name in answers]
     pairs = [question.describe(answers[question.name], diagnosis.metric) for question in answered]
     if diagnosis.compared != "direct":
-        pairs.insert(1, [("compared below", f"the old deployment with {diagnosis.compared}")])  # after the check
+        # the figures of the check, which come first, are of direct
+        pairs.insert(1, [("compared below", f"the old deployment with {diagnosis.compared}")])
     pairs.append([(f"no {name}", reason) for name, reason in diagnosis.left_out.items()])
     print_pairs([pair for group in pairs for pair in group])
     verdict = diagnosis.verdict

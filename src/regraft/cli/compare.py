@@ -70,10 +70,10 @@ def _options_by_method(texts: list[str], methods: list[str]) -> dict[str, list[s
 
 
 def print_comparison(comparison: "regraft.Comparison") -> None:
-    """Print a comparison as a table, a method a row.
+    """Print a comparison as a table with a row per method.
 
     Args:
-        comparison: The comparison.
+        comparison: The result of `regraft.compare`.
     """
     from rich.markup import escape
 
@@ -86,16 +86,16 @@ def print_comparison(comparison: "regraft.Comparison") -> None:
     table = new_table(f"{comparison.task}: {comparison.metric} on {split}, seeds {seeds}", ("method",), columns)
     for row in rows:
         deviation = "" if row.test_deviation is None else f" ±{row.test_deviation:.3f}"
-        to_scratch = MISSING
+        steps_to_scratch = MISSING
         if row.steps_to_scratch is not None:
-            to_scratch = f"{row.steps_to_scratch:.0f} ({row.seconds_to_scratch or 0:.0f} s)"
+            steps_to_scratch = f"{row.steps_to_scratch:.0f} ({row.seconds_to_scratch or 0:.0f} s)"
         table.add_row(
             escape(row.method),
             f"{row.start:.3f}",
             f"{row.dev:.3f}",
             f"{row.test:.3f}{deviation}",
             percent(row.recovery, 0),
-            to_scratch,
+            steps_to_scratch,
             f"{100 * row.negative_flips:.1f} %",
             f"{row.labels:.0f}",
         )

@@ -61,7 +61,7 @@ def print_outcome(outcome: "regraft.Outcome") -> None:
     """Print an outcome's scores, notes, cost and folder.
 
     Args:
-        outcome: The outcome.
+        outcome: The outcome of a method or of a tuning.
     """
     from regraft.cli.terminal import print_line, print_text
 

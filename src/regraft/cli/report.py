@@ -24,8 +24,8 @@ def report(
     from regraft.cli.terminal import print_line
     from regraft.report import write_report
 
-    format_of_ending = "md" if out.suffix.lower() in (".md", ".markdown") else "html"
-    written = write_report(list(runs), out, format or format_of_ending, plots)  # type: ignore[arg-type]
-    print_line(f"report: {written}")
+    default_format = "md" if out.suffix.lower() in (".md", ".markdown") else "html"
+    report_file = write_report(list(runs), out, format or default_format, plots)  # type: ignore[arg-type]
+    print_line(f"report: {report_file}")
     if plots:
         print_line(f"charts: {plots}")

@@ -9,7 +9,8 @@ import regraft
 
 app = typer.Typer(help="Check a task file and the data it names.", no_args_is_help=True)
 
-MAX_STRATA = 20  # a split fills a screen at most
+MAX_STRATA = 20
+"""Classes shown of a split, so that it fits on a screen."""
 
 
 @app.callback()
@@ -45,10 +46,11 @@ def check(file: Annotated[Path, typer.Argument(help="Task file (YAML).", metavar
     print_text(f"metric {data.metric}, max_length {data.max_length} tokens, {outputs}{unlabelled}")
     if data.dev.source == data.train.source:
         print_text("dev is held out of train; to choose it yourself, name a file under `dev`")
-    for doubt in data_warnings(data):
-        print_text(doubt, style="yellow")
+    for warning in data_warnings(data):
+        print_text(warning, style="yellow")
 
 
 def _on_one_line(name: str) -> str:
     """Escape what does not print, such as a line break or an escape sequence in a label."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name)
+    letters = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name)
+    return "".join(letters)

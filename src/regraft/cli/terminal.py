@@ -1,4 +1,4 @@
-"""What the commands print with: a console, progress, tables and lines of text."""
+"""The console of the commands: progress bars, tables and lines of text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
     from regraft.progress import Progress as Callback
 
-SECONDS_BETWEEN_LINES = 10.0  # a log of an hour's training stays readable
+SECONDS_BETWEEN_LINES = 10.0
+"""Seconds between two lines of progress: a log of an hour's training stays readable."""
 
 
 class _Terminal(Console):
-    """A console on which text from files cannot act: its control characters are made visible, Rich's own stay."""
+    """A console that escapes the control characters in texts, which come from files; Rich's own work."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -94,7 +95,7 @@ def print_line(text: str) -> None:
     """Print a line as it is, such as a path to copy: it is not wrapped.
 
     Args:
-        text: The line.
+        text: The line, which may be wider than the terminal.
     """
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -103,8 +104,8 @@ def print_text(text: str, style: str | None = None) -> None:
     """Print prose, wrapped at the terminal's width.
 
     Args:
-        text: The prose.
-        style: Rich's name of a style.
+        text: The prose, without Rich's markup.
+        style: A style of Rich, such as `bold`.
     """
     console.print(text, style=style, highlight=False, markup=False)
 
@@ -113,7 +114,7 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two columns.
 
     Args:
-        pairs: Each name with its value.
+        pairs: Names with their values, at least one.
     """
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
@@ -124,9 +125,9 @@ def new_table(title: str | None, names: Sequence[str], figures: Sequence[str]) -
     """Return an empty table.
 
     Args:
-        title: What stands above it.
-        names: Heads of the columns of text.
-        figures: Heads of the columns of numbers, which follow and are aligned to the right.
+        title: Title above the table.
+        names: Headings of the columns of text.
+        figures: Headings of the columns of numbers, which follow and are aligned to the right.
     """
     table = Table(
         title=escape(title) if title else None,
@@ -135,18 +136,18 @@ def new_table(title: str | None, names: Sequence[str], figures: Sequence[str]) -
         pad_edge=False,
         collapse_padding=True,
     )
-    for head in names:
-        table.add_column(head, no_wrap=True)
-    for head in figures:
-        table.add_column(head, justify="right", no_wrap=True)
+    for heading in names:
+        table.add_column(heading, no_wrap=True)
+    for heading in figures:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
 def size(count: float) -> str:
-    """Format a number of bytes.
+    """Format a number of bytes with its unit, from B to TB.
 
     Args:
-        count: The bytes.
+        count: Number of bytes.
     """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

@@ -23,14 +23,17 @@ OLD_NAMES = {"--new": "--new-base", "--old": "--old-base", "--tuned": "--adaptat
 
 
 class _Command(TyperCommand):
-    """A command that also takes the names which its options had in version 0.1."""
+    """A command that also accepts the names of its options in version 0.1."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments.
+        """Replace old names of options, then parse.
 
         Args:
             ctx: Click's context.
-            args: The arguments.
+            args: The command's arguments, as typed.
+
+        Returns:
+            Click's list of the arguments that it did not parse.
         """
         pairs = [argument.partition("=") for argument in args]
         return super().parse_args(ctx, ["".join((OLD_NAMES.get(name, name), *value)) for name, *value in pairs])
@@ -81,7 +84,8 @@ def graft(
     from regraft.weights import NamedTensors, counterparts, graft_all
 
     factors = parse_factors(scale_for or [])
-    factors["*"] = factors.pop("*", require_finite("--scale", scale))  # last: the first pattern that matches counts
+    require_finite("--scale", scale)
+    factors["*"] = factors.pop("*", scale)  # moved to the end, since the first pattern that matches counts
     checkpoints = open_checkpoints({"new": new_base, "tuned": adaptation, "old": old_base}, check_finite)
     tensors = name_tensors(checkpoints)
     rows = match_vocabularies({role: checkpoint.folder for role, checkpoint in checkpoints.items()}, tensors)
@@ -136,6 +140,7 @@ def interpolate(
     from regraft.vocabulary import check_same_rows
     from regraft.weights import NamedTensors, interpolate_all
 
+    require_finite("--t", t)
     checkpoints = open_checkpoints({"first": first, "second": second}, check_finite)
     tensors = name_tensors(checkpoints)
     if isinstance(tensors["first"], NamedTensors):
@@ -146,7 +151,7 @@ def interpolate(
                 f"{'; '.join(differing[:4])}. No model between the two computes as both do."
             )
     check_same_rows({role: checkpoint.folder for role, checkpoint in checkpoints.items()}, tensors)
-    interpolated = interpolate_all(tensors["first"], tensors["second"], require_finite("--t", t))
+    interpolated = interpolate_all(tensors["first"], tensors["second"], t)
     provenance = {"operation": "interpolate", "t": t}
     write_result(interpolated, out, checkpoints, "first", provenance, shard_size, dry_run)
 
@@ -237,8 +242,8 @@ def distance(first: CheckpointArgument, second: CheckpointArgument, check_finite
     with show_progress() as progress:
         groups = distances(tensors["first"], tensors["second"], progress)
     table = new_table(None, ("",), ("L2", "of the norm", "cosine", "L2 a parameter", "parameters"))
-    for grouping, by_name in groups.items():
-        for name, measured in by_name.items():
+    for grouping, distance_by_name in groups.items():
+        for name, measured in distance_by_name.items():
             table.add_row(
                 "[bold]all[/]" if grouping == "whole" else name,
                 f"{measured.l2:.4g}",

@@ -1,4 +1,4 @@
-"""What the commands of `regraft weights` share: opening their checkpoints, and writing the result."""
+"""The inputs and the output of the commands of `regraft weights`."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def name_tensors(checkpoints: dict[str, Checkpoint]) -> dict[str, Mapping[str, t
     """Return tensors under the names of their transformers classes; where there is no class, under their stored names.
 
     Args:
-        checkpoints: The checkpoints, by role.
+        checkpoints: A command's checkpoints, by role.
 
     Returns:
-        The tensors by name, by the checkpoints' roles.
+        For each role, the tensors by name.
 
     Raises:
         CheckpointError: Some checkpoints are adapters and some are models.
@@ -80,7 +80,7 @@ def upgraded_config(checkpoints: Mapping[str, Checkpoint], has_class: bool, has_
         has_same_ids: Whether every token has the same id in all three.
 
     Returns:
-        The settings; none where a checkpoint has no config.
+        The settings; an empty dict if one of the checkpoints has no config.
     """
     from regraft.base import is_causal
     from regraft.checkpoint import read_json
@@ -100,14 +100,14 @@ def upgraded_config(checkpoints: Mapping[str, Checkpoint], has_class: bool, has_
 
 
 def check_separate(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Check that the output folder is none of the inputs.
+    """Check that the output folder is not one of the inputs.
 
     Args:
         out: The output folder.
-        checkpoints: The inputs, by role.
+        checkpoints: A command's inputs, by role.
 
     Raises:
-        OutcomeError: It is one of them.
+        OutcomeError: The output folder is the folder of an input.
     """
     for role, checkpoint in checkpoints.items():
         if out.resolve() == checkpoint.folder.resolve():
@@ -129,15 +129,15 @@ def write_result(
     """Write a command's result as a checkpoint folder, or print what that would take.
 
     Args:
-        tensors: The result.
+        tensors: The result, computed while it is written.
         out: The output folder.
-        checkpoints: The inputs, by role.
+        checkpoints: A command's inputs, by role.
         template: Role of the checkpoint whose config and tokenizer are copied.
-        operation: What was done to them, for the record.
+        operation: The operation and its settings, for the provenance.
         shard_size: Largest size of a file, in GB.
         dry_run: Print what writing would take, and write nothing.
         rows: How the rows of the vocabularies match; None where they are the same.
-        config: Settings that take the place of the template's.
+        config: Settings to write instead of the template's.
         tokenizer_folder: Folder to copy the tokenizer from, instead of the template's.
     """
     from regraft.checkpoint import TOKENIZER_FILES, copy_auxiliary_files, fingerprint, plan_checkpoint, write_folder
@@ -145,7 +145,8 @@ def write_result(
     from regraft.vocabulary import write_vocabulary
 
     check_separate(out, checkpoints)
-    shard_bytes = int(require_finite("--shard-size", shard_size) * 1e9)
+    require_finite("--shard-size", shard_size)
+    shard_bytes = int(shard_size * 1e9)
     if dry_run:
         plan = plan_checkpoint(tensors, out, shard_bytes)
         print_line(
@@ -179,13 +180,13 @@ def parse_factors(entries: list[str]) -> dict[str, float]:
     """Parse the values of `--scale-for`.
 
     Args:
-        entries: Each PATTERN=NUMBER.
+        entries: Texts of the form PATTERN=NUMBER.
 
     Returns:
         The factors, by pattern.
 
     Raises:
-        RecipeError: An entry is not of that form, or its number is not finite.
+        RecipeError: An entry has another form, or its number is not finite.
     """
     factors = {}
     for entry in entries:
@@ -197,20 +198,20 @@ def parse_factors(entries: list[str]) -> dict[str, float]:
             pattern = ""
         if not pattern:
             raise RecipeError(f"--scale-for takes PATTERN=NUMBER, found {entry!r}.")
-        factors[pattern] = require_finite(f"--scale-for {pattern}", factor)
+        require_finite(f"--scale-for {pattern}", factor)
+        factors[pattern] = factor
     return factors
 
 
-def require_finite(option: str, number: float) -> float:
-    """Return an option's number if it is finite.
+def require_finite(option: str, number: float) -> None:
+    """Check that the number of an option is finite.
 
     Args:
-        option: The option.
-        number: Its value.
+        option: Name of the option, as in `--scale`.
+        number: Value of the option.
 
     Raises:
-        RecipeError: It is infinite or NaN.
+        RecipeError: The number is infinite or NaN.
     """
     if not math.isfinite(number):
         raise RecipeError(f"{option} takes a finite number, found {number}.")
-    return number

@@ -84,13 +84,13 @@ def write_corpus(domain: str, path: Path, limit: int | None = None, seed: int = 
         The number of characters written.
 
     Raises:
-        RecipeError: There is no such domain, or the limit is not positive.
+        RecipeError: No domain has that name, or the limit is not positive.
         DataError: A package cannot be fetched, or a file cannot be read or written.
     """
     if domain not in DOMAINS:
         raise RecipeError(f"There is no domain {domain!r}: choose one of {', '.join(DOMAINS)}.")
     if limit is not None and limit < 1:
-        raise RecipeError(f"A corpus limit of {limit} characters is too small: give at least 1.")
+        raise RecipeError(f"A corpus limit of {limit} characters is too small: use at least 1.")
     collected = _collect(DOMAINS[domain], limit, {key for file in exclude for key in _column_keys(file)})
     random.Random(seed).shuffle(collected)
     written = 0
@@ -143,4 +143,4 @@ def _column_keys(file: Path) -> Iterator[bytes]:
             for row in csv.DictReader(stream):
                 yield texts.text_key(row["text"])
     except (OSError, KeyError) as error:
-        raise DataError(f"{file}: is no CSV file with a column 'text' ({error}).") from error
+        raise DataError(f"{file}: is not a CSV file with a column 'text' ({error}).") from error

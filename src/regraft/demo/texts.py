@@ -52,16 +52,16 @@ class Licence(NamedTuple):
 
 
 def clean(text: str) -> str:
-    """Put a text on one line: HTML line breaks and runs of white space become single spaces.
+    """Put a text on one line: HTML line breaks and runs of whitespace become single spaces.
 
     Args:
-        text: The text.
+        text: The text, which may have HTML line breaks.
     """
     return " ".join(text.replace("<br />", " ").split())
 
 
 def text_key(text: str) -> bytes:
-    """Return a key that is equal for texts that differ only in letter case and white space.
+    """Return a key that is equal for texts that differ only in letter case and whitespace.
 
     Args:
         text: The text.
@@ -151,7 +151,7 @@ def licences(wheel: Path) -> Iterator[Licence]:
         wheel: The package's wheel.
 
     Yields:
-        Each licence or notice; of notices, the category is that of their licence.
+        Each licence or notice; a notice has its licence's category.
     """
     categories: dict[str, str] = {}
     for _, raw in _texts(wheel, "licensedcode/data/licenses/", ".LICENSE"):
