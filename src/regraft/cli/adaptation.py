@@ -37,7 +37,7 @@ SETTINGS = (  # of an adapter's config, in the order in which those that are set
 def show(
     path: AdaptationArgument,
     base: Annotated[
-        str | None, typer.Option(help="Base to load it on, to check its lineage and that all of it loads.")
+        str | None, typer.Option(help="Base to load it on, which checks its lineage and that every tensor loads.")
     ] = None,
 ) -> None:
     """Show what an adaptation consists of; with a base, also whether it belongs to it."""
@@ -59,15 +59,15 @@ def convert(
     path: AdaptationArgument,
     old_base: options.OldBase,
     out: options.Out,
-    kind: Annotated[str, typer.Option("--to", help="full, or lora.")],
-    new_base: Annotated[str | None, typer.Option(help="Upgraded base, if the result is for that.")] = None,
+    kind: Annotated[str, typer.Option("--to", help="Kind to convert to: full or lora.")],
+    new_base: Annotated[str | None, typer.Option(help="New base, if the result is to be on that.")] = None,
     rank: Annotated[int | None, typer.Option(help="For lora: rank of every layer.", min=1)] = None,
     energy: Annotated[
         float | None, typer.Option(help="For lora: share of each delta's squared norm to preserve, 0 to 1.")
     ] = None,
     task: Annotated[
         Path | None,
-        typer.Option(help="For lora: task file; the outputs on its texts are approximated rather than the weights."),
+        typer.Option(help="For lora: task file, on whose texts the outputs are approximated, rather than the weights."),
     ] = None,
     force: options.Force = False,
 ) -> None:

@@ -17,7 +17,7 @@ app = typer.Typer(help="Carry adaptations along a chain of bases, hop by hop or 
 @app.command()
 def run(
     file: Annotated[Path, typer.Argument(help="Chain file (YAML).", metavar="FILE")],
-    out: Annotated[Path, typer.Option(help="Output folder. What is already in it is not made again.")],
+    out: Annotated[Path, typer.Option(help="Output folder. Results of the same inputs in it are left as they are.")],
     report_to: options.ReportTo = None,
 ) -> None:
     """Tune on the first base, and recycle along the chain."""

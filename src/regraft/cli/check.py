@@ -28,7 +28,8 @@ def check(
         typer.Option(help="With --deep: outcome on the new base to compare with; repeat for other seeds."),
     ] = None,
     checkpoint: Annotated[
-        list[str] | None, typer.Option(help="With --deep: bases between the old and the new one, in order.")
+        list[str] | None,
+        typer.Option(help="With --deep: base between the old and the new one; repeat in order."),
     ] = None,
     text: Annotated[
         list[str] | None,

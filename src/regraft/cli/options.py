@@ -12,17 +12,17 @@ import typer
 
 from regraft.recipe import Recipe
 
-OldBase = Annotated[str, typer.Option(help="Base that the adaptation was tuned on: a folder or a hub id@revision.")]
-NewBase = Annotated[str, typer.Option(help="Upgraded base: a folder or a hub id@revision.")]
+OldBase = Annotated[str, typer.Option(help="Old base, of the adaptation: a folder or a hub id@revision.")]
+NewBase = Annotated[str, typer.Option(help="New base: a folder or a hub id@revision.")]
 Adaptation = Annotated[Path, typer.Option(help="Adaptation: an outcome, or a folder saved by transformers or PEFT.")]
 Task = Annotated[Path, typer.Option(help="Task file (YAML).")]
-Out = Annotated[Path, typer.Option(help="Output folder. One that was already made from the same inputs is left as is.")]
-Shots = Annotated[int | None, typer.Option(help="Tune on this many training examples of each class only.", min=1)]
+Out = Annotated[Path, typer.Option(help="Output folder. A result of the same inputs in it is left as it is.")]
+Shots = Annotated[int | None, typer.Option(help="Tune on only this many training examples per class.", min=1)]
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(help="Tracker to report to: tensorboard (writes to OUT-logs), trackio, wandb, …", show_default=False),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Go on although the adaptation records another base.")]
+Force = Annotated[bool, typer.Option("--force", help="Proceed even if the adaptation records a different base.")]
 
 
 def recipe_flags(defaults: Recipe | None = None, omit: Collection[str] = ()) -> Callable[[Callable[..., None]], Any]:

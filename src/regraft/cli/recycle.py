@@ -24,11 +24,14 @@ def recycle(
     ] = None,
     head: Annotated[
         str,
-        typer.Option(help="copy: take the old head; resize: match its labels to the task's by name; fresh: a new one."),
+        typer.Option(help="copy: keep the old head; resize: match labels by name; fresh: use a new head."),
     ] = "copy",
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Copy the embeddings, norms and biases that an adapter stores as they are."),
+        typer.Option(
+            "--replace",
+            help="Copy, not graft, the embeddings, norms and biases that an adapter stores.",
+        ),
     ] = False,
     shots: options.Shots = None,
     report_to: options.ReportTo = None,

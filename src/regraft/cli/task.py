@@ -20,7 +20,7 @@ def group() -> None:
 
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="Task file (YAML).", metavar="FILE")]) -> None:
-    """Read a task and show its splits, or name the row of the file that is wrong."""
+    """Read a task and show its splits, or name the first invalid row of its files."""
     from rich.markup import escape
 
     from regraft.cli.terminal import console, new_table, print_text

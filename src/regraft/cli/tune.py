@@ -18,7 +18,7 @@ def tune(
     kind: Annotated[
         str,
         typer.Option(
-            help="full, lora, rslora, dora, pissa, olora, ia3, prefix, prompt, layernorm, bottleneck or pfeiffer."
+            help="Kind: full, lora, rslora, dora, pissa, olora, ia3, prefix, prompt, layernorm, bottleneck or pfeiffer."
         ),
     ] = "full",
     rank: Annotated[int, typer.Option(help="Rank of a LoRA; its alpha is twice the rank.", min=1)] = 8,

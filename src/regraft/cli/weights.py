@@ -43,9 +43,9 @@ app = typer.Typer(help="Arithmetic on checkpoints of any size, from disk to disk
 
 Tuned = Annotated[str, typer.Option("--adaptation", help="Full fine-tune of the old base.")]
 OldBase = Annotated[str, typer.Option(help="Old base: a folder, a safetensors file or a hub id@revision.")]
-NewBase = Annotated[str, typer.Option(help="Upgraded base: a folder, a safetensors file or a hub id@revision.")]
+NewBase = Annotated[str, typer.Option(help="New base: a folder, a safetensors file or a hub id@revision.")]
 ShardSize = Annotated[float, typer.Option(help="Largest size of an output file, in GB.", min=0.001)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it takes in disk and memory, and write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the disk space and memory needed; write nothing.")]
 CheckFinite = Annotated[bool, typer.Option("--check-finite", help="Refuse inputs with infinite or NaN values.")]
 CheckpointArgument = Annotated[
     str,
@@ -78,7 +78,7 @@ def graft(
     check_finite: CheckFinite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Graft a full fine-tune onto the new base: new + scale·(tuned − old). Heads are copied."""
+    """Graft a full fine-tune onto the new base: new + scale·(adaptation − old). Heads are copied."""
     from regraft.cli.terminal import print_text
     from regraft.vocabulary import match_vocabularies, merged_tokenizer
     from regraft.weights import NamedTensors, counterparts, graft_all
@@ -113,7 +113,7 @@ def delta(
     check_finite: CheckFinite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the delta of a full fine-tune: tuned − old, in float32."""
+    """Write the delta of a full fine-tune: adaptation − old, in float32."""
     from regraft.vocabulary import check_one_vocabulary
     from regraft.weights import delta_all
 
@@ -196,7 +196,7 @@ def extract_lora(
 
 @app.command("merge-lora", cls=_Command)
 def merge_lora(
-    base: Annotated[str, typer.Option(help="Base to merge it into: a folder or a hub id@revision.")],
+    base: Annotated[str, typer.Option(help="Base to merge into: a folder or a hub id@revision.")],
     adaptation: Annotated[str, typer.Option(help="PEFT folder of a LoRA, rsLoRA or DoRA.")],
     out: options.Out,
     start: Annotated[str | None, typer.Option(help="For PiSSA and OLoRA: the adapter as it was initialised.")] = None,
@@ -204,7 +204,7 @@ def merge_lora(
     check_finite: CheckFinite = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Merge a LoRA, and all else that the adapter tuned, into a base: a transformers folder."""
+    """Merge a LoRA, and the other tensors that its adapter tuned, into a base."""
     from regraft.adaptation import load_adaptation, read_lora_config
     from regraft.adaptation import merge_lora as merge
     from regraft.checkpoint import find_path
