@@ -173,7 +173,7 @@ class Family(ABC):
 
     @abstractmethod
     def prepare_for_tuning(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
-        """Implement the function `attach`."""
+        """Implement the function `prepare_for_tuning`."""
 
     def initial_factors(self, model: Any) -> Tensors:
         """Implement the function `initial_factors`."""

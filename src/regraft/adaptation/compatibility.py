@@ -34,7 +34,7 @@ ROTARY_SETTINGS = {
     "rotary_emb_base": "rope_theta",
     "partial_rotary_factor": "partial_rotary_factor",
     "rotary_pct": "partial_rotary_factor",
-    "rope_scaling": None,  # the whole of `rope_parameters`
+    "rope_scaling": None,  # equals all of `rope_parameters`
 }
 
 
@@ -88,7 +88,7 @@ def check_computation(adaptation: Adaptation, base: Base) -> None:
     """
     if differing := differing_settings(read_tuned_config(adaptation), adaptation.path, base.config, base.path):
         raise MismatchError(
-            f"{adaptation.path}/config.json differs from that of {base.path}: {'; '.join(differing[:4])}. The same "
+            f"{adaptation.path}/config.json differs from {base.path}'s: {'; '.join(differing[:4])}. The same "
             "weights would compute something else. Was it tuned on that base?"
         )
 

@@ -69,7 +69,7 @@ def new_config(
         A config of PEFT, or of regraft for bottleneck adapters; None for `full`.
 
     Raises:
-        RecipeError: There is no such kind, or a size is below 1, above `MAX_SIZE_RATIO` times the base's width, or, for
+        RecipeError: The kind is unknown, or a size is below 1, above `MAX_SIZE_RATIO` times the base's width, or, for
             virtual tokens, leaves no room for text.
         KindError: The architecture does not support the kind.
     """

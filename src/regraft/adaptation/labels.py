@@ -82,7 +82,7 @@ def label_tensor_names(base: Base, task_type: type[Task]) -> list[str]:
 
     auto_class: Any = getattr(transformers, task_type.auto_class)
     shapes = []
-    for num_labels in (3, 4):  # any two numbers: tensors whose shapes differ have a row per label
+    for num_labels in (3, 4):  # arbitrary: a tensor has a row per label if its shape differs between the two
         config = copy.deepcopy(base.config)
         config.num_labels = num_labels
         with torch.device("meta"):

@@ -61,7 +61,7 @@ def resolve_updates(
 
     Raises:
         CheckpointError: PEFT cannot put the adapter on the class, or tensors are missing or unexpected.
-        MismatchError: A tensor has another shape than in the model.
+        MismatchError: A tensor differs in shape from the model's.
     """
     from peft import get_peft_model_state_dict
 

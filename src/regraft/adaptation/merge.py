@@ -77,7 +77,7 @@ def merge_lora(
 
     Raises:
         CheckpointError: A tensor of the adapter is unexpected, or the initial adapter is needed.
-        MismatchError: The base lacks tensors of the model, or has them in another shape.
+        MismatchError: The base lacks tensors of the model, or has them in a different shape.
     """
     modules = {name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in (*base, *adapter)}
     check_patterns(config, modules, "the LoRA's adapter_config.json")
@@ -125,11 +125,11 @@ def read_lora_config(folder: Path) -> dict[str, Any]:
         folder: A PEFT folder.
 
     Raises:
-        CheckpointError: It is no LoRA.
+        CheckpointError: The folder has no adapter, or its adapter is not a LoRA.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
-        raise CheckpointError(f"{folder}: has no {file.name}, so it is no adapter. Use the folder of a LoRA.")
+        raise CheckpointError(f"{folder}: has no {file.name}, so it is not an adapter. Use the folder of a LoRA.")
     config = read_json(file)
     check_peft(folder, config)
     peft_type = config.get("peft_type")

@@ -84,7 +84,7 @@ def initial_factors(model: Any) -> Mapping[str, torch.Tensor]:
     """Return the initial factors of a LoRA whose initialisation changed its base, such as PiSSA.
 
     Args:
-        model: A model from `attach`, before the first step.
+        model: A model from `prepare_for_tuning`, before the first step.
 
     Returns:
         Copies of the tensors of A and B by stored name, for `save_model`; empty for other kinds.
@@ -101,11 +101,11 @@ def save_model(
     twice the rank. Without them, it is written unchanged: PEFT repeats the initialisation when it loads the adapter.
 
     Args:
-        model: A model from `fresh_model`, `attach` or `load_model`.
+        model: A model from `fresh_model`, `prepare_for_tuning` or `load_model`.
         base: Its base.
         head: Its head.
         folder: The folder to write.
-        initial_factors: The result of the function `initial_factors`, for a model from `attach`.
+        initial_factors: The result of the function `initial_factors`, for a model from `prepare_for_tuning`.
     """
     with quiet():
         family_of_model(model).save(model, base, folder, initial_factors or {})

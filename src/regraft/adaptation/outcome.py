@@ -129,13 +129,13 @@ def load_outcome(path: str | Path) -> Outcome:
         The outcome.
 
     Raises:
-        OutcomeError: The folder is no outcome folder.
+        OutcomeError: The folder is not an outcome folder.
     """
     file = Path(path) / "outcome.json"
     try:
         content = read_json(file)
     except CheckpointError as error:
-        raise OutcomeError(f"{path}: is no outcome folder ({error}). Choose another, or remove it.") from error
+        raise OutcomeError(f"{path}: is not an outcome folder ({error}). Choose another, or remove it.") from error
     return Outcome(Path(path), read_outcome_record(content, str(file)))
 
 

@@ -158,10 +158,10 @@ def read_outcome_record(content: dict[str, Any], file: str) -> OutcomeRecord:
 
     Args:
         content: The content of `outcome.json`.
-        file: Its path, for error messages.
+        file: Path of the file, for error messages.
 
     Raises:
-        OutcomeError: The schema is unknown, or a field is missing or of another type.
+        OutcomeError: The schema is unknown, or a field is missing or has the wrong type.
     """
     if content.get("schema") not in READABLE_SCHEMAS:
         raise OutcomeError(

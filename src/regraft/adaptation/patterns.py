@@ -26,7 +26,7 @@ for pattern in patterns:
     try:
         forms = [re.compile(form % pattern) for form in FORMS]
     except Exception as error:
-        sys.exit(f"{pattern!r:.200} is no regular expression ({error})")
+        sys.exit(f"{pattern!r:.200} is not a regular expression ({error})")
     for name in names:
         forms[0].search(name)
         for form in forms:

@@ -65,7 +65,7 @@ def graft_replaced(
     The magnitude m of a DoRA, the norms of the weight's rows, becomes ‖W_new‖ + (m − ‖W_old‖).
 
     Args:
-        adaptation: An adaptation that is no full fine-tune.
+        adaptation: An adaptation that is not a full fine-tune.
         tensors: Its tensors by stored name.
         upgrade: The two bases.
         match: How the rows of the vocabularies match; None if they are the same.
@@ -75,7 +75,7 @@ def graft_replaced(
         The tensors for the new base, and the names of the grafted ones.
 
     Raises:
-        MismatchError: A tensor has another shape than the base's, or rows of tokens that the base lacks.
+        MismatchError: A tensor differs in shape from the base's, or rows of tokens that the base lacks.
     """
     inners = {name: inner for name in tensors if (inner := replaced_parameter(name, upgrade.old)) is not None}
     replaced = {name: inner for name, inner in inners.items() if inner in upgrade.new.parameters}
@@ -115,7 +115,7 @@ def renumbered_settings(
     """Return an adapter's settings with the ids of its tuned tokens in the grafted vocabulary.
 
     Args:
-        adaptation: An adaptation that is no full fine-tune.
+        adaptation: An adaptation that is not a full fine-tune.
         settings: The content of its `adapter_config.json`.
         match: How the rows of the vocabularies match; None if they are the same.
 
@@ -190,7 +190,7 @@ def num_adapter_rows(adaptation: Adaptation, base: Base) -> int | None:
     """Return the number of rows of embeddings that an adapter stores or adapts; None if there are none.
 
     Args:
-        adaptation: An adaptation that is no full fine-tune.
+        adaptation: An adaptation that is not a full fine-tune.
         base: A base of its architecture.
     """
     names = (f"{base.prefix}.{base.architecture.embeddings}", str(base.architecture.embeddings))

@@ -29,7 +29,7 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
         The model in evaluation mode, and the names of its untrained tensors.
 
     Raises:
-        CheckpointError: A tensor is missing, unexpected or of another shape.
+        CheckpointError: A tensor is missing, unexpected or of the wrong shape.
     """
     check_model(architecture, Checkpoint.open(path))
     with quiet():

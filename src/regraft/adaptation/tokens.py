@@ -1,4 +1,4 @@
-"""Matching the tokens of an adaptation with those of both bases."""
+"""Match the tokens of an adaptation with the tokens of both bases."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
         The match; None if all three have the same tokens in the same rows.
 
     Raises:
-        CheckpointError: It has another number of rows than the old base, and no tokenizer to match them by.
+        CheckpointError: The number of rows differs from the old base's, and there is no tokenizer to match them by.
         MismatchError: A tokenizer has more tokens than there are rows.
     """
     old, new = upgrade.old, upgrade.new

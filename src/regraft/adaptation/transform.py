@@ -40,7 +40,7 @@ def write_transform(
         Names of tensors, as `write_graft` returns.
 
     Raises:
-        MismatchError: A tensor of the body is missing in a base, or has another shape in it.
+        MismatchError: A tensor of the body is missing in a base, or differs in shape from it.
         KindError: The adaptation's kind has no deltas.
     """
     check_transformable(adaptation)
@@ -56,7 +56,7 @@ def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = TRAN
         variants: The supported kinds.
 
     Raises:
-        KindError: It is of another kind, or a LoRA with more than B·A for linear layers.
+        KindError: The adaptation is of another kind, or is a LoRA with more than B·A for linear layers.
     """
     if adaptation.variant not in variants:
         raise KindError(

@@ -98,7 +98,7 @@ def check_same_layout(vector: Vector, reference: Vector) -> None:
         reference: The vector that it is compared with.
 
     Raises:
-        MismatchError: They differ in their kind, a shape or a setting.
+        MismatchError: The vectors differ in kind, in a shape or in a setting.
     """
     if vector.kind != reference.kind:
         raise MismatchError(
