@@ -1,4 +1,4 @@
-"""The diagnosis of an upgrade: one question a file."""
+"""The diagnosis of an upgrade: one module per question."""
 
 from regraft.diagnosis.blend import Blend
 from regraft.diagnosis.check import Check, check, check_pair

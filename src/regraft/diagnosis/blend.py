@@ -1,10 +1,10 @@
-"""One model whose tensors are linear combinations of those of others."""
+"""A model whose tensors are linear combinations of other models' tensors."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regraft.errors import MismatchError
 
@@ -12,42 +12,43 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+    from torch import nn
 
 
 class Blend:
-    """A model whose tensors are set, in place, to linear combinations of the tensors of other models.
+    """A model whose tensors are set, in place, to linear combinations of other models' tensors.
 
-    Tensors that are equal in all models are never rewritten, so blending two adapters on one base costs next to
-    nothing.
+    Tensors that are equal in all models are never rewritten, so blending two adapters on the same base writes only the
+    adapters' tensors.
 
     Args:
-        models: At least two models of one kind, size and architecture; they are not changed.
-        names: The models' names, for messages.
+        models: At least two models of the same kind, size and architecture; they are not changed.
+        names: The name of each model in error messages.
 
     Attributes:
         model: A copy of the first model, whose tensors `set_coefficients` changes.
 
     Raises:
-        MismatchError: A tensor is missing in one of the models, its shapes or types differ, or it holds integers that
+        MismatchError: A tensor is missing in one of the models, differs in shape or type, or holds integers that
             differ.
     """
 
-    def __init__(self, models: Sequence[Any], names: Sequence[str]):
-        tensors = [named_tensors(model) for model in models]
-        for model_tensors, name in zip(tensors[1:], names[1:], strict=True):
-            _check_same_layout(tensors[0], model_tensors, names[0], name)
+    def __init__(self, models: Sequence[nn.Module], names: Sequence[str]):
+        model_tensors = [named_tensors(model) for model in models]
+        for tensors, name in zip(model_tensors[1:], names[1:], strict=True):
+            _check_same_layout(model_tensors[0], tensors, names[0], name)
         self.model = copy.deepcopy(models[0])
-        self._differing = [
-            (target, tuple(model_tensors[name] for model_tensors in tensors))
-            for name, target in named_tensors(self.model).items()
-            if any(not tensors[0][name].equal(model_tensors[name].to(target.device)) for model_tensors in tensors[1:])
-        ]
+        self._differing: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = []
+        for name, target in named_tensors(self.model).items():
+            sources = tuple(tensors[name] for tensors in model_tensors)
+            if any(not sources[0].equal(source.to(target.device)) for source in sources[1:]):
+                self._differing.append((target, sources))
 
     def set_coefficients(self, *coefficients: float) -> None:
-        """Set the model to (1 − Σ cᵢ)·first + Σ cᵢ·modelᵢ; a combination of one model alone is exactly that model.
+        """Set the model to (1 − Σ cᵢ)·model₀ + Σ cᵢ·modelᵢ; where only one coefficient is not 0, copy that model.
 
         Args:
-            coefficients: The coefficient of each model but the first; negative ones and ones above 1 extrapolate.
+            coefficients: The coefficient cᵢ of each model after the first; below 0 or above 1 they extrapolate.
         """
         import torch
 
@@ -56,25 +57,26 @@ class Blend:
         is_single_model = len(nonzero) == 1 and all_coefficients[nonzero[0]] == 1
         with torch.no_grad():
             for target, sources in self._differing:
-                first, *further = (source.to(target.device) for source in sources)
-                if is_single_model:
+                if is_single_model:  # a sum could differ from the model in the last digits
                     target.copy_(sources[nonzero[0]])
-                elif len(further) == 1:
-                    torch.lerp(first, further[0], coefficients[0], out=target)
-                else:
-                    torch.mul(first, all_coefficients[0], out=target)
-                    for source, coefficient in zip(further, coefficients, strict=True):
-                        target.add_(source, alpha=coefficient)
+                    continue
+                tensors = [source.to(target.device) for source in sources]
+                if len(tensors) == 2:
+                    torch.lerp(tensors[0], tensors[1], coefficients[0], out=target)
+                    continue
+                torch.mul(tensors[0], all_coefficients[0], out=target)
+                for tensor, coefficient in zip(tensors[1:], coefficients, strict=True):
+                    target.add_(tensor, alpha=coefficient)
 
 
-def named_tensors(model: Any) -> dict[str, torch.Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and buffers of a model.
 
     Args:
-        model: A torch module.
+        model: A model of any architecture.
 
     Returns:
-        The tensors by name, detached.
+        The tensors by name, detached but not copied.
     """
     return {
         name: tensor.detach()
@@ -86,6 +88,7 @@ def named_tensors(model: Any) -> dict[str, torch.Tensor]:
 def _check_same_layout(
     first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], first_name: str, second_name: str
 ) -> None:
+    """Check that two models have the same tensors, by name, shape and type, and the same integers."""
     remedy = "Write both as one kind: `regraft adaptation convert … --to full`."
     for tensors, reference, name in ((first, second, first_name), (second, first, second_name)):
         if unmatched := [tensor_name for tensor_name in tensors if tensor_name not in reference]:

@@ -1,4 +1,4 @@
-"""Will the old weights still work on the new base?"""
+"""The effect of an upgrade on an adaptation that is not tuned again."""
 
 from __future__ import annotations
 
@@ -17,39 +17,44 @@ if TYPE_CHECKING:
 
     from regraft.adaptation import Adaptation
     from regraft.diagnosis.pair import DeploymentPair
-    from regraft.diagnosis.question import SummaryLines
+    from regraft.diagnosis.question import QuestionContext, SummaryLines
     from regraft.recipe import Recipe
     from regraft.task import Task, TaskData
     from regraft.upgrade import Upgrade
 
-_LINEAGE = {"proven": "records this old base", "unproven": "does not record its base", "forced": "records another base"}
+_LINEAGE_DESCRIPTIONS = {
+    "proven": "records this old base",
+    "unproven": "does not record its base",
+    "forced": "records another base",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The effect of an upgrade on old weights that are not tuned again.
+    """The effect of an upgrade on an adaptation that is not tuned again.
 
     Args:
         task: The task's name.
-        metric: The task's metric.
-        split: The split that was measured, `test` or `dev`.
+        metric: The name of the task's metric.
+        split: The split that was measured: `test`, or `dev` if the task has no test split.
         examples: The number of examples in that split.
-        old: The score of the old weights on the old base.
-        new: The score of the same weights on the new base.
-        floor: The score of guessing without looking at an input.
-        retained: (new − floor) / (old − floor); None if old is no better than the floor.
-        agreement: The share of examples for which both deployments predict the same.
-        negative_flips: The share of examples that were right and are wrong now.
-        positive_flips: The share of examples that were wrong and are right now.
+        old: The adaptation's score on the old base.
+        new: The adaptation's score on the new base.
+        floor: The chance score: the score of the best prediction that ignores the input.
+        retained: (new − floor) / (old − floor); None if old is no better than chance.
+        agreement: The score of the predictions on the new base against those on the old base, by the first metric of
+            the task type: in classification, the share of equal predictions.
+        negative_flips: The share of examples that were right before the upgrade and are wrong after it.
+        positive_flips: The share of examples that were wrong before the upgrade and are right after it.
         l2: The Euclidean distance between the bodies of the two bases.
-        relative: That distance divided by the norm of the old body.
+        relative: The distance `l2` divided by the norm of the old body.
         cosine: The cosine between the two bodies.
         effect: The norm of the change that the adaptation makes to the head's input on the old base, relative to the
             norm of that input.
-        lineage: `proven` if the adaptation records the old base's fingerprint, `forced` if it records another one,
+        lineage: `proven` if the adaptation records the old base's fingerprint, `forced` if it records a different one,
             `unproven` if it records none.
-        verdict: What to do, in one line.
-        guess: What the guess always predicts, in words.
+        verdict: The recommended action, in one line.
+        guess: The prediction with the chance score, in words.
     """
 
     task: str
@@ -81,22 +86,22 @@ def check(
     force: bool = False,
     progress: Progress = silent,
 ) -> Check:
-    """Put old weights on the new base without tuning them, and compare with the old deployment.
+    """Measure an adaptation on the new base without tuning it again, and compare with the old deployment.
 
     Args:
         upgrade: The old and the new base.
-        adaptation: The weights tuned on the old base, or their folder.
+        adaptation: The adaptation tuned on the old base, or its folder.
         task: A task file, a `Task` or its data.
-        recipe: The recipe whose seed and precision are used.
-        force: Whether to accept an adaptation that records another old base.
-        progress: The callback for each batch.
+        recipe: The recipe whose seed and precision are used; None for the default recipe.
+        force: Whether to accept an adaptation that records a different old base.
+        progress: Called after each batch.
 
     Returns:
         The scores, flips and distances, and a verdict; nothing is written.
 
     Raises:
         CheckpointError: A file of weights is incomplete.
-        DataError: The task's data cannot be used.
+        DataError: The task's data is malformed or has no labels.
         MismatchError: The bases, the adaptation and the task do not fit together.
     """
     with load_pair(upgrade, adaptation, task, recipe=recipe, force=force, progress=progress) as pair:
@@ -104,23 +109,27 @@ def check(
 
 
 def check_pair(pair: DeploymentPair) -> Check:
-    """Compare the old deployment with the same weights on the new base.
+    """Compare the old deployment with the same adaptation on the new base.
 
     Args:
-        pair: The two deployments.
+        pair: The old deployment, and the adaptation on the new base.
 
     Returns:
         The scores, flips and distances, and a verdict.
+
+    Raises:
+        MismatchError: An output is infinite or not a number.
     """
-    data, split = pair.data, pair.split
+    data = pair.data
+    split = pair.split
     old_predictions, new_predictions = pair.old_predictions, pair.new_predictions
     old = pair.old.score(split)
     new = pair.new.score(split)
-    floor = chance_score(data, split)
+    chance = chance_score(data, split)
     flips = count_flips(pair.old.right(split), pair.new.right(split))
     distance = pair.upgrade.distance()
-    beats_guessing = data.task.scoring.gain(old, floor) > 0
-    retained = (new - floor) / (old - floor) if beats_guessing else None
+    beats_chance = data.task.scoring.gain(old, chance) > 0
+    retained = (new - chance) / (old - chance) if beats_chance else None
     return Check(
         task=data.name,
         metric=data.metric,
@@ -128,7 +137,7 @@ def check_pair(pair: DeploymentPair) -> Check:
         examples=len(split),
         old=old,
         new=new,
-        floor=floor,
+        floor=chance,
         retained=retained,
         agreement=score(data.task.metrics[0], data.task.as_targets(old_predictions), new_predictions),
         negative_flips=flips.negative_rate,
@@ -138,12 +147,12 @@ def check_pair(pair: DeploymentPair) -> Check:
         cosine=distance.cosine,
         effect=pair.effect,
         lineage=pair.lineage,
-        verdict=_verdict(retained),
+        verdict=_advice(retained),
         guess=data.task.guess,
     )
 
 
-def _verdict(retained: float | None) -> str:
+def _advice(retained: float | None) -> str:
     if retained is None:
         return "The old weights are no better than guessing on their own base: there is nothing to carry over."
     return f"{100 * retained:.0f} % of the old score above guessing survives: {ADVICE[choose(retained)]}."
@@ -156,7 +165,7 @@ def describe(result: Check) -> SummaryLines:
         result: The check.
 
     Returns:
-        One line for each figure.
+        The label and text of one line per figure.
     """
     distance = f"L2 {result.l2:.2f}, {result.relative:.2%} of the norm, cosine {result.cosine:.6f}"
     return [
@@ -168,15 +177,16 @@ def describe(result: Check) -> SummaryLines:
         ("negative / positive flips", f"{result.negative_flips:.1%} / {result.positive_flips:.1%}"),
         ("distance of the bases", distance),
         ("effect on the old base", f"changes what the head reads by {result.effect:.1%}"),
-        ("lineage", f"{result.lineage}: the adaptation {_LINEAGE[result.lineage]}"),
+        ("lineage", f"{result.lineage}: the adaptation {_LINEAGE_DESCRIPTIONS[result.lineage]}"),
     ]
 
 
-QUESTION = Question(
-    "check",
-    10,
-    Check,
-    lambda context: check_pair(context.direct),
-    is_required=True,
-    describe=lambda result, metric: describe(result),
-)
+def _answer(context: QuestionContext) -> Check:
+    return check_pair(context.direct)
+
+
+def _describe(result: Check, _metric: str) -> SummaryLines:
+    return describe(result)
+
+
+QUESTION = Question("check", order=10, record=Check, answer=_answer, is_required=True, describe=_describe)

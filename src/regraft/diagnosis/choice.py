@@ -1,4 +1,4 @@
-"""What to do with old weights, by the share of their score that survives the upgrade."""
+"""The choice of how to carry an adaptation over, by the share of its score that survives the upgrade."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import Literal
 
 Choice = Literal["use as is", "training-free", "short tuning", "scratch"]
 
-# Not fitted to the cells of experiments/verdict, whose README says how often these thresholds choose right.
-MIN_SHARE_AS_IS, MIN_SHARE_TRAINING_FREE, MIN_SHARE_SHORT_TUNING = 0.95, 0.80, 0.35
-"""The smallest share of the score above guessing that must survive for each choice."""
-ADVICE: dict[str, str] = {
+# The smallest share of the score above chance that must survive for each choice. Higher thresholds tune more often than
+# necessary, lower ones keep worse scores. They are not fitted to experiments/verdict, whose README says how often they
+# choose right.
+MIN_SHARE_AS_IS = 0.95
+MIN_SHARE_TRAINING_FREE = 0.80
+MIN_SHARE_SHORT_TUNING = 0.35
+ADVICE: dict[Choice, str] = {
     "use as is": "use the old weights as they are (direct)",
     "training-free": "a method without training should close most of the gap (ridge)",
     "short tuning": "a short tuning from the old weights should close the gap (init+distill, ridge+distill)",
@@ -18,14 +21,14 @@ ADVICE: dict[str, str] = {
 
 
 def choose(share: float, gain: float = 0.0) -> Choice:
-    """Choose by the share of a score that survives.
+    """Choose how to carry an adaptation over.
 
     Args:
-        share: The new score over the expected one, both above guessing.
-        gain: By how much a probe finds the new base better at the task; no method without training can reach that.
+        share: The score on the new base divided by the expected score, both measured above chance.
+        gain: The gain of a linear probe's score from the old to the new base, which only training can use.
 
     Returns:
-        The choice.
+        The first choice whose threshold the share reaches.
     """
     if share >= MIN_SHARE_AS_IS:
         return "use as is"

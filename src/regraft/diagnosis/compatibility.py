@@ -1,4 +1,4 @@
-"""How long do old weights keep working while the base is pre-trained further?"""
+"""Scores of an adaptation, untuned, on checkpoints of its base's continual pre-training."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class CompatibilityPoint:
-    """The old weights, untuned, on one checkpoint between the old base and the new one.
+    """The old adaptation, untuned, on one checkpoint of the base.
 
     Args:
-        name: The checkpoint.
-        distance: Its L2 distance from the old base.
-        score: The score of the old weights on it.
-        loss: Their mean cross-entropy.
-        agreement: How well their predictions match those on the old base, by the first metric of the task type: in
+        name: The checkpoint's path or hub id.
+        distance: The checkpoint's L2 distance from the old base.
+        score: The adaptation's score on the checkpoint.
+        loss: The adaptation's mean loss on the checkpoint, in nats.
+        agreement: The score of the predictions against those on the old base, by the first metric of the task type: in
             classification, the share of equal predictions.
         steps: The number of pre-training steps that led to the checkpoint; None if its folder does not record it.
     """
@@ -49,50 +49,52 @@ class CompatibilityPoint:
 
 
 def compatibility(pair: DeploymentPair, checkpoints: Sequence[Base | str | Path]) -> tuple[CompatibilityPoint, ...]:
-    """Put old weights, untuned, on every checkpoint of continual pre-training.
+    """Measure the old adaptation, untuned, on every checkpoint of continual pre-training.
 
     Source: Qin et al., 2023 (arXiv:2305.08702), the pilot studies.
 
     Args:
-        pair: The old deployment.
-        checkpoints: Bases on the way, in order; the old and the new one need not be among them.
+        pair: The old deployment, and the settings in which it was measured.
+        checkpoints: Bases between the old and the new one, in order of pre-training.
 
     Returns:
         A point for the old base itself, then one for each checkpoint.
 
     Raises:
-        MismatchError: A checkpoint is no upgrade of the old base.
+        MismatchError: A checkpoint is not an upgrade of the old base.
     """
-    import numpy as np
-
-    split, data, old_base, old_predictions = pair.split, pair.data, pair.upgrade.old, pair.old_predictions
-    points = []
-    for number, checkpoint in enumerate([old_base, *checkpoints]):
+    old_base = pair.upgrade.old
+    num_points = 1 + len(checkpoints)
+    points = [_point(pair, Upgrade(old_base, old_base), pair.old, steps=0)]
+    pair.progress("compatibility", 1, num_points, {"score": points[0].score})
+    for checkpoint in checkpoints:
         upgrade = Upgrade(old_base, checkpoint)
-        deployment = pair.old
-        new_predictions = old_predictions
-        if number:
-            with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
-                write_graft(pair.adaptation, upgrade, Path(folder), pair.progress)
-                model = load_model(load_adaptation(folder), upgrade.new, data.head)
-                deployment = Deployment(model, upgrade.new, data, pair.precision, pair.progress)
-                new_predictions = deployment.predictions(split)
-        agreement = score(data.task.metrics[0].name, data.task.as_targets(old_predictions), new_predictions)
-        points.append(
-            CompatibilityPoint(
-                name=upgrade.new.name,
-                distance=upgrade.distance().l2,
-                score=deployment.score(split),
-                loss=deployment.loss(split),
-                agreement=float(np.float32(agreement)),
-                steps=_steps(upgrade.new) if number else 0,
-            )
-        )
-        pair.progress("compatibility", number + 1, len(checkpoints) + 1, {"score": points[-1].score})
+        with tempfile.TemporaryDirectory(prefix="regraft-") as folder:
+            write_graft(pair.adaptation, upgrade, Path(folder), pair.progress)
+            model = load_model(load_adaptation(folder), upgrade.new, pair.data.head)
+            deployment = Deployment(model, upgrade.new, pair.data, pair.precision, pair.progress)
+            points.append(_point(pair, upgrade, deployment, _recorded_steps(upgrade.new)))
+        pair.progress("compatibility", len(points), num_points, {"score": points[-1].score})
     return tuple(points)
 
 
-def _steps(base: Base) -> int | None:
+def _point(pair: DeploymentPair, upgrade: Upgrade, deployment: Deployment, steps: int | None) -> CompatibilityPoint:
+    """Measure a deployment of the old adaptation on the upgrade's new base."""
+    import numpy as np
+
+    task = pair.data.task
+    agreement = score(task.metrics[0].name, task.as_targets(pair.old_predictions), deployment.predictions(pair.split))
+    return CompatibilityPoint(
+        name=upgrade.new.name,
+        distance=upgrade.distance().l2,
+        score=deployment.score(pair.split),
+        loss=deployment.loss(pair.split),
+        agreement=float(np.float32(agreement)),  # the precision of the records of regraft 0.1
+        steps=steps,
+    )
+
+
+def _recorded_steps(base: Base) -> int | None:
     with contextlib.suppress(CheckpointError, ValueError, KeyError, TypeError):
         return int(read_json(base.path / PRETRAINING)["steps"])
     return None
@@ -111,4 +113,6 @@ def _describe(points: tuple[CompatibilityPoint, ...], metric: str) -> SummaryLin
     ]
 
 
-QUESTION = Question("compatibility", 80, tuple[CompatibilityPoint, ...], _answer, describe=_describe)
+QUESTION = Question(
+    "compatibility", order=80, record=tuple[CompatibilityPoint, ...], answer=_answer, describe=_describe
+)

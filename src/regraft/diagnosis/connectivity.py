@@ -1,4 +1,4 @@
-"""Does the loss rise on the straight line between two tuned models, or do they lie in one basin?"""
+"""Loss and score on the straight line between two tuned models, and the barrier between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from regraft.checkpoint.record import require_length
 from regraft.diagnosis.blend import Blend
-from regraft.diagnosis.question import Question
+from regraft.diagnosis.question import MIN_SEGMENT_POINTS, SEGMENT_POINTS, Question
 from regraft.errors import RecipeError
 from regraft.model import Deployment
 from regraft.progress import Progress, silent
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike
+    from torch import nn
 
     from regraft.base import Base
     from regraft.diagnosis.question import QuestionContext, SummaryLines
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-# A barrier up to 5 % of the larger end loss counts as none. Ends that are fitted to nearly no loss would turn any bump
-# into a barrier, hence at least 1 % of the loss of guessing; and two standard errors, so that the examples bear it out.
-END_LOSS_TOLERANCE, CHANCE_LOSS_TOLERANCE, STANDARD_ERRORS = 0.05, 0.01, 2.0
+END_LOSS_TOLERANCE = 0.05
+"""The largest barrier, relative to the larger end loss, between connected models. An arbitrary limit."""
+CHANCE_LOSS_TOLERANCE = 0.01
+"""The least tolerance, relative to the chance loss: if both end losses are near 0, any bump would be a barrier."""
+STANDARD_ERRORS = 2.0
+"""The standard errors added to the tolerance: about the 95 % interval of the examples' mean excess."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +40,12 @@ class Segment:
     """Loss and score on the straight line between two models, (1 − μ)·first + μ·second.
 
     Args:
-        ends: The names of the two models.
-        mu: The points that were evaluated, from 0 to 1.
-        loss: The mean cross-entropy in nats at each μ, by split.
-        score: The task's metric at each μ, by split.
+        ends: The names of the models at μ = 0 and μ = 1.
+        mu: The values of μ at which the models were evaluated, from 0 to 1.
+        loss: The mean loss in nats at each μ, by split.
+        score: The score by the task's metric at each μ, by split.
         barrier: The largest excess of the loss over the straight line between its end values, by split; 0 if none.
-        connected: Whether the barrier is small on every split, by the rule of `segment`.
+        connected: Whether the barrier is within the tolerance of `segment` on every split.
     """
 
     ends: tuple[str, str]
@@ -52,10 +56,10 @@ class Segment:
     connected: bool
 
     def __post_init__(self) -> None:
-        """Check that there is a value at each point."""
-        for name, splits in (("loss", self.loss), ("score", self.score)):
-            for split, values in splits.items():
-                require_length(values, len(self.mu), f"{name}: {split}")
+        """Refuse losses or scores of a split that do not have a value for each μ."""
+        for name, curves in (("loss", self.loss), ("score", self.score)):
+            for split, curve in curves.items():
+                require_length(curve, len(self.mu), f"{name}: {split}")
 
 
 def barrier(mu: ArrayLike, losses: ArrayLike) -> float:
@@ -73,48 +77,51 @@ def barrier(mu: ArrayLike, losses: ArrayLike) -> float:
         finite.
 
     Raises:
-        RecipeError: There are fewer than two positions, they do not ascend, or their number is not that of the losses.
+        RecipeError: There are fewer than two positions, they do not ascend, or positions and losses differ in number.
     """
-    positions, values = np.asarray(mu, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    is_ascending = positions.ndim == 1 and len(positions) >= 2 and (np.diff(positions) > 0).all()
-    if not is_ascending or values.shape != positions.shape:
+    mu_array = np.asarray(mu, dtype=np.float64)
+    loss_array = np.asarray(losses, dtype=np.float64)
+    is_ascending = mu_array.ndim == 1 and len(mu_array) >= 2 and (np.diff(mu_array) > 0).all()
+    if not is_ascending or loss_array.shape != mu_array.shape:
         raise RecipeError(
-            f"a barrier needs at least 2 ascending positions and a loss at each, found shapes {positions.shape} and "
-            f"{values.shape}."
+            f"a barrier needs at least 2 ascending positions and a loss at each, found shapes {mu_array.shape} and "
+            f"{loss_array.shape}."
         )
-    if not np.isfinite(values).all():
+    if not np.isfinite(loss_array).all():
         return math.inf
-    return max(0.0, float(_excess(positions, values).max(initial=0.0)))
+    return max(0.0, float(_excess(mu_array, loss_array).max(initial=0.0)))
 
 
 def segment(
-    first: Any,
-    second: Any,
+    first: nn.Module,
+    second: nn.Module,
     base: Base,
     data: TaskData,
     *,
-    points: int = 11,
+    points: int = SEGMENT_POINTS,
     precision: str = "fp32",
     ends: tuple[str, str] = ("old deployment", "new deployment"),
     progress: Progress = silent,
 ) -> Segment:
     """Measure loss and score at equally spaced points of the straight line between two tuned models.
 
-    Of adapters both the base and the adapter are interpolated, factor by factor. The two models count as connected if,
-    on every split, the barrier is at most 5 % of the larger end loss (or 1 % of the loss of guessing, if that is more)
-    plus two standard errors of the mean excess at the worst point, estimated from the losses of the examples.
+    For adapters, both the base and the adapter are interpolated, factor by factor. The two models count as connected
+    if, on every split, the barrier is at most `END_LOSS_TOLERANCE` of the larger end loss, or `CHANCE_LOSS_TOLERANCE`
+    of the chance loss if this is more. To this tolerance, `STANDARD_ERRORS` standard errors of the examples' mean
+    excess at the worst point are added.
 
     Source: finding 2 of Qin et al., 2023 (arXiv:2305.08702), who took 26 points.
 
     Args:
-        first: A classifier from `load_model`, at μ = 0; it is not changed.
-        second: Another of the same kind, at μ = 1.
-        base: A base with the tokenizer of both.
-        data: The task, with its classes in the order of both heads; `max_length` leaves room for virtual tokens.
+        first: A model with a head from `load_model`, at μ = 0; it is not changed.
+        second: A model of the same kind, at μ = 1; it is not changed.
+        base: A base with the tokenizer of both models.
+        data: The task's data, with labels in the order of both heads and a `max_length` that leaves room for virtual
+            tokens.
         points: The number of points, ends included; at least 3.
         precision: `bf16` or `fp32`.
         ends: The names of the two models.
-        progress: The callback for each point, with the loss there.
+        progress: Called after each point, with the loss of each split.
 
     Returns:
         Losses and scores on dev and, if there is one, test.
@@ -124,8 +131,8 @@ def segment(
         MismatchError: The two models differ in tensors, or their heads are not for the task's labels.
         RecipeError: There are fewer than 3 points.
     """
-    if points < 3:
-        raise RecipeError(f"a segment needs 3 points or more, found {points}.")
+    if points < MIN_SEGMENT_POINTS:
+        raise RecipeError(f"a segment needs {MIN_SEGMENT_POINTS} points or more, found {points}.")
     data.require_labels("the loss between two models")
     splits = {split.name: split for split in (data.dev, data.test) if split is not None}
     blend = Blend((first, second), ends)
@@ -133,16 +140,16 @@ def segment(
     mu = tuple(i / (points - 1) for i in range(points))
     example_losses: dict[str, list[Floats]] = {name: [] for name in splits}
     scores: dict[str, list[float]] = {name: [] for name in splits}
-    for number, position in enumerate(mu, start=1):
-        blend.set_coefficients(position)
+    for point_number, coefficient in enumerate(mu, start=1):
+        blend.set_coefficients(coefficient)
         deployment.clear_outputs()
         for name, split in splits.items():
             example_losses[name].append(deployment.losses(split).numpy())
             scores[name].append(deployment.score(split))
         mean_losses = {f"{name} loss": float(losses[-1].mean()) for name, losses in example_losses.items()}
-        progress("connectivity", number, points, mean_losses)
+        progress("connectivity", point_number, points, mean_losses)
     loss = {name: tuple(float(row.mean()) for row in losses) for name, losses in example_losses.items()}
-    barriers = {name: barrier(mu, values) for name, values in loss.items()}
+    barriers = {name: barrier(mu, losses) for name, losses in loss.items()}
     tolerances = {
         name: _tolerance(
             mu,
@@ -155,7 +162,7 @@ def segment(
         ends=ends,
         mu=mu,
         loss=loss,
-        score={name: tuple(values) for name, values in scores.items()},
+        score={name: tuple(split_scores) for name, split_scores in scores.items()},
         barrier=barriers,
         connected=all(barriers[name] <= tolerances[name] for name in splits),
     )
@@ -169,14 +176,15 @@ def _excess(mu: Floats, losses: Floats) -> Floats:
 
 
 def _tolerance(mu: Sequence[float], losses: Floats, chance_loss: float) -> float:
-    """Return the largest barrier that counts as none, from losses of points × examples."""
+    """Return the largest barrier between connected models, from losses of points × examples."""
     if not np.isfinite(losses).all():
         return 0.0
     excess = _excess(np.asarray(mu), losses)
     worst = excess[int(excess.mean(axis=1).argmax())]
     standard_error = float(worst.std(ddof=1)) / math.sqrt(len(worst)) if len(worst) > 1 else 0.0
     end_loss = max(float(losses[0].mean()), float(losses[-1].mean()))
-    return max(END_LOSS_TOLERANCE * end_loss, CHANCE_LOSS_TOLERANCE * chance_loss) + STANDARD_ERRORS * standard_error
+    tolerance = max(END_LOSS_TOLERANCE * end_loss, CHANCE_LOSS_TOLERANCE * chance_loss)
+    return tolerance + STANDARD_ERRORS * standard_error
 
 
 def _answer(context: QuestionContext) -> Segment:
@@ -199,4 +207,4 @@ def _describe(segment: Segment, _metric: str) -> SummaryLines:
     return [("barrier of the loss", f"{barriers}: {'connected' if segment.connected else 'not connected'}")]
 
 
-QUESTION = Question("connectivity", 30, Segment, _answer, describe=_describe)
+QUESTION = Question("connectivity", order=30, record=Segment, answer=_answer, describe=_describe)

@@ -1,4 +1,4 @@
-"""All questions about an upgrade and one adaptation, answered into one record."""
+"""The whole diagnosis: all questions about an upgrade and an adaptation, answered in one record."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from regraft.adaptation.outcome import versions
 from regraft.checkpoint import check_output_path, write_json
 from regraft.diagnosis.pair import load_counterpart, load_pair
 from regraft.diagnosis.question import QuestionContext, Questions, all_questions
-from regraft.diagnosis.record import Diagnosis
+from regraft.diagnosis.record import DIAGNOSIS_FILE, Diagnosis
 from regraft.errors import MismatchError, OutcomeError
 from regraft.model import Deployment
 from regraft.progress import Progress, silent
-from regraft.recipe import Recipe
 
 if TYPE_CHECKING:
     from regraft.adaptation import Adaptation
+    from regraft.recipe import Recipe
     from regraft.task import Task, TaskData
     from regraft.upgrade import Upgrade
-
-RECORD = "diagnosis.json"
 
 
 def diagnose(
@@ -40,24 +38,24 @@ def diagnose(
 
     Args:
         upgrade: The old and the new base.
-        adaptation: The weights tuned on the old base, or their folder.
+        adaptation: The adaptation tuned on the old base, or its folder.
         task: A task file, a `Task` or its data.
         out: A folder for `diagnosis.json`, which `regraft report` shows; None to write nothing.
-        questions: What to look at beyond the bases, the adaptation and the task.
-        recipe: The recipe whose seed and precision are used.
-        force: Whether to accept an adaptation that records another old base.
-        progress: The callback for each piece of work.
+        questions: The options of the questions; None for the defaults.
+        recipe: The recipe whose seed and precision are used; None for the default recipe.
+        force: Whether to accept an adaptation that records a different old base.
+        progress: Called after each batch, tensor or point, with the name of the question.
 
     Returns:
         The diagnosis. A question that this kind of model cannot answer is in `left_out`, with the reason.
 
     Raises:
         CheckpointError: A file of weights is incomplete.
-        DataError: The task's data cannot be used.
+        DataError: The task's data is malformed or has no labels.
         MismatchError: The bases, the adaptations and the task do not fit together.
-        OutcomeError: `out` holds something other than a diagnosis.
+        OutcomeError: The folder `out` holds something other than a diagnosis.
     """
-    options, recipe = questions or Questions(), recipe or Recipe()
+    options = questions or Questions()
     if out is not None:
         _check_output_folder(Path(out))
     counterpart = options.counterparts[0] if options.counterparts else None
@@ -90,12 +88,12 @@ def diagnose(
     )
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(out) / RECORD, dataclasses.asdict(result))
+        write_json(Path(out) / DIAGNOSIS_FILE, dataclasses.asdict(result))
     return result
 
 
 def _answer_all(context: QuestionContext) -> tuple[dict[str, str], dict[str, float]]:
-    """Answer the questions into the context; return why some were left out, and the seconds that each took."""
+    """Add the answers to the context; return the reason per question left out, and the seconds per question."""
     left_out: dict[str, str] = {}
     seconds: dict[str, float] = {}
     for question in all_questions():
@@ -116,5 +114,5 @@ def _answer_all(context: QuestionContext) -> tuple[dict[str, str], dict[str, flo
 
 def _check_output_folder(out: Path) -> None:
     check_output_path(out)
-    if out.exists() and not (out.is_dir() and all(file.name == RECORD for file in out.iterdir())):
+    if out.exists() and not (out.is_dir() and all(file.name == DIAGNOSIS_FILE for file in out.iterdir())):
         raise OutcomeError(f"{out}: holds something other than a diagnosis. Choose another --out or remove it.")

@@ -1,4 +1,4 @@
-"""The two deployments that a diagnosis compares, each loaded once."""
+"""The two deployments that a diagnosis compares."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeploymentPair:
-    """The old deployment and its counterpart on the new base.
+    """The old deployment and a deployment on the new base.
 
     Args:
         upgrade: The old and the new base.
         adaptation: The adaptation tuned on the old base.
-        data: The task, with its labels in the order of the heads.
+        data: The task's data, with labels in the order of the heads.
         lineage: Whether the adaptation is proven to belong to the old base, as in `Check`.
-        effect: How much the adaptation changes what the head reads on the old base, as in `Check`.
-        old: The old deployment.
-        new: The deployment on the new base.
+        effect: The relative change of the head's input by the adaptation, as in `Check`.
+        old: The adaptation on the old base.
+        new: The same adaptation on the new base, or one tuned for the same task there.
     """
 
     upgrade: Upgrade
@@ -63,7 +63,7 @@ class DeploymentPair:
 
     @property
     def progress(self) -> Progress:
-        """The callback for each batch."""
+        """The callback that is called after each batch."""
         return self.old.progress
 
     @functools.cached_property
@@ -86,16 +86,16 @@ def predictions(deployment: Deployment, split: Split) -> list[Any]:
     """Return the predictions of a deployment whose outputs are all finite.
 
     Args:
-        deployment: The deployment.
+        deployment: A deployment of either base.
         split: The examples to predict.
 
     Returns:
-        A prediction for each example.
+        One prediction per example, in the order of the split.
 
     Raises:
         MismatchError: An output is infinite or not a number.
     """
-    if not deployment.is_finite(split):  # the argmax of NaN would silently be the first class
+    if not deployment.is_finite(split):  # the argmax of NaN would be the first class, without an error
         raise MismatchError(
             f"{deployment.base.path}: what the weights on it predict is infinite or not a number. Compute in fp32 "
             "(--precision), or look for such a number in its config.json."
@@ -109,29 +109,27 @@ def load_pair(
     adaptation: Adaptation | str | Path,
     task: Task | TaskData | str | Path,
     *,
-    counterpart: str | Path | None = None,
     recipe: Recipe | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Iterator[DeploymentPair]:
-    """Load an adaptation on its old base, and its counterpart on the new base.
+    """Load an adaptation on its old base and, without tuning it again, on the new base.
 
     Args:
         upgrade: The old and the new base.
-        adaptation: The weights tuned on the old base, or their folder.
+        adaptation: The adaptation tuned on the old base, or its folder.
         task: A task file, a `Task` or its data.
-        counterpart: An outcome or adaptation of the same task on the new base; None for the old weights as they are.
-        recipe: The recipe whose seed and precision are used.
-        force: Whether to accept an adaptation that records another old base.
-        progress: The callback for each batch.
+        recipe: The recipe whose seed and precision are used; None for the default recipe.
+        force: Whether to accept an adaptation that records a different old base.
+        progress: Called after each batch.
 
     Yields:
-        The two deployments.
+        The two deployments; the grafted weights are deleted at the end of the context.
 
     Raises:
         CheckpointError: A file of weights is incomplete.
-        DataError: The task's data cannot be used.
-        MismatchError: The bases, the adaptations and the task do not fit together.
+        DataError: The task's data is malformed or has no labels.
+        MismatchError: The bases, the adaptation and the task do not fit together.
     """
     recipe = recipe or Recipe()
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
@@ -145,11 +143,8 @@ def load_pair(
     effect = check_effect(old_model, adaptation, upgrade.old, data)
     precision = recipe.resolve(len(data.train), 1.0).precision
     with temporary_folder() as folder:
-        if counterpart is None:
-            write_graft(adaptation, upgrade, folder / "direct", progress)
-            new_model = load_model(load_adaptation(folder / "direct"), upgrade.new, data.head)
-        else:
-            new_model = load_counterpart(counterpart, upgrade.new, data)
+        write_graft(adaptation, upgrade, folder / "direct", progress)
+        new_model = load_model(load_adaptation(folder / "direct"), upgrade.new, data.head)
         yield DeploymentPair(
             upgrade=upgrade,
             adaptation=adaptation,
@@ -162,18 +157,18 @@ def load_pair(
 
 
 def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
-    """Load weights that were tuned for the same task on the new base.
+    """Load an adaptation that was tuned for the same task on the new base.
 
     Args:
-        path: An outcome or an adaptation.
+        path: The folder of an outcome or an adaptation.
         base: The new base.
-        data: The task, with its classes in the order of the old head.
+        data: The task's data, with labels in the order of the old head.
 
     Returns:
-        The model.
+        The model with its head, on the device.
 
     Raises:
-        MismatchError: Its labels are others, or in another order.
+        MismatchError: The adaptation is for a different base or task type, or its labels or their order differ.
     """
     adaptation = load_adaptation(path)
     adaptation.check_base(base)

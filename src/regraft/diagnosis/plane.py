@@ -1,4 +1,4 @@
-"""How high is the loss on the plane through three models?"""
+"""Loss and score on the plane through three models."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from regraft.weights import distance
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import nn
+
     from regraft.base import Base
     from regraft.diagnosis.question import QuestionContext
     from regraft.task import Split, TaskData
 
     Point = tuple[float, float]
 
-# Below this share of its length, what of c − a is orthogonal to b − a is rounding of float32 weights.
 MIN_RELATIVE_HEIGHT = 1e-5
+"""The least length of c − a's component orthogonal to b − a, relative to c − a; less is rounding of float32 weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,10 @@ class Plane:
     Args:
         names: The names of the three models.
         places: The models' coordinates (x, y): the first at the origin, the second on the x axis.
-        x: The grid's columns.
-        y: The grid's rows.
-        loss: The mean cross-entropy in nats at each point, rows y × columns x.
-        score: The task's metric at each point, rows y × columns x.
+        x: The x coordinate of each column of the grid.
+        y: The y coordinate of each row of the grid.
+        loss: The mean loss in nats at each point, rows y × columns x.
+        score: The score by the task's metric at each point, rows y × columns x.
         split: The split that was measured, `dev` or `test`.
     """
 
@@ -52,14 +54,14 @@ class Plane:
     split: str
 
     def __post_init__(self) -> None:
-        """Check that there are three models, and a value at each point."""
+        """Refuse any number of places but three, and a loss or score that does not have the grid's shape."""
         require_length(self.places, 3, "places")
-        for name, values in (("loss", self.loss), ("score", self.score)):
-            require_shape(values, len(self.y), len(self.x), name)
+        for name, grid in (("loss", self.loss), ("score", self.score)):
+            require_shape(grid, len(self.y), len(self.x), name)
 
 
 def plane(
-    models: Sequence[Any],
+    models: Sequence[nn.Module],
     names: tuple[str, str, str],
     base: Base,
     data: TaskData,
@@ -77,15 +79,15 @@ def plane(
     Source: Garipov et al., 2018 (arXiv:1802.10026).
 
     Args:
-        models: Three classifiers of one kind; they are not changed.
+        models: Three models with heads, all of the same kind; they are not changed.
         names: The names of the models.
         base: A base with the tokenizer of all three.
-        data: The task, with its classes in the order of the heads.
-        size: The number of points along each side; at least 2.
-        margin: How far the grid goes beyond the three models, relative to their extent.
+        data: The task's data, with labels in the order of the heads.
+        size: The number of points along each side, at least 2; the data is evaluated `size`² times.
+        margin: The distance from the outermost models to the edge of the grid, relative to the models' extent.
         split: `test` (dev if there is none) or `dev`.
         precision: `bf16` or `fp32`.
-        progress: The callback for each point, with the loss there.
+        progress: Called after each point, with its loss.
 
     Returns:
         The grid, and the coordinates of the three models on it.
@@ -93,26 +95,28 @@ def plane(
     Raises:
         DataError: The task has no labels.
         MismatchError: The models differ in tensors, or lie on one line.
-        RecipeError: An option is out of its range.
+        RecipeError: There are not three models, or `size`, `margin` or `split` is out of its range.
     """
     if size < 2 or margin < 0 or split not in ("dev", "test") or len(models) != 3:
         raise RecipeError(
-            f"a plane needs 3 models, at least 2 points a side, a margin of at least 0 and the split dev or test; "
+            f"a plane needs 3 models, at least 2 points per side, a margin of at least 0 and the split dev or test; "
             f"found {len(models)} models, {size}, {margin} and {split!r}."
         )
     data.require_labels("the loss on a plane")
-    measured: Split = data.dev if split == "dev" or data.test is None else data.test
+    measured_split: Split = data.dev if split == "dev" or data.test is None else data.test
     blend = Blend(models, names)
     deployment = Deployment(blend.model, base, data, precision)
     corners = _corners(models, names)
     x, y = (_axis([corner[i] for corner in corners], size, margin) for i in (0, 1))
-    loss, scores = np.empty((size, size)), np.empty((size, size))
+    losses, scores = np.empty((size, size)), np.empty((size, size))
     for row, column in np.ndindex(size, size):
         blend.set_coefficients(*blend_coefficients(x[column], y[row], corners))
         deployment.clear_outputs()
-        loss[row, column], scores[row, column] = deployment.losses(measured).numpy().mean(), deployment.score(measured)
-        progress("plane", row * size + column + 1, size * size, {f"{measured.name} loss": float(loss[row, column])})
-    return Plane(names, corners, x, y, _nested_tuples(loss), _nested_tuples(scores), measured.name)
+        loss = deployment.losses(measured_split).numpy().mean()
+        losses[row, column] = loss
+        scores[row, column] = deployment.score(measured_split)
+        progress("plane", row * size + column + 1, size * size, {f"{measured_split.name} loss": float(loss)})
+    return Plane(names, corners, x, y, _nested_tuples(losses), _nested_tuples(scores), measured_split.name)
 
 
 def blend_coefficients(x: float, y: float, corners: Sequence[Point]) -> tuple[float, float]:
@@ -120,7 +124,7 @@ def blend_coefficients(x: float, y: float, corners: Sequence[Point]) -> tuple[fl
 
     Args:
         x: The coordinate along b − a.
-        y: The coordinate orthogonal to it, towards c.
+        y: The coordinate orthogonal to b − a, towards c.
         corners: The coordinates of a, b and c, as in `Plane.places`: a at the origin, b at (x_b, 0).
 
     Returns:
@@ -131,14 +135,15 @@ def blend_coefficients(x: float, y: float, corners: Sequence[Point]) -> tuple[fl
     return (x - gamma * c_x) / b_x, gamma
 
 
-def _corners(models: Sequence[Any], names: Sequence[str]) -> tuple[Point, Point, Point]:
-    """Return the coordinates of the three models, from their distances."""
+def _corners(models: Sequence[nn.Module], names: Sequence[str]) -> tuple[Point, Point, Point]:
+    """Return the coordinates of the three models, computed from the distances between them."""
     a, b, c = (
         {name: tensor for name, tensor in named_tensors(model).items() if tensor.is_floating_point()}
         for model in models
     )
     ab, ac, bc = (
-        distance((first[name], second[name]) for name in first).l2 for first, second in ((a, b), (a, c), (b, c))
+        distance((tensor, second[name]) for name, tensor in first.items()).l2
+        for first, second in ((a, b), (a, c), (b, c))
     )
     c_x = (ab**2 + ac**2 - bc**2) / (2 * ab) if ab else 0.0
     c_y = math.sqrt(max(0.0, ac**2 - c_x**2))
@@ -178,4 +183,4 @@ def _answer(context: QuestionContext) -> Plane | None:
     )
 
 
-QUESTION = Question("plane", 40, Plane, _answer)
+QUESTION = Question("plane", order=40, record=Plane, answer=_answer)

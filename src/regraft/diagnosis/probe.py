@@ -1,4 +1,4 @@
-"""Is the new base better at the task than the old one, regardless of any adaptation?"""
+"""The gain of the new base over the old one at the task, measured by linear probes without any adaptation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from regraft.task import Interval, paired_difference
 
 if TYPE_CHECKING:
     from regraft.diagnosis.pair import DeploymentPair
+    from regraft.diagnosis.question import QuestionContext
 
 
 def probe_gain(pair: DeploymentPair) -> Interval:
     """Compare linear probes of the two bases on dev.
 
     Args:
-        pair: The deployments; only their bases and the task are used.
+        pair: The deployments, of which only the bases, the task and the precision are used.
 
     Returns:
-        The new base's probe score minus the old one's, with its interval.
+        The probe's score on the new base minus its score on the old base, with the confidence interval.
     """
     from regraft.model.probe import probe
 
@@ -27,4 +28,8 @@ def probe_gain(pair: DeploymentPair) -> Interval:
     return paired_difference(data.task.scoring, data.dev.targets, new, old)
 
 
-QUESTION = Question("probe", 90, Interval, lambda context: probe_gain(context.direct))
+def _answer(context: QuestionContext) -> Interval:
+    return probe_gain(context.direct)
+
+
+QUESTION = Question("probe", order=90, record=Interval, answer=_answer)

@@ -1,4 +1,4 @@
-"""The interface of a diagnosis question, the context it is answered in, and the list of all questions."""
+"""The interface of a diagnosis's questions, the context in which they are answered, and the list of all questions."""
 
 from __future__ import annotations
 
@@ -21,54 +21,67 @@ Answer = TypeVar("Answer")
 SummaryLines = list[tuple[str, str]]
 """Label and text of each line that a terminal shows."""
 
-MAX_SEGMENT_POINTS, MAX_PLANE_SIZE = 1000, 100  # each point is a pass over the data; no chart shows more
+SEGMENT_POINTS = 11
+"""The default number of points on a segment: steps of 0.1, each a pass over the data."""
+MIN_SEGMENT_POINTS = 3
+"""Both ends and a point between them, without which there is no barrier."""
+MIN_PLANE_SIZE = 3
+"""The least number of points along each side of a plane."""
+# Each point is a pass over the data, and charts show no more points than these.
+MAX_SEGMENT_POINTS = 1000
+MAX_PLANE_SIZE = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """What a diagnosis looks at beyond the two bases, the adaptation and the task.
+    """The options of a diagnosis's questions.
 
     Args:
-        points: The number of points evaluated on the segment between the deployments.
-        counterparts: Outcomes of the same task on the new base. The old deployment is compared with the first one
-            instead of with the old weights as they are; the others, of other seeds, measure the noise of flips.
-        checkpoints: Bases on the way from the old to the new one, in order.
+        points: The number of points evaluated on the segment between the deployments, from 3 to 1,000.
+        counterparts: Folders of outcomes for the same task on the new base. The old deployment is compared with the
+            first one instead of the same adaptation on the new base; the others, tuned with different seeds, measure
+            the noise of flips.
+        checkpoints: Bases between the old and the new one, in order of pre-training.
         text: Unlabelled text of the new base's domain; the task's own texts if empty.
-        plane: The number of points along each side of the loss plane; 0 for no plane. A plane needs a counterpart.
+        plane: The number of points along each side of the loss plane, from 3 to 100; 0 for no plane. A plane needs a
+            counterpart.
 
     Raises:
         RecipeError: There are too few or too many points, or a plane without a counterpart.
     """
 
-    points: int = 11
+    points: int = SEGMENT_POINTS
     counterparts: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     plane: int = 0
 
     def __post_init__(self) -> None:
-        """Check every number."""
-        if not 3 <= self.points <= MAX_SEGMENT_POINTS:
-            raise RecipeError(f"a segment takes from 3 to {MAX_SEGMENT_POINTS:,} points, found {self.points}.")
+        """Refuse numbers of points out of their ranges, and a plane without a counterpart."""
+        if not MIN_SEGMENT_POINTS <= self.points <= MAX_SEGMENT_POINTS:
+            raise RecipeError(
+                f"a segment takes from {MIN_SEGMENT_POINTS} to {MAX_SEGMENT_POINTS:,} points, found {self.points}."
+            )
         if self.plane > MAX_PLANE_SIZE:
-            raise RecipeError(f"a plane takes up to {MAX_PLANE_SIZE} points a side, found {self.plane}.")
-        if self.plane and (self.plane < 3 or not self.counterparts):
+            raise RecipeError(f"a plane takes up to {MAX_PLANE_SIZE} points per side, found {self.plane}.")
+        if self.plane and (self.plane < MIN_PLANE_SIZE or not self.counterparts):
             raise RecipeError(
                 f"a loss plane goes through the old deployment, the old weights as they are and a counterpart, and has "
-                f"at least 3 points a side: found {self.plane} points and {len(self.counterparts)} counterparts."
+                f"at least {MIN_PLANE_SIZE} points per side: found {self.plane} points and {len(self.counterparts)} "
+                "counterparts."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionContext:
-    """What a question is answered from.
+    """The deployments, options and earlier answers that questions are answered from.
 
     Args:
         upgrade: The old and the new base.
-        direct: The old deployment, and the old weights on the new base as they are.
-        pair: The old deployment, and the one it is compared with: the first counterpart, or the same as in `direct`.
-        options: What the diagnosis looks at.
-        answers: The answers to the questions asked so far, by the question's name.
+        direct: The old deployment, and the same adaptation on the new base without further tuning.
+        pair: The old deployment, and the first counterpart; without counterparts, the same as `direct`.
+        options: The options of the questions.
+        answers: The answers so far, by the question's name; the diagnosis adds each answer.
     """
 
     upgrade: Upgrade
@@ -84,13 +97,13 @@ class QuestionContext:
         return "old deployment", f"new deployment, {Path(counterparts[0]).name if counterparts else 'direct'}"
 
     def answer_to(self, question: Question[Answer]) -> Answer | None:
-        """Look up the answer to a question that comes before this one.
+        """Look up the answer to an earlier question.
 
         Args:
-            question: The earlier question.
+            question: A question whose `order` is lower.
 
         Returns:
-            Its answer; None if it was left out or not asked.
+            The answer; None if the question was left out or not asked.
         """
         return self.answers.get(question.name)
 
@@ -98,7 +111,7 @@ class QuestionContext:
         """Check that the two models can be compared token by token.
 
         Raises:
-            MismatchError: Their vocabularies differ.
+            MismatchError: The models' vocabularies differ.
         """
         upgrade = self.pair.upgrade
         if upgrade.row_match is not None or upgrade.new.tokenizer_override is not None:
@@ -107,19 +120,23 @@ class QuestionContext:
             )
 
 
+def _no_lines(_answer: Any, _metric: str) -> SummaryLines:
+    return []
+
+
 @dataclasses.dataclass(frozen=True)
 class Question(Generic[Answer]):
     """One question of a diagnosis; every module of this package that defines `QUESTION` adds one.
 
     Args:
-        name: The key of its answer in `diagnosis.json`.
-        order: Its position among the questions, ascending: it may read the answers of those before it.
+        name: The key of the answer in `diagnosis.json`.
+        order: The sort key among the questions: `answer` may read the answers to questions of lower order.
         record: The type of the answer: a frozen dataclass, or a tuple of them.
         answer: Returns the answer, or None if the options do not ask for it. Raises MismatchError if models of this
             kind have no answer.
         is_required: Whether a diagnosis without this answer is an error.
         describe: Summarises the answer for a terminal. Takes the answer and the name of the task's metric.
-        section: The module of `regraft.report.sections` that shows the answer, if its name is not the question's.
+        section: The module of `regraft.report.sections` that shows the answer; None if it is named like the question.
     """
 
     name: str
@@ -127,7 +144,7 @@ class Question(Generic[Answer]):
     record: Any
     answer: Callable[[QuestionContext], Answer | None]
     is_required: bool = False
-    describe: Callable[[Answer, str], SummaryLines] = lambda answer, metric: []
+    describe: Callable[[Answer, str], SummaryLines] = _no_lines
     section: str | None = None
 
 
@@ -139,6 +156,9 @@ def all_questions() -> tuple[Question[Any], ...]:
         The questions, in the order in which they are asked.
     """
     package = __name__.rpartition(".")[0]
-    modules = pkgutil.iter_modules([str(Path(__file__).parent)])
-    questions = [getattr(importlib.import_module(f"{package}.{module.name}"), "QUESTION", None) for module in modules]
-    return tuple(sorted(filter(None, questions), key=lambda question: question.order))
+    questions: list[Question[Any]] = []
+    for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f"{package}.{module_info.name}")
+        if hasattr(module, "QUESTION"):
+            questions.append(module.QUESTION)
+    return tuple(sorted(questions, key=lambda question: question.order))

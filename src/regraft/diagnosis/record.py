@@ -1,4 +1,4 @@
-"""The content of `diagnosis.json`."""
+"""The record of a diagnosis, and its reader from `diagnosis.json`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from regraft.diagnosis.check import Check
     from regraft.diagnosis.verdict import Verdict
 
+DIAGNOSIS_FILE = "diagnosis.json"
 SCHEMA = 2
 REMEDY = "regraft check --deep"
+"""The command that writes the record again, for error messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +26,19 @@ class Diagnosis:
 
     Args:
         task: The task's name.
-        metric: The task's metric.
+        metric: The name of the task's metric.
         labels: The task's labels, in the order of the heads.
-        old_base: The old base.
-        new_base: The new base.
-        adaptation: The adaptation tuned on the old base.
-        kind: The adaptation's kind.
-        compared: The deployment that the old one was compared with: `direct`, or an outcome.
+        old_base: The old base's path or hub id.
+        new_base: The new base's path or hub id.
+        adaptation: The folder of the adaptation tuned on the old base.
+        kind: The adaptation's kind, such as `lora` or `full`.
+        compared: The deployment that the old one was compared with: `direct`, or the folder of an outcome.
         answers: The answer to each question by its name, as in `answers["connectivity"].barrier`; questions that were
             left out or not asked are missing.
-        left_out: The reason why a question was not answered, by its name.
-        seconds: The time that each question took, by its name.
-        fingerprints: The fingerprints of both bases and the adaptation.
-        versions: The versions of the libraries.
+        left_out: The reason why a question could not be answered, by the question's name.
+        seconds: The time per question in seconds, by the question's name.
+        fingerprints: The fingerprints of `old_base`, `new_base` and `adaptation`.
+        versions: The versions of regraft and the libraries it computes with, by package.
         schema: The version of this record's format.
     """
 
@@ -57,7 +59,7 @@ class Diagnosis:
 
     @property
     def check(self) -> Check:
-        """The effect of the upgrade on the old weights as they are."""
+        """The effect of the upgrade on the adaptation, not tuned again."""
         answer: Check = self.answers["check"]
         return answer
 
@@ -69,17 +71,17 @@ class Diagnosis:
 
 
 def read_diagnosis(content: dict[str, Any], file: str) -> Diagnosis:
-    """Validate the content of `diagnosis.json`.
+    """Validate the content of `diagnosis.json`, and convert it from schema 1.
 
     Args:
-        content: The file's JSON.
-        file: The file's name, for messages.
+        content: The file's parsed JSON.
+        file: The file's name for error messages.
 
     Returns:
         The diagnosis, without answers to questions that this version of regraft does not have.
 
     Raises:
-        OutcomeError: The schema is unknown, or a field is missing, of another type or of another shape.
+        OutcomeError: The schema is unknown, or a field is missing or has the wrong type or shape.
     """
     schema = content.get("schema")
     if schema not in (schema_1.SCHEMA, SCHEMA):
@@ -90,15 +92,15 @@ def read_diagnosis(content: dict[str, Any], file: str) -> Diagnosis:
     is_schema_1 = schema == schema_1.SCHEMA
     if is_schema_1:
         content = schema_1.nest_answers(content)
-    stored: Any = content.get("answers")
-    if isinstance(stored, dict):  # each answer is validated by its own question's record
+    stored_answers: Any = content.get("answers")
+    if isinstance(stored_answers, dict):  # each answer is validated below, by its question
         content = {**content, "answers": {}}
     diagnosis = read_record(Diagnosis, content, file, REMEDY)
     answers = {}
     for question in all_questions():
-        answer = stored.get(question.name)
+        answer = stored_answers.get(question.name)
         location = f"{file}: {question.name}"
-        if answer in (None, []):  # regraft 0.1 wrote an empty list where no checkpoint was named
+        if answer in (None, []):  # regraft 0.1 wrote an empty list if no checkpoint was named
             if question.is_required:
                 raise OutcomeError(f"{location}: is missing. Make it again with `{REMEDY}`.")
         elif is_schema_1:

@@ -1,4 +1,4 @@
-"""Which examples got worse, and which got better?"""
+"""The examples that an upgrade turns from right to wrong, and from wrong to right."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
     from regraft.diagnosis.question import QuestionContext, SummaryLines
     from regraft.task import Split
 
+CONFIDENCE_DIGITS = 4  # the report shows 2; all digits would lengthen the record for nothing
+
 
 @dataclasses.dataclass(frozen=True)
 class Flip:
     """An example that the upgrade turned from right to wrong, or the reverse.
 
     Args:
-        row: The example's row in the data.
-        text: The example's text.
-        label: The true label.
-        before: The old deployment's prediction.
-        after: The new deployment's prediction.
-        kind: `negative` if it was right before, `positive` if it is right now.
+        row: The example's row number in the task's file, as in `Split.row_numbers`.
+        text: The example's text; the texts of a pair are joined.
+        label: The target, in words.
+        before: The old deployment's prediction, in words.
+        after: The new deployment's prediction, in words.
+        kind: `negative` if the prediction was right before the upgrade, `positive` if it is right after it.
         confidence: The probability that the new deployment gives its prediction; None if the task type has none.
     """
 
@@ -51,14 +53,15 @@ class Regressions:
 
     Args:
         split: The split that was measured.
-        examples: The number of examples in it.
-        negative: The number of examples that were right and are wrong now.
-        positive: The number of examples that were wrong and are right now.
-        flips: All of these examples.
-        views: The tables and charts that the task type shows of both deployments.
-        mcnemar: The probability of so uneven flips if neither direction were likelier (exact, two-sided).
-        noise: The share of negative flips between two seeds of one recipe, averaged over both directions; None if it
-            was not measured.
+        examples: The number of examples in the split.
+        negative: The number of examples that were right before the upgrade and are wrong after it.
+        positive: The number of examples that were wrong before the upgrade and are right after it.
+        flips: The negative and positive flips, in the order of the split.
+        views: The tables and charts of both deployments that the task type defines.
+        mcnemar: The two-sided p-value of McNemar's exact test: how probable flips so uneven are if both directions are
+            equally likely.
+        noise: The share of negative flips between seeds of the new deployment's recipe, averaged over ordered pairs of
+            seeds; None if there is only one seed.
     """
 
     split: str
@@ -71,7 +74,7 @@ class Regressions:
     noise: float | None
 
     def __post_init__(self) -> None:
-        """Check that no two charts have the same name."""
+        """Refuse two charts with the same name."""
         names = [view.name for view in self.views if isinstance(view, Scatter)]
         if len(set(names)) < len(names):
             raise ValueError(f"views: expected a different name for each chart, found {', '.join(names)}")
@@ -82,12 +85,17 @@ def regressions(pair: DeploymentPair, runs: Sequence[Sequence[bool]] = ()) -> Re
 
     Args:
         pair: The two deployments.
-        runs: Further runs of the new deployment's recipe with other seeds: whether each prediction is right.
+        runs: For each further seed of the new deployment's recipe, whether each prediction is right.
 
     Returns:
-        The flips with their examples, McNemar's test (1947), the noise floor, and the views of the task type.
+        The flips with their examples, McNemar's test, the noise floor, and the views of the task type.
+
+    Raises:
+        MismatchError: An output is infinite or not a number.
     """
-    split, task, labels = pair.split, pair.data.task, pair.data.labels
+    split = pair.split
+    task = pair.data.task
+    labels = pair.data.labels
     old, new = _predict(pair.old, split), _predict(pair.new, split)
     flips = [
         Flip(
@@ -97,7 +105,7 @@ def regressions(pair: DeploymentPair, runs: Sequence[Sequence[bool]] = ()) -> Re
             before=task.describe(old.predictions[i], labels),
             after=task.describe(new.predictions[i], labels),
             kind="negative" if old.right[i] else "positive",
-            confidence=None if new.confidence is None else round(new.confidence[i], 4),
+            confidence=None if new.confidence is None else round(new.confidence[i], CONFIDENCE_DIGITS),
         )
         for i, target in enumerate(split.targets.tolist())
         if old.right[i] != new.right[i]
@@ -120,16 +128,16 @@ def _predict(deployment: Deployment, split: Split) -> ModelPredictions:
 
 
 def mcnemar(negative: int, positive: int) -> float:
-    """Test whether the flips in one direction are more than chance explains.
+    """Test whether one direction of flips is more frequent than the other.
 
     Source: McNemar, 1947; the exact binomial form.
 
     Args:
-        negative: The number of examples that were right and are wrong now.
-        positive: The number of examples that were wrong and are right now.
+        negative: The number of examples that were right before the upgrade and are wrong after it.
+        positive: The number of examples that were wrong before the upgrade and are right after it.
 
     Returns:
-        The two-sided probability of so uneven a pair; 1 if there are no flips.
+        The two-sided p-value; 1 if there are no flips.
     """
     from scipy.stats import binomtest
 
@@ -140,10 +148,10 @@ def noise_floor(runs: Sequence[Sequence[bool]]) -> float | None:
     """Return the share of examples that turn from right to wrong between runs that differ only in their seed.
 
     Args:
-        runs: Whether each prediction is right, for each run.
+        runs: For each run, whether each prediction is right.
 
     Returns:
-        The mean rate over all ordered pairs of runs; None for a single run.
+        The mean share over all ordered pairs of runs; None for fewer than two runs.
     """
     rates = [count_flips(first, second).negative_rate for first, second in itertools.permutations(runs, 2)]
     return statistics.fmean(rates) if rates else None
@@ -169,4 +177,4 @@ def _describe(regressions: Regressions, _metric: str) -> SummaryLines:
     return [("flips", flips), *(view.brief for view in regressions.views if isinstance(view, Scatter))]
 
 
-QUESTION = Question("regressions", 20, Regressions, _answer, is_required=True, describe=_describe)
+QUESTION = Question("regressions", order=20, record=Regressions, answer=_answer, is_required=True, describe=_describe)

@@ -1,4 +1,4 @@
-"""Does a recycled model keep what continual pre-training taught its base?"""
+"""Retention of continual pre-training's gain in language modelling by the new deployment."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ if TYPE_CHECKING:
     from regraft.diagnosis.pair import DeploymentPair
     from regraft.diagnosis.question import QuestionContext, SummaryLines
 
-BLOCK_TOKENS, MAX_BLOCKS = 64, 128  # 8,192 tokens: seconds on a CPU, and every small base takes blocks of 64
+# 8,192 tokens: seconds on a CPU, and every small base takes blocks of 64.
+BLOCK_TOKENS = 64
+MAX_BLOCKS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """How well bases and deployments model a text.
+    """The language-modelling losses of bases and deployments on a text.
 
     Args:
-        text: The text that was measured.
-        loss: The language-modelling loss in nats a token, of `old base`, `new base`, `old deployment` and
-            `new deployment`; a deployment is its body under the language-modelling head of its base.
-        share: The gain of the new deployment over the old one, divided by that of the new base over the old one; None
-            if the base gained nothing.
+        text: The name of the text that was measured.
+        loss: The loss in nats per token of `old base`, `new base`, `old deployment` and `new deployment`; a deployment
+            is measured as its body under the language-modelling head of its base.
+        share: The loss decrease from the old to the new deployment, divided by the decrease from the old to the new
+            base; None if the loss of the bases does not decrease.
     """
 
     text: str
@@ -44,34 +46,35 @@ class Retention:
 
 
 def retention(pair: DeploymentPair, text: Sequence[str] = ()) -> Retention:
-    """Measure how much of the gain of continual pre-training survives in the recycled model.
+    """Measure how much of continual pre-training's gain survives in the new deployment.
 
     Args:
         pair: The two deployments.
         text: Files or data sets of unlabelled text, as `Corpus` takes them; the task's own training texts if empty.
 
     Returns:
-        The losses, on at most 128 blocks of 64 tokens.
+        The losses on at most `MAX_BLOCKS` blocks of `BLOCK_TOKENS` tokens, or of the base's input length if shorter.
 
     Raises:
         DataError: The text cannot be read or is too short.
-        MismatchError: A base has no language-modelling head, or the adaptation works outside the body.
+        MismatchError: A base has no language-modelling head, or the adaptation adds virtual tokens.
     """
     if pair.adaptation.virtual_tokens:
         raise MismatchError("virtual tokens are no part of the body: it cannot be measured as a language model.")
     blocks = _token_blocks(pair, text)
     losses: dict[str, float] = {}
-    for name, base, deployed in (
+    for age, base, deployed in (
         ("old", pair.upgrade.old, pair.old.model),
         ("new", pair.upgrade.new, pair.new.model),
     ):
         model, fresh_names = load_language_model(base)
-        if missing := [parameter for parameter in fresh_names if not parameter.startswith(base.prefix + ".")]:
+        missing = [parameter for parameter in fresh_names if not parameter.startswith(base.prefix + ".")]
+        if missing:
             raise MismatchError(f"{base.path}: holds no language-modelling head ({', '.join(missing[:3])}).")
         model.to(device())
-        losses[f"{name} base"] = language_loss(model, base, blocks, pair.precision)
-        setattr(model, base.prefix, getattr(unwrap_model(deployed), base.prefix))
-        losses[f"{name} deployment"] = language_loss(model, base, blocks, pair.precision)
+        losses[f"{age} base"] = language_loss(model, base, blocks, pair.precision)
+        setattr(model, base.prefix, getattr(unwrap_model(deployed), base.prefix))  # keeps the base's head
+        losses[f"{age} deployment"] = language_loss(model, base, blocks, pair.precision)
     base_gain = losses["old base"] - losses["new base"]
     deployment_gain = losses["old deployment"] - losses["new deployment"]
     return Retention(
@@ -82,20 +85,20 @@ def retention(pair: DeploymentPair, text: Sequence[str] = ()) -> Retention:
 
 
 def _token_blocks(pair: DeploymentPair, text: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Tokenize the text, or the task's training texts if there is none; return token ids, blocks × tokens."""
     import numpy as np
 
     base = pair.upgrade.new
+    block_tokens = min(BLOCK_TOKENS, base.max_input_length)
     with temporary_folder() as folder:
         sources = tuple(text)
         if not sources:
             file = folder / "texts.jsonl"
-            lines = (json.dumps({"text": part}) + "\n" for part in itertools.chain(*pair.data.train.texts))
-            file.write_text("".join(lines), encoding="utf-8")
+            texts = itertools.chain(*pair.data.train.texts)
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
             sources = (str(file),)
-        blocks = pack(
-            Corpus(sources), base, min(BLOCK_TOKENS, base.max_input_length), folder / "tokens.bin", pair.progress
-        )
-        return np.array(blocks[:MAX_BLOCKS])
+        blocks = pack(Corpus(sources), base, block_tokens, folder / "tokens.bin", pair.progress)
+        return np.array(blocks[:MAX_BLOCKS])  # copied, because the file of `blocks` is deleted with the folder
 
 
 def _answer(context: QuestionContext) -> Retention:
@@ -112,4 +115,4 @@ def _describe(retention: Retention, _metric: str) -> SummaryLines:
     return lines
 
 
-QUESTION = Question("kept", 70, Retention, _answer, describe=_describe, section="retention")
+QUESTION = Question("kept", order=70, record=Retention, answer=_answer, describe=_describe, section="retention")

@@ -1,4 +1,7 @@
-"""Reads the diagnoses of regraft 0.1, which had answers beside the other fields, percentages, and classes only."""
+"""Conversion of the diagnoses of regraft 0.1, which were of classification tasks only.
+
+Their answers are at the top level of the JSON, and some shares are in percent.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +50,14 @@ def nest_answers(content: dict[str, Any]) -> dict[str, Any]:
     """Move the answers, which schema 1 had at the top level, under the key `answers`.
 
     Args:
-        content: The JSON of `diagnosis.json`.
+        content: The parsed JSON of `diagnosis.json`.
 
     Returns:
-        The same figures under today's keys.
+        The JSON under the keys of schema 2, with the values of schema 1.
     """
     answers = {question.name: content.get(question.name) for question in all_questions()}
-    if isinstance(check := answers.get("check"), dict):
+    check = answers.get("check")
+    if isinstance(check, dict):
         answers["check"] = {**check, "guess": GUESS}
     return {**content, "answers": answers}
 
@@ -62,23 +66,23 @@ def record_of(question: Question[Any]) -> Any:
     """Return the type that a question's answer had in schema 1.
 
     Args:
-        question: The question.
+        question: A question of a diagnosis.
 
     Returns:
-        A dataclass, or a tuple of them.
+        A dataclass, or the type of a tuple of them, as in `Question.record`.
     """
     return ClassRegressions if question.record is Regressions else question.record
 
 
 def convert(name: str, answer: Any) -> Any:
-    """Convert an answer to today's record.
+    """Convert an answer of schema 1 to its question's record.
 
     Args:
         name: The question's name.
-        answer: The answer, validated as `record_of` says.
+        answer: An instance of the type that `record_of` returns.
 
     Returns:
-        The same figures in today's record.
+        An instance of `Question.record`.
     """
     if isinstance(answer, ClassRegressions):
         return Regressions(

@@ -1,4 +1,4 @@
-"""How far did the upgrade move the base, compared with what tuning had changed?"""
+"""The upgrade's shift of the base's tensors, compared with the adaptation's delta."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class GroupShift:
-    """The upgrade's shift and the adaptation's delta of a group of tensors.
+    """The upgrade's shift and the adaptation's delta of a group of tensors; norms are Euclidean.
 
     Args:
-        name: The group's name.
+        name: The group's name, such as `layer 3` or `attention`.
         base: The norm of the old base's tensors.
         shift: The norm of the upgrade's shift, new − old.
-        delta: The norm of the adaptation's delta, tuned − old; 0 if it changes none of these tensors.
-        cosine: The cosine of shift and delta, over the tensors that have both; None if no tensor has.
-        signs: The share of entries with the same sign in both, among those that are 0 in neither; None likewise.
-        overlap: The overlap of the leading directions of both, from 0 to 1, averaged over matrices; None likewise.
+        delta: The norm of the adaptation's delta, tuned − old; 0 if the adaptation changes none of these tensors.
+        cosine: The cosine of shift and delta, over the tensors that have both; None if no tensor has both.
+        signs: The share of entries with equal signs in shift and delta, among the entries that are 0 in neither; None
+            if there are no such entries.
+        overlap: The overlap of the leading directions of shift and delta, from 0 to 1, averaged over matrices; None if
+            no matrix has both.
     """
 
     name: str
@@ -47,9 +49,9 @@ class Shift:
     """The upgrade's shift compared with an adaptation's delta.
 
     Args:
-        whole: The whole body.
-        layers: Each layer, the embeddings first.
-        kinds: Each kind of tensor, such as attention or norms.
+        whole: The figures of the body.
+        layers: The figures of each layer, the embeddings first.
+        kinds: The figures of each kind of tensor, such as attention or norms.
     """
 
     whole: GroupShift
@@ -58,50 +60,53 @@ class Shift:
 
 
 def shift(upgrade: Upgrade, adaptation: Adaptation, progress: Progress = silent) -> Shift:
-    """Compare what the upgrade changed with what tuning had changed.
+    """Compare the upgrade's shift with the adaptation's delta, tensor by tensor.
 
-    The delta of a full fine-tune and of a LoRA is dense; other kinds have none, and only the shift is measured.
+    Full fine-tunes and LoRAs that can be merged have a delta for each tensor; for other kinds only the shift is
+    measured.
 
     Args:
         upgrade: The old and the new base.
         adaptation: The adaptation tuned on the old base.
-        progress: The callback for each tensor.
+        progress: Called after each tensor.
 
     Returns:
         Norms, cosine, agreement of signs and overlap of leading directions: of the body, by layer and by kind.
     """
     old = upgrade.old
     new = upgrade.new
-    tuned = adaptation.family.tuned_body_tensors(adaptation, upgrade.old)
-    whole: list[_TensorSums] = []
-    layers: dict[str, list[_TensorSums]] = {}
-    kinds: dict[str, list[_TensorSums]] = {}
+    tuned_tensors, tuned_names = adaptation.family.tuned_body_tensors(adaptation, old) or ({}, {})
+    body_sums: list[_TensorSums] = []
+    layer_sums: dict[str, list[_TensorSums]] = {}
+    kind_sums: dict[str, list[_TensorSums]] = {}
     names = sorted(old.body.keys() & new.body.keys(), key=_model_order)
-    for number, name in enumerate(names, start=1):
+    for index, name in enumerate(names):
         old_tensor, new_tensor = old.checkpoint[old.body[name]].double(), new.checkpoint[new.body[name]].double()
         old_rows, new_rows = upgrade.shared_rows(name, old_tensor, new_tensor)
         delta = None
-        if tuned and name in tuned[1] and tuned[0][tuned[1][name]].shape == old_tensor.shape:
-            delta = upgrade.shared_rows(name, tuned[0][tuned[1][name]].double() - old_tensor, new_tensor)[0]
+        if name in tuned_names:
+            tuned_tensor = tuned_tensors[tuned_names[name]]
+            if tuned_tensor.shape == old_tensor.shape:  # a tuned tensor with added tokens has more rows
+                delta = upgrade.shared_rows(name, tuned_tensor.double() - old_tensor, new_tensor)[0]
         is_matrix = kind_of(name) in ("attention", "feed-forward") and old_rows.dim() == 2
         sums = _tensor_sums(old_rows, new_rows - old_rows, delta, is_matrix=is_matrix)
-        whole.append(sums)
-        layers.setdefault(layer_of(name), []).append(sums)
-        kinds.setdefault(kind_of(name), []).append(sums)
-        progress("distance", number, len(names), {})
+        body_sums.append(sums)
+        layer_sums.setdefault(layer_of(name), []).append(sums)
+        kind_sums.setdefault(kind_of(name), []).append(sums)
+        progress("distance", index + 1, len(names), {})
     return Shift(
-        whole=_group_shift("whole body", whole),
-        layers=tuple(_group_shift(layer, tensors) for layer, tensors in layers.items()),
-        kinds=tuple(_group_shift(kind, tensors) for kind, tensors in kinds.items()),
+        whole=_group_shift("whole body", body_sums),
+        layers=tuple(_group_shift(layer, tensors) for layer, tensors in layer_sums.items()),
+        kinds=tuple(_group_shift(kind, tensors) for kind, tensors in kind_sums.items()),
     )
 
 
 def _model_order(name: str) -> tuple[int, int, str]:
-    """Sort the embeddings first, then the layers by number, then the rest."""
+    """Return a sort key: the embeddings first, then the layers by index, then all other tensors."""
     layer = layer_of(name)
-    number = layer.removeprefix("layer ")
-    if number.isdigit():
-        return 1, int(number), name
+    layer_index = layer.removeprefix("layer ")
+    if layer_index.isdigit():
+        return 1, int(layer_index), name
     return (0 if layer == "embeddings" else 2), 0, name
 
 
@@ -113,8 +118,8 @@ class _TensorSums:
     shift: float
     delta: float
     dot: float
-    shift_with_delta: float  # the squares of the shift again, 0 if the tensor has no delta
-    same_sign: int
+    shift_with_delta: float  # equal to `shift` if the tensor has a delta, else 0
+    equal_signs: int
     compared_signs: int
     overlap: float | None
 
@@ -122,6 +127,7 @@ class _TensorSums:
 def _tensor_sums(
     base: torch.Tensor, shift: torch.Tensor, delta: torch.Tensor | None, *, is_matrix: bool
 ) -> _TensorSums:
+    """Sum over the entries of a tensor; a delta that is 0 everywhere counts as none."""
     shift_squares = float(shift.square().sum())
     if delta is None or not delta.any():
         return _TensorSums(float(base.square().sum()), shift_squares, 0.0, 0.0, 0.0, 0, 0, None)
@@ -133,13 +139,15 @@ def _tensor_sums(
         delta=float(delta.square().sum()),
         dot=float(products.sum()),
         shift_with_delta=shift_squares,
-        same_sign=int((products > 0).sum()),
+        equal_signs=int((products > 0).sum()),
         compared_signs=compared_signs,
         overlap=subspace_overlap(shift, delta) if is_matrix and compared_signs else None,
     )
 
 
 def _group_shift(name: str, tensors: list[_TensorSums]) -> GroupShift:
+    """Add up the sums of a group of tensors, and derive norms, cosine and means."""
+
     def total(field: str) -> float:
         return math.fsum(getattr(tensor, field) for tensor in tensors)
 
@@ -152,7 +160,7 @@ def _group_shift(name: str, tensors: list[_TensorSums]) -> GroupShift:
         shift=math.sqrt(total("shift")),
         delta=math.sqrt(total("delta")),
         cosine=total("dot") / norms if norms else None,
-        signs=sum(tensor.same_sign for tensor in tensors) / compared_signs if compared_signs else None,
+        signs=sum(tensor.equal_signs for tensor in tensors) / compared_signs if compared_signs else None,
         overlap=math.fsum(overlaps) / len(overlaps) if overlaps else None,
     )
 
@@ -169,4 +177,4 @@ def _describe(shift: Shift, _metric: str) -> SummaryLines:
     return [("shift against delta", f"{norms}, cosine {body.cosine:+.3f}, signs agree {body.signs:.0%}")]
 
 
-QUESTION = Question("shift", 60, Shift, _answer, is_required=True, describe=_describe)
+QUESTION = Question("shift", order=60, record=Shift, answer=_answer, is_required=True, describe=_describe)

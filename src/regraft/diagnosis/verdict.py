@@ -1,4 +1,4 @@
-"""What should be done with old weights after an upgrade, and how sure is that?"""
+"""The recommended action after an upgrade, and how sure the recommendation is."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Reason:
     """A figure that led to a verdict.
 
     Args:
-        name: What was measured.
+        name: The figure's name, such as `agreement`.
         value: The figure, formatted.
-        says: What the figure means here.
+        says: The meaning of the figure for this upgrade.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Verdict:
 
     Args:
         choice: `use as is`, `training-free`, `short tuning` or `scratch`.
-        sure: The share of resamples of the examples that lead to the same choice; 0 if the examples are too few or of a
-            single class, so that resamples cannot tell.
-        predicted: The expected recovery of the old weights as they are: a share of the old deployment's score above
-            guessing, plus the gain of the new base if a probe finds it better at the task.
+        sure: The share of bootstrap resamples of the examples that lead to the same choice; 0 if the examples are too
+            few or of a single class, so that resamples cannot tell.
+        predicted: The score above chance of the adaptation on the new base, not tuned again, divided by the expected
+            one: the old deployment's score above chance, plus the new base's gain if a probe finds one.
         reasons: The figures that led to the choice.
-        advice: What to do, in a sentence.
+        advice: The recommended action, in a sentence.
     """
 
     choice: Choice
@@ -61,10 +61,10 @@ class Verdict:
 
 def verdict(
     metric: Metric,
-    labels: ArrayLike,
+    targets: ArrayLike,
     before: ArrayLike,
     after: ArrayLike,
-    floor: float,
+    chance: float,
     *,
     guess: str = "the best without looking at an input",
     gain: Interval | None = None,
@@ -72,53 +72,59 @@ def verdict(
     reasons: tuple[Reason, ...] = (),
     seed: int = 0,
 ) -> Verdict:
-    """Choose what to do with old weights, and estimate by the bootstrap over examples how sure that is.
+    """Recommend an action, and estimate by the bootstrap over examples how sure the recommendation is.
 
     Args:
         metric: The task's metric.
-        labels: The true class of each example.
-        before: The predictions of the old deployment.
-        after: The predictions of the old weights on the new base.
-        floor: The score of guessing.
-        guess: What guessing always predicts, in words.
-        gain: The score of a linear probe on the new base minus that on the old; counts if its interval is above 0.
+        targets: The target of each example.
+        before: The prediction of the old deployment for each example.
+        after: The prediction of the same adaptation on the new base for each example.
+        chance: The score of the best prediction that ignores the input.
+        guess: The prediction with the chance score, in words.
+        gain: The score of a linear probe on the new base minus its score on the old base; it counts if its interval is
+            above 0.
         weakness: The reason why the examples cannot settle the choice, if there is one.
         reasons: Further figures to list.
         seed: The seed of the resamples.
 
     Returns:
-        The verdict.
+        The choice with its reasons; `scratch` if the old deployment is no better than chance.
     """
-    targets = np.asarray(labels)
+    target_array = np.asarray(targets)
     base_gain = gain.estimate if gain is not None and gain.low > 0 else 0.0
-    old, new = resampled_scores(metric, targets, [before, after], seed=seed)
-    expected, reached = metric.merit(old) + base_gain - metric.merit(floor), metric.merit(new) - metric.merit(floor)
+    # The first score of each array is of all examples, the others are of resamples.
+    old, new = resampled_scores(metric, target_array, [before, after], seed=seed)
+    expected = metric.merit(old) + base_gain - metric.merit(chance)
+    reached = metric.merit(new) - metric.merit(chance)
     shares = np.divide(reached, expected, out=np.zeros_like(new), where=expected > 0)
     choices = [choose(share, base_gain) for share in shares.tolist()]
-    choice, share = choices[0], float(shares[0])  # the first is of all examples, the others are of resamples
+    choice = choices[0]
+    share = float(shares[0])
     if expected[0] <= 0:
         advice = "The old weights are no better than guessing on their own base: there is nothing to carry over."
         choice = "scratch"
     else:
         advice = f"{100 * share:.0f} % of the score to expect above guessing is left: {ADVICE[choice]}."
-    figures: tuple[Reason, ...] = (
+    figures = [
         Reason("old deployment", f"{old[0]:.3f}", f"{metric.name} of the old weights on the old base"),
         Reason("as they are", f"{new[0]:.3f}", "the same weights on the new base, without any tuning"),
-        Reason("guessing", f"{floor:.3f}", guess),
-    )
+        Reason("guessing", f"{chance:.3f}", guess),
+    ]
     if gain is not None:
-        meaning = "no gain of the new base at the task that old weights would miss"
-        if base_gain:
-            meaning = "the new base is better at the task, which no method without training can use"
-        interval = f"[{metric.describe(gain.low)}, {metric.describe(gain.high)}]"
-        figures += (
-            Reason("probe of the new base", f"{metric.describe(gain.estimate)}{metric.unit} {interval}", meaning),
-        )
+        figures.append(_probe_reason(metric, gain))
     sure = choices[1:].count(choice) / RESAMPLES
     if weakness:
         sure = 0.0
-        figures += (Reason("examples", f"{len(targets):,}", weakness),)
-    return Verdict(choice, sure, share, figures + reasons, advice)
+        figures.append(Reason("examples", f"{len(target_array):,}", weakness))
+    return Verdict(choice, sure, share, (*figures, *reasons), advice)
+
+
+def _probe_reason(metric: Metric, gain: Interval) -> Reason:
+    meaning = "no gain of the new base at the task that old weights would miss"
+    if gain.low > 0 and gain.estimate:
+        meaning = "the new base is better at the task, which no method without training can use"
+    interval = f"[{metric.describe(gain.low)}, {metric.describe(gain.high)}]"
+    return Reason("probe of the new base", f"{metric.describe(gain.estimate)}{metric.unit} {interval}", meaning)
 
 
 def _answer(context: QuestionContext) -> Verdict:
@@ -137,19 +143,23 @@ def _answer(context: QuestionContext) -> Verdict:
 
 
 def _reasons(context: QuestionContext) -> tuple[Reason, ...]:
+    """Return the figures of earlier answers, as far as the questions were answered."""
     reasons = []
-    if (check := context.answer_to(CHECK)) is not None:
+    check = context.answer_to(CHECK)
+    if check is not None:
         shares = (
             ("agreement", check.agreement, "of the examples get the same prediction as before"),
             ("negative flips", check.negative_flips, "of the examples were right and are wrong"),
             ("distance of the bases", check.relative, "of the old base's norm"),
         )
         reasons += [Reason(name, f"{100 * share:.1f} %", meaning) for name, share, meaning in shares]
-    if (segment := context.answer_to(CONNECTIVITY)) is not None:
+    segment = context.answer_to(CONNECTIVITY)
+    if segment is not None:
         height = max(segment.barrier.values())
         meaning = "no barrier on the way: one basin" if segment.connected else "a barrier lies between the deployments"
         reasons.append(Reason("barrier of the loss", f"{height:.3f}", meaning))
-    if (similarity := context.answer_to(SIMILARITY)) is not None:
+    similarity = context.answer_to(SIMILARITY)
+    if similarity is not None:
         meaning = "between the attention of matched heads, in bits"
         if similarity.control is not None:
             meaning += f" ({_mean(similarity.control.divergence):.3f} for {similarity.control.name})"
@@ -158,8 +168,8 @@ def _reasons(context: QuestionContext) -> tuple[Reason, ...]:
 
 
 def _mean(matrix: tuple[tuple[float, ...], ...]) -> float:
-    values = [value for row in matrix for value in row]
-    return sum(values) / len(values)
+    elements = [element for row in matrix for element in row]
+    return sum(elements) / len(elements)
 
 
-QUESTION = Question("verdict", 100, Verdict, _answer, is_required=True)
+QUESTION = Question("verdict", order=100, record=Verdict, answer=_answer, is_required=True)
