@@ -19,7 +19,7 @@ from regraft.adaptation.tokens import with_adaptation_tokens
 from regraft.checkpoint import temporary_folder
 from regraft.errors import MismatchError
 from regraft.model import Deployment, match_labels
-from regraft.model.deployment import check_effect
+from regraft.model.deployment import measure_effect
 from regraft.model.device import device
 from regraft.progress import Progress, silent
 from regraft.recipe import Recipe
@@ -140,7 +140,7 @@ def load_pair(
     data = match_labels(adaptation, data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length))
     upgrade.check_finite()
     old_model = load_old_model(adaptation, upgrade, data.head)
-    effect = check_effect(old_model, adaptation, upgrade.old, data)
+    effect = measure_effect(old_model, adaptation, upgrade.old, data)
     precision = recipe.resolve(len(data.train), 1.0).precision
     with temporary_folder() as folder:
         write_graft(adaptation, upgrade, folder / "direct", progress)

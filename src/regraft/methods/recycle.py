@@ -26,7 +26,7 @@ from regraft.methods.job import Job
 from regraft.methods.options import check_options
 from regraft.methods.record import record_outcome
 from regraft.methods.registry import find_method
-from regraft.model import check_effect, match_labels
+from regraft.model import match_labels, measure_effect
 from regraft.progress import Progress, silent
 from regraft.task import load_data
 from regraft.tuning import Recipe, learning_rate
@@ -122,7 +122,7 @@ def recycle(
         return existing
     upgrade.check_finite()
     old_head = data.head if head == "copy" else stored_head(adaptation, upgrade.old)
-    check_effect(load_old_model(adaptation, upgrade, old_head), adaptation, upgrade.old, data)
+    measure_effect(load_old_model(adaptation, upgrade, old_head), adaptation, upgrade.old, data)
     resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
     source = Source(
         adaptation=str(adaptation.path),

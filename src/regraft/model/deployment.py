@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CHECKED_EXAMPLES = 32
-"""The number of examples that `check_effect` runs; any effect at all shows on far fewer."""
+"""The number of examples that `measure_effect` runs; any effect at all shows on far fewer."""
 
 
 class Deployment:
@@ -201,7 +201,7 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
         raise MismatchError(f"{adaptation.path} was not tuned for the labels of task {data.name}: {error}") from error
 
 
-def check_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData) -> float:
+def measure_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData) -> float:
     """Check on real examples that a loaded adaptation changes what its base computes.
 
     Args:
