@@ -11,10 +11,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.methods import Method, Objective, Part, Start, methods, parts
+
+sys.path.insert(0, str(Path(__file__).parent))  # for importers that do not run this file as a script
+
+from docstrings import PAPER, docstring_to_markdown, parse_entries, split_docstring, split_source, to_markdown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,11 +31,10 @@ NEEDS = {
     "text": "texts of the task, labelled or not",
     "tasks": "other tasks tuned on both bases, or on the old one",
 }
-MAX_DEFAULT = 60  # characters; a longer default would make its line unreadable
-ENTRY = re.compile(r"(\w+): (.*)")
-PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
-SECTION = re.compile(r"(Args|Returns|Yields|Raises):")
-
+MAX_DEFAULT_LENGTH = 60
+"""Characters of a default in a signature; arbitrary, a longer one is replaced by an ellipsis."""
+MAX_SIGNATURE_LENGTH = 100
+"""Characters of a signature on one line; arbitrary, a longer one has one parameter per line."""
 METHODS = """# Methods
 
 A method makes an adaptation for the new base. It consists of a *start*, which puts the old weights on the new base,
@@ -80,52 +84,64 @@ def pages() -> dict[str, str]:
 
 
 def methods_page() -> str:
-    """Return the page of the methods: a table of all, then a section for each start and objective."""
+    """Return the page of the methods: a table of all, then one section per start and objective."""
     rows = [
-        (f"`{m.name}`", m.summary, _formula(m), _needs(m), "yes" if "training" in m.needs() else "no")
-        for m in methods().values()
+        (
+            f"`{method.name}`",
+            method.summary,
+            _formula(method),
+            _needs(method),
+            "yes" if "training" in method.needs() else "no",
+        )
+        for method in methods().values()
     ]
     page = NOTE + METHODS + _table(("method", "what it does", "start + objective", "needs", "trains"), rows)
-    registered = {part.name: part for method in methods().values() for part in method.parts}
-    for title, kind in (("Starts", Start), ("Objectives", Objective)):
-        page += f"\n## {title}\n" + "".join(_part(registered[name]) for name in parts(kind))
-    others = [part for part in registered.values() if not isinstance(part, (Start, Objective))]
-    return page + "\n## Others\n" + "".join(map(_part, others))
+    parts_by_name = {part.name: part for method in methods().values() for part in method.parts}
+    for title, part_class in (("Starts", Start), ("Objectives", Objective)):
+        page += f"\n## {title}\n" + "".join(_part_section(parts_by_name[name]) for name in parts(part_class))
+    remaining = [part for part in parts_by_name.values() if not isinstance(part, (Start, Objective))]
+    return page + "\n## Others\n" + "".join(map(_part_section, remaining))
 
 
 def _formula(method: Method) -> str:
     return " + ".join(f"[`{part.name}`](#{_anchor(part)})" for part in method.parts)
 
 
-def _part(part: Part) -> str:
+def _part_section(part: Part) -> str:
+    """Describe a part by the docstrings of its module, function and options, and cite each of its papers once."""
     module = inspect.getmodule(part.run)
     module_doc = inspect.getdoc(module) or ""
-    heading = f"`{part.name}`: "  # begins the docstring of a module that defines this part alone
-    about, module_source = _split_source(module_doc.removeprefix(heading) if module_doc.startswith(heading) else "")
-    details, function_source = _split_source(_split(inspect.getdoc(part.run) or "")[0])
+    heading = f"`{part.name}`: "
+    # A module's docstring describes the part only if the module defines no other part; it then begins with the name.
+    part_doc = module_doc.removeprefix(heading) if module_doc.startswith(heading) else ""
+    description, module_source = split_source(part_doc)
+    details, function_source = split_source(split_docstring(inspect.getdoc(part.run) or "")[0])
     needs = _needs(Method(part.name, part.summary, (part,)))
     lines = [f'\n<a id="{_anchor(part)}"></a>\n\n### {part.name}\n']
-    lines += [_prose(f"{about[:1].upper()}{about[1:]}\n\n{details}"), f"**Needs:** {needs}.\n"]
+    lines += [to_markdown(f"{description[:1].upper()}{description[1:]}\n\n{details}"), f"**Needs:** {needs}.\n"]
     sources = [module_source, function_source]
     if part.options:
         options_module = inspect.getmodule(part.options)
         if options_module is not module:
-            sources.append(_split_source(inspect.getdoc(options_module) or "")[1])
+            sources.append(split_source(inspect.getdoc(options_module) or "")[1])
         lines.append(_table(("option", "default", "meaning"), _options(part.options)))
     cited: set[str] = set()
-    for text in filter(None, sources):
-        papers = set(PAPER.findall(text))
+    for source in filter(None, sources):
+        papers = set(PAPER.findall(source))
         if not papers or papers - cited:
-            lines.append(f"**Source:** {_prose(text)}")
+            lines.append(f"**Source:** {to_markdown(source)}")
         cited |= papers
     return "\n".join(lines)
 
 
 def _options(options: Any) -> list[tuple[str, str, str]]:
     meanings: dict[str, str] = {}
-    for part in reversed(options.__mro__):  # a subclass's descriptions replace its parent's
-        meanings |= _entries(_split(inspect.getdoc(part) or "")[1].get("Args", "")) if part is not object else {}
-    return [(f"`{f.name}`", f"`{_value(f.default)}`", meanings[f.name]) for f in dataclasses.fields(options)]
+    for cls in reversed(options.__mro__[:-1]):  # a subclass's descriptions replace its parent's; the last is object
+        meanings |= _documented_arguments(cls)
+    return [
+        (f"`{field.name}`", f"`{_format_option(field.default)}`", meanings[field.name])
+        for field in dataclasses.fields(options)
+    ]
 
 
 def _needs(method: Method) -> str:
@@ -143,9 +159,9 @@ def cli_page() -> str:
     from regraft.cli import app
 
     top: Any = typer.main.get_command(app)
-    parts = [NOTE, CLI, "## regraft\n\n", _prose(top.help), "\n", _parameters(top)]
+    parts = [NOTE, CLI, "## regraft\n\n", to_markdown(top.help), "\n", _parameters(top)]
     for words, command in _commands(top, ("regraft",)):
-        parts += ["\n", "#" * min(len(words), 3), f" {' '.join(words)}\n\n", _prose(command.help)]
+        parts += ["\n", "#" * min(len(words), 3), f" {' '.join(words)}\n\n", to_markdown(command.help)]
         if not hasattr(command, "commands"):
             parts += [f"\n```text\n{' '.join((*words, *_usage(command)))}\n```\n\n", _parameters(command)]
     return "".join(parts)
@@ -159,6 +175,7 @@ def _commands(group: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
 
 
 def _usage(command: Any) -> Iterator[str]:
+    """Yield a command's arguments, then its required options."""
     options = [parameter for parameter in command.params if parameter.opts[0].startswith("-")]
     for argument in (parameter for parameter in command.params if parameter not in options):
         name = argument.name.upper() + ("…" if argument.nargs == -1 else "")
@@ -169,6 +186,7 @@ def _usage(command: Any) -> Iterator[str]:
 
 
 def _parameters(command: Any) -> str:
+    """Return a table of a command's arguments and options, or an empty text."""
     rows = []
     for parameter in command.params:
         if parameter.name == "help":
@@ -176,7 +194,9 @@ def _parameters(command: Any) -> str:
         is_option = parameter.opts[0].startswith("-")
         name = ", ".join(f"`{opt}`" for opt in parameter.opts) if is_option else f"`{parameter.name.upper()}`"
         has_default = parameter.default not in (None, (), []) and not getattr(parameter, "is_flag", False)
-        default = "required" if parameter.required else f"`{parameter.default}`" if has_default else ""
+        default = f"`{parameter.default}`" if has_default else ""
+        if parameter.required:
+            default = "required"
         repeatable = " Repeatable." if getattr(parameter, "multiple", False) else ""
         rows.append((name, default, (parameter.help or "") + repeatable))
     return _table(("argument or option", "default", "description"), rows) if rows else ""
@@ -191,7 +211,7 @@ def python_page() -> str:
     parts = [NOTE, PYTHON, "## Functions\n"]
     for name in functions:
         function = getattr(regraft, name)
-        parts += [f"\n### {name}\n\n", _code(_call(name, function)), _docstring(function)]
+        parts += [f"\n### {name}\n\n", _code(_call(name, function)), docstring_to_markdown(function)]
     parts.append("\n## Classes\n")
     for name in classes:
         parts += [f"\n### {name}\n\n", *_class(name, getattr(regraft, name))]
@@ -199,49 +219,69 @@ def python_page() -> str:
 
 
 def _class(name: str, cls: type) -> Iterator[str]:
-    documented = _entries(_split(inspect.getdoc(cls) or "")[1].get("Args", ""))
+    """Yield a class's signature and docstring, those of its documented public members, and its subclasses."""
+    documented = _documented_arguments(cls)
     if documented:
         yield _code(_call(name, cls, tuple(documented)))
-    yield _docstring(cls)
-    for member, value in vars(cls).items():
-        if member.startswith("_") or not (text := _member_doc(value)):
+    yield docstring_to_markdown(cls)
+    for member_name, member in vars(cls).items():
+        member_doc = None if member_name.startswith("_") else _member_doc(member)
+        if not member_doc:
             continue
-        inner = getattr(value, "__func__", value)
-        signature = _call(f"{name}.{member}", inner) if inspect.isfunction(inner) else f"{name}.{member}"
-        yield f"\n#### {name}.{member}\n\n" + _code(signature) + _docstring(text)
-    if subclasses := sorted((c for c in cls.__subclasses__() if c.__module__ == cls.__module__), key=str):
+        function = getattr(member, "__func__", member)
+        path = f"{name}.{member_name}"
+        signature = _call(path, function) if inspect.isfunction(function) else path
+        yield f"\n#### {path}\n\n" + _code(signature) + docstring_to_markdown(member_doc)
+    subclasses = [subclass for subclass in cls.__subclasses__() if subclass.__module__ == cls.__module__]
+    if subclasses:
         yield "\nSubclasses:\n\n"
-        yield from (f"- `{subclass.__name__}`: {_prose(inspect.getdoc(subclass) or '')}" for subclass in subclasses)
+        for subclass in sorted(subclasses, key=str):
+            yield f"- `{subclass.__name__}`: {to_markdown(inspect.getdoc(subclass) or '')}"
 
 
-def _member_doc(value: Any) -> str | None:
-    if inspect.isfunction(value) or isinstance(value, (classmethod, staticmethod, property)):
-        return inspect.getdoc(value)
-    return inspect.cleandoc(value.__doc__) if hasattr(value, "attrname") else None  # a cached property
+def _documented_arguments(cls: type) -> dict[str, str]:
+    return parse_entries(split_docstring(inspect.getdoc(cls) or "")[1].get("Args", ""))
+
+
+def _member_doc(member: Any) -> str | None:
+    """Return the docstring of a method or property; None for other members."""
+    if inspect.isfunction(member) or isinstance(member, (classmethod, staticmethod, property)):
+        return inspect.getdoc(member)
+    is_cached_property = hasattr(member, "attrname")
+    return inspect.cleandoc(member.__doc__) if is_cached_property else None
 
 
 def _call(name: str, called: Any, documented: tuple[str, ...] | None = None) -> str:
     """Write a signature with types and defaults; of a class, with the documented parameters only."""
-    fields = getattr(called, "model_fields", {})  # a pydantic model takes them by name
-    parameters, is_keyword_only = (["*"], True) if fields else ([], False)
+    fields = getattr(called, "model_fields", {})  # empty unless `called` is a pydantic model
+    positional: list[str] = []
+    keyword_only: list[str] = []
     for parameter in inspect.signature(called).parameters.values():
         if parameter.name in ("self", "cls") or (documented is not None and parameter.name not in documented):
             continue
-        if parameter.kind is parameter.KEYWORD_ONLY and not is_keyword_only:
-            is_keyword_only = True
-            parameters.append("*")
-        text = parameter.name
-        if parameter.annotation is not parameter.empty and not fields:
-            text += f": {_type(parameter.annotation)}"
-        if fields and not fields[parameter.name].is_required():
-            text += f"={fields[parameter.name].default!r}"
-        elif not fields and parameter.default is not parameter.empty:
-            text += f" = {getattr(parameter.default, '__name__', None) or _python(parameter.default)}"
-        parameters.append(text)
+        if fields:
+            field = fields[parameter.name]
+            keyword_only.append(parameter.name if field.is_required() else f"{parameter.name}={field.default!r}")
+        else:
+            group = keyword_only if parameter.kind is parameter.KEYWORD_ONLY else positional
+            group.append(_parameter(parameter))
+    parameters = [*positional, "*", *keyword_only] if keyword_only else positional
     returns = inspect.signature(called).return_annotation
     ending = f" -> {_type(returns)}" if inspect.isfunction(called) and returns is not inspect.Signature.empty else ""
     line = f"{name}({', '.join(parameters)}){ending}"
-    return line if len(line) <= 100 else f"{name}(\n" + "".join(f"    {text},\n" for text in parameters) + f"){ending}"
+    if len(line) <= MAX_SIGNATURE_LENGTH:
+        return line
+    return f"{name}(\n" + "".join(f"    {parameter},\n" for parameter in parameters) + f"){ending}"
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    """Write a parameter with its type and default."""
+    text = parameter.name
+    if parameter.annotation is not parameter.empty:
+        text += f": {_type(parameter.annotation)}"
+    if parameter.default is not parameter.empty:
+        text += f" = {getattr(parameter.default, '__name__', None) or _default(parameter.default)}"
+    return text
 
 
 def _type(annotation: Any) -> str:
@@ -249,77 +289,21 @@ def _type(annotation: Any) -> str:
     return re.sub(r"\bCount\b", "int", text)  # a count is an int that is checked when a record is read
 
 
-def _python(default: Any) -> str:
-    return "…" if "factory" in repr(default) or len(repr(default)) > MAX_DEFAULT else repr(default)
+def _default(value: Any) -> str:
+    return "…" if "factory" in repr(value) or len(repr(value)) > MAX_DEFAULT_LENGTH else repr(value)
 
 
-def _docstring(documented: Any) -> str:
-    """Turn a google docstring, or that of an object, into Markdown."""
-    lead, sections = _split(documented if isinstance(documented, str) else inspect.getdoc(documented) or "")
-    parts = [_prose(lead)]
-    for title, name in (("Args", "Arguments"), ("Returns", "Returns"), ("Yields", "Yields"), ("Raises", "Raises")):
-        if title not in sections:
-            continue
-        if title in ("Returns", "Yields"):
-            parts.append(f"**{name}:** {_prose(sections[title])}")
-        else:
-            entries = "".join(f"- `{key}`: {_prose(text)}" for key, text in _entries(sections[title]).items())
-            parts.append(f"**{name}:**\n\n{entries}")
-    return "\n".join(parts)
-
-
-def _split(text: str) -> tuple[str, dict[str, str]]:
-    """Split a google docstring into its lead and its sections."""
-    lead: list[str] = []
-    sections: dict[str, list[str]] = {}
-    into = lead
-    for line in text.splitlines():
-        if header := SECTION.fullmatch(line):
-            into = sections.setdefault(header[1], [])
-        else:
-            if into is not lead and line and not line.startswith(" "):
-                into = lead  # a paragraph after the sections
-            into.append(line)
-    return "\n".join(lead).strip(), {
-        name: inspect.cleandoc("\n" + "\n".join(lines)) for name, lines in sections.items()
-    }
-
-
-def _entries(section: str) -> dict[str, str]:
-    entries: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        if (entry := ENTRY.fullmatch(line)) and not line.startswith(" "):
-            name, entries[entry[1]] = entry[1], entry[2]
-        elif name and line.strip():
-            entries[name] += f" {line.strip()}"
-    return entries
-
-
-def _split_source(text: str) -> tuple[str, str]:
-    """Split a text into what precedes the source that it cites, and the source."""
-    before, _, source = text.partition("Source: ")
-    return before.strip(), source.strip()
-
-
-def _prose(text: str) -> str:
-    """Write a docstring's text as Markdown: escape it, join its lines and link papers."""
-    spans = re.split(r"(`[^`]*`)", text)
-    spans[::2] = [re.sub(r"([*<>])", r"\\\1", span) for span in spans[::2]]
-    paragraphs = [" ".join(part.split()) for part in "".join(spans).strip().split("\n\n")]
-    linked = PAPER.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", "\n\n".join(paragraphs))
-    return linked + "\n"
-
-
-def _value(default: Any) -> str:
-    """Format a default as `-o` takes it."""
-    if isinstance(default, tuple):
-        return f"[{','.join(map(_value, default))}]"
-    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default) or '""'
+def _format_option(value: Any) -> str:
+    """Format an option's value as `-o` takes it."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_format_option, value))}]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    cells = [[_prose(cell).strip().replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[to_markdown(cell).strip().replace("|", "\\|") for cell in row] for row in rows]
     lines = [head, ("---",) * len(head), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -12,11 +12,11 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages of the experiments, with their pictures.
 
     Args:
-        files: MkDocs's files.
+        files: MkDocs's collection of source files.
         config: MkDocs's configuration.
 
     Returns:
-        The files, with each `experiments/…/README.md` and its pictures.
+        The collection, with each `experiments/…/README.md` and its pictures.
     """
     from mkdocs.structure.files import File, InclusionLevel
 
@@ -28,12 +28,5 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Rewrite links to the experiments' pages, which in the repository lead out of `docs/`.
-
-    Args:
-        markdown: The page's text.
-        page: The page.
-        config: MkDocs's configuration.
-        files: MkDocs's files.
-    """
+    """Rewrite links to the experiments' pages, which in the repository lead out of `docs/`."""
     return markdown.replace("](../experiments/", "](experiments/")
