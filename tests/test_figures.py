@@ -50,7 +50,7 @@ def write_inputs(folder: Path) -> tuple[Path, Path, list[Path]]:
     AutoTokenizer.from_pretrained(source).save_pretrained(folder / "old")
     write_corpus(DOMAIN, folder / "corpus.jsonl", limit=50_000)
     recipe = Recipe(steps=8, batch_size=8, eval_every=8, learning_rate=1e-3, precision="fp32")
-    pretrain(Base.open(folder / "old"), Corpus((str(folder / "corpus.jsonl"),)), folder / "new", recipe, block=32)
+    pretrain(Base.open(folder / "old"), Corpus((str(folder / "corpus.jsonl"),)), folder / "new", recipe, block_size=32)
     return folder / "old", folder / "new", tasks
 
 

@@ -45,7 +45,7 @@ def text_file(tmp_path_factory):
 def upgraded(tmp_path_factory, bases, text_file):
     folder = tmp_path_factory.mktemp("upgraded")
     return {
-        name: pretrain(Base.open(bases[name][0]), Corpus((str(text_file),)), folder / name, RECIPE, block=32)
+        name: pretrain(Base.open(bases[name][0]), Corpus((str(text_file),)), folder / name, RECIPE, block_size=32)
         for name in ARCHITECTURES
     }
 
@@ -81,9 +81,9 @@ def make_training(base, blocks, recipe=RECIPE):
     return LanguageModelling(base, np.asarray(blocks, dtype=np.uint32), numbers, numbers, recipe)
 
 
-def random_blocks(base, count, block=32, seed=3):
+def random_blocks(base, count, block_size=32, seed=3):
     chance = np.random.default_rng(seed)
-    blocks = chance.integers(5, len(base.tokenizer), size=(count, block))
+    blocks = chance.integers(5, len(base.tokenizer), size=(count, block_size))
     blocks[:, 0], blocks[:, 9], blocks[:, 10] = 1, 2, 1
     return blocks
 
@@ -176,7 +176,7 @@ def test_fresh_head_is_trained_before_the_body(tmp_path, headless, text_file, mo
 
     monkeypatch.setattr(trainer, "train", train_and_count_changed_tensors)
     base = Base.open(headless)
-    new = pretrain(base, Corpus((str(text_file),)), tmp_path / "new", RECIPE, block=32)
+    new = pretrain(base, Corpus((str(text_file),)), tmp_path / "new", RECIPE, block_size=32)
     assert list(stages) == ["pretrain head", "pretrain"]
     assert stages["pretrain head"][0] == 0
     assert stages["pretrain"][0] > 10
@@ -201,7 +201,7 @@ def test_fresh_head_depends_on_the_seed_only(tmp_path, headless, text_file):
     corpus = Corpus((str(text_file),))
     for name, draws_before in (("first", 0), ("second", 3)):
         torch.rand(draws_before)
-        pretrain(Base.open(headless), corpus, tmp_path / name, recipe, block=32)
+        pretrain(Base.open(headless), corpus, tmp_path / name, recipe, block_size=32)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -286,7 +286,7 @@ def test_invalid_rows_are_named(tmp_path, name, content, message):
 @pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.csv", "none.parquet"])
 def test_missing_file_is_named(tmp_path, bases, name):
     with pytest.raises(DataError, match=rf"{name}: no such file"):
-        pretrain(Base.open(bases["bert"][0]), Corpus((str(tmp_path / name),)), tmp_path / "out", RECIPE, block=32)
+        pretrain(Base.open(bases["bert"][0]), Corpus((str(tmp_path / name),)), tmp_path / "out", RECIPE, block_size=32)
 
 
 def test_short_text_and_long_block_are_refused(tmp_path, bases):
@@ -294,9 +294,9 @@ def test_short_text_and_long_block_are_refused(tmp_path, bases):
     file = tmp_path / "a.txt"
     file.write_text("good film\n", encoding="utf-8")
     with pytest.raises(DataError, match="4 tokens of text make 0 blocks of 32, and at least 2 are needed"):
-        pretrain(base, Corpus((str(file),)), tmp_path / "out", RECIPE, block=32)
+        pretrain(base, Corpus((str(file),)), tmp_path / "out", RECIPE, block_size=32)
     with pytest.raises(RecipeError, match="--block 65 is more than the 64 tokens"):
-        pretrain(base, Corpus((str(file),)), tmp_path / "out", RECIPE, block=65)
+        pretrain(base, Corpus((str(file),)), tmp_path / "out", RECIPE, block_size=65)
     assert not (tmp_path / "out").exists()
 
 
@@ -310,13 +310,13 @@ def test_second_run_trains_nothing(tmp_path, upgraded, bases, text_file, monkeyp
     moved = tmp_path / "moved.txt"
     shutil.copy(text_file, moved)
     for equal_corpus in (corpus, Corpus((str(moved),))):
-        assert pretrain(base, equal_corpus, out, RECIPE, block=32).fingerprint == upgraded["bert"].fingerprint
+        assert pretrain(base, equal_corpus, out, RECIPE, block_size=32).fingerprint == upgraded["bert"].fingerprint
     more = tmp_path / "more.txt"
     more.write_text(text_file.read_text(encoding="utf-8") + "good\n", encoding="utf-8")
     with pytest.raises(OutcomeError, match="made from something else"):
-        pretrain(base, Corpus((str(more),)), out, RECIPE, block=32)
+        pretrain(base, Corpus((str(more),)), out, RECIPE, block_size=32)
     with pytest.raises(OutcomeError, match="made from something else"):
-        pretrain(base, corpus, out, RECIPE, block=16)
+        pretrain(base, corpus, out, RECIPE, block_size=16)
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == files
 
 
