@@ -1,4 +1,4 @@
-"""The loss between tuned models: known barriers, exact ends, planes, refusals, and the cost."""
+"""The loss between tuned models: known barriers, exact ends, planes, refusals, and cost."""
 
 import copy
 import dataclasses
@@ -36,17 +36,17 @@ def pair(opened_bases, tmp_path_factory):
     """Two full fine-tunes of a BERT that differ in every tensor."""
     folder = tmp_path_factory.mktemp("pair")
     old, new = opened_bases["bert"]
-    return load(write_adaptation(old, "full", folder / "a"), old), load(
-        write_adaptation(new, "full", folder / "b", seed=3), new
-    )
+    first = load(write_adaptation(old, "full", folder / "a"), old)
+    second = load(write_adaptation(new, "full", folder / "b", seed=3), new)
+    return first, second
 
 
 def load(path, base):
     return load_model(load_adaptation(path), base, HEAD)
 
 
-def unit_grid(count):
-    return [i / (count - 1) for i in range(count)]
+def make_unit_grid(num_points):
+    return [i / (num_points - 1) for i in range(num_points)]
 
 
 class VectorModel(torch.nn.Module):
@@ -57,43 +57,44 @@ class VectorModel(torch.nn.Module):
         self.vector = torch.nn.Parameter(torch.tensor(vector, dtype=torch.float64))
 
 
-def barrier_between(loss, first, second, points=11):
+def compute_barrier(loss, first, second, points=11):
     blend = Blend((first, second), ["a", "b"])
     losses = []
-    for mu in unit_grid(points):
+    for mu in make_unit_grid(points):
         blend.set_coefficients(mu)
         losses.append(float(loss(blend.model.vector.detach())))
-    return barrier(unit_grid(points), losses)
+    return barrier(make_unit_grid(points), losses)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-3, 3), min_size=4, max_size=4), st.floats(0.1, 5))
-def test_a_quadratic_has_its_known_barrier(coordinates, curvature):
+def test_barrier_of_a_quadratic_equals_its_closed_form(coordinates, curvature):
     """−k/2·‖x‖² rises between two points by k/8 of their squared distance; k/2·‖x‖² does not rise."""
     a, b = VectorModel(*coordinates[:2]), VectorModel(*coordinates[2:])
     expected = curvature / 8 * float((a.vector - b.vector).detach().square().sum())
-    assert barrier_between(lambda x: -curvature / 2 * x @ x, a, b) == pytest.approx(expected, abs=1e-9)
-    assert barrier_between(lambda x: curvature / 2 * x @ x, a, b) == pytest.approx(0, abs=1e-9)
-    assert barrier_between(lambda x: x @ x, a, a) == 0
+    assert compute_barrier(lambda x: -curvature / 2 * x @ x, a, b) == pytest.approx(expected, abs=1e-9)
+    assert compute_barrier(lambda x: curvature / 2 * x @ x, a, b) == pytest.approx(0, abs=1e-9)
+    assert compute_barrier(lambda x: x @ x, a, a) == 0
 
 
-def test_a_double_well_has_its_known_barrier():
+def test_barrier_of_a_double_well_is_its_height():
     def double_well(x):
         return (x[0] ** 2 - 1) ** 2 + x[1] ** 2
 
-    assert barrier_between(double_well, VectorModel(-1.0, 0.0), VectorModel(1.0, 0.0)) == 1
-    assert barrier_between(double_well, VectorModel(1.0, -1.0), VectorModel(1.0, 1.0)) == 0
+    assert compute_barrier(double_well, VectorModel(-1.0, 0.0), VectorModel(1.0, 0.0)) == 1
+    assert compute_barrier(double_well, VectorModel(1.0, -1.0), VectorModel(1.0, 1.0)) == 0
 
 
 @settings(max_examples=100, deadline=None)
 @given(CURVES, NUMBERS, NUMBERS)
-def test_a_barrier_is_not_negative_and_ignores_slopes(losses, start, slope):
-    mu = np.array(unit_grid(len(losses)))
+def test_a_barrier_is_not_negative_and_ignores_linear_terms(losses, start, slope):
+    mu = np.array(make_unit_grid(len(losses)))
     height = barrier(mu, losses)
     assert height >= 0 and (len(losses) > 2 or height == 0)
     assert barrier(mu, np.array(losses) + start + slope * mu) == pytest.approx(height, abs=1e-9)
     assert barrier(mu, start + slope * mu) == pytest.approx(0, abs=1e-9)
-    assert barrier(mu, sorted(losses)[0] + slope**2 * (mu - 0.3) ** 2) == pytest.approx(0, abs=1e-8)  # convex
+    convex_losses = min(losses) + slope**2 * (mu - 0.3) ** 2
+    assert barrier(mu, convex_losses) == pytest.approx(0, abs=1e-8)
     assert height >= max(losses) - max(losses[0], losses[-1]) - 1e-9
 
 
@@ -105,7 +106,7 @@ def test_a_barrier_needs_finite_losses_at_ascending_positions():
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "bottleneck", "prefix"])
-def test_the_ends_are_exactly_the_models(opened_bases, tmp_path, encoded_dev, kind):
+def test_the_ends_equal_the_models_exactly(opened_bases, tmp_path, encoded_dev, kind):
     old, new = opened_bases["bert"]
     models = (
         load(write_adaptation(old, kind, tmp_path / "a"), old),
@@ -146,7 +147,7 @@ def test_losses_and_scores_match_models_averaged_by_hand(pair, opened_bases, dat
             assert result.score[split.name][point] == score(data.metric, labels, logits.argmax(dim=1))
         expected = max(0, losses[1] - (losses[0] + losses[2]) / 2)
         assert result.barrier[split.name] == pytest.approx(expected, abs=1e-5)
-    assert [update[:3] for update in updates] == [("connectivity", number, 3) for number in (1, 2, 3)]
+    assert [update[:3] for update in updates] == [("connectivity", point, 3) for point in (1, 2, 3)]
     assert updates[1][3] == {f"{name} loss": pytest.approx(result.loss[name][1]) for name in ("dev", "test")}
 
 
@@ -156,7 +157,7 @@ def test_a_model_is_connected_with_itself(pair, opened_bases, data):
 
 
 def test_a_barrier_between_two_models_is_measured(opened_bases, tuned_outcomes, data):
-    """A model and the same function with the pooler's signs flipped: the ends are equal, the middle is useless."""
+    """Flipping the pooler's signs leaves a model's outputs, but the mean of both models is useless."""
     base = opened_bases["bert"][0]
     first = load(tuned_outcomes["bert", "full"], base)
     second = copy.deepcopy(first)
@@ -173,7 +174,7 @@ def test_a_barrier_between_two_models_is_measured(opened_bases, tuned_outcomes, 
 
 
 def test_an_adapter_is_connected_across_an_upgrade(opened_bases, tuned_outcomes, data):
-    """One LoRA on its own base and, untuned, on the new base."""
+    """One LoRA, without further tuning, on the old base and on the new base."""
     old, new = opened_bases["llama"]
     first = load(tuned_outcomes["llama", "lora"], old)
     result = segment(first, load(tuned_outcomes["llama", "lora"], new), old, data, points=5)
@@ -183,7 +184,7 @@ def test_an_adapter_is_connected_across_an_upgrade(opened_bases, tuned_outcomes,
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.floats(-3, 3), min_size=4, max_size=4), min_size=3, max_size=3))
 def test_a_plane_goes_through_its_three_models(points):
-    """Coordinates are distances, and each model's coordinates lead to exactly that model."""
+    """Coordinates are distances, and each model's coordinates lead to the model."""
     from regraft.diagnosis.plane import _corners
 
     a, b, c = (torch.tensor(point, dtype=torch.float64) for point in points)
@@ -202,7 +203,7 @@ def test_a_plane_goes_through_its_three_models(points):
         torch.testing.assert_close(blend.model.vector.detach(), expected, rtol=0, atol=1e-8)
 
 
-def test_a_plane_of_losses(pair, opened_bases, data, tmp_path):
+def test_a_plane_has_the_distances_and_losses_of_its_models(pair, opened_bases, data, tmp_path):
     base = opened_bases["bert"][0]
     updates = []
     third = load(write_adaptation(base, "full", tmp_path / "c", seed=9), base)
@@ -212,16 +213,16 @@ def test_a_plane_of_losses(pair, opened_bases, data, tmp_path):
     )
     assert result.names == ("a", "b", "c") and result.split == "test" and updates[-1] == ("plane", 9, 9)
     assert np.array(result.loss).shape == np.array(result.score).shape == (3, 3)
-    flat = [torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) for model in models]
+    vectors = [torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) for model in models]
     for i, j in ((0, 1), (0, 2), (1, 2)):
-        expected = float((flat[i] - flat[j]).norm())
+        expected = float((vectors[i] - vectors[j]).norm())
         assert math.dist(result.places[i], result.places[j]) == pytest.approx(expected, rel=1e-5)
     _, (b_x, _), (c_x, c_y) = result.places
     assert result.y == pytest.approx((0, c_y / 2, c_y))
     assert result.x[0] == min(0, c_x) and result.x[-1] == max(b_x, c_x)
     loss_on_x_axis = dict(zip(result.x, result.loss[0], strict=True))
     for model, x in zip(pair, (0, b_x), strict=True):
-        if x in loss_on_x_axis:  # c may lie beyond a or b, and then the grid does not start or end there
+        if x in loss_on_x_axis:  # the grid starts or ends at c instead if c lies beyond a or b
             expected = segment(model, model, base, data, points=3).loss["test"][0]
             assert loss_on_x_axis[x] == pytest.approx(expected, abs=1e-5)
     wide = plane(models, ("a", "b", "c"), base, dataclasses.replace(data, test=None), size=2, margin=0.5)
@@ -261,7 +262,7 @@ def test_models_that_cannot_be_interpolated_are_refused(pair, opened_bases, data
 
 @pytest.mark.slow
 def test_eleven_points_cost_no_more_than_eleven_evaluations(tmp_path, task_file):
-    """Measured in CPU seconds of this process, so that other processes do not count."""
+    """CPU seconds of this process do not count the work of other processes."""
     base = Base.open(
         write_base(
             tmp_path / "base", hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768
@@ -277,15 +278,16 @@ def test_eleven_points_cost_no_more_than_eleven_evaluations(tmp_path, task_file)
             functional.cross_entropy(logits, torch.as_tensor(examples.targets))
             score(data.metric, examples.targets, logits.argmax(dim=1))
 
-    def cpu_seconds(function):
+    def measure_cpu_seconds(function):
         start = time.process_time()
         function()
         return time.process_time() - start
 
-    cpu_seconds(evaluate)
-    evaluations, segments = [], []
+    evaluate()  # warms up
+    evaluation_times = []
+    segment_times = []
     for _ in range(2):
-        evaluations.append(cpu_seconds(evaluate))
-        segments.append(cpu_seconds(lambda: segment(first, second, base, data)))
-    expected, measured = min(evaluations), min(segments)
+        evaluation_times.append(measure_cpu_seconds(evaluate))
+        segment_times.append(measure_cpu_seconds(lambda: segment(first, second, base, data)))
+    expected, measured = min(evaluation_times), min(segment_times)
     assert measured <= 1.1 * expected, f"{measured:.2f} s against {expected:.2f} s ({measured / expected:.3f})"

@@ -1,4 +1,4 @@
-"""The questions of a diagnosis against known answers, one by one and all in one record."""
+"""The questions of a diagnosis against known answers, one by one and together in a record."""
 
 import dataclasses
 import importlib.util
@@ -38,48 +38,49 @@ from regraft.task.types.class_metrics import ACCURACY
 from regraft.task.types.class_views import calibration
 from regraft.weights import subspace_overlap
 
-EXACT = Recipe(precision="fp32")
+FLOAT32 = Recipe(precision="fp32")
 
 
 @pytest.fixture
-def load_exact_pair(task_file):
-    def load(upgrade, path):
-        return load_pair(upgrade, path, task_file, recipe=EXACT)
+def open_pair(task_file):
+    """A function of an upgrade and an adaptation, which opens the old and the new deployment in float32."""
 
-    return load
+    def open_deployments(upgrade, path):
+        return load_pair(upgrade, path, task_file, recipe=FLOAT32)
+
+    return open_deployments
 
 
-def test_flips_by_hand(load_exact_pair, bases, tuned_outcomes):
-    with load_exact_pair(Upgrade(*bases["bert"]), tuned_outcomes["bert", "full"]) as pair:
+def test_flips_equal_those_counted_by_hand(open_pair, bases, tuned_outcomes):
+    with open_pair(Upgrade(*bases["bert"]), tuned_outcomes["bert", "full"]) as pair:
         labels = pair.split.labels.tolist()
         targets = torch.tensor(labels)
         before, after = targets.clone(), targets.clone()
-        before[:3] = 1 - before[:3]  # wrong, then right
-        after[10:15] = 1 - after[10:15]  # right, then wrong
+        before[:3] = 1 - before[:3]  # positive flips: wrong, then right
+        after[10:15] = 1 - after[10:15]  # negative flips: right, then wrong
         one_hot = torch.nn.functional.one_hot
         pair.old._outputs[pair.split] = 4.0 * one_hot(before, 2)
         pair.new._outputs[pair.split] = 2.0 * one_hot(after, 2)
         result = regressions(pair, [[True] * 100])
         assert (result.negative, result.positive, result.examples) == (5, 3, 100)
-        assert [flip.row for flip in result.flips] == [
-            int(pair.split.row_numbers[i]) for i in (0, 1, 2, 10, 11, 12, 13, 14)
-        ]
+        flipped = [0, 1, 2, 10, 11, 12, 13, 14]
+        assert [flip.row for flip in result.flips] == pair.split.row_numbers[flipped].tolist()
         assert [flip.kind for flip in result.flips] == ["positive"] * 3 + ["negative"] * 5
         flip = result.flips[3]
         assert flip.text == pair.split.texts[10][0]
         assert (flip.label, flip.before, flip.after) == (LABELS[labels[10]], LABELS[labels[10]], LABELS[1 - labels[10]])
         assert flip.confidence == pytest.approx(math.exp(2) / (math.exp(2) + 1), abs=1e-4)
         classes, reliability = result.views
-        for number, (label, examples, _, recall, _, negative, _) in enumerate(classes.rows):
-            assert label == LABELS[number]
-            assert examples == labels.count(number)
-            assert recall == pytest.approx(recall_score(labels, after, labels=[number], average=None)[0])
-            assert negative == sum(labels[i] == number for i in range(10, 15))
+        for index, (label, examples, _, recall, _, negative, _) in enumerate(classes.rows):
+            assert label == LABELS[index]
+            assert examples == labels.count(index)
+            assert recall == pytest.approx(recall_score(labels, after, labels=[index], average=None)[0])
+            assert negative == labels[10:15].count(index)
         assert [sum(series.sizes) for series in reliability.series] == [100, 100]
         assert result.noise == pytest.approx((5 + 0) / 2 / 100)
 
 
-def test_mcnemar_by_hand():
+def test_mcnemar_equals_values_computed_by_hand():
     assert mcnemar(0, 0) == 1
     assert mcnemar(5, 0) == pytest.approx(2 / 32)
     assert mcnemar(3, 1) == pytest.approx(2 * (4 + 1) / 16)
@@ -93,7 +94,7 @@ def test_noise_floor():
     assert noise_floor([[True, True, True, False], [True, True, False, False]]) == pytest.approx((1 / 4 + 0) / 2)
 
 
-def test_calibration_by_hand():
+def test_calibration_equals_one_computed_by_hand():
     probabilities = torch.tensor([[0.95, 0.05], [0.92, 0.08], [0.35, 0.65], [0.4, 0.6]])
     result = calibration(probabilities.amax(dim=1).tolist(), [True, False, True, True])
     assert [(bin.low, bin.count) for bin in result.bins] == [(0.5, 1), (0.6, 1), (0.9, 2)]
@@ -104,29 +105,29 @@ def test_calibration_by_hand():
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(2, 4), st.integers(0, 2**31))
-def test_calibration_of_any_classifier(count, classes, seed):
+def test_calibration_counts_all_examples_and_their_accuracy(num_examples, num_classes, seed):
     random = torch.Generator().manual_seed(seed)
-    probabilities = torch.randn(count, classes, generator=random).softmax(dim=1)
-    labels = torch.randint(classes, (count,), generator=random)
+    probabilities = torch.randn(num_examples, num_classes, generator=random).softmax(dim=1)
+    labels = torch.randint(num_classes, (num_examples,), generator=random)
     is_right = probabilities.argmax(dim=1) == labels
     result = calibration(probabilities.amax(dim=1).tolist(), is_right.tolist())
     assert 0 <= result.ece <= 1
-    assert sum(bin.count for bin in result.bins) == count
+    assert sum(bin.count for bin in result.bins) == num_examples
     accuracy = float(is_right.float().mean())
-    assert sum(bin.count * bin.accuracy for bin in result.bins) / count == pytest.approx(accuracy, abs=1e-5)
+    assert sum(bin.count * bin.accuracy for bin in result.bins) / num_examples == pytest.approx(accuracy, abs=1e-5)
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(4, 20), st.integers(4, 20), st.integers(1, 4), st.integers(0, 2**31))
-def test_overlap_of_subspaces(out, inner, directions, seed):
+def test_overlap_is_symmetric_and_ignores_scale_and_rotation(rows, columns, directions, seed):
     random = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(out, inner, generator=random, dtype=torch.float64) for _ in range(2))
+    a, b = (torch.randn(rows, columns, generator=random, dtype=torch.float64) for _ in range(2))
     assert subspace_overlap(a, a, directions) == pytest.approx(1)
     assert subspace_overlap(a, -3 * a, directions) == pytest.approx(1)
     overlap = subspace_overlap(a, b, directions)
     assert -1e-9 <= overlap <= 1 + 1e-9
     assert subspace_overlap(b, a, directions) == pytest.approx(overlap)
-    rotation = torch.linalg.qr(torch.randn(out, out, generator=random, dtype=torch.float64)).Q
+    rotation = torch.linalg.qr(torch.randn(rows, rows, generator=random, dtype=torch.float64)).Q
     assert subspace_overlap(rotation @ a, rotation @ b, directions) == pytest.approx(overlap)
 
 
@@ -142,7 +143,7 @@ def test_overlap_of_orthogonal_and_of_large_matrices():
     assert torch.equal(torch.get_rng_state(), rng_state)
 
 
-def test_shift_against_delta(tmp_path, bases):
+def test_shift_of_an_upgrade_is_compared_with_the_delta(tmp_path, bases):
     old, new = bases["bert"]
     old_tensors, new_tensors = (load_file(base / "model.safetensors") for base in (old, new))
     old_body = {name: tensor.double() for name, tensor in old_tensors.items() if name.startswith("bert.")}
@@ -184,7 +185,7 @@ def test_shift_of_a_lora_equals_that_of_its_full_conversion(tmp_path, bases, arc
     assert lora_shift.shift == full_shift.shift
 
 
-def test_shift_without_a_dense_delta(tmp_path, bases):
+def test_an_adaptation_without_a_dense_delta_has_only_a_shift(tmp_path, bases):
     upgrade = Upgrade(*bases["bert"])
     body = shift(upgrade, load_adaptation(write_adaptation(upgrade.old, "bottleneck", tmp_path / "bottleneck"))).whole
     assert body.shift > 0
@@ -192,9 +193,9 @@ def test_shift_without_a_dense_delta(tmp_path, bases):
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "full"), ("llama", "lora"), ("roberta", "full")])
-def test_retention_of_an_upgrade_that_changed_nothing(load_exact_pair, bases, tuned_outcomes, architecture, kind):
+def test_retention_is_undefined_if_the_upgrade_changed_nothing(open_pair, bases, tuned_outcomes, architecture, kind):
     old = bases[architecture][0]
-    with load_exact_pair(Upgrade(old, old), tuned_outcomes[architecture, kind]) as pair:
+    with open_pair(Upgrade(old, old), tuned_outcomes[architecture, kind]) as pair:
         result = retention(pair)
     assert result.loss["old base"] == result.loss["new base"]
     assert result.loss["old deployment"] == pytest.approx(result.loss["new deployment"], rel=1e-5)
@@ -202,24 +203,22 @@ def test_retention_of_an_upgrade_that_changed_nothing(load_exact_pair, bases, tu
     assert result.text == "the training texts of mood"
 
 
-def test_retention_of_a_gain(tmp_path, load_exact_pair, bases, task_file):
-    """An adaptation that changes nothing keeps all of the gain."""
+def test_an_adaptation_that_changes_nothing_keeps_the_whole_gain(tmp_path, open_pair, bases, task_file):
     from regraft import Corpus, pretrain
 
     old = Base.open(bases["bert"][0])
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"{row}\n" for row in (task_file.parent / "train.csv").read_text().splitlines()[1:]))
-    new = pretrain(
-        old, Corpus((str(text),)), tmp_path / "new", Recipe(steps=40, learning_rate=3e-3, precision="fp32"), 16
-    )
+    text.write_text((task_file.parent / "train.csv").read_text().partition("\n")[2])
+    recipe = Recipe(steps=40, learning_rate=3e-3, precision="fp32")
+    new = pretrain(old, Corpus((str(text),)), tmp_path / "new", recipe, block=16)
     path = write_adaptation(old, "full", tmp_path / "full")
     base_tensors = load_file(old.path / "model.safetensors")
     tensors = {name: base_tensors.get(name, tensor) for name, tensor in read_weights(path).items()}
     tensors["classifier.weight"] = tensors["classifier.weight"] + 1
     bias = "bert.encoder.layer.1.output.LayerNorm.bias"
-    tensors[bias] = tensors[bias] + 1e-5  # an adaptation that changes nothing at all is refused
+    tensors[bias] = tensors[bias] + 1e-5  # a delta of 0 is refused
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with load_exact_pair(Upgrade(old, new), path) as pair:
+    with open_pair(Upgrade(old, new), path) as pair:
         result = retention(pair, (str(text),))
         outputs = pair.old.outputs(pair.split)
         pair.old.clear_outputs()
@@ -229,7 +228,7 @@ def test_retention_of_a_gain(tmp_path, load_exact_pair, bases, task_file):
     assert result.text == str(text)
 
 
-def test_retention_needs_a_language_model(tmp_path, load_exact_pair, bases, tuned_outcomes, saved_adaptations):
+def test_retention_needs_a_language_model(tmp_path, open_pair, bases, tuned_outcomes, saved_adaptations):
     headless = tmp_path / "headless"
     headless.mkdir()
     old = bases["bert"][0]
@@ -240,29 +239,26 @@ def test_retention_needs_a_language_model(tmp_path, load_exact_pair, bases, tune
     body = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
     save_file(body, headless / "model.safetensors", metadata={"format": "pt"})
     upgrade = Upgrade(headless, headless)
-    message = "no language-modelling head"
-    with load_exact_pair(upgrade, tuned_outcomes["bert", "full"]) as pair, pytest.raises(MismatchError, match=message):
+    full, prompt = tuned_outcomes["bert", "full"], saved_adaptations["bert", "prompt"][0].parent
+    with open_pair(upgrade, full) as pair, pytest.raises(MismatchError, match="no language-modelling head"):
         retention(pair)
-    prompt = saved_adaptations["bert", "prompt"][0].parent
-    upgrade = Upgrade(*bases["bert"])
-    message = "virtual tokens"
-    with load_exact_pair(upgrade, prompt) as pair, pytest.raises(MismatchError, match=message):
+    with open_pair(Upgrade(*bases["bert"]), prompt) as pair, pytest.raises(MismatchError, match="virtual tokens"):
         retention(pair)
 
 
-def test_compatibility_over_checkpoints(tmp_path, load_exact_pair, bases, tuned_outcomes):
+def test_compatibility_falls_with_the_distance_of_checkpoints(tmp_path, open_pair, bases, tuned_outcomes):
     old, new = bases["bert"]
-    checkpoints = [write_upgrade(old, tmp_path / f"step{n}", amount) for n, amount in enumerate((0.05, 0.3, 3.0))]
-    with load_exact_pair(Upgrade(old, new), tuned_outcomes["bert", "full"]) as pair:
+    checkpoints = [write_upgrade(old, tmp_path / f"noise-{amount}", amount) for amount in (0.05, 0.3, 3.0)]
+    with open_pair(Upgrade(old, new), tuned_outcomes["bert", "full"]) as pair:
         points = compatibility(pair, checkpoints)
     assert [point.name for point in points] == [str(old), *map(str, checkpoints)]
     assert points[0].distance == 0
     assert points[0].agreement == 1
-    assert points[0].score == check(Upgrade(old, new), tuned_outcomes["bert", "full"], pair.data, recipe=EXACT).old
+    assert points[0].score == check(Upgrade(old, new), tuned_outcomes["bert", "full"], pair.data, recipe=FLOAT32).old
     distances = [point.distance for point in points]
     assert distances == sorted(distances)
     assert points[1].agreement >= points[3].agreement
-    second = check(Upgrade(old, checkpoints[1]), tuned_outcomes["bert", "full"], pair.data, recipe=EXACT)
+    second = check(Upgrade(old, checkpoints[1]), tuned_outcomes["bert", "full"], pair.data, recipe=FLOAT32)
     assert points[2].score == second.new
     assert points[2].agreement == pytest.approx(second.agreement)
 
@@ -279,11 +275,11 @@ def test_compatibility_over_checkpoints(tmp_path, load_exact_pair, bases, tuned_
         (-1, 0, "scratch"),
     ],
 )
-def test_choices(share, gain, choice):
+def test_choice_depends_on_share_and_gain(share, gain, choice):
     assert choose(share, gain) == choice
 
 
-def test_verdicts():
+def test_verdicts_follow_from_predictions():
     random = np.random.default_rng(0)
     labels = random.integers(2, size=400)
     accurate = np.where(random.random(400) < 0.9, labels, 1 - labels)
@@ -302,15 +298,15 @@ def test_verdicts():
     assert with_gain.choice == "short tuning"
     assert verdict(ACCURACY, labels, accurate, accurate, 0.5, gain=Interval(0.1, -0.01, 0.2)).choice == "use as is"
     assert {reason.name for reason in with_gain.reasons} >= {"old deployment", "as they are", "guessing"}
-    useless = verdict(ACCURACY, labels, np.zeros(400, int), accurate, 0.6)
-    assert "nothing to carry over" in useless.advice
+    from_chance = verdict(ACCURACY, labels, np.zeros(400, int), accurate, 0.6)
+    assert "nothing to carry over" in from_chance.advice
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("bert", "full"), ("llama", "lora")])
 def test_diagnosis_of_an_upgrade_that_changed_nothing(tmp_path, bases, tuned_outcomes, task_file, architecture, kind):
     old = bases[architecture][0]
     diagnosis = diagnose(
-        Upgrade(old, old), tuned_outcomes[architecture, kind], task_file, tmp_path / "out", recipe=EXACT
+        Upgrade(old, old), tuned_outcomes[architecture, kind], task_file, tmp_path / "out", recipe=FLOAT32
     )
     assert diagnosis.verdict.choice == "use as is"
     assert diagnosis.verdict.predicted == 1
@@ -336,7 +332,7 @@ def test_diagnosis_with_counterparts_and_checkpoints(tmp_path, bases, tuned_outc
     )
     questions = Questions(points=5, counterparts=counterparts, checkpoints=(str(new),), plane=3)
     diagnosis = diagnose(
-        Upgrade(old, new), tuned_outcomes["bert", "full"], task_file, questions=questions, recipe=EXACT
+        Upgrade(old, new), tuned_outcomes["bert", "full"], task_file, questions=questions, recipe=FLOAT32
     )
     assert diagnosis.compared == counterparts[0]
     segment, points, plane = (diagnosis.answers[name] for name in ("connectivity", "compatibility", "plane"))
@@ -351,13 +347,13 @@ def test_diagnosis_with_counterparts_and_checkpoints(tmp_path, bases, tuned_outc
 
 def test_questions_without_an_answer_are_left_out_with_the_reason(bases, saved_adaptations, task_file):
     old, new = bases["bert"]
-    diagnosis = diagnose(Upgrade(old, new), saved_adaptations["bert", "prompt"][0].parent, task_file, recipe=EXACT)
+    diagnosis = diagnose(Upgrade(old, new), saved_adaptations["bert", "prompt"][0].parent, task_file, recipe=FLOAT32)
     assert "kept" not in diagnosis.answers
     assert "virtual tokens" in diagnosis.left_out["kept"]
     assert "similarity" in diagnosis.answers
 
 
-def test_questions_and_their_sections():
+def test_every_question_has_its_order_and_a_section_in_the_report():
     questions = all_questions()
     assert len({question.name for question in questions}) == len({question.order for question in questions})
     without_section = {
@@ -365,10 +361,10 @@ def test_questions_and_their_sections():
         for question in questions
         if not importlib.util.find_spec(f"{sections.__name__}.{question.section or question.name}")
     }
-    assert without_section == {"probe", "verdict"}  # the verdict is the card at the top
+    assert without_section == {"probe", "verdict"}  # a card at the top shows the verdict
 
 
-def test_bad_requests(tmp_path, bases, tuned_outcomes, task_file):
+def test_invalid_requests_are_refused_and_write_nothing(tmp_path, bases, tuned_outcomes, task_file):
     with pytest.raises(RecipeError, match="from 3 to 1,000 points"):
         Questions(points=2)
     with pytest.raises(RecipeError, match="counterpart"):
@@ -377,28 +373,24 @@ def test_bad_requests(tmp_path, bases, tuned_outcomes, task_file):
     folder.mkdir()
     (folder / "thesis.txt").write_text("")
     upgrade = Upgrade(*bases["bert"])
+    adaptation = tuned_outcomes["bert", "full"]
     with pytest.raises(OutcomeError, match="documents"):
-        diagnose(upgrade, tuned_outcomes["bert", "full"], task_file, folder)
+        diagnose(upgrade, adaptation, task_file, folder)
     with pytest.raises(MismatchError, match="was tuned on"):
-        diagnose(
-            upgrade,
-            tuned_outcomes["bert", "full"],
-            task_file,
-            questions=Questions(counterparts=(str(tuned_outcomes["bert", "full"]),)),
-        )
+        diagnose(upgrade, adaptation, task_file, questions=Questions(counterparts=(str(adaptation),)))
     assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_command(tmp_path, bases, tuned_outcomes, task_file, monkeypatch, capsys):
+def test_command_prints_and_writes_a_deep_diagnosis(tmp_path, bases, tuned_outcomes, task_file, monkeypatch, capsys):
     old, new = bases["bert"]
     upgrade = ["--old-base", str(old), "--new-base", str(new), "--adaptation", str(tuned_outcomes["bert", "full"])]
     command = ["regraft", "check", *upgrade, "--task", str(task_file), "--precision", "fp32"]
 
     def run(*options):
         monkeypatch.setattr("sys.argv", [*command, *options])
-        with pytest.raises(SystemExit) as exit_:
+        with pytest.raises(SystemExit) as error:
             main()
-        return exit_.value.code, capsys.readouterr()
+        return error.value.code, capsys.readouterr()
 
     code, printed = run("--deep", "--points", "3", "--out", str(tmp_path / "deep"))
     assert code == 0

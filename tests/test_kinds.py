@@ -1,4 +1,6 @@
-"""What each kind of adaptation has of its own: heads, bottleneck adapters, prompts, and how it learns."""
+"""Properties of single kinds of adaptation: heads, bottleneck adapters, prompts, and learning."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -11,62 +13,62 @@ from regraft.adaptation.bottleneck import attach_bottlenecks
 from regraft.errors import MismatchError, RecipeError
 from regraft.model import predict
 
-LEARNING_RATES = {"full": 3e-3, **dict.fromkeys(("ia3", "prefix", "prompt", "layernorm"), 0.03)}  # of others: 0.01
-FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
+# with these and the default, each kind learns the task in 120 steps
+LEARNING_RATES = {"full": 3e-3, **dict.fromkeys(("ia3", "prefix", "prompt", "layernorm"), 0.03)}
+DEFAULT_LEARNING_RATE = 0.01
+FEW_STEPS = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind", "row"),
+    ("architecture", "kind", "weight"),
     [
         ("roberta", "full", "classifier.out_proj.weight"),
         ("llama", "lora", "base_model.model.score.weight"),
         ("bert", "prompt", "base_model.classifier.weight"),
     ],
 )
-def test_heads_are_resized_by_the_labels_names(
-    tmp_path, saved_adaptations, opened_bases, task_file, architecture, kind, row
+def test_heads_are_resized_by_the_names_of_labels(
+    tmp_path, saved_adaptations, opened_bases, task_file, architecture, kind, weight
 ):
     (tmp_path / "task").mkdir()
     for split in ("train", "dev", "test"):
-        text = (task_file.parent / f"{split}.csv").read_text()
-        (tmp_path / "task" / f"{split}.csv").write_text(
-            text.replace("negative", "worse") + "it was a day,neutral\n" * 4
-        )
+        text = (task_file.parent / f"{split}.csv").read_text().replace("negative", "worse")
+        (tmp_path / "task" / f"{split}.csv").write_text(text + "it was a day,neutral\n" * 4)
     task = tmp_path / "task" / "task.yaml"
     task.write_text(task_file.read_text())
     path = saved_adaptations[architecture, kind][0]
     upgrade = Upgrade(*opened_bases[architecture])
     with pytest.raises(MismatchError, match="worse"):
-        recycle(upgrade, path, task, "direct", tmp_path / "copy", recipe=FEW)
+        recycle(upgrade, path, task, "direct", tmp_path / "copy", recipe=FEW_STEPS)
     file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
     for policy in ("resize", "fresh"):
         with pytest.raises(RecipeError, match="head must be copy"):
-            recycle(upgrade, path, task, "init+distill", tmp_path / policy, recipe=FEW, head=policy)
-        outcome = recycle(upgrade, path, task, "direct", tmp_path / policy, recipe=FEW, head=policy)
+            recycle(upgrade, path, task, "init+distill", tmp_path / policy, recipe=FEW_STEPS, head=policy)
+        outcome = recycle(upgrade, path, task, "direct", tmp_path / policy, recipe=FEW_STEPS, head=policy)
         assert outcome.record.labels == ("neutral", "positive", "worse")
-        before, after = load_file(path / file)[row], load_file(outcome.path / "adaptation" / file)[row]
+        before, after = load_file(path / file)[weight], load_file(outcome.path / "adaptation" / file)[weight]
         assert after.shape == (3, before.shape[1])
         assert torch.equal(after[1], before[1]) == (policy == "resize")
         assert not torch.equal(after[2], before[0])
-    tuned = recycle(upgrade, path, task, "init", tmp_path / "init", recipe=FEW, head="resize")
+    tuned = recycle(upgrade, path, task, "init", tmp_path / "init", recipe=FEW_STEPS, head="resize")
     assert tuned.record.cost.steps == 4
 
 
-def test_labels_in_another_order_are_permuted(tmp_path, saved_adaptations, opened_bases, task_file):
+def test_labels_in_a_different_order_are_permuted(tmp_path, saved_adaptations, opened_bases, task_file):
     task = task_file.parent / "other-order.yaml"
     task.write_text(task_file.read_text() + "labels: [positive, negative]\n")
     upgrade = Upgrade(*opened_bases["bert"])
     path = saved_adaptations["bert", "lora"][0]
-    as_tuned = recycle(upgrade, path, task_file, "direct", tmp_path / "as-tuned", recipe=FEW)
-    permuted = recycle(upgrade, path, task, "direct", tmp_path / "permuted", recipe=FEW)
+    as_tuned = recycle(upgrade, path, task_file, "direct", tmp_path / "as-tuned", recipe=FEW_STEPS)
+    permuted = recycle(upgrade, path, task, "direct", tmp_path / "permuted", recipe=FEW_STEPS)
     assert permuted.scores == as_tuned.scores
     assert permuted.record.labels == LABELS
 
 
-def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened_bases, encoded_dev):
+def test_bottlenecks_start_as_the_identity_and_tune_the_parameters_of_their_config(opened_bases, encoded_dev):
     base = opened_bases["bert"][0]
     bare = predict(fresh_model(base, HEAD, 0), encoded_dev["bert"], "fp32")
-    for config, expected in (
+    for config, num_bottlenecks in (
         (BottleneckConfig(), 4),
         (BottleneckConfig(placement="pfeiffer", activation="relu"), 2),
         (BottleneckConfig(inner_size=7, tune_norms=True, tune_head=False), 4),
@@ -74,52 +76,50 @@ def test_bottlenecks_begin_as_the_identity_and_tune_what_is_wanted(opened_bases,
         model = prepare_for_tuning(fresh_model(base, HEAD, 0), base, HEAD, config, 0)
         assert torch.equal(predict(model, encoded_dev["bert"], "fp32"), bare)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert sum(name.endswith("bottleneck.down.weight") for name in trained) == expected
+        assert sum(name.endswith("bottleneck.down.weight") for name in trained) == num_bottlenecks
         assert any("LayerNorm" in name for name in trained) == config.tune_norms
         assert ("classifier.weight" in trained) == config.tune_head
         assert not any("query" in name for name in trained)
-    for wrong in ({"inner_size": 0}, {"activation": "tanh"}, {"placement": "everywhere"}):
-        with pytest.raises(RecipeError, match=str(next(iter(wrong.values())))):
-            BottleneckConfig(**wrong)
+    for field, value in (("inner_size", 0), ("activation", "tanh"), ("placement", "everywhere")):
+        with pytest.raises(RecipeError, match=str(value)):
+            BottleneckConfig(**{field: value})
     with pytest.raises(MismatchError, match="matches 0 layers"):
         prepare_for_tuning(fresh_model(base, HEAD, 0), base, HEAD, BottleneckConfig(after_attention="nothing"), 0)
 
 
 @pytest.mark.parametrize(
-    "kind", ["deberta-v2", "electra", "gpt2", "gpt_neox", "mistral", "modernbert", "mpnet", "opt", "phi", "qwen3"]
+    "architecture",
+    ["deberta-v2", "electra", "gpt2", "gpt_neox", "mistral", "modernbert", "mpnet", "opt", "phi", "qwen3"],
 )
-def test_bottlenecks_find_their_places_in_other_architectures(kind):
+def test_bottlenecks_find_their_layers_in_further_architectures(architecture):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    size |= {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}.get(kind, {})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    if architecture == "opt":
+        sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 32}
+    config = AutoConfig.for_model(architecture, vocab_size=50, pad_token_id=0, **sizes)
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(
-            AutoConfig.for_model(kind, vocab_size=50, pad_token_id=0, **size)
-        )
+        model = AutoModelForSequenceClassification.from_config(config)
     attach_bottlenecks(model, BottleneckConfig(inner_size=3))
     assert sum(name.endswith("bottleneck.up.weight") for name, _ in model.named_parameters()) == 4
 
 
-def test_a_prompt_before_a_decoder_reads_the_last_token_whatever_the_padding(
+def test_a_decoder_with_a_prompt_reads_the_last_token_whatever_the_padding(
     saved_adaptations, opened_bases, encoded_dev
 ):
-    path, together = saved_adaptations["llama", "prompt"]
+    path, batch_logits = saved_adaptations["llama", "prompt"]
     model = load_model(load_adaptation(path), opened_bases["llama"][0], HEAD)
     for i in range(5):
-        alone = predict(model, encode_one(encoded_dev["llama"], i), "fp32")
-        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-4)
+        logits = predict(model, take_example(encoded_dev["llama"], i), "fp32")
+        torch.testing.assert_close(logits[0], batch_logits[i], atol=1e-5, rtol=1e-4)
 
 
-def encode_one(examples, i):
-    import dataclasses
-
-    return dataclasses.replace(
-        examples, columns={n: [c[i]] for n, c in examples.columns.items()}, targets=examples.targets[i : i + 1]
-    )
+def take_example(examples, i):
+    columns = {name: [column[i]] for name, column in examples.columns.items()}
+    return dataclasses.replace(examples, columns=columns, targets=examples.targets[i : i + 1])
 
 
-def test_kinds_that_cannot_be(opened_bases):
+def test_unknown_and_unsuitable_kinds_are_refused(opened_bases):
     with pytest.raises(RecipeError, match="Did you mean 'lora'"):
         new_config("loora", opened_bases["bert"][0], HEAD)
     with pytest.raises(RecipeError, match="take no prefix"):
@@ -134,9 +134,11 @@ def test_kinds_that_cannot_be(opened_bases):
     [*(("bert", kind) for kind in KINDS), ("llama", "bottleneck"), ("roberta", "prefix")],
 )
 def test_every_kind_learns_and_is_checked(tmp_path, task_file, architecture, kind):
-    old = write_base(tmp_path / "old-base", architecture, initializer_range=0.2)  # heads see more than their own token
+    old = write_base(
+        tmp_path / "old-base", architecture, initializer_range=0.2
+    )  # attention heads see more than their own token
     new = write_upgrade(old, tmp_path / "new-base", 0.02)
-    rate = LEARNING_RATES.get(kind, 0.01)
+    rate = LEARNING_RATES.get(kind, DEFAULT_LEARNING_RATE)
     recipe = Recipe(steps=120, batch_size=16, learning_rate=rate, eval_every=20, precision="fp32")
     outcome = tune(old, task_file, tmp_path / "old", kind=kind, recipe=recipe)
     assert outcome.scores["dev"] > outcome.scores["dev_majority"] + 0.1
@@ -146,13 +148,13 @@ def test_every_kind_learns_and_is_checked(tmp_path, task_file, architecture, kin
     assert checked.new > checked.floor
 
 
-def test_the_command_line_shows_and_converts(tmp_path, saved_adaptations, bases, capsys, monkeypatch):
+def test_commands_show_and_convert_adaptations(tmp_path, saved_adaptations, bases, capsys, monkeypatch):
     from regraft.cli import app
 
     def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as error:
             app([str(argument) for argument in arguments])
-        assert not ended.value.code
+        assert not error.value.code
         return " ".join(capsys.readouterr().out.split())
 
     old = bases["bert"][0]
@@ -167,25 +169,28 @@ def test_the_command_line_shows_and_converts(tmp_path, saved_adaptations, bases,
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "prefix", "prompt", "ia3", "dora", "pissa", "layernorm"])
-def test_an_interrupted_tuning_goes_on_to_the_same_weights(tmp_path, bases, task_file, kind):
+def test_an_interrupted_tuning_resumes_to_the_same_weights(tmp_path, bases, task_file, kind):
     recipe = Recipe(steps=9, batch_size=8, learning_rate=3e-3, eval_every=3, save_every=3, precision="fp32")
 
-    class Stopped(Exception):
+    base = bases["bert"][0]
+    steps = []
+
+    class InterruptError(Exception):
         pass
 
     def interrupt(stage, step, total, figures):
         if (stage, step) == ("tune", 7):
-            raise Stopped
+            raise InterruptError
 
-    with pytest.raises(Stopped):
-        tune(bases["bert"][0], task_file, tmp_path / "resumed", kind=kind, recipe=recipe, progress=interrupt)
+    def record_step(stage, step, total, figures):
+        if stage == "tune":
+            steps.append(step)
+
+    with pytest.raises(InterruptError):
+        tune(base, task_file, tmp_path / "resumed", kind=kind, recipe=recipe, progress=interrupt)
     assert not (tmp_path / "resumed").exists()
-    steps = []
     for name in ("resumed", "uninterrupted"):
-        tune(
-            bases["bert"][0], task_file, tmp_path / name, kind=kind, recipe=recipe,
-            progress=lambda stage, step, *_: steps.append(step) if stage == "tune" else None,
-        )  # fmt: skip
+        tune(base, task_file, tmp_path / name, kind=kind, recipe=recipe, progress=record_step)
     assert steps == [7, 8, 9, *range(1, 10)]
     resumed, uninterrupted = (
         load_file(tmp_path / name / "adaptation" / "adapter_model.safetensors") for name in ("resumed", "uninterrupted")

@@ -1,7 +1,10 @@
-"""Methods on layers other than nn.Linear: Conv1D, routers and experts, against closed forms in plain torch."""
+"""Methods on Conv1D layers, routers and experts, against closed forms in plain torch."""
+
+import functools
 
 import pytest
 import torch
+import transformers
 from helpers import HEAD, LABELS, WORDS, make_tokenizer, read_weights, write_adaptation, write_sentences, write_upgrade
 from transformers.pytorch_utils import Conv1D
 
@@ -15,9 +18,9 @@ from regraft.model import encode
 from regraft.model.outputs import model_inputs
 from regraft.task import load_data
 
-RIDGE = 0.3
+STRENGTH = 0.3  # of the ridge penalty
 FLOAT32 = Recipe(precision="fp32")
-SIZE = {
+SIZES = {
     "vocab_size": 5 + len(WORDS),
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -26,13 +29,14 @@ SIZE = {
     "max_position_embeddings": 66,
     "pad_token_id": 0,
 }
-GROUPED = {"num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2}
+NUM_EXPERTS = 4
+MIXTURE = {"num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2}
 CONFIGS = {
-    "albert": ("AlbertConfig", {**SIZE, "embedding_size": 16}),
+    "albert": ("AlbertConfig", {**SIZES, "embedding_size": 16}),
     "deberta-v2": (
         "DebertaV2Config",
         {
-            **SIZE,
+            **SIZES,
             "relative_attention": True,
             "position_buckets": 16,
             "norm_rel_ebd": "layer_norm",
@@ -44,40 +48,49 @@ CONFIGS = {
         },
     ),
     "gpt2": ("GPT2Config", {"vocab_size": 5 + len(WORDS), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 66}),
-    "gpt-oss": ("GptOssConfig", {**SIZE, **GROUPED, "num_local_experts": 4, "layer_types": ["full_attention"] * 2}),
-    "mixtral": ("MixtralConfig", {**SIZE, **GROUPED, "num_local_experts": 4}),
-    "nomic-bert": ("NomicBertConfig", SIZE),
-    "qwen3-moe": ("Qwen3MoeConfig", {**SIZE, **GROUPED, "num_experts": 4, "moe_intermediate_size": 16}),
-    "squeezebert": ("SqueezeBertConfig", {**SIZE, "embedding_size": 32}),
+    "gpt-oss": (
+        "GptOssConfig",
+        {**SIZES, **MIXTURE, "num_local_experts": NUM_EXPERTS, "layer_types": ["full_attention"] * 2},
+    ),
+    "mixtral": ("MixtralConfig", {**SIZES, **MIXTURE, "num_local_experts": NUM_EXPERTS}),
+    "nomic-bert": ("NomicBertConfig", SIZES),
+    "qwen3-moe": ("Qwen3MoeConfig", {**SIZES, **MIXTURE, "num_experts": NUM_EXPERTS, "moe_intermediate_size": 16}),
+    "squeezebert": ("SqueezeBertConfig", {**SIZES, "embedding_size": 32}),
 }
+LORA_RANK = 3
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-def write_base(name, folder):
-    import transformers
+def add_noise(model, seed):
+    """Add noise to the trainable parameters."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
 
-    config_class, settings = CONFIGS[name]
+
+def write_base(architecture, folder):
+    config_class, settings = CONFIGS[architecture]
     config = getattr(transformers, config_class)(**settings)
-    is_causal = name in ("gpt2", "gpt-oss", "mixtral", "qwen3-moe")
-    auto_class = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForMaskedLM
+    is_decoder = architecture in ("gpt2", "gpt-oss", "mixtral", "qwen3-moe")
+    auto_class = transformers.AutoModelForCausalLM if is_decoder else transformers.AutoModelForMaskedLM
     torch.manual_seed(0)
     auto_class.from_config(config).save_pretrained(folder)
-    make_tokenizer("llama" if is_causal else name).save_pretrained(folder)
+    make_tokenizer("llama" if is_decoder else architecture).save_pretrained(folder)
     return Base.open(folder)
 
 
 @pytest.fixture(scope="module")
 def upgrades(tmp_path_factory):
-    """A function that returns an upgrade of an architecture, built once, and a full fine-tune of the old base."""
+    """A function of an architecture, which returns its upgrade and the folder of a full fine-tune of the old base."""
     folder = tmp_path_factory.mktemp("layers")
-    cache = {}
 
-    def build(name):
-        if name not in cache:
-            old = write_base(name, folder / f"{name}-old")
-            new = Base.open(write_upgrade(old.path, folder / f"{name}-new", 0.3))
-            cache[name] = Upgrade(old, new), write_adaptation(old, "full", folder / name / "adaptation")
-        return cache[name]
+    @functools.cache
+    def build(architecture):
+        old = write_base(architecture, folder / f"{architecture}-old")
+        new = Base.open(write_upgrade(old.path, folder / f"{architecture}-new", 0.3))
+        return Upgrade(old, new), write_adaptation(old, "full", folder / architecture / "adaptation")
 
     return build
 
@@ -94,23 +107,20 @@ def task_file(tmp_path_factory):
     return folder / "task.yaml"
 
 
-def adapt_experts(base, folder, modules):
-    """Write a LoRA on the experts and on other modules, with all weights changed."""
+def write_expert_lora(base, folder, modules):
+    """Write a LoRA on the experts and on further modules, with all of its numbers changed."""
     from peft import LoraConfig
 
-    config = LoraConfig(r=3, target_modules=modules, target_parameters=EXPERTS)
+    config = LoraConfig(r=LORA_RANK, target_modules=modules, target_parameters=EXPERTS)
     model = prepare_for_tuning(fresh_model(base, HEAD, 1), base, HEAD, config, 1)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    add_noise(model, seed=2)
     (folder / "adaptation").mkdir(parents=True)
     save_model(model, base, HEAD, folder / "adaptation")
     return folder / "adaptation"
 
 
-def batch_of(base, task_file):
+def make_batch(base, task_file):
+    """Return the model inputs of all training texts in one batch, longest first."""
     data = load_data(task_file, 20).relabel(LABELS)
     examples = encode(base, data, data.train)
     longest_first = sorted(range(len(examples)), key=lambda i: -examples.lengths[i])
@@ -119,19 +129,20 @@ def batch_of(base, task_file):
 
 def record_calls(model, batch):
     """Run a model, and return the arguments of all calls of each module, by its name."""
-    calls = {}
+    calls = {name: [] for name, _ in model.named_modules()}
+
+    def record(name, module, args, kwargs, output):
+        calls[name].append((*args, *kwargs.values()))
+
     for name, module in model.named_modules():
-        module.register_forward_hook(
-            lambda _, args, kwargs, __, name=name: calls.setdefault(name, []).append((*args, *kwargs.values())),
-            with_kwargs=True,
-        )
+        module.register_forward_hook(functools.partial(record, name), with_kwargs=True)
     with torch.no_grad():
         model.eval()(**batch)
     return calls
 
 
-def rows_of(calls, mask, argument=0, last_only=False):
-    """Return the rows of one argument of all calls, without padding, in float64."""
+def select_rows(calls, mask, argument=0, last_only=False):
+    """Return the rows of an argument of all calls in float64, without padding or only at each text's last token."""
     rows = []
     for call in calls:
         tensor = call[argument]
@@ -145,14 +156,31 @@ def rows_of(calls, mask, argument=0, last_only=False):
     return torch.cat(rows)
 
 
-def closed_form(delta, old_rows, new_rows):
+def solve_ridge(delta, old_rows, new_rows):
+    """Refit a delta (out × in) so that its outputs on the new rows are near to its outputs on the old rows."""
     cross, second = old_rows.T @ new_rows, new_rows.T @ new_rows
-    strength = RIDGE * second.diagonal().mean()
+    strength = STRENGTH * second.diagonal().mean()
     return (delta @ cross + strength * delta) @ torch.linalg.inv(second + strength * torch.eye(len(second)).double())
 
 
-def inner_rows(experts, expert, rows):
-    """Return the inputs of an expert's down_proj."""
+def select_expert_inputs(modules, expert, part, inputs, routes):
+    """Return the rows that an expert's `gate_up_proj` or `down_proj` reads in each of several models.
+
+    Args:
+        modules: The experts' module in each model.
+        expert: The index of the expert.
+        part: `gate_up_proj` or `down_proj`.
+        inputs: The inputs of each module, tokens × width.
+        routes: The indices of the experts of each token, tokens × experts per token.
+    """
+    rows = [module_inputs[(routes == expert).any(dim=1)] for module_inputs in inputs]
+    if part == "gate_up_proj":
+        return rows
+    return [compute_down_inputs(module, expert, x) for module, x in zip(modules, rows, strict=True)]
+
+
+def compute_down_inputs(experts, expert, rows):
+    """Return the inputs of an expert's `down_proj` for the inputs of the expert."""
     weight = experts.gate_up_proj[expert].detach().double()
     projected = rows @ (weight if experts.is_transposed else weight.T)
     if experts.has_bias:
@@ -160,104 +188,113 @@ def inner_rows(experts, expert, rows):
     return experts._apply_gate(projected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "deberta-v2", "nomic-bert", "qwen3-moe", "mixtral", "gpt-oss"])
-def test_ridge_equals_the_closed_form_in_every_layer(tmp_path, upgrades, task_file, name):
-    """On each layer's inputs in the old tuned model and in the result."""
-    upgrade, path = upgrades(name)
-    out = recycle(upgrade, path, task_file, "ridge", tmp_path / "ridge", recipe=FLOAT32, options=Ridge(RIDGE, 40))
-    batch = batch_of(upgrade.new, task_file)
+@pytest.mark.parametrize("architecture", ["gpt2", "deberta-v2", "nomic-bert", "qwen3-moe", "mixtral", "gpt-oss"])
+def test_ridge_equals_the_closed_form_in_every_layer(tmp_path, upgrades, task_file, architecture):
+    """The closed form takes each layer's inputs in the old model and in the result."""
+    upgrade, path = upgrades(architecture)
+    outcome = recycle(
+        upgrade, path, task_file, "ridge", tmp_path / "ridge", recipe=FLOAT32, options=Ridge(STRENGTH, 40)
+    )
+    batch = make_batch(upgrade.new, task_file)
     mask = batch["attention_mask"].bool()
-    tuned = load_model(load_adaptation(path), upgrade.old, HEAD)
-    result = load_model(load_adaptation(out.path / "adaptation"), upgrade.new, HEAD)
-    old_calls, new_calls = record_calls(tuned, batch), record_calls(result, batch)
-    passed_over = out.record.notes.get("passed_over", {})
-    count = 0
-    prefix = upgrade.old.prefix + "."
+    models = [
+        load_model(load_adaptation(path), upgrade.old, HEAD),
+        load_model(load_adaptation(outcome.path / "adaptation"), upgrade.new, HEAD),
+    ]
+    calls = [record_calls(model, batch) for model in models]
+    passed_over = outcome.record.notes.get("passed_over", {})
+    num_compared = 0
 
-    def deltas(parameter):
-        inner = parameter.removeprefix(prefix)
-        for model, base in ((tuned, upgrade.old), (result, upgrade.new)):
-            value = model.get_parameter(parameter).detach().double()
-            yield value - base.parameters[inner].double() if inner in base.parameters else value
+    def compute_deltas(parameter):
+        name = parameter.removeprefix(f"{upgrade.old.prefix}.")
+        deltas = []
+        for model, base in zip(models, (upgrade.old, upgrade.new), strict=True):
+            weight = model.get_parameter(parameter).detach().double()
+            deltas.append(weight - base.parameters[name].double() if name in base.parameters else weight)
+        return deltas
 
-    for module_name, module in tuned.named_modules():
+    def compare_experts(name):
+        """Compare each expert's deltas, and return their number."""
+        modules = [model.get_submodule(name) for model in models]
+        inputs = [select_rows(model_calls[name], mask) for model_calls in calls]
+        routes = select_rows(calls[1][name], mask, argument=1)
+        for part in ("gate_up_proj", "down_proj"):
+            deltas = compute_deltas(f"{name}.{part}")
+            skipped = []
+            for expert in range(NUM_EXPERTS):
+                old_rows, new_rows = select_expert_inputs(modules, expert, part, inputs, routes)
+                old, new = (delta[expert].T if modules[0].is_transposed else delta[expert] for delta in deltas)
+                if len(old_rows) < old_rows.shape[1]:  # too few to determine the weights: the delta stays
+                    skipped.append(str(expert))
+                    expected = old
+                else:
+                    expected = solve_ridge(old, old_rows, new_rows)
+                torch.testing.assert_close(new, expected, rtol=0, atol=2e-5)
+            assert (f"{name}.{part}" in passed_over) == bool(skipped)
+            assert all(expert in passed_over[f"{name}.{part}"] for expert in skipped)
+        return 2 * NUM_EXPERTS
+
+    for name, module in models[0].named_modules():
         if hasattr(module, "_apply_gate"):
-            inputs = [rows_of(calls[module_name], mask) for calls in (old_calls, new_calls)]
-            routes = rows_of(new_calls[module_name], mask, 1)
-            for part in ("gate_up_proj", "down_proj"):
-                old_deltas, new_deltas = deltas(f"{module_name}.{part}")
-                skipped = []
-                for expert in range(4):
-                    rows = [model_rows[(routes == expert).any(dim=1)] for model_rows in inputs]
-                    if part == "down_proj":
-                        models = (module, result.get_submodule(module_name))
-                        rows = [inner_rows(experts, expert, x) for experts, x in zip(models, rows, strict=True)]
-                    old = old_deltas[expert]
-                    new = new_deltas[expert]
-                    if module.is_transposed:
-                        old, new = old.T, new.T
-                    if len(rows[0]) < rows[0].shape[1]:  # too few to determine the weights: the delta stays
-                        skipped.append(str(expert))
-                        expected = old
-                    else:
-                        expected = closed_form(old, *rows)
-                    torch.testing.assert_close(new, expected, rtol=0, atol=2e-5)
-                    count += 1
-                assert (f"{module_name}.{part}" in passed_over) == bool(skipped)
-                assert all(expert in passed_over[f"{module_name}.{part}"] for expert in skipped)
+            num_compared += compare_experts(name)
         elif isinstance(module, torch.nn.Linear | Conv1D) or "Router" in type(module).__name__:
-            is_head = upgrade.old.is_decoder and module_name == "score"
-            rows = [rows_of(calls[module_name], mask, last_only=is_head) for calls in (old_calls, new_calls)]
-            old, new = (d.T if isinstance(module, Conv1D) else d for d in deltas(f"{module_name}.weight"))
-            torch.testing.assert_close(new, closed_form(old, *rows), rtol=0, atol=2e-5)
-            count += 1
-    assert count >= 9
+            is_decoder_head = upgrade.old.is_decoder and name == "score"
+            rows = [select_rows(model_calls[name], mask, last_only=is_decoder_head) for model_calls in calls]
+            old, new = (d.T if isinstance(module, Conv1D) else d for d in compute_deltas(f"{name}.weight"))
+            torch.testing.assert_close(new, solve_ridge(old, *rows), rtol=0, atol=2e-5)
+            num_compared += 1
+    assert num_compared >= 9
     assert all("experts" in parameter for parameter in passed_over)
 
 
-def test_ridge_refits_a_lora_on_experts_expert_by_expert(tmp_path, upgrades, task_file):
+def test_ridge_refits_a_lora_of_experts_expert_by_expert(tmp_path, upgrades, task_file):
     upgrade, _ = upgrades("qwen3-moe")
-    path = adapt_experts(upgrade.old, tmp_path / "old", ["q_proj"])
-    out = recycle(upgrade, path, task_file, "ridge", tmp_path / "ridge", recipe=FLOAT32, options=Ridge(RIDGE, 40))
-    before, after = read_weights(path), read_weights(out.path / "adaptation")
-    batch = batch_of(upgrade.new, task_file)
+    path = write_expert_lora(upgrade.old, tmp_path / "old", ["q_proj"])
+    outcome = recycle(
+        upgrade, path, task_file, "ridge", tmp_path / "ridge", recipe=FLOAT32, options=Ridge(STRENGTH, 40)
+    )
+    before, after = read_weights(path), read_weights(outcome.path / "adaptation")
+    batch = make_batch(upgrade.new, task_file)
     mask = batch["attention_mask"].bool()
     models = [
         load_model(load_adaptation(folder), base, HEAD)
-        for folder, base in ((path, upgrade.old), (out.path / "adaptation", upgrade.new))
+        for folder, base in ((path, upgrade.old), (outcome.path / "adaptation", upgrade.new))
     ]
     calls = [record_calls(model, batch) for model in models]
-    merged = [dict(model.merge_and_unload().named_modules()) for model in models]  # experts compute with merged weights
+    # the experts' module computes with merged weights
+    merged = [dict(model.merge_and_unload().named_modules()) for model in models]
     for layer in range(2):
         name = f"model.layers.{layer}.mlp.experts"
-        base_layer = f"base_model.model.{name}.base_layer.base_layer"
-        inputs = [rows_of(model_calls[base_layer], mask) for model_calls in calls]
-        routes = rows_of(calls[1][base_layer], mask, 1)
-        for stored, part in ((f"base_model.model.{name}.base_layer", "gate_up"), (f"base_model.model.{name}", "down")):
+        wrapped = f"base_model.model.{name}.base_layer.base_layer"
+        modules = [model_modules[name] for model_modules in merged]
+        inputs = [select_rows(model_calls[wrapped], mask) for model_calls in calls]
+        routes = select_rows(calls[1][wrapped], mask, argument=1)
+        for suffix, part in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
+            stored = f"base_model.model.{name}{suffix}"
             old_a, new_a = (
-                tensors[f"{stored}.lora_A.weight"].reshape(4, 3, -1).double() for tensors in (before, after)
+                tensors[f"{stored}.lora_A.weight"].reshape(NUM_EXPERTS, LORA_RANK, -1).double()
+                for tensors in (before, after)
             )
             assert torch.equal(before[f"{stored}.lora_B.weight"], after[f"{stored}.lora_B.weight"])
-            for expert in range(4):
-                rows = [model_rows[(routes == expert).any(dim=1)] for model_rows in inputs]
-                if part == "down":
-                    rows = [inner_rows(modules[name], expert, x) for modules, x in zip(merged, rows, strict=True)]
-                expected = closed_form(old_a[expert], *rows)
+            for expert in range(NUM_EXPERTS):
+                rows = select_expert_inputs(modules, expert, part, inputs, routes)
+                expected = solve_ridge(old_a[expert], *rows)
                 torch.testing.assert_close(new_a[expert], expected, rtol=0, atol=2e-5)
 
 
 def test_delta_methods_change_every_expert_of_a_lora(tmp_path, upgrades, task_file):
-    """They change the dense delta of all experts, then reduce each expert's to its rank."""
+    """The methods change the dense delta of all experts, then reduce each expert's delta to the LoRA's rank."""
     upgrade, _ = upgrades("qwen3-moe")
-    path = adapt_experts(upgrade.old, tmp_path / "old", ["q_proj"])
+    path = write_expert_lora(upgrade.old, tmp_path / "old", ["q_proj"])
     before = read_weights(path)
     halved = recycle(upgrade, path, task_file, "scaled", tmp_path / "half", recipe=FLOAT32, options=Scaling(scale=0.5))
     for name, tensor in read_weights(halved.path / "adaptation").items():
         torch.testing.assert_close(tensor, before[name] * (0.5 if "lora_B" in name else 1))
 
-    def dense(stored, module):
-        a, b = (stored[f"base_model.model.{module}.{part}.weight"].double() for part in ("lora_A", "lora_B"))
-        return torch.einsum("ore,eri->eoi", b.reshape(len(b), 3, 4), a.reshape(4, 3, -1)) * 8 / 3  # alpha / r
+    def compute_dense_delta(stored, module):
+        a, b = (stored[f"base_model.model.{module}.{factor}.weight"].double() for factor in ("lora_A", "lora_B"))
+        a, b = a.reshape(NUM_EXPERTS, LORA_RANK, -1), b.reshape(len(b), LORA_RANK, NUM_EXPERTS)
+        return torch.einsum("ore,eri->eoi", b, a) * 8 / LORA_RANK  # 8 is PEFT's default of lora_alpha
 
     for method in ("trimmed", "orthogonal", "masked"):
         out = recycle(upgrade, path, task_file, method, tmp_path / method, recipe=FLOAT32)
@@ -266,89 +303,94 @@ def test_delta_methods_change_every_expert_of_a_lora(tmp_path, upgrades, task_fi
         for layer in range(2):
             for suffix, part in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
                 module = f"model.layers.{layer}.mlp.experts{suffix}"
-                old, new = dense(before, module), dense(after, module)
+                old, new = compute_dense_delta(before, module), compute_dense_delta(after, module)
                 name = f"layers.{layer}.mlp.experts.{part}"
                 shift = (upgrade.new.parameters[name] - upgrade.old.parameters[name]).double()
-                if method == "trimmed":
-                    smallest = old.abs().flatten().sort().values[round(0.3 * old.numel())]
-                    old = torch.where(old.abs() >= smallest, old, 0)
-                elif method == "orthogonal":
-                    old = old - (old * shift).sum() / shift.square().sum() * shift
-                else:
+                if method == "masked":
                     assert not torch.allclose(new, old, atol=1e-3)
                     continue
-                u, s, v = torch.linalg.svd(old)
-                closest = torch.einsum("eor,er,eri->eoi", u[..., :3], s[..., :3], v[:, :3])
-                torch.testing.assert_close(new, closest, rtol=0, atol=1e-4)
+                if method == "trimmed":
+                    threshold = old.abs().flatten().sort().values[round(0.3 * old.numel())]
+                    changed = torch.where(old.abs() >= threshold, old, 0)
+                else:
+                    changed = old - (old * shift).sum() / shift.square().sum() * shift
+                u, s, v = torch.linalg.svd(changed)
+                expected = torch.einsum("eor,er,eri->eoi", u[..., :LORA_RANK], s[..., :LORA_RANK], v[:, :LORA_RANK])
+                torch.testing.assert_close(new, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["albert", "deberta-v2", "gpt2", "nomic-bert", "qwen3-moe"])
-def test_an_upgrade_without_changes_returns_the_old_weights(tmp_path, upgrades, task_file, name):
-    upgrade, path = upgrades(name)
+@pytest.mark.parametrize("architecture", ["albert", "deberta-v2", "gpt2", "nomic-bert", "qwen3-moe"])
+def test_an_upgrade_without_changes_returns_the_old_weights(tmp_path, upgrades, task_file, architecture):
+    upgrade, path = upgrades(architecture)
     before = read_weights(path)
+    unchanged = Upgrade(upgrade.old, upgrade.old)
     for method in ("direct", "ridge", "scaled", "aligned", "orthogonal", "masked"):
-        unchanged = Upgrade(upgrade.old, upgrade.old)
-        after = read_weights(
-            recycle(unchanged, path, task_file, method, tmp_path / method, recipe=FLOAT32).path / "adaptation"
-        )
+        outcome = recycle(unchanged, path, task_file, method, tmp_path / method, recipe=FLOAT32)
+        after = read_weights(outcome.path / "adaptation")
         assert before.keys() == after.keys()
-        for key, tensor in before.items():
-            torch.testing.assert_close(after[key], tensor, rtol=0, atol=1e-5 if method == "aligned" else 1e-7)
+        for name, tensor in before.items():
+            torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-5 if method == "aligned" else 1e-7)
 
 
-@pytest.mark.parametrize("name", ["nomic-bert", "mixtral"])
-def test_masked_matches_gradients_to_stored_tensors(tmp_path, upgrades, task_file, name):
-    upgrade, path = upgrades(name)
+@pytest.mark.parametrize("architecture", ["nomic-bert", "mixtral"])
+def test_masked_keeps_entries_of_the_delta_against_the_gradient(tmp_path, upgrades, task_file, architecture):
+    """Also where the names or the layout of parameters differ from those of the stored tensors."""
+    upgrade, path = upgrades(architecture)
     options = Masking(labels=20)
-    out = recycle(upgrade, path, task_file, "masked", tmp_path / "masked", recipe=FLOAT32, options=options)
-    direct = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=FLOAT32)
-    masked, grafted = (
-        load_model(load_adaptation(outcome.path / "adaptation"), upgrade.new, HEAD) for outcome in (out, direct)
+    outcome = recycle(upgrade, path, task_file, "masked", tmp_path / "masked", recipe=FLOAT32, options=options)
+    direct_outcome = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=FLOAT32)
+
+    def load_result(folder):
+        return load_model(load_adaptation(folder / "adaptation"), upgrade.new, HEAD)
+
+    masked, grafted, bare = map(load_result, (outcome.path, direct_outcome.path, direct_outcome.path))
+    prefix = f"{upgrade.new.prefix}."
+    names = [name for name, _ in bare.named_parameters()]
+    old_base, new_base = (
+        {name: base.parameters.get(name.removeprefix(prefix)) for name in names} for base in (upgrade.old, upgrade.new)
     )
-    bare = load_model(load_adaptation(direct.path / "adaptation"), upgrade.new, HEAD)
-    prefix = upgrade.new.prefix + "."
-    base = {n: upgrade.new.parameters.get(n.removeprefix(prefix)) for n, _ in bare.named_parameters()}
-    before = {n: upgrade.old.parameters.get(n.removeprefix(prefix)) for n in base}
     with torch.no_grad():
-        for parameter, weight in bare.named_parameters():
-            if base[parameter] is not None:
-                weight.copy_(base[parameter])
+        for name, weight in bare.named_parameters():
+            if new_base[name] is not None:
+                weight.copy_(new_base[name])
     data = load_data(task_file, 20).relabel(LABELS)
-    assert len(data.train) == options.labels * 2  # so that all examples are drawn
+    assert len(data.train) == options.labels * len(LABELS)  # so that all examples are drawn
     examples = encode(upgrade.new, data, data.train)
     batch = examples.batch(list(range(len(examples))))
     labels = torch.as_tensor(data.train.labels)
     logits = bare(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.nn.functional.cross_entropy(logits, labels).backward()
-    for parameter, weight in bare.named_parameters():
-        if base[parameter] is None or torch.equal(base[parameter], before[parameter]):
+    for name, weight in bare.named_parameters():
+        if new_base[name] is None or torch.equal(new_base[name], old_base[name]):
             continue  # tensors that the upgrade did not change keep their delta
-        delta = grafted.get_parameter(parameter) - base[parameter]
+        delta = grafted.get_parameter(name) - new_base[name]
         agrees = (delta * weight.grad <= 0) | (weight.grad == 0)
-        is_certain = weight.grad.abs() > 1e-6 * weight.grad.abs().max()  # smaller signs are those of rounding errors
-        expected = torch.where(agrees, grafted.get_parameter(parameter), base[parameter])
-        actual = masked.get_parameter(parameter)
+        is_certain = weight.grad.abs() > 1e-6 * weight.grad.abs().max()  # rounding decides the signs of smaller ones
+        expected = torch.where(agrees, grafted.get_parameter(name), new_base[name])
+        actual = masked.get_parameter(name)
         torch.testing.assert_close(actual[is_certain], expected[is_certain], rtol=0, atol=1e-6)
 
 
-def test_aligned_rotates_conv1d_and_passes_over_experts(tmp_path, upgrades, task_file):
-    upgrade, path = upgrades("gpt2")
-    direct = read_weights(
-        recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=FLOAT32).path / "adaptation"
-    )
-    out = recycle(upgrade, path, task_file, "aligned", tmp_path / "gpt2", recipe=FLOAT32)
-    rotated = read_weights(out.path / "adaptation")
-    assert "passed_over" not in out.record.notes
-    assert not [name for name in direct if torch.equal(direct[name], rotated[name])]
-    upgrade, path = upgrades("qwen3-moe")
-    direct = read_weights(
-        recycle(upgrade, path, task_file, "direct", tmp_path / "moe", recipe=FLOAT32).path / "adaptation"
-    )
-    out = recycle(upgrade, path, task_file, "aligned", tmp_path / "out", recipe=FLOAT32)
-    rotated = read_weights(out.path / "adaptation")
-    unchanged = {name for name in direct if torch.equal(direct[name], rotated[name])}
-    assert out.record.notes["passed_over"].keys() == {
+def recycle_by_direct_and_aligned(upgrade, path, task_file, folder):
+    """Return the weights that `direct` and `aligned` give, and the layers that `aligned` passes over."""
+    outcomes = [
+        recycle(upgrade, path, task_file, method, folder / method, recipe=FLOAT32) for method in ("direct", "aligned")
+    ]
+    direct, aligned = (read_weights(outcome.path / "adaptation") for outcome in outcomes)
+    return direct, aligned, outcomes[1].record.notes.get("passed_over")
+
+
+def test_aligned_rotates_conv1d_layers(tmp_path, upgrades, task_file):
+    direct, aligned, passed_over = recycle_by_direct_and_aligned(*upgrades("gpt2"), task_file, tmp_path)
+    assert passed_over is None
+    assert not [name for name in direct if torch.equal(direct[name], aligned[name])]
+
+
+def test_aligned_passes_over_experts_and_their_routers(tmp_path, upgrades, task_file):
+    direct, aligned, passed_over = recycle_by_direct_and_aligned(*upgrades("qwen3-moe"), task_file, tmp_path)
+    unchanged = {name for name in direct if torch.equal(direct[name], aligned[name])}
+    assert passed_over.keys() == {
         f"model.layers.{layer}.mlp.{part}" for layer in (0, 1) for part in ("gate", "experts")
     }
     assert unchanged and all(".mlp.gate." in name or ".experts." in name for name in unchanged)
@@ -356,16 +398,15 @@ def test_aligned_rotates_conv1d_and_passes_over_experts(tmp_path, upgrades, task
 
 def test_layers_that_cannot_be_observed_are_passed_over(tmp_path, upgrades, task_file):
     upgrade, path = upgrades("squeezebert")
-    passed_over = recycle(upgrade, path, task_file, "ridge", tmp_path / "out", recipe=FLOAT32).record.notes[
-        "passed_over"
-    ]
+    outcome = recycle(upgrade, path, task_file, "ridge", tmp_path / "out", recipe=FLOAT32)
+    passed_over = outcome.record.notes["passed_over"]
     assert "transformer.encoder.layers.0.attention.query.weight" in passed_over
     assert not [name for name in passed_over if "embeddings" in name or name.startswith("classifier")]
 
 
-def test_ridge_refuses_if_it_can_refit_nothing(tmp_path, upgrades, task_file):
+def test_ridge_is_refused_if_it_can_refit_nothing(tmp_path, upgrades, task_file):
     upgrade, _ = upgrades("qwen3-moe")
-    path = adapt_experts(upgrade.old, tmp_path / "old", [])
+    path = write_expert_lora(upgrade.old, tmp_path / "old", [])
     with pytest.raises(KindError, match=r"can refit none .*experts\.gate_up_proj \(all experts: reached by fewer"):
         recycle(upgrade, path, task_file, "ridge", tmp_path / "out", recipe=FLOAT32, options=Ridge(texts=1))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Padding changes no output: each text gets what its transformers class returns for that text alone."""
+"""Padding changes no output: a text's logits in a batch equal those that its transformers class gives for it alone."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from regraft.task.types import Examples
 VOCABULARY = 5 + len(WORDS)
 EOS, UNK = 2, 3
 NAMED_LABELS = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
-# under the names of all architectures; each config takes those that it knows
+# the names that architectures have for the sizes, of which each config takes those that it knows
 SIZES = {
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("head_dim", "d_head"), 16),
@@ -30,11 +30,11 @@ SIZES = {
 }
 DECODERS = ("llama", "gpt2", "gpt_neox", "mistral", "qwen2", "opt", "bloom", "falcon", "gemma", "phi", "xlnet")
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "albert", "deberta-v2", "modernbert", "mpnet", "xlm-roberta")
-PADDING_SENSITIVE = ("convbert", "mobilebert")  # by convolutions over neighbouring tokens
+PADDING_SENSITIVE = ("convbert", "mobilebert")  # convolutions over neighbouring tokens read the padding
 
 
 def make_texts():
-    """Texts of several lengths: some end in tokens that may be padding, and some consist of them."""
+    """Make token IDs of texts of several lengths, of which some end in possible padding tokens or have no others."""
     random.seed(0)
     endings = ([], [EOS], [UNK], [EOS, EOS], [0], [UNK, EOS])
     texts = [random.choices(range(5, VOCABULARY), k=random.randint(2, 14)) + ending for ending in endings * 2]
@@ -45,12 +45,20 @@ def make_examples(texts, padding=EOS):
     return Examples({"input_ids": texts}, np.zeros(len(texts), dtype=np.int64), {"input_ids": padding})
 
 
-def logits_alone(model, texts):
-    """Run a model on each text by itself, without padding."""
+def compute_unpadded_logits(model, texts):
+    """Run a model on one text at a time."""
     model.eval()
     inputs = [torch.tensor([ids]) for ids in texts]
     with torch.no_grad():
         return torch.cat([model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in inputs])
+
+
+def add_noise(model, amount):
+    """Add noise to the trainable parameters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(amount * torch.randn_like(parameter))
 
 
 def make_classifier(architecture, padding):
@@ -61,21 +69,20 @@ def make_classifier(architecture, padding):
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, num_labels=3, pad_token_id=padding, **sizes)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    add_noise(model, 0.1)
     return model
 
 
 @pytest.mark.parametrize("architecture", DECODERS + ENCODERS + PADDING_SENSITIVE)
-def test_a_batch_returns_for_each_text_the_same_as_alone(architecture):
+def test_logits_of_a_batch_equal_those_of_its_texts_alone(architecture):
     texts = make_texts()
     model = make_classifier(architecture, EOS)
-    # RoBERTa-like encoders build their position embeddings for the padding token of the config
-    for padding in (EOS, UNK, None) if architecture in DECODERS else (EOS,):
+    # encoders like RoBERTa build their position embeddings for the padding token of the config
+    paddings = (EOS, UNK, None) if architecture in DECODERS else (EOS,)
+    for padding in paddings:
         model.config.pad_token_id = padding
         torch.testing.assert_close(
-            predict(model, make_examples(texts), "fp32"), logits_alone(model, texts), rtol=0, atol=1e-5
+            predict(model, make_examples(texts), "fp32"), compute_unpadded_logits(model, texts), rtol=0, atol=1e-5
         )
         assert model.config.pad_token_id == padding
 
@@ -115,18 +122,22 @@ def test_a_blockwise_forward_observes_the_head_at_the_tokens_that_it_reads():
     model = make_classifier("llama", None)
     blockwise = BlockwiseForward(model, make_examples(texts), "fp32")
     logits = []
+
+    def observe(name, batch, inputs, outputs):
+        logits.append(outputs.float())
+
     for _ in range(blockwise.num_parts):
-        blockwise.run([model.score], lambda name, batch, inputs, outputs: logits.append(outputs.float()), advance=True)
+        blockwise.run([model.score], observe, advance=True)
     longest_first = sorted(texts, key=lambda ids: -len(ids))
-    torch.testing.assert_close(torch.cat(logits), logits_alone(model, longest_first), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(logits), compute_unpadded_logits(model, longest_first), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["xlm", "xlnet"])
 def test_a_blockwise_forward_observes_no_padding(architecture):
-    """Even if layers read tokens × texts × width (XLNet), or blocks do not feed each other (XLM)."""
+    """XLNet's layers read tokens × texts × width, and XLM has no blocks that feed each other."""
     sizes = {"d_inner": 24} if architecture == "xlnet" else {"pad_index": 0}
     config = AutoConfig.for_model(architecture, vocab_size=50, d_model=16, emb_dim=16, n_layer=2, n_head=2, **sizes)
-    config.n_layers = config.n_heads = 2
+    config.n_layers = config.n_heads = 2  # XLM's names
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
     texts = [ids for ids in make_texts() if 0 not in ids]
@@ -135,16 +146,20 @@ def test_a_blockwise_forward_observes_no_padding(architecture):
     expected = {}
     layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
 
-    def add(sums, name, rows):
+    def add_moments(sums, name, rows):
         sums[name] = sums.get(name, 0) + rows.T @ rows
 
+    def observe(name, batch, inputs, outputs):
+        add_moments(moments, name, inputs)
+
+    def observe_call(layer, args, output):
+        add_moments(expected, blockwise.names[layer], args[0].flatten(0, -2).double())
+
     for _ in range(blockwise.num_parts):
-        blockwise.run(layers, lambda name, _, inputs, __: add(moments, name, inputs), advance=True)
+        blockwise.run(layers, observe, advance=True)
     for layer in layers:
-        layer.register_forward_hook(
-            lambda layer, args, _: add(expected, blockwise.names[layer], args[0].flatten(0, -2).double())
-        )
-    logits_alone(model, texts)
+        layer.register_forward_hook(observe_call)
+    compute_unpadded_logits(model, texts)
     assert moments.keys() == expected.keys()
     for name, moment in moments.items():
         torch.testing.assert_close(moment, expected[name], rtol=1e-5, atol=1e-5)
@@ -160,38 +175,37 @@ def bases(tmp_path_factory):
     tokenizer.save_pretrained(old)
     return {
         "llama": (old, write_upgrade(old, folder / "llama-new", 0.02)),
-        "roberta": (write_base(folder / "r", "roberta"),),
+        "roberta": (write_base(folder / "roberta", "roberta"),),
     }
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """A task some of whose texts end in the end-of-text token or in an unknown word."""
+    """A task with texts that end in the end-of-text token or in an unknown word."""
     folder = tmp_path_factory.mktemp("task")
-    chance = random.Random(5)
+    rng = random.Random(5)
+    endings = ("", " </s>", " huh")
     for name, count in (("train", 48), ("dev", 24), ("test", 36)):
+        rows = [(make_sentence(rng, i % 2 == 0) + endings[i % 3], LABELS[i % 2]) for i in range(count)]
         with (folder / f"{name}.csv").open("w", newline="") as stream:
-            lines = [
-                (make_sentence(chance, i % 2 == 0) + ("", " </s>", " huh")[i % 3], LABELS[i % 2]) for i in range(count)
-            ]
-            csv.writer(stream).writerows([("text", "label"), *lines])
+            csv.writer(stream).writerows([("text", "label"), *rows])
     (folder / "task.yaml").write_text("train: train.csv\ndev: dev.csv\ntest: test.csv\ntext: text\nlabel: label\n")
     return folder / "task.yaml"
 
 
-def texts_of(task):
+def read_test_texts(task):
     with (task.parent / "test.csv").open(newline="") as stream:
         return [row["text"] for row in csv.DictReader(stream)]
 
 
-def published_predictions(outcome):
+def read_test_predictions(outcome):
     lines = map(json.loads, (outcome / "predictions.jsonl").read_text().splitlines())
     return [line["prediction"] for line in lines if line["split"] == "test"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "roberta"])
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
-def test_an_adapter_returns_for_each_text_what_peft_returns_alone(bases, tmp_path, architecture, kind):
+def test_logits_of_an_adapter_equal_those_of_peft_for_each_text_alone(bases, tmp_path, architecture, kind):
     from peft import PeftModel
 
     base = Base.open(bases[architecture][0])
@@ -199,20 +213,17 @@ def test_an_adapter_returns_for_each_text_what_peft_returns_alone(bases, tmp_pat
         fresh_model(base, HEAD, 1), base, HEAD, new_config(kind, base, HEAD, virtual_tokens=4), 1
     )
     torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    add_noise(model, 0.3)
     save_model(model, base, HEAD, tmp_path)
     texts = [ids for ids in make_texts() if architecture == "llama" or 0 not in ids]
     with quiet():
         plain = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=2)
-        expected = logits_alone(PeftModel.from_pretrained(plain, tmp_path), texts)
-    for candidate in (model, load_model(load_adaptation(tmp_path), base, HEAD)):
-        torch.testing.assert_close(predict(candidate, make_examples(texts), "fp32"), expected, rtol=0, atol=1e-5)
+        expected = compute_unpadded_logits(PeftModel.from_pretrained(plain, tmp_path), texts)
+    for adapted in (model, load_model(load_adaptation(tmp_path), base, HEAD)):
+        torch.testing.assert_close(predict(adapted, make_examples(texts), "fp32"), expected, rtol=0, atol=1e-5)
 
 
-def test_chunked_feed_forward_runs_on_any_length(tmp_path):
+def test_a_chunked_feed_forward_runs_on_any_length(tmp_path):
     config = AutoConfig.for_model("bert", vocab_size=VOCABULARY, **SIZES, chunk_size_feed_forward=5, **NAMED_LABELS)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     model, _ = load_strictly(AutoModelForSequenceClassification, tmp_path, "bert")
@@ -221,14 +232,12 @@ def test_chunked_feed_forward_runs_on_any_length(tmp_path):
 
 
 @pytest.mark.parametrize("padding", [EOS, UNK, None])
-def test_an_outcome_predicts_what_plain_transformers_predicts(bases, task, tmp_path, padding):
+def test_an_outcome_has_the_predictions_of_transformers_alone(bases, task, tmp_path, padding):
     old, new = bases["llama"]
     torch.manual_seed(0)
     with quiet():
         tuned = AutoModelForSequenceClassification.from_pretrained(old, **NAMED_LABELS)
-        with torch.no_grad():
-            for parameter in tuned.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
+        add_noise(tuned, 0.3)
         tuned.config.pad_token_id = padding
         tuned.save_pretrained(tmp_path / "tuned")
     make_tokenizer("llama").save_pretrained(tmp_path / "tuned")
@@ -239,16 +248,15 @@ def test_an_outcome_predicts_what_plain_transformers_predicts(bases, task, tmp_p
         with quiet():
             model = AutoModelForSequenceClassification.from_pretrained(out / "adaptation")
         assert model.config.pad_token_id == padding
-        texts = texts_of(task)
-        assert (
-            published_predictions(out)
-            == logits_alone(model, [tokenizer(text)["input_ids"] for text in texts]).argmax(dim=1).tolist()
-        )
-        if padding is not None:  # also in batches, padded on the left as the tokenizer is configured
+        texts = read_test_texts(task)
+        ids = [tokenizer(text)["input_ids"] for text in texts]
+        assert read_test_predictions(out) == compute_unpadded_logits(model, ids).argmax(dim=1).tolist()
+        if padding is not None:  # also in batches, which the tokenizer is configured to pad on the left
             assert tokenizer.pad_token_id == padding
+            batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
             with torch.no_grad():
-                batch = model(**tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)).logits
-            assert published_predictions(out) == batch.argmax(dim=1).tolist()
+                logits = model(**batch).logits
+            assert read_test_predictions(out) == logits.argmax(dim=1).tolist()
 
 
 def test_tuned_and_converted_models_read_the_same_tokens(bases, task, tmp_path):
@@ -258,14 +266,13 @@ def test_tuned_and_converted_models_read_the_same_tokens(bases, task, tmp_path):
     lora = tune(old, task, tmp_path / "lora", recipe=recipe, kind="lora").path
     merged = convert(lora / "adaptation", old, tmp_path / "merged", "full").path
     tokenizer = AutoTokenizer.from_pretrained(old)
-    ids = [tokenizer(text)["input_ids"] for text in texts_of(task)]
+    ids = [tokenizer(text)["input_ids"] for text in read_test_texts(task)]
     for outcome, folder in ((full, full / "adaptation"), (lora, merged)):
         with quiet():
             model = AutoModelForSequenceClassification.from_pretrained(folder)
-        assert published_predictions(outcome) == logits_alone(model, ids).argmax(dim=1).tolist()
-    assert (
-        AutoConfig.from_pretrained(full / "adaptation").pad_token_id == EOS
-    )  # so that its users can predict in batches
+        assert read_test_predictions(outcome) == compute_unpadded_logits(model, ids).argmax(dim=1).tolist()
+    # without a padding token, transformers predicts no batches
+    assert AutoConfig.from_pretrained(full / "adaptation").pad_token_id == EOS
 
 
 @pytest.mark.parametrize("architecture", ["t5", "bart"])
@@ -296,8 +303,8 @@ def test_encoder_decoders_are_refused_before_anything_is_written(task, tmp_path,
         ["adaptation", "convert", tuned, "--old-base", base, "--to", "lora", "--rank", 2, *out],
     ):
         monkeypatch.setattr("sys.argv", ["regraft", *map(str, command)])
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit) as error:
             cli.main()
-        assert end.value.code == 2
+        assert error.value.code == 2
         assert f"a {architecture} is an encoder-decoder" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
