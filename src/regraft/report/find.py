@@ -1,4 +1,4 @@
-"""Finds what a report is made from: outcomes, comparisons and diagnoses below the given folders."""
+"""Find the outcomes, comparisons and diagnoses that a report is made from."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Outcome, is_right
 from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome_record
+from regraft.adaptation.record import OUTCOME_FILE
 from regraft.checkpoint import read_json, read_json_lines
 from regraft.diagnosis import Diagnosis, read_diagnosis
+from regraft.diagnosis.record import DIAGNOSIS_FILE
 from regraft.errors import CheckpointError, OutcomeError
 from regraft.methods import Comparison, read_comparison
 from regraft.printable import printable
@@ -19,7 +21,7 @@ from regraft.printable import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-OUTCOME_FILE, COMPARISON_FILE, DIAGNOSIS_FILE = "outcome.json", "comparison.json", "diagnosis.json"
+COMPARISON_FILE = "comparison.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +30,20 @@ class Run:
 
     Args:
         path: The outcome folder.
-        record: The content of its `outcome.json`.
-        curve: Its learning curve.
-        is_right: Whether each prediction is right, by split and row; None without a label.
+        record: The content of the folder's `outcome.json`.
+        curve: The learning curve: for each evaluation, at least the `step` and the `score` on dev.
+        right: Whether each prediction is right, by split and row number; None without a label.
     """
 
     path: Path
     record: OutcomeRecord
     curve: list[dict[str, float]]
-    is_right: dict[tuple[str, int], bool | None]
+    right: dict[tuple[str, int], bool | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportInputs:
-    """What a report is made from.
+    """The records that a report is made from.
 
     Args:
         runs: The finished runs.
@@ -58,21 +60,22 @@ def find_inputs(folders: Sequence[str | Path]) -> ReportInputs:
     """Search folders, and all folders below them, for outcomes, comparisons and diagnoses.
 
     Args:
-        folders: The folders to search; hidden folders below them are work in progress and skipped.
+        folders: The folders to search; hidden folders below them are skipped, because they hold unfinished runs.
 
     Returns:
-        Everything found, each once, in the order of the folders and then of their names.
+        The records, without duplicates, in the order of `folders` and then of the names of the folders below.
 
     Raises:
-        OutcomeError: A folder does not exist, a file in it is malformed, or nothing is found.
+        OutcomeError: A folder does not exist, a file is malformed, or there are no records.
     """
     inputs = ReportInputs([], {}, {})
-    visited = set()
+    visited: set[Path] = set()
     for top in map(Path, folders):
         if not top.exists():
             raise OutcomeError(f"{top}: there is no such folder. Name outcome folders, or folders that hold some.")
         for folder, file_names in _walk(top if top.is_dir() else top.parent):
-            if (resolved := folder.resolve()) in visited:
+            resolved = folder.resolve()
+            if resolved in visited:
                 continue
             visited.add(resolved)
             if OUTCOME_FILE in file_names:
@@ -107,6 +110,7 @@ def _walk(top: Path) -> Iterator[tuple[Path, set[str]]]:
 
 
 def _load_run(folder: Path, record: OutcomeRecord) -> Run:
+    """Read the learning curve and the predictions of an outcome."""
     outcome = Outcome(folder, record)
     try:
         curve = [{name: float(value) for name, value in point.items()} for point in outcome.curve]
@@ -133,10 +137,10 @@ def _read_sanitised(file: Path) -> dict[str, Any]:
 
 
 def sanitise(value: Any) -> Any:
-    """Replace what no page can show: control characters, halves of surrogate pairs, infinite numbers.
+    """Replace control characters, halves of surrogate pairs and infinite numbers, which no page can show.
 
     Args:
-        value: Any JSON.
+        value: A parsed JSON value.
 
     Returns:
         The value with U+FFFD for such characters, and NaN for such numbers.

@@ -1,4 +1,4 @@
-"""Writes a page as one HTML file: styles, script and charts are in it, and it can load or run nothing else."""
+"""Write a page as one HTML document, which contains its styles, script and charts and loads nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regraft.report.svg import inline_svg
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from regraft.report.page import Chart, Page
+    from regraft.report.page import Block, Chart, Page
 
 _FOLDER = Path(__file__).parent
 
@@ -21,12 +21,12 @@ def to_html(page: Page, svg_files: Mapping[str, bytes]) -> str:
     """Write a page as HTML.
 
     Args:
-        page: The page.
-        svg_files: The SVG file of each chart, by the chart's name.
+        page: The page's content.
+        svg_files: The bytes of each chart's SVG file, by the chart's name.
 
     Returns:
-        One document. Everything from files is escaped, and its content security policy allows only our own script, and
-        no requests.
+        One document. Everything from files is escaped. The document's content security policy allows only the script
+        `page.js`, and no requests.
     """
     import jinja2
     from markupsafe import Markup
@@ -41,7 +41,7 @@ def to_html(page: Page, svg_files: Mapping[str, bytes]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.tests["kind"] = lambda block, name: type(block).__name__ == name
+    environment.tests["kind"] = _is_kind
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html.j2").render(
@@ -51,3 +51,7 @@ def to_html(page: Page, svg_files: Mapping[str, bytes]) -> str:
         script=Markup(script),
         digest=digest,
     )
+
+
+def _is_kind(block: Block, class_name: str) -> bool:
+    return type(block).__name__ == class_name

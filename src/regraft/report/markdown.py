@@ -1,4 +1,4 @@
-"""Writes a page as Markdown, for a pull request: the same figures in tables."""
+"""Write a page as Markdown for a pull request, with figures in tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from regraft.report.page import Block, Card, Chart, Fact, Page
 
-MAX_FLIPS, MAX_FLIP_CHARACTERS = 50, 300  # a comment on a pull request takes 65,536 characters
+# A comment on a pull request takes 65,536 characters; 50 × 300 are a quarter of them.
+MAX_FLIPS = 50
+MAX_FLIP_CHARACTERS = 300
 _SPECIAL = re.compile(r"([\\`*_\[\]~|])")
 
 
@@ -21,11 +23,11 @@ def to_markdown(page: Page, links: Mapping[str, str]) -> str:
     """Write a page as Markdown.
 
     Args:
-        page: The page.
+        page: The page's content.
         links: The link to each chart's file, by the chart's name; empty if there are no files.
 
     Returns:
-        The text. Everything from files is escaped: it makes no markup and mentions nobody.
+        The Markdown. Everything from files is escaped: it makes no markup and mentions no users.
     """
     lines = [f"# {_escape(page.title)}", ""]
     for part in page.parts:
@@ -95,6 +97,7 @@ def _chart(chart: Chart, links: Mapping[str, str]) -> list[str]:
 
 
 def _flips(browser: FlipBrowser) -> list[str]:
+    """Write the first flips as a table, with the number of flips that are left out."""
     columns = ("row", "flip", "label", "before", "after", "confidence", "text")
     rows = [
         (
@@ -134,7 +137,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape text so that it shows as it is, on one line, and mentions no user and links no issue."""
+    """Escape text so that it is shown literally, on one line, and mentions no user and links no issue."""
     line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = _SPECIAL.sub(r"\\\1", line)
     line = re.sub(r"([@#])(?=\w)", r"\1<!-- -->", line)

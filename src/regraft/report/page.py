@@ -1,4 +1,4 @@
-"""The content of a page, regardless of its format: parts made of sections, made of blocks."""
+"""The content of a page, regardless of its format: parts that consist of sections, which consist of blocks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Table:
     """A table of text and figures.
 
     Args:
-        caption: What the table shows.
-        columns: The names of the columns; the first column names its row.
-        rows: The cells, formatted.
+        caption: The subject of the table, in a few words.
+        columns: The names of the columns; the first column names the rows.
+        rows: The cells of each row, formatted.
         text_columns: The number of leading columns that hold text rather than figures.
     """
 
@@ -36,12 +36,12 @@ class Chart:
     """A chart with the figures behind it.
 
     Args:
-        name: The name of its file, unique on the page.
-        title: What is drawn, in a few words.
-        finding: What the chart shows, in a sentence: its caption, and its label for screen readers.
-        figure: The drawing.
-        table: The figures behind it.
-        wide: Whether it takes the page's full width.
+        name: The name of the chart's file, unique on the page.
+        title: The subject of the chart, in a few words.
+        finding: The result that the chart shows, in a sentence: the caption, and the label for screen readers.
+        figure: The drawing, not yet saved.
+        table: The figures behind the drawing.
+        wide: Whether the chart takes the page's full width.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Charts:
-    """Charts that are shown side by side if there is room.
+    """Charts that are shown side by side if the page is wide enough.
 
     Args:
-        charts: The charts.
+        charts: The charts, in reading order.
     """
 
     charts: tuple[Chart, ...]
@@ -68,7 +68,7 @@ class Facts:
     """A few figures of note.
 
     Args:
-        facts: Name, value and meaning of each.
+        facts: The name, value and meaning of each figure.
     """
 
     facts: tuple[Fact, ...]
@@ -79,7 +79,7 @@ class Prose:
     """A paragraph.
 
     Args:
-        text: Plain text.
+        text: The text, without markup.
     """
 
     text: str
@@ -90,8 +90,8 @@ class Commands:
     """Shell commands to copy.
 
     Args:
-        caption: What the commands do.
-        lines: The commands.
+        caption: The purpose of the commands.
+        lines: The commands, one per line.
     """
 
     caption: str
@@ -103,8 +103,8 @@ class MarkedTexts:
     """Texts with marked spans.
 
     Args:
-        caption: What is marked.
-        texts: The spans of each text, with the mark of each, which is empty for plain text.
+        caption: The subject of the marks.
+        texts: For each text, its spans: the characters and their mark, which is empty for plain text.
     """
 
     caption: str
@@ -123,7 +123,7 @@ class FlipBrowser:
 
     @property
     def labels(self) -> list[str]:
-        """The labels that occur, in alphabetical order."""
+        """The targets of the flips, in alphabetical order."""
         return sorted({flip.label for flip in self.flips})
 
 
@@ -135,10 +135,10 @@ class Section:
     """One question and its answer.
 
     Args:
-        anchor: Its anchor, unique in its part.
-        title: Its heading.
-        lead: Its subject and result, in a sentence or two.
-        blocks: Its content.
+        anchor: The section's anchor, unique in the part.
+        title: The heading.
+        lead: The subject and the result, in a sentence or two.
+        blocks: The content, in order.
     """
 
     anchor: str
@@ -153,12 +153,12 @@ class Card:
 
     Args:
         label: The kind of conclusion, such as `Verdict`.
-        choice: The conclusion.
-        tone: How good it is: `good`, `fair`, `poor` or `plain`.
-        advice: What to do, in a sentence.
-        sure: How sure the conclusion is, from 0 to 1; None for a measurement.
-        predicted: The expected recovery, from 0 to 1; None for a measurement.
-        reasons: The figures that led there.
+        choice: The conclusion, in a few words.
+        tone: The colour of the card: `good`, `fair`, `poor` or `plain`.
+        advice: The recommended action, in a sentence.
+        sure: The certainty of the conclusion, from 0 to 1; None for a measurement.
+        predicted: The expected recovery, 1 being full recovery; None for a measurement.
+        reasons: The figures that led to the conclusion.
     """
 
     label: str
@@ -172,14 +172,14 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Everything about one task, or about one adaptation for it.
+    """All results for one task, or for one adaptation to the task.
 
     Args:
-        anchor: Its anchor, unique on the page.
-        title: Its heading.
+        anchor: The part's anchor, unique on the page.
+        title: The heading.
         subtitle: The bases, the adaptation and the data, in a line.
-        card: Its conclusion.
-        sections: Its sections.
+        card: The conclusion.
+        sections: The sections, in order.
     """
 
     anchor: str
@@ -191,12 +191,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """The whole report.
+    """The content of a report.
 
     Args:
-        title: Its heading.
-        parts: Its parts.
-        version: The version of regraft that made it.
+        title: The heading.
+        parts: The parts, in order.
+        version: The version of regraft that wrote the report.
     """
 
     title: str
@@ -206,5 +206,10 @@ class Page:
     @property
     def charts(self) -> list[Chart]:
         """All charts, in the order of the page."""
-        blocks = (block for part in self.parts for section in part.sections for block in section.blocks)
-        return [chart for block in blocks if isinstance(block, Charts) for chart in block.charts]
+        charts: list[Chart] = []
+        for part in self.parts:
+            for section in part.sections:
+                for block in section.blocks:
+                    if isinstance(block, Charts):
+                        charts += block.charts
+        return charts

@@ -1,4 +1,4 @@
-"""Summarises runs: by task and setting, averaged over seeds, compared with scratch and the old deployment."""
+"""Summarise runs by task and setting, averaged over seeds and compared with scratch and the old deployment."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ class MethodSummary:
 
     Args:
         method: The method's name.
-        seeds: The seeds.
+        seeds: The seeds of the runs.
         start: The score on dev before the first step.
-        best_dev: The best score on dev.
-        score: The score on the setting's split.
-        deviation: The standard deviation of that score over seeds; None for one seed.
-        recovery: (score − floor) / (scratch's score − floor).
-        steps_to_scratch: The number of steps until dev first reaches scratch's last score; None if a seed never does.
-        negative_flips: The share of examples that the old deployment has right and this method has wrong.
+        best_dev: The best score on dev during training.
+        score: The final weights' score on the setting's split.
+        deviation: The standard deviation of `score` over seeds; None for one seed.
+        recovery: (score − chance) / (scratch's score − chance).
+        steps_to_scratch: The number of steps until the score on dev first reaches scratch's last score on dev; None if
+            it does not for some seed.
+        negative_flips: The share of examples for which the old deployment is right and the method wrong.
         labels: The number of labelled training examples seen.
-        steps: The number of training steps.
-        seconds: The training time.
+        steps: The number of optimiser steps.
+        seconds: The training time in seconds.
         curve: The learning curve: steps and mean score on dev.
     """
 
@@ -56,16 +57,16 @@ class MethodSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Methods that may be compared: one task, base, kind and amount of training data.
+    """Methods that may be compared, having the same task, base, kind and amount of training data.
 
     Args:
-        description: The kind, the base and the amount of training data.
-        metric: The task's metric.
-        split: The split of the scores.
-        summaries: Scratch first, then the best method.
+        description: The kind, the base and the amount of training data, in words.
+        metric: The name of the task's metric.
+        split: The split of the scores, `test` or `dev`.
+        summaries: The methods: scratch first, then from the best to the worst score.
         scratch_dev: Scratch's last score on dev; None without scratch.
-        old_score: The old deployment's score, if it is known.
-        floor: The score of guessing.
+        old_score: The old deployment's score; None if it is unknown.
+        chance: The score of the best prediction that ignores the input; None if it is unknown.
         runs: The runs behind the summaries.
     """
 
@@ -75,7 +76,7 @@ class Setting:
     summaries: tuple[MethodSummary, ...]
     scratch_dev: float | None
     old_score: float | None
-    floor: float | None
+    chance: float | None
     runs: tuple[Run, ...]
 
 
@@ -83,18 +84,18 @@ def settings_by_task(inputs: ReportInputs) -> dict[str, list[Setting]]:
     """Group runs and comparisons into settings.
 
     Args:
-        inputs: The runs and comparisons.
+        inputs: The records of the report; its diagnoses are not used.
 
     Returns:
-        The settings of each task, by its name, those with most runs first.
+        The settings of each task, by the task's name; settings with more runs first.
     """
-    groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+    runs_by_setting: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in inputs.runs:
         task = run.record.task
-        groups[task.name, task.metric, run.record.base.fingerprint, run.record.kind, task.train].append(run)
+        runs_by_setting[task.name, task.metric, run.record.base.fingerprint, run.record.kind, task.train].append(run)
     settings: dict[str, list[Setting]] = defaultdict(list)
-    for (task_name, *_), runs in sorted(groups.items(), key=lambda group: -len(group[1])):
-        settings[task_name].append(_setting(runs, inputs))
+    for runs in sorted(runs_by_setting.values(), key=len, reverse=True):
+        settings[runs[0].record.task.name].append(_setting(runs, inputs))
     for folder, comparison in inputs.comparisons.items():
         if not any(folder in run.path.parents for run in inputs.runs):
             settings[comparison.task].append(_setting_of_comparison(comparison))
@@ -102,6 +103,7 @@ def settings_by_task(inputs: ReportInputs) -> dict[str, list[Setting]]:
 
 
 def _setting(runs: list[Run], inputs: ReportInputs) -> Setting:
+    """Summarise the runs of a setting by method."""
     record = runs[0].record
     split = "test" if all(run.record.scores.test is not None for run in runs) else "dev"
     scratch_runs = {run.record.seed: run for run in runs if run.record.method == "scratch"}
@@ -111,25 +113,11 @@ def _setting(runs: list[Run], inputs: ReportInputs) -> Setting:
     for run in runs:
         runs_by_method[run.record.method].append(run)
     summaries = []
-    for method, method_runs in runs_by_method.items():
+    for method_runs in runs_by_method.values():
         figures = [
             _run_figures(run, scratch_runs.get(run.record.seed), old_runs[run.path], split) for run in method_runs
         ]
-        means = {name: _mean([row[name] for row in figures]) for name in figures[0]}
-        if means["negative_flips"] is None and comparison:
-            means["negative_flips"] = next(
-                (row.negative_flips for row in comparison.rows if row.method == method), None
-            )
-        scores = [row["score"] for row in figures if row["score"] is not None]
-        summaries.append(
-            MethodSummary(
-                method=method,
-                seeds=tuple(run.record.seed for run in method_runs),
-                deviation=deviation(scores) if len(scores) == len(figures) else None,
-                curve=_mean_curve(method_runs),
-                **means,
-            )
-        )
+        summaries.append(_summary(method_runs, figures, comparison))
     if comparison and comparison.split == split:
         old_score = comparison.old
     else:
@@ -141,8 +129,25 @@ def _setting(runs: list[Run], inputs: ReportInputs) -> Setting:
         summaries=_ranked(summaries, record.task.metric),
         scratch_dev=_mean([run.curve[-1]["score"] for run in scratch_runs.values()]),
         old_score=old_score,
-        floor=_mean([run.record.scores.majority(split) for run in runs]),
+        chance=_mean([run.record.scores.majority(split) for run in runs]),
         runs=tuple(runs),
+    )
+
+
+def _summary(runs: list[Run], figures: list[dict[str, float | None]], comparison: Comparison | None) -> MethodSummary:
+    """Average the figures of a method's runs; a comparison may know flips that the runs do not."""
+    method = runs[0].record.method
+    means = {name: _mean([run_figures[name] for run_figures in figures]) for name in figures[0]}
+    if means["negative_flips"] is None and comparison:
+        recorded_flips = [row.negative_flips for row in comparison.rows if row.method == method]
+        means["negative_flips"] = recorded_flips[0] if recorded_flips else None
+    scores = [run_figures["score"] for run_figures in figures if run_figures["score"] is not None]
+    return MethodSummary(
+        method=method,
+        seeds=tuple(run.record.seed for run in runs),
+        deviation=deviation(scores) if len(scores) == len(figures) else None,
+        curve=_mean_curve(runs),
+        **means,
     )
 
 
@@ -151,16 +156,17 @@ def _run_figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> 
     scores = run.record.scores
     cost = run.record.cost
     metric = find_metric(run.record.task.metric)
-    floor = scores.majority(split)
+    chance = scores.majority(split)
     score = scores.of(split)
-    share = steps_to_scratch = None
+    share = None
+    steps_to_scratch = None
     if scratch:
         reference = scratch.record.scores.of(split)
-        if reference is not None and floor is not None and score is not None:
-            share = recovery(score, floor, reference, metric)
-        target = scratch.curve[-1]["score"]
+        if reference is not None and chance is not None and score is not None:
+            share = recovery(score, chance, reference, metric)
+        scratch_dev = scratch.curve[-1]["score"]
         steps_to_scratch = next(
-            (point["step"] for point in run.curve if metric.gain(point["score"], target) >= 0), None
+            (point["step"] for point in run.curve if metric.gain(point["score"], scratch_dev) >= 0), None
         )
     best_dev = None
     if scores.dev is not None:
@@ -179,7 +185,7 @@ def _run_figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> 
 
 
 def _find_comparison(run: Run, comparisons: Mapping[Path, Comparison]) -> Comparison | None:
-    """Return the comparison that a run belongs to: the one in a folder above it."""
+    """Return the comparison that a run belongs to, which is in a folder above the run's."""
     for folder, comparison in comparisons.items():
         if folder in run.path.parents:
             return comparison
@@ -194,15 +200,18 @@ def _find_old_deployment(run: Run, runs: Sequence[Run]) -> Run | None:
     folder = Path(source.adaptation).resolve()
     for candidate in runs:
         is_on_old_base = candidate.record.base.fingerprint == source.old_base_fingerprint
-        if is_on_old_base and folder in (candidate.path.resolve(), candidate.path.resolve() / "adaptation"):
+        candidate_folder = candidate.path.resolve()
+        if is_on_old_base and folder in (candidate_folder, candidate_folder / "adaptation"):
             return candidate
     return None
 
 
 def _negative_flips(old: Run, new: Run, split: str) -> float | None:
-    rows = [key for key in new.is_right if key[0] == split]
-    before, after = [old.is_right.get(key) for key in rows], [new.is_right[key] for key in rows]
-    if not rows or None in before or None in after:
+    """Return the share of negative flips; None if a prediction is missing or has no label."""
+    keys = [(name, row) for name, row in new.right if name == split]
+    before = [old.right.get(key) for key in keys]
+    after = [new.right[key] for key in keys]
+    if not keys or None in before or None in after:
         return None
     return count_flips(before, after).negative_rate
 
@@ -215,12 +224,12 @@ def _mean_curve(runs: list[Run]) -> tuple[tuple[float, float], ...]:
 
 
 def _mean(values: list[Any]) -> Any:
-    """Average; None if a value is missing, because a target that one seed never reached has no mean."""
+    """Average; None if a value is missing, because a score that one seed never reached has no mean number of steps."""
     return None if None in values or not values else statistics.fmean(values)
 
 
 def _ranked(summaries: list[MethodSummary], metric: str) -> tuple[MethodSummary, ...]:
-    """Sort scratch first, then by score, then those without a finite score."""
+    """Sort scratch first, then by score from the best; methods without a finite score are last."""
 
     def rank(summary: MethodSummary) -> tuple[bool, float, str]:
         merit = -math.inf
@@ -232,7 +241,7 @@ def _ranked(summaries: list[MethodSummary], metric: str) -> tuple[MethodSummary,
 
 
 def _setting_of_comparison(comparison: Comparison) -> Setting:
-    """Use the rows of a comparison whose outcome folders are not among the inputs."""
+    """Summarise a comparison whose outcome folders are not among the inputs."""
     summaries = [
         MethodSummary(
             method=row.method,
@@ -258,6 +267,6 @@ def _setting_of_comparison(comparison: Comparison) -> Setting:
         summaries=_ranked(summaries, comparison.metric),
         scratch_dev=None,
         old_score=comparison.old,
-        floor=comparison.majority,
+        chance=comparison.majority,
         runs=(),
     )

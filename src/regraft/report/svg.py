@@ -1,4 +1,4 @@
-"""Turns a chart's SVG file into an element of a page, with colours that follow the page's theme."""
+"""Convert a chart's SVG file to an element of a page, with colours that follow the page's theme."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from regraft.report.charts.style import THEMED
 if TYPE_CHECKING:
     from regraft.report.page import Chart
 
-_SVG, _HREF = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+_SVG_URI = "http://www.w3.org/2000/svg"
+_XLINK_URI = "http://www.w3.org/1999/xlink"
+_HREF = f"{{{_XLINK_URI}}}href"
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 _COLOUR = re.compile("|".join(THEMED))
 _FONT = re.compile(r"font-family: [^;\"]*;? ?")
 
 
 def inline_svg(chart: Chart, svg_file: bytes) -> str:
-    """Return a chart as an SVG element for a page that holds many.
+    """Convert a chart's SVG file to an SVG element for a page with many charts.
 
     Args:
-        chart: The chart.
-        svg_file: Its figure as an SVG file.
+        chart: The chart, for its name and its label.
+        svg_file: The bytes of the chart's SVG file.
 
     Returns:
-        Markup with a label for screen readers, ids that no other chart has, and the page's fonts and colours.
+        Markup with a label for screen readers, ids prefixed by the chart's name, and the page's fonts and colours.
     """
     root = ElementTree.fromstring(svg_file)
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag.endswith("}metadata") or child.tag == f"{_SVG}style":
+            if child.tag.endswith("}metadata") or child.tag == f"{{{_SVG_URI}}}style":
                 parent.remove(child)
     referenced_ids = _referenced_ids(root)
     for element in root.iter():
@@ -39,13 +41,13 @@ def inline_svg(chart: Chart, svg_file: bytes) -> str:
         root.attrib.pop(name, None)
     width = float((root.get("viewBox") or "0 0 0 0").split()[2])
     root.attrib |= {"role": "img", "aria-label": chart.finding, "class": "chart", "style": f"--natural: {width:.0f}px"}
-    ElementTree.register_namespace("", _SVG[1:-1])
-    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    ElementTree.register_namespace("", _SVG_URI)
+    ElementTree.register_namespace("xlink", _XLINK_URI)
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def _referenced_ids(root: ElementTree.Element) -> set[str]:
-    ids = set()
+    ids: set[str] = set()
     for element in root.iter():
         href = element.get(_HREF, "")
         if href.startswith("#"):

@@ -1,4 +1,4 @@
-"""Converts the views of a task type to blocks of a page."""
+"""Convert the views of a task type to blocks of a page."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def table_block(view: types.Table) -> Table:
-    """Format the cells of a table.
+    """Format the cells of a table view.
 
     Args:
-        view: The table.
+        view: A table of a task type, with unformatted cells.
 
     Returns:
-        The block.
+        The page's table, in which the columns before the first figure are text columns.
     """
     rows = tuple(
         tuple(_format_cell(column, cell) for column, cell in zip(view.columns, row, strict=True)) for row in view.rows
@@ -31,35 +31,38 @@ def table_block(view: types.Table) -> Table:
 
 
 def scatter_chart(view: types.Scatter, prefix: str) -> Chart:
-    """Draw series of points.
+    """Draw a scatter view.
 
     Args:
-        view: The series.
+        view: The series of points, and the table behind them.
         prefix: The prefix of the chart's name.
 
     Returns:
-        The chart.
+        The chart, named by the prefix and the view's name.
     """
     return Chart(f"{prefix}-{view.name}", view.title, view.finding, draw_scatter(view), table_block(view.table))
 
 
 def marked_texts_block(view: types.MarkedText) -> MarkedTexts:
-    """Convert texts with marked spans.
+    """Convert a view of texts with marked spans.
 
     Args:
-        view: The texts.
+        view: The texts, divided into spans.
 
     Returns:
-        The block.
+        The page's block with the same texts and marks.
     """
     return MarkedTexts(view.title, tuple(tuple((span.text, span.mark) for span in text) for text in view.texts))
 
 
 def _format_cell(column: Column, cell: Cell) -> str:
-    if cell is None or isinstance(cell, str):
-        return MISSING if cell is None else cell
+    if cell is None:
+        return MISSING
+    if isinstance(cell, str):
+        return cell
     if column.form == "count":
         return integer(cell)
     if column.form == "share":
         return percent(cell)
-    return f"+{number(cell)}" if column.form == "change" and cell > 0 else number(cell)
+    sign = "+" if column.form == "change" and cell > 0 else ""
+    return sign + number(cell)

@@ -1,4 +1,4 @@
-"""How the page formats figures and words."""
+"""Format figures and words for the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def number(value: float | None, digits: int = 3) -> str:
         digits: The number of decimals.
 
     Returns:
-        As in 0.912, with a true minus sign.
+        The number as in 0.912, with the minus sign U+2212 if it is negative.
     """
     if value is None:
         return MISSING
@@ -29,14 +29,14 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Format a share of one as a percentage.
+    """Format a share as a percentage.
 
     Args:
-        share: From 0 to 1; None if it is missing.
+        share: The share, 1 being 100 %; None if it is missing.
         digits: The number of decimals.
 
     Returns:
-        As in 4.2 %.
+        The percentage as in 4.2 %.
     """
     return MISSING if share is None else f"{number(100 * share, digits)} %"
 
@@ -48,19 +48,19 @@ def integer(value: float | None) -> str:
         value: The count, or a mean of counts, which is rounded; None if it is missing.
 
     Returns:
-        As in 1,200.
+        The count as in 1,200.
     """
     return MISSING if value is None else f"{value:,.0f}"
 
 
 def duration(seconds: float | None) -> str:
-    """Format a time.
+    """Format a duration.
 
     Args:
-        seconds: The time in seconds; None if it is missing.
+        seconds: The duration in seconds; None if it is missing.
 
     Returns:
-        As in 0.4 s, 35 s, 2 min 10 s or 1 h 5 min.
+        The duration as in 0.4 s, 35 s, 2 min 10 s or 1 h 5 min.
     """
     if seconds is None or not math.isfinite(seconds):
         return MISSING
@@ -75,13 +75,13 @@ def duration(seconds: float | None) -> str:
 
 
 def finite_values(values: Iterable[float | None]) -> list[float]:
-    """Drop the values that cannot be compared: None, infinity and NaN.
+    """Drop None, infinity and NaN, which cannot be drawn.
 
     Args:
-        values: The values.
+        values: Figures, in any order.
 
     Returns:
-        The finite ones, in order.
+        The finite values, in the same order.
     """
     return [value for value in values if value is not None and math.isfinite(value)]
 
@@ -90,11 +90,11 @@ def shorten(text: str, length: int) -> str:
     """Cut a text to fit a chart or a cell, on one line.
 
     Args:
-        text: The text.
+        text: The text, whose whitespace is collapsed.
         length: The number of characters that fit.
 
     Returns:
-        The text, with an ellipsis if it was longer.
+        The text, cut and with an ellipsis if it was longer.
     """
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
@@ -104,7 +104,7 @@ def base_name(name: str) -> str:
     """Return the last part of a base's path or hub id.
 
     Args:
-        name: A folder or a hub id.
+        name: A path, with slashes or backslashes, or a hub id.
 
     Returns:
         The last part, or the whole name if that is empty.
@@ -116,10 +116,12 @@ def join_words(words: Iterable[str]) -> str:
     """Join words as in a sentence.
 
     Args:
-        words: The words.
+        words: The words; there may be none.
 
     Returns:
-        As in a, b and c.
+        The words as in “a, b and c”.
     """
-    *initial, last = list(words) or [""]
-    return f"{', '.join(initial)} and {last}" if initial else last
+    word_list = list(words)
+    if len(word_list) < 2:
+        return "".join(word_list)
+    return f"{', '.join(word_list[:-1])} and {word_list[-1]}"

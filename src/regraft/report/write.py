@@ -1,4 +1,4 @@
-"""Writes the report."""
+"""Write a report of the results of an upgrade."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 Format = Literal["html", "md"]
 FORMATS: tuple[str, ...] = get_args(Format)
 REPORT_MARKERS = (b'<meta name="generator" content="regraft ', b"# What the upgrade did")
-"""What every report has near its start, as HTML and as Markdown."""
+"""Bytes near the start of every report, as HTML and as Markdown."""
 MARKER_BYTES = 4096
-"""How far into a file a marker is looked for; the HTML's is in the first kilobyte."""
+"""The number of bytes in which a marker is looked for; the HTML's marker is in the first kilobyte."""
 
 
 def write_report(
@@ -31,19 +31,19 @@ def write_report(
     format: Format = "html",
     plots: str | Path | None = None,
 ) -> Path:
-    """Write the results of an upgrade onto one page.
+    """Write the results of an upgrade to one page.
 
     Args:
-        runs: Folders with outcomes, comparisons or diagnoses, in them or anywhere below.
+        runs: Folders that contain outcomes, comparisons or diagnoses at any depth.
         out: The file to write; an existing report is replaced.
         format: `html` for one self-contained file, or `md`.
-        plots: A folder for the charts as SVG and PNG; None to save none.
+        plots: A folder for the charts as SVG and PNG; None to save no charts.
 
     Returns:
-        The file. The same runs give the same bytes.
+        The path of the file. The same runs give the same bytes.
 
     Raises:
-        OutcomeError: There is nothing to report, a file is malformed, or the report cannot be written.
+        OutcomeError: There are no results, a file is malformed, or the report cannot be written.
         RecipeError: There is no such format, or no runs are named.
     """
     folders = [runs] if isinstance(runs, (str, Path)) else list(runs)
@@ -60,7 +60,7 @@ def write_report(
     try:
         with chart_style():
             page = build_page(inputs)
-            # each figure is saved as SVG once, before any PNG: saving it again may move its layout a little
+            # Each figure is saved as SVG once, before any PNG: saving it again may move its layout a little.
             svg_files = {chart.name: save_figure(chart.figure, "svg") for chart in page.charts}
             links = _write_plots(page, svg_files, Path(plots), out) if plots is not None else {}
             text = to_html(page, svg_files) if format == "html" else to_markdown(page, links)
@@ -85,14 +85,14 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _write_plots(page: Page, svg_files: dict[str, bytes], folder: Path, out: Path) -> dict[str, str]:
-    """Save the charts, and return the link from the page at `out` to each, by the chart's name."""
+    """Save the charts; return the link from the page at `out` to each chart's SVG file, by the chart's name."""
     from regraft.report.charts import save_figure
 
     folder.mkdir(parents=True, exist_ok=True)
     links = {}
     for chart in page.charts:
-        for suffix, content in (("svg", svg_files[chart.name]), ("png", save_figure(chart.figure, "png"))):
+        for suffix, image in (("svg", svg_files[chart.name]), ("png", save_figure(chart.figure, "png"))):
             with replace_atomically(folder / f"{chart.name}.{suffix}") as temporary_file:
-                temporary_file.write_bytes(content)
+                temporary_file.write_bytes(image)
         links[chart.name] = Path(os.path.relpath(folder, out.parent), f"{chart.name}.svg").as_posix()
     return links

@@ -1,4 +1,7 @@
-"""The report's charts: a function for each, which returns a matplotlib figure and touches no global state."""
+"""The report's charts: one function per chart, which returns a matplotlib figure and changes no global state.
+
+Sizes of figures are in inches, those of texts, lines and markers in points; all of them are set by eye.
+"""
 
 from regraft.report.charts.bars import draw_group_shifts, draw_method_scores, draw_retention
 from regraft.report.charts.curves import (

@@ -20,49 +20,30 @@ from regraft.report.wording import number, shorten
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from regraft.report.summaries import Setting
 
 
 def draw_method_scores(setting: Setting) -> Figure:
-    """Draw the score of each method with its deviation, and the levels of guessing and of the old deployment.
+    """Draw the score of each method with its deviation, and the chance score and the old deployment's as lines.
 
     Args:
-        setting: The methods.
+        setting: The summaries of the methods, at least one of them with a score.
 
     Returns:
-        The figure.
+        The figure, one row per method.
     """
     scores = {summary.method: summary.score for summary in setting.summaries if summary.score is not None}
     deviations = {summary.method: summary.deviation or 0.0 for summary in setting.summaries}
     figure = new_figure(MIDDLE, 1.2 + 0.27 * len(scores))
     axes = figure.add_subplot()
     for y, (method, score) in enumerate(scores.items()):
-        is_scratch = method == "scratch"
-        axes.errorbar(
-            score,
-            y,
-            xerr=deviations[method] or None,
-            color=INK if is_scratch else BLUE,
-            marker="s" if is_scratch else "o",
-            markersize=6,
-            capsize=3,
-            linewidth=1.4,
-        )
-        axes.annotate(
-            number(score),
-            (score + deviations[method], y),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=INK,
-            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.2},
-        )
+        _draw_method(axes, y, method, score, deviations[method])
     low = min(scores.values())
     high = max(scores.values())
-    levels = ((setting.floor, "guessing", (0, (1, 2))), (setting.old_score, "old deployment", (0, (5, 2))))
+    levels = ((setting.chance, "guessing", (0, (1, 2))), (setting.old_score, "old deployment", (0, (5, 2))))
     for level, name, dashes in levels:
         if level is not None and low - level < high - low:  # a level far below would squeeze the methods together
             axes.axvline(level, color=SOFT, linewidth=1.1, linestyle=dashes, label=f"{name} {number(level)}")
@@ -76,25 +57,50 @@ def draw_method_scores(setting: Setting) -> Figure:
     return figure
 
 
+def _draw_method(axes: Axes, y: int, method: str, score: float, deviation: float) -> None:
+    """Draw the score of one method with its deviation and its value."""
+    is_scratch = method == "scratch"
+    axes.errorbar(
+        score,
+        y,
+        xerr=deviation or None,
+        color=INK if is_scratch else BLUE,
+        marker="s" if is_scratch else "o",
+        markersize=6,
+        capsize=3,
+        linewidth=1.4,
+    )
+    axes.annotate(
+        number(score),
+        (score + deviation, y),
+        xytext=(8, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        color=INK,
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.2},
+    )
+
+
 def draw_group_shifts(names: Sequence[str], shift: Sequence[float], delta: Sequence[float]) -> Figure:
-    """Draw how far the upgrade and the tuning moved each group of tensors, relative to its norm.
+    """Draw the norms of the upgrade's shift and of the adaptation's delta for each group of tensors.
 
     Args:
         names: The names of the groups.
-        shift: The base shift of each group, in %.
-        delta: The delta of each group, in %.
+        shift: The norm of each group's shift, in % of the norm of the group's tensors in the old base.
+        delta: The norm of each group's delta, in the same unit.
 
     Returns:
-        The figure.
+        The figure, one row per group.
     """
     figure = new_figure(height=max(2.6, 1.3 + 0.2 * len(names)))
     axes = figure.add_subplot()
-    rows = range(len(names))
-    axes.barh([row - 0.19 for row in rows], shift, 0.36, color=BLUE, label="base shift")
-    axes.barh(
-        [row + 0.19 for row in rows], delta, 0.36, facecolor="none", edgecolor=VERMILLION, hatch="//////", label="delta"
-    )
-    axes.set_yticks(rows, [shorten(name, 18) for name in names])
+    centres = range(len(names))
+    shift_bars = [y - 0.19 for y in centres]
+    delta_bars = [y + 0.19 for y in centres]
+    axes.barh(shift_bars, shift, 0.36, color=BLUE, label="base shift")
+    axes.barh(delta_bars, delta, 0.36, facecolor="none", edgecolor=VERMILLION, hatch="//////", label="delta")
+    axes.set_yticks(centres, [shorten(name, 18) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("% of the old base's norm")
@@ -107,17 +113,17 @@ def draw_retention(loss: Mapping[str, float]) -> Figure:
     """Draw the language-modelling loss of bases and deployments.
 
     Args:
-        loss: The loss of each model in nats a token, by the model's name.
+        loss: The loss of each model in nats per token, by the model's name as in `Retention.loss`.
 
     Returns:
-        The figure.
+        The figure, one row per model.
     """
     figure = new_figure(MIDDLE, 0.8 + 0.3 * len(loss))
     axes = figure.add_subplot()
-    for y, (name, value) in enumerate(loss.items()):
+    for y, (name, nats) in enumerate(loss.items()):
         colour = BLUE if name.startswith("new") else VERMILLION
-        axes.plot(value, y, marker="o" if "base" in name else "s", markersize=8, color=colour, linestyle="none")
-        axes.annotate(number(value), (value, y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.plot(nats, y, marker="o" if "base" in name else "s", markersize=8, color=colour, linestyle="none")
+        axes.annotate(number(nats), (nats, y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(loss)), [shorten(name, 24) for name in loss], color=INK)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)

@@ -25,6 +25,7 @@ from regraft.report.wording import base_name, finite_values, number, shorten
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from regraft.diagnosis import CompatibilityPoint
@@ -37,18 +38,18 @@ def draw_learning_curves(
     """Draw learning curves, and scratch's last score.
 
     Args:
-        curves: The steps and scores on dev of each method, by its name.
+        curves: The steps and scores on dev of each method, by the method's name.
         scratch_dev: Scratch's last score on dev; None without scratch.
-        metric: The name of the score.
+        metric: The name of the metric.
 
     Returns:
-        The figure.
+        The figure, one line per method.
     """
     figure = new_figure(WIDE, 3.5)
     axes = figure.add_subplot()
-    for i, (method, curve) in enumerate(curves.items()):
+    for index, (method, curve) in enumerate(curves.items()):
         steps, scores = zip(*curve, strict=True)
-        axes.plot(steps, scores, label=shorten(method, 28), **_line_style(i))
+        axes.plot(steps, scores, label=shorten(method, 28), **_line_style(index))
     if scratch_dev is not None:
         label = f"scratch ends at {number(scratch_dev)}"
         axes.axhline(scratch_dev, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1, label=label)
@@ -61,34 +62,27 @@ def draw_learning_curves(
 
 
 def draw_segment(
-    mu: Sequence[float], values: Mapping[str, Sequence[float]], label: str, ends: Sequence[str], *, barrier: bool
+    mu: Sequence[float], curves: Mapping[str, Sequence[float]], label: str, ends: Sequence[str], *, barrier: bool
 ) -> Figure:
     """Draw loss or score along the straight line between two models.
 
     Args:
         mu: The points on the line, from 0 to 1.
-        values: The value at each point, by split.
-        label: The name of the value.
+        curves: The loss or score at each point, by split.
+        label: The name of the loss or score.
         ends: The names of the models at 0 and 1.
         barrier: Whether to mark the largest excess over the line between the end values.
 
     Returns:
-        The figure.
+        The figure, one line per split.
     """
     figure = new_figure(height=3.15)
     axes = figure.add_subplot()
-    for i, (split, y) in enumerate(values.items()):
-        style = _line_style(i)
-        if not barrier:
-            axes.plot(mu, y, label=split, **style)
-            continue
-        chord = [y[0] + point * (y[-1] - y[0]) for point in mu]
-        excess, top = max((value - line, j) for j, (value, line) in enumerate(zip(y, chord, strict=True)))
-        axes.plot(mu, y, label=f"{split}, barrier {number(max(0.0, excess))}", **style)
-        axes.plot((mu[0], mu[-1]), (y[0], y[-1]), color=style["color"], linewidth=0.9, linestyle=(0, (2, 2)))
-        if excess > 0:
-            x = mu[top] + 0.012 * (2 * i - 1)  # side by side if the barriers of both splits are at the same point
-            axes.plot((x, x), (chord[top], y[top]), color=INK, linewidth=1.3, marker="_", zorder=4)
+    for index, (split, curve) in enumerate(curves.items()):
+        if barrier:
+            _draw_barrier(axes, mu, curve, split, index)
+        else:
+            axes.plot(mu, curve, label=split, **_line_style(index))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_xlabel(f"μ   (0 = {shorten(ends[0], 20)}, 1 = {shorten(ends[1], 20)})")
     axes.set_ylabel(label)
@@ -99,16 +93,29 @@ def draw_segment(
     return figure
 
 
-def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, floor: float) -> Figure:
-    """Draw the score and agreement of the old weights on later and later checkpoints of the base.
+def _draw_barrier(axes: Axes, mu: Sequence[float], curve: Sequence[float], split: str, index: int) -> None:
+    """Draw the curve of one split, the line between its end values, and its largest excess over this line."""
+    style = _line_style(index)
+    chord = [curve[0] + point * (curve[-1] - curve[0]) for point in mu]
+    excesses = [height - chord_height for height, chord_height in zip(curve, chord, strict=True)]
+    excess, top = max((excess, i) for i, excess in enumerate(excesses))
+    axes.plot(mu, curve, label=f"{split}, barrier {number(max(0.0, excess))}", **style)
+    axes.plot((mu[0], mu[-1]), (curve[0], curve[-1]), color=style["color"], linewidth=0.9, linestyle=(0, (2, 2)))
+    if excess > 0:
+        x = mu[top] + 0.012 * (2 * index - 1)  # side by side if the barriers of both splits are at the same point
+        axes.plot((x, x), (chord[top], curve[top]), color=INK, linewidth=1.3, marker="_", zorder=4)
+
+
+def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, chance: float) -> Figure:
+    """Draw the score and agreement of the old adaptation on checkpoints of the base's further pre-training.
 
     Args:
-        points: The points of a diagnosis, in order.
-        metric: The name of the score.
-        floor: The score of guessing.
+        points: The checkpoints of a diagnosis, in order of pre-training.
+        metric: The name of the metric.
+        chance: The score of the best prediction that ignores the input.
 
     Returns:
-        The figure.
+        The figure; its horizontal axis shows pre-training steps if all points have them, else checkpoints.
     """
     figure = new_figure(WIDE, 3.1)
     axes = figure.add_subplot()
@@ -117,7 +124,7 @@ def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, floor:
     x = steps if has_steps else list(range(len(points)))
     axes.plot(x, [point.score for point in points], label=f"{metric} of the old weights", **_line_style(0))
     axes.plot(x, [point.agreement for point in points], label="agreement with the old deployment", **_line_style(1))
-    axes.axhline(floor, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label="guessing")
+    axes.axhline(chance, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label="guessing")
     if has_steps:
         axes.set_xlabel("pre-training steps since the old base")
     else:
@@ -135,24 +142,24 @@ def draw_scatter(view: Scatter) -> Figure:
     """Draw series of points; larger markers mean more examples, and shares have an axis from 0 to 1.
 
     Args:
-        view: The series.
+        view: The series of points; series after the third have the style of the third.
 
     Returns:
         The figure.
     """
     figure = new_figure(height=3.4)
     axes = figure.add_subplot()
-    values = finite_values(value for series in view.series for value in (*series.x, *series.y))
-    low = min(values, default=0.0)
-    high = max(values, default=1.0)
+    coordinates = finite_values(coordinate for series in view.series for coordinate in (*series.x, *series.y))
+    low = min(coordinates, default=0.0)
+    high = max(coordinates, default=1.0)
     are_shares = low >= 0 and high <= 1
     ends = (0, 1) if are_shares else (low, high)
     if view.diagonal:
         axes.plot(ends, ends, color=SOFT, linewidth=1, linestyle=(0, (2, 2)), label=view.diagonal)
     styles: tuple[tuple[str, str, Any], ...] = ((VERMILLION, "s", (0, (5, 2))), (BLUE, "o", "-"), (INK, "^", "-"))
     max_size = max((size for series in view.series for size in series.sizes), default=1) or 1
-    for i, series in enumerate(view.series):
-        colour, marker, dashes = styles[min(i, len(styles) - 1)]
+    for index, series in enumerate(view.series):
+        colour, marker, dashes = styles[min(index, len(styles) - 1)]
         if view.joined:
             axes.plot(series.x, series.y, color=colour, linestyle=dashes, label=series.name)
         axes.scatter(
@@ -175,11 +182,11 @@ def draw_scatter(view: Scatter) -> Figure:
 
 
 def draw_cka(cka: Sequence[float], control: Sequence[float] | None, control_name: str) -> Figure:
-    """Draw how alike the hidden states of two models are, layer by layer.
+    """Draw the similarity of two models' hidden states, layer by layer.
 
     Args:
         cka: Linear CKA of the embeddings, then of each layer.
-        control: Linear CKA of the first model and an unrelated one; None without a control.
+        control: Linear CKA of the first model and an unrelated one, in the same order; None without a control.
         control_name: The name of the unrelated model.
 
     Returns:
@@ -196,30 +203,32 @@ def draw_cka(cka: Sequence[float], control: Sequence[float] | None, control_name
     axes.set_xlabel("layer")
     axes.set_ylabel("linear CKA")
     low = min(finite_values([*cka, *(control or ())]), default=0.0)
-    axes.set_ylim(min(0.0, low) if low < 0.5 else low - 0.1 * (1.02 - low) - 0.02, 1.02)
+    # If all layers are much alike, an axis from 0 would hide their differences.
+    axis_start = min(0.0, low) if low < 0.5 else low - 0.1 * (1.02 - low) - 0.02
+    axes.set_ylim(axis_start, 1.02)
     add_legend(axes, 2)
     return figure
 
 
 def draw_shift_angles(names: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> Figure:
-    """Draw how the directions of base shift and delta compare in each group of tensors.
+    """Draw the agreement in direction of base shift and delta for each group of tensors.
 
     Args:
         names: The names of the groups.
         series: Cosine, share of equal signs and subspace overlap of each group, by label; None leaves a gap.
 
     Returns:
-        The figure.
+        The figure, one row per group.
     """
     figure = new_figure(height=max(2.6, 1.3 + 0.2 * len(names)))
     axes = figure.add_subplot()
-    rows = range(len(names))
-    for (label, values), colour, marker in zip(series.items(), (BLUE, VERMILLION, GREEN), MARKERS, strict=False):
-        if any(value is not None for value in values):
-            x = [math.nan if value is None else value for value in values]
-            axes.plot(x, rows, color=colour, marker=marker, linestyle="none", label=label)
+    y = range(len(names))
+    for (label, measures), colour, marker in zip(series.items(), (BLUE, VERMILLION, GREEN), MARKERS, strict=False):
+        if any(measure is not None for measure in measures):
+            x = [math.nan if measure is None else measure for measure in measures]
+            axes.plot(x, y, color=colour, marker=marker, linestyle="none", label=label)
     axes.axvline(0, color=SOFT, linewidth=0.9)
-    axes.set_yticks(rows, [shorten(name, 18) for name in names])
+    axes.set_yticks(y, [shorten(name, 18) for name in names])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("shift against delta")
@@ -228,10 +237,13 @@ def draw_shift_angles(names: Sequence[str], series: Mapping[str, Sequence[float 
     return figure
 
 
-def _line_style(i: int) -> dict[str, Any]:
-    """Return the colour, marker and dashes of the i-th line; they differ from line to line as long as possible."""
+def _line_style(index: int) -> dict[str, Any]:
+    """Return the colour, marker and dashes of a line by its index on the chart."""
+    dash_index = index % 2  # alternate while the colours differ
+    if index >= len(SERIES):  # the colours repeat, so the dashes change with each repetition
+        dash_index = index // len(SERIES) % len(DASHES)
     return {
-        "color": SERIES[i % len(SERIES)],
-        "marker": MARKERS[i % len(MARKERS)],
-        "linestyle": DASHES[i // len(SERIES) % len(DASHES)] if i >= len(SERIES) else DASHES[i % 2],
+        "color": SERIES[index % len(SERIES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[dash_index],
     }

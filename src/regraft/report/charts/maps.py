@@ -14,32 +14,34 @@ if TYPE_CHECKING:
 
     from regraft.diagnosis import AttentionMap, Plane
 
-_DARK, _LIGHT = "#000001", "#fffffe"  # on a colour map, which is the same in both themes
-_MAX_LABELLED = 10  # heads a row that leave room for the value in each cell
+# Ink on a colour map, which is the same in both themes: close to black and white, but not among the themed colours.
+_DARK = "#000001"
+_LIGHT = "#fffffe"
+_MAX_LABELLED = 10  # more heads per row leave no room for the value in each cell
 
 
-def draw_heads(rows: Sequence[Sequence[float]], best: Sequence[Sequence[int]] | None, top: float) -> Figure:
+def draw_heads(divergence: Sequence[Sequence[float]], best: Sequence[Sequence[int]] | None, top: float) -> Figure:
     """Draw the divergence of matched heads, layer by head.
 
     Args:
-        rows: The mean divergence in bits, layers × heads.
-        best: The nearest head of the other model's same layer, layers × heads; a ring marks heads whose nearest is
-            another one. None for no rings.
-        top: The end of the colour scale, which may be shared with a second chart.
+        divergence: The mean divergence in bits, layers × heads.
+        best: The nearest head of the other model's same layer, layers × heads; a ring marks heads whose nearest head
+            has a different index. None for no rings.
+        top: The end of the colour scale in bits, which may be shared with a second chart.
 
     Returns:
         The figure.
     """
     import numpy as np
 
-    values = np.array(rows, dtype=float)
-    layers, heads = values.shape
+    divergences = np.array(divergence, dtype=float)
+    layers, heads = divergences.shape
     figure = new_figure(height=min(6.0, 1.35 + max(1.3, 3.1 * layers / max(heads, 4))))
     axes = figure.add_subplot()
     mesh = axes.pcolormesh(
         np.arange(heads + 1) - 0.5,
         np.arange(layers + 1) - 0.5,
-        values,
+        divergences,
         vmin=0,
         vmax=top,
         edgecolors=PAPER,
@@ -47,11 +49,11 @@ def draw_heads(rows: Sequence[Sequence[float]], best: Sequence[Sequence[int]] | 
     )
     for layer in range(layers):
         for head in range(heads):
-            value = values[layer, head]
-            ink = _LIGHT if value < 0.55 * top or np.isnan(value) else _DARK
+            bits = divergences[layer, head]
+            ink = _LIGHT if bits < 0.55 * top or np.isnan(bits) else _DARK  # the colour map is dark at its start
             if heads <= _MAX_LABELLED and layers <= 2 * _MAX_LABELLED:
-                size = 7 if heads <= 8 else 6
-                axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=size, color=ink)
+                font_size = 7 if heads <= 8 else 6
+                axes.text(head, layer, f"{bits:.2f}", ha="center", va="center", fontsize=font_size, color=ink)
             if best and best[layer][head] != head:
                 axes.plot(head + 0.34, layer - 0.34, marker="o", markersize=3, color=ink, markerfacecolor="none")
     _set_ticks(axes.xaxis, heads)
@@ -70,26 +72,28 @@ def draw_attention(attention: AttentionMap) -> Figure:
     """Draw the attention of one head on a text, in the old model and in the new one.
 
     Args:
-        attention: The attention map of both models.
+        attention: The attention maps of both models for one head.
 
     Returns:
-        The figure.
+        The figure, with one map per model on a common colour scale.
     """
     import numpy as np
 
     tokens = [shorten(token, 11) for token in attention.tokens]
-    count = len(tokens)
+    is_short = len(tokens) <= 16
+    font_size = 7.5 if is_short else 5.5
     tick_step = max(1, len(tokens) // 28)
-    figure = new_figure(WIDE, 4.0 if count <= 16 else 4.4, layout="compressed")
+    ticks = range(0, len(tokens), tick_step)
+    figure = new_figure(WIDE, 4.0 if is_short else 4.4, layout="compressed")
     subplots = figure.subplots(1, 2, sharey=True)
-    values = finite_values(value for rows in (attention.old, attention.new) for row in rows for value in row)
-    top = max(values, default=0.0) or 1.0
-    for axes, name, rows in zip(subplots, ("old", "new"), (attention.old, attention.new), strict=True):
+    maps = {"old": attention.old, "new": attention.new}
+    weights = finite_values(weight for rows in maps.values() for row in rows for weight in row)
+    top = max(weights, default=0.0) or 1.0
+    for axes, (name, rows) in zip(subplots, maps.items(), strict=True):
         mesh = axes.imshow(np.array(rows, dtype=float), vmin=0, vmax=top, interpolation="nearest")
         axes.set_title(f"{name} model", color=INK)
-        size = 7.5 if count <= 16 else 5.5
-        axes.set_xticks(range(0, count, tick_step), tokens[::tick_step], rotation=90, fontsize=size)
-        axes.set_yticks(range(0, count, tick_step), tokens[::tick_step], fontsize=size)
+        axes.set_xticks(ticks, tokens[::tick_step], rotation=90, fontsize=font_size)
+        axes.set_yticks(ticks, tokens[::tick_step], fontsize=font_size)
         axes.grid(visible=False)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -102,10 +106,10 @@ def draw_plane(plane: Plane) -> Figure:
     """Draw the loss on the plane through three models.
 
     Args:
-        plane: The plane.
+        plane: The answer of a diagnosis, with at least one finite loss.
 
     Returns:
-        The figure.
+        The figure, with a marker at each model.
     """
     import numpy as np
 
@@ -126,19 +130,25 @@ def draw_plane(plane: Plane) -> Figure:
             color=_DARK,
             bbox={"boxstyle": "round,pad=0.25", "facecolor": _LIGHT, "edgecolor": "none", "alpha": 0.85},
         )
-    if 0.4 < (plane.x[-1] - plane.x[0]) / ((plane.y[-1] - plane.y[0]) or 1) < 2.5:
+    aspect_ratio = (plane.x[-1] - plane.x[0]) / ((plane.y[-1] - plane.y[0]) or 1)
+    if 0.4 < aspect_ratio < 2.5:  # equal scales would leave a narrow strip of any other plane
         axes.set_aspect("equal")
     axes.set_xlabel("distance along the first side")
     axes.set_ylabel("distance across it")
     axes.grid(visible=False)
-    colour_bar = figure.colorbar(filled, ax=axes, fraction=0.046, pad=0.03, format=lambda value, _: number(value, 2))
+    colour_bar = figure.colorbar(filled, ax=axes, fraction=0.046, pad=0.03, format=_format_tick)
     colour_bar.set_label(f"loss on {plane.split}")
     colour_bar.outline.set_visible(False)
     return figure
 
 
-def _set_ticks(axis: Any, count: int) -> None:
-    ticks = range(0, count, max(1, count // 12))
+def _format_tick(loss: float, _position: int) -> str:
+    return number(loss, 2)
+
+
+def _set_ticks(axis: Any, num_indices: int) -> None:
+    """Label about 12 of the indices from 0, at equal distances."""
+    ticks = range(0, num_indices, max(1, num_indices // 12))
     axis.set_ticks(ticks, [str(i) for i in ticks])
 
 

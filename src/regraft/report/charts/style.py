@@ -1,4 +1,4 @@
-"""The style of the charts: sizes, fonts, and the colours of Okabe and Ito, which are safe for the colour-blind."""
+"""The style of the charts: sizes, fonts, and Okabe and Ito's colours, which are safe for the colour-blind."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito (2008), jfly.uni-koeln.de/color; the page replaces each by the variable of its style sheet in THEMED
+# Okabe & Ito (2008), jfly.uni-koeln.de/color
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 INK, SOFT, LINE, PAPER = "#1b1f24", "#5b636d", "#dfe2e6", "#fefefe"
+# The variable of the page's style sheet that replaces each colour.
 THEMED = {
     INK: "ink",
     SOFT: "soft",
@@ -93,7 +94,7 @@ def new_figure(
         layout: The layout engine; `compressed` for axes of a fixed aspect ratio.
 
     Returns:
-        The figure.
+        A figure without axes, which pyplot does not know and so does not keep open.
     """
     from matplotlib.figure import Figure
 
@@ -126,17 +127,17 @@ def add_legend(axes: Axes, columns: int = 2) -> None:
 
 
 def save_figure(figure: Figure, file_format: str) -> bytes:
-    """Return a figure as a file; equal figures give equal bytes.
+    """Save a figure to bytes; equal figures give equal bytes.
 
     Args:
-        figure: The figure.
+        figure: A finished figure, drawn inside `chart_style`.
         file_format: `svg` or `png`.
 
     Returns:
-        The file's content.
+        The bytes of the file.
     """
     stream = io.BytesIO()
-    # None removes the fields that change with the time or with matplotlib's version
+    # None removes the fields that change with the time or with matplotlib's version.
     metadata = {"Date": None, "Creator": None} if file_format == "svg" else {"Software": None}
     figure.savefig(stream, format=file_format, dpi=200, metadata=metadata)
     return stream.getvalue()

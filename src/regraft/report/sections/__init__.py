@@ -1,4 +1,4 @@
-"""The report's sections: a file for each question of a diagnosis, for the methods, and for the provenance."""
+"""The report's sections: one module per question of a diagnosis, one for methods, and one for provenance."""
 
 from regraft.report.sections.assemble import build_page
 

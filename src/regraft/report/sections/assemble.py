@@ -1,4 +1,4 @@
-"""Assembles the page: a part for each task, and one more for each further diagnosis of it."""
+"""Assemble the page: one part per task, and one per further diagnosis of the task."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def build_page(inputs: ReportInputs) -> Page:
-    """Build the page.
+    """Build the page from the records of a report.
 
     Args:
-        inputs: What the report is made from.
+        inputs: The runs, comparisons and diagnoses.
 
     Returns:
-        The page; its figures are drawn, but not yet saved.
+        The page; the figures are drawn, but not yet saved.
     """
     import regraft
 
@@ -52,26 +52,29 @@ def build_page(inputs: ReportInputs) -> Page:
 
 
 def _part(anchor: str, title: str, settings: list[Setting], diagnosed: FolderAndDiagnosis | None) -> Part:
+    """Build the part of a task from its settings, of a diagnosis, or of both."""
     diagnosis = diagnosed[1] if diagnosed else None
-    groups = [(methods.ORDER, methods.method_sections(settings, anchor))]
+    ordered_sections = [(methods.ORDER, methods.method_sections(settings, anchor))]
     if diagnosis:
-        groups += _answer_sections(diagnosis, anchor)
-    sections = [section for _, group in sorted(groups, key=lambda group: group[0]) for section in group]
+        ordered_sections += _answer_sections(diagnosis, anchor)
+    sections: list[Section] = []
+    for _, answer_sections in sorted(ordered_sections, key=lambda entry: entry[0]):
+        sections += answer_sections
     sections += provenance_sections(settings, diagnosed)
     card = verdict_card(diagnosis) if diagnosis else outcome_card(settings)
     return Part(anchor, title, _subtitle(settings, diagnosis), card, tuple(sections))
 
 
 def _answer_sections(diagnosis: Diagnosis, prefix: str) -> list[tuple[int, list[Section]]]:
-    """Return the sections of each answer with their order, from the module named by the question, if it exists."""
-    groups = []
+    """Return the order and the sections of each answer, built by the module named by the question, if it exists."""
+    ordered_sections = []
     for question in all_questions():
         module_name = f"{__package__}.{question.section or question.name}"
         answer = diagnosis.answers.get(question.name)
         if answer is not None and importlib.util.find_spec(module_name):
             module = importlib.import_module(module_name)
-            groups.append((module.ORDER, module.show(answer, diagnosis, prefix)))
-    return groups
+            ordered_sections.append((module.ORDER, module.show(answer, diagnosis, prefix)))
+    return ordered_sections
 
 
 def _subtitle(settings: list[Setting], diagnosis: Diagnosis | None) -> str:
@@ -80,5 +83,5 @@ def _subtitle(settings: list[Setting], diagnosis: Diagnosis | None) -> str:
         bases = f"{base_name(diagnosis.old_base)} → {base_name(diagnosis.new_base)}"
         examples = f"{check.examples:,} examples of {check.split}"
         return f"{bases} · {diagnosis.kind} · {examples} · {diagnosis.metric} {number(check.old)} before"
-    count = sum(len(setting.summaries) for setting in settings)
-    return f"{settings[0].metric} on {settings[0].split} · {count} method{'' if count == 1 else 's'}"
+    num_methods = sum(len(setting.summaries) for setting in settings)
+    return f"{settings[0].metric} on {settings[0].split} · {num_methods} method{'' if num_methods == 1 else 's'}"

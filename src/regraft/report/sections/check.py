@@ -1,4 +1,4 @@
-"""The effect of the upgrade on the old weights as they are."""
+"""The section on the upgrade's effect on the adaptation, not tuned again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def show(check: Check, diagnosis: Diagnosis, prefix: str) -> list[Section]:
 
     Args:
         check: The answer.
-        diagnosis: The whole diagnosis.
-        prefix: The prefix of the charts' names.
+        diagnosis: The diagnosis that the answer belongs to.
+        prefix: Unused, because the section has no charts.
 
     Returns:
-        The section.
+        A single section.
     """
     facts = (
         ("before", number(check.old), f"{check.metric} of the old weights on the old base"),

@@ -1,4 +1,4 @@
-"""The old weights, untuned, on later and later checkpoints of the base."""
+"""The section on the adaptation, untuned, on checkpoints of the base's further pre-training."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ ORDER = 50
 
 
 def show(points: tuple[CompatibilityPoint, ...], diagnosis: Diagnosis, prefix: str) -> list[Section]:
-    """Show the score, loss and agreement of the old weights on each checkpoint.
+    """Show the score, loss and agreement of the old adaptation on each checkpoint.
 
     Args:
-        points: The answer.
-        diagnosis: The whole diagnosis.
-        prefix: The prefix of the charts' names.
+        points: The answer: the old base, then the checkpoints.
+        diagnosis: The diagnosis that the answer belongs to.
+        prefix: The prefix of the chart's name.
 
     Returns:
-        The section.
+        A single section.
     """
     first = points[0]
     last = points[-1]

@@ -1,4 +1,4 @@
-"""Loss and score on the straight line between the two deployments."""
+"""The section on loss and score on the straight line between the two deployments."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def show(segment: Segment, diagnosis: Diagnosis, prefix: str) -> list[Section]:
 
     Args:
         segment: The answer.
-        diagnosis: The whole diagnosis.
+        diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the charts' names.
 
     Returns:
-        The section; none if the segment has no points.
+        A single section; none if the segment has no points.
     """
     if not segment.mu or not segment.loss:
         return []
@@ -75,9 +75,9 @@ def _between(segment: Segment) -> str:
     return f"Between {segment.ends[0]} (μ = 0) and {segment.ends[1]} (μ = 1)"
 
 
-def _table(mu: tuple[float, ...], values: dict[str, tuple[float, ...]], measure: str) -> Table:
+def _table(mu: tuple[float, ...], curves: dict[str, tuple[float, ...]], measure: str) -> Table:
     rows = tuple(
-        (number(point, 2), *(number(value, 4) for value in point_values))
-        for point, *point_values in zip(mu, *values.values(), strict=True)
+        (number(point, 2), *(number(height, 4) for height in heights))
+        for point, *heights in zip(mu, *curves.values(), strict=True)
     )
-    return Table(f"{measure} along the segment", ("μ", *values), rows)
+    return Table(f"{measure} along the segment", ("μ", *curves), rows)

@@ -1,4 +1,4 @@
-"""What each method achieves: the table, the scores, the learning curves and the cost."""
+"""The sections on methods: scores, learning curves and costs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ORDER = 20
 
 
 def method_sections(settings: list[Setting], prefix: str) -> list[Section]:
-    """Show a task's runs.
+    """Show a task's runs and comparisons.
 
     Args:
-        settings: The task's settings.
+        settings: The settings of one task.
         prefix: The prefix of the charts' names.
 
     Returns:
-        The sections of methods, learning curves and cost; none without runs.
+        The sections on methods, learning curves and costs; none without settings.
     """
     if not settings:
         return []
@@ -35,7 +35,7 @@ def method_sections(settings: list[Setting], prefix: str) -> list[Section]:
         if sum(summary.score is not None for summary in setting.summaries) > 1:
             methods.append(Charts((_score_chart(setting, name),)))
         methods += [Prose(note) for note in _notes(setting)]
-        # a setting of one method beside others is the old deployment's, whose curve compares with none
+        # Among several settings, one with a single method is the old deployment's, whose curve has no comparison.
         has_comparison = len(setting.summaries) > 1 or len(settings) == 1
         if has_comparison and any(len(summary.curve) > 1 for summary in setting.summaries):
             curves.append(Charts((_learning_chart(setting, name),)))
@@ -87,6 +87,7 @@ def _score_with_deviation(summary: MethodSummary) -> str:
 
 
 def _score_chart(setting: Setting, name: str) -> Chart:
+    """Draw the scores by method; at least one summary must have a score."""
     measured = [summary for summary in setting.summaries if summary.score is not None]
     best = max(measured, key=lambda summary: summary.score or 0.0)
     finding = f"{best.method} has the highest {setting.metric} on {setting.split}, {_score_with_deviation(best)}"
@@ -95,9 +96,9 @@ def _score_chart(setting: Setting, name: str) -> Chart:
     if setting.old_score is not None:
         finding += f"; the old deployment had {number(setting.old_score)}"
     rows = [(summary.method, number(summary.score), number(summary.deviation)) for summary in measured]
-    for level, score in (("old deployment", setting.old_score), ("guessing", setting.floor)):
+    for reference, score in (("old deployment", setting.old_score), ("guessing", setting.chance)):
         if score is not None:
-            rows.append((level, number(score), MISSING))
+            rows.append((reference, number(score), MISSING))
     columns = ("method", f"{setting.metric} on {setting.split}", "deviation over seeds")
     title = "Scores by method"
     table = Table(title, columns, tuple(rows))
@@ -105,6 +106,7 @@ def _score_chart(setting: Setting, name: str) -> Chart:
 
 
 def _learning_chart(setting: Setting, name: str) -> Chart:
+    """Draw the learning curves of the methods that have one."""
     summaries = [summary for summary in setting.summaries if summary.curve]
     finding = f"Learning curves of {len(summaries)} method{'' if len(summaries) == 1 else 's'}"
     if setting.scratch_dev is not None:
@@ -124,11 +126,12 @@ def _reached_by(summaries: list[MethodSummary]) -> str:
         for summary in summaries
         if summary.steps_to_scratch is not None and summary.method != "scratch"
     }
-    clauses = [
-        f"{method} is there {f'after {integer(count)} steps' if count else 'before the first step'}"
-        for method, count in sorted(steps.items(), key=lambda entry: entry[1])
-    ]
-    if never := [summary.method for summary in summaries if summary.steps_to_scratch is None]:
+    clauses = []
+    for method, num_steps in sorted(steps.items(), key=lambda entry: entry[1]):
+        time = f"after {integer(num_steps)} steps" if num_steps else "before the first step"
+        clauses.append(f"{method} is there {time}")
+    never = [summary.method for summary in summaries if summary.steps_to_scratch is None]
+    if never:
         clauses.append(f"{join_words(never)} {'does' if len(never) == 1 else 'do'} not get there")
     return "".join(f"; {clause}" for clause in clauses)
 
@@ -142,15 +145,16 @@ def _cost_table(setting: Setting) -> Table:
 
 
 def _notes(setting: Setting) -> list[str]:
-    """Return what the runs recorded about their own limits, each note once."""
+    """Return the notes of the runs on their choices and limits, without duplicates."""
     notes = []
-    for record in (run.record for run in setting.runs):
-        run = f"{record.method}, seed {record.seed}"
-        for name in ("why", "cannot_know"):
-            if isinstance(note := record.notes.get(name), str):
-                notes.append(f"{run}: {note}")
-        unchanged = record.notes.get("passed_over")
+    for run in setting.runs:
+        run_name = f"{run.record.method}, seed {run.record.seed}"
+        for key in ("why", "cannot_know"):
+            note = run.record.notes.get(key)
+            if isinstance(note, str):
+                notes.append(f"{run_name}: {note}")
+        unchanged = run.record.notes.get("passed_over")
         if unchanged and isinstance(unchanged, dict):
             layers = ", ".join(list(unchanged)[:3]) + (" …" if len(unchanged) > 3 else "")
-            notes.append(f"{run}: {len(unchanged)} layers carry their old delta unchanged: {layers}")
+            notes.append(f"{run_name}: {len(unchanged)} layers carry their old delta unchanged: {layers}")
     return list(dict.fromkeys(notes))

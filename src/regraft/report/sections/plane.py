@@ -1,4 +1,4 @@
-"""The loss on the plane through three models."""
+"""The section on the loss on the plane through three models."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def show(plane: Plane, diagnosis: Diagnosis, prefix: str) -> list[Section]:
 
     Args:
         plane: The answer.
-        diagnosis: The whole diagnosis.
-        prefix: The prefix of the charts' names.
+        diagnosis: The diagnosis that the answer belongs to.
+        prefix: The prefix of the chart's name.
 
     Returns:
-        The section; none if the plane has no area or no finite loss.
+        A single section; none if the plane has no area or no finite loss.
     """
     losses = finite_values(loss for row in plane.loss for loss in row)
     if len(plane.x) < 2 or len(plane.y) < 2 or not losses:

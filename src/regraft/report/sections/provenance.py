@@ -1,4 +1,4 @@
-"""The inputs and versions behind the figures, what was left out and why, and the commands to reproduce them."""
+"""The section on provenance: inputs, versions, unanswered questions, and commands that reproduce the figures."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def provenance_sections(settings: list[Setting], diagnosed: tuple[Path, Diagnosi
 
     Args:
         settings: The part's settings.
-        diagnosed: The part's diagnosis and its folder; None without a diagnosis.
+        diagnosed: The folder of the part's diagnosis, and the diagnosis; None without a diagnosis.
 
     Returns:
-        The section; none if there is nothing to show.
+        A single section; none without runs and diagnosis.
     """
     runs = [run for setting in settings for run in setting.runs]
     blocks: list[Block] = []
@@ -42,9 +42,10 @@ def provenance_sections(settings: list[Setting], diagnosed: tuple[Path, Diagnosi
     if runs:
         blocks += _run_tables(runs)
         versions += [run.record.versions for run in runs]
-        commands += [command for run in runs if (command := _run_command(run))]
-    if rows := _version_rows(versions):
-        blocks.append(Table("Versions", ("package", "version"), rows, text_columns=2))
+        commands += [command for command in map(_run_command, runs) if command]
+    version_rows = _version_rows(versions)
+    if version_rows:
+        blocks.append(Table("Versions", ("package", "version"), version_rows, text_columns=2))
     if commands:
         blocks.append(Commands(f"To make it again, with your task file for {TASK_FILE}", tuple(commands)))
     if not blocks:
@@ -54,6 +55,7 @@ def provenance_sections(settings: list[Setting], diagnosed: tuple[Path, Diagnosi
 
 
 def _diagnosis_tables(diagnosis: Diagnosis) -> list[Block]:
+    """Return the tables of a diagnosis's inputs, unanswered questions and times."""
     compared = "the old weights as they are" if diagnosis.compared == "direct" else diagnosis.compared
     fingerprints = diagnosis.fingerprints
     rows = (
@@ -74,15 +76,18 @@ def _diagnosis_tables(diagnosis: Diagnosis) -> list[Block]:
 
 
 def _run_tables(runs: list[Run]) -> list[Block]:
-    inputs: dict[tuple[str, ...], None] = {}  # the keys are an ordered set: many runs have the same bases
-    for record in (run.record for run in runs):
-        if source := record.recycled_from:
-            inputs["old base", source.old_base, source.old_base_fingerprint] = None
-            inputs["adaptation", source.adaptation, source.fingerprint] = None
-        inputs["base", record.base.name, record.base.fingerprint] = None
+    """Return the table of the runs' bases and adaptations, and the table of the runs."""
+    input_rows: list[tuple[str, ...]] = []
+    for run in runs:
+        source = run.record.recycled_from
+        if source:
+            input_rows.append(("old base", source.old_base, source.old_base_fingerprint))
+            input_rows.append(("adaptation", source.adaptation, source.fingerprint))
+        input_rows.append(("base", run.record.base.name, run.record.base.fingerprint))
+    unique_rows = tuple(dict.fromkeys(input_rows))
     rows = tuple((run.record.method, str(run.record.seed), str(run.path), _recipe(run.record.recipe)) for run in runs)
     return [
-        Table("Bases and adaptations of the outcomes", ("what", "name", "fingerprint"), tuple(inputs), text_columns=3),
+        Table("Bases and adaptations of the outcomes", ("what", "name", "fingerprint"), unique_rows, text_columns=3),
         Table("Outcomes", ("method", "seed", "folder", "recipe"), rows, text_columns=4),
     ]
 
@@ -98,11 +103,13 @@ def _format_value(value: Any) -> str:
 
 
 def _version_rows(version_records: Iterable[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Merge the versions of several records: a row for each package, with every version of it."""
-    versions_by_package: dict[str, dict[str, None]] = {}
-    for versions in version_records:
-        for package, version in versions.items():
-            versions_by_package.setdefault(package, {})[version] = None
+    """Merge the versions of several records: one row per package, with all its versions."""
+    versions_by_package: dict[str, list[str]] = {}
+    for record in version_records:
+        for package, version in record.items():
+            package_versions = versions_by_package.setdefault(package, [])
+            if version not in package_versions:
+                package_versions.append(version)
     return tuple((package, ", ".join(versions)) for package, versions in sorted(versions_by_package.items()))
 
 
@@ -113,26 +120,29 @@ def _check_command(folder: Path, diagnosis: Diagnosis) -> str:
         words += ["--counterpart", diagnosis.compared]
     for point in diagnosis.answers.get("compatibility", ())[1:]:  # the first is the old base
         words += ["--checkpoint", point.name]
-    if segment := diagnosis.answers.get("connectivity"):
+    segment = diagnosis.answers.get("connectivity")
+    if segment:
         words += ["--points", str(len(segment.mu))]
-    if plane := diagnosis.answers.get("plane"):
+    plane = diagnosis.answers.get("plane")
+    if plane:
         words += ["--plane", str(len(plane.x))]
     return shlex.join([*words, "--out", str(folder)])
 
 
 def _run_command(run: Run) -> str | None:
-    """Return the command that makes a run again; None if it came neither from `recycle` nor from `tune`."""
+    """Return the command that reproduces a run; None if the run is neither of `recycle` nor of `tune`."""
     record = run.record
-    source, base = record.recycled_from, record.base.name
+    source = record.recycled_from
     if source:
-        words = ["regraft", "recycle", "--old-base", source.old_base, "--new-base", base]
+        words = ["regraft", "recycle", "--old-base", source.old_base, "--new-base", record.base.name]
         words += ["--adaptation", source.adaptation, "--method", record.method]
-        options = record.inputs.get("options") or {}
-        for name, value in options.items() if isinstance(options, dict) else ():
-            if isinstance(value, (str, int, float)) and value != "":
-                words += ["-o", f"{name}={value}"]
+        options = record.inputs.get("options")
+        if isinstance(options, dict):
+            for name, value in options.items():
+                if isinstance(value, (str, int, float)) and value != "":
+                    words += ["-o", f"{name}={value}"]
     elif record.method == "tune":
-        words = ["regraft", "tune", base, "--kind", record.kind]
+        words = ["regraft", "tune", record.base.name, "--kind", record.kind]
     else:
         return None
     words += ["--task", TASK_FILE, "--seed", str(record.seed)]

@@ -1,4 +1,4 @@
-"""The examples that changed, and what the task type shows of them."""
+"""The sections on flips, and on the views that the task type defines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ORDER = 90
 SIGNIFICANCE = 0.05
-"""The usual level of significance."""
+"""The customary significance level of McNemar's test."""
 
 
 def show(regressions: Regressions, diagnosis: Diagnosis, prefix: str) -> list[Section]:
@@ -22,13 +22,14 @@ def show(regressions: Regressions, diagnosis: Diagnosis, prefix: str) -> list[Se
 
     Args:
         regressions: The answer.
-        diagnosis: The whole diagnosis.
+        diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the charts' names.
 
     Returns:
-        A section for the flips and tables, and one for each chart of the task type.
+        One section on flips with the tables of the task type, and one per chart of the task type.
     """
-    examples, p = regressions.examples, regressions.mcnemar
+    examples = regressions.examples
+    p = regressions.mcnemar
     facts = [
         ("negative flips", _count_and_share(regressions.negative, examples), "right before, wrong now"),
         ("positive flips", _count_and_share(regressions.positive, examples), "wrong before, right now"),

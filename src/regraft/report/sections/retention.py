@@ -1,4 +1,4 @@
-"""How much of what the new base learnt survives in the deployment."""
+"""The section on the new deployment's retention of the new base's gain in language modelling."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def show(retention: Retention, diagnosis: Diagnosis, prefix: str) -> list[Sectio
 
     Args:
         retention: The answer.
-        diagnosis: The whole diagnosis.
-        prefix: The prefix of the charts' names.
+        diagnosis: The diagnosis that the answer belongs to.
+        prefix: The prefix of the chart's name.
 
     Returns:
-        The section; none if there are no losses.
+        A single section; none if there are no losses.
     """
     if not retention.loss:
         return []

@@ -1,4 +1,4 @@
-"""How far the upgrade moved the base, compared with how far tuning had moved it."""
+"""The section on the upgrade's shift of the base, compared with the adaptation's delta."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ ORDER = 70
 
 
 def show(shift: Shift, diagnosis: Diagnosis, prefix: str) -> list[Section]:
-    """Show distances by layer and by kind of tensor.
+    """Show shift and delta of the body, by layer and by kind of tensor.
 
     Args:
         shift: The answer.
-        diagnosis: The whole diagnosis.
+        diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the charts' names.
 
     Returns:
-        The section.
+        A single section.
     """
     body = shift.whole
     facts = (
@@ -35,12 +35,10 @@ def show(shift: Shift, diagnosis: Diagnosis, prefix: str) -> list[Section]:
         ("overlap", number(body.overlap), "of leading subspaces: mean squared cosine"),
     )
     blocks: list[Block] = [Facts(tuple(fact for fact in facts if fact[1] != MISSING))]
-    charts = [
-        chart
-        for grouping, groups in (("layer", shift.layers), ("kind", shift.kinds))
-        if groups
-        for chart in _group_charts(grouping, groups, prefix)
-    ]
+    charts: list[Chart] = []
+    for grouping, groups in (("layer", shift.layers), ("kind", shift.kinds)):
+        if groups:
+            charts += _group_charts(grouping, groups, prefix)
     if charts:
         blocks.append(Charts(tuple(charts)))
     lead = (
@@ -69,7 +67,12 @@ def _group_charts(grouping: str, groups: tuple[GroupShift, ...], prefix: str) ->
         "equal signs": [group.signs for group in groups],
         "subspace overlap": [group.overlap for group in groups],
     }
-    ranges = [_range(name, values) for name, values in angles.items() if any(value is not None for value in values)]
+    measured = {name: [measure for measure in measures if measure is not None] for name, measures in angles.items()}
+    ranges = [
+        f"{name} from {number(min(measures))} to {number(max(measures))}"
+        for name, measures in measured.items()
+        if measures
+    ]
     if ranges:
         title = f"Shift against delta by {grouping}"
         finding = f"By {grouping}: {'; '.join(ranges)}."
@@ -92,8 +95,3 @@ def _row(group: GroupShift) -> tuple[str, ...]:
         percent(group.signs),
         number(group.overlap),
     )
-
-
-def _range(name: str, values: list[float | None]) -> str:
-    measured = [value for value in values if value is not None]
-    return f"{name} from {number(min(measured))} to {number(max(measured))}"

@@ -1,4 +1,4 @@
-"""How alike the two models are inside: attention, hidden states and predictions."""
+"""The sections on the similarity of two models' attention, hidden states and predictions."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ ORDER = 60
 
 
 def show(similarity: Similarity, diagnosis: Diagnosis, prefix: str) -> list[Section]:
-    """Show how alike the old and the new deployment attend, represent and predict.
+    """Show the similarity of the old and the new deployment.
 
     Args:
         similarity: The answer.
-        diagnosis: The whole diagnosis.
+        diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the charts' names.
 
     Returns:
-        The sections of heads, of attention maps, and of hidden states and predictions.
+        The sections on heads, on attention maps, and on hidden states and predictions, as far as they were measured.
     """
     sections = []
     if _has_heads(similarity):
         sections.append(_heads_section(similarity, prefix))
     if similarity.maps:
         charts = tuple(
-            _attention_chart(attention, f"{prefix}-attention-{i}")
-            for i, attention in enumerate(similarity.maps, start=1)
+            _attention_chart(attention, f"{prefix}-attention-{map_number}")
+            for map_number, attention in enumerate(similarity.maps, start=1)
         )
         lead = "The attention of some heads on one text, in both models: rows attend to columns, bright is much."
         sections.append(Section("attention", "Attention maps", lead, (Charts(charts),)))
@@ -50,15 +50,15 @@ def _has_heads(figures: Similarity | Control) -> bool:
 
 def _heads_section(similarity: Similarity, prefix: str) -> Section:
     control = similarity.control if similarity.control and _has_heads(similarity.control) else None
-    compared: list[Similarity | Control] = [similarity, control] if control else [similarity]
-    values = finite_values(value for figures in compared for row in figures.divergence for value in row)
-    top = max(values, default=0.0) or 1.0  # one colour scale for both charts
+    divergence_rows = [*similarity.divergence, *(control.divergence if control else ())]
+    divergences = finite_values(divergence for row in divergence_rows for divergence in row)
+    top = max(divergences, default=0.0) or 1.0  # one colour scale for both charts
     charts = [_heads_chart(similarity, "old and new model", f"{prefix}-heads", top)]
     if control:
         charts.append(_heads_chart(control, f"control: {control.name}", f"{prefix}-control", top))
     self_matched = sum(nearest == head for row in similarity.best for head, nearest in enumerate(row))
-    total = sum(map(len, similarity.best))
-    facts = Facts((("matched heads", f"{self_matched} of {total}", "are nearest to the head in their own place"),))
+    num_heads = sum(map(len, similarity.best))
+    facts = Facts((("matched heads", f"{self_matched} of {num_heads}", "are nearest to the head in their own place"),))
     lead = (
         f"How differently matched heads attend on {similarity.texts:,} texts: 0 bits is the same, 1 bit is nothing in "
         "common. A ring marks a head that is nearer to another one of its layer. "
@@ -68,6 +68,7 @@ def _heads_section(similarity: Similarity, prefix: str) -> Section:
 
 
 def _heads_chart(figures: Similarity | Control, title: str, name: str, top: float) -> Chart:
+    """Draw the divergence of heads; `top` is the end of the colour scale in bits."""
     columns: tuple[str, ...] = ("layer", "head", "divergence (bits)", "cosine")
     if isinstance(figures, Similarity):
         columns += ("divergence to other heads", "nearest head")
@@ -93,18 +94,15 @@ def _heads_chart(figures: Similarity | Control, title: str, name: str, top: floa
 
 
 def _attention_chart(attention: AttentionMap, name: str) -> Chart:
-    head, distance = f"Layer {attention.layer}, head {attention.head}", f"{number(attention.divergence)} bits apart"
+    """Draw the attention of a head in both models, with the strongest weight of each in words."""
+    head = f"Layer {attention.layer}, head {attention.head}"
+    distance = f"{number(attention.divergence)} bits apart"
     tokens = attention.tokens
-
-    def strongest(rows: Sequence[Sequence[float]]) -> str:
-        weight, query, key = max((value, i, j) for i, row in enumerate(rows) for j, value in enumerate(row))
-        return f"“{tokens[query]}” attends to “{tokens[key]}” ({number(weight, 2)})"
-
     finding = f"{head}, {distance}"
     if tokens:
-        finding += (
-            f": most strongly, in the old model {strongest(attention.old)}, in the new {strongest(attention.new)}"
-        )
+        old_strongest = _strongest(tokens, attention.old)
+        new_strongest = _strongest(tokens, attention.new)
+        finding += f": most strongly, in the old model {old_strongest}, in the new {new_strongest}"
     rows = tuple(
         (query, key, number(attention.old[i][j]), number(attention.new[i][j]))
         for i, query in enumerate(tokens)
@@ -113,6 +111,11 @@ def _attention_chart(attention: AttentionMap, name: str) -> Chart:
     title = f"{head}: {distance}"
     table = Table(title, ("token", "attends to", "old", "new"), rows, text_columns=2)
     return Chart(name, title, f"{finding}.", draw_attention(attention), table, wide=True)
+
+
+def _strongest(tokens: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
+    weight, query, key = max((weight, i, j) for i, row in enumerate(rows) for j, weight in enumerate(row))
+    return f"“{tokens[query]}” attends to “{tokens[key]}” ({number(weight, 2)})"
 
 
 def _hidden_section(similarity: Similarity, prefix: str) -> Section:
@@ -126,7 +129,9 @@ def _hidden_section(similarity: Similarity, prefix: str) -> Section:
 
 
 def _cka_chart(similarity: Similarity, name: str) -> Chart:
-    cka, control = similarity.cka, similarity.control
+    """Draw CKA by layer, with the control's if it has as many layers."""
+    cka = similarity.cka
+    control = similarity.control
     control_name = control.name if control else ""
     control_cka = control.cka if control and len(control.cka) == len(cka) else None
     lowest = min(range(len(cka)), key=cka.__getitem__)

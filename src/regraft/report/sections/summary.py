@@ -1,4 +1,4 @@
-"""The card at the top of a part: the verdict, or the best method, and the figures behind it."""
+"""The card at the top of a part: the verdict or the best method, with the figures behind it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,10 @@ _TITLES = {
 
 
 def verdict_card(diagnosis: Diagnosis) -> Card:
-    """Return the card of a diagnosis.
+    """Return the card of a diagnosis: the verdict and its reasons.
 
     Args:
-        diagnosis: The diagnosis.
-
-    Returns:
-        The card.
+        diagnosis: A diagnosis, whose verdict is shown.
     """
     verdict = diagnosis.verdict
     return Card(
@@ -51,10 +48,7 @@ def outcome_card(settings: list[Setting]) -> Card:
     """Return the card of runs without a diagnosis: the best method of the first setting.
 
     Args:
-        settings: The task's settings.
-
-    Returns:
-        The card.
+        settings: The settings of one task, at least one.
     """
     setting = settings[0]
     recycled = [summary for summary in setting.summaries if summary.score is not None and summary.method != "scratch"]
@@ -81,6 +75,6 @@ def _measured_card(label: str, method: str, advice: str, reasons: tuple[Fact, ..
 def _reference_scores(setting: Setting) -> tuple[Fact, ...]:
     scores = (
         ("old deployment", setting.old_score, "old weights on the old base"),
-        ("guessing", setting.floor, "0 %"),
+        ("guessing", setting.chance, "0 %"),
     )
     return tuple((name, number(score), meaning) for name, score, meaning in scores if score is not None)
