@@ -1,4 +1,4 @@
-"""Running models: their outputs on examples, deployments, blockwise forward passes, second moments."""
+"""Passes of models over examples: outputs, deployments, blockwise forward passes and second moments."""
 
 from regraft.model.batches import predict
 from regraft.model.deployment import Deployment, match_labels, measure_effect
@@ -6,4 +6,4 @@ from regraft.model.device import device
 from regraft.model.examples import encode
 from regraft.model.moments import input_moments
 
-__all__ = ["Deployment", "measure_effect", "device", "encode", "input_moments", "match_labels", "predict"]
+__all__ = ["Deployment", "device", "encode", "input_moments", "match_labels", "measure_effect", "predict"]

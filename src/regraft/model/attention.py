@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     import torch
+    from torch import nn
 
     from regraft.task.types import Examples
 
-MAX_ATTENTION_ELEMENTS = 1 << 24
-"""The number of elements of a model's attention maps for one batch, 64 MB in float32."""
+MAX_ATTENTION_ELEMENTS = 2**24
+"""The number of elements of a model's attention maps for one batch, 64 MiB in float32, arbitrary: larger batches run
+faster, and take more memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Activations:
 
     Args:
         attention: For each layer, batch × heads × tokens × keys; virtual tokens, if any, are the first keys.
-        hidden: For the embeddings and each layer, batch × tokens × width.
+        hidden: The states after the embeddings and after each layer, batch × tokens × width.
         outputs: The logits, rows × outputs.
     """
 
@@ -38,12 +40,12 @@ class Activations:
     outputs: torch.Tensor
 
 
-def record_activations(model: Any, inputs: Mapping[str, torch.Tensor], precision: str) -> Activations:
-    """Run a model on a batch and record its activations, except those at the positions of virtual tokens.
+def record_activations(model: nn.Module, inputs: Mapping[str, torch.Tensor], precision: str) -> Activations:
+    """Run a model on a batch and record its activations, without the positions of virtual tokens.
 
     Args:
         model: A model with a head, inside `eager_attention`.
-        inputs: The inputs, padded on the right, including `attention_mask`.
+        inputs: The model's inputs, padded on the right, including `attention_mask`.
         precision: `bf16` or `fp32`.
 
     Returns:
@@ -58,10 +60,10 @@ def record_activations(model: Any, inputs: Mapping[str, torch.Tensor], precision
     body = inner.base_model
     attention: Any = ()
 
-    def request_maps(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def request_maps(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "output_attentions": True}
 
-    def take_maps(_: Any, args: Any, output: Any) -> Any:
+    def take_maps(module: nn.Module, args: Any, output: Any) -> Any:
         nonlocal attention
         attention = output.get("attentions") or ()
         return type(output)(**{name: value for name, value in output.items() if name != "attentions"})
@@ -81,26 +83,26 @@ def record_activations(model: Any, inputs: Mapping[str, torch.Tensor], precision
             f"a {type(inner).__name__} gives no attention maps, so its heads cannot be compared. Compare its "
             "predictions instead."
         )
-    tokens = inputs["attention_mask"].shape[1]
+    num_tokens = inputs["attention_mask"].shape[1]  # virtual tokens come first
     return Activations(
-        attention=tuple(maps[:, :, -tokens:].float() for maps in attention),
-        hidden=tuple(states[:, -tokens:].float() for states in output.hidden),
+        attention=tuple(maps[:, :, -num_tokens:].float() for maps in attention),
+        hidden=tuple(states[:, -num_tokens:].float() for states in output.hidden),
         outputs=output.logits,
     )
 
 
 @contextlib.contextmanager
-def eager_attention(*models: Any) -> Iterator[None]:
-    """Switch models to evaluation mode and to an attention implementation that returns its maps, for a while.
+def eager_attention(*models: nn.Module) -> Iterator[None]:
+    """Switch models, inside the context, to evaluation mode and to an attention implementation that returns its maps.
 
     Args:
-        models: Models with heads; the same model may be among them twice. Mode and implementation are restored.
+        models: Models with heads; the same model may be among them twice.
     """
     with contextlib.ExitStack() as stack:
         for model in models:
             inner = unwrap_model(model)
             implementation = getattr(inner.config, "_attn_implementation", None)
-            if implementation not in (None, "eager"):  # all others never compute the maps
+            if implementation not in (None, "eager"):  # no other implementation computes the maps
                 stack.callback(inner.set_attn_implementation, implementation)
                 inner.set_attn_implementation("eager")
             stack.callback(model.train, model.training)
@@ -112,46 +114,47 @@ def attention_batches(examples: Examples, config: Any) -> Iterator[list[int]]:
     """Divide examples into batches whose attention maps fit in bounded memory, the longest examples first.
 
     Args:
-        examples: The examples.
+        examples: The tokenised examples.
         config: The model's config, for its numbers of layers and heads.
 
     Yields:
-        The indices of examples of similar length.
+        For each batch, the indices of its examples, which are of similar length.
     """
     lengths = examples.lengths
-    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+    order = sorted(range(len(examples)), key=lambda index: -lengths[index])
     while order:
-        elements = config.num_hidden_layers * config.num_attention_heads * int(lengths[order[0]]) ** 2
-        size = max(1, MAX_ATTENTION_ELEMENTS // elements)
-        yield order[:size]
-        order = order[size:]
+        elements_per_example = config.num_hidden_layers * config.num_attention_heads * int(lengths[order[0]]) ** 2
+        batch_size = max(1, MAX_ATTENTION_ELEMENTS // elements_per_example)
+        yield order[:batch_size]
+        order = order[batch_size:]
 
 
-def random_model(reference: Any, seed: int) -> Any:
-    """Build a randomly initialised model of another model's architecture.
+def random_model(reference: nn.Module, seed: int) -> Any:
+    """Build a randomly initialised model with the architecture of a reference.
 
-    Virtual tokens of the reference are kept, so that attention has the same keys; other adapters are left out.
+    The reference's virtual tokens are copied, so that attention has the same keys. Other adapters are left out.
 
     Args:
-        reference: The model whose config is used.
+        reference: A model with a head, with or without an adapter.
         seed: The seed of the initialisation.
 
     Returns:
-        A model of the same config on the same device.
+        A model with the reference's config, on the reference's device.
     """
     import torch
 
-    inner: Any = unwrap_model(reference)
+    inner = unwrap_model(reference)
+    device = next(reference.parameters()).device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        random_inner = type(inner)(copy.deepcopy(inner.config))
-    adapter = getattr(reference, "active_peft_config", None)
-    if adapter is None or not adapter.is_prompt_learning:
-        return random_inner.to(next(reference.parameters()).device)
-    random_parameters = dict(random_inner.base_model.named_parameters())
-    prompted = copy.deepcopy(reference)
+        without_adapter = type(inner)(copy.deepcopy(inner.config))
+    peft_config: Any = getattr(reference, "active_peft_config", None)
+    if peft_config is None or not peft_config.is_prompt_learning:
+        return without_adapter.to(device)
+    random_parameters = dict(without_adapter.base_model.named_parameters())
+    with_virtual_tokens = copy.deepcopy(reference)
     with torch.no_grad():
-        for name, parameter in unwrap_model(prompted).base_model.named_parameters():
-            if name in random_parameters:  # not a pooler, which PEFT stores as a module of its own
+        for name, parameter in unwrap_model(with_virtual_tokens).base_model.named_parameters():
+            if name in random_parameters:  # PEFT wraps a pooler, whose parameters then have different names
                 parameter.copy_(random_parameters[name])
-    return prompted.to(next(reference.parameters()).device)
+    return with_virtual_tokens.to(device)

@@ -1,4 +1,4 @@
-"""Running a model over examples, in batches of similar length."""
+"""Passes of a model over examples, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -22,27 +22,30 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 """The number of examples in a batch, small enough for the memory of common accelerators at common input lengths."""
 PADDING_SENSITIVE = {"canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "yoso"}
-"""The architectures in which padding affects an example in spite of the attention mask: by convolutions over
-neighbouring tokens, pooling, Fourier transforms, or approximate attention over blocks and hashes."""
+"""The model types in which padding affects an example in spite of the attention mask: by convolutions over neighbouring
+tokens, pooling, Fourier transforms, or approximate attention over blocks and hashes."""
 
 
 def plan_batches(model: nn.Module, examples: Examples, *, equal_length: bool = False) -> list[list[int]]:
-    """Divide examples into batches of similar length, the longest first; of equal length if padding affects outputs.
+    """Divide examples into batches of similar length, the longest first.
 
     Args:
-        model: A model with a head.
-        examples: The examples.
-        equal_length: Whether to form batches of equal length for any architecture.
+        model: A model with a head; if it is `PADDING_SENSITIVE`, each batch has examples of equal length.
+        examples: The tokenised examples.
+        equal_length: Whether each batch has examples of equal length for any model.
 
     Returns:
-        The indices of each batch's examples.
+        For each batch, the indices of its examples.
     """
     lengths = examples.lengths.tolist()
     order = sorted(range(len(examples)), key=lambda index: -lengths[index])
-    groups = [order]
+    sequences = [order]
     if equal_length or unwrap_model(model).config.model_type in PADDING_SENSITIVE:
-        groups = [list(group) for _, group in itertools.groupby(order, lambda index: lengths[index])]
-    return [group[start : start + BATCH_SIZE] for group in groups for start in range(0, len(group), BATCH_SIZE)]
+        sequences = [list(indices) for _, indices in itertools.groupby(order, lambda index: lengths[index])]
+    batches = []
+    for indices in sequences:
+        batches += [indices[start : start + BATCH_SIZE] for start in range(0, len(indices), BATCH_SIZE)]
+    return batches
 
 
 def for_each_batch(
@@ -59,17 +62,17 @@ def for_each_batch(
 
     Args:
         model: A model with a head; its mode is restored.
-        examples: The examples.
+        examples: The tokenised examples.
         precision: `bf16` or `fp32`.
-        consume: A function of the output, the batch and the indices of its examples, called for each batch.
-        progress: A callback for each batch.
-        stage: The name of the stage in progress messages.
-        hidden: Whether to return hidden states in the output.
+        consume: Called for each batch with the output, the batch and the indices of its examples.
+        progress: Called after each batch.
+        stage: The name of the pass in progress messages.
+        hidden: Whether the output has hidden states.
     """
     import torch
 
     device = next(model.parameters()).device
-    count = 0
+    num_examples = 0
     was_training = model.training
     model.eval()
     try:
@@ -77,8 +80,8 @@ def for_each_batch(
             for indices in plan_batches(model, examples):
                 batch = {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
                 consume(forward(model, batch, hidden=hidden), batch, indices)
-                count += len(indices)
-                progress(stage, count, len(examples), {})
+                num_examples += len(indices)
+                progress(stage, num_examples, len(examples), {})
     finally:
         model.train(was_training)
 
@@ -87,23 +90,25 @@ def predict(model: nn.Module, examples: Examples, precision: str, progress: Prog
     """Compute a model's logits.
 
     Args:
-        model: A model with a head.
-        examples: The examples.
+        model: A model with a head; its mode is restored.
+        examples: The tokenised examples.
         precision: `bf16` or `fp32`.
-        progress: A callback for each batch.
+        progress: Called after each batch.
 
     Returns:
         The logits, rows × outputs, in float32 on the CPU, in the order of the examples.
     """
     import torch
 
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    row_indices: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
 
     def collect(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
-        parts.append((batch["row"].cpu(), output.logits.cpu()))
+        row_indices.append(batch["row"].cpu())
+        logits.append(output.logits.cpu())
 
     for_each_batch(model, examples, precision, collect, progress)
-    logits = torch.empty(len(examples.targets), parts[0][1].shape[1])
-    for rows, part in parts:
-        logits[rows] = part
-    return logits
+    ordered_logits = torch.empty(len(examples.targets), logits[0].shape[1])
+    for batch_indices, batch_logits in zip(row_indices, logits, strict=True):
+        ordered_logits[batch_indices] = batch_logits
+    return ordered_logits

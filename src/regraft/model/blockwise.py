@@ -1,4 +1,4 @@
-"""Blockwise forward passes: a model is run one block at a time, on fixed examples."""
+"""Blockwise forward passes: runs of a model one block at a time, on fixed examples."""
 
 from __future__ import annotations
 
@@ -14,79 +14,83 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     import torch
+    from torch import nn
 
     from regraft.task.types import Examples
 
     Observer = Callable[[str, int, torch.Tensor, torch.Tensor], None]
-    Runs = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
+    """A function of a module's name, the index of a batch, and the module's inputs and outputs."""
+    ModuleCalls = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
+    """By module name, the inputs and outputs of each call."""
 
 
 class BlockwiseForward:
-    """A forward pass in parts, each of which can be run again after its weights were changed.
+    """A forward pass in parts, each of which can be run again after a change of its weights.
 
-    A part is a block with what precedes it: the first part includes the embeddings. The last part is everything after
-    the last block. The outputs of a block are stored as the inputs of the next one.
+    The first part consists of the embeddings and the first block, each further part of one block, and the last part of
+    everything after the last block. The outputs of a block are stored as the inputs of the next block.
 
-    Some models are a single part, because their blocks cannot be run separately: they share layers, as in ALBERT, or do
-    not feed each other, as in XLM. Batches of models that do not lay out tokens as examples × tokens, such as XLNet,
-    contain examples of equal length, because padding could not be told from tokens.
+    Some models have a single part, because their blocks cannot be run separately: the blocks share layers, as in
+    ALBERT, or do not feed each other, as in XLM. Some models, such as XLNet, have layers that do not read examples ×
+    tokens. Their batches contain examples of equal length, because padding could not be recognised.
 
     Args:
-        model: A model with a head and no virtual tokens.
-        examples: The examples to run it on. Two models that run on examples of the same lengths see corresponding
-            tokens in the same rows.
+        model: A model with a head and no virtual tokens; it is moved to the device, in evaluation mode.
+        examples: The tokenised examples that the model is run on. Two models that run on examples of the same lengths
+            have corresponding tokens in the same rows.
         precision: `bf16` or `fp32`.
     """
 
-    def __init__(self, model: Any, examples: Examples, precision: str):
+    def __init__(self, model: nn.Module, examples: Examples, precision: str):
         import torch
 
         self.model = model.to(device()).eval()
         self.precision = precision
-        # observers sum over many rows, so that they need more precision than the model does
+        # observers sum over many rows, so they need more precision than the model does
         self._row_dtype = torch.float64 if precision == "fp32" else torch.float32
         inner = unwrap_model(model)
-        self.blocks = _blocks_of(inner)
+        self.blocks = _find_blocks(inner)
         self._body_modules = set(inner.base_model.modules())
         self.names = {module: name for name, module in model.named_modules()}
         plan = plan_batches(model, examples)
-        # the layout shows in the order of dimensions, so the number of examples must differ from that of tokens
-        example_count = 2 if examples.lengths.max() == 3 else 3
-        is_chain, is_batch_first = self._inspect_layout(_batch_inputs(examples, plan[0][:example_count]))
+        # examples × tokens can be told from tokens × examples only if the two numbers differ
+        num_examples = 2 if examples.lengths.max() == 3 else 3
+        is_chain, is_batch_first = self._inspect_layout(_batch_inputs(examples, plan[0][:num_examples]))
         if not is_chain:
             self.blocks = []
         if not is_batch_first:
             plan = plan_batches(model, examples, equal_length=True)
         self.batches = [_batch_inputs(examples, indices) for indices in plan]
-        self.part = 0
-        self._block_outputs: list[Any] = [None] * len(self.batches)  # of the block before the current part
+        self.part = 0  # the index of the current part
+        # for each batch, the output of the block before the current part
+        self._stored_outputs: list[Any] = [None] * len(self.batches)
         self._part_by_module: dict[str, int] = {}
 
     @property
     def num_parts(self) -> int:
-        """The number of parts: the blocks, and what comes after them."""
+        """The number of parts: one per block, and one for everything after the last block."""
         return len(self.blocks) + 1
 
-    def run(
-        self, modules: Iterable[torch.nn.Module] = (), observe: Observer | None = None, *, advance: bool = False
-    ) -> None:
+    def run(self, modules: Iterable[nn.Module] = (), observe: Observer | None = None, *, advance: bool = False) -> None:
         """Run the current part on all batches.
 
         Args:
-            modules: The modules to observe; those outside the current part are ignored.
-            observe: A function of a module's name, the index of the batch, and the module's inputs and outputs. Both
-                are tokens × width without padding, in higher precision than the model's; those of a module that runs
-                several times are concatenated. The outputs of experts are the experts that each token is routed to.
+            modules: The modules to observe; modules outside the current part are ignored.
+            observe: Called for each batch and module with the module's name, the index of the batch, and the module's
+                inputs and outputs. Both are tokens × width without padding, in higher precision than the model's. If
+                the module is called several times, they are concatenated. The outputs of fused experts are replaced by
+                the indices of the experts that each token is routed to.
             advance: Whether to store the outputs and to proceed to the next part.
         """
-        for index in range(len(self.batches)):
-            self.run_batch(index, modules, observe, keep_outputs=advance)
-        self.part += advance
+        for batch_index in range(len(self.batches)):
+            self.run_batch(batch_index, modules, observe, keep_outputs=advance)
+        if advance:
+            self.part += 1
 
     def run_batch(
         self,
-        index: int,
-        modules: Iterable[torch.nn.Module] = (),
+        batch_index: int,
+        modules: Iterable[nn.Module] = (),
         observe: Observer | None = None,
         *,
         keep_outputs: bool = False,
@@ -96,24 +100,21 @@ class BlockwiseForward:
         To proceed to the next part, run all batches with `keep_outputs`, then add 1 to `part`.
 
         Args:
-            index: The index of the batch.
-            modules: The modules to observe; those outside the current part are ignored.
-            observe: A function of what the modules compute; see `run`.
+            batch_index: The index of the batch in `batches`.
+            modules: The modules to observe; modules outside the current part are ignored.
+            observe: Called for each module, as in `run`.
             keep_outputs: Whether to store the outputs.
         """
         import torch
 
-        batch = self.batches[index]
-        stored = self._block_outputs[index]
-        runs: Runs = {}
-        handles = [self._record_runs(module, index, runs) for module in modules if observe]
-        for block in self.blocks[: self.part]:
-            block.forward = lambda *_, **__: stored
+        calls: ModuleCalls = {}
+        handles = [self._record_calls(module, batch_index, calls) for module in modules if observe]
+        self._skip_completed_parts(batch_index)
         if self.part < len(self.blocks):
-            self._stop_after_part(index, keep_outputs)
+            self._stop_after_part(batch_index, keep_outputs)
         try:
             with torch.no_grad(), autocast(self.precision, device()):
-                forward(self.model, batch)
+                forward(self.model, self.batches[batch_index])
         except _PartDone:
             pass
         finally:
@@ -122,9 +123,10 @@ class BlockwiseForward:
             for block in self.blocks[: self.part + 1]:
                 del block.forward
         if observe:
-            for name, module_runs in runs.items():
-                inputs, outputs = (torch.cat(rows) for rows in zip(*module_runs, strict=True))
-                observe(name, index, inputs, outputs)
+            for name, module_calls in calls.items():
+                inputs = torch.cat([call_inputs for call_inputs, _ in module_calls])
+                outputs = torch.cat([call_outputs for _, call_outputs in module_calls])
+                observe(name, batch_index, inputs, outputs)
 
     def _inspect_layout(self, batch: dict[str, torch.Tensor]) -> tuple[bool, bool]:
         """Run a small batch; return whether blocks feed each other, and whether layers read examples × tokens."""
@@ -133,27 +135,26 @@ class BlockwiseForward:
         from regraft.adaptation.changes import is_linear_map
 
         shape = batch["attention_mask"].shape
-        runs: list[tuple[Any, Any, Any]] = []  # block, first input, first output
-        is_batch_first = True
+        block_calls: list[tuple[Any, Any, Any]] = []  # block, first input, first output
+        layer_layouts: list[bool] = []  # whether a call of a layer is compatible with examples × tokens
 
-        def check_layout(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            nonlocal is_batch_first
-            tensor = [*args, *kwargs.values()][0]
+        def record_layout(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            tensor = _first_argument(args, kwargs)
             is_partial = tensor[..., 0].numel() < shape.numel()  # position embeddings, or one token of each example
-            is_batch_first = is_batch_first and (tensor.dim() < 3 or is_partial or tensor.shape[:2] == shape)
+            layer_layouts.append(tensor.dim() < 3 or is_partial or tensor.shape[:2] == shape)
 
-        def recorded(block: Any, block_forward: Any) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
+        def recording(block: Any, block_forward: Any) -> Any:
+            def forward_and_record(*args: Any, **kwargs: Any) -> Any:
                 output = block_forward(*args, **kwargs)
-                runs.append((block, [*args, *kwargs.values()][0], _first_tensor(output)))
+                block_calls.append((block, _first_argument(args, kwargs), _first_tensor(output)))
                 return output
 
-            return forward
+            return forward_and_record
 
         layers = [module for module in self.names if is_linear_map(module)]
-        handles = [layer.register_forward_pre_hook(check_layout, with_kwargs=True) for layer in layers]
+        handles = [layer.register_forward_pre_hook(record_layout, with_kwargs=True) for layer in layers]
         for block in self.blocks:
-            block.forward = recorded(block, block.forward)
+            block.forward = recording(block, block.forward)
         try:
             with torch.no_grad(), autocast(self.precision, device()):
                 forward(self.model, batch)
@@ -162,45 +163,58 @@ class BlockwiseForward:
                 handle.remove()
             for block in self.blocks:
                 del block.forward
-        is_in_order = [block for block, _, _ in runs] == self.blocks
+        is_in_order = [block for block, _, _ in block_calls] == self.blocks
         is_chain = is_in_order and all(
-            torch.equal(output, following_input) for (_, _, output), (_, following_input, _) in itertools.pairwise(runs)
+            torch.equal(output, next_input) for (_, _, output), (_, next_input, _) in itertools.pairwise(block_calls)
         )
-        return is_chain, is_batch_first
+        return is_chain, all(layer_layouts)
 
-    def _record_runs(self, module: Any, index: int, runs: Runs) -> Any:
-        """Register a hook that adds a module's inputs and outputs to `runs`, and return its handle."""
+    def _record_calls(self, module: nn.Module, batch_index: int, calls: ModuleCalls) -> Any:
+        """Register a hook that adds a module's inputs and outputs to `calls`, and return the hook's handle."""
         name = self.names[module]
         has_routing = is_experts(module)
         is_head = self.part == len(self.blocks) if self.blocks else module not in self._body_modules
 
-        def record(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if self._part_by_module.setdefault(name, self.part) != self.part:
                 return  # embeddings are computed with every part
-            arguments: list[Any] = [*args, *kwargs.values()]
             if has_routing:
-                output = arguments[1]
+                output = [*args, *kwargs.values()][1]  # the indices of the experts
             elif isinstance(output, tuple):
                 output = output[0]
-            rows = self._rows(arguments[0], index, is_head), self._rows(output, index, is_head)
-            runs.setdefault(name, []).append(rows)
+            inputs = self._token_rows(_first_argument(args, kwargs), batch_index, is_head)
+            calls.setdefault(name, []).append((inputs, self._token_rows(output, batch_index, is_head)))
 
         return module.register_forward_hook(record, with_kwargs=True)
 
-    def _rows(self, tensor: torch.Tensor, index: int, is_head: bool) -> torch.Tensor:
-        """Return the rows of a tensor that belong to tokens; in the head of a decoder, to those that it reads."""
+    def _token_rows(self, tensor: torch.Tensor, batch_index: int, is_head: bool) -> torch.Tensor:
+        """Return the rows of a tensor that are not padding; in the head of a decoder, the rows that the head reads."""
         import torch
 
-        mask = self.batches[index]["attention_mask"].bool()
-        last = last_token_indices(self.model, self.batches[index]) if is_head and tensor.dim() == 3 else None
+        batch = self.batches[batch_index]
+        mask = batch["attention_mask"].bool()
         if tensor.dim() > 2 and tensor.shape[:2] == mask.shape:
-            tensor = tensor[mask] if last is None else tensor[torch.arange(len(mask)), last]
+            last_tokens = last_token_indices(self.model, batch) if is_head and tensor.dim() == 3 else None
+            rows = tensor[mask] if last_tokens is None else tensor[torch.arange(len(mask)), last_tokens]
         elif tensor.dim() == 2 and len(tensor) == mask.numel():  # Conv1D and experts flatten examples × tokens
-            tensor = tensor[mask.flatten()]
-        rows = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor
+            rows = tensor[mask.flatten()]
+        else:
+            rows = tensor
+        if rows.dim() > 2:
+            rows = rows.flatten(0, -2)
         return rows.to(self._row_dtype) if rows.is_floating_point() else rows
 
-    def _stop_after_part(self, index: int, keep_outputs: bool) -> None:
+    def _skip_completed_parts(self, batch_index: int) -> None:
+        """Make all blocks before the current part return the stored output."""
+        stored_output = self._stored_outputs[batch_index]
+
+        def return_stored_output(*args: Any, **kwargs: Any) -> Any:
+            return stored_output
+
+        for block in self.blocks[: self.part]:
+            block.forward = return_stored_output
+
+    def _stop_after_part(self, batch_index: int, keep_outputs: bool) -> None:
         """Make the current block end the forward pass, and optionally store its outputs."""
         block = self.blocks[self.part]
         block_forward = block.forward
@@ -208,7 +222,7 @@ class BlockwiseForward:
         def forward_and_stop(*args: Any, **kwargs: Any) -> None:
             output = block_forward(*args, **kwargs)
             if keep_outputs:
-                self._block_outputs[index] = output
+                self._stored_outputs[batch_index] = output
             raise _PartDone
 
         block.forward = forward_and_stop  # not a hook, because some models call `forward` directly
@@ -218,23 +232,29 @@ class _PartDone(Exception):
     """The current part of a forward pass is complete."""
 
 
-def _blocks_of(model: Any) -> list[Any]:
+def _find_blocks(model: Any) -> list[Any]:
     """Return the first module list that is as long as the model has layers; empty if its blocks share modules."""
-    import torch
+    from torch import nn
 
-    count = model.config.num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    blocks = list(lists[0]) if lists else []
-    submodules = [module for block in blocks for module in block.modules()]
-    return blocks if len(set(submodules)) == len(submodules) else []
+    num_layers = model.config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            submodules = [submodule for block in module for submodule in block.modules()]
+            return list(module) if len(set(submodules)) == len(submodules) else []
+    return []
+
+
+def _first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _first_tensor(output: Any) -> torch.Tensor:
     import torch
 
-    if not torch.is_tensor(output):
-        output = next(iter(output.values() if isinstance(output, dict) else output))  # SqueezeBERT returns a dict
-    tensor: torch.Tensor = output
+    if torch.is_tensor(output):
+        return output
+    outputs = output.values() if isinstance(output, dict) else output  # SqueezeBERT returns a dict
+    tensor: torch.Tensor = next(iter(outputs))
     return tensor
 
 

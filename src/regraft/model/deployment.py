@@ -1,4 +1,4 @@
-"""Deployments: a base with an adaptation at work on a task, and checks that the adaptation matches both."""
+"""Deployments: models with their outputs for a task, and checks that an adaptation fits its base and its task."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from regraft.task import score
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from regraft.adaptation import Adaptation
     from regraft.base import Base
@@ -27,52 +28,50 @@ logger = logging.getLogger(__name__)
 
 MAX_CHECKED_EXAMPLES = 32
 """The number of examples that `measure_effect` runs; any effect at all shows on far fewer."""
+HEAD_SEED = 0
+"""The seed of the base's head in `measure_effect`, which compares the states before the heads."""
+MAX_WARNED_LABELS = 8
+"""The number of labels that a warning names, so that it stays on a line or two."""
 
 
 class Deployment:
-    """A base with an adaptation, and its outputs for a task; each split is encoded and run once.
+    """A base with an adaptation, and its outputs for a task; each split is tokenised and run once.
 
     Args:
-        model: The model, which is moved to the device.
-        base: Its base, for the tokenizer.
-        data: The task, with labels in the order of the model's outputs.
+        model: The adaptation on its base, with a head for the task; it is moved to the device.
+        base: The model's base, for its tokenizer.
+        data: The task's data, with labels in the order of the model's outputs.
         precision: `bf16` or `fp32`.
-        progress: A callback for each batch.
+        progress: Called after each batch.
     """
 
-    def __init__(self, model: Any, base: Base, data: TaskData, precision: str, progress: Progress = silent):
+    def __init__(self, model: nn.Module, base: Base, data: TaskData, precision: str, progress: Progress = silent):
         self.model = model.to(device())
         self.base = base
         self.data = data
-        self.precision, self.progress = precision, progress
+        self.precision = precision
+        self.progress = progress
         self._examples: dict[Split, Examples] = {}
         self._outputs: dict[Split, torch.Tensor] = {}
 
     def clear_outputs(self) -> None:
-        """Discard all outputs, after the model's weights have changed."""
+        """Discard the outputs for all splits, after a change of the model's weights."""
         self._outputs.clear()
 
     def examples(self, split: Split) -> Examples:
-        """Tokenise a split with the base's tokenizer.
-
-        Args:
-            split: A split of the task.
-        """
+        """Tokenise a split with the base's tokenizer; see `encode`."""
         if split not in self._examples:
             self._examples[split] = encode(self.base, self.data, split)
         return self._examples[split]
 
     def outputs(self, split: Split) -> torch.Tensor:
-        """Compute the model's logits.
-
-        Args:
-            split: A split of the task.
+        """Compute the model's logits for a split.
 
         Returns:
             The logits, rows × outputs, in float32 on the CPU, in the order of the examples.
 
         Raises:
-            MismatchError: The head's number of outputs is not what the task needs.
+            MismatchError: The head's number of outputs differs from the task's.
         """
         if split not in self._outputs:
             outputs = predict(self.model, self.examples(split), self.precision, self.progress)
@@ -85,81 +84,54 @@ class Deployment:
         return self._outputs[split]
 
     def is_finite(self, split: Split) -> bool:
-        """Return whether all outputs for a split are finite.
-
-        Args:
-            split: A split of the task.
-        """
+        """Return whether all outputs for a split are finite."""
         return bool(self.outputs(split).isfinite().all())
 
     def signal(self, split: Split) -> Signal:
-        """Return what a student learns from this model as its teacher.
-
-        Args:
-            split: A split of the task.
-        """
+        """Return the part of the outputs for a split that a student learns from, if this model is its teacher."""
         return self.data.likelihood.signal(self.outputs(split))
 
     def predictions(self, split: Split) -> list[Any]:
-        """Return the prediction for each example.
-
-        Args:
-            split: A split of the task.
-        """
+        """Return the prediction for each row of a split, in the form of the split's targets."""
         predictions: list[Any] = self.data.likelihood.predict(self.outputs(split)).tolist()
         return predictions
 
     def confidence(self, split: Split) -> list[float] | None:
-        """Return the probability that the model gives to each prediction; None if its outputs do not tell.
+        """Return the probability that the model gives to each prediction for a split.
 
-        Args:
-            split: A split of the task.
+        Returns:
+            Probabilities, one per row; None if the likelihood gives all predictions the same one.
         """
         confidence = self.data.likelihood.confidence(self.outputs(split))
         return None if confidence is None else confidence.tolist()
 
     def losses(self, split: Split) -> torch.Tensor:
-        """Compute the loss of each row in nats, in float64.
-
-        Args:
-            split: A split of the task.
-        """
+        """Compute the loss of each row of a split in nats, in float64."""
         return self.data.likelihood.loss(self.outputs(split).double(), self._targets(split))
 
     def loss(self, split: Split) -> float:
-        """Compute the mean loss of the rows in nats.
-
-        Args:
-            split: A split of the task.
-        """
+        """Compute the mean loss of the rows of a split in nats."""
         return float(self.data.likelihood.loss(self.outputs(split), self._targets(split), "mean"))
 
     def score(self, split: Split) -> float:
-        """Score the predictions by the task's metric.
-
-        Args:
-            split: A split of the task.
-        """
+        """Score the predictions for a split by the task's metric."""
         return score(self.data.task.scoring, split.targets, self.predictions(split))
 
     def right(self, split: Split) -> list[bool]:
-        """Return whether each prediction is right.
-
-        Args:
-            split: A split of the task.
-        """
+        """Return for each target of a split whether the prediction is right."""
         return self.data.task.right(split.targets, self.predictions(split))
 
     def similarity_to(self, split: Split, signal: Signal) -> tuple[float, float]:
-        """Measure how similar the model's distributions are to those of a teacher.
+        """Measure the similarity of the model's distributions to a teacher's.
 
         Args:
-            split: A split of the task.
-            signal: The teacher's signal for the same examples.
+            split: A split of the data.
+            signal: The teacher's signal for the same split.
 
         Returns:
-            The mean over rows of 1 − the total variation distance (of certain models, the share of rows on which they
-            agree), and of KL(teacher ‖ this model) in nats.
+            Two means over rows. The first is the overlap, 1 − the total variation distance; for models that give all
+            probability to one class, it is the share of rows on which they agree. The second is KL(teacher ‖ this
+            model) in nats.
         """
         likelihood = self.data.likelihood
         outputs = self.outputs(split)
@@ -176,14 +148,14 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
     """Reorder a task's labels to match an adaptation's head.
 
     Args:
-        adaptation: The adaptation.
+        adaptation: The adaptation, whose labels are matched if it records them.
         data: The task's data.
 
     Returns:
         The same examples, with labels in the order of the head's outputs.
 
     Raises:
-        MismatchError: The head has other labels, or is for another task type.
+        MismatchError: The head has different labels, or is for a different task type.
     """
     check_task_type(adaptation, data.task)
     if not data.labels:
@@ -192,7 +164,7 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
         logger.warning(
             "%s does not name its labels: whether its head has them in the order %s cannot be checked.",
             adaptation.path,
-            ", ".join(data.labels[:8]),
+            ", ".join(data.labels[:MAX_WARNED_LABELS]),
         )
         return data
     try:
@@ -202,38 +174,28 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
 
 
 def measure_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData) -> float:
-    """Check on real examples that a loaded adaptation changes what its base computes.
+    """Measure how much a loaded adaptation changes the states that its head reads, and refuse one without effect.
 
     Args:
         model: The adaptation on its base.
-        adaptation: The adaptation that was loaded.
-        base: The base that it was tuned on.
-        data: The task's data, whose first training examples are used.
+        adaptation: The adaptation that the model was loaded from.
+        base: The base that the adaptation was tuned on.
+        data: The task's data; the states are compared on its first `MAX_CHECKED_EXAMPLES` training examples.
 
     Returns:
-        The norm of the change of the states that the head reads, relative to the norm of these states in the base.
+        The norm of the states' change, relative to their norm in the base. It is 0 only for a full fine-tune, with a
+        warning: tuning only the head is legitimate.
 
     Raises:
-        MismatchError: The adaptation changes nothing, or its outputs are not finite.
+        MismatchError: An adapter changes nothing, or the outputs are not finite.
     """
-    import torch
-
     split = data.train.take(range(min(MAX_CHECKED_EXAMPLES, len(data.train))))
     examples = encode(base, data, split)
 
-    def head_inputs(probed_model: Any) -> torch.Tensor:
-        parts: list[torch.Tensor] = []
-
-        def collect(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
-            states = output.hidden[-1][output.example, output.token].float().cpu()
-            parts.append(states if output.logits.isfinite().all() else torch.full_like(states, torch.nan))
-
-        for_each_batch(probed_model.to(device()), examples, "fp32", collect, hidden=True)
-        return torch.cat(parts)
-
-    base_model = fresh_model(base, data.head, 0)
+    base_model = fresh_model(base, data.head, HEAD_SEED)
     base_model.config.pad_token_id = model.config.pad_token_id  # so that both heads read the same tokens
-    base_states, adapted_states = head_inputs(base_model), head_inputs(model)
+    base_states = _head_inputs(base_model, examples)
+    adapted_states = _head_inputs(model, examples)
     effect = float((adapted_states - base_states).norm() / base_states.norm())
     if not math.isfinite(effect):
         raise MismatchError(
@@ -243,3 +205,17 @@ def measure_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskDat
     if not effect:
         adaptation.family.report_no_effect(adaptation, base, len(split))
     return effect
+
+
+def _head_inputs(model: nn.Module, examples: Examples) -> torch.Tensor:
+    """Return the states that a head reads, rows × width; NaN for batches whose logits are not finite."""
+    import torch
+
+    head_inputs: list[torch.Tensor] = []
+
+    def collect(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+        states = output.hidden[-1][output.example, output.token].float().cpu()
+        head_inputs.append(states if output.logits.isfinite().all() else torch.full_like(states, torch.nan))
+
+    for_each_batch(model.to(device()), examples, "fp32", collect, hidden=True)
+    return torch.cat(head_inputs)

@@ -1,4 +1,4 @@
-"""The device and the precision that models run in."""
+"""The device that models run on, and the precision that they compute in."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     """Return a context manager that computes in a precision.
 
     Args:
-        precision: `bf16` for bfloat16 where autocasting allows it, or `fp32`.
+        precision: `bf16` to compute in bfloat16 the operations that autocast to it, or `fp32` for no autocast.
         device: The device of the computation.
     """
     import torch
 
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    if precision != "bf16":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

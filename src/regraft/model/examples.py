@@ -1,8 +1,8 @@
-"""Tokenising a task's examples for a base."""
+"""Tokenisation of a task's examples for one base, or for both bases of an upgrade."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError, KindError
 
@@ -12,60 +12,69 @@ if TYPE_CHECKING:
     from regraft.task.types import Examples
     from regraft.upgrade import Upgrade
 
+MIN_ALIGNED_SHARE = 0.5
+"""The share of examples whose tokens must be the same for both bases, arbitrary: below it, a comparison token by token
+would leave most of the data out."""
+
 
 def encode(base: Base, data: TaskData, split: Split) -> Examples:
     """Tokenise a split with a base's tokenizer.
 
     Args:
-        base: The base.
-        data: The task; inputs are truncated to its `max_length`, or to the longest input that the base takes.
-        split: The examples.
+        base: The base, for its tokenizer and its maximum input length.
+        data: The task's data. Inputs are truncated to its `max_length`, or to the base's maximum if that is lower.
+        split: The split of the data to tokenise.
 
     Returns:
         The tokenised examples, in the order of the split.
 
     Raises:
-        DataError: The tokenizer returns no token for an input.
+        CheckpointError: A token has no embedding in the base, or the base's maximum input length leaves no room for
+            text.
+        DataError: The tokenizer returns no token for an input; the message names the row.
     """
     tokenizer = base.tokenizer
     examples = data.task.encode(split, tokenizer, base.pad_id, min(data.max_length, base.max_input_length))
     input_ids = examples.columns["input_ids"]
-    for row, ids in zip(split.row_numbers.tolist(), input_ids, strict=True):
+    for row_number, ids in zip(split.row_numbers.tolist(), input_ids, strict=True):
         if not ids:
             raise DataError(
-                f"{split.source}, row {row}: the tokenizer of {base.path} makes no token of the text, so a model "
-                "has nothing to read. Remove the row."
+                f"{split.source}, row {row_number}: the tokenizer of {base.path} makes no token of the text, so a "
+                "model has nothing to read. Remove the row."
             )
     base.check_tokens(tokenizer, {token for ids in input_ids for token in ids})
     return examples
 
 
 def encode_aligned(upgrade: Upgrade, data: TaskData, split: Split) -> tuple[Examples, Examples]:
-    """Tokenise a split for both bases of an upgrade, keeping the examples whose tokens are the same in both.
+    """Tokenise a split for both bases of an upgrade, without the examples whose tokens differ between the bases.
 
     Args:
         upgrade: The two bases, each with its own tokenizer.
-        data: The task.
-        split: The examples.
+        data: The task's data; inputs are truncated as in `encode`.
+        split: The split of the data to tokenise.
 
     Returns:
-        The tokenised examples for the old and for the new base.
+        The remaining examples, in the order of the split, tokenised for the old and for the new base.
 
     Raises:
-        KindError: Fewer than half of the examples have the same tokens.
+        CheckpointError: A token has no embedding in its base, or a base's maximum input length leaves no room for text.
+        DataError: A tokenizer returns no token for an input; the message names the row.
+        KindError: The share of remaining examples is below `MIN_ALIGNED_SHARE`.
     """
-    bases = (upgrade.old, upgrade.new)
-    encoded = [encode(base, data, split) for base in bases]
-    old_tokens, new_tokens = (
-        [base.tokenizer.convert_ids_to_tokens(ids) for ids in examples.columns["input_ids"]]
-        for base, examples in zip(bases, encoded, strict=True)
-    )
-    aligned = [i for i, (old, new) in enumerate(zip(old_tokens, new_tokens, strict=True)) if old == new]
-    if 2 * len(aligned) < len(split):
+    old_examples = encode(upgrade.old, data, split)
+    new_examples = encode(upgrade.new, data, split)
+    token_pairs = zip(_tokens(upgrade.old, old_examples), _tokens(upgrade.new, new_examples), strict=True)
+    aligned = [index for index, (old_tokens, new_tokens) in enumerate(token_pairs) if old_tokens == new_tokens]
+    if len(aligned) < MIN_ALIGNED_SHARE * len(split):
         raise KindError(
             f"the tokenizers of {upgrade.old.path} and {upgrade.new.path} divide only {len(aligned)} of {len(split)} "
             "examples into the same tokens, but this method compares the two models token by token. Use direct, init "
             "or distill."
         )
-    old_examples, new_examples = (examples.take(aligned) for examples in encoded)
-    return old_examples, new_examples
+    return old_examples.take(aligned), new_examples.take(aligned)
+
+
+def _tokens(base: Base, examples: Examples) -> list[Any]:
+    """Return each example's tokens as strings, because the ids of a token may differ between bases."""
+    return [base.tokenizer.convert_ids_to_tokens(ids) for ids in examples.columns["input_ids"]]

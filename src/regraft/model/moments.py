@@ -9,49 +9,50 @@ from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from regraft.model.outputs import Output
     from regraft.task.types import Examples
 
 MAX_FULL_WIDTH = 4096
-"""The width up to which all moments of a layer's inputs are kept, 128 MB in float64; of wider ones, the diagonal."""
+"""The width of the widest layer whose moments are computed in full: 128 MiB in float64. Of wider layers, only the
+diagonal is computed."""
 
 
-def input_moments(model: Any, examples: Examples, progress: Progress = silent) -> dict[str, torch.Tensor]:
+def input_moments(model: nn.Module, examples: Examples, progress: Progress = silent) -> dict[str, torch.Tensor]:
     """Compute E[x·xᵀ] over the inputs x of each linear layer, at all tokens that are not padding.
 
     Args:
-        model: A model without an adapter.
-        examples: The examples to run it on.
-        progress: A callback for each batch.
+        model: A model with a head and without an adapter; its mode is restored.
+        examples: The tokenised examples that the model is run on.
+        progress: Called after each batch.
 
     Returns:
-        The second moments by layer name, [in, in], or only their diagonal, [in], for layers wider than 4,096; in
+        The second moments by layer name, [in, in]; of layers wider than `MAX_FULL_WIDTH` only their diagonal, [in]. In
         float64 on the CPU.
     """
     from torch import nn
 
     sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
+    num_inputs: dict[str, int] = {}
     mask: Any = None
 
-    def store_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def store_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal mask
         mask = kwargs["attention_mask"].bool()
 
     def accumulate_for(name: str) -> Any:
-        def accumulate(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            inputs = args[0]
-            rows = inputs[mask] if inputs.shape[:-1] == mask.shape else inputs.flatten(0, -2)
-            rows = rows.double()
-            moments = rows.T @ rows if rows.shape[1] <= MAX_FULL_WIDTH else rows.square().sum(dim=0)
+        def accumulate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            is_per_token = args[0].shape[:-1] == mask.shape
+            inputs = (args[0][mask] if is_per_token else args[0].flatten(0, -2)).double()
+            moments = inputs.T @ inputs if inputs.shape[1] <= MAX_FULL_WIDTH else inputs.square().sum(dim=0)
             sums[name] = sums[name] + moments.cpu() if name in sums else moments.cpu()
-            counts[name] = counts.get(name, 0) + len(rows)
+            num_inputs[name] = num_inputs.get(name, 0) + len(inputs)
 
         return accumulate
 
     def ignore(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
-        """Do nothing: the hooks have accumulated the moments."""
+        """Do nothing: the hooks accumulate the moments."""
 
     handles = [model.register_forward_pre_hook(store_mask, with_kwargs=True)]
     for name, module in model.named_modules():
@@ -62,4 +63,4 @@ def input_moments(model: Any, examples: Examples, progress: Progress = silent) -
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {name: total / num_inputs[name] for name, total in sums.items()}

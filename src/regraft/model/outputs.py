@@ -1,4 +1,4 @@
-"""Forward passes whose output for each example is the same as without the rest of the batch."""
+"""Forward passes whose output for each example does not depend on the other examples of the batch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     import torch
+    from torch import nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +21,10 @@ class Output:
 
     Args:
         logits: The logits, rows × outputs, in float32 or wider.
-        example: The index in the batch of each row's example.
-        token: The token index of each row, counted with virtual tokens, as in `hidden`.
-        hidden: The hidden states of the embeddings and of each layer, batch × tokens × width.
+        example: For each row, the index of its example in the batch.
+        token: For each row, the index of its token in `hidden`, which has virtual tokens in front.
+        hidden: The hidden states after the embeddings and after each layer, batch × tokens × width; empty unless
+            requested.
     """
 
     logits: torch.Tensor
@@ -31,7 +33,7 @@ class Output:
     hidden: tuple[torch.Tensor, ...] = ()
 
     def row_states(self) -> torch.Tensor:
-        """Return the hidden states at the rows, after the embeddings and after every layer but the last.
+        """Select the hidden states of the rows, after the embeddings and after every layer but the last.
 
         Returns:
             The states, rows × layers × width, in float32 or wider.
@@ -48,32 +50,32 @@ def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         batch: The batch, from `Examples.batch`.
 
     Returns:
-        All tensors but those that describe the rows.
+        All tensors except those that describe the rows, `ROW_TENSORS`.
     """
     return {name: tensor for name, tensor in batch.items() if name not in ROW_TENSORS}
 
 
 def forward(
-    model: Any,
+    model: nn.Module,
     batch: Mapping[str, torch.Tensor],
     *,
     hidden: bool = False,
     parameters: Mapping[str, torch.Tensor] | None = None,
 ) -> Output:
-    """Run a model on a batch that is padded on the right; each example's output is the same as without the others.
+    """Run a model on a batch that is padded on the right, each example as if it were alone.
 
-    The head is computed at the batch's rows only. In two respects this differs from calling the model: hidden states
-    are also returned under a prefix, where PEFT drops them; and a decoder's head that reads the last token of a text
-    reads the token that it would read of that text alone, whatever the batch is padded with.
+    The head is computed at the batch's rows only. This differs from a call of the model in two respects. Hidden states
+    are also returned for a model with a prefix adapter, for which PEFT drops them. A decoder's head that reads the last
+    token of a text reads the same token as for the text alone, whatever the batch is padded with.
 
     Args:
         model: A model with a head, with or without an adapter.
-        batch: Its inputs, including `attention_mask`, and the row tensors unless each example has a single row.
+        batch: The model's inputs, including `attention_mask`, and the row tensors unless each example has a single row.
         hidden: Whether to return hidden states.
-        parameters: Parameters by name to compute with instead of the model's own; gradients flow through them.
+        parameters: Parameters by name that replace the model's; gradients flow through them.
 
     Returns:
-        The output.
+        The logits and hidden states, with the position of each row.
     """
     import torch
 
@@ -81,48 +83,49 @@ def forward(
     inputs = model_inputs(batch)
     body = inner.base_model
     mask = inputs["attention_mask"]
-    examples = torch.arange(len(mask), device=mask.device)
+    all_examples = torch.arange(len(mask), device=mask.device)
     has_token_rows = "token" in batch
     if has_token_rows:
         example = batch["example"]
         token = batch["token"]
-        last = None
+        last_token = None
     else:
-        example = examples
-        token = torch.zeros_like(examples)
-        last = last_token_indices(model, inputs)
-    layers: tuple[torch.Tensor, ...] = ()
+        example = all_examples
+        token = torch.zeros_like(all_examples)
+        last_token = last_token_indices(model, inputs)
+    hidden_states: tuple[torch.Tensor, ...] = ()
 
-    def request_hidden(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def request_hidden(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "output_hidden_states": True}
 
-    def take_hidden(_: Any, args: Any, output: Any) -> Any:
-        nonlocal layers
-        layers = output.hidden_states
+    def take_hidden(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal hidden_states
+        hidden_states = output.hidden_states
         return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
 
-    def select_rows(_: Any, args: Any, output: Any) -> Any:
-        """Leave the head nothing to read but the rows' states."""
+    def select_rows(module: nn.Module, args: Any, output: Any) -> Any:
+        """Replace the body's last hidden states by the rows' states, so that the head reads no other states."""
         nonlocal token
         states = output.last_hidden_state
-        virtual_tokens = states.shape[1] - mask.shape[1]  # they come first
+        num_virtual_tokens = states.shape[1] - mask.shape[1]  # they come first
         if has_token_rows:
-            token = token + virtual_tokens
+            token = token + num_virtual_tokens
             states = states[example, token][None]
         else:
-            token = last + virtual_tokens
-            states = states[examples, token][:, None].expand_as(states)  # at every token, whichever the head reads
+            token = last_token + num_virtual_tokens
+            # repeated at every token, because heads differ in the token that they read
+            states = states[all_examples, token][:, None].expand_as(states)
         return type(output)(**{**output, "last_hidden_state": states})
 
     handles = []
     if hidden:
         handles.append(body.register_forward_pre_hook(request_hidden, with_kwargs=True))
         handles.append(body.register_forward_hook(take_hidden))
-    if has_token_rows or last is not None:
+    if has_token_rows or last_token is not None:
         handles.append(body.register_forward_hook(select_rows))
     config = inner.config.get_text_config()
     try:
-        with contextlib.nullcontext() if last is None else _with_padding_token(config):
+        with contextlib.nullcontext() if last_token is None else _with_padding_token(config):
             if parameters is None:
                 logits = model(**inputs).logits
             else:
@@ -132,19 +135,21 @@ def forward(
     finally:
         for handle in handles:
             handle.remove()
-    return Output(_at_least_float32(logits[0] if has_token_rows else logits), example, token, layers)
+    if has_token_rows:
+        logits = logits[0]  # `select_rows` made one sequence of all rows
+    return Output(_at_least_float32(logits), example, token, hidden_states)
 
 
-def last_token_indices(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+def last_token_indices(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Return the token that a decoder's head reads of each text alone, as its transformers class determines it.
 
-    It is the last token that is not `config.pad_token_id`. It is simply the last token if that id is null, if there are
-    virtual tokens in front of the embeddings (the class then sees no token ids), and in XLNet. Of a text that consists
-    of the padding token alone, it is the first token.
+    The head reads the last token that is not `config.pad_token_id`. In three cases it reads the last token, whichever
+    that is: if the id is null, if virtual tokens precede the embeddings (the class then sees no token ids), and in
+    XLNet. Of a text that has padding tokens only, it reads the first token.
 
     Args:
         model: A model with a head, with or without an adapter.
-        batch: Its inputs, padded on the right.
+        batch: The model's inputs, padded on the right.
 
     Returns:
         The index of a token for each text, not counting virtual tokens; None if the head does not read the last token.
@@ -165,33 +170,31 @@ def last_token_indices(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.T
     return indices.amax(dim=1)
 
 
-def unwrap_parallel(model: Any) -> Any:
-    """Return the model inside DistributedDataParallel.
-
-    Args:
-        model: A model, wrapped or not.
-    """
+def unwrap_parallel(model: nn.Module) -> Any:
+    """Return the model inside DistributedDataParallel, or an unwrapped model as it is."""
     return getattr(model, "module", model)
 
 
-def unwrap_model(model: Any) -> Any:
-    """Return the transformers model inside wrappers for several devices or for PEFT.
-
-    Args:
-        model: A model with a head, wrapped or not.
-    """
+def unwrap_model(model: nn.Module) -> Any:
+    """Return the transformers model inside DistributedDataParallel and PEFT, or an unwrapped model as it is."""
     inner = unwrap_parallel(model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def _has_soft_prompt(model: Any) -> bool:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's parameters that require gradients, by their names inside DistributedDataParallel."""
+    parameters = unwrap_parallel(model).named_parameters()
+    return {name: parameter for name, parameter in parameters if parameter.requires_grad}
+
+
+def _has_soft_prompt(model: nn.Module) -> bool:
     """Return whether an adapter prepends virtual tokens to the embeddings; a prefix acts on keys and values instead."""
     config = getattr(unwrap_parallel(model), "active_peft_config", None)
     return bool(config and config.is_prompt_learning and config.peft_type.value != "PREFIX_TUNING")
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Convert a tensor of half precision to float32, the least that losses are computed in."""
+    """Convert a tensor of half precision to float32, the lowest precision that losses are computed in."""
     import torch
 
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -199,9 +202,9 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _with_padding_token(config: Any) -> Iterator[None]:
-    """Set some padding token in a config for a while: without one, transformers refuses batches."""
+    """Set a padding token in a config inside the context: without one, transformers refuses batches."""
     pad_id = config.pad_token_id
-    config.pad_token_id = pad_id or 0
+    config.pad_token_id = pad_id or 0  # any id: `select_rows` puts the same states at every token
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Linear probing: how well a base's features predict a task's targets before any tuning."""
+"""Linear probing: predictions of a task's targets from a base's features, before any tuning."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from regraft.model.examples import encode
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from regraft.base import Base
     from regraft.model.outputs import Output
@@ -18,25 +19,31 @@ if TYPE_CHECKING:
 
 MAX_TRAIN_EXAMPLES = 512
 """The number of training examples of a probe: more of them cost time and hardly change its predictions."""
+HEAD_SEED = 0
+"""The seed of the model's head, which a probe does not read."""
 
 
 def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
     """Fit the task type's linear probe to a base's features of train, and predict dev.
 
-    Source: Alain and Bengio, 2016 (arXiv:1610.01644).
-
     Args:
-        base: The base.
-        data: The task; at most 512 examples of train are used.
+        base: The base whose last hidden states are the features.
+        data: The task's data; the first `MAX_TRAIN_EXAMPLES` examples of train are used.
         precision: `bf16` or `fp32`.
 
     Returns:
-        The predictions for dev, one an example.
+        The predictions for dev, one per example.
+
+    Raises:
+        CheckpointError: A tensor of the base is missing, or a token has no embedding.
+        DataError: The tokenizer returns no token for an input.
+
+    Source: Alain and Bengio, 2016 (arXiv:1610.01644).
     """
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = fresh_model(base, data.head, 0).to(device())
+    model = fresh_model(base, data.head, HEAD_SEED).to(device())
     train = data.train.take(range(min(MAX_TRAIN_EXAMPLES, len(data.train))))
     pipeline = make_pipeline(StandardScaler(), data.task.linear_probe())
     pipeline.fit(_features(model, base, data, train, precision), train.targets)
@@ -44,8 +51,8 @@ def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
     return predictions
 
 
-def _features(model: torch.nn.Module, base: Base, data: TaskData, split: Split, precision: str) -> torch.Tensor:
-    """Average the last hidden states over the tokens of each example; returns examples × width."""
+def _features(model: nn.Module, base: Base, data: TaskData, split: Split, precision: str) -> torch.Tensor:
+    """Average the last hidden states over the tokens of each example: examples × width."""
     import torch
 
     features = torch.zeros(len(split), base.config.hidden_size)

@@ -1,33 +1,36 @@
-"""A penalty on the distance of the weights from where they start, faded out over the training.
+"""A penalty on the distance of the weights from their starting values, faded out over the training.
 
-Source: the penalty is L2-SP of Xuhong et al., 2018 (arXiv:1802.01483); weighted by the Fisher information it is that of
-elastic weight consolidation, Kirkpatrick et al., 2017 (arXiv:1612.00796).
+Source: the plain penalty is L2-SP (Xuhong et al., 2018, arXiv:1802.01483); the penalty weighted by the Fisher
+information is elastic weight consolidation (Kirkpatrick et al., 2017, arXiv:1612.00796).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regraft.errors import RecipeError
 from regraft.model.device import device
-from regraft.model.outputs import forward, unwrap_parallel
+from regraft.model.outputs import forward, trainable_parameters
 from regraft.recipe import check_fade_schedule, fade_factor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
     import torch
+    from torch import nn
 
     from regraft.progress import Progress
+    from regraft.task.split import Integers
     from regraft.task.types import Examples, Likelihood
     from regraft.tuning.trainer import Objective
 
 WEIGHTINGS = ("plain", "fisher")
+"""The values of `Anchoring.weighting`."""
 FISHER_EXAMPLES = 128
-"""Each costs a forward and a backward pass of its own; more examples lower the variance of the estimate."""
+"""The number of examples that the Fisher information is estimated from, arbitrary: more lower the variance of the
+estimate, and each costs a forward and a backward pass."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +38,21 @@ class Anchoring:
     """Options of the penalty on the distance from the starting weights.
 
     Args:
-        strength: The penalty's weight at the first step.
+        strength: The penalty's weight at the first step, 0 or more.
         weighting: `plain`, every weight alike; or `fisher`, each weight by its Fisher information at the start, scaled
             to a mean of 1.
         decay: How the strength falls to 0 over the training: `linear`, `cosine` or `none`.
 
     Raises:
-        RecipeError: An option is out of its range.
+        RecipeError: The strength is negative or not finite, or a name is unknown.
     """
 
     strength: float = 0.1  # higher stays closer to the start, lower fits the labels sooner
     weighting: str = "plain"
-    decay: str = "linear"
+    decay: str = "linear"  # a constant penalty keeps the model from fitting the labels to the end
 
     def __post_init__(self) -> None:
-        """Check that every option is in its range."""
+        """Refuse a strength below 0, and unknown names of a weighting or a decay."""
         if not 0 <= self.strength < math.inf:
             raise RecipeError(f"strength must be a number that is not negative, found {self.strength}.")
         if self.weighting not in WEIGHTINGS:
@@ -58,76 +61,76 @@ class Anchoring:
 
 
 def anchored_objective(
-    objective: Objective, model: Any, weights: Mapping[str, torch.Tensor] | None, options: Anchoring, steps: int
+    objective: Objective,
+    model: nn.Module,
+    importance: Mapping[str, torch.Tensor] | None,
+    options: Anchoring,
+    steps: int,
 ) -> Objective:
     """Add the penalty strength·decay(step)·½·Σ F·(θ − θ_start)² to a loss.
 
     Args:
         objective: The loss without the penalty.
-        model: The model before training; the penalty is on its parameters that require gradients.
-        weights: F by parameter name, each of its parameter's shape; None for F = 1.
+        model: The model before training; the penalty is on its trainable parameters.
+        importance: F by parameter name, each of its parameter's shape; None for F = 1.
         options: The penalty's strength and its decay.
         steps: The number of steps of the training.
 
     Returns:
         The loss with the penalty, as a function of the model, a batch and the number of completed steps.
     """
-    start = {name: parameter.detach().clone() for name, parameter in _trained_parameters(model).items()}
+    start = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
 
-    def anchored(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        loss = objective(model, batch, step)
+    def penalised_loss(trained_model: nn.Module, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        loss = objective(trained_model, batch, step)
         strength = options.strength * fade_factor(options.decay, step, steps)
         if not strength:
             return loss
-        for name, parameter in _trained_parameters(model).items():
+        for name, parameter in trainable_parameters(trained_model).items():
             squares = (parameter - start[name]).square()
-            loss = loss + 0.5 * strength * (squares if weights is None else weights[name] * squares).sum()
+            if importance is not None:
+                squares = importance[name] * squares
+            loss = loss + 0.5 * strength * squares.sum()
         return loss
 
-    return anchored
+    return penalised_loss
 
 
 def fisher_information(
-    model: Any,
-    examples: Examples,
-    order: np.ndarray[Any, np.dtype[np.int64]],
-    likelihood: Likelihood,
-    progress: Progress,
+    model: nn.Module, examples: Examples, order: Integers, likelihood: Likelihood, progress: Progress
 ) -> dict[str, torch.Tensor]:
     """Estimate the diagonal of the empirical Fisher information, scaled to a mean of 1.
 
     The estimate is over the first `FISHER_EXAMPLES` distinct examples of the training.
 
     Args:
-        model: A model with a head. Its parameters that require gradients are covered; its mode is unchanged.
+        model: A model with a head, run in evaluation mode; its mode is restored.
         examples: The training examples.
         order: Indices of the examples in the order of the training.
         likelihood: The distribution that the outputs parametrise.
         progress: Called after each example.
 
     Returns:
-        By parameter name, the mean over examples of the squared gradient of the targets' log-likelihood, divided by the
-        mean over all parameters; 1 everywhere if all gradients are 0.
+        By name of each trainable parameter, the mean over examples of the squared gradient of the targets'
+        log-likelihood, divided by the mean over all parameters; 1 everywhere if all gradients are 0.
     """
     import torch
 
-    parameters = _trained_parameters(model)
+    parameters = trainable_parameters(model)
     was_training = model.training
-    indices = list(dict.fromkeys(order.tolist()))[:FISHER_EXAMPLES]
+    indices = list(dict.fromkeys(order.tolist()))[:FISHER_EXAMPLES]  # distinct, in the order of their first use
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     model.eval()
-    for count, index in enumerate(indices, start=1):
+    for num_examples, index in enumerate(indices, start=1):
         batch = {name: tensor.to(device()) for name, tensor in examples.batch([index]).items()}
         loss = likelihood.loss(forward(model, batch).logits, batch["targets"], "mean")
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        for total, gradient in zip(sums.values(), gradients, strict=True):
-            total.addcmul_(gradient, gradient)
-        progress("fisher", count, len(indices), {})
+        for squares, gradient in zip(sums.values(), gradients, strict=True):
+            squares.addcmul_(gradient, gradient)
+        progress("fisher", num_examples, len(indices), {})
     model.train(was_training)
-    mean = sum(float(total.double().sum()) for total in sums.values()) / sum(t.numel() for t in sums.values())
-    return {name: total / mean if mean else torch.ones_like(total) for name, total in sums.items()}
-
-
-def _trained_parameters(model: Any) -> dict[str, torch.Tensor]:
-    inner = unwrap_parallel(model)
-    return {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    total = sum(float(squares.double().sum()) for squares in sums.values())
+    mean = total / sum(squares.numel() for squares in sums.values())
+    if not mean:
+        return {name: torch.ones_like(squares) for name, squares in sums.items()}
+    return {name: squares / mean for name, squares in sums.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regraft.checkpoint import is_sealed, replace_atomically, seal
 from regraft.errors import MismatchError, RecipeError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import nn
 
     from regraft.model import Deployment
     from regraft.model.outputs import Output
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from regraft.tuning.trainer import Objective
 
 MAX_TEMPERATURE = 10_000
-"""The KL falls as 1/T², until float32 rounds it away: for two classes and logits of standard deviation 5, it is off by
-0.25 % at T = 1,000, by 24 % here, and by 18 times its value at 100,000."""
+"""The KL falls as 1/T², until float32 rounds it away: for two classes and logits of standard deviation 5, its relative
+error is 0.25 % at T = 1,000, 24 % at this limit, and 1,800 % at 100,000."""
+KL_REDUCTIONS = ("batchmean", "mean")
+"""The values of `Distillation.kl_reduction`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +44,9 @@ class Distillation:
     """Options of the distillation loss.
 
     Args:
-        alpha: The weight of the teacher's soft labels; the true labels have 1 − alpha.
+        alpha: The weight of the teacher's soft labels, from 0 to 1; the weight of the true labels is 1 − alpha.
         beta: The weight of the mean squared error of the hidden states; 0 for none.
-        temperature: The temperature that both models' outputs are softened by.
+        temperature: The temperature that softens both models' outputs, above 0 and up to 10,000.
         kl_reduction: `batchmean` sums the divergence over classes and averages it over the batch, as is usual; `mean`
             averages over both, as the paper's reference implementation does.
         flip_weight: Against negative flips, the teacher's terms weigh 1 + flip_weight on examples that the teacher
@@ -52,37 +55,39 @@ class Distillation:
             `cosine`. On a much better new base, a teacher at full weight holds the student back to the end.
 
     Raises:
-        RecipeError: An option is out of its range.
+        RecipeError: A number is out of its range, or a name is unknown.
     """
 
     alpha: float = 0.7  # higher follows the teacher, lower the labels
     beta: float = 1.0  # higher also holds the student's layers to the teacher's
     temperature: float = 5.0  # higher gives small probabilities more weight (Hinton et al. 2015, arXiv:1503.02531)
     kl_reduction: str = "batchmean"
-    flip_weight: float = 0.0
+    flip_weight: float = 0.0  # higher follows the teacher more where it is right, and less where it is wrong
     decay: str = "none"
 
     def __post_init__(self) -> None:
-        """Check that every option is in its range."""
+        """Refuse numbers out of the ranges above, and unknown names of a reduction or a decay."""
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha must be from 0 to 1, found {self.alpha}.")
-        if not 0 <= self.beta < math.inf or not 0 < self.temperature <= MAX_TEMPERATURE:
-            raise RecipeError(
-                f"beta must not be negative (found {self.beta}), temperature above 0 and up to {MAX_TEMPERATURE:,} "
-                f"({self.temperature})."
-            )
-        if self.kl_reduction not in ("batchmean", "mean"):
-            raise RecipeError(f"kl_reduction must be batchmean or mean, found {self.kl_reduction!r}.")
+        if not 0 <= self.beta < math.inf:
+            raise RecipeError(f"beta must be a number that is not negative, found {self.beta}.")
+        if not 0 < self.temperature <= MAX_TEMPERATURE:
+            raise RecipeError(f"temperature must be above 0 and up to {MAX_TEMPERATURE:,}, found {self.temperature}.")
+        if self.kl_reduction not in KL_REDUCTIONS:
+            raise RecipeError(f"kl_reduction must be {' or '.join(KL_REDUCTIONS)}, found {self.kl_reduction!r}.")
         if not 0 <= self.flip_weight < math.inf:
             raise RecipeError(f"flip_weight must be a number that is not negative, found {self.flip_weight}.")
         check_fade_schedule("decay", self.decay)
 
     def faded(self, step: int, steps: int) -> Distillation:
-        """Return the options with alpha and beta as they are at a step.
+        """Apply the decay of alpha and beta.
 
         Args:
             step: The number of completed steps.
             steps: The number of steps of the training.
+
+        Returns:
+            The options with alpha and beta of the next step.
         """
         factor = fade_factor(self.decay, step, steps)
         return dataclasses.replace(self, alpha=self.alpha * factor, beta=self.beta * factor)
@@ -94,7 +99,8 @@ class TeacherOutputs:
 
     Args:
         signal: The teacher's signal, one row per target.
-        hidden: The teacher's hidden states, rows × layers × width; of width 0 if they are not distilled.
+        hidden: The teacher's hidden states as in `Output.row_states`, rows × layers × width; rows × 0 if they are not
+            distilled.
     """
 
     signal: Signal
@@ -112,9 +118,9 @@ def teacher_loss(
 
     Args:
         output: The student's output, with hidden states if β is not 0.
-        batch: The batch; `row` has the indices of its rows, `targets` is unused if `flip_weight` is 0.
-        teacher_outputs: The teacher's outputs for all rows.
-        options: α, β, T, the reduction of the KL and `flip_weight`.
+        batch: The batch, with the indices of its rows in `row`, and with `targets` if `flip_weight` is not 0.
+        teacher_outputs: The teacher's outputs for all rows of the split.
+        options: α, β, T, the reduction of the KL and `flip_weight`, without their decay.
         likelihood: The distribution that the outputs parametrise.
 
     Returns:
@@ -123,23 +129,25 @@ def teacher_loss(
     from torch.nn import functional
 
     logits = output.logits
-    rows = batch["row"].cpu()
-    targets = batch["targets"]
-    signal = teacher_outputs.signal.take(rows, logits)
-    divergence = likelihood.divergence_terms(logits, signal, options.temperature)
-    distances = None
-    if options.beta:
-        hidden = teacher_outputs.hidden[rows].to(logits)
-        distances = functional.mse_loss(output.row_states(), hidden, reduction="none")
+    row_indices = batch["row"].cpu()
+    signal = teacher_outputs.signal.take(row_indices, logits)
+    row_weights = None
     if options.flip_weight:
-        is_right = likelihood.right(signal.logits, targets)
-        weights = 1 + options.flip_weight * is_right.to(logits.dtype)
-        weights = weights / weights.mean()
-        divergence = divergence * weights[:, None]
-        distances = distances * weights[:, None, None] if distances is not None else None
-    count = len(logits) if options.kl_reduction == "batchmean" else logits.numel()
-    loss = options.alpha * likelihood.gradient_scale(options.temperature) * (divergence.sum() / count)
-    return loss if distances is None else loss + options.beta * 0.5 * distances.mean()
+        is_right = likelihood.right(signal.logits, batch["targets"])
+        row_weights = 1 + options.flip_weight * is_right.to(logits.dtype)
+        row_weights = row_weights / row_weights.mean()
+    divergence = likelihood.divergence_terms(logits, signal, options.temperature)
+    if row_weights is not None:
+        divergence = divergence * row_weights[:, None]
+    num_terms = len(logits) if options.kl_reduction == "batchmean" else logits.numel()
+    loss = options.alpha * likelihood.gradient_scale(options.temperature) * (divergence.sum() / num_terms)
+    if not options.beta:
+        return loss
+    hidden = teacher_outputs.hidden[row_indices].to(logits)
+    distances = functional.mse_loss(output.row_states(), hidden, reduction="none")
+    if row_weights is not None:
+        distances = distances * row_weights[:, None, None]
+    return loss + options.beta * 0.5 * distances.mean()
 
 
 def distillation_loss(
@@ -154,8 +162,8 @@ def distillation_loss(
     Args:
         output: The student's output, with hidden states if β is not 0.
         batch: The batch, with `targets` and with the indices of its rows in `row`.
-        teacher_outputs: The teacher's outputs for all rows.
-        options: α, β, T, the reduction of the KL and `flip_weight`.
+        teacher_outputs: The teacher's outputs for all rows of the split.
+        options: α, β, T, the reduction of the KL and `flip_weight`, without their decay.
         likelihood: The distribution that the outputs parametrise; L is its negative log-likelihood.
 
     Returns:
@@ -168,16 +176,16 @@ def distillation_loss(
 
 
 def compute_teacher_outputs(
-    teacher: Deployment, split: Split, order: Integers, options: Distillation, work: Path
+    teacher: Deployment, split: Split, order: Integers, options: Distillation, work_folder: Path
 ) -> TeacherOutputs:
-    """Compute the teacher's signal and hidden states, or read them from an undamaged cache in the working folder.
+    """Compute the teacher's signal and hidden states, or read them from an undamaged cache.
 
     Args:
-        teacher: The old model on the old base.
+        teacher: The old model, as a deployment on the old base.
         split: The student's training split.
         order: Indices of the examples that the training draws.
         options: The options of the loss; hidden states are computed only if β is not 0.
-        work: The folder of the cache.
+        work_folder: The folder of the cache.
 
     Returns:
         The signal in float32 and the hidden states in bfloat16; 0 in rows of examples that are not in `order`.
@@ -185,47 +193,55 @@ def compute_teacher_outputs(
     Raises:
         MismatchError: An output is infinite or not a number.
     """
-    import numpy as np
-    import torch
     from safetensors.torch import load_file, save_file
 
-    file, record = work / "teacher.safetensors", work / "teacher.json"
-    if not is_sealed(record):
-        likelihood = teacher.data.likelihood
-        examples = teacher.examples(split)
-        used = np.unique(order).tolist()
-        row_indices = torch.as_tensor(examples.rows(used))
-        stored: dict[str, torch.Tensor] = {}
-
-        def store(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
-            outputs = {"logits": likelihood.signal(output.logits).logits}
-            if options.beta:
-                outputs["hidden"] = output.row_states().bfloat16()
-            for name, rows in outputs.items():
-                if name not in stored:
-                    stored[name] = torch.zeros(len(examples.targets), *rows.shape[1:], dtype=rows.dtype)
-                stored[name][row_indices[batch["row"].cpu()]] = rows.cpu()
-
-        for_each_batch(
-            teacher.model,
-            examples.take(used),
-            teacher.precision,
-            store,
-            teacher.progress,
-            "teacher",
-            hidden=bool(options.beta),
-        )
-        stored.setdefault("hidden", torch.zeros(len(examples.targets), 0, dtype=torch.bfloat16))
-        if not all(rows.isfinite().all() for rows in stored.values()):
-            raise MismatchError(
-                f"{teacher.base.path}: the outputs of the old model are infinite or not a number, so it cannot "
-                "be a teacher. Compute in fp32 (--precision fp32), or use a method without a teacher."
-            )
-        with replace_atomically(file, synced=False) as temporary:
-            save_file(stored, temporary)
-        seal(record, [file])
-    stored = load_file(file)
+    cache_file = work_folder / "teacher.safetensors"
+    seal_file = work_folder / "teacher.json"
+    if not is_sealed(seal_file):
+        tensors = _run_teacher(teacher, split, order, with_hidden=bool(options.beta))
+        with replace_atomically(cache_file, synced=False) as temporary:
+            save_file(tensors, temporary)
+        seal(seal_file, [cache_file])
+    stored = load_file(cache_file)
     return TeacherOutputs(Signal(stored["logits"]), stored["hidden"])
+
+
+def _run_teacher(teacher: Deployment, split: Split, order: Integers, *, with_hidden: bool) -> dict[str, torch.Tensor]:
+    """Return `logits` and `hidden` of `TeacherOutputs`, computed on the examples of an order."""
+    import numpy as np
+    import torch
+
+    examples = teacher.examples(split)
+    used_indices = np.unique(order).tolist()
+    used_rows = torch.as_tensor(examples.rows(used_indices))  # `take` below renumbers the rows from 0
+    num_rows = len(examples.targets)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def store(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
+        batch_tensors = {"logits": teacher.data.likelihood.signal(output.logits).logits}
+        if with_hidden:
+            batch_tensors["hidden"] = output.row_states().bfloat16()
+        for name, tensor in batch_tensors.items():
+            if name not in tensors:
+                tensors[name] = torch.zeros(num_rows, *tensor.shape[1:], dtype=tensor.dtype)
+            tensors[name][used_rows[batch["row"].cpu()]] = tensor.cpu()
+
+    for_each_batch(
+        teacher.model,
+        examples.take(used_indices),
+        teacher.precision,
+        store,
+        teacher.progress,
+        "teacher",
+        hidden=with_hidden,
+    )
+    tensors.setdefault("hidden", torch.zeros(num_rows, 0, dtype=torch.bfloat16))
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise MismatchError(
+            f"{teacher.base.path}: the outputs of the old model are infinite or not a number, so it cannot "
+            "be a teacher. Compute in fp32 (--precision fp32), or use a method without a teacher."
+        )
+    return tensors
 
 
 def distillation_objective(
@@ -234,7 +250,7 @@ def distillation_objective(
     """Return the distillation loss as an objective.
 
     Args:
-        teacher_outputs: From `compute_teacher_outputs`.
+        teacher_outputs: The teacher's outputs for all rows of the training split.
         options: The options of the loss.
         likelihood: The distribution that the outputs parametrise.
         steps: The number of steps of the training.
@@ -243,7 +259,7 @@ def distillation_objective(
         A function of the student, a batch and the number of completed steps.
     """
 
-    def objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+    def objective(model: nn.Module, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         output = forward(model, batch, hidden=bool(options.beta))
         return distillation_loss(output, batch, teacher_outputs, options.faded(step, steps), likelihood)
 

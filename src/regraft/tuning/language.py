@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RecipeError
@@ -15,31 +16,36 @@ if TYPE_CHECKING:
 
     import numpy as np
     import torch
+    from torch import nn
 
     from regraft.base import Base
     from regraft.progress import Progress
     from regraft.recipe import Recipe
-
-    Integers = np.ndarray[Any, np.dtype[np.int64]]
+    from regraft.task.split import Integers
 
 LEARNING_RATE = 1e-4
 """The peak rate of BERT's pre-training (Devlin et al. 2019, appendix A.2)."""
 MASK_PROBABILITY = 0.15
-"""The share of tokens that are predicted, BERT's as the two shares below (Devlin et al. 2019, section 3.1)."""
+"""The share of tokens that are predicted, as in BERT (Devlin et al. 2019, section 3.1)."""
 MASK_TOKEN_SHARE = 0.8
-"""The share of predicted tokens that the mask token replaces."""
+"""The share of predicted tokens that the mask token replaces, as in BERT."""
 RANDOM_TOKEN_SHARE = 0.1
-"""The share of predicted tokens that a random token replaces; the remaining tenth is unchanged."""
+"""The share of predicted tokens that a random token replaces, as in BERT; the remaining tenth is unchanged."""
+IGNORED_LABEL = -100
+"""The label of tokens that are not predicted, which PyTorch's cross-entropy ignores by default."""
+EVALUATION_SEED = 0
+"""The seed of the masks of evaluations, which are the same for all trainings."""
 
 
 def load_language_model(base: Base) -> tuple[Any, list[str]]:
     """Load a base as a language model.
 
     Args:
-        base: The base.
+        base: A decoder, or an encoder whose tokenizer has a mask token.
 
     Returns:
-        The model in float32 on the CPU, and the names of the tensors that its folder lacks: those of a fresh head.
+        The model in float32 on the CPU, and the names of its randomly initialised tensors, which the base's folder
+        lacks.
 
     Raises:
         CheckpointError: A tensor of the body is missing or unexpected.
@@ -50,31 +56,33 @@ def load_language_model(base: Base) -> tuple[Any, list[str]]:
     return load_strictly(auto_model_class(base), base.path, base.prefix, dtype="float32")
 
 
-def language_loss(model: Any, base: Base, blocks: np.ndarray[Any, np.dtype[np.uint32]], precision: str) -> float:
+def language_loss(model: nn.Module, base: Base, blocks: np.ndarray[Any, np.dtype[np.uint32]], precision: str) -> float:
     """Compute a language model's loss on text.
 
     Args:
-        model: A model of the base's architecture.
+        model: A language model of the base's architecture.
         base: The base, for its tokenizer.
         blocks: Token ids, blocks × tokens, from `pack`.
         precision: `bf16` or `fp32`.
 
     Returns:
-        The mean cross-entropy in nats: for encoders of the masked tokens, with the same masks at each call; for
-        decoders of each next token.
+        The mean cross-entropy in nats: for encoders, of the masked tokens, with the same masks at each call; for
+        decoders, of each next token.
     """
     import numpy as np
 
     from regraft.recipe import Recipe
 
     recipe = Recipe(steps=1, precision=precision).resolve(len(blocks), LEARNING_RATE)
-    no_training = np.arange(0)
-    return LanguageModelling(base, blocks, no_training, np.arange(len(blocks)), recipe).evaluate(model)["loss"]
+    evaluation = LanguageModelling(
+        base, blocks, training_blocks=np.arange(0), evaluation_blocks=np.arange(len(blocks)), recipe=recipe
+    )
+    return evaluation.evaluate(model)["loss"]
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelling:
-    """A training of a language model on blocks: their order, their masks, the loss and its evaluation.
+    """A training of a language model on blocks of tokens: the order, the masks, the loss and its evaluation.
 
     Args:
         base: The base, for its tokenizer.
@@ -82,7 +90,8 @@ class LanguageModelling:
         training_blocks: Indices of the blocks to train on.
         evaluation_blocks: Indices of the blocks to evaluate on.
         recipe: A resolved recipe.
-        replayed_blocks: Indices of the blocks that replace training blocks at random positions of the order, once each.
+        replayed_blocks: Indices of further blocks, each of which replaces a training block at a random position of the
+            order.
     """
 
     base: Base
@@ -93,66 +102,84 @@ class LanguageModelling:
     replayed_blocks: Sequence[int] = ()
 
     def order(self) -> Integers:
-        """Return the indices of the blocks in the order of the training, of shape (steps × batch size,)."""
+        """Draw the order of the training.
+
+        Returns:
+            Indices of blocks, of shape (steps × batch size,): successive passes over the training blocks, of which the
+            last may be cut short.
+        """
         import numpy as np
 
         random = np.random.default_rng(self.recipe.seed)
         total = (self.recipe.steps or 1) * self.recipe.batch_size
-        passes = [random.permutation(self.training_blocks) for _ in range(-(-total // len(self.training_blocks)))]
-        order = np.concatenate(passes)[:total]
+        num_passes = math.ceil(total / len(self.training_blocks))
+        order = np.concatenate([random.permutation(self.training_blocks) for _ in range(num_passes)])[:total]
         if len(self.replayed_blocks):
             order[random.choice(total, len(self.replayed_blocks), replace=False)] = self.replayed_blocks
         return order
 
     def run(
-        self, model: Any, work: Path, progress: Progress, stage: str, after_step: Callable[[int], None] | None = None
+        self,
+        model: nn.Module,
+        work_folder: Path,
+        progress: Progress,
+        stage: str,
+        after_step: Callable[[int], None] | None = None,
     ) -> list[dict[str, float]]:
         """Train a model in place; it ends with its best weights on the evaluation blocks.
 
         Args:
-            model: The language model.
-            work: A folder for checkpoints.
+            model: The language model; its parameters that require gradients are trained.
+            work_folder: The folder of the checkpoints, from which an interrupted training resumes.
             progress: Called after each step.
             stage: The name of the training in progress messages.
-            after_step: Called after each step with its number.
+            after_step: Called after each step with the number of completed steps.
 
         Returns:
-            The learning curve on the evaluation blocks.
+            The learning curve on the evaluation blocks, with the figures of `evaluate`.
+
+        Raises:
+            RecipeError: A loss became infinite or not a number, or a tracker does not exist or is not installed.
         """
         from regraft.tuning.trainer import train
 
         recipe = self.recipe
         order = self.order()
-        tokens = recipe.batch_size * self.blocks.shape[1]
+
+        def collate(positions: list[int]) -> dict[str, torch.Tensor]:
+            return self.batch([(int(order[position]), position) for position in positions], recipe.seed)
+
+        def objective(trained_model: nn.Module, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+            return self.loss(trained_model, batch)
 
         def report(stage: str, step: int, steps: int, figures: Any) -> None:
             shown = {"loss": figures["loss"]} if "loss" in figures else {}
             if "steps/s" in figures:
-                shown["tokens/s"] = figures["steps/s"] * tokens
+                shown["tokens/s"] = figures["steps/s"] * recipe.batch_size * self.blocks.shape[1]
             progress(stage, step, steps, shown)
 
         return train(
             model,
             range(len(order)),
-            lambda positions: self.batch([(int(order[position]), position) for position in positions], recipe.seed),
-            lambda model, batch, _: self.loss(model, batch),
+            collate,
+            objective,
             self.evaluate,
             recipe,
-            work,
+            work_folder,
             report,
             stage=stage,
             after_step=after_step,
         )
 
     def batch(self, items: list[tuple[int, int]], seed: int) -> dict[str, torch.Tensor]:
-        """Return a batch of blocks with their labels, masked for encoders.
+        """Collate blocks, and mask them for encoders.
 
         Args:
-            items: For each block its index, and its position in the order, which seeds its mask.
+            items: For each block, its index, and its position in the order, which seeds its mask.
             seed: The seed of the masks.
 
         Returns:
-            `input_ids` and `labels`, blocks × tokens; the label of a token that is not predicted is −100.
+            `input_ids` and `labels`, blocks × tokens; the label of a token that is not predicted is `IGNORED_LABEL`.
         """
         import numpy as np
         import torch
@@ -161,9 +188,13 @@ class LanguageModelling:
         if self.base.is_decoder:
             return {"input_ids": ids, "labels": ids}
         masked = [self._mask(block, seed, position) for block, (_, position) in zip(ids, items, strict=True)]
-        return {"input_ids": torch.stack([m[0] for m in masked]), "labels": torch.stack([m[1] for m in masked])}
+        return {
+            "input_ids": torch.stack([input_ids for input_ids, _ in masked]),
+            "labels": torch.stack([labels for _, labels in masked]),
+        }
 
     def _mask(self, block: torch.Tensor, seed: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw the masks of a block; return the input ids and the labels, one per token."""
         import numpy as np
         import torch
 
@@ -173,53 +204,68 @@ class LanguageModelling:
         draws = torch.from_numpy(random.random((2, len(block))))
         predicted = (draws[0] < MASK_PROBABILITY) & ~special
         if not predicted.any():  # the loss of a batch without any predicted token would be NaN
-            candidates = torch.arange(len(block))[~special if not special.all() else special]
+            is_candidate = special if special.all() else ~special
+            candidates = torch.arange(len(block))[is_candidate]
             predicted[candidates[random.integers(len(candidates))]] = True
-        labels = torch.where(predicted, block, -100)
+        labels = torch.where(predicted, block, IGNORED_LABEL)
         masked = block.clone()
         masked[predicted & (draws[1] < MASK_TOKEN_SHARE)] = tokenizer.mask_token_id
         randomised = predicted & (draws[1] >= 1 - RANDOM_TOKEN_SHARE)
         masked[randomised] = torch.from_numpy(random.integers(len(tokenizer), size=int(randomised.sum())))
         return masked, labels
 
-    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Compute the mean cross-entropy, for encoders with logits at the masked positions only.
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Compute the mean cross-entropy; the head of an encoder is computed at the predicted tokens only.
 
-        The vocabulary projection of BERT-base takes as many operations as three of its layers (23.4 and 7.1 million
-        multiplications per token), and is needed for 15 % of the tokens.
+        The vocabulary projection of BERT-base has 23.4 million weights, as many as three of its layers (7.1 million
+        each), but its logits are needed at 15 % of the tokens only.
+
+        Args:
+            model: The language model.
+            batch: `input_ids` and `labels`, blocks × tokens, on the model's device.
+
+        Returns:
+            The loss in nats, a scalar.
         """
         from torch.nn import functional
 
         if self.base.is_decoder:
             loss: torch.Tensor = model(**batch).loss
             return loss
-        predicted = batch["labels"] != -100
+        predicted = batch["labels"] != IGNORED_LABEL
 
-        def select_predicted(module: Any, arguments: Any, output: Any) -> Any:
+        def select_predicted(module: nn.Module, args: Any, output: Any) -> Any:
             output["last_hidden_state"] = output["last_hidden_state"][predicted][None]
             return output
 
-        inner = unwrap_parallel(model)
-        hook = inner.base_model.register_forward_hook(select_predicted)
+        handle = unwrap_parallel(model).base_model.register_forward_hook(select_predicted)
         try:
             logits = model(input_ids=batch["input_ids"]).logits[0]
         finally:
-            hook.remove()
+            handle.remove()
         return functional.cross_entropy(logits.float(), batch["labels"][predicted])
 
-    def evaluate(self, model: Any) -> dict[str, float]:
-        """Compute the loss on the evaluation blocks, with the same masks at each call."""
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Compute the loss on the evaluation blocks, with the same masks at each call.
+
+        Args:
+            model: The language model; its mode is restored.
+
+        Returns:
+            `loss`, the mean cross-entropy in nats, and `score`, its negative.
+        """
         import torch
 
-        was_training, device = model.training, next(model.parameters()).device
+        was_training = model.training
+        device = next(model.parameters()).device
         model.eval()
         losses = []
         with torch.inference_mode(), autocast(self.recipe.precision, device):
             for start in range(0, len(self.evaluation_blocks), self.recipe.batch_size):
                 blocks = self.evaluation_blocks[start : start + self.recipe.batch_size]
-                batch = self.batch([(int(block), start + i) for i, block in enumerate(blocks)], seed=0)
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                losses += [float(self.loss(model, batch))] * len(blocks)
+                items = [(int(block), position) for position, block in enumerate(blocks, start)]
+                batch = {name: tensor.to(device) for name, tensor in self.batch(items, EVALUATION_SEED).items()}
+                losses += [float(self.loss(model, batch))] * len(blocks)  # weights a smaller last batch by its size
         model.train(was_training)
         loss = sum(losses) / len(losses)
         return {"score": -loss, "loss": loss}
@@ -229,7 +275,7 @@ def auto_model_class(base: Base) -> Any:
     """Return the auto class of transformers that loads a base as a language model.
 
     Args:
-        base: The base.
+        base: A decoder, or an encoder whose tokenizer has a mask token.
 
     Returns:
         `AutoModelForCausalLM` for a decoder, `AutoModelForMaskedLM` for an encoder.

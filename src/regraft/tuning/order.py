@@ -1,20 +1,20 @@
-"""The order in which training sees examples."""
+"""The order of examples in training."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy as np
+    from regraft.task.split import Integers
 
 GROUPED_BATCHES = 50
-"""Batches that examples are sorted by length within, as transformers' `get_length_grouped_indices` has it."""
+"""The number of consecutive batches whose examples are sorted by length together; the maximum of transformers'
+`get_length_grouped_indices`."""
 
 
-def plan_order(
-    lengths: np.ndarray[Any, np.dtype[np.int64]], batch_size: int, steps: int, seed: int
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the order in which a training sees examples, each batch of similar length.
+def plan_order(lengths: Integers, batch_size: int, steps: int, seed: int) -> Integers:
+    """Draw the order in which a training sees examples, each batch of similar length.
 
     The order depends on the arguments only: methods that are compared see the same batches, and an interrupted
     training resumes at the same example.
@@ -26,18 +26,20 @@ def plan_order(
         seed: The seed of the order.
 
     Returns:
-        Example indices, of shape (steps × batch_size,), from successive passes over the data; the last may be partial.
+        Example indices, of shape (steps × batch_size,): successive passes over the data, of which the last may be cut
+        short.
     """
     import numpy as np
 
     random = np.random.default_rng(seed)
     total = steps * batch_size
-    examples = len(lengths)
-    order = np.concatenate([random.permutation(examples) for _ in range(-(-total // examples))])[:total]
-    window = batch_size * min(GROUPED_BATCHES, max(1, examples // batch_size))
+    num_examples = len(lengths)
+    num_passes = math.ceil(total / num_examples)
+    order = np.concatenate([random.permutation(num_examples) for _ in range(num_passes)])[:total]
+    window = batch_size * min(GROUPED_BATCHES, max(1, num_examples // batch_size))
     for start in range(0, total, window):
-        grouped = order[start : start + window]
-        grouped = grouped[np.argsort(-lengths[grouped], kind="stable")]
-        batches = grouped.reshape(-1, batch_size)
+        indices = order[start : start + window]
+        by_length = indices[np.argsort(-lengths[indices], kind="stable")]
+        batches = by_length.reshape(-1, batch_size)
         order[start : start + window] = batches[random.permutation(len(batches))].reshape(-1)
     return order

@@ -1,4 +1,4 @@
-"""Experiment trackers that training reports to, through transformers' Trainer."""
+"""Experiment trackers of training, such as TensorBoard, through transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _trackers: contextvars.ContextVar[tuple[tuple[str, ...], Path]] = contextvars.ContextVar("trackers")
+"""The names of the current context's trackers, and the folder for TensorBoard's files."""
 
 
 @contextlib.contextmanager
@@ -22,7 +23,7 @@ def tracking(report_to: Sequence[str], folder: str | Path) -> Iterator[None]:
 
     Args:
         report_to: Names of trackers, as in transformers' `TrainingArguments`: `tensorboard`, `trackio`, `wandb`, ….
-        folder: The folder for TensorBoard's files, which has a folder per run. The environment variable
+        folder: The folder for TensorBoard's files, which gets a subfolder per training. The environment variable
             `TENSORBOARD_LOGGING_DIR` takes precedence.
     """
     token = _trackers.set((tuple(report_to), Path(os.environ.get("TENSORBOARD_LOGGING_DIR", folder))))
@@ -32,25 +33,27 @@ def tracking(report_to: Sequence[str], folder: str | Path) -> Iterator[None]:
         _trackers.reset(token)
 
 
-def run_name(work: Path) -> str:
+def run_name(work_folder: Path) -> str:
     """Return the name of a training in trackers.
 
     Args:
-        work: The training's working folder.
+        work_folder: The training's working folder, in the temporary folder of an outcome or of a base.
 
     Returns:
-        The outcome's name and the rest of the path below it, joined by hyphens: `out-head` for `.out.partial/head`.
+        The name of the outcome or base and the names of the folders below, joined by hyphens: `out-head` for
+        `.out.partial/head`.
     """
-    parts = list(work.parts)
-    start = next((i for i, part in enumerate(parts) if part.endswith(".partial")), len(parts) - 1)
-    return "-".join(part.removeprefix(".").removesuffix(".partial") for part in parts[start:])
+    folders = work_folder.parts
+    temporary_indices = [index for index, folder in enumerate(folders) if folder.endswith(".partial")]
+    start = temporary_indices[0] if temporary_indices else len(folders) - 1
+    return "-".join(folder.removeprefix(".").removesuffix(".partial") for folder in folders[start:])
 
 
-def trackers(run: str) -> tuple[list[str], list[Any]]:
+def trackers(training_name: str) -> tuple[list[str], list[Any]]:
     """Return the trackers of the current context, in the form that a Trainer takes.
 
     Args:
-        run: The training's name.
+        training_name: The training's name, from `run_name`.
 
     Returns:
         The value of `report_to`, and further callbacks.
@@ -73,8 +76,9 @@ def trackers(run: str) -> tuple[list[str], list[Any]]:
         if name not in get_available_reporting_integrations():  # type: ignore[no-untyped-call]
             raise RecipeError(f"--report-to {name}: the package is not installed. Install it with pip.")
     callbacks: list[Any] = []
-    if "tensorboard" in names:  # by `report_to`, the Trainer would choose the folder
+    if "tensorboard" in names:  # not through `report_to`, with which the Trainer would choose the folder
         from torch.utils.tensorboard import SummaryWriter
 
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / run))))  # type: ignore[no-untyped-call]
+        writer = SummaryWriter(str(folder / training_name))
+        callbacks.append(TensorBoardCallback(writer))  # type: ignore[no-untyped-call]
     return [name for name in names if name != "tensorboard"], callbacks

@@ -1,4 +1,4 @@
-"""transformers' Trainer with a fixed order of data, any objective, and an exact resumption after an interruption."""
+"""Training by transformers' Trainer with a fixed order of data, any objective, and exact resumption."""
 
 from __future__ import annotations
 
@@ -13,58 +13,62 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from regraft.adaptation.outcome import versions
-from regraft.checkpoint import is_sealed, replace_atomically, seal
+from regraft.checkpoint import is_sealed, seal
 from regraft.errors import RecipeError
 from regraft.model.device import device
 from regraft.progress import quiet
-from regraft.recipe import best_step
+from regraft.tuning.best_weights import BestWeights
 from regraft.tuning.tracking import run_name, trackers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import nn
+
     from regraft.progress import Progress
     from regraft.recipe import Recipe
+    from regraft.tuning.best_weights import Curve
 
-    Objective = Callable[[Any, dict[str, torch.Tensor], int], torch.Tensor]
+    Objective = Callable[[nn.Module, dict[str, torch.Tensor], int], torch.Tensor]
     """The loss as a function of the model, a batch and the number of completed steps."""
 
 SEAL = "sealed.json"
+"""The file of a checkpoint's folder that records the hashes of the files that a run resumes from."""
 LOGGING_STEPS = 10
-"""Steps between logged losses; each reads the loss from the device, which waits for the computation."""
+"""The number of steps between logged losses: reading a loss from the device waits for its computations."""
 
 
 def train(
-    model: Any,
+    model: nn.Module,
     data: Sequence[Any],
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     objective: Objective,
-    evaluate: Callable[[Any], dict[str, float]],
+    evaluate: Callable[[nn.Module], dict[str, float]],
     recipe: Recipe,
-    work: Path,
+    work_folder: Path,
     progress: Progress,
     *,
     stage: str,
     merit: Callable[[float], float] = float,
     after_step: Callable[[int], None] | None = None,
-) -> list[dict[str, float]]:
+) -> Curve:
     """Train a model in place; it ends with its best weights.
 
-    An interrupted run resumes from its last checkpoint in `work`, with the result of an uninterrupted run. A damaged
-    checkpoint is discarded.
+    An interrupted run resumes from its last checkpoint in `work_folder`, with the result of an uninterrupted run. A
+    damaged checkpoint is discarded.
 
     Args:
-        model: The model to train.
-        data: The items in the order of the training, steps × batch_size.
+        model: The model; its parameters that require gradients are trained.
+        data: The items in the order of the training, steps × batch size.
         collate: Makes a batch from a list of items.
         objective: The loss as a function of the model, a batch and the number of completed steps.
-        evaluate: Computes the figures of the model, among them `score`.
+        evaluate: Computes the figures of the model: `score`, by which the best weights are chosen, and any others.
         recipe: A resolved recipe.
-        work: A folder for checkpoints.
+        work_folder: The folder of the checkpoints and of the best weights so far.
         progress: Called after each step.
         stage: The name of the training in progress messages.
         merit: Maps a score to a number that is higher for a better score.
-        after_step: Called after each step with its number.
+        after_step: Called after each step with the number of completed steps.
 
     Returns:
         The learning curve, an entry per evaluation from step 0 on: `step`, `seconds` of training so far, and the
@@ -72,24 +76,26 @@ def train(
         evaluations that they are averaged over.
 
     Raises:
-        RecipeError: A loss or a score became infinite or not a number, or a tracker does not exist.
+        RecipeError: A loss or a figure became infinite or not a number, or a tracker does not exist or is not
+            installed.
     """
-    checkpoints = work / "checkpoints"
-    last = _last_undamaged_checkpoint(checkpoints)
-    name = run_name(work)
+    checkpoints = work_folder / "checkpoints"
+    checkpoint = _last_undamaged_checkpoint(checkpoints)
+    name = run_name(work_folder)
     report_to, callbacks = trackers(name)
+    steps = recipe.steps or 1
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
-        max_steps=recipe.steps or 1,
+        max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate or 0.0,
-        warmup_steps=recipe.warmup,  # below 1, a fraction of the steps
+        warmup_steps=recipe.warmup,  # the Trainer reads a number below 1 as a fraction of the steps
         weight_decay=recipe.weight_decay,
         bf16=recipe.precision == "bf16",
         use_cpu=device().type == "cpu",
         eval_strategy="steps",
         eval_steps=recipe.eval_every,
-        eval_on_start=last is None,
+        eval_on_start=checkpoint is None,
         save_steps=recipe.save_every,
         save_total_limit=None,  # the callback below removes older checkpoints once a newer one is sealed
         logging_steps=min(LOGGING_STEPS, recipe.eval_every or LOGGING_STEPS),
@@ -103,8 +109,8 @@ def train(
         disable_tqdm=True,
         seed=recipe.seed,
     )
-    average_after = recipe.average * (recipe.steps or 1) if recipe.average else math.inf
-    best = _BestWeights(work / "best", average_after, merit)
+    average_after = recipe.average * steps if recipe.average else math.inf
+    best = BestWeights(work_folder / "best", average_after, merit)
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -120,44 +126,52 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     with quiet():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     curve = trainer.curve
-    if (count := best.count(curve)) > 1:
+    num_averaged = best.num_averaged(curve)
+    if num_averaged > 1:
         best.restore_average(model, curve)
         figures = evaluate(model)
         if merit(figures["score"]) > max(merit(point["score"]) for point in curve):
-            return [*curve, {**curve[-1], **figures, "averaged": count}]
+            return [*curve, {**curve[-1], **figures, "averaged": num_averaged}]
     best.restore(model, curve)
     return curve
 
 
 class _Trainer(Trainer):
-    """A Trainer with an objective and an evaluation of the caller's.
+    """A Trainer that gets its loss and its evaluation from the caller.
 
     Args:
         objective: The loss as a function of the model, a batch and the number of completed steps.
         compute_figures: Computes the figures of a model, among them `score`.
-        best: The best weights so far.
+        best: The files of the best weights so far.
         arguments: The arguments of `transformers.Trainer`.
     """
 
-    def __init__(self, *, objective: Any, compute_figures: Any, best: _BestWeights, **arguments: Any):
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        compute_figures: Callable[[nn.Module], dict[str, float]],
+        best: BestWeights,
+        **arguments: Any,
+    ):
         super().__init__(**arguments)
-        self.objective: Any = objective
-        self.compute_figures: Any = compute_figures
+        self.objective: Objective = objective
+        self.compute_figures = compute_figures
         self.best = best
         self.model_accepts_loss_kwargs = False  # the objective's loss is a mean over the batch
         self.seconds = 0.0
 
     @property
-    def curve(self) -> list[dict[str, float]]:
+    def curve(self) -> Curve:
         """The learning curve so far, from the Trainer's log, which is part of its checkpoints."""
-        return [
-            {"step": entry["step"], "seconds": entry["seconds"]}
-            | {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
-            for entry in self.state.log_history
-            if "eval_score" in entry
-        ]
+        curve = []
+        for entry in self.state.log_history:
+            if "eval_score" in entry:
+                figures = {name.removeprefix("eval_"): entry[name] for name in entry if name.startswith("eval_")}
+                curve.append({"step": entry["step"], "seconds": entry["seconds"], **figures})
+        return curve
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -167,11 +181,13 @@ class _Trainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Compute the figures, and store the weights if they are the best so far."""
-        metrics = {f"eval_{name}": value for name, value in self.compute_figures(self.model).items()}
-        for name, value in metrics.items():
-            self._check_finite(name.removeprefix("eval_"), value, "held-out ")
+        model: Any = self.model
+        figures = self.compute_figures(model)
+        for name, value in figures.items():
+            self._check_finite(f"held-out {name}", value)
+        metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(metrics)
-        self.best.update(self.model, self.curve)
+        self.best.update(model, self.curve)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -181,35 +197,40 @@ class _Trainer(Trainer):
         if "loss" in logs:
             self._check_finite("loss", logs["loss"])
 
-    def _check_finite(self, name: str, value: float, prefix: str = "") -> None:
+    def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             raise RecipeError(
-                f"the {prefix}{name} became {value} at step {self.state.global_step}. Lower the learning rate "
+                f"the {name} became {value} at step {self.state.global_step}. Lower the learning rate "
                 f"({self.args.learning_rate}), or train in fp32."
             )
 
 
 class _CheckpointCallback(TrainerCallback):
-    """Seals each checkpoint together with the best weights so far, removes older ones, and reports timed progress.
+    """Seals each checkpoint together with the best weights so far, removes older checkpoints, and reports progress.
 
     Args:
-        trainer: The trainer.
+        trainer: The trainer that calls this, for its curve and its best weights.
         progress: Called after each step.
         stage: The name of the training in progress messages.
-        after_step: Called after each step with its number.
+        after_step: Called after each step with the number of completed steps.
     """
 
     def __init__(self, trainer: _Trainer, progress: Progress, stage: str, after_step: Callable[[int], None] | None):
-        self.trainer, self.progress, self.stage, self.after_step = trainer, progress, stage, after_step
+        self.trainer = trainer
+        self.progress = progress
+        self.stage = stage
+        self.after_step = after_step
         self.step_start = 0.0
-        self.figures = dict[str, float]()
+        self.figures: dict[str, float] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the timer and the pinned files of a run that resumes from a checkpoint."""
         if self.trainer.curve:
             self.trainer.seconds = state.log_history[-1]["seconds"]
             self.trainer.best.pin(self.trainer.curve)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seal the new checkpoint, then remove the older checkpoints."""
         best = self.trainer.best
         checkpoints = Path(args.output_dir)
         folder = checkpoints / f"checkpoint-{state.global_step}"
@@ -220,106 +241,26 @@ class _CheckpointCallback(TrainerCallback):
             if checkpoint != folder:
                 shutil.rmtree(checkpoint)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the timer of a step: evaluations and checkpoints do not count as training."""
         self.step_start = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report progress with the mean speed so far."""
         self.trainer.seconds += time.perf_counter() - self.step_start
         self.figures["steps/s"] = state.global_step / self.trainer.seconds
         self.progress(self.stage, state.global_step, state.max_steps, self.figures)
         if self.after_step:
             self.after_step(state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Store the latest loss and score for the next progress message."""
         labels = {"loss": "loss", "eval_score": "score"}
         self.figures |= {labels[name]: value for name, value in (logs or {}).items() if name in labels}
 
 
-class _BestWeights:
-    """Files of the trained parameters at the best evaluation so far, and of their average over the late evaluations.
-
-    The files that the last checkpoint refers to are pinned: an interrupted run resumes from them.
-
-    Args:
-        folder: The folder of the files.
-        average_after: The average is over the evaluations after this step.
-        merit: Maps a score to a number that is higher for a better score.
-    """
-
-    def __init__(self, folder: Path, average_after: float, merit: Callable[[float], float]):
-        self.folder, self.average_after, self.merit = folder, average_after, merit
-        self.pinned: tuple[Path, ...] = ()
-
-    def count(self, curve: list[dict[str, float]]) -> int:
-        """Return the number of evaluations that the average is over."""
-        return sum(point["step"] > self.average_after for point in curve)
-
-    def update(self, model: Any, curve: list[dict[str, float]]) -> None:
-        """Write the weights if the last point of the curve is the best, and add them to the average if it is late."""
-        weights = {name: p.detach().contiguous() for name, p in _trained_parameters(model)}
-        if best_step(curve, self.merit) == int(curve[-1]["step"]):
-            self._write(self._best_file(curve), weights)
-        if curve[-1]["step"] > self.average_after:
-            if (count := self.count(curve)) > 1:
-                average = self._read(self._average_file(count - 1))
-                weights = {n: average[n].to(p.device).lerp(p, 1 / count) for n, p in weights.items()}
-            self._write(self._average_file(count), weights)
-        self._remove_unused(curve)
-
-    def files(self, curve: list[dict[str, float]]) -> list[Path]:
-        """Return the files that a run resumes from: the best weights, and the average if there is one."""
-        return [self._best_file(curve), *([self._average_file(count)] if (count := self.count(curve)) else [])]
-
-    def pin(self, curve: list[dict[str, float]]) -> None:
-        """Protect the current files from removal until the next call."""
-        self.pinned = tuple(self.files(curve))
-        self._remove_unused(curve)
-
-    def restore(self, model: Any, curve: list[dict[str, float]]) -> None:
-        """Load the best weights into the model."""
-        self._load(model, self._best_file(curve))
-
-    def restore_average(self, model: Any, curve: list[dict[str, float]]) -> None:
-        """Load the average of the late weights into the model."""
-        self._load(model, self._average_file(self.count(curve)))
-
-    def _load(self, model: Any, file: Path) -> None:
-        stored = self._read(file)
-        with torch.no_grad():
-            for name, parameter in _trained_parameters(model):
-                parameter.copy_(stored[name])
-
-    def _read(self, file: Path) -> dict[str, torch.Tensor]:
-        from safetensors.torch import load_file
-
-        return load_file(file)
-
-    def _write(self, file: Path, weights: dict[str, torch.Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replace_atomically(file, synced=False) as temporary:
-            save_file(weights, temporary)
-
-    def _remove_unused(self, curve: list[dict[str, float]]) -> None:
-        used = (*self.files(curve), *self.pinned)
-        for file in [*self.folder.glob("step-*"), *self.folder.glob("mean-*")]:
-            if file not in used:
-                file.unlink()
-
-    def _best_file(self, curve: list[dict[str, float]]) -> Path:
-        return self.folder / f"step-{best_step(curve, self.merit)}.safetensors"
-
-    def _average_file(self, count: int) -> Path:
-        return self.folder / f"mean-{count}.safetensors"
-
-
-def _trained_parameters(model: Any) -> list[tuple[str, Any]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
 def _last_undamaged_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest checkpoint whose files all match its seal, and remove damaged ones."""
+    """Return the newest checkpoint whose files all match its seal, and remove damaged checkpoints."""
     undamaged: dict[int, Path] = {}
     for entry in checkpoints.glob("*"):
         step = entry.name.removeprefix("checkpoint-")

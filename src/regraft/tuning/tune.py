@@ -1,9 +1,9 @@
-"""Tuning a model on a task."""
+"""Tuning of a model on a task, from labels or a teacher."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regraft.model import Deployment
 from regraft.model.outputs import forward
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import nn
 
     from regraft.base import Base
     from regraft.progress import Progress
     from regraft.recipe import Recipe
     from regraft.task import TaskData
-    from regraft.task.types import Likelihood
+    from regraft.task.split import Integers
+    from regraft.task.types import Likelihood, Signal
     from regraft.tuning.trainer import Objective
 
 LEARNING_RATES = {
@@ -32,7 +34,7 @@ LEARNING_RATES = {
     "layernorm": 1e-3,  # between LoRA's and IA3's; no source
     "ia3": 5e-3,  # as in PEFT's method comparison
     "prefix": 1e-2,  # as in PEFT's example of prefix tuning
-    "prompt": 1e-2,  # a prefix before the first layer only
+    "prompt": 1e-2,  # as for a prefix, because a prompt is a prefix of the first layer only
 }
 """The default peak learning rate by kind of adaptation."""
 DEFAULT_ADAPTER_LEARNING_RATE = LEARNING_RATES["lora"]
@@ -46,31 +48,28 @@ class Teacher:
     Args:
         model: The old model.
         base: The old base, for its tokenizer.
-        options: The options of the loss; those of an `Interpolation` add points between student and teacher.
-        selects_best: Whether the best weights are those most similar to the teacher on dev; labels are then not read.
+        options: The options of the loss; an `Interpolation` also computes it at points between student and teacher.
+        selects_best: Whether the best weights are chosen by their similarity to the teacher on dev. The score on dev is
+            then not computed, and dev needs no labels.
     """
 
-    model: Any
+    model: nn.Module
     base: Base
     options: Distillation
     selects_best: bool = False
 
 
 def learning_rate(kind: str) -> float:
-    """Return the default learning rate for a kind of adaptation.
-
-    Args:
-        kind: The kind, as in `Adaptation`.
-    """
+    """Return the default learning rate for a kind of adaptation, as in `Adaptation.kind`."""
     return LEARNING_RATES.get(kind, DEFAULT_ADAPTER_LEARNING_RATE)
 
 
 def tune_model(
-    model: Any,
+    model: nn.Module,
     base: Base,
     data: TaskData,
     recipe: Recipe,
-    work: Path,
+    work_folder: Path,
     progress: Progress,
     teacher: Teacher | None = None,
     anchor: Anchoring | None = None,
@@ -78,11 +77,11 @@ def tune_model(
     """Tune a model in place; it ends with its best weights on dev.
 
     Args:
-        model: The model, full or with an adapter; parameters that require gradients are tuned.
+        model: The model, full or with an adapter; its parameters that require gradients are tuned.
         base: The model's base, for its tokenizer.
-        data: The task's examples, with labels in the order of the model's outputs.
+        data: The task's data, with labels in the order of the model's outputs.
         recipe: The recipe, resolved for this data.
-        work: The working folder, from which an interrupted tuning resumes.
+        work_folder: The working folder, from which an interrupted tuning resumes.
         progress: Called after each step.
         teacher: The old model to distil from, if any.
         anchor: The penalty on the distance from the starting weights, if any.
@@ -91,41 +90,38 @@ def tune_model(
         The learning curve on dev, from step 0 on: entries with `step`, `seconds`, `score` and `loss` (the mean over
         rows). If the teacher selects the best weights, `score` and `loss` are the two figures of
         `Deployment.similarity_to`.
+
+    Raises:
+        DataError: The tokenizer returns no token for an input.
+        MismatchError: An output of the teacher is infinite or not a number.
+        RecipeError: A loss or a score became infinite or not a number, or a tracker does not exist.
     """
     from regraft.tuning.trainer import train
 
     likelihood = data.likelihood
     steps = recipe.steps or 1
-    metric = data.task.scoring
     student = Deployment(model, base, data, recipe.precision)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
-    dev_signal = None
     objective = label_objective(likelihood)
+    teacher_signal: Signal | None = None
     if teacher:
-        old = Deployment(teacher.model, teacher.base, data, recipe.precision, progress)
-        outputs = compute_teacher_outputs(old, data.train, order, teacher.options, work)
-        dev_signal = old.signal(data.dev) if teacher.selects_best else None
-        if isinstance(teacher.options, Interpolation):
-            standardise_outputs(old.model, teacher.base, data)  # the student is interpolated in these units, too
-            objective = interpolation_objective(outputs, old.model, teacher.options, likelihood, steps, recipe.seed)
-        else:
-            old.model.to("cpu")
-            objective = distillation_objective(outputs, teacher.options, likelihood, steps)
+        objective, teacher_signal = _distillation(teacher, data, order, recipe, work_folder, progress)
 
-    def evaluate(current: Any) -> dict[str, float]:
-        student.model = current
+    def evaluate(current_model: nn.Module) -> dict[str, float]:
+        student.model = current_model
         student.clear_outputs()
-        if dev_signal is not None:
-            return dict(zip(("score", "loss"), student.similarity_to(data.dev, dev_signal), strict=True))
-        return {"score": student.score(data.dev), "loss": student.loss(data.dev)}
+        if teacher_signal is None:
+            return {"score": student.score(data.dev), "loss": student.loss(data.dev)}
+        overlap, divergence = student.similarity_to(data.dev, teacher_signal)
+        return {"score": overlap, "loss": divergence}
 
     with standardised_outputs(model, base, data):
         if anchor:
-            weights = None
+            fisher = None
             if anchor.weighting == "fisher":
-                weights = fisher_information(model, examples, order, likelihood, progress)
-            objective = anchored_objective(objective, model, weights, anchor, steps)
+                fisher = fisher_information(model, examples, order, likelihood, progress)
+            objective = anchored_objective(objective, model, fisher, anchor, steps)
         return train(
             model,
             range(len(order)),
@@ -133,11 +129,33 @@ def tune_model(
             objective,
             evaluate,
             recipe,
-            work,
+            work_folder,
             progress,
             stage="tune",
-            merit=metric.merit if dev_signal is None else float,
+            merit=data.task.scoring.merit if teacher_signal is None else float,
         )
+
+
+def _distillation(
+    teacher: Teacher, data: TaskData, order: Integers, recipe: Recipe, work_folder: Path, progress: Progress
+) -> tuple[Objective, Signal | None]:
+    """Run a teacher; return the distillation objective, and the teacher's signal on dev if it selects the best weights.
+
+    A teacher whose weights are interpolated with the student's stays on the device, in standardised units; any other
+    teacher is moved to the CPU.
+    """
+    steps = recipe.steps or 1
+    options = teacher.options
+    old = Deployment(teacher.model, teacher.base, data, recipe.precision, progress)
+    outputs = compute_teacher_outputs(old, data.train, order, options, work_folder)
+    dev_signal = old.signal(data.dev) if teacher.selects_best else None
+    if isinstance(options, Interpolation):
+        standardise_outputs(old.model, teacher.base, data)
+        objective = interpolation_objective(outputs, old.model, options, data.likelihood, steps, recipe.seed)
+    else:
+        old.model.to("cpu")
+        objective = distillation_objective(outputs, options, data.likelihood, steps)
+    return objective, dev_signal
 
 
 def label_objective(likelihood: Likelihood) -> Objective:
@@ -150,7 +168,7 @@ def label_objective(likelihood: Likelihood) -> Objective:
         A function of the model, a batch and the number of completed steps.
     """
 
-    def objective(model: Any, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+    def objective(model: nn.Module, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         return likelihood.loss(forward(model, batch).logits, batch["targets"], "mean")
 
     return objective

@@ -1,4 +1,4 @@
-"""Training output layers on standardised targets, and restoring the targets' own units."""
+"""Changes of a model's output layers between the units of the targets and standardised units."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from regraft.adaptation import label_tensor_names
 from regraft.model.outputs import unwrap_parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
+    from torch import nn
 
     from regraft.base import Base
     from regraft.task import TaskData
@@ -22,26 +23,26 @@ _PEFT_NAME_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.\w+\.")
 
 
 @contextlib.contextmanager
-def standardised_outputs(model: Any, base: Base, data: TaskData) -> Iterator[None]:
+def standardised_outputs(model: nn.Module, base: Base, data: TaskData) -> Iterator[None]:
     """Standardise a model's output layers inside the context, without a change of its outputs.
 
-    The layers' weights are divided by the targets' scale, and their outputs multiplied by it: the model predicts the
-    same, and an optimiser's steps are as large, relative to the outputs, as with targets of unit scale.
+    The layers' weights are divided by the targets' scale, and their outputs multiplied by it. The model's predictions
+    stay, and an optimiser's steps are as large, relative to the outputs, as with targets of unit scale.
 
     Args:
         model: A model with a head for the task, with or without an adapter.
-        base: The model's base.
-        data: The task; if it does not scale its targets, the context does nothing.
+        base: The model's base, for the names of the output layers.
+        data: The task's data; if the task type does not scale its targets, the context does nothing.
     """
-    units = data.task.target_scaling(data.train.targets)
-    if units is None:
+    scaling = data.task.target_scaling(data.train.targets)
+    if scaling is None:
         yield
         return
-    mean, scale = units
+    mean, scale = scaling
     layers = _output_layers(model, base, data)
     standardise_outputs(model, base, data)
 
-    def rescale(layer: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+    def rescale(layer: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output * scale + (mean if layer.bias is not None else 0)
 
     handles = [layer.register_forward_hook(rescale) for layer in layers]
@@ -53,35 +54,39 @@ def standardised_outputs(model: Any, base: Base, data: TaskData) -> Iterator[Non
         restore_output_units(model, base, data)
 
 
-def standardise_outputs(model: Any, base: Base, data: TaskData) -> None:
-    """Change a model's output layers from the units of the targets to standardised ones, in place.
+def standardise_outputs(model: nn.Module, base: Base, data: TaskData) -> None:
+    """Change a model's output layers from the units of the targets to standardised units, in place.
 
     Args:
-        model: A model with a head for the task.
-        base: The model's base.
-        data: The task; if it does not scale its targets, nothing changes.
+        model: A model with a head for the task, with or without an adapter.
+        base: The model's base, for the names of the output layers.
+        data: The task's data; if the task type does not scale its targets, nothing changes.
     """
-    _transform_output_layers(model, base, data, lambda value, mean, scale: (value - mean) / scale)
+    _transform_output_layers(model, base, data, lambda tensor, mean, scale: (tensor - mean) / scale)
 
 
-def restore_output_units(model: Any, base: Base, data: TaskData) -> None:
-    """Change a model's output layers from standardised units to those of the targets: undo `standardise_outputs`.
+def restore_output_units(model: nn.Module, base: Base, data: TaskData) -> None:
+    """Change a model's output layers from standardised units to the units of the targets: undo `standardise_outputs`.
 
     Args:
-        model: A model with a head for the task; a fresh head's outputs are in standardised units.
-        base: The model's base.
-        data: The task; if it does not scale its targets, nothing changes.
+        model: A model with a head for the task, with or without an adapter, whose outputs are in standardised units,
+            as a fresh head's are.
+        base: The model's base, for the names of the output layers.
+        data: The task's data; if the task type does not scale its targets, nothing changes.
     """
-    _transform_output_layers(model, base, data, lambda value, mean, scale: value * scale + mean)
+    _transform_output_layers(model, base, data, lambda tensor, mean, scale: tensor * scale + mean)
 
 
-def _transform_output_layers(model: Any, base: Base, data: TaskData, transform: Any) -> None:
+def _transform_output_layers(
+    model: nn.Module, base: Base, data: TaskData, transform: Callable[[torch.Tensor, float, float], torch.Tensor]
+) -> None:
+    """Apply a transform of (tensor, mean, scale) to the output layers in place; weights are scaled but not shifted."""
     import torch
 
-    units = data.task.target_scaling(data.train.targets)
-    if units is None:
+    scaling = data.task.target_scaling(data.train.targets)
+    if scaling is None:
         return
-    mean, scale = units
+    mean, scale = scaling
     with torch.no_grad():
         for layer in _output_layers(model, base, data):
             layer.weight.copy_(transform(layer.weight, 0.0, scale))
@@ -89,11 +94,14 @@ def _transform_output_layers(model: Any, base: Base, data: TaskData, transform: 
                 layer.bias.copy_(transform(layer.bias, mean, scale))
 
 
-def _output_layers(model: Any, base: Base, data: TaskData) -> list[Any]:
-    """Return the linear layers that produce the task's outputs, including a PEFT adapter's copies of them."""
-    import torch
+def _output_layers(model: nn.Module, base: Base, data: TaskData) -> list[nn.Linear]:
+    """Return the linear layers that produce the task's outputs, and a PEFT adapter's copies of these layers."""
+    from torch import nn
 
-    names = {name.rpartition(".")[0] for name in label_tensor_names(base, data.head.type)}
-    modules = unwrap_parallel(model).named_modules()
-    layers = [(name, module) for name, module in modules if isinstance(module, torch.nn.Linear)]
-    return [layer for name, layer in layers if _PEFT_NAME_PARTS.sub("", f"{name}.").removesuffix(".") in names]
+    output_names = {name.rpartition(".")[0] for name in label_tensor_names(base, data.head.type)}
+    layers = []
+    for name, module in unwrap_parallel(model).named_modules():
+        base_name = _PEFT_NAME_PARTS.sub("", f"{name}.").removesuffix(".")
+        if isinstance(module, nn.Linear) and base_name in output_names:
+            layers.append(module)
+    return layers
