@@ -87,12 +87,12 @@ def test_barrier_of_a_double_well_is_its_height():
 
 @settings(max_examples=100, deadline=None)
 @given(CURVES, NUMBERS, NUMBERS)
-def test_a_barrier_is_not_negative_and_ignores_linear_terms(losses, start, slope):
+def test_a_barrier_is_not_negative_and_ignores_linear_terms(losses, offset, slope):
     mu = np.array(make_unit_grid(len(losses)))
     height = barrier(mu, losses)
     assert height >= 0 and (len(losses) > 2 or height == 0)
-    assert barrier(mu, np.array(losses) + start + slope * mu) == pytest.approx(height, abs=1e-9)
-    assert barrier(mu, start + slope * mu) == pytest.approx(0, abs=1e-9)
+    assert barrier(mu, np.array(losses) + offset + slope * mu) == pytest.approx(height, abs=1e-9)
+    assert barrier(mu, offset + slope * mu) == pytest.approx(0, abs=1e-9)
     convex_losses = min(losses) + slope**2 * (mu - 0.3) ** 2
     assert barrier(mu, convex_losses) == pytest.approx(0, abs=1e-8)
     assert height >= max(losses) - max(losses[0], losses[-1]) - 1e-9

@@ -130,9 +130,14 @@ def test_direct_folds_a_peft_lora_that_was_initialised_from_its_base(tmp_path, o
     model = fresh_model(old, HEAD, 0)
     with quiet():
         config = LoraConfig(
-            task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=["query", "dense"], init_lora_weights=init,
-            modules_to_save=["pooler"], rank_pattern={"query": 2},
-        )  # fmt: skip
+            task_type="SEQ_CLS",
+            r=4,
+            lora_alpha=6,
+            target_modules=["query", "dense"],
+            init_lora_weights=init,
+            modules_to_save=["pooler"],
+            rank_pattern={"query": 2},
+        )
         model = get_peft_model(model, config)
         torch.manual_seed(3)
         with torch.no_grad():

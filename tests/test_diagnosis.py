@@ -51,7 +51,7 @@ def open_pair(task_file):
     return open_deployments
 
 
-def test_flips_equal_those_counted_by_hand(open_pair, bases, tuned_outcomes):
+def test_regressions_equal_flips_counted_by_hand(open_pair, bases, tuned_outcomes):
     with open_pair(Upgrade(*bases["bert"]), tuned_outcomes["bert", "full"]) as pair:
         labels = pair.split.labels.tolist()
         targets = torch.tensor(labels)
@@ -97,7 +97,7 @@ def test_noise_floor():
 def test_calibration_equals_one_computed_by_hand():
     probabilities = torch.tensor([[0.95, 0.05], [0.92, 0.08], [0.35, 0.65], [0.4, 0.6]])
     result = calibration(probabilities.amax(dim=1).tolist(), [True, False, True, True])
-    assert [(bin.low, bin.count) for bin in result.bins] == [(0.5, 1), (0.6, 1), (0.9, 2)]
+    assert [(entry.low, entry.count) for entry in result.bins] == [(0.5, 1), (0.6, 1), (0.9, 2)]
     assert result.ece == pytest.approx((0.4 + 0.35 + 2 * abs(0.935 - 0.5)) / 4, abs=1e-5)
     certain = calibration([1.0, 1.0], [True, True])
     assert certain.ece == pytest.approx(0, abs=1e-6)
@@ -106,28 +106,30 @@ def test_calibration_equals_one_computed_by_hand():
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(2, 4), st.integers(0, 2**31))
 def test_calibration_counts_all_examples_and_their_accuracy(num_examples, num_classes, seed):
-    random = torch.Generator().manual_seed(seed)
-    probabilities = torch.randn(num_examples, num_classes, generator=random).softmax(dim=1)
-    labels = torch.randint(num_classes, (num_examples,), generator=random)
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = torch.randn(num_examples, num_classes, generator=generator).softmax(dim=1)
+    labels = torch.randint(num_classes, (num_examples,), generator=generator)
     is_right = probabilities.argmax(dim=1) == labels
     result = calibration(probabilities.amax(dim=1).tolist(), is_right.tolist())
     assert 0 <= result.ece <= 1
-    assert sum(bin.count for bin in result.bins) == num_examples
+    assert sum(entry.count for entry in result.bins) == num_examples
     accuracy = float(is_right.float().mean())
-    assert sum(bin.count * bin.accuracy for bin in result.bins) / num_examples == pytest.approx(accuracy, abs=1e-5)
+    assert sum(entry.count * entry.accuracy for entry in result.bins) / num_examples == pytest.approx(
+        accuracy, abs=1e-5
+    )
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(4, 20), st.integers(4, 20), st.integers(1, 4), st.integers(0, 2**31))
 def test_overlap_is_symmetric_and_ignores_scale_and_rotation(rows, columns, directions, seed):
-    random = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(rows, columns, generator=random, dtype=torch.float64) for _ in range(2))
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(rows, columns, generator=generator, dtype=torch.float64) for _ in range(2))
     assert subspace_overlap(a, a, directions) == pytest.approx(1)
     assert subspace_overlap(a, -3 * a, directions) == pytest.approx(1)
     overlap = subspace_overlap(a, b, directions)
     assert -1e-9 <= overlap <= 1 + 1e-9
     assert subspace_overlap(b, a, directions) == pytest.approx(overlap)
-    rotation = torch.linalg.qr(torch.randn(rows, rows, generator=random, dtype=torch.float64)).Q
+    rotation = torch.linalg.qr(torch.randn(rows, rows, generator=generator, dtype=torch.float64)).Q
     assert subspace_overlap(rotation @ a, rotation @ b, directions) == pytest.approx(overlap)
 
 
@@ -136,8 +138,8 @@ def test_overlap_of_orthogonal_and_of_large_matrices():
     a[:3], b[3:6] = torch.randn(3, 6), torch.randn(3, 6)
     assert subspace_overlap(a, b, 3) == pytest.approx(0, abs=1e-9)
     assert subspace_overlap(a, torch.zeros(10, 6)) == 0
-    random = torch.Generator().manual_seed(0)
-    large = torch.randn(1100, 4, generator=random) @ torch.randn(4, 1200, generator=random)
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(1100, 4, generator=generator) @ torch.randn(4, 1200, generator=generator)
     rng_state = torch.get_rng_state()
     assert subspace_overlap(large, 2 * large, 4) == pytest.approx(1, abs=1e-3)
     assert torch.equal(torch.get_rng_state(), rng_state)
@@ -280,16 +282,16 @@ def test_choice_depends_on_share_and_gain(share, gain, choice):
 
 
 def test_verdicts_follow_from_predictions():
-    random = np.random.default_rng(0)
-    labels = random.integers(2, size=400)
-    accurate = np.where(random.random(400) < 0.9, labels, 1 - labels)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=400)
+    accurate = np.where(rng.random(400) < 0.9, labels, 1 - labels)
     unchanged = verdict(ACCURACY, labels, accurate, accurate, 0.5)
     assert (unchanged.choice, unchanged.sure, unchanged.predicted) == ("use as is", 1, 1)
-    lost = verdict(ACCURACY, labels, accurate, random.integers(2, size=400), 0.5)
+    lost = verdict(ACCURACY, labels, accurate, rng.integers(2, size=400), 0.5)
     assert lost.choice == "scratch"
     assert lost.sure > 0.9
     assert "from scratch" in lost.advice
-    perturbed = np.where(random.random(400) < 0.03, 1 - accurate, accurate)
+    perturbed = np.where(rng.random(400) < 0.03, 1 - accurate, accurate)
     borderline = verdict(ACCURACY, labels, accurate, perturbed, 0.5)
     assert 0.3 < borderline.sure < 1
     with_gain = verdict(ACCURACY, labels, accurate, accurate, 0.5, gain=Interval(0.1, 0.05, 0.15))

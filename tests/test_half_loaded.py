@@ -25,10 +25,11 @@ from regraft.model import match_labels
 from regraft.progress import quiet, silent
 from regraft.task import load_data
 
+# DistilBERT's forward takes no past_key_values, as which a prefix is passed
 CELLS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")]
-FOLDED = ("pissa", "olora")  # saved as the plain LoRA that they amount to
+FOLDED = ("pissa", "olora")  # stored as a plain LoRA with the same delta
 UNMERGEABLE = ("prefix", "prompt", "bottleneck", "pfeiffer")
-FEW = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
+FEW_STEPS = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
 
 
 def find_weights(folder):
@@ -67,7 +68,7 @@ def write_broken_copy(adaptation, folder, fault):
 
 @pytest.mark.parametrize("fault", ["renamed", "missing", "extra", "cut"])
 @pytest.mark.parametrize(("architecture", "kind"), CELLS)
-def test_a_tensor_that_does_not_belong_is_named_and_refused(
+def test_an_adaptation_with_a_faulty_tensor_is_refused_by_the_name_of_the_tensor(
     tmp_path, saved_adaptations, opened_bases, architecture, kind, fault
 ):
     path, _ = saved_adaptations[architecture, kind]
@@ -167,7 +168,7 @@ MATRIX = "bert.encoder.layer.1.output.dense.weight"
 EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 
-# Changes of an adaptation's folder: each returns a function that makes the change.
+# Changes of an adaptation's folder: functions of the folder, and functions that return such a function.
 
 
 def change_lineage(**entries):
@@ -235,14 +236,15 @@ def drop_tensors(part, **config_entries):
 def store_as_int8(part=""):
     """Store the tensors whose names contain a part as integers."""
     return change_tensors(
-        lambda tensors: {n: tensor.to(torch.int8) if part in n else tensor for n, tensor in tensors.items()}
+        lambda tensors: {name: tensor.to(torch.int8) if part in name else tensor for name, tensor in tensors.items()}
     )
 
 
 def cut_rows(part, end, **config_entries):
     """Store only the rows before `end` of the tensors whose names contain a part."""
     return change_tensors(
-        lambda tensors: {n: tensor[:end] if part in n else tensor for n, tensor in tensors.items()}, **config_entries
+        lambda tensors: {name: tensor[:end] if part in name else tensor for name, tensor in tensors.items()},
+        **config_entries,
     )
 
 
@@ -250,7 +252,9 @@ def swap_factors():
     """Store each A of a LoRA under the name of its B, and the reverse."""
     swapped = {"lora_A": "lora_B", "lora_B": "lora_A"}
     return change_tensors(
-        lambda tensors: {re.sub("lora_[AB]", lambda m: swapped[m[0]], n): tensor for n, tensor in tensors.items()}
+        lambda tensors: {
+            re.sub("lora_[AB]", lambda match: swapped[match[0]], name): tensor for name, tensor in tensors.items()
+        }
     )
 
 
@@ -368,7 +372,7 @@ def test_a_folder_that_would_load_in_part_is_refused(
     change(tmp_path / "made")
     upgrade = Upgrade(*opened_bases["bert"])
     with pytest.raises(RegraftError, match=message) as error:
-        recycle(upgrade, tmp_path / "made", task_file, "init", tmp_path / "out", recipe=FEW, head="resize")
+        recycle(upgrade, tmp_path / "made", task_file, "init", tmp_path / "out", recipe=FEW_STEPS, head="resize")
     assert str(tmp_path / "made") in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
@@ -411,7 +415,7 @@ def test_settings_that_the_upgrade_changed_are_taken_from_the_new_base(tmp_path,
         load_model(load_adaptation(tmp_path / "out"), old, HEAD)
 
 
-def test_weights_for_another_type_of_task_are_refused(saved_adaptations, task_file, tmp_path):
+def test_an_adaptation_of_a_different_task_type_is_refused(saved_adaptations, task_file, tmp_path):
     folder = tmp_path / "lora"
     shutil.copytree(saved_adaptations["bert", "lora"][0], folder)
     data = load_data(task_file, 20)
