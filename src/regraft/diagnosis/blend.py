@@ -45,7 +45,7 @@ class Blend:
                 self._differing.append((target, sources))
 
     def set_coefficients(self, *coefficients: float) -> None:
-        """Set the model to (1 − Σ cᵢ)·model₀ + Σ cᵢ·modelᵢ; where only one coefficient is not 0, copy that model.
+        """Set the model to (1 − Σ cᵢ)·model₀ + Σ cᵢ·modelᵢ, or to an exact copy of the only model with a coefficient.
 
         Args:
             coefficients: The coefficient cᵢ of each model after the first; below 0 or above 1 they extrapolate.
@@ -91,7 +91,8 @@ def _check_same_layout(
     """Check that two models have the same tensors, by name, shape and type, and the same integers."""
     remedy = "Write both as one kind: `regraft adaptation convert … --to full`."
     for tensors, reference, name in ((first, second, first_name), (second, first, second_name)):
-        if unmatched := [tensor_name for tensor_name in tensors if tensor_name not in reference]:
+        unmatched = [tensor_name for tensor_name in tensors if tensor_name not in reference]
+        if unmatched:
             raise MismatchError(
                 f"only the {name} has tensor {unmatched[0]!r} ({len(unmatched):,} such): models of different kinds "
                 f"cannot be interpolated. {remedy}"

@@ -42,8 +42,8 @@ class Check:
         new: The adaptation's score on the new base.
         floor: The chance score: the score of the best prediction that ignores the input.
         retained: (new − floor) / (old − floor); None if old is no better than chance.
-        agreement: The score of the predictions on the new base against those on the old base, by the first metric of
-            the task type: in classification, the share of equal predictions.
+        agreement: The score of the predictions on the new base, with the predictions on the old base as targets, by
+            the first metric of the task type: in classification, the share of equal predictions.
         negative_flips: The share of examples that were right before the upgrade and are wrong after it.
         positive_flips: The share of examples that were wrong before the upgrade and are right after it.
         l2: The Euclidean distance between the bodies of the two bases.
@@ -162,7 +162,7 @@ def describe(result: Check) -> SummaryLines:
     """Summarise a check for a terminal.
 
     Args:
-        result: The check.
+        result: The check to summarise.
 
     Returns:
         The label and text of one line per figure.

@@ -35,8 +35,8 @@ class CompatibilityPoint:
         distance: The checkpoint's L2 distance from the old base.
         score: The adaptation's score on the checkpoint.
         loss: The adaptation's mean loss on the checkpoint, in nats.
-        agreement: The score of the predictions against those on the old base, by the first metric of the task type: in
-            classification, the share of equal predictions.
+        agreement: The score of the predictions, with the predictions on the old base as targets, by the first metric of
+            the task type: in classification, the share of equal predictions.
         steps: The number of pre-training steps that led to the checkpoint; None if its folder does not record it.
     """
 

@@ -188,6 +188,7 @@ def _tolerance(mu: Sequence[float], losses: Floats, chance_loss: float) -> float
 
 
 def _answer(context: QuestionContext) -> Segment:
+    """Measure the segment between the two deployments of the context's pair."""
     context.require_same_tokens()
     pair = context.pair
     return segment(

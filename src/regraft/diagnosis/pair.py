@@ -161,14 +161,14 @@ def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
 
     Args:
         path: The folder of an outcome or an adaptation.
-        base: The new base.
+        base: The new base, on which the adaptation was tuned.
         data: The task's data, with labels in the order of the old head.
 
     Returns:
         The model with its head, on the device.
 
     Raises:
-        MismatchError: The adaptation is for a different base or task type, or its labels or their order differ.
+        MismatchError: The adaptation's base, task type or labels differ, or the order of its labels.
     """
     adaptation = load_adaptation(path)
     adaptation.check_base(base)

@@ -84,7 +84,8 @@ def plane(
         base: A base with the tokenizer of all three.
         data: The task's data, with labels in the order of the heads.
         size: The number of points along each side, at least 2; the data is evaluated `size`² times.
-        margin: The distance from the outermost models to the edge of the grid, relative to the models' extent.
+        margin: The distance from the outermost models to the edge of the grid, relative to the models' extent; the
+            default is arbitrary.
         split: `test` (dev if there is none) or `dev`.
         precision: `bf16` or `fp32`.
         progress: Called after each point, with its loss.
@@ -167,6 +168,7 @@ def _nested_tuples(grid: np.ndarray[Any, Any]) -> tuple[tuple[float, ...], ...]:
 
 
 def _answer(context: QuestionContext) -> Plane | None:
+    """Measure the plane through the old deployment, the same adaptation on the new base, and the counterpart."""
     if not context.options.plane:
         return None
     context.require_same_tokens()

@@ -26,7 +26,7 @@ SEGMENT_POINTS = 11
 MIN_SEGMENT_POINTS = 3
 """Both ends and a point between them, without which there is no barrier."""
 MIN_PLANE_SIZE = 3
-"""The least number of points along each side of a plane."""
+"""The least number of points along each side of a plane; 2 points would be its edges alone."""
 # Each point is a pass over the data, and charts show no more points than these.
 MAX_SEGMENT_POINTS = 1000
 MAX_PLANE_SIZE = 100

@@ -85,7 +85,7 @@ def retention(pair: DeploymentPair, text: Sequence[str] = ()) -> Retention:
 
 
 def _token_blocks(pair: DeploymentPair, text: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Tokenize the text, or the task's training texts if there is none; return token ids, blocks × tokens."""
+    """Return the token ids of the text, or of the task's training texts if there is none: blocks × tokens."""
     import numpy as np
 
     base = pair.upgrade.new

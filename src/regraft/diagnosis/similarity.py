@@ -149,8 +149,10 @@ def similarity(
             (dev if there is none); labels are not read.
         control: A model unrelated to `first`; if None, a model of the same architecture with random weights.
         control_name: The name of the control.
-        maps: The number of heads whose attention maps are recorded.
-        texts: The number of texts, at least 1; fewer are measured if the split has fewer.
+        maps: The number of heads whose attention maps are recorded; by default the most and the least divergent, the
+            median and the second most divergent.
+        texts: The number of texts, at least 1; fewer are measured if the split has fewer. More texts take longer, and
+            the default is arbitrary.
         precision: `bf16` or `fp32`.
         seed: The seed of the random weights.
         progress: Called after each batch.

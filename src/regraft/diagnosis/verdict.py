@@ -128,6 +128,7 @@ def _probe_reason(metric: Metric, gain: Interval) -> Reason:
 
 
 def _answer(context: QuestionContext) -> Verdict:
+    """Judge the adaptation on the new base without further tuning, whether or not there is a counterpart."""
     pair = context.direct
     return verdict(
         pair.data.task.scoring,

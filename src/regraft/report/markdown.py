@@ -54,6 +54,7 @@ def _card(card: Card) -> list[str]:
 
 
 def _block(block: Block, links: Mapping[str, str]) -> list[str]:
+    """Write a block of any kind as lines."""
     if isinstance(block, Prose):
         return [_escape(block.text), ""]
     if isinstance(block, Facts):

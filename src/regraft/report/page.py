@@ -178,7 +178,7 @@ class Part:
         anchor: The part's anchor, unique on the page.
         title: The heading.
         subtitle: The bases, the adaptation and the data, in a line.
-        card: The conclusion.
+        card: The conclusion, which is shown first.
         sections: The sections, in order.
     """
 

@@ -29,7 +29,7 @@ class MethodSummary:
         start: The score on dev before the first step.
         best_dev: The best score on dev during training.
         score: The final weights' score on the setting's split.
-        deviation: The standard deviation of `score` over seeds; None for one seed.
+        deviation: The sample standard deviation of `score` over seeds; None for one seed or if a score is missing.
         recovery: (score − chance) / (scratch's score − chance).
         steps_to_scratch: The number of steps until the score on dev first reaches scratch's last score on dev; None if
             it does not for some seed.
@@ -223,9 +223,9 @@ def _mean_curve(runs: list[Run]) -> tuple[tuple[float, float], ...]:
     return tuple((step, statistics.fmean(curve[step] for curve in curves)) for step in steps)
 
 
-def _mean(values: list[Any]) -> Any:
-    """Average; None if a value is missing, because a score that one seed never reached has no mean number of steps."""
-    return None if None in values or not values else statistics.fmean(values)
+def _mean(figures: list[Any]) -> Any:
+    """Average; None if a figure is missing, as the steps to a score that one seed never reaches have no mean."""
+    return None if None in figures or not figures else statistics.fmean(figures)
 
 
 def _ranked(summaries: list[MethodSummary], metric: str) -> tuple[MethodSummary, ...]:

@@ -106,7 +106,7 @@ def draw_plane(plane: Plane) -> Figure:
     """Draw the loss on the plane through three models.
 
     Args:
-        plane: The answer of a diagnosis, with at least one finite loss.
+        plane: The losses on the grid, at least one of them finite.
 
     Returns:
         The figure, with a marker at each model.

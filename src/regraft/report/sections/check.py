@@ -17,7 +17,7 @@ def show(check: Check, diagnosis: Diagnosis, prefix: str) -> list[Section]:
     """Show the scores before and after the upgrade, and the flips between them.
 
     Args:
-        check: The answer.
+        check: The scores, flips and distances.
         diagnosis: The diagnosis that the answer belongs to.
         prefix: Unused, because the section has no charts.
 

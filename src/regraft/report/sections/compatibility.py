@@ -18,7 +18,7 @@ def show(points: tuple[CompatibilityPoint, ...], diagnosis: Diagnosis, prefix: s
     """Show the score, loss and agreement of the old adaptation on each checkpoint.
 
     Args:
-        points: The answer: the old base, then the checkpoints.
+        points: The scores on the old base, then on each checkpoint.
         diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the chart's name.
 

@@ -18,7 +18,7 @@ def show(segment: Segment, diagnosis: Diagnosis, prefix: str) -> list[Section]:
     """Show loss and score along the segment.
 
     Args:
-        segment: The answer.
+        segment: The losses and scores along the segment.
         diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the charts' names.
 
@@ -41,6 +41,7 @@ def show(segment: Segment, diagnosis: Diagnosis, prefix: str) -> list[Section]:
 
 
 def _loss_chart(segment: Segment, barriers: str, prefix: str) -> Chart:
+    """Draw the loss along the segment; `barriers` says the barrier of each split in words."""
     measure = "cross-entropy loss"
     courses = join_words(
         f"on {split} goes from {number(losses[0])} to {number(losses[-1])}, at most {number(max(losses))}"

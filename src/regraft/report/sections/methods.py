@@ -53,6 +53,7 @@ def method_sections(settings: list[Setting], prefix: str) -> list[Section]:
 
 
 def _method_table(setting: Setting) -> Table:
+    """Return the scores, recovery and flips of each method."""
     columns = (
         "method",
         "dev at step 0",

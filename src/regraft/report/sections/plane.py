@@ -18,7 +18,7 @@ def show(plane: Plane, diagnosis: Diagnosis, prefix: str) -> list[Section]:
     """Show the loss on the plane.
 
     Args:
-        plane: The answer.
+        plane: The losses and scores on the grid.
         diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the chart's name.
 

@@ -114,6 +114,7 @@ def _version_rows(version_records: Iterable[Mapping[str, str]]) -> tuple[tuple[s
 
 
 def _check_command(folder: Path, diagnosis: Diagnosis) -> str:
+    """Return the command that reproduces a diagnosis in its folder."""
     words = ["regraft", "check", "--deep", "--old-base", diagnosis.old_base, "--new-base", diagnosis.new_base]
     words += ["--adaptation", diagnosis.adaptation, "--task", TASK_FILE]
     if diagnosis.compared != "direct":

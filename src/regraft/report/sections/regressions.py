@@ -21,7 +21,7 @@ def show(regressions: Regressions, diagnosis: Diagnosis, prefix: str) -> list[Se
     """Show the flips, and the views of the task type.
 
     Args:
-        regressions: The answer.
+        regressions: The flips, and the views of the task type.
         diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the charts' names.
 

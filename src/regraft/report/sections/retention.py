@@ -18,7 +18,7 @@ def show(retention: Retention, diagnosis: Diagnosis, prefix: str) -> list[Sectio
     """Show the language-modelling losses.
 
     Args:
-        retention: The answer.
+        retention: The language-modelling losses.
         diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the chart's name.
 

@@ -19,7 +19,7 @@ def show(shift: Shift, diagnosis: Diagnosis, prefix: str) -> list[Section]:
     """Show shift and delta of the body, by layer and by kind of tensor.
 
     Args:
-        shift: The answer.
+        shift: The norms and angles of shift and delta.
         diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the charts' names.
 

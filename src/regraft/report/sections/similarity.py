@@ -22,7 +22,7 @@ def show(similarity: Similarity, diagnosis: Diagnosis, prefix: str) -> list[Sect
     """Show the similarity of the old and the new deployment.
 
     Args:
-        similarity: The answer.
+        similarity: The figures of heads, hidden states and predictions.
         diagnosis: The diagnosis that the answer belongs to.
         prefix: The prefix of the charts' names.
 
@@ -49,6 +49,7 @@ def _has_heads(figures: Similarity | Control) -> bool:
 
 
 def _heads_section(similarity: Similarity, prefix: str) -> Section:
+    """Show the divergence of heads, with the control's on the same colour scale."""
     control = similarity.control if similarity.control and _has_heads(similarity.control) else None
     divergence_rows = [*similarity.divergence, *(control.divergence if control else ())]
     divergences = finite_values(divergence for row in divergence_rows for divergence in row)
