@@ -1,12 +1,17 @@
-"""Speed and memory of a graft on disk against mergekit on the same job and against `cp`.
+"""Compare the speed and memory of a graft on disk with mergekit on the same job and with `cp`.
 
     python -m venv .venv-mergekit && .venv-mergekit/bin/pip install -r benchmarks/mergekit.txt
     python benchmarks/graft.py --mergekit .venv-mergekit/bin/mergekit-yaml
 
-Writes three synthetic bf16 checkpoints in shards (old, tuned, new) and runs each command in turn as a process of its
-own, from disk to disk: `regraft weights graft`, mergekit's `task_arithmetic` (old + (tuned − old) + (new − old), the
-same sum), `cp` of two checkpoints (as many bytes as are read and written together) and `cp` of one (as many as are
-written). The ratio within each round is what counts, since single times drift. The two results are compared at the end.
+Three synthetic bf16 checkpoints (old, tuned, new) are written in shards. Each command then runs in a separate process,
+from disk to disk:
+
+- `regraft weights graft`;
+- mergekit's `task_arithmetic`, which computes the same sum, old + (tuned − old) + (new − old);
+- `cp` of two checkpoints, which reads and writes as many bytes in total as a graft;
+- `cp` of one checkpoint, which writes as many bytes as a graft.
+
+Compare the ratios within a round, since single times drift. The two results are compared at the end.
 """
 
 import argparse
@@ -29,48 +34,51 @@ models:
 parameters: {{normalize: false}}
 dtype: bfloat16
 """
-
-
 HIDDEN_SIZE, INNER_SIZE = 2048, 5632
 """The widths of a Llama of about one billion parameters."""
 LAYER_PARAMETERS = 4 * HIDDEN_SIZE**2 + 3 * HIDDEN_SIZE * INNER_SIZE
+"""Parameters of the attention's and the feed-forward network's matrices."""
 BF16_BYTES, BF16_MANTISSA_BITS = 2, 7
+NUM_SHARDS = 8
+CP_TWO = "cp of the bytes touched"
+SMALLEST = 1e-30
+"""Replaces zeros, whose logarithm is infinite; arbitrary, far below every number of the checkpoints."""
 
 
 def main():
     """Run the rounds and print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--mergekit", help="the command mergekit-yaml of an environment of its own")
+    parser.add_argument("--mergekit", help="the path of mergekit-yaml in a separate environment")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="the size of a checkpoint")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of each command")
     arguments = parser.parse_args()
     if arguments.make:
         write_checkpoints(arguments.make, arguments.gigabytes)
         return
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
-        # in a process of its own: the commands are its siblings then, and do not inherit its peak memory
+        # A child of a process inherits its peak memory: a separate process writes the checkpoints.
         make = [sys.executable, __file__, "--make", folder, "--gigabytes", str(arguments.gigabytes)]
         subprocess.run(make, check=True)
         (folder / "merge.yml").write_text(MERGEKIT_CONFIG.format(folder=folder))
         old, tuned, new = (folder / name for name in CHECKPOINTS)
-        graft = ["-m", "regraft", "weights", "graft", "--new", new, "--tuned", tuned, "--old", old]
+        graft = ["-m", "regraft", "weights", "graft", "--new-base", new, "--adaptation", tuned, "--old-base", old]
         commands = {
             "regraft": [sys.executable, *graft, "--out", folder / "regraft"],
             "mergekit": [arguments.mergekit, folder / "merge.yml", folder / "mergekit"],
-            "cp of the bytes touched": ["cp", "-r", old, tuned, folder / "two"],
+            CP_TWO: ["cp", "-r", old, tuned, folder / "two"],
             "cp of one": ["cp", "-r", old, folder / "one"],
         }
         rounds = [run_round(commands) for _ in range(arguments.rounds + 1)]
-        print(f"{arguments.gigabytes:g} GB a checkpoint, {arguments.rounds} rounds")
+        print(f"{arguments.gigabytes:g} GB per checkpoint, {arguments.rounds} rounds")
         print_table(rounds[1:])  # the first round warms the disk's cache
-        steps = largest_difference(folder / "regraft", folder / "mergekit", folder)
-        print(f"largest difference of a number in the two results: {steps:.2f} steps of bf16")
+        units = largest_difference(folder / "regraft", folder / "mergekit", folder)
+        print(f"largest difference of the two results: {units:.2f} units in the last place of bf16")
 
 
 def write_checkpoints(folder, gigabytes):
-    """Write the three checkpoints, each of about this many gigabytes, in eight shards."""
+    """Write the three checkpoints, each of about this many gigabytes, in about `NUM_SHARDS` shards."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, logging
 
@@ -93,26 +101,27 @@ def write_checkpoints(folder, gigabytes):
             for tensor in model.state_dict().values():
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.bfloat16)
                 tensor.copy_(noise if name == "old" else tensor + 0.01 * noise)
-        model.save_pretrained(folder / name, max_shard_size=f"{int(gigabytes * 125)}MB")
+        model.save_pretrained(folder / name, max_shard_size=f"{int(gigabytes * 1000 / NUM_SHARDS)}MB")
 
 
 def run_round(commands):
-    """Run each command once, and return seconds and peak memory in MB by its name."""
+    """Run each command once, and return its seconds and peak memory in MB by its name."""
     measurements = {}
     for name, command in commands.items():
         out = Path(command[-1])
         shutil.rmtree(out, ignore_errors=True)
-        if name == "cp of the bytes touched":
-            out.mkdir()  # cp of several folders needs an existing one
+        if name == CP_TWO:
+            out.mkdir()  # cp of several folders needs an existing target
         os.sync()
         measurements[name] = run_command(command)
     return measurements
 
 
 def run_command(command):
-    """Run a command and flush what it wrote to disk; return its seconds and its peak memory in MB."""
+    """Run a command and flush its output to disk; return its seconds and its peak memory in MB."""
     start = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    words = [str(argument) for argument in command]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     os.sync()
@@ -126,15 +135,18 @@ def print_table(rounds):
     print("| command | seconds | peak MB | its time over regraft's | its memory over regraft's |")
     print("|---|---|---|---|---|")
     for name in rounds[0]:
-        seconds, megabytes = (statistics.median(r[name][index] for r in rounds) for index in (0, 1))
+        seconds, megabytes = (statistics.median(measured[name][i] for measured in rounds) for i in (0, 1))
         time_ratio, memory_ratio = (
-            statistics.median(r[name][index] / r["regraft"][index] for r in rounds) for index in (0, 1)
+            statistics.median(measured[name][i] / measured["regraft"][i] for measured in rounds) for i in (0, 1)
         )
         print(f"| {name} | {seconds:.1f} | {megabytes:.0f} | {time_ratio:.2f}× | {memory_ratio:.2f}× |")
 
 
 def largest_difference(first, second, folder):
-    """Return the largest difference of two results, in steps of bf16 at the largest number involved."""
+    """Return the largest difference of two results, in units in the last place of bf16.
+
+    The unit is taken at the largest absolute value of the first result and of the inputs at the same position.
+    """
     import torch
 
     from regraft.checkpoint import Checkpoint
@@ -142,13 +154,13 @@ def largest_difference(first, second, folder):
     first, second = Checkpoint.open(first), Checkpoint.open(second)
     inputs = [Checkpoint.open(folder / name) for name in CHECKPOINTS]
     assert set(first) == set(second)
-    largest_steps = 0.0
+    largest_units = 0.0
     for name in first:
         magnitude = torch.stack([checkpoint[name].float().abs() for checkpoint in (first, *inputs)]).amax(dim=0)
-        step = 2.0 ** (torch.floor(torch.log2(magnitude.clamp(min=1e-30))) - BF16_MANTISSA_BITS)
+        unit = 2.0 ** (torch.floor(torch.log2(magnitude.clamp(min=SMALLEST))) - BF16_MANTISSA_BITS)
         difference = (first[name].float() - second[name].float()).abs()
-        largest_steps = max(largest_steps, float((difference / step).max()))
-    return largest_steps
+        largest_units = max(largest_units, float((difference / unit).max()))
+    return largest_units
 
 
 if __name__ == "__main__":

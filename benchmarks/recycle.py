@@ -1,13 +1,17 @@
-"""What the methods give on a mild upgrade, for a full fine-tune and a LoRA, with all labels and with few.
+"""Measure the methods on a mild upgrade, for a full fine-tune and a LoRA, with all labels and with few.
 
     python benchmarks/recycle.py [--kinds]
 
 The base (all-MiniLM-L6-v2) is pre-trained 100 steps further on reviews. Film-review sentences (rotten-tomatoes, none
-of them in that text) are tuned for 300 steps on the old base and recycled with a budget of 100 steps. Three questions:
-does `direct` keep 90 % of the old score? Does `init` start there and beat `scratch` at 100 steps? Does `init+distill`
-with 32 labels a class beat `scratch` with as few? About ten minutes on two cores; an interrupted run continues where
-it stopped. Results stay in `runs/benchmark-recycle`. With `--kinds`, one question for every kind of adaptation
-instead: what does it keep, and what do 50 steps from there give? About twenty minutes.
+of them in that text) are tuned for 300 steps on the old base and recycled with a budget of 100 steps. The table
+answers three questions. Does `direct` keep 90 % of the old score? Does `init` start there and beat `scratch` at 100
+steps? Does `init+distill` with 32 labels per class beat `scratch` with as few? This takes about ten minutes on two
+cores.
+
+With `--kinds`, the table shows for every kind of adaptation the score that it keeps, and the score after a tuning of 50
+steps that starts from it. This takes about twenty minutes.
+
+An interrupted run continues where it stopped. Results are stored in `runs/benchmark-recycle`.
 """
 
 import contextlib
@@ -23,7 +27,10 @@ from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model, fetch
 from regraft.demo.tasks import write_task
 
 OUT = Path("runs/benchmark-recycle")
-TUNING_RECIPE, RECYCLING_RECIPE, SHORT_RECIPE = Recipe(steps=300), Recipe(steps=100), Recipe(steps=50)
+TUNING_RECIPE = Recipe(steps=300)
+RECYCLING_RECIPE = Recipe(steps=100)
+SHORT_RECIPE = Recipe(steps=50)
+FEW_SHOTS = 32
 CORPUS_CHARACTERS = 4_000_000
 """More text than 100 steps of pre-training read."""
 KINDS = ("full", "lora", "dora", "bottleneck", "pfeiffer", "layernorm", "ia3", "prefix", "prompt")
@@ -33,16 +40,16 @@ def main():
     """Pre-train the new base, and answer the questions."""
     fetch(MINILM)
     old = Base.open(extract_model(MINILM, MINILM_PREFIX, OUT / "old-base"))
-    file = write_task("rotten-tomatoes", OUT / "data", train=4000, dev=400, test=1000)
+    task_file = write_task("rotten-tomatoes", OUT / "data", train=4000, dev=400, test=1000)
     corpus = OUT / "reviews.jsonl"
     if not corpus.is_file():
-        unseen = [file.parent / "dev.csv", file.parent / "test.csv"]
+        unseen = [task_file.parent / "dev.csv", task_file.parent / "test.csv"]
         write_corpus("reviews", corpus, CORPUS_CHARACTERS, exclude=unseen)
     recipe = Recipe(steps=100, batch_size=16)
     with show_progress() as progress:
         new = pretrain(old, Corpus((str(corpus),)), OUT / "new-base", recipe, progress=progress)
     upgrade = Upgrade(old, new)
-    task = Task.load(file)
+    task = Task.load(task_file)
     if "--kinds" in sys.argv:
         compare_kinds(upgrade, task)
     else:
@@ -60,13 +67,13 @@ def show_progress():
 
 
 def compare_methods(upgrade, task):
-    """Compare scratch, direct and tuned methods, with all labels and with few."""
+    """Print the scores of scratch, direct and tuned methods, with all labels and with few."""
     rows = []
     with show_progress() as progress:
         for kind in ("full", "lora"):
             tuned = tune(upgrade.old, task, OUT / kind, kind=kind, recipe=TUNING_RECIPE, progress=progress).path
             checked = check(upgrade, tuned, task, progress=progress)
-            for shots, method in ((None, "init"), (32, "init+distill")):
+            for shots, method in ((None, "init"), (FEW_SHOTS, "init+distill")):
                 labels = shots or "all"
                 comparison = compare(
                     upgrade,
@@ -82,18 +89,17 @@ def compare_methods(upgrade, task):
                     f"| {kind} | {labels} | {checked.old:.3f} | {checked.new:.3f} | {checked.new / checked.old:.0%} | "
                     f"{scratch.test:.3f} | {recycled.method} | {recycled.start:.3f} | {recycled.test:.3f} |"
                 )
+    print(f"distance of the bases: L2 {checked.l2:.2f}, {checked.relative:.1%} of the norm; chance {checked.floor:.3f}")
     print(
-        f"distance of the bases: L2 {checked.l2:.2f}, {checked.relative:.1%} of the norm; "
-        f"majority guess {checked.floor:.3f}"
+        "| kind | labels per class | old base | direct | kept | scratch | method | at step 0 (dev) | after 100 steps |"
     )
-    print("| kind | labels a class | old base | direct | kept | scratch | method | at step 0 (dev) | after 100 steps |")
     print("|---|---|---|---|---|---|---|---|---|")
     print("\n".join(rows))
 
 
 def compare_kinds(upgrade, task):
-    """Print, for every kind, what an adaptation keeps on the new base, unchanged and after a short tuning."""
-    print("| kind | tuned numbers | effect | old base | direct | kept | scratch, 50 steps | init, 50 steps |")
+    """Print for every kind the scores of an adaptation on the new base, unchanged and after a short tuning."""
+    print("| kind | tuned parameters | effect | old base | direct | kept | scratch, 50 steps | init, 50 steps |")
     print("|---|---|---|---|---|---|---|---|")
     for kind in KINDS:
         tuned = tune(upgrade.old, task, OUT / kind, kind=kind, recipe=TUNING_RECIPE).path
@@ -101,8 +107,9 @@ def compare_kinds(upgrade, task):
         comparison = compare(upgrade, tuned, task, ["init"], OUT / f"{kind}-short", recipe=SHORT_RECIPE)
         scratch, init = comparison.rows
         tensors = load_adaptation(tuned).checkpoint.tensors.values()
+        num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
         print(
-            f"| {kind} | {sum(math.prod(tensor.shape) for tensor in tensors):,} | {checked.effect:.0%} | "
+            f"| {kind} | {num_parameters:,} | {checked.effect:.0%} | "
             f"{checked.old:.3f} | {checked.new:.3f} | {checked.new / checked.old:.0%} | {scratch.test:.3f} | "
             f"{init.test:.3f} |",
             flush=True,

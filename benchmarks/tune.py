@@ -1,11 +1,11 @@
-"""Speed of tuning against transformers' Trainer with its defaults, and of a distillation step against a plain one.
+"""Compare the speed of tuning with transformers' Trainer, and the speed of a distillation step with a plain step.
 
     python benchmarks/tune.py
 
-The runs alternate and the ratio of each pair is what counts, since single times drift with the machine. Data and model
-are the demo's (fetched on first use). Each run sees the same number of training examples, after a warm-up that is not
-timed. Times include everything after loading the model: tokenising, training and, for regraft, two evaluations and
-writing the best weights. The ratio of a distillation step is of the steps alone: the teacher runs before.
+The runs alternate. Compare the ratios within a repetition, since single times drift with the machine. Data and model
+are the demo's, and are fetched on first use. Each run sees the same number of training examples, after an untimed
+warm-up. Times include everything after loading the model: tokenising, training and, for regraft, two evaluations and
+writing the best weights. Only the steps count for the ratio of a distillation step, because the teacher runs before.
 """
 
 import dataclasses
@@ -35,11 +35,13 @@ from regraft.tuning import Distillation, Recipe, Teacher, tune_model
 
 NUM_REPETITIONS = 3
 EXAMPLES_BY_TASK = {"section-role": 640, "imdb": 128}
-"""Training examples of each run: fewer where texts are long."""
+"""Training examples of each run; arbitrary, fewer for the task with long texts."""
 WARM_UP_EXAMPLES = 64
+LEARNING_RATE = 5e-5
+"""The default of transformers' Trainer."""
 TRAINER_BATCH_SIZE = 8
 REGRAFT_BATCH_SIZE = Recipe().batch_size
-"""The defaults of both."""
+"""Batch sizes by default."""
 
 
 def main():
@@ -53,14 +55,14 @@ def main():
         print("|---|---|---|---|---|---|---|---|")
         for name, num_examples in EXAMPLES_BY_TASK.items():
             data = load_data(write_task(name, folder / name, train=2000, dev=100, test=100), 20)
-            data = dataclasses.replace(data, dev=data.dev.take(range(8)))  # evaluation is not what is timed
+            data = dataclasses.replace(data, dev=data.dev.take(range(8)))  # so that evaluation takes little of the time
             measure_speeds(base, data, WARM_UP_EXAMPLES)
             speeds = [measure_speeds(base, data, num_examples) for _ in range(NUM_REPETITIONS)]
             print_row(name, statistics.fmean(encode(base, data, data.train).lengths.tolist()), speeds)
 
 
 def measure_speeds(base, data, num_examples):
-    """Return examples a second of each way to train: with its defaults, and for regraft of its steps alone."""
+    """Return examples per second by way to train; names that end in "steps" are for the training steps alone."""
     teacher = Teacher(fresh_model(base, data.head, seed=30), base, Distillation())
     speeds = {
         "trainer": run_trainer(base, data, num_examples, TRAINER_BATCH_SIZE),
@@ -72,13 +74,13 @@ def measure_speeds(base, data, num_examples):
 
 
 def run_trainer(base, data, num_examples, batch_size):
-    """Return examples a second of transformers' Trainer, with everything but the batch size at its default."""
+    """Return examples per second of transformers' Trainer, with defaults for everything but the batch size."""
     model = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=len(data.labels))
     tokenizer = base.tokenizer
     start = time.perf_counter()
     tokens = tokenizer([text for (text,) in data.train.texts], truncation=True, max_length=data.max_length)
     labels = data.train.labels.tolist()
-    rows = [{**{name: tokens[name][i] for name in tokens}, "labels": label} for i, label in enumerate(labels)]
+    examples = [{**{name: tokens[name][i] for name in tokens}, "labels": label} for i, label in enumerate(labels)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -88,17 +90,17 @@ def run_trainer(base, data, num_examples, batch_size):
             disable_tqdm=True,
             use_cpu=not torch.accelerator.is_available(),
         )
-        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer))
+        trainer = Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorWithPadding(tokenizer))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return num_examples / (time.perf_counter() - start)
 
 
 def run_regraft(base, data, num_examples, teacher=None):
-    """Return examples a second of regraft with its defaults: in all, and in its training steps alone."""
+    """Return examples per second of regraft with its defaults, in total and in its training steps alone."""
     model = fresh_model(base, data.head, seed=20)
     steps = num_examples // REGRAFT_BATCH_SIZE
-    recipe = Recipe(steps=steps, eval_every=steps).resolve(len(data.train), 5e-5)
+    recipe = Recipe(steps=steps, eval_every=steps).resolve(len(data.train), LEARNING_RATE)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         curve = tune_model(model, base, data, recipe, Path(folder), silent, teacher)
@@ -106,7 +108,7 @@ def run_regraft(base, data, num_examples, teacher=None):
 
 
 def print_row(task, mean_tokens, speeds):
-    """Print the medians over the repetitions: speeds, and the ratios within each."""
+    """Print medians over the repetitions, of speeds and of ratios within a repetition."""
 
     def speed(name):
         return statistics.median(repetition[name] for repetition in speeds)

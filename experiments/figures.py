@@ -1,4 +1,4 @@
-"""The figures of the experiment over all methods, as plain JSON, computed from outcome folders."""
+"""Compute the figures of the experiment over all methods from outcome folders, as JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from grid import cell_entry, cell_folder, iterate_cells, old_folder
 from runner import has_outcome, refusal_file
+from tables import DIGITS
 
 from regraft import Upgrade, load_outcome
 from regraft.methods import methods
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
     from regraft import Outcome
 
-DIGITS = 5
-"""Decimal places of published figures: more differ from machine to machine."""
+INTERVAL = (0.025, 0.975)
+"""The quantiles at the ends of a 95 % interval."""
 
 
 def collect_results(grid: Grid) -> dict[str, Any]:
@@ -36,9 +37,10 @@ def collect_results(grid: Grid) -> dict[str, Any]:
         grid: The experiment.
 
     Returns:
-        `made`: versions, seeds, recipes and sizes; `upgrades`: distances of the bases; `methods`: what each needs;
-        `runs`: one row a method, cell and seed; `differences`: of each method to its reference over all seeds;
-        `noise`: negative flips between seeds of scratch; `refused`: what methods refused.
+        `made`: versions, seeds, recipes and sizes; `upgrades`: distances of the bases; `methods`: the needs of each
+        entry; `runs`: one row per method, cell and seed; `differences`: the difference of each method from its
+        reference over all seeds; `noise`: shares of negative flips between seeds of scratch; `refused`: the cells that
+        methods refused.
     """
     outcomes = {
         cell: load_outcome(folder) for cell in iterate_cells(grid) if has_outcome(folder := cell_folder(grid, cell))
@@ -68,6 +70,7 @@ def collect_results(grid: Grid) -> dict[str, Any]:
 
 
 def _collect_runs(grid: Grid, outcomes: dict[Cell, Outcome]) -> list[Row]:
+    """Return the figures of every cell whose scratch and reference have been run."""
     old_outcomes = {
         (task, kind, seed): load_outcome(old_folder(grid, task, kind, seed))
         for task, kind, seed in {(cell.task, cell.kind, cell.seed) for cell in outcomes}
@@ -83,14 +86,15 @@ def _collect_runs(grid: Grid, outcomes: dict[Cell, Outcome]) -> list[Row]:
 
 
 def scratch_cell(grid: Grid, cell: Cell) -> Cell:
-    """Return the run of scratch that a cell is compared with: its regime's, or else the reference regime's.
+    """Return the run of scratch that a cell is compared with.
 
     Args:
         grid: The experiment.
-        cell: Any of its cells.
+        cell: A cell of the experiment.
 
     Returns:
-        The cell of scratch with the same task, upgrade, kind and seed.
+        The cell of scratch with the same task, upgrade, kind and seed, in the cell's regime if scratch is run in it,
+        else in the reference regime.
     """
     regime = grid.regime(cell.regime)
     if not any(entry.name == "scratch" for entry in grid.entries(regime)):
@@ -103,19 +107,22 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
 
     Args:
         outcome: The outcome of the method.
-        scratch: The outcome of scratch that it is compared with, of the same cell and seed.
-        reference: The outcome of scratch with all labels and the whole budget.
-        old: The old deployment, of the same seed.
+        scratch: The outcome of scratch, of the same cell and seed, that the method's cost is compared with.
+        reference: The outcome of scratch with all labels and all steps.
+        old: The outcome of the old tuning with the same seed.
 
     Returns:
-        `test`, `dev` (the best), `start` (dev before the first step); `recovery` in % of the reference's gain over a
-        majority guess, not clipped, None where that gain is below 3 points; `share`: steps until dev reached scratch's
-        last score in % of scratch's steps, None if it never did; `negative_flips` against the old deployment; `steps`,
-        `seconds` and `labels`, and in % of scratch's.
+        `test`, `dev` (the best), `start` (dev before the first step), `old` (the old model on test) and `majority`
+        (chance); `headroom`, the reference's gain over chance; `recovery` in % of that gain, not clipped, None where
+        the gain is less than `MIN_HEADROOM`; `share`, the steps until dev reached scratch's last score in % of
+        scratch's steps, None if dev never reached it; `negative_flips`, a share, against the old deployment; `steps`,
+        `seconds` and `labels`, and each in % of scratch's; `chosen` and `why` from the notes of `auto`.
     """
-    scores, cost, scratch_cost = outcome.record.scores, outcome.record.cost, scratch.record.cost
-    floor, reference_score = reference.record.scores.test_majority, reference.record.scores.test
-    recovered = recovery(scores.test, floor, reference_score)
+    scores = outcome.record.scores
+    cost, scratch_cost = outcome.record.cost, scratch.record.cost
+    chance = reference.record.scores.test_majority
+    reference_score = reference.record.scores.test
+    recovered = recovery(scores.test, chance, reference_score)
     target_score = scratch.curve[-1]["score"]
     reached_step = next((point["step"] for point in outcome.curve if point["score"] >= target_score), None)
     labels = read_test_labels(outcome)
@@ -124,8 +131,8 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
         "dev": max(point["score"] for point in outcome.curve),
         "start": scores.dev_at_start,
         "old": old.record.scores.test,
-        "majority": floor,
-        "headroom": reference_score - floor,
+        "majority": chance,
+        "headroom": reference_score - chance,
         "recovery": None if recovered is None else 100 * recovered,
         "share": None if reached_step is None else 100 * reached_step / scratch_cost.steps,
         "negative_flips": flips(labels, old.predictions("test"), outcome.predictions("test")).negative_rate,
@@ -140,7 +147,7 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
 
 
 def read_test_labels(outcome: Outcome) -> list[int]:
-    """Read the true classes of test, in the order of the predictions."""
+    """Read the true class of each example of test, in the order of the predictions."""
     lines = (outcome.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return [row["label"] for row in map(json.loads, lines) if row["split"] == "test"]
 
@@ -154,23 +161,25 @@ def bootstrap_difference(
 ) -> dict[str, float]:
     """Compute the difference of two methods' mean scores over seeds, with a 95 % interval by the paired bootstrap.
 
-    The examples of test are resampled, and all runs are scored on the same draw (Koehn, 2004): the interval is about
-    other examples, whereas the standard deviation over seeds is about other runs.
+    The examples of test are resampled, and all runs are scored on the same draw. The interval measures how much the
+    difference depends on the examples; the standard deviation over seeds measures how much it depends on the runs.
 
     Args:
-        metric: The task's metric.
+        metric: The name of the task's metric.
         labels: The true class of each example.
-        predictions: The predicted classes of one method, one row a seed.
-        reference_predictions: Those of the method that it is compared with.
+        predictions: The predicted class of each example by a method, one row per seed.
+        reference_predictions: The same by the reference method.
         seed: The seed of the resampling.
 
     Returns:
-        `estimate`, `low` and `high`.
+        `estimate`, `low` and `high`, as differences of scores; positive if the method is better than the reference.
+
+    Source: Koehn, 2004, Statistical Significance Tests for Machine Translation Evaluation.
     """
     scores = resampled_scores(metric, labels, [*predictions, *reference_predictions], seed=seed)
     num_runs = len(predictions)
     estimate, *resampled = np.mean(scores[:num_runs] - scores[num_runs:], axis=0)
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low, high = np.quantile(resampled, INTERVAL)
     return {
         "estimate": round(float(estimate), DIGITS),
         "low": round(float(low), DIGITS),
@@ -183,37 +192,35 @@ def _without_seed(cell: Cell) -> Cell:
 
 
 def _collect_differences(grid: Grid, outcomes: dict[Cell, Outcome]) -> list[Row]:
-    """Compare methods without training with direct, the others with scratch, over the seeds that both have."""
+    """Compare methods that train with scratch, and the others with direct, over the seeds that both have."""
     rows = []
     for cell in dict.fromkeys(map(_without_seed, outcomes)):
-        reference = "scratch" if "training" in methods()[cell_entry(grid, cell).method].needs() else "direct"
+        trains = "training" in methods()[cell_entry(grid, cell).method].needs()
+        reference = "scratch" if trains else "direct"
         if cell.entry == reference:
             continue
-        pairs = []
+        method_outcomes, reference_outcomes = [], []
         for seed in grid.seeds:
             seed_cell = dataclasses.replace(cell, seed=seed)
-            reference_cell = (
-                scratch_cell(grid, seed_cell)
-                if reference == "scratch"
-                else dataclasses.replace(seed_cell, entry=reference)
-            )
+            reference_cell = scratch_cell(grid, seed_cell) if trains else dataclasses.replace(seed_cell, entry="direct")
             if seed_cell in outcomes and reference_cell in outcomes:
-                pairs.append((outcomes[seed_cell], outcomes[reference_cell]))
-        if pairs:
-            row = dataclasses.asdict(cell) | {"against": reference, "seeds": len(pairs)}
+                method_outcomes.append(outcomes[seed_cell])
+                reference_outcomes.append(outcomes[reference_cell])
+        if method_outcomes:
+            row = dataclasses.asdict(cell) | {"against": reference, "seeds": len(method_outcomes)}
             del row["seed"]
             difference = bootstrap_difference(
-                pairs[0][0].record.task.metric,
-                read_test_labels(pairs[0][0]),
-                [outcome.predictions("test") for outcome, _ in pairs],
-                [outcome.predictions("test") for _, outcome in pairs],
+                method_outcomes[0].record.task.metric,
+                read_test_labels(method_outcomes[0]),
+                [outcome.predictions("test") for outcome in method_outcomes],
+                [outcome.predictions("test") for outcome in reference_outcomes],
             )
             rows.append(row | difference)
     return rows
 
 
 def _collect_noise(outcomes: dict[Cell, Outcome]) -> list[Row]:
-    """Compute the rate of negative flips between two seeds of scratch, averaged over all ordered pairs."""
+    """Compute the noise floor of each cell: the mean share of negative flips between all ordered pairs of seeds."""
     rows = []
     scratch = {cell: outcome for cell, outcome in outcomes.items() if cell.entry == "scratch"}
     for cell in dict.fromkeys(map(_without_seed, scratch)):
@@ -229,6 +236,7 @@ def _collect_noise(outcomes: dict[Cell, Outcome]) -> list[Row]:
 
 
 def _collect_provenance(grid: Grid, outcomes: list[Outcome]) -> dict[str, Any]:
+    """Return the versions, seeds, recipes and tasks that the figures depend on."""
     versions = sorted({json.dumps(outcome.record.versions, sort_keys=True) for outcome in outcomes})
     return {
         "versions": [json.loads(text) for text in versions],

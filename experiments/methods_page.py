@@ -1,12 +1,23 @@
-"""The page of the experiment over all methods, written from its figures."""
+"""Write the page of the experiment over all methods from its figures."""
 
 from __future__ import annotations
 
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from tables import MISSING, distinct_keys, distinct_values, format_difference, format_mean, markdown_table, select
-from targets import judge_targets
+from tables import (
+    CELL_KEYS,
+    MISSING,
+    distinct_keys,
+    distinct_values,
+    format_difference,
+    format_mean,
+    format_steps_share,
+    markdown_table,
+    median_steps_share,
+    select,
+)
+from targets import MIN_RECOVERY, judge_targets
 
 from regraft.task import MIN_HEADROOM
 
@@ -16,17 +27,15 @@ if TYPE_CHECKING:
     from tables import Row
 
     FormatCell = Callable[[list[Row], Row | None], str]
-    """Writes a cell of a table from a method's runs, a seed each, and their difference to the method's reference."""
-
-CELL_KEYS = ("task", "upgrade", "kind")
+    """Writes a cell of a table from a method's runs, one per seed, and their difference to the method's reference."""
 
 
 def write_page(results: dict[str, Any], introduction: str) -> str:
-    """Write the whole page.
+    """Write the page.
 
     Args:
-        results: From `figures.collect_results`.
-        introduction: Markdown above the tables.
+        results: The content of `results.json`, as `figures.collect_results` returns it.
+        introduction: The title and the Markdown above the tables.
 
     Returns:
         Markdown.
@@ -44,7 +53,7 @@ def write_page(results: dict[str, Any], introduction: str) -> str:
 
 
 def _list_methods(results: dict[str, Any], regime: str, *, training: bool | None = None) -> list[str]:
-    """Return the methods that were run in a regime: those that train, those that do not, or (None) all."""
+    """Return the methods that were run in a regime: with training, without training, or (None) all."""
     entries = {run["entry"] for run in results["runs"] if run["regime"] == regime}
     return [
         name
@@ -62,7 +71,7 @@ def _mean_flips(runs: list[Row]) -> float:
 
 
 def _upgrade_tables(results: dict[str, Any], regime: str, methods: list[str], format_cell: FormatCell) -> list[str]:
-    """Write a table for each upgrade and kind, with a row a method and a column a task."""
+    """Write one table per upgrade and kind, with one row per method and one column per task."""
     regime_runs = select(results["runs"], regime=regime)
     tasks = distinct_values(regime_runs, "task")
     tables = []
@@ -89,6 +98,7 @@ def _targets_section(results: dict[str, Any]) -> str:
 
 
 def _upgrades_section(results: dict[str, Any]) -> str:
+    """Write the distance of each upgrade, and the scores between which its methods lie."""
     runs = select(results["runs"], regime=results["made"]["regimes"][0]["name"])
     tasks = distinct_values(runs, "task")
     rows = []
@@ -105,7 +115,7 @@ def _upgrades_section(results: dict[str, Any]) -> str:
 
 
 def _format_baselines(runs: list[Row]) -> str:
-    """Write the four scores that frame a cell: majority guess, old deployment, direct and scratch."""
+    """Write the four reference scores of a cell: chance, old deployment, direct and scratch."""
     scratch, direct = select(runs, entry="scratch"), select(runs, entry="direct")
     if not scratch:
         return MISSING
@@ -119,6 +129,7 @@ def _format_baselines(runs: list[Row]) -> str:
 
 
 def _training_free_sections(results: dict[str, Any], regime: str) -> list[str]:
+    """Write the section of the methods without training."""
     methods = _list_methods(results, regime, training=False)
     upgrades = list(results["upgrades"])
     rows = []
@@ -157,16 +168,8 @@ def _format_score_cell(runs: list[Row], difference: Row | None) -> str:
     return f"{score} ({recovery})" + (f"; {format_difference(difference)}" if difference else "")
 
 
-def _median_steps_share(runs: list[Row]) -> float:
-    """Return the median share, in %, of scratch's steps to its last score; infinite if most runs never reach it."""
-    return statistics.median([float("inf") if run["share"] is None else run["share"] for run in runs])
-
-
-def _format_steps_share(share: float) -> str:
-    return "never" if share == float("inf") else f"{share:.0f}"
-
-
 def _tuning_sections(results: dict[str, Any], regime: dict[str, Any]) -> list[str]:
+    """Write the sections of a regime with all labels; none if no method trained in it."""
     name = regime["name"]
     reference = results["made"]["regimes"][0]
     methods = _list_methods(results, name, training=True)
@@ -182,11 +185,12 @@ def _tuning_sections(results: dict[str, Any], regime: dict[str, Any]) -> list[st
     mean_noise = f"; between two seeds of scratch {100 * statistics.fmean(noise.values()):.1f} %" if noise else ""
     scratch = select(results["runs"], regime=name, entry="scratch")
     num_without_recovery = sum(run["headroom"] < MIN_HEADROOM for run in scratch)
-    remark = (
-        f" {num_without_recovery} runs of cells where scratch gains less than 3 points have no recovery."
-        if num_without_recovery
-        else ""
-    )
+    remark = ""
+    if num_without_recovery:
+        min_points = f"{100 * MIN_HEADROOM:.0f}"
+        remark = (
+            f" {num_without_recovery} runs of cells where scratch gains less than {min_points} points have no recovery."
+        )
     head = [
         "method",
         "steps to scratch's last dev score, % of its steps (median)",
@@ -211,12 +215,13 @@ def _tuning_sections(results: dict[str, Any], regime: dict[str, Any]) -> list[st
 
 
 def _tuning_row(results: dict[str, Any], regime: str, method: str) -> list[str]:
+    """Write the figures of a method over all cells of a regime."""
     runs = select(results["runs"], regime=regime, entry=method)
     differences = select(results["differences"], regime=regime, entry=method)
     recoveries = [run["recovery"] for run in runs if run["recovery"] is not None]
     return [
         method,
-        _format_steps_share(_median_steps_share(runs)),
+        format_steps_share(median_steps_share(runs)),
         f"{sum(run['share'] is None for run in runs)} of {len(runs)}",
         f"{statistics.fmean(recoveries):.0f}" if recoveries else MISSING,
         str(sum(difference["low"] > 0 for difference in differences)),
@@ -228,10 +233,11 @@ def _tuning_row(results: dict[str, Any], regime: str, method: str) -> list[str]:
 
 
 def _format_tuning_cell(runs: list[Row], difference: Row | None, noise: dict[tuple[str, ...], float]) -> str:
+    """Write the best dev score, the test score, the steps to scratch's last dev score, and the flips of a cell."""
     test = f"test {format_mean(_values_by_seed(runs, 'test'))} ({format_mean(_values_by_seed(runs, 'recovery'), 0)})"
     if difference:
         test += f", {format_difference(difference)}"
-    steps = f"{_format_steps_share(_median_steps_share(runs))} %"
+    steps = f"{format_steps_share(median_steps_share(runs))} %"
     if num_never := sum(run["share"] is None for run in runs):
         steps += f" [{num_never}]"
     flips = f"flips {_mean_flips(runs):.1f}"
@@ -242,6 +248,7 @@ def _format_tuning_cell(runs: list[Row], difference: Row | None, noise: dict[tup
 
 
 def _few_label_sections(results: dict[str, Any], regime: dict[str, Any]) -> list[str]:
+    """Write the section of a regime with few labels, for methods with and without training."""
     name, shots = regime["name"], regime["shots"]
     methods = _list_methods(results, name)
     rows = []
@@ -253,19 +260,13 @@ def _few_label_sections(results: dict[str, Any], regime: dict[str, Any]) -> list
                 method,
                 f"{statistics.median(recoveries) if recoveries else float('nan'):.0f}",
                 f"{min(recoveries, default=float('nan')):.0f}",
-                f"{sum(recovery >= 95 for recovery in recoveries)} of {len(recoveries)}",
+                f"{sum(recovery >= MIN_RECOVERY for recovery in recoveries)} of {len(recoveries)}",
                 _format_mean_gain(select(results["differences"], regime=name, entry=method)),
                 f"{_mean_flips(runs):.1f}",
             ]
         )
-    head = [
-        "method",
-        "recovery % (median)",
-        "lowest",
-        "runs ≥ 95 %",
-        "points above scratch with as few",
-        "negative flips %",
-    ]
+    head = ["method", "recovery % (median)", "lowest", f"runs ≥ {MIN_RECOVERY} %"]
+    head += ["points above scratch with as few", "negative flips %"]
     return [
         f"## {shots} labels a class\n\nRecovery is against scratch with all labels and its whole budget.",
         markdown_table(head, rows),
@@ -275,6 +276,7 @@ def _few_label_sections(results: dict[str, Any], regime: dict[str, Any]) -> list
 
 
 def _auto_sections(results: dict[str, Any]) -> list[str]:
+    """Write the choices of `auto` and their costs; no section if it was not run."""
     regimes = {regime["name"] for regime in results["made"]["regimes"] if regime["shots"] is None}
     runs = [run for run in results["runs"] if run["regime"] in regimes]
     autos = [name for name, method in results["methods"].items() if method["method"] == "auto"]
@@ -297,6 +299,7 @@ def _auto_sections(results: dict[str, Any]) -> list[str]:
 
 
 def _auto_row(entry: str, cell: tuple[str, ...], runs: list[Row], autos: Collection[str]) -> list[str]:
+    """Write the choices of an entry of `auto` in one cell, beside the best other method of the cell."""
     cell_runs = select(runs, **dict(zip(CELL_KEYS, cell, strict=True)))
     auto_runs = sorted(select(cell_runs, entry=entry), key=lambda run: run["seed"])
     best, best_score = _best_method(cell_runs, autos)
@@ -315,7 +318,7 @@ def _auto_row(entry: str, cell: tuple[str, ...], runs: list[Row], autos: Collect
 
 
 def _best_method(runs: list[Row], autos: Collection[str]) -> tuple[str, float]:
-    """Return the method of a cell with the highest mean test score, auto aside, and that score."""
+    """Return the method of a cell with the highest mean test score, without `auto`, and that score."""
     scores = {
         f"{entry} ({regime})": statistics.fmean(run["test"] for run in select(runs, entry=entry, regime=regime))
         for entry, regime in distinct_keys(runs, "entry", "regime")
@@ -331,6 +334,7 @@ def _refusals_section(results: dict[str, Any]) -> str:
 
 
 def _provenance_section(results: dict[str, Any]) -> str:
+    """List the seeds, recipes and versions of the runs."""
     provenance = results["made"]
     recipes_by_stage = [("old tuning", provenance["old_tuning"])]
     recipes_by_stage += [(regime["name"], regime["recipes"]) for regime in provenance["regimes"]]

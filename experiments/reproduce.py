@@ -1,27 +1,27 @@
-"""The paper's findings and methods at the size of this machine, and at the paper's own.
+"""Reproduce the paper's findings and methods, at the size of a machine with two cores or at the paper's size.
 
     python experiments/reproduce.py [NAME …] [--size machine|paper] [--workers 2] [--write-only]
 
-NAME is an experiment's folder in `experiments/paper`, or its number; all seven by default. Everything that is made
-(bases, then tunings, then cells) is kept in `runs/experiments-paper`: an interrupted run continues where it stopped,
-and a second run builds only what is missing. Figures, pages and plots are written to `experiments/paper/NAME`, and an
-index of the paper's claims to `experiments/paper/README.md`; `--write-only` writes pages and plots from the figures
-alone.
+NAME is an experiment's folder in `experiments/paper`, or its number; all seven by default. Bases, tunings and cells
+are stored in `runs/experiments-paper`: an interrupted run continues where it stopped, and a second run makes only
+missing ones. Figures, pages and plots are written to `experiments/paper/NAME`, and an index of the paper's claims to
+`experiments/paper/README.md`; `--write-only` writes pages and plots from the figures alone.
 
 At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.8 core-hours, about 3.4 hours on two
-cores; in core-seconds:
+cores. The numbers of bases, tunings and cells, with their core-seconds:
 
-    4 bases                               2,700
-    168 tunings of 42                     7,100     shared by all experiments
-    1 compatibility      21 cells of 34     700
-    2 connectivity      135 cells of 19   2,600
-    3 similarity         13 cells of 10     100
-    4 initialisation     36 cells of 55   2,000
-    5 distillation      162 cells of 25   4,100
-    6 projection        120 cells of 19   2,300     60 of them, by distillation, 30 to 45 each
-    7 chain               9 cells of 310  2,800
+                        number   each  in all
+    bases                    4          2,700
+    tunings                168     42   7,100   shared by all experiments
+    1 compatibility         21     34     700
+    2 connectivity         135     19   2,600
+    3 similarity            13     10     100
+    4 initialisation        36     55   2,000
+    5 distillation         162     25   4,100
+    6 projection           120     19   2,300   60 cells, by distillation, take 30 to 45 each
+    7 chain                  9    310   2,800
 
-They need about 10 GB of disk. The size of the paper (`experiments/paper/paper.yaml`) is for a GPU:
+The experiments need about 10 GB of disk. The size of the paper (`experiments/paper/paper.yaml`) is for a GPU:
 
     accelerate launch --num_processes 1 --mixed_precision bf16 experiments/reproduce.py --size paper --workers 0
 """
@@ -47,11 +47,11 @@ OUT_BY_SIZE = {"machine": Path("runs/experiments-paper"), "paper": Path("runs/ex
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to run.
+    """The experiments to run, and their size.
 
     Args:
-        store: The folder and the size of everything that is made.
-        selected: The experiments to run, each with its config.
+        store: The folder for bases, tunings and cells, with their size.
+        selected: The experiments, each with its config.
     """
 
     store: Store
@@ -71,9 +71,9 @@ def make_plan(size_file: Path, out: Path, names: Sequence[str] = (), configs: Pa
 
     Args:
         size_file: A YAML file such as `machine.yaml`.
-        out: The folder for everything that is made.
+        out: The folder for bases, tunings and cells.
         names: Experiments by their folder, its number or its word; none for all.
-        configs: The folder that holds a folder with a `config.yaml` for each experiment.
+        configs: The folder of the experiments' folders, each of which has a `config.yaml`.
 
     Returns:
         The plan.
@@ -90,7 +90,7 @@ def make_plan(size_file: Path, out: Path, names: Sequence[str] = (), configs: Pa
     experiments = {experiment.name: experiment for experiment in list_experiments()}
     selected = []
     for name in names or experiments:
-        full_name = next((full for full in experiments if name in (full, *full.split("-", 1))), None)
+        full_name = next((folder for folder in experiments if name in (folder, *folder.split("-", 1))), None)
         if full_name is None:
             suggestion = did_you_mean(name, list(experiments))
             raise DataError(f"there is no experiment {name!r} among {', '.join(experiments)}.{suggestion}")
@@ -100,18 +100,18 @@ def make_plan(size_file: Path, out: Path, names: Sequence[str] = (), configs: Pa
 
 
 def build_missing(plan: Plan, workers: int, report: Callable[[str], None] = print) -> list[str]:
-    """Make what is missing: texts, tasks and bases, then tunings, then cells.
+    """Make missing texts, tasks and bases, then missing tunings, then missing cells.
 
     Args:
-        plan: What to run.
-        workers: Processes of one thread each; 0 to run in this one.
-        report: Called with a line for each finished job.
+        plan: The experiments and their size.
+        workers: The number of processes of one thread each; 0 to run in this one.
+        report: Called with one line per finished job.
 
     Returns:
-        A line for each job that failed; the next run tries it again.
+        One line per failed job; the next run tries it again.
 
     Raises:
-        OutcomeError: The store was made at another size.
+        OutcomeError: The store was made at a different size.
     """
     from findings.experiment import measure_cell
     from findings.store import check_size, make_tuning, pretrain_bases, write_inputs
@@ -126,12 +126,12 @@ def build_missing(plan: Plan, workers: int, report: Callable[[str], None] = prin
         for tuning in experiment.list_tunings(config, store.size.seeds, store.num_bases)
     }
     first_base_jobs, later_base_jobs = [], []
-    if not all(Path(store.base_name(number)).is_dir() for number in range(1, store.num_bases)):
+    if not all(Path(store.base_name(base)).is_dir() for base in range(1, store.num_bases)):
         first_base_jobs.append(Job("bases", pretrain_bases, (store,)))
     for tuning in sorted(tunings):
         if not store.has_tuning(tuning.task, tuning.kind, tuning.base, tuning.seed):
             name = f"{tuning.task} {tuning.kind}, M_{tuning.base}, seed {tuning.seed}"
-            jobs = later_base_jobs if tuning.base else first_base_jobs  # tunings on M_0 need not wait for the others
+            jobs = later_base_jobs if tuning.base else first_base_jobs  # Tunings on M_0 do not need the later bases.
             jobs.append(Job(name, make_tuning, (store, tuning)))
     for jobs in (first_base_jobs, later_base_jobs):
         if failures := run_jobs(jobs, workers, report):
@@ -145,11 +145,11 @@ def build_missing(plan: Plan, workers: int, report: Callable[[str], None] = prin
 
 
 def write_measured(plan: Plan, folder: Path) -> None:
-    """Write results, pages, plots and the index of what has been run so far.
+    """Write results, pages, plots and the index of the cells that have been measured so far.
 
     Args:
-        plan: What to write.
-        folder: The folder that holds the experiments' published folders.
+        plan: The experiments to write.
+        folder: The folder of the experiments' published folders.
 
     Raises:
         OutcomeError: A published folder has the results of more cells.
@@ -165,8 +165,8 @@ def write_pages(plan: Plan, folder: Path) -> None:
     """Write pages, plots and the index from published results alone.
 
     Args:
-        plan: What to write.
-        folder: The folder that holds the experiments' published folders.
+        plan: The experiments to write.
+        folder: The folder of the experiments' published folders.
     """
     from findings import pages
 
@@ -176,14 +176,14 @@ def write_pages(plan: Plan, folder: Path) -> None:
 
 
 def main() -> None:
-    """Build what is missing and write the results."""
+    """Make missing cells and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, by folder or number; all by default")
     parser.add_argument("--size", choices=tuple(OUT_BY_SIZE), default="machine", help="the machine's or the paper's")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: this process")
     parser.add_argument("--write-only", action="store_true", help="write the pages from the published figures alone")
     arguments = parser.parse_args()
-    if arguments.size == "machine":  # before torch and the hub's client are loaded
+    if arguments.size == "machine":  # These variables must be set before torch and the hub's client are imported.
         os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     elif arguments.workers:
         sys.exit("--size paper downloads from the hub and computes on a GPU: run it with --workers 0")

@@ -1,4 +1,4 @@
-"""The published `results.json` of an experiment, from which its page is written."""
+"""Read and write the published `results.json` of an experiment, from which its page is written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_results(folder: Path, results: dict[str, Any], count_runs: Callable[[d
 
     Args:
         folder: The published folder of the experiment.
-        results: What was measured.
+        results: The results as JSON.
         count_runs: Returns the number of runs in results.
 
     Returns:
@@ -48,7 +48,8 @@ def write_results(folder: Path, results: dict[str, Any], count_runs: Callable[[d
     """
     file = folder / "results.json"
     num_runs = count_runs(results)
-    if file.is_file() and (num_published := count_runs(read_results(folder))) > num_runs:
+    num_published = count_runs(read_results(folder)) if file.is_file() else 0
+    if num_published > num_runs:
         raise OutcomeError(
             f"{file}: has the results of {num_published:,} runs, but only {num_runs:,} have been made here. Run the "
             "same command until it has made as many, or write the page from that file (--write-only)."
@@ -59,11 +60,20 @@ def write_results(folder: Path, results: dict[str, Any], count_runs: Callable[[d
 
 
 def to_json_lines(results: dict[str, object]) -> str:
-    """Write results as JSON with one line a row, so that a new method adds only a few lines to the file."""
+    """Write results as JSON with one line per row, so that a new method adds only a few lines to the file.
+
+    Args:
+        results: JSON values by name; lists become one line per element.
+
+    Returns:
+        The text of the file.
+    """
     members = []
     for name, value in results.items():
-        if isinstance(value, list):
-            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]" if value else "[]"
+        if value == []:
+            text = "[]"
+        elif isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
         else:
             text = json.dumps(value, indent=1).replace("\n", "\n ")
         members.append(f' "{name}": {text}')

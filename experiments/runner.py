@@ -1,4 +1,4 @@
-"""Runs what an experiment still lacks, in processes of one thread each, and keeps what it already has."""
+"""Make the missing outcomes of an experiment, in processes of one thread each."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Job(NamedTuple):
     """A function to run in a worker.
 
     Args:
-        name: Its name in reports.
-        function: Returns a line on its result.
-        arguments: The function's arguments.
+        name: The job's name in reports.
+        function: Returns a line on its result; a module's function, so that it can be sent to a process.
+        arguments: The function's positional arguments.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Job(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """How a job ended.
+    """The result of running a job.
 
     Args:
-        succeeded: Whether it returned.
-        message: What it returned, or the traceback.
-        seconds: How long it took.
+        succeeded: Whether the function returned.
+        message: The returned line, or the traceback.
+        seconds: The duration.
     """
 
     succeeded: bool
@@ -73,11 +73,11 @@ def run_missing(grid: Grid, workers: int = 2, report: Callable[[str], None] = pr
 
     Args:
         grid: The experiment; its bases must exist.
-        workers: Processes of one thread each; 0 to run in this one.
-        report: Called with a line for each finished job.
+        workers: The number of processes; 0 to run in this one.
+        report: Called with one line per finished job.
 
     Returns:
-        A line for each job that failed; the next run tries it again.
+        One line per failed job; the next run tries it again.
 
     Raises:
         OutcomeError: Existing outcomes were made by another recipe or with other options.
@@ -93,7 +93,7 @@ def run_missing(grid: Grid, workers: int = 2, report: Callable[[str], None] = pr
     failures = run_jobs(old_jobs, workers, report)
     if failures:
         return failures
-    for uses_other_tasks in (False, True):  # a method that learns from other tasks needs their outcomes first
+    for uses_other_tasks in (False, True):  # A method that learns from other tasks needs their outcomes first.
         cells = [cell for cell in missing_cells(grid) if needs_other_tasks(grid, cell) == uses_other_tasks]
         failures += run_jobs([Job(str(cell), recycle_cell, (grid, cell)) for cell in cells], workers, report)
     return failures
@@ -105,13 +105,13 @@ def has_outcome(folder: Path) -> bool:
 
 
 def check_recipes(grid: Grid) -> None:
-    """Check that all existing outcomes were made by the experiment's recipes and options.
+    """Refuse existing outcomes that were not made by the experiment's recipes and options.
 
     Args:
-        grid: The experiment.
+        grid: The experiment; outcomes that do not exist are passed over.
 
     Raises:
-        OutcomeError: Some were not; the message names the first.
+        OutcomeError: An outcome was made by a different recipe or options; the message names the first.
     """
     inputs_by_folder: dict[Path, tuple[Recipe, Any]] = {}
     for cell in iterate_cells(grid):
@@ -125,7 +125,7 @@ def check_recipes(grid: Grid) -> None:
     ]
     if differing:
         raise OutcomeError(
-            f"{len(differing)} outcomes were made by another recipe or with other options than the experiment's, such "
+            f"{len(differing)} outcomes were made by a different recipe or options from the experiment's, such "
             f"as {differing[0]}. Remove them and run again."
         )
 
@@ -135,6 +135,7 @@ def _old_recipe(grid: Grid, kind: str, seed: int) -> Recipe:
 
 
 def _was_made_by(folder: Path, recipe: Recipe, options: Any) -> bool:
+    """Return whether an outcome records this recipe and these options, which are None for a tuning."""
     inputs = load_outcome(folder).record.inputs
     recorded = {"recipe": inputs["recipe"], "options": inputs.get("options") or {}}
     expected = {
@@ -160,7 +161,7 @@ def refusal_file(grid: Grid, cell: Cell) -> Path:
 
 
 def tune_old_base(grid: Grid, task: str, kind: str, seed: int) -> str:
-    """Tune the old base on a task."""
+    """Tune the old base on a task, and return a line on its score."""
     base = _load_upgrade(grid.old_base, next(iter(grid.upgrades.values()))).old
     folder = old_folder(grid, task, kind, seed)
     outcome = tune(base, grid.tasks[task], folder, kind=kind, recipe=_old_recipe(grid, kind, seed))
@@ -168,9 +169,9 @@ def tune_old_base(grid: Grid, task: str, kind: str, seed: int) -> str:
 
 
 def recycle_cell(grid: Grid, cell: Cell) -> str:
-    """Recycle an old adaptation by a cell's method.
+    """Recycle an old adaptation by a cell's method, and return a line on its score or its refusal.
 
-    Of the weights, only the reference's are kept, from which other tasks learn: all of them would take 50 GB.
+    Only the weights of the reference are preserved, because other tasks learn from them: all weights would take 50 GB.
     """
     folder = cell_folder(grid, cell)
     adaptation_folder = load_outcome(old_folder(grid, cell.task, cell.kind, cell.seed)).path
@@ -214,11 +215,11 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[str], None]) -
 
     Args:
         jobs: The jobs, started in this order as processes become free.
-        workers: Processes of one thread each; 0 to run in this one.
-        report: Called with a line for each finished job.
+        workers: The number of processes; 0 to run in this one.
+        report: Called with one line per finished job.
 
     Returns:
-        A line for each job that failed.
+        One line per failed job.
     """
     if not jobs:
         return []
@@ -244,7 +245,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[str], None]) -
 
 
 def _report_attempt(name: str, attempt: Attempt, report: Callable[[str], None]) -> list[str]:
-    """Report how a job ended; the list holds its failure, if it failed."""
+    """Report a finished job, and return a list of its failure, empty if it succeeded."""
     report(f"{name}: {attempt.message} ({attempt.seconds:.0f} s)")
     return [] if attempt.succeeded else [f"{name}: {attempt.message}"]
 
@@ -253,13 +254,13 @@ def _attempt(function: Callable[..., str], arguments: tuple[Any, ...]) -> Attemp
     started = time.monotonic()
     try:
         message = function(*arguments)
-    except Exception:  # one method's fault must not lose hours of other results
+    except Exception:  # A fault of one method must not lose hours of results of the others.
         return Attempt(False, f"failed\n{traceback.format_exc()}", time.monotonic() - started)
     return Attempt(True, message, time.monotonic() - started)
 
 
 def _start_worker() -> None:
-    """Compute in one thread, and exit when the parent process ends, however it ends."""
+    """Limit the process to one thread, and exit when the parent process ends, even if it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

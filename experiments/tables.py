@@ -1,4 +1,4 @@
-"""Rows of figures: selecting them, averaging them over seeds and writing them as Markdown tables."""
+"""Select rows of figures, average them over seeds and write them as Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 Row = dict[str, Any]
-"""A JSON object of `results.json`: what was run, and its figures."""
+"""A JSON object of `results.json`: the keys of a run, and its figures."""
+CELL_KEYS = ("task", "upgrade", "kind")
+"""The keys of a row that identify its cell; the runs of a cell differ in regime, method and seed."""
+DIGITS = 5
+"""Decimal places of published figures; further places differ from machine to machine."""
 MISSING = "–"
-"""Written into a table where there is no figure."""
+"""Written into a table in place of a missing figure."""
 
 
 def select(rows: Iterable[Row], **values: Any) -> list[Row]:
     """Return the rows that have all of these values.
 
     Args:
-        rows: Rows of results.
+        rows: Rows of results, which have all of these keys.
         values: Expected values by key.
 
     Returns:
@@ -28,27 +32,37 @@ def select(rows: Iterable[Row], **values: Any) -> list[Row]:
 
 
 def distinct_values(rows: Iterable[Row], name: str) -> list[Any]:
-    """Return the values of a key, each once, in order of first appearance."""
+    """Return the distinct values of a key, in order of first appearance."""
     return list(dict.fromkeys(row[name] for row in rows))
 
 
 def distinct_keys(rows: Iterable[Row], *names: str) -> list[tuple[Any, ...]]:
-    """Return the combinations of several keys' values, each once, in order of first appearance."""
+    """Return the distinct combinations of several keys' values, in order of first appearance."""
     return list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the standard deviation; a single value deviates by 0, and no value has a mean of NaN."""
+    """Return the mean and the standard deviation; a single value deviates by 0, and no values have a mean of NaN."""
     if not values:
         return float("nan"), 0.0
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def median_steps_share(runs: Sequence[Row]) -> float:
+    """Return the median of the runs' `share` of scratch's steps, in %; a None counts as infinite."""
+    return statistics.median(float("inf") if run["share"] is None else run["share"] for run in runs)
+
+
+def format_steps_share(share: float) -> str:
+    """Write a share of scratch's steps without its unit, %; an infinite one as "never"."""
+    return "never" if share == float("inf") else f"{share:.0f}"
 
 
 def format_mean(values: Sequence[float | None], digits: int = 3) -> str:
     """Write a mean and a standard deviation over seeds.
 
     Args:
-        values: One value a seed; if one is None, neither is written.
+        values: One value per seed; if one is None, neither is written.
         digits: Decimal places.
 
     Returns:

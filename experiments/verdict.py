@@ -1,10 +1,10 @@
-"""How often the verdict of a diagnosis is right, on the cells of the experiment over all methods.
+"""Measure how often the verdict of a diagnosis is right, on the cells of the experiment over all methods.
 
     python experiments/verdict.py [--workers 2] [--write-only]
 
-The verdict sees dev alone. What each method really reaches, on test, is read from the outcomes of
-`experiments/methods.py`, which must have been run. Figures and page go to `experiments/verdict/results.json` and
-`README.md`; `--write-only` writes the page from the figures alone.
+The verdict sees dev alone. The test scores of the methods are read from the outcomes of `experiments/methods.py`, which
+must have been run. Figures and page are written to `experiments/verdict/results.json` and `README.md`; `--write-only`
+writes the page from the figures alone.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import methods as experiment
 from grid import Cell, cell_folder, old_folder
 from results_file import read_results, write_results
 from runner import Job, run_jobs
 from scipy.stats import spearmanr
-from tables import distinct_keys, markdown_table, select
+from tables import DIGITS, distinct_keys, markdown_table, select
 
 from regraft import Recipe, Upgrade, load_outcome
 from regraft.checkpoint import write_atomic
 from regraft.diagnosis import check_pair, load_pair, probe_gain, similarity, verdict
-from regraft.diagnosis.choice import MIN_SHARE_AS_IS
+from regraft.diagnosis.choice import MIN_SHARE_AS_IS, Choice
 from regraft.errors import OutcomeError
 from regraft.task import chance_score, load_data, weakness
 
@@ -37,20 +37,21 @@ if TYPE_CHECKING:
     from tables import Row
 
 RESULTS = Path(__file__).parent / "verdict"
-CHOICES = ("use as is", "training-free", "short tuning", "scratch")
-"""What a verdict can say, from cheap to dear."""
+CHOICES = get_args(Choice)
+"""The choices of a verdict, from cheap to expensive."""
 METHOD_BY_CHOICE = {"use as is": "direct", "training-free": "ridge", "short tuning": "ridge+distill"}
-"""The method that each choice is judged by; the third with a quarter of scratch's steps."""
+"""The method that each choice is judged by; a short tuning has a quarter of scratch's steps."""
 MIN_SAFE_SHARE = 0.90
-"""A verdict of "use as is" is false where less than this share of the old score above guessing is left."""
+"""The share of the old score above chance below which a verdict of "use as is" counts as false; arbitrary, but lower
+than the verdict's own threshold."""
 MIN_SURE = 0.8
-"""The confidence from which the page counts a verdict as sure."""
+"""The confidence from which the page counts a verdict as sure; arbitrary."""
 DIAGNOSTICS = ("predicted", "survives", "agreement", "divergence", "cka", "relative", "gain")
-"""The figures on dev whose ranking of the cells is published."""
+"""The figures on dev whose rank correlation with the truth is published."""
 
 
 def main() -> None:
-    """Run what is missing and write the results."""
+    """Make missing verdicts and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--write-only", action="store_true", help="write the page from results.json alone")
@@ -63,10 +64,10 @@ def main() -> None:
 
 
 def measure(workers: int) -> dict[str, Any]:
-    """Judge every old adaptation that has not been judged, and write `results.json`.
+    """Judge every old adaptation without a verdict, and write `results.json`.
 
     Args:
-        workers: Processes of one thread each.
+        workers: The number of processes of one thread each.
 
     Returns:
         The content of the file.
@@ -79,14 +80,14 @@ def measure(workers: int) -> dict[str, Any]:
         (task, upgrade, kind, seed)
         for seed, task, upgrade, kind in itertools.product(grid.seeds, grid.tasks, grid.upgrades, grid.old_recipes)
     ]
-    jobs = [
-        Job(" ".join(map(str, cell)), judge, (grid, *cell)) for cell in cells if not verdict_file(grid, *cell).is_file()
-    ]
+    missing = [cell for cell in cells if not verdict_file(grid, *cell).is_file()]
+    jobs = [Job(" ".join(map(str, cell)), judge, (grid, *cell)) for cell in missing]
     if failures := run_jobs(jobs, workers, print):
         sys.exit("\n".join(failures))
-    rows = [
-        json.loads(verdict_file(grid, *cell).read_text(encoding="utf-8")) | measure_truth(grid, *cell) for cell in cells
-    ]
+    rows = []
+    for cell in cells:
+        figures = json.loads(verdict_file(grid, *cell).read_text(encoding="utf-8"))
+        rows.append(figures | measure_truth(grid, *cell))
     return write_results(RESULTS, {"runs": rows, "summary": summarise(rows)}, experiment.count_runs)
 
 
@@ -96,7 +97,7 @@ def verdict_file(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> P
 
 
 def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
-    """Write the verdict on one old adaptation and the figures behind it, from dev alone; return a line on it."""
+    """Write the verdict on an old adaptation and its figures, from dev alone, and return a line on the verdict."""
     data = dataclasses.replace(load_data(grid.tasks[task], seed), test=None)
     bases = Upgrade(grid.old_base, grid.upgrades[upgrade])
     with load_pair(bases, old_folder(grid, task, kind, seed), data, recipe=Recipe(seed=seed)) as pair:
@@ -127,7 +128,7 @@ def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
         "relative": checked.relative,
         "gain": gain.estimate,
     }
-    rounded = {name: round(value, 5) if isinstance(value, float) else value for name, value in figures.items()}
+    rounded = {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in figures.items()}
     file = verdict_file(grid, task, upgrade, kind, seed)
     file.parent.mkdir(exist_ok=True)
     write_atomic(file, json.dumps(rounded) + "\n")
@@ -135,18 +136,19 @@ def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
 
 
 def measure_truth(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> Row:
-    """Compute what the methods really reach on test.
+    """Compute the figures of the methods on test, in %.
 
     Args:
         grid: The experiment over all methods.
-        task: The task.
-        upgrade: The upgrade.
+        task: The name of the task.
+        upgrade: The name of the upgrade.
         kind: The kind of adaptation.
-        seed: The seed.
+        seed: The seed of the run.
 
     Returns:
-        `left`: the share, in %, of the old score above guessing that each choice keeps; `real_survives`: that of the
-        old weights as they are; `real_recovery`: their recovery; `right_choice`: the cheapest that keeps enough.
+        `left`: the share of the old score above chance that each choice preserves; `real_survives`: this share for the
+        unchanged old weights; `real_recovery`: their recovery; `right_choice`: the cheapest choice that preserves at
+        least `MIN_SHARE_AS_IS`.
     """
     full_budget, quarter_budget = (regime.name for regime in grid.regimes[:2])
 
@@ -155,23 +157,30 @@ def measure_truth(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> 
         return float(load_outcome(cell_folder(grid, cell)).record.scores.test)
 
     old = load_outcome(old_folder(grid, task, kind, seed)).record.scores
-    floor = old.test_majority
+    chance = old.test_majority
     scratch, direct = test_score(full_budget, "scratch"), test_score(full_budget, "direct")
-    recovered_shares = {}
+    retained_shares = {}
     for choice, method in METHOD_BY_CHOICE.items():
         regime = quarter_budget if choice == "short tuning" else full_budget
-        recovered_shares[choice] = (test_score(regime, method) - floor) / (old.test - floor)
-    sufficient = (choice for choice, share in recovered_shares.items() if share >= MIN_SHARE_AS_IS)
+        retained_shares[choice] = (test_score(regime, method) - chance) / (old.test - chance)
+    sufficient = (choice for choice, share in retained_shares.items() if share >= MIN_SHARE_AS_IS)
     return {
-        "real_survives": round(100 * recovered_shares["use as is"], 2),
-        "real_recovery": round(100 * (direct - floor) / (scratch - floor), 2),
+        "real_survives": round(100 * retained_shares["use as is"], 2),
+        "real_recovery": round(100 * (direct - chance) / (scratch - chance), 2),
         "right_choice": next(sufficient, "scratch"),
-        "left": {choice: round(100 * share, 2) for choice, share in recovered_shares.items()},
+        "left": {choice: round(100 * share, 2) for choice, share in retained_shares.items()},
     }
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
-    """Count right verdicts, false safe ones and errors in each direction, and correlate figures with the truth."""
+    """Count right verdicts, errors in each direction and false verdicts of "use as is"; rank figures by the truth.
+
+    Args:
+        rows: The verdicts, each with the figures of `measure_truth`.
+
+    Returns:
+        Counts by name, and `spearman`: the rank correlation of each figure in `DIAGNOSTICS` with two figures on test.
+    """
     safe = [row for row in rows if row["choice"] == "use as is"]
     sure = [row for row in rows if row["sure"] >= MIN_SURE]
     errors = [CHOICES.index(row["choice"]) - CHOICES.index(row["right_choice"]) for row in rows]
@@ -192,15 +201,15 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _rank_correlation(rows: list[Row], first: str, second: str) -> float:
-    return round(float(spearmanr([row[first] for row in rows], [row[second] for row in rows]).statistic), 3)
+def _rank_correlation(rows: list[Row], figure: str, truth: str) -> float:
+    return round(float(spearmanr([row[figure] for row in rows], [row[truth] for row in rows]).statistic), 3)
 
 
 def write_page(rows: list[Row], summary: dict[str, Any]) -> str:
     """Write the page.
 
     Args:
-        rows: The verdicts, each with the truth.
+        rows: The verdicts, each with the figures of `measure_truth`.
         summary: From `summarise`.
 
     Returns:
@@ -221,7 +230,7 @@ def write_page(rows: list[Row], summary: dict[str, Any]) -> str:
         "they are, `ridge`, `ridge+distill` with a quarter of scratch's steps, or scratch. The thresholds of the "
         "verdict were not fitted to these cells.",
         f"Of {summary['cells']} verdicts {summary['hits']} are right, {summary['too_cheap']} too cheap and "
-        f"{summary['too_dear']} too dear; of the {summary['sure']} that are at least 80 % sure, "
+        f"{summary['too_dear']} too dear; of the {summary['sure']} that are at least {100 * MIN_SURE:.0f} % sure, "
         f"{summary['hits_when_sure']} are right. {summary['safe']} say that the old weights are safe as they are; in "
         f"{summary['false_safe']} of these less than {MIN_SAFE_SHARE:.0%} of the old score above guessing is left, in "
         f"{summary['safe_below_threshold']} less than {MIN_SHARE_AS_IS:.0%}.",

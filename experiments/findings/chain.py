@@ -1,4 +1,4 @@
-"""Experiment 7: along the whole chain of bases, hop by hop and at once."""
+"""Experiment 7: recycling along the chain of bases, hop by hop and at once."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ PART = "upgrade chains" + NOT_STATED
 
 
 class Config(Settings):
-    """What is run.
+    """The tasks and methods to run.
 
     Args:
         tasks: Tasks by kind of adaptation.
-        methods: The methods that carry them over; scratch is always run.
+        methods: The methods that carry adaptations over; scratch is always run.
     """
 
     tasks: TasksByKind = Field(description="lists of tasks by kind of adaptation")
@@ -53,7 +53,7 @@ class Config(Settings):
 
 
 def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
-    """Return scratch with all steps on each later base; a chain tunes M_0 itself, by the same recipe."""
+    """Return scratch with all steps on each later base; a chain tunes M_0 by the same recipe."""
     return [
         Tuning(task, kind, base, seed)
         for task, kind in list_task_kinds(config.tasks)
@@ -63,7 +63,7 @@ def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterab
 
 
 def list_cells(store: Store, config: Config) -> list[Cell]:
-    """Return a chain for each task, kind and seed."""
+    """Return one chain per task, kind and seed."""
     methods = list(config.methods)
     return [
         Cell(f"{task}-{kind}-seed{seed}", measure, (task, kind, seed, methods, store.num_bases))
@@ -73,11 +73,11 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
 
 
 def measure(
-    store: Store, work: Path, task: str, kind: str, seed: int, methods: list[str], num_bases: int
+    store: Store, work_folder: Path, task: str, kind: str, seed: int, methods: list[str], num_bases: int
 ) -> dict[str, Any]:
-    """Carry an adaptation of M_0 along the chain, and keep its predictions on each base."""
+    """Carry an adaptation of M_0 along the chain, and return its scores and predictions on each base."""
     chain = Chain(
-        bases=tuple(store.base_name(number) for number in range(num_bases)),
+        bases=tuple(store.base_name(base) for base in range(num_bases)),
         tasks=(str(store.task_file(task)),),
         kinds=(kind,),
         methods=tuple(methods),
@@ -88,18 +88,18 @@ def measure(
         precision=store.size.precision,
     )
     rows = []
-    for chain_row in run_chain(chain, work):
+    for chain_row in run_chain(chain, work_folder):
         row = dataclasses.asdict(chain_row) | {"task": task}
         if chain_row.refused is None:
-            row["predictions"] = outcome_figures(load_outcome(work / chain_row.outcome))["predictions"]
+            row["predictions"] = outcome_figures(load_outcome(work_folder / chain_row.outcome))["predictions"]
         rows.append(row)
     return {"rows": rows, "labels": store.load_data(task, seed).test.labels.tolist()}
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Summarise the routes over seeds, and compare them with each other and with scratch."""
+    """Summarise the routes over seeds, and compare the routes with one another and with scratch."""
     rows = [row for record in records for row in record.figures["rows"]]
-    base_names = [f"M_{number}" for number in range(store.num_bases)]
+    base_names = [f"M_{base}" for base in range(store.num_bases)]
     chain_fields = {field.name for field in dataclasses.fields(ChainRow)}
     chain_rows = [ChainRow(**{name: value for name, value in row.items() if name in chain_fields}) for row in rows]
     all_step_rows = []
@@ -119,13 +119,13 @@ def collect_results(store: Store, config: Config, records: list[CellRecord]) -> 
 
 
 def _collect_differences(store: Store, config: Config, rows: list[Row], records: list[CellRecord]) -> list[Row]:
-    """Compare the routes of each method with each other and with scratch, on each base from the second hop on."""
+    """Compare the routes of each method with one another and with scratch, on each base from the second hop on."""
     differences = []
     for task, kind in distinct_keys(rows, "task", "kind"):
         labels = next(record.figures["labels"] for record in records if record.arguments[:2] == [task, kind])
-        evaluated = [row for row in select(rows, task=task, kind=kind) if "predictions" in row]
+        evaluated_rows = [row for row in select(rows, task=task, kind=kind) if "predictions" in row]
         for base in range(2, store.num_bases):
-            base_rows = select(evaluated, base=base)
+            base_rows = select(evaluated_rows, base=base)
             scratch_runs = _runs_by_seed(base_rows, "scratch", None)
             for method in config.methods:
                 runs_by_route = {route: _runs_by_seed(base_rows, method, route) for route in (HOP_BY_HOP, AT_ONCE)}
@@ -150,14 +150,14 @@ def _runs_by_seed(rows: list[Row], method: str, route: str | None) -> dict[int, 
 
 
 def summary_in_percent(summary: RouteSummary) -> Row:
-    """Return the summary of a route as it is published: recoveries in %, the loss a hop in points."""
+    """Return the published summary of a route: recoveries in %, the loss per hop in points."""
     recoveries = [None if recovery is None else 100 * recovery for recovery in summary.recoveries]
     decay = None if summary.decay is None else 100 * summary.decay
     return dataclasses.asdict(summary) | {"recoveries": recoveries, "decay": decay}
 
 
 def build_page(results: dict[str, Any]) -> Page:
-    """Write a table of scores along the chain for each task and kind, and draw them."""
+    """Write one table of scores along the chain per task and kind, and draw the scores."""
     sections = []
     pictures = {}
     num_bases = len(results["bases"])
@@ -194,7 +194,7 @@ def build_page(results: dict[str, Any]) -> Page:
 
 
 def _route_cells(results: dict[str, Any], summary: Row) -> list[str]:
-    """Write a route's loss a hop, and its recovery and difference to scratch on the last base."""
+    """Write a route's loss per hop, and its recovery and difference from scratch on the last base."""
     differences = select(
         results["differences"],
         base=len(results["bases"]) - 1,
@@ -210,9 +210,9 @@ def _route_cells(results: dict[str, Any], summary: Row) -> list[str]:
 
 
 def _route_scores(runs: list[Row], summary: Row, base: int) -> list[float]:
-    """Return the scores of a route on a base, a seed each.
+    """Return the scores of a route on a base, one per seed.
 
-    All routes start from the same tuning on M_0, and their first hop is the same run, which has no route.
+    All routes start from the same tuning on M_0. Their first hop is the same run, whose `route` is None.
     """
     if base == 0:
         route_runs = [] if summary["method"] == "scratch" else select(runs, base=0)
@@ -223,6 +223,7 @@ def _route_scores(runs: list[Row], summary: Row, base: int) -> list[float]:
 
 
 def _judge_routes(results: dict[str, Any]) -> list[Finding]:
+    """Judge each route against scratch, and the routes against one another, on the last base."""
     last_base = len(results["bases"]) - 1
     differences = [row for row in select(results["differences"], base=last_base) if row["method"] != "direct"]
     findings = [
@@ -239,6 +240,7 @@ def _judge_routes(results: dict[str, Any]) -> list[Finding]:
 
 
 def _judge_decay(summaries: list[Row]) -> Finding:
+    """Judge whether `init+distill` loses less per hop than `direct`."""
     decays = []
     hop_summaries = [row for row in select(summaries, route=HOP_BY_HOP) if row["decay"] is not None]
     for direct in select(hop_summaries, method="direct"):

@@ -1,4 +1,4 @@
-"""The charts that the experiments share, in the style of the reports."""
+"""Draw the charts that the experiments share, in the style of the reports."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 HEIGHT = 3.4
-"""Inches of each chart."""
+"""Inches; arbitrary."""
 BAR_GROUP_WIDTH = 0.8
-"""The share of the axis that the bars of a group take, so that groups stay apart."""
+"""The share of the axis that the bars of a group take; arbitrary, below 1 so that groups stay apart."""
+BAR_WIDTH = 0.92
+"""The width of a bar as a share of its part of the group; arbitrary, below 1 so that bars stay apart."""
 MAX_LABEL_CHARACTERS = 80
-"""Group labels with more characters in total would overlap: they are rotated."""
+"""The number of characters of all group labels from which labels overlap, so that they are rotated."""
+LABEL_ROTATION = 20
+"""Degrees; arbitrary."""
+
+HATCH = {"hatch": "////", "edgecolor": "white"}
+"""Distinguishes series that reuse a colour, because there are more series than colours."""
 
 
 def draw_lines(
@@ -31,12 +38,12 @@ def draw_lines(
     """Draw means as lines, with their standard deviations as bands.
 
     Args:
-        series: Points by series name: x, mean and deviation.
+        series: Points by series name, each of x, mean and standard deviation.
         x_label: The label of the x axis.
         y_label: The label of the y axis.
-        levels: Heights of horizontal lines, by name.
+        levels: Values of y to mark with a horizontal line, by name.
         marks: Values of x to mark with a vertical line, such as the ends of hops.
-        ticks: All values that x can have, where they are few; they are then drawn at equal distances.
+        ticks: All values that x can have, to be drawn at equal distances; empty for a linear axis.
         is_score: Whether y is a score, which ends at 1.
 
     Returns:
@@ -50,9 +57,8 @@ def draw_lines(
             positions = [ticks.index(value) for value in x] if ticks else list(x)
             line_style = _line_style(index)
             axes.plot(positions, means, label=name, **line_style)
-            low, high = (
-                [mean + sign * deviation for mean, deviation in zip(means, deviations, strict=True)] for sign in (-1, 1)
-            )
+            low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
+            high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
             axes.fill_between(positions, low, high, color=line_style["color"], alpha=0.15, linewidth=0)
         for index, (name, height) in enumerate((levels or {}).items()):
             axes.axhline(height, color=SOFT, linewidth=1, linestyle=DASHES[(index + 1) % len(DASHES)], label=name)
@@ -74,7 +80,7 @@ def draw_bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, 
 
     Args:
         groups: The labels of the groups along the axis.
-        series: Mean and deviation for each group, by series name; NaN where there is none.
+        series: Mean and standard deviation for each group, by series name; NaN for a group without a bar.
         y_label: The label of the y axis.
 
     Returns:
@@ -89,15 +95,15 @@ def draw_bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, 
             axes.bar(
                 [group - BAR_GROUP_WIDTH / 2 + (index + 0.5) * width for group in range(len(groups))],
                 means,
-                0.92 * width,
+                BAR_WIDTH * width,
                 yerr=deviations,
                 color=SERIES[index % len(SERIES)],
                 label=name,
                 error_kw={"ecolor": SOFT, "elinewidth": 1},
-                **({"hatch": "////", "edgecolor": "white"} if index >= len(SERIES) else {}),
+                **({} if index < len(SERIES) else HATCH),
             )
         is_crowded = sum(map(len, groups)) > MAX_LABEL_CHARACTERS
-        axes.set_xticks(range(len(groups)), groups, rotation=20 if is_crowded else 0)
+        axes.set_xticks(range(len(groups)), groups, rotation=LABEL_ROTATION if is_crowded else 0)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel(y_label)
         add_legend(axes, 3)
@@ -105,6 +111,7 @@ def draw_bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, 
 
 
 def _line_style(index: int) -> dict[str, Any]:
+    """Return a colour and a marker by the index of the series, and a dash for series that reuse a colour."""
     return {
         "color": SERIES[index % len(SERIES)],
         "marker": MARKERS[index % len(MARKERS)],

@@ -1,4 +1,4 @@
-"""Experiment 1: how long outdated weights continue to work while the base is pre-trained further."""
+"""Experiment 1: the scores of outdated weights while the base is pre-trained further."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from tables import distinct_keys, distinct_values, format_mean, markdown_table, mean_and_deviation, select
+from tables import DIGITS, distinct_keys, distinct_values, format_mean, markdown_table, mean_and_deviation, select
 
 from findings.charts import draw_lines
 from findings.experiment import Cell, CellRecord, Experiment, Finding, Page, judge_claim
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from findings.store import Store
 
 MIN_RETAINED_SHARE = 0.5
-"""Outdated weights score far above an untuned base if they keep this share of what tuning gains above guessing."""
+"""The share of a tuned new base's gain over chance from which outdated weights count as far above an untuned base;
+arbitrary, but fixed before any cell was measured."""
 MAX_LOSS_PER_HOP = 10.0
-"""The score falls slowly if a hop costs at most this percentage of what the old deployment has above guessing."""
+"""The % of the old model's gain over chance up to which the loss per hop counts as slow; arbitrary, but fixed before
+any cell was measured."""
 ROW_LABELS = {"outdated": "tuned on M_0, put on", "tuned": "tuned on", "agreement": "agreement with M_0's deployment"}
 
 
 class Config(Settings):
-    """What is measured.
+    """The tasks to measure.
 
     Args:
         tasks: Tasks by kind of adaptation.
@@ -52,7 +54,7 @@ def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterab
 
 
 def list_cells(store: Store, config: Config) -> list[Cell]:
-    """Return a cell for each adaptation of M_0."""
+    """Return one cell per adaptation of M_0."""
     return [
         Cell(f"{task}-{kind}-seed{seed}", measure, (task, kind, seed, store.num_bases))
         for seed in store.size.seeds
@@ -60,8 +62,8 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
     ]
 
 
-def measure(store: Store, work: Path, task: str, kind: str, seed: int, num_bases: int) -> dict[str, Any]:
-    """Evaluate an adaptation of M_0, unchanged, on every base that was kept."""
+def measure(store: Store, work_folder: Path, task: str, kind: str, seed: int, num_bases: int) -> dict[str, Any]:
+    """Evaluate an adaptation of M_0, unchanged, on every saved base."""
     checkpoints = store.list_base_checkpoints()
     recipe = store.recipe(kind, seed, 0)
     adaptation = store.tuning_folder(task, kind, 0, seed)
@@ -70,13 +72,13 @@ def measure(store: Store, work: Path, task: str, kind: str, seed: int, num_bases
     positions = [(0, 0), *((checkpoint.hop, checkpoint.steps) for checkpoint in checkpoints)]
     rows = []
     for (hop, steps), point in zip(positions, points, strict=True):
-        figures = {name: round(getattr(point, name), 5) for name in ("distance", "score", "loss", "agreement")}
+        figures = {name: round(getattr(point, name), DIGITS) for name in ("distance", "score", "loss", "agreement")}
         rows.append({"hop": hop, "steps": steps, **figures})
     return {"points": rows}
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Pair the scores of outdated weights with those of weights tuned on each base."""
+    """Pair the scores of outdated weights on each base with the scores of weights tuned on it."""
     steps_by_base = {0: 0} | {checkpoint.hop: checkpoint.steps for checkpoint in store.list_base_checkpoints()}
     runs, points = [], []
     for record in records:
@@ -164,6 +166,7 @@ def _mean_scores(runs: list[Row]) -> _MeanScores:
 
 
 def _judge_claims(runs: list[Row]) -> tuple[Finding, ...]:
+    """Judge the claims on retention, the gap to a tuned new base, and the loss per hop, by mean scores over seeds."""
     retained_shares, gaps, losses, is_falling = [], [], [], []
     for task, kind in distinct_keys(runs, "task", "kind"):
         task_runs = select(runs, task=task, kind=kind)

@@ -1,4 +1,4 @@
-"""Experiment 2: are models tuned on different bases of the chain linearly connected?"""
+"""Experiment 2: the linear connectivity of models tuned on different bases of the chain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from tables import distinct_keys, distinct_values, format_mean, markdown_table, mean_and_deviation, select
+from tables import DIGITS, distinct_keys, distinct_values, format_mean, markdown_table, mean_and_deviation, select
 
 from findings.charts import draw_lines
 from findings.experiment import NOT_STATED, Cell, CellRecord, Experiment, Finding, Page, judge_claim
@@ -28,12 +28,12 @@ PART = "2. mode connectivity"
 
 
 class Config(Settings):
-    """What is measured.
+    """The lines to measure.
 
     Args:
         tasks: Tasks by kind of adaptation.
         pairs: Pairs of bases whose tunings differ in their seeds; a base paired with itself stands for two seeds on it.
-        one_seed: Pairs of bases whose tunings share one seed: the same fresh head, and the data in the same order.
+        one_seed: Pairs of bases whose tunings share a seed: the same fresh head, and the data in the same order.
         points: The number of points on each line, ends included.
     """
 
@@ -44,7 +44,7 @@ class Config(Settings):
 
 
 def list_lines(config: Config, seeds: Sequence[int]) -> list[tuple[Tuning, Tuning]]:
-    """Return the pairs of tunings that the lines connect."""
+    """Return the two ends of each line."""
     next_seed = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
     lines = []
     for seed in seeds:
@@ -52,18 +52,18 @@ def list_lines(config: Config, seeds: Sequence[int]) -> list[tuple[Tuning, Tunin
             for i, j in config.pairs:
                 second_seed = next_seed[seed] if i == j else seed
                 lines.append((Tuning(task, kind, i, seed), Tuning(task, kind, j, second_seed)))
-            for i, j in config.one_seed:  # a base's number is added to the seed of its tunings: here that cancels out
+            for i, j in config.one_seed:  # The index that each base adds to its seed is subtracted here.
                 lines.append((Tuning(task, kind, i, seed), Tuning(task, kind, j, seed + i - j)))
     return lines
 
 
 def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
-    """Return the ends of all lines."""
+    """Return the tunings at the ends of all lines."""
     return [tuning for line in list_lines(config, seeds) for tuning in line]
 
 
 def list_cells(store: Store, config: Config) -> list[Cell]:
-    """Return a cell for each line."""
+    """Return one cell per line."""
     cells = []
     for first, second in list_lines(config, store.size.seeds):
         suffix = "-one" if first.base != second.base and first.seed != second.seed else ""
@@ -74,26 +74,26 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
 
 
 def measure(
-    store: Store, work: Path, task: str, kind: str, i: int, j: int, seed: int, second_seed: int, num_points: int
+    store: Store, work_folder: Path, task: str, kind: str, i: int, j: int, seed: int, second_seed: int, num_points: int
 ) -> dict[str, Any]:
-    """Evaluate models on the line from a tuning on M_i to one on M_j; for adapters the base is interpolated too."""
+    """Evaluate models on the line from a tuning on M_i to a tuning on M_j; for adapters, interpolate the base too."""
     data = store.load_data(task)
     upgrade = store.load_upgrade(i, j)
-    recipe = store.recipe(kind, seed, i).resolve(len(data.train), 1.0)
+    recipe = store.recipe(kind, seed, i).resolve(len(data.train), 1.0)  # for its precision alone
     first = load_counterpart(store.tuning_folder(task, kind, i, seed), upgrade.old, data)
     second = load_counterpart(store.tuning_folder(task, kind, j, second_seed), upgrade.new, data)
     line = segment(first, second, upgrade.old, data, points=num_points, precision=recipe.precision)
     return {
         "mu": list(line.mu),
-        "loss": {split: [round(value, 5) for value in values] for split, values in line.loss.items()},
-        "score": {split: [round(value, 5) for value in values] for split, values in line.score.items()},
-        "barrier": {split: round(value, 5) for split, value in line.barrier.items()},
+        "loss": {split: [round(value, DIGITS) for value in values] for split, values in line.loss.items()},
+        "score": {split: [round(value, DIGITS) for value in values] for split, values in line.score.items()},
+        "barrier": {split: round(value, DIGITS) for split, value in line.barrier.items()},
         "connected": line.connected,
     }
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Return each line with its bases, its number of hops, and whether its ends share one seed."""
+    """Return each line with its bases, its number of hops, and whether its ends share a seed."""
     runs = []
     for record in records:
         task, kind, first, second, seed, second_seed, _ = record.arguments
@@ -107,7 +107,7 @@ def collect_results(store: Store, config: Config, records: list[CellRecord]) -> 
 
 
 def build_page(results: dict[str, Any]) -> Page:
-    """Write a table of barriers, and draw the losses along the lines and the barriers over hops."""
+    """Write one table of barriers per kind, and draw the losses along the lines and the barriers over hops."""
     runs = results["runs"]
     sections = []
     pictures = {}
@@ -144,7 +144,7 @@ def build_page(results: dict[str, Any]) -> Page:
 
 
 def _line_row(runs: list[Row]) -> list[str]:
-    """Write the row of one line, from its runs, a seed each."""
+    """Write the row of a line from its runs, one per seed."""
     return [
         runs[0]["task"],
         _line_label(runs[0]),
@@ -164,7 +164,7 @@ def _line_label(run: Row) -> str:
 
 
 def _score_dip(run: Row) -> float:
-    """Return the lowest score on test along the line minus that of the lower end, in points."""
+    """Return the lowest score on test along the line minus the score of the lower end, in points."""
     scores = run["score"]["test"]
     return 100 * float(min(scores) - min(scores[0], scores[-1]))
 
@@ -198,6 +198,7 @@ def _hops_label(hops: int) -> str:
 
 
 def _judge_claims(runs: list[Row]) -> Iterable[Finding]:
+    """Judge the claims on consecutive and distant bases for each kind, with and without a shared seed."""
     for kind in distinct_values(runs, "kind"):
         kind_runs = select(runs, kind=kind)
         for one_seed in (True, False):
@@ -213,8 +214,9 @@ def _judge_claims(runs: list[Row]) -> Iterable[Finding]:
                 if pair_runs:
                     claim = f"Models tuned on {name} bases ({condition}) are linearly connected: no barrier of loss."
                     yield _judge_connection(claim, part, pair_runs)
-        if finding := _judge_growth(kind, select(kind_runs, one_seed=False)):
-            yield finding
+        growth = _judge_growth(kind, select(kind_runs, one_seed=False))
+        if growth is not None:
+            yield growth
 
 
 def _judge_connection(claim: str, part: str, runs: list[Row]) -> Finding:
@@ -227,7 +229,7 @@ def _judge_connection(claim: str, part: str, runs: list[Row]) -> Finding:
 
 
 def _judge_growth(kind: str, runs: list[Row]) -> Finding | None:
-    """Judge whether barriers grow with the hops; None if no task has lines of different length."""
+    """Judge whether barriers grow with the hops; return None if no task has lines of different length."""
     barriers_by_task = _barriers_over_hops([run for run in runs if run["hops"]])
     ends = [(points[0][1], points[-1][1]) for points in barriers_by_task.values() if len(points) > 1]
     if not ends:

@@ -1,4 +1,4 @@
-"""Experiment 5: the old tuned model as teacher, with few labels."""
+"""Experiment 5: the old model as teacher, with few labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from findings.store import Store, Tuning
 
     RunKey = tuple[str, str, int | None, str, int]
-    """Task, kind, labels a class (None for all), method and seed."""
+    """Task, kind, labels per class (None for all), method and seed."""
 
 TEACHER, SCRATCH_ALL_LABELS = "teacher", "scratch, all labels"
 LONGER_SUFFIX = ", longer"
@@ -44,16 +44,16 @@ COMPARISONS = (
     ("init+distill", TEACHER),
     ("distill", TEACHER),
 )
-"""The methods whose differences are computed, each with the method that it is compared with."""
+"""Pairs of a method and its reference, whose difference is computed."""
 
 
 class TeacherUpgrade(Settings):
-    """A task and the bases that it is carried between.
+    """A task, with the bases of its teacher and its student.
 
     Args:
-        task: The task.
-        old: The number of the teacher's base.
-        new: The number of the student's base.
+        task: The name of the task.
+        old: The index of the teacher's base.
+        new: The index of the student's base.
         kinds: Kinds of adaptation.
     """
 
@@ -64,12 +64,12 @@ class TeacherUpgrade(Settings):
 
 
 class LongerRuns(Settings):
-    """What is run with more steps too.
+    """Runs that are repeated with more steps.
 
     Args:
         times: Multiplies the steps.
-        shots: Labelled examples a class.
-        methods: Methods by name, scratch included.
+        shots: Numbers of labelled examples per class.
+        methods: Names of methods, scratch included.
     """
 
     times: float = Field(gt=1, description="a number above 1")
@@ -78,13 +78,13 @@ class LongerRuns(Settings):
 
 
 class Config(Settings):
-    """What is run.
+    """The upgrades, numbers of labels and methods to run.
 
     Args:
         upgrades: The tasks and their bases.
-        shots: Labelled examples a class.
-        methods: Methods by name; the others are compared with scratch.
-        longer: What is run with more steps too.
+        shots: Numbers of labelled examples per class.
+        methods: Names of methods; scratch is the reference of the others.
+        longer: The runs to repeat with more steps; None for no such runs.
     """
 
     upgrades: tuple[TeacherUpgrade, ...] = Field(min_length=1, description="a list with task, old, new, kinds")
@@ -96,7 +96,7 @@ class Config(Settings):
 
 
 def list_upgrades(config: Config) -> list[TaskUpgrade]:
-    """Return each task, kind, old and new base."""
+    """Return one upgrade per task and kind."""
     return [
         TaskUpgrade(upgrade.task, kind, upgrade.old, upgrade.new)
         for upgrade in config.upgrades
@@ -105,12 +105,12 @@ def list_upgrades(config: Config) -> list[TaskUpgrade]:
 
 
 def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
-    """Return the teachers, and scratch with all labels."""
+    """Return the teachers on the old bases, and scratch with all labels on the new ones."""
     return list_upgrade_tunings(list_upgrades(config), seeds)
 
 
 def list_cells(store: Store, config: Config) -> list[Cell]:
-    """Return a cell for each method, number of labels and seed."""
+    """Return one cell per upgrade, method, number of labels and seed."""
     cells = []
     for seed in store.size.seeds:
         for upgrade in list_upgrades(config):
@@ -130,7 +130,7 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
 
 def measure(
     store: Store,
-    work: Path,
+    work_folder: Path,
     task: str,
     kind: str,
     old: int,
@@ -140,10 +140,10 @@ def measure(
     seed: int,
     steps_factor: float = 1.0,
 ) -> dict[str, Any]:
-    """Recycle with a few labels."""
+    """Recycle an adaptation with few labels, and return the figures of the outcome."""
     teacher = store.tuning_folder(task, kind, old, seed)
     upgrade = TaskUpgrade(task, kind, old, new)
-    return run_method(store, work, upgrade, teacher, seed, method, shots=shots, steps_factor=steps_factor)
+    return run_method(store, work_folder, upgrade, teacher, seed, method, shots=shots, steps_factor=steps_factor)
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
@@ -170,6 +170,7 @@ def collect_results(store: Store, config: Config, records: list[CellRecord]) -> 
 
 
 def _collect_differences(store: Store, config: Config, runs: dict[RunKey, Row]) -> list[Row]:
+    """Compare the methods of `COMPARISONS` over the seeds that both have, and the longer runs likewise."""
     longer_comparisons = [
         (method + LONGER_SUFFIX, reference if reference == TEACHER else reference + LONGER_SUFFIX)
         for method, reference in COMPARISONS
@@ -194,7 +195,7 @@ def _collect_differences(store: Store, config: Config, runs: dict[RunKey, Row]) 
 
 
 def build_page(results: dict[str, Any]) -> Page:
-    """Write a table of methods by number of labels, and draw them."""
+    """Write one table of methods by number of labels per upgrade, and draw the scores."""
     sections = []
     pictures = {}
     shots = sorted({run["shots"] for run in results["runs"] if run["shots"] is not None})
@@ -232,6 +233,7 @@ def build_page(results: dict[str, Any]) -> Page:
 
 
 def _method_row(method: str, shots: list[int], runs: list[Row], differences: list[Row]) -> list[str]:
+    """Write the scores of a method by number of labels, with the differences from scratch."""
     scratch = "scratch" + LONGER_SUFFIX if method.endswith(LONGER_SUFFIX) else "scratch"
     row = [method]
     for count in shots:
@@ -258,6 +260,8 @@ def _series_over_shots(
 
 
 def _judge_claims(differences: list[Row], longer: dict[str, Any] | None) -> tuple[Finding, ...]:
+    """Judge each claim by the differences of two methods over all upgrades and numbers of labels."""
+
     def judge(claim: str, part: str, method: str, reference: str) -> Finding:
         return judge_difference(claim, part, select(differences, method=method, against=reference))
 

@@ -1,4 +1,4 @@
-"""What an experiment is: the tunings it needs, its cells, its figures and its page."""
+"""Experiments: their tunings, cells, figures and pages, and the judgement of claims."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
 Verdict = Literal["holds", "mixed", "does not hold", "not measured"]
 NOT_STATED = " (ours)"
-"""Appended to the part of a claim that goes with the paper's claims but that the paper does not state."""
+"""Appended to the part of a claim that belongs to the paper's subject but is not stated in the paper."""
 MIN_CONFIRMED_SHARE = 0.9
-"""A claim holds if it is found in at least this share of its cells, and does not hold if it is found in at most one
-less this share. Fixed before anything was run."""
+"""A claim holds if at least this share of its cells confirms it, and does not hold if at most one minus this share
+does. Arbitrary, but fixed before any cell was measured."""
+MIN_BETTER_SHARE = 0.5
+"""A method is better than another if the difference is significant in at least this share of the cells. Arbitrary, but
+fixed before any cell was measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Finding:
 
     Args:
         claim: The claim, in one sentence.
-        verdict: Whether it holds.
-        figure: The figures that decide, in words and numbers.
+        verdict: Whether the claim holds.
+        figure: The deciding figures, in words and numbers.
         part: The part of the paper that the claim belongs to: a finding or a method.
     """
 
@@ -52,7 +55,7 @@ class Page:
 
     Args:
         text: Markdown, without a title.
-        pictures: SVG files by name.
+        pictures: The content of SVG files, by file name.
         findings: The claims that the experiment tests.
     """
 
@@ -63,11 +66,11 @@ class Page:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One measurement, kept in its own file.
+    """One measurement, with a file for its record.
 
     Args:
         name: The name of the file, without its suffix.
-        measure: Returns the figures as JSON, given the store, a working folder and the arguments.
+        measure: Takes the store, a working folder and the arguments; returns the figures as JSON.
         arguments: JSON values; if they change, the cell is measured again.
     """
 
@@ -82,10 +85,10 @@ class CellRecord:
 
     Args:
         arguments: The cell's arguments.
-        figures: What was measured; None if it was refused.
-        refusal: The reason of a refusal; None if it was measured.
-        seconds: How long the measurement took.
-        versions: Versions of the packages.
+        figures: The measured figures; None if the measurement was refused.
+        refusal: The reason of a refusal; None if the cell was measured.
+        seconds: The duration of the measurement.
+        versions: The versions of packages, by name.
     """
 
     arguments: list[Any]
@@ -97,17 +100,17 @@ class CellRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """An experiment.
+    """An experiment on claims of the paper.
 
     Args:
-        name: The name of its folder, with its number.
-        title: The title of its page.
-        question: What it asks, in a sentence or two.
-        config: The model of its `config.yaml`.
-        list_tunings: Returns the tunings it needs, given the config, the seeds and the number of bases.
-        list_cells: Returns its measurements, given the store and the config.
-        collect_results: Returns the results as JSON, given the store, the config and the records of measured cells.
-        build_page: Returns the page of its results.
+        name: The name of the experiment's folder, with its number.
+        title: The title of the page.
+        question: The introduction of the page.
+        config: The model of `config.yaml`.
+        list_tunings: Takes the config, the seeds and the number of bases; returns the tunings that cells read.
+        list_cells: Takes the store and the config; returns the cells.
+        collect_results: Takes the store, the config and the records of measured cells; returns the results as JSON.
+        build_page: Takes the results; returns the page.
     """
 
     name: str
@@ -124,7 +127,7 @@ class Experiment:
         return store.out / self.name / f"{cell.name}.json"
 
     def missing_cells(self, store: Store, config: Any) -> list[Cell]:
-        """Return the cells that have no record, or one with other arguments."""
+        """Return the cells without a record, or whose record has different arguments."""
         cells = self.list_cells(store, config)
         return [cell for cell in cells if read_record(self.cell_file(store, cell), cell) is None]
 
@@ -134,7 +137,7 @@ class Experiment:
         return [record for record in records if record is not None and record.figures is not None]
 
     def read_refusals(self, store: Store, config: Any) -> dict[str, str]:
-        """Read why cells were refused, by their names."""
+        """Read the reasons of refusals by the name of the cell."""
         refusals = {}
         for cell in self.list_cells(store, config):
             record = read_record(self.cell_file(store, cell), cell)
@@ -144,7 +147,7 @@ class Experiment:
 
 
 def read_record(file: Path, cell: Cell) -> CellRecord | None:
-    """Read the record of a cell; None if it has not been measured with these arguments."""
+    """Read the record of a cell; return None if the cell has not been measured with these arguments."""
     if not file.is_file():
         return None
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -162,19 +165,20 @@ def measure_cell(store: Store, cell: Cell, file: Path) -> str:
     would be refused again. Remove the file to measure the cell again.
 
     Args:
-        store: The store.
+        store: The store, with the tunings of the cell.
         cell: The cell.
-        file: Gets the record; the working folder is beside it.
+        file: The file for the record; the working folder is next to it.
 
     Returns:
-        A line for the report.
+        A line on the result.
     """
     started = time.perf_counter()
-    work = file.with_suffix("")
-    work.parent.mkdir(parents=True, exist_ok=True)
-    figures, refusal = None, None
+    work_folder = file.with_suffix("")
+    work_folder.parent.mkdir(parents=True, exist_ok=True)
+    figures = None
+    refusal = None
     try:
-        figures = cell.measure(store, work, *cell.arguments)
+        figures = cell.measure(store, work_folder, *cell.arguments)
     except (MismatchError, RecipeError) as error:
         refusal = str(error)
     record = {
@@ -185,21 +189,21 @@ def measure_cell(store: Store, cell: Cell, file: Path) -> str:
         "refused": refusal,
     }
     write_atomic(file, json.dumps(record) + "\n")
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work_folder, ignore_errors=True)
     return "made" if refusal is None else f"refused: {refusal}"
 
 
 def judge_claim(claim: str, part: str, confirmations: Sequence[bool], figure: str) -> Finding:
-    """Judge a claim by the share of cells in which it is found.
+    """Judge a claim by the share of cells that confirm it.
 
     Args:
-        claim: The claim.
-        part: The part of the paper that it belongs to.
-        confirmations: Whether it is found, a cell each.
-        figure: The figures that decide, besides the number of cells.
+        claim: The claim, in one sentence.
+        part: The part of the paper that the claim belongs to.
+        confirmations: Whether each cell confirms the claim.
+        figure: The deciding figures, in addition to the number of cells.
 
     Returns:
-        The finding.
+        The claim with its verdict, "not measured" without cells.
     """
     if not confirmations:
         return Finding(claim, "not measured", "nothing has been run", part)
@@ -209,24 +213,24 @@ def judge_claim(claim: str, part: str, confirmations: Sequence[bool], figure: st
     verdict: Verdict = "mixed"
     if share >= MIN_CONFIRMED_SHARE:
         verdict = "holds"
-    elif share <= 1 - MIN_CONFIRMED_SHARE + 1e-9:
+    elif share <= 1 - MIN_CONFIRMED_SHARE + 1e-9:  # 1 − 0.9 is slightly below 0.1 in binary
         verdict = "does not hold"
     return Finding(claim, verdict, f"in {num_confirmed} of {num_cells} cells; {figure}", part)
 
 
 def judge_difference(claim: str, part: str, differences: Sequence[Row]) -> Finding:
-    """Judge the claim that one method is better than another, by differences with their intervals.
+    """Judge the claim that one method is better than another, by the intervals of the differences.
 
-    It holds if the interval is wholly above 0 in at least half of the cells and wholly below 0 in none; it does not
-    hold if the interval is wholly above 0 in none.
+    The claim holds if the interval is wholly above 0 in at least half of the cells and wholly below 0 in none. It does
+    not hold if the interval is wholly above 0 in none.
 
     Args:
-        claim: The claim.
-        part: The part of the paper that it belongs to.
-        differences: Differences with `estimate`, `low` and `high`, a cell each.
+        claim: The claim, in one sentence.
+        part: The part of the paper that the claim belongs to.
+        differences: The difference in each cell, with `estimate`, `low` and `high`.
 
     Returns:
-        The finding.
+        The claim with its verdict, "not measured" without cells.
     """
     if not differences:
         return Finding(claim, "not measured", "nothing has been run", part)
@@ -234,7 +238,7 @@ def judge_difference(claim: str, part: str, differences: Sequence[Row]) -> Findi
     num_better = sum(difference["low"] > 0 for difference in differences)
     num_worse = sum(difference["high"] < 0 for difference in differences)
     verdict: Verdict = "does not hold"
-    if 2 * num_better >= num_cells and not num_worse:
+    if num_better >= MIN_BETTER_SHARE * num_cells and not num_worse:
         verdict = "holds"
     elif num_better:
         verdict = "mixed"

@@ -1,4 +1,4 @@
-"""Experiment 4: tuning that begins at outdated weights of the same, a similar or an unrelated task."""
+"""Experiment 4: tuning that starts from outdated weights of the same, a similar or an unrelated task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from tables import distinct_keys, format_difference, format_mean, markdown_table, select
+from tables import (
+    DIGITS,
+    distinct_keys,
+    format_difference,
+    format_mean,
+    format_steps_share,
+    markdown_table,
+    median_steps_share,
+    select,
+)
 
 from findings.charts import draw_lines
 from findings.experiment import Cell, CellRecord, Experiment, Finding, Page, judge_claim, judge_difference
@@ -32,21 +41,21 @@ if TYPE_CHECKING:
     from findings.store import Store
 
 ROLES = ("same", "similar", "unrelated")
-"""How the task of the outdated weights relates to the one that is tuned."""
+"""The relations of the outdated weights' task to the tuned task."""
 MAX_STEPS_SHARE = 50.0
-"""Tuning converges faster if it reaches scratch's last score in this percentage of scratch's steps."""
-
+"""The % of scratch's steps up to which reaching scratch's last score counts as faster; arbitrary, but fixed before any
+cell was measured."""
 PART = "method `init`"
 """The part of the paper that the claims belong to."""
 
 
 class Target(Settings):
-    """A task on the new base, and the tasks whose outdated weights tuning may begin at.
+    """A task to tune on the new base, and the tasks of the outdated weights to start from.
 
     Args:
-        task: The task.
-        similar: A similar task.
-        unrelated: An unrelated task.
+        task: The name of the task.
+        similar: The name of a similar task.
+        unrelated: The name of an unrelated task.
         kinds: Kinds of adaptation.
     """
 
@@ -56,17 +65,17 @@ class Target(Settings):
     kinds: tuple[str, ...] = Field(min_length=1, description="a list of kinds")
 
     def source_task(self, role: str) -> str:
-        """Return the task whose outdated weights play a role."""
+        """Return the task of the outdated weights by its relation to the tuned task, one of `ROLES`."""
         return {"same": self.task, "similar": self.similar, "unrelated": self.unrelated}[role]
 
 
 class Config(Settings):
-    """What is run.
+    """The bases and tasks to run.
 
     Args:
-        old: The number of the base that the outdated weights were tuned on.
-        new: The number of the base that is tuned.
-        targets: The tasks.
+        old: The index of the base of the outdated weights.
+        new: The index of the base to tune.
+        targets: The tasks to tune.
     """
 
     old: NonNegativeInt = Field(description="the number of a base")
@@ -75,7 +84,7 @@ class Config(Settings):
 
 
 def list_starts(config: Config) -> list[tuple[str, str, str, str]]:
-    """Return each task and kind with each role and the task that plays it."""
+    """Return one start per task, kind and role, as (task, kind, role, task of the outdated weights)."""
     return [
         (target.task, kind, role, target.source_task(role))
         for target in config.targets
@@ -85,7 +94,7 @@ def list_starts(config: Config) -> list[tuple[str, str, str, str]]:
 
 
 def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
-    """Yield the outdated weights, and scratch."""
+    """Yield the tunings of the outdated weights, and scratch."""
     for task, kind, _, source_task in list_starts(config):
         for seed in seeds:
             yield Tuning(source_task, kind, config.old, seed)
@@ -93,7 +102,7 @@ def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterab
 
 
 def list_cells(store: Store, config: Config) -> list[Cell]:
-    """Return a cell for each start and seed."""
+    """Return one cell per start and seed."""
     cells = []
     for seed in store.size.seeds:
         for task, kind, role, source_task in list_starts(config):
@@ -103,16 +112,18 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
 
 
 def measure(
-    store: Store, work: Path, task: str, kind: str, role: str, source_task: str, old: int, new: int, seed: int
+    store: Store, work_folder: Path, task: str, kind: str, role: str, source_task: str, old: int, new: int, seed: int
 ) -> dict[str, Any]:
-    """Tune the new base from outdated weights; the head is copied where the labels are the same."""
+    """Tune the new base from outdated weights; copy the head of a related task with the same labels."""
     fresh_head = role == "unrelated" or store.load_data(source_task).labels != store.load_data(task).labels
     source = store.tuning_folder(source_task, kind, old, seed)
-    return run_method(store, work, TaskUpgrade(task, kind, old, new), source, seed, "init", fresh_head=fresh_head)
+    return run_method(
+        store, work_folder, TaskUpgrade(task, kind, old, new), source, seed, "init", fresh_head=fresh_head
+    )
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Compare every start with scratch."""
+    """Return the runs, with their speed relative to scratch, and the differences of every start from scratch."""
     runs = {}
     for record in records:
         task, kind, role, _, _, _, seed = record.arguments
@@ -134,7 +145,7 @@ def collect_results(store: Store, config: Config, records: list[CellRecord]) -> 
                 "from": role,
                 "seed": seed,
                 **drop_predictions(run),
-                "area": round(mean_dev_score(run), 5),
+                "area": round(mean_dev_score(run), DIGITS),
                 "share": None if reached_step is None else round(100 * reached_step / scratch_run["steps"], 2),
             }
         )
@@ -143,6 +154,7 @@ def collect_results(store: Store, config: Config, records: list[CellRecord]) -> 
 
 
 def _collect_differences(store: Store, config: Config, runs: dict[tuple[str, str, str, int], Row]) -> list[Row]:
+    """Compare every start with scratch over its seeds."""
     rows = []
     for task, kind, role in dict.fromkeys((task, kind, role) for task, kind, role, _ in runs):
         if role == "scratch":
@@ -158,7 +170,7 @@ def _collect_differences(store: Store, config: Config, runs: dict[tuple[str, str
 
 
 def build_page(results: dict[str, Any]) -> Page:
-    """Write a table of all starts, and draw the learning curves."""
+    """Write one table of starts per task and kind, and draw the learning curves."""
     sections = []
     pictures = {}
     head = [
@@ -188,30 +200,25 @@ def build_page(results: dict[str, Any]) -> Page:
 
 
 def _start_row(role: str, runs: list[Row], differences: list[Row]) -> list[str]:
-    share = _median_share(runs)
+    share = median_steps_share(runs)
     return [
         role,
         format_mean([run["start"] for run in runs]),
         format_mean([run["area"] for run in runs]),
-        "never" if share == float("inf") else f"{share:.0f}",
+        format_steps_share(share),
         f"{sum(run['share'] is None for run in runs)} of {len(runs)}",
         format_mean([run["test"] for run in runs]),
         format_difference(differences[0] if differences else None),
     ]
 
 
-def _median_share(runs: list[Row]) -> float:
-    """Return the median share, in %, of scratch's steps; infinite if most runs never reach its score."""
-    return statistics.median([float("inf") if run["share"] is None else run["share"] for run in runs])
-
-
 def _judge_starts(runs: list[Row], differences: list[Row]) -> list[Finding]:
-    """Judge speed and final score of the starts from the same and from a similar task."""
+    """Judge the speed and the final score of starts from the same and from a similar task."""
     findings = []
     for role, source in (("same", "the same task"), ("similar", "a similar task")):
         role_runs = select(runs, **{"from": role})
         shares = [
-            _median_share(select(role_runs, task=task, kind=kind))
+            median_steps_share(select(role_runs, task=task, kind=kind))
             for task, kind in distinct_keys(runs, "task", "kind")
             if select(role_runs, task=task, kind=kind)
         ]

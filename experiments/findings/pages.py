@@ -1,4 +1,4 @@
-"""The published files of an experiment, and the index of the paper's claims."""
+"""Write the published files of an experiment, and the index of the paper's claims."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ paper does not state; it goes with what it states."""
 
 
 def write_measured(store: Store, experiment: Experiment, config: Any, folder: Path) -> None:
-    """Write an experiment's results, pictures and page, as far as it has been run.
+    """Write an experiment's results, pictures and page from the cells that have been measured so far.
 
     Args:
-        store: The store.
+        store: The store, with the records of the cells.
         experiment: The experiment.
-        config: Its config.
-        folder: Its published folder; nothing is written if no cell has been measured.
+        config: The content of the experiment's `config.yaml`.
+        folder: The published folder of the experiment; nothing is written if no cell has been measured.
 
     Raises:
         OutcomeError: The folder has the results of more cells.
@@ -55,16 +55,16 @@ def write_measured(store: Store, experiment: Experiment, config: Any, folder: Pa
 
 
 def collect_provenance(store: Store, experiment: Experiment, config: Any) -> dict[str, Any]:
-    """Return what results were made from.
+    """Return the inputs of results, and the state of their cells.
 
     Args:
-        store: The store.
+        store: The store, with the records of the cells.
         experiment: The experiment.
-        config: Its config.
+        config: The content of the experiment's `config.yaml`.
 
     Returns:
-        Seeds, bases, recipes, tasks, config and versions; `cells`: how many have been made, and how many there are;
-        `refused`: the reasons of refused cells; `seconds`: the time of all cells.
+        Seeds, bases, recipes, tasks, config and versions; `cells`: the numbers of cells made and of all cells;
+        `refused`: the reasons of refusals by cell; `seconds`: the total duration of the measurements.
     """
     records = experiment.read_records(store, config)
     size = store.size
@@ -89,12 +89,12 @@ def collect_provenance(store: Store, experiment: Experiment, config: Any) -> dic
 
 def _task_figures(store: Store, name: str) -> dict[str, Any]:
     data = store.load_data(name)
-    num_rows = {split.name: len(split) for split in (data.train, data.dev, data.test) if split is not None}
-    return {"name": data.name, "domain": store.size.tasks[name].domain, "labels": len(data.labels), **num_rows}
+    num_examples = {split.name: len(split) for split in (data.train, data.dev, data.test) if split is not None}
+    return {"name": data.name, "domain": store.size.tasks[name].domain, "labels": len(data.labels), **num_examples}
 
 
 def _round_figures(value: Any) -> Any:
-    """Round every number to six digits: more differ from machine to machine."""
+    """Round every number to six significant digits; further digits differ from machine to machine."""
     if isinstance(value, dict):
         return {name: _round_figures(member) for name, member in value.items()}
     if isinstance(value, list | tuple):
@@ -103,11 +103,11 @@ def _round_figures(value: Any) -> Any:
 
 
 def write_page(experiment: Experiment, folder: Path) -> None:
-    """Write an experiment's pictures and page from its `results.json`.
+    """Write an experiment's pictures and page from its `results.json`, and remove obsolete pictures.
 
     Args:
         experiment: The experiment.
-        folder: Its published folder; nothing is written if it has no `results.json`.
+        folder: The published folder of the experiment; nothing is written if it has no `results.json`.
     """
     if not (folder / "results.json").is_file():
         return
@@ -122,8 +122,9 @@ def write_page(experiment: Experiment, folder: Path) -> None:
 
 
 def _format_page(experiment: Experiment, provenance: dict[str, Any], page: Page) -> str:
+    """Write the page between its title and the provenance of its results."""
     num_complete, num_cells = provenance["cells"]
-    domains = ", ".join(f"M_{number} ({name})" for number, name in enumerate(provenance["domains"], start=1))
+    domains = ", ".join(f"M_{base} ({name})" for base, name in enumerate(provenance["domains"], start=1))
     seeds = provenance["seeds"]
     sections = [
         f"# {experiment.title}",
@@ -147,7 +148,9 @@ def _format_page(experiment: Experiment, provenance: dict[str, Any], page: Page)
 
 
 def _format_provenance(provenance: dict[str, Any]) -> str:
-    pretraining, max_length = provenance["pretraining"], provenance["max_length"]
+    """List recipes, tasks, cells and versions."""
+    pretraining = provenance["pretraining"]
+    max_length = provenance["max_length"]
     lines = [f"pre-training a base: {_format_training(pretraining)}, blocks of {pretraining['block']} tokens"]
     for kind, training in provenance["tuning"].items():
         lines.append(f"tuning, {kind}: {_format_training(training)}")
@@ -169,17 +172,17 @@ def _format_training(training: dict[str, Any]) -> str:
 
 
 def _format_task(name: str, task: dict[str, Any]) -> str:
-    num_rows = " / ".join(f"{task[split]:,} {split}" for split in ("train", "dev", "test") if split in task)
+    num_examples = " / ".join(f"{task[split]:,} {split}" for split in ("train", "dev", "test") if split in task)
     name_prefix = "" if task["name"] == name else f"{task['name']}, "
-    return f"{name_prefix}{task['domain']}, {task['labels']} classes, {num_rows}"
+    return f"{name_prefix}{task['domain']}, {task['labels']} classes, {num_examples}"
 
 
 def write_index(experiments: tuple[Experiment, ...], folder: Path) -> None:
     """Write the table of all claims from the published results.
 
     Args:
-        experiments: All experiments.
-        folder: The folder that holds their published folders.
+        experiments: All experiments, measured or not.
+        folder: The folder of the experiments' published folders.
     """
     rows = []
     for experiment in experiments:

@@ -1,4 +1,4 @@
-"""Experiment 6: a map from old to new weights, learned from other tasks, without any training on the task itself."""
+"""Experiment 6: a map from old to new weights, learned from other tasks, without training on the task."""
 
 from __future__ import annotations
 
@@ -38,20 +38,22 @@ METHOD_BY_FIT = {
     "distill": "project, by distillation",
     "paper": "project, as in the paper",
 }
-"""The names in the tables of the ways to learn the map."""
+"""The names in the tables, by the way to learn the map."""
 MAX_REGRESSION_RANK = 16
-"""The rank of the regression, where there are enough pairs of tunings to learn from."""
+"""The rank of the regression if there are enough pairs of tunings to learn from; arbitrary, equal to the default rank
+of distillation."""
 
 
 class Config(Settings):
-    """What is run.
+    """The tasks, upgrades and maps to run.
 
     Args:
-        tasks: Tasks by kind of adaptation; the map for each is learned from all others of its kind.
+        tasks: Tasks by kind of adaptation; the map for a task is learned from all other tasks of its kind.
         upgrades: Pairs of an old and a new base.
-        fits: How the map is learned: by regression, by distillation, or as in the paper, by distillation of P(v) alone.
-        rank: The rank of the map that is learned by distillation.
-        steps: The steps of that distillation.
+        fits: The ways to learn the map P of a delta v: `regression` and `distill` learn v + P(v), `paper` distils P(v)
+            alone.
+        rank: The rank of a map that is learned by distillation.
+        steps: The optimiser steps of distillation.
     """
 
     tasks: TasksByKind = Field(description="lists of tasks by kind of adaptation")
@@ -64,7 +66,7 @@ class Config(Settings):
 
 
 def list_upgrades(config: Config) -> list[TaskUpgrade]:
-    """Return each task, kind, old and new base."""
+    """Return one upgrade per task, kind and pair of bases."""
     return [
         TaskUpgrade(task, kind, old, new)
         for kind, tasks in config.tasks.items()
@@ -74,12 +76,12 @@ def list_upgrades(config: Config) -> list[TaskUpgrade]:
 
 
 def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
-    """Return every task on both bases."""
+    """Return the tunings of every task on both bases."""
     return list_upgrade_tunings(list_upgrades(config), seeds)
 
 
 def list_cells(store: Store, config: Config) -> list[Cell]:
-    """Return a cell for each method and seed."""
+    """Return one cell per upgrade, method and seed."""
     cells = []
     for seed in store.size.seeds:
         for upgrade in list_upgrades(config):
@@ -87,7 +89,7 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
             cells.append(Cell(f"{prefix}-direct-seed{seed}", measure, (*upgrade, DIRECT, seed, [], [], 0, 0)))
             source_tasks = [task for task in config.tasks[upgrade.kind] if task != upgrade.task]
             for fit in config.fits:
-                if fit == "regression":  # from the weights of all seeds; rank and steps are those of distillation
+                if fit == "regression":  # It learns from the weights of all seeds; rank and steps are for distillation.
                     source = (source_tasks, list(store.size.seeds), 0, 0)
                 else:
                     source = (source_tasks, [seed], config.rank, config.steps)
@@ -97,7 +99,7 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
 
 def measure(
     store: Store,
-    work: Path,
+    work_folder: Path,
     task: str,
     kind: str,
     old: int,
@@ -113,7 +115,7 @@ def measure(
     upgrade = TaskUpgrade(task, kind, old, new)
     adaptation = store.tuning_folder(task, kind, old, seed)
     if fit == DIRECT:
-        return run_method(store, work, upgrade, adaptation, seed, "direct")
+        return run_method(store, work_folder, upgrade, adaptation, seed, "direct")
     pairs = []
     for source_task in source_tasks:
         for source_seed in source_seeds:
@@ -126,11 +128,11 @@ def measure(
         options = Projection(pairs=tuple(pairs), rank=max(1, min(MAX_REGRESSION_RANK, len(pairs) - 1)))
     else:
         options = Projection(pairs=tuple(pairs), fit="distill", rank=rank, steps=steps, residual=fit == "distill")
-    return run_method(store, work, upgrade, adaptation, seed, "project", options=options)
+    return run_method(store, work_folder, upgrade, adaptation, seed, "project", options=options)
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Return each run, the tunings on both bases, and the differences to direct."""
+    """Return each run, the tunings on both bases, and the differences from `direct`."""
     runs: dict[RunKey, Row] = {}
     for record in records:
         task, kind, old, new, fit, seed, *_ = record.arguments
@@ -149,6 +151,7 @@ def collect_results(store: Store, config: Config, records: list[CellRecord]) -> 
 
 
 def _collect_differences(store: Store, config: Config, runs: dict[RunKey, Row]) -> list[Row]:
+    """Compare each map with `direct` over the seeds that both have."""
     rows = []
     for upgrade in list_upgrades(config):
         for method in METHOD_BY_FIT.values():
@@ -168,7 +171,7 @@ def _collect_differences(store: Store, config: Config, runs: dict[RunKey, Row]) 
 
 
 def build_page(results: dict[str, Any]) -> Page:
-    """Write a table for each kind and upgrade, and draw the methods."""
+    """Write one table per kind and upgrade, and draw the scores of the methods."""
     sections = []
     pictures = {}
     for kind, old, new in distinct_keys(results["runs"], "kind", "old", "new"):

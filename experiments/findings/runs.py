@@ -1,4 +1,4 @@
-"""What the experiments share that train on the new base: running a method, comparing runs, learning curves."""
+"""Run methods on the new base, and compare their scores and learning curves."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class TaskUpgrade(NamedTuple):
     Args:
         task: The name of the task.
         kind: The kind of adaptation.
-        old: The number of the old base.
-        new: The number of the new base.
+        old: The index of the old base.
+        new: The index of the new base.
     """
 
     task: str
@@ -38,7 +38,7 @@ class TaskUpgrade(NamedTuple):
 
 
 def list_upgrade_tunings(upgrades: Iterable[TaskUpgrade], seeds: Sequence[int]) -> list[Tuning]:
-    """Return the tunings on the old and on the new base of each upgrade, with each seed."""
+    """Return the tunings on the old and the new base of each upgrade, one per seed."""
     return [
         Tuning(upgrade.task, upgrade.kind, base, seed)
         for upgrade in upgrades
@@ -49,7 +49,7 @@ def list_upgrade_tunings(upgrades: Iterable[TaskUpgrade], seeds: Sequence[int]) 
 
 def run_method(
     store: Store,
-    work: Path,
+    work_folder: Path,
     upgrade: TaskUpgrade,
     source: Path,
     seed: int,
@@ -64,15 +64,15 @@ def run_method(
 
     Args:
         store: The store.
-        work: A folder for the outcome.
+        work_folder: The folder for the outcome.
         upgrade: The task on the new base, the kind and the bases.
-        source: The outcome folder of the adaptation of the old base, which may be of another task.
-        seed: The seed.
-        method: The method's name.
-        shots: Labelled examples a class, with the recipe for few labels; None for all labels and their recipe.
+        source: The outcome folder of the adaptation of the old base, possibly to a different task.
+        seed: The seed of the run.
+        method: The name of the method.
+        shots: Labelled examples per class, with the recipe for few labels; None for all labels and their recipe.
         steps_factor: Multiplies the recipe's steps.
         fresh_head: Whether to initialise a new head instead of copying the old one.
-        options: The method's options.
+        options: The options of the method; None for the defaults.
 
     Returns:
         The figures of `outcome_figures`.
@@ -86,7 +86,7 @@ def run_method(
         source,
         store.load_task(upgrade.task).with_shots(shots),
         method,
-        work,
+        work_folder,
         recipe=recipe,
         options=options,
         head="fresh" if fresh_head else "copy",
@@ -95,7 +95,7 @@ def run_method(
 
 
 def steps_to_score(run: Row, score: float) -> float | None:
-    """Return the step at which dev first reached a score; None if it never did."""
+    """Return the step at which dev first reached a score; None if dev never reached it."""
     return next((step for step, dev_score in run["curve"] if dev_score >= score), None)
 
 
@@ -104,7 +104,10 @@ def mean_dev_score(run: Row) -> float:
     curve = run["curve"]
     if len(curve) < 2:
         return float(curve[0][1])
-    total = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(curve))
+    total = sum(
+        (next_step - step) * (score + next_score) / 2
+        for (step, score), (next_step, next_score) in itertools.pairwise(curve)
+    )
     return float(total / (curve[-1][0] - curve[0][0]))
 
 
@@ -112,12 +115,12 @@ def accuracy_difference(labels: Sequence[int], runs: Sequence[Row], reference_ru
     """Compute the difference in accuracy of two methods over seeds, with its 95 % interval.
 
     Args:
-        labels: The true classes of test.
-        runs: The runs of one method, a seed each.
-        reference_runs: Those of the method that it is compared with.
+        labels: The true class of each example of test.
+        runs: The runs of the method, one per seed.
+        reference_runs: The runs of the reference method, one per seed.
 
     Returns:
-        `estimate`, `low`, `high`, and the number of `seeds`.
+        `estimate`, `low` and `high`, positive if the method is better than the reference; and the number of `seeds`.
     """
     predictions = [run["predictions"] for run in runs]
     reference_predictions = [run["predictions"] for run in reference_runs]
@@ -126,7 +129,7 @@ def accuracy_difference(labels: Sequence[int], runs: Sequence[Row], reference_ru
 
 
 def read_labels(store: Store, task: str, kind: str, base: int, seed: int) -> list[int]:
-    """Read the true classes of a task's test from the outcome of a tuning."""
+    """Read the true class of each example of a task's test from the outcome of a tuning."""
     return read_test_labels(store.load_tuning(task, kind, base, seed))
 
 
@@ -136,10 +139,10 @@ def drop_predictions(run: Row) -> Row:
 
 
 def average_curves(runs: Sequence[Row]) -> list[tuple[float, float, float]]:
-    """Average learning curves over seeds, at the steps that all of them have.
+    """Average learning curves over seeds, at the steps that all curves have.
 
     Args:
-        runs: The runs, a seed each.
+        runs: The runs, one per seed.
 
     Returns:
         Step, mean score and standard deviation of each point.

@@ -1,4 +1,4 @@
-"""The models of `machine.yaml`, `paper.yaml` and the experiments' `config.yaml`, which check every key."""
+"""Pydantic models of `machine.yaml`, `paper.yaml` and the parts of `config.yaml` that experiments share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 TasksByKind = Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
 """The names of tasks by kind of adaptation."""
 BasePair = tuple[NonNegativeInt, NonNegativeInt]
-"""The numbers of two bases of the chain."""
+"""The indices of two bases of the chain."""
 
 
 class Settings(BaseModel):
@@ -32,8 +32,8 @@ class Pretraining(Training):
     """The pre-training of a base on one domain.
 
     Args:
-        block: Tokens a packed block.
-        keep_every: Steps between the checkpoints that are kept.
+        block: Tokens per packed block.
+        keep_every: Steps between the saved bases.
     """
 
     block: int = Field(default=128, ge=8, description="a number of tokens, 8 or more")
@@ -41,14 +41,14 @@ class Pretraining(Training):
 
 
 class Domain(Settings):
-    """The unlabelled text of one upgrade.
+    """The unlabelled texts of one upgrade.
 
     Args:
-        name: Its name.
+        name: The name of the domain.
         demo: A domain of the demo's packages; None for `sources`.
-        sources: Files or data sets of the hub, as in `Corpus`.
-        column: The column that holds the text, in sources that have columns.
-        characters: How many characters to read; the last document is read to its end.
+        sources: Files or data sets of the hub, as in `Corpus`; empty for `demo`.
+        column: The column of the text, in sources that have columns.
+        characters: The number of characters to read; the last document is read to its end.
     """
 
     name: str = Field(min_length=1, description="a name for the domain")
@@ -68,8 +68,8 @@ class TaskSource(Settings):
     """The source of a task's examples.
 
     Args:
-        domain: The name of its domain.
-        demo: The numbers of rows to read of train, dev and test of the demo's task of this name; None for `task`.
+        domain: The name of the task's domain.
+        demo: The numbers of examples in train, dev and test of the demo's task of this name; None for `task`.
         task: The task as declared in a task file; None for `demo`.
     """
 
@@ -89,17 +89,17 @@ class TaskSource(Settings):
 
 
 class Size(Settings):
-    """The size of the whole reproduction: its bases, tasks, recipes and seeds.
+    """The size of the reproduction: bases, tasks, recipes and seeds.
 
     Args:
-        base: The first base M_0: `minilm` for the demo's, else a folder or a hub id.
-        domains: The domains in the order of the upgrades: M_1 is M_0 pre-trained on the first.
+        base: M_0: `minilm` for the demo's base, else a folder or a hub id.
+        domains: The domains in the order of the upgrades; M_1 is M_0 pre-trained on the first domain.
         pretraining: The pre-training of each base.
         tasks: Tasks by the names used in the experiments' configs; a task's own name may differ.
-        max_length: The number of tokens that a text is cut to.
+        max_length: The number of tokens to which texts are truncated.
         tuning: Recipes of tuning with all labels, by kind of adaptation.
         few_shot: Recipes of tuning with few labels and on each hop of a chain, by kind of adaptation.
-        seeds: Everything is run with each of them.
+        seeds: The seeds of every tuning and cell.
         precision: `auto`, `bf16` or `fp32`.
     """
 
@@ -115,7 +115,7 @@ class Size(Settings):
 
 
 def list_task_kinds(tasks: TasksByKind) -> list[tuple[str, str]]:
-    """Return each task with each kind that it is tuned with."""
+    """Return each pair of a task and a kind of adaptation that it is tuned with."""
     return [(task, kind) for kind, names in tasks.items() for task in names]
 
 
@@ -126,7 +126,7 @@ def load_settings(model: type[Model], path: Path) -> Model:
     """Read a YAML file.
 
     Args:
-        model: The model of its content.
+        model: The pydantic model of the content.
         path: The file.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Experiment 3: do models tuned on different bases compute alike, and how far apart are their weights?"""
+"""Experiment 3: the functional similarity of models tuned on different bases, and the distance of their weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
+from tables import DIGITS
 
 from findings.experiment import Cell, CellRecord, Experiment
 from findings.settings import Settings, TasksByKind, list_task_kinds
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 
 
 class Config(Settings):
-    """What is measured.
+    """The tasks and controls to measure.
 
     Args:
         tasks: Tasks by kind of adaptation.
-        controls: For a task, another one with as many classes, as its control.
-        texts: The number of texts of test that the models are compared on.
+        controls: The control of a task, by the name of the task: a different task with as many classes.
+        texts: The number of texts of test on which models are compared.
     """
 
     tasks: TasksByKind = Field(description="lists of tasks by kind of adaptation")
@@ -40,7 +41,7 @@ class Config(Settings):
 
 
 def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
-    """Yield the tunings on every base, and those of the controls on M_0."""
+    """Yield the tunings on every base, and the tunings of the controls on M_0."""
     for task, kind in list_task_kinds(config.tasks):
         for seed in seeds:
             for base in range(num_bases):
@@ -50,7 +51,7 @@ def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterab
 
 
 def list_cells(store: Store, config: Config) -> list[Cell]:
-    """Return a cell for the bases, and one for each adaptation of M_0."""
+    """Return one cell for the bases, and one cell per adaptation of M_0."""
     seeds = store.size.seeds
     next_seed = dict(zip(seeds, [*seeds[1:], seeds[0]], strict=True))
     cells = [Cell("bases", measure_bases, (store.num_bases,))]
@@ -62,8 +63,8 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
     return cells
 
 
-def measure_bases(store: Store, work: Path, num_bases: int) -> dict[str, Any]:
-    """Measure the distance between each two bases."""
+def measure_bases(store: Store, work_folder: Path, num_bases: int) -> dict[str, Any]:
+    """Measure the distance between every two bases."""
     rows = []
     for i, j in itertools.combinations(range(num_bases), 2):
         rows.append({"first": i, "second": j, **_distance_figures(store.load_upgrade(i, j).distance())})
@@ -72,7 +73,7 @@ def measure_bases(store: Store, work: Path, num_bases: int) -> dict[str, Any]:
 
 def measure(
     store: Store,
-    work: Path,
+    work_folder: Path,
     task: str,
     kind: str,
     seed: int,
@@ -81,7 +82,7 @@ def measure(
     num_bases: int,
     num_texts: int,
 ) -> dict[str, Any]:
-    """Compare a tuning on M_0 with those on later bases, with another seed and task, and with random weights."""
+    """Compare a tuning on M_0 with later bases, a second seed, a control task and random weights."""
     data = store.load_data(task)
     first_base = store.load_upgrade(0, 1).old
     precision = store.recipe(kind, seed, 0).resolve(len(data.train), 1.0).precision
@@ -102,11 +103,11 @@ def measure(
         )
         is_nearest_to_itself = [[best == head for head, best in enumerate(layer)] for layer in comparison.best]
         return {
-            "divergence": round(_mean(comparison.divergence), 5),
-            "cosine": round(_mean(comparison.cosine), 5),
-            "nearest": round(_mean(is_nearest_to_itself), 5),
-            "cka": round(statistics.fmean(comparison.cka[1:]), 5),
-            "agreement": round(comparison.agreement, 5),
+            "divergence": round(_mean_over_heads(comparison.divergence), DIGITS),
+            "cosine": round(_mean_over_heads(comparison.cosine), DIGITS),
+            "nearest": round(_mean_over_heads(is_nearest_to_itself), DIGITS),
+            "cka": round(statistics.fmean(comparison.cka[1:]), DIGITS),
+            "agreement": round(comparison.agreement, DIGITS),
             "heads": [[round(value, 4) for value in layer] for layer in comparison.divergence],
             "best": [list(layer) for layer in comparison.best],
         }
@@ -130,7 +131,15 @@ def measure(
 
 
 def _tuned_distance(first: tuple[Path, Any], second: tuple[Path, Any]) -> Any:
-    """Measure the distance of two tunings, each a folder and its base, over the tensors that both tuned."""
+    """Measure the distance between two tunings over the tensors that both tuned.
+
+    Args:
+        first: The folder of a tuning and its base.
+        second: The folder and the base of the tuning to compare with.
+
+    Returns:
+        The distance, as of `weights.distance`.
+    """
     vectors = []
     for folder, base in (first, second):
         adaptation = load_adaptation(folder)
@@ -143,8 +152,8 @@ def _tuned_distance(first: tuple[Path, Any], second: tuple[Path, Any]) -> Any:
     )
 
 
-def _mean(rows: Iterable[Sequence[float]]) -> float:
-    return statistics.fmean(float(value) for row in rows for value in row)
+def _mean_over_heads(layers: Iterable[Sequence[float]]) -> float:
+    return statistics.fmean(float(value) for layer in layers for value in layer)
 
 
 def _distance_figures(distance: Any) -> dict[str, float]:
@@ -157,7 +166,7 @@ def _distance_figures(distance: Any) -> dict[str, float]:
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Return each comparison and each distance; the figures head by head are those of the first seed."""
+    """Return each comparison and each distance, and the figures head by head for the first seed."""
     runs, distances, heads, bases = [], [], [], []
     for record in records:
         if "bases" in record.figures:

@@ -1,4 +1,4 @@
-"""The page of experiment 3: how similar tuned models compute, and how far apart their weights are."""
+"""Write the page of experiment 3, on functional similarity and the distance of weights."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
 RANDOM_WEIGHTS, ANOTHER_SEED, ANOTHER_TASK = "random weights", "another seed on M_0", "another task on M_0"
 FIGURES = ("divergence", "cosine", "nearest", "cka", "agreement")
+"""The figures of a comparison in the tables."""
+# The thresholds below are arbitrary, but were fixed before any cell was measured.
 MAX_DIVERGENCE_RATIO = 0.5
-"""Heads attend alike if they diverge at most this share of their divergence from random weights."""
+"""The share of their divergence from random weights up to which heads count as attending alike."""
 MIN_NEAREST_SHARE = 0.9
-"""Each head counts as nearest to itself if at least this share of the heads is."""
+"""The share of heads nearest to themselves from which the claim on each head is confirmed."""
 MIN_COSINE = 0.9
-"""Weights are close in direction from this cosine on."""
+"""The cosine from which weights count as close in direction."""
 
 
 def build_page(results: dict[str, Any]) -> Page:
-    """Write the tables of similarities and of distances, and draw the heads."""
+    """Write one table of similarities per kind and a table of distances, and draw the heads of the first task."""
     runs = results["runs"]
     sections = []
     pictures = {}
@@ -44,15 +46,15 @@ def build_page(results: dict[str, Any]) -> Page:
         )
         sections.append(f"![Divergence of heads](divergence-{kind}.svg)")
         comparisons = select(results["heads"], kind=kind, task=tasks[0])
-        highest = (
-            max((value for comparison in comparisons for row in comparison["rows"] for value in row), default=0.0)
-            or 1.0
-        )
-        for comparison in (comparisons[0], comparisons[-1]) if comparisons else ():
+        divergences = [value for comparison in comparisons for layer in comparison["rows"] for value in layer]
+        scale = max(divergences, default=0.0) or 1.0  # the same for all pictures; 1 if all divergences are 0
+        nearest_and_random = (comparisons[0], comparisons[-1]) if comparisons else ()
+        for comparison in nearest_and_random:
             against = comparison["against"]
-            name = f"heads-{kind}-{'random' if against == RANDOM_WEIGHTS else against.replace('_', '')}.svg"
+            suffix = "random" if against == RANDOM_WEIGHTS else against.replace("_", "")
+            name = f"heads-{kind}-{suffix}.svg"
             with chart_style():
-                pictures[name] = save_figure(draw_heads(comparison["rows"], comparison["best"], highest), "svg")
+                pictures[name] = save_figure(draw_heads(comparison["rows"], comparison["best"], scale), "svg")
             sections.append(
                 f"Head by head, {tasks[0]}, against {against} (a ring: another head is nearer):\n\n"
                 f"![Heads against {against}]({name})"
@@ -63,7 +65,7 @@ def build_page(results: dict[str, Any]) -> Page:
 
 
 def _divergences(runs: list[Row], tasks: list[str]) -> dict[str, list[tuple[float, float]]]:
-    """Return mean and deviation of the divergence for each task, by what M_0's model is compared with."""
+    """Return mean and deviation of the divergence per task, by the model that M_0's is compared with."""
     return {
         against: [
             mean_and_deviation([run["divergence"] for run in select(runs, task=task, against=against)])
@@ -74,6 +76,7 @@ def _divergences(runs: list[Row], tasks: list[str]) -> dict[str, list[tuple[floa
 
 
 def _distances_section(results: dict[str, Any]) -> str:
+    """Write the distances between bases, and between the tunings on M_0 and on later bases."""
     rows = [
         [
             f"M_{row['first']} and M_{row['second']}",
@@ -100,6 +103,7 @@ def _distances_section(results: dict[str, Any]) -> str:
 
 
 def _judge_similarity(runs: list[Row]) -> tuple[Finding, ...]:
+    """Judge whether heads attend alike on all bases, are nearest to themselves, and diverge over hops."""
     ratios, nearest_shares, random_nearest_shares, is_rising = [], [], [], []
     for task, kind in distinct_keys(runs, "task", "kind"):
         cell_runs = select(runs, task=task, kind=kind)
@@ -139,6 +143,7 @@ def _judge_similarity(runs: list[Row]) -> tuple[Finding, ...]:
 
 
 def _judge_distances(distances: list[Row]) -> tuple[Finding, ...]:
+    """Judge whether distances grow over hops, and whether full fine-tunes stay close in direction."""
     ends = []
     for task, kind in distinct_keys(distances, "task", "kind"):
         cell_distances = select(distances, task=task, kind=kind)

@@ -1,4 +1,4 @@
-"""The folder of everything that the experiments share: texts, bases, tasks and tunings, and how each is made."""
+"""The texts, bases, tasks and tunings that the experiments share, and the folder that holds them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tables import DIGITS
 
 from regraft import Base, Corpus, Task, Upgrade, load_outcome, tune
 from regraft.base import PRETRAINING
@@ -35,8 +37,8 @@ class Tuning:
     Args:
         task: The name of the task.
         kind: The kind of adaptation.
-        base: The number of the base, 0 for the first.
-        seed: The seed; the base's number is added to it, so that no two bases share a fresh head.
+        base: The index of the base in the chain.
+        seed: The seed of the run; the base's index is added to it, so that no two bases share a fresh head.
     """
 
     task: str
@@ -46,12 +48,12 @@ class Tuning:
 
 
 class BaseCheckpoint(NamedTuple):
-    """A base that was kept during pre-training.
+    """A base that was saved during or after pre-training.
 
     Args:
-        hop: The number of the base that its pre-training leads to.
+        hop: The index of the base that the pre-training leads to.
         steps: Pre-training steps since M_0.
-        folder: Its folder.
+        folder: The folder of the base.
     """
 
     hop: int
@@ -61,10 +63,10 @@ class BaseCheckpoint(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Everything that the experiments share.
+    """The shared texts, bases, tasks and tunings.
 
     Args:
-        out: The folder that holds all of it.
+        out: The folder that holds them, and the records of cells.
         size: The size of the reproduction.
     """
 
@@ -76,33 +78,33 @@ class Store:
         """The number of bases of the chain, M_0 included."""
         return len(self.size.domains) + 1
 
-    def base_name(self, number: int) -> str:
-        """Return the folder of a base of the chain, or the hub id of the first one."""
-        if number:
-            return str(self.out / "bases" / f"{number}-{self.size.domains[number - 1].name}")
+    def base_name(self, base: int) -> str:
+        """Return the folder of a base of the chain by its index, or the hub id of M_0."""
+        if base:
+            return str(self.out / "bases" / f"{base}-{self.size.domains[base - 1].name}")
         return str(self.out / "minilm") if self.size.base == "minilm" else self.size.base
 
     def load_upgrade(self, old: int, new: int) -> Upgrade:
-        """Open two bases of the chain."""
+        """Open two bases of the chain by their indices."""
         return _load_upgrade(self.base_name(old), self.base_name(new))
 
     def list_base_checkpoints(self) -> list[BaseCheckpoint]:
-        """Return all bases after M_0 that were kept, those between two hops included, in order of their steps."""
+        """Return all saved bases after M_0, including the bases between two hops, in order of their steps."""
         checkpoints = []
-        steps_before = 0
-        for number in range(1, self.num_bases):
-            folder = Path(self.base_name(number))
-            steps = read_pretraining_steps(folder)
+        earlier_steps = 0  # steps of all earlier hops
+        for hop in range(1, self.num_bases):
+            folder = Path(self.base_name(hop))
+            hop_steps = read_pretraining_steps(folder)
             step_folders = folder.with_name(f"{folder.name}-steps").glob("step-*")
-            for num_steps, step_folder in sorted((int(path.name.removeprefix("step-")), path) for path in step_folders):
-                if num_steps < steps:
-                    checkpoints.append(BaseCheckpoint(number, steps_before + num_steps, step_folder))
-            steps_before += steps
-            checkpoints.append(BaseCheckpoint(number, steps_before, folder))
+            for steps, step_folder in sorted((int(path.name.removeprefix("step-")), path) for path in step_folders):
+                if steps < hop_steps:
+                    checkpoints.append(BaseCheckpoint(hop, earlier_steps + steps, step_folder))
+            earlier_steps += hop_steps
+            checkpoints.append(BaseCheckpoint(hop, earlier_steps, folder))
         return checkpoints
 
     def task_file(self, task: str) -> Path:
-        """Return the file of a task, cut to this size's length."""
+        """Return the file of a task, which has this size's `max_length`."""
         return self.out / "tasks" / f"{task}.yaml"
 
     def load_task(self, task: str) -> Task:
@@ -110,7 +112,7 @@ class Store:
         return Task.load(self.task_file(task))
 
     def load_data(self, task: str, seed: int = 0) -> TaskData:
-        """Read a task's examples; the seed matters only where dev is split off train."""
+        """Read a task's examples; the seed matters only if dev is split off train."""
         return _load_data(self.task_file(task), seed)
 
     def recipe(self, kind: str, seed: int, base: int, *, few_labels: bool = False) -> Recipe:
@@ -119,11 +121,11 @@ class Store:
         Args:
             kind: The kind of adaptation.
             seed: The seed of the run.
-            base: The number of the base, which is added to the seed.
-            few_labels: Whether it is for few labels.
+            base: The index of the base, which is added to the seed.
+            few_labels: Whether to take the recipe for few labels and hops of a chain.
 
         Returns:
-            The recipe.
+            The recipe, at the precision of the size.
 
         Raises:
             DataError: The size has no recipe for this kind.
@@ -162,22 +164,22 @@ def _load_data(file: Path, seed: int) -> TaskData:
 
 
 def read_pretraining_steps(base: Path) -> int:
-    """Read by how many steps a base was pre-trained from the one before it."""
+    """Read the number of steps by which a base was pre-trained from the previous one."""
     return int(json.loads((base / PRETRAINING).read_text(encoding="utf-8"))["steps"])
 
 
 EXTENSIBLE_KEYS = ("few_shot", "tasks", "tuning")
-"""Keys of the size that hold entries by name; entries may be added to a store, but not changed."""
+"""Keys of the size that hold entries by name; entries may be added to an existing store, but not changed."""
 
 
 def check_size(store: Store) -> None:
-    """Check that a store was made at this size; seeds, tasks, kinds and later domains may be added.
+    """Refuse a store that was made at a different size, else record its size.
 
     Args:
-        store: The store.
+        store: The store; seeds, tasks, kinds and later domains may have been added to its size.
 
     Raises:
-        OutcomeError: It was made at another size; the message names the keys that differ.
+        OutcomeError: The store was made at a different size; the message names the differing keys.
     """
     file = store.out / "size.json"
     size = store.size.model_dump(mode="json")
@@ -188,7 +190,7 @@ def check_size(store: Store) -> None:
             for key, value in size.items()
             if key not in (*EXTENSIBLE_KEYS, "seeds", "domains") and recorded.get(key) != value
         ]
-        if not all(map(operator.eq, recorded["domains"], size["domains"])):
+        if not all(map(operator.eq, recorded["domains"], size["domains"])):  # map ends with the shorter list
             differing.append("domains")
         for key in EXTENSIBLE_KEYS:
             recorded_entries = recorded.get(key, {})
@@ -198,7 +200,7 @@ def check_size(store: Store) -> None:
             size[key] = recorded_entries | size[key]
         if differing:
             raise OutcomeError(
-                f"{store.out}: was made with other values of {', '.join(differing)}. Restore them, or remove the "
+                f"{store.out}: was made with different values of {', '.join(differing)}. Restore them, or remove the "
                 "folder and run again."
             )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -206,13 +208,13 @@ def check_size(store: Store) -> None:
 
 
 def write_inputs(store: Store) -> None:
-    """Write the tasks, the texts and the first base where they are missing.
+    """Write the missing tasks and texts, and M_0 if it is the demo's.
 
     Args:
         store: The store.
 
     Raises:
-        DataError: A source cannot be read.
+        DataError: A source cannot be read, or a domain's sources have no text.
     """
     for name in store.size.tasks:
         _write_task_file(store, name)
@@ -235,6 +237,7 @@ def write_inputs(store: Store) -> None:
 
 
 def _write_task_file(store: Store, name: str) -> None:
+    """Write a task's file, and its data if they are from the demo; do not touch a file that is up to date."""
     source = store.size.tasks[name]
     if source.demo is None:
         task = source.task
@@ -250,12 +253,12 @@ def _write_task_file(store: Store, name: str) -> None:
 
 
 def corpus_file(store: Store, domain: Domain) -> Path:
-    """Return the file with the text of a domain."""
+    """Return the file with the texts of a domain."""
     return store.out / "texts" / f"{domain.name}.jsonl"
 
 
 def _copy_sources(domain: Domain, file: Path) -> None:
-    """Copy as much text of a domain's sources as its number of characters asks for."""
+    """Write documents of a domain's sources until they have the domain's number of characters."""
     file.parent.mkdir(parents=True, exist_ok=True)
     num_characters = 0
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
@@ -273,7 +276,7 @@ def _copy_sources(domain: Domain, file: Path) -> None:
 
 
 def pretrain_bases(store: Store) -> str:
-    """Pre-train the bases of the chain that are missing, and return a line on their losses."""
+    """Pre-train the missing bases of the chain, and return a line on their losses."""
     pretraining = store.size.pretraining
     bases = pretrain_chain(
         Base.open(store.base_name(0)),
@@ -300,21 +303,21 @@ def make_tuning(store: Store, tuning: Tuning) -> str:
 
 
 def outcome_figures(outcome: Outcome) -> dict[str, Any]:
-    """Return what the experiments compare of an outcome, after which its weights may be removed.
+    """Return the figures of an outcome that the experiments compare, so that its weights can be removed.
 
     Args:
-        outcome: The outcome.
+        outcome: An outcome whose task has a test split.
 
     Returns:
-        `test`, `majority` (the score of a majority guess), `start` (dev before the first step), `curve` (step and
-        score on dev), `steps`, `seconds`, and the `predictions` on test.
+        `test`, `majority` (chance), `start` (dev before the first step), `curve` (pairs of step and score on dev),
+        `steps`, `seconds`, and the `predictions` on test.
     """
     scores, cost = outcome.record.scores, outcome.record.cost
     return {
         "test": scores.test,
         "majority": scores.test_majority,
         "start": scores.dev_at_start,
-        "curve": [[int(point["step"]), round(point["score"], 5)] for point in outcome.curve],
+        "curve": [[int(point["step"]), round(point["score"], DIGITS)] for point in outcome.curve],
         "steps": cost.steps,
         "seconds": cost.seconds,
         "predictions": outcome.predictions("test"),
