@@ -1,7 +1,9 @@
 """`aligned`: the old delta, rotated into the coordinates of the new base.
 
-For bases that were re-trained rather than continually pre-trained: their features may agree up to a rotation. Source:
-the Procrustes transport of task vectors, as in Theseus and in Re-Basin (Ainsworth et al., 2023, arXiv:2209.04836).
+For bases that were re-trained rather than continually pre-trained: their features may agree up to a rotation.
+
+Source: the Procrustes transport of task vectors, as in Theseus and in Re-Basin (Ainsworth et al., 2023,
+arXiv:2209.04836).
 """
 
 from __future__ import annotations
@@ -14,88 +16,95 @@ from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Start
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
-
     import torch
+    from torch import nn
 
     from regraft.adaptation.adaptation import Family
     from regraft.base import Base
     from regraft.methods.job import Job
-    from regraft.model.blockwise import BlockwiseForward
+
+
+MAX_NAMED_MODULES = 4  # in an error message, to keep it short
 
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """The rotations between the bases' features, and the texts they are computed from.
+    """Options of `aligned`.
 
     Args:
         shrink: The shrinkage of the rotations towards the identity, from 0 (none) to 1 (which is `direct`).
         texts: The number of the task's training texts, without labels, on which activations are measured.
 
     Raises:
-        RecipeError: A number is out of range.
+        RecipeError: `shrink` is not from 0 to 1, or `texts` is below 1.
     """
 
-    shrink: float = 0.5
-    texts: int = 256
+    shrink: float = 0.5  # lower follows the measured rotation, higher is more robust to few texts
+    texts: int = 256  # more measure better, and take longer
 
     def __post_init__(self) -> None:
-        """Check every number."""
+        """Refuse a shrinkage that is not from 0 to 1, and fewer than one text."""
         if not 0 <= self.shrink <= 1 or self.texts < 1:
             raise RecipeError(f"shrink must be from 0 to 1 (found {self.shrink}), texts at least 1 ({self.texts}).")
 
 
-def graft_aligned(job: Job, options: Alignment) -> Any:
+def graft_aligned(job: Job, options: Alignment) -> nn.Module:
     """Compute rotations of the inputs and outputs of each module, and rotate its delta by both.
 
-    With x_n ≈ R·x_o and y_n ≈ S·y_o on the same tokens of the task's texts, the delta D of a linear layer becomes
-    S·D·Rᵀ; in a LoRA, B becomes S·B and A becomes A·Rᵀ. The delta d of a bias becomes S·d, that of an embedding row e
-    S·e, that of a norm's gain g the diagonal of S·diag(g)·Sᵀ, and a head W becomes W·Rᵀ. Experts and other modules keep
-    their delta, and the outcome's notes name them.
+    A module's inputs x and outputs y are related by x_n ≈ R·x_o and y_n ≈ S·y_o on the same tokens of the task's texts.
+    The delta D of a linear layer becomes S·D·Rᵀ; in a LoRA, B becomes S·B and A becomes A·Rᵀ. The delta d of a bias
+    becomes S·d, and the delta e of an embedding row S·e. The delta g of a norm's gain becomes the diagonal of
+    S·diag(g)·Sᵀ. A head's weight W becomes W·Rᵀ. Experts and other modules keep their delta, and the outcome's notes
+    name them.
 
     Args:
-        job: The job.
-        options: The rotations and the texts.
+        job: The job, with the task's training texts.
+        options: The strength of the rotations, and the number of texts.
 
     Returns:
         The model, ready for tuning.
 
     Raises:
-        KindError: The kind of the adaptation is not supported, or none of its modules can be rotated.
+        KindError: The adaptation's kind is not supported, or none of its modules can be rotated.
     """
     from regraft.adaptation import fresh_model, load_model
     from regraft.adaptation.changes import SUPPORTED_KINDS
     from regraft.adaptation.transform import check_transformable
+    from regraft.methods.cross_moments import compute_table_moments, cross_moments
     from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_aligned
 
     check_transformable(job.adaptation, SUPPORTED_KINDS)
     upgrade, head = job.upgrade, job.data.head
-    grafted = job.grafted()
+    grafted: nn.Module = job.grafted()
     tuned = load_model(job.adaptation, upgrade.old, head)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     forwards = [
         BlockwiseForward(fresh_model(base, head, 0), examples, job.recipe.precision)
         for base, examples in zip((upgrade.old, upgrade.new), encode_aligned(upgrade, job.data, texts), strict=True)
     ]
-    rotated = _RotatedModel(grafted, tuned, upgrade.old, job.adaptation.family)
+    rotated_model = _RotatedModel(grafted, tuned, upgrade.old, job.adaptation.family)
     rotations = _Rotations(options.shrink)
-    is_head = False
-    tables = _table_moments(forwards, () if job.row_match is None else upgrade.old.architecture.token_parameters)
+    unmatched_tables = () if job.row_match is None else upgrade.old.architecture.token_parameters
+    table_moments = compute_table_moments(forwards, unmatched_tables)
+    is_head_rotated = False
     for part in range(forwards[0].num_parts):
-        for name, (inputs, outputs) in _cross_moments(forwards, tables).items():
-            if is_head:  # later layers of a head have the coordinates of its first layer's output, which stay
+        for name, (input_moment, output_moment) in cross_moments(forwards, table_moments).items():
+            if is_head_rotated:  # later layers of a head read its first layer's output, which is not rotated
                 break
-            is_head = rotated.is_head(name)
-            input_rotation = None if inputs is None else rotations(inputs)
-            rotated.rotate(name, input_rotation, None if is_head else rotations(outputs))
+            input_rotation = None if input_moment is None else rotations(input_moment)
+            if rotated_model.is_head(name):
+                rotated_model.rotate_head(name, input_rotation)
+                is_head_rotated = True
+            else:
+                rotated_model.rotate(name, input_rotation, rotations(output_moment))
         rotations.clear()
         job.progress("align", part + 1, forwards[0].num_parts, {})
-    passed_over = rotated.passed_over()
-    if not rotated.names:
+    passed_over = rotated_model.passed_over()
+    if not rotated_model.rotated_names:
         raise KindError(
             f"{job.adaptation.path}: aligned can rotate none of the {len(passed_over)} tuned modules "
-            f"({', '.join(passed_over[:4])}). Use direct or init."
+            f"({', '.join(passed_over[:MAX_NAMED_MODULES])}). Use direct or init."
         )
     job.notes["turned"] = round(sum(rotations.distances) / len(rotations.distances), 4)
     if passed_over:
@@ -105,104 +114,8 @@ def graft_aligned(job: Job, options: Alignment) -> Any:
     return grafted
 
 
-def _cross_moments(
-    forwards: Sequence[BlockwiseForward], tables: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
-    """Run a part of both bases; return E[x_n·xᵀ_o] of the inputs and outputs of each module with weights of its own.
-
-    The moment of a linear layer's output is that of its output; but if the output is wider than the input, and so of
-    too low a rank, it is the input's moment of the next layer with that width. The moment of a norm's output is that of
-    its input, and that of an embedding's output comes from the tables.
-
-    Args:
-        forwards: The forward passes of the old and the new base.
-        tables: The result of `_table_moments`.
-
-    Returns:
-        The moments of inputs (None except for linear layers) and of outputs by name, in the order of execution.
-    """
-    old, new = forwards
-    observed = [[m for m in forward.model.modules() if _is_linear(m) or _is_norm(m)] for forward in forwards]
-    modules = {new.names[module]: module for module in observed[1]}
-    old_rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    input_moments: dict[str, torch.Tensor] = {}
-    output_moments = dict(tables) if new.part == 0 else {}  # of all tables, as some are read without a call
-
-    def store_old_rows(name: str, _: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        old_rows[name] = inputs, outputs
-
-    def add_moments(name: str, _: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        old_inputs, old_outputs = old_rows[name]
-        is_linear = _is_linear(modules[name])
-        if not is_linear:
-            width = next(modules[name].parameters(recurse=False)).numel()
-            if not inputs.shape[1] == outputs.shape[1] == width:
-                return  # no norm, but an attention with weights of its own
-        input_moments[name] = input_moments.get(name, 0) + inputs.T @ old_inputs
-        output_moments[name] = (
-            output_moments.get(name, 0) + outputs.T @ old_outputs if is_linear else input_moments[name]
-        )
-
-    for index in range(len(old.batches)):
-        old.run_batch(index, observed[0], store_old_rows, keep_outputs=True)
-        new.run_batch(index, observed[1], add_moments, keep_outputs=True)
-        old_rows.clear()
-    for forward in forwards:
-        forward.part += 1
-    moments: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
-    next_inputs: dict[int, torch.Tensor] = {}  # the moment of the next linear layer's input, by width
-    for name, outputs in reversed(output_moments.items()):
-        inputs = input_moments[name] if name in modules and _is_linear(modules[name]) else None
-        is_widening = inputs is not None and len(outputs) > len(inputs)
-        moments[name] = inputs, next_inputs.get(len(outputs), outputs) if is_widening else outputs
-        if inputs is not None:
-            next_inputs[len(inputs)] = inputs
-    return dict(reversed(moments.items()))
-
-
-def _is_linear(module: Any) -> bool:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _is_norm(module: Any) -> bool:
-    parameters = dict(module.named_parameters(recurse=False))
-    return "weight" in parameters and all(parameter.dim() == 1 for parameter in parameters.values())
-
-
-def _table_moments(forwards: Sequence[BlockwiseForward], excluded: Collection[str]) -> dict[str, torch.Tensor]:
-    """Compute the cross moments of embedding tables, summed by width: the first block reads sums of their rows.
-
-    Args:
-        forwards: The forward passes of the old and the new base.
-        excluded: The tables to leave out, because their rows stand for different tokens in the two bases; parameter
-            names inside the body.
-
-    Returns:
-        The moments, [width, width], by the table's name.
-    """
-    from torch import nn
-
-    old, new = (
-        {
-            name: module.weight.detach().double()
-            for module, name in forward.names.items()
-            if isinstance(module, nn.Embedding)
-        }
-        for forward in forwards
-    )
-    prefix = f"{forwards[0].model.base_model_prefix}."
-    names = [name for name in old if f"{name}.weight".removeprefix(prefix) not in excluded]
-    sums: dict[int, torch.Tensor] = {}
-    for name in names:
-        sums[old[name].shape[1]] = sums.get(old[name].shape[1], 0) + new[name].T @ old[name]
-    return {name: sums[old[name].shape[1]] for name in names}
-
-
 class _Rotations:
-    """Rotations by cross moments, each computed once for all modules with the same moments.
+    """A cache that computes each rotation once for all modules of a part with the same cross moment.
 
     Args:
         shrink: The shrinkage towards the identity, 0–1.
@@ -217,6 +130,7 @@ class _Rotations:
         self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, cross: torch.Tensor) -> torch.Tensor:
+        """Return the rotation of a cross moment, [width, width]."""
         import torch
 
         from regraft.weights import rotation
@@ -230,7 +144,7 @@ class _Rotations:
         return matrix
 
     def clear(self) -> None:
-        """Clear the cache, which no later part uses."""
+        """Clear the cache, since no later part has the same moments."""
         self._cache.clear()
 
 
@@ -239,15 +153,15 @@ class _RotatedModel:
 
     Args:
         grafted: The adaptation on the new base, as a model.
-        tuned: The adaptation on the old base, as a model.
-        old: The old base.
-        family: The family of the adaptation.
+        tuned: The old model.
+        old: The old base, for the deltas of tensors that are tuned directly.
+        family: The family of the adaptation, which knows the tensors that are tuned directly.
 
     Attributes:
-        names: The names of the rotated modules, without heads.
+        rotated_names: The names of the rotated modules, without heads.
     """
 
-    def __init__(self, grafted: Any, tuned: Any, old: Base, family: Family):
+    def __init__(self, grafted: nn.Module, tuned: nn.Module, old: Base, family: Family):
         modules = [(name, module) for name, module in grafted.named_modules() if "original_module" not in name]
         self.modules = {_plain_name(name): module for name, module in modules}
         self.tuned = {
@@ -255,62 +169,82 @@ class _RotatedModel:
         }
         self.old = old
         self.fully_tuned = {_plain_name(name) for name, _ in modules if family.tunes_module_weight(name, old)}
-        self.names: set[str] = set()
+        self.rotated_names: set[str] = set()
 
     def is_head(self, name: str) -> bool:
-        """Return whether a module is not in the base."""
+        """Return whether a module belongs to the head rather than to the base."""
         from regraft.adaptation.changes import base_tensor
 
         return base_tensor(f"{name}.weight", self.old) is None
 
-    def rotate(self, name: str, inputs: torch.Tensor | None, outputs: torch.Tensor | None) -> None:
-        """Rotate the delta of a module.
+    def rotate_head(self, name: str, input_rotation: torch.Tensor | None) -> None:
+        """Rotate the weight of a head's first layer.
+
+        Args:
+            name: The layer's name in a model without an adapter.
+            input_rotation: R, the rotation of the inputs; None for a layer that is not linear, which stays as it is.
+        """
+        weight = self.modules[name].weight
+        _replace_delta(weight, weight, input_rotation, None)
+
+    def rotate(self, name: str, input_rotation: torch.Tensor | None, output_rotation: torch.Tensor) -> None:
+        """Rotate the delta of a module of the body.
 
         Args:
             name: The module's name in a model without an adapter.
-            inputs: R, the rotation of a linear layer's inputs.
-            outputs: S, the rotation of the outputs; None for a head.
+            input_rotation: R, the rotation of a linear layer's inputs; None for other modules.
+            output_rotation: S, the rotation of the outputs.
         """
+        module = self.modules[name]
+        if self._is_changed(name, module):
+            self.rotated_names.add(name)
+        if name in self.fully_tuned:
+            self._rotate_parameters(name, module, input_rotation, output_rotation)
+        elif hasattr(module, "lora_A"):
+            a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            _replace_delta(a, a, input_rotation, None)
+            _replace_delta(b, b, None, output_rotation)
+        elif hasattr(module, "bottleneck"):
+            down, up = module.bottleneck.down, module.bottleneck.up
+            _replace_delta(down.weight, down.weight, output_rotation, None)
+            _replace_delta(up.weight, up.weight, None, output_rotation)
+            _replace_delta(up.bias, up.bias[:, None], None, output_rotation)
+
+    def passed_over(self) -> list[str]:
+        """List the modules of the body with a delta that was not rotated."""
+        from regraft.adaptation.changes import parameter_of
+
+        return [
+            name if name in self.fully_tuned else parameter_of(name, module)
+            for name, module in self.modules.items()
+            if name not in self.rotated_names and self._is_changed(name, module)
+        ]
+
+    def _rotate_parameters(
+        self, name: str, module: nn.Module, input_rotation: torch.Tensor | None, output_rotation: torch.Tensor
+    ) -> None:
+        """Rotate the delta of each parameter of a module that is tuned directly."""
         from torch import nn
 
         from regraft.adaptation.changes import base_tensor, is_transposed
 
-        module = self.modules[name]
-        if outputs is not None and self._is_changed(name, module):
-            self.names.add(name)
-        if outputs is None:
-            _replace_delta(module.weight, module.weight, inputs, None)
-        elif name in self.fully_tuned:
-            for parameter_name, weight in module.named_parameters(recurse=False):
-                value = self.tuned[f"{name}.{parameter_name}"]
-                base = base_tensor(f"{name}.{parameter_name}", self.old)
-                delta = value - (0 if base is None else base.to(value))
-                if isinstance(module, nn.Embedding):
-                    _replace_delta(weight, delta, outputs, None)
-                elif weight.dim() == 2 and is_transposed(module):
-                    _replace_delta(weight, delta, outputs, inputs)
-                elif weight.dim() == 2:
-                    _replace_delta(weight, delta, inputs, outputs)
-                else:
-                    is_gain = parameter_name == "weight"
-                    _replace_delta(weight, delta[:, None], None, outputs.square() if is_gain else outputs)
-        elif hasattr(module, "lora_A"):
-            _replace_delta(module.lora_A[ADAPTER].weight, module.lora_A[ADAPTER].weight, inputs, None)
-            _replace_delta(module.lora_B[ADAPTER].weight, module.lora_B[ADAPTER].weight, None, outputs)
-        elif hasattr(module, "bottleneck"):
-            down, up = module.bottleneck.down, module.bottleneck.up
-            _replace_delta(down.weight, down.weight, outputs, None)
-            _replace_delta(up.weight, up.weight, None, outputs)
-            _replace_delta(up.bias, up.bias[:, None], None, outputs)
-
-    def passed_over(self) -> list[str]:
-        """List the modules of the body that tuning changed and that were not rotated."""
-        from regraft.adaptation.changes import parameter_of
-
-        names = [n for n, module in self.modules.items() if n not in self.names and self._is_changed(n, module)]
-        return [n if n in self.fully_tuned else parameter_of(n, self.modules[n]) for n in names]
+        for parameter_name, weight in module.named_parameters(recurse=False):
+            tuned = self.tuned[f"{name}.{parameter_name}"]
+            base = base_tensor(f"{name}.{parameter_name}", self.old)
+            delta = tuned - (0 if base is None else base.to(tuned))
+            if isinstance(module, nn.Embedding):
+                _replace_delta(weight, delta, output_rotation, None)
+            elif weight.dim() == 2 and is_transposed(module):
+                _replace_delta(weight, delta, output_rotation, input_rotation)
+            elif weight.dim() == 2:
+                _replace_delta(weight, delta, input_rotation, output_rotation)
+            elif parameter_name == "weight":  # the diagonal of S·diag(g)·Sᵀ is S²·g, with the squares taken by entry
+                _replace_delta(weight, delta[:, None], None, output_rotation.square())
+            else:
+                _replace_delta(weight, delta[:, None], None, output_rotation)
 
     def _is_changed(self, name: str, module: Any) -> bool:
+        """Return whether a module has a delta that is not zero, or an adapter."""
         import torch
 
         from regraft.adaptation.changes import base_tensor

@@ -1,4 +1,4 @@
-"""`auto`: the cheapest method whose result passes, in stages from no training to scratch."""
+"""`auto`: the cheapest method whose result passes a test, tried in stages from no training to scratch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from regraft.methods.target import pseudo_labelled, set_target
 from regraft.recipe import NUM_SEEDS
 from regraft.tuning.distill import Distillation
 
-SCRATCH_BELOW_SHARE = 0.5  # of the old score above chance: below it, scratch is likely to be as good
+SCRATCH_BELOW_SHARE = 0.5
+"""Scratch is tried if less than this share of the old score above chance is recovered: then it may well be as good."""
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Auto:
-    """The stages to run, and the target that ends them.
+    """Options of `auto`: the stages to run, and the target that ends them.
 
     Args:
         tolerance: How far below the target the score may be: 0.01 is one point, or if 1 does not bound the metric, a
@@ -38,24 +39,26 @@ class Auto:
         target: A score on dev to reach; None for the old deployment's, raised if the new base is better at the task.
         confidence: The confidence that no more is lost, by the paired bootstrap over dev.
         labels: Whether to use labels; if not, the old model's predictions replace them.
-        training_free: The methods to try before any tuning, in order.
-        budgets: The shares of the recipe's steps after which tuning is tested; each continues the one before.
-        scratch: Whether to tune from scratch if everything else keeps less than half of the old score above chance.
+        training_free: The methods to try before any tuning, in order; the first must be `direct`.
+        budgets: The shares of the recipe's steps after which tuning is tested; each stage continues the previous one.
+        scratch: Whether to tune from scratch if every other stage recovers less than half of the old score above
+            chance.
 
     Raises:
-        RecipeError: A number is out of its range.
+        RecipeError: `tolerance` is negative, `confidence` is not from 0.5 to below 1, `target` is not finite or is set
+            without labels, `training_free` does not start with `direct`, or `budgets` do not increase up to at most 1.
     """
 
-    tolerance: float = 0.01
+    tolerance: float = 0.01  # higher accepts a cheaper stage that may be worse
     target: float | None = None
-    confidence: float = 0.9
+    confidence: float = 0.9  # higher accepts a stage by mistake less often, and tunes for longer
     labels: bool = True
     training_free: tuple[str, ...] = ("direct", "ridge")
-    budgets: tuple[float, ...] = (0.25, 0.5, 1.0)
+    budgets: tuple[float, ...] = (0.25, 0.5, 1.0)  # more stop closer to the step that suffices, but test more often
     scratch: bool = True
 
     def __post_init__(self) -> None:
-        """Check every number."""
+        """Refuse numbers out of range, stages that do not start with `direct`, and a target without labels."""
         if not 0 <= self.tolerance < math.inf or not 0.5 <= self.confidence < 1:
             raise RecipeError(
                 f"tolerance must not be negative (found {self.tolerance}), confidence from 0.5 to below 1 "
@@ -66,7 +69,8 @@ class Auto:
         if not self.training_free or self.training_free[0] != "direct":
             raise RecipeError(f"training_free must start with direct, found {list(self.training_free)}.")
         shares = [0.0, *self.budgets]
-        if sorted(set(shares)) != shares or not shares[-1] <= 1:
+        is_increasing = sorted(set(shares)) == shares
+        if not is_increasing or not shares[-1] <= 1:
             raise RecipeError(f"budgets must be increasing shares of the steps, at most 1, found {list(self.budgets)}.")
         if not self.labels and self.target is not None:
             raise RecipeError("a target needs labels on dev; without labels, the target is the old model.")
@@ -76,16 +80,16 @@ def find_cheapest(job: Job, options: Auto) -> Curve:
     """Run stage after stage until one passes, or until more tuning no longer helps.
 
     A stage passes if its score on dev is less than the tolerance below the target, with the chosen confidence. The
-    target is the old deployment's score; if a linear probe on the bases' features scores higher on the new base, its
-    gain is added. Tuning starts from the best stage so far, and ends once it gains less than the tolerance. If no stage
-    passes, the result is the cheapest stage that no more expensive one beats by the tolerance.
+    target is the old deployment's score; if a linear probe on the bases' features scores higher on the new base, the
+    probe's gain is added. Tuning starts from the best stage so far, and ends once it gains less than the tolerance. If
+    no stage passes, the result is the cheapest stage that no more expensive one beats by the tolerance.
 
     Args:
-        job: The job.
+        job: The job; the chosen stage's adaptation is copied to its output folder.
         options: The stages and the target.
 
     Returns:
-        The learning curves of all tuning, joined; empty if nothing was tuned.
+        The learning curves of all tuned stages, joined; empty if nothing was tuned.
     """
     if not options.labels:
         job = dataclasses.replace(job, data=pseudo_labelled(job))
@@ -102,7 +106,8 @@ def find_cheapest(job: Job, options: Auto) -> Curve:
         "seconds": round(sum(stage["seconds"] for stage in stages.results), 2),
     }
     job.notes.update(notes)
-    if passed_over := chosen["notes"].get("passed_over"):
+    passed_over = chosen["notes"].get("passed_over")
+    if passed_over:
         job.notes["passed_over"] = passed_over
     if not options.labels:
         job.notes["labels"] = 0
@@ -110,39 +115,46 @@ def find_cheapest(job: Job, options: Auto) -> Curve:
             "without labels, scores here are agreement with the old model: whether it is right where the two differ, "
             "and what the new base could do better, cannot be known"
         )
-    shutil.copytree(stages.folder(chosen["rung"]) / "adaptation", job.into)
+    shutil.copytree(stages.folder(chosen["rung"]) / "adaptation", job.output_folder)
     return stages.curve()
 
 
 class _Stages:
-    """The stages of a run, each in a folder of its own that a resumed run reads instead of running the stage again.
+    """The stages of a run, each in a separate folder, so that a resumed run reads the results of completed stages.
 
     Args:
-        job: The job.
+        job: The job, whose work folder has a folder per stage.
         target: The target that the stages are tested against.
 
     Attributes:
-        results: The results so far; the name of a stage is its `rung`, as in outcomes of regraft 0.1.
+        results: The results so far, in the order of stages; `rung`, the key of regraft 0.1, is the stage's name.
     """
 
     def __init__(self, job: Job, target: Target):
-        self.job, self.target = job, target
+        self.job = job
+        self.target = target
         self.results: list[dict[str, Any]] = []
 
     def folder(self, name: str) -> Path:
-        return self.job.work / "stages" / name.replace("+", "-").replace(" ", "-")
+        """Return the folder of a stage."""
+        return self.job.work_folder / "stages" / name.replace("+", "-").replace(" ", "-")
 
     def curve(self) -> Curve:
         """Join the learning curves of all stages that were tuned."""
         joined: Curve = []
         for result in self.results:
-            steps, seconds = (joined[-1]["step"], joined[-1]["seconds"]) if joined else (0, 0.0)
-            points = result["curve"][1:] if joined and result["rung"] != "scratch" else result["curve"]
-            joined += [{**p, "step": p["step"] + steps, "seconds": p["seconds"] + seconds} for p in points]
+            steps = joined[-1]["step"] if joined else 0
+            seconds = joined[-1]["seconds"] if joined else 0.0
+            # further tuning starts with the evaluation that the previous curve ends with
+            repeats_last = bool(joined) and result["rung"] != "scratch"
+            points = result["curve"][1:] if repeats_last else result["curve"]
+            joined += [
+                {**point, "step": point["step"] + steps, "seconds": point["seconds"] + seconds} for point in points
+            ]
         return joined
 
     def best(self, margin: float) -> dict[str, Any]:
-        """Return the best stage; a more expensive one must be better by more than a margin."""
+        """Return the best result; that of a more expensive stage must be better by more than a margin."""
         best = self.results[0]
         metric = self.target.metric
         for result in self.results[1:]:
@@ -154,9 +166,8 @@ class _Stages:
         """Run a method with its default options; return None if it does not support this kind of adaptation."""
         from regraft.methods.registry import find_method
 
-        method = find_method(name)
         try:
-            return self._run(name, method.run)
+            return self._run(name, find_method(name).run)
         except KindError:
             return None
 
@@ -165,32 +176,39 @@ class _Stages:
 
         Args:
             start_share: The share of the recipe's steps that earlier stages took.
-            end_share: The share of the recipe's steps after this stage.
+            end_share: The share of the recipe's steps that will have been taken after this stage.
         """
         best = self.best(0.0)["rung"]
-        total = self.job.recipe.steps or 1
-        steps = max(1, round(total * end_share) - round(total * start_share))
+        total_steps = self.job.recipe.steps or 1
+        start_step = round(total_steps * start_share)
+        steps = max(1, round(total_steps * end_share) - start_step)
         recipe = dataclasses.replace(
             self.job.recipe,
             steps=steps,
             eval_every=min(steps, self.job.recipe.eval_every or steps),
-            seed=(self.job.recipe.seed + round(total * start_share)) % NUM_SEEDS,
+            seed=(self.job.recipe.seed + start_step) % NUM_SEEDS,  # so that stages differ in the order of examples
         )
 
         def tune_further(stage: Job) -> Curve:
-            model = dataclasses.replace(stage, into=self.folder(best) / "adaptation").load()
+            model = dataclasses.replace(stage, output_folder=self.folder(best) / "adaptation").load()
             curve: Curve = DISTILL.run(dataclasses.replace(stage, recipe=recipe), model, Distillation(decay="linear"))
             return curve
 
-        return self._run(f"{best.partition(',')[0]}, tuned {100 * end_share:.0f} %", tune_further)
+        start_name = best.partition(",")[0]  # without the share of an earlier tuning
+        return self._run(f"{start_name}, tuned {100 * end_share:.0f} %", tune_further)
 
     def _run(self, name: str, run: Callable[[Job], Curve]) -> dict[str, Any]:
+        """Run a stage and test its predictions on dev, or read the result of a completed stage."""
         folder = self.folder(name)
-        file, seal_file = folder / "stage.json", folder / "sealed.json"
+        file = folder / "stage.json"
+        seal_file = folder / "sealed.json"
         if not is_sealed(seal_file):
-            shutil.rmtree(folder / "adaptation", ignore_errors=True)
+            adaptation_folder = folder / "adaptation"
+            shutil.rmtree(adaptation_folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
-            stage = dataclasses.replace(self.job, work=folder, into=folder / "adaptation", notes={}, labelled=set())
+            stage = dataclasses.replace(
+                self.job, work_folder=folder, output_folder=adaptation_folder, notes={}, labelled=set()
+            )
             started = time.perf_counter()
             curve = run(stage)
             seconds = curve[-1]["seconds"] if curve else time.perf_counter() - started
@@ -199,34 +217,36 @@ class _Stages:
                 "steps": int(curve[-1]["step"]) if curve else 0,
                 "seconds": round(seconds, 2),
             }
-            result |= self.target.measure(stage.deploy(stage.load(trainable=False)).predictions(stage.data.dev))
+            deployment = stage.deploy(stage.load(trainable=False))
+            result |= self.target.measure(deployment.predictions(stage.data.dev))
             write_json(file, {**result, "notes": stage.notes, "curve": curve})
-            seal(seal_file, [file, *(path for path in stage.into.rglob("*") if path.is_file())])
+            seal(seal_file, [file, *(path for path in adaptation_folder.rglob("*") if path.is_file())])
         self.results.append(json.loads(file.read_text(encoding="utf-8")))
         return self.results[-1]
 
 
 def _choose(stages: _Stages, target: Target, options: Auto) -> tuple[dict[str, Any], str]:
-    """Run stage after stage; return the one to use, and the reason."""
+    """Run stage after stage; return the result of the chosen stage, and the reason for it."""
     for name in options.training_free:
         stage = stages.run_method(name)
         if stage and stage["verdict"] == "passes":
             return stage, f"{name} passes: {target.describe(stage)}"
-    spent = 0.0
+    spent_share = 0.0
     reason = "the whole budget of tuning was spent"
     metric = target.metric
-    for budget in options.budgets:
+    for share in options.budgets:
         score_before = stages.best(0.0)["score"]
-        stage = stages.tune(spent, budget)
+        stage = stages.tune(spent_share, share)
         if stage["verdict"] == "passes":
             return stage, f"{stage['rung']} passes: {target.describe(stage)}"
         gain = metric.gain(stage["score"], score_before)
         # a stage that clearly fails at first is tuned once more: far from the target, progress may start late
-        if gain < target.tolerance and (spent or stage["verdict"] != "fails"):
+        fails_at_first = not spent_share and stage["verdict"] == "fails"
+        if gain < target.tolerance and not fails_at_first:
             description = f"{metric.describe(gain, '.1f')}{metric.unit}"
-            reason = f"the last {100 * (budget - spent):.0f} % of the steps gained {description}"
+            reason = f"the last {100 * (share - spent_share):.0f} % of the steps gained {description}"
             break
-        spent = budget
+        spent_share = share
     if options.scratch and target.recovered_share(stages.best(0.0)["score"]) < SCRATCH_BELOW_SHARE:
         stages.run_method("scratch")
         reason += "; little of the old weights survives, so scratch was tried"

@@ -1,4 +1,4 @@
-"""Compares methods with tuning from scratch on the same data, seeds and order."""
+"""Comparison of methods with tuning from scratch on the same data, seeds and order."""
 
 from __future__ import annotations
 
@@ -43,87 +43,94 @@ def compare(
     Args:
         upgrade: The old and the new base.
         adaptation: The adaptation to the old base, or its folder.
-        task: The task: a task file, a `Task` or its data.
+        task: The task it was tuned for: a task file, a `Task` or its data.
         methods: The names of the methods; scratch is added as the reference if it is missing.
         out: The folder for the outcome folders and `comparison.json`; existing outcomes of the same inputs are reused.
         recipe: The recipe for training, the same for all methods.
         seeds: The seeds, in place of the recipe's; each method runs once per seed.
         options: The methods' options by name.
-        force: Whether to accept an old base with another fingerprint than the recorded one.
+        force: Whether to accept an old base whose fingerprint differs from the recorded one.
         progress: Called at each step.
 
     Returns:
         The comparison.
 
     Raises:
-        RegraftError: As `recycle`.
+        RecipeError: No method has one of the names, the seeds are missing, repeated or out of range, or an option is
+            out of range.
+        OutcomeError: `out` is a file, or an outcome folder in it is of different inputs.
+        RegraftError: As `recycle`, for inputs that a method cannot use.
     """
     names = list(dict.fromkeys(["scratch", *methods]))
     for name in names:
-        find_method(name)
+        find_method(name)  # raises before the first run if there is no such method
     recipe = recipe or Recipe()
     out = Path(out)
     if not seeds or len(set(seeds)) < len(seeds):
         raise RecipeError(f"seeds must be one or more different numbers, found {', '.join(map(str, seeds)) or 'none'}.")
-    for seed in seeds:
-        dataclasses.replace(recipe, seed=seed)
+    recipes = {seed: dataclasses.replace(recipe, seed=seed) for seed in seeds}
     check_output_path(out)
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     adaptation.check_base(upgrade.old, force=force)
     rows: dict[str, list[Row]] = {name: [] for name in names}
-    outcomes, old, majority = [], [], []
+    outcome_paths: list[str] = []
+    old_scores: list[float] = []
+    chance_scores: list[float] = []
     for seed in seeds:
         data = load_data(task, seed).with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length)
         data = match_labels(adaptation, data)
         split = data.test or data.dev
-        precision = recipe.resolve(len(data.train), 1.0).precision
+        # the precision does not depend on the learning rate
+        precision = recipe.resolve(len(data.train), learning_rate=1.0).precision
         deployment = Deployment(load_model(adaptation, upgrade.old, data.head), upgrade.old, data, precision, progress)
-        old.append(deployment.score(split))
+        old_scores.append(deployment.score(split))
         old_right = deployment.right(split)
-        runs: dict[str, Outcome] = {}
+        outcomes: dict[str, Outcome] = {}
         for name in names:
-            runs[name] = recycle(
+            outcomes[name] = recycle(
                 upgrade,
                 adaptation,
                 data,
                 name,
                 out / f"{name.replace('+', '-')}-seed{seed}",
-                recipe=dataclasses.replace(recipe, seed=seed),
+                recipe=recipes[seed],
                 options=(options or {}).get(name),
                 force=force,
                 progress=lambda stage, *details, name=name: progress(f"{name}: {stage}", *details),
             )
-            rows[name].append(_row(runs[name], runs["scratch"], split.name, old_right))
-            outcomes.append(str(runs[name].path))
-        majority.append(runs["scratch"].scores[f"{split.name}_majority"] or 0.0)
+            rows[name].append(_row(outcomes[name], outcomes["scratch"], split.name, old_right))
+            outcome_paths.append(str(outcomes[name].path))
+        chance_scores.append(outcomes["scratch"].record.scores.majority(split.name) or 0.0)
     comparison = Comparison(
         task=data.name,
         metric=data.metric,
         split=split.name,
-        old=statistics.fmean(old),
-        majority=statistics.fmean(majority),
-        rows=tuple(_mean(rows_by_seed) for rows_by_seed in rows.values()),
-        outcomes=tuple(outcomes),
+        old=statistics.fmean(old_scores),
+        majority=statistics.fmean(chance_scores),
+        rows=tuple(_mean(method_rows) for method_rows in rows.values()),
+        outcomes=tuple(outcome_paths),
     )
     write_json(out / "comparison.json", dataclasses.asdict(comparison), indent=2)
     return comparison
 
 
 def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[bool]) -> Row:
-    record, curve, scores = outcome.record, outcome.curve, outcome.record.scores
-    start = scores.dev_at_start
-    test = scores.of(split)
+    """Compute the results of one outcome on a split, relative to scratch with the same seed."""
+    record = outcome.record
+    start = record.scores.dev_at_start
+    test = record.scores.of(split)
     chance = scratch.record.scores.majority(split)
     reference = scratch.record.scores.of(split)
-    assert start is not None and test is not None and chance is not None and reference is not None  # as it has labels
+    # scratch needs labels, so that the task has them and no score is missing
+    assert start is not None and test is not None and chance is not None and reference is not None
     metric = find_metric(record.task.metric)
     target = scratch.curve[-1]["score"]
-    reached = next((point for point in curve if metric.gain(point["score"], target) >= 0), None)
+    reached = next((point for point in outcome.curve if metric.gain(point["score"], target) >= 0), None)
     return Row(
         method=record.method,
         seeds=(record.seed,),
         start=start,
-        dev=max((point["score"] for point in curve), key=metric.merit),
+        dev=max((point["score"] for point in outcome.curve), key=metric.merit),
         test=test,
         test_deviation=None,
         recovery=recovery(test, chance, reference, metric),
@@ -137,13 +144,16 @@ def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[boo
 
 
 def _mean(rows: list[Row]) -> Row:
-    """Average over seeds; a figure that one seed lacks is None, since a target that is not reached has no average."""
+    """Average a method's rows over seeds; a figure that one seed lacks is None.
+
+    If one seed never reaches scratch's score, for example, its steps until then have no average.
+    """
 
     def mean(name: str) -> Any:
         values = [getattr(row, name) for row in rows]
         return None if None in values else statistics.fmean(values)
 
-    figures = [field.name for field in dataclasses.fields(Row) if field.name not in ("method", "seeds")]
-    averaged = {name: mean(name) for name in figures}
-    averaged["test_deviation"] = deviation([row.test for row in rows])
-    return Row(method=rows[0].method, seeds=tuple(seed for row in rows for seed in row.seeds), **averaged)
+    figure_names = [field.name for field in dataclasses.fields(Row) if field.name not in ("method", "seeds")]
+    means = {name: mean(name) for name in figure_names}
+    means["test_deviation"] = deviation([row.test for row in rows])
+    return Row(method=rows[0].method, seeds=tuple(seed for row in rows for seed in row.seeds), **means)

@@ -1,4 +1,4 @@
-"""The record of a comparison of methods, `comparison.json`."""
+"""The results of a comparison of methods, and their record in `comparison.json`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from regraft.checkpoint.record import percent_to_share, read_record
 from regraft.errors import OutcomeError
 
-SCHEMA = 2  # regraft 0.1 wrote no schema, and recovery in percent
+SCHEMA = 2
+"""The current schema. Schema 1, of regraft 0.1, has no field for the schema, and recovery in percent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,19 +17,19 @@ class Row:
     """The results of one method with one seed, or their mean over seeds.
 
     Args:
-        method: The name of the method.
-        seeds: The seeds.
+        method: The name on the command line.
+        seeds: The seed of the row, or all seeds that it is the mean of.
         start: The score on dev before the first step.
-        dev: The best score on dev.
-        test: The score on test, or on dev if there is no test. The figures below are of the same split.
-        test_deviation: The standard deviation of that score over seeds; None for one seed.
-        recovery: (score − majority) / (scratch's score − majority); None if that gap is below 3 points.
-        steps_to_scratch: The steps until dev first reached scratch's last score; None if it never did.
-        seconds_to_scratch: The same in seconds of training.
-        negative_flips: The share of examples that the old deployment has right and this one wrong, 0–1.
+        dev: The best score on dev during training.
+        test: The score on test; on dev if there is no test. Recovery and negative flips are on the same split.
+        test_deviation: The standard deviation of `test` over seeds; None for one seed.
+        recovery: (score − chance) / (scratch's score − chance); None if that gap is below `regraft.task.MIN_HEADROOM`.
+        steps_to_scratch: The steps until the score on dev reaches scratch's last one; None if it never does.
+        seconds_to_scratch: The seconds of training until then.
+        negative_flips: The share of examples that the old deployment predicts correctly and this method does not, 0–1.
         labels: The number of labelled training examples that were used.
         steps: The number of training steps.
-        seconds: The seconds of training, or of the whole method if nothing is trained.
+        seconds: The seconds of training, or of the method if nothing is trained.
     """
 
     method: str
@@ -52,13 +53,13 @@ class Comparison:
 
     Args:
         task: The name of the task.
-        metric: The name of its metric.
+        metric: The name of the task's metric.
         split: The split of the final scores, `test` or `dev`.
-        old: The old deployment's score on it: the mean over seeds, on which few-shot draws and splits may depend.
-        majority: The score of the best prediction that ignores the input, likewise.
+        old: The old deployment's score on the split: the mean over seeds, since draws of examples depend on the seed.
+        majority: The chance score on the split, as a mean over seeds too.
         rows: One row per method, over all seeds.
-        outcomes: The outcome folders.
-        schema: The schema of this record.
+        outcomes: The outcome folders, one per seed and method.
+        schema: The schema of the record, `SCHEMA` after reading.
     """
 
     task: str
@@ -75,14 +76,14 @@ def read_comparison(content: dict[str, Any], file: str) -> Comparison:
     """Read a comparison from its JSON.
 
     Args:
-        content: The content of `comparison.json`.
+        content: The content of `comparison.json`, in the current or an earlier schema.
         file: The file's name for error messages.
 
     Returns:
-        The comparison.
+        The comparison, in the current schema.
 
     Raises:
-        OutcomeError: The schema is unknown, or a field is missing or of another type.
+        OutcomeError: The schema is unknown, or a field is missing or of the wrong type.
     """
     schema = content.get("schema", 1)
     if schema not in (1, SCHEMA):

@@ -1,4 +1,4 @@
-"""Converts an adaptation to another kind: a full fine-tune to a LoRA, an adapter to a full fine-tune."""
+"""Conversion of an adaptation to another kind: a full fine-tune to a LoRA, an adapter to a full fine-tune."""
 
 from __future__ import annotations
 
@@ -36,10 +36,14 @@ from regraft.upgrade import Upgrade, with_current_fingerprints
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from regraft.adaptation.extract import ExtractedLora
     from regraft.task import Head, Task, TaskData
 
-MAX_TEXTS = 256  # texts for the moments of layers' inputs
+KINDS = ("full", "lora")
+MAX_TEXTS = 256
+"""Texts on which the moments of layers' inputs are measured: more measure better, and take longer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Conversion:
 
     Args:
         path: The folder of the new adaptation.
-        kind: The kind of the new adaptation.
+        kind: The kind of the new adaptation, `full` or `lora`.
         preserved: The share of the delta's squared norm that the new adaptation preserves, 0–1.
         excluded: The share that is in tensors which the new kind cannot change, 0–1.
     """
@@ -63,7 +67,7 @@ def convert(
     adaptation: Adaptation | str | Path,
     old: Base | str | Path,
     out: str | Path,
-    to: str,
+    kind: str,
     *,
     new: Base | str | Path | None = None,
     rank: int | None = None,
@@ -81,37 +85,37 @@ def convert(
         adaptation: The adaptation, or its folder.
         old: The base it was tuned on.
         out: The folder to write; a conversion of the same inputs is left as it is.
-        to: The new kind: `full` or `lora`.
+        kind: The new kind: `full` or `lora`.
         new: The base of the new adaptation; None for the old base.
-        rank: To `lora`: the rank of every layer.
-        energy: To `lora`, in place of a rank: the share of each delta's squared norm to preserve, 0–1.
-        task: To `lora`: the task on whose texts layers' inputs are measured, to preserve outputs rather than weights.
-        force: Whether to accept an old base with another fingerprint than the recorded one.
+        rank: For `lora`: the rank of every layer.
+        energy: For `lora`, in place of a rank: the share of each delta's squared norm to preserve, 0–1.
+        task: For `lora`: the task on whose texts layers' inputs are measured, to preserve outputs rather than weights.
+        force: Whether to accept an old base whose fingerprint differs from the recorded one.
         progress: Called at each layer.
 
     Returns:
-        The new adaptation's folder and what was lost.
+        The new adaptation's folder, and the shares of the delta that it preserves and cannot have.
 
     Raises:
         MismatchError: The adaptation does not belong to the old base, or changes nothing in it.
         OutcomeError: `out` exists, and is not a conversion of the same inputs.
-        RecipeError: There is no such conversion.
+        RecipeError: There is no such conversion, or its result would not load completely.
     """
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     old = old if isinstance(old, Base) else Base.open(old)
     upgrade = Upgrade(old, new if new is not None else old)
     out = Path(out)
-    keeps_kind = to == adaptation.kind and (adaptation.family.tunes_base or (rank is None and energy is None))
-    if to not in ("full", "lora"):
-        raise RecipeError(f"an adaptation can be converted to full or lora, found {to!r}.")
+    keeps_kind = kind == adaptation.kind and (adaptation.family.tunes_base or (rank is None and energy is None))
+    if kind not in KINDS:
+        raise RecipeError(f"an adaptation can be converted to {' or '.join(KINDS)}, found {kind!r}.")
     if keeps_kind and not adaptation.changed_base:
-        raise RecipeError(f"{adaptation.path} is of kind {to} already. To put it on a new base, recycle it (direct).")
-    if to == "full" and (rank is not None or energy is not None or task is not None):
+        raise RecipeError(f"{adaptation.path} is of kind {kind} already. To put it on a new base, recycle it (direct).")
+    if kind == "full" and (rank is not None or energy is not None or task is not None):
         raise RecipeError("rank, energy and a task apply to a LoRA only: leave them out.")
     data = None if task is None else load_data(task, 0)
     provenance = {
         "operation": "convert",
-        "to": to,
+        "to": kind,
         "rank": rank,
         "energy": energy,
         "adaptation": adaptation.fingerprint,
@@ -123,38 +127,35 @@ def convert(
     }
     if is_up_to_date(out, provenance, lambda record: with_current_fingerprints(record, (upgrade.old, upgrade.new))):
         results = read_results(out)
-        return Conversion(out, to, results["kept"], results["left_out"])
+        return Conversion(out, kind, results["kept"], results["left_out"])
     adaptation.check_base(old, force=force)
     upgrade = with_adaptation_tokens(adaptation, upgrade)
     old, target = upgrade.old, upgrade.new
-    if to == "lora" and not keeps_kind and match_token_rows(adaptation, Upgrade(old, old)) is not None:
+    if kind == "lora" and not keeps_kind and match_token_rows(adaptation, Upgrade(old, old)) is not None:
         raise MismatchError(
             f"{adaptation.path}: has other tokens than {old.path}, which a LoRA cannot have. Use it without conversion "
             "(regraft recycle --method direct)."
         )
     head = stored_head(adaptation, old)
-    preserved, excluded = 1.0, 0.0
-    with resumable_folder(out, {}) as work:
-        staging = empty_folder(work / "whole")
+    preserved = 1.0
+    excluded = 0.0
+    with resumable_folder(out, {}) as work_folder:
+        staging = empty_folder(work_folder / "whole")
         if keeps_kind:
             grafted = adaptation.family.graft(adaptation, upgrade)
             write_adapter(staging, grafted.tensors, grafted.settings)
         else:
-            source, model = _materialise(adaptation, old, head, empty_folder(work / "full"))
-            if to == "lora":
+            full, model = _materialise(adaptation, old, head, empty_folder(work_folder / "full"))
+            if kind == "lora":
                 moments = None if data is None else _moments(model, old, data, progress)
-                heads = [name for name in model.state_dict() if not name.startswith(old.prefix + ".")]
-                model_class = class_of(source.checkpoint)
-                lora = extract_lora(
-                    source.checkpoint, old.checkpoint, rank, energy, progress, moments, heads, model_class
-                )
+                lora = _extract(full, model, old, rank, energy, moments, progress)
                 preserved, excluded = lora.preserved, lora.excluded
                 target_settings = {"base_model_name_or_path": target.name, "revision": None}
                 write_adapter(staging, lora.tensors, {**lora.config, **target_settings})
             elif new is not None:
-                write_graft(source, upgrade, staging, progress)
+                write_graft(full, upgrade, staging, progress)
             else:
-                staging = source.path
+                staging = full.path
         write_tokenizer(target, staging)
         write_lineage(staging, target, adaptation.labels, adaptation.task_type)
         check_finite(load_adaptation(staging).checkpoint)
@@ -162,16 +163,16 @@ def convert(
             load_model(load_adaptation(staging), target, head)
         except (CheckpointError, MismatchError) as error:
             raise RecipeError(
-                f"{adaptation.path}: cannot be converted to {to}, since the result would not load completely on "
+                f"{adaptation.path}: cannot be converted to {kind}, since the result would not load completely on "
                 f"{target.path} ({error}). Use regraft recycle."
             ) from error
         write_record(staging, provenance, {"kept": preserved, "left_out": excluded})  # keys since regraft 0.1
         publish(staging, out)
-    return Conversion(out, to, preserved, excluded)
+    return Conversion(out, kind, preserved, excluded)
 
 
 def _materialise(adaptation: Adaptation, old: Base, head: Head, folder: Path) -> tuple[Adaptation, Any]:
-    """Return an adaptation as a full fine-tune of its base, and its model."""
+    """Return an adaptation as a full fine-tune of its base, written to a folder if it is not one yet; and its model."""
     model = load_model(adaptation, old, head)
     merged = adaptation.family.merge(adaptation, model, old, head)
     if merged is model:
@@ -182,9 +183,25 @@ def _materialise(adaptation: Adaptation, old: Base, head: Head, folder: Path) ->
     return dataclasses.replace(load_adaptation(folder), base=adaptation.base, labels=adaptation.labels), merged
 
 
-def _moments(model: Any, base: Base, data: TaskData, progress: Progress) -> dict[str, torch.Tensor]:
+def _extract(
+    full: Adaptation,
+    model: nn.Module,
+    old: Base,
+    rank: int | None,
+    energy: float | None,
+    moments: dict[str, torch.Tensor] | None,
+    progress: Progress,
+) -> ExtractedLora:
+    """Extract a LoRA from a full fine-tune of the old base; the LoRA stores the tensors of the model's head."""
+    head_names = [name for name in model.state_dict() if not name.startswith(old.prefix + ".")]
+    model_class = class_of(full.checkpoint)
+    return extract_lora(full.checkpoint, old.checkpoint, rank, energy, progress, moments, head_names, model_class)
+
+
+def _moments(model: nn.Module, base: Base, data: TaskData, progress: Progress) -> dict[str, torch.Tensor]:
+    """Compute the second moments of each linear layer's inputs on the task's first training texts."""
     from regraft.model import Deployment, input_moments
 
     deployment = Deployment(model, base, data, "fp32")
-    examples = deployment.examples(data.train.take(range(min(MAX_TEXTS, len(data.train)))))
-    return input_moments(deployment.model, examples, progress)
+    texts = data.train.take(range(min(MAX_TEXTS, len(data.train))))
+    return input_moments(deployment.model, deployment.examples(texts), progress)

@@ -1,4 +1,4 @@
-"""The examples on which starts measure losses, with labels or the old model's outputs as the reference."""
+"""The examples on which starts measure losses against labels or the old model's outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from regraft.task import Split
     from regraft.task.types import Likelihood, Signal
 
-MAX_EXAMPLES = 256  # a balance: few enough that a start takes seconds on a CPU
+MAX_EXAMPLES = 256
+"""More examples measure losses better; with so few, a start takes seconds on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,60 +23,70 @@ class Evidence:
     """Examples, and the reference for losses on them: their targets, or the old model's outputs.
 
     Args:
-        split: The examples.
-        likelihood: The likelihood of the model's outputs.
-        signal: The old model's outputs on the examples; None to use their targets.
+        split: The examples, drawn from train.
+        likelihood: The distribution over targets that the model's outputs parametrise.
+        signal: The old model's outputs on the examples; None to use the examples' targets.
     """
 
     split: Split
     likelihood: Likelihood
     signal: Signal | None = None
 
-    def losses(self, logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute the loss of each row: that of its target, or the divergence from the old model.
+    def losses(
+        self, logits: torch.Tensor, targets: torch.Tensor, row_indices: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute the loss of each row against its target, or its divergence from the old model.
 
         Args:
             logits: The outputs, [rows, outputs].
             targets: The targets of the rows; unused if there is a signal.
-            rows: The indices of the rows, on the CPU; None for all rows in order.
+            row_indices: The indices of the rows in the signal, on the CPU; None for all rows in order.
 
         Returns:
             The losses in nats, [rows].
         """
         if self.signal is None:
             return self.likelihood.loss(logits, targets)
-        return self.likelihood.excess_loss(logits, self.signal.take(slice(None) if rows is None else rows, logits))
+        signal = self.signal.take(slice(None) if row_indices is None else row_indices, logits)
+        return self.likelihood.excess_loss(logits, signal)
 
 
-def sample_evidence(job: Job, labels: int, confidence: float = 0.0) -> Evidence:
-    """Draw training examples, with their targets or the old model's outputs as the reference.
+def sample_evidence(job: Job, examples_per_stratum: int, min_confidence: float = 0.0) -> Evidence:
+    """Draw training examples, with targets or the old model's outputs as the reference.
+
+    The number of labels that are read is noted in the job.
 
     Args:
-        job: The job, with the task.
-        labels: The number of examples per stratum, with their targets; 0 to use the old model's outputs.
-        confidence: Without labels: the least confidence of the old model's prediction for an example to be used.
+        job: The job, with the task's training examples.
+        examples_per_stratum: The number of examples with targets per stratum, which is a class in classification; 0 to
+            draw from all examples and use the old model's outputs.
+        min_confidence: Without labels: the least confidence, 0–1, of the old model's prediction for an example to be
+            used.
 
     Returns:
-        At most 256 examples; none if the old model is confident on none.
+        At most `MAX_EXAMPLES` examples, or one per stratum if there are more strata; none if the old model is confident
+        on none.
 
     Raises:
         RecipeError: A confidence is required, and the task's outputs have none.
     """
     import numpy as np
 
-    data, likelihood = job.data, job.data.likelihood
-    if labels:
+    data = job.data
+    if examples_per_stratum:
         strata = data.task.strata(data.train.targets, data.labels)[1]
-        split = data.sample(data.train, min(labels, max(1, MAX_EXAMPLES // len(strata))), job.recipe.seed)
+        max_per_stratum = max(1, MAX_EXAMPLES // len(strata))
+        split = data.sample(data.train, min(examples_per_stratum, max_per_stratum), job.recipe.seed)
         job.labelled.update(split.row_numbers.tolist())
         job.notes["labels"] = len(job.labelled)
-        return Evidence(split, likelihood)
+        return Evidence(split, data.likelihood)
     split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MAX_EXAMPLES])
     job.notes["labels"] = 0
     old = job.old_deployment()
     old_confidence = old.confidence(split)
-    if old_confidence is None and confidence:
-        raise RecipeError(f"the outputs of a {data.task.type} have no confidence. Leave out the option confidence.")
-    values = [1.0] * len(split) if old_confidence is None else old_confidence
-    confident = np.flatnonzero(np.array(values, dtype=np.float32) >= confidence)
-    return Evidence(split.take(confident), likelihood, old.signal(split).take(confident, old.outputs(split)))
+    if old_confidence is None:
+        if min_confidence:
+            raise RecipeError(f"the outputs of a {data.task.type} have no confidence. Leave out the option confidence.")
+        old_confidence = [1.0] * len(split)
+    confident = np.flatnonzero(np.array(old_confidence, dtype=np.float32) >= min_confidence)
+    return Evidence(split.take(confident), data.likelihood, old.signal(split).take(confident, old.outputs(split)))

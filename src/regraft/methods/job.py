@@ -1,4 +1,4 @@
-"""The job of a method: the adaptation to carry over, and the folder to write."""
+"""The inputs and the output folder of a method's run, and the steps that methods share."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from torch import nn
+
     from regraft.adaptation import Adaptation, HeadPolicy
     from regraft.adaptation.adaptation import Rule
     from regraft.progress import Progress
@@ -34,22 +36,22 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One adaptation to carry over, and the folder to write.
+    """An adaptation to carry over, with the task, the recipe and the folders to write to.
 
     Args:
         upgrade: The old and the new base.
-        adaptation: The adaptation to the old base.
-        data: The task's examples, with classes in the order of the new head.
+        adaptation: The adaptation on the old base.
+        data: The task's data, with classes in the order of the new head.
         recipe: The recipe, resolved for this data.
-        work: The folder for the state from which an interrupted job resumes.
-        into: The folder for the new adaptation.
+        work_folder: The folder for the state from which an interrupted job resumes.
+        output_folder: The folder for the new adaptation.
         progress: Called at each step.
-        row_match: The match by token between the rows of the adaptation's embeddings and those of both bases; None if
-            the rows are the same.
+        row_match: The match by token between the embedding rows of the adaptation and of both bases; None if the rows
+            stand for the same tokens.
         head: The policy for the old head.
         replace: Whether tensors that an adapter stores in place of its base's are used on the new base as they are.
-        notes: The method's notes, recorded in the outcome as JSON; `labels`, if present, is the number of labelled
-            examples in all, which is otherwise counted from the steps of the learning curve.
+        notes: The method's notes, recorded in the outcome as JSON. `labels`, if present, is the number of labelled
+            examples that were used; otherwise it is counted from the steps of the learning curve.
         labelled: The row numbers of training examples whose labels a start has read.
     """
 
@@ -57,8 +59,8 @@ class Job:
     adaptation: Adaptation
     data: TaskData
     recipe: Recipe
-    work: Path
-    into: Path
+    work_folder: Path
+    output_folder: Path
     progress: Progress
     row_match: RowMatch | None = None
     head: HeadPolicy = "copy"
@@ -67,10 +69,10 @@ class Job:
     labelled: set[int] = dataclasses.field(default_factory=set)
 
     def fresh(self) -> Any:
-        """Build the model that scratch tunes: the new base with a fresh head, and a fresh adapter for an adapter.
+        """Build the model that scratch tunes: the new base with a fresh head.
 
         Returns:
-            The model.
+            The model; with a fresh adapter of the same settings, if the adaptation is an adapter.
         """
         base, head, seed = self.upgrade.new, self.data.head, self.recipe.seed
         config = self.adaptation.family.read_config(self.adaptation, for_new_adapter=True)
@@ -79,7 +81,7 @@ class Job:
         return prepare_for_tuning(model, base, head, config, seed)
 
     def graft(self) -> None:
-        """Write the old delta or adapter, grafted onto the new base, to the job's folder."""
+        """Graft the old delta or adapter onto the new base, and write the result to the output folder."""
 
         def write(folder: Path) -> None:
             self.notes.update(write_graft(self.adaptation, self.upgrade, folder, self.progress, replace=self.replace))
@@ -87,10 +89,11 @@ class Job:
         self.write_with_head(write)
 
     def graft_transformed(self, rule: Rule) -> None:
-        """Write the old delta or adapter, transformed and grafted onto the new base, to the job's folder.
+        """Transform the old delta or adapter, graft it onto the new base, and write the result to the output folder.
 
         Args:
-            rule: The transform of each delta, as in `write_transform`.
+            rule: The transform of a delta, a function of the tensor's name, the delta and the upgrade's shift; see
+                `write_transform`.
         """
 
         def write(folder: Path) -> None:
@@ -101,28 +104,28 @@ class Job:
         self.write_with_head(write)
 
     def write_with_head(self, write: Callable[[Path], None]) -> None:
-        """Write an adaptation to the job's folder, with the head that the job's policy asks for.
+        """Write an adaptation to the output folder, with the head that the job's policy asks for.
 
         Args:
             write: Writes the adaptation with the old head to a folder.
         """
         if self.head == "copy":
-            write(self.into)
+            write(self.output_folder)
             return
-        with_old_head = self.work / "graft" / "old-head"
-        write(with_old_head)
-        change_head(with_old_head, self.upgrade.new, self.data.head, self.head, self.recipe.seed, self.into)
+        old_head_folder = self.work_folder / "graft" / "old-head"
+        write(old_head_folder)
+        change_head(old_head_folder, self.upgrade.new, self.data.head, self.head, self.recipe.seed, self.output_folder)
 
     def load(self, *, trainable: bool = True) -> Any:
-        """Load the adaptation in the job's folder.
+        """Load the adaptation in the output folder.
 
         Args:
             trainable: Whether the model will be tuned.
 
         Returns:
-            The model.
+            The model, on the CPU.
         """
-        return load_model(load_adaptation(self.into), self.upgrade.new, self.data.head, trainable=trainable)
+        return load_model(load_adaptation(self.output_folder), self.upgrade.new, self.data.head, trainable=trainable)
 
     def grafted(self) -> Any:
         """Graft the old delta or adapter onto the new base.
@@ -130,15 +133,15 @@ class Job:
         Returns:
             The model, ready for tuning.
         """
-        graft = dataclasses.replace(self, into=self.work / "graft" / "weights")
-        graft.graft()
-        return graft.load()
+        graft_job = dataclasses.replace(self, output_folder=self.work_folder / "graft" / "weights")
+        graft_job.graft()
+        return graft_job.load()
 
-    def deploy(self, model: Any) -> Deployment:
-        """Deploy a model of the new base on the task's examples.
+    def deploy(self, model: nn.Module) -> Deployment:
+        """Deploy a model on the new base, to run it on the task's examples.
 
         Args:
-            model: A model of `fresh`, `load` or `grafted`.
+            model: A model that `fresh`, `load` or `grafted` returned.
 
         Returns:
             The deployment, which runs each split once.
@@ -146,7 +149,7 @@ class Job:
         return Deployment(model, self.upgrade.new, self.data, self.recipe.precision, self.progress)
 
     def old_deployment(self) -> Deployment:
-        """Deploy the old adaptation on the task's examples.
+        """Deploy the old model, to run it on the task's examples.
 
         Returns:
             The deployment, which runs each split once.
@@ -156,47 +159,51 @@ class Job:
         return Deployment(model, old, self.data, self.recipe.precision, self.progress)
 
     def teacher(self) -> Any:
-        """Load the old adaptation, as a model whose parameters have the names and shapes of the new model's.
+        """Load the old model, with the parameter names and shapes of the new model.
 
         Returns:
             The model, frozen if the adaptation is an adapter.
         """
-        old, adaptation = self.upgrade.old, self.adaptation
-        if adaptation.changed_base:  # PEFT's plain form of it has other sizes
-            folder = self.work / "teacher"
+        old = self.upgrade.old
+        adaptation = self.adaptation
+        if adaptation.changed_base:  # grafted, it is a plain LoRA whose shapes differ from the stored ones
+            folder = self.work_folder / "teacher"
             write_graft(adaptation, Upgrade(old, old), folder, self.progress)
             adaptation = load_adaptation(folder)
         return load_model(adaptation, old, self.data.head)
 
-    def save(self, model: Any) -> None:
-        """Write a model's adaptation to the job's folder.
+    def save(self, model: nn.Module) -> None:
+        """Write a model's adaptation to the output folder.
 
         Args:
-            model: A model of `load` or `grafted`.
+            model: A model that `load` or `grafted` returned, on the CPU.
         """
-        save_model(model, self.upgrade.new, self.data.head, self.into)
+        save_model(model, self.upgrade.new, self.data.head, self.output_folder)
 
     def tune(
         self,
-        model: Any,
+        model: nn.Module,
         options: Distillation | None = None,
         anchor: Anchoring | None = None,
         *,
-        teacher_judges: bool = False,
+        teacher_selects_best: bool = False,
     ) -> list[dict[str, float]]:
-        """Tune a model on the task, with a teacher if options are passed, and write it to the job's folder.
+        """Tune a model on the task, with a teacher if options are passed, and write it to the output folder.
 
         Args:
-            model: A model of `fresh`, `load` or `grafted`.
-            options: The options of distillation, with the old adaptation as the teacher; None for no teacher.
+            model: A model that `fresh`, `load` or `grafted` returned.
+            options: The options of distillation, with the old model as the teacher; None for no teacher.
             anchor: The penalty on the distance from the start; None for no penalty.
-            teacher_judges: Whether to select the best weights by agreement with the teacher rather than by labels.
+            teacher_selects_best: Whether to select the best weights by agreement with the teacher rather than by
+                labels.
 
         Returns:
             The learning curve.
         """
         start = initial_factors(model)
-        teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_judges) if options else None
-        curve = tune_model(model, self.upgrade.new, self.data, self.recipe, self.work, self.progress, teacher, anchor)
-        save_model(model, self.upgrade.new, self.data.head, self.into, start)
+        teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_selects_best) if options else None
+        curve = tune_model(
+            model, self.upgrade.new, self.data, self.recipe, self.work_folder, self.progress, teacher, anchor
+        )
+        save_model(model, self.upgrade.new, self.data.head, self.output_folder, start)
         return curve

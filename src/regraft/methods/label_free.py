@@ -1,6 +1,6 @@
 """`label-free`: learn from the old model on unlabelled text.
 
-Source: the start and the loss of Qin et al., 2023 (arXiv:2305.08702), section 5, without its labels.
+Source: the start and the loss of Qin et al., 2023 (arXiv:2305.08702), section 5, without the loss on labels.
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import RecipeError
+from regraft.errors import DataError, RecipeError
 from regraft.methods.method import OLD_HEAD_ONLY, Objective
+from regraft.tuning.distill import Distillation
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from regraft.methods.job import Job
     from regraft.methods.method import Curve
     from regraft.task import Split, TaskData
@@ -19,61 +22,65 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LabelFree:
-    """The loss against the teacher, and the texts.
+    """Options of `label-free`: the loss against the teacher, and the texts.
 
     Args:
         beta: The weight of the mean squared error of hidden states; 0 for none.
-        temperature: The temperature of both models' outputs.
+        temperature: The temperature that both models' outputs are softened by.
         text: A text file (one text per line) or JSONL file (column `text`) to learn from in place of the task's
             training texts; the number of steps stays the same.
 
     Raises:
-        RecipeError: A number is out of range.
+        RecipeError: `beta` is negative, or `temperature` is not above 0.
     """
 
-    beta: float = 1.0
-    temperature: float = 5.0
+    beta: float = Distillation.beta
+    temperature: float = Distillation.temperature
     text: str = ""
 
     def __post_init__(self) -> None:
-        """Check every number."""
+        """Refuse a negative beta, and a temperature that is not above 0."""
         if self.beta < 0 or self.temperature <= 0:
             raise RecipeError(f"beta must be at least 0 (found {self.beta}), temperature above 0 ({self.temperature}).")
 
 
-def distil_on_texts(job: Job, model: Any, options: LabelFree) -> Curve:
-    """Train the new model to reproduce the old one's outputs, without any label.
+def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
+    """Train the new model to reproduce the old model's outputs, without any label.
 
-    The best weights are those whose outputs on dev are closest to the old model's. Errors that both make, and what the
-    new base could do better, cannot be measured without labels.
+    The best weights are those whose outputs on dev are closest to the old model's. Errors that both models make, and
+    improvements that the new base would allow, cannot be measured without labels.
 
     Args:
-        job: The job.
-        model: The model to tune.
-        options: The loss, and the texts.
+        job: The job, with the task's training texts.
+        model: The model to tune, which the start returned.
+        options: The terms of the loss, and the file of texts, if any.
 
     Returns:
-        The learning curve; its `score` is the mean overlap of the class probabilities with the old model's.
-    """
-    from regraft.tuning import Distillation
+        The learning curve; its `score` is the mean overlap of the class probabilities with the old model's, 0–1.
 
+    Raises:
+        DataError: The file of texts is missing, has no text, or has a row that cannot be read.
+    """
     if options.text:
         job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text, job.data)))
     job.notes["labels"] = len(job.labelled)
     job.notes["score"] = "overlap of class probabilities with the old model's on dev"
     loss = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature, decay="none")
-    return job.tune(model, loss, teacher_judges=True)
+    return job.tune(model, loss, teacher_selects_best=True)
 
 
-def contents(options: LabelFree, seed: int) -> dict[str, Any]:
-    """Identify the content of the text file.
+def digest_text(options: LabelFree, seed: int) -> dict[str, Any]:
+    """Compute the digest of the text file.
 
     Args:
         options: The options, with the file's path if there is one.
-        seed: Unused, as nothing is drawn.
+        seed: Unused, since all texts are read.
 
     Returns:
-        The file's digest as `text`; nothing without a file.
+        The digest as `text`; an empty dictionary without a file.
+
+    Raises:
+        DataError: The file is missing.
     """
     from regraft.tuning import Corpus
 
@@ -84,23 +91,22 @@ def read_texts(file: str, data: TaskData) -> Split:
     """Read texts without labels as examples of a task.
 
     Args:
-        file: A text or JSONL file.
-        data: The task.
+        file: A text file, with one text per line, or a JSONL file with a column `text`.
+        data: The task's data, whose type of inputs the texts become.
 
     Returns:
-        The texts, with placeholders as targets.
+        The texts as a training split, with placeholders as targets.
 
     Raises:
         DataError: The file is missing, has no text, or has a row that cannot be read.
     """
     import numpy as np
 
-    from regraft.errors import DataError
     from regraft.task import Split
     from regraft.tuning import Corpus
 
     corpus = Corpus((file,))
-    corpus.digest()  # raises if there is no such file
+    corpus.digest()  # raises if the file is missing
     inputs = [data.task.as_inputs(text) for text in corpus.documents()]
     if not inputs:
         raise DataError(f"{file}: has no text. Pass a file with one text per line.")
@@ -115,6 +121,6 @@ LABEL_FREE = Objective(
     summary="learn from the old model on raw text",
     needs=("text", "training"),
     heads=OLD_HEAD_ONLY,
-    contents=contents,
+    contents=digest_text,
     scores_agreement=True,
 )

@@ -1,9 +1,9 @@
 """`masked`: the part of the old delta that lowers the loss on the new base.
 
 Source: GradFix, Gradient-Sign Masking for Task Vector Transport Across Pre-Trained Models (Rinaldi et al., 2025,
-arXiv:2510.09658): an entry of the delta is kept if its sign is that of −∂L/∂θ at the new base. In the paper, a gradient
-of exactly zero drops the entry; here it keeps it, so that embeddings of tokens outside the few examples are not lost.
-In the paper, examples may vote on the sign; here it is that of the mean loss.
+arXiv:2510.09658): an entry of the delta is kept if it has the sign of −∂L/∂θ at the new base. In the paper, an entry
+whose gradient is exactly zero is dropped; here it is kept, so that embeddings of tokens outside the few examples are
+not lost. In the paper, examples may vote on the sign; here it is the sign of the mean loss's gradient.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from regraft.methods.method import OLD_HEAD_ONLY, Start
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from regraft.methods.evidence import Evidence
     from regraft.methods.job import Job
+    from regraft.weights import RowMatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """The examples that the gradient is computed on.
+    """Options of `masked`: the examples that the gradient is computed on.
 
     Args:
         labels: The number of training examples per class; 0 to use the divergence from the old model's outputs on
             training texts as the loss, without labels.
 
     Raises:
-        RecipeError: The number is negative.
+        RecipeError: `labels` is negative.
     """
 
-    labels: int = 32
+    labels: int = 32  # more give a less noisy gradient, and use more labels
 
     def __post_init__(self) -> None:
-        """Check the number."""
+        """Refuse a negative number of examples."""
         if self.labels < 0:
             raise RecipeError(f"labels must be 0 or more examples per class, found {self.labels}.")
 
@@ -46,8 +48,11 @@ def graft_masked(job: Job, options: Masking) -> None:
     """Compute the gradient at the new base with the old head, and graft the entries of the delta that agree with it.
 
     Args:
-        job: The job.
-        options: The examples.
+        job: The job, with the task's training examples.
+        options: The number of examples, and whether their labels are used.
+
+    Raises:
+        KindError: The adaptation's kind is not supported.
     """
     from regraft.adaptation.transform import check_transformable
     from regraft.weights import mask_agreement
@@ -56,39 +61,46 @@ def graft_masked(job: Job, options: Masking) -> None:
     evidence = sample_evidence(job, options.labels)
     without_delta = job.adaptation.family.remove_delta(job.grafted(), job.upgrade, job.row_match)
     gradients = _gradients(without_delta, evidence, job)
-    rows = job.row_match
-    counts = list[tuple[int, int]]()
-    triples = zip(rows.new_row_indices, rows.tuned_row_indices, rows.old_row_indices, strict=True) if rows else ()
-    shared = [row for row, indices in enumerate(triples) if min(indices) >= 0]  # rows of tokens that have a delta
+    rows_with_delta = None if job.row_match is None else _rows_with_delta(job.row_match)
+    masked_counts = list[int]()  # lists rather than sums, since several threads call the rule
+    delta_counts = list[int]()
 
-    def rule(name: str, delta: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    def rule(name: str, delta: torch.Tensor, _shift: torch.Tensor) -> torch.Tensor:
         gradient = gradients[name]
-        if rows and name in job.upgrade.new.architecture.token_tensors:
-            gradient = gradient[shared]
+        if rows_with_delta is not None and name in job.upgrade.new.architecture.token_tensors:
+            gradient = gradient[rows_with_delta]
         masked = mask_agreement(delta, -gradient.to(delta))
-        counts.append((int(masked.count_nonzero()), int(delta.count_nonzero())))
+        masked_counts.append(int(masked.count_nonzero()))
+        delta_counts.append(int(delta.count_nonzero()))
         return masked
 
     job.graft_transformed(rule)
-    if total := sum(count for _, count in counts):
-        job.notes["kept"] = round(sum(count for count, _ in counts) / total, 4)  # of the entries that tuning changed
+    total = sum(delta_counts)
+    if total:
+        job.notes["kept"] = round(sum(masked_counts) / total, 4)
 
 
-def _gradients(model: Any, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
-    """Compute the gradient of the mean loss, by tensor names as in `write_transform`."""
+def _rows_with_delta(match: RowMatch) -> list[int]:
+    """Return the grafted rows whose tokens both bases and the fine-tune have."""
+    row_triples = zip(match.new_row_indices, match.tuned_row_indices, match.old_row_indices, strict=True)
+    return [row for row, indices in enumerate(row_triples) if min(indices) >= 0]
+
+
+def _gradients(model: nn.Module, evidence: Evidence, job: Job) -> dict[str, torch.Tensor]:
+    """Compute the gradient of the mean loss, by the tensor names that the rule of `write_transform` gets."""
     from regraft.model import device
     from regraft.model.batches import BATCH_SIZE
     from regraft.model.outputs import forward
 
     examples = job.deploy(model).examples(evidence.split)
     model.eval().requires_grad_(True)
-    count = len(examples)
-    for start in range(0, count, BATCH_SIZE):
-        end = min(start + BATCH_SIZE, count)
+    num_examples = len(examples)
+    for start in range(0, num_examples, BATCH_SIZE):
+        end = min(start + BATCH_SIZE, num_examples)
         batch = {name: tensor.to(device()) for name, tensor in examples.batch(range(start, end)).items()}
         losses: Any = evidence.losses(forward(model, batch).logits, batch["targets"], batch["row"].cpu())
         (losses.sum() / len(examples.targets)).backward()
-        job.progress("gradient", end, count, {})
+        job.progress("gradient", end, num_examples, {})
     body = job.upgrade.new.architecture
     prefix = job.upgrade.new.prefix + "."
     body_gradients: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Methods: a start, and for methods that train an objective; each part declares what it needs and accepts."""
+"""Methods and their parts: starts, objectives, and the declarations of what each part needs and accepts."""
 
 from __future__ import annotations
 
@@ -21,29 +21,32 @@ if TYPE_CHECKING:
     Heads = tuple[str, ...]
 
 NEEDS = ("labels", "text", "tasks", "training")
+"""The needs that a part may declare, in the order in which they are listed."""
 OPTION_TYPE = re.compile(r"((bool|int|float|str)|tuple\[(int|float|str)(, \.\.\.)?\])( \| None)?")
-OLD_HEAD_ONLY: Heads = ("copy",)  # of parts that use the outputs of the old head
+"""The types of options that can be parsed from a command line, as they are written in source."""
+OLD_HEAD_ONLY: Heads = ("copy",)
+"""The policies for the head that a part accepts if it compares with outputs of the old head."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A function with options that a method consists of, and what it needs and accepts.
+    """A step of a method: a function with options, and the declarations of what it needs and accepts.
 
     Args:
         name: The part's name, which also qualifies its options.
-        run: The function.
-        options: The dataclass of its options, if it has any.
-        summary: One line on what it does; an objective's continues "start from …".
-        needs: What it needs of `labels`, `text` (of the task, unlabelled), `tasks` (other tasks, tuned on both bases)
-            and `training`, or a function of its options that returns that.
-        heads: The policies for the old head that it accepts, or a function of its options that returns them.
+        run: The function; its arguments and results are described in `Start`, `Objective` and `Method`.
+        options: The dataclass of the part's options; None if it has none.
+        summary: One line on what the part does; the summary of an objective continues "start from …, ".
+        needs: Some of `labels`, `text` (of the task, unlabelled), `tasks` (other tasks, tuned on both bases) and
+            `training`; or a function of the options that returns them.
+        heads: The policies for the old head that the part accepts, or a function of the options that returns them.
         contents: A function of the options and the seed that identifies the content of files named in the options, as
             JSON by name, for the provenance of an outcome.
-        scores_agreement: Whether the scores of its learning curve are agreement with the old model rather than the
-            task's metric, or a function of its options that returns that.
+        scores_agreement: Whether the scores of the learning curve are agreement with the old model rather than the
+            task's metric, or a function of the options that returns whether they are.
 
     Raises:
-        RecipeError: The options are not a dataclass with defaults, or one is of a type without notation in text.
+        RecipeError: The options are not a dataclass with defaults, or an option is not of a type in `OPTION_TYPE`.
     """
 
     name: str
@@ -56,7 +59,7 @@ class Part:
     scores_agreement: bool | Callable[[Any], bool] = False
 
     def __post_init__(self) -> None:
-        """Check that the options can be read from a command line."""
+        """Refuse options that cannot be parsed from a command line."""
         if self.options is None:
             return
         if not (isinstance(self.options, type) and dataclasses.is_dataclass(self.options)):
@@ -67,33 +70,36 @@ class Part:
                     f"{self.name}: its option {field.name} is of type {declared_type(field)}. Declare it as bool, int, "
                     "float or str, as tuple[…, ...] of these, or with | None."
                 )
-            if dataclasses.MISSING is field.default and dataclasses.MISSING is field.default_factory:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise RecipeError(f"{self.name}: its option {field.name} needs a default.")
 
 
 class Start(Part):
-    """A way to carry old weights to the new base; by itself a method without training.
+    """A way to carry old weights over to the new base; by itself a method without training.
 
-    `run(job, options)` returns the model, or writes the adaptation to `job.into` and returns None.
+    `run(job, options)` returns the model, or writes the adaptation to `job.output_folder` and returns None.
     """
 
 
 class Objective(Part):
-    """A way to tune a model: `run(job, model, options)` writes to `job.into` and returns the learning curve."""
+    """A way to tune the model that a start returns.
+
+    `run(job, model, options)` writes the adaptation to `job.output_folder` and returns the learning curve.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A way to get an adaptation for the new base.
 
-    The methods of this class accept the options of one part, those of several parts in a tuple, or None; parts without
-    options use their defaults.
+    Wherever options are an argument, they are the options of one part, a tuple with the options of several parts, or
+    None; parts whose options are not passed use their defaults.
 
     Args:
         name: The name on the command line and in outcomes.
         summary: One line on what the method does.
-        parts: A start; a start and an objective; or a part that is neither, whose `run(job, options)` writes to
-            `job.into` and returns the learning curve.
+        parts: A start; a start and an objective; or a part that is neither, whose `run(job, options)` writes the
+            adaptation to `job.output_folder` and returns the learning curve.
     """
 
     name: str
@@ -104,42 +110,46 @@ class Method:
         """Complete the options with defaults.
 
         Args:
-            options: Those of one part, of several in a tuple, or None.
+            options: The options of one part, a tuple of several parts' options, or None.
 
         Returns:
             One dataclass per part; None for a part without options.
 
         Raises:
-            RecipeError: The method has no such options, or some are passed twice.
+            RecipeError: The method has no such options, or the options of one part are passed twice.
         """
-        passed = list(options) if isinstance(options, tuple) else [options]
-        passed = [option_set for option_set in passed if option_set is not None]
-        complete = []
+        option_sets = options if isinstance(options, tuple) else (options,)
+        unused = [option_set for option_set in option_sets if option_set is not None]
+        completed: list[Any] = []
         for part in self.parts:
-            part_options = next((o for o in passed if part.options and type(o) is part.options), None)
-            if part_options is not None:
-                passed.remove(part_options)
-            elif part.options:
-                part_options = part.options()
-            complete.append(part_options)
-        if passed:
-            kinds = [part.options.__name__ for part in self.parts if part.options]
-            raise RecipeError(f"method {self.name} takes {' and '.join(kinds) or 'no options'}, found {passed[0]!r}.")
-        return tuple(complete)
+            if part.options is None:
+                completed.append(None)
+                continue
+            matches = [option_set for option_set in unused if type(option_set) is part.options]
+            if matches:
+                unused.remove(matches[0])
+            completed.append(matches[0] if matches else part.options())
+        if unused:
+            class_names = [part.options.__name__ for part in self.parts if part.options]
+            expected = " and ".join(class_names) or "no options"
+            raise RecipeError(f"method {self.name} takes {expected}, found {unused[0]!r}.")
+        return tuple(completed)
 
     def needs(self, options: Any = None) -> Needs:
-        """Return what the method needs.
+        """Return the needs of all parts.
 
         Args:
             options: As in `complete`.
 
         Returns:
-            Some of `NEEDS`, in that order; `text` is left out beside `labels`, as a labelled task has texts.
+            Some of `NEEDS`, in that order; without `text` if `labels` are needed, since a labelled task has texts.
         """
         needs: set[str] = set()
         for part, part_options in self._with_options(options):
             needs.update(_resolve(part.needs, part_options))
-        return tuple(need for need in NEEDS if need in needs and not (need == "text" and "labels" in needs))
+        if "labels" in needs:
+            needs.discard("text")
+        return tuple(need for need in NEEDS if need in needs)
 
     def heads(self, options: Any = None) -> Heads:
         """Return the policies for the old head that the method accepts.
@@ -186,62 +196,66 @@ class Method:
             options: As in `complete`.
 
         Returns:
-            None without options. If both start and objective have options: those of the objective, and as `START.NAME`
-            those of the start that differ from their defaults, since outcomes of `ridge+distill` never recorded the
-            others.
+            The last part's options by name, and as `START.NAME` the start's options that differ from their defaults;
+            None if no part has options. Earlier versions did not record the start's options in outcomes of
+            `ridge+distill`, and outcomes with its defaults must still count as outcomes of the same inputs.
         """
         chosen = [(part, part_options) for part, part_options in self._with_options(options) if part_options]
         if not chosen:
             return None
-        recorded = dataclasses.asdict(chosen[-1][1])
-        for part, part_options in chosen[:-1]:
-            defaults = dataclasses.asdict(part.options())
-            changed = {n: value for n, value in dataclasses.asdict(part_options).items() if value != defaults[n]}
-            recorded |= {f"{part.name}.{name}": value for name, value in changed.items()}
+        *starts, (_, last_options) = chosen
+        recorded = dataclasses.asdict(last_options)
+        for start, start_options in starts:
+            defaults = dataclasses.asdict(start.options())
+            for name, value in dataclasses.asdict(start_options).items():
+                if value != defaults[name]:
+                    recorded[f"{start.name}.{name}"] = value
         return recorded
 
     def run(self, job: Job, options: Any = None) -> Curve:
-        """Write an adaptation for the new base to a job's folder.
+        """Write an adaptation for the new base to a job's output folder.
 
         Args:
-            job: The job.
+            job: The adaptation to carry over, and the folders.
             options: As in `complete`.
 
         Returns:
             The learning curve; empty without training.
         """
-        (start, start_options), *objectives = self._with_options(options)
-        if not isinstance(start, Start):
-            curve: Curve = start.run(job, start_options)
+        (first_part, first_options), *objectives = self._with_options(options)
+        if not isinstance(first_part, Start):
+            curve: Curve = first_part.run(job, first_options)
             return curve
         if not objectives:
-            model = start.run(job, start_options)
+            model = first_part.run(job, first_options)
             if model is not None:
                 job.save(model.cpu())
             return []
-        into = job.work / "start"
-        shutil.rmtree(into, ignore_errors=True)  # the rest of an interrupted run
-        start_job = dataclasses.replace(job, into=into)
-        model = start.run(start_job, start_options)
+        start_folder = job.work_folder / "start"
+        shutil.rmtree(start_folder, ignore_errors=True)  # an interrupted run may have left files
+        start_job = dataclasses.replace(job, output_folder=start_folder)
+        model = first_part.run(start_job, first_options)
         if model is None:
             model = start_job.load()
-        job.notes.pop("labels", None)  # they are counted together with those of the training steps
+        job.notes.pop("labels", None)  # the start's labels are counted together with the labels of training steps
         ((objective, objective_options),) = objectives
         curve = objective.run(job, model, objective_options)
         return curve
 
     def _with_options(self, options: Any) -> list[tuple[Part, Any]]:
+        """Pair each part with its options."""
         return list(zip(self.parts, self.complete(options), strict=True))
 
 
 def declared_type(field: dataclasses.Field[Any]) -> str:
-    """Return the declared type of an option, as source text.
+    """Return the declared type of an option, as it is written in source.
 
     Args:
-        field: The option's field of its dataclass.
+        field: The option's field in the part's dataclass.
     """
     return field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
 
 
 def _resolve(declaration: Any, options: Any) -> Any:
+    """Return a declaration, or its value for these options if it is a function of them."""
     return declaration(options) if callable(declaration) else declaration

@@ -1,4 +1,4 @@
-"""The options of methods: parsed from names and values, checked, and described."""
+"""Parsing, checks and descriptions of the options of methods."""
 
 from __future__ import annotations
 
@@ -16,62 +16,68 @@ if TYPE_CHECKING:
 
     from regraft.methods.method import Method
 
-TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str}
+SCALAR_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str}
 
 
 def describe_methods() -> list[tuple[str, str, str, str]]:
     """Describe every listed method, for a table.
 
     Returns:
-        One row per method: the name, the summary, the needs, and the options with their defaults.
+        One row per method: the name, the summary, the needs except training, and the options with their defaults.
     """
     rows = []
     for method in methods().values():
-        options = ", ".join(f"{name}={_format_default(field.default)}" for name, field in fields_of(method).items())
+        fields = option_fields(method)
+        options = ", ".join(f"{name}={_format_default(field.default)}" for name, field in fields.items())
         needs = ", ".join(need for need in method.needs() if need != "training") or "nothing"
         rows.append((method.name, method.summary, needs, options))
     return rows
 
 
-def fields_of(method: Method) -> dict[str, dataclasses.Field[Any]]:
-    """List a method's options.
+def option_fields(method: Method) -> dict[str, dataclasses.Field[Any]]:
+    """List the fields of the options of a method's parts.
 
     Args:
-        method: The method.
+        method: A start, an objective on top of one, or a method of a single part.
 
     Returns:
-        The fields of its parts' dataclasses by name; by PART.NAME where two parts have an option of that name.
+        The dataclass fields by name; by PART.NAME where two parts have an option of that name.
     """
-    pairs = list(_all_fields(method))
-    names = [field.name for _, field in pairs]
-    return {f.name if names.count(f.name) == 1 else f"{part}.{f.name}": f for part, f in pairs}
+    part_fields = list(_part_fields(method))
+    names = [field.name for _, field in part_fields]
+    fields = {}
+    for part_name, field in part_fields:
+        is_unique = names.count(field.name) == 1
+        fields[field.name if is_unique else f"{part_name}.{field.name}"] = field
+    return fields
 
 
-def parse_options(method: str, texts: Sequence[str]) -> Any:
-    """Parse a method's options from names and values of a command line.
+def parse_options(method: str, assignments: Sequence[str]) -> Any:
+    """Parse a method's options as they are written on a command line.
 
     Args:
         method: The method's name.
-        texts: Options as `NAME=VALUE`, or `PART.NAME=VALUE` for a start or an objective; values as in YAML.
+        assignments: Options as `NAME=VALUE`, or `PART.NAME=VALUE` for a start or an objective; values as in YAML.
 
     Returns:
         The options; a tuple if both start and objective have options; None if the method has none.
 
     Raises:
-        RecipeError: The method has no such option, two of its parts have it, or the value is of another type.
+        RecipeError: An assignment has no `=`, the method has no such option, two of its parts have it, or the value is
+            of the wrong type or out of range.
     """
     import yaml
 
     chosen = find_method(method)
-    pairs = list(_all_fields(chosen))
+    part_fields = list(_part_fields(chosen))
     values: dict[str, dict[str, Any]] = {part.name: {} for part in chosen.parts if part.options}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        matches = [(part, field) for part, field in pairs if name in (field.name, f"{part}.{field.name}")]
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        matches = [(part, field) for part, field in part_fields if name in (field.name, f"{part}.{field.name}")]
         if not equals:
-            raise RecipeError(f"an option is written NAME=VALUE, found {text!r}.")
+            raise RecipeError(f"an option is written NAME=VALUE, found {assignment!r}.")
         if not matches:
-            names = list(fields_of(chosen))
+            names = list(option_fields(chosen))
             raise RecipeError(
                 f"method {method} has no option {name!r}; its options are {', '.join(names) or 'none'}."
                 f"{did_you_mean(name, names)}"
@@ -87,7 +93,9 @@ def parse_options(method: str, texts: Sequence[str]) -> Any:
             kind = "true or false" if declared == "bool" else f"of type {declared}"
             raise RecipeError(f"option {name} of {method} must be {kind}, found {value!r}.") from error
     options = tuple(part.options(**values[part.name]) for part in chosen.parts if part.options)
-    return options if len(options) > 1 else options[0] if options else None
+    if len(options) > 1:
+        return options
+    return options[0] if options else None
 
 
 def check_options(method: str, options: Iterable[Any]) -> None:
@@ -95,28 +103,34 @@ def check_options(method: str, options: Iterable[Any]) -> None:
 
     Args:
         method: The method's name.
-        options: The options of each part, or None.
+        options: One dataclass per part; None for a part without options.
 
     Raises:
         RecipeError: An option is infinite or not a number.
     """
     for part_options in options:
-        for name, value in dataclasses.asdict(part_options).items() if part_options is not None else ():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        if part_options is None:
+            continue
+        for name, value in dataclasses.asdict(part_options).items():
+            entries = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(entry, float) and not math.isfinite(entry) for entry in entries):
                 raise RecipeError(f"option {name} of {method} must be a finite number, found {value}.")
 
 
-def _all_fields(method: Method) -> Iterable[tuple[str, dataclasses.Field[Any]]]:
+def _part_fields(method: Method) -> Iterable[tuple[str, dataclasses.Field[Any]]]:
+    """Yield the part's name and the field for each option of a method."""
     for part in method.parts:
         for field in dataclasses.fields(part.options) if part.options else ():
             yield part.name, field
 
 
 def _format_default(default: Any) -> str:
+    """Format a default as it is written on a command line."""
     if isinstance(default, tuple):
         return f"[{','.join(map(_format_default, default))}]"
-    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    if default is None:
+        return "null"
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _convert_value(value: Any, field: dataclasses.Field[Any]) -> Any:
@@ -126,16 +140,18 @@ def _convert_value(value: Any, field: dataclasses.Field[Any]) -> Any:
     since it has no point.
     """
     declared = declared_type(field)
-    declared, optional = declared.removesuffix(" | None"), declared.endswith(" | None")
-    if value is None and optional:
+    type_name = declared.removesuffix(" | None")
+    if value is None and type_name != declared:
         return None
-    if not declared.startswith("tuple["):
-        return _convert_scalar(value, TYPES[declared])
-    entry_type = TYPES[re.split(r"[,\]]", declared.removeprefix("tuple["))[0]]
-    return tuple(_convert_scalar(entry, entry_type) for entry in (value if isinstance(value, list) else [value]))
+    if not type_name.startswith("tuple["):
+        return _convert_scalar(value, SCALAR_TYPES[type_name])
+    entry_type = SCALAR_TYPES[re.split(r"[,\]]", type_name.removeprefix("tuple["))[0]]
+    entries = value if isinstance(value, list) else [value]
+    return tuple(_convert_scalar(entry, entry_type) for entry in entries)
 
 
 def _convert_scalar(value: Any, scalar_type: type) -> Any:
+    """Convert a scalar to a type without loss, or raise a ValueError or TypeError."""
     if isinstance(value, bool) != (scalar_type is bool):
         raise TypeError
     converted = scalar_type(value)

@@ -1,7 +1,8 @@
 """`orthogonal`: the old delta without its component along the upgrade's shift.
 
-Changes that tuning and continual pre-training have in common would otherwise be added twice. This is a baseline of our
-own, after the projections that remove common components of merged task vectors.
+Changes that tuning and continual pre-training have in common would otherwise be added twice.
+
+Source: our own baseline, after the projections that remove common components of merged task vectors.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ def graft_orthogonal(job: Job, options: None) -> None:
     """Remove the component along the shift from the delta of every tensor.
 
     Args:
-        job: The job.
-        options: None.
+        job: The job, with an adaptation that has deltas.
+        options: None, since the start has no options.
+
+    Raises:
+        KindError: The adaptation's kind has no deltas.
     """
     from regraft.weights import orthogonal_shift
 
-    def rule(_: str, delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    def rule(_name: str, delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         return orthogonal_shift(delta, shift)
 
     job.graft_transformed(rule)

@@ -18,42 +18,44 @@ if TYPE_CHECKING:
 
 
 def read_pairs(pairs: Sequence[str], layout: Vector, upgrade: Upgrade) -> list[tuple[Vector, Vector]]:
-    """Load pairs of adaptations of other tasks.
+    """Load the vectors of pairs of adaptations to other tasks.
 
     Args:
-        pairs: `OLD=NEW`, the folders of the adaptations of one task to the old and to the new base.
-        layout: A vector whose kind, shapes and settings all must have.
-        upgrade: The two bases.
+        pairs: `OLD=NEW`, the folders of the adaptations to one task on the old and on the new base.
+        layout: A vector whose kind, shapes and settings all adaptations must have.
+        upgrade: The old base and the new base.
 
     Returns:
-        The vectors of each pair: on the old base, on the new base.
+        For each pair, the vector on the old base and the vector on the new base.
 
     Raises:
         CheckpointError: A folder has no adaptation.
-        MismatchError: An adaptation was tuned on another base, or differs in kind, shapes or settings.
+        MismatchError: An adaptation was tuned on a different base, or differs in kind, shapes or settings.
         RecipeError: A pair is not written OLD=NEW.
     """
     vectors = []
     for pair in pairs:
-        old, new = split_pair(pair)
-        vectors.append((load_alike(old, upgrade.old, layout)[1], load_alike(new, upgrade.new, layout)[1]))
+        old_folder, new_folder = split_pair(pair)
+        _, old_vector = load_with_layout(old_folder, upgrade.old, layout)
+        _, new_vector = load_with_layout(new_folder, upgrade.new, layout)
+        vectors.append((old_vector, new_vector))
     return vectors
 
 
-def load_alike(folder: str, base: Base, layout: Vector) -> tuple[Adaptation, Vector]:
-    """Load an adaptation of another task.
+def load_with_layout(folder: str, base: Base, layout: Vector) -> tuple[Adaptation, Vector]:
+    """Load an adaptation to another task, and refuse one whose vector has a different layout.
 
     Args:
         folder: The adaptation's folder.
         base: The base that it was tuned on.
-        layout: A vector whose kind, shapes and settings it must have.
+        layout: A vector whose kind, shapes and settings the adaptation must have.
 
     Returns:
         The adaptation and its vector.
 
     Raises:
         CheckpointError: The folder has no adaptation.
-        MismatchError: The adaptation was tuned on another base, or differs in kind, shapes or settings.
+        MismatchError: The adaptation was tuned on a different base, or differs in kind, shapes or settings.
     """
     adaptation = load_adaptation(folder)
     adaptation.check_base(base)
@@ -66,15 +68,15 @@ def split_pair(pair: str) -> tuple[str, str]:
     """Split a pair at its first `=`.
 
     Args:
-        pair: A pair, as in `old/adaptation=new/adaptation`.
+        pair: Two paths, as in `old/adaptation=new/adaptation`.
 
     Returns:
-        The two sides.
+        The two paths, without surrounding whitespace.
 
     Raises:
-        RecipeError: There is no `=`, or one side is empty.
+        RecipeError: The pair has no `=`, or a path is empty.
     """
-    first, _, second = str(pair).partition("=")
-    if not first.strip() or not second.strip():
+    old, _, new = (path.strip() for path in str(pair).partition("="))
+    if not old or not new:
         raise RecipeError(f"a pair is written OLD=NEW, two folders or a folder and a task file; found {pair!r}.")
-    return first.strip(), second.strip()
+    return old, new

@@ -25,19 +25,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MIN_PAIRS = 3  # leaving one out of two leaves a single pair, from which no direction of change can be learned
+MIN_PAIRS = 3
+"""With fewer pairs, leaving one out for the test leaves at most one, from which no direction can be learned."""
 
 
 def graft_mapped(job: Job, options: Projection) -> None:
-    """Learn the map, and write the old weights, mapped, as an adaptation of the new base; the head is copied.
+    """Learn the map, and write the mapped old weights as an adaptation of the new base; the head is copied.
 
     Args:
-        job: The job.
-        options: What the map is learned from, and how.
+        job: The job, with the adaptation to map.
+        options: The pairs to learn from, and the options of the map.
 
     Raises:
-        KindError: The weights have a row for each token, and the vocabularies differ.
-        RecipeError: There are no pairs.
+        KindError: The weights have a row per token and the vocabularies differ, or by distillation, the kind is not
+            supported or the adaptation is too large.
+        MismatchError: An adaptation of a pair was tuned on a different base, or its weights differ in layout.
+        RecipeError: There are no pairs, a pair is not written OLD=NEW, or by distillation, the loss diverged.
     """
     if not options.pairs:
         raise RecipeError(
@@ -57,14 +60,14 @@ def graft_mapped(job: Job, options: Projection) -> None:
         from regraft.methods.project_distill import distil_map
 
         mapped = distil_map(job, options)
-        _write(job, mapped, mapped.__getitem__)
+        _write_mapped(job, mapped, mapped.__getitem__)
         return
     from regraft.methods.pairs import read_pairs
 
     vector = adaptation.family.vector(adaptation, job.upgrade.old)
     pairs = read_pairs(options.pairs, vector, job.upgrade)
     weights = _regress(pairs, vector, options, job)
-    _write(job, vector.names, lambda name: _map(name, vector, pairs, weights, residual=options.residual))
+    _write_mapped(job, vector.names, lambda name: _map_tensor(name, vector, pairs, weights, residual=options.residual))
 
 
 def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Projection, job: Job) -> list[float]:
@@ -74,44 +77,46 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
     from regraft.adaptation.vector import chunks
     from regraft.weights import leave_one_out_errors, project
 
-    count = len(pairs)
-    gram, targets = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
-    cross, change_norms, new_norms = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+    num_pairs = len(pairs)
+    old_gram, target_gram = (torch.zeros(num_pairs, num_pairs, dtype=torch.float64) for _ in range(2))
+    cross, squared_changes, squared_norms = (torch.zeros(num_pairs, dtype=torch.float64) for _ in range(3))
     all_chunks = list(chunks(vector))
-    for number, (name, start, size) in enumerate(all_chunks, 1):
-        old = torch.stack([first.flat_slice(name, start, size) for first, _ in pairs])
-        new = torch.stack([second.flat_slice(name, start, size) for _, second in pairs])
+    for num_read, (name, start, size) in enumerate(all_chunks, 1):
+        old = torch.stack([old_vector.flat_slice(name, start, size) for old_vector, _ in pairs])
+        new = torch.stack([new_vector.flat_slice(name, start, size) for _, new_vector in pairs])
         change = new - old
         target = change if options.residual else new
-        gram += old @ old.T
-        targets += target @ target.T
+        old_gram += old @ old.T
+        target_gram += target @ target.T
         cross += old @ vector.flat_slice(name, start, size)
-        change_norms += change.square().sum(dim=1)
-        new_norms += new.square().sum(dim=1)
-        job.progress("pairs", number, len(all_chunks), {})
-    total = math.sqrt(float(new_norms.sum())) or 1.0
-    direct_error = math.sqrt(float(change_norms.sum())) / total
-    job.notes["pairs"], job.notes["direct_error"] = count, round(direct_error, 4)
+        squared_changes += change.square().sum(dim=1)
+        squared_norms += new.square().sum(dim=1)
+        job.progress("pairs", num_read, len(all_chunks), {})
+    new_norm = math.sqrt(float(squared_norms.sum())) or 1.0
+    direct_error = math.sqrt(float(squared_changes.sum())) / new_norm
+    job.notes["pairs"] = num_pairs
+    job.notes["direct_error"] = round(direct_error, 4)
     job.notes["learned_from"] = [[old.fingerprint, new.fingerprint] for old, new in pairs]
     warning = ""
-    if count > 1:
-        errors = leave_one_out_errors(gram, targets, options.ridge, options.rank, intercept=options.intercept)
-        error = math.sqrt(float(errors.sum())) / total
-        job.notes["left_out_error"] = round(error, 4)
-        if error > direct_error:
-            warning = f"on pairs left out in turn, the map is worse ({error:.3f}) than direct ({direct_error:.3f})"
-    if count < MIN_PAIRS:
-        warning = f"{count} pairs are too few to learn a map, or to test it"
+    if num_pairs > 1:
+        errors = leave_one_out_errors(old_gram, target_gram, options.ridge, options.rank, intercept=options.intercept)
+        map_error = math.sqrt(float(errors.sum())) / new_norm
+        job.notes["left_out_error"] = round(map_error, 4)
+        if map_error > direct_error:
+            warning = f"on pairs left out in turn, the map is worse ({map_error:.3f}) than direct ({direct_error:.3f})"
+    if num_pairs < MIN_PAIRS:
+        pairs_are = "1 pair is" if num_pairs == 1 else f"{num_pairs} pairs are"
+        warning = f"{pairs_are} too few to learn a map, or to test it"
     if warning:
         logger.warning("project: %s (distances relative to the new weights). Use direct, or pass more pairs.", warning)
-    weights = project(gram, targets, cross, options.ridge, options.rank, intercept=options.intercept)
+    weights = project(old_gram, target_gram, cross, options.ridge, options.rank, intercept=options.intercept)
     return [float(weight) for weight in weights]
 
 
-def _map(
+def _map_tensor(
     name: str, vector: Vector, pairs: Sequence[tuple[Vector, Vector]], weights: list[float], *, residual: bool
 ) -> torch.Tensor:
-    """Return one tensor of the mapped vector, in float64."""
+    """Return a tensor of the mapped vector, in float64."""
     import torch
 
     shape = vector.shapes[name]
@@ -124,41 +129,49 @@ def _map(
     return mapped.reshape(shape)
 
 
-def _write(job: Job, names: Collection[str], read_mapped: Callable[[str], torch.Tensor]) -> None:
-    """Write the adaptation with the mapped tensors in place of those of its vector."""
+def _write_mapped(job: Job, names: Collection[str], read_mapped: Callable[[str], torch.Tensor]) -> None:
+    """Write the adaptation with the mapped tensors in place of the tensors of its vector."""
     from regraft.adaptation.graft import write_grafted_adaptation
 
-    adaptation, upgrade = job.adaptation, job.upgrade
+    adaptation = job.adaptation
+    upgrade = job.upgrade
 
-    def write(into: Path) -> None:
+    def write(folder: Path) -> None:
         mapped = adaptation.family.replace_vector(
             adaptation, upgrade, names, read_mapped, job.progress, replace=job.replace
         )
-        job.notes.update(write_grafted_adaptation(adaptation, upgrade, mapped, into, job.progress))
+        job.notes.update(write_grafted_adaptation(adaptation, upgrade, mapped, folder, job.progress))
 
     job.write_with_head(write)
 
 
-def contents(options: Projection, seed: int) -> dict[str, Any]:
-    """Identify the content of the pairs.
+def fingerprint_pairs(options: Projection, seed: int) -> dict[str, Any]:
+    """Compute the fingerprints of the pairs.
 
     Args:
         options: The options, with the pairs.
         seed: The seed of few-shot draws of the pairs' tasks.
 
     Returns:
-        As `pairs`, for each pair the fingerprints of its old and its new weights; or by distillation, of its old
-        weights and its task's data.
+        As `pairs`, the fingerprints of each pair's old and new weights; by distillation, the fingerprint of the old
+        weights and the digest of the task's data.
+
+    Raises:
+        CheckpointError: A folder has no adaptation.
+        RecipeError: A pair is not written OLD=NEW.
     """
     from regraft.adaptation import load_adaptation
     from regraft.methods.pairs import split_pair
     from regraft.task import load_data
 
-    pairs = []
-    for old, second in map(split_pair, options.pairs):
-        new = load_data(second, seed).digest() if options.fit == "distill" else load_adaptation(second).fingerprint
-        pairs.append([load_adaptation(old).fingerprint, new])
-    return {"pairs": pairs}
+    fingerprints = []
+    for old, new_or_task in map(split_pair, options.pairs):
+        if options.fit == "distill":
+            target = load_data(new_or_task, seed).digest()
+        else:
+            target = load_adaptation(new_or_task).fingerprint
+        fingerprints.append([load_adaptation(old).fingerprint, target])
+    return {"pairs": fingerprints}
 
 
 PROJECT = Start(
@@ -167,5 +180,5 @@ PROJECT = Start(
     Projection,
     summary="map old weights to new ones, as learned from other tasks",
     needs=("tasks",),
-    contents=contents,
+    contents=fingerprint_pairs,
 )

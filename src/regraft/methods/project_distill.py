@@ -1,18 +1,18 @@
-"""Learns the map of `project` by distillation, as in the paper: from adaptations to the old base only."""
+"""Distillation of the map of `project`, as in the paper: from adaptations to the old base only."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import KindError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
+    from torch import nn
 
     from regraft.adaptation.vector import Vector
     from regraft.methods.job import Job
@@ -21,19 +21,32 @@ if TYPE_CHECKING:
     from regraft.tuning import Distillation
     from regraft.tuning.distill import TeacherOutputs
 
-SUPPORTED_KINDS = ("lora", "bottleneck")  # small enough for W1 and W2, and differentiable as parameters of the student
-MAX_SIZE = 4_000_000  # W1 and W2 of rank 16 take 2 GB, with gradients and Adam's moments
-INITIAL_STD = 0.02  # of the paper
-MIN_NORM = 1e-12  # of all-zero weights, in place of a division by 0
+SUPPORTED_KINDS = ("lora", "bottleneck")
+"""The kinds that are small enough for W1 and W2, and whose tensors are differentiable parameters of the student."""
+MAX_SIZE = 4_000_000
+"""At this size, W1 and W2 of rank 16 take 2 GB with gradients and Adam's moments."""
+INITIAL_STD = 0.02
+"""The standard deviation of initial entries, as in the paper."""
+MIN_NORM = 1e-12
+"""A lower bound on norms, so that weights that are all zero cause no division by 0."""
 SEAL = "sealed.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Task:
-    """One task: its old weights, the student that runs with mapped weights, and the outputs of the teacher."""
+    """A task to learn the map from.
+
+    Args:
+        vector: The old weights, flattened.
+        student: The new base with the old weights grafted, frozen; it runs with mapped weights in place of them.
+        examples: The training examples, encoded for the new base.
+        teacher_outputs: The old model's outputs on the training examples.
+        order: The indices of the examples in the order of training.
+        likelihood: The distribution over targets that the outputs parametrise.
+    """
 
     vector: torch.Tensor
-    student: Any
+    student: nn.Module
     examples: Examples
     teacher_outputs: TeacherOutputs
     order: list[int]
@@ -41,20 +54,20 @@ class _Task:
 
 
 def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
-    """Learn P(v) = v·W1·W2 + b from the old models' outputs on their own tasks, and apply it to the job's v.
+    """Learn P(v) = v·W1·W2 + b from the outputs of old models on their tasks, and apply it to the job's vector v.
 
-    W1 [|v|, d], W2 [d, |v|] and b are initialised from N(0, 0.02); for a residual map W2 and b are 0, so that it starts
-    at `direct`.
+    The entries of W1 [|v|, d], W2 [d, |v|] and b are drawn with mean 0 and standard deviation `INITIAL_STD`. In a
+    residual map, W2 and b start at 0, so that the map starts at `direct`.
 
     Args:
         job: The job, with the adaptation to map.
-        options: The tasks, the rank and the training.
+        options: The tasks, the rank and the options of the training.
 
     Returns:
         The mapped tensors by stored name.
 
     Raises:
-        MismatchError: A task was tuned on another base, or its weights have another kind or shape.
+        MismatchError: An adaptation was tuned on a different base, or its weights differ in kind, shapes or settings.
         KindError: The kind is not supported, or the adaptation is too large.
         RecipeError: The loss became infinite or not a number.
     """
@@ -77,7 +90,7 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
         )
     loss = Distillation()
     steps_per_task = math.ceil(options.steps / len(options.pairs))
-    tasks = [_prepare(job, pair, i, vector, loss, steps_per_task) for i, pair in enumerate(options.pairs)]
+    tasks = [_prepare(job, pair, index, vector, loss, steps_per_task) for index, pair in enumerate(options.pairs)]
     generator = torch.Generator().manual_seed(job.recipe.seed)
     shapes = ((size, options.rank), (options.rank, size), (size,))
     initial = [INITIAL_STD * torch.randn(shape, generator=generator) for shape in shapes]
@@ -90,10 +103,10 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
         return v + mapped if options.residual else mapped
 
     losses = list(_train(job, options, tasks, vector, parameters, apply, loss))
-    means = [
-        sum(part) / len(part) for part in (losses[: len(tasks)], losses[-len(tasks) :])
-    ]  # of the start and the end
-    job.notes.update(pairs=len(tasks), fit_loss=[round(mean, 4) for mean in means], fit_steps=options.steps)
+    first_round = losses[: len(tasks)]
+    last_round = losses[-len(tasks) :]
+    mean_losses = [sum(round_losses) / len(round_losses) for round_losses in (first_round, last_round)]
+    job.notes.update(pairs=len(tasks), fit_loss=[round(mean, 4) for mean in mean_losses], fit_steps=options.steps)
     with torch.no_grad():
         mapped = apply(_flatten(vector).to(device())).cpu()
     return _unflatten(mapped, vector)
@@ -105,10 +118,10 @@ def _train(
     tasks: list[_Task],
     vector: Vector,
     parameters: list[torch.Tensor],
-    apply: Any,
+    apply: Callable[[torch.Tensor], torch.Tensor],
     loss: Distillation,
 ) -> Iterator[float]:
-    """Train on one batch of each task in turn and yield the loss of each step; an interrupted run is resumed."""
+    """Train on a batch of each task in turn, and yield the loss of each step; an interrupted run is resumed."""
     import torch
 
     from regraft.model import device
@@ -123,14 +136,13 @@ def _train(
     for step in range(len(losses), options.steps):
         task = tasks[step % len(tasks)]
         start = step // len(tasks) * job.recipe.batch_size
-        rows = task.order[start : start + job.recipe.batch_size]
-        batch = {name: tensor.to(device()) for name, tensor in task.examples.batch(rows).items()}
-        names = job.adaptation.family.parameter_names(task.student)
-        tensors = _unflatten(apply(task.vector.to(device())), vector)
+        example_indices = task.order[start : start + job.recipe.batch_size]
+        batch = {name: tensor.to(device()) for name, tensor in task.examples.batch(example_indices).items()}
+        parameter_names = job.adaptation.family.parameter_names(task.student)
+        mapped = _unflatten(apply(task.vector.to(device())), vector)
+        mapped_parameters = {parameter_names[stored_name]: tensor for stored_name, tensor in mapped.items()}
         with autocast(job.recipe.precision, device()):
-            output = forward(
-                task.student, batch, hidden=True, parameters={names[stored]: t for stored, t in tensors.items()}
-            )
+            output = forward(task.student, batch, hidden=True, parameters=mapped_parameters)
         value: Any = distillation_loss(output, batch, task.teacher_outputs, loss, task.likelihood)
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / options.steps)
@@ -152,15 +164,19 @@ def _train(
 def _save_state(
     job: Job, parameters: list[torch.Tensor], optimiser: torch.optim.Optimizer, losses: list[float]
 ) -> None:
-    """Save the state of the map's training, and remove the one before once the new one is complete."""
+    """Save the state of the map's training, and remove the previous state once the new one is complete."""
     import torch
 
     from regraft.checkpoint import replace_atomically, seal
 
-    folder = job.work / "map" / "checkpoints"
+    folder = job.work_folder / "map" / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{len(losses)}.pt"
-    state = {"parameters": [p.detach() for p in parameters], "optimiser": optimiser.state_dict(), "losses": losses}
+    state = {
+        "parameters": [parameter.detach() for parameter in parameters],
+        "optimiser": optimiser.state_dict(),
+        "losses": losses,
+    }
     with replace_atomically(file) as temporary:
         torch.save(state, temporary)
     seal(folder / SEAL, [file], {"file": file.name})
@@ -175,7 +191,7 @@ def _load_state(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim
 
     from regraft.checkpoint import is_sealed
 
-    folder = job.work / "map" / "checkpoints"
+    folder = job.work_folder / "map" / "checkpoints"
     files = [file for file in folder.glob("step-*.pt") if is_sealed(folder / SEAL, {"file": file.name})]
     if not files:
         return []
@@ -189,42 +205,45 @@ def _load_state(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim
 
 
 def _learning_rates(vectors: list[torch.Tensor], options: Projection) -> tuple[float, float, float]:
-    """Return Adam's learning rates for W1, W2 and b with which a step of each moves a mapped weight about as far.
+    """Return Adam's learning rates for W1, W2 and b, so that a step of each moves a mapped weight about equally far.
 
-    With one rate for all, a step of W1 would move it ‖v‖₁ times as far as a step of b, and training would diverge.
+    With a single rate, a step of W1 would move a mapped weight ‖v‖₁ times as far as a step of b, and training would
+    diverge.
     """
-    l1, l2 = (max(sum(float(v.norm(p)) for v in vectors) / len(vectors), MIN_NORM) for p in (1, 2))
+    mean_l1, mean_l2 = (max(sum(float(vector.norm(p)) for vector in vectors) / len(vectors), MIN_NORM) for p in (1, 2))
     rate = options.learning_rate
     scale = options.rank * INITIAL_STD
-    return rate / (scale * l1), rate / (scale * l2), rate
+    return rate / (scale * mean_l1), rate / (scale * mean_l2), rate
 
 
-def _prepare(job: Job, pair: str, number: int, layout: Vector, loss: Distillation, steps: int) -> _Task:
+def _prepare(job: Job, pair: str, index: int, layout: Vector, loss: Distillation, steps: int) -> _Task:
     """Load a task, its old model as the teacher, and its old weights grafted onto the new base as the student."""
     from regraft.adaptation import load_adaptation, load_model, write_graft
-    from regraft.methods.pairs import load_alike, split_pair
+    from regraft.methods.pairs import load_with_layout, split_pair
     from regraft.model import Deployment, match_labels
     from regraft.task import load_data
     from regraft.tuning import plan_order
     from regraft.tuning.distill import compute_teacher_outputs
 
-    folder, task = split_pair(pair)
+    adaptation_folder, task_file = split_pair(pair)
     old, new = job.upgrade.old, job.upgrade.new
-    adaptation, vector = load_alike(folder, old, layout)
-    data = match_labels(adaptation, load_data(task, job.recipe.seed))
-    work = job.work / f"task-{number}"
-    write_graft(adaptation, job.upgrade, work / "graft", job.progress)
-    precision, likelihood = job.recipe.precision, data.likelihood
-    student = Deployment(load_model(load_adaptation(work / "graft"), new, data.head), new, data, precision)
+    adaptation, vector = load_with_layout(adaptation_folder, old, layout)
+    data = match_labels(adaptation, load_data(task_file, job.recipe.seed))
+    task_folder = job.work_folder / f"task-{index}"
+    graft_folder = task_folder / "graft"
+    write_graft(adaptation, job.upgrade, graft_folder, job.progress)
+    precision = job.recipe.precision
+    student = Deployment(load_model(load_adaptation(graft_folder), new, data.head), new, data, precision)
     student.model.eval().requires_grad_(False)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
     teacher = Deployment(load_model(adaptation, old, data.head), old, data, precision, job.progress)
-    outputs = compute_teacher_outputs(teacher, data.train, order, loss, work)
-    return _Task(_flatten(vector), student.model, examples, outputs, order.tolist(), likelihood)
+    teacher_outputs = compute_teacher_outputs(teacher, data.train, order, loss, task_folder)
+    return _Task(_flatten(vector), student.model, examples, teacher_outputs, order.tolist(), data.likelihood)
 
 
 def _flatten(vector: Vector) -> torch.Tensor:
+    """Concatenate a vector's tensors in float32."""
     import torch
 
     shapes = vector.shapes
@@ -232,8 +251,11 @@ def _flatten(vector: Vector) -> torch.Tensor:
 
 
 def _unflatten(flat: torch.Tensor, vector: Vector) -> dict[str, torch.Tensor]:
-    shapes = vector.shapes
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    starts = itertools.accumulate(sizes, initial=0)
-    parts = zip(shapes.items(), sizes, starts, strict=False)
-    return {name: flat[start : start + size].reshape(shape) for (name, shape), size, start in parts}
+    """Split concatenated tensors into the tensors of a vector, by name."""
+    tensors = {}
+    start = 0
+    for name, shape in vector.shapes.items():
+        end = start + math.prod(shape)
+        tensors[name] = flat[start:end].reshape(shape)
+        start = end
+    return tensors

@@ -1,4 +1,4 @@
-"""Evaluates the weights that a method has written, and records them as an outcome."""
+"""Evaluation of newly written weights, and their record as an outcome."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from regraft.checkpoint import Checkpoint
     from regraft.progress import Progress
     from regraft.recipe import Recipe
-    from regraft.task import TaskData
+    from regraft.task import Split, TaskData
 
 SPLITS = ("dev", "test")
 
@@ -50,68 +50,47 @@ def record_outcome(
     Args:
         staging: A folder with the adaptation in `adaptation/`, which becomes the outcome folder.
         out: The final path of the outcome folder.
-        base: The base of the adaptation.
-        data: The task's examples.
-        recipe: The resolved recipe.
+        base: The base that the adaptation is loaded on.
+        data: The task's data.
+        recipe: The resolved recipe, with steps and precision.
         curve: The learning curve; empty if nothing was trained.
-        inputs: The provenance of the outcome.
-        method: The name of the method.
-        recycled_from: The adaptation it was carried over from; None for one tuned from scratch.
-        notes: The method's notes, of which `labels` and `seconds` become the cost.
-        labelled: The row numbers of training examples whose labels were read in addition to those of training steps.
+        inputs: The provenance of the outcome, by which a later run recognises the same inputs.
+        method: The method's name on the command line, or `tune`.
+        recycled_from: The adaptation that was carried over; None for one tuned from scratch.
+        notes: The method's notes as JSON by name; `labels` and `seconds` become the cost.
+        labelled: The row numbers of training examples whose labels were read outside training steps.
         scores_agreement: Whether the scores of the curve are agreement with the old model, not the task's metric.
         progress: Called at each batch.
 
     Returns:
-        The outcome.
+        The published outcome.
 
     Raises:
-        MismatchError: Weights or outputs are infinite or not a number, and nothing was trained.
-        RecipeError: They are infinite or not a number after training.
+        MismatchError: Outputs are infinite or not a number, or weights are although nothing was trained.
+        RecipeError: Weights are infinite or not a number after training.
     """
-    import numpy as np
-
     adaptation = load_adaptation(staging / "adaptation")
     if curve:
         check_trained(adaptation.checkpoint, recipe)
     else:
         _check_grafted(adaptation.checkpoint, base)
     deployment = Deployment(load_model(adaptation, base, data.head), base, data, recipe.precision, progress)
-    notes = dict(notes or {})
-    rows: list[dict[str, Any]] = []
+    predictions: list[dict[str, Any]] = []
     scores: dict[str, float | None] = {}
     for name in SPLITS:
         split = getattr(data, name)
         scores |= {name: None, f"{name}_majority": None}
         if split is None:
             continue
-        if not deployment.is_finite(split):
-            raise MismatchError(
-                f"{base.path}: with the new weights on it, the outputs on {name} are infinite or not a number. Compute "
-                "in fp32 (--precision), or choose another method."
-            )
-        unknown = [None] * len(split)
-        confidence = deployment.confidence(split)
-        columns = {
-            "row": split.row_numbers.tolist(),
-            "label": split.targets.tolist() if data.labelled else unknown,
-            "prediction": deployment.predictions(split),
-            "right": deployment.right(split) if data.labelled else unknown,
-            "confidence": unknown if confidence is None else [round(value, 4) for value in confidence],
-        }
-        rows += [{"split": name, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
+        predictions += _prediction_rows(deployment, data, name, split)
         if data.labelled:
             scores |= {name: deployment.score(split), f"{name}_majority": chance_score(data, split)}
-    dev = scores["dev"]
-    trained = bool(curve)
-    curve = curve or [{"step": 0, "seconds": 0.0, "score": float(dev or 0.0)}]
+    is_trained = bool(curve)
+    curve = curve or [{"step": 0, "seconds": 0.0, "score": float(scores["dev"] or 0.0)}]
     steps = int(curve[-1]["step"])
     merit = float if scores_agreement else data.task.scoring.merit
-    labels_read = set(labelled)
-    if steps:
-        lengths = np.zeros(len(data.train), dtype=np.int64)  # they decide when an example comes, not whether
-        order = plan_order(lengths, recipe.batch_size, steps, recipe.seed)
-        labels_read.update(data.train.row_numbers[order].tolist())
+    labels_read = set(labelled) | _trained_rows(data, recipe, steps)
+    notes = dict(notes or {})
     record = OutcomeRecord(
         method=method,
         kind=adaptation.kind,
@@ -120,7 +99,7 @@ def record_outcome(
         labels=tuple(data.labels),
         seed=recipe.seed,
         recipe=dataclasses.asdict(recipe),
-        scores=Scores(**scores, dev_at_start=curve[0]["score"] if trained or data.labelled else None),
+        scores=Scores(**scores, dev_at_start=curve[0]["score"] if is_trained or data.labelled else None),
         best_step=best_step(curve, merit),
         cost=Cost(
             steps=steps,
@@ -132,11 +111,41 @@ def record_outcome(
         recycled_from=recycled_from,
         versions=versions(),
     )
-    return write_outcome(staging, out, record, curve, rows)
+    return write_outcome(staging, out, record, curve, predictions)
+
+
+def _prediction_rows(deployment: Deployment, data: TaskData, name: str, split: Split) -> list[dict[str, Any]]:
+    """Return the rows of `predictions.jsonl` for a split, or refuse outputs that are infinite or not a number."""
+    if not deployment.is_finite(split):
+        raise MismatchError(
+            f"{deployment.base.path}: with the new weights on it, the outputs on {name} are infinite or not a number. "
+            "Compute in fp32 (--precision), or choose another method."
+        )
+    unknown = [None] * len(split)
+    confidence = deployment.confidence(split)
+    columns = {
+        "row": split.row_numbers.tolist(),
+        "label": split.targets.tolist() if data.labelled else unknown,
+        "prediction": deployment.predictions(split),
+        "right": deployment.right(split) if data.labelled else unknown,
+        "confidence": unknown if confidence is None else [round(value, 4) for value in confidence],
+    }
+    return [{"split": name, **dict(zip(columns, cells, strict=True))} for cells in zip(*columns.values(), strict=True)]
+
+
+def _trained_rows(data: TaskData, recipe: Recipe, steps: int) -> set[int]:
+    """Return the row numbers of the training examples that the steps of a training read."""
+    import numpy as np
+
+    if not steps:
+        return set()
+    lengths = np.zeros(len(data.train), dtype=np.int64)  # lengths affect when an example is read, not whether
+    order = plan_order(lengths, recipe.batch_size, steps, recipe.seed)
+    return set(data.train.row_numbers[order].tolist())
 
 
 def _check_grafted(checkpoint: Checkpoint, base: Base) -> None:
-    """Refuse to publish weights that are infinite or not a number without any training."""
+    """Refuse weights that are infinite or not a number although nothing was trained."""
     try:
         check_finite(checkpoint)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Runs one method on one adaptation, and records the result as an outcome."""
+"""The run of a method on an adaptation, up to the recorded outcome."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ def recycle(
     force: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
-    """Carry an adaptation over to the new base with one method.
+    """Carry an adaptation over to the new base with a method.
 
     Args:
         upgrade: The old and the new base.
-        adaptation: The adaptation to the old base, or its folder.
+        adaptation: The adaptation on the old base, or its folder.
         task: The task it was tuned for: a task file, a `Task` or its data.
-        method: The name of one of `regraft.methods.methods()`, or START+OBJECTIVE.
+        method: A name in `regraft.methods.methods()`, or START+OBJECTIVE.
         out: The outcome folder to write; an outcome of the same inputs is returned as it is.
-        recipe: The recipe for training.
-        options: The method's options, such as `Distillation`; a tuple of those of its start and its objective; None for
-            the defaults.
+        recipe: The recipe for training; None for the defaults.
+        options: The method's options, such as `Distillation`; a tuple with the start's and the objective's options;
+            None for the defaults.
         head: `copy` the old head, whose labels must be the task's; `resize` it to the task's labels, matched by name;
-            or put a `fresh` one on the old weights.
+            or put a `fresh` head on the old weights.
         replace: Whether to use the tensors that an adapter stores in place of its base's (embeddings, norms, biases,
             magnitudes of DoRA) as they are, as PEFT does, rather than add their change to the new base.
-        force: Whether to accept an old base with another fingerprint than the recorded one.
+        force: Whether to accept an old base whose fingerprint differs from the recorded one.
         progress: Called at each step.
 
     Returns:
@@ -76,7 +76,9 @@ def recycle(
         DataError: The task's data cannot be used.
         MismatchError: Bases, adaptation and task do not belong together.
         OutcomeError: `out` exists, and is not an outcome of the same inputs.
-        RecipeError: There is no such method, or an option is out of range.
+        RecipeError: There is no such method, an option is out of range, the head's policy is not supported, or training
+            diverged.
+        KindError: The method does not support the adaptation's kind.
     """
     chosen = find_method(method)
     recipe = recipe or Recipe()
@@ -87,8 +89,10 @@ def recycle(
         adaptation = load_adaptation(adaptation)
     if head not in HEAD_POLICIES:
         raise RecipeError(f"head must be one of {', '.join(HEAD_POLICIES)}, found {head!r}.")
-    if head not in (heads := chosen.heads(options)):
-        raise RecipeError(f"method {method} uses the old head: head must be {' or '.join(heads)}, found {head}.")
+    supported_heads = chosen.heads(options)
+    if head not in supported_heads:
+        heads = " or ".join(supported_heads)
+        raise RecipeError(f"method {method} uses the old head: head must be {heads}, found {head}.")
     lineage = adaptation.check_base(upgrade.old, force=force)
     upgrade = with_adaptation_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
@@ -118,7 +122,8 @@ def recycle(
     elif replace:
         raise RecipeError(f"{adaptation.path}: stores nothing in place of its base's tensors. Leave out replace.")
     inputs |= chosen.contents(options, recipe.seed)
-    if existing := find_outcome(out, inputs, (upgrade.old, upgrade.new)):
+    existing = find_outcome(out, inputs, (upgrade.old, upgrade.new))
+    if existing:
         return existing
     upgrade.check_finite()
     old_head = data.head if head == "copy" else stored_head(adaptation, upgrade.old)
@@ -131,18 +136,30 @@ def recycle(
         old_base_fingerprint=upgrade.old.fingerprint,
         lineage=lineage,
     )
-    with resumable_folder(out, inputs) as work:
-        if existing := find_outcome(out, inputs, (upgrade.old, upgrade.new)):  # of another process, meanwhile
+    with resumable_folder(out, inputs) as work_folder:
+        existing = find_outcome(out, inputs, (upgrade.old, upgrade.new))
+        if existing:  # another process has written it since
             return existing
-        staging = empty_folder(work / "whole")
-        rows = match_token_rows(adaptation, upgrade)
-        into = staging / "adaptation"
-        job = Job(upgrade, adaptation, data, resolved, work, into, progress, rows, head, replace)
-        if rows:
-            job.notes["vocabulary"] = rows.summary()
+        staging = empty_folder(work_folder / "whole")
+        row_match = match_token_rows(adaptation, upgrade)
+        job = Job(
+            upgrade=upgrade,
+            adaptation=adaptation,
+            data=data,
+            recipe=resolved,
+            work_folder=work_folder,
+            output_folder=staging / "adaptation",
+            progress=progress,
+            row_match=row_match,
+            head=head,
+            replace=replace,
+        )
+        if row_match:
+            job.notes["vocabulary"] = row_match.summary()
         started = time.perf_counter()
         curve = chosen.run(job, options)
-        job.notes.setdefault("seconds", round(curve[-1]["seconds"] if curve else time.perf_counter() - started, 2))
+        seconds = curve[-1]["seconds"] if curve else time.perf_counter() - started
+        job.notes.setdefault("seconds", round(seconds, 2))
         return record_outcome(
             staging,
             out,

@@ -1,9 +1,10 @@
-"""The registry of methods: starts and objectives of this package and of installed distributions, and their names."""
+"""The registry of methods, starts and objectives, from this package and from installed distributions."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import pkgutil
 import re
 from importlib.metadata import EntryPoint, entry_points
@@ -14,11 +15,10 @@ from regraft.methods.method import Method, Objective, Part, Start
 
 Registered = Start | Objective | Method
 
-GROUP = "regraft.methods"
-NAME = re.compile(r"\w[\w-]*")  # folders are named after methods; + parts a start from an objective, a dot its options
-# The parts of each listed method, in the order of the list: methods of the paper, those without training, those with.
-# Whatever else is registered follows them; other combinations are methods too, but not listed.
-NAMES = {
+ENTRY_POINT_GROUP = "regraft.methods"
+NAME_PATTERN = re.compile(r"\w[\w-]*")
+"""Names are also folders' names; `+` separates a start from an objective, and a dot a part from its option."""
+FORMULAS = {
     "scratch": "scratch+labels",
     "direct": "direct",
     "init": "direct+labels",
@@ -32,63 +32,74 @@ NAMES = {
     "label-free": "direct+label-free",
     "auto": "auto",
 }
-ORDER = list(dict.fromkeys(name for formula in NAMES.values() for name in formula.split("+")))
+"""The parts of each listed method: first the paper's methods, then methods without training, then methods with it.
+
+Other registered parts are listed after them. Other combinations are methods too, but not listed.
+"""
+PART_ORDER = list(dict.fromkeys(name for formula in FORMULAS.values() for name in formula.split("+")))
 SUMMARIES = {
     "scratch": "tune the new base from a fresh head: the reference",
     "distill": "tune from a fresh head with the old model as teacher",
 }
+"""Summaries in place of "start from …", for methods that start without old weights."""
 
 
 @functools.cache
 def methods() -> dict[str, Method]:
-    """List the methods with names of their own; any other START+OBJECTIVE is a method too.
+    """List the methods with a single name; any other START+OBJECTIVE is a method too.
 
     Returns:
-        The methods by name: those of the paper, those without training, those with, and those of other distributions.
+        The methods by name, in the order of `FORMULAS`, followed by the methods of other distributions.
 
     Raises:
-        RecipeError: A distribution registers something that is no method, or a name that is in use.
+        RecipeError: A distribution registers something that is not a method, or a name that is in use.
     """
-    return {name: find_method(name) for name in (*NAMES, *(name for name in _registered() if name not in ORDER))}
+    unlisted = [name for name in _registered() if name not in PART_ORDER]
+    return {name: find_method(name) for name in (*FORMULAS, *unlisted)}
 
 
-def parts(kind: type[Part]) -> list[str]:
-    """List the registered starts or objectives.
+def parts(part_class: type[Part]) -> list[str]:
+    """List the names of the registered starts or objectives.
 
     Args:
-        kind: `Start` or `Objective`.
+        part_class: `Start` or `Objective`.
 
     Returns:
-        Their names.
+        The names, in the order of the list of methods.
+
+    Raises:
+        RecipeError: A distribution registers something that is not a method, or a name that is in use.
     """
-    return [name for name in _registered() if isinstance(find_registered(name), kind)]
+    return [name for name in _registered() if isinstance(find_registered(name), part_class)]
 
 
 def find_method(name: str) -> Method:
     """Look up a method.
 
     Args:
-        name: One of `methods()`, or START+OBJECTIVE.
+        name: A name in `methods()`, or START+OBJECTIVE.
 
     Returns:
-        The method.
+        The method, whose `name` is the given one.
 
     Raises:
         RecipeError: No method has that name.
     """
-    formula = NAMES.get(name, name)
+    formula = FORMULAS.get(name, name)
     registered = find_registered(formula)
     if isinstance(registered, Method):
         return registered
     if isinstance(registered, Start):
         return Method(name, registered.summary, (registered,))
-    first, _, second = formula.partition("+") if registered is None else ("direct", "+", formula)
-    start, objective = find_registered(first), find_registered(second)
+    if isinstance(registered, Objective):
+        formula = f"direct+{formula}"
+    start_name, _, objective_name = formula.partition("+")
+    start, objective = find_registered(start_name), find_registered(objective_name)
     if isinstance(start, Start) and isinstance(objective, Objective):
         summary = SUMMARIES.get(name, f"start from {start.name}, {objective.summary}")
         return Method(name, summary, (start, objective))
     starts, objectives = parts(Start), parts(Objective)
-    names = [*methods(), *(f"{start}+{objective}" for start in starts for objective in objectives)]
+    names = [*methods(), *map("+".join, itertools.product(starts, objectives))]
     raise RecipeError(
         f"there is no method {name!r}; there are {', '.join(methods())}, and START+OBJECTIVE of the starts "
         f"{', '.join(starts)} and the objectives {', '.join(objectives)}."
@@ -97,16 +108,16 @@ def find_method(name: str) -> Method:
 
 
 def find_registered(name: str) -> Registered | None:
-    """Look up a start, an objective or a method that is neither; only the distribution that registers it is imported.
+    """Look up a registered start, objective or method, importing only the distribution that registers it.
 
     Args:
         name: The registered name.
 
     Returns:
-        The start, objective or method; None if nothing has that name.
+        The start, objective or method; None if no registered object has that name.
 
     Raises:
-        RecipeError: A distribution registers something that is no method, or a name that is in use.
+        RecipeError: A distribution registers something that is not a method, or a name that is in use.
     """
     registered = _registered().get(name)
     return _load(registered) if isinstance(registered, EntryPoint) else registered
@@ -114,42 +125,50 @@ def find_registered(name: str) -> Registered | None:
 
 @functools.cache
 def _registered() -> dict[str, Registered | EntryPoint]:
-    registered: dict[str, Registered | EntryPoint] = {}
+    """List what this package's modules define, in order, and the entry points of other distributions, by name."""
+    defined: dict[str, Registered] = {}
     for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         module = importlib.import_module(f"regraft.methods.{module_info.name}")
-        registered |= {r.name: r for r in vars(module).values() if isinstance(r, Registered)}
-    order = sorted(registered, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    registered = {name: registered[name] for name in order}
-    owners = dict.fromkeys([*NAMES, *registered], "regraft")
-    for point in entry_points(group=GROUP):
-        if point.name in owners or not NAME.fullmatch(point.name):
-            problem = (
-                f"{owners[point.name]} has one" if point.name in owners else "names are of letters, digits, - and _"
-            )
+        defined |= {value.name: value for value in vars(module).values() if isinstance(value, Registered)}
+    listed = [name for name in PART_ORDER if name in defined]
+    unlisted = sorted(set(defined) - set(listed))
+    registered: dict[str, Registered | EntryPoint] = {name: defined[name] for name in (*listed, *unlisted)}
+    owners = dict.fromkeys([*FORMULAS, *registered], "regraft")
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        problem = None
+        if point.name in owners:
+            problem = f"{owners[point.name]} has one"
+        elif not NAME_PATTERN.fullmatch(point.name):
+            problem = "names are of letters, digits, - and _"
+        if problem:
             raise RecipeError(
                 f"{_distribution(point)} registers a method called {point.name!r}, but {problem}. Uninstall it, or "
                 "update it to a version with another name."
             )
-        owners[point.name], registered[point.name] = _distribution(point), point
+        owners[point.name] = _distribution(point)
+        registered[point.name] = point
     return registered
 
 
 @functools.cache
 def _load(point: EntryPoint) -> Registered:
+    """Import the object that an entry point names, or refuse one that is not a method of that name."""
     try:
         registered = point.load()
-    except (Exception, SystemExit) as error:  # code of others may raise anything
+    except (Exception, SystemExit) as error:  # another distribution's code may raise anything
         raise RecipeError(
             f"{_distribution(point)}: its method {point.name!r} ({point.value}) cannot be imported "
             f"({type(error).__name__}: {error}). Update it or uninstall it."
         ) from error
     if not isinstance(registered, Registered) or registered.name != point.name:
         raise RecipeError(
-            f"{_distribution(point)}: its entry point {point.name!r} of {GROUP} must name a Start, an Objective or a "
-            f"Method called {point.name!r}, found {registered!r} ({point.value}). Update it or uninstall it."
+            f"{_distribution(point)}: its entry point {point.name!r} of {ENTRY_POINT_GROUP} must name a Start, an "
+            f"Objective or a Method called {point.name!r}, found {registered!r} ({point.value}). Update it or "
+            "uninstall it."
         )
     return registered
 
 
 def _distribution(point: EntryPoint) -> str:
+    """Describe the distribution that defines an entry point."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else "a distribution"

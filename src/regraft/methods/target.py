@@ -120,7 +120,7 @@ def set_target(job: Job, tolerance: float, confidence: float, target: float | No
     Returns:
         The target.
     """
-    file, seal_file = job.work / "target.json", job.work / "target.sealed.json"
+    file, seal_file = job.work_folder / "target.json", job.work_folder / "target.sealed.json"
     if not is_sealed(seal_file):
         from regraft.model.probe import probe
 

@@ -1,4 +1,4 @@
-"""Tunes a base on a task from scratch, which makes an adaptation."""
+"""Tuning of a base on a task from scratch, up to the recorded outcome."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def tune(
         out: The outcome folder to write; an outcome of the same inputs is returned as it is.
         kind: `full`; `lora`, `rslora`, `dora`, `pissa` or `olora` on every linear layer of the body; `ia3`, `prefix`,
             `prompt`, `layernorm`; `bottleneck` or `pfeiffer`; or a config of PEFT or a `BottleneckConfig`.
-        rank: The rank of a LoRA; its alpha is twice that.
+        rank: The rank of a LoRA; alpha is twice the rank.
         inner_size: The width of bottleneck adapters.
         virtual_tokens: The number of virtual tokens of a prefix or a prompt.
-        recipe: The recipe for training.
+        recipe: The recipe for training; None for the defaults.
         progress: Called at each step.
 
     Returns:
@@ -83,24 +83,26 @@ def tune(
         "task": data.digest(),
         "base": base.fingerprint,
     }
-    if existing := find_outcome(out, inputs, (base,)):
+    existing = find_outcome(out, inputs, (base,))
+    if existing:
         return existing
     base.check_finite()
     resolved = recipe.resolve(len(data.train), learning_rate(kind_of_config(config)))
-    with resumable_folder(out, inputs) as work:
-        if existing := find_outcome(out, inputs, (base,)):  # of another process, meanwhile
+    with resumable_folder(out, inputs) as work_folder:
+        existing = find_outcome(out, inputs, (base,))
+        if existing:  # another process has written it since
             return existing
-        staging = empty_folder(work / "whole")
+        staging = empty_folder(work_folder / "whole")
         fresh = fresh_model(base, data.head, resolved.seed)
         restore_output_units(fresh, base, data)
         model = prepare_for_tuning(fresh, base, data.head, config, resolved.seed)
         start = initial_factors(model)
-        curve = tune_model(model, base, data, resolved, work, progress)
+        curve = tune_model(model, base, data, resolved, work_folder, progress)
         if not best_step(curve, data.task.scoring.merit):
             dev_weakness = weakness(data, data.dev)
             logger.warning(
-                "%s: after %d steps at a learning rate of %g, no score on dev is better than that of the untrained "
-                "head, so the weights are those before the first step. %s",
+                "%s: after %d steps at a learning rate of %g, no score on dev is better than the untrained head's, so "
+                "the weights from before the first step are saved. %s",
                 out,
                 resolved.steps,
                 resolved.learning_rate,

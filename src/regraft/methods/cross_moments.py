@@ -1,0 +1,126 @@
+"""Cross moments of two bases' features on the same tokens, from which `aligned` computes rotations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    import torch
+    from torch import nn
+
+    from regraft.model.blockwise import BlockwiseForward
+
+
+def cross_moments(
+    forwards: Sequence[BlockwiseForward], table_moments: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
+    """Run a part of both bases; return E[x_n·xᵀ_o] for the inputs and outputs x of each module with weights.
+
+    A norm's output has the moment of its input, and an embedding's output the moment of its table.
+
+    Args:
+        forwards: The forward passes of the old and the new base.
+        table_moments: The result of `compute_table_moments`.
+
+    Returns:
+        By the module's name, in the order of execution: the moment of the inputs, None except for linear layers; and
+        the moment of the outputs.
+    """
+    old, new = forwards
+    old_modules, new_modules = (
+        [module for module in forward.model.modules() if _is_linear(module) or _is_norm(module)] for forward in forwards
+    )
+    modules = {new.names[module]: module for module in new_modules}
+    old_rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    input_moments: dict[str, torch.Tensor] = {}
+    # the first part gets the moments of all tables, since some models read a table without calling its module
+    output_moments = dict(table_moments) if new.part == 0 else {}
+
+    def store_old_rows(name: str, _batch_index: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        old_rows[name] = inputs, outputs
+
+    def add_moments(name: str, _batch_index: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        old_inputs, old_outputs = old_rows[name]
+        if _is_linear(modules[name]):
+            input_moments[name] = input_moments.get(name, 0) + inputs.T @ old_inputs
+            output_moments[name] = output_moments.get(name, 0) + outputs.T @ old_outputs
+            return
+        width = next(modules[name].parameters(recurse=False)).numel()
+        if inputs.shape[1] == outputs.shape[1] == width:  # otherwise not a norm, but an attention with vectors
+            output_moments[name] = output_moments.get(name, 0) + inputs.T @ old_inputs
+
+    for batch_index in range(len(old.batches)):
+        old.run_batch(batch_index, old_modules, store_old_rows, keep_outputs=True)
+        new.run_batch(batch_index, new_modules, add_moments, keep_outputs=True)
+        old_rows.clear()
+    for forward in forwards:
+        forward.part += 1
+    return _pair_moments(input_moments, output_moments)
+
+
+def compute_table_moments(forwards: Sequence[BlockwiseForward], excluded: Collection[str]) -> dict[str, torch.Tensor]:
+    """Compute the cross moments of embedding tables, summed by width: the first block reads sums of their rows.
+
+    Args:
+        forwards: The forward passes of the old and the new base.
+        excluded: The names inside the body of the tables to leave out, because their rows stand for different tokens in
+            the two bases.
+
+    Returns:
+        The moments, [width, width], by the table's name.
+    """
+    from torch import nn
+
+    old_tables, new_tables = (
+        {
+            name: module.weight.detach().double()
+            for module, name in forward.names.items()
+            if isinstance(module, nn.Embedding)
+        }
+        for forward in forwards
+    )
+    prefix = f"{forwards[0].model.base_model_prefix}."
+    widths = {
+        name: table.shape[1]
+        for name, table in old_tables.items()
+        if f"{name}.weight".removeprefix(prefix) not in excluded
+    }
+    moments: dict[int, torch.Tensor] = {}
+    for name, width in widths.items():
+        moments[width] = moments.get(width, 0) + new_tables[name].T @ old_tables[name]
+    return {name: moments[width] for name, width in widths.items()}
+
+
+def _pair_moments(
+    input_moments: Mapping[str, torch.Tensor], output_moments: dict[str, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
+    """Pair the moments of each module's inputs and outputs, and replace output moments of too low a rank.
+
+    An output that is wider than its linear layer's input does not determine a rotation. It takes the moment of the
+    next linear layer's input of that width.
+    """
+    pairs: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
+    next_inputs: dict[int, torch.Tensor] = {}  # the moment of the next linear layer's input, by width
+    for name, output_moment in reversed(output_moments.items()):
+        input_moment = input_moments.get(name)
+        if input_moment is None:
+            pairs[name] = None, output_moment
+            continue
+        is_widening = len(output_moment) > len(input_moment)
+        pairs[name] = input_moment, next_inputs.get(len(output_moment), output_moment) if is_widening else output_moment
+        next_inputs[len(input_moment)] = input_moment
+    return dict(reversed(pairs.items()))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    parameters = dict(module.named_parameters(recurse=False))
+    return "weight" in parameters and all(parameter.dim() == 1 for parameter in parameters.values())
