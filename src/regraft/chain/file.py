@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -14,26 +14,27 @@ from regraft.task import Task
 from regraft.task.yaml_file import read_yaml, validate
 
 Route = Literal["hop by hop", "at once"]
-ROUTES: tuple[Route, ...] = ("hop by hop", "at once")
+ROUTES: tuple[Route, ...] = get_args(Route)
+Precision = Literal["auto", "bf16", "fp32"]
 _NAMES = "a list of names"
 
 
 class Training(BaseModel):
-    """The length and learning rate of training.
+    """The length and learning rate of training, with the defaults of `Recipe`.
 
     Args:
         steps: The number of optimiser steps; None to train for `epochs`.
         epochs: The number of passes over the data if `steps` is None.
-        batch_size: The number of examples a step.
-        learning_rate: The peak learning rate, or one for each kind; None for the kind's default.
+        batch_size: The number of examples per step.
+        learning_rate: The peak learning rate, or one per kind; None for the kind's default.
         eval_every: The number of steps between evaluations; None for about ten evaluations in all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int | None = Field(default=None, ge=1, description="a whole number of steps, 1 or more")
-    epochs: float = Field(default=3.0, gt=0, description="a number of passes over the data, above 0")
-    batch_size: int = Field(default=16, ge=1, description="a whole number of examples, 1 or more")
+    epochs: float = Field(default=Recipe.epochs, gt=0, description="a number of passes over the data, above 0")
+    batch_size: int = Field(default=Recipe.batch_size, ge=1, description="a whole number of examples, 1 or more")
     learning_rate: float | dict[str, float] | None = Field(
         default=None, description="a number above 0, or one for each kind"
     )
@@ -44,11 +45,8 @@ class Training(BaseModel):
 
         Args:
             kind: The kind, which selects the learning rate.
-            seed: The random seed.
-            precision: `auto`, `bf16` or `fp32`.
-
-        Returns:
-            The recipe.
+            seed: The seed of the data order, dropout and fresh heads.
+            precision: `auto`, `bf16` or `fp32`; see `Recipe`.
         """
         learning_rate = self.learning_rate
         if isinstance(learning_rate, dict):
@@ -71,17 +69,17 @@ class Chain(BaseModel):
     """A chain of bases, and the adaptations to carry along it.
 
     Args:
-        bases: Folders or hub ids; each base is pre-trained further from the one before.
+        bases: Folders or Hub ids; each base after the first is the previous base, pre-trained further.
         tasks: Task files.
         kinds: The kinds of adaptation to tune on the first base.
-        methods: The methods that recycle them; `scratch` always runs on each base, as the reference.
-        routes: `hop by hop` recycles from each base to the next, starting from the last outcome; `at once` recycles
-            from the first base to each later one.
-        seeds: The seeds; everything runs once with each.
-        shots: The number of training examples a class on later bases; None for all.
-        tuning: The training on the first base.
-        recycling: The training on later bases.
-        precision: `auto`, `bf16` or `fp32`.
+        methods: The methods that recycle the adaptations; `scratch` always runs on each later base, as the reference.
+        routes: `hop by hop` recycles the last outcome from each base to the next; `at once` recycles the first outcome
+            from the first base to each later base.
+        seeds: The seeds; every run is repeated with each of them.
+        shots: The number of training examples per class on later bases; None for all.
+        tuning: The length and learning rate of training on the first base.
+        recycling: The length and learning rate of training on later bases.
+        precision: `auto`, `bf16` or `fp32`; see `Recipe`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,12 +90,12 @@ class Chain(BaseModel):
     methods: tuple[str, ...] = Field(default=("direct", "init+distill"), min_length=1, description=_NAMES)
     routes: tuple[Route, ...] = Field(default=ROUTES, min_length=1, description=f"a list of {' and '.join(ROUTES)}")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(20,), min_length=1, description="a list of whole numbers"
+        default=(Recipe.seed,), min_length=1, description="a list of whole numbers"
     )
-    shots: int | None = Field(default=None, ge=1, description="a whole number of examples a class, 1 or more")
+    shots: int | None = Field(default=None, ge=1, description="a whole number of examples per class, 1 or more")
     tuning: Training = Field(default=Training(), description=_TRAINING)
     recycling: Training = Field(default=Training(), description=_TRAINING)
-    precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", description="one of auto, bf16, fp32")
+    precision: Precision = Field(default="auto", description=f"one of {', '.join(get_args(Precision))}")
 
     @classmethod
     def load(cls, path: str | Path) -> Chain:
@@ -110,17 +108,19 @@ class Chain(BaseModel):
             The chain, with absolute paths of its tasks and of the bases that are folders.
 
         Raises:
-            DataError: The file cannot be read, or a key is unknown, missing or invalid; the message names the key.
+            DataError: The chain file or a task file cannot be read, two tasks have the same name, or a key is unknown,
+                missing or invalid; the message names the key.
         """
         path = Path(path)
         parsed = validate(cls, read_yaml(path), str(path))
-        folder = path.absolute().parent
-        bases = tuple(_resolve_base(folder, base) for base in parsed.bases)
-        tasks = tuple(os.path.abspath(folder / os.path.expanduser(task)) for task in parsed.tasks)
+        root = path.absolute().parent
+        bases = tuple(_resolve_base(root, base) for base in parsed.bases)
+        tasks = tuple(os.path.abspath(root / os.path.expanduser(task)) for task in parsed.tasks)
         chain: Chain = parsed.model_copy(update={"bases": bases, "tasks": tasks})
         names = [task.name for task in chain.load_tasks()]
         folders = [folder_name(name) for name in names]
-        if duplicates := sorted({name for name in names if folders.count(folder_name(name)) > 1}):
+        duplicates = sorted({name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1})
+        if duplicates:
             listed = " and ".join(map(repr, duplicates))
             raise DataError(
                 f"{path}: two tasks are called {listed}, and would share a folder. Give one of them another `name`."
@@ -140,31 +140,35 @@ class Chain(BaseModel):
 
     @field_validator("methods")
     @classmethod
-    def _check_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _normalise_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse methods that a chain cannot run, and drop duplicates and `scratch`, which always runs."""
         from regraft.methods import find_method, methods
 
         for name in names:
             try:
                 method = find_method(name)
             except RecipeError as error:
-                raise ValueError(f"names {name!r}, which is no method.{did_you_mean(name, list(methods()))}") from error
+                raise ValueError(
+                    f"names {name!r}, which is not a method.{did_you_mean(name, list(methods()))}"
+                ) from error
             if "tasks" in method.needs():
                 raise ValueError(f"names {name!r}, which learns from other tasks. Run it by `regraft recycle`.")
         return tuple(dict.fromkeys(name for name in names if name != "scratch"))
 
     @field_validator("kinds")
     @classmethod
-    def _check_kinds(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _normalise_kinds(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse unknown kinds, and drop duplicates."""
         from regraft.adaptation import KINDS
 
         for name in names:
             if name not in KINDS:
-                raise ValueError(f"names {name!r}, which is no kind.{did_you_mean(name, list(KINDS))}")
+                raise ValueError(f"names {name!r}, which is not a kind.{did_you_mean(name, list(KINDS))}")
         return tuple(dict.fromkeys(names))
 
     @field_validator("bases", "seeds")
     @classmethod
-    def _check_unique(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _refuse_duplicates(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
             duplicate = next(value for value in values if values.count(value) > 1)
             raise ValueError(f"lists {duplicate!r} twice. List each once.")
@@ -172,14 +176,7 @@ class Chain(BaseModel):
 
 
 def folder_name(name: str) -> str:
-    """Turn a task's name, which may be any text, into the name of a folder.
-
-    Args:
-        name: The name.
-
-    Returns:
-        The name, with a hyphen for each character that not every file system takes.
-    """
+    """Return a text, such as a task's name, with a hyphen for each character that some file systems refuse."""
     return "".join(character if character.isalnum() or character in "-_." else "-" for character in name)
 
 

@@ -16,31 +16,33 @@ from regraft.errors import CheckpointError, OutcomeError
 
 RECORD = "chain.json"
 SCHEMA = 1
+"""The version of the format that this regraft reads and writes."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-"""A figure; no run writes an infinite one or NaN."""
+"""A figure that is neither infinite nor NaN; no run writes any other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChainRow:
-    """One adaptation on one base of a chain.
+    """The result of one hop: an adaptation on one base of a chain.
 
     Args:
-        task: The task's name.
-        kind: The adaptation's kind.
-        seed: The seed.
-        base: The number of the base, 0 for the first.
-        method: The method that made it; `tune` on the first base.
-        route: `hop by hop` or `at once`; None where there is only one way: on the first two bases, and for scratch.
+        task: The name of the task.
+        kind: The kind of the adaptation, such as `full` or `lora`.
+        seed: The seed of the run.
+        base: The index of the base, 0 for the first.
+        method: The method that made the adaptation; `tune` on the first base.
+        route: `hop by hop` or `at once`; None on the first two bases and for scratch, where the routes are the same.
         score: The score on test, or on dev if there is no test split.
         start: The score on dev before the first step.
-        majority: The score of guessing on the split of `score`.
+        majority: The chance score on the split of `score`.
         negative_flips: The share of examples that were right on the first base and are wrong here.
         steps: The number of training steps on this base alone.
         labels: The number of labelled examples seen on this base.
         outcome: The outcome folder, relative to the chain's folder.
-        refused: Why there is no outcome, for instance because the method does not carry this kind; the figures are None
-            then.
-        metric: The task's metric. Regraft 0.1 recorded none; all of its metrics rise and are bounded by 1.
+        refused: The reason for a missing outcome, such as a method that does not support the kind; None if the hop has
+            an outcome. A refused hop has no figures.
+        metric: The name of the task's metric. Records of regraft 0.1 lack it; `accuracy` stands for all of its metrics,
+            of which higher is better and 1 is the highest score.
     """
 
     task: str
@@ -65,9 +67,9 @@ class ChainRecord:
     """A chain and its results so far.
 
     Args:
-        bases: The bases, in order.
-        chain: The content of the chain file.
-        rows: The results, one for each hop.
+        bases: The name and fingerprint of each base, in the order of the chain.
+        chain: The keys and values of the chain file, with defaults.
+        rows: The result of each hop, in the order of the runs.
         schema: The version of this record's format.
     """
 
@@ -81,13 +83,13 @@ def read_chain(out: str | Path) -> tuple[list[str], list[ChainRow]]:
     """Read the results of a chain so far.
 
     Args:
-        out: The chain's folder.
+        out: The folder that the chain was run in.
 
     Returns:
         The names of the bases, and the result of each hop.
 
     Raises:
-        OutcomeError: There is no chain, or its record is malformed.
+        OutcomeError: The folder has no `chain.json`, or the file is malformed.
     """
     file = Path(out) / RECORD
     remedy = "regraft chain run FILE --out DIR"
@@ -95,13 +97,14 @@ def read_chain(out: str | Path) -> tuple[list[str], list[ChainRow]]:
         content = read_json(file)
     except CheckpointError as error:
         raise OutcomeError(f"{file}: cannot be read ({error}). `{remedy}` writes it.") from error
-    if (schema := content.get("schema")) != SCHEMA:
+    schema = content.get("schema")
+    if schema != SCHEMA:
         raise OutcomeError(f"{file}: has schema {schema!r:.40}, this regraft reads {SCHEMA}. `{remedy}` writes it.")
     record = read_record(ChainRecord, content, str(file), remedy)
-    for number, row in enumerate(record.rows):
+    for index, row in enumerate(record.rows):
         if row.base >= len(record.bases):
             raise OutcomeError(
-                f"{file}: rows[{number}]: base: expected a number below {len(record.bases)}, found {row.base}. "
+                f"{file}: rows[{index}]: base: expected a number below {len(record.bases)}, found {row.base}. "
                 f"Make it again with `{remedy}`."
             )
     return [base.name for base in record.bases], list(record.rows)

@@ -1,4 +1,4 @@
-"""Carries adaptations along a chain of bases, and builds only what is missing."""
+"""Run a chain: carry adaptations along its bases, and build only missing outcomes."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from regraft.errors import RegraftError
     from regraft.task import Task
 
-# errors of one adaptation, task or method, which the chain records; a full disk, a lock or a file in the way ends it
 REFUSALS = (RecipeError, MismatchError, CheckpointError, DataError)
+"""Errors of one adaptation, task or method, which a chain records and skips; a full disk and other errors end it."""
 
 
 def run_chain(chain: Chain, out: str | Path, progress: Progress = silent) -> list[ChainRow]:
     """Tune on the first base, and recycle to each later base by every method and route.
 
-    Outcomes that exist are reused: bases, methods and seeds can be added to a chain, and an interrupted one resumes.
+    Outcomes that exist are reused: bases, methods and seeds can be added to a chain, and an interrupted chain resumes.
 
     Args:
-        chain: The chain.
+        chain: The chain, with absolute paths as from `Chain.load`.
         out: The folder for all outcomes and `chain.json`.
-        progress: The callback for each step.
+        progress: The callback for each training step.
 
     Returns:
         The result of each hop.
 
     Raises:
-        RegraftError: A base or a task cannot be read, or an outcome cannot be written; earlier outcomes are kept. An
-            error of one adaptation or method is recorded as refused instead, and the others go on.
+        RegraftError: A base or a task cannot be read, or an outcome cannot be written; earlier outcomes stay. An
+            error in `REFUSALS` is recorded as refused instead, and the chain continues.
     """
     check_output_path(Path(out))
     run = _ChainRun([Base.open(name) for name in chain.bases], chain, Path(out), progress)
@@ -69,7 +69,7 @@ class _Series:
 
 @dataclasses.dataclass(frozen=True)
 class _Hop:
-    """One way from the base of the old weights to the base of the new ones, by their numbers."""
+    """A run from one base to a later base, both as indices; tuning on the first base is a hop from 0 to 0."""
 
     old_base: int
     new_base: int
@@ -86,6 +86,8 @@ class _Hop:
 
 @dataclasses.dataclass
 class _ChainRun:
+    """The state of a running chain: its open bases, and the results so far, which `chain.json` mirrors."""
+
     bases: list[Base]
     chain: Chain
     out: Path
@@ -98,18 +100,19 @@ class _ChainRun:
         if first is None:
             return
         later_bases = range(1, len(self.bases))
-        for number in later_bases:  # scratch takes only the labels from the first outcome
-            self._recycle(series, _Hop(0, number, "scratch"), first, first)
+        for new_base in later_bases:  # scratch takes only the labels from the first outcome
+            self._recycle(series, _Hop(0, new_base, "scratch"), first, first)
         for method in self.chain.methods:
-            last: Outcome | None = first
-            for number in later_bases:
-                if number == 1 or "hop by hop" in self.chain.routes:
-                    hop = _Hop(number - 1, number, method, None if number == 1 else "hop by hop")
-                    last = self._recycle(series, hop, last, first) if last is not None else None
-                if number > 1 and "at once" in self.chain.routes:
-                    self._recycle(series, _Hop(0, number, method, "at once"), first, first)
+            # on the second base, both routes are the same
+            last = self._recycle(series, _Hop(0, 1, method), first, first)
+            for new_base in later_bases[1:]:
+                if last is not None and "hop by hop" in self.chain.routes:
+                    last = self._recycle(series, _Hop(new_base - 1, new_base, method, "hop by hop"), last, first)
+                if "at once" in self.chain.routes:
+                    self._recycle(series, _Hop(0, new_base, method, "at once"), first, first)
 
     def _tune(self, series: _Series) -> Outcome | None:
+        """Tune on the first base; return None if that is refused."""
         hop = _Hop(0, 0, "tune")
         try:
             outcome = tune(
@@ -127,6 +130,7 @@ class _ChainRun:
         return outcome
 
     def _recycle(self, series: _Series, hop: _Hop, source: Outcome, first: Outcome) -> Outcome | None:
+        """Recycle the outcome `source` over one hop; return None if that is refused."""
         try:
             outcome = recycle(
                 Upgrade(self.bases[hop.old_base], self.bases[hop.new_base]),
@@ -145,7 +149,8 @@ class _ChainRun:
 
     def _add_outcome(self, series: _Series, hop: _Hop, outcome: Outcome, first: Outcome) -> None:
         """Record an outcome, with its negative flips since the outcome on the first base."""
-        scores, cost = outcome.record.scores, outcome.record.cost
+        scores = outcome.record.scores
+        cost = outcome.record.cost
         split = "dev" if scores.test is None else "test"
         before, after = first.right(split), outcome.right(split)
         are_comparable = len(before) == len(after) and None not in (*before, *after)

@@ -1,4 +1,4 @@
-"""Summarises a chain: mean scores over seeds, recoveries, and the loss with each hop."""
+"""The summary of a chain: mean scores over seeds, recoveries, and the change of the score per hop."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class RouteSummary:
     """One method and route for one task and kind, averaged over seeds.
 
     Args:
-        task: The task's name.
-        kind: The adaptation's kind.
-        method: The method.
-        route: The route; None for a method that has none.
-        scores: The mean score on each base, in order; None where there is none yet.
-        deviations: The standard deviation over seeds on each base; None for one seed.
-        recoveries: On each base, the mean of (score − guessing) / (scratch's score − guessing); None on the first base
-            and where scratch is less than 3 points above guessing.
-        decay: By how much the score gets worse with each hop: the slope of a straight line through the scores; None for
-            fewer than two bases.
+        task: The name of the task.
+        kind: The kind of the adaptation.
+        method: The name of the method.
+        route: `hop by hop` or `at once`; None for scratch, and in a chain of two bases, where the routes are the same.
+        scores: The mean score on each base, in the order of the chain; None on a base without results.
+        deviations: The standard deviation over seeds on each base; None for fewer than two seeds.
+        recoveries: On each base, the mean of (score − chance) / (scratch's score − chance) over seeds; None on the
+            first base, and where a seed has no recovery (see `regraft.task.recovery`).
+        decay: The loss of score per hop, positive if the score gets worse: the slope of a least-squares line through
+            the mean scores. None for scratch, and for fewer than two bases with scores.
         seeds: The number of seeds.
-        refused: Why there are no scores, if a run was refused.
-        metric: The metric of the scores.
+        refused: The reason of the first refused run; None if no run was refused.
+        metric: The name of the metric of the scores.
     """
 
     task: str
@@ -51,24 +51,24 @@ def summarise_routes(bases: Sequence[str], rows: Sequence[ChainRow]) -> list[Rou
     """Average the results of a chain over seeds.
 
     Args:
-        bases: The names of the bases.
-        rows: The result of each hop.
+        bases: The names of the bases, in the order of the chain.
+        rows: The result of each hop, as `read_chain` and `run_chain` return them.
 
     Returns:
-        For each task and kind: scratch, then each method by its routes.
+        For each task and kind: scratch, then each method, one summary per route.
     """
     summaries = []
     for task, kind in dict.fromkeys((row.task, row.kind) for row in rows):
         task_rows = [row for row in rows if (row.task, row.kind) == (task, kind)]
-        tuned = [row for row in task_rows if row.base == 0]
+        tuned_rows = [row for row in task_rows if row.base == 0]
         scratch = {(row.base, row.seed): row for row in task_rows if row.method == "scratch"}
         for method in dict.fromkeys(row.method for row in task_rows if row.base):
             method_rows = [row for row in task_rows if row.method == method]
-            start = [] if method == "scratch" else tuned
+            first_rows = [] if method == "scratch" else tuned_rows
             routes: list[str | None] = [route for route in dict.fromkeys(row.route for row in method_rows) if route]
             for route in routes or [None]:
                 route_rows = [row for row in method_rows if row.route in (None, route)]
-                summaries.append(_summarise(method, route, [*start, *route_rows], scratch, len(bases)))
+                summaries.append(_summarise(method, route, [*first_rows, *route_rows], scratch, len(bases)))
     return summaries
 
 
@@ -77,17 +77,22 @@ def _summarise(
     route: str | None,
     rows: list[ChainRow],
     scratch: dict[tuple[int, int], ChainRow],
-    bases: int,
+    num_bases: int,
 ) -> RouteSummary:
     """Average the rows of one task, kind, method and route over seeds; `scratch` is by base and seed."""
-    measured = [[row for row in rows if row.base == number and row.score is not None] for number in range(bases)]
-    scores_by_base = [[row.score for row in base_rows if row.score is not None] for base_rows in measured]
+    rows_by_base: list[list[ChainRow]] = [[] for _ in range(num_bases)]
+    scores_by_base: list[list[float]] = [[] for _ in range(num_bases)]
+    for row in rows:
+        if row.score is not None:
+            rows_by_base[row.base].append(row)
+            scores_by_base[row.base].append(row.score)
     means = [statistics.fmean(scores) if scores else None for scores in scores_by_base]
-    points = [(number, mean) for number, mean in enumerate(means) if mean is not None]
+    points = [(base, mean) for base, mean in enumerate(means) if mean is not None]
     slope = None
     if method != "scratch" and len(points) > 1:
         slope = statistics.linear_regression(*zip(*points, strict=True)).slope
     metric = find_metric(rows[0].metric)
+    later_recoveries = [_mean_recovery(base_rows, scratch) for base_rows in rows_by_base[1:]]
     return RouteSummary(
         task=rows[0].task,
         kind=rows[0].kind,
@@ -95,9 +100,7 @@ def _summarise(
         route=route,
         scores=tuple(means),
         deviations=tuple(deviation(scores) for scores in scores_by_base),
-        recoveries=tuple(
-            _mean_recovery(base_rows, scratch) if number else None for number, base_rows in enumerate(measured)
-        ),
+        recoveries=(None, *later_recoveries),
         decay=None if slope is None else -metric.merit(slope),
         seeds=len({row.seed for row in rows}),
         refused=next((row.refused for row in rows if row.refused), None),
@@ -106,7 +109,7 @@ def _summarise(
 
 
 def _mean_recovery(rows: list[ChainRow], scratch: dict[tuple[int, int], ChainRow]) -> float | None:
-    """Average the recoveries on one base; None if a seed has no recovery."""
+    """Average the recoveries on one base over seeds; return None if a seed has no recovery."""
     recoveries = []
     for row in rows:
         reference = scratch.get((row.base, row.seed))

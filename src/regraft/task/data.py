@@ -1,4 +1,4 @@
-"""The data of a task: its examples, read and encoded."""
+"""The data of a task: its labels, and its splits with encoded targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.errors import DataError, MismatchError, RecipeError
 from regraft.task.labels import format_names, pair_names
 from regraft.task.sample import draw_indices
-from regraft.task.split import Split  # noqa: TC001 (importable from here since 0.1)
+from regraft.task.split import Split  # noqa: TC001 (regraft 0.1 exported it here)
 from regraft.task.types.head import Head
 from regraft.task.types.type import DEFAULT_TYPE
 
@@ -27,8 +27,8 @@ class TaskData:
     """A task with its examples.
 
     Args:
-        task: The task as it was declared.
-        labels: The label names, in the order of the outputs.
+        task: The task as declared in its task file.
+        labels: The label names, in the order of a model's outputs.
         train: The examples to train on.
         dev: The examples to select models on.
         test: The examples to report results on, if there are any.
@@ -70,10 +70,10 @@ class TaskData:
         return self.task.likelihood_for(self.train.targets)
 
     def with_settings(self, **settings: Any) -> TaskData:
-        """Return the same examples with other settings of the task.
+        """Return the same examples with some keys of the task replaced.
 
         Args:
-            **settings: Keys of the task file to replace, such as `metric`.
+            **settings: The new values, by key of the task file, such as `metric`; they are not validated.
         """
         return dataclasses.replace(self, task=self.task.model_copy(update=settings))
 
@@ -81,19 +81,21 @@ class TaskData:
         """Truncate inputs further where needed, so that virtual tokens fit in front of them.
 
         Args:
-            count: The number of virtual tokens.
+            count: The number of virtual tokens, which prompt and prefix tuning put in front of each input.
             max_tokens: The longest input that the base takes, in tokens.
 
         Returns:
             The same examples, possibly with a smaller `max_length`.
         """
-        return self.with_settings(max_length=min(self.max_length, max_tokens - count)) if count else self
+        if not count:
+            return self
+        return self.with_settings(max_length=min(self.max_length, max_tokens - count))
 
     def require_labels(self, purpose: str) -> None:
         """Check that the examples are labelled.
 
         Args:
-            purpose: What needs the labels, for the error message.
+            purpose: The operation that needs the labels, a noun phrase for the error message.
 
         Raises:
             DataError: The examples are not labelled.
@@ -108,8 +110,8 @@ class TaskData:
     def few_shot(self, shots: int, seed: int) -> TaskData:
         """Keep a few examples of each stratum of train and dev, and all of test; in classification, strata are classes.
 
-        The sample depends on the seed and the content of the examples alone: not on the order of the rows, nor on any
-        other use of random numbers. Samples of the same seed are nested: fewer shots are a subset of more.
+        The sample depends on the seed and the content of the examples alone, not on the order of the rows. Samples of
+        the same seed are nested: fewer shots are a subset of more.
 
         Args:
             shots: The number of examples to keep of each stratum; dev keeps all of a stratum that has fewer.
@@ -119,28 +121,29 @@ class TaskData:
             The same task with fewer examples.
 
         Raises:
-            DataError: A stratum of train has fewer examples.
+            DataError: A stratum of train has fewer examples, or the examples are not labelled.
             RecipeError: `shots` is less than 1.
         """
         import numpy as np
 
         self.require_labels("a few-shot sample")
         if shots < 1:
-            raise RecipeError(f"shots = {shots}: at least 1 example a class is needed.")
+            raise RecipeError(f"shots = {shots}: at least 1 example per class is needed.")
         strata, names = self.task.strata(self.train.targets, self.labels)
         counts = np.bincount(strata, minlength=len(names)).tolist()
         required = self.task.sample_counts(shots, counts)
-        if short := [
-            f"{name!r} {count:,}"
-            for name, count, minimum in zip(names, counts, required, strict=True)
-            if count < minimum
-        ]:
+        shortfalls = []
+        for name, count, minimum in zip(names, counts, required, strict=True):
+            if count < minimum:
+                shortfalls.append(f"{name!r} {count:,}")
+        if shortfalls:
             dev_note = " once dev is held out of it" if self.dev.source == self.train.source else ""
             raise DataError(
-                f"{self.train.source}: {shots} shots a class are requested, but train has fewer{dev_note} of: "
-                f"{', '.join(short)}. Add examples or lower `shots`."
+                f"{self.train.source}: {shots} shots per class are requested, but train has fewer{dev_note} of: "
+                f"{', '.join(shortfalls)}. Add examples or lower `shots`."
             )
-        train, dev = (self.sample(split, shots, seed) for split in (self.train, self.dev))
+        train = self.sample(self.train, shots, seed)
+        dev = self.sample(self.dev, shots, seed)
         return dataclasses.replace(self, train=train, dev=dev, duplicates=len(find_duplicates(train, self.test)))
 
     def sample(self, split: Split, size: int, seed: int) -> Split:
@@ -148,7 +151,8 @@ class TaskData:
 
         Args:
             split: The examples to draw from.
-            size: The number of examples to draw from each stratum; all of a stratum that has fewer.
+            size: The number of examples to draw per stratum, as `Task.sample_counts` takes it; a stratum that has
+                fewer is drawn whole.
             seed: The seed of the sample.
 
         Returns:
@@ -160,49 +164,50 @@ class TaskData:
         counts = self.task.sample_counts(size, np.bincount(strata, minlength=len(names)).tolist())
         return split.take(draw_indices(split, self.task, self.labels, counts, seed))
 
-    def relabel(self, order: Sequence[str]) -> TaskData:
+    def relabel(self, head_labels: Sequence[str]) -> TaskData:
         """Rename and reorder the labels to match the outputs of a head.
 
         Args:
-            order: The label names of the head's outputs, in their order. Their spelling may differ from the task's in
-                case and blanks, and in how truth values (`True`, `true`) and whole numbers (`1.0`, `1`) are written.
+            head_labels: The label names of the head's outputs, in their order. Their spelling may differ from the
+                task's in case and whitespace, and in how booleans (`True`, `true`) and whole numbers (`1.0`, `1`) are
+                written.
 
         Returns:
-            The task with the labels of `order`, and targets encoded accordingly.
+            The task with the labels `head_labels`, and targets encoded accordingly.
 
         Raises:
-            MismatchError: The labels are different, or could be paired in more than one way.
+            MismatchError: The labels are different, or can be paired in more than one way.
         """
-        head_names = pair_names(self.labels, order)
+        head_names = pair_names(self.labels, head_labels)
         if head_names is None:
-            only_task = [name for name in self.labels if name not in order]
-            only_head = [name for name in order if name not in self.labels]
+            only_task = [name for name in self.labels if name not in head_labels]
+            only_head = [name for name in head_labels if name not in self.labels]
             remedy = "Spell them alike, in `labels` or in the data." if only_task else "List them all in `labels`."
             raise MismatchError(
                 f"{self.train.source}: the labels of task {self.name!r} are not those of the head. "
                 f"Only in the task: {format_names(only_task)}. Only in the head: {format_names(only_head)}. "
-                f"Expected {len(self.labels)} labels, found {len(order)}. {remedy}"
+                f"Expected {len(self.labels)} labels, found {len(head_labels)}. {remedy}"
             )
-        outputs = {name: output for output, name in enumerate(order)}
-        output_by_label = [outputs[head_names[name]] for name in self.labels]
+        output_by_name = {name: output for output, name in enumerate(head_labels)}
+        output_by_label = [output_by_name[head_names[name]] for name in self.labels]
 
         def reencode(split: Split) -> Split:
             return dataclasses.replace(split, targets=self.task.relabel(split.targets, output_by_label))
 
         return dataclasses.replace(
             self,
-            labels=tuple(order),
+            labels=tuple(head_labels),
             train=reencode(self.train),
             dev=reencode(self.dev),
             test=None if self.test is None else reencode(self.test),
         )
 
     def digest(self) -> str:
-        """Hash the content of the task, independent of its name and of where it is stored.
+        """Hash the content of the task, independently of its name and of where it is stored.
 
         Returns:
-            The hexadecimal SHA-256 of label names, metric, `max_length`, the inputs and targets of all splits, and the
-            task type; for text classification without the type, as in 0.1, where there was no other.
+            The hexadecimal SHA-256 of the label names, the metric, `max_length`, the inputs and targets of all splits,
+            and the task type. Text classification, the only type in regraft 0.1, leaves out the type.
         """
         settings = [self.labels, self.metric, self.max_length]
         if self.task.type != DEFAULT_TYPE:
@@ -221,19 +226,21 @@ def find_duplicates(train: Split, test: Split | None) -> list[tuple[int, int]]:
 
     Args:
         train: The training examples.
-        test: The test examples, if there are any.
+        test: The test examples; None if the task has no test split.
 
     Returns:
-        For each such test example, the row number of the first equal training example and its own.
+        One pair per such test example: the row number of the first training example with the same inputs, and the test
+        example's row number.
     """
     if test is None:
         return []
-    train_rows: dict[str, int] = {}
-    for inputs, row in zip(train.inputs, train.row_numbers.tolist(), strict=True):
-        train_rows.setdefault(json.dumps(inputs), row)  # as JSON, because inputs may be lists, which have no hash
+    train_row_by_inputs: dict[str, int] = {}
+    for inputs, train_row in zip(train.inputs, train.row_numbers.tolist(), strict=True):
+        # inputs may be lists, which have no hash, so their JSON is the key
+        train_row_by_inputs.setdefault(json.dumps(inputs), train_row)
     pairs = []
-    for inputs, row in zip(test.inputs, test.row_numbers.tolist(), strict=True):
-        train_row = train_rows.get(json.dumps(inputs))
-        if train_row is not None:
-            pairs.append((train_row, row))
+    for inputs, test_row in zip(test.inputs, test.row_numbers.tolist(), strict=True):
+        key = json.dumps(inputs)
+        if key in train_row_by_inputs:
+            pairs.append((train_row_by_inputs[key], test_row))
     return pairs

@@ -1,11 +1,11 @@
-"""CSV and TSV files, in which double quotes may delimit fields or be ordinary characters."""
+"""A reader of CSV and TSV files, in which double quotes may delimit fields or be ordinary characters."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from regraft.errors import DataError, did_you_mean
 from regraft.task.labels import format_names, label_name
@@ -19,7 +19,16 @@ Quoting = Literal["quoted", "plain"]
 _DECLARE_QUOTING = (
     "Declare in the task file whether fields are in double quotes (`quoting: quoted`) or not (`quoting: plain`)"
 )
-_MAX_FIELD_SIZE = 2**31 - 1  # for `csv`, whose default of 128 KiB is less than some texts have
+_MAX_FIELD_SIZE = 2**31 - 1
+"""The largest field in characters: what a C long of 32 bits holds. Some texts exceed the default of 131,072."""
+
+
+class _Span(NamedTuple):
+    """The lines of a row that extends over several of them, counted from 0; `end_line` is excluded."""
+
+    row: int
+    first_line: int
+    end_line: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +38,12 @@ class _Parsed:
     Args:
         header: The names of all columns.
         columns: The values of the requested columns.
-        spans: For each row that extends over several lines: its number, its first line, and the line after its last;
-            lines are counted from 0.
+        spans: The rows that extend over several lines.
     """
 
     header: list[str]
     columns: dict[str, list[Any]]
-    spans: list[tuple[int, int, int]]
+    spans: list[_Span]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,46 +51,45 @@ class _File:
     """A file to parse.
 
     Args:
-        path: The path, for messages.
-        text: The content.
+        path: The path, which messages name.
+        text: The decoded content of the file.
         delimiter: The character between fields.
         columns: The names of the requested columns.
-        label: The name of the column of labels, if there is one.
+        label_column: The name of the column of labels, if there is one.
     """
 
     path: Path
     text: str
     delimiter: str
     columns: Sequence[str]
-    label: str | None
+    label_column: str | None
 
 
 def read_delimited(
-    path: Path, text: str, delimiter: str, columns: Sequence[str], label: str | None, quoting: Quoting | None
+    path: Path, text: str, delimiter: str, columns: Sequence[str], label_column: str | None, quoting: Quoting | None
 ) -> tuple[dict[str, list[Any]], range]:
     """Parse columns of CSV or TSV.
 
     A TSV file does not say whether a double quote at the start of a field opens a quoted field (as pandas writes it) or
     is an ordinary character (as in GLUE and most corpora). If nothing is declared and the two interpretations differ,
-    the quotes decide. Fields are quoted if every quote that opens a field is also closed, unless such a field contains
-    what looks like several rows. Otherwise quotes are characters, unless some are doubled, as writers of quoted fields
-    do.
+    the quotes decide. Fields are quoted if every quote that opens a field is also closed, unless such a field seems
+    to contain several rows. Otherwise quotes are characters, unless some are doubled, as writers of quoted fields do.
 
     Args:
-        path: The file, for messages.
-        text: Its content.
-        delimiter: The character between fields.
+        path: The path of the file, which messages name.
+        text: The decoded content of the file.
+        delimiter: The character between fields, a comma or a tab.
         columns: The names of the columns to read.
-        label: The name of the column of labels, if there is one.
-        quoting: The declared interpretation of quotes, `quoted` or `plain`, if there is one.
+        label_column: The name of the column of labels, if there is one.
+        quoting: The declared interpretation of quotes; None to infer it for TSV, and to read CSV as `quoted`.
 
     Returns:
-        The values of each column, and the row numbers.
+        The values of each column, and the row numbers, counted from 1 after the header.
 
     Raises:
         DataError: A row is malformed, a column is missing, or the interpretation of quotes is ambiguous.
     """
-    file = _File(path, text, delimiter, columns, label)
+    file = _File(path, text, delimiter, columns, label_column)
     if quoting or delimiter != "\t" or '"' not in text:
         parsed = _parse(file, quoting or "quoted")
     else:
@@ -95,11 +102,12 @@ def _parse_undeclared(file: _File) -> _Parsed:
     """Parse a file whose quotes are not declared, under the interpretation that `read_delimited` describes."""
     quoted, plain = _parse_or_error(file, "quoted"), _parse_or_error(file, "plain")
     if isinstance(quoted, _Parsed):
-        if swallowed := _swallowed_rows(file, quoted, plain_is_valid=isinstance(plain, _Parsed)):
-            row, line_count = swallowed
+        span = _find_swallowed_rows(file, quoted, plain_is_valid=isinstance(plain, _Parsed))
+        if span is not None:
+            line_count = span.end_line - span.first_line
             raise DataError(
-                f"{file.path}, row {row}: a double quote opens a field that goes on for {line_count} lines, but the "
-                f"first and the last of them look like rows of their own. {_DECLARE_QUOTING}."
+                f"{file.path}, row {span.row}: a double quote opens a field that goes on for {line_count} lines, but "
+                f"the first and the last of them look like rows of their own. {_DECLARE_QUOTING}."
             )
         return quoted
     if isinstance(plain, _Parsed):
@@ -121,12 +129,14 @@ def _parse_or_error(file: _File, quoting: Quoting) -> _Parsed | DataError:
 
 
 def _parse(file: _File, quoting: Quoting) -> _Parsed:
+    """Parse a file under one interpretation of its quotes; raise DataError if a row is malformed."""
     header: list[str] = []
     field_indices: list[int] = []
     values: list[list[Any]] = [[] for _ in file.columns]
     spans = []
-    row = line = 0
-    # csv rather than pandas, which pads rows that are too short and shifts those that are too long
+    row = 0
+    line = 0
+    # pandas would pad rows that are too short, and shift rows that are too long
     reader = csv.reader(
         io.StringIO(file.text, newline=""),
         delimiter=file.delimiter,
@@ -148,9 +158,9 @@ def _parse(file: _File, quoting: Quoting) -> _Parsed:
                 continue
             row += 1
             if len(record) != len(header):
-                raise DataError(_explain_length(file, quoting, row, len(header), len(record)))
+                raise DataError(_explain_field_count(file, quoting, row, len(header), len(record)))
             if line - first_line > 1:
-                spans.append((row, first_line, line))
+                spans.append(_Span(row, first_line, line))
             for column, index in zip(values, field_indices, strict=True):
                 column.append(record[index])
     except csv.Error as error:
@@ -163,7 +173,7 @@ def _parse(file: _File, quoting: Quoting) -> _Parsed:
     return _Parsed(header, dict(zip(file.columns, values, strict=True)) if header else {}, spans)
 
 
-def _explain_length(file: _File, quoting: Quoting, row: int, column_count: int, field_count: int) -> str:
+def _explain_field_count(file: _File, quoting: Quoting, row: int, column_count: int, field_count: int) -> str:
     if quoting == "quoted":
         remedy = f"Put fields that contain a {file.delimiter!r} or a line break in double quotes."
     else:
@@ -183,50 +193,53 @@ def _check_delimiter(file: _File, header: list[str]) -> None:
             )
 
 
-def _swallowed_rows(file: _File, quoted: _Parsed, *, plain_is_valid: bool) -> tuple[int, int] | None:
+def _find_swallowed_rows(file: _File, quoted: _Parsed, *, plain_is_valid: bool) -> _Span | None:
     """Find a row that looks like several rows between two unrelated quotes.
 
     A quoted text that spans lines begins in one line and ends in another. Neither line has all fields of a row or, if
     the text contains delimiters, a label in the label's field. Lines that do are rows of their own.
 
+    Args:
+        file: The file.
+        quoted: The content of the file if quotes delimit fields.
+        plain_is_valid: Whether the file can also be parsed with quotes as ordinary characters.
+
     Returns:
-        The number of the row, and the number of its lines; None if there is no such row.
+        The lines of the first such row; None if there is no such row.
     """
     if not quoted.spans:
         return None
     lines = list(io.StringIO(file.text, newline=""))
-    labels = {label_name(name) for name in quoted.columns[file.label]} if file.label else set()
+    labels = {label_name(value) for value in quoted.columns[file.label_column]} if file.label_column else set()
 
     def is_row(line: str) -> bool:
         fields = line.rstrip("\r\n").split(file.delimiter)
         if len(fields) != len(quoted.header):
             return False
-        return plain_is_valid or not file.label or label_name(fields[quoted.header.index(file.label)]) in labels
+        if plain_is_valid or not file.label_column:
+            return True
+        return label_name(fields[quoted.header.index(file.label_column)]) in labels
 
-    for row, first, end in quoted.spans:
-        if is_row(lines[first]) and is_row(lines[end - 1]):
-            return row, end - first
+    for span in quoted.spans:
+        if is_row(lines[span.first_line]) and is_row(lines[span.end_line - 1]):
+            return span
     return None
 
 
-def require_columns(columns: Sequence[str], present: Sequence[str], source: str) -> list[str]:
+def require_columns(columns: Sequence[str], available: Sequence[str], source: str) -> None:
     """Check that a source has each of some columns exactly once.
 
     Args:
         columns: The names of the columns to read.
-        present: The names of all columns of the source.
-        source: The name of the source, for messages.
-
-    Returns:
-        The names of the columns to read, as a list.
+        available: The names of all columns of the source.
+        source: The source as messages name it, such as the path of a file.
 
     Raises:
         DataError: A column is missing or repeated.
     """
     for column in columns:
-        if column not in present:
-            suggestion = did_you_mean(column, present)
-            raise DataError(f"{source}: no column {column!r}.{suggestion} The columns are: {format_names(present)}.")
-        if list(present).count(column) > 1:
+        if column not in available:
+            suggestion = did_you_mean(column, available)
+            raise DataError(f"{source}: no column {column!r}.{suggestion} The columns are: {format_names(available)}.")
+        if list(available).count(column) > 1:
             raise DataError(f"{source}: there are several columns {column!r}. Rename all but one.")
-    return list(columns)

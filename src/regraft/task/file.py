@@ -1,4 +1,4 @@
-"""Reading of data files as bytes, compressed or not."""
+"""Readers of the bytes, lines and JSON rows of files, compressed or not, and checks of their paths."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ MAX_EXPANSION = 100
 MIN_CHECKED_BYTES = 256 * 1024**2
 """The decompressed size up to which expansion is not limited: it fits in memory, whatever the factor."""
 _CHUNK_BYTES = 1024**2
+"""The number of bytes read at once: arbitrary, but far more than most lines and far less than memory."""
 
 
 def data_suffix(path: Path) -> str:
@@ -29,14 +30,11 @@ def data_suffix(path: Path) -> str:
     return uncompressed.suffix.lower()
 
 
-def check_regular_file(path: Path) -> int:
+def check_regular_file(path: Path) -> None:
     """Check that a path is a regular file, before it is opened: opening a pipe would block.
 
     Args:
-        path: The file.
-
-    Returns:
-        Its size in bytes.
+        path: The path, which may be missing.
 
     Raises:
         DataError: The path is missing, inaccessible, or not a regular file.
@@ -47,11 +45,10 @@ def check_regular_file(path: Path) -> int:
         raise DataError(
             f"{path}: no such file. Correct the path; relative paths start from the folder of the file that names them."
         ) from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+    except (OSError, ValueError) as error:  # a null byte in the path raises ValueError
         raise DataError(f"{str(path)[:300]}: cannot be read ({_reason(error)}). Correct the path.") from error
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path}: is a folder, pipe or device, not a file. Use the path of a file.")
-    return status.st_size
 
 
 def check_folder(folder: Path) -> None:
@@ -73,10 +70,10 @@ def read_bytes(path: Path) -> bytes:
     """Read a file, and decompress it if its suffix says that it is compressed.
 
     Args:
-        path: The file.
+        path: A file, compressed if its suffix is one of `COMPRESSED_SUFFIXES`.
 
     Returns:
-        Its content.
+        The decompressed content.
 
     Raises:
         DataError: The file cannot be read or decompressed.
@@ -88,10 +85,10 @@ def read_lines(path: Path) -> Iterator[bytes]:
     """Read a file line by line, and decompress it if its suffix says that it is compressed.
 
     Args:
-        path: The file.
+        path: A file, compressed if its suffix is one of `COMPRESSED_SUFFIXES`.
 
     Yields:
-        The lines, each with its line feed.
+        The lines, each with its line feed, which only the last may lack.
 
     Raises:
         DataError: The file cannot be read or decompressed.
@@ -111,48 +108,55 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Read JSON lines, or a file that is a single JSON list.
 
     Args:
-        path: The file.
+        path: A file, compressed if its suffix is one of `COMPRESSED_SUFFIXES`.
 
     Yields:
-        The number of each line or list item, counted from 1, and its value; blank lines are skipped.
+        The number of each line or list item, counted from 1, and its value; lines of whitespace are skipped.
 
     Raises:
         DataError: The file cannot be read, or is not JSON.
     """
     lines = enumerate(read_lines(path), start=1)
-    is_first = True
     for row, line in lines:
         text = line.removeprefix(codecs.BOM_UTF8) if row == 1 else line
-        if not text.strip():
-            continue
-        is_list = is_first and text.lstrip().startswith(b"[")
-        is_first = False
-        if is_list:  # a file of one object a line does not begin with a bracket
-            text = b"".join([text, *(remaining_line for _, remaining_line in lines)])
-        try:
-            content = json.loads(text.decode())
-        except (ValueError, RecursionError) as error:
-            remedy = "Write one list of objects, or one JSON object a line."
-            if isinstance(error, UnicodeDecodeError) or b"\0" in text:
-                remedy = "Save the file as UTF-8."
-            raise DataError(f"{path}, row {row}: not JSON ({error!s:.200}). {remedy}") from error
-        if is_list:
-            yield from enumerate(content, start=1)
-        else:
-            yield row, content
+        if text.strip():
+            break
+    else:
+        return
+    if text.lstrip().startswith(b"["):  # a file of one object per line does not begin with a bracket
+        whole_text = b"".join([text, *(line for _, line in lines)])
+        yield from enumerate(_parse_json(whole_text, path, row), start=1)
+        return
+    yield row, _parse_json(text, path, row)
+    for row, line in lines:
+        if line.strip():
+            yield row, _parse_json(line, path, row)
+
+
+def _parse_json(text: bytes, path: Path, row: int) -> Any:
+    """Parse JSON that starts at a row of a file; raise DataError if it is malformed."""
+    try:
+        return json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        remedy = "Write one list of objects, or one JSON object per line."
+        if isinstance(error, UnicodeDecodeError) or b"\0" in text:
+            remedy = "Save the file as UTF-8."
+        raise DataError(f"{path}, row {row}: not JSON ({error!s:.200}). {remedy}") from error
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
+    """Read a file in chunks of decompressed bytes; raise DataError if it cannot be read or expands too much."""
     import lzma
 
-    size = check_regular_file(path)
-    count = 0
+    check_regular_file(path)
     is_compressed = path.suffix.lower() in COMPRESSED_SUFFIXES
+    decompressed_size = 0
     try:
+        size = path.stat().st_size
         with _open(path) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
-                count += len(chunk)
-                if is_compressed and count > max(MIN_CHECKED_BYTES, MAX_EXPANSION * size):
+                decompressed_size += len(chunk)
+                if is_compressed and decompressed_size > max(MIN_CHECKED_BYTES, MAX_EXPANSION * size):
                     raise DataError(
                         f"{path}: expands to more than {MAX_EXPANSION} times its {size:,} bytes, which no text does. "
                         "If it is to be read nevertheless, decompress it yourself."
@@ -166,28 +170,29 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    ending = path.suffix.lower()
-    if ending == ".gz":
+    """Open a file for reading, through the decompressor that its suffix names."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         import gzip
 
         return cast("IO[bytes]", gzip.open(path))
-    if ending == ".xz":
+    if suffix == ".xz":
         import lzma
 
         return lzma.open(path)
-    if ending == ".bz2":
+    if suffix == ".bz2":
         import bz2
 
         return bz2.open(path)
-    if ending == ".zst":
-        import pyarrow  # for the codec, which is in the standard library only from Python 3.14 on
+    if suffix == ".zst":
+        import pyarrow  # the standard library has this codec only from Python 3.14 on
 
         return cast("IO[bytes]", pyarrow.input_stream(path, compression="zstd"))
     return path.open("rb")
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether text can be encoded as UTF-8; escapes in JSON and YAML can spell lone surrogates, which cannot."""
+    """Return whether a text can be encoded as UTF-8: lone surrogates, which JSON and YAML can escape, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -196,4 +201,10 @@ def is_unicode(text: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the operating system's description of an error, else the first line of its message."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

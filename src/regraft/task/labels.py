@@ -1,4 +1,4 @@
-"""Label names: how values of any file format are named, how names are ordered, and which names look alike."""
+"""Label names: their conversion from values of any file format, their order, and names that look alike."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 MAX_LISTED = 20
-"""The number of names that a message lists; a task may have thousands of labels."""
+"""The number of names that a message lists, arbitrary; a task may have thousands of labels."""
 _WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")
 _MISSING_VALUES = frozenset(("na", "n/a", "#n/a", "nan", "none", "null", "nil", "<na>", "-", "?"))
-"""What spreadsheets, pandas and databases write for a missing value, in lower case."""
+"""The texts that spreadsheets, pandas and databases write for a missing value, in lower case."""
 
 
 def label_name(value: object) -> str | None:
-    """Return the name of a label, which is the same whichever file format the value was stored in.
+    """Return the name of a label, the same from every file format.
 
-    Whole numbers lose a trailing `.0`, and truth values are in lower case, even where they are text: CSV files contain
-    only text, and pandas writes `1.0` for whole numbers in a column with missing values, and `True` for truth values.
+    Whole numbers lose a trailing `.0`, and booleans are in lower case, even if they are text: CSV files contain only
+    text, and pandas writes `1.0` for whole numbers in a column with missing values, and `True` for booleans.
 
     Args:
         value: The value as read from a file.
 
     Returns:
-        The name, or None for a missing value.
+        The name; None for a missing value, which may be NaN or whitespace.
 
     Raises:
-        TypeError: The value is neither text, a number nor a truth value.
+        TypeError: The value is neither a text, a number nor a boolean.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -57,7 +57,7 @@ def sort_names(names: Iterable[str]) -> tuple[str, ...]:
         names: The names, in any order, possibly repeated.
 
     Returns:
-        The distinct names.
+        The distinct names, sorted.
     """
     distinct = sorted(set(names))
     if all(re.fullmatch(r"[+-]?\d+", name) for name in distinct):
@@ -69,49 +69,46 @@ def pair_names(names: Sequence[str], head_names: Sequence[str]) -> dict[str, str
     """Pair a task's label names with those of a head, which another tool may have spelled differently.
 
     Names are paired by the first of three keys under which the pairing is one to one: the name itself; the name with
-    truth values and whole numbers normalised by `label_name`; the name without case, blanks and invisible characters.
+    booleans and whole numbers normalised by `label_name`; the name folded by `fold_name`.
 
     Args:
-        names: The distinct label names of the task.
-        head_names: The distinct label names of the head.
+        names: The label names of the task.
+        head_names: The label names of the head.
 
     Returns:
-        The head's name for each of the task's; None if no key pairs all of them one to one.
+        The head's name by the task's name; None if no key pairs all of them one to one.
     """
 
     def normalise(name: str) -> str:
         return label_name(name) or name
 
-    for key in (str, normalise, lambda name: fold_name(normalise(name))):
-        name_by_key = {key(name): name for name in names}
-        head_by_key = {key(name): name for name in head_names}
-        is_distinct = len(name_by_key) == len(names) and len(head_by_key) == len(head_names)
-        if is_distinct and name_by_key.keys() == head_by_key.keys():
-            return {name: head_by_key[name_key] for name_key, name in name_by_key.items()}
+    def fold(name: str) -> str:
+        return fold_name(normalise(name))
+
+    for key_of in (str, normalise, fold):
+        name_by_key = {key_of(name): name for name in names}
+        head_name_by_key = {key_of(name): name for name in head_names}
+        is_distinct = len(name_by_key) == len(names) and len(head_name_by_key) == len(head_names)
+        if is_distinct and name_by_key.keys() == head_name_by_key.keys():
+            return {name: head_name_by_key[key] for key, name in name_by_key.items()}
     return None
 
 
 def fold_name(name: str) -> str:
-    """Reduce a name to what a reader sees: composed characters, one case, single blanks, nothing invisible.
-
-    Args:
-        name: A label name.
-
-    Returns:
-        A text that is the same for all names that look alike.
-    """
+    """Fold names that look alike to the same text: composed characters, one case, single spaces, nothing invisible."""
     composed = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-    return " ".join("".join(letter for letter in composed if unicodedata.category(letter) != "Cf").split())
+    visible = "".join(character for character in composed if unicodedata.category(character) != "Cf")
+    return " ".join(visible.split())
 
 
-def lookalikes(names: Sequence[str]) -> list[list[str]]:
+def group_lookalikes(names: Sequence[str]) -> list[list[str]]:
     """Group different label names that look alike.
 
     Args:
-        names: The distinct label names.
+        names: The label names, each once.
 
     Returns:
-        The groups, each of two names or more.
+        The groups of two names or more; other names are in no group.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -128,11 +125,12 @@ def format_names(names: Sequence[str]) -> str:
     """Format names for a message, cutting a long list short.
 
     Args:
-        names: The names.
+        names: Label or column names, of any number and length.
 
     Returns:
-        The names in quotes, or `none` if there are none.
+        The first `MAX_LISTED` names in quotes; `none` if there are no names.
     """
-    return (
-        ", ".join(f"{name!r:.100}" for name in names[:MAX_LISTED]) + (" …" if len(names) > MAX_LISTED else "") or "none"
-    )
+    if not names:
+        return "none"
+    listed = ", ".join(f"{name!r:.100}" for name in names[:MAX_LISTED])
+    return f"{listed} …" if len(names) > MAX_LISTED else listed

@@ -1,4 +1,4 @@
-"""Metrics, and what is derived from scores and predictions: recovery, deviation and flips."""
+"""Metrics, and figures derived from scores and predictions: recovery, deviation and flips."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Score = TypeVar("Score", float, "Floats")
 
 MIN_HEADROOM = 0.03
-"""The least gain of a reference over guessing that recovery is computed for: a share of less is mostly noise."""
+"""The least gain of a reference over chance for which recovery is computed: a share of less is mostly noise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Evaluation:
     """A metric applied to the predictions of one model, ready to score resamples of the examples.
 
     Args:
-        width: The number of values in memory for each resample.
-        scores: A function that returns one score a resample. Its argument is how often each resample contains each
-            example, resamples × examples, or None to score the examples as they are.
+        width: The number of values in memory per resample.
+        scores: A function that returns one score per resample. Its argument is the count of each example in each
+            resample, resamples × examples, or None to return the score on the original examples alone.
     """
 
     width: int
@@ -44,10 +44,10 @@ class Metric:
 
     Args:
         name: The name in task files.
-        evaluate: A function that applies the metric to targets and predictions.
+        evaluate: A function that applies the metric to targets and predictions, in this order.
         higher_is_better: Whether a higher score is better.
         is_bounded: Whether 1 is the highest score, so that a hundredth means the same in every task. For other metrics,
-            differences such as a tolerance are relative to a reference's gain over guessing.
+            differences such as a tolerance are relative to a reference's gain over chance.
     """
 
     name: str
@@ -56,41 +56,33 @@ class Metric:
     is_bounded: bool = True
 
     def merit(self, score: Score) -> Score:
-        """Return the score, negated if lower is better: the higher the merit, the better the score.
-
-        Args:
-            score: A score or an array of scores.
-        """
+        """Return the score, negated if lower is better: the higher the merit, the better the score."""
         return score if self.higher_is_better else -score
 
     def gain(self, score: float, reference: float) -> float:
-        """Return by how much a score is better than a reference; negative if it is worse.
-
-        Args:
-            score: The score.
-            reference: The score to compare with.
-        """
+        """Return the improvement of a score over a reference; negative if the score is worse."""
         return score - reference if self.higher_is_better else reference - score
 
-    def share_to_difference(self, share: float, floor: float, reference: float) -> float:
+    def share_to_difference(self, share: float, chance: float, reference: float) -> float:
         """Convert a share, such as a tolerance, to a difference of scores.
 
         Args:
-            share: The share, as a fraction.
-            floor: The score of guessing.
-            reference: The score of the reference.
+            share: The share, as a fraction of 1.
+            chance: The chance score.
+            reference: The score of the model to compare with, such as the old model.
 
         Returns:
-            The share itself if the metric is bounded, else the share of the distance from floor to reference.
+            The share itself if the metric is bounded, else the share of the distance from chance to reference.
         """
-        return share if self.is_bounded else share * abs(reference - floor)
+        return share if self.is_bounded else share * abs(reference - chance)
 
     def describe(self, difference: float, form: str = "+.1f") -> str:
         """Format a difference of scores, in points (hundredths) if the metric is bounded.
 
         Args:
-            difference: The difference.
-            form: The format specification for points; other differences have three significant digits.
+            difference: The difference, in units of the score.
+            form: The format specification for points. Of it, other differences take only the sign; they have three
+                significant digits.
 
         Returns:
             The number without its unit.
@@ -102,69 +94,70 @@ class Metric:
 
     @property
     def unit(self) -> str:
-        """The unit of what `describe` returns, with a leading blank."""
+        """The unit of the numbers that `describe` returns, with a leading space; empty if they have none."""
         return " points" if self.is_bounded else ""
 
 
 def sum_metric(
     name: str,
-    statistics: Callable[[Targets, Targets], csr_array],
+    example_statistics: Callable[[Targets, Targets], csr_array],
     score_sums: Callable[[Floats], Floats],
     *,
     higher_is_better: bool = True,
     is_bounded: bool = True,
 ) -> Metric:
-    """Build a metric that is a function of sums over examples, so that resamples cost a matrix product only.
+    """Build a metric that is a function of sums over examples, so that scoring resamples takes one matrix product.
 
     Args:
         name: The name in task files.
-        statistics: A function that returns k statistics of each example, examples × k, from targets and predictions.
-        score_sums: A function that returns one score a resample from the sums of its statistics, resamples × k.
+        example_statistics: A function that returns k statistics of each example, examples × k, from targets and
+            predictions.
+        score_sums: A function that returns one score per resample from the sums of its statistics, resamples × k.
         higher_is_better: Whether a higher score is better.
-        is_bounded: Whether 1 is the highest score.
-
-    Returns:
-        The metric.
+        is_bounded: Whether 1 is the highest score; see `Metric`.
     """
 
     def evaluate(targets: Targets, predictions: Targets) -> Evaluation:
         import numpy as np
 
-        summands = statistics(targets, predictions)
+        summands = example_statistics(targets, predictions)
 
         def scores(counts: Floats | None) -> Floats:
             if counts is None:
                 return score_sums(summands.sum(axis=0)[None])
-            return score_sums(np.ascontiguousarray((summands.T @ counts.T).T))  # the order of summation is as above
+            # this product sums over examples in the same order as `sum` above, so that the last bits agree
+            return score_sums(np.ascontiguousarray((summands.T @ counts.T).T))
 
         return Evaluation(summands.shape[1], scores)
 
     return Metric(name, evaluate, higher_is_better, is_bounded)
 
 
-def recovery(value: float, floor: float, reference: float, metric: Metric | None = None) -> float | None:
-    """Compute recovery: the share of a reference's gain over guessing that a score reaches.
+def recovery(value: float, chance: float, reference: float, metric: Metric | None = None) -> float | None:
+    """Compute recovery: the share of a reference's gain over chance that a score reaches.
 
     Args:
-        value: The score.
-        floor: The score of guessing.
+        value: The score of the model in question.
+        chance: The chance score.
         reference: The score of tuning from scratch.
-        metric: The metric of the scores; None for one that is bounded and better if higher.
+        metric: The metric of the scores; None for a bounded metric of which higher is better.
 
     Returns:
         The share, which may be below 0 or above 1; None if the reference gains nothing, or less than `MIN_HEADROOM`.
     """
-    gain = reference - floor
+    gain = reference - chance
     headroom = MIN_HEADROOM
     if metric is not None:
-        gain = metric.gain(reference, floor)
-        headroom = metric.share_to_difference(MIN_HEADROOM, floor, reference)
-    return (value - floor) / (reference - floor) if gain >= headroom and gain > 0 else None
+        gain = metric.gain(reference, chance)
+        headroom = metric.share_to_difference(MIN_HEADROOM, chance, reference)
+    if gain < headroom or gain <= 0:
+        return None
+    return (value - chance) / (reference - chance)
 
 
 @dataclasses.dataclass(frozen=True)
 class Flips:
-    """The number of examples on which an upgrade changed whether the prediction is right.
+    """The numbers of examples whose prediction an upgrade turned wrong, or right.
 
     Args:
         negative: The number of negative flips: right before the upgrade, wrong after it.
@@ -191,32 +184,31 @@ def deviation(scores: Sequence[float]) -> float | None:
     """Compute the standard deviation of scores over seeds.
 
     Args:
-        scores: One score a seed.
+        scores: One score per seed.
 
     Returns:
         The sample standard deviation; None for fewer than two scores, NaN if a score is not finite.
     """
     if len(scores) < 2:
         return None
-    return statistics.stdev(scores) if all(map(math.isfinite, scores)) else math.nan
+    if not all(math.isfinite(score) for score in scores):
+        return math.nan
+    return statistics.stdev(scores)
 
 
-def count_flips(old_right: Sequence[bool | None], is_right: Sequence[bool | None]) -> Flips:
+def count_flips(old_right: Sequence[bool | None], new_right: Sequence[bool | None]) -> Flips:
     """Count negative and positive flips.
 
     Args:
         old_right: Whether each prediction before the upgrade is right; None counts as wrong.
-        is_right: Whether each prediction after the upgrade is right; None counts as wrong.
-
-    Returns:
-        The counts.
+        new_right: Whether each prediction after the upgrade is right; None counts as wrong.
 
     Raises:
-        MismatchError: The two have different lengths.
+        MismatchError: The two sequences have different lengths.
     """
     import numpy as np
 
-    before, after = np.asarray(old_right, dtype=bool), np.asarray(is_right, dtype=bool)
+    before, after = np.asarray(old_right, dtype=bool), np.asarray(new_right, dtype=bool)
     require_equal_lengths(before=len(before), after=len(after))
     return Flips(int((before & ~after).sum()), int((~before & after).sum()), len(before))
 
@@ -225,11 +217,11 @@ def require_equal_lengths(**lengths: int) -> None:
     """Check that sequences over the same examples have the same length.
 
     Args:
-        **lengths: The length of each sequence, by the name that messages use.
+        **lengths: The length of each sequence, by its name in messages.
 
     Raises:
         MismatchError: The lengths differ.
     """
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{count:,} {name}" for name, count in lengths.items())
-        raise MismatchError(f"expected one value an example, found {counts}. Use values of one and the same split.")
+        raise MismatchError(f"expected one value per example, found {counts}. Use values of the same split.")

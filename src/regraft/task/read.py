@@ -1,4 +1,4 @@
-"""Reading a task's examples from its sources."""
+"""The reader of a task's examples, with the held-out dev split and few-shot samples."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
     stratum are kept.
 
     Args:
-        task: The task.
+        task: A task of any type, with absolute paths if it was loaded from a file.
         seed: The seed of the held-out dev split and of few-shot samples.
 
     Returns:
-        The task's data; inputs are unchanged, and targets are as the task type encodes them.
+        The task's data, with inputs as in the sources and targets as the task type encodes them.
 
     Raises:
-        DataError: A source cannot be read, or a row is invalid; the message names it.
+        DataError: A source cannot be read, a row is invalid, or a stratum has too few examples; the message names the
+            source.
     """
     sources = {"train": task.train, "dev": task.dev, "test": task.test}
     tables = {
@@ -51,14 +52,14 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
 
 
 def load_data(task: Task | TaskData | str | Path, seed: int) -> TaskData:
-    """Load a task's data, and log a warning for everything that makes its scores unreliable.
+    """Load a task's data, and log a warning for each problem that makes its scores unreliable.
 
     Args:
-        task: A task file, a task, or its data, which is returned as it is.
+        task: The path of a task file, a task, or its data, which is returned unchanged and without warnings.
         seed: The seed of the held-out dev split and of few-shot samples.
 
-    Returns:
-        The task's data.
+    Raises:
+        DataError: The task file or a source cannot be read, or a row is invalid.
     """
     if isinstance(task, TaskData):
         return task

@@ -1,4 +1,4 @@
-"""Sampling of examples by stratum, determined by a seed and the examples' content alone."""
+"""Stratified samples of examples, determined by a seed and the examples' content alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from regraft.task.types import Task
 
 DEV_FRACTION = 0.1
-"""The fraction of each stratum of train that is held out as dev if the task has no dev source."""
+"""The fraction of each stratum of train held out if the task has no dev source: train loses little, dev is not tiny."""
 
 
 def draw_indices(split: Split, task: Task, labels: Sequence[str], counts: Sequence[int], seed: int) -> list[int]:
@@ -26,13 +26,13 @@ def draw_indices(split: Split, task: Task, labels: Sequence[str], counts: Sequen
 
     Args:
         split: The examples to draw from.
-        task: The task.
+        task: The task, which divides its examples into strata.
         labels: The label names, in the order of the outputs.
-        counts: The number of examples to draw from each stratum; all of a stratum that has fewer.
+        counts: The number of examples to draw from each stratum; a stratum that has fewer is drawn whole.
         seed: The seed of the ranking.
 
     Returns:
-        The indices of the examples, in the order drawn.
+        The indices of the drawn examples, in the order of their ranks.
     """
     strata = task.strata(split.targets, labels)[0].tolist()
     hashes = [
@@ -52,13 +52,13 @@ def hold_out(train: Split, task: Task, labels: Sequence[str], seed: int) -> tupl
     """Hold out a dev split from train: a tenth of each stratum, and at least one example of each that has two.
 
     Args:
-        train: The examples to divide.
-        task: The task.
+        train: All training examples.
+        task: The task, which divides its examples into strata.
         labels: The label names, in the order of the outputs.
         seed: The seed of the sample.
 
     Returns:
-        The remaining train and the held-out dev, both in the order of the source.
+        The remaining train split and the dev split, both in the order of the source.
 
     Raises:
         DataError: No stratum has more than one example.
@@ -72,7 +72,7 @@ def hold_out(train: Split, task: Task, labels: Sequence[str], seed: int) -> tupl
     if not indices:
         raise DataError(
             f"{train.source}: there is a single example of each class, so none can be held out as dev. "
-            "Add examples, or give a dev source under `dev`."
+            "Add examples, or name a dev source under `dev`."
         )
     is_dev = np.zeros(len(train), dtype=bool)
     is_dev[indices] = True

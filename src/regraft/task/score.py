@@ -1,4 +1,4 @@
-"""Scoring of predictions by the metrics of all task types."""
+"""Functions that score predictions by a metric of any task type."""
 
 from __future__ import annotations
 
@@ -20,11 +20,8 @@ def find_metric(metric: Metric | str) -> Metric:
     """Look up a metric by its name, among those of all task types.
 
     Args:
-        metric: The name in task files, or the metric itself. If several task types have a metric of that name, the one
-            of text classification is returned.
-
-    Returns:
-        The metric.
+        metric: The name in task files, or the metric itself. If several task types have a metric of that name, text
+            classification has precedence.
 
     Raises:
         RecipeError: There is no such metric.
@@ -32,30 +29,27 @@ def find_metric(metric: Metric | str) -> Metric:
     if not isinstance(metric, str):
         return metric
     types = task_types()
-    default_type = types[DEFAULT_TYPE]  # last, so that its metrics win: before there were types, names stood for them
-    metrics = {
-        candidate.name: candidate for task_type in (*types.values(), default_type) for candidate in task_type.metrics
-    }
+    metrics: dict[str, Metric] = {}
+    # the default type is last, so that its metrics win: records of regraft 0.1 name metrics without a type
+    for task_type in (*types.values(), types[DEFAULT_TYPE]):
+        metrics |= {candidate.name: candidate for candidate in task_type.metrics}
     if metric not in metrics:
         raise RecipeError(f"metric {metric!r}: there is no such metric. Use one of {', '.join(metrics)}.")
     return metrics[metric]
 
 
 def score(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> float:
-    """Score predictions.
+    """Score predictions by a metric.
 
     Args:
         metric: The metric, such as a task's `scoring`, or its name.
-        labels: One target an example.
-        predictions: One prediction an example.
-
-    Returns:
-        The score.
+        labels: One target per example.
+        predictions: One prediction per example.
 
     Raises:
         RecipeError: There is no such metric.
         DataError: There are no examples.
-        MismatchError: The number of predictions differs from that of targets.
+        MismatchError: The numbers of predictions and labels differ.
     """
     return float(evaluate(metric, labels, predictions).scores(None)[0])
 
@@ -64,17 +58,14 @@ def evaluate(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) ->
     """Apply a metric to predictions, so that they can be scored on any resample of the examples.
 
     Args:
-        metric: The metric or its name.
-        labels: One target an example.
-        predictions: One prediction an example.
-
-    Returns:
-        The evaluation.
+        metric: The metric, such as a task's `scoring`, or its name.
+        labels: One target per example.
+        predictions: One prediction per example.
 
     Raises:
         RecipeError: There is no such metric.
         DataError: There are no examples.
-        MismatchError: The number of predictions differs from that of targets.
+        MismatchError: The numbers of predictions and labels differ.
     """
     import numpy as np
 
@@ -87,14 +78,14 @@ def evaluate(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) ->
 
 
 def chance_score(data: TaskData, split: Split) -> float:
-    """Score the best constant prediction, such as the most frequent class of train.
+    """Score the best prediction that ignores the input, such as the most frequent class of train.
 
     Args:
-        data: The task's data.
-        split: The split to score it on.
+        data: The task's data, whose train split determines the prediction.
+        split: The split of `data` to score the prediction on.
 
     Returns:
-        The score by the task's metric.
+        The chance score, by the task's metric.
     """
     prediction = data.task.chance_prediction(data.train.targets, data.labels)
     return score(data.task.scoring, split.targets, [prediction] * len(split))
@@ -104,15 +95,12 @@ def flips(labels: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:
     """Count negative and positive flips, where a prediction is right if it equals the target.
 
     Args:
-        labels: One target an example.
-        before: One prediction an example, before the upgrade.
-        after: One prediction an example, after the upgrade.
-
-    Returns:
-        The counts.
+        labels: One target per example.
+        before: One prediction per example, before the upgrade.
+        after: One prediction per example, after the upgrade.
 
     Raises:
-        MismatchError: The three have different lengths.
+        MismatchError: The three sequences have different lengths.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Reading of columns from files and data sets, without interpreting their values."""
+"""Readers of columns from data files and Hugging Face data sets; task types interpret the values."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from regraft.task.file import (
     check_folder,
     check_regular_file,
     data_suffix,
+    first_line,
     read_bytes,
     read_json_rows,
 )
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from regraft.task.delimited import Quoting
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-"""The suffixes of files that are read."""
+"""The suffixes of the file formats that are read; text formats may be compressed."""
 
 
 class HubSplit(BaseModel):
@@ -51,8 +52,8 @@ class HubSplit(BaseModel):
     revision: str | None = Field(default=None, description="a branch, tag or commit of the data set")
 
     def __str__(self) -> str:
-        parts = [self.dataset, self.config and f"config {self.config}", f"split {self.split}"]
-        return ", ".join(part for part in parts if part)
+        config = f", config {self.config}" if self.config else ""
+        return f"{self.dataset}{config}, split {self.split}"
 
 
 def _path_as_text(value: Any) -> Any:
@@ -68,24 +69,28 @@ def _source_tag(value: Any) -> str:
 
 Source = Annotated[Annotated[_File, Tag("<file>")] | Annotated[HubSplit, Tag("<data set>")], Discriminator(_source_tag)]
 """The source of a split in a task file: the path of a file, or a split of a data set."""
-SOURCE_DESCRIPTION = "a file (.csv, .tsv, .jsonl, .json, .parquet) or {dataset: NAME, split: SPLIT}"
+SOURCE_DESCRIPTION = f"a file ({', '.join(SUFFIXES)}) or {{dataset: NAME, split: SPLIT}}"
+"""The description of a source in error messages."""
 
 
 def resolve_source(source: str | HubSplit | None, folder: Path) -> str | HubSplit | None:
     """Make the path of a source absolute.
 
     Args:
-        source: A file, a split of a data set, or None.
+        source: The path of a file, a split of a data set, or None.
         folder: The folder that relative paths start from.
 
     Returns:
-        The source; names of data sets that are not folders stay as they are.
+        The source with an absolute path; the name of a data set that is not a folder is unchanged.
     """
     if isinstance(source, str):
         return os.path.abspath(folder / os.path.expanduser(source))
-    if source is not None and os.path.isdir(dataset_folder := folder / os.path.expanduser(source.dataset)):
-        return source.model_copy(update={"dataset": os.path.abspath(dataset_folder)})
-    return source
+    if source is None:
+        return None
+    dataset_folder = folder / os.path.expanduser(source.dataset)
+    if not os.path.isdir(dataset_folder):
+        return source
+    return source.model_copy(update={"dataset": os.path.abspath(dataset_folder)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +98,10 @@ class SourceTable:
     """The columns of a source that a task needs.
 
     Args:
-        source: The name of the source, for messages.
-        columns: The values of each column.
+        source: The source as messages name it: a path, or the data set with its split.
+        columns: The values of each column, one per row.
         row_numbers: The number of each row in the source, counted from 1.
-        classes: The class names of each column whose source stores labels as numbers along with their names.
+        classes: The class names of each target column that holds indices of named classes.
     """
 
     source: str
@@ -106,32 +111,35 @@ class SourceTable:
 
 
 def read_table(
-    source: str | HubSplit, inputs: Sequence[str], targets: Sequence[str], quoting: Quoting | None = None
+    source: str | HubSplit, input_columns: Sequence[str], target_columns: Sequence[str], quoting: Quoting | None = None
 ) -> SourceTable:
     """Read the columns of a task.
 
     Args:
-        source: A file, or a split of a data set.
-        inputs: The names of the columns that a model reads.
-        targets: The names of the columns that it is to predict, if there are any.
-        quoting: How quotes in CSV and TSV files are interpreted; see `Task`.
+        source: The path of a file, or a split of a data set.
+        input_columns: The names of the columns that a model reads.
+        target_columns: The names of the columns that a model is to predict; empty for unlabelled data.
+        quoting: The interpretation of quotes in CSV and TSV files; see `Task`.
 
     Returns:
-        These columns, with at least one row.
+        The requested columns, with at least one row.
 
     Raises:
         DataError: The source is missing, malformed, empty, of an unsupported format, or lacks a column.
     """
     if isinstance(source, str):
-        table = _read_file(Path(source), inputs, targets, quoting)
+        table = _read_file(Path(source), input_columns, target_columns, quoting)
     else:
-        table = _read_dataset(source, inputs, targets)
+        table = _read_dataset(source, input_columns, target_columns)
     if not table.row_numbers:
         raise DataError(f"{table.source}: there are no rows. Use a source with examples.")
     return table
 
 
-def _read_file(path: Path, inputs: Sequence[str], targets: Sequence[str], quoting: Quoting | None) -> SourceTable:
+def _read_file(
+    path: Path, input_columns: Sequence[str], target_columns: Sequence[str], quoting: Quoting | None
+) -> SourceTable:
+    """Read columns of a file in the format that its suffix names."""
     suffix = data_suffix(path)
     if suffix == ".arrow" or (suffix not in SUFFIXES and os.path.isdir(path)):
         folder = path if os.path.isdir(path) else path.parent
@@ -143,54 +151,65 @@ def _read_file(path: Path, inputs: Sequence[str], targets: Sequence[str], quotin
         files = f"files ending in {path.suffix!r}" if path.suffix else "files without a suffix"
         raise DataError(
             f"{path}: cannot read a task from {files}. Use a .csv, .tsv, "
-            ".jsonl, .json (one object a line, or a list of objects) or .parquet file; text files may be compressed "
+            ".jsonl, .json (one object per line, or a list of objects) or .parquet file; text files may be compressed "
             f"({', '.join(COMPRESSED_SUFFIXES)}). For a data set of the Hub, write "
             f"{{dataset: {'NAME' if path.suffix else path.name}, split: train}}."
         )
     check_regular_file(path)
     if suffix == ".parquet":
-        return _read_parquet(path, inputs, targets)
-    columns = [*inputs, *targets]
+        return _read_parquet(path, input_columns, target_columns)
+    columns = [*input_columns, *target_columns]
     if suffix in (".json", ".jsonl"):
         return _read_json(path, columns)
     delimiter = "\t" if suffix == ".tsv" else ","
-    label = targets[0] if targets else None
-    values, rows = read_delimited(path, _read_text(path), delimiter, columns, label, quoting)
-    return SourceTable(str(path), values, rows)
+    label_column = target_columns[0] if target_columns else None
+    values, row_numbers = read_delimited(path, _read_text(path), delimiter, columns, label_column, quoting)
+    return SourceTable(str(path), values, row_numbers)
 
 
 def _read_json(path: Path, columns: Sequence[str]) -> SourceTable:
-    entries, rows = [], []
+    """Read keys of JSON objects as columns; a key that only some objects lack is None there."""
+    entries = []
+    row_numbers = []
     for row, entry in read_json_rows(path):
         if not isinstance(entry, dict):
             raise DataError(
                 f"{path}, row {row}: a JSON {type(entry).__name__}, not an object. Write one list of objects, or one "
-                "object a line."
+                "object per line."
             )
         entries.append(entry)
-        rows.append(row)
+        row_numbers.append(row)
     if len(entries) == 1 and isinstance(entries[0].get(columns[0], {}), dict | list):
         raise DataError(
-            f"{path}: is a single object with the keys {format_names(list(entries[0]))}, not one object an example. "
+            f"{path}: is a single object with the keys {format_names(list(entries[0]))}, not one object per example. "
             "Write a list of objects (in pandas, orient='records')."
         )
     if entries:
         keys = dict.fromkeys(key for entry in entries for key in entry)
         require_columns(columns, list(keys), str(path))
-    return SourceTable(str(path), {column: [entry.get(column) for entry in entries] for column in columns}, rows)
+    values = {column: [entry.get(column) for entry in entries] for column in columns}
+    return SourceTable(str(path), values, row_numbers)
 
 
-def _read_parquet(path: Path, inputs: Sequence[str], targets: Sequence[str]) -> SourceTable:
+def _read_parquet(path: Path, input_columns: Sequence[str], target_columns: Sequence[str]) -> SourceTable:
+    """Read columns of a Parquet file, and the class names that `datasets` stores in its metadata."""
     import pyarrow
     import pyarrow.parquet
 
+    columns = [*input_columns, *target_columns]
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            table = file.read(columns=require_columns([*inputs, *targets], schema.names, str(path)))
-        columns = table.to_pydict()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8
-        raise DataError(f"{path}: not a readable Parquet file ({_reason(error)}). Write it again.") from error
+            require_columns(columns, schema.names, str(path))
+            table = file.read(columns=columns)
+        values = table.to_pydict()
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # text that is not UTF-8 raises ValueError
+        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)}). Write it again.") from error
     classes = {}
     if b"huggingface" in (schema.metadata or {}):  # `datasets` stores class names there
         from datasets import Features
@@ -199,25 +218,30 @@ def _read_parquet(path: Path, inputs: Sequence[str], targets: Sequence[str]) -> 
             features = Features.from_arrow_schema(schema)
         except Exception as error:  # the metadata may be any JSON, which `datasets` does not check
             raise DataError(
-                f"{path}: its metadata for `datasets` is invalid ({_reason(error)}). Write the file again, or without "
-                "that metadata."
+                f"{path}: its metadata for `datasets` is invalid ({first_line(error)}). Write the file again, or "
+                "without that metadata."
             ) from error
-        classes = _class_names(features, targets, str(path))
-    return SourceTable(str(path), columns, range(1, table.num_rows + 1), classes)
+        classes = _class_names(features, target_columns, str(path))
+    return SourceTable(str(path), values, range(1, table.num_rows + 1), classes)
 
 
-def _read_dataset(source: HubSplit, inputs: Sequence[str], targets: Sequence[str]) -> SourceTable:
+def _read_dataset(source: HubSplit, input_columns: Sequence[str], target_columns: Sequence[str]) -> SourceTable:
+    """Read columns of a split of a data set."""
     dataset = _load_dataset(source)
-    columns = require_columns([*inputs, *targets], dataset.column_names, str(source))
+    columns = [*input_columns, *target_columns]
+    require_columns(columns, dataset.column_names, str(source))
     try:
         values = dataset.select_columns(columns).with_format(None)[:]
-    except Exception as error:  # rows are decoded only here, by code that depends on the type of column
-        raise DataError(f"{source}: its rows cannot be read ({_reason(error)}). Write the data set again.") from error
-    classes = _class_names(dataset.features, targets, str(source))
+    except Exception as error:  # rows are decoded only here, by code that may raise anything
+        raise DataError(
+            f"{source}: its rows cannot be read ({first_line(error)}). Write the data set again."
+        ) from error
+    classes = _class_names(dataset.features, target_columns, str(source))
     return SourceTable(str(source), values, range(1, len(dataset) + 1), classes)
 
 
 def _load_dataset(source: HubSplit) -> Any:
+    """Load a Dataset from the Hub or a folder; raise DataError if `datasets` cannot."""
     from datasets import load_dataset
 
     folder = Path(source.dataset)
@@ -230,7 +254,7 @@ def _load_dataset(source: HubSplit) -> Any:
         raise
     except Exception as error:  # `datasets` and its readers raise exceptions of many types
         raise DataError(
-            f"{source}: `datasets` cannot load it ({_reason(error)}). Check its name, config, split and revision."
+            f"{source}: `datasets` cannot load it ({first_line(error)}). Check its name, config, split and revision."
         ) from error
 
 
@@ -247,7 +271,7 @@ def load_saved_dataset(source: HubSplit) -> Any:
         source: The folder and the split; a Dataset without a split name is loaded under any name.
 
     Returns:
-        A Dataset.
+        The `datasets.Dataset` of the requested rows.
 
     Raises:
         DataError: The folder contains a pipe or device, or refers to files outside; or the source names a config or a
@@ -265,17 +289,17 @@ def load_saved_dataset(source: HubSplit) -> Any:
                 raise DataError(f"{state}: names {file['filename']!r:.200}, which is outside of its folder.")
     splits = load_from_disk(str(folder))
     if isinstance(splits, Dataset):
-        requested_name = re.findall(r"\w*", source.split)[0]  # of `train[:10%]`, train
+        requested_name = re.findall(r"\w*", source.split)[0]  # `train` for `train[:10%]`
         splits = {str(splits.split or requested_name): splits}
     sizes = {name: len(split) for name, split in splits.items()}
     slices = ReadInstruction.from_spec(source.split).to_absolute(sizes)
-    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in slices])
+    return concatenate_datasets([splits[rows.splitname].select(range(rows.from_, rows.to)) for rows in slices])
 
 
-def _class_names(features: Any, targets: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
+def _class_names(features: Any, target_columns: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
     """Return the class names of the target columns that have some, including columns of lists of classes."""
     classes: dict[str, tuple[str, ...]] = {}
-    for column in targets:
+    for column in target_columns:
         feature = features.get(column)
         names = getattr(getattr(feature, "feature", feature), "names", None)
         if not names:
@@ -283,7 +307,8 @@ def _class_names(features: Any, targets: Sequence[str], source: str) -> dict[str
         if not all(isinstance(name, str) for name in names):
             raise DataError(f"{source}: the class names of {column!r} are {names!r:.200}, not text. Correct them.")
         classes[column] = tuple(label_name(name) or name for name in names)
-        if repeated := [name for name, count in Counter(classes[column]).items() if count > 1]:
+        repeated = [name for name, count in Counter(classes[column]).items() if count > 1]
+        if repeated:
             raise DataError(
                 f"{source}: several classes of {column!r} are called {repeated[0]!r}. Give each a different name."
             )
@@ -291,6 +316,7 @@ def _class_names(features: Any, targets: Sequence[str], source: str) -> dict[str
 
 
 def _read_text(path: Path) -> str:
+    """Read a file of UTF-8 text, with or without a byte order mark."""
     content = read_bytes(path)
     try:
         return content.decode("utf-8-sig")
@@ -300,7 +326,3 @@ def _read_text(path: Path) -> str:
             f"{path}, line {line}: is not UTF-8 text ({error.reason}). Save the file as UTF-8; if it is compressed, "
             f"give it the matching suffix ({', '.join(COMPRESSED_SUFFIXES)})."
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -21,8 +21,8 @@ class Split:
     Args:
         name: `train`, `dev` or `test`.
         source: The file or data set that the examples were read from.
-        inputs: What a model reads, one entry an example; for task types of text, a tuple of one or two texts.
-        targets: What a model is to predict, one entry an example; in classification, indices of the task's labels.
+        inputs: The input of a model per example; for task types of text, a tuple of one or two texts.
+        targets: The target of a model per example; in classification, indices of the task's labels.
         row_numbers: The row number of each example in its source, counted from 1.
     """
 
@@ -49,15 +49,17 @@ class Split:
         """Select examples.
 
         Args:
-            indices: The positions of the examples, counted from 0, in the order to return them in.
+            indices: The indices of the examples, in the order of the result.
 
         Returns:
             The selected examples, as a split of the same name and source.
         """
         import numpy as np
 
-        positions = np.asarray(indices, dtype=np.int64)
-        inputs = [self.inputs[i] for i in positions.tolist()]
+        selected = np.asarray(indices, dtype=np.int64)
         return dataclasses.replace(
-            self, inputs=inputs, targets=self.targets[positions], row_numbers=self.row_numbers[positions]
+            self,
+            inputs=[self.inputs[index] for index in selected.tolist()],
+            targets=self.targets[selected],
+            row_numbers=self.row_numbers[selected],
         )

@@ -1,4 +1,4 @@
-"""Statistics of a task's examples, and warnings about what makes its scores unreliable."""
+"""Statistics of a task's examples, and warnings about problems that make its scores unreliable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from regraft.task.split import Split
 
 MIN_EXAMPLES = 10
-"""In a smaller split, one example moves accuracy by more than 10 points, and a bootstrap has too little to resample."""
+"""The least size of a split: in a smaller one, one example moves accuracy by more than 10 points."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class SplitSummary:
         examples: The number of examples.
         counts: The number of examples by stratum; in classification, a stratum is a class.
         absent: The strata without examples.
-        median_words: The median number of words, separated by blanks; those of a pair's texts are added up.
-        p95_words: The 95th percentile of the number of words.
+        median_words: The median number of words per example, separated by whitespace, in both texts of a pair.
+        p95_words: The 95th percentile of the number of words per example.
         max_words: The number of words of the longest example.
     """
 
@@ -41,18 +41,16 @@ class SplitSummary:
 
 
 def summarise(data: TaskData) -> list[SplitSummary]:
-    """Summarise the splits of a task.
-
-    Args:
-        data: The task's data.
+    """Compute the statistics of a task's splits.
 
     Returns:
-        The statistics of train, of dev, and of test if there is one.
+        The statistics of train, dev, and test if the task has one.
     """
     return [_summarise_split(split, data) for split in (data.train, data.dev, data.test) if split is not None]
 
 
 def _summarise_split(split: Split, data: TaskData) -> SplitSummary:
+    """Count the examples of a split by stratum, and the words per example."""
     import numpy as np
 
     strata, names = data.task.strata(split.targets, data.labels)
@@ -71,21 +69,20 @@ def _summarise_split(split: Split, data: TaskData) -> SplitSummary:
 
 
 def data_warnings(data: TaskData) -> list[str]:
-    """Describe what makes a task's scores unreliable.
-
-    Args:
-        data: The task's data.
+    """Describe problems that make a task's scores unreliable.
 
     Returns:
-        One sentence for each problem: label names that look alike or look like missing values, a dev or test split
-        that is tiny or of a single class, test examples that are also in train.
+        One sentence per problem: label names that look alike or look like missing values, a dev or test split that is
+        tiny or of a single class, test examples that are also in train.
     """
     label_warnings = data.task.label_warnings(data.labels) if data.labelled else []
     warnings = [f"{data.train.source}: {warning}" for warning in label_warnings]
     for split in (data.dev, data.test):
-        if split is not None and (problem := weakness(data, split)):
+        problem = None if split is None else weakness(data, split)
+        if split is not None and problem:
             warnings.append(f"{split.source}: {split.name} has {problem}.")
-    if data.test is not None and (pairs := find_duplicates(data.train, data.test)):
+    pairs = find_duplicates(data.train, data.test)
+    if data.test is not None and pairs:
         train_row, test_row = pairs[0]
         warnings.append(
             f"{data.test.source}: {len(pairs):,} of {len(data.test):,} examples of test are also in train (row "
@@ -99,7 +96,7 @@ def weakness(data: TaskData, split: Split) -> str | None:
 
     Args:
         data: The task's data.
-        split: Its dev or test split.
+        split: The dev or test split of `data`.
 
     Returns:
         A noun phrase such as `1 example, too few …`; None if the split is large and varied enough.

@@ -1,4 +1,4 @@
-"""YAML files that users write: read without conversion of scalars, and validated key by key."""
+"""A reader of YAML files that users write, without conversion of scalars, and their validation key by key."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_BYTES = 500_000
-"""The size of a file: enough for more than 10,000 label names, which take PyYAML up to 6 s."""
+"""The largest size of a file: enough for more than 10,000 label names, which take PyYAML up to 6 s."""
 MAX_VALUES = 100_000
-"""The number of values after aliases are expanded: a few lines of nested aliases may stand for billions of values."""
+"""The largest number of values after aliases are expanded: a few lines of nested aliases may stand for billions."""
 MAX_PROBLEMS = 20
-"""The number of lines of a message: every item of a long list may be invalid."""
+"""The number of problems that a message lists, arbitrary: every item of a long list may be invalid."""
 _PLAIN_TAGS = {yaml.ScalarNode: "str", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}
 _RESOLVED_TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
-_short = reprlib.Repr()  # for messages: values may be deep and long
-_short.maxlevel, _short.maxstring, _short.maxother = 2, 100, 100
+_short = reprlib.Repr()  # shortens values in messages, which may be deep and long; the limits are arbitrary
+_short.maxlevel = 2
+_short.maxstring = 100
+_short.maxother = 100
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,12 +39,14 @@ class _Loader(yaml.SafeLoader):
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if node is not None:
-            _check_size(node, {})
+            _count_values(node, {})
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             if key.value in keys:
                 raise _yaml_error(key, f"the key {_short.repr(key.value)} is repeated")
             keys.add(key.value)
@@ -55,37 +59,42 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _check_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Count the values of a node with all aliases expanded, and refuse what is not made of text, lists and mappings.
+def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
+    """Count the values of a node with all aliases expanded, and refuse tags other than text, lists and mappings.
 
     Args:
-        node: The node.
-        sizes: The counts of all nodes that were visited, by their `id`; None for those that contain this node.
+        node: The root of the values to count.
+        counts: The counts of all visited nodes by `id`, which this function extends; None for nodes that contain
+            `node`.
 
     Returns:
-        The number of values.
+        The number of values, including the node itself.
+
+    Raises:
+        yaml.constructor.ConstructorError: An alias is recursive, a tag or a text is invalid, or values are too many.
     """
-    if id(node) in sizes:
-        if (size := sizes[id(node)]) is None:
+    if id(node) in counts:
+        known_count = counts[id(node)]
+        if known_count is None:
             raise _yaml_error(node, "an alias refers to a value that contains it")
-        return size
+        return known_count
     plain_tag = f"tag:yaml.org,2002:{_PLAIN_TAGS[type(node)]}"
     if node.tag != plain_tag and not (isinstance(node, yaml.ScalarNode) and node.tag in _RESOLVED_TAGS):
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
         raise _yaml_error(node, f"the tag {_short.repr(tag)}: values are read as written, leave it out")
-    sizes[id(node)] = None
+    counts[id(node)] = None
     if isinstance(node, yaml.ScalarNode):
         if not is_unicode(node.value):
             raise _yaml_error(node, f"{_short.repr(node.value)} is not valid Unicode")
-        size = 1
+        count = 1
     elif isinstance(node, yaml.MappingNode):
-        size = 1 + sum(_check_size(child, sizes) for pair in node.value for child in pair)
+        count = 1 + sum(_count_values(child, counts) for pair in node.value for child in pair)
     else:
-        size = 1 + sum(_check_size(child, sizes) for child in node.value)
-    if size > MAX_VALUES:
+        count = 1 + sum(_count_values(child, counts) for child in node.value)
+    if count > MAX_VALUES:
         raise _yaml_error(node, f"more than {MAX_VALUES:,} values after aliases are expanded")
-    sizes[id(node)] = size
-    return size
+    counts[id(node)] = count
+    return count
 
 
 def _yaml_error(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
@@ -96,16 +105,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of keys and values.
 
     Args:
-        path: The file.
+        path: A file of UTF-8 text, at most `MAX_BYTES` long.
 
     Returns:
-        The keys and values. Scalars are text as written, or None; validation converts them to numbers.
+        The keys and values. Scalars are text as written, or None; `validate` converts them to numbers.
 
     Raises:
         DataError: The file is missing, not UTF-8, not YAML, not a mapping, too large or too deeply nested.
     """
-    if check_regular_file(path) > MAX_BYTES or len(content := read_bytes(path)) > MAX_BYTES:
-        raise DataError(f"{path}: the file is larger than the {MAX_BYTES:,} bytes that a YAML file may have.")
+    check_regular_file(path)
+    too_large = DataError(f"{path}: the file is larger than the {MAX_BYTES:,} bytes that a YAML file may have.")
+    if path.stat().st_size > MAX_BYTES:
+        raise too_large
+    content = read_bytes(path)
+    if len(content) > MAX_BYTES:  # a compressed file expands
+        raise too_large
     try:
         values = yaml.load(content.decode("utf-8-sig"), _Loader)  # a SafeLoader with fewer conversions
     except UnicodeDecodeError as error:
@@ -129,15 +143,15 @@ def validate(model: type[Model], values: Mapping[str, Any], origin: str) -> Mode
     The expected value in a message is the description of the model's field.
 
     Args:
-        model: The class of the model.
-        values: The values of its fields.
-        origin: Where the values come from, such as the path of a file, for messages.
+        model: A model class whose fields all have descriptions.
+        values: The values by field name, as a user wrote them.
+        origin: The source of the values as messages name it, such as the path of a file.
 
     Returns:
-        The model.
+        The validated model.
 
     Raises:
-        DataError: Keys are unknown or missing, or values are invalid; the message has one line for each.
+        DataError: Keys are unknown or missing, or values are invalid; the message has one line per problem.
     """
     try:
         return model.model_validate(dict(values))
@@ -149,15 +163,18 @@ def validate(model: type[Model], values: Mapping[str, Any], origin: str) -> Mode
 
 
 def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
-    innermost = model
+    """Describe a validation error by its key, the invalid value, and the description of the innermost field."""
+    innermost_model = model
     description = ""
-    for part in error["loc"]:
-        if isinstance(part, str) and part in innermost.model_fields:
-            field = innermost.model_fields[part]
-            description, innermost = field.description or "", _model_in(field.annotation) or innermost
-    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith("<"))  # <…> are tags of unions
+    for key_part in error["loc"]:
+        if isinstance(key_part, str) and key_part in innermost_model.model_fields:
+            field = innermost_model.model_fields[key_part]
+            description = field.description or ""
+            innermost_model = _nested_model(field.annotation) or innermost_model
+    # tags of unions are written as <…>, and are not keys of the file
+    key = ".".join(str(key_part) for key_part in error["loc"] if not str(key_part).startswith("<"))
     if error["type"] == "extra_forbidden":
-        keys = list(innermost.model_fields)
+        keys = list(innermost_model.model_fields)
         suggestion = did_you_mean(str(error["loc"][-1]), keys)
         return f"unknown key {_short.repr(key)}.{suggestion} The keys are: {', '.join(keys)}."
     if error["type"] == "missing":
@@ -168,9 +185,9 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
     return f"the key {key!r} is {value}. Set it to {description}."
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
     """Return the model in an annotation such as `list[Model] | None`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    models = (_model_in(argument) for argument in get_args(annotation))
+    models = (_nested_model(argument) for argument in get_args(annotation))
     return next((model for model in models if model), None)

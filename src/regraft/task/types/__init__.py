@@ -1,4 +1,4 @@
-"""Task types, one file each: what a model reads, what it predicts, and how predictions are scored."""
+"""Task types: the inputs and targets of models, their likelihoods, metrics and views."""
 
 from regraft.task.types.examples import ROW_TENSORS, Examples
 from regraft.task.types.head import Head

@@ -1,4 +1,4 @@
-"""Metrics of classifiers, for predictions that are one class an example."""
+"""Metrics of classifiers that predict one class per example."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _hits(targets: Integers, predictions: Integers) -> csr_array:
-    """Return two columns: 1 where the prediction is right, and 1 for every example."""
+    """Return the statistics of accuracy, examples × 2: 1 if the prediction is right, and 1 for every example."""
     import numpy as np
     from scipy.sparse import csr_array
 
@@ -23,6 +23,7 @@ def _hits(targets: Integers, predictions: Integers) -> csr_array:
 
 
 def _accuracy(sums: Floats) -> Floats:
+    """Return the share of right predictions from sums of `_hits`, resamples × 2."""
     import numpy as np
 
     right, total = sums.T
@@ -30,7 +31,7 @@ def _accuracy(sums: Floats) -> Floats:
 
 
 def _class_counts(targets: Integers, predictions: Integers) -> csr_array:
-    """Return three columns a class that sum to its confusion counts: true positives, targets and predictions."""
+    """Return confusion counts, examples × 3·classes: true positives, then targets, then predictions."""
     import numpy as np
     from scipy.sparse import csr_array
 
@@ -38,12 +39,16 @@ def _class_counts(targets: Integers, predictions: Integers) -> csr_array:
     target_codes, predicted_codes = np.split(codes, 2)
     examples = np.arange(len(targets))
     hits = np.flatnonzero(targets == predictions)
-    rows = np.concatenate([hits, examples, examples])
-    columns = np.concatenate([target_codes[hits], len(classes) + target_codes, 2 * len(classes) + predicted_codes])
-    return csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(targets), 3 * len(classes)))
+    row_indices = np.concatenate([hits, examples, examples])
+    column_indices = np.concatenate(
+        [target_codes[hits], len(classes) + target_codes, 2 * len(classes) + predicted_codes]
+    )
+    shape = (len(targets), 3 * len(classes))
+    return csr_array((np.ones(len(row_indices)), (row_indices, column_indices)), shape=shape)
 
 
 def _macro_f1(sums: Floats) -> Floats:
+    """Return the mean F1 over classes from sums of `_class_counts`, resamples × 3·classes."""
     import numpy as np
 
     hits, targets, predictions = np.split(sums, 3, axis=1)
@@ -53,10 +58,12 @@ def _macro_f1(sums: Floats) -> Floats:
 
 
 def _mcc(sums: Floats) -> Floats:
+    """Return the multiclass correlation from sums of `_class_counts`, resamples × 3·classes."""
     import numpy as np
 
     hits, targets, predictions = np.split(sums, 3, axis=1)
-    right, total = hits.sum(axis=1), targets.sum(axis=1)
+    right = hits.sum(axis=1)
+    total = targets.sum(axis=1)
     covariance = right * total - (targets * predictions).sum(axis=1)
     variance = (total**2 - (targets**2).sum(axis=1)) * (total**2 - (predictions**2).sum(axis=1))
     return np.asarray(np.divide(covariance, np.sqrt(variance), out=np.zeros_like(covariance), where=variance > 0))

@@ -23,8 +23,8 @@ class ClassComparison:
     Args:
         label: The name of the class.
         examples: The number of examples of the class.
-        before: The recall of the old deployment.
-        after: The recall of the new deployment.
+        before: The recall of the old model; 0 if the class has no examples.
+        after: The recall of the new model; 0 if the class has no examples.
         negative: The number of negative flips.
         positive: The number of positive flips.
     """
@@ -45,8 +45,8 @@ class Bin:
         low: The lower end of the range, which it excludes.
         high: The upper end of the range, which it includes.
         count: The number of predictions in the bin.
-        confidence: Their mean confidence.
-        accuracy: The share of them that is right.
+        confidence: The mean confidence of these predictions.
+        accuracy: The share of these predictions that are right.
     """
 
     low: float
@@ -58,7 +58,7 @@ class Bin:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How well a classifier's confidence agrees with its accuracy.
+    """The agreement of a classifier's confidence with its accuracy.
 
     Args:
         ece: The expected calibration error: the mean absolute difference of confidence and accuracy over bins, weighted
@@ -71,20 +71,18 @@ class Calibration:
 
 
 def calibration(confidence: Sequence[float], right: Sequence[bool]) -> Calibration:
-    """Measure how well confidence agrees with accuracy.
+    """Measure the agreement of confidence with accuracy.
 
     Source: Guo et al., 2017 (arXiv:1706.04599).
 
     Args:
-        confidence: The probability that the model gives to each of its predictions.
+        confidence: The probability that the model gives to each of its predictions, at least one.
         right: Whether each prediction is right.
-
-    Returns:
-        The expected calibration error and its bins.
     """
     import torch
 
-    confidences, is_right = torch.tensor(confidence), torch.tensor(right)
+    confidences = torch.tensor(confidence)
+    is_right = torch.tensor(right)
     bin_indices = (confidences * BINS).ceil().long().clamp(1, BINS) - 1  # a bin includes its upper end
     bins = []
     for index in range(BINS):
@@ -98,22 +96,22 @@ def calibration(confidence: Sequence[float], right: Sequence[bool]) -> Calibrati
 
 
 def compare_classes(
-    targets: Sequence[Any], old_right: Sequence[bool], is_right: Sequence[bool], labels: Sequence[str]
+    targets: Sequence[Any], old_right: Sequence[bool], new_right: Sequence[bool], labels: Sequence[str]
 ) -> list[ClassComparison]:
     """Compute recall and flips by class.
 
     Args:
         targets: The class of each example, as an index.
-        old_right: Whether the old deployment's prediction of each example is right.
-        is_right: Whether the new deployment's prediction of each example is right.
-        labels: The names of the classes.
+        old_right: Whether the old model's prediction of each example is right.
+        new_right: Whether the new model's prediction of each example is right.
+        labels: The names of the classes, by their indices.
 
     Returns:
-        One comparison a class.
+        One comparison per class, in the order of `labels`.
     """
     comparisons = []
     for index, label in enumerate(labels):
-        pairs = [pair for target, *pair in zip(targets, old_right, is_right, strict=True) if target == index]
+        pairs = [pair for target, *pair in zip(targets, old_right, new_right, strict=True) if target == index]
         count = len(pairs)
         old_recall = sum(old for old, _ in pairs) / count if count else 0.0
         new_recall = sum(new for _, new in pairs) / count if count else 0.0
@@ -123,25 +121,26 @@ def compare_classes(
 
 
 def class_views(classes: Sequence[ClassComparison], calibrations: Mapping[str, Calibration]) -> tuple[View, ...]:
-    """Return the views that compare two classifiers.
+    """Build the views that compare two classifiers.
 
     Args:
         classes: The comparison of each class.
-        calibrations: The calibration of the `old` and the `new` deployment.
+        calibrations: The calibrations of the models whose confidence is known, under the keys `old` and `new`.
 
     Returns:
-        A table of the classes and a chart of the calibration, each if there is data for it.
+        A table of the classes and a chart of the calibrations; a view without data is omitted.
     """
-    measured = {name: curve for name, curve in calibrations.items() if curve.bins}
+    nonempty = {name: calibration for name, calibration in calibrations.items() if calibration.bins}
     views: list[View] = []
     if classes:
         views.append(_class_table(classes))
-    if measured:
-        views.append(_calibration_chart(measured))
+    if nonempty:
+        views.append(_calibration_chart(nonempty))
     return tuple(views)
 
 
 def _class_table(classes: Sequence[ClassComparison]) -> Table:
+    """Build a table with one row per class."""
     columns = (
         Column("class", "text"),
         Column("examples", "count"),
@@ -167,6 +166,7 @@ def _class_table(classes: Sequence[ClassComparison]) -> Table:
 
 
 def _calibration_chart(calibrations: Mapping[str, Calibration]) -> Scatter:
+    """Build a chart of accuracy by confidence, with one series per model and one point per bin."""
     columns = (
         Column("model", "text"),
         Column("confidence from", "text"),
@@ -176,21 +176,23 @@ def _calibration_chart(calibrations: Mapping[str, Calibration]) -> Scatter:
     )
     rows = tuple(
         (name, f"{bin.low:.2f} to {bin.high:.2f}", bin.count, bin.confidence, bin.accuracy)
-        for name, curve in calibrations.items()
-        for bin in curve.bins
+        for name, calibration in calibrations.items()
+        for bin in calibration.bins
     )
     series = tuple(
         Series(
-            name=f"{name} model, ECE {curve.ece:.3f}",
-            x=tuple(bin.confidence for bin in curve.bins),
-            y=tuple(bin.accuracy for bin in curve.bins),
-            sizes=tuple(bin.count for bin in curve.bins),
+            name=f"{name} model, ECE {calibration.ece:.3f}",
+            x=tuple(bin.confidence for bin in calibration.bins),
+            y=tuple(bin.accuracy for bin in calibration.bins),
+            sizes=tuple(bin.count for bin in calibration.bins),
         )
-        for name, curve in calibrations.items()
+        for name, calibration in calibrations.items()
     )
-    errors = ", ".join(f"{name} model {curve.ece:.3f}" for name, curve in calibrations.items())
+    errors = ", ".join(f"{name} model {calibration.ece:.3f}" for name, calibration in calibrations.items())
     time_by_name = {"old": "before", "new": "after"}
-    brief = ", ".join(f"{curve.ece:.3f} {time_by_name.get(name, name)}" for name, curve in calibrations.items())
+    brief = ", ".join(
+        f"{calibration.ece:.3f} {time_by_name.get(name, name)}" for name, calibration in calibrations.items()
+    )
     return Scatter(
         name="calibration",
         title="Calibration",

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from regraft.task.split import Integers
 
 ROW_TENSORS = ("targets", "row", "example", "token")
-"""The tensors of a batch that describe its rows; all others are inputs of the model."""
+"""The tensors of a batch that describe its rows; all other tensors are inputs of the model."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
     """Tokenised examples, ready to be batched.
 
-    A model makes predictions at certain tokens of an example. Each of them is a *row* and has a target. Rows are
-    numbered consecutively over all examples.
+    A model makes predictions at certain tokens of an example. Each such token is a *row* and has a target. Rows are
+    numbered from 0 over all examples.
 
     Args:
-        columns: For each input of the model (`input_ids`, `token_type_ids`), one list of ids an example.
+        columns: For each input of the model (`input_ids`, `token_type_ids`), one list of ids per example.
         targets: The target of each row.
         pad: The id that batches are padded with, for each column.
         tokens: The token indices of each example's rows; None if each example has a single row, at the token that the
@@ -50,32 +50,33 @@ class Examples:
 
     @functools.cached_property
     def _row_ends(self) -> Integers:
-        """For each example, the number that follows its last row's; cached because every batch needs it."""
+        """The index after each example's last row; cached because every batch needs it."""
         import numpy as np
 
         return np.cumsum([len(tokens) for tokens in self.tokens or ()])
 
     def rows(self, indices: Sequence[int]) -> Integers:
-        """Return the row numbers of some examples.
+        """Return the indices of all rows of some examples.
 
         Args:
             indices: The indices of the examples.
 
         Returns:
-            The numbers of all rows of these examples, in the order of the examples.
+            The row indices, in the order of `indices`.
         """
         import numpy as np
 
         if self.tokens is None:
             return np.array(list(indices), dtype=np.int64)
         ends = self._row_ends
-        return np.concatenate([np.arange(ends[i] - len(self.tokens[i]), ends[i]) for i in indices]).astype(np.int64)
+        ranges = [np.arange(ends[i] - len(self.tokens[i]), ends[i]) for i in indices]
+        return np.concatenate(ranges).astype(np.int64)
 
     def take(self, indices: Sequence[int]) -> Examples:
         """Select examples.
 
         Args:
-            indices: The indices of the examples, in the order to return them in.
+            indices: The indices of the examples, in the order of the result.
 
         Returns:
             The examples, with their rows renumbered.
@@ -91,9 +92,9 @@ class Examples:
             indices: The indices of the examples.
 
         Returns:
-            The model's inputs, each examples × tokens, with `attention_mask`; for each row, its target (`targets`) and
-            its number (`row`); and unless each example has a single row, its position in the batch (`example` and
-            `token`).
+            The model's inputs, each examples × tokens, with `attention_mask`. For each row, the target (`targets`) and
+            the row index (`row`). Unless each example has a single row, also the indices of each row's example and
+            token in the batch (`example`, `token`).
         """
         import torch
 
@@ -106,7 +107,8 @@ class Examples:
             padded[mask] = torch.tensor([token for i in indices for token in column[i]])
             batch[name] = padded
         rows = self.rows(indices)
-        batch["targets"], batch["row"] = torch.as_tensor(self.targets[rows]), torch.as_tensor(rows)
+        batch["targets"] = torch.as_tensor(self.targets[rows])
+        batch["row"] = torch.as_tensor(rows)
         if self.tokens is not None:
             positions = [(example, token) for example, i in enumerate(indices) for token in self.tokens[i]]
             batch["example"] = torch.tensor([example for example, _ in positions], dtype=torch.long)

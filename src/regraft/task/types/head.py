@@ -1,4 +1,4 @@
-"""The head of a model: the task type it serves, and the names of its outputs."""
+"""The head of a model: the task type that it is for, and the names of its outputs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regraft.task.types.type import Task
+
+
+MAX_LISTED = 8
+"""The number of labels that a message lists, arbitrary: a head may have thousands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +32,11 @@ class Head:
 
     @property
     def num_outputs(self) -> int:
-        """The number of outputs."""
+        """The number of outputs, which is the width of the last layer."""
         return int(self.settings["num_labels"])
 
     def __str__(self) -> str:
         if not self.labels:
-            return f"{self.num_outputs} output{'s' if self.num_outputs > 1 else ''} without labels"
-        return f"{self.num_outputs} labels ({', '.join(self.labels[:8])})"
+            noun = "outputs" if self.num_outputs > 1 else "output"
+            return f"{self.num_outputs} {noun} without labels"
+        return f"{self.num_outputs} labels ({', '.join(self.labels[:MAX_LISTED])})"

@@ -1,4 +1,4 @@
-"""Likelihoods: what the outputs of a model are a distribution over, and the losses that follow from it."""
+"""Likelihoods: distributions over targets that a model's outputs parametrise, and the losses that follow from them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Signal:
 
     logits: torch.Tensor
 
-    def take(self, rows: torch.Tensor | Integers | slice, like: torch.Tensor) -> Signal:
+    def take(self, rows: torch.Tensor | Integers | slice, template: torch.Tensor) -> Signal:
         """Return the signal of some rows.
 
         Args:
             rows: The indices of the rows, on the CPU.
-            like: A tensor whose device and dtype the result is to have.
+            template: A tensor that has the device and dtype of the result, such as the student's logits.
         """
-        return Signal(self.logits[rows].to(like))
+        return Signal(self.logits[rows].to(template))
 
 
 class Likelihood(Protocol):
@@ -41,12 +41,12 @@ class Likelihood(Protocol):
 
         Args:
             logits: The model's logits, rows × outputs.
-            targets: One target a row.
-            reduction: `none` for one value a row, or `mean` for their mean.
+            targets: One target per row.
+            reduction: `none` for one value per row, or `mean` for their mean.
         """
 
     def signal(self, logits: torch.Tensor) -> Signal:
-        """Extract from a teacher's logits what a student learns from.
+        """Extract the signal that a student learns from.
 
         Args:
             logits: The teacher's logits, rows × outputs.
@@ -55,8 +55,8 @@ class Likelihood(Protocol):
     def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
         """Compute the terms of KL(teacher ‖ student), both softened by a temperature.
 
-        Their sum over a row is the divergence of that row. They are returned one by one because the distillation loss
-        weights them before it sums them.
+        Their sum over a row is the divergence of that row. The terms are returned unsummed because the distillation
+        loss weights each of them.
 
         Args:
             logits: The student's logits, rows × outputs.
@@ -68,18 +68,18 @@ class Likelihood(Protocol):
         """
 
     def excess_loss(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
-        """Compute the expected loss on targets drawn from the teacher, minus the teacher's own: KL(teacher ‖ student).
+        """Compute the expected loss on targets drawn from the teacher, minus its entropy: KL(teacher ‖ student).
 
-        Up to rounding, these are the row sums of `divergence_terms` at temperature 1. The order of operations differs,
-        and with it the last bits: methods that judge weights by a teacher have always used this one, and the
-        distillation loss the other, so replacing either would change published results.
+        Up to rounding, these are the row sums of `divergence_terms` at temperature 1. The last bits differ with the
+        order of operations. Methods that judge weights by a teacher have always used `excess_loss`, and the
+        distillation loss `divergence_terms`, so replacing either would change published results.
 
         Args:
             logits: The student's logits, rows × outputs.
             signal: The teacher's signal for the same rows.
 
         Returns:
-            One value a row, in nats.
+            One value per row, in nats.
         """
 
     def overlap(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
@@ -90,7 +90,7 @@ class Likelihood(Protocol):
             signal: The other model's signal for the same rows.
 
         Returns:
-            One value a row, from 0 to 1.
+            One value per row, from 0 to 1.
         """
 
     def predict(self, logits: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ class Likelihood(Protocol):
 
         Args:
             logits: The model's logits, rows × outputs.
-            targets: One target a row.
+            targets: One target per row.
         """
 
     def gradient_scale(self, temperature: float) -> float:
@@ -123,11 +123,11 @@ class Likelihood(Protocol):
         """
 
     def chance_loss(self, targets: Sequence[Any], outputs: int) -> float:
-        """Return the mean loss of a model that ignores its input, in nats.
+        """Return the mean loss of a prediction that ignores the input, in nats.
 
         Args:
-            targets: One target a row.
-            outputs: The number of outputs of a model.
+            targets: One target per row.
+            outputs: The number of outputs of the model.
         """
 
 

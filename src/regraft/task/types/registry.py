@@ -15,14 +15,14 @@ def discover_types(base: Any, group: str) -> dict[str, Any]:
     """Find the task types that modules of this package define as `TASK`, and those that entry points name.
 
     Args:
-        base: The class that every task type is a subclass of.
-        group: The entry point group that is searched.
+        base: The superclass of all task types.
+        group: The entry point group under which other distributions register their task types.
 
     Returns:
-        The classes by type name.
+        The classes by type name, those of this package first.
 
     Raises:
-        DataError: An entry point cannot be loaded, is not a subclass, or uses a name that is taken.
+        DataError: An entry point cannot be loaded, is not a subclass of `base`, or uses a name that is taken.
     """
     types: dict[str, Any] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
@@ -39,7 +39,7 @@ def discover_types(base: Any, group: str) -> dict[str, Any]:
         is_task_type = isinstance(task_type, type) and issubclass(task_type, base)
         if not is_task_type:
             raise DataError(
-                f"{origin} is {task_type!r:.100}, no subclass of regraft.Task. Fix or uninstall {distribution}."
+                f"{origin} is {task_type!r:.100}, not a subclass of regraft.Task. Fix or uninstall {distribution}."
             )
         name = task_type.type_name()
         if name in types:

@@ -1,4 +1,4 @@
-"""`text-classification`: predict one class for a text or a pair of texts."""
+"""The task type `text-classification`: one class per text or pair of texts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from regraft.errors import DataError
 from regraft.task.file import is_unicode
-from regraft.task.labels import fold_name, format_names, is_missing_value, label_name, lookalikes, sort_names
-from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads it)
+from regraft.task.labels import fold_name, format_names, group_lookalikes, is_missing_value, label_name, sort_names
+from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotations)
 from regraft.task.split import Split
 from regraft.task.types.class_metrics import ACCURACY, MACRO_F1, MCC
 from regraft.task.types.class_views import calibration, class_views, compare_classes
@@ -24,14 +24,20 @@ if TYPE_CHECKING:
     from regraft.task.split import Targets
     from regraft.task.types.view import ModelPredictions, View
 
+PROBE_INVERSE_REGULARISATION = 0.01
+"""scikit-learn's `C`: strong regularisation, because a base has more features than a probe has examples."""
+PROBE_MAX_ITERATIONS = 1000
+"""Ten times scikit-learn's default, so that the solver rarely stops before it converges."""
+
 
 class TextClassification(TextTask):
-    """A task of predicting one class for a text or a pair of texts.
+    """A task of predicting one class per text or pair of texts.
 
     Args:
         label: The column of labels, or None for unlabelled data, which requires `labels` and restricts the methods to
             those that read no labels.
-        labels: The names of all classes, in the order of the outputs; by default, those of the training examples.
+        labels: The names of all classes, in the order of the outputs; by default, the class names of the data set, else
+            the sorted labels of the training examples.
         metric: The name of the metric that is reported.
     """
 
@@ -62,13 +68,14 @@ class TextClassification(TextTask):
         names = {split: self._label_names(table) for split, table in tables.items()}
         classes = tables["train"].classes.get(self.label or "")
         labels = self.labels or classes or sort_names(names["train"])
-        if invalid := [label for label in labels if not is_unicode(label)]:
+        invalid = [label for label in labels if not is_unicode(label)]
+        if invalid:
             raise DataError(f"{tables['train'].source}: the label {invalid[0]!r} is not valid Unicode. Rename it.")
         splits = {split: self._split(split, table, names[split], labels) for split, table in tables.items()}
-        if self.label is not None and len(present := sorted(set(names["train"]))) < 2:
+        if self.label is not None and len(set(names["train"])) < 2:
             raise DataError(
-                f"{tables['train'].source}: every row has the label {present[0]!r}; a task needs two labels or more. "
-                f"Check that {self.label!r} is the column of labels."
+                f"{tables['train'].source}: every row has the label {names['train'][0]!r}; a task needs two labels or "
+                f"more. Check that {self.label!r} is the column of labels."
             )
         return labels, splits
 
@@ -104,15 +111,16 @@ class TextClassification(TextTask):
         return class_views(compare_classes(targets.tolist(), old.right, new.right, labels), calibrations)
 
     def label_warnings(self, labels: Sequence[str]) -> list[str]:
-        """Describe labels that look alike, or look like missing values; see `Task.label_warnings`."""
+        """Describe labels that look alike or like missing values; see `Task.label_warnings`."""
         warnings = []
-        for group in lookalikes(labels):
-            names = " and ".join(map(ascii, group))
+        for lookalikes in group_lookalikes(labels):
+            names = " and ".join(map(ascii, lookalikes))
             warnings.append(
-                f"the labels {names} look alike: they differ only in case, blanks, invisible characters or the "
+                f"the labels {names} look alike: they differ only in case, whitespace, invisible characters or the "
                 "encoding of accents, but count as different classes. If they are one class, write them alike."
             )
-        if missing := [name for name in labels if is_missing_value(name)]:
+        missing = [name for name in labels if is_missing_value(name)]
+        if missing:
             warnings.append(
                 f"the label {missing[0]!r} looks like a missing value, but counts as a class. If its rows have no "
                 "label, remove them."
@@ -133,8 +141,7 @@ class TextClassification(TextTask):
         """Return a logistic regression; see `Task.linear_probe`."""
         from sklearn.linear_model import LogisticRegression
 
-        # strongly regularised, because a base has more features than a probe has examples
-        return LogisticRegression(C=0.01, max_iter=1000)
+        return LogisticRegression(C=PROBE_INVERSE_REGULARISATION, max_iter=PROBE_MAX_ITERATIONS)
 
     def target_weakness(self, targets: Targets) -> str | None:
         """Report examples that are all of one class; see `Task.target_weakness`."""
@@ -143,20 +150,21 @@ class TextClassification(TextTask):
         return "examples of a single class, on which always guessing that class is perfect (and mcc is always 0)"
 
     def _label_names(self, table: SourceTable) -> list[str]:
-        """Return the label name of each row; unlabelled rows get the first of all labels as a placeholder."""
+        """Return the label name of each row; for unlabelled data, the first of `labels` as a placeholder."""
         if self.label is None:
-            return [(self.labels or ("",))[0]] * len(table.row_numbers)
+            placeholder = self.labels[0] if self.labels else ""
+            return [placeholder] * len(table.row_numbers)
         classes = table.classes.get(self.label)
 
-        def name(value: object) -> str | None:
+        def decode(value: object) -> str | None:
             if classes is None or not isinstance(value, int):
                 return label_name(value)
-            return classes[value] if 0 <= value < len(classes) else None  # hidden labels are stored as −1
+            return classes[value] if 0 <= value < len(classes) else None  # data sets store hidden labels as −1
 
         names: list[str] = []
         for row, value in zip(table.row_numbers, table.columns[self.label], strict=True):
             try:
-                label = name(value)
+                label = decode(value)
             except TypeError as error:
                 raise DataError(
                     f"{table.source}, row {row}: the label in column {self.label!r} is {error}. Write it as text or "
@@ -171,13 +179,16 @@ class TextClassification(TextTask):
         return names
 
     def _split(self, split: str, table: SourceTable, names: Sequence[str], labels: Sequence[str]) -> Split:
+        """Encode the labels of a split as indices; refuse rows whose label is unknown."""
         import numpy as np
 
         indices = {name: index for index, name in enumerate(labels)}
         for row, name in zip(table.row_numbers, names, strict=True):
             if name not in indices:
                 alike = [label for label in labels if fold_name(label) == fold_name(name)]
-                hint = f" It differs from {alike[0]!a} only in case, blanks or invisible characters." if alike else ""
+                hint = (
+                    f" It differs from {alike[0]!a} only in case, whitespace or invisible characters." if alike else ""
+                )
                 origin = "the listed labels" if self.labels else "the labels of train"
                 remedy = "Add it to `labels`" if self.labels else "List all labels under `labels` in the task file"
                 raise DataError(
@@ -191,7 +202,8 @@ class TextClassification(TextTask):
     @classmethod
     def _check_label(cls, label: str | None, validation: ValidationInfo) -> str | None:
         text = validation.data.get("text", ())
-        if label is not None and label in ([text] if isinstance(text, str) else text):
+        text_columns = [text] if isinstance(text, str) else text
+        if label is not None and label in text_columns:
             raise ValueError(f"names {label!r}, which is already a column of text. Use the column of labels.")
         return label
 
@@ -208,9 +220,10 @@ class TextClassification(TextTask):
     def _check_labels(cls, labels: tuple[str, ...] | None, validation: ValidationInfo) -> tuple[str, ...] | None:
         if labels is None:
             if "label" in validation.data and validation.data["label"] is None:
-                raise ValueError("is required if there is no column of them. List the label names of the old head.")
+                raise ValueError("is required if there is no column of labels. List the label names of the old head.")
             return None
-        if repeated := sorted(name for name, count in Counter(labels).items() if count > 1):
+        repeated = sorted(name for name, count in Counter(labels).items() if count > 1)
+        if repeated:
             raise ValueError(f"lists {format_names(repeated)} more than once. List each label once.")
         if len(labels) < 2:
             raise ValueError(f"lists {len(labels)} label. List two or more, or leave the key out.")

@@ -47,13 +47,13 @@ class TextTask(Task, ABC):
         """Return the texts of a table.
 
         Args:
-            table: The columns that were read.
+            table: Columns of a source, among them `input_columns`.
 
         Returns:
-            A tuple of one or two texts for each row.
+            A tuple of one or two texts per row.
 
         Raises:
-            DataError: A text is missing, empty, or of another type.
+            DataError: A value is missing, empty, not a text, or not valid Unicode.
         """
         return list(zip(*(_checked_texts(table, column) for column in self.input_columns), strict=True))
 
@@ -66,14 +66,17 @@ class TextTask(Task, ABC):
         return (text,)
 
     def count_words(self, inputs: tuple[str, ...]) -> int:
-        """Count the words between blanks, for a pair in both texts together; see `Task.count_words`."""
+        """Count the words, separated by whitespace, in all texts of an example; see `Task.count_words`."""
         return sum(len(text.split()) for text in inputs)
 
     def encode(self, split: Split, tokenizer: Any, pad: int, max_length: int) -> Examples:
         """Tokenise texts, with one row each, at the token that the head reads; see `Task.encode`."""
-        first = [texts[0] for texts in split.inputs]
-        second = [texts[1] for texts in split.inputs] if len(split.inputs[0]) == 2 else None
-        encoded = tokenizer(first, second, truncation=True, max_length=max_length, return_attention_mask=False)
+        first_texts = [texts[0] for texts in split.inputs]
+        is_pair = len(split.inputs[0]) == 2
+        second_texts = [texts[1] for texts in split.inputs] if is_pair else None
+        encoded = tokenizer(
+            first_texts, second_texts, truncation=True, max_length=max_length, return_attention_mask=False
+        )
         padding = {name: pad if name == "input_ids" else 0 for name in encoded}
         return Examples({name: list(encoded[name]) for name in encoded}, split.targets, padding)
 
@@ -86,22 +89,25 @@ class TextTask(Task, ABC):
 
 
 def _checked_texts(table: SourceTable, column: str) -> list[str]:
-    """Return the texts of a column if all of them are valid."""
+    """Return the texts of a column; raise DataError if a text is invalid."""
     texts: list[Any] = table.columns[column]
-    problems = [
-        (row, problem) for row, text in zip(table.row_numbers, texts, strict=True) if (problem := _problem(text))
-    ]
+    problems = []
+    for row, text in zip(table.row_numbers, texts, strict=True):
+        problem = _problem(text)
+        if problem is not None:
+            problems.append((row, problem))
     if problems:
-        row, problem = problems[0]
+        row, first_problem = problems[0]
         count = f" (invalid texts in {len(problems):,} rows)" if len(problems) > 1 else ""
         raise DataError(
-            f"{table.source}, row {row}: the text in column {column!r} is {problem}{count}. "
+            f"{table.source}, row {row}: the text in column {column!r} is {first_problem}{count}. "
             "Give every row a text, or remove the row."
         )
     return texts
 
 
 def _problem(text: object) -> str | None:
+    """Describe why a value is not a valid text; return None if it is."""
     if text is None:
         return "missing"
     if not isinstance(text, str):

@@ -1,8 +1,8 @@
-"""The base class of all task types: the keys that every task file has, and what a type has to define.
+"""The base class of all task types, with the keys that every task file has.
 
-A task type is a subclass of `Task`: in a module of this package, as `TASK`, or in another distribution, under the entry
-point group `regraft.task_types`. It defines which columns are inputs and targets, how inputs are tokenised, what the
-outputs of a model are a distribution over, and how predictions are scored and shown.
+A task type is a subclass of `Task`: in a module of this package, as `TASK`, or in a different distribution, under the
+entry point group `regraft.task_types`. It defines the input and target columns, the tokenisation of inputs, the
+likelihood of a model's outputs, the metrics, and the views of predictions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "regraft.task_types"
 """The group under which other distributions register their task types."""
 DEFAULT_TYPE = "text-classification"
-"""The type of a task file without the key `type`, as those for regraft 0.1 are."""
+"""The type of a task file without the key `type`, which regraft 0.1 did not have."""
 MAX_TOKENS = 10_000_000
 """The largest `max_length` in tokens: longer than any model's context, yet small enough for a tokenizer's integers."""
 
@@ -42,15 +42,16 @@ class Task(BaseModel, ABC):
     """A task as its task file declares it; each task type is a subclass.
 
     Args:
-        name: The name of the task; by default, the task file's name without its ending.
+        name: The name of the task; by default, the task file's name without its suffix.
         train: The source of the training examples.
         dev: The source of the examples that models are selected on; by default, a tenth of train is held out.
-        test: The source of the examples that results are reported on.
+        test: The source of the examples that results are reported on; None to report results on dev.
         metric: The name of the metric that is reported.
         quoting: Whether double quotes in CSV and TSV files enclose fields (`quoted`) or are ordinary characters
             (`plain`). By default, CSV is read as quoted, and TSV as its quotes suggest.
-        shots: The number of examples to keep of each stratum of train and dev; by default, all are kept.
-        max_length: The number of tokens that inputs are truncated to.
+        shots: The number of examples to keep per stratum of train and dev; by default, all are kept.
+        max_length: The number of tokens that inputs are truncated to. The default is a trade-off: a higher number
+            cuts off less text, but takes more time and memory per step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,15 +61,15 @@ class Task(BaseModel, ABC):
     auto_class: ClassVar[str]
     """The name of the transformers class that loads a model with a head for this type."""
     metrics: ClassVar[tuple[Metric, ...]]
-    """The metrics to choose from. The first is the default, and the one that agreement of two models is measured by."""
+    """The metrics to choose from. The first is the default, and measures the agreement of two models."""
     likelihood: ClassVar[Likelihood]
     """The distribution over targets that a model's outputs parametrise; see `likelihood_for`."""
     guess: ClassVar[str]
     """The prediction of `chance_prediction` in words, such as `the most frequent class`."""
     problem_types: ClassVar[tuple[str | None, ...]] = (None,)
-    """The values of `problem_type` that a model's config may have; the first is the one regraft writes."""
+    """The values of `problem_type` that a model's config may have; regraft writes the first."""
     head_policies: ClassVar[tuple[str, ...]] = ("copy", "resize", "fresh")
-    """The ways in which an old head may be carried over to the new base."""
+    """The ways to carry an old head over to the new base."""
     pipeline_tag: ClassVar[str]
     """The Hugging Face Hub's pipeline tag for models of this type."""
 
@@ -79,7 +80,7 @@ class Task(BaseModel, ABC):
     test: Source | None = Field(default=None, description=SOURCE_DESCRIPTION)
     metric: str
     quoting: Literal["quoted", "plain"] | None = Field(default=None, description="quoted or plain, or leave it out")
-    shots: int | None = Field(default=None, ge=1, description="a whole number of examples a class, 1 or more")
+    shots: int | None = Field(default=None, ge=1, description="a whole number of examples per class, 1 or more")
     max_length: int = Field(default=128, ge=8, le=MAX_TOKENS, description="a whole number of tokens, 8 or more")
 
     @classmethod
@@ -87,10 +88,10 @@ class Task(BaseModel, ABC):
         """Read a task file.
 
         Args:
-            path: A YAML file; relative paths in it are relative to its folder.
+            path: A YAML file; relative paths in it start from its folder.
 
         Returns:
-            The task, an instance of the type that the file names, with absolute paths.
+            The task, an instance of the type that the file names, with absolute paths of its sources.
 
         Raises:
             DataError: The file cannot be read, or a key is unknown, missing or invalid; the message names the key.
@@ -107,7 +108,7 @@ class Task(BaseModel, ABC):
 
         Args:
             values: The keys and values of a task file.
-            origin: Where the values come from, for error messages.
+            origin: The source of the values as messages name it, such as the path of the file.
 
         Raises:
             DataError: A key is unknown, missing or invalid; the message names the key.
@@ -126,7 +127,7 @@ class Task(BaseModel, ABC):
         """Return the likelihood of this task's models: `likelihood`, unless a type derives it from the targets.
 
         Args:
-            targets: The training targets, which may determine its scale.
+            targets: The training targets, which may determine the scale of the likelihood.
         """
         return self.likelihood
 
@@ -134,7 +135,7 @@ class Task(BaseModel, ABC):
         """Return the offset and the scale by which outputs are standardised during training.
 
         Args:
-            targets: The training targets.
+            targets: The training targets, which determine the scaling.
 
         Returns:
             The value in target units that an output of 0 stands for, and the size of one output unit in target units;
@@ -146,8 +147,8 @@ class Task(BaseModel, ABC):
         """Return the number of examples to draw from each stratum.
 
         Args:
-            size: The requested number: examples a stratum, unless a type defines it otherwise.
-            stratum_sizes: The number of examples that each stratum has.
+            size: The number of examples per stratum, unless a type defines it otherwise.
+            stratum_sizes: The number of available examples of each stratum.
         """
         return [size] * len(stratum_sizes)
 
@@ -161,26 +162,26 @@ class Task(BaseModel, ABC):
         """Return the keys of a model's config that describe its head: number and names of outputs, and problem type.
 
         Args:
-            labels: The label names; the head has one output for each, unless a type defines it otherwise.
+            labels: The label names; the head has one output per label, unless a type defines it otherwise.
         """
         return {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-            "problem_type": cls.problem_types[0],  # explicitly, because a base's own config may name another one
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "problem_type": cls.problem_types[0],  # even if it is None, because the base's config may have a value
         }
 
     def with_shots(self, shots: int | None) -> Self:
         """Return a few-shot version of this task.
 
         Args:
-            shots: The number of examples to keep of each stratum; None returns the task as it is.
+            shots: The number of examples to keep per stratum; None returns the task unchanged.
         """
         return self if shots is None else self.model_copy(update={"shots": shots})
 
     @property
     def scoring(self) -> Metric:
-        """The reported metric; `metric` is its name, which another task type may use for a different metric."""
+        """The reported metric. `metric` is its name, which other task types may use for different metrics."""
         return next(metric for metric in self.metrics if metric.name == self.metric)
 
     @property
@@ -198,14 +199,14 @@ class Task(BaseModel, ABC):
         """Check the rows of the data, and turn them into inputs and targets.
 
         Args:
-            tables: The columns that were read, by split.
+            tables: The input and target columns of each source, by split (`train`, `dev`, `test`).
 
         Returns:
             The label names in the order of the outputs, and the splits by name. Without target columns, all targets
             are placeholders.
 
         Raises:
-            DataError: A row is invalid; the message names its file and number.
+            DataError: A row is invalid; the message names the source and the row number.
         """
 
     @abstractmethod
@@ -213,7 +214,7 @@ class Task(BaseModel, ABC):
         """Tokenise examples, and choose the tokens at which a model makes a prediction.
 
         Args:
-            split: The examples.
+            split: The examples to tokenise.
             tokenizer: A transformers tokenizer.
             pad: The token id that batches are padded with.
             max_length: The number of tokens to truncate inputs to.
@@ -228,23 +229,23 @@ class Task(BaseModel, ABC):
 
     @abstractmethod
     def strata(self, targets: Targets, labels: Sequence[str]) -> tuple[Integers, list[str]]:
-        """Divide examples into strata: few-shot samples and a held-out dev split draw from each of them.
+        """Divide examples into strata, from each of which few-shot samples and a held-out dev split are drawn.
 
         Args:
-            targets: The targets of the examples.
-            labels: The label names.
+            targets: One target per example.
+            labels: The label names, in the order of the outputs.
 
         Returns:
-            The stratum of each example as an index, and the names of all strata.
+            The index of each example's stratum, and the names of all strata.
         """
 
     @abstractmethod
     def chance_prediction(self, targets: Targets, labels: Sequence[str]) -> Any:
-        """Return the best constant prediction, the one to make without looking at the input.
+        """Return the best prediction that ignores the input; its score is the chance score.
 
         Args:
             targets: The training targets.
-            labels: The label names.
+            labels: The label names, in the order of the outputs.
         """
 
     @abstractmethod
@@ -252,7 +253,7 @@ class Task(BaseModel, ABC):
         """Replace label indices in targets by the indices of a head's outputs.
 
         Args:
-            targets: The targets.
+            targets: One target per example, in terms of label indices.
             order: The index of the output for each label.
         """
 
@@ -262,7 +263,7 @@ class Task(BaseModel, ABC):
 
         Args:
             target: The target or prediction of one example.
-            labels: The label names.
+            labels: The label names, in the order of the outputs.
         """
 
     @abstractmethod
@@ -270,7 +271,7 @@ class Task(BaseModel, ABC):
         """Convert a model's predictions to targets, as pseudo-labels.
 
         Args:
-            predictions: One prediction an example.
+            predictions: One prediction per example.
         """
 
     @abstractmethod
@@ -278,8 +279,8 @@ class Task(BaseModel, ABC):
         """Return whether each prediction is right.
 
         Args:
-            targets: One target an example.
-            predictions: One prediction an example.
+            targets: One target per example.
+            predictions: One prediction per example.
         """
 
     @abstractmethod
@@ -292,45 +293,37 @@ class Task(BaseModel, ABC):
         """Return tables and charts that compare an old and a new model, in addition to their scores and flips.
 
         Args:
-            targets: One target an example.
+            targets: One target per example.
             old: The old model's predictions.
             new: The new model's predictions.
-            labels: The label names.
+            labels: The label names, in the order of the outputs.
         """
         return ()
 
     def label_warnings(self, labels: Sequence[str]) -> list[str]:
-        """Return one sentence for each problem of the label names, such as two names that look alike.
-
-        Args:
-            labels: The label names.
-        """
+        """Return one sentence per problem of the label names, such as two names that look alike."""
         return []
 
     def as_text(self, inputs: Any) -> str:
-        """Format one example's inputs for people to read.
-
-        Args:
-            inputs: The inputs of one example.
-        """
+        """Format the inputs of one example for people to read."""
         return str(inputs)
 
     def as_inputs(self, text: str) -> Any:
         """Convert a plain, unlabelled text to the inputs of an example.
 
         Args:
-            text: The text.
+            text: A text without a label, such as a line of a corpus.
 
         Raises:
-            DataError: Inputs of this type are more than a text.
+            DataError: A text alone is not an input of this type.
         """
-        raise DataError(f"{text!r:.60}: a {self.type} task reads no plain text. Learn from its own examples.")
+        raise DataError(f"{text!r:.60}: a {self.type} task does not read plain text. Learn from its own examples.")
 
     def target_weakness(self, targets: Targets) -> str | None:
         """Explain why scores on these targets cannot tell models apart, however many examples there are.
 
         Args:
-            targets: One target an example.
+            targets: One target per example.
 
         Returns:
             A noun phrase such as `examples of a single class, on which …`; None if the targets are varied enough.

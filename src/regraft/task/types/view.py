@@ -1,4 +1,4 @@
-"""Views: tables, charts and marked texts as plain values, which reports and the command line draw for any task type."""
+"""Views: tables, charts and marked texts of any task type, as values that reports and the command line render."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ModelPredictions:
     """A model's predictions for some examples.
 
     Args:
-        predictions: One prediction an example.
-        confidence: The probability that the model gives to each prediction; None if its outputs do not tell.
+        predictions: One prediction per example.
+        confidence: The probability that the model gives to each prediction; None if its outputs have no probabilities.
         right: Whether each prediction is right.
     """
 
@@ -37,7 +37,7 @@ class Column:
 
     Args:
         name: The heading.
-        form: The format of its cells: text, whole numbers, numbers, signed numbers, or fractions of 1 shown in %.
+        form: The format of the cells: text, whole numbers, numbers, signed numbers, or fractions of 1 shown in %.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Table:
     """A table of figures.
 
     Args:
-        title: The title.
-        columns: The columns; the first one names the rows.
-        rows: The rows, with one cell a column.
-        view: The kind of view, for serialisation.
+        title: The heading above the table.
+        columns: The columns; the first names the rows.
+        rows: The rows, with one cell per column.
+        view: The kind of view, by which JSON files tell views apart.
     """
 
     title: str
@@ -72,7 +72,7 @@ class Table:
     view: Literal["table"] = "table"
 
     def __post_init__(self) -> None:
-        """Check that each row has one cell a column, of a type that the column's form allows."""
+        """Refuse rows without one cell per column, or with a cell of a type that the column's form does not allow."""
         for index, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(f"rows[{index}]: expected {len(self.columns)} values, found {len(row)} values")
@@ -99,9 +99,9 @@ class Series:
     sizes: tuple[Size, ...]
 
     def __post_init__(self) -> None:
-        """Check that there are as many x as y and sizes."""
+        """Refuse a different number of x, y and sizes."""
         if not len(self.x) == len(self.y) == len(self.sizes):
-            raise ValueError(f"{len(self.x)} x, {len(self.y)} y and {len(self.sizes)} sizes: expected as many of each")
+            raise ValueError(f"{len(self.x)} x, {len(self.y)} y and {len(self.sizes)} sizes: expected equal numbers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,17 +110,17 @@ class Scatter:
 
     Args:
         name: The name, unique among the views of a task type: lower-case words joined by hyphens.
-        title: The title.
-        lead: How to read the chart, in one or two sentences.
-        finding: What the chart shows, in a sentence.
+        title: The heading above the chart.
+        lead: An explanation of the axes and marks, in one or two sentences.
+        finding: The result that the chart shows, in a sentence.
         brief: The finding for a terminal, as a name and its figures.
         x: The label of the horizontal axis.
         y: The label of the vertical axis.
         diagonal: The meaning of the line x = y; empty to draw no line.
         joined: Whether a line joins the points of each series, in their order.
-        series: The points.
-        table: The figures behind the chart.
-        view: The kind of view, for serialisation.
+        series: The points, by the series of the legend.
+        table: The coordinates of the points in figures.
+        view: The kind of view, by which JSON files tell views apart.
     """
 
     name: Name
@@ -155,9 +155,9 @@ class MarkedText:
     """Texts with marked spans, such as words with their tags.
 
     Args:
-        title: The title.
+        title: The heading above the texts.
         texts: The consecutive spans of each text.
-        view: The kind of view, for serialisation.
+        view: The kind of view, by which JSON files tell views apart.
     """
 
     title: str
