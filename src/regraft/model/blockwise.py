@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from regraft.task.types import Examples
 
@@ -135,7 +136,7 @@ class BlockwiseForward:
         from regraft.adaptation.changes import is_linear_map
 
         shape = batch["attention_mask"].shape
-        block_calls: list[tuple[Any, Any, Any]] = []  # block, first input, first output
+        block_calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # block, first input, first output
         layer_layouts: list[bool] = []  # whether a call of a layer is compatible with examples × tokens
 
         def record_layout(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -143,7 +144,7 @@ class BlockwiseForward:
             is_partial = tensor[..., 0].numel() < shape.numel()  # position embeddings, or one token of each example
             layer_layouts.append(tensor.dim() < 3 or is_partial or tensor.shape[:2] == shape)
 
-        def recording(block: Any, block_forward: Any) -> Any:
+        def recording(block: nn.Module, block_forward: Callable[..., Any]) -> Callable[..., Any]:
             def forward_and_record(*args: Any, **kwargs: Any) -> Any:
                 output = block_forward(*args, **kwargs)
                 block_calls.append((block, _first_argument(args, kwargs), _first_tensor(output)))
@@ -169,7 +170,7 @@ class BlockwiseForward:
         )
         return is_chain, all(layer_layouts)
 
-    def _record_calls(self, module: nn.Module, batch_index: int, calls: ModuleCalls) -> Any:
+    def _record_calls(self, module: nn.Module, batch_index: int, calls: ModuleCalls) -> RemovableHandle:
         """Register a hook that adds a module's inputs and outputs to `calls`, and return the hook's handle."""
         name = self.names[module]
         has_routing = is_experts(module)

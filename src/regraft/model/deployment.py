@@ -191,7 +191,6 @@ def measure_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskDat
     """
     split = data.train.take(range(min(MAX_CHECKED_EXAMPLES, len(data.train))))
     examples = encode(base, data, split)
-
     base_model = fresh_model(base, data.head, HEAD_SEED)
     base_model.config.pad_token_id = model.config.pad_token_id  # so that both heads read the same tokens
     base_states = _head_inputs(base_model, examples)

@@ -8,6 +8,8 @@ from regraft.model.batches import for_each_batch
 from regraft.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import nn
 
@@ -41,7 +43,7 @@ def input_moments(model: nn.Module, examples: Examples, progress: Progress = sil
         nonlocal mask
         mask = kwargs["attention_mask"].bool()
 
-    def accumulate_for(name: str) -> Any:
+    def accumulate_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def accumulate(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             is_per_token = args[0].shape[:-1] == mask.shape
             inputs = (args[0][mask] if is_per_token else args[0].flatten(0, -2)).double()

@@ -172,7 +172,7 @@ def pack(
     end-of-text token after each document. An incomplete last block is dropped.
 
     Args:
-        corpus: The text.
+        corpus: The text, enough for `MIN_BLOCKS` blocks.
         base: The base, for its tokenizer.
         block_size: Tokens per block.
         cache_file: The file of all tokens. If it exists and is undamaged, it is read, and nothing is tokenised.
@@ -183,7 +183,7 @@ def pack(
 
     Raises:
         CheckpointError: The tokenizer produces a token that the base has no embedding for.
-        DataError: The text cannot be read, or fills fewer than two blocks.
+        DataError: The text cannot be read, or fills fewer than `MIN_BLOCKS` blocks.
     """
     import numpy as np
 

@@ -120,7 +120,7 @@ def teacher_loss(
         output: The student's output, with hidden states if β is not 0.
         batch: The batch, with the indices of its rows in `row`, and with `targets` if `flip_weight` is not 0.
         teacher_outputs: The teacher's outputs for all rows of the split.
-        options: α, β, T, the reduction of the KL and `flip_weight`, without their decay.
+        options: α, β, T, the reduction of the KL and `flip_weight`; a decay is not applied here.
         likelihood: The distribution that the outputs parametrise.
 
     Returns:
@@ -163,7 +163,7 @@ def distillation_loss(
         output: The student's output, with hidden states if β is not 0.
         batch: The batch, with `targets` and with the indices of its rows in `row`.
         teacher_outputs: The teacher's outputs for all rows of the split.
-        options: α, β, T, the reduction of the KL and `flip_weight`, without their decay.
+        options: α, β, T, the reduction of the KL and `flip_weight`; a decay is not applied here.
         likelihood: The distribution that the outputs parametrise; L is its negative log-likelihood.
 
     Returns:

@@ -99,9 +99,9 @@ def draw_points(num_points: int, seed: int, step: int) -> list[float]:
     """Draw the points of a step; they depend on the arguments only, so a resumed training draws the same ones.
 
     Args:
-        num_points: The number of points.
+        num_points: The number of points to draw.
         seed: The seed of the training.
-        step: The number of completed steps.
+        step: The number of completed steps, which selects the points.
 
     Returns:
         Numbers from 0 to below 1.

@@ -179,7 +179,7 @@ class LanguageModelling:
             seed: The seed of the masks.
 
         Returns:
-            `input_ids` and `labels`, blocks × tokens; the label of a token that is not predicted is `IGNORED_LABEL`.
+            `input_ids` and `labels`, blocks × tokens. Tokens that an encoder does not predict have `IGNORED_LABEL`.
         """
         import numpy as np
         import torch
@@ -217,7 +217,7 @@ class LanguageModelling:
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Compute the mean cross-entropy; the head of an encoder is computed at the predicted tokens only.
 
-        The vocabulary projection of BERT-base has 23.4 million weights, as many as three of its layers (7.1 million
+        The vocabulary projection of BERT-base has 23.4 million weights, more than three of its layers (7.1 million
         each), but its logits are needed at 15 % of the tokens only.
 
         Args:

@@ -22,7 +22,7 @@ def plan_order(lengths: Integers, batch_size: int, steps: int, seed: int) -> Int
     Args:
         lengths: The length of each example, in tokens.
         batch_size: Examples per step.
-        steps: The number of steps.
+        steps: Optimiser steps of the training.
         seed: The seed of the order.
 
     Returns:

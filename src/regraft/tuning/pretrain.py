@@ -126,16 +126,16 @@ def pretrain(
 ) -> Base:
     """Pre-train a base further, and write the upgraded base as a plain transformers folder.
 
-    Encoders are trained by masked language modelling as in BERT (15 % of the tokens are predicted; of these 80 % are
-    replaced by the mask token, 10 % by a random token), decoders by causal language modelling. An encoder without a
-    language-modelling head gets a fresh one, which is first trained alone for a tenth of the steps: the gradients of
-    a random head would damage the body. Tensors that language modelling does not use, such as a pooler's, are copied.
+    Encoders are trained by masked language modelling with the masks of BERT, decoders by causal language modelling. A
+    base without a language-modelling head gets a fresh head, which is first trained alone for a tenth of the steps: the
+    gradients of a random head would damage the body. Tensors that language modelling does not use, such as a pooler's,
+    are copied.
 
     Args:
-        base: The base.
-        corpus: The text.
+        base: A decoder, or an encoder whose tokenizer has a mask token.
+        corpus: The text, enough for a block to train on and a block to evaluate on.
         out: The folder to write. If it holds the result of the same inputs, nothing is trained.
-        recipe: Steps, batch size (in blocks), learning rate, ….
+        recipe: Steps, batch size (in blocks), learning rate and so on; resolved for the number of training blocks.
         block_size: Tokens per block, at most the base's maximum input length.
         progress: Called after each step.
         replay: Text of earlier domains to mix in.
