@@ -35,7 +35,7 @@ from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.report import sections
 from regraft.task import Interval
 from regraft.task.types.class_metrics import ACCURACY
-from regraft.task.types.class_views import calibration
+from regraft.task.types.class_views import measure_calibration
 from regraft.weights import subspace_overlap
 
 FLOAT32 = Recipe(precision="fp32")
@@ -96,10 +96,10 @@ def test_noise_floor():
 
 def test_calibration_equals_one_computed_by_hand():
     probabilities = torch.tensor([[0.95, 0.05], [0.92, 0.08], [0.35, 0.65], [0.4, 0.6]])
-    result = calibration(probabilities.amax(dim=1).tolist(), [True, False, True, True])
+    result = measure_calibration(probabilities.amax(dim=1).tolist(), [True, False, True, True])
     assert [(entry.low, entry.count) for entry in result.bins] == [(0.5, 1), (0.6, 1), (0.9, 2)]
     assert result.ece == pytest.approx((0.4 + 0.35 + 2 * abs(0.935 - 0.5)) / 4, abs=1e-5)
-    certain = calibration([1.0, 1.0], [True, True])
+    certain = measure_calibration([1.0, 1.0], [True, True])
     assert certain.ece == pytest.approx(0, abs=1e-6)
 
 
@@ -110,7 +110,7 @@ def test_calibration_counts_all_examples_and_their_accuracy(num_examples, num_cl
     probabilities = torch.randn(num_examples, num_classes, generator=generator).softmax(dim=1)
     labels = torch.randint(num_classes, (num_examples,), generator=generator)
     is_right = probabilities.argmax(dim=1) == labels
-    result = calibration(probabilities.amax(dim=1).tolist(), is_right.tolist())
+    result = measure_calibration(probabilities.amax(dim=1).tolist(), is_right.tolist())
     assert 0 <= result.ece <= 1
     assert sum(entry.count for entry in result.bins) == num_examples
     accuracy = float(is_right.float().mean())
