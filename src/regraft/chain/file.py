@@ -70,9 +70,10 @@ class Chain(BaseModel):
 
     Args:
         bases: Folders or Hub ids; each base after the first is the previous base, pre-trained further.
-        tasks: Task files.
+        tasks: The paths of task files.
         kinds: The kinds of adaptation to tune on the first base.
         methods: The methods that recycle the adaptations; `scratch` always runs on each later base, as the reference.
+            By default `direct`, which does not train, and `init+distill`, which does.
         routes: `hop by hop` recycles the last outcome from each base to the next; `at once` recycles the first outcome
             from the first base to each later base.
         seeds: The seeds; every run is repeated with each of them.
@@ -181,6 +182,6 @@ def folder_name(name: str) -> str:
 
 
 def _resolve_base(folder: Path, base: str) -> str:
-    """Return the absolute path of a base that is a folder; a hub id stays as it is."""
+    """Return the absolute path of a base that is a folder; return a Hub id unchanged."""
     path = folder / os.path.expanduser(base)
     return os.path.abspath(path) if os.path.exists(path) else base

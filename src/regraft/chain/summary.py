@@ -65,7 +65,7 @@ def summarise_routes(bases: Sequence[str], rows: Sequence[ChainRow]) -> list[Rou
         for method in dict.fromkeys(row.method for row in task_rows if row.base):
             method_rows = [row for row in task_rows if row.method == method]
             first_rows = [] if method == "scratch" else tuned_rows
-            routes: list[str | None] = [route for route in dict.fromkeys(row.route for row in method_rows) if route]
+            routes: list[str | None] = list(dict.fromkeys(row.route for row in method_rows if row.route))
             for route in routes or [None]:
                 route_rows = [row for row in method_rows if row.route in (None, route)]
                 summaries.append(_summarise(method, route, [*first_rows, *route_rows], scratch, len(bases)))
@@ -83,15 +83,16 @@ def _summarise(
     rows_by_base: list[list[ChainRow]] = [[] for _ in range(num_bases)]
     scores_by_base: list[list[float]] = [[] for _ in range(num_bases)]
     for row in rows:
-        if row.score is not None:
+        if row.score is not None and row.base < num_bases:
             rows_by_base[row.base].append(row)
             scores_by_base[row.base].append(row.score)
     means = [statistics.fmean(scores) if scores else None for scores in scores_by_base]
-    points = [(base, mean) for base, mean in enumerate(means) if mean is not None]
-    slope = None
-    if method != "scratch" and len(points) > 1:
-        slope = statistics.linear_regression(*zip(*points, strict=True)).slope
     metric = find_metric(rows[0].metric)
+    scored_bases = [base for base, mean in enumerate(means) if mean is not None]
+    scored_means = [mean for mean in means if mean is not None]
+    decay = None
+    if method != "scratch" and len(scored_means) > 1:
+        decay = -metric.merit(statistics.linear_regression(scored_bases, scored_means).slope)
     later_recoveries = [_mean_recovery(base_rows, scratch) for base_rows in rows_by_base[1:]]
     return RouteSummary(
         task=rows[0].task,
@@ -101,7 +102,7 @@ def _summarise(
         scores=tuple(means),
         deviations=tuple(deviation(scores) for scores in scores_by_base),
         recoveries=(None, *later_recoveries),
-        decay=None if slope is None else -metric.merit(slope),
+        decay=decay,
         seeds=len({row.seed for row in rows}),
         refused=next((row.refused for row in rows if row.refused), None),
         metric=metric.name,

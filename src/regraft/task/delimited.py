@@ -122,6 +122,7 @@ def _parse_undeclared(file: _File) -> _Parsed:
 
 
 def _parse_or_error(file: _File, quoting: Quoting) -> _Parsed | DataError:
+    """Return the error instead of raising it, so that two interpretations can be compared."""
     try:
         return _parse(file, quoting)
     except DataError as error:
@@ -182,7 +183,7 @@ def _explain_field_count(file: _File, quoting: Quoting, row: int, column_count: 
 
 
 def _check_delimiter(file: _File, header: list[str]) -> None:
-    """Refuse a file whose header is a single field that contains all columns, separated by another delimiter."""
+    """Refuse a file whose header is a single field that contains all columns, separated by a different delimiter."""
     if len(header) > 1 or len(file.columns) == 1:
         return
     for delimiter in ",;\t|":
@@ -197,10 +198,10 @@ def _find_swallowed_rows(file: _File, quoted: _Parsed, *, plain_is_valid: bool) 
     """Find a row that looks like several rows between two unrelated quotes.
 
     A quoted text that spans lines begins in one line and ends in another. Neither line has all fields of a row or, if
-    the text contains delimiters, a label in the label's field. Lines that do are rows of their own.
+    the text contains delimiters, a label in the label's field. Lines that have them are rows by themselves.
 
     Args:
-        file: The file.
+        file: The file, with its label column if it has one.
         quoted: The content of the file if quotes delimit fields.
         plain_is_valid: Whether the file can also be parsed with quotes as ordinary characters.
 

@@ -124,8 +124,8 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     else:
         return
     if text.lstrip().startswith(b"["):  # a file of one object per line does not begin with a bracket
-        whole_text = b"".join([text, *(line for _, line in lines)])
-        yield from enumerate(_parse_json(whole_text, path, row), start=1)
+        list_text = b"".join([text, *(line for _, line in lines)])
+        yield from enumerate(_parse_json(list_text, path, row), start=1)
         return
     yield row, _parse_json(text, path, row)
     for row, line in lines:

@@ -40,7 +40,8 @@ def label_name(value: object) -> str | None:
     if isinstance(value, str):
         if not value.strip():
             return None
-        if whole_number := _WHOLE_NUMBER.fullmatch(value):
+        whole_number = _WHOLE_NUMBER.fullmatch(value)
+        if whole_number:
             return whole_number[1]
         return value.lower() if value in ("True", "False") else value
     if isinstance(value, bool):
@@ -76,7 +77,7 @@ def pair_names(names: Sequence[str], head_names: Sequence[str]) -> dict[str, str
         head_names: The label names of the head.
 
     Returns:
-        The head's name by the task's name; None if no key pairs all of them one to one.
+        The head's name by the task's name; None if no key pairs all names one to one.
     """
 
     def normalise(name: str) -> str:
@@ -108,7 +109,7 @@ def group_lookalikes(names: Sequence[str]) -> list[list[str]]:
         names: The label names, each once.
 
     Returns:
-        The groups of two names or more; other names are in no group.
+        The groups of two names or more.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -117,7 +118,7 @@ def group_lookalikes(names: Sequence[str]) -> list[list[str]]:
 
 
 def is_missing_value(name: str) -> bool:
-    """Return whether a label name is what other tools write for a missing value, such as `NaN` or `N/A`."""
+    """Return whether a label name is a text that other tools write for a missing value, such as `NaN` or `N/A`."""
     return fold_name(name) in _MISSING_VALUES
 
 

@@ -67,7 +67,7 @@ class Metric:
         """Convert a share, such as a tolerance, to a difference of scores.
 
         Args:
-            share: The share, as a fraction of 1.
+            share: A fraction of 1, such as 0.01.
             chance: The chance score.
             reference: The score of the model to compare with, such as the old model.
 
@@ -150,9 +150,8 @@ def recovery(value: float, chance: float, reference: float, metric: Metric | Non
     if metric is not None:
         gain = metric.gain(reference, chance)
         headroom = metric.share_to_difference(MIN_HEADROOM, chance, reference)
-    if gain < headroom or gain <= 0:
-        return None
-    return (value - chance) / (reference - chance)
+    is_sufficient = gain >= headroom and gain > 0  # False if a score is NaN
+    return (value - chance) / (reference - chance) if is_sufficient else None
 
 
 @dataclasses.dataclass(frozen=True)

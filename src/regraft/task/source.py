@@ -203,12 +203,7 @@ def _read_parquet(path: Path, input_columns: Sequence[str], target_columns: Sequ
             require_columns(columns, schema.names, str(path))
             table = file.read(columns=columns)
         values = table.to_pydict()
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # text that is not UTF-8 raises ValueError
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text not in UTF-8
         raise DataError(f"{path}: not a readable Parquet file ({first_line(error)}). Write it again.") from error
     classes = {}
     if b"huggingface" in (schema.metadata or {}):  # `datasets` stores class names there
@@ -226,13 +221,13 @@ def _read_parquet(path: Path, input_columns: Sequence[str], target_columns: Sequ
 
 
 def _read_dataset(source: HubSplit, input_columns: Sequence[str], target_columns: Sequence[str]) -> SourceTable:
-    """Read columns of a split of a data set."""
+    """Read columns of a split of a data set, and the class names in its features."""
     dataset = _load_dataset(source)
     columns = [*input_columns, *target_columns]
     require_columns(columns, dataset.column_names, str(source))
     try:
         values = dataset.select_columns(columns).with_format(None)[:]
-    except Exception as error:  # rows are decoded only here, by code that may raise anything
+    except Exception as error:  # decoders of rows may raise anything
         raise DataError(
             f"{source}: its rows cannot be read ({first_line(error)}). Write the data set again."
         ) from error
@@ -297,11 +292,12 @@ def load_saved_dataset(source: HubSplit) -> Any:
 
 
 def _class_names(features: Any, target_columns: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
-    """Return the class names of the target columns that have some, including columns of lists of classes."""
+    """Return the class names by target column; columns without class names are omitted."""
     classes: dict[str, tuple[str, ...]] = {}
     for column in target_columns:
         feature = features.get(column)
-        names = getattr(getattr(feature, "feature", feature), "names", None)
+        item_feature = getattr(feature, "feature", feature)  # a column of lists names the classes of its items
+        names = getattr(item_feature, "names", None)
         if not names:
             continue
         if not all(isinstance(name, str) for name in names):

@@ -26,7 +26,8 @@ MAX_VALUES = 100_000
 MAX_PROBLEMS = 20
 """The number of problems that a message lists, arbitrary: every item of a long list may be invalid."""
 _PLAIN_TAGS = {yaml.ScalarNode: "str", yaml.SequenceNode: "seq", yaml.MappingNode: "map"}
-_RESOLVED_TAGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+_TAG_PREFIX = "tag:yaml.org,2002:"
+_RESOLVED_TAGS = (f"{_TAG_PREFIX}null", f"{_TAG_PREFIX}merge")
 _short = reprlib.Repr()  # shortens values in messages, which may be deep and long; the limits are arbitrary
 _short.maxlevel = 2
 _short.maxstring = 100
@@ -78,9 +79,9 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
         if known_count is None:
             raise _yaml_error(node, "an alias refers to a value that contains it")
         return known_count
-    plain_tag = f"tag:yaml.org,2002:{_PLAIN_TAGS[type(node)]}"
+    plain_tag = _TAG_PREFIX + _PLAIN_TAGS[type(node)]
     if node.tag != plain_tag and not (isinstance(node, yaml.ScalarNode) and node.tag in _RESOLVED_TAGS):
-        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        tag = node.tag.replace(_TAG_PREFIX, "!!")
         raise _yaml_error(node, f"the tag {_short.repr(tag)}: values are read as written, leave it out")
     counts[id(node)] = None
     if isinstance(node, yaml.ScalarNode):

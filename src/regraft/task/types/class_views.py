@@ -70,7 +70,7 @@ class Calibration:
     bins: tuple[Bin, ...]
 
 
-def calibration(confidence: Sequence[float], right: Sequence[bool]) -> Calibration:
+def measure_calibration(confidence: Sequence[float], right: Sequence[bool]) -> Calibration:
     """Measure the agreement of confidence with accuracy.
 
     Source: Guo et al., 2017 (arXiv:1706.04599).
@@ -91,7 +91,8 @@ def calibration(confidence: Sequence[float], right: Sequence[bool]) -> Calibrati
             mean_confidence = float(confidences[is_inside].mean())
             accuracy = float(is_right[is_inside].float().mean())
             bins.append(Bin(index / BINS, (index + 1) / BINS, int(is_inside.sum()), mean_confidence, accuracy))
-    ece = sum(bin.count * abs(bin.confidence - bin.accuracy) for bin in bins) / len(right)
+    weighted_gaps = [group.count * abs(group.confidence - group.accuracy) for group in bins]
+    ece = sum(weighted_gaps) / len(right)
     return Calibration(ece, tuple(bins))
 
 
@@ -175,16 +176,16 @@ def _calibration_chart(calibrations: Mapping[str, Calibration]) -> Scatter:
         Column("accuracy", "number"),
     )
     rows = tuple(
-        (name, f"{bin.low:.2f} to {bin.high:.2f}", bin.count, bin.confidence, bin.accuracy)
+        (name, f"{group.low:.2f} to {group.high:.2f}", group.count, group.confidence, group.accuracy)
         for name, calibration in calibrations.items()
-        for bin in calibration.bins
+        for group in calibration.bins
     )
     series = tuple(
         Series(
             name=f"{name} model, ECE {calibration.ece:.3f}",
-            x=tuple(bin.confidence for bin in calibration.bins),
-            y=tuple(bin.accuracy for bin in calibration.bins),
-            sizes=tuple(bin.count for bin in calibration.bins),
+            x=tuple(group.confidence for group in calibration.bins),
+            y=tuple(group.accuracy for group in calibration.bins),
+            sizes=tuple(group.count for group in calibration.bins),
         )
         for name, calibration in calibrations.items()
     )

@@ -13,7 +13,7 @@ from regraft.task.labels import fold_name, format_names, group_lookalikes, is_mi
 from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotations)
 from regraft.task.split import Split
 from regraft.task.types.class_metrics import ACCURACY, MACRO_F1, MCC
-from regraft.task.types.class_views import calibration, class_views, compare_classes
+from regraft.task.types.class_views import class_views, compare_classes, measure_calibration
 from regraft.task.types.likelihood import CATEGORICAL, Likelihood
 from regraft.task.types.texts import ColumnName, TextTask
 
@@ -104,7 +104,7 @@ class TextClassification(TextTask):
     ) -> tuple[View, ...]:
         """Return recall and flips by class, and the calibration; see `Task.comparison_views`."""
         calibrations = {
-            name: calibration(model.confidence, model.right)
+            name: measure_calibration(model.confidence, model.right)
             for name, model in (("old", old), ("new", new))
             if model.confidence is not None
         }
@@ -147,7 +147,7 @@ class TextClassification(TextTask):
         """Report examples that are all of one class; see `Task.target_weakness`."""
         if len(set(targets.tolist())) > 1:
             return None
-        return "examples of a single class, on which always guessing that class is perfect (and mcc is always 0)"
+        return "examples of a single class, on which always predicting that class is perfect (and mcc is always 0)"
 
     def _label_names(self, table: SourceTable) -> list[str]:
         """Return the label name of each row; for unlabelled data, the first of `labels` as a placeholder."""
