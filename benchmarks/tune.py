@@ -55,7 +55,7 @@ def main():
         print("|---|---|---|---|---|---|---|---|")
         for name, num_examples in EXAMPLES_BY_TASK.items():
             data = load_data(write_task(name, folder / name, train=2000, dev=100, test=100), 20)
-            data = dataclasses.replace(data, dev=data.dev.take(range(8)))  # so that evaluation takes little of the time
+            data = dataclasses.replace(data, dev=data.dev.take(range(8)))  # A small dev split makes evaluation fast.
             measure_speeds(base, data, WARM_UP_EXAMPLES)
             speeds = [measure_speeds(base, data, num_examples) for _ in range(NUM_REPETITIONS)]
             print_row(name, statistics.fmean(encode(base, data, data.train).lengths.tolist()), speeds)

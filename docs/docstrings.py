@@ -37,7 +37,8 @@ def split_docstring(text: str) -> tuple[str, dict[str, str]]:
     sections: dict[str, list[str]] = {}
     current = lead
     for line in text.splitlines():
-        if header := SECTION.fullmatch(line):
+        header = SECTION.fullmatch(line)
+        if header:
             current = sections.setdefault(header[1], [])
             continue
         if line and not line.startswith(" "):
@@ -53,8 +54,10 @@ def parse_entries(section: str) -> dict[str, str]:
     entries: dict[str, str] = {}
     name = ""
     for line in section.splitlines():
-        if (entry := ENTRY.fullmatch(line)) and not line.startswith(" "):
-            name, entries[entry[1]] = entry[1], entry[2]
+        entry = ENTRY.fullmatch(line)
+        if entry and not line.startswith(" "):
+            name, description = entry.groups()
+            entries[name] = description
         elif name and line.strip():
             entries[name] += f" {line.strip()}"
     return entries

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.methods import Method, Objective, Part, Start, methods, parts
 
-sys.path.insert(0, str(Path(__file__).parent))  # for importers that do not run this file as a script
+sys.path.insert(0, str(Path(__file__).parent))  # The test imports this file from a different folder.
 
 from docstrings import PAPER, docstring_to_markdown, parse_entries, split_docstring, split_source, to_markdown
 
@@ -50,7 +50,7 @@ Which method to choose:
 - Without labels and without time to train: `direct`, or `ridge` where `direct` loses much.
 - Without labels, but with time to train: `label-free`.
 - With labels: `init`; with few of them, `init+distill`.
-- If the new base was trained anew rather than from the old one: `aligned`.
+- If the new base was trained again from the start rather than from the old base: `aligned`.
 - If other tasks were tuned on both bases, or adapters for other tasks on the old one: `project`.
 - As a reference for the others: `scratch`.
 
@@ -219,7 +219,7 @@ def python_page() -> str:
 
 
 def _class(name: str, cls: type) -> Iterator[str]:
-    """Yield a class's signature and docstring, those of its documented public members, and its subclasses."""
+    """Yield a class's signature and docstring, then its documented public members, then its subclasses."""
     documented = _documented_arguments(cls)
     if documented:
         yield _code(_call(name, cls, tuple(documented)))

@@ -42,9 +42,9 @@ def collect_results(grid: Grid) -> dict[str, Any]:
         reference over all seeds; `noise`: shares of negative flips between seeds of scratch; `refused`: the cells that
         methods refused.
     """
-    outcomes = {
-        cell: load_outcome(folder) for cell in iterate_cells(grid) if has_outcome(folder := cell_folder(grid, cell))
-    }
+    cells = list(iterate_cells(grid))
+    outcomes = {cell: load_outcome(cell_folder(grid, cell)) for cell in cells if has_outcome(cell_folder(grid, cell))}
+    refusal_files = {cell: refusal_file(grid, cell) for cell in cells if refusal_file(grid, cell).is_file()}
     return {
         "made": _collect_provenance(grid, list(outcomes.values())),
         "upgrades": {name: _collect_distance(grid, name) for name in grid.upgrades},
@@ -63,8 +63,7 @@ def collect_results(grid: Grid) -> dict[str, Any]:
         "noise": _collect_noise(outcomes),
         "refused": [
             {**dataclasses.asdict(cell), "why": file.read_text(encoding="utf-8").strip()}
-            for cell in iterate_cells(grid)
-            if (file := refusal_file(grid, cell)).is_file()
+            for cell, file in refusal_files.items()
         ],
     }
 

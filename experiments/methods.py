@@ -109,7 +109,8 @@ def prepare_grid(workers: int) -> Grid:
     for generation in (("old",), ("mild", "halfway"), ("heavy",)):  # bases that are made from the previous generation
         missing = [name for name in generation if not (OUT / "models" / name).is_dir()]
         jobs = [Job(f"base {name}", pretrain_base, (name,)) for name in missing]
-        if failures := run_jobs(jobs, workers, print):
+        failures = run_jobs(jobs, workers, print)
+        if failures:
             sys.exit("\n".join(failures))
     training_free = [name for name, method in methods().items() if "training" not in method.needs()]
     changes = {"max_length": MAX_LENGTH, "metric": "accuracy"}
@@ -195,7 +196,7 @@ test; ± is the standard deviation over seeds (old tuning and recycling)."""
 
 
 def main() -> None:
-    """Run what is missing and write the results."""
+    """Make missing outcomes and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--write-only", action="store_true", help="write the tables from results.json alone")

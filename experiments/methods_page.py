@@ -238,7 +238,8 @@ def _format_tuning_cell(runs: list[Row], difference: Row | None, noise: dict[tup
     if difference:
         test += f", {format_difference(difference)}"
     steps = f"{format_steps_share(median_steps_share(runs))} %"
-    if num_never := sum(run["share"] is None for run in runs):
+    num_never = sum(run["share"] is None for run in runs)
+    if num_never:
         steps += f" [{num_never}]"
     flips = f"flips {_mean_flips(runs):.1f}"
     scratch_flips = noise.get(tuple(runs[0][key] for key in CELL_KEYS))

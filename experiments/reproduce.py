@@ -134,7 +134,8 @@ def build_missing(plan: Plan, workers: int, report: Callable[[str], None] = prin
             jobs = later_base_jobs if tuning.base else first_base_jobs  # Tunings on M_0 do not need the later bases.
             jobs.append(Job(name, make_tuning, (store, tuning)))
     for jobs in (first_base_jobs, later_base_jobs):
-        if failures := run_jobs(jobs, workers, report):
+        failures = run_jobs(jobs, workers, report)
+        if failures:
             return failures
     cell_jobs = [
         Job(f"{experiment.name} {cell.name}", measure_cell, (store, cell, experiment.cell_file(store, cell)))

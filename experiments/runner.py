@@ -80,7 +80,7 @@ def run_missing(grid: Grid, workers: int = 2, report: Callable[[str], None] = pr
         One line per failed job; the next run tries it again.
 
     Raises:
-        OutcomeError: Existing outcomes were made by another recipe or with other options.
+        OutcomeError: Existing outcomes were made by a different recipe or options.
     """
     check_recipes(grid)
     old_jobs = [
@@ -233,10 +233,10 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[str], None]) -
     with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         names = {pool.submit(_attempt, job.function, job.arguments): job.name for job in jobs}
         try:
-            for count, future in enumerate(concurrent.futures.as_completed(names), start=1):
+            for num_finished, future in enumerate(concurrent.futures.as_completed(names), start=1):
                 elapsed = time.monotonic() - started
-                remaining = elapsed / count * (len(jobs) - count)
-                progress = f"[{count}/{len(jobs)}, {elapsed / 60:.0f} min, about {remaining / 60:.0f} left]"
+                remaining = elapsed / num_finished * (len(jobs) - num_finished)
+                progress = f"[{num_finished}/{len(jobs)}, {elapsed / 60:.0f} min, about {remaining / 60:.0f} left]"
                 failures += _report_attempt(f"{progress} {names[future]}", future.result(), report)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -263,7 +263,12 @@ def _start_worker() -> None:
     """Limit the process to one thread, and exit when the parent process ends, even if it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def exit_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     import torch
 

@@ -18,27 +18,27 @@ MISSING = "–"
 """Written into a table in place of a missing figure."""
 
 
-def select(rows: Iterable[Row], **values: Any) -> list[Row]:
-    """Return the rows that have all of these values.
+def select(rows: Iterable[Row], **expected: Any) -> list[Row]:
+    """Return the rows that have all expected values.
 
     Args:
         rows: Rows of results, which have all of these keys.
-        values: Expected values by key.
+        expected: Expected values by key.
 
     Returns:
         The matching rows, in their order.
     """
-    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+    return [row for row in rows if all(row[key] == value for key, value in expected.items())]
 
 
-def distinct_values(rows: Iterable[Row], name: str) -> list[Any]:
+def distinct_values(rows: Iterable[Row], key: str) -> list[Any]:
     """Return the distinct values of a key, in order of first appearance."""
-    return list(dict.fromkeys(row[name] for row in rows))
+    return list(dict.fromkeys(row[key] for row in rows))
 
 
-def distinct_keys(rows: Iterable[Row], *names: str) -> list[tuple[Any, ...]]:
+def distinct_keys(rows: Iterable[Row], *keys: str) -> list[tuple[Any, ...]]:
     """Return the distinct combinations of several keys' values, in order of first appearance."""
-    return list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
+    return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -82,7 +82,8 @@ def measure(workers: int) -> dict[str, Any]:
     ]
     missing = [cell for cell in cells if not verdict_file(grid, *cell).is_file()]
     jobs = [Job(" ".join(map(str, cell)), judge, (grid, *cell)) for cell in missing]
-    if failures := run_jobs(jobs, workers, print):
+    failures = run_jobs(jobs, workers, print)
+    if failures:
         sys.exit("\n".join(failures))
     rows = []
     for cell in cells:

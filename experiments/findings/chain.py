@@ -182,9 +182,9 @@ def build_page(results: dict[str, Any]) -> Page:
         all_step_runs = select(results["all steps"], task=task, kind=kind)
         all_step_scores = [[run["score"] for run in select(all_step_runs, base=base)] for base in range(num_bases)]
         rows.append([SCRATCH_ALL_STEPS, *map(format_mean, all_step_scores), MISSING, MISSING, MISSING])
-        name = f"chain-{task}-{kind}.svg"
-        pictures[name] = draw_lines(series, "number of the base", "accuracy on test", ticks=range(num_bases))
-        sections.append(f"## {task}, {kind}\n\n{markdown_table(head, rows)}\n\n![Along the chain]({name})")
+        picture = f"chain-{task}-{kind}.svg"
+        pictures[picture] = draw_lines(series, "number of the base", "accuracy on test", ticks=range(num_bases))
+        sections.append(f"## {task}, {kind}\n\n{markdown_table(head, rows)}\n\n![Along the chain]({picture})")
     sections.append(
         f"`scratch` and `init+distill` tune for as many steps on each base, the few of a hop; {SCRATCH_ALL_STEPS}, is "
         "what M_0 was tuned with too. Hop by hop those of all hops add up."

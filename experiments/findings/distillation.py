@@ -58,8 +58,8 @@ class TeacherUpgrade(Settings):
     """
 
     task: str = Field(description="the name of a task")
-    old: NonNegativeInt = Field(description="the number of a base")
-    new: NonNegativeInt = Field(description="the number of a base")
+    old: NonNegativeInt = Field(description="the index of a base, 0 or more")
+    new: NonNegativeInt = Field(description="the index of a base, 0 or more")
     kinds: tuple[str, ...] = Field(min_length=1, description="a list of kinds")
 
 
@@ -199,20 +199,20 @@ def build_page(results: dict[str, Any]) -> Page:
     sections = []
     pictures = {}
     shots = sorted({run["shots"] for run in results["runs"] if run["shots"] is not None})
-    head = ["method", *(f"{count} a class" for count in shots)]
+    head = ["method", *(f"{num_shots} a class" for num_shots in shots)]
     for task, kind, old, new in results["upgrades"]:
         runs = select(results["runs"], task=task, kind=kind)
         differences = select(results["differences"], task=task, kind=kind)
         methods = distinct_values([run for run in runs if run["shots"] is not None], "method")
         rows = [_method_row(method, shots, runs, differences) for method in methods]
         levels = {}
-        for name in (TEACHER, SCRATCH_ALL_LABELS):
-            scores = [run["test"] for run in select(runs, method=name)]
-            rows.append([name, *[format_mean(scores)] * len(shots)])
+        for reference in (TEACHER, SCRATCH_ALL_LABELS):
+            scores = [run["test"] for run in select(runs, method=reference)]
+            rows.append([reference, *[format_mean(scores)] * len(shots)])
             if scores:
-                levels[name] = mean_and_deviation(scores)[0]
-        name = f"shots-{task}-{kind}.svg"
-        pictures[name] = draw_lines(
+                levels[reference], _ = mean_and_deviation(scores)
+        picture = f"shots-{task}-{kind}.svg"
+        pictures[picture] = draw_lines(
             _series_over_shots(methods, shots, runs),
             "labelled examples a class",
             "accuracy on test",
@@ -222,7 +222,7 @@ def build_page(results: dict[str, Any]) -> Page:
         sections.append(
             f"## {task}, {kind}: M_{old} → M_{new}\n\n"
             "Accuracy on test; difference to scratch with as few labels in points.\n\n"
-            f"{markdown_table(head, rows)}\n\n![Accuracy over labels]({name})"
+            f"{markdown_table(head, rows)}\n\n![Accuracy over labels]({picture})"
         )
     if results["longer"]:
         sections.append(
@@ -236,9 +236,9 @@ def _method_row(method: str, shots: list[int], runs: list[Row], differences: lis
     """Write the scores of a method by number of labels, with the differences from scratch."""
     scratch = "scratch" + LONGER_SUFFIX if method.endswith(LONGER_SUFFIX) else "scratch"
     row = [method]
-    for count in shots:
-        cell = format_mean([run["test"] for run in select(runs, method=method, shots=count)])
-        scratch_differences = select(differences, shots=count, method=method, against=scratch)
+    for num_shots in shots:
+        cell = format_mean([run["test"] for run in select(runs, method=method, shots=num_shots)])
+        scratch_differences = select(differences, shots=num_shots, method=method, against=scratch)
         if scratch_differences:
             cell += f"; {format_difference(scratch_differences[0])}"
         row.append(cell)
@@ -252,10 +252,10 @@ def _series_over_shots(
     for method in methods:
         if method.endswith(LONGER_SUFFIX):
             continue
-        for count in shots:
-            scores = [run["test"] for run in select(runs, method=method, shots=count)]
+        for num_shots in shots:
+            scores = [run["test"] for run in select(runs, method=method, shots=num_shots)]
             if scores:
-                series.setdefault(method, []).append((count, *mean_and_deviation(scores)))
+                series.setdefault(method, []).append((num_shots, *mean_and_deviation(scores)))
     return series
 
 

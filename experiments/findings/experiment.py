@@ -28,8 +28,8 @@ MIN_CONFIRMED_SHARE = 0.9
 """A claim holds if at least this share of its cells confirms it, and does not hold if at most one minus this share
 does. Arbitrary, but fixed before any cell was measured."""
 MIN_BETTER_SHARE = 0.5
-"""A method is better than another if the difference is significant in at least this share of the cells. Arbitrary, but
-fixed before any cell was measured."""
+"""A method counts as better than another if the difference is significant in at least this share of the cells.
+Arbitrary, but fixed before any cell was measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +165,8 @@ def measure_cell(store: Store, cell: Cell, file: Path) -> str:
     would be refused again. Remove the file to measure the cell again.
 
     Args:
-        store: The store, with the tunings of the cell.
-        cell: The cell.
+        store: The store, with the tunings that the cell reads.
+        cell: The cell to measure.
         file: The file for the record; the working folder is next to it.
 
     Returns:

@@ -78,8 +78,8 @@ class Config(Settings):
         targets: The tasks to tune.
     """
 
-    old: NonNegativeInt = Field(description="the number of a base")
-    new: NonNegativeInt = Field(description="the number of a base")
+    old: NonNegativeInt = Field(description="the index of a base, 0 or more")
+    new: NonNegativeInt = Field(description="the index of a base, 0 or more")
     targets: tuple[Target, ...] = Field(min_length=1, description="a list with task, similar, unrelated, kinds")
 
 
@@ -192,9 +192,9 @@ def build_page(results: dict[str, Any]) -> Page:
             if role_runs:
                 curves[role] = average_curves(role_runs)
                 rows.append(_start_row(role, role_runs, select(differences, **{"from": role})))
-        name = f"curves-{task}-{kind}.svg"
-        pictures[name] = draw_lines(curves, f"optimiser steps on M_{results['new']}", "accuracy on dev")
-        sections.append(f"## {task}, {kind}\n\n{markdown_table(head, rows)}\n\n![Learning curves]({name})")
+        picture = f"curves-{task}-{kind}.svg"
+        pictures[picture] = draw_lines(curves, f"optimiser steps on M_{results['new']}", "accuracy on dev")
+        sections.append(f"## {task}, {kind}\n\n{markdown_table(head, rows)}\n\n![Learning curves]({picture})")
     findings = (*_judge_starts(results["runs"], results["differences"]), _judge_sources(results["runs"]))
     return Page("\n\n".join(sections), pictures, findings)
 

@@ -37,7 +37,7 @@ def write_measured(store: Store, experiment: Experiment, config: Any, folder: Pa
 
     Args:
         store: The store, with the records of the cells.
-        experiment: The experiment.
+        experiment: One of `reproduce.list_experiments`.
         config: The content of the experiment's `config.yaml`.
         folder: The published folder of the experiment; nothing is written if no cell has been measured.
 
@@ -50,8 +50,14 @@ def write_measured(store: Store, experiment: Experiment, config: Any, folder: Pa
     collected = experiment.collect_results(store, config, records)
     results = _round_figures({"made": collect_provenance(store, experiment, config), **collected})
     results["findings"] = [dataclasses.asdict(finding) for finding in experiment.build_page(results).findings]
-    write_results(folder, results, lambda results: int(results["made"]["cells"][0]))
+    write_results(folder, results, count_cells)
     write_page(experiment, folder)
+
+
+def count_cells(results: dict[str, Any]) -> int:
+    """Return the number of cells that have been made for results."""
+    num_made, _ = results["made"]["cells"]
+    return int(num_made)
 
 
 def collect_provenance(store: Store, experiment: Experiment, config: Any) -> dict[str, Any]:
@@ -59,7 +65,7 @@ def collect_provenance(store: Store, experiment: Experiment, config: Any) -> dic
 
     Args:
         store: The store, with the records of the cells.
-        experiment: The experiment.
+        experiment: One of `reproduce.list_experiments`.
         config: The content of the experiment's `config.yaml`.
 
     Returns:
@@ -106,7 +112,7 @@ def write_page(experiment: Experiment, folder: Path) -> None:
     """Write an experiment's pictures and page from its `results.json`, and remove obsolete pictures.
 
     Args:
-        experiment: The experiment.
+        experiment: One of `reproduce.list_experiments`.
         folder: The published folder of the experiment; nothing is written if it has no `results.json`.
     """
     if not (folder / "results.json").is_file():
@@ -140,8 +146,8 @@ def _format_page(experiment: Experiment, provenance: dict[str, Any], page: Page)
     rows = [[finding.claim, f"**{finding.verdict}**", finding.figure] for finding in page.findings]
     findings_table = markdown_table(["finding", "", "what decides"], rows)
     sections += [page.text, "## Which findings hold here", findings_table]
-    if refusals := provenance["refused"]:
-        lines = [f"- {name}: {reason}" for name, reason in refusals.items()]
+    if provenance["refused"]:
+        lines = [f"- {name}: {reason}" for name, reason in provenance["refused"].items()]
         sections.append("## What was refused\n\n" + "\n".join(lines))
     sections.append(_format_provenance(provenance))
     return "\n\n".join(sections) + "\n"

@@ -188,11 +188,11 @@ def build_page(results: dict[str, Any]) -> Page:
         means = {
             method: [(_mean_score(select(runs, task=task, method=method)), 0.0) for task in tasks] for method in methods
         }
-        name = f"methods-{kind}-M{old}-M{new}.svg"
-        pictures[name] = draw_bars(tasks, means, "accuracy on test")
+        picture = f"methods-{kind}-M{old}-M{new}.svg"
+        pictures[picture] = draw_bars(tasks, means, "accuracy on test")
         sections.append(
             f"## {kind}, M_{old} → M_{new}\n\nAccuracy on test; difference to `direct` in points.\n\n"
-            f"{markdown_table(['', *tasks], rows)}\n\n![Methods]({name})"
+            f"{markdown_table(['', *tasks], rows)}\n\n![Methods]({picture})"
         )
     sections.append(
         "The head is left out of the map and copied, so the tasks need not have as many classes (in the paper's they "
@@ -221,6 +221,7 @@ def _mean_score(runs: list[Row]) -> float:
 
 
 def _judge_claims(differences: list[Row]) -> tuple[Finding, ...]:
+    """Judge each way to learn the map by its differences from `direct`."""
     descriptions = {
         "regression": "regression",
         "distill": "distillation",

@@ -63,7 +63,7 @@ def run_method(
     """Recycle an adaptation and return the figures of its outcome.
 
     Args:
-        store: The store.
+        store: The store, with both bases, the task and the source.
         work_folder: The folder for the outcome.
         upgrade: The task on the new base, the kind and the bases.
         source: The outcome folder of the adaptation of the old base, possibly to a different task.

@@ -90,6 +90,7 @@ def measure(
     first_model = load_counterpart(first_folder, first_base, data)
 
     def compare_with(model: Any) -> dict[str, Any]:
+        """Return the similarity of a model and the tuning on M_0, as means over heads and head by head."""
         comparison = similarity(
             first_model,
             model,

@@ -52,12 +52,12 @@ def build_page(results: dict[str, Any]) -> Page:
         for comparison in nearest_and_random:
             against = comparison["against"]
             suffix = "random" if against == RANDOM_WEIGHTS else against.replace("_", "")
-            name = f"heads-{kind}-{suffix}.svg"
+            picture = f"heads-{kind}-{suffix}.svg"
             with chart_style():
-                pictures[name] = save_figure(draw_heads(comparison["rows"], comparison["best"], scale), "svg")
+                pictures[picture] = save_figure(draw_heads(comparison["rows"], comparison["best"], scale), "svg")
             sections.append(
                 f"Head by head, {tasks[0]}, against {against} (a ring: another head is nearer):\n\n"
-                f"![Heads against {against}]({name})"
+                f"![Heads against {against}]({picture})"
             )
     sections.append(_distances_section(results))
     findings = (*_judge_similarity(runs), *_judge_distances(results["distances"]))

@@ -211,7 +211,7 @@ def write_inputs(store: Store) -> None:
     """Write the missing tasks and texts, and M_0 if it is the demo's.
 
     Args:
-        store: The store.
+        store: The store whose folder gets them.
 
     Raises:
         DataError: A source cannot be read, or a domain's sources have no text.
