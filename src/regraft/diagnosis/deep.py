@@ -65,7 +65,7 @@ def diagnose(
             model = load_counterpart(counterpart, upgrade.new, direct.data)
             new = Deployment(model, direct.upgrade.new, direct.data, direct.precision, progress)
             pair = dataclasses.replace(direct, new=new)
-        context = QuestionContext(upgrade, direct, pair, options, {})
+        context = QuestionContext(upgrade, direct, pair, options, answers={})
         left_out, seconds = _answer_all(context)
     result = Diagnosis(
         task=pair.data.name,
@@ -98,17 +98,17 @@ def _answer_all(context: QuestionContext) -> tuple[dict[str, str], dict[str, flo
     seconds: dict[str, float] = {}
     for question in all_questions():
         start = time.perf_counter()
-        answer = None
         try:
             answer = question.answer(context)
         except MismatchError as error:
             if question.is_required:
                 raise
             left_out[question.name] = str(error)
-        if answer is not None:
+        else:
+            if answer is None:  # the options do not ask the question
+                continue
             context.answers[question.name] = answer
-        if answer is not None or question.name in left_out:
-            seconds[question.name] = round(time.perf_counter() - start, 2)
+        seconds[question.name] = round(time.perf_counter() - start, 2)
     return left_out, seconds
 
 

@@ -68,7 +68,7 @@ def find_inputs(folders: Sequence[str | Path]) -> ReportInputs:
     Raises:
         OutcomeError: A folder does not exist, a file is malformed, or there are no records.
     """
-    inputs = ReportInputs([], {}, {})
+    inputs = ReportInputs(runs=[], comparisons={}, diagnoses={})
     visited: set[Path] = set()
     for top in map(Path, folders):
         if not top.exists():

@@ -1,6 +1,6 @@
 """The report's charts: one function per chart, which returns a matplotlib figure and changes no global state.
 
-Sizes of figures are in inches, those of texts, lines and markers in points; all of them are set by eye.
+Figure sizes are in inches; sizes of texts, lines and markers are in points. All are set by eye.
 """
 
 from regraft.report.charts.bars import draw_group_shifts, draw_method_scores, draw_retention

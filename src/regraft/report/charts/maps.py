@@ -47,12 +47,13 @@ def draw_heads(divergence: Sequence[Sequence[float]], best: Sequence[Sequence[in
         edgecolors=PAPER,
         linewidth=1.2 if heads <= _MAX_LABELLED else 0.5,
     )
+    are_labelled = heads <= _MAX_LABELLED and layers <= 2 * _MAX_LABELLED
+    font_size = 7 if heads <= 8 else 6
     for layer in range(layers):
         for head in range(heads):
             bits = divergences[layer, head]
             ink = _LIGHT if bits < 0.55 * top or np.isnan(bits) else _DARK  # the colour map is dark at its start
-            if heads <= _MAX_LABELLED and layers <= 2 * _MAX_LABELLED:
-                font_size = 7 if heads <= 8 else 6
+            if are_labelled:
                 axes.text(head, layer, f"{bits:.2f}", ha="center", va="center", fontsize=font_size, color=ink)
             if best and best[layer][head] != head:
                 axes.plot(head + 0.34, layer - 0.34, marker="o", markersize=3, color=ink, markerfacecolor="none")
