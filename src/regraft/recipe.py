@@ -1,4 +1,4 @@
-"""The hyperparameters of a training run."""
+"""The hyperparameters of a training run, and the schedules and intervals that depend on them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
 MIN_STEPS = 100
 """The fewest steps that epochs are converted to: three epochs of 32 few-shot examples would be 6 steps."""
+MAX_EVALUATIONS = 12
+"""The most evaluations by default: more find the best step more exactly, and take longer."""
 NUM_SEEDS = 2**32
 """Seeds are below this number: transformers' `set_seed` seeds NumPy's legacy generator, which takes 32-bit seeds."""
 MAX_BATCH_SIZE = 2**16
 """Above every batch size in use for tuning: a larger one is a mistake, and would run out of memory at once."""
 MAX_EXAMPLES = 10**8
 """Steps × batch size: the order of the examples is an int64 array in memory, 800 MB at this size."""
+PRECISIONS = ("auto", "bf16", "fp32")
 FADE_SCHEDULES = ("none", "linear", "cosine")
 
 
@@ -45,7 +48,8 @@ class Recipe:
             best weights (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407); 0 for no average.
 
     Raises:
-        RecipeError: A value is out of range.
+        RecipeError: `warmup` or `average` is not from 0 to below 1, `weight_decay` is negative, `seed` is not a 32-bit
+            number, `precision` is unknown, another number is not above 0, or batch size or examples are too many.
     """
 
     steps: int | None = None
@@ -55,13 +59,13 @@ class Recipe:
     warmup: float = 0.06  # as RoBERTa is fine-tuned on GLUE (Liu et al. 2019, table 10)
     weight_decay: float = 0.01  # BERT's (Devlin et al. 2019, appendix A.2)
     eval_every: int | None = None
-    save_every: int = 200  # an interruption loses at most so many steps; a checkpoint is up to three times the model
+    save_every: int = 200  # fewer lose less to an interruption; a checkpoint is up to three times the model's size
     seed: int = 20  # arbitrary
     precision: str = "auto"
     average: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check that every value is in its range."""
+        """Refuse numbers out of range, and an unknown precision."""
         for name in ("steps", "epochs", "batch_size", "learning_rate", "eval_every", "save_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -78,15 +82,15 @@ class Recipe:
             raise RecipeError(f"warmup must be a fraction of the steps, from 0 to below 1, found {self.warmup}.")
         if not 0 <= self.average < 1:
             raise RecipeError(f"average must be a fraction of the steps, from 0 to below 1, found {self.average}.")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise RecipeError(f"precision must be auto, bf16 or fp32, found {self.precision!r}.")
+        if self.precision not in PRECISIONS:
+            raise RecipeError(f"precision must be one of {', '.join(PRECISIONS)}, found {self.precision!r}.")
 
-    def resolve(self, examples: int, learning_rate: float) -> Recipe:
+    def resolve(self, num_examples: int, learning_rate: float) -> Recipe:
         """Set the fields that depend on the data, the kind of training and the device.
 
         Args:
-            examples: The number of training examples.
-            learning_rate: The learning rate if the recipe has none.
+            num_examples: The number of training examples.
+            learning_rate: The learning rate to set if the recipe has none.
 
         Returns:
             The recipe with `steps`, `learning_rate`, `eval_every` and `precision` set.
@@ -94,7 +98,7 @@ class Recipe:
         Raises:
             RecipeError: Steps × batch size is above `MAX_EXAMPLES`.
         """
-        steps = self.steps or max(MIN_STEPS, round(self.epochs * examples / self.batch_size))
+        steps = self.steps or max(MIN_STEPS, round(self.epochs * num_examples / self.batch_size))
         self._check_examples(steps)
         return dataclasses.replace(
             self,
@@ -105,6 +109,7 @@ class Recipe:
         )
 
     def _check_examples(self, steps: int) -> None:
+        """Refuse more steps than the order of examples has room for."""
         if steps * self.batch_size > MAX_EXAMPLES:
             raise RecipeError(
                 f"{steps:,} steps of {self.batch_size:,} examples are more than the {MAX_EXAMPLES:,} examples whose "
@@ -113,11 +118,11 @@ class Recipe:
 
 
 def check_trained(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Check that training has not diverged, before its weights are published.
+    """Refuse to publish weights if training has diverged.
 
     Args:
         checkpoint: The saved weights.
-        recipe: The recipe that they were trained with.
+        recipe: The recipe of the training, whose learning rate the error message names.
 
     Raises:
         RecipeError: A weight is infinite or not a number.
@@ -134,14 +139,14 @@ def check_trained(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 
 def check_fade_schedule(option: str, schedule: str) -> None:
-    """Check the name of a schedule.
+    """Refuse an unknown schedule.
 
     Args:
         option: The option's name, for the error message.
         schedule: The option's value.
 
     Raises:
-        RecipeError: The value is none of `FADE_SCHEDULES`.
+        RecipeError: The value is not in `FADE_SCHEDULES`.
     """
     if schedule not in FADE_SCHEDULES:
         raise RecipeError(f"{option} must be one of {', '.join(FADE_SCHEDULES)}, found {schedule!r}.")
@@ -156,7 +161,7 @@ def fade_factor(schedule: str, step: int, steps: int) -> float:
         steps: The number of steps of the training.
 
     Returns:
-        A number from 1 at step 0 to 0 after the last step; always 1 for `none`.
+        A factor that falls from 1 at step 0 to 0 after the last step; always 1 for `none`.
     """
     if schedule == "none":
         return 1.0
@@ -178,29 +183,28 @@ def preferred_precision() -> str:
         return "fp32"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
-    if not capabilities and hasattr(torch.cpu, "_is_avx512_bf16_supported"):  # before `get_capabilities`
+    # versions of torch without `get_capabilities` have this private function
+    if not capabilities and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
         has_bf16 = torch.cpu._is_avx512_bf16_supported()
     return "bf16" if has_bf16 else "fp32"
 
 
 def _round_interval(steps: int) -> int:
-    """Return the smallest interval of 1, 2 or 5 × 10^n steps that comes to at most twelve evaluations."""
+    """Return the smallest interval of 1, 2 or 5 × 10ⁿ steps with at most `MAX_EVALUATIONS` evaluations."""
     scale = 1
-    while True:
-        for digit in (1, 2, 5):
-            if steps <= 12 * digit * scale:
-                return digit * scale
+    while steps > MAX_EVALUATIONS * 5 * scale:
         scale *= 10
+    return next(digit * scale for digit in (1, 2, 5) if steps <= MAX_EVALUATIONS * digit * scale)
 
 
 def best_step(curve: Sequence[Mapping[str, float]], merit: Callable[[float], float]) -> int:
     """Return the first step with the best score.
 
     Args:
-        curve: A learning curve: entries with `step` and `score`.
-        merit: Maps a score to a number that is higher for a better score.
+        curve: A learning curve, whose entries have `step` and `score`.
+        merit: A function of a score that is higher for a better score.
 
     Returns:
-        The step.
+        The number of completed steps.
     """
     return int(max(curve, key=lambda point: (merit(point["score"]), -point["step"]))["step"])

@@ -75,7 +75,8 @@ def graft_aligned(job: Job, options: Alignment) -> nn.Module:
     from regraft.model.examples import encode_aligned
 
     check_transformable(job.adaptation, SUPPORTED_KINDS)
-    upgrade, head = job.upgrade, job.data.head
+    upgrade = job.upgrade
+    head = job.data.head
     grafted: nn.Module = job.grafted()
     tuned = load_model(job.adaptation, upgrade.old, head)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))

@@ -13,7 +13,7 @@ from regraft.checkpoint import is_sealed, seal, write_json
 from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Method, Part
 from regraft.methods.objectives import DISTILL
-from regraft.methods.target import pseudo_labelled, set_target
+from regraft.methods.target import pseudo_labelled_data, set_target
 from regraft.recipe import NUM_SEEDS
 from regraft.tuning.distill import Distillation
 
@@ -92,7 +92,7 @@ def find_cheapest(job: Job, options: Auto) -> Curve:
         The learning curves of all tuned stages, joined; empty if nothing was tuned.
     """
     if not options.labels:
-        job = dataclasses.replace(job, data=pseudo_labelled(job))
+        job = dataclasses.replace(job, data=pseudo_labelled_data(job))
     target = set_target(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
     stages = _Stages(job, target)
     chosen, reason = _choose(stages, target, options)
@@ -154,7 +154,7 @@ class _Stages:
         return joined
 
     def best(self, margin: float) -> dict[str, Any]:
-        """Return the best result; that of a more expensive stage must be better by more than a margin."""
+        """Return the best result; a more expensive stage must be better by more than a margin."""
         best = self.results[0]
         metric = self.target.metric
         for result in self.results[1:]:

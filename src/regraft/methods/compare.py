@@ -33,7 +33,7 @@ def compare(
     out: str | Path,
     *,
     recipe: Recipe | None = None,
-    seeds: Sequence[int] = (20,),
+    seeds: Sequence[int] = (Recipe.seed,),
     options: Mapping[str, Any] | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -96,7 +96,7 @@ def compare(
                 recipe=recipes[seed],
                 options=(options or {}).get(name),
                 force=force,
-                progress=lambda stage, *details, name=name: progress(f"{name}: {stage}", *details),
+                progress=_prefix_stages(progress, name),
             )
             rows[name].append(_row(outcomes[name], outcomes["scratch"], split.name, old_right))
             outcome_paths.append(str(outcomes[name].path))
@@ -112,6 +112,15 @@ def compare(
     )
     write_json(out / "comparison.json", dataclasses.asdict(comparison), indent=2)
     return comparison
+
+
+def _prefix_stages(progress: Progress, method: str) -> Progress:
+    """Return a progress callback that puts a method's name before each stage."""
+
+    def report(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        progress(f"{method}: {stage}", done, total, figures)
+
+    return report
 
 
 def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[bool]) -> Row:

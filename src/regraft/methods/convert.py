@@ -106,12 +106,8 @@ def convert(
     upgrade = Upgrade(old, new if new is not None else old)
     out = Path(out)
     keeps_kind = kind == adaptation.kind and (adaptation.family.tunes_base or (rank is None and energy is None))
-    if kind not in KINDS:
-        raise RecipeError(f"an adaptation can be converted to {' or '.join(KINDS)}, found {kind!r}.")
-    if keeps_kind and not adaptation.changed_base:
-        raise RecipeError(f"{adaptation.path} is of kind {kind} already. To put it on a new base, recycle it (direct).")
-    if kind == "full" and (rank is not None or energy is not None or task is not None):
-        raise RecipeError("rank, energy and a task apply to a LoRA only: leave them out.")
+    has_lora_options = rank is not None or energy is not None or task is not None
+    _check_kind(adaptation, kind, keeps_kind=keeps_kind, has_lora_options=has_lora_options)
     data = None if task is None else load_data(task, 0)
     provenance = {
         "operation": "convert",
@@ -169,6 +165,16 @@ def convert(
         write_record(staging, provenance, {"kept": preserved, "left_out": excluded})  # keys since regraft 0.1
         publish(staging, out)
     return Conversion(out, kind, preserved, excluded)
+
+
+def _check_kind(adaptation: Adaptation, kind: str, *, keeps_kind: bool, has_lora_options: bool) -> None:
+    """Refuse an unknown kind, a kind that the adaptation already has, and options that the kind does not use."""
+    if kind not in KINDS:
+        raise RecipeError(f"an adaptation can be converted to {' or '.join(KINDS)}, found {kind!r}.")
+    if keeps_kind and not adaptation.changed_base:
+        raise RecipeError(f"{adaptation.path} is of kind {kind} already. To put it on a new base, recycle it (direct).")
+    if kind == "full" and has_lora_options:
+        raise RecipeError("rank, energy and a task apply to a LoRA only: leave them out.")
 
 
 def _materialise(adaptation: Adaptation, old: Base, head: Head, folder: Path) -> tuple[Adaptation, Any]:

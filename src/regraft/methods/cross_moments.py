@@ -98,8 +98,8 @@ def _pair_moments(
 ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
     """Pair the moments of each module's inputs and outputs, and replace output moments of too low a rank.
 
-    An output that is wider than its linear layer's input does not determine a rotation. It takes the moment of the
-    next linear layer's input of that width.
+    The output of a linear layer that is wider than the input does not determine a rotation. Such an output takes the
+    moment of the next linear layer's input of the same width.
     """
     pairs: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
     next_inputs: dict[int, torch.Tensor] = {}  # the moment of the next linear layer's input, by width

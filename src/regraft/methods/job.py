@@ -74,7 +74,9 @@ class Job:
         Returns:
             The model; with a fresh adapter of the same settings, if the adaptation is an adapter.
         """
-        base, head, seed = self.upgrade.new, self.data.head, self.recipe.seed
+        base = self.upgrade.new
+        head = self.data.head
+        seed = self.recipe.seed
         config = self.adaptation.family.read_config(self.adaptation, for_new_adapter=True)
         model = fresh_model(base, head, seed)
         restore_output_units(model, base, self.data)

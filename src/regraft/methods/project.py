@@ -47,7 +47,7 @@ def graft_mapped(job: Job, options: Projection) -> None:
             "method project learns from other tasks: pass pairs of adaptations that were tuned on the old and on the "
             "new base, as in pairs=[old1=new1,old2=new2]."
         )
-    if job.upgrade.old.fingerprint == job.upgrade.new.fingerprint:  # there is no change to learn
+    if job.upgrade.old.fingerprint == job.upgrade.new.fingerprint:  # without an upgrade, there is no change to learn
         job.graft()
         return
     adaptation = job.adaptation
@@ -67,7 +67,11 @@ def graft_mapped(job: Job, options: Projection) -> None:
     vector = adaptation.family.vector(adaptation, job.upgrade.old)
     pairs = read_pairs(options.pairs, vector, job.upgrade)
     weights = _regress(pairs, vector, options, job)
-    _write_mapped(job, vector.names, lambda name: _map_tensor(name, vector, pairs, weights, residual=options.residual))
+
+    def read_mapped(name: str) -> torch.Tensor:
+        return _map_tensor(name, vector, pairs, weights, residual=options.residual)
+
+    _write_mapped(job, vector.names, read_mapped)
 
 
 def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Projection, job: Job) -> list[float]:

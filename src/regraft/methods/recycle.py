@@ -32,6 +32,8 @@ from regraft.task import load_data
 from regraft.tuning import Recipe, learning_rate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from regraft.task import Task, TaskData
     from regraft.upgrade import Upgrade
 
@@ -87,26 +89,14 @@ def recycle(
     check_options(method, options)
     if not isinstance(adaptation, Adaptation):
         adaptation = load_adaptation(adaptation)
-    if head not in HEAD_POLICIES:
-        raise RecipeError(f"head must be one of {', '.join(HEAD_POLICIES)}, found {head!r}.")
-    supported_heads = chosen.heads(options)
-    if head not in supported_heads:
-        heads = " or ".join(supported_heads)
-        raise RecipeError(f"method {method} uses the old head: head must be {heads}, found {head}.")
+    _check_head(head, method, chosen.heads(options))
     lineage = adaptation.check_base(upgrade.old, force=force)
     upgrade = with_adaptation_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
     if "labels" in chosen.needs(options):
         data.require_labels(f"method {method}")
     data = data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length)
-    if head not in data.task.head_policies:
-        raise RecipeError(
-            f"the head of a {data.task.type} must be {' or '.join(data.task.head_policies)}, found {head}."
-        )
-    if head != "fresh":
-        check_task_type(adaptation, data.task)
-    if head == "copy":
-        data = match_labels(adaptation, data)
+    data = _match_head(data, adaptation, head)
     inputs: dict[str, Any] = {
         "method": method,
         "options": chosen.record(options),
@@ -127,7 +117,8 @@ def recycle(
         return existing
     upgrade.check_finite()
     old_head = data.head if head == "copy" else stored_head(adaptation, upgrade.old)
-    measure_effect(load_old_model(adaptation, upgrade, old_head), adaptation, upgrade.old, data)
+    old_model = load_old_model(adaptation, upgrade, old_head)
+    measure_effect(old_model, adaptation, upgrade.old, data)  # raises if the adaptation has no effect
     resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
     source = Source(
         adaptation=str(adaptation.path),
@@ -175,3 +166,24 @@ def recycle(
             scores_agreement=chosen.scores_agreement(options),
             progress=progress,
         )
+
+
+def _check_head(head: str, method: str, supported_heads: Sequence[str]) -> None:
+    """Refuse a policy for the old head that is unknown, or that the method does not support."""
+    if head not in HEAD_POLICIES:
+        raise RecipeError(f"head must be one of {', '.join(HEAD_POLICIES)}, found {head!r}.")
+    if head not in supported_heads:
+        raise RecipeError(
+            f"method {method} uses the old head: head must be {' or '.join(supported_heads)}, found {head}."
+        )
+
+
+def _match_head(data: TaskData, adaptation: Adaptation, head: HeadPolicy) -> TaskData:
+    """Return the data with labels in the order of the new head, or refuse a policy that the task does not support."""
+    if head not in data.task.head_policies:
+        raise RecipeError(
+            f"the head of a {data.task.type} must be {' or '.join(data.task.head_policies)}, found {head}."
+        )
+    if head != "fresh":
+        check_task_type(adaptation, data.task)
+    return match_labels(adaptation, data) if head == "copy" else data

@@ -125,7 +125,7 @@ def find_registered(name: str) -> Registered | None:
 
 @functools.cache
 def _registered() -> dict[str, Registered | EntryPoint]:
-    """List what this package's modules define, in order, and the entry points of other distributions, by name."""
+    """List the objects that this package defines, in order, and the entry points of other distributions, by name."""
     defined: dict[str, Registered] = {}
     for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         module = importlib.import_module(f"regraft.methods.{module_info.name}")

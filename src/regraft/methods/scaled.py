@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regraft.adaptation import HEAD_POLICIES
 from regraft.errors import RecipeError
@@ -19,30 +19,36 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+    from torch import nn
 
     from regraft.methods.evidence import Evidence
     from regraft.methods.job import Job
 
-GRID = (0.5, 0.75, 1.25, 1.5)  # of λ for all tensors, besides 1
-GROUP_STEP = 0.25  # as fine as the grid
-MIN_EXAMPLES = 8  # with fewer, the standard error of the mean loss says little
-MIN_STANDARD_ERRORS = 2.0  # of a gain, not 1: a dozen values are tried
+SCALES = (0.5, 0.75, 1.25, 1.5)
+"""The values of λ to try for all tensors, besides 1. A finer grid gets closer to the best λ, but takes longer."""
+GROUP_STEP = 0.25
+"""The change of λ to try for a group, which is as large as the steps of `SCALES`."""
+MIN_EXAMPLES = 8
+"""With fewer examples, the standard error of the mean loss is too inaccurate for a test."""
+MIN_STANDARD_ERRORS = 2.0
+"""A gain is accepted from so many standard errors on; with 1, one of a dozen trials would often pass by chance."""
+GROUPS = ("embedding", "attention", "feed-forward", "norm", "other")
 SUPPORTED_KINDS = ("full", "lora", "bottleneck")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """λ, or the examples to choose it on.
+    """Options of `scaled`: λ, or the examples to choose λ on.
 
     Args:
         scale: λ; None to choose it.
         labels: The number of training examples per class to choose λ on; 0 to choose it by the divergence from the old
-            tuned model's outputs on training texts. Labels that the old weights were tuned on favour large λ.
-        grouped: Whether embeddings, attention, feed-forward and norms may each have their own λ.
+            model's outputs on training texts. Labels that the old weights were tuned on favour large λ.
+        grouped: Whether λ may differ between embeddings, attention, feed-forward and norms.
         confidence: Without labels: the least probability of the old model's class for a text to be used.
 
     Raises:
-        RecipeError: A number is out of range.
+        RecipeError: `scale` is not finite, `labels` is negative, or `confidence` is not from 0 to 1.
     """
 
     scale: float | None = None
@@ -51,10 +57,9 @@ class Scaling:
     confidence: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check every number."""
-        scale = self.scale
-        if scale is not None and (not isinstance(scale, (int, float)) or not math.isfinite(scale)):
-            raise RecipeError(f"scale must be a number or null, found {scale!r}.")
+        """Refuse a scale that is not finite, a negative number of labels and a confidence out of range."""
+        if self.scale is not None and not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale)):
+            raise RecipeError(f"scale must be a number or null, found {self.scale!r}.")
         if self.labels < 0 or not 0 <= self.confidence <= 1:
             raise RecipeError(
                 f"labels must be 0 or more examples per class (found {self.labels}), confidence from 0 to 1 "
@@ -62,35 +67,43 @@ class Scaling:
             )
 
 
-def graft_scaled(job: Job, options: Scaling) -> Any:
+def graft_scaled(job: Job, options: Scaling) -> nn.Module | None:
     """Choose λ, and graft λ times the delta; in a LoRA B is scaled, in bottleneck adapters the second layer.
 
     The delta of tensors that the upgrade did not change is not scaled.
 
     Args:
-        job: The job.
+        job: The job, with the task's training examples.
         options: λ, or the examples to choose it on.
 
     Returns:
         The model; None if the adaptation has been written.
+
+    Raises:
+        KindError: The adaptation's kind is not supported.
+        RecipeError: A confidence is required, and the task's outputs have none.
     """
     from regraft.adaptation.transform import check_transformable
 
     check_transformable(job.adaptation, SUPPORTED_KINDS)
-    model = _ScalableModel(job)
-    scales = dict.fromkeys(model.groups, 1.0 if options.scale is None else float(options.scale))
-    if options.scale is None and model.groups:  # without groups, the upgrade changed no tuned tensor
+    scalable = _ScalableModel(job)
+    scales = dict.fromkeys(scalable.groups, 1.0 if options.scale is None else float(options.scale))
+    if options.scale is None and scalable.groups:  # without groups, the upgrade changed no tuned tensor
         evidence = sample_evidence(job, options.labels, options.confidence)
         if len(evidence.split) >= MIN_EXAMPLES:
-            scales = _choose_scales(model, evidence, options.grouped, job)
+            scales = _choose_scales(scalable, evidence, options.grouped, job)
     job.notes["scales"] = scales
-    if set(scales.values()) <= {1.0}:
+    if all(scale == 1 for scale in scales.values()):
         job.graft()
-    elif job.adaptation.family.tunes_base:
-        job.graft_transformed(lambda name, delta, _: scales[group_of(name)] * delta)
-    else:
-        model.scale(scales)
-        return model.model
+        return None
+    if not job.adaptation.family.tunes_base:
+        scalable.scale(scales)
+        return scalable.model
+
+    def rule(name: str, delta: torch.Tensor, _shift: torch.Tensor) -> torch.Tensor:
+        return scales[group_of(name)] * delta
+
+    job.graft_transformed(rule)
     return None
 
 
@@ -109,33 +122,42 @@ def _choose_scales(scalable: _ScalableModel, evidence: Evidence, grouped: bool, 
         nonlocal num_trials
         scalable.scale(scales)
         num_trials += 1
-        job.progress("scale", num_trials, 1 + len(GRID) + 2 * len(scales) * grouped, {})
+        job.progress("scale", num_trials, 1 + len(SCALES) + 2 * len(scales) * grouped, {})
         deployment.clear_outputs()
         return evidence.losses(deployment.outputs(evidence.split), targets)
 
-    first = best = losses(scales)
-    grid = {value: losses(dict.fromkeys(scales, value)) for value in GRID}
-    lowest = min(grid.values(), key=lambda trial: float(trial.mean()))
-    for value, trial in sorted(grid.items(), key=lambda item: abs(item[0] - 1)):  # the closest to 1 that is as good
-        if _gain(first, trial) > MIN_STANDARD_ERRORS and _gain(trial, lowest) <= 1:
-            best = trial
-            scales = dict.fromkeys(scales, value)
+    unscaled_losses = losses(scales)
+    best_losses = unscaled_losses
+    losses_by_scale = {scale: losses(dict.fromkeys(scales, scale)) for scale in SCALES}
+    lowest_losses = min(losses_by_scale.values(), key=lambda trial_losses: float(trial_losses.mean()))
+    for scale in sorted(SCALES, key=lambda scale: abs(scale - 1)):
+        trial_losses = losses_by_scale[scale]
+        is_significant = _gain(unscaled_losses, trial_losses) > MIN_STANDARD_ERRORS
+        # of the scales within a standard error of the lowest loss, the one closest to 1 is chosen
+        if is_significant and _gain(trial_losses, lowest_losses) <= 1:
+            best_losses = trial_losses
+            scales = dict.fromkeys(scales, scale)
             break
     for group in scalable.groups if grouped and len(scalable.groups) > 1 else ():
         for step in (GROUP_STEP, -GROUP_STEP):
-            stepped = {**scales, group: scales[group] + step}
-            if _gain(best, trial := losses(stepped)) > MIN_STANDARD_ERRORS:
-                best, scales = trial, stepped
+            trial_scales = {**scales, group: scales[group] + step}
+            trial_losses = losses(trial_scales)
+            if _gain(best_losses, trial_losses) > MIN_STANDARD_ERRORS:
+                best_losses = trial_losses
+                scales = trial_scales
                 break
-    job.notes["loss"] = [round(float(loss.mean()), 4) for loss in (first, best)]  # of λ = 1, and of the choice
+    job.notes["loss"] = [round(float(final.mean()), 4) for final in (unscaled_losses, best_losses)]
     return scales
 
 
 def _gain(before: torch.Tensor, after: torch.Tensor) -> float:
     """Return the mean decrease of losses on the same examples, in standard errors of that mean."""
-    gain = before - after
-    error = float(gain.std()) / math.sqrt(len(gain))
-    return float(gain.mean()) / error if error else math.copysign(math.inf, float(gain.mean())) if gain.any() else 0.0
+    decreases = before - after
+    mean = float(decreases.mean())
+    standard_error = float(decreases.std()) / math.sqrt(len(decreases))
+    if standard_error:
+        return mean / standard_error
+    return math.copysign(math.inf, mean) if decreases.any() else 0.0
 
 
 class _ScalableModel:
@@ -143,22 +165,21 @@ class _ScalableModel:
 
     Args:
         job: The job, with the adaptation to graft.
+
+    Attributes:
+        groups: The groups of the tensors with a delta to scale, in the order of `GROUPS`.
     """
 
     def __init__(self, job: Job):
         from regraft.model import device
 
-        self.model = job.grafted().to(device())
-        self.prefix = job.upgrade.new.prefix + "."
-        self.parameters: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, str]] = []
-        for name, parameter in self.model.named_parameters():
-            if scalable := self._scalable(job, name, parameter):
-                self.parameters.append(scalable)
-        order = ("embedding", "attention", "feed-forward", "norm", "other")
-        self.groups = sorted({group for *_, group in self.parameters}, key=order.index)
+        self.model: nn.Module = job.grafted().to(device())
+        candidates = [_scalable_parameter(job, self.model, *item) for item in self.model.named_parameters()]
+        self._parameters = [candidate for candidate in candidates if candidate is not None]
+        self.groups = sorted({parameter.group for parameter in self._parameters}, key=GROUPS.index)
 
     def scale(self, scales: Mapping[str, float]) -> None:
-        """Set every delta in the model to λ times the original one.
+        """Set every delta in the model to λ times the original delta.
 
         Args:
             scales: λ by group.
@@ -166,42 +187,66 @@ class _ScalableModel:
         import torch
 
         with torch.no_grad():
-            for parameter, grafted, new, group in self.parameters:
-                if scales[group] == 1:
-                    parameter.copy_(grafted)
-                elif new is None:
-                    parameter.copy_(grafted * scales[group])
+            for parameter in self._parameters:
+                scale = scales[parameter.group]
+                if scale == 1:
+                    parameter.tensor.copy_(parameter.grafted)
+                elif parameter.new is None:
+                    parameter.tensor.copy_(parameter.grafted * scale)
                 else:
-                    parameter.copy_(torch.lerp(new, grafted, scales[group]))
+                    parameter.tensor.copy_(torch.lerp(parameter.new, parameter.grafted, scale))
 
-    def _scalable(self, job: Job, name: str, parameter: torch.Tensor) -> Any:
-        """Return a parameter with a delta, its values with and without the delta, and its group; None for others."""
-        from regraft.adaptation.lora import PEFT_PREFIX
-        from regraft.adaptation.lora_transform import parameter_shift
 
-        family = job.adaptation.family
-        upgrade = job.upgrade
-        value = parameter.detach().clone()
-        base_name = family.proportional_parameter(name, self.model)
-        if base_name is None:
-            return None
-        inner = base_name.removeprefix(PEFT_PREFIX).removeprefix(self.prefix)
-        if parameter_shift(upgrade, inner) is None:
-            return None
-        new = upgrade.new.parameters[inner].to(value) if family.tunes_base else None
-        return None if new is not None and new.equal(value) else (parameter.data, value, new, group_of(inner))
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ScalableParameter:
+    """A parameter of the grafted model with a delta to scale.
+
+    Args:
+        tensor: The parameter's data, which is scaled in place.
+        grafted: A copy of the original values.
+        new: The new base's values; None for a parameter of an adapter, which is proportional to the delta.
+        group: The group of tensors that share a λ.
+    """
+
+    tensor: torch.Tensor
+    grafted: torch.Tensor
+    new: torch.Tensor | None
+    group: str
+
+
+def _scalable_parameter(job: Job, model: nn.Module, name: str, parameter: nn.Parameter) -> _ScalableParameter | None:
+    """Return a grafted parameter with its delta; None without a delta, or if the upgrade did not change the tensor."""
+    from regraft.adaptation.lora import PEFT_PREFIX
+    from regraft.adaptation.lora_transform import parameter_shift
+
+    family = job.adaptation.family
+    upgrade = job.upgrade
+    base_name = family.proportional_parameter(name, model)
+    if base_name is None:
+        return None
+    inner = base_name.removeprefix(PEFT_PREFIX).removeprefix(upgrade.new.prefix + ".")
+    if parameter_shift(upgrade, inner) is None:
+        return None
+    grafted = parameter.detach().clone()
+    new = upgrade.new.parameters[inner].to(grafted) if family.tunes_base else None
+    if new is not None and new.equal(grafted):
+        return None
+    return _ScalableParameter(parameter.data, grafted, new, group_of(inner))
 
 
 def group_of(name: str) -> str:
-    """Return the group of tensors that share a λ.
+    """Return the group of a tensor; the tensors of a group share a λ.
 
     Args:
-        name: The name of a tensor inside the body.
+        name: The tensor's name inside the body.
+
+    Returns:
+        One of `GROUPS`.
     """
     from regraft.weights import kind_of
 
-    group = kind_of(name)
-    return group if group != "head" else "other"
+    kind = kind_of(name)
+    return kind if kind != "head" else "other"
 
 
 SCALED = Start(

@@ -1,4 +1,4 @@
-"""The two simplest starts: the new base alone, and the old delta or adapter on it, unchanged."""
+"""`scratch` and `direct`: the new base without old weights, and with the old delta or adapter unchanged."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def start_fresh(job: Job, options: None) -> Any:
     """Return the new base with a fresh head and without the old weights.
 
     Args:
-        job: The job.
-        options: None.
+        job: The job, whose adaptation gives only its kind and settings.
+        options: None, since the start has no options.
 
     Returns:
-        The model.
+        The model, ready for tuning.
     """
     return job.fresh()
 
@@ -29,8 +29,8 @@ def graft(job: Job, options: None) -> None:
     Source: Qin et al., 2023 (arXiv:2305.08702), section 4.1: θ = M_new + (θ_old − M_old), or the old adapter unchanged.
 
     Args:
-        job: The job.
-        options: None.
+        job: The job, with the adaptation to graft.
+        options: None, since the start has no options.
     """
     job.graft()
 

@@ -26,12 +26,12 @@ class Target:
         targets: The targets of dev.
         reference: The old deployment's predictions on dev, with which the test is paired.
         old: The old deployment's score.
-        chance: The score of the best prediction that ignores the input.
+        chance: The chance score on dev.
         score: The score to reach.
-        gain: How much higher a linear probe scores on the new base than on the old one; None without probes.
-        tolerance: How far below the target a score may be, in the metric.
-        confidence: The confidence of the test.
-        weakness: Why no test on dev can decide; None if it can.
+        gain: The improvement of a linear probe from the old to the new base; None without probes.
+        tolerance: How far below the target a score may be, in the metric's units.
+        confidence: The confidence of the test, 0–1.
+        weakness: The reason why no test on dev can decide; None if a test can.
     """
 
     metric: Metric
@@ -46,10 +46,10 @@ class Target:
     weakness: str | None
 
     def recovered_share(self, score: float) -> float:
-        """Return the share of the old deployment's score above chance that a score has.
+        """Return the share of the old deployment's gain over chance that a score recovers.
 
         Args:
-            score: The score of a stage.
+            score: The score of a stage on dev.
 
         Returns:
             1 for the old deployment's score, 0 for chance; 0 if the old deployment is no better than chance.
@@ -61,21 +61,23 @@ class Target:
         """Test the predictions of a stage.
 
         Args:
-            predictions: The predictions on dev.
+            predictions: The predictions on dev, one per example.
 
         Returns:
-            The `score`; its `difference` to the target with the bounds `low` and `high` of its confidence interval;
-            and the `verdict`: `passes`, `fails` or `undecided`. Examples of dev that are too few or all alike never
-            decide.
+            The `score`, the `difference` to the target, the bounds `low` and `high` of the difference's confidence
+            interval, and the `verdict`: `passes`, `fails` or `undecided`. If dev has a weakness, the verdict is always
+            `undecided`.
         """
         difference = paired_difference(
             self.metric, self.targets, predictions, self.reference, confidence=self.confidence
         )
         required_gain = self.metric.gain(self.score, self.old)
         low, high = difference.low - required_gain, difference.high - required_gain
-        verdict = "passes" if low >= -self.tolerance else "fails" if high < -self.tolerance else "undecided"
-        if self.weakness:
-            verdict = "undecided"
+        verdict = "undecided"
+        if not self.weakness and low >= -self.tolerance:
+            verdict = "passes"
+        elif not self.weakness and high < -self.tolerance:
+            verdict = "fails"
         return {
             "score": round(score(self.metric, self.targets, predictions), 4),
             "difference": round(difference.estimate - required_gain, 4),
@@ -91,14 +93,13 @@ class Target:
             stage: A result of `measure`.
 
         Returns:
-            Its score and its difference to the target.
+            The score, the difference to the target and the certainty of the difference.
         """
         metric = self.metric
-        certainty = (
-            f"dev has {self.weakness}"
-            if self.weakness
-            else f"{100 * self.confidence:.0f} % sure: from {metric.describe(stage['low'])} up"
-        )
+        if self.weakness:
+            certainty = f"dev has {self.weakness}"
+        else:
+            certainty = f"{100 * self.confidence:.0f} % sure: from {metric.describe(stage['low'])} up"
         return (
             f"{metric.name} {stage['score']:.3f} on dev, {metric.describe(stage['difference'])}{metric.unit} to the "
             f"target of {self.score:.3f} ({certainty}; {metric.describe(self.tolerance, '.1f')} may be lost)"
@@ -108,42 +109,46 @@ class Target:
 def set_target(job: Job, tolerance: float, confidence: float, target: float | None, *, labelled: bool) -> Target:
     """Determine the score to reach.
 
+    The predictions behind the target are stored in the work folder, from which a resumed run reads them.
+
     Args:
-        job: The job; everything is measured on its dev.
+        job: The job, on whose dev examples all scores are measured.
         tolerance: How far below the target a score may be: in the metric, or if 1 does not bound the metric, as a share
             of the old deployment's score above chance.
-        confidence: The confidence of the tests.
-        target: A score; None for the old deployment's, plus what the new base adds to it.
-        labelled: Whether dev has labels. If not, its targets are the old deployment's predictions, and what the new
-            base adds cannot be known.
+        confidence: The confidence of the tests, 0–1.
+        target: A score; None for the old deployment's, plus the gain of a linear probe on the new base.
+        labelled: Whether dev has labels. If not, its targets are the old deployment's predictions, and the gain of the
+            new base cannot be known.
 
     Returns:
         The target.
     """
-    file, seal_file = job.work_folder / "target.json", job.work_folder / "target.sealed.json"
-    if not is_sealed(seal_file):
-        from regraft.model.probe import probe
+    from regraft.model.probe import probe
 
-        dev = job.data.dev
-        probes = []
+    dev = job.data.dev
+    file = job.work_folder / "target.json"
+    seal_file = job.work_folder / "target.sealed.json"
+    if not is_sealed(seal_file):
         reference = job.old_deployment().predictions(dev) if labelled else dev.targets.tolist()
+        probes = []
         if target is None and labelled:
             probes = [probe(base, job.data, job.recipe.precision) for base in (job.upgrade.old, job.upgrade.new)]
         write_json(file, {"reference": reference, "probes": probes})
         seal(seal_file, [file])
     record = json.loads(file.read_text(encoding="utf-8"))
-    metric, targets = job.data.task.scoring, job.data.dev.targets
-    old = score(metric, targets, record["reference"])
+    metric = job.data.task.scoring
+    old = score(metric, dev.targets, record["reference"])
     gain = None
     if record["probes"]:
-        gain = paired_difference(metric, targets, record["probes"][1], record["probes"][0], confidence=confidence)
+        old_predictions, new_predictions = record["probes"]
+        gain = paired_difference(metric, dev.targets, new_predictions, old_predictions, confidence=confidence)
     if target is None:
         certain_gain = gain.estimate if gain and gain.low > 0 else 0.0
         target = old + certain_gain if metric.higher_is_better else old - certain_gain
-    chance = chance_score(job.data, job.data.dev)
+    chance = chance_score(job.data, dev)
     return Target(
         metric=metric,
-        targets=targets,
+        targets=dev.targets,
         reference=record["reference"],
         old=old,
         chance=chance,
@@ -151,18 +156,18 @@ def set_target(job: Job, tolerance: float, confidence: float, target: float | No
         gain=gain,
         tolerance=metric.share_to_difference(tolerance, chance, old),
         confidence=confidence,
-        weakness=weakness(job.data, job.data.dev),
+        weakness=weakness(job.data, dev),
     )
 
 
-def pseudo_labelled(job: Job) -> TaskData:
-    """Return the task with the old model's predictions as the targets of train and dev.
+def pseudo_labelled_data(job: Job) -> TaskData:
+    """Return the task's data with the old model's predictions as the targets of train and dev.
 
     Args:
-        job: The job.
+        job: The job, with the old model and the task's unlabelled data.
 
     Returns:
-        The task's data.
+        The task's data, marked as labelled, with the task type's first metric.
     """
     old = job.old_deployment()
     task = job.data.task
@@ -170,5 +175,5 @@ def pseudo_labelled(job: Job) -> TaskData:
         dataclasses.replace(split, targets=task.as_targets(old.predictions(split)))
         for split in (job.data.train, job.data.dev)
     )
-    agreement = job.data.with_settings(metric=task.metrics[0].name)
-    return dataclasses.replace(agreement, train=train, dev=dev, labelled=True)
+    data = job.data.with_settings(metric=task.metrics[0].name)
+    return dataclasses.replace(data, train=train, dev=dev, labelled=True)

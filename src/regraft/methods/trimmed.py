@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Trimming:
-    """The entries of a delta to keep.
+    """Options of `trimmed`: which entries of a delta are kept.
 
     Args:
         density: The share of each tensor's entries to keep, above 0 and up to 1.
@@ -29,14 +29,14 @@ class Trimming:
             largest.
 
     Raises:
-        RecipeError: The density is out of range.
+        RecipeError: `density` is not above 0 and at most 1.
     """
 
-    density: float = 0.7
+    density: float = 0.7  # higher keeps more of the old tuning, lower is further from `direct`
     drop: bool = False
 
     def __post_init__(self) -> None:
-        """Check the density."""
+        """Refuse a density that is not above 0 and at most 1."""
         if not 0 < self.density <= 1:
             raise RecipeError(f"density must be above 0 and at most 1, found {self.density}.")
 
@@ -45,17 +45,20 @@ def graft_trimmed(job: Job, options: Trimming) -> None:
     """Trim the delta of every tensor; for a LoRA the dense delta, which is then compressed to its rank.
 
     Args:
-        job: The job.
-        options: The entries to keep.
+        job: The job, with an adaptation that has deltas.
+        options: The share of entries to keep, and whether they are the largest or random ones.
+
+    Raises:
+        KindError: The adaptation's kind has no deltas.
     """
     import torch
 
     from regraft.weights import drop, trim
 
-    def rule(name: str, delta: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    def rule(name: str, delta: torch.Tensor, _shift: torch.Tensor) -> torch.Tensor:
         if not options.drop:
             return trim(delta, options.density)
-        # a generator per tensor, so that the order of tensors does not matter
+        # each tensor has a generator, so that the order of tensors does not matter
         generator = torch.Generator().manual_seed(zlib.crc32(f"{job.recipe.seed} {name}".encode()))
         return drop(delta, options.density, generator)
 
