@@ -124,7 +124,7 @@ class Chain(BaseModel):
         if duplicates:
             listed = " and ".join(map(repr, duplicates))
             raise DataError(
-                f"{path}: two tasks are called {listed}, and would share a folder. Give one of them another `name`."
+                f"{path}: two tasks are called {listed}, and would share a folder. Give one of them a different `name`."
             )
         return chain
 

@@ -28,6 +28,8 @@ from regraft.task.labels import format_names, label_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from datasets import Dataset, Features
+
     from regraft.task.delimited import Quoting
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -235,7 +237,7 @@ def _read_dataset(source: HubSplit, input_columns: Sequence[str], target_columns
     return SourceTable(str(source), values, range(1, len(dataset) + 1), classes)
 
 
-def _load_dataset(source: HubSplit) -> Any:
+def _load_dataset(source: HubSplit) -> Dataset:
     """Load a Dataset from the Hub or a folder; raise DataError if `datasets` cannot."""
     from datasets import load_dataset
 
@@ -259,7 +261,7 @@ def is_saved_dataset(folder: Path) -> bool:
     return is_dict or all(os.path.isfile(folder / name) for name in ("state.json", "dataset_info.json"))
 
 
-def load_saved_dataset(source: HubSplit) -> Any:
+def load_saved_dataset(source: HubSplit) -> Dataset:
     """Load a split, or slices of splits, from a folder that `save_to_disk` wrote.
 
     Args:
@@ -291,7 +293,7 @@ def load_saved_dataset(source: HubSplit) -> Any:
     return concatenate_datasets([splits[rows.splitname].select(range(rows.from_, rows.to)) for rows in slices])
 
 
-def _class_names(features: Any, target_columns: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
+def _class_names(features: Features, target_columns: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
     """Return the class names by target column; columns without class names are omitted."""
     classes: dict[str, tuple[str, ...]] = {}
     for column in target_columns:

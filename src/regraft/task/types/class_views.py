@@ -112,12 +112,20 @@ def compare_classes(
     """
     comparisons = []
     for index, label in enumerate(labels):
-        pairs = [pair for target, *pair in zip(targets, old_right, new_right, strict=True) if target == index]
-        count = len(pairs)
-        old_recall = sum(old for old, _ in pairs) / count if count else 0.0
-        new_recall = sum(new for _, new in pairs) / count if count else 0.0
-        negative, positive = pairs.count([True, False]), pairs.count([False, True])
-        comparisons.append(ClassComparison(label, count, old_recall, new_recall, negative, positive))
+        right_pairs = [
+            (old, new) for target, old, new in zip(targets, old_right, new_right, strict=True) if target == index
+        ]
+        count = len(right_pairs)
+        comparisons.append(
+            ClassComparison(
+                label=label,
+                examples=count,
+                before=sum(old for old, _ in right_pairs) / count if count else 0.0,
+                after=sum(new for _, new in right_pairs) / count if count else 0.0,
+                negative=right_pairs.count((True, False)),
+                positive=right_pairs.count((False, True)),
+            )
+        )
     return comparisons
 
 

@@ -27,7 +27,7 @@ class Head:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The keys of a model's config that describe the head."""
+        """The keys of a model's config that describe the head, with their values."""
         return self.type.head_settings(self.labels)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Likelihood(Protocol):
         """
 
     def excess_loss(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
-        """Compute the expected loss on targets drawn from the teacher, minus its entropy: KL(teacher ‖ student).
+        """Compute the expected loss on targets drawn from the teacher, less their entropy: KL(teacher ‖ student).
 
         Up to rounding, these are the row sums of `divergence_terms` at temperature 1. The last bits differ with the
         order of operations. Methods that judge weights by a teacher have always used `excess_loss`, and the
@@ -122,12 +123,12 @@ class Likelihood(Protocol):
             temperature: The temperature of `divergence_terms`.
         """
 
-    def chance_loss(self, targets: Sequence[Any], outputs: int) -> float:
+    def chance_loss(self, targets: Sequence[Any], num_outputs: int) -> float:
         """Return the mean loss of a prediction that ignores the input, in nats.
 
         Args:
             targets: One target per row.
-            outputs: The number of outputs of the model.
+            num_outputs: The number of outputs of the model.
         """
 
 
@@ -141,7 +142,7 @@ class Categorical:
         return functional.cross_entropy(logits, targets, reduction=reduction)
 
     def signal(self, logits: torch.Tensor) -> Signal:
-        """Return all logits; see `Likelihood.signal`."""
+        """Return all of the logits; see `Likelihood.signal`."""
         return Signal(logits)
 
     def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
@@ -161,14 +162,15 @@ class Categorical:
         from torch.nn import functional
 
         probabilities = signal.logits.softmax(dim=1)
-        losses: torch.Tensor = torch.xlogy(probabilities, probabilities) - probabilities * functional.log_softmax(
-            logits, dim=-1
-        )
+        log_predicted = functional.log_softmax(logits, dim=-1)
+        losses: torch.Tensor = torch.xlogy(probabilities, probabilities) - probabilities * log_predicted
         return losses.sum(dim=1)
 
     def overlap(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
         """Sum the smaller of the two models' probabilities over classes; see `Likelihood.overlap`."""
-        return logits.log_softmax(dim=1).exp().minimum(signal.logits.log_softmax(dim=1).exp()).sum(dim=1)
+        probabilities = logits.log_softmax(dim=1).exp()
+        signal_probabilities = signal.logits.log_softmax(dim=1).exp()
+        return probabilities.minimum(signal_probabilities).sum(dim=1)
 
     def predict(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the class with the largest logit; see `Likelihood.predict`."""
@@ -186,11 +188,9 @@ class Categorical:
         """Return T² (Hinton et al., 2015, arXiv:1503.02531); see `Likelihood.gradient_scale`."""
         return temperature**2
 
-    def chance_loss(self, targets: Sequence[Any], outputs: int) -> float:
+    def chance_loss(self, targets: Sequence[Any], num_outputs: int) -> float:
         """Return ln(classes), the loss of the uniform distribution; see `Likelihood.chance_loss`."""
-        import math
-
-        return math.log(outputs)
+        return math.log(num_outputs)
 
 
 CATEGORICAL = Categorical()

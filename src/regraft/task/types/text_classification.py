@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from regraft.task.split import Targets
     from regraft.task.types.view import ModelPredictions, View
 
+MetricName = Literal["accuracy", "macro_f1", "mcc"]
 PROBE_INVERSE_REGULARISATION = 0.01
 """scikit-learn's `C`: strong regularisation, because a base has more features than a probe has examples."""
 PROBE_MAX_ITERATIONS = 1000
@@ -54,9 +55,7 @@ class TextClassification(TextTask):
     labels: tuple[str, ...] | None = Field(
         default=None, validate_default=True, description="a list of label names, each of them text"
     )
-    metric: Literal["accuracy", "macro_f1", "mcc"] = Field(
-        default="accuracy", description="one of accuracy, macro_f1, mcc"
-    )
+    metric: MetricName = Field(default="accuracy", description=f"one of {', '.join(get_args(MetricName))}")
 
     @property
     def target_columns(self) -> tuple[str, ...]:
@@ -89,11 +88,11 @@ class TextClassification(TextTask):
 
         return int(np.bincount(targets, minlength=len(labels)).argmax())
 
-    def relabel(self, targets: Targets, order: Sequence[int]) -> Targets:
+    def relabel(self, targets: Targets, output_by_label: Sequence[int]) -> Targets:
         """Replace class indices by output indices; see `Task.relabel`."""
         import numpy as np
 
-        return np.array(order, dtype=np.int64)[targets]
+        return np.array(output_by_label, dtype=np.int64)[targets]
 
     def describe(self, target: Any, labels: Sequence[str]) -> str:
         """Return the name of a class; see `Task.describe`."""
@@ -186,9 +185,9 @@ class TextClassification(TextTask):
         for row, name in zip(table.row_numbers, names, strict=True):
             if name not in indices:
                 alike = [label for label in labels if fold_name(label) == fold_name(name)]
-                hint = (
-                    f" It differs from {alike[0]!a} only in case, whitespace or invisible characters." if alike else ""
-                )
+                hint = ""
+                if alike:
+                    hint = f" It differs from {alike[0]!a} only in case, whitespace or invisible characters."
                 origin = "the listed labels" if self.labels else "the labels of train"
                 remedy = "Add it to `labels`" if self.labels else "List all labels under `labels` in the task file"
                 raise DataError(
@@ -200,7 +199,7 @@ class TextClassification(TextTask):
 
     @field_validator("label")
     @classmethod
-    def _check_label(cls, label: str | None, validation: ValidationInfo) -> str | None:
+    def _refuse_text_column(cls, label: str | None, validation: ValidationInfo) -> str | None:
         text = validation.data.get("text", ())
         text_columns = [text] if isinstance(text, str) else text
         if label is not None and label in text_columns:
@@ -217,7 +216,7 @@ class TextClassification(TextTask):
 
     @field_validator("labels")
     @classmethod
-    def _check_labels(cls, labels: tuple[str, ...] | None, validation: ValidationInfo) -> tuple[str, ...] | None:
+    def _validate_labels(cls, labels: tuple[str, ...] | None, validation: ValidationInfo) -> tuple[str, ...] | None:
         if labels is None:
             if "label" in validation.data and validation.data["label"] is None:
                 raise ValueError("is required if there is no column of labels. List the label names of the old head.")

@@ -13,6 +13,8 @@ from regraft.task.types.examples import Examples
 from regraft.task.types.type import Task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from regraft.task.source import SourceTable
     from regraft.task.split import Split
 
@@ -69,7 +71,7 @@ class TextTask(Task, ABC):
         """Count the words, separated by whitespace, in all texts of an example; see `Task.count_words`."""
         return sum(len(text.split()) for text in inputs)
 
-    def encode(self, split: Split, tokenizer: Any, pad: int, max_length: int) -> Examples:
+    def encode(self, split: Split, tokenizer: PreTrainedTokenizerBase, pad: int, max_length: int) -> Examples:
         """Tokenise texts, with one row each, at the token that the head reads; see `Task.encode`."""
         first_texts = [texts[0] for texts in split.inputs]
         is_pair = len(split.inputs[0]) == 2
@@ -82,7 +84,7 @@ class TextTask(Task, ABC):
 
     @field_validator("text")
     @classmethod
-    def _check_columns(cls, text: str | tuple[str, str]) -> str | tuple[str, str]:
+    def _refuse_repeated_column(cls, text: str | tuple[str, str]) -> str | tuple[str, str]:
         if not isinstance(text, str) and text[0] == text[1]:
             raise ValueError(f"names {text[0]!r} twice. Use one column, or two different ones.")
         return text

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from regraft.errors import DataError, did_you_mean
+from regraft.task.delimited import Quoting
 from regraft.task.labels import format_names
 from regraft.task.metric import Metric
 from regraft.task.source import SOURCE_DESCRIPTION, Source, resolve_source
@@ -25,6 +26,8 @@ from regraft.task.yaml_file import read_yaml, validate
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from transformers import PreTrainedTokenizerBase
+
     from regraft.task.source import SourceTable
     from regraft.task.split import Integers, Split, Targets
     from regraft.task.types.examples import Examples
@@ -34,6 +37,8 @@ ENTRY_POINT_GROUP = "regraft.task_types"
 """The group under which other distributions register their task types."""
 DEFAULT_TYPE = "text-classification"
 """The type of a task file without the key `type`, which regraft 0.1 did not have."""
+MIN_TOKENS = 8
+"""The smallest `max_length` in tokens, arbitrary: shorter inputs lose nearly all of their text."""
 MAX_TOKENS = 10_000_000
 """The largest `max_length` in tokens: longer than any model's context, yet small enough for a tokenizer's integers."""
 
@@ -79,9 +84,11 @@ class Task(BaseModel, ABC):
     dev: Source | None = Field(default=None, description=SOURCE_DESCRIPTION)
     test: Source | None = Field(default=None, description=SOURCE_DESCRIPTION)
     metric: str
-    quoting: Literal["quoted", "plain"] | None = Field(default=None, description="quoted or plain, or leave it out")
+    quoting: Quoting | None = Field(default=None, description="quoted or plain, or leave it out")
     shots: int | None = Field(default=None, ge=1, description="a whole number of examples per class, 1 or more")
-    max_length: int = Field(default=128, ge=8, le=MAX_TOKENS, description="a whole number of tokens, 8 or more")
+    max_length: int = Field(
+        default=128, ge=MIN_TOKENS, le=MAX_TOKENS, description=f"a whole number of tokens, {MIN_TOKENS} or more"
+    )
 
     @classmethod
     def load(cls, path: str | Path) -> Task:
@@ -210,12 +217,12 @@ class Task(BaseModel, ABC):
         """
 
     @abstractmethod
-    def encode(self, split: Split, tokenizer: Any, pad: int, max_length: int) -> Examples:
+    def encode(self, split: Split, tokenizer: PreTrainedTokenizerBase, pad: int, max_length: int) -> Examples:
         """Tokenise examples, and choose the tokens at which a model makes a prediction.
 
         Args:
             split: The examples to tokenise.
-            tokenizer: A transformers tokenizer.
+            tokenizer: The tokenizer of the base.
             pad: The token id that batches are padded with.
             max_length: The number of tokens to truncate inputs to.
 
@@ -249,12 +256,12 @@ class Task(BaseModel, ABC):
         """
 
     @abstractmethod
-    def relabel(self, targets: Targets, order: Sequence[int]) -> Targets:
+    def relabel(self, targets: Targets, output_by_label: Sequence[int]) -> Targets:
         """Replace label indices in targets by the indices of a head's outputs.
 
         Args:
             targets: One target per example, in terms of label indices.
-            order: The index of the output for each label.
+            output_by_label: The index of the output for each label, in the order of the labels.
         """
 
     @abstractmethod
