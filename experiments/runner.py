@@ -195,6 +195,7 @@ def recycle_cell(grid: Grid, cell: Cell) -> str:
     return f"test {outcome.scores['test']:.3f}"
 
 
+# The sizes of the caches are arbitrary; they bound the memory.
 @functools.lru_cache(maxsize=4)
 def _load_upgrade(old: Path, new: Path) -> Upgrade:
     return Upgrade(old, new)

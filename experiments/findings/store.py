@@ -148,6 +148,7 @@ class Store:
         return load_outcome(self.tuning_folder(task, kind, base, seed))
 
 
+# The sizes of the caches are arbitrary; they bound the memory.
 @functools.lru_cache(maxsize=4)
 def _load_upgrade(old: str, new: str) -> Upgrade:
     return Upgrade(_load_base(old), _load_base(new))
@@ -185,26 +186,33 @@ def check_size(store: Store) -> None:
     size = store.size.model_dump(mode="json")
     if file.is_file():
         recorded = json.loads(file.read_text(encoding="utf-8"))
-        differing = [
-            key
-            for key, value in size.items()
-            if key not in (*EXTENSIBLE_KEYS, "seeds", "domains") and recorded.get(key) != value
-        ]
-        if not all(map(operator.eq, recorded["domains"], size["domains"])):  # map ends with the shorter list
-            differing.append("domains")
-        for key in EXTENSIBLE_KEYS:
-            recorded_entries = recorded.get(key, {})
-            differing += [
-                f"{key}.{name}" for name, value in size[key].items() if recorded_entries.get(name, value) != value
-            ]
-            size[key] = recorded_entries | size[key]
+        differing = _differing_keys(size, recorded)
         if differing:
             raise OutcomeError(
                 f"{store.out}: was made with different values of {', '.join(differing)}. Restore them, or remove the "
                 "folder and run again."
             )
+        for key in EXTENSIBLE_KEYS:
+            size[key] = recorded.get(key, {}) | size[key]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(size, indent=1) + "\n")
+
+
+def _differing_keys(size: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
+    """Return the keys of a size whose values contradict a recorded size; additions contradict nothing."""
+    differing = [
+        key
+        for key, value in size.items()
+        if key not in (*EXTENSIBLE_KEYS, "seeds", "domains") and recorded.get(key) != value
+    ]
+    if not all(map(operator.eq, recorded["domains"], size["domains"])):  # map ends with the shorter list
+        differing.append("domains")
+    for key in EXTENSIBLE_KEYS:
+        recorded_entries = recorded.get(key, {})
+        differing += [
+            f"{key}.{name}" for name, value in size[key].items() if recorded_entries.get(name, value) != value
+        ]
+    return differing
 
 
 def write_inputs(store: Store) -> None:
