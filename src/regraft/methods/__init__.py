@@ -1,4 +1,4 @@
-"""Recycling methods, starts and objectives, and what runs them."""
+"""Recycling methods, their parts and options, and the functions that run them."""
 
 from regraft.methods.compare import compare
 from regraft.methods.comparison import Comparison, Row, read_comparison

@@ -70,7 +70,7 @@ def graft_aligned(job: Job, options: Alignment) -> nn.Module:
     from regraft.adaptation import fresh_model, load_model
     from regraft.adaptation.changes import SUPPORTED_KINDS
     from regraft.adaptation.transform import check_transformable
-    from regraft.methods.cross_moments import compute_table_moments, cross_moments
+    from regraft.methods.cross_moments import compute_table_moments, measure_cross_moments
     from regraft.model.blockwise import BlockwiseForward
     from regraft.model.examples import encode_aligned
 
@@ -90,7 +90,7 @@ def graft_aligned(job: Job, options: Alignment) -> nn.Module:
     table_moments = compute_table_moments(forwards, unmatched_tables)
     is_head_rotated = False
     for part in range(forwards[0].num_parts):
-        for name, (input_moment, output_moment) in cross_moments(forwards, table_moments).items():
+        for name, (input_moment, output_moment) in measure_cross_moments(forwards, table_moments).items():
             if is_head_rotated:  # later layers of a head read its first layer's output, which is not rotated
                 break
             input_rotation = None if input_moment is None else rotations(input_moment)

@@ -17,9 +17,6 @@ from regraft.methods.target import pseudo_labelled_data, set_target
 from regraft.recipe import NUM_SEEDS
 from regraft.tuning.distill import Distillation
 
-SCRATCH_BELOW_SHARE = 0.5
-"""Scratch is tried if less than this share of the old score above chance is recovered: then it may well be as good."""
-
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -27,6 +24,9 @@ if TYPE_CHECKING:
     from regraft.methods.job import Job
     from regraft.methods.method import Curve
     from regraft.methods.target import Target
+
+SCRATCH_BELOW_SHARE = 0.5
+"""Scratch is tried if less than this share of the old score above chance is recovered: then it may well be as good."""
 
 
 @dataclasses.dataclass(frozen=True)

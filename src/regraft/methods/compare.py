@@ -126,6 +126,7 @@ def _prefix_stages(progress: Progress, method: str) -> Progress:
 def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[bool]) -> Row:
     """Compute the results of one outcome on a split, relative to scratch with the same seed."""
     record = outcome.record
+    curve = outcome.curve
     start = record.scores.dev_at_start
     test = record.scores.of(split)
     chance = scratch.record.scores.majority(split)
@@ -134,12 +135,12 @@ def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[boo
     assert start is not None and test is not None and chance is not None and reference is not None
     metric = find_metric(record.task.metric)
     target = scratch.curve[-1]["score"]
-    reached = next((point for point in outcome.curve if metric.gain(point["score"], target) >= 0), None)
+    reached = next((point for point in curve if metric.gain(point["score"], target) >= 0), None)
     return Row(
         method=record.method,
         seeds=(record.seed,),
         start=start,
-        dev=max((point["score"] for point in outcome.curve), key=metric.merit),
+        dev=max((point["score"] for point in curve), key=metric.merit),
         test=test,
         test_deviation=None,
         recovery=recovery(test, chance, reference, metric),

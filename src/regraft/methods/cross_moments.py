@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from regraft.model.blockwise import BlockwiseForward
 
 
-def cross_moments(
+def measure_cross_moments(
     forwards: Sequence[BlockwiseForward], table_moments: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
-    """Run a part of both bases; return E[x_n·xᵀ_o] for the inputs and outputs x of each module with weights.
+    """Run the next part of both bases, and return E[x_n·xᵀ_o] for inputs and outputs x of each module with weights.
 
     A norm's output has the moment of its input, and an embedding's output the moment of its table.
 

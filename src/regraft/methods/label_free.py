@@ -65,8 +65,8 @@ def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
         job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text, job.data)))
     job.notes["labels"] = len(job.labelled)
     job.notes["score"] = "overlap of class probabilities with the old model's on dev"
-    loss = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature, decay="none")
-    return job.tune(model, loss, teacher_selects_best=True)
+    loss_options = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature, decay="none")
+    return job.tune(model, loss_options, teacher_selects_best=True)
 
 
 def digest_text(options: LabelFree, seed: int) -> dict[str, Any]:

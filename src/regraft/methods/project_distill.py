@@ -88,9 +88,11 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
             f"{job.adaptation.path}: has {size:,} parameters, and the map can be learned by distillation for up to "
             f"{MAX_SIZE:,}. Use fit=regression."
         )
-    loss = Distillation()
+    loss_options = Distillation()
     steps_per_task = math.ceil(options.steps / len(options.pairs))
-    tasks = [_prepare(job, pair, index, vector, loss, steps_per_task) for index, pair in enumerate(options.pairs)]
+    tasks = [
+        _prepare(job, pair, index, vector, loss_options, steps_per_task) for index, pair in enumerate(options.pairs)
+    ]
     generator = torch.Generator().manual_seed(job.recipe.seed)
     shapes = ((size, options.rank), (options.rank, size), (size,))
     initial = [INITIAL_STD * torch.randn(shape, generator=generator) for shape in shapes]
@@ -98,17 +100,17 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
         initial[1:] = [torch.zeros_like(tensor) for tensor in initial[1:]]
     w1, w2, b = parameters = [tensor.to(device()).requires_grad_() for tensor in initial]
 
-    def apply(v: torch.Tensor) -> torch.Tensor:
+    def apply_map(v: torch.Tensor) -> torch.Tensor:
         mapped: torch.Tensor = v @ w1 @ w2 + b
         return v + mapped if options.residual else mapped
 
-    losses = list(_train(job, options, tasks, vector, parameters, apply, loss))
+    losses = list(_train(job, options, tasks, vector, parameters, apply_map, loss_options))
     first_round = losses[: len(tasks)]
     last_round = losses[-len(tasks) :]
     mean_losses = [sum(round_losses) / len(round_losses) for round_losses in (first_round, last_round)]
     job.notes.update(pairs=len(tasks), fit_loss=[round(mean, 4) for mean in mean_losses], fit_steps=options.steps)
     with torch.no_grad():
-        mapped = apply(_flatten(vector).to(device())).cpu()
+        mapped = apply_map(_flatten(vector).to(device())).cpu()
     return _unflatten(mapped, vector)
 
 
@@ -118,8 +120,8 @@ def _train(
     tasks: list[_Task],
     vector: Vector,
     parameters: list[torch.Tensor],
-    apply: Callable[[torch.Tensor], torch.Tensor],
-    loss: Distillation,
+    apply_map: Callable[[torch.Tensor], torch.Tensor],
+    loss_options: Distillation,
 ) -> Iterator[float]:
     """Train on a batch of each task in turn, and yield the loss of each step; an interrupted run is resumed."""
     import torch
@@ -139,17 +141,17 @@ def _train(
         example_indices = task.order[start : start + job.recipe.batch_size]
         batch = {name: tensor.to(device()) for name, tensor in task.examples.batch(example_indices).items()}
         parameter_names = job.adaptation.family.parameter_names(task.student)
-        mapped = _unflatten(apply(task.vector.to(device())), vector)
+        mapped = _unflatten(apply_map(task.vector.to(device())), vector)
         mapped_parameters = {parameter_names[stored_name]: tensor for stored_name, tensor in mapped.items()}
         with autocast(job.recipe.precision, device()):
             output = forward(task.student, batch, hidden=True, parameters=mapped_parameters)
-        value: Any = distillation_loss(output, batch, task.teacher_outputs, loss, task.likelihood)
+        loss: Any = distillation_loss(output, batch, task.teacher_outputs, loss_options, task.likelihood)
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / options.steps)
         optimiser.zero_grad()
-        value.backward()
+        loss.backward()
         optimiser.step()
-        losses.append(float(value.detach()))
+        losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise RecipeError(
                 f"the map's loss became {losses[-1]} at step {step + 1}. Lower its learning_rate "
@@ -216,7 +218,7 @@ def _learning_rates(vectors: list[torch.Tensor], options: Projection) -> tuple[f
     return rate / (scale * mean_l1), rate / (scale * mean_l2), rate
 
 
-def _prepare(job: Job, pair: str, index: int, layout: Vector, loss: Distillation, steps: int) -> _Task:
+def _prepare(job: Job, pair: str, index: int, layout: Vector, loss_options: Distillation, steps: int) -> _Task:
     """Load a task, its old model as the teacher, and its old weights grafted onto the new base as the student."""
     from regraft.adaptation import load_adaptation, load_model, write_graft
     from regraft.methods.pairs import load_with_layout, split_pair
@@ -238,7 +240,7 @@ def _prepare(job: Job, pair: str, index: int, layout: Vector, loss: Distillation
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
     teacher = Deployment(load_model(adaptation, old, data.head), old, data, precision, job.progress)
-    teacher_outputs = compute_teacher_outputs(teacher, data.train, order, loss, task_folder)
+    teacher_outputs = compute_teacher_outputs(teacher, data.train, order, loss_options, task_folder)
     return _Task(_flatten(vector), student.model, examples, teacher_outputs, order.tolist(), data.likelihood)
 
 

@@ -118,17 +118,17 @@ def _choose_scales(scalable: _ScalableModel, evidence: Evidence, grouped: bool, 
     scales = dict.fromkeys(scalable.groups, 1.0)
     num_trials = 0
 
-    def losses(scales: Mapping[str, float]) -> torch.Tensor:
+    def measure_losses(trial_scales: Mapping[str, float]) -> torch.Tensor:
         nonlocal num_trials
-        scalable.scale(scales)
+        scalable.scale(trial_scales)
         num_trials += 1
-        job.progress("scale", num_trials, 1 + len(SCALES) + 2 * len(scales) * grouped, {})
+        job.progress("scale", num_trials, 1 + len(SCALES) + 2 * len(trial_scales) * grouped, {})
         deployment.clear_outputs()
         return evidence.losses(deployment.outputs(evidence.split), targets)
 
-    unscaled_losses = losses(scales)
+    unscaled_losses = measure_losses(scales)
     best_losses = unscaled_losses
-    losses_by_scale = {scale: losses(dict.fromkeys(scales, scale)) for scale in SCALES}
+    losses_by_scale = {scale: measure_losses(dict.fromkeys(scales, scale)) for scale in SCALES}
     lowest_losses = min(losses_by_scale.values(), key=lambda trial_losses: float(trial_losses.mean()))
     for scale in sorted(SCALES, key=lambda scale: abs(scale - 1)):
         trial_losses = losses_by_scale[scale]
@@ -138,10 +138,12 @@ def _choose_scales(scalable: _ScalableModel, evidence: Evidence, grouped: bool, 
             best_losses = trial_losses
             scales = dict.fromkeys(scales, scale)
             break
-    for group in scalable.groups if grouped and len(scalable.groups) > 1 else ():
+    # for a single group, the grid has tried these steps
+    stepped_groups = scalable.groups if grouped and len(scalable.groups) > 1 else []
+    for group in stepped_groups:
         for step in (GROUP_STEP, -GROUP_STEP):
             trial_scales = {**scales, group: scales[group] + step}
-            trial_losses = losses(trial_scales)
+            trial_losses = measure_losses(trial_scales)
             if _gain(best_losses, trial_losses) > MIN_STANDARD_ERRORS:
                 best_losses = trial_losses
                 scales = trial_scales

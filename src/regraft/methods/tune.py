@@ -18,6 +18,7 @@ from regraft.adaptation import (
     prepare_for_tuning,
     save_model,
 )
+from regraft.adaptation.kinds import DEFAULT_INNER_SIZE, DEFAULT_RANK, DEFAULT_VIRTUAL_TOKENS
 from regraft.base import Base
 from regraft.checkpoint import empty_folder, resumable_folder
 from regraft.methods.record import record_outcome
@@ -39,9 +40,9 @@ def tune(
     out: str | Path,
     *,
     kind: str | Config = "full",
-    rank: int = 8,
-    inner_size: int = 24,
-    virtual_tokens: int = 20,
+    rank: int = DEFAULT_RANK,
+    inner_size: int = DEFAULT_INNER_SIZE,
+    virtual_tokens: int = DEFAULT_VIRTUAL_TOKENS,
     recipe: Recipe | None = None,
     progress: Progress = silent,
 ) -> Outcome:
