@@ -501,7 +501,7 @@ def test_a_start_refuses_unsuitable_kinds(builder, tmp_path, start, kind):
     task_type = "text-classification"
     source, _ = builder.adaptation("bert", kind, task_type)
     options = builder.options(start, "bert", kind, task_type)
-    with pytest.raises(KindError, match=r"needs the deltas of|stores only tensors"):
+    with pytest.raises(KindError, match=r"this method supports|stores only tensors"):
         recycle(builder.upgrade("bert"), source, builder.task(task_type), start, tmp_path / "out", options=options)
     assert not list(tmp_path.iterdir())
 

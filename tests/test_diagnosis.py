@@ -212,7 +212,7 @@ def test_an_adaptation_that_changes_nothing_keeps_the_whole_gain(tmp_path, open_
     text = tmp_path / "text.txt"
     text.write_text((task_file.parent / "train.csv").read_text().partition("\n")[2])
     recipe = Recipe(steps=40, learning_rate=3e-3, precision="fp32")
-    new = pretrain(old, Corpus((str(text),)), tmp_path / "new", recipe, block=16)
+    new = pretrain(old, Corpus((str(text),)), tmp_path / "new", recipe, block_size=16)
     path = write_adaptation(old, "full", tmp_path / "full")
     base_tensors = load_file(old.path / "model.safetensors")
     tensors = {name: base_tensors.get(name, tensor) for name, tensor in read_weights(path).items()}
