@@ -18,6 +18,8 @@ from regraft.task import count_flips
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from regraft.adaptation import Outcome
     from regraft.chain.file import Chain, Route
     from regraft.errors import RegraftError
@@ -168,18 +170,23 @@ class _ChainRun:
         )
 
     def _add_refusal(self, series: _Series, hop: _Hop, error: RegraftError) -> None:
+        """Record the error that refused a hop; raise the error if the disk is full."""
         if isinstance(error, DiskFullError):
             raise error
         self._add(dataclasses.replace(_empty_row(series, hop), refused=str(error)))
 
     def _add(self, row: ChainRow) -> None:
+        """Add a result, and write all results to `chain.json`, so that an interruption loses none of them."""
         self.rows.append(row)
         bases = tuple(BaseRecord(base.name, base.fingerprint) for base in self.bases)
         record = ChainRecord(bases, self.chain.model_dump(mode="json"), tuple(self.rows))
         write_json(self.out / RECORD, dataclasses.asdict(record), indent=1)
 
     def _prefixed_progress(self, prefix: str) -> Progress:
-        return lambda stage, *figures: self.progress(f"{prefix}: {stage}", *figures)
+        def prefixed(stage: str, step: int, total: int, figures: Mapping[str, float]) -> None:
+            self.progress(f"{prefix}: {stage}", step, total, figures)
+
+        return prefixed
 
 
 def _empty_row(series: _Series, hop: _Hop) -> ChainRow:

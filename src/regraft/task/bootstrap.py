@@ -61,7 +61,7 @@ def paired_difference(
         The difference of the scores; positive if the model is better, whichever direction of the metric is better.
 
     Raises:
-        RecipeError: The confidence is below 0.5 or not below 1, or there is no such metric.
+        RecipeError: The confidence is below 0.5 or not below 1, or no task type has the metric.
         DataError: There are no examples.
         MismatchError: The numbers of predictions and labels differ.
     """
@@ -96,7 +96,7 @@ def resampled_scores(
         The scores, models × (1 + resamples); those in the first column are on the original examples.
 
     Raises:
-        RecipeError: There is no such metric.
+        RecipeError: No task type has a metric of that name.
         DataError: There are no examples.
         MismatchError: The numbers of predictions and labels differ.
     """

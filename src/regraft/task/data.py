@@ -78,7 +78,7 @@ class TaskData:
         return dataclasses.replace(self, task=self.task.model_copy(update=settings))
 
     def with_virtual_tokens(self, count: int, max_tokens: int) -> TaskData:
-        """Truncate inputs further where needed, so that virtual tokens fit in front of them.
+        """Truncate inputs further if that is needed to fit virtual tokens in front of them.
 
         Args:
             count: The number of virtual tokens, which prompt and prefix tuning put in front of each input.
@@ -203,11 +203,11 @@ class TaskData:
         )
 
     def digest(self) -> str:
-        """Hash the content of the task, independently of its name and of where it is stored.
+        """Hash the content of the task, independently of its name and location.
 
         Returns:
             The hexadecimal SHA-256 of the label names, the metric, `max_length`, the inputs and targets of all splits,
-            and the task type. Text classification, the only type in regraft 0.1, leaves out the type.
+            and the task type. The type is left out for text classification, the only type in regraft 0.1.
         """
         settings = [self.labels, self.metric, self.max_length]
         if self.task.type != DEFAULT_TYPE:

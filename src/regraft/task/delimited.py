@@ -20,7 +20,7 @@ _DECLARE_QUOTING = (
     "Declare in the task file whether fields are in double quotes (`quoting: quoted`) or not (`quoting: plain`)"
 )
 _MAX_FIELD_SIZE = 2**31 - 1
-"""The largest field in characters: what a C long of 32 bits holds. Some texts exceed the default of 131,072."""
+"""The largest field in characters, the maximum of a 32-bit C long: some texts exceed the default of 131,072."""
 
 
 class _Span(NamedTuple):
@@ -195,7 +195,7 @@ def _check_delimiter(file: _File, header: list[str]) -> None:
 
 
 def _find_swallowed_rows(file: _File, quoted: _Parsed, *, plain_is_valid: bool) -> _Span | None:
-    """Find a row that looks like several rows between two unrelated quotes.
+    """Find a row that seems to consist of several rows between two unrelated quotes.
 
     A quoted text that spans lines begins in one line and ends in another. Neither line has all fields of a row or, if
     the text contains delimiters, a label in the label's field. Lines that have them are rows by themselves.

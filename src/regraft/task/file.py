@@ -100,7 +100,8 @@ def read_lines(path: Path) -> Iterator[bytes]:
         for tail in tails:
             yield b"".join(unfinished) + b"\n"
             unfinished = [tail]
-    if last_line := b"".join(unfinished):
+    last_line = b"".join(unfinished)
+    if last_line:
         yield last_line
 
 

@@ -67,7 +67,7 @@ def sort_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def pair_names(names: Sequence[str], head_names: Sequence[str]) -> dict[str, str] | None:
-    """Pair a task's label names with those of a head, which another tool may have spelled differently.
+    """Pair a task's label names with a head's, which another tool may have spelled differently.
 
     Names are paired by the first of three keys under which the pairing is one to one: the name itself; the name with
     booleans and whole numbers normalised by `label_name`; the name folded by `fold_name`.

@@ -21,10 +21,10 @@ def find_metric(metric: Metric | str) -> Metric:
 
     Args:
         metric: The name in task files, or the metric itself. If several task types have a metric of that name, text
-            classification has precedence.
+            classification takes precedence.
 
     Raises:
-        RecipeError: There is no such metric.
+        RecipeError: No task type has a metric of that name.
     """
     if not isinstance(metric, str):
         return metric
@@ -47,7 +47,7 @@ def score(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> fl
         predictions: One prediction per example.
 
     Raises:
-        RecipeError: There is no such metric.
+        RecipeError: No task type has a metric of that name.
         DataError: There are no examples.
         MismatchError: The numbers of predictions and labels differ.
     """
@@ -63,7 +63,7 @@ def evaluate(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) ->
         predictions: One prediction per example.
 
     Raises:
-        RecipeError: There is no such metric.
+        RecipeError: No task type has a metric of that name.
         DataError: There are no examples.
         MismatchError: The numbers of predictions and labels differ.
     """
@@ -92,7 +92,7 @@ def chance_score(data: TaskData, split: Split) -> float:
 
 
 def flips(labels: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:
-    """Count negative and positive flips, where a prediction is right if it equals the target.
+    """Count negative and positive flips; a prediction is right if it equals the target.
 
     Args:
         labels: One target per example.

@@ -38,12 +38,14 @@ class _Loader(yaml.SafeLoader):
     """A YAML loader that leaves scalars as text, so that labels such as `no`, `01` and `1.0` stay as written."""
 
     def get_single_node(self) -> yaml.Node | None:
+        """Refuse a document that is too large or has tags, before its values are built."""
         node = super().get_single_node()
         if node is not None:
             _count_values(node, {})
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Refuse repeated keys, of which PyYAML would take the last."""
         keys = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):

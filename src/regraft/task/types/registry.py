@@ -6,25 +6,28 @@ import importlib
 import importlib.metadata
 import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError
 
+if TYPE_CHECKING:
+    from regraft.task.types.type import Task
 
-def discover_types(base: Any, group: str) -> dict[str, Any]:
-    """Find the task types that modules of this package define as `TASK`, and those that entry points name.
+
+def discover_types(base: Any, group: str) -> dict[str, type[Task]]:
+    """Find the task types that modules of this package define as `TASK`, or that entry points name.
 
     Args:
         base: The superclass of all task types.
         group: The entry point group under which other distributions register their task types.
 
     Returns:
-        The classes by type name, those of this package first.
+        The classes by type name, first of this package, then of entry points.
 
     Raises:
         DataError: An entry point cannot be loaded, is not a subclass of `base`, or uses a name that is taken.
     """
-    types: dict[str, Any] = {}
+    types: dict[str, type[Task]] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         built_in: Any = getattr(importlib.import_module(f"{__package__}.{module.name}"), "TASK", None)
         if built_in:

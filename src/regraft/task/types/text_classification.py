@@ -217,6 +217,7 @@ class TextClassification(TextTask):
     @field_validator("labels")
     @classmethod
     def _validate_labels(cls, labels: tuple[str, ...] | None, validation: ValidationInfo) -> tuple[str, ...] | None:
+        """Refuse repeated labels, a single label, and missing labels of unlabelled data."""
         if labels is None:
             if "label" in validation.data and validation.data["label"] is None:
                 raise ValueError("is required if there is no column of labels. List the label names of the old head.")

@@ -72,15 +72,16 @@ class TextTask(Task, ABC):
         return sum(len(text.split()) for text in inputs)
 
     def encode(self, split: Split, tokenizer: PreTrainedTokenizerBase, pad: int, max_length: int) -> Examples:
-        """Tokenise texts, with one row each, at the token that the head reads; see `Task.encode`."""
+        """Tokenise texts, with one row per example, at the token that the head reads; see `Task.encode`."""
         first_texts = [texts[0] for texts in split.inputs]
         is_pair = len(split.inputs[0]) == 2
         second_texts = [texts[1] for texts in split.inputs] if is_pair else None
         encoded = tokenizer(
             first_texts, second_texts, truncation=True, max_length=max_length, return_attention_mask=False
         )
-        padding = {name: pad if name == "input_ids" else 0 for name in encoded}
-        return Examples({name: list(encoded[name]) for name in encoded}, split.targets, padding)
+        columns = {name: list(encoded[name]) for name in encoded}
+        padding = {name: pad if name == "input_ids" else 0 for name in columns}  # 0 is the first token type
+        return Examples(columns, split.targets, padding)
 
     @field_validator("text")
     @classmethod

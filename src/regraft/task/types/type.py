@@ -297,7 +297,7 @@ class Task(BaseModel, ABC):
     def comparison_views(
         self, targets: Targets, old: ModelPredictions, new: ModelPredictions, labels: Sequence[str]
     ) -> tuple[View, ...]:
-        """Return tables and charts that compare an old and a new model, in addition to their scores and flips.
+        """Return tables and charts that compare an old and a new model beyond their scores and flips.
 
         Args:
             targets: One target per example.
@@ -340,7 +340,7 @@ class Task(BaseModel, ABC):
 
 @functools.cache
 def task_types() -> dict[str, type[Task]]:
-    """Return all task types by name: those of this package, and those that other distributions register.
+    """Return all task types by name, both of this package and registered by other distributions.
 
     Raises:
         DataError: An entry point cannot be loaded, is not a task type, or uses a name that is taken.
