@@ -1,11 +1,13 @@
-"""The exceptions. Each message names the file, tensor or row, what was expected, and the remedy."""
+"""The exceptions, whose messages name the file, tensor or row, the expected value, and the remedy."""
 
 import difflib
 from collections.abc import Iterable
 
+MAX_LISTED = 4  # names that a message lists before it only counts them; arbitrary: about a line of text
+
 
 class RegraftError(Exception):
-    """The base class of all errors; the command line prints the message, and exits with status 2."""
+    """The base class of all errors; the command line prints the message and exits with status 2."""
 
 
 class CheckpointError(RegraftError):
@@ -17,11 +19,11 @@ class DiskFullError(CheckpointError):
 
 
 class MismatchError(RegraftError):
-    """Inputs do not belong together: bases, tensor shapes, vocabularies or labels."""
+    """Bases, tensor shapes, vocabularies or labels do not belong together."""
 
 
 class DataError(RegraftError):
-    """A row, column or file of a task or corpus cannot be used."""
+    """A row, column or file of a task or corpus is invalid."""
 
 
 class RecipeError(RegraftError):
@@ -33,15 +35,15 @@ class KindError(RecipeError):
 
 
 class OutcomeError(RegraftError):
-    """An output folder exists already, is in use, or is not what it claims to be."""
+    """An output folder exists already, is in use, cannot be written, or has a malformed record."""
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return ` Did you mean '…'?` with the most similar candidate, or an empty string if none is similar.
 
     Args:
-        name: The unknown name.
-        candidates: The known names.
+        name: The name that is unknown.
+        candidates: The names to choose from.
     """
-    close = difflib.get_close_matches(name, list(candidates), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    matches = difflib.get_close_matches(name, list(candidates), n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,4 +1,4 @@
-"""Tensors on disk: a lazy reader, fingerprints, and folders that are whole or not there."""
+"""Tensors on disk: a lazy reader, fingerprints, and folders that exist only when they are complete."""
 
 from regraft.checkpoint.derived import (
     DerivedTensors,
@@ -36,7 +36,7 @@ from regraft.checkpoint.output import (
     write_folder,
     write_record,
 )
-from regraft.checkpoint.quantised import check_unquantised
+from regraft.checkpoint.quantised_tensor import check_unquantised
 from regraft.checkpoint.reader import Checkpoint, chunk_ranges
 from regraft.checkpoint.writer import byte_size, plan_shards, write_checkpoint, write_safetensors
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from regraft.checkpoint.header import FLOATING, dtype_name, torch_dtype
-from regraft.checkpoint.quantised import QuantisedTensor
+from regraft.checkpoint.quantised_tensor import QuantisedTensor
 from regraft.checkpoint.reader import Checkpoint, chunk_ranges
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-# elements computed at once: 2 MiB in float64, so that the operands of a rule stay in a core's cache
+# Elements computed at once: 2 MiB in float64, so that the operands of a rule stay in a core's cache
 CHUNK_ELEMENTS = 1 << 18
 
 
@@ -31,7 +31,7 @@ class TensorSpec:
     Args:
         dtype: The safetensors dtype of the result, such as `F32` or `BF16`.
         shape: The shape of the result.
-        operands: The tensors it is computed from, each as a mapping and a name in that mapping.
+        operands: The tensors that the rule is applied to, each as a mapping and a name in that mapping.
         rule: Computes the result from the operands; by default it copies its only operand.
         elementwise: Whether the rule can be applied to flat slices of the operands.
     """
@@ -44,7 +44,7 @@ class TensorSpec:
 
 
 class DerivedTensors(Mapping[str, "torch.Tensor"]):
-    """A read-only mapping whose tensors are computed on access and not kept.
+    """A read-only mapping whose tensors are computed on each access, without a cache.
 
     Args:
         specs: How to compute each tensor, by name.
@@ -60,10 +60,10 @@ class DerivedTensors(Mapping[str, "torch.Tensor"]):
             return _round_to_spec(result, name, spec).reshape(spec.shape)
         import torch
 
-        values = torch.empty(math.prod(spec.shape), dtype=torch_dtype(spec.dtype))
-        for start, count in chunk_ranges(len(values), CHUNK_ELEMENTS):
-            values[start : start + count] = flat_slice(self, name, start, count)
-        return values.reshape(spec.shape)
+        elements = torch.empty(math.prod(spec.shape), dtype=torch_dtype(spec.dtype))
+        for start, count in chunk_ranges(len(elements), CHUNK_ELEMENTS):
+            elements[start : start + count] = flat_slice(self, name, start, count)
+        return elements.reshape(spec.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -76,15 +76,15 @@ class DerivedTensors(Mapping[str, "torch.Tensor"]):
 
 
 class GroupedTensors(DerivedTensors):
-    """Derived tensors, some of which are computed several at a time.
+    """Derived tensors, some of which are computed in groups; the latest groups are cached.
 
     Args:
         specs: How to compute each tensor; for members of a group, only dtype, shape and operands are used.
-        groups: The group of each tensor that is computed with others, by the tensor's name.
+        groups: The names of the tensors in a group, by the name of each of its members.
         compute_group: Computes the tensors of a group, by name.
     """
 
-    # Fused experts are two groups per layer, and at a layer's end two layers are being written.
+    # Fused experts form two groups per layer, and at a layer's end two layers are being written.
     MAX_CACHED_GROUPS = 4
 
     def __init__(
@@ -94,7 +94,8 @@ class GroupedTensors(DerivedTensors):
         compute_group: Callable[[tuple[str, ...]], dict[str, torch.Tensor]],
     ):
         super().__init__(specs)
-        self._groups, self._compute_group = groups, compute_group
+        self._groups = groups
+        self._compute_group = compute_group
         self._lock = threading.Lock()
         self._cache: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 
@@ -149,18 +150,9 @@ def output_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
         name: The tensor's name.
 
     Returns:
-        The tensor's own dtype; BF16 for a quantised tensor, which is computed in float32.
+        The tensor's dtype; BF16 for a quantised tensor, which is dequantised in float32.
     """
-    source, source_name = tensors, name
-    while isinstance(source, DerivedTensors):
-        spec = source.specs[source_name]
-        is_arithmetic = spec.elementwise and len(spec.operands) > 1
-        if not spec.operands or is_arithmetic:
-            break  # arithmetic on several tensors has a dtype of its own; a renamed or reshaped tensor has its source's
-        source, source_name = spec.operands[0]
-    if isinstance(source, Checkpoint) and isinstance(source.tensors[source_name], QuantisedTensor):
-        return "BF16"
-    return dtype_of(tensors, name)
+    return "BF16" if _is_quantised(tensors, name) else dtype_of(tensors, name)
 
 
 def flat_slice(tensors: Mapping[str, torch.Tensor], name: str, start: int, count: int) -> torch.Tensor:
@@ -187,7 +179,7 @@ def flat_slice(tensors: Mapping[str, torch.Tensor], name: str, start: int, count
 def are_equal(
     first: Mapping[str, torch.Tensor], first_name: str, second: Mapping[str, torch.Tensor], second_name: str
 ) -> bool:
-    """Return whether two tensors have the same dtype, shape and elements; compare them chunk by chunk.
+    """Return whether two tensors have the same dtype, shape and elements, comparing them chunk by chunk.
 
     Args:
         first: A checkpoint, derived tensors or a state dict.
@@ -206,8 +198,20 @@ def are_equal(
     )
 
 
+def _is_quantised(tensors: Mapping[str, torch.Tensor], name: str) -> bool:
+    """Return whether a tensor is stored quantised, possibly under another name or in another shape.
+
+    The result of arithmetic on several tensors does not count: its spec sets its dtype.
+    """
+    if isinstance(tensors, DerivedTensors):
+        spec = tensors.specs[name]
+        is_arithmetic = spec.elementwise and len(spec.operands) > 1
+        return bool(spec.operands) and not is_arithmetic and _is_quantised(*spec.operands[0])
+    return isinstance(tensors, Checkpoint) and isinstance(tensors.tensors[name], QuantisedTensor)
+
+
 def _round_to_spec(result: torch.Tensor, name: str, spec: TensorSpec) -> torch.Tensor:
-    """Convert a result to its spec's dtype, and refuse non-finite arithmetic; copies (masks, say) may hold anything."""
+    """Convert a result to its spec's dtype, and refuse it if arithmetic made it non-finite; a copied mask may be."""
     result = result.to(torch_dtype(spec.dtype))
     is_computed = len(spec.operands) > 1 and spec.dtype in FLOATING and result.numel()
     if is_computed and not all(map(math.isfinite, result.aminmax())):

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-# How safetensors (Rust) and torch's zip writer report a failed write; neither keeps the errno.
+# How safetensors (Rust) and torch's zip writer report a failed write, without an errno attribute. 27, 28 and 122 are
+# EFBIG, ENOSPC and EDQUOT on Linux.
 DISK_FULL_MESSAGE = re.compile(
     r"os error (27|28|122)\b|No space left on device|file write failed|unexpected pos \d+ vs \d+"
 )
@@ -82,13 +83,13 @@ def to_json(record: Any, name: str, indent: int | None = None) -> str:
     Args:
         record: Any value that JSON can represent.
         name: The record's name in the error message.
-        indent: The indentation, as for `json.dumps`.
+        indent: The indentation in spaces; None for a single line.
 
     Returns:
         The text, without a trailing newline.
 
     Raises:
-        OutcomeError: A figure in the record is infinite or not a number; the message names its field.
+        OutcomeError: A number in the record is infinite or NaN; the message names its field.
     """
     try:
         return json.dumps(record, indent=indent, allow_nan=False)
@@ -105,20 +106,21 @@ def write_json(file: Path, record: Any, indent: int | None = None) -> None:
     Args:
         file: The file to write; its name is the record's name in error messages.
         record: Any value that JSON can represent.
-        indent: The indentation, as for `json.dumps`.
+        indent: The indentation in spaces; None for a single line.
 
     Raises:
-        OutcomeError: A figure in the record is infinite or not a number.
+        DiskFullError: The disk is full.
+        OutcomeError: A number in the record is infinite or NaN, or the file cannot be written.
     """
     write_atomic(file, to_json(record, file.name, indent) + "\n")
 
 
 def equals_json(recorded: Any, value: Any) -> bool:
-    """Return whether a value read from JSON equals a value that may hold tuples and other types JSON has no word for.
+    """Return whether a value read from JSON equals the JSON form of a value, in which tuples are lists.
 
     Args:
-        recorded: The value read from a file.
-        value: The value that would be written.
+        recorded: The value that was read.
+        value: The value to compare, as it would be written.
 
     Raises:
         TypeError: `value` cannot be written as JSON.
@@ -127,7 +129,7 @@ def equals_json(recorded: Any, value: Any) -> bool:
 
 
 def new_file_mode() -> int:
-    """Return the permissions of a new file: read and write for all, less the umask."""
+    """Return the permissions of a new file: read and write for all, restricted by the umask."""
     umask = os.umask(0o077)  # the umask can be read only by setting it
     os.umask(umask)
     return 0o666 & ~umask
@@ -137,16 +139,16 @@ def sync(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to the disk.
 
     Args:
-        path: A file or a folder.
+        path: An existing file or folder.
 
     Raises:
-        OSError: The disk cannot store the file.
+        OSError: The disk cannot store the content.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that cannot sync folders
+        if error.errno != errno.EINVAL:  # some file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)
@@ -156,7 +158,7 @@ def is_disk_full(error: BaseException) -> bool:
     """Return whether an error, or one of its causes, means that the disk is full.
 
     Args:
-        error: An error of Python, safetensors or torch.
+        error: An error that Python, safetensors or torch raised.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -184,9 +186,14 @@ def seal(record: Path, files: Iterable[Path], facts: Mapping[str, Any] | None = 
     """Sync files and record their digests, so that a later run can check that they are unchanged.
 
     Args:
-        record: The file to write.
+        record: The record to write.
         files: The files to seal; their paths are recorded relative to the folder of `record`.
         facts: Values that must also be unchanged later, such as library versions; anything JSON can represent.
+
+    Raises:
+        DiskFullError: The disk is full.
+        OSError: A file cannot be synced or read.
+        OutcomeError: The record cannot be written.
     """
     digests = {}
     for file in files:
@@ -196,16 +203,16 @@ def seal(record: Path, files: Iterable[Path], facts: Mapping[str, Any] | None = 
 
 
 def is_sealed(record: Path, facts: Mapping[str, Any] | None = None) -> bool:
-    """Return whether every sealed file still has its recorded content, and the facts are the recorded ones.
+    """Return whether every sealed file has its recorded digest, and the facts equal the recorded ones.
 
     Args:
         record: The file that `seal` wrote.
         facts: The facts to compare with the recorded ones.
     """
     try:
-        content = json.loads(record.read_bytes())
-        is_unchanged = all(_digest(record.parent / name) == digest for name, digest in content["files"].items())
-        return is_unchanged and equals_json(content["facts"], dict(facts or {}))
+        seals = json.loads(record.read_bytes())
+        is_unchanged = all(_digest(record.parent / name) == digest for name, digest in seals["files"].items())
+        return is_unchanged and equals_json(seals["facts"], dict(facts or {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
@@ -218,6 +225,7 @@ def _digest(file: Path) -> str:
 
 
 def _nonfinite_fields(value: Any, path: str) -> Iterator[str]:
+    """Yield the paths of the infinite and NaN numbers in a value, such as `scores[0].mean`."""
     if isinstance(value, float) and not math.isfinite(value):
         yield path
     elif isinstance(value, dict):

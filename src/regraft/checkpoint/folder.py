@@ -1,4 +1,4 @@
-"""Folders that never exist incomplete: they are written under a temporary name, and renamed when complete."""
+"""Folders that never exist incomplete: they are written under a temporary name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 LOCK = "lock"
 TEMPORARY_PREFIX = "regraft-"
-MAX_ATTEMPTS = 100  # one fails only if another process ends between two system calls
+CHECKPOINTS = "checkpoints"  # the name of folders, at any depth, from which an interrupted run resumes
+MAX_ATTEMPTS = 100  # arbitrary: an attempt fails only if another process ends between two system calls
 
 
 @contextlib.contextmanager
@@ -31,44 +32,54 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
 
     The content that a killed run left in it is kept if that run had the same inputs, and removed otherwise. The caller
     calls `publish` at the end, after which the working folder is removed. It is also removed after a `RecipeError`, and
-    after other errors of regraft unless it has `checkpoints` to resume from. Another process may have published `out`
+    after other errors of regraft unless it has `CHECKPOINTS` to resume from. Another process may have published `out`
     before the folder was locked, so the caller has to look for `out` again.
 
     Args:
         out: The output folder.
-        inputs: The inputs of the run, as JSON, which identify it.
+        inputs: The inputs that identify the run; anything JSON can represent.
 
     Yields:
         The working folder.
 
     Raises:
         DiskFullError: The disk is full. The working folder is kept.
-        OutcomeError: Another process is writing `out`, or it cannot be written.
+        OutcomeError: Another process is writing `out`, or the working folder cannot be created.
     """
     check_output_path(out)
-    work = working_folder(out)
-    with _locked(work, out):
+    work_folder = working_folder(out)
+    with _locked(work_folder, out):
         try:
             expected = json.dumps(inputs, sort_keys=True)
-            record = work / "inputs.json"
+            record = work_folder / "inputs.json"
             if not record.is_file() or record.read_bytes() != expected.encode():
-                for entry in work.iterdir():
-                    if entry.name != LOCK:
-                        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+                _clear(work_folder)
                 write_atomic(record, expected)
-            yield work
+            yield work_folder
         except BaseException as error:
             is_expected = isinstance(error, RegraftError)
-            if isinstance(error, RecipeError) or (is_expected and not any(work.rglob("checkpoints"))):
-                shutil.rmtree(work)
+            if isinstance(error, RecipeError) or (is_expected and not any(work_folder.rglob(CHECKPOINTS))):
+                shutil.rmtree(work_folder)
                 raise
-            raised = disk_full_error(work) if not is_expected and is_disk_full(error) else error
-            raised.add_note(f"The work so far is in {work}. The same command resumes it.")
-            if raised is error:
+            note = f"The work so far is in {work_folder}. The same command resumes it."
+            if is_expected or not is_disk_full(error):
+                error.add_note(note)
                 raise
-            raise raised from error
+            disk_full = disk_full_error(work_folder)
+            disk_full.add_note(note)
+            raise disk_full from error
         if out.exists():
-            shutil.rmtree(work)
+            shutil.rmtree(work_folder)
+
+
+def _clear(work_folder: Path) -> None:
+    for entry in work_folder.iterdir():
+        if entry.name == LOCK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def working_folder(out: Path) -> Path:
@@ -87,10 +98,10 @@ def check_output_path(out: Path) -> None:
         out: The output folder, which may exist.
 
     Raises:
-        OutcomeError: It is a file, a broken link or no name, or its parent is a file or not writable.
+        OutcomeError: The path is a file, a broken link or not a folder's name, or its parent is a file or not writable.
     """
     if out.name in ("", ".."):
-        raise OutcomeError(f"--out {str(out)!r}: is no name for a folder. Choose another --out.")
+        raise OutcomeError(f"--out {str(out)!r}: is not a name for a folder. Choose another --out.")
     try:
         if out.is_dir():
             return
@@ -99,7 +110,7 @@ def check_output_path(out: Path) -> None:
             raise OutcomeError(f"{out}: is {kind}, not a folder. Choose another --out or remove it.")
         parent = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
         if not parent.is_dir():
-            raise OutcomeError(f"{out}: cannot be created ({parent} is no folder). Choose another --out.")
+            raise OutcomeError(f"{out}: cannot be created ({parent} is not a folder). Choose another --out.")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise OutcomeError(f"{out}: cannot be created ({parent} is not writable). Choose another --out.")
     except OSError as error:  # the name is too long, or a folder may not be entered
@@ -110,8 +121,8 @@ def publish(staging: Path, out: Path) -> None:
     """Rename a complete folder to its final name, after syncing its files and setting their permissions.
 
     Args:
-        staging: The complete folder.
-        out: Its final path, which must not exist.
+        staging: The complete folder, on the same file system as `out`.
+        out: The final path, which must not exist.
 
     Raises:
         OutcomeError: `out` exists or cannot be created.
@@ -129,13 +140,13 @@ def publish(staging: Path, out: Path) -> None:
 
 
 def empty_folder(folder: Path) -> Path:
-    """Create an empty folder, and remove what an interrupted run left at its path.
+    """Create an empty folder, after removing anything that an interrupted run left at its path.
 
     Args:
         folder: The folder to create.
 
     Returns:
-        The folder.
+        The same path.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -144,20 +155,20 @@ def empty_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Create a temporary folder, and remove those that killed processes have left.
+    """Create a temporary folder, and remove the temporary folders of killed processes.
 
     Yields:
-        The folder, which has nothing but a lock that shows other processes that it is in use.
+        The folder. It is empty except for a lock file, which shows other processes that the folder is in use.
     """
-    folder = Path(tempfile.gettempdir())
-    for abandoned in folder.glob(f"{TEMPORARY_PREFIX}*"):
+    parent = Path(tempfile.gettempdir())
+    for abandoned in parent.glob(f"{TEMPORARY_PREFIX}*"):
         _remove_unlocked(abandoned)
-    work = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-    with _locked(work, work, mode=0o700):
+    folder = parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    with _locked(folder, folder, mode=0o700):
         try:
-            yield work
+            yield folder
         finally:
-            shutil.rmtree(work)
+            shutil.rmtree(folder)
 
 
 def _remove_unlocked(folder: Path) -> None:
@@ -167,26 +178,26 @@ def _remove_unlocked(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(work: Path, out: Path, mode: int = 0o777) -> Iterator[None]:
-    """Create a folder and lock it, again if its owner removes it before it is locked."""
+def _locked(folder: Path, out: Path, mode: int = 0o777) -> Iterator[None]:
+    """Create a folder and lock it; try again if another process removes it before it is locked."""
     for _ in range(MAX_ATTEMPTS):
         try:
-            work.mkdir(mode, parents=True, exist_ok=True)
-            if work.is_symlink():
-                raise OutcomeError(f"{work}: is a link, but regraft needs a working folder of that name. Remove it.")
-            lock = (work / LOCK).open("a")
+            folder.mkdir(mode, parents=True, exist_ok=True)
+            if folder.is_symlink():
+                raise OutcomeError(f"{folder}: is a link, but regraft needs a working folder of that name. Remove it.")
+            lock = (folder / LOCK).open("a")
         except FileNotFoundError:
             continue
         except OSError as error:
             if is_disk_full(error):
-                raise disk_full_error(work) from error
-            raise OutcomeError(f"{work}: cannot be created ({error.strerror or error}).") from error
+                raise disk_full_error(folder) from error
+            raise OutcomeError(f"{folder}: cannot be created ({error.strerror or error}).") from error
         with lock:
             _lock(lock, out)
-            if _is_at(lock, work / LOCK):
+            if _is_at(lock, folder / LOCK):
                 yield
                 return
-    raise OutcomeError(f"{work}: cannot be created, or is removed immediately. Choose another --out.")
+    raise OutcomeError(f"{folder}: cannot be created, or is removed immediately. Choose another --out.")
 
 
 def _is_at(stream: IO[str], file: Path) -> bool:
@@ -197,7 +208,7 @@ def _is_at(stream: IO[str], file: Path) -> bool:
 
 
 def _lock(lock: IO[str], out: Path) -> bool:
-    """Lock a file while it is open; return whether the file system supports locks."""
+    """Lock a file while it is open, and return whether that is supported; raise an error if it is locked already."""
     try:
         import fcntl
     except ImportError:  # Windows: the user has to avoid two runs on one folder at the same time

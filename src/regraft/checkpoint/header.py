@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint.json_file import parse_json
+from regraft.checkpoint.json_file import MAX_JSON_BYTES, parse_json
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     import torch
 
-MAX_HEADER_BYTES = 32_000_000  # the parsed objects take up to twenty times as much memory
+LENGTH_BYTES = 8  # a file begins with the length of its header, a little-endian unsigned integer
 MAX_TENSORS = 150_000  # the largest open models have 142,000: weights and scales of 384 experts in 61 layers
 MAX_DIMENSIONS = 64  # the limit of torch
+MAX_INTEGER = 2**63 - 1  # the limit of torch for sizes
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -49,7 +50,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     """Return the safetensors name of a torch dtype, such as `F32` or `BF16`.
 
     Args:
-        dtype: The dtype.
+        dtype: A dtype of torch.
 
     Raises:
         CheckpointError: safetensors has no such dtype.
@@ -62,15 +63,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The position of a tensor on disk.
+    """A tensor's dtype, shape and position on disk.
 
     Args:
         name: The tensor's name in the file.
         dtype: The safetensors dtype, such as `F32` or `BF16`.
-        shape: The shape.
+        shape: The size of each dimension.
         file: The safetensors file.
-        start: The position of its first byte in the file.
-        end: The position after its last byte in the file.
+        start: The position of the first byte of the data in the file.
+        end: The position after the last byte of the data.
     """
 
     name: str
@@ -93,36 +94,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: The file is missing or truncated, or its header is malformed.
     """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            if start == b"version ":
-                raise CheckpointError(
-                    f"{file}: is a pointer of Git LFS, not the file itself. Download the file: git lfs pull."
-                )
-            length = int.from_bytes(start, "little")
-            if size >= 8 + length and length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{file}: its header has {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read."
-                )
-            if size < 8 or length > size - 8:
-                raise CheckpointError(
-                    f"{file}: not a complete safetensors file: its header claims {length:,} bytes, but the file has "
-                    f"{size:,}. It was probably truncated while it was copied. Copy it again."
-                )
-            header = parse_json(stream.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}).") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file}: its safetensors header is not valid JSON ({error}). Copy the file again."
-        ) from error
+    header, data_start, file_bytes = _read_json_header(file)
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: its safetensors header is not a JSON object. Copy the file again.")
     if len(header) > MAX_TENSORS:
         raise CheckpointError(f"{file}: names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.")
-    data_start = 8 + length
     tensors = [_parse_entry(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     position = data_start
@@ -132,25 +108,54 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 f"{file}: tensor {tensor.name!r:.200} starts at byte {tensor.start:,}, expected {position:,}: the "
                 "header has a gap or an overlap. Copy the file again."
             )
-        if tensor.end > size:
+        if tensor.end > file_bytes:
             raise CheckpointError(
                 f"{file}: the file is truncated: tensor {tensor.name!r:.200} ends at byte {tensor.end:,}, but the file "
-                f"has {size:,}. Copy it again."
+                f"has {file_bytes:,}. Copy it again."
             )
         position = tensor.end
-    if position != size:
-        raise CheckpointError(f"{file}: {size - position:,} bytes after the last tensor. Copy the file again.")
+    if position != file_bytes:
+        raise CheckpointError(f"{file}: {file_bytes - position:,} bytes after the last tensor. Copy the file again.")
     return {tensor.name: tensor for tensor in tensors}
 
 
+def _read_json_header(file: Path) -> tuple[Any, int, int]:
+    """Return the parsed header, the position of the first byte after it, and the file's size in bytes."""
+    try:
+        file_bytes = file.stat().st_size
+        with file.open("rb") as stream:
+            encoded_length = stream.read(LENGTH_BYTES)
+            if encoded_length == b"version ":
+                raise CheckpointError(
+                    f"{file}: is a pointer of Git LFS, not the file itself. Download the file: git lfs pull."
+                )
+            length = int.from_bytes(encoded_length, "little")
+            data_start = LENGTH_BYTES + length
+            if file_bytes < data_start:
+                raise CheckpointError(
+                    f"{file}: not a complete safetensors file: its header claims {length:,} bytes, but the file has "
+                    f"{file_bytes:,}. It was probably truncated while it was copied. Copy it again."
+                )
+            if length > MAX_JSON_BYTES:
+                raise CheckpointError(f"{file}: its header has {length:,} bytes; at most {MAX_JSON_BYTES:,} are read.")
+            return parse_json(stream.read(length)), data_start, file_bytes
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: its safetensors header is not valid JSON ({error}). Copy the file again."
+        ) from error
+
+
 def _parse_entry(file: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+    """Check a tensor's entry in the header, whose offsets are relative to the end of the header."""
     if not isinstance(entry, dict):
         raise _malformed(file, name, entry)
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     for integers in (shape, offsets):
-        if not isinstance(integers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in integers):
+        if not isinstance(integers, list) or not all(type(n) is int and 0 <= n <= MAX_INTEGER for n in integers):
             raise _malformed(file, name, entry)
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(

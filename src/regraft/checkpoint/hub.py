@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from regraft.errors import CheckpointError
 
+DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
 
 def find_path(name: str | Path) -> Path:
-    """Return the path of a checkpoint, after downloading it if it is on the hub and not in the local cache.
+    """Return the path of a checkpoint on this machine; download it if its name is a hub id that is not cached.
 
     Args:
         name: A folder, a file, or a hub id with an optional `@revision`.
 
     Raises:
-        CheckpointError: There is no such path, and it cannot be downloaded.
+        CheckpointError: The path does not exist, and the hub has no such checkpoint or cannot be reached.
     """
     path = Path(name)
     if path.exists():
@@ -24,9 +25,8 @@ def find_path(name: str | Path) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     repository, _, revision = str(name).partition("@")
-    arguments: dict[str, Any] = {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]}
     try:
-        return Path(snapshot_download(repository, revision=revision or None, **arguments))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=DOWNLOADED_FILES))
     except HFValidationError:
         raise CheckpointError(f"{name}: no such file or folder, and no hub id either.") from None
     except Exception as error:  # many types: offline, unknown repository, no access

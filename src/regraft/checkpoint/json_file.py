@@ -1,4 +1,4 @@
-"""Reading JSON from untrusted files: of bounded size, and without repeated names in an object."""
+"""Reading JSON from untrusted files, with bounded memory and without repeated names in an object."""
 
 from __future__ import annotations
 
@@ -23,73 +23,76 @@ def read_json(file: Path) -> dict[str, Any]:
         file: The file.
 
     Raises:
-        CheckpointError: The file cannot be read, is no JSON object, or repeats a name.
+        CheckpointError: The file cannot be read, is too large, is not a JSON object, or repeats a name.
     """
     try:
-        if (size := _check_regular(file)) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file}: has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read.")
-        text = file.read_bytes()
+        num_bytes = _regular_file_size(file)
+        if num_bytes > MAX_JSON_BYTES:
+            raise CheckpointError(f"{file}: has {num_bytes:,} bytes, more than the {MAX_JSON_BYTES:,} that are read.")
+        data = file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
-    return _parse_object(text, str(file))
+    return _parse_object(data, str(file))
 
 
 def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Read a file with a JSON object on each line.
 
     Args:
-        file: The file.
+        file: The file, of any size.
 
     Yields:
-        The objects.
+        The object of each line.
 
     Raises:
-        CheckpointError: The file cannot be read, or a line is no JSON object or repeats a name.
+        CheckpointError: The file cannot be read, or a line is too long, is not a JSON object or repeats a name.
     """
     try:
-        _check_regular(file)
+        _regular_file_size(file)
         with file.open("rb") as stream:
-            for number, line in enumerate(iter(lambda: stream.readline(MAX_JSON_BYTES + 1), b""), start=1):
+            bounded_lines = iter(lambda: stream.readline(MAX_JSON_BYTES + 1), b"")
+            for line_number, line in enumerate(bounded_lines, start=1):
+                origin = f"{file}, line {line_number}"
                 if len(line) > MAX_JSON_BYTES:
-                    raise CheckpointError(f"{file}, line {number}: is longer than the {MAX_JSON_BYTES:,} bytes read.")
-                yield _parse_object(line, f"{file}, line {number}")
+                    raise CheckpointError(f"{origin}: is longer than the {MAX_JSON_BYTES:,} bytes read.")
+                yield _parse_object(line, origin)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
 
 
-def parse_json(text: bytes) -> Any:
-    """Parse JSON without repeated names in an object.
+def parse_json(data: bytes) -> Any:
+    """Parse JSON, and refuse objects with repeated names, of which `json.loads` would use the last.
 
     Args:
-        text: The JSON in UTF-8.
+        data: The JSON in UTF-8.
 
     Raises:
-        ValueError: It is no JSON, or an object repeats a name.
+        ValueError: The data is not JSON, or an object repeats a name.
     """
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_object_without_repeats)
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_object_without_repeats)
 
 
-def _check_regular(file: Path) -> int:
-    """Return a file's size, after checking that it is no pipe or device, which could block or never end."""
+def _regular_file_size(file: Path) -> int:
+    """Return a file's size in bytes; refuse pipes and devices, which could block or never end."""
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{file}: is a folder, pipe or device, not a file.")
     return status.st_size
 
 
-def _parse_object(text: bytes, origin: str) -> dict[str, Any]:
+def _parse_object(data: bytes, origin: str) -> dict[str, Any]:
     try:
-        content = parse_json(text)
+        parsed = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{origin}: not valid JSON ({error!s:.200}).") from error
-    if not isinstance(content, dict):
+    if not isinstance(parsed, dict):
         raise CheckpointError(f"{origin}: not a JSON object.")
-    return content
+    return parsed
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the name {repeated!r:.200} is repeated")
-    return content
+    return unique

@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder: the tensors, and copies of the small files that belong to them."""
+"""Writing a checkpoint folder: tensors, and copies of the config and tokenizer files that belong to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint.derived import CHUNK_ELEMENTS, DerivedTensors
 from regraft.checkpoint.file import equals_json, write_atomic
-from regraft.checkpoint.folder import check_output_path, publish, resumable_folder, working_folder
+from regraft.checkpoint.folder import CHECKPOINTS, check_output_path, publish, resumable_folder, working_folder
+from regraft.checkpoint.header import ITEM_BYTES
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.quantised import without_quantisation
 from regraft.checkpoint.writer import SHARD_BYTES, byte_size, cores, matches_checkpoint, plan_shards, write_checkpoint
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
-# configs, tokenizers and chat templates: all that transformers may need besides the weights
+# Configs, tokenizers and chat templates: all files that transformers may need besides the weights.
 AUXILIARY_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -38,7 +39,7 @@ TOKENIZER_FILES = (
 )
 RECORD = "regraft.json"
 RESULTS = "results"  # a key of the record that is not part of the provenance
-# records of how a folder was made, which are not true of another one, and the config of an adapter
+# Records of how a folder was made, which are wrong for a copy, and the config of an adapter.
 NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapter_config.json")
 
 
@@ -48,11 +49,11 @@ class WritePlan:
 
     Args:
         num_tensors: The number of tensors.
-        num_files: The number of safetensors files.
+        num_files: The number of safetensors files that they are written to.
         disk_bytes: The bytes to write.
         read_bytes: The bytes to read.
-        memory_bytes: The memory for tensors, in addition to that of Python and torch.
-        free_bytes: The free bytes of the disk.
+        memory_bytes: The memory for tensors, in addition to Python and torch.
+        free_bytes: The free space on the output's disk.
     """
 
     num_tensors: int
@@ -67,12 +68,12 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
     """Compute the resources that writing a checkpoint needs, and check the disk's free space.
 
     Args:
-        tensors: The tensors.
+        tensors: A checkpoint, derived tensors or a state dict.
         out: The output folder.
         shard_bytes: The maximal size of a file.
 
     Raises:
-        DiskFullError: The disk has not enough space.
+        DiskFullError: The disk has not enough free space.
         OutcomeError: The output folder cannot be created.
     """
     check_output_path(out)
@@ -108,27 +109,27 @@ def write_folder(
     """Write a checkpoint folder, completely or not at all; an interrupted call resumes at the shard it had reached.
 
     Args:
-        tensors: The tensors.
-        out: The output folder. If it exists with the same provenance, nothing is done.
+        tensors: A checkpoint, derived tensors or a state dict.
+        out: The output folder. If it exists with the same provenance and content, nothing is done.
         template: The folder whose config and tokenizer files are copied.
-        provenance: The inputs of the tensors, as JSON.
+        provenance: The inputs that the tensors were computed from; anything JSON can represent.
         shard_bytes: The maximal size of a file.
         progress: Called for each chunk, in bytes.
         write_tokenizer: Writes tokenizer and config files into a folder, if the vocabulary differs from the template's.
         config: Settings of `config.json` to change.
 
     Raises:
-        DiskFullError: The disk has not enough space.
-        OutcomeError: The output folder exists with another provenance, or cannot be written.
+        DiskFullError: The disk has not enough free space.
+        OutcomeError: The output folder exists with a different provenance or content, or cannot be written.
     """
     provenance = {**provenance, "shard_bytes": shard_bytes}
     if _is_written(out, provenance, tensors, shard_bytes, progress):
         return
     plan_checkpoint(tensors, out, shard_bytes)
-    with resumable_folder(out, provenance) as work:
+    with resumable_folder(out, provenance) as work_folder:
         if _is_written(out, provenance, tensors, shard_bytes, progress):  # another process wrote it in the meantime
             return
-        folder = work / "checkpoints" / "whole"
+        folder = work_folder / CHECKPOINTS / "whole"
         folder.mkdir(parents=True, exist_ok=True)
         write_checkpoint(folder, tensors, shard_bytes, progress)
         copy_auxiliary_files(template, folder, AUXILIARY_FILES)
@@ -146,15 +147,15 @@ def write_folder(
 def is_up_to_date(
     out: Path, provenance: Mapping[str, Any], renew: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> bool:
-    """Return whether a folder already exists with a given provenance.
+    """Return whether a folder exists with a provenance; raise an error if it exists with a different one.
 
     Args:
         out: The folder.
-        provenance: The inputs that it would be written from, as JSON.
+        provenance: The inputs that it would be written from; anything JSON can represent.
         renew: Converts a record of regraft 0.1 to the current form.
 
     Raises:
-        OutcomeError: The folder exists with another provenance.
+        OutcomeError: The folder exists with a different provenance, or its path cannot be a folder.
     """
     check_output_path(out)
     if not out.exists():
@@ -174,15 +175,15 @@ def write_record(folder: Path, provenance: Mapping[str, Any], results: Mapping[s
 
     Args:
         folder: The folder.
-        provenance: The inputs, as JSON.
-        results: Figures to print again when the folder is reused.
+        provenance: The inputs that the folder was written from; anything JSON can represent.
+        results: Numbers to print again when the folder is reused.
     """
     content = {**provenance, RESULTS: dict(results)} if results else dict(provenance)
     write_atomic(folder / RECORD, json.dumps(content, sort_keys=True, indent=2) + "\n")
 
 
 def read_results(folder: Path) -> dict[str, float]:
-    """Read the figures that `write_record` wrote.
+    """Read the results that `write_record` wrote.
 
     Args:
         folder: A folder for which `is_up_to_date` is true.
@@ -194,7 +195,7 @@ def read_results(folder: Path) -> dict[str, float]:
 def _is_written(
     out: Path, provenance: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shard_bytes: int, progress: Progress
 ) -> bool:
-    """Return whether the result exists; all bytes are compared, because fingerprints are of samples."""
+    """Return whether the folder exists; compare all bytes, because the fingerprints in a provenance are of samples."""
     if not is_up_to_date(out, provenance):
         return False
     if not matches_checkpoint(out, tensors, shard_bytes, progress):
@@ -205,19 +206,19 @@ def _is_written(
     return True
 
 
-def copy_auxiliary_files(source: Path, into: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the small files that belong to a checkpoint.
+def copy_auxiliary_files(source: Path, destination: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the small files of a checkpoint, except indexes of shards, code and records of how it was made.
 
     Args:
         source: The checkpoint's folder.
-        into: The folder to copy them to.
-        patterns: Patterns of their names, such as `*.json`. Indexes of shards, code and records are not copied.
+        destination: The folder to copy to, which must exist.
+        patterns: Patterns of file names, such as `*.json`.
     """
     for pattern in patterns:
         for file in source.glob(pattern):
             is_excluded = file.name.endswith((".index.json", ".py")) or file.name in NOT_COPIED
             if file.is_file() and not is_excluded:
-                shutil.copyfile(file, into / file.name)
+                shutil.copyfile(file, destination / file.name)
 
 
 def _resumable_bytes(out: Path) -> int:
@@ -226,16 +227,18 @@ def _resumable_bytes(out: Path) -> int:
 
 
 def _read_bytes(tensors: Mapping[str, torch.Tensor], name: str) -> int:
+    """Return the number of bytes of the stored tensors that a tensor is computed from."""
     if not isinstance(tensors, DerivedTensors):
         return byte_size(tensors, name)
     return sum(_read_bytes(source, operand) for source, operand in tensors.specs[name].operands)
 
 
 def _memory_bytes(tensors: Mapping[str, torch.Tensor], name: str) -> int:
-    """Estimate the memory of a computation: the operands, each also in float64, and the result, for each core."""
+    """Estimate the memory of a computation: the operands and the result, also in float64."""
     if not isinstance(tensors, DerivedTensors):
         return byte_size(tensors, name)
     spec = tensors.specs[name]
-    if spec.elementwise:
-        return CHUNK_ELEMENTS * 8 * (2 * len(spec.operands) + 2) * cores()
-    return 3 * (byte_size(tensors, name) + sum(byte_size(source, operand) for source, operand in spec.operands))
+    if spec.elementwise:  # each core computes a chunk
+        return CHUNK_ELEMENTS * ITEM_BYTES["F64"] * 2 * (len(spec.operands) + 1) * cores()
+    stored_bytes = byte_size(tensors, name) + sum(byte_size(source, operand) for source, operand in spec.operands)
+    return 3 * stored_bytes  # float32 weights take twice their bytes in float64

@@ -1,58 +1,69 @@
-"""Quantised checkpoints: int8 and fp8 weights are dequantised when they are read, other formats are refused."""
+"""Recognise quantised checkpoints: pair int8 and fp8 weights with their scales, and refuse all other formats."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.checkpoint.header import FLOATING, StoredTensor
+from regraft.checkpoint.quantised_tensor import QuantisedTensor
 from regraft.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
-    import torch
-
-    Reader = Callable[[StoredTensor, int, int], torch.Tensor]
-
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")  # transformers, older vLLM, MLX
-DEFAULT_BLOCK = (128, 128)  # of DeepSeek-V3 and of transformers' FineGrainedFP8Config
+DEFAULT_BLOCK = (128, 128)  # as in DeepSeek-V3 and transformers' FineGrainedFP8Config
 INT8_UNIT = 7.874015718698502e-3  # 1/127 as written in bitsandbytes' int8_vectorwise_dequant
-CHUNK_ELEMENTS = 1 << 18  # 1 MiB in float32
 FP8 = ("F8_E4M3", "F8_E5M2")
 EXPONENTS = ("U8", "F8_E8M0")  # scales that are powers of two, stored as their exponent plus 127
-# layers that are Conv1D modules in these classes, whose weights bitsandbytes stores transposed, and nn.Linear modules
-# in others (GPT-Neo, StarCoder)
+# bitsandbytes stores the weights of Conv1D modules transposed. In these model types the named layers are Conv1D
+# modules; in others (GPT-Neo, StarCoder) they are nn.Linear modules.
 CONV1D = re.compile(r"(?:^|\.)(?:c_attn|c_proj|c_fc|q_attn)\.weight$")
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
-# integers under these names are codes of weights; those under other names are masks and positions
+# Integers under these names are codes of weights; integers under other names are masks and positions.
 CODES = re.compile(r"(?:^|[._:])(?:weight|qweight|qzeros|packed|W_q|qdata|_data|blocks|codes|bitmask)$")
 BNB_4BIT = re.compile(r"\.(?:absmax|quant_map|quant_state\.bitsandbytes__\w+)$")
 SCALE = re.compile(r"(?:_scale_inv|\.SCB)$")
-# static scales of activations and caches, which are stored with quantised weights to run them
-COMPANION = re.compile(r"(?:[._](?:activation|input)_scale(?:_inv)?|\.weight_format|\.[kv]_scale)$")
-FORMATS = (
-    (
+# Only inference in eight bits needs these: static scales of activations and caches, and the order of int8 codes.
+RUNTIME_DATA = re.compile(r"(?:[._](?:activation|input)_scale(?:_inv)?|\.weight_format|\.[kv]_scale)$")
+
+
+class UnsupportedFormat(NamedTuple):
+    """A quantisation that is refused.
+
+    Args:
+        pattern: Matches the names of tensors that only this format has.
+        name: The format's name.
+        remedy: The advice on how to obtain a readable checkpoint.
+    """
+
+    pattern: re.Pattern[str]
+    name: str
+    remedy: str
+
+
+UNSUPPORTED_FORMATS = (
+    UnsupportedFormat(
         BNB_4BIT,
         "4-bit, by bitsandbytes",
         "Load it with transformers where bitsandbytes runs, call dequantize() of the model and save_pretrained; or "
         "give the model that it was quantised from (on the hub the name without -bnb-4bit).",
     ),
-    (
+    UnsupportedFormat(
         re.compile(r"\.(?:qweight|qzeros)$"),
         "GPTQ or AWQ",
         "Use the model that it was quantised from (on the hub the name without -GPTQ or -AWQ).",
     ),
-    (
+    UnsupportedFormat(
         re.compile(r"_blocks$"),
         "MXFP4",
         "Load it with transformers, quantization_config=Mxfp4Config(dequantize=True), and call save_pretrained; or "
         "give a copy in bf16.",
     ),
-    (
+    UnsupportedFormat(
         re.compile(r"\.weight_(?:packed|scale)$"),
         "compressed-tensors or similar",
         "Use the model that it was quantised from; or, if compressed-tensors wrote it, load it with transformers, "
@@ -61,99 +72,9 @@ FORMATS = (
 )
 
 
-@dataclass(frozen=True)
-class QuantisedTensor(StoredTensor):
-    """A weight that is stored in eight bits, with the dtype of the dequantised weight and the position of the codes.
-
-    Args:
-        codes: The stored codes.
-        scale: The stored scales, one for each block.
-        grid: The numbers of rows and columns of blocks in a matrix.
-        block: The numbers of rows and columns of a block.
-        unit: The factor on the scales.
-        transposed: Whether the codes are of the transposed weight, whose rows are the blocks.
-    """
-
-    codes: StoredTensor
-    scale: StoredTensor
-    grid: tuple[int, int]
-    block: tuple[int, int]
-    unit: float
-    transposed: bool = False
-
-    def dequantise(self, read: Reader, start: int, count: int) -> torch.Tensor:
-        """Compute a slice of the flattened weight: code · scale of its block · unit.
-
-        Args:
-            read: Reads a slice of a stored tensor, given the index of its first element and the number of elements.
-            start: The index of the first element.
-            count: The number of elements.
-
-        Returns:
-            [count], in float32.
-        """
-        import torch
-
-        if self.transposed:
-            return self._dequantise_transposed(read, start, count)
-        values = torch.empty(count, dtype=torch.float32)
-        for row, rows, column, columns in self._rectangles(start, count):
-            first = row * self.shape[-1] + column
-            part = values[first - start : first - start + rows * columns].view(rows, columns)
-            part.copy_(read(self.codes, first, rows * columns).view(rows, columns))
-            part.mul_(self._scales(read, row, rows, column, columns))
-        return values if self.unit == 1 else values.mul_(self.unit)
-
-    def _dequantise_transposed(self, read: Reader, start: int, count: int) -> torch.Tensor:
-        width = self.shape[1]
-        first = start // width
-        last = -(-(start + count) // width)
-        codes = read(self.codes, 0, math.prod(self.shape)).view(self.codes.shape)[:, first:last]
-        values = codes.float() * read(self.scale, 0, width).float()[:, None] * self.unit
-        return values.T.reshape(-1)[start - first * width :][:count].clone()
-
-    def _rectangles(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """Divide a slice of the flattened matrix into rectangles: first row, rows, first column, columns."""
-        width = self.shape[-1]
-        position = start
-        end = start + count
-        while position < end:
-            row, column = divmod(position, width)
-            if column or end - position < width or width > CHUNK_ELEMENTS:
-                rows = 1
-                columns = min(width - column, end - position, CHUNK_ELEMENTS)
-            else:
-                rows = min(end - position, CHUNK_ELEMENTS) // width
-                columns = width
-            yield row, rows, column, columns
-            position += rows * columns
-
-    def _scales(self, read: Reader, row: int, rows: int, column: int, columns: int) -> torch.Tensor:
-        import torch
-
-        height = self.shape[-2] if math.prod(self.scale.shape) > 1 else math.prod(self.shape[:-1])
-        index = torch.arange(row, row + rows)
-        index = index // height * self.grid[0] + index % height // self.block[0]
-        lowest, highest = int(index[0]), int(index[-1])
-        stored = read(self.scale, lowest * self.grid[1], (highest - lowest + 1) * self.grid[1])
-        if self.scale.dtype == "U8":
-            stored = stored.view(torch.float8_e8m0fnu)
-        scales = stored.float().view(-1, self.grid[1])[index - lowest]
-        if self.grid[1] == 1:
-            return scales
-        return scales[:, torch.arange(column, column + columns) // self.block[1]]
-
-
-def stored_parts(tensor: StoredTensor) -> tuple[StoredTensor, ...]:
-    """Return the stored tensors that a tensor is computed from: itself, or a quantised weight's codes and scales.
-
-    Args:
-        tensor: A tensor of a checkpoint.
-    """
-    return (tensor.codes, tensor.scale) if isinstance(tensor, QuantisedTensor) else (tensor,)
-
-
-def dequantised(path: Path, stored: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, StoredTensor]:
+def pair_with_scales(
+    path: Path, stored: Mapping[str, StoredTensor], settings: Mapping[str, Any]
+) -> dict[str, StoredTensor]:
     """Return the weights of a checkpoint: int8 with `SCB` and fp8 with `weight_scale_inv` as float32.
 
     Args:
@@ -162,55 +83,36 @@ def dequantised(path: Path, stored: Mapping[str, StoredTensor], settings: Mappin
         settings: The content of its config.json; empty if there is none.
 
     Returns:
-        The weights by name, without scales.
+        The weights by name, in the order of `stored`, without scales.
 
     Raises:
-        CheckpointError: It is quantised in another way, or its scales do not match its codes.
+        CheckpointError: The checkpoint has another quantisation, its config.json declares one that its tensors do not
+            have, or its scales do not match its codes.
     """
     quantisation = _quantisation_of(settings)
+    quantised: dict[str, QuantisedTensor] = {}
+    for name, tensor in stored.items():
+        scale = _scale_of(tensor, stored)
+        if scale is None:
+            continue
+        if tensor.dtype in FP8:
+            quantised[name] = _fp8_weight(path, tensor, scale, quantisation)
+        else:
+            quantised[name] = _int8_weight(path, tensor, scale, stored.get(f"{name}_format"), settings)
+    if quantisation and not quantised and not any(_is_code(tensor) for tensor in stored.values()):
+        raise _undetected_error(path, stored, quantisation)
+    scale_names = {tensor.scale.name for tensor in quantised.values()}
     weights: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        scale = None
-        if tensor.dtype in FP8:
-            scale = stored.get(f"{name}_scale_inv")
-        elif tensor.dtype == "I8" and name.endswith("weight"):
-            scale = stored.get(name.removesuffix("weight") + "SCB")
-        if scale:
-            weights[name] = _quantised(path, stored, tensor, scale, settings)
-    scales = {tensor.scale.name for tensor in weights.values() if isinstance(tensor, QuantisedTensor)}
-    if not weights and quantisation and not any(_is_code(tensor) for tensor in stored.values()):
-        for tensor in stored.values():
-            if tensor.dtype not in (*FLOATING, "BOOL", "I64"):  # any checkpoint may have masks, positions and counters
-                raise _refusal(path, tensor, stored, quantisation)
-        raise CheckpointError(
-            f"{path}: its config.json declares quantisation ({quantisation.get('quant_method')!r:.80}), but no tensor "
-            "is quantised. If these are its weights, remove quantization_config from config.json."
-        )
-    for name, tensor in stored.items():
-        if name in weights or name in scales or (weights and COMPANION.search(name)):
+        if name in quantised:
+            weights[name] = quantised[name]
+        elif name in scale_names or (quantised and RUNTIME_DATA.search(name)):
             continue
-        if _is_code(tensor):
-            raise _refusal(path, tensor, stored, quantisation)
-        weights[name] = tensor
-    return {name: weights[name] for name in stored if name in weights}
-
-
-def check_unquantised(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Check that a checkpoint is not quantised, before a model is made of it.
-
-    Args:
-        path: The checkpoint.
-        tensors: Its weights by name.
-
-    Raises:
-        CheckpointError: It is quantised; the message names the command that writes it dequantised.
-    """
-    if name := next((name for name, tensor in tensors.items() if isinstance(tensor, QuantisedTensor)), None):
-        raise CheckpointError(
-            f"{path}: is quantised (tensor {name!r:.200} has scales), but models are run in full precision. "
-            f"Write it in bf16 first: regraft weights interpolate --first {path} --second {path} --t 0 "
-            "--out FOLDER."
-        )
+        elif _is_code(tensor):
+            raise _unsupported_error(path, tensor, stored, quantisation)
+        else:
+            weights[name] = tensor
+    return weights
 
 
 def without_quantisation(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,97 +143,102 @@ def _subconfigs(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _is_code(tensor: StoredTensor) -> bool:
     """Return whether a tensor belongs to an unsupported quantisation, rather than being weights or masks."""
-    if BNB_4BIT.search(tensor.name) or SCALE.search(tensor.name):
+    if BNB_4BIT.search(tensor.name) or SCALE.search(tensor.name) or tensor.dtype.startswith("F8"):
         return True
     if tensor.dtype == "I8" and len(tensor.shape) > 1:
         return True
-    return tensor.dtype.startswith("F8") or (
-        tensor.dtype not in (*FLOATING, "BOOL") and bool(CODES.search(tensor.name))
-    )
+    return tensor.dtype not in (*FLOATING, "BOOL") and CODES.search(tensor.name) is not None
 
 
-def _quantised(
-    path: Path,
-    stored: Mapping[str, StoredTensor],
-    codes: StoredTensor,
-    scale: StoredTensor,
-    settings: Mapping[str, Any],
+def _scale_of(tensor: StoredTensor, stored: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    if tensor.dtype in FP8:
+        return stored.get(f"{tensor.name}_scale_inv")
+    if tensor.dtype == "I8" and tensor.name.endswith("weight"):
+        return stored.get(tensor.name.removesuffix("weight") + "SCB")
+    return None
+
+
+def _int8_weight(
+    path: Path, codes: StoredTensor, scale: StoredTensor, order: StoredTensor | None, settings: Mapping[str, Any]
 ) -> QuantisedTensor:
+    """Pair int8 codes of bitsandbytes with their scales, one per row."""
+    transposed = _is_transposed(path, codes, order, settings)
+    if len(codes.shape) != 2 or math.prod(scale.shape) != codes.shape[0] or scale.dtype not in FLOATING:
+        raise _scale_error(path, codes, scale, "one for each row")
+    rows, columns = codes.shape
+    shape = (columns, rows) if transposed else (rows, columns)
+    return _quantised(codes, scale, shape, grid=(rows, 1), block=(1, columns), unit=INT8_UNIT, transposed=transposed)
+
+
+def _fp8_weight(
+    path: Path, codes: StoredTensor, scale: StoredTensor, quantisation: Mapping[str, Any]
+) -> QuantisedTensor:
+    """Pair fp8 codes with their scales: one per block of each matrix, or one for all."""
     shape = codes.shape
-    transposed = False
-    unit = 1.0
-    if codes.dtype == "I8":
-        transposed = _is_transposed(path, codes, stored.get(codes.name + "_format"), settings)
-        expected = "one for each row"
-        unit = INT8_UNIT
-        grid, block = (shape[0] if shape else 0, 1), (1, shape[-1] if shape else 0)
-        fits = len(shape) == 2 and math.prod(scale.shape) == shape[0] and scale.dtype in FLOATING
-    else:
-        rows, columns = (1, 1, *shape)[-2:]
-        block = _block(path, (rows, columns), scale.shape, _quantisation_of(settings))
-        expected = f"one for each block of {block[0]} × {block[1]} (weight_block_size in config.json)"
-        grid = -(-rows // block[0]), -(-columns // block[1])
-        fits = len(shape) > 1 and scale.shape == (*shape[:-2], *grid)
-        if math.prod(scale.shape) == 1:
-            grid = (1, 1)
-            block = (math.prod(shape[:-1]), columns)
-            fits = len(shape) > 1
-        fits = fits and scale.dtype in (*FLOATING, *EXPONENTS)
-    if not fits:
-        raise CheckpointError(
-            f"{path}: tensor {codes.name!r:.200} of shape {shape} has scales {scale.name!r:.200} of shape "
-            f"{scale.shape} and dtype {scale.dtype}, expected {expected}. Use files that were saved together."
-        )
-    shape = shape[::-1] if transposed else shape
+    rows, columns = (1, 1, *shape)[-2:]
+    block = _block(path, (rows, columns), scale.shape, quantisation)
+    grid = -(-rows // block[0]), -(-columns // block[1])
+    expected = f"one for each block of {block[0]} × {block[1]} (weight_block_size in config.json)"
+    is_single = math.prod(scale.shape) == 1
+    has_expected_shape = is_single or scale.shape == (*shape[:-2], *grid)
+    if len(shape) < 2 or not has_expected_shape or scale.dtype not in (*FLOATING, *EXPONENTS):
+        raise _scale_error(path, codes, scale, expected)
+    if is_single:
+        grid = (1, 1)
+        block = (math.prod(shape[:-1]), columns)
+    return _quantised(codes, scale, shape, grid=grid, block=block, unit=1.0)
+
+
+def _quantised(codes: StoredTensor, scale: StoredTensor, shape: tuple[int, ...], **layout: Any) -> QuantisedTensor:
     return QuantisedTensor(
-        codes.name, "F32", shape, codes.file, codes.start, codes.end, codes, scale, grid, block, unit, transposed
+        codes.name, "F32", shape, codes.file, codes.start, codes.end, codes=codes, scale=scale, **layout
     )
 
 
 def _block(
-    path: Path, shape: tuple[int, int], scales: tuple[int, ...], quantisation: Mapping[str, Any]
+    path: Path, shape: tuple[int, int], scale_shape: tuple[int, ...], quantisation: Mapping[str, Any]
 ) -> tuple[int, int]:
     """Return the rows and columns of a block, from the config or else from the number of scales."""
-    size = quantisation.get("weight_block_size")
-    if size is None:
-        rows, columns = scales[-2:] if len(scales) > 1 else (1, 1)
-        return _edge(shape[0], rows, DEFAULT_BLOCK[0]), _edge(shape[1], columns, DEFAULT_BLOCK[1])
-    if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
-        raise CheckpointError(f"{path}/config.json: weight_block_size is {size!r:.80}, not two whole numbers above 0.")
-    return size[0], size[1]
+    sizes = quantisation.get("weight_block_size")
+    if sizes is None:
+        block_rows, block_columns = scale_shape[-2:] if len(scale_shape) > 1 else (1, 1)
+        return _edge(shape[0], block_rows, DEFAULT_BLOCK[0]), _edge(shape[1], block_columns, DEFAULT_BLOCK[1])
+    if not (isinstance(sizes, list | tuple) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes)):
+        raise CheckpointError(f"{path}/config.json: weight_block_size is {sizes!r:.80}, not two whole numbers above 0.")
+    return sizes[0], sizes[1]
 
 
-def _edge(length: int, count: int, default: int) -> int:
-    """Return the edge of a block along a dimension; if the default does not match the number of scales, length / count.
+def _edge(length: int, num_blocks: int, default: int) -> int:
+    """Return the edge of a block along a dimension: the default, or else length / number of blocks.
 
-    Other edges than powers of two are ambiguous: the blocks could be larger, with the last one cut off.
+    The quotient is used only if it is a power of two. Other edges are ambiguous: the blocks could be larger, with the
+    last one cut off.
     """
-    if count == -(-length // default) or not length:
+    if num_blocks == -(-length // default) or not length:
         return default
-    if count == 1:
+    if num_blocks == 1:
         return length
-    edge = length // count if count else 0
-    return edge if edge * count == length and edge.bit_count() == 1 else default
+    edge = length // num_blocks if num_blocks else 0
+    return edge if edge * num_blocks == length and edge.bit_count() == 1 else default
 
 
 def _is_transposed(path: Path, codes: StoredTensor, order: StoredTensor | None, settings: Mapping[str, Any]) -> bool:
     """Return whether int8 codes are of the transposed weight; raise an error if their order is unknown."""
     configs = (settings, *_subconfigs(settings))
     types = {str(config["model_type"]) for config in configs if config.get("model_type")}
-    problem = ""
+    may_be_conv1d = CONV1D.search(codes.name) is not None
     if order and not _is_zero(order):
-        problem = (
-            f"is stored in the order of a GPU's tiles ({order.name!r:.200}). Load it with the transformers and "
-            "bitsandbytes that wrote it, call dequantize() of the model and save_pretrained."
+        raise CheckpointError(
+            f"{path}: tensor {codes.name!r:.200} is stored in the order of a GPU's tiles ({order.name!r:.200}). Load "
+            "it with the transformers and bitsandbytes that wrote it, call dequantize() of the model and "
+            "save_pretrained."
         )
-    elif CONV1D.search(codes.name) and not types:
-        problem = (
-            "is stored transposed in some models (GPT-2) and not in others (StarCoder), and there is no config.json. "
-            "Use the folder that save_pretrained wrote."
+    if may_be_conv1d and not types:
+        raise CheckpointError(
+            f"{path}: tensor {codes.name!r:.200} is stored transposed in some models (GPT-2) and not in others "
+            "(StarCoder), and there is no config.json. Use the folder that save_pretrained wrote."
         )
-    if problem:
-        raise CheckpointError(f"{path}: tensor {codes.name!r:.200} {problem}")
-    return CONV1D.search(codes.name) is not None and not types.isdisjoint(CONV1D_TYPES)
+    return may_be_conv1d and not types.isdisjoint(CONV1D_TYPES)
 
 
 def _is_zero(tensor: StoredTensor) -> bool:
@@ -340,20 +247,42 @@ def _is_zero(tensor: StoredTensor) -> bool:
         return not any(stream.read(min(tensor.end - tensor.start, 8)))  # the order is a single number
 
 
-def _refusal(
+def _scale_error(path: Path, codes: StoredTensor, scale: StoredTensor, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: tensor {codes.name!r:.200} of shape {codes.shape} has scales {scale.name!r:.200} of shape "
+        f"{scale.shape} and dtype {scale.dtype}, expected {expected}. Use files that were saved together."
+    )
+
+
+def _undetected_error(
+    path: Path, stored: Mapping[str, StoredTensor], quantisation: Mapping[str, Any]
+) -> CheckpointError:
+    """Return the error for a config that declares a quantisation of which no tensor shows a sign."""
+    for tensor in stored.values():
+        if tensor.dtype not in (*FLOATING, "BOOL", "I64"):  # any checkpoint may have masks, positions and counters
+            return _unsupported_error(path, tensor, stored, quantisation)
+    return CheckpointError(
+        f"{path}: its config.json declares quantisation ({quantisation.get('quant_method')!r:.80}), but no tensor "
+        "is quantised. If these are its weights, remove quantization_config from config.json."
+    )
+
+
+def _unsupported_error(
     path: Path, tensor: StoredTensor, stored: Mapping[str, StoredTensor], quantisation: Mapping[str, Any]
 ) -> CheckpointError:
-    kind, remedy = "", "Use the model in full precision that it was quantised from."
-    for pattern, format_name, format_remedy in FORMATS:
-        if any(pattern.search(name) for name in stored):
-            kind = f" ({format_name})"
-            remedy = format_remedy
-            break
+    """Return the error for a tensor of an unsupported quantisation, with the format's name and remedy if known."""
+    known = (entry for entry in UNSUPPORTED_FORMATS if any(entry.pattern.search(name) for name in stored))
+    detected = next(known, None)
+    method = quantisation.get("quant_method")
+    if detected:
+        description = f" ({detected.name})"
+    elif method:
+        description = f" (quant_method {method!r:.80})"
     else:
-        if method := quantisation.get("quant_method"):
-            kind = f" (quant_method {method!r:.80})"
+        description = ""
+    remedy = detected.remedy if detected else "Use the model in full precision that it was quantised from."
     is_unused_scale = SCALE.search(tensor.name) and tensor.dtype in FLOATING
-    problem = "is the scale of no eight-bit weight" if is_unused_scale else f"({tensor.dtype}) is no weight"
+    problem = "is a scale without an eight-bit weight" if is_unused_scale else f"({tensor.dtype}) is not a weight"
     return CheckpointError(
-        f"{path}: is quantised{kind} in an unsupported way: tensor {tensor.name!r:.200} {problem}. {remedy}"
+        f"{path}: is quantised{description} in an unsupported way: tensor {tensor.name!r:.200} {problem}. {remedy}"
     )

@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING
 from regraft.checkpoint.header import ITEM_BYTES, MAX_TENSORS, StoredTensor, read_header, torch_dtype
 from regraft.checkpoint.hub import find_path
 from regraft.checkpoint.json_file import read_json
-from regraft.checkpoint.quantised import QuantisedTensor, dequantised, stored_parts
-from regraft.errors import CheckpointError
+from regraft.checkpoint.quantised import pair_with_scales
+from regraft.checkpoint.quantised_tensor import QuantisedTensor, stored_parts
+from regraft.errors import MAX_LISTED, CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHT_FILES = ("model.safetensors", "adapter_model.safetensors")
+MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # pickles without weights
-UNSUPPORTED_FORMATS = (  # file patterns, with what to say of them
+# File patterns of other formats, with a description and a remedy.
+UNSUPPORTED_FORMATS = (
     ("*.gguf", "a model of llama.cpp. Use the model that it was converted from"),
     ("*.h5", "a model of TensorFlow. Load it with transformers 4, from_tf=True, and call save_pretrained"),
     ("*.msgpack", "a model of Flax. Load it with transformers 4, from_flax=True, and call save_pretrained"),
@@ -31,15 +35,14 @@ UNSUPPORTED_FORMATS = (  # file patterns, with what to say of them
     ("openvino_model.*", "a model exported to OpenVINO. Use the model that it was exported from"),
     ("*.safetensors", "not called model.safetensors. If it has all tensors, as transformers writes them, rename it"),
 )
-INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
-    """The tensors of a safetensors file or folder by name; their data is read when it is used.
+    """The tensors of a safetensors file or folder by name, each of which is read on access.
 
     Args:
         path: The file or folder.
-        tensors: The dtypes, shapes and positions of the tensors, by name.
+        tensors: The dtype, shape and position of each tensor, by name.
     """
 
     def __init__(self, path: Path, tensors: dict[str, StoredTensor]):
@@ -53,31 +56,31 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         Args:
             path: A safetensors file, a transformers or PEFT folder with one file or an index and shards, or a hub id
                 with an optional `@revision`.
-            as_stored: Whether to return the codes and scales of a quantised checkpoint, rather than its weights.
+            as_stored: Whether a quantised checkpoint has its codes and scales as tensors, rather than its weights.
 
         Returns:
-            The checkpoint; no tensor has been read.
+            The checkpoint, of which only headers and configs have been read.
 
         Raises:
-            CheckpointError: A file or shard is missing, truncated, malformed or outside the folder, or the checkpoint
-                is quantised in an unsupported way.
+            CheckpointError: A file or shard is missing, truncated, malformed or outside the folder, or the quantisation
+                is unsupported.
         """
         path = find_path(path)
         tensors = _read_tensors(path)
         config = (path if path.is_dir() else path.parent) / "config.json"
-        # next to an adapter there may be the config of its base
-        is_adapter = all(tensor.file.name == WEIGHT_FILES[1] for tensor in tensors.values())
+        # The config beside an adapter may be the base's.
+        is_adapter = all(tensor.file.name == ADAPTER_FILE for tensor in tensors.values())
         settings = read_json(config) if config.is_file() and not is_adapter else {}
-        return cls(path, tensors if as_stored else dequantised(path, tensors, settings))
+        return cls(path, tensors if as_stored else pair_with_scales(path, tensors, settings))
 
     @property
     def folder(self) -> Path:
-        """The folder of its files."""
+        """The folder that has the files."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def files(self) -> list[Path]:
-        """The safetensors files, sorted."""
+        """The safetensors files, sorted by path."""
         return sorted({part.file for tensor in self.tensors.values() for part in stored_parts(tensor)})
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -85,7 +88,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return self.flat_slice(name, 0, math.prod(shape)).reshape(shape)
 
     def flat_slice(self, name: str, start: int, count: int) -> torch.Tensor:
-        """Read a slice of a flattened tensor. Several threads may call this at the same time.
+        """Read a slice of a flattened tensor; threads may call this concurrently.
 
         Args:
             name: The tensor's name.
@@ -93,7 +96,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             count: The number of elements.
 
         Returns:
-            [count], in memory of its own.
+            [count], in newly allocated memory.
 
         Raises:
             CheckpointError: The file was truncated after it was opened.
@@ -104,6 +107,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return self._read(tensor, start, count)
 
     def _read(self, tensor: StoredTensor, start: int, count: int) -> torch.Tensor:
+        """Read a slice of a flattened tensor as it is stored."""
         import torch
 
         item_bytes = ITEM_BYTES[tensor.dtype]
@@ -142,8 +146,8 @@ def chunk_ranges(length: int, chunk_length: int) -> Iterator[tuple[int, int]]:
     """Divide a length into chunks.
 
     Args:
-        length: The length.
-        chunk_length: The length of all chunks but the last.
+        length: The length to divide, 0 or more.
+        chunk_length: The length of all chunks but the last, which may be shorter.
 
     Yields:
         The start and the length of each chunk.
@@ -156,35 +160,37 @@ def _read_tensors(path: Path) -> dict[str, StoredTensor]:
     if path.is_file():
         return read_header(path)
     if (path / INDEX).is_file():
-        if (path / WEIGHT_FILES[0]).is_file():
+        if (path / MODEL_FILE).is_file():
             raise CheckpointError(
-                f"{path}: has both {WEIGHT_FILES[0]} and {INDEX}, two checkpoints of which transformers would read the "
+                f"{path}: has both {MODEL_FILE} and {INDEX}, two checkpoints of which transformers would read the "
                 "first. Remove the wrong one."
             )
         return _read_sharded(path)
-    for name in WEIGHT_FILES:
+    for name in (MODEL_FILE, ADAPTER_FILE):
         if (path / name).is_file():
             return read_header(path / name)
-    raise CheckpointError(f"{path}: has none of {', '.join((*WEIGHT_FILES, INDEX))}. {_describe_content(path)}")
+    raise CheckpointError(f"{path}: has none of {MODEL_FILE}, {ADAPTER_FILE}, {INDEX}. {_describe_content(path)}")
 
 
 def _describe_content(folder: Path) -> str:
-    """Say what a folder without a checkpoint contains, and what to do."""
+    """Describe the content of a folder without a checkpoint, with a remedy."""
     patterns = ("*", "snapshots/*", "*/*")  # folders of a Trainer, of the hub's cache, of named adapters in those
-    names = [f"{pattern}/{name}" for pattern in patterns for name in (*WEIGHT_FILES, INDEX)]
-    checkpoints = sorted({file.parent.relative_to(folder) for name in names for file in folder.glob(name)})
+    weight_patterns = [f"{pattern}/{name}" for pattern in patterns for name in (MODEL_FILE, ADAPTER_FILE, INDEX)]
+    checkpoints = sorted({file.parent.relative_to(folder) for name in weight_patterns for file in folder.glob(name)})
     if checkpoints:
-        alternatives = f" (or {', '.join(map(str, checkpoints[1:4]))})" if checkpoints[1:] else ""
+        alternatives = f" (or {', '.join(map(str, checkpoints[1:MAX_LISTED]))})" if checkpoints[1:] else ""
         return f"Its folder {checkpoints[0]}{alternatives} has: give that."
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles := [name for name in pickles if not name.startswith(TRAINING_STATE)]:
+    pickles = [name for name in pickles if not name.startswith(TRAINING_STATE)]
+    if pickles:
         library = "PEFT" if "adapter" in pickles[0] else "transformers"
         return (
             f"{pickles[0]} is a pickle, which can run code and is not read. If you trust it, load it with {library} "
             "and call save_pretrained."
         )
     for pattern, description in UNSUPPORTED_FORMATS:
-        if files := sorted(folder.glob(pattern)):
+        files = sorted(folder.glob(pattern))
+        if files:
             return f"{files[0].relative_to(folder)} is {description}."
     return (
         "Use the folder that save_pretrained wrote. If this is a repository of the hub without safetensors, load it "
@@ -193,44 +199,60 @@ def _describe_content(folder: Path) -> str:
 
 
 def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
-    index_file = folder / INDEX
-    try:
-        weight_map = read_json(index_file)["weight_map"]
-        items = sorted((name, shard) for name, shard in weight_map.items() if isinstance(shard, str))
-        if not items or len(items) != len(weight_map):
-            raise ValueError("no tensors, or a file that is no name")
-    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index_file}: not a safetensors index with a weight_map ({error!r:.200}).") from error
-    if len(items) > MAX_TENSORS:
-        raise CheckpointError(f"{index_file}: names {len(items):,} tensors; at most {MAX_TENSORS:,} are read.")
+    """Read the headers of the shards that the index names, and check that index and shards have the same tensors."""
+    weight_map = _read_weight_map(folder / INDEX)
     shards: dict[str, dict[str, StoredTensor]] = {}
-    for shard in sorted({shard for _, shard in items}):
-        if "\0" in shard or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{index_file}: names {shard!r:.200}, which is no file in its own folder.")
+    for shard in sorted(set(weight_map.values())):
         if not _is_file(folder / shard):
             raise CheckpointError(f"{folder}: shard {shard:.200}, which {INDEX} names, is missing. Download it again.")
         shards[shard] = read_header(folder / shard)
     tensors = {}
-    for name, shard in items:
+    for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(f"{folder}: {INDEX} says that tensor {name!r:.200} is in {shard}, but it is not.")
         tensors[name] = shards[shard][name]
+    _check_unlisted(folder, shards, tensors)
+    return tensors
+
+
+def _read_weight_map(index_file: Path) -> dict[str, str]:
+    """Return the name of the shard of each tensor, sorted by tensor."""
+    try:
+        weight_map = read_json(index_file)["weight_map"]
+        shard_of = {name: shard for name, shard in sorted(weight_map.items()) if isinstance(shard, str)}
+        if not shard_of or len(shard_of) != len(weight_map):
+            raise ValueError("no tensors, or a file name that is not a string")
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_file}: not a safetensors index with a weight_map ({error!r:.200}).") from error
+    if len(shard_of) > MAX_TENSORS:
+        raise CheckpointError(f"{index_file}: names {len(shard_of):,} tensors; at most {MAX_TENSORS:,} are read.")
+    for shard in shard_of.values():
+        if "\0" in shard or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{index_file}: names {shard!r:.200}, which is not a file in the same folder.")
+    return shard_of
+
+
+def _check_unlisted(
+    folder: Path, shards: Mapping[str, Mapping[str, StoredTensor]], tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Refuse tensors and shards that the index does not name."""
     unlisted = [
         f"{name:.200} ({shard:.200})" for shard, names in shards.items() for name in names if name not in tensors
     ]
     if unlisted:
-        raise CheckpointError(f"{folder}: {len(unlisted)} tensors are not in {INDEX}: {', '.join(unlisted[:5])}.")
+        listed = ", ".join(unlisted[:MAX_LISTED])
+        raise CheckpointError(f"{folder}: {len(unlisted)} tensors are not in {INDEX}: {listed}.")
     unlisted_shards = sorted(file.name for file in folder.glob("model-*-of-*.safetensors") if file.name not in shards)
     if unlisted_shards:
+        listed = ", ".join(unlisted_shards[:MAX_LISTED])
         raise CheckpointError(
-            f"{folder}: {INDEX} does not name {', '.join(unlisted_shards[:4])}: shards of two checkpoints are mixed. "
-            "Remove those that do not belong to it."
+            f"{folder}: {INDEX} does not name {listed}: shards of two checkpoints are mixed. Remove those that do not "
+            "belong to it."
         )
-    return tensors
 
 
 def _is_file(file: Path) -> bool:
     try:
         return file.is_file()
-    except (OSError, ValueError):  # the name is invalid for a file
+    except (OSError, ValueError):  # the file system does not allow the name
         return False

@@ -13,10 +13,11 @@ from regraft.errors import OutcomeError
 
 Record = TypeVar("Record")
 
-MAX_FIGURE = 1e100  # far above any figure; sums and charts of larger ones overflow
+MAX_FIGURE = 1e100  # far above any result; sums and charts of larger numbers overflow
 MAX_COUNT = 2**53  # larger whole numbers are not exact in floating point, which JSON in other languages uses
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-"""A number of things."""
+"""A number of items."""
+# Descriptions of the expected values, by the types of pydantic's errors.
 _EXPECTED = {
     "finite_number": "a finite number",
     "string_type": "a text",
@@ -40,25 +41,26 @@ def read_record(kind: type[Record], content: Any, origin: str, remedy: str) -> R
 
     Args:
         kind: The dataclass, or a type that is composed of dataclasses.
-        content: The content of the file, from `read_json`.
+        content: The parsed JSON, such as the result of `read_json`.
         origin: The file, and the position in it, for error messages.
         remedy: The command that writes such a file.
 
     Raises:
-        OutcomeError: A field is missing, out of range, or of another type or shape.
+        OutcomeError: A field is missing, out of range, or has a different type or shape.
     """
     hashable: Any = kind
     try:
-        if (location := _too_large(content)) is not None:
+        location = _location_of_too_large(content)
+        if location is not None:
             raise OutcomeError(f"{origin}{location}: expected at most {MAX_FIGURE:g}. Make it again with `{remedy}`.")
         record: Record = _adapter(hashable).validate_json(plain_text(content), strict=True)
     except RecursionError:
         raise OutcomeError(f"{origin}: is nested too deeply. Make it again with `{remedy}`.") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        count = error.error_count()
-        more = f" {count - 1:,} more fields are wrong." if count > 1 else ""
-        raise OutcomeError(f"{origin}{_explain(first)}. Make it again with `{remedy}`.{more}") from None
+        num_further = error.error_count() - 1
+        further = f" {num_further:,} more fields are wrong." if num_further else ""
+        message = f"{origin}{_explain(error.errors()[0])}. Make it again with `{remedy}`.{further}"
+        raise OutcomeError(message) from None
     return record
 
 
@@ -72,10 +74,11 @@ def percent_to_share(percent: float | None) -> float | None:
 
 
 def plain_text(content: Any) -> str:
-    """Format JSON in valid UTF-8.
+    """Format a value as JSON that can be encoded in UTF-8.
 
     Args:
-        content: Any JSON. Lone surrogates, such as in paths that are no UTF-8, become question marks.
+        content: Any value that JSON can represent. Lone surrogates, as in paths that are not UTF-8, become question
+            marks.
     """
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")
 
@@ -85,15 +88,17 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _too_large(value: Any) -> str | None:
-    """Return the location of the first finite number that is too large for a figure, if any."""
+def _location_of_too_large(value: Any) -> str | None:
+    """Return the location of the first finite number above `MAX_FIGURE`, such as `: scores[0]`; None without any."""
     if isinstance(value, dict):
         for name, entry in value.items():
-            if (location := _too_large(entry)) is not None:
+            location = _location_of_too_large(entry)
+            if location is not None:
                 return f": {name}{location}"
     elif isinstance(value, list):
         for index, entry in enumerate(value):
-            if (location := _too_large(entry)) is not None:
+            location = _location_of_too_large(entry)
+            if location is not None:
                 return f"[{index}]{location}"
     elif isinstance(value, (int, float)) and MAX_FIGURE < abs(value) < math.inf:
         return ""
@@ -101,6 +106,7 @@ def _too_large(value: Any) -> str | None:
 
 
 def _explain(error: Any) -> str:
+    """Return the location and the problem that an error of pydantic describes."""
     location = "".join(f"[{part}]" if isinstance(part, int) else f": {part}" for part in error["loc"])
     if error["type"] == "missing":
         return f"{location}: is missing"
@@ -116,7 +122,7 @@ def require_length(values: Any, length: int, name: str) -> None:
     """Check the length of a record's field.
 
     Args:
-        values: The field.
+        values: The field's value.
         length: The expected length.
         name: The field's name, for the message.
 
@@ -131,7 +137,7 @@ def require_shape(matrix: Any, rows: int, columns: int, name: str) -> None:
     """Check the shape of a matrix in a record.
 
     Args:
-        matrix: The field: a list of rows.
+        matrix: The field's value: a sequence of rows.
         rows: The expected number of rows.
         columns: The expected number of columns.
         name: The field's name, for the message.

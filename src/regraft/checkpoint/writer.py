@@ -1,4 +1,4 @@
-"""Writing tensors as safetensors, in chunks on all cores, with a few megabytes in memory."""
+"""Writing tensors as safetensors, chunk by chunk on all cores, so that a few megabytes of memory are enough."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from regraft.checkpoint.derived import CHUNK_ELEMENTS, DerivedTensors, dtype_of, flat_slice, shape_of
 from regraft.checkpoint.file import replace_atomically, write_atomic
-from regraft.checkpoint.header import ITEM_BYTES, torch_dtype
-from regraft.checkpoint.reader import INDEX, Checkpoint, chunk_ranges
+from regraft.checkpoint.header import ITEM_BYTES, LENGTH_BYTES, torch_dtype
+from regraft.checkpoint.reader import INDEX, MODEL_FILE, Checkpoint, chunk_ranges
 from regraft.errors import CheckpointError, DiskFullError
 from regraft.progress import Progress, silent
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5 * 10**9  # the default of transformers up to version 4
+LARGEST_ITEM_BYTES = max(ITEM_BYTES.values())
 
 
 def cores() -> int:
@@ -46,24 +47,24 @@ def plan_shards(tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BY
     """Divide tensors into files of at most a given size, unless a single tensor is larger.
 
     Args:
-        tensors: The tensors to write.
+        tensors: A checkpoint, derived tensors or a state dict.
         shard_bytes: The maximal size of a file.
 
     Returns:
-        The tensors' names by the name of their file, which is `model.safetensors` if one file is enough.
+        The names of the tensors in each file, by its name, which is `model.safetensors` if one file is enough.
     """
     shards: list[list[str]] = [[]]
-    shard_size = 0
+    planned_bytes = 0
     for name in sorted(tensors):
-        size = byte_size(tensors, name)
-        if shards[-1] and shard_size + size > shard_bytes:
+        tensor_bytes = byte_size(tensors, name)
+        if shards[-1] and planned_bytes + tensor_bytes > shard_bytes:
             shards.append([])
-            shard_size = 0
+            planned_bytes = 0
         shards[-1].append(name)
-        shard_size += size
+        planned_bytes += tensor_bytes
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+        return {MODEL_FILE: shards[0]}
+    return {f"model-{index:05d}-of-{len(shards):05d}.safetensors": names for index, names in enumerate(shards, 1)}
 
 
 def write_checkpoint(
@@ -80,7 +81,8 @@ def write_checkpoint(
         progress: Called for each chunk, in bytes.
 
     Raises:
-        DiskFullError: The disk has not enough space.
+        CheckpointError: A derived tensor differs in size from its specification.
+        DiskFullError: The disk has not enough free space.
         OutcomeError: A file cannot be written.
     """
     shards = plan_shards(tensors, shard_bytes)
@@ -97,9 +99,9 @@ def write_checkpoint(
     for file, names in remaining.items():
 
         def report(
-            stage: str, written_here: int, _: int, figures: Mapping[str, float], written_before: int = written_bytes
+            stage: str, file_bytes: int, total: int, figures: Mapping[str, float], previous_bytes: int = written_bytes
         ) -> None:
-            progress(stage, written_before + written_here, total_bytes, figures)
+            progress(stage, previous_bytes + file_bytes, total_bytes, figures)
 
         write_safetensors(folder / file, tensors, names, report)
         written_bytes += sum(byte_size(tensors, name) for name in names)
@@ -112,10 +114,10 @@ def write_checkpoint(
 def matches_checkpoint(
     folder: Path, tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BYTES, progress: Progress = silent
 ) -> bool:
-    """Return whether a folder already has what `write_checkpoint` would write, byte by byte.
+    """Return whether a folder has the same files as `write_checkpoint` would write, comparing all bytes of tensors.
 
     Args:
-        folder: The folder.
+        folder: The folder to compare.
         tensors: A checkpoint, derived tensors or a state dict.
         shard_bytes: The maximal size of a file.
         progress: Called for each chunk, in bytes.
@@ -133,61 +135,65 @@ def write_safetensors(
     """Write a safetensors file.
 
     Args:
-        file: The file, which never exists incomplete.
+        file: The file to write, which never exists incomplete.
         tensors: A checkpoint, derived tensors or a state dict.
         names: The names of the tensors to write; None for all.
         progress: Called for each chunk, in bytes.
 
     Raises:
-        CheckpointError: A derived tensor has another size than its specification.
+        CheckpointError: A derived tensor differs in size from its specification.
         DiskFullError: The disk is full.
         OutcomeError: The file cannot be written.
     """
-    order = sorted(tensors if names is None else names, key=lambda name: (-ITEM_BYTES[dtype_of(tensors, name)], name))
+    item_bytes = {name: ITEM_BYTES[dtype_of(tensors, name)] for name in (tensors if names is None else names)}
+    ordered_names = sorted(item_bytes, key=lambda name: (-item_bytes[name], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts = {}
     position = 0
-    for name in order:
-        starts[name], end = position, position + byte_size(tensors, name)
-        shape = list(shape_of(tensors, name))
-        header[name] = {"dtype": dtype_of(tensors, name), "shape": shape, "data_offsets": [position, end]}
-        position = end
+    for name in ordered_names:
+        starts[name] = position
+        position += byte_size(tensors, name)
+        header[name] = {
+            "dtype": dtype_of(tensors, name),
+            "shape": list(shape_of(tensors, name)),
+            "data_offsets": [starts[name], position],
+        }
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    data_start = 8 + len(encoded)
+    encoded += b" " * (-len(encoded) % LARGEST_ITEM_BYTES)  # aligns the data, whose largest items come first
+    data_start = LENGTH_BYTES + len(encoded)
     with replace_atomically(file, synced=False) as temporary, temporary.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little"))
+        stream.write(len(encoded).to_bytes(LENGTH_BYTES, "little"))
         stream.write(encoded)
         stream.flush()
 
         def write_chunk(name: str, start: int, data: torch.Tensor) -> None:
             view = data.numpy().data
-            offset = data_start + starts[name] + start * ITEM_BYTES[dtype_of(tensors, name)]
+            offset = data_start + starts[name] + start * item_bytes[name]
             while view:
                 num_written = os.pwrite(stream.fileno(), view, offset)
                 view = view[num_written:]
-                offset = offset + num_written
+                offset += num_written
 
-        _for_each_chunk(tensors, order, write_chunk, file, progress, "write")
+        _for_each_chunk(tensors, ordered_names, write_chunk, file, progress, "write")
 
 
 def _for_each_chunk(
     tensors: Mapping[str, torch.Tensor],
     names: Sequence[str],
-    use: Callable[[str, int, torch.Tensor], None],
+    process: Callable[[str, int, torch.Tensor], None],
     file: Path,
     progress: Progress,
     stage: str,
 ) -> None:
-    """Compute the chunks of tensors on all cores, and call a function with the bytes of each."""
+    """Compute the chunks of tensors on all cores, and call `process` with the name, start and bytes of each chunk."""
     import torch
 
     chunks = _chunks(tensors, names)
     lock = threading.Lock()
-    num_written = 0
-    total = sum(byte_size(tensors, name) for name in names)
+    processed_bytes = 0
+    total_bytes = sum(byte_size(tensors, name) for name in names)
 
-    def work() -> None:
+    def run_worker() -> None:
         nonlocal chunks
         try:
             process_chunks()
@@ -196,7 +202,7 @@ def _for_each_chunk(
             raise
 
     def process_chunks() -> None:
-        nonlocal num_written
+        nonlocal processed_bytes
         while True:
             with lock:
                 chunk = next(chunks, None)
@@ -207,35 +213,37 @@ def _for_each_chunk(
             if len(data) != count:
                 raise CheckpointError(f"{file}: tensor {name!r} has {len(data):,} elements, expected {count:,}.")
             data = data.cpu().view(torch.uint8)
-            use(name, start, data)
+            process(name, start, data)
             with lock:
-                num_written += len(data)
-                progress(stage, num_written, total, {})
+                processed_bytes += len(data)
+                progress(stage, processed_bytes, total_bytes, {})
 
     with _single_torch_thread(), ThreadPoolExecutor(cores()) as pool:
-        for worker in [pool.submit(work) for _ in range(cores())]:
+        for worker in [pool.submit(run_worker) for _ in range(cores())]:
             worker.result()
 
 
 def _chunks(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield the name, the first element and the number of elements of each chunk."""
     for name in names:
-        size = math.prod(shape_of(tensors, name))
+        num_elements = math.prod(shape_of(tensors, name))
         is_divisible = not isinstance(tensors, DerivedTensors) or tensors.specs[name].elementwise
-        chunk_size = CHUNK_ELEMENTS if is_divisible else max(size, 1)
-        yield from ((name, start, count) for start, count in chunk_ranges(size, chunk_size))
+        chunk_length = CHUNK_ELEMENTS if is_divisible else max(num_elements, 1)
+        for start, count in chunk_ranges(num_elements, chunk_length):
+            yield name, start, count
 
 
 @contextlib.contextmanager
 def _single_torch_thread() -> Iterator[None]:
-    """Make torch use one thread for each chunk, because the chunks are already divided among threads."""
+    """Make torch use one thread per chunk, because several chunks are computed at the same time."""
     import torch
 
-    threads = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(num_threads)
 
 
 class _DifferenceError(Exception):
@@ -243,7 +251,7 @@ class _DifferenceError(Exception):
 
 
 def _matches(file: Path, tensors: Mapping[str, torch.Tensor], names: Sequence[str], progress: Progress) -> bool:
-    """Return whether a file has exactly these tensors; all bytes are compared, because a header may lack its data."""
+    """Return whether a file has exactly these tensors; compare all bytes, because the data may be incomplete."""
     import torch
 
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Arithmetic on named tensors, one at a time or whole checkpoints as they are written: no models."""
+"""Arithmetic on single tensors and on checkpoints, whose results are computed as they are written."""
 
 from regraft.weights.checkpoints import Counterparts, apply_all, counterparts, delta_all, graft_all, interpolate_all
 from regraft.weights.delta import delta, graft, interpolate

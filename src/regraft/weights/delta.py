@@ -16,7 +16,7 @@ def graft(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, scale: floa
     """Add the delta of a tuned tensor to the new base's tensor: new + scale · (tuned − old).
 
     The result is computed in float64 (float32 for 16-bit tensors), and rounded once to the dtype of `tuned`. If `new`
-    equals `old` and the scale is 1, it is `tuned` bit by bit.
+    equals `old` and the scale is 1, the result is bit-equal to `tuned`.
 
     Args:
         new: The upgraded base's tensor, of any shape.
@@ -33,8 +33,10 @@ def graft(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, scale: floa
     dtype = torch.float32 if is_half else torch.float64
     if scale == 1.0 and torch.equal(new, old):
         return tuned.clone()
-    change = tuned.to(dtype).sub_(old.to(dtype)) if tuned.dtype != dtype else torch.sub(tuned, old.to(dtype))
-    return (change if scale == 1.0 else change.mul_(scale)).add_(new.to(dtype)).to(tuned.dtype)
+    change = tuned.to(dtype, copy=True).sub_(old.to(dtype))
+    if scale != 1.0:
+        change.mul_(scale)
+    return change.add_(new.to(dtype)).to(tuned.dtype)
 
 
 def delta(tuned: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -45,8 +47,8 @@ def delta(tuned: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         old: The old base's tensor, of the same shape.
 
     Returns:
-        The delta in float32, or in float64 if one of the two is. 16-bit tensors are converted first, so that a small
-        delta is not rounded.
+        The delta in float32, or in float64 if either tensor is. Tensors are converted before the subtraction, so that
+        small deltas of 16-bit tensors are not rounded.
     """
     import torch
 
@@ -60,15 +62,18 @@ def interpolate(first: torch.Tensor, second: torch.Tensor, t: float) -> torch.Te
     Args:
         first: The tensor at t = 0.
         second: The tensor at t = 1, of the same shape.
-        t: The coefficient of the second tensor.
+        t: The coefficient of the second tensor; values outside 0 to 1 extrapolate.
 
     Returns:
-        The tensor in the dtype of `first`, with the precision of `graft`. At t = 0 and t = 1 it is exact.
+        The tensor in the dtype of `first`, computed with the precision of `graft`. At t = 0 it is `first`, and at t = 1
+        `second` in that dtype.
     """
     import torch
 
-    if t in (0.0, 1.0):
-        return (second if t else first).to(first.dtype, copy=True)
+    if t == 0.0:
+        return first.clone()
+    if t == 1.0:
+        return second.to(first.dtype, copy=True)
     is_half = first.dtype.itemsize <= 2 and second.dtype.itemsize <= 2
     dtype = torch.float32 if is_half else torch.float64
     return first.to(dtype).mul(1 - t).add_(second.to(dtype), alpha=t).to(first.dtype)

@@ -1,4 +1,4 @@
-"""Deltas that have the same effect on one base's activations as on another's."""
+"""Deltas that change the activations of a new base as the original deltas change those of the old base."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 def match_effect(factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor, ridge: float) -> torch.Tensor:
     """Return the D' that minimises E‖D'·x_n − D·x_o‖² + λ·‖D' − D‖²: (D·C_on + λ·D)·(C_nn + λ·I)⁻¹.
 
-    As λ goes to infinity, D' goes to D. If both bases have the same inputs, D' is D. This is a regression with a
-    prior for each layer, similar to RegMean (Jin et al., 2023, arXiv:2212.09849).
+    As λ goes to infinity, D' goes to D. If both bases have the same inputs, D' is D. This is a ridge regression
+    per layer, similar to RegMean (Jin et al., 2023, arXiv:2212.09849).
 
     Args:
         factor: D, [k, in], which is applied to the input: a delta, or a LoRA's A.
-        cross: C_on = E[x_o·x_nᵀ], [in, in], of the layer's inputs in the old and the new base on the same tokens.
+        cross: C_on = E[x_o·x_nᵀ], [in, in], where x_o and x_n are the layer's inputs in the old and the new base on the
+            same tokens.
         second: C_nn = E[x_n·x_nᵀ], [in, in].
         ridge: λ relative to the mean of the diagonal of C_nn; above 0.
 
@@ -35,18 +36,18 @@ def match_effect(factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor
     if torch.equal(cross, second):
         return factor.clone()
     d, c_on, c_nn = factor.double(), cross.double(), second.double()
-    strength = ridge * c_nn.diagonal().mean()
-    if not strength > 0:  # the layer's inputs are zero
+    damping = ridge * c_nn.diagonal().mean()
+    if not damping > 0:  # the layer's inputs are zero
         return factor.clone()
-    damped = c_nn + strength * torch.eye(len(c_nn), dtype=torch.float64, device=c_nn.device)
-    matched: torch.Tensor = torch.linalg.solve(damped, (d @ c_on + strength * d).T).T  # C_nn is symmetric
+    damped = c_nn + damping * torch.eye(len(c_nn), dtype=torch.float64, device=c_nn.device)
+    matched: torch.Tensor = torch.linalg.solve(damped, (d @ c_on + damping * d).T).T  # C_nn is symmetric
     return matched.to(factor.dtype)
 
 
 def rotation(cross: torch.Tensor, shrink: float) -> torch.Tensor:
     """Return the orthogonal map R that minimises E‖R·x_o − x_n‖², shrunk towards the identity.
 
-    This is the orthogonal Procrustes problem (Schönemann, 1966): for C = E[x_n·xᵀ_o] = U·Σ·Vᵀ, R = U·Vᵀ. With
+    This is the orthogonal Procrustes problem (Schönemann, 1966): for C = E[x_n·x_oᵀ] = U·Σ·Vᵀ, R = U·Vᵀ. With
     shrinkage, C is replaced by (1 − s)·C/mean(Σ) + s·I, so that directions without activations are not rotated.
 
     Args:
@@ -57,7 +58,7 @@ def rotation(cross: torch.Tensor, shrink: float) -> torch.Tensor:
         R, [width, width], computed in the dtype of `cross`.
 
     Raises:
-        RecipeError: The shrinkage is out of range.
+        RecipeError: The shrinkage is not from 0 to 1.
     """
     import torch
 
@@ -68,5 +69,5 @@ def rotation(cross: torch.Tensor, shrink: float) -> torch.Tensor:
         return identity
     scale = torch.linalg.svdvals(cross.float()).mean() if shrink else 1.0
     u, _, vt = torch.linalg.svd((1 - shrink) * cross / scale + shrink * identity)
-    rotated: torch.Tensor = u @ vt
-    return rotated
+    orthogonal: torch.Tensor = u @ vt
+    return orthogonal

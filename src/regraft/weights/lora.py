@@ -1,4 +1,4 @@
-"""Arithmetic on the factors of LoRAs, whose delta is scaling · B · A; most of it does not form B · A.
+"""Arithmetic on the factors of LoRAs, whose delta is scaling · B · A, mostly without forming B · A.
 
 B is [out, r] and A is [r, in]. Source: Hu et al., 2021 (arXiv:2106.09685).
 """
@@ -20,10 +20,10 @@ def scaling(rank: int, alpha: float, rank_stabilised: bool = False) -> float:
     """Return the factor on B · A.
 
     Args:
-        rank: r.
+        rank: r, above 0.
         alpha: PEFT's `lora_alpha`.
-        rank_stabilised: Whether it is an rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732), with alpha / √r rather than
-            alpha / r.
+        rank_stabilised: Whether the LoRA is an rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732), whose factor is
+            alpha / √r rather than alpha / r.
     """
     return alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
 
@@ -50,20 +50,20 @@ def compress_factors(
     Args:
         b: [out, r].
         a: [r, in].
-        rank: The new rank. Either this or `energy` is required.
-        energy: The share of the squared norm to preserve.
+        rank: The new rank r'. Either this or `energy` is required.
+        energy: The share of the squared norm to preserve, above 0 and up to 1.
 
     Returns:
-        B [out, r'] and A [r', in], in float64 if `b` is, and else in float32.
+        B [out, r'] and A [r', in], in float64 if `b` is in float64, and otherwise in float32.
     """
     (qb, rb), (qa, ra) = _qr(b), _qr(a.T)
     left, right = low_rank(rb @ ra.T, rank, energy)
-    factors = qb @ left, right @ qa.T
-    return factors if b.dtype.itemsize == 8 else (factors[0].float(), factors[1].float())
+    compressed_b, compressed_a = qb @ left, right @ qa.T
+    return (compressed_b, compressed_a) if b.dtype.itemsize == 8 else (compressed_b.float(), compressed_a.float())
 
 
 def add_factors(first: Factors, second: Factors) -> Factors:
-    """Return factors of the sum of two deltas, by concatenating theirs.
+    """Return factors of the sum of two deltas, by concatenating the factors of both.
 
     Args:
         first: B [out, r] and A [r, in].
@@ -78,21 +78,21 @@ def add_factors(first: Factors, second: Factors) -> Factors:
 
 
 def inner_product(first: Factors, second: Factors) -> float:
-    """Return the inner product of two deltas, from products in the size of their ranks.
+    """Return the inner product of two deltas without forming them, from products of shape [r, s].
 
     Args:
         first: B [out, r] and A [r, in].
         second: B [out, s] and A [s, in].
 
     Returns:
-        The sum over all entries of (B·A) ∘ (B'·A'); of a delta with itself, its squared norm.
+        The sum over all entries of (B₁·A₁) ∘ (B₂·A₂); for a delta with itself, the squared norm.
     """
-    (b, a), (c, d) = first, second
-    return float(((b.double().T @ c.double()) * (a.double() @ d.double().T)).sum())
+    (b1, a1), (b2, a2) = first, second
+    return float(((b1.double().T @ b2.double()) * (a1.double() @ a2.double().T)).sum())
 
 
 def subtract_factors(trained: Factors, start: Factors) -> Factors:
-    """Return factors of the delta, relative to the original base, of a LoRA that was initialised from its base.
+    """Return factors of the delta to the original base of a LoRA that was initialised from that base's weight.
 
     PiSSA and OLoRA start with factors B₀·A₀ of the weight itself, and subtract them from the base, so the delta is
     B·A − B₀·A₀. Source: Meng et al., 2024 (arXiv:2404.02948), appendix.
@@ -102,7 +102,7 @@ def subtract_factors(trained: Factors, start: Factors) -> Factors:
         start: The initial factors, B₀ and A₀.
 
     Returns:
-        Factors of twice the rank, for the original base and the same scaling.
+        B and A of twice the rank, for the original base and the same scaling.
     """
     return add_factors(trained, (-start[0], start[1]))
 
@@ -119,7 +119,7 @@ def dora_weight(
         b: [out, r].
         a: [r, in].
         scale: The result of `scaling`.
-        magnitude: [out].
+        magnitude: The learned norms, [out].
 
     Returns:
         The merged weight, [out, in], in float64.
@@ -133,7 +133,7 @@ def dora_weight(
 def merge_experts(
     weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, transposed: bool = False
 ) -> torch.Tensor:
-    """Merge a LoRA into the fused weights of the experts of a layer.
+    """Merge a LoRA into the fused weights of a layer's experts.
 
     Args:
         weight: [experts, out, in].

@@ -1,4 +1,4 @@
-"""Names of tensors: which of two checkpoints correspond, and the layer and kind that a name belongs to."""
+"""The correspondence of two checkpoints' tensors by name, and the layer and kind of a tensor by its name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KINDS = (
     ("head", re.compile(r"^(?:classifier|score|lm_head|cls|vocab_|qa_outputs|predictions|pre_classifier)")),
 )
 
-OPTIONAL_MODULES = ("pooler",)  # pre-training with a language-modelling head does not use them, and leaves them out
+OPTIONAL_MODULES = ("pooler",)  # modules that pre-training with a language-modelling head leaves out
 
 
 class NamedTensors(DerivedTensors):
@@ -35,10 +35,10 @@ class NamedTensors(DerivedTensors):
         specs: How to compute each tensor, by name.
         keys: The keys of the tensors by name. A key is a name that does not depend on the class's head: for the body,
             the name without its prefix.
-        ties: The keys of the tensors that tied tensors are tied to, by their own keys.
-        expected: The keys of all tensors of the class.
+        ties: The key of the tensor that a tied tensor is tied to, by the tied tensor's key.
+        expected: The keys of all untied tensors of the class.
         find_token_tensors: Returns the names of the tensors whose size depends on the vocabulary.
-        embeddings: The name of the token embeddings.
+        embeddings: The name of the token embeddings; None if the class has none.
     """
 
     def __init__(
@@ -51,7 +51,10 @@ class NamedTensors(DerivedTensors):
         embeddings: str | None = None,
     ):
         super().__init__(specs)
-        self.key_by_name, self.ties, self.expected, self.embeddings = keys, ties, expected, embeddings
+        self.key_by_name = keys
+        self.ties = ties
+        self.expected = expected
+        self.embeddings = embeddings
         self._find_token_tensors = find_token_tensors
 
     @functools.cached_property
@@ -61,7 +64,7 @@ class NamedTensors(DerivedTensors):
 
     @functools.cached_property
     def names(self) -> dict[str, str]:
-        """The names of the tensors by key; the key of a tied tensor has the name of its source."""
+        """The names of the tensors by key; a tied tensor's key has the name of the tensor that it is tied to."""
         name_by_key = {self.key_by_name[name]: name for name in self.specs}
         tied = {key: name_by_key[source] for key, source in self.ties.items() if source in name_by_key}
         return tied | name_by_key
@@ -71,7 +74,7 @@ def is_optional(key: str) -> bool:
     """Return whether a base may lack a tensor of the body, because pre-training does not use it (a pooler).
 
     Args:
-        key: The tensor's name inside the body.
+        key: The tensor's name inside the body, such as `pooler.dense.weight`.
     """
     return key.split(".")[0] in OPTIONAL_MODULES
 
@@ -100,8 +103,8 @@ def align(tensors: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Ten
     """Match the tensors of two checkpoints by name, with or without the prefix of a model with a head.
 
     Args:
-        tensors: A checkpoint.
-        reference: Another checkpoint.
+        tensors: The checkpoint to search.
+        reference: The checkpoint whose tensors are matched.
 
     Returns:
         The names in `tensors` by the corresponding names in `reference`, in the order of `reference`.
@@ -109,17 +112,19 @@ def align(tensors: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Ten
     if isinstance(tensors, NamedTensors) and isinstance(reference, NamedTensors):
         return {name: tensors.names[key] for name, key in reference.key_by_name.items() if key in tensors.names}
     best: dict[str, str] = {}
-    best_matches = 0
+    most_equal_shapes = 0
     for prefix in _prefixes(tensors):
         for reference_prefix in _prefixes(reference):
-            aligned = {
+            renamed = {
                 name: prefix + name.removeprefix(reference_prefix)
                 for name in reference
-                if name.startswith(reference_prefix) and prefix + name.removeprefix(reference_prefix) in tensors
+                if name.startswith(reference_prefix)
             }
-            matches = sum(shape_of(tensors, other) == shape_of(reference, name) for name, other in aligned.items())
-            if matches > best_matches:
-                best, best_matches = aligned, matches
+            aligned = {name: match for name, match in renamed.items() if match in tensors}
+            equal_shapes = sum(shape_of(tensors, match) == shape_of(reference, name) for name, match in aligned.items())
+            if equal_shapes > most_equal_shapes:
+                best = aligned
+                most_equal_shapes = equal_shapes
     return best
 
 

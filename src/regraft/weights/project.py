@@ -2,8 +2,8 @@
 
 Given n pairs of vectors v → t, the W of rank up to d that minimises Σ‖v·W + b − t‖² + λ‖W‖² maps v to a sum Σ βᵢ·tᵢ, in
 which β follows from inner products. This is ridge regression in its dual form, with a limited rank as in Mukherjee and
-Zhu, 2011 (Statistical Analysis and Data Mining 4). The map is that of Qin et al., 2023 (arXiv:2305.08702), who learn it
-by distillation.
+Zhu, 2011 (Statistical Analysis and Data Mining 4). Qin et al., 2023 (arXiv:2305.08702) learn the same map by
+distillation.
 """
 
 from __future__ import annotations
@@ -27,31 +27,32 @@ def project(
     *,
     intercept: bool = True,
 ) -> torch.Tensor:
-    """Return the β with which the map takes a vector v to Σ βᵢ·tᵢ.
+    """Return the coefficients β of the mapped vector Σ βᵢ·tᵢ.
 
     Args:
         gram: The inner products ⟨vᵢ, vⱼ⟩ of the sources, [n, n].
         target_gram: The inner products ⟨tᵢ, tⱼ⟩ of the targets, [n, n].
-        cross: The inner products ⟨vᵢ, v⟩, [n].
-        ridge: λ relative to the mean square of the sources, 0 or more. As it grows, the map goes to b alone.
+        cross: The inner products ⟨vᵢ, v⟩ of the sources with the vector to map, [n].
+        ridge: λ relative to the mean square of the sources, 0 or more. The larger it is, the closer the
+            map is to the constant b.
         rank: d; None for the largest possible: n, or n − 1 with an intercept.
-        intercept: Whether there is a b. Then sources and targets are centred, and the β sum to 1.
+        intercept: Whether the map has the constant b. Then sources and targets are centred, and the β sum to 1.
 
     Returns:
         β, [n], in float64.
 
     Raises:
-        RecipeError: The ridge or the rank is out of range.
+        RecipeError: The ridge is below 0, or the rank below 1.
     """
     import torch
 
     if ridge < 0 or (rank is not None and rank < 1):
-        raise RecipeError(f"the ridge must be at least 0 (found {ridge}), the rank at least 1 ({rank}).")
-    count = len(gram)
+        raise RecipeError(f"the ridge must be at least 0 (found {ridge}), the rank at least 1 (found {rank}).")
+    num_pairs = len(gram)
     k, t, c = gram.double(), target_gram.double(), cross.double()
-    centre = torch.eye(count, dtype=torch.float64)
+    centre = torch.eye(num_pairs, dtype=torch.float64)
     if intercept:
-        centre -= 1 / count
+        centre -= 1 / num_pairs
         c = centre @ (c - k.mean(dim=1))
         k, t = centre @ k @ centre, centre @ t @ centre
     values, vectors = torch.linalg.eigh((k + k.T) / 2)
@@ -64,26 +65,29 @@ def project(
         scaled = vectors * (values / damped).sqrt()
         squares, directions = torch.linalg.eigh(scaled.T @ t @ scaled)
         leading = scaled @ directions[:, -rank:]
-        floor = RELATIVE_EPSILON * squares[-1].clamp(min=RELATIVE_EPSILON)
-        weights = leading @ ((leading.T @ t @ weights) / squares[-rank:].clamp(min=floor))
-    beta: torch.Tensor = centre @ weights + (1 / count if intercept else 0)
+        smallest = RELATIVE_EPSILON * squares[-1].clamp(min=RELATIVE_EPSILON)
+        weights = leading @ ((leading.T @ t @ weights) / squares[-rank:].clamp(min=smallest))
+    beta: torch.Tensor = centre @ weights + (1 / num_pairs if intercept else 0)
     return beta
 
 
 def leave_one_out_errors(
     gram: torch.Tensor, target_gram: torch.Tensor, ridge: float, rank: int | None = None, *, intercept: bool = True
 ) -> torch.Tensor:
-    """Return for each pair the error of the map that is learned from the other pairs.
+    """Return the error of each pair under the map that is learned from all other pairs.
 
     Args:
         gram: The inner products of the sources, [n, n], of at least two pairs.
         target_gram: The inner products of the targets, [n, n].
-        ridge: As in `project`.
-        rank: As in `project`.
-        intercept: As in `project`.
+        ridge: λ relative to the mean square of the sources, 0 or more.
+        rank: The maximal rank of the map; None for the largest possible.
+        intercept: Whether the map has a constant.
 
     Returns:
-        The squared distances from the targets, [n], in float64.
+        The squared distances of the mapped sources from their targets, [n], in float64.
+
+    Raises:
+        RecipeError: The ridge is below 0, or the rank below 1.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Reducing deltas: to fewer entries, or to what the upgrade did not change itself."""
+"""Reduced deltas: with fewer entries, or without the part that agrees or conflicts with the upgrade's shift."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
-    """Keep the largest entries of a delta, and set the others to zero.
+    """Keep the entries of a delta with the largest magnitudes, and set the others to zero.
 
-    Source: TIES-Merging (Yadav et al., 2023, arXiv:2306.01708), its first step.
+    Source: the first step of TIES-Merging (Yadav et al., 2023, arXiv:2306.01708).
 
     Args:
         delta: The delta, of any shape.
-        density: The share of entries to keep, 0 to 1. Of equal entries, the first are kept.
+        density: The share of entries to keep, 0 to 1. Of equal magnitudes, the first are kept.
 
     Raises:
-        RecipeError: The density is out of range.
+        RecipeError: The density is not from 0 to 1.
     """
     import torch
 
@@ -39,23 +39,23 @@ def drop(delta: torch.Tensor, density: float, generator: torch.Generator) -> tor
 
     Args:
         delta: The delta, of any shape.
-        density: The probability of keeping an entry, above 0 and up to 1, by which kept entries are divided.
-        generator: The random generator.
+        density: The probability of keeping an entry, above 0 and up to 1; kept entries are divided by it.
+        generator: The random generator, on the CPU.
 
     Raises:
-        RecipeError: The density is out of range.
+        RecipeError: The density is not above 0 and up to 1.
     """
     import torch
 
     _check_density(density)
     if not density:
-        raise RecipeError("a density of 0 leaves nothing of the delta.")
+        raise RecipeError("a density must be above 0, found 0: no entry would be kept.")
     mask = torch.rand(delta.shape, generator=generator, dtype=torch.float32) < density
     return torch.where(mask, delta / density, torch.zeros_like(delta))
 
 
 def mask_agreement(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Set the entries of a delta to zero whose sign is opposite to that of the upgrade's shift.
+    """Set entries of a delta to zero whose sign is opposite to the sign of the upgrade's shift.
 
     Args:
         delta: Tuned − old, of any shape.
@@ -67,10 +67,10 @@ def mask_agreement(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def orthogonal_shift(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Return the part of a delta that is orthogonal to the upgrade's shift, which is not added twice.
+    """Return the part of a delta that is orthogonal to the upgrade's shift, so that the shift is not added twice.
 
     Args:
-        delta: Tuned − old, of any shape, taken as a vector.
+        delta: Tuned − old, of any shape, considered as a vector.
         shift: New − old base, of the same shape.
 
     Returns:

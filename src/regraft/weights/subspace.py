@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 DIRECTIONS = 8  # the rank of a usual LoRA
 MAX_EXACT_SIZE = 1024  # the SVD of larger matrices takes seconds
+POWER_ITERATIONS = 4  # of the randomised SVD: more are slower and more accurate
+RELATIVE_EPSILON = 1e-5  # smaller singular values, relative to the largest, are rounding errors
 
 
 def subspace_overlap(first: torch.Tensor, second: torch.Tensor, directions: int = DIRECTIONS) -> float:
@@ -17,19 +19,19 @@ def subspace_overlap(first: torch.Tensor, second: torch.Tensor, directions: int 
     Source: the normalised subspace similarity of Hu et al., 2022 (arXiv:2106.09685), section 7.2.
 
     Args:
-        first: [out, in].
-        second: [out, in].
-        directions: The number of leading left singular vectors to compare, at most the ranks.
+        first: A matrix, [out, in].
+        second: A matrix with the same number of rows, [out, in'].
+        directions: The maximal number of leading left singular vectors to compare.
 
     Returns:
         The mean squared cosine of the principal angles: 1 for the same subspace, 0 for orthogonal ones, about
         directions / out for unrelated ones; 0 if a matrix is zero.
     """
     a, b = _leading(first, directions), _leading(second, directions)
-    count = min(a.shape[1], b.shape[1])
-    if not count:
+    num_compared = min(a.shape[1], b.shape[1])
+    if not num_compared:
         return 0.0
-    return float((a[:, :count].T @ b[:, :count]).square().sum() / count)
+    return float((a[:, :num_compared].T @ b[:, :num_compared]).square().sum() / num_compared)
 
 
 def _leading(matrix: torch.Tensor, directions: int) -> torch.Tensor:
@@ -39,8 +41,8 @@ def _leading(matrix: torch.Tensor, directions: int) -> torch.Tensor:
     if min(matrix.shape) > MAX_EXACT_SIZE:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            vectors, values, _ = torch.svd_lowrank(matrix.float(), q=2 * directions, niter=4)
+            vectors, values, _ = torch.svd_lowrank(matrix.float(), q=2 * directions, niter=POWER_ITERATIONS)
     else:
         vectors, values, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
-    rank = int((values > values[0] * 1e-5).sum()) if values[0] > 0 else 0  # smaller values are rounding errors
+    rank = int((values > values[0] * RELATIVE_EPSILON).sum()) if values[0] > 0 else 0
     return vectors[:, : min(rank, directions)].double()

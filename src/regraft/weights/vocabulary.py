@@ -1,4 +1,4 @@
-"""Matching the rows of embeddings and language-modelling heads by token."""
+"""Matches between the rows of different vocabularies' embeddings and language-modelling heads, by token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from regraft.errors import MismatchError
+from regraft.errors import MAX_LISTED, MismatchError
 from regraft.weights.delta import graft
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
+# Names of the tensors with a row per token in models of transformers: embeddings, output layers and their biases.
 _TOKEN_ROWS = re.compile(
     r"(?:^|\.)(?:word_embeddings|embed_tokens|tok_embeddings|embed_in|wte|shared|lm_head|embed_out|decoder)"
     r"\.(?:weight|bias)$|^(?:(?:backbone|model)\.)?embeddings\.weight$"
@@ -23,10 +24,10 @@ _TOKEN_ROWS = re.compile(
 
 
 def has_vocabulary_rows(name: str) -> bool:
-    """Return whether a tensor has a row for each token: embeddings, or the output layer of a language-modelling head.
+    """Return whether a tensor has a row per token: embeddings, or the output layer of a language-modelling head.
 
     Args:
-        name: The tensor's name.
+        name: The tensor's stored name, with or without a prefix.
     """
     return bool(_TOKEN_ROWS.search(name))
 
@@ -35,8 +36,8 @@ def has_vocabulary_rows(name: str) -> bool:
 class RowMatch:
     """The rows of the new base, the fine-tune and the old base that have the token of each row of a grafted tensor.
 
-    The grafted rows are those of the new base, and those of tokens that only the fine-tune has: the latter take rows
-    of the new base without a token, or are appended.
+    A grafted tensor has the rows of the new base. The tokens that only the fine-tune has take rows of the new base
+    without a token, or are appended.
 
     Args:
         new_row_indices: The new base's row for each grafted row; −1 if it has none.
@@ -47,7 +48,7 @@ class RowMatch:
         num_old_rows: The number of rows of the old base's tensors.
         removed_tokens: The tokens that only the old base has.
         added_tokens: The tokens that only the new base has.
-        tuned_only: The grafted rows of the tokens that only the fine-tune has.
+        tuned_only: The grafted row of each token that only the fine-tune has.
         num_padding_rows: The number of grafted rows without a token, which are matched in order.
         num_common_tokens: The number of tokens that both bases have.
     """
@@ -66,13 +67,13 @@ class RowMatch:
 
     @property
     def is_identity(self) -> bool:
-        """Whether all rows have the same tokens."""
+        """Whether all three vocabularies have the same tokens in the same rows."""
         matches = (
             (self.new_row_indices, self.num_new_rows),
             (self.tuned_row_indices, self.num_tuned_rows),
             (self.old_row_indices, self.num_old_rows),
         )
-        return all(rows == tuple(range(count)) for rows, count in matches)
+        return all(row_indices == tuple(range(num_rows)) for row_indices, num_rows in matches)
 
     def shape(self, tuned: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of a grafted tensor.
@@ -80,19 +81,19 @@ class RowMatch:
         Args:
             tuned: The shape of the fine-tune's tensor: [tokens, …] or [1, tokens].
         """
-        count = len(self.new_row_indices)
-        return (1, count) if self.is_row(tuned) else (count, *tuned[1:])
+        num_rows = len(self.new_row_indices)
+        return (1, num_rows) if self.is_row(tuned) else (num_rows, *tuned[1:])
 
     def is_row(self, tuned: tuple[int, ...]) -> bool:
-        """Return whether a tensor is a single row with a value for each token, such as BART's `final_logits_bias`.
+        """Return whether a tensor is a single row with an element per token, such as BART's `final_logits_bias`.
 
         Args:
-            tuned: The shape of the fine-tune's tensor.
+            tuned: The shape of the fine-tune's tensor, which has an element or a row per token.
         """
         return len(tuned) == 2 and tuned[0] == 1 != self.num_tuned_rows
 
     def summary(self) -> str:
-        """Describe the match in a line."""
+        """Return a one-line description with the numbers of rows and tokens."""
         tuned_only = ""
         if self.tuned_only:
             tuned_only = f", {len(self.tuned_only):,} only in the fine-tune{_first_tokens(self.tuned_only)}"
@@ -105,17 +106,19 @@ class RowMatch:
 
 
 def _first_tokens(tokens: Collection[str]) -> str:
-    first = sorted(tokens)[:4]
-    return f" ({', '.join(map(repr, first))}{' …' * (len(tokens) > len(first))})" if tokens else ""
+    if not tokens:
+        return ""
+    listed = ", ".join(map(repr, sorted(tokens)[:MAX_LISTED]))
+    return f" ({listed} …)" if len(tokens) > MAX_LISTED else f" ({listed})"
 
 
 def match_rows(
     old_vocabulary: Mapping[str, int],
     new_vocabulary: Mapping[str, int],
-    old_rows: int,
-    new_rows: int,
+    num_old_rows: int,
+    num_new_rows: int,
     tuned_vocabulary: Mapping[str, int] | None = None,
-    tuned_rows: int | None = None,
+    num_tuned_rows: int | None = None,
 ) -> RowMatch:
     """Match the rows of the vocabularies of two bases and a fine-tune by token.
 
@@ -124,18 +127,18 @@ def match_rows(
     Args:
         old_vocabulary: The old tokenizer's ids by token.
         new_vocabulary: The new tokenizer's ids by token.
-        old_rows: The number of rows of the old embeddings.
-        new_rows: The number of rows of the new embeddings.
-        tuned_vocabulary: The fine-tune's ids by token; None for the old base's.
-        tuned_rows: The number of rows of its embeddings; None for the old base's.
+        num_old_rows: The number of rows of the old embeddings.
+        num_new_rows: The number of rows of the new embeddings.
+        tuned_vocabulary: The fine-tune's ids by token; None if they are the old base's.
+        num_tuned_rows: The number of rows of the fine-tune's embeddings; None if it is the old base's.
 
     Raises:
-        MismatchError: A token's id is beyond the rows.
+        MismatchError: A token's id is not the index of a row.
     """
     tuned_vocabulary = old_vocabulary if tuned_vocabulary is None else tuned_vocabulary
-    tuned_rows = old_rows if tuned_rows is None else tuned_rows
+    num_tuned_rows = num_old_rows if num_tuned_rows is None else num_tuned_rows
     vocabularies = {"old": old_vocabulary, "new": new_vocabulary, "tuned": tuned_vocabulary}
-    num_rows = {"old": old_rows, "new": new_rows, "tuned": tuned_rows}
+    num_rows = {"old": num_old_rows, "new": num_new_rows, "tuned": num_tuned_rows}
     for role, vocabulary in vocabularies.items():
         for token, row in vocabulary.items():
             if not 0 <= row < num_rows[role]:
@@ -144,15 +147,17 @@ def match_rows(
                     f"{num_rows[role]:,} rows. Use the tokenizer that belongs to the weights."
                 )
     added = tuned_vocabulary.keys() - old_vocabulary.keys() - new_vocabulary.keys()
-    first_added_row = max(new_vocabulary.values(), default=-1) + 1  # where a tokenizer appends added tokens
-    tuned_only = {token: first_added_row + i for i, token in enumerate(sorted(added, key=tuned_vocabulary.__getitem__))}
+    first_added_row = max(new_vocabulary.values(), default=-1) + 1  # tokenizers append tokens after the highest id
+    tuned_only = dict(
+        zip(sorted(added, key=tuned_vocabulary.__getitem__), itertools.count(first_added_row), strict=False)
+    )
     grafted_vocabulary = {**new_vocabulary, **tuned_only}
-    num_grafted_rows = max(new_rows, first_added_row + len(tuned_only))
+    num_grafted_rows = max(num_new_rows, first_added_row + len(tuned_only))
     matched = {role: [-1] * num_grafted_rows for role in vocabularies}
     for token, row in grafted_vocabulary.items():
         for role, vocabulary in vocabularies.items():
             matched[role][row] = max(matched[role][row], vocabulary.get(token, -1))
-    padding_rows = sorted(set(range(new_rows)) - set(grafted_vocabulary.values()))
+    padding_rows = sorted(set(range(num_new_rows)) - set(grafted_vocabulary.values()))
     for row in padding_rows:
         matched["new"][row] = row
     for role in ("old", "tuned"):
@@ -163,9 +168,9 @@ def match_rows(
         new_row_indices=tuple(matched["new"]),
         tuned_row_indices=tuple(matched["tuned"]),
         old_row_indices=tuple(matched["old"]),
-        num_new_rows=new_rows,
-        num_tuned_rows=tuned_rows,
-        num_old_rows=old_rows,
+        num_new_rows=num_new_rows,
+        num_tuned_rows=num_tuned_rows,
+        num_old_rows=num_old_rows,
         removed_tokens=tuple(sorted(old_vocabulary.keys() - new_vocabulary.keys())),
         added_tokens=tuple(sorted(new_vocabulary.keys() - old_vocabulary.keys())),
         tuned_only=tuned_only,
@@ -181,23 +186,23 @@ def graft_rows(
     match: RowMatch,
     rule: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = graft,
 ) -> torch.Tensor:
-    """Graft a tensor with a row for each token: new + (tuned − old), by the rule, where all three have the token.
+    """Graft a tensor with a row per token: apply the rule to the rows of tokens that all three vocabularies have.
 
-    The row of a token that only the fine-tune has is the fine-tune's. The row of a token that the old base lacks is
-    the new base's, even if the fine-tune has it too, because its delta is unknown.
+    A token that only the fine-tune has gets the fine-tune's row. A token that the old base lacks gets the new base's
+    row, even if the fine-tune has it too, because its delta is unknown.
 
     Args:
         new: The new base's tensor, [new rows, …], or [1, new rows].
         tuned: The tuned tensor, [tuned rows, …].
         old: The old base's tensor, [old rows, …].
         match: The result of `match_rows`.
-        rule: Computes grafted rows from the new, the tuned and the old rows.
+        rule: Computes grafted rows from the new, the tuned and the old rows, each [rows, …].
 
     Returns:
         [grafted rows, …], or [1, grafted rows], in the dtype of `tuned`.
 
     Raises:
-        MismatchError: A tensor's number of rows is not that of the match.
+        MismatchError: A tensor differs from the match in its number of rows.
     """
     import torch
 
@@ -208,14 +213,14 @@ def graft_rows(
         ("tuned", tuned, match.num_tuned_rows),
         ("old", old, match.num_old_rows),
     )
-    for role, tensor, count in expected:
-        if tensor.shape[0] != count:
+    for role, tensor, num_rows in expected:
+        if tensor.shape[0] != num_rows:
             raise MismatchError(
-                f"the {role} tensor has {tensor.shape[0]:,} rows, but its vocabulary has {count:,}. Use files that "
+                f"the {role} tensor has {tensor.shape[0]:,} rows, but its vocabulary has {num_rows:,}. Use files that "
                 "were saved together."
             )
     new_rows, tuned_rows, old_rows = (
-        torch.tensor(rows) for rows in (match.new_row_indices, match.tuned_row_indices, match.old_row_indices)
+        torch.tensor(indices) for indices in (match.new_row_indices, match.tuned_row_indices, match.old_row_indices)
     )
     grafted = torch.zeros((len(new_rows), *tuned.shape[1:]), dtype=tuned.dtype)
     in_all = (new_rows >= 0) & (tuned_rows >= 0) & (old_rows >= 0)
