@@ -176,7 +176,7 @@ class _ChainRun:
         self._add(dataclasses.replace(_empty_row(series, hop), refused=str(error)))
 
     def _add(self, row: ChainRow) -> None:
-        """Add a result, and write all results to `chain.json`, so that an interruption loses none of them."""
+        """Add a result, and write all results so far, so that `read_chain` can show an unfinished chain."""
         self.rows.append(row)
         bases = tuple(BaseRecord(base.name, base.fingerprint) for base in self.bases)
         record = ChainRecord(bases, self.chain.model_dump(mode="json"), tuple(self.rows))
