@@ -148,9 +148,8 @@ def match_rows(
                 )
     added = tuned_vocabulary.keys() - old_vocabulary.keys() - new_vocabulary.keys()
     first_added_row = max(new_vocabulary.values(), default=-1) + 1  # tokenizers append tokens after the highest id
-    tuned_only = dict(
-        zip(sorted(added, key=tuned_vocabulary.__getitem__), itertools.count(first_added_row), strict=False)
-    )
+    added_in_order = sorted(added, key=tuned_vocabulary.__getitem__)
+    tuned_only = {token: row for row, token in enumerate(added_in_order, start=first_added_row)}
     grafted_vocabulary = {**new_vocabulary, **tuned_only}
     num_grafted_rows = max(num_new_rows, first_added_row + len(tuned_only))
     matched = {role: [-1] * num_grafted_rows for role in vocabularies}
