@@ -6,15 +6,12 @@ import importlib
 import importlib.metadata
 import pkgutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from regraft.errors import DataError
 
-if TYPE_CHECKING:
-    from regraft.task.types.type import Task
 
-
-def discover_types(base: Any, group: str) -> dict[str, type[Task]]:
+def discover_types(base: Any, group: str) -> dict[str, Any]:
     """Find the task types that modules of this package define as `TASK`, or that entry points name.
 
     Args:
@@ -27,7 +24,7 @@ def discover_types(base: Any, group: str) -> dict[str, type[Task]]:
     Raises:
         DataError: An entry point cannot be loaded, is not a subclass of `base`, or uses a name that is taken.
     """
-    types: dict[str, type[Task]] = {}
+    types: dict[str, Any] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         built_in: Any = getattr(importlib.import_module(f"{__package__}.{module.name}"), "TASK", None)
         if built_in:
