@@ -160,7 +160,7 @@ def write_result(
         write_tokenizer = partial(copy_auxiliary_files, tokenizer_folder, patterns=TOKENIZER_FILES)
     if rows:
         folders = {role: checkpoints[role].folder for role in ("new", "tuned", "old")}
-        write_tokenizer = partial(write_vocabulary, **folders, rows=rows)
+        write_tokenizer = partial(write_vocabulary, **folders, match=rows)
     provenance = {**operation, **{role: fingerprint(checkpoint) for role, checkpoint in checkpoints.items()}}
     with show_progress() as progress:
         write_folder(
