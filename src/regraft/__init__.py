@@ -1,7 +1,6 @@
-"""regraft carries fine-tunes and adapters over to an upgraded base model.
+"""Carry fine-tunes and adapters over to an upgraded base model.
 
-It implements and goes beyond Recyclable Tuning for Continual Pre-training (Qin et al., Findings of ACL 2023,
-arXiv:2305.08702).
+Source: Qin et al., Recyclable Tuning for Continual Pre-training, Findings of ACL 2023 (arXiv:2305.08702).
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
     from regraft.tuning import Corpus, Distillation, pretrain
     from regraft.upgrade import Upgrade
 
-_ROOMS = {
+# The modules that define the public names, which are imported on first use.
+_NAMES_BY_MODULE = {
     "adaptation": ("Adaptation", "Outcome", "load_adaptation", "load_outcome"),
     "adaptation.bottleneck": ("BottleneckConfig",),
     "base": ("Base",),
@@ -33,7 +33,7 @@ _ROOMS = {
     "tuning": ("Corpus", "Distillation", "pretrain"),
     "upgrade": ("Upgrade",),
 }
-_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
 __version__ = "0.1.0"
 __all__ = [
@@ -66,10 +66,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: importing regraft loads neither torch nor transformers."""
-    if name not in _HOMES:
+    """Import a public name on first use, so that importing regraft loads neither torch nor transformers."""
+    if name not in _MODULE_BY_NAME:
         raise AttributeError(f"module 'regraft' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"regraft.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"regraft.{_MODULE_BY_NAME[name]}"), name)
 
 
 def __dir__() -> list[str]:

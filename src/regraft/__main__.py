@@ -1,4 +1,4 @@
-"""`python -m regraft`: the command line."""
+"""The command line as `python -m regraft`."""
 
 from regraft.cli import main
 

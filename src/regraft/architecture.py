@@ -1,8 +1,8 @@
 """The names and shapes of a transformers class's tensors, in memory and on disk, without any weights.
 
-Names on disk differ from names in memory (fused experts, renamed modules), and between writers (LayerNorm.gamma,
-`_orig_mod.`, obsolete buffers). The conversions of transformers map them to each other. The canonical name of a tensor
-is the one under which a new model of the class is saved.
+Names on disk differ from names in memory (fused experts, renamed modules) and between writers (`LayerNorm.gamma`,
+`_orig_mod.`, obsolete buffers). The conversions of transformers map between them. The canonical name of a tensor is the
+name under which transformers saves it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint import Checkpoint
 
-COMPILED = "_orig_mod."  # torch.compile adds this to the names of the module that it wraps
-# buffers that older versions stored and current models compute: causal masks, positions, rotary tables
+COMPILED = "_orig_mod."  # torch.compile adds this to the names of the tensors of the module that it wraps
+CACHED_ARCHITECTURES = 16  # arbitrary: more take memory, fewer are built again
+# Buffers that older versions stored and current models compute: causal masks, positions, rotary tables.
 BUFFER = re.compile(
     r"(?:^|\.)(?:(?:cross)?att(?:entio)?n\.bias|masked_bias|causal_mask|inv_freq|original_inv_freq|(?:cos|sin)_cached|"
     r"position_ids|token_type_ids|embed_positions\.weights)$"
@@ -38,8 +39,9 @@ class Architecture:
     """A transformers class with a config, on the meta device.
 
     Args:
-        config: The model's config.
-        name: The name of the class, as in `architectures` of a config; None for the body.
+        config: The config that the class is built with.
+        name: The name of the class, as in `architectures` of a config. None, an unknown name or a class of another
+            config means the body.
 
     Raises:
         CheckpointError: transformers cannot build the class.
@@ -52,16 +54,14 @@ class Architecture:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
 
         self.config = config
-        body: Any = transformers.AutoModel
+        body_class: Any = transformers.AutoModel
         named_class: Any = getattr(transformers, name, None) if name else None
-        if not issubclass(
-            type(config), getattr(named_class, "config_class", None) or ()
-        ):  # unknown, or of another config
-            named_class = None
+        config_class = getattr(named_class, "config_class", None) or ()
+        is_named = issubclass(type(config), config_class)
         try:
             with torch.device("meta"):
-                copied = copy.deepcopy(config)
-                self.model: Any = named_class._from_config(copied) if named_class else body.from_config(copied)
+                build = named_class._from_config if is_named else body_class.from_config
+                self.model: Any = build(copy.deepcopy(config))
         except Exception as error:  # classes raise many types of errors for inconsistent settings
             raise CheckpointError(
                 f"transformers cannot build a {name or config.model_type} from this config.json ({error!r:.200})."
@@ -82,19 +82,20 @@ class Architecture:
             name: The name in a checkpoint.
 
         Returns:
-            The canonical name; of a tied tensor, that of its source. None if the class has no such tensor.
+            The canonical name; for a tied tensor, the canonical name of the tensor that it is tied to. None if the
+            class has no such tensor.
         """
         parameter, part = self._locate(name)
         if parameter not in self.parameters:
             return None
-        source = self.ties.get(parameter, parameter)
-        return str(self._canonical.get((source, part), source))
+        tied_to = self.ties.get(parameter, parameter)
+        return str(self._canonical.get((tied_to, part), tied_to))
 
     def is_unknown_body_tensor(self, name: str) -> bool:
         """Return whether a stored tensor seems to belong to the body, but is unknown to the class.
 
-        An example is a tensor of a layer beyond the number of the config. Heads, poolers and obsolete buffers do not
-        count.
+        An example is a tensor of layer 12 if the config has 12 layers, which count from 0. Tensors of heads and
+        poolers and obsolete buffers do not count.
 
         Args:
             name: The name in a checkpoint.
@@ -105,14 +106,14 @@ class Architecture:
         prefix = f"{self.prefix}."
         if is_optional(name.removeprefix(prefix)):  # a class with a head may have a pooler that the body lacks
             return False
-        top_level = {stored.removeprefix(prefix).split(".")[0] for stored in self.stored}
-        return name.startswith(prefix) or name.split(".")[0] in top_level
+        top_level_modules = {stored.removeprefix(prefix).split(".")[0] for stored in self.stored}
+        return name.startswith(prefix) or name.split(".")[0] in top_level_modules
 
     def unrelated_checkpoint_error(self, checkpoint: Checkpoint) -> CheckpointError:
         """Return the error for a checkpoint without any tensor of the class.
 
         Args:
-            checkpoint: The stored tensors.
+            checkpoint: The checkpoint, whose path and first names the message has.
         """
         names = ", ".join(map(repr, sorted(checkpoint)[:2]))
         return CheckpointError(
@@ -122,7 +123,7 @@ class Architecture:
         )
 
     def is_tied(self, name: str) -> bool:
-        """Return whether a stored tensor is tied to another one, such as an output layer to the embeddings.
+        """Return whether a stored tensor is tied to another tensor, such as an output layer to the embeddings.
 
         Args:
             name: The name in a checkpoint.
@@ -130,7 +131,7 @@ class Architecture:
         return self._locate(name)[0] in self.ties
 
     def parameter_of(self, name: str) -> str:
-        """Return the name in memory of the (first) parameter that a stored tensor is part of.
+        """Return the name in memory of the parameter that a stored tensor is part of; of several, the first.
 
         Args:
             name: The name in a checkpoint.
@@ -144,34 +145,34 @@ class Architecture:
         """Return the parameters that transformers loads from stored tensors.
 
         Args:
-            checkpoint: The stored tensors.
+            checkpoint: The stored tensors, under any names that transformers loads.
 
         Returns:
-            The parameters by their names in memory, which are computed when they are read.
+            The parameters by their names in memory, computed when they are read.
         """
         parts: dict[str, list[str]] = {}
         for name in sorted(checkpoint, key=_natural_key):
             parameter = self._locate(name)[0]
             if parameter in self.parameters:
                 parts.setdefault(parameter, []).append(name)
-        entries = {}
+        specs = {}
         for parameter, names in parts.items():
             operands = tuple((checkpoint, name) for name in names)
             dtype = dtype_of(checkpoint, names[0])
             if self._converter(names[0]) is None:
-                entries[parameter] = TensorSpec(dtype, shape_of(checkpoint, names[0]), operands[:1])
+                specs[parameter] = TensorSpec(dtype, shape_of(checkpoint, names[0]), operands[:1])
                 continue
-            for target, shape in self._shapes_of(parameter).items():  # a stored tensor may be several parameters
+            for target, shape in self._shapes_of(parameter).items():  # a tensor may be split into several parameters
                 rule = functools.partial(self._convert, parameter, target, names)
-                entries[target] = TensorSpec(dtype, shape, operands, rule, elementwise=False)
-        return DerivedTensors(entries)
+                specs[target] = TensorSpec(dtype, shape, operands, rule, elementwise=False)
+        return DerivedTensors(specs)
 
     def on_disk(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Convert parameters to the tensors that are saved.
+        """Convert parameters, or their gradients, to the tensors that they are saved as.
 
         Args:
             parameters: The parameters by their names in memory. Of parameters that are saved in common tensors, either
-                all or none. Gradients are converted like weights.
+                all or none.
 
         Returns:
             The tensors by canonical name.
@@ -182,7 +183,7 @@ class Architecture:
         return stored
 
     def saved(self, parameters: DerivedTensors) -> DerivedTensors:
-        """Return the tensors that parameters are saved as, which are computed when they are read.
+        """Return the tensors that parameters are saved as, computed when they are read.
 
         Args:
             parameters: The parameters by their names in memory. Of parameters that are saved in common tensors, either
@@ -191,37 +192,39 @@ class Architecture:
         Returns:
             The tensors by canonical name.
         """
-        entries: dict[str, TensorSpec] = {}
+        specs: dict[str, TensorSpec] = {}
         groups: dict[str, tuple[str, ...]] = {}
         for parameter, names in self._parts.items():
             if self._converter(names[0]) is None:
                 if parameter in parameters:
-                    entries[names[0]] = parameters.specs[parameter]
+                    specs[names[0]] = parameters.specs[parameter]
                 continue
             group = tuple(self._shapes_of(parameter))
             if group[0] not in parameters:
                 continue
             for index, name in enumerate(names):
-                # only the first names the operands, so that they are counted once
+                # Only the first tensor lists the operands, so that they are counted once.
                 operands = tuple((parameters, member) for member in group) if index == 0 else ()
                 dtype = parameters.specs[group[0]].dtype
-                entries[name] = TensorSpec(dtype, tuple(self.stored[name].shape), operands, elementwise=False)
+                specs[name] = TensorSpec(dtype, tuple(self.stored[name].shape), operands, elementwise=False)
                 groups[name] = group
-        return GroupedTensors(
-            entries, groups, lambda group: self.on_disk({member: parameters[member] for member in group})
-        )
+
+        def compute_group(group: tuple[str, ...]) -> dict[str, torch.Tensor]:
+            return self.on_disk({member: parameters[member] for member in group})
+
+        return GroupedTensors(specs, groups, compute_group)
 
     def parts_of(self, parameter: str) -> list[str]:
         """Return the canonical names of the tensors that a parameter is saved as.
 
         Args:
-            parameter: The name in memory; of parameters that are saved in common tensors, that of the first.
+            parameter: The name in memory; of parameters that are saved in common tensors, the name of the first.
         """
         return self._parts.get(parameter, [])
 
     @functools.cached_property
     def _parts(self) -> dict[str, list[str]]:
-        """The canonical names of the tensors by the (first) parameter that they are part of."""
+        """The canonical names of the tensors by the parameter that they are part of; of several, the first."""
         parts: dict[str, list[str]] = {}
         for name in sorted(self.stored, key=_natural_key):
             parts.setdefault(self._locate(name)[0], []).append(name)
@@ -229,7 +232,7 @@ class Architecture:
 
     @functools.cached_property
     def embeddings(self) -> str | None:
-        """The canonical name of the token embeddings."""
+        """The canonical name of the token embeddings; None if the model reads no tokens."""
         try:
             module = self.model.get_input_embeddings()
         except NotImplementedError:  # the model reads no tokens
@@ -246,10 +249,10 @@ class Architecture:
     def token_tensors(self) -> frozenset[str]:
         """The canonical names of the tensors whose size depends on the vocabulary: [tokens, …] or [1, tokens]."""
         config = copy.deepcopy(self.config)
-        text: Any = config.get_text_config()
-        if getattr(text, "vocab_size", None) is None:  # the model reads no tokens
+        text_config: Any = config.get_text_config()
+        if getattr(text_config, "vocab_size", None) is None:  # the model reads no tokens
             return frozenset()
-        text.vocab_size += 1
+        text_config.vocab_size += 1
         grown = Architecture(config, type(self.model).__name__)
         return frozenset(
             str(self.identify(name))
@@ -258,26 +261,27 @@ class Architecture:
         )
 
     def _locate(self, name: str) -> tuple[str, str]:
-        """Return the parameter that a stored tensor is part of, and an identifier of the part ('' for the whole)."""
+        """Return the parameter that a stored tensor is part of, and the part's identifier, empty for an only part."""
         from transformers.core_model_loading import apply_renamings, rename_source_key
 
         name = name.replace(COMPILED, "")
         parameter, pattern = rename_source_key(name, self._renamings, self._converters, self.prefix, self.parameters)
         if pattern is None:
             return parameter, ""
-        renamed = apply_renamings(name, self._renamings)
         prefix = self.prefix + "."
-        suffixes = [text.removeprefix(prefix) for text in (renamed, parameter)]
-        return parameter, suffixes[0][len(os.path.commonprefix(suffixes)) :]  # noqa: RUF071 - the names are no paths
+        inner_name = apply_renamings(name, self._renamings).removeprefix(prefix)
+        common = os.path.commonprefix([inner_name, parameter.removeprefix(prefix)])  # noqa: RUF071 - names, not paths
+        return parameter, inner_name[len(common) :]
 
     def _converter(self, name: str) -> Any:
+        """Return the conversion of transformers that a stored tensor takes part in; None if it is only renamed."""
         from transformers.core_model_loading import apply_converters, apply_renamings
 
         _, pattern = apply_converters(apply_renamings(name.replace(COMPILED, ""), self._renamings), self._converters)
         return next((entry for entry in self._converters if pattern and pattern in entry.source_patterns), None)
 
     def _convert(self, parameter: str, target: str, names: list[str], *tensors: torch.Tensor) -> torch.Tensor:
-        """Compute a parameter from the stored tensors that it consists of, as transformers does on loading."""
+        """Compute the parameter `target` of a conversion from its stored tensors, as transformers does on loading."""
         from transformers.core_model_loading import apply_converters, apply_renamings
 
         converter = copy.deepcopy(self._converter(names[0]))
@@ -289,14 +293,13 @@ class Architecture:
         return result
 
     def _shapes_of(self, parameter: str) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of all parameters that are computed from the same stored tensors as this one."""
-        names = self._parts[parameter]
-        first = self._converter(names[0])
-        if len(first.target_patterns) == 1:
-            return {parameter: tuple(self.parameters[parameter].shape)}
-        converter = copy.deepcopy(first)
+        """Return the shapes of all parameters that are computed from the same stored tensors as a parameter."""
         from transformers.core_model_loading import apply_converters, apply_renamings
 
+        names = self._parts[parameter]
+        converter = copy.deepcopy(self._converter(names[0]))
+        if len(converter.target_patterns) == 1:
+            return {parameter: tuple(self.parameters[parameter].shape)}
         for name in names:
             renamed = apply_renamings(name, self._renamings)
             converter.add_tensor(parameter, name, apply_converters(renamed, self._converters)[1], self.stored[name])
@@ -304,16 +307,16 @@ class Architecture:
         return {name: tuple(self.parameters[name].shape) for name in converted}
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=CACHED_ARCHITECTURES)
 def _cached_architecture(settings: str, name: str | None, config_class: type[PretrainedConfig]) -> Architecture:
     return Architecture(config_class.from_dict(json.loads(settings)), name)
 
 
 def architecture_of(config: PretrainedConfig, name: str | None = None) -> Architecture:
-    """Return the architecture of a config, which is built once for equal configs.
+    """Return the architecture of a config, cached for equal configs.
 
     Args:
-        config: The model's config.
+        config: The config that the class is built with.
         name: The name of the class, as in `architectures` of a config; None for the body.
 
     Raises:
@@ -321,7 +324,7 @@ def architecture_of(config: PretrainedConfig, name: str | None = None) -> Archit
     """
     config_class: Any = type(config)
     settings = config.to_dict()
-    settings.pop("_name_or_path", None)  # the folder does not matter
+    settings.pop("_name_or_path", None)  # the architecture does not depend on the folder
     return _cached_architecture(json.dumps(settings, sort_keys=True, default=str), name, config_class)
 
 
@@ -333,4 +336,5 @@ def _shapes_with_another_token(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that orders the numbers in names by value: experts.2 before experts.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

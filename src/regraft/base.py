@@ -1,4 +1,4 @@
-"""A base model, as transformers would load it."""
+"""Base models, as transformers loads them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from regraft.weights import NamedTensors
 
 PRETRAINING = "pretraining.json"
-MIN_TEXT_TOKENS = 8  # less is no sensible limit; models take hundreds of tokens
+MIN_TEXT_TOKENS = 8  # arbitrary: a lower limit is probably an error, because models take hundreds
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base model: a transformers folder from which models are tuned for tasks.
+    """A base model, from which models are tuned for tasks.
 
     Args:
-        name: The name that the user gave: a folder or a hub id (`id@revision` pins a revision).
-        path: The folder on this disk.
-        checkpoint: The tensors, which are read when they are used.
+        name: The name that the user passed: a folder or a hub id (`id@revision` pins a revision).
+        path: The transformers folder on this machine.
+        checkpoint: The stored tensors, which are read on access.
         tokenizer_override: A tokenizer to use instead of the base's, for an adaptation with additional tokens.
-        rows_override: The number of rows that the embeddings get for those tokens.
+        rows_override: The number of rows of the embeddings with the additional tokens.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Base:
             name: A folder, or a hub id with an optional `@revision`.
 
         Returns:
-            The base, whose tensors are read when they are used.
+            The base, whose tensors are read on access.
 
         Raises:
-            CheckpointError: There is no such base, a file is missing, truncated or malformed, or it is quantised or an
-                encoder-decoder.
+            CheckpointError: There is no such base; a file is missing, truncated or malformed; or the base is an
+                adapter, quantised, an encoder-decoder or multimodal.
         """
         path = find_path(name)
         if path.is_file():
@@ -82,7 +82,7 @@ class Base:
                 "Save its text model separately: load it with its class for causal language models, such as "
                 "Gemma3ForCausalLM, and call save_pretrained."
             )
-        _ = base.body
+        _ = base.body  # checks the names of the tensors
         return base
 
     @functools.cached_property
@@ -92,7 +92,7 @@ class Base:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a padding token if it has any suitable special token."""
+        """The tokenizer; its padding token defaults to the end-of-sequence or else the unknown token."""
         tokenizer = copy.deepcopy(self.tokenizer_override) if self.tokenizer_override else read_tokenizer(self.path)
         self.check_tokens(tokenizer, tokenizer("")["input_ids"])
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= self.vocabulary_size:
@@ -103,16 +103,15 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """The id that pads batches and is masked: that of the padding token, or 0 if there is none."""
-        padding = self.tokenizer.pad_token_id
-        return 0 if padding is None else int(padding)
+        """The id of the padding token, or 0 if there is none: padding is masked."""
+        pad_id = self.tokenizer.pad_token_id
+        return 0 if pad_id is None else int(pad_id)
 
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
-        """The ids of the base's tokens, without additional ones of an adaptation."""
-        vocabulary: dict[str, int] = (
-            read_tokenizer(self.path) if self.tokenizer_override else self.tokenizer
-        ).get_vocab()
+        """The ids of the base's tokens, without the additional tokens of an adaptation."""
+        tokenizer = read_tokenizer(self.path) if self.tokenizer_override else self.tokenizer
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
         if max(vocabulary.values(), default=0) < self.embedding_rows:
             return vocabulary
         return ids_by_token(read_tokenizer(self.path), self.embedding_rows)
@@ -125,7 +124,7 @@ class Base:
 
     @functools.cached_property
     def vocabulary_size(self) -> int:
-        """The number of tokens that have a row in the embeddings, including additional ones of an adaptation."""
+        """The number of tokens with a row in the embeddings, including the additional tokens of an adaptation."""
         return self.rows_override or int(getattr(self.config.get_text_config(), "vocab_size", None) or sys.maxsize)
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
@@ -133,12 +132,13 @@ class Base:
 
         Args:
             tokenizer: The tokenizer that produced the ids.
-            ids: The ids of tokens.
+            ids: Ids of tokens, 0 or more.
 
         Raises:
-            CheckpointError: An id is beyond the embeddings.
+            CheckpointError: An id is not the index of a row.
         """
-        if (highest := max(ids, default=0)) >= self.vocabulary_size:
+        highest = max(ids, default=0)
+        if highest >= self.vocabulary_size:
             raise CheckpointError(
                 f"{self.path}: its tokenizer produces token {tokenizer.convert_ids_to_tokens(highest)!r} "
                 f"({highest:,}), but its embeddings have {self.vocabulary_size:,} rows: the token was added without "
@@ -177,31 +177,35 @@ class Base:
 
     @functools.cached_property
     def is_decoder(self) -> bool:
-        """Whether it is a causal language model, whose classifier reads the last token."""
+        """Whether the base is a causal language model, whose classifier reads the last token."""
         return is_causal(self.config)
 
     @functools.cached_property
     def is_encoder_decoder(self) -> bool:
-        """Whether its classifier has an encoder and a decoder, such as T5 and BART, even if only one is stored."""
+        """Whether its classifier has an encoder and a decoder, as in T5 and BART, even if only one is stored."""
         from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
         return self.config.is_encoder_decoder or type(self.config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
     @functools.cached_property
     def max_input_length(self) -> int:
-        """The maximal number of tokens of an input."""
+        """The maximal number of tokens of an input, including special tokens.
+
+        Raises:
+            CheckpointError: The settings leave fewer than `MIN_TEXT_TOKENS` tokens for text.
+        """
         positions = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         if positions < 0:  # XLNet has no limit
             positions = sys.maxsize
         for name, module in self.architecture.model.named_modules():
             if name.endswith(".position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                positions -= module.padding_idx + 1  # positions of RoBERTa start after the padding's id
+                positions -= module.padding_idx + 1  # RoBERTa counts positions from the padding's id plus 1
         length = min(positions, self.tokenizer.model_max_length)
-        special = self.tokenizer.num_special_tokens_to_add()
-        if length < special + MIN_TEXT_TOKENS:
+        num_special = self.tokenizer.num_special_tokens_to_add()
+        if length < num_special + MIN_TEXT_TOKENS:
             raise CheckpointError(
                 f"{self.path}: takes {length} tokens (max_position_embeddings in config.json, model_max_length in "
-                f"tokenizer_config.json), of which {special} are special tokens: no room is left for text. Correct "
+                f"tokenizer_config.json), of which {num_special} are special tokens: too few remain for text. Correct "
                 "these settings."
             )
         return length
@@ -223,15 +227,15 @@ class Base:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The fingerprint of the body, which does not depend on the head, on stored names or on shards."""
-        canonical_names = {name: inner for inner, name in self.body.items()}
+        """The fingerprint of the body, which does not depend on the head, the stored names or the shards."""
+        canonical_names = {stored: canonical for canonical, stored in self.body.items()}
         return fingerprint(self.checkpoint, hashed_name=canonical_names.get)
 
     def check_finite(self) -> None:
-        """Check that the body has no infinite or NaN values; it is read once.
+        """Check that the body has no infinite or NaN values; later calls do not read it again.
 
         Raises:
-            CheckpointError: There are such values; the message counts them by tensor.
+            CheckpointError: The body has infinite or NaN values; the message counts them by tensor.
         """
         _ = self._is_finite
 
@@ -250,7 +254,7 @@ class Base:
 
     @functools.cached_property
     def parent_fingerprint(self) -> str | None:
-        """The fingerprint of the base that this one was pre-trained from, if regraft pre-trained it."""
+        """The fingerprint of the base that this base was pre-trained from; None if regraft did not pre-train it."""
         try:
             record = read_json(self.path / PRETRAINING)
             return str(record["base"]["fingerprint"])
@@ -259,7 +263,7 @@ class Base:
 
 
 def is_causal(config: PretrainedConfig) -> bool:
-    """Return whether a config is that of a causal language model, not of a masked one.
+    """Return whether a config belongs to a causal language model, rather than a masked language model.
 
     Args:
         config: The transformers config.
@@ -282,30 +286,30 @@ def body_names(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, 
     """Return the stored names of the body's floating-point tensors, by their canonical names inside the body.
 
     Args:
-        checkpoint: The tensors, with or without a head.
+        checkpoint: The stored tensors, with or without a head.
         architecture: The architecture of the body.
 
     Raises:
-        CheckpointError: A tensor is stored twice or unknown to the class, or there are no tensors of the body.
+        CheckpointError: A tensor is stored twice or unknown to the class, or no tensor belongs to the body.
     """
     names: dict[str, str] = {}
     for name, stored_tensor in sorted(checkpoint.tensors.items(), key=lambda item: architecture.is_tied(item[0])):
         if stored_tensor.dtype not in FLOATING:
             continue
-        inner = architecture.identify(name)
-        if inner is None and architecture.is_unknown_body_tensor(name):
+        canonical_name = architecture.identify(name)
+        if canonical_name is None and architecture.is_unknown_body_tensor(name):
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name!r} does not belong to a {type(architecture.model).__name__} with the "
                 "sizes in config.json, and would be ignored. Load it with the tool that saved it, and call "
                 "save_pretrained."
             )
-        if inner in names and not architecture.is_tied(name):
+        if canonical_name in names and not architecture.is_tied(name):
             raise CheckpointError(
-                f"{checkpoint.path}: stores the same tensor as {names[inner]!r} and {name!r}. Load it with "
+                f"{checkpoint.path}: stores the same tensor as {names[canonical_name]!r} and {name!r}. Load it with "
                 "transformers and call save_pretrained."
             )
-        if inner is not None:
-            names.setdefault(inner, name)
+        if canonical_name is not None:
+            names.setdefault(canonical_name, name)
     if not names:
         raise architecture.unrelated_checkpoint_error(checkpoint)
     return names

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint import Checkpoint
 
-# transformers' tables of classes, in the order in which they are tried: those of pre-training first
+# transformers' tables of classes, in the order in which they are tried: classes of pre-training first.
 CLASS_TABLES = (
     "MASKED_LM",
     "CAUSAL_LM",
@@ -32,11 +32,11 @@ CLASS_TABLES = (
 
 
 def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig) -> str:
-    """Return the transformers class of a checkpoint: that of its config, or else the one with most of its tensors.
+    """Return the transformers class that the config names, or else the class that has the most of the tensors.
 
     Args:
         checkpoint: The stored tensors.
-        config: Its config, which may name no class, an unknown one, or the body.
+        config: The config, which may name no class, an unknown class or the body.
 
     Returns:
         The name of the class; empty for the body.
@@ -51,13 +51,13 @@ def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig)
     if type(architecture_of(config, declared).model) is not type(body.model):
         return declared
     tables = (getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in CLASS_TABLES)
-    counts = {"": _count_known(checkpoint, body)}
+    num_known = {"": _count_known(checkpoint, body)}
     for name in dict.fromkeys(str(table.get(config.model_type)) for table in tables):
-        if max(counts.values()) == len(checkpoint):
+        if max(num_known.values()) == len(checkpoint):
             break
         with contextlib.suppress(CheckpointError):
-            counts[name] = _count_known(checkpoint, architecture_of(config, name))
-    return max(counts, key=lambda name: counts[name])
+            num_known[name] = _count_known(checkpoint, architecture_of(config, name))
+    return max(num_known, key=lambda name: num_known[name])
 
 
 def named(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
@@ -67,15 +67,17 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
 
     Args:
         checkpoint: The stored tensors.
-        config: Its config.
+        config: The checkpoint's config.
 
     Returns:
-        The tensors, which are read when they are used.
+        The tensors, which are read on access.
 
     Raises:
-        CheckpointError: transformers cannot build the class, it has none of the tensors, or one is stored twice.
+        CheckpointError: transformers cannot build the class, the class has none of the tensors, or a tensor is stored
+            twice.
     """
-    model, body = architecture_of(config, class_name(checkpoint, config)), architecture_of(config)
+    model = architecture_of(config, class_name(checkpoint, config))
+    body = architecture_of(config)
     prefix = f"{model.prefix}." if any(name.startswith(f"{model.prefix}.") for name in model.stored) else ""
 
     def key_of(name: str) -> str:
@@ -83,40 +85,40 @@ def named(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
 
     if not any(map(body.identify, checkpoint)) and not any(map(model.identify, checkpoint)):
         raise body.unrelated_checkpoint_error(checkpoint)
-    sources: dict[str, str] = {}
-    for stored in sorted(checkpoint, key=model.is_tied):  # sources before tensors that are tied to them
-        inner = body.identify(stored)
+    stored_names: dict[str, str] = {}
+    for stored in sorted(checkpoint, key=model.is_tied):  # tied tensors last
+        body_name = body.identify(stored)
         name: str | None = model.identify(stored)
-        if name is None and inner:
-            name = prefix + inner
+        if name is None and body_name:
+            name = prefix + body_name
         elif name is None and not BUFFER.search(stored):
             name = stored
-        if name in sources and model.is_tied(stored):
-            if are_equal(checkpoint, sources[name], checkpoint, stored):
+        if name in stored_names and model.is_tied(stored):
+            if are_equal(checkpoint, stored_names[name], checkpoint, stored):
                 continue
             name = stored  # transformers does not tie tensors that differ in the checkpoint
-        if name in sources:
+        if name in stored_names:
             raise CheckpointError(
-                f"{checkpoint.path}: stores the same tensor as {sources[name]!r} and {stored!r}. Load it with "
+                f"{checkpoint.path}: stores the same tensor as {stored_names[name]!r} and {stored!r}. Load it with "
                 "transformers and call save_pretrained."
             )
         if name:
-            sources[name] = stored
-    entries = {
+            stored_names[name] = stored
+    specs = {
         name: TensorSpec(dtype_of(checkpoint, stored), shape_of(checkpoint, stored), ((checkpoint, stored),))
-        for name, stored in sorted(sources.items())
+        for name, stored in sorted(stored_names.items())
     }
-    keys = {name: name if model.is_tied(name) else key_of(name) for name in entries}
+    keys = {name: name if model.is_tied(name) else key_of(name) for name in specs}
     ties = {tied: key_of(str(model.identify(tied))) for tied in model.ties}
     expected = {key_of(name) for name in model.stored if not model.is_tied(name)}
-    return NamedTensors(entries, keys, ties, expected, lambda: model.token_tensors, model.embeddings)
+    return NamedTensors(specs, keys, ties, expected, lambda: model.token_tensors, model.embeddings)
 
 
 def class_of(checkpoint: Checkpoint) -> Architecture:
-    """Return the architecture of a checkpoint's class.
+    """Return the architecture of a checkpoint's transformers class.
 
     Args:
-        checkpoint: A transformers folder.
+        checkpoint: A transformers folder's checkpoint.
 
     Raises:
         CheckpointError: transformers cannot read the config, or cannot build the class.
@@ -128,13 +130,13 @@ def class_of(checkpoint: Checkpoint) -> Architecture:
 def name_consistently(
     checkpoints: Mapping[str, Checkpoint],
 ) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:
-    """Return checkpoints under their canonical names; if one has no transformers class, all under their stored names.
+    """Return checkpoints under their canonical names; if any has no transformers class, all under their stored names.
 
     Args:
-        checkpoints: The checkpoints by role.
+        checkpoints: The checkpoints by role, such as `old` and `tuned`.
 
     Returns:
-        The tensors by role; and the reason, if they have their stored names.
+        The tensors by role; and the reason if they have their stored names, otherwise None.
 
     Raises:
         CheckpointError: A config contradicts its tensors, or a tensor is stored twice.
@@ -146,8 +148,10 @@ def name_consistently(
         reason = None
         if checkpoint.path.is_file() or not (checkpoint.path / "config.json").is_file():
             reason = "there is no config.json"
-        elif str(kind := read_json(checkpoint.path / "config.json").get("model_type")) not in CONFIG_MAPPING:
-            reason = f"transformers has no model of type {kind!r:.80}"
+        else:
+            model_type = read_json(checkpoint.path / "config.json").get("model_type")
+            if str(model_type) not in CONFIG_MAPPING:
+                reason = f"transformers has no model of type {model_type!r:.80}"
         if reason:
             return dict(checkpoints), f"{checkpoint.path}: {reason}, so tensors are paired by their stored names"
         named_tensors[role] = named(checkpoint, read_config(checkpoint))
@@ -155,5 +159,5 @@ def name_consistently(
 
 
 def _count_known(checkpoint: Mapping[str, torch.Tensor], architecture: Architecture) -> int:
-    """Count the tensors that a class has or ignores."""
+    """Count the stored tensors that a class has or ignores."""
     return sum(bool(architecture.identify(name) or BUFFER.search(name)) for name in checkpoint)

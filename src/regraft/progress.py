@@ -8,41 +8,44 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
-"""A function of the stage, the amount done, the total amount, and figures to show."""
+"""A function of the stage, the processed amount, the total amount, and numbers to show by name."""
+
+# Warnings about problems for which regraft raises an error.
+PATTERNS_OF_ERRORS = (
+    "Found missing adapter keys",
+    "Some weights of .* were not initialized",
+    "Unexpected keyword arguments",
+    r"Adapter .* LoRA tensor\(s\) have invalid shape",
+)
 
 
-def silent(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-    """Ignore the progress."""
+def silent(stage: str, processed: int, total: int, figures: Mapping[str, float]) -> None:
+    """Report nothing: the default progress callback."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the reports and progress bars of transformers, whose content regraft checks itself."""
+    """Silence transformers' reports, of problems that regraft checks itself, and its progress bars."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
 
     level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
+    has_progress_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # PEFT asks for a property that transformers 5.23 renamed
+            # PEFT reads a property that transformers 5.23 renamed.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            # PEFT warns of the layers that its layer-norm tuning is for
+            # PEFT warns of the layers that its layer-norm tuning is for.
             warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
-            # PEFT warns of the pattern that it adds itself for experts that were stored separately
+            # PEFT warns of the pattern that it adds itself for experts that were stored separately.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-            for checked in (  # regraft raises an error for these
-                "Found missing adapter keys",
-                "Some weights of .* were not initialized",
-                "Unexpected keyword arguments",
-                r"Adapter .* LoRA tensor\(s\) have invalid shape",
-            ):
-                warnings.filterwarnings("ignore", checked)
+            for pattern in PATTERNS_OF_ERRORS:
+                warnings.filterwarnings("ignore", pattern)
             yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+        if has_progress_bars:
             logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""The upgrade from one base model to the next."""
+"""The upgrade from an old base model to a new one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from regraft.base import Base
-from regraft.errors import MismatchError
+from regraft.errors import MAX_LISTED, MismatchError
 from regraft.weights import is_optional, match_rows
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class Upgrade:
 
     Raises:
         CheckpointError: A base is missing or incomplete.
-        MismatchError: They differ in architecture or sizes. Rows of embeddings may differ: they are matched by token.
+        MismatchError: The bases differ in architecture or tensor shapes. Embeddings may differ in rows, which are
+            matched by token.
     """
 
     old: Base
@@ -43,48 +44,52 @@ class Upgrade:
         object.__setattr__(self, "new", new if isinstance(new, Base) else Base.open(new))
         self._check_architecture()
         self._check_tensors()
-        _ = self.row_match
+        _ = self.row_match  # checks the vocabularies, and logs a difference
 
     @functools.cached_property
     def row_match(self) -> RowMatch | None:
-        """How the rows of the vocabularies match by token; None if they are the same."""
+        """The match of the vocabularies' rows by token; None if they are the same."""
         old, new = self.old, self.new
         if old.vocabulary == new.vocabulary and old.embedding_rows == new.embedding_rows:
             return None
-        rows = match_rows(old.vocabulary, new.vocabulary, old.embedding_rows, new.embedding_rows)
+        match = match_rows(old.vocabulary, new.vocabulary, old.embedding_rows, new.embedding_rows)
         logger.warning(
-            "%s and %s have different vocabularies, matched by token: %s.", old.path, new.path, rows.summary()
+            "%s and %s have different vocabularies, matched by token: %s.", old.path, new.path, match.summary()
         )
-        return rows
+        return match
 
     def shared_rows(self, name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tensor of both bases, reduced to the rows of common tokens if it has a row for each token.
+        """Return a tensor of both bases, reduced to the rows of common tokens if it has a row per token.
 
         Args:
             name: The tensor's name inside the body.
-            old: The old base's tensor.
-            new: The new base's tensor.
+            old: The old base's tensor, [old rows, …].
+            new: The new base's tensor, [new rows, …].
+
+        Returns:
+            The old and the new tensor, with corresponding rows.
         """
         if self.row_match is None or name not in self.old.architecture.token_tensors:
             return old, new
-        pairs = [
-            (i, j)
-            for i, j in zip(self.row_match.old_row_indices, self.row_match.new_row_indices, strict=True)
-            if i >= 0 and j >= 0
-        ]
-        return old[[i for i, _ in pairs]], new[[j for _, j in pairs]]
+        old_rows = []
+        new_rows = []
+        for old_row, new_row in zip(self.row_match.old_row_indices, self.row_match.new_row_indices, strict=True):
+            if old_row >= 0 and new_row >= 0:
+                old_rows.append(old_row)
+                new_rows.append(new_row)
+        return old[old_rows], new[new_rows]
 
     def check_finite(self) -> None:
-        """Check that the bases have no infinite or NaN values.
+        """Check that the bodies have no infinite or NaN values.
 
         Raises:
-            CheckpointError: A body has such values.
+            CheckpointError: A body has infinite or NaN values.
         """
         self.old.check_finite()
         self.new.check_finite()
 
     def distance(self) -> Distance:
-        """Return the distance between the bodies of the two bases."""
+        """Return the distance between the bodies of the bases, over their common tensors and tokens."""
         from regraft.weights import distance
 
         shared = sorted(self.old.body.keys() & self.new.body.keys())
@@ -102,6 +107,7 @@ class Upgrade:
             )
 
     def _check_tensors(self) -> None:
+        """Refuse bases of which only one has a tensor, or which differ in a shape, except in rows of tokens."""
         old, new = _shapes(self.old), _shapes(self.new)
         misshapen = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
         token_tensors = self.old.architecture.token_tensors if misshapen else ()
@@ -113,9 +119,9 @@ class Upgrade:
         only_old = sorted(name for name in old.keys() - new.keys() if not is_optional(name))
         only_new = sorted(name for name in new.keys() - old.keys() if not is_optional(name))
         if differing or only_old or only_new:
-            lines = [f"{self.new.path} is no upgrade of {self.old.path}:"]
+            lines = [f"{self.new.path} is not an upgrade of {self.old.path}:"]
             for problem, names in (
-                ("of another shape", differing),
+                ("of different shapes", differing),
                 ("only in the old base", only_old),
                 ("only in the new base", only_new),
             ):
@@ -126,19 +132,19 @@ class Upgrade:
 
 
 def with_current_fingerprints(record: Mapping[str, Any], bases: Iterable[Base]) -> dict[str, Any]:
-    """Replace fingerprints of bases that regraft 0.1 recorded by the current ones.
+    """Replace the fingerprints of bases that regraft 0.1 recorded with the current fingerprints.
 
     Args:
-        record: A record of inputs.
-        bases: The bases that may be among them.
+        record: The inputs of a run, as `read_json` returns them.
+        bases: The bases whose fingerprints may be among the values.
     """
     current = {base.stored_fingerprint: base.fingerprint for base in bases}
     return {key: current.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
 
 
 def _shapes(base: Base) -> dict[str, tuple[int, ...]]:
-    return {inner: base.checkpoint.tensors[name].shape for inner, name in base.body.items()}
+    return {canonical: base.checkpoint.tensors[stored].shape for canonical, stored in base.body.items()}
 
 
 def _first_names(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+    return ", ".join(names[:MAX_LISTED]) + (" …" if len(names) > MAX_LISTED else "")

@@ -1,4 +1,4 @@
-"""The vocabularies of two bases and a fine-tune: matching their rows by token, and merging their tokenizers."""
+"""Matching the vocabularies of two bases and a fine-tune by token, and merging their tokenizers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import TOKENIZER_FILES, copy_auxiliary_files, read_json, shape_of, write_atomic
-from regraft.errors import CheckpointError, MismatchError
+from regraft.errors import MAX_LISTED, CheckpointError, MismatchError
 from regraft.transformers_folder import check_sizes, read_tokenizer
 from regraft.weights import NamedTensors, RowMatch, has_vocabulary_rows, match_rows
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+# Files with the tokens of a tokenizer, by which its presence is recognised and vocabularies are compared.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "added_tokens.json", "tekken.json", "*.model", "*.spm", "*.tiktoken")
 TOKEN_ID_SETTINGS = re.compile(r"_token_(?:id|index)$|suppress_tokens$")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -29,64 +30,66 @@ def match_vocabularies(
     """Match the rows of the embeddings of two bases and a fine-tune by the tokens of their tokenizers.
 
     Args:
-        folders: The folders of the roles `old`, `new` and, if there is a fine-tune, `tuned`. A fine-tune without a
+        folders: The folders by role: `old`, `new` and, if there is a fine-tune, `tuned`. A fine-tune without a
             tokenizer has the old base's.
-        tensors: Their tensors, under canonical names if they have a class.
+        tensors: The tensors by role, under canonical names if they have a transformers class.
 
     Returns:
-        The match; None if the vocabularies are the same, or a tokenizer is missing and the numbers of rows are equal.
+        The match; None if the vocabularies are the same, or if a tokenizer is missing and the numbers of rows are
+        equal.
 
     Raises:
-        CheckpointError: The embeddings differ in size, and there is no tokenizer to match them by.
-        MismatchError: A tokenizer has more tokens than its embeddings have rows.
+        CheckpointError: The embeddings differ in size and a tokenizer is missing, or the tokenizers differ and a
+            checkpoint has no tensor with a row per token.
+        MismatchError: A tokenizer has a token without a row in the embeddings.
     """
-    rows = {role: _num_rows(tensors[role]) for role in folders}
+    num_rows = {role: _num_rows(tensors[role]) for role in folders}
     files = {role: _read_vocabulary_files(folder) for role, folder in folders.items()}
-    if "tuned" in files and not files["tuned"] and rows["tuned"] == rows["old"]:
+    if "tuned" in files and not files["tuned"] and num_rows["tuned"] == num_rows["old"]:
         files["tuned"] = files["old"]
     if not all(files.values()):
-        if len(set(rows.values())) > 1:
+        if len(set(num_rows.values())) > 1:
             without_tokenizer = next(folder for role, folder in folders.items() if not files[role])
-            sizes = " and ".join(f"{folders[role]} has {count:,}" for role, count in rows.items())
+            sizes = " and ".join(f"{folders[role]} has {count:,}" for role, count in num_rows.items())
             raise CheckpointError(
                 f"the embeddings differ in size: {sizes} rows, and {without_tokenizer} has no tokenizer to match them "
                 "by. Copy the base's tokenizer files into it."
             )
         return None
-    if all(content == files["old"] for content in files.values()) and len(set(rows.values())) == 1:
+    if all(content == files["old"] for content in files.values()) and len(set(num_rows.values())) == 1:
         return None
     tokenizers = {"old": read_tokenizer(folders["old"])}
     tokenizers |= {role: read_tokenizer(folder) for role, folder in folders.items() if files[role] != files["old"]}
-    if not all(rows.values()):
+    if not all(num_rows.values()):
         if all(tokenizer.get_vocab() == tokenizers["old"].get_vocab() for tokenizer in tokenizers.values()):
             return None
-        without_embeddings = next(folder for role, folder in folders.items() if not rows[role])
+        without_embeddings = next(folder for role, folder in folders.items() if not num_rows[role])
         raise CheckpointError(
             f"{without_embeddings}: none of its tensors is known to have a row for each token, but the tokenizers "
             "differ. Use checkpoints of a transformers class, or with the same vocabulary."
         )
-    vocabularies = {role: ids_by_token(tokenizer, rows[role]) for role, tokenizer in tokenizers.items()}
+    vocabularies = {role: ids_by_token(tokenizer, num_rows[role]) for role, tokenizer in tokenizers.items()}
     match = match_rows(
         vocabularies["old"],
         vocabularies.get("new", vocabularies["old"]),
-        rows["old"],
-        rows["new"],
+        num_rows["old"],
+        num_rows["new"],
         vocabularies.get("tuned"),
-        rows.get("tuned"),
+        num_rows.get("tuned"),
     )
     return None if match.is_identity else match
 
 
-def ids_by_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, int]:
+def ids_by_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> dict[str, int]:
     """Return the ids of a tokenizer's tokens, except a padding token for which the embeddings have no row.
 
     Args:
-        tokenizer: The tokenizer.
-        rows: The number of rows of the embeddings.
+        tokenizer: A tokenizer, which may have added a padding token without resizing the embeddings.
+        num_rows: The number of rows of the embeddings.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     padding = tokenizer.pad_token
-    return {token: i for token, i in vocabulary.items() if i < rows or token != padding}
+    return {token: token_id for token, token_id in vocabulary.items() if token_id < num_rows or token != padding}
 
 
 def check_one_vocabulary(
@@ -96,27 +99,28 @@ def check_one_vocabulary(
 
     Args:
         folders: The folders of the roles `old` and `tuned`.
-        tensors: Their tensors.
-        result: What will be computed from the two, such as `a LoRA`, for error messages.
+        tensors: The tensors of these roles.
+        result: The result of the computation that follows, such as `a LoRA`, for error messages.
 
     Raises:
         MismatchError: The tokens, their rows or the numbers of rows differ.
     """
-    rows = match_vocabularies(
+    match = match_vocabularies(
         {"old": folders["old"], "new": folders["tuned"]}, {"old": tensors["old"], "new": tensors["tuned"]}
     )
-    if rows is None:
+    if match is None:
         return
-    if not rows.added_tokens and all(old in (-1, row) for row, old in enumerate(rows.old_row_indices)):
+    are_in_same_rows = all(old_row in (-1, row) for row, old_row in enumerate(match.old_row_indices))
+    if not match.added_tokens and are_in_same_rows:
         raise MismatchError(
-            f"{folders['tuned']}: its embeddings have {rows.num_new_rows:,} rows and those of {folders['old']} "
-            f"{rows.num_old_rows:,} for the same tokens, so {result} of it would not fit. Resize them with "
+            f"{folders['tuned']}: its embeddings have {match.num_new_rows:,} rows and those of {folders['old']} "
+            f"{match.num_old_rows:,} for the same tokens, so {result} of it would not fit. Resize them with "
             "resize_token_embeddings of transformers first, or graft the fine-tune (regraft weights graft)."
         )
-    difference = "its tokens are in other rows than those"
-    if rows.added_tokens:
-        added = ", ".join(map(repr, rows.added_tokens[:4]))
-        difference = f"it has {len(rows.added_tokens):,} tokens ({added}) in addition to those"
+    difference = "its tokens are in different rows than those"
+    if match.added_tokens:
+        listed = ", ".join(map(repr, match.added_tokens[:MAX_LISTED]))
+        difference = f"it has {len(match.added_tokens):,} tokens ({listed}) in addition to those"
     raise MismatchError(
         f"{folders['tuned']}: {difference} of {folders['old']}, so {result} of it would lack them. Graft the fine-tune "
         "(regraft weights graft)."
@@ -124,11 +128,11 @@ def check_one_vocabulary(
 
 
 def check_same_rows(folders: Mapping[str, Path], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Check that two checkpoints have no token in different rows.
+    """Check that two checkpoints have their common tokens in the same rows, unless a tokenizer is missing.
 
     Args:
-        folders: Both folders. If one has no tokenizer, nothing is checked.
-        tensors: Their tensors.
+        folders: The folders of the two checkpoints by role.
+        tensors: The tensors of the same roles.
 
     Raises:
         MismatchError: A token has different ids.
@@ -147,7 +151,7 @@ def check_same_rows(folders: Mapping[str, Path], tensors: Mapping[str, Mapping[s
         )
 
 
-def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowMatch) -> None:
+def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, match: RowMatch) -> None:
     """Write the tokenizer of a graft, and update the ids of tokens in its configs.
 
     Args:
@@ -155,12 +159,16 @@ def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowM
         new: The new base's folder.
         tuned: The fine-tune's folder.
         old: The old base's folder, whose tokenizer is used if the fine-tune has none.
-        rows: The match of their rows.
+        match: The match of the rows of the three vocabularies.
+
+    Raises:
+        CheckpointError: The fine-tune's tokens cannot be added with the ids of the match.
+        MismatchError: The new tokenizer would not split texts into the fine-tune's tokens.
     """
-    tokenizer = merged_tokenizer(new, tuned, rows)
+    tokenizer = merged_tokenizer(new, tuned, match)
     for stale in {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}:
         stale.unlink()
-    if rows.tuned_only or _special_settings(tokenizer) != _special_settings(read_tokenizer(new)):
+    if match.tuned_only or _special_settings(tokenizer) != _special_settings(read_tokenizer(new)):
         tokenizer.save_pretrained(folder)
     else:
         copy_auxiliary_files(new, folder, TOKENIZER_FILES)
@@ -170,25 +178,25 @@ def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, rows: RowM
         if (folder / name).is_file():
             fallback = read_json(new / name) if (new / name).is_file() else {}
             settings = _with_new_ids(read_json(folder / name), source, ids, fallback)
-            text = settings.get("text_config")
-            if name == "config.json" and (not isinstance(text, dict) or "vocab_size" in settings):
-                settings["vocab_size"] = len(rows.new_row_indices)
-            if isinstance(text, dict):
-                text["vocab_size"] = len(rows.new_row_indices)
+            text_config = settings.get("text_config")
+            if name == "config.json" and (not isinstance(text_config, dict) or "vocab_size" in settings):
+                settings["vocab_size"] = len(match.new_row_indices)
+            if isinstance(text_config, dict):
+                text_config["vocab_size"] = len(match.new_row_indices)
             write_atomic(folder / name, json.dumps(settings, indent=2) + "\n")
 
 
-def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokenizerBase:
+def merged_tokenizer(new: Path, tuned: Path, match: RowMatch) -> PreTrainedTokenizerBase:
     """Return the new base's tokenizer with the fine-tune's additional tokens, special tokens and chat template.
 
     Args:
         new: The new base's folder.
         tuned: The fine-tune's folder.
-        rows: The match of their rows.
+        match: The match of the rows of their vocabularies.
 
     Raises:
         CheckpointError: The tokens cannot be added with the ids of the match.
-        MismatchError: The new tokenizer would not split texts into the tokens.
+        MismatchError: The new tokenizer would not split texts into the fine-tune's tokens.
     """
     from transformers import AddedToken
 
@@ -197,32 +205,34 @@ def merged_tokenizer(new: Path, tuned: Path, rows: RowMatch) -> PreTrainedTokeni
         return tokenizer
     source = read_tokenizer(tuned)
     source_tokens = {token.content: token for token in source.added_tokens_decoder.values()}
-    for token in sorted(rows.tuned_only, key=rows.tuned_only.__getitem__):
+    for token in sorted(match.tuned_only, key=match.tuned_only.__getitem__):
         added: Any = source_tokens.get(token, AddedToken(token, normalized=False))
         tokenizer.add_tokens([added], special_tokens=added.special)
     vocabulary = tokenizer.get_vocab()
-    misplaced = [token for token, row in rows.tuned_only.items() if vocabulary.get(token) != row]
+    misplaced = [token for token, row in match.tuned_only.items() if vocabulary.get(token) != row]
     if misplaced:
         raise CheckpointError(
             f"{tuned}: its token {misplaced[0]!r} cannot be added to the tokenizer of {new}, whose ids have gaps. Add "
             "the fine-tune's tokens to the new base first (add_tokens and resize_token_embeddings of transformers)."
         )
-    texts = {token: source.convert_tokens_to_string([token]).strip() for token in rows.tuned_only}
+    texts = {token: source.convert_tokens_to_string([token]).strip() for token in match.tuned_only}
     learned = [
         token for token, text in texts.items() if text and source.tokenize(text) == [token] != tokenizer.tokenize(text)
     ]
     if learned:
+        listed = ", ".join(map(repr, learned[:MAX_LISTED]))
         raise MismatchError(
-            f"{tuned}: {len(learned):,} of its additional tokens ({', '.join(map(repr, learned[:4]))}) were learned by "
-            f"its tokenizer, and cannot be added to that of {new}. Give the new base a tokenizer with these tokens, "
-            "and rows for them, first."
+            f"{tuned}: {len(learned):,} of its additional tokens ({listed}) were learned by its tokenizer, and cannot "
+            f"be added to the tokenizer of {new}. Give the new base a tokenizer with these tokens, and rows for them, "
+            "first."
         )
     for name in SPECIAL_TOKENS:
         special = getattr(source, name, None)
         if special is not None and special in vocabulary:
             setattr(tokenizer, name, special)
-    if template := getattr(source, "chat_template", None):
-        tokenizer.chat_template = template
+    chat_template = getattr(source, "chat_template", None)
+    if chat_template:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 
@@ -237,8 +247,8 @@ def _with_new_ids(
 
     def convert(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            inner = fallback.get(key)
-            return _with_new_ids(value, source, ids, inner if isinstance(inner, dict) else {})
+            new_settings = fallback.get(key)
+            return _with_new_ids(value, source, ids, new_settings if isinstance(new_settings, dict) else {})
         old_ids = value if isinstance(value, list) else [value]
         are_ids = all(type(old_id) is int and 0 <= old_id < len(source) for old_id in old_ids)
         if not TOKEN_ID_SETTINGS.search(key) or not are_ids:
@@ -252,6 +262,7 @@ def _with_new_ids(
 
 
 def _num_rows(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the number of rows of the embeddings, or else of the largest tensor with a row per token, or else 0."""
     if isinstance(tensors, NamedTensors) and tensors.embeddings in tensors:
         return shape_of(tensors, str(tensors.embeddings))[0]
     names = tensors.token_tensors if isinstance(tensors, NamedTensors) else filter(has_vocabulary_rows, tensors)
@@ -262,7 +273,7 @@ def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder has a tokenizer.
 
     Args:
-        folder: The folder of an adaptation or a base.
+        folder: An adaptation's or a base's folder.
     """
     return any(file.is_file() for pattern in VOCABULARY_FILES for file in folder.glob(pattern))
 
