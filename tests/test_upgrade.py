@@ -245,8 +245,8 @@ def test_tied_tensors_that_differ_in_one_element_stay_apart(tmp_path):
         weight[7, 26] += 1
         return tensors | {decoder: weight}
 
-    named = Base.open(rewrite(large, tmp_path / "base", add_different_decoder)).named
-    assert (named[decoder] != named[embeddings]).nonzero().tolist() == [[7, 26]]
+    named_tensors = Base.open(rewrite(large, tmp_path / "base", add_different_decoder)).named_tensors
+    assert (named_tensors[decoder] != named_tensors[embeddings]).nonzero().tolist() == [[7, 26]]
 
 
 def test_base_with_relative_positions_is_refused(tmp_path, bases):
@@ -278,18 +278,18 @@ def test_tensors_are_paired_by_stored_name_without_a_config(bases):
 
 def test_counterparts_of_tensors_in_both_in_one_and_in_no_base(bases, opened_bases, tmp_path):
     """A tensor in one base alone is an error unless pre-training leaves it out, as it does BERT's pooler."""
-    old, new = (base.named for base in opened_bases["bert"])
+    old, new = (base.named_tensors for base in opened_bases["bert"])
     head = "cls.predictions.bias"
     pairs = counterparts(new, new, old)
     assert head in pairs.new
     assert pairs.new.keys() == new.keys()
     bare = Base.open(save_body(bases["bert"][0], tmp_path / "bare"))
     with pytest.raises(MismatchError, match=r"in one base only, the new one: cls\.predictions"):
-        counterparts(new, new, bare.named)
+        counterparts(new, new, bare.named_tensors)
     pooled = Base.open(save_body(bases["bert"][1], tmp_path / "pooled", pooler=True))
-    pairs = counterparts(pooled.named, pooled.named, bare.named)
+    pairs = counterparts(pooled.named_tensors, pooled.named_tensors, bare.named_tensors)
     assert pairs.unmatched == ("pooler.dense.bias", "pooler.dense.weight")
-    assert pairs.new.keys() == pooled.named.keys() - set(pairs.unmatched)
+    assert pairs.new.keys() == pooled.named_tensors.keys() - set(pairs.unmatched)
     name = "bert.encoder.layer.0.output.dense.weight"
 
     def remove_weight(tensors):
@@ -297,7 +297,7 @@ def test_counterparts_of_tensors_in_both_in_one_and_in_no_base(bases, opened_bas
 
     incomplete = Base.open(rewrite(bases["bert"][0], tmp_path / "incomplete", remove_weight))
     with pytest.raises(MismatchError, match=r"the fine-tune lacks 1 tensors of its bases: encoder\.layer\.0\.output"):
-        counterparts(new, incomplete.named, old)
+        counterparts(new, incomplete.named_tensors, old)
 
 
 def save_body(source, folder, pooler=False):

@@ -121,8 +121,8 @@ def base_tensor(name: str, base: Base) -> torch.Tensor | None:
     inner = plain.removeprefix(base.prefix + ".")
     if inner in base.parameters:
         return base.parameters[inner]
-    name_in_base = base.named.names.get(plain)  # a layer of the head that language models have too
-    return None if name_in_base is None else base.named[name_in_base]
+    name_in_base = base.named_tensors.names.get(plain)  # a layer of the head that language models have too
+    return None if name_in_base is None else base.named_tensors[name_in_base]
 
 
 def skip_reasons(model: Any, tuned: Any, adaptation: Adaptation, old: Base, changes: list[Change]) -> dict[str, str]:

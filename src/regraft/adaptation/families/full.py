@@ -15,7 +15,7 @@ from regraft.adaptation.vector import Vector
 from regraft.base import body_names
 from regraft.checkpoint import DerivedTensors, TensorSpec, shape_of, write_atomic, write_checkpoint
 from regraft.errors import CheckpointError, MismatchError
-from regraft.naming import named
+from regraft.naming import named_tensors
 from regraft.task.types import task_types
 from regraft.transformers_folder import upgraded_settings
 from regraft.weights import counterparts, delta, graft, graft_rows
@@ -146,8 +146,8 @@ class Full(Family):
 
     def unmatched_tensor_names(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
         """Return the names of the body's tensors that only one base has."""
-        tuned = named(adaptation.checkpoint, read_tuned_config(adaptation))
-        return list(counterparts(upgrade.new.named, tuned, upgrade.old.named).unmatched)
+        tuned = named_tensors(adaptation.checkpoint, read_tuned_config(adaptation))
+        return list(counterparts(upgrade.new.named_tensors, tuned, upgrade.old.named_tensors).unmatched)
 
     def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
         """Return False: all tensors of the body have deltas."""
@@ -155,7 +155,7 @@ class Full(Family):
 
     def num_embedding_rows(self, adaptation: Adaptation, base: Base) -> int | None:
         """Return the number of rows of the embeddings; None for a class without embeddings."""
-        tensors = named(adaptation.checkpoint, read_tuned_config(adaptation))
+        tensors = named_tensors(adaptation.checkpoint, read_tuned_config(adaptation))
         return shape_of(tensors, str(tensors.embeddings))[0] if tensors.embeddings in tensors else None
 
     def has_token_rows(self, adaptation: Adaptation) -> bool:
@@ -231,9 +231,9 @@ class Full(Family):
             elementwise: Whether the rules can be applied to flat slices.
         """
         self.check_bodies(adaptation, upgrade)
-        old = upgrade.old.named
-        new = upgrade.new.named
-        tuned = named(adaptation.checkpoint, read_tuned_config(adaptation))
+        old = upgrade.old.named_tensors
+        new = upgrade.new.named_tensors
+        tuned = named_tensors(adaptation.checkpoint, read_tuned_config(adaptation))
         pairs = counterparts(new, tuned, old)
         rows = match_token_rows(adaptation, upgrade)
         entries = {}
