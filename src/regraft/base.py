@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.architecture import architecture_of
 from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_unquantised, find_path, fingerprint, read_json
 from regraft.errors import CheckpointError
-from regraft.naming import named
+from regraft.naming import named_tensors
 from regraft.transformers_folder import read_config, read_tokenizer
 from regraft.vocabulary import ids_by_token
 
@@ -221,9 +221,9 @@ class Base:
         return self.architecture.in_memory(self.checkpoint)
 
     @functools.cached_property
-    def named(self) -> NamedTensors:
+    def named_tensors(self) -> NamedTensors:
         """All tensors by their canonical names."""
-        return named(self.checkpoint, self.config)
+        return named_tensors(self.checkpoint, self.config)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -266,7 +266,7 @@ def is_causal(config: PretrainedConfig) -> bool:
     """Return whether a config belongs to a causal language model, rather than a masked language model.
 
     Args:
-        config: The transformers config.
+        config: A config of transformers, of which only the class counts.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,

@@ -35,7 +35,7 @@ def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig)
     """Return the transformers class that the config names, or else the class that has the most of the tensors.
 
     Args:
-        checkpoint: The stored tensors.
+        checkpoint: The stored tensors, under any names that transformers loads.
         config: The config, which may name no class, an unknown class or the body.
 
     Returns:
@@ -60,14 +60,14 @@ def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig)
     return max(num_known, key=lambda name: num_known[name])
 
 
-def named(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
+def named_tensors(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
     """Return a checkpoint under the canonical names of its transformers class.
 
     Obsolete buffers and tied duplicates are left out. Tensors that are unknown to the class keep their stored names.
 
     Args:
-        checkpoint: The stored tensors.
-        config: The checkpoint's config.
+        checkpoint: The stored tensors, under any names that transformers loads.
+        config: The config that was saved with the tensors.
 
     Returns:
         The tensors, which are read on access.
@@ -143,7 +143,7 @@ def name_consistently(
     """
     from transformers import CONFIG_MAPPING
 
-    named_tensors: dict[str, Mapping[str, torch.Tensor]] = {}
+    tensors_by_role: dict[str, Mapping[str, torch.Tensor]] = {}
     for role, checkpoint in checkpoints.items():
         reason = None
         if checkpoint.path.is_file() or not (checkpoint.path / "config.json").is_file():
@@ -154,8 +154,8 @@ def name_consistently(
                 reason = f"transformers has no model of type {model_type!r:.80}"
         if reason:
             return dict(checkpoints), f"{checkpoint.path}: {reason}, so tensors are paired by their stored names"
-        named_tensors[role] = named(checkpoint, read_config(checkpoint))
-    return named_tensors, None
+        tensors_by_role[role] = named_tensors(checkpoint, read_config(checkpoint))
+    return tensors_by_role, None
 
 
 def _count_known(checkpoint: Mapping[str, torch.Tensor], architecture: Architecture) -> int:

@@ -151,7 +151,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a folder.
 
     Args:
-        folder: A transformers folder.
+        folder: A folder with tokenizer files.
 
     Raises:
         CheckpointError: There is no tokenizer; transformers cannot read it or assumes tokens that it lacks; a file is
@@ -202,7 +202,7 @@ def check_sizes(folder: Path) -> None:
     """Check that no tokenizer file would take gigabytes of memory.
 
     Args:
-        folder: A transformers folder.
+        folder: A folder with tokenizer files.
 
     Raises:
         CheckpointError: A file is larger than `MAX_TOKENIZER_BYTES`.

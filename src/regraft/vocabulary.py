@@ -110,19 +110,20 @@ def check_one_vocabulary(
     )
     if match is None:
         return
+    old = folders["old"]
     are_in_same_rows = all(old_row in (-1, row) for row, old_row in enumerate(match.old_row_indices))
     if not match.added_tokens and are_in_same_rows:
         raise MismatchError(
-            f"{folders['tuned']}: its embeddings have {match.num_new_rows:,} rows and those of {folders['old']} "
+            f"{folders['tuned']}: its embeddings have {match.num_new_rows:,} rows, but the embeddings of {old} have "
             f"{match.num_old_rows:,} for the same tokens, so {result} of it would not fit. Resize them with "
             "resize_token_embeddings of transformers first, or graft the fine-tune (regraft weights graft)."
         )
-    difference = "its tokens are in different rows than those"
+    difference = f"its tokens are in different rows than in {old}"
     if match.added_tokens:
         listed = ", ".join(map(repr, match.added_tokens[:MAX_LISTED]))
-        difference = f"it has {len(match.added_tokens):,} tokens ({listed}) in addition to those"
+        difference = f"it has {len(match.added_tokens):,} tokens ({listed}) that {old} lacks"
     raise MismatchError(
-        f"{folders['tuned']}: {difference} of {folders['old']}, so {result} of it would lack them. Graft the fine-tune "
+        f"{folders['tuned']}: {difference}, so {result} of it would not fit. Graft the fine-tune "
         "(regraft weights graft)."
     )
 
@@ -157,7 +158,7 @@ def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, match: Row
     Args:
         folder: The graft's folder, with the fine-tune's configs. Its tokenizer files are replaced.
         new: The new base's folder.
-        tuned: The fine-tune's folder.
+        tuned: The fine-tune's folder, which may lack a tokenizer.
         old: The old base's folder, whose tokenizer is used if the fine-tune has none.
         match: The match of the rows of the three vocabularies.
 
@@ -191,7 +192,7 @@ def merged_tokenizer(new: Path, tuned: Path, match: RowMatch) -> PreTrainedToken
 
     Args:
         new: The new base's folder.
-        tuned: The fine-tune's folder.
+        tuned: The fine-tune's folder, which may lack a tokenizer.
         match: The match of the rows of their vocabularies.
 
     Raises:

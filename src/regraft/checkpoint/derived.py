@@ -1,4 +1,4 @@
-"""Tensors computed from other tensors on demand, as a whole or one flat slice at a time."""
+"""Tensors computed from other tensors on demand, completely or one flat slice at a time."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def shape_of(tensors: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        name: The tensor's name.
+        name: The tensor's name in `tensors`.
 
     Returns:
         The size of each dimension.
@@ -132,7 +132,7 @@ def dtype_of(tensors: Mapping[str, torch.Tensor], name: str) -> str:
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        name: The tensor's name.
+        name: The tensor's name in `tensors`.
 
     Returns:
         The dtype, such as `F32` or `BF16`.
@@ -147,7 +147,7 @@ def output_dtype(tensors: Mapping[str, torch.Tensor], name: str) -> str:
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        name: The tensor's name.
+        name: The tensor's name in `tensors`.
 
     Returns:
         The tensor's dtype; BF16 for a quantised tensor, which is dequantised in float32.
@@ -160,7 +160,7 @@ def flat_slice(tensors: Mapping[str, torch.Tensor], name: str, start: int, count
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        name: The tensor's name.
+        name: The tensor's name in `tensors`.
         start: The index of the first element.
         count: The number of elements.
 

@@ -31,12 +31,12 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     """Create and lock a hidden working folder next to `out`, which survives an interruption.
 
     The content that a killed run left in it is kept if that run had the same inputs, and removed otherwise. The caller
-    calls `publish` at the end, after which the working folder is removed. It is also removed after a `RecipeError`, and
+    calls `publish` at the end, after which the working folder is removed. That also happens after a `RecipeError`, and
     after other errors of regraft unless it has `CHECKPOINTS` to resume from. Another process may have published `out`
     before the folder was locked, so the caller has to look for `out` again.
 
     Args:
-        out: The output folder.
+        out: The output folder, which may exist.
         inputs: The inputs that identify the run; anything JSON can represent.
 
     Yields:
@@ -86,7 +86,7 @@ def working_folder(out: Path) -> Path:
     """Return the path of the hidden working folder of an output folder.
 
     Args:
-        out: The output folder.
+        out: The output folder, which need not exist.
     """
     return out.parent / f".{out.name}.partial"
 

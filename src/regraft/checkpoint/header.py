@@ -69,7 +69,7 @@ class StoredTensor:
         name: The tensor's name in the file.
         dtype: The safetensors dtype, such as `F32` or `BF16`.
         shape: The size of each dimension.
-        file: The safetensors file.
+        file: The safetensors file that has the data.
         start: The position of the first byte of the data in the file.
         end: The position after the last byte of the data.
     """
@@ -86,7 +86,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """Read and check the header of a safetensors file.
 
     Args:
-        file: The safetensors file.
+        file: The safetensors file, of which only the header is read.
 
     Returns:
         The tensors of the file by name, in the order of their data.

@@ -20,7 +20,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a file with a JSON object.
 
     Args:
-        file: The file.
+        file: A file in UTF-8 of at most `MAX_JSON_BYTES`.
 
     Raises:
         CheckpointError: The file cannot be read, is too large, is not a JSON object, or repeats a name.
@@ -39,7 +39,7 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Read a file with a JSON object on each line.
 
     Args:
-        file: The file, of any size.
+        file: A file in UTF-8 of any size, with lines of at most `MAX_JSON_BYTES`.
 
     Yields:
         The object of each line.

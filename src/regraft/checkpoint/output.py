@@ -69,7 +69,7 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        out: The output folder.
+        out: The output folder, which need not exist.
         shard_bytes: The maximal size of a file.
 
     Raises:
@@ -150,7 +150,7 @@ def is_up_to_date(
     """Return whether a folder exists with a provenance; raise an error if it exists with a different one.
 
     Args:
-        out: The folder.
+        out: The output folder, which may exist.
         provenance: The inputs that it would be written from; anything JSON can represent.
         renew: Converts a record of regraft 0.1 to the current form.
 
@@ -174,7 +174,7 @@ def write_record(folder: Path, provenance: Mapping[str, Any], results: Mapping[s
     """Write a folder's provenance into it, for `is_up_to_date`.
 
     Args:
-        folder: The folder.
+        folder: An existing folder.
         provenance: The inputs that the folder was written from; anything JSON can represent.
         results: Numbers to print again when the folder is reused.
     """
@@ -210,7 +210,7 @@ def copy_auxiliary_files(source: Path, destination: Path, patterns: tuple[str, .
     """Copy the small files of a checkpoint, except indexes of shards, code and records of how it was made.
 
     Args:
-        source: The checkpoint's folder.
+        source: The checkpoint's folder, of transformers or PEFT.
         destination: The folder to copy to, which must exist.
         patterns: Patterns of file names, such as `*.json`.
     """

@@ -25,7 +25,7 @@ class QuantisedTensor(StoredTensor):
     """A weight that is stored in eight bits, with the dtype of the dequantised weight and the position of the codes.
 
     Args:
-        codes: The stored codes.
+        codes: The stored codes, in int8 or fp8.
         scale: The stored scales, one per block.
         grid: The numbers of rows and columns of blocks in a matrix.
         block: The numbers of rows and columns of a block.
@@ -96,12 +96,12 @@ class QuantisedTensor(StoredTensor):
         height = self.shape[-2] if math.prod(self.scale.shape) > 1 else math.prod(self.shape[:-1])
         rows = torch.arange(row, row + num_rows)
         block_rows = rows // height * self.grid[0] + rows % height // self.block[0]
-        first = int(block_rows[0])
-        num_block_rows = int(block_rows[-1]) - first + 1
-        stored = read(self.scale, first * self.grid[1], num_block_rows * self.grid[1])
+        first_block_row = int(block_rows[0])
+        num_block_rows = int(block_rows[-1]) - first_block_row + 1
+        stored = read(self.scale, first_block_row * self.grid[1], num_block_rows * self.grid[1])
         if self.scale.dtype == "U8":
             stored = stored.view(torch.float8_e8m0fnu)
-        scales = stored.float().view(-1, self.grid[1])[block_rows - first]
+        scales = stored.float().view(-1, self.grid[1])[block_rows - first_block_row]
         if self.grid[1] == 1:
             return scales
         return scales[:, torch.arange(column, column + num_columns) // self.block[1]]

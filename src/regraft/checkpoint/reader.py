@@ -91,7 +91,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         """Read a slice of a flattened tensor; threads may call this concurrently.
 
         Args:
-            name: The tensor's name.
+            name: The tensor's name in this mapping.
             start: The index of the first element.
             count: The number of elements.
 
@@ -157,6 +157,7 @@ def chunk_ranges(length: int, chunk_length: int) -> Iterator[tuple[int, int]]:
 
 
 def _read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Read the headers of a file, or of the weight files of a folder."""
     if path.is_file():
         return read_header(path)
     if (path / INDEX).is_file():

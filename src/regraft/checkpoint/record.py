@@ -122,12 +122,12 @@ def require_length(values: Any, length: int, name: str) -> None:
     """Check the length of a record's field.
 
     Args:
-        values: The field's value.
+        values: The field's value: a sequence or a mapping.
         length: The expected length.
         name: The field's name, for the message.
 
     Raises:
-        ValueError: The length differs.
+        ValueError: The field has a different length.
     """
     if len(values) != length:
         raise ValueError(f"{name}: expected {length} values, found {len(values)}")
@@ -143,7 +143,7 @@ def require_shape(matrix: Any, rows: int, columns: int, name: str) -> None:
         name: The field's name, for the message.
 
     Raises:
-        ValueError: The shape differs.
+        ValueError: The matrix has a different shape.
     """
     require_length(matrix, rows, name)
     for row in matrix:

@@ -38,7 +38,7 @@ def byte_size(tensors: Mapping[str, torch.Tensor], name: str) -> int:
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        name: The tensor's name.
+        name: The tensor's name in `tensors`.
     """
     return ITEM_BYTES[dtype_of(tensors, name)] * math.prod(shape_of(tensors, name))
 
@@ -75,7 +75,7 @@ def write_checkpoint(
     A shard that an interrupted call has written is not written again if it has the same content.
 
     Args:
-        folder: An existing folder.
+        folder: An existing folder, which may have shards of an interrupted call.
         tensors: A checkpoint, derived tensors or a state dict.
         shard_bytes: The maximal size of a file.
         progress: Called for each chunk, in bytes.
@@ -202,6 +202,7 @@ def _for_each_chunk(
             raise
 
     def process_chunks() -> None:
+        """Compute and process chunks until none remain."""
         nonlocal processed_bytes
         while True:
             with lock:

@@ -44,9 +44,9 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
     """Pair the tensors of a fine-tune with the tensors of two bases.
 
     Args:
-        new: The upgraded base.
-        tuned: The fine-tune of the old base.
-        old: The old base.
+        new: The tensors of the new base.
+        tuned: The tensors of a fine-tune of the old base.
+        old: The tensors of the old base.
 
     Returns:
         The corresponding tensors. A tied tensor has the counterparts of the tensor that it is tied to.
@@ -107,9 +107,9 @@ def graft_all(
     Tensors that neither base has, such as heads, and integer tensors are copied.
 
     Args:
-        new: The upgraded base.
-        tuned: The fine-tune of the old base.
-        old: The old base.
+        new: The tensors of the new base.
+        tuned: The tensors of a fine-tune of the old base.
+        old: The tensors of the old base.
         scale: The factor λ; or factors by name pattern, such as `*.attention.*`. The first pattern that matches a
             tensor's name counts; without a match, λ is 1.
         rows: The match of the vocabularies' rows by token; None if they are the same.
@@ -152,8 +152,8 @@ def delta_all(tuned: Tensors, old: Tensors) -> DerivedTensors:
     """Return the delta of every tuned tensor: tuned − old, in float32 or wider.
 
     Args:
-        tuned: The fine-tune of the old base.
-        old: The old base.
+        tuned: The tensors of a fine-tune of the old base.
+        old: The tensors of the old base.
 
     Returns:
         The deltas, with the names of `tuned`. Integer tensors and tensors that the base lacks, such as heads, are left

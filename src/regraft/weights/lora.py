@@ -20,7 +20,7 @@ def scaling(rank: int, alpha: float, rank_stabilised: bool = False) -> float:
     """Return the factor on B · A.
 
     Args:
-        rank: r, above 0.
+        rank: The rank r, above 0.
         alpha: PEFT's `lora_alpha`.
         rank_stabilised: Whether the LoRA is an rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732), whose factor is
             alpha / √r rather than alpha / r.
@@ -32,8 +32,8 @@ def lora_delta(b: torch.Tensor, a: torch.Tensor, scale: float) -> torch.Tensor:
     """Return the dense delta of a LoRA.
 
     Args:
-        b: [out, r].
-        a: [r, in].
+        b: The factor B, [out, r].
+        a: The factor A, [r, in].
         scale: The result of `scaling`.
 
     Returns:
@@ -48,8 +48,8 @@ def compress_factors(
     """Return the closest factors of a lower rank, by QR of both factors and the SVD of a small core.
 
     Args:
-        b: [out, r].
-        a: [r, in].
+        b: The factor B, [out, r].
+        a: The factor A, [r, in].
         rank: The new rank r'. Either this or `energy` is required.
         energy: The share of the squared norm to preserve, above 0 and up to 1.
 
@@ -66,8 +66,8 @@ def add_factors(first: Factors, second: Factors) -> Factors:
     """Return factors of the sum of two deltas, by concatenating the factors of both.
 
     Args:
-        first: B [out, r] and A [r, in].
-        second: B [out, s] and A [s, in].
+        first: The factors B [out, r] and A [r, in].
+        second: The factors B [out, s] and A [s, in].
 
     Returns:
         B [out, r + s] and A [r + s, in].
@@ -81,8 +81,8 @@ def inner_product(first: Factors, second: Factors) -> float:
     """Return the inner product of two deltas without forming them, from products of shape [r, s].
 
     Args:
-        first: B [out, r] and A [r, in].
-        second: B [out, s] and A [s, in].
+        first: The factors B [out, r] and A [r, in].
+        second: The factors B [out, s] and A [s, in].
 
     Returns:
         The sum over all entries of (B₁·A₁) ∘ (B₂·A₂); for a delta with itself, the squared norm.
@@ -115,9 +115,9 @@ def dora_weight(
     Source: Liu et al., 2024 (arXiv:2402.09353).
 
     Args:
-        weight: [out, in].
-        b: [out, r].
-        a: [r, in].
+        weight: The weight W, [out, in].
+        b: The factor B, [out, r].
+        a: The factor A, [r, in].
         scale: The result of `scaling`.
         magnitude: The learned norms, [out].
 
@@ -136,9 +136,9 @@ def merge_experts(
     """Merge a LoRA into the fused weights of a layer's experts.
 
     Args:
-        weight: [experts, out, in].
-        b: [out, r · experts], in PEFT's layout, where the expert varies fastest.
-        a: [r · experts, in], in PEFT's layout, where the rank varies fastest.
+        weight: The fused weights, [experts, out, in].
+        b: The factors B, [out, r · experts], in PEFT's layout, where the expert varies fastest.
+        a: The factors A, [r · experts, in], in PEFT's layout, where the rank varies fastest.
         scale: The result of `scaling`.
         transposed: Whether the weight is [experts, in, out].
 

@@ -83,9 +83,10 @@ def layer_of(name: str) -> str:
     """Return the layer of a tensor: `layer 3`, `embeddings` or `outside the layers`.
 
     Args:
-        name: The tensor's name.
+        name: The tensor's stored name, such as `bert.encoder.layer.3.output.dense.weight`.
     """
-    if match := _LAYER.search(name):
+    match = _LAYER.search(name)
+    if match:
         return f"layer {int(match[1])}"
     return "embeddings" if kind_of(name) == "embedding" or "embeddings." in name else "outside the layers"
 
@@ -94,7 +95,7 @@ def kind_of(name: str) -> str:
     """Return the kind of a tensor: `norm`, `embedding`, `attention`, `feed-forward`, `head` or `other`.
 
     Args:
-        name: The tensor's name.
+        name: The tensor's stored name, such as `bert.encoder.layer.3.output.dense.weight`.
     """
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
 

@@ -55,10 +55,10 @@ def project(
         centre -= 1 / num_pairs
         c = centre @ (c - k.mean(dim=1))
         k, t = centre @ k @ centre, centre @ t @ centre
-    values, vectors = torch.linalg.eigh((k + k.T) / 2)
-    is_positive = values > RELATIVE_EPSILON * gram.double().diagonal().amax()
-    values = values[is_positive]
-    vectors = vectors[:, is_positive]
+    all_values, all_vectors = torch.linalg.eigh((k + k.T) / 2)
+    is_positive = all_values > RELATIVE_EPSILON * gram.double().diagonal().amax()
+    values = all_values[is_positive]
+    vectors = all_vectors[:, is_positive]
     damped = values + ridge * k.diagonal().mean()
     weights = vectors @ ((vectors.T @ c) / damped)
     if rank is not None and rank < len(values):
@@ -93,7 +93,7 @@ def leave_one_out_errors(
 
     errors = []
     for held_out in range(len(gram)):
-        fitted = torch.as_tensor([i for i in range(len(gram)) if i != held_out])
+        fitted = torch.as_tensor([pair for pair in range(len(gram)) if pair != held_out])
         coefficients = -torch.eye(len(gram), dtype=torch.float64)[held_out]
         coefficients[fitted] = project(
             gram[fitted][:, fitted],

@@ -140,12 +140,7 @@ def match_rows(
     vocabularies = {"old": old_vocabulary, "new": new_vocabulary, "tuned": tuned_vocabulary}
     num_rows = {"old": num_old_rows, "new": num_new_rows, "tuned": num_tuned_rows}
     for role, vocabulary in vocabularies.items():
-        for token, row in vocabulary.items():
-            if not 0 <= row < num_rows[role]:
-                raise MismatchError(
-                    f"the {role} vocabulary has token {token!r} with id {row}, but its embeddings have "
-                    f"{num_rows[role]:,} rows. Use the tokenizer that belongs to the weights."
-                )
+        _check_ids(vocabulary, num_rows[role], role)
     added = tuned_vocabulary.keys() - old_vocabulary.keys() - new_vocabulary.keys()
     first_added_row = max(new_vocabulary.values(), default=-1) + 1  # tokenizers append tokens after the highest id
     added_in_order = sorted(added, key=tuned_vocabulary.__getitem__)
@@ -176,6 +171,15 @@ def match_rows(
         num_padding_rows=len(padding_rows),
         num_common_tokens=len(old_vocabulary.keys() & new_vocabulary.keys()),
     )
+
+
+def _check_ids(vocabulary: Mapping[str, int], num_rows: int, role: str) -> None:
+    for token, row in vocabulary.items():
+        if not 0 <= row < num_rows:
+            raise MismatchError(
+                f"the {role} vocabulary has token {token!r} with id {row}, but its embeddings have {num_rows:,} rows. "
+                "Use the tokenizer that belongs to the weights."
+            )
 
 
 def graft_rows(
