@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from regraft.checkpoint import Checkpoint
 
@@ -61,7 +61,7 @@ class Architecture:
         try:
             with torch.device("meta"):
                 build = named_class._from_config if is_named else body_class.from_config
-                self.model: Any = build(copy.deepcopy(config))
+                self.model: PreTrainedModel = build(copy.deepcopy(config))
         except Exception as error:  # classes raise many types of errors for inconsistent settings
             raise CheckpointError(
                 f"transformers cannot build a {name or config.model_type} from this config.json ({error!r:.200})."

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from regraft.architecture import Architecture
     from regraft.checkpoint import DerivedTensors
@@ -161,17 +162,18 @@ class Base:
         return getattr(self.bare, "pooler", None) is not None
 
     @functools.cached_property
-    def classifier(self) -> Any:
+    def classifier(self) -> PreTrainedModel:
         """A classifier on the base, on the meta device."""
         import torch
         from transformers import AutoModelForSequenceClassification
 
         auto_class: Any = AutoModelForSequenceClassification
         with torch.device("meta"):
-            return auto_class.from_config(self.config)
+            model: PreTrainedModel = auto_class.from_config(self.config)
+        return model
 
     @property
-    def bare(self) -> Any:
+    def bare(self) -> torch.nn.Module:
         """The body of `classifier`, on the meta device."""
         return self.classifier.base_model
 

@@ -192,20 +192,6 @@ def read_results(folder: Path) -> dict[str, float]:
     return results
 
 
-def _is_written(
-    out: Path, provenance: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shard_bytes: int, progress: Progress
-) -> bool:
-    """Return whether the folder exists; compare all bytes, because the fingerprints in a provenance are of samples."""
-    if not is_up_to_date(out, provenance):
-        return False
-    if not matches_checkpoint(out, tensors, shard_bytes, progress):
-        raise OutcomeError(
-            f"{out}: exists, but its content differs from what would be written: its inputs have changed, or it was "
-            "damaged. Choose another --out or remove it."
-        )
-    return True
-
-
 def copy_auxiliary_files(source: Path, destination: Path, patterns: tuple[str, ...]) -> None:
     """Copy the small files of a checkpoint, except indexes of shards, code and records of how it was made.
 
@@ -219,6 +205,20 @@ def copy_auxiliary_files(source: Path, destination: Path, patterns: tuple[str, .
             is_excluded = file.name.endswith((".index.json", ".py")) or file.name in NOT_COPIED
             if file.is_file() and not is_excluded:
                 shutil.copyfile(file, destination / file.name)
+
+
+def _is_written(
+    out: Path, provenance: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shard_bytes: int, progress: Progress
+) -> bool:
+    """Return whether the folder exists; compare all bytes, because the fingerprints in a provenance are of samples."""
+    if not is_up_to_date(out, provenance):
+        return False
+    if not matches_checkpoint(out, tensors, shard_bytes, progress):
+        raise OutcomeError(
+            f"{out}: exists, but its content differs from what would be written: its inputs have changed, or it was "
+            "damaged. Choose another --out or remove it."
+        )
+    return True
 
 
 def _resumable_bytes(out: Path) -> int:

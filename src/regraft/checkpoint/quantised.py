@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -167,7 +168,16 @@ def _int8_weight(
         raise _scale_error(path, codes, scale, "one for each row")
     rows, columns = codes.shape
     shape = (columns, rows) if transposed else (rows, columns)
-    return _quantised(codes, scale, shape, grid=(rows, 1), block=(1, columns), unit=INT8_UNIT, transposed=transposed)
+    weight = dataclasses.replace(codes, dtype="F32", shape=shape)
+    return QuantisedTensor(
+        **vars(weight),
+        codes=codes,
+        scale=scale,
+        grid=(rows, 1),
+        block=(1, columns),
+        unit=INT8_UNIT,
+        transposed=transposed,
+    )
 
 
 def _fp8_weight(
@@ -186,13 +196,8 @@ def _fp8_weight(
     if is_single:
         grid = (1, 1)
         block = (math.prod(shape[:-1]), columns)
-    return _quantised(codes, scale, shape, grid=grid, block=block, unit=1.0)
-
-
-def _quantised(codes: StoredTensor, scale: StoredTensor, shape: tuple[int, ...], **layout: Any) -> QuantisedTensor:
-    return QuantisedTensor(
-        codes.name, "F32", shape, codes.file, codes.start, codes.end, codes=codes, scale=scale, **layout
-    )
+    weight = dataclasses.replace(codes, dtype="F32")
+    return QuantisedTensor(**vars(weight), codes=codes, scale=scale, grid=grid, block=block, unit=1.0)
 
 
 def _block(
