@@ -1,11 +1,11 @@
-"""Test the training-free methods that use activations, `ridge` and `aligned`, on cases with a known result."""
+"""The training-free methods that use activations, `ridge` and `aligned`, on cases with a known result."""
 
 import shutil
 from collections import defaultdict
 
 import pytest
 import torch
-from helpers import HEAD, LABELS, read_weights, write_adaptation, write_base, write_upgrade
+from helpers import ARCHITECTURES, HEAD, LABELS, read_weights, write_adaptation, write_base, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,12 +22,12 @@ from regraft.weights import match_effect, rotation
 
 RECIPE = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
 KINDS = ("full", "lora", "bottleneck")
-ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 
 
-def compute_logits(path, base, task_file):
+def compute_test_logits(adaptation, base, task_file):
+    """Load an adaptation onto a base, and return its logits on the task's test split."""
     data = load_data(task_file, 20).relabel(LABELS)
-    return predict(load_model(load_adaptation(path), base, HEAD), encode(base, data, data.test), "fp32")
+    return predict(load_model(load_adaptation(adaptation), base, HEAD), encode(base, data, data.test), "fp32")
 
 
 @settings(max_examples=30, deadline=None)
@@ -36,14 +36,14 @@ def test_match_effect_solves_the_regularised_least_squares_problem(seed, ridge):
     """The reference appends the regularisation as rows of an ordinary least-squares problem."""
     torch.manual_seed(seed)
     old, new, delta = torch.randn(9, 4).double(), torch.randn(9, 4).double(), torch.randn(3, 4).double()
-    cross, second = old.T @ new / 9, new.T @ new / 9
-    strength = ridge * second.diagonal().mean()
+    cross_moment, second_moment = old.T @ new / 9, new.T @ new / 9
+    strength = ridge * second_moment.diagonal().mean()
     rows = torch.cat([new / 3, strength.sqrt() * torch.eye(4).double()])
     targets = torch.cat([old @ delta.T / 3, strength.sqrt() * delta.T])
     expected = torch.linalg.lstsq(rows, targets).solution.T
-    torch.testing.assert_close(match_effect(delta, cross, second, ridge), expected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(match_effect(delta, cross, second, 1e12), delta, rtol=1e-6, atol=1e-8)
-    assert torch.equal(match_effect(delta, second, second, ridge), delta)
+    torch.testing.assert_close(match_effect(delta, cross_moment, second_moment, ridge), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(match_effect(delta, cross_moment, second_moment, 1e12), delta, rtol=1e-6, atol=1e-8)
+    assert torch.equal(match_effect(delta, second_moment, second_moment, ridge), delta)
 
 
 @settings(max_examples=30, deadline=None)
@@ -52,7 +52,8 @@ def test_rotation_recovers_an_orthogonal_matrix_and_keeps_inactive_features(seed
     torch.manual_seed(seed)
     orthogonal = torch.linalg.qr(torch.randn(width, width).double()).Q
     old = torch.randn(40, width).double()
-    torch.testing.assert_close(rotation((old @ orthogonal.T).T @ old, 0.0), orthogonal, rtol=0, atol=1e-8)
+    new = old @ orthogonal.T
+    torch.testing.assert_close(rotation(new.T @ old, 0.0), orthogonal, rtol=0, atol=1e-8)
     assert torch.equal(rotation(old.T @ old, 1.0), torch.eye(width).double())
     old[:, -1] = 0
     estimate = rotation(old.T @ old, 0.1)
@@ -94,40 +95,41 @@ def test_blockwise_forward_records_the_activations_of_a_forward_pass(bases, task
         ):
             mask = batch["attention_mask"].bool()
             if name == "score":  # the classifier of a decoder reads the last token
-                positions = torch.arange(len(mask)), mask.sum(dim=1) - 1
-            else:
-                positions = mask if expected[0].dim() == 3 else slice(None)
+                positions = (torch.arange(len(mask)), mask.sum(dim=1) - 1)
+            elif expected[0].dim() == 3:
+                positions = mask
+            else:  # a pooler or classifier reads one vector per text
+                positions = slice(None)
             for tensor, expected_tensor in zip(activations, expected, strict=True):
                 torch.testing.assert_close(tensor.float(), expected_tensor[positions], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_upgrade_to_the_same_base_keeps_the_weights(tmp_path, bases, task_file, architecture, kind):
+def test_an_upgrade_to_the_same_base_leaves_the_weights_unchanged(tmp_path, bases, task_file, architecture, kind):
     old = Base.open(bases[architecture][0])
     path = write_adaptation(old, kind, tmp_path / "old" / "adaptation")
-    before = read_weights(path)
-    for method in ("ridge", "aligned"):
-        out = recycle(Upgrade(old, old), path, task_file, method, tmp_path / method, recipe=RECIPE)
-        after = read_weights(out.path / "adaptation")
-        assert before.keys() == after.keys()
-        for name in before:
-            torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-5 if method == "aligned" else 0)
+    weights = read_weights(path)
+    for method, tolerance in (("ridge", 0), ("aligned", 1e-5)):
+        outcome = recycle(Upgrade(old, old), path, task_file, method, tmp_path / method, recipe=RECIPE)
+        recycled_weights = read_weights(outcome.path / "adaptation")
+        assert weights.keys() == recycled_weights.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(recycled_weights[name], weight, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ridge_and_aligned_approach_direct_under_strong_regularisation(tmp_path, bases, task_file, kind):
     upgrade = Upgrade(*bases["bert"])
     path = write_adaptation(upgrade.old, kind, tmp_path / "old" / "adaptation")
-    direct = read_weights(
-        recycle(upgrade, path, task_file, "direct", tmp_path / "d", recipe=RECIPE).path / "adaptation"
-    )
+    direct = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=RECIPE)
+    direct_weights = read_weights(direct.path / "adaptation")
     for method, options in (("ridge", Ridge(ridge=1e9)), ("aligned", Alignment(shrink=1))):
-        out = recycle(upgrade, path, task_file, method, tmp_path / method, recipe=RECIPE, options=options)
-        recycled = read_weights(out.path / "adaptation")
-        for name, tensor in direct.items():
-            torch.testing.assert_close(recycled[name], tensor, rtol=0, atol=1e-6)
-        assert out.record.cost.steps == out.record.cost.labels == 0
+        outcome = recycle(upgrade, path, task_file, method, tmp_path / method, recipe=RECIPE, options=options)
+        recycled_weights = read_weights(outcome.path / "adaptation")
+        for name, weight in direct_weights.items():
+            torch.testing.assert_close(recycled_weights[name], weight, rtol=0, atol=1e-6)
+        assert outcome.record.cost.steps == outcome.record.cost.labels == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,11 +137,11 @@ def test_ridge_is_closer_to_the_old_logits_than_direct_on_a_distant_base(tmp_pat
     old = Base.open(bases["bert"][0])
     new = Base.open(write_upgrade(old.path, tmp_path / "new", 0.2))
     path = write_adaptation(old, kind, tmp_path / "old" / "adaptation")
-    expected = compute_logits(path, old, task_file)
+    expected = compute_test_logits(path, old, task_file)
     errors = {}
     for method, options in (("direct", None), ("ridge", Ridge(ridge=0.1))):
-        out = recycle(Upgrade(old, new), path, task_file, method, tmp_path / method, recipe=RECIPE, options=options)
-        errors[method] = float((compute_logits(out.path / "adaptation", new, task_file) - expected).norm())
+        outcome = recycle(Upgrade(old, new), path, task_file, method, tmp_path / method, recipe=RECIPE, options=options)
+        errors[method] = float((compute_test_logits(outcome.path / "adaptation", new, task_file) - expected).norm())
     assert errors["ridge"] < 0.7 * errors["direct"]
 
 
@@ -152,25 +154,26 @@ def permute_bert(base, folder, seed=5):
     for name, tensor in tensors.items():
         if "position_ids" in name:
             continue
-        value = tensor
+        is_matrix = tensor.dim() == 2
         if "layer." in name:
             layer_generator = torch.Generator().manual_seed(seed + int(name.split(".")[3]))
             inner = torch.randperm(64, generator=layer_generator)
+        permuted = tensor
         if "embeddings" in name:
-            value = value[..., hidden]
+            permuted = tensor[..., hidden]
         elif "attention.self" in name:
-            value = value[:, hidden] if value.dim() == 2 else value
+            permuted = tensor[:, hidden] if is_matrix else tensor
         elif "attention.output.dense" in name:
-            value = value[hidden]
+            permuted = tensor[hidden]
         elif "intermediate" in name:
-            value = value[inner][:, hidden] if value.dim() == 2 else value[inner]
+            permuted = tensor[inner][:, hidden] if is_matrix else tensor[inner]
         elif "output.dense" in name:
-            value = value[hidden][:, inner] if value.dim() == 2 else value[hidden]
+            permuted = tensor[hidden][:, inner] if is_matrix else tensor[hidden]
         elif "LayerNorm" in name and name.startswith("bert."):
-            value = value[hidden]
+            permuted = tensor[hidden]
         elif name == "cls.predictions.transform.dense.weight":
-            value = value[:, hidden]
-        tensors[name] = value.contiguous()
+            permuted = tensor[:, hidden]
+        tensors[name] = permuted.contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return Base.open(folder)
 
@@ -178,7 +181,7 @@ def permute_bert(base, folder, seed=5):
 def rotate_llama(base, folder, seed=5):
     """Write a base that computes the same function with its residual stream rotated.
 
-    The two are equal because the gains of the norms are 1.
+    The function stays the same because the gains of the norms are 1.
     """
     shutil.copytree(base.path, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -208,13 +211,15 @@ def test_aligned_recovers_the_tuned_function_on_a_permuted_or_rotated_base(tmp_p
             tensors[name] = tensor + 0.1 * torch.randn(tensor.shape)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     old = Base.open(folder)
-    new = (permute_bert if architecture == "bert" else rotate_llama)(old, tmp_path / "new")
+    transform_base = permute_bert if architecture == "bert" else rotate_llama
+    new = transform_base(old, tmp_path / "new")
     path = write_adaptation(old, kind, tmp_path / "old" / "adaptation")
-    expected = compute_logits(path, old, task_file)
+    expected = compute_test_logits(path, old, task_file)
     errors = {}
     for method, options in (("direct", None), ("aligned", Alignment(shrink=0.0))):
-        out = recycle(Upgrade(old, new), path, task_file, method, tmp_path / method, recipe=RECIPE, options=options)
-        errors[method] = float((compute_logits(out.path / "adaptation", new, task_file) - expected).abs().max())
+        outcome = recycle(Upgrade(old, new), path, task_file, method, tmp_path / method, recipe=RECIPE, options=options)
+        logits = compute_test_logits(outcome.path / "adaptation", new, task_file)
+        errors[method] = float((logits - expected).abs().max())
     assert errors["aligned"] < 1e-3 < 0.05 < errors["direct"]
 
 
@@ -229,9 +234,9 @@ def test_kinds_that_change_no_linear_layer_are_refused(tmp_path, bases, task_fil
 
 
 @pytest.mark.parametrize(
-    ("options", "values"),
+    ("options_class", "values"),
     [(Ridge, {"ridge": 0}), (Ridge, {"texts": 0}), (Alignment, {"shrink": 2}), (Alignment, {"texts": 0})],
 )
-def test_options_out_of_range_are_refused(options, values):
+def test_options_of_ridge_and_aligned_out_of_range_are_refused(options_class, values):
     with pytest.raises(RecipeError):
-        options(**values)
+        options_class(**values)

@@ -1,4 +1,4 @@
-"""Low rank, shrinking and LoRA arithmetic against numpy, closed forms and PEFT."""
+"""Low-rank approximation, sparse deltas and LoRA arithmetic, compared with numpy, closed forms and PEFT."""
 
 import math
 
@@ -27,23 +27,23 @@ from regraft.weights import (
     trim,
 )
 
-seeds = st.integers(0, 2**31)
-lengths = st.integers(1, 12)
-quick = settings(deadline=None, max_examples=60)
+SEEDS = st.integers(0, 2**31)
+LENGTHS = st.integers(1, 12)
+few_examples = settings(deadline=None, max_examples=60)  # SVDs are slow
 
 
-def normal(seed, *shape, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def draw_normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def norm(tensor):
+def l2_norm(tensor):
     return tensor.double().norm().item()
 
 
-@quick
-@given(seeds, lengths, lengths)
+@few_examples
+@given(SEEDS, LENGTHS, LENGTHS)
 def test_full_rank_reproduces_the_delta(seed, rows, columns):
-    change = normal(seed, rows, columns)
+    change = draw_normal(seed, rows, columns)
     b, a = low_rank(change, rank=max(rows, columns))
     assert b.shape == (rows, min(rows, columns))
     torch.testing.assert_close(b @ a, change, atol=1e-10, rtol=1e-10)
@@ -51,52 +51,52 @@ def test_full_rank_reproduces_the_delta(seed, rows, columns):
     assert factors[0].dtype == factors[1].dtype == torch.float32
 
 
-@quick
-@given(seeds, lengths, lengths, st.integers(1, 12))
-def test_error_equals_that_of_eckart_and_young(seed, rows, columns, rank):
-    change = normal(seed, rows, columns)
-    values = np.linalg.svd(change.numpy(), compute_uv=False)
+@few_examples
+@given(SEEDS, LENGTHS, LENGTHS, st.integers(1, 12))
+def test_the_error_of_low_rank_equals_the_bound_of_eckart_and_young(seed, rows, columns, rank):
+    change = draw_normal(seed, rows, columns)
+    singular_values = np.linalg.svd(change.numpy(), compute_uv=False)
     b, a = low_rank(change, rank=rank)
-    assert norm(change - b @ a) == pytest.approx(math.sqrt((values[rank:] ** 2).sum()), abs=1e-9)
+    assert l2_norm(change - b @ a) == pytest.approx(math.sqrt((singular_values[rank:] ** 2).sum()), abs=1e-9)
 
 
-@quick
-@given(seeds, lengths, lengths, st.floats(0.01, 1))
+@few_examples
+@given(SEEDS, LENGTHS, LENGTHS, st.floats(0.01, 1))
 def test_energy_selects_the_smallest_sufficient_rank(seed, rows, columns, energy):
-    change = normal(seed, rows, columns)
+    change = draw_normal(seed, rows, columns)
     a = low_rank(change, energy=energy)[1]
-    values = np.linalg.svd(change.numpy(), compute_uv=False) ** 2
-    assert (values[: len(a)]).sum() >= energy * values.sum() * (1 - 1e-9)
-    assert values[: len(a) - 1].sum() < energy * values.sum()
+    energies = np.linalg.svd(change.numpy(), compute_uv=False) ** 2
+    assert energies[: len(a)].sum() >= energy * energies.sum() * (1 - 1e-9)
+    assert energies[: len(a) - 1].sum() < energy * energies.sum()
 
 
-@quick
-@given(seeds, lengths, lengths, st.integers(1, 4), st.booleans())
-def test_second_moments_minimise_the_error_of_the_outputs(seed, rows, columns, rank, diagonal):
-    change = normal(seed, rows, columns)
-    inputs = normal(seed + 1, columns, 40) * torch.logspace(-1, 1, columns)[:, None]
+@few_examples
+@given(SEEDS, LENGTHS, LENGTHS, st.integers(1, 4), st.booleans())
+def test_second_moments_minimise_the_error_of_the_outputs(seed, rows, columns, rank, is_diagonal):
+    change = draw_normal(seed, rows, columns)
+    inputs = draw_normal(seed + 1, columns, 40) * torch.logspace(-1, 1, columns)[:, None]
     moments = inputs @ inputs.T / 40
-    if diagonal:
+    if is_diagonal:
         moments = torch.diag(moments.diagonal())
-    b, a = low_rank(change, rank, second_moment=moments.diagonal() if diagonal else moments)
+    b, a = low_rank(change, rank, second_moment=moments.diagonal() if is_diagonal else moments)
     plain_b, plain_a = low_rank(change, rank)
 
     def output_error(approximation):
         error = change - approximation
         return torch.trace(error @ moments @ error.T).item()
 
-    values = np.linalg.svd((change @ torch.linalg.cholesky(moments)).numpy(), compute_uv=False)
-    assert output_error(b @ a) == pytest.approx((values[rank:] ** 2).sum(), abs=1e-8)
+    singular_values = np.linalg.svd((change @ torch.linalg.cholesky(moments)).numpy(), compute_uv=False)
+    assert output_error(b @ a) == pytest.approx((singular_values[rank:] ** 2).sum(), abs=1e-8)
     assert output_error(b @ a) <= output_error(plain_b @ plain_a) + 1e-9
 
 
-def test_inputs_that_are_always_zero_take_no_rank():
-    change = normal(0, 4, 6)
+def test_no_rank_is_spent_on_inputs_that_are_always_zero():
+    change = draw_normal(0, 4, 6)
     moments = torch.tensor([1.0, 0, 2, 0, 0, 0])
     b, a = low_rank(change, 2, second_moment=moments)
     torch.testing.assert_close((b @ a)[:, [0, 2]], change[:, [0, 2]], atol=1e-5, rtol=1e-5)
-    full = low_rank(change, 6, second_moment=moments)
-    torch.testing.assert_close(full[0] @ full[1], change, atol=1e-5, rtol=1e-5)
+    b, a = low_rank(change, 6, second_moment=moments)
+    torch.testing.assert_close(b @ a, change, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}])
@@ -105,10 +105,10 @@ def test_low_rank_refuses_options_out_of_range(options):
         low_rank(torch.ones(2, 2), **options)
 
 
-@quick
-@given(seeds, lengths, lengths, st.floats(0, 1))
+@few_examples
+@given(SEEDS, LENGTHS, LENGTHS, st.floats(0, 1))
 def test_trim_keeps_the_largest_elements(seed, rows, columns, density):
-    change = normal(seed, rows, columns)
+    change = draw_normal(seed, rows, columns)
     trimmed = trim(change, density)
     is_kept = trimmed != 0
     assert int(is_kept.sum()) == round(density * change.numel())
@@ -128,25 +128,25 @@ def test_drop_keeps_the_expectation():
             drop(change, density, torch.Generator())
 
 
-@quick
-@given(seeds, lengths)
+@few_examples
+@given(SEEDS, LENGTHS)
 def test_mask_agreement_and_orthogonal_shift(seed, size):
-    change, shift = normal(seed, size), normal(seed + 1, size)
+    change, shift = draw_normal(seed, size), draw_normal(seed + 1, size)
     masked = mask_agreement(change, shift)
     assert ((masked == 0) | (masked * shift > 0)).all()
     assert torch.equal(masked + mask_agreement(change, -shift), change)
     assert torch.equal(mask_agreement(change, torch.zeros(size)), change)
     orthogonal = orthogonal_shift(change, shift)
-    assert (orthogonal @ shift).item() == pytest.approx(0, abs=1e-9 * norm(change) * norm(shift) + 1e-12)
-    assert norm(orthogonal) ** 2 + norm(change - orthogonal) ** 2 == pytest.approx(norm(change) ** 2)
+    assert (orthogonal @ shift).item() == pytest.approx(0, abs=1e-9 * l2_norm(change) * l2_norm(shift) + 1e-12)
+    assert l2_norm(orthogonal) ** 2 + l2_norm(change - orthogonal) ** 2 == pytest.approx(l2_norm(change) ** 2)
     assert torch.equal(orthogonal_shift(change, torch.zeros(size)), change)
     torch.testing.assert_close(orthogonal_shift(shift, shift), torch.zeros_like(shift), atol=1e-12, rtol=0)
 
 
-@quick
-@given(seeds, lengths, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.floats(-1, 2))
+@few_examples
+@given(SEEDS, LENGTHS, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.floats(-1, 2))
 def test_interpolate_equals_the_formula(seed, size, dtype, t):
-    first, second = normal(seed, size).to(dtype), normal(seed + 1, size).to(dtype)
+    first, second = draw_normal(seed, size).to(dtype), draw_normal(seed + 1, size).to(dtype)
     assert torch.equal(interpolate(first, second, 0.0), first)
     assert torch.equal(interpolate(first, second, 1.0), second)
     exact = (1 - t) * first.double() + t * second.double()
@@ -155,21 +155,21 @@ def test_interpolate_equals_the_formula(seed, size, dtype, t):
     assert torch.equal(delta(second, first), second.float() - first.float())
 
 
-@quick
-@given(seeds, lengths, lengths, st.integers(1, 5), st.integers(1, 5))
-def test_operations_on_factors_equal_those_on_their_products(seed, rows, columns, rank, second_rank):
-    first = normal(seed, rows, rank), normal(seed + 1, rank, columns)
-    second = normal(seed + 2, rows, second_rank), normal(seed + 3, second_rank, columns)
+@few_examples
+@given(SEEDS, LENGTHS, LENGTHS, st.integers(1, 5), st.integers(1, 5))
+def test_operations_on_factors_equal_operations_on_their_products(seed, rows, columns, rank, second_rank):
+    first = draw_normal(seed, rows, rank), draw_normal(seed + 1, rank, columns)
+    second = draw_normal(seed + 2, rows, second_rank), draw_normal(seed + 3, second_rank, columns)
     first_product, second_product = (b @ a for b, a in (first, second))
     b, a = add_factors(first, second)
     torch.testing.assert_close(b @ a, first_product + second_product)
     b, a = subtract_factors(first, second)
     torch.testing.assert_close(b @ a, first_product - second_product)
     assert inner_product(first, second) == pytest.approx((first_product * second_product).sum().item(), abs=1e-9)
-    assert math.sqrt(max(inner_product(first, first), 0)) == pytest.approx(norm(first_product), abs=1e-7)
+    assert math.sqrt(max(inner_product(first, first), 0)) == pytest.approx(l2_norm(first_product), abs=1e-7)
     b, a = compress_factors(*first, rank=min(2, rank))
-    best = low_rank(first_product, rank=min(2, rank))
-    torch.testing.assert_close(b @ a, best[0] @ best[1], atol=1e-8, rtol=1e-8)
+    best_b, best_a = low_rank(first_product, rank=min(2, rank))
+    torch.testing.assert_close(b @ a, best_b @ best_a, atol=1e-8, rtol=1e-8)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def plain_model():
 @pytest.mark.parametrize(
     "options", [{}, {"use_rslora": True}, {"use_dora": True}, {"use_dora": True, "use_rslora": True}]
 )
-def test_scalings_and_dora_equal_those_of_peft(plain_model, options):
+def test_scalings_and_dora_equal_the_ones_of_peft(plain_model, options):
     from peft import LoraConfig, get_peft_model
 
     with quiet():
@@ -194,14 +194,13 @@ def test_scalings_and_dora_equal_those_of_peft(plain_model, options):
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            change = torch.randn(parameter.shape, generator=generator)
-            parameter.data = parameter.data * 1.3 + 0.2 * change if "magnitude" in name else change
-    layers = [m for m in model.modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data * 1.3 + 0.2 * noise if "magnitude" in name else noise
+    layers = [module for module in model.modules() if "default" in getattr(module, "lora_A", {})]
     assert len(layers) == 3
     for layer in layers:
-        weight, a, b = (
-            module.weight.data for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
-        )
+        weight = layer.base_layer.weight.data
+        a, b = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
         factor = scaling(4, 6, options.get("use_rslora", False))
         assert factor == layer.scaling["default"]
         if options.get("use_dora"):

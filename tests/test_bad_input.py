@@ -14,15 +14,15 @@ from regraft import cli
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
-    """A function that runs a command, which must be refused, and returns its message."""
+def run_refused(monkeypatch, capsys):
+    """A function that runs a command, checks that it is refused, and returns its message."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["regraft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit) as exit_error:
             cli.main()
         message = capsys.readouterr().err
-        assert end.value.code == 2, message
+        assert exit_error.value.code == 2, message
         assert "Traceback" not in message
         return message
 
@@ -31,7 +31,7 @@ def refused(monkeypatch, capsys):
 
 @pytest.fixture
 def folder(tmp_path, bases, tuned_outcomes, task_file):
-    """A folder with copies of a valid upgrade, adaptations and task, for tests to break."""
+    """A folder with copies of a valid upgrade, two adaptations of it, and a task, for tests to break."""
     old, new = bases["bert"]
     shutil.copytree(old, tmp_path / "old")
     shutil.copytree(new, tmp_path / "new")
@@ -42,71 +42,77 @@ def folder(tmp_path, bases, tuned_outcomes, task_file):
     return tmp_path
 
 
-def inputs_of(folder, kind="full"):
+def input_options(folder, kind="full"):
+    """Return the options that name a folder's bases, adaptation and task."""
     bases = ["--old-base", folder / "old", "--new-base", folder / "new"]
     return [*bases, "--adaptation", folder / kind, "--task", folder / "task" / "task.yaml"]
 
 
-def modification_times(folder):
+def read_modification_times(folder):
     return {path: path.is_file() and path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def refusals(refused, folder, kind="full", methods=("direct", "init", "init+distill", "scratch")):
-    """Run check, recycle and compare on a folder's inputs: each must be refused and write nothing. Return messages."""
-    inputs = inputs_of(folder, kind)
+def run_refused_commands(run_refused, folder, kind="full", methods=("direct", "init", "init+distill", "scratch")):
+    """Run check, recycle and compare on a folder's inputs, which must refuse them and write nothing.
+
+    Returns:
+        The messages of check, of recycle with each method, and of compare.
+    """
+    inputs = input_options(folder, kind)
     out = folder / "out" / "o"
-    times = modification_times(folder)
-    messages = [refused("check", *inputs)]
+    times = read_modification_times(folder)
+    messages = [run_refused("check", *inputs)]
     for method in methods:
-        messages.append(refused("recycle", *inputs, "--method", method, "--steps", 2, "--out", out))
-    messages.append(refused("compare", *inputs, "--methods", ",".join(methods), "--steps", 2, "--out", out))
-    assert modification_times(folder) == times
+        messages.append(run_refused("recycle", *inputs, "--method", method, "--steps", 2, "--out", out))
+    messages.append(run_refused("compare", *inputs, "--methods", ",".join(methods), "--steps", 2, "--out", out))
+    assert read_modification_times(folder) == times
     return messages
 
 
 def replace_base(folder, name, **changes):
+    """Write a base with some settings changed in place of the base `name`."""
     shutil.rmtree(folder / name)
     write_base(folder / name, "bert", **changes)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_new_base_of_another_size(refused, folder, kind):
+def test_a_new_base_of_a_different_size_is_refused(run_refused, folder, kind):
     replace_base(folder, "new", hidden_size=48)
-    for message in refusals(refused, folder, kind):
+    for message in run_refused_commands(run_refused, folder, kind):
         assert f"{folder / 'new'} is no upgrade of {folder / 'old'}" in message
         assert "embeddings.LayerNorm.bias: (32,) and (48,)" in message
 
 
-def test_a_new_base_with_more_layers(refused, folder):
+def test_a_new_base_with_more_layers_is_refused(run_refused, folder):
     replace_base(folder, "new", num_hidden_layers=3)
-    for message in refusals(refused, folder):
+    for message in run_refused_commands(run_refused, folder):
         assert "16 tensors only in the new base: encoder.layer.2." in message
 
 
-def test_a_new_base_of_another_architecture(refused, folder, bases):
+def test_a_new_base_of_a_different_architecture_is_refused(run_refused, folder, bases):
     shutil.rmtree(folder / "new")
     shutil.copytree(bases["roberta"][1], folder / "new")
-    for message in refusals(refused, folder):
+    for message in run_refused_commands(run_refused, folder):
         assert "different architectures" in message
         assert "is a bert" in message
         assert "a roberta" in message
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_an_adaptation_of_another_base(refused, folder, kind):
+def test_an_adaptation_of_a_different_base_is_refused(run_refused, folder, kind):
     shutil.rmtree(folder / "old")
     shutil.copytree(folder / "new", folder / "old")
-    for message in refusals(refused, folder, kind):
+    for message in run_refused_commands(run_refused, folder, kind):
         assert f"{folder / kind / 'adaptation'} was not tuned on {folder / 'old'}" in message
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_an_adaptation_of_another_size_without_a_record(refused, folder, kind):
+def test_an_adaptation_of_a_different_size_is_refused_without_a_record(run_refused, folder, kind):
     (folder / kind / "outcome.json").unlink()
     (folder / kind / "adaptation" / "lineage.json").unlink()
     for base in ("old", "new"):
         replace_base(folder, base, hidden_size=48)
-    for message in refusals(refused, folder, kind, methods=("direct", "init", "init+distill")):
+    for message in run_refused_commands(run_refused, folder, kind, methods=("direct", "init", "init+distill")):
         assert str(folder / kind / "adaptation") in message
         assert "32" in message
         assert "48" in message
@@ -121,15 +127,15 @@ def test_an_adaptation_of_another_size_without_a_record(refused, folder, kind):
         "lora/adaptation/adapter_model.safetensors",
     ],
 )
-def test_a_truncated_file(refused, folder, name):
+def test_a_truncated_file_is_refused(run_refused, folder, name):
     os.truncate(folder / name, (folder / name).stat().st_size - 1)
-    for message in refusals(refused, folder, "lora" if "lora" in name else "full"):
+    for message in run_refused_commands(run_refused, folder, "lora" if "lora" in name else "full"):
         assert f"{folder / name}: the file is truncated" in message
         assert "Copy it again" in message
 
 
 @pytest.mark.parametrize("name", ["old", "new", "full/adaptation"])
-def test_a_missing_shard(refused, folder, name):
+def test_a_missing_shard_is_refused(run_refused, folder, name):
     checkpoint = folder / name
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
@@ -140,7 +146,7 @@ def test_a_missing_shard(refused, folder, name):
     weight_map = {name: shard for shard, shard_names in shards.items() for name in shard_names}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (checkpoint / "model-00002-of-00002.safetensors").unlink()
-    for message in refusals(refused, folder):
+    for message in run_refused_commands(run_refused, folder):
         assert (
             f"{checkpoint}: shard model-00002-of-00002.safetensors, which model.safetensors.index.json names" in message
         )
@@ -148,21 +154,22 @@ def test_a_missing_shard(refused, folder, name):
 
 
 def add_label(folder):
+    """Add eight examples of a third label to each split of the folder's task."""
     for split in ("train", "dev", "test"):
         with (folder / "task" / f"{split}.csv").open("a") as stream:
             stream.writelines(f"{split} says the film was {i} and so so,neutral\n" for i in range(8))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_task_with_more_labels(refused, folder, kind):
+def test_a_task_with_more_labels_is_refused(run_refused, folder, kind):
     add_label(folder)
-    for message in refusals(refused, folder, kind):
+    for message in run_refused_commands(run_refused, folder, kind):
         assert f"{folder / kind / 'adaptation'} was not tuned for the labels of task mood" in message
         assert "neutral" in message
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_task_with_more_labels_where_the_head_does_not_name_its_own(refused, folder, kind):
+def test_a_task_with_more_labels_than_a_head_without_names_is_refused(run_refused, folder, kind):
     add_label(folder)
     (folder / kind / "outcome.json").unlink()
     (folder / kind / "adaptation" / "lineage.json").unlink()
@@ -171,7 +178,7 @@ def test_a_task_with_more_labels_where_the_head_does_not_name_its_own(refused, f
         config = json.loads(config_file.read_text())
         config |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
         config_file.write_text(json.dumps(config))
-    for message in refusals(refused, folder, kind, methods=("direct", "init", "init+distill")):
+    for message in run_refused_commands(run_refused, folder, kind, methods=("direct", "init", "init+distill")):
         assert str(folder / kind / "adaptation") in message
         assert "negative, neutral, positive" in message
 
@@ -183,49 +190,49 @@ def test_a_task_with_more_labels_where_the_head_does_not_name_its_own(refused, f
         ("lora", "adapter_model", "base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"),
     ],
 )
-def test_missing_and_unexpected_tensors(refused, folder, kind, file, name):
+def test_missing_and_unexpected_tensors_are_refused(run_refused, folder, kind, file, name):
     path = folder / kind / "adaptation" / f"{file}.safetensors"
     tensors = load_file(path)
     removed = tensors.pop(name)
     save_file(tensors, path, metadata={"format": "pt"})
-    for message in refusals(refused, folder, kind, methods=("direct", "init")):
+    for message in run_refused_commands(run_refused, folder, kind, methods=("direct", "init")):
         assert str(path.parent) in message
         assert "encoder.layer.1.output.dense" in message
     tensors |= {name: removed, name.replace("layer.1.", "layer.7."): removed.clone()}
     save_file(tensors, path, metadata={"format": "pt"})
-    for message in refusals(refused, folder, kind, methods=("direct", "init")):
+    for message in run_refused_commands(run_refused, folder, kind, methods=("direct", "init")):
         assert str(path.parent) in message
         assert "layer.7." in message
 
 
-def test_adaptations_of_unsupported_kinds(refused, folder):
+def test_adaptations_of_unsupported_kinds_are_refused(run_refused, folder):
     config_file = folder / "lora" / "adaptation" / "adapter_config.json"
     config = json.loads(config_file.read_text())
-    for changed, expected in (
+    for changed_config, expected in (
         (config | {"peft_type": "LORE"}, "peft_type is LORE, which the installed PEFT lacks"),
         ({"peft_type": "IA3", "task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}, "unexpected"),
         (config | {"init_lora_weights": "pissa_niter_4"}, "cannot be reproduced from its base"),
     ):
-        config_file.write_text(json.dumps(changed))
-        assert expected in refusals(refused, folder, "lora")[0]
-    for message in refusals(refused, folder, "old"):
-        assert "is no sequence classifier" in message
-    for message in refusals(refused, folder, "nothing"):
+        config_file.write_text(json.dumps(changed_config))
+        assert expected in run_refused_commands(run_refused, folder, "lora")[0]
+    for message in run_refused_commands(run_refused, folder, "old"):
+        assert "is not a sequence classifier" in message
+    for message in run_refused_commands(run_refused, folder, "nothing"):
         assert f"{folder / 'nothing'}: no such folder" in message
 
 
-def test_invalid_rows(refused, folder):
+def test_invalid_rows_are_refused(run_refused, folder):
     with (folder / "task" / "dev.csv").open("a") as stream:
         stream.write("   ,positive\n")
-    for message in refusals(refused, folder):
+    for message in run_refused_commands(run_refused, folder):
         assert "dev.csv" in message
         assert "61" in message
     task, out = folder / "task" / "task.yaml", folder / "out" / "o"
-    assert "dev.csv" in refused("tune", folder / "old", "--task", task, "--out", out)
+    assert "dev.csv" in run_refused("tune", folder / "old", "--task", task, "--out", out)
     assert not list((folder / "out").iterdir())
 
 
-def test_tune_and_pretrain_check_their_inputs_first(refused, folder):
+def test_tune_and_pretrain_check_their_inputs_first(run_refused, folder):
     task, out = folder / "task" / "task.yaml", folder / "out" / "o"
     for arguments, expected in [
         (("tune", folder / "none", "--task", task), f"{folder / 'none'}: no such file or folder"),
@@ -236,28 +243,28 @@ def test_tune_and_pretrain_check_their_inputs_first(refused, folder):
         (("pretrain", folder / "old", folder / "none.txt", "--block", 32), "none.txt"),
         (("pretrain", folder / "old", folder / "task" / "train.csv", "--block", 512), "512 is more than the 64"),
     ]:
-        assert expected in refused(*arguments, "--out", out)
+        assert expected in run_refused(*arguments, "--out", out)
     os.truncate(folder / "old" / "model.safetensors", 1000)
     for arguments in (("tune", folder / "old", "--task", task), ("pretrain", folder / "old", task, "--block", 32)):
-        message = refused(*arguments, "--out", out)
+        message = run_refused(*arguments, "--out", out)
         assert f"{folder / 'old' / 'model.safetensors'}: not a complete safetensors file" in message
     assert not list((folder / "out").iterdir())
 
 
-def test_an_existing_folder_is_never_replaced(refused, folder):
+def test_an_existing_folder_is_never_replaced(run_refused, folder):
     task, out = folder / "task", folder / "out" / "o"
     out.mkdir()
     (out / "precious").write_text("x")
     for arguments, expected in [
-        (("recycle", *inputs_of(folder), "--method", "direct"), "is no outcome folder"),
-        (("tune", folder / "old", "--task", task / "task.yaml"), "is no outcome folder"),
+        (("recycle", *input_options(folder), "--method", "direct"), "is not an outcome folder"),
+        (("tune", folder / "old", "--task", task / "task.yaml"), "is not an outcome folder"),
         (("pretrain", folder / "old", task / "train.csv", "--block", 32), "made from something else"),
     ]:
-        assert expected in refused(*arguments, "--out", out)
+        assert expected in run_refused(*arguments, "--out", out)
     assert [path.name for path in (folder / "out").rglob("*")] == ["o", "precious"]
 
 
-def test_options_out_of_range(refused, folder):
+def test_recycle_and_compare_refuse_options_out_of_range(run_refused, folder):
     for (command, *options), expected in [
         (["recycle", "--method", "distil"], "Did you mean 'distill'?"),
         (["recycle", "--method", "init", "-o", "alpha=0.5"], "method init has no option 'alpha'"),
@@ -273,7 +280,7 @@ def test_options_out_of_range(refused, folder):
         (["recycle", "--method", "init", "--epochs", "1e12"], "whose order is held in memory"),
         (["recycle", "--method", "init", "--steps", 10**20], "whose order is held in memory"),
         (["recycle", "--method", "init", "--batch-size", 10**12], "batch_size must be at most"),
-        (["recycle", "--method", "distill", "-o", "temperature=1e300"], "temperature above 0 and up to"),
+        (["recycle", "--method", "distill", "-o", "temperature=1e300"], "temperature must be above 0 and up to"),
         (["recycle", "--method", "auto", "-o", "target=nan"], "target must be a score"),
         (["recycle", "--method", "auto", "-o", "target=high"], "of type float"),
         (["recycle", "--method", "auto", "-o", "budgets=[1e-9, nan]"], "budgets"),
@@ -284,12 +291,12 @@ def test_options_out_of_range(refused, folder):
         (["recycle", "--method", "init", "--shots", 10_000], "10000"),
         (["compare", "--seeds", "20,x"], "--seeds takes whole numbers"),
     ]:
-        message = refused(command, *inputs_of(folder), "--out", folder / "out" / "o", *options)
+        message = run_refused(command, *input_options(folder), "--out", folder / "out" / "o", *options)
         assert expected in message.replace(",000", "000")
     assert not list((folder / "out").iterdir())
 
 
-def test_numbers_of_other_commands(refused, folder):
+def test_weights_and_tune_refuse_numbers_out_of_range(run_refused, folder):
     out = folder / "out" / "o"
     graft = ["weights", "graft", "--old-base", folder / "old", "--new-base", folder / "new"]
     graft += ["--adaptation", folder / "full" / "adaptation", "--out", out]
@@ -302,15 +309,15 @@ def test_numbers_of_other_commands(refused, folder):
         ([*tune, "--kind", "lora", "--rank", 10**6], "a LoRA's rank must be at most"),
         ([*tune, "--kind", "bottleneck", "--inner-size", 10**6], "a bottleneck's inner size must be at most"),
     ]:
-        assert expected in refused(*arguments)
+        assert expected in run_refused(*arguments)
     assert not list((folder / "out").iterdir())
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_output_that_cannot_be_written_is_one_line():
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w") as full_disk:
         command = [sys.executable, "-m", "regraft", "methods"]
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run(command, stdout=full_disk, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: the output: the disk is full")
     assert len(result.stderr.splitlines()) == 1
@@ -330,12 +337,12 @@ def test_stderr_has_the_message_and_with_debug_the_traceback(folder):
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), AssertionError(), MemoryError(), EOFError("Ran out of input")])
-def test_an_unforeseen_error_is_reported_without_a_traceback(refused, monkeypatch, tmp_path, error):
-    def fail(*_):
+def test_an_unforeseen_error_is_reported_without_a_traceback(run_refused, monkeypatch, tmp_path, error):
+    def fail(file):
         raise error
 
     monkeypatch.setattr("regraft.task.Task.load", fail)
-    message = refused("task", "check", tmp_path / "task.yaml")
+    message = run_refused("task", "check", tmp_path / "task.yaml")
     assert message.startswith("error: ")
     assert "This is unexpected" in message
 

@@ -84,19 +84,19 @@ def test_few_shot_names_the_classes_that_have_too_few(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 3), min_size=1), st.permutations("abcd"))
 def test_relabelling_is_reversible(labels: list[int], order: list[str]) -> None:
     data = make_data(labels, labels="abcd")
-    settings_for_head = data.relabel(order)
-    assert [settings_for_head.labels[i] for i in settings_for_head.train.labels] == [
-        data.labels[i] for i in data.train.labels
-    ]
-    assert settings_for_head.relabel(data.labels).digest() == data.digest()
-    assert (settings_for_head.digest() == data.digest()) == (order == list("abcd"))
+    relabelled = data.relabel(order)
+    label_names = [data.labels[i] for i in data.train.labels]
+    assert [relabelled.labels[i] for i in relabelled.train.labels] == label_names
+    assert relabelled.relabel(data.labels).digest() == data.digest()
+    assert (relabelled.digest() == data.digest()) == (order == list("abcd"))
 
 
 @pytest.mark.parametrize("order", [["a", "b", "x"], ["a", "b"], ["a", "b", "c", "c"]])
-def test_relabelling_to_other_labels_lists_the_differences(order: list[str]) -> None:
+def test_relabelling_to_different_labels_lists_the_differences(order: list[str]) -> None:
     with pytest.raises(MismatchError) as error:
         make_data([0, 1, 2]).relabel(order)
-    only_task, only_head = "none" if "c" in order else "'c'", "'x'" if "x" in order else "none"
+    only_task = "none" if "c" in order else "'c'"
+    only_head = "'x'" if "x" in order else "none"
     assert_mentions(error, "train.csv", "'t'", f"Only in the task: {only_task}", f"Only in the head: {only_head}")
     assert_mentions(error, f"Expected 3 labels, found {len(order)}", "in `labels`")
 
@@ -116,8 +116,8 @@ def test_a_head_may_spell_its_labels_differently(labels: tuple[str, ...], head: 
     data = make_data([0, 1, 1, *range(len(labels))], [0, 1], labels)
     renamed = data.relabel(head)
     assert renamed.labels == head
-    for before, after in zip(data.train.labels, renamed.train.labels, strict=True):
-        assert head[after].casefold()[0] == labels[before].casefold()[0]
+    for old_class, new_class in zip(data.train.labels, renamed.train.labels, strict=True):
+        assert head[new_class].casefold()[0] == labels[old_class].casefold()[0]
     assert renamed.relabel(labels).digest() == data.digest()
 
 
@@ -128,26 +128,26 @@ def test_labels_that_match_several_of_the_head_are_refused(head: tuple[str, ...]
 
 
 def test_labels_that_look_alike_or_missing_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    names = ["positive", "Positive", "positive ", "posi\u200btive", "caf\u00e9", "cafe\u0301", "N/A", "fine"]
-    rows = [{"text": f"n {i}", "label": names[i % len(names)]} for i in range(160)]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
+    labels = ("positive", "Positive", "positive ", "posi\u200btive", "caf\u00e9", "cafe\u0301", "N/A", "fine")
+    (tmp_path / "a.json").write_text(json.dumps(make_rows(160, labels)))
     with caplog.at_level(logging.WARNING):
         data = load_data(make_task(str(tmp_path / "a.json")), seed=0)
-    alike, accents, missing = data_warnings(data)
-    assert "'posi\\u200btive'" in alike and "'Positive'" in alike and "'positive '" in alike
-    assert "'caf\\xe9'" in accents and "'cafe\\u0301'" in accents
-    assert "'N/A' looks like a missing value" in missing
+    spelling_warning, accent_warning, missing_warning = data_warnings(data)
+    for label in ("'posi\\u200btive'", "'Positive'", "'positive '"):
+        assert label in spelling_warning
+    assert "'caf\\xe9'" in accent_warning and "'cafe\\u0301'" in accent_warning
+    assert "'N/A' looks like a missing value" in missing_warning
     assert [record.getMessage() for record in caplog.records] == data_warnings(data)
-    listing_task = make_task(str(tmp_path / "a.json"), labels=["positive", "caf\u00e9", "N/A", "fine"])
+    task_with_labels = make_task(str(tmp_path / "a.json"), labels=["positive", "caf\u00e9", "N/A", "fine"])
     with pytest.raises(DataError, match=r"'Positive' is not among .* differs from 'positive' only in case"):
-        read_task(listing_task)
+        read_task(task_with_labels)
 
 
-def test_the_digest_depends_on_the_content_alone_and_never_changes() -> None:
+def test_the_digest_depends_on_the_content_alone_and_stays_as_recorded() -> None:
     data = make_data([0, 1, 2])
     assert data.digest() == "a180bd6cca648023d34fff1bce7c1aea975b63df061405ff7c0b223f2c2fe727"
-    moved_train = dataclasses.replace(data.train, source="b", row_numbers=data.dev.row_numbers)
-    renamed = dataclasses.replace(data.with_settings(name="renamed"), train=moved_train)
+    train_elsewhere = dataclasses.replace(data.train, source="b", row_numbers=data.dev.row_numbers)
+    renamed = dataclasses.replace(data.with_settings(name="renamed"), train=train_elsewhere)
     assert renamed.digest() == data.digest()
     changed = [
         dataclasses.replace(data, labels=("a", "b", "x")),
@@ -159,15 +159,17 @@ def test_the_digest_depends_on_the_content_alone_and_never_changes() -> None:
     assert len({data.digest(), *(change.digest() for change in changed)}) == 6
 
 
-def test_chance_is_the_majority_class_and_examples_can_be_selected() -> None:
+def test_chance_is_the_score_of_the_most_frequent_class() -> None:
     data = make_data([2, 2, 0, 1], dev=[2, 0])
-    assert (data.task.chance_prediction(data.train.targets, data.labels), chance_score(data, data.dev)) == (2, 0.5)
-    selected = data.train.take([3, 0])
-    assert (selected.texts, selected.labels.tolist(), selected.row_numbers.tolist()) == (
-        [("train 3",), ("train 0",)],
-        [1, 2],
-        [4, 1],
-    )
+    assert data.task.chance_prediction(data.train.targets, data.labels) == 2
+    assert chance_score(data, data.dev) == 0.5
+
+
+def test_examples_are_selected_with_their_texts_labels_and_rows() -> None:
+    selected = make_data([2, 2, 0, 1]).train.take([3, 0])
+    assert selected.texts == [("train 3",), ("train 0",)]
+    assert selected.labels.tolist() == [1, 2]
+    assert selected.row_numbers.tolist() == [4, 1]
 
 
 # ---- splits that cannot tell models apart
@@ -178,16 +180,21 @@ def test_tiny_and_single_class_splits_are_warned_about() -> None:
     assert "dev has 1 example, too few" in data_warnings(tiny)[0]
     assert "examples of a single class" in data_warnings(single)[0]
     assert data_warnings(large) == []
-    assert importlib.import_module("regraft.task.data").Split is Split  # where 0.1 had it
+
+
+def test_split_is_importable_from_its_module_of_regraft_0_1() -> None:
+    assert importlib.import_module("regraft.task.data").Split is Split
 
 
 @pytest.mark.parametrize("labels", [[1], [1] * 30])
-def test_nothing_is_certain_on_a_split_that_cannot_tell_models_apart(labels: list[int]) -> None:
+def test_no_verdict_is_certain_on_a_split_that_cannot_tell_models_apart(labels: list[int]) -> None:
     data = make_data([0, 1] * 9, labels, "ab")
-    problem = weakness(data, data.dev)
-    uncertain = verdict(ACCURACY, labels, labels, labels, 0.0, weakness=problem)
+    dev_weakness = weakness(data, data.dev)
+    uncertain = verdict(ACCURACY, labels, labels, labels, 0.0, weakness=dev_weakness)
     assert (uncertain.choice, uncertain.sure, uncertain.reasons[-1].name) == ("use as is", 0.0, "examples")
-    target = Target(ACCURACY, labels, labels, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=problem)
+    target = Target(
+        ACCURACY, labels, labels, 1.0, 0.5, 1.0, None, tolerance=0.02, confidence=0.9, weakness=dev_weakness
+    )
     assert target.measure(labels)["verdict"] == "undecided"
     balanced = [0, 1] * 15
     assert verdict(ACCURACY, balanced, balanced, balanced, 0.5).sure == 1.0

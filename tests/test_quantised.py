@@ -1,4 +1,4 @@
-"""Quantised checkpoints: int8 and fp8 are dequantised as by transformers, all other formats are refused."""
+"""Quantised checkpoints: int8 and fp8 are dequantised as in transformers, and other formats are refused."""
 
 import json
 import shutil
@@ -21,29 +21,34 @@ from regraft.errors import CheckpointError
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 24]}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+INT8_STEP = 7.874015718698502e-3
+"""1 / 127, as transformers' dequantize_bnb_weight rounds it."""
 PROJECTION = "model.layers.0.self_attn.q_proj.weight"
-LAYER = "model.layers.0.mlp.up_proj"
+MLP_LAYER = "model.layers.0.mlp.up_proj"
 
 
-def write(file, **tensors):
+def write_tensors(file, **tensors):
+    """Write tensors, which may be views of each other, and return the file."""
     save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
     return file
 
 
 def expand_scales(scales, block, shape):
     """Expand the scales of blocks to the elements of a matrix."""
-    rows, columns = (torch.arange(size) // edge for size, edge in zip(shape[-2:], block, strict=True))
-    return scales.float()[..., rows, :][..., columns]
+    block_rows, block_columns = (torch.arange(size) // edge for size, edge in zip(shape[-2:], block, strict=True))
+    return scales.float()[..., block_rows, :][..., block_columns]
 
 
-def is_layer(name):
-    return name.endswith("_proj.weight")
+def grid_shape(shape, block):
+    """Return the number of blocks in the last two dimensions, with incomplete blocks at the ends."""
+    return [-(-size // edge) for size, edge in zip(shape[-2:], block, strict=True)]
 
 
-def to_int8(tensors):
+def quantise_to_int8(tensors):
+    """Quantise the projections by rows, as bitsandbytes does."""
     quantised = {}
     for name, tensor in tensors.items():
-        if is_layer(name):
+        if name.endswith("_proj.weight"):
             scale = tensor.float().abs().amax(1)
             quantised[name] = (tensor / scale[:, None] * 127).round().to(torch.int8)
             quantised[name.replace("weight", "SCB")] = scale
@@ -53,14 +58,16 @@ def to_int8(tensors):
     return quantised
 
 
-def to_fp8(tensors, layers="_proj.weight"):
+def quantise_to_fp8(tensors, suffix="_proj.weight"):
+    """Quantise the weights whose names end in a suffix by blocks, with random scales."""
+    block = FP8["weight_block_size"]
     quantised = {}
     for name, tensor in tensors.items():
         quantised[name] = tensor.bfloat16()
-        if name.endswith(layers):
-            grid = [-(-size // edge) for size, edge in zip(tensor.shape, FP8["weight_block_size"], strict=True)]
-            scale = torch.rand(grid, generator=torch.Generator().manual_seed(5)) / 1000 + 1e-3
-            quantised[name] = (tensor / expand_scales(scale, FP8["weight_block_size"], tensor.shape)).to(E4M3)
+        if name.endswith(suffix):
+            generator = torch.Generator().manual_seed(5)
+            scale = torch.rand(grid_shape(tensor.shape, block), generator=generator) / 1000 + 1e-3
+            quantised[name] = (tensor / expand_scales(scale, block, tensor.shape)).to(E4M3)
             quantised[name + "_scale_inv"] = scale
     return quantised
 
@@ -71,32 +78,32 @@ def dequantise(tensors, name):
     if tensor.dtype == torch.int8:
         return tensor.double() * tensors[name.replace("weight", "SCB")].double()[:, None] / 127
     if tensor.dtype == E4M3:
-        return (
-            tensor.double()
-            * expand_scales(tensors[name + "_scale_inv"], FP8["weight_block_size"], tensor.shape).double()
-        )
+        scales = expand_scales(tensors[name + "_scale_inv"], FP8["weight_block_size"], tensor.shape)
+        return tensor.double() * scales.double()
     return tensor.double()
 
 
-def quantise(folder, into, quantise_tensors, settings):
-    shutil.copytree(folder, into)
-    write(into / "model.safetensors", **quantise_tensors(load_file(into / "model.safetensors")))
-    config = json.loads((into / "config.json").read_text())
-    (into / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    return into
+def write_quantised(folder, out, quantise, settings):
+    """Write a copy of a checkpoint with quantised tensors and the settings in its config, and return its folder."""
+    shutil.copytree(folder, out)
+    write_tensors(out / "model.safetensors", **quantise(load_file(out / "model.safetensors")))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return out
 
 
-def shard(folder):
-    """Divide a folder's file into two shards, with scales and codes in different ones."""
+def write_shards(folder):
+    """Divide a folder's file into two shards, with scales and codes in different shards."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     files = {name: f"model-0000{1 + (tensors[name].dim() == 2)}-of-00002.safetensors" for name in tensors}
     for file in set(files.values()):
-        write(folder / file, **{name: tensors[name] for name in tensors if files[name] == file})
+        write_tensors(folder / file, **{name: tensors[name] for name in tensors if files[name] == file})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
 def run_cli(*arguments):
+    """Run a command, and return what it prints or the message of a checkpoint's refusal."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if isinstance(result.exception, CheckpointError):
         return str(result.exception)
@@ -106,9 +113,9 @@ def run_cli(*arguments):
 
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory, bases):
-    """Llamas in full precision, in int8 and in fp8: the old base, the new one, and a fine-tune."""
+    """The folders of an old base, a new base and a fine-tune, by role and by precision (plain, int8, fp8)."""
     folder = tmp_path_factory.mktemp("quantised")
-    written = {}
+    folders = {}
     old, new = bases["llama"]
     tuned = shutil.copytree(old, folder / "tuned")
     tensors = load_file(old / "model.safetensors")
@@ -116,12 +123,12 @@ def llamas(tmp_path_factory, bases):
         name: tensor + 0.02 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(4))
         for name, tensor in tensors.items()
     }
-    write(tuned / "model.safetensors", **changed)
+    write_tensors(tuned / "model.safetensors", **changed)
     for role, path in (("old", old), ("new", new), ("tuned", tuned)):
-        written[role, "plain"] = path
-        written[role, "int8"] = quantise(path, folder / f"{role}-int8", to_int8, INT8)
-        written[role, "fp8"] = quantise(path, folder / f"{role}-fp8", to_fp8, FP8)
-    return written
+        folders[role, "plain"] = path
+        folders[role, "int8"] = write_quantised(path, folder / f"{role}-int8", quantise_to_int8, INT8)
+        folders[role, "fp8"] = write_quantised(path, folder / f"{role}-fp8", quantise_to_fp8, FP8)
+    return folders
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -130,14 +137,14 @@ def llamas(tmp_path_factory, bases):
 def test_fp8_is_dequantised_by_blocks(tmp_path, shape, scale_dtype, dtype):
     torch.manual_seed(0)
     codes = torch.randn(shape).to(dtype)
-    grid = (*shape[:-2], *(-(-size // 128) for size in shape[-2:]))
+    grid = (*shape[:-2], *grid_shape(shape, (128, 128)))
     if scale_dtype == torch.uint8:
         scale = torch.randint(110, 130, grid, dtype=torch.uint8)
         factors = (scale.float() - 127).exp2()
     else:
         scale = torch.rand(grid).to(scale_dtype)
         factors = scale.float()
-    checkpoint = Checkpoint.open(write(tmp_path / "w.safetensors", w=codes, w_scale_inv=scale))
+    checkpoint = Checkpoint.open(write_tensors(tmp_path / "w.safetensors", w=codes, w_scale_inv=scale))
     expected = codes.float() * expand_scales(factors, (128, 128), shape)
     assert set(checkpoint) == {"w"}
     assert torch.equal(checkpoint["w"], expected)
@@ -148,9 +155,9 @@ def test_fp8_is_dequantised_by_blocks(tmp_path, shape, scale_dtype, dtype):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_single_scale_applies_to_the_whole_tensor(tmp_path, shape):
+def test_a_single_scale_applies_to_all_elements(tmp_path, shape):
     codes = torch.randn(3, 20, 30).to(E4M3)
-    file = write(tmp_path / "w.safetensors", w=codes, w_scale_inv=torch.full(shape, 0.3))
+    file = write_tensors(tmp_path / "w.safetensors", w=codes, w_scale_inv=torch.full(shape, 0.3))
     assert torch.equal(Checkpoint.open(file)["w"], codes.float() * 0.3)
 
 
@@ -158,9 +165,9 @@ def test_int8_is_dequantised_by_rows(tmp_path):
     torch.manual_seed(0)
     codes = torch.randint(-127, 128, (300, 70), dtype=torch.int8)
     scale = torch.rand(300)
-    file = write(tmp_path / "w.safetensors", **{"a.weight": codes, "a.SCB": scale, "a.mask": codes[0] > 0})
+    file = write_tensors(tmp_path / "w.safetensors", **{"a.weight": codes, "a.SCB": scale, "a.mask": codes[0] > 0})
     checkpoint = Checkpoint.open(file)
-    expected = codes * scale[:, None] * 7.874015718698502e-3  # as transformers' dequantize_bnb_weight
+    expected = codes * scale[:, None] * INT8_STEP
     assert set(checkpoint) == {"a.weight", "a.mask"}
     assert torch.equal(checkpoint["a.weight"], expected)
     assert torch.equal(checkpoint.flat_slice("a.weight", 65, 300), expected.flatten()[65:365])
@@ -171,14 +178,14 @@ def test_int8_of_conv1d_layers_is_stored_transposed(tmp_path, model_type, is_tra
     torch.manual_seed(0)
     codes = torch.randint(-127, 128, (300, 70), dtype=torch.int8)
     scale = torch.rand(300)
-    write(tmp_path / "model.safetensors", **{"h.0.attn.c_proj.weight": codes, "h.0.attn.c_proj.SCB": scale})
+    write_tensors(tmp_path / "model.safetensors", **{"h.0.attn.c_proj.weight": codes, "h.0.attn.c_proj.SCB": scale})
     if model_type is None:
         with pytest.raises(CheckpointError, match=r"there is no config\.json"):
             Checkpoint.open(tmp_path)
         return
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "quantization_config": INT8}))
     checkpoint = Checkpoint.open(tmp_path)
-    expected = codes * scale[:, None] * 7.874015718698502e-3
+    expected = codes * scale[:, None] * INT8_STEP
     expected = expected.T if is_transposed else expected
     assert torch.equal(checkpoint["h.0.attn.c_proj.weight"], expected)
     assert torch.equal(checkpoint.flat_slice("h.0.attn.c_proj.weight", 65, 700), expected.flatten()[65:765])
@@ -191,13 +198,15 @@ def test_int8_of_conv1d_layers_is_stored_transposed(tmp_path, model_type, is_tra
 def test_blocks_without_a_config_divide_the_weight(tmp_path, shape, grid, settings):
     codes = torch.randn(shape).to(E4M3)
     scale = torch.rand(grid)
-    write(tmp_path / "model.safetensors", w=codes, w_scale_inv=scale)
+    write_tensors(tmp_path / "model.safetensors", w=codes, w_scale_inv=scale)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert torch.equal(Checkpoint.open(tmp_path)["w"], Fp8Dequantize(None)._dequantize_one(codes, scale, torch.float32))
 
 
 def test_ambiguous_blocks_are_refused(tmp_path):
-    file = write(tmp_path / "w.safetensors", w=torch.ones(36, 32).to(E4M3), w_scale_inv=torch.ones(3, 2))  # of 16 × 16
+    """A weight of 36 × 32 with a grid of 3 × 2 scales can have blocks of 16 × 16, but also of other sizes."""
+    codes = torch.ones(36, 32).to(E4M3)
+    file = write_tensors(tmp_path / "w.safetensors", w=codes, w_scale_inv=torch.ones(3, 2))
     with pytest.raises(CheckpointError, match="weight_block_size"):
         Checkpoint.open(file)
 
@@ -205,7 +214,7 @@ def test_ambiguous_blocks_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "kinds", ["int8 int8 int8", "fp8 fp8 fp8", "plain plain int8", "fp8 plain plain", "plain fp8 int8"]
 )
-def test_grafts_dequantised_weights(tmp_path, llamas, kinds):
+def test_a_graft_is_computed_from_dequantised_weights(tmp_path, llamas, kinds):
     new, tuned, old = (llamas[key] for key in zip(("new", "tuned", "old"), kinds.split(), strict=True))
     run_cli("weights", "graft", "--new", new, "--tuned", tuned, "--old", old, "--out", tmp_path / "out")
     operands = [load_file(path / "model.safetensors") for path in (new, tuned, old)]
@@ -221,9 +230,9 @@ def test_grafts_dequantised_weights(tmp_path, llamas, kinds):
     assert not any(report.values())
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")  # renamed by transformers
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")  # PEFT uses a name that transformers deprecated
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_merges_a_lora_into_a_quantised_base(tmp_path, llamas, kind):
+def test_a_lora_is_merged_into_a_quantised_base(tmp_path, llamas, kind):
     tensors = load_file(llamas["old", kind] / "model.safetensors")
     names = load_file(llamas["old", "plain"] / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(llamas["old", "plain"])
@@ -233,8 +242,8 @@ def test_merges_a_lora_into_a_quantised_base(tmp_path, llamas, kind):
         model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
     )
     model.save_pretrained(tmp_path / "adapter")
-    shutil.copyfile(llamas["old", kind] / "config.json", tmp_path / "adapter/config.json")  # as some trainers save it
-    shard(shutil.copytree(llamas["old", kind], tmp_path / "base"))
+    shutil.copyfile(llamas["old", kind] / "config.json", tmp_path / "adapter/config.json")  # some trainers save it so
+    write_shards(shutil.copytree(llamas["old", kind], tmp_path / "base"))
     run_cli(
         "weights",
         "merge-lora",
@@ -256,10 +265,8 @@ def test_delta_distance_and_extracted_lora_of_quantised_weights(tmp_path, llamas
     tuned, old = llamas["tuned", "plain"], llamas["old", "int8"]
     run_cli("weights", "delta", "--tuned", tuned, "--old", old, "--out", tmp_path / "delta")
     delta = load_file(tmp_path / "delta/model.safetensors")
-    first, second = (load_file(path / "model.safetensors") for path in (tuned, old))
-    torch.testing.assert_close(
-        delta[PROJECTION].double(), dequantise(first, PROJECTION) - dequantise(second, PROJECTION)
-    )
+    tuned_weight, old_weight = (dequantise(load_file(path / "model.safetensors"), PROJECTION) for path in (tuned, old))
+    torch.testing.assert_close(delta[PROJECTION].double(), tuned_weight - old_weight)
     run_cli("weights", "extract-lora", "--tuned", tuned, "--old", old, "--rank", 32, "--out", tmp_path / "lora")
     lora = load_file(tmp_path / "lora/adapter_model.safetensors")
     b, a = (lora["base_model.model." + PROJECTION.replace("weight", f"lora_{part}.weight")] for part in "BA")
@@ -270,19 +277,20 @@ def test_delta_distance_and_extracted_lora_of_quantised_weights(tmp_path, llamas
 def test_fingerprint_covers_scales_in_any_shard(tmp_path, llamas):
     single = shutil.copytree(llamas["old", "fp8"], tmp_path / "single")
     sharded = shutil.copytree(single, tmp_path / "sharded")
-    shard(sharded)
+    write_shards(sharded)
     assert fingerprint(Checkpoint.open(single)) == fingerprint(Checkpoint.open(sharded))
-    before = fingerprint(Checkpoint.open(single))
+    original = fingerprint(Checkpoint.open(single))
     tensors = load_file(single / "model.safetensors")
-    write(single / "model.safetensors", **tensors | {PROJECTION + "_scale_inv": 2 * tensors[PROJECTION + "_scale_inv"]})
-    assert fingerprint(Checkpoint.open(single)) != before
+    scale_name = PROJECTION + "_scale_inv"
+    write_tensors(single / "model.safetensors", **tensors | {scale_name: 2 * tensors[scale_name]})
+    assert fingerprint(Checkpoint.open(single)) != original
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_quantised_base_is_refused(tmp_path, llamas, kind):
-    with pytest.raises(CheckpointError, match="regraft weights interpolate") as refusal:
+    with pytest.raises(CheckpointError, match="regraft weights interpolate") as error:
         Base.open(llamas["old", kind])
-    command = str(refusal.value).split("regraft ")[1].rstrip(".").replace("FOLDER", str(tmp_path / "full"))
+    command = str(error.value).split("regraft ")[1].rstrip(".").replace("FOLDER", str(tmp_path / "full"))
     run_cli(*command.split())
     assert Base.open(tmp_path / "full").checkpoint.tensors[PROJECTION].dtype == "BF16"
     assert {"int8": "I8", "fp8": "F8_E4M3"}[kind] in run_cli("weights", "inspect", llamas["old", kind])
@@ -291,7 +299,7 @@ def test_quantised_base_is_refused(tmp_path, llamas, kind):
 @pytest.mark.parametrize("settings", [{"quantization_config": INT8}, {}])
 def test_quantised_fine_tune_is_refused(tmp_path, opened_bases, settings):
     folder = write_adaptation(opened_bases["llama"][0], "full", tmp_path / "tuned")
-    write(folder / "model.safetensors", **to_int8(load_file(folder / "model.safetensors")))
+    write_tensors(folder / "model.safetensors", **quantise_to_int8(load_file(folder / "model.safetensors")))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | settings))
     with pytest.raises(CheckpointError, match=r"is quantised.*regraft weights interpolate"):
@@ -303,80 +311,92 @@ MATRIX = torch.ones(4, 4)
 
 
 @pytest.mark.parametrize(
-    ("stored", "settings", "expected"),
+    ("tensors", "settings", "message"),
     [
         (
             {
-                f"{LAYER}.weight": BYTES,
-                f"{LAYER}.weight.absmax": MATRIX,
-                f"{LAYER}.weight.quant_state.bitsandbytes__nf4": BYTES,
+                f"{MLP_LAYER}.weight": BYTES,
+                f"{MLP_LAYER}.weight.absmax": MATRIX,
+                f"{MLP_LAYER}.weight.quant_state.bitsandbytes__nf4": BYTES,
             },
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
             "bitsandbytes.*dequantize.*-bnb-4bit",
         ),
         (
-            {f"{LAYER}.qweight": INTEGERS, f"{LAYER}.qzeros": INTEGERS, f"{LAYER}.scales": MATRIX.half()},
+            {f"{MLP_LAYER}.qweight": INTEGERS, f"{MLP_LAYER}.qzeros": INTEGERS, f"{MLP_LAYER}.scales": MATRIX.half()},
             {},
             "GPTQ or AWQ.*quantised from",
         ),
         ({"mlp.experts.down_proj_blocks": BYTES, "mlp.experts.down_proj_scales": BYTES}, {}, "MXFP4.*Mxfp4Config"),
         (
-            {f"{LAYER}.weight_packed": INTEGERS, f"{LAYER}.weight_scale": MATRIX},
+            {f"{MLP_LAYER}.weight_packed": INTEGERS, f"{MLP_LAYER}.weight_scale": MATRIX},
             {},
             "compressed-tensors.*CompressedTensorsConfig",
         ),
         (
-            {f"{LAYER}.weight": MATRIX.to(E4M3), f"{LAYER}.weight_scale": MATRIX},
+            {f"{MLP_LAYER}.weight": MATRIX.to(E4M3), f"{MLP_LAYER}.weight_scale": MATRIX},
             {},
             "compressed-tensors.*quantised from",
         ),
-        ({f"{LAYER}.weight": CODES, f"{LAYER}.weight_scale": MATRIX[:, :1]}, {}, "compressed-tensors.*quantised from"),
-        ({f"{LAYER}.weight": INTEGERS.view(torch.uint32), f"{LAYER}.scales": MATRIX}, {}, "U32.*full precision"),
-        ({f"{LAYER}.weight:qdata": INTEGERS, f"{LAYER}.weight:scale": MATRIX}, {}, "I32. is no weight"),
-        ({f"{LAYER}.weight": MATRIX.to(E5M2)}, {"quantization_config": FP8}, "'fp8'.*F8_E5M2.*full precision"),
-        ({f"{LAYER}.weight": CODES}, {}, "I8. is no weight.*full precision"),
-        ({f"{LAYER}.weight": MATRIX, f"{LAYER}.weight_scale_inv": MATRIX[:1, :1]}, {}, "scale of no eight-bit weight"),
         (
-            {f"{LAYER}.weight": MATRIX},
+            {f"{MLP_LAYER}.weight": CODES, f"{MLP_LAYER}.weight_scale": MATRIX[:, :1]},
+            {},
+            "compressed-tensors.*quantised from",
+        ),
+        (
+            {f"{MLP_LAYER}.weight": INTEGERS.view(torch.uint32), f"{MLP_LAYER}.scales": MATRIX},
+            {},
+            "U32.*full precision",
+        ),
+        ({f"{MLP_LAYER}.weight:qdata": INTEGERS, f"{MLP_LAYER}.weight:scale": MATRIX}, {}, "I32. is no weight"),
+        ({f"{MLP_LAYER}.weight": MATRIX.to(E5M2)}, {"quantization_config": FP8}, "'fp8'.*F8_E5M2.*full precision"),
+        ({f"{MLP_LAYER}.weight": CODES}, {}, "I8. is no weight.*full precision"),
+        (
+            {f"{MLP_LAYER}.weight": MATRIX, f"{MLP_LAYER}.weight_scale_inv": MATRIX[:1, :1]},
+            {},
+            "scale of no eight-bit weight",
+        ),
+        (
+            {f"{MLP_LAYER}.weight": MATRIX},
             {"quantization_config": {"quant_method": "hqq"}},
             "'hqq'.*remove quantization_config",
         ),
-        ({f"{LAYER}.weight": CODES, f"{LAYER}.SCB": MATRIX[0, :3]}, {}, "one for each row"),
+        ({f"{MLP_LAYER}.weight": CODES, f"{MLP_LAYER}.SCB": MATRIX[0, :3]}, {}, "one for each row"),
         (
-            {f"{LAYER}.weight": MATRIX.to(E4M3), f"{LAYER}.weight_scale_inv": MATRIX[:3, :3]},
+            {f"{MLP_LAYER}.weight": MATRIX.to(E4M3), f"{MLP_LAYER}.weight_scale_inv": MATRIX[:3, :3]},
             {},
             "each block of 128 × 128",
         ),
         (
-            {f"{LAYER}.weight": MATRIX.to(E4M3), f"{LAYER}.weight_scale_inv": MATRIX[:2, :2]},
+            {f"{MLP_LAYER}.weight": MATRIX.to(E4M3), f"{MLP_LAYER}.weight_scale_inv": MATRIX[:2, :2]},
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, "many"]}},
             "weight_block_size is .*many",
         ),
         (
             {
-                f"{LAYER}.weight": CODES,
-                f"{LAYER}.SCB": MATRIX[0],
-                f"{LAYER}.weight_format": torch.tensor(2, dtype=torch.uint8),
+                f"{MLP_LAYER}.weight": CODES,
+                f"{MLP_LAYER}.SCB": MATRIX[0],
+                f"{MLP_LAYER}.weight_format": torch.tensor(2, dtype=torch.uint8),
             },
             {},
             "GPU's tiles",
         ),
         (
-            {f"{LAYER}.indices": INTEGERS, f"{LAYER}.centroids": MATRIX},
+            {f"{MLP_LAYER}.indices": INTEGERS, f"{MLP_LAYER}.centroids": MATRIX},
             {"quantization_config": {"quant_method": "vptq"}},
             "'vptq'.*indices.*is no weight",
         ),
     ],
 )
-def test_other_formats_are_refused_with_a_remedy(tmp_path, stored, settings, expected):
-    write(tmp_path / "model.safetensors", norm=MATRIX[0], **stored)
+def test_unsupported_formats_are_refused_with_a_remedy(tmp_path, tensors, settings, message):
+    write_tensors(tmp_path / "model.safetensors", norm=MATRIX[0], **tensors)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(CheckpointError, match=expected):
+        with pytest.raises(CheckpointError, match=message):
             Checkpoint.open(path)
-    out = ("--out", tmp_path / "out")
-    assert str(tmp_path) in run_cli("weights", "delta", "--tuned", tmp_path, "--old", tmp_path, *out)
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    assert str(tmp_path) in run_cli("weights", "delta", "--tuned", tmp_path, "--old", tmp_path, "--out", out)
+    assert not out.exists()
     assert "norm" in run_cli("weights", "inspect", tmp_path)
 
 
@@ -387,18 +407,23 @@ def test_masks_and_positions_are_not_codes(tmp_path):
         "embeddings.position_ids": torch.arange(4)[None],
         "steps": torch.tensor(3, dtype=torch.int32),
     }
-    assert set(Checkpoint.open(write(tmp_path / "m.safetensors", **masks))) == set(masks)
+    assert set(Checkpoint.open(write_tensors(tmp_path / "m.safetensors", **masks))) == set(masks)
 
 
 def test_fused_experts_are_built_from_dequantised_weights(tmp_path):
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MixtralConfig(vocab_size=20, num_local_experts=3, num_key_value_heads=2, **settings)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
-    folder = quantise(tmp_path / "plain", tmp_path / "fp8", lambda tensors: to_fp8(tensors, ".w2.weight"), FP8)
+
+    def quantise_experts(tensors):
+        return quantise_to_fp8(tensors, ".w2.weight")
+
+    folder = write_quantised(tmp_path / "plain", tmp_path / "fp8", quantise_experts, FP8)
     checkpoint = Checkpoint.open(folder)
     tensors = load_file(folder / "model.safetensors")
     experts = architecture_of(config, "MixtralForCausalLM").in_memory(checkpoint)
-    name, stored = "model.layers.0.mlp.experts.down_proj", "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
-    expected = torch.stack([dequantise(tensors, stored.format(number)) for number in range(3)])
+    name = "model.layers.0.mlp.experts.down_proj"
+    stored_names = [f"model.layers.0.block_sparse_moe.experts.{expert_index}.w2.weight" for expert_index in range(3)]
+    expected = torch.stack([dequantise(tensors, stored_name) for stored_name in stored_names])
     torch.testing.assert_close(experts[name].double(), expected)
     assert output_dtype(experts, name) == "BF16"

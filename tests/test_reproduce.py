@@ -1,4 +1,4 @@
-"""The paper reproduced on tiny bases: an interrupted run continues, and its figures agree with other means."""
+"""The paper reproduced on tiny bases, interrupted and continued, and its figures computed by other means."""
 
 import json
 import random
@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import LABELS, compute_logits, make_sentence, read_weights, write_sentences
-from test_experiments import accuracy, modification_times, read_curve, read_test_predictions
+from test_experiments import compute_accuracy, read_curve, read_modification_times, read_test_predictions
 
 from regraft import Base, load_outcome
 from regraft.model.examples import encode
@@ -44,12 +44,21 @@ CONFIGS = {
     "6-projection": {"tasks": {"lora": ["mood", "other"]}, "upgrades": [[0, 1]], "rank": 2, "steps": 2},
     "7-chain": {"tasks": {"full": ["mood"]}},
 }
-NUM_CELLS = 2 * 1 + 2 * 4 + (1 + 2) + 2 * 3 + 2 * (5 + 2) + 2 * 2 * 4 + 2
-"""The cells of the seven experiments, with two seeds."""
+NUM_CELLS = {
+    "1-compatibility": 2 * 1,
+    "2-connectivity": 2 * 4,
+    "3-similarity": 1 + 2,
+    "4-initialisation": 2 * 3,
+    "5-distillation": 2 * (5 + 2),
+    "6-projection": 2 * 2 * 4,
+    "7-chain": 2,
+}
+"""The cells of each experiment with two seeds."""
+CELLS_BEFORE_INTERRUPTION = 5
 
 
 def write_inputs(folder, base):
-    """Write a size, the configs of all experiments, and the texts and tasks that they use."""
+    """Write a size file, the configs of all experiments, and the texts and tasks that they use."""
     tuning = {"steps": 40, "batch_size": 16, "learning_rate": 3e-3, "eval_every": 20}
     few_shot = tuning | {"steps": 10, "eval_every": 5}
     tasks = {}
@@ -96,9 +105,9 @@ def corrupt_labels(file):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, bases):
-    folder = tmp_path_factory.mktemp("paper")
-    write_inputs(folder, bases["bert"][0])
-    return folder
+    paper_folder = tmp_path_factory.mktemp("paper")
+    write_inputs(paper_folder, bases["bert"][0])
+    return paper_folder
 
 
 @pytest.fixture(scope="module")
@@ -108,31 +117,35 @@ def plan(folder):
 
 @pytest.fixture(scope="module")
 def reports(folder, plan):
-    """Run everything, interrupted once among the cells; return the reports of the first and of the second run."""
+    """Run all experiments, interrupted once; return the reports of the first run and of its continuation."""
     measure_cell = experiment.measure_cell
-    first = []
-    second = []
+    first_reports = []
+    second_reports = []
 
     def measure_until_interrupted(*arguments):
-        if sum(": made" in line for line in first) == 5:
+        if count_measured(first_reports) == CELLS_BEFORE_INTERRUPTION:
             raise KeyboardInterrupt
         return measure_cell(*arguments)
 
     experiment.measure_cell = measure_until_interrupted
     try:
         with pytest.raises(KeyboardInterrupt):
-            reproduce.build_missing(plan, 0, first.append)
+            reproduce.build_missing(plan, 0, first_reports.append)
     finally:
         experiment.measure_cell = measure_cell
     reproduce.write_measured(plan, folder / "partial")
-    assert reproduce.build_missing(plan, 0, second.append) == []
+    assert reproduce.build_missing(plan, 0, second_reports.append) == []
     reproduce.write_measured(plan, folder / "pages")
-    return first, second
+    return first_reports, second_reports
+
+
+def count_measured(reports):
+    return sum(": made" in line for line in reports)
 
 
 @pytest.fixture
 def results(folder, reports):
-    """Return a reader of an experiment's results."""
+    """A function that reads an experiment's results."""
 
     def read(name):
         return json.loads((folder / "pages" / name / "results.json").read_text(encoding="utf-8"))
@@ -142,16 +155,16 @@ def results(folder, reports):
 
 @pytest.mark.slow
 def test_an_interrupted_run_continues_and_then_builds_nothing(folder, plan, reports):
-    first, second = reports
-    assert sum(": made" in line for line in first) == 5
-    assert len(second) == NUM_CELLS - 5
+    first_reports, second_reports = reports
+    assert count_measured(first_reports) == CELLS_BEFORE_INTERRUPTION
+    assert len(second_reports) == sum(NUM_CELLS.values()) - CELLS_BEFORE_INTERRUPTION
     assert "**Not complete: " in (folder / "partial" / "2-connectivity" / "README.md").read_text(encoding="utf-8")
     assert "not measured" in (folder / "partial" / "README.md").read_text(encoding="utf-8")
-    before = modification_times(plan.store.out)
+    old_times = read_modification_times(plan.store.out)
     assert reproduce.build_missing(plan, 0, pytest.fail) == []
-    after = modification_times(plan.store.out)
-    assert after.keys() == before.keys()
-    assert {file.name for file in after if file.is_file() and after[file] != before[file]} == {"size.json"}
+    new_times = read_modification_times(plan.store.out)
+    assert new_times.keys() == old_times.keys()
+    assert {file.name for file in new_times if file.is_file() and new_times[file] != old_times[file]} == {"size.json"}
     assert not [path for name in CONFIGS for path in (plan.store.out / name).iterdir() if path.is_dir()]
 
 
@@ -191,37 +204,37 @@ def test_compatibility_agrees_with_outcomes_and_with_the_chain(plan, results):
             assert point["score"] == pytest.approx(row["score"], abs=1e-5)
     old_predictions = read_test_predictions(plan.store.tuning_folder("mood", "full", 0, 20))
     (start,) = select(points, seed=20, steps=0)
-    assert start["score"] == pytest.approx(accuracy(old_predictions), abs=1e-5)
+    assert start["score"] == pytest.approx(compute_accuracy(old_predictions), abs=1e-5)
     assert (start["distance"], start["agreement"]) == (0, 1)
     (run,) = select(compatibility["runs"], seed=30, base=2)
     tuned_predictions = read_test_predictions(plan.store.tuning_folder("mood", "full", 2, 30))
-    assert run["tuned"] == pytest.approx(accuracy(tuned_predictions), abs=1e-5)
+    assert run["tuned"] == pytest.approx(compute_accuracy(tuned_predictions), abs=1e-5)
     labels = [label for label, _ in old_predictions]
     assert run["majority"] in (labels.count(0) / 40, labels.count(1) / 40)
 
 
 @pytest.mark.slow
-def test_connectivity_agrees_with_the_losses_of_deployments(plan, results):
+def test_connectivity_agrees_with_losses_of_single_models(plan, results):
     store = plan.store
     runs = results("2-connectivity")["runs"]
     data = load_data(store.task_file("mood"), 0).with_settings(max_length=16)
     assert data.labels == LABELS
 
-    def deployment_loss(base_number, seed, text_base):
-        base = Base.open(store.base_name(base_number))
-        texts = encode(text_base, data, data.test)
-        logits = compute_logits(store.tuning_folder("mood", "full", base_number, seed), base, texts)
+    def compute_test_loss(base_index, seed, tokenizer_base):
+        base = Base.open(store.base_name(base_index))
+        examples = encode(tokenizer_base, data, data.test)
+        logits = compute_logits(store.tuning_folder("mood", "full", base_index, seed), base, examples)
         return float(torch.nn.functional.cross_entropy(logits, torch.tensor(data.test.labels).long()))
 
-    text_base = Base.open(store.base_name(2))
+    newest_base = Base.open(store.base_name(2))
     (line,) = select(runs, second=2, seed=20)
     start, middle, end = line["loss"]["test"]
-    assert end == pytest.approx(deployment_loss(2, 20, text_base), abs=1e-4)
+    assert end == pytest.approx(compute_test_loss(2, 20, newest_base), abs=1e-4)
     assert line["barrier"]["test"] == pytest.approx(max(0.0, middle - (start + end) / 2), abs=2e-5)
     (same_base,) = select(runs, second=0, seed=20)
-    assert same_base["loss"]["test"][-1] == pytest.approx(deployment_loss(0, 30, text_base), abs=1e-4)
-    (shared,) = select(runs, one_seed=True, seed=20)
-    assert (shared["first"], shared["second"]) == (0, 1)
+    assert same_base["loss"]["test"][-1] == pytest.approx(compute_test_loss(0, 30, newest_base), abs=1e-4)
+    (one_seed_run,) = select(runs, one_seed=True, seed=20)
+    assert (one_seed_run["first"], one_seed_run["second"]) == (0, 1)
     outcomes = [load_outcome(store.tuning_folder("mood", "full", base, seed)) for base, seed in ((0, 20), (1, 19))]
     assert [outcome.record.inputs["recipe"]["seed"] for outcome in outcomes] == [20, 20]
 
@@ -255,12 +268,12 @@ def test_initialisation_is_compared_with_the_curve_of_scratch(plan, results):
 
 
 @pytest.mark.slow
-def test_distillation_differences_are_those_of_mean_scores(plan, results):
+def test_distillation_differences_are_differences_of_mean_scores(plan, results):
     distillation = results("5-distillation")
     runs = distillation["runs"]
     teacher_folders = [plan.store.tuning_folder("mood", "full", 0, seed) for seed in (20, 30)]
     assert [run["test"] for run in select(runs, method="teacher")] == [
-        pytest.approx(accuracy(read_test_predictions(folder))) for folder in teacher_folders
+        pytest.approx(compute_accuracy(read_test_predictions(folder))) for folder in teacher_folders
     ]
     few_shot_runs = [run for run in runs if run["shots"]]
     assert {run["steps"] for run in few_shot_runs if run["method"].endswith(", longer")} == {20}

@@ -1,4 +1,4 @@
-"""Rows: outputs at them equal those of transformers at the same tokens. Deployments run each split once."""
+"""Outputs at rows compared with transformers, deployments that run each split once, and task types of plugins."""
 
 import dataclasses
 import importlib
@@ -24,14 +24,15 @@ TOKENS = [[1, 7, 8, 9, 2], [1, 5, 2], [1, 6, 7, 8, 9, 10, 11, 2]]
 ROW_TOKENS = [[1, 3], [], [4, 1, 6]]
 
 
-def make_examples(classes):
-    targets = np.arange(sum(map(len, ROW_TOKENS)), dtype=np.int64) % classes
+def make_examples(num_classes):
+    """Build three examples with a row at each of `ROW_TOKENS`."""
+    targets = np.arange(sum(map(len, ROW_TOKENS)), dtype=np.int64) % num_classes
     return Examples({"input_ids": TOKENS}, targets, {"input_ids": 0}, ROW_TOKENS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("adapted", [False, True])
-def test_outputs_at_rows_equal_those_of_a_token_classifier(architecture, adapted):
+def test_outputs_at_rows_equal_the_outputs_of_a_token_classifier(architecture, adapted):
     from peft import PrefixTuningConfig, get_peft_model
 
     model = AutoModelForTokenClassification.from_config(make_config(architecture, num_labels=3)).eval()
@@ -41,34 +42,34 @@ def test_outputs_at_rows_equal_those_of_a_token_classifier(architecture, adapted
     check_rows(model, 3)
 
 
-@pytest.mark.parametrize("virtual", [0, 3])
-def test_outputs_at_rows_equal_those_of_a_language_model(virtual):
+@pytest.mark.parametrize("num_virtual_tokens", [0, 3])
+def test_outputs_at_rows_equal_the_outputs_of_a_language_model(num_virtual_tokens):
     from peft import PromptTuningConfig, get_peft_model
 
     model = AutoModelForCausalLM.from_config(make_config("llama")).eval()
-    if virtual:
+    if num_virtual_tokens:
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
         with quiet():
-            model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)).eval()
-    check_rows(model, model.config.vocab_size, virtual)
+            model = get_peft_model(model, config).eval()
+    check_rows(model, model.config.vocab_size, num_virtual_tokens)
 
 
-def check_rows(model, outputs, virtual=0):
-    """Compare logits and gradients with those of each example alone."""
-    examples = make_examples(outputs)
+def check_rows(model, num_classes, num_virtual_tokens=0):
+    """Compare logits and gradients of a batch with a forward pass over each example alone."""
+    examples = make_examples(num_classes)
     indices = [2, 0, 1]
     batch = examples.batch(indices)
     output = forward(model, batch)
-    alone = [model(input_ids=torch.tensor([ids])).logits[0][virtual:] for ids in TOKENS]
-    expected = torch.cat([alone[i][ROW_TOKENS[i]] for i in indices])
+    example_logits = [model(input_ids=torch.tensor([ids])).logits[0][num_virtual_tokens:] for ids in TOKENS]
+    row_logits = [logits[tokens] for logits, tokens in zip(example_logits, ROW_TOKENS, strict=True)]
+    expected = torch.cat([row_logits[i] for i in indices])
     torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-5)
     assert batch["row"].tolist() == [2, 3, 4, 0, 1]
     assert batch["targets"].tolist() == examples.targets[[2, 3, 4, 0, 1]].tolist()
-    torch.testing.assert_close(
-        predict(model, examples, "fp32"), torch.cat([alone[i][tokens] for i, tokens in enumerate(ROW_TOKENS)])
-    )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.testing.assert_close(predict(model, examples, "fp32"), torch.cat(row_logits))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients, expected_gradients = (
-        torch.autograd.grad(CATEGORICAL.loss(logits, batch["targets"], "mean"), trained, allow_unused=True)
+        torch.autograd.grad(CATEGORICAL.loss(logits, batch["targets"], "mean"), parameters, allow_unused=True)
         for logits in (output.logits, expected)
     )
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
@@ -77,22 +78,20 @@ def check_rows(model, outputs, virtual=0):
             torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_hidden_states_at_rows_equal_those_of_transformers():
+def test_hidden_states_at_rows_equal_the_states_of_transformers():
     model = AutoModelForTokenClassification.from_config(make_config("bert", num_labels=3)).eval()
     states = forward(model, make_examples(3).batch([0, 2]), hidden=True).row_states()
     for row, (example, token) in enumerate([(0, 1), (0, 3), (2, 4), (2, 1), (2, 6)]):
-        alone = model(input_ids=torch.tensor([TOKENS[example]]), output_hidden_states=True).hidden_states
-        expected = torch.stack([layer[0, token] for layer in alone[:-1]])
+        layers = model(input_ids=torch.tensor([TOKENS[example]]), output_hidden_states=True).hidden_states
+        expected = torch.stack([layer[0, token] for layer in layers[:-1]])
         torch.testing.assert_close(states[row], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_selected_examples_keep_their_rows():
     selected = make_examples(3).take([2, 1])
-    assert (selected.tokens, selected.targets.tolist(), selected.lengths.tolist()) == (
-        [[4, 1, 6], []],
-        [2, 0, 1],
-        [8, 3],
-    )
+    assert selected.tokens == [[4, 1, 6], []]
+    assert selected.targets.tolist() == [2, 0, 1]
+    assert selected.lengths.tolist() == [8, 3]
     assert selected.rows([1, 0]).tolist() == [0, 1, 2]
 
 
@@ -100,30 +99,35 @@ def test_a_deployment_runs_each_split_once(opened_bases, tuned_outcomes, task_fi
     base = opened_bases["bert"][0]
     data = load_data(task_file, 20).relabel(LABELS)
     model = load_model(load_adaptation(tuned_outcomes["bert", "lora"]), base, data.head)
-    calls = []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    num_batches = 0
+
+    def count_batch(module, inputs):
+        nonlocal num_batches
+        num_batches += 1
+
+    model.register_forward_pre_hook(count_batch)
     deployment = Deployment(model, base, data, "fp32")
     logits = deployment.outputs(data.dev)
-    count = len(calls)
-    assert deployment.predictions(data.dev) == logits.argmax(dim=1).tolist()
+    dev_batches = num_batches
     predictions = deployment.predictions(data.dev)
-    right = [prediction == label for prediction, label in zip(predictions, data.dev.labels, strict=True)]
-    assert deployment.right(data.dev) == right
-    assert deployment.score(data.dev) == score("accuracy", data.dev.labels, logits.argmax(dim=1)) == np.mean(right)
+    assert predictions == logits.argmax(dim=1).tolist()
+    is_right = [prediction == label for prediction, label in zip(predictions, data.dev.labels, strict=True)]
+    assert deployment.right(data.dev) == is_right
+    assert deployment.score(data.dev) == score("accuracy", data.dev.labels, logits.argmax(dim=1)) == np.mean(is_right)
     assert deployment.loss(data.dev) == pytest.approx(float(deployment.losses(data.dev).mean()))
     assert deployment.confidence(data.dev) == pytest.approx(logits.softmax(dim=1).max(dim=1).values.tolist())
     overlap, divergence = deployment.similarity_to(data.dev, deployment.signal(data.dev))
     assert (overlap, divergence) == (pytest.approx(1), pytest.approx(0, abs=1e-7))
-    assert len(calls) == count
+    assert num_batches == dev_batches
     deployment.clear_outputs()
     deployment.outputs(data.dev)
-    assert len(calls) == 2 * count
+    assert num_batches == 2 * dev_batches
     mismatched = Deployment(model, base, dataclasses.replace(data, labels=(*LABELS, "mixed")), "fp32")
     with pytest.raises(MismatchError, match="2 outputs, task 'mood' 3 labels"):
         mismatched.outputs(data.dev)
 
 
-def test_another_distribution_can_add_a_task_type(tmp_path, monkeypatch, task_file):
+def test_an_installed_package_can_add_a_task_type(tmp_path, monkeypatch, task_file):
     code = (
         "from typing import Literal\nfrom regraft.task import TextClassification\n"
         "class Stance(TextClassification):\n    type: Literal['stance'] = 'stance'\nNAME = 'no task type'\n"
@@ -134,7 +138,7 @@ def test_another_distribution_can_add_a_task_type(tmp_path, monkeypatch, task_fi
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stances\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
 
-    def declare(entry):
+    def declare_entry_point(entry):
         (metadata / "entry_points.txt").write_text(f"[regraft.task_types]\n{entry}\n")
         importlib.invalidate_caches()
         task_types.cache_clear()
@@ -143,20 +147,20 @@ def test_another_distribution_can_add_a_task_type(tmp_path, monkeypatch, task_fi
     file = task_file.with_name("stance.yaml")
     file.write_text(f"type: stance\n{task_file.read_text()}")
     try:
-        declare("stance = stances:Stance")
+        declare_entry_point("stance = stances:Stance")
         data = load_data(file, 20)
         assert data.task.type == "stance"
         assert data.train.inputs == plain.train.inputs
-        assert data.digest() != plain.digest()  # the same examples, but another task
+        assert data.digest() != plain.digest()  # the digest covers the type of the task
         for entry, message in (
             ("stance = stances:Nobody", "'stance' of stances cannot be loaded"),
-            ("stance = stances:NAME", "is 'no task type', no subclass of regraft.Task"),
+            ("stance = stances:NAME", "is 'no task type', not a subclass of regraft.Task"),
             (
                 "plain = regraft.task:TextClassification",
                 "defines a task type 'text-classification', which already exists",
             ),
         ):
-            declare(entry)
+            declare_entry_point(entry)
             with pytest.raises(DataError, match=message):
                 Task.load(task_file)
     finally:
@@ -176,20 +180,20 @@ def test_standardised_training_changes_no_output(
     saved_adaptations, opened_bases, task_file, encoded_dev, monkeypatch, architecture, kind
 ):
     """The head has one layer (bert), two (roberta), or one without a bias (llama)."""
-    folder, before = saved_adaptations[architecture, kind]
+    folder, logits = saved_adaptations[architecture, kind]
     base = opened_bases[architecture][0]
     data = load_data(task_file, 20)
     model = load_model(load_adaptation(folder), base, HEAD, trainable=True)
     stored = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    monkeypatch.setattr(TextClassification, "target_scaling", lambda self, targets: (3.0, 8.0))
+    offset, scale = 3.0, 8.0
+    monkeypatch.setattr(TextClassification, "target_scaling", lambda self, targets: (offset, scale))
     with standardised_outputs(model, base, data):
         changed = {name for name, parameter in model.named_parameters() if not parameter.equal(stored[name])}
-        assert torch.allclose(predict(model, encoded_dev[architecture], "fp32"), before, atol=1e-5)
-    assert {name.rpartition(".")[2] for name in changed} == (
-        {"weight"} if architecture == "llama" else {"weight", "bias"}
-    )
+        assert torch.allclose(predict(model, encoded_dev[architecture], "fp32"), logits, atol=1e-5)
+    has_bias = architecture != "llama"
+    assert {name.rpartition(".")[2] for name in changed} == ({"weight", "bias"} if has_bias else {"weight"})
     assert all("classifier" in name or "score" in name for name in changed)
-    assert torch.allclose(predict(model, encoded_dev[architecture], "fp32"), before, atol=1e-5)
+    assert torch.allclose(predict(model, encoded_dev[architecture], "fp32"), logits, atol=1e-5)
     restore_output_units(model, base, data)
-    offset = 0 if architecture == "llama" else 3
-    assert torch.allclose(predict(model, encoded_dev[architecture], "fp32"), 8 * before + offset, atol=1e-4)
+    expected = scale * logits + (offset if has_bias else 0)
+    assert torch.allclose(predict(model, encoded_dev[architecture], "fp32"), expected, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Files and data sets as sources of tasks: read as their writers meant them, or refused with what to do."""
+"""Files and data sets as sources of tasks: read unchanged, or refused with a remedy."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ UNUSUAL_TEXTS = [
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `datasets` cache in the test's folder."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -40,15 +41,15 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_format_yields_the_same_unchanged_texts(tmp_path: Path, ending: str) -> None:
     rows = [{"text": text, "label": i % 2, "unused": None} for i, text in enumerate(UNUSUAL_TEXTS)]
 
-    def read(suffix: str) -> TaskData:
+    def read_as(suffix: str) -> TaskData:
         dev = write_table(tmp_path / f"dev.{suffix}", make_rows(4, (0, 1)))
         return read_task(make_task(write_table(tmp_path / f"train.{suffix}", rows), dev=dev))
 
-    data = read(ending)
+    data = read_as(ending)
     assert [texts[0] for texts in data.train.texts] == UNUSUAL_TEXTS
     assert data.train.row_numbers.tolist() == list(range(1, len(UNUSUAL_TEXTS) + 1))
     assert data.labels == ("0", "1")
-    assert data.digest() == read("jsonl").digest()
+    assert data.digest() == read_as("jsonl").digest()
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
@@ -71,51 +72,42 @@ def test_labels_have_the_same_names_and_order_in_every_format(
 def test_two_columns_of_text_make_pairs(tmp_path: Path) -> None:
     rows = [{"label": i % 2, "p": f"premise {i}", "h": f"hypothesis {i}"} for i in range(20)]
     data = read_task(make_task(write_table(tmp_path / "a.csv", rows), text=("h", "p")))
-    first = data.train.row_numbers[0] - 1
-    assert data.train.texts[0] == (f"hypothesis {first}", f"premise {first}")
+    row_index = data.train.row_numbers[0] - 1
+    assert data.train.texts[0] == (f"hypothesis {row_index}", f"premise {row_index}")
 
 
 def test_listed_labels_fix_the_order_and_the_source_can_be_a_path(tmp_path: Path) -> None:
     write_table(tmp_path / "a.csv", make_rows(10))
-    data = read_task(
-        TextClassification.model_validate(
-            TASK_KEYS | {"name": "t", "train": tmp_path / "a.csv", "labels": ["pos", "neg"]}
-        )
-    )
+    keys = TASK_KEYS | {"name": "t", "train": tmp_path / "a.csv", "labels": ["pos", "neg"]}
+    data = read_task(TextClassification.model_validate(keys))
     assert data.labels == ("pos", "neg")
-    assert data.train.labels[0] == {"pos": 0, "neg": 1}[make_rows(10)[int(data.train.row_numbers[0]) - 1]["label"]]
+    row = make_rows(10)[int(data.train.row_numbers[0]) - 1]
+    assert data.train.labels[0] == data.labels.index(row["label"])
 
 
 def test_a_folder_of_files_is_read_through_datasets(tmp_path: Path, hub_cache: None) -> None:
     (tmp_path / "set").mkdir()
     write_table(tmp_path / "set" / "train.parquet", make_rows(20))
     write_table(tmp_path / "set" / "test.parquet", make_rows(6, stem="unseen"))
-    data = read_task(
-        make_task(
-            HubSplit(dataset=str(tmp_path / "set"), split="train"),
-            test=HubSplit(dataset=str(tmp_path / "set"), split="test"),
-        )
-    )
+    train, test = (HubSplit(dataset=str(tmp_path / "set"), split=split) for split in ("train", "test"))
+    data = read_task(make_task(train, test=test))
     assert data.test is not None
     assert (len(data.train) + len(data.dev), len(data.test), data.labels) == (20, 6, ("neg", "pos"))
-    local = read_task(
-        make_task(
-            write_table(tmp_path / "a.csv", make_rows(20)),
-            test=write_table(tmp_path / "b.csv", make_rows(6, stem="unseen")),
-        )
-    )
-    assert data.digest() == local.digest()
+    train_file = write_table(tmp_path / "a.csv", make_rows(20))
+    test_file = write_table(tmp_path / "b.csv", make_rows(6, stem="unseen"))
+    assert data.digest() == read_task(make_task(train_file, test=test_file)).digest()
 
 
-@pytest.mark.parametrize("source", ["data set", "file"])
-def test_class_names_of_datasets_are_used_in_their_order(tmp_path: Path, hub_cache: None, source: str) -> None:
+@pytest.mark.parametrize("source_kind", ["data set", "file"])
+def test_class_names_of_datasets_are_used_in_their_order(tmp_path: Path, hub_cache: None, source_kind: str) -> None:
     from datasets import ClassLabel, Dataset, Features, Value
 
     (tmp_path / "set").mkdir()
     features = Features({"text": Value("string"), "label": ClassLabel(names=["world", "arts", "unused"])})
-    Dataset.from_list(make_rows(20, (0, 1)), features=features).to_parquet(tmp_path / "set" / "train.parquet")
-    train: str | HubSplit = HubSplit(dataset=str(tmp_path / "set"), split="train")
-    data = read_task(make_task(train if source == "data set" else str(tmp_path / "set" / "train.parquet")))
+    file = tmp_path / "set" / "train.parquet"
+    Dataset.from_list(make_rows(20, (0, 1)), features=features).to_parquet(file)
+    hub_split = HubSplit(dataset=str(tmp_path / "set"), split="train")
+    data = read_task(make_task(hub_split if source_kind == "data set" else str(file)))
     assert data.labels == ("world", "arts", "unused")
     assert data.train.labels.tolist() == [(row - 1) % 2 for row in data.train.row_numbers]
     assert summarise(data)[0].absent == ("unused",)
@@ -162,8 +154,8 @@ def test_hidden_labels_of_a_hub_test_split_are_an_error(tmp_path: Path, hub_cach
         ("a.csv", "text,label\na,b\nc,d,e\n", ["row 2", "names 2 columns, the row has 3", "double quotes"]),
         ("a.csv", "text,label\na,b\nc\n", ["row 2", "names 2 columns, the row has 1"]),
         ("a.csv", 'text,label\na,b\n"c,d\n', ["row 2", "not valid CSV", "Close every double quote"]),
-        ("a.jsonl", '{"text": "a", "label": 1}\n\n{"text": \n', ["row 3", "not JSON", "one JSON object a line"]),
-        ("a.json", "[1, 2]\n", ["row 1", "a JSON int", "one list of objects", "one object a line"]),
+        ("a.jsonl", '{"text": "a", "label": 1}\n\n{"text": \n', ["row 3", "not JSON", "one JSON object per line"]),
+        ("a.json", "[1, 2]\n", ["row 1", "a JSON int", "one list of objects", "one object per line"]),
         ("a.csv", "text,label\na,x\n  ,y\n", ["row 2", "column 'text' is empty", "remove the row"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"label": 2}\n', ["row 2", "'text' is missing"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": 5, "label": 2}\n', ["row 2", "is of type int (5), not text"]),
@@ -298,7 +290,7 @@ def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["csv", "parquet", "yaml", "txt"])
 def test_pipes_folders_and_names_too_long_are_refused_at_once(tmp_path: Path, ending: str) -> None:
-    def read(name: str) -> None:
+    def read_file(name: str) -> None:
         if ending == "yaml":
             Task.load(tmp_path / name)
         elif ending == "txt":
@@ -310,11 +302,11 @@ def test_pipes_folders_and_names_too_long_are_refused_at_once(tmp_path: Path, en
     (tmp_path / f"folder.{ending}").mkdir()
     for name in ("pipe", "folder"):
         with pytest.raises(DataError, match=rf"{name}\.{ending}: is a folder, pipe or device"):
-            read(f"{name}.{ending}")
+            read_file(f"{name}.{ending}")
     with pytest.raises(DataError, match="name too long"):
-        read("x" * 300 + f".{ending}")
+        read_file("x" * 300 + f".{ending}")
     with pytest.raises(DataError, match="embedded null byte"):
-        read(f"a\0.{ending}")
+        read_file(f"a\0.{ending}")
 
 
 def test_a_pipe_in_a_folder_of_data_is_named(tmp_path: Path) -> None:

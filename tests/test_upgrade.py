@@ -1,11 +1,11 @@
-"""Open bases with and without heads, sharded, renamed or invalid, and compare them in upgrades."""
+"""Bases with and without heads, sharded, with renamed tensors or invalid, and upgrades between them."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from helpers import HEAD, make_head, make_tokenizer, write_adaptation, write_base
+from helpers import ARCHITECTURES, HEAD, make_head, make_tokenizer, write_adaptation, write_base
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -28,7 +28,6 @@ from regraft.errors import CheckpointError, MismatchError
 from regraft.naming import name_consistently
 from regraft.weights import NamedTensors, counterparts
 
-ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 MODEL_SIZE = {  # small enough for tests to write and open the models in seconds
     "vocab_size": 33,
     "hidden_size": 32,
@@ -41,15 +40,15 @@ MODEL_SIZE = {  # small enough for tests to write and open the models in seconds
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_base_body_is_the_same_with_any_head(tmp_path, bases, architecture):
     base = Base.open(bases[architecture][0])
-    for name, auto in (("bare", AutoModel), ("classifier", AutoModelForSequenceClassification)):
-        model = auto.from_pretrained(base.path, dtype="float32")
+    for name, auto_class in (("bare", AutoModel), ("classifier", AutoModelForSequenceClassification)):
+        model = auto_class.from_pretrained(base.path, dtype="float32")
         model.save_pretrained(tmp_path / name, max_shard_size="20KB")
         base.tokenizer.save_pretrained(tmp_path / name)
         resaved = Base.open(tmp_path / name)
         distance = Upgrade(base, resaved).distance()
         assert distance.l2 == 0
         assert distance.cosine == pytest.approx(1)
-        assert {parameter_name for parameter_name in resaved.body if "pooler" not in parameter_name} == set(base.body)
+        assert {name for name in resaved.body if "pooler" not in name} == set(base.body)
     assert set(base.body) <= set(AutoModel.from_pretrained(base.path).state_dict())
 
 
@@ -65,7 +64,7 @@ def test_fingerprint_covers_the_body_alone(tmp_path, bases, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_distance_equals_that_of_the_stored_tensors(bases, architecture):
+def test_distance_equals_the_distance_of_the_stored_tensors(bases, architecture):
     upgrade = Upgrade(*bases[architecture])
     old, new = (load_file(path / "model.safetensors") for path in bases[architecture])
     names = [name for name in old if name.startswith(upgrade.old.prefix + ".")]
@@ -103,8 +102,7 @@ def test_invalid_bases_are_refused(tmp_path, bases):
     with pytest.raises(CheckpointError, match="no such file or folder, and no hub id either"):
         Base.open("not a name/at/all")
     shutil.copytree(bases["bert"][0], tmp_path / "base")
-    config = tmp_path / "base" / "config.json"
-    config.write_text("{")
+    (tmp_path / "base" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"base/config\.json: not valid JSON"):
         Base.open(tmp_path / "base")
     shutil.rmtree(tmp_path / "base")
@@ -113,10 +111,12 @@ def test_invalid_bases_are_refused(tmp_path, bases):
         file.unlink()
     with pytest.raises(CheckpointError, match="base: has no tokenizer"):
         Upgrade(tmp_path / "base", bases["bert"][1])
-    wrapped = rewrite(bases["bert"][0], tmp_path / "wrapped", rename_tensors(lambda name: f"module.{name}"))
-    for read in (Base.open, lambda folder: name_consistently({"old": Checkpoint.open(folder)})):
-        with pytest.raises(CheckpointError, match=r"names such as 'module.* none of which transformers would load"):
-            read(wrapped)
+    wrapped = rewrite_base(bases["bert"][0], tmp_path / "wrapped", rename_tensors(lambda name: f"module.{name}"))
+    message = r"names such as 'module.* none of which transformers would load"
+    with pytest.raises(CheckpointError, match=message):
+        Base.open(wrapped)
+    with pytest.raises(CheckpointError, match=message):
+        name_consistently({"old": Checkpoint.open(wrapped)})
 
 
 def test_differing_tensors_are_listed(tmp_path, bases):
@@ -130,9 +130,10 @@ def test_differing_tensors_are_listed(tmp_path, bases):
     save_file(tensors, tmp_path / "new" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MismatchError) as error:
         Upgrade(old, tmp_path / "new")
-    rows = load_file(old / "model.safetensors")[shortened].shape[0]
+    num_positions = load_file(old / "model.safetensors")[shortened].shape[0]
+    shapes = f"({num_positions}, 32) and ({num_positions - 1}, 32)"
     for problem in (
-        f"1 tensors of another shape: embeddings.position_embeddings.weight: ({rows}, 32) and ({rows - 1}, 32)",
+        f"1 tensors of different shapes: embeddings.position_embeddings.weight: {shapes}",
         "1 tensors only in the old base: encoder.layer.0.output.dense.weight",
     ):
         assert problem in str(error.value)
@@ -141,7 +142,7 @@ def test_differing_tensors_are_listed(tmp_path, bases):
         Base.open(tmp_path / "new")
 
 
-def rewrite(source, folder, edit_tensors, **config):
+def rewrite_base(source, folder, edit_tensors, **config):
     """Copy a checkpoint with edited tensors and settings, as another program may write the same weights."""
     shutil.copytree(source, folder)
     edited = edit_tensors(load_file(source / "model.safetensors"))
@@ -153,8 +154,12 @@ def rewrite(source, folder, edit_tensors, **config):
 
 
 def rename_tensors(rename):
-    """Return an edit of a checkpoint's tensors that gives each the name `rename(name)`."""
-    return lambda tensors: {rename(name): tensor for name, tensor in tensors.items()}
+    """Return a function that renames each of a checkpoint's tensors by `rename`."""
+
+    def edit_tensors(tensors):
+        return {rename(name): tensor for name, tensor in tensors.items()}
+
+    return edit_tensors
 
 
 def add_rotary_buffers(tensors):
@@ -169,8 +174,7 @@ def add_second_head(tensors):
     return tensors | {"cls.seq_relationship.weight": torch.ones(2, 32)}
 
 
-# Name of the layout: the architecture, and the edit of its tensors.
-LAYOUTS = {
+LAYOUTS = {  # name of the layout: the architecture, and the edit of its tensors
     "legacy norms": (
         "bert",
         rename_tensors(lambda name: name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")),
@@ -184,10 +188,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_weights_in_another_layout_are_the_same_base(tmp_path, bases, layout):
+def test_the_same_weights_in_a_different_layout_are_the_same_base(tmp_path, bases, layout):
     architecture, edit_tensors = LAYOUTS[layout]
     old = Base.open(bases[architecture][0])
-    rewritten = Base.open(rewrite(old.path, tmp_path / "rewritten", edit_tensors))
+    rewritten = Base.open(rewrite_base(old.path, tmp_path / "rewritten", edit_tensors))
     assert rewritten.fingerprint == old.fingerprint
     assert rewritten.body.keys() == old.body.keys()
     assert Upgrade(old, rewritten).distance().l2 == 0
@@ -196,13 +200,13 @@ def test_same_weights_in_another_layout_are_the_same_base(tmp_path, bases, layou
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fingerprint_of_a_transformers_5_base_is_that_of_regraft_0_1(bases, architecture):
+def test_fingerprint_of_a_transformers_5_base_equals_the_one_of_regraft_0_1(bases, architecture):
     base = Base.open(bases[architecture][0])
     assert base.fingerprint == base.stored_fingerprint
 
 
 def test_base_parameters_equal_those_of_the_loaded_model(tmp_path):
-    """Stored tensors are converted as transformers converts them on loading, with fused experts and renamed modules."""
+    """Cover fused experts and renamed modules, which transformers converts when it loads a checkpoint."""
     size = MODEL_SIZE | {"num_hidden_layers": 2}
     torch.manual_seed(0)
     for model in (
@@ -217,10 +221,8 @@ def test_base_parameters_equal_those_of_the_loaded_model(tmp_path):
         assert all(torch.equal(base.parameters[name], parameters[name]) for name in parameters)
         stored = base.architecture.on_disk(dict(base.parameters))
         assert stored.keys() == base.body.keys()
-        assert all(
-            torch.equal(stored[parameter_name], base.checkpoint[stored_name])
-            for parameter_name, stored_name in base.body.items()
-        )
+        for parameter_name, stored_name in base.body.items():
+            assert torch.equal(stored[parameter_name], base.checkpoint[stored_name])
 
 
 def test_tensor_stored_under_two_names_is_refused(tmp_path, bases):
@@ -230,7 +232,7 @@ def test_tensor_stored_under_two_names_is_refused(tmp_path, bases):
     def add_legacy_name(tensors):
         return tensors | {name.replace("weight", "gamma"): 2 * tensors[name]}
 
-    folder = rewrite(old, tmp_path / "base", add_legacy_name)
+    folder = rewrite_base(old, tmp_path / "base", add_legacy_name)
     with pytest.raises(CheckpointError, match=r"the same tensor as .*LayerNorm\.gamma' and .*LayerNorm\.weight'"):
         Base.open(folder)
 
@@ -238,21 +240,21 @@ def test_tensor_stored_under_two_names_is_refused(tmp_path, bases):
 def test_tied_tensors_that_differ_in_one_element_stay_apart(tmp_path):
     """Transformers does not tie tensors that the checkpoint stores with different values."""
     decoder, embeddings = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
-    large = write_base(tmp_path / "large", vocab_size=512)  # so large that a fingerprint samples its elements
+    large = write_base(tmp_path / "large", vocab_size=512)  # large enough that a fingerprint samples elements
 
     def add_different_decoder(tensors):
         weight = tensors[embeddings].clone()
         weight[7, 26] += 1
         return tensors | {decoder: weight}
 
-    named_tensors = Base.open(rewrite(large, tmp_path / "base", add_different_decoder)).named_tensors
+    named_tensors = Base.open(rewrite_base(large, tmp_path / "base", add_different_decoder)).named_tensors
     assert (named_tensors[decoder] != named_tensors[embeddings]).nonzero().tolist() == [[7, 26]]
 
 
 def test_base_with_relative_positions_is_refused(tmp_path, bases):
     """Transformers would load it, but compute with absolute positions."""
     old = bases["bert"][0]
-    relative = Base.open(rewrite(old, tmp_path / "relative", dict, position_embedding_type="relative_key"))
+    relative = Base.open(rewrite_base(old, tmp_path / "relative", dict, position_embedding_type="relative_key"))
     tuned = write_adaptation(Base.open(old), "full", tmp_path / "tuned")
     with pytest.raises(MismatchError, match=r"position_embedding_type is 'relative_key', which transformers no longer"):
         load_model(load_adaptation(tuned), relative, HEAD)
@@ -276,17 +278,17 @@ def test_tensors_are_paired_by_stored_name_without_a_config(bases):
     assert all(isinstance(view, NamedTensors) for view in views.values())
 
 
-def test_counterparts_of_tensors_in_both_in_one_and_in_no_base(bases, opened_bases, tmp_path):
+def test_counterparts_of_tensors_in_both_bases_in_one_and_in_none(bases, opened_bases, tmp_path):
     """A tensor in one base alone is an error unless pre-training leaves it out, as it does BERT's pooler."""
     old, new = (base.named_tensors for base in opened_bases["bert"])
     head = "cls.predictions.bias"
     pairs = counterparts(new, new, old)
     assert head in pairs.new
     assert pairs.new.keys() == new.keys()
-    bare = Base.open(save_body(bases["bert"][0], tmp_path / "bare"))
+    bare = Base.open(write_body(bases["bert"][0], tmp_path / "bare"))
     with pytest.raises(MismatchError, match=r"in one base only, the new one: cls\.predictions"):
         counterparts(new, new, bare.named_tensors)
-    pooled = Base.open(save_body(bases["bert"][1], tmp_path / "pooled", pooler=True))
+    pooled = Base.open(write_body(bases["bert"][1], tmp_path / "pooled", pooler=True))
     pairs = counterparts(pooled.named_tensors, pooled.named_tensors, bare.named_tensors)
     assert pairs.unmatched == ("pooler.dense.bias", "pooler.dense.weight")
     assert pairs.new.keys() == pooled.named_tensors.keys() - set(pairs.unmatched)
@@ -295,13 +297,13 @@ def test_counterparts_of_tensors_in_both_in_one_and_in_no_base(bases, opened_bas
     def remove_weight(tensors):
         return {key: tensor for key, tensor in tensors.items() if key != name}
 
-    incomplete = Base.open(rewrite(bases["bert"][0], tmp_path / "incomplete", remove_weight))
+    incomplete = Base.open(rewrite_base(bases["bert"][0], tmp_path / "incomplete", remove_weight))
     with pytest.raises(MismatchError, match=r"the fine-tune lacks 1 tensors of its bases: encoder\.layer\.0\.output"):
         counterparts(new, incomplete.named_tensors, old)
 
 
-def save_body(source, folder, pooler=False):
-    """Write a base's body without its head of pre-training, with or without a pooler."""
+def write_body(source, folder, pooler=False):
+    """Write a base's body without its language-modelling head, and return its folder."""
     AutoModel.from_pretrained(source, add_pooling_layer=pooler).save_pretrained(folder)
     Base.open(source).tokenizer.save_pretrained(folder)
     return folder
@@ -317,18 +319,18 @@ def test_base_without_a_classifier_in_transformers_is_refused(tmp_path):
 def test_outputs_of_regraft_0_1_match_a_base_with_renamed_tensors(tmp_path, bases, task_file, quick_recipe):
     """Version 0.1 computed the fingerprint from the names of tensors in the file."""
     architecture, edit_tensors = LAYOUTS["legacy norms"]
-    old = Base.open(rewrite(bases[architecture][0], tmp_path / "old", edit_tensors))
+    old = Base.open(rewrite_base(bases[architecture][0], tmp_path / "old", edit_tensors))
     assert old.stored_fingerprint != old.fingerprint
     tuned = tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=quick_recipe)
     upgrade = Upgrade(old, bases[architecture][1])
     recycled = recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=quick_recipe)
-    converted = convert(tuned.path, old, tmp_path / "full", to="full")
+    converted = convert(tuned.path, old, tmp_path / "full", kind="full")
     for outcome in (tuned, recycled, converted):
         for file in outcome.path.rglob("*.json"):
             file.write_text(file.read_text().replace(old.fingerprint, old.stored_fingerprint))
-    before = (recycled.path / "outcome.json").read_bytes()
+    recorded = (recycled.path / "outcome.json").read_bytes()
     assert load_adaptation(tuned.path).check_base(old) == "proven"
     tune(old, task_file, tmp_path / "tuned", kind="lora", recipe=quick_recipe)
     recycle(upgrade, tuned.path, task_file, "direct", tmp_path / "direct", recipe=quick_recipe)
-    convert(tuned.path, old, tmp_path / "full", to="full")
-    assert (recycled.path / "outcome.json").read_bytes() == before
+    convert(tuned.path, old, tmp_path / "full", kind="full")
+    assert (recycled.path / "outcome.json").read_bytes() == recorded

@@ -1,4 +1,4 @@
-"""Grafts and distances of tensors, compared with identities and numpy."""
+"""Grafts and distances of tensors, compared with algebraic identities and numpy."""
 
 import math
 
@@ -17,9 +17,12 @@ DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfl
 
 def same_shape_tensors(count):
     """Draw several float32 tensors of one shape."""
-    shapes = hnp.array_shapes(max_dims=3, max_side=6)
-    arrays = shapes.flatmap(lambda shape: st.tuples(*[hnp.arrays(np.float32, shape, elements=FLOATS)] * count))
-    return arrays.map(lambda drawn: [torch.from_numpy(array) for array in drawn])
+
+    def arrays_of_shape(shape):
+        return st.tuples(*[hnp.arrays(np.float32, shape, elements=FLOATS)] * count)
+
+    arrays = hnp.array_shapes(max_dims=3, max_side=6).flatmap(arrays_of_shape)
+    return arrays.map(lambda tensors: [torch.from_numpy(array) for array in tensors])
 
 
 @given(same_shape_tensors(2), DTYPES)
@@ -44,8 +47,8 @@ def test_graft_equals_the_formula_rounded_once(tensors, dtype, scale):
     unit = torch.finfo(dtype).eps / 2 + (torch.finfo(torch.float32).eps if dtype.itemsize == 2 else 0)
     slack = 1e-6 if dtype.itemsize == 2 else 1e-12  # rounding in float32 or float64 where large terms cancel
     bound = unit * np.abs(exact) + slack * (np.abs(n) + np.abs(t) + np.abs(o)) + torch.finfo(dtype).smallest_normal
-    within = np.abs(grafted - exact) <= bound
-    assert (within | ~np.isfinite(grafted)).all()
+    is_within_bound = np.abs(grafted - exact) <= bound
+    assert (is_within_bound | ~np.isfinite(grafted)).all()
 
 
 def test_bf16_delta_below_the_rounding_of_the_weights_survives_on_average():
@@ -61,8 +64,9 @@ def test_bf16_delta_below_the_rounding_of_the_weights_survives_on_average():
 
 
 def test_mixed_dtypes_are_computed_in_float64():
-    new, old = torch.tensor([1.0 + 2**-20]), torch.tensor([1.0], dtype=torch.bfloat16)
+    new = torch.tensor([1.0 + 2**-20])
     tuned = torch.tensor([1.0 + 2**-18])
+    old = torch.tensor([1.0], dtype=torch.bfloat16)
     assert graft(new, tuned, old).item() == 1.0 + 2**-20 + 2**-18
 
 
@@ -77,9 +81,12 @@ def test_distance_is_a_metric(tensors):
 
 
 @given(same_shape_tensors(2), same_shape_tensors(2))
-def test_distance_equals_that_of_the_concatenated_vectors(first, second):
-    result = distance([tuple(first), tuple(second)])
-    a, b = (np.concatenate([first[i].numpy().ravel(), second[i].numpy().ravel()]).astype(np.float64) for i in (0, 1))
+def test_distance_equals_the_distance_of_the_concatenated_vectors(first_pair, second_pair):
+    result = distance([tuple(first_pair), tuple(second_pair)])
+    a, b = (
+        torch.cat([first.flatten(), second.flatten()]).double().numpy()
+        for first, second in zip(first_pair, second_pair, strict=True)
+    )
     assert result.l2 == pytest.approx(np.linalg.norm(a - b), rel=1e-9)
     assert result.parameters == a.size
     if np.linalg.norm(a) and np.linalg.norm(b):
