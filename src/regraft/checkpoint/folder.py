@@ -43,7 +43,7 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
         The working folder.
 
     Raises:
-        DiskFullError: The disk is full. The working folder is kept.
+        DiskFullError: The disk is full.
         OutcomeError: Another process is writing `out`, or the working folder cannot be created.
     """
     check_output_path(out)

@@ -100,7 +100,7 @@ def graft_all(
     tuned: Tensors,
     old: Tensors,
     scale: float | Mapping[str, float] = 1.0,
-    rows: RowMatch | None = None,
+    match: RowMatch | None = None,
 ) -> DerivedTensors:
     """Graft the delta of every tuned tensor: new + λ·(tuned − old).
 
@@ -112,7 +112,7 @@ def graft_all(
         old: The tensors of the old base.
         scale: The factor λ; or factors by name pattern, such as `*.attention.*`. The first pattern that matches a
             tensor's name counts; without a match, λ is 1.
-        rows: The match of the vocabularies' rows by token; None if they are the same.
+        match: The match of the vocabularies' rows by token; None if they are the same.
 
     Returns:
         The grafted tensors, with the names and dtypes of `tuned` (bfloat16 for quantised ones).
@@ -123,7 +123,7 @@ def graft_all(
     """
     _check_finite_factors("λ", *(scale.values() if isinstance(scale, Mapping) else (scale,)))
     pairs = counterparts(new, tuned, old)
-    token_tensors = _token_tensors(tuned) if rows is not None else frozenset()
+    token_tensors = _token_tensors(tuned) if match is not None else frozenset()
     for base, base_names in ((new, pairs.new), (old, pairs.old)):
         _check_shapes(tuned, base, {name: base_names[name] for name in base_names if name not in token_tensors})
     specs = {}
@@ -133,9 +133,9 @@ def graft_all(
             continue
         operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
         rule = functools.partial(graft, scale=_scale_of(scale, name))
-        if rows is not None and name in token_tensors:
-            row_rule = functools.partial(graft_rows, match=rows, rule=rule)
-            shape = rows.shape(shape_of(tuned, name))
+        if match is not None and name in token_tensors:
+            row_rule = functools.partial(graft_rows, match=match, rule=rule)
+            shape = match.shape(shape_of(tuned, name))
             specs[name] = TensorSpec(output_dtype(tuned, name), shape, operands, row_rule, elementwise=False)
         else:
             specs[name] = _spec_like(tuned, name, operands, rule)
