@@ -6,102 +6,21 @@ al., 2021 (arXiv:2005.00247), for adapters after the feed-forward only.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from regraft.adaptation.kinds import DEFAULT_INNER_SIZE
-from regraft.errors import CheckpointError, MismatchError, RecipeError
+from regraft.errors import MismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from regraft.adaptation.bottleneck_config import BottleneckConfig
+
 INIT_STD = 0.01  # as in Houlsby et al.
-ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
-PLACEMENTS = ("houlsby", "pfeiffer")
-# The last linear layer of an attention or feed-forward, which projects back to the model's width, as it is called in
-# BERT and its variants, DistilBERT, Llama and its variants, GPT-2, GPT-NeoX, OPT and ModernBERT.
-AFTER_ATTENTION = (
-    r"(attention\.(output\.dense|out_lin|dense|attn\.o)|self_attn\.(o_proj|out_proj|dense)|attn\.(c_proj|out_proj|Wo))$"
-)
-AFTER_FEED_FORWARD = (
-    r"(layer\.\d+\.output\.dense|ffn\.lin2|mlp\.(down_proj|c_proj|fc2|dense_4h_to_h|Wo)|layers\.\d+\.fc2)$"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class BottleneckConfig:
-    """The settings of bottleneck adapters.
-
-    Args:
-        inner_size: The width of the bottleneck.
-        activation: `gelu` or `relu`.
-        placement: `houlsby`, after attention and after the feed-forward, or `pfeiffer`, after the feed-forward only.
-        tune_norms: Whether the body's LayerNorms are tuned and saved.
-        tune_head: Whether the head is tuned; it is saved in any case.
-        modules_to_save: Names of further modules that are fully tuned and saved, in addition to the head.
-        after_attention: A regular expression that matches the last linear layer of each attention.
-        after_feed_forward: A regular expression that matches the last linear layer of each feed-forward.
-        task_type: PEFT's name of the task type; replaced by the head's when the adapters are attached.
-
-    Raises:
-        RecipeError: The inner size is below 1, or a value is not one of those listed or of another type.
-    """
-
-    inner_size: int = DEFAULT_INNER_SIZE
-    activation: str = "gelu"
-    placement: str = "houlsby"
-    tune_norms: bool = False
-    tune_head: bool = True
-    modules_to_save: tuple[str, ...] = ()
-    after_attention: str = AFTER_ATTENTION
-    after_feed_forward: str = AFTER_FEED_FORWARD
-    task_type: str = "SEQ_CLS"
-
-    def __post_init__(self) -> None:
-        """Refuse values that the class docstring excludes, and make `modules_to_save` a tuple."""
-        if type(self.inner_size) is not int or self.inner_size < 1:
-            raise RecipeError(f"a bottleneck's inner size is at least 1, found {self.inner_size!r}.")
-        if self.activation not in ACTIVATIONS:
-            raise RecipeError(f"activation is {' or '.join(ACTIVATIONS)}, found {self.activation!r}.")
-        if self.placement not in PLACEMENTS:
-            raise RecipeError(f"placement is {' or '.join(PLACEMENTS)}, found {self.placement!r}.")
-        for name in ("tune_norms", "tune_head"):
-            if type(getattr(self, name)) is not bool:
-                raise RecipeError(f"{name} is true or false, found {getattr(self, name)!r}.")
-        if isinstance(self.modules_to_save, str):
-            raise RecipeError(f"modules_to_save is a list of names, found {self.modules_to_save!r}.")
-        for pattern in (self.after_attention, self.after_feed_forward):
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise RecipeError(f"the pattern {pattern!r} is not a regular expression ({error}).") from error
-        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the content of `adapter_config.json`: the fields, and the `peft_type` BOTTLENECK."""
-        fields = dataclasses.asdict(self) | {"modules_to_save": list(self.modules_to_save)}
-        return {"peft_type": "BOTTLENECK", **fields}
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any], source: str) -> BottleneckConfig:
-        """Read the content of `adapter_config.json`.
-
-        Args:
-            stored: The content of the file; settings that are not fields are ignored.
-            source: The path of the file, for error messages.
-
-        Raises:
-            CheckpointError: A value is invalid.
-        """
-        field_names = {field.name for field in dataclasses.fields(cls)}
-        try:
-            return cls(**{name: value for name, value in stored.items() if name in field_names})
-        except (RecipeError, TypeError) as error:
-            raise CheckpointError(f"{source}: {error}") from error
+ACTIVATION_CLASSES = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Bottleneck(nn.Module):
@@ -116,7 +35,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.config = config
         self.down = nn.Linear(width, config.inner_size)
-        self.activation = ACTIVATIONS[config.activation]()
+        self.activation = ACTIVATION_CLASSES[config.activation]()
         self.up = nn.Linear(config.inner_size, width)
         nn.init.normal_(self.down.weight, std=INIT_STD)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):

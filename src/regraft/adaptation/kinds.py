@@ -7,6 +7,7 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from regraft.adaptation.bottleneck_config import AFTER_FEED_FORWARD, DEFAULT_INNER_SIZE, BottleneckConfig
 from regraft.errors import KindError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from peft import PeftConfig
 
-    from regraft.adaptation.bottleneck import BottleneckConfig
     from regraft.base import Base
     from regraft.task import Head
 
@@ -24,8 +24,6 @@ SHORT_NAMES = {"prefix_tuning": "prefix", "prompt_tuning": "prompt", "p_tuning":
 # a LoRA of half its layer's width already has as many parameters as the layer; the margin beyond that is arbitrary
 MAX_SIZE_RATIO = 4
 DEFAULT_RANK = 8  # PEFT's default
-# arbitrary: wider bottlenecks fit more, but take more memory and disk
-DEFAULT_INNER_SIZE = 24
 DEFAULT_VIRTUAL_TOKENS = 20  # arbitrary: more virtual tokens fit more, but leave less room for text
 
 
@@ -142,8 +140,6 @@ def _ia3(base: Base, size: AdapterSize) -> Config:
     from peft import IA3Config
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
-    from regraft.adaptation.bottleneck import AFTER_FEED_FORWARD
-
     if base.config.model_type in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
         return IA3Config(task_type=size.task_type)
     feed_forward = f".*{AFTER_FEED_FORWARD}"
@@ -193,8 +189,6 @@ def _virtual_token_settings(base: Base, size: AdapterSize) -> dict[str, Any]:
 
 
 def _bottleneck(base: Base, size: AdapterSize, placement: str) -> Config:
-    from regraft.adaptation.bottleneck import BottleneckConfig
-
     return BottleneckConfig(inner_size=size.inner_size, placement=placement, task_type=size.task_type)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adapter_folder import write_adapter
+from regraft.adaptation.bottleneck_config import BottleneckConfig
 from regraft.adaptation.changes import base_tensor, parameter_of
 from regraft.adaptation.families.adapter import Adapter
 from regraft.adaptation.lora import PEFT_PREFIX
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.adaptation.adaptation import Adaptation, Tensors
-    from regraft.adaptation.bottleneck import BottleneckConfig
     from regraft.base import Base
     from regraft.task import Head
 
@@ -28,14 +28,10 @@ class Bottlenecks(Adapter):
 
     def config_class(self, config: Mapping[str, Any]) -> Any:
         """Return regraft's config class."""
-        from regraft.adaptation.bottleneck import BottleneckConfig
-
         return BottleneckConfig
 
     def read_config(self, adaptation: Adaptation, *, for_new_adapter: bool = False) -> BottleneckConfig:
         """Read regraft's config."""
-        from regraft.adaptation.bottleneck import BottleneckConfig
-
         return BottleneckConfig.from_dict(adaptation.config, f"{adaptation.path}/adapter_config.json")
 
     def attach_adapter(
