@@ -315,7 +315,7 @@ def test_methods_with_labels_refuse_an_unlabelled_task(tmp_path, large_upgrade, 
         load_data(Task.load(unlabelled_task).with_shots(2), 20)
     assert not out.exists()
     unlabelled_task.write_text(unlabelled_task.read_text().replace("labels: [negative, positive]", ""))
-    with pytest.raises(DataError, match="no column of them"):
+    with pytest.raises(DataError, match="no column of labels"):
         Task.load(unlabelled_task)
 
 

@@ -167,8 +167,8 @@ def test_broken_index_is_refused(sharded, tmp_path):
             {name: shard for name, shard in valid.items() if name != "c"},
             r"1 tensors are not in .*: c \(model-2\.safetensors\)",
         ),
-        ({**valid, "x": "../outside.safetensors"}, r"no file in its own folder"),
-        ({**valid, "x": str(tmp_path / "outside.safetensors")}, r"no file in its own folder"),
+        ({**valid, "x": "../outside.safetensors"}, r"not a file in the same folder"),
+        ({**valid, "x": str(tmp_path / "outside.safetensors")}, r"not a file in the same folder"),
         (["a"], "not a safetensors index"),
     ]:
         write_index(sharded, weight_map)

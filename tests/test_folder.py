@@ -86,7 +86,7 @@ def test_existing_files_are_reported_and_kept(tmp_path, create, message):
 def test_impossible_output_paths_are_refused(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    with pytest.raises(OutcomeError, match=r"no name for a folder|cannot be created"):
+    with pytest.raises(OutcomeError, match=r"not a name for a folder|cannot be created"):
         check_output_path(Path(out))
 
 

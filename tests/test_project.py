@@ -257,7 +257,7 @@ def test_a_map_that_is_worse_than_direct_is_warned_about(tmp_path, upgrades, tas
         run("two-pairs", pairs[:2])
         run("one-pair", pairs[:1])
     assert "2 pairs are too few" in caplog.text
-    assert "1 pairs are too few" in caplog.text
+    assert "1 pair is too few" in caplog.text
 
 
 def test_mismatched_pairs_are_refused(tmp_path, upgrades, task_file):

@@ -458,7 +458,7 @@ def test_a_fine_tune_may_lack_the_padding_rows_of_its_base(tmp_path, bases):
     graft_folders(old, old, tuned, tmp_path / "out")
     before, after = read_model(old), read_model(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    with pytest.raises(MismatchError, match=r"have 43 rows and those of .* 48 for the same tokens"):
+    with pytest.raises(MismatchError, match=r"have 43 rows, but the embeddings of .* have 48 for the same tokens"):
         run_cli("weights", "delta", "--tuned", tuned, "--old", old, "--out", tmp_path / "delta")
 
 
@@ -508,12 +508,12 @@ def test_an_adapter_with_added_tokens_is_converted_to_a_full_fine_tune(tmp_path,
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.1)
     source = save_adapter(model, tokenizer, tmp_path / "adapter")
-    full = convert(source, old, tmp_path / "full", to="full")
+    full = convert(source, old, tmp_path / "full", kind="full")
     before, after = read_embeddings(source), read_embeddings(full.path)
     assert after.keys() == before.keys() == tokenizer.get_vocab().keys()
     assert all(torch.equal(before[token], after[token]) for token in before)
     with pytest.raises(MismatchError, match="has other tokens than"):
-        convert(full.path, old, tmp_path / "lora", to="lora", rank=2)
+        convert(full.path, old, tmp_path / "lora", kind="lora", rank=2)
 
 
 def test_token_rows_of_an_unknown_model_type_are_found_by_name(tmp_path, extended):

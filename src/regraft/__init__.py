@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_outcome
-    from regraft.adaptation.bottleneck import BottleneckConfig
+    from regraft.adaptation.bottleneck_config import BottleneckConfig
     from regraft.base import Base
     from regraft.diagnosis import Check, Diagnosis, Questions, check, diagnose
     from regraft.errors import RegraftError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # The modules that define the public names, which are imported on first use.
 _NAMES_BY_MODULE = {
     "adaptation": ("Adaptation", "Outcome", "load_adaptation", "load_outcome"),
-    "adaptation.bottleneck": ("BottleneckConfig",),
+    "adaptation.bottleneck_config": ("BottleneckConfig",),
     "base": ("Base",),
     "diagnosis": ("Check", "Diagnosis", "Questions", "check", "diagnose"),
     "errors": ("RegraftError",),

@@ -18,7 +18,8 @@ from regraft.adaptation import (
     prepare_for_tuning,
     save_model,
 )
-from regraft.adaptation.kinds import DEFAULT_INNER_SIZE, DEFAULT_RANK, DEFAULT_VIRTUAL_TOKENS
+from regraft.adaptation.bottleneck_config import DEFAULT_INNER_SIZE
+from regraft.adaptation.kinds import DEFAULT_RANK, DEFAULT_VIRTUAL_TOKENS
 from regraft.base import Base
 from regraft.checkpoint import empty_folder, resumable_folder
 from regraft.methods.record import record_outcome
