@@ -29,7 +29,7 @@ from regraft.weights import (
 
 SEEDS = st.integers(0, 2**31)
 LENGTHS = st.integers(1, 12)
-few_examples = settings(deadline=None, max_examples=60)  # SVDs are slow
+few_examples = settings(deadline=None, max_examples=60)  # fewer than hypothesis's default of 100, to save time
 
 
 def draw_normal(seed, *shape):

@@ -79,7 +79,7 @@ def replace_base(folder, name, **changes):
 def test_a_new_base_of_a_different_size_is_refused(run_refused, folder, kind):
     replace_base(folder, "new", hidden_size=48)
     for message in run_refused_commands(run_refused, folder, kind):
-        assert f"{folder / 'new'} is no upgrade of {folder / 'old'}" in message
+        assert f"{folder / 'new'} is not an upgrade of {folder / 'old'}" in message
         assert "embeddings.LayerNorm.bias: (32,) and (48,)" in message
 
 
@@ -139,8 +139,11 @@ def test_a_missing_shard_is_refused(run_refused, folder, name):
     checkpoint = folder / name
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
-    names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
+    tensor_names = sorted(tensors)
+    shards = {
+        "model-00001-of-00002.safetensors": tensor_names[:5],
+        "model-00002-of-00002.safetensors": tensor_names[5:],
+    }
     for shard, shard_names in shards.items():
         save_file({name: tensors[name] for name in shard_names}, checkpoint / shard, metadata={"format": "pt"})
     weight_map = {name: shard for shard, shard_names in shards.items() for name in shard_names}
@@ -348,9 +351,18 @@ def test_an_unforeseen_error_is_reported_without_a_traceback(run_refused, monkey
 
 
 def test_help_and_import_load_no_torch():
-    code = "import sys, regraft; assert dir(regraft) == regraft.__all__\n"
-    code += "from typer.testing import CliRunner; from regraft.cli import app\n"
-    code += "out = CliRunner().invoke(app, ['recycle', '--help']); assert out.exit_code == 0, out.output\n"
-    code += "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'pandas'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    script = """
+import sys
+
+from typer.testing import CliRunner
+
+import regraft
+from regraft.cli import app
+
+assert dir(regraft) == regraft.__all__
+result = CliRunner().invoke(app, ["recycle", "--help"])
+assert result.exit_code == 0, result.output
+print(sorted({"torch", "transformers", "peft", "datasets", "pandas"} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stdout + result.stderr

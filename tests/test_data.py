@@ -50,22 +50,22 @@ def test_test_texts_in_train_are_counted_and_warned_about(tmp_path: Path, caplog
 @given(st.lists(st.integers(0, 2), min_size=12, max_size=40), st.integers(1, 3), st.integers(0, 5))
 def test_few_shot_samples_do_not_depend_on_the_order_of_examples(labels: list[int], shots: int, seed: int) -> None:
     data = make_data([0, 0, 0, 1, 1, 1, 2, 2, 2, *labels], dev=[0, 0, 0, 0, 1, 1])
-    few = data.few_shot(shots, seed)
-    assert np.bincount(few.train.labels).tolist() == [shots] * 3
-    assert np.bincount(few.dev.labels).tolist() == [shots, min(shots, 2)]
+    few_shot_data = data.few_shot(shots, seed)
+    assert np.bincount(few_shot_data.train.labels).tolist() == [shots] * 3
+    assert np.bincount(few_shot_data.dev.labels).tolist() == [shots, min(shots, 2)]
     permutation = np.random.default_rng(seed).permutation(len(data.train))
     shuffled = dataclasses.replace(data, train=data.train.take(permutation))
-    assert shuffled.few_shot(shots, seed).digest() == few.digest()
-    assert set(few.train.texts) <= set(data.few_shot(3, seed).train.texts)
+    assert shuffled.few_shot(shots, seed).digest() == few_shot_data.digest()
+    assert set(few_shot_data.train.texts) <= set(data.few_shot(3, seed).train.texts)
 
 
 def test_few_shot_samples_depend_on_the_seed_and_leave_test_alone(tmp_path: Path) -> None:
     train, test = write_table(tmp_path / "a.csv", make_rows(60)), write_table(tmp_path / "b.csv", make_rows(20))
-    few, reseeded = (read_task(make_task(train, test=test, shots=4), seed=seed) for seed in (0, 1))
-    assert few.test is not None
-    assert (len(few.train), len(few.dev), len(few.test)) == (8, 6, 20)
-    assert few.digest() != reseeded.digest()
-    assert few.duplicates == sum(texts in few.train.texts for texts in few.test.texts) > 0
+    few_shot_data, reseeded = (read_task(make_task(train, test=test, shots=4), seed=seed) for seed in (0, 1))
+    assert few_shot_data.test is not None
+    assert (len(few_shot_data.train), len(few_shot_data.dev), len(few_shot_data.test)) == (8, 6, 20)
+    assert few_shot_data.digest() != reseeded.digest()
+    assert few_shot_data.duplicates == sum(texts in few_shot_data.train.texts for texts in few_shot_data.test.texts) > 0
 
 
 def test_few_shot_names_the_classes_that_have_too_few(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_relabelling_to_different_labels_lists_the_differences(order: list[str])
 
 
 @pytest.mark.parametrize(
-    ("labels", "head"),
+    ("labels", "head_labels"),
     [
         (("false", "true"), ("True", "False")),
         (("false", "true"), ("TRUE", "FALSE")),
@@ -112,19 +112,19 @@ def test_relabelling_to_different_labels_lists_the_differences(order: list[str])
         (("caf\u00e9", "x"), ("x ", "cafe\u0301")),
     ],
 )
-def test_a_head_may_spell_its_labels_differently(labels: tuple[str, ...], head: tuple[str, ...]) -> None:
+def test_a_head_may_spell_its_labels_differently(labels: tuple[str, ...], head_labels: tuple[str, ...]) -> None:
     data = make_data([0, 1, 1, *range(len(labels))], [0, 1], labels)
-    renamed = data.relabel(head)
-    assert renamed.labels == head
-    for old_class, new_class in zip(data.train.labels, renamed.train.labels, strict=True):
-        assert head[new_class].casefold()[0] == labels[old_class].casefold()[0]
-    assert renamed.relabel(labels).digest() == data.digest()
+    relabelled = data.relabel(head_labels)
+    assert relabelled.labels == head_labels
+    for old_class, new_class in zip(data.train.labels, relabelled.train.labels, strict=True):
+        assert head_labels[new_class].casefold()[0] == labels[old_class].casefold()[0]
+    assert relabelled.relabel(labels).digest() == data.digest()
 
 
-@pytest.mark.parametrize("head", [("a", "A"), ("a", "b", "B"), ("yes", "no")])
-def test_labels_that_match_several_of_the_head_are_refused(head: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("head_labels", [("a", "A"), ("a", "b", "B"), ("yes", "no")])
+def test_labels_that_match_several_of_the_head_or_none_are_refused(head_labels: tuple[str, ...]) -> None:
     with pytest.raises(MismatchError, match="in `labels`"):
-        make_data([0, 1], [0], "ab").relabel(head)
+        make_data([0, 1], [0], "ab").relabel(head_labels)
 
 
 def test_labels_that_look_alike_or_missing_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -149,14 +149,14 @@ def test_the_digest_depends_on_the_content_alone_and_stays_as_recorded() -> None
     train_elsewhere = dataclasses.replace(data.train, source="b", row_numbers=data.dev.row_numbers)
     renamed = dataclasses.replace(data.with_settings(name="renamed"), train=train_elsewhere)
     assert renamed.digest() == data.digest()
-    changed = [
+    changed_data = [
         dataclasses.replace(data, labels=("a", "b", "x")),
         dataclasses.replace(data, test=data.dev),
         dataclasses.replace(data, dev=data.train),
         data.with_settings(metric="mcc"),
         data.with_settings(max_length=64),
     ]
-    assert len({data.digest(), *(change.digest() for change in changed)}) == 6
+    assert len({data.digest(), *(changed.digest() for changed in changed_data)}) == 6
 
 
 def test_chance_is_the_score_of_the_most_frequent_class() -> None:

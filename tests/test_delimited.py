@@ -83,7 +83,7 @@ def test_quotes_that_no_csv_writer_leaves_are_characters(
 
 
 @pytest.mark.parametrize(
-    ("replacements", "parts"),
+    ("replacements", "phrases"),
     [
         ({4: '"a gripping film', 7: 'they lived happily ever after"'}, ["row 5", "goes on for 4 lines"]),
         ({4: '"a gripping film', 5: 'they lived happily ever after"'}, ["row 5", "goes on for 2 lines"]),
@@ -93,12 +93,12 @@ def test_quotes_that_no_csv_writer_leaves_are_characters(
     ],
 )
 def test_ambiguous_quotes_are_refused_unless_declared(
-    tmp_path: Path, replacements: dict[int, str], parts: list[str]
+    tmp_path: Path, replacements: dict[int, str], phrases: list[str]
 ) -> None:
     file = write_tsv(tmp_path / "a.tsv", make_texts(replacements))
     with pytest.raises(DataError) as error:
         read_task(make_task(file))
-    assert_mentions(error, file, "`quoting: plain`", "`quoting: quoted`", *parts)
+    assert_mentions(error, file, "`quoting: plain`", "`quoting: quoted`", *phrases)
     if not any("\t" in text for text in replacements.values()):
         (tmp_path / "t.yaml").write_text("train: a.tsv\ntext: text\nlabel: label\nquoting: plain\n")
         assert read_texts(read_task(Task.load(tmp_path / "t.yaml"))) == make_texts(replacements)
@@ -152,20 +152,20 @@ def test_a_json_list_is_read_like_json_lines(tmp_path: Path) -> None:
     assert list(Corpus((str(tmp_path / "list.json"),)).documents()) == TEXTS
 
 
-@pytest.mark.parametrize("ending", ["gz", "xz", "bz2", "zst"])
-def test_compressed_files_are_read_and_damaged_ones_refused(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize("suffix", ["gz", "xz", "bz2", "zst"])
+def test_compressed_files_are_read_and_damaged_ones_refused(tmp_path: Path, suffix: str) -> None:
     def compress(content: bytes) -> bytes:
-        if ending == "zst":
+        if suffix == "zst":
             return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
-        return {"gz": gzip, "xz": lzma, "bz2": bz2}[ending].compress(content)
+        return {"gz": gzip, "xz": lzma, "bz2": bz2}[suffix].compress(content)
 
     content = make_frame().to_csv(index=False).encode()
-    file = tmp_path / f"a.csv.{ending}"
+    file = tmp_path / f"a.csv.{suffix}"
     file.write_bytes(compress(content))
     assert read_task(make_task(str(file))).digest() == DIGEST
     for damaged in (file.read_bytes()[:-12], b"not compressed"):
         file.write_bytes(damaged)
         with pytest.raises(DataError, match="cannot be decompressed"):
             read_task(make_task(str(file)))
-    (tmp_path / f"c.txt.{ending}").write_bytes(compress(b"one\r\ntwo\rthree\n\n"))
-    assert list(Corpus((str(tmp_path / f"c.txt.{ending}"),)).documents()) == ["one", "two", "three"]
+    (tmp_path / f"c.txt.{suffix}").write_bytes(compress(b"one\r\ntwo\rthree\n\n"))
+    assert list(Corpus((str(tmp_path / f"c.txt.{suffix}"),)).documents()) == ["one", "two", "three"]

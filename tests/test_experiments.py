@@ -50,7 +50,7 @@ def test_published_pages_are_written_from_published_figures_alone(name, script, 
     module = importlib.import_module(script)
     monkeypatch.setattr(module, constant, folder)
     monkeypatch.setattr(sys, "argv", [script, "--write-only"])
-    monkeypatch.chdir(tmp_path)  # outcomes are looked up in the working directory, and this one has none
+    monkeypatch.chdir(tmp_path)  # a working directory without outcomes of runs
     module.main()
     assert read_files(folder) == published
 
@@ -141,8 +141,12 @@ def test_an_interrupted_run_continues(tiny_grid, monkeypatch):
     assert len(reports) == num_cells - calls_before_interruption
     assert runner.missing_cells(tiny_grid) == []
     times = read_modification_times(tiny_grid.out)
+
+    def fail_on_rebuild(*arguments, **options):
+        pytest.fail("built again")
+
     for name in ("recycle", "tune"):
-        monkeypatch.setattr(runner, name, lambda *arguments, **options: pytest.fail("built again"))
+        monkeypatch.setattr(runner, name, fail_on_rebuild)
     assert runner.run_missing(tiny_grid, workers=0, report=pytest.fail) == []
     assert read_modification_times(tiny_grid.out) == times
     check_figures(tiny_grid)
@@ -178,11 +182,13 @@ def check_figures(tiny_grid):
     for run in results["runs"]:
         check_run(tiny_grid, run)
     cell_folder = tiny_grid.out / "cells" / "mood-heavy-lora-all"
-    first, second = (read_test_predictions(cell_folder / f"scratch-seed{seed}") for seed in (20, 30))
+    scratch_20, scratch_30 = (read_test_predictions(cell_folder / f"scratch-seed{seed}") for seed in (20, 30))
     # each disagreement is a negative flip in one of the two directions
-    num_disagreements = sum((a == label) != (b == label) for (label, a), (_, b) in zip(first, second, strict=True))
+    num_disagreements = sum(
+        (a == label) != (b == label) for (label, a), (_, b) in zip(scratch_20, scratch_30, strict=True)
+    )
     noise = next(row for row in results["noise"] if (row["upgrade"], row["regime"]) == ("heavy", "all"))
-    assert noise["negative_flips"] == pytest.approx(num_disagreements / len(first) / 2)
+    assert noise["negative_flips"] == pytest.approx(num_disagreements / len(scratch_20) / 2)
     page = methods_page.write_page(results, "# Title")
     direct_runs = tables.select(results["runs"], regime="all", upgrade="heavy", entry="direct")
     scores = [run["test"] for run in direct_runs]
@@ -192,7 +198,7 @@ def check_figures(tiny_grid):
 
 
 def check_run(tiny_grid, run):
-    """Compare the figures of a run with its predictions and curve, and with those of scratch and of the old model."""
+    """Compare the figures of a run with the predictions and curves of the run, of scratch and of the old model."""
     cell = grid.Cell(**{name: run[name] for name in ("task", "upgrade", "kind", "regime", "entry", "seed")})
     folder = grid.cell_folder(tiny_grid, cell)
     scratch = folder.with_name(f"scratch-seed{cell.seed}")
@@ -213,7 +219,7 @@ def check_run(tiny_grid, run):
     steps = [point["step"] for point in read_curve(folder) if point["score"] >= last_point["score"]]
     assert run["share"] == (pytest.approx(100 * steps[0] / last_point["step"], abs=1e-4) if steps else None)
     is_reference = (cell.entry, cell.regime) == ("scratch", "all")
-    assert (folder / "adaptation").exists() == is_reference  # only scratch's weights are needed later
+    assert (folder / "adaptation").exists() == is_reference  # the runner removes all other weights
 
 
 def test_a_failed_job_does_not_stop_the_others():

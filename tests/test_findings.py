@@ -55,9 +55,13 @@ def test_a_cell_is_measured_again_if_its_config_changes(folder, plan):
     selected = reproduce.make_plan(folder / "size.yaml", plan.store.out, ["2"], configs=folder / "configs").selected
     ((connectivity, config),) = selected
     cells = connectivity.list_cells(plan.store, config)
+
+    def measure_nothing(store, work_folder, *arguments):
+        return {}
+
     for cell in cells:
-        measured = dataclasses.replace(cell, measure=lambda *arguments: {})
-        experiment.measure_cell(plan.store, measured, connectivity.cell_file(plan.store, cell))
+        trivial_cell = dataclasses.replace(cell, measure=measure_nothing)
+        experiment.measure_cell(plan.store, trivial_cell, connectivity.cell_file(plan.store, cell))
     assert connectivity.missing_cells(plan.store, config) == []
     finer_config = config.model_copy(update={"points": 5})
     assert len(connectivity.missing_cells(plan.store, finer_config)) == len(cells) == 8
@@ -84,17 +88,17 @@ def test_published_configs_fit_their_size(name):
 
 def test_the_size_of_the_paper_loads_with_local_stand_ins(tmp_path, bases, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    values = yaml.safe_load((PAPER / "paper.yaml").read_text(encoding="utf-8"))
-    values["base"] = str(bases["bert"][0])
-    for domain in values["domains"]:
+    settings = yaml.safe_load((PAPER / "paper.yaml").read_text(encoding="utf-8"))
+    settings["base"] = str(bases["bert"][0])
+    for domain in settings["domains"]:
         domain["sources"] = [write_corpus_stand_in(tmp_path / domain["sources"][0], domain["column"])]
         domain["characters"] = 500
-    for source in values["tasks"].values():
+    for source in settings["tasks"].values():
         task = source["task"]
         task_folder = write_task_stand_in(tmp_path / task["train"]["dataset"], task)
         for split in {"train", "dev", "test"} & task.keys():
             task[split]["dataset"] = task_folder
-    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(settings))
     paper = store.Store(tmp_path / "out", load_settings(Size, tmp_path / "paper.yaml"))
     store.write_inputs(paper)
     for name in paper.size.tasks:
@@ -102,7 +106,7 @@ def test_the_size_of_the_paper_loads_with_local_stand_ins(tmp_path, bases, monke
         assert len(data.labels) == 2
         assert len(data.test) == 40
         assert data.max_length == 128
-        is_dev_split_off = "dev" not in values["tasks"][name]["task"]
+        is_dev_split_off = "dev" not in settings["tasks"][name]["task"]
         assert (len(data.train), len(data.dev)) == ((36, 4) if is_dev_split_off else (40, 40))
     for domain in paper.size.domains:
         lines = store.corpus_file(paper, domain).read_text(encoding="utf-8").splitlines()
@@ -152,8 +156,8 @@ TASK_WITHOUT_TEST = {"name": "mood", "train": "a.csv", "text": "t", "label": "l"
     ],
 )
 def test_an_invalid_size_is_refused(tmp_path, folder, changes, message):
-    values = yaml.safe_load((folder / "size.yaml").read_text()) | changes
-    (tmp_path / "size.yaml").write_text(yaml.safe_dump(values))
+    settings = yaml.safe_load((folder / "size.yaml").read_text()) | changes
+    (tmp_path / "size.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(DataError, match=message):
         load_settings(Size, tmp_path / "size.yaml")
 
@@ -191,9 +195,12 @@ def test_a_refusal_is_recorded_and_not_tried_again(plan):
     def refuse(store, work_folder):
         raise MismatchError("it changes nothing")
 
+    def measure(store, work_folder):
+        return {"score": 1}
+
     cells = [
         experiment.Cell("refused", refuse, ()),
-        experiment.Cell("measured", lambda *arguments: {"score": 1}, ()),
+        experiment.Cell("measured", measure, ()),
     ]
     two_cells = dataclasses.replace(reproduce.list_experiments()[0], list_cells=lambda store, config: cells)
     reports = [experiment.measure_cell(plan.store, cell, two_cells.cell_file(plan.store, cell)) for cell in cells]

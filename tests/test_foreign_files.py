@@ -24,7 +24,7 @@ from regraft.model import encode
 from regraft.task import load_data
 from regraft.weights import distance, distances, graft_all, interpolate_all, low_rank
 
-MATRIX = "bert.encoder.layer.0.output.dense.weight"
+WEIGHT_NAME = "bert.encoder.layer.0.output.dense.weight"
 EMPTY_TENSOR_ENTRY = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 
 
@@ -44,10 +44,10 @@ def copy_folder(tmp_path):
 
 
 def insert_nan(folder):
-    """Set an element of `MATRIX` in a folder's file to NaN, and return the folder."""
+    """Set an element of `WEIGHT_NAME` in a folder's file to NaN, and return the folder."""
     file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
-    tensors[MATRIX][3, 4] = math.nan
+    tensors[WEIGHT_NAME][3, 4] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
@@ -67,7 +67,7 @@ def test_base_with_nan_is_refused(copy_folder, bases, tuned_outcomes, task_file,
     base_folders = list(bases["bert"])
     base_folders[index] = insert_nan(copy_folder(base_folders[index]))
     message = re.escape(
-        f"{base_folders[index]}: 1 tensors hold values that are infinite or not a number: {MATRIX} (1 of 2,048)"
+        f"{base_folders[index]}: 1 tensors hold values that are infinite or not a number: {WEIGHT_NAME} (1 of 2,048)"
     )
     upgrade = Upgrade(*base_folders)
     adaptation = load_adaptation(tuned_outcomes["bert", "lora"])
@@ -89,12 +89,12 @@ def test_arithmetic_refuses_nonfinite_values(copy_folder, bases, tuned_outcomes)
             graft_all(new, full, old, factor)
         with pytest.raises(RecipeError, match="t must be a finite number"):
             interpolate_all(old, new, factor)
-    with pytest.raises(CheckpointError, match=MATRIX):
+    with pytest.raises(CheckpointError, match=WEIGHT_NAME):
         distances(old, with_nan)
     with pytest.raises(CheckpointError, match=r"infinite or (NaN|not a number)"):
         distance([(torch.tensor([1.0, math.inf]), torch.ones(2))])
-    with pytest.raises(CheckpointError, match=f"{MATRIX}' would be infinite"):
-        graft_all(with_nan, full, old)[MATRIX]
+    with pytest.raises(CheckpointError, match=f"{WEIGHT_NAME}' would be infinite"):
+        graft_all(with_nan, full, old)[WEIGHT_NAME]
     with pytest.raises(CheckpointError, match=r"infinite or (NaN|not a number)"):
         low_rank(torch.full((3, 3), math.nan), rank=1)
     lora = Checkpoint.open(tuned_outcomes["bert", "lora"] / "adaptation")

@@ -26,7 +26,7 @@ COLLECTIONS = [[], {}, [0], [0, 0], [0, 48], [48, 0], [2**62, 2**62], [3, 4], [2
 COLLECTIONS += [[1] * 3000, [2] * 80, [0] * 9, [-3, -4], [3.0, 4.0], ["3", "4"], {"dtype": "F32"}, [[[[]]]]]
 INVALID_VALUES = [*SCALARS, *STRINGS, *COLLECTIONS]
 KEYS = ["dtype", "shape", "data_offsets", "encoder.weight", "encoder.bias", "__metadata__", "", "\0", "n" * 100_000]
-MAX_GROWTH_KIB = 250_000  # far below what the invalid sizes would take if anything believed them
+MAX_GROWTH_KIB = 250_000  # far below the sizes that mutated headers claim
 
 
 @pytest.fixture(scope="module", autouse=True)

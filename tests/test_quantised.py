@@ -96,10 +96,14 @@ def write_shards(folder):
     """Divide a folder's file into two shards, with scales and codes in different shards."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    files = {name: f"model-0000{1 + (tensors[name].dim() == 2)}-of-00002.safetensors" for name in tensors}
-    for file in set(files.values()):
-        write_tensors(folder / file, **{name: tensors[name] for name in tensors if files[name] == file})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    shards = {
+        "model-00001-of-00002.safetensors": {name: tensor for name, tensor in tensors.items() if tensor.dim() != 2},
+        "model-00002-of-00002.safetensors": {name: tensor for name, tensor in tensors.items() if tensor.dim() == 2},
+    }
+    for file, shard_tensors in shards.items():
+        write_tensors(folder / file, **shard_tensors)
+    weight_map = {name: file for file, shard_tensors in shards.items() for name in shard_tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def run_cli(*arguments):
@@ -204,7 +208,7 @@ def test_blocks_without_a_config_divide_the_weight(tmp_path, shape, grid, settin
 
 
 def test_ambiguous_blocks_are_refused(tmp_path):
-    """A weight of 36 × 32 with a grid of 3 × 2 scales can have blocks of 16 × 16, but also of other sizes."""
+    """Blocks of 16 × 16 and of 12 × 16 both divide a weight of 36 × 32 into a grid of 3 × 2."""
     codes = torch.ones(36, 32).to(E4M3)
     file = write_tensors(tmp_path / "w.safetensors", w=codes, w_scale_inv=torch.ones(3, 2))
     with pytest.raises(CheckpointError, match="weight_block_size"):
@@ -212,10 +216,10 @@ def test_ambiguous_blocks_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kinds", ["int8 int8 int8", "fp8 fp8 fp8", "plain plain int8", "fp8 plain plain", "plain fp8 int8"]
+    "precisions", ["int8 int8 int8", "fp8 fp8 fp8", "plain plain int8", "fp8 plain plain", "plain fp8 int8"]
 )
-def test_a_graft_is_computed_from_dequantised_weights(tmp_path, llamas, kinds):
-    new, tuned, old = (llamas[key] for key in zip(("new", "tuned", "old"), kinds.split(), strict=True))
+def test_a_graft_is_computed_from_dequantised_weights(tmp_path, llamas, precisions):
+    new, tuned, old = (llamas[key] for key in zip(("new", "tuned", "old"), precisions.split(), strict=True))
     run_cli("weights", "graft", "--new", new, "--tuned", tuned, "--old", old, "--out", tmp_path / "out")
     operands = [load_file(path / "model.safetensors") for path in (new, tuned, old)]
     grafted = load_file(tmp_path / "out/model.safetensors")
@@ -230,20 +234,22 @@ def test_a_graft_is_computed_from_dequantised_weights(tmp_path, llamas, kinds):
     assert not any(report.values())
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")  # PEFT uses a name that transformers deprecated
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_a_lora_is_merged_into_a_quantised_base(tmp_path, llamas, kind):
-    tensors = load_file(llamas["old", kind] / "model.safetensors")
-    names = load_file(llamas["old", "plain"] / "model.safetensors")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")  # transformers renamed the attribute
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_lora_is_merged_into_a_quantised_base(tmp_path, llamas, precision):
+    tensors = load_file(llamas["old", precision] / "model.safetensors")
+    parameter_names = load_file(llamas["old", "plain"] / "model.safetensors").keys()
     model = AutoModelForCausalLM.from_pretrained(llamas["old", "plain"])
-    model.load_state_dict({name: dequantise(tensors, name).float() for name in names}, strict=False)
+    model.load_state_dict({name: dequantise(tensors, name).float() for name in parameter_names}, strict=False)
     torch.manual_seed(0)
     model = get_peft_model(
         model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
     )
     model.save_pretrained(tmp_path / "adapter")
-    shutil.copyfile(llamas["old", kind] / "config.json", tmp_path / "adapter/config.json")  # some trainers save it so
-    write_shards(shutil.copytree(llamas["old", kind], tmp_path / "base"))
+    shutil.copyfile(
+        llamas["old", precision] / "config.json", tmp_path / "adapter/config.json"
+    )  # some trainers save it so
+    write_shards(shutil.copytree(llamas["old", precision], tmp_path / "base"))
     run_cli(
         "weights",
         "merge-lora",
@@ -256,7 +262,7 @@ def test_a_lora_is_merged_into_a_quantised_base(tmp_path, llamas, kind):
     )
     merged = load_file(tmp_path / "out/model.safetensors")
     expected = model.merge_and_unload().state_dict()
-    assert merged.keys() == names.keys()
+    assert merged.keys() == parameter_names
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=2**-7, atol=1e-6)
 
@@ -286,14 +292,14 @@ def test_fingerprint_covers_scales_in_any_shard(tmp_path, llamas):
     assert fingerprint(Checkpoint.open(single)) != original
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_quantised_base_is_refused(tmp_path, llamas, kind):
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantised_base_is_refused(tmp_path, llamas, precision):
     with pytest.raises(CheckpointError, match="regraft weights interpolate") as error:
-        Base.open(llamas["old", kind])
+        Base.open(llamas["old", precision])
     command = str(error.value).split("regraft ")[1].rstrip(".").replace("FOLDER", str(tmp_path / "full"))
     run_cli(*command.split())
     assert Base.open(tmp_path / "full").checkpoint.tensors[PROJECTION].dtype == "BF16"
-    assert {"int8": "I8", "fp8": "F8_E4M3"}[kind] in run_cli("weights", "inspect", llamas["old", kind])
+    assert {"int8": "I8", "fp8": "F8_E4M3"}[precision] in run_cli("weights", "inspect", llamas["old", precision])
 
 
 @pytest.mark.parametrize("settings", [{"quantization_config": INT8}, {}])
@@ -348,13 +354,13 @@ MATRIX = torch.ones(4, 4)
             {},
             "U32.*full precision",
         ),
-        ({f"{MLP_LAYER}.weight:qdata": INTEGERS, f"{MLP_LAYER}.weight:scale": MATRIX}, {}, "I32. is no weight"),
+        ({f"{MLP_LAYER}.weight:qdata": INTEGERS, f"{MLP_LAYER}.weight:scale": MATRIX}, {}, "I32. is not a weight"),
         ({f"{MLP_LAYER}.weight": MATRIX.to(E5M2)}, {"quantization_config": FP8}, "'fp8'.*F8_E5M2.*full precision"),
-        ({f"{MLP_LAYER}.weight": CODES}, {}, "I8. is no weight.*full precision"),
+        ({f"{MLP_LAYER}.weight": CODES}, {}, "I8. is not a weight.*full precision"),
         (
             {f"{MLP_LAYER}.weight": MATRIX, f"{MLP_LAYER}.weight_scale_inv": MATRIX[:1, :1]},
             {},
-            "scale of no eight-bit weight",
+            "scale without an eight-bit weight",
         ),
         (
             {f"{MLP_LAYER}.weight": MATRIX},
@@ -384,7 +390,7 @@ MATRIX = torch.ones(4, 4)
         (
             {f"{MLP_LAYER}.indices": INTEGERS, f"{MLP_LAYER}.centroids": MATRIX},
             {"quantization_config": {"quant_method": "vptq"}},
-            "'vptq'.*indices.*is no weight",
+            "'vptq'.*indices.*is not a weight",
         ),
     ],
 )

@@ -147,10 +147,10 @@ def count_measured(reports):
 def results(folder, reports):
     """A function that reads an experiment's results."""
 
-    def read(name):
+    def read_results(name):
         return json.loads((folder / "pages" / name / "results.json").read_text(encoding="utf-8"))
 
-    return read
+    return read_results
 
 
 @pytest.mark.slow
@@ -188,9 +188,9 @@ def test_every_experiment_has_results_and_a_page(folder, results):
         assert pictures
         assert all(f"({picture.name})" in page for picture in pictures)
         assert f"[{name}]({name}/README.md)" in index
-    findings = ["compatibility", "mode connectivity", "functional similarity", "distance", "chains"]
+    topics = ["compatibility", "mode connectivity", "functional similarity", "distance", "chains"]
     methods = ["`init`", "`distill`", "`init+distill`", "`interpolation`", "`project`", "`direct`"]
-    assert [part for part in (*findings, *methods) if part not in index] == []
+    assert [title for title in (*topics, *methods) if title not in index] == []
 
 
 @pytest.mark.slow
@@ -244,8 +244,10 @@ def test_distances_agree_with_the_weights_without_the_head(plan, results):
     similarity = results("3-similarity")
     (distance,) = select(similarity["distances"], seed=30, base=1)
     old, new = (read_weights(plan.store.tuning_folder("mood", "full", base, 30) / "adaptation") for base in (0, 1))
-    names = [name for name in sorted(old) if name.startswith("bert.") and "pooler" not in name]
-    old_vector, new_vector = (torch.cat([tensors[name].flatten().double() for name in names]) for tensors in (old, new))
+    body_names = [name for name in sorted(old) if name.startswith("bert.") and "pooler" not in name]
+    old_vector, new_vector = (
+        torch.cat([tensors[name].flatten().double() for name in body_names]) for tensors in (old, new)
+    )
     assert distance["l2"] == pytest.approx(float((old_vector - new_vector).norm()), rel=1e-4)
     cosine = torch.cosine_similarity(old_vector, new_vector, dim=0)
     assert distance["cosine"] == pytest.approx(float(cosine), abs=1e-5)

@@ -37,24 +37,24 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "parquet"])
-def test_every_format_yields_the_same_unchanged_texts(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_every_format_yields_the_same_unchanged_texts(tmp_path: Path, suffix: str) -> None:
     rows = [{"text": text, "label": i % 2, "unused": None} for i, text in enumerate(UNUSUAL_TEXTS)]
 
     def read_as(suffix: str) -> TaskData:
         dev = write_table(tmp_path / f"dev.{suffix}", make_rows(4, (0, 1)))
         return read_task(make_task(write_table(tmp_path / f"train.{suffix}", rows), dev=dev))
 
-    data = read_as(ending)
+    data = read_as(suffix)
     assert [texts[0] for texts in data.train.texts] == UNUSUAL_TEXTS
     assert data.train.row_numbers.tolist() == list(range(1, len(UNUSUAL_TEXTS) + 1))
     assert data.labels == ("0", "1")
     assert data.digest() == read_as("jsonl").digest()
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize(
-    ("values", "labels"),
+    ("raw_labels", "labels"),
     [
         ((10, 9, -1), ("-1", "9", "10")),
         ((2.0, 1.0), ("1", "2")),
@@ -63,9 +63,9 @@ def test_every_format_yields_the_same_unchanged_texts(tmp_path: Path, ending: st
     ],
 )
 def test_labels_have_the_same_names_and_order_in_every_format(
-    tmp_path: Path, ending: str, values: tuple[Any, ...], labels: tuple[str, ...]
+    tmp_path: Path, suffix: str, raw_labels: tuple[Any, ...], labels: tuple[str, ...]
 ) -> None:
-    data = read_task(make_task(write_table(tmp_path / f"a.{ending}", make_rows(12, values))))
+    data = read_task(make_task(write_table(tmp_path / f"a.{suffix}", make_rows(12, raw_labels))))
     assert data.labels == labels
 
 
@@ -141,7 +141,7 @@ def test_hidden_labels_of_a_hub_test_split_are_an_error(tmp_path: Path, hub_cach
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "parts"),
+    ("name", "content", "phrases"),
     [
         ("a.xlsx", "x", ["files ending in '.xlsx'", ".parquet"]),
         ("imdb", "x", ["files without a suffix", "{dataset: imdb, split: train}"]),
@@ -169,13 +169,13 @@ def test_hidden_labels_of_a_hub_test_split_are_an_error(tmp_path: Path, hub_cach
     ],
 )
 def test_an_invalid_source_is_refused_with_file_row_and_remedy(
-    tmp_path: Path, name: str, content: str, parts: list[str]
+    tmp_path: Path, name: str, content: str, phrases: list[str]
 ) -> None:
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(DataError) as error:
         read_task(make_task(str(path)))
-    assert_mentions(error, path, *parts)
+    assert_mentions(error, path, *phrases)
 
 
 def test_missing_files_and_invalid_utf8_are_refused(tmp_path: Path) -> None:
@@ -188,13 +188,13 @@ def test_missing_files_and_invalid_utf8_are_refused(tmp_path: Path) -> None:
     assert_mentions(error, tmp_path / "latin.csv", "line 3", "not UTF-8", "Save the file as UTF-8")
 
 
-@pytest.mark.parametrize("listed", [None, ["neg", "pos"]])
-def test_an_unseen_label_is_an_error_with_its_row(tmp_path: Path, listed: list[str] | None) -> None:
+@pytest.mark.parametrize("labels", [None, ["neg", "pos"]])
+def test_an_unseen_label_is_an_error_with_its_row(tmp_path: Path, labels: list[str] | None) -> None:
     train = write_table(tmp_path / "a.csv", make_rows(10))
     test = write_table(tmp_path / "b.csv", make_rows(5, ("pos", "mixed")))
     with pytest.raises(DataError) as error:
-        read_task(make_task(train, test=test, labels=listed))
-    remedy = "Add it to `labels`" if listed else "List all labels"
+        read_task(make_task(train, test=test, labels=labels))
+    remedy = "Add it to `labels`" if labels else "List all labels"
     assert_mentions(error, f"{test}, row 2", "'mixed'", "'neg', 'pos'", remedy)
 
 
@@ -233,13 +233,13 @@ def test_folders_of_save_to_disk_are_read_with_their_class_names(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("class_names", "message"),
     [(["1", "1.0"], "are called '1'"), ([1, None], "not text"), (["a", "a"], "duplicated"), ({}, "is invalid")],
 )
-def test_invalid_class_names_are_refused(tmp_path: Path, names: Any, message: str) -> None:
+def test_invalid_class_names_are_refused(tmp_path: Path, class_names: Any, message: str) -> None:
     import pyarrow.parquet
 
-    features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": names, "_type": "ClassLabel"}}
+    features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": class_names, "_type": "ClassLabel"}}
     table = pyarrow.table({"text": ["one", "two"], "label": [0, 1]})
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
@@ -288,25 +288,25 @@ def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
         list(Corpus((str(tmp_path / "c.jsonl"),)).documents())
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet", "yaml", "txt"])
-def test_pipes_folders_and_names_too_long_are_refused_at_once(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "yaml", "txt"])
+def test_pipes_folders_and_names_too_long_are_refused_at_once(tmp_path: Path, suffix: str) -> None:
     def read_file(name: str) -> None:
-        if ending == "yaml":
+        if suffix == "yaml":
             Task.load(tmp_path / name)
-        elif ending == "txt":
+        elif suffix == "txt":
             list(Corpus((str(tmp_path / name),)).documents())
         else:
             read_task(make_task(str(tmp_path / name)))
 
-    os.mkfifo(tmp_path / f"pipe.{ending}")
-    (tmp_path / f"folder.{ending}").mkdir()
+    os.mkfifo(tmp_path / f"pipe.{suffix}")
+    (tmp_path / f"folder.{suffix}").mkdir()
     for name in ("pipe", "folder"):
-        with pytest.raises(DataError, match=rf"{name}\.{ending}: is a folder, pipe or device"):
-            read_file(f"{name}.{ending}")
+        with pytest.raises(DataError, match=rf"{name}\.{suffix}: is a folder, pipe or device"):
+            read_file(f"{name}.{suffix}")
     with pytest.raises(DataError, match="name too long"):
-        read_file("x" * 300 + f".{ending}")
+        read_file("x" * 300 + f".{suffix}")
     with pytest.raises(DataError, match="embedded null byte"):
-        read_file(f"a\0.{ending}")
+        read_file(f"a\0.{suffix}")
 
 
 def test_a_pipe_in_a_folder_of_data_is_named(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from regraft.task import HubSplit, Task, summarise
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from click.testing import Result
+
 REQUIRED_KEYS = "".join(f"{key}: {value}\n" for key, value in TASK_KEYS.items())
 
 
@@ -30,16 +32,16 @@ def test_a_task_file_is_read_with_its_paths_from_its_folder(tmp_path: Path) -> N
         "test: {dataset: reviews, split: test}\ntext: [premise, hypothesis]\nlabel: label\n"
         "labels: [no, 01, 1.5, ~yes]\nmetric: mcc\nshots: 8\nmax_length: 64\n"
     )
-    loaded = Task.load(file)
-    assert (loaded.name, loaded.train, loaded.metric) == ("sentiment", str(tmp_path / "train.csv"), "mcc")
-    assert loaded.dev == HubSplit(dataset="imdb", split="train[:10%]", revision="1.0")
-    assert loaded.test == HubSplit(dataset=str(tmp_path / "reviews"), split="test")
-    assert (loaded.input_columns, loaded.shots, loaded.max_length) == (("premise", "hypothesis"), 8, 64)
-    assert loaded.labels == ("no", "01", "1.5", "~yes")  # YAML 1.1 would read False and an octal number
+    task = Task.load(file)
+    assert (task.name, task.train, task.metric) == ("sentiment", str(tmp_path / "train.csv"), "mcc")
+    assert task.dev == HubSplit(dataset="imdb", split="train[:10%]", revision="1.0")
+    assert task.test == HubSplit(dataset=str(tmp_path / "reviews"), split="test")
+    assert (task.input_columns, task.shots, task.max_length) == (("premise", "hypothesis"), 8, 64)
+    assert task.labels == ("no", "01", "1.5", "~yes")  # YAML 1.1 would read False and an octal number
 
 
 @pytest.mark.parametrize(
-    ("changes", "parts"),
+    ("changes", "phrases"),
     [
         ({"metirc": "mcc"}, ["unknown key 'metirc'", "Did you mean 'metric'?", "shots"]),
         ({"train": None}, ["'train' is nothing", "{dataset: NAME, split: SPLIT}"]),
@@ -61,17 +63,17 @@ def test_a_task_file_is_read_with_its_paths_from_its_folder(tmp_path: Path) -> N
     ],
 )
 def test_an_invalid_key_is_named_with_its_file_and_remedy(
-    tmp_path: Path, changes: dict[str, Any], parts: list[str]
+    tmp_path: Path, changes: dict[str, Any], phrases: list[str]
 ) -> None:
     file = tmp_path / "t.yaml"
     file.write_text(json.dumps(TASK_KEYS | changes))
     with pytest.raises(DataError) as error:
         Task.load(file)
-    assert_mentions(error, f"{file}: ", *parts)
+    assert_mentions(error, f"{file}: ", *phrases)
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
+    ("text", "phrases"),
     [
         ("train: [a\nlabel: b\n", ["line 2", "is not valid YAML", "Correct that line"]),
         ("label: a\ntext: b\nlabel: c\n", ["line 3", "'label' is repeated"]),
@@ -82,12 +84,12 @@ def test_an_invalid_key_is_named_with_its_file_and_remedy(
         ("label: a\nname:\ntext: b\nmetirc: mcc\n", ["'train'", "'name'", "'metirc'"]),  # all at once
     ],
 )
-def test_a_file_that_is_not_a_task_is_refused_with_the_reason(tmp_path: Path, text: str, parts: list[str]) -> None:
+def test_a_file_that_is_not_a_task_is_refused_with_the_reason(tmp_path: Path, text: str, phrases: list[str]) -> None:
     file = tmp_path / "t.yaml"
     file.write_text(text)
     with pytest.raises(DataError) as error:
         Task.load(file)
-    assert_mentions(error, file, *parts)
+    assert_mentions(error, file, *phrases)
 
 
 def test_a_missing_or_binary_task_file_is_refused(tmp_path: Path) -> None:
@@ -166,14 +168,12 @@ def test_the_summary_counts_classes_and_words() -> None:
     assert (dev.name, dev.absent) == ("dev", ())
 
 
-def run_task_check(file: Path) -> Any:
-    import typer
+def run_task_check(file: Path) -> Result:
+    """Run `regraft task check` in this process, in a terminal 120 columns wide."""
     from typer.testing import CliRunner
 
-    from regraft.cli import task as command
+    from regraft.cli import app
 
-    app = typer.Typer()
-    app.add_typer(command.app, name="task")
     return CliRunner().invoke(app, ["task", "check", str(file)], env={"COLUMNS": "120"})
 
 
@@ -184,7 +184,7 @@ def test_task_check_shows_the_data(tmp_path: Path) -> None:
     result = run_task_check(tmp_path / "my.yaml")
     output = re.sub(r"[^\S\n]+", " ", result.stdout)
     assert result.exit_code == 0, result.output
-    for part in (
+    for phrase in (
         "[bold]my",
         "[red]bad 9 25.0%",
         "ok 27 75.0%",
@@ -194,7 +194,7 @@ def test_task_check_shows_the_data(tmp_path: Path) -> None:
         "dev is held out",
         "1 of 5 examples of test are also in train",
     ):
-        assert part in output, output
+        assert phrase in output, output
 
 
 def test_task_check_shortens_a_long_list_of_classes(tmp_path: Path) -> None:
@@ -208,13 +208,9 @@ def test_task_check_leaves_errors_to_the_main_command(tmp_path: Path) -> None:
 
 
 def test_control_characters_of_labels_do_not_reach_the_terminal(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from regraft.cli import app
-
     rows = make_rows(40, ("\x1b[31mred\nrow", "\u202eok"))
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "t.yaml").write_text('name: "a\\eb"\n' + REQUIRED_KEYS.replace("a.csv", "a.json"))
-    output = CliRunner().invoke(app, ["task", "check", str(tmp_path / "t.yaml")]).stdout
+    output = run_task_check(tmp_path / "t.yaml").stdout
     assert "\\x1b[31mred\\nrow" in output and "\\u202eok" in output and "a\\x1bb" in output
     assert "\x1b[31m" not in output and "\u202e" not in output

@@ -67,8 +67,8 @@ def test_fingerprint_covers_the_body_alone(tmp_path, bases, architecture):
 def test_distance_equals_the_distance_of_the_stored_tensors(bases, architecture):
     upgrade = Upgrade(*bases[architecture])
     old, new = (load_file(path / "model.safetensors") for path in bases[architecture])
-    names = [name for name in old if name.startswith(upgrade.old.prefix + ".")]
-    a, b = (torch.cat([tensors[name].double().flatten() for name in names]) for tensors in (old, new))
+    body_names = [name for name in old if name.startswith(upgrade.old.prefix + ".")]
+    a, b = (torch.cat([tensors[name].double().flatten() for name in body_names]) for tensors in (old, new))
     distance = upgrade.distance()
     assert distance.parameters == len(a)
     assert distance.l2 == pytest.approx((a - b).norm().item(), rel=1e-9)
@@ -143,7 +143,7 @@ def test_differing_tensors_are_listed(tmp_path, bases):
 
 
 def rewrite_base(source, folder, edit_tensors, **config):
-    """Copy a checkpoint with edited tensors and settings, as another program may write the same weights."""
+    """Copy a checkpoint with edited tensors and settings, as a different program may write the same weights."""
     shutil.copytree(source, folder)
     edited = edit_tensors(load_file(source / "model.safetensors"))
     tensors = {name: tensor.clone() for name, tensor in edited.items()}
@@ -205,7 +205,7 @@ def test_fingerprint_of_a_transformers_5_base_equals_the_one_of_regraft_0_1(base
     assert base.fingerprint == base.stored_fingerprint
 
 
-def test_base_parameters_equal_those_of_the_loaded_model(tmp_path):
+def test_base_parameters_equal_the_parameters_of_the_loaded_model(tmp_path):
     """Cover fused experts and renamed modules, which transformers converts when it loads a checkpoint."""
     size = MODEL_SIZE | {"num_hidden_layers": 2}
     torch.manual_seed(0)
