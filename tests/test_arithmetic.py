@@ -130,12 +130,18 @@ def test_drop_keeps_the_expectation():
 
 @few_examples
 @given(SEEDS, LENGTHS)
-def test_mask_agreement_and_orthogonal_shift(seed, size):
+def test_mask_agreement_selects_the_elements_with_the_sign_of_the_shift(seed, size):
     change, shift = draw_normal(seed, size), draw_normal(seed + 1, size)
     masked = mask_agreement(change, shift)
     assert ((masked == 0) | (masked * shift > 0)).all()
     assert torch.equal(masked + mask_agreement(change, -shift), change)
     assert torch.equal(mask_agreement(change, torch.zeros(size)), change)
+
+
+@few_examples
+@given(SEEDS, LENGTHS)
+def test_orthogonal_shift_removes_the_component_along_the_shift(seed, size):
+    change, shift = draw_normal(seed, size), draw_normal(seed + 1, size)
     orthogonal = orthogonal_shift(change, shift)
     assert (orthogonal @ shift).item() == pytest.approx(0, abs=1e-9 * l2_norm(change) * l2_norm(shift) + 1e-12)
     assert l2_norm(orthogonal) ** 2 + l2_norm(change - orthogonal) ** 2 == pytest.approx(l2_norm(change) ** 2)

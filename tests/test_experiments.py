@@ -75,6 +75,7 @@ def test_results_of_fewer_runs_do_not_replace_results_of_more(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny_grid(tmp_path_factory, bases, task_file, quick_recipe):
+    """A grid of 20 cells: one task and kind, two upgrades, two regimes and two seeds."""
     folder = tmp_path_factory.mktemp("experiment")
     old, mild = bases["bert"]
     recipe = Recipe(steps=60, batch_size=16, learning_rate=3e-3, eval_every=5, precision="fp32")

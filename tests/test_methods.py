@@ -159,7 +159,7 @@ LONGER = Objective("longer", lambda job, model, options: job.tune(model), summar
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch):
+def install_package(tmp_path, monkeypatch):
     """A function that puts a distribution with entry points and a module on the path, as an installer does."""
 
     def write_distribution(name: str, entry_points: str, module: str = PLUGIN) -> None:
@@ -183,10 +183,12 @@ def install(tmp_path, monkeypatch):
     clear_caches()
 
 
-def test_methods_of_other_packages_are_listed_and_run(tmp_path, opened_bases, task_file, install, monkeypatch, capsys):
+def test_methods_of_other_packages_are_listed_and_run(
+    tmp_path, opened_bases, task_file, install_package, monkeypatch, capsys
+):
     from regraft.cli import main
 
-    install("other", "halved = other_code:HALVED\nlonger = other_code:LONGER")
+    install_package("other", "halved = other_code:HALVED\nlonger = other_code:LONGER")
     assert expand_formula("ridge+distill") == "ridge+distill"
     assert "other_code" not in sys.modules  # imported only when it is looked up
     assert list(methods())[18:] == ["halved", "longer"]
@@ -223,8 +225,8 @@ def test_methods_of_other_packages_are_listed_and_run(tmp_path, opened_bases, ta
         ("ending = bad_code:X", "import sys; sys.exit(3)", r"bad 1\.0: .*cannot be imported \(SystemExit: 3\)"),
     ],
 )
-def test_a_broken_package_is_named(install, entry_points, module, message):
-    install("bad", entry_points, module)
+def test_a_broken_package_is_named(install_package, entry_points, module, message):
+    install_package("bad", entry_points, module)
     with pytest.raises(RecipeError, match=message):
         methods()
     if entry_points.startswith("broken"):

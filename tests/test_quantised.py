@@ -267,7 +267,7 @@ def test_a_lora_is_merged_into_a_quantised_base(tmp_path, llamas, precision):
         torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=2**-7, atol=1e-6)
 
 
-def test_delta_distance_and_extracted_lora_of_quantised_weights(tmp_path, llamas):
+def test_delta_distance_and_lora_are_computed_from_dequantised_weights(tmp_path, llamas):
     tuned, old = llamas["tuned", "plain"], llamas["old", "int8"]
     run_cli("weights", "delta", "--tuned", tuned, "--old", old, "--out", tmp_path / "delta")
     delta = load_file(tmp_path / "delta/model.safetensors")

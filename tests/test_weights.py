@@ -94,7 +94,7 @@ def test_distance_equals_the_distance_of_the_concatenated_vectors(first_pair, se
         assert result.relative == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-9)
 
 
-def test_distance_of_zeros():
+def test_cosine_and_relative_distance_are_defined_for_zeros():
     zeros = torch.zeros(3)
     ones = torch.ones(3)
     assert distance([(zeros, zeros)]).cosine == 1
