@@ -93,8 +93,8 @@ def run_missing(grid: Grid, workers: int = 2, report: Callable[[str], None] = pr
     failures = run_jobs(old_jobs, workers, report)
     if failures:
         return failures
-    for uses_other_tasks in (False, True):  # A method that learns from other tasks needs their outcomes first.
-        cells = [cell for cell in missing_cells(grid) if needs_other_tasks(grid, cell) == uses_other_tasks]
+    for needs_tasks in (False, True):  # A method that learns from other tasks needs their outcomes first.
+        cells = [cell for cell in missing_cells(grid) if needs_other_tasks(grid, cell) == needs_tasks]
         failures += run_jobs([Job(str(cell), recycle_cell, (grid, cell)) for cell in cells], workers, report)
     return failures
 

@@ -56,8 +56,8 @@ def write_measured(store: Store, experiment: Experiment, config: Any, folder: Pa
 
 def count_cells(results: dict[str, Any]) -> int:
     """Return the number of cells that have been made for results."""
-    num_made, _ = results["made"]["cells"]
-    return int(num_made)
+    num_cells, _ = results["made"]["cells"]
+    return int(num_cells)
 
 
 def collect_provenance(store: Store, experiment: Experiment, config: Any) -> dict[str, Any]:

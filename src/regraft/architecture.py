@@ -88,8 +88,8 @@ class Architecture:
         parameter, part = self._locate(name)
         if parameter not in self.parameters:
             return None
-        tied_to = self.ties.get(parameter, parameter)
-        return str(self._canonical.get((tied_to, part), tied_to))
+        tied_parameter = self.ties.get(parameter, parameter)
+        return str(self._canonical.get((tied_parameter, part), tied_parameter))
 
     def is_unknown_body_tensor(self, name: str) -> bool:
         """Return whether a stored tensor seems to belong to the body, but is unknown to the class.

@@ -51,13 +51,13 @@ def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig)
     if type(architecture_of(config, declared).model) is not type(body.model):
         return declared
     tables = (getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in CLASS_TABLES)
-    num_known = {"": _count_known(checkpoint, body)}
+    num_identified = {"": _count_identified(checkpoint, body)}
     for name in dict.fromkeys(str(table.get(config.model_type)) for table in tables):
-        if max(num_known.values()) == len(checkpoint):
+        if max(num_identified.values()) == len(checkpoint):
             break
         with contextlib.suppress(CheckpointError):
-            num_known[name] = _count_known(checkpoint, architecture_of(config, name))
-    return max(num_known, key=lambda name: num_known[name])
+            num_identified[name] = _count_identified(checkpoint, architecture_of(config, name))
+    return max(num_identified, key=lambda name: num_identified[name])
 
 
 def named_tensors(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTensors:
@@ -158,6 +158,6 @@ def name_consistently(
     return tensors_by_role, None
 
 
-def _count_known(checkpoint: Mapping[str, torch.Tensor], architecture: Architecture) -> int:
+def _count_identified(checkpoint: Mapping[str, torch.Tensor], architecture: Architecture) -> int:
     """Count the stored tensors that a class has or ignores."""
     return sum(bool(architecture.identify(name) or BUFFER.search(name)) for name in checkpoint)

@@ -276,8 +276,8 @@ def _unsupported_error(
     path: Path, tensor: StoredTensor, stored: Mapping[str, StoredTensor], quantisation: Mapping[str, Any]
 ) -> CheckpointError:
     """Return the error for a tensor of an unsupported quantisation, with the format's name and remedy if known."""
-    known = (entry for entry in UNSUPPORTED_FORMATS if any(entry.pattern.search(name) for name in stored))
-    detected = next(known, None)
+    matches = (entry for entry in UNSUPPORTED_FORMATS if any(entry.pattern.search(name) for name in stored))
+    detected = next(matches, None)
     method = quantisation.get("quant_method")
     if detected:
         description = f" ({detected.name})"

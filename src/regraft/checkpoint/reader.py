@@ -220,17 +220,17 @@ def _read_weight_map(index_file: Path) -> dict[str, str]:
     """Return the name of the shard of each tensor, sorted by tensor."""
     try:
         weight_map = read_json(index_file)["weight_map"]
-        shard_of = {name: shard for name, shard in sorted(weight_map.items()) if isinstance(shard, str)}
-        if not shard_of or len(shard_of) != len(weight_map):
+        shard_names = {name: shard for name, shard in sorted(weight_map.items()) if isinstance(shard, str)}
+        if not shard_names or len(shard_names) != len(weight_map):
             raise ValueError("no tensors, or a file name that is not a string")
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index_file}: not a safetensors index with a weight_map ({error!r:.200}).") from error
-    if len(shard_of) > MAX_TENSORS:
-        raise CheckpointError(f"{index_file}: names {len(shard_of):,} tensors; at most {MAX_TENSORS:,} are read.")
-    for shard in shard_of.values():
+    if len(shard_names) > MAX_TENSORS:
+        raise CheckpointError(f"{index_file}: names {len(shard_names):,} tensors; at most {MAX_TENSORS:,} are read.")
+    for shard in shard_names.values():
         if "\0" in shard or Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{index_file}: names {shard!r:.200}, which is not a file in the same folder.")
-    return shard_of
+    return shard_names
 
 
 def _check_unlisted(

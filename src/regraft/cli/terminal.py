@@ -57,15 +57,15 @@ def show_progress() -> Iterator[Callback]:
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, int] = {}
 
-        def report(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        def report(stage: str, completed: int, total: int, figures: Mapping[str, float]) -> None:
             if stage not in tasks:
                 for task in tasks.values():
                     bars.update(task, visible=False)  # type: ignore[arg-type]
                 tasks[stage] = bars.add_task(escape(stage), total=total, figures="")
             bars.update(
                 tasks[stage],  # type: ignore[arg-type]
-                completed=done,
-                total=total or done,
+                completed=completed,
+                total=total or completed,
                 figures=_figures(figures),
                 visible=True,
             )
@@ -79,10 +79,10 @@ class _ProgressLines:
     def __init__(self) -> None:
         self.last = time.monotonic()
 
-    def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+    def __call__(self, stage: str, completed: int, total: int, figures: Mapping[str, float]) -> None:
         if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
-            console.print(f"{escape(stage)} {done:,}/{total or '?'} {_figures(figures)}", highlight=False)
+            console.print(f"{escape(stage)} {completed:,}/{total or '?'} {_figures(figures)}", highlight=False)
 
 
 def _figures(figures: Mapping[str, float]) -> str:

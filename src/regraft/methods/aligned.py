@@ -265,15 +265,15 @@ def _plain_name(name: str) -> str:
 
 
 def _replace_delta(
-    weight: torch.Tensor, delta: torch.Tensor, right: torch.Tensor | None, left: torch.Tensor | None
+    weight: torch.Tensor, delta: torch.Tensor, input_rotation: torch.Tensor | None, output_rotation: torch.Tensor | None
 ) -> None:
-    """Replace the delta that is part of a weight by left·delta·rightᵀ, in place."""
+    """Replace the delta that is part of a weight by (output rotation)·delta·(input rotation)ᵀ, in place."""
     import torch
 
     with torch.no_grad():
         rotated = delta.double()
-        rotated = rotated if right is None else rotated @ right.T.to(rotated)
-        rotated = rotated if left is None else left.to(rotated) @ rotated
+        rotated = rotated if input_rotation is None else rotated @ input_rotation.T.to(rotated)
+        rotated = rotated if output_rotation is None else output_rotation.to(rotated) @ rotated
         weight.add_((rotated - delta.double()).reshape(weight.shape).to(weight))
 
 

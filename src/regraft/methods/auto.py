@@ -241,8 +241,8 @@ def _choose(stages: _Stages, target: Target, options: Auto) -> tuple[dict[str, A
             return stage, f"{stage['rung']} passes: {target.describe(stage)}"
         gain = metric.gain(stage["score"], score_before)
         # a stage that clearly fails at first is tuned once more: far from the target, progress may start late
-        fails_at_first = not spent_share and stage["verdict"] == "fails"
-        if gain < target.tolerance and not fails_at_first:
+        is_first_failure = not spent_share and stage["verdict"] == "fails"
+        if gain < target.tolerance and not is_first_failure:
             description = f"{metric.describe(gain, '.1f')}{metric.unit}"
             reason = f"the last {100 * (share - spent_share):.0f} % of the steps gained {description}"
             break

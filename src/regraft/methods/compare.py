@@ -117,8 +117,8 @@ def compare(
 def _prefix_stages(progress: Progress, method: str) -> Progress:
     """Return a progress callback that puts a method's name before each stage."""
 
-    def report(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        progress(f"{method}: {stage}", done, total, figures)
+    def report(stage: str, completed: int, total: int, figures: Mapping[str, float]) -> None:
+        progress(f"{method}: {stage}", completed, total, figures)
 
     return report
 

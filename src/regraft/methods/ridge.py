@@ -86,9 +86,9 @@ def graft_refitted(job: Job, options: Ridge) -> nn.Module:
     old_examples, new_examples = encode_aligned(job.upgrade, job.data, texts)
     new_forward = BlockwiseForward(new_model, new_examples, job.recipe.precision)
     old_forward = BlockwiseForward(old_model, old_examples, job.recipe.precision)
-    to_refit = [change for change in changes if options.head or not change.is_head]
+    selected_changes = [change for change in changes if options.head or not change.is_head]
     layers: dict[str, list[Change]] = {}
-    for change in to_refit:
+    for change in selected_changes:
         layers.setdefault(new_forward.names[change.module], []).append(change)
     old_modules = [old_model.get_submodule(name) for name in layers]
     old_wrappers = lora_wrappers(old_model)
@@ -107,7 +107,7 @@ def graft_refitted(job: Job, options: Ridge) -> nn.Module:
                 refitter.refit_layers(group_changes, inputs[name], new_forward)
         new_forward.run(advance=True)
         job.progress("ridge", part + 1, new_forward.num_parts, {})
-    refitter.note_unreached(to_refit)
+    refitter.note_unreached(selected_changes)
     if all(change.is_head for change in refitter.relative_changes):
         raise KindError(
             f"{job.adaptation.path}: ridge can refit none of the tuned layers: {refitter.describe_passed_over()}. Use "

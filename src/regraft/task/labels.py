@@ -86,9 +86,9 @@ def pair_names(names: Sequence[str], head_names: Sequence[str]) -> dict[str, str
     def fold(name: str) -> str:
         return fold_name(normalise(name))
 
-    for key_of in (str, normalise, fold):
-        name_by_key = {key_of(name): name for name in names}
-        head_name_by_key = {key_of(name): name for name in head_names}
+    for make_key in (str, normalise, fold):
+        name_by_key = {make_key(name): name for name in names}
+        head_name_by_key = {make_key(name): name for name in head_names}
         is_distinct = len(name_by_key) == len(names) and len(head_name_by_key) == len(head_names)
         if is_distinct and name_by_key.keys() == head_name_by_key.keys():
             return {name: head_name_by_key[key] for key, name in name_by_key.items()}

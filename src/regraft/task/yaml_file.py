@@ -77,10 +77,10 @@ def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
         yaml.constructor.ConstructorError: An alias is recursive, a tag or a text is invalid, or values are too many.
     """
     if id(node) in counts:
-        known_count = counts[id(node)]
-        if known_count is None:
+        cached_count = counts[id(node)]
+        if cached_count is None:
             raise _yaml_error(node, "an alias refers to a value that contains it")
-        return known_count
+        return cached_count
     plain_tag = _TAG_PREFIX + _PLAIN_TAGS[type(node)]
     if node.tag != plain_tag and not (isinstance(node, yaml.ScalarNode) and node.tag in _RESOLVED_TAGS):
         tag = node.tag.replace(_TAG_PREFIX, "!!")

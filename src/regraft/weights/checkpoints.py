@@ -57,10 +57,10 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
     """
     in_new, in_old = align(new, tuned), align(old, tuned)
     keys = tuned.key_by_name if isinstance(tuned, NamedTensors) else {name: name for name in tuned}
-    in_one_base = sorted(in_new.keys() ^ in_old.keys())
-    unmatched = tuple(name for name in in_one_base if is_optional(keys[name]))
+    unpaired = sorted(in_new.keys() ^ in_old.keys())
+    unmatched = tuple(name for name in unpaired if is_optional(keys[name]))
     for role, names in (("new", in_new), ("old", in_old)):
-        missing = [name for name in in_one_base if name in names and name not in unmatched]
+        missing = [name for name in unpaired if name in names and name not in unmatched]
         if missing:
             listed = ", ".join(missing[:MAX_LISTED])
             raise MismatchError(

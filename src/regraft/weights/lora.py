@@ -57,8 +57,8 @@ def compress_factors(
         B [out, r'] and A [r', in], in float64 if `b` is in float64, and otherwise in float32.
     """
     (qb, rb), (qa, ra) = _qr(b), _qr(a.T)
-    left, right = low_rank(rb @ ra.T, rank, energy)
-    compressed_b, compressed_a = qb @ left, right @ qa.T
+    small_b, small_a = low_rank(rb @ ra.T, rank, energy)
+    compressed_b, compressed_a = qb @ small_b, small_a @ qa.T
     return (compressed_b, compressed_a) if b.dtype.itemsize == 8 else (compressed_b.float(), compressed_a.float())
 
 

@@ -121,8 +121,8 @@ class Adapter(Family):
         file = f"{adaptation.path}/{ADAPTER_CONFIG}"
         check_patterns(config, [f"{base.prefix}.{name}" for name, _ in base.bare.named_modules()], file)
         config_classes = (self.config_class(config), PeftConfig)
-        known = {field.name for cls in config_classes for field in dataclasses.fields(cls)} | OBSOLETE_SETTINGS
-        unknown = sorted(key for key, value in config.items() if value and key not in known)
+        setting_names = {field.name for cls in config_classes for field in dataclasses.fields(cls)} | OBSOLETE_SETTINGS
+        unknown = sorted(key for key, value in config.items() if value and key not in setting_names)
         if unknown:
             listed = ", ".join(f"{key}: {config[key]!r:.60}" for key in unknown[:4])
             raise CheckpointError(

@@ -121,10 +121,10 @@ class Full(Family):
     ) -> GraftedAdaptation:
         """Add the transformed delta to the new base's body."""
 
-        def rule_of(name: str) -> TensorRule:
+        def make_rule(name: str) -> TensorRule:
             return functools.partial(_add_transformed, name=name, rule=rule)
 
-        body = self._body(adaptation, upgrade, rule_of, elementwise=False)
+        body = self._body(adaptation, upgrade, make_rule, elementwise=False)
         return GraftedAdaptation(body, _grafted_config(adaptation, upgrade))
 
     def replace_vector(
@@ -216,7 +216,7 @@ class Full(Family):
         self,
         adaptation: Adaptation,
         upgrade: Upgrade,
-        rule_of: Callable[[str], TensorRule],
+        make_rule: Callable[[str], TensorRule],
         *,
         elementwise: bool = True,
     ) -> DerivedTensors:
@@ -227,7 +227,7 @@ class Full(Family):
         Args:
             adaptation: The full fine-tune.
             upgrade: The two bases.
-            rule_of: Returns the rule that computes a tensor from the new, tuned and old ones, by its name in the body.
+            make_rule: Function of a tensor's name in the body that returns its rule: new, tuned, old → tensor.
             elementwise: Whether the rules can be applied to flat slices.
         """
         self.check_bodies(adaptation, upgrade)
@@ -242,7 +242,7 @@ class Full(Family):
                 entries[name] = entry
                 continue
             operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
-            rule = rule_of(tuned.key_by_name[name])
+            rule = make_rule(tuned.key_by_name[name])
             if rows is not None and name in tuned.token_tensors:
                 row_rule = functools.partial(graft_rows, match=rows, rule=rule)
                 entries[name] = TensorSpec(entry.dtype, rows.shape(entry.shape), operands, row_rule, elementwise=False)
