@@ -79,10 +79,10 @@ def measure(
     """Evaluate models on the line from a tuning on M_i to a tuning on M_j; for adapters, interpolate the base too."""
     data = store.load_data(task)
     upgrade = store.load_upgrade(i, j)
-    recipe = store.recipe(kind, seed, i).resolve(len(data.train), 1.0)  # for its precision alone
+    precision = store.recipe(kind, seed, i).resolve_precision()
     first = load_counterpart(store.tuning_folder(task, kind, i, seed), upgrade.old, data)
     second = load_counterpart(store.tuning_folder(task, kind, j, second_seed), upgrade.new, data)
-    line = segment(first, second, upgrade.old, data, points=num_points, precision=recipe.precision)
+    line = segment(first, second, upgrade.old, data, points=num_points, precision=precision)
     return {
         "mu": list(line.mu),
         "loss": {split: [round(value, DIGITS) for value in values] for split, values in line.loss.items()},

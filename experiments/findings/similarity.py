@@ -85,7 +85,7 @@ def measure(
     """Compare a tuning on M_0 with later bases, a second seed, a control task and random weights."""
     data = store.load_data(task)
     first_base = store.load_upgrade(0, 1).old
-    precision = store.recipe(kind, seed, 0).resolve(len(data.train), 1.0).precision
+    precision = store.recipe(kind, seed, 0).resolve_precision()
     first_folder = store.tuning_folder(task, kind, 0, seed)
     first_model = load_counterpart(first_folder, first_base, data)
 

@@ -105,8 +105,12 @@ class Recipe:
             steps=steps,
             learning_rate=self.learning_rate or learning_rate,
             eval_every=min(steps, self.eval_every or _round_interval(steps)),
-            precision=preferred_precision() if self.precision == "auto" else self.precision,
+            precision=self.resolve_precision(),
         )
+
+    def resolve_precision(self) -> str:
+        """Return `bf16` or `fp32`: the recipe's precision, or for `auto` the one that suits the device."""
+        return preferred_precision() if self.precision == "auto" else self.precision
 
     def _check_examples(self, steps: int) -> None:
         """Refuse more steps than the order of examples has room for."""

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from regraft.architecture import Architecture
     from regraft.base import Base
     from regraft.checkpoint import Checkpoint
+    from regraft.checkpoint.derived import Tensors
     from regraft.progress import Progress
     from regraft.task import Head, Task
     from regraft.upgrade import Upgrade
     from regraft.weights import RowMatch
 
-    Tensors = Mapping[str, torch.Tensor]
     Rule = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
 logger = logging.getLogger(__name__)

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.architecture import Architecture
+    from regraft.checkpoint.derived import Tensors
 
-    Tensors = Mapping[str, torch.Tensor]
     Factors = tuple[torch.Tensor, torch.Tensor]
 
 

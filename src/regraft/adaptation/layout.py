@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from regraft.architecture import Architecture
-
-    Tensors = Mapping[str, torch.Tensor]
+    from regraft.checkpoint.derived import Tensors
 
 ROWS = "trainable_tokens_delta"
 # with `bias`, PEFT stores the biases of a fully tuned module a second time under such names

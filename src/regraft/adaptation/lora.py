@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    Tensors = Mapping[str, torch.Tensor]
+    from regraft.checkpoint.derived import Tensors
 
 ADAPTER = "default"  # PEFT's name of the only adapter of a model
 PEFT_PREFIX = "base_model.model."

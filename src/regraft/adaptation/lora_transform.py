@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from regraft.adaptation.adaptation import Rule, Tensors
+    from regraft.adaptation.adaptation import Rule
     from regraft.adaptation.update import Update
+    from regraft.checkpoint.derived import Tensors
     from regraft.progress import Progress
     from regraft.upgrade import Upgrade
 

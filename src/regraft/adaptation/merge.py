@@ -21,12 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    import torch
-
     from regraft.architecture import Architecture
     from regraft.checkpoint import Checkpoint
-
-    Tensors = Mapping[str, torch.Tensor]
+    from regraft.checkpoint.derived import Tensors
 
 # settings with which a LoRA is not W + scaling · B · A for layers of the base, and whether PEFT merges it
 CANNOT_MERGE = {

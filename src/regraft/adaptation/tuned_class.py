@@ -17,12 +17,9 @@ from regraft.transformers_folder import read_config
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
-
     from regraft.architecture import Architecture
     from regraft.checkpoint import Checkpoint
-
-    Tensors = Mapping[str, torch.Tensor]
+    from regraft.checkpoint.derived import Tensors
 
 CLASS_TABLES = {  # transformers' tables of classes by PEFT's task types
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",

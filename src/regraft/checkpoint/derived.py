@@ -16,6 +16,8 @@ from regraft.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    Tensors = Mapping[str, torch.Tensor]
+
 # Elements computed at once: 2 MiB in float64, so that the operands of a rule stay in a core's cache
 CHUNK_ELEMENTS = 1 << 18
 

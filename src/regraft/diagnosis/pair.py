@@ -141,7 +141,7 @@ def load_pair(
     upgrade.check_finite()
     old_model = load_old_model(adaptation, upgrade, data.head)
     effect = measure_effect(old_model, adaptation, upgrade.old, data)
-    precision = recipe.resolve(len(data.train), 1.0).precision
+    precision = recipe.resolve_precision()
     with temporary_folder() as folder:
         write_graft(adaptation, upgrade, folder / "direct", progress)
         new_model = load_model(load_adaptation(folder / "direct"), upgrade.new, data.head)

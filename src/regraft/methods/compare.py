@@ -80,8 +80,7 @@ def compare(
         data = load_data(task, seed).with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length)
         data = match_labels(adaptation, data)
         split = data.test or data.dev
-        # the precision does not depend on the learning rate
-        precision = recipe.resolve(len(data.train), learning_rate=1.0).precision
+        precision = recipe.resolve_precision()
         deployment = Deployment(load_model(adaptation, upgrade.old, data.head), upgrade.old, data, precision, progress)
         old_scores.append(deployment.score(split))
         old_right = deployment.right(split)

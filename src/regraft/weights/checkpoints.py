@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from regraft.checkpoint.derived import Tensors
     from regraft.weights.vocabulary import RowMatch
-
-    Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from regraft.adaptation.adaptation import Adaptation, Rule, Tensors
+    from regraft.adaptation.adaptation import Adaptation, Rule
     from regraft.base import Base
+    from regraft.checkpoint.derived import Tensors
     from regraft.errors import RegraftError
     from regraft.progress import Progress
     from regraft.task import Head, Task

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from regraft.adaptation.adaptation import Adaptation, Rule, Tensors
+    from regraft.adaptation.adaptation import Adaptation, Rule
     from regraft.architecture import Architecture
     from regraft.base import Base
+    from regraft.checkpoint.derived import Tensors
     from regraft.progress import Progress
     from regraft.task import Head, Task
     from regraft.upgrade import Upgrade

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from regraft.adaptation.adaptation import Adaptation, GraftedAdaptation, Rule, Tensors
+    from regraft.adaptation.adaptation import Adaptation, GraftedAdaptation, Rule
     from regraft.architecture import Architecture
     from regraft.base import Base
+    from regraft.checkpoint.derived import Tensors
     from regraft.progress import Progress
     from regraft.task import Head
     from regraft.upgrade import Upgrade

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from regraft.adaptation.adaptation import Adaptation, Tensors
+    from regraft.adaptation.adaptation import Adaptation
     from regraft.base import Base
+    from regraft.checkpoint.derived import Tensors
     from regraft.task import Head
     from regraft.upgrade import Upgrade
     from regraft.weights import RowMatch
