@@ -16,7 +16,8 @@ from regraft.printable import printable
 CONTROL_CHARACTERS = "\x1b]0;x\x07\x1b[31m\u202eb\x9b\u2066"
 
 
-def run_cli(monkeypatch, capsys, *arguments):
+def run_main(monkeypatch, capsys, *arguments):
+    """Run the command line as a process does, and return its status, output and error output."""
     monkeypatch.setattr(sys, "argv", ["regraft", *map(str, arguments)])
     code = 0
     try:
@@ -36,7 +37,7 @@ def test_text_from_files_cannot_control_the_terminal(monkeypatch, capsys, tmp_pa
     shown = shutil.copytree(lora, tmp_path / "shown")
     record = json.loads((shown / "lineage.json").read_text())
     (shown / "lineage.json").write_text(json.dumps({**record, "labels": ["negative", "positive" + CONTROL_CHARACTERS]}))
-    code, out, _ = run_cli(monkeypatch, capsys, "adaptation", "show", shown)
+    code, out, _ = run_main(monkeypatch, capsys, "adaptation", "show", shown)
     assert code == 0
     assert "positive" in out
     assert not set(CONTROL_CHARACTERS) & {"\x1b", "\x07", "\u202e"} & set(out)
@@ -44,7 +45,7 @@ def test_text_from_files_cannot_control_the_terminal(monkeypatch, capsys, tmp_pa
     forged = shutil.copytree(lora, tmp_path / "forged")
     tensors = load_file(forged / "adapter_model.safetensors")
     save_file({**tensors, name: torch.ones(2)}, forged / "adapter_model.safetensors", metadata={"format": "pt"})
-    code, _, error = run_cli(monkeypatch, capsys, "adaptation", "show", forged, "--base", bases["bert"][0])
+    code, _, error = run_main(monkeypatch, capsys, "adaptation", "show", forged, "--base", bases["bert"][0])
     assert code == 2
     assert "1 unexpected" in error
     assert not {"\x1b", "\x07", "\u202e"} & set(error)

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import LABELS, make_tokenizer
+from helpers import LABELS, make_tokenizer, run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -50,19 +50,8 @@ def enumerate_tokens(tokens):
     return {token: i for i, token in enumerate(tokens)}
 
 
-def run_cli(*arguments):
-    from typer.testing import CliRunner
-
-    from regraft.cli import app
-
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-
-
 def graft_folders(old, new, tuned, out):
-    run_cli("weights", "graft", "--old", old, "--new", new, "--tuned", tuned, "--out", out)
+    run_command("weights", "graft", "--old", old, "--new", new, "--tuned", tuned, "--out", out)
 
 
 def update_json(file, **values):
@@ -217,7 +206,7 @@ def test_added_tokens_of_a_base_and_of_its_fine_tune_are_merged(tmp_path, folder
 def test_deltas_of_fine_tunes_with_added_tokens_are_refused(tmp_path, folders_with_added_tokens, command):
     tuned, old = folders_with_added_tokens["tuned"], folders_with_added_tokens["old"]
     with pytest.raises(MismatchError, match=r"tuned: it has 3 tokens \('<new2>', '<\|im_end\|>'"):
-        run_cli("weights", *command, "--tuned", tuned, "--old", old, "--out", tmp_path / "out")
+        run_command("weights", *command, "--tuned", tuned, "--old", old, "--out", tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
@@ -416,9 +405,11 @@ def test_token_ids_in_the_config_are_those_of_the_new_vocabulary(tmp_path, bases
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 5
     message = r"tokens in different rows, such as '(</s>|good)'"
     with pytest.raises(MismatchError, match=message):
-        run_cli("weights", "distance", old, new)
+        run_command("weights", "distance", old, new)
     with pytest.raises(MismatchError, match=message):
-        run_cli("weights", "interpolate", "--first", old, "--second", new, "--t", 0.5, "--out", tmp_path / "between")
+        run_command(
+            "weights", "interpolate", "--first", old, "--second", new, "--t", 0.5, "--out", tmp_path / "between"
+        )
 
 
 def test_models_with_different_settings_are_not_interpolated(bases, tmp_path):
@@ -428,10 +419,10 @@ def test_models_with_different_settings_are_not_interpolated(bases, tmp_path):
     config = (second / "config.json").read_text()
     update_json(second / "config.json", rms_norm_eps=0.1)
     with pytest.raises(MismatchError, match=r"rms_norm_eps is 0\.1, not"):
-        run_cli(*command)
+        run_command(*command)
     (second / "config.json").write_text(config)
     update_json(second / "config.json", use_cache=False)  # has no effect on outputs
-    run_cli(*command)
+    run_command(*command)
 
 
 def test_learned_tokens_are_not_added_to_another_tokenizer(tmp_path):
@@ -459,7 +450,7 @@ def test_a_fine_tune_may_lack_the_padding_rows_of_its_base(tmp_path, bases):
     before, after = read_model(old), read_model(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(MismatchError, match=r"have 43 rows, but the embeddings of .* have 48 for the same tokens"):
-        run_cli("weights", "delta", "--tuned", tuned, "--old", old, "--out", tmp_path / "delta")
+        run_command("weights", "delta", "--tuned", tuned, "--old", old, "--out", tmp_path / "delta")
 
 
 @pytest.mark.parametrize("method", ["interpolation", "project"])
