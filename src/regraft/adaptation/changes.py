@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import is_experts, projection_names
-from regraft.adaptation.lora import ADAPTER, PEFT_PREFIX
+from regraft.adaptation.lora import ADAPTER_NAME, PEFT_PREFIX
 from regraft.adaptation.transform import check_transformable
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def base_tensor(name: str, base: Base) -> torch.Tensor | None:
     Returns:
         The tensor; None for a parameter of the head, or of a pooler that the base lacks.
     """
-    plain = name.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{ADAPTER}", "")
+    plain = name.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{ADAPTER_NAME}", "")
     inner = plain.removeprefix(base.prefix + ".")
     if inner in base.parameters:
         return base.parameters[inner]
@@ -146,7 +146,7 @@ def skip_reasons(model: Any, tuned: Any, adaptation: Adaptation, old: Base, chan
     names = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            if ADAPTER in module.lora_A and id(module.lora_A[ADAPTER].weight) not in weights:
+            if ADAPTER_NAME in module.lora_A and id(module.lora_A[ADAPTER_NAME].weight) not in weights:
                 names.append(name)
         elif adaptation.family.tunes_base and not isinstance(module, Embedding):
             for attribute, weight in module.named_parameters(recurse=False):
@@ -197,9 +197,9 @@ def _lora_changes(parameter: str, name: str, module: Any) -> list[Change]:
     """Return the change of a LoRA; an empty list if the input of its parameter is unknown."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    if ADAPTER not in module.lora_A:
+    if ADAPTER_NAME not in module.lora_A:
         return []
-    weight = module.lora_A[ADAPTER].weight
+    weight = module.lora_A[ADAPTER_NAME].weight
     factor = weight.detach().clone()
     if not isinstance(module, ParamWrapper):
         return [Change(name, module, weight, factor, is_head=False)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.lora import ADAPTER
+from regraft.adaptation.lora import ADAPTER_NAME
 from regraft.weights import lora_delta
 
 if TYPE_CHECKING:
@@ -66,11 +66,11 @@ class Expert:
             return weight
         wrapper = self.wrappers[name]
         num_experts = len(getattr(self.module, name))
-        fused_a = wrapper.lora_A[ADAPTER].weight.detach()
-        fused_b = wrapper.lora_B[ADAPTER].weight.detach()
+        fused_a = wrapper.lora_A[ADAPTER_NAME].weight.detach()
+        fused_b = wrapper.lora_B[ADAPTER_NAME].weight.detach()
         a = fused_a.reshape(num_experts, -1, fused_a.shape[1])[self.index]
         b = fused_b.reshape(len(fused_b), -1, num_experts)[..., self.index]  # PEFT stores the experts of B last
-        return weight.double() + lora_delta(b, a, wrapper.scaling[ADAPTER])
+        return weight.double() + lora_delta(b, a, wrapper.scaling[ADAPTER_NAME])
 
 
 def lora_wrappers(model: Any) -> dict[Any, dict[str, Any]]:
@@ -83,6 +83,6 @@ def lora_wrappers(model: Any) -> dict[Any, dict[str, Any]]:
 
     wrappers: dict[Any, dict[str, Any]] = {}
     for module in model.modules():
-        if isinstance(module, ParamWrapper) and ADAPTER in module.lora_A:
+        if isinstance(module, ParamWrapper) and ADAPTER_NAME in module.lora_A:
             wrappers.setdefault(module.get_base_layer(), {})[module.parameter_name] = module
     return wrappers

@@ -9,7 +9,7 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.lora import ADAPTER, PEFT_PREFIX
+from regraft.adaptation.lora import ADAPTER_NAME, PEFT_PREFIX
 from regraft.adaptation.update import Bias, Experts, Factors, ReplacedModule, Rows, Update
 from regraft.checkpoint import dtype_of, shape_of, torch_dtype
 from regraft.errors import CheckpointError, MismatchError
@@ -66,7 +66,7 @@ def resolve_updates(
 
     class_name = type(architecture.model).__name__
     tuned, adapter = _attach(adapter, config, architecture)
-    expected = get_peft_model_state_dict(tuned, adapter_name=ADAPTER, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(tuned, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     if absent := sorted(expected.keys() - adapter.keys()):
         raise CheckpointError(
             f"the LoRA lacks {len(absent)} tensors of a {class_name} that its config tunes: {', '.join(absent[:4])}. "
@@ -104,12 +104,12 @@ def adapter_name_hint(names: Iterable[str]) -> str:
     Returns:
         A sentence with a leading space, or an empty text.
     """
-    example = next((name for name in names if f".{ADAPTER}." in name), None)
+    example = next((name for name in names if f".{ADAPTER_NAME}." in name), None)
     if example is None:
         return ""
     return (
         f" Its tensors' names contain the adapter's name, such as {example!r}, and PEFT would not load them: remove "
-        f"`.{ADAPTER}` from them, or save it with save_pretrained of PEFT."
+        f"`.{ADAPTER_NAME}` from them, or save it with save_pretrained of PEFT."
     )
 
 
@@ -153,16 +153,16 @@ def as_loaded_by_peft(adapter: Tensors, tuned: Any) -> Tensors:
     import torch
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
 
-    settings = tuned.peft_config[ADAPTER]
+    settings = tuned.peft_config[ADAPTER_NAME]
     shapes = {
         name: torch.empty(shape_of(adapter, name), dtype=torch_dtype(dtype_of(adapter, name)), device="meta")
         for name in adapter
     }
-    if convert(tuned, settings, shapes, ADAPTER).keys() == adapter.keys():
+    if convert(tuned, settings, shapes, ADAPTER_NAME).keys() == adapter.keys():
         return adapter
     factors = {name: adapter[name] for name in adapter if ".lora_" in name}
     remaining = {name: adapter[name] for name in adapter if name not in factors}
-    converted: dict[str, torch.Tensor] = convert(tuned, settings, factors, ADAPTER)
+    converted: dict[str, torch.Tensor] = convert(tuned, settings, factors, ADAPTER_NAME)
     return remaining | converted
 
 
@@ -178,7 +178,7 @@ def _attach(adapter: Tensors, config: Mapping[str, Any], architecture: Architect
         warnings.simplefilter("ignore")  # PEFT warns of settings that it corrects for a layer's type
         try:
             model = copy.deepcopy(architecture.model)
-            tuned: Any = get_peft_model(model, settings, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+            tuned: Any = get_peft_model(model, settings, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
             return tuned, as_loaded_by_peft(adapter, tuned)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, re.error) as error:
             raise CheckpointError(
@@ -240,10 +240,10 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
     stored = f"{PEFT_PREFIX}{path}"
     name = _plain(path)
     if isinstance(module, ModulesToSaveWrapper):
-        parameters = module.modules_to_save[ADAPTER].state_dict()
+        parameters = module.modules_to_save[ADAPTER_NAME].state_dict()
         return {f"{name}.{parameter}": ReplacedModule((f"{stored}.{parameter}",)) for parameter in parameters}
     if isinstance(module, TrainableTokensWrapper):
-        indices = module.token_adapter.token_indices[ADAPTER]
+        indices = module.token_adapter.token_indices[ADAPTER_NAME]
         rows = tuple(indices) if isinstance(indices, list | tuple) else (-1,)  # _check_values refuses it
         return {f"{name}.weight": Rows((f"{stored}.token_adapter.{ROWS}",), rows=rows)}
     if not isinstance(module, lora.LoraLayer):
@@ -251,10 +251,10 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
     if isinstance(module, ParamWrapper):
         a, b = f"{stored}.lora_A.weight", f"{stored}.lora_B.weight"
         weight: Any = getattr(module.get_base_layer(), module.parameter_name)
-        update = Factors((b, a), scale=module.scaling[ADAPTER])
+        update = Factors((b, a), scale=module.scaling[ADAPTER_NAME])
         if weight.dim() == 3:
             transposed = not module._did_swap_in_out_features or _is_of_old_peft(module, adapter, (b, a), config)
-            update = Experts((b, a), scale=module.scaling[ADAPTER], transposed=transposed)
+            update = Experts((b, a), scale=module.scaling[ADAPTER_NAME], transposed=transposed)
         return {f"{name}.{module.parameter_name}": update}
     factors = ("lora_B.weight", "lora_A.weight")
     if isinstance(module, lora.Embedding):
@@ -265,13 +265,13 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
             "linear layers, embeddings and experts. Merge it with PEFT: merge_and_unload."
         )
     operands = tuple(f"{stored}.{part}" for part in factors)
-    if module.use_dora[ADAPTER]:
+    if module.use_dora[ADAPTER_NAME]:
         operands += (f"{stored}.lora_magnitude_vector",)
     transposed = isinstance(module, lora.Embedding) or bool(module.fan_in_fan_out)
-    factor_update = Factors(operands, scale=module.scaling[ADAPTER], transposed=transposed)
+    factor_update = Factors(operands, scale=module.scaling[ADAPTER_NAME], transposed=transposed)
     updates: dict[str, Update] = {f"{name}.weight": factor_update}
-    if module.lora_bias[ADAPTER]:
-        updates[f"{name}.bias"] = Bias((f"{stored}.lora_B.bias",), scale=module.scaling[ADAPTER])
+    if module.lora_bias[ADAPTER_NAME]:
+        updates[f"{name}.bias"] = Bias((f"{stored}.lora_B.bias",), scale=module.scaling[ADAPTER_NAME])
     return updates
 
 

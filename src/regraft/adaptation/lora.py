@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint.derived import Tensors
 
-ADAPTER = "default"  # PEFT's name of the only adapter of a model
+ADAPTER_NAME = "default"  # PEFT's name of the only adapter of a model
 PEFT_PREFIX = "base_model.model."
 PROMPT_PREFIX = "base_model."  # of the heads of prompts and prefixes
 CONVERT_REMEDY = "convert it to full (regraft adaptation convert)"

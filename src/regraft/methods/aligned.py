@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.lora import ADAPTER, PEFT_PREFIX
+from regraft.adaptation.lora import ADAPTER_NAME, PEFT_PREFIX
 from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Start
 
@@ -202,7 +202,7 @@ class _RotatedModel:
         if name in self.fully_tuned:
             self._rotate_parameters(name, module, input_rotation, output_rotation)
         elif hasattr(module, "lora_A"):
-            a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            a, b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
             _replace_delta(a, a, input_rotation, None)
             _replace_delta(b, b, None, output_rotation)
         elif hasattr(module, "bottleneck"):
@@ -251,7 +251,7 @@ class _RotatedModel:
         from regraft.adaptation.changes import base_tensor
 
         if name not in self.fully_tuned:
-            return hasattr(module, "bottleneck") or ADAPTER in getattr(module, "lora_A", ())
+            return hasattr(module, "bottleneck") or ADAPTER_NAME in getattr(module, "lora_A", ())
         for parameter_name, _ in module.named_parameters(recurse=False):
             tuned = self.tuned[f"{name}.{parameter_name}"]
             base = base_tensor(f"{name}.{parameter_name}", self.old)
@@ -261,7 +261,7 @@ class _RotatedModel:
 
 
 def _plain_name(name: str) -> str:
-    return name.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{ADAPTER}", "")
+    return name.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{ADAPTER_NAME}", "")
 
 
 def _replace_delta(

@@ -13,7 +13,7 @@ from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import stored_head
 from regraft.adaptation.layout import as_loaded_by_peft, resolve_updates
 from regraft.adaptation.lora import (
-    ADAPTER,
+    ADAPTER_NAME,
     DETERMINED_INITS,
     PARTS,
     PEFT_PREFIX,
@@ -62,7 +62,7 @@ class Lora(Peft):
 
     def initial_factors(self, model: Any) -> Tensors:
         """Copy A and B if they were initialised from the base's weights."""
-        if not is_initialised_from_base(model.peft_config[ADAPTER].init_lora_weights):
+        if not is_initialised_from_base(model.peft_config[ADAPTER_NAME].init_lora_weights):
             return {}
         return {name: tensor.clone() for name, tensor in peft_state(model).items() if ".lora_" in name}
 
@@ -125,7 +125,7 @@ class Lora(Peft):
 
     def proportional_parameter(self, parameter: str, model: Any) -> str | None:
         """Return the weight that B·A is added to, which is proportional to B."""
-        module, is_factor, _ = parameter.partition(f".lora_B.{ADAPTER}.")
+        module, is_factor, _ = parameter.partition(f".lora_B.{ADAPTER_NAME}.")
         return parameter_of(module, model.get_submodule(module)) if is_factor else None
 
 
@@ -150,10 +150,10 @@ def _check_ranks(adapted: Any, base: Base) -> None:
     """Check that the initialisation yields as many directions as the rank, without which PEFT cannot load the LoRA."""
     for name, module in adapted.named_modules():
         factors = getattr(module, "lora_A", {})
-        if ADAPTER not in factors:
+        if ADAPTER_NAME not in factors:
             continue
-        rank = module.r[ADAPTER]
-        num_directions = factors[ADAPTER].weight.shape[0]
+        rank = module.r[ADAPTER_NAME]
+        num_directions = factors[ADAPTER_NAME].weight.shape[0]
         if num_directions < rank:
             raise RecipeError(
                 f"{base.path}: rank {rank} is more than the {num_directions} directions of "

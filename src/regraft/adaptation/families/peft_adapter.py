@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_settings
 from regraft.adaptation.families.adapter import Adapter
 from regraft.adaptation.fresh import fresh_model
-from regraft.adaptation.lora import ADAPTER, DETERMINED_INITS, PEFT_PREFIX
+from regraft.adaptation.lora import ADAPTER_NAME, DETERMINED_INITS, PEFT_PREFIX
 from regraft.errors import CheckpointError, KindError, MismatchError, RecipeError
 from regraft.progress import quiet
 from regraft.weights import is_optional
@@ -63,7 +63,7 @@ class Peft(Adapter):
         config.base_model_name_or_path = base.name
         with quiet():
             try:
-                return get_peft_model(model, config, adapter_name=ADAPTER)
+                return get_peft_model(model, config, adapter_name=ADAPTER_NAME)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise KindError(f"{base.path}: PEFT cannot put {config.peft_type} on it ({error}).") from error
 
@@ -79,7 +79,7 @@ class Peft(Adapter):
                 adapted: Any = PeftModel.from_pretrained(
                     model,
                     str(adaptation.path),
-                    adapter_name=ADAPTER,
+                    adapter_name=ADAPTER_NAME,
                     config=config,
                     is_trainable=trainable and not adaptation.virtual_tokens,
                     ignore_mismatched_sizes=True,
@@ -108,7 +108,7 @@ class Peft(Adapter):
 
     def save(self, model: Any, base: Base, folder: Path, initial_factors: Tensors) -> None:
         """Write the adapter with PEFT, including embeddings only if they differ from the base's."""
-        config = model.peft_config[ADAPTER]
+        config = model.peft_config[ADAPTER_NAME]
         config.base_model_name_or_path = base.name
         config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
         model.save_pretrained(str(folder), save_embedding_layers=_are_embeddings_tuned(model, base))
@@ -121,11 +121,11 @@ class Peft(Adapter):
 
     def tunes_module_weight(self, module: str, base: Base) -> bool:
         """Return whether the module is a copy of the base's that PEFT tunes and saves in full."""
-        return f".modules_to_save.{ADAPTER}" in module
+        return f".modules_to_save.{ADAPTER_NAME}" in module
 
     def parameter_names(self, model: Any) -> dict[str, str]:
         """Return the names of the parameters by their stored names, which lack the adapter's name."""
-        return {name.replace(f".{ADAPTER}.", "."): name for name, _ in model.named_parameters()}
+        return {name.replace(f".{ADAPTER_NAME}.", "."): name for name, _ in model.named_parameters()}
 
     def merge(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
         """Merge the adapter with PEFT, and copy the merged weights into a plain model."""
@@ -169,7 +169,7 @@ def peft_state(model: Any, *, embeddings: bool = False) -> dict[str, torch.Tenso
     from peft import get_peft_model_state_dict
 
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, adapter_name=ADAPTER, save_embedding_layers=embeddings
+        model, adapter_name=ADAPTER_NAME, save_embedding_layers=embeddings
     )
     return state
 
@@ -204,7 +204,7 @@ def _merged_state(model: Any) -> dict[str, torch.Tensor]:
     for name, tensor in wrapped.items():
         if is_adapter_tensor(name) or ".original_module." in name:
             continue
-        plain_name = name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(".token_adapter.", ".")
+        plain_name = name.replace(f".modules_to_save.{ADAPTER_NAME}.", ".").replace(".token_adapter.", ".")
         while ".base_layer." in plain_name:  # wrappers of several parameters of a module are nested
             plain_name = plain_name.replace(".base_layer.", ".")
         plain[plain_name] = tensor

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG
 from regraft.adaptation.families.peft_adapter import Peft
-from regraft.adaptation.lora import ADAPTER
+from regraft.adaptation.lora import ADAPTER_NAME
 from regraft.errors import CheckpointError, MismatchError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Prompt(Peft):
     def make_trainable(self, adapted: Any, config: Any) -> None:
         """Make stored virtual tokens trainable, which PEFT refuses to do when it loads them."""
         config.inference_mode = False
-        self.skip_projection(adapted.prompt_encoder[ADAPTER], config)
+        self.skip_projection(adapted.prompt_encoder[ADAPTER_NAME], config)
         for name, parameter in adapted.named_parameters():
             parameter.requires_grad_("prompt_encoder." in name or ".modules_to_save." in name)
 
