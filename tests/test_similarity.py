@@ -231,7 +231,7 @@ def test_query_heads_that_share_keys_are_compared(data, tmp_path):
 def test_adapters_with_virtual_tokens_and_bottlenecks_are_compared(opened_bases, data, tmp_path, architecture, kind):
     old, new = opened_bases[architecture]
     path = write_adaptation(old, kind, tmp_path / "old")
-    data = data.with_virtual_tokens(load_adaptation(path).virtual_tokens, old.max_input_length)
+    data = data.with_virtual_tokens(load_adaptation(path).num_virtual_tokens, old.max_input_length)
     first, second = load(path, old), load(path, new)
     identical = similarity(first, load(path, old), old, data, texts=10)
     assert flatten(identical.divergence).max() == 0 and identical.kl == 0

@@ -137,7 +137,9 @@ def load_pair(
     upgrade = with_adaptation_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
     data.require_labels("check")
-    data = match_labels(adaptation, data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length))
+    data = match_labels(
+        adaptation, data.with_virtual_tokens(adaptation.num_virtual_tokens, upgrade.new.max_input_length)
+    )
     upgrade.check_finite()
     old_model = load_old_model(adaptation, upgrade, data.head)
     effect = measure_effect(old_model, adaptation, upgrade.old, data)

@@ -59,7 +59,7 @@ def retention(pair: DeploymentPair, text: Sequence[str] = ()) -> Retention:
         DataError: The text cannot be read or is too short.
         MismatchError: A base has no language-modelling head, or the adaptation adds virtual tokens.
     """
-    if pair.adaptation.virtual_tokens:
+    if pair.adaptation.num_virtual_tokens:
         raise MismatchError("virtual tokens are no part of the body: it cannot be measured as a language model.")
     blocks = _token_blocks(pair, text)
     losses: dict[str, float] = {}

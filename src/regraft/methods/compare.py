@@ -77,7 +77,7 @@ def compare(
     old_scores: list[float] = []
     chance_scores: list[float] = []
     for seed in seeds:
-        data = load_data(task, seed).with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length)
+        data = load_data(task, seed).with_virtual_tokens(adaptation.num_virtual_tokens, upgrade.new.max_input_length)
         data = match_labels(adaptation, data)
         split = data.test or data.dev
         precision = recipe.resolve_precision()

@@ -95,7 +95,7 @@ def recycle(
     data = load_data(task, recipe.seed)
     if "labels" in chosen.needs(options):
         data.require_labels(f"method {method}")
-    data = data.with_virtual_tokens(adaptation.virtual_tokens, upgrade.new.max_input_length)
+    data = data.with_virtual_tokens(adaptation.num_virtual_tokens, upgrade.new.max_input_length)
     data = _match_head(data, adaptation, head)
     inputs: dict[str, Any] = {
         "method": method,
