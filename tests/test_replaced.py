@@ -307,10 +307,10 @@ def test_rows_of_tokens_follow_their_tokens(padded, data):
         kept_tokens = [token for token in tuned if token in new_tokens or token in adapter_tokens]
         ids = {token: i for i, token in enumerate([*new_tokens, *adapter_tokens])}
         expected_ids = [ids[token] for token in kept_tokens]
-        assert grafted.settings["trainable_token_indices"] == replaced.settings["trainable_token_indices"]
+        assert grafted.config["trainable_token_indices"] == replaced.config["trainable_token_indices"]
         for adapter in (grafted, replaced):
             assert (name in adapter.tensors) == bool(kept_tokens)
-            assert (adapter.settings["trainable_token_indices"] or []) == expected_ids
+            assert (adapter.config["trainable_token_indices"] or []) == expected_ids
         if not kept_tokens:
             return
         old_rows, new_rows = (read_base(base)["model.embed_tokens.weight"] for base in (old, new))

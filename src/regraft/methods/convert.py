@@ -139,7 +139,7 @@ def convert(
         staging = empty_folder(work_folder / "whole")
         if keeps_kind:
             grafted = adaptation.family.graft(adaptation, upgrade)
-            write_adapter(staging, grafted.tensors, grafted.settings)
+            write_adapter(staging, grafted.tensors, grafted.config)
         else:
             full, model = _materialise(adaptation, old, head, empty_folder(work_folder / "full"))
             if kind == "lora":
