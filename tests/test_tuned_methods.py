@@ -20,7 +20,7 @@ from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.model import Deployment, encode
 from regraft.progress import silent
-from regraft.recipe import fade_factor
+from regraft.recipe import decay_factor
 from regraft.task import load_data
 from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
@@ -192,7 +192,7 @@ def test_flip_weights_do_not_change_the_loss_of_true_labels():
 
 @given(st.integers(1, 500), st.sampled_from(["none", "linear", "cosine"]))
 def test_fade_factors_decrease_from_1_to_0(steps, schedule):
-    factors = [fade_factor(schedule, step, steps) for step in range(steps + 1)]
+    factors = [decay_factor(schedule, step, steps) for step in range(steps + 1)]
     assert factors[0] == 1
     assert factors[-1] == pytest.approx(1 if schedule == "none" else 0)
     assert all(later <= earlier for earlier, later in itertools.pairwise(factors))

@@ -156,7 +156,7 @@ def check_fade_schedule(option: str, schedule: str) -> None:
         raise RecipeError(f"{option} must be one of {', '.join(FADE_SCHEDULES)}, found {schedule!r}.")
 
 
-def fade_factor(schedule: str, step: int, steps: int) -> float:
+def decay_factor(schedule: str, step: int, steps: int) -> float:
     """Compute the factor by which a schedule scales a weight of the loss at a step.
 
     Args:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from regraft.errors import RecipeError
 from regraft.model.device import device
 from regraft.model.outputs import forward, trainable_parameters
-from regraft.recipe import check_fade_schedule, fade_factor
+from regraft.recipe import check_fade_schedule, decay_factor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,7 +83,7 @@ def anchored_objective(
 
     def penalised_loss(trained_model: nn.Module, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         loss = objective(trained_model, batch, step)
-        strength = options.strength * fade_factor(options.decay, step, steps)
+        strength = options.strength * decay_factor(options.decay, step, steps)
         if not strength:
             return loss
         for name, parameter in trainable_parameters(trained_model).items():

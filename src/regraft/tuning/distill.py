@@ -15,7 +15,7 @@ from regraft.checkpoint import is_sealed, replace_atomically, seal
 from regraft.errors import MismatchError, RecipeError
 from regraft.model.batches import for_each_batch
 from regraft.model.outputs import forward
-from regraft.recipe import check_fade_schedule, fade_factor
+from regraft.recipe import check_fade_schedule, decay_factor
 from regraft.task.types import Signal
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Distillation:
         Returns:
             The options with alpha and beta of the next step.
         """
-        factor = fade_factor(self.decay, step, steps)
+        factor = decay_factor(self.decay, step, steps)
         return dataclasses.replace(self, alpha=self.alpha * factor, beta=self.beta * factor)
 
 
