@@ -142,7 +142,7 @@ def check_trained(checkpoint: Checkpoint, recipe: Recipe) -> None:
         ) from error
 
 
-def check_fade_schedule(option: str, schedule: str) -> None:
+def check_decay_schedule(option: str, schedule: str) -> None:
     """Refuse an unknown schedule.
 
     Args:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from regraft.errors import RecipeError
 from regraft.model.device import device
 from regraft.model.outputs import forward, trainable_parameters
-from regraft.recipe import check_fade_schedule, decay_factor
+from regraft.recipe import check_decay_schedule, decay_factor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +57,7 @@ class Anchoring:
             raise RecipeError(f"strength must be a number that is not negative, found {self.strength}.")
         if self.weighting not in WEIGHTINGS:
             raise RecipeError(f"weighting must be one of {', '.join(WEIGHTINGS)}, found {self.weighting!r}.")
-        check_fade_schedule("decay", self.decay)
+        check_decay_schedule("decay", self.decay)
 
 
 def anchored_objective(

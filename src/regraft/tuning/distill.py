@@ -15,7 +15,7 @@ from regraft.checkpoint import is_sealed, replace_atomically, seal
 from regraft.errors import MismatchError, RecipeError
 from regraft.model.batches import for_each_batch
 from regraft.model.outputs import forward
-from regraft.recipe import check_fade_schedule, decay_factor
+from regraft.recipe import check_decay_schedule, decay_factor
 from regraft.task.types import Signal
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Distillation:
             raise RecipeError(f"kl_reduction must be {' or '.join(KL_REDUCTIONS)}, found {self.kl_reduction!r}.")
         if not 0 <= self.flip_weight < math.inf:
             raise RecipeError(f"flip_weight must be a number that is not negative, found {self.flip_weight}.")
-        check_fade_schedule("decay", self.decay)
+        check_decay_schedule("decay", self.decay)
 
     def faded(self, step: int, steps: int) -> Distillation:
         """Apply the decay of alpha and beta.
