@@ -24,7 +24,7 @@ MAX_BATCH_SIZE = 2**16
 MAX_EXAMPLES = 10**8
 """Steps × batch size: the order of the examples is an int64 array in memory, 800 MB at this size."""
 PRECISIONS = ("auto", "bf16", "fp32")
-FADE_SCHEDULES = ("none", "linear", "cosine")
+DECAY_SCHEDULES = ("none", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +150,10 @@ def check_decay_schedule(option: str, schedule: str) -> None:
         schedule: The option's value.
 
     Raises:
-        RecipeError: The value is not in `FADE_SCHEDULES`.
+        RecipeError: The value is not in `DECAY_SCHEDULES`.
     """
-    if schedule not in FADE_SCHEDULES:
-        raise RecipeError(f"{option} must be one of {', '.join(FADE_SCHEDULES)}, found {schedule!r}.")
+    if schedule not in DECAY_SCHEDULES:
+        raise RecipeError(f"{option} must be one of {', '.join(DECAY_SCHEDULES)}, found {schedule!r}.")
 
 
 def decay_factor(schedule: str, step: int, steps: int) -> float:
