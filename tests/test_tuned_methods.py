@@ -200,12 +200,12 @@ def test_fade_factors_decrease_from_1_to_0(steps, schedule):
 
 def test_the_weight_of_the_teacher_fades():
     options = Distillation(alpha=0.8, beta=2.0, decay="linear")
-    assert options.faded(0, 10) == options
-    halfway = options.faded(5, 10)
+    assert options.apply_decay(0, 10) == options
+    halfway = options.apply_decay(5, 10)
     assert (halfway.alpha, halfway.beta) == (pytest.approx(0.4), pytest.approx(1.0))
     assert halfway.temperature == options.temperature
     constant = Distillation(alpha=0.8, beta=2.0)
-    assert constant.faded(9, 10) == constant
+    assert constant.apply_decay(9, 10) == constant
 
 
 def compute_gradients(model, loss):

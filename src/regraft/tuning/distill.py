@@ -79,7 +79,7 @@ class Distillation:
             raise RecipeError(f"flip_weight must be a number that is not negative, found {self.flip_weight}.")
         check_decay_schedule("decay", self.decay)
 
-    def faded(self, step: int, steps: int) -> Distillation:
+    def apply_decay(self, step: int, steps: int) -> Distillation:
         """Apply the decay of alpha and beta.
 
         Args:
@@ -261,6 +261,6 @@ def distillation_objective(
 
     def objective(model: nn.Module, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         output = forward(model, batch, hidden=bool(options.beta))
-        return distillation_loss(output, batch, teacher_outputs, options.faded(step, steps), likelihood)
+        return distillation_loss(output, batch, teacher_outputs, options.apply_decay(step, steps), likelihood)
 
     return objective

@@ -78,7 +78,7 @@ def interpolation_objective(
     teacher_parameters = {name: parameter.detach() for name, parameter in teacher.named_parameters()}
 
     def objective(student: nn.Module, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        faded = options.faded(step, steps)
+        faded = options.apply_decay(step, steps)
         unwrapped = unwrap_parallel(student)
         points = [*options.points, *draw_points(options.drawn, seed, step)]
         num_points = 1 + len(points)  # the student itself is the point x = 1
