@@ -182,7 +182,7 @@ class Architecture:
         stored: dict[str, torch.Tensor] = revert_weight_conversion(self.model, dict(parameters))
         return stored
 
-    def saved(self, parameters: DerivedTensors) -> DerivedTensors:
+    def saved_tensors(self, parameters: DerivedTensors) -> DerivedTensors:
         """Return the tensors that parameters are saved as, computed when they are read.
 
         Args:

@@ -105,7 +105,7 @@ def merge_lora(
                 "head: save it again with save_embedding_layers=True, or merge it with PEFT (merge_and_unload)."
             )
     _check_complete(absent, architecture, base)
-    merged = architecture.saved(DerivedTensors(entries))
+    merged = architecture.saved_tensors(DerivedTensors(entries))
     unknown_tensors = {
         name: TensorSpec(output_dtype(base, name), shape_of(base, name), ((base, name),))
         for name in base
