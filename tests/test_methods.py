@@ -173,7 +173,7 @@ def install_package(tmp_path, monkeypatch):
         clear_caches()
 
     def clear_caches() -> None:
-        for cached_function in (registry.methods, registry._registered, registry._load):
+        for cached_function in (registry.methods, registry._registry, registry._load):
             cached_function.cache_clear()
 
     yield write_distribution
