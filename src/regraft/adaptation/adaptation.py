@@ -82,9 +82,9 @@ class Adaptation:
         return self.family.changed_base(self.config)
 
     @property
-    def virtual_tokens(self) -> int:
+    def num_virtual_tokens(self) -> int:
         """The number of virtual tokens that the adapter puts before each input."""
-        return self.family.virtual_tokens(self.config)
+        return self.family.num_virtual_tokens(self.config)
 
     def check_base(self, base: Base, *, force: bool = False) -> Lineage:
         """Check that the adaptation was tuned on a base.
@@ -128,12 +128,12 @@ class GraftedAdaptation:
 
     Args:
         tensors: The tensors by stored name.
-        settings: The content of `config.json` or `adapter_config.json`.
+        config: The content of `config.json` or `adapter_config.json`.
         replaced: The names of the grafted tensors that an adapter stores in place of its base's.
     """
 
     tensors: Tensors
-    settings: Mapping[str, Any]
+    config: Mapping[str, Any]
     replaced: tuple[str, ...] = ()
 
 
@@ -145,14 +145,14 @@ class Family(ABC):
 
     @abstractmethod
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
-        """Return the task types that an adaptation with these settings can belong to."""
+        """Return the task types that an adaptation with a config can belong to."""
 
-    def virtual_tokens(self, config: Mapping[str, Any]) -> int:
-        """Return the number of virtual tokens that an adaptation with these settings puts before each input."""
+    def num_virtual_tokens(self, config: Mapping[str, Any]) -> int:
+        """Return the number of virtual tokens that an adaptation with a config puts before each input."""
         return 0
 
     def changed_base(self, config: Mapping[str, Any]) -> bool:
-        """Return whether the initialisation of an adaptation with these settings changed its base."""
+        """Return whether the initialisation of an adaptation with a config changed its base."""
         return False
 
     @abstractmethod
@@ -168,7 +168,7 @@ class Family(ABC):
             PEFT's or regraft's config; None for a full fine-tune.
 
         Raises:
-            CheckpointError: PEFT cannot read the config.
+            CheckpointError: The config is malformed or invalid.
         """
 
     @abstractmethod
@@ -185,15 +185,15 @@ class Family(ABC):
 
     @abstractmethod
     def save(self, model: Any, base: Base, folder: Path, initial_factors: Tensors) -> None:
-        """Write a tuned model's tensors and settings; see the function `save_model`."""
+        """Write a tuned model's tensors and config; see the function `save_model`."""
 
     @abstractmethod
-    def write(self, folder: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
-        """Write tensors by stored name, and the settings, as a plain transformers or PEFT folder."""
+    def write(self, folder: Path, tensors: Tensors, config: Mapping[str, Any], progress: Progress) -> None:
+        """Write tensors by stored name, and the config, as a plain transformers or PEFT folder."""
 
-    def settings_for_head(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
-        """Return the settings for another head. An adapter's settings do not depend on the head."""
-        return settings
+    def config_for_head(self, config: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
+        """Return the config for another head. An adapter's config does not depend on the head."""
+        return config
 
     @abstractmethod
     def check_bodies(self, adaptation: Adaptation, upgrade: Upgrade) -> None:
@@ -273,6 +273,7 @@ class Family(ABC):
             The vector, whose tensors are read when they are used.
 
         Raises:
+            CheckpointError: The adapter's initialisation cannot be reproduced from the base alone.
             KindError: The vector is empty.
         """
 
@@ -291,7 +292,7 @@ class Family(ABC):
 
     @abstractmethod
     def check_linear(self, adaptation: Adaptation) -> None:
-        """Check that an adapter changes the weights of linear layers only."""
+        """Check that an adapter changes the weights of linear layers only, or raise a KindError."""
 
     @abstractmethod
     def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
@@ -304,6 +305,9 @@ class Family(ABC):
 
         Returns:
             The new base with the old head.
+
+        Raises:
+            KindError: The adapter does not change the base's tensors.
         """
 
     def rule_tensors(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import write_atomic, write_safetensors
-from regraft.errors import CheckpointError
+from regraft.errors import MAX_LISTED, CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint import Checkpoint
 
-# a rank or prompt up to this size takes so little memory that no stored tensor need confirm it; arbitrary
-MAX_UNCHECKED_SIZE = 1024
+MAX_UNCHECKED_SIZE = 1024  # arbitrary: takes so little memory that no stored tensor need confirm it
+"""The largest rank or number of virtual tokens that is not compared with the stored tensors."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# PEFT writes these settings in an order that differs from run to run
-NAME_SETS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
+SET_VALUED_KEYS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
+"""The keys of `adapter_config.json` whose lists PEFT writes in an order that differs from run to run."""
 
 
 def check_peft(folder: Path, config: dict[str, Any]) -> None:
@@ -32,7 +32,7 @@ def check_peft(folder: Path, config: dict[str, Any]) -> None:
         config: The content of its `adapter_config.json`.
 
     Raises:
-        CheckpointError: The adapter is in the format of another library, or names a module to import.
+        CheckpointError: The config has no `peft_type`, as in the adapters library, or names a module to import.
     """
     file = f"{folder}/{ADAPTER_CONFIG}"
     if config.get("peft_type") is None:
@@ -48,7 +48,7 @@ def check_peft(folder: Path, config: dict[str, Any]) -> None:
     if config.get("megatron_config"):
         raise CheckpointError(
             f"{file}: megatron_config makes PEFT import {config.get('megatron_core')!r:.80}, but regraft runs no code "
-            "that a checkpoint names. Merge the adapter with the tool that tuned it, and give the merged model."
+            "that a checkpoint names. Merge the adapter with the tool that tuned it, and use the merged model."
         )
 
 
@@ -60,25 +60,27 @@ def check_adapter(folder: Path, config: dict[str, Any]) -> None:
         config: The content of its `adapter_config.json`.
 
     Raises:
-        CheckpointError: Files are missing, ambiguous, or written by another tool.
+        CheckpointError: The adapter is not in PEFT's format, its number of virtual tokens is not a positive integer, or
+            its weights are missing, in shards, or stored beside those of a whole model.
     """
     check_peft(folder, config)
     model_files = sorted(entry.name for entry in folder.glob("model*.safetensors*"))
     if model_files:
         raise CheckpointError(
-            f"{folder}: has an adapter and a whole model ({', '.join(model_files[:4])}). Which of them was tuned? "
-            "Move them to separate folders."
+            f"{folder}: has an adapter and a whole model ({', '.join(model_files[:MAX_LISTED])}). Which of them was "
+            "tuned? Move them to separate folders."
         )
     shards = sorted(file.name for file in folder.glob("adapter_model*.safetensors*") if file.name != ADAPTER_WEIGHTS)
     if shards:
         raise CheckpointError(
-            f"{folder}: has {', '.join(shards[:4])}, but PEFT reads an adapter from {ADAPTER_WEIGHTS} only. Load it "
-            "with the tool that saved it, and call save_pretrained of PEFT."
+            f"{folder}: has {', '.join(shards[:MAX_LISTED])}, but PEFT reads an adapter from {ADAPTER_WEIGHTS} only. "
+            "Load it with the tool that saved it, and call save_pretrained of PEFT."
         )
     num_virtual_tokens = config.get("num_virtual_tokens")
     if num_virtual_tokens is not None and (type(num_virtual_tokens) is not int or num_virtual_tokens < 1):
         raise CheckpointError(
-            f"{folder}/{ADAPTER_CONFIG}: num_virtual_tokens is {num_virtual_tokens!r}, not a whole number above 0."
+            f"{folder}/{ADAPTER_CONFIG}: num_virtual_tokens is {num_virtual_tokens!r}, not a whole number above 0. "
+            "Correct it, or download the folder again."
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
@@ -92,7 +94,7 @@ def check_adapter(folder: Path, config: dict[str, Any]) -> None:
 
 
 def check_sizes(checkpoint: Checkpoint, config: dict[str, Any], file: Path) -> None:
-    """Check that the config's sizes are those of stored tensors, before PEFT allocates memory for them.
+    """Check that an adapter's config has no larger sizes than its tensors, before PEFT allocates memory for them.
 
     Args:
         checkpoint: The adapter's tensors.
@@ -100,7 +102,7 @@ def check_sizes(checkpoint: Checkpoint, config: dict[str, Any], file: Path) -> N
         file: The path of that file.
 
     Raises:
-        CheckpointError: A rank or a number of virtual tokens exceeds every dimension of every stored tensor.
+        CheckpointError: A rank or a number of virtual tokens exceeds `MAX_UNCHECKED_SIZE` and all tensors' dimensions.
     """
     largest = max((size for stored_tensor in checkpoint.tensors.values() for size in stored_tensor.shape), default=0)
     sizes: list[tuple[str, Any]] = []
@@ -110,7 +112,10 @@ def check_sizes(checkpoint: Checkpoint, config: dict[str, Any], file: Path) -> N
         sizes += config["rank_pattern"].items()
     for name, size in sizes:
         if type(size) is int and size > max(largest, MAX_UNCHECKED_SIZE):
-            raise CheckpointError(f"{file}: {name} is {size:,}, and no stored tensor has more than {largest:,} rows.")
+            raise CheckpointError(
+                f"{file}: {name} is {size:,}, but the largest dimension of a stored tensor is {largest:,}. Correct it, "
+                "or download the folder again."
+            )
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
@@ -123,15 +128,15 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Map
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / ADAPTER_WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
-    write_settings(folder, config)
+    write_adapter_config(folder, config)
 
 
-def write_settings(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `adapter_config.json`, with sorted `NAME_SETS` so that equal adapters have equal files.
+def write_adapter_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `adapter_config.json`, with sorted `SET_VALUED_KEYS` so that equal adapters have equal files.
 
     Args:
         folder: The adapter's folder.
         config: The content of `adapter_config.json`.
     """
-    ordered = {name: sorted(config[name]) for name in NAME_SETS if isinstance(config.get(name), (list, set))}
+    ordered = {name: sorted(config[name]) for name in SET_VALUED_KEYS if isinstance(config.get(name), (list, set))}
     write_atomic(folder / ADAPTER_CONFIG, json.dumps({**config, **ordered}, indent=2, sort_keys=True) + "\n")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from regraft.errors import MismatchError
+from regraft.errors import MAX_LISTED, MismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
 
     Args:
         width: The width of the model's hidden states.
-        config: The settings, which `bottleneck_config` returns to save them with the model.
+        config: The config, which `bottleneck_config` returns to save it with the model.
     """
 
     def __init__(self, width: int, config: BottleneckConfig):
@@ -42,7 +42,7 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the adapter to x, [..., width]."""
+        """Apply the adapter to hidden states x, [..., width]."""
         adapted: torch.Tensor = x + self.up(self.activation(self.down(x)))
         return adapted
 
@@ -58,13 +58,16 @@ def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
         The model, with a module `bottleneck` in each adapted layer.
 
     Raises:
-        MismatchError: A pattern does not match one layer of each block, or the model lacks a module to save.
+        MismatchError: A pattern does not match as many layers as there are blocks, or the model lacks a module to save.
     """
     body = model.base_model
     modules = {name for root in (model, body) for name, _ in root.named_modules()}
     absent = [name for name in config.modules_to_save if name not in modules]
     if absent:
-        raise MismatchError(f"modules_to_save names {', '.join(absent[:4])}, which a {type(model).__name__} lacks.")
+        raise MismatchError(
+            f"modules_to_save names {', '.join(absent[:MAX_LISTED])}, which a {type(model).__name__} lacks. Was the "
+            "adapter tuned on another base?"
+        )
     patterns = [config.after_feed_forward]
     if config.placement == "houlsby":
         patterns.append(config.after_attention)
@@ -73,7 +76,7 @@ def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
         if len(layers) != model.config.num_hidden_layers:
             raise MismatchError(
                 f"the pattern {pattern!r} matches {len(layers)} layers in a {type(model).__name__} of "
-                f"{model.config.num_hidden_layers} blocks ({', '.join(layers[:3])}). Set after_attention and "
+                f"{model.config.num_hidden_layers} blocks ({', '.join(layers[:MAX_LISTED])}). Set after_attention and "
                 "after_feed_forward to match the last linear layer of each attention and each feed-forward."
             )
         for name in layers:
@@ -88,7 +91,7 @@ def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
 
 
 def bottleneck_config(model: Any) -> BottleneckConfig:
-    """Return the settings of a model's adapters.
+    """Return the config of a model's bottleneck adapters.
 
     Args:
         model: A model from `attach_bottlenecks`.

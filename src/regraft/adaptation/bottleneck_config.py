@@ -1,4 +1,4 @@
-"""The settings of bottleneck adapters, in the format of their `adapter_config.json`."""
+"""The config of bottleneck adapters, in the format of their `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ if TYPE_CHECKING:
 DEFAULT_INNER_SIZE = 24  # arbitrary: wider bottlenecks fit more, but take more memory and disk
 ACTIVATIONS = ("gelu", "relu")
 PLACEMENTS = ("houlsby", "pfeiffer")
-# The last linear layer of an attention or feed-forward, which projects back to the model's width, as it is called in
-# BERT and its variants, DistilBERT, Llama and its variants, GPT-2, GPT-NeoX, OPT and ModernBERT.
+# the patterns cover BERT and its variants, DistilBERT, Llama and its variants, GPT-2, GPT-NeoX, OPT and ModernBERT
 AFTER_ATTENTION = (
     r"(attention\.(output\.dense|out_lin|dense|attn\.o)|self_attn\.(o_proj|out_proj|dense)|attn\.(c_proj|out_proj|Wo))$"
 )
+"""Matches the last linear layer of an attention, which projects back to the model's width."""
 AFTER_FEED_FORWARD = (
     r"(layer\.\d+\.output\.dense|ffn\.lin2|mlp\.(down_proj|c_proj|fc2|dense_4h_to_h|Wo)|layers\.\d+\.fc2)$"
 )
+"""Matches the last linear layer of a feed-forward, which projects back to the model's width."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BottleneckConfig:
-    """The settings of bottleneck adapters.
+    """The config of bottleneck adapters.
 
     Args:
         inner_size: The width of the bottleneck.
@@ -40,7 +41,8 @@ class BottleneckConfig:
         task_type: PEFT's name of the task type; replaced by the head's when the adapters are attached.
 
     Raises:
-        RecipeError: The inner size is below 1, or a value is not one of those listed or of another type.
+        RecipeError: The inner size is below 1, a value is of another type or not one of those listed, or a pattern is
+            not a regular expression.
     """
 
     inner_size: int = DEFAULT_INNER_SIZE
@@ -79,11 +81,11 @@ class BottleneckConfig:
         return {"peft_type": "BOTTLENECK", **fields}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any], source: str) -> BottleneckConfig:
+    def from_dict(cls, config: Mapping[str, Any], source: str) -> BottleneckConfig:
         """Read the content of `adapter_config.json`.
 
         Args:
-            stored: The content of the file; settings that are not fields are ignored.
+            config: The content of the file; settings that are not fields are ignored.
             source: The path of the file, for error messages.
 
         Raises:
@@ -91,6 +93,6 @@ class BottleneckConfig:
         """
         field_names = {field.name for field in dataclasses.fields(cls)}
         try:
-            return cls(**{name: value for name, value in stored.items() if name in field_names})
+            return cls(**{name: value for name, value in config.items() if name in field_names})
         except (RecipeError, TypeError) as error:
             raise CheckpointError(f"{source}: {error}") from error

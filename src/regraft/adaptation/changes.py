@@ -68,7 +68,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
         A change per changed layer, and per projection of fused experts.
 
     Raises:
-        KindError: The adaptation's kind is not supported.
+        KindError: The adaptation's kind is not supported, or a LoRA has more than B·A for linear layers.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -126,7 +126,7 @@ def base_tensor(name: str, base: Base) -> torch.Tensor | None:
 
 
 def skip_reasons(model: Any, tuned: Any, adaptation: Adaptation, old: Base, changes: list[Change]) -> dict[str, str]:
-    """Return why changed matrices that `linear_changes` does not cover are skipped.
+    """Return the reasons for which changed matrices that `linear_changes` does not cover are skipped.
 
     Args:
         model: The adaptation on the new base, as a model.

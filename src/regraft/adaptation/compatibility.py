@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from regraft.architecture import BUFFER, architecture_of
 from regraft.base import body_names
 from regraft.checkpoint import FLOATING
-from regraft.errors import CheckpointError, MismatchError
+from regraft.errors import MAX_LISTED, CheckpointError, MismatchError
 from regraft.naming import class_of
 from regraft.transformers_folder import read_config
 from regraft.weights import is_optional
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation
     from regraft.base import Base
 
-# settings that change a model's outputs, but not the shape of a tensor
 COMPUTATION_SETTINGS = re.compile(
     r"heads$|^n_head$|head_dim|^(hidden_)?act(ivation)?(_fn|_function)?$|eps(ilon)?$|^rope_|rotary|position_embedding|"
     r"sliding|attention_window|soft_?cap|multiplier|scal(e|ing)|^is_decoder$"
 )
-# settings that classes of transformers 5 ignore, with the only value that they implement
+"""Matches the settings that change a model's outputs, but not the shape of a tensor."""
 IGNORED_SETTINGS = {"position_embedding_type": "absolute"}
-# settings that transformers 5 moves into `rope_parameters`, with their names in it
+"""The settings that classes of transformers 5 ignore, with the only value that they implement."""
 ROTARY_SETTINGS = {
     "rope_theta": "rope_theta",
     "rotary_emb_base": "rope_theta",
@@ -36,17 +35,21 @@ ROTARY_SETTINGS = {
     "rotary_pct": "partial_rotary_factor",
     "rope_scaling": None,  # equals all of `rope_parameters`
 }
+"""The settings that transformers 5 moves into `rope_parameters`, with their names in it."""
 
 
 def check_body(adaptation: Adaptation, base: Base) -> None:
     """Check that the body of a full fine-tune has the tensors of a base, in their shapes.
+
+    Tensors with a row per token may differ in shape, because their rows are matched by token.
 
     Args:
         adaptation: The full fine-tune.
         base: The old or the new base.
 
     Raises:
-        MismatchError: A tensor of one has no counterpart in the other, or the shapes differ.
+        CheckpointError: transformers cannot read the fine-tune's config.
+        MismatchError: A tensor of one has no floating-point counterpart in the other, or the shapes differ.
     """
     tuned, body = adaptation.checkpoint, base.body
     for name in body_names(tuned, architecture_of(read_tuned_config(adaptation))).values():
@@ -71,7 +74,7 @@ def check_body(adaptation: Adaptation, base: Base) -> None:
     if missing:
         raise MismatchError(
             f"{adaptation.path}: lacks {len(missing)} tensors of {base.path}, or does not store them as floating-point "
-            f"numbers: {', '.join(missing[:4])}. Was it tuned on that base?"
+            f"numbers: {', '.join(missing[:MAX_LISTED])}. Was it tuned on that base?"
         )
 
 
@@ -84,11 +87,12 @@ def check_computation(adaptation: Adaptation, base: Base) -> None:
 
     Raises:
         CheckpointError: transformers cannot read the config.
-        MismatchError: A setting that no tensor's shape depends on differs, such as the number of attention heads.
+        MismatchError: A setting that no tensor's shape depends on differs, such as the number of attention heads, or
+            has a value that transformers no longer supports.
     """
     if differing := differing_settings(read_tuned_config(adaptation), adaptation.path, base.config, base.path):
         raise MismatchError(
-            f"{adaptation.path}/config.json differs from {base.path}'s: {'; '.join(differing[:4])}. The same "
+            f"{adaptation.path}/config.json differs from {base.path}'s: {'; '.join(differing[:MAX_LISTED])}. The same "
             "weights would compute something else. Was it tuned on that base?"
         )
 
@@ -108,14 +112,14 @@ def differing_settings(
         A phrase per differing setting.
 
     Raises:
-        MismatchError: A config has a setting that transformers no longer supports.
+        MismatchError: A setting of a config has a value that transformers no longer supports.
     """
-    settings, expected = config.to_dict(), reference.to_dict()
+    values, expected = config.to_dict(), reference.to_dict()
     ignored = _ignored_settings(config, folder) | _ignored_settings(reference, reference_folder)
     return [
-        f"{key} is {settings.get(key)!r:.80}, not {expected.get(key)!r:.80}"
-        for key in sorted(settings.keys() | expected.keys())
-        if COMPUTATION_SETTINGS.search(key) and key not in ignored and settings.get(key) != expected.get(key)
+        f"{key} is {values.get(key)!r:.80}, not {expected.get(key)!r:.80}"
+        for key in sorted(values.keys() | expected.keys())
+        if COMPUTATION_SETTINGS.search(key) and key not in ignored and values.get(key) != expected.get(key)
     ]
 
 
@@ -132,7 +136,9 @@ def read_tuned_config(adaptation: Adaptation) -> PretrainedConfig:
 
 
 def check_unplaced_tensors(adaptation: Adaptation, base: Base) -> None:
-    """Check that each stored tensor of a full fine-tune is a distinct parameter of its class, or an obsolete buffer.
+    """Check that each stored tensor of a full fine-tune is a distinct floating-point parameter of its class.
+
+    Obsolete buffers, and a pooler of the base that the class lacks, are allowed too.
 
     Args:
         adaptation: The full fine-tune.
@@ -156,7 +162,7 @@ def check_unplaced_tensors(adaptation: Adaptation, base: Base) -> None:
     if unplaced:
         raise CheckpointError(
             f"{adaptation.path}: {len(unplaced)} tensors are not parameters of the model, are stored twice, or are not "
-            f"floating-point: {', '.join(unplaced[:4])}. Load it with transformers and call save_pretrained."
+            f"floating-point: {', '.join(unplaced[:MAX_LISTED])}. Load it with transformers and call save_pretrained."
         )
 
 
@@ -166,12 +172,12 @@ def _ignored_settings(config: PretrainedConfig, folder: Path) -> set[str]:
     Raises:
         MismatchError: An ignored setting contradicts the class, so the weights need a model that transformers lacks.
     """
-    settings = config.to_dict()
+    values = config.to_dict()
     defaults = type(config)().to_dict()
-    rotary = settings.get("rope_parameters") or {}
+    rotary = values.get("rope_parameters") or {}
     ignored = set()
-    for key in settings.keys() - defaults.keys():
-        value = settings[key]
+    for key in values.keys() - defaults.keys():
+        value = values[key]
         if key in IGNORED_SETTINGS and value not in (None, IGNORED_SETTINGS[key]):
             raise MismatchError(
                 f"{folder}/config.json: {key} is {value!r:.80}, which transformers no longer supports: its class now "

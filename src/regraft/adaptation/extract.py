@@ -7,6 +7,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from regraft.adaptation.layout import resolve_updates
 from regraft.adaptation.lora import PEFT_PREFIX
 from regraft.adaptation.lora_factors import LoraFactors, pad_factors
@@ -107,7 +108,7 @@ def extract_lora(
 
     Raises:
         CheckpointError: A checkpoint has infinite or NaN values.
-        RecipeError: Both or neither of rank and energy are set.
+        RecipeError: Both or neither of rank and energy are set, or one is out of range.
         MismatchError: `tuned` and `old` have no common tensors, differ in shapes, or differ in no linear layer, or PEFT
             cannot load such a LoRA.
     """
@@ -139,7 +140,7 @@ def extract_lora(
     if architecture is not None and any(_squared_norm(deltas, name) for name in fused):
         errors += _extract_experts(lora, deltas, fused, stored, architecture, approximation)
     if not lora.layers and not lora.parameters:
-        raise MismatchError("the fine-tune has changed no linear layer, so no LoRA can be extracted.")
+        raise MismatchError("the fine-tune has changed no linear layer, so no LoRA can be extracted. Keep it.")
     tensors, config = lora.as_peft(_modules_to_save(stored_in_full, in_base))
     tensors |= {PEFT_PREFIX + name: tuned[name].contiguous() for name in stored_in_full}
     if architecture is not None:
@@ -158,7 +159,7 @@ def _modules_to_save(stored_in_full: Collection[str], in_base: Collection[str]) 
 
 
 def _check_loads(tensors: Tensors, config: Mapping[str, Any], architecture: Architecture) -> None:
-    """Check that PEFT can load a LoRA on the class that it was extracted from."""
+    """Check that PEFT can load a LoRA on the class that it was extracted from, or raise a MismatchError."""
     try:
         resolve_updates({name: tensor.to("meta") for name, tensor in tensors.items()}, config, architecture)
     except (CheckpointError, MismatchError) as error:
@@ -185,9 +186,9 @@ def write_lora(
     """
     with resumable_folder(out, {}) as work_folder:
         staging = empty_folder(work_folder / "whole")
-        write_safetensors(staging / "adapter_model.safetensors", lora.tensors)
+        write_safetensors(staging / ADAPTER_WEIGHTS, lora.tensors)
         config = {**lora.config, "base_model_name_or_path": base}
-        write_atomic(staging / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_atomic(staging / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         copy_auxiliary_files(tokenizer_folder, staging, TOKENIZER_FILES)
         write_record(staging, provenance)
         publish(staging, out)
@@ -255,7 +256,7 @@ def _can_peft_fuse(lora: LoraFactors, names: list[str], architecture: Architectu
 def _linear_weights(
     tuned: Tensors, deltas: Tensors, changed: list[str], architecture: Architecture | None
 ) -> dict[str, bool]:
-    """Return whether the weights of linear layers are stored as [in, out], by name."""
+    """Return the changed weights of linear layers, and whether each is stored as [in, out]."""
     matrices = [name for name in changed if len(shape_of(deltas, name)) == 2 and name.endswith(".weight")]
     if architecture is None:
         linear = [name for name in matrices if kind_of(name) != "embedding"]

@@ -26,7 +26,7 @@ def fresh_model(base: Base, head: Head, seed: int) -> Any:
         The model, in float32 on the CPU; all tensors of the body are the base's.
 
     Raises:
-        CheckpointError: A tensor of the body is missing or unexpected, or has a different shape.
+        CheckpointError: transformers cannot load the base, or a tensor of the body is missing, unexpected or misshapen.
     """
     model, _ = load_with_fresh_head(base, head, seed)
     if base.is_decoder:
@@ -46,7 +46,7 @@ def load_with_fresh_head(base: Base, head: Head, seed: int) -> tuple[Any, list[s
         The model, and the names of the untrained tensors: the head's, and those of a pooler that the base lacks.
 
     Raises:
-        CheckpointError: A tensor of the body is missing or unexpected, or has a different shape.
+        CheckpointError: transformers cannot load the base, or a tensor of the body is missing, unexpected or misshapen.
     """
     import transformers
 

@@ -39,6 +39,7 @@ def write_graft(
         in place of the base's, `copied_as_a_base_lacks_it` tensors that only one base has.
 
     Raises:
+        CheckpointError: An adapter's initialisation cannot be reproduced from the old base alone.
         MismatchError: A tensor of the body is missing in a base, or has a different shape there.
     """
     grafted = adaptation.family.graft(adaptation, upgrade, replace=replace)
@@ -62,7 +63,7 @@ def write_grafted_adaptation(
     """
     folder.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
-    family.write(folder, grafted.tensors, grafted.settings, progress)
+    family.write(folder, grafted.tensors, grafted.config, progress)
     rows = match_token_rows(adaptation, upgrade)
     if rows is not None and (family.tunes_base or rows.tuned_only):
         write_vocabulary(folder, upgrade.new.path, adaptation.path, upgrade.old.path, rows)

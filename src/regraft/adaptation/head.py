@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import label_tensor_names
 from regraft.adaptation.load import load_adaptation
-from regraft.adaptation.lora import model_name
+from regraft.adaptation.lora import name_without_prefix
 from regraft.adaptation.record import write_lineage
 from regraft.adaptation.tokenizer import write_tokenizer
 from regraft.checkpoint import DerivedTensors, TensorSpec, dtype_name
-from regraft.errors import MismatchError
+from regraft.errors import MAX_LISTED, MismatchError
 from regraft.progress import silent
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HeadPolicy = Literal["copy", "fresh", "resize"]
 HEAD_POLICIES: tuple[HeadPolicy, ...] = get_args(HeadPolicy)
+"""The values of `HeadPolicy`, which `change_head` explains."""
 
 
 def change_head(path: Path, base: Base, head: Head, policy: HeadPolicy, seed: int, folder: Path) -> None:
@@ -37,6 +38,7 @@ def change_head(path: Path, base: Base, head: Head, policy: HeadPolicy, seed: in
         folder: The folder to write.
 
     Raises:
+        CheckpointError: The adaptation or the base cannot be loaded.
         MismatchError: The policy is `resize`, and the adaptation records no label that the new head has.
     """
     import torch
@@ -46,14 +48,14 @@ def change_head(path: Path, base: Base, head: Head, policy: HeadPolicy, seed: in
     if policy == "resize" and not row_by_label.keys() & set(head.labels):
         raise MismatchError(
             f"{path}: its labels ({', '.join(row_by_label) or 'none are recorded'}) include none of "
-            f"{', '.join(head.labels[:8])}, so no output can be kept. Use a fresh head."
+            f"{', '.join(head.labels[:MAX_LISTED])}, so no output can be kept. Use a fresh head."
         )
     initial = fresh_model(base, head, seed).state_dict()
     output_names = label_tensor_names(base, head.type)
     prefix = base.prefix + "."
     entries = {}
     for name, stored_tensor in adaptation.checkpoint.tensors.items():
-        parameter = model_name(name)
+        parameter = name_without_prefix(name)
         tensor = None
         if policy == "fresh" and parameter in initial and not parameter.startswith(prefix):
             tensor = initial[parameter]
@@ -70,6 +72,6 @@ def change_head(path: Path, base: Base, head: Head, policy: HeadPolicy, seed: in
             entries[name] = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), (({name: tensor}, name),))
     folder.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
-    family.write(folder, DerivedTensors(entries), family.settings_for_head(adaptation.config, head), silent)
+    family.write(folder, DerivedTensors(entries), family.config_for_head(adaptation.config, head), silent)
     write_tokenizer(base, folder)
     write_lineage(folder, base, head.labels, head.type.type_name())

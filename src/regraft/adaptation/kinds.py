@@ -8,6 +8,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from regraft.adaptation.bottleneck_config import AFTER_FEED_FORWARD, DEFAULT_INNER_SIZE, BottleneckConfig
+from regraft.adaptation.lora import PEFT_DEFAULT_RANK
 from regraft.errors import KindError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     Config: TypeAlias = PeftConfig | BottleneckConfig
 
 SHORT_NAMES = {"prefix_tuning": "prefix", "prompt_tuning": "prompt", "p_tuning": "p-tuning", "ln_tuning": "layernorm"}
+"""The kinds whose names differ from PEFT's type in lower case, by that type."""
 # a LoRA of half its layer's width already has as many parameters as the layer; the margin beyond that is arbitrary
 MAX_SIZE_RATIO = 4
-DEFAULT_RANK = 8  # PEFT's default
+"""The largest rank or inner size, as a multiple of the base's width."""
+DEFAULT_RANK = PEFT_DEFAULT_RANK
 DEFAULT_VIRTUAL_TOKENS = 20  # arbitrary: more virtual tokens fit more, but leave less room for text
 
 
@@ -57,7 +60,7 @@ def new_config(
 
     Args:
         kind: One of `KINDS`.
-        base: The base to tune, whose architecture and width the settings depend on.
+        base: The base to tune, whose architecture and width the config depends on.
         head: The task's head.
         rank: The rank of a LoRA. Alpha is twice the rank.
         inner_size: The width of bottleneck adapters.
@@ -112,6 +115,9 @@ def json_settings(config: Config | None) -> Mapping[str, Any] | None:
 
     Args:
         config: A config of PEFT or regraft; None for `full`.
+
+    Returns:
+        The settings by name, with sets as sorted lists and all other values as texts; None for `full`.
     """
     if config is None:
         return None
@@ -172,11 +178,15 @@ def _prompt(base: Base, size: AdapterSize) -> Config:
 
 
 def _virtual_token_settings(base: Base, size: AdapterSize) -> dict[str, Any]:
-    """Return the number of virtual tokens, and the sizes of a model in whose config PEFT does not find them."""
+    """Return the number of virtual tokens, and the sizes of a model in whose config PEFT does not find them.
+
+    Raises:
+        RecipeError: The virtual tokens leave no room for text.
+    """
     if size.virtual_tokens >= base.max_input_length:
         raise RecipeError(
             f"{size.virtual_tokens} virtual tokens leave no room for text: {base.path} takes {base.max_input_length} "
-            "tokens."
+            "tokens. Choose fewer."
         )
     fields: dict[str, Any] = {"num_virtual_tokens": size.virtual_tokens}
     if "hidden_size" not in base.config.to_dict():  # PEFT knows only the names of BERT's settings

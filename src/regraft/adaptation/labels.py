@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.lora import model_name
+from regraft.adaptation.lora import name_without_prefix
 from regraft.errors import MismatchError
 from regraft.task import Head, TextClassification
 from regraft.task.types import DEFAULT_TYPE, task_types
@@ -25,10 +25,10 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
 
     Returns:
         The head, with the recorded labels; without a record, `LABEL_0`, `LABEL_1` … for the outputs. Its task type is
-        the recorded one, or else one that the settings can belong to.
+        the recorded one, or else one that fits the config.
 
     Raises:
-        MismatchError: No labels are recorded, and the adaptation stores no head of the base's architecture.
+        MismatchError: No labels are recorded, and the stored tensors do not determine their number.
     """
     matching_types = adaptation.family.matching_task_types(adaptation.config)
     task_type = task_types().get(adaptation.task_type or DEFAULT_TYPE, TextClassification)
@@ -40,11 +40,13 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
     output_counts = {
         stored_tensor.shape[0]
         for name, stored_tensor in adaptation.checkpoint.tensors.items()
-        if model_name(name) in output_names and stored_tensor.shape
+        if name_without_prefix(name) in output_names and stored_tensor.shape
     }
     if len(output_counts) != 1:
         raise MismatchError(
-            f"{adaptation.path}: lacks the head of a {base.config.model_type} classifier ({', '.join(output_names)})."
+            f"{adaptation.path}: records no labels, and the tensors with a row per label of a {base.config.model_type} "
+            f"classifier ({', '.join(output_names)}) are missing or differ in their number of rows. Was it tuned on "
+            f"{base.path}?"
         )
     return Head(task_type, tuple(f"LABEL_{i}" for i in range(output_counts.pop())))
 
@@ -57,7 +59,7 @@ def check_task_type(adaptation: Adaptation, task: Task) -> None:
         task: The task, whose type is compared.
 
     Raises:
-        MismatchError: The adaptation records a different type, or has settings of different types.
+        MismatchError: The adaptation records a different type, or its config is of different types.
     """
     recorded = adaptation.task_type
     matching_types = adaptation.family.matching_task_types(adaptation.config)

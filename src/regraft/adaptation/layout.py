@@ -9,10 +9,18 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.lora import ADAPTER_NAME, PEFT_PREFIX
+from regraft.adaptation.lora import (
+    A_SUFFIX,
+    ADAPTER_NAME,
+    B_SUFFIX,
+    MAGNITUDE_SUFFIX,
+    PEFT_DEFAULT_RANK,
+    PEFT_PREFIX,
+    TOKEN_ROWS_SUFFIX,
+)
 from regraft.adaptation.update import Bias, Experts, Factors, ReplacedModule, Rows, Update
 from regraft.checkpoint import dtype_of, shape_of, torch_dtype
-from regraft.errors import CheckpointError, MismatchError
+from regraft.errors import MAX_LISTED, CheckpointError, MismatchError
 from regraft.progress import quiet
 
 if TYPE_CHECKING:
@@ -23,12 +31,11 @@ if TYPE_CHECKING:
     from regraft.architecture import Architecture
     from regraft.checkpoint.derived import Tensors
 
-ROWS = "trainable_tokens_delta"
 # with `bias`, PEFT stores the biases of a fully tuned module a second time under such names
 NESTED = re.compile(r"\.modules_to_save\.[^.]+\.(?=[^.]+\.)")
-WRAPPERS = {"base_layer", "original_module", "token_adapter", "modules_to_save"}  # parts of names that PEFT adds
-# settings of initialisation and training, which do not matter for a stored LoRA; some need the base's weights, and
-# `megatron_core` makes PEFT import any module that it names
+WRAPPERS = {"base_layer", "original_module", "token_adapter", "modules_to_save"}
+"""The parts that PEFT's wrappers add to names of modules and tensors."""
+# a stored LoRA does not depend on them; some need the base's weights, and `megatron_core` makes PEFT import a module
 TRAINING_SETTINGS = {
     "init_lora_weights",
     "corda_config",
@@ -40,8 +47,11 @@ TRAINING_SETTINGS = {
     "megatron_core",
     "runtime_config",
 }
-OBSOLETE_SETTINGS = {"merge_weights", "enable_lora"}  # old versions of PEFT wrote them, and they had no effect
-UNSWAPPED_SINCE = (0, 19)  # before this version, PEFT exchanged A and B of target_parameters of three dimensions
+"""The settings of initialisation and training."""
+OBSOLETE_SETTINGS = {"merge_weights", "enable_lora"}
+"""Settings that old versions of PEFT wrote, and that had no effect."""
+UNSWAPPED_SINCE = (0, 19)
+"""The version of PEFT before which A and B of target_parameters of three dimensions were exchanged."""
 
 
 def resolve_updates(
@@ -59,7 +69,8 @@ def resolve_updates(
         the parameters' names in memory.
 
     Raises:
-        CheckpointError: PEFT cannot put the adapter on the class, or tensors are missing or unexpected.
+        CheckpointError: PEFT cannot put the adapter on the class, a setting is unknown or invalid, the LoRA updates a
+            layer that cannot be merged, or tensors are missing or unexpected.
         MismatchError: A tensor differs in shape from the model's.
     """
     from peft import get_peft_model_state_dict
@@ -69,15 +80,16 @@ def resolve_updates(
     expected = get_peft_model_state_dict(tuned, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     if absent := sorted(expected.keys() - adapter.keys()):
         raise CheckpointError(
-            f"the LoRA lacks {len(absent)} tensors of a {class_name} that its config tunes: {', '.join(absent[:4])}. "
-            f"It is incomplete, or was tuned on another base.{adapter_name_hint(adapter)}"
+            f"the LoRA lacks {len(absent)} tensors of a {class_name} that its config tunes: "
+            f"{', '.join(absent[:MAX_LISTED])}. It is incomplete, or was tuned on another base."
+            f"{adapter_name_hint(adapter)}"
         )
     updates = _updates_of_modules(tuned, adapter, config)
     unplaced = _add_replacements(updates, adapter, architecture)
     if biasless := sorted(updates.keys() - architecture.parameters.keys()):
         raise CheckpointError(
             f"the LoRA adds biases to {len(biasless)} layers of a {class_name} that have none "
-            f"({', '.join(biasless[:4])}). PEFT does not merge it either: serve it as an adapter."
+            f"({', '.join(biasless[:MAX_LISTED])}). PEFT does not merge it either: serve it as an adapter."
         )
     _check_values(updates, architecture)
     if unplaced:
@@ -89,7 +101,7 @@ def resolve_updates(
             )
         raise CheckpointError(
             f"{len(unplaced)} tensors of the LoRA are unexpected in a {class_name}, and would be ignored: "
-            f"{', '.join(unplaced[:4])}.{remedy}"
+            f"{', '.join(unplaced[:MAX_LISTED])}.{remedy}"
         )
     _check_shapes(adapter, expected, updates, architecture)
     return adapter, updates
@@ -113,7 +125,7 @@ def adapter_name_hint(names: Iterable[str]) -> str:
     )
 
 
-def peft_settings(config: Mapping[str, Any]) -> Any:
+def peft_lora_config(config: Mapping[str, Any]) -> Any:
     """Return PEFT's config of a LoRA, without settings of initialisation and training.
 
     Args:
@@ -130,8 +142,8 @@ def peft_settings(config: Mapping[str, Any]) -> Any:
     )
     if unknown:
         raise CheckpointError(
-            f"the LoRA's adapter_config.json: the settings {', '.join(unknown[:4])} are unknown to the installed PEFT, "
-            "and would be ignored. Update PEFT, or remove them if they have no effect."
+            f"the LoRA's adapter_config.json: the settings {', '.join(unknown[:MAX_LISTED])} are unknown to the "
+            "installed PEFT, and would be ignored. Update PEFT, or remove them if they have no effect."
         )
     settings = {key: copy.deepcopy(config[key]) for key in config if key in fields - TRAINING_SETTINGS}
     try:
@@ -153,32 +165,32 @@ def as_loaded_by_peft(adapter: Tensors, tuned: Any) -> Tensors:
     import torch
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
 
-    settings = tuned.peft_config[ADAPTER_NAME]
+    config = tuned.peft_config[ADAPTER_NAME]
     shapes = {
         name: torch.empty(shape_of(adapter, name), dtype=torch_dtype(dtype_of(adapter, name)), device="meta")
         for name in adapter
     }
-    if convert(tuned, settings, shapes, ADAPTER_NAME).keys() == adapter.keys():
+    if convert(tuned, config, shapes, ADAPTER_NAME).keys() == adapter.keys():
         return adapter
     factors = {name: adapter[name] for name in adapter if ".lora_" in name}
     remaining = {name: adapter[name] for name in adapter if name not in factors}
-    converted: dict[str, torch.Tensor] = convert(tuned, settings, factors, ADAPTER_NAME)
+    converted: dict[str, torch.Tensor] = convert(tuned, config, factors, ADAPTER_NAME)
     return remaining | converted
 
 
 def _attach(adapter: Tensors, config: Mapping[str, Any], architecture: Architecture) -> tuple[Any, Tensors]:
-    """Put an adapter on its class, on the meta device."""
+    """Put an adapter on its class on the meta device, and return PEFT's model and the adapter's tensors as loaded."""
     from peft import get_peft_model
 
-    settings = peft_settings(config)
+    lora_config = peft_lora_config(config)
     for key in ("r", "lora_alpha"):
-        if type(value := config.get(key, 8)) not in (int, float):
-            raise CheckpointError(f"the LoRA's {key} is {value!r:.80} in adapter_config.json, not a number.")
+        if type(value := config.get(key, PEFT_DEFAULT_RANK)) not in (int, float):
+            raise CheckpointError(f"adapter_config.json: the LoRA's {key} is {value!r:.80}. Correct it to a number.")
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of settings that it corrects for a layer's type
         try:
             model = copy.deepcopy(architecture.model)
-            tuned: Any = get_peft_model(model, settings, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
+            tuned: Any = get_peft_model(model, lora_config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
             return tuned, as_loaded_by_peft(adapter, tuned)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, re.error) as error:
             raise CheckpointError(
@@ -196,8 +208,9 @@ def _updates_of_modules(tuned: Any, adapter: Tensors, config: Mapping[str, Any])
         tied = getattr(getattr(module, "token_adapter", None), "tied_adapter", None)
         if tied is not None:  # rows of a tied output layer are stored with the embeddings
             owner = next(name for name, candidate in modules.items() if candidate is tied)
-            rows = dataclasses.replace(updates[f"{_plain(path)}.weight"], operands=(f"{PEFT_PREFIX}{owner}.{ROWS}",))
-            updates[f"{_plain(path)}.weight"] = rows
+            operands = (f"{PEFT_PREFIX}{owner}{TOKEN_ROWS_SUFFIX}",)
+            parameter = f"{_plain(path)}.weight"
+            updates[parameter] = dataclasses.replace(updates[parameter], operands=operands)
     return updates
 
 
@@ -208,8 +221,10 @@ def _add_replacements(updates: dict[str, Update], adapter: Tensors, architecture
     for stored in sorted(adapter.keys() - used):
         name = _plain(stored.removeprefix(PEFT_PREFIX))
         update = updates.get(name)
-        if ".original_module." in stored or ".modules_to_save." in stored or stored.endswith(ROWS):
-            if name.removesuffix(ROWS) + "weight" * stored.endswith(ROWS) not in updates:  # otherwise it is a duplicate
+        has_rows = stored.endswith(TOKEN_ROWS_SUFFIX)
+        if has_rows or ".original_module." in stored or ".modules_to_save." in stored:
+            parameter = name.removesuffix(TOKEN_ROWS_SUFFIX) + ".weight" if has_rows else name
+            if parameter not in updates:  # otherwise it is a duplicate
                 unplaced.append(stored)
         elif name not in architecture.parameters or (update and update.weight) or ".lora_" in stored:
             unplaced.append(stored)
@@ -219,7 +234,7 @@ def _add_replacements(updates: dict[str, Update], adapter: Tensors, architecture
 
 
 def _check_values(updates: Mapping[str, Update], architecture: Architecture) -> None:
-    """Check that scales are finite, and that rows are valid and distinct."""
+    """Check that no scale is infinite or NaN, and that rows are valid and distinct."""
     for name, update in updates.items():
         if not math.isfinite(update.scale):
             raise CheckpointError(f"the LoRA's scaling of {name!r} is {update.scale}. Correct its lora_alpha.")
@@ -227,7 +242,7 @@ def _check_values(updates: Mapping[str, Update], architecture: Architecture) -> 
         if outside or len(set(update.rows)) < len(update.rows):
             raise CheckpointError(
                 f"the LoRA's trainable_token_indices for {name!r} are not distinct rows of "
-                f"{len(architecture.parameters[name]):,}: {(outside or sorted(update.rows))[:4]}."
+                f"{len(architecture.parameters[name]):,}: {(outside or sorted(update.rows))[:MAX_LISTED]}."
             )
 
 
@@ -245,28 +260,28 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
     if isinstance(module, TrainableTokensWrapper):
         indices = module.token_adapter.token_indices[ADAPTER_NAME]
         rows = tuple(indices) if isinstance(indices, list | tuple) else (-1,)  # _check_values refuses it
-        return {f"{name}.weight": Rows((f"{stored}.token_adapter.{ROWS}",), rows=rows)}
+        return {f"{name}.weight": Rows((f"{stored}.token_adapter{TOKEN_ROWS_SUFFIX}",), rows=rows)}
     if not isinstance(module, lora.LoraLayer):
         return {}
     if isinstance(module, ParamWrapper):
-        a, b = f"{stored}.lora_A.weight", f"{stored}.lora_B.weight"
+        a, b = stored + A_SUFFIX, stored + B_SUFFIX
         weight: Any = getattr(module.get_base_layer(), module.parameter_name)
         update = Factors((b, a), scale=module.scaling[ADAPTER_NAME])
         if weight.dim() == 3:
             transposed = not module._did_swap_in_out_features or _is_of_old_peft(module, adapter, (b, a), config)
             update = Experts((b, a), scale=module.scaling[ADAPTER_NAME], transposed=transposed)
         return {f"{name}.{module.parameter_name}": update}
-    factors = ("lora_B.weight", "lora_A.weight")
+    suffixes = (B_SUFFIX, A_SUFFIX)
     if isinstance(module, lora.Embedding):
-        factors = ("lora_embedding_B", "lora_embedding_A")
+        suffixes = (".lora_embedding_B", ".lora_embedding_A")
     elif not isinstance(module, lora.Linear):
         raise CheckpointError(
             f"module {name!r} of the LoRA is a {type(module.get_base_layer()).__name__}, but regraft merges only "
             "linear layers, embeddings and experts. Merge it with PEFT: merge_and_unload."
         )
-    operands = tuple(f"{stored}.{part}" for part in factors)
+    operands = tuple(stored + suffix for suffix in suffixes)
     if module.use_dora[ADAPTER_NAME]:
-        operands += (f"{stored}.lora_magnitude_vector",)
+        operands += (stored + MAGNITUDE_SUFFIX,)
     transposed = isinstance(module, lora.Embedding) or bool(module.fan_in_fan_out)
     factor_update = Factors(operands, scale=module.scaling[ADAPTER_NAME], transposed=transposed)
     updates: dict[str, Update] = {f"{name}.weight": factor_update}
@@ -298,7 +313,10 @@ def _check_shapes(
         if shape_of(adapter, name) != shape
     ]
     if differing:
-        raise MismatchError(f"{len(differing)} tensors of the LoRA do not fit the base: {'; '.join(differing[:4])}.")
+        listed = "; ".join(differing[:MAX_LISTED])
+        raise MismatchError(
+            f"{len(differing)} tensors of the LoRA do not fit the base: {listed}. Was it tuned on another base?"
+        )
 
 
 def _plain(path: str) -> str:

@@ -11,7 +11,7 @@ from regraft.adaptation.families.full import check_classifier
 from regraft.adaptation.kinds import kind_of
 from regraft.adaptation.record import labels_of_config, read_lineage, reconcile_labels
 from regraft.checkpoint import Checkpoint, check_unquantised, read_json
-from regraft.errors import CheckpointError
+from regraft.errors import MAX_LISTED, CheckpointError
 
 
 def load_adaptation(path: str | Path) -> Adaptation:
@@ -24,7 +24,8 @@ def load_adaptation(path: str | Path) -> Adaptation:
         The adaptation, whose tensors are read when they are used.
 
     Raises:
-        CheckpointError: A file is missing, truncated, malformed or of an unsupported kind.
+        CheckpointError: A file is missing, ambiguous, truncated, malformed, quantised or of an unsupported kind, or
+            records contradict each other.
     """
     folder = Path(path)
     if (folder / "adaptation").is_dir():
@@ -52,8 +53,8 @@ def load_adaptation(path: str | Path) -> Adaptation:
     named_adapters = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
     if named_adapters and not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: has no adapter, but its subfolders do: {', '.join(named_adapters[:4])}. PEFT saves a named "
-            f"adapter in a folder of that name. Use {folder / named_adapters[0]}."
+            f"{folder}: has no adapter, but its subfolders do: {', '.join(named_adapters[:MAX_LISTED])}. PEFT saves a "
+            f"named adapter in a folder of that name. Use {folder / named_adapters[0]}."
         )
     checkpoint = Checkpoint.open(folder)
     expected = ADAPTER_CONFIG if (folder / ADAPTER_WEIGHTS).is_file() else "config.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.lora import PARTS, PEFT_PREFIX
+from regraft.adaptation.lora import A_SUFFIX, B_SUFFIX, PEFT_PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,10 @@ class LoraFactors:
 
         Args:
             modules_to_save: The names of the modules that are stored in full.
+
+        Returns:
+            The tensors by stored name, without the modules that are stored in full, and the content of
+            `adapter_config.json`.
         """
         import torch
         from peft import __version__
@@ -43,14 +47,14 @@ class LoraFactors:
         ranks = {module: len(a) for module, (_, a) in self.layers.items()}
         tensors: dict[str, torch.Tensor] = {}
         for module, (b, a) in self.layers.items():
-            tensors[f"{PEFT_PREFIX}{module}{PARTS[0]}"] = a.contiguous()
-            tensors[f"{PEFT_PREFIX}{module}{PARTS[1]}"] = b.contiguous()
+            tensors[f"{PEFT_PREFIX}{module}{A_SUFFIX}"] = a.contiguous()
+            tensors[f"{PEFT_PREFIX}{module}{B_SUFFIX}"] = b.contiguous()
         for parameter, experts in self.parameters.items():
             ranks[parameter] = max(len(a) for _, a in experts)
             padded = [pad_factors(factors, ranks[parameter]) for factors in experts]
             path = PEFT_PREFIX + parameter.rpartition(".")[0] + ".base_layer" * self.num_outer_wrappers[parameter]
-            tensors[path + PARTS[0]] = torch.cat([a for _, a in padded])
-            tensors[path + PARTS[1]] = torch.stack([b for b, _ in padded], dim=2).flatten(1)  # PEFT has experts last
+            tensors[path + A_SUFFIX] = torch.cat([a for _, a in padded])
+            tensors[path + B_SUFFIX] = torch.stack([b for b, _ in padded], dim=2).flatten(1)  # PEFT has experts last
         rank = self.shared_rank or max(ranks.values())
         pattern = {name: module_rank for name, module_rank in ranks.items() if module_rank != rank}
         config = {

@@ -63,7 +63,7 @@ def transform_factors(
         if shift is not None:
             b_name, a_name = update.operands
             shapes = result[b_name].shape, result[a_name].shape
-            experts = update.count(shift)
+            experts = update.num_products(shift)
             b = result[b_name].reshape(len(result[b_name]), -1, experts).permute(2, 0, 1)  # PEFT's layout
             a = result[a_name].reshape(experts, -1, shapes[1][1])
             dense = lora_delta(b, a, update.scale)
@@ -71,15 +71,15 @@ def transform_factors(
             transformed = rule(inner, dense.reshape(shift.shape), shift).reshape(dense.shape)
             if not torch.equal(transformed, dense):
                 changes = (transformed.mT if update.transposed else transformed).double() / update.scale
-                pairs = [_closest(*expert) for expert in zip(changes, a, b, strict=True)]
+                pairs = [_closest_factors(*expert) for expert in zip(changes, a, b, strict=True)]
                 result[a_name] = torch.stack([a for a, _ in pairs]).reshape(shapes[1])
                 result[b_name] = torch.stack([b for _, b in pairs]).permute(1, 2, 0).reshape(shapes[0])
         progress("graft", number, len(factors), {})
     return result
 
 
-def _closest(change: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the A and B that are closest to a delta, in the shapes and dtypes of the given ones."""
+def _closest_factors(change: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the A and B that are closest to a delta, in the shapes and dtypes of `a` and `b`."""
     best_b, best_a = low_rank(change, rank=len(a))
     new_a, new_b = a.new_zeros(a.shape), b.new_zeros(b.shape)  # zeros pad a rank beyond that of the delta
     new_a[: len(best_a)], new_b[:, : best_b.shape[1]] = best_a.to(a), best_b.to(b)

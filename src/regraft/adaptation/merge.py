@@ -6,15 +6,15 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adapter_folder import check_peft
+from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, check_peft
 from regraft.adaptation.layout import resolve_updates
-from regraft.adaptation.lora import PEFT_PREFIX, is_initialised_from_base
+from regraft.adaptation.lora import CONVERT_REMEDY, PEFT_PREFIX, is_initialised_from_base
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.tuned_class import text_config_change, tuned_architecture, untied_by_setting
 from regraft.adaptation.update import Update
 from regraft.architecture import BUFFER
 from regraft.checkpoint import DerivedTensors, TensorSpec, are_equal, output_dtype, read_json, shape_of
-from regraft.errors import CheckpointError, MismatchError
+from regraft.errors import MAX_LISTED, CheckpointError, MismatchError
 from regraft.weights import is_optional
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from regraft.checkpoint import Checkpoint
     from regraft.checkpoint.derived import Tensors
 
-# settings with which a LoRA is not W + scaling · B · A for layers of the base, and whether PEFT merges it
-CANNOT_MERGE = {
+UNMERGEABLE_SETTINGS = {
     "alora_invocation_tokens": False,
     "arrow_config": False,
     "kasa_config": True,
@@ -36,6 +35,7 @@ CANNOT_MERGE = {
     "use_qalora": False,
     "velora_config": True,
 }
+"""Settings with which a LoRA is not W + scaling·B·A for layers of the base, and whether PEFT merges it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,9 @@ def merge_lora(
         The merged model, in the base's dtypes (bfloat16 for quantised ones).
 
     Raises:
-        CheckpointError: A tensor of the adapter is unexpected, or the initial adapter is needed.
-        MismatchError: The base lacks tensors of the model, or has them in a different shape.
+        CheckpointError: A setting is invalid or not supported, a tensor of the adapter is missing or unexpected, or the
+            initial adapter is needed or does not have the adapter's factors.
+        MismatchError: The base lacks tensors of the model, or a tensor has a different shape than in the model.
     """
     modules = {name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in (*base, *adapter)}
     check_patterns(config, modules, "the LoRA's adapter_config.json")
@@ -83,7 +84,7 @@ def merge_lora(
     stored = architecture.in_memory(base)
     adapter, updates = resolve_updates(adapter, config, architecture)
     if initial_factors is not None:
-        _check_initial_factors(adapter, initial_factors, updates)
+        _check_initial_factors(initial_factors, updates)
     sources, untied = _follow_ties(stored, adapter, updates, architecture)
     if untied and (tied_by_setting := untied_by_setting(architecture)).issuperset(untied):
         changed |= text_config_change(base, architecture, changed, "tie_word_embeddings", False)
@@ -122,25 +123,26 @@ def read_lora_config(folder: Path) -> dict[str, Any]:
         folder: A PEFT folder.
 
     Raises:
-        CheckpointError: The folder has no adapter, or its adapter is not a LoRA.
+        CheckpointError: The folder has no adapter, or its adapter is not a LoRA of PEFT.
     """
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise CheckpointError(f"{folder}: has no {file.name}, so it is not an adapter. Use the folder of a LoRA.")
     config = read_json(file)
     check_peft(folder, config)
-    peft_type = config.get("peft_type")
-    if peft_type != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {peft_type}; only LORA can be merged.")
+    if config["peft_type"] != "LORA":
+        raise CheckpointError(
+            f"{file}: peft_type is {config['peft_type']}; only LORA can be merged. For another type, {CONVERT_REMEDY}."
+        )
     return config
 
 
 def _check_kind(config: Mapping[str, Any], initial_factors: Tensors | None) -> None:
-    special = [key for key in CANNOT_MERGE if config.get(key)]
+    special = [key for key in UNMERGEABLE_SETTINGS if config.get(key)]
     if special:
         remedy = (
             "Merge it with PEFT: merge_and_unload, then save_pretrained."
-            if all(CANNOT_MERGE[key] for key in special)
+            if all(UNMERGEABLE_SETTINGS[key] for key in special)
             else "PEFT does not merge it either: serve it as an adapter."
         )
         raise CheckpointError(
@@ -190,39 +192,46 @@ def _check_complete(absent: Sequence[str], architecture: Architecture, base: Che
     if missing:
         raise MismatchError(
             f"{len(missing)} tensors of the tuned {type(architecture.model).__name__} are neither in {base.path} nor "
-            f"in the LoRA: {', '.join(missing[:4])}. Use the base that it was tuned on. If they were initialised "
-            "before tuning, the LoRA should have saved them (modules_to_save)."
+            f"in the LoRA: {', '.join(missing[:MAX_LISTED])}. Use the base that it was tuned on. If they were "
+            "initialised before tuning, the LoRA should have saved them (modules_to_save)."
         )
 
 
-def _check_initial_factors(adapter: Tensors, initial_factors: Tensors, updates: Mapping[str, Update]) -> None:
+def _check_initial_factors(initial_factors: Tensors, updates: Mapping[str, Update]) -> None:
     for update in updates.values():
         if not update.accepts_initial_factors(initial_factors):
             raise CheckpointError(
-                f"the initial adapter does not match the LoRA: {(update.operands or ('a tensor',))[0]!r} differs."
+                f"the initial value of {update.operands[0]!r} cannot be subtracted: it is not B of a plain LoRA, "
+                f"or the initial adapter lacks B or A. Use the LoRA's own initial adapter, or {CONVERT_REMEDY}."
             )
 
 
 def _merged_spec(
     stored: Tensors, source: str | None, adapter: Tensors, update: Update | None, initial_factors: Tensors | None
 ) -> TensorSpec:
-    """Return the specification of a merged parameter."""
-    if update is not None and update.copied:
-        weight: tuple[Tensors, str] = (adapter, update.copied)
+    """Return the specification of a merged parameter.
+
+    Raises:
+        MismatchError: The base lacks a parameter that the LoRA updates but does not replace.
+    """
+    if update is not None and update.copied_tensor:
+        weight: tuple[Tensors, str] = (adapter, update.copied_tensor)
     elif source in stored:
         weight = (stored, str(source))
     else:
+        assert update is not None  # otherwise the parameter is absent
         raise MismatchError(
-            f"the LoRA changes a tensor that the base lacks, with {(update and update.operands)!r:.200}."
+            f"the LoRA changes a tensor that the base lacks, with {', '.join(update.operands)}. Use the base that it "
+            "was tuned on."
         )
     dtype = output_dtype(*weight)
     shape = shape_of(*weight)
-    if update is None or not update.applied:
+    if update is None or not update.applied_tensors:
         return TensorSpec(dtype, shape, (weight,))
-    operands = (weight, *((adapter, name) for name in update.applied))
+    operands = (weight, *((adapter, name) for name in update.applied_tensors))
     if initial_factors is not None:
-        operands += tuple((initial_factors, name) for name in update.applied)
-    rule = functools.partial(update.apply, is_folded=initial_factors is not None)
+        operands += tuple((initial_factors, name) for name in update.applied_tensors)
+    rule = functools.partial(update.apply, subtract_initial=initial_factors is not None)
     if source is not None and source in stored:
         dtype = output_dtype(stored, source)
     return TensorSpec(dtype, shape, operands, rule, elementwise=False)

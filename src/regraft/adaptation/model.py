@@ -35,8 +35,8 @@ def load_model(adaptation: Adaptation, base: Base, head: Head, *, trainable: boo
         The model, in float32 on the CPU, with all stored tensors and no untrained ones.
 
     Raises:
-        CheckpointError: A tensor of the adaptation is missing or unexpected.
-        MismatchError: A tensor's shape, the number of labels or a setting differs from the base's or the head's.
+        CheckpointError: A tensor of the adaptation is missing or unexpected, or a setting is unknown or invalid.
+        MismatchError: A tensor's shape, the number of labels or a setting does not fit the base or the head.
     """
     return adaptation.family.load(adaptation, base, head, trainable=trainable)
 
@@ -53,8 +53,9 @@ def load_old_model(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
         The old model, in float32 on the CPU.
 
     Raises:
-        CheckpointError: A tensor of the adaptation is missing or unexpected.
-        MismatchError: A tensor's shape differs from the one in either base, or the number of labels differs.
+        CheckpointError: A tensor of the adaptation is missing or unexpected, or a setting is unknown or invalid.
+        MismatchError: A tensor is missing in a base or has a different shape there, or the adaptation does not fit the
+            old base or the head.
     """
     adaptation.family.check_bodies(adaptation, upgrade)
     return load_model(adaptation, upgrade.old, head)
@@ -76,6 +77,8 @@ def prepare_for_tuning(model: Any, base: Base, head: Head, config: Config | None
 
     Raises:
         KindError: The architecture does not support that kind of adapter.
+        MismatchError: The pattern of a bottleneck adapter does not fit the model.
+        RecipeError: A LoRA's rank is more than the directions from which it is initialised.
     """
     return family_of_config(config).prepare_for_tuning(model, base, head, config, seed)
 
@@ -106,6 +109,9 @@ def save_model(
         head: Its head.
         folder: The folder to write.
         initial_factors: The result of the function `initial_factors`, for a model from `prepare_for_tuning`.
+
+    Raises:
+        CheckpointError: A LoRA with initial factors is a DoRA or adapts more than linear layers.
     """
     with quiet():
         family_of_model(model).save(model, base, folder, initial_factors or {})

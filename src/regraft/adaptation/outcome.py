@@ -81,6 +81,7 @@ def is_right(row: Mapping[str, Any]) -> bool | None:
     Raises:
         ValueError: `right` is not true, false or null.
     """
+    # schema 1 did not record `right`, but it follows from the label and the prediction
     right = row.get("right", None if row["label"] is None else row["label"] == row["prediction"])
     if right is None or isinstance(right, bool):
         return right
@@ -96,7 +97,7 @@ def find_outcome(out: Path, inputs: dict[str, Any], bases: Iterable[Base] = ()) 
         bases: The bases among the inputs, of which regraft 0.1 recorded other fingerprints.
 
     Raises:
-        OutcomeError: The folder is something else, has other inputs, or has lost its weights or predictions.
+        OutcomeError: The folder is something else, has other inputs, or has lost its weights, curve or predictions.
     """
     check_output_path(out)
     if not out.exists():
@@ -129,7 +130,7 @@ def load_outcome(path: str | Path) -> Outcome:
         The outcome.
 
     Raises:
-        OutcomeError: The folder is not an outcome folder.
+        OutcomeError: The folder is not an outcome folder, or its record is malformed.
     """
     file = Path(path) / "outcome.json"
     try:
@@ -153,7 +154,7 @@ def write_outcome(
         out: The outcome folder, which must not exist.
         record: The content of `outcome.json`.
         curve: The learning curve.
-        predictions: The lines of `predictions.jsonl`: one for each example of dev and test.
+        predictions: The lines of `predictions.jsonl`: one for each dev and test example.
 
     Returns:
         The published outcome.
@@ -177,14 +178,19 @@ def versions() -> dict[str, str]:
 
 
 def _check_complete(outcome: Outcome) -> None:
-    """Check that no file of an outcome was deleted or truncated after it was written."""
+    """Check that an outcome's weights load, and that its curve and the predictions of each scored split are not empty.
+
+    Raises:
+        OutcomeError: A file is missing, truncated or malformed.
+    """
     try:
         load_adaptation(outcome.path)
-        scored = [split for split in ("dev", "test") if outcome.scores.get(split) is not None]
-        if not outcome.curve or not all(
-            outcome.predictions(split) and outcome.right(split) for split in scored or ["dev"]
-        ):
-            raise ValueError("curve.jsonl or predictions.jsonl is truncated")
+        if not outcome.curve:
+            raise ValueError("curve.jsonl is truncated")
+        scored_splits = [split for split in ("dev", "test") if outcome.scores[split] is not None]
+        for split in scored_splits or ["dev"]:
+            if not outcome.predictions(split) or not outcome.right(split):
+                raise ValueError("predictions.jsonl is truncated")
     except (RegraftError, OSError, ValueError, KeyError, TypeError) as error:
         raise OutcomeError(
             f"{outcome.path}: is no longer a complete outcome ({error}). Remove it, and run the same command again."

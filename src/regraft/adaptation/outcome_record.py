@@ -10,6 +10,7 @@ from regraft.errors import OutcomeError
 from regraft.task.types.type import DEFAULT_TYPE
 
 SCHEMA = 2
+"""The version of the format of `outcome.json` that is written."""
 READABLE_SCHEMAS = (1, 2)  # predictions.jsonl of schema 1 lacks `right`, which follows from labels and predictions
 
 
@@ -22,7 +23,7 @@ class TaskRecord:
         metric: The metric's name.
         digest: The digest of the data.
         train: The number of training examples.
-        type: The task type. Records of regraft 0.1 lack it, which had only the default type.
+        type: The name of the task type. Records of regraft 0.1 lack it, which had only the default type.
     """
 
     name: str
@@ -37,11 +38,11 @@ class Scores:
     """The scores of an outcome; None without that split or without labels.
 
     Args:
-        dev: The final weights' score on dev.
-        dev_majority: The score of guessing without looking at the input, on dev.
-        test: The final weights' score on test.
-        test_majority: The score of guessing without looking at the input, on test.
-        dev_at_start: The score on dev before the first step.
+        dev: The dev score of the final weights.
+        dev_majority: The dev score of guessing without looking at the input.
+        test: The test score of the final weights.
+        test_majority: The test score of guessing without looking at the input.
+        dev_at_start: The dev score before the first step.
     """
 
     dev: float | None = None
@@ -165,6 +166,7 @@ def read_outcome_record(content: dict[str, Any], file: str) -> OutcomeRecord:
     """
     if content.get("schema") not in READABLE_SCHEMAS:
         raise OutcomeError(
-            f"{file}: has schema {content.get('schema')!r:.40}, this version of regraft reads {READABLE_SCHEMAS}."
+            f"{file}: has schema {content.get('schema')!r:.40}, this version of regraft reads {READABLE_SCHEMAS}. "
+            "Update regraft."
         )
     return read_record(OutcomeRecord, content, file, "the method that made it")

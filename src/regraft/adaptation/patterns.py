@@ -8,14 +8,15 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import CheckpointError
+from regraft.errors import MAX_LISTED, CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
 TIMEOUT_SECONDS = 5  # sensible patterns take milliseconds
-MAX_ENTRIES = 4096  # PEFT compares each entry of a list with every module
+MAX_ENTRIES = 4096  # arbitrary: PEFT compares each entry of a list with every module
 PATTERN_SETTINGS = ("layers_pattern", "after_attention", "after_feed_forward")
+"""The settings with a regular expression, beside those with `module` in their names."""
 LITERAL_NAME = re.compile(r"[\w.-]*")
 # PEFT matches in these forms: tuners_utils.check_target_module_exists, utils.other.get_pattern_key, _set_trainable
 MATCH_SCRIPT = r"""
@@ -45,13 +46,14 @@ def check_patterns(config: Mapping[str, Any], names: Collection[str], source: st
         source: The path of the file, for error messages.
 
     Raises:
-        CheckpointError: A pattern is invalid, or matching takes more than 5 seconds.
+        CheckpointError: A pattern is invalid, a setting has more than `MAX_ENTRIES` entries and more than there are
+            names, or matching takes more than `TIMEOUT_SECONDS`.
     """
     max_entries = max(MAX_ENTRIES, len(names))
     for name, value in config.items():
         if isinstance(value, list | dict) and ("module" in name or "pattern" in name) and len(value) > max_entries:
             raise CheckpointError(
-                f"{source}: {name} has {len(value):,} entries, but the base has {len(names):,} modules."
+                f"{source}: {name} has {len(value):,} entries, but the base has {len(names):,} modules. Correct it."
             )
     patterns = sorted({pattern for pattern in _expressions(config) if not LITERAL_NAME.fullmatch(pattern)})
     if not patterns:
@@ -65,7 +67,7 @@ def check_patterns(config: Mapping[str, Any], names: Collection[str], source: st
             timeout=TIMEOUT_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        first = ", ".join(f"{pattern!r:.80}" for pattern in patterns[:4])
+        first = ", ".join(f"{pattern!r:.80}" for pattern in patterns[:MAX_LISTED])
         raise CheckpointError(
             f"{source}: matching its patterns ({first}) takes more than {TIMEOUT_SECONDS} seconds. Write them "
             "without repeats inside repeats, or list the layers."
@@ -75,7 +77,7 @@ def check_patterns(config: Mapping[str, Any], names: Collection[str], source: st
 
 
 def _expressions(config: Mapping[str, Any]) -> Iterator[str]:
-    """Return the settings that PEFT uses as regular expressions. Entries of lists are names, with two exceptions."""
+    """Yield the texts that PEFT uses as regular expressions. Entries of lists are names, with two exceptions."""
     for name, value in config.items():
         if isinstance(value, str) and ("module" in name or name in PATTERN_SETTINGS):
             yield value

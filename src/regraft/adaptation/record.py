@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.checkpoint import read_json, write_atomic
-from regraft.errors import CheckpointError
+from regraft.errors import MAX_LISTED, CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ OUTCOME_FILE = "outcome.json"
 
 
 class LineageRecord(NamedTuple):
-    """What is recorded of an adaptation; None for what is unknown.
+    """The lineage of an adaptation as it is recorded; None for what is unknown.
 
     Args:
         labels: The label names, in the order of the head's outputs.
@@ -67,11 +67,13 @@ def labels_of_config(config: dict[str, Any], folder: Path) -> tuple[str, ...] | 
         The names in the order of the head's outputs; None if there are only the placeholders of transformers.
 
     Raises:
-        CheckpointError: The names do not number the outputs from 0 on, or the two maps contradict each other.
+        CheckpointError: `id2label` does not number the outputs from 0 on, repeats a name, or contradicts `label2id`.
     """
     names, numbers = config.get("id2label") or {}, config.get("label2id") or {}
     if not isinstance(names, dict) or sorted(map(str, names)) != sorted(map(str, range(len(names)))):
-        raise CheckpointError(f"{folder}/config.json: id2label is {names!r:.100}, not names of the outputs from 0 on.")
+        raise CheckpointError(
+            f"{folder}/config.json: id2label is {names!r:.100}, not names of the outputs from 0 on. Correct it."
+        )
     labels = tuple(str(names[str(i)]) for i in range(len(names)))
     if isinstance(numbers, dict) and any(str(numbers.get(label, i)) != str(i) for i, label in enumerate(labels)):
         raise CheckpointError(
@@ -96,9 +98,10 @@ def reconcile_labels(
         CheckpointError: Both are known, and they differ in names or order.
     """
     if recorded and configured and recorded != configured:
+        listed, others = (", ".join(labels[:MAX_LISTED]) for labels in (recorded, configured))
         raise CheckpointError(
-            f"{folder}: its records contradict each other on its labels: {LINEAGE_FILE} has {', '.join(recorded[:8])}, "
-            f"config.json {', '.join(configured[:8])}. Correct the one that is not in the order of the head's outputs."
+            f"{folder}: its records contradict each other on its labels: {LINEAGE_FILE} has {listed}, config.json "
+            f"{others}. Correct the one that is not in the order of the head's outputs."
         )
     return recorded or configured
 
@@ -124,9 +127,9 @@ def _parse_lineage(record: dict[str, Any], file: Path) -> LineageRecord:
     labels = record.get("labels")
     base = record.get("base") or {}
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise CheckpointError(f"{file}: labels is {labels!r:.100}, not a list of names.")
+        raise CheckpointError(f"{file}: labels is {labels!r:.100}, not a list of names. Correct it.")
     if not isinstance(base, dict):
-        raise CheckpointError(f"{file}: base is {base!r:.100}, not an object with a fingerprint.")
+        raise CheckpointError(f"{file}: base is {base!r:.100}, not an object with a fingerprint. Correct it.")
     _check_distinct(labels or [], f"{file}: labels")
     fingerprint = base.get("fingerprint")
     task, task_type = record.get("task"), record.get("task_type")
@@ -142,4 +145,5 @@ def _parse_lineage(record: dict[str, Any], file: Path) -> LineageRecord:
 def _check_distinct(labels: Sequence[str], origin: str) -> None:
     repeated = sorted(label for label, count in Counter(labels).items() if count > 1)
     if repeated:
-        raise CheckpointError(f"{origin} names {', '.join(map(repr, repeated[:4]))} more than once.")
+        listed = ", ".join(map(repr, repeated[:MAX_LISTED]))
+        raise CheckpointError(f"{origin} names {listed} more than once. Correct the names.")

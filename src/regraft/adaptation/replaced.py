@@ -10,7 +10,7 @@ import functools
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.lora import model_name
+from regraft.adaptation.lora import MAGNITUDE_SUFFIX, TOKEN_ROWS_SUFFIX, name_without_prefix
 from regraft.checkpoint import DerivedTensors, TensorSpec, dtype_of, shape_of
 from regraft.errors import MismatchError
 from regraft.weights import graft, graft_rows
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 
     Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-MAGNITUDE = ".lora_magnitude_vector"
-TOKENS = ".trainable_tokens_delta"  # in spite of its name, it stores the rows, not their deltas
-# the parts that PEFT's wrappers insert between the names of a module and its parameter
 WRAPPER = re.compile(r"\.(?:base_layer|ln_tuning_layers|modules_to_save(?:\.default)?|original_module|token_adapter)\b")
+"""Matches the parts that PEFT's wrappers insert between the names of a module and its parameter."""
 
 
 def replaced_parameter(stored: str, base: Base) -> str | None:
@@ -44,15 +42,15 @@ def replaced_parameter(stored: str, base: Base) -> str | None:
         The parameter's name in memory inside the body; None for a tensor that replaces none, such as A and B of a LoRA
         and the head.
     """
-    name = WRAPPER.sub("", model_name(stored).removesuffix(".weight" if MAGNITUDE in stored else ""))
-    for part in (MAGNITUDE, TOKENS):
+    name = WRAPPER.sub("", name_without_prefix(stored).removesuffix(".weight" if MAGNITUDE_SUFFIX in stored else ""))
+    for part in (MAGNITUDE_SUFFIX, TOKEN_ROWS_SUFFIX):
         if name.endswith(part):
             name = name.removesuffix(part) + ".weight"
     inner = name.removeprefix(f"{base.prefix}.")
     return inner if inner in base.parameters else None
 
 
-def graft_replaced(
+def graft_replacements(
     adaptation: Adaptation,
     tensors: Mapping[str, torch.Tensor],
     upgrade: Upgrade,
@@ -75,7 +73,7 @@ def graft_replaced(
         The tensors for the new base, and the names of the grafted ones.
 
     Raises:
-        MismatchError: A tensor differs in shape from the base's, or rows of tokens that the base lacks.
+        MismatchError: A tensor differs in shape from the base's, or the adapter tunes rows that the base lacks.
     """
     inners = {name: inner for name in tensors if (inner := replaced_parameter(name, upgrade.old)) is not None}
     replaced = {name: inner for name, inner in inners.items() if inner in upgrade.new.parameters}
@@ -109,31 +107,29 @@ def graft_replaced(
     return DerivedTensors(entries), () if replace else tuple(name for name in replaced if name in entries)
 
 
-def renumbered_settings(
-    adaptation: Adaptation, settings: Mapping[str, Any], match: RowMatch | None
-) -> Mapping[str, Any]:
-    """Return an adapter's settings with the ids of its tuned tokens in the grafted vocabulary.
+def renumber_token_ids(adaptation: Adaptation, config: Mapping[str, Any], match: RowMatch | None) -> Mapping[str, Any]:
+    """Return an adapter's config with the ids of its tuned tokens in the grafted vocabulary.
 
     Args:
         adaptation: An adaptation that is not a full fine-tune.
-        settings: The content of its `adapter_config.json`.
+        config: The content of its `adapter_config.json`.
         match: How the rows of the vocabularies match; None if they are the same.
 
     Returns:
-        The settings, without the ids of tokens that the new base lacks.
+        The config, without the ids of tokens that the new base lacks.
     """
     if match is None:
-        return settings
+        return config
     new_rows = {tuned_row: row for row, tuned_row in enumerate(match.tuned_row_indices) if tuned_row >= 0}
 
     def renumber(rows: Any) -> Any:
         if isinstance(rows, dict):
-            tensors_by_module = {module: renumber(module_rows) for module, module_rows in rows.items()}
-            return {module: module_rows for module, module_rows in tensors_by_module.items() if module_rows} or None
+            rows_by_module = {module: renumber(module_rows) for module, module_rows in rows.items()}
+            return {module: module_rows for module, module_rows in rows_by_module.items() if module_rows} or None
         return [new_rows[row] for row in rows if row in new_rows] or None
 
-    indices = {key: settings[key] for key in ("trainable_token_indices", "token_indices") if settings.get(key)}
-    return {**settings, **{key: renumber(rows) for key, rows in indices.items()}}
+    indices = {key: config[key] for key in ("trainable_token_indices", "token_indices") if config.get(key)}
+    return {**config, **{key: renumber(rows) for key, rows in indices.items()}}
 
 
 def _graft_rule(
@@ -142,14 +138,18 @@ def _graft_rule(
     """Return the rule that grafts a stored tensor, with the tensor's shape before and after.
 
     `rule` computes a tensor, or its rows, from those of the new base, the adapter and the old base.
+
+    Raises:
+        MismatchError: The adapter tunes rows that the old base lacks.
     """
     shape = shape_of(upgrade.old.parameters, inner)
-    if TOKENS in name:
-        rows = token_rows(adaptation, model_name(name).split(".token_adapter")[0].removesuffix(TOKENS))
+    if TOKEN_ROWS_SUFFIX in name:
+        plain_name = name_without_prefix(name)
+        rows = token_rows(adaptation, plain_name.split(".token_adapter")[0].removesuffix(TOKEN_ROWS_SUFFIX))
         count = shape[0] if match is None else match.num_tuned_rows
         if rows and not 0 <= min(rows) <= max(rows) < count:
             raise MismatchError(
-                f"{adaptation.path}: tunes rows of tokens up to {max(rows)}, but {upgrade.old.path} has {count:,} "
+                f"{adaptation.path}: tunes rows up to {max(rows)}, but {upgrade.old.path} has {count:,} "
                 "rows. Was it tuned on that base?"
             )
         row_triples = [(row, row, position) for position, row in enumerate(rows)]
@@ -162,7 +162,7 @@ def _graft_rule(
             ]
         token_rule = functools.partial(_graft_tokens, row_triples=row_triples, rule=rule)
         return token_rule, (len(rows), *shape[1:]), (len(row_triples), *shape[1:])
-    if MAGNITUDE in name:
+    if MAGNITUDE_SUFFIX in name:
         module = upgrade.old.architecture.model.get_submodule(inner.removesuffix(".weight"))
         dim = 1 if type(module).__name__ == "Linear" else 0  # PEFT transposes the weights of Conv1D and embeddings
         magnitude_shape = (shape[1 - dim],)
@@ -195,7 +195,7 @@ def num_adapter_rows(adaptation: Adaptation, base: Base) -> int | None:
     """
     names = (f"{base.prefix}.{base.architecture.embeddings}", str(base.architecture.embeddings))
     for name, tensor in adaptation.checkpoint.tensors.items():
-        plain = WRAPPER.sub("", model_name(name))
+        plain = WRAPPER.sub("", name_without_prefix(name))
         if plain in names and tensor.shape:
             return tensor.shape[0]
         if name.endswith(".lora_embedding_A") and f"{plain.removesuffix('.lora_embedding_A')}.weight" in names:

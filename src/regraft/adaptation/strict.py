@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.architecture import BUFFER, COMPILED
 from regraft.checkpoint import Checkpoint
-from regraft.errors import CheckpointError
+from regraft.errors import MAX_LISTED, CheckpointError
 from regraft.progress import quiet
 from regraft.transformers_folder import check_model
 from regraft.weights import is_optional
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: Any) -> tuple[Any, list[str]]:
-    """Load a model, and check that its tensors are exactly those that are stored.
+    """Load a model, and check that its tensors are those that are stored, apart from an untrained head or pooler.
 
     Args:
         architecture: A transformers auto class.
@@ -29,7 +29,7 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
         The model in evaluation mode, and the names of its untrained tensors.
 
     Raises:
-        CheckpointError: A tensor is missing, unexpected or of the wrong shape.
+        CheckpointError: transformers cannot load the model, or a tensor is missing, unexpected or of the wrong shape.
     """
     check_model(architecture, Checkpoint.open(path))
     with quiet():
@@ -47,6 +47,7 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
             raise CheckpointError(f"{path}: transformers cannot load it ({error}).") from error
 
     def is_required(name: str) -> bool:
+        """Return whether a tensor must be stored and loaded."""
         if prefix is None:
             return True
         inner = name.removeprefix(prefix + ".")
@@ -70,7 +71,7 @@ def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: 
     }
     if any(problems.values()):
         lists = "; ".join(
-            f"{len(names)} {problem}: {', '.join(names[:4])}" for problem, names in problems.items() if names
+            f"{len(names)} {problem}: {', '.join(names[:MAX_LISTED])}" for problem, names in problems.items() if names
         )
-        raise CheckpointError(f"{path}: its tensors do not fit a {type(model).__name__}: {lists}.")
+        raise CheckpointError(f"{path}: its tensors do not fit a {type(model).__name__}: {lists}. Save it again.")
     return model, sorted(report["missing_keys"])

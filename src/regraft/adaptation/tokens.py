@@ -1,4 +1,4 @@
-"""Match the tokens of an adaptation with the tokens of both bases."""
+"""Matching the tokens of an adaptation with the tokens of both bases."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
-from regraft.adaptation.replaced import TOKENS, token_rows
-from regraft.errors import CheckpointError, MismatchError
+from regraft.adaptation.lora import TOKEN_ROWS_SUFFIX
+from regraft.adaptation.replaced import token_rows
+from regraft.errors import MAX_LISTED, CheckpointError, MismatchError
 from regraft.upgrade import Upgrade
 from regraft.vocabulary import ids_by_token, merged_tokenizer
 from regraft.weights import match_rows
@@ -64,7 +65,7 @@ def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedToken
     if count is not None:
         return ids_by_token(tokenizer, count), count
     module = f"{old.prefix}.{old.architecture.embeddings}".removesuffix(".weight")
-    is_tuned = any(TOKENS in name for name in adaptation.checkpoint.tensors)
+    is_tuned = any(TOKEN_ROWS_SUFFIX in name for name in adaptation.checkpoint.tensors)
     tuned = set(token_rows(adaptation, module) if is_tuned else ())
     added = {token: row for token, row in tokenizer.get_vocab().items() if row in tuned and token not in old.vocabulary}
     return {**old.vocabulary, **added}, max([old.embedding_rows, *(row + 1 for row in added.values())])
@@ -89,7 +90,7 @@ def with_adaptation_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
             "%s: its tokenizer has tokens that %s lacks (%s), and it stores no rows for them.",
             adaptation.path,
             upgrade.old.path,
-            ", ".join(rowless[:4]),
+            ", ".join(rowless[:MAX_LISTED]),
         )
     if vocabulary == upgrade.old.vocabulary and count == upgrade.old.embedding_rows:
         return upgrade

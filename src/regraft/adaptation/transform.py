@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from regraft.progress import Progress
     from regraft.upgrade import Upgrade
 
-TRANSFORMABLE = ("full", "lora")
+TRANSFORMABLE_VARIANTS = ("full", "lora")
+"""The variants of adaptations with dense deltas."""
 
 
 def write_transform(
@@ -40,20 +41,21 @@ def write_transform(
         Names of tensors, as `write_graft` returns.
 
     Raises:
-        MismatchError: A tensor of the body is missing in a base, or differs in shape from it.
-        KindError: The adaptation's kind has no deltas.
+        CheckpointError: A LoRA's initialisation cannot be reproduced from the old base alone.
+        MismatchError: A tensor of the body is missing in a base, or has a different shape there.
+        KindError: The adaptation's kind has no deltas, or a LoRA stores fused experts separately.
     """
     check_transformable(adaptation)
     transformed = adaptation.family.transform(adaptation, upgrade, rule, progress, replace=replace)
     return write_grafted_adaptation(adaptation, upgrade, transformed, folder, progress)
 
 
-def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = TRANSFORMABLE) -> None:
+def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = TRANSFORMABLE_VARIANTS) -> None:
     """Check that an adaptation has deltas that can be transformed.
 
     Args:
         adaptation: The adaptation.
-        variants: The supported kinds.
+        variants: The supported variants.
 
     Raises:
         KindError: The adaptation is of another kind, or is a LoRA with more than B·A for linear layers.

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from regraft.checkpoint import Checkpoint
     from regraft.checkpoint.derived import Tensors
 
-CLASS_TABLES = {  # transformers' tables of classes by PEFT's task types
+CLASS_TABLES = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
+"""The names of transformers' tables of classes, by PEFT's task types."""
 HEAD = re.compile(r"^(?:classifier|score)\.(?:.*\.)?weight$")
+"""Matches the weights of heads."""
 
 
 def tuned_architecture(
@@ -56,7 +58,9 @@ def tuned_architecture(
     task_classes = getattr(auto, CLASS_TABLES.get(str(adapter_config.get("task_type")), ""), {})
     declared = [*filter(None, (task_classes.get(config.model_type), class_name(base, config)))]
     tables = ("MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
-    fallbacks = [*filter(None, (getattr(auto, f"MODEL_FOR_{t}_MAPPING_NAMES").get(config.model_type) for t in tables))]
+    fallbacks = [
+        *filter(None, (getattr(auto, f"MODEL_FOR_{table}_MAPPING_NAMES").get(config.model_type) for table in tables))
+    ]
     candidates = [*declared, None, *fallbacks] if declared or config.architectures else [*fallbacks, None]
     modules = {_module_of(name) for name in adapter}
     num_matches: dict[str | None, int] = {}
@@ -67,13 +71,13 @@ def tuned_architecture(
     name = max(num_matches, key=lambda candidate: num_matches[candidate])
     changed: dict[str, Any] = {}
     heads = {
-        n.removeprefix(PEFT_PREFIX): shape_of(adapter, n)[0]
-        for n in adapter
-        if HEAD.search(n.removeprefix(PEFT_PREFIX))
+        parameter: shape_of(adapter, stored)[0]
+        for stored in adapter
+        if HEAD.search(parameter := stored.removeprefix(PEFT_PREFIX))
     }
     if heads and name and name.endswith(("ForSequenceClassification", "ForTokenClassification")):
         hidden_size = getattr(config.get_text_config(), "hidden_size", 0)
-        count = len(labels or ()) or min([n for n in heads.values() if n != hidden_size] or heads.values())
+        count = len(labels or ()) or min([size for size in heads.values() if size != hidden_size] or heads.values())
         names = labels or [f"LABEL_{i}" for i in range(count)]
         changed["id2label"] = {str(i): label for i, label in enumerate(names)}
         changed["label2id"] = {label: i for i, label in enumerate(names)}
@@ -83,8 +87,8 @@ def tuned_architecture(
     vocab_size = _tuned_vocab_size(adapter, architecture)
     if vocab_size is not None:
         config = copy.deepcopy(config)
-        text: Any = config.get_text_config()
-        text.vocab_size = vocab_size
+        text_config: Any = config.get_text_config()
+        text_config.vocab_size = vocab_size
         changed |= text_config_change(base, architecture, changed, "vocab_size", vocab_size)
         architecture = architecture_of(config, name)
     full_name = type(architecture.model).__name__
@@ -108,19 +112,17 @@ def text_config_change(
     Returns:
         The settings of `config.json` to change.
     """
-    settings = read_json(base.path / "config.json") | changed
+    config = read_json(base.path / "config.json") | changed
     change = {key: value}
-    if architecture.config.get_text_config() is not architecture.config and "text_config" in settings:
-        change = {"text_config": {**settings["text_config"], **change}}
-        if key in settings or key == "tie_word_embeddings":
+    if architecture.config.get_text_config() is not architecture.config and "text_config" in config:
+        change = {"text_config": {**config["text_config"], **change}}
+        if key in config or key == "tie_word_embeddings":
             change[key] = value
     return change
 
 
 def untied_by_setting(architecture: Architecture) -> set[str]:
-    """Return the parameters that are tied only if `tie_word_embeddings` is true.
-
-    Others are untied by storing them twice.
+    """Return the parameters that are tied only if `tie_word_embeddings` is true; others are untied by storing both.
 
     Args:
         architecture: The class.
@@ -136,13 +138,17 @@ def _module_of(stored: str) -> str:
 
 
 def _tuned_vocab_size(adapter: Tensors, architecture: Architecture) -> int | None:
-    """Return the vocabulary size of the tuned model if it differs from the base's."""
+    """Return the vocabulary size of the tuned model; None if it is the base's or unknown.
+
+    Raises:
+        CheckpointError: The LoRA's embeddings and heads differ in their number of rows.
+    """
     base_size = getattr(architecture.config.get_text_config(), "vocab_size", None)  # None if it reads no tokens
     sizes = set()
     for stored in adapter:
         name = f"{_module_of(stored)}.weight"
         if name in architecture.parameters and str(architecture.identify(name)) in architecture.token_tensors:
-            if stored.endswith((".weight", ".lora_B.weight")) and ".lora_A" not in stored:
+            if stored.endswith(".weight") and ".lora_A" not in stored:
                 sizes.add(shape_of(adapter, stored)[0])
             elif stored.endswith(".lora_embedding_A"):
                 sizes.add(shape_of(adapter, stored)[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from regraft.adaptation.lora import PARTS
+from regraft.adaptation.lora import A_SUFFIX, B_SUFFIX
 from regraft.weights import dora_weight, lora_delta, merge_experts, subtract_factors
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """A tensor of the adapter replaces the base's; subclasses add further changes.
+    """A tensor of the adapter may replace the base's; subclasses make further changes.
 
     Args:
         operands: The names of the adapter's tensors for further changes.
@@ -35,27 +35,27 @@ class Update:
     rows: tuple[int, ...] = ()
 
     @property
-    def copied(self) -> str | None:
-        """The adapter's tensor that replaces the base's."""
+    def copied_tensor(self) -> str | None:
+        """The name of the adapter's tensor that replaces the base's; None if there is none."""
         return self.weight
 
     @property
-    def applied(self) -> tuple[str, ...]:
-        """The adapter's tensors for `apply`."""
+    def applied_tensors(self) -> tuple[str, ...]:
+        """The names of the adapter's tensors for `apply`."""
         return ()
 
-    def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor, *operands: torch.Tensor, subtract_initial: bool) -> torch.Tensor:
         """Return the updated parameter.
 
         Args:
             weight: The base's parameter, or the tensor that replaces it.
-            operands: The tensors of `applied`, followed by their initial values if these are to be subtracted.
-            is_folded: Whether the initial values are subtracted.
+            operands: The tensors of `applied_tensors`, followed by their initial values if these are subtracted.
+            subtract_initial: Whether the initial values are subtracted.
         """
         return weight
 
     def accepts_initial_factors(self, initial_factors: Mapping[str, torch.Tensor]) -> bool:
-        """Return whether the factors of an initial adapter can be subtracted."""
+        """Return whether an initial adapter has the factors to subtract, if any."""
         return True
 
     def shapes(self, parameter: Shape, expected: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -68,7 +68,7 @@ class Update:
         Returns:
             The shapes by stored name.
         """
-        return {self.copied: parameter} if self.copied else {}
+        return {self.copied_tensor: parameter} if self.copied_tensor else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ class ReplacedModule(Update):
     """The parameter belongs to a module that is fully tuned and stored."""
 
     @property
-    def copied(self) -> str:
-        """The stored tensor, which is not tied to others."""
+    def copied_tensor(self) -> str:
+        """The name of the stored tensor, which is not tied to others."""
         return self.operands[0]
 
     def shapes(self, parameter: Shape, expected: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -90,11 +90,11 @@ class Rows(Update):
     """Rows of the parameter are replaced."""
 
     @property
-    def applied(self) -> tuple[str, ...]:
+    def applied_tensors(self) -> tuple[str, ...]:
         """The rows."""
         return self.operands
 
-    def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor, *operands: torch.Tensor, subtract_initial: bool) -> torch.Tensor:
         """Copy the rows."""
         import torch
 
@@ -110,11 +110,11 @@ class Bias(Update):
     """A bias is added."""
 
     @property
-    def applied(self) -> tuple[str, ...]:
+    def applied_tensors(self) -> tuple[str, ...]:
         """The bias."""
         return self.operands
 
-    def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor, *operands: torch.Tensor, subtract_initial: bool) -> torch.Tensor:
         """Add the scaled bias, in float64."""
         return weight.double() + self.scale * operands[0].double()
 
@@ -128,17 +128,17 @@ class Factors(Update):
     """scale·B·A is added; a DoRA then scales the rows to their magnitudes. The operands are B, A and the magnitude."""
 
     @property
-    def applied(self) -> tuple[str, ...]:
+    def applied_tensors(self) -> tuple[str, ...]:
         """B, A and the magnitude."""
         return self.operands
 
-    def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor, *operands: torch.Tensor, subtract_initial: bool) -> torch.Tensor:
         """Add scale·B·A, in float64."""
         b, a, *extra_operands = operands  # the magnitude, or the initial factors
         plain = weight.T if self.transposed else weight
-        if is_folded:
+        if subtract_initial:
             b, a = subtract_factors((b.double(), a.double()), (extra_operands[0].double(), extra_operands[1].double()))
-        if extra_operands and not is_folded:
+        if extra_operands and not subtract_initial:
             merged = dora_weight(plain, b, a, self.scale, extra_operands[0])
         else:
             merged = plain.double() + lora_delta(b, a, self.scale)
@@ -146,11 +146,11 @@ class Factors(Update):
 
     def accepts_initial_factors(self, initial_factors: Mapping[str, torch.Tensor]) -> bool:
         """Return whether the initial adapter has B and A, and there is no magnitude."""
-        factors = [name for name in self.operands if name.endswith(PARTS[:2])]
+        factors = [name for name in self.operands if name.endswith((A_SUFFIX, B_SUFFIX))]
         return len(self.operands) == 2 and all(name in initial_factors for name in factors)
 
-    def count(self, parameter: torch.Tensor) -> int:
-        """Return the number of products B·A of a parameter."""
+    def num_products(self, parameter: torch.Tensor) -> int:
+        """Return the number of products B·A for a parameter."""
         return 1
 
 
@@ -158,7 +158,7 @@ class Factors(Update):
 class Experts(Factors):
     """scale·B·A is added for each expert of a fused parameter."""
 
-    def apply(self, weight: torch.Tensor, *operands: torch.Tensor, is_folded: bool) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor, *operands: torch.Tensor, subtract_initial: bool) -> torch.Tensor:
         """Add scale·B·A to each expert."""
         return merge_experts(weight, operands[0], operands[1], self.scale, self.transposed)
 
@@ -174,6 +174,6 @@ class Experts(Factors):
         replaced = super().shapes(parameter, expected)
         return {**replaced, self.operands[0]: (out, ranks), self.operands[1]: (ranks, inner)}
 
-    def count(self, parameter: torch.Tensor) -> int:
+    def num_products(self, parameter: torch.Tensor) -> int:
         """Return the number of experts."""
         return len(parameter)

@@ -7,15 +7,15 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import flat_slice, shape_of
-from regraft.errors import MismatchError
+from regraft.errors import MAX_LISTED, MismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     import torch
 
-CHUNK_ELEMENTS = 1 << 18  # 2 MiB in float64
-LAYOUT_SETTINGS = (  # vectors of adapters are comparable only if these are equal
+CHUNK_ELEMENTS = 1 << 18  # arbitrary: a chunk takes 2 MiB in float64
+LAYOUT_SETTINGS = (
     "peft_type",
     "r",
     "lora_alpha",
@@ -29,6 +29,7 @@ LAYOUT_SETTINGS = (  # vectors of adapters are comparable only if these are equa
     "activation",
     "placement",
 )
+"""The settings of adapters that must be equal for their vectors to be comparable."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Vector:
         kind: The kind of adaptation.
         fingerprint: The fingerprint of the weights.
         tensors: The stored tensors; of a LoRA whose initialisation changed its base, those of the plain LoRA.
-        settings: The content of an adapter's config; empty for a full fine-tune.
+        config: The content of `adapter_config.json`; empty for a full fine-tune.
         base: The base's tensors to subtract, and their names by the names in the vector; None for an adapter.
         names: The stored names of the tensors, by their names in the vector.
     """
@@ -49,7 +50,7 @@ class Vector:
     kind: str
     fingerprint: str
     tensors: Mapping[str, torch.Tensor]
-    settings: Mapping[str, Any]
+    config: Mapping[str, Any]
     base: tuple[Mapping[str, torch.Tensor], Mapping[str, str]] | None
     names: dict[str, str]
 
@@ -76,7 +77,7 @@ class Vector:
 
 
 def chunks(vector: Vector) -> Iterator[tuple[str, int, int]]:
-    """Divide a vector into chunks.
+    """Divide a vector into chunks of at most `CHUNK_ELEMENTS` elements.
 
     Args:
         vector: The vector.
@@ -103,17 +104,17 @@ def check_same_layout(vector: Vector, reference: Vector) -> None:
     if vector.kind != reference.kind:
         raise MismatchError(
             f"{vector.source} is a {vector.kind}, but {reference.source} is a {reference.kind}: a map is learned from "
-            "adaptations of one kind."
+            "adaptations of a single kind."
         )
     shapes, expected = vector.shapes, reference.shapes
     if differing := sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name)):
-        first = "; ".join(f"{name}: {shapes.get(name)} and {expected.get(name)}" for name in differing[:4])
+        first = "; ".join(f"{name}: {shapes.get(name)} and {expected.get(name)}" for name in differing[:MAX_LISTED])
         raise MismatchError(
             f"{vector.source} and {reference.source} differ in {len(differing)} tensors ({first}): a map is learned "
             "from adaptations of the same shapes."
         )
     for key in LAYOUT_SETTINGS:
-        value, expected_value = vector.settings.get(key) or None, reference.settings.get(key) or None
+        value, expected_value = vector.config.get(key) or None, reference.config.get(key) or None
         if value != expected_value:
             raise MismatchError(
                 f"{vector.source} and {reference.source} differ in {key}: {value!r} and {expected_value!r}. Their "

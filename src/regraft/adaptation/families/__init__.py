@@ -17,13 +17,13 @@ FULL = Full()
 PEFT = Peft()
 PROMPT = Prompt()
 BOTTLENECKS = Bottlenecks()
-# all other types belong to PROMPT or PEFT
 FAMILY_BY_PEFT_TYPE: dict[str, Family] = {
     "BOTTLENECK": BOTTLENECKS,
     "LORA": Lora(),
     "PREFIX_TUNING": Prefix(),
     "P_TUNING": PTuning(),
 }
+"""The families of single types; all other types belong to `PROMPT` or `PEFT`."""
 
 
 def family_of(peft_type: str) -> Family | None:
@@ -54,7 +54,9 @@ def family_of_config(config: Any) -> Family:
     """
     if config is None:
         return FULL
-    return family_of(str(config.to_dict()["peft_type"]).rpartition(".")[2]) or PEFT
+    family = family_of(str(config.to_dict()["peft_type"]).rpartition(".")[2])
+    assert family is not None  # PEFT knows the types of its configs
+    return family
 
 
 def family_of_model(model: Any) -> Family:

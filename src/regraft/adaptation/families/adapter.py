@@ -10,13 +10,13 @@ from regraft.adaptation.adaptation import Family, GraftedAdaptation
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.fresh import fresh_poolers, load_with_fresh_head
 from regraft.adaptation.layout import OBSOLETE_SETTINGS, adapter_name_hint
-from regraft.adaptation.lora import PEFT_PREFIX, PROMPT_PREFIX, model_name
+from regraft.adaptation.lora import PEFT_PREFIX, PROMPT_PREFIX, name_without_prefix
 from regraft.adaptation.patterns import check_patterns
-from regraft.adaptation.replaced import graft_replaced, num_adapter_rows, renumbered_settings, replaced_parameter
+from regraft.adaptation.replaced import graft_replacements, num_adapter_rows, renumber_token_ids, replaced_parameter
 from regraft.adaptation.tokens import match_token_rows
 from regraft.adaptation.vector import Vector
 from regraft.checkpoint import FLOATING, dtype_of, shape_of
-from regraft.errors import CheckpointError, KindError, MismatchError, RecipeError
+from regraft.errors import MAX_LISTED, CheckpointError, KindError, MismatchError, RecipeError
 from regraft.task.types import task_types
 from regraft.weights import is_optional
 
@@ -40,16 +40,16 @@ class Adapter(Family):
     """An adapter on a frozen base, with a fully tuned head, stored in PEFT's layout."""
 
     needs_task_type: ClassVar[bool] = False
-    """Whether PEFT builds a model without a head if the settings name no task type."""
+    """Whether PEFT builds a model without a head if the config names no task type."""
 
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
-        """Return the types with the PEFT task type of the settings, or all types if the settings have none."""
+        """Return the task types with the PEFT task type of the config, or all task types if it has none."""
         peft_task_type = config.get("task_type")
         return [task_type for task_type in task_types().values() if peft_task_type in (None, task_type.peft_type)]
 
     @abstractmethod
     def config_class(self, config: Mapping[str, Any]) -> Any:
-        """Return the dataclass whose fields are the settings of `adapter_config.json`."""
+        """Return the dataclass of the content of `adapter_config.json`."""
 
     @abstractmethod
     def attach_adapter(
@@ -67,6 +67,11 @@ class Adapter(Family):
 
         Returns:
             The model with the adapter.
+
+        Raises:
+            KindError: PEFT cannot put the adapter on the model.
+            MismatchError: A bottleneck adapter's pattern does not fit the model.
+            RecipeError: A LoRA's rank is more than the directions from which it is initialised.
         """
 
     @abstractmethod
@@ -83,6 +88,10 @@ class Adapter(Family):
 
         Returns:
             The model, the adapter's tensors in it by stored name, and the stored tensors that they must equal.
+
+        Raises:
+            CheckpointError: The config is malformed or invalid.
+            MismatchError: The adapter does not fit the base or the head.
         """
 
     def prepare_for_tuning(self, model: Any, base: Base, head: Head, config: Any, seed: int) -> Any:
@@ -125,7 +134,7 @@ class Adapter(Family):
         setting_names = {field.name for cls in config_classes for field in dataclasses.fields(cls)} | OBSOLETE_SETTINGS
         unknown = sorted(key for key, value in config.items() if value and key not in setting_names)
         if unknown:
-            listed = ", ".join(f"{key}: {config[key]!r:.60}" for key in unknown[:4])
+            listed = ", ".join(f"{key}: {config[key]!r:.60}" for key in unknown[:MAX_LISTED])
             raise CheckpointError(
                 f"{file}: the settings {listed} are unknown for a {adaptation.kind} and would be ignored, but the "
                 "adapter may have been tuned with them. Update PEFT or regraft, or correct or remove them."
@@ -137,9 +146,9 @@ class Adapter(Family):
                 "If it is one, correct task_type."
             )
 
-    def write(self, folder: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
+    def write(self, folder: Path, tensors: Tensors, config: Mapping[str, Any], progress: Progress) -> None:
         """Write the adapter in PEFT's layout."""
-        write_adapter(folder, tensors, settings)
+        write_adapter(folder, tensors, config)
 
     def check_bodies(self, adaptation: Adaptation, upgrade: Upgrade) -> None:
         """Do nothing: an adapter stores no body."""
@@ -173,12 +182,12 @@ class Adapter(Family):
     def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> GraftedAdaptation:
         """Copy the adapter, and graft the tensors that it stores in place of its base's."""
         _check_pooler(adaptation, upgrade)
-        tensors, settings = self.plain_adapter(adaptation, upgrade.old)
+        tensors, config = self.plain_adapter(adaptation, upgrade.old)
         rows = match_token_rows(adaptation, upgrade)
-        grafted, replaced = graft_replaced(adaptation, tensors, upgrade, rows, replace=replace)
-        settings = renumbered_settings(adaptation, settings, rows)
-        settings = {**settings, "base_model_name_or_path": upgrade.new.name, "revision": None}
-        return GraftedAdaptation(grafted, settings, replaced)
+        grafted, replaced = graft_replacements(adaptation, tensors, upgrade, rows, replace=replace)
+        config = renumber_token_ids(adaptation, config, rows)
+        config = {**config, "base_model_name_or_path": upgrade.new.name, "revision": None}
+        return GraftedAdaptation(grafted, config, replaced)
 
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
@@ -234,9 +243,13 @@ class Adapter(Family):
 
     def vector(self, adaptation: Adaptation, base: Base) -> Vector:
         """Return the tensors of `plain_adapter` as a vector."""
-        tensors, settings = self.plain_adapter(adaptation, base)
+        tensors, config = self.plain_adapter(adaptation, base)
         head_names = _head_names(base)
-        names = [name for name in tensors if model_name(name) not in head_names and not replaced_parameter(name, base)]
+        names = [
+            name
+            for name in tensors
+            if name_without_prefix(name) not in head_names and not replaced_parameter(name, base)
+        ]
         if not names:
             raise KindError(
                 f"{adaptation.path}: stores only tensors in place of its base's, for which no map is learned. Use "
@@ -244,7 +257,7 @@ class Adapter(Family):
             )
         stored_names = {name: name for name in names}
         return Vector(
-            str(adaptation.path), adaptation.kind, adaptation.fingerprint, tensors, settings, None, stored_names
+            str(adaptation.path), adaptation.kind, adaptation.fingerprint, tensors, config, None, stored_names
         )
 
     def merge(self, adaptation: Adaptation, model: Any, old: Base, head: Head) -> Any:
@@ -301,7 +314,9 @@ def _check_loaded(
     }
     if any(names_by_problem.values()):
         problems = "; ".join(
-            f"{len(names)} {problem}: {', '.join(names[:4])}" for problem, names in names_by_problem.items() if names
+            f"{len(names)} {problem}: {', '.join(names[:MAX_LISTED])}"
+            for problem, names in names_by_problem.items()
+            if names
         )
         error_class: type[RegraftError] = MismatchError if misshapen else CheckpointError
         raise error_class(

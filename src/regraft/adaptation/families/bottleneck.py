@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adapter_folder import write_adapter
+from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.bottleneck_config import BottleneckConfig
 from regraft.adaptation.changes import base_tensor, parameter_of
 from regraft.adaptation.families.adapter import Adapter
@@ -33,7 +33,7 @@ class Bottlenecks(Adapter):
 
     def read_config(self, adaptation: Adaptation, *, for_new_adapter: bool = False) -> BottleneckConfig:
         """Read regraft's config."""
-        return BottleneckConfig.from_dict(adaptation.config, f"{adaptation.path}/adapter_config.json")
+        return BottleneckConfig.from_dict(adaptation.config, f"{adaptation.path}/{ADAPTER_CONFIG}")
 
     def attach_adapter(
         self, model: Any, base: Base, head: Head, config: Any, heads: Sequence[str], modules: Sequence[str]
@@ -70,10 +70,8 @@ class Bottlenecks(Adapter):
         """Write the adapters and the fully tuned modules."""
         from regraft.adaptation.bottleneck import bottleneck_config, bottleneck_state
 
-        settings = {**bottleneck_config(model).to_dict(), "base_model_name_or_path": base.name}
-        write_adapter(
-            folder, {PEFT_PREFIX + name: tensor for name, tensor in bottleneck_state(model).items()}, settings
-        )
+        config = {**bottleneck_config(model).to_dict(), "base_model_name_or_path": base.name}
+        write_adapter(folder, {PEFT_PREFIX + name: tensor for name, tensor in bottleneck_state(model).items()}, config)
 
     def tunes_module_weight(self, module: str, base: Base) -> bool:
         """Return whether the base lacks the weight: only heads and poolers are fully tuned."""
@@ -81,8 +79,8 @@ class Bottlenecks(Adapter):
 
     def proportional_parameter(self, parameter: str, model: Any) -> str | None:
         """Return the weight of the layer whose output the up-projection is added to."""
-        module, is_up_projection, _ = parameter.partition(".bottleneck.up.")
-        return parameter_of(module, model.get_submodule(module)) if is_up_projection else None
+        module, separator, _ = parameter.partition(".bottleneck.up.")
+        return parameter_of(module, model.get_submodule(module)) if separator else None
 
     def parameter_names(self, model: Any) -> dict[str, str]:
         """Return the names of the parameters by their stored names, which have PEFT's prefix."""

@@ -86,22 +86,22 @@ class Full(Family):
         """Write a plain transformers folder."""
         model.save_pretrained(folder)
 
-    def write(self, folder: Path, tensors: Tensors, settings: Mapping[str, Any], progress: Progress) -> None:
+    def write(self, folder: Path, tensors: Tensors, config: Mapping[str, Any], progress: Progress) -> None:
         """Write a checkpoint, in shards if it is large, and its `config.json`."""
 
         def report(_stage: str, completed: int, total: int, figures: Mapping[str, Any]) -> None:
             progress("graft", completed, total, figures)
 
         write_checkpoint(folder, tensors, progress=report)
-        write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+        write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def settings_for_head(self, settings: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
-        """Return the settings with the head's labels, and with its `problem_type` unless the current one is valid."""
+    def config_for_head(self, config: Mapping[str, Any], head: Head) -> Mapping[str, Any]:
+        """Return the config with the head's labels, and with its `problem_type` unless the current one is valid."""
         names = {str(i): label for i, label in head.settings["id2label"].items()}
         changed = {"id2label": names, "label2id": head.settings["label2id"]}
-        if settings.get("problem_type") not in head.type.problem_types:
+        if config.get("problem_type") not in head.type.problem_types:
             changed["problem_type"] = head.settings["problem_type"]
-        return {**settings, **changed}
+        return {**config, **changed}
 
     def check_bodies(self, adaptation: Adaptation, upgrade: Upgrade) -> None:
         """Check that the body has the tensors of both bases, in their shapes."""
@@ -260,7 +260,7 @@ def check_classifier(folder: Path, config: dict[str, Any]) -> None:
         config: The content of its `config.json`.
 
     Raises:
-        CheckpointError: No task type has its class or its `problem_type`.
+        CheckpointError: No task type has its class and its `problem_type`.
     """
     if Full().matching_task_types(config):
         return

@@ -13,15 +13,16 @@ from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import stored_head
 from regraft.adaptation.layout import as_loaded_by_peft, resolve_updates
 from regraft.adaptation.lora import (
+    A_SUFFIX,
     ADAPTER_NAME,
+    B_SUFFIX,
     DETERMINED_INITS,
-    PARTS,
     PEFT_PREFIX,
     is_initialised_from_base,
     subtract_initial_factors,
 )
 from regraft.adaptation.lora_transform import transform_factors
-from regraft.adaptation.merge import CANNOT_MERGE, merge_lora
+from regraft.adaptation.merge import UNMERGEABLE_SETTINGS, merge_lora
 from regraft.architecture import architecture_of
 from regraft.checkpoint import read_json
 from regraft.errors import CheckpointError, KindError, RecipeError
@@ -92,8 +93,8 @@ class Lora(Peft):
     ) -> GraftedAdaptation:
         """Apply the rule to scaling·B·A of each layer, and take the closest LoRA of the same rank."""
         grafted = self.graft(adaptation, upgrade, replace=replace)
-        name_map, updates = resolve_updates(grafted.tensors, grafted.settings, _classifier(adaptation, upgrade.new))
-        if name_map.keys() != grafted.tensors.keys():
+        converted, updates = resolve_updates(grafted.tensors, grafted.config, _classifier(adaptation, upgrade.new))
+        if converted.keys() != grafted.tensors.keys():
             raise KindError(
                 f"{adaptation.path}: stores a LoRA for each expert separately, but the installed transformers fuses "
                 "the experts. Load it with PEFT and save it again."
@@ -103,7 +104,7 @@ class Lora(Peft):
 
     def tuned_body_tensors(self, adaptation: Adaptation, old: Base) -> tuple[Tensors, dict[str, str]] | None:
         """Return the tensors of the merged model; None for a LoRA that cannot be merged."""
-        if any(adaptation.config.get(key) for key in CANNOT_MERGE):
+        if any(adaptation.config.get(key) for key in UNMERGEABLE_SETTINGS):
             return None
         adapter, config = self.plain_adapter(adaptation, old)
         merged = merge_lora(adapter, config, old.checkpoint, labels=adaptation.labels).tensors
@@ -115,7 +116,7 @@ class Lora(Peft):
         unsupported = [
             name
             for name, stored_tensor in adaptation.checkpoint.tensors.items()
-            if ".lora_" in name and (not name.endswith(PARTS[:2]) or len(stored_tensor.shape) != 2)
+            if ".lora_" in name and (not name.endswith((A_SUFFIX, B_SUFFIX)) or len(stored_tensor.shape) != 2)
         ]
         if unsupported:
             raise KindError(
@@ -125,8 +126,8 @@ class Lora(Peft):
 
     def proportional_parameter(self, parameter: str, model: Any) -> str | None:
         """Return the weight that B·A is added to, which is proportional to B."""
-        module, is_factor, _ = parameter.partition(f".lora_B.{ADAPTER_NAME}.")
-        return parameter_of(module, model.get_submodule(module)) if is_factor else None
+        module, separator, _ = parameter.partition(f".lora_B.{ADAPTER_NAME}.")
+        return parameter_of(module, model.get_submodule(module)) if separator else None
 
 
 def check_reproducible_init(adaptation: Adaptation) -> None:

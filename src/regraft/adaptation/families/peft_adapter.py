@@ -7,11 +7,11 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_settings
+from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter_config
 from regraft.adaptation.families.adapter import Adapter
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.lora import ADAPTER_NAME, DETERMINED_INITS, PEFT_PREFIX
-from regraft.errors import CheckpointError, KindError, MismatchError, RecipeError
+from regraft.errors import MAX_LISTED, CheckpointError, KindError, MismatchError, RecipeError
 from regraft.progress import quiet
 from regraft.weights import is_optional
 
@@ -45,7 +45,7 @@ class Peft(Adapter):
         try:
             config: Any = PeftConfig.from_pretrained(str(adaptation.path))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{adaptation.path}/adapter_config.json: PEFT cannot read it ({error}).") from error
+            raise CheckpointError(f"{adaptation.path}/{ADAPTER_CONFIG}: PEFT cannot read it ({error}).") from error
         if for_new_adapter and str(getattr(config, "init_lora_weights", True)).lower() not in DETERMINED_INITS:
             config.init_lora_weights = True
         return config
@@ -81,7 +81,7 @@ class Peft(Adapter):
                     str(adaptation.path),
                     adapter_name=ADAPTER_NAME,
                     config=config,
-                    is_trainable=trainable and not adaptation.virtual_tokens,
+                    is_trainable=trainable and not adaptation.num_virtual_tokens,
                     ignore_mismatched_sizes=True,
                 )
                 if trainable:
@@ -113,7 +113,7 @@ class Peft(Adapter):
         config.modules_to_save = sorted(set(config.modules_to_save or ())) or None
         model.save_pretrained(str(folder), save_embedding_layers=_are_embeddings_tuned(model, base))
         (folder / "README.md").unlink(missing_ok=True)  # the outcome has a model card with its scores
-        write_settings(folder, json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+        write_adapter_config(folder, json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
 
     def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
         """Remove the adapter."""
@@ -131,7 +131,7 @@ class Peft(Adapter):
         """Merge the adapter with PEFT, and copy the merged weights into a plain model."""
         import torch
 
-        if not hasattr(model, "merge_adapter") or adaptation.virtual_tokens:
+        if not hasattr(model, "merge_adapter") or adaptation.num_virtual_tokens:
             return super().merge(adaptation, model, old, head)
         with quiet():
             try:
@@ -146,8 +146,8 @@ class Peft(Adapter):
             if unmatched:
                 raise RecipeError(
                     f"{adaptation.path}: merged by PEFT, it is not a full fine-tune of {old.path}: {len(unmatched)} "
-                    f"tensors are in one of them only ({', '.join(unmatched[:4])}). It can be recycled, but not "
-                    "converted."
+                    f"tensors are in one of them only ({', '.join(unmatched[:MAX_LISTED])}). It can be recycled, but "
+                    "not converted."
                 )
             inner = {name: name.removeprefix(old.prefix + ".") for name in bare if name.startswith(old.prefix + ".")}
             if all(torch.equal(state[name], bare[name]) for name in inner if not is_optional(inner[name])):
@@ -161,7 +161,7 @@ def peft_state(model: Any, *, embeddings: bool = False) -> dict[str, torch.Tenso
 
     Args:
         model: A PEFT model.
-        embeddings: Whether to include the base's embeddings.
+        embeddings: Whether to include the base's embeddings; otherwise those that PEFT stores anyway are included.
 
     Returns:
         The tensors by stored name.

@@ -22,7 +22,7 @@ class Prompt(Peft):
 
     needs_task_type = True
 
-    def virtual_tokens(self, config: Mapping[str, Any]) -> int:
+    def num_virtual_tokens(self, config: Mapping[str, Any]) -> int:
         """Return `num_virtual_tokens`."""
         return int(config.get("num_virtual_tokens") or 0)
 
@@ -36,19 +36,22 @@ class Prompt(Peft):
         return config
 
     def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
-        """Check the settings as for any adapter, and that the virtual tokens fit the base's number of layers."""
+        """Check the settings as for any adapter, and that the virtual tokens fit a classifier of the base's depth."""
         super().check_settings(adaptation, base, head)
         config = adaptation.config
         file = f"{adaptation.path}/{ADAPTER_CONFIG}"
         if not config.get("num_virtual_tokens"):
-            raise CheckpointError(f"{file}: num_virtual_tokens is missing.")
+            raise CheckpointError(f"{file}: num_virtual_tokens is missing. Download the folder again.")
         if config.get("num_transformer_submodules") not in (None, 1):
-            raise MismatchError(f"{file}: num_transformer_submodules is not 1: the adapter is not for a classifier.")
+            raise MismatchError(
+                f"{file}: num_transformer_submodules is {config['num_transformer_submodules']!r:.80}, not 1, so the "
+                "adapter is not for a classifier. Use one that was tuned for the task."
+            )
         layers = config.get("num_layers")
         if layers not in (None, base.config.num_hidden_layers):  # PEFT would ignore the surplus layers
             raise MismatchError(
                 f"{adaptation.path}: is for a model with {layers} layers, {base.path} has "
-                f"{base.config.num_hidden_layers}: tensors would not be loaded."
+                f"{base.config.num_hidden_layers}: tensors would not be loaded. Was it tuned on that base?"
             )
 
     def make_trainable(self, adapted: Any, config: Any) -> None:
