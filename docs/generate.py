@@ -31,6 +31,7 @@ NEEDS = {
     "text": "texts of the task, labelled or not",
     "tasks": "other tasks tuned on both bases, or on the old one",
 }
+"""Descriptions of what methods need, for the table."""
 MAX_DEFAULT_LENGTH = 60
 """Characters of a default in a signature; arbitrary, a longer one is replaced by an ellipsis."""
 MAX_SIGNATURE_LENGTH = 100
@@ -159,12 +160,12 @@ def cli_page() -> str:
     from regraft.cli import app
 
     top: Any = typer.main.get_command(app)
-    parts = [NOTE, CLI, "## regraft\n\n", to_markdown(top.help), "\n", _parameters(top)]
+    fragments = [NOTE, CLI, "## regraft\n\n", to_markdown(top.help), "\n", _parameters(top)]
     for words, command in _commands(top, ("regraft",)):
-        parts += ["\n", "#" * min(len(words), 3), f" {' '.join(words)}\n\n", to_markdown(command.help)]
+        fragments += ["\n", "#" * min(len(words), 3), f" {' '.join(words)}\n\n", to_markdown(command.help)]
         if not hasattr(command, "commands"):
-            parts += [f"\n```text\n{' '.join((*words, *_usage(command)))}\n```\n\n", _parameters(command)]
-    return "".join(parts)
+            fragments += [f"\n```text\n{' '.join((*words, *_usage(command)))}\n```\n\n", _parameters(command)]
+    return "".join(fragments)
 
 
 def _commands(group: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -208,14 +209,14 @@ def python_page() -> str:
 
     classes = [name for name in regraft.__all__ if inspect.isclass(getattr(regraft, name))]
     functions = [name for name in regraft.__all__ if name not in classes]
-    parts = [NOTE, PYTHON, "## Functions\n"]
+    fragments = [NOTE, PYTHON, "## Functions\n"]
     for name in functions:
         function = getattr(regraft, name)
-        parts += [f"\n### {name}\n\n", _code(_call(name, function)), docstring_to_markdown(function)]
-    parts.append("\n## Classes\n")
+        fragments += [f"\n### {name}\n\n", _code(_call(name, function)), docstring_to_markdown(function)]
+    fragments.append("\n## Classes\n")
     for name in classes:
-        parts += [f"\n### {name}\n\n", *_class(name, getattr(regraft, name))]
-    return "".join(parts)
+        fragments += [f"\n### {name}\n\n", *_class(name, getattr(regraft, name))]
+    return "".join(fragments)
 
 
 def _class(name: str, cls: type) -> Iterator[str]:

@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 
 INTERVAL = (0.025, 0.975)
 """The quantiles at the ends of a 95 % interval."""
+L2_DIGITS, RELATIVE_DIGITS = 3, 4
+"""Decimal places of the distance of two bases; the page prints it without any, and in whole %."""
 
 
 def collect_results(grid: Grid) -> dict[str, Any]:
-    """Compute all figures of what has been run so far.
+    """Compute the figures of all runs so far.
 
     Args:
         grid: The experiment.
@@ -146,7 +148,7 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
 
 
 def read_test_labels(outcome: Outcome) -> list[int]:
-    """Read the true class of each example of test, in the order of the predictions."""
+    """Read the true class of each test example, in the order of the predictions."""
     lines = (outcome.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return [row["label"] for row in map(json.loads, lines) if row["split"] == "test"]
 
@@ -160,7 +162,7 @@ def bootstrap_difference(
 ) -> dict[str, float]:
     """Compute the difference of two methods' mean scores over seeds, with a 95 % interval by the paired bootstrap.
 
-    The examples of test are resampled, and all runs are scored on the same draw. The interval measures how much the
+    The test examples are resampled, and all runs are scored on the same draw. The interval measures how much the
     difference depends on the examples; the standard deviation over seeds measures how much it depends on the runs.
 
     Args:
@@ -259,7 +261,7 @@ def _collect_provenance(grid: Grid, outcomes: list[Outcome]) -> dict[str, Any]:
 def _collect_distance(grid: Grid, upgrade: str) -> dict[str, float]:
     distance = Upgrade(grid.old_base, grid.upgrades[upgrade]).distance()
     return {
-        "l2": round(distance.l2, 3),
-        "relative": round(distance.relative, 4),
+        "l2": round(distance.l2, L2_DIGITS),
+        "relative": round(distance.relative, RELATIVE_DIGITS),
         "cosine": round(distance.cosine, DIGITS),
     }

@@ -23,7 +23,7 @@ class Entry:
 
     Args:
         name: The entry's name in the tables.
-        method: The registered name of the method.
+        method: The name of the method.
         options: `name=value`, as on the command line.
         average: The recipe's `average`: the fraction of the steps after which weights are averaged, 0 for never.
     """
@@ -80,7 +80,7 @@ class Grid:
         return next(regime for regime in self.regimes if regime.name == name)
 
     def entries(self, regime: Regime) -> list[Entry]:
-        """Return the entries of a regime: registered methods in their order, then those with options."""
+        """Return the entries of a regime: the listed methods in their order, then those with options."""
         entries = [Entry(name, name) for name in methods()]
         entries += [entry for entry in self.extra_entries if entry.method in methods()]
         return [entry for entry in entries if regime.entry_names is None or entry.name in regime.entry_names]
@@ -111,7 +111,7 @@ class Cell:
 
 
 def old_folder(grid: Grid, task: str, kind: str, seed: int) -> Path:
-    """Return the outcome folder of an old adaptation."""
+    """Return the outcome folder of an adaptation of the old base."""
     return grid.out / "old" / f"{task}-{kind}-seed{seed}"
 
 
@@ -133,7 +133,7 @@ def iterate_cells(grid: Grid) -> Iterator[Cell]:
 
 
 def cell_entry(grid: Grid, cell: Cell) -> Entry:
-    """Return the method of a cell, with its options."""
+    """Return the entry of a cell: its method with options."""
     return next(entry for entry in grid.entries(grid.regime(cell.regime)) if entry.name == cell.entry)
 
 
@@ -158,7 +158,7 @@ def cell_options(grid: Grid, cell: Cell) -> Any:
 
 
 def needs_other_tasks(grid: Grid, cell: Cell) -> bool:
-    """Return whether a cell's method learns from other tasks that were tuned on both bases."""
+    """Return whether a cell's method learns from other tasks."""
     return "tasks" in methods()[cell_entry(grid, cell).method].needs()
 
 

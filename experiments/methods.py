@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "methods"
 TASKS = ("section-role", "rotten-tomatoes", "licence-category")
 TRAIN_EXAMPLES, DEV_EXAMPLES, TEST_EXAMPLES = 2400, 240, 600
 MAX_LENGTH = 24
-"""Tokens of a text. The sizes are small enough for a run to take less than a minute on one core."""
+"""Tokens to which texts are truncated. With these sizes, a run takes less than a minute on one core."""
 CORPUS_CHARACTERS = 4_000_000
 """Characters of unlabelled text per domain: more than any pre-training here reads."""
 BASES = {
@@ -64,6 +64,7 @@ stage, here with half of the steps."""
 QUARTER_BUDGET_ENTRIES = ("init", AVERAGED, "init+distill", FLIP_AWARE, "ridge+init", "ridge+distill", "anchored")
 """Run with all labels and a quarter of the steps."""
 FEW_SHOTS = 32
+"""Labelled examples per class in the regime with few labels."""
 FEW_LABEL_ENTRIES = (
     "scratch",
     "distill",
@@ -95,6 +96,9 @@ def prepare_grid(workers: int) -> Grid:
 
     Returns:
         The experiment, whose bases and tasks exist.
+
+    Raises:
+        SystemExit: A base could not be made.
     """
     files = {
         name: write_task(name, OUT / "data" / name, train=TRAIN_EXAMPLES, dev=DEV_EXAMPLES, test=TEST_EXAMPLES)

@@ -2,10 +2,10 @@
 
     python experiments/reproduce.py [NAME …] [--size machine|paper] [--workers 2] [--write-only]
 
-NAME is an experiment's folder in `experiments/paper`, or its number; all seven by default. Bases, tunings and cells
-are stored in `runs/experiments-paper`: an interrupted run continues where it stopped, and a second run makes only
-missing ones. Figures, pages and plots are written to `experiments/paper/NAME`, and an index of the paper's claims to
-`experiments/paper/README.md`; `--write-only` writes pages and plots from the figures alone.
+NAME is an experiment's folder in `experiments/paper`, its number or its word; all seven by default. Bases, tunings and
+cells are stored in `runs/experiments-paper`: an interrupted run continues where it stopped, and a second run makes only
+missing ones. Figures, pages and plots are written to the experiment's folder in `experiments/paper`, and an index of
+the paper's claims to `experiments/paper/README.md`; `--write-only` writes pages and plots from the figures alone.
 
 At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.8 core-hours, about 3.4 hours on two
 cores. The numbers of bases, tunings and cells, with their core-seconds:
@@ -72,14 +72,14 @@ def make_plan(size_file: Path, out: Path, names: Sequence[str] = (), configs: Pa
     Args:
         size_file: A YAML file such as `machine.yaml`.
         out: The folder for bases, tunings and cells.
-        names: Experiments by their folder, its number or its word; none for all.
+        names: Experiments by their folder (`3-similarity`), its number or its word; empty for all.
         configs: The folder of the experiments' folders, each of which has a `config.yaml`.
 
     Returns:
         The plan.
 
     Raises:
-        DataError: A file cannot be read, a key is not allowed, or an experiment does not exist.
+        DataError: A file cannot be read, a key or a value is not allowed, or an experiment does not exist.
     """
     from findings.settings import Size, load_settings
     from findings.store import Store
@@ -111,6 +111,7 @@ def build_missing(plan: Plan, workers: int, report: Callable[[str], None] = prin
         One line per failed job; the next run tries it again.
 
     Raises:
+        DataError: A source cannot be read or has no text.
         OutcomeError: The store was made at a different size.
     """
     from findings.experiment import measure_cell
@@ -179,7 +180,7 @@ def write_pages(plan: Plan, folder: Path) -> None:
 def main() -> None:
     """Make missing cells and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, by folder or number; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, by folder, number or word; default: all")
     parser.add_argument("--size", choices=tuple(OUT_BY_SIZE), default="machine", help="the machine's or the paper's")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: this process")
     parser.add_argument("--write-only", action="store_true", help="write the pages from the published figures alone")

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """A JSON object of `results.json`: the keys of a run, and its figures."""
 CELL_KEYS = ("task", "upgrade", "kind")
-"""The keys of a row that identify its cell; the runs of a cell differ in regime, method and seed."""
+"""The keys of a row that identify its cell on a page; a `grid.Cell` is one run, with a regime, method and seed."""
 DIGITS = 5
 """Decimal places of published figures; further places differ from machine to machine."""
+PERCENT_DIGITS = 2
+"""Decimal places of published shares in %."""
 MISSING = "–"
 """Written into a table in place of a missing figure."""
 

@@ -25,6 +25,7 @@ MAX_AUTO_GAP = 1
 MAX_AUTO_STEPS_SHARE = 50
 """The % of scratch's steps that `auto` may take; the target's description says "half"."""
 RUN_KEYS = (*CELL_KEYS, "seed")
+"""The keys of a row that identify its run among the runs of a method in a regime."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from grid import Cell, cell_folder, old_folder
 from results_file import read_results, write_results
 from runner import Job, run_jobs
 from scipy.stats import spearmanr
-from tables import DIGITS, distinct_keys, markdown_table, select
+from tables import DIGITS, PERCENT_DIGITS, distinct_keys, markdown_table, select
 
 from regraft import Recipe, Upgrade, load_outcome
 from regraft.checkpoint import write_atomic
@@ -46,6 +46,8 @@ MIN_SAFE_SHARE = 0.90
 than the verdict's own threshold."""
 MIN_SURE = 0.8
 """The confidence from which the page counts a verdict as sure; arbitrary."""
+CORRELATION_DIGITS = 3
+"""Decimal places of a published rank correlation; the page prints two."""
 DIAGNOSTICS = ("predicted", "survives", "agreement", "divergence", "cka", "relative", "gain")
 """The figures on dev whose rank correlation with the truth is published."""
 
@@ -74,6 +76,7 @@ def measure(workers: int) -> dict[str, Any]:
 
     Raises:
         OutcomeError: The file has the results of more runs.
+        SystemExit: A verdict could not be made.
     """
     grid = experiment.prepare_grid(workers)
     cells = [
@@ -149,7 +152,7 @@ def measure_truth(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> 
     Returns:
         `left`: the share of the old score above chance that each choice preserves; `real_survives`: this share for the
         unchanged old weights; `real_recovery`: their recovery; `right_choice`: the cheapest choice that preserves at
-        least `MIN_SHARE_AS_IS`.
+        least `MIN_SHARE_AS_IS`, or `scratch` if none does.
     """
     full_budget, quarter_budget = (regime.name for regime in grid.regimes[:2])
 
@@ -166,21 +169,22 @@ def measure_truth(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> 
         retained_shares[choice] = (test_score(regime, method) - chance) / (old.test - chance)
     sufficient = (choice for choice, share in retained_shares.items() if share >= MIN_SHARE_AS_IS)
     return {
-        "real_survives": round(100 * retained_shares["use as is"], 2),
-        "real_recovery": round(100 * (direct - chance) / (scratch - chance), 2),
+        "real_survives": round(100 * retained_shares["use as is"], PERCENT_DIGITS),
+        "real_recovery": round(100 * (direct - chance) / (scratch - chance), PERCENT_DIGITS),
         "right_choice": next(sufficient, "scratch"),
-        "left": {choice: round(100 * share, 2) for choice, share in retained_shares.items()},
+        "left": {choice: round(100 * share, PERCENT_DIGITS) for choice, share in retained_shares.items()},
     }
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
-    """Count right verdicts, errors in each direction and false verdicts of "use as is"; rank figures by the truth.
+    """Count right, too cheap and too expensive verdicts, and correlate figures on dev with figures on test.
 
     Args:
         rows: The verdicts, each with the figures of `measure_truth`.
 
     Returns:
-        Counts by name, and `spearman`: the rank correlation of each figure in `DIAGNOSTICS` with two figures on test.
+        Counts by name, and `spearman`: the rank correlation of each figure of `DIAGNOSTICS` with `real_recovery` and
+        `real_survives`.
     """
     safe = [row for row in rows if row["choice"] == "use as is"]
     sure = [row for row in rows if row["sure"] >= MIN_SURE]
@@ -203,7 +207,8 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
 
 
 def _rank_correlation(rows: list[Row], figure: str, truth: str) -> float:
-    return round(float(spearmanr([row[figure] for row in rows], [row[truth] for row in rows]).statistic), 3)
+    correlation = spearmanr([row[figure] for row in rows], [row[truth] for row in rows]).statistic
+    return round(float(correlation), CORRELATION_DIGITS)
 
 
 def write_page(rows: list[Row], summary: dict[str, Any]) -> str:
@@ -211,7 +216,7 @@ def write_page(rows: list[Row], summary: dict[str, Any]) -> str:
 
     Args:
         rows: The verdicts, each with the figures of `measure_truth`.
-        summary: From `summarise`.
+        summary: The counts and correlations, as `summarise` returns them.
 
     Returns:
         Markdown.

@@ -63,7 +63,7 @@ def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterab
 
 
 def list_cells(store: Store, config: Config) -> list[Cell]:
-    """Return one chain per task, kind and seed."""
+    """Return one cell per task, kind and seed."""
     methods = list(config.methods)
     return [
         Cell(f"{task}-{kind}-seed{seed}", measure, (task, kind, seed, methods, store.num_bases))
@@ -75,7 +75,21 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
 def measure(
     store: Store, work_folder: Path, task: str, kind: str, seed: int, methods: list[str], num_bases: int
 ) -> dict[str, Any]:
-    """Carry an adaptation of M_0 along the chain, and return its scores and predictions on each base."""
+    """Tune M_0, and carry the adaptation along the chain.
+
+    Args:
+        store: The store, with the bases and the task.
+        work_folder: The folder for the chain's outcomes.
+        task: The name of the task.
+        kind: The kind of adaptation.
+        seed: The seed of every run.
+        methods: The names of the methods; scratch is always run.
+        num_bases: The number of bases of the chain, M_0 included.
+
+    Returns:
+        `rows`: the fields of each `ChainRow`, with the predictions on test unless the hop was refused; `labels`: the
+        true class of each test example.
+    """
     chain = Chain(
         bases=tuple(store.base_name(base) for base in range(num_bases)),
         tasks=(str(store.task_file(task)),),

@@ -76,7 +76,23 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
 def measure(
     store: Store, work_folder: Path, task: str, kind: str, i: int, j: int, seed: int, second_seed: int, num_points: int
 ) -> dict[str, Any]:
-    """Evaluate models on the line from a tuning on M_i to a tuning on M_j; for adapters, interpolate the base too."""
+    """Evaluate models on the line from a tuning on M_i to a tuning on M_j; for adapters, interpolate the base too.
+
+    Args:
+        store: The store, with both tunings.
+        work_folder: Not used.
+        task: The name of the task.
+        kind: The kind of adaptation.
+        i: The index of the base at the start of the line.
+        j: The index of the base at its end.
+        seed: The seed of the tuning on M_i.
+        second_seed: The seed of the tuning on M_j.
+        num_points: The number of points on the line, ends included.
+
+    Returns:
+        The positions `mu`, from 0 to 1; `loss` and `score` at each position, and the `barrier`, by split; and whether
+        the ends are `connected`.
+    """
     data = store.load_data(task)
     upgrade = store.load_upgrade(i, j)
     precision = store.recipe(kind, seed, i).resolve_precision()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TEACHER, SCRATCH_ALL_LABELS = "teacher", "scratch, all labels"
 LONGER_SUFFIX = ", longer"
+"""Appended to the name of a method in runs with more steps."""
 COMPARISONS = (
     ("distill", "scratch"),
     ("init", "scratch"),
@@ -140,7 +141,23 @@ def measure(
     seed: int,
     steps_factor: float = 1.0,
 ) -> dict[str, Any]:
-    """Recycle an adaptation with few labels, and return the figures of the outcome."""
+    """Recycle an adaptation with few labels.
+
+    Args:
+        store: The store, with the bases, the task and the teacher.
+        work_folder: The folder for the outcome.
+        task: The name of the task.
+        kind: The kind of adaptation.
+        old: The index of the teacher's base.
+        new: The index of the student's base.
+        shots: The number of labelled examples per class.
+        method: The name of the method.
+        seed: The seed of the teacher and of the run.
+        steps_factor: Multiplies the recipe's steps.
+
+    Returns:
+        The figures of `outcome_figures`.
+    """
     teacher = store.tuning_folder(task, kind, old, seed)
     upgrade = TaskUpgrade(task, kind, old, new)
     return run_method(store, work_folder, upgrade, teacher, seed, method, shots=shots, steps_factor=steps_factor)

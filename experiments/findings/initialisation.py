@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from tables import (
     DIGITS,
+    PERCENT_DIGITS,
     distinct_keys,
     format_difference,
     format_mean,
@@ -114,7 +115,22 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
 def measure(
     store: Store, work_folder: Path, task: str, kind: str, role: str, source_task: str, old: int, new: int, seed: int
 ) -> dict[str, Any]:
-    """Tune the new base from outdated weights; copy the head of a related task with the same labels."""
+    """Tune the new base from outdated weights; copy the head of a related task with the same labels.
+
+    Args:
+        store: The store, with the bases, the tasks and the outdated weights.
+        work_folder: The folder for the outcome.
+        task: The name of the task to tune.
+        kind: The kind of adaptation.
+        role: The relation of the outdated weights' task to the tuned task, one of `ROLES`.
+        source_task: The name of the outdated weights' task.
+        old: The index of the outdated weights' base.
+        new: The index of the base to tune.
+        seed: The seed of the outdated weights and of the run.
+
+    Returns:
+        The figures of `outcome_figures`.
+    """
     fresh_head = role == "unrelated" or store.load_data(source_task).labels != store.load_data(task).labels
     source = store.tuning_folder(source_task, kind, old, seed)
     return run_method(
@@ -123,7 +139,7 @@ def measure(
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Return the runs, with their speed relative to scratch, and the differences of every start from scratch."""
+    """Return the runs, with their steps relative to scratch's, and the difference of every start from scratch."""
     runs = {}
     for record in records:
         task, kind, role, _, _, _, seed = record.arguments
@@ -138,6 +154,7 @@ def collect_results(store: Store, config: Config, records: list[CellRecord]) -> 
     for (task, kind, role, seed), run in runs.items():
         scratch_run = runs[task, kind, "scratch", seed]
         reached_step = steps_to_score(run, scratch_run["curve"][-1][1])
+        share = None if reached_step is None else 100 * reached_step / scratch_run["steps"]
         rows.append(
             {
                 "task": task,
@@ -146,7 +163,7 @@ def collect_results(store: Store, config: Config, records: list[CellRecord]) -> 
                 "seed": seed,
                 **drop_predictions(run),
                 "area": round(mean_dev_score(run), DIGITS),
-                "share": None if reached_step is None else round(100 * reached_step / scratch_run["steps"], 2),
+                "share": None if share is None else round(share, PERCENT_DIGITS),
             }
         )
     differences = _collect_differences(store, config, runs)

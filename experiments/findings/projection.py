@@ -76,7 +76,7 @@ def list_upgrades(config: Config) -> list[TaskUpgrade]:
 
 
 def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
-    """Return the tunings of every task on both bases."""
+    """Return the tunings of every task on the bases of every upgrade."""
     return list_upgrade_tunings(list_upgrades(config), seeds)
 
 
@@ -111,11 +111,29 @@ def measure(
     rank: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Evaluate old weights on the new base, unchanged or projected by a map learned from other tasks."""
+    """Evaluate old weights on the new base, unchanged or projected by a map learned from other tasks.
+
+    Args:
+        store: The store, with the bases, the task, the old weights and the other tasks' tunings.
+        work_folder: The folder for the outcome.
+        task: The name of the task.
+        kind: The kind of adaptation.
+        old: The index of the old base.
+        new: The index of the new base.
+        fit: The way to learn the map, as in `Config.fits`, or `direct` for unchanged weights.
+        seed: The seed of the old weights and of the run.
+        source_tasks: The names of the tasks to learn from; empty for `direct`.
+        source_seeds: The seeds of the tunings to learn from; empty for `direct`.
+        rank: The rank of a map that is learned by distillation.
+        steps: The optimiser steps of distillation.
+
+    Returns:
+        The figures of `outcome_figures`.
+    """
     upgrade = TaskUpgrade(task, kind, old, new)
     adaptation = store.tuning_folder(task, kind, old, seed)
     if fit == DIRECT:
-        return run_method(store, work_folder, upgrade, adaptation, seed, "direct")
+        return run_method(store, work_folder, upgrade, adaptation, seed, DIRECT)
     pairs = []
     for source_task in source_tasks:
         for source_seed in source_seeds:

@@ -100,7 +100,7 @@ def steps_to_score(run: Row, score: float) -> float | None:
 
 
 def mean_dev_score(run: Row) -> float:
-    """Return the mean score on dev over the steps, by the trapezoid rule."""
+    """Return the mean dev score over the steps, by the trapezoid rule."""
     curve = run["curve"]
     if len(curve) < 2:
         return float(curve[0][1])
@@ -115,7 +115,7 @@ def accuracy_difference(labels: Sequence[int], runs: Sequence[Row], reference_ru
     """Compute the difference in accuracy of two methods over seeds, with its 95 % interval.
 
     Args:
-        labels: The true class of each example of test.
+        labels: The true class of each test example.
         runs: The runs of the method, one per seed.
         reference_runs: The runs of the reference method, one per seed.
 
@@ -129,7 +129,7 @@ def accuracy_difference(labels: Sequence[int], runs: Sequence[Row], reference_ru
 
 
 def read_labels(store: Store, task: str, kind: str, base: int, seed: int) -> list[int]:
-    """Read the true class of each example of a task's test from the outcome of a tuning."""
+    """Read the true class of each test example of a task from the outcome of a tuning."""
     return read_test_labels(store.load_tuning(task, kind, base, seed))
 
 
@@ -145,7 +145,7 @@ def average_curves(runs: Sequence[Row]) -> list[tuple[float, float, float]]:
         runs: The runs, one per seed.
 
     Returns:
-        Step, mean score and standard deviation of each point.
+        Step, mean dev score and standard deviation of each point.
     """
     curves = [{step: score for step, score in run["curve"]} for run in runs]
     shared_steps = sorted(set.intersection(*(set(curve) for curve in curves)))

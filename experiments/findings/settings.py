@@ -45,8 +45,8 @@ class Domain(Settings):
 
     Args:
         name: The name of the domain.
-        demo: A domain of the demo's packages; None for `sources`.
-        sources: Files or data sets of the hub, as in `Corpus`; empty for `demo`.
+        demo: The name of a domain of the demo; None if `sources` are set.
+        sources: Files or data sets of the hub, as in `Corpus`; empty if `demo` is set.
         column: The column of the text, in sources that have columns.
         characters: The number of characters to read; the last document is read to its end.
     """
@@ -59,7 +59,8 @@ class Domain(Settings):
 
     @model_validator(mode="after")
     def _check_source(self) -> Domain:
-        if (self.demo is None) == (not self.sources):
+        has_demo = self.demo is not None
+        if has_demo == bool(self.sources):  # `validate` puts the key before the message.
             raise ValueError(f"of domain {self.name} needs either `demo` or `sources`.")
         return self
 
@@ -69,8 +70,8 @@ class TaskSource(Settings):
 
     Args:
         domain: The name of the task's domain.
-        demo: The numbers of examples in train, dev and test of the demo's task of this name; None for `task`.
-        task: The task as declared in a task file; None for `demo`.
+        demo: The numbers of train, dev and test examples of the demo's task of this name; None if `task` is set.
+        task: The task as declared in a task file; None if `demo` is set.
     """
 
     domain: str = Field(min_length=1, description="the name of a domain")
@@ -81,10 +82,10 @@ class TaskSource(Settings):
 
     @model_validator(mode="after")
     def _check_source(self) -> TaskSource:
-        if (self.demo is None) == (self.task is None):
+        if (self.demo is None) == (self.task is None):  # `validate` puts the key before the message.
             raise ValueError("needs either `demo` or `task`.")
         if self.task is not None and (self.task.test is None or self.task.label is None):
-            raise ValueError(f"of task {self.task.name} needs a `test` and a `label`: that is what is measured.")
+            raise ValueError(f"of task {self.task.name} needs a `test` and a `label`: scores on test are measured.")
         return self
 
 
@@ -95,7 +96,7 @@ class Size(Settings):
         base: M_0: `minilm` for the demo's base, else a folder or a hub id.
         domains: The domains in the order of the upgrades; M_1 is M_0 pre-trained on the first domain.
         pretraining: The pre-training of each base.
-        tasks: Tasks by the names used in the experiments' configs; a task's own name may differ.
+        tasks: Tasks by their names in the experiments' configs; the name in a task file may differ.
         max_length: The number of tokens to which texts are truncated.
         tuning: Recipes of tuning with all labels, by kind of adaptation.
         few_shot: Recipes of tuning with few labels and on each hop of a chain, by kind of adaptation.
@@ -133,6 +134,6 @@ def load_settings(model: type[Model], path: Path) -> Model:
         The checked content.
 
     Raises:
-        DataError: The file cannot be read, or a key is unknown, missing or has a value that is not allowed.
+        DataError: The file cannot be read, a key is unknown or missing, or a value is not allowed.
     """
     return validate(model, read_yaml(path), str(path))

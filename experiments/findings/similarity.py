@@ -26,17 +26,27 @@ if TYPE_CHECKING:
     from findings.store import Store
 
 
+HEAD_DIGITS = 4
+"""Decimal places of the divergence of a single head; fewer than `DIGITS`, since every comparison has one per head."""
+L2_DIGITS = 4
+"""Decimal places of an L2 distance."""
+RATIO_DIGITS = 6
+"""Decimal places of a cosine or a relative distance; more than `DIGITS`, since close weights are near 1 or 0."""
+PER_PARAMETER_DIGITS = 5
+"""Significant digits of the L2 distance per parameter, whose order of magnitude depends on the number of parameters."""
+
+
 class Config(Settings):
     """The tasks and controls to measure.
 
     Args:
         tasks: Tasks by kind of adaptation.
-        controls: The control of a task, by the name of the task: a different task with as many classes.
-        texts: The number of texts of test on which models are compared.
+        controls: The control task of each task, by the task's name: a different task with as many classes.
+        texts: The number of test texts on which models are compared.
     """
 
     tasks: TasksByKind = Field(description="lists of tasks by kind of adaptation")
-    controls: dict[str, str] = Field(default={}, description="tasks by the tasks they are the control of")
+    controls: dict[str, str] = Field(default={}, description="the control task of each task")
     texts: int = Field(default=64, ge=1, description="a whole number of texts, 1 or more")
 
 
@@ -82,7 +92,22 @@ def measure(
     num_bases: int,
     num_texts: int,
 ) -> dict[str, Any]:
-    """Compare a tuning on M_0 with later bases, a second seed, a control task and random weights."""
+    """Compare a tuning on M_0 with the tunings on later bases, a second seed, a control task and random weights.
+
+    Args:
+        store: The store, with the tunings to compare.
+        work_folder: Not used.
+        task: The name of the task.
+        kind: The kind of adaptation.
+        seed: The seed of the tunings on M_0, on later bases and for the control task, and of the random weights.
+        second_seed: The seed of another tuning on M_0.
+        control_task: The name of the control task; None for no control.
+        num_bases: The number of bases of the chain, M_0 included.
+        num_texts: The number of test texts on which models are compared.
+
+    Returns:
+        `compared`: the figures of each comparison, by the name of the model; `distance`: one row per later base.
+    """
     data = store.load_data(task)
     first_base = store.load_upgrade(0, 1).old
     precision = store.recipe(kind, seed, 0).resolve_precision()
@@ -96,7 +121,7 @@ def measure(
             model,
             first_base,
             data,
-            control=model,
+            control=model,  # No control is read from the result; the model itself saves building a random one.
             control_name="itself",
             maps=0,
             texts=num_texts,
@@ -109,7 +134,7 @@ def measure(
             "nearest": round(_mean_over_heads(is_nearest_to_itself), DIGITS),
             "cka": round(statistics.fmean(comparison.cka[1:]), DIGITS),
             "agreement": round(comparison.agreement, DIGITS),
-            "heads": [[round(value, 4) for value in layer] for layer in comparison.divergence],
+            "heads": [[round(value, HEAD_DIGITS) for value in layer] for layer in comparison.divergence],
             "best": [list(layer) for layer in comparison.best],
         }
 
@@ -135,11 +160,11 @@ def _tuned_distance(first: tuple[Path, Any], second: tuple[Path, Any]) -> Any:
     """Measure the distance between two tunings over the tensors that both tuned.
 
     Args:
-        first: The folder of a tuning and its base.
+        first: The folder and the base of a tuning.
         second: The folder and the base of the tuning to compare with.
 
     Returns:
-        The distance, as of `weights.distance`.
+        The distance, as `regraft.weights.distance` returns it.
     """
     vectors = []
     for folder, base in (first, second):
@@ -157,12 +182,12 @@ def _mean_over_heads(layers: Iterable[Sequence[float]]) -> float:
     return statistics.fmean(float(value) for layer in layers for value in layer)
 
 
-def _distance_figures(distance: Any) -> dict[str, float]:
+def _distance_figures(weights_distance: Any) -> dict[str, float]:
     return {
-        "l2": round(distance.l2, 4),
-        "cosine": round(distance.cosine, 6),
-        "relative": round(distance.relative, 6),
-        "per_parameter": float(f"{distance.per_parameter:.4e}"),
+        "l2": round(weights_distance.l2, L2_DIGITS),
+        "cosine": round(weights_distance.cosine, RATIO_DIGITS),
+        "relative": round(weights_distance.relative, RATIO_DIGITS),
+        "per_parameter": float(f"{weights_distance.per_parameter:.{PER_PARAMETER_DIGITS - 1}e}"),
     }
 
 

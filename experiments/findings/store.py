@@ -1,4 +1,4 @@
-"""The texts, bases, tasks and tunings that the experiments share, and the folder that holds them."""
+"""The texts, bases, tasks and tunings that the experiments share, in one folder."""
 
 from __future__ import annotations
 
@@ -132,7 +132,10 @@ class Store:
         """
         trainings = self.size.few_shot if few_labels else self.size.tuning
         if kind not in trainings:
-            raise DataError(f"there is no recipe for kind {kind!r} among {', '.join(trainings)}. Add it to the size.")
+            key = "few_shot" if few_labels else "tuning"
+            raise DataError(
+                f"there is no recipe for kind {kind!r} among {', '.join(trainings)}. Add it to the size's `{key}`."
+            )
         return trainings[kind].recipe(kind, seed + base, self.size.precision)
 
     def tuning_folder(self, task: str, kind: str, base: int, seed: int) -> Path:
@@ -170,14 +173,15 @@ def read_pretraining_steps(base: Path) -> int:
 
 
 EXTENSIBLE_KEYS = ("few_shot", "tasks", "tuning")
-"""Keys of the size that hold entries by name; entries may be added to an existing store, but not changed."""
+"""Keys of the size that have entries by name; entries may be added to an existing store, but not changed."""
 
 
 def check_size(store: Store) -> None:
     """Refuse a store that was made at a different size, else record its size.
 
     Args:
-        store: The store; seeds, tasks, kinds and later domains may have been added to its size.
+        store: The store; its seeds may differ from the recorded ones, and it may have more or fewer tasks, kinds and
+            later domains.
 
     Raises:
         OutcomeError: The store was made at a different size; the message names the differing keys.
@@ -199,13 +203,13 @@ def check_size(store: Store) -> None:
 
 
 def _differing_keys(size: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
-    """Return the keys of a size whose values contradict a recorded size; additions contradict nothing."""
+    """Return the keys of a size whose values contradict a recorded size; added or absent entries do not."""
     differing = [
         key
         for key, value in size.items()
         if key not in (*EXTENSIBLE_KEYS, "seeds", "domains") and recorded.get(key) != value
     ]
-    if not all(map(operator.eq, recorded["domains"], size["domains"])):  # map ends with the shorter list
+    if any(map(operator.ne, recorded["domains"], size["domains"])):  # map ends with the shorter list
         differing.append("domains")
     for key in EXTENSIBLE_KEYS:
         recorded_entries = recorded.get(key, {})
@@ -284,7 +288,7 @@ def _copy_sources(domain: Domain, file: Path) -> None:
 
 
 def pretrain_bases(store: Store) -> str:
-    """Pre-train the missing bases of the chain, and return a line on their losses."""
+    """Pre-train the missing bases of the chain, and return a line on the losses of all bases."""
     pretraining = store.size.pretraining
     bases = pretrain_chain(
         Base.open(store.base_name(0)),
