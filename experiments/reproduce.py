@@ -81,7 +81,7 @@ def make_plan(size_file: Path, out: Path, names: Sequence[str] = (), configs: Pa
     Raises:
         DataError: A file cannot be read, a key or a value is not allowed, or an experiment does not exist.
     """
-    from findings.settings import Size, load_settings
+    from findings.settings import Size, load_yaml
     from findings.store import Store
 
     from regraft.errors import DataError
@@ -95,8 +95,8 @@ def make_plan(size_file: Path, out: Path, names: Sequence[str] = (), configs: Pa
             suggestion = did_you_mean(name, list(experiments))
             raise DataError(f"there is no experiment {name!r} among {', '.join(experiments)}.{suggestion}")
         experiment = experiments[full_name]
-        selected.append((experiment, load_settings(experiment.config, configs / full_name / "config.yaml")))
-    return Plan(Store(out, load_settings(Size, size_file)), tuple(selected))
+        selected.append((experiment, load_yaml(experiment.config, configs / full_name / "config.yaml")))
+    return Plan(Store(out, load_yaml(Size, size_file)), tuple(selected))
 
 
 def build_missing(plan: Plan, workers: int, report: Callable[[str], None] = print) -> list[str]:

@@ -17,7 +17,7 @@ import reproduce
 from findings import experiment, store
 from findings.experiment import Finding, judge_claim, judge_difference
 from findings.runs import mean_dev_score, steps_to_score
-from findings.settings import Size, load_settings
+from findings.settings import Size, load_yaml
 from test_reproduce import CONFIGS, write_inputs
 
 PAPER = Path(reproduce.__file__).parent / "paper"
@@ -99,7 +99,7 @@ def test_the_size_of_the_paper_loads_with_local_stand_ins(tmp_path, bases, monke
         for split in {"train", "dev", "test"} & task.keys():
             task[split]["dataset"] = task_folder
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(settings))
-    paper = store.Store(tmp_path / "out", load_settings(Size, tmp_path / "paper.yaml"))
+    paper = store.Store(tmp_path / "out", load_yaml(Size, tmp_path / "paper.yaml"))
     store.write_inputs(paper)
     for name in paper.size.tasks:
         data = paper.load_data(name, 20)
@@ -159,7 +159,7 @@ def test_an_invalid_size_is_refused(tmp_path, folder, changes, message):
     settings = yaml.safe_load((folder / "size.yaml").read_text()) | changes
     (tmp_path / "size.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(DataError, match=message):
-        load_settings(Size, tmp_path / "size.yaml")
+        load_yaml(Size, tmp_path / "size.yaml")
 
 
 def test_experiments_are_selected_by_folder_number_or_word(folder):

@@ -123,7 +123,7 @@ def list_task_kinds(tasks: TasksByKind) -> list[tuple[str, str]]:
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_settings(model: type[Model], path: Path) -> Model:
+def load_yaml(model: type[Model], path: Path) -> Model:
     """Read a YAML file.
 
     Args:
