@@ -109,8 +109,8 @@ class Chain(BaseModel):
             The chain, with absolute paths of its tasks and of the bases that are folders.
 
         Raises:
-            DataError: The chain file or a task file cannot be read, two tasks have the same name, or a key is unknown,
-                missing or invalid; the message names the key.
+            DataError: The chain file or a task file cannot be read, two tasks have the same `folder_name`, or a key is
+                unknown, missing or invalid; the message names the key.
         """
         path = Path(path)
         parsed = validate(cls, read_yaml(path), str(path))
@@ -177,7 +177,11 @@ class Chain(BaseModel):
 
 
 def folder_name(name: str) -> str:
-    """Return a text, such as a task's name, with a hyphen for each character that some file systems refuse."""
+    """Replace each character of a name that some file systems may refuse by a hyphen.
+
+    Args:
+        name: A name, such as a task's; only its letters, digits and `-_.` are kept.
+    """
     return "".join(character if character.isalnum() or character in "-_." else "-" for character in name)
 
 

@@ -15,6 +15,7 @@ from regraft.checkpoint.record import Count, read_record
 from regraft.errors import CheckpointError, OutcomeError
 
 RECORD = "chain.json"
+"""The name of the file that holds the results, in a chain's folder."""
 SCHEMA = 1
 """The version of the format that this regraft reads and writes."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -89,22 +90,22 @@ def read_chain(out: str | Path) -> tuple[list[str], list[ChainRow]]:
         The names of the bases, and the result of each hop.
 
     Raises:
-        OutcomeError: The folder has no `chain.json`, or the file is malformed.
+        OutcomeError: The folder has no `chain.json`, or the file is malformed or of a different schema.
     """
     file = Path(out) / RECORD
-    remedy = "regraft chain run FILE --out DIR"
+    command = "regraft chain run FILE --out DIR"
     try:
         content = read_json(file)
     except CheckpointError as error:
-        raise OutcomeError(f"{file}: cannot be read ({error}). `{remedy}` writes it.") from error
+        raise OutcomeError(f"{file}: cannot be read ({error}). `{command}` writes it.") from error
     schema = content.get("schema")
     if schema != SCHEMA:
-        raise OutcomeError(f"{file}: has schema {schema!r:.40}, this regraft reads {SCHEMA}. `{remedy}` writes it.")
-    record = read_record(ChainRecord, content, str(file), remedy)
+        raise OutcomeError(f"{file}: has schema {schema!r:.40}, this regraft reads {SCHEMA}. `{command}` writes it.")
+    record = read_record(ChainRecord, content, str(file), command)
     for index, row in enumerate(record.rows):
         if row.base >= len(record.bases):
             raise OutcomeError(
                 f"{file}: rows[{index}]: base: expected a number below {len(record.bases)}, found {row.base}. "
-                f"Make it again with `{remedy}`."
+                f"Make it again with `{command}`."
             )
     return [base.name for base in record.bases], list(record.rows)

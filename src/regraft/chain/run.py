@@ -98,20 +98,21 @@ class _ChainRun:
 
     def carry(self, series: _Series) -> None:
         """Tune on the first base, and recycle along the chain."""
-        first = self._tune(series)
-        if first is None:
+        first_outcome = self._tune(series)
+        if first_outcome is None:
             return
         later_bases = range(1, len(self.bases))
-        for new_base in later_bases:  # scratch takes only the labels from the first outcome
-            self._recycle(series, _Hop(0, new_base, "scratch"), first, first)
+        for new_base in later_bases:  # of the first outcome, scratch takes only the labels
+            self._recycle(series, _Hop(0, new_base, "scratch"), first_outcome, first_outcome)
         for method in self.chain.methods:
             # on the second base, both routes are the same
-            last = self._recycle(series, _Hop(0, 1, method), first, first)
+            last_outcome = self._recycle(series, _Hop(0, 1, method), first_outcome, first_outcome)
             for new_base in later_bases[1:]:
-                if last is not None and "hop by hop" in self.chain.routes:
-                    last = self._recycle(series, _Hop(new_base - 1, new_base, method, "hop by hop"), last, first)
+                if last_outcome is not None and "hop by hop" in self.chain.routes:
+                    hop = _Hop(new_base - 1, new_base, method, "hop by hop")
+                    last_outcome = self._recycle(series, hop, last_outcome, first_outcome)
                 if "at once" in self.chain.routes:
-                    self._recycle(series, _Hop(0, new_base, method, "at once"), first, first)
+                    self._recycle(series, _Hop(0, new_base, method, "at once"), first_outcome, first_outcome)
 
     def _tune(self, series: _Series) -> Outcome | None:
         """Tune on the first base; return None if that is refused."""
@@ -131,7 +132,7 @@ class _ChainRun:
         self._add_outcome(series, hop, outcome, outcome)
         return outcome
 
-    def _recycle(self, series: _Series, hop: _Hop, source: Outcome, first: Outcome) -> Outcome | None:
+    def _recycle(self, series: _Series, hop: _Hop, source: Outcome, first_outcome: Outcome) -> Outcome | None:
         """Recycle the outcome `source` over one hop; return None if that is refused."""
         try:
             outcome = recycle(
@@ -146,23 +147,23 @@ class _ChainRun:
         except REFUSALS as error:
             self._add_refusal(series, hop, error)
             return None
-        self._add_outcome(series, hop, outcome, first)
+        self._add_outcome(series, hop, outcome, first_outcome)
         return outcome
 
-    def _add_outcome(self, series: _Series, hop: _Hop, outcome: Outcome, first: Outcome) -> None:
+    def _add_outcome(self, series: _Series, hop: _Hop, outcome: Outcome, first_outcome: Outcome) -> None:
         """Record an outcome, with its negative flips since the outcome on the first base."""
         scores = outcome.record.scores
         cost = outcome.record.cost
         split = "dev" if scores.test is None else "test"
-        before, after = first.right(split), outcome.right(split)
-        are_comparable = len(before) == len(after) and None not in (*before, *after)
+        old_right, new_right = first_outcome.right(split), outcome.right(split)
+        are_comparable = len(old_right) == len(new_right) and None not in (*old_right, *new_right)
         self._add(
             dataclasses.replace(
                 _empty_row(series, hop),
                 score=scores.of(split),
                 start=scores.dev_at_start,
                 majority=scores.majority(split),
-                negative_flips=count_flips(before, after).negative_rate if are_comparable else None,
+                negative_flips=count_flips(old_right, new_right).negative_rate if are_comparable else None,
                 steps=cost.steps,
                 labels=cost.labels,
                 outcome=str(outcome.path.relative_to(self.out)),
@@ -183,10 +184,12 @@ class _ChainRun:
         write_json(self.out / RECORD, dataclasses.asdict(record), indent=1)
 
     def _prefixed_progress(self, prefix: str) -> Progress:
-        def prefixed(stage: str, step: int, total: int, figures: Mapping[str, float]) -> None:
+        """Return a callback that reports stages under names with a prefix."""
+
+        def report(stage: str, step: int, total: int, figures: Mapping[str, float]) -> None:
             self.progress(f"{prefix}: {stage}", step, total, figures)
 
-        return prefixed
+        return report
 
 
 def _empty_row(series: _Series, hop: _Hop) -> ChainRow:

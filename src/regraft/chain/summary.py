@@ -24,7 +24,7 @@ class RouteSummary:
         method: The name of the method.
         route: `hop by hop` or `at once`; None for scratch, and in a chain of two bases, where the routes are the same.
         scores: The mean score on each base, in the order of the chain; None on a base without results.
-        deviations: The standard deviation over seeds on each base; None for fewer than two seeds.
+        deviations: The standard deviation over seeds on each base; None on a base with fewer than two scores.
         recoveries: On each base, the mean of (score − chance) / (scratch's score − chance) over seeds; None on the
             first base, and where a seed has no recovery (see `regraft.task.recovery`).
         decay: The loss of score per hop, positive if the score gets worse: the slope of a least-squares line through
@@ -61,14 +61,14 @@ def summarise_routes(bases: Sequence[str], rows: Sequence[ChainRow]) -> list[Rou
     for task, kind in dict.fromkeys((row.task, row.kind) for row in rows):
         task_rows = [row for row in rows if (row.task, row.kind) == (task, kind)]
         tuned_rows = [row for row in task_rows if row.base == 0]
-        scratch = {(row.base, row.seed): row for row in task_rows if row.method == "scratch"}
+        scratch_rows = {(row.base, row.seed): row for row in task_rows if row.method == "scratch"}
         for method in dict.fromkeys(row.method for row in task_rows if row.base):
             method_rows = [row for row in task_rows if row.method == method]
             first_rows = [] if method == "scratch" else tuned_rows
             routes: list[str | None] = list(dict.fromkeys(row.route for row in method_rows if row.route))
             for route in routes or [None]:
                 route_rows = [row for row in method_rows if row.route in (None, route)]
-                summaries.append(_summarise(method, route, [*first_rows, *route_rows], scratch, len(bases)))
+                summaries.append(_summarise(method, route, [*first_rows, *route_rows], scratch_rows, len(bases)))
     return summaries
 
 
@@ -76,10 +76,10 @@ def _summarise(
     method: str,
     route: str | None,
     rows: list[ChainRow],
-    scratch: dict[tuple[int, int], ChainRow],
+    scratch_rows: dict[tuple[int, int], ChainRow],
     num_bases: int,
 ) -> RouteSummary:
-    """Average the rows of one task, kind, method and route over seeds; `scratch` is by base and seed."""
+    """Average the rows of one task, kind, method and route over seeds; `scratch_rows` are by base and seed."""
     rows_by_base: list[list[ChainRow]] = [[] for _ in range(num_bases)]
     scores_by_base: list[list[float]] = [[] for _ in range(num_bases)]
     for row in rows:
@@ -93,7 +93,7 @@ def _summarise(
     decay = None
     if method != "scratch" and len(scored_means) > 1:
         decay = -metric.merit(statistics.linear_regression(scored_bases, scored_means).slope)
-    later_recoveries = [_mean_recovery(base_rows, scratch) for base_rows in rows_by_base[1:]]
+    later_recoveries = [_mean_recovery(base_rows, scratch_rows) for base_rows in rows_by_base[1:]]
     return RouteSummary(
         task=rows[0].task,
         kind=rows[0].kind,
@@ -109,15 +109,15 @@ def _summarise(
     )
 
 
-def _mean_recovery(rows: list[ChainRow], scratch: dict[tuple[int, int], ChainRow]) -> float | None:
+def _mean_recovery(rows: list[ChainRow], scratch_rows: dict[tuple[int, int], ChainRow]) -> float | None:
     """Average the recoveries on one base over seeds; return None if a seed has no recovery."""
     recoveries = []
     for row in rows:
-        reference = scratch.get((row.base, row.seed))
+        reference = scratch_rows.get((row.base, row.seed))
         if row.score is None or reference is None or reference.score is None or reference.majority is None:
             return None
-        share = recovery(row.score, reference.majority, reference.score, find_metric(row.metric))
-        if share is None:
+        seed_recovery = recovery(row.score, reference.majority, reference.score, find_metric(row.metric))
+        if seed_recovery is None:
             return None
-        recoveries.append(share)
+        recoveries.append(seed_recovery)
     return statistics.fmean(recoveries) if recoveries else None

@@ -55,19 +55,19 @@ app.add_typer(adaptation.app, name="adaptation")
 app.add_typer(chain.app, name="chain")
 app.add_typer(task.app, name="task")
 app.add_typer(weights.app, name="weights")
-_settings = {"debug": False}  # read by `main` after the command has ended
+_options = {"debug": False}  # read by `main` after the command has ended
 
 
 @app.callback()
-def settings(
+def set_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Carry fine-tunes and adapters over to an upgraded base model."""
-    _settings["debug"] = debug
+    _options["debug"] = debug
 
 
 def main() -> None:
-    """Run the command line; an error is printed and ends with status 2."""
+    """Run the command line. Its status is 2 after an error, 130 after Ctrl-C, 1 if a pipe's reader has left."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -84,26 +84,26 @@ def main() -> None:
         print(f"\ninterrupted\n{error}".rstrip(), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if _settings["debug"]:
+        if _options["debug"]:
             raise
         _drop_output()
         message = "\n".join([f"error: {_message(error)}", *getattr(error, "__notes__", ())])
-        print(_indented(message), file=sys.stderr)
+        print(_indent(message), file=sys.stderr)
         sys.exit(2)
 
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _indented(super().format(record))
+        return _indent(super().format(record))
 
 
-def _indented(message: str) -> str:
+def _indent(message: str) -> str:
     """Indent all lines but the first, so that a line break in a file's name cannot imitate a message."""
     return printable(message).replace("\n", "\n  ")
 
 
 def _message(error: Exception) -> str:
-    """Return an error's message, with the file of a system error; of an unexpected one, what to do."""
+    """Return an error's message, with the file of a system error, or with a remedy for an unexpected error."""
     from regraft.checkpoint import disk_full_error, is_disk_full
 
     if isinstance(error, RegraftError):

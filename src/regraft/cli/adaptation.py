@@ -19,7 +19,7 @@ AdaptationArgument = Annotated[
         show_default=False,
     ),
 ]
-SETTINGS = (  # of an adapter's config, in the order in which those that are set are printed
+SETTINGS = (
     "r",
     "lora_alpha",
     "use_dora",
@@ -31,6 +31,7 @@ SETTINGS = (  # of an adapter's config, in the order in which those that are set
     "activation",
     "tune_norms",
 )
+"""The settings of an adapter's config that are printed, in this order; those that are not set are left out."""
 
 
 @app.command()
@@ -47,10 +48,10 @@ def show(
     adaptation = regraft.load_adaptation(path)
     lineage = None
     if base:
-        opened = regraft.Base.open(base)
-        lineage = adaptation.check_base(opened)
-        adapted_base = with_adaptation_tokens(adaptation, regraft.Upgrade(opened, opened)).old
-        load_model(adaptation, adapted_base, stored_head(adaptation, opened))
+        opened_base = regraft.Base.open(base)
+        lineage = adaptation.check_base(opened_base)
+        adapted_base = with_adaptation_tokens(adaptation, regraft.Upgrade(opened_base, opened_base)).old
+        load_model(adaptation, adapted_base, stored_head(adaptation, opened_base))
     print_adaptation(adaptation, base, lineage)
 
 
@@ -89,10 +90,11 @@ def print_adaptation(adaptation: "regraft.Adaptation", base: str | None, lineage
 
     Args:
         adaptation: The adaptation, of which the headers of the weight files are read.
-        base: The base that it was loaded on, if any.
-        lineage: The relation of the two, in a word, as `Adaptation.check_base` returns it; None without a base.
+        base: The folder or Hub id of the base that it was loaded on; None if it was not loaded.
+        lineage: The relation of the base to the adaptation's, in a word, as `Adaptation.check_base` returns it;
+            None without a base.
     """
-    from regraft.cli.terminal import print_pairs, size
+    from regraft.cli.terminal import format_size, print_pairs
 
     tensors = adaptation.checkpoint.tensors.values()
     config = adaptation.config
@@ -100,7 +102,7 @@ def print_adaptation(adaptation: "regraft.Adaptation", base: str | None, lineage
         "kind": adaptation.kind,
         "tensors": f"{len(tensors):,}",
         "parameters": f"{sum(math.prod(tensor.shape) for tensor in tensors):,}",
-        "size": size(sum(tensor.end - tensor.start for tensor in tensors)),
+        "size": format_size(sum(tensor.end - tensor.start for tensor in tensors)),
         "settings": ", ".join(f"{name} {config[name]}" for name in SETTINGS if config.get(name)),
         "labels": ", ".join(adaptation.labels) if adaptation.labels else "not named",
         "tuned on": adaptation.base or "not recorded: its lineage is unproven",

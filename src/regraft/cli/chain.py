@@ -43,7 +43,7 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
     """Print the scores along a chain: a table per task and kind, with a row per method and route.
 
     Args:
-        bases: Names of the bases, in the chain's order.
+        bases: The names of the bases, in the chain's order.
         rows: The results of all hops, as `run_chain` returns them.
     """
     from rich.markup import escape
@@ -57,9 +57,9 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
     summaries = summarise_routes(bases, rows)
     columns = [*(f"base {index}" for index in range(len(bases))), "recovery,\nlast", "lost\na hop"]
     for task, kind in dict.fromkeys((summary.task, summary.kind) for summary in summaries):
-        selected = [summary for summary in summaries if (summary.task, summary.kind) == (task, kind)]
+        task_summaries = [summary for summary in summaries if (summary.task, summary.kind) == (task, kind)]
         table = new_table(f"{task}, {kind}", ("method", "route"), columns)
-        for summary in selected:
+        for summary in task_summaries:
             scores = [
                 MISSING if score is None else f"{score:.3f}" + ("" if deviation is None else f" ±{deviation:.3f}")
                 for score, deviation in zip(summary.scores, summary.deviations, strict=True)
@@ -70,7 +70,7 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
                 escape(summary.method), summary.route or "", *scores, percent(summary.recoveries[-1], 0), decay
             )
         console.print(table)
-        for summary in selected:
+        for summary in task_summaries:
             if summary.refused:
                 print_text(f"{summary.method}: {summary.refused}")
     print_text(

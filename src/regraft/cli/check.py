@@ -60,13 +60,19 @@ def check(
             diagnosis = regraft.diagnose(
                 upgrade, adaptation, task, out, questions=questions, recipe=recipe, force=force, progress=progress
             )
-        _print_json(diagnosis) if as_json else print_diagnosis(diagnosis, out)
+        if as_json:
+            _print_json(diagnosis)
+        else:
+            print_diagnosis(diagnosis, out)
         return
     if out or counterpart or checkpoint or text or plane:
         raise RecipeError("--out, --counterpart, --checkpoint, --text and --plane need --deep.")
     with show_progress() as progress:
         result = regraft.check(upgrade, adaptation, task, recipe=recipe, force=force, progress=progress)
-    _print_json(result) if as_json else print_check(result)
+    if as_json:
+        _print_json(result)
+    else:
+        print_check(result)
 
 
 def _print_json(result: "regraft.Check | regraft.Diagnosis") -> None:
@@ -91,19 +97,22 @@ def print_diagnosis(diagnosis: "regraft.Diagnosis", out: Path | None) -> None:
 
     Args:
         diagnosis: The result of `regraft.diagnose`.
-        out: The folder that its record was written to, if any.
+        out: The folder that its record was written to; None if it was not written.
     """
     from regraft.cli.terminal import print_line, print_pairs, print_text
     from regraft.diagnosis import all_questions
 
     answers = diagnosis.answers
-    answered = [question for question in all_questions() if question.name in answers]
-    pairs = [question.describe(answers[question.name], diagnosis.metric) for question in answered]
+    groups = [
+        question.describe(answers[question.name], diagnosis.metric)
+        for question in all_questions()
+        if question.name in answers
+    ]
     if diagnosis.compared != "direct":
-        # the figures of the check, which come first, are of direct
-        pairs.insert(1, [("compared below", f"the old deployment with {diagnosis.compared}")])
-    pairs.append([(f"no {name}", reason) for name, reason in diagnosis.left_out.items()])
-    print_pairs([pair for group in pairs for pair in group])
+        # the figures of the check, which come first, are those of direct
+        groups.insert(1, [("compared below", f"the old deployment with {diagnosis.compared}")])
+    groups.append([(f"no {name}", reason) for name, reason in diagnosis.left_out.items()])
+    print_pairs([pair for group in groups for pair in group])
     verdict = diagnosis.verdict
     print_text(f"{verdict.choice} ({verdict.sure:.0%} sure): {verdict.advice}", style="bold")
     if out is not None:

@@ -7,6 +7,7 @@ import typer
 import regraft
 from regraft.cli import options
 from regraft.errors import RecipeError
+from regraft.recipe import Recipe
 
 
 @options.recipe_flags(omit=("seed",))
@@ -23,7 +24,7 @@ def compare(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Option of one method, as in -o distill:alpha=0.9.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "20",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = str(Recipe.seed),
     shots: options.Shots = None,
     report_to: options.ReportTo = None,
     force: options.Force = False,
@@ -87,8 +88,8 @@ def print_comparison(comparison: "regraft.Comparison") -> None:
     for row in rows:
         deviation = "" if row.test_deviation is None else f" ±{row.test_deviation:.3f}"
         steps_to_scratch = MISSING
-        if row.steps_to_scratch is not None:
-            steps_to_scratch = f"{row.steps_to_scratch:.0f} ({row.seconds_to_scratch or 0:.0f} s)"
+        if row.steps_to_scratch is not None and row.seconds_to_scratch is not None:
+            steps_to_scratch = f"{row.steps_to_scratch:.0f} ({row.seconds_to_scratch:.0f} s)"
         table.add_row(
             escape(row.method),
             f"{row.start:.3f}",

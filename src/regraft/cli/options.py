@@ -30,7 +30,7 @@ def recipe_flags(defaults: Recipe | None = None, omit: Collection[str] = ()) -> 
 
     Args:
         defaults: The recipe whose values are the flags' defaults; None for those of `Recipe`.
-        omit: Fields that get no flag.
+        omit: The names of fields that get no flag.
 
     Returns:
         The decorator.

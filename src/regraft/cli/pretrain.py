@@ -33,6 +33,7 @@ def pretrain(
         int | None, typer.Option(help="Steps between the bases to keep, in folders next to OUT.", min=1)
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of the text, where the corpus has columns.")] = "text",
+    # the default is `tuning.pretrain.DEFAULT_BLOCK_SIZE`, whose import would make every command start later
     block: Annotated[int, typer.Option(help="Tokens in a packed block.", min=8)] = 128,
     report_to: options.ReportTo = None,
 ) -> None:
@@ -41,17 +42,19 @@ def pretrain(
     from regraft.tuning import pretrain_chain, tracking
 
     if replay and not domains:
-        raise RecipeError("--replay needs --domains: it replays the domains before.")
-    opened = regraft.Base.open(base)
+        raise RecipeError("--replay needs --domains: it replays the earlier domains.")
+    opened_base = regraft.Base.open(base)
     with show_progress() as progress, tracking(report_to or (), options.log_folder(out)):
         if domains:
             corpora = [regraft.Corpus((source,), text_column) for source in corpus]
-            bases = pretrain_chain(opened, corpora, out, recipe, block, progress, replay=replay, keep_every=keep_every)
+            bases = pretrain_chain(
+                opened_base, corpora, out, recipe, block, progress, replay=replay, keep_every=keep_every
+            )
         else:
-            joined = regraft.Corpus(tuple(corpus), text_column)
-            bases = [regraft.pretrain(opened, joined, out, recipe, block, progress, keep_every=keep_every)]
-    for upgraded in bases:
-        print_base(upgraded)
+            joint_corpus = regraft.Corpus(tuple(corpus), text_column)
+            bases = [regraft.pretrain(opened_base, joint_corpus, out, recipe, block, progress, keep_every=keep_every)]
+    for upgraded_base in bases:
+        print_base(upgraded_base)
 
 
 def print_base(base: "regraft.Base") -> None:
@@ -66,9 +69,9 @@ def print_base(base: "regraft.Base") -> None:
     from regraft.cli.terminal import print_line, print_text
 
     record = json.loads((base.path / PRETRAINING).read_text(encoding="utf-8"))
-    first, last = record["curve"][0], record["curve"][-1]
+    first_entry, last_entry = record["curve"][0], record["curve"][-1]
     print_text(
-        f"held-out loss {first['loss']:.3f} → {last['loss']:.3f} in {last['step']:.0f} steps, "
-        f"{record['tokens']:,} tokens, {record['tokens'] / last['seconds']:,.0f} tokens/s"
+        f"held-out loss {first_entry['loss']:.3f} → {last_entry['loss']:.3f} in {last_entry['step']:.0f} steps, "
+        f"{record['tokens']:,} tokens, {record['tokens'] / last_entry['seconds']:,.0f} tokens/s"
     )
     print_line(f"upgraded base: {base.path}")

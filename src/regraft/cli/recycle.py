@@ -6,6 +6,7 @@ import typer
 
 import regraft
 from regraft.cli import options
+from regraft.errors import MAX_LISTED
 
 
 @options.recipe_flags()
@@ -81,15 +82,16 @@ def print_outcome(outcome: "regraft.Outcome") -> None:
     passed_over = notes.get("passed_over")
     if passed_over and isinstance(passed_over, dict):
         reasons = [f"{layer}: {reason}" for layer, reason in passed_over.items()]
-        print_text(f"{len(reasons)} layers carry their old delta unchanged ({_shortened(reasons, 3, '; ')})")
+        print_text(f"{len(reasons)} layers carry their old delta unchanged ({_list_some(reasons, '; ')})")
     if grafted := notes.get("grafted_in_place_of_the_base"):
         print_text(
             f"{len(grafted)} stored tensors that replace the base's were grafted: only their change was carried over "
-            f"({_shortened(grafted, 2, ', ')})"
+            f"({_list_some(grafted, ', ')})"
         )
     print_text(f"{record.cost.steps} steps, {record.cost.seconds:.0f} s, {record.cost.labels} labelled examples")
     print_line(f"outcome: {outcome.path}")
 
 
-def _shortened(names: list[str], count: int, separator: str) -> str:
-    return separator.join(names[:count]) + f"{separator}…" * (len(names) > count)
+def _list_some(items: list[str], separator: str) -> str:
+    """Join the first items, with an ellipsis if there are more."""
+    return separator.join([*items[:MAX_LISTED], *(["…"] if len(items) > MAX_LISTED else [])])

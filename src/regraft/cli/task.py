@@ -10,7 +10,7 @@ import regraft
 app = typer.Typer(help="Check a task file and the data it names.", no_args_is_help=True)
 
 MAX_STRATA = 20
-"""Classes shown of a split, so that it fits on a screen."""
+"""The number of strata that are shown of a split: with these, its table fits on a screen."""
 
 
 @app.callback()

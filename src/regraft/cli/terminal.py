@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from regraft.progress import Progress as Callback
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Seconds between two lines of progress: a log of an hour's training stays readable."""
+"""The number of seconds between two lines of progress: a log of an hour's training stays readable."""
 
 
 class _Terminal(Console):
@@ -66,7 +66,7 @@ def show_progress() -> Iterator[Callback]:
                 tasks[stage],  # type: ignore[arg-type]
                 completed=completed,
                 total=total or completed,
-                figures=_figures(figures),
+                figures=_format_figures(figures),
                 visible=True,
             )
 
@@ -77,15 +77,15 @@ class _ProgressLines:
     """Prints the state of a stage every few seconds, for logs and pipes."""
 
     def __init__(self) -> None:
-        self.last = time.monotonic()
+        self.last_time = time.monotonic()
 
     def __call__(self, stage: str, completed: int, total: int, figures: Mapping[str, float]) -> None:
-        if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = time.monotonic()
-            console.print(f"{escape(stage)} {completed:,}/{total or '?'} {_figures(figures)}", highlight=False)
+        if time.monotonic() - self.last_time >= SECONDS_BETWEEN_LINES:
+            self.last_time = time.monotonic()
+            console.print(f"{escape(stage)} {completed:,}/{total or '?'} {_format_figures(figures)}", highlight=False)
 
 
-def _figures(figures: Mapping[str, float]) -> str:
+def _format_figures(figures: Mapping[str, float]) -> str:
     return "  ".join(
         f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3g}" for name, value in figures.items()
     )
@@ -114,7 +114,7 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two columns.
 
     Args:
-        pairs: Names with their values, at least one.
+        pairs: The names with their values, at least one.
     """
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
@@ -125,9 +125,9 @@ def new_table(title: str | None, names: Sequence[str], figures: Sequence[str]) -
     """Return an empty table.
 
     Args:
-        title: Title above the table.
-        names: Headings of the columns of text.
-        figures: Headings of the columns of numbers, which follow and are aligned to the right.
+        title: The heading above the table; None for none.
+        names: The headings of the columns of text.
+        figures: The headings of the columns of numbers, which follow and are aligned to the right.
     """
     table = Table(
         title=escape(title) if title else None,
@@ -143,14 +143,14 @@ def new_table(title: str | None, names: Sequence[str], figures: Sequence[str]) -
     return table
 
 
-def size(count: float) -> str:
+def format_size(num_bytes: float) -> str:
     """Format a number of bytes with its unit, from B to TB.
 
     Args:
-        count: Number of bytes.
+        num_bytes: The number of bytes.
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

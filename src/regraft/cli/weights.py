@@ -17,9 +17,10 @@ from regraft.cli.weights_files import (
     upgraded_config,
     write_result,
 )
-from regraft.errors import MismatchError, RecipeError
+from regraft.errors import MAX_LISTED, MismatchError, RecipeError
 
 OLD_NAMES = {"--new": "--new-base", "--old": "--old-base", "--tuned": "--adaptation", "--adapter": "--adaptation"}
+"""The options of version 0.1 by their old names, which are accepted still."""
 
 
 class _Command(TyperCommand):
@@ -96,12 +97,12 @@ def graft(
     for pattern in factors:
         if pattern != "*" and not fnmatch.filter(tensors["tuned"], pattern):
             raise RecipeError(f"--scale-for {pattern}: matches no tensor, such as {next(iter(tensors['tuned']))}.")
-    grafted = graft_all(tensors["new"], tensors["tuned"], tensors["old"], factors, rows)
+    grafted_tensors = graft_all(tensors["new"], tensors["tuned"], tensors["old"], factors, rows)
     if copied := counterparts(tensors["new"], tensors["tuned"], tensors["old"]).unmatched:
         print_text(f"copied unchanged, as one of the bases lacks it: {', '.join(copied)}")
-    settings = upgraded_config(checkpoints, has_class=isinstance(tensors["tuned"], NamedTensors), has_same_ids=not rows)
+    config = upgraded_config(checkpoints, has_class=isinstance(tensors["tuned"], NamedTensors), has_same_ids=not rows)
     provenance = {"operation": "graft", "scale": factors}
-    write_result(grafted, out, checkpoints, "tuned", provenance, shard_size, dry_run, rows, config=settings)
+    write_result(grafted_tensors, out, checkpoints, "tuned", provenance, shard_size, dry_run, rows, config=config)
 
 
 @app.command(cls=_Command)
@@ -148,12 +149,12 @@ def interpolate(
         if differing := differing_settings(read_config(end), end.path, read_config(start), start.path):
             raise MismatchError(
                 f"{end.path}/config.json differs from {start.path}'s in settings of the computation: "
-                f"{'; '.join(differing[:4])}. No model between the two computes as both do."
+                f"{'; '.join(differing[:MAX_LISTED])}. No model between the two computes as both do."
             )
     check_same_rows({role: checkpoint.folder for role, checkpoint in checkpoints.items()}, tensors)
-    interpolated = interpolate_all(tensors["first"], tensors["second"], t)
+    interpolated_tensors = interpolate_all(tensors["first"], tensors["second"], t)
     provenance = {"operation": "interpolate", "t": t}
-    write_result(interpolated, out, checkpoints, "first", provenance, shard_size, dry_run)
+    write_result(interpolated_tensors, out, checkpoints, "first", provenance, shard_size, dry_run)
 
 
 @app.command("extract-lora", cls=_Command)
@@ -212,19 +213,21 @@ def merge_lora(
 
     path = find_path(adaptation)
     adapter = load_adaptation(path.parent if path.is_file() else path)
-    settings = read_lora_config(adapter.path)
+    lora_config = read_lora_config(adapter.path)
     paths = {"adapter": str(adapter.path), "base": base} | ({"start": start} if start else {})
     checkpoints = open_checkpoints(paths, check_finite)
-    merged = merge(checkpoints["adapter"], settings, checkpoints["base"], checkpoints.get("start"), adapter.labels)
+    merged_model = merge(
+        checkpoints["adapter"], lora_config, checkpoints["base"], checkpoints.get("start"), adapter.labels
+    )
     write_result(
-        merged.tensors,
+        merged_model.tensors,
         out,
         checkpoints,
         "base",
         {"operation": "merge-lora"},
         shard_size,
         dry_run,
-        config=merged.config,
+        config=merged_model.config,
         tokenizer_folder=adapter.path if has_tokenizer(adapter.path) else None,
     )
 
@@ -243,14 +246,14 @@ def distance(first: CheckpointArgument, second: CheckpointArgument, check_finite
         groups = distances(tensors["first"], tensors["second"], progress)
     table = new_table(None, ("",), ("L2", "of the norm", "cosine", "L2 a parameter", "parameters"))
     for grouping, distance_by_name in groups.items():
-        for name, measured in distance_by_name.items():
+        for name, figures in distance_by_name.items():
             table.add_row(
                 "[bold]all[/]" if grouping == "whole" else name,
-                f"{measured.l2:.4g}",
-                f"{measured.relative:.2%}",
-                f"{measured.cosine:.6f}",
-                f"{measured.per_parameter:.2e}",
-                f"{measured.parameters:,}",
+                f"{figures.l2:.4g}",
+                f"{figures.relative:.2%}",
+                f"{figures.cosine:.6f}",
+                f"{figures.per_parameter:.2e}",
+                f"{figures.parameters:,}",
             )
         table.add_section()
     console.print(table)
@@ -269,13 +272,15 @@ def inspect(
     from regraft.cli.terminal import console, new_table, print_line
     from regraft.weights import kind_of
 
-    opened = open_checkpoints({"checkpoint": checkpoint}, check_finite, as_stored=True)["checkpoint"]
-    print_line(f"{opened.path}: {len(opened.files)} files, {fingerprint(opened, full=full)}")
+    opened_checkpoint = open_checkpoints({"checkpoint": checkpoint}, check_finite, as_stored=True)["checkpoint"]
+    print_line(
+        f"{opened_checkpoint.path}: {len(opened_checkpoint.files)} files, {fingerprint(opened_checkpoint, full=full)}"
+    )
     table = new_table(None, ("kind", "dtype"), ("tensors", "parameters", "bytes"))
     groups: dict[tuple[str, str], list[Any]] = {}
-    for name, tensor in opened.tensors.items():
+    for name, tensor in opened_checkpoint.tensors.items():
         groups.setdefault((kind_of(name), tensor.dtype), []).append(tensor)
-    for (kind, dtype), members in [*sorted(groups.items()), (("all", ""), list(opened.tensors.values()))]:
+    for (kind, dtype), members in [*sorted(groups.items()), (("all", ""), list(opened_checkpoint.tensors.values()))]:
         parameters = sum(math.prod(tensor.shape) for tensor in members)
         size = sum(tensor.end - tensor.start for tensor in members)
         table.add_row(kind, dtype, f"{len(members):,}", f"{parameters:,}", f"{size:,}")

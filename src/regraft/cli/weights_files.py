@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from regraft.weights import RowMatch
 
 OPTIONS = {"new": "--new-base", "old": "--old-base", "tuned": "--adaptation", "adapter": "--adaptation"}
+"""The option that names the checkpoint of a role; for other roles, `--` and the role."""
 
 
 def open_checkpoints(paths: Mapping[str, str], check_finite: bool, as_stored: bool = False) -> dict[str, Checkpoint]:
@@ -62,7 +63,7 @@ def name_tensors(checkpoints: dict[str, Checkpoint]) -> dict[str, Mapping[str, t
     adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
     if adapters and len(adapters) < len(folders):
         raise CheckpointError(
-            f"{adapters[0]}: is an adapter, but the other checkpoint is a model. Merge the adapter into its base first "
+            f"{adapters[0]}: is an adapter, but another checkpoint is a model. Merge the adapter into its base first "
             "(regraft weights merge-lora)."
         )
     tensors, reason = name_consistently(checkpoints)
@@ -76,11 +77,11 @@ def upgraded_config(checkpoints: Mapping[str, Checkpoint], has_class: bool, has_
 
     Args:
         checkpoints: The new base (`new`), the fine-tune (`tuned`) and the old base (`old`).
-        has_class: Whether transformers has a class for them, which knows the effective settings.
+        has_class: Whether transformers has a class for them, which knows the settings that config files leave out.
         has_same_ids: Whether every token has the same id in all three.
 
     Returns:
-        The settings; an empty dict if one of the checkpoints has no config.
+        The config; an empty dict if one of the checkpoints has no config.
     """
     from regraft.base import is_causal
     from regraft.checkpoint import read_json
@@ -88,15 +89,15 @@ def upgraded_config(checkpoints: Mapping[str, Checkpoint], has_class: bool, has_
 
     ordered = [checkpoints[role] for role in ("tuned", "old", "new")]
     if has_class:
-        configs = [read_config(checkpoint) for checkpoint in ordered]
-        settings = [config.to_dict() for config in configs]
-        is_decoder = is_causal(configs[1])
+        loaded_configs = [read_config(checkpoint) for checkpoint in ordered]
+        configs = [config.to_dict() for config in loaded_configs]
+        is_decoder = is_causal(loaded_configs[1])
     elif all((checkpoint.folder / "config.json").is_file() for checkpoint in ordered):
-        settings = [read_json(checkpoint.folder / "config.json") for checkpoint in ordered]
+        configs = [read_json(checkpoint.folder / "config.json") for checkpoint in ordered]
         is_decoder = True
     else:
         return {}
-    return upgraded_settings(*settings, is_decoder=is_decoder, has_same_ids=has_same_ids)
+    return upgraded_settings(*configs, is_decoder=is_decoder, has_same_ids=has_same_ids)
 
 
 def check_separate(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -132,16 +133,16 @@ def write_result(
         tensors: The result, computed while it is written.
         out: The output folder.
         checkpoints: A command's inputs, by role.
-        template: Role of the checkpoint whose config and tokenizer are copied.
+        template: The role of the checkpoint whose config and tokenizer are copied.
         operation: The operation and its settings, for the provenance.
-        shard_size: Largest size of a file, in GB.
+        shard_size: The largest size of a file, in GB.
         dry_run: Print what writing would take, and write nothing.
         rows: How the rows of the vocabularies match; None where they are the same.
-        config: Settings to write instead of the template's.
-        tokenizer_folder: Folder to copy the tokenizer from, instead of the template's.
+        config: The config to write instead of the template's; None for the template's.
+        tokenizer_folder: The folder to copy the tokenizer from; None for the template's.
     """
     from regraft.checkpoint import TOKENIZER_FILES, copy_auxiliary_files, fingerprint, plan_checkpoint, write_folder
-    from regraft.cli.terminal import print_line, show_progress, size
+    from regraft.cli.terminal import format_size, print_line, show_progress
     from regraft.vocabulary import write_vocabulary
 
     check_separate(out, checkpoints)
@@ -151,8 +152,9 @@ def write_result(
         plan = plan_checkpoint(tensors, out, shard_bytes)
         print_line(
             f"{out}: {plan.num_tensors:,} tensors in {plan.num_files} files\n"
-            f"reads {size(plan.read_bytes)}, writes {size(plan.disk_bytes)} (disk: {size(plan.free_bytes)} left), "
-            f"needs {size(plan.memory_bytes)} of memory for tensors\nnothing was written (--dry-run)"
+            f"reads {format_size(plan.read_bytes)}, writes {format_size(plan.disk_bytes)} "
+            f"(disk: {format_size(plan.free_bytes)} left), needs {format_size(plan.memory_bytes)} of memory for "
+            "tensors\nnothing was written (--dry-run)"
         )
         return
     write_tokenizer: Callable[[Path], None] | None = None
@@ -186,17 +188,16 @@ def parse_factors(entries: list[str]) -> dict[str, float]:
         The factors, by pattern.
 
     Raises:
-        RecipeError: An entry has another form, or its number is not finite.
+        RecipeError: An entry has a different form, or its number is infinite or NaN.
     """
-    factors = {}
+    factors: dict[str, float] = {}
     for entry in entries:
         pattern, _, number = entry.rpartition("=")
         try:
-            factor = float(number)
+            factor: float | None = float(number)
         except ValueError:
-            factor = math.nan
-            pattern = ""
-        if not pattern:
+            factor = None
+        if factor is None or not pattern:
             raise RecipeError(f"--scale-for takes PATTERN=NUMBER, found {entry!r}.")
         require_finite(f"--scale-for {pattern}", factor)
         factors[pattern] = factor
@@ -204,11 +205,11 @@ def parse_factors(entries: list[str]) -> dict[str, float]:
 
 
 def require_finite(option: str, number: float) -> None:
-    """Check that the number of an option is finite.
+    """Check that the number of an option is neither infinite nor NaN.
 
     Args:
-        option: Name of the option, as in `--scale`.
-        number: Value of the option.
+        option: The name of the option, as in `--scale`.
+        number: The value of the option.
 
     Raises:
         RecipeError: The number is infinite or NaN.

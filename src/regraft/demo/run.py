@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from regraft.progress import Progress
 
 DOMAIN = "bio"
+"""The domain that the base is upgraded with."""
 METHODS = ("scratch", "direct", "init", "distill", "init+distill")
+"""The methods that are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +31,12 @@ class Size:
     """The size of the demo.
 
     Args:
-        tasks: Names of the tasks.
-        corpus: Characters of unlabelled text; None for all.
-        pretraining: Recipe of the upgrade.
-        tuning: Recipe of every tuning.
-        examples: Numbers of train, dev and test examples; None for all.
-        seeds: Seeds of every method.
+        tasks: The names of the tasks.
+        corpus: The number of characters of unlabelled text; None for all.
+        pretraining: The recipe of the upgrade.
+        tuning: The recipe of every tuning.
+        examples: The numbers of train, dev and test examples; None for all.
+        seeds: The seeds of every method.
     """
 
     tasks: tuple[str, ...]
@@ -71,7 +73,7 @@ def demo(out: Path, size: Size, progress: Progress) -> Iterator[tuple[Check, Com
     Args:
         out: The output folder.
         size: The size of the demo.
-        progress: Callback for the progress of each step.
+        progress: The callback for the progress of each step.
 
     Yields:
         The check and the comparison of each task.
@@ -85,16 +87,16 @@ def demo(out: Path, size: Size, progress: Progress) -> Iterator[tuple[Check, Com
     tasks = {name: write_task(name, out / name / "data", train=train, dev=dev, test=test) for name in size.tasks}
     corpus = out / f"{DOMAIN}.jsonl"
     if not corpus.is_file():
-        evaluated = [task.parent / f"{split}.csv" for task in tasks.values() for split in ("dev", "test")]
-        write_corpus(DOMAIN, corpus, size.corpus, exclude=evaluated)
+        evaluation_files = [task.parent / f"{split}.csv" for task in tasks.values() for split in ("dev", "test")]
+        write_corpus(DOMAIN, corpus, size.corpus, exclude=evaluation_files)
     new = pretrain(old, Corpus((str(corpus),)), out / "new-base", size.pretraining, progress=progress)
     upgrade = Upgrade(old, new)
     for name, task in tasks.items():
-        tuned = tune(old, task, out / name / "old", recipe=size.tuning, progress=progress).path
-        checked = check(upgrade, tuned, task, progress=progress)
+        adaptation = tune(old, task, out / name / "old", recipe=size.tuning, progress=progress).path
+        upgrade_check = check(upgrade, adaptation, task, progress=progress)
         comparison = compare(
             upgrade,
-            tuned,
+            adaptation,
             task,
             METHODS,
             out / name / "recycled",
@@ -102,4 +104,4 @@ def demo(out: Path, size: Size, progress: Progress) -> Iterator[tuple[Check, Com
             seeds=size.seeds,
             progress=progress,
         )
-        yield checked, comparison
+        yield upgrade_check, comparison

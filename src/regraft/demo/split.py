@@ -26,7 +26,7 @@ class Row(NamedTuple):
 def split_rows(
     rows: Iterable[Row],
     name: str,
-    draw: int,
+    test_seed: int,
     test_share: float,
     sizes: Mapping[str, int | None],
     seed: int,
@@ -38,20 +38,20 @@ def split_rows(
     Args:
         rows: The rows. Only the first of several with the same text is used.
         name: The task's name.
-        draw: Seed, with the name, of the choice of the test groups.
-        test_share: Share of the groups that go to the test split.
-        sizes: Number of rows by split; None for all (of dev: a tenth of the rows outside test).
-        seed: Seed of the order and, with sizes, of the choice of rows.
-        stop_early: Stop reading at twice the rows that the sizes ask for, plus a thousand.
+        test_seed: The seed, with the name, of the choice of the test groups.
+        test_share: The share of the groups that go to the test split.
+        sizes: The number of rows by split; None for all (of dev: a tenth of the rows outside test).
+        seed: The seed of the order and, with sizes, of the choice of rows.
+        stop_early: Stop reading at twice the rows that the sizes ask for, plus a thousand, if all three sizes are set.
 
     Returns:
         The rows of `train`, `dev` and `test`.
 
     Raises:
-        DataError: There are fewer rows than asked for.
+        DataError: There are fewer rows for a split than its size.
     """
     train, dev, test = sizes["train"], sizes["dev"], sizes["test"]
-    salt = f"{name}/{draw}"
+    salt = f"{name}/{test_seed}"
     max_train_and_dev, max_test = math.inf, math.inf
     if stop_early and train and dev and test:
         max_train_and_dev, max_test = 1_000 + 2 * (train + dev), 1_000 + 2 * test
@@ -82,16 +82,16 @@ def _position(salt: str, group: str) -> float:
 
 
 def _dev_groups(salt: str, rows: list[Row], count: int) -> set[str]:
-    """Choose groups with `count` rows in all. Groups of over a fifth of them come last, so that dev is varied."""
+    """Choose groups with at least `count` rows in all; groups of over a fifth come last, so that dev is varied."""
     sizes = Counter(row.group for row in rows)
-    chosen: set[str] = set()
-    rows_chosen = 0
+    dev_groups: set[str] = set()
+    num_rows = 0
     for group in sorted(sizes, key=lambda group: (sizes[group] > count // 5, _position(salt, group), group)):
-        if rows_chosen >= count:
+        if num_rows >= count:
             break
-        chosen.add(group)
-        rows_chosen += sizes[group]
-    return chosen
+        dev_groups.add(group)
+        num_rows += sizes[group]
+    return dev_groups
 
 
 def _sample(rows: list[Row], size: int | None, rng: random.Random) -> list[Row]:

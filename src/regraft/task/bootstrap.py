@@ -58,7 +58,8 @@ def paired_difference(
         seed: The seed of the resamples.
 
     Returns:
-        The difference of the scores; positive if the model is better, whichever direction of the metric is better.
+        The difference of the scores with its interval; positive if the model is better, whichever direction of the
+        metric is better.
 
     Raises:
         RecipeError: The confidence is below 0.5 or not below 1, or no task type has the metric.

@@ -94,19 +94,19 @@ def read_delimited(
         parsed = _parse(file, quoting or "quoted")
     else:
         parsed = _parse_undeclared(file)
-    row_count = len(next(iter(parsed.columns.values()), ()))
-    return parsed.columns, range(1, row_count + 1)
+    num_rows = len(next(iter(parsed.columns.values()), ()))
+    return parsed.columns, range(1, num_rows + 1)
 
 
 def _parse_undeclared(file: _File) -> _Parsed:
     """Parse a file whose quotes are not declared, under the interpretation that `read_delimited` describes."""
     quoted, plain = _parse_or_error(file, "quoted"), _parse_or_error(file, "plain")
     if isinstance(quoted, _Parsed):
-        span = _find_swallowed_rows(file, quoted, plain_is_valid=isinstance(plain, _Parsed))
+        span = _find_swallowed_rows(file, quoted, is_plain_valid=isinstance(plain, _Parsed))
         if span is not None:
-            line_count = span.end_line - span.first_line
+            num_lines = span.end_line - span.first_line
             raise DataError(
-                f"{file.path}, row {span.row}: a double quote opens a field that goes on for {line_count} lines, but "
+                f"{file.path}, row {span.row}: a double quote opens a field that goes on for {num_lines} lines, but "
                 f"the first and the last of them look like rows of their own. {_DECLARE_QUOTING}."
             )
         return quoted
@@ -122,7 +122,7 @@ def _parse_undeclared(file: _File) -> _Parsed:
 
 
 def _parse_or_error(file: _File, quoting: Quoting) -> _Parsed | DataError:
-    """Return the error instead of raising it, so that two interpretations can be compared."""
+    """Parse a file, and return the error instead of raising it, so that two interpretations can be compared."""
     try:
         return _parse(file, quoting)
     except DataError as error:
@@ -174,12 +174,12 @@ def _parse(file: _File, quoting: Quoting) -> _Parsed:
     return _Parsed(header, dict(zip(file.columns, values, strict=True)) if header else {}, spans)
 
 
-def _explain_field_count(file: _File, quoting: Quoting, row: int, column_count: int, field_count: int) -> str:
+def _explain_field_count(file: _File, quoting: Quoting, row: int, num_columns: int, num_fields: int) -> str:
     if quoting == "quoted":
         remedy = f"Put fields that contain a {file.delimiter!r} or a line break in double quotes."
     else:
         remedy = f"No field may contain a {file.delimiter!r} or a line break."
-    return f"{file.path}, row {row}: the header names {column_count} columns, the row has {field_count}. {remedy}"
+    return f"{file.path}, row {row}: the header names {num_columns} columns, the row has {num_fields}. {remedy}"
 
 
 def _check_delimiter(file: _File, header: list[str]) -> None:
@@ -194,7 +194,7 @@ def _check_delimiter(file: _File, header: list[str]) -> None:
             )
 
 
-def _find_swallowed_rows(file: _File, quoted: _Parsed, *, plain_is_valid: bool) -> _Span | None:
+def _find_swallowed_rows(file: _File, quoted: _Parsed, *, is_plain_valid: bool) -> _Span | None:
     """Find a row that seems to consist of several rows between two unrelated quotes.
 
     A quoted text that spans lines begins in one line and ends in another. Neither line has all fields of a row or, if
@@ -203,7 +203,7 @@ def _find_swallowed_rows(file: _File, quoted: _Parsed, *, plain_is_valid: bool) 
     Args:
         file: The file, with its label column if it has one.
         quoted: The content of the file if quotes delimit fields.
-        plain_is_valid: Whether the file can also be parsed with quotes as ordinary characters.
+        is_plain_valid: Whether the file can also be parsed with quotes as ordinary characters.
 
     Returns:
         The lines of the first such row; None if there is no such row.
@@ -217,7 +217,7 @@ def _find_swallowed_rows(file: _File, quoted: _Parsed, *, plain_is_valid: bool) 
         fields = line.rstrip("\r\n").split(file.delimiter)
         if len(fields) != len(quoted.header):
             return False
-        if plain_is_valid or not file.label_column:
+        if is_plain_valid or not file.label_column:
             return True
         return label_name(fields[quoted.header.index(file.label_column)]) in labels
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
+"""The suffixes of compressed files that are read."""
 MAX_EXPANSION = 100
 """The factor by which a large compressed file may expand: text expands 3 to 20 times, decompression bombs thousands."""
 MIN_CHECKED_BYTES = 256 * 1024**2
@@ -46,7 +47,7 @@ def check_regular_file(path: Path) -> None:
             f"{path}: no such file. Correct the path; relative paths start from the folder of the file that names them."
         ) from None
     except (OSError, ValueError) as error:  # a null byte in the path raises ValueError
-        raise DataError(f"{str(path)[:300]}: cannot be read ({_reason(error)}). Correct the path.") from error
+        raise DataError(f"{path!s:.300}: cannot be read ({_reason(error)}). Correct the path.") from error
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path}: is a folder, pipe or device, not a file. Use the path of a file.")
 

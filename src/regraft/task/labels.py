@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-MAX_LISTED = 20
-"""The number of names that a message lists, arbitrary; a task may have thousands of labels."""
+# more than `errors.MAX_LISTED`: users look for the correct name in the list; most tables have fewer columns
+MAX_CANDIDATES = 20
+"""The number of label or column names that a message lists."""
 _WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")
 _MISSING_VALUES = frozenset(("na", "n/a", "#n/a", "nan", "none", "null", "nil", "<na>", "-", "?"))
 """The texts that spreadsheets, pandas and databases write for a missing value, in lower case."""
@@ -48,7 +49,7 @@ def label_name(value: object) -> str | None:
         return str(value).lower()
     if isinstance(value, int | float):
         return str(value)
-    raise TypeError(f"a {type(value).__name__}")
+    raise TypeError(f"a label must be a text, a number or a boolean, not a {type(value).__name__}")
 
 
 def sort_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -97,6 +98,7 @@ def pair_names(names: Sequence[str], head_names: Sequence[str]) -> dict[str, str
 
 def fold_name(name: str) -> str:
     """Fold names that look alike to the same text: composed characters, one case, single spaces, nothing invisible."""
+    # case folding decomposes some letters, such as ǰ, so that they must be composed again
     composed = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
     visible = "".join(character for character in composed if unicodedata.category(character) != "Cf")
     return " ".join(visible.split())
@@ -126,12 +128,12 @@ def format_names(names: Sequence[str]) -> str:
     """Format names for a message, cutting a long list short.
 
     Args:
-        names: Label or column names, of any number and length.
+        names: Names of labels, columns or task types, of any number and length.
 
     Returns:
-        The first `MAX_LISTED` names in quotes; `none` if there are no names.
+        The first `MAX_CANDIDATES` names in quotes; `none` if there are no names.
     """
     if not names:
         return "none"
-    listed = ", ".join(f"{name!r:.100}" for name in names[:MAX_LISTED])
-    return f"{listed} …" if len(names) > MAX_LISTED else listed
+    listed = ", ".join(f"{name!r:.100}" for name in names[:MAX_CANDIDATES])
+    return f"{listed} …" if len(names) > MAX_CANDIDATES else listed

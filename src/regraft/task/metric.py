@@ -81,8 +81,8 @@ class Metric:
 
         Args:
             difference: The difference, in units of the score.
-            form: The format specification for points. Of it, other differences take only the sign; they have three
-                significant digits.
+            form: The format specification for points; other differences take only its sign, and have three significant
+                digits.
 
         Returns:
             The number without its unit.
@@ -186,7 +186,7 @@ def deviation(scores: Sequence[float]) -> float | None:
         scores: One score per seed.
 
     Returns:
-        The sample standard deviation; None for fewer than two scores, NaN if a score is not finite.
+        The sample standard deviation; None for fewer than two scores, NaN if a score is infinite or NaN.
     """
     if len(scores) < 2:
         return None

@@ -14,7 +14,7 @@ from regraft.task.types import Task
 if TYPE_CHECKING:
     from pathlib import Path
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def read_task(task: Task, seed: int = 0) -> TaskData:
@@ -33,6 +33,7 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
     Raises:
         DataError: A source cannot be read, a row is invalid, or a stratum has too few examples; the message names the
             source.
+        RecipeError: `task.shots` is less than 1.
     """
     sources = {"train": task.train, "dev": task.dev, "test": task.test}
     tables = {
@@ -59,11 +60,12 @@ def load_data(task: Task | TaskData | str | Path, seed: int) -> TaskData:
         seed: The seed of the held-out dev split and of few-shot samples.
 
     Raises:
-        DataError: The task file or a source cannot be read, or a row is invalid.
+        DataError: The task file or a source cannot be read, a row is invalid, or a stratum has too few examples.
+        RecipeError: `shots` of the task is less than 1.
     """
     if isinstance(task, TaskData):
         return task
     data = read_task(task if isinstance(task, Task) else Task.load(task), seed)
     for warning in data_warnings(data):
-        log.warning("%s", warning)
+        logger.warning("%s", warning)
     return data

@@ -127,7 +127,7 @@ def read_table(
         The requested columns, with at least one row.
 
     Raises:
-        DataError: The source is missing, malformed, empty, of an unsupported format, or lacks a column.
+        DataError: The source is missing, malformed, empty, of an unsupported format, or lacks or repeats a column.
     """
     if isinstance(source, str):
         table = _read_file(Path(source), input_columns, target_columns, quoting)
@@ -181,7 +181,8 @@ def _read_json(path: Path, columns: Sequence[str]) -> SourceTable:
             )
         entries.append(entry)
         row_numbers.append(row)
-    if len(entries) == 1 and isinstance(entries[0].get(columns[0], {}), dict | list):
+    # pandas writes a single object of columns unless it is asked for records
+    if len(entries) == 1 and (columns[0] not in entries[0] or isinstance(entries[0][columns[0]], dict | list)):
         raise DataError(
             f"{path}: is a single object with the keys {format_names(list(entries[0]))}, not one object per example. "
             "Write a list of objects (in pandas, orient='records')."

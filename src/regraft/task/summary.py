@@ -78,14 +78,14 @@ def data_warnings(data: TaskData) -> list[str]:
     label_warnings = data.task.label_warnings(data.labels) if data.labelled else []
     warnings = [f"{data.train.source}: {warning}" for warning in label_warnings]
     for split in (data.dev, data.test):
-        problem = None if split is None else weakness(data, split)
+        problem = weakness(data, split) if split is not None else None
         if split is not None and problem:
             warnings.append(f"{split.source}: {split.name} has {problem}.")
     pairs = find_duplicates(data.train, data.test)
     if data.test is not None and pairs:
         train_row, test_row = pairs[0]
         warnings.append(
-            f"{data.test.source}: {len(pairs):,} of {len(data.test):,} examples of test are also in train (row "
+            f"{data.test.source}: {len(pairs):,} of {len(data.test):,} test examples are also in train (row "
             f"{test_row} is row {train_row} of {data.train.source}); scores on them say nothing about new texts."
         )
     return warnings

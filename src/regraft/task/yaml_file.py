@@ -114,10 +114,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         The keys and values. Scalars are text as written, or None; `validate` converts them to numbers.
 
     Raises:
-        DataError: The file is missing, not UTF-8, not YAML, not a mapping, too large or too deeply nested.
+        DataError: The file is missing, not UTF-8, not YAML, not a mapping, too large or too deeply nested, or
+            has tags or repeated keys.
     """
     check_regular_file(path)
-    too_large = DataError(f"{path}: the file is larger than the {MAX_BYTES:,} bytes that a YAML file may have.")
+    too_large = DataError(f"{path}: is larger than the {MAX_BYTES:,} bytes that a YAML file may have. Shorten it.")
     if path.stat().st_size > MAX_BYTES:
         raise too_large
     content = read_bytes(path)
@@ -131,9 +132,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise DataError(f"{path}{line}: is not valid YAML ({error.problem or error}). Correct that line.") from error
     except yaml.YAMLError as error:
-        raise DataError(f"{path}: is not valid YAML ({error}).") from error
+        raise DataError(f"{path}: is not valid YAML ({error}). Correct it.") from error
     except RecursionError:
-        raise DataError(f"{path}: its lists or mappings are nested too deeply.") from None
+        raise DataError(f"{path}: its lists or mappings are nested too deeply. Nest them less.") from None
     if not isinstance(values, dict):
         content_type = "an empty file" if values is None else f"a {type(values).__name__}"
         raise DataError(f"{path}: expected keys and values (`key: value`), found {content_type}.")

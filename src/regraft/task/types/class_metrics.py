@@ -70,6 +70,7 @@ def _mcc(sums: Floats) -> Floats:
 
 
 ACCURACY = sum_metric("accuracy", _hits, _accuracy)
+"""The share of predictions that are right."""
 MACRO_F1 = sum_metric("macro_f1", _class_counts, _macro_f1)
 """The mean F1 over the classes that are the target or the prediction of some example."""
 MCC = sum_metric("mcc", _class_counts, _mcc)

@@ -42,7 +42,7 @@ class Bin:
     """The predictions whose confidence is in one range.
 
     Args:
-        low: The lower end of the range, which it excludes.
+        low: The lower end of the range, which only the first bin includes.
         high: The upper end of the range, which it includes.
         count: The number of predictions in the bin.
         confidence: The mean confidence of these predictions.
@@ -197,7 +197,7 @@ def _calibration_chart(calibrations: Mapping[str, Calibration]) -> Scatter:
         )
         for name, calibration in calibrations.items()
     )
-    errors = ", ".join(f"{name} model {calibration.ece:.3f}" for name, calibration in calibrations.items())
+    ece_by_model = ", ".join(f"{name} model {calibration.ece:.3f}" for name, calibration in calibrations.items())
     time_by_name = {"old": "before", "new": "after"}
     brief = ", ".join(
         f"{calibration.ece:.3f} {time_by_name.get(name, name)}" for name, calibration in calibrations.items()
@@ -207,7 +207,7 @@ def _calibration_chart(calibrations: Mapping[str, Calibration]) -> Scatter:
         title="Calibration",
         lead="On the dotted line, confidence equals accuracy; below it, a model is overconfident. Larger marks stand "
         "for more examples.",
-        finding=f"Expected calibration error: {errors}.",
+        finding=f"Expected calibration error: {ece_by_model}.",
         brief=("calibration error", brief),
         x="confidence",
         y="accuracy",

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from regraft.errors import MAX_LISTED
+
 if TYPE_CHECKING:
     from regraft.task.types.type import Task
-
-
-MAX_LISTED = 8
-"""The number of labels that a message lists, arbitrary: a head may have thousands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,4 +37,5 @@ class Head:
         if not self.labels:
             noun = "outputs" if self.num_outputs > 1 else "output"
             return f"{self.num_outputs} {noun} without labels"
-        return f"{self.num_outputs} labels ({', '.join(self.labels[:MAX_LISTED])})"
+        listed = ", ".join(self.labels[:MAX_LISTED]) + (" …" if len(self.labels) > MAX_LISTED else "")
+        return f"{self.num_outputs} labels ({listed})"

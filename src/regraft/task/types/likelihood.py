@@ -194,3 +194,4 @@ class Categorical:
 
 
 CATEGORICAL = Categorical()
+"""The likelihood of task types that predict one class per row; it has no state."""

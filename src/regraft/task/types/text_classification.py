@@ -28,7 +28,7 @@ MetricName = Literal["accuracy", "macro_f1", "mcc"]
 PROBE_INVERSE_REGULARISATION = 0.01
 """scikit-learn's `C`: strong regularisation, because a base has more features than a probe has examples."""
 PROBE_MAX_ITERATIONS = 1000
-"""Ten times scikit-learn's default, so that the solver rarely stops before it converges."""
+"""The solver's largest number of iterations: ten times scikit-learn's default, so that it nearly always converges."""
 
 
 class TextClassification(TextTask):
@@ -166,8 +166,7 @@ class TextClassification(TextTask):
                 label = decode(value)
             except TypeError as error:
                 raise DataError(
-                    f"{table.source}, row {row}: the label in column {self.label!r} is {error}. Write it as text or "
-                    "as a number."
+                    f"{table.source}, row {row}: column {self.label!r}: {error}. Write it as text or as a number."
                 ) from None
             if label is None:
                 raise DataError(
@@ -184,11 +183,11 @@ class TextClassification(TextTask):
         indices = {name: index for index, name in enumerate(labels)}
         for row, name in zip(table.row_numbers, names, strict=True):
             if name not in indices:
-                alike = [label for label in labels if fold_name(label) == fold_name(name)]
+                lookalikes = [label for label in labels if fold_name(label) == fold_name(name)]
                 hint = ""
-                if alike:
-                    hint = f" It differs from {alike[0]!a} only in case, whitespace or invisible characters."
-                origin = "the listed labels" if self.labels else "the labels of train"
+                if lookalikes:
+                    hint = f" It differs from {lookalikes[0]!a} only in case, whitespace or invisible characters."
+                origin = "the listed labels" if self.labels else "the training labels"
                 remedy = "Add it to `labels`" if self.labels else "List all labels under `labels` in the task file"
                 raise DataError(
                     f"{table.source}, row {row}: the label {name!r} is not among {origin}: {format_names(labels)}."

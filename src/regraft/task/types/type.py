@@ -213,7 +213,7 @@ class Task(BaseModel, ABC):
             are placeholders.
 
         Raises:
-            DataError: A row is invalid; the message names the source and the row number.
+            DataError: A row or the labels are invalid; the message names the source, and the row number if it is a row.
         """
 
     @abstractmethod
