@@ -100,9 +100,9 @@ def check(
         The scores, flips and distances, and a verdict; nothing is written.
 
     Raises:
-        CheckpointError: A file of weights is incomplete.
+        CheckpointError: A weight file is incomplete or damaged, or holds infinite or NaN values.
         DataError: The task's data is malformed or has no labels.
-        MismatchError: The bases, the adaptation and the task do not fit together.
+        MismatchError: The bases, the adaptation and the task do not fit together, or an output is infinite or NaN.
     """
     with load_pair(upgrade, adaptation, task, recipe=recipe, force=force, progress=progress) as pair:
         return check_pair(pair)
@@ -118,7 +118,7 @@ def check_pair(pair: DeploymentPair) -> Check:
         The scores, flips and distances, and a verdict.
 
     Raises:
-        MismatchError: An output is infinite or not a number.
+        MismatchError: An output is infinite or NaN.
     """
     data = pair.data
     split = pair.split
@@ -153,6 +153,7 @@ def check_pair(pair: DeploymentPair) -> Check:
 
 
 def _advice(retained: float | None) -> str:
+    """Recommend an action by the share of the score above chance that survives."""
     if retained is None:
         return "The old weights are no better than guessing on their own base: there is nothing to carry over."
     return f"{100 * retained:.0f} % of the old score above guessing survives: {ADVICE[choose(retained)]}."

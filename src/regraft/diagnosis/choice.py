@@ -18,6 +18,7 @@ ADVICE: dict[Choice, str] = {
     "short tuning": "a short tuning from the old weights should close the gap (init+distill, ridge+distill)",
     "scratch": "the upgrade moved far: tune with the old model as teacher (init+distill), or from scratch",
 }
+"""The recommended action of each choice, in words."""
 
 
 def choose(share: float, gain: float = 0.0) -> Choice:
@@ -28,7 +29,8 @@ def choose(share: float, gain: float = 0.0) -> Choice:
         gain: The gain of a linear probe's score from the old to the new base, which only training can use.
 
     Returns:
-        The first choice whose threshold the share reaches.
+        The first choice whose threshold the share reaches, but not `training-free` if there is a gain; `scratch` if the
+        share reaches no threshold.
     """
     if share >= MIN_SHARE_AS_IS:
         return "use as is"

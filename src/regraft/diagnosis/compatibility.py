@@ -54,14 +54,16 @@ def compatibility(pair: DeploymentPair, checkpoints: Sequence[Base | str | Path]
     Source: Qin et al., 2023 (arXiv:2305.08702), the pilot studies.
 
     Args:
-        pair: The old deployment, and the settings in which it was measured.
+        pair: The old deployment, with the task's data and the precision to measure in.
         checkpoints: Bases between the old and the new one, in order of pre-training.
 
     Returns:
         A point for the old base itself, then one for each checkpoint.
 
     Raises:
-        MismatchError: A checkpoint is not an upgrade of the old base.
+        CheckpointError: A weight file is incomplete or damaged.
+        MismatchError: A checkpoint is not an upgrade of the old base, or an output of the old deployment is infinite or
+            NaN.
     """
     old_base = pair.upgrade.old
     num_points = 1 + len(checkpoints)
@@ -95,6 +97,7 @@ def _point(pair: DeploymentPair, upgrade: Upgrade, deployment: Deployment, steps
 
 
 def _recorded_steps(base: Base) -> int | None:
+    """Return the pre-training steps that a base's folder records, if it does."""
     with contextlib.suppress(CheckpointError, ValueError, KeyError, TypeError):
         return int(read_json(base.path / PRETRAINING)["steps"])
     return None

@@ -73,8 +73,8 @@ def barrier(mu: ArrayLike, losses: ArrayLike) -> float:
         losses: The loss at each position.
 
     Returns:
-        The largest excess over the straight line between the two end values, at least 0; infinite if a loss is not
-        finite.
+        The largest excess over the straight line between the two end values, at least 0; infinite if a loss is
+        infinite or NaN.
 
     Raises:
         RecipeError: There are fewer than two positions, they do not ascend, or positions and losses differ in number.

@@ -50,10 +50,10 @@ def diagnose(
         The diagnosis. A question that this kind of model cannot answer is in `left_out`, with the reason.
 
     Raises:
-        CheckpointError: A file of weights is incomplete.
-        DataError: The task's data is malformed or has no labels.
-        MismatchError: The bases, the adaptations and the task do not fit together.
-        OutcomeError: The folder `out` holds something other than a diagnosis.
+        CheckpointError: A weight file is incomplete or damaged, or holds infinite or NaN values.
+        DataError: The task's data is malformed or has no labels, or the options' text cannot be read.
+        MismatchError: The bases, the adaptations and the task do not fit together, or an output is infinite or NaN.
+        OutcomeError: `out` is not a folder, or holds something other than a diagnosis.
     """
     options = questions or Questions()
     if out is not None:
@@ -113,6 +113,7 @@ def _answer_all(context: QuestionContext) -> tuple[dict[str, str], dict[str, flo
 
 
 def _check_output_folder(out: Path) -> None:
+    """Refuse a path that is neither free nor a folder with a diagnosis alone."""
     check_output_path(out)
     if out.exists() and not (out.is_dir() and all(file.name == DIAGNOSIS_FILE for file in out.iterdir())):
         raise OutcomeError(f"{out}: holds something other than a diagnosis. Choose another --out or remove it.")

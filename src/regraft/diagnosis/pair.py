@@ -17,7 +17,7 @@ from regraft.adaptation import (
 )
 from regraft.adaptation.tokens import with_adaptation_tokens
 from regraft.checkpoint import temporary_folder
-from regraft.errors import MismatchError
+from regraft.errors import MAX_LISTED, MismatchError
 from regraft.model import Deployment, match_labels
 from regraft.model.deployment import measure_effect
 from regraft.model.device import device
@@ -83,7 +83,7 @@ class DeploymentPair:
 
 
 def predictions(deployment: Deployment, split: Split) -> list[Any]:
-    """Return the predictions of a deployment whose outputs are all finite.
+    """Return the predictions of a deployment, or refuse outputs that are infinite or NaN.
 
     Args:
         deployment: A deployment of either base.
@@ -93,11 +93,11 @@ def predictions(deployment: Deployment, split: Split) -> list[Any]:
         One prediction per example, in the order of the split.
 
     Raises:
-        MismatchError: An output is infinite or not a number.
+        MismatchError: An output is infinite or NaN.
     """
     if not deployment.is_finite(split):  # the argmax of NaN would be the first class, without an error
         raise MismatchError(
-            f"{deployment.base.path}: what the weights on it predict is infinite or not a number. Compute in fp32 "
+            f"{deployment.base.path}: what the weights on it predict is infinite or NaN. Compute in fp32 "
             "(--precision), or look for such a number in its config.json."
         )
     return deployment.predictions(split)
@@ -127,7 +127,7 @@ def load_pair(
         The two deployments; the grafted weights are deleted at the end of the context.
 
     Raises:
-        CheckpointError: A file of weights is incomplete.
+        CheckpointError: A weight file is incomplete or damaged, or holds infinite or NaN values.
         DataError: The task's data is malformed or has no labels.
         MismatchError: The bases, the adaptation and the task do not fit together.
     """
@@ -170,6 +170,7 @@ def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
         The model with its head, on the device.
 
     Raises:
+        CheckpointError: The folder has no adaptation, or its weights do not load completely.
         MismatchError: The adaptation's base, task type or labels differ, or the order of its labels.
     """
     adaptation = load_adaptation(path)
@@ -177,8 +178,8 @@ def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:
     check_task_type(adaptation, data.task)
     if data.labels and adaptation.labels is not None and tuple(adaptation.labels) != tuple(data.labels):
         raise MismatchError(
-            f"{path}: its head has the labels {', '.join(adaptation.labels[:8])}, but the old head has "
-            f"{', '.join(data.labels[:8])}: their outputs cannot be compared one by one. Tune it with the task file's "
-            "`labels` in that order."
+            f"{path}: its head has the labels {', '.join(adaptation.labels[:MAX_LISTED])}, but the old head has "
+            f"{', '.join(data.labels[:MAX_LISTED])}: their outputs cannot be compared one by one. Tune it with the "
+            "task file's `labels` in that order."
         )
     return load_model(adaptation, base, data.head).to(device())

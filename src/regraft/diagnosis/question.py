@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 SummaryLines = list[tuple[str, str]]
-"""Label and text of each line that a terminal shows."""
+"""The label and the text of each line that a terminal shows."""
 
 SEGMENT_POINTS = 11
 """The default number of points on a segment: steps of 0.1, each a pass over the data."""
 MIN_SEGMENT_POINTS = 3
-"""Both ends and a point between them, without which there is no barrier."""
+"""The least number of points on a segment: both ends and one between them, without which there is no barrier."""
 MIN_PLANE_SIZE = 3
 """The least number of points along each side of a plane; 2 points would be its edges alone."""
 # Each point is a pass over the data, and charts show no more points than these.
@@ -150,7 +150,7 @@ class Question(Generic[Answer]):
 
 @functools.cache
 def all_questions() -> tuple[Question[Any], ...]:
-    """Import every question of this package.
+    """Import and list the questions of this package.
 
     Returns:
         The questions, in the order in which they are asked.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DIAGNOSIS_FILE = "diagnosis.json"
 SCHEMA = 2
+"""The current schema. Schema 1 is of regraft 0.1; see `schema_1`."""
 REMEDY = "regraft check --deep"
 """The command that writes the record again, for error messages."""
 

@@ -91,7 +91,7 @@ def regressions(pair: DeploymentPair, runs: Sequence[Sequence[bool]] = ()) -> Re
         The flips with their examples, McNemar's test, the noise floor, and the views of the task type.
 
     Raises:
-        MismatchError: An output is infinite or not a number.
+        MismatchError: An output is infinite or NaN.
     """
     split = pair.split
     task = pair.data.task

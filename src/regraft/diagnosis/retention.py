@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import temporary_folder
 from regraft.diagnosis.question import Question
-from regraft.errors import MismatchError
+from regraft.errors import MAX_LISTED, MismatchError
 from regraft.model.device import device
 from regraft.model.outputs import unwrap_model
 from regraft.tuning.corpus import Corpus, pack
@@ -70,7 +70,7 @@ def retention(pair: DeploymentPair, text: Sequence[str] = ()) -> Retention:
         model, fresh_names = load_language_model(base)
         missing = [parameter for parameter in fresh_names if not parameter.startswith(base.prefix + ".")]
         if missing:
-            raise MismatchError(f"{base.path}: holds no language-modelling head ({', '.join(missing[:3])}).")
+            raise MismatchError(f"{base.path}: holds no language-modelling head ({', '.join(missing[:MAX_LISTED])}).")
         model.to(device())
         losses[f"{age} base"] = language_loss(model, base, blocks, pair.precision)
         setattr(model, base.prefix, getattr(unwrap_model(deployed), base.prefix))  # keeps the base's head

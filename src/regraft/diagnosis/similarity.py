@@ -83,7 +83,7 @@ class Similarity:
     """The similarity of two models on the same texts; padding and the rows of virtual tokens do not count.
 
     Args:
-        divergence: The mean Jensen-Shannon divergence of corresponding heads' rows, layers × heads, 0 to 1 bits.
+        divergence: The mean Jensen-Shannon divergence of corresponding heads' rows, layers × heads, 0 to 1 bit.
         cosine: The cosine of corresponding heads' maps, each flattened to one vector, layers × heads.
         best: For each head, the head of the second model's same layer with the smallest divergence, layers × heads.
         others: For each head, the mean divergence from the second model's other heads of the same layer,
@@ -280,13 +280,13 @@ def _attention_map(
     """Return the maps of both models for a head, given by its index in the flattened layers × heads."""
     layer, head = divmod(index, divergences.shape[1])
     old, new = (
-        _rounded(model_activations.attention[layer][0, head, :, -len(tokens) :].tolist())
+        _round_weights(model_activations.attention[layer][0, head, :, -len(tokens) :].tolist())
         for model_activations in activations
     )
     return AttentionMap(layer, head, float(divergences[layer, head]), tokens, old, new)
 
 
-def _rounded(attention: list[list[float]]) -> Matrix:
+def _round_weights(attention: list[list[float]]) -> Matrix:
     return tuple(tuple(round(weight, MAP_DIGITS) for weight in row) for row in attention)
 
 

@@ -12,7 +12,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.lora import ADAPTER_NAME, PEFT_PREFIX
-from regraft.errors import KindError, RecipeError
+from regraft.errors import MAX_LISTED, KindError, RecipeError
 from regraft.methods.method import Start
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Family
     from regraft.base import Base
     from regraft.methods.job import Job
-
-
-MAX_NAMED_MODULES = 4  # in an error message, to keep it short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +62,8 @@ def graft_aligned(job: Job, options: Alignment) -> nn.Module:
         The model, ready for tuning.
 
     Raises:
-        KindError: The adaptation's kind is not supported, or none of its modules can be rotated.
+        KindError: The adaptation's kind is not supported, none of its modules can be rotated, or too few texts can be
+            aligned between the two tokenizers.
     """
     from regraft.adaptation import fresh_model, load_model
     from regraft.adaptation.changes import SUPPORTED_KINDS
@@ -77,7 +75,7 @@ def graft_aligned(job: Job, options: Alignment) -> nn.Module:
     check_transformable(job.adaptation, SUPPORTED_KINDS)
     upgrade = job.upgrade
     head = job.data.head
-    grafted: nn.Module = job.grafted()
+    grafted: nn.Module = job.build_grafted_model()
     tuned = load_model(job.adaptation, upgrade.old, head)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))
     forwards = [
@@ -105,7 +103,7 @@ def graft_aligned(job: Job, options: Alignment) -> nn.Module:
     if not rotated_model.rotated_names:
         raise KindError(
             f"{job.adaptation.path}: aligned can rotate none of the {len(passed_over)} tuned modules "
-            f"({', '.join(passed_over[:MAX_NAMED_MODULES])}). Use direct or init."
+            f"({', '.join(passed_over[:MAX_LISTED])}). Use direct or init."
         )
     job.notes["turned"] = round(sum(rotations.distances) / len(rotations.distances), 4)
     if passed_over:
@@ -130,18 +128,18 @@ class _Rotations:
         self.distances = list[float]()
         self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def __call__(self, cross: torch.Tensor) -> torch.Tensor:
+    def __call__(self, cross_moment: torch.Tensor) -> torch.Tensor:
         """Return the rotation of a cross moment, [width, width]."""
         import torch
 
         from regraft.weights import rotation
 
-        for cached_cross, cached_rotation in self._cache:
-            if cross.shape == cached_cross.shape and torch.equal(cross, cached_cross):
+        for cached_moment, cached_rotation in self._cache:
+            if cross_moment.shape == cached_moment.shape and torch.equal(cross_moment, cached_moment):
                 return cached_rotation
-        matrix = rotation(cross, self.shrink)
+        matrix = rotation(cross_moment, self.shrink)
         self.distances.append(float((matrix - torch.eye(len(matrix)).to(matrix)).norm() / len(matrix) ** 0.5))
-        self._cache.append((cross, matrix))
+        self._cache.append((cross_moment, matrix))
         return matrix
 
     def clear(self) -> None:
@@ -261,6 +259,7 @@ class _RotatedModel:
 
 
 def _plain_name(name: str) -> str:
+    """Return the name of a tensor or module in a model without an adapter."""
     return name.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{ADAPTER_NAME}", "")
 
 

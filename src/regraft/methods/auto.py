@@ -13,7 +13,7 @@ from regraft.checkpoint import is_sealed, seal, write_json
 from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Method, Part
 from regraft.methods.objectives import DISTILL
-from regraft.methods.target import pseudo_labelled_data, set_target
+from regraft.methods.target import determine_target, pseudo_labelled_data
 from regraft.recipe import NUM_SEEDS
 from regraft.tuning.distill import Distillation
 
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from regraft.methods.method import Curve
     from regraft.methods.target import Target
 
-SCRATCH_BELOW_SHARE = 0.5
-"""Scratch is tried if less than this share of the old score above chance is recovered: then it may well be as good."""
+SCRATCH_BELOW_SHARE = 0.5  # if less of the old score above chance is recovered, scratch may well be as good
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +44,9 @@ class Auto:
             chance.
 
     Raises:
-        RecipeError: `tolerance` is negative, `confidence` is not from 0.5 to below 1, `target` is not finite or is set
-            without labels, `training_free` does not start with `direct`, or `budgets` do not increase up to at most 1.
+        RecipeError: `tolerance` is negative, infinite or NaN, `confidence` is not from 0.5 to below 1, `target` is
+            infinite, NaN or set without labels, `training_free` does not start with `direct`, or `budgets` are not
+            increasing shares above 0 and up to 1.
     """
 
     tolerance: float = 0.01  # higher accepts a cheaper stage that may be worse
@@ -59,19 +59,21 @@ class Auto:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, stages that do not start with `direct`, and a target without labels."""
-        if not 0 <= self.tolerance < math.inf or not 0.5 <= self.confidence < 1:
+        if not (0 <= self.tolerance < math.inf and 0.5 <= self.confidence < 1):
             raise RecipeError(
-                f"tolerance must not be negative (found {self.tolerance}), confidence from 0.5 to below 1 "
+                f"tolerance must be a number from 0 up (found {self.tolerance}), confidence from 0.5 to below 1 "
                 f"({self.confidence})."
             )
         if self.target is not None and not math.isfinite(self.target):
-            raise RecipeError(f"target must be a score, found {self.target}.")
+            raise RecipeError(f"target must be a score, neither infinite nor NaN, found {self.target}.")
         if not self.training_free or self.training_free[0] != "direct":
             raise RecipeError(f"training_free must start with direct, found {list(self.training_free)}.")
         shares = [0.0, *self.budgets]
         is_increasing = sorted(set(shares)) == shares
-        if not is_increasing or not shares[-1] <= 1:
-            raise RecipeError(f"budgets must be increasing shares of the steps, at most 1, found {list(self.budgets)}.")
+        if not (is_increasing and shares[-1] <= 1):
+            raise RecipeError(
+                f"budgets must be increasing shares of the steps, above 0 and at most 1, found {list(self.budgets)}."
+            )
         if not self.labels and self.target is not None:
             raise RecipeError("a target needs labels on dev; without labels, the target is the old model.")
 
@@ -79,10 +81,11 @@ class Auto:
 def find_cheapest(job: Job, options: Auto) -> Curve:
     """Run stage after stage until one passes, or until more tuning no longer helps.
 
-    A stage passes if its score on dev is less than the tolerance below the target, with the chosen confidence. The
-    target is the old deployment's score; if a linear probe on the bases' features scores higher on the new base, the
-    probe's gain is added. Tuning starts from the best stage so far, and ends once it gains less than the tolerance. If
-    no stage passes, the result is the cheapest stage that no more expensive one beats by the tolerance.
+    A stage passes if its score on dev is at most the tolerance below the target, with the chosen confidence. By default
+    the target is the old deployment's score; if a linear probe on the bases' features scores significantly higher on
+    the new base, the probe's gain is added. Tuning starts from the best stage so far, and ends once it gains less than
+    the tolerance. If no stage passes, the result is the cheapest stage that no more expensive one beats by the
+    tolerance.
 
     Args:
         job: The job; the chosen stage's adaptation is copied to its output folder.
@@ -93,7 +96,7 @@ def find_cheapest(job: Job, options: Auto) -> Curve:
     """
     if not options.labels:
         job = dataclasses.replace(job, data=pseudo_labelled_data(job))
-    target = set_target(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
+    target = determine_target(job, options.tolerance, options.confidence, options.target, labelled=options.labels)
     stages = _Stages(job, target)
     chosen, reason = _choose(stages, target, options)
     notes = {
@@ -154,7 +157,7 @@ class _Stages:
         return joined
 
     def best(self, margin: float) -> dict[str, Any]:
-        """Return the best result; a more expensive stage must be better by more than a margin."""
+        """Return the best result; a more expensive stage must be better by more than a margin in the metric's units."""
         best = self.results[0]
         metric = self.target.metric
         for result in self.results[1:]:
@@ -164,7 +167,7 @@ class _Stages:
 
     def run_method(self, name: str) -> dict[str, Any] | None:
         """Run a method with its default options; return None if it does not support this kind of adaptation."""
-        from regraft.methods.registry import find_method
+        from regraft.methods.registry import find_method  # the registry imports this module
 
         try:
             return self._run(name, find_method(name).run)
@@ -178,27 +181,28 @@ class _Stages:
             start_share: The share of the recipe's steps that earlier stages took.
             end_share: The share of the recipe's steps that will have been taken after this stage.
         """
-        best = self.best(0.0)["rung"]
-        total_steps = self.job.recipe.steps or 1
+        best_name = self.best(0.0)["rung"]
+        total_steps, eval_every = self.job.recipe.steps, self.job.recipe.eval_every
+        assert total_steps is not None and eval_every is not None  # the job's recipe is resolved
         start_step = round(total_steps * start_share)
         steps = max(1, round(total_steps * end_share) - start_step)
         recipe = dataclasses.replace(
             self.job.recipe,
             steps=steps,
-            eval_every=min(steps, self.job.recipe.eval_every or steps),
+            eval_every=min(steps, eval_every),
             seed=(self.job.recipe.seed + start_step) % NUM_SEEDS,  # so that stages differ in the order of examples
         )
 
         def tune_further(stage: Job) -> Curve:
-            model = dataclasses.replace(stage, output_folder=self.folder(best) / "adaptation").load()
+            model = dataclasses.replace(stage, output_folder=self.folder(best_name) / "adaptation").load()
             curve: Curve = DISTILL.run(dataclasses.replace(stage, recipe=recipe), model, Distillation(decay="linear"))
             return curve
 
-        start_name = best.partition(",")[0]  # without the share of an earlier tuning
+        start_name = best_name.partition(",")[0]  # without the share of an earlier tuning
         return self._run(f"{start_name}, tuned {100 * end_share:.0f} %", tune_further)
 
     def _run(self, name: str, run: Callable[[Job], Curve]) -> dict[str, Any]:
-        """Run a stage and test its predictions on dev, or read the result of a completed stage."""
+        """Run a stage and test its dev predictions, or read the result of a completed stage."""
         folder = self.folder(name)
         file = folder / "stage.json"
         seal_file = folder / "sealed.json"
@@ -255,6 +259,7 @@ def _choose(stages: _Stages, target: Target, options: Auto) -> tuple[dict[str, A
 
 
 def _needs(options: Auto) -> tuple[str, ...]:
+    """Return the needs of `auto`."""
     return ("labels" if options.labels else "text", "training")
 
 

@@ -48,7 +48,7 @@ def compare(
         out: The folder for the outcome folders and `comparison.json`; existing outcomes of the same inputs are reused.
         recipe: The recipe for training, the same for all methods.
         seeds: The seeds, in place of the recipe's; each method runs once per seed.
-        options: The methods' options by name.
+        options: The options of each method, by the method's name; a method without an entry uses its defaults.
         force: Whether to accept an old base whose fingerprint differs from the recorded one.
         progress: Called at each step.
 
@@ -56,8 +56,8 @@ def compare(
         The comparison.
 
     Raises:
-        RecipeError: No method has one of the names, the seeds are missing, repeated or out of range, or an option is
-            out of range.
+        RecipeError: There is no method of a name, the seeds are missing, repeated or out of range, or an option is out
+            of range.
         OutcomeError: `out` is a file, or an outcome folder in it is of different inputs.
         RegraftError: As `recycle`, for inputs that a method cannot use.
     """
@@ -99,7 +99,7 @@ def compare(
             )
             rows[name].append(_row(outcomes[name], outcomes["scratch"], split.name, old_right))
             outcome_paths.append(str(outcomes[name].path))
-        chance_scores.append(outcomes["scratch"].record.scores.majority(split.name) or 0.0)
+        chance_scores.append(_chance_score(outcomes["scratch"], split.name))
     comparison = Comparison(
         task=data.name,
         metric=data.metric,
@@ -122,29 +122,36 @@ def _prefix_stages(progress: Progress, method: str) -> Progress:
     return report
 
 
+def _chance_score(scratch: Outcome, split: str) -> float:
+    """Return the chance score on a split."""
+    chance = scratch.record.scores.majority(split)
+    assert chance is not None  # scratch requires labels, so the task has them and a chance score
+    return chance
+
+
 def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[bool]) -> Row:
     """Compute the results of one outcome on a split, relative to scratch with the same seed."""
     record = outcome.record
     curve = outcome.curve
     start = record.scores.dev_at_start
-    test = record.scores.of(split)
-    chance = scratch.record.scores.majority(split)
+    score = record.scores.of(split)
+    chance = _chance_score(scratch, split)
     reference = scratch.record.scores.of(split)
-    # scratch needs labels, so that the task has them and no score is missing
-    assert start is not None and test is not None and chance is not None and reference is not None
+    # scratch requires labels, so the task has them and no score is missing
+    assert start is not None and score is not None and reference is not None
     metric = find_metric(record.task.metric)
     target = scratch.curve[-1]["score"]
-    reached = next((point for point in curve if metric.gain(point["score"], target) >= 0), None)
+    first_point = next((point for point in curve if metric.gain(point["score"], target) >= 0), None)
     return Row(
         method=record.method,
         seeds=(record.seed,),
         start=start,
         dev=max((point["score"] for point in curve), key=metric.merit),
-        test=test,
+        test=score,
         test_deviation=None,
-        recovery=recovery(test, chance, reference, metric),
-        steps_to_scratch=reached["step"] if reached else None,
-        seconds_to_scratch=reached["seconds"] if reached else None,
+        recovery=recovery(score, chance, reference, metric),
+        steps_to_scratch=first_point["step"] if first_point else None,
+        seconds_to_scratch=first_point["seconds"] if first_point else None,
         negative_flips=count_flips(old_right, outcome.right(split)).negative_rate,
         labels=record.cost.labels,
         steps=record.cost.steps,

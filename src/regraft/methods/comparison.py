@@ -55,8 +55,8 @@ class Comparison:
         task: The name of the task.
         metric: The name of the task's metric.
         split: The split of the final scores, `test` or `dev`.
-        old: The old deployment's score on the split: the mean over seeds, since draws of examples depend on the seed.
-        majority: The chance score on the split, as a mean over seeds too.
+        old: The old deployment's score on the split: the mean over seeds, since few-shot draws depend on the seed.
+        majority: The chance score on the split: the mean over seeds too.
         rows: One row per method, over all seeds.
         outcomes: The outcome folders, one per seed and method.
         schema: The schema of the record, `SCHEMA` after reading.

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from regraft.task import Head, Task, TaskData
 
 KINDS = ("full", "lora")
+"""The kinds that an adaptation can be converted to."""
 MAX_TEXTS = 256
-"""Texts on which the moments of layers' inputs are measured: more measure better, and take longer."""
+"""The most texts on which the moments of layers' inputs are measured; more measure better, and take longer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +95,16 @@ def convert(
         progress: Called at each layer.
 
     Returns:
-        The new adaptation's folder, and the shares of the delta that it preserves and cannot have.
+        The new adaptation's folder, and the shares of the delta that it preserves and that it cannot have.
 
     Raises:
-        MismatchError: The adaptation does not belong to the old base, or changes nothing in it.
+        CheckpointError: A weight file is incomplete or damaged.
+        DataError: The task's data cannot be used.
+        MismatchError: The adaptation does not belong to the old base, changes nothing in it, or has other tokens, which
+            a LoRA cannot have.
         OutcomeError: `out` exists, and is not a conversion of the same inputs.
-        RecipeError: There is no such conversion, or its result would not load completely.
+        RecipeError: There is no such conversion, an option is out of range or does not apply to the kind, or the result
+            would not load completely.
     """
     adaptation = adaptation if isinstance(adaptation, Adaptation) else load_adaptation(adaptation)
     old = old if isinstance(old, Base) else Base.open(old)

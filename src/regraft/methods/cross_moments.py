@@ -115,6 +115,7 @@ def _pair_moments(
 
 
 def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module multiplies by a matrix."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -122,5 +123,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
+    """Return whether a module has a weight and only vectors as parameters, as norms do."""
     parameters = dict(module.named_parameters(recurse=False))
     return "weight" in parameters and all(parameter.dim() == 1 for parameter in parameters.values())

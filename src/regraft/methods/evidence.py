@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from regraft.task import Split
     from regraft.task.types import Likelihood, Signal
 
-MAX_EXAMPLES = 256
-"""More examples measure losses better; with so few, a start takes seconds on a CPU."""
+MAX_EXAMPLES = 256  # more measure losses better; with so few, a start takes seconds on a CPU
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,7 +22,7 @@ class Evidence:
     """Examples, and the reference for losses on them: their targets, or the old model's outputs.
 
     Args:
-        split: The examples, drawn from train.
+        split: The examples, drawn from the training examples.
         likelihood: The distribution over targets that the model's outputs parametrise.
         signal: The old model's outputs on the examples; None to use the examples' targets.
     """

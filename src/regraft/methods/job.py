@@ -49,7 +49,7 @@ class Job:
         row_match: The match by token between the embedding rows of the adaptation and of both bases; None if the rows
             stand for the same tokens.
         head: The policy for the old head.
-        replace: Whether tensors that an adapter stores in place of its base's are used on the new base as they are.
+        replace: Whether to use the tensors that an adapter stores in place of its base's as they are on the new base.
         notes: The method's notes, recorded in the outcome as JSON. `labels`, if present, is the number of labelled
             examples that were used; otherwise it is counted from the steps of the learning curve.
         labelled: The row numbers of training examples whose labels a start has read.
@@ -68,11 +68,11 @@ class Job:
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     labelled: set[int] = dataclasses.field(default_factory=set)
 
-    def fresh(self) -> Any:
+    def build_fresh_model(self) -> Any:
         """Build the model that scratch tunes: the new base with a fresh head.
 
         Returns:
-            The model; with a fresh adapter of the same settings, if the adaptation is an adapter.
+            The model; with a fresh adapter of the same config, if the adaptation is an adapter.
         """
         base = self.upgrade.new
         head = self.data.head
@@ -129,7 +129,7 @@ class Job:
         """
         return load_model(load_adaptation(self.output_folder), self.upgrade.new, self.data.head, trainable=trainable)
 
-    def grafted(self) -> Any:
+    def build_grafted_model(self) -> Any:
         """Graft the old delta or adapter onto the new base.
 
         Returns:
@@ -143,7 +143,7 @@ class Job:
         """Deploy a model on the new base, to run it on the task's examples.
 
         Args:
-            model: A model that `fresh`, `load` or `grafted` returned.
+            model: A model that `build_fresh_model`, `load` or `build_grafted_model` returned.
 
         Returns:
             The deployment, which runs each split once.
@@ -178,7 +178,7 @@ class Job:
         """Write a model's adaptation to the output folder.
 
         Args:
-            model: A model that `load` or `grafted` returned, on the CPU.
+            model: A model that `load` or `build_grafted_model` returned, on the CPU.
         """
         save_model(model, self.upgrade.new, self.data.head, self.output_folder)
 
@@ -193,7 +193,7 @@ class Job:
         """Tune a model on the task, with a teacher if options are passed, and write it to the output folder.
 
         Args:
-            model: A model that `fresh`, `load` or `grafted` returned.
+            model: A model that `build_fresh_model`, `load` or `build_grafted_model` returned.
             options: The options of distillation, with the old model as the teacher; None for no teacher.
             anchor: The penalty on the distance from the start; None for no penalty.
             teacher_selects_best: Whether to select the best weights by agreement with the teacher rather than by
@@ -202,10 +202,10 @@ class Job:
         Returns:
             The learning curve.
         """
-        start = initial_factors(model)
+        initial = initial_factors(model)
         teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_selects_best) if options else None
         curve = tune_model(
             model, self.upgrade.new, self.data, self.recipe, self.work_folder, self.progress, teacher, anchor
         )
-        save_model(model, self.upgrade.new, self.data.head, self.output_folder, start)
+        save_model(model, self.upgrade.new, self.data.head, self.output_folder, initial)
         return curve

@@ -80,7 +80,7 @@ def digest_text(options: LabelFree, seed: int) -> dict[str, Any]:
         The digest as `text`; an empty dictionary without a file.
 
     Raises:
-        DataError: The file is missing.
+        DataError: The file is missing or cannot be read.
     """
     from regraft.tuning import Corpus
 

@@ -59,7 +59,7 @@ def graft_masked(job: Job, options: Masking) -> None:
 
     check_transformable(job.adaptation)
     evidence = sample_evidence(job, options.labels)
-    without_delta = job.adaptation.family.remove_delta(job.grafted(), job.upgrade, job.row_match)
+    without_delta = job.adaptation.family.remove_delta(job.build_grafted_model(), job.upgrade, job.row_match)
     gradients = _gradients(without_delta, evidence, job)
     rows_with_delta = None if job.row_match is None else _rows_with_delta(job.row_match)
     masked_counts = list[int]()  # lists rather than sums, since several threads call the rule

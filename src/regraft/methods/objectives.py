@@ -113,5 +113,5 @@ INTERPOLATION = Objective(
     heads=OLD_HEAD_ONLY,
 )
 ANCHORED = Objective(
-    "anchored", tune_anchored, Anchoring, summary="held to it by a penalty that fades", needs=NEEDS_LABELS
+    "anchored", tune_anchored, Anchoring, summary="held to it by a penalty that decays", needs=NEEDS_LABELS
 )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from regraft.methods.method import Method
 
 SCALAR_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str}
+"""The types of single values by their names in source, as in `OPTION_TYPE`."""
 
 
 def describe_methods() -> list[tuple[str, str, str, str]]:
@@ -63,8 +64,8 @@ def parse_options(method: str, assignments: Sequence[str]) -> Any:
         The options; a tuple if both start and objective have options; None if the method has none.
 
     Raises:
-        RecipeError: An assignment has no `=`, the method has no such option, two of its parts have it, or the value is
-            of the wrong type or out of range.
+        RecipeError: There is no such method, an assignment has no `=`, the method has no such option, two of its parts
+            have it, or the value is of the wrong type or out of range.
     """
     import yaml
 
@@ -99,14 +100,14 @@ def parse_options(method: str, assignments: Sequence[str]) -> Any:
 
 
 def check_options(method: str, options: Iterable[Any]) -> None:
-    """Refuse options that are infinite or not a number.
+    """Refuse options that are infinite or NaN.
 
     Args:
         method: The method's name.
         options: One dataclass per part; None for a part without options.
 
     Raises:
-        RecipeError: An option is infinite or not a number.
+        RecipeError: An option is infinite or NaN.
     """
     for part_options in options:
         if part_options is None:
@@ -114,7 +115,7 @@ def check_options(method: str, options: Iterable[Any]) -> None:
         for name, value in dataclasses.asdict(part_options).items():
             entries = value if isinstance(value, tuple) else (value,)
             if any(isinstance(entry, float) and not math.isfinite(entry) for entry in entries):
-                raise RecipeError(f"option {name} of {method} must be a finite number, found {value}.")
+                raise RecipeError(f"option {name} of {method} must not be infinite or NaN, found {value}.")
 
 
 def _part_fields(method: Method) -> Iterable[tuple[str, dataclasses.Field[Any]]]:
@@ -151,7 +152,7 @@ def _convert_value(value: Any, field: dataclasses.Field[Any]) -> Any:
 
 
 def _convert_scalar(value: Any, scalar_type: type) -> Any:
-    """Convert a scalar to a type without loss, or raise a ValueError or TypeError."""
+    """Convert a scalar to a type without loss, or raise a ValueError or TypeError, which `parse_options` words."""
     if isinstance(value, bool) != (scalar_type is bool):
         raise TypeError
     converted = scalar_type(value)

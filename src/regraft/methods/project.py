@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MIN_PAIRS = 3
-"""With fewer pairs, leaving one out for the test leaves at most one, from which no direction can be learned."""
+MIN_PAIRS = 3  # with fewer, leaving one out for the test leaves at most one, from which no direction can be learned
 
 
 def graft_mapped(job: Job, options: Projection) -> None:
@@ -37,9 +36,12 @@ def graft_mapped(job: Job, options: Projection) -> None:
         options: The pairs to learn from, and the options of the map.
 
     Raises:
+        CheckpointError: A folder of a pair has no adaptation.
+        DataError: By distillation, the data of a pair's task cannot be used.
         KindError: The weights have a row per token and the vocabularies differ, or by distillation, the kind is not
             supported or the adaptation is too large.
-        MismatchError: An adaptation of a pair was tuned on a different base, or its weights differ in layout.
+        MismatchError: An adaptation of a pair was tuned on a different base, or its weights differ in kind,
+            shapes or settings.
         RecipeError: There are no pairs, a pair is not written OLD=NEW, or by distillation, the loss diverged.
     """
     if not options.pairs:
@@ -96,7 +98,7 @@ def _regress(pairs: Sequence[tuple[Vector, Vector]], vector: Vector, options: Pr
         squared_changes += change.square().sum(dim=1)
         squared_norms += new.square().sum(dim=1)
         job.progress("pairs", num_read, len(all_chunks), {})
-    new_norm = math.sqrt(float(squared_norms.sum())) or 1.0
+    new_norm = math.sqrt(float(squared_norms.sum())) or 1.0  # weights that are all zero cause no division by 0
     direct_error = math.sqrt(float(squared_changes.sum())) / new_norm
     job.notes["pairs"] = num_pairs
     job.notes["direct_error"] = round(direct_error, 4)
@@ -157,11 +159,12 @@ def fingerprint_pairs(options: Projection, seed: int) -> dict[str, Any]:
         seed: The seed of few-shot draws of the pairs' tasks.
 
     Returns:
-        As `pairs`, the fingerprints of each pair's old and new weights; by distillation, the fingerprint of the old
+        As `pairs`, the fingerprints of each pair's old and new weights; by distillation, each fingerprint of old
         weights and the digest of the task's data.
 
     Raises:
         CheckpointError: A folder has no adaptation.
+        DataError: By distillation, the data of a pair's task cannot be used.
         RecipeError: A pair is not written OLD=NEW.
     """
     from regraft.adaptation import load_adaptation

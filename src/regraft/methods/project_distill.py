@@ -23,12 +23,9 @@ if TYPE_CHECKING:
 
 SUPPORTED_KINDS = ("lora", "bottleneck")
 """The kinds that are small enough for W1 and W2, and whose tensors are differentiable parameters of the student."""
-MAX_SIZE = 4_000_000
-"""At this size, W1 and W2 of rank 16 take 2 GB with gradients and Adam's moments."""
-INITIAL_STD = 0.02
-"""The standard deviation of initial entries, as in the paper."""
-MIN_NORM = 1e-12
-"""A lower bound on norms, so that weights that are all zero cause no division by 0."""
+MAX_SIZE = 4_000_000  # parameters of an adaptation; at rank 16, W1 and W2 take 2 GB with gradients and Adam's moments
+INITIAL_STD = 0.02  # of the map's entries, as in the paper
+MIN_NORM = 1e-12  # so that weights that are all zero cause no division by 0
 SEAL = "sealed.json"
 
 
@@ -67,9 +64,11 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
         The mapped tensors by stored name.
 
     Raises:
-        MismatchError: An adaptation was tuned on a different base, or its weights differ in kind, shapes or settings.
+        CheckpointError: A folder of a pair has no adaptation.
+        DataError: A task's data cannot be used.
         KindError: The kind is not supported, or the adaptation is too large.
-        RecipeError: The loss became infinite or not a number.
+        MismatchError: An adaptation was tuned on a different base, or its weights differ in kind, shapes or settings.
+        RecipeError: A pair is not written OLD=TASK, or the loss became infinite or NaN.
     """
     import torch
 

@@ -8,6 +8,7 @@ import math
 from regraft.errors import RecipeError
 
 FITS = ("regression", "distill")
+"""The values of `Projection.fit`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Projection:
         learning_rate: By distillation: about how far a step of Adam moves a mapped weight; it decays to 0.
 
     Raises:
-        RecipeError: `fit` is unknown, `rank` or `steps` is below 1, `ridge` is negative, or `learning_rate` is not
-            above 0.
+        RecipeError: `fit` is unknown, `rank` or `steps` is below 1, `ridge` is negative, infinite or NaN, or
+            `learning_rate` is not above 0, infinite or NaN.
     """
 
     pairs: tuple[str, ...] = ()
@@ -50,7 +51,7 @@ class Projection:
         for name in ("rank", "steps"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, found {getattr(self, name)}.")
-        if not 0 <= self.ridge < math.inf or not 0 < self.learning_rate < math.inf:
+        if not (0 <= self.ridge < math.inf and 0 < self.learning_rate < math.inf):
             raise RecipeError(
-                f"ridge must be at least 0 (found {self.ridge}), learning_rate above 0 ({self.learning_rate})."
+                f"ridge must be a number from 0 up (found {self.ridge}), learning_rate above 0 ({self.learning_rate})."
             )

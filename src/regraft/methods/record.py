@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from regraft.task import Split, TaskData
 
 SPLITS = ("dev", "test")
+"""The splits that are scored."""
 
 
 def record_outcome(
@@ -66,8 +67,10 @@ def record_outcome(
         The published outcome.
 
     Raises:
-        MismatchError: Outputs are infinite or not a number, or weights are although nothing was trained.
-        RecipeError: Weights are infinite or not a number after training.
+        CheckpointError: The adaptation does not load completely.
+        MismatchError: Outputs are infinite or NaN, or weights are although nothing was trained.
+        OutcomeError: A figure is infinite or NaN, or `out` exists.
+        RecipeError: Weights are infinite or NaN after training.
     """
     adaptation = load_adaptation(staging / "adaptation")
     if curve:
@@ -86,6 +89,7 @@ def record_outcome(
         if data.labelled:
             scores |= {name: deployment.score(split), f"{name}_majority": chance_score(data, split)}
     is_trained = bool(curve)
+    # without labels there is no score, but a curve needs one
     curve = curve or [{"step": 0, "seconds": 0.0, "score": float(scores["dev"] or 0.0)}]
     steps = int(curve[-1]["step"])
     merit = float if scores_agreement else data.task.scoring.merit
@@ -115,10 +119,10 @@ def record_outcome(
 
 
 def _prediction_rows(deployment: Deployment, data: TaskData, name: str, split: Split) -> list[dict[str, Any]]:
-    """Return the rows of `predictions.jsonl` for a split, or refuse outputs that are infinite or not a number."""
+    """Return the rows of `predictions.jsonl` for a split, or refuse outputs that are infinite or NaN."""
     if not deployment.is_finite(split):
         raise MismatchError(
-            f"{deployment.base.path}: with the new weights on it, the outputs on {name} are infinite or not a number. "
+            f"{deployment.base.path}: with the new weights on it, the outputs on {name} are infinite or NaN. "
             "Compute in fp32 (--precision), or choose another method."
         )
     unknown = [None] * len(split)
@@ -145,11 +149,11 @@ def _trained_rows(data: TaskData, recipe: Recipe, steps: int) -> set[int]:
 
 
 def _check_grafted(checkpoint: Checkpoint, base: Base) -> None:
-    """Refuse weights that are infinite or not a number although nothing was trained."""
+    """Refuse weights that are infinite or NaN although nothing was trained."""
     try:
         check_finite(checkpoint)
     except CheckpointError as error:
         raise MismatchError(
-            f"{base.path}: with this method, the new weights on it are infinite or not a number. A base or the "
+            f"{base.path}: with this method, the new weights on it are infinite or NaN. A base or the "
             "adaptation has such values (regraft weights inspect --check-finite names them), or an option is too large."
         ) from error

@@ -76,11 +76,12 @@ def recycle(
     Raises:
         CheckpointError: A weight file is incomplete or damaged.
         DataError: The task's data cannot be used.
-        MismatchError: Bases, adaptation and task do not belong together.
-        OutcomeError: `out` exists, and is not an outcome of the same inputs.
-        RecipeError: There is no such method, an option is out of range, the head's policy is not supported, or training
-            diverged.
-        KindError: The method does not support the adaptation's kind.
+        MismatchError: Bases, adaptation and task do not belong together, the adaptation has no effect, or outputs are
+            infinite or NaN.
+        OutcomeError: `out` exists, and is not an outcome of the same inputs, or a figure is infinite or NaN.
+        KindError: The method does not support the adaptation's kind, or the upgrade.
+        RecipeError: There is no such method, an option is out of range, the head's policy is not supported, `replace`
+            does not apply to the adaptation, or training diverged.
     """
     chosen = find_method(method)
     recipe = recipe or Recipe()

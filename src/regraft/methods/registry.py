@@ -13,12 +13,12 @@ from pathlib import Path
 from regraft.errors import RecipeError, did_you_mean
 from regraft.methods.method import Method, Objective, Part, Start
 
-Registered = Start | Objective | Method
+Registrable = Start | Objective | Method
 
 ENTRY_POINT_GROUP = "regraft.methods"
-NAME_PATTERN = re.compile(r"\w[\w-]*")
-"""Names are also folders' names; `+` separates a start from an objective, and a dot a part from its option."""
-FORMULAS = {
+"""The group of entry points by which other distributions register starts, objectives and methods."""
+NAME_PATTERN = re.compile(r"\w[\w-]*")  # without + and dots, as in START+OBJECTIVE and PART.OPTION; a folder's name
+PARTS_BY_METHOD = {
     "scratch": "scratch+labels",
     "direct": "direct",
     "init": "direct+labels",
@@ -34,28 +34,29 @@ FORMULAS = {
 }
 """The parts of each listed method: first the paper's methods, then methods without training, then methods with it.
 
-Other registered parts are listed after them. Other combinations are methods too, but not listed.
+Registered parts of other distributions are listed after them.
 """
-PART_ORDER = list(dict.fromkeys(name for formula in FORMULAS.values() for name in formula.split("+")))
-SUMMARIES = {
+PART_ORDER = list(dict.fromkeys(name for formula in PARTS_BY_METHOD.values() for name in formula.split("+")))
+"""The starts and objectives in the order in which they are listed."""
+SUMMARY_BY_METHOD = {
     "scratch": "tune the new base from a fresh head: the reference",
     "distill": "tune from a fresh head with the old model as teacher",
 }
-"""Summaries in place of "start from …", for methods that start without old weights."""
+"""The summaries of methods that start without old weights, in place of "start from …"."""
 
 
 @functools.cache
 def methods() -> dict[str, Method]:
-    """List the methods with a single name; any other START+OBJECTIVE is a method too.
+    """Return the listed methods. Any other START+OBJECTIVE of registered parts is a method too, but is not listed.
 
     Returns:
-        The methods by name, in the order of `FORMULAS`, followed by the methods of other distributions.
+        The methods by name, in the order of `PARTS_BY_METHOD`, followed by those of other distributions.
 
     Raises:
-        RecipeError: A distribution registers something that is not a method, or a name that is in use.
+        RecipeError: A distribution's entry point is malformed, cannot be imported, or has a name that is taken.
     """
-    unlisted = [name for name in _registered() if name not in PART_ORDER]
-    return {name: find_method(name) for name in (*FORMULAS, *unlisted)}
+    unlisted = [name for name in _registry() if name not in PART_ORDER]
+    return {name: find_method(name) for name in (*PARTS_BY_METHOD, *unlisted)}
 
 
 def parts(part_class: type[Part]) -> list[str]:
@@ -65,12 +66,12 @@ def parts(part_class: type[Part]) -> list[str]:
         part_class: `Start` or `Objective`.
 
     Returns:
-        The names, in the order of the list of methods.
+        The names, in the order of `PART_ORDER`, followed by those of other distributions.
 
     Raises:
-        RecipeError: A distribution registers something that is not a method, or a name that is in use.
+        RecipeError: A distribution's entry point is malformed, cannot be imported, or has a name that is taken.
     """
-    return [name for name in _registered() if isinstance(find_registered(name), part_class)]
+    return [name for name in _registry() if isinstance(find_part_or_method(name), part_class)]
 
 
 def find_method(name: str) -> Method:
@@ -83,20 +84,21 @@ def find_method(name: str) -> Method:
         The method, whose `name` is the given one.
 
     Raises:
-        RecipeError: No method has that name.
+        RecipeError: No method has that name, or a distribution's entry point is malformed, cannot be imported, or has a
+            name that is taken.
     """
-    formula = FORMULAS.get(name, name)
-    registered = find_registered(formula)
-    if isinstance(registered, Method):
-        return registered
-    if isinstance(registered, Start):
-        return Method(name, registered.summary, (registered,))
-    if isinstance(registered, Objective):
+    formula = PARTS_BY_METHOD.get(name, name)
+    part_or_method = find_part_or_method(formula)
+    if isinstance(part_or_method, Method):
+        return part_or_method
+    if isinstance(part_or_method, Start):
+        return Method(name, part_or_method.summary, (part_or_method,))
+    if isinstance(part_or_method, Objective):
         formula = f"direct+{formula}"
     start_name, _, objective_name = formula.partition("+")
-    start, objective = find_registered(start_name), find_registered(objective_name)
+    start, objective = find_part_or_method(start_name), find_part_or_method(objective_name)
     if isinstance(start, Start) and isinstance(objective, Objective):
-        summary = SUMMARIES.get(name, f"start from {start.name}, {objective.summary}")
+        summary = SUMMARY_BY_METHOD.get(name, f"start from {start.name}, {objective.summary}")
         return Method(name, summary, (start, objective))
     starts, objectives = parts(Start), parts(Objective)
     names = [*methods(), *map("+".join, itertools.product(starts, objectives))]
@@ -107,33 +109,33 @@ def find_method(name: str) -> Method:
     )
 
 
-def find_registered(name: str) -> Registered | None:
+def find_part_or_method(name: str) -> Registrable | None:
     """Look up a registered start, objective or method, importing only the distribution that registers it.
 
     Args:
         name: The registered name.
 
     Returns:
-        The start, objective or method; None if no registered object has that name.
+        The start, objective or method; None if nothing is registered under that name.
 
     Raises:
-        RecipeError: A distribution registers something that is not a method, or a name that is in use.
+        RecipeError: A distribution's entry point is malformed, cannot be imported, or has a name that is taken.
     """
-    registered = _registered().get(name)
-    return _load(registered) if isinstance(registered, EntryPoint) else registered
+    entry = _registry().get(name)
+    return _load(entry) if isinstance(entry, EntryPoint) else entry
 
 
 @functools.cache
-def _registered() -> dict[str, Registered | EntryPoint]:
-    """List the objects that this package defines, in order, and the entry points of other distributions, by name."""
-    defined: dict[str, Registered] = {}
+def _registry() -> dict[str, Registrable | EntryPoint]:
+    """Return what this package defines, in order, then the entry points of other distributions, all by name."""
+    defined: dict[str, Registrable] = {}
     for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         module = importlib.import_module(f"regraft.methods.{module_info.name}")
-        defined |= {value.name: value for value in vars(module).values() if isinstance(value, Registered)}
+        defined |= {value.name: value for value in vars(module).values() if isinstance(value, Registrable)}
     listed = [name for name in PART_ORDER if name in defined]
     unlisted = sorted(set(defined) - set(listed))
-    registered: dict[str, Registered | EntryPoint] = {name: defined[name] for name in (*listed, *unlisted)}
-    owners = dict.fromkeys([*FORMULAS, *registered], "regraft")
+    registry: dict[str, Registrable | EntryPoint] = {name: defined[name] for name in (*listed, *unlisted)}
+    owners = dict.fromkeys([*PARTS_BY_METHOD, *registry], "regraft")
     for point in entry_points(group=ENTRY_POINT_GROUP):
         problem = None
         if point.name in owners:
@@ -146,29 +148,29 @@ def _registered() -> dict[str, Registered | EntryPoint]:
                 "update it to a version with another name."
             )
         owners[point.name] = _distribution(point)
-        registered[point.name] = point
-    return registered
+        registry[point.name] = point
+    return registry
 
 
 @functools.cache
-def _load(point: EntryPoint) -> Registered:
-    """Import the object that an entry point names, or refuse one that is not a method of that name."""
+def _load(point: EntryPoint) -> Registrable:
+    """Import the start, objective or method of an entry point, or refuse an object of another type or name."""
     try:
-        registered = point.load()
+        loaded = point.load()
     except (Exception, SystemExit) as error:  # another distribution's code may raise anything
         raise RecipeError(
             f"{_distribution(point)}: its method {point.name!r} ({point.value}) cannot be imported "
             f"({type(error).__name__}: {error}). Update it or uninstall it."
         ) from error
-    if not isinstance(registered, Registered) or registered.name != point.name:
+    if not isinstance(loaded, Registrable) or loaded.name != point.name:
         raise RecipeError(
             f"{_distribution(point)}: its entry point {point.name!r} of {ENTRY_POINT_GROUP} must name a Start, an "
-            f"Objective or a Method called {point.name!r}, found {registered!r} ({point.value}). Update it or "
+            f"Objective or a Method called {point.name!r}, found {loaded!r} ({point.value}). Update it or "
             "uninstall it."
         )
-    return registered
+    return loaded
 
 
 def _distribution(point: EntryPoint) -> str:
-    """Describe the distribution that defines an entry point."""
+    """Return the name and version of the distribution that defines an entry point."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else "a distribution"

@@ -7,7 +7,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import Expert, is_experts, lora_wrappers, projection_names
-from regraft.errors import KindError, RecipeError
+from regraft.errors import MAX_LISTED, KindError, RecipeError
 from regraft.methods.method import Start
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from regraft.methods.job import Job
     from regraft.model.blockwise import BlockwiseForward
 
-MAX_NAMED_LAYERS = 3  # in an error message, to keep it short
 MIN_NORM = 1e-12  # so that a factor that is all zero causes no division by 0
 
 
@@ -68,7 +67,8 @@ def graft_refitted(job: Job, options: Ridge) -> nn.Module:
         The model, ready for tuning.
 
     Raises:
-        KindError: The adaptation's kind is not supported, or none of its layers can be refitted.
+        KindError: The adaptation's kind is not supported, none of its layers can be refitted, or too few texts can be
+            aligned between the two tokenizers.
     """
     from regraft.adaptation import load_model
     from regraft.adaptation.changes import SUPPORTED_KINDS, linear_changes, skip_reasons
@@ -77,7 +77,7 @@ def graft_refitted(job: Job, options: Ridge) -> nn.Module:
     from regraft.model.examples import encode_aligned
 
     check_transformable(job.adaptation, SUPPORTED_KINDS)
-    new_model: nn.Module = job.grafted()
+    new_model: nn.Module = job.build_grafted_model()
     old_model = load_model(job.adaptation, job.upgrade.old, job.data.head)
     changes = linear_changes(new_model, old_model, job.adaptation, job.upgrade.old)
     reasons = skip_reasons(new_model, old_model, job.adaptation, job.upgrade.old, changes)
@@ -283,8 +283,8 @@ class _Refitter:
         if not self.skip_reasons:
             return "the adaptation changes no matrix"
         descriptions = [f"{name} ({reason})" for name, reason in self.skip_reasons.items()]
-        ellipsis = " …" if len(descriptions) > MAX_NAMED_LAYERS else ""
-        return "; ".join(descriptions[:MAX_NAMED_LAYERS]) + ellipsis
+        ellipsis = " …" if len(descriptions) > MAX_LISTED else ""
+        return "; ".join(descriptions[:MAX_LISTED]) + ellipsis
 
     def _refit(
         self, change: Change, factor: torch.Tensor, cross_moment: torch.Tensor, second_moment: torch.Tensor

@@ -28,12 +28,12 @@ SCALES = (0.5, 0.75, 1.25, 1.5)
 """The values of λ to try for all tensors, besides 1. A finer grid gets closer to the best λ, but takes longer."""
 GROUP_STEP = 0.25
 """The change of λ to try for a group, which is as large as the steps of `SCALES`."""
-MIN_EXAMPLES = 8
-"""With fewer examples, the standard error of the mean loss is too inaccurate for a test."""
-MIN_STANDARD_ERRORS = 2.0
-"""A gain is accepted from so many standard errors on; with 1, one of a dozen trials would often pass by chance."""
+MIN_EXAMPLES = 8  # with fewer, the standard error of the mean loss is too inaccurate for a test
+MIN_STANDARD_ERRORS = 2.0  # of an accepted gain; with 1, one of a dozen trials would often pass by chance
 GROUPS = ("embedding", "attention", "feed-forward", "norm", "other")
+"""The groups of tensors that share a λ, in the order of trials."""
 SUPPORTED_KINDS = ("full", "lora", "bottleneck")
+"""The kinds whose delta is linear in a stored tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Scaling:
         confidence: Without labels: the least probability of the old model's class for a text to be used.
 
     Raises:
-        RecipeError: `scale` is not finite, `labels` is negative, or `confidence` is not from 0 to 1.
+        RecipeError: `scale` is infinite, NaN or not a number, `labels` is negative, or `confidence` is not from 0 to 1.
     """
 
     scale: float | None = None
@@ -57,9 +57,9 @@ class Scaling:
     confidence: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a scale that is not finite, a negative number of labels and a confidence out of range."""
+        """Refuse a scale that is infinite or NaN, a negative number of labels and a confidence out of range."""
         if self.scale is not None and not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale)):
-            raise RecipeError(f"scale must be a number or null, found {self.scale!r}.")
+            raise RecipeError(f"scale must be a number, neither infinite nor NaN, or null; found {self.scale!r}.")
         if self.labels < 0 or not 0 <= self.confidence <= 1:
             raise RecipeError(
                 f"labels must be 0 or more examples per class (found {self.labels}), confidence from 0 to 1 "
@@ -175,7 +175,7 @@ class _ScalableModel:
     def __init__(self, job: Job):
         from regraft.model import device
 
-        self.model: nn.Module = job.grafted().to(device())
+        self.model: nn.Module = job.build_grafted_model().to(device())
         candidates = [_scalable_parameter(job, self.model, *item) for item in self.model.named_parameters()]
         self._parameters = [candidate for candidate in candidates if candidate is not None]
         self.groups = sorted({parameter.group for parameter in self._parameters}, key=GROUPS.index)

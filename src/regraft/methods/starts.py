@@ -14,13 +14,13 @@ def start_fresh(job: Job, options: None) -> Any:
     """Return the new base with a fresh head and without the old weights.
 
     Args:
-        job: The job, whose adaptation gives only its kind and settings.
+        job: The job, of whose adaptation only the kind and the config are used.
         options: None, since the start has no options.
 
     Returns:
         The model, ready for tuning.
     """
-    return job.fresh()
+    return job.build_fresh_model()
 
 
 def graft(job: Job, options: None) -> None:

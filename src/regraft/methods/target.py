@@ -23,7 +23,7 @@ class Target:
 
     Args:
         metric: The task's metric.
-        targets: The targets of dev.
+        targets: The dev targets.
         reference: The old deployment's predictions on dev, with which the test is paired.
         old: The old deployment's score.
         chance: The chance score on dev.
@@ -106,7 +106,7 @@ class Target:
         )
 
 
-def set_target(job: Job, tolerance: float, confidence: float, target: float | None, *, labelled: bool) -> Target:
+def determine_target(job: Job, tolerance: float, confidence: float, target: float | None, *, labelled: bool) -> Target:
     """Determine the score to reach.
 
     The predictions behind the target are stored in the work folder, from which a resumed run reads them.
@@ -117,8 +117,8 @@ def set_target(job: Job, tolerance: float, confidence: float, target: float | No
             of the old deployment's score above chance.
         confidence: The confidence of the tests, 0–1.
         target: A score; None for the old deployment's, plus the gain of a linear probe on the new base.
-        labelled: Whether dev has labels. If not, its targets are the old deployment's predictions, and the gain of the
-            new base cannot be known.
+        labelled: Whether the dev targets are labels. If not, they are the old deployment's predictions, and the gain of
+            the new base cannot be known.
 
     Returns:
         The target.
@@ -161,7 +161,7 @@ def set_target(job: Job, tolerance: float, confidence: float, target: float | No
 
 
 def pseudo_labelled_data(job: Job) -> TaskData:
-    """Return the task's data with the old model's predictions as the targets of train and dev.
+    """Return the task's data with the old model's predictions as training and dev targets.
 
     Args:
         job: The job, with the old model and the task's unlabelled data.

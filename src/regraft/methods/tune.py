@@ -67,8 +67,9 @@ def tune(
     Raises:
         CheckpointError: A weight file of the base is incomplete or damaged.
         DataError: The task's data cannot be used.
+        MismatchError: Outputs of the tuned model are infinite or NaN.
         OutcomeError: `out` exists, and is not an outcome of the same inputs.
-        RecipeError: An option is out of range.
+        RecipeError: There is no such kind, an option is out of range, or training diverged.
     """
     recipe = recipe or Recipe()
     out = Path(out)
@@ -98,7 +99,7 @@ def tune(
         fresh = fresh_model(base, data.head, resolved.seed)
         restore_output_units(fresh, base, data)
         model = prepare_for_tuning(fresh, base, data.head, config, resolved.seed)
-        start = initial_factors(model)
+        initial = initial_factors(model)
         curve = tune_model(model, base, data, resolved, work_folder, progress)
         if not best_step(curve, data.task.scoring.merit):
             dev_weakness = weakness(data, data.dev)
@@ -110,7 +111,7 @@ def tune(
                 resolved.learning_rate,
                 f"dev has {dev_weakness}." if dev_weakness else "Take more steps or another learning rate.",
             )
-        save_model(model, base, data.head, staging / "adaptation", start)
+        save_model(model, base, data.head, staging / "adaptation", initial)
         return record_outcome(
             staging, out, base, data, resolved, curve, inputs, method="tune", recycled_from=None, progress=progress
         )

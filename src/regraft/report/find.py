@@ -66,7 +66,7 @@ def find_inputs(folders: Sequence[str | Path]) -> ReportInputs:
         The records, without duplicates, in the order of `folders` and then of the names of the folders below.
 
     Raises:
-        OutcomeError: A folder does not exist, a file is malformed, or there are no records.
+        OutcomeError: A folder does not exist or cannot be searched, a file is malformed, or there are no records.
     """
     inputs = ReportInputs(runs=[], comparisons={}, diagnoses={})
     visited: set[Path] = set()
@@ -137,13 +137,13 @@ def _read_sanitised(file: Path) -> dict[str, Any]:
 
 
 def sanitise(value: Any) -> Any:
-    """Replace control characters, halves of surrogate pairs and infinite numbers, which no page can show.
+    """Replace control characters, halves of surrogate pairs and infinity, which no page can show.
 
     Args:
         value: A parsed JSON value.
 
     Returns:
-        The value with U+FFFD for such characters, and NaN for such numbers.
+        The value with U+FFFD for such characters, and NaN for infinity.
     """
     if isinstance(value, str):
         return printable(value)

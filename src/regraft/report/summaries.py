@@ -26,14 +26,15 @@ class MethodSummary:
     Args:
         method: The method's name.
         seeds: The seeds of the runs.
-        start: The score on dev before the first step.
-        best_dev: The best score on dev during training.
-        score: The final weights' score on the setting's split.
+        start: The score on dev before the first step; None without labels.
+        best_dev: The best score on dev during training; None without labels.
+        score: The final weights' score on the setting's split; None without labels.
         deviation: The sample standard deviation of `score` over seeds; None for one seed or if a score is missing.
-        recovery: (score − chance) / (scratch's score − chance).
+        recovery: (score − chance) / (scratch's score − chance); None without scratch, or if that gap is too small.
         steps_to_scratch: The number of steps until the score on dev first reaches scratch's last score on dev; None if
             it does not for some seed.
-        negative_flips: The share of examples for which the old deployment is right and the method wrong.
+        negative_flips: The share of examples for which the old deployment is right and the method wrong; None if the
+            old deployment's predictions are not among the inputs.
         labels: The number of labelled training examples seen.
         steps: The number of optimiser steps.
         seconds: The training time in seconds.
@@ -126,7 +127,7 @@ def _setting(runs: list[Run], inputs: ReportInputs) -> Setting:
         description=f"{record.kind} on {base_name(record.base.name)}, {record.task.train:,} training examples",
         metric=record.task.metric,
         split=split,
-        summaries=_ranked(summaries, record.task.metric),
+        summaries=_sort_summaries(summaries, record.task.metric),
         scratch_dev=_mean([run.curve[-1]["score"] for run in scratch_runs.values()]),
         old_score=old_score,
         chance=_mean([run.record.scores.majority(split) for run in runs]),
@@ -228,8 +229,8 @@ def _mean(figures: list[Any]) -> Any:
     return None if None in figures or not figures else statistics.fmean(figures)
 
 
-def _ranked(summaries: list[MethodSummary], metric: str) -> tuple[MethodSummary, ...]:
-    """Sort scratch first, then by score from the best; methods without a finite score are last."""
+def _sort_summaries(summaries: list[MethodSummary], metric: str) -> tuple[MethodSummary, ...]:
+    """Sort scratch first, then by score from the best; methods whose score is missing, infinite or NaN are last."""
 
     def rank(summary: MethodSummary) -> tuple[bool, float, str]:
         merit = -math.inf
@@ -264,7 +265,7 @@ def _setting_of_comparison(comparison: Comparison) -> Setting:
         description="as compared; the outcome folders are elsewhere",
         metric=comparison.metric,
         split=comparison.split,
-        summaries=_ranked(summaries, comparison.metric),
+        summaries=_sort_summaries(summaries, comparison.metric),
         scratch_dev=None,
         old_score=comparison.old,
         chance=comparison.majority,

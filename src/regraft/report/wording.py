@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MISSING = "–"
+"""What a cell shows in place of a missing figure."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -19,7 +20,7 @@ def number(value: float | None, digits: int = 3) -> str:
         digits: The number of decimals.
 
     Returns:
-        The number as in 0.912, with the minus sign U+2212 if it is negative.
+        The number as in 0.912, with the minus sign U+2212 if it is negative; words if it is infinite or NaN.
     """
     if value is None:
         return MISSING
@@ -57,7 +58,7 @@ def duration(seconds: float | None) -> str:
     """Format a duration.
 
     Args:
-        seconds: The duration in seconds; None if it is missing.
+        seconds: The duration in seconds; None if it is missing, like infinity and NaN.
 
     Returns:
         The duration as in 0.4 s, 35 s, 2 min 10 s or 1 h 5 min.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Format = Literal["html", "md"]
 FORMATS: tuple[str, ...] = get_args(Format)
 REPORT_MARKERS = (b'<meta name="generator" content="regraft ', b"# What the upgrade did")
-"""Bytes near the start of every report, as HTML and as Markdown."""
+"""The bytes near the start of every report by which it is recognised, as HTML and as Markdown."""
 MARKER_BYTES = 4096
 """The number of bytes in which a marker is looked for; the HTML's marker is in the first kilobyte."""
 
@@ -43,7 +43,8 @@ def write_report(
         The path of the file. The same runs give the same bytes.
 
     Raises:
-        OutcomeError: There are no results, a file is malformed, or the report cannot be written.
+        OutcomeError: There are no results, a file is malformed, `out` is something other than a report, or the report
+            cannot be written.
         RecipeError: There is no such format, or no runs are named.
     """
     folders = [runs] if isinstance(runs, (str, Path)) else list(runs)

@@ -107,7 +107,7 @@ def draw_plane(plane: Plane) -> Figure:
     """Draw the loss on the plane through three models.
 
     Args:
-        plane: The losses on the grid, at least one of them finite.
+        plane: The losses on the grid, at least one of them neither infinite nor NaN.
 
     Returns:
         The figure, with a marker at each model.

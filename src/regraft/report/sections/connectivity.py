@@ -47,7 +47,7 @@ def _loss_chart(segment: Segment, barriers: str, prefix: str) -> Chart:
         f"on {split} goes from {number(losses[0])} to {number(losses[-1])}, at most {number(max(losses))}"
         for split, losses in segment.loss.items()
     )
-    finding = f"{_between(segment)} the {measure} {courses}"
+    finding = f"{_describe_ends(segment)} the {measure} {courses}"
     finding += f"; the barrier is {barriers}." if barriers else "."
     return Chart(
         name=f"{prefix}-connectivity-loss",
@@ -66,13 +66,13 @@ def _score_chart(segment: Segment, metric: str, prefix: str) -> Chart:
     return Chart(
         name=f"{prefix}-connectivity-score",
         title=f"Score ({metric}) along the segment",
-        finding=f"{_between(segment)} the {metric} {courses}.",
+        finding=f"{_describe_ends(segment)} the {metric} {courses}.",
         figure=draw_segment(segment.mu, segment.score, metric, segment.ends, barrier=False),
         table=_table(segment.mu, segment.score, metric),
     )
 
 
-def _between(segment: Segment) -> str:
+def _describe_ends(segment: Segment) -> str:
     return f"Between {segment.ends[0]} (μ = 0) and {segment.ends[1]} (μ = 1)"
 
 

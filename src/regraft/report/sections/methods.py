@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from regraft.report.summaries import MethodSummary, Setting
 
 ORDER = 20
+MAX_LISTED_LAYERS = 3  # fewer than in an error message, since there is a note per run
 
 
 def method_sections(settings: list[Setting], prefix: str) -> list[Section]:
@@ -89,17 +90,17 @@ def _score_with_deviation(summary: MethodSummary) -> str:
 
 def _score_chart(setting: Setting, name: str) -> Chart:
     """Draw the scores by method; at least one summary must have a score."""
-    measured = [summary for summary in setting.summaries if summary.score is not None]
-    best = max(measured, key=lambda summary: summary.score or 0.0)
+    measured = [(summary, summary.score) for summary in setting.summaries if summary.score is not None]
+    best, _ = max(measured, key=lambda entry: entry[1])
     finding = f"{best.method} has the highest {setting.metric} on {setting.split}, {_score_with_deviation(best)}"
     if best.method != "scratch":
-        finding += "".join(f"; scratch has {number(row.score)}" for row in measured if row.method == "scratch")
+        finding += "".join(f"; scratch has {number(score)}" for row, score in measured if row.method == "scratch")
     if setting.old_score is not None:
         finding += f"; the old deployment had {number(setting.old_score)}"
-    rows = [(summary.method, number(summary.score), number(summary.deviation)) for summary in measured]
-    for reference, score in (("old deployment", setting.old_score), ("guessing", setting.chance)):
-        if score is not None:
-            rows.append((reference, number(score), MISSING))
+    rows = [(summary.method, number(score), number(summary.deviation)) for summary, score in measured]
+    for reference, reference_score in (("old deployment", setting.old_score), ("guessing", setting.chance)):
+        if reference_score is not None:
+            rows.append((reference, number(reference_score), MISSING))
     columns = ("method", f"{setting.metric} on {setting.split}", "deviation over seeds")
     title = "Scores by method"
     table = Table(title, columns, tuple(rows))
@@ -111,7 +112,7 @@ def _learning_chart(setting: Setting, name: str) -> Chart:
     summaries = [summary for summary in setting.summaries if summary.curve]
     finding = f"Learning curves of {len(summaries)} method{'' if len(summaries) == 1 else 's'}"
     if setting.scratch_dev is not None:
-        finding += f": scratch ends at {number(setting.scratch_dev)}{_reached_by(summaries)}"
+        finding += f": scratch ends at {number(setting.scratch_dev)}{_describe_steps_to_scratch(summaries)}"
     curves = {summary.method: summary.curve for summary in summaries}
     rows = tuple((method, integer(step), number(score)) for method, curve in curves.items() for step, score in curve)
     table = Table("Learning curves", ("method", "steps", f"{setting.metric} on dev"), rows)
@@ -120,8 +121,8 @@ def _learning_chart(setting: Setting, name: str) -> Chart:
     return Chart(f"{name}-learning", title, f"{finding}.", figure, table, wide=True)
 
 
-def _reached_by(summaries: list[MethodSummary]) -> str:
-    """Say when each method reaches scratch's last score, the earliest first, and which never do."""
+def _describe_steps_to_scratch(summaries: list[MethodSummary]) -> str:
+    """Say when each method reaches scratch's last score, the earliest first, and which methods never do."""
     steps = {
         summary.method: summary.steps_to_scratch
         for summary in summaries
@@ -156,6 +157,7 @@ def _notes(setting: Setting) -> list[str]:
                 notes.append(f"{run_name}: {note}")
         unchanged = run.record.notes.get("passed_over")
         if unchanged and isinstance(unchanged, dict):
-            layers = ", ".join(list(unchanged)[:3]) + (" …" if len(unchanged) > 3 else "")
+            layers = ", ".join(list(unchanged)[:MAX_LISTED_LAYERS])
+            layers += " …" if len(unchanged) > MAX_LISTED_LAYERS else ""
             notes.append(f"{run_name}: {len(unchanged)} layers carry their old delta unchanged: {layers}")
     return list(dict.fromkeys(notes))

@@ -23,7 +23,7 @@ def show(plane: Plane, diagnosis: Diagnosis, prefix: str) -> list[Section]:
         prefix: The prefix of the chart's name.
 
     Returns:
-        A single section; none if the plane has no area or no finite loss.
+        A single section; none if the plane has no area, or if all losses are infinite or NaN.
     """
     losses = finite_values(loss for row in plane.loss for loss in row)
     if len(plane.x) < 2 or len(plane.y) < 2 or not losses:

@@ -28,8 +28,8 @@ def show(shift: Shift, diagnosis: Diagnosis, prefix: str) -> list[Section]:
     """
     body = shift.whole
     facts = (
-        ("base shift", percent(_relative(body.shift, body)), f"of the old base's norm of {number(body.base, 2)}"),
-        ("delta", percent(_relative(body.delta, body)), "how far tuning had moved it, the same way"),
+        ("base shift", percent(_relative_norm(body.shift, body)), f"of the old base's norm of {number(body.base, 2)}"),
+        ("delta", percent(_relative_norm(body.delta, body)), "how far tuning had moved it, the same way"),
         ("cosine", number(body.cosine), "of shift and delta: 0 is neither with nor against"),
         ("equal signs", percent(body.signs), "entries that both move the same way"),
         ("overlap", number(body.overlap), "of leading subspaces: mean squared cosine"),
@@ -50,8 +50,8 @@ def show(shift: Shift, diagnosis: Diagnosis, prefix: str) -> list[Section]:
 def _group_charts(grouping: str, groups: tuple[GroupShift, ...], prefix: str) -> list[Chart]:
     """Return the chart of the norms of shift and delta, and, where there are deltas, the chart of their angles."""
     names = [group.name for group in groups]
-    shifts = [100 * _relative(group.shift, group) for group in groups]
-    deltas = [100 * _relative(group.delta, group) for group in groups]
+    shifts = [100 * _relative_norm(group.shift, group) for group in groups]
+    deltas = [100 * _relative_norm(group.delta, group) for group in groups]
     largest = max(range(len(groups)), key=shifts.__getitem__)
     finding = (
         f"By {grouping}: the upgrade moved {names[largest]} most, by {number(shifts[largest], 1)} % of its norm, where "
@@ -81,7 +81,7 @@ def _group_charts(grouping: str, groups: tuple[GroupShift, ...], prefix: str) ->
     return charts
 
 
-def _relative(norm: float, group: GroupShift) -> float:
+def _relative_norm(norm: float, group: GroupShift) -> float:
     return norm / group.base if group.base else 0.0
 
 
@@ -89,8 +89,8 @@ def _row(group: GroupShift) -> tuple[str, ...]:
     return (
         group.name,
         number(group.base, 2),
-        percent(_relative(group.shift, group), 2),
-        percent(_relative(group.delta, group), 2),
+        percent(_relative_norm(group.shift, group), 2),
+        percent(_relative_norm(group.delta, group), 2),
         number(group.cosine),
         percent(group.signs),
         number(group.overlap),

@@ -101,8 +101,8 @@ def _attention_chart(attention: AttentionMap, name: str) -> Chart:
     tokens = attention.tokens
     finding = f"{head}, {distance}"
     if tokens:
-        old_strongest = _strongest(tokens, attention.old)
-        new_strongest = _strongest(tokens, attention.new)
+        old_strongest = _describe_strongest(tokens, attention.old)
+        new_strongest = _describe_strongest(tokens, attention.new)
         finding += f": most strongly, in the old model {old_strongest}, in the new {new_strongest}"
     rows = tuple(
         (query, key, number(attention.old[i][j]), number(attention.new[i][j]))
@@ -114,7 +114,7 @@ def _attention_chart(attention: AttentionMap, name: str) -> Chart:
     return Chart(name, title, f"{finding}.", draw_attention(attention), table, wide=True)
 
 
-def _strongest(tokens: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
+def _describe_strongest(tokens: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     weight, query, key = max((weight, i, j) for i, row in enumerate(rows) for j, weight in enumerate(row))
     return f"“{tokens[query]}” attends to “{tokens[key]}” ({number(weight, 2)})"
 
