@@ -173,7 +173,7 @@ def write_result(
             shard_bytes,
             progress,
             write_tokenizer=write_tokenizer,
-            config=config,
+            changed_settings=config,
         )
     print_line(f"checkpoint: {out}")
 
