@@ -15,7 +15,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import DerivedTensors, GroupedTensors, TensorSpec, dtype_of, shape_of
-from regraft.errors import CheckpointError
+from regraft.errors import MAX_LISTED, CheckpointError
 from regraft.weights import is_optional
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Architecture:
         Args:
             checkpoint: The checkpoint, whose path and first names the message has.
         """
-        names = ", ".join(map(repr, sorted(checkpoint)[:2]))
+        names = ", ".join(map(repr, sorted(checkpoint)[:MAX_LISTED]))
         return CheckpointError(
             f"{checkpoint.path}: has no weights of a {type(self.model).__name__}: its tensors have names such as "
             f"{names}, none of which transformers would load. Load it with the tool that saved it, and call "
@@ -137,7 +137,8 @@ class Architecture:
             name: The name in a checkpoint.
 
         Returns:
-            A name such as `layers.0.mlp.experts.down_proj`; `name` if the class has no such tensor.
+            A name such as `layers.0.mlp.experts.down_proj`; if the class has no such tensor, a name that is not in
+            `parameters`.
         """
         return self._locate(name)[0]
 
@@ -308,8 +309,8 @@ class Architecture:
 
 
 @functools.lru_cache(maxsize=CACHED_ARCHITECTURES)
-def _cached_architecture(settings: str, name: str | None, config_class: type[PretrainedConfig]) -> Architecture:
-    return Architecture(config_class.from_dict(json.loads(settings)), name)
+def _cached_architecture(config_json: str, name: str | None, config_class: type[PretrainedConfig]) -> Architecture:
+    return Architecture(config_class.from_dict(json.loads(config_json)), name)
 
 
 def architecture_of(config: PretrainedConfig, name: str | None = None) -> Architecture:
@@ -323,9 +324,9 @@ def architecture_of(config: PretrainedConfig, name: str | None = None) -> Archit
         CheckpointError: transformers cannot build the class.
     """
     config_class: Any = type(config)
-    settings = config.to_dict()
-    settings.pop("_name_or_path", None)  # the architecture does not depend on the folder
-    return _cached_architecture(json.dumps(settings, sort_keys=True, default=str), name, config_class)
+    content = config.to_dict()
+    content.pop("_name_or_path", None)  # the architecture does not depend on the folder
+    return _cached_architecture(json.dumps(content, sort_keys=True, default=str), name, config_class)
 
 
 def _shapes_with_another_token(shape: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from regraft.weights import NamedTensors
 
 PRETRAINING = "pretraining.json"
+"""The file in a base's folder that records its pre-training by regraft."""
 MIN_TEXT_TOKENS = 8  # arbitrary: a lower limit is probably an error, because models take hundreds
 
 
@@ -93,7 +94,11 @@ class Base:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; its padding token defaults to the end-of-sequence or else the unknown token."""
+        """The tokenizer; its padding token defaults to the end-of-sequence or else the unknown token.
+
+        Raises:
+            CheckpointError: There is no valid tokenizer, or it produces a token without a row in the embeddings.
+        """
         tokenizer = copy.deepcopy(self.tokenizer_override) if self.tokenizer_override else read_tokenizer(self.path)
         self.check_tokens(tokenizer, tokenizer("")["input_ids"])
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= self.vocabulary_size:
@@ -125,7 +130,7 @@ class Base:
 
     @functools.cached_property
     def vocabulary_size(self) -> int:
-        """The number of tokens with a row in the embeddings, including the additional tokens of an adaptation."""
+        """The number of rows of the embeddings, with an adaptation's additional tokens; unlimited if unknown."""
         return self.rows_override or int(getattr(self.config.get_text_config(), "vocab_size", None) or sys.maxsize)
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
@@ -184,7 +189,7 @@ class Base:
 
     @functools.cached_property
     def is_encoder_decoder(self) -> bool:
-        """Whether its classifier has an encoder and a decoder, as in T5 and BART, even if only one is stored."""
+        """Whether the base's classifier has an encoder and a decoder, as in T5 and BART, even if only one is stored."""
         from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
         return self.config.is_encoder_decoder or type(self.config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
-MAX_LISTED = 4  # names that a message lists before it only counts them; arbitrary: about a line of text
+MAX_LISTED = 4  # arbitrary: about a line of text
+"""The number of names that a message lists before it only counts them."""
 
 
 class RegraftError(Exception):

@@ -83,7 +83,7 @@ def named_tensors(checkpoint: Checkpoint, config: PretrainedConfig) -> NamedTens
     def key_of(name: str) -> str:
         return body.identify(name) or name
 
-    if not any(map(body.identify, checkpoint)) and not any(map(model.identify, checkpoint)):
+    if not (any(map(body.identify, checkpoint)) or any(map(model.identify, checkpoint))):
         raise body.unrelated_checkpoint_error(checkpoint)
     stored_names: dict[str, str] = {}
     for stored in sorted(checkpoint, key=model.is_tied):  # tied tensors last

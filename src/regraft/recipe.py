@@ -24,7 +24,9 @@ MAX_BATCH_SIZE = 2**16
 MAX_EXAMPLES = 10**8
 """Steps × batch size: the order of the examples is an int64 array in memory, 800 MB at this size."""
 PRECISIONS = ("auto", "bf16", "fp32")
+"""The values of `Recipe.precision`."""
 DECAY_SCHEDULES = ("none", "linear", "cosine")
+"""The values of the option `decay` of methods: how a weight of the loss falls to 0 over the training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Recipe:
 
     Raises:
         RecipeError: `warmup` or `average` is not from 0 to below 1, `weight_decay` is negative, `seed` is not a 32-bit
-            number, `precision` is unknown, another number is not above 0, or batch size or examples are too many.
+            number, `precision` is unknown, another number is not above 0, a number is infinite or NaN, or batch size
+            or examples are too many.
     """
 
     steps: int | None = None
@@ -75,7 +78,7 @@ class Recipe:
         if self.steps:
             self._check_examples(self.steps)
         if not 0 <= self.weight_decay < math.inf:
-            raise RecipeError(f"weight_decay must be a number that is not negative, found {self.weight_decay}.")
+            raise RecipeError(f"weight_decay must be a finite number, 0 or more, found {self.weight_decay}.")
         if not 0 <= self.seed < NUM_SEEDS:
             raise RecipeError(f"seed must be from 0 to {NUM_SEEDS - 1:,}, found {self.seed:,}.")
         if not 0 <= self.warmup < 1:
@@ -108,6 +111,12 @@ class Recipe:
             precision=self.resolve_precision(),
         )
 
+    @property
+    def num_steps(self) -> int:
+        """The number of optimiser steps of a resolved recipe."""
+        assert self.steps is not None  # `resolve` sets it
+        return self.steps
+
     def resolve_precision(self) -> str:
         """Return `bf16` or `fp32`: the recipe's precision, or for `auto` the one that suits the device."""
         return preferred_precision() if self.precision == "auto" else self.precision
@@ -129,7 +138,7 @@ def check_trained(checkpoint: Checkpoint, recipe: Recipe) -> None:
         recipe: The recipe of the training, whose learning rate the error message names.
 
     Raises:
-        RecipeError: A weight is infinite or not a number.
+        RecipeError: A weight is infinite or NaN.
     """
     from regraft.checkpoint import check_finite
 
@@ -137,13 +146,13 @@ def check_trained(checkpoint: Checkpoint, recipe: Recipe) -> None:
         check_finite(checkpoint)
     except CheckpointError as error:
         raise RecipeError(
-            "the training ended in weights that are infinite or not a number. Lower the learning rate "
+            "the training ended in weights that are infinite or NaN. Lower the learning rate "
             f"({recipe.learning_rate}), or train in fp32."
         ) from error
 
 
 def check_decay_schedule(option: str, schedule: str) -> None:
-    """Refuse an unknown schedule.
+    """Refuse an unknown decay schedule.
 
     Args:
         option: The option's name, for the error message.
@@ -157,7 +166,7 @@ def check_decay_schedule(option: str, schedule: str) -> None:
 
 
 def decay_factor(schedule: str, step: int, steps: int) -> float:
-    """Compute the factor by which a schedule scales a weight of the loss at a step.
+    """Compute the factor by which a decay schedule scales a weight of the loss at a step.
 
     Args:
         schedule: `none` (constant), `linear` or `cosine`.

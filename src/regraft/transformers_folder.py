@@ -37,7 +37,7 @@ TUNED_SETTINGS = {
     "tie_word_embeddings",
 }
 SIZE = re.compile(r"size|dim|vocab")  # widths, such as shared_expert_intermediate_size: see check_model
-HEADS = re.compile(r"heads$|^n_head$")
+HEADS = re.compile(r"heads$|^n_head$")  # numbers of attention heads
 MAX_TOKENIZER_BYTES = 64 * 1024**2  # the largest files of open models, with a million tokens, have some 60 MB
 FILES_READ_WITH_TOKENIZER = ("config.json", "adapter_config.json", "additional_chat_templates/*")
 MAX_GROWTH = 1000  # arbitrary: normalizers of open models replace a character with one or a few
@@ -55,16 +55,16 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
         The transformers config, with the defaults of its class.
 
     Raises:
-        CheckpointError: transformers cannot read the config, needs code from the folder, or would build too many
-            modules.
+        CheckpointError: The config is malformed, has a setting out of range, needs code from the folder, or describes
+            too many modules.
     """
     import torch
     from transformers import AutoConfig
 
     file = checkpoint.folder / "config.json"
-    settings = read_json(file)
-    _check_settings(settings, file, len(checkpoint))
-    names = settings.get("architectures") or []
+    stored_config = read_json(file)
+    _check_config(stored_config, file, len(checkpoint))
+    names = stored_config.get("architectures") or []
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(f"{file}: architectures is {names!r:.80}, not a list of class names.")
     try:
@@ -87,9 +87,9 @@ def upgraded_settings(
     """Return the settings that a graft takes from the new base: the upgrade changed them, and tuning did not.
 
     Args:
-        tuned: The settings of the fine-tune.
-        old: The settings of the old base.
-        new: The settings of the new base.
+        tuned: The config of the fine-tune.
+        old: The config of the old base.
+        new: The config of the new base.
         is_decoder: Whether the model is causal, so that its classifier skips the padding token of the config.
         has_same_ids: Whether all tokens have the same ids in all three; otherwise, ids are left out.
 
@@ -182,7 +182,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if growth > MAX_GROWTH:
         raise CheckpointError(f"{folder}: its tokenizer's normalizer makes texts up to {growth:,.0f} times as long.")
     max_length: Any = tokenizer.model_max_length
-    if type(max_length) not in (int, float) or not max_length == max_length // 1 or max_length < 1:
+    if type(max_length) not in (int, float) or max_length != max_length // 1 or max_length < 1:
         raise CheckpointError(
             f"{config_file}: model_max_length is {max_length!r:.80}, not a whole number of tokens above 0. Correct it."
         )
@@ -227,9 +227,9 @@ def _growth(rule: dict[str, Any]) -> float:
     return max(1, replacement_length / max(len(replaced), 1))
 
 
-def _check_settings(settings: dict[str, Any], file: Path, num_tensors: int) -> None:
+def _check_config(config: dict[str, Any], file: Path, num_tensors: int) -> None:
     """Refuse settings that need code, are out of range or would build too many modules for a number of tensors."""
-    for name, value in _settings(settings):
+    for name, value in _settings(config):
         if name.endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise CheckpointError(
                 f"{file}: {name} is {value!r:.80}, code from the hub, which regraft does not run. Remove it."
@@ -240,7 +240,9 @@ def _check_settings(settings: dict[str, Any], file: Path, num_tensors: int) -> N
             if is_invalid_dropout or has_no_heads:
                 raise CheckpointError(f"{file}: {name} is {value!r:.80}, which is out of range. Correct it.")
         if name == "chunk_size_feed_forward" and (type(value) is not int or value < 0):
-            raise CheckpointError(f"{file}: {name} is {value!r:.80}, which is not a number of tokens. Set it to 0.")
+            raise CheckpointError(
+                f"{file}: {name} is {value!r:.80}, which is not a whole number, 0 or more. Set it to 0."
+            )
         count = len(value) if name == "id2label" and isinstance(value, dict) else value
         for pattern, max_count in MAX_COUNTS:
             limit = max_count
@@ -249,14 +251,14 @@ def _check_settings(settings: dict[str, Any], file: Path, num_tensors: int) -> N
             is_count = pattern.search(name) and not SIZE.search(name)
             if is_count and isinstance(count, int | float) and count > limit:
                 raise CheckpointError(
-                    f"{file}: {name} is {count:,}, but {num_tensors:,} tensors allow at most {limit:,}. Use the "
+                    f"{file}: {name} is {count:,}; with {num_tensors:,} tensors, at most {limit:,} is allowed. Use the "
                     "config.json that was saved with these weights."
                 )
 
 
-def _settings(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the settings of a config.json with their names, also from configs of submodels."""
-    for name, value in settings.items():
+    for name, value in config.items():
         yield name, value
         if isinstance(value, dict) and name.endswith("config"):
             yield from _settings(value)

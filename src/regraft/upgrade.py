@@ -32,8 +32,8 @@ class Upgrade:
 
     Raises:
         CheckpointError: A base is missing or incomplete.
-        MismatchError: The bases differ in architecture or tensor shapes. Embeddings may differ in rows, which are
-            matched by token.
+        MismatchError: The bases differ in architecture or tensor shapes, or a token has no row in the embeddings.
+            Embeddings may differ in rows, which are matched by token.
     """
 
     old: Base
@@ -83,7 +83,7 @@ class Upgrade:
         """Check that the bodies have no infinite or NaN values.
 
         Raises:
-            CheckpointError: A body has infinite or NaN values.
+            CheckpointError: A body has infinite or NaN values; the message counts them by tensor.
         """
         self.old.check_finite()
         self.new.check_finite()

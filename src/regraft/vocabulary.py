@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Files with the tokens of a tokenizer, by which its presence is recognised and vocabularies are compared.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "added_tokens.json", "tekken.json", "*.model", "*.spm", "*.tiktoken")
+# Settings whose values are ids of tokens, or lists of ids.
 TOKEN_ID_SETTINGS = re.compile(r"_token_(?:id|index)$|suppress_tokens$")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -103,6 +104,7 @@ def check_one_vocabulary(
         result: The result of the computation that follows, such as `a LoRA`, for error messages.
 
     Raises:
+        CheckpointError: A tokenizer is missing and the embeddings differ in size, or cannot be read.
         MismatchError: The tokens, their rows or the numbers of rows differ.
     """
     match = match_vocabularies(
@@ -111,14 +113,18 @@ def check_one_vocabulary(
     if match is None:
         return
     old = folders["old"]
-    are_in_same_rows = all(old_row in (-1, row) for row, old_row in enumerate(match.old_row_indices))
-    if not match.added_tokens and are_in_same_rows:
+    has_same_rows = all(old_row in (-1, row) for row, old_row in enumerate(match.old_row_indices))
+    has_same_tokens = not (match.added_tokens or match.removed_tokens)
+    if has_same_tokens and has_same_rows:
         raise MismatchError(
             f"{folders['tuned']}: its embeddings have {match.num_new_rows:,} rows, but the embeddings of {old} have "
             f"{match.num_old_rows:,} for the same tokens, so {result} of it would not fit. Resize them with "
             "resize_token_embeddings of transformers first, or graft the fine-tune (regraft weights graft)."
         )
     difference = f"its tokens are in different rows than in {old}"
+    if match.removed_tokens:
+        listed = ", ".join(map(repr, match.removed_tokens[:MAX_LISTED]))
+        difference = f"it lacks {len(match.removed_tokens):,} tokens ({listed}) of {old}"
     if match.added_tokens:
         listed = ", ".join(map(repr, match.added_tokens[:MAX_LISTED]))
         difference = f"it has {len(match.added_tokens):,} tokens ({listed}) that {old} lacks"
@@ -178,13 +184,13 @@ def write_vocabulary(folder: Path, new: Path, tuned: Path, old: Path, match: Row
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             fallback = read_json(new / name) if (new / name).is_file() else {}
-            settings = _with_new_ids(read_json(folder / name), source, ids, fallback)
-            text_config = settings.get("text_config")
-            if name == "config.json" and (not isinstance(text_config, dict) or "vocab_size" in settings):
-                settings["vocab_size"] = len(match.new_row_indices)
+            config = _with_new_ids(read_json(folder / name), source, ids, fallback)
+            text_config = config.get("text_config")
+            if name == "config.json" and (not isinstance(text_config, dict) or "vocab_size" in config):
+                config["vocab_size"] = len(match.new_row_indices)
             if isinstance(text_config, dict):
                 text_config["vocab_size"] = len(match.new_row_indices)
-            write_atomic(folder / name, json.dumps(settings, indent=2) + "\n")
+            write_atomic(folder / name, json.dumps(config, indent=2) + "\n")
 
 
 def merged_tokenizer(new: Path, tuned: Path, match: RowMatch) -> PreTrainedTokenizerBase:
@@ -242,14 +248,14 @@ def _special_settings(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any
 
 
 def _with_new_ids(
-    settings: Mapping[str, Any], source: PreTrainedTokenizerBase, ids: Mapping[str, int], fallback: Mapping[str, Any]
+    config: Mapping[str, Any], source: PreTrainedTokenizerBase, ids: Mapping[str, int], fallback: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return settings with the ids of the grafted vocabulary, or with the new base's if a token was removed."""
+    """Return a config with the ids of the grafted vocabulary, or with the new base's if a token was removed."""
 
     def convert(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            new_settings = fallback.get(key)
-            return _with_new_ids(value, source, ids, new_settings if isinstance(new_settings, dict) else {})
+            new_config = fallback.get(key)
+            return _with_new_ids(value, source, ids, new_config if isinstance(new_config, dict) else {})
         old_ids = value if isinstance(value, list) else [value]
         are_ids = all(type(old_id) is int and 0 <= old_id < len(source) for old_id in old_ids)
         if not TOKEN_ID_SETTINGS.search(key) or not are_ids:
@@ -259,7 +265,7 @@ def _with_new_ids(
             return fallback.get(key)
         return new_ids if isinstance(value, list) else new_ids[0]
 
-    return {key: convert(key, value) for key, value in settings.items()}
+    return {key: convert(key, value) for key, value in config.items()}
 
 
 def _num_rows(tensors: Mapping[str, torch.Tensor]) -> int:

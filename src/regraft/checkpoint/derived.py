@@ -168,6 +168,9 @@ def flat_slice(tensors: Mapping[str, torch.Tensor], name: str, start: int, count
 
     Returns:
         A tensor of shape [count].
+
+    Raises:
+        CheckpointError: A computed element is infinite or NaN, or a file was truncated after it was opened.
     """
     if isinstance(tensors, Checkpoint):
         return tensors.flat_slice(name, start, count)
@@ -213,12 +216,12 @@ def _is_quantised(tensors: Mapping[str, torch.Tensor], name: str) -> bool:
 
 
 def _round_to_spec(result: torch.Tensor, name: str, spec: TensorSpec) -> torch.Tensor:
-    """Convert a result to its spec's dtype, and refuse it if arithmetic made it non-finite; a copied mask may be."""
+    """Convert a result to its spec's dtype; refuse infinite or NaN results of arithmetic, but not of a copied mask."""
     result = result.to(torch_dtype(spec.dtype))
     is_computed = len(spec.operands) > 1 and spec.dtype in FLOATING and result.numel()
     if is_computed and not all(map(math.isfinite, result.aminmax())):
         raise CheckpointError(
-            f"tensor {name!r} would be infinite or not a number in {spec.dtype}: an input is (check it with regraft "
+            f"tensor {name!r} would be infinite or NaN in {spec.dtype}: an input is (check it with regraft "
             "weights inspect --check-finite), or the result is too large for that dtype."
         )
     return result

@@ -55,7 +55,9 @@ def replace_atomically(file: Path, *, synced: bool = True) -> Iterator[Path]:
         if is_disk_full(error):
             raise disk_full_error(file) from error
         if isinstance(error, OSError):
-            raise OutcomeError(f"{file}: cannot be written ({error.strerror or error}).") from error
+            raise OutcomeError(
+                f"{file}: cannot be written ({error.strerror or error}). Check the permissions of its folder."
+            ) from error
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -97,7 +99,7 @@ def to_json(record: Any, name: str, indent: int | None = None) -> str:
         field = next(_nonfinite_fields(record, ""), None)
         if field is None:
             raise
-        raise OutcomeError(f"{name}: the figure {field} is infinite or not a number, so nothing is recorded.") from None
+        raise OutcomeError(f"{name}: the figure {field} is infinite or NaN, so nothing is recorded.") from None
 
 
 def write_json(file: Path, record: Any, indent: int | None = None) -> None:

@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = 1 << 22  # 16 MiB in float32: large reads, because only a minim
 
 
 def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Collection[str] | None = None) -> None:
-    """Refuse a checkpoint that holds infinite values or NaN.
+    """Refuse a checkpoint that holds infinite or NaN values.
 
     Args:
         checkpoint: The weights, read a few megabytes at a time.
@@ -50,7 +50,7 @@ def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Col
     if nonfinite_counts:
         listed = [f"{name} ({count:,} of {sizes[name]:,})" for name, count in nonfinite_counts.items()]
         raise CheckpointError(
-            f"{checkpoint.path}: {len(listed)} tensors hold values that are infinite or not a number: "
+            f"{checkpoint.path}: {len(listed)} tensors hold values that are infinite or NaN: "
             f"{', '.join(listed[:MAX_LISTED])}{' …' if len(listed) > MAX_LISTED else ''}. The training that wrote it "
             "diverged: use an earlier checkpoint."
         )

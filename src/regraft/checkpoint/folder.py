@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOCK = "lock"
+"""The file in a working or temporary folder that is locked while the folder is in use."""
 TEMPORARY_PREFIX = "regraft-"
-CHECKPOINTS = "checkpoints"  # the name of folders, at any depth, from which an interrupted run resumes
+"""The beginning of the names of temporary folders."""
+CHECKPOINTS = "checkpoints"
+"""The name of folders, at any depth of a working folder, from which an interrupted run resumes."""
 MAX_ATTEMPTS = 100  # arbitrary: an attempt fails only if another process ends between two system calls
+"""The number of attempts to create and lock a folder."""
 
 
 @contextlib.contextmanager
@@ -44,7 +48,7 @@ def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
 
     Raises:
         DiskFullError: The disk is full.
-        OutcomeError: Another process is writing `out`, or the working folder cannot be created.
+        OutcomeError: Another process is writing `out`, or `out` or the working folder cannot be created.
     """
     check_output_path(out)
     work_folder = working_folder(out)
@@ -98,7 +102,8 @@ def check_output_path(out: Path) -> None:
         out: The output folder, which may exist.
 
     Raises:
-        OutcomeError: The path is a file, a broken link or not a folder's name, or its parent is a file or not writable.
+        OutcomeError: The path is a file, a broken link or not a folder's name; its parent is a file or not writable; or
+            the system refuses the path, such as for its length.
     """
     if out.name in ("", ".."):
         raise OutcomeError(f"--out {str(out)!r}: is not a name for a folder. Choose another --out.")
@@ -191,7 +196,9 @@ def _locked(folder: Path, out: Path, mode: int = 0o777) -> Iterator[None]:
         except OSError as error:
             if is_disk_full(error):
                 raise disk_full_error(folder) from error
-            raise OutcomeError(f"{folder}: cannot be created ({error.strerror or error}).") from error
+            raise OutcomeError(
+                f"{folder}: cannot be created ({error.strerror or error}). Choose another --out."
+            ) from error
         with lock:
             _lock(lock, out)
             if _is_at(lock, folder / LOCK):

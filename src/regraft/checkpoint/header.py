@@ -58,7 +58,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     for name, torch_name in TORCH_NAMES.items():
         if f"torch.{torch_name}" == str(dtype):
             return name
-    raise CheckpointError(f"a tensor of dtype {dtype} cannot be stored as safetensors.")
+    raise CheckpointError(f"a tensor of dtype {dtype} cannot be stored as safetensors. Convert it first.")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         The tensors of the file by name, in the order of their data.
 
     Raises:
-        CheckpointError: The file is missing or truncated, or its header is malformed.
+        CheckpointError: The file cannot be read, is truncated or is a pointer of Git LFS, or its header is malformed or
+            too large.
     """
     header, data_start, file_bytes = _read_json_header(file)
     if not isinstance(header, dict):
@@ -150,25 +151,29 @@ def _read_json_header(file: Path) -> tuple[Any, int, int]:
 def _parse_entry(file: Path, name: str, entry: object, data_start: int) -> StoredTensor:
     """Check a tensor's entry in the header, whose offsets are relative to the end of the header."""
     if not isinstance(entry, dict):
-        raise _malformed(file, name, entry)
+        raise _malformed_entry_error(file, name, entry)
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     for integers in (shape, offsets):
-        if not isinstance(integers, list) or not all(type(n) is int and 0 <= n <= MAX_INTEGER for n in integers):
-            raise _malformed(file, name, entry)
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        if not (isinstance(integers, list) and all(type(n) is int and 0 <= n <= MAX_INTEGER for n in integers)):
+            raise _malformed_entry_error(file, name, entry)
+    if not (isinstance(dtype, str) and dtype in ITEM_BYTES):
         raise CheckpointError(
-            f"{file}: tensor {name!r:.200} has dtype {dtype!r:.200}, which is not one of {', '.join(ITEM_BYTES)}."
+            f"{file}: tensor {name!r:.200} has dtype {dtype!r:.200}, which is not one of {', '.join(ITEM_BYTES)}. "
+            "Convert it to one of them."
         )
     if len(shape) > MAX_DIMENSIONS:
-        raise _malformed(file, name, entry)
+        raise _malformed_entry_error(file, name, entry)
     if len(offsets) != 2 or offsets[1] - offsets[0] != ITEM_BYTES[dtype] * math.prod(shape):
         raise CheckpointError(
-            f"{file}: tensor {name!r:.200} of shape {shape} and dtype {dtype} cannot be bytes {offsets!s:.100}."
+            f"{file}: tensor {name!r:.200} of shape {shape} and dtype {dtype} cannot be bytes {offsets!s:.100}. Copy "
+            "the file again."
         )
     return StoredTensor(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
 
 
-def _malformed(file: Path, name: str, entry: object) -> CheckpointError:
-    return CheckpointError(f"{file}: tensor {name!r:.200} has a malformed header entry {str(entry)[:120]}.")
+def _malformed_entry_error(file: Path, name: str, entry: object) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: tensor {name!r:.200} has a malformed header entry {entry!s:.120}. Copy the file again."
+    )

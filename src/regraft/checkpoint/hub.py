@@ -7,6 +7,7 @@ from pathlib import Path
 from regraft.errors import CheckpointError
 
 DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+"""Patterns of the files of a repository that are downloaded: weights, configs, tokenizers and chat templates."""
 
 
 def find_path(name: str | Path) -> Path:
@@ -28,9 +29,10 @@ def find_path(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=DOWNLOADED_FILES))
     except HFValidationError:
-        raise CheckpointError(f"{name}: no such file or folder, and no hub id either.") from None
+        raise CheckpointError(f"{name}: no such file or folder, and no hub id either. Correct the name.") from None
     except Exception as error:  # many types: offline, unknown repository, no access
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{name}: no such file or folder, and it cannot be downloaded from the hub ({reason})"
+            f"{name}: no such file or folder, and it cannot be downloaded from the hub ({reason}). "
+            "Correct the name, or download it first."
         ) from error

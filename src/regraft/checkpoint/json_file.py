@@ -22,6 +22,9 @@ def read_json(file: Path) -> dict[str, Any]:
     Args:
         file: A file in UTF-8 of at most `MAX_JSON_BYTES`.
 
+    Returns:
+        The content by name.
+
     Raises:
         CheckpointError: The file cannot be read, is too large, is not a JSON object, or repeats a name.
     """
@@ -67,6 +70,7 @@ def parse_json(data: bytes) -> Any:
         data: The JSON in UTF-8.
 
     Raises:
+        RecursionError: The JSON is nested too deeply.
         ValueError: The data is not JSON, or an object repeats a name.
     """
     return json.loads(data.decode("utf-8"), object_pairs_hook=_object_without_repeats)
@@ -84,9 +88,9 @@ def _parse_object(data: bytes, origin: str) -> dict[str, Any]:
     try:
         parsed = parse_json(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{origin}: not valid JSON ({error!s:.200}).") from error
+        raise CheckpointError(f"{origin}: not valid JSON ({error!s:.200}). Correct or replace it.") from error
     if not isinstance(parsed, dict):
-        raise CheckpointError(f"{origin}: not a JSON object.")
+        raise CheckpointError(f"{origin}: not a JSON object. Correct or replace it.")
     return parsed
 
 

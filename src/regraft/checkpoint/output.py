@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Configs, tokenizers and chat templates: all files that transformers may need besides the weights.
 AUXILIARY_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
+# Patterns of the files that tokenizers of transformers are read from, without their configs' folders.
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -38,7 +39,9 @@ TOKENIZER_FILES = (
     "*.tiktoken",
 )
 RECORD = "regraft.json"
-RESULTS = "results"  # a key of the record that is not part of the provenance
+"""The file with the provenance of a folder, and with its results."""
+RESULTS = "results"
+"""The key of the record that is not part of the provenance."""
 # Records of how a folder was made, which are wrong for a copy, and the config of an adapter.
 NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapter_config.json")
 
@@ -70,7 +73,7 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
         out: The output folder, which need not exist.
-        shard_bytes: The maximal size of a file.
+        shard_bytes: The maximal size of a file, in bytes.
 
     Raises:
         DiskFullError: The disk has not enough free space.
@@ -104,7 +107,7 @@ def write_folder(
     progress: Progress = silent,
     *,
     write_tokenizer: Callable[[Path], None] | None = None,
-    config: Mapping[str, Any] | None = None,
+    changed_settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder, completely or not at all; an interrupted call resumes at the shard it had reached.
 
@@ -113,12 +116,13 @@ def write_folder(
         out: The output folder. If it exists with the same provenance and content, nothing is done.
         template: The folder whose config and tokenizer files are copied.
         provenance: The inputs that the tensors were computed from; anything JSON can represent.
-        shard_bytes: The maximal size of a file.
+        shard_bytes: The maximal size of a file, in bytes.
         progress: Called for each chunk, in bytes.
         write_tokenizer: Writes tokenizer and config files into a folder, if the vocabulary differs from the template's.
-        config: Settings of `config.json` to change.
+        changed_settings: The settings of `config.json` to change, by name.
 
     Raises:
+        CheckpointError: A computed tensor has infinite or NaN values, or differs in size from its specification.
         DiskFullError: The disk has not enough free space.
         OutcomeError: The output folder exists with a different provenance or content, or cannot be written.
     """
@@ -134,10 +138,10 @@ def write_folder(
         write_checkpoint(folder, tensors, shard_bytes, progress)
         copy_auxiliary_files(template, folder, AUXILIARY_FILES)
         if (folder / "config.json").is_file():
-            settings = read_json(folder / "config.json")
-            changed = without_quantisation(settings | dict(config or {}))
-            if changed != settings:
-                write_atomic(folder / "config.json", json.dumps(changed, indent=2) + "\n")
+            config = read_json(folder / "config.json")
+            new_config = without_quantisation(config | dict(changed_settings or {}))
+            if new_config != config:
+                write_atomic(folder / "config.json", json.dumps(new_config, indent=2) + "\n")
         if write_tokenizer:
             write_tokenizer(folder)
         write_record(folder, provenance)
@@ -147,7 +151,7 @@ def write_folder(
 def is_up_to_date(
     out: Path, provenance: Mapping[str, Any], renew: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> bool:
-    """Return whether a folder exists with a provenance; raise an error if it exists with a different one.
+    """Return whether a folder exists with a provenance; raise an error if it exists without it.
 
     Args:
         out: The output folder, which may exist.
@@ -155,7 +159,7 @@ def is_up_to_date(
         renew: Converts a record of regraft 0.1 to the current form.
 
     Raises:
-        OutcomeError: The folder exists with a different provenance, or its path cannot be a folder.
+        OutcomeError: The folder exists with a different provenance or none, or its path cannot be a folder.
     """
     check_output_path(out)
     if not out.exists():
@@ -167,7 +171,7 @@ def is_up_to_date(
             return True
     except (CheckpointError, TypeError):
         pass  # not a complete folder of regraft
-    raise OutcomeError(f"{out}: exists, but was made from other inputs. Choose another --out or remove it.")
+    raise OutcomeError(f"{out}: exists, but was not made from the same inputs. Choose another --out or remove it.")
 
 
 def write_record(folder: Path, provenance: Mapping[str, Any], results: Mapping[str, float] | None = None) -> None:
@@ -193,7 +197,7 @@ def read_results(folder: Path) -> dict[str, float]:
 
 
 def copy_auxiliary_files(source: Path, destination: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the small files of a checkpoint, except indexes of shards, code and records of how it was made.
+    """Copy the small files of a checkpoint, except indexes of shards, code, adapter configs and regraft's records.
 
     Args:
         source: The checkpoint's folder, of transformers or PEFT.

@@ -74,23 +74,23 @@ UNSUPPORTED_FORMATS = (
 
 
 def pair_with_scales(
-    path: Path, stored: Mapping[str, StoredTensor], settings: Mapping[str, Any]
+    path: Path, stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
 ) -> dict[str, StoredTensor]:
     """Return the weights of a checkpoint: int8 with `SCB` and fp8 with `weight_scale_inv` as float32.
 
     Args:
         path: The checkpoint, for error messages.
         stored: The stored tensors by name.
-        settings: The content of its config.json; empty if there is none.
+        config: The content of its config.json; empty if there is none.
 
     Returns:
         The weights by name, in the order of `stored`, without scales.
 
     Raises:
         CheckpointError: The checkpoint has another quantisation, its config.json declares one that its tensors do not
-            have, or its scales do not match its codes.
+            have, its scales do not match its codes, or the order of its codes is unknown.
     """
-    quantisation = _quantisation_of(settings)
+    quantisation = _quantisation_of(config)
     quantised: dict[str, QuantisedTensor] = {}
     for name, tensor in stored.items():
         scale = _scale_of(tensor, stored)
@@ -99,8 +99,9 @@ def pair_with_scales(
         if tensor.dtype in FP8:
             quantised[name] = _fp8_weight(path, tensor, scale, quantisation)
         else:
-            quantised[name] = _int8_weight(path, tensor, scale, stored.get(f"{name}_format"), settings)
-    if quantisation and not quantised and not any(_is_code(tensor) for tensor in stored.values()):
+            quantised[name] = _int8_weight(path, tensor, scale, stored.get(f"{name}_format"), config)
+    has_quantised_tensors = bool(quantised) or any(map(_is_code, stored.values()))
+    if quantisation and not has_quantised_tensors:
         raise _undetected_error(path, stored, quantisation)
     scale_names = {tensor.scale.name for tensor in quantised.values()}
     weights: dict[str, StoredTensor] = {}
@@ -116,30 +117,30 @@ def pair_with_scales(
     return weights
 
 
-def without_quantisation(settings: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a config.json without its quantisation settings, also in configs of submodels.
 
     Args:
-        settings: The content of the config.json.
+        config: The content of the config.json.
     """
     return {
         key: without_quantisation(value) if isinstance(value, dict) and key.endswith("config") else value
-        for key, value in settings.items()
+        for key, value in config.items()
         if key not in CONFIG_KEYS
     }
 
 
-def _quantisation_of(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    for config in (settings, *_subconfigs(settings)):
+def _quantisation_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for part in (config, *_submodel_configs(config)):
         for key in CONFIG_KEYS:
-            if isinstance(config.get(key), dict) and config[key]:
-                quantisation: Mapping[str, Any] = config[key]
+            if isinstance(part.get(key), dict) and part[key]:
+                quantisation: Mapping[str, Any] = part[key]
                 return quantisation
     return {}
 
 
-def _subconfigs(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [value for key, value in settings.items() if key.endswith("config") and isinstance(value, dict)]
+def _submodel_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [value for key, value in config.items() if key.endswith("config") and isinstance(value, dict)]
 
 
 def _is_code(tensor: StoredTensor) -> bool:
@@ -160,10 +161,10 @@ def _scale_of(tensor: StoredTensor, stored: Mapping[str, StoredTensor]) -> Store
 
 
 def _int8_weight(
-    path: Path, codes: StoredTensor, scale: StoredTensor, order: StoredTensor | None, settings: Mapping[str, Any]
+    path: Path, codes: StoredTensor, scale: StoredTensor, order: StoredTensor | None, config: Mapping[str, Any]
 ) -> QuantisedTensor:
     """Pair int8 codes of bitsandbytes with their scales, one per row."""
-    transposed = _is_transposed(path, codes, order, settings)
+    transposed = _is_transposed(path, codes, order, config)
     if len(codes.shape) != 2 or math.prod(scale.shape) != codes.shape[0] or scale.dtype not in FLOATING:
         raise _scale_error(path, codes, scale, "one for each row")
     rows, columns = codes.shape
@@ -227,10 +228,10 @@ def _edge(length: int, num_blocks: int, default: int) -> int:
     return edge if edge * num_blocks == length and edge.bit_count() == 1 else default
 
 
-def _is_transposed(path: Path, codes: StoredTensor, order: StoredTensor | None, settings: Mapping[str, Any]) -> bool:
+def _is_transposed(path: Path, codes: StoredTensor, order: StoredTensor | None, config: Mapping[str, Any]) -> bool:
     """Return whether int8 codes are of the transposed weight; raise an error if their order is unknown."""
-    configs = (settings, *_subconfigs(settings))
-    types = {str(config["model_type"]) for config in configs if config.get("model_type")}
+    parts = (config, *_submodel_configs(config))
+    types = {str(part["model_type"]) for part in parts if part.get("model_type")}
     may_be_conv1d = CONV1D.search(codes.name) is not None
     if order and not _is_zero(order):
         raise CheckpointError(

@@ -25,8 +25,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # pickles without weights
-# File patterns of other formats, with a description and a remedy.
-UNSUPPORTED_FORMATS = (
+# Patterns of files of other formats, each with a description and a remedy.
+UNSUPPORTED_FILES = (
     ("*.gguf", "a model of llama.cpp. Use the model that it was converted from"),
     ("*.h5", "a model of TensorFlow. Load it with transformers 4, from_tf=True, and call save_pretrained"),
     ("*.msgpack", "a model of Flax. Load it with transformers 4, from_flax=True, and call save_pretrained"),
@@ -62,16 +62,16 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             The checkpoint, of which only headers and configs have been read.
 
         Raises:
-            CheckpointError: A file or shard is missing, truncated, malformed or outside the folder, or the quantisation
-                is unsupported.
+            CheckpointError: There is no such checkpoint; a file or shard is missing, truncated, malformed or outside
+                the folder; or the quantisation is unsupported.
         """
         path = find_path(path)
         tensors = _read_tensors(path)
-        config = (path if path.is_dir() else path.parent) / "config.json"
+        config_file = (path if path.is_dir() else path.parent) / "config.json"
         # The config beside an adapter may be the base's.
         is_adapter = all(tensor.file.name == ADAPTER_FILE for tensor in tensors.values())
-        settings = read_json(config) if config.is_file() and not is_adapter else {}
-        return cls(path, tensors if as_stored else pair_with_scales(path, tensors, settings))
+        config = read_json(config_file) if config_file.is_file() and not is_adapter else {}
+        return cls(path, tensors if as_stored else pair_with_scales(path, tensors, config))
 
     @property
     def folder(self) -> Path:
@@ -119,7 +119,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             num_read = os.preadv(self._descriptors[tensor.file], [view[position:]], offset)
             if not num_read:
                 raise CheckpointError(
-                    f"{tensor.file}: ends inside tensor {tensor.name!r}: it was changed while it was read."
+                    f"{tensor.file}: ends inside tensor {tensor.name!r}: it was changed while it was read. Copy it "
+                    "again."
                 )
             position += num_read
         return buffer.view(torch_dtype(tensor.dtype))
@@ -180,7 +181,7 @@ def _describe_content(folder: Path) -> str:
     checkpoints = sorted({file.parent.relative_to(folder) for name in weight_patterns for file in folder.glob(name)})
     if checkpoints:
         alternatives = f" (or {', '.join(map(str, checkpoints[1:MAX_LISTED]))})" if checkpoints[1:] else ""
-        return f"Its folder {checkpoints[0]}{alternatives} has: give that."
+        return f"Its folder {checkpoints[0]}{alternatives} has one: use that."
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     pickles = [name for name in pickles if not name.startswith(TRAINING_STATE)]
     if pickles:
@@ -189,7 +190,7 @@ def _describe_content(folder: Path) -> str:
             f"{pickles[0]} is a pickle, which can run code and is not read. If you trust it, load it with {library} "
             "and call save_pretrained."
         )
-    for pattern, description in UNSUPPORTED_FORMATS:
+    for pattern, description in UNSUPPORTED_FILES:
         files = sorted(folder.glob(pattern))
         if files:
             return f"{files[0].relative_to(folder)} is {description}."
@@ -210,7 +211,10 @@ def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
-            raise CheckpointError(f"{folder}: {INDEX} says that tensor {name!r:.200} is in {shard}, but it is not.")
+            raise CheckpointError(
+                f"{folder}: {INDEX} says that tensor {name!r:.200} is in {shard}, but it is not. Use files that "
+                "were saved together."
+            )
         tensors[name] = shards[shard][name]
     _check_unlisted(folder, shards, tensors)
     return tensors
@@ -224,7 +228,9 @@ def _read_weight_map(index_file: Path) -> dict[str, str]:
         if not shard_names or len(shard_names) != len(weight_map):
             raise ValueError("no tensors, or a file name that is not a string")
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index_file}: not a safetensors index with a weight_map ({error!r:.200}).") from error
+        raise CheckpointError(
+            f"{index_file}: not a safetensors index with a weight_map ({error!r:.200}). Copy it again."
+        ) from error
     if len(shard_names) > MAX_TENSORS:
         raise CheckpointError(f"{index_file}: names {len(shard_names):,} tensors; at most {MAX_TENSORS:,} are read.")
     for shard in shard_names.values():
@@ -242,7 +248,9 @@ def _check_unlisted(
     ]
     if unlisted:
         listed = ", ".join(unlisted[:MAX_LISTED])
-        raise CheckpointError(f"{folder}: {len(unlisted)} tensors are not in {INDEX}: {listed}.")
+        raise CheckpointError(
+            f"{folder}: {len(unlisted)} tensors are not in {INDEX}: {listed}. Use files that were saved together."
+        )
     unlisted_shards = sorted(file.name for file in folder.glob("model-*-of-*.safetensors") if file.name not in shards)
     if unlisted_shards:
         listed = ", ".join(unlisted_shards[:MAX_LISTED])

@@ -46,7 +46,7 @@ def read_record(kind: type[Record], content: Any, origin: str, remedy: str) -> R
         remedy: The command that writes such a file.
 
     Raises:
-        OutcomeError: A field is missing, out of range, or has a different type or shape.
+        OutcomeError: A field is missing, out of range or nested too deeply, or has a different type or shape.
     """
     hashable: Any = kind
     try:

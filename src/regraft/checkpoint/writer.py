@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5 * 10**9  # the default of transformers up to version 4
 LARGEST_ITEM_BYTES = max(ITEM_BYTES.values())
+"""The size of an element of the widest dtype, to which the data of a file is aligned."""
 
 
 def cores() -> int:
@@ -44,11 +45,11 @@ def byte_size(tensors: Mapping[str, torch.Tensor], name: str) -> int:
 
 
 def plan_shards(tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """Divide tensors into files of at most a given size, unless a single tensor is larger.
+    """Divide tensors into files of at most a size, unless a single tensor is larger.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        shard_bytes: The maximal size of a file.
+        shard_bytes: The maximal size of a file, in bytes.
 
     Returns:
         The names of the tensors in each file, by its name, which is `model.safetensors` if one file is enough.
@@ -77,11 +78,11 @@ def write_checkpoint(
     Args:
         folder: An existing folder, which may have shards of an interrupted call.
         tensors: A checkpoint, derived tensors or a state dict.
-        shard_bytes: The maximal size of a file.
+        shard_bytes: The maximal size of a file, in bytes.
         progress: Called for each chunk, in bytes.
 
     Raises:
-        CheckpointError: A derived tensor differs in size from its specification.
+        CheckpointError: A computed tensor has infinite or NaN values, or differs in size from its specification.
         DiskFullError: The disk has not enough free space.
         OutcomeError: A file cannot be written.
     """
@@ -114,12 +115,12 @@ def write_checkpoint(
 def matches_checkpoint(
     folder: Path, tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BYTES, progress: Progress = silent
 ) -> bool:
-    """Return whether a folder has the same files as `write_checkpoint` would write, comparing all bytes of tensors.
+    """Return whether a folder has the tensors that `write_checkpoint` would write, in the same files, byte by byte.
 
     Args:
         folder: The folder to compare.
         tensors: A checkpoint, derived tensors or a state dict.
-        shard_bytes: The maximal size of a file.
+        shard_bytes: The maximal size of a file, in bytes.
         progress: Called for each chunk, in bytes.
     """
     shards = plan_shards(tensors, shard_bytes)
@@ -141,7 +142,7 @@ def write_safetensors(
         progress: Called for each chunk, in bytes.
 
     Raises:
-        CheckpointError: A derived tensor differs in size from its specification.
+        CheckpointError: A computed tensor has infinite or NaN values, or differs in size from its specification.
         DiskFullError: The disk is full.
         OutcomeError: The file cannot be written.
     """

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import check_task_type, fresh_model
-from regraft.errors import MismatchError
+from regraft.errors import MAX_LISTED, MismatchError
 from regraft.model.batches import for_each_batch, predict
 from regraft.model.device import device
 from regraft.model.examples import encode
@@ -30,8 +30,6 @@ MAX_CHECKED_EXAMPLES = 32
 """The number of examples that `measure_effect` runs; any effect at all shows on far fewer."""
 HEAD_SEED = 0
 """The seed of the base's head in `measure_effect`, which compares the states before the heads."""
-MAX_WARNED_LABELS = 8
-"""The number of labels that a warning names, so that it stays on a line or two."""
 
 
 class Deployment:
@@ -84,7 +82,7 @@ class Deployment:
         return self._outputs[split]
 
     def is_finite(self, split: Split) -> bool:
-        """Return whether all outputs for a split are finite."""
+        """Return whether no output for a split is infinite or NaN."""
         return bool(self.outputs(split).isfinite().all())
 
     def signal(self, split: Split) -> Signal:
@@ -162,9 +160,10 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
         return data
     if adaptation.labels is None:
         logger.warning(
-            "%s does not name its labels: whether its head has them in the order %s cannot be checked.",
+            "%s does not name its labels: whether its head has them in the order %s%s cannot be checked.",
             adaptation.path,
-            ", ".join(data.labels[:MAX_WARNED_LABELS]),
+            ", ".join(data.labels[:MAX_LISTED]),
+            ", …" if len(data.labels) > MAX_LISTED else "",
         )
         return data
     try:
@@ -187,7 +186,7 @@ def measure_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskDat
         warning: tuning only the head is legitimate.
 
     Raises:
-        MismatchError: An adapter changes nothing, or the outputs are not finite.
+        MismatchError: An adapter changes nothing, or an output is infinite or NaN.
     """
     split = data.train.take(range(min(MAX_CHECKED_EXAMPLES, len(data.train))))
     examples = encode(base, data, split)
@@ -198,8 +197,8 @@ def measure_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskDat
     effect = float((adapted_states - base_states).norm() / base_states.norm())
     if not math.isfinite(effect):
         raise MismatchError(
-            f"{adaptation.path}: all tensors were loaded, but the outputs on {base.path} are not finite, because some "
-            "weights are infinite or NaN. List them with `regraft weights inspect --check-finite`."
+            f"{adaptation.path}: all tensors were loaded, but outputs on {base.path} are infinite or NaN, probably "
+            "because weights are. List these with `regraft weights inspect --check-finite`."
         )
     if not effect:
         adaptation.family.report_no_effect(adaptation, base, len(split))
@@ -207,7 +206,7 @@ def measure_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskDat
 
 
 def _head_inputs(model: nn.Module, examples: Examples) -> torch.Tensor:
-    """Return the states that a head reads, rows × width; NaN for batches whose logits are not finite."""
+    """Return the states that a head reads, rows × width; NaN for batches with infinite or NaN logits."""
     import torch
 
     head_inputs: list[torch.Tensor] = []

@@ -24,15 +24,15 @@ HEAD_SEED = 0
 
 
 def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
-    """Fit the task type's linear probe to a base's features of train, and predict dev.
+    """Fit the task type's linear probe to a base's features of training examples, and predict the dev targets.
 
     Args:
         base: The base whose last hidden states are the features.
-        data: The task's data; the first `MAX_TRAIN_EXAMPLES` examples of train are used.
+        data: The task's data; the probe is fitted to its first `MAX_TRAIN_EXAMPLES` training examples.
         precision: `bf16` or `fp32`.
 
     Returns:
-        The predictions for dev, one per example.
+        The predicted dev targets, one per example.
 
     Raises:
         CheckpointError: A tensor of the base is missing, or a token has no embedding.

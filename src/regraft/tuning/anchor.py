@@ -1,6 +1,6 @@
-"""A penalty on the distance of the weights from their starting values, faded out over the training.
+"""A penalty on the distance of the weights from their starting values, which decays over the training.
 
-Source: the plain penalty is L2-SP (Xuhong et al., 2018, arXiv:1802.01483); the penalty weighted by the Fisher
+Source: the plain penalty is L2-SP (Li et al., 2018, arXiv:1802.01483); the penalty weighted by the Fisher
 information is elastic weight consolidation (Kirkpatrick et al., 2017, arXiv:1612.00796).
 """
 
@@ -44,7 +44,7 @@ class Anchoring:
         decay: How the strength falls to 0 over the training: `linear`, `cosine` or `none`.
 
     Raises:
-        RecipeError: The strength is negative or not finite, or a name is unknown.
+        RecipeError: The strength is negative, infinite or NaN, or a name is unknown.
     """
 
     strength: float = 0.1  # higher stays closer to the start, lower fits the labels sooner
@@ -54,7 +54,7 @@ class Anchoring:
     def __post_init__(self) -> None:
         """Refuse a strength below 0, and unknown names of a weighting or a decay."""
         if not 0 <= self.strength < math.inf:
-            raise RecipeError(f"strength must be a number that is not negative, found {self.strength}.")
+            raise RecipeError(f"strength must be a finite number, 0 or more, found {self.strength}.")
         if self.weighting not in WEIGHTINGS:
             raise RecipeError(f"weighting must be one of {', '.join(WEIGHTINGS)}, found {self.weighting!r}.")
         check_decay_schedule("decay", self.decay)

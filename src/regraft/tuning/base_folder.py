@@ -62,8 +62,9 @@ class BaseWriter:
             curve: The learning curve to record; empty for an intermediate base.
 
         Raises:
-            OutcomeError: A tensor of the base that language modelling does not use cannot be copied.
-            RecipeError: A weight is infinite or not a number.
+            OutcomeError: `out` exists or cannot be created, or a tensor of the base that language modelling does not
+                use cannot be copied.
+            RecipeError: A weight is infinite or NaN.
         """
         shutil.rmtree(staging, ignore_errors=True)
         with quiet():
@@ -92,14 +93,14 @@ def is_complete(out: Path, inputs: dict[str, Any], base: Base) -> bool:
         base: The base before pre-training, whose fingerprint may be recorded in an earlier form.
 
     Raises:
-        OutcomeError: The folder holds something else.
+        OutcomeError: The folder holds something else, or cannot be created.
     """
     check_output_path(out)
     if not out.exists():
         return False
     if with_current_fingerprints(_recorded_inputs(out) or {}, [base]) == inputs:
         return True
-    raise OutcomeError(f"{out}: exists and was made from something else. Choose another --out or remove it.")
+    raise OutcomeError(f"{out}: exists, but is not the result of the same inputs. Choose another --out or remove it.")
 
 
 def check_intermediate_bases(folder: Path, inputs: dict[str, Any], base: Base) -> None:
@@ -117,8 +118,8 @@ def check_intermediate_bases(folder: Path, inputs: dict[str, Any], base: Base) -
         recorded = with_current_fingerprints(_recorded_inputs(intermediate) or {}, [base])
         if {**recorded, "keep_every": None} != {**inputs, "keep_every": None}:
             raise OutcomeError(
-                f"{intermediate}: is an intermediate base of another run. Remove {folder}, or choose another --out: "
-                "intermediate bases are written beside it."
+                f"{intermediate}: is not an intermediate base of the same inputs. Remove {folder}, or choose another "
+                "--out: intermediate bases are written beside it."
             )
 
 

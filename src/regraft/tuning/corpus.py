@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 DOCUMENTS_PER_BATCH = 512
 """Documents per call of the tokenizer. A larger batch occupies more threads, and takes more memory."""
 MIN_BLOCKS = 2
-"""One block to train on and one to evaluate on."""
+"""The fewest blocks of a corpus: one to train on and one to evaluate on."""
 JSON_SUFFIXES = (".jsonl", ".json")
+"""The suffixes of files of JSON lines, or of one JSON list."""
 DATASETS_BUILDERS = {".csv": "csv", ".parquet": "parquet"}
 """The builders of `datasets` that read files, by the files' suffix."""
 FILE_SUFFIXES = (".txt", *JSON_SUFFIXES, *DATASETS_BUILDERS)
+"""The suffixes by which a source is recognised as a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Corpus:
             The text of each document that is more than whitespace.
 
         Raises:
-            DataError: A source cannot be read, or a row lacks the column; the message names the row.
+            DataError: A source cannot be read, or a row has no text in the column, or text that is not valid Unicode;
+                the message names the row.
         """
         for source in self.sources:
             for text in self._read(source):
@@ -143,7 +146,7 @@ def _load_rows(source: str) -> Iterator[Any]:
     except Exception as error:  # `datasets` and its readers raise many types, some only when rows are read
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{source}: is neither a file nor a data set that `datasets` can load ({reason}). Correct the source."
+            f"{source}: `datasets` cannot load it as a file or a data set ({reason}). Correct the source."
         ) from error
 
 
@@ -183,7 +186,7 @@ def pack(
 
     Raises:
         CheckpointError: The tokenizer produces a token that the base has no embedding for.
-        DataError: The text cannot be read, or fills fewer than `MIN_BLOCKS` blocks.
+        DataError: The text cannot be read, or it fills fewer than `MIN_BLOCKS` blocks.
     """
     import numpy as np
 

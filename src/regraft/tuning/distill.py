@@ -52,10 +52,10 @@ class Distillation:
         flip_weight: Against negative flips, the teacher's terms weigh 1 + flip_weight on examples that the teacher
             predicts correctly and 1 on the others, scaled to a mean of 1 over the batch.
         decay: How alpha and beta fall to 0 over the training: `none` (they stay, as in the paper), `linear` or
-            `cosine`. On a much better new base, a teacher at full weight holds the student back to the end.
+            `cosine`. On a much better new base, a teacher at full weight holds the student back until the end.
 
     Raises:
-        RecipeError: A number is out of its range, or a name is unknown.
+        RecipeError: A number is out of its range, infinite or NaN, or a name is unknown.
     """
 
     alpha: float = 0.7  # higher follows the teacher, lower the labels
@@ -70,13 +70,13 @@ class Distillation:
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"alpha must be from 0 to 1, found {self.alpha}.")
         if not 0 <= self.beta < math.inf:
-            raise RecipeError(f"beta must be a number that is not negative, found {self.beta}.")
+            raise RecipeError(f"beta must be a finite number, 0 or more, found {self.beta}.")
         if not 0 < self.temperature <= MAX_TEMPERATURE:
             raise RecipeError(f"temperature must be above 0 and up to {MAX_TEMPERATURE:,}, found {self.temperature}.")
         if self.kl_reduction not in KL_REDUCTIONS:
             raise RecipeError(f"kl_reduction must be {' or '.join(KL_REDUCTIONS)}, found {self.kl_reduction!r}.")
         if not 0 <= self.flip_weight < math.inf:
-            raise RecipeError(f"flip_weight must be a number that is not negative, found {self.flip_weight}.")
+            raise RecipeError(f"flip_weight must be a finite number, 0 or more, found {self.flip_weight}.")
         check_decay_schedule("decay", self.decay)
 
     def apply_decay(self, step: int, steps: int) -> Distillation:
@@ -139,8 +139,8 @@ def teacher_loss(
     divergence = likelihood.divergence_terms(logits, signal, options.temperature)
     if row_weights is not None:
         divergence = divergence * row_weights[:, None]
-    num_terms = len(logits) if options.kl_reduction == "batchmean" else logits.numel()
-    loss = options.alpha * likelihood.gradient_scale(options.temperature) * (divergence.sum() / num_terms)
+    divisor = len(logits) if options.kl_reduction == "batchmean" else logits.numel()
+    loss = options.alpha * likelihood.gradient_scale(options.temperature) * (divergence.sum() / divisor)
     if not options.beta:
         return loss
     hidden = teacher_outputs.hidden[row_indices].to(logits)
@@ -191,7 +191,7 @@ def compute_teacher_outputs(
         The signal in float32 and the hidden states in bfloat16; 0 in rows of examples that are not in `order`.
 
     Raises:
-        MismatchError: An output is infinite or not a number.
+        MismatchError: An output is infinite or NaN.
     """
     from safetensors.torch import load_file, save_file
 
@@ -207,7 +207,7 @@ def compute_teacher_outputs(
 
 
 def _run_teacher(teacher: Deployment, split: Split, order: Integers, *, with_hidden: bool) -> dict[str, torch.Tensor]:
-    """Return `logits` and `hidden` of `TeacherOutputs`, computed on the examples of an order."""
+    """Return the tensors of the cache, `logits` and `hidden`, computed on the examples of an order."""
     import numpy as np
     import torch
 
@@ -238,7 +238,7 @@ def _run_teacher(teacher: Deployment, split: Split, order: Integers, *, with_hid
     tensors.setdefault("hidden", torch.zeros(num_rows, 0, dtype=torch.bfloat16))
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise MismatchError(
-            f"{teacher.base.path}: the outputs of the old model are infinite or not a number, so it cannot "
+            f"{teacher.base.path}: the outputs of the old model are infinite or NaN, so it cannot "
             "be a teacher. Compute in fp32 (--precision fp32), or use a method without a teacher."
         )
     return tensors
@@ -251,7 +251,7 @@ def distillation_objective(
 
     Args:
         teacher_outputs: The teacher's outputs for all rows of the training split.
-        options: The options of the loss.
+        options: The options of the loss; the decay is applied at each step.
         likelihood: The distribution that the outputs parametrise.
         steps: The number of steps of the training.
 

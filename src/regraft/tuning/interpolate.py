@@ -34,7 +34,7 @@ class Interpolation(Distillation):
         drawn: The number of further points, drawn at each step from a uniform distribution over [0, 1).
 
     Raises:
-        RecipeError: A number is out of its range, or a name is unknown.
+        RecipeError: A number is out of its range, infinite or NaN, or a name is unknown.
     """
 
     points: tuple[float, ...] = (0.5,)  # the midpoint, arbitrary; each point costs a forward and a backward pass
@@ -46,7 +46,7 @@ class Interpolation(Distillation):
         if not all(0 <= x < 1 for x in self.points):
             raise RecipeError(f"points must be from 0 to below 1 (1 is always used), found {self.points}.")
         if self.drawn < 0:
-            raise RecipeError(f"drawn must not be negative, found {self.drawn}.")
+            raise RecipeError(f"drawn must be 0 or more, found {self.drawn}.")
 
 
 def interpolation_objective(
@@ -78,18 +78,18 @@ def interpolation_objective(
     teacher_parameters = {name: parameter.detach() for name, parameter in teacher.named_parameters()}
 
     def objective(student: nn.Module, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        faded = options.apply_decay(step, steps)
+        decayed = options.apply_decay(step, steps)
         unwrapped = unwrap_parallel(student)
         points = [*options.points, *draw_points(options.drawn, seed, step)]
         num_points = 1 + len(points)  # the student itself is the point x = 1
-        output = forward(student, batch, hidden=bool(faded.beta))
-        losses = [teacher_loss(output, batch, teacher_outputs, faded, likelihood) / num_points]
-        if faded.alpha < 1:
-            losses.append((1 - faded.alpha) * likelihood.loss(output.logits, batch["targets"], "mean"))
+        output = forward(student, batch, hidden=bool(decayed.beta))
+        losses = [teacher_loss(output, batch, teacher_outputs, decayed, likelihood) / num_points]
+        if decayed.alpha < 1:
+            losses.append((1 - decayed.alpha) * likelihood.loss(output.logits, batch["targets"], "mean"))
         for x in points:
             parameters = blend(unwrapped, teacher_parameters, x)
-            output = forward(unwrapped, batch, hidden=bool(faded.beta), parameters=parameters)
-            losses.append(teacher_loss(output, batch, teacher_outputs, faded, likelihood) / num_points)
+            output = forward(unwrapped, batch, hidden=bool(decayed.beta), parameters=parameters)
+            losses.append(teacher_loss(output, batch, teacher_outputs, decayed, likelihood) / num_points)
         return torch.stack(losses).sum()
 
     return objective

@@ -111,7 +111,7 @@ class LanguageModelling:
         import numpy as np
 
         random = np.random.default_rng(self.recipe.seed)
-        total = (self.recipe.steps or 1) * self.recipe.batch_size
+        total = self.recipe.num_steps * self.recipe.batch_size
         num_passes = math.ceil(total / len(self.training_blocks))
         order = np.concatenate([random.permutation(self.training_blocks) for _ in range(num_passes)])[:total]
         if len(self.replayed_blocks):
@@ -139,7 +139,7 @@ class LanguageModelling:
             The learning curve on the evaluation blocks, with the figures of `evaluate`.
 
         Raises:
-            RecipeError: A loss became infinite or not a number, or a tracker does not exist or is not installed.
+            RecipeError: A loss became infinite or NaN, or a tracker does not exist or is not installed.
         """
         from regraft.tuning.trainer import train
 

@@ -31,7 +31,7 @@ DEFAULT_BLOCK_SIZE = 128
 MAX_EVALUATION_BLOCKS = 64
 """The number of evaluation blocks, 8,192 tokens at the default block size; more make evaluations slower."""
 EVALUATION_DIVISOR = 20
-"""Of a short text, at most a twentieth is evaluated on, so that most of it is trained on."""
+"""Of a short text, a twentieth (at least a block) is evaluated on, so that most of it is trained on."""
 HEAD_STEPS_DIVISOR = 10
 """A fresh head is first trained alone for a tenth of the steps, which adds less than a tenth to the cost."""
 HEAD_LEARNING_RATE = 10 * LEARNING_RATE
@@ -146,12 +146,12 @@ def pretrain(
         The upgraded base.
 
     Raises:
-        CheckpointError: A tensor of the base is missing or not finite, or a token has no embedding.
+        CheckpointError: A tensor of the base is missing or has infinite or NaN values, or a token has no embedding.
         DataError: The text cannot be read or is too short.
-        OutcomeError: `out`, or the folder of the intermediate bases, holds something else; or a tensor that language
-            modelling does not use cannot be copied.
+        OutcomeError: `out`, or the folder of the intermediate bases, holds something else; another process is writing
+            `out`, or it cannot be created; or a tensor that language modelling does not use cannot be copied.
         RecipeError: A block is longer than the base's maximum input length, an encoder's tokenizer has no mask token,
-            or the training diverged.
+            a tracker does not exist or is not installed, or the training diverged.
     """
     if block_size > base.max_input_length:
         raise RecipeError(
@@ -193,7 +193,7 @@ def pretrain(
                 writer.write(model, staging, folder, step, [])
 
         curve = training.run(model, work_folder / "body", progress, "pretrain", write_intermediate_base)
-        writer.write(model, staging, out, training.recipe.steps or 1, curve)
+        writer.write(model, staging, out, training.recipe.num_steps, curve)
     return Base.open(out)
 
 
@@ -221,7 +221,7 @@ def _load_with_trained_head(training: LanguageModelling, work_folder: Path, prog
     model, fresh_names = load_language_model(base)
     model.to(device())
     has_fresh_head = any(not name.startswith(base.prefix + ".") for name in fresh_names)
-    head_steps = (recipe.steps or 1) // HEAD_STEPS_DIVISOR
+    head_steps = recipe.num_steps // HEAD_STEPS_DIVISOR
     if has_fresh_head and head_steps:
         head_recipe = dataclasses.replace(
             recipe,
@@ -243,7 +243,7 @@ def _with_replay(
     """Return a training in whose order randomly drawn blocks of earlier domains replace a share of the blocks."""
     import numpy as np
 
-    total = (training.recipe.steps or 1) * training.recipe.batch_size
+    total = training.recipe.num_steps * training.recipe.batch_size
     random = np.random.default_rng((training.recipe.seed, len(earlier_blocks)))
     num_passes = math.ceil(total / len(earlier_blocks))
     passes = [random.permutation(len(earlier_blocks)) for _ in range(num_passes)]

@@ -76,19 +76,19 @@ def train(
         evaluations that they are averaged over.
 
     Raises:
-        RecipeError: A loss or a figure became infinite or not a number, or a tracker does not exist or is not
-            installed.
+        RecipeError: A loss or a figure became infinite or NaN, or a tracker does not exist or is not installed.
     """
     checkpoints = work_folder / "checkpoints"
     checkpoint = _last_undamaged_checkpoint(checkpoints)
     name = run_name(work_folder)
     report_to, callbacks = trackers(name)
-    steps = recipe.steps or 1
+    steps = recipe.num_steps
+    assert recipe.learning_rate is not None  # the recipe is resolved
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate or 0.0,
+        learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup,  # the Trainer reads a number below 1 as a fraction of the steps
         weight_decay=recipe.weight_decay,
         bf16=recipe.precision == "bf16",
@@ -255,8 +255,8 @@ class _CheckpointCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Store the latest loss and score for the next progress message."""
-        labels = {"loss": "loss", "eval_score": "score"}
-        self.figures |= {labels[name]: value for name, value in (logs or {}).items() if name in labels}
+        shown_names = {"loss": "loss", "eval_score": "score"}
+        self.figures |= {shown_names[name]: value for name, value in (logs or {}).items() if name in shown_names}
 
 
 def _last_undamaged_checkpoint(checkpoints: Path) -> Path | None:

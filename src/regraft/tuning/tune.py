@@ -93,13 +93,13 @@ def tune_model(
 
     Raises:
         DataError: The tokenizer returns no token for an input.
-        MismatchError: An output of the teacher is infinite or not a number.
-        RecipeError: A loss or a score became infinite or not a number, or a tracker does not exist.
+        MismatchError: An output of the teacher is infinite or NaN.
+        RecipeError: A loss or a score became infinite or NaN, or a tracker does not exist or is not installed.
     """
     from regraft.tuning.trainer import train
 
     likelihood = data.likelihood
-    steps = recipe.steps or 1
+    steps = recipe.num_steps
     student = Deployment(model, base, data, recipe.precision)
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
@@ -144,7 +144,7 @@ def _distillation(
     A teacher whose weights are interpolated with the student's stays on the device, in standardised units; any other
     teacher is moved to the CPU.
     """
-    steps = recipe.steps or 1
+    steps = recipe.num_steps
     options = teacher.options
     old = Deployment(teacher.model, teacher.base, data, recipe.precision, progress)
     outputs = compute_teacher_outputs(old, data.train, order, options, work_folder)

@@ -51,8 +51,8 @@ def counterparts(new: Tensors, tuned: Tensors, old: Tensors) -> Counterparts:
         The corresponding tensors. A tied tensor has the counterparts of the tensor that it is tied to.
 
     Raises:
-        MismatchError: Only one base has a tensor, the fine-tune lacks a tensor of both bases or ties tensors that are
-            separate in the new base, or no tensors correspond.
+        MismatchError: Only one base has a tensor of the fine-tune; the fine-tune lacks a tensor of both bases, or ties
+            tensors that are separate in the new base; or no tensors correspond.
     """
     in_new, in_old = align(new, tuned), align(old, tuned)
     keys = tuned.key_by_name if isinstance(tuned, NamedTensors) else {name: name for name in tuned}
@@ -82,7 +82,8 @@ def _check_complete(new: NamedTensors, tuned: NamedTensors, old: NamedTensors) -
     required = sorted(key for key in absent if not is_optional(key))
     if required:
         raise MismatchError(
-            f"the fine-tune lacks {len(required)} tensors of its bases: {', '.join(required[:MAX_LISTED])}."
+            f"the fine-tune lacks {len(required)} tensors of its bases: {', '.join(required[:MAX_LISTED])}. "
+            "Use the complete model that was tuned."
         )
     tuned_keys = {tuned.key_by_name[name] for name in tuned}
     new_keys = {new.key_by_name[name] for name in new}
@@ -194,7 +195,8 @@ def interpolate_all(first: Tensors, second: Tensors, t: float) -> DerivedTensors
     unmatched = sorted(set(first) - set(in_second)) + sorted(set(second) - set(in_second.values()))
     if unmatched:
         raise MismatchError(
-            f"{len(unmatched)} tensors are in one of the two only: {', '.join(unmatched[:MAX_LISTED])}."
+            f"{len(unmatched)} tensors are in one of the two only: {', '.join(unmatched[:MAX_LISTED])}. "
+            "Use checkpoints of one architecture."
         )
     _check_shapes(first, second, in_second)
     rule = functools.partial(interpolate, t=t)
@@ -227,7 +229,10 @@ def apply_all(
     aligned = [(tensors, align(tensors, first)) for tensors in further]
     missing = sorted(name for name in first if any(name not in names for _, names in aligned))
     if missing:
-        raise MismatchError(f"{len(missing)} tensors are not in all checkpoints: {', '.join(missing[:MAX_LISTED])}.")
+        raise MismatchError(
+            f"{len(missing)} tensors are not in all checkpoints: {', '.join(missing[:MAX_LISTED])}. Use "
+            "checkpoints of one architecture."
+        )
     for tensors, names in aligned:
         _check_shapes(first, tensors, names)
     specs = {}
@@ -267,9 +272,12 @@ def _check_shapes(reference: Tensors, tensors: Tensors, names: Mapping[str, str]
         if expected != actual:
             differing.append(f"{reference_name}: {expected} and {actual}")
     if differing:
-        raise MismatchError(f"{len(differing)} tensors have different shapes: {'; '.join(differing[:MAX_LISTED])}.")
+        raise MismatchError(
+            f"{len(differing)} tensors have different shapes: {'; '.join(differing[:MAX_LISTED])}. Use "
+            "checkpoints of one architecture and size."
+        )
 
 
 def _check_common(names: Mapping[str, str]) -> None:
     if not names:
-        raise MismatchError("no tensor has the same name in both: these checkpoints are not of one architecture.")
+        raise MismatchError("no tensor has the same name in both checkpoints. Use checkpoints of one architecture.")

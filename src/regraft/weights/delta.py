@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def graft(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Add the delta of a tuned tensor to the new base's tensor: new + scale · (tuned − old).
 
-    The result is computed in float64 (float32 for 16-bit tensors), and rounded once to the dtype of `tuned`. If `new`
-    equals `old` and the scale is 1, the result is bit-equal to `tuned`.
+    The result is computed in float64 (float32 if all tensors have at most 16 bits), and rounded once to the dtype of
+    `tuned`. If `new` equals `old` and the scale is 1, the result is bit-equal to `tuned`.
 
     Args:
         new: The upgraded base's tensor, of any shape.

@@ -26,8 +26,8 @@ class Distance:
 
     Args:
         l2: The Euclidean norm of the difference.
-        cosine: The cosine of the angle between the vectors, −1 to 1.
-        relative: The norm of the difference divided by the norm of the first vector.
+        cosine: The cosine of the angle between the vectors, −1 to 1; if a vector is zero, 1 for equal vectors, else 0.
+        relative: The norm of the difference divided by the norm of the first vector; infinite if only that is zero.
         parameters: The number of parameters.
     """
 
@@ -70,19 +70,21 @@ def distances(
 
     Raises:
         CheckpointError: A tensor has infinite or NaN values.
-        MismatchError: A tensor has different shapes, or no tensor is in both checkpoints.
+        MismatchError: A tensor has different shapes, or no floating-point tensor is in both checkpoints.
     """
     in_second = align(second, first)
     pairs = {name: in_second[name] for name in in_second if dtype_of(first, name) in FLOATING}
     if not pairs:
-        raise MismatchError("no tensor has the same name in both: these checkpoints are not of one architecture.")
+        raise MismatchError("no tensor has the same name in both checkpoints. Use checkpoints of one architecture.")
     sums_by_group: dict[str, dict[str, list[_Sums]]] = {"whole": {}, "layer": {}, "kind": {}}
     total = sum(math.prod(shape_of(first, name)) for name in pairs)
     num_processed = 0
     for name, second_name in pairs.items():
         if shape_of(first, name) != shape_of(second, second_name):
             shapes = f"{shape_of(first, name)} and {shape_of(second, second_name)}"
-            raise MismatchError(f"tensor {name!r} has shapes {shapes} in the two checkpoints.")
+            raise MismatchError(
+                f"tensor {name!r} has shapes {shapes} in the two checkpoints. Use checkpoints of one size."
+            )
         for start, count in chunk_ranges(math.prod(shape_of(first, name)), CHUNK_ELEMENTS):
             sums = _sums(flat_slice(first, name, start, count), flat_slice(second, second_name, start, count))
             if not math.isfinite(sums.difference + sums.first + sums.second):

@@ -24,7 +24,7 @@ def match_effect(factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor
         ridge: λ relative to the mean of the diagonal of C_nn; above 0.
 
     Returns:
-        D', [k, in], in the dtype of `factor`; computed in float64.
+        D', [k, in], in the dtype of `factor`; computed in float64. D itself if the layer's inputs are zero.
 
     Raises:
         RecipeError: λ is not above 0.

@@ -55,6 +55,10 @@ def compress_factors(
 
     Returns:
         B [out, r'] and A [r', in], in float64 if `b` is in float64, and otherwise in float32.
+
+    Raises:
+        CheckpointError: A factor has infinite or NaN values.
+        RecipeError: Both or neither of rank and energy are set, or one is out of range.
     """
     (qb, rb), (qa, ra) = _qr(b), _qr(a.T)
     small_b, small_a = low_rank(rb @ ra.T, rank, energy)

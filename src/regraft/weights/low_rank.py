@@ -21,8 +21,8 @@ def low_rank(
     """Return factors B and A whose product is the closest to a delta for their rank.
 
     The factors come from the singular value decomposition (Eckart and Young, 1936) in float64, which takes about
-    out · in · min(out, in) operations. With second moments C = E[x·xᵀ] of the layer's inputs, they
-    minimise the error of the layer's outputs for these inputs: ‖(Δ − B·A)·C^½‖.
+    out · in · min(out, in) operations. With second moments C = E[x·xᵀ] of the layer's inputs, they minimise the
+    error of the layer's outputs for these inputs: ‖(Δ − B·A)·C^½‖.
 
     Args:
         delta: The delta of a linear layer's weight, [out, in].
@@ -67,7 +67,8 @@ def _truncated_svd(matrix: torch.Tensor, rank: int | None, energy: float | None)
     if energy is not None:
         cumulative = s.square().cumsum(0)
         rank = int((cumulative < energy * cumulative[-1] * (1 - RELATIVE_EPSILON)).sum()) + 1
-    rank = min(rank or 1, len(s))
+    assert rank is not None  # either the rank or the energy is set
+    rank = min(rank, len(s))
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * vt[:rank]
 

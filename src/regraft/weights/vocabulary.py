@@ -46,8 +46,8 @@ class RowMatch:
         num_new_rows: The number of rows of the new base's tensors.
         num_tuned_rows: The number of rows of the fine-tune's tensors.
         num_old_rows: The number of rows of the old base's tensors.
-        removed_tokens: The tokens that only the old base has.
-        added_tokens: The tokens that only the new base has.
+        removed_tokens: The old base's tokens that the new base lacks.
+        added_tokens: The new base's tokens that the old base lacks.
         tuned_only: The grafted row of each token that only the fine-tune has.
         num_padding_rows: The number of grafted rows without a token, which are matched in order.
         num_common_tokens: The number of tokens that both bases have.
