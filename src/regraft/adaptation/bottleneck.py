@@ -132,7 +132,8 @@ def _saved_parameters(model: Any) -> dict[str, nn.Parameter]:
         prefixes += [f"{name}." for name, module in model.named_modules() if "Norm" in type(module).__name__]
     saved_prefixes = tuple(prefixes)
 
-    def is_saved(name: str) -> bool:  # modules_to_save may name modules of the model or of its body
+    def is_saved(name: str) -> bool:
+        # modules_to_save may name modules of the model or of its body
         return (
             ".bottleneck." in name
             or name.startswith(saved_prefixes)

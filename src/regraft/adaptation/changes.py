@@ -55,12 +55,12 @@ class Change:
             self.weight.add_(change.reshape(self.weight.shape).to(self.weight))
 
 
-def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) -> list[Change]:
+def linear_changes(model: Any, old_model: Any, adaptation: Adaptation, old: Base) -> list[Change]:
     """Return the changes that an adaptation makes to the linear layers of a grafted model.
 
     Args:
         model: The adaptation on the new base, as a model.
-        tuned: The old model.
+        old_model: The adaptation on the old base, as a model.
         adaptation: A full fine-tune, a plain LoRA or bottleneck adapters.
         old: The old base.
 
@@ -73,7 +73,7 @@ def linear_changes(model: Any, tuned: Any, adaptation: Adaptation, old: Base) ->
     from peft.tuners.lora import LoraLayer
 
     check_transformable(adaptation, SUPPORTED_KINDS)
-    tuned_parameters = dict(tuned.named_parameters())
+    tuned_parameters = dict(old_model.named_parameters())
     changes = []
 
     def delta(name: str) -> torch.Tensor | None:
@@ -125,12 +125,14 @@ def base_tensor(name: str, base: Base) -> torch.Tensor | None:
     return None if name_in_base is None else base.named_tensors[name_in_base]
 
 
-def skip_reasons(model: Any, tuned: Any, adaptation: Adaptation, old: Base, changes: list[Change]) -> dict[str, str]:
+def skip_reasons(
+    model: Any, old_model: Any, adaptation: Adaptation, old: Base, changes: list[Change]
+) -> dict[str, str]:
     """Return the reasons for which changed matrices that `linear_changes` does not cover are skipped.
 
     Args:
         model: The adaptation on the new base, as a model.
-        tuned: The old model.
+        old_model: The adaptation on the old base, as a model.
         adaptation: The adaptation on disk.
         old: The old base.
         changes: The result of `linear_changes`.
@@ -154,7 +156,7 @@ def skip_reasons(model: Any, tuned: Any, adaptation: Adaptation, old: Base, chan
                 base = base_tensor(parameter, old)
                 if base is None or weight.dim() < 2 or id(weight) in weights or attribute.endswith("bias"):
                     continue
-                value = tuned.get_parameter(parameter)
+                value = old_model.get_parameter(parameter)
                 if not torch.equal(value, base.to(value)):
                     names.append(parameter)
     return dict.fromkeys(names, "no layer whose inputs can be watched")

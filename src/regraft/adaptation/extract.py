@@ -140,8 +140,8 @@ def extract_lora(
     if architecture is not None and any(_squared_norm(deltas, name) for name in fused):
         errors += _extract_experts(lora, deltas, fused, stored, architecture, approximation)
     if not lora.layers and not lora.parameters:
-        raise MismatchError("the fine-tune has changed no linear layer, so no LoRA can be extracted. Keep it.")
-    tensors, config = lora.as_peft(_modules_to_save(stored_in_full, in_base))
+        raise MismatchError("the fine-tune changed no linear layer, so no LoRA can be extracted. Keep the fine-tune.")
+    tensors, config = lora.to_peft(_modules_to_save(stored_in_full, in_base))
     tensors |= {PEFT_PREFIX + name: tuned[name].contiguous() for name in stored_in_full}
     if architecture is not None:
         _check_loads(tensors, config, architecture)
@@ -245,7 +245,7 @@ def _can_peft_fuse(lora: LoraFactors, names: list[str], architecture: Architectu
             return False
         factors = torch.empty(shape[0], 1, device="meta"), torch.empty(1, shape[1], device="meta")
         candidate.layers[name.removesuffix(".weight")] = factors
-    tensors, config = candidate.as_peft([])
+    tensors, config = candidate.to_peft([])
     try:
         _check_loads(tensors, config, architecture)
     except MismatchError:

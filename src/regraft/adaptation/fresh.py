@@ -55,13 +55,15 @@ def load_with_fresh_head(base: Base, head: Head, seed: int) -> tuple[Any, list[s
     model, fresh_names = load_strictly(auto_class, base.path, base.prefix, **head.settings, dtype="float32")
     if base.rows_override:
         model.resize_token_embeddings(base.rows_override, mean_resizing=False)
-    heads = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(base.prefix + ".")}
-    if not heads.keys() & set(fresh_names):  # the base is a classifier itself, with a head for its own labels
+    head_tensors = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.startswith(base.prefix + ".")
+    }
+    if not head_tensors.keys() & set(fresh_names):  # the base is a classifier itself, with a head for its own labels
         transformers.set_seed(seed)
         initial = auto_class.from_config(model.config).state_dict()
-        for name, tensor in heads.items():
+        for name, tensor in head_tensors.items():
             tensor.copy_(initial[name])
-        fresh_names = sorted({*fresh_names, *heads})
+        fresh_names = sorted({*fresh_names, *head_tensors})
     return model, fresh_names
 
 

@@ -128,7 +128,7 @@ def json_settings(config: Config | None) -> Mapping[str, Any] | None:
     }
 
 
-def _lora(base: Base, size: AdapterSize, **variant: Any) -> Config:
+def _lora_config(base: Base, size: AdapterSize, **variant: Any) -> Config:
     from peft import LoraConfig
 
     is_transposed = any(type(module).__name__ == "Conv1D" for module in base.bare.modules())  # GPT-2: [in, out]
@@ -142,7 +142,7 @@ def _lora(base: Base, size: AdapterSize, **variant: Any) -> Config:
     )
 
 
-def _ia3(base: Base, size: AdapterSize) -> Config:
+def _ia3_config(base: Base, size: AdapterSize) -> Config:
     from peft import IA3Config
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
@@ -156,14 +156,14 @@ def _ia3(base: Base, size: AdapterSize) -> Config:
     )
 
 
-def _layernorm(base: Base, size: AdapterSize) -> Config:
+def _layernorm_config(base: Base, size: AdapterSize) -> Config:
     from peft import LNTuningConfig
 
     norms = {name.rpartition(".")[2] for name, module in base.bare.named_modules() if "Norm" in type(module).__name__}
     return LNTuningConfig(task_type=size.task_type, target_modules=sorted(norms))
 
 
-def _prefix(base: Base, size: AdapterSize) -> Config:
+def _prefix_config(base: Base, size: AdapterSize) -> Config:
     from peft import PrefixTuningConfig
 
     if "past_key_values" not in inspect.signature(base.bare.forward).parameters:
@@ -171,7 +171,7 @@ def _prefix(base: Base, size: AdapterSize) -> Config:
     return PrefixTuningConfig(task_type=size.task_type, **_virtual_token_settings(base, size))
 
 
-def _prompt(base: Base, size: AdapterSize) -> Config:
+def _prompt_config(base: Base, size: AdapterSize) -> Config:
     from peft import PromptTuningConfig
 
     return PromptTuningConfig(task_type=size.task_type, **_virtual_token_settings(base, size))
@@ -188,32 +188,32 @@ def _virtual_token_settings(base: Base, size: AdapterSize) -> dict[str, Any]:
             f"{size.virtual_tokens} virtual tokens leave no room for text: {base.path} takes {base.max_input_length} "
             "tokens. Choose fewer."
         )
-    fields: dict[str, Any] = {"num_virtual_tokens": size.virtual_tokens}
+    settings: dict[str, Any] = {"num_virtual_tokens": size.virtual_tokens}
     if "hidden_size" not in base.config.to_dict():  # PEFT knows only the names of BERT's settings
-        fields |= {
+        settings |= {
             "token_dim": base.config.hidden_size,
             "num_layers": base.config.num_hidden_layers,
             "num_attention_heads": base.config.num_attention_heads,
         }
-    return fields
+    return settings
 
 
-def _bottleneck(base: Base, size: AdapterSize, placement: str) -> Config:
+def _bottleneck_config(base: Base, size: AdapterSize, placement: str) -> Config:
     return BottleneckConfig(inner_size=size.inner_size, placement=placement, task_type=size.task_type)
 
 
 CONFIG_BUILDERS: dict[str, Callable[[Base, AdapterSize], Config] | None] = {
     "full": None,
-    "lora": _lora,
-    "rslora": functools.partial(_lora, use_rslora=True),
-    "dora": functools.partial(_lora, use_dora=True),
-    "pissa": functools.partial(_lora, init_lora_weights="pissa"),
-    "olora": functools.partial(_lora, init_lora_weights="olora"),
-    "ia3": _ia3,
-    "prefix": _prefix,
-    "prompt": _prompt,
-    "layernorm": _layernorm,
-    "bottleneck": functools.partial(_bottleneck, placement="houlsby"),
-    "pfeiffer": functools.partial(_bottleneck, placement="pfeiffer"),
+    "lora": _lora_config,
+    "rslora": functools.partial(_lora_config, use_rslora=True),
+    "dora": functools.partial(_lora_config, use_dora=True),
+    "pissa": functools.partial(_lora_config, init_lora_weights="pissa"),
+    "olora": functools.partial(_lora_config, init_lora_weights="olora"),
+    "ia3": _ia3_config,
+    "prefix": _prefix_config,
+    "prompt": _prompt_config,
+    "layernorm": _layernorm_config,
+    "bottleneck": functools.partial(_bottleneck_config, placement="houlsby"),
+    "pfeiffer": functools.partial(_bottleneck_config, placement="pfeiffer"),
 }
 KINDS = tuple(CONFIG_BUILDERS)

@@ -14,7 +14,6 @@ from regraft.adaptation.lora import (
     ADAPTER_NAME,
     B_SUFFIX,
     MAGNITUDE_SUFFIX,
-    PEFT_DEFAULT_RANK,
     PEFT_PREFIX,
     TOKEN_ROWS_SUFFIX,
 )
@@ -152,7 +151,7 @@ def peft_lora_config(config: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"the LoRA's adapter_config.json: PEFT cannot read it ({error}).") from error
 
 
-def as_loaded_by_peft(adapter: Tensors, tuned: Any) -> Tensors:
+def convert_as_peft(adapter: Tensors, tuned: Any) -> Tensors:
     """Return a LoRA's tensors as PEFT converts them on loading: those of separate experts become those of fused ones.
 
     Args:
@@ -184,14 +183,16 @@ def _attach(adapter: Tensors, config: Mapping[str, Any], architecture: Architect
 
     lora_config = peft_lora_config(config)
     for key in ("r", "lora_alpha"):
-        if type(value := config.get(key, PEFT_DEFAULT_RANK)) not in (int, float):
-            raise CheckpointError(f"adapter_config.json: the LoRA's {key} is {value!r:.80}. Correct it to a number.")
+        if key in config and type(config[key]) not in (int, float):
+            raise CheckpointError(
+                f"the LoRA's adapter_config.json: {key} is {config[key]!r:.80}. Correct it to a number."
+            )
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of settings that it corrects for a layer's type
         try:
             model = copy.deepcopy(architecture.model)
             tuned: Any = get_peft_model(model, lora_config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
-            return tuned, as_loaded_by_peft(adapter, tuned)
+            return tuned, convert_as_peft(adapter, tuned)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, re.error) as error:
             raise CheckpointError(
                 f"PEFT cannot put the LoRA on a {type(architecture.model).__name__} ({str(error).strip()[:300]}). "
@@ -209,7 +210,7 @@ def _updates_of_modules(tuned: Any, adapter: Tensors, config: Mapping[str, Any])
         if tied is not None:  # rows of a tied output layer are stored with the embeddings
             owner = next(name for name, candidate in modules.items() if candidate is tied)
             operands = (f"{PEFT_PREFIX}{owner}{TOKEN_ROWS_SUFFIX}",)
-            parameter = f"{_plain(path)}.weight"
+            parameter = f"{_name_without_wrappers(path)}.weight"
             updates[parameter] = dataclasses.replace(updates[parameter], operands=operands)
     return updates
 
@@ -219,7 +220,7 @@ def _add_replacements(updates: dict[str, Update], adapter: Tensors, architecture
     used = {name for update in updates.values() for name in (update.weight, *update.operands) if name}
     unplaced = []
     for stored in sorted(adapter.keys() - used):
-        name = _plain(stored.removeprefix(PEFT_PREFIX))
+        name = _name_without_wrappers(stored.removeprefix(PEFT_PREFIX))
         update = updates.get(name)
         has_rows = stored.endswith(TOKEN_ROWS_SUFFIX)
         if has_rows or ".original_module." in stored or ".modules_to_save." in stored:
@@ -253,7 +254,7 @@ def _updates_of(path: str, module: Any, adapter: Tensors, config: Mapping[str, A
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     stored = f"{PEFT_PREFIX}{path}"
-    name = _plain(path)
+    name = _name_without_wrappers(path)
     if isinstance(module, ModulesToSaveWrapper):
         parameters = module.modules_to_save[ADAPTER_NAME].state_dict()
         return {f"{name}.{parameter}": ReplacedModule((f"{stored}.{parameter}",)) for parameter in parameters}
@@ -319,6 +320,6 @@ def _check_shapes(
         )
 
 
-def _plain(path: str) -> str:
+def _name_without_wrappers(path: str) -> str:
     path = NESTED.sub(".", path)
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)

@@ -31,7 +31,7 @@ class LoraFactors:
     num_outer_wrappers: dict[str, int] = dataclasses.field(default_factory=dict)
     shared_rank: int | None = None
 
-    def as_peft(self, modules_to_save: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def to_peft(self, modules_to_save: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the tensors and the config in PEFT's format.
 
         Args:

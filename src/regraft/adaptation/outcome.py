@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome_record
+from regraft.adaptation.record import OUTCOME_FILE
 from regraft.checkpoint import check_output_path, publish, read_json, read_json_lines, to_json, write_atomic
 from regraft.checkpoint.record import plain_text
 from regraft.errors import CheckpointError, OutcomeError, RegraftError
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from regraft.base import Base
+
+CURVE_FILE = "curve.jsonl"
+PREDICTIONS_FILE = "predictions.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Outcome:
     @property
     def curve(self) -> list[dict[str, float]]:
         """The learning curve: an entry for each evaluation, from step 0 on."""
-        return list(read_json_lines(self.path / "curve.jsonl"))
+        return list(read_json_lines(self.path / CURVE_FILE))
 
     def predictions(self, split: str) -> list[Any]:
         """Return the predictions on a split.
@@ -56,7 +60,7 @@ class Outcome:
         Returns:
             The predictions in the order of the data; for classification, indices into the record's `labels`.
         """
-        rows = read_json_lines(self.path / "predictions.jsonl")
+        rows = read_json_lines(self.path / PREDICTIONS_FILE)
         return [row["prediction"] for row in rows if row["split"] == split]
 
     def right(self, split: str) -> list[bool | None]:
@@ -68,7 +72,7 @@ class Outcome:
         Returns:
             A value for each example, in the order of the data; None for an example without a label.
         """
-        rows = read_json_lines(self.path / "predictions.jsonl")
+        rows = read_json_lines(self.path / PREDICTIONS_FILE)
         return [is_right(row) for row in rows if row["split"] == split]
 
 
@@ -132,7 +136,7 @@ def load_outcome(path: str | Path) -> Outcome:
     Raises:
         OutcomeError: The folder is not an outcome folder, or its record is malformed.
     """
-    file = Path(path) / "outcome.json"
+    file = Path(path) / OUTCOME_FILE
     try:
         content = read_json(file)
     except CheckpointError as error:
@@ -162,13 +166,13 @@ def write_outcome(
     Raises:
         OutcomeError: A figure is infinite or NaN, or `out` exists.
     """
-    content = to_json(dataclasses.asdict(record), "outcome.json", indent=2) + "\n"
-    write_atomic(staging / "outcome.json", content)
-    for name, rows in (("curve.jsonl", curve), ("predictions.jsonl", predictions)):
+    content = to_json(dataclasses.asdict(record), OUTCOME_FILE, indent=2) + "\n"
+    write_atomic(staging / OUTCOME_FILE, content)
+    for name, rows in ((CURVE_FILE, curve), (PREDICTIONS_FILE, predictions)):
         write_atomic(staging / name, "".join(to_json(row, name) + "\n" for row in rows))
     write_atomic(staging / "README.md", _card(record))
     publish(staging, out)
-    return Outcome(out, read_outcome_record(json.loads(content), "outcome.json"))
+    return Outcome(out, read_outcome_record(json.loads(content), OUTCOME_FILE))
 
 
 def versions() -> dict[str, str]:
@@ -186,11 +190,11 @@ def _check_complete(outcome: Outcome) -> None:
     try:
         load_adaptation(outcome.path)
         if not outcome.curve:
-            raise ValueError("curve.jsonl is truncated")
+            raise ValueError(f"{CURVE_FILE} is truncated")
         scored_splits = [split for split in ("dev", "test") if outcome.scores[split] is not None]
         for split in scored_splits or ["dev"]:
             if not outcome.predictions(split) or not outcome.right(split):
-                raise ValueError("predictions.jsonl is truncated")
+                raise ValueError(f"{PREDICTIONS_FILE} is truncated")
     except (RegraftError, OSError, ValueError, KeyError, TypeError) as error:
         raise OutcomeError(
             f"{outcome.path}: is no longer a complete outcome ({error}). Remove it, and run the same command again."
@@ -207,14 +211,14 @@ def _version(package: str) -> str:
 def _card(record: OutcomeRecord) -> str:
     task, scores, cost, source = record.task, record.scores, record.cost, record.recycled_from
     library = {"full": "transformers", "bottleneck": "regraft"}.get(record.kind, "peft")
-    labels = f" ({', '.join(map(_plain, record.labels))})" if record.labels else ""
+    labels = f" ({', '.join(map(_safe_text, record.labels))})" if record.labels else ""
     lines = [
         "---",
         f"library_name: {library}",
         f"pipeline_tag: {task_types()[task.type].pipeline_tag}",
         "tags: [regraft]",
         "---",
-        f"# {_plain(task.name)} on {_plain(Path(record.base.name).name)}",
+        f"# {_safe_text(task.name)} on {_safe_text(Path(record.base.name).name)}",
         "",
         f"A {record.kind} adaptation for {_code(task.name)}{labels}, made by regraft with method `{record.method}`.",
         "",
@@ -224,10 +228,10 @@ def _card(record: OutcomeRecord) -> str:
         names = f"{_code(source.adaptation)} on {_code(source.old_base)}"
         lines.append(f"- recycled from: {names} ({source.fingerprint})")
     lines += [
-        f"- {task.metric}: dev {_figure(scores.dev)}, test {_figure(scores.test)}"
-        f" (before the first step: dev {_figure(scores.dev_at_start)})",
+        f"- {task.metric}: dev {_score_text(scores.dev)}, test {_score_text(scores.test)}"
+        f" (before the first step: dev {_score_text(scores.dev_at_start)})",
         f"- cost: {cost.steps} steps, {cost.seconds:.0f} s, {cost.labels} labelled examples",
-        f"- made with: {_made_with(record)}",
+        f"- made with: {_options_text(record)}",
         "",
         "The weights are in `adaptation/`; `outcome.json` has the whole record, `curve.jsonl` the learning curve.",
         "",
@@ -235,10 +239,10 @@ def _card(record: OutcomeRecord) -> str:
     return "\n".join(lines)
 
 
-def _made_with(record: OutcomeRecord) -> str:
+def _options_text(record: OutcomeRecord) -> str:
     recipe = record.recipe
     options = record.inputs.get("options") or {}
-    parts = [_plain(f"{name} {value}") for name, value in options.items() if value not in (None, "", [], ())]
+    parts = [_safe_text(f"{name} {value}") for name, value in options.items() if value not in (None, "", [], ())]
     if record.cost.steps:
         parts.append(f"batches of {recipe['batch_size']}, peak learning rate {recipe['learning_rate']:g}")
     return ", ".join([*parts, f"seed {record.seed}"])
@@ -249,10 +253,10 @@ def _code(text: str) -> str:
     return f"`{' '.join(printable(text).replace('`', chr(39)).split())}`"
 
 
-def _plain(text: str) -> str:
+def _safe_text(text: str) -> str:
     """Format text from files as plain text, or as a code span if Markdown might interpret it."""
     return text if re.fullmatch(r"(?!.*www\.)\w[\w .,+-]*", text) else _code(text)
 
 
-def _figure(value: float | None) -> str:
+def _score_text(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import flat_slice, shape_of
+from regraft.checkpoint import chunk_ranges, flat_slice, shape_of
 from regraft.errors import MAX_LISTED, MismatchError
 
 if TYPE_CHECKING:
@@ -86,9 +86,8 @@ def chunks(vector: Vector) -> Iterator[tuple[str, int, int]]:
         A tensor's name in the vector, the index of the chunk's first element in it, and the number of elements.
     """
     for name, shape in vector.shapes.items():
-        count = math.prod(shape)
-        for start in range(0, count, CHUNK_ELEMENTS):
-            yield name, start, min(CHUNK_ELEMENTS, count - start)
+        for start, count in chunk_ranges(math.prod(shape), CHUNK_ELEMENTS):
+            yield name, start, count
 
 
 def check_same_layout(vector: Vector, reference: Vector) -> None:

@@ -11,7 +11,7 @@ from regraft.adaptation.changes import parameter_of
 from regraft.adaptation.families.peft_adapter import Peft, peft_state
 from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import stored_head
-from regraft.adaptation.layout import as_loaded_by_peft, resolve_updates
+from regraft.adaptation.layout import convert_as_peft, resolve_updates
 from regraft.adaptation.lora import (
     A_SUFFIX,
     ADAPTER_NAME,
@@ -69,7 +69,7 @@ class Lora(Peft):
 
     def stored_tensors(self, adaptation: Adaptation, adapted: Any) -> Tensors:
         """Convert the factors of separate experts to those of fused experts, as PEFT does."""
-        return as_loaded_by_peft(adaptation.checkpoint, adapted)
+        return convert_as_peft(adaptation.checkpoint, adapted)
 
     def save(self, model: Any, base: Base, folder: Path, initial_factors: Tensors) -> None:
         """Write the LoRA with PEFT; if it has initial factors, write the equivalent plain LoRA."""
