@@ -164,7 +164,7 @@ class Base:
     @functools.cached_property
     def has_pooler(self) -> bool:
         """Whether a classifier on the base has a pooler, which the base itself may lack."""
-        return getattr(self.bare, "pooler", None) is not None
+        return getattr(self.classifier_body, "pooler", None) is not None
 
     @functools.cached_property
     def classifier(self) -> PreTrainedModel:
@@ -178,7 +178,7 @@ class Base:
         return model
 
     @property
-    def bare(self) -> torch.nn.Module:
+    def classifier_body(self) -> torch.nn.Module:
         """The body of `classifier`, on the meta device."""
         return self.classifier.base_model
 

@@ -131,7 +131,9 @@ def json_settings(config: Config | None) -> Mapping[str, Any] | None:
 def _lora_config(base: Base, size: AdapterSize, **variant: Any) -> Config:
     from peft import LoraConfig
 
-    is_transposed = any(type(module).__name__ == "Conv1D" for module in base.bare.modules())  # GPT-2: [in, out]
+    is_transposed = any(
+        type(module).__name__ == "Conv1D" for module in base.classifier_body.modules()
+    )  # GPT-2: [in, out]
     return LoraConfig(
         task_type=size.task_type,
         r=size.rank,
@@ -159,14 +161,18 @@ def _ia3_config(base: Base, size: AdapterSize) -> Config:
 def _layernorm_config(base: Base, size: AdapterSize) -> Config:
     from peft import LNTuningConfig
 
-    norms = {name.rpartition(".")[2] for name, module in base.bare.named_modules() if "Norm" in type(module).__name__}
+    norms = {
+        name.rpartition(".")[2]
+        for name, module in base.classifier_body.named_modules()
+        if "Norm" in type(module).__name__
+    }
     return LNTuningConfig(task_type=size.task_type, target_modules=sorted(norms))
 
 
 def _prefix_config(base: Base, size: AdapterSize) -> Config:
     from peft import PrefixTuningConfig
 
-    if "past_key_values" not in inspect.signature(base.bare.forward).parameters:
+    if "past_key_values" not in inspect.signature(base.classifier_body.forward).parameters:
         raise KindError(f"{base.config.model_type} models take no prefix (past_key_values). Choose prompt or lora.")
     return PrefixTuningConfig(task_type=size.task_type, **_virtual_token_settings(base, size))
 

@@ -129,7 +129,7 @@ class Adapter(Family):
 
         config = adaptation.config
         file = f"{adaptation.path}/{ADAPTER_CONFIG}"
-        check_patterns(config, [f"{base.prefix}.{name}" for name, _ in base.bare.named_modules()], file)
+        check_patterns(config, [f"{base.prefix}.{name}" for name, _ in base.classifier_body.named_modules()], file)
         config_classes = (self.config_class(config), PeftConfig)
         setting_names = {field.name for cls in config_classes for field in dataclasses.fields(cls)} | OBSOLETE_SETTINGS
         unknown = sorted(key for key, value in config.items() if value and key not in setting_names)
