@@ -45,8 +45,8 @@ def main():
     task_file = write_task("rotten-tomatoes", OUT / "data", train=4000, dev=400, test=1000)
     corpus = OUT / "reviews.jsonl"
     if not corpus.is_file():
-        unseen = [task_file.parent / "dev.csv", task_file.parent / "test.csv"]
-        write_corpus("reviews", corpus, CORPUS_CHARACTERS, exclude=unseen)
+        held_out_files = [task_file.parent / "dev.csv", task_file.parent / "test.csv"]
+        write_corpus("reviews", corpus, CORPUS_CHARACTERS, exclude=held_out_files)
     with show_progress() as progress:
         new = pretrain(old, Corpus((str(corpus),)), OUT / "new-base", PRETRAINING_RECIPE, progress=progress)
     upgrade = Upgrade(old, new)
@@ -73,7 +73,7 @@ def compare_methods(upgrade, task):
     with show_progress() as progress:
         for kind in ("full", "lora"):
             tuned = tune(upgrade.old, task, OUT / kind, kind=kind, recipe=TUNING_RECIPE, progress=progress).path
-            checked = check(upgrade, tuned, task, progress=progress)
+            result = check(upgrade, tuned, task, progress=progress)
             for shots, method in ((None, "init"), (FEW_SHOTS, "init+distill")):
                 labels = shots or "all"
                 comparison = compare(
@@ -87,10 +87,10 @@ def compare_methods(upgrade, task):
                 )
                 scratch, recycled = comparison.rows
                 rows.append(
-                    f"| {kind} | {labels} | {checked.old:.3f} | {checked.new:.3f} | {checked.new / checked.old:.0%} | "
+                    f"| {kind} | {labels} | {result.old:.3f} | {result.new:.3f} | {result.new / result.old:.0%} | "
                     f"{scratch.test:.3f} | {recycled.method} | {recycled.start:.3f} | {recycled.test:.3f} |"
                 )
-    print(f"distance of the bases: L2 {checked.l2:.2f}, {checked.relative:.1%} of the norm; chance {checked.floor:.3f}")
+    print(f"distance of the bases: L2 {result.l2:.2f}, {result.relative:.1%} of the norm; chance {result.floor:.3f}")
     print(
         "| kind | labels per class | old base | direct | kept | scratch | method | at step 0 (dev) | "
         f"after {RECYCLING_RECIPE.steps} steps |"
@@ -109,14 +109,14 @@ def compare_kinds(upgrade, task):
     print("|---|---|---|---|---|---|---|---|")
     for kind in KINDS:
         tuned = tune(upgrade.old, task, OUT / kind, kind=kind, recipe=TUNING_RECIPE).path
-        checked = check(upgrade, tuned, task)
+        result = check(upgrade, tuned, task)
         comparison = compare(upgrade, tuned, task, ["init"], OUT / f"{kind}-short", recipe=SHORT_RECIPE)
         scratch, init = comparison.rows
         tensors = load_adaptation(tuned).checkpoint.tensors.values()
         num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
         print(
-            f"| {kind} | {num_parameters:,} | {checked.effect:.0%} | "
-            f"{checked.old:.3f} | {checked.new:.3f} | {checked.new / checked.old:.0%} | {scratch.test:.3f} | "
+            f"| {kind} | {num_parameters:,} | {result.effect:.0%} | "
+            f"{result.old:.3f} | {result.new:.3f} | {result.new / result.old:.0%} | {scratch.test:.3f} | "
             f"{init.test:.3f} |",
             flush=True,
         )

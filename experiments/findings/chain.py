@@ -20,7 +20,7 @@ from findings.experiment import (
     judge_difference,
 )
 from findings.runs import accuracy_difference
-from findings.settings import Settings, TasksByKind, list_task_kinds
+from findings.settings import StrictModel, TasksByKind, list_task_kinds
 from findings.store import Tuning, outcome_figures
 from regraft import load_outcome
 from regraft.chain import Chain, ChainRow, run_chain, summarise_routes
@@ -40,7 +40,7 @@ PART = "upgrade chains" + NOT_STATED
 """The part of the paper that the claims belong to."""
 
 
-class Config(Settings):
+class Config(StrictModel):
     """The tasks and methods to run.
 
     Args:

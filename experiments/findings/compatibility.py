@@ -11,7 +11,7 @@ from tables import DIGITS, distinct_keys, distinct_values, format_mean, markdown
 
 from findings.charts import draw_lines
 from findings.experiment import Cell, CellRecord, Experiment, Finding, Page, judge_claim
-from findings.settings import Settings, TasksByKind, list_task_kinds
+from findings.settings import StrictModel, TasksByKind, list_task_kinds
 from findings.store import Tuning
 from regraft.diagnosis import compatibility, load_pair
 from regraft.task import MIN_HEADROOM
@@ -33,7 +33,7 @@ any cell was measured."""
 ROW_LABELS = {"outdated": "tuned on M_0, put on", "tuned": "tuned on", "agreement": "agreement with M_0's deployment"}
 
 
-class Config(Settings):
+class Config(StrictModel):
     """The tasks to measure.
 
     Args:
@@ -63,7 +63,19 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
 
 
 def measure(store: Store, work_folder: Path, task: str, kind: str, seed: int, num_bases: int) -> dict[str, Any]:
-    """Evaluate an adaptation of M_0, unchanged, on every saved base."""
+    """Evaluate an adaptation of M_0, unchanged, on every saved base.
+
+    Args:
+        store: The store, with the bases, the task and the tuning on M_0.
+        work_folder: Not used.
+        task: The name of the task.
+        kind: The kind of adaptation.
+        seed: The seed of the tuning.
+        num_bases: Not used, but part of the cell's arguments: a longer chain is measured again.
+
+    Returns:
+        `points`: one row per saved base, from M_0 on.
+    """
     checkpoints = store.list_base_checkpoints()
     recipe = store.recipe(kind, seed, 0)
     adaptation = store.tuning_folder(task, kind, 0, seed)
@@ -78,7 +90,7 @@ def measure(store: Store, work_folder: Path, task: str, kind: str, seed: int, nu
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Pair the scores of outdated weights on each base with the scores of weights tuned on it."""
+    """Return outdated weights' scores on every saved base; on each M_i, paired with those of weights tuned on it."""
     steps_by_base = {0: 0} | {checkpoint.hop: checkpoint.steps for checkpoint in store.list_base_checkpoints()}
     runs, points = [], []
     for record in records:

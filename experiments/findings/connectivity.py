@@ -10,7 +10,7 @@ from tables import DIGITS, distinct_keys, distinct_values, format_mean, markdown
 
 from findings.charts import draw_lines
 from findings.experiment import NOT_STATED, Cell, CellRecord, Experiment, Finding, Page, judge_claim
-from findings.settings import BasePair, Settings, TasksByKind, list_task_kinds
+from findings.settings import BasePair, StrictModel, TasksByKind, list_task_kinds
 from findings.store import Tuning
 from regraft.diagnosis import segment
 from regraft.diagnosis.pair import load_counterpart
@@ -27,7 +27,7 @@ PART = "2. mode connectivity"
 """The part of the paper that the claims belong to."""
 
 
-class Config(Settings):
+class Config(StrictModel):
     """The lines to measure.
 
     Args:

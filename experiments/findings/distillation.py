@@ -17,7 +17,7 @@ from findings.runs import (
     read_labels,
     run_method,
 )
-from findings.settings import NonNegativeInt, Settings
+from findings.settings import NonNegativeInt, StrictModel
 from findings.store import outcome_figures
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ COMPARISONS = (
 """Pairs of a method and its reference, whose difference is computed."""
 
 
-class TeacherUpgrade(Settings):
+class TeacherUpgrade(StrictModel):
     """A task, with the bases of its teacher and its student.
 
     Args:
@@ -64,7 +64,7 @@ class TeacherUpgrade(Settings):
     kinds: tuple[str, ...] = Field(min_length=1, description="a list of kinds")
 
 
-class LongerRuns(Settings):
+class LongerRuns(StrictModel):
     """Runs that are repeated with more steps.
 
     Args:
@@ -78,7 +78,7 @@ class LongerRuns(Settings):
     methods: tuple[str, ...] = Field(min_length=1, description="a list of methods")
 
 
-class Config(Settings):
+class Config(StrictModel):
     """The upgrades, numbers of labels and methods to run.
 
     Args:
@@ -164,7 +164,7 @@ def measure(
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Return each run, and the differences between methods with the same number of labels."""
+    """Return each run, and the differences between methods with as many labels, or from the teacher."""
     runs: dict[RunKey, Row] = {}
     for record in records:
         task, kind, _, _, shots, method, seed, *steps_factor = record.arguments

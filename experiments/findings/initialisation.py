@@ -30,7 +30,7 @@ from findings.runs import (
     run_method,
     steps_to_score,
 )
-from findings.settings import NonNegativeInt, Settings
+from findings.settings import NonNegativeInt, StrictModel
 from findings.store import Tuning, outcome_figures
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ PART = "method `init`"
 """The part of the paper that the claims belong to."""
 
 
-class Target(Settings):
+class Target(StrictModel):
     """A task to tune on the new base, and the tasks of the outdated weights to start from.
 
     Args:
@@ -70,7 +70,7 @@ class Target(Settings):
         return {"same": self.task, "similar": self.similar, "unrelated": self.unrelated}[role]
 
 
-class Config(Settings):
+class Config(StrictModel):
     """The bases and tasks to run.
 
     Args:

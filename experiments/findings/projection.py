@@ -17,7 +17,7 @@ from findings.runs import (
     read_labels,
     run_method,
 )
-from findings.settings import BasePair, Settings, TasksByKind
+from findings.settings import BasePair, StrictModel, TasksByKind
 from findings.store import outcome_figures
 from regraft.methods.project import Projection
 
@@ -44,7 +44,7 @@ MAX_REGRESSION_RANK = 16
 of distillation."""
 
 
-class Config(Settings):
+class Config(StrictModel):
     """The tasks, upgrades and maps to run.
 
     Args:
@@ -150,7 +150,7 @@ def measure(
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Return each run, the tunings on both bases, and the differences from `direct`."""
+    """Return each run, with the tunings on both bases as runs, and the differences from `direct`."""
     runs: dict[RunKey, Row] = {}
     for record in records:
         task, kind, old, new, fit, seed, *_ = record.arguments

@@ -129,7 +129,18 @@ def accuracy_difference(labels: Sequence[int], runs: Sequence[Row], reference_ru
 
 
 def read_labels(store: Store, task: str, kind: str, base: int, seed: int) -> list[int]:
-    """Read the true class of each test example of a task from the outcome of a tuning."""
+    """Read the true class of each test example of a task from the outcome of a tuning.
+
+    Args:
+        store: The store, with the tuning.
+        task: The name of the task.
+        kind: The kind of adaptation of the tuning.
+        base: The index of its base.
+        seed: Its seed.
+
+    Returns:
+        The indices of the classes, in the order of the predictions.
+    """
     return read_test_labels(store.load_tuning(task, kind, base, seed))
 
 

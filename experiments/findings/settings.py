@@ -22,8 +22,8 @@ BasePair = tuple[NonNegativeInt, NonNegativeInt]
 """The indices of two bases of the chain."""
 
 
-class Settings(BaseModel):
-    """The content of a YAML file; unknown keys are refused."""
+class StrictModel(BaseModel):
+    """A part of a YAML file; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +40,7 @@ class Pretraining(Training):
     keep_every: int = Field(default=100, ge=1, description="a whole number of steps, 1 or more")
 
 
-class Domain(Settings):
+class Domain(StrictModel):
     """The unlabelled texts of one upgrade.
 
     Args:
@@ -65,7 +65,7 @@ class Domain(Settings):
         return self
 
 
-class TaskSource(Settings):
+class TaskSource(StrictModel):
     """The source of a task's examples.
 
     Args:
@@ -76,7 +76,7 @@ class TaskSource(Settings):
 
     domain: str = Field(min_length=1, description="the name of a domain")
     demo: dict[Literal["train", "dev", "test"], int] | None = Field(
-        default=None, description="numbers of rows of train, dev and test"
+        default=None, description="numbers of train, dev and test examples"
     )
     task: TextClassification | None = Field(default=None, description="the keys of a task file")
 
@@ -89,7 +89,7 @@ class TaskSource(Settings):
         return self
 
 
-class Size(Settings):
+class Size(StrictModel):
     """The size of the reproduction: bases, tasks, recipes and seeds.
 
     Args:

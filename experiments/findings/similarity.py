@@ -10,7 +10,7 @@ from pydantic import Field
 from tables import DIGITS
 
 from findings.experiment import Cell, CellRecord, Experiment
-from findings.settings import Settings, TasksByKind, list_task_kinds
+from findings.settings import StrictModel, TasksByKind, list_task_kinds
 from findings.similarity_page import ANOTHER_SEED, ANOTHER_TASK, FIGURES, RANDOM_WEIGHTS, build_page
 from findings.store import Tuning
 from regraft import load_adaptation
@@ -36,7 +36,7 @@ PER_PARAMETER_DIGITS = 5
 """Significant digits of the L2 distance per parameter, whose order of magnitude depends on the number of parameters."""
 
 
-class Config(Settings):
+class Config(StrictModel):
     """The tasks and controls to measure.
 
     Args:
@@ -192,7 +192,7 @@ def _distance_figures(weights_distance: Any) -> dict[str, float]:
 
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
-    """Return each comparison and each distance, and the figures head by head for the first seed."""
+    """Return each comparison and each distance, and for the first seed the figures of each head."""
     runs, distances, heads, bases = [], [], [], []
     for record in records:
         if "bases" in record.figures:

@@ -115,7 +115,8 @@ def _judge_similarity(runs: list[Row]) -> tuple[Finding, ...]:
             if against.startswith("M_"):
                 upgrade_runs = select(cell_runs, against=against)
                 divergences.append(_mean(upgrade_runs, "divergence"))
-                ratios.append(divergences[-1] / (_mean(random_runs, "divergence") or 1.0))
+                random_divergence = _mean(random_runs, "divergence") or 1.0  # 1 if even random heads attend alike
+                ratios.append(divergences[-1] / random_divergence)
                 nearest_shares.append(_mean(upgrade_runs, "nearest"))
         if len(divergences) > 1:
             is_rising.append(divergences[-1] > divergences[0])

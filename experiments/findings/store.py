@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from findings.settings import Domain, Size
     from regraft import Outcome, Recipe
     from regraft.task import TaskData
+EXTENSIBLE_KEYS = ("few_shot", "tasks", "tuning")
+"""Keys of the size that have entries by name; entries may be added to an existing store, but not changed."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -172,10 +174,6 @@ def read_pretraining_steps(base: Path) -> int:
     return int(json.loads((base / PRETRAINING).read_text(encoding="utf-8"))["steps"])
 
 
-EXTENSIBLE_KEYS = ("few_shot", "tasks", "tuning")
-"""Keys of the size that have entries by name; entries may be added to an existing store, but not changed."""
-
-
 def check_size(store: Store) -> None:
     """Refuse a store that was made at a different size, else record its size.
 
@@ -230,7 +228,7 @@ def write_inputs(store: Store) -> None:
     """
     for name in store.size.tasks:
         _write_task_file(store, name)
-    unseen = [
+    held_out_files = [
         store.out / "data" / name / f"{split}.csv"
         for name, source in store.size.tasks.items()
         if source.demo
@@ -241,7 +239,7 @@ def write_inputs(store: Store) -> None:
         if file.is_file():
             continue
         if domain.demo is not None:
-            write_corpus(domain.demo, file, domain.characters, exclude=unseen)
+            write_corpus(domain.demo, file, domain.characters, exclude=held_out_files)
         else:
             _copy_sources(domain, file)
     if store.size.base == "minilm":
