@@ -124,7 +124,7 @@ def segment(
         progress: Called after each point, with the loss of each split.
 
     Returns:
-        Losses and scores on dev and, if there is one, test.
+        The losses and scores of the dev split and, if there is one, the test split.
 
     Raises:
         DataError: The task has no labels.

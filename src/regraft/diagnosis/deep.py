@@ -97,7 +97,7 @@ def _answer_all(context: QuestionContext) -> tuple[dict[str, str], dict[str, flo
     left_out: dict[str, str] = {}
     seconds: dict[str, float] = {}
     for question in all_questions():
-        start = time.perf_counter()
+        start_time = time.perf_counter()
         try:
             answer = question.answer(context)
         except MismatchError as error:
@@ -108,7 +108,7 @@ def _answer_all(context: QuestionContext) -> tuple[dict[str, str], dict[str, flo
             if answer is None:  # the options do not ask the question
                 continue
             context.answers[question.name] = answer
-        seconds[question.name] = round(time.perf_counter() - start, 2)
+        seconds[question.name] = round(time.perf_counter() - start_time, 2)
     return left_out, seconds
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def probe_gain(pair: DeploymentPair) -> Interval:
-    """Compare linear probes of the two bases on dev.
+    """Compare the dev scores of linear probes of the two bases.
 
     Args:
         pair: The deployments, of which only the bases, the task and the precision are used.

@@ -99,16 +99,16 @@ def graft_aligned(job: Job, options: Alignment) -> nn.Module:
                 rotated_model.rotate(name, input_rotation, rotations(output_moment))
         rotations.clear()
         job.progress("align", part + 1, forwards[0].num_parts, {})
-    passed_over = rotated_model.passed_over()
+    unrotated_names = rotated_model.list_unrotated()
     if not rotated_model.rotated_names:
         raise KindError(
-            f"{job.adaptation.path}: aligned can rotate none of the {len(passed_over)} tuned modules "
-            f"({', '.join(passed_over[:MAX_LISTED])}). Use direct or init."
+            f"{job.adaptation.path}: aligned can rotate none of the {len(unrotated_names)} tuned modules "
+            f"({', '.join(unrotated_names[:MAX_LISTED])}). Use direct or init."
         )
     job.notes["turned"] = round(sum(rotations.distances) / len(rotations.distances), 4)
-    if passed_over:
+    if unrotated_names:
         job.notes["passed_over"] = dict.fromkeys(
-            passed_over, "no linear layer or norm, nor an embedding of the same tokens"
+            unrotated_names, "no linear layer or norm, nor an embedding of the same tokens"
         )
     return grafted
 
@@ -209,7 +209,7 @@ class _RotatedModel:
             _replace_delta(up.weight, up.weight, None, output_rotation)
             _replace_delta(up.bias, up.bias[:, None], None, output_rotation)
 
-    def passed_over(self) -> list[str]:
+    def list_unrotated(self) -> list[str]:
         """List the modules of the body with a delta that was not rotated."""
         from regraft.adaptation.changes import parameter_of
 

@@ -35,7 +35,7 @@ class Auto:
     Args:
         tolerance: How far below the target the score may be: 0.01 is one point, or if 1 does not bound the metric, a
             hundredth of the old deployment's score above chance.
-        target: A score on dev to reach; None for the old deployment's, raised if the new base is better at the task.
+        target: A dev score to reach; None for the old deployment's, raised if the new base is better at the task.
         confidence: The confidence that no more is lost, by the paired bootstrap over dev.
         labels: Whether to use labels; if not, the old model's predictions replace them.
         training_free: The methods to try before any tuning, in order; the first must be `direct`.
@@ -81,11 +81,12 @@ class Auto:
 def find_cheapest(job: Job, options: Auto) -> Curve:
     """Run stage after stage until one passes, or until more tuning no longer helps.
 
-    A stage passes if its score on dev is at most the tolerance below the target, with the chosen confidence. By default
+    A stage passes if its dev score is at most the tolerance below the target, with the chosen confidence. By default
     the target is the old deployment's score; if a linear probe on the bases' features scores significantly higher on
-    the new base, the probe's gain is added. Tuning starts from the best stage so far, and ends once it gains less than
-    the tolerance. If no stage passes, the result is the cheapest stage that no more expensive one beats by the
-    tolerance.
+    the new base, the probe's gain is added. Tuning starts from the best stage so far, and ends once a stage of it gains
+    less than the tolerance, unless that is the first one and clearly fails. If little of the old score is recovered,
+    scratch is tried too. If no stage passes, the result is the cheapest stage that no more expensive one beats by more
+    than the tolerance.
 
     Args:
         job: The job; the chosen stage's adaptation is copied to its output folder.
@@ -211,11 +212,11 @@ class _Stages:
             shutil.rmtree(adaptation_folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             stage = dataclasses.replace(
-                self.job, work_folder=folder, output_folder=adaptation_folder, notes={}, labelled=set()
+                self.job, work_folder=folder, output_folder=adaptation_folder, notes={}, labelled_rows=set()
             )
-            started = time.perf_counter()
+            start_time = time.perf_counter()
             curve = run(stage)
-            seconds = curve[-1]["seconds"] if curve else time.perf_counter() - started
+            seconds = curve[-1]["seconds"] if curve else time.perf_counter() - start_time
             result: dict[str, Any] = {
                 "rung": name,
                 "steps": int(curve[-1]["step"]) if curve else 0,

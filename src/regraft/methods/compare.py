@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_model
 from regraft.checkpoint import check_output_path, write_json
 from regraft.errors import RecipeError
-from regraft.methods.comparison import Comparison, Row
+from regraft.methods.comparison import COMPARISON_FILE, Comparison, Row
 from regraft.methods.recycle import recycle
 from regraft.methods.registry import find_method
 from regraft.model import Deployment, match_labels
@@ -109,7 +109,7 @@ def compare(
         rows=tuple(_mean(method_rows) for method_rows in rows.values()),
         outcomes=tuple(outcome_paths),
     )
-    write_json(out / "comparison.json", dataclasses.asdict(comparison), indent=2)
+    write_json(out / COMPARISON_FILE, dataclasses.asdict(comparison), indent=2)
     return comparison
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from regraft.checkpoint.record import percent_to_share, read_record
 from regraft.errors import OutcomeError
 
+COMPARISON_FILE = "comparison.json"
 SCHEMA = 2
 """The current schema. Schema 1, of regraft 0.1, has no field for the schema, and recovery in percent."""
 
@@ -19,12 +20,12 @@ class Row:
     Args:
         method: The name on the command line.
         seeds: The seed of the row, or all seeds that it is the mean of.
-        start: The score on dev before the first step.
-        dev: The best score on dev during training.
-        test: The score on test; on dev if there is no test. Recovery and negative flips are on the same split.
+        start: The dev score before the first step.
+        dev: The best dev score during training.
+        test: The test score; the dev score if there is no test split. Recovery and flips are on the same split.
         test_deviation: The standard deviation of `test` over seeds; None for one seed.
         recovery: (score − chance) / (scratch's score − chance); None if that gap is below `regraft.task.MIN_HEADROOM`.
-        steps_to_scratch: The steps until the score on dev reaches scratch's last one; None if it never does.
+        steps_to_scratch: The steps until the dev score reaches scratch's last one; None if it never does.
         seconds_to_scratch: The seconds of training until then.
         negative_flips: The share of examples that the old deployment predicts correctly and this method does not, 0–1.
         labels: The number of labelled training examples that were used.

@@ -76,8 +76,8 @@ def sample_evidence(job: Job, examples_per_stratum: int, min_confidence: float =
         strata = data.task.strata(data.train.targets, data.labels)[1]
         max_per_stratum = max(1, MAX_EXAMPLES // len(strata))
         split = data.sample(data.train, min(examples_per_stratum, max_per_stratum), job.recipe.seed)
-        job.labelled.update(split.row_numbers.tolist())
-        job.notes["labels"] = len(job.labelled)
+        job.labelled_rows.update(split.row_numbers.tolist())
+        job.notes["labels"] = len(job.labelled_rows)
         return Evidence(split, data.likelihood)
     split = data.train.take(np.random.default_rng(job.recipe.seed).permutation(len(data.train))[:MAX_EXAMPLES])
     job.notes["labels"] = 0

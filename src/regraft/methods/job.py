@@ -52,7 +52,7 @@ class Job:
         replace: Whether to use the tensors that an adapter stores in place of its base's as they are on the new base.
         notes: The method's notes, recorded in the outcome as JSON. `labels`, if present, is the number of labelled
             examples that were used; otherwise it is counted from the steps of the learning curve.
-        labelled: The row numbers of training examples whose labels a start has read.
+        labelled_rows: The row numbers of training examples whose labels a start has read.
     """
 
     upgrade: Upgrade
@@ -66,7 +66,7 @@ class Job:
     head: HeadPolicy = "copy"
     replace: bool = False
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    labelled: set[int] = dataclasses.field(default_factory=set)
+    labelled_rows: set[int] = dataclasses.field(default_factory=set)
 
     def build_fresh_model(self) -> Any:
         """Build the model that scratch tunes: the new base with a fresh head.
@@ -96,6 +96,10 @@ class Job:
         Args:
             rule: The transform of a delta, a function of the tensor's name, the delta and the upgrade's shift; see
                 `write_transform`.
+
+        Raises:
+            KindError: The adaptation's kind has no deltas.
+            MismatchError: A tensor of the body is missing in a base, or differs in shape from it.
         """
 
         def write(folder: Path) -> None:
@@ -201,6 +205,10 @@ class Job:
 
         Returns:
             The learning curve.
+
+        Raises:
+            MismatchError: An output of the teacher is infinite or NaN.
+            RecipeError: A loss or a score became infinite or NaN.
         """
         initial = initial_factors(model)
         teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_selects_best) if options else None

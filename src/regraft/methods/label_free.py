@@ -47,7 +47,7 @@ class LabelFree:
 def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
     """Train the new model to reproduce the old model's outputs, without any label.
 
-    The best weights are those whose outputs on dev are closest to the old model's. Errors that both models make, and
+    The best weights are those whose dev outputs are closest to the old model's. Errors that both models make, and
     improvements that the new base would allow, cannot be measured without labels.
 
     Args:
@@ -63,7 +63,7 @@ def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
     """
     if options.text:
         job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text, job.data)))
-    job.notes["labels"] = len(job.labelled)
+    job.notes["labels"] = len(job.labelled_rows)
     job.notes["score"] = "overlap of class probabilities with the old model's on dev"
     loss_options = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature, decay="none")
     return job.tune(model, loss_options, teacher_selects_best=True)

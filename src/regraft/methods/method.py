@@ -132,7 +132,7 @@ class Method:
         if unused:
             class_names = [part.options.__name__ for part in self.parts if part.options]
             expected = " and ".join(class_names) or "no options"
-            raise RecipeError(f"method {self.name} takes {expected}, found {unused[0]!r}.")
+            raise RecipeError(f"method {self.name} takes {expected}; leave out {unused[0]!r}.")
         return tuple(completed)
 
     def needs(self, options: Any = None) -> Needs:

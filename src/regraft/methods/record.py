@@ -42,11 +42,11 @@ def record_outcome(
     method: str,
     recycled_from: Source | None,
     notes: dict[str, Any] | None = None,
-    labelled: Collection[int] = (),
+    labelled_rows: Collection[int] = (),
     scores_agreement: bool = False,
     progress: Progress,
 ) -> Outcome:
-    """Load a newly written adaptation, evaluate it on dev and test, and publish the outcome.
+    """Load a newly written adaptation, evaluate it on the dev and test splits, and publish the outcome.
 
     Args:
         staging: A folder with the adaptation in `adaptation/`, which becomes the outcome folder.
@@ -59,7 +59,7 @@ def record_outcome(
         method: The method's name on the command line, or `tune`.
         recycled_from: The adaptation that was carried over; None for one tuned from scratch.
         notes: The method's notes as JSON by name; `labels` and `seconds` become the cost.
-        labelled: The row numbers of training examples whose labels were read outside training steps.
+        labelled_rows: The row numbers of training examples whose labels were read outside training steps.
         scores_agreement: Whether the scores of the curve are agreement with the old model, not the task's metric.
         progress: Called at each batch.
 
@@ -93,7 +93,7 @@ def record_outcome(
     curve = curve or [{"step": 0, "seconds": 0.0, "score": float(scores["dev"] or 0.0)}]
     steps = int(curve[-1]["step"])
     merit = float if scores_agreement else data.task.scoring.merit
-    labels_read = set(labelled) | _trained_rows(data, recipe, steps)
+    labels_read = set(labelled_rows) | _trained_rows(data, recipe, steps)
     notes = dict(notes or {})
     record = OutcomeRecord(
         method=method,

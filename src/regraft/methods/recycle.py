@@ -148,9 +148,9 @@ def recycle(
         )
         if row_match:
             job.notes["vocabulary"] = row_match.summary()
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         curve = chosen.run(job, options)
-        seconds = curve[-1]["seconds"] if curve else time.perf_counter() - started
+        seconds = curve[-1]["seconds"] if curve else time.perf_counter() - start_time
         job.notes.setdefault("seconds", round(seconds, 2))
         return record_outcome(
             staging,
@@ -163,7 +163,7 @@ def recycle(
             method=method,
             recycled_from=source,
             notes=job.notes,
-            labelled=job.labelled,
+            labelled_rows=job.labelled_rows,
             scores_agreement=chosen.scores_agreement(options),
             progress=progress,
         )

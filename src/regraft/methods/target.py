@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A score on dev to reach, and the test of whether predictions reach it.
+    """A dev score to reach, and the test of whether predictions reach it.
 
     Args:
         metric: The task's metric.
         targets: The dev targets.
-        reference: The old deployment's predictions on dev, with which the test is paired.
+        reference: The old deployment's dev predictions, with which the test is paired.
         old: The old deployment's score.
-        chance: The chance score on dev.
+        chance: The dev score of chance.
         score: The score to reach.
         gain: The improvement of a linear probe from the old to the new base; None without probes.
         tolerance: How far below the target a score may be, in the metric's units.
         confidence: The confidence of the test, 0–1.
-        weakness: The reason why no test on dev can decide; None if a test can.
+        weakness: The reason why no test on the dev examples can decide; None if a test can.
     """
 
     metric: Metric
@@ -49,7 +49,7 @@ class Target:
         """Return the share of the old deployment's gain over chance that a score recovers.
 
         Args:
-            score: The score of a stage on dev.
+            score: The dev score of a stage.
 
         Returns:
             1 for the old deployment's score, 0 for chance; 0 if the old deployment is no better than chance.
@@ -61,7 +61,7 @@ class Target:
         """Test the predictions of a stage.
 
         Args:
-            predictions: The predictions on dev, one per example.
+            predictions: The dev predictions, one per example.
 
         Returns:
             The `score`, the `difference` to the target, the bounds `low` and `high` of the difference's confidence

@@ -62,7 +62,7 @@ def tune(
         progress: Called at each step.
 
     Returns:
-        The outcome, with the weights that scored best on dev.
+        The outcome, with the weights of the best dev score.
 
     Raises:
         CheckpointError: A weight file of the base is incomplete or damaged.

@@ -16,12 +16,11 @@ from regraft.diagnosis import Diagnosis, read_diagnosis
 from regraft.diagnosis.record import DIAGNOSIS_FILE
 from regraft.errors import CheckpointError, OutcomeError
 from regraft.methods import Comparison, read_comparison
+from regraft.methods.comparison import COMPARISON_FILE
 from regraft.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-COMPARISON_FILE = "comparison.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Run:
     Args:
         path: The outcome folder.
         record: The content of the folder's `outcome.json`.
-        curve: The learning curve: for each evaluation, at least the `step` and the `score` on dev.
+        curve: The learning curve: for each evaluation, at least the `step` and the dev `score`.
         right: Whether each prediction is right, by split and row number; None without a label.
     """
 

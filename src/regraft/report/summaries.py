@@ -26,19 +26,19 @@ class MethodSummary:
     Args:
         method: The method's name.
         seeds: The seeds of the runs.
-        start: The score on dev before the first step; None without labels.
-        best_dev: The best score on dev during training; None without labels.
+        start: The dev score before the first step; None without labels.
+        best_dev: The best dev score during training; None without labels.
         score: The final weights' score on the setting's split; None without labels.
         deviation: The sample standard deviation of `score` over seeds; None for one seed or if a score is missing.
         recovery: (score − chance) / (scratch's score − chance); None without scratch, or if that gap is too small.
-        steps_to_scratch: The number of steps until the score on dev first reaches scratch's last score on dev; None if
+        steps_to_scratch: The number of steps until the dev score first reaches scratch's last dev score; None if
             it does not for some seed.
         negative_flips: The share of examples for which the old deployment is right and the method wrong; None if the
             old deployment's predictions are not among the inputs.
         labels: The number of labelled training examples seen.
         steps: The number of optimiser steps.
         seconds: The training time in seconds.
-        curve: The learning curve: steps and mean score on dev.
+        curve: The learning curve: steps and mean dev score.
     """
 
     method: str
@@ -65,7 +65,7 @@ class Setting:
         metric: The name of the task's metric.
         split: The split of the scores, `test` or `dev`.
         summaries: The methods: scratch first, then from the best to the worst score.
-        scratch_dev: Scratch's last score on dev; None without scratch.
+        scratch_dev: Scratch's last dev score; None without scratch.
         old_score: The old deployment's score; None if it is unknown.
         chance: The score of the best prediction that ignores the input; None if it is unknown.
         runs: The runs behind the summaries.

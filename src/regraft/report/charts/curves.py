@@ -38,8 +38,8 @@ def draw_learning_curves(
     """Draw learning curves, and scratch's last score.
 
     Args:
-        curves: The steps and scores on dev of each method, by the method's name.
-        scratch_dev: Scratch's last score on dev; None without scratch.
+        curves: The steps and dev scores of each method, by the method's name.
+        scratch_dev: Scratch's last dev score; None without scratch.
         metric: The name of the metric.
 
     Returns:

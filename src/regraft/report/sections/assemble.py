@@ -51,16 +51,16 @@ def build_page(inputs: ReportInputs) -> Page:
     return Page(title, tuple(parts), regraft.__version__)
 
 
-def _part(anchor: str, title: str, settings: list[Setting], diagnosed: FolderAndDiagnosis | None) -> Part:
+def _part(anchor: str, title: str, settings: list[Setting], folder_and_diagnosis: FolderAndDiagnosis | None) -> Part:
     """Build the part of a task from its settings, of a diagnosis, or of both."""
-    diagnosis = diagnosed[1] if diagnosed else None
+    diagnosis = folder_and_diagnosis[1] if folder_and_diagnosis else None
     ordered_sections = [(methods.ORDER, methods.method_sections(settings, anchor))]
     if diagnosis:
         ordered_sections += _answer_sections(diagnosis, anchor)
     sections: list[Section] = []
     for _, answer_sections in sorted(ordered_sections, key=lambda entry: entry[0]):
         sections += answer_sections
-    sections += provenance_sections(settings, diagnosed)
+    sections += provenance_sections(settings, folder_and_diagnosis)
     card = verdict_card(diagnosis) if diagnosis else outcome_card(settings)
     return Part(anchor, title, _subtitle(settings, diagnosis), card, tuple(sections))
 

@@ -20,12 +20,12 @@ TASK_FILE = "TASK.yaml"
 _RECIPE_FIELDS = ("steps", "batch_size", "learning_rate", "warmup", "eval_every", "save_every", "precision")
 
 
-def provenance_sections(settings: list[Setting], diagnosed: tuple[Path, Diagnosis] | None) -> list[Section]:
+def provenance_sections(settings: list[Setting], folder_and_diagnosis: tuple[Path, Diagnosis] | None) -> list[Section]:
     """Show bases, fingerprints, versions, recipes and commands.
 
     Args:
         settings: The part's settings.
-        diagnosed: The folder of the part's diagnosis, and the diagnosis; None without a diagnosis.
+        folder_and_diagnosis: The folder of the part's diagnosis, and the diagnosis; None without a diagnosis.
 
     Returns:
         A single section; none without runs and diagnosis.
@@ -34,8 +34,8 @@ def provenance_sections(settings: list[Setting], diagnosed: tuple[Path, Diagnosi
     blocks: list[Block] = []
     versions: list[Mapping[str, str]] = []
     commands: list[str] = []
-    if diagnosed:
-        folder, diagnosis = diagnosed
+    if folder_and_diagnosis:
+        folder, diagnosis = folder_and_diagnosis
         blocks += _diagnosis_tables(diagnosis)
         versions.append(diagnosis.versions)
         commands.append(_check_command(folder, diagnosis))
