@@ -113,18 +113,18 @@ class Chain(BaseModel):
                 unknown, missing or invalid; the message names the key.
         """
         path = Path(path)
-        parsed = validate(cls, read_yaml(path), str(path))
+        relative_chain = validate(cls, read_yaml(path), str(path))
         root = path.absolute().parent
-        bases = tuple(_resolve_base(root, base) for base in parsed.bases)
-        tasks = tuple(os.path.abspath(root / os.path.expanduser(task)) for task in parsed.tasks)
-        chain: Chain = parsed.model_copy(update={"bases": bases, "tasks": tasks})
+        bases = tuple(_resolve_base(root, base) for base in relative_chain.bases)
+        tasks = tuple(os.path.abspath(root / os.path.expanduser(task)) for task in relative_chain.tasks)
+        chain: Chain = relative_chain.model_copy(update={"bases": bases, "tasks": tasks})
         names = [task.name for task in chain.load_tasks()]
         folders = [folder_name(name) for name in names]
         duplicates = sorted({name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1})
         if duplicates:
             listed = " and ".join(map(repr, duplicates))
             raise DataError(
-                f"{path}: two tasks are called {listed}, and would share a folder. Give one of them a different `name`."
+                f"{path}: tasks called {listed} would share a folder. Give each of them a different `name`."
             )
         return chain
 
@@ -143,15 +143,13 @@ class Chain(BaseModel):
     @classmethod
     def _normalise_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         """Refuse methods that a chain cannot run, and drop duplicates and `scratch`, which always runs."""
-        from regraft.methods import find_method, methods
+        from regraft.methods import find_method
 
         for name in names:
             try:
                 method = find_method(name)
             except RecipeError as error:
-                raise ValueError(
-                    f"names {name!r}, which is not a method.{did_you_mean(name, list(methods()))}"
-                ) from error
+                raise ValueError(f"names {name!r}: {error}") from error
             if "tasks" in method.needs():
                 raise ValueError(f"names {name!r}, which learns from other tasks. Run it by `regraft recycle`.")
         return tuple(dict.fromkeys(name for name in names if name != "scratch"))

@@ -35,7 +35,7 @@ def compare(
     from regraft.tuning import tracking
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    texts = _options_by_method(option or [], names)
+    settings_by_method = _options_by_method(option or [], names)
     with show_progress() as progress, tracking(report_to or (), options.log_folder(out)):
         comparison = regraft.compare(
             regraft.Upgrade(old_base, new_base),
@@ -46,7 +46,7 @@ def compare(
             recipe=recipe,
             seeds=_parse_seeds(seeds),
             force=force,
-            options={name: parse_options(name, settings) for name, settings in texts.items()},
+            options={name: parse_options(name, settings) for name, settings in settings_by_method.items()},
             progress=progress,
         )
     print_comparison(comparison)
@@ -61,13 +61,14 @@ def _parse_seeds(text: str) -> list[int]:
 
 
 def _options_by_method(texts: list[str], methods: list[str]) -> dict[str, list[str]]:
-    texts_by_method: dict[str, list[str]] = {}
+    """Group texts METHOD:NAME=VALUE by their method, which the groups leave out."""
+    settings_by_method: dict[str, list[str]] = {}
     for text in texts:
         method, colon, setting = text.partition(":")
         if not colon or method not in methods:
             raise RecipeError(f"--option takes METHOD:NAME=VALUE with a METHOD that --methods lists, found {text!r}.")
-        texts_by_method.setdefault(method, []).append(setting)
-    return texts_by_method
+        settings_by_method.setdefault(method, []).append(setting)
+    return settings_by_method
 
 
 def print_comparison(comparison: "regraft.Comparison") -> None:

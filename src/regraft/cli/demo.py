@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 OUT = Path("runs/demo")
+"""The default output folder."""
 FULL_OUT = Path("runs/demo-full")
+"""The default output folder with `--full`, so that both demos can be kept."""
 
 
 def demo(
@@ -19,9 +21,9 @@ def demo(
     from regraft.cli.terminal import print_line, show_progress
     from regraft.demo import run
 
-    size, default = (run.FULL, FULL_OUT) if full else (run.SHORT, OUT)
+    size, default_out = (run.FULL, FULL_OUT) if full else (run.SHORT, OUT)
     with show_progress() as progress:
-        for check, comparison in run.demo(out or default, size, progress):
+        for check, comparison in run.demo(out or default_out, size, progress):
             print_check(check)
             print_comparison(comparison)
             print_line("\n  ".join(["outcome folders:", *comparison.outcomes]))

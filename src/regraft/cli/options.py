@@ -52,8 +52,8 @@ def recipe_flags(defaults: Recipe | None = None, omit: Collection[str] = ()) -> 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(**arguments: Any) -> None:
-            settings = {flag.name: arguments.pop(flag.name) for flag in flags}
-            command(recipe=Recipe(**settings), **arguments)
+            fields = {flag.name: arguments.pop(flag.name) for flag in flags}
+            command(recipe=Recipe(**fields), **arguments)
 
         command_parameters = [
             parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "recipe"

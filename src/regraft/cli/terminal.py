@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from rich.console import ConsoleOptions, RenderableType
+    from rich.progress import TaskID
     from rich.segment import Segment
 
     from regraft.progress import Progress as Callback
@@ -55,15 +56,15 @@ def show_progress() -> Iterator[Callback]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(stage: str, completed: int, total: int, figures: Mapping[str, float]) -> None:
             if stage not in tasks:
                 for task in tasks.values():
-                    bars.update(task, visible=False)  # type: ignore[arg-type]
+                    bars.update(task, visible=False)
                 tasks[stage] = bars.add_task(escape(stage), total=total, figures="")
             bars.update(
-                tasks[stage],  # type: ignore[arg-type]
+                tasks[stage],
                 completed=completed,
                 total=total or completed,
                 figures=_format_figures(figures),
@@ -74,7 +75,7 @@ def show_progress() -> Iterator[Callback]:
 
 
 class _ProgressLines:
-    """Prints the state of a stage every few seconds, for logs and pipes."""
+    """A callback that prints the state of a stage every few seconds, for logs and pipes."""
 
     def __init__(self) -> None:
         self.last_time = time.monotonic()

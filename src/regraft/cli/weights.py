@@ -14,7 +14,7 @@ from regraft.cli.weights_files import (
     open_checkpoints,
     parse_factors,
     require_finite,
-    upgraded_config,
+    upgraded_settings,
     write_result,
 )
 from regraft.errors import MAX_LISTED, MismatchError, RecipeError
@@ -96,13 +96,17 @@ def graft(
         merged_tokenizer(checkpoints["new"].folder, checkpoints["tuned"].folder, rows)
     for pattern in factors:
         if pattern != "*" and not fnmatch.filter(tensors["tuned"], pattern):
-            raise RecipeError(f"--scale-for {pattern}: matches no tensor, such as {next(iter(tensors['tuned']))}.")
+            raise RecipeError(
+                f"--scale-for {pattern}: matches no tensor. A tensor is, for example, {next(iter(tensors['tuned']))}."
+            )
     grafted_tensors = graft_all(tensors["new"], tensors["tuned"], tensors["old"], factors, rows)
-    if copied := counterparts(tensors["new"], tensors["tuned"], tensors["old"]).unmatched:
-        print_text(f"copied unchanged, as one of the bases lacks it: {', '.join(copied)}")
-    config = upgraded_config(checkpoints, has_class=isinstance(tensors["tuned"], NamedTensors), has_same_ids=not rows)
+    if unmatched := counterparts(tensors["new"], tensors["tuned"], tensors["old"]).unmatched:
+        print_text(f"copied unchanged, as one of the bases lacks them: {', '.join(unmatched)}")
+    settings = upgraded_settings(
+        checkpoints, has_class=isinstance(tensors["tuned"], NamedTensors), has_same_ids=not rows
+    )
     provenance = {"operation": "graft", "scale": factors}
-    write_result(grafted_tensors, out, checkpoints, "tuned", provenance, shard_size, dry_run, rows, config=config)
+    write_result(grafted_tensors, out, checkpoints, "tuned", provenance, shard_size, dry_run, rows, config=settings)
 
 
 @app.command(cls=_Command)
@@ -146,10 +150,10 @@ def interpolate(
     tensors = name_tensors(checkpoints)
     if isinstance(tensors["first"], NamedTensors):
         start, end = checkpoints["first"], checkpoints["second"]
-        if differing := differing_settings(read_config(end), end.path, read_config(start), start.path):
+        if differences := differing_settings(read_config(end), end.path, read_config(start), start.path):
             raise MismatchError(
                 f"{end.path}/config.json differs from {start.path}'s in settings of the computation: "
-                f"{'; '.join(differing[:MAX_LISTED])}. No model between the two computes as both do."
+                f"{'; '.join(differences[:MAX_LISTED])}. No model between the two computes as both do."
             )
     check_same_rows({role: checkpoint.folder for role, checkpoint in checkpoints.items()}, tensors)
     interpolated_tensors = interpolate_all(tensors["first"], tensors["second"], t)

@@ -45,7 +45,9 @@ def open_checkpoints(paths: Mapping[str, str], check_finite: bool, as_stored: bo
 
 
 def name_tensors(checkpoints: dict[str, Checkpoint]) -> dict[str, Mapping[str, torch.Tensor]]:
-    """Return tensors under the names of their transformers classes; where there is no class, under their stored names.
+    """Return tensors under the names of their transformers classes, or else under their stored names.
+
+    A reason for stored names, such as an unknown class, is printed.
 
     Args:
         checkpoints: A command's checkpoints, by role.
@@ -72,8 +74,8 @@ def name_tensors(checkpoints: dict[str, Checkpoint]) -> dict[str, Mapping[str, t
     return tensors
 
 
-def upgraded_config(checkpoints: Mapping[str, Checkpoint], has_class: bool, has_same_ids: bool) -> dict[str, Any]:
-    """Return the config of a graft: the fine-tune's, with what the new base changed in the old one's.
+def upgraded_settings(checkpoints: Mapping[str, Checkpoint], has_class: bool, has_same_ids: bool) -> dict[str, Any]:
+    """Return the settings of `config.json` that a graft takes from the new base; see `transformers_folder`.
 
     Args:
         checkpoints: The new base (`new`), the fine-tune (`tuned`) and the old base (`old`).
@@ -81,23 +83,23 @@ def upgraded_config(checkpoints: Mapping[str, Checkpoint], has_class: bool, has_
         has_same_ids: Whether every token has the same id in all three.
 
     Returns:
-        The config; an empty dict if one of the checkpoints has no config.
+        The changed settings; empty if nothing changed, or if a checkpoint without class has no `config.json`.
     """
+    from regraft import transformers_folder
     from regraft.base import is_causal
     from regraft.checkpoint import read_json
-    from regraft.transformers_folder import read_config, upgraded_settings
 
     ordered = [checkpoints[role] for role in ("tuned", "old", "new")]
     if has_class:
-        loaded_configs = [read_config(checkpoint) for checkpoint in ordered]
+        loaded_configs = [transformers_folder.read_config(checkpoint) for checkpoint in ordered]
         configs = [config.to_dict() for config in loaded_configs]
         is_decoder = is_causal(loaded_configs[1])
     elif all((checkpoint.folder / "config.json").is_file() for checkpoint in ordered):
         configs = [read_json(checkpoint.folder / "config.json") for checkpoint in ordered]
-        is_decoder = True
+        is_decoder = True  # unknown without a class: keep the fine-tune's `pad_token_id`
     else:
         return {}
-    return upgraded_settings(*configs, is_decoder=is_decoder, has_same_ids=has_same_ids)
+    return transformers_folder.upgraded_settings(*configs, is_decoder=is_decoder, has_same_ids=has_same_ids)
 
 
 def check_separate(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -138,7 +140,7 @@ def write_result(
         shard_size: The largest size of a file, in GB.
         dry_run: Print what writing would take, and write nothing.
         rows: How the rows of the vocabularies match; None where they are the same.
-        config: The config to write instead of the template's; None for the template's.
+        config: The settings that replace those of the template's `config.json`; None to keep all.
         tokenizer_folder: The folder to copy the tokenizer from; None for the template's.
     """
     from regraft.checkpoint import TOKENIZER_FILES, copy_auxiliary_files, fingerprint, plan_checkpoint, write_folder

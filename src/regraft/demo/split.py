@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
+DEV_DIVISOR = 10
+"""By default, a tenth of the rows is held out as dev."""
+
+
 class Row(NamedTuple):
     """An example: text, label, and the group that must stay in one split (an abstract, a licence or the text)."""
 
@@ -66,7 +70,7 @@ def split_rows(
         (pools["test"] if _position(salt, row.group) < test_share else train_and_dev).append(row)
         if len(train_and_dev) >= max_train_and_dev and len(pools["test"]) >= max_test:
             break
-    dev_groups = _dev_groups(salt, train_and_dev, max(dev or 0, len(train_and_dev) // 10))
+    dev_groups = _dev_groups(salt, train_and_dev, max(dev or 0, len(train_and_dev) // DEV_DIVISOR))
     for row in train_and_dev:
         pools["dev" if row.group in dev_groups else "train"].append(row)
     for split, pool in pools.items():
@@ -82,7 +86,7 @@ def _position(salt: str, group: str) -> float:
 
 
 def _dev_groups(salt: str, rows: list[Row], count: int) -> set[str]:
-    """Choose groups with at least `count` rows in all; groups of over a fifth come last, so that dev is varied."""
+    """Choose groups with at least `count` rows in all; those of over a fifth of it come last, so that dev is varied."""
     sizes = Counter(row.group for row in rows)
     dev_groups: set[str] = set()
     num_rows = 0

