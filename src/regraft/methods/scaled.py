@@ -48,7 +48,8 @@ class Scaling:
         confidence: Without labels: the least probability of the old model's class for a text to be used.
 
     Raises:
-        RecipeError: `scale` is infinite, NaN or of another type, `labels` is negative, or `confidence` is not from 0 to 1.
+        RecipeError: `scale` is infinite, NaN or of another type, `labels` is negative, or `confidence` is not from 0
+            to 1.
     """
 
     scale: float | None = None
