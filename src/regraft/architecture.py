@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint import Checkpoint
 
-COMPILED = "_orig_mod."  # torch.compile adds this to the names of the tensors of the module that it wraps
+COMPILED = "_orig_mod."
+"""The part that torch.compile adds to the names of the tensors of a module that it wraps."""
 CACHED_ARCHITECTURES = 16  # arbitrary: more take memory, fewer are built again
-# Buffers that older versions stored and current models compute: causal masks, positions, rotary tables.
+"""The number of architectures in the cache."""
 BUFFER = re.compile(
     r"(?:^|\.)(?:(?:cross)?att(?:entio)?n\.bias|masked_bias|causal_mask|inv_freq|original_inv_freq|(?:cos|sin)_cached|"
     r"position_ids|token_type_ids|embed_positions\.weights)$"
 )
+"""Matches buffers that older versions stored and current models compute: causal masks, positions, rotary tables."""
 
 
 class Architecture:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PRETRAINING = "pretraining.json"
 """The file in a base's folder that records its pre-training by regraft."""
 MIN_TEXT_TOKENS = 8  # arbitrary: a lower limit is probably an error, because models take hundreds
+"""The fewest tokens of text that a base must take, besides special tokens."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from regraft.checkpoint import Checkpoint
 
-# transformers' tables of classes, in the order in which they are tried: classes of pre-training first.
 CLASS_TABLES = (
     "MASKED_LM",
     "CAUSAL_LM",
@@ -29,6 +28,7 @@ CLASS_TABLES = (
     "TOKEN_CLASSIFICATION",
     "QUESTION_ANSWERING",
 )
+"""transformers' tables of classes, in the order in which they are tried: classes of pre-training first."""
 
 
 def class_name(checkpoint: Mapping[str, torch.Tensor], config: PretrainedConfig) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """A function of the stage, the processed amount, the total amount, and numbers to show by name."""
 
-# Warnings about problems for which regraft raises an error.
 PATTERNS_OF_ERRORS = (
     "Found missing adapter keys",
     "Some weights of .* were not initialized",
     "Unexpected keyword arguments",
     r"Adapter .* LoRA tensor\(s\) have invalid shape",
 )
+"""Patterns of warnings about problems for which regraft raises an error."""
 
 
 def silent(stage: str, processed: int, total: int, figures: Mapping[str, float]) -> None:

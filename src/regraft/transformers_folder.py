@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 LAYER = re.compile(r"(?<!max_window_)layer|depth|stage|^n(um)?_blocks?$")  # max_window_layers is not a count
-# Limits of the numbers of modules that transformers builds. The largest open models have some 200 layers and 2,048
-# experts.
+"""Matches the names of settings that are numbers of layers."""
+# The largest open models have some 200 layers and 2,048 experts.
 MAX_COUNTS = (
     (LAYER, 1024),
     (re.compile(r"expert|group"), 4096),
     (re.compile(r"label"), 100_000),
 )
+"""The limits of settings that are numbers of modules, by a pattern of their names."""
 MIN_LAYER_LIMIT = 64  # arbitrary: so many layers are cheap to build, even if the files have fewer tensors
-# Settings that describe the tensors and the head of a fine-tune, rather than of its base.
+"""The number of layers that is always allowed."""
 TUNED_SETTINGS = {
     "architectures",
     "id2label",
@@ -36,13 +37,21 @@ TUNED_SETTINGS = {
     "torch_dtype",
     "tie_word_embeddings",
 }
-SIZE = re.compile(r"size|dim|vocab")  # widths, such as shared_expert_intermediate_size: see check_model
-HEADS = re.compile(r"heads$|^n_head$")  # numbers of attention heads
+"""Settings that describe the tensors and the head of a fine-tune, rather than of its base."""
+SIZE = re.compile(r"size|dim|vocab")
+"""Matches the names of settings that are widths, such as `shared_expert_intermediate_size`; see `check_model`."""
+HEADS = re.compile(r"heads$|^n_head$")
+"""Matches the names of settings that are numbers of attention heads."""
 MAX_TOKENIZER_BYTES = 64 * 1024**2  # the largest files of open models, with a million tokens, have some 60 MB
+"""The largest tokenizer file that is read, in bytes."""
 FILES_READ_WITH_TOKENIZER = ("config.json", "adapter_config.json", "additional_chat_templates/*")
+"""Patterns of further files that transformers reads with a tokenizer."""
 MAX_GROWTH = 1000  # arbitrary: normalizers of open models replace a character with one or a few
-MAX_ADDITIONAL_PARAMETERS = 1 << 24  # allowed for a head and a pooler, beyond twice the parameters in the files
-MAX_REASON_LENGTH = 300  # characters of an error of transformers to quote; arbitrary
+"""The largest factor by which a tokenizer's normalizer may lengthen a text."""
+MAX_ADDITIONAL_PARAMETERS = 1 << 24  # for a head and a pooler
+"""The number of parameters that a model may have beyond twice those in the files."""
+MAX_REASON_LENGTH = 300  # arbitrary: a few lines of text
+"""The number of characters that are quoted of an error of transformers."""
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:

@@ -137,6 +137,9 @@ def with_current_fingerprints(record: Mapping[str, Any], bases: Iterable[Base]) 
     Args:
         record: The inputs of a run, as `read_json` returns them.
         bases: The bases whose fingerprints may be among the values.
+
+    Returns:
+        A copy of the record with the current fingerprints.
     """
     current = {base.stored_fingerprint: base.fingerprint for base in bases}
     return {key: current.get(value, value) if isinstance(value, str) else value for key, value in record.items()}

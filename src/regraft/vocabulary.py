@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-# Files with the tokens of a tokenizer, by which its presence is recognised and vocabularies are compared.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "added_tokens.json", "tekken.json", "*.model", "*.spm", "*.tiktoken")
-# Settings whose values are ids of tokens, or lists of ids.
+"""Patterns of files with a tokenizer's tokens, by which tokenizers are recognised and vocabularies compared."""
 TOKEN_ID_SETTINGS = re.compile(r"_token_(?:id|index)$|suppress_tokens$")
+"""Matches the names of settings whose values are ids of tokens, or lists of ids."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The attributes of a tokenizer that are special tokens."""
 
 
 def match_vocabularies(
@@ -257,8 +258,9 @@ def _with_new_ids(
             new_config = fallback.get(key)
             return _with_new_ids(value, source, ids, new_config if isinstance(new_config, dict) else {})
         old_ids = value if isinstance(value, list) else [value]
-        are_ids = all(type(old_id) is int and 0 <= old_id < len(source) for old_id in old_ids)
-        if not TOKEN_ID_SETTINGS.search(key) or not are_ids:
+        are_in_range = all(type(old_id) is int and 0 <= old_id < len(source) for old_id in old_ids)
+        are_ids = TOKEN_ID_SETTINGS.search(key) is not None and are_in_range
+        if not are_ids:
             return value
         new_ids = [ids[token] for token in source.convert_ids_to_tokens(old_ids) if token in ids]
         if old_ids and not new_ids:

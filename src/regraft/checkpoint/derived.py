@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, torch.Tensor]
 
-# Elements computed at once: 2 MiB in float64, so that the operands of a rule stay in a core's cache
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 18  # 2 MiB in float64, so that the operands of a rule stay in a core's cache
+"""The number of elements that are computed at once."""
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-# How safetensors (Rust) and torch's zip writer report a failed write, without an errno attribute. 27, 28 and 122 are
-# EFBIG, ENOSPC and EDQUOT on Linux.
+# 27, 28 and 122 are EFBIG, ENOSPC and EDQUOT on Linux.
 DISK_FULL_MESSAGE = re.compile(
     r"os error (27|28|122)\b|No space left on device|file write failed|unexpected pos \d+ vs \d+"
 )
+"""Matches how safetensors (Rust) and torch's zip writer report a full disk, without an errno attribute."""
 
 
 @contextlib.contextmanager

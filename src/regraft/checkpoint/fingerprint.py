@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 # Changing these constants changes all recorded fingerprints. With them, 15 GB take about a second.
 SAMPLES = 32
+"""The number of samples of a tensor."""
 SAMPLE_BYTES = 256
+"""The size of a sample."""
 HEX_DIGITS = 32  # 128 bits of SHA-256
-READ_BYTES = 1 << 22  # bytes per read of a full fingerprint: 4 MiB
+"""The number of digits of a fingerprint."""
+READ_BYTES = 1 << 22
+"""The bytes per read of a full fingerprint, 4 MiB."""
 
 
 def fingerprint(

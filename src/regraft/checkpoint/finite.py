@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from regraft.checkpoint.reader import Checkpoint
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB in float32: large reads, because only a minimum and a maximum are computed
+"""The number of elements that are read at once."""
 
 
 def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Collection[str] | None = None) -> None:

@@ -17,21 +17,28 @@ if TYPE_CHECKING:
 
     import torch
 
-LENGTH_BYTES = 8  # a file begins with the length of its header, a little-endian unsigned integer
+LENGTH_BYTES = 8
+"""The size of the header's length, a little-endian unsigned integer with which a file begins."""
 MAX_TENSORS = 150_000  # the largest open models have 142,000: weights and scales of 384 experts in 61 layers
+"""The most tensors that are read from a file or an index."""
 MAX_DIMENSIONS = 64  # the limit of torch
+"""The most dimensions of a tensor."""
 MAX_INTEGER = 2**63 - 1  # the limit of torch for sizes
+"""The largest size of a dimension, and the largest offset in bytes."""
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes of weights; eight-bit weights are quantised
+"""The bytes of an element, by safetensors dtype."""
+FLOATING = ("F64", "F32", "F16", "BF16")  # eight-bit weights are quantised
+"""The dtypes of weights."""
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+"""The names of torch's dtypes, by safetensors dtype."""
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_JSON_BYTES = 32_000_000  # the parsed objects take up to twenty times as much memory
+"""The largest JSON that is read, in bytes."""
 
 
 def read_json(file: Path) -> dict[str, Any]:

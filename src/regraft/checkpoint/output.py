@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
     import torch
 
-# Configs, tokenizers and chat templates: all files that transformers may need besides the weights.
 AUXILIARY_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
-# Patterns of the files that tokenizers of transformers are read from, without their configs' folders.
+"""Patterns of all files that transformers may need besides the weights: configs, tokenizers and chat templates."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -38,12 +37,13 @@ TOKENIZER_FILES = (
     "*.jinja",
     "*.tiktoken",
 )
+"""Patterns of the files of a tokenizer."""
 RECORD = "regraft.json"
 """The file with the provenance of a folder, and with its results."""
 RESULTS = "results"
 """The key of the record that is not part of the provenance."""
-# Records of how a folder was made, which are wrong for a copy, and the config of an adapter.
 NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapter_config.json")
+"""The records of how a folder was made, which are wrong for a copy, and the config of an adapter."""
 
 
 @dataclass(frozen=True)

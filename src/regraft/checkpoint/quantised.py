@@ -16,20 +16,30 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")  # transformers, older vLLM, MLX
+"""The keys of a config.json under which a quantisation is declared."""
 DEFAULT_BLOCK = (128, 128)  # as in DeepSeek-V3 and transformers' FineGrainedFP8Config
+"""The rows and columns of a block of fp8 codes whose config does not set them."""
 INT8_UNIT = 7.874015718698502e-3  # 1/127 as written in bitsandbytes' int8_vectorwise_dequant
+"""The factor on the scales of int8 codes."""
 FP8 = ("F8_E4M3", "F8_E5M2")
-EXPONENTS = ("U8", "F8_E8M0")  # scales that are powers of two, stored as their exponent plus 127
+"""The dtypes of fp8 codes."""
+EXPONENTS = ("U8", "F8_E8M0")
+"""The dtypes of scales that are powers of two, stored as their exponent plus 127."""
 # bitsandbytes stores the weights of Conv1D modules transposed. In these model types the named layers are Conv1D
 # modules; in others (GPT-Neo, StarCoder) they are nn.Linear modules.
 CONV1D = re.compile(r"(?:^|\.)(?:c_attn|c_proj|c_fc|q_attn)\.weight$")
+"""Matches the names of weights that are Conv1D modules in models of `CONV1D_TYPES`."""
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
-# Integers under these names are codes of weights; integers under other names are masks and positions.
+"""The model types with Conv1D modules."""
 CODES = re.compile(r"(?:^|[._:])(?:weight|qweight|qzeros|packed|W_q|qdata|_data|blocks|codes|bitmask)$")
+"""Matches the names under which integers are codes of weights; under other names they are masks and positions."""
 BNB_4BIT = re.compile(r"\.(?:absmax|quant_map|quant_state\.bitsandbytes__\w+)$")
+"""Matches the names of the scales and code books of bitsandbytes' 4-bit weights."""
 SCALE = re.compile(r"(?:_scale_inv|\.SCB)$")
-# Only inference in eight bits needs these: static scales of activations and caches, and the order of int8 codes.
+"""Matches the names of the scales of eight-bit weights."""
 RUNTIME_DATA = re.compile(r"(?:[._](?:activation|input)_scale(?:_inv)?|\.weight_format|\.[kv]_scale)$")
+"""Matches the names of tensors that only inference in eight bits needs: static scales of activations and caches, and
+the order of int8 codes."""
 
 
 class UnsupportedFormat(NamedTuple):
@@ -71,6 +81,7 @@ UNSUPPORTED_FORMATS = (
         "quantization_config=CompressedTensorsConfig(dequantize=True), and call save_pretrained.",
     ),
 )
+"""The formats that are refused, in the order in which they are tried."""
 
 
 def pair_with_scales(
@@ -191,8 +202,8 @@ def _fp8_weight(
     grid = -(-rows // block[0]), -(-columns // block[1])
     expected = f"one for each block of {block[0]} × {block[1]} (weight_block_size in config.json)"
     is_single = math.prod(scale.shape) == 1
-    has_expected_shape = is_single or scale.shape == (*shape[:-2], *grid)
-    if len(shape) < 2 or not has_expected_shape or scale.dtype not in (*FLOATING, *EXPONENTS):
+    is_matching_shape = len(shape) > 1 and (is_single or scale.shape == (*shape[:-2], *grid))
+    if not (is_matching_shape and scale.dtype in (*FLOATING, *EXPONENTS)):
         raise _scale_error(path, codes, scale, expected)
     if is_single:
         grid = (1, 1)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     Reader = Callable[[StoredTensor, int, int], torch.Tensor]
 
-CHUNK_ELEMENTS = 1 << 18  # elements dequantised at once: 1 MiB in float32
+CHUNK_ELEMENTS = 1 << 18
+"""The number of elements that are dequantised at once, 1 MiB in float32."""
 
 
 @dataclass(frozen=True)

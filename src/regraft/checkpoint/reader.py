@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     import torch
 
 MODEL_FILE = "model.safetensors"
+"""The file of a model's weights, if one file has them all."""
 ADAPTER_FILE = "adapter_model.safetensors"
+"""The file of a PEFT adapter's weights."""
 INDEX = "model.safetensors.index.json"
+"""The file that names the shard of each tensor, if several files have a model's weights."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # pickles without weights
-# Patterns of files of other formats, each with a description and a remedy.
+"""Patterns of files that are not read, because loading a pickle can run code."""
+TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+"""The beginnings of the names of pickles without weights, which a Trainer writes."""
 UNSUPPORTED_FILES = (
     ("*.gguf", "a model of llama.cpp. Use the model that it was converted from"),
     ("*.h5", "a model of TensorFlow. Load it with transformers 4, from_tf=True, and call save_pretrained"),
@@ -35,6 +39,7 @@ UNSUPPORTED_FILES = (
     ("openvino_model.*", "a model exported to OpenVINO. Use the model that it was exported from"),
     ("*.safetensors", "not called model.safetensors. If it has all tensors, as transformers writes them, rename it"),
 )
+"""Patterns of files of other formats, each with a description and a remedy."""
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):

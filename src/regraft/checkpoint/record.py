@@ -14,7 +14,9 @@ from regraft.errors import OutcomeError
 Record = TypeVar("Record")
 
 MAX_FIGURE = 1e100  # far above any result; sums and charts of larger numbers overflow
+"""The largest magnitude of a number in a record."""
 MAX_COUNT = 2**53  # larger whole numbers are not exact in floating point, which JSON in other languages uses
+"""The largest `Count`."""
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 """A number of items."""
 # Descriptions of the expected values, by the types of pydantic's errors.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5 * 10**9  # the default of transformers up to version 4
+"""The default maximal size of a file of weights, in bytes."""
 LARGEST_ITEM_BYTES = max(ITEM_BYTES.values())
 """The size of an element of the widest dtype, to which the data of a file is aligned."""
 

@@ -43,7 +43,12 @@ class BestWeights:
         return sum(point["step"] > self.average_after for point in curve)
 
     def update(self, model: nn.Module, curve: Curve) -> None:
-        """Write the weights if the last point of the curve is the best, and add them to the average if it is late."""
+        """Write the weights if the last point of the curve is the best, and add them to the average if it is late.
+
+        Args:
+            model: The model at the evaluation.
+            curve: The learning curve so far, of which the last point is of these weights.
+        """
         weights = {name: p.detach().contiguous() for name, p in trainable_parameters(model).items()}
         if best_step(curve, self.merit) == int(curve[-1]["step"]):
             self._write(self._best_file(curve), weights)
@@ -57,22 +62,32 @@ class BestWeights:
         self._remove_unused(curve)
 
     def files(self, curve: Curve) -> list[Path]:
-        """Return the files that a run resumes from: the best weights, and the average if there is one."""
+        """Return the files that a run with a curve resumes from: the best weights, and the average if there is one."""
         num_averaged = self.num_averaged(curve)
         averages = [self._average_file(num_averaged)] if num_averaged else []
         return [self._best_file(curve), *averages]
 
     def pin(self, curve: Curve) -> None:
-        """Protect the current files from removal until the next call."""
+        """Protect the files of a curve from removal until the next call."""
         self.pinned = tuple(self.files(curve))
         self._remove_unused(curve)
 
     def restore(self, model: nn.Module, curve: Curve) -> None:
-        """Load the best weights into the model."""
+        """Load the best weights into the model.
+
+        Args:
+            model: The model, whose trainable parameters are set in place.
+            curve: The complete learning curve.
+        """
         self._load(model, self._best_file(curve))
 
     def restore_average(self, model: nn.Module, curve: Curve) -> None:
-        """Load the average of the late weights into the model."""
+        """Load the average of the late weights into the model.
+
+        Args:
+            model: The model, whose trainable parameters are set in place.
+            curve: The complete learning curve, with at least one late evaluation.
+        """
         self._load(model, self._average_file(self.num_averaged(curve)))
 
     def _load(self, model: nn.Module, file: Path) -> None:

@@ -83,7 +83,7 @@ def train(
     name = run_name(work_folder)
     report_to, callbacks = trackers(name)
     steps = recipe.num_steps
-    assert recipe.learning_rate is not None  # the recipe is resolved
+    assert recipe.learning_rate is not None and recipe.eval_every is not None  # the recipe is resolved
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -98,7 +98,7 @@ def train(
         eval_on_start=checkpoint is None,
         save_steps=recipe.save_every,
         save_total_limit=None,  # the callback below removes older checkpoints once a newer one is sealed
-        logging_steps=min(LOGGING_STEPS, recipe.eval_every or LOGGING_STEPS),
+        logging_steps=min(LOGGING_STEPS, recipe.eval_every),
         logging_nan_inf_filter=False,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,

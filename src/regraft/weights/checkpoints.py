@@ -128,7 +128,8 @@ def graft_all(
         _check_shapes(tuned, base, {name: base_names[name] for name in base_names if name not in token_tensors})
     specs = {}
     for name in tuned:
-        if name not in pairs.new or dtype_of(tuned, name) not in FLOATING:
+        is_grafted = name in pairs.new and dtype_of(tuned, name) in FLOATING
+        if not is_grafted:
             specs[name] = _copy(tuned, name)
             continue
         operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))

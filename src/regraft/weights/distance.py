@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
     import torch
 
-CHUNK_ELEMENTS = 1 << 22  # 32 MiB in float64
+CHUNK_ELEMENTS = 1 << 22
+"""The number of elements that are compared at once, 32 MiB in float64."""
 NONFINITE_REMEDY = "their distance is undefined (regraft weights inspect --check-finite counts them)."
+"""The end of messages about infinite or NaN weights."""
 
 
 @dataclass(frozen=True)

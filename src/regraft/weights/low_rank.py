@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 RELATIVE_EPSILON = 1e-12  # smaller differences and eigenvalues are rounding errors of float64
+"""The smallest relative difference of energies, and the smallest eigenvalue relative to the largest, that count."""
 
 
 def low_rank(

@@ -25,7 +25,8 @@ _KINDS = (
     ("head", re.compile(r"^(?:classifier|score|lm_head|cls|vocab_|qa_outputs|predictions|pre_classifier)")),
 )
 
-OPTIONAL_MODULES = ("pooler",)  # modules that pre-training with a language-modelling head leaves out
+OPTIONAL_MODULES = ("pooler",)
+"""The modules of a body that pre-training with a language-modelling head leaves out."""
 
 
 class NamedTensors(DerivedTensors):

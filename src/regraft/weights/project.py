@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 RELATIVE_EPSILON = 1e-12  # smaller eigenvalues are rounding errors of float64
+"""The smallest eigenvalue that counts, relative to the largest inner product."""
 
 
 def project(

@@ -19,6 +19,9 @@ def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
         delta: The delta, of any shape.
         density: The share of entries to keep, 0 to 1. Of equal magnitudes, the first are kept.
 
+    Returns:
+        The trimmed delta, in the dtype and shape of `delta`.
+
     Raises:
         RecipeError: The density is not from 0 to 1.
     """
@@ -41,6 +44,9 @@ def drop(delta: torch.Tensor, density: float, generator: torch.Generator) -> tor
         delta: The delta, of any shape.
         density: The probability of keeping an entry, above 0 and up to 1; kept entries are divided by it.
         generator: The random generator, on the CPU.
+
+    Returns:
+        The reduced delta, in the dtype and shape of `delta`.
 
     Raises:
         RecipeError: The density is not above 0 and up to 1.

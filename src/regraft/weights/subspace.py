@@ -8,9 +8,13 @@ if TYPE_CHECKING:
     import torch
 
 DIRECTIONS = 8  # the rank of a usual LoRA
+"""The default number of singular vectors to compare."""
 MAX_EXACT_SIZE = 1024  # the SVD of larger matrices takes seconds
-POWER_ITERATIONS = 4  # of the randomised SVD: more are slower and more accurate
-RELATIVE_EPSILON = 1e-5  # smaller singular values, relative to the largest, are rounding errors
+"""The largest smaller dimension of a matrix whose SVD is computed exactly."""
+POWER_ITERATIONS = 4  # more are slower and more accurate
+"""The number of power iterations of the randomised SVD."""
+RELATIVE_EPSILON = 1e-5  # smaller singular values are rounding errors
+"""The smallest singular value that counts, relative to the largest."""
 
 
 def subspace_overlap(first: torch.Tensor, second: torch.Tensor, directions: int = DIRECTIONS) -> float:
