@@ -145,14 +145,14 @@ class Family(ABC):
 
     @abstractmethod
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
-        """Return the task types that an adaptation with a config can belong to."""
+        """Return the task types that an adaptation can belong to by its config."""
 
     def num_virtual_tokens(self, config: Mapping[str, Any]) -> int:
-        """Return the number of virtual tokens that an adaptation with a config puts before each input."""
+        """Return the number of virtual tokens that an adaptation puts before each input by its config."""
         return 0
 
     def changed_base(self, config: Mapping[str, Any]) -> bool:
-        """Return whether the initialisation of an adaptation with a config changed its base."""
+        """Return whether an adaptation's initialisation changed its base, by its config."""
         return False
 
     @abstractmethod
@@ -295,13 +295,13 @@ class Family(ABC):
         """Check that an adapter changes the weights of linear layers only, or raise a KindError."""
 
     @abstractmethod
-    def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
+    def remove_delta(self, model: Any, upgrade: Upgrade, row_match: RowMatch | None) -> Any:
         """Remove the delta from a grafted model; the head stays.
 
         Args:
             model: The grafted model, which may be modified.
             upgrade: The two bases.
-            rows: The match of the vocabularies' rows; None if both bases have the same tokens in the same rows.
+            row_match: The match of the vocabularies' rows; None if both bases have the same tokens in the same rows.
 
         Returns:
             The new base with the old head.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from regraft.base import Base
 
 SUPPORTED_KINDS = ("full", "lora", "bottleneck")
+"""The kinds of adaptation whose changes `linear_changes` returns."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

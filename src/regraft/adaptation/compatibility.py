@@ -52,17 +52,14 @@ def check_body(adaptation: Adaptation, base: Base) -> None:
         MismatchError: A tensor of one has no floating-point counterpart in the other, or the shapes differ.
     """
     tuned, body = adaptation.checkpoint, base.body
+    no_counterpart = f"has no counterpart in {base.path}. Was it tuned on that base?"
     for name in body_names(tuned, architecture_of(read_tuned_config(adaptation))).values():
         if base.architecture.identify(name) is None:
-            raise MismatchError(
-                f"{adaptation.path}: tensor {name!r} has no counterpart in {base.path}. Was it tuned on that base?"
-            )
+            raise MismatchError(f"{adaptation.path}: tensor {name!r} {no_counterpart}")
     inner_names = body_names(tuned, base.architecture)
     for inner, name in inner_names.items():
         if inner not in body and not is_optional(inner):
-            raise MismatchError(
-                f"{adaptation.path}: tensor {name!r} has no counterpart in {base.path}. Was it tuned on that base?"
-            )
+            raise MismatchError(f"{adaptation.path}: tensor {name!r} {no_counterpart}")
         if inner not in body or base.checkpoint.tensors[body[inner]].shape == tuned.tensors[name].shape:
             continue
         if inner not in base.architecture.token_tensors:  # rows are matched by token

@@ -64,9 +64,9 @@ def write_grafted_adaptation(
     folder.mkdir(parents=True, exist_ok=True)
     family = adaptation.family
     family.write(folder, grafted.tensors, grafted.config, progress)
-    rows = match_token_rows(adaptation, upgrade)
-    if rows is not None and (family.tunes_base or rows.tuned_only):
-        write_vocabulary(folder, upgrade.new.path, adaptation.path, upgrade.old.path, rows)
+    row_match = match_token_rows(adaptation, upgrade)
+    if row_match is not None and (family.tunes_base or row_match.tuned_only):
+        write_vocabulary(folder, upgrade.new.path, adaptation.path, upgrade.old.path, row_match)
     else:
         write_tokenizer(upgrade.new, folder)
     write_lineage(folder, upgrade.new, adaptation.labels, adaptation.task_type)

@@ -59,7 +59,7 @@ def check_task_type(adaptation: Adaptation, task: Task) -> None:
         task: The task, whose type is compared.
 
     Raises:
-        MismatchError: The adaptation records a different type, or its config is of different types.
+        MismatchError: The adaptation records a different type, or has a config of different types.
     """
     recorded = adaptation.task_type
     matching_types = adaptation.family.matching_task_types(adaptation.config)

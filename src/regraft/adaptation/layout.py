@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from regraft.checkpoint.derived import Tensors
 
 # with `bias`, PEFT stores the biases of a fully tuned module a second time under such names
-NESTED = re.compile(r"\.modules_to_save\.[^.]+\.(?=[^.]+\.)")
+NESTED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.(?=[^.]+\.)")
 WRAPPERS = {"base_layer", "original_module", "token_adapter", "modules_to_save"}
 """The parts that PEFT's wrappers add to names of modules and tensors."""
 # a stored LoRA does not depend on them; some need the base's weights, and `megatron_core` makes PEFT import a module
@@ -321,5 +321,5 @@ def _check_shapes(
 
 
 def _name_without_wrappers(path: str) -> str:
-    path = NESTED.sub(".", path)
+    path = NESTED_MODULE.sub(".", path)
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)

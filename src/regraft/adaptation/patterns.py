@@ -18,6 +18,7 @@ MAX_ENTRIES = 4096  # arbitrary: PEFT compares each entry of a list with every m
 PATTERN_SETTINGS = ("layers_pattern", "after_attention", "after_feed_forward")
 """The settings with a regular expression, beside those with `module` in their names."""
 LITERAL_NAME = re.compile(r"[\w.-]*")
+"""Matches the patterns that cannot take long, because they repeat nothing."""
 # PEFT matches in these forms: tuners_utils.check_target_module_exists, utils.other.get_pattern_key, _set_trainable
 MATCH_SCRIPT = r"""
 import json, re, sys
@@ -33,6 +34,7 @@ for pattern in patterns:
         for form in forms:
             form.match(name), form.fullmatch(name)
 """
+"""Compiles patterns in PEFT's forms and matches them with names, both from the standard input."""
 
 
 def check_patterns(config: Mapping[str, Any], names: Collection[str], source: str) -> None:

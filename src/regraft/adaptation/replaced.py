@@ -31,21 +31,23 @@ WRAPPER = re.compile(r"\.(?:base_layer|ln_tuning_layers|modules_to_save(?:\.defa
 """Matches the parts that PEFT's wrappers insert between the names of a module and its parameter."""
 
 
-def replaced_parameter(stored: str, base: Base) -> str | None:
+def replaced_parameter(stored_name: str, base: Base) -> str | None:
     """Return the parameter of the body that an adapter's tensor replaces, completely or in part.
 
     Args:
-        stored: The tensor's name in the adapter.
+        stored_name: The tensor's name in the adapter.
         base: A base of the adapter's architecture.
 
     Returns:
         The parameter's name in memory inside the body; None for a tensor that replaces none, such as A and B of a LoRA
         and the head.
     """
-    name = WRAPPER.sub("", name_without_prefix(stored).removesuffix(".weight" if MAGNITUDE_SUFFIX in stored else ""))
-    for part in (MAGNITUDE_SUFFIX, TOKEN_ROWS_SUFFIX):
-        if name.endswith(part):
-            name = name.removesuffix(part) + ".weight"
+    name = WRAPPER.sub(
+        "", name_without_prefix(stored_name).removesuffix(".weight" if MAGNITUDE_SUFFIX in stored_name else "")
+    )
+    for suffix in (MAGNITUDE_SUFFIX, TOKEN_ROWS_SUFFIX):
+        if name.endswith(suffix):
+            name = name.removesuffix(suffix) + ".weight"
     inner = name.removeprefix(f"{base.prefix}.")
     return inner if inner in base.parameters else None
 
@@ -86,17 +88,17 @@ def graft_replacements(
         shape = shape_of(tensors, name)
         if name in replaced:
             inner = replaced[name]
-            rule, expected, grafted = _graft_rule(
+            rule, stored_shape, grafted_shape = _graft_rule(
                 name, inner, adaptation, upgrade, match, _keep_stored if replace else graft
             )
-            if shape != expected:
+            if shape != stored_shape:
                 raise MismatchError(
                     f"{adaptation.path}: tensor {name!r} has shape {shape}, but replaces {inner!r} of "
-                    f"{upgrade.old.path}, for which {expected} is expected. Was it tuned on that base?"
+                    f"{upgrade.old.path}, for which {stored_shape} is expected. Was it tuned on that base?"
                 )
-            if 0 not in grafted:  # otherwise the new base has none of the tokens
+            if 0 not in grafted_shape:  # otherwise the new base has none of the tokens
                 operands = ((new, inner), (tensors, name), (old, inner))
-                entries[name] = TensorSpec(dtype, grafted, operands, rule, elementwise=False)
+                entries[name] = TensorSpec(dtype, grafted_shape, operands, rule, elementwise=False)
         elif match is not None and name.endswith(".lora_embedding_A"):  # a column for each token
             columns = functools.partial(_columns, rows=match.tuned_row_indices)
             entries[name] = TensorSpec(

@@ -40,20 +40,20 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
         MismatchError: A tokenizer has more tokens than there are rows.
     """
     old, new = upgrade.old, upgrade.new
-    count = adaptation.family.num_embedding_rows(adaptation, old)
+    num_rows = adaptation.family.num_embedding_rows(adaptation, old)
     if adaptation.tokenizer is None:
-        if count not in (None, old.embedding_rows):
+        if num_rows not in (None, old.embedding_rows):
             raise CheckpointError(
-                f"{adaptation.path}: its embeddings have {count:,} rows, those of {old.path} have "
+                f"{adaptation.path}: its embeddings have {num_rows:,} rows, those of {old.path} have "
                 f"{old.embedding_rows:,}, and its folder has no tokenizer to match them by. Copy the one that it was "
                 "tuned with into it."
             )
         return upgrade.row_match
-    vocabulary, rows = _stored_tokens(adaptation, old, adaptation.tokenizer)
-    if vocabulary == old.vocabulary and rows == old.embedding_rows:
+    vocabulary, num_rows = _stored_tokens(adaptation, old, adaptation.tokenizer)
+    if vocabulary == old.vocabulary and num_rows == old.embedding_rows:
         return upgrade.row_match
     try:
-        match = match_rows(old.vocabulary, new.vocabulary, old.embedding_rows, new.embedding_rows, vocabulary, rows)
+        match = match_rows(old.vocabulary, new.vocabulary, old.embedding_rows, new.embedding_rows, vocabulary, num_rows)
     except MismatchError as error:
         raise MismatchError(f"{adaptation.path}: {error}") from error
     return None if match.is_identity else match
@@ -61,9 +61,9 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
 
 def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], int]:
     """Return the tokens of an adaptation for which it stores rows, with their ids, and the number of rows."""
-    count = adaptation.family.num_embedding_rows(adaptation, old)
-    if count is not None:
-        return ids_by_token(tokenizer, count), count
+    num_rows = adaptation.family.num_embedding_rows(adaptation, old)
+    if num_rows is not None:
+        return ids_by_token(tokenizer, num_rows), num_rows
     module = f"{old.prefix}.{old.architecture.embeddings}".removesuffix(".weight")
     is_tuned = any(TOKEN_ROWS_SUFFIX in name for name in adaptation.checkpoint.tensors)
     tuned = set(token_rows(adaptation, module) if is_tuned else ())
@@ -84,7 +84,7 @@ def with_adaptation_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
     tokenizer = adaptation.tokenizer
     if tokenizer is None:
         return upgrade
-    vocabulary, count = _stored_tokens(adaptation, upgrade.old, tokenizer)
+    vocabulary, num_rows = _stored_tokens(adaptation, upgrade.old, tokenizer)
     if rowless := sorted(tokenizer.get_vocab().keys() - vocabulary.keys()):
         logger.warning(
             "%s: its tokenizer has tokens that %s lacks (%s), and it stores no rows for them.",
@@ -92,13 +92,13 @@ def with_adaptation_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
             upgrade.old.path,
             ", ".join(rowless[:MAX_LISTED]),
         )
-    if vocabulary == upgrade.old.vocabulary and count == upgrade.old.embedding_rows:
+    if vocabulary == upgrade.old.vocabulary and num_rows == upgrade.old.embedding_rows:
         return upgrade
-    rows = match_token_rows(adaptation, upgrade)
-    if rows is None:
+    row_match = match_token_rows(adaptation, upgrade)
+    if row_match is None:
         return upgrade
-    old = dataclasses.replace(upgrade.old, tokenizer_override=tokenizer, rows_override=count)
-    merged = merged_tokenizer(upgrade.new.path, adaptation.path, rows)
+    old = dataclasses.replace(upgrade.old, tokenizer_override=tokenizer, rows_override=num_rows)
+    merged = merged_tokenizer(upgrade.new.path, adaptation.path, row_match)
     return Upgrade(
-        old, dataclasses.replace(upgrade.new, tokenizer_override=merged, rows_override=len(rows.new_row_indices))
+        old, dataclasses.replace(upgrade.new, tokenizer_override=merged, rows_override=len(row_match.new_row_indices))
     )

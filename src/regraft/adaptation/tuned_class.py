@@ -29,7 +29,9 @@ CLASS_TABLES = {
     "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
 """The names of transformers' tables of classes, by PEFT's task types."""
-HEAD = re.compile(r"^(?:classifier|score)\.(?:.*\.)?weight$")
+FALLBACK_TASKS = ("MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+"""The tasks whose classes are tried after those that the LoRA and the base name."""
+HEAD_WEIGHT = re.compile(r"^(?:classifier|score)\.(?:.*\.)?weight$")
 """Matches the weights of heads."""
 
 
@@ -57,10 +59,8 @@ def tuned_architecture(
     config = read_config(base)
     task_classes = getattr(auto, CLASS_TABLES.get(str(adapter_config.get("task_type")), ""), {})
     declared = [*filter(None, (task_classes.get(config.model_type), class_name(base, config)))]
-    tables = ("MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
-    fallbacks = [
-        *filter(None, (getattr(auto, f"MODEL_FOR_{table}_MAPPING_NAMES").get(config.model_type) for table in tables))
-    ]
+    tables = [getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in FALLBACK_TASKS]
+    fallbacks = [*filter(None, (table.get(config.model_type) for table in tables))]
     candidates = [*declared, None, *fallbacks] if declared or config.architectures else [*fallbacks, None]
     modules = {_module_of(name) for name in adapter}
     num_matches: dict[str | None, int] = {}
@@ -70,15 +70,14 @@ def tuned_architecture(
             break
     name = max(num_matches, key=lambda candidate: num_matches[candidate])
     changed: dict[str, Any] = {}
-    heads = {
-        parameter: shape_of(adapter, stored)[0]
-        for stored in adapter
-        if HEAD.search(parameter := stored.removeprefix(PEFT_PREFIX))
-    }
-    if heads and name and name.endswith(("ForSequenceClassification", "ForTokenClassification")):
+    head_sizes = [
+        shape_of(adapter, stored)[0] for stored in adapter if HEAD_WEIGHT.search(stored.removeprefix(PEFT_PREFIX))
+    ]
+    if head_sizes and name and name.endswith(("ForSequenceClassification", "ForTokenClassification")):
         hidden_size = getattr(config.get_text_config(), "hidden_size", 0)
-        count = len(labels or ()) or min([size for size in heads.values() if size != hidden_size] or heads.values())
-        names = labels or [f"LABEL_{i}" for i in range(count)]
+        # layers of the head before the last one have the model's width
+        num_labels = min([size for size in head_sizes if size != hidden_size] or head_sizes)
+        names = labels or [f"LABEL_{i}" for i in range(num_labels)]
         changed["id2label"] = {str(i): label for i, label in enumerate(names)}
         changed["label2id"] = {label: i for i, label in enumerate(names)}
         config = copy.deepcopy(config)

@@ -183,9 +183,9 @@ class Adapter(Family):
         """Copy the adapter, and graft the tensors that it stores in place of its base's."""
         _check_pooler(adaptation, upgrade)
         tensors, config = self.plain_adapter(adaptation, upgrade.old)
-        rows = match_token_rows(adaptation, upgrade)
-        grafted, replaced = graft_replacements(adaptation, tensors, upgrade, rows, replace=replace)
-        config = renumber_token_ids(adaptation, config, rows)
+        row_match = match_token_rows(adaptation, upgrade)
+        grafted, replaced = graft_replacements(adaptation, tensors, upgrade, row_match, replace=replace)
+        config = renumber_token_ids(adaptation, config, row_match)
         config = {**config, "base_model_name_or_path": upgrade.new.name, "revision": None}
         return GraftedAdaptation(grafted, config, replaced)
 
@@ -197,7 +197,7 @@ class Adapter(Family):
             f"{adaptation.path}: a {adaptation.kind} does not change its base's tensors, so it has no deltas."
         )
 
-    def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
+    def remove_delta(self, model: Any, upgrade: Upgrade, row_match: RowMatch | None) -> Any:
         """Raise an error: the adapter has no delta."""
         raise KindError(
             f"{upgrade.new.path}: the adapter on it does not change the base's tensors, so it has no deltas."

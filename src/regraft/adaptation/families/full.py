@@ -177,7 +177,7 @@ class Full(Family):
     def check_linear(self, adaptation: Adaptation) -> None:
         """Do nothing: all tensors have deltas."""
 
-    def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
+    def remove_delta(self, model: Any, upgrade: Upgrade, row_match: RowMatch | None) -> Any:
         """Copy the new base's tensors into the body; tokens that only the fine-tune has keep their rows."""
         import torch
 
@@ -188,8 +188,8 @@ class Full(Family):
                 if inner not in new.parameters or inner not in upgrade.old.parameters:
                     continue
                 indices: list[int] | slice = slice(None)
-                if rows is not None and inner in new.architecture.token_parameters:
-                    indices = [row for row in rows.new_row_indices if row >= 0]
+                if row_match is not None and inner in new.architecture.token_parameters:
+                    indices = [row for row in row_match.new_row_indices if row >= 0]
                 parameter[indices] = new.parameters[inner][indices].to(parameter)
         return model
 
@@ -221,7 +221,7 @@ class Full(Family):
         *,
         elementwise: bool = True,
     ) -> DerivedTensors:
-        """Return the grafted tensors of the body, which are computed when they are read, and the stored head.
+        """Return the grafted tensors of the body and the stored head, which are computed when they are read.
 
         The tensors have the fine-tune's dtypes, and the names under which its class is saved.
 
@@ -236,7 +236,7 @@ class Full(Family):
         new = upgrade.new.named_tensors
         tuned = named_tensors(adaptation.checkpoint, read_tuned_config(adaptation))
         pairs = counterparts(new, tuned, old)
-        rows = match_token_rows(adaptation, upgrade)
+        row_match = match_token_rows(adaptation, upgrade)
         entries = {}
         for name, entry in tuned.specs.items():
             if name not in pairs.new:  # the head, which has no delta
@@ -244,9 +244,11 @@ class Full(Family):
                 continue
             operands = ((new, pairs.new[name]), (tuned, name), (old, pairs.old[name]))
             rule = make_rule(tuned.key_by_name[name])
-            if rows is not None and name in tuned.token_tensors:
-                row_rule = functools.partial(graft_rows, match=rows, rule=rule)
-                entries[name] = TensorSpec(entry.dtype, rows.shape(entry.shape), operands, row_rule, elementwise=False)
+            if row_match is not None and name in tuned.token_tensors:
+                row_rule = functools.partial(graft_rows, match=row_match, rule=rule)
+                entries[name] = TensorSpec(
+                    entry.dtype, row_match.shape(entry.shape), operands, row_rule, elementwise=False
+                )
             else:
                 entries[name] = TensorSpec(entry.dtype, entry.shape, operands, rule, elementwise)
         return DerivedTensors(entries)
@@ -270,7 +272,8 @@ def check_classifier(folder: Path, config: dict[str, Any]) -> None:
         }
         supported = {str(problem_type) for problem_type in problem_types if problem_type}
         raise CheckpointError(
-            f"{folder}: was tuned for {config['problem_type']!r:.100}; supported are {' or '.join(sorted(supported))}."
+            f"{folder}: was tuned for {config['problem_type']!r:.100}; supported are {' or '.join(sorted(supported))}. "
+            "Tune it again for one of them."
         )
     raise CheckpointError(
         f"{folder}: is not a sequence classifier (its config.json names {config.get('architectures')}). Use the "

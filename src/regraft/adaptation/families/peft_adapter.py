@@ -115,7 +115,7 @@ class Peft(Adapter):
         (folder / "README.md").unlink(missing_ok=True)  # the outcome has a model card with its scores
         write_adapter_config(folder, json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
 
-    def remove_delta(self, model: Any, upgrade: Upgrade, rows: RowMatch | None) -> Any:
+    def remove_delta(self, model: Any, upgrade: Upgrade, row_match: RowMatch | None) -> Any:
         """Remove the adapter."""
         return model.unload()
 
