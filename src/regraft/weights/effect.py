@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def match_effect(factor: torch.Tensor, cross: torch.Tensor, second: torch.Tensor, ridge: float) -> torch.Tensor:
     """Return the D' that minimises E‖D'·x_n − D·x_o‖² + λ·‖D' − D‖²: (D·C_on + λ·D)·(C_nn + λ·I)⁻¹.
 
-    As λ goes to infinity, D' goes to D. If both bases have the same inputs, D' is D. This is a ridge regression
-    per layer, similar to RegMean (Jin et al., 2023, arXiv:2212.09849).
+    As λ goes to infinity, D' goes to D. If both bases have the same inputs, D' is D. This is a ridge regression per
+    layer, similar to RegMean (Jin et al., 2023, arXiv:2212.09849).
 
     Args:
         factor: D, [k, in], which is applied to the input: a delta, or a LoRA's A.

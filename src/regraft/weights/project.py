@@ -34,8 +34,8 @@ def project(
         gram: The inner products ⟨vᵢ, vⱼ⟩ of the sources, [n, n].
         target_gram: The inner products ⟨tᵢ, tⱼ⟩ of the targets, [n, n].
         cross: The inner products ⟨vᵢ, v⟩ of the sources with the vector to map, [n].
-        ridge: λ relative to the mean square of the sources, 0 or more. The larger it is, the closer the
-            map is to the constant b.
+        ridge: λ relative to the mean square of the sources, 0 or more. The larger it is, the closer the map is
+            to the constant b.
         rank: d; None for the largest possible: n, or n − 1 with an intercept.
         intercept: Whether the map has the constant b. Then sources and targets are centred, and the β sum to 1.
 
@@ -47,8 +47,10 @@ def project(
     """
     import torch
 
-    if ridge < 0 or (rank is not None and rank < 1):
-        raise RecipeError(f"the ridge must be at least 0 (found {ridge}), the rank at least 1 (found {rank}).")
+    if ridge < 0:
+        raise RecipeError(f"the ridge must be 0 or more, found {ridge}.")
+    if rank is not None and rank < 1:
+        raise RecipeError(f"a rank must be at least 1, found {rank}.")
     num_pairs = len(gram)
     k, t, c = gram.double(), target_gram.double(), cross.double()
     centre = torch.eye(num_pairs, dtype=torch.float64)
