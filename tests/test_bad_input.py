@@ -261,7 +261,7 @@ def test_an_existing_folder_is_never_replaced(run_refused, folder):
     for arguments, expected in [
         (("recycle", *input_options(folder), "--method", "direct"), "is not an outcome folder"),
         (("tune", folder / "old", "--task", task / "task.yaml"), "is not an outcome folder"),
-        (("pretrain", folder / "old", task / "train.csv", "--block", 32), "made from something else"),
+        (("pretrain", folder / "old", task / "train.csv", "--block", 32), "not the result of the same inputs"),
     ]:
         assert expected in run_refused(*arguments, "--out", out)
     assert [path.name for path in (folder / "out").rglob("*")] == ["o", "precious"]

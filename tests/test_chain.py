@@ -246,5 +246,5 @@ def test_two_tasks_that_would_share_a_folder_are_refused(task_file, tmp_path):
         text = task_file.read_text().replace("name: mood", f"name: {name}")
         (tmp_path / f"{index}.yaml").write_text(text.replace(": t", f": {task_file.parent}/t", 1))
     (tmp_path / "chain.yaml").write_text("bases: [one, two]\ntasks: [0.yaml, 1.yaml]\n")
-    with pytest.raises(DataError, match=r"two tasks are called 'my task' and 'my/task'"):
+    with pytest.raises(DataError, match=r"tasks called 'my task' and 'my/task' would share a folder"):
         Chain.load(tmp_path / "chain.yaml")

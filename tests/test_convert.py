@@ -73,7 +73,7 @@ def test_repeating_a_conversion_does_nothing(tmp_path, saved_adaptations, opened
     time = (tmp_path / "full/model.safetensors").stat().st_mtime_ns
     assert convert(path, base, tmp_path / "full", "full") == conversion
     assert (tmp_path / "full/model.safetensors").stat().st_mtime_ns == time
-    with pytest.raises(OutcomeError, match="made from other inputs"):
+    with pytest.raises(OutcomeError, match="not made from the same inputs"):
         convert(saved_adaptations["bert", "ia3"][0], base, tmp_path / "full", "full")
 
 

@@ -38,7 +38,7 @@ def test_test_texts_in_train_are_counted_and_warned_about(tmp_path: Path, caplog
     test = write_table(tmp_path / "b.csv", make_rows(2, stem="new") + make_rows(3))
     data = load_data(make_task(train, dev=dev, test=test), seed=0)
     assert data.duplicates == 3
-    assert "3 of 5 examples of test are also in train (row 3 is row 1 of" in caplog.text
+    assert "3 of 5 test examples are also in train (row 3 is row 1 of" in caplog.text
     caplog.clear()
     load_data(make_task(train, dev=dev, test=write_table(tmp_path / "c.csv", make_rows(10, stem="new"))), seed=0)
     assert not caplog.records

@@ -168,5 +168,5 @@ def test_temporary_folder_of_a_killed_process_is_removed(tmp_path, monkeypatch):
 def test_json_refuses_nonfinite_figures():
     assert to_json({"a": [1.5, None]}, "record") == '{"a": [1.5, null]}'
     for number in (float("nan"), float("inf")):
-        with pytest.raises(OutcomeError, match=r"record: the figure a\.b\[1\] is infinite or not a number"):
+        with pytest.raises(OutcomeError, match=r"record: the figure a\.b\[1\] is infinite or NaN"):
             to_json({"a": {"b": [1.0, number]}}, "record")

@@ -67,7 +67,7 @@ def test_base_with_nan_is_refused(copy_folder, bases, tuned_outcomes, task_file,
     base_folders = list(bases["bert"])
     base_folders[index] = insert_nan(copy_folder(base_folders[index]))
     message = re.escape(
-        f"{base_folders[index]}: 1 tensors hold values that are infinite or not a number: {WEIGHT_NAME} (1 of 2,048)"
+        f"{base_folders[index]}: 1 tensors hold values that are infinite or NaN: {WEIGHT_NAME} (1 of 2,048)"
     )
     upgrade = Upgrade(*base_folders)
     adaptation = load_adaptation(tuned_outcomes["bert", "lora"])
@@ -106,7 +106,7 @@ def test_arithmetic_refuses_nonfinite_values(copy_folder, bases, tuned_outcomes)
 
 def test_result_beyond_the_range_of_its_dtype_is_refused():
     weights = {"w": torch.full((4,), 60_000.0, dtype=torch.float16)}
-    with pytest.raises(CheckpointError, match="'w' would be infinite or not a number in F16"):
+    with pytest.raises(CheckpointError, match="'w' would be infinite or NaN in F16"):
         graft_all(weights, weights, {"w": torch.zeros(4, dtype=torch.float16)})["w"]
 
 
@@ -190,8 +190,8 @@ def test_code_is_not_copied_with_weights(tmp_path, copy_folder, bases):
         ({"model_type": ["bert"]}, "cannot read it"),
         ({"id2label": ["a"]}, "cannot read it|id2label"),
         ({"architectures": 5}, "architectures is 5|names 5"),
-        ({"num_labels": 10**9}, r"num_labels is 1,000,000,000, but .* tensors allow at most 100,000"),
-        ({"num_hidden_layers": 100_000}, r"num_hidden_layers is 100,000, but .* tensors allow at most \d+"),
+        ({"num_labels": 10**9}, r"num_labels is 1,000,000,000; with .* tensors, at most 100,000 is allowed"),
+        ({"num_hidden_layers": 100_000}, r"num_hidden_layers is 100,000; with .* tensors, at most \d+ is allowed"),
         ({"max_position_embeddings": 10**12}, r"describes a model of [\d,]+ parameters|differs from"),
         ({"hidden_act": "nope"}, "nope"),
         ({"attn_implementation": "nope"}, "nope"),
@@ -408,7 +408,7 @@ def test_unsupported_adapter_formats_are_refused_with_a_remedy(tmp_path, copy_fo
     shutil.copytree(lora, tmp_path / "peft" / "reviewer")
     with pytest.raises(CheckpointError, match=re.escape(f"Use {tmp_path / 'peft' / 'reviewer'}")):
         load_adaptation(tmp_path / "peft")
-    with pytest.raises(CheckpointError, match="Its folder reviewer has: give that"):
+    with pytest.raises(CheckpointError, match="Its folder reviewer has one: use that"):
         Checkpoint.open(tmp_path / "peft")
     pickled = copy_folder(lora, "adapter_config.json")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")

@@ -371,7 +371,7 @@ def test_a_refused_merge_writes_nothing(tmp_path, get_base):
         ({"trainable_token_indices": [4, 40]}, r"are not distinct rows of 40: \[40\]"),
         ({"trainable_token_indices": [4, 4]}, "are not distinct rows"),
         ({"target_modules": ["k_proj"]}, "lacks 4 tensors .*k_proj"),
-        ({"r": "3"}, "not a number"),
+        ({"r": "3"}, "Correct it to a number"),
     ],
 )
 def test_invalid_settings_are_refused(tmp_path, get_base, changes, message):
@@ -414,7 +414,7 @@ def test_peft_loads_an_extracted_lora(tmp_path, get_base, name):
     time = (out / "adapter_model.safetensors").stat().st_mtime_ns
     extract(energy, out)  # repeating an extraction does nothing
     assert (out / "adapter_model.safetensors").stat().st_mtime_ns == time
-    with pytest.raises(OutcomeError, match="made from other inputs"):
+    with pytest.raises(OutcomeError, match="not made from the same inputs"):
         extract(0.5, out)
 
 

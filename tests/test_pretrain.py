@@ -313,9 +313,9 @@ def test_second_run_trains_nothing(tmp_path, upgraded, bases, text_file, monkeyp
         assert pretrain(base, equal_corpus, out, RECIPE, block_size=32).fingerprint == upgraded["bert"].fingerprint
     more = tmp_path / "more.txt"
     more.write_text(text_file.read_text(encoding="utf-8") + "good\n", encoding="utf-8")
-    with pytest.raises(OutcomeError, match="made from something else"):
+    with pytest.raises(OutcomeError, match="not the result of the same inputs"):
         pretrain(base, Corpus((str(more),)), out, RECIPE, block_size=32)
-    with pytest.raises(OutcomeError, match="made from something else"):
+    with pytest.raises(OutcomeError, match="not the result of the same inputs"):
         pretrain(base, corpus, out, RECIPE, block_size=16)
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == files
 
@@ -386,6 +386,6 @@ def test_intermediate_bases_of_another_run_are_refused(opened_bases, text_file, 
     shutil.rmtree(tmp_path / "out")
     run(1e-4)  # the intermediate bases are its own
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(OutcomeError, match=r"out-steps/step-2: is an intermediate base of another run"):
+    with pytest.raises(OutcomeError, match=r"out-steps/step-2: is not an intermediate base of the same inputs"):
         run(1e-2)
     assert os.listdir(tmp_path) == ["out-steps"]

@@ -281,7 +281,7 @@ def test_mismatched_pairs_are_refused(tmp_path, upgrades, task_file):
         ((f"{old}={old}",), MismatchError, "was not tuned on"),
         ((f"{new}={new}",), MismatchError, "was not tuned on"),
         ((f"{old}={new_of_higher_rank}",), MismatchError, "same shapes"),
-        ((f"{old_full}={new}",), MismatchError, "one kind"),
+        ((f"{old_full}={new}",), MismatchError, "a single kind"),
         ((f"{old}={new_of_higher_alpha}",), MismatchError, "lora_alpha"),
     ):
         with pytest.raises(error, match=message):

@@ -192,7 +192,7 @@ def test_task_check_shows_the_data(tmp_path: Path) -> None:
         "test 5 3 3 3 0.600",
         "max_length 128",
         "dev is held out",
-        "1 of 5 examples of test are also in train",
+        "1 of 5 test examples are also in train",
     ):
         assert phrase in output, output
 
