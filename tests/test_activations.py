@@ -5,29 +5,31 @@ from collections import defaultdict
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, HEAD, LABELS, read_weights, write_adaptation, write_base, write_upgrade
+from helpers import (
+    ARCHITECTURES,
+    FEW_STEPS,
+    HEAD,
+    compute_test_logits,
+    read_weights,
+    write_adaptation,
+    write_base,
+    write_upgrade,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import fresh_model, load_model
+from regraft import Base, Upgrade, recycle
+from regraft.adaptation import fresh_model
 from regraft.errors import RecipeError
 from regraft.methods.aligned import Alignment
 from regraft.methods.ridge import Ridge
-from regraft.model import encode, predict
+from regraft.model import encode
 from regraft.model.blockwise import BlockwiseForward
 from regraft.task import load_data
 from regraft.weights import match_effect, rotation
 
-RECIPE = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
 KINDS = ("full", "lora", "bottleneck")
-
-
-def compute_test_logits(adaptation, base, task_file):
-    """Load an adaptation onto a base, and return its logits on the task's test split."""
-    data = load_data(task_file, 20).relabel(LABELS)
-    return predict(load_model(load_adaptation(adaptation), base, HEAD), encode(base, data, data.test), "fp32")
 
 
 @settings(max_examples=30, deadline=None)
@@ -111,7 +113,7 @@ def test_an_upgrade_to_the_same_base_leaves_the_weights_unchanged(tmp_path, base
     path = write_adaptation(old, kind, tmp_path / "old" / "adaptation")
     weights = read_weights(path)
     for method, tolerance in (("ridge", 0), ("aligned", 1e-5)):
-        outcome = recycle(Upgrade(old, old), path, task_file, method, tmp_path / method, recipe=RECIPE)
+        outcome = recycle(Upgrade(old, old), path, task_file, method, tmp_path / method, recipe=FEW_STEPS)
         recycled_weights = read_weights(outcome.path / "adaptation")
         assert weights.keys() == recycled_weights.keys()
         for name, weight in weights.items():
@@ -122,10 +124,10 @@ def test_an_upgrade_to_the_same_base_leaves_the_weights_unchanged(tmp_path, base
 def test_ridge_and_aligned_approach_direct_under_strong_regularisation(tmp_path, bases, task_file, kind):
     upgrade = Upgrade(*bases["bert"])
     path = write_adaptation(upgrade.old, kind, tmp_path / "old" / "adaptation")
-    direct = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=RECIPE)
+    direct = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=FEW_STEPS)
     direct_weights = read_weights(direct.path / "adaptation")
     for method, options in (("ridge", Ridge(ridge=1e9)), ("aligned", Alignment(shrink=1))):
-        outcome = recycle(upgrade, path, task_file, method, tmp_path / method, recipe=RECIPE, options=options)
+        outcome = recycle(upgrade, path, task_file, method, tmp_path / method, recipe=FEW_STEPS, options=options)
         recycled_weights = read_weights(outcome.path / "adaptation")
         for name, weight in direct_weights.items():
             torch.testing.assert_close(recycled_weights[name], weight, rtol=0, atol=1e-6)
@@ -138,9 +140,9 @@ def test_ridge_is_closer_to_the_old_logits_than_direct_on_a_distant_base(tmp_pat
     new = Base.open(write_upgrade(old.path, tmp_path / "new", 0.2))
     path = write_adaptation(old, kind, tmp_path / "old" / "adaptation")
     expected = compute_test_logits(path, old, task_file)
-    errors = {}
+    upgrade, errors = Upgrade(old, new), {}
     for method, options in (("direct", None), ("ridge", Ridge(ridge=0.1))):
-        outcome = recycle(Upgrade(old, new), path, task_file, method, tmp_path / method, recipe=RECIPE, options=options)
+        outcome = recycle(upgrade, path, task_file, method, tmp_path / method, recipe=FEW_STEPS, options=options)
         errors[method] = float((compute_test_logits(outcome.path / "adaptation", new, task_file) - expected).norm())
     assert errors["ridge"] < 0.7 * errors["direct"]
 
@@ -215,9 +217,9 @@ def test_aligned_recovers_the_tuned_function_on_a_permuted_or_rotated_base(tmp_p
     new = transform_base(old, tmp_path / "new")
     path = write_adaptation(old, kind, tmp_path / "old" / "adaptation")
     expected = compute_test_logits(path, old, task_file)
-    errors = {}
+    upgrade, errors = Upgrade(old, new), {}
     for method, options in (("direct", None), ("aligned", Alignment(shrink=0.0))):
-        outcome = recycle(Upgrade(old, new), path, task_file, method, tmp_path / method, recipe=RECIPE, options=options)
+        outcome = recycle(upgrade, path, task_file, method, tmp_path / method, recipe=FEW_STEPS, options=options)
         logits = compute_test_logits(outcome.path / "adaptation", new, task_file)
         errors[method] = float((logits - expected).abs().max())
     assert errors["aligned"] < 1e-3 < 0.05 < errors["direct"]
@@ -229,7 +231,7 @@ def test_kinds_that_change_no_linear_layer_are_refused(tmp_path, bases, task_fil
     upgrade = Upgrade(*bases["bert"])
     path = write_adaptation(upgrade.old, kind, tmp_path / "old" / "adaptation")
     with pytest.raises(RecipeError, match=f"this method supports .*, not {kind}"):
-        recycle(upgrade, path, task_file, method, tmp_path / "out", recipe=RECIPE)
+        recycle(upgrade, path, task_file, method, tmp_path / "out", recipe=FEW_STEPS)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import write_base, write_upgrade
+from helpers import InterruptedRunError, write_base, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -317,10 +317,6 @@ def test_methods_with_labels_refuse_an_unlabelled_task(tmp_path, large_upgrade, 
     unlabelled_task.write_text(unlabelled_task.read_text().replace("labels: [negative, positive]", ""))
     with pytest.raises(DataError, match="no column of labels"):
         Task.load(unlabelled_task)
-
-
-class InterruptedRunError(Exception):
-    """Raised by a progress callback to interrupt a run."""
 
 
 def test_an_interrupted_run_resumes_at_its_stage(tmp_path, large_upgrade, tuned_outcomes, task_file):

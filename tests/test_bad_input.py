@@ -7,22 +7,17 @@ import subprocess
 import sys
 
 import pytest
-from helpers import write_base
+from helpers import read_modification_times, update_json, write_base
 from safetensors.torch import load_file, save_file
-
-from regraft import cli
 
 
 @pytest.fixture
-def run_refused(monkeypatch, capsys):
+def run_refused(run_main):
     """A function that runs a command, checks that it is refused, and returns its message."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["regraft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_error:
-            cli.main()
-        message = capsys.readouterr().err
-        assert exit_error.value.code == 2, message
+        code, _, message = run_main(*arguments)
+        assert code == 2, message
         assert "Traceback" not in message
         return message
 
@@ -46,10 +41,6 @@ def input_options(folder, kind="full"):
     """Return the options that name a folder's bases, adaptation and task."""
     bases = ["--old-base", folder / "old", "--new-base", folder / "new"]
     return [*bases, "--adaptation", folder / kind, "--task", folder / "task" / "task.yaml"]
-
-
-def read_modification_times(folder):
-    return {path: path.is_file() and path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def run_refused_commands(run_refused, folder, kind="full", methods=("direct", "init", "init+distill", "scratch")):
@@ -178,9 +169,8 @@ def test_a_task_with_more_labels_than_a_head_without_names_is_refused(run_refuse
     (folder / kind / "adaptation" / "lineage.json").unlink()
     config_file = folder / kind / "adaptation" / "config.json"
     if kind == "full":
-        config = json.loads(config_file.read_text())
-        config |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
-        config_file.write_text(json.dumps(config))
+        labels = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+        update_json(config_file, **labels)
     for message in run_refused_commands(run_refused, folder, kind, methods=("direct", "init", "init+distill")):
         assert str(folder / kind / "adaptation") in message
         assert "negative, neutral, positive" in message

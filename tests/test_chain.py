@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from helpers import read_weights, write_upgrade
+from helpers import read_modification_times, read_weights, write_upgrade
 from typer.testing import CliRunner
 
 from regraft.chain import Chain, ChainRow, read_chain, run_chain, summarise_routes
@@ -29,10 +29,6 @@ def find_row(rows, kind, method, **fields):
         for row in rows
         if (row.kind, row.method) == (kind, method) and all(getattr(row, name) == fields[name] for name in fields)
     )
-
-
-def read_modification_times(folder, pattern="*"):
-    return {file: file.stat().st_mtime_ns for file in folder.rglob(pattern) if file.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +92,7 @@ def test_each_hop_starts_from_the_last_outcome(chain_folder, extended_run):
 
 def test_existing_outcomes_are_reused(chain_folder, extended_run):
     rows, times = extended_run
-    changed = {file.name for file, time in times.items() if file.stat().st_mtime_ns != time}
+    changed = {file.name for file, time in times.items() if file.is_file() and file.stat().st_mtime_ns != time}
     assert changed <= {"chain.json"}
     weight_times = read_modification_times(chain_folder / "out", "*.safetensors")
     assert run_chain(Chain.load(chain_folder / "chain.yaml"), chain_folder / "out") == rows

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers import have_equal_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -33,23 +34,17 @@ def make_tensors(spec):
     return tensors
 
 
-def tensors_equal(first, second):
-    return first.keys() == second.keys() and all(
-        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
-    )
-
-
 @on_disk
 @given(spec=state_dicts)
 def test_round_trip_with_safetensors(tmp_path, spec):
     tensors = make_tensors(spec)
     save_file(tensors, tmp_path / "one.safetensors", metadata={"format": "pt"})
     checkpoint = Checkpoint.open(tmp_path / "one.safetensors", as_stored=True)
-    assert tensors_equal(dict(checkpoint), tensors)
+    assert have_equal_tensors(dict(checkpoint), tensors)
     for name, tensor in tensors.items():
         assert checkpoint.tensors[name].shape == tuple(tensor.shape)
     write_safetensors(tmp_path / "two.safetensors", checkpoint)
-    assert tensors_equal(load_file(tmp_path / "two.safetensors"), tensors)
+    assert have_equal_tensors(load_file(tmp_path / "two.safetensors"), tensors)
     assert sorted(os.listdir(tmp_path)) == ["one.safetensors", "two.safetensors"]
 
 
@@ -153,7 +148,7 @@ def write_index(folder, weight_map):
 
 
 def test_sharded_folder_reads_like_a_file(sharded, file):
-    assert tensors_equal(dict(Checkpoint.open(sharded)), TENSORS)
+    assert have_equal_tensors(dict(Checkpoint.open(sharded)), TENSORS)
     assert [f.name for f in Checkpoint.open(sharded).files] == ["model-1.safetensors", "model-2.safetensors"]
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import write_upgrade
+from helpers import ARCHITECTURES, have_equal_tensors, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -38,12 +38,6 @@ from regraft.weights import (
     trim,
 )
 
-ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
-
-
-def tensors_equal(first, second):
-    return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
-
 
 @pytest.fixture
 def small_chunks(monkeypatch):
@@ -72,10 +66,10 @@ def test_grafts_and_interpolations_satisfy_identities(tmp_path, bases, small_chu
     old, tuned, new = (
         {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()} for path in paths
     )
-    assert tensors_equal(graft_all(old, tuned, old), tuned)
-    assert tensors_equal(graft_all(new, old, old), new)
-    assert tensors_equal(interpolate_all(old, tuned, 0.0), old)
-    assert tensors_equal(interpolate_all(old, tuned, 1.0), tuned)
+    assert have_equal_tensors(graft_all(old, tuned, old), tuned)
+    assert have_equal_tensors(graft_all(new, old, old), new)
+    assert have_equal_tensors(interpolate_all(old, tuned, 0.0), old)
+    assert have_equal_tensors(interpolate_all(old, tuned, 1.0), tuned)
     midpoint = interpolate_all(old, tuned, 0.5)
     for name, tensor in delta_all(tuned, old).items():
         assert tensor.dtype == torch.float32
@@ -100,7 +94,7 @@ def test_heads_are_copied_and_prefixes_aligned(bases, tuned_outcomes, tmp_path):
     fine_tune = Checkpoint.open(tuned_outcomes["bert", "full"] / "adaptation")
     from_bodies = graft_all(Checkpoint.open(tmp_path / "new"), fine_tune, Checkpoint.open(tmp_path / "old"))
     from_full_bases = graft_all(Checkpoint.open(new), fine_tune, Checkpoint.open(old))
-    assert tensors_equal(from_bodies, from_full_bases)
+    assert have_equal_tensors(from_bodies, from_full_bases)
     assert torch.equal(from_bodies["classifier.weight"], fine_tune["classifier.weight"])
     assert not torch.equal(
         from_bodies["bert.encoder.layer.0.output.dense.weight"], fine_tune["bert.encoder.layer.0.output.dense.weight"]
@@ -246,18 +240,11 @@ def test_tied_weights_are_grafted_once(tmp_path, bases):
     assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
-def test_commands_of_weights(tmp_path, bases, monkeypatch, capsys):
-    import sys
-
-    from regraft import cli
-
+def test_commands_of_weights(tmp_path, bases, run_main):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["regraft", "weights", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as exit_info:
-            assert not exit_info.code, capsys.readouterr().err
-        return capsys.readouterr().out
+        code, output, error = run_main("weights", *arguments)
+        assert code == 0, error
+        return output
 
     old, new = bases["bert"]
     checkpoints = ["--new", new, "--tuned", new, "--old", old]

@@ -8,13 +8,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import HEAD, LABELS, write_adaptation, write_base
+from helpers import LABELS, load_tuned_model, write_adaptation, write_base
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from regraft import Base, load_adaptation
-from regraft.adaptation import load_model
+from regraft import Base
 from regraft.diagnosis.blend import Blend, named_tensors
 from regraft.diagnosis.connectivity import barrier, segment
 from regraft.diagnosis.plane import blend_coefficients, plane
@@ -27,22 +26,13 @@ CURVES = st.lists(NUMBERS, min_size=2, max_size=20)
 
 
 @pytest.fixture(scope="module")
-def data(task_file):
-    return load_data(task_file, 20).relabel(LABELS)
-
-
-@pytest.fixture(scope="module")
 def pair(opened_bases, tmp_path_factory):
     """Two full fine-tunes of a BERT that differ in every tensor."""
     folder = tmp_path_factory.mktemp("pair")
     old, new = opened_bases["bert"]
-    first = load(write_adaptation(old, "full", folder / "a"), old)
-    second = load(write_adaptation(new, "full", folder / "b", seed=3), new)
+    first = load_tuned_model(write_adaptation(old, "full", folder / "a"), old)
+    second = load_tuned_model(write_adaptation(new, "full", folder / "b", seed=3), new)
     return first, second
-
-
-def load(path, base):
-    return load_model(load_adaptation(path), base, HEAD)
 
 
 def make_unit_grid(num_points):
@@ -109,8 +99,8 @@ def test_a_barrier_needs_finite_losses_at_ascending_positions():
 def test_the_ends_equal_the_models_exactly(opened_bases, tmp_path, encoded_dev, kind):
     old, new = opened_bases["bert"]
     models = (
-        load(write_adaptation(old, kind, tmp_path / "a"), old),
-        load(write_adaptation(new, kind, tmp_path / "b", seed=3), new),
+        load_tuned_model(write_adaptation(old, kind, tmp_path / "a"), old),
+        load_tuned_model(write_adaptation(new, kind, tmp_path / "b", seed=3), new),
     )
     copies = [{name: tensor.clone() for name, tensor in named_tensors(model).items()} for model in models]
     blend = Blend(models, ["old", "new"])
@@ -159,7 +149,7 @@ def test_a_model_is_connected_with_itself(pair, opened_bases, data):
 def test_a_barrier_between_two_models_is_measured(opened_bases, tuned_outcomes, data):
     """Flipping the pooler's signs leaves a model's outputs, but the mean of both models is useless."""
     base = opened_bases["bert"][0]
-    first = load(tuned_outcomes["bert", "full"], base)
+    first = load_tuned_model(tuned_outcomes["bert", "full"], base)
     second = copy.deepcopy(first)
     with torch.no_grad():  # tanh(−x) = −tanh(x)
         for parameter in (*second.bert.pooler.parameters(), second.classifier.weight):
@@ -170,14 +160,14 @@ def test_a_barrier_between_two_models_is_measured(opened_bases, tuned_outcomes, 
         assert result.score[name][0] == result.score[name][-1] > 0.9 > result.score[name][5]
         assert result.barrier[name] == pytest.approx(result.loss[name][5] - result.loss[name][0], abs=1e-3)
     assert not result.connected
-    assert segment(first, load(tuned_outcomes["bert", "full"], base), base, data).connected
+    assert segment(first, load_tuned_model(tuned_outcomes["bert", "full"], base), base, data).connected
 
 
 def test_an_adapter_is_connected_across_an_upgrade(opened_bases, tuned_outcomes, data):
     """One LoRA, without further tuning, on the old base and on the new base."""
     old, new = opened_bases["llama"]
-    first = load(tuned_outcomes["llama", "lora"], old)
-    result = segment(first, load(tuned_outcomes["llama", "lora"], new), old, data, points=5)
+    first = load_tuned_model(tuned_outcomes["llama", "lora"], old)
+    result = segment(first, load_tuned_model(tuned_outcomes["llama", "lora"], new), old, data, points=5)
     assert result.connected and min(result.score["test"]) > 0.9 and len(set(result.loss["test"])) == 5
 
 
@@ -206,7 +196,7 @@ def test_a_plane_goes_through_its_three_models(points):
 def test_a_plane_has_the_distances_and_losses_of_its_models(pair, opened_bases, data, tmp_path):
     base = opened_bases["bert"][0]
     updates = []
-    third = load(write_adaptation(base, "full", tmp_path / "c", seed=9), base)
+    third = load_tuned_model(write_adaptation(base, "full", tmp_path / "c", seed=9), base)
     models = (*pair, third)
     result = plane(
         models, ("a", "b", "c"), base, data, size=3, margin=0, progress=lambda *update: updates.append(update[:3])
@@ -240,10 +230,10 @@ def test_three_models_on_a_line_span_no_plane(pair, opened_bases, data):
 
 def test_models_that_cannot_be_interpolated_are_refused(pair, opened_bases, data, tmp_path):
     base = opened_bases["bert"][0]
-    lora = load(write_adaptation(base, "lora", tmp_path / "lora"), base)
+    lora = load_tuned_model(write_adaptation(base, "lora", tmp_path / "lora"), base)
     with pytest.raises(MismatchError, match=r"only the old deployment has tensor .*convert … --to full"):
         segment(lora, pair[0], base, data)
-    wider = load(write_adaptation(base, "lora", tmp_path / "wider", rank=4), base)
+    wider = load_tuned_model(write_adaptation(base, "lora", tmp_path / "wider", rank=4), base)
     with pytest.raises(MismatchError, match=r"lora_A.* \(3, 32\) in the old .* \(4, 32\) in the new .*--to full"):
         segment(lora, wider, base, data)
     shifted = copy.deepcopy(pair[0])
@@ -268,7 +258,9 @@ def test_eleven_points_cost_no_more_than_eleven_evaluations(tmp_path, task_file)
             tmp_path / "base", hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768
         )
     )
-    first, second = (load(write_adaptation(base, "full", tmp_path / str(seed), seed=seed), base) for seed in (2, 3))
+    first, second = (
+        load_tuned_model(write_adaptation(base, "full", tmp_path / str(seed), seed=seed), base) for seed in (2, 3)
+    )
     data = load_data(task_file, 20).relabel(LABELS)
     data = dataclasses.replace(data, test=dataclasses.replace(data.train, name="test"))
 

@@ -21,7 +21,22 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import transformers
-from helpers import HEAD, LABELS, WORDS, compute_logits, make_adapted_model, make_sentence, make_tokenizer, run_command
+from helpers import (
+    FOLDED,
+    GROUPED,
+    HEAD,
+    LABELS,
+    NAMED_LABELS,
+    SIZES,
+    add_noise,
+    compute_logits,
+    make_adapted_model,
+    make_sentence,
+    make_tokenizer,
+    read_csv,
+    read_test_predictions,
+    run_command,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -49,21 +64,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),  # PEFT corrects this setting for each layer
     pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::peft.utils.warning.PeftWarning"),
 ]
-SETTINGS = {
-    "vocab_size": 5 + len(WORDS),
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 66,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
-EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+SETTINGS = {**SIZES, "bos_token_id": 1, "eos_token_id": 2}
+ROUTED_EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
 WITHOUT_COMPILE_PREFIX = {r"^_orig_mod\.": ""}  # transformers does not remove the prefix of torch.compile itself
 ONE_STEP = Recipe(steps=1, batch_size=8, precision="fp32")
+add_noise_everywhere = functools.partial(add_noise, is_changed=lambda name: True)  # also to what is not trained
 
 
 Tensors = dict[str, torch.Tensor]
@@ -167,9 +172,9 @@ ARCHITECTURES = {
     "gemma-2": Architecture("Gemma2ForCausalLM", GROUPED),
     "gemma-3, text": Architecture("Gemma3ForCausalLM", GROUPED),
     "qwen3-moe": Architecture(
-        "Qwen3MoeForCausalLM", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16}
+        "Qwen3MoeForCausalLM", {**ROUTED_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 16}
     ),
-    "mixtral": Architecture("MixtralForCausalLM", {**EXPERTS, "num_local_experts": 4}),
+    "mixtral": Architecture("MixtralForCausalLM", {**ROUTED_EXPERTS, "num_local_experts": 4}),
 }
 
 
@@ -187,7 +192,6 @@ UNSUPPORTED = {  # the kinds that an architecture cannot take, with the reason
     "qwen3-moe": {"dora", "pissa", "olora", "bottleneck", "pfeiffer"},  # the feed-forward layers are experts
     "mixtral": {"dora", "pissa", "olora", "bottleneck", "pfeiffer"},
 }
-FOLDED = ("pissa", "olora")  # stored as a plain LoRA with the same delta
 LORAS = ("lora", "rslora", *FOLDED)
 BOTTLENECKS = ("bottleneck", "pfeiffer")
 LINEAR = ("full", *LORAS)
@@ -323,16 +327,6 @@ def make_byte_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special)
 
 
-def add_noise(model, seed, amount=0.05, name_parts=("",)):
-    """Add noise to the parameters whose names contain one of some parts, and return the model."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if any(part in name for part in name_parts):
-                parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def rewrite_as_hub(folder: Path, architecture: Architecture) -> None:
     """Rewrite a folder of transformers so that it has the names and settings of the hub."""
     if architecture.hub_tensors:
@@ -366,9 +360,7 @@ class Builder:
         model_class = getattr(transformers, architecture.head)
         torch.manual_seed(0)
         model = model_class(model_class.config_class(**{**SETTINGS, **architecture.settings}))
-        with torch.no_grad():
-            for parameter in model.parameters():  # a fault in biases of 0 or norms of 1 would not show
-                parameter.add_(0.02 * torch.randn_like(parameter))
+        add_noise_everywhere(model, 0.02)  # a fault in biases of 0 or norms of 1 would not show
         if name == "qwen2":
             tokenizer = make_byte_tokenizer()
         else:
@@ -376,7 +368,7 @@ class Builder:
         for base_name in ("old", "new"):
             tokenizer.save_pretrained(folder / base_name)
         model.save_pretrained(folder / "old")
-        add_noise(model, 3, 0.03).save_pretrained(folder / "new")
+        add_noise_everywhere(model, 0.03, seed=3).save_pretrained(folder / "new")
         before = read_tensors(folder / "old", architecture.head)
         rewrite_as_hub(folder / "old", architecture)
         after = read_tensors(folder / "old", architecture.head)
@@ -522,6 +514,10 @@ class Case:
     tuned: Path
     task: Path
 
+    def read_texts(self, split: str) -> list[str]:
+        """Return the texts of a split of the task."""
+        return [row["text"] for row in read_csv(self.task.parent / f"{split}.csv")]
+
     @property
     def old(self) -> Path:
         """The folder of the old base."""
@@ -561,20 +557,14 @@ def case(request, builder) -> Case:
     """Write the bases of an architecture, and a full fine-tune of the old base with transformers alone."""
     upgrade = builder.upgrade(request.param)
     folder = builder.folder / f"{request.param} tuned"
-    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
     if not folder.exists():
         torch.manual_seed(1)
         model = AutoModelForSequenceClassification.from_pretrained(
-            upgrade.old.path, num_labels=2, key_mapping=WITHOUT_COMPILE_PREFIX, **labels
+            upgrade.old.path, num_labels=2, key_mapping=WITHOUT_COMPILE_PREFIX, **NAMED_LABELS
         )
-        add_noise(model, 2).save_pretrained(folder)
+        add_noise_everywhere(model, 0.05, seed=2).save_pretrained(folder)
         upgrade.new.tokenizer.save_pretrained(folder)
     return Case(ARCHITECTURES[request.param].head, upgrade, folder, builder.task("text-classification"))
-
-
-def read_texts(case: Case, split: str) -> list[str]:
-    with (case.task.parent / f"{split}.csv").open() as stream:
-        return [row["text"] for row in csv.DictReader(stream)]
 
 
 def encode_text(case: Case, text: str) -> Tensors:
@@ -619,7 +609,8 @@ def write_lora(model, folder: Path, seed=4, **settings):
         if is_matrix(module) and name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name
     ]
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=layers, **settings))
-    add_noise(adapted, seed, 0.1, ("lora_", "modules_to_save")).save_pretrained(folder)
+    add_noise(adapted, seed=seed, is_changed=lambda name: "lora_" in name or "modules_to_save" in name)
+    adapted.save_pretrained(folder)
     make_tokenizer("llama").save_pretrained(folder)
     return adapted
 
@@ -657,17 +648,15 @@ def test_direct_copies_a_lora(case, tmp_path):
     recycle_case(case, "direct", adapter, tmp_path / "out")
     copied = load_file(tmp_path / "out" / "adaptation" / "adapter_model.safetensors")
     assert_close(copied, load_file(adapter / "adapter_model.safetensors"))
-    entries = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
-    test_entries = [entry for entry in entries if entry["split"] == "test"]
     model = load_with_peft(case.new, tmp_path / "out" / "adaptation").eval()
-    for text, entry in zip(read_texts(case, "test"), test_entries, strict=True):
-        assert int(model(**encode_text(case, text)).logits.argmax()) == entry["prediction"]
+    for text, (_, prediction) in zip(case.read_texts("test"), read_test_predictions(tmp_path / "out"), strict=True):
+        assert int(model(**encode_text(case, text)).logits.argmax()) == prediction
 
 
 @on_every_second_architecture(0)
 def test_checkpoints_are_grafted_on_disk_as_in_memory(case, tmp_path):
     model = load_with_head(case.old, case.head)
-    add_noise(model, 6).save_pretrained(tmp_path / "tuned")
+    add_noise_everywhere(model, 0.05, seed=6).save_pretrained(tmp_path / "tuned")
     tuned = dict(model.state_dict())
     files = ("--new", case.new, "--tuned", tmp_path / "tuned", "--old", case.old, "--out", tmp_path / "out")
     run_command("weights", "graft", *files)
@@ -696,7 +685,7 @@ def test_a_lora_of_full_rank_is_the_fine_tune(case, tmp_path):
         for name, parameter in model.base_model.named_parameters(prefix=model.base_model_prefix)
         if name in matrices and parameter is not embeddings
     ]
-    add_noise(model, 7, name_parts=names).save_pretrained(tmp_path / "tuned")
+    add_noise(model, 0.05, 7, lambda name: name in names).save_pretrained(tmp_path / "tuned")
     tuned = dict(model.state_dict())
     files = ("--tuned", tmp_path / "tuned", "--old", case.old, "--out", tmp_path / "out")
     run_command("weights", "extract-lora", *files, "--rank", 48)
@@ -730,7 +719,7 @@ def test_ridge_equals_its_closed_form(case, tmp_path):
         if is_matrix(module) and f"{name}.weight" in old and name.startswith(tuned.base_model_prefix)
     ]
     assert names
-    examples = [encode_text(case, text) for text in read_texts(case, "train")]
+    examples = [encode_text(case, text) for text in case.read_texts("train")]
     old_inputs, new_inputs = (record_inputs(model, names, examples) for model in (tuned, refitted))
     tuned_tensors, refitted_tensors = tuned.state_dict(), refitted.state_dict()
     for name in names:

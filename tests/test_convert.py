@@ -2,32 +2,19 @@
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, HEAD, LABELS, compute_logits
+from helpers import ARCHITECTURES, CELLS, HEAD, LABELS, UNMERGEABLE, add_noise, compute_logits, load_tuned_model
 from safetensors.torch import load_file
 
 from regraft import Base, Upgrade, convert, load_adaptation
-from regraft.adaptation import KINDS, fresh_model, load_model, new_config, prepare_for_tuning, save_model, write_graft
+from regraft.adaptation import fresh_model, load_model, new_config, prepare_for_tuning, save_model, write_graft
 from regraft.errors import OutcomeError, RecipeError, RegraftError
 from regraft.model import encode, predict
 from regraft.progress import quiet, silent
 from regraft.task import load_data
 
-# DistilBERT's forward takes no past_key_values, as which a prefix is passed
-CELLS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")]
-UNMERGEABLE = ("prefix", "prompt", "bottleneck", "pfeiffer")
-
 
 def assert_same_logits(folder, base, examples, expected):
     torch.testing.assert_close(compute_logits(folder, base, examples), expected, atol=2e-5, rtol=1e-4)
-
-
-def add_noise(model, seed):
-    """Add noise to the trainable parameters."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CELLS)
@@ -88,7 +75,7 @@ def test_weighting_by_inputs_brings_outputs_nearer_to_the_fine_tune(
     convert(path, old, tmp_path / "plain", "lora", rank=2)
     convert(path, old, tmp_path / "weighted", "lora", rank=2, task=task_file)
     data = load_data(task_file, 0)
-    model = load_model(load_adaptation(path), old, HEAD)
+    model = load_tuned_model(path, old)
     moments = input_moments(model, encode(old, data, data.train))
     tuned, base = load_file(path / "model.safetensors"), load_file(old.path / "model.safetensors")
 

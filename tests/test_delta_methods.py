@@ -6,13 +6,26 @@ import shutil
 
 import pytest
 import torch
-from helpers import HEAD, read_weights, write_adaptation
+from helpers import (
+    FEW_STEPS,
+    HEAD,
+    LABELS,
+    LORA_RANK,
+    add_noise,
+    find_weights,
+    have_equal_tensors,
+    is_peft,
+    load_tuned_model,
+    read_weights,
+    update_json,
+    write_adaptation,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import fresh_model, load_model, new_config, prepare_for_tuning
+from regraft import Base, Upgrade, load_adaptation, recycle
+from regraft.adaptation import fresh_model, new_config, prepare_for_tuning
 from regraft.errors import RecipeError
 from regraft.methods import parse_options
 from regraft.methods.evidence import Evidence
@@ -26,18 +39,11 @@ from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
 from regraft.weights import kind_of
 
-RECIPE = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
-LABELS = ("negative", "positive")
-RANK = 3
 LORA_SCALING = 2  # of the LoRA adapters that `adapt` writes: alpha is twice the rank
 
 
 def run(method, upgrade, path, task_file, out, options=None, **arguments):
-    return recycle(upgrade, path, task_file, method, out, recipe=RECIPE, options=options, **arguments)
-
-
-def is_peft(path):
-    return (path / "adapter_config.json").exists()
+    return recycle(upgrade, path, task_file, method, out, recipe=FEW_STEPS, options=options, **arguments)
 
 
 def base_tensor(base, name):
@@ -136,8 +142,7 @@ def test_delta_methods_reproduce_the_old_weights_on_an_equal_base(
     for i, options in enumerate(OPTIONS[method]):
         outcome = run(method, Upgrade(base, base), path, task_file, tmp_path / str(i), options)
         after = read_weights(outcome.path / "adaptation")
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert have_equal_tensors(before, after)
 
 
 @pytest.fixture(params=[("bert", "full"), ("bert", "lora"), ("llama", "full"), ("llama", "lora")], ids="-".join)
@@ -189,7 +194,7 @@ def test_dropping_entries_is_seeded_and_preserves_the_expectation(tmp_path, base
     assert is_dropped_or_doubled.float().mean() > 0.99
     assert 0.45 < (ratio > 1).float().mean() < 0.55
 
-    recipe = dataclasses.replace(RECIPE, seed=3)
+    recipe = dataclasses.replace(FEW_STEPS, seed=3)
     reseeded_outcome = recycle(
         upgrade, path, task_file, "trimmed", tmp_path / "reseeded", recipe=recipe, options=options
     )
@@ -211,7 +216,7 @@ def test_orthogonal_removes_the_component_along_the_shift(tmp_path, upgrade_and_
 
 def gradients_by_autograd(upgrade, path, task_file, num_labels):
     """The gradients at the new base under the old head, from one batch and without regraft's losses."""
-    data = load_data(task_file, RECIPE.seed).relabel(LABELS)
+    data = load_data(task_file, FEW_STEPS.seed).relabel(LABELS)
     model = fresh_model(upgrade.new, HEAD, 0)
     prefix = upgrade.new.prefix + "."
     tensors = {
@@ -222,11 +227,11 @@ def gradients_by_autograd(upgrade, path, task_file, num_labels):
     model.load_state_dict(head_tensors, strict=False)
     model.eval()
     if num_labels:
-        split = data.sample(data.train, num_labels, RECIPE.seed)
+        split = data.sample(data.train, num_labels, FEW_STEPS.seed)
         targets = torch.as_tensor(split.labels)
     else:
         split = data.train
-        tuned_model = load_model(load_adaptation(path), upgrade.old, HEAD)
+        tuned_model = load_tuned_model(path, upgrade.old)
         targets = predict(tuned_model, encode(upgrade.old, data, split), "fp32").softmax(dim=1)
     batch = encode(upgrade.new, data, split).batch(range(len(split)))
     logits = model(**model_inputs(batch)).logits
@@ -293,8 +298,7 @@ def write_shrunk_adaptation(source, base, folder, factor):
         elif body_name in base.body and body_name != name:
             original = base.checkpoint[base.body[body_name]]
             tensors[name] = original + factor * (tensor - original)
-    file = "adapter_model" if is_peft(source) else "model"
-    save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
+    save_file(tensors, find_weights(folder), metadata={"format": "pt"})
     return folder
 
 
@@ -343,33 +347,28 @@ def test_modules_with_different_lora_scalings_are_projected_alike(tmp_path, base
     """The scaling is alpha / √rank in rsLoRA, and an alpha pattern changes it for some modules."""
     upgrade = Upgrade(*bases["bert"])
     path = write_adaptation(upgrade.old, "rslora", tmp_path / "rslora" / "adaptation")
-    config = json.loads((path / "adapter_config.json").read_text())
-    config["alpha_pattern"] = {"intermediate.dense": 9}
-    (path / "adapter_config.json").write_text(json.dumps(config))
+    update_json(path / "adapter_config.json", alpha_pattern={"intermediate.dense": 9})
     before = read_weights(path)
     after = read_weights(run("orthogonal", upgrade, path, task_file, tmp_path / "out").path / "adaptation")
     for a_name in before:
         if not a_name.endswith("lora_A.weight"):
             continue
         b_name = a_name.replace("lora_A", "lora_B")
-        scaling = (9 if "intermediate" in a_name else 2 * RANK) / RANK**0.5
+        scaling = (9 if "intermediate" in a_name else 2 * LORA_RANK) / LORA_RANK**0.5
         body_name = a_name.removeprefix("base_model.model.bert.").replace(".lora_A", "")
         shift = base_tensor(upgrade.new, body_name) - base_tensor(upgrade.old, body_name)
         delta = scaling * before[b_name].double() @ before[a_name].double()
         expected = delta - (delta * shift).sum() / shift.square().sum() * shift
         actual = scaling * after[b_name].double() @ after[a_name].double()
-        torch.testing.assert_close(actual, truncate(expected, RANK), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual, truncate(expected, LORA_RANK), rtol=1e-5, atol=1e-6)
 
 
 def test_a_pissa_adapter_is_trimmed_as_the_change_since_its_initialisation(tmp_path, bases, task_file):
     upgrade = Upgrade(*bases["bert"])
-    config = new_config("pissa", upgrade.old, HEAD, rank=RANK)
+    config = new_config("pissa", upgrade.old, HEAD, rank=LORA_RANK)
     model = prepare_for_tuning(fresh_model(upgrade.old, HEAD, 1), upgrade.old, HEAD, config, 1)
     model.save_pretrained(str(tmp_path / "initial"), save_embedding_layers=False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    add_noise(model, 0.05)
     path = tmp_path / "old" / "adaptation"
     # PEFT's own format of PiSSA: the initial factors are subtracted from the base, not stored with the adapter.
     model.save_pretrained(str(path), save_embedding_layers=False)
@@ -385,7 +384,7 @@ def test_a_pissa_adapter_is_trimmed_as_the_change_since_its_initialisation(tmp_p
             b_name = a_name.replace("lora_A", "lora_B")
             delta = before[b_name].double() @ before[a_name].double()
             delta -= initial[b_name].double() @ initial[a_name].double()
-            expected = truncate(trim_densely(delta, 0.5), 2 * RANK)
+            expected = truncate(trim_densely(delta, 0.5), 2 * LORA_RANK)
             actual = after[b_name].double() @ after[a_name].double()
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 

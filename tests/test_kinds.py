@@ -4,11 +4,24 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import HEAD, LABELS, write_base, write_upgrade
+from helpers import (
+    FEW_STEPS,
+    HEAD,
+    LABELS,
+    NINE_STEPS,
+    InterruptedRunError,
+    have_equal_tensors,
+    interrupt_at,
+    load_tuned_model,
+    read_weights,
+    run_command,
+    write_base,
+    write_upgrade,
+)
 from safetensors.torch import load_file
 
 from regraft import BottleneckConfig, Recipe, Upgrade, check, load_adaptation, recycle, tune
-from regraft.adaptation import KINDS, fresh_model, load_model, new_config, prepare_for_tuning
+from regraft.adaptation import KINDS, fresh_model, new_config, prepare_for_tuning
 from regraft.adaptation.bottleneck import attach_bottlenecks
 from regraft.errors import MismatchError, RecipeError
 from regraft.model import predict
@@ -16,7 +29,6 @@ from regraft.model import predict
 # with these and the default, each kind learns the task in 120 steps
 LEARNING_RATES = {"full": 3e-3, **dict.fromkeys(("ia3", "prefix", "prompt", "layernorm"), 0.03)}
 DEFAULT_LEARNING_RATE = 0.01
-FEW_STEPS = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +120,7 @@ def test_a_decoder_with_a_prompt_reads_the_last_token_whatever_the_padding(
     saved_adaptations, opened_bases, encoded_dev
 ):
     path, batch_logits = saved_adaptations["llama", "prompt"]
-    model = load_model(load_adaptation(path), opened_bases["llama"][0], HEAD)
+    model = load_tuned_model(path, opened_bases["llama"][0])
     for i in range(5):
         logits = predict(model, take_example(encoded_dev["llama"], i), "fp32")
         torch.testing.assert_close(logits[0], batch_logits[i], atol=1e-5, rtol=1e-4)
@@ -148,52 +160,34 @@ def test_every_kind_learns_and_is_checked(tmp_path, task_file, architecture, kin
     assert checked.new > checked.floor
 
 
-def test_commands_show_and_convert_adaptations(tmp_path, saved_adaptations, bases, capsys, monkeypatch):
-    from regraft.cli import app
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as error:
-            app([str(argument) for argument in arguments])
-        assert not error.value.code
-        return " ".join(capsys.readouterr().out.split())
-
+def test_commands_show_and_convert_adaptations(tmp_path, saved_adaptations, bases):
     old = bases["bert"][0]
-    output = run("adaptation", "show", saved_adaptations["bert", "bottleneck"][0], "--base", old)
+    output = " ".join(
+        run_command("adaptation", "show", saved_adaptations["bert", "bottleneck"][0], "--base", old).split()
+    )
     assert "kind bottleneck" in output
     assert "inner_size 5" in output
     assert "loads wholly, lineage proven" in output
     arguments = ("--old-base", old, "--to", "lora", "--rank", 2, "--out", tmp_path / "lora")
-    output = run("adaptation", "convert", saved_adaptations["bert", "full"][0], *arguments)
+    output = " ".join(run_command("adaptation", "convert", saved_adaptations["bert", "full"][0], *arguments).split())
     assert "of the delta's squared norm preserved" in output
     assert load_adaptation(tmp_path / "lora").config["r"] == 2
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "prefix", "prompt", "ia3", "dora", "pissa", "layernorm"])
 def test_an_interrupted_tuning_resumes_to_the_same_weights(tmp_path, bases, task_file, kind):
-    recipe = Recipe(steps=9, batch_size=8, learning_rate=3e-3, eval_every=3, save_every=3, precision="fp32")
-
     base = bases["bert"][0]
     steps = []
-
-    class InterruptError(Exception):
-        pass
-
-    def interrupt(stage, step, total, figures):
-        if (stage, step) == ("tune", 7):
-            raise InterruptError
 
     def record_step(stage, step, total, figures):
         if stage == "tune":
             steps.append(step)
 
-    with pytest.raises(InterruptError):
-        tune(base, task_file, tmp_path / "resumed", kind=kind, recipe=recipe, progress=interrupt)
+    with pytest.raises(InterruptedRunError):
+        tune(base, task_file, tmp_path / "resumed", kind=kind, recipe=NINE_STEPS, progress=interrupt_at("tune", 7))
     assert not (tmp_path / "resumed").exists()
     for name in ("resumed", "uninterrupted"):
-        tune(base, task_file, tmp_path / name, kind=kind, recipe=recipe, progress=record_step)
+        tune(base, task_file, tmp_path / name, kind=kind, recipe=NINE_STEPS, progress=record_step)
     assert steps == [7, 8, 9, *range(1, 10)]
-    resumed, uninterrupted = (
-        load_file(tmp_path / name / "adaptation" / "adapter_model.safetensors") for name in ("resumed", "uninterrupted")
-    )
-    assert resumed.keys() == uninterrupted.keys()
-    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    resumed, uninterrupted = (read_weights(tmp_path / name / "adaptation") for name in ("resumed", "uninterrupted"))
+    assert have_equal_tensors(resumed, uninterrupted)

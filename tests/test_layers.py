@@ -5,11 +5,28 @@ import functools
 import pytest
 import torch
 import transformers
-from helpers import HEAD, LABELS, WORDS, make_tokenizer, read_weights, write_adaptation, write_sentences, write_upgrade
+from helpers import (
+    EXPERTS,
+    FLOAT32,
+    GROUPED,
+    HEAD,
+    LABELS,
+    LORA_RANK,
+    NUM_EXPERTS,
+    SIZES,
+    WORDS,
+    add_noise,
+    load_tuned_model,
+    make_tokenizer,
+    read_weights,
+    write_adaptation,
+    write_sentences,
+    write_upgrade,
+)
 from transformers.pytorch_utils import Conv1D
 
-from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import fresh_model, load_model, prepare_for_tuning, save_model
+from regraft import Base, Upgrade, recycle
+from regraft.adaptation import fresh_model, prepare_for_tuning, save_model
 from regraft.errors import KindError
 from regraft.methods.masked import Masking
 from regraft.methods.ridge import Ridge
@@ -19,18 +36,7 @@ from regraft.model.outputs import model_inputs
 from regraft.task import load_data
 
 STRENGTH = 0.3  # of the ridge penalty
-FLOAT32 = Recipe(precision="fp32")
-SIZES = {
-    "vocab_size": 5 + len(WORDS),
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 66,
-    "pad_token_id": 0,
-}
-NUM_EXPERTS = 4
-MIXTURE = {"num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2}
+MIXTURE = {**GROUPED, "num_experts_per_tok": 2}
 CONFIGS = {
     "albert": ("AlbertConfig", {**SIZES, "embedding_size": 16}),
     "deberta-v2": (
@@ -57,17 +63,6 @@ CONFIGS = {
     "qwen3-moe": ("Qwen3MoeConfig", {**SIZES, **MIXTURE, "num_experts": NUM_EXPERTS, "moe_intermediate_size": 16}),
     "squeezebert": ("SqueezeBertConfig", {**SIZES, "embedding_size": 32}),
 }
-LORA_RANK = 3
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-
-def add_noise(model, seed):
-    """Add noise to the trainable parameters."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def write_base(architecture, folder):
@@ -198,8 +193,8 @@ def test_ridge_equals_the_closed_form_in_every_layer(tmp_path, upgrades, task_fi
     batch = make_batch(upgrade.new, task_file)
     mask = batch["attention_mask"].bool()
     models = [
-        load_model(load_adaptation(path), upgrade.old, HEAD),
-        load_model(load_adaptation(outcome.path / "adaptation"), upgrade.new, HEAD),
+        load_tuned_model(path, upgrade.old),
+        load_tuned_model(outcome.path / "adaptation", upgrade.new),
     ]
     calls = [record_calls(model, batch) for model in models]
     passed_over = outcome.record.notes.get("passed_over", {})
@@ -257,7 +252,7 @@ def test_ridge_refits_a_lora_of_experts_expert_by_expert(tmp_path, upgrades, tas
     batch = make_batch(upgrade.new, task_file)
     mask = batch["attention_mask"].bool()
     models = [
-        load_model(load_adaptation(folder), base, HEAD)
+        load_tuned_model(folder, base)
         for folder, base in ((path, upgrade.old), (outcome.path / "adaptation", upgrade.new))
     ]
     calls = [record_calls(model, batch) for model in models]
@@ -342,7 +337,7 @@ def test_masked_keeps_entries_of_the_delta_against_the_gradient(tmp_path, upgrad
     direct_outcome = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=FLOAT32)
 
     def load_result(folder):
-        return load_model(load_adaptation(folder / "adaptation"), upgrade.new, HEAD)
+        return load_tuned_model(folder / "adaptation", upgrade.new)
 
     masked, grafted, bare = map(load_result, (outcome.path, direct_outcome.path, direct_outcome.path))
     prefix = f"{upgrade.new.prefix}."

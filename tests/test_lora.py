@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import HEAD, LABELS, run_command
+from helpers import ARCHITECTURES, HEAD, LABELS, add_noise, load_tuned_model, run_command
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
@@ -15,7 +15,6 @@ from regraft.checkpoint import Checkpoint
 from regraft.errors import CheckpointError, MismatchError, OutcomeError, RecipeError
 from regraft.progress import quiet
 
-ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 INPUT_IDS = torch.tensor([[7, 9, 12, 20, 8], [11, 30, 6, 15, 22]])
 
 
@@ -23,13 +22,6 @@ def compute_logits(model):
     model.config.pad_token_id = 0
     with torch.no_grad():
         return model.eval()(INPUT_IDS).logits
-
-
-def randomise_lora(model, scale):
-    """Add noise to the LoRA's parameters, of which PEFT starts half at zero."""
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data += scale * torch.randn_like(parameter)
 
 
 def test_output_folder_is_refused_after_one_weight_of_the_fine_tune_changed(tmp_path):
@@ -82,7 +74,7 @@ def test_variants_of_lora_are_merged_as_peft_does(tmp_path, bases, settings):
             **settings,
         )
         model = get_peft_model(plain, config)
-        randomise_lora(model, 0.3)
+        add_noise(model, 0.3, is_changed=lambda name: "lora_" in name)
         model.save_pretrained(tmp_path / "adapter")
     adapter, source = Checkpoint.open(tmp_path / "adapter"), Checkpoint.open(base)
     merged = merge_lora(adapter, read_lora_config(tmp_path / "adapter"), source).tensors
@@ -104,7 +96,7 @@ def test_merge_into_a_transposed_weight(tmp_path):
     with quiet():
         config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
         model = get_peft_model(plain, config)
-        randomise_lora(model, 1)
+        add_noise(model, 1, is_changed=lambda name: "lora_" in name)
         model.save_pretrained(tmp_path / "adapter")
     merged = merge_lora(
         Checkpoint.open(tmp_path / "adapter"),
@@ -164,7 +156,7 @@ def test_extract_lora_command(tmp_path, bases, tuned_outcomes):
     )
     assert "of the delta's squared norm preserved" in output
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(old)
-    load_model(load_adaptation(tmp_path / "lora"), Base.open(old), HEAD)
+    load_tuned_model(tmp_path / "lora", Base.open(old))
     for options in ({}, {"rank": 1, "energy": 0.5}):
         with pytest.raises(RecipeError, match="either a rank or the energy"):
             extract_lora(Checkpoint.open(source), Checkpoint.open(old), **options)
@@ -216,7 +208,7 @@ def test_adapter_whose_initial_weights_were_subtracted_from_the_base(tmp_path, b
         )
         model = get_peft_model(plain, config)
         model.save_pretrained(tmp_path / "start")
-        randomise_lora(model, 0.1)
+        add_noise(model, 0.1, is_changed=lambda name: "lora_" in name)
         model.peft_config["default"].init_lora_weights = init
         model.save_pretrained(tmp_path / "adapter")
     expected = model.merge_and_unload().state_dict()

@@ -7,7 +7,18 @@ import json
 import pytest
 import torch
 import transformers
-from helpers import make_head, make_tokenizer, run_command
+from helpers import (
+    EXPERTS,
+    GROUPED,
+    LORA_RANK,
+    NUM_EXPERTS,
+    SIZES,
+    add_noise,
+    make_head,
+    make_tokenizer,
+    run_command,
+    update_json,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
@@ -21,46 +32,34 @@ from regraft.errors import CheckpointError, MismatchError, OutcomeError
 from regraft.naming import class_of
 from regraft.progress import quiet
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 66,
-    "pad_token_id": 0,
-}
+MODEL_SIZES = SIZES | {"vocab_size": 40}
 DISTILBERT_SIZES = {"vocab_size": 40, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
 GPT2_SIZES = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
 T5_SIZES = {"vocab_size": 40, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
-GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
-NUM_EXPERTS = 4
 MIXTURE = {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "moe_intermediate_size": 24}
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-RANK = 3
 # The auto class of a base, the stem of its config class, and the settings of its config.
 MODELS = {
-    "bert": (AutoModelForMaskedLM, "Bert", SIZES),
-    "bert-bare": (AutoModel, "Bert", SIZES),
+    "bert": (AutoModelForMaskedLM, "Bert", MODEL_SIZES),
+    "bert-bare": (AutoModel, "Bert", MODEL_SIZES),
     "deberta": (
         AutoModelForMaskedLM,
         "DebertaV2",
-        SIZES | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        MODEL_SIZES | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     ),
     "distilbert": (AutoModelForMaskedLM, "DistilBert", DISTILBERT_SIZES),
-    "gemma3": (AutoModelForCausalLM, "Gemma3Text", SIZES | GROUPED),
+    "gemma3": (AutoModelForCausalLM, "Gemma3Text", MODEL_SIZES | GROUPED),
     "gpt2": (AutoModelForCausalLM, "GPT2", GPT2_SIZES),
-    "llama": (AutoModelForCausalLM, "Llama", SIZES),
-    "llama-tied": (AutoModelForCausalLM, "Llama", SIZES | {"tie_word_embeddings": True}),
+    "llama": (AutoModelForCausalLM, "Llama", MODEL_SIZES),
+    "llama-tied": (AutoModelForCausalLM, "Llama", MODEL_SIZES | {"tie_word_embeddings": True}),
     "mixtral": (
         AutoModelForCausalLM,
         "Mixtral",
-        SIZES | {"num_key_value_heads": 2, "num_local_experts": NUM_EXPERTS},
+        MODEL_SIZES | {"num_key_value_heads": 2, "num_local_experts": NUM_EXPERTS},
     ),
-    "neox": (AutoModelForCausalLM, "GPTNeoX", SIZES),
-    "nomic": (AutoModelForMaskedLM, "NomicBert", SIZES),
-    "qwen3-moe": (AutoModelForCausalLM, "Qwen3Moe", SIZES | GROUPED | MIXTURE),
-    "roberta": (AutoModelForMaskedLM, "Roberta", SIZES),
+    "neox": (AutoModelForCausalLM, "GPTNeoX", MODEL_SIZES),
+    "nomic": (AutoModelForMaskedLM, "NomicBert", MODEL_SIZES),
+    "qwen3-moe": (AutoModelForCausalLM, "Qwen3Moe", MODEL_SIZES | GROUPED | MIXTURE),
+    "roberta": (AutoModelForMaskedLM, "Roberta", MODEL_SIZES),
     "t5": (AutoModelForSeq2SeqLM, "T5", T5_SIZES | {"decoder_start_token_id": 0}),
 }
 TASK_TYPES = {AutoModelForCausalLM: "CAUSAL_LM", AutoModelForSeq2SeqLM: "SEQ_2_SEQ_LM", AutoModel: "FEATURE_EXTRACTION"}
@@ -81,14 +80,6 @@ CASES = [
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::peft.utils.warning.PeftWarning")
 
 
-def add_noise(model, amount, is_changed=lambda name, parameter: True):
-    """Add noise to the parameters for which `is_changed` is true."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if is_changed(name, parameter):
-                parameter.add_(amount * torch.randn_like(parameter))
-
-
 def write_base(folder, name):
     auto_class, stem, settings = MODELS[name]
     torch.manual_seed(0)
@@ -102,14 +93,13 @@ def write_base(folder, name):
 def write_lora(folder, name, base, settings, vocab_size=None):
     """Write a LoRA whose every tuned tensor has noise, and return its model."""
     auto_class, _, _ = MODELS[name]
-    config = LoraConfig(**{"task_type": TASK_TYPES.get(auto_class), "r": RANK, "lora_alpha": 5, **settings})
+    config = LoraConfig(**{"task_type": TASK_TYPES.get(auto_class), "r": LORA_RANK, "lora_alpha": 5, **settings})
     with quiet():
         plain = auto_class.from_pretrained(base)
         if vocab_size:
             plain.resize_token_embeddings(vocab_size, mean_resizing=False)
         model = get_peft_model(plain, config)
-        torch.manual_seed(1)
-        add_noise(model, 0.1, lambda name, parameter: parameter.requires_grad)
+        add_noise(model, seed=1)
         model.save_pretrained(folder)
     return model
 
@@ -165,8 +155,7 @@ def assert_merged_as_by_peft(tmp_path, get_base, name, settings):
     base, base_outputs = get_base(name)
     write_lora(tmp_path / "adapter", name, base, settings)
     if "task_type" in settings:  # then neither the adapter nor the base names a class
-        config = json.loads((base / "config.json").read_text())
-        (base / "config.json").write_text(json.dumps(config | {"architectures": None}))
+        update_json(base / "config.json", architectures=None)
     run_merge(tmp_path / "adapter", base, tmp_path / "out")
     expected = compute_peft_outputs(name, base, tmp_path / "adapter")
     assert (expected - base_outputs).abs().max() > 1e-3
@@ -249,7 +238,7 @@ def test_a_merged_checkpoint_has_the_added_tokens(tmp_path, get_base, name):
 def test_settings_of_a_nested_text_model_are_written_into_its_config(tmp_path):
     """The class reads the vocabulary's size and whether the head is tied from `text_config`."""
     config = transformers.Gemma3Config(
-        text_config={**SIZES, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 16},
+        text_config={**MODEL_SIZES, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 16},
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -269,7 +258,7 @@ def test_settings_of_a_nested_text_model_are_written_into_its_config(tmp_path):
         model.resize_token_embeddings(45, mean_resizing=False)
         modules = ["embed_tokens", "lm_head"]
         tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=modules))
-        add_noise(tuned, 0.1, lambda name, parameter: "modules_to_save" in name)
+        add_noise(tuned, is_changed=lambda name: "modules_to_save" in name)
         tuned.save_pretrained(tmp_path / "adapter")
     run_merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
     with quiet():
@@ -313,8 +302,8 @@ def test_experts_stored_one_by_one_as_in_transformers_4_are_merged(tmp_path, get
     for layer, expert, name in itertools.product(range(2), range(NUM_EXPERTS), layer_sizes):
         path = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
         num_inputs, num_outputs = layer_sizes[name]
-        tensors[f"{path}.lora_A.weight"] = 0.1 * torch.randn(RANK, num_inputs)
-        tensors[f"{path}.lora_B.weight"] = 0.1 * torch.randn(num_outputs, RANK)
+        tensors[f"{path}.lora_A.weight"] = 0.1 * torch.randn(LORA_RANK, num_inputs)
+        tensors[f"{path}.lora_B.weight"] = 0.1 * torch.randn(num_outputs, LORA_RANK)
     save_file(tensors, file)
     config = read_lora_config(tmp_path / "adapter") | {"target_modules": ["q_proj", *layer_sizes]}
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
@@ -336,8 +325,8 @@ def test_experts_with_exchanged_factors_as_in_peft_before_0_19_are_merged(tmp_pa
     exchanged = dict(adapter)
     for a_name in [name for name in adapter if "experts" in name and "lora_A" in name]:
         b_name = a_name.replace("lora_A", "lora_B")
-        a = adapter[a_name].reshape(NUM_EXPERTS, RANK, -1)
-        b = adapter[b_name].reshape(-1, RANK, NUM_EXPERTS)
+        a = adapter[a_name].reshape(NUM_EXPERTS, LORA_RANK, -1)
+        b = adapter[b_name].reshape(-1, LORA_RANK, NUM_EXPERTS)
         exchanged |= {a_name: b.permute(2, 1, 0).flatten(0, 1), b_name: a.permute(2, 1, 0).flatten(1)}
     merged_exchanged = merge_lora(exchanged, config | {"peft_version": "0.18.1"}, Checkpoint.open(base)).tensors
     for name in merged:
@@ -389,12 +378,11 @@ def test_peft_loads_an_extracted_lora(tmp_path, get_base, name):
         model = MODELS[name][0].from_pretrained(base)
         layers = {path for path, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
 
-        def is_matrix_of_a_layer(path, parameter):
+        def is_matrix_of_a_layer(path):
             in_layer = "layers" in path or ".h." in path
             return in_layer and (path.removesuffix(".weight") in layers or "experts" in path)
 
-        torch.manual_seed(2)
-        add_noise(model, 0.05, is_matrix_of_a_layer)
+        add_noise(model, 0.05, 2, is_matrix_of_a_layer)
         model.save_pretrained(tmp_path / "tuned")
 
     def extract(energy, out):
@@ -420,11 +408,11 @@ def test_peft_loads_an_extracted_lora(tmp_path, get_base, name):
 
 def test_experts_that_are_stored_fused_are_extracted_fused(tmp_path):
     """GPT-OSS stores its experts in one tensor, [experts, in, out]."""
-    sizes = SIZES | GROUPED | {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
+    sizes = MODEL_SIZES | GROUPED | {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(transformers.GptOssConfig(**sizes, layer_types=["full_attention"] * 2))
     model.save_pretrained(tmp_path / "old")
-    add_noise(model, 0.05, lambda name, parameter: name.endswith(("_proj", "q_proj.weight")))
+    add_noise(model, 0.05, is_changed=lambda name: name.endswith(("_proj", "q_proj.weight")))
     model.save_pretrained(tmp_path / "tuned")
     tuned, old = Checkpoint.open(tmp_path / "tuned"), Checkpoint.open(tmp_path / "old")
     lora = extract_lora(tuned, old, energy=1.0, architecture=class_of(tuned))
@@ -441,8 +429,7 @@ def test_a_lora_of_experts_is_converted_to_full_and_back(tmp_path, get_base):
     with quiet():
         auto_class = transformers.AutoModelForSequenceClassification
         model = get_peft_model(auto_class.from_pretrained(base.path, **labels, pad_token_id=0), config)
-        torch.manual_seed(1)
-        add_noise(model, 0.1, lambda name, parameter: "lora_" in name)
+        add_noise(model, seed=1, is_changed=lambda name: "lora_" in name)
         model.save_pretrained(tmp_path / "adapter")
     expected = compute_outputs("qwen3-moe", model)
     convert(tmp_path / "adapter", base, tmp_path / "full", "full")

@@ -183,10 +183,7 @@ def install_package(tmp_path, monkeypatch):
     clear_caches()
 
 
-def test_methods_of_other_packages_are_listed_and_run(
-    tmp_path, opened_bases, task_file, install_package, monkeypatch, capsys
-):
-    from regraft.cli import main
+def test_methods_of_other_packages_are_listed_and_run(tmp_path, opened_bases, task_file, install_package, run_main):
 
     install_package("other", "halved = other_code:HALVED\nlonger = other_code:LONGER")
     assert expand_formula("ridge+distill") == "ridge+distill"
@@ -196,13 +193,11 @@ def test_methods_of_other_packages_are_listed_and_run(
     assert expand_formula("halved+distill") == "halved+distill"
     upgrade = Upgrade(*opened_bases["bert"])
     source = write_adaptation(upgrade.old, "full", tmp_path / "old")
-    command = ["regraft", "recycle", "--old-base", upgrade.old.path, "--new-base", upgrade.new.path]
+    command = ["recycle", "--old-base", upgrade.old.path, "--new-base", upgrade.new.path]
     command += ["--adaptation", source, "--task", task_file, "--out", tmp_path / "out"]
     command += ["--method", "halved", "-o", "share=0.25"]
-    monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
-    with pytest.raises(SystemExit) as exit_error:
-        main()
-    assert exit_error.value.code in (0, None), capsys.readouterr().out
+    code, output, _ = run_main(*command)
+    assert code == 0, output
     scaled = recycle(upgrade, source, task_file, "scaled", tmp_path / "scaled", options=Scaling(scale=0.25))
     halved, expected = (read_weights(folder / "adaptation") for folder in (tmp_path / "out", scaled.path))
     assert all(halved[name].equal(expected[name]) for name in expected)

@@ -1,17 +1,29 @@
 """Padding changes no output: a text's logits in a batch equal those that its transformers class gives for it alone."""
 
-import csv
-import json
 import random
 
 import numpy as np
 import pytest
 import torch
-from helpers import HEAD, LABELS, WORDS, make_sentence, make_tokenizer, write_base, write_upgrade
+from helpers import (
+    HEAD,
+    LABELS,
+    NAMED_LABELS,
+    WORDS,
+    add_noise,
+    load_tuned_model,
+    make_sentence,
+    make_tokenizer,
+    read_csv,
+    read_test_predictions,
+    write_base,
+    write_table,
+    write_upgrade,
+)
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from regraft import Base, Recipe, Upgrade, cli, convert, load_adaptation, recycle, tune
-from regraft.adaptation import fresh_model, load_model, load_strictly, new_config, prepare_for_tuning, save_model
+from regraft import Base, Recipe, Upgrade, convert, recycle, tune
+from regraft.adaptation import fresh_model, load_strictly, new_config, prepare_for_tuning, save_model
 from regraft.model.batches import predict
 from regraft.model.blockwise import BlockwiseForward
 from regraft.model.outputs import forward, last_token_indices, model_inputs
@@ -20,7 +32,6 @@ from regraft.task.types import Examples
 
 VOCABULARY = 5 + len(WORDS)
 EOS, UNK = 2, 3
-NAMED_LABELS = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
 # the names that architectures have for the sizes, of which each config takes those that it knows
 SIZES = {
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2),
@@ -53,14 +64,6 @@ def compute_unpadded_logits(model, texts):
         return torch.cat([model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in inputs])
 
 
-def add_noise(model, amount):
-    """Add noise to the trainable parameters."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(amount * torch.randn_like(parameter))
-
-
 def make_classifier(architecture, padding):
     default = AutoConfig.for_model(architecture)
     sizes = {name: size for name, size in SIZES.items() if hasattr(default, name)}
@@ -69,8 +72,7 @@ def make_classifier(architecture, padding):
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, num_labels=3, pad_token_id=padding, **sizes)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)
-    add_noise(model, 0.1)
-    return model
+    return add_noise(model)
 
 
 @pytest.mark.parametrize("architecture", DECODERS + ENCODERS + PADDING_SENSITIVE)
@@ -186,21 +188,18 @@ def task(tmp_path_factory):
     rng = random.Random(5)
     endings = ("", " </s>", " huh")
     for name, count in (("train", 48), ("dev", 24), ("test", 36)):
-        rows = [(make_sentence(rng, i % 2 == 0) + endings[i % 3], LABELS[i % 2]) for i in range(count)]
-        with (folder / f"{name}.csv").open("w", newline="") as stream:
-            csv.writer(stream).writerows([("text", "label"), *rows])
+        rows = [{"text": make_sentence(rng, i % 2 == 0) + endings[i % 3], "label": LABELS[i % 2]} for i in range(count)]
+        write_table(folder / f"{name}.csv", rows)
     (folder / "task.yaml").write_text("train: train.csv\ndev: dev.csv\ntest: test.csv\ntext: text\nlabel: label\n")
     return folder / "task.yaml"
 
 
+def read_predicted_classes(outcome):
+    return [prediction for _, prediction in read_test_predictions(outcome)]
+
+
 def read_test_texts(task):
-    with (task.parent / "test.csv").open(newline="") as stream:
-        return [row["text"] for row in csv.DictReader(stream)]
-
-
-def read_test_predictions(outcome):
-    lines = map(json.loads, (outcome / "predictions.jsonl").read_text().splitlines())
-    return [line["prediction"] for line in lines if line["split"] == "test"]
+    return [row["text"] for row in read_csv(task.parent / "test.csv")]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "roberta"])
@@ -212,14 +211,13 @@ def test_logits_of_an_adapter_equal_those_of_peft_for_each_text_alone(bases, tmp
     model = prepare_for_tuning(
         fresh_model(base, HEAD, 1), base, HEAD, new_config(kind, base, HEAD, virtual_tokens=4), 1
     )
-    torch.manual_seed(2)
-    add_noise(model, 0.3)
+    add_noise(model, 0.3, seed=2)
     save_model(model, base, HEAD, tmp_path)
     texts = [ids for ids in make_texts() if architecture == "llama" or 0 not in ids]
     with quiet():
         plain = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=2)
         expected = compute_unpadded_logits(PeftModel.from_pretrained(plain, tmp_path), texts)
-    for adapted in (model, load_model(load_adaptation(tmp_path), base, HEAD)):
+    for adapted in (model, load_tuned_model(tmp_path, base)):
         torch.testing.assert_close(predict(adapted, make_examples(texts), "fp32"), expected, rtol=0, atol=1e-5)
 
 
@@ -250,13 +248,13 @@ def test_an_outcome_has_the_predictions_of_transformers_alone(bases, task, tmp_p
         assert model.config.pad_token_id == padding
         texts = read_test_texts(task)
         ids = [tokenizer(text)["input_ids"] for text in texts]
-        assert read_test_predictions(out) == compute_unpadded_logits(model, ids).argmax(dim=1).tolist()
+        assert read_predicted_classes(out) == compute_unpadded_logits(model, ids).argmax(dim=1).tolist()
         if padding is not None:  # also in batches, which the tokenizer is configured to pad on the left
             assert tokenizer.pad_token_id == padding
             batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
             with torch.no_grad():
                 logits = model(**batch).logits
-            assert read_test_predictions(out) == logits.argmax(dim=1).tolist()
+            assert read_predicted_classes(out) == logits.argmax(dim=1).tolist()
 
 
 def test_tuned_and_converted_models_read_the_same_tokens(bases, task, tmp_path):
@@ -270,13 +268,13 @@ def test_tuned_and_converted_models_read_the_same_tokens(bases, task, tmp_path):
     for outcome, folder in ((full, full / "adaptation"), (lora, merged)):
         with quiet():
             model = AutoModelForSequenceClassification.from_pretrained(folder)
-        assert read_test_predictions(outcome) == compute_unpadded_logits(model, ids).argmax(dim=1).tolist()
+        assert read_predicted_classes(outcome) == compute_unpadded_logits(model, ids).argmax(dim=1).tolist()
     # without a padding token, transformers predicts no batches
     assert AutoConfig.from_pretrained(full / "adaptation").pad_token_id == EOS
 
 
 @pytest.mark.parametrize("architecture", ["t5", "bart"])
-def test_encoder_decoders_are_refused_before_anything_is_written(task, tmp_path, monkeypatch, capsys, architecture):
+def test_encoder_decoders_are_refused_before_anything_is_written(task, tmp_path, run_main, architecture):
     from transformers import AutoModelForSeq2SeqLM
 
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, d_model=16, num_layers=1, encoder_layers=1)
@@ -302,9 +300,7 @@ def test_encoder_decoders_are_refused_before_anything_is_written(task, tmp_path,
         ["adaptation", "show", tuned, "--base", base],
         ["adaptation", "convert", tuned, "--old-base", base, "--to", "lora", "--rank", 2, *out],
     ):
-        monkeypatch.setattr("sys.argv", ["regraft", *map(str, command)])
-        with pytest.raises(SystemExit) as error:
-            cli.main()
-        assert error.value.code == 2
-        assert f"a {architecture} is an encoder-decoder" in capsys.readouterr().err
+        code, _, error = run_main(*command)
+        assert code == 2
+        assert f"a {architecture} is an encoder-decoder" in error
     assert sorted(tmp_path.rglob("*")) == before

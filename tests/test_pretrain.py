@@ -30,8 +30,8 @@ LONG = "the film was good and " * 40
 
 
 def make_sentences(count=1200, seed=5):
-    chance = random.Random(seed)
-    return [make_sentence(chance, i % 2 == 0) for i in range(count)]
+    rng = random.Random(seed)
+    return [make_sentence(rng, i % 2 == 0) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def make_training(base, blocks, recipe=RECIPE):
 
 
 def random_blocks(base, count, block_size=32, seed=3):
-    chance = np.random.default_rng(seed)
-    blocks = chance.integers(5, len(base.tokenizer), size=(count, block_size))
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(5, len(base.tokenizer), size=(count, block_size))
     blocks[:, 0], blocks[:, 9], blocks[:, 10] = 1, 2, 1
     return blocks
 
@@ -137,9 +137,9 @@ def test_masks_follow_bert(bases):
     assert predicted.sum() / (~special).sum() == pytest.approx(0.15, abs=0.01)
     masked = ids[predicted] == base.tokenizer.mask_token_id
     unchanged = ids[predicted] == original[predicted]
-    chance = 1 / len(base.tokenizer)  # a random token may be the mask or the token itself
-    assert masked.float().mean() == pytest.approx(0.8 + 0.1 * chance, abs=0.015)
-    assert unchanged.float().mean() == pytest.approx(0.1 + 0.1 * chance, abs=0.015)
+    coincidence = 1 / len(base.tokenizer)  # a random token may be the mask or the token itself
+    assert masked.float().mean() == pytest.approx(0.8 + 0.1 * coincidence, abs=0.015)
+    assert unchanged.float().mean() == pytest.approx(0.1 + 0.1 * coincidence, abs=0.015)
     repeated = training.batch(items[:5], seed=1)["input_ids"]
     assert torch.equal(repeated, ids[:5])
     assert not torch.equal(training.batch([(i, i + 5000) for i in range(5)], seed=1)["input_ids"], repeated)

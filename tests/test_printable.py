@@ -1,14 +1,12 @@
 """Names from files are shown as text: on a terminal, in messages and in a model card."""
 
-import json
 import re
 import shutil
-import sys
 
 import torch
+from helpers import update_json
 from safetensors.torch import load_file, save_file
 
-from regraft import cli
 from regraft.adaptation.outcome import _card
 from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, TaskRecord
 from regraft.printable import printable
@@ -16,28 +14,15 @@ from regraft.printable import printable
 CONTROL_CHARACTERS = "\x1b]0;x\x07\x1b[31m\u202eb\x9b\u2066"
 
 
-def run_main(monkeypatch, capsys, *arguments):
-    """Run the command line as a process does, and return its status, output and error output."""
-    monkeypatch.setattr(sys, "argv", ["regraft", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as exit_info:
-        code = exit_info.code or 0
-    output = capsys.readouterr()
-    return code, output.out, output.err
-
-
-def test_text_from_files_cannot_control_the_terminal(monkeypatch, capsys, tmp_path, bases, tuned_outcomes):
+def test_text_from_files_cannot_control_the_terminal(run_main, tmp_path, bases, tuned_outcomes):
     assert (
         printable(f"a{CONTROL_CHARACTERS}\tü\n")
         == "a" + "\ufffd" + "]0;x" + 2 * "\ufffd" + "[31m" + "\ufffdb" + 2 * "\ufffd" + "\tü\n"
     )
     lora = tuned_outcomes["bert", "lora"] / "adaptation"
     shown = shutil.copytree(lora, tmp_path / "shown")
-    record = json.loads((shown / "lineage.json").read_text())
-    (shown / "lineage.json").write_text(json.dumps({**record, "labels": ["negative", "positive" + CONTROL_CHARACTERS]}))
-    code, out, _ = run_main(monkeypatch, capsys, "adaptation", "show", shown)
+    update_json(shown / "lineage.json", labels=["negative", "positive" + CONTROL_CHARACTERS])
+    code, out, _ = run_main("adaptation", "show", shown)
     assert code == 0
     assert "positive" in out
     assert not set(CONTROL_CHARACTERS) & {"\x1b", "\x07", "\u202e"} & set(out)
@@ -45,7 +30,7 @@ def test_text_from_files_cannot_control_the_terminal(monkeypatch, capsys, tmp_pa
     forged = shutil.copytree(lora, tmp_path / "forged")
     tensors = load_file(forged / "adapter_model.safetensors")
     save_file({**tensors, name: torch.ones(2)}, forged / "adapter_model.safetensors", metadata={"format": "pt"})
-    code, _, error = run_main(monkeypatch, capsys, "adaptation", "show", forged, "--base", bases["bert"][0])
+    code, _, error = run_main("adaptation", "show", forged, "--base", bases["bert"][0])
     assert code == 2
     assert "1 unexpected" in error
     assert not {"\x1b", "\x07", "\u202e"} & set(error)

@@ -8,20 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_weights, write_adaptation, write_upgrade
+from helpers import (
+    FEW_STEPS,
+    LABELS,
+    find_weights,
+    have_equal_tensors,
+    is_peft,
+    read_weights,
+    write_adaptation,
+    write_upgrade,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
+from regraft import Base, Upgrade, load_adaptation, recycle
 from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.methods import parse_options
 from regraft.methods.project import Projection
 from regraft.methods.project_distill import _learning_rates
 from regraft.weights.project import leave_one_out_errors, project
 
-RECIPE = Recipe(steps=4, batch_size=8, learning_rate=3e-3, eval_every=2, precision="fp32")
-LABELS = ("negative", "positive")
 PARAMETRIZE_KINDS = pytest.mark.parametrize(
     ("architecture", "kind"),
     [("bert", "full"), ("bert", "lora"), ("bert", "bottleneck"), ("llama", "full"), ("llama", "lora")],
@@ -97,10 +104,6 @@ def test_a_strong_ridge_shrinks_the_map_to_its_intercept(seed, num_pairs):
         torch.testing.assert_close(pair_weights @ new, expected, rtol=0, atol=1e-8)
 
 
-def is_peft(path):
-    return (path / "adapter_config.json").exists()
-
-
 def read_vector(path, base):
     """The tensors of an adaptation that the map covers, in float64: a LoRA's factors, or a full fine-tune's deltas."""
     vector = {}
@@ -122,8 +125,7 @@ def write_upgraded(path, upgrade, vector, folder):
         body_name = name.removeprefix(upgrade.new.prefix + ".")
         base_values = 0 if is_peft(path) else upgrade.new.checkpoint[upgrade.new.body[body_name]].double()
         tensors[name] = (base_values + values).float()
-    file = "adapter_model" if is_peft(path) else "model"
-    save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
+    save_file(tensors, find_weights(folder), metadata={"format": "pt"})
     record = {"base": {"name": upgrade.new.name, "fingerprint": upgrade.new.fingerprint}, "labels": list(LABELS)}
     (folder / "lineage.json").write_text(json.dumps(record))
     return folder
@@ -155,7 +157,7 @@ def write_pairs(upgrade, kind, tmp_path, transform, count=3):
     return tuple(pairs)
 
 
-def add_noise(scale):
+def make_noise_transform(scale):
     """A transform of vectors that adds Gaussian noise."""
     return lambda vector: {name: t + scale * torch.randn_like(t) for name, t in vector.items()}
 
@@ -172,7 +174,8 @@ def test_a_constant_change_is_recovered(tmp_path, upgrades, task_file, architect
 
     pairs = write_pairs(upgrade, kind, tmp_path, add_offsets)
     path = write_adaptation(upgrade.old, kind, tmp_path / "source" / "adaptation", 99)
-    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=Projection(pairs))
+    options = Projection(pairs)
+    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW_STEPS, options=options)
     mapped = read_vector(outcome.path / "adaptation", upgrade.new)
     expected = add_offsets(read_vector(path, upgrade.old))
     assert mapped.keys() == expected.keys()
@@ -194,10 +197,10 @@ def test_a_constant_change_is_recovered(tmp_path, upgrades, task_file, architect
 def test_a_recycled_adaptation_equals_the_dense_regression(tmp_path, upgrades, task_file, kind, residual):
     upgrade = upgrades["bert"]
     torch.manual_seed(1)
-    pairs = write_pairs(upgrade, kind, tmp_path, add_noise(0.1), 4)
+    pairs = write_pairs(upgrade, kind, tmp_path, make_noise_transform(0.1), 4)
     path = write_adaptation(upgrade.old, kind, tmp_path / "source" / "adaptation", 99)
     options = Projection(pairs, rank=2, residual=residual, ridge=0.3)
-    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
+    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW_STEPS, options=options)
 
     def read_flat(path, base):
         return torch.cat([tensor.flatten() for _, tensor in sorted(read_vector(path, base).items())])
@@ -220,7 +223,7 @@ def test_a_strong_ridge_without_an_intercept_equals_direct(tmp_path, upgrades, t
     )
     path = write_adaptation(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
     options = Projection(pairs, ridge=1e12, intercept=False)
-    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
+    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW_STEPS, options=options)
     before, after = read_weights(path), read_weights(outcome.path / "adaptation")
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-7)
@@ -231,22 +234,21 @@ def test_project_reproduces_the_old_weights_on_an_equal_base(tmp_path, bases, ta
     base = Base.open(bases[architecture][0])
     path = write_adaptation(base, kind, tmp_path / "old" / "adaptation", 2)
     pair_path = write_adaptation(base, kind, tmp_path / "pair", 3)
-    options = Projection((f"{pair_path}={pair_path}",))
-    outcome = recycle(Upgrade(base, base), path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
+    upgrade, options = Upgrade(base, base), Projection((f"{pair_path}={pair_path}",))
+    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW_STEPS, options=options)
     before, after = read_weights(path), read_weights(outcome.path / "adaptation")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert have_equal_tensors(before, after)
 
 
 def test_a_map_that_is_worse_than_direct_is_warned_about(tmp_path, upgrades, task_file, caplog):
     upgrade = upgrades["bert"]
     torch.manual_seed(1)
-    pairs = write_pairs(upgrade, "lora", tmp_path / "pairs", add_noise(0.02))
+    pairs = write_pairs(upgrade, "lora", tmp_path / "pairs", make_noise_transform(0.02))
     path = write_adaptation(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
 
     def run(name, pairs):
         options = Projection(pairs)
-        return recycle(upgrade, path, task_file, "project", tmp_path / name, recipe=RECIPE, options=options)
+        return recycle(upgrade, path, task_file, "project", tmp_path / name, recipe=FEW_STEPS, options=options)
 
     with caplog.at_level(logging.WARNING):
         outcome = run("three-pairs", pairs)
@@ -285,9 +287,9 @@ def test_mismatched_pairs_are_refused(tmp_path, upgrades, task_file):
         ((f"{old}={new_of_higher_alpha}",), MismatchError, "lora_alpha"),
     ):
         with pytest.raises(error, match=message):
-            recycle(upgrade, path, task_file, "project", out, recipe=RECIPE, options=Projection(pairs))
+            recycle(upgrade, path, task_file, "project", out, recipe=FEW_STEPS, options=Projection(pairs))
         assert not out.exists()
-    recycle(upgrade, path, task_file, "project", out, recipe=RECIPE, options=Projection((f"{old}={new}",)))
+    recycle(upgrade, path, task_file, "project", out, recipe=FEW_STEPS, options=Projection((f"{old}={new}",)))
 
 
 def test_distilling_the_map_of_a_full_fine_tune_is_refused(tmp_path, upgrades, task_file):
@@ -295,7 +297,7 @@ def test_distilling_the_map_of_a_full_fine_tune_is_refused(tmp_path, upgrades, t
     path = write_adaptation(upgrade.old, "full", tmp_path / "full", 1)
     options = Projection((f"{path}={task_file}",), fit="distill")
     with pytest.raises(RecipeError, match="fit=regression"):
-        recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
+        recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW_STEPS, options=options)
 
 
 def test_pairs_of_tasks_with_other_labels_are_accepted(tmp_path, upgrades, task_file):
@@ -304,7 +306,7 @@ def test_pairs_of_tasks_with_other_labels_are_accepted(tmp_path, upgrades, task_
     new = write_adaptation(upgrade.new, "lora", tmp_path / "new", 1, labels=("a", "b", "c"))
     path = write_adaptation(upgrade.old, "lora", tmp_path / "source" / "adaptation", 99)
     options = Projection((f"{old}={new}",))
-    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
+    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW_STEPS, options=options)
     assert len(read_weights(outcome.path / "adaptation")["base_model.model.classifier.weight"]) == 2
 
 
@@ -318,16 +320,16 @@ def test_distilling_the_map_lowers_the_loss_and_a_residual_map_starts_at_direct(
     options = Projection(
         (f"{path}={task_file}",), fit="distill", residual=residual, steps=60, learning_rate=3e-3, rank=4
     )
-    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
+    outcome = recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW_STEPS, options=options)
     initial_loss, final_loss = outcome.record.notes["fit_loss"]
     assert final_loss < initial_loss
 
     untrained = dataclasses.replace(options, steps=1, learning_rate=1e-9)
-    initial = recycle(upgrade, path, task_file, "project", tmp_path / "initial", recipe=RECIPE, options=untrained)
+    initial = recycle(upgrade, path, task_file, "project", tmp_path / "initial", recipe=FEW_STEPS, options=untrained)
     before, after = read_weights(path), read_weights(initial.path / "adaptation")
     largest_change = max(float((before[name] - after[name]).abs().max()) for name in before)
     assert largest_change < 1e-6 if residual else largest_change > 0.01
-    direct = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=RECIPE)
+    direct = recycle(upgrade, path, task_file, "direct", tmp_path / "direct", recipe=FEW_STEPS)
     if residual:
         assert outcome.record.scores.test >= direct.record.scores.test
 
@@ -371,7 +373,7 @@ def test_interrupted_distillation_of_the_map_resumes(tmp_path, bases, tuned_outc
     path = tuned_outcomes["bert", "lora"] / "adaptation"
     arguments = (Upgrade(*bases["bert"]), path, task_file, "project")
     options = Projection((f"{path}={task_file}",), fit="distill", steps=8, learning_rate=3e-3, rank=2)
-    recipe = dataclasses.replace(RECIPE, save_every=3)
+    recipe = dataclasses.replace(FEW_STEPS, save_every=3)
     steps = []
 
     def interrupt_after_7_steps(stage, step, *_):
@@ -403,7 +405,7 @@ def test_an_outcome_depends_on_the_content_of_its_pairs(tmp_path, bases, tuned_o
     options = Projection((f"{old}={new}",))
 
     def run():
-        return recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=RECIPE, options=options)
+        return recycle(upgrade, path, task_file, "project", tmp_path / "out", recipe=FEW_STEPS, options=options)
 
     outcome = run()
     assert run().record == outcome.record

@@ -11,33 +11,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import read_weights, write_adaptation
+from helpers import (
+    ARCHITECTURES,
+    compute_test_logits,
+    have_equal_tensors,
+    read_jsonl,
+    read_modification_times,
+    read_weights,
+    write_adaptation,
+    write_table,
+)
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from regraft import Base, Recipe, Upgrade, compare, load_adaptation, load_outcome, recycle, tune
-from regraft.adaptation import load_model
 from regraft.errors import MismatchError, OutcomeError, RecipeError
 from regraft.methods import describe_methods, methods
-from regraft.model import encode, predict
 from regraft.task import load_data
 from regraft.tuning import Distillation
 
-ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 ARCHITECTURES_AND_KINDS = [(architecture, kind) for architecture in ARCHITECTURES for kind in ("full", "lora")]
 RECIPE = Recipe(steps=12, batch_size=8, learning_rate=1e-3, eval_every=4, precision="fp32")
-
-
-def compute_logits(path, base, task_file):
-    """The logits of an adaptation on the test split."""
-    adaptation = load_adaptation(path)
-    base = Base.open(base)
-    data = load_data(task_file, 20).relabel(adaptation.labels)
-    return predict(load_model(adaptation, base, data.head), encode(base, data, data.test), "fp32")
-
-
-def write_jsonl(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize(("architecture", "kind"), ARCHITECTURES_AND_KINDS)
@@ -51,12 +45,12 @@ def test_tuning_learns_the_task(tuned_outcomes, architecture, kind):
 def test_outcomes_list_correct_predictions_in_schemas_1_and_2(tuned_outcomes, tmp_path):
     outcome = load_outcome(tuned_outcomes["bert", "full"])
     record = dataclasses.asdict(outcome.record)
-    rows = [json.loads(line) for line in (outcome.path / "predictions.jsonl").read_text().splitlines()]
+    rows = read_jsonl(outcome.path / "predictions.jsonl")
 
     # In schema 1, predictions had no field `right`.
     old_copy = shutil.copytree(outcome.path, tmp_path / "copy")
     (old_copy / "outcome.json").write_text(json.dumps(record | {"schema": 1}))
-    write_jsonl(old_copy / "predictions.jsonl", [{k: v for k, v in row.items() if k != "right"} for row in rows])
+    write_table(old_copy / "predictions.jsonl", [{k: v for k, v in row.items() if k != "right"} for row in rows])
     for split in ("dev", "test"):
         expected = [row["label"] == row["prediction"] for row in rows if row["split"] == split]
         assert outcome.right(split) == load_outcome(old_copy).right(split) == expected
@@ -75,9 +69,8 @@ def test_direct_on_an_equal_base_reproduces_the_old_model(
     source = tuned_outcomes[architecture, kind]
     outcome = recycle(Upgrade(old, old), source, task_file, "direct", tmp_path / "out", recipe=RECIPE)
     before, after = read_weights(source / "adaptation"), read_weights(tmp_path / "out" / "adaptation")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    logits, expected = compute_logits(outcome.path, old, task_file), compute_logits(source, old, task_file)
+    assert have_equal_tensors(before, after)
+    logits, expected = (compute_test_logits(path, Base.open(old), task_file) for path in (outcome.path, source))
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
     assert outcome.scores["test"] == load_outcome(source).scores["test"]
 
@@ -200,20 +193,16 @@ def test_compare_averages_scores_over_seeds(tmp_path, bases, tuned_outcomes, tas
     assert {outcome.record.seed for outcome in outcomes} == {20, 30}
 
 
-def modification_times(folder):
-    return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-
-
 def test_a_repeated_run_returns_the_outcome_without_training(tmp_path, bases, tuned_outcomes, task_file, monkeypatch):
     upgrade = Upgrade(*bases["bert"])
     source = tuned_outcomes["bert", "full"]
     out = tmp_path / "out"
     outcome = recycle(upgrade, source, task_file, "init+distill", out, recipe=RECIPE)
-    times = modification_times(out)
+    times = read_modification_times(out)
     monkeypatch.setattr("regraft.methods.job.tune_model", lambda *_: pytest.fail("trained a second time"))
     repeated = recycle(Upgrade(*bases["bert"]), source, task_file, "init+distill", out, recipe=RECIPE)
     assert repeated.record == outcome.record
-    assert modification_times(out) == times
+    assert read_modification_times(out) == times
 
     with pytest.raises(OutcomeError, match="recipe"):
         recycle(upgrade, source, task_file, "init+distill", out, recipe=dataclasses.replace(RECIPE, seed=30))
@@ -221,7 +210,7 @@ def test_a_repeated_run_returns_the_outcome_without_training(tmp_path, bases, tu
         recycle(upgrade, source, task_file, "init+distill", out, recipe=RECIPE, options=Distillation(alpha=0.9))
     with pytest.raises(OutcomeError, match="method"):
         recycle(upgrade, source, task_file, "direct", out, recipe=RECIPE)
-    assert modification_times(out) == times
+    assert read_modification_times(out) == times
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
@@ -289,7 +278,7 @@ def test_outcomes_load_without_regraft(tmp_path, bases, tuned_outcomes, task_fil
     assert result.returncode == 0, result.stderr
     all_logits = json.loads(result.stdout.split("LOGITS")[1])
     for (architecture, _), outcome, logits in zip(cells, outcomes, all_logits, strict=True):
-        expected = compute_logits(outcome.path, bases[architecture][1], task_file)[:20]
+        expected = compute_test_logits(outcome.path, Base.open(bases[architecture][1]), task_file)[:20]
         torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=0)
 
 
@@ -348,8 +337,7 @@ def test_a_sharded_fine_tune_is_recycled_like_an_unsharded_one(tmp_path, bases, 
         read_weights(recycle(upgrade, path, task_file, "direct", tmp_path / name, recipe=RECIPE).path / "adaptation")
         for name, path in (("unsharded", source), ("sharded", sharded_source))
     )
-    assert unsharded.keys() == sharded.keys()
-    assert all(torch.equal(unsharded[name], sharded[name]) for name in unsharded)
+    assert have_equal_tensors(unsharded, sharded)
 
 
 def test_invalid_arguments_are_refused_before_anything_is_written(tmp_path, bases, tuned_outcomes, task_file):
@@ -375,8 +363,8 @@ def test_distillation_brings_the_student_close_to_the_teacher(tmp_path, bases, t
     outcome = recycle(
         Upgrade(old, new), source, task_file, "distill", tmp_path / "out", recipe=quick_recipe, options=options
     )
-    student = compute_logits(outcome.path, new, task_file).log_softmax(dim=1)
-    teacher = compute_logits(source, old, task_file).softmax(dim=1)
+    student = compute_test_logits(outcome.path, Base.open(new), task_file).log_softmax(dim=1)
+    teacher = compute_test_logits(source, Base.open(old), task_file).softmax(dim=1)
     divergence = torch.nn.functional.kl_div(student, teacher, reduction="batchmean")
     assert divergence < 0.1
     assert not any("teacher" in file.name for file in outcome.path.rglob("*"))

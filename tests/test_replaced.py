@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import functools
 import json
 import random
@@ -13,14 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LABELS, make_sentence, make_tokenizer, read_weights, write_base, write_upgrade
+from helpers import (
+    LABELS,
+    ONE_STEP,
+    add_noise,
+    make_sentence,
+    make_tokenizer,
+    read_weights,
+    update_json,
+    write_base,
+    write_table,
+    write_upgrade,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
-from regraft import Recipe, Upgrade, load_adaptation, recycle
+from regraft import Upgrade, load_adaptation, recycle
 from regraft.errors import RecipeError
 
 pytestmark = [
@@ -29,7 +39,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type .*Norm"),
 ]
-RECIPE = Recipe(steps=1, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +63,8 @@ def small_task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     generator = random.Random(0)
     for split in ("train", "dev"):
-        with (folder / f"{split}.csv").open("w", newline="") as stream:
-            rows = csv.writer(stream)
-            rows.writerow(["text", "label"])
-            rows.writerows([make_sentence(generator, bool(i % 2)), LABELS[i % 2]] for i in range(8))
+        rows = [{"text": make_sentence(generator, bool(i % 2)), "label": LABELS[i % 2]} for i in range(8)]
+        write_table(folder / f"{split}.csv", rows)
     (folder / "task.yaml").write_text("train: train.csv\ndev: dev.csv\ntext: text\nlabel: label\n")
     return folder / "task.yaml"
 
@@ -149,11 +156,7 @@ def write_adapter(base, config, folder):
     """Write an adapter as PEFT saves it, with noise added to each trained parameter."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     adapted = get_peft_model(model, copy.deepcopy(config))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in filter(lambda parameter: parameter.requires_grad, adapted.parameters()):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(folder)
+    add_noise(adapted, seed=1).save_pretrained(folder)
     return folder
 
 
@@ -170,10 +173,6 @@ def open_adapter(tmp_path_factory, pairs):
     return write
 
 
-def read_base(base):
-    return load_file(base / "model.safetensors")
-
-
 def find_name(tensors, suffix):
     return next(name for name in tensors if name.endswith(suffix))
 
@@ -183,13 +182,13 @@ def test_replaced_tensors_are_grafted(tmp_path, pairs, open_adapter, small_task,
     architecture, _, replaced = CASES[case]
     old, new = pairs[architecture]
     source = open_adapter(case)
-    outcome = recycle(Upgrade(old, new), source, small_task, "direct", tmp_path / "out", recipe=RECIPE)
+    outcome = recycle(Upgrade(old, new), source, small_task, "direct", tmp_path / "out", recipe=ONE_STEP)
     before, after = read_weights(source), read_weights(outcome.path / "adaptation")
     assert before.keys() == after.keys()
     grafted = outcome.record.notes["grafted_in_place_of_the_base"]
     for suffix, (base_name, compute_stored_value) in replaced.items():
         name = find_name(before, suffix)
-        old_value, new_value = (compute_stored_value(read_base(base)[base_name]) for base in (old, new))
+        old_value, new_value = (compute_stored_value(read_weights(base)[base_name]) for base in (old, new))
         assert torch.allclose(after[name], new_value + before[name] - old_value, atol=1e-6), name
         assert name in grafted
     for name in after.keys() - set(grafted):
@@ -205,12 +204,12 @@ def test_replaced_tensors_are_grafted(tmp_path, pairs, open_adapter, small_task,
 def test_replace_keeps_the_stored_tensors(tmp_path, pairs, open_adapter, small_task, method):
     upgrade = Upgrade(*pairs["llama"])
     source = open_adapter("norm")
-    outcome = recycle(upgrade, source, small_task, method, tmp_path / "out", recipe=RECIPE, replace=True)
+    outcome = recycle(upgrade, source, small_task, method, tmp_path / "out", recipe=ONE_STEP, replace=True)
     assert outcome.record.inputs["replace"] is True
     assert "grafted_in_place_of_the_base" not in outcome.record.notes
     before, after = read_weights(source), read_weights(outcome.path / "adaptation")
     assert all(torch.equal(before[name], after[name]) for name in before if method == "direct" or "norm" in name)
-    plain = recycle(upgrade, source, small_task, method, tmp_path / "grafted", recipe=RECIPE)
+    plain = recycle(upgrade, source, small_task, method, tmp_path / "grafted", recipe=ONE_STEP)
     assert "base_model.model.model.norm.weight" in plain.record.notes["grafted_in_place_of_the_base"]
     assert plain.record.inputs["replace"] is False  # tells the outcome from one of 0.1
 
@@ -218,10 +217,10 @@ def test_replace_keeps_the_stored_tensors(tmp_path, pairs, open_adapter, small_t
 def test_adapter_without_replaced_tensors_is_recycled_as_in_0_1(tmp_path, pairs, small_task):
     upgrade = Upgrade(*pairs["llama"])
     source = write_adapter(upgrade.old.path, lora(target_modules=["q_proj"]), tmp_path / "adapter")
-    outcome = recycle(upgrade, source, small_task, "direct", tmp_path / "out", recipe=RECIPE)
+    outcome = recycle(upgrade, source, small_task, "direct", tmp_path / "out", recipe=ONE_STEP)
     assert "replace" not in outcome.record.inputs
     with pytest.raises(RecipeError, match="stores nothing in place of its base's tensors"):
-        recycle(upgrade, source, small_task, "direct", tmp_path / "other", recipe=RECIPE, replace=True)
+        recycle(upgrade, source, small_task, "direct", tmp_path / "other", recipe=ONE_STEP, replace=True)
 
 
 def test_tuning_keeps_the_embeddings_that_an_adapter_stores(tmp_path, pairs, small_task):
@@ -232,9 +231,9 @@ def test_tuning_keeps_the_embeddings_that_an_adapter_stores(tmp_path, pairs, sma
     name = find_name(tensors, "embed_tokens.base_layer.weight")
     tensors[name] = tensors[name] + 0.1
     save_file(tensors, source / "adapter_model.safetensors", metadata={"format": "pt"})
-    outcome = recycle(Upgrade(old, new), source, small_task, "init", tmp_path / "out", recipe=RECIPE)
+    outcome = recycle(Upgrade(old, new), source, small_task, "init", tmp_path / "out", recipe=ONE_STEP)
     tuned = read_weights(outcome.path / "adaptation")
-    assert torch.allclose(tuned[name], read_base(new)["model.embed_tokens.weight"] + 0.1, atol=1e-6)
+    assert torch.allclose(tuned[name], read_weights(new)["model.embed_tokens.weight"] + 0.1, atol=1e-6)
     assert json.loads((outcome.path / "outcome.json").read_text())["kind"] == "lora"
 
 
@@ -243,12 +242,12 @@ def test_pooler_that_one_base_lacks_is_copied_and_named(tmp_path, pairs, small_t
     new = pairs["bert"][1]
     old = shutil.copytree(pairs["bert"][0], tmp_path / "old")
     pooler = {"bert.pooler.dense.weight": torch.randn(32, 32), "bert.pooler.dense.bias": torch.randn(32)}
-    save_file(read_base(old) | pooler, old / "model.safetensors", metadata={"format": "pt"})
+    save_file(read_weights(old) | pooler, old / "model.safetensors", metadata={"format": "pt"})
     source = write_adapter(old, CASES["biases of the LoRA"][1], tmp_path / "adapter")
     for first, second in ((old, new), (new, old)):
         upgrade = Upgrade(first, second)
         out = tmp_path / f"from-{first.name}"
-        outcome = recycle(upgrade, source, small_task, "direct", out, recipe=RECIPE)
+        outcome = recycle(upgrade, source, small_task, "direct", out, recipe=ONE_STEP)
         before, after = read_weights(source), read_weights(outcome.path / "adaptation")
         names = [f"base_model.model.{name}" for name in sorted(pooler)]
         assert outcome.record.notes["copied_as_a_base_lacks_it"] == names
@@ -286,11 +285,11 @@ def test_rows_of_tokens_follow_their_tokens(padded, data):
         shutil.copytree(source, folder)
         write_vocabulary(new / "tokenizer.json", {token: i for i, token in enumerate(new_tokens)})
         num_rows = data.draw(st.integers(0, 3)) + len(new_tokens)
-        tensors = {name: tensor.clone() for name, tensor in read_base(old).items()}
+        tensors = {name: tensor.clone() for name, tensor in read_weights(old).items()}
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensors[name] = torch.randn(num_rows, 32, generator=generator)
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-        edit_json(new / "config.json", vocab_size=num_rows)
+        update_json(new / "config.json", vocab_size=num_rows)
         shutil.copy(old / "tokenizer_config.json", folder)
         write_vocabulary(folder / "tokenizer.json", tokens | adapter_tokens, old / "tokenizer.json")
         name = find_name(read_weights(folder), "trainable_tokens_delta")
@@ -299,7 +298,7 @@ def test_rows_of_tokens_follow_their_tokens(padded, data):
             read_weights(folder) | {name: before}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
         )
         tuned_ids = [(tokens | adapter_tokens)[token] for token in tuned]
-        edit_json(folder / "adapter_config.json", trainable_token_indices=tuned_ids)
+        update_json(folder / "adapter_config.json", trainable_token_indices=tuned_ids)
         upgrade = Upgrade(old, new)
         adaptation = load_adaptation(folder)
         grafted = adaptation.family.graft(adaptation, upgrade, replace=False)
@@ -313,7 +312,7 @@ def test_rows_of_tokens_follow_their_tokens(padded, data):
             assert (adapter.config["trainable_token_indices"] or []) == expected_ids
         if not kept_tokens:
             return
-        old_rows, new_rows = (read_base(base)["model.embed_tokens.weight"] for base in (old, new))
+        old_rows, new_rows = (read_weights(base)["model.embed_tokens.weight"] for base in (old, new))
         assert len(grafted.tensors[name]) == len(replaced.tensors[name]) == len(kept_tokens)
         for i, token in enumerate(kept_tokens):
             expected = stored_row = before[tuned.index(token)]
@@ -330,10 +329,6 @@ def write_vocabulary(file, vocabulary, template=None):
     file.write_text(json.dumps(settings))
 
 
-def edit_json(file, **settings):
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-
 @pytest.mark.parametrize(("has_padding", "method"), [(True, "direct"), (False, "trimmed")])
 def test_token_in_a_row_of_padding_keeps_its_tuned_row(tmp_path, pairs, padded, small_task, has_padding, method):
     """A token added to a base with rows of padding is tuned in one of them: no embeddings are resized or stored."""
@@ -342,9 +337,9 @@ def test_token_in_a_row_of_padding_keeps_its_tuned_row(tmp_path, pairs, padded, 
     tokenizer = make_tokenizer("llama")
     tokenizer.add_tokens(["<own>"])
     tokenizer.save_pretrained(folder)
-    edit_json(folder / "adapter_config.json", trainable_token_indices=[5, 43, 6])
+    update_json(folder / "adapter_config.json", trainable_token_indices=[5, 43, 6])
     new = write_upgrade(old, tmp_path / "new", 0.3) if has_padding else pairs["llama"][1]
-    outcome = recycle(Upgrade(old, new), folder, small_task, method, tmp_path / "out", recipe=RECIPE)
+    outcome = recycle(Upgrade(old, new), folder, small_task, method, tmp_path / "out", recipe=ONE_STEP)
     assert "'<own>'" in outcome.record.notes["vocabulary"]
     written = AutoTokenizer.from_pretrained(outcome.path / "adaptation")
     assert written.convert_tokens_to_ids("<own>") == 43

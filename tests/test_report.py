@@ -9,6 +9,7 @@ import json
 import math
 import operator
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -16,8 +17,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ATTACK, REPORT_METHODS, make_diagnosis, write_diagnosis, write_outcomes
+from helpers import read_test_predictions
 
+from regraft.adaptation.outcome import versions, write_outcome
+from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, Source, TaskRecord
 from regraft.diagnosis import read_diagnosis
 from regraft.errors import OutcomeError, RecipeError
 from regraft.report import write_report
@@ -25,6 +28,15 @@ from regraft.report.find import sanitise
 from regraft.task.types import MarkedText, Scatter, Span, Table
 from regraft.task.types.view import Column, Series
 
+ATTACK = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+REPORT_LABELS = ("joy", "anger", f"</script>{ATTACK}")
+REPORT_METHODS = {  # test score, steps to scratch's last score, steps, labels
+    "scratch": (0.902, None, 300, 2400),
+    "direct": (0.843, None, 0, 0),
+    "ridge": (0.881, None, 0, 0),
+    "init": (0.909, 60, 300, 2400),
+    "init+distill": (0.917, 30, 300, 2400),
+}
 CHARTS = {
     "1-methods",
     "1-learning",
@@ -69,6 +81,81 @@ CONTRAST_SCRIPT = """
   return contrasts;
 }
 """
+
+
+def make_diagnosis(attack: str = ATTACK) -> dict:
+    """Return a diagnosis as regraft 0.1 wrote it, with an answer to every question.
+
+    Args:
+        attack: Markup that a report has to escape, in names and texts.
+    """
+    text = Path(__file__).with_name("diagnosis.json").read_text(encoding="utf-8")
+    for placeholder, markup in (("{attack[:40]}", attack[:40]), ("{attack}", attack), ("{ATTACK}", ATTACK)):
+        text = text.replace(placeholder, json.dumps(markup)[1:-1])
+    return json.loads(text)
+
+
+def write_diagnosis(folder: Path, content: dict) -> Path:
+    """Write the folder of a diagnosis."""
+    folder.mkdir(parents=True)
+    (folder / "diagnosis.json").write_text(json.dumps(content))
+    return folder
+
+
+def write_outcomes(folder: Path, seeds=(20, 21), task="feelings", attack: str = "") -> Path:
+    """Write the outcome folders of a comparison, and of the old deployment."""
+    old_base, new_base = (
+        BaseRecord("models/small-v1", "sample:1a2b"),
+        BaseRecord(f"models/small-v2{attack}", "sample:3c4d"),
+    )
+    old = _write_outcome(folder / "old", "tune", 20, task, old_base, None, (0.894, None, 300, 2400))
+    source = Source(f"{old.path}/adaptation", "sample:5e6f", old_base.name, old_base.fingerprint, "proven")
+    for seed in seeds:
+        for method, figures in REPORT_METHODS.items():
+            name = f"{method.replace('+', '-')}-seed{seed}{'<b>' if attack else ''}"
+            _write_outcome(folder / name, method, seed, task, new_base, source, figures)
+    return folder
+
+
+def _write_outcome(out, method, seed, task, base, source, figures):
+    rng = random.Random(f"{method} {seed}")
+    score, steps_to_scratch, steps, labels = figures
+    score = round(score + 0.002 * (seed - 20.5), 4)
+    staging = out.parent / f".{out.name}.staging"
+    (staging / "adaptation").mkdir(parents=True)
+    time_constant = 75 if steps_to_scratch is None else steps_to_scratch / 2.5
+    start = 0.42 if method in ("scratch", "tune") else 0.8 if steps else score
+    curve = [
+        {
+            "step": step,
+            "seconds": 0.21 * step,
+            "score": round(score - (score - start) * math.exp(-step / time_constant), 4),
+        }
+        for step in range(0, steps + 1, 30)
+    ]
+    predictions = []
+    for split, count in (("dev", 40), ("test", 200)):
+        for row in range(count):
+            label = row % 3
+            prediction = label if rng.random() < score else (label + 1) % 3
+            predictions.append({"split": split, "row": row, "label": label, "prediction": prediction})
+    record = OutcomeRecord(
+        method=method,
+        kind="lora",
+        inputs={"method": method, "options": {"alpha": 0.5} if "+" in method else None},
+        task=TaskRecord(task, "accuracy", "d", 2400),
+        labels=REPORT_LABELS,
+        seed=seed,
+        recipe={"steps": 300, "batch_size": 16, "learning_rate": 5e-4, "precision": "bf16", "seed": seed},
+        scores=Scores(score, 0.41, score, 0.412, curve[0]["score"]),
+        best_step=steps,
+        cost=Cost(steps, 0.21 * steps + 1.4, labels),
+        notes={},
+        base=base,
+        recycled_from=source,
+        versions=versions(),
+    )
+    return write_outcome(staging, out, record, curve, predictions)
 
 
 @pytest.fixture(scope="module")
@@ -230,15 +317,11 @@ def test_figures_equal_those_of_the_runs(page_file, runs, visit):
 
 
 def test_negative_flips_are_counted_against_the_old_deployment(runs, visit, page_file):
-    def read_test_predictions(name):
-        lines = (runs / "compare" / name / "predictions.jsonl").read_text().splitlines()
-        return [entry for entry in map(json.loads, lines) if entry["split"] == "test"]
-
-    old_predictions = read_test_predictions("old")
+    old_predictions = read_test_predictions(runs / "compare" / "old")
     shares = []
     for seed in (20, 21):
-        pairs = zip(old_predictions, read_test_predictions(f"direct-seed{seed}<b>"), strict=True)
-        flips = sum(old["prediction"] == old["label"] != new["prediction"] for old, new in pairs)
+        pairs = zip(old_predictions, read_test_predictions(runs / "compare" / f"direct-seed{seed}<b>"), strict=True)
+        flips = sum(old == label != new for (label, old), (_, new) in pairs)
         shares.append(flips / len(old_predictions))
     row = visit(page_file).locator("#part-1-methods tr", has_text="direct").first.inner_text()
     assert row.split("\t")[6].strip() == f"{50 * sum(shares):.1f} %"

@@ -1,7 +1,6 @@
 """The paper reproduced on tiny bases, interrupted and continued, and its figures computed by other means."""
 
 import json
-import random
 import statistics
 import sys
 from pathlib import Path
@@ -9,9 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from helpers import LABELS, compute_logits, make_sentence, read_weights, write_sentences
-from test_experiments import compute_accuracy, read_curve, read_modification_times, read_test_predictions
+from helpers import (
+    LABELS,
+    PAPER_CONFIGS,
+    compute_accuracy,
+    compute_logits,
+    read_curve,
+    read_modification_times,
+    read_test_predictions,
+    read_weights,
+)
 
 from regraft import Base, load_outcome
 from regraft.model.examples import encode
@@ -22,28 +28,6 @@ import reproduce
 from findings import experiment
 from tables import select
 
-CONFIGS = {
-    "1-compatibility": {"tasks": {"full": ["mood"]}},
-    "2-connectivity": {
-        "tasks": {"full": ["mood"]},
-        "pairs": [[0, 0], [0, 1], [0, 2]],
-        "one_seed": [[0, 1]],
-        "points": 3,
-    },
-    "3-similarity": {"tasks": {"full": ["mood"]}, "controls": {"mood": "other"}, "texts": 8},
-    "4-initialisation": {
-        "old": 1,
-        "new": 2,
-        "targets": [{"task": "mood", "similar": "other", "unrelated": "third", "kinds": ["full"]}],
-    },
-    "5-distillation": {
-        "upgrades": [{"task": "mood", "old": 0, "new": 1, "kinds": ["full"]}],
-        "shots": [4],
-        "longer": {"times": 2.0, "shots": [4], "methods": ["scratch", "distill"]},
-    },
-    "6-projection": {"tasks": {"lora": ["mood", "other"]}, "upgrades": [[0, 1]], "rank": 2, "steps": 2},
-    "7-chain": {"tasks": {"full": ["mood"]}},
-}
 NUM_CELLS = {
     "1-compatibility": 2 * 1,
     "2-connectivity": 2 * 4,
@@ -57,66 +41,13 @@ NUM_CELLS = {
 CELLS_BEFORE_INTERRUPTION = 5
 
 
-def write_inputs(folder, base):
-    """Write a size file, the configs of all experiments, and the texts and tasks that they use."""
-    tuning = {"steps": 40, "batch_size": 16, "learning_rate": 3e-3, "eval_every": 20}
-    few_shot = tuning | {"steps": 10, "eval_every": 5}
-    tasks = {}
-    for index, name in enumerate(("mood", "other", "third")):
-        data_folder = folder / "data" / name
-        data_folder.mkdir(parents=True)
-        files = {split: str(data_folder / f"{split}.csv") for split in ("train", "dev", "test")}
-        for split, count in (("train", 64), ("dev", 24), ("test", 40)):
-            write_sentences(data_folder / f"{split}.csv", count, 10 * index + len(split))
-            corrupt_labels(data_folder / f"{split}.csv")
-        tasks[name] = {"domain": "first", "task": {"name": name, "text": "text", "label": "label", **files}}
-    domains = []
-    for index, name in enumerate(("first", "second")):
-        generator = random.Random(index)
-        (folder / f"{name}.txt").write_text("\n".join(make_sentence(generator, index == 0) for _ in range(300)))
-        domains.append({"name": name, "sources": [str(folder / f"{name}.txt")], "characters": 10_000})
-    size = {
-        "base": str(base),
-        "domains": domains,
-        "tasks": tasks,
-        "max_length": 16,
-        "seeds": [20, 30],
-        "precision": "fp32",
-        "pretraining": {"steps": 4, "batch_size": 8, "learning_rate": 3e-3, "block": 16, "keep_every": 2},
-        "tuning": {"full": tuning, "lora": tuning | {"learning_rate": 1e-2}},
-        "few_shot": {"full": few_shot, "lora": few_shot},
-    }
-    (folder / "size.yaml").write_text(yaml.safe_dump(size))
-    for name, config in CONFIGS.items():
-        (folder / "configs" / name).mkdir(parents=True)
-        (folder / "configs" / name / "config.yaml").write_text(yaml.safe_dump(config))
-
-
-def corrupt_labels(file):
-    """Swap the label of one row in five, so that no model gets all right and models differ in their errors."""
-    head, *rows = file.read_text().splitlines()
-    generator = random.Random(file.name)
-    swapped = {"negative": "positive", "positive": "negative"}
-    for index in generator.sample(range(len(rows)), len(rows) // 5):
-        text, label = rows[index].rsplit(",", 1)
-        rows[index] = f"{text},{swapped[label]}"
-    file.write_text("\n".join([head, *rows]) + "\n")
+@pytest.fixture(scope="module")
+def plan(paper_folder):
+    return reproduce.make_plan(paper_folder / "size.yaml", paper_folder / "out", configs=paper_folder / "configs")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, bases):
-    paper_folder = tmp_path_factory.mktemp("paper")
-    write_inputs(paper_folder, bases["bert"][0])
-    return paper_folder
-
-
-@pytest.fixture(scope="module")
-def plan(folder):
-    return reproduce.make_plan(folder / "size.yaml", folder / "out", configs=folder / "configs")
-
-
-@pytest.fixture(scope="module")
-def reports(folder, plan):
+def reports(paper_folder, plan):
     """Run all experiments, interrupted once; return the reports of the first run and of its continuation."""
     measure_cell = experiment.measure_cell
     first_reports = []
@@ -133,9 +64,9 @@ def reports(folder, plan):
             reproduce.build_missing(plan, 0, first_reports.append)
     finally:
         experiment.measure_cell = measure_cell
-    reproduce.write_measured(plan, folder / "partial")
+    reproduce.write_measured(plan, paper_folder / "partial")
     assert reproduce.build_missing(plan, 0, second_reports.append) == []
-    reproduce.write_measured(plan, folder / "pages")
+    reproduce.write_measured(plan, paper_folder / "pages")
     return first_reports, second_reports
 
 
@@ -144,36 +75,36 @@ def count_measured(reports):
 
 
 @pytest.fixture
-def results(folder, reports):
+def results(paper_folder, reports):
     """A function that reads an experiment's results."""
 
     def read_results(name):
-        return json.loads((folder / "pages" / name / "results.json").read_text(encoding="utf-8"))
+        return json.loads((paper_folder / "pages" / name / "results.json").read_text(encoding="utf-8"))
 
     return read_results
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_continues_and_then_builds_nothing(folder, plan, reports):
+def test_an_interrupted_run_continues_and_then_builds_nothing(paper_folder, plan, reports):
     first_reports, second_reports = reports
     assert count_measured(first_reports) == CELLS_BEFORE_INTERRUPTION
     assert len(second_reports) == sum(NUM_CELLS.values()) - CELLS_BEFORE_INTERRUPTION
-    assert "**Not complete: " in (folder / "partial" / "2-connectivity" / "README.md").read_text(encoding="utf-8")
-    assert "not measured" in (folder / "partial" / "README.md").read_text(encoding="utf-8")
+    assert "**Not complete: " in (paper_folder / "partial" / "2-connectivity" / "README.md").read_text(encoding="utf-8")
+    assert "not measured" in (paper_folder / "partial" / "README.md").read_text(encoding="utf-8")
     old_times = read_modification_times(plan.store.out)
     assert reproduce.build_missing(plan, 0, pytest.fail) == []
     new_times = read_modification_times(plan.store.out)
     assert new_times.keys() == old_times.keys()
     assert {file.name for file in new_times if file.is_file() and new_times[file] != old_times[file]} == {"size.json"}
-    assert not [path for name in CONFIGS for path in (plan.store.out / name).iterdir() if path.is_dir()]
+    assert not [path for name in PAPER_CONFIGS for path in (plan.store.out / name).iterdir() if path.is_dir()]
 
 
 @pytest.mark.slow
-def test_every_experiment_has_results_and_a_page(folder, results):
-    index = (folder / "pages" / "README.md").read_text(encoding="utf-8")
-    for name in CONFIGS:
+def test_every_experiment_has_results_and_a_page(paper_folder, results):
+    index = (paper_folder / "pages" / "README.md").read_text(encoding="utf-8")
+    for name in PAPER_CONFIGS:
         experiment_results = results(name)
-        published = folder / "pages" / name
+        published = paper_folder / "pages" / name
         num_made, num_cells = experiment_results["made"]["cells"]
         assert num_made == num_cells > 0
         assert experiment_results["made"]["seeds"] == [20, 30]

@@ -11,13 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import make_sentence
-from safetensors.torch import load_file
-from typer.testing import CliRunner
+from helpers import (
+    InterruptedRunError,
+    have_equal_tensors,
+    interrupt_at,
+    make_sentence,
+    read_curve,
+    read_weights,
+    run_command,
+)
 
 from regraft import Corpus, Distillation, Recipe, Upgrade, recycle, tune
 from regraft.adaptation import find_outcome, fresh_model
-from regraft.cli import app
 from regraft.errors import OutcomeError
 from regraft.model import Deployment
 from regraft.progress import silent
@@ -41,12 +46,6 @@ def popen_arguments(*arguments):
     }
 
 
-def run(*arguments):
-    """Run a command in this process, which saves the imports."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-
-
 def run_and_kill(out, *arguments, stage="", checkpoints=2):
     """Run a command, kill it after a number of checkpoints of a stage, and return its working folder."""
     process = subprocess.Popen(**popen_arguments(*arguments))
@@ -67,28 +66,22 @@ def run_and_kill(out, *arguments, stage="", checkpoints=2):
     return work
 
 
-def equal_weights(file, expected_file):
-    weights, expected = load_file(file), load_file(expected_file)
-    assert weights.keys() == expected.keys()
-    return all(weights[name].equal(expected[name]) for name in weights)
-
-
 def without_seconds(curve):
     return [{name: value for name, value in point.items() if name != "seconds"} for point in curve]
 
 
-def read_curve(out):
-    return without_seconds([json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()])
+def read_timeless_curve(out):
+    return without_seconds(read_curve(out))
 
 
 def last_checkpoint(work):
     return max((work / "checkpoints").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
 
 
-def check_outcomes(killed, uninterrupted, file):
-    assert equal_weights(killed / "adaptation" / file, uninterrupted / "adaptation" / file)
-    assert read_curve(killed) == read_curve(uninterrupted)
-    assert len(read_curve(killed)) == 13
+def check_outcomes(killed, uninterrupted):
+    assert have_equal_tensors(read_weights(killed / "adaptation"), read_weights(uninterrupted / "adaptation"))
+    assert read_timeless_curve(killed) == read_timeless_curve(uninterrupted)
+    assert len(read_timeless_curve(killed)) == 13
     assert (killed / "predictions.jsonl").read_text() == (uninterrupted / "predictions.jsonl").read_text()
     assert not list(killed.parent.glob(".*.partial"))
 
@@ -100,9 +93,9 @@ def test_tune_resumes_after_a_kill(tmp_path, bases, task_file):
     work = run_and_kill(killed, *arguments, "--out", killed)
     checkpoint = last_checkpoint(work)
     assert int(checkpoint.name.split("-")[1]) < 240
-    run(*arguments, "--out", killed)
-    run(*arguments, "--out", uninterrupted)
-    check_outcomes(killed, uninterrupted, "model.safetensors")
+    run_command(*arguments, "--out", killed)
+    run_command(*arguments, "--out", uninterrupted)
+    check_outcomes(killed, uninterrupted)
 
 
 @pytest.mark.slow
@@ -113,9 +106,9 @@ def test_recycle_with_a_teacher_resumes_after_a_kill(tmp_path, bases, tuned_outc
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     work = run_and_kill(killed, *arguments, "--out", killed)
     assert (work / "teacher.safetensors").is_file()
-    run(*arguments, "--out", killed)
-    run(*arguments, "--out", uninterrupted)
-    check_outcomes(killed, uninterrupted, "adapter_model.safetensors")
+    run_command(*arguments, "--out", killed)
+    run_command(*arguments, "--out", uninterrupted)
+    check_outcomes(killed, uninterrupted)
 
 
 @pytest.mark.slow
@@ -128,33 +121,19 @@ def test_pretrain_resumes_after_a_kill_in_each_stage(tmp_path):
     base, text = tmp_path / "base", tmp_path / "text.txt"
     BertModel(make_config("bert")).save_pretrained(base)  # without a head, so that there are two stages
     make_tokenizer("bert").save_pretrained(base)
-    chance = random.Random(0)
-    text.write_text("\n".join(make_sentence(chance, i % 2 == 0) for i in range(500)), encoding="utf-8")
+    rng = random.Random(0)
+    text.write_text("\n".join(make_sentence(rng, i % 2 == 0) for i in range(500)), encoding="utf-8")
     arguments = ["pretrain", base, text, "--block", "32", *COMMON, "--save-every", "5", "--steps", "200"]
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     run_and_kill(killed, *arguments, "--out", killed, stage="head", checkpoints=1)
     run_and_kill(killed, *arguments, "--out", killed, stage="body")
-    run(*arguments, "--out", killed)
-    run(*arguments, "--out", uninterrupted)
-    assert equal_weights(killed / "model.safetensors", uninterrupted / "model.safetensors")
+    run_command(*arguments, "--out", killed)
+    run_command(*arguments, "--out", uninterrupted)
+    assert have_equal_tensors(read_weights(killed), read_weights(uninterrupted))
     record, expected = (json.loads((out / "pretraining.json").read_text()) for out in (killed, uninterrupted))
     assert without_seconds(record.pop("curve")) == without_seconds(expected.pop("curve"))
     assert record == expected
     assert not list(tmp_path.glob(".*.partial"))
-
-
-class Interrupted(Exception):
-    """An interruption at an arbitrary moment."""
-
-
-def interrupt(stage, step):
-    """Return a progress callback that raises an exception at a step of a stage."""
-
-    def progress(current_stage, current_step, steps, figures):
-        if (current_stage, current_step) == (stage, step):
-            raise Interrupted
-
-    return progress
 
 
 def truncate(file):
@@ -175,8 +154,8 @@ def test_damaged_files_are_discarded_and_undamaged_files_are_used(tmp_path, base
     uninterrupted = run(tmp_path / "uninterrupted")
     out = tmp_path / "out"
     copy = tmp_path / "copy"
-    with pytest.raises(Interrupted):
-        run(out, interrupt("tune", 10))
+    with pytest.raises(InterruptedRunError):
+        run(out, interrupt_at("tune", 10))
     work = tmp_path / ".out.partial"
     shutil.copytree(work, copy)
     assert [entry.name for entry in (work / "checkpoints").iterdir()] == ["checkpoint-8"]
@@ -201,9 +180,9 @@ def test_damaged_files_are_discarded_and_undamaged_files_are_used(tmp_path, base
         steps = []
         run(out, lambda stage, step, *_, steps=steps: steps.append(step) if stage == "tune" else None)
         assert steps[0] == completed_steps + 1, file
-        weights = Path("adaptation", "model.safetensors")
-        assert equal_weights(out / weights, uninterrupted.path / weights), file
-        assert read_curve(out) == read_curve(uninterrupted.path)
+        weights, expected = (read_weights(folder / "adaptation") for folder in (out, uninterrupted.path))
+        assert have_equal_tensors(weights, expected), file
+        assert read_timeless_curve(out) == read_timeless_curve(uninterrupted.path)
     assert not work.exists()
 
 

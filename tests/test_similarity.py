@@ -6,40 +6,29 @@ import itertools
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, HEAD, LABELS, write_adaptation, write_base, write_upgrade
+from helpers import ARCHITECTURES, add_noise, load_tuned_model, write_adaptation, write_base, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
 from regraft import Base, load_adaptation
-from regraft.adaptation import load_model
 from regraft.diagnosis.comparison import Moments, head_divergences
 from regraft.diagnosis.similarity import similarity
 from regraft.errors import MismatchError, RecipeError
 from regraft.model import attention, encode, predict
 from regraft.model.outputs import model_inputs
-from regraft.task import load_data
-
-
-@pytest.fixture(scope="module")
-def data(task_file):
-    return load_data(task_file, 20).relabel(LABELS)
 
 
 @pytest.fixture(scope="module")
 def attentive_bert(tmp_path_factory):
     """A base and its BERT with four heads per layer that attend to different tokens, as trained heads do."""
     base = Base.open(write_base(tmp_path_factory.mktemp("four") / "base", num_attention_heads=4))
-    model = load(write_adaptation(base, "full", base.path.parent / "tuned"), base)
+    model = load_tuned_model(write_adaptation(base, "full", base.path.parent / "tuned"), base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("query.weight", "key.weight")):
                 parameter.mul_(8)
     return base, model
-
-
-def load(path, base):
-    return load_model(load_adaptation(path), base, HEAD)
 
 
 def swap_heads(model, layer, a, b):
@@ -138,11 +127,7 @@ def test_swapped_heads_are_found(attentive_bert, data):
 
 def test_figures_equal_those_of_a_naive_loop_over_texts(attentive_bert, data):
     base, model = attentive_bert
-    perturbed = copy.deepcopy(model)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in perturbed.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    perturbed = add_noise(copy.deepcopy(model), 0.05, seed=1)
     result = similarity(model, perturbed, base, data, texts=12)
     indices = [*range(0, 100, 9)]
     examples = encode(base, data, data.test.take(indices))
@@ -195,7 +180,8 @@ def test_similarity_does_not_depend_on_the_batch_size(attentive_bert, data, monk
 def test_an_upgrade_is_more_similar_than_random_weights(opened_bases, data, tmp_path, architecture, kind):
     old, new = opened_bases[architecture]
     first, second = (
-        load(write_adaptation(base, kind, tmp_path / name), base) for base, name in ((old, "old"), (new, "new"))
+        load_tuned_model(write_adaptation(base, kind, tmp_path / name), base)
+        for base, name in ((old, "old"), (new, "new"))
     )
     before = attention.unwrap_model(first).config._attn_implementation
     result = similarity(first, second, old, data, texts=10, maps=3)
@@ -217,7 +203,7 @@ def test_query_heads_that_share_keys_are_compared(data, tmp_path):
     base = Base.open(write_base(tmp_path / "old", "llama", num_attention_heads=4, num_key_value_heads=2))
     new = Base.open(write_upgrade(base.path, tmp_path / "new", 0.02))
     first, second = (
-        load(write_adaptation(tuned_base, "full", tmp_path / folder), tuned_base)
+        load_tuned_model(write_adaptation(tuned_base, "full", tmp_path / folder), tuned_base)
         for tuned_base, folder in ((base, "old-tuned"), (new, "new-tuned"))
     )
     result = similarity(first, second, base, data, texts=10)
@@ -232,8 +218,8 @@ def test_adapters_with_virtual_tokens_and_bottlenecks_are_compared(opened_bases,
     old, new = opened_bases[architecture]
     path = write_adaptation(old, kind, tmp_path / "old")
     data = data.with_virtual_tokens(load_adaptation(path).num_virtual_tokens, old.max_input_length)
-    first, second = load(path, old), load(path, new)
-    identical = similarity(first, load(path, old), old, data, texts=10)
+    first, second = load_tuned_model(path, old), load_tuned_model(path, new)
+    identical = similarity(first, load_tuned_model(path, old), old, data, texts=10)
     assert flatten(identical.divergence).max() == 0 and identical.kl == 0
     result = similarity(first, second, old, data, texts=10)
     assert 0 < flatten(result.divergence).mean() < flatten(result.control.divergence).mean()
@@ -250,12 +236,12 @@ def test_a_control_can_be_passed(attentive_bert, data):
 def test_models_that_cannot_be_compared_are_refused(attentive_bert, opened_bases, data, tmp_path):
     base, model = attentive_bert
     bert = opened_bases["bert"][0]
-    two_heads = load(write_adaptation(bert, "full", tmp_path / "two"), bert)
+    two_heads = load_tuned_model(write_adaptation(bert, "full", tmp_path / "two"), bert)
     with pytest.raises(MismatchError, match=r"layer 0: heads, .* \(4, .* \(2, .*one architecture"):
         similarity(model, two_heads, base, data, control=model)
     deeper = Base.open(write_base(tmp_path / "deep", num_attention_heads=4, num_hidden_layers=3))
     with pytest.raises(MismatchError, match="2 attention layers, the other 3"):
-        similarity(model, load(write_adaptation(deeper, "full", tmp_path / "three"), deeper), base, data)
+        similarity(model, load_tuned_model(write_adaptation(deeper, "full", tmp_path / "three"), deeper), base, data)
     with pytest.raises(RecipeError, match="found 0 and 4"):
         similarity(model, model, base, data, texts=0)
 

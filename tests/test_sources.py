@@ -162,7 +162,7 @@ def test_hidden_labels_of_a_hub_test_split_are_an_error(tmp_path: Path, hub_cach
         ("a.jsonl", '{"text": "\\ud800", "label": 1}\n{"text": "", "label": 2}\n', ["row 1", "Unicode", "in 2 rows"]),
         ("a.csv", "text,label\na,x\nb,\n", ["row 2", "no label in column 'label'", "Label the row"]),
         ("a.jsonl", '{"text": "a", "label": NaN}\n', ["row 1", "no label", "nan"]),
-        ("a.jsonl", '{"text": "a", "label": [1]}\n', ["row 1", "is a list", "text or as a number"]),
+        ("a.jsonl", '{"text": "a", "label": [1]}\n', ["row 1", "not a list", "text or as a number"]),
         ("a.csv", "text,label\na,x\nb,x\n", ["every row has the label 'x'", "two labels", "'label'"]),
         ("a.csv", "text,label\na,x\nb,y\n", ["single example of each class", "`dev`"]),
         ("a.parquet", "PAR0", ["not a readable Parquet file"]),

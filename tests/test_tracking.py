@@ -4,11 +4,10 @@ import filecmp
 import json
 
 import pytest
-from helpers import read_weights
+from helpers import read_jsonl, read_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from regraft import recycle, tune
-from regraft.cli import main
 from regraft.errors import RecipeError
 from regraft.tuning import tracking
 from regraft.upgrade import Upgrade
@@ -32,9 +31,7 @@ def test_tuning_reports_its_curve_without_effect_on_its_result(tmp_path, bases, 
     assert all((plain_weights[name] == tracked_weights[name]).all() for name in plain_weights)
     assert json.dumps(plain.record.inputs) == json.dumps(tracked.record.inputs)
     assert filecmp.cmp(plain.path / "predictions.jsonl", tracked.path / "predictions.jsonl", shallow=False)
-    confidences = [
-        json.loads(line)["confidence"] for line in (plain.path / "predictions.jsonl").read_text().splitlines()
-    ]
+    confidences = [row["confidence"] for row in read_jsonl(plain.path / "predictions.jsonl")]
     assert all(0.5 <= confidence <= 1 for confidence in confidences)
 
 
@@ -60,11 +57,10 @@ def test_unknown_or_missing_tracker_is_refused(tmp_path, bases, tuned_outcomes, 
     assert not (tmp_path / "out").exists()
 
 
-def test_report_to_option(tmp_path, bases, task_file, monkeypatch):
-    options = ["--task", str(task_file), "--steps", "10", "--eval-every", "5", "--precision", "fp32"]
-    command = ["regraft", "tune", str(bases["bert"][0]), *options, "--out", str(tmp_path / "run")]
-    monkeypatch.setattr("sys.argv", [*command, "--report-to", "tensorboard"])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 0
+def test_report_to_option(tmp_path, bases, task_file, run_main):
+    options = ["--task", task_file, "--steps", 10, "--eval-every", 5, "--precision", "fp32"]
+    code, _, error = run_main(
+        "tune", bases["bert"][0], *options, "--out", tmp_path / "run", "--report-to", "tensorboard"
+    )
+    assert code == 0, error
     assert len(read_scalars(tmp_path / "run-logs" / "run")["eval/score"]) == 3

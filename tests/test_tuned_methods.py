@@ -1,6 +1,5 @@
 """Methods that train: their losses, the resumption of interrupted runs, and the recorded cost."""
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -9,12 +8,23 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import compute_distillation_loss, write_adaptation, write_upgrade
+from helpers import (
+    NINE_STEPS,
+    InterruptedRunError,
+    add_noise,
+    compute_distillation_loss,
+    have_equal_tensors,
+    interrupt_at,
+    read_csv,
+    read_weights,
+    write_adaptation,
+    write_table,
+    write_upgrade,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from regraft import Base, Distillation, Recipe, Upgrade, load_adaptation, recycle
+from regraft import Distillation, Recipe, Upgrade, load_adaptation, recycle
 from regraft.adaptation import fresh_model, load_model, write_graft
 from regraft.errors import DataError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
@@ -31,7 +41,6 @@ from regraft.tuning.interpolate import blend, draw_points, interpolation_objecti
 from regraft.tuning.trainer import train
 from regraft.tuning.tune import label_objective
 
-RECIPE = Recipe(steps=9, batch_size=8, learning_rate=3e-3, eval_every=3, save_every=3, precision="fp32")
 OPTIONS = {
     "anchored": Anchoring(strength=0.1, weighting="fisher"),
     "interpolation": Interpolation(points=(0.3,), drawn=1, decay="cosine"),
@@ -39,16 +48,6 @@ OPTIONS = {
     "init+distill": Distillation(flip_weight=1.0, decay="linear"),
 }
 LABEL_OBJECTIVE = label_objective(CATEGORICAL)
-
-
-@pytest.fixture(scope="module")
-def opened_bases(bases):
-    return {name: tuple(Base.open(path) for path in bases[name]) for name in ("bert", "llama")}
-
-
-@pytest.fixture(scope="module")
-def data(task_file):
-    return load_data(task_file, 20)
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +62,8 @@ def adaptations(tmp_path_factory, opened_bases, tuned_outcomes, data):
     return adaptations
 
 
-def read_tensors(outcome):
-    (file,) = (outcome.path / "adaptation").glob("*.safetensors")
-    return load_file(file)
-
-
-def have_equal_weights(first_outcome, second_outcome):
-    first, second = read_tensors(first_outcome), read_tensors(second_outcome)
-    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
-
-
-class InterruptedRunError(Exception):
-    """Raised by a progress callback to interrupt a run."""
-
-
-def interrupt_at(interrupted_step):
-    def progress(stage, step, total, metrics):
-        if stage == "tune" and step == interrupted_step:
-            raise InterruptedRunError
-
-    return progress
+def have_equal_weights(*outcomes):
+    return have_equal_tensors(*(read_weights(outcome.path / "adaptation") for outcome in outcomes))
 
 
 FAST_CELLS = [("bert", "full"), ("llama", "lora")]
@@ -103,12 +84,12 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
 ):
     upgrade = Upgrade(*opened_bases[architecture])
     source = adaptations[architecture, kind]
-    arguments = {"recipe": dataclasses.replace(RECIPE, average=0.3), "options": OPTIONS[method]}
+    arguments = {"recipe": dataclasses.replace(NINE_STEPS, average=0.3), "options": OPTIONS[method]}
     uninterrupted = recycle(upgrade, source, task_file, method, tmp_path / "uninterrupted", **arguments)
     out = tmp_path / "resumed"
     for step in (4, 8):
         with pytest.raises(InterruptedRunError):
-            recycle(upgrade, source, task_file, method, out, **arguments, progress=interrupt_at(step))
+            recycle(upgrade, source, task_file, method, out, **arguments, progress=interrupt_at("tune", step))
     resumed = recycle(upgrade, source, task_file, method, out, **arguments)
     assert have_equal_weights(uninterrupted, resumed)
     assert [point["loss"] for point in uninterrupted.curve] == [point["loss"] for point in resumed.curve]
@@ -116,8 +97,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     assert (cost.steps, cost.labels) == (9, 0 if method == "label-free" else 72)
     assert cost.seconds > 0
     if method != "label-free":
-        direct = recycle(upgrade, source, task_file, "direct", tmp_path / "direct", recipe=RECIPE)
-        assert read_tensors(direct).keys() == read_tensors(uninterrupted).keys()
+        direct = recycle(upgrade, source, task_file, "direct", tmp_path / "direct", recipe=NINE_STEPS)
+        direct_weights, weights = (read_weights(outcome.path / "adaptation") for outcome in (direct, uninterrupted))
+        assert direct_weights.keys() == weights.keys()
         assert uninterrupted.curve[0]["score"] == direct.scores["dev"]
 
 
@@ -228,10 +210,7 @@ def test_the_gradient_of_the_anchor_is_the_weighted_distance_from_the_start(open
     objective = anchored_objective(LABEL_OBJECTIVE, model, fisher, Anchoring(0.7, weighting, decay), 10)
     start = {name: p.detach().clone() for name, p in trainable.items()}
     assert objective(model, batch(), 0).item() == LABEL_OBJECTIVE(model, batch(), 0).item()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainable.values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    add_noise(model, seed=0)
     label_gradients = compute_gradients(model, LABEL_OBJECTIVE(model, batch(), 3))
     gradients = compute_gradients(model, objective(model, batch(), 3))
     factor = {"none": 1, "linear": 0.7, "cosine": 0.5 * (1 + np.cos(0.3 * np.pi))}[decay]
@@ -371,13 +350,10 @@ def write_shuffled_labels(task_file, folder):
     for name in ("task.yaml", "test.csv"):
         (folder / name).write_text((task_file.parent / name).read_text())
     for split in ("train", "dev"):
-        with (task_file.parent / f"{split}.csv").open(newline="") as stream:
-            header, *rows = csv.reader(stream)
-        labels = rng.permutation([label for _, label in rows])
-        with (folder / f"{split}.csv").open("w", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(header)
-            writer.writerows([text, label] for (text, _), label in zip(rows, labels, strict=True))
+        rows = read_csv(task_file.parent / f"{split}.csv")
+        labels = rng.permutation([row["label"] for row in rows])
+        shuffled_rows = [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
+        write_table(folder / f"{split}.csv", shuffled_rows)
     return folder / "task.yaml"
 
 
@@ -387,14 +363,14 @@ def test_label_free_ignores_labels(tmp_path, large_upgrade, adaptations, task_fi
     assert (load_data(shuffled_task, 20).train.labels != data.train.labels).any()
     source = adaptations["bert", kind]
     outcome, shuffled = (
-        recycle(large_upgrade, source, task, "label-free", tmp_path / name, recipe=RECIPE)
+        recycle(large_upgrade, source, task, "label-free", tmp_path / name, recipe=NINE_STEPS)
         for name, task in (("original", task_file), ("shuffled", shuffled_task))
     )
     assert have_equal_weights(outcome, shuffled)
     assert outcome.record.cost.labels == shuffled.record.cost.labels == 0
     assert outcome.record.notes["score"] == "overlap of class probabilities with the old model's on dev"
     assert [point["score"] for point in outcome.curve] == [point["score"] for point in shuffled.curve]
-    init = recycle(large_upgrade, source, task_file, "init", tmp_path / "init", recipe=RECIPE)
+    init = recycle(large_upgrade, source, task_file, "init", tmp_path / "init", recipe=NINE_STEPS)
     assert not have_equal_weights(outcome, init)
     assert outcome.record.best_step > 0
 
@@ -420,7 +396,7 @@ def test_label_free_learns_from_the_texts_of_a_file(tmp_path, large_upgrade, ada
         options = LabelFree(text=str(tmp_path / name) if name else "")
         out = tmp_path / f"out-{name}"
         source = adaptations["bert", "lora"]
-        return recycle(large_upgrade, source, task_file, "label-free", out, recipe=RECIPE, options=options)
+        return recycle(large_upgrade, source, task_file, "label-free", out, recipe=NINE_STEPS, options=options)
 
     expected = run("")
     assert have_equal_weights(expected, run("same.txt"))
@@ -463,8 +439,8 @@ def test_methods_that_learn_from_old_outputs_refuse_a_fresh_head(tmp_path, opene
     source = adaptations["bert", "lora"]
     for method in ("interpolation", "label-free"):
         with pytest.raises(RecipeError, match="head must be copy"):
-            recycle(upgrade, source, task_file, method, tmp_path / "out", recipe=RECIPE, head="fresh")
-    recycle(upgrade, source, task_file, "anchored", tmp_path / "anchored", recipe=RECIPE, head="fresh")
+            recycle(upgrade, source, task_file, method, tmp_path / "out", recipe=NINE_STEPS, head="fresh")
+    recycle(upgrade, source, task_file, "anchored", tmp_path / "anchored", recipe=NINE_STEPS, head="fresh")
 
 
 def train_with_averaging(model, base, data, evaluate, folder):

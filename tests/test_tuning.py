@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import compute_distillation_loss, make_task_data
+from helpers import ARCHITECTURES, compute_distillation_loss, make_task_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +18,6 @@ from regraft.progress import silent
 from regraft.task import Split, load_data
 from regraft.tuning import LEARNING_RATES, distillation_loss, plan_order, tune_model
 from regraft.tuning.distill import compute_teacher_outputs
-
-ARCHITECTURES = ("bert", "roberta", "distilbert", "llama")
 
 orders = st.tuples(
     st.lists(st.integers(1, 50), min_size=1, max_size=60),

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, HEAD, make_head, make_tokenizer, write_adaptation, write_base
+from helpers import ARCHITECTURES, load_tuned_model, make_head, make_tokenizer, write_adaptation, write_base
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from regraft import Base, Upgrade, convert, load_adaptation, recycle, tune
-from regraft.adaptation import fresh_model, load_model
+from regraft.adaptation import fresh_model
 from regraft.checkpoint import Checkpoint
 from regraft.errors import CheckpointError, MismatchError
 from regraft.naming import name_consistently
@@ -257,7 +257,7 @@ def test_base_with_relative_positions_is_refused(tmp_path, bases):
     relative = Base.open(rewrite_base(old, tmp_path / "relative", dict, position_embedding_type="relative_key"))
     tuned = write_adaptation(Base.open(old), "full", tmp_path / "tuned")
     with pytest.raises(MismatchError, match=r"position_embedding_type is 'relative_key', which transformers no longer"):
-        load_model(load_adaptation(tuned), relative, HEAD)
+        load_tuned_model(tuned, relative)
 
 
 def test_multimodal_base_is_refused(tmp_path):

@@ -8,11 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import LABELS, make_tokenizer, run_command
+from helpers import FLOAT32, LABELS, ONE_STEP, add_noise, make_tokenizer, read_weights, run_command, update_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AddedToken,
@@ -39,7 +39,6 @@ from regraft.progress import quiet
 from regraft.vocabulary import merged_tokenizer
 from regraft.weights import graft, graft_rows, match_rows
 
-ONE_STEP = Recipe(steps=1, precision="fp32")
 TWO_STEPS = Recipe(steps=2, precision="fp32")
 ROLES = ("old", "new", "tuned")
 tokens = st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=20, unique=True)
@@ -54,16 +53,8 @@ def graft_folders(old, new, tuned, out):
     run_command("weights", "graft", "--old", old, "--new", new, "--tuned", tuned, "--out", out)
 
 
-def update_json(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 def read_vocabulary(folder):
     return AutoTokenizer.from_pretrained(folder).get_vocab()
-
-
-def read_model(folder):
-    return load_file(folder / "model.safetensors")
 
 
 @settings(deadline=None)
@@ -147,11 +138,7 @@ def write_model_with_tokens(source, folder, tokens, seed, **special_tokens):
         setattr(tokenizer, name, token)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False, pad_to_multiple_of=8)
     model.config.eos_token_id = tokenizer.eos_token_id
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(folder)
+    add_noise(model, seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -218,7 +205,7 @@ def extended(tmp_path_factory, bases):
     good, bad = (json.loads(file.read_text())["model"]["vocab"][token] for token in ("good", "bad"))
     content = file.read_text().replace(f'"good": {good}', '"good": -1').replace(f'"bad": {bad}', f'"bad": {good}')
     file.write_text(content.replace('"good": -1', f'"good": {bad}'))
-    tensors = read_model(new)
+    tensors = read_weights(new)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name][[good, bad]] = tensors[name][[bad, good]]
     save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
@@ -228,8 +215,7 @@ def extended(tmp_path_factory, bases):
 def read_embeddings(folder):
     """The token embeddings of a base, a fine-tune or an adapter by token."""
     ids = read_vocabulary(folder)
-    name = "adapter_model" if (folder / "adapter_config.json").exists() else "model"
-    tensors = load_file(folder / f"{name}.safetensors")
+    tensors = read_weights(folder)
     rows = next(tensor for name, tensor in tensors.items() if "embed_tokens" in name and name.endswith("weight"))
     return {token: rows[i] for token, i in ids.items()}
 
@@ -253,17 +239,16 @@ def test_a_fine_tune_is_recycled_for_another_vocabulary(tmp_path, extended, tune
 def test_check_and_diagnose_compare_bases_with_different_vocabularies(extended, tuned_outcomes, task_file):
     upgrade = Upgrade(*extended)
     source = tuned_outcomes["llama", "lora"]
-    recipe = Recipe(precision="fp32")
-    result = check(upgrade, source, task_file, recipe=recipe)
+    result = check(upgrade, source, task_file, recipe=FLOAT32)
     old_ids, new_ids = (read_vocabulary(folder) for folder in extended)
-    old, new = (read_model(folder) for folder in extended)
+    old, new = (read_weights(folder) for folder in extended)
     name = "model.embed_tokens.weight"
     # The new base has all tokens of the old one.
     old[name] = old[name][[old_ids[token] for token in old_ids]]
     new[name] = new[name][[new_ids[token] for token in old_ids]]
     squared_norm = sum(float((new[n] - old[n]).double().square().sum()) for n in old if n != "lm_head.weight")
     assert result.l2 == pytest.approx(math.sqrt(squared_norm), rel=1e-6)
-    diagnosis = diagnose(upgrade, source, task_file, recipe=recipe)
+    diagnosis = diagnose(upgrade, source, task_file, recipe=FLOAT32)
     for question in ("connectivity", "similarity", "kept"):
         assert "the two models have different vocabularies" in diagnosis.left_out[question]
 
@@ -292,12 +277,7 @@ def test_an_adapter_with_added_tokens_is_recycled(tmp_path, extended, task_file)
     old, _ = extended
     text = "<added> good film <new2>"
     tokenizer, model = make_adapter_with_tokens(old, ["<added>", "<new2>"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                generator = torch.Generator().manual_seed(len(name))
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    source = save_adapter(model, tokenizer, tmp_path / "adapter")
+    source = save_adapter(add_noise(model, seed=1), tokenizer, tmp_path / "adapter")
     expected_logits = model.eval()(input_ids=tokenizer(text, return_tensors="pt")["input_ids"]).logits
 
     unchanged = recycle(Upgrade(old, old), source, task_file, "direct", tmp_path / "unchanged", recipe=ONE_STEP)
@@ -382,7 +362,7 @@ def test_models_without_a_vocabulary_are_grafted(tmp_path):
     folders = {role: tmp_path / role for role in (*ROLES, "out")}
     graft_folders(**folders)
     name = "vit.embeddings.patch_embeddings.projection.weight"
-    old, new, tuned, out = (read_model(folder)[name] for folder in folders.values())
+    old, new, tuned, out = (read_weights(folder)[name] for folder in folders.values())
     torch.testing.assert_close(out, new + tuned - old, rtol=1e-5, atol=1e-6)
 
 
@@ -447,7 +427,7 @@ def test_a_fine_tune_may_lack_the_padding_rows_of_its_base(tmp_path, bases):
     model.save_pretrained(tuned)
     AutoTokenizer.from_pretrained(old).save_pretrained(tuned)
     graft_folders(old, old, tuned, tmp_path / "out")
-    before, after = read_model(old), read_model(tmp_path / "out")
+    before, after = read_weights(old), read_weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(MismatchError, match=r"have 43 rows, but the embeddings of .* have 48 for the same tokens"):
         run_command("weights", "delta", "--tuned", tuned, "--old", old, "--out", tmp_path / "delta")
@@ -515,11 +495,11 @@ def test_token_rows_of_an_unknown_model_type_are_found_by_name(tmp_path, extende
         (tmp_path / role / "config.json").write_text(json.dumps({"model_type": "unknown-model"}))
     folders = {role: tmp_path / role for role in ROLES}
     graft_folders(**folders, out=tmp_path / "out")
-    expected, grafted = read_model(new), read_model(tmp_path / "out")
+    expected, grafted = read_weights(new), read_weights(tmp_path / "out")
     assert all(torch.allclose(expected[name], grafted[name], atol=1e-6) for name in expected)
 
     for folder in folders.values():
-        tensors = read_model(folder)
+        tensors = read_weights(folder)
         renamed = {name.replace("embed_tokens", "table").replace("lm_head", "out"): t for name, t in tensors.items()}
         save_file(renamed, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="none of its tensors is known to have a row for each token"):
