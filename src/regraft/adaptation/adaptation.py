@@ -72,7 +72,7 @@ class Adaptation:
         return read_tokenizer(self.path) if has_tokenizer(self.path) else None
 
     @property
-    def variant(self) -> str:
+    def exact_kind(self) -> str:
         """The kind, where a DoRA is `dora` rather than `lora`."""
         return "dora" if self.config.get("use_dora") else self.kind
 

@@ -60,9 +60,9 @@ def check_transformable(adaptation: Adaptation, variants: tuple[str, ...] = TRAN
     Raises:
         KindError: The adaptation is of another kind, or is a LoRA with more than B·A for linear layers.
     """
-    if adaptation.variant not in variants:
+    if adaptation.exact_kind not in variants:
         raise KindError(
-            f"{adaptation.path}: this method supports {', '.join(variants)}, not {adaptation.variant}. Use direct or "
+            f"{adaptation.path}: this method supports {', '.join(variants)}, not {adaptation.exact_kind}. Use direct or "
             "init, or convert the adaptation to full or lora first."
         )
     adaptation.family.check_linear(adaptation)

@@ -77,10 +77,10 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
 
     vector = job.adaptation.family.vector(job.adaptation, job.upgrade.old)
     size = sum(math.prod(shape) for shape in vector.shapes.values())
-    if job.adaptation.variant not in SUPPORTED_KINDS:
+    if job.adaptation.exact_kind not in SUPPORTED_KINDS:
         raise KindError(
             f"{job.adaptation.path}: the map can be learned by distillation for {', '.join(SUPPORTED_KINDS)}, not for "
-            f"{job.adaptation.variant}. Use fit=regression."
+            f"{job.adaptation.exact_kind}. Use fit=regression."
         )
     if size > MAX_SIZE:
         raise KindError(
