@@ -20,7 +20,7 @@ from regraft.weights import (
     interpolate,
     lora_delta,
     low_rank,
-    mask_agreement,
+    mask_conflicts,
     orthogonal_shift,
     scaling,
     subtract_factors,
@@ -132,10 +132,10 @@ def test_drop_keeps_the_expectation():
 @given(SEEDS, LENGTHS)
 def test_mask_agreement_selects_the_elements_with_the_sign_of_the_shift(seed, size):
     change, shift = draw_normal(seed, size), draw_normal(seed + 1, size)
-    masked = mask_agreement(change, shift)
+    masked = mask_conflicts(change, shift)
     assert ((masked == 0) | (masked * shift > 0)).all()
-    assert torch.equal(masked + mask_agreement(change, -shift), change)
-    assert torch.equal(mask_agreement(change, torch.zeros(size)), change)
+    assert torch.equal(masked + mask_conflicts(change, -shift), change)
+    assert torch.equal(mask_conflicts(change, torch.zeros(size)), change)
 
 
 @few_examples

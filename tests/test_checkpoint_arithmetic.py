@@ -33,7 +33,7 @@ from regraft.weights import (
     interpolate_all,
     kind_of,
     layer_of,
-    mask_agreement,
+    mask_conflicts,
     orthogonal_shift,
     trim,
 )
@@ -302,13 +302,13 @@ def test_apply_all_composes_rules(bases):
     change = delta_all(new, old)
     trimmed = apply_all(lambda tensor: trim(tensor, 0.2), change, elementwise=False)
     orthogonal = apply_all(orthogonal_shift, trimmed, change, elementwise=False)
-    masked = apply_all(mask_agreement, orthogonal, change)
+    masked = apply_all(mask_conflicts, orthogonal, change)
     name = "bert.encoder.layer.0.output.dense.weight"
     expected = new[name] - old[name]
     assert torch.equal(trimmed[name], trim(expected, 0.2))
-    assert torch.equal(masked[name], mask_agreement(orthogonal_shift(trim(expected, 0.2), expected), expected))
+    assert torch.equal(masked[name], mask_conflicts(orthogonal_shift(trim(expected, 0.2), expected), expected))
     with pytest.raises(MismatchError, match="are not in all"):
-        apply_all(mask_agreement, change, {key: change[key] for key in change if key != name})
+        apply_all(mask_conflicts, change, {key: change[key] for key in change if key != name})
 
 
 def test_nonfinite_values_are_counted_by_tensor(tmp_path):

@@ -55,7 +55,7 @@ def graft_masked(job: Job, options: Masking) -> None:
         KindError: The adaptation's kind is not supported.
     """
     from regraft.adaptation.transform import check_transformable
-    from regraft.weights import mask_agreement
+    from regraft.weights import mask_conflicts
 
     check_transformable(job.adaptation)
     evidence = sample_evidence(job, options.labels)
@@ -69,7 +69,7 @@ def graft_masked(job: Job, options: Masking) -> None:
         gradient = gradients[name]
         if rows_with_delta is not None and name in job.upgrade.new.architecture.token_tensors:
             gradient = gradient[rows_with_delta]
-        masked = mask_agreement(delta, -gradient.to(delta))
+        masked = mask_conflicts(delta, -gradient.to(delta))
         masked_counts.append(int(masked.count_nonzero()))
         delta_counts.append(int(delta.count_nonzero()))
         return masked

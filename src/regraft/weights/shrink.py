@@ -60,7 +60,7 @@ def drop(delta: torch.Tensor, density: float, generator: torch.Generator) -> tor
     return torch.where(mask, delta / density, torch.zeros_like(delta))
 
 
-def mask_agreement(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def mask_conflicts(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Set entries of a delta to zero whose sign is opposite to the sign of the upgrade's shift.
 
     Args:
