@@ -21,7 +21,7 @@ from regraft.weights import (
     lora_delta,
     low_rank,
     mask_conflicts,
-    orthogonal_shift,
+    orthogonal_part,
     scaling,
     subtract_factors,
     trim,
@@ -142,11 +142,11 @@ def test_mask_agreement_selects_the_elements_with_the_sign_of_the_shift(seed, si
 @given(SEEDS, LENGTHS)
 def test_orthogonal_shift_removes_the_component_along_the_shift(seed, size):
     change, shift = draw_normal(seed, size), draw_normal(seed + 1, size)
-    orthogonal = orthogonal_shift(change, shift)
+    orthogonal = orthogonal_part(change, shift)
     assert (orthogonal @ shift).item() == pytest.approx(0, abs=1e-9 * l2_norm(change) * l2_norm(shift) + 1e-12)
     assert l2_norm(orthogonal) ** 2 + l2_norm(change - orthogonal) ** 2 == pytest.approx(l2_norm(change) ** 2)
-    assert torch.equal(orthogonal_shift(change, torch.zeros(size)), change)
-    torch.testing.assert_close(orthogonal_shift(shift, shift), torch.zeros_like(shift), atol=1e-12, rtol=0)
+    assert torch.equal(orthogonal_part(change, torch.zeros(size)), change)
+    torch.testing.assert_close(orthogonal_part(shift, shift), torch.zeros_like(shift), atol=1e-12, rtol=0)
 
 
 @few_examples

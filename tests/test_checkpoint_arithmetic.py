@@ -34,7 +34,7 @@ from regraft.weights import (
     kind_of,
     layer_of,
     mask_conflicts,
-    orthogonal_shift,
+    orthogonal_part,
     trim,
 )
 
@@ -301,12 +301,12 @@ def test_apply_all_composes_rules(bases):
     old, new = (Checkpoint.open(path) for path in bases["bert"])
     change = delta_all(new, old)
     trimmed = apply_all(lambda tensor: trim(tensor, 0.2), change, elementwise=False)
-    orthogonal = apply_all(orthogonal_shift, trimmed, change, elementwise=False)
+    orthogonal = apply_all(orthogonal_part, trimmed, change, elementwise=False)
     masked = apply_all(mask_conflicts, orthogonal, change)
     name = "bert.encoder.layer.0.output.dense.weight"
     expected = new[name] - old[name]
     assert torch.equal(trimmed[name], trim(expected, 0.2))
-    assert torch.equal(masked[name], mask_conflicts(orthogonal_shift(trim(expected, 0.2), expected), expected))
+    assert torch.equal(masked[name], mask_conflicts(orthogonal_part(trim(expected, 0.2), expected), expected))
     with pytest.raises(MismatchError, match="are not in all"):
         apply_all(mask_conflicts, change, {key: change[key] for key in change if key != name})
 

@@ -27,10 +27,10 @@ def graft_orthogonal(job: Job, options: None) -> None:
     Raises:
         KindError: The adaptation's kind has no deltas.
     """
-    from regraft.weights import orthogonal_shift
+    from regraft.weights import orthogonal_part
 
     def rule(_name: str, delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        return orthogonal_shift(delta, shift)
+        return orthogonal_part(delta, shift)
 
     job.graft_transformed(rule)
 

@@ -17,7 +17,7 @@ from regraft.weights.lora import (
 from regraft.weights.low_rank import low_rank
 from regraft.weights.names import NamedTensors, align, is_optional, kind_of, layer_of
 from regraft.weights.project import leave_one_out_errors, project
-from regraft.weights.shrink import drop, mask_conflicts, orthogonal_shift, trim
+from regraft.weights.shrink import drop, mask_conflicts, orthogonal_part, trim
 from regraft.weights.subspace import subspace_overlap
 from regraft.weights.vocabulary import RowMatch, graft_rows, has_vocabulary_rows, match_rows
 
@@ -54,7 +54,7 @@ __all__ = [
     "match_effect",
     "match_rows",
     "merge_experts",
-    "orthogonal_shift",
+    "orthogonal_part",
     "project",
     "rotation",
     "scaling",

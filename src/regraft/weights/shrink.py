@@ -72,7 +72,7 @@ def mask_conflicts(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return torch.where(delta.sign() * shift.sign() < 0, torch.zeros_like(delta), delta)
 
 
-def orthogonal_shift(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def orthogonal_part(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Return the part of a delta that is orthogonal to the upgrade's shift, so that the shift is not added twice.
 
     Args:
