@@ -45,7 +45,9 @@ class Blend:
                 self._differing.append((target, sources))
 
     def set_coefficients(self, *coefficients: float) -> None:
-        """Set the model to (1 − Σ cᵢ)·model₀ + Σ cᵢ·modelᵢ, or to an exact copy of the only model with a coefficient.
+        """Set the model to (1 − Σ cᵢ)·model₀ + Σ cᵢ·modelᵢ.
+
+        If one model has the coefficient 1 and all others 0, its tensors are copied exactly.
 
         Args:
             coefficients: The coefficient cᵢ of each model after the first; below 0 or above 1 they extrapolate.

@@ -50,7 +50,7 @@ class Check:
         relative: The distance `l2` divided by the norm of the old body.
         cosine: The cosine between the two bodies.
         effect: The norm of the change that the adaptation makes to the head's input on the old base, relative to the
-            norm of that input.
+            norm of the head's input without the adaptation.
         lineage: `proven` if the adaptation records the old base's fingerprint, `forced` if it records a different one,
             `unproven` if it records none.
         verdict: The recommended action, in one line.
@@ -94,7 +94,7 @@ def check(
         task: A task file, a `Task` or its data.
         recipe: The recipe whose seed and precision are used; None for the default recipe.
         force: Whether to accept an adaptation that records a different old base.
-        progress: Called after each batch.
+        progress: Called after each batch or tensor.
 
     Returns:
         The scores, flips and distances, and a verdict; nothing is written.
@@ -166,7 +166,7 @@ def describe(result: Check) -> SummaryLines:
         result: The check to summarise.
 
     Returns:
-        The label and text of one line per figure.
+        The label and the text of each line.
     """
     distance = f"L2 {result.l2:.2f}, {result.relative:.2%} of the norm, cosine {result.cosine:.6f}"
     return [

@@ -18,8 +18,8 @@ def head_divergences(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return the Jensen-Shannon divergence between the attention of each pair of heads, summed over rows.
 
     JSD(p, q) = H((p + q)/2) − (H(p) + H(q))/2. It is computed in float64 where the device has it, because nearly equal
-    heads differ only in the last digits of float32. The heads of the first model are taken one at a time, so that no
-    more memory is needed than for the attention maps of one layer.
+    heads differ only in the last digits of float32. The heads of the first model are taken one at a time, so that the
+    memory grows with the number of heads, not with the number of pairs.
 
     Source: Lin, 1991.
 
@@ -98,18 +98,19 @@ class ModelComparison:
 
     Args:
         likelihood: The distribution that the models' outputs are parameters of.
-        all_head_pairs: Whether to compare each head with all heads of its layer; if not, with the corresponding head.
+        all_head_pairs: Whether to compare each head with all heads of the other model's same layer; if not, with the
+            corresponding head only.
 
     Attributes:
-        num_outputs: The number of outputs of each model; a text has one or more, depending on the task type.
-        kl: The sum over outputs of KL(first ‖ second), in nats.
-        num_equal: The number of outputs for which both models predict the same.
+        num_predictions: The number of predictions of each model; a text has one or more, depending on the task type.
+        kl: The sum over predictions of KL(first ‖ second), in nats.
+        num_equal: The number of predictions that are the same in both models.
     """
 
     def __init__(self, likelihood: Likelihood, *, all_head_pairs: bool) -> None:
         self.kl = 0.0
         self.num_equal = 0
-        self.num_outputs = 0
+        self.num_predictions = 0
         self._likelihood = likelihood
         self._all_head_pairs = all_head_pairs
         self._num_tokens = 0
@@ -134,7 +135,7 @@ class ModelComparison:
         divergence = likelihood.divergence_terms(second_outputs, likelihood.signal(first_outputs))
         self.kl += max(0.0, float(divergence.sum()))
         self.num_equal += int((likelihood.predict(first_outputs) == likelihood.predict(second_outputs)).sum())
-        self.num_outputs += len(first_outputs)
+        self.num_predictions += len(first_outputs)
         self._num_tokens += int(token_mask.sum())
 
     def _add_attention(self, first: Activations, second: Activations, token_mask: torch.Tensor) -> None:
@@ -176,7 +177,7 @@ class ModelComparison:
 
     @property
     def divergences(self) -> torch.Tensor:
-        """The mean divergence per row in bits: layers × heads, and × heads of the second if all pairs are compared."""
+        """The mean divergence per row in bits: layers × heads, or layers × heads × heads if all pairs are compared."""
         mean: torch.Tensor = self._divergence / self._num_tokens
         return mean
 

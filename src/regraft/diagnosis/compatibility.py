@@ -31,13 +31,14 @@ class CompatibilityPoint:
     """The old adaptation, untuned, on one checkpoint of the base.
 
     Args:
-        name: The checkpoint's path or hub id.
+        name: The checkpoint's path or hub id; the first point is the old base itself.
         distance: The checkpoint's L2 distance from the old base.
         score: The adaptation's score on the checkpoint.
         loss: The adaptation's mean loss on the checkpoint, in nats.
         agreement: The score of the predictions, with the predictions on the old base as targets, by the first metric of
             the task type: in classification, the share of equal predictions.
-        steps: The number of pre-training steps that led to the checkpoint; None if its folder does not record it.
+        steps: The number of pre-training steps that the checkpoint's folder records, counted from the base that
+            regraft pre-trained further; 0 for the old base, None without a record.
     """
 
     name: str

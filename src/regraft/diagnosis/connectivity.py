@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 END_LOSS_TOLERANCE = 0.05
-"""The largest barrier, relative to the larger end loss, between connected models. An arbitrary limit."""
+"""The tolerance of the barrier between connected models, relative to the larger end loss. An arbitrary limit."""
 CHANCE_LOSS_TOLERANCE = 0.01
-"""The least tolerance, relative to the chance loss: if both end losses are near 0, any bump would be a barrier."""
+"""The least tolerance, relative to the chance loss; without it, any bump would be a barrier if both ends are near 0."""
 STANDARD_ERRORS = 2.0
-"""The standard errors added to the tolerance: about the 95 % interval of the examples' mean excess."""
+"""The number of standard errors added to the tolerance: about the 95 % interval of the examples' mean excess."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Segment:
         mu: The values of μ at which the models were evaluated, from 0 to 1.
         loss: The mean loss in nats at each μ, by split.
         score: The score by the task's metric at each μ, by split.
-        barrier: The largest excess of the loss over the straight line between its end values, by split; 0 if none.
+        barrier: The largest excess of the loss over the straight line between its end values, by split; 0 if there
+            is none, infinite if a loss is infinite or NaN.
         connected: Whether the barrier is within the tolerance of `segment` on every split.
     """
 

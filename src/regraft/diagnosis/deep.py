@@ -44,16 +44,18 @@ def diagnose(
         questions: The options of the questions; None for the defaults.
         recipe: The recipe whose seed and precision are used; None for the default recipe.
         force: Whether to accept an adaptation that records a different old base.
-        progress: Called after each batch, tensor or point, with the name of the question.
+        progress: Called after each batch, tensor or point, with the name of the stage.
 
     Returns:
         The diagnosis. A question that this kind of model cannot answer is in `left_out`, with the reason.
 
     Raises:
         CheckpointError: A weight file is incomplete or damaged, or holds infinite or NaN values.
-        DataError: The task's data is malformed or has no labels, or the options' text cannot be read.
+        DataError: The task's data is malformed or has no labels, or the text for `retention` cannot be read or is too
+            short.
         MismatchError: The bases, the adaptations and the task do not fit together, or an output is infinite or NaN.
         OutcomeError: `out` is not a folder, or holds something other than a diagnosis.
+        RecipeError: The bases are encoders whose tokenizer has no mask token.
     """
     options = questions or Questions()
     if out is not None:

@@ -39,7 +39,7 @@ class DeploymentPair:
     """The old deployment and a deployment on the new base.
 
     Args:
-        upgrade: The old and the new base.
+        upgrade: The old and the new base, with the tokens that only the adaptation has.
         adaptation: The adaptation tuned on the old base.
         data: The task's data, with labels in the order of the heads.
         lineage: Whether the adaptation is proven to belong to the old base, as in `Check`.
@@ -95,7 +95,7 @@ def predictions(deployment: Deployment, split: Split) -> list[Any]:
     Raises:
         MismatchError: An output is infinite or NaN.
     """
-    if not deployment.is_finite(split):  # the argmax of NaN would be the first class, without an error
+    if not deployment.is_finite(split):  # a row of NaN would count as its first class, without an error
         raise MismatchError(
             f"{deployment.base.path}: what the weights on it predict is infinite or NaN. Compute in fp32 "
             "(--precision), or look for such a number in its config.json."
@@ -121,7 +121,7 @@ def load_pair(
         task: A task file, a `Task` or its data.
         recipe: The recipe whose seed and precision are used; None for the default recipe.
         force: Whether to accept an adaptation that records a different old base.
-        progress: Called after each batch.
+        progress: Called after each batch or tensor.
 
     Yields:
         The two deployments; the grafted weights are deleted at the end of the context.

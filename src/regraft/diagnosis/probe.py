@@ -19,7 +19,8 @@ def probe_gain(pair: DeploymentPair) -> Interval:
         pair: The deployments, of which only the bases, the task and the precision are used.
 
     Returns:
-        The probe's score on the new base minus its score on the old base, with the confidence interval.
+        The improvement of the probe's score from the old to the new base, with the confidence interval; positive if
+        the score on the new base is better.
     """
     from regraft.model.probe import probe
 

@@ -22,12 +22,12 @@ SummaryLines = list[tuple[str, str]]
 """The label and the text of each line that a terminal shows."""
 
 SEGMENT_POINTS = 11
-"""The default number of points on a segment: steps of 0.1, each a pass over the data."""
+"""The default number of points on a segment, 0.1 apart; each point takes a pass over the data."""
 MIN_SEGMENT_POINTS = 3
 """The least number of points on a segment: both ends and one between them, without which there is no barrier."""
 MIN_PLANE_SIZE = 3
 """The least number of points along each side of a plane; 2 points would be its edges alone."""
-# Each point is a pass over the data, and charts show no more points than these.
+# Each point takes a pass over the data, and the charts are too small to show more points apart.
 MAX_SEGMENT_POINTS = 1000
 MAX_PLANE_SIZE = 100
 
@@ -38,11 +38,11 @@ class Questions:
 
     Args:
         points: The number of points evaluated on the segment between the deployments, from 3 to 1,000.
-        counterparts: Folders of outcomes for the same task on the new base. The old deployment is compared with the
-            first one instead of the same adaptation on the new base; the others, tuned with different seeds, measure
-            the noise of flips.
+        counterparts: Folders of outcomes for the same task on the new base. Regressions, connectivity, similarity
+            and retention compare the old deployment with the first one instead of the same adaptation on the new base,
+            and a plane goes through the first one. The others, tuned with different seeds, measure the noise of flips.
         checkpoints: Bases between the old and the new one, in order of pre-training.
-        text: Unlabelled text of the new base's domain; the task's own texts if empty.
+        text: Files or data sets of unlabelled text of the new base's domain; the task's training texts if empty.
         plane: The number of points along each side of the loss plane, from 3 to 100; 0 for no plane. A plane needs a
             counterpart.
 
@@ -77,7 +77,7 @@ class QuestionContext:
     """The deployments, options and earlier answers that questions are answered from.
 
     Args:
-        upgrade: The old and the new base.
+        upgrade: The old and the new base, without the tokens that only the adaptation has.
         direct: The old deployment, and the same adaptation on the new base without further tuning.
         pair: The old deployment, and the first counterpart; without counterparts, the same as `direct`.
         options: The options of the questions.
@@ -100,7 +100,7 @@ class QuestionContext:
         """Look up the answer to an earlier question.
 
         Args:
-            question: A question whose `order` is lower.
+            question: A question whose `order` is lower than that of the question being answered.
 
         Returns:
             The answer; None if the question was left out or not asked.
@@ -111,7 +111,7 @@ class QuestionContext:
         """Check that the two models can be compared token by token.
 
         Raises:
-            MismatchError: The models' vocabularies differ.
+            MismatchError: The bases have different vocabularies, or the adaptation has tokens of its own.
         """
         upgrade = self.pair.upgrade
         if upgrade.row_match is not None or upgrade.new.tokenizer_override is not None:

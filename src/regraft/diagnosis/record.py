@@ -33,7 +33,8 @@ class Diagnosis:
         new_base: The new base's path or hub id.
         adaptation: The folder of the adaptation tuned on the old base.
         kind: The adaptation's kind, such as `lora` or `full`.
-        compared: The deployment that the old one was compared with: `direct`, or the folder of an outcome.
+        compared: What the questions that use a counterpart compared the old deployment with: `direct`, or the folder of
+            the first counterpart.
         answers: The answer to each question by its name, as in `answers["connectivity"].barrier`; questions that were
             left out or not asked are missing.
         left_out: The reason why a question could not be answered, by the question's name.
@@ -72,7 +73,7 @@ class Diagnosis:
 
 
 def read_diagnosis(content: dict[str, Any], file: str) -> Diagnosis:
-    """Validate the content of `diagnosis.json`, and convert it from schema 1.
+    """Validate the content of `diagnosis.json`, and convert it if it is of schema 1.
 
     Args:
         content: The file's parsed JSON.

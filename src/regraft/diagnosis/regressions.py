@@ -35,7 +35,8 @@ class Flip:
         before: The old deployment's prediction, in words.
         after: The new deployment's prediction, in words.
         kind: `negative` if the prediction was right before the upgrade, `positive` if it is right after it.
-        confidence: The probability that the new deployment gives its prediction; None if the task type has none.
+        confidence: The probability that the new deployment gives its prediction; None if the task type
+            has no such probabilities.
     """
 
     row: Count
@@ -57,9 +58,9 @@ class Regressions:
         negative: The number of examples that were right before the upgrade and are wrong after it.
         positive: The number of examples that were wrong before the upgrade and are right after it.
         flips: The negative and positive flips, in the order of the split.
-        views: The tables and charts of both deployments that the task type defines.
-        mcnemar: The two-sided p-value of McNemar's exact test: how probable flips so uneven are if both directions are
-            equally likely.
+        views: The tables, charts and marked texts on both deployments that the task type defines.
+        mcnemar: The two-sided p-value of McNemar's exact test: how probable flips at least so uneven are if both
+            directions are equally likely.
         noise: The share of negative flips between seeds of the new deployment's recipe, averaged over ordered pairs of
             seeds; None if there is only one seed.
     """
@@ -80,12 +81,12 @@ class Regressions:
             raise ValueError(f"views: expected a different name for each chart, found {', '.join(names)}")
 
 
-def regressions(pair: DeploymentPair, runs: Sequence[Sequence[bool]] = ()) -> Regressions:
+def regressions(pair: DeploymentPair, right_by_seed: Sequence[Sequence[bool]] = ()) -> Regressions:
     """Compare two deployments example by example.
 
     Args:
         pair: The two deployments.
-        runs: For each further seed of the new deployment's recipe, whether each prediction is right.
+        right_by_seed: For each further seed of the new deployment's recipe, whether each prediction is right.
 
     Returns:
         The flips with their examples, McNemar's test, the noise floor, and the views of the task type.
@@ -119,7 +120,7 @@ def regressions(pair: DeploymentPair, runs: Sequence[Sequence[bool]] = ()) -> Re
         flips=tuple(flips),
         views=task.comparison_views(split.targets, old, new, labels),
         mcnemar=mcnemar(counts.negative, counts.positive),
-        noise=noise_floor([new.right, *runs]),
+        noise=noise_floor([new.right, *right_by_seed]),
     )
 
 
@@ -144,27 +145,27 @@ def mcnemar(negative: int, positive: int) -> float:
     return float(binomtest(negative, negative + positive).pvalue) if negative + positive else 1.0
 
 
-def noise_floor(runs: Sequence[Sequence[bool]]) -> float | None:
+def noise_floor(right_by_seed: Sequence[Sequence[bool]]) -> float | None:
     """Return the share of examples that turn from right to wrong between runs that differ only in their seed.
 
     Args:
-        runs: For each run, whether each prediction is right.
+        right_by_seed: For each run, whether each prediction is right.
 
     Returns:
         The mean share over all ordered pairs of runs; None for fewer than two runs.
     """
-    rates = [count_flips(first, second).negative_rate for first, second in itertools.permutations(runs, 2)]
+    rates = [count_flips(first, second).negative_rate for first, second in itertools.permutations(right_by_seed, 2)]
     return statistics.fmean(rates) if rates else None
 
 
 def _answer(context: QuestionContext) -> Regressions:
     pair = context.pair
-    runs = []
+    right_by_seed = []
     for path in context.options.counterparts[1:]:
         model = load_counterpart(path, pair.upgrade.new, pair.data)
         deployment = Deployment(model, pair.upgrade.new, pair.data, pair.precision, pair.progress)
-        runs.append(_predict(deployment, pair.split).right)
-    return regressions(pair, runs)
+        right_by_seed.append(_predict(deployment, pair.split).right)
+    return regressions(pair, right_by_seed)
 
 
 def _describe(regressions: Regressions, _metric: str) -> SummaryLines:

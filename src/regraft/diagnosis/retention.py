@@ -34,8 +34,8 @@ class Retention:
 
     Args:
         text: The name of the text that was measured.
-        loss: The loss in nats per token of `old base`, `new base`, `old deployment` and `new deployment`; a deployment
-            is measured as its body under the language-modelling head of its base.
+        loss: The loss in nats per predicted token of `old base`, `new base`, `old deployment` and `new deployment`; a
+            deployment is measured as its body under the language-modelling head of its base.
         share: The loss decrease from the old to the new deployment, divided by the decrease from the old to the new
             base; None if the loss of the bases does not decrease.
     """
@@ -53,11 +53,13 @@ def retention(pair: DeploymentPair, text: Sequence[str] = ()) -> Retention:
         text: Files or data sets of unlabelled text, as `Corpus` takes them; the task's own training texts if empty.
 
     Returns:
-        The losses on at most `MAX_BLOCKS` blocks of `BLOCK_TOKENS` tokens, or of the base's input length if shorter.
+        The losses on at most `MAX_BLOCKS` blocks of `BLOCK_TOKENS` tokens, or of the new base's input length if that
+        is shorter, and the share of the gain.
 
     Raises:
         DataError: The text cannot be read or is too short.
         MismatchError: A base has no language-modelling head, or the adaptation adds virtual tokens.
+        RecipeError: The bases are encoders whose tokenizer has no mask token.
     """
     if pair.adaptation.num_virtual_tokens:
         raise MismatchError("virtual tokens are no part of the body: it cannot be measured as a language model.")

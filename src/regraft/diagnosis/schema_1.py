@@ -15,7 +15,7 @@ from regraft.task.types.class_views import Calibration, ClassComparison, class_v
 
 SCHEMA = 1
 PERCENTAGES = {"check": "retained", "verdict": "predicted", "kept": "share"}
-"""The field of each answer that schema 1 wrote in percent."""
+"""The field that schema 1 wrote in percent, by the name of the question."""
 GUESS = "the most frequent class"  # of classification, the only task type of regraft 0.1
 
 
@@ -47,13 +47,13 @@ class ClassRegressions:
 
 
 def nest_answers(content: dict[str, Any]) -> dict[str, Any]:
-    """Move the answers, which schema 1 had at the top level, under the key `answers`.
+    """Copy the answers, which schema 1 had at the top level, to the key `answers`.
 
     Args:
         content: The parsed JSON of `diagnosis.json`.
 
     Returns:
-        The JSON under the keys of schema 2, with the values of schema 1.
+        The JSON with the keys of schema 2 and the values of schema 1; `guess`, which schema 1 lacks, is added.
     """
     answers = {question.name: content.get(question.name) for question in all_questions()}
     check = answers.get("check")

@@ -27,12 +27,13 @@ class GroupShift:
         name: The group's name, such as `layer 3` or `attention`.
         base: The norm of the old base's tensors.
         shift: The norm of the upgrade's shift, new − old.
-        delta: The norm of the adaptation's delta, tuned − old; 0 if the adaptation changes none of these tensors.
-        cosine: The cosine of shift and delta, over the tensors that have both; None if no tensor has both.
+        delta: The norm of the adaptation's delta, tuned − old; 0 if none of these tensors has a delta.
+        cosine: The cosine of shift and delta, over the tensors that have a delta; None if there are none, or if none of
+            them is shifted.
         signs: The share of entries with equal signs in shift and delta, among the entries that are 0 in neither; None
             if there are no such entries.
-        overlap: The overlap of the leading directions of shift and delta, from 0 to 1, averaged over matrices; None if
-            no matrix has both.
+        overlap: The overlap of the leading directions of shift and delta, from 0 to 1, averaged over the matrices of
+            attention and feed-forward layers; None if no such matrix has an entry that is 0 in neither.
     """
 
     name: str
@@ -50,8 +51,8 @@ class Shift:
 
     Args:
         whole: The figures of the body.
-        layers: The figures of each layer, the embeddings first.
-        kinds: The figures of each kind of tensor, such as attention or norms.
+        layers: The figures of each layer: the embeddings first, tensors outside the layers last.
+        kinds: The figures of each kind of tensor, such as `attention` or `norm`.
     """
 
     whole: GroupShift
@@ -62,8 +63,8 @@ class Shift:
 def shift(upgrade: Upgrade, adaptation: Adaptation, progress: Progress = silent) -> Shift:
     """Compare the upgrade's shift with the adaptation's delta, tensor by tensor.
 
-    Full fine-tunes and LoRAs that can be merged have a delta for each tensor; for other kinds only the shift is
-    measured.
+    Full fine-tunes, and LoRAs that can be merged, have deltas of the base's tensors. For other adaptations only the
+    shift is measured. Of tensors with a row per token, only the tokens of both bases count.
 
     Args:
         upgrade: The old and the new base.

@@ -66,7 +66,7 @@ class Control:
     """The similarity of the first model to an unrelated one: the reference for the figures of `Similarity`.
 
     Args:
-        name: The unrelated model.
+        name: The name of the unrelated model.
         divergence: The mean divergence of corresponding heads, layers × heads, in bits per row.
         cosine: The cosine of corresponding heads' maps, layers × heads.
         cka: Linear CKA of the embeddings, then of each layer.
@@ -88,10 +88,10 @@ class Similarity:
         best: For each head, the head of the second model's same layer with the smallest divergence, layers × heads.
         others: For each head, the mean divergence from the second model's other heads of the same layer,
             layers × heads; if the layer has only one head, the divergence from this head.
-        control: The same figures for the first model and an unrelated one.
+        control: Divergence, cosine and CKA for the first model and an unrelated one; None without a control.
         cka: Linear CKA of the tokens' hidden states, from 0 to 1: of the embeddings, then of each layer.
-        kl: The mean KL(first ‖ second) per output, in nats.
-        agreement: The share of outputs for which both models predict the same; a text has one or more outputs.
+        kl: The mean KL(first ‖ second) per prediction, in nats; a text has one or more predictions.
+        agreement: The share of predictions that are the same in both models.
         maps: Some heads on one short text: the most divergent, the least divergent, the median, then the next most
             divergent.
         texts: The number of texts measured.
@@ -138,7 +138,7 @@ def similarity(
 ) -> Similarity:
     """Compare two tuned models of one architecture on the same texts.
 
-    Source: finding 3 of Qin et al., 2023 (arXiv:2305.08702), in figures; CKA of Kornblith et al., 2019
+    Source: finding 3 of Qin et al., 2023 (arXiv:2305.08702), here measured in numbers; CKA of Kornblith et al., 2019
     (arXiv:1905.00414).
 
     Args:
@@ -201,8 +201,8 @@ def similarity(
             cka=control_comparison.cka,
         ),
         cka=comparison.cka,
-        kl=comparison.kl / comparison.num_outputs,
-        agreement=comparison.num_equal / comparison.num_outputs,
+        kl=comparison.kl / comparison.num_predictions,
+        agreement=comparison.num_equal / comparison.num_predictions,
         maps=tuple(
             _attention_map(index, matched, tokens, activations)
             for index in _representative_heads(matched.flatten().tolist(), maps)
@@ -253,7 +253,7 @@ def _inputs(examples: Examples, indices: Sequence[int], model: nn.Module) -> dic
 
 
 def _nearest_heads(divergences: Sequence[Sequence[float]]) -> tuple[int, ...]:
-    """Return the nearest head for each head of a layer: the corresponding head if several are equally near."""
+    """Return the nearest head for each head of a layer; among equally near ones, the corresponding or the first."""
     nearest = []
     for head, head_divergences in enumerate(divergences):
         least = min(head_divergences)

@@ -45,9 +45,10 @@ class Verdict:
     Args:
         choice: `use as is`, `training-free`, `short tuning` or `scratch`.
         sure: The share of bootstrap resamples of the examples that lead to the same choice; 0 if the examples are too
-            few or of a single class, so that resamples cannot tell.
+            few or too uniform, such as of a single class, for resamples to tell.
         predicted: The score above chance of the adaptation on the new base, not tuned again, divided by the expected
-            one: the old deployment's score above chance, plus the new base's gain if a probe finds one.
+            one: the old deployment's score above chance, plus the new base's gain if a probe finds one. 0 if the
+            expected score is not above chance.
         reasons: The figures that led to the choice.
         advice: The recommended action, in a sentence.
     """
@@ -81,14 +82,14 @@ def verdict(
         after: The prediction of the same adaptation on the new base for each example.
         chance: The score of the best prediction that ignores the input.
         guess: The prediction with the chance score, in words.
-        gain: The score of a linear probe on the new base minus its score on the old base; it counts if its interval is
+        gain: The improvement of a linear probe's score from the old to the new base; it counts if its interval is
             above 0.
         weakness: The reason why the examples cannot settle the choice, if there is one.
         reasons: Further figures to list.
         seed: The seed of the resamples.
 
     Returns:
-        The choice with its reasons; `scratch` if the old deployment is no better than chance.
+        The choice with its reasons; `scratch` if the expected score, as in `Verdict.predicted`, is not above chance.
     """
     target_array = np.asarray(targets)
     base_gain = gain.estimate if gain is not None and gain.low > 0 else 0.0

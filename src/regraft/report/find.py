@@ -59,7 +59,8 @@ def find_inputs(folders: Sequence[str | Path]) -> ReportInputs:
     """Search folders, and all folders below them, for outcomes, comparisons and diagnoses.
 
     Args:
-        folders: The folders to search; hidden folders below them are skipped, because they hold unfinished runs.
+        folders: The folders to search; in place of a file, its folder is searched. Hidden folders below them are
+            skipped, because they hold unfinished runs, and outcome folders are not searched further.
 
     Returns:
         The records, without duplicates, in the order of `folders` and then of the names of the folders below.
@@ -136,7 +137,7 @@ def _read_sanitised(file: Path) -> dict[str, Any]:
 
 
 def sanitise(value: Any) -> Any:
-    """Replace control characters, halves of surrogate pairs and infinity, which no page can show.
+    """Replace infinity, and characters that `printable` replaces, such as control characters.
 
     Args:
         value: A parsed JSON value.

@@ -132,12 +132,12 @@ Block = Table | Charts | Facts | Prose | Commands | MarkedTexts | FlipBrowser
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One question and its answer.
+    """One subject of a part, such as a question and its answer.
 
     Args:
         anchor: The section's anchor, unique in the part.
         title: The heading.
-        lead: The subject and the result, in a sentence or two.
+        lead: The subject, the result or how to read the blocks, in a few sentences.
         blocks: The content, in order.
     """
 
@@ -172,12 +172,13 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """All results for one task, or for one adaptation to the task.
+    """The results for one task with its first diagnosis, or a further diagnosis of the task.
 
     Args:
         anchor: The part's anchor, unique on the page.
         title: The heading.
-        subtitle: The bases, the adaptation and the data, in a line.
+        subtitle: In a line, the bases, kind of adaptation, data and score of the diagnosis; without a diagnosis, the
+            metric, the split and the number of methods.
         card: The conclusion, which is shown first.
         sections: The sections, in order.
     """

@@ -30,15 +30,16 @@ class MethodSummary:
         best_dev: The best dev score during training; None without labels.
         score: The final weights' score on the setting's split; None without labels.
         deviation: The sample standard deviation of `score` over seeds; None for one seed or if a score is missing.
-        recovery: (score − chance) / (scratch's score − chance); None without scratch, or if that gap is too small.
-        steps_to_scratch: The number of steps until the dev score first reaches scratch's last dev score; None if
-            it does not for some seed.
-        negative_flips: The share of examples for which the old deployment is right and the method wrong; None if the
-            old deployment's predictions are not among the inputs.
-        labels: The number of labelled training examples seen.
+        recovery: (score − chance) / (scratch's score − chance); None without scratch, or if scratch gains too little
+            over chance.
+        steps_to_scratch: The number of steps until the dev score first reaches scratch's last dev score; None without
+            scratch, or if the dev score does not reach it for some seed.
+        negative_flips: The share of examples for which the old deployment is right and the method wrong; None if
+            neither the predictions nor a comparison among the inputs give it.
+        labels: The number of labelled training examples used.
         steps: The number of optimiser steps.
-        seconds: The training time in seconds.
-        curve: The learning curve: steps and mean dev score.
+        seconds: The training time in seconds, or the time of the whole method if it does not train.
+        curve: The learning curve: steps and mean dev score; empty if only a comparison is known.
     """
 
     method: str
@@ -65,7 +66,7 @@ class Setting:
         metric: The name of the task's metric.
         split: The split of the scores, `test` or `dev`.
         summaries: The methods: scratch first, then from the best to the worst score.
-        scratch_dev: Scratch's last dev score; None without scratch.
+        scratch_dev: Scratch's last dev score; None without a run of scratch.
         old_score: The old deployment's score; None if it is unknown.
         chance: The score of the best prediction that ignores the input; None if it is unknown.
         runs: The runs behind the summaries.
@@ -88,7 +89,8 @@ def settings_by_task(inputs: ReportInputs) -> dict[str, list[Setting]]:
         inputs: The records of the report; its diagnoses are not used.
 
     Returns:
-        The settings of each task, by the task's name; settings with more runs first.
+        The settings of each task, by the task's name; settings with more runs first, those without runs
+        last.
     """
     runs_by_setting: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in inputs.runs:

@@ -58,7 +58,7 @@ def duration(seconds: float | None) -> str:
     """Format a duration.
 
     Args:
-        seconds: The duration in seconds; None if it is missing, like infinity and NaN.
+        seconds: The duration in seconds. None, infinity and NaN count as missing.
 
     Returns:
         The duration as in 0.4 s, 35 s, 2 min 10 s or 1 h 5 min.

@@ -74,7 +74,7 @@ def write_report(
 
 
 def _check_replaceable(out: Path) -> None:
-    """Refuse to replace anything but a report: a device, a link, a folder, or another program's file."""
+    """Refuse to replace anything but a report or an empty file: a device, a link, a folder, another program's file."""
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_file():

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 
 def draw_method_scores(setting: Setting) -> Figure:
-    """Draw the score of each method with its deviation, and the chance score and the old deployment's as lines.
+    """Draw the score of each method with its deviation.
+
+    The chance score and the old deployment's score are lines, unless they are far below the methods' scores.
 
     Args:
         setting: The summaries of the methods, at least one of them with a score.

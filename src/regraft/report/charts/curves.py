@@ -107,10 +107,10 @@ def _draw_barrier(axes: Axes, mu: Sequence[float], curve: Sequence[float], split
 
 
 def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, chance: float) -> Figure:
-    """Draw the score and agreement of the old adaptation on checkpoints of the base's further pre-training.
+    """Draw the score and agreement of the old adaptation on checkpoints of continual pre-training.
 
     Args:
-        points: The checkpoints of a diagnosis, in order of pre-training.
+        points: The old base, then the checkpoints of a diagnosis, in order of pre-training.
         metric: The name of the metric.
         chance: The score of the best prediction that ignores the input.
 
@@ -139,7 +139,9 @@ def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, chance
 
 
 def draw_scatter(view: Scatter) -> Figure:
-    """Draw series of points; larger markers mean more examples, and shares have an axis from 0 to 1.
+    """Draw series of points; larger markers mean more examples.
+
+    If all coordinates are from 0 to 1, the vertical axis shows this range.
 
     Args:
         view: The series of points; series after the third have the style of the third.

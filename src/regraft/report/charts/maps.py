@@ -148,7 +148,7 @@ def _format_tick(loss: float, _position: int) -> str:
 
 
 def _set_ticks(axis: Any, num_indices: int) -> None:
-    """Label about 12 of the indices from 0, at equal distances."""
+    """Label the indices from 0 at equal distances: all of up to 23, and 12 to 18 of more."""
     ticks = range(0, num_indices, max(1, num_indices // 12))
     axis.set_ticks(ticks, [str(i) for i in ticks])
 

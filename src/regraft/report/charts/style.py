@@ -102,7 +102,7 @@ def new_figure(
 
 
 def cap_score_axis(axes: Axes, axis: Literal["x", "y"] = "y") -> None:
-    """End the axis of a score at 1, if the margin around the data goes beyond it.
+    """End the axis of a score just above 1, if it would go further.
 
     Args:
         axes: The chart's axes.

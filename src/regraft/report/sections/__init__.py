@@ -1,4 +1,4 @@
-"""The report's sections: one module per question of a diagnosis, one for methods, and one for provenance."""
+"""The report's sections: a module per question that has one, and modules for methods, provenance and the card."""
 
 from regraft.report.sections.assemble import build_page
 

@@ -52,7 +52,7 @@ def build_page(inputs: ReportInputs) -> Page:
 
 
 def _part(anchor: str, title: str, settings: list[Setting], folder_and_diagnosis: FolderAndDiagnosis | None) -> Part:
-    """Build the part of a task from its settings, of a diagnosis, or of both."""
+    """Build a part from the settings of a task, from a diagnosis, or from both."""
     diagnosis = folder_and_diagnosis[1] if folder_and_diagnosis else None
     ordered_sections = [(methods.ORDER, methods.method_sections(settings, anchor))]
     if diagnosis:
@@ -66,7 +66,7 @@ def _part(anchor: str, title: str, settings: list[Setting], folder_and_diagnosis
 
 
 def _answer_sections(diagnosis: Diagnosis, prefix: str) -> list[tuple[int, list[Section]]]:
-    """Return the order and the sections of each answer, built by the module named by the question, if it exists."""
+    """Return the order and the sections of each answer for whose question there is a module of sections."""
     ordered_sections = []
     for question in all_questions():
         module_name = f"{__package__}.{question.section or question.name}"

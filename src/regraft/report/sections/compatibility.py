@@ -1,4 +1,4 @@
-"""The section on the adaptation, untuned, on checkpoints of the base's further pre-training."""
+"""The section on the adaptation, untuned, on checkpoints of the base's continual pre-training."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def method_sections(settings: list[Setting], prefix: str) -> list[Section]:
         if sum(summary.score is not None for summary in setting.summaries) > 1:
             methods.append(Charts((_score_chart(setting, name),)))
         methods += [Prose(note) for note in _notes(setting)]
-        # Among several settings, one with a single method is the old deployment's, whose curve has no comparison.
+        # Among several settings, one with a single method is mostly the old deployment's: nothing to compare it with.
         has_comparison = len(setting.summaries) > 1 or len(settings) == 1
         if has_comparison and any(len(summary.curve) > 1 for summary in setting.summaries):
             curves.append(Charts((_learning_chart(setting, name),)))
@@ -91,9 +91,9 @@ def _score_with_deviation(summary: MethodSummary) -> str:
 def _score_chart(setting: Setting, name: str) -> Chart:
     """Draw the scores by method; at least one summary must have a score."""
     measured = [(summary, summary.score) for summary in setting.summaries if summary.score is not None]
-    best, _ = max(measured, key=lambda entry: entry[1])
-    finding = f"{best.method} has the highest {setting.metric} on {setting.split}, {_score_with_deviation(best)}"
-    if best.method != "scratch":
+    highest, _ = max(measured, key=lambda entry: entry[1])
+    finding = f"{highest.method} has the highest {setting.metric} on {setting.split}, {_score_with_deviation(highest)}"
+    if highest.method != "scratch":
         finding += "".join(f"; scratch has {number(score)}" for row, score in measured if row.method == "scratch")
     if setting.old_score is not None:
         finding += f"; the old deployment had {number(setting.old_score)}"
@@ -122,7 +122,7 @@ def _learning_chart(setting: Setting, name: str) -> Chart:
 
 
 def _describe_steps_to_scratch(summaries: list[MethodSummary]) -> str:
-    """Say when each method reaches scratch's last score, the earliest first, and which methods never do."""
+    """Say when each method reaches scratch's last score, the earliest first, and which methods do not for some seed."""
     steps = {
         summary.method: summary.steps_to_scratch
         for summary in summaries

@@ -28,7 +28,7 @@ def provenance_sections(settings: list[Setting], folder_and_diagnosis: tuple[Pat
         folder_and_diagnosis: The folder of the part's diagnosis, and the diagnosis; None without a diagnosis.
 
     Returns:
-        A single section; none without runs and diagnosis.
+        A single section; none if there are neither runs nor a diagnosis.
     """
     runs = [run for setting in settings for run in setting.runs]
     blocks: list[Block] = []
@@ -114,7 +114,7 @@ def _version_rows(version_records: Iterable[Mapping[str, str]]) -> tuple[tuple[s
 
 
 def _check_command(folder: Path, diagnosis: Diagnosis) -> str:
-    """Return the command that reproduces a diagnosis in its folder."""
+    """Return the command that makes a diagnosis again in its folder, with the options that its record tells."""
     words = ["regraft", "check", "--deep", "--old-base", diagnosis.old_base, "--new-base", diagnosis.new_base]
     words += ["--adaptation", diagnosis.adaptation, "--task", TASK_FILE]
     if diagnosis.compared != "direct":

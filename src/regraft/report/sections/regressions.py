@@ -26,7 +26,7 @@ def show(regressions: Regressions, diagnosis: Diagnosis, prefix: str) -> list[Se
         prefix: The prefix of the charts' names.
 
     Returns:
-        One section on flips with the tables of the task type, and one per chart of the task type.
+        One section on flips with the tables and marked texts of the task type, and one per chart of the task type.
     """
     examples = regressions.examples
     p = regressions.mcnemar

@@ -45,7 +45,9 @@ def _sentence(text: str) -> str:
 
 
 def outcome_card(settings: list[Setting]) -> Card:
-    """Return the card of runs without a diagnosis: the best method of the first setting.
+    """Return the card of a part without a diagnosis: the best method of the first setting, apart from scratch.
+
+    If no such method has a score, the card shows the first method.
 
     Args:
         settings: The settings of one task, at least one.
