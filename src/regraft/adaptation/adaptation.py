@@ -43,7 +43,8 @@ class Adaptation:
 
     Args:
         path: A plain transformers folder (full fine-tune) or PEFT folder (all other kinds).
-        kind: `full`, `lora`, `ia3`, `prefix`, `prompt`, `layernorm`, `bottleneck`, or PEFT's name of another type.
+        kind: `full`, `lora`, `ia3`, `prefix`, `prompt`, `layernorm`, `p-tuning`, `bottleneck`, or PEFT's name of
+            another type in lower case.
         family: The operations on adaptations of this kind.
         labels: The label names in the order of the head's outputs; None if the folder does not record them.
         base: The fingerprint of the base it was tuned on; None if another tool wrote the folder.
@@ -68,7 +69,7 @@ class Adaptation:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer in its folder, which may have tokens that its base's lacks; None if there is none."""
+        """The tokenizer in its folder, which may have tokens that its base's lacks; None if it has none."""
         return read_tokenizer(self.path) if has_tokenizer(self.path) else None
 
     @property
@@ -78,7 +79,7 @@ class Adaptation:
 
     @property
     def changed_base(self) -> bool:
-        """Whether its initialisation changed its base, as PiSSA's does, so that it has no meaning on another base."""
+        """Whether its initialisation changed its base, as PiSSA's does: its tensors mean nothing on another base."""
         return self.family.changed_base(self.config)
 
     @property
@@ -91,14 +92,14 @@ class Adaptation:
 
         Args:
             base: The base that the adaptation will be loaded on.
-            force: Whether to accept a base that differs from the recorded one, with a warning.
+            force: Whether to accept a base other than the recorded one, with a warning.
 
         Returns:
-            `proven` if the recorded fingerprint is the base's, `unproven` if none is recorded, `forced` if another one
-            is recorded and `force` is set.
+            `proven` if the recorded fingerprint is the base's, `forced` if the fingerprint or the revision of another
+            base is recorded and `force` is set, and `unproven` in all other cases, with a warning.
 
         Raises:
-            MismatchError: The adaptation records the fingerprint or the revision of another base.
+            MismatchError: The fingerprint or the revision of another base is recorded, and `force` is not set.
         """
         if self.base in (base.fingerprint, base.stored_fingerprint):
             return "proven"
@@ -145,14 +146,14 @@ class Family(ABC):
 
     @abstractmethod
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
-        """Return the task types that an adaptation can belong to by its config."""
+        """Return the task types that an adaptation can belong to, according to its config."""
 
     def num_virtual_tokens(self, config: Mapping[str, Any]) -> int:
-        """Return the number of virtual tokens that an adaptation puts before each input by its config."""
+        """Return the number of virtual tokens that an adaptation puts before each input, according to its config."""
         return 0
 
     def changed_base(self, config: Mapping[str, Any]) -> bool:
-        """Return whether an adaptation's initialisation changed its base, by its config."""
+        """Return whether an adaptation's initialisation changed its base, according to its config."""
         return False
 
     @abstractmethod
@@ -161,8 +162,8 @@ class Family(ABC):
 
         Args:
             adaptation: The adaptation.
-            for_new_adapter: Whether a new adapter will be initialised with the config. An initialisation that needs
-                data is then replaced by PEFT's default.
+            for_new_adapter: Whether a new adapter will be initialised with the config. Any initialisation apart from
+                `DETERMINED_INITS`, such as one that needs data, is then replaced by PEFT's default.
 
         Returns:
             PEFT's or regraft's config; None for a full fine-tune.
@@ -214,7 +215,7 @@ class Family(ABC):
 
         Raises:
             CheckpointError: The adapter's initialisation cannot be reproduced from the base alone.
-            MismatchError: A tensor's shape differs from the base's, or the new base lacks the old base's pooler.
+            MismatchError: A tensor has another shape than in a base, or is missing there, such as the adapter's pooler.
         """
 
     @abstractmethod
@@ -239,15 +240,15 @@ class Family(ABC):
         Args:
             adaptation: An adaptation of `upgrade.old`.
             upgrade: The two bases.
-            names: The names of the vector's tensors.
-            read_tensor: Returns the tensor of the new vector with a name.
-            progress: Called for each tensor.
+            names: The names of the tensors of the new vector.
+            read_tensor: Returns a tensor of the new vector, given its name.
+            progress: Not called by any family yet.
             replace: As for `graft`.
         """
 
     @abstractmethod
     def unmatched_tensor_names(self, adaptation: Adaptation, upgrade: Upgrade) -> list[str]:
-        """Return the names of stored tensors that only one base has, such as a pooler; they are copied."""
+        """Return the names of stored tensors with a counterpart in only one base, such as a pooler; they are copied."""
 
     @abstractmethod
     def replaces_base_tensors(self, adaptation: Adaptation, base: Base) -> bool:
@@ -255,11 +256,11 @@ class Family(ABC):
 
     @abstractmethod
     def num_embedding_rows(self, adaptation: Adaptation, base: Base) -> int | None:
-        """Return the number of rows of the stored embeddings; None if no embeddings are stored."""
+        """Return the number of rows of the embeddings that are stored or adapted by a LoRA; None if there are none."""
 
     @abstractmethod
     def has_token_rows(self, adaptation: Adaptation) -> bool:
-        """Return whether an adaptation's vector has tensors with a row per token."""
+        """Return whether an adaptation's vector may have tensors with a row or a column per token."""
 
     @abstractmethod
     def vector(self, adaptation: Adaptation, base: Base) -> Vector:
@@ -285,14 +286,14 @@ class Family(ABC):
             old: The base it was tuned on.
 
         Returns:
-            The tensors by stored name, and the stored names by the names inside the body; None for kinds that do not
-            change the base's tensors.
+            The tensors by stored name, and the stored names by the names inside the body; None for adapters that are
+            not LoRAs, and for LoRAs that cannot be merged.
         """
         return None
 
     @abstractmethod
     def check_linear(self, adaptation: Adaptation) -> None:
-        """Check that an adapter changes the weights of linear layers only, or raise a KindError."""
+        """Check that a LoRA changes the weights of linear layers only, or raise a KindError."""
 
     @abstractmethod
     def remove_delta(self, model: Any, upgrade: Upgrade, row_match: RowMatch | None) -> Any:
@@ -301,13 +302,13 @@ class Family(ABC):
         Args:
             model: The grafted model, which may be modified.
             upgrade: The two bases.
-            row_match: The match of the vocabularies' rows; None if both bases have the same tokens in the same rows.
+            row_match: The match of the rows of the vocabularies; None if they have the same tokens in the same rows.
 
         Returns:
             The new base with the old head.
 
         Raises:
-            KindError: The adapter does not change the base's tensors.
+            KindError: The adapter has no delta that can be removed.
         """
 
     def rule_tensors(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
@@ -319,7 +320,10 @@ class Family(ABC):
         """Return whether a module's own weight is tuned, rather than an adapter on it."""
 
     def proportional_parameter(self, parameter: str, model: Any) -> str | None:
-        """Return the name of the base's parameter whose delta is proportional to a parameter of the model, or None."""
+        """Return the name of the base's weight that a parameter of the model changes in proportion to itself, or None.
+
+        For bottleneck adapters, it is the weight of the layer whose output the parameter changes.
+        """
         return None
 
     @abstractmethod

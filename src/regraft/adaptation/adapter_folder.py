@@ -53,15 +53,15 @@ def check_peft(folder: Path, config: dict[str, Any]) -> None:
 
 
 def check_adapter(folder: Path, config: dict[str, Any]) -> None:
-    """Check that PEFT can read an adapter's folder completely.
+    """Check that an adapter's folder is in PEFT's layout and complete.
 
     Args:
         folder: The adapter's folder.
         config: The content of its `adapter_config.json`.
 
     Raises:
-        CheckpointError: The adapter is not in PEFT's format, its number of virtual tokens is not a positive integer, or
-            its weights are missing, in shards, or stored beside those of a whole model.
+        CheckpointError: The adapter is not in PEFT's format or names a module to import, its number of virtual tokens
+            is not a positive integer, or its weights are missing, in shards, or stored beside those of a whole model.
     """
     check_peft(folder, config)
     model_files = sorted(entry.name for entry in folder.glob("model*.safetensors*"))
@@ -132,7 +132,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Map
 
 
 def write_adapter_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `adapter_config.json`, with sorted `SET_VALUED_KEYS` so that equal adapters have equal files.
+    """Write `adapter_config.json`, with the values of `SET_VALUED_KEYS` sorted so that equal adapters have equal files.
 
     Args:
         folder: The adapter's folder.

@@ -24,7 +24,9 @@ ACTIVATION_CLASSES = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Bottleneck(nn.Module):
-    """A bottleneck adapter, x + W_up·σ(W_down·x). It is initialised to the identity, with W_up = 0.
+    """A bottleneck adapter, x + W_up·σ(W_down·x + b_down) + b_up, where σ is the activation.
+
+    It is initialised to the identity, with W_up = 0 and b_up = 0.
 
     Args:
         width: The width of the model's hidden states.
@@ -48,11 +50,11 @@ class Bottleneck(nn.Module):
 
 
 def attach_bottlenecks(model: Any, config: BottleneckConfig) -> Any:
-    """Attach fresh bottleneck adapters to a model, in place, and freeze the parameters that the config does not name.
+    """Attach fresh bottleneck adapters to a model, in place, and freeze all parameters that are not tuned.
 
     Args:
         model: A transformers model with a head.
-        config: The placement and size of the adapters, and the modules to tune in full.
+        config: The placement and size of the adapters, and the modules to save in full.
 
     Returns:
         The model, with a module `bottleneck` in each adapted layer.
@@ -100,7 +102,7 @@ def bottleneck_config(model: Any) -> BottleneckConfig:
 
 
 def bottleneck_state(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model that are saved: adapters, fully tuned modules, and tuned LayerNorms.
+    """Return the tensors of a model that are saved: adapters, the modules to save in full, and tuned norms.
 
     Args:
         model: A model from `attach_bottlenecks`.

@@ -33,12 +33,14 @@ class BottleneckConfig:
         inner_size: The width of the bottleneck.
         activation: `gelu` or `relu`.
         placement: `houlsby`, after attention and after the feed-forward, or `pfeiffer`, after the feed-forward only.
-        tune_norms: Whether the body's LayerNorms are tuned and saved.
+        tune_norms: Whether the model's norms, such as LayerNorm and RMSNorm, are tuned and saved.
         tune_head: Whether the head is tuned; it is saved in any case.
-        modules_to_save: Names of further modules that are fully tuned and saved, in addition to the head.
+        modules_to_save: The names of the modules that are saved in full: the head, and a pooler that the base lacks.
+            Replaced by these when fresh adapters are attached for tuning.
         after_attention: A regular expression that matches the last linear layer of each attention.
         after_feed_forward: A regular expression that matches the last linear layer of each feed-forward.
-        task_type: PEFT's name of the task type; replaced by the head's when the adapters are attached.
+        task_type: PEFT's name of the task type; replaced by the head's when fresh adapters are attached
+            for tuning.
 
     Raises:
         RecipeError: The inner size is below 1, a value is of another type or not one of those listed, or a pattern is

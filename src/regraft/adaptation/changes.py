@@ -31,7 +31,7 @@ class Change:
         weight: The parameter that is the factor, or to which the factor was added.
         factor: [k, in], for experts [experts, k, in]: the delta of a full fine-tune, a LoRA's A, a bottleneck's
             down-projection, or the weight of a head.
-        is_head: Whether the layer belongs to the head, so that the base has no weight of it.
+        is_head: Whether the base has no weight of the layer, as for the head and for a pooler that the base lacks.
         is_transposed: Whether the parameter stores the factor as [in, k].
     """
 
@@ -66,7 +66,7 @@ def linear_changes(model: Any, old_model: Any, adaptation: Adaptation, old: Base
         old: The old base.
 
     Returns:
-        A change per changed layer, and per projection of fused experts.
+        A change for each linear layer that the adaptation tunes, and for each projection of fused experts.
 
     Raises:
         KindError: The adaptation's kind is not supported, or a LoRA has more than B·A for linear layers.
@@ -116,7 +116,7 @@ def base_tensor(name: str, base: Base) -> torch.Tensor | None:
         base: The base that the model was made from.
 
     Returns:
-        The tensor; None for a parameter of the head, or of a pooler that the base lacks.
+        The tensor; None if the base lacks it, as for an adapter, most heads, and possibly a pooler.
     """
     plain = name.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{ADAPTER_NAME}", "")
     inner = plain.removeprefix(base.prefix + ".")
@@ -139,7 +139,7 @@ def skip_reasons(
         changes: The result of `linear_changes`.
 
     Returns:
-        The reason for each matrix, by its name: no layer is known whose inputs it multiplies.
+        The reason by the name of each matrix; it is always that no layer is known whose inputs the matrix multiplies.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -171,7 +171,7 @@ def is_linear_map(module: nn.Module) -> bool:
     if isinstance(module, Linear | Conv1D):
         return True
     weight = module._parameters.get("weight")
-    # transformers has no common class of routers, but the names of all of them end in Router
+    # routers have no common class; the names of those with a weight of their own end in Router
     return weight is not None and weight.dim() == 2 and type(module).__name__.endswith("Router")
 
 
@@ -190,7 +190,7 @@ def parameter_of(name: str, module: Any) -> str:
         module: The module, possibly PEFT's wrapper.
 
     Returns:
-        The name in the model without the adapter, but with PEFT's prefix.
+        The name in the model without the adapter, but with PEFT's prefix if the module's name has it.
     """
     parameter = getattr(module, "parameter_name", "weight")
     return f"{name.replace('.base_layer', '')}.{parameter}"  # wrappers of several parameters of a module are nested

@@ -1,4 +1,4 @@
-"""Checks by names, shapes and settings that a full fine-tune belongs to a base, before any tensor is read."""
+"""Checks by names, shapes and settings that a full fine-tune belongs to a base, without reading tensors."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ COMPUTATION_SETTINGS = re.compile(
     r"heads$|^n_head$|head_dim|^(hidden_)?act(ivation)?(_fn|_function)?$|eps(ilon)?$|^rope_|rotary|position_embedding|"
     r"sliding|attention_window|soft_?cap|multiplier|scal(e|ing)|^is_decoder$"
 )
-"""Matches the settings that change a model's outputs, but not the shape of a tensor."""
+"""Matches the settings that can change a model's outputs even if all its tensors stay the same."""
 IGNORED_SETTINGS = {"position_embedding_type": "absolute"}
-"""The settings that classes of transformers 5 ignore, with the only value that they implement."""
+"""The settings that classes of transformers 5 may ignore, with the only value that these classes implement."""
 ROTARY_SETTINGS = {
     "rope_theta": "rope_theta",
     "rotary_emb_base": "rope_theta",
@@ -49,7 +49,8 @@ def check_body(adaptation: Adaptation, base: Base) -> None:
 
     Raises:
         CheckpointError: transformers cannot read the fine-tune's config.
-        MismatchError: A tensor of one has no floating-point counterpart in the other, or the shapes differ.
+        MismatchError: A tensor of one has no floating-point counterpart in the other, unless it belongs to a pooler; or
+            the shapes differ.
     """
     tuned, body = adaptation.checkpoint, base.body
     no_counterpart = f"has no counterpart in {base.path}. Was it tuned on that base?"
@@ -84,7 +85,7 @@ def check_computation(adaptation: Adaptation, base: Base) -> None:
 
     Raises:
         CheckpointError: transformers cannot read the config.
-        MismatchError: A setting that no tensor's shape depends on differs, such as the number of attention heads, or
+        MismatchError: A setting that `COMPUTATION_SETTINGS` matches differs, such as the number of attention heads, or
             has a value that transformers no longer supports.
     """
     if differing := differing_settings(read_tuned_config(adaptation), adaptation.path, base.config, base.path):

@@ -74,7 +74,7 @@ class Expert:
 
 
 def lora_wrappers(model: Any) -> dict[Any, dict[str, Any]]:
-    """Return PEFT's wrappers of parameters with a LoRA, by the module that owns the parameter and by its name.
+    """Return PEFT's wrappers of parameters with a LoRA, by the parameter's module and by the parameter's name.
 
     Args:
         model: A model, with or without an adapter.

@@ -49,8 +49,9 @@ class ExtractedLora:
     Args:
         tensors: The tensors of `adapter_model.safetensors`.
         config: The content of `adapter_config.json`.
-        preserved: The share of the squared norm of all deltas that the LoRA preserves, from 0 to 1.
-        excluded: The share of the squared norm of all deltas that is in tensors a LoRA cannot change.
+        preserved: The share of the squared norm of all deltas that the LoRA preserves, from 0 to 1. Tensors that are
+            stored in full do not count, here and in `excluded`.
+        excluded: The share of the squared norm of all deltas that is in tensors for which the LoRA has no factors.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -63,7 +64,7 @@ class ExtractedLora:
 class _Approximation:
     """The criterion by which deltas are approximated: a rank, or the share of the squared norm to preserve.
 
-    `moments` are the second moments of the inputs by layer, which weight the errors.
+    `moments` are the second moments of the inputs by linear layer, which weight the errors.
     """
 
     rank: int | None
@@ -93,16 +94,18 @@ def extract_lora(
     """Extract a LoRA from a full fine-tune: the best low-rank approximation of each linear layer's delta.
 
     Fused experts get a common rank, which PEFT requires: the largest that any of them needs. Heads are stored in full.
-    Changes of embeddings, norms and biases are left out, because a LoRA cannot represent them.
+    Changes of embeddings, norms and biases are left out: the LoRA has factors for linear layers and experts only.
 
     Args:
         tuned: The tensors of the full fine-tune.
         old: The tensors of the base it was tuned on.
         rank: The rank of every layer. Either this or `energy` is required.
         energy: The share of each delta's squared norm to preserve, which determines its rank.
-        progress: Called per changed tensor.
-        moments: The second moments of the inputs by layer, which weight the errors; None for equal weights.
-        heads: The names of tensors to store in full although the base has them. Tensors that it lacks always are.
+        progress: Called for each tensor that both models have, apart from `heads`.
+        moments: The second moments of the inputs by linear layer, which weight the errors; None for equal weights. The
+            errors of fused experts always have equal weights.
+        heads: The names of tensors to store in full although the base has them. Tensors that the base lacks are always
+            stored in full.
         architecture: The fine-tune's class, for the names in memory that PEFT uses; None to use the stored names, if
             transformers has no such class.
 
@@ -119,14 +122,14 @@ def extract_lora(
     if architecture is not None:
         tuned, old = (_parameters(checkpoint, architecture) for checkpoint in stored)
     deltas = delta_all(tuned, old)
-    changed = [name for name in deltas if name not in heads]
+    compared = [name for name in deltas if name not in heads]
     in_base = {name for name in align(old, tuned) if name not in heads}
     stored_in_full = [name for name in tuned if name not in in_base]
-    linear = _linear_weights(tuned, deltas, changed, architecture)
-    fused = [name for name in changed if architecture is not None and len(shape_of(deltas, name)) == 3]
+    linear = _linear_weights(tuned, deltas, compared, architecture)
+    fused = [name for name in compared if architecture is not None and len(shape_of(deltas, name)) == 3]
     lora = LoraFactors(fan_in_fan_out=any(linear.values()))
     total = errors = excluded = 0.0  # squared norms
-    for count, name in enumerate(changed, 1):
+    for count, name in enumerate(compared, 1):
         squared_norm = _squared_norm(deltas, name)
         total += squared_norm
         if name not in linear and name not in fused:
@@ -136,7 +139,7 @@ def extract_lora(
             change = deltas[name].double()
             lora.layers[module], error = approximation.factors(change.T if linear[name] else change, module)
             errors += error
-        progress("extract", count, len(changed), {})
+        progress("extract", count, len(compared), {})
     if architecture is not None and any(_squared_norm(deltas, name) for name in fused):
         errors += _extract_experts(lora, deltas, fused, stored, architecture, approximation)
     if not lora.layers and not lora.parameters:
@@ -254,10 +257,10 @@ def _can_peft_fuse(lora: LoraFactors, names: list[str], architecture: Architectu
 
 
 def _linear_weights(
-    tuned: Tensors, deltas: Tensors, changed: list[str], architecture: Architecture | None
+    tuned: Tensors, deltas: Tensors, compared: list[str], architecture: Architecture | None
 ) -> dict[str, bool]:
-    """Return the changed weights of linear layers, and whether each is stored as [in, out]."""
-    matrices = [name for name in changed if len(shape_of(deltas, name)) == 2 and name.endswith(".weight")]
+    """Return the names of the compared weights of linear layers, and whether each is stored as [in, out]."""
+    matrices = [name for name in compared if len(shape_of(deltas, name)) == 2 and name.endswith(".weight")]
     if architecture is None:
         linear = [name for name in matrices if kind_of(name) != "embedding"]
         return dict.fromkeys(linear, _are_transposed(tuned, linear))

@@ -23,7 +23,7 @@ def fresh_model(base: Base, head: Head, seed: int) -> Any:
         seed: The seed of the head's initialisation.
 
     Returns:
-        The model, in float32 on the CPU; all tensors of the body are the base's.
+        The model, in float32 on the CPU; all tensors of the body are the base's, apart from a pooler that it lacks.
 
     Raises:
         CheckpointError: transformers cannot load the base, or a tensor of the body is missing, unexpected or misshapen.

@@ -31,12 +31,13 @@ def write_graft(
         adaptation: An adaptation of `upgrade.old`.
         upgrade: The two bases.
         folder: The folder to write, in the format of transformers or PEFT.
-        progress: Called for each tensor.
+        progress: Called for each tensor of a full fine-tune.
         replace: Whether tensors that an adapter stores in place of its base's are copied, not grafted.
 
     Returns:
-        Names of tensors, for the outcome's notes: `grafted_in_place_of_the_base` lists tensors that an adapter stores
-        in place of the base's, `copied_as_a_base_lacks_it` tensors that only one base has.
+        Names of tensors, for the outcome's notes: `grafted_in_place_of_the_base` lists the grafted tensors that an
+        adapter stores in place of the base's, `copied_as_a_base_lacks_it` the tensors with a counterpart in only one
+        base. A list without names is left out.
 
     Raises:
         CheckpointError: An adapter's initialisation cannot be reproduced from the old base alone.
@@ -56,7 +57,7 @@ def write_grafted_adaptation(
         upgrade: The two bases.
         grafted: The content of the adaptation on the new base.
         folder: The folder to write, in the format of transformers or PEFT.
-        progress: Called for each tensor.
+        progress: Called for each tensor of a full fine-tune.
 
     Returns:
         Names of tensors, as `write_graft` returns.

@@ -70,8 +70,8 @@ def new_config(
         A config of PEFT, or of regraft for bottleneck adapters; None for `full`.
 
     Raises:
-        RecipeError: The kind is unknown, or a size is below 1, above `MAX_SIZE_RATIO` times the base's width, or, for
-            virtual tokens, leaves no room for text.
+        RecipeError: The kind is unknown, a size is below 1, the rank or the inner size is above `MAX_SIZE_RATIO` times
+            the base's width, or the virtual tokens leave no room for text.
         KindError: The architecture does not support the kind.
     """
     if kind not in CONFIG_BUILDERS:
@@ -128,7 +128,7 @@ def json_settings(config: Config | None) -> Mapping[str, Any] | None:
     }
 
 
-def _lora_config(base: Base, size: AdapterSize, **variant: Any) -> Config:
+def _lora_config(base: Base, size: AdapterSize, **settings: Any) -> Config:
     from peft import LoraConfig
 
     is_transposed = any(
@@ -140,7 +140,7 @@ def _lora_config(base: Base, size: AdapterSize, **variant: Any) -> Config:
         lora_alpha=2 * size.rank,
         target_modules="all-linear",
         fan_in_fan_out=is_transposed,
-        **variant,
+        **settings,
     )
 
 

@@ -25,7 +25,7 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
 
     Returns:
         The head, with the recorded labels; without a record, `LABEL_0`, `LABEL_1` … for the outputs. Its task type is
-        the recorded one, or else one that fits the config.
+        the recorded one; without a record, one that fits the config.
 
     Raises:
         MismatchError: No labels are recorded, and the stored tensors do not determine their number.
@@ -59,7 +59,7 @@ def check_task_type(adaptation: Adaptation, task: Task) -> None:
         task: The task, whose type is compared.
 
     Raises:
-        MismatchError: The adaptation records a different type, or has a config of different types.
+        MismatchError: The adaptation records another type, or records none and its config fits only other types.
     """
     recorded = adaptation.task_type
     matching_types = adaptation.family.matching_task_types(adaptation.config)

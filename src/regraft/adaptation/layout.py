@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 NESTED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.(?=[^.]+\.)")
 WRAPPERS = {"base_layer", "original_module", "token_adapter", "modules_to_save"}
 """The parts that PEFT's wrappers add to names of modules and tensors."""
-# a stored LoRA does not depend on them; some need the base's weights, and `megatron_core` makes PEFT import a module
+# stored factors are read without them; some need the base's weights, and `megatron_core` makes PEFT import a module
 TRAINING_SETTINGS = {
     "init_lora_weights",
     "corda_config",

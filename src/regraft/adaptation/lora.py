@@ -28,9 +28,9 @@ PEFT_DEFAULT_RANK = PEFT_DEFAULT_ALPHA = 8
 """The values of `r` and `lora_alpha` of a config that lacks them."""
 CONVERT_REMEDY = "convert it to full (regraft adaptation convert)"
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that subtract scaling·B·A from the base's weights."""
+"""The beginnings of the names of initialisations that change the base's weights, such as by subtracting scaling·B·A."""
 DETERMINED_INITS = ("true", "gaussian", "orthogonal", "pissa", "olora")
-"""Initialisations that need only the base and a seed; the others need data too."""
+"""Initialisations, in lower case, that regraft repeats from the base and a seed. Most of the others need data too."""
 
 
 def name_without_prefix(stored_name: str) -> str:
@@ -43,7 +43,7 @@ def name_without_prefix(stored_name: str) -> str:
 
 
 def is_initialised_from_base(init: object) -> bool:
-    """Return whether a LoRA was initialised from its base, which changed it: PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA.
+    """Return whether a LoRA's initialisation used and changed its base: PiSSA, OLoRA, CorDA, LoftQ or LoRA-GA.
 
     Args:
         init: The value of `init_lora_weights` in its config.

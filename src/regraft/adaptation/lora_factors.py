@@ -18,10 +18,11 @@ class LoraFactors:
     """The factors of a LoRA by PEFT's names of modules and parameters.
 
     Args:
-        fan_in_fan_out: Whether a layer stores its weight as [in, out].
+        fan_in_fan_out: Whether any layer stores its weight as [in, out].
         layers: B and A of each module.
         parameters: B and A of each expert of a fused parameter.
-        num_outer_wrappers: The number of PEFT's wrappers outside the wrapper of each parameter of the same module.
+        num_outer_wrappers: For each fused parameter, the number of PEFT's wrappers around its own one; they belong to
+            other parameters of its module.
         shared_rank: The common rank of experts that are stored separately and fused in memory.
     """
 

@@ -27,7 +27,8 @@ def parameter_shift(upgrade: Upgrade, inner: str) -> torch.Tensor | None:
         inner: The parameter's name inside the body.
 
     Returns:
-        New − old, in float64 if one of them is and else in float32; None if a base lacks it or the two are equal.
+        New − old, in float64 if one of them is in float64, and in float32 otherwise; of a tensor with a row per token,
+        for the rows of common tokens only. None if a base lacks the parameter, or if the two are equal.
     """
     import torch
 
@@ -51,7 +52,7 @@ def transform_factors(
         progress: Called for each layer.
 
     Returns:
-        The tensors. If the rule changes a delta, its factors are the closest ones of the same rank.
+        The tensors. The factors of a delta that the rule changes are the best approximation of the same rank.
     """
     import torch
 

@@ -31,7 +31,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A complete outcome folder.
+    """An outcome folder and its record.
 
     Args:
         path: The folder.
@@ -70,14 +70,14 @@ class Outcome:
             split: `dev` or `test`.
 
         Returns:
-            A value for each example, in the order of the data; None for an example without a label.
+            A value for each example, in the order of the data; None for an example without a target.
         """
         rows = read_json_lines(self.path / PREDICTIONS_FILE)
         return [is_right(row) for row in rows if row["split"] == split]
 
 
 def is_right(row: Mapping[str, Any]) -> bool | None:
-    """Return whether a prediction is right; None without a label.
+    """Return whether a prediction is right; None without a target.
 
     Args:
         row: A line of `predictions.jsonl`.

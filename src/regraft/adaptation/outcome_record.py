@@ -23,7 +23,7 @@ class TaskRecord:
         metric: The metric's name.
         digest: The digest of the data.
         train: The number of training examples.
-        type: The name of the task type. Records of regraft 0.1 lack it, which had only the default type.
+        type: The name of the task type. Records of regraft 0.1, which had only the default type, lack it.
     """
 
     name: str
@@ -35,7 +35,7 @@ class TaskRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The scores of an outcome; None without that split or without labels.
+    """The scores of an outcome; None for a split that is missing or has no targets.
 
     Args:
         dev: The dev score of the final weights.

@@ -79,7 +79,7 @@ def check_patterns(config: Mapping[str, Any], names: Collection[str], source: st
 
 
 def _expressions(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the texts that PEFT uses as regular expressions. Entries of lists are names, with two exceptions."""
+    """Yield the texts that are used as regular expressions; those in lists are names, apart from two settings."""
     for name, value in config.items():
         if isinstance(value, str) and ("module" in name or name in PATTERN_SETTINGS):
             yield value

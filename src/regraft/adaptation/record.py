@@ -64,7 +64,8 @@ def labels_of_config(config: dict[str, Any], folder: Path) -> tuple[str, ...] | 
         folder: Its folder.
 
     Returns:
-        The names in the order of the head's outputs; None if there are only the placeholders of transformers.
+        The names in the order of the head's outputs; None if there are none, or only the placeholders of
+        transformers.
 
     Raises:
         CheckpointError: `id2label` does not number the outputs from 0 on, repeats a name, or contradicts `label2id`.

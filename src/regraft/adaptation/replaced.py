@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from regraft.upgrade import Upgrade
     from regraft.weights import RowMatch
 
-    Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    TensorRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 WRAPPER = re.compile(r"\.(?:base_layer|ln_tuning_layers|modules_to_save(?:\.default)?|original_module|token_adapter)\b")
 """Matches the parts that PEFT's wrappers insert between the names of a module and its parameter."""
@@ -135,7 +135,7 @@ def renumber_token_ids(adaptation: Adaptation, config: Mapping[str, Any], match:
 
 
 def _graft_rule(
-    name: str, inner: str, adaptation: Adaptation, upgrade: Upgrade, match: RowMatch | None, rule: Rule
+    name: str, inner: str, adaptation: Adaptation, upgrade: Upgrade, match: RowMatch | None, rule: TensorRule
 ) -> tuple[Callable[..., torch.Tensor], tuple[int, ...], tuple[int, ...]]:
     """Return the rule that grafts a stored tensor, with the tensor's shape before and after.
 
@@ -206,9 +206,16 @@ def num_adapter_rows(adaptation: Adaptation, base: Base) -> int | None:
 
 
 def _graft_tokens(
-    new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, row_triples: list[tuple[int, int, int]], rule: Rule
+    new: torch.Tensor,
+    stored: torch.Tensor,
+    old: torch.Tensor,
+    row_triples: list[tuple[int, int, int]],
+    rule: TensorRule,
 ) -> torch.Tensor:
-    """Graft rows of tokens, each by its row in the new base, in the old base (−1 if it has none) and in the adapter."""
+    """Graft rows of tokens.
+
+    Each triple has a token's row in the new base and in the old base (−1 if a base lacks it), and in the adapter.
+    """
     import torch
 
     rows = [
@@ -227,7 +234,9 @@ def _columns(stored: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
     return columns
 
 
-def _graft_magnitude(new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, dim: int, rule: Rule) -> torch.Tensor:
+def _graft_magnitude(
+    new: torch.Tensor, stored: torch.Tensor, old: torch.Tensor, dim: int, rule: TensorRule
+) -> torch.Tensor:
     return rule(new.double().norm(dim=dim), stored, old.double().norm(dim=dim))
 
 

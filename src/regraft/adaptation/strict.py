@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def load_strictly(architecture: Any, path: Path, prefix: str | None, **options: Any) -> tuple[Any, list[str]]:
+def load_strictly(auto_class: Any, path: Path, prefix: str | None, **options: Any) -> tuple[Any, list[str]]:
     """Load a model, and check that its tensors are those that are stored, apart from an untrained head or pooler.
 
     Args:
-        architecture: A transformers auto class.
+        auto_class: A transformers auto class.
         path: The folder.
-        prefix: The prefix of the body; heads and poolers may then be untrained. None if all tensors must match.
+        prefix: The prefix of the body, if heads and poolers may be untrained; None if all tensors must be stored.
         options: Options of `from_pretrained`.
 
     Returns:
-        The model in evaluation mode, and the names of its untrained tensors.
+        The model in evaluation mode, and the names of the tensors that the folder lacks, which are untrained.
 
     Raises:
         CheckpointError: transformers cannot load the model, or a tensor is missing, unexpected or of the wrong shape.
     """
-    check_model(architecture, Checkpoint.open(path))
+    check_model(auto_class, Checkpoint.open(path))
     with quiet():
         try:
-            model, report = architecture.from_pretrained(
+            model, report = auto_class.from_pretrained(
                 path,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def write_tokenizer(base: Base, folder: Path) -> None:
     """Write a base's tokenizer into an adaptation's folder.
 
-    For a full fine-tune of a decoder, it pads with the token that the head skips.
+    For a full fine-tune of a decoder, the tokenizer is set to pad with the token that the head skips, if that token is
+    special.
 
     Args:
         base: The base.

@@ -60,7 +60,7 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
 
 
 def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], int]:
-    """Return the tokens of an adaptation for which it stores rows, with their ids, and the number of rows."""
+    """Return the tokens for which an adaptation or its base stores rows, with their ids, and the number of rows."""
     num_rows = adaptation.family.num_embedding_rows(adaptation, old)
     if num_rows is not None:
         return ids_by_token(tokenizer, num_rows), num_rows
@@ -79,7 +79,8 @@ def with_adaptation_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
         upgrade: The two bases.
 
     Returns:
-        The upgrade; unchanged if the adaptation has the old base's tokens, or stores no rows for its additional ones.
+        The upgrade; unchanged if the adaptation has no tokenizer or the old base's tokens, or stores no rows for its
+        additional tokens.
     """
     tokenizer = adaptation.tokenizer
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""The transformers class that a LoRA was tuned in, inferred from its tensors: its head, labels and tokens."""
+"""The transformers class that a LoRA was tuned in, with its head, labels and tokens, inferred from the LoRA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLASS_TABLES = {
 FALLBACK_TASKS = ("MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
 """The tasks whose classes are tried after those that the LoRA and the base name."""
 HEAD_WEIGHT = re.compile(r"^(?:classifier|score)\.(?:.*\.)?weight$")
-"""Matches the weights of heads."""
+"""Matches the names of the weights of classification heads."""
 
 
 def tuned_architecture(
@@ -121,7 +121,7 @@ def text_config_change(
 
 
 def untied_by_setting(architecture: Architecture) -> set[str]:
-    """Return the parameters that are tied only if `tie_word_embeddings` is true; others are untied by storing both.
+    """Return the parameters that are tied only if `tie_word_embeddings` is true; other ties end if both are stored.
 
     Args:
         architecture: The class.

@@ -59,7 +59,7 @@ class Update:
         return True
 
     def shapes(self, parameter: Shape, expected: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Return the shapes that the adapter's tensors must have, if they differ from those of PEFT's model.
+        """Return the shapes that the adapter's tensors must have, which override those of PEFT's model.
 
         Args:
             parameter: The shape of the updated parameter.
@@ -125,15 +125,18 @@ class Bias(Update):
 
 @dataclasses.dataclass(frozen=True)
 class Factors(Update):
-    """scale·B·A is added; a DoRA then scales the rows to their magnitudes. The operands are B, A and the magnitude."""
+    """scale·B·A is added; a DoRA then scales the rows to their magnitudes.
+
+    The operands are B, A and, for a DoRA, the magnitude.
+    """
 
     @property
     def applied_tensors(self) -> tuple[str, ...]:
-        """B, A and the magnitude."""
+        """B, A and, for a DoRA, the magnitude."""
         return self.operands
 
     def apply(self, weight: torch.Tensor, *operands: torch.Tensor, subtract_initial: bool) -> torch.Tensor:
-        """Add scale·B·A, in float64."""
+        """Add scale·B·A, in float64, and scale the rows of a DoRA to their magnitudes."""
         b, a, *extra_operands = operands  # the magnitude, or the initial factors
         plain = weight.T if self.transposed else weight
         if subtract_initial:

@@ -62,7 +62,7 @@ class Adapter(Family):
             base: Its base.
             head: Its head.
             config: The adapter's config, of the class that `config_class` returns.
-            heads: The names of the modules outside the body.
+            heads: The names of the modules outside the body, apart from a dropout.
             modules: The names of all modules that are fully tuned and saved, including the heads.
 
         Returns:
@@ -154,7 +154,7 @@ class Adapter(Family):
         """Do nothing: an adapter stores no body."""
 
     def check_linear(self, adaptation: Adaptation) -> None:
-        """Do nothing: apart from LoRAs, adapters do not change weights."""
+        """Do nothing: only LoRAs are checked."""
 
     def report_no_effect(self, adaptation: Adaptation, base: Base, num_texts: int) -> None:
         """Raise an error: an adapter without an effect was probably never tuned."""
@@ -192,13 +192,13 @@ class Adapter(Family):
     def transform(
         self, adaptation: Adaptation, upgrade: Upgrade, rule: Rule, progress: Progress, *, replace: bool = False
     ) -> GraftedAdaptation:
-        """Raise an error: the adapter does not change its base's tensors."""
+        """Raise an error: transforming the deltas of this kind is not supported."""
         raise KindError(
             f"{adaptation.path}: a {adaptation.kind} does not change its base's tensors, so it has no deltas."
         )
 
     def remove_delta(self, model: Any, upgrade: Upgrade, row_match: RowMatch | None) -> Any:
-        """Raise an error: the adapter has no delta."""
+        """Raise an error: removing an adapter of this kind is not supported."""
         raise KindError(
             f"{upgrade.new.path}: the adapter on it does not change the base's tensors, so it has no deltas."
         )
@@ -234,7 +234,7 @@ class Adapter(Family):
         return any(replaced_parameter(name, base) for name in adaptation.checkpoint)
 
     def num_embedding_rows(self, adaptation: Adaptation, base: Base) -> int | None:
-        """Return the number of rows of embeddings that are stored, or to which a LoRA is applied."""
+        """Return the number of rows of embeddings that are stored, or to which a LoRA is applied; None without any."""
         return num_adapter_rows(adaptation, base)
 
     def has_token_rows(self, adaptation: Adaptation) -> bool:

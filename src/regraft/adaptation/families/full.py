@@ -301,7 +301,7 @@ def _grafted_config(adaptation: Adaptation, upgrade: Upgrade) -> dict[str, Any]:
 
 
 def _check_tokens(adaptation: Adaptation, model: Any, base: Base) -> None:
-    """Check that the embeddings have a row for every token of the base's tokenizer."""
+    """Check that the embeddings have a row for every token of the base's tokenizer that has a row in the base."""
     if base.architecture.embeddings is None:  # CANINE hashes characters
         return
     num_rows = model.get_input_embeddings().weight.shape[0]

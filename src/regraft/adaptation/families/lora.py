@@ -137,7 +137,7 @@ def check_reproducible_init(adaptation: Adaptation) -> None:
         adaptation: The adaptation.
 
     Raises:
-        CheckpointError: The LoRA was initialised from the base's weights in a way that depends on data or chance.
+        CheckpointError: The LoRA's initialisation changed its base, and is not one of `DETERMINED_INITS`.
     """
     init = adaptation.config.get("init_lora_weights")
     if adaptation.changed_base and str(init).lower() not in DETERMINED_INITS:

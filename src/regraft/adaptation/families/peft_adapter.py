@@ -120,7 +120,7 @@ class Peft(Adapter):
         return model.unload()
 
     def tunes_module_weight(self, module: str, base: Base) -> bool:
-        """Return whether the module is a copy of the base's that PEFT tunes and saves in full."""
+        """Return whether the module is PEFT's tuned copy of a module that is saved in full, such as the head."""
         return f".modules_to_save.{ADAPTER_NAME}" in module
 
     def parameter_names(self, model: Any) -> dict[str, str]:
@@ -161,7 +161,7 @@ def peft_state(model: Any, *, embeddings: bool = False) -> dict[str, torch.Tenso
 
     Args:
         model: A PEFT model.
-        embeddings: Whether to include the base's embeddings; otherwise those that PEFT stores anyway are included.
+        embeddings: Whether to include the base's embeddings even if they are not among the modules that are tuned.
 
     Returns:
         The tensors by stored name.
