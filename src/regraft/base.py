@@ -98,7 +98,7 @@ class Base:
         """The tokenizer; its padding token defaults to the end-of-sequence or else the unknown token.
 
         Raises:
-            CheckpointError: There is no valid tokenizer, or it produces a token without a row in the embeddings.
+            CheckpointError: There is no valid tokenizer, or it adds a special token without a row in the embeddings.
         """
         tokenizer = copy.deepcopy(self.tokenizer_override) if self.tokenizer_override else read_tokenizer(self.path)
         self.check_tokens(tokenizer, tokenizer("")["input_ids"])
@@ -230,7 +230,7 @@ class Base:
 
     @functools.cached_property
     def named_tensors(self) -> NamedTensors:
-        """All tensors by their canonical names."""
+        """The tensors by their canonical names, without obsolete buffers and tied duplicates."""
         return named_tensors(self.checkpoint, self.config)
 
     @functools.cached_property
@@ -254,7 +254,10 @@ class Base:
 
     @functools.cached_property
     def stored_fingerprint(self) -> str:
-        """The fingerprint of regraft 0.1: all tensors under the body's prefix, with their stored names."""
+        """The fingerprint of regraft 0.1, of the stored names without the body's prefix.
+
+        It is of the floating-point tensors under the prefix or, if there are none, of all floating-point tensors.
+        """
         floating = [name for name, tensor in self.checkpoint.tensors.items() if tensor.dtype in FLOATING]
         prefix = f"{self.prefix}."
         body = [name for name in floating if name.startswith(prefix)] or floating

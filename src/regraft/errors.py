@@ -12,7 +12,7 @@ class RegraftError(Exception):
 
 
 class CheckpointError(RegraftError):
-    """A file of weights is missing, truncated, malformed or untrusted."""
+    """A checkpoint, or a file of it, is missing, truncated, malformed, untrusted or unsupported."""
 
 
 class DiskFullError(CheckpointError):
@@ -32,7 +32,7 @@ class RecipeError(RegraftError):
 
 
 class KindError(RecipeError):
-    """A method does not support a kind of adaptation, or an upgrade."""
+    """A method does not support an adaptation or an upgrade, or a base does not support a kind of adaptation."""
 
 
 class OutcomeError(RegraftError):

@@ -130,7 +130,7 @@ def class_of(checkpoint: Checkpoint) -> Architecture:
 def name_consistently(
     checkpoints: Mapping[str, Checkpoint],
 ) -> tuple[dict[str, Mapping[str, torch.Tensor]], str | None]:
-    """Return checkpoints under their canonical names; if any has no transformers class, all under their stored names.
+    """Return checkpoints under their canonical names; under their stored names if any has no transformers class.
 
     Args:
         checkpoints: The checkpoints by role, such as `old` and `tuned`.

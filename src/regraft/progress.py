@@ -1,4 +1,4 @@
-"""The progress callback, and a context that silences transformers."""
+"""The progress callback, and a context that silences transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def silent(stage: str, processed: int, total: int, figures: Mapping[str, float])
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' reports, of problems that regraft checks itself, and its progress bars."""
+    """Silence transformers' progress bars, and reports of transformers and PEFT on what regraft checks itself."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped

@@ -25,7 +25,7 @@ MAX_COUNTS = (
     (re.compile(r"expert|group"), 4096),
     (re.compile(r"label"), 100_000),
 )
-"""The limits of settings that are numbers of modules, by a pattern of their names."""
+"""The limits of settings that are numbers of modules or labels, each with a pattern of their names."""
 MIN_LAYER_LIMIT = 64  # arbitrary: so many layers are cheap to build, even if the files have fewer tensors
 """The number of layers that is always allowed."""
 TUNED_SETTINGS = {
@@ -39,7 +39,8 @@ TUNED_SETTINGS = {
 }
 """Settings that describe the tensors and the head of a fine-tune, rather than of its base."""
 SIZE = re.compile(r"size|dim|vocab")
-"""Matches the names of settings that are widths, such as `shared_expert_intermediate_size`; see `check_model`."""
+"""Matches the names of settings that are widths, such as `shared_expert_intermediate_size`, and so have no limit in
+`MAX_COUNTS`: `check_model` checks the size of the whole model."""
 HEADS = re.compile(r"heads$|^n_head$")
 """Matches the names of settings that are numbers of attention heads."""
 MAX_TOKENIZER_BYTES = 64 * 1024**2  # the largest files of open models, with a million tokens, have some 60 MB
@@ -99,8 +100,10 @@ def upgraded_settings(
         tuned: The config of the fine-tune.
         old: The config of the old base.
         new: The config of the new base.
-        is_decoder: Whether the model is causal, so that its classifier skips the padding token of the config.
-        has_same_ids: Whether all tokens have the same ids in all three; otherwise, ids are left out.
+        is_decoder: Whether the model is causal. Its classifier skips the padding token of the config, so `pad_token_id`
+            is left out.
+        has_same_ids: Whether all tokens have the same ids in all three; otherwise, the ids of tokens and the size of
+            the vocabulary are left out.
 
     Returns:
         The changed settings; for a submodel with changed settings, all of its settings.

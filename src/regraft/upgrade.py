@@ -59,7 +59,7 @@ class Upgrade:
         return match
 
     def shared_rows(self, name: str, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tensor of both bases, reduced to the rows of common tokens if it has a row per token.
+        """Return a tensor of both bases; if it has a row per token, only the rows that are matched.
 
         Args:
             name: The tensor's name inside the body.
@@ -107,7 +107,7 @@ class Upgrade:
             )
 
     def _check_tensors(self) -> None:
-        """Refuse bases of which only one has a tensor, or which differ in a shape, except in rows of tokens."""
+        """Refuse bases if only one has a tensor, except poolers, or if a shape differs, except in rows of tokens."""
         old, new = _shapes(self.old), _shapes(self.new)
         misshapen = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
         token_tensors = self.old.architecture.token_tensors if misshapen else ()

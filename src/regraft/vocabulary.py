@@ -105,7 +105,7 @@ def check_one_vocabulary(
         result: The result of the computation that follows, such as `a LoRA`, for error messages.
 
     Raises:
-        CheckpointError: A tokenizer is missing and the embeddings differ in size, or cannot be read.
+        CheckpointError: The embeddings differ in size and a tokenizer is missing, or a tokenizer cannot be read.
         MismatchError: The tokens, their rows or the numbers of rows differ.
     """
     match = match_vocabularies(
@@ -136,7 +136,7 @@ def check_one_vocabulary(
 
 
 def check_same_rows(folders: Mapping[str, Path], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Check that two checkpoints have their common tokens in the same rows, unless a tokenizer is missing.
+    """Check that two checkpoints have their common tokens in the same rows, if both have a tokenizer.
 
     Args:
         folders: The folders of the two checkpoints by role.
@@ -251,7 +251,10 @@ def _special_settings(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any
 def _with_new_ids(
     config: Mapping[str, Any], source: PreTrainedTokenizerBase, ids: Mapping[str, int], fallback: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a config with the ids of the grafted vocabulary, or with the new base's if a token was removed."""
+    """Return a config with the ids of the grafted vocabulary.
+
+    A setting none of whose tokens remain has the new base's value.
+    """
 
     def convert(key: str, value: Any) -> Any:
         if isinstance(value, dict):

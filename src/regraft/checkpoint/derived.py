@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, torch.Tensor]
 
 CHUNK_ELEMENTS = 1 << 18  # 2 MiB in float64, so that the operands of a rule stay in a core's cache
-"""The number of elements that are computed at once."""
+"""The number of elements that are computed at once, if a tensor can be computed in slices."""
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
@@ -34,14 +34,14 @@ class TensorSpec:
         dtype: The safetensors dtype of the result, such as `F32` or `BF16`.
         shape: The shape of the result.
         operands: The tensors that the rule is applied to, each as a mapping and a name in that mapping.
-        rule: Computes the result from the operands; by default it copies its only operand.
+        rule: Computes the result from the operands; by default, the result is the only operand.
         elementwise: Whether the rule can be applied to flat slices of the operands.
     """
 
     dtype: str
     shape: tuple[int, ...]
     operands: tuple[tuple[Mapping[str, torch.Tensor], str], ...]
-    rule: Callable[..., torch.Tensor] = _copy
+    rule: Callable[..., torch.Tensor] = _identity
     elementwise: bool = True
 
 
@@ -81,7 +81,8 @@ class GroupedTensors(DerivedTensors):
     """Derived tensors, some of which are computed in groups; the latest groups are cached.
 
     Args:
-        specs: How to compute each tensor; for members of a group, only dtype, shape and operands are used.
+        specs: How to compute each tensor, by name. The rules of a group's members are not used, and must not be
+            elementwise.
         groups: The names of the tensors in a group, by the name of each of its members.
         compute_group: Computes the tensors of a group, by name.
     """
@@ -170,7 +171,8 @@ def flat_slice(tensors: Mapping[str, torch.Tensor], name: str, start: int, count
         A tensor of shape [count].
 
     Raises:
-        CheckpointError: A computed element is infinite or NaN, or a file was truncated after it was opened.
+        CheckpointError: An element that is computed from several operands is infinite or NaN, or a file was truncated
+            after it was opened.
     """
     if isinstance(tensors, Checkpoint):
         return tensors.flat_slice(name, start, count)
@@ -206,7 +208,7 @@ def are_equal(
 def _is_quantised(tensors: Mapping[str, torch.Tensor], name: str) -> bool:
     """Return whether a tensor is stored quantised, possibly under another name or in another shape.
 
-    The result of arithmetic on several tensors does not count: its spec sets its dtype.
+    The result of elementwise arithmetic on several tensors does not count: its spec sets its dtype.
     """
     if isinstance(tensors, DerivedTensors):
         spec = tensors.specs[name]
@@ -216,7 +218,10 @@ def _is_quantised(tensors: Mapping[str, torch.Tensor], name: str) -> bool:
 
 
 def _round_to_spec(result: torch.Tensor, name: str, spec: TensorSpec) -> torch.Tensor:
-    """Convert a result to its spec's dtype; refuse infinite or NaN results of arithmetic, but not of a copied mask."""
+    """Convert a result to its spec's dtype; refuse infinities and NaN in a result of several operands.
+
+    The result of a single operand may have them, as a copied mask does.
+    """
     result = result.to(torch_dtype(spec.dtype))
     is_computed = len(spec.operands) > 1 and spec.dtype in FLOATING and result.numel()
     if is_computed and not all(map(math.isfinite, result.aminmax())):

@@ -1,4 +1,4 @@
-"""Atomic file writing: every file is written under a temporary name, synced and renamed."""
+"""Atomic file writing: a file is written under a temporary name, then renamed; and seals, which show later changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DISK_FULL_MESSAGE = re.compile(
 
 @contextlib.contextmanager
 def replace_atomically(file: Path, *, synced: bool = True) -> Iterator[Path]:
-    """Write a temporary file in the same folder, sync it and rename it, so that readers see all of it or nothing.
+    """Provide a temporary file and rename it when it is written, so that readers see all of the file or nothing.
 
     Args:
         file: The file to write; an existing one is replaced.
@@ -34,7 +34,7 @@ def replace_atomically(file: Path, *, synced: bool = True) -> Iterator[Path]:
             `publish` syncs it later.
 
     Yields:
-        The temporary file to write to; it is removed if writing fails.
+        The temporary file to write to, in the same folder; it is removed if writing fails.
 
     Raises:
         DiskFullError: The disk is full.
@@ -144,7 +144,7 @@ def sync(path: Path) -> None:
         path: An existing file or folder.
 
     Raises:
-        OSError: The disk cannot store the content.
+        OSError: The path cannot be opened, or the disk cannot store the content.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -157,7 +157,7 @@ def sync(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or one of its causes, means that the disk is full.
+    """Return whether an error, or one of its causes, means that the disk is full or a quota or size limit is reached.
 
     Args:
         error: An error that Python, safetensors or torch raised.

@@ -28,10 +28,11 @@ READ_BYTES = 1 << 22
 def fingerprint(
     checkpoint: Checkpoint, hashed_name: Callable[[str], str | None] | None = None, *, full: bool = False
 ) -> str:
-    """Hash each tensor's name, dtype, shape and a fixed sample of its bytes.
+    """Hash each tensor's name, dtype, shape and bytes, by default only a fixed sample of the bytes.
 
-    Tensors of at most `SAMPLES` · `SAMPLE_BYTES` bytes are hashed completely. Of a larger tensor, `SAMPLES` evenly
-    spaced samples are hashed, including the first and last bytes, so that further training changes the fingerprint.
+    Tensors of at most `SAMPLES` · `SAMPLE_BYTES` bytes are always hashed completely. By default, `SAMPLES` evenly
+    spaced samples of a larger tensor are hashed, including the first and last bytes, so that further training changes
+    the fingerprint.
 
     Args:
         checkpoint: The weights, which are read from their files.

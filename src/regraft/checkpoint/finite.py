@@ -24,9 +24,9 @@ def check_finite(checkpoint: Checkpoint, progress: Progress = silent, names: Col
     """Refuse a checkpoint that holds infinite or NaN values.
 
     Args:
-        checkpoint: The weights, read a few megabytes at a time.
+        checkpoint: The weights, of which `CHUNK_ELEMENTS` are read at a time.
         progress: Called for each chunk, in elements.
-        names: The names of the tensors to check; None for all.
+        names: The names of the tensors to check; None for all. Integer tensors are not checked.
 
     Raises:
         CheckpointError: Some values are infinite or NaN; the message counts them by tensor.

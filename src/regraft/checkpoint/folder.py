@@ -1,4 +1,4 @@
-"""Folders that never exist incomplete: they are written under a temporary name and renamed when complete."""
+"""Output folders, which are written under a temporary name and renamed when complete; and temporary folders."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MAX_ATTEMPTS = 100  # arbitrary: an attempt fails only if another process ends b
 def resumable_folder(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     """Create and lock a hidden working folder next to `out`, which survives an interruption.
 
-    The content that a killed run left in it is kept if that run had the same inputs, and removed otherwise. The caller
-    calls `publish` at the end, after which the working folder is removed. That also happens after a `RecipeError`, and
-    after other errors of regraft unless it has `CHECKPOINTS` to resume from. Another process may have published `out`
-    before the folder was locked, so the caller has to look for `out` again.
+    The content that an interrupted run left in it is kept if that run had the same inputs, and removed otherwise. The
+    caller calls `publish` at the end; if `out` then exists, the working folder is removed. The working folder is also
+    removed after a `RecipeError`, and after any other error of regraft if it has no `CHECKPOINTS` to resume from.
+    Another process may have published `out` before the folder was locked, so the caller has to look for `out` again.
 
     Args:
         out: The output folder, which may exist.
@@ -102,8 +102,8 @@ def check_output_path(out: Path) -> None:
         out: The output folder, which may exist.
 
     Raises:
-        OutcomeError: The path is a file, a broken link or not a folder's name; its parent is a file or not writable; or
-            the system refuses the path, such as for its length.
+        OutcomeError: The path is a file, a broken link or not a folder's name; the nearest parent that exists is a file
+            or not writable; or the system refuses the path, such as for its length.
     """
     if out.name in ("", ".."):
         raise OutcomeError(f"--out {str(out)!r}: is not a name for a folder. Choose another --out.")
@@ -130,6 +130,7 @@ def publish(staging: Path, out: Path) -> None:
         out: The final path, which must not exist.
 
     Raises:
+        OSError: A file cannot be synced, or the folder cannot be renamed.
         OutcomeError: `out` exists or cannot be created.
     """
     check_output_path(out)
@@ -145,7 +146,7 @@ def publish(staging: Path, out: Path) -> None:
 
 
 def empty_folder(folder: Path) -> Path:
-    """Create an empty folder, after removing anything that an interrupted run left at its path.
+    """Create an empty folder, after removing the folder that an interrupted run left at its path.
 
     Args:
         folder: The folder to create.

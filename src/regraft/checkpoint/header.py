@@ -31,7 +31,7 @@ ITEM_BYTES = {
 }  # fmt: skip
 """The bytes of an element, by safetensors dtype."""
 FLOATING = ("F64", "F32", "F16", "BF16")  # eight-bit weights are quantised
-"""The dtypes of weights."""
+"""The dtypes of weights that are not quantised."""
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",

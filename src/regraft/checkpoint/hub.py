@@ -11,7 +11,7 @@ DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def find_path(name: str | Path) -> Path:
-    """Return the path of a checkpoint on this machine; download it if its name is a hub id that is not cached.
+    """Return the path of a checkpoint on this machine; of a hub id, after downloading what the cache lacks.
 
     Args:
         name: A folder, a file, or a hub id with an optional `@revision`.

@@ -41,7 +41,7 @@ TOKENIZER_FILES = (
 RECORD = "regraft.json"
 """The file with the provenance of a folder, and with its results."""
 RESULTS = "results"
-"""The key of the record that is not part of the provenance."""
+"""The key of the results in the record; all other keys are the provenance."""
 NOT_COPIED = (RECORD, "lineage.json", "pretraining.json", "outcome.json", "adapter_config.json")
 """The records of how a folder was made, which are wrong for a copy, and the config of an adapter."""
 
@@ -53,9 +53,9 @@ class WritePlan:
     Args:
         num_tensors: The number of tensors.
         num_files: The number of safetensors files that they are written to.
-        disk_bytes: The bytes to write.
-        read_bytes: The bytes to read.
-        memory_bytes: The memory for tensors, in addition to Python and torch.
+        disk_bytes: The bytes of the tensors to write.
+        read_bytes: The bytes of the stored tensors to read.
+        memory_bytes: An estimate of the memory for tensors, in addition to Python and torch.
         free_bytes: The free space on the output's disk.
     """
 
@@ -73,7 +73,7 @@ def plan_checkpoint(tensors: Mapping[str, torch.Tensor], out: Path, shard_bytes:
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
         out: The output folder, which need not exist.
-        shard_bytes: The maximal size of a file, in bytes.
+        shard_bytes: The maximal size of the tensors in a file, in bytes; a larger tensor is alone in its file.
 
     Raises:
         DiskFullError: The disk has not enough free space.
@@ -116,7 +116,7 @@ def write_folder(
         out: The output folder. If it exists with the same provenance and content, nothing is done.
         template: The folder whose config and tokenizer files are copied.
         provenance: The inputs that the tensors were computed from; anything JSON can represent.
-        shard_bytes: The maximal size of a file, in bytes.
+        shard_bytes: The maximal size of the tensors in a file, in bytes; a larger tensor is alone in its file.
         progress: Called for each chunk, in bytes.
         write_tokenizer: Writes tokenizer and config files into a folder, if the vocabulary differs from the template's.
         changed_settings: The settings of `config.json` to change, by name.
@@ -124,7 +124,8 @@ def write_folder(
     Raises:
         CheckpointError: A computed tensor has infinite or NaN values, or differs in size from its specification.
         DiskFullError: The disk has not enough free space.
-        OutcomeError: The output folder exists with a different provenance or content, or cannot be written.
+        OutcomeError: The output folder exists with a different provenance or content, cannot be written, or is being
+            written by another process.
     """
     provenance = {**provenance, "shard_bytes": shard_bytes}
     if _is_written(out, provenance, tensors, shard_bytes, progress):
@@ -197,7 +198,7 @@ def read_results(folder: Path) -> dict[str, float]:
 
 
 def copy_auxiliary_files(source: Path, destination: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the small files of a checkpoint, except indexes of shards, code, adapter configs and regraft's records.
+    """Copy the files of a checkpoint that match patterns, except shard indexes, code, adapter configs and records.
 
     Args:
         source: The checkpoint's folder, of transformers or PEFT.
@@ -214,7 +215,10 @@ def copy_auxiliary_files(source: Path, destination: Path, patterns: tuple[str, .
 def _is_written(
     out: Path, provenance: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shard_bytes: int, progress: Progress
 ) -> bool:
-    """Return whether the folder exists; compare all bytes, because the fingerprints in a provenance are of samples."""
+    """Return whether the folder exists; raise an error if its provenance or its content differs.
+
+    All bytes are compared, because the fingerprints in a provenance are of samples.
+    """
     if not is_up_to_date(out, provenance):
         return False
     if not matches_checkpoint(out, tensors, shard_bytes, progress):

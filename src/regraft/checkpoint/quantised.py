@@ -28,11 +28,12 @@ EXPONENTS = ("U8", "F8_E8M0")
 # bitsandbytes stores the weights of Conv1D modules transposed. In these model types the named layers are Conv1D
 # modules; in others (GPT-Neo, StarCoder) they are nn.Linear modules.
 CONV1D = re.compile(r"(?:^|\.)(?:c_attn|c_proj|c_fc|q_attn)\.weight$")
-"""Matches the names of weights that are Conv1D modules in models of `CONV1D_TYPES`."""
+"""Matches the names of the weights of Conv1D modules in models of `CONV1D_TYPES`."""
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 """The model types with Conv1D modules."""
 CODES = re.compile(r"(?:^|[._:])(?:weight|qweight|qzeros|packed|W_q|qdata|_data|blocks|codes|bitmask)$")
-"""Matches the names under which integers are codes of weights; under other names they are masks and positions."""
+"""Matches the names under which integers are codes of weights; under other names they are masks and positions, except
+int8 tensors of two or more dimensions, which are always codes."""
 BNB_4BIT = re.compile(r"\.(?:absmax|quant_map|quant_state\.bitsandbytes__\w+)$")
 """Matches the names of the scales and code books of bitsandbytes' 4-bit weights."""
 SCALE = re.compile(r"(?:_scale_inv|\.SCB)$")
@@ -87,7 +88,7 @@ UNSUPPORTED_FORMATS = (
 def pair_with_scales(
     path: Path, stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
 ) -> dict[str, StoredTensor]:
-    """Return the weights of a checkpoint: int8 with `SCB` and fp8 with `weight_scale_inv` as float32.
+    """Return the weights of a checkpoint, where int8 codes with `SCB` and fp8 codes with `_scale_inv` become float32.
 
     Args:
         path: The checkpoint, for error messages.
@@ -111,7 +112,7 @@ def pair_with_scales(
             quantised[name] = _fp8_weight(path, tensor, scale, quantisation)
         else:
             quantised[name] = _int8_weight(path, tensor, scale, stored.get(f"{name}_format"), config)
-    has_quantised_tensors = bool(quantised) or any(map(_is_code, stored.values()))
+    has_quantised_tensors = bool(quantised) or any(map(_is_quantised_part, stored.values()))
     if quantisation and not has_quantised_tensors:
         raise _undetected_error(path, stored, quantisation)
     scale_names = {tensor.scale.name for tensor in quantised.values()}
@@ -121,7 +122,7 @@ def pair_with_scales(
             weights[name] = quantised[name]
         elif name in scale_names or (quantised and RUNTIME_DATA.search(name)):
             continue
-        elif _is_code(tensor):
+        elif _is_quantised_part(tensor):
             raise _unsupported_error(path, tensor, stored, quantisation)
         else:
             weights[name] = tensor
@@ -154,8 +155,8 @@ def _submodel_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [value for key, value in config.items() if key.endswith("config") and isinstance(value, dict)]
 
 
-def _is_code(tensor: StoredTensor) -> bool:
-    """Return whether a tensor belongs to an unsupported quantisation, rather than being weights or masks."""
+def _is_quantised_part(tensor: StoredTensor) -> bool:
+    """Return whether a tensor has codes or scales of a quantised weight, rather than weights or masks."""
     if BNB_4BIT.search(tensor.name) or SCALE.search(tensor.name) or tensor.dtype.startswith("F8"):
         return True
     if tensor.dtype == "I8" and len(tensor.shape) > 1:
@@ -228,8 +229,8 @@ def _block(
 def _edge(length: int, num_blocks: int, default: int) -> int:
     """Return the edge of a block along a dimension: the default, or else length / number of blocks.
 
-    The quotient is used only if it is a power of two. Other edges are ambiguous: the blocks could be larger, with the
-    last one cut off.
+    The quotient is used only for a single block, or if it is a power of two. Other edges are ambiguous: the blocks
+    could be larger, with the last one cut off.
     """
     if num_blocks == -(-length // default) or not length:
         return default

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Reader = Callable[[StoredTensor, int, int], torch.Tensor]
 
 CHUNK_ELEMENTS = 1 << 18
-"""The number of elements that are dequantised at once, 1 MiB in float32."""
+"""The most elements that are dequantised at once if the codes are not transposed, 1 MiB in float32."""
 
 
 @dataclass(frozen=True)

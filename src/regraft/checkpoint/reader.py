@@ -39,7 +39,7 @@ UNSUPPORTED_FILES = (
     ("openvino_model.*", "a model exported to OpenVINO. Use the model that it was exported from"),
     ("*.safetensors", "not called model.safetensors. If it has all tensors, as transformers writes them, rename it"),
 )
-"""Patterns of files of other formats, each with a description and a remedy."""
+"""Patterns of weight files with other formats or names, each with a description and a remedy."""
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):

@@ -14,7 +14,7 @@ from regraft.errors import OutcomeError
 Record = TypeVar("Record")
 
 MAX_FIGURE = 1e100  # far above any result; sums and charts of larger numbers overflow
-"""The largest magnitude of a number in a record."""
+"""The largest magnitude of a finite number in a record."""
 MAX_COUNT = 2**53  # larger whole numbers are not exact in floating point, which JSON in other languages uses
 """The largest `Count`."""
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -38,11 +38,11 @@ _EXPECTED = {
 }
 
 
-def read_record(kind: type[Record], content: Any, origin: str, remedy: str) -> Record:
+def read_record(record_type: type[Record], content: Any, origin: str, remedy: str) -> Record:
     """Read a record strictly: values are not converted; unknown fields, which a newer version may write, are ignored.
 
     Args:
-        kind: The dataclass, or a type that is composed of dataclasses.
+        record_type: The dataclass, or a type that is composed of dataclasses.
         content: The parsed JSON, such as the result of `read_json`.
         origin: The file, and the position in it, for error messages.
         remedy: The command that writes such a file.
@@ -50,7 +50,7 @@ def read_record(kind: type[Record], content: Any, origin: str, remedy: str) -> R
     Raises:
         OutcomeError: A field is missing, out of range or nested too deeply, or has a different type or shape.
     """
-    hashable: Any = kind
+    hashable: Any = record_type
     try:
         location = _location_of_too_large(content)
         if location is not None:
@@ -86,12 +86,12 @@ def plain_text(content: Any) -> str:
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _adapter(record_type: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(record_type)
 
 
 def _location_of_too_large(value: Any) -> str | None:
-    """Return the location of the first finite number above `MAX_FIGURE`, such as `: scores[0]`; None without any."""
+    """Return the location of the first finite number beyond ±`MAX_FIGURE`, such as `: scores[0]`; None without any."""
     if isinstance(value, dict):
         for name, entry in value.items():
             location = _location_of_too_large(entry)

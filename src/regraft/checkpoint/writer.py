@@ -1,4 +1,4 @@
-"""Writing tensors as safetensors, chunk by chunk on all cores, so that a few megabytes of memory are enough."""
+"""Writing tensors as safetensors on all cores, chunk by chunk where a tensor can be computed in slices."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def byte_size(tensors: Mapping[str, torch.Tensor], name: str) -> int:
 
 
 def plan_shards(tensors: Mapping[str, torch.Tensor], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """Divide tensors into files of at most a size, unless a single tensor is larger.
+    """Divide tensors into files of at most a given size.
 
     Args:
         tensors: A checkpoint, derived tensors or a state dict.
-        shard_bytes: The maximal size of a file, in bytes.
+        shard_bytes: The maximal size of the tensors in a file, in bytes; a larger tensor is alone in its file.
 
     Returns:
-        The names of the tensors in each file, by its name, which is `model.safetensors` if one file is enough.
+        The names of the tensors by the file's name; a single file is `model.safetensors`.
     """
     shards: list[list[str]] = [[]]
     planned_bytes = 0
@@ -79,7 +79,7 @@ def write_checkpoint(
     Args:
         folder: An existing folder, which may have shards of an interrupted call.
         tensors: A checkpoint, derived tensors or a state dict.
-        shard_bytes: The maximal size of a file, in bytes.
+        shard_bytes: The maximal size of the tensors in a file, in bytes; a larger tensor is alone in its file.
         progress: Called for each chunk, in bytes.
 
     Raises:
@@ -121,7 +121,7 @@ def matches_checkpoint(
     Args:
         folder: The folder to compare.
         tensors: A checkpoint, derived tensors or a state dict.
-        shard_bytes: The maximal size of a file, in bytes.
+        shard_bytes: The maximal size of the tensors in a file, in bytes; a larger tensor is alone in its file.
         progress: Called for each chunk, in bytes.
     """
     shards = plan_shards(tensors, shard_bytes)

@@ -104,7 +104,7 @@ def graft_all(
 ) -> DerivedTensors:
     """Graft the delta of every tuned tensor: new + λ·(tuned − old).
 
-    Tensors that neither base has, such as heads, and integer tensors are copied.
+    Tensors that a base lacks, such as heads and poolers, and integer tensors are copied from the fine-tune.
 
     Args:
         new: The tensors of the new base.

@@ -67,8 +67,8 @@ def distances(
         progress: Called for each chunk, in elements.
 
     Returns:
-        The distances by grouping (`whole`, `layer`, `kind`) and group. Tensors that only one checkpoint has are left
-        out.
+        The distances by grouping (`whole`, `layer`, `kind`) and group. Integer tensors and tensors that only
+            one checkpoint has are left out.
 
     Raises:
         CheckpointError: A tensor has infinite or NaN values.

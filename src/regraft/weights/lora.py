@@ -50,7 +50,7 @@ def compress_factors(
     Args:
         b: The factor B, [out, r].
         a: The factor A, [r, in].
-        rank: The new rank r'. Either this or `energy` is required.
+        rank: The maximal new rank r'. Either this or `energy` is required.
         energy: The share of the squared norm to preserve, above 0 and up to 1.
 
     Returns:
@@ -98,8 +98,8 @@ def inner_product(first: Factors, second: Factors) -> float:
 def subtract_factors(trained: Factors, start: Factors) -> Factors:
     """Return factors of the delta to the original base of a LoRA that was initialised from that base's weight.
 
-    PiSSA and OLoRA start with factors B₀·A₀ of the weight itself, and subtract them from the base, so the delta is
-    B·A − B₀·A₀. Source: Meng et al., 2024 (arXiv:2404.02948), appendix.
+    PiSSA and OLoRA start with factors B₀ and A₀ of the weight itself, and subtract their product from the base, so
+    the delta is scaling · (B·A − B₀·A₀). Source: Meng et al., 2024 (arXiv:2404.02948), appendix.
 
     Args:
         trained: B and A after tuning.

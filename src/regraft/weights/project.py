@@ -2,8 +2,8 @@
 
 Given n pairs of vectors v → t, the W of rank up to d that minimises Σ‖v·W + b − t‖² + λ‖W‖² maps v to a sum Σ βᵢ·tᵢ, in
 which β follows from inner products. This is ridge regression in its dual form, with a limited rank as in Mukherjee and
-Zhu, 2011 (Statistical Analysis and Data Mining 4). Qin et al., 2023 (arXiv:2305.08702) learn the same map by
-distillation.
+Zhu, 2011 (Statistical Analysis and Data Mining 4). Qin et al., 2023 (arXiv:2305.08702) learn a map of this form
+by distillation instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 RELATIVE_EPSILON = 1e-12  # smaller eigenvalues are rounding errors of float64
-"""The smallest eigenvalue that counts, relative to the largest inner product."""
+"""The smallest eigenvalue that counts, relative to the largest squared norm, or to the largest eigenvalue."""
 
 
 def project(
@@ -34,8 +34,8 @@ def project(
         gram: The inner products ⟨vᵢ, vⱼ⟩ of the sources, [n, n].
         target_gram: The inner products ⟨tᵢ, tⱼ⟩ of the targets, [n, n].
         cross: The inner products ⟨vᵢ, v⟩ of the sources with the vector to map, [n].
-        ridge: λ relative to the mean square of the sources, 0 or more. The larger it is, the closer the map is
-            to the constant b.
+        ridge: λ relative to the mean squared norm of the sources, 0 or more. The larger it is, the closer the map is
+            to a constant: the mean of the targets, or 0 without an intercept.
         rank: d; None for the largest possible: n, or n − 1 with an intercept.
         intercept: Whether the map has the constant b. Then sources and targets are centred, and the β sum to 1.
 
@@ -82,7 +82,7 @@ def leave_one_out_errors(
     Args:
         gram: The inner products of the sources, [n, n], of at least two pairs.
         target_gram: The inner products of the targets, [n, n].
-        ridge: λ relative to the mean square of the sources, 0 or more.
+        ridge: λ relative to the mean squared norm of the sources, 0 or more.
         rank: The maximal rank of the map; None for the largest possible.
         intercept: Whether the map has a constant.
 

@@ -1,4 +1,4 @@
-"""Reduced deltas: with fewer entries, or without the part that agrees or conflicts with the upgrade's shift."""
+"""Reduced deltas: with fewer entries, without those that conflict with a direction, or without a shift."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ def drop(delta: torch.Tensor, density: float, generator: torch.Generator) -> tor
     return torch.where(mask, delta / density, torch.zeros_like(delta))
 
 
-def mask_conflicts(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Set entries of a delta to zero whose sign is opposite to the sign of the upgrade's shift.
+def mask_conflicts(delta: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """Set entries of a delta to zero whose sign is opposite to the sign of a direction.
 
     Args:
         delta: Tuned − old, of any shape.
-        shift: New − old base, of the same shape.
+        direction: The direction, of the same shape, such as the negative gradient of a loss.
     """
     import torch
 
-    return torch.where(delta.sign() * shift.sign() < 0, torch.zeros_like(delta), delta)
+    return torch.where(delta.sign() * direction.sign() < 0, torch.zeros_like(delta), delta)
 
 
 def orthogonal_part(delta: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ RELATIVE_EPSILON = 1e-5  # smaller singular values are rounding errors
 def subspace_overlap(first: torch.Tensor, second: torch.Tensor, directions: int = DIRECTIONS) -> float:
     """Return the overlap of the leading output directions of two matrices.
 
-    Source: the normalised subspace similarity of Hu et al., 2022 (arXiv:2106.09685), section 7.2.
+    Source: the normalised subspace similarity of Hu et al., 2021 (arXiv:2106.09685), section 7.2.
 
     Args:
         first: A matrix, [out, in].

@@ -189,15 +189,15 @@ def graft_rows(
     match: RowMatch,
     rule: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = graft,
 ) -> torch.Tensor:
-    """Graft a tensor with a row per token: apply the rule to the rows of tokens that all three vocabularies have.
+    """Graft a tensor with a row per token: apply the rule to the rows that all three tensors have in the match.
 
-    A token that only the fine-tune has gets the fine-tune's row. A token that the old base lacks gets the new base's
-    row, even if the fine-tune has it too, because its delta is unknown.
+    A token that only the fine-tune has gets the fine-tune's row. Every other row is the new base's, because the
+    delta of a token that the old base or the fine-tune lacks is unknown.
 
     Args:
         new: The new base's tensor, [new rows, …], or [1, new rows].
-        tuned: The tuned tensor, [tuned rows, …].
-        old: The old base's tensor, [old rows, …].
+        tuned: The tuned tensor, [tuned rows, …], or [1, tuned rows].
+        old: The old base's tensor, [old rows, …], or [1, old rows].
         match: The result of `match_rows`.
         rule: Computes grafted rows from the new, the tuned and the old rows, each [rows, …].
 
