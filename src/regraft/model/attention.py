@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from regraft.task.types import Examples
 
 MAX_ATTENTION_ELEMENTS = 2**24
-"""The number of elements of a model's attention maps for one batch, 64 MiB in float32, arbitrary: larger batches run
-faster, and take more memory."""
+"""The most elements of a model's attention maps for a batch of several examples, 64 MiB in float32, arbitrary: larger
+batches run faster, and take more memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Activations:
     """The attention maps, hidden states and outputs of a model on a batch.
 
     Args:
-        attention: For each layer, batch × heads × tokens × keys; virtual tokens, if any, are the first keys.
-        hidden: The states after the embeddings and after each layer, batch × tokens × width.
+        attention: The attention maps of each layer, batch × heads × tokens × keys; virtual tokens, if any, are the
+            first keys.
+        hidden: The hidden states after the embeddings and after each layer, batch × tokens × width.
         outputs: The logits, rows × outputs.
     """
 
@@ -40,12 +41,12 @@ class Activations:
     outputs: torch.Tensor
 
 
-def record_activations(model: nn.Module, inputs: Mapping[str, torch.Tensor], precision: str) -> Activations:
-    """Run a model on a batch and record its activations, without the positions of virtual tokens.
+def record_activations(model: nn.Module, batch: Mapping[str, torch.Tensor], precision: str) -> Activations:
+    """Run a model on a batch and record its activations at the tokens of the text, without those at virtual tokens.
 
     Args:
-        model: A model with a head, inside `eager_attention`.
-        inputs: The model's inputs, padded on the right, including `attention_mask`.
+        model: A model with a head; the call is made in the context of `eager_attention`.
+        batch: The batch, from `Examples.batch`, on the model's device.
         precision: `bf16` or `fp32`.
 
     Returns:
@@ -74,7 +75,7 @@ def record_activations(model: nn.Module, inputs: Mapping[str, torch.Tensor], pre
         handles.append(body.register_forward_pre_hook(request_maps, with_kwargs=True))
     try:
         with torch.inference_mode(), autocast(precision, next(model.parameters()).device):
-            output = forward(model, inputs, hidden=True)
+            output = forward(model, batch, hidden=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -83,7 +84,7 @@ def record_activations(model: nn.Module, inputs: Mapping[str, torch.Tensor], pre
             f"a {type(inner).__name__} gives no attention maps, so its heads cannot be compared. Compare its "
             "predictions instead."
         )
-    num_tokens = inputs["attention_mask"].shape[1]  # virtual tokens come first
+    num_tokens = batch["attention_mask"].shape[1]  # virtual tokens come first
     return Activations(
         attention=tuple(maps[:, :, -num_tokens:].float() for maps in attention),
         hidden=tuple(states[:, -num_tokens:].float() for states in output.hidden),
@@ -93,7 +94,7 @@ def record_activations(model: nn.Module, inputs: Mapping[str, torch.Tensor], pre
 
 @contextlib.contextmanager
 def eager_attention(*models: nn.Module) -> Iterator[None]:
-    """Switch models, inside the context, to evaluation mode and to an attention implementation that returns its maps.
+    """Switch models, inside the context, to evaluation mode and to an attention implementation that returns the maps.
 
     Args:
         models: Models with heads; the same model may be among them twice.
@@ -111,7 +112,7 @@ def eager_attention(*models: nn.Module) -> Iterator[None]:
 
 
 def attention_batches(examples: Examples, config: Any) -> Iterator[list[int]]:
-    """Divide examples into batches whose attention maps fit in bounded memory, the longest examples first.
+    """Divide examples into batches that keep to `MAX_ATTENTION_ELEMENTS` or have one example, the longest first.
 
     Args:
         examples: The tokenised examples.
@@ -132,7 +133,8 @@ def attention_batches(examples: Examples, config: Any) -> Iterator[list[int]]:
 def random_model(reference: nn.Module, seed: int) -> Any:
     """Build a randomly initialised model with the architecture of a reference.
 
-    The reference's virtual tokens are copied, so that attention has the same keys. Other adapters are left out.
+    If the reference has virtual tokens, they are copied, so that attention has the same keys; its head is then copied
+    too. Other adapters are left out.
 
     Args:
         reference: A model with a head, with or without an adapter.

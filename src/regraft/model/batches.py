@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from regraft.task.types import Examples
 
 BATCH_SIZE = 64
-"""The number of examples in a batch, small enough for the memory of common accelerators at common input lengths."""
+"""The most examples in a batch, few enough for the memory of common accelerators at common input lengths."""
 PADDING_SENSITIVE = {"canine", "convbert", "fnet", "funnel", "mobilebert", "nystromformer", "yoso"}
 """The model types in which padding affects an example in spite of the attention mask: by convolutions over neighbouring
 tokens, pooling, Fourier transforms, or approximate attention over blocks and hashes."""

@@ -37,8 +37,8 @@ class BlockwiseForward:
 
     Args:
         model: A model with a head and no virtual tokens; it is moved to the device, in evaluation mode.
-        examples: The tokenised examples that the model is run on. Two models that run on examples of the same lengths
-            have corresponding tokens in the same rows.
+        examples: The tokenised examples that the model is run on. Two models of the same architecture that run on
+            examples of the same lengths have corresponding tokens in the same rows.
         precision: `bf16` or `fp32`.
     """
 
@@ -78,9 +78,10 @@ class BlockwiseForward:
         Args:
             modules: The modules to observe; modules outside the current part are ignored.
             observe: Called for each batch and module with the module's name, the index of the batch, and the module's
-                inputs and outputs. Both are tokens × width without padding, in higher precision than the model's. If
-                the module is called several times, they are concatenated. The outputs of fused experts are replaced by
-                the indices of the experts that each token is routed to.
+                inputs and outputs. Both are tokens × width without padding, in float64 if the precision is `fp32` and
+                in float32 if it is `bf16`. If the module is called several times, its inputs are concatenated, and so
+                are its outputs. The outputs of fused experts are replaced by the indices of the experts that each token
+                is routed to.
             advance: Whether to store the outputs and to proceed to the next part.
         """
         for batch_index in range(len(self.batches)):
@@ -174,6 +175,7 @@ class BlockwiseForward:
         """Register a hook that adds a module's inputs and outputs to `calls`, and return the hook's handle."""
         name = self.names[module]
         has_routing = is_experts(module)
+        # all of the last part counts as the head, although it may begin with a norm of the body
         is_head = self.part == len(self.blocks) if self.blocks else module not in self._body_modules
 
         def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -189,7 +191,7 @@ class BlockwiseForward:
         return module.register_forward_hook(record, with_kwargs=True)
 
     def _token_rows(self, tensor: torch.Tensor, batch_index: int, is_head: bool) -> torch.Tensor:
-        """Return the rows of a tensor that are not padding; in the head of a decoder, the rows that the head reads."""
+        """Return the rows of a tensor that are not padding; with `is_head`, only those that a decoder's head reads."""
         import torch
 
         batch = self.batches[batch_index]
@@ -234,7 +236,7 @@ class _PartDone(Exception):
 
 
 def _find_blocks(model: Any) -> list[Any]:
-    """Return the first module list that is as long as the model has layers; empty if its blocks share modules."""
+    """Return the first module list with as many modules as the model has layers; empty if they share submodules."""
     from torch import nn
 
     num_layers = model.config.num_hidden_layers

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CHECKED_EXAMPLES = 32
-"""The number of examples that `measure_effect` runs; any effect at all shows on far fewer."""
+"""The most examples that `measure_effect` runs; any effect at all shows on far fewer."""
 HEAD_SEED = 0
 """The seed of the base's head in `measure_effect`, which compares the states before the heads."""
 
 
 class Deployment:
-    """A base with an adaptation, and its outputs for a task; each split is tokenised and run once.
+    """A base with an adaptation, and its outputs for a task; the tokens and outputs of each split are stored.
 
     Args:
         model: The adaptation on its base, with a head for the task; it is moved to the device.
@@ -98,7 +98,7 @@ class Deployment:
         """Return the probability that the model gives to each prediction for a split.
 
         Returns:
-            Probabilities, one per row; None if the likelihood gives all predictions the same one.
+            Probabilities, one per row; None if the likelihood gives all predictions the same probability.
         """
         confidence = self.data.likelihood.confidence(self.outputs(split))
         return None if confidence is None else confidence.tolist()
@@ -146,7 +146,7 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
     """Reorder a task's labels to match an adaptation's head.
 
     Args:
-        adaptation: The adaptation, whose labels are matched if it records them.
+        adaptation: The adaptation; without recorded labels, the task's labels stay as they are, with a warning.
         data: The task's data.
 
     Returns:
@@ -173,7 +173,7 @@ def match_labels(adaptation: Adaptation, data: TaskData) -> TaskData:
 
 
 def measure_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskData) -> float:
-    """Measure how much a loaded adaptation changes the states that its head reads, and refuse one without effect.
+    """Measure how much an adaptation changes the states that its head reads, and refuse an adapter without effect.
 
     Args:
         model: The adaptation on its base.
@@ -182,8 +182,8 @@ def measure_effect(model: Any, adaptation: Adaptation, base: Base, data: TaskDat
         data: The task's data; the states are compared on its first `MAX_CHECKED_EXAMPLES` training examples.
 
     Returns:
-        The norm of the states' change, relative to their norm in the base. It is 0 only for a full fine-tune, with a
-        warning: tuning only the head is legitimate.
+        The norm of the states' change, relative to the norm of the base's states. It is 0 only for a full fine-tune,
+        with a warning: tuning only the head is legitimate.
 
     Raises:
         MismatchError: An adapter changes nothing, or an output is infinite or NaN.

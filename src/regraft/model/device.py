@@ -18,7 +18,7 @@ def device() -> torch.device:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return a context manager that computes in a precision.
+    """Return a context manager inside which models compute in a precision.
 
     Args:
         precision: `bf16` to compute in bfloat16 the operations that autocast to it, or `fp32` for no autocast.

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from regraft.upgrade import Upgrade
 
 MIN_ALIGNED_SHARE = 0.5
-"""The share of examples whose tokens must be the same for both bases, arbitrary: below it, a comparison token by token
-would leave most of the data out."""
+"""The lowest share of examples with the same tokens for both bases at which a comparison token by token is made,
+arbitrary: below a half, it would leave most of the data out."""
 
 
 def encode(base: Base, data: TaskData, split: Split) -> Examples:
@@ -29,8 +29,8 @@ def encode(base: Base, data: TaskData, split: Split) -> Examples:
         The tokenised examples, in the order of the split.
 
     Raises:
-        CheckpointError: A token has no embedding in the base, or the base's maximum input length leaves no room for
-            text.
+        CheckpointError: The base has no valid tokenizer, a token has no embedding in the base, or the base's maximum
+            input length leaves no room for text.
         DataError: The tokenizer returns no token for an input; the message names the row.
     """
     tokenizer = base.tokenizer
@@ -58,7 +58,8 @@ def encode_aligned(upgrade: Upgrade, data: TaskData, split: Split) -> tuple[Exam
         The remaining examples, in the order of the split, tokenised for the old and for the new base.
 
     Raises:
-        CheckpointError: A token has no embedding in its base, or a base's maximum input length leaves no room for text.
+        CheckpointError: A base has no valid tokenizer, a token has no embedding in its base, or a base's maximum input
+            length leaves no room for text.
         DataError: A tokenizer returns no token for an input; the message names the row.
         KindError: The share of remaining examples is below `MIN_ALIGNED_SHARE`.
     """

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from regraft.task.types import Examples
 
 MAX_FULL_WIDTH = 4096
-"""The width of the widest layer whose moments are computed in full: 128 MiB in float64. Of wider layers, only the
-diagonal is computed."""
+"""The most inputs of a layer whose moments are computed in full: 128 MiB in float64. Of layers with more inputs, only
+the diagonal is computed."""
 
 
 def input_moments(model: nn.Module, examples: Examples, progress: Progress = silent) -> dict[str, torch.Tensor]:
-    """Compute E[x·xᵀ] over the inputs x of each linear layer, at all tokens that are not padding.
+    """Compute E[x·xᵀ] over the inputs x of each linear layer, without the inputs at padding tokens.
 
     Args:
         model: A model with a head and without an adapter; its mode is restored.
@@ -30,8 +30,8 @@ def input_moments(model: nn.Module, examples: Examples, progress: Progress = sil
         progress: Called after each batch.
 
     Returns:
-        The second moments by layer name, [in, in]; of layers wider than `MAX_FULL_WIDTH` only their diagonal, [in]. In
-        float64 on the CPU.
+        The second moments by layer name, inputs × inputs; of layers with more inputs than `MAX_FULL_WIDTH`, only the
+        diagonal, one value per input. In float64 on the CPU.
     """
     from torch import nn
 

@@ -22,7 +22,7 @@ class Output:
     Args:
         logits: The logits, rows × outputs, in float32 or wider.
         example: For each row, the index of its example in the batch.
-        token: For each row, the index of its token in `hidden`, which has virtual tokens in front.
+        token: For each row, the index of its token in `hidden`, where virtual tokens, if any, come first.
         hidden: The hidden states after the embeddings and after each layer, batch × tokens × width; empty unless
             requested.
     """
@@ -64,13 +64,17 @@ def forward(
 ) -> Output:
     """Run a model on a batch that is padded on the right, each example as if it were alone.
 
-    The head is computed at the batch's rows only. This differs from a call of the model in two respects. Hidden states
-    are also returned for a model with a prefix adapter, for which PEFT drops them. A decoder's head that reads the last
-    token of a text reads the same token as for the text alone, whatever the batch is padded with.
+    This differs from a call of the model in three respects. If the batch has `token`, the head is computed at the rows
+    only. Hidden states are also returned for a model with a prefix adapter, for which PEFT drops them. A decoder's head
+    that reads the last token of a text reads the same token as for the text alone, whatever the batch is padded with.
+
+    In a model of `PADDING_SENSITIVE`, padding affects the outputs all the same: its batches must have examples of equal
+    length.
 
     Args:
         model: A model with a head, with or without an adapter.
-        batch: The model's inputs, including `attention_mask`, and the row tensors unless each example has a single row.
+        batch: The model's inputs, including `attention_mask`, and the row tensors `example` and `token` unless each
+            example has a single row, at the token that the head reads.
         hidden: Whether to return hidden states.
         parameters: Parameters by name that replace the model's; gradients flow through them.
 
@@ -141,11 +145,12 @@ def forward(
 
 
 def last_token_indices(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return the token that a decoder's head reads of each text alone, as its transformers class determines it.
+    """Return the index of the token that a decoder's head reads when it is given a text alone, for each text.
 
-    The head reads the last token that is not `config.pad_token_id`. In three cases it reads the last token, whichever
-    that is: if the id is null, if virtual tokens precede the embeddings (the class then sees no token ids), and in
-    XLNet. Of a text that has padding tokens only, it reads the first token.
+    As in the decoder's transformers class, the head reads the last token whose id is not `config.pad_token_id`; of a
+    text of padding tokens only, the first token. In three cases it reads the last token, whatever its id: if
+    `config.pad_token_id` is null, if virtual tokens precede the embeddings (the class then sees no token ids), and in
+    XLNet.
 
     Args:
         model: A model with a head, with or without an adapter.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from regraft.task import Split, TaskData
 
 MAX_TRAIN_EXAMPLES = 512
-"""The number of training examples of a probe: more of them cost time and hardly change its predictions."""
+"""The most training examples of a probe: more of them cost time and hardly change its predictions."""
 HEAD_SEED = 0
 """The seed of the model's head, which a probe does not read."""
 
@@ -27,7 +27,7 @@ def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
     """Fit the task type's linear probe to a base's features of training examples, and predict the dev targets.
 
     Args:
-        base: The base whose last hidden states are the features.
+        base: The base; an example's features are the mean of its last hidden states over tokens.
         data: The task's data; the probe is fitted to its first `MAX_TRAIN_EXAMPLES` training examples.
         precision: `bf16` or `fp32`.
 

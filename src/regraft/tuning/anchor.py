@@ -1,4 +1,4 @@
-"""A penalty on the distance of the weights from their starting values, which decays over the training.
+"""A penalty on the distance of the weights from their starting values; its strength may decay over the training.
 
 Source: the plain penalty is L2-SP (Li et al., 2018, arXiv:1802.01483); the penalty weighted by the Fisher
 information is elastic weight consolidation (Kirkpatrick et al., 2017, arXiv:1612.00796).
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WEIGHTINGS = ("plain", "fisher")
 """The values of `Anchoring.weighting`."""
 FISHER_EXAMPLES = 128
-"""The number of examples that the Fisher information is estimated from, arbitrary: more lower the variance of the
+"""The most examples that the Fisher information is estimated from, arbitrary: more examples lower the variance of the
 estimate, and each costs a forward and a backward pass."""
 
 
@@ -41,7 +41,7 @@ class Anchoring:
         strength: The penalty's weight at the first step, 0 or more.
         weighting: `plain`, every weight alike; or `fisher`, each weight by its Fisher information at the start, scaled
             to a mean of 1.
-        decay: How the strength falls to 0 over the training: `linear`, `cosine` or `none`.
+        decay: How the strength falls to 0 over the training: `linear`, `cosine`, or `none` (it stays).
 
     Raises:
         RecipeError: The strength is negative, infinite or NaN, or a name is unknown.
@@ -49,7 +49,7 @@ class Anchoring:
 
     strength: float = 0.1  # higher stays closer to the start, lower fits the labels sooner
     weighting: str = "plain"
-    decay: str = "linear"  # a constant penalty keeps the model from fitting the labels to the end
+    decay: str = "linear"  # with `none`, the penalty holds the model back until the end
 
     def __post_init__(self) -> None:
         """Refuse a strength below 0, and unknown names of a weighting or a decay."""
@@ -71,9 +71,9 @@ def anchored_objective(
 
     Args:
         objective: The loss without the penalty.
-        model: The model before training; the penalty is on its trainable parameters.
-        importance: F by parameter name, each of its parameter's shape; None for F = 1.
-        options: The penalty's strength and its decay.
+        model: The model before training; θ are its trainable parameters, and θ_start their values now.
+        importance: F by parameter name, each in the shape of the parameter; None for F = 1.
+        options: The penalty's strength, and its decay, which is the factor decay(step).
         steps: The number of steps of the training.
 
     Returns:
@@ -111,8 +111,8 @@ def fisher_information(
         progress: Called after each example.
 
     Returns:
-        By name of each trainable parameter, the mean over examples of the squared gradient of the targets'
-        log-likelihood, divided by the mean over all parameters; 1 everywhere if all gradients are 0.
+        By name of each trainable parameter, the mean over examples of the squared gradient of the mean log-likelihood
+        of the example's targets, divided by the mean over all weights; 1 everywhere if all gradients are 0.
     """
     import torch
 

@@ -85,7 +85,7 @@ class BaseWriter:
 
 
 def is_complete(out: Path, inputs: dict[str, Any], base: Base) -> bool:
-    """Return whether a folder holds the result of a pre-training.
+    """Return whether a folder exists, and check that it then holds the result of a pre-training with given inputs.
 
     Args:
         out: The folder, which need not exist.

@@ -43,11 +43,11 @@ class BestWeights:
         return sum(point["step"] > self.average_after for point in curve)
 
     def update(self, model: nn.Module, curve: Curve) -> None:
-        """Write the weights if the last point of the curve is the best, and add them to the average if it is late.
+        """Write the weights if the last evaluation is the best so far, and add them to the average if it is late.
 
         Args:
             model: The model at the evaluation.
-            curve: The learning curve so far, of which the last point is of these weights.
+            curve: The learning curve so far; its last entry is the evaluation of these weights.
         """
         weights = {name: p.detach().contiguous() for name, p in trainable_parameters(model).items()}
         if best_step(curve, self.merit) == int(curve[-1]["step"]):

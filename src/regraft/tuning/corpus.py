@@ -43,7 +43,7 @@ class Corpus:
     Args:
         sources: Text files (a document per line), JSON lines or lists, CSV or Parquet files, all but Parquet also
             compressed (.gz, .xz, .bz2, .zst); folders of `save_to_disk`; or `datasets` names (`name` or
-            `name:config`). The `train` split is read of folders and of named data sets.
+            `name:config`). Of folders and named data sets, the `train` split is read.
         column: The text column of sources that have columns.
     """
 
@@ -51,7 +51,7 @@ class Corpus:
     column: str = "text"
 
     def digest(self) -> str:
-        """Hash the content of files and folders, and the names of data sets on the Hub.
+        """Hash the column's name, the content of files and folders, and the names of data sets on the Hub.
 
         Returns:
             A hexadecimal SHA-256 digest.
@@ -171,8 +171,8 @@ def pack(
 ) -> np.ndarray[Any, np.dtype[np.uint32]]:
     """Tokenise a corpus into a cache file, and return it as blocks of equal length.
 
-    Documents are concatenated. Encoders get the tokenizer's special tokens around each document, decoders its
-    end-of-text token after each document. An incomplete last block is dropped.
+    Documents are concatenated. Encoders get the tokenizer's special tokens around each document, decoders the
+    tokenizer's end-of-text token, if it has one, after each document. An incomplete last block is dropped.
 
     Args:
         corpus: The text, enough for `MIN_BLOCKS` blocks.

@@ -59,8 +59,9 @@ def interpolation_objective(
 ) -> Objective:
     """Return the loss (1 − α)·L(student) + mean over x of the teacher's terms at x·student + (1 − x)·teacher.
 
-    For points x_1 … x_n this is the reference's loss with λ = 1 − α, α_x = 1/n and β_x = β/(2·α·n). All parameters
-    are interpolated, including the frozen parameters below an adapter; only trainable parameters get gradients.
+    For points x_1 … x_n, the student's among them, this is the reference's loss λ·L + (1 − λ)·Σ_x (α_x·KL + β_x·MSE)
+    with λ = 1 − α, α_x = 1/n and β_x = β/(2·α·n). All parameters are interpolated, including the frozen parameters
+    below an adapter; only trainable parameters get gradients.
 
     Args:
         teacher_outputs: The teacher's outputs for all rows of the training split.
@@ -96,7 +97,7 @@ def interpolation_objective(
 
 
 def draw_points(num_points: int, seed: int, step: int) -> list[float]:
-    """Draw the points of a step; they depend on the arguments only, so a resumed training draws the same ones.
+    """Draw the points of a step, which depend on the arguments only: a resumed training draws the same points.
 
     Args:
         num_points: The number of points to draw.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LEARNING_RATE = 1e-4
 """The peak rate of BERT's pre-training (Devlin et al. 2019, appendix A.2)."""
 MASK_PROBABILITY = 0.15
-"""The share of tokens that are predicted, as in BERT (Devlin et al. 2019, section 3.1)."""
+"""The probability that a token is predicted if it is not special, as in BERT (Devlin et al. 2019, section 3.1)."""
 MASK_TOKEN_SHARE = 0.8
 """The share of predicted tokens that the mask token replaces, as in BERT."""
 RANDOM_TOKEN_SHARE = 0.1
@@ -66,7 +66,7 @@ def language_loss(model: nn.Module, base: Base, blocks: np.ndarray[Any, np.dtype
         precision: `bf16` or `fp32`.
 
     Returns:
-        The mean cross-entropy in nats: for encoders, of the masked tokens, with the same masks at each call; for
+        The mean cross-entropy in nats: for encoders, of the tokens to predict, with the same masks at each call; for
         decoders, of each next token.
     """
     import numpy as np
@@ -106,16 +106,16 @@ class LanguageModelling:
 
         Returns:
             Indices of blocks, of shape (steps × batch size,): successive passes over the training blocks, of which the
-            last may be cut short.
+            last may be cut short, with the replayed blocks at random positions instead of training blocks.
         """
         import numpy as np
 
-        random = np.random.default_rng(self.recipe.seed)
+        rng = np.random.default_rng(self.recipe.seed)
         total = self.recipe.num_steps * self.recipe.batch_size
         num_passes = math.ceil(total / len(self.training_blocks))
-        order = np.concatenate([random.permutation(self.training_blocks) for _ in range(num_passes)])[:total]
+        order = np.concatenate([rng.permutation(self.training_blocks) for _ in range(num_passes)])[:total]
         if len(self.replayed_blocks):
-            order[random.choice(total, len(self.replayed_blocks), replace=False)] = self.replayed_blocks
+            order[rng.choice(total, len(self.replayed_blocks), replace=False)] = self.replayed_blocks
         return order
 
     def run(
@@ -199,19 +199,19 @@ class LanguageModelling:
         import torch
 
         tokenizer = self.base.tokenizer
-        random = np.random.default_rng((seed, position))
+        rng = np.random.default_rng((seed, position))
         special = torch.isin(block, torch.tensor(tokenizer.all_special_ids))
-        draws = torch.from_numpy(random.random((2, len(block))))
+        draws = torch.from_numpy(rng.random((2, len(block))))
         predicted = (draws[0] < MASK_PROBABILITY) & ~special
         if not predicted.any():  # the loss of a batch without any predicted token would be NaN
             is_candidate = special if special.all() else ~special
             candidates = torch.arange(len(block))[is_candidate]
-            predicted[candidates[random.integers(len(candidates))]] = True
+            predicted[candidates[rng.integers(len(candidates))]] = True
         labels = torch.where(predicted, block, IGNORED_LABEL)
         masked = block.clone()
         masked[predicted & (draws[1] < MASK_TOKEN_SHARE)] = tokenizer.mask_token_id
         randomised = predicted & (draws[1] >= 1 - RANDOM_TOKEN_SHARE)
-        masked[randomised] = torch.from_numpy(random.integers(len(tokenizer), size=int(randomised.sum())))
+        masked[randomised] = torch.from_numpy(rng.integers(len(tokenizer), size=int(randomised.sum())))
         return masked, labels
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

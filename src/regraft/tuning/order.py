@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from regraft.task.split import Integers
 
 GROUPED_BATCHES = 50
-"""The number of consecutive batches whose examples are sorted by length together; the maximum of transformers'
+"""The most consecutive batches whose examples are sorted by length together; the same limit as in transformers'
 `get_length_grouped_indices`."""
 
 
 def plan_order(lengths: Integers, batch_size: int, steps: int, seed: int) -> Integers:
-    """Draw the order in which a training sees examples, each batch of similar length.
+    """Draw the order in which a training sees examples, with examples of similar length in each batch.
 
     The order depends on the arguments only: methods that are compared see the same batches, and an interrupted
     training resumes at the same example.
@@ -27,19 +27,20 @@ def plan_order(lengths: Integers, batch_size: int, steps: int, seed: int) -> Int
 
     Returns:
         Example indices, of shape (steps × batch_size,): successive passes over the data, of which the last may be cut
-        short.
+        short, reordered within windows of up to `GROUPED_BATCHES` batches. A window may contain the end of a pass and
+        the start of the next.
     """
     import numpy as np
 
-    random = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     total = steps * batch_size
     num_examples = len(lengths)
     num_passes = math.ceil(total / num_examples)
-    order = np.concatenate([random.permutation(num_examples) for _ in range(num_passes)])[:total]
+    order = np.concatenate([rng.permutation(num_examples) for _ in range(num_passes)])[:total]
     window = batch_size * min(GROUPED_BATCHES, max(1, num_examples // batch_size))
     for start in range(0, total, window):
         indices = order[start : start + window]
         by_length = indices[np.argsort(-lengths[indices], kind="stable")]
         batches = by_length.reshape(-1, batch_size)
-        order[start : start + window] = batches[random.permutation(len(batches))].reshape(-1)
+        order[start : start + window] = batches[rng.permutation(len(batches))].reshape(-1)
     return order

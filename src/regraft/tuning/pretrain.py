@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 DEFAULT_BLOCK_SIZE = 128
 """Tokens per block. Longer blocks train on longer contexts, and take more memory."""
 MAX_EVALUATION_BLOCKS = 64
-"""The number of evaluation blocks, 8,192 tokens at the default block size; more make evaluations slower."""
+"""The most evaluation blocks, 8,192 tokens at the default block size; more make evaluations slower."""
 EVALUATION_DIVISOR = 20
-"""Of a short text, a twentieth (at least a block) is evaluated on, so that most of it is trained on."""
+"""Of a short text, only a twentieth (at least a block) is held out for evaluation, so that most of it is trained on."""
 HEAD_STEPS_DIVISOR = 10
 """A fresh head is first trained alone for a tenth of the steps, which adds less than a tenth to the cost."""
 HEAD_LEARNING_RATE = 10 * LEARNING_RATE
-"""Higher than the rate of the body, which is trained already: the head starts from random values."""
+"""Higher than the default rate of the body, which is trained already: the head starts from random values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,8 @@ def pretrain_chain(
         recipe: The recipe of each training.
         block_size: Tokens per block.
         progress: Called after each step.
-        replay: The share of training blocks from earlier domains; 0 for none.
+        replay: The share of training blocks that are replaced by blocks of the earlier domains, from the second domain
+            on; 0 for none.
         keep_every: The number of steps between intermediate bases, as in `pretrain`.
 
     Returns:
@@ -126,10 +127,10 @@ def pretrain(
 ) -> Base:
     """Pre-train a base further, and write the upgraded base as a plain transformers folder.
 
-    Encoders are trained by masked language modelling with the masks of BERT, decoders by causal language modelling. A
-    base without a language-modelling head gets a fresh head, which is first trained alone for a tenth of the steps: the
-    gradients of a random head would damage the body. Tensors that language modelling does not use, such as a pooler's,
-    are copied.
+    Encoders are trained by masked language modelling with BERT's shares of masked tokens, decoders by causal language
+    modelling. A base without a language-modelling head gets a fresh head, which is first trained alone for a tenth of
+    the steps: the gradients of a random head would damage the body. Tensors that language modelling does not use, such
+    as a pooler's, are copied.
 
     Args:
         base: A decoder, or an encoder whose tokenizer has a mask token.
@@ -137,7 +138,7 @@ def pretrain(
         out: The folder to write. If it holds the result of the same inputs, nothing is trained.
         recipe: Steps, batch size (in blocks), learning rate and so on; resolved for the number of training blocks.
         block_size: Tokens per block, at most the base's maximum input length.
-        progress: Called after each step.
+        progress: Called after each step, and after each batch of tokenised documents.
         replay: Text of earlier domains to mix in.
         keep_every: The number of steps between intermediate bases, which are written to a folder beside `out` whose
             name ends in `-steps`; None for no intermediate bases.
@@ -151,7 +152,8 @@ def pretrain(
         OutcomeError: `out`, or the folder of the intermediate bases, holds something else; another process is writing
             `out`, or it cannot be created; or a tensor that language modelling does not use cannot be copied.
         RecipeError: A block is longer than the base's maximum input length, an encoder's tokenizer has no mask token,
-            a tracker does not exist or is not installed, or the training diverged.
+            a tracker does not exist or is not installed, steps × batch size is above `MAX_EXAMPLES`, or the training
+            diverged.
     """
     if block_size > base.max_input_length:
         raise RecipeError(
@@ -212,7 +214,7 @@ def _plan_training(base: Base, blocks: np.ndarray[Any, np.dtype[np.uint32]], rec
 
 
 def _load_with_trained_head(training: LanguageModelling, work_folder: Path, progress: Progress) -> nn.Module:
-    """Load a training's base as a language model on the device; train its head alone if the base has none."""
+    """Load a training's base as a language model on the device; if the base has no head, train a fresh head alone."""
     from transformers import set_seed
 
     base = training.base
@@ -244,9 +246,9 @@ def _with_replay(
     import numpy as np
 
     total = training.recipe.num_steps * training.recipe.batch_size
-    random = np.random.default_rng((training.recipe.seed, len(earlier_blocks)))
+    rng = np.random.default_rng((training.recipe.seed, len(earlier_blocks)))
     num_passes = math.ceil(total / len(earlier_blocks))
-    passes = [random.permutation(len(earlier_blocks)) for _ in range(num_passes)]
+    passes = [rng.permutation(len(earlier_blocks)) for _ in range(num_passes)]
     drawn_indices = np.concatenate(passes)[: round(share * total)]
     num_blocks = len(training.blocks)
     return dataclasses.replace(

@@ -19,7 +19,7 @@ _trackers: contextvars.ContextVar[tuple[tuple[str, ...], Path]] = contextvars.Co
 
 @contextlib.contextmanager
 def tracking(report_to: Sequence[str], folder: str | Path) -> Iterator[None]:
-    """Report every training inside the context to experiment trackers; results do not depend on it.
+    """Report every training inside the context to experiment trackers, on which its results do not depend.
 
     Args:
         report_to: Names of trackers, as in transformers' `TrainingArguments`: `tensorboard`, `trackio`, `wandb`, ….

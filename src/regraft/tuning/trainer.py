@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SEAL = "sealed.json"
 """The file of a checkpoint's folder that records the hashes of the files that a run resumes from."""
 LOGGING_STEPS = 10
-"""The number of steps between logged losses: reading a loss from the device waits for its computations."""
+"""The most steps between logged losses: reading a loss from the device waits for its computations."""
 
 
 def train(
@@ -180,7 +180,7 @@ class _Trainer(Trainer):
         return self.objective(model, inputs, self.state.global_step)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Compute the figures, and store the weights if they are the best so far."""
+        """Compute and log the figures, and update the files of the best and the averaged weights."""
         model: Any = self.model
         figures = self.compute_figures(model)
         for name, value in figures.items():
@@ -192,7 +192,7 @@ class _Trainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log figures with the seconds of training so far."""
+        """Log figures with the seconds of training so far, and refuse a loss that is infinite or NaN."""
         super().log({**logs, "seconds": self.seconds}, start_time)
         if "loss" in logs:
             self._check_finite("loss", logs["loss"])
@@ -246,7 +246,7 @@ class _CheckpointCallback(TrainerCallback):
         self.step_start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report progress with the mean speed so far."""
+        """Report progress with the mean speed so far, and call `after_step`."""
         self.trainer.seconds += time.perf_counter() - self.step_start
         self.figures["steps/s"] = state.global_step / self.trainer.seconds
         self.progress(self.stage, state.global_step, state.max_steps, self.figures)
@@ -260,7 +260,7 @@ class _CheckpointCallback(TrainerCallback):
 
 
 def _last_undamaged_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest checkpoint whose files all match its seal, and remove damaged checkpoints."""
+    """Return the newest checkpoint whose files all match its seal, and remove all that is not such a checkpoint."""
     undamaged: dict[int, Path] = {}
     for entry in checkpoints.glob("*"):
         step = entry.name.removeprefix("checkpoint-")

@@ -1,4 +1,4 @@
-"""Tuning of a model on a task, from labels or a teacher."""
+"""Tuning of a model on a task, from targets, a teacher or both."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ LEARNING_RATES = {
 }
 """The default peak learning rate by kind of adaptation."""
 DEFAULT_ADAPTER_LEARNING_RATE = LEARNING_RATES["lora"]
-"""The default for all other kinds of PEFT, most of which are variants of LoRA."""
+"""The default for all other kinds of adapter, most of which are variants of LoRA."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The teacher of a distillation.
+    """The teacher of a distillation, and the options of the distillation.
 
     Args:
         model: The old model.
@@ -82,7 +82,7 @@ def tune_model(
         data: The task's data, with labels in the order of the model's outputs.
         recipe: The recipe, resolved for this data.
         work_folder: The working folder, from which an interrupted tuning resumes.
-        progress: Called after each step.
+        progress: Called after each step, each batch of the teacher, and each example of the Fisher information.
         teacher: The old model to distil from, if any.
         anchor: The penalty on the distance from the starting weights, if any.
 
@@ -92,7 +92,8 @@ def tune_model(
         `Deployment.similarity_to`.
 
     Raises:
-        DataError: The tokenizer returns no token for an input.
+        CheckpointError: A token has no embedding in its base.
+        DataError: A tokenizer returns no token for an input.
         MismatchError: An output of the teacher is infinite or NaN.
         RecipeError: A loss or a score became infinite or NaN, or a tracker does not exist or is not installed.
     """

@@ -26,8 +26,10 @@ _PEFT_NAME_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.\w+\.")
 def standardised_outputs(model: nn.Module, base: Base, data: TaskData) -> Iterator[None]:
     """Standardise a model's output layers inside the context, without a change of its outputs.
 
-    The layers' weights are divided by the targets' scale, and their outputs multiplied by it. The model's predictions
-    stay, and an optimiser's steps are as large, relative to the outputs, as with targets of unit scale.
+    The targets' mean is subtracted from the layers' biases, and weights and biases are divided by the targets' scale.
+    Hooks convert the layers' outputs back, so the model's predictions stay, while an optimiser's steps are as large,
+    relative to the outputs, as with targets of unit scale. After the context, the weights and biases are in the units
+    of the targets again.
 
     Args:
         model: A model with a head for the task, with or without an adapter.
