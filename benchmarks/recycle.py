@@ -2,14 +2,14 @@
 
     python benchmarks/recycle.py [--kinds]
 
-The base (all-MiniLM-L6-v2) is pre-trained 100 steps further on reviews. Film-review sentences (rotten-tomatoes, none
-of them in that text) are tuned for 300 steps on the old base and recycled with a budget of 100 steps. The table
-answers three questions. Does `direct` keep 90 % of the old score? Does `init` start there and beat `scratch` at 100
-steps? Does `init+distill` with 32 labels per class beat `scratch` with as few? This takes about ten minutes on two
-cores.
+The base (all-MiniLM-L6-v2) is pre-trained 100 steps further on reviews, without the task's dev and test sentences. The
+task (rotten-tomatoes, film-review sentences) is tuned for 300 steps on the old base and recycled with a budget of 100
+steps. The table answers three questions. Does `direct` keep 90 % of the old score? Does `init` start there and beat
+`scratch` at 100 steps? Does `init+distill` with 32 labels per class beat `scratch` with as few? This takes about ten
+minutes on two cores.
 
-With `--kinds`, the table shows for every kind of adaptation the score that it keeps, and the score after a tuning of 50
-steps that starts from it. This takes about twenty minutes.
+With `--kinds`, the table shows for each of nine kinds of adaptation the score that it keeps, and the score after a
+tuning of 50 steps that starts from it. This takes about twenty minutes.
 
 An interrupted run continues where it stopped. Results are stored in `runs/benchmark-recycle`.
 """
@@ -100,7 +100,7 @@ def compare_methods(upgrade, task):
 
 
 def compare_kinds(upgrade, task):
-    """Print for every kind the scores of an adaptation on the new base, unchanged and after a short tuning."""
+    """Print for each of `KINDS` the scores of an adaptation on the new base, unchanged and after a short tuning."""
     steps = SHORT_RECIPE.steps
     print(
         "| kind | tuned parameters | effect | old base | direct | kept | "

@@ -38,12 +38,12 @@ MAX_SIGNATURE_LENGTH = 100
 """Characters of a signature on one line; arbitrary, a longer one has one parameter per line."""
 METHODS = """# Methods
 
-A method makes an adaptation for the new base. It consists of a *start*, which puts the old weights on the new base,
-and, if it trains, of an *objective*. `regraft recycle --method NAME` runs one method, `regraft compare --methods
-NAME,NAME` runs several on the same data, and `-o NAME=VALUE` (in `compare`, `-o METHOD:NAME=VALUE`) sets an option.
-`regraft methods` lists the methods below. Every other START+OBJECTIVE, such as `aligned+labels` or
-`trimmed+label-free`, is a method too. If both parts have an option of the same name, qualify it, as in
-`-o distill.decay=linear`.
+A method makes an adaptation for the new base. Every method but `auto` consists of a *start*, which puts the old weights
+on the new base, and, if it trains, of an *objective*. `regraft recycle --method NAME` runs one method, `regraft compare
+--methods NAME,NAME` runs several on the same data, and `-o NAME=VALUE` (in `compare`, `-o METHOD:NAME=VALUE`) sets an
+option. An option may be qualified by its part, as in `-o distill.decay=linear`; it must be if both parts have one of
+that name. `regraft methods` lists the methods below. Every other START+OBJECTIVE, such as `aligned+labels` or
+`trimmed+label-free`, is a method too.
 
 Which method to choose:
 
@@ -51,8 +51,8 @@ Which method to choose:
 - Without labels and without time to train: `direct`, or `ridge` where `direct` loses much.
 - Without labels, but with time to train: `label-free`.
 - With labels: `init`; with few of them, `init+distill`.
-- If the new base was trained again from the start rather than from the old base: `aligned`.
-- If other tasks were tuned on both bases, or adapters for other tasks on the old one: `project`.
+- If the new base was pre-trained anew rather than continued from the old base: `aligned`.
+- If other tasks were tuned on both bases, or LoRAs or bottleneck adapters for other tasks on the old one: `project`.
 - As a reference for the others: `scratch`.
 
 [Results](results.md) links to the measurements.
@@ -146,7 +146,10 @@ def _options(options: Any) -> list[tuple[str, str, str]]:
 
 
 def _needs(method: Method) -> str:
-    return ", ".join(NEEDS.get(need, need) for need in method.needs() if need != "training") or "only the old weights"
+    """Describe the needs of a method, which for some methods depend on the options."""
+    needs = ", ".join(NEEDS.get(need, need) for need in method.needs() if need != "training") or "nothing else"
+    has_conditional_needs = any(callable(part.needs) for part in method.parts)
+    return f"{needs} (with the default options)" if has_conditional_needs else needs
 
 
 def _anchor(part: Part) -> str:

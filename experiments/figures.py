@@ -41,8 +41,8 @@ def collect_results(grid: Grid) -> dict[str, Any]:
     Returns:
         `made`: versions, seeds, recipes and tasks; `upgrades`: distances of the bases; `methods`: method, options,
         averaging and needs of each entry; `runs`: one row per method, cell and seed; `differences`: the difference of
-        each method from its reference over all seeds; `noise`: shares of negative flips between seeds of scratch;
-        `refused`: the cells that methods refused.
+        each method from its reference, over the seeds that both have; `noise`: shares of negative flips between seeds
+        of scratch; `refused`: the cells that methods refused.
     """
     cells = list(iterate_cells(grid))
     outcomes = {cell: load_outcome(cell_folder(grid, cell)) for cell in cells if has_outcome(cell_folder(grid, cell))}
@@ -108,7 +108,8 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
 
     Args:
         outcome: The outcome of the method.
-        scratch: The outcome of scratch, of the same cell and seed, that the method's cost is compared with.
+        scratch: The outcome of scratch, of the same task, upgrade, kind and seed, that the method's cost and learning
+            curve are compared with.
         reference: The outcome of scratch with all labels and all steps.
         old: The outcome of the old tuning with the same seed.
 
@@ -221,7 +222,7 @@ def _collect_differences(grid: Grid, outcomes: dict[Cell, Outcome]) -> list[Row]
 
 
 def _collect_noise(outcomes: dict[Cell, Outcome]) -> list[Row]:
-    """Compute the noise floor of each cell: the mean share of negative flips between all ordered pairs of seeds."""
+    """Compute the noise floor of each cell: mean share of negative flips over all ordered pairs of scratch's seeds."""
     rows = []
     scratch = {cell: outcome for cell, outcome in outcomes.items() if cell.entry == "scratch"}
     for cell in dict.fromkeys(map(_without_seed, scratch)):

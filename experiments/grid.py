@@ -19,7 +19,7 @@ OLD_SEED_OFFSET = 1
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A method with its options.
+    """A method with its options and its averaging of weights.
 
     Args:
         name: The entry's name in the tables.
@@ -63,7 +63,7 @@ class Grid:
         old_recipes: Recipes of the tuning on the old base, by kind of adaptation; the keys are the kinds of the grid.
         regimes: The regimes; scratch in the first is the reference of all recoveries.
         seeds: The seeds with which every run is repeated.
-        extra_entries: Methods with options, in addition to all methods with their defaults.
+        extra_entries: Methods with options or averaging, in addition to all methods with their defaults.
     """
 
     out: Path
@@ -80,7 +80,7 @@ class Grid:
         return next(regime for regime in self.regimes if regime.name == name)
 
     def entries(self, regime: Regime) -> list[Entry]:
-        """Return the entries of a regime: the listed methods in their order, then those with options."""
+        """Return the entries of a regime: the listed methods in their order, then `extra_entries`."""
         entries = [Entry(name, name) for name in methods()]
         entries += [entry for entry in self.extra_entries if entry.method in methods()]
         return [entry for entry in entries if regime.entry_names is None or entry.name in regime.entry_names]
@@ -133,7 +133,7 @@ def iterate_cells(grid: Grid) -> Iterator[Cell]:
 
 
 def cell_entry(grid: Grid, cell: Cell) -> Entry:
-    """Return the entry of a cell: its method with options."""
+    """Return the entry of a cell: its method with options and averaging."""
     return next(entry for entry in grid.entries(grid.regime(cell.regime)) if entry.name == cell.entry)
 
 

@@ -7,8 +7,9 @@ makes only missing outcomes, such as those of new methods. The figures are writt
 and their tables to `experiments/methods/README.md`; `--write-only` writes the tables from the figures alone.
 
 The old base is all-MiniLM-L6-v2 after a short pre-training on news: MiniLM has no language-modelling head, and without
-that step every upgrade would begin with the noise of a fresh head. Per seed there is one old adaptation, tuned with the
-seed plus one: the deviations then cover everything random, and scratch does not begin with the old model's fresh head.
+that step every upgrade would begin with the noise of a fresh head. Per task, kind and seed there is one old adaptation,
+tuned with the seed plus one: the deviations then cover the randomness of both tunings, though not of the pre-training,
+and scratch does not begin with the old model's fresh head.
 """
 
 from __future__ import annotations

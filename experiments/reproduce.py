@@ -5,7 +5,8 @@
 NAME is an experiment's folder in `experiments/paper`, its number or its word; all seven by default. Bases, tunings and
 cells are stored in `runs/experiments-paper`: an interrupted run continues where it stopped, and a second run makes only
 missing ones. Figures, pages and plots are written to the experiment's folder in `experiments/paper`, and an index of
-the paper's claims to `experiments/paper/README.md`; `--write-only` writes pages and plots from the figures alone.
+the paper's claims to `experiments/paper/README.md`; `--write-only` writes pages and plots from the figures alone. With
+`--size paper`, these folders are `runs/experiments-paper-size` and its subfolder `pages`.
 
 At the size of the machine (`experiments/paper/machine.yaml`) all seven took 6.8 core-hours, about 3.4 hours on two
 cores. The numbers of bases, tunings and cells, with their core-seconds:
@@ -105,10 +106,10 @@ def build_missing(plan: Plan, workers: int, report: Callable[[str], None] = prin
     Args:
         plan: The experiments and their size.
         workers: The number of processes of one thread each; 0 to run in this one.
-        report: Called with one line per finished job.
+        report: Called with a text per finished job: a line, or the traceback of a failure.
 
     Returns:
-        One line per failed job; the next run tries it again.
+        One text per failed job, with its traceback; the next run tries it again.
 
     Raises:
         DataError: A source cannot be read or has no text.

@@ -1,4 +1,4 @@
-"""Make the missing outcomes of an experiment, in processes of one thread each."""
+"""Make the missing outcomes of an experiment, by default in processes of one thread each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from grid import (
     old_folder,
 )
 
-from regraft import Task, Upgrade, load_adaptation, load_outcome, recycle, tune
+from regraft import Base, Task, Upgrade, load_adaptation, load_outcome, recycle, tune
 from regraft.checkpoint import write_atomic
 from regraft.errors import OutcomeError, RecipeError
 from regraft.task import load_data
@@ -74,10 +74,10 @@ def run_missing(grid: Grid, workers: int = 2, report: Callable[[str], None] = pr
     Args:
         grid: The experiment; its bases must exist.
         workers: The number of processes; 0 to run in this one.
-        report: Called with one line per finished job.
+        report: Called with a text per finished job: a line, or the traceback of a failure.
 
     Returns:
-        One line per failed job; the next run tries it again.
+        One text per failed job, with its traceback; the next run tries it again.
 
     Raises:
         OutcomeError: Existing outcomes were made by a different recipe or options.
@@ -172,9 +172,8 @@ def tune_old_base(grid: Grid, task: str, kind: str, seed: int) -> str:
     Returns:
         A line on the score.
     """
-    base = _load_upgrade(grid.old_base, next(iter(grid.upgrades.values()))).old
     folder = old_folder(grid, task, kind, seed)
-    outcome = tune(base, grid.tasks[task], folder, kind=kind, recipe=_old_recipe(grid, kind, seed))
+    outcome = tune(_load_base(grid.old_base), grid.tasks[task], folder, kind=kind, recipe=_old_recipe(grid, kind, seed))
     return f"test {outcome.scores['test']:.3f}"
 
 
@@ -208,7 +207,12 @@ def recycle_cell(grid: Grid, cell: Cell) -> str:
 # The sizes of the caches are arbitrary; they bound the memory.
 @functools.lru_cache(maxsize=4)
 def _load_upgrade(old: Path, new: Path) -> Upgrade:
-    return Upgrade(old, new)
+    return Upgrade(_load_base(old), _load_base(new))
+
+
+@functools.lru_cache(maxsize=4)
+def _load_base(folder: Path) -> Base:
+    return Base.open(folder)
 
 
 @functools.lru_cache(maxsize=8)
@@ -227,10 +231,10 @@ def run_jobs(jobs: Sequence[Job], workers: int, report: Callable[[str], None]) -
     Args:
         jobs: The jobs, started in this order as processes become free.
         workers: The number of processes; 0 to run in this one.
-        report: Called with one line per finished job.
+        report: Called with a text per finished job: a line, or the traceback of a failure.
 
     Returns:
-        One line per failed job.
+        One text per failed job, with its traceback.
     """
     if not jobs:
         return []

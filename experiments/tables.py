@@ -64,11 +64,11 @@ def format_mean(values: Sequence[float | None], digits: int = 3) -> str:
     """Write a mean and a standard deviation over seeds.
 
     Args:
-        values: One value per seed; if one is None, neither is written.
+        values: One value per seed; None for a seed without a value.
         digits: Decimal places.
 
     Returns:
-        `mean ± deviation`; the mean alone for one seed; a dash for none.
+        `mean ± deviation`; the mean alone for one seed; a dash if there are no values, or if one of them is None.
     """
     numbers = [value for value in values if value is not None]
     if not values or len(numbers) < len(values):

@@ -161,9 +161,9 @@ def measure_truth(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> 
         seed: The seed of the run.
 
     Returns:
-        `left`: the share of the old score above chance that each choice preserves; `real_survives`: this share for the
-        unchanged old weights; `real_recovery`: their recovery; `right_choice`: the cheapest choice that preserves at
-        least `MIN_SHARE_AS_IS`, or `scratch` if none does.
+        `left`: the share of the old score above chance that each choice but `scratch` preserves; `real_survives`: this
+        share for the unchanged old weights; `real_recovery`: their recovery; `right_choice`: the cheapest choice that
+        preserves at least `MIN_SHARE_AS_IS`, or `scratch` if none does.
     """
     full_budget, quarter_budget = (regime.name for regime in grid.regimes[:2])
 

@@ -226,7 +226,8 @@ def _route_cells(results: dict[str, Any], summary: Row) -> list[str]:
 def _route_scores(runs: list[Row], summary: Row, base: int) -> list[float]:
     """Return the scores of a route on a base, one per seed.
 
-    All routes start from the same tuning on M_0. Their first hop is the same run, whose `route` is None.
+    All routes but scratch start from the same tuning on M_0. The first hop of both routes of a method is the same run,
+    whose `route` is None.
     """
     if base == 0:
         route_runs = [] if summary["method"] == "scratch" else select(runs, base=0)

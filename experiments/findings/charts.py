@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 HEIGHT = 3.4
 """Inches; arbitrary."""
 BAR_GROUP_WIDTH = 0.8
-"""The share of the axis that the bars of a group take; arbitrary, below 1 so that groups stay apart."""
+"""The width of a group of bars as a share of the distance between the centres of two groups; arbitrary, below 1 so that
+groups stay apart."""
 BAR_WIDTH = 0.92
 """The width of a bar as a share of its part of the group; arbitrary, below 1 so that bars stay apart."""
-MAX_LABEL_CHARACTERS = 80
-"""The number of characters of all group labels from which labels overlap, so that they are rotated."""
+MAX_UNROTATED_CHARACTERS = 80
+"""The total length of the group labels, in characters, above which they would overlap and are rotated."""
 LABEL_ROTATION = 20
 """Degrees; arbitrary."""
 
@@ -102,7 +103,7 @@ def draw_bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, 
                 error_kw={"ecolor": SOFT, "elinewidth": 1},
                 **({} if index < len(SERIES) else HATCH),
             )
-        is_crowded = sum(map(len, groups)) > MAX_LABEL_CHARACTERS
+        is_crowded = sum(map(len, groups)) > MAX_UNROTATED_CHARACTERS
         axes.set_xticks(range(len(groups)), groups, rotation=LABEL_ROTATION if is_crowded else 0)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel(y_label)

@@ -100,7 +100,7 @@ def _task_figures(store: Store, name: str) -> dict[str, Any]:
 
 
 def _round_figures(value: Any) -> Any:
-    """Round every number to six significant digits; further digits differ from machine to machine."""
+    """Round every float to six significant digits; further digits differ from machine to machine."""
     if isinstance(value, dict):
         return {name: _round_figures(member) for name, member in value.items()}
     if isinstance(value, list | tuple):

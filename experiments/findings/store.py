@@ -40,7 +40,8 @@ class Tuning:
         task: The name of the task.
         kind: The kind of adaptation.
         base: The index of the base in the chain.
-        seed: The seed of the run; the base's index is added to it, so that no two bases share a fresh head.
+        seed: The seed of the run; the base's index is added to it, so that with one seed no two bases share a fresh
+            head.
     """
 
     task: str
@@ -81,7 +82,7 @@ class Store:
         return len(self.size.domains) + 1
 
     def base_name(self, base: int) -> str:
-        """Return the folder of a base of the chain by its index, or the hub id of M_0."""
+        """Return the folder of a base of the chain by its index; of M_0, the folder or the hub id."""
         if base:
             return str(self.out / "bases" / f"{base}-{self.size.domains[base - 1].name}")
         return str(self.out / "minilm") if self.size.base == "minilm" else self.size.base
@@ -91,7 +92,7 @@ class Store:
         return _load_upgrade(self.base_name(old), self.base_name(new))
 
     def list_base_checkpoints(self) -> list[BaseCheckpoint]:
-        """Return all saved bases after M_0, including the bases between two hops, in order of their steps."""
+        """Return all saved bases after M_0, including those saved during a hop, in order of their steps."""
         checkpoints = []
         earlier_steps = 0  # steps of all earlier hops
         for hop in range(1, self.num_bases):
@@ -114,7 +115,7 @@ class Store:
         return Task.load(self.task_file(task))
 
     def load_data(self, task: str, seed: int = 0) -> TaskData:
-        """Read a task's examples; the seed matters only if dev is split off train."""
+        """Read a task's examples; the seed matters only if dev is split off train or the task has `shots`."""
         return _load_data(self.task_file(task), seed)
 
     def recipe(self, kind: str, seed: int, base: int, *, few_labels: bool = False) -> Recipe:
